@@ -1,0 +1,17 @@
+"""Mistakes that a user can make. Each is one line: what, got, allowed, do this."""
+
+
+class MochiTuneError(Exception):
+    """A user's mistake, told before any work is lost; the command line prints it without a traceback and exits with 2."""
+
+
+class ConfigError(MochiTuneError):
+    """A setting that is unknown, of the wrong type, or does not fit another one."""
+
+
+class DataError(MochiTuneError):
+    """A video, a caption or a cache that cannot be used."""
+
+
+class CheckpointError(MochiTuneError):
+    """Weights, an adapter or a checkpoint that is missing, damaged or made for another model."""

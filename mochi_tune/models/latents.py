@@ -1,0 +1,74 @@
+"""Latent geometry and the two latent spaces: the only place that knows 6x, 8x and the channel statistics.
+
+Shape letters: B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent rows and columns.
+"""
+
+import torch
+
+from mochi_tune.errors import ConfigError
+
+LATENT_CHANNELS = 12
+TEMPORAL_FACTOR = 6
+SPATIAL_FACTOR = 8
+# Pixels a side of one DiT token: 8 by the VAE, 2 by the patch.
+TOKEN_PIXELS = 16
+# Frames a second that Mochi was trained on.
+FPS = 30
+
+# Source: genmoai/mochi@0c86aeb vae/vae_stats.py (channel statistics of the AsymmVAE's latents).
+VAE_MEAN = (
+    -0.06730895953510081, -0.038011381506090416, -0.07477820912866141, -0.05565264470995561,
+    0.012767231469026969, -0.04703542746246419, 0.043896967884726704, -0.09346305707025976,
+    -0.09918314763016893, -0.008729793427399178, -0.011931556316503654, -0.0321993391887285,
+)  # fmt: skip
+VAE_STD = (
+    0.9263795028493863, 0.9248894543193766, 0.9393059390890617, 0.959253732819592,
+    0.8244560132752793, 0.917259975397747, 0.9294154431013696, 1.3720942357788521,
+    0.881393668867029, 0.9168315692124348, 0.9185249279345552, 0.9274757570805041,
+)  # fmt: skip
+
+
+def num_latent_frames(num_frames: int) -> int:
+    """Returns T for F = 6k+1 pixel frames: (F - 1) / 6 + 1."""
+    return (num_frames - 1) // TEMPORAL_FACTOR + 1
+
+
+def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Returns (C, T, h, w) of a clip of `num_frames` frames of `height` x `width` pixels."""
+    return LATENT_CHANNELS, num_latent_frames(num_frames), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+
+
+def check_geometry(num_frames: int, height: int, width: int) -> None:
+    """Refuses frame counts and sizes that the models cannot take, naming the nearest ones that they can.
+
+    Raises:
+        ConfigError: `num_frames` is not 6k+1, or `height` or `width` is not a positive multiple of 16.
+    """
+    if num_frames < 1 or num_frames % TEMPORAL_FACTOR != 1:
+        below = (num_frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
+        choices = [n for n in (below, below + TEMPORAL_FACTOR) if n >= 1]
+        raise ConfigError(
+            f"num_frames={num_frames} does not fit the VAE, which takes 6k+1: use {' or '.join(map(str, choices))}."
+        )
+    for name, size in (("height", height), ("width", width)):
+        if size < TOKEN_PIXELS or size % TOKEN_PIXELS:
+            below = size // TOKEN_PIXELS * TOKEN_PIXELS
+            choices = [n for n in (below, below + TOKEN_PIXELS) if n >= TOKEN_PIXELS]
+            raise ConfigError(
+                f"{name}={size} does not fit the model, which takes multiples of {TOKEN_PIXELS} pixels: "
+                f"use {' or '.join(map(str, choices))}."
+            )
+
+
+def _channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1, 1)
+
+
+def to_latents(vae_latents: torch.Tensor) -> torch.Tensor:
+    """Converts the VAE's latents to the DiT's space, unit variance in each channel; fp32 (..., C, T, h, w)."""
+    return (vae_latents.float() - _channel(VAE_MEAN, vae_latents)) / _channel(VAE_STD, vae_latents)
+
+
+def to_vae_latents(latents: torch.Tensor) -> torch.Tensor:
+    """Converts the DiT's latents back to the VAE's space; fp32 (..., C, T, h, w)."""
+    return latents.float() * _channel(VAE_STD, latents) + _channel(VAE_MEAN, latents)

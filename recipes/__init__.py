@@ -1,0 +1,1 @@
+"""Stories that run models, each one flat program."""
