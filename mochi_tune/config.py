@@ -1,11 +1,16 @@
 """The typed settings of a run, and loading them: one file describes one LoRA for all verbs."""
 
 import difflib
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mochi_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mochi_tune.sampler import SamplerSettings
 
 
 @dataclass
@@ -105,3 +110,240 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+# Keys of `sample` that stand at the top level on its command line.
+SAMPLE_ALIASES = ("prompt", "negative_prompt", "adapter", "adapter_strength", "out", "save_latents")
+GROUPS = ("model", "lora")
+
+
+def packaged_folder() -> Path:
+    """Returns the folder of the packaged configuration files."""
+    from mochi_tune import conf
+
+    return Path(conf.__path__[0])
+
+
+def load_config(name: str, overrides: list[str]) -> RunConfig:
+    """Composes conf/NAME.yaml, or the packaged one, or a path, with `key=value` overrides into typed settings.
+
+    Raises:
+        ConfigError: there is no such file, a key is unknown, or a value does not fit.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = find_config(name)
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    searchpath = f"hydra.searchpath=[{_quote(f'file://{packaged_folder()}')}]"
+    try:
+        with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+            composed = compose(path.stem, overrides=[searchpath, *(check_override(o) for o in overrides)])
+        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            raise ConfigError(f"{path} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`.")
+        config = OmegaConf.to_object(typed)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_explain(error, path)) from None
+    check_config(config)
+    return config
+
+
+def find_config(name: str) -> Path:
+    """Returns the file that a conf=NAME stands for.
+
+    Raises:
+        ConfigError: there is none; the nearest name is given.
+    """
+    local = Path("conf")
+    for path in (local / f"{name}.yaml", packaged_folder() / f"{name}.yaml", Path(name)):
+        if path.is_file() and path.suffix in (".yaml", ".yml"):
+            return path
+    known = sorted({p.stem for folder in (local, packaged_folder()) for p in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = (
+        f"; did you mean conf={near[0]}?" if near else f": use one of {', '.join(known)} or the path of a .yaml file."
+    )
+    raise ConfigError(f"conf={name} is neither conf/{name}.yaml here, nor a packaged file, nor a path{hint}")
+
+
+def known_keys() -> dict[str, type]:
+    """Returns every dotted key of the settings with its declared type."""
+    keys: dict[str, type] = {}
+
+    def walk(cls: type, prefix: str) -> None:
+        for entry in fields(cls):
+            if is_dataclass(entry.type):
+                walk(entry.type, f"{prefix}{entry.name}.")
+            else:
+                keys[prefix + entry.name] = entry.type
+
+    walk(RunConfig, "")
+    return keys
+
+
+def check_override(override: str) -> str:
+    """Checks one `key=value` and quotes its value where it is text, so that prompts and paths need no quoting.
+
+    Raises:
+        ConfigError: no `=`, or an unknown key; the nearest real one is given.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is no setting: settings are written key=value, for example train.steps=500.")
+    keys = known_keys()
+    if key not in keys and key not in GROUPS:
+        raise ConfigError(f"{key} is not a setting{nearest(key, [*keys, *GROUPS])}")
+    if key in GROUPS:
+        options = sorted(p.stem for folder in (Path("conf"), packaged_folder()) for p in (folder / key).glob("*.yaml"))
+        if value not in options:
+            raise ConfigError(f"{key}={value} does not exist: use one of {', '.join(sorted(set(options)))}.")
+        return override
+    is_text = keys[key] in (str, str | None) or (keys[key] is Any and not re.match(r"[\[\d.+-]", value))
+    if is_text and value != "null":
+        value = _quote(value)
+    return f"{key}={value}"
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Returns a hint at the known key that is most like `key`, or at where to find them all."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    return f"; did you mean {near[0]}?" if near else "; --help lists them."
+
+
+def _quote(text: str) -> str:
+    # A backslash is special to Hydra only in front of a quote.
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
+
+
+def _explain(error: BaseException, path: Path) -> str:
+    """Turns an error of Hydra, OmegaConf or YAML into one line that names the key."""
+    from yaml import MarkedYAMLError
+
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    if isinstance(chain[-1], MarkedYAMLError) and chain[-1].problem_mark:
+        return f"{path} is not YAML: line {chain[-1].problem_mark.line + 1}: {chain[-1].problem}."
+    text = next((str(e) for e in reversed(chain) if "full_key:" in str(e)), str(error)).strip()
+    full_key = re.search(r"full_key: (\S+)", text)
+    unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
+    if unknown:
+        key = full_key[1] if full_key else unknown[1]
+        return f"{path}: {key} is not a setting{nearest(key, known_keys())}"
+    return f"{path}: {full_key[1] + ': ' if full_key else ''}{text.splitlines()[0].rstrip('.')}."
+
+
+def check_config(config: RunConfig) -> None:
+    """Checks what no single type can: ranges, choices, and how settings fit together.
+
+    Raises:
+        ConfigError: a setting is out of its range; the text says which, got and allowed.
+    """
+    from mochi_tune.flow import OBJECTIVES
+    from mochi_tune.models.latents import check_geometry
+    from mochi_tune.sampler import PRESETS
+
+    check_geometry(config.data.num_frames, config.data.height, config.data.width)
+    size = sample_size(config)
+    check_geometry(*size)
+    choices = {
+        "device": (config.device, ("auto", "cpu", "cuda")),
+        "model.dtype": (config.model.dtype, ("bf16", "fp32")),
+        "train.objective": (config.train.objective, OBJECTIVES),
+        "sample.preset": (config.sample.preset, tuple(PRESETS)),
+        "log.wandb": (config.log.wandb, ("disabled", "offline", "online")),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ConfigError(f"{key}={value} is not possible: use {' or '.join(allowed)}.")
+    at_least_one = (
+        "train.steps",
+        "train.batch_size",
+        "train.accumulation_steps",
+        "train.keep_checkpoints",
+        "lora.rank",
+    )
+    positive = ("train.learning_rate", "train.max_grad_norm", "lora.alpha", "data.decode_timeout_seconds")
+    not_negative = ("train.warmup_steps", "train.weight_decay", "train.checkpoint_every", "train.validate_every")
+    not_negative += ("train.validation_clips", "train.sample_every", "sample.guidance", "seed")
+    for keys, allowed, fits in (
+        (at_least_one, "at least 1", lambda v: v >= 1),
+        (positive, "above 0", lambda v: v > 0),
+        (not_negative, "0 or more", lambda v: v >= 0),
+        (("train.caption_dropout", "lora.dropout"), "from 0 to below 1", lambda v: 0 <= v < 1),
+    ):
+        for key in keys:
+            value = setting(config, key)
+            if value is not None and not fits(value):
+                raise ConfigError(f"{key}={value} is not possible: it must be {allowed}.")
+    sampler_settings(config)
+
+
+def setting(config: RunConfig, key: str) -> Any:
+    """Returns the value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def sample_size(config: RunConfig) -> tuple[int, int, int]:
+    """Returns the number of frames, the height and the width to render: the sample's own, else the data's."""
+    return tuple(
+        data if sample is None else sample
+        for sample, data in (
+            (config.sample.num_frames, config.data.num_frames),
+            (config.sample.height, config.data.height),
+            (config.sample.width, config.data.width),
+        )
+    )
+
+
+def sampler_settings(config: RunConfig) -> "SamplerSettings":
+    """Returns the preset's settings with the sample's own in their place.
+
+    Raises:
+        ConfigError: the schedule is impossible.
+    """
+    from mochi_tune.sampler import PRESETS
+
+    own = {key: getattr(config.sample, key) for key in ("steps", "guidance", "threshold", "linear_steps")}
+    settings = replace(PRESETS[config.sample.preset], **{key: value for key, value in own.items() if value is not None})
+    if own["steps"] is not None and own["linear_steps"] is None:
+        # A preset's linear steps belong to the preset's number of steps.
+        settings = replace(settings, linear_steps=None)
+    if settings.steps < 1:
+        raise ConfigError(f"sample.steps={settings.steps} is not possible: it must be at least 1.")
+    if not 0 < settings.threshold < 1:
+        raise ConfigError(f"sample.threshold={settings.threshold} is not possible: it must lie between 0 and 1.")
+    if settings.linear_steps is not None and not 1 <= settings.linear_steps < settings.steps:
+        raise ConfigError(
+            f"sample.linear_steps={settings.linear_steps} does not fit sample.steps={settings.steps}: "
+            f"use 1 to {settings.steps - 1}, or leave it out for half of them."
+        )
+    return settings
+
+
+def config_yaml(config: RunConfig) -> str:
+    """Returns the resolved settings as YAML; a path that `conf=` reads back."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def weights_folder(config: RunConfig) -> Path:
+    """Returns the folder of the weights; "package:NAME" stands for one that is shipped with mochi-tune."""
+    kind, colon, name = config.model.weights.partition(":")
+    if kind == "package" and colon:
+        from mochi_tune import assets
+
+        return Path(assets.__path__[0]) / name
+    return Path(config.model.weights).expanduser()

@@ -2,7 +2,7 @@
 
 
 class MochiTuneError(Exception):
-    """A user's mistake, told before any work is lost; the command line prints it without a traceback and exits with 2."""
+    """A user's mistake in one line; the command line prints it without a traceback and exits with 2."""
 
 
 class ConfigError(MochiTuneError):
@@ -15,3 +15,7 @@ class DataError(MochiTuneError):
 
 class CheckpointError(MochiTuneError):
     """Weights, an adapter or a checkpoint that is missing, damaged or made for another model."""
+
+
+class TrainingError(MochiTuneError):
+    """A run that must not go on: its loss is no number, or it would resume as another run."""

@@ -1,0 +1,59 @@
+"""Where a run's numbers go: metrics.jsonl and validation.jsonl always, W&B when asked."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class Metrics:
+    """Appends one JSON object a step, and takes back the ones after the checkpoint that a run resumes from."""
+
+    def __init__(self, run_dir: Path, last_step: int) -> None:
+        self.paths = {name: run_dir / f"{name}.jsonl" for name in ("metrics", "validation")}
+        self.tracker = None
+        for path in self.paths.values():
+            _cut_after(path, last_step)
+        self.files = {name: open(path, "a", buffering=1) for name, path in self.paths.items()}  # noqa: SIM115
+
+    def start_wandb(self, mode: str, project: str, name: str, run_dir: Path, config: dict) -> None:
+        """Starts or resumes a W&B run; mode is online or offline."""
+        import wandb
+
+        run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+        self.tracker = wandb.init(
+            project=project, name=name, id=run_id, resume="allow", mode=mode, dir=run_dir, config=config
+        )
+
+    def log(self, row: Mapping) -> None:
+        """Writes a training step's row: step, loss, grad_norm, lr, seconds and what it was made of."""
+        self._write("metrics", row)
+
+    def log_validation(self, row: Mapping) -> None:
+        """Writes a validation's row: step, validation_loss."""
+        self._write("validation", row)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        for file in self.files.values():
+            file.close()
+        if self.tracker:
+            self.tracker.finish()
+
+    def _write(self, name: str, row: Mapping) -> None:
+        self.files[name].write(json.dumps(row) + "\n")
+        if self.tracker:
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            self.tracker.log({f"{name}/{key}": value for key, value in numbers.items()}, step=row["step"])
+
+
+def _cut_after(path: Path, last_step: int) -> None:
+    """Drops the rows after a step, and a last line that a killed run left unfinished."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -1,0 +1,71 @@
+"""Writing videos and contact sheets."""
+
+import os
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+from torch import Tensor
+
+from mochi_tune.models.latents import FPS
+
+
+def write_video(path: Path, frame_chunks: Iterable[Tensor]) -> int:
+    """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264 at 30 fps; the file appears whole.
+
+    Args:
+        path: an .mp4 that does not exist yet; its folder does.
+        frame_chunks: frames in order; sides are even.
+
+    Returns:
+        The number of frames written.
+    """
+    import av
+
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    count = 0
+    with av.open(str(temporary), "w") as container:
+        stream = None
+        for chunk in frame_chunks:
+            for frame in chunk.numpy():
+                if stream is None:
+                    # CRF 17 is visually lossless; yuv420p is what every player reads.
+                    stream = container.add_stream("libx264", rate=FPS, options={"crf": "17", "preset": "medium"})
+                    stream.height, stream.width = frame.shape[:2]
+                    stream.pix_fmt = "yuv420p"
+                    stream.time_base = Fraction(1, FPS)
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture.pts = count
+                container.mux(stream.encode(picture))
+                count += 1
+        container.mux(stream.encode())
+    os.replace(temporary, path)
+    return count
+
+
+def read_frames(path: Path) -> list:
+    """Reads all frames of a video as PIL images."""
+    import av
+
+    with av.open(str(path)) as container:
+        return [frame.to_image() for frame in container.decode(video=0)]
+
+
+def write_contact_sheet(path: Path, videos: dict[str, Path], columns: int = 6) -> None:
+    """Writes a PNG with one labelled row of evenly spaced frames for each video, first and last included."""
+    from PIL import Image, ImageDraw
+
+    rows = {}
+    for label, video in videos.items():
+        frames = read_frames(video)
+        rows[label] = [frames[round(i * (len(frames) - 1) / (columns - 1))] for i in range(columns)]
+    width, height = next(iter(rows.values()))[0].size
+    label_height, gap = 18, 2
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + label_height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, frames) in enumerate(rows.items()):
+        top = i * (height + label_height)
+        draw.text((2, top + 3), label, fill="black")
+        for j, frame in enumerate(frames):
+            sheet.paste(frame, (j * (width + gap), top + label_height))
+    sheet.save(path)

@@ -1,0 +1,317 @@
+"""Trains a LoRA on a prepared cache: the whole run, from top to bottom. The same command resumes a stopped run."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mochi_tune.adapters import Adapter, LoraLayer, load_adapter, save_adapter
+from mochi_tune.config import RunConfig, config_yaml, sample_size, sampler_settings, setting, weights_folder
+from mochi_tune.data.cache import open_cache
+from mochi_tune.data.dataset import LatentDataset, batch_indices, collate
+from mochi_tune.errors import TrainingError
+from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
+from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_layers
+from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.latents import to_vae_latents
+from mochi_tune.models.text_encoder import TextEncoder
+from mochi_tune.models.vae import decode_chunks
+from mochi_tune.parallel.memory import apply_activation_checkpointing
+from mochi_tune.sampler import draw_noise, sample_latents
+from mochi_tune.training import checkpoint
+from mochi_tune.training.metrics import Metrics
+from mochi_tune.training.optim import build_adamw, learning_rate_at
+from mochi_tune.training.rng import key_seed, keyed_generator
+from mochi_tune.video import write_video
+from mochi_tune.weights import base_identity, check_weights, fingerprint, load_decoder, load_dit, meta_dit
+
+VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
+# What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
+FREE_TO_CHANGE = ("name", "run_dir", "device", "model.weights", "data.videos", "data.cache", "train.steps")
+FREE_SECTIONS = (
+    "sample.",
+    "log.",
+    "train.checkpoint",
+    "train.keep",
+    "train.valid",
+    "train.sample",
+    "train.gradient_ch",
+)
+
+
+def main(config: RunConfig) -> int:
+    """Runs or resumes a training; returns the exit code, 0 or 128 + the signal that stopped it."""
+    device, dtype = find_device(config.device), DTYPES[config.model.dtype]
+    folder, run_dir, train = weights_folder(config), Path(config.run_dir), config.train
+    prompts = list(train.sample_prompts) if train.sample_every else []
+
+    # Everything that can be refused is refused before a weight is read.
+    check_weights(folder, ["dit", "decoder", "text_encoder"] if prompts else ["dit"])
+    data = config.data
+    cache = open_cache(Path(data.cache), num_frames=data.num_frames, height=data.height, width=data.width)
+    dataset = LatentDataset(cache)
+    layers = select_layers(linear_shapes(meta_dit(folder)), config.lora.targets)
+    identity = {"settings": flat_settings(config), "cache": cache.fingerprint, "base": base_identity(folder)}
+    checkpoints = checkpoint.find_checkpoints(run_dir / "checkpoints")
+    resumed = checkpoint.read_json(checkpoints[-1] / "state.json") if checkpoints else {"step": 0}
+    if checkpoints:
+        check_same_run(run_dir, resumed, identity)
+        checkpoint.check_checkpoint(checkpoints[-1])
+        if resumed["step"] >= train.steps:
+            tqdm.write(f"{run_dir} is trained to step {resumed['step']} already; train.steps={train.steps}.")
+            return 0
+    (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config_yaml(config))
+
+    # One large model at a time: T5 leaves before the DiT comes.
+    features = encode_prompts(folder, device, dtype, prompts)
+    dit = load_dit(folder, device, dtype)
+    apply_lora(dit, layers, config.lora.rank, config.lora.alpha, config.lora.dropout, key_seed(config.seed, "adapter"))
+    if train.gradient_checkpointing:
+        apply_activation_checkpointing(dit)
+    parameters = lora_parameters(dit)
+    optimizer = build_adamw(parameters.values(), train.learning_rate, train.weight_decay, device.type)
+    if checkpoints:
+        load_parameters(checkpoints[-1] / "adapter.safetensors", parameters)
+        checkpoint.load_optimizer(checkpoints[-1] / "optimizer.safetensors", optimizer, parameters)
+        tqdm.write(f"resuming {run_dir} from step {resumed['step']}")
+
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    dit, optimizer = accelerator.prepare(dit, optimizer)
+    metrics = Metrics(run_dir, resumed["step"])
+    if config.log.wandb != "disabled":
+        metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, identity["settings"])
+
+    def look(step: int) -> None:
+        """Validates and renders where this step asks for it."""
+        if (
+            train.validate_every
+            and train.validation_clips
+            and (step % train.validate_every == 0 or step == train.steps)
+        ):
+            metrics.log_validation({"step": step, "validation_loss": validation_loss(config, dit, dataset)})
+        if prompts and (step % train.sample_every == 0 or step == train.steps):
+            render(config, dit, features, folder, run_dir / "samples", step)
+
+    def save(step: int) -> None:
+        """Writes a checkpoint, then the run's adapter."""
+        adapter = Adapter(adapter_layers(parameters, config.lora.alpha), adapter_metadata(config, identity, step))
+        with checkpoint.new_checkpoint(run_dir / "checkpoints", step, train.keep_checkpoints) as new:
+            save_adapter(new / "adapter.safetensors", adapter)
+            state = checkpoint.optimizer_tensors(optimizer, parameters)
+            checkpoint.save_tensors(new / "optimizer.safetensors", state)
+            checkpoint.write_json(new / "state.json", {"step": step, **identity})
+        newest = run_dir / "checkpoints" / f"step_{step:06d}" / "adapter.safetensors"
+        checkpoint.replace_file(newest, run_dir / "adapter.safetensors")
+
+    stop = StopSignal()
+    dit.train()
+    if not checkpoints:
+        look(0)
+    progress = tqdm(total=train.steps, initial=resumed["step"], desc="train", unit="step")
+    for step in range(resumed["step"] + 1, train.steps + 1):
+        started = time.perf_counter()
+        learning_rate = learning_rate_at(step, train.learning_rate, train.warmup_steps, train.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        losses, sigmas, clips = [], [], []
+        for micro in range(train.accumulation_steps):
+            number = (step - 1) * train.accumulation_steps + micro
+            indices = batch_indices(number, num_clips=len(dataset), batch_size=train.batch_size, seed=config.seed)
+            batch = collate([dataset[i] for i in indices])
+            noisy, target, sigma = draw_batch(config, batch, step, micro)
+            torch.manual_seed(key_seed(config.seed, "dropout", step, micro))
+            prediction = dit(
+                noisy.to(device), sigma.to(device), batch["prompt_embeds"].to(device), batch["prompt_mask"]
+            )
+            loss = velocity_loss(prediction, target.to(device)).mean()
+            accelerator.backward(loss / train.accumulation_steps)
+            losses.append(loss.detach())
+            sigmas += sigma.tolist()
+            clips += batch["sample_ids"]
+        norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
+        loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
+        check_finite(step, loss, grad_norm, clips, sigmas, run_dir)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - started
+        row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate, "seconds": round(seconds, 4)}
+        metrics.log({**row, "clips": clips, "sigmas": [round(s, 6) for s in sigmas]})
+        progress.set_postfix_str(f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step")
+        progress.update()
+        look(step)
+        if step == train.steps or stop.received or (train.checkpoint_every and step % train.checkpoint_every == 0):
+            save(step)
+        if stop.received and step < train.steps:
+            break
+    progress.close()
+    metrics.close()
+    if stop.received and step < train.steps:
+        tqdm.write(f"stopped after step {step} of {train.steps}, saved; the same command goes on from there")
+        return 128 + stop.received
+    tqdm.write(f"adapter: {run_dir / 'adapter.safetensors'}")
+    return 0
+
+
+class StopSignal:
+    """Remembers a first Ctrl-C or SIGTERM, so that the step in hand is finished and saved; a second one is not held."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _receive(self, number: int, _frame: object) -> None:
+        self.received = number
+        for each, handler in self.former.items():
+            signal.signal(each, handler)
+
+
+def flat_settings(config: RunConfig) -> dict:
+    """Returns the settings by dotted key."""
+    from mochi_tune.config import known_keys
+
+    return {key: setting(config, key) for key in known_keys()}
+
+
+def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:
+    """Refuses to go on as another run than the one that was started.
+
+    Raises:
+        TrainingError: a setting that decides what is learnt, the cache or the base differs.
+    """
+    before, now = resumed["settings"], identity["settings"]
+    bound = [key for key in now if key not in FREE_TO_CHANGE and not key.startswith(FREE_SECTIONS)]
+    changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in bound if before.get(key) != now[key]]
+    changed += [f"the {part} is another one" for part in ("cache", "base") if resumed[part] != identity[part]]
+    if changed:
+        raise TrainingError(
+            f"{run_dir} cannot go on from step {resumed['step']}: {'; '.join(changed)}: "
+            "put that back, or start another run with run_dir=DIR."
+        )
+
+
+def encode_prompts(folder: Path, device: torch.device, dtype: torch.dtype, prompts: list[str]) -> list[torch.Tensor]:
+    """Returns the features of the eval prompts and, last, of the empty prompt; loads T5 for that and lets it go."""
+    if not prompts:
+        return []
+    encoder = TextEncoder.load(folder, device, dtype)
+    return [features.cpu() for features in encoder.encode([*prompts, ""])]
+
+
+def draw_batch(
+    config: RunConfig, batch: dict, step: int, micro: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draws posterior, noise, sigma and caption dropout of a batch, each sample by its own key.
+
+    Returns the noisy input and the target, (B, C, T, h, w) fp32, and sigma (B,); drops captions in `batch`.
+    """
+    posterior_noise, noise, sigma = [], [], []
+    for row, mean in enumerate(batch["mean"]):
+        generator = keyed_generator(config.seed, "train", step, micro * config.train.batch_size + row)
+        sigma.append(torch.rand((), generator=generator))
+        dropped = torch.rand((), generator=generator) < config.train.caption_dropout
+        posterior_noise.append(torch.randn(mean.shape, generator=generator))
+        noise.append(torch.randn(mean.shape, generator=generator))
+        if dropped:
+            batch["prompt_embeds"][row] = 0
+            batch["prompt_mask"][row] = False
+    vae_latents = draw_posterior(batch["mean"], batch["logvar"], torch.stack(posterior_noise))
+    sigma = torch.stack(sigma)
+    return *noisy_and_target(config.train.objective, vae_latents, torch.stack(noise), sigma), sigma
+
+
+@torch.no_grad()
+def validation_loss(config: RunConfig, dit: torch.nn.Module, dataset: LatentDataset) -> float:
+    """Returns the loss on fixed clips, noise and sigmas: what the noise of the training loss hides shows here."""
+    device = next(dit.parameters()).device
+    dit.eval()
+    losses = []
+    for index in range(min(config.train.validation_clips, len(dataset))):
+        batch = collate([dataset[index]])
+        generator = keyed_generator(config.seed, "validation", index)
+        noise = torch.randn(batch["mean"].shape, generator=generator)
+        for value in VALIDATION_SIGMAS:
+            sigma = torch.tensor([value])
+            noisy, target = noisy_and_target(config.train.objective, batch["mean"], noise, sigma)
+            prediction = dit(
+                noisy.to(device), sigma.to(device), batch["prompt_embeds"].to(device), batch["prompt_mask"]
+            )
+            losses.append(velocity_loss(prediction, target.to(device)).mean())
+    dit.train()
+    return torch.stack(losses).mean().item()
+
+
+def render(
+    config: RunConfig, dit: torch.nn.Module, features: list[torch.Tensor], folder: Path, samples: Path, step: int
+) -> None:
+    """Renders the eval prompts by the sampler's own code, with the live adapter and the same seed at every step."""
+    noise = draw_noise(config.seed, *sample_size(config))
+    *prompts, empty = features
+    latents = [
+        sample_latents(dit, noise, prompt, empty, sampler_settings(config), f"sample {i}").cpu()
+        for i, prompt in enumerate(prompts)
+    ]
+    decoder = load_decoder(folder, next(dit.parameters()).device, DTYPES[config.model.dtype])
+    for i, each in enumerate(latents):
+        path = samples / f"step_{step:06d}_prompt_{i}.mp4"
+        write_video(path, (chunk[0] for chunk in decode_chunks(decoder, to_vae_latents(each))))
+
+
+def check_finite(
+    step: int, loss: float, grad_norm: float, clips: list[str], sigmas: list[float], run_dir: Path
+) -> None:
+    """Stops the run before an update that would ruin the adapter.
+
+    Raises:
+        TrainingError: the loss or the gradient norm is not finite; the text names the clips.
+    """
+    if torch.isfinite(torch.tensor([loss, grad_norm])).all():
+        return
+    samples = ", ".join(f"{clip} (sigma {sigma:.3f})" for clip, sigma in zip(clips, sigmas, strict=True))
+    kept = checkpoint.find_checkpoints(run_dir / "checkpoints")
+    last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+    raise TrainingError(
+        f"step {step}: loss {loss}, gradient norm {grad_norm} on {samples}; the update was not made and {last}: "
+        "lower train.learning_rate, or look at these clips."
+    )
+
+
+def adapter_layers(parameters: dict[str, torch.nn.Parameter], alpha: float) -> dict[str, LoraLayer]:
+    """Returns the adapter's layers as they are now."""
+    names = [name.removesuffix(".lora_A") for name in parameters if name.endswith(".lora_A")]
+    return {
+        name: LoraLayer(parameters[f"{name}.lora_A"].detach(), parameters[f"{name}.lora_B"].detach(), alpha)
+        for name in names
+    }
+
+
+def adapter_metadata(config: RunConfig, identity: dict, step: int) -> dict[str, str]:
+    """Returns what a file must tell of itself: which base, which adapter, how far trained, by which settings."""
+    settings = json.dumps(identity["settings"], sort_keys=True, default=str)
+    return {
+        "base_model": config.model.name,
+        "base_fingerprint": identity["base"],
+        "rank": str(config.lora.rank),
+        "alpha": str(config.lora.alpha),
+        "targets": json.dumps(list(config.lora.targets)),
+        "step": str(step),
+        "config_hash": hashlib.sha256(settings.encode()).hexdigest(),
+        "name": config.name,
+    }
+
+
+def load_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Puts a checkpoint's adapter back into the live one."""
+    tensors = checkpoint.load_tensors(path)
+    assert tensors.keys() == parameters.keys(), "the settings were compared, so the layers are the same"
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])

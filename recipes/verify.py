@@ -1,0 +1,203 @@
+"""Compares this machine's numbers with vectors of the official implementation, one line a check."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mochi_tune.adapters import load_adapter
+from mochi_tune.errors import CheckpointError
+from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
+from mochi_tune.lora import apply_adapter, lora_parameters
+from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.latents import to_latents, to_vae_latents
+from mochi_tune.models.vae import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    decode_tiled,
+    encode,
+    fourier_features,
+    frames_to_pixels,
+)
+from mochi_tune.sampler import euler_steps, linear_quadratic_sigmas
+from mochi_tune.weights import check_weights, load_decoder, load_dit, load_encoder
+
+FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
+# The largest error allowed, relative to the largest value of the vector. Source: SPEC 10.
+TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
+# The reference has fp32 gradients only; bf16 ones are held against them, so that a broken one shows.
+GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: `error` is the largest absolute difference over the largest absolute reference value."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the tolerance; a NaN is not."""
+        return self.error <= self.tolerance
+
+
+def main(reference: Path, device: str, dtype: str) -> Iterator[Check]:
+    """Runs every check on a folder laid out like the reference vectors, of any sizes; yields each when it is done.
+
+    Args:
+        reference: holds dit, encoder and decoder.safetensors with their configs, and FILES.
+        device: "cpu", "cuda" or "auto".
+        dtype: "fp32" or "bf16".
+
+    Raises:
+        CheckpointError: a file is missing or is not what it should be.
+    """
+    missing = [name for name in FILES if not (reference / name).is_file()]
+    if missing:
+        raise CheckpointError(f"reference={reference} lacks {', '.join(missing)}: name the folder of the vectors.")
+    check_weights(reference, ["dit", "encoder", "decoder"])
+    return _checks(reference, find_device(device), dtype)
+
+
+def _checks(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+    yield from check_full_size(reference)
+    yield from check_schedules(reference)
+    yield from check_dit(reference, device, dtype)
+    yield from check_sampling(reference, device, dtype)
+    yield from check_training(reference, device, dtype)
+    yield from check_encoder(reference, device, dtype)
+    yield from check_decoder(reference, device, dtype)
+
+
+def relative_error(got: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """Returns the largest absolute difference over the largest absolute reference value, or over `scale`.
+
+    It is infinite where shapes differ.
+    """
+    if got.shape != expected.shape:
+        return float("inf")
+    expected = expected.double()
+    scale = scale or max(expected.abs().max().item(), 1e-12)
+    return (got.detach().cpu().double() - expected).abs().max().item() / scale
+
+
+def check_full_size(reference: Path) -> Iterator[Check]:
+    """Every tensor's name and shape at full size: the error is the number that differ."""
+    keys = json.loads((reference / "full_size_keys.json").read_text())
+    models = {"dit": (AsymmDiT, DiTConfig), "encoder": (Encoder, EncoderConfig), "decoder": (Decoder, DecoderConfig)}
+    for part, (model, config) in models.items():
+        with torch.device("meta"):
+            ours = {name: list(tensor.shape) for name, tensor in model(config()).state_dict().items()}
+        differing = [name for name in ours.keys() | keys[part].keys() if ours.get(name) != keys[part].get(name)]
+        yield Check(f"full size: {part}", len(differing), 0)
+
+
+def check_schedules(reference: Path) -> Iterator[Check]:
+    """The linear-quadratic sigma schedules."""
+    for key, sigmas in json.loads((reference / "schedules.json").read_text()).items():
+        steps, threshold, linear = key.split(",")
+        ours = linear_quadratic_sigmas(int(steps), float(threshold), None if linear == "None" else int(linear))
+        yield Check(f"schedule {key}", relative_error(torch.tensor(ours), torch.tensor(sigmas)), 1e-6)
+
+
+def check_dit(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+    """The AsymmDiT's forward pass: prompt, empty prompt, batch of different prompts, many frames, bf16."""
+    dit = load_dit(reference, device, DTYPES[dtype])
+    io = load_file(reference / "dit_io.safetensors", device=str(device))
+    empty = torch.zeros_like(io["y_mask"])
+    inputs = {
+        "out_cond": (io["z"], io["sigma"], io["y_feat"], io["y_mask"]),
+        "out_null": (io["z"], io["sigma"], io["null_feat"], empty),
+        "batch_out": (io["batch_z"], io["batch_sigma"], io["batch_y_feat"], io["batch_y_mask"]),
+        "long_out": (io["long_z"], io["sigma"], io["y_feat"], io["y_mask"]),
+    }
+    with torch.no_grad():
+        for name, arguments in inputs.items():
+            yield Check(f"dit: {name}", relative_error(dit(*arguments), io[name].cpu()), TOLERANCE[dtype])
+        half = load_dit(reference, device, torch.bfloat16)
+        error = relative_error(half(*inputs["out_cond"]), io["out_cond_bf16"].cpu())
+        yield Check("dit: out_cond_bf16", error, TOLERANCE["bf16"])
+
+
+def check_sampling(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+    """Six Euler steps with guidance, in the DiT's space and converted to the VAE's."""
+    dit = load_dit(reference, device, DTYPES[dtype])
+    io = load_file(reference / "dit_io.safetensors", device=str(device))
+    prompt, negative = (io["y_feat"], io["y_mask"]), (io["null_feat"], torch.zeros_like(io["y_mask"]))
+    guidance = io["cfg_schedule"].tolist()
+    sigmas = linear_quadratic_sigmas(len(guidance), 0.025)
+    *_, latents = euler_steps(dit, io["z"], prompt, negative, sigmas, guidance)
+    yield Check("sampling: latents", relative_error(latents, io["sample_dit"].cpu()), TOLERANCE[dtype])
+    vae_latents = to_vae_latents(latents)
+    yield Check("sampling: vae latents", relative_error(vae_latents, io["sample_vae"].cpu()), TOLERANCE[dtype])
+
+
+def check_training(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+    """One training step with a LoRA: inputs, predictions, losses and every gradient, for both objectives."""
+    io = load_file(reference / "dit_io.safetensors", device=str(device))
+    vae_latents = draw_posterior(io["train_mean"], io["train_logvar"], io["train_posterior_noise"])
+    tolerance = TOLERANCE[dtype]
+    yield Check("posterior draw", relative_error(vae_latents, io["train_z"].cpu()), TOLERANCE["fp32"])
+    latents = to_latents(vae_latents)
+    yield Check("normalised latents", relative_error(latents, io["train_z_dit"].cpu()), TOLERANCE["fp32"])
+    layers = load_adapter(reference / "lora.safetensors").layers
+    vectors = {
+        "sampler": ("train_z_dit_sigma", "lora_out_dit", "train_loss_dit", "dit_grad."),
+        "official": ("train_z_sigma", "lora_out_vae_space", "train_loss_genmo", "genmo_grad."),
+    }
+    for objective, (noisy_key, output_key, loss_key, gradient_key) in vectors.items():
+        noisy, target = noisy_and_target(objective, vae_latents, io["train_eps"], io["sigma"])
+        yield Check(f"{objective} objective: input", relative_error(noisy, io[noisy_key].cpu()), TOLERANCE["fp32"])
+        dit = load_dit(reference, device, DTYPES[dtype])
+        apply_adapter(dit, {n: (x.a, x.b, x.alpha / x.a.shape[0]) for n, x in layers.items()}, "default")
+        parameters = lora_parameters(dit)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        prediction = dit(noisy, io["sigma"], io["y_feat"], io["y_mask"])
+        yield Check(f"{objective} objective: output", relative_error(prediction, io[output_key].cpu()), tolerance)
+        loss = velocity_loss(prediction, target)
+        yield Check(f"{objective} objective: loss", relative_error(loss, io[loss_key].cpu()), tolerance)
+        loss.mean().backward()
+        for name, parameter in parameters.items():
+            error = relative_error(parameter.grad, io[gradient_key + name].cpu())
+            yield Check(f"{objective} gradient: {name}", error, GRADIENT_TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def check_encoder(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+    """The VAE's encoder: Fourier features, a clip at once and in chunks of time, a single image."""
+    encoder = load_encoder(reference, device, DTYPES[dtype])
+    io = load_file(reference / "vae_io.safetensors", device=str(device))
+    pixels = frames_to_pixels(io["video"].permute(0, 2, 3, 4, 1))
+    features = fourier_features(pixels[:, :, :1])
+    yield Check("encoder: fourier", relative_error(features, io["fourier"].cpu()), TOLERANCE["fp32"])
+    for label, (mean, logvar), prefix in (
+        ("clip", encoder(pixels), ""),
+        ("clip in chunks", encode(encoder, pixels), ""),
+        ("image", encoder(pixels[:, :, :1]), "image_"),
+    ):
+        yield Check(f"encoder: {label} mean", relative_error(mean, io[f"{prefix}mean"].cpu()), TOLERANCE[dtype])
+        yield Check(f"encoder: {label} logvar", relative_error(logvar, io[f"{prefix}logvar"].cpu()), TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def check_decoder(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+    """The VAE's decoder: raw, clamped, and in spatial tiles."""
+    decoder = load_decoder(reference, device, DTYPES[dtype])
+    io = load_file(reference / "vae_io.safetensors", device=str(device))
+    raw = decoder(io["lat"])
+    yield Check("decoder: raw", relative_error(raw, io["decoded_raw"].cpu()), TOLERANCE[dtype])
+    # Clamping hides how large the raw values are, to which bf16 rounds: there the raw ones are the scale.
+    scale = io["decoded_raw"].abs().max().item() / 2 if dtype == "bf16" else None
+    for name, pixels in (("decoded", raw), ("decoded_tiled_spatial", decode_tiled(decoder, io["lat"]))):
+        unit = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1)
+        yield Check(f"decoder: {name}", relative_error(unit, io[name].cpu(), scale), TOLERANCE[dtype])

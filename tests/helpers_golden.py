@@ -1,0 +1,33 @@
+"""The official implementation's vectors and the models that made them."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mochi_tune.weights import load_decoder, load_dit, load_encoder
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@cache
+def vectors(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def golden_dit(dtype: torch.dtype = torch.float32):
+    return load_dit(GOLDEN, "cpu", dtype)
+
+
+def golden_encoder(dtype: torch.dtype = torch.float32):
+    return load_encoder(GOLDEN, "cpu", dtype)
+
+
+def golden_decoder(dtype: torch.dtype = torch.float32):
+    return load_decoder(GOLDEN, "cpu", dtype)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    assert got.shape == expected.shape
+    return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()

@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import torch
+from helpers_golden import GOLDEN, golden_decoder, golden_encoder, relative_error, vectors
+
+from mochi_tune.models.vae import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    decode_chunks,
+    decode_tiled,
+    encode,
+    fourier_features,
+    frames_to_pixels,
+    pixels_to_frames,
+)
+
+IO = vectors("vae_io")
+FRAMES = IO["video"].permute(0, 2, 3, 4, 1)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return golden_encoder()
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return golden_decoder()
+
+
+def to_unit(pixels):
+    return ((pixels + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "model", "config", "count"),
+    [("encoder", Encoder, EncoderConfig, 97_222_016), ("decoder", Decoder, DecoderConfig, 362_526_595)],
+)
+def test_full_size_has_the_official_names_shapes_and_count(part, model, config, count):
+    with torch.device("meta"):
+        vae = model(config())
+    expected = json.loads((GOLDEN / "full_size_keys.json").read_text())[part]
+    assert {name: list(tensor.shape) for name, tensor in vae.state_dict().items()} == expected
+    assert sum(parameter.numel() for parameter in vae.parameters()) == count
+
+
+def test_fourier_features_are_the_official_ones_to_the_bit():
+    pixels = frames_to_pixels(FRAMES[:, :1])
+    assert torch.equal(fourier_features(pixels), IO["fourier"])
+
+
+def test_fourier_features_refuse_rounded_pixels():
+    with pytest.raises(AssertionError, match="fp32"):
+        fourier_features(torch.zeros(1, 3, 1, 8, 8, dtype=torch.bfloat16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_frames", "prefix"), [(13, ""), (1, "image_")])
+def test_encoder_is_the_official_one(encoder, num_frames, prefix):
+    mean, logvar = encoder(frames_to_pixels(FRAMES[:, :num_frames]))
+    assert relative_error(mean, IO[f"{prefix}mean"]) <= 2e-5
+    assert relative_error(logvar, IO[f"{prefix}logvar"]) <= 2e-5
+
+
+@torch.no_grad()
+def test_decoder_is_the_official_one(decoder):
+    raw = decoder(IO["lat"])
+    assert relative_error(raw, IO["decoded_raw"]) <= 2e-5
+    assert relative_error(to_unit(raw), IO["decoded"]) <= 2e-5
+
+
+@torch.no_grad()
+def test_tiled_decoder_is_the_official_one(decoder):
+    assert relative_error(to_unit(decode_tiled(decoder, IO["lat"])), IO["decoded_tiled_spatial"]) <= 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_of_time_are_the_whole(encoder, decoder, chunk):
+    frames = torch.randint(0, 256, (1, 25, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = frames_to_pixels(frames)
+    mean, logvar = encoder(pixels)
+    for got, whole in zip(encode(encoder, pixels, chunk), (mean, logvar), strict=True):
+        assert relative_error(got, whole) <= 1e-5
+    decoded = torch.cat(list(decode_chunks(decoder, mean, chunk)), dim=1)
+    difference = decoded.int() - pixels_to_frames(decoder(mean)).int()
+    # A value next to a rounding border may fall on its other side.
+    assert decoded.shape == frames.shape and difference.abs().max() <= 1 and difference.ne(0).float().mean() < 1e-3
+
+
+@torch.no_grad()
+def test_no_frame_sees_its_future(encoder, decoder):
+    pixels = frames_to_pixels(FRAMES[:, :, :16, :16])
+    changed = pixels.clone()
+    changed[:, :, 7:] *= -1
+    for a, b in zip(encoder(pixels), encoder(changed), strict=True):
+        assert torch.allclose(a[:, :, :2], b[:, :, :2], atol=1e-6) and not torch.allclose(a[:, :, 2], b[:, :, 2])
+    latents = IO["lat"][..., :2, :2]
+    changed = latents.clone()
+    changed[:, :, 2] *= -1
+    a, b = decoder(latents), decoder(changed)
+    assert torch.allclose(a[:, :, :7], b[:, :, :7], atol=1e-6) and not torch.allclose(a[:, :, 7:], b[:, :, 7:])
+
+
+@torch.no_grad()
+def test_bf16_stays_near_fp32():
+    encoder, decoder = golden_encoder(torch.bfloat16), golden_decoder(torch.bfloat16)
+    mean, logvar = encoder(frames_to_pixels(FRAMES))
+    assert mean.dtype == torch.float32
+    assert relative_error(mean, IO["mean"]) <= 2e-2 and relative_error(logvar, IO["logvar"]) <= 2e-2
+    assert relative_error(decoder(IO["lat"]).float(), IO["decoded_raw"]) <= 2e-2
+
+
+def test_frames_survive_the_way_to_pixels_and_back():
+    frames = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
+    assert torch.equal(pixels_to_frames(frames_to_pixels(frames)), frames)
