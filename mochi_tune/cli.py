@@ -159,9 +159,10 @@ def run_verify(arguments: list[str]) -> int:
             raise ConfigError(f"{key}={options[key]} is not possible: use {' or '.join(allowed)}.")
     from mochi_tune.recipes.verify import main as verify
 
+    checks = verify(Path(options["reference"]), options["device"], options["dtype"])
     print(f"{'check':<58} {'max relative error':>18} {'tolerance':>9}")
     failed = 0
-    for check in verify(Path(options["reference"]), options["device"], options["dtype"]):
+    for check in checks:
         print(
             f"{check.name:<58} {check.error:>18.2e} {check.tolerance:>9.0e}  {'ok' if check.ok else 'FAIL'}", flush=True
         )

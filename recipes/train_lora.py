@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mochi_tune.adapters import Adapter, LoraLayer, load_adapter, save_adapter
+from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
 from mochi_tune.config import RunConfig, config_yaml, sample_size, sampler_settings, setting, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, batch_indices, collate
@@ -29,7 +28,7 @@ from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import build_adamw, learning_rate_at
 from mochi_tune.training.rng import key_seed, keyed_generator
 from mochi_tune.video import write_video
-from mochi_tune.weights import base_identity, check_weights, fingerprint, load_decoder, load_dit, meta_dit
+from mochi_tune.weights import base_identity, check_weights, load_decoder, load_dit, meta_dit
 
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
 # What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
@@ -75,7 +74,7 @@ def main(config: RunConfig) -> int:
     apply_lora(dit, layers, config.lora.rank, config.lora.alpha, config.lora.dropout, key_seed(config.seed, "adapter"))
     if train.gradient_checkpointing:
         apply_activation_checkpointing(dit)
-    parameters = lora_parameters(dit)
+    parameters, num_blocks = lora_parameters(dit), len(dit.blocks)
     optimizer = build_adamw(parameters.values(), train.learning_rate, train.weight_decay, device.type)
     if checkpoints:
         load_parameters(checkpoints[-1] / "adapter.safetensors", parameters)
@@ -103,7 +102,7 @@ def main(config: RunConfig) -> int:
 
     def save(step: int) -> None:
         """Writes a checkpoint, then the run's adapter."""
-        adapter = Adapter(adapter_layers(parameters, config.lora.alpha), adapter_metadata(config, identity, step))
+        adapter = Adapter(adapter_layers(parameters, config.lora.alpha), adapter_metadata(config, identity, num_blocks, step))
         with checkpoint.new_checkpoint(run_dir / "checkpoints", step, train.keep_checkpoints) as new:
             save_adapter(new / "adapter.safetensors", adapter)
             state = checkpoint.optimizer_tensors(optimizer, parameters)
@@ -294,12 +293,13 @@ def adapter_layers(parameters: dict[str, torch.nn.Parameter], alpha: float) -> d
     }
 
 
-def adapter_metadata(config: RunConfig, identity: dict, step: int) -> dict[str, str]:
+def adapter_metadata(config: RunConfig, identity: dict, num_blocks: int, step: int) -> dict[str, str]:
     """Returns what a file must tell of itself: which base, which adapter, how far trained, by which settings."""
     settings = json.dumps(identity["settings"], sort_keys=True, default=str)
     return {
         "base_model": config.model.name,
         "base_fingerprint": identity["base"],
+        "num_blocks": str(num_blocks),
         "rank": str(config.lora.rank),
         "alpha": str(config.lora.alpha),
         "targets": json.dumps(list(config.lora.targets)),

@@ -1,0 +1,226 @@
+"""`mochi-tune prepare`: a folder of videos and captions becomes the cache that training reads.
+
+Run it again at any time: what is encoded already is found by the fingerprint of all that it was made from.
+"""
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mochi_tune.config import RunConfig, weights_folder
+from mochi_tune.data.cache import REPORT_NAME, CacheSettings, Row, file_sha256, make_row
+from mochi_tune.data.cache_writer import CacheWriter, write_atomically
+from mochi_tune.data_prep.captions import load_captions
+from mochi_tune.data_prep.clips import TRANSFORM_VERSION, ClipDecoder, ClipTransform, find_videos
+from mochi_tune.data_prep.encode import encode_caption, encode_frames
+from mochi_tune.errors import DataError
+from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
+from mochi_tune.weights import check_weights, fingerprint, load_encoder
+
+# An error or a summary names this many clips and counts the rest.
+MAX_LISTED = 10
+REPORT_COLUMNS = (
+    "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "start_seconds", "scale", "crop",
+    "source_width", "source_height", "source_frames", "source_seconds", "rotation", "pixel_aspect",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run did: clips kept and refused, those encoded now, captions encoded now, and the cache's size."""
+
+    kept: int
+    refused: int
+    clips_encoded: int
+    captions_encoded: int
+    cache_gib: float
+
+
+def main(config: RunConfig) -> int:
+    """Prepares the cache and writes a summary line.
+
+    Returns:
+        The exit code: 0, or 1 when a clip was refused; the cache then holds the others.
+
+    Raises:
+        MochiTuneError: As `prepare`.
+    """
+    done = prepare(config)
+    tqdm.write(
+        f"{config.data.cache}: {done.kept} clips kept, {done.refused} refused; encoded now: {done.clips_encoded} clips "
+        f"and {done.captions_encoded} captions, reused: {done.kept - done.clips_encoded} clips; "
+        f"{done.cache_gib:.3g} GiB. What became of each input: {Path(config.data.cache) / REPORT_NAME}"
+    )
+    return 1 if done.refused else 0
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Brings the cache up to date with the videos, the captions and the settings; encodes only what is missing.
+
+    Raises:
+        DataError: No clips, a clip without a caption, none that can be used, or a model that gave NaN or infinity.
+        CheckpointError: Weights that are missing or of another model.
+        ConfigError: The device is not there.
+    """
+    folder, weights = Path(config.data.videos), weights_folder(config)
+    device = find_device(config.device)
+    transform = ClipTransform(
+        config.data.num_frames, config.data.height, config.data.width, allow_upscale=config.data.allow_upscale
+    )
+    captions = _read_captions(folder, config.data.allow_empty_captions)
+    check_weights(weights, ["encoder", "text_encoder"])
+    settings = CacheSettings(
+        transform={"version": TRANSFORM_VERSION, **asdict(transform)},
+        vae=fingerprint(weights, "encoder"),
+        vae_dtype=config.model.dtype,
+        t5=fingerprint(weights, "text_encoder"),
+        t5_dtype=config.model.dtype,
+    )
+    rows, refused = _fingerprint_videos(folder, captions, settings)
+
+    with CacheWriter(Path(config.data.cache)) as cache:
+        decoder = ClipDecoder(transform, config.data.decode_timeout_seconds)
+        clips_encoded, bad_clips = _encode_clips(cache, folder, rows, decoder, config, device)
+        refused |= {row.path: bad_clips[row.clip_key] for row in rows if row.clip_key in bad_clips}
+        # Captions come second, and only those of clips that are kept: a caption of a refused one has no place to stay.
+        kept = [row for row in rows if row.path not in refused]
+        captions_encoded = _encode_captions(cache, kept, config, device)
+        records = _report_records(cache, captions, kept, refused)
+        report = Path(config.data.cache) / REPORT_NAME
+        write_atomically(report, lambda path: _write_csv(path, records))
+        if not kept:
+            first = next(iter(refused.values()))
+            raise DataError(f"none of the {len(refused)} clips in {folder} can be used, see {report}; {first}")
+        cache.commit(kept, settings)
+    _tell(records)
+    num_bytes = sum(file.stat().st_size for file in (Path(config.data.cache) / "data").iterdir())
+    return Prepared(len(kept), len(refused), clips_encoded, captions_encoded, num_bytes / 2**30)
+
+
+def _read_captions(folder: Path, allow_empty: bool) -> dict[str, str]:
+    """Returns the caption of each video by its path in the folder, sorted."""
+    videos = find_videos(folder)
+    found = load_captions(folder, videos)
+    captions = {_relative(video, folder): found.get(video, "").strip() for video in videos}
+    empty = [name for name, caption in captions.items() if not caption]
+    if empty and not allow_empty:
+        raise DataError(
+            f"{len(empty)} of {len(videos)} clips in {folder} have no caption ({_some(empty)}): write each one's into "
+            "a .txt file of its name, or set data.allow_empty_captions=true to train them without."
+        )
+    return captions
+
+
+def _relative(video: Path, folder: Path) -> str:
+    name = video.relative_to(folder).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name of the clip {name!a} is not valid UTF-8: rename it.") from None
+    return name
+
+
+def _fingerprint_videos(
+    folder: Path, captions: dict[str, str], settings: CacheSettings
+) -> tuple[list[Row], dict[str, str]]:
+    """Returns a row for each video that can be opened, and why the others cannot."""
+    rows, refused = [], {}
+    for name, caption in tqdm(captions.items(), desc="fingerprints", unit="clip"):
+        try:
+            rows.append(make_row(name, caption, file_sha256(folder / name), settings))
+        except OSError as error:
+            refused[name] = f"{folder / name}: cannot be opened ({error.strerror}): copy it again or remove it."
+    return rows, refused
+
+
+def _encode_clips(
+    cache: CacheWriter, folder: Path, rows: list[Row], decoder: ClipDecoder, config: RunConfig, device: torch.device
+) -> tuple[int, dict[str, str]]:
+    """Encodes the clips that the cache lacks; returns how many, and for the clip_keys of bad ones, why."""
+    # Two files with the same bytes have the same key, and are encoded once.
+    missing = _first_of_each((row.clip_key, row) for row in rows if not cache.has_latents(row.clip_key))
+    num_encoded, bad, encoder = 0, {}, None
+    with decoder, tqdm(total=len(missing), desc="clips", unit="clip", disable=not missing) as progress:
+        clips = decoder.decode_all([folder / row.path for row in missing])
+        for row, (_, clip) in zip(missing, clips, strict=True):
+            if isinstance(clip, DataError):
+                bad[row.clip_key] = str(clip)
+            else:
+                # Not before a clip is there to be encoded: a second run over a bad clip reads no weights.
+                encoder = encoder or load_encoder(weights_folder(config), device, DTYPES[config.model.dtype])
+                mean, logvar = encode_frames(encoder, clip.frames, row.path)
+                cache.put_latents(row.clip_key, mean, logvar, clip.report)
+                num_encoded += 1
+            progress.update()
+    del encoder
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return num_encoded, bad
+
+
+def _encode_captions(cache: CacheWriter, rows: list[Row], config: RunConfig, device: torch.device) -> int:
+    """Encodes the captions that the cache lacks, each text once, and frees the text encoder; returns how many."""
+    missing = _first_of_each((row.text_key, row) for row in rows if not cache.has_text(row.text_key))
+    if not missing:
+        return 0
+    text_encoder = TextEncoder.load(weights_folder(config), device, DTYPES[config.model.dtype])
+    for row in tqdm(missing, desc="captions", unit="caption"):
+        prompt_embeds, caption_tokens = encode_caption(text_encoder, row.caption, row.path)
+        cache.put_text(row.text_key, prompt_embeds, caption_tokens)
+    del text_encoder
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return len(missing)
+
+
+def _first_of_each(keyed_rows: Iterable[tuple[str, Row]]) -> list[Row]:
+    first: dict[str, Row] = {}
+    for key, row in keyed_rows:
+        first.setdefault(key, row)
+    return list(first.values())
+
+
+def _report_records(
+    cache: CacheWriter, captions: dict[str, str], kept: list[Row], refused: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Returns one record an input, in the order of the clips; refused ones have no tokens and no crop."""
+    rows = {row.path: row for row in kept}
+    records = []
+    for name, caption in captions.items():
+        record = {"clip": name, "status": "refused", "reason": refused.get(name, ""), "caption": caption}
+        if name in rows:
+            num_tokens, caption_tokens = cache.token_counts(rows[name].text_key)
+            clip_report = cache.clip_report(rows[name].clip_key)
+            record |= {"status": "kept", "caption_tokens": caption_tokens, "lost_tokens": caption_tokens - num_tokens}
+            record |= clip_report | {"crop": json.dumps(clip_report["crop"])}
+        records.append(record)
+    return records
+
+
+def _write_csv(path: Path, records: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, REPORT_COLUMNS)
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def _tell(records: list[dict[str, Any]]) -> None:
+    """Writes what a user should not have to look up in the report: refused clips, captions that are cut."""
+    for record in records:
+        if record["status"] == "refused":
+            tqdm.write(f"refused: {record['reason']}")
+    cut = [f"{record['clip']} by {record['lost_tokens']}" for record in records if record.get("lost_tokens")]
+    if cut:
+        tqdm.write(f"captions cut to {MAX_TOKENS} tokens: {_some(cut)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

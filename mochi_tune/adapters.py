@@ -1,0 +1,393 @@
+"""Adapter files in and out, exactly: every layout holds the same change of the weights.
+
+| layout    | keys                                                      | where alpha lies                          |
+| --------- | --------------------------------------------------------- | ----------------------------------------- |
+| native    | blocks.0.attn.qkv_x.lora_A, blocks.0.mlp_x.w1.lora_B      | metadata `alphas`: JSON, layer by layer   |
+| official  | the same, all attention layers and nothing else           | metadata `kwargs`: JSON, one for a group  |
+| diffusers | transformer.transformer_blocks.0.attn1.to_q.lora_A.weight | nowhere, or in `lora_adapter_metadata`    |
+| comfyui   | native keys; read also with the prefix `diffusion_model.` | nowhere; read also from `.alpha` tensors  |
+
+In memory there is one form only: official names, fp32. Every export but the native one has alpha / rank multiplied
+into B, so that a runtime gets the same weights whether it looks for an alpha or not.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.models.lora_layout import (
+    DIFFUSERS_KINDS,
+    OFFICIAL_KINDS,
+    TEXT_UPDATE_KINDS,
+    LoraLayer,
+    bake,
+    block_of,
+    check_layer,
+    complete_layers,
+    delta_weight,
+    drop_padding,
+    fuse_layers,
+    kind_of,
+    official_names,
+    pad_rank,
+    some,
+    split_layers,
+)
+
+__all__ = [
+    "FORMATS",
+    "Adapter",
+    "LoraLayer",
+    "check_adapter",
+    "check_format",
+    "delta_weight",
+    "load_adapter",
+    "save_adapter",
+]
+
+FORMATS = ("official", "diffusers", "comfyui", "native")
+
+# What belongs to one layout and must not survive a conversion.
+_LAYOUT_METADATA = ("format", "kwargs", "alphas", "lora_adapter_metadata")
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?(?P<module>(?:transformer_)?blocks\.(?:0|[1-9]\d{0,2})\..+?)"
+    r"\.(?:(?P<half>lora_[AB])(?:\.weight)?|(?P<alpha>alpha))"
+)
+
+
+@dataclass
+class Adapter:
+    """A LoRA, independent of the layout that it was read from.
+
+    Attributes:
+        layers: by official module name, such as "blocks.0.attn.qkv_x".
+        metadata: what is known of its origin; carried through every conversion. `rank` and `alpha` are as trained.
+        path: the file that it was read from, if any.
+    """
+
+    layers: dict[str, LoraLayer]
+    metadata: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        return f"adapter {self.path}" if self.path else "the adapter"
+
+
+def check_format(to: str) -> None:
+    """Refuses a layout that does not exist, naming the nearest one.
+
+    Raises:
+        ConfigError: `to` is not one of FORMATS.
+    """
+    if to not in FORMATS:
+        nearest = difflib.get_close_matches(to, FORMATS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"to={to} is not an adapter format, which are {', '.join(FORMATS)}: use {nearest}.")
+
+
+def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fingerprint: str | None) -> None:
+    """Refuses an adapter that does not belong to a base.
+
+    Args:
+        adapter: what is to be applied.
+        shapes: (out, in) of every Linear of the base, by official name.
+        base_fingerprint: of the base's weights; compared where the adapter names its own.
+
+    Raises:
+        CheckpointError: a layer is not in the base or has other sizes there, or the fingerprints differ.
+    """
+    wrong = []
+    for name, layer in adapter.layers.items():
+        if name not in shapes:
+            wrong.append(f"the base has no {name}")
+        elif layer.shape != tuple(shapes[name]):
+            wrong.append(f"{name} is {_size(layer.shape)}, in the base {_size(shapes[name])}")
+    trained_on = adapter.metadata.get("base_fingerprint")
+    if trained_on and base_fingerprint and trained_on != base_fingerprint:
+        wrong.insert(0, f"base_fingerprint is {trained_on}, this base's is {base_fingerprint}")
+    if wrong:
+        raise CheckpointError(
+            f"{adapter} was trained on another base: {some(wrong, '; ')}: use the weights that it was trained on."
+        )
+
+
+def load_adapter(path: Path | str) -> Adapter:
+    """Reads an adapter file of any layout, which is found from its keys and metadata.
+
+    Components that are 0 in both halves, which exports add as padding, are dropped. Diffusers' q, k and v become the
+    fused layer as `fuse_layers` says. Official names without any metadata are read as ComfyUI does, at scale 1.
+
+    Raises:
+        CheckpointError: no such file, not safetensors (a pickle is never opened), unknown or missing keys, an alpha
+            that is missing or does not fit, non-finite weights, or nothing but zeros.
+    """
+    path = Path(path)
+    tensors, metadata = _read(path)
+    try:
+        modules = _group_keys(tensors)
+        alphas = _read_alphas(modules, metadata)
+        trained = {}
+        for name, halves in modules.items():
+            trained[name] = LoraLayer(halves["lora_A"].float(), halves["lora_B"].float(), alphas[name])
+            check_layer(name, trained[name])
+        layers = fuse_layers(trained) if _is_split(trained) else trained
+    except CheckpointError as error:
+        raise CheckpointError(f"adapter {path}: {error}") from error
+    layers = {name: kept for name, layer in layers.items() if (kept := drop_padding(layer)).rank}
+    if not layers:
+        raise CheckpointError(f"adapter {path} holds nothing but zeros, so it changes nothing: use another file.")
+    carried = {key: value for key, value in metadata.items() if key not in _LAYOUT_METADATA}
+    used = trained if _is_split(trained) else layers
+    return Adapter(layers, {**_describe(layers, used), **carried}, path)
+
+
+def save_adapter(path: Path | str, adapter: Adapter, to: str = "native") -> dict[str, LoraLayer]:
+    """Writes an adapter file, atomically; the change of the weights is the same in every layout.
+
+    Args:
+        path: file to write or replace; its folder exists.
+        adapter: layers on any device, in any float dtype; written in fp32.
+        to: one of FORMATS.
+
+    Returns:
+        The layers as written, by their names in the file; their number, rank and alpha can differ from the adapter's.
+
+    Raises:
+        ConfigError: `to` is unknown.
+        CheckpointError: a layer is damaged or has no place in the layout, or there is none.
+    """
+    check_format(to)
+    path = Path(path)
+    unknown = [name for name in adapter.layers if kind_of(name) not in DIFFUSERS_KINDS]
+    if unknown or not adapter.layers:
+        raise CheckpointError(
+            f"{adapter} cannot be written, its layers are {some(unknown) or 'none'}: "
+            f"the formats know {', '.join(DIFFUSERS_KINDS)} in each block."
+        )
+    for name, layer in adapter.layers.items():
+        check_layer(name, layer)
+    layers, layout_metadata = _lay_out(adapter, to)
+    suffix = ".weight" if to == "diffusers" else ""
+    tensors = {}
+    for name, layer in layers.items():
+        for half, tensor in (("lora_A", layer.a), ("lora_B", layer.b)):
+            tensors[f"{name}.{half}{suffix}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    carried = {key: value for key, value in adapter.metadata.items() if key not in _LAYOUT_METADATA}
+    metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
+    metadata |= {"format": "mochi-tune" if to == "native" else to, "created_by": f"mochi-tune {version('mochi-tune')}"}
+    _write(path, save(tensors, metadata))
+    return layers
+
+
+def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+    """Returns the layers under the names and at the ranks of a layout, and its own metadata."""
+    if to == "native":
+        layers = adapter.layers
+        metadata = {"alphas": json.dumps({name: layer.alpha for name, layer in layers.items()})}
+        num_blocks, kwargs = _num_blocks(adapter), _official_kwargs(layers)
+        # A file that needs no change for the official loader is given what that loader reads.
+        if num_blocks and kwargs and layers.keys() == set(official_names(num_blocks)):
+            metadata["kwargs"] = kwargs
+        return layers, metadata
+    if to == "official":
+        return _lay_out_official(adapter)
+    if to == "diffusers":
+        # One rank for all: diffusers without 0.42's remedy takes the first module's rank as every module's alpha.
+        rank = max(layer.rank for layer in adapter.layers.values())
+        modules = split_layers(adapter.layers)
+        return {f"transformer.{name}": pad_rank(module, rank) for name, module in modules.items()}, {}
+    return {name: bake(layer) for name, layer in adapter.layers.items()}, {}
+
+
+def _lay_out_official(adapter: Adapter) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+    if mlps := [name for name in adapter.layers if ".mlp_" in name]:
+        raise CheckpointError(
+            f"the official format has no MLP layers, {adapter} has {some(mlps)}: use to=diffusers or to=comfyui."
+        )
+    num_blocks = _num_blocks(adapter)
+    if num_blocks is None:
+        raise CheckpointError(
+            f"the official format holds every block of the base, and {adapter} has no num_blocks in its metadata: "
+            "export the file that was trained, or use to=diffusers or to=comfyui."
+        )
+    if alien := sorted(adapter.layers.keys() - set(official_names(num_blocks))):
+        raise CheckpointError(
+            f"{adapter} has {some(alien)}, but a base of num_blocks={num_blocks} has not: correct it."
+        )
+    layers = complete_layers(adapter.layers, num_blocks)
+    return layers, {"kwargs": _official_kwargs(layers), "num_blocks": str(num_blocks)}
+
+
+def _official_kwargs(layers: dict[str, LoraLayer]) -> str | None:
+    """Returns the official loader's settings, or None where the ranks or alphas within a group differ."""
+    kwargs = {}
+    for group, ours in (("qkv", ".qkv_"), ("out", ".proj_")):
+        pairs = {(layer.rank, layer.alpha) for name, layer in layers.items() if ours in name}
+        if len(pairs) != 1:
+            return None
+        rank, alpha = pairs.pop()
+        kwargs |= {f"{group}_proj_lora_rank": rank, f"{group}_proj_lora_alpha": alpha}
+        kwargs[f"{group}_proj_lora_dropout"] = 0.0
+    return json.dumps(kwargs)
+
+
+def _num_blocks(adapter: Adapter) -> int | None:
+    """Takes the base's depth from the metadata, else from the names; None where the last one named is not the last."""
+    stated = adapter.metadata.get("num_blocks")
+    if stated is None:
+        last = max(block_of(name) for name in adapter.layers)
+        updates_text = any(block_of(name) == last and kind_of(name) in TEXT_UPDATE_KINDS for name in adapter.layers)
+        return None if updates_text else last + 1
+    if not re.fullmatch(r"[1-9]\d{0,2}", stated):
+        raise CheckpointError(f"{adapter} says num_blocks={stated}, which must be 1 to 999: correct its metadata.")
+    return int(stated)
+
+
+def _describe(layers: dict[str, LoraLayer], trained: dict[str, LoraLayer]) -> dict[str, str]:
+    """Says of an adapter what it shows itself; what its metadata says is better known."""
+    ranks = sorted({layer.rank for layer in trained.values()})
+    alphas = sorted({layer.alpha for layer in trained.values()})
+    targets = sorted({kind_of(name) for name in layers})
+    return {
+        "rank": ",".join(map(str, ranks)),
+        "alpha": ",".join(f"{alpha:g}" for alpha in alphas),
+        "targets": ",".join(targets),
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise CheckpointError(f"adapter {path} is not a file: give the path of a .safetensors file.")
+    refusal = (
+        f"adapter {path} is not safetensors, and pickles (.pt, .bin, .ckpt) can run code, so they are never opened"
+    )
+    if path.suffix.lower() != ".safetensors":
+        raise CheckpointError(f"{refusal}: convert it to safetensors first.")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{refusal}, or it is damaged ({error}): convert it, or fetch it again.") from error
+
+
+def _is_split(modules: dict) -> bool:
+    return next(iter(modules)).startswith("transformer_")
+
+
+def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sorts the tensors by module; every key must find its place, and every module has both halves."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        module = match["module"] if match else ""
+        part = match["half"] or "alpha" if match else ""
+        kinds = OFFICIAL_KINDS if module.startswith("transformer_") else DIFFUSERS_KINDS
+        fits = tensor.is_floating_point() and (tensor.ndim == 2 or part == "alpha")
+        if kind_of(module) in kinds and fits and part not in modules.get(module, {}):
+            modules.setdefault(module, {})[part] = tensor
+        else:
+            unknown.append(key)
+    if not modules:
+        raise CheckpointError(
+            f"of no known format, its keys are {some(unknown) or 'none'}: they must be like "
+            "blocks.0.attn.qkv_x.lora_A or transformer.transformer_blocks.0.attn1.to_q.lora_A.weight."
+        )
+    if unknown:
+        raise CheckpointError(f"{len(unknown)} of its keys fit no layer of Mochi, or one twice: {some(unknown)}.")
+    halves = ("lora_A", "lora_B")
+    if missing := [f"{name}.{half}" for name, parts in modules.items() for half in halves if half not in parts]:
+        raise CheckpointError(f"incomplete, it lacks {some(missing)}: fetch the file again.")
+    if len({name.startswith("transformer_") for name in modules}) > 1:
+        raise CheckpointError(f"it mixes official and diffusers names, {min(modules)} and {max(modules)}.")
+    return modules
+
+
+def _read_alphas(modules: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> dict[str, float]:
+    """Finds each module's alpha where its layout keeps it, in the metadata or a tensor; without any it is the rank."""
+    ranks = {name: len(parts["lora_A"]) for name, parts in modules.items()}
+    if metadata.get("format") == "mochi-tune":
+        alphas = _json(metadata, "alphas")
+    elif "kwargs" in metadata and not _is_split(modules):
+        alphas = _official_alphas(ranks, _json(metadata, "kwargs"))
+    elif "lora_adapter_metadata" in metadata and _is_split(modules):
+        alphas = _peft_alphas(ranks, _json(metadata, "lora_adapter_metadata"))
+    else:
+        own = {name: parts["alpha"] for name, parts in modules.items() if "alpha" in parts}
+        alphas = ranks | {name: alpha.item() if alpha.numel() == 1 else None for name, alpha in own.items()}
+    if wrong := [name for name in modules if not _is_number(alphas.get(name))]:
+        raise CheckpointError(f"no usable alpha for {some(wrong)}: its metadata is damaged, fetch the file again.")
+    return {name: float(alphas[name]) for name in modules}
+
+
+def _official_alphas(ranks: dict[str, int], kwargs: dict) -> dict[str, float]:
+    alphas = {}
+    for name, rank in ranks.items():
+        group = "qkv_proj" if ".qkv_" in name else "out_proj" if ".proj_" in name else "no"
+        if kwargs.get(f"{group}_lora_rank") != rank:
+            raise CheckpointError(
+                f"{name} has rank {rank}, but its metadata says {group}_lora_rank={kwargs.get(f'{group}_lora_rank')}: "
+                "fetch the file again."
+            )
+        alphas[name] = kwargs.get(f"{group}_lora_alpha")
+    return alphas
+
+
+def _peft_alphas(ranks: dict[str, int], config: dict) -> dict[str, float]:
+    """Applies peft's rules: a pattern that ends a module's name overrides lora_alpha; rsLoRA divides by sqrt(rank).
+
+    Source: huggingface/peft@0.21.2 utils/other.py (get_pattern_key), tuners/lora/layer.py (update_layer).
+    """
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    patterns = config.get("alpha_pattern") or {}
+    alphas = {}
+    for name, rank in ranks.items():
+        try:
+            match = next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), None)
+            alpha = config.get("lora_alpha") if match is None else patterns[match]
+            alphas[name] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+        except (re.error, TypeError) as error:
+            raise CheckpointError(f"the alphas in `lora_adapter_metadata` are damaged: {error}.") from error
+    return alphas
+
+
+def _json(metadata: dict[str, str], key: str) -> dict:
+    try:
+        value = json.loads(metadata.get(key, ""))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"`{key}` in its metadata is not a JSON object, so alpha is unknown: fetch the file again."
+        )
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

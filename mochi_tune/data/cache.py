@@ -1,0 +1,272 @@
+"""The on-disk contract between `prepare` and `train`: what a cache holds, and reading it.
+
+A cache is one folder:
+
+- `data/train-00000-of-0000N.parquet`: one row a clip, one row a row group; `datasets.load_dataset(folder)` reads it.
+- `manifest.json`: the settings, and each shard's size, checksum and rows. It is written last: no manifest, no cache.
+- `report.csv`: the fate of every input.
+- `parts/`: what a running or killed `prepare` has encoded and not yet committed.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mochi_tune.errors import DataError
+
+SCHEMA_VERSION = 1
+# Large enough to read at disk speed, small enough that a changed caption rewrites little.
+SHARD_BYTES = 256 * 2**20
+DATA_FOLDER = "data"
+PARTS_FOLDER = "parts"
+MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.csv"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """All that decides what is encoded from the same videos and captions.
+
+    Args:
+        transform: What is cut out of a clip; JSON values, `num_frames`, `height` and `width` among them.
+        vae: Fingerprint of the VAE encoder's weights.
+        vae_dtype: Precision that it runs in, "bf16" or "fp32".
+        t5: Fingerprint of the text encoder's weights.
+        t5_dtype: Precision that it runs in.
+    """
+
+    transform: dict[str, Any]
+    vae: str
+    vae_dtype: str
+    t5: str
+    t5_dtype: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip of a cache: where it came from, and the keys of what was made of it.
+
+    Args:
+        path: Path of the video, relative to the folder of videos.
+        caption: Text as it was encoded.
+        source_sha256: Of the video's bytes.
+        clip_key: Of the latents: source, transform and VAE.
+        text_key: Of the prompt's features: caption and T5.
+    """
+
+    path: str
+    caption: str
+    source_sha256: str
+    clip_key: str
+    text_key: str
+
+
+def make_row(path: str, caption: str, source_sha256: str, settings: CacheSettings) -> Row:
+    """Derives a clip's keys, so that a key changes exactly when its latents or its features would."""
+    clip_key = _digest("clip", source_sha256, settings.transform, settings.vae, settings.vae_dtype)
+    text_key = _digest("text", caption, settings.t5, settings.t5_dtype)
+    return Row(path, caption, source_sha256, clip_key, text_key)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps([SCHEMA_VERSION, *values], sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the hex sha256 of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_schema() -> Any:
+    """Returns the arrow schema of a shard; a change to it needs a new SCHEMA_VERSION."""
+    import pyarrow as pa
+
+    floats = pa.list_(pa.float32())
+    return pa.schema(
+        [
+            ("path", pa.string()),
+            ("caption", pa.string()),
+            ("source_sha256", pa.string()),
+            ("clip_key", pa.string()),
+            ("text_key", pa.string()),
+            ("latent_shape", pa.list_(pa.int32())),  # C, T, h, w
+            ("mean", floats),  # flattened latent_shape
+            ("logvar", floats),
+            ("prompt_embeds", floats),  # flattened (num_tokens, text_width): the valid tokens only
+            ("num_tokens", pa.int32()),
+            ("text_width", pa.int32()),
+            ("caption_tokens", pa.int32()),  # before the cut to num_tokens
+            ("clip_report", pa.string()),  # JSON: how the clip was cut
+        ]
+    )
+
+
+def read_latents(shard: Any, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads one clip's posterior from an open shard.
+
+    Args:
+        shard: A `pyarrow.parquet.ParquetFile`.
+        row: Row in it, from 0.
+
+    Returns:
+        mean and logvar in the VAE's space, fp32 (C, T, h, w).
+    """
+    table = shard.read_row_group(row, columns=["latent_shape", "mean", "logvar"], use_threads=False)
+    shape = tuple(int(size) for size in table.column("latent_shape").chunk(0).values.to_numpy())
+    return _floats(table, "mean").view(shape), _floats(table, "logvar").view(shape)
+
+
+def read_text(shard: Any, row: int) -> torch.Tensor:
+    """Reads one caption's features from an open shard: fp32 (num_tokens, text_width), valid tokens only."""
+    table = shard.read_row_group(row, columns=["prompt_embeds", "num_tokens", "text_width"], use_threads=False)
+    return _floats(table, "prompt_embeds").view(table["num_tokens"][0].as_py(), table["text_width"][0].as_py())
+
+
+def _floats(table: Any, column: str) -> torch.Tensor:
+    # Copied once, straight out of the arrow buffer: that one is read-only, which torch does not take.
+    return torch.from_numpy(table.column(column).chunk(0).values.to_numpy(zero_copy_only=True).copy())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Returns the manifest of a committed cache, or None when there is none that is whole."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("complete") is True else None
+
+
+class Cache:
+    """A committed cache, open for reading; its clips are sorted by path, whatever shard they are in.
+
+    Can be used by several data loading processes: each opens the shards for itself.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.settings = CacheSettings(**manifest["settings"])
+        places = [
+            (Row(**row), shard["file"], number)
+            for shard in manifest["shards"]
+            for number, row in enumerate(shard["rows"])
+        ]
+        places.sort(key=lambda place: place[0].path)
+        self.rows = [row for row, _, _ in places]
+        self._places = [(file, number) for _, file, number in places]
+        self._open: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any clip, caption, transform or encoder of this cache does."""
+        return _digest([(row.path, row.clip_key, row.text_key) for row in self.rows])
+
+    def read(self, index: int) -> dict[str, torch.Tensor]:
+        """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width)."""
+        file, number = self._places[index]
+        if file not in self._open:
+            import pyarrow.parquet
+
+            self._open[file] = pyarrow.parquet.ParquetFile(self.folder / file, memory_map=True)
+        mean, logvar = read_latents(self._open[file], number)
+        return {"mean": mean, "logvar": logvar, "prompt_embeds": read_text(self._open[file], number)}
+
+
+def open_cache(
+    folder: Path,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    vae_fingerprint: str | None = None,
+    t5_fingerprint: str | None = None,
+) -> Cache:
+    """Opens a cache for training, after making sure that it is whole and was made for these settings.
+
+    Args:
+        folder: The cache.
+        num_frames: Pixel frames of a clip, 6k+1.
+        height: Pixels, a multiple of 16.
+        width: Pixels, a multiple of 16.
+        vae_fingerprint: Of the encoder that the DiT belongs to; None when its weights are not at hand.
+        t5_fingerprint: Of the text encoder that prompts will be encoded with; None when not at hand.
+
+    Raises:
+        DataError: No cache there, one that `prepare` has not finished, a shard that is missing or cut off,
+            or a cache made for other settings.
+    """
+    folder = Path(folder)
+    cache = Cache(folder, _whole_manifest(folder))
+    wanted = {"num_frames": num_frames, "height": height, "width": width}
+    found: dict[str, Any] = {name: cache.settings.transform.get(name) for name in wanted}
+    for name, fingerprint in (("vae", vae_fingerprint), ("t5", t5_fingerprint)):
+        if fingerprint is not None:
+            wanted[f"{name} weights"] = fingerprint[:12]
+            found[f"{name} weights"] = getattr(cache.settings, name)[:12]
+    differences = [
+        f"{name}: the cache has {found[name]}, the config wants {wanted[name]}"
+        for name in wanted
+        if found[name] != wanted[name]
+    ]
+    if differences:
+        raise DataError(
+            f"the cache {folder} was made for other settings ({'; '.join(differences)}): "
+            "run `mochi-tune prepare` with this config, or name another folder in data.cache."
+        )
+    return cache
+
+
+def _whole_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    again = "run `mochi-tune prepare` again, it goes on from there"
+    parts = folder / PARTS_FOLDER
+    if parts.is_dir() and any(parts.iterdir()):
+        raise DataError(f"the cache {folder} is incomplete: `mochi-tune prepare` was stopped before its end: {again}.")
+    if manifest is None:
+        if (folder / DATA_FOLDER).is_dir():
+            raise DataError(f"the cache {folder} is incomplete, it has no whole {MANIFEST_NAME}: {again}.")
+        raise DataError(f"there is no cache in {folder}: run `mochi-tune prepare` first.")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise DataError(
+            f"the cache {folder} has schema version {manifest['schema_version']}, this version reads "
+            f"{SCHEMA_VERSION}: run `mochi-tune prepare` again."
+        )
+    missing = []
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            missing.append(f"{shard['file']} is missing")
+        elif size != shard["bytes"]:
+            missing.append(f"{shard['file']} has {size} of {shard['bytes']} bytes")
+    if missing:
+        raise DataError(f"the cache {folder} is incomplete ({'; '.join(missing)}): {again}.")
+    return manifest
+
+
+def verify_cache(folder: Path) -> list[str]:
+    """Returns the shards whose bytes are not those that were committed; reads the whole cache.
+
+    Raises:
+        DataError: No cache there, or an incomplete one.
+    """
+    manifest = _whole_manifest(folder)
+    return [shard["file"] for shard in manifest["shards"] if file_sha256(folder / shard["file"]) != shard["sha256"]]
+
+
+def manifest_of(settings: CacheSettings, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Builds the manifest of a cache; `shards` hold file, bytes, sha256 and rows each."""
+    return {"schema_version": SCHEMA_VERSION, "complete": True, "settings": asdict(settings), "shards": shards}

@@ -1,0 +1,327 @@
+"""Writing a cache: each encoded thing is kept at once, and committed into shards at the end.
+
+What is encoded goes to `parts/`, one file each, so a killed `prepare` loses only the one it was at. `commit` builds all
+shards beside the old ones, puts them in place, and writes the manifest last. Both copies exist until then, so the first
+commit needs twice the cache's size on disk. Shards whose rows did not change are linked, not written again.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mochi_tune.data.cache import (
+    DATA_FOLDER,
+    MANIFEST_NAME,
+    PARTS_FOLDER,
+    SCHEMA_VERSION,
+    SHARD_BYTES,
+    CacheSettings,
+    Row,
+    file_sha256,
+    manifest_of,
+    read_latents,
+    read_manifest,
+    read_text,
+    shard_schema,
+)
+from mochi_tune.errors import DataError
+
+STAGING_FOLDER = "data.new"
+TRASH_FOLDER = "trash"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Puts a file in place whole or not at all: `write` is given a temporary name in the same folder."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where something encoded lies: a part of its own, or a row of a shard; `info` is its small print."""
+
+    file: Path
+    row: int | None
+    num_bytes: int
+    info: dict[str, Any]
+
+
+@dataclass
+class _Shard:
+    file: Path
+    sha256: str
+    rows: list[Row]
+
+
+class CacheWriter:
+    """Finds again all that was ever encoded for a cache, committed or not, and takes what is missing.
+
+    A context manager; holds the cache's lock, which ends with the process.
+
+    Raises:
+        DataError: Another `prepare` is writing to the cache, or one of its files is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._latents: dict[str, _Place] = {}
+        self._texts: dict[str, _Place] = {}
+        self._shards: list[_Shard] = []
+
+    def __enter__(self) -> "CacheWriter":
+        if self.folder.exists() and not self.folder.is_dir():
+            raise DataError(f"data.cache={self.folder} is a file: name a folder.")
+        (self.folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise DataError(
+                f"another `mochi-tune prepare` is writing to the cache {self.folder}: wait for it, or stop it."
+            ) from None
+        self._clear_leftovers()
+        self._find_parts()
+        self._find_shards()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        parts = self.folder / PARTS_FOLDER
+        if parts.is_dir() and not any(parts.iterdir()):
+            parts.rmdir()
+        self._lock.close()
+
+    def _clear_leftovers(self) -> None:
+        data, trash = self.folder / DATA_FOLDER, self.folder / TRASH_FOLDER
+        if (trash / DATA_FOLDER).is_dir() and not data.exists():
+            # Killed between the two renames of a commit: the old shards are still the only ones.
+            os.rename(trash / DATA_FOLDER, data)
+        for folder in (trash, self.folder / STAGING_FOLDER):
+            if folder.exists():
+                shutil.rmtree(folder)
+        for folder in (self.folder, self.folder / PARTS_FOLDER):
+            for file in folder.glob("*.tmp"):
+                file.unlink()
+
+    def _find_parts(self) -> None:
+        for file in sorted((self.folder / PARTS_FOLDER).glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as part:
+                    info = json.loads(part.metadata()["info"])
+            except SafetensorError as error:
+                raise DataError(
+                    f"{file} is damaged ({error}): delete it and run `mochi-tune prepare` again."
+                ) from error
+            kind, key = file.stem.split("-")
+            (self._latents if kind == "latents" else self._texts)[key] = _Place(file, None, file.stat().st_size, info)
+
+    def _find_shards(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        manifest = read_manifest(self.folder)
+        recorded = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
+        for file in sorted((self.folder / DATA_FOLDER).glob("*.parquet")):
+            sha256 = file_sha256(file)
+            # Without a manifest (killed in a commit) a shard is whole all the same: it was synced before its rename.
+            if manifest is not None and recorded.get(f"{DATA_FOLDER}/{file.name}") != sha256:
+                continue
+            try:
+                with pq.ParquetFile(file) as shard:
+                    if not shard.schema_arrow.equals(shard_schema()):
+                        continue
+                    small = ["latent_shape", "num_tokens", "text_width", "caption_tokens", "clip_report"]
+                    table = shard.read(columns=[field.name for field in fields(Row)] + small)
+            except pa.ArrowInvalid:
+                continue
+            self._add_shard(file, sha256, table.to_pylist())
+
+    def _add_shard(self, file: Path, sha256: str, records: list[dict[str, Any]]) -> None:
+        rows = [Row(**{field.name: record[field.name] for field in fields(Row)}) for record in records]
+        self._shards.append(_Shard(file, sha256, rows))
+        for number, (row, record) in enumerate(zip(rows, records, strict=True)):
+            latents_bytes = 2 * 4 * math.prod(record["latent_shape"])
+            clip_report = json.loads(record["clip_report"])
+            self._latents.setdefault(row.clip_key, _Place(file, number, latents_bytes, clip_report))
+            text_bytes = 4 * record["num_tokens"] * record["text_width"]
+            tokens = {"num_tokens": record["num_tokens"], "caption_tokens": record["caption_tokens"]}
+            self._texts.setdefault(row.text_key, _Place(file, number, text_bytes, tokens))
+
+    def has_latents(self, clip_key: str) -> bool:
+        """Tells whether a clip's latents were encoded before."""
+        return clip_key in self._latents
+
+    def has_text(self, text_key: str) -> bool:
+        """Tells whether a caption's features were encoded before."""
+        return text_key in self._texts
+
+    def clip_report(self, clip_key: str) -> dict[str, Any]:
+        """Returns how the clip was cut, as it was given to `put_latents`."""
+        return self._latents[clip_key].info
+
+    def token_counts(self, text_key: str) -> tuple[int, int]:
+        """Returns a caption's number of tokens: those that are kept, and those that it had."""
+        info = self._texts[text_key].info
+        return info["num_tokens"], info["caption_tokens"]
+
+    def put_latents(self, clip_key: str, mean: torch.Tensor, logvar: torch.Tensor, clip_report: dict[str, Any]) -> None:
+        """Keeps a clip's posterior, fp32 (C, T, h, w) on the CPU, and how the clip was cut; synced when it returns."""
+        self._latents[clip_key] = self._put(f"latents-{clip_key}", {"mean": mean, "logvar": logvar}, clip_report)
+
+    def put_text(self, text_key: str, prompt_embeds: torch.Tensor, caption_tokens: int) -> None:
+        """Keeps a caption's features, fp32 (num_tokens, text_width), and its number of tokens before the cut."""
+        info = {"num_tokens": len(prompt_embeds), "caption_tokens": caption_tokens}
+        self._texts[text_key] = self._put(f"text-{text_key}", {"prompt_embeds": prompt_embeds}, info)
+
+    def _put(self, name: str, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> _Place:
+        assert all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in tensors.values())
+        file = self.folder / PARTS_FOLDER / f"{name}.safetensors"
+        metadata = {"info": json.dumps(info)}
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata))
+        return _Place(file, None, file.stat().st_size, info)
+
+    def commit(self, rows: Iterable[Row], settings: CacheSettings, shard_bytes: int = SHARD_BYTES) -> bool:
+        """Makes these rows the cache, from what is kept here; a cache that is so already is not touched.
+
+        Args:
+            rows: One a clip; at least one. All they name was encoded.
+            settings: That they were encoded with.
+            shard_bytes: A shard is closed before it would grow larger.
+
+        Returns:
+            Whether anything was written.
+        """
+        rows = sorted(rows, key=astuple)
+        assert rows
+        parts, data, trash = (self.folder / name for name in (PARTS_FOLDER, DATA_FOLDER, TRASH_FOLDER))
+        if self._is_committed(rows, settings):
+            shutil.rmtree(parts)
+            return False
+        shards = self._stage(rows, shard_bytes)
+        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        trash.mkdir()
+        if data.exists():
+            os.rename(data, trash / DATA_FOLDER)
+        os.rename(self.folder / STAGING_FOLDER, data)
+        # Before the manifest says complete: parts beside one mean an unfinished prepare.
+        shutil.rmtree(parts)
+        text = json.dumps(manifest_of(settings, shards), indent=1)
+        write_atomically(self.folder / MANIFEST_NAME, lambda temporary: _write_text(temporary, text))
+        shutil.rmtree(trash)
+        return True
+
+    def _is_committed(self, rows: list[Row], settings: CacheSettings) -> bool:
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            return False
+        whole = len(self._shards) == len(manifest["shards"]) and manifest["schema_version"] == SCHEMA_VERSION
+        found = sorted((row for shard in self._shards for row in shard.rows), key=astuple)
+        return whole and found == rows and manifest["settings"] == asdict(settings)
+
+    def _stage(self, rows: list[Row], shard_bytes: int) -> list[dict[str, Any]]:
+        """Builds all shards in the staging folder and returns their entries for the manifest."""
+        staging = self.folder / STAGING_FOLDER
+        staging.mkdir()
+        open_rows = set(rows)
+        done: list[_Shard] = []
+        for shard in self._shards:
+            # A small one is packed anew with the rest, or adding clips one by one would leave a shard for each.
+            if shard.file.stat().st_size >= shard_bytes // 2 and open_rows.issuperset(shard.rows):
+                open_rows.difference_update(shard.rows)
+                done.append(_Shard(_link(shard.file, staging / f"{len(done)}.parquet"), shard.sha256, shard.rows))
+        for batch in self._batches([row for row in rows if row in open_rows], shard_bytes):
+            file = staging / f"{len(done)}.parquet"
+            write_atomically(file, lambda temporary, batch=batch: self._write_shard(temporary, batch))
+            done.append(_Shard(file, file_sha256(file), batch))
+        entries = []
+        for number, shard in enumerate(done):
+            name = f"train-{number:05d}-of-{len(done):05d}.parquet"
+            file = shard.file.rename(staging / name)
+            shard_rows = [asdict(row) for row in shard.rows]
+            size = file.stat().st_size
+            entries.append({"file": f"{DATA_FOLDER}/{name}", "bytes": size, "sha256": shard.sha256, "rows": shard_rows})
+        return entries
+
+    def _batches(self, rows: list[Row], shard_bytes: int) -> Iterable[list[Row]]:
+        batch: list[Row] = []
+        size = 0
+        for row in rows:
+            row_bytes = self._latents[row.clip_key].num_bytes + self._texts[row.text_key].num_bytes
+            if batch and size + row_bytes > shard_bytes:
+                yield batch
+                batch, size = [], 0
+            batch.append(row)
+            size += row_bytes
+        if batch:
+            yield batch
+
+    def _read(self, row: Row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns mean, logvar and prompt_embeds, wherever they lie."""
+        import pyarrow.parquet as pq
+
+        latents, text = self._latents[row.clip_key], self._texts[row.text_key]
+        if latents.row is None:
+            with safe_open(latents.file, framework="pt") as part:
+                mean, logvar = part.get_tensor("mean"), part.get_tensor("logvar")
+        else:
+            with pq.ParquetFile(latents.file, memory_map=True) as shard:
+                mean, logvar = read_latents(shard, latents.row)
+        if text.row is None:
+            with safe_open(text.file, framework="pt") as part:
+                prompt_embeds = part.get_tensor("prompt_embeds")
+        else:
+            with pq.ParquetFile(text.file, memory_map=True) as shard:
+                prompt_embeds = read_text(shard, text.row)
+        return mean, logvar, prompt_embeds
+
+    def _write_shard(self, file: Path, rows: list[Row]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        # Latents are noise to a compressor, and a row group each makes one clip one read.
+        with pq.ParquetWriter(file, shard_schema(), compression="none", use_dictionary=False) as writer:
+            for row in rows:
+                mean, logvar, prompt_embeds = self._read(row)
+                values = asdict(row) | self._texts[row.text_key].info
+                values["clip_report"] = json.dumps(self._latents[row.clip_key].info)
+                values["text_width"] = prompt_embeds.shape[1]
+                columns = {name: pa.array([value]) for name, value in values.items()}
+                columns["latent_shape"] = pa.array([list(mean.shape)], pa.list_(pa.int32()))
+                for name, tensor in (("mean", mean), ("logvar", logvar), ("prompt_embeds", prompt_embeds)):
+                    columns[name] = _list_of_floats(tensor)
+                arrays = [columns[field.name].cast(field.type) for field in shard_schema()]
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=shard_schema()))
+
+
+def _list_of_floats(tensor: torch.Tensor) -> Any:
+    import pyarrow as pa
+
+    values = pa.array(tensor.reshape(-1).numpy())
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def _link(source: Path, target: Path) -> Path:
+    try:
+        os.link(source, target)
+    except OSError:
+        # A file system without hard links.
+        shutil.copy2(source, target)
+    return target
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,228 @@
+"""Low-rank layers under official and under diffusers' names, and the exact way from one to the other."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mochi_tune.errors import CheckpointError
+
+# An official layer of a block, and the diffusers modules that hold its rows in order.
+DIFFUSERS_KINDS = {
+    "attn.qkv_x": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.qkv_y": ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
+    "attn.proj_x": ("attn1.to_out.0",),
+    "attn.proj_y": ("attn1.to_add_out",),
+    "mlp_x.w1": ("ff.net.0.proj",),
+    "mlp_x.w2": ("ff.net.2",),
+    "mlp_y.w1": ("ff_context.net.0.proj",),
+    "mlp_y.w2": ("ff_context.net.2",),
+}
+# The way back: a diffusers module's official layer, and which part of its rows it holds.
+OFFICIAL_KINDS = {part: (kind, i) for kind, parts in DIFFUSERS_KINDS.items() for i, part in enumerate(parts)}
+# The last block does not update text, so it has none of these.
+TEXT_UPDATE_KINDS = ("attn.proj_y", "mlp_y.w1", "mlp_y.w2")
+
+
+@dataclass
+class LoraLayer:
+    """The low-rank change of one Linear: delta_W = alpha / rank * b @ a.
+
+    Attributes:
+        a: (rank, in), the half next to the input.
+        b: (out, rank), the half next to the output.
+        alpha: strength; alpha = rank applies b @ a as it is.
+    """
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """The factor of b @ a."""
+        return self.alpha / self.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the Linear."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+def delta_weight(layer: LoraLayer) -> Tensor:
+    """Returns what the layer adds to its Linear's weight, (out, in), in fp32, or in fp64 where a or b is fp64."""
+    dtype = torch.promote_types(torch.promote_types(layer.a.dtype, layer.b.dtype), torch.float32)
+    return layer.scale * (layer.b.to(dtype) @ layer.a.to(dtype))
+
+
+def block_of(name: str) -> int:
+    """Returns N of "blocks.N.attn.qkv_x" or "transformer_blocks.N.attn1.to_q"."""
+    return int(name.split(".")[1])
+
+
+def kind_of(name: str) -> str:
+    """Returns what follows the block: "attn.qkv_x" of "blocks.N.attn.qkv_x"."""
+    return name.split(".", 2)[-1]
+
+
+def check_layer(name: str, layer: LoraLayer) -> None:
+    """Refuses a layer that is no finite low-rank change of the Linear that its name says.
+
+    Raises:
+        CheckpointError: sizes that do not fit each other or the name, no elements, NaN or infinity.
+    """
+    a, b = layer.a, layer.b
+    row_parts = 3 if ".qkv_" in name else 2 if name.endswith((".w1", ".net.0.proj")) else 1
+    if a.ndim != 2 or b.ndim != 2 or not a.numel() or a.shape[0] != b.shape[1] or not len(b) or len(b) % row_parts:
+        raise CheckpointError(
+            f"{name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are no pair for this layer."
+        )
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise CheckpointError(
+            f"{name}: its weights hold NaN or infinity, the training had diverged: use an earlier one."
+        )
+
+
+def bake(layer: LoraLayer) -> LoraLayer:
+    """Multiplies alpha / rank into b, so that the scale is 1; b is fp32."""
+    return LoraLayer(layer.a, (layer.b.double() * layer.scale).float(), float(layer.rank))
+
+
+def pad_rank(layer: LoraLayer, rank: int) -> LoraLayer:
+    """Adds components of zeros up to `rank` (at least the layer's own), at the same scale."""
+    more = rank - layer.rank
+    a = torch.cat([layer.a, layer.a.new_zeros(more, layer.a.shape[1])])
+    b = torch.cat([layer.b, layer.b.new_zeros(layer.b.shape[0], more)], dim=1)
+    return LoraLayer(a, b, layer.scale * rank)
+
+
+def drop_padding(layer: LoraLayer) -> LoraLayer:
+    """Takes out the components that are 0 in both halves; a layer of zeros comes back with rank 0."""
+    used = layer.a.any(dim=1) | layer.b.any(dim=0)
+    if used.all():
+        return layer
+    return LoraLayer(layer.a[used], layer.b[:, used], layer.scale * int(used.sum()))
+
+
+def split_layers(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Turns official layers into diffusers' modules, baked: each part of a layer has its A, and its rows of B."""
+    modules = {}
+    for name, layer in layers.items():
+        parts = DIFFUSERS_KINDS[kind_of(name)]
+        layer = _swap_halves(name, bake(layer))
+        for part, b in zip(parts, layer.b.chunk(len(parts)), strict=True):
+            modules[f"transformer_blocks.{block_of(name)}.{part}"] = LoraLayer(layer.a, b, layer.alpha)
+    return modules
+
+
+def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
+    """Turns diffusers' modules into official layers.
+
+    Where q, k and v carry one and the same A, they fold into the fused layer at their own rank; otherwise it holds all
+    their components, up to three times the rank. Only some of q, k and v may be adapted, if alike in every block of the
+    stream: the others' rows are then 0.
+
+    Raises:
+        CheckpointError: a q, k or v is missing that other blocks have, or the three differ in size.
+    """
+    groups: dict[str, list[LoraLayer | None]] = {}
+    for name, module in modules.items():
+        kind, i = OFFICIAL_KINDS[kind_of(name)]
+        groups.setdefault(f"blocks.{block_of(name)}.{kind}", [None] * len(DIFFUSERS_KINDS[kind]))[i] = module
+    _check_same_choice(groups)
+    return {
+        name: _fuse_thirds(name, parts) if len(parts) == 3 else _swap_halves(name, parts[0])
+        for name, parts in groups.items()
+    }
+
+
+def _swap_halves(name: str, layer: LoraLayer) -> LoraLayer:
+    """Exchanges the two halves of a SwiGLU's first Linear, gate and value; any other layer stays as it is."""
+    if not name.endswith(".w1"):
+        return layer
+    return LoraLayer(layer.a, layer.b.roll(layer.b.shape[0] // 2, dims=0), layer.alpha)
+
+
+def _check_same_choice(groups: dict[str, list[LoraLayer | None]]) -> None:
+    """Tells a choice (to_q and to_v in every block) from a hole (no to_k in one block)."""
+    used = {(kind_of(name), i) for name, parts in groups.items() for i, part in enumerate(parts) if part}
+    missing = [
+        f"transformer_blocks.{block_of(name)}.{DIFFUSERS_KINDS[kind_of(name)][i]}"
+        for name, parts in groups.items()
+        for i, part in enumerate(parts)
+        if not part and (kind_of(name), i) in used
+    ]
+    if missing:
+        raise CheckpointError(f"other blocks adapt these, which are missing: {some(missing)}: fetch the file again.")
+
+
+def _fuse_thirds(name: str, thirds: list[LoraLayer | None]) -> LoraLayer:
+    """Stacks q, k and v: one A when they share it, else all their A's under a block-diagonal B."""
+    present = [third for third in thirds if third]
+    if len({third.shape for third in present}) > 1:
+        raise CheckpointError(f"{name}: its q, k and v differ in size: fetch the file again.")
+    if len({third.scale for third in present}) > 1:
+        thirds = [third and bake(third) for third in thirds]
+        present = [third for third in thirds if third]
+    first = present[0]
+    if all(torch.equal(third.a, first.a) for third in present):
+        b = torch.cat([third.b if third else torch.zeros_like(first.b) for third in thirds])
+        return LoraLayer(first.a, b, first.alpha)
+    a = torch.cat([third.a for third in present])
+    b = torch.block_diag(*[third.b if third else first.b.new_zeros(first.b.shape[0], 0) for third in thirds])
+    return LoraLayer(a, b, first.scale * len(a))
+
+
+def official_names(num_blocks: int) -> list[str]:
+    """Lists every layer of an official adapter, which are the attention's."""
+    kinds = [kind for kind in DIFFUSERS_KINDS if kind.startswith("attn.")]
+    names = [f"blocks.{i}.{kind}" for i in range(num_blocks) for kind in kinds]
+    return [name for name in names if block_of(name) < num_blocks - 1 or kind_of(name) not in TEXT_UPDATE_KINDS]
+
+
+def complete_layers(layers: dict[str, LoraLayer], num_blocks: int) -> dict[str, LoraLayer]:
+    """Bakes attention layers and fills in zeros, to one rank for all qkv and one for all projections.
+
+    Args:
+        layers: some of official_names(num_blocks).
+        num_blocks: of the base.
+    """
+    shapes = _attention_shapes(layers)
+    complete = {}
+    for group in (".qkv_", ".proj_"):
+        names = [name for name in official_names(num_blocks) if group in name]
+        rank = max((layers[name].rank for name in names if name in layers), default=1)
+        for name in names:
+            num_out, num_in = shapes[kind_of(name)]
+            layer = layers.get(name) or LoraLayer(torch.zeros(1, num_in), torch.zeros(num_out, 1), 1.0)
+            complete[name] = pad_rank(bake(layer), rank)
+    return complete
+
+
+def _attention_shapes(layers: dict[str, LoraLayer]) -> dict[str, tuple[int, int]]:
+    """Works out (out, in) of every kind from any of them; where none tells, text is half as wide, as in Mochi 1."""
+    dim_x = dim_y = 0
+    for name, layer in layers.items():
+        num_out, num_in = layer.shape
+        dim_x = num_out // 3 if name.endswith(".qkv_y") else num_in
+        dim_y = num_in if name.endswith(".qkv_y") else num_out if name.endswith(".proj_y") else dim_y
+    dim_y = dim_y or dim_x // 2
+    return {
+        "attn.qkv_x": (3 * dim_x, dim_x),
+        "attn.qkv_y": (3 * dim_x, dim_y),
+        "attn.proj_x": (dim_x, dim_x),
+        "attn.proj_y": (dim_y, dim_x),
+    }
+
+
+def some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    """Joins the first items for a message of one line, and counts the rest."""
+    items = list(items)
+    text = separator.join(items[:limit])
+    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"

@@ -1,0 +1,172 @@
+"""The sizes of the models in a weights folder, as its configuration files describe them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mochi_tune.errors import CheckpointError
+from mochi_tune.models.dit import DiTConfig
+from mochi_tune.models.vae import DecoderConfig, EncoderConfig
+
+
+def read_official_config(path: Path, part: str) -> Any:
+    """Reads a part's sizes from a dit_config.json or vae_config.json; full size where the file is absent.
+
+    Args:
+        path: of the file.
+        part: "dit", "encoder" or "decoder".
+
+    Returns:
+        A DiTConfig, an EncoderConfig or a DecoderConfig.
+
+    Raises:
+        CheckpointError: not JSON, an unknown key, a value of the wrong type, or one that Mochi's models do not compute.
+    """
+    spec = _PARTS[part]
+    if not path.exists():
+        return spec.config()
+    values = read_json(path)
+    if part != "dit":
+        values = values.get(part)
+        if not isinstance(values, dict):
+            raise CheckpointError(f'{path} has no "{part}" object: it must hold "encoder" and "decoder".')
+    defaults = {field.name: field.default for field in fields(spec.config)}
+    sizes = {}
+    for key, value in values.items():
+        if key in spec.fixed:
+            supported = spec.fixed[key]
+            if any(v != supported for v in (value if isinstance(value, list) else [value])):
+                raise CheckpointError(f"{path}: {key}={value!r} is not Mochi's, which has {supported!r}.")
+        elif key in defaults:
+            sizes[key] = _checked(path, key, value, defaults[key])
+        elif key not in spec.ignored:
+            raise CheckpointError(f"{path}: unknown key {key}; known are {', '.join([*defaults, *spec.fixed])}.")
+    return spec.config(**sizes)
+
+
+def read_diffusers_config(path: Path, part: str) -> Any:
+    """Reads a part's sizes from the config.json of diffusers' `transformer/` or `vae/`; as `read_official_config`."""
+    spec = _PARTS[part]
+    values = read_json(path)
+    if values.get("_class_name", spec.class_name) != spec.class_name:
+        raise CheckpointError(f"{path} describes a {values['_class_name']}, not Mochi's {spec.class_name}.")
+    try:
+        return spec.from_diffusers(values)
+    except KeyError as error:
+        raise CheckpointError(f"{path} has no {error}: it must be that of a {spec.class_name}.") from error
+    except (TypeError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} is not that of a {spec.class_name} ({error}).") from error
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or holds no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: fetch it again.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return values
+
+
+def _dit_config(values: dict[str, Any]) -> DiTConfig:
+    return DiTConfig(
+        depth=values["num_layers"],
+        patch_size=values["patch_size"],
+        num_heads=values["num_attention_heads"],
+        hidden_size_x=values["num_attention_heads"] * values["attention_head_dim"],
+        hidden_size_y=values["pooled_projection_dim"],
+        in_channels=values["in_channels"],
+        t5_feat_dim=values["text_embed_dim"],
+    )
+
+
+def _encoder_config(values: dict[str, Any]) -> EncoderConfig:
+    channels = values["encoder_block_out_channels"]
+    return EncoderConfig(
+        in_channels=values["in_channels"],
+        base_channels=channels[0],
+        channel_multipliers=tuple(c // channels[0] for c in channels),
+        num_res_blocks=tuple(values["layers_per_block"]),
+        latent_dim=values["latent_channels"],
+        temporal_reductions=tuple(values["temporal_expansions"]),
+        spatial_reductions=tuple(values["spatial_expansions"]),
+        has_attentions=tuple(values["add_attention_block"]),
+    )
+
+
+def _decoder_config(values: dict[str, Any]) -> DecoderConfig:
+    channels = values["decoder_block_out_channels"]
+    return DecoderConfig(
+        out_channels=values["out_channels"],
+        base_channels=channels[0],
+        channel_multipliers=tuple(c // channels[0] for c in channels),
+        num_res_blocks=tuple(values["layers_per_block"]),
+        latent_dim=values["latent_channels"],
+        temporal_expansions=tuple(values["temporal_expansions"]),
+        spatial_expansions=tuple(values["spatial_expansions"]),
+    )
+
+
+def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
+    """Returns a configuration's value in its default's type."""
+    if isinstance(default, tuple):
+        if isinstance(value, list) and all(type(v) is type(default[0]) for v in value):
+            return tuple(value)
+    elif type(value) is type(default) or (isinstance(default, float) and type(value) is int):
+        return type(default)(value)
+    raise CheckpointError(f"{path}: {key}={value!r} does not fit; it is like {default!r}.")
+
+
+@dataclass(frozen=True)
+class _Part:
+    config: type
+    class_name: str
+    from_diffusers: Callable[[dict[str, Any]], Any]
+    # What an official configuration may say besides the sizes, and the only value that the model computes.
+    fixed: dict[str, Any]
+    # What it may say that changes nothing.
+    ignored: tuple[str, ...] = ()
+
+
+_PARTS = {
+    "dit": _Part(
+        DiTConfig,
+        "MochiTransformer3DModel",
+        _dit_config,
+        fixed={"qk_norm": True},
+        ignored=("t5_token_length", "rope_theta"),
+    ),
+    "encoder": _Part(
+        EncoderConfig,
+        "AutoencoderKLMochi",
+        _encoder_config,
+        fixed={
+            "prune_bottlenecks": False,
+            "affine": True,
+            "bias": True,
+            "input_is_conv_1x1": True,
+            "padding_mode": "replicate",
+        },
+    ),
+    "decoder": _Part(
+        DecoderConfig,
+        "AutoencoderKLMochi",
+        _decoder_config,
+        fixed={
+            "has_attention": False,
+            "output_norm": False,
+            "nonlinearity": "silu",
+            "output_nonlinearity": "silu",
+            "causal": True,
+        },
+    ),
+}

@@ -1,0 +1,308 @@
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_video import write_video
+from safetensors.torch import load_file, save_file
+
+import mochi_tune
+from mochi_tune.config import DataConfig, ModelConfig, RunConfig
+from mochi_tune.data.cache import file_sha256, open_cache
+from mochi_tune.data_prep.clips import ClipTransform, decode_clip
+from mochi_tune.data_prep.encode import encode_frames
+from mochi_tune.data_prep.prepare import Prepared, main, prepare
+from mochi_tune.errors import CheckpointError, ConfigError, DataError
+from mochi_tune.models.device import find_device
+from mochi_tune.models.text_encoder import TextEncoder
+from mochi_tune.models.vae import frames_to_pixels
+from mochi_tune.weights import fingerprint, load_encoder
+
+TINY = Path(mochi_tune.__file__).parent / "assets" / "tiny"
+GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
+LONG_CAPTION = "a red bird flies over the sea " * 50
+CAPTIONS = {
+    "bird.mp4": "a red bird flies",
+    "copy.mp4": "a red bird flies",
+    "mute.mp4": "",
+    "sub/long.mp4": LONG_CAPTION,
+}
+
+
+def config_for(folder: Path, weights: Path = TINY, **data) -> RunConfig:
+    data = {"videos": str(folder / "videos"), "cache": str(folder / "cache"), "allow_empty_captions": True} | data
+    return RunConfig(
+        device="cpu",
+        model=ModelConfig(name="tiny", weights=str(weights), dtype="fp32"),
+        data=DataConfig(**GEOMETRY, decode_timeout_seconds=60, **data),
+    )
+
+
+def add_clip(folder: Path, name: str, caption: str | None, num_frames: int = 7, **options) -> Path:
+    path = folder / "videos" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return write_video(path, num_frames, **({"width": 96, "height": 72} | options))
+
+
+def state(folder: Path) -> dict[str, tuple[str, int]]:
+    return {
+        str(file.relative_to(folder)): (file_sha256(file), file.stat().st_mtime_ns)
+        for file in sorted((folder / "cache").rglob("*"))
+        if file.is_file() and file.name not in (".lock", "report.csv")
+    }
+
+
+def report_of(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "cache" / "report.csv").open(newline="") as file:
+        return {record["clip"]: record for record in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Four good clips, two of the same bytes, and one that is a frame short; prepared once."""
+    folder = tmp_path_factory.mktemp("base")
+    add_clip(folder, "bird.mp4", CAPTIONS["bird.mp4"])
+    shutil.copy(folder / "videos" / "bird.mp4", folder / "videos" / "copy.mp4")
+    (folder / "videos" / "copy.txt").write_text(CAPTIONS["copy.mp4"] + "\n")
+    add_clip(folder, "mute.mp4", None, 10, first_number=40)
+    add_clip(folder, "sub/long.mp4", LONG_CAPTION, 14, first_number=80, width=64, height=64)
+    add_clip(folder, "short.mp4", "a cat", 6)
+    assert main(config_for(folder)) == 1
+    return folder
+
+
+@pytest.fixture
+def good(base, tmp_path):
+    """A copy of the base without the refused clip."""
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "videos" / "short.mp4").unlink()
+    return tmp_path
+
+
+def test_the_cache_holds_what_the_models_make_of_each_clip(base):
+    cache = open_cache(
+        base / "cache",
+        **GEOMETRY,
+        vae_fingerprint=fingerprint(TINY, "encoder"),
+        t5_fingerprint=fingerprint(TINY, "text_encoder"),
+    )
+    assert {row.path: row.caption for row in cache.rows} == {name: text.strip() for name, text in CAPTIONS.items()}
+    encoder = load_encoder(TINY, "cpu", torch.float32)
+    text_encoder = TextEncoder.load(TINY, "cpu", torch.float32)
+    for index, row in enumerate(cache.rows):
+        clip = decode_clip(base / "videos" / row.path, ClipTransform(**GEOMETRY))
+        mean, logvar = encoder(frames_to_pixels(clip.frames[None]))
+        item = cache.read(index)
+        torch.testing.assert_close(item["mean"], mean[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(item["logvar"], logvar[0], rtol=0, atol=1e-5)
+        assert torch.equal(item["prompt_embeds"], text_encoder.encode([row.caption])[0])
+    lengths = {row.path: len(cache.read(index)["prompt_embeds"]) for index, row in enumerate(cache.rows)}
+    assert lengths == {"bird.mp4": 5, "copy.mp4": 5, "mute.mp4": 0, "sub/long.mp4": 256}
+
+
+def test_every_input_has_a_row_in_the_report(base):
+    report = report_of(base)
+    assert list(report) == ["bird.mp4", "copy.mp4", "mute.mp4", "short.mp4", "sub/long.mp4"]
+    assert {name: record["status"] for name, record in report.items()} == {
+        "bird.mp4": "kept", "copy.mp4": "kept", "mute.mp4": "kept", "short.mp4": "refused", "sub/long.mp4": "kept",
+    }  # fmt: skip
+    assert "have 6" in report["short.mp4"]["reason"] and "need 7" in report["short.mp4"]["reason"]
+    assert report["short.mp4"]["caption"] == "a cat"
+    bird, long = report["bird.mp4"], report["sub/long.mp4"]
+    assert (bird["reason"], bird["caption"], bird["caption_tokens"], bird["lost_tokens"]) == (
+        "",
+        "a red bird flies",
+        "5",
+        "0",
+    )
+    assert (bird["source_width"], bird["source_height"], bird["source_frames"]) == ("96", "72", "7")
+    # 96x72 is scaled to 48x36, and 2 rows are cut off above and below: 4 of the source's.
+    assert (float(bird["scale"]), json.loads(bird["crop"]), float(bird["start_seconds"])) == (0.5, [0, 4, 96, 64], 0)
+    assert (long["caption_tokens"], long["lost_tokens"]) == ("351", "95")
+    assert (report["mute.mp4"]["caption"], report["mute.mp4"]["caption_tokens"]) == ("", "0")
+
+
+def test_a_second_run_encodes_and_writes_nothing_and_still_reports(base, tmp_path, capsys):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    before, report = state(tmp_path), (tmp_path / "cache" / "report.csv").read_bytes()
+    assert main(config_for(tmp_path)) == 1
+    assert state(tmp_path) == before
+    assert (tmp_path / "cache" / "report.csv").read_bytes() == report.replace(bytes(base), bytes(tmp_path))
+    out = capsys.readouterr().out
+    assert "4 clips kept, 1 refused; encoded now: 0 clips and 0 captions, reused: 4 clips" in out
+    assert "short.mp4: is too short" in out
+    assert "captions cut to 256 tokens: sub/long.mp4 by 95" in out
+
+
+def test_without_refused_clips_the_exit_code_is_0_and_a_moved_weights_folder_changes_nothing(good, capsys):
+    shutil.copytree(TINY, good / "weights")
+    assert main(config_for(good, good / "weights")) == 0
+    assert "4 clips kept, 0 refused; encoded now: 0 clips and 0 captions" in capsys.readouterr().out
+
+
+def test_a_changed_caption_encodes_that_caption_alone(good):
+    before = open_cache(good / "cache", **GEOMETRY)
+    old = {row.path: before.read(index) for index, row in enumerate(before.rows)}
+    (good / "videos" / "copy.txt").write_text("a blue fish")
+    assert prepare(config_for(good)) == Prepared(4, 0, 0, 1, pytest.approx(0, abs=0.01))
+    cache = open_cache(good / "cache", **GEOMETRY)
+    assert [row.caption for row in cache.rows] == ["a red bird flies", "a blue fish", "", LONG_CAPTION.strip()]
+    for index, row in enumerate(cache.rows):
+        item = cache.read(index)
+        for name in ("mean", "logvar", "prompt_embeds"):
+            assert torch.equal(item[name], old[row.path][name]) == ((row.path, name) != ("copy.mp4", "prompt_embeds"))
+    expected = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a blue fish"])[0]
+    assert torch.equal(cache.read(1)["prompt_embeds"], expected)
+
+
+def test_changed_removed_and_added_videos(good):
+    (good / "videos" / "mute.mp4").unlink()
+    add_clip(good, "bird.mp4", "a red bird flies", first_number=120)
+    add_clip(good, "new.mp4", "a blue fish", first_number=160)
+    done = prepare(config_for(good))
+    assert (done.kept, done.refused, done.clips_encoded, done.captions_encoded) == (4, 0, 2, 1)
+    cache = open_cache(good / "cache", **GEOMETRY)
+    assert [row.path for row in cache.rows] == ["bird.mp4", "copy.mp4", "new.mp4", "sub/long.mp4"]
+    assert not torch.equal(cache.read(0)["mean"], cache.read(1)["mean"])
+
+
+def other_weights(folder: Path, file: str, change) -> Path:
+    shutil.copytree(TINY, folder)
+    tensors = load_file(folder / file)
+    for name, tensor in tensors.items():
+        tensors[name] = change(name, tensor)
+    save_file(tensors, folder / file, {"format": "pt"})
+    return folder
+
+
+def test_another_text_encoder_encodes_the_captions_alone(good):
+    weights = other_weights(good / "weights", "text_encoder/model.safetensors", lambda _, tensor: tensor * 1.5)
+    done = prepare(config_for(good, weights))
+    assert (done.kept, done.clips_encoded, done.captions_encoded) == (4, 0, 3)
+
+
+def test_a_text_encoder_that_gives_nan_stops_the_run_and_is_not_cached(good):
+    weights = other_weights(
+        good / "weights", "text_encoder/model.safetensors", lambda _, tensor: torch.full_like(tensor, float("nan"))
+    )
+    with pytest.raises(DataError, match=r"bird\.mp4: the features of its caption are not finite, and were not cached"):
+        prepare(config_for(good, weights))
+    assert not list((good / "cache").glob("parts/*"))
+
+
+def test_an_encoder_that_gives_nan_stops_the_run_and_is_not_cached(good):
+    weights = other_weights(
+        good / "weights", "encoder.safetensors", lambda _, tensor: torch.full_like(tensor, float("nan"))
+    )
+    with pytest.raises(DataError, match=r"bird\.mp4: the latents are not finite, and were not cached"):
+        prepare(config_for(good, weights))
+    assert not list((good / "cache").glob("parts/*"))
+
+
+def test_missing_captions_are_listed_before_any_weight_is_read(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        add_clip(tmp_path, name, {"a.mp4": "a cat", "b.mp4": "  \n", "c.mp4": None}[name], 1)
+    config = config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False)
+    with pytest.raises(DataError) as caught:
+        prepare(config)
+    assert "2 of 3 clips" in str(caught.value) and "(b.mp4, c.mp4)" in str(caught.value)
+    assert "allow_empty_captions" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_missing_weights_are_told_before_any_clip_is_decoded(tmp_path):
+    add_clip(tmp_path, "a.mp4", "a cat", 1)
+    with pytest.raises(CheckpointError, match="weights pull"):
+        prepare(config_for(tmp_path, tmp_path / "no_weights"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_when_no_clip_can_be_used_the_report_says_why(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "garbage.mp4").write_bytes(b"no video" * 100)
+    (tmp_path / "videos" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    with pytest.raises(DataError, match="none of the 2 clips") as caught:
+        prepare(config_for(tmp_path))
+    assert "\n" not in str(caught.value) and "report.csv" in str(caught.value)
+    report = report_of(tmp_path)
+    assert {name: record["status"] for name, record in report.items()} == dict.fromkeys(report, "refused")
+    assert "cannot be opened" in report["gone.mp4"]["reason"]
+    assert report["garbage.mp4"]["reason"]
+    with pytest.raises(DataError, match="there is no cache"):
+        open_cache(tmp_path / "cache", **GEOMETRY)
+
+
+RUN = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_prepare import config_for
+from mochi_tune.data_prep.prepare import main
+if __name__ == "__main__":
+    sys.exit(main(config_for(Path({folder!r}))))
+"""
+
+
+def start_prepare(folder: Path) -> subprocess.Popen:
+    script = folder / "run.py"
+    script.write_text(RUN.format(path=[str(Path(__file__).parent), *sys.path], folder=str(folder)))
+    return subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+
+
+def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
+    num_clips = 6
+    for number in range(num_clips):
+        add_clip(tmp_path, f"{number}.mp4", f"a ball number {number}", first_number=20 * number)
+    with start_prepare(tmp_path) as child:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "cache").glob("parts/latents-*.safetensors"))) < 2:
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        child.kill()
+    found = len(list((tmp_path / "cache").glob("parts/latents-*.safetensors")))
+    assert 2 <= found < num_clips
+    with pytest.raises(DataError, match="incomplete"):
+        open_cache(tmp_path / "cache", **GEOMETRY)
+    assert main(config_for(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert f"encoded now: {num_clips - found} clips and {num_clips} captions, reused: {found} clips" in out
+    assert sorted(os.listdir(tmp_path / "cache")) == [".lock", "data", "manifest.json", "report.csv"]
+    cache = open_cache(tmp_path / "cache", **GEOMETRY)
+    encoder = load_encoder(TINY, "cpu", torch.float32)
+    for index, row in enumerate(cache.rows):
+        clip = decode_clip(tmp_path / "videos" / row.path, ClipTransform(**GEOMETRY))
+        mean, _ = encoder(frames_to_pixels(clip.frames[None]))
+        torch.testing.assert_close(cache.read(index)["mean"], mean[0], rtol=0, atol=1e-5)
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device=cuda"):
+        find_device("cuda")
+    assert find_device("auto") == find_device("cpu") == torch.device("cpu")
+
+
+class FullEncoder(torch.nn.Module):
+    """An encoder for which no memory is left."""
+
+    def __init__(self):
+        super().__init__()
+        self.output_proj = torch.nn.Linear(1, 1)
+
+    def forward(self, pixels, carry):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_clip_that_does_not_fit_the_gpu_is_named():
+    with pytest.raises(DataError, match=r"a\.mp4: encoding 7 frames of 48x32 needs more memory"):
+        encode_frames(FullEncoder(), torch.zeros(7, 32, 48, 3, dtype=torch.uint8), "a.mp4")

@@ -1,0 +1,83 @@
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from helpers_video import frame_number, write_bad_video, write_video
+
+from mochi_tune.data_prep.clips import ClipTransform, decode_clip
+from mochi_tune.data_prep.probe import probe_video
+from mochi_tune.errors import DataError
+
+
+def _error(path: Path, transform: ClipTransform | None = None) -> str:
+    with pytest.raises(DataError) as info:
+        decode_clip(path, transform or ClipTransform(7, 64, 64))
+    message = str(info.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message
+
+
+def test_the_times_are_exact_ascending_and_those_of_the_frames(tmp_path):
+    times = [Fraction(5), Fraction(51, 10), Fraction(26, 5), Fraction(59, 10)]
+    source = probe_video(write_video(tmp_path / "clip.mp4", timestamps=times))
+    assert source.timestamps == times
+    assert source.last_period == Fraction(7, 10)
+    assert (source.rotation, source.turned_by_decord, source.codec, source.pixel_aspect) == (0, True, "h264", 1.0)
+
+
+def test_what_an_edit_list_hides_is_not_shown(tmp_path):
+    path = write_video(tmp_path / "clip.mp4", 60, options={"g": "12"})
+    data = bytearray(path.read_bytes())
+    # elst: version, count, duration in ms, start in the track's time base (here 1/30000 s).
+    start = data.find(b"elst") + 12
+    _, media_time = struct.unpack_from(">Ii", data, start)
+    struct.pack_into(">Ii", data, start, 1000, media_time + 20 * 1000)
+    path.write_bytes(data)
+    clip = decode_clip(path, ClipTransform(25, 64, 64))
+    assert [frame_number(frame) for frame in clip.frames] == list(range(20, 45))
+    assert clip.report["source_frames"] == 30
+    assert "have 30 frames" in _error(path, ClipTransform(31, 64, 64))
+
+
+def test_a_mirrored_or_askew_clip_is_refused(tmp_path):
+    assert "mirrored" in _error(write_video(tmp_path / "mirrored.mp4", 7, mirrored=True))
+    path = write_video(tmp_path / "askew.mp4", 7, rotation=90)
+    data = bytearray(path.read_bytes())
+    # The track header's matrix, 16.16 numbers after 40 bytes: a turn by 45 degrees.
+    struct.pack_into(">iiiii", data, data.find(b"tkhd") + 44, 46341, 46341, 0, -46341, 46341)
+    path.write_bytes(data)
+    assert "45 degrees" in _error(path)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused_by_name(tmp_path, container, transfer, name):
+    path = write_video(tmp_path / f"clip.{container}", 7, color_transfer=transfer)
+    assert f"HDR, {name}" in _error(path)
+    path = write_video(tmp_path / f"sdr.{container}", 7, color_transfer=1)
+    assert len(decode_clip(path, ClipTransform(7, 64, 64)).frames) == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("empty", "empty (0 bytes)"),
+        ("garbage", "cannot be read"),
+        ("audio", "no video stream, only audio"),
+        ("no moov", "cannot be read"),
+        ("cut mdat", "bytes are missing"),
+        ("cut mdat between frames", "bytes are missing"),
+        ("cut.mkv", "announces 3.00 s"),
+        ("damaged", "decord cannot decode it (codec h264)"),
+        ("over-reported", "lists 900 frames and it holds 90"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, kind, words):
+    assert words in _error(write_bad_video(tmp_path, kind), ClipTransform(85, 128, 128))
+
+
+def test_a_missing_file_and_a_codec_that_decord_lacks_are_refused(tmp_path):
+    assert "No such file" in _error(tmp_path / "none.mp4")
+    path = write_video(tmp_path / "clip.mkv", 7, codec="libsvtav1")
+    assert "re-encode it as H.264" in _error(path)

@@ -1,0 +1,165 @@
+"""Real video files for tests: every frame carries its number as eight bars, and its corners tell which way is up."""
+
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+CODECS = {".webm": "libvpx-vp9", ".avi": "mpeg4"}
+# Fine enough for every frame rate that the tests use, and for timestamps to the millisecond.
+TIME_BASE = Fraction(1, 30000)
+MAX_FRAMES = 256
+
+
+def paint_frame(number: int, width: int, height: int) -> np.ndarray:
+    """Returns a uint8 (height, width, 3) picture: `number` (0..255) as bars on top, red and blue below.
+
+    The top half holds eight vertical bars, dark or light, the highest bit on the left; the bottom half is red on the
+    left and blue on the right.
+    """
+    frame = np.zeros((height, width, 3), np.uint8)
+    for bit in range(8):
+        light = number >> (7 - bit) & 1
+        frame[: height // 2, bit * width // 8 : (bit + 1) * width // 8] = 255 if light else 0
+    frame[height // 2 :, : width // 2] = (200, 30, 30)
+    frame[height // 2 :, width // 2 :] = (30, 30, 200)
+    return frame
+
+
+def frame_number(frame) -> int:
+    """Returns the number that `paint_frame` put into an upright, uncropped uint8 (H, W, 3) array or tensor."""
+    pixels = np.asarray(frame)
+    height, width = pixels.shape[:2]
+    bars = [pixels[height // 4, (2 * bit + 1) * width // 16].mean() > 127 for bit in range(8)]
+    return int("".join("1" if bar else "0" for bar in bars), 2)
+
+
+def is_upright(frame) -> bool:
+    """Returns whether the bottom of a uint8 (H, W, 3) picture is red on the left and blue on the right."""
+    pixels = np.asarray(frame).astype(int)
+    height, width = pixels.shape[:2]
+    left, right = pixels[height * 3 // 4, width // 4], pixels[height * 3 // 4, width * 3 // 4]
+    return bool(left[0] > 150 > left[2] and right[2] > 150 > right[0])
+
+
+def write_video(
+    path: Path,
+    num_frames: int = 30,
+    *,
+    rate: int | Fraction = 30,
+    timestamps: Sequence[float] | None = None,
+    width: int = 64,
+    height: int = 64,
+    rotation: int = 0,
+    mirrored: bool = False,
+    codec: str | None = None,
+    color_transfer: int | None = None,
+    options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
+    container_format: str | None = None,
+    first_number: int = 0,
+) -> Path:
+    """Encodes numbered frames into a video file; its suffix picks the container.
+
+    Args:
+        path: where to write, .mp4 .mov .m4v .mkv .webm or .avi.
+        num_frames: frames to write, at most 256 to keep their numbers apart.
+        rate: frames a second, when `timestamps` is not given.
+        timestamps: seconds at which each frame is shown; their number replaces `num_frames`.
+        width: of the upright picture, in even pixels.
+        height: of the upright picture, in even pixels.
+        rotation: degrees counter-clockwise by which a player must turn the stored picture, 0, 90, 180 or 270.
+        mirrored: the display matrix also mirrors the picture (the stored picture is not mirrored to undo it).
+        codec: the encoder; by default H.264, VP9 in .webm and MPEG-4 in .avi.
+        color_transfer: the transfer characteristic to tag, e.g. 16 for PQ and 18 for HLG.
+        options: of the encoder, e.g. {"bf": "0"}.
+        container_options: of the container, e.g. {"movflags": "faststart"}.
+        container_format: FFmpeg's name of it, when the suffix shall not tell.
+        first_number: the number of the first frame.
+    """
+    import av
+
+    if timestamps is None:
+        timestamps = [index / Fraction(rate) for index in range(num_frames)]
+    assert len(timestamps) + first_number <= MAX_FRAMES
+    with av.open(str(path), "w", format=container_format, options=container_options or {}) as container:
+        stream = container.add_stream(codec or CODECS.get(path.suffix.lower(), "libx264"), rate=rate)
+        stream.width, stream.height = (height, width) if rotation % 180 else (width, height)
+        stream.pix_fmt = "yuv420p"
+        stream.options = options or {}
+        # AVI counts frames and can only hold a constant rate; WebM counts milliseconds.
+        time_base = {".avi": 1 / Fraction(rate), ".webm": Fraction(1, 1000)}.get(path.suffix.lower(), TIME_BASE)
+        stream.codec_context.time_base = time_base
+        if color_transfer is not None:
+            stream.codec_context.color_trc = color_transfer
+        if rotation or mirrored:
+            stream.set_display_rotation(rotation, hflip=mirrored)
+        for index, seconds in enumerate(timestamps):
+            picture = np.rot90(paint_frame(first_number + index, width, height), -rotation // 90)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+            frame.time_base, frame.pts = time_base, round(Fraction(seconds) / time_base)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_audio(path: Path, num_seconds: float = 1.0) -> Path:
+    """Encodes a tone and no picture into an .mp4 or .mkv file."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=48000, layout="mono")
+        samples = np.sin(np.arange(int(48000 * num_seconds)) * 0.05).astype(np.float32)
+        for start in range(0, len(samples), 1024):
+            frame = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], "fltp", "mono")
+            frame.sample_rate, frame.pts = 48000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_bad_video(folder: Path, kind: str) -> Path:
+    """Writes a file that must be refused, made from a clip of 90 frames of 128x128 pixels at 30 fps.
+
+    Args:
+        folder: where to write bad.mp4, bad.mkv or bad.avi.
+        kind: empty, garbage, audio, no moov, cut mdat, cut mdat between frames, cut.mkv, damaged (600 bytes in the
+            middle), or over-reported (an AVI header that lists ten times the frames).
+    """
+    path = folder / f"bad.{'avi' if kind == 'over-reported' else 'mkv' if kind == 'cut.mkv' else 'mp4'}"
+    if kind == "audio":
+        return write_audio(path)
+    options = {"movflags": "faststart"} if kind.startswith("cut mdat") else {}
+    write_video(path, 90, width=128, height=128, options={"g": "10"}, container_options=options)
+    data = bytearray(path.read_bytes())
+    if kind == "empty":
+        data = b""
+    elif kind == "garbage":
+        data = np.random.default_rng(0).bytes(5000)
+    elif kind == "no moov":
+        data = data[: data.find(b"moov") - 4]
+    elif kind == "cut mdat":
+        data = data[: (data.find(b"mdat") + len(data)) // 2]
+    elif kind == "cut mdat between frames":
+        # Nothing but the box's length tells that frames are missing here.
+        data = data[: -_packet_size(path, -1)]
+    elif kind == "cut.mkv":
+        data = data[: len(data) // 2]
+    elif kind == "damaged":
+        middle = (data.find(b"mdat") + data.find(b"moov")) // 2
+        data[middle : middle + 600] = np.random.default_rng(0).bytes(600)
+    elif kind == "over-reported":
+        for name, offset in ((b"avih", 24), (b"strh", 40)):
+            assert struct.unpack_from("<I", data, data.find(name) + offset) == (90,)
+            struct.pack_into("<I", data, data.find(name) + offset, 900)
+    path.write_bytes(data)
+    return path
+
+
+def _packet_size(path: Path, index: int) -> int:
+    import av
+
+    with av.open(str(path)) as container:
+        return sorted((packet.pos, packet.size) for packet in container.demux(video=0) if packet.size)[index][1]

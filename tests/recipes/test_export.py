@@ -1,0 +1,61 @@
+import pytest
+from helpers_adapters import ATTENTION, GOLDEN, MLPS, assert_same_change, random_adapter
+from mochi_tune.recipes import export
+
+from mochi_tune.adapters import load_adapter, save_adapter
+from mochi_tune.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def trained(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, random_adapter(ATTENTION))
+    return path
+
+
+@pytest.mark.parametrize(("to", "num_layers"), [("official", 7), ("diffusers", 15), ("comfyui", 7), ("native", 7)])
+def test_export_writes_the_format_and_says_what(tmp_path, trained, to, num_layers):
+    out = tmp_path / "new" / "folder" / "lora.safetensors"
+    summary = export.main(trained, to, out)
+    assert (summary.file, summary.to, summary.num_layers) == (out, to, num_layers)
+    assert (summary.trained_rank, summary.rank) == ("16", "16")
+    assert summary.alpha == ("64" if to == "native" else "16")
+    assert_same_change(load_adapter(out), load_adapter(trained))
+    assert load_adapter(out).metadata["step"] == "12"
+
+
+def test_a_change_of_rank_is_reported(tmp_path):
+    summary = export.main(GOLDEN / "lora.safetensors", "diffusers", tmp_path / "lora.safetensors")
+    assert (summary.trained_rank, summary.rank, summary.alpha) == ("2,4", "4", "4")
+    assert str(summary) == f"{summary.file}: diffusers, 15 layers, rank 4 (trained at 2,4), alpha 4"
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path, trained):
+    before = trained.read_bytes()
+    with pytest.raises(ConfigError, match="exists, and an export never overwrites"):
+        export.main(trained, "comfyui", trained)
+    assert trained.read_bytes() == before
+
+
+@pytest.mark.parametrize(("to", "nearest"), [("difusers", "diffusers"), ("comfy", "comfyui"), ("genmo", "native")])
+def test_an_unknown_format_names_the_nearest(tmp_path, to, nearest):
+    with pytest.raises(ConfigError, match=f"to={to} is not.*official, diffusers, comfyui, native: use {nearest}"):
+        export.main(tmp_path / "nothing.safetensors", to, tmp_path / "new" / "lora.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_safetensors_names_are_written(tmp_path, trained):
+    with pytest.raises(ConfigError, match=r"must end in \.safetensors: use lora\.safetensors"):
+        export.main(trained, "comfyui", tmp_path / "lora.pt")
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path, trained):
+    with pytest.raises(ConfigError, match="its folder cannot be made"):
+        export.main(trained, "comfyui", trained / "lora.safetensors")
+
+
+def test_what_the_format_cannot_hold_is_refused(tmp_path):
+    save_adapter(tmp_path / "adapter.safetensors", random_adapter(ATTENTION + MLPS))
+    with pytest.raises(CheckpointError, match="no MLP layers"):
+        export.main(tmp_path / "adapter.safetensors", "official", tmp_path / "lora.safetensors")
+    assert not (tmp_path / "lora.safetensors").exists()

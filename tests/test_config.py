@@ -1,0 +1,152 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+from mochi_tune.config import (
+    check_override,
+    config_yaml,
+    find_config,
+    known_keys,
+    load_config,
+    packaged_folder,
+    sampler_settings,
+)
+from mochi_tune.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def error_of(*arguments) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("model", ["mochi_1", "tiny"])
+@pytest.mark.parametrize("lora", ["attention", "attention_mlp"])
+def test_every_packaged_file_composes_with_every_group(path, model, lora):
+    config = load_config(path.stem, [f"model={model}", f"lora={lora}"])
+    assert config.model.name == model and len(config.lora.targets) == (1 if lora == "attention" else 2)
+
+
+def test_a_file_here_goes_before_the_packaged_one_and_a_path_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("my_lora") == packaged_folder() / "my_lora.yaml"
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "my_lora.yaml").write_text("defaults: [base, _self_]\nname: mine\ntrain: {steps: 7}\n")
+    config = load_config("my_lora", [])
+    assert (config.name, config.run_dir, config.train.steps) == ("mine", "runs/mine", 7)
+    elsewhere = tmp_path / "other" / "its.yaml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("defaults: [base, {override model: tiny}, _self_]\ntrain: {steps: 8}\n")
+    assert load_config(str(elsewhere), []).train.steps == 8
+
+
+def test_a_group_of_the_users_own_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "lora").mkdir(parents=True)
+    (tmp_path / "conf" / "mine.yaml").write_text("defaults: [base, {override model: tiny}, _self_]\n")
+    (tmp_path / "conf" / "lora" / "queries.yaml").write_text("targets: ['blocks\\.0\\.attn\\.qkv_x']\nrank: 2\n")
+    assert load_config("mine", ["lora=queries"]).lora.rank == 2
+
+
+def test_the_printed_settings_are_read_back_the_same(tmp_path):
+    config = load_config("my_lora", ["model=tiny", "train.steps=12", "sample.prompt=a, (b): 'c' \\"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config_yaml(config))
+    assert load_config(str(path), []) == config
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a teacup shatters", "a cat, running (fast): it's $5 = 3", 'say "hi"', "back\\slash \\", "'quoted'", "[x]"],
+)
+def test_prompts_need_no_quoting(prompt):
+    assert load_config("my_lora", [f"sample.prompt={prompt}"]).sample.prompt == prompt
+
+
+def test_several_adapters_are_a_list():
+    sample = load_config("my_lora", ["sample.adapter=[a.safetensors,b.safetensors]", "sample.adapter_strength=[1,0.5]"])
+    assert sample.sample.adapter == ["a.safetensors", "b.safetensors"] and sample.sample.adapter_strength == [1, 0.5]
+    assert load_config("my_lora", ["sample.adapter=runs/x (1)/a.safetensors"]).sample.adapter.endswith(
+        "(1)/a.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("trian.steps=3", "trian.steps is not a setting; did you mean train.steps?"),
+        ("steps=3", "steps is not a setting; did you mean train.steps?"),
+        ("zzz=3", "zzz is not a setting; --help lists them."),
+        ("train.steps=x", "train.steps: Value 'x' of type 'str' could not be converted to Integer."),
+        ("train.steps=0", "train.steps=0 is not possible: it must be at least 1."),
+        ("train.learning_rate=0", "train.learning_rate=0.0 is not possible: it must be above 0."),
+        ("train.caption_dropout=1", "train.caption_dropout=1.0 is not possible: it must be from 0 to below 1."),
+        ("train.objective=genmo", "train.objective=genmo is not possible: use sampler or official."),
+        ("model=mochi", "model=mochi does not exist: use one of mochi_1, tiny."),
+        ("data.num_frames=40", "num_frames=40 does not fit the VAE, which takes 6k+1: use 37 or 43."),
+        ("sample.width=100", "width=100 does not fit the model, which takes multiples of 16 pixels: use 96 or 112."),
+        ("sample.linear_steps=64", "sample.linear_steps=64 does not fit sample.steps=64: use 1 to 63,"),
+        ("train.steps", "'train.steps' is no setting: settings are written key=value"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(override, text):
+    assert text in error_of("my_lora", [override])
+
+
+@pytest.mark.parametrize(
+    ("yaml", "text"),
+    [
+        ("defaults: [base, _self_]\ntrain: {stepps: 4}\n", "train.stepps is not a setting; did you mean train.steps?"),
+        ("defaults: [base, _self_]\ntrain: {steps: four}\n", "train.steps: Value 'four' of type 'str' could not"),
+        ("train: {steps: 4}\n", "begin it with `defaults: [base, _self_]`"),
+        ("train:\n  steps: 4\n :", "is not YAML: line 3"),
+        ("defaults: [base, {override model: toyy}, _self_]\n", "Could not find 'model/toyy'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_that_names_it(tmp_path, yaml, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml)
+    message = error_of(str(path), [])
+    assert text in message and str(path) in message
+
+
+def test_an_unknown_file_names_the_nearest():
+    assert "did you mean conf=my_lora?" in error_of("my_lor", [])
+
+
+def test_sampler_settings_come_from_the_preset_and_the_samples_own():
+    assert sampler_settings(load_config("my_lora", [])).steps == 64
+    fast = sampler_settings(load_config("my_lora", ["sample.preset=fast"]))
+    assert (fast.steps, fast.guidance, fast.threshold, fast.linear_steps) == (8, 1.5, 0.1, 6)
+    own = sampler_settings(load_config("my_lora", ["sample.preset=fast", "sample.steps=4", "sample.guidance=2"]))
+    assert (own.steps, own.guidance, own.linear_steps) == (4, 2.0, None)
+
+
+def test_every_setting_is_read_by_some_story():
+    """A key that nothing reads is a promise that nothing keeps."""
+    read = set()
+    files = [p for folder in ("recipes", "data_prep") for p in (ROOT / folder).glob("*.py")]
+    for path in [*files, ROOT / "mochi_tune" / "config.py"]:
+        tree = ast.parse(path.read_text())
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = {key.rpartition(".")[2] for key in known_keys()} - {"threshold", "linear_steps", "steps", "guidance"}
+    assert names <= read, names - read
+
+
+def test_base_yaml_names_every_setting_with_a_comment():
+    lines = (ROOT / "conf" / "base.yaml").read_text().splitlines()
+    leaves = [line for line in lines if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":")]
+    assert all("#" in line for line in leaves), [line for line in leaves if "#" not in line]
+    named = {line.split(":")[0].strip() for line in leaves}
+    grouped = {"targets", "rank", "alpha", "dropout", "weights", "dtype"}
+    assert {key.rpartition(".")[2] for key in known_keys()} - grouped <= named
+
+
+def test_overrides_keep_lists_and_null():
+    assert check_override("sample.adapter=null") == "sample.adapter=null"
+    assert check_override("train.sample_prompts=[a,b]") == "train.sample_prompts=[a,b]"
