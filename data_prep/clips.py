@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import multiprocessing
-import os
 import signal
 import socket
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mochi_tune.data_prep.frames import decode_frames
 from mochi_tune.data_prep.probe import VideoSource, probe_video
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
@@ -117,9 +117,7 @@ def decode_clip(path: Path, transform: ClipTransform) -> DecodedClip:
         )
     wanted = sorted(set(indices))
     fit, chunks, stack = None, [], []
-    for index, frame in zip(range(wanted[-1] + 1), _shown_frames(path, source), strict=False):
-        if index not in wanted:
-            continue
+    for index, frame in zip(wanted, decode_frames(path, source, wanted), strict=True):
         fit = fit or _fit(path, *frame.shape[:2], transform)
         stack.append(torch.from_numpy(frame))
         if len(stack) * frame.size * 4 >= CHUNK_BYTES or index == wanted[-1]:
@@ -129,34 +127,6 @@ def decode_clip(path: Path, transform: ClipTransform) -> DecodedClip:
     if len(wanted) < len(indices):
         frames = frames[[bisect_left(wanted, index) for index in indices]]
     return DecodedClip(frames, _report(source, *frame.shape[:2], fit, transform))
-
-
-def _shown_frames(path: Path, source: VideoSource) -> Iterator[np.ndarray]:
-    """Yields the frames that are shown, in their order, upright, uint8 (H, W, 3).
-
-    The file is read from its start without a seek: decord counts packets, and in a file with an edit list its seeks
-    miss. What is shown comes first and in order, whatever decord believes the length to be.
-    """
-    import av  # noqa: F401  (before decord, which makes its own old codecs visible to libraries that are loaded later)
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)
-    turns = 0 if source.turned_by_decord else source.rotation // 90
-    try:
-        # decord repeats an earlier frame in place of one that it cannot decode; this makes the first one an error.
-        reader = decord.VideoReader(str(path), fault_tol=1e-9)
-        for _ in source.timestamps:
-            frame = reader.next().asnumpy()
-            height, width, channels = frame.shape
-            if channels != 3:
-                # decord takes the padding at the end of narrow rows for more channels.
-                frame = frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
-            yield np.ascontiguousarray(np.rot90(frame, turns))
-    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration) as error:
-        raise DataError(
-            f"{path}: decord cannot decode it (codec {source.codec}): the file is damaged, or its codec is unknown to "
-            "decord; re-encode it as H.264."
-        ) from error
 
 
 def _fit(path: Path, height: int, width: int, transform: ClipTransform) -> _Fit:
@@ -324,11 +294,10 @@ class ClipDecoder:
 def _serve(parent: socket.socket, transform: ClipTransform) -> None:
     """Runs in the child: decodes one path after the other until the parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Now, so that no clip's time is spent on it; av before decord, as `decode_frames` tells.
     import av  # noqa: F401
     import decord  # noqa: F401
 
-    # Native libraries print about every bad file; what matters comes back as an error.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         _send(parent, {"ready": True})
         while True:

@@ -3,6 +3,7 @@
 import struct
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 from mochi_tune.errors import DataError
@@ -12,22 +13,40 @@ HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 
 
 @dataclass(frozen=True)
+class Packet:
+    """One coded frame: its presentation time in seconds, whether it is shown, and whether decoding may start here."""
+
+    time: Fraction
+    shown: bool
+    key: bool
+
+
+@dataclass(frozen=True)
 class VideoSource:
     """A file's metadata.
 
     Attributes:
-        timestamps: presentation times in seconds of the frames that are shown, ascending.
+        packets: of the video stream, in the order of decoding.
+        width: of the stored picture, in pixels.
+        height: of the stored picture, in pixels.
         rotation: degrees counter-clockwise that turn the stored picture upright: 0, 90, 180 or 270.
-        turned_by_decord: decord applies that rotation by itself.
         codec: the name of its decoder.
+        reorders: its decoder shows frames in another order than it is given them.
         pixel_aspect: width to height of one stored pixel.
     """
 
-    timestamps: list[Fraction]
+    packets: list[Packet]
+    width: int
+    height: int
     rotation: int
-    turned_by_decord: bool
     codec: str
+    reorders: bool
     pixel_aspect: float
+
+    @cached_property
+    def timestamps(self) -> list[Fraction]:
+        """Presentation times in seconds of the frames that are shown, ascending."""
+        return sorted(packet.time for packet in self.packets if packet.shown)
 
     @property
     def last_period(self) -> Fraction:
@@ -56,13 +75,14 @@ def probe_video(path: Path) -> VideoSource:
             transfer = HDR_TRANSFERS.get(stream.codec_context.color_trc)
             if transfer:
                 raise DataError(f"{path}: is HDR, {transfer}, but the models take SDR: convert it to BT.709 first.")
-            timestamps, first = _read_packets(path, container, stream)
+            packets, first = _read_packets(path, container, stream)
             return VideoSource(
-                timestamps,
+                packets,
+                first.width,
+                first.height,
                 _rotation(path, first),
-                # decord's FFmpeg knows the display matrix of the MP4 family and of no other container.
-                "mp4" in container.format.name,
                 stream.codec_context.name,
+                bool(stream.codec_context.has_b_frames),
                 float(stream.sample_aspect_ratio or 1),
             )
     except (av.FFmpegError, OSError) as error:
@@ -72,42 +92,40 @@ def probe_video(path: Path) -> VideoSource:
         ) from error
 
 
-def _read_packets(path: Path, container, stream) -> tuple[list[Fraction], object]:
-    """Returns the times in seconds of all frames that are shown, ascending, and the first frame, decoded."""
-    times, count, first = [], 0, None
+def _read_packets(path: Path, container, stream) -> tuple[list[Packet], object]:
+    """Returns all packets and the first frame, decoded."""
+    packets, first = [], None
     for packet in container.demux(stream):
         if first is None:
             first = next(iter(packet.decode()), None)
-        if not packet.size:
-            continue
-        count += 1
-        # A packet outside the edit list is needed to decode the others but is never shown.
-        if not packet.is_discard:
-            times.append(packet.pts if packet.pts is not None else packet.dts)
-    if first is None or not times:
+        if packet.size:
+            time = packet.pts if packet.pts is not None else packet.dts
+            if time is None:
+                raise DataError(f"{path}: has frames without timestamps: remux it, e.g. ffmpeg -i IN -c copy OUT.mkv.")
+            # A packet outside the edit list is needed to decode the others but is never shown.
+            packets.append(Packet(time * stream.time_base, not packet.is_discard, packet.is_keyframe))
+    if first is None or not any(packet.shown for packet in packets):
         raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
-    if None in times:
-        raise DataError(f"{path}: has frames without timestamps: remux it, e.g. ffmpeg -i IN -c copy OUT.mkv.")
-    timestamps = [time * stream.time_base for time in sorted(times)]
-    missing = _missing_part(path, container, stream, count, timestamps[-1])
+    missing = _missing_part(path, container, stream, packets)
     if missing:
         raise DataError(f"{path}: is cut short, {missing}: copy it again or remove it.")
-    return timestamps, first
+    return packets, first
 
 
-def _missing_part(path: Path, container, stream, num_packets: int, last: Fraction) -> str:
+def _missing_part(path: Path, container, stream, packets: list[Packet]) -> str:
     """Says what the container announces and does not hold, or nothing."""
     if "mp4" in container.format.name:
         missing = _missing_bytes(path)
         return f"{missing} bytes are missing" if missing else ""
-    if stream.frames > num_packets:
-        return f"its header lists {stream.frames} frames and it holds {num_packets}"
+    if stream.frames > len(packets):
+        return f"its header lists {stream.frames} frames and it holds {len(packets)}"
     announced = stream.metadata.get("DURATION")
     if announced:
         hours, minutes, seconds = announced.split(":")
         end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        last = float(max(packet.time for packet in packets))
         if end - last > 1:
-            return f"its header announces {end:.2f} s and its last frame is at {float(last):.2f} s"
+            return f"its header announces {end:.2f} s and its last frame is at {last:.2f} s"
     return ""
 
 

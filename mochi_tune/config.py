@@ -295,6 +295,11 @@ def setting(config: RunConfig, key: str) -> Any:
     return value
 
 
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns every setting by its dotted key."""
+    return {key: setting(config, key) for key in known_keys()}
+
+
 def sample_size(config: RunConfig) -> tuple[int, int, int]:
     """Returns the number of frames, the height and the width to render: the sample's own, else the data's."""
     return tuple(

@@ -1,5 +1,6 @@
 """The sampler: sigma schedules, guidance and Euler steps from noise to latents."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -119,8 +120,7 @@ def sample_latents(
     training = dit.training
     dit.eval()
     states = euler_steps(dit, noise.to(device), *pairs, settings.sigmas, [settings.guidance] * settings.steps)
-    latents = None
-    for latents in tqdm(states, total=settings.steps, desc=description, unit="step", leave=False):
-        pass
+    # Only the last state is kept.
+    [latents] = deque(tqdm(states, total=settings.steps, desc=description, unit="step", leave=False), maxlen=1)
     dit.train(training)
     return latents

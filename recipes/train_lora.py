@@ -1,9 +1,7 @@
 """Trains a LoRA on a prepared cache: the whole run, from top to bottom. The same command resumes a stopped run."""
 
-import dataclasses
 import hashlib
 import json
-import signal
 import time
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
-from mochi_tune.config import RunConfig, config_yaml, sample_size, sampler_settings, setting, weights_folder
+from mochi_tune.config import RunConfig, config_yaml, flat_settings, sample_size, sampler_settings, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, batch_indices, collate
 from mochi_tune.errors import TrainingError
@@ -27,6 +25,7 @@ from mochi_tune.training import checkpoint
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import build_adamw, learning_rate_at
 from mochi_tune.training.rng import key_seed, keyed_generator
+from mochi_tune.training.signals import StopSignal
 from mochi_tune.video import write_video
 from mochi_tune.weights import base_identity, check_weights, load_decoder, load_dit, meta_dit
 
@@ -85,9 +84,6 @@ def main(config: RunConfig) -> int:
 
     accelerator = Accelerator(cpu=device.type == "cpu")
     dit, optimizer = accelerator.prepare(dit, optimizer)
-    metrics = Metrics(run_dir, resumed["step"])
-    if config.log.wandb != "disabled":
-        metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, identity["settings"])
 
     def look(step: int) -> None:
         """Validates and renders where this step asks for it."""
@@ -102,7 +98,8 @@ def main(config: RunConfig) -> int:
 
     def save(step: int) -> None:
         """Writes a checkpoint, then the run's adapter."""
-        adapter = Adapter(adapter_layers(parameters, config.lora.alpha), adapter_metadata(config, identity, num_blocks, step))
+        metadata = adapter_metadata(config, identity, num_blocks, step)
+        adapter = Adapter(adapter_layers(parameters, config.lora.alpha), metadata)
         with checkpoint.new_checkpoint(run_dir / "checkpoints", step, train.keep_checkpoints) as new:
             save_adapter(new / "adapter.safetensors", adapter)
             state = checkpoint.optimizer_tensors(optimizer, parameters)
@@ -111,74 +108,56 @@ def main(config: RunConfig) -> int:
         newest = run_dir / "checkpoints" / f"step_{step:06d}" / "adapter.safetensors"
         checkpoint.replace_file(newest, run_dir / "adapter.safetensors")
 
-    stop = StopSignal()
     dit.train()
-    if not checkpoints:
-        look(0)
-    progress = tqdm(total=train.steps, initial=resumed["step"], desc="train", unit="step")
-    for step in range(resumed["step"] + 1, train.steps + 1):
-        started = time.perf_counter()
-        learning_rate = learning_rate_at(step, train.learning_rate, train.warmup_steps, train.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        losses, sigmas, clips = [], [], []
-        for micro in range(train.accumulation_steps):
-            number = (step - 1) * train.accumulation_steps + micro
-            indices = batch_indices(number, num_clips=len(dataset), batch_size=train.batch_size, seed=config.seed)
-            batch = collate([dataset[i] for i in indices])
-            noisy, target, sigma = draw_batch(config, batch, step, micro)
-            torch.manual_seed(key_seed(config.seed, "dropout", step, micro))
-            prediction = dit(
-                noisy.to(device), sigma.to(device), batch["prompt_embeds"].to(device), batch["prompt_mask"]
-            )
-            loss = velocity_loss(prediction, target.to(device)).mean()
-            accelerator.backward(loss / train.accumulation_steps)
-            losses.append(loss.detach())
-            sigmas += sigma.tolist()
-            clips += batch["sample_ids"]
-        norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
-        loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
-        check_finite(step, loss, grad_norm, clips, sigmas, run_dir)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    bar = tqdm(total=train.steps, initial=resumed["step"], desc="train", unit="step")
+    with Metrics(run_dir, resumed["step"]) as metrics, StopSignal() as stop, bar as progress:
+        if config.log.wandb != "disabled":
+            metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, identity["settings"])
+        if not checkpoints:
+            look(0)
+        for step in range(resumed["step"] + 1, train.steps + 1):
+            started = time.perf_counter()
+            learning_rate = learning_rate_at(step, train.learning_rate, train.warmup_steps, train.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            losses, sigmas, clips = [], [], []
+            for micro in range(train.accumulation_steps):
+                number = (step - 1) * train.accumulation_steps + micro
+                indices = batch_indices(number, num_clips=len(dataset), batch_size=train.batch_size, seed=config.seed)
+                batch = collate([dataset[i] for i in indices])
+                noisy, target, sigma = draw_batch(config, batch, step, micro)
+                torch.manual_seed(key_seed(config.seed, "dropout", step, micro))
+                embeds, mask = batch["prompt_embeds"].to(device), batch["prompt_mask"]
+                loss = velocity_loss(dit(noisy.to(device), sigma.to(device), embeds, mask), target.to(device)).mean()
+                accelerator.backward(loss / train.accumulation_steps)
+                losses.append(loss.detach())
+                sigmas += sigma.tolist()
+                clips += batch["sample_ids"]
+            norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
+            # The one wait for the device in a step.
+            loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
+            check_finite(step, loss, grad_norm, clips, sigmas, run_dir)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        seconds = time.perf_counter() - started
-        row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate, "seconds": round(seconds, 4)}
-        metrics.log({**row, "clips": clips, "sigmas": [round(s, 6) for s in sigmas]})
-        progress.set_postfix_str(f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step")
-        progress.update()
-        look(step)
-        if step == train.steps or stop.received or (train.checkpoint_every and step % train.checkpoint_every == 0):
-            save(step)
-        if stop.received and step < train.steps:
-            break
-    progress.close()
-    metrics.close()
-    if stop.received and step < train.steps:
+            seconds = round(time.perf_counter() - started, 4)
+            row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate, "seconds": seconds}
+            metrics.log({**row, "clips": clips, "sigmas": [round(s, 6) for s in sigmas]})
+            progress.set_postfix_str(
+                f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step", refresh=False
+            )
+            progress.update()
+            look(step)
+            due = train.checkpoint_every and step % train.checkpoint_every == 0
+            if step == train.steps or stop.received or due:
+                save(step)
+            if stop.received and step < train.steps:
+                break
+    if step < train.steps:
         tqdm.write(f"stopped after step {step} of {train.steps}, saved; the same command goes on from there")
         return 128 + stop.received
     tqdm.write(f"adapter: {run_dir / 'adapter.safetensors'}")
     return 0
-
-
-class StopSignal:
-    """Remembers a first Ctrl-C or SIGTERM, so that the step in hand is finished and saved; a second one is not held."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _receive(self, number: int, _frame: object) -> None:
-        self.received = number
-        for each, handler in self.former.items():
-            signal.signal(each, handler)
-
-
-def flat_settings(config: RunConfig) -> dict:
-    """Returns the settings by dotted key."""
-    from mochi_tune.config import known_keys
-
-    return {key: setting(config, key) for key in known_keys()}
 
 
 def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:

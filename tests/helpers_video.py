@@ -58,7 +58,6 @@ def write_video(
     color_transfer: int | None = None,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
-    container_format: str | None = None,
     first_number: int = 0,
 ) -> Path:
     """Encodes numbered frames into a video file; its suffix picks the container.
@@ -76,7 +75,6 @@ def write_video(
         color_transfer: the transfer characteristic to tag, e.g. 16 for PQ and 18 for HLG.
         options: of the encoder, e.g. {"bf": "0"}.
         container_options: of the container, e.g. {"movflags": "faststart"}.
-        container_format: FFmpeg's name of it, when the suffix shall not tell.
         first_number: the number of the first frame.
     """
     import av
@@ -84,7 +82,7 @@ def write_video(
     if timestamps is None:
         timestamps = [index / Fraction(rate) for index in range(num_frames)]
     assert len(timestamps) + first_number <= MAX_FRAMES
-    with av.open(str(path), "w", format=container_format, options=container_options or {}) as container:
+    with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec or CODECS.get(path.suffix.lower(), "libx264"), rate=rate)
         stream.width, stream.height = (height, width) if rotation % 180 else (width, height)
         stream.pix_fmt = "yuv420p"

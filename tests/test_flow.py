@@ -1,12 +1,11 @@
 import pytest
 import torch
-from helpers_golden import golden_dit, relative_error, vectors
+from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
 
 from mochi_tune.adapters import load_adapter
 from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.lora import apply_adapter, lora_parameters
 from mochi_tune.models.latents import to_latents
-from helpers_golden import GOLDEN
 
 IO = vectors("dit_io")
 # objective -> noisy input, prediction, loss, gradients of the official implementation

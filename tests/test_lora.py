@@ -42,7 +42,7 @@ def test_presets_choose_their_layers(dit):
     ],
 )
 def test_patterns_that_choose_nothing_are_refused(dit, patterns, text):
-    with pytest.raises(ConfigError, match=".") as error:
+    with pytest.raises(ConfigError) as error:
         select_layers(linear_shapes(dit), patterns)
     assert text in str(error.value) and "\n" not in str(error.value)
 

@@ -275,7 +275,7 @@ class Encoder(nn.Module):
         self.output_proj = PointwiseConv(channels[-1], 2 * config.latent_dim, bias=False)
 
     def forward(self, pixels: Tensor, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
-        """Encodes fp32 pixels (B, 3, F, H, W) to the mean and log-variance of the VAE latents, fp32 (B, 12, T, h, w)."""
+        """Encodes fp32 pixels (B, 3, F, H, W) to mean and log-variance of the VAE latents, fp32 (B, 12, T, h, w)."""
         x = fourier_features(pixels).to(self.output_proj.weight.dtype)
         x = self.layers[0](x)
         for layer in self.layers[1:]:

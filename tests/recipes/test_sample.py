@@ -1,0 +1,163 @@
+import json
+
+import pytest
+import torch
+from helpers_road import prepared, road, run
+from safetensors.torch import load_file, save_file
+
+from mochi_tune import assets
+from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
+from mochi_tune.config import load_config, weights_folder
+from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.lora import linear_shapes
+from mochi_tune.models.text_encoder import TextEncoder, pad_prompts
+from mochi_tune.recipes.sample import main
+from mochi_tune.sampler import draw_noise, euler_steps, linear_quadratic_sigmas
+from mochi_tune.video import read_frames
+from mochi_tune.weights import base_identity, load_dit, meta_dit
+
+TINY = weights_folder(load_config("my_lora", ["model=tiny"]))
+
+
+def sample(run_dir, *more):
+    return main(load_config("my_lora", road(run_dir, "sample.steps=3", "sample.prompt=a red ball", *more)))
+
+
+def write_adapter(path, seed=0, scale=1.0, identity=None):
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        name: LoraLayer(torch.randn(2, i, generator=generator), scale * torch.randn(o, 2, generator=generator) / 8, 4.0)
+        for name, (o, i) in linear_shapes(meta_dit(TINY)).items()
+    }
+    metadata = {"num_blocks": "2", "base_fingerprint": identity or base_identity(TINY)}
+    save_adapter(path, Adapter(layers, metadata))
+    return path
+
+
+def latents_of(video):
+    return load_file(video.with_suffix(".safetensors"))["latents"]
+
+
+def test_the_video_has_the_frames_and_its_settings_beside_it(tmp_path):
+    video = sample(tmp_path, "seed=7", "sample.save_latents=true", "sample.num_frames=13")
+    frames = read_frames(video)
+    assert video.parent == tmp_path / "samples" and len(frames) == 13 and frames[0].size == (48, 32)
+    import av
+
+    with av.open(str(video)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.average_rate == 30 and stream.frames == 13
+    record = json.loads(video.with_suffix(".json").read_text())
+    assert record["prompt"] == "a red ball" and record["seed"] == 7 and record["num_frames"] == 13
+    assert record["sampler"] == {"steps": 3, "guidance": 6.0, "threshold": 0.025, "linear_steps": None}
+    assert record["adapters"] == [] and len(record["noise_sha256"]) == 64
+    assert latents_of(video).shape == (1, 12, 3, 4, 6)
+
+
+def test_the_latents_are_those_of_the_plain_loop(tmp_path):
+    video = sample(tmp_path, "sample.save_latents=true", "sample.negative_prompt=a cat", "sample.guidance=3")
+    encoder = TextEncoder.load(TINY, "cpu", torch.float32)
+    prompt, negative = (pad_prompts(encoder.encode([text])) for text in ("a red ball", "a cat"))
+    states = euler_steps(
+        load_dit(TINY, "cpu", torch.float32), draw_noise(0, 7, 32, 48), prompt, negative,
+        linear_quadratic_sigmas(3, 0.025), [3.0] * 3,
+    )  # fmt: skip
+    *_, latents = states
+    assert torch.allclose(latents_of(video), latents, atol=1e-5)
+
+
+def test_nothing_is_ever_overwritten(tmp_path):
+    first, second = sample(tmp_path), sample(tmp_path)
+    assert first != second and first.exists() and second.exists()
+    out = tmp_path / "mine.mp4"
+    sample(tmp_path, f"sample.out={out}")
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match="never overwritten"):
+        sample(tmp_path, f"sample.out={out}")
+    assert out.read_bytes() == before
+    with pytest.raises(ConfigError, match=r"is not an \.mp4 file: use .*mine\.mp4"):
+        sample(tmp_path, f"sample.out={tmp_path / 'mine.avi'}")
+
+
+def test_strength_0_is_the_base_exactly_and_strengths_scale(tmp_path):
+    adapter = write_adapter(tmp_path / "a.safetensors")
+    double = write_adapter(tmp_path / "b.safetensors", scale=2.0)
+    base = latents_of(sample(tmp_path, "sample.save_latents=true"))
+    latents = {}
+    for path, strength in ((adapter, 0), (adapter, 1), (adapter, 2), (double, 1)):
+        more = [f"sample.adapter={path}", f"sample.adapter_strength={strength}", "sample.save_latents=true"]
+        latents[path.name, strength] = latents_of(sample(tmp_path, *more))
+    assert torch.equal(latents["a.safetensors", 0], base)
+    assert not torch.allclose(latents["a.safetensors", 1], base, atol=1e-2)
+    assert torch.allclose(latents["a.safetensors", 2], latents["b.safetensors", 1], atol=1e-5)
+
+
+def test_several_adapters_have_their_own_strengths(tmp_path):
+    one, two = write_adapter(tmp_path / "a.safetensors", 1), write_adapter(tmp_path / "b.safetensors", 2)
+    both = f"sample.adapter=[{one},{two}]"
+    only_one = sample(tmp_path, f"sample.adapter={one}", "sample.save_latents=true")
+    silenced = sample(tmp_path, both, "sample.adapter_strength=[1,0]", "sample.save_latents=true")
+    together = sample(tmp_path, both, "sample.adapter_strength=[1,0.5]", "sample.save_latents=true")
+    assert torch.equal(latents_of(silenced), latents_of(only_one))
+    assert not torch.allclose(latents_of(together), latents_of(only_one), atol=1e-2)
+    with pytest.raises(ConfigError, match="3 values for 2 adapters"):
+        sample(tmp_path, both, "sample.adapter_strength=[1,1,1]")
+
+
+def test_the_runs_own_adapter_is_used_by_itself(tmp_path):
+    write_adapter(tmp_path / "adapter.safetensors")
+    own = sample(tmp_path, "sample.save_latents=true")
+    named = sample(tmp_path, f"sample.adapter={tmp_path / 'adapter.safetensors'}", "sample.save_latents=true")
+    assert torch.equal(latents_of(own), latents_of(named))
+    assert json.loads(own.with_suffix(".json").read_text())["adapters"][0]["strength"] == 1.0
+
+
+def test_fast_settings(tmp_path):
+    config = load_config("my_lora", road(tmp_path, "sample.prompt=x", "sample.preset=fast"))
+    record = json.loads(main(config).with_suffix(".json").read_text())
+    assert record["sampler"] == {"steps": 8, "guidance": 1.5, "threshold": 0.1, "linear_steps": 6}
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    other = write_adapter(tmp_path / "a.safetensors", identity="0" * 64)
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        sample(tmp_path, f"sample.adapter={other}")
+    save_file({"blocks.0.attn.qkv_x.lora_A": torch.ones(2, 7), "blocks.0.attn.qkv_x.lora_B": torch.ones(9, 2)},
+              tmp_path / "b.safetensors")  # fmt: skip
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        sample(tmp_path, f"sample.adapter={tmp_path / 'b.safetensors'}")
+
+
+@pytest.mark.parametrize("name", ["adapter.pt", "adapter.safetensors"])
+def test_a_pickle_is_never_opened(tmp_path, name):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    torch.save({"x": Evil()}, tmp_path / name)
+    done = run("sample", "conf=my_lora", *road(tmp_path), "prompt=x", f"adapter={tmp_path / name}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "safetensors" in done.stderr
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_command_prints_the_path_and_takes_the_short_keys(tmp_path):
+    adapter, out = write_adapter(tmp_path / "a.safetensors"), tmp_path / "new" / "x.mp4"
+    done = run(
+        "sample", "conf=my_lora", *road(tmp_path), "sample.steps=2", "prompt=a cat, (running)", "seed=3",
+        f"adapter={adapter}", "adapter_strength=0.5", f"out={out}", "save_latents=true",
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.strip() == str(out)
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["prompt"] == "a cat, (running)" and record["seed"] == 3
+    assert record["adapters"][0]["strength"] == 0.5 and out.with_suffix(".safetensors").exists()
+
+
+def test_the_tiny_weights_are_what_their_recipe_makes(tmp_path):
+    from mochi_tune.recipes.make_tiny import main as make_tiny
+
+    make_tiny(tmp_path)
+    shipped = next(iter(assets.__path__))
+    for name in ("dit", "encoder", "decoder", "text_encoder/model"):
+        ours, theirs = (load_file(f"{folder}/{name}.safetensors") for folder in (tmp_path, f"{shipped}/tiny"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert prepared().exists()

@@ -1,0 +1,314 @@
+import json
+import signal
+import time
+
+import pytest
+import torch
+from helpers_road import prepared, read_rows, road, run, start
+from safetensors.torch import load_file
+
+from mochi_tune.config import RunConfig, load_config
+from mochi_tune.data.cache import open_cache
+from mochi_tune.data.dataset import LatentDataset, collate
+from mochi_tune.errors import DataError, TrainingError
+from mochi_tune.flow import noisy_and_target
+from mochi_tune.recipes.train_lora import draw_batch, main
+
+LORA = ["lora=attention_mlp", "lora.rank=2", "lora.dropout=0.1"]
+
+
+def train(run_dir, *more) -> int:
+    return main(load_config("my_lora", road(run_dir, *LORA, *more)))
+
+
+def without_time(run_dir) -> list[dict]:
+    return [
+        {key: value for key, value in row.items() if key != "seconds"} for row in read_rows(run_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Seven steps without a stop, over three clips: the epochs end in the middle of steps."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    assert train(run_dir, "train.steps=7", "train.batch_size=2", "train.accumulation_steps=2") == 0
+    return run_dir
+
+
+def test_the_run_folder_holds_what_scripts_rely_on(straight):
+    assert sorted(path.name for path in straight.iterdir()) == [
+        "adapter.safetensors", "checkpoints", "config.yaml", "metrics.jsonl", "samples", "validation.jsonl",
+    ]  # fmt: skip
+    rows = read_rows(straight / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert all({"step", "loss", "grad_norm", "lr", "seconds"} <= row.keys() for row in rows)
+    assert load_config(str(straight / "config.yaml"), []).train.steps == 7
+
+
+def test_the_last_step_is_saved_though_no_interval_falls_on_it(straight):
+    assert [path.name for path in (straight / "checkpoints").iterdir()] == ["step_000007"]
+    saved = straight / "checkpoints" / "step_000007" / "adapter.safetensors"
+    assert saved.read_bytes() == (straight / "adapter.safetensors").read_bytes()
+
+
+def test_the_adapter_is_fp32_has_every_layer_and_tells_of_itself(straight):
+    from safetensors import safe_open
+
+    tensors = load_file(straight / "adapter.safetensors")
+    assert len(tensors) == 26 and all(t.dtype == torch.float32 for t in tensors.values())
+    # Not the queries of the last block's text alone, every B has moved.
+    assert all(t.any() for t in tensors.values())
+    with safe_open(straight / "adapter.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["base_model"] == "tiny" and metadata["rank"] == "2" and metadata["step"] == "7"
+    assert {"alpha", "targets", "config_hash", "base_fingerprint", "num_blocks"} <= metadata.keys()
+
+
+def test_every_clip_comes_once_an_epoch(straight):
+    clips = [clip for row in read_rows(straight / "metrics.jsonl") for clip in row["clips"]]
+    assert len(clips) == 7 * 4
+    for first in range(0, 27, 3):
+        assert sorted(clips[first : first + 3]) == ["clip_0.mp4", "clip_1.mp4", "clip_2.mp4"]
+
+
+def test_the_learning_rate_warms_up_and_falls_by_half_a_cosine(tmp_path):
+    assert train(tmp_path, "train.steps=6", "train.warmup_steps=2", "train.learning_rate=1e-3") == 0
+    rates = [row["lr"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 8.535534e-4, 5e-4, 1.464466e-4])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_resumes_bit_for_bit(straight, tmp_path, number):
+    """A real process, stopped by a real signal wherever it is, then the same command until it is done."""
+    arguments = road(tmp_path, *LORA, "train.steps=7", "train.batch_size=2", "train.accumulation_steps=2")
+    process = start("train", "conf=my_lora", *arguments)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    stopped_at = len(read_rows(metrics))
+    assert 2 <= stopped_at < 7, "the signal came while the run was under way"
+
+    resumed = run("train", "conf=my_lora", *arguments)
+    assert resumed.returncode == 0 and f"from step {stopped_at}" in resumed.stdout + resumed.stderr
+    assert without_time(tmp_path) == without_time(straight)
+    last = "checkpoints/step_000007"
+    for name in ("adapter.safetensors", "optimizer.safetensors"):
+        ours, theirs = load_file(tmp_path / last / name), load_file(straight / last / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(straight, tmp_path):
+    arguments = road(
+        tmp_path, *LORA, "train.steps=7", "train.batch_size=2", "train.accumulation_steps=2", "train.checkpoint_every=3"
+    )
+    process = start("train", "conf=my_lora", *arguments)
+    while process.poll() is None and not list(tmp_path.glob("checkpoints/step_000003")):
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "checkpoints" / "step_000007").exists()
+    # A row that was not finished when the run was killed.
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    assert run("train", "conf=my_lora", *arguments).returncode == 0
+    assert without_time(tmp_path) == without_time(straight)
+    assert torch.equal(
+        *(load_file(d / "adapter.safetensors")["blocks.1.mlp_x.w2.lora_B"] for d in (tmp_path, straight))
+    )
+
+
+def test_a_finished_run_is_not_trained_again(straight):
+    before = (straight / "adapter.safetensors").stat().st_mtime_ns
+    assert train(straight, "train.steps=7", "train.batch_size=2", "train.accumulation_steps=2") == 0
+    assert (straight / "adapter.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("change", ["train.learning_rate=1e-5", "lora.rank=4", "seed=3", "train.caption_dropout=0.5"])
+def test_a_run_does_not_go_on_as_another(straight, change):
+    more = [change if change.startswith("lora.rank") else "lora.rank=2", "lora=attention_mlp", "lora.dropout=0.1"]
+    config = road(straight, *more, "train.steps=9", "train.batch_size=2", "train.accumulation_steps=2")
+    if not change.startswith("lora.rank"):
+        config.append(change)
+    with pytest.raises(TrainingError) as error:
+        main(load_config("my_lora", config))
+    key, _ = change.split("=")
+    assert f"{key} was" in str(error.value) and "run_dir=DIR" in str(error.value)
+
+
+def test_another_seed_is_another_run(straight, tmp_path):
+    assert train(tmp_path, "train.steps=7", "train.batch_size=2", "train.accumulation_steps=2", "seed=5") == 0
+    ours, theirs = without_time(tmp_path), without_time(straight)
+    assert all(a["loss"] != b["loss"] and a["sigmas"] != b["sigmas"] for a, b in zip(ours, theirs, strict=True))
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    plain = ["lora.rank=2", "train.steps=2", "train.learning_rate=1e-3", "train.warmup_steps=0"]
+    adapters = []
+    for name, batch, accumulation in (("one", 4, 1), ("four", 1, 4)):
+        more = [*plain, f"train.batch_size={batch}", f"train.accumulation_steps={accumulation}"]
+        assert main(load_config("my_lora", road(tmp_path / name, *more))) == 0
+        adapters.append(load_file(tmp_path / name / "adapter.safetensors"))
+    one, four = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "four"))
+    for a, b in zip(one, four, strict=True):
+        assert a["clips"] == b["clips"] and a["sigmas"] == b["sigmas"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
+    for key, tensor in adapters[0].items():
+        assert torch.allclose(tensor, adapters[1][key], atol=2e-5), key
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    """AdamW's first step hides the size of a gradient, but its moments do not."""
+    for name, limit in (("free", "1e9"), ("clipped", "1e-4")):
+        assert train(tmp_path / name, "train.steps=1", f"train.max_grad_norm={limit}") == 0
+    states = [load_file(tmp_path / n / "checkpoints/step_000001/optimizer.safetensors") for n in ("free", "clipped")]
+    norms = [sum(t.square().sum() for k, t in s.items() if k.endswith("exp_avg")).sqrt().item() * 10 for s in states]
+    [row] = read_rows(tmp_path / "clipped" / "metrics.jsonl")
+    assert row["grad_norm"] > 1e-3 and norms[0] == pytest.approx(row["grad_norm"], rel=1e-3)
+    assert norms[1] == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_bf16_base_trains_fp32_adapters(tmp_path):
+    assert train(tmp_path, "train.steps=3", "model.dtype=bf16", "train.warmup_steps=0") == 0
+    checkpoint = tmp_path / "checkpoints" / "step_000003"
+    for name in ("adapter", "optimizer"):
+        tensors = load_file(checkpoint / f"{name}.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    moved = load_file(checkpoint / "adapter.safetensors")["blocks.0.attn.qkv_x.lora_B"]
+    # Steps of 2e-4 and less on top of it would round away in bf16.
+    assert moved.any() and not torch.equal(moved, moved.bfloat16().float())
+
+
+def test_checkpointed_activations_give_the_same_run(straight, tmp_path):
+    more = ["train.steps=7", "train.batch_size=2", "train.accumulation_steps=2"]
+    arguments = [a for a in road(tmp_path, *LORA, *more) if "gradient_checkpointing" not in a]
+    assert main(load_config("my_lora", [*arguments, "train.gradient_checkpointing=true"])) == 0
+    assert without_time(tmp_path) == without_time(straight)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    assert train(tmp_path, "train.steps=5", "train.checkpoint_every=1", "train.keep_checkpoints=2") == 0
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+
+
+def test_it_learns_the_clips(tmp_path):
+    """On fixed clips, noise and sigmas the loss falls; it would not with the sign, the space or sigma turned round."""
+    more = ["lora=attention_mlp", "train.steps=60", "train.learning_rate=1e-2", "train.warmup_steps=5"]
+    more += ["train.validate_every=60", "train.validation_clips=3", "train.batch_size=3"]
+    assert main(load_config("my_lora", road(tmp_path, *more))) == 0
+    first, last = [row["validation_loss"] for row in read_rows(tmp_path / "validation.jsonl")]
+    assert last < 0.92 * first
+
+
+def test_eval_videos_are_those_of_the_sample_command(tmp_path):
+    """Rendered with the live adapter, they are what `sample` renders from the saved one, and the base stays whole."""
+    more = ["train.sample_every=2", "train.sample_prompts=[a red ball]", "sample.steps=3", "train.warmup_steps=0"]
+    more += ["train.learning_rate=1e-2", "train.steps=2"]
+    arguments = [a for a in road(tmp_path, *LORA, *more) if a != "train.sample_every=0"]
+    config = load_config("my_lora", arguments)
+    assert main(config) == 0
+    videos = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert videos == ["step_000000_prompt_0.mp4", "step_000002_prompt_0.mp4"]
+
+    from mochi_tune.recipes.sample import main as sample
+
+    config.sample.prompt, config.sample.out = "a red ball", str(tmp_path / "again.mp4")
+    sample(config)
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "samples" / videos[1]).read_bytes()
+    config.sample.adapter_strength, config.sample.out = 0.0, str(tmp_path / "base.mp4")
+    sample(config)
+    assert (tmp_path / "base.mp4").read_bytes() == (tmp_path / "samples" / videos[0]).read_bytes()
+    assert (tmp_path / "base.mp4").read_bytes() != (tmp_path / "again.mp4").read_bytes()
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
+    done = run("train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=9", "train.checkpoint_every=1",
+               "train.learning_rate=1e30", "train.warmup_steps=0", "train.max_grad_norm=1e30"))  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert "the update was not made" in line and "clip_" in line and "(sigma 0." in line
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    last = tmp_path / "checkpoints" / f"step_{rows[-1]['step']:06d}"
+    assert str(last) in line
+    assert all(t.isfinite().all() for t in load_file(last / "adapter.safetensors").values())
+
+
+def test_caption_dropout_zeroes_features_and_mask_of_its_share():
+    config = RunConfig()
+    config.train.caption_dropout, config.train.batch_size = 0.25, 3
+    dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+    dropped = 0
+    for step in range(200):
+        batch = collate([dataset[i] for i in range(3)])
+        draw_batch(config, batch, step, 0)
+        empty = ~batch["prompt_mask"].any(1)
+        assert not batch["prompt_embeds"][empty].any() and batch["prompt_embeds"][~empty].flatten(1).any(1).all()
+        dropped += int(empty.sum())
+    assert 110 < dropped < 190
+
+
+def test_draws_are_keyed_by_seed_step_and_sample():
+    config = RunConfig()
+    config.train.batch_size = 2
+    dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+
+    def draw(step, micro):
+        return draw_batch(config, collate([dataset[0], dataset[0]]), step, micro)
+
+    noisy, target, sigma = draw(4, 1)
+    again = draw(4, 1)
+    assert all(torch.equal(a, b) for a, b in zip((noisy, target, sigma), again, strict=True))
+    assert sigma[0] != sigma[1] and not torch.equal(target[0], target[1])
+    assert not torch.equal(draw(5, 1)[1], target) and not torch.equal(draw(4, 0)[1], target)
+    sigmas = torch.stack([draw(step, 0)[2] for step in range(300)]).flatten()
+    assert abs(sigmas.mean() - 0.5) < 0.05 and sigmas.min() < 0.02 and sigmas.max() > 0.98
+
+
+def test_the_training_input_is_in_the_samplers_space():
+    """Of the drawn clip the share (1 - sigma) is in the input, normalised: input + sigma * target is the clip."""
+    config = RunConfig()
+    dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+    batch = collate([dataset[0]])
+    batch["logvar"].fill_(-60)
+    noisy, target, sigma = draw_batch(config, batch, 1, 0)
+    from mochi_tune.models.latents import to_latents
+
+    assert torch.allclose(noisy + sigma.view(-1, 1, 1, 1, 1) * target, to_latents(batch["mean"]), atol=1e-5)
+    official, _ = noisy_and_target("official", batch["mean"], torch.zeros_like(noisy), sigma)
+    assert torch.allclose(official, (1 - sigma) * batch["mean"])
+
+
+def test_the_official_objective_is_there_by_name(tmp_path):
+    assert train(tmp_path / "a", "train.steps=1") == 0
+    assert train(tmp_path / "b", "train.steps=1", "train.objective=official") == 0
+    losses = [read_rows(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in "ab"]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [("data.num_frames=13", "num_frames: the cache has 7, the config wants 13"), ("data.cache=nowhere", "no cache in")],
+)
+def test_a_cache_that_does_not_fit_is_refused(tmp_path, setting, text):
+    with pytest.raises(DataError) as error:
+        main(load_config("my_lora", [*road(tmp_path / "run"), setting]))
+    assert text in str(error.value) and "mochi-tune prepare" in str(error.value)
+    assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
+
+
+def test_wandb_works_offline(tmp_path):
+    assert train(tmp_path, "train.steps=2", "log.wandb=offline") == 0
+    [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert file.stat().st_size > 1000
+
+
+def test_the_printed_line_of_progress_shows_loss_norm_rate_and_time(tmp_path):
+    done = run("train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2"))
+    assert done.returncode == 0
+    for part in ("loss ", "norm ", "lr ", "s/step", "2/2"):
+        assert part in done.stderr
+    assert str(tmp_path / "adapter.safetensors") in done.stdout
+    json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

@@ -1,0 +1,69 @@
+import json
+import shutil
+
+import pytest
+import torch
+from helpers_golden import GOLDEN
+from helpers_road import run
+from safetensors.torch import load_file, save_file
+
+from mochi_tune.recipes.verify import main
+
+# What a folder of vectors is held against, one word of each kind of check.
+KINDS = (
+    "full size: dit", "full size: encoder", "full size: decoder", "schedule 64", "dit: out_cond", "dit: out_null",
+    "dit: batch_out", "dit: long_out", "dit: out_cond_bf16", "sampling: latents", "sampling: vae latents",
+    "posterior draw", "normalised latents", "sampler objective: loss", "official objective: loss",
+    "sampler gradient: blocks.0.attn.qkv_x.lora_A", "official gradient: blocks.1.attn.proj_x.lora_B",
+    "encoder: fourier", "encoder: clip mean", "encoder: clip in chunks logvar", "encoder: image mean",
+    "decoder: raw", "decoder: decoded", "decoder: decoded_tiled_spatial",
+)  # fmt: skip
+
+
+def test_every_vector_is_checked_and_ok():
+    done = run("verify", f"reference={GOLDEN}")
+    assert done.returncode == 0, done.stdout
+    for kind in KINDS:
+        assert kind in done.stdout
+    assert "FAIL" not in done.stdout and done.stdout.endswith("every check is ok\n")
+    # The 28 gradients: 2 objectives x 7 layers x 2 halves.
+    assert done.stdout.count(" gradient: ") == 28
+
+
+def test_bf16_is_ok_too():
+    assert [check.name for check in main(GOLDEN, "cpu", "bf16") if not check.ok] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "check"),
+    [
+        ("dit_io", "out_null", "dit: out_null"),
+        ("dit_io", "sample_dit", "sampling: latents"),
+        ("dit_io", "genmo_grad.blocks.1.attn.qkv_y.lora_B", "official gradient: blocks.1.attn.qkv_y.lora_B"),
+        ("vae_io", "image_logvar", "encoder: image logvar"),
+        ("vae_io", "decoded_tiled_spatial", "decoder: decoded_tiled_spatial"),
+    ],
+)
+def test_one_wrong_number_fails_its_check_alone(tmp_path, file, key, check):
+    folder = tmp_path / "reference"
+    shutil.copytree(GOLDEN, folder)
+    tensors = load_file(folder / f"{file}.safetensors")
+    flat = tensors[key].view(-1)
+    flat[flat.numel() // 2] += 0.01 * flat.abs().max()
+    save_file(tensors, folder / f"{file}.safetensors")
+    assert [c.name for c in main(folder, "cpu", "fp32") if not c.ok] == [check]
+
+
+def test_a_nan_and_a_failed_check_exit_with_1(tmp_path):
+    folder = tmp_path / "reference"
+    shutil.copytree(GOLDEN, folder)
+    tensors = load_file(folder / "dit_io.safetensors")
+    tensors["out_cond"][0, 0, 0, 0, 0] = torch.nan
+    save_file(tensors, folder / "dit_io.safetensors")
+    schedules = json.loads((folder / "schedules.json").read_text())
+    schedules["8,0.1,6"][3] += 1e-3
+    (folder / "schedules.json").write_text(json.dumps(schedules))
+    done = run("verify", f"reference={folder}")
+    failed = [line for line in done.stdout.splitlines() if line.endswith("FAIL")]
+    assert done.returncode == 1 and len(failed) == 2 and "2 checks FAILED" in done.stdout
+    assert failed[0].startswith("schedule 8,0.1,6") and failed[1].startswith("dit: out_cond ")
