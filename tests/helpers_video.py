@@ -122,15 +122,18 @@ def write_bad_video(folder: Path, kind: str) -> Path:
     """Writes a file that must be refused, made from a clip of 90 frames of 128x128 pixels at 30 fps.
 
     Args:
-        folder: where to write bad.mp4, bad.mkv or bad.avi.
+        folder: where to write bad.mp4, bad.mkv, bad.webm or bad.avi.
         kind: empty, garbage, audio, no moov, cut mdat, cut mdat between frames, cut.mkv, damaged (600 bytes in the
-            middle), or over-reported (an AVI header that lists ten times the frames).
+            middle), hollow (one packet in the middle of a VP8 file gives no picture), or over-reported (an AVI header
+            that lists ten times the frames).
     """
-    path = folder / f"bad.{'avi' if kind == 'over-reported' else 'mkv' if kind == 'cut.mkv' else 'mp4'}"
+    suffix = {"over-reported": "avi", "cut.mkv": "mkv", "hollow": "webm"}.get(kind, "mp4")
+    path = folder / f"bad.{suffix}"
     if kind == "audio":
         return write_audio(path)
     options = {"movflags": "faststart"} if kind.startswith("cut mdat") else {}
-    write_video(path, 90, width=128, height=128, options={"g": "10"}, container_options=options)
+    codec = "libvpx" if kind == "hollow" else None
+    write_video(path, 90, width=128, height=128, codec=codec, options={"g": "10"}, container_options=options)
     data = bytearray(path.read_bytes())
     if kind == "empty":
         data = b""
@@ -142,12 +145,15 @@ def write_bad_video(folder: Path, kind: str) -> Path:
         data = data[: (data.find(b"mdat") + len(data)) // 2]
     elif kind == "cut mdat between frames":
         # Nothing but the box's length tells that frames are missing here.
-        data = data[: -_packet_size(path, -1)]
+        data = data[: -len(_packets(path)[-1])]
     elif kind == "cut.mkv":
         data = data[: len(data) // 2]
     elif kind == "damaged":
         middle = (data.find(b"mdat") + data.find(b"moov")) // 2
         data[middle : middle + 600] = np.random.default_rng(0).bytes(600)
+    elif kind == "hollow":
+        # The bit of a VP8 frame's first byte that has it shown.
+        data[data.find(_packets(path)[45])] &= ~0x10
     elif kind == "over-reported":
         for name, offset in ((b"avih", 24), (b"strh", 40)):
             assert struct.unpack_from("<I", data, data.find(name) + offset) == (90,)
@@ -156,8 +162,8 @@ def write_bad_video(folder: Path, kind: str) -> Path:
     return path
 
 
-def _packet_size(path: Path, index: int) -> int:
+def _packets(path: Path) -> list[bytes]:
     import av
 
     with av.open(str(path)) as container:
-        return sorted((packet.pos, packet.size) for packet in container.demux(video=0) if packet.size)[index][1]
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]

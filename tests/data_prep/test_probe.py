@@ -70,6 +70,7 @@ def test_hdr_is_refused_by_name(tmp_path, container, transfer, name):
         ("cut mdat between frames", "bytes are missing"),
         ("cut.mkv", "announces 3.00 s"),
         ("damaged", "decord cannot decode it (codec h264)"),
+        ("hollow", "decord cannot decode it (codec vp8)"),
         ("over-reported", "lists 900 frames and it holds 90"),
     ],
 )
