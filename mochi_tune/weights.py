@@ -80,13 +80,27 @@ def check_weights(folder: Path, parts: Sequence[str]) -> None:
         parts: any of "dit", "encoder", "decoder", "text_encoder".
 
     Raises:
-        CheckpointError: as the loaders; for T5, when its configuration, a shard or the tokenizer is absent or damaged.
+        CheckpointError: as the loaders; for T5, when its configuration, a shard or the tokenizer is absent or damaged,
+            or when its features do not fit the DiT, if both are asked for.
     """
-    for part in parts:
-        if part == TEXT_ENCODER:
-            _check_text_encoder(Path(folder))
-        else:
-            _plan(Path(folder), part)
+    folder = Path(folder)
+    models = {part: _plan(folder, part)[0] for part in parts if part != TEXT_ENCODER}
+    if TEXT_ENCODER in parts:
+        _check_text_encoder(folder)
+        width = read_json(folder / TEXT_ENCODER / "config.json").get("d_model")
+        if "dit" in models and width != models["dit"].config.t5_feat_dim:
+            raise CheckpointError(
+                f"{folder / TEXT_ENCODER} has features of width {width}, the DiT takes "
+                f"{models['dit'].config.t5_feat_dim}: put the T5 there that the DiT was trained with."
+            )
+
+
+def has_part(folder: Path, part: str) -> bool:
+    """Whether a weights folder holds a part at all, whole or not."""
+    folder = Path(folder)
+    if part == TEXT_ENCODER:
+        return (folder / TEXT_ENCODER).exists()
+    return (folder / f"{part}.safetensors").exists() or (folder / _PARTS[part].folder).exists()
 
 
 def fingerprint(folder: Path, part: str) -> str:

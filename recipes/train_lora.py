@@ -12,7 +12,7 @@ from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
 from mochi_tune.config import RunConfig, config_yaml, flat_settings, sample_size, sampler_settings, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, batch_indices, collate
-from mochi_tune.errors import TrainingError
+from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_layers
 from mochi_tune.models.device import DTYPES, find_device
@@ -27,7 +27,15 @@ from mochi_tune.training.optim import build_adamw, learning_rate_at
 from mochi_tune.training.rng import key_seed, keyed_generator
 from mochi_tune.training.signals import StopSignal
 from mochi_tune.video import write_video
-from mochi_tune.weights import base_identity, check_weights, load_decoder, load_dit, meta_dit
+from mochi_tune.weights import (
+    base_identity,
+    check_weights,
+    fingerprint,
+    has_part,
+    load_decoder,
+    load_dit,
+    meta_dit,
+)
 
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
 # What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
@@ -52,9 +60,13 @@ def main(config: RunConfig) -> int:
     # Everything that can be refused is refused before a weight is read.
     check_weights(folder, ["dit", "decoder", "text_encoder"] if prompts else ["dit"])
     data = config.data
-    cache = open_cache(Path(data.cache), num_frames=data.num_frames, height=data.height, width=data.width)
-    dataset = LatentDataset(cache)
-    layers = select_layers(linear_shapes(meta_dit(folder)), config.lora.targets)
+    # The encoders need not lie where the training runs; where they do, the cache must be theirs.
+    vae, t5 = (fingerprint(folder, part) if has_part(folder, part) else None for part in ("encoder", "text_encoder"))
+    size = {"num_frames": data.num_frames, "height": data.height, "width": data.width}
+    cache = open_cache(Path(data.cache), **size, vae_fingerprint=vae, t5_fingerprint=t5)
+    dataset, skeleton = LatentDataset(cache), meta_dit(folder)
+    check_text_width(dataset, skeleton.config.t5_feat_dim)
+    layers = select_layers(linear_shapes(skeleton), config.lora.targets)
     identity = {"settings": flat_settings(config), "cache": cache.fingerprint, "base": base_identity(folder)}
     checkpoints = checkpoint.find_checkpoints(run_dir / "checkpoints")
     resumed = checkpoint.read_json(checkpoints[-1] / "state.json") if checkpoints else {"step": 0}
@@ -158,6 +170,20 @@ def main(config: RunConfig) -> int:
         return 128 + stop.received
     tqdm.write(f"adapter: {run_dir / 'adapter.safetensors'}")
     return 0
+
+
+def check_text_width(dataset: LatentDataset, width: int) -> None:
+    """Refuses a cache whose text features are those of another T5 than the DiT's.
+
+    Raises:
+        DataError: their width is not the DiT's.
+    """
+    found = dataset[0]["prompt_embeds"].shape[1]
+    if found != width:
+        raise DataError(
+            f"the cache {dataset.cache.folder} has text features of width {found}, the DiT takes {width}: "
+            "run `mochi-tune prepare` with this model, or name another folder in data.cache."
+        )
 
 
 def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from helpers_golden import GOLDEN
 from helpers_weights import LOADERS, changes, copy_golden, official, refused
 from safetensors.torch import save_file
 
+from mochi_tune import assets
 from mochi_tune.errors import CheckpointError
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.weight_maps import diffusers_map, to_diffusers
-from mochi_tune.weights import base_identity, check_weights, fingerprint, load_dit, meta_dit
+from mochi_tune.weights import base_identity, check_weights, fingerprint, has_part, load_dit, meta_dit
 
 FP32_NAMES = re.compile(
     r"pos_frequencies|.*\.attn\.[qk]_norm_[xy]\.weight|(.*\.stack\.[03]|.*\.attn_block\.norm|output_norm)\.(weight|bias)"
@@ -195,6 +197,22 @@ def test_the_official_file_wins_where_both_layouts_lie(tmp_path):
     check_weights(tmp_path, ["dit"])
     (tmp_path / "dit.safetensors").unlink()
     assert "transformer has neither diffusion_pytorch_model.safetensors nor" in refused(tmp_path, "dit")
+
+
+def test_a_t5_of_another_width_than_the_dits_is_refused(tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(Path(assets.__path__[0]) / "tiny", folder)
+    check_weights(folder, ["dit", "text_encoder"])
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "d_model": 1024}))
+    with pytest.raises(CheckpointError, match="features of width 1024, the DiT takes 64"):
+        check_weights(folder, ["dit", "text_encoder"])
+
+
+def test_has_part_knows_both_layouts(tmp_path):
+    assert has_part(GOLDEN, "dit") and not has_part(GOLDEN, "text_encoder")
+    (tmp_path / "vae").mkdir()
+    assert has_part(tmp_path, "encoder") and has_part(tmp_path, "decoder") and not has_part(tmp_path, "dit")
 
 
 def test_the_text_encoder_needs_its_configuration_weights_and_tokenizer(tmp_path):

@@ -118,6 +118,15 @@ def test_fast_settings(tmp_path):
     assert record["sampler"] == {"steps": 8, "guidance": 1.5, "threshold": 0.1, "linear_steps": 6}
 
 
+def test_bf16_samples_near_fp32_with_an_fp32_state(tmp_path):
+    adapter = write_adapter(tmp_path / "a.safetensors", scale=0.1)
+    more = [f"sample.adapter={adapter}", "sample.save_latents=true", "sample.guidance=2"]
+    exact = latents_of(sample(tmp_path, *more))
+    rounded = latents_of(sample(tmp_path, *more, "model.dtype=bf16"))
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, rounded.bfloat16().float())
+    assert (rounded - exact).abs().max() <= 5e-2 * exact.abs().max()
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     other = write_adapter(tmp_path / "a.safetensors", identity="0" * 64)
     with pytest.raises(CheckpointError, match="was trained on another base"):

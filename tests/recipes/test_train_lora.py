@@ -1,18 +1,20 @@
 import json
+import shutil
 import signal
 import time
 
 import pytest
 import torch
+from helpers_golden import GOLDEN
 from helpers_road import prepared, read_rows, road, run, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from mochi_tune.config import RunConfig, load_config
+from mochi_tune.config import RunConfig, load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.flow import noisy_and_target
-from mochi_tune.recipes.train_lora import draw_batch, main
+from mochi_tune.recipes.train_lora import check_text_width, draw_batch, main
 
 LORA = ["lora=attention_mlp", "lora.rank=2", "lora.dropout=0.1"]
 
@@ -297,6 +299,30 @@ def test_a_cache_that_does_not_fit_is_refused(tmp_path, setting, text):
         main(load_config("my_lora", [*road(tmp_path / "run"), setting]))
     assert text in str(error.value) and "mochi-tune prepare" in str(error.value)
     assert not (tmp_path / "run").exists(), "nothing is made before everything is checked"
+
+
+def test_a_cache_of_another_model_is_refused(tmp_path):
+    shutil.copytree(weights_folder(load_config("my_lora", ["model=tiny"])), tmp_path / "tiny")
+    arguments = [*road(tmp_path / "run", *LORA, "train.steps=1"), f"model.weights={tmp_path / 'tiny'}"]
+    assert main(load_config("my_lora", arguments)) == 0, "the same weights in another folder are the same model"
+
+    encoder = load_file(tmp_path / "tiny" / "encoder.safetensors")
+    encoder["output_proj.weight"][0, 0] += 1
+    save_file(encoder, tmp_path / "tiny" / "encoder.safetensors")
+    with pytest.raises(DataError, match="vae weights: the cache has"):
+        main(load_config("my_lora", [*arguments, f"run_dir={tmp_path / 'other'}"]))
+
+    # Without its encoders at hand, another DiT still shows by the width of the text that it takes.
+    for name in ("encoder.safetensors", "text_encoder", "tokenizer"):
+        path = tmp_path / "tiny" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("dit.safetensors", "dit_config.json"):
+        shutil.copy(GOLDEN / name, tmp_path / "tiny" / name)
+    assert main(load_config("my_lora", [*arguments, f"run_dir={tmp_path / 'golden'}"])) == 0, "the width is the same"
+    dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+    check_text_width(dataset, 64)
+    with pytest.raises(DataError, match="text features of width 64, the DiT takes 4096"):
+        check_text_width(dataset, 4096)
 
 
 def test_wandb_works_offline(tmp_path):
