@@ -76,7 +76,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Puts a saved state back into an optimizer over the same parameters.
+    """Puts a saved state back into an optimizer over the same parameters in the same order.
 
     Raises:
         CheckpointError: the file is unreadable, or holds the state of other parameters.
@@ -88,11 +88,9 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: Map
     if state.keys() != parameters.keys():
         differing = sorted(state.keys() ^ parameters.keys())
         raise CheckpointError(f"{path} is not this run's: {len(differing)} layers differ, {differing[0]} among them.")
-    for name, parameter in parameters.items():
-        # The step counter stays where the optimizer keeps it; moments go to their parameter's device.
-        optimizer.state[parameter] = {
-            entry: tensor.to(parameter.device) if tensor.ndim else tensor for entry, tensor in state[name].items()
-        }
+    # torch itself puts moments and step counters where this device's kernel wants them.
+    numbered = {number: state[name] for number, name in enumerate(parameters)}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
