@@ -2,9 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError, MochiTuneError
+
+# What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
+USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EISDIR, ENOSPC, ENOTDIR, EPERM, EROFS)
 
 USAGE = """\
 mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
@@ -29,6 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(run(arguments))
     except MochiTuneError as error:
         print(f"mochi-tune: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in USERS_TROUBLE:
+            raise
+        print(f"mochi-tune: {error.filename}: {error.strerror}: free it, or name another place.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("mochi-tune: interrupted", file=sys.stderr)

@@ -39,16 +39,9 @@ from mochi_tune.weights import (
 
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
 # What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
-FREE_TO_CHANGE = ("name", "run_dir", "device", "model.weights", "data.videos", "data.cache", "train.steps")
-FREE_SECTIONS = (
-    "sample.",
-    "log.",
-    "train.checkpoint",
-    "train.keep",
-    "train.valid",
-    "train.sample",
-    "train.gradient_ch",
-)
+# The data's own settings are held by the cache's fingerprint.
+FREE_TO_CHANGE = ("name", "run_dir", "device", "model.weights", "data.", "sample.", "log.", "train.steps")
+FREE_TO_CHANGE += ("train.checkpoint_", "train.keep_", "train.valid", "train.sample_", "train.gradient_")
 
 
 def main(config: RunConfig) -> int:
@@ -99,11 +92,8 @@ def main(config: RunConfig) -> int:
 
     def look(step: int) -> None:
         """Validates and renders where this step asks for it."""
-        if (
-            train.validate_every
-            and train.validation_clips
-            and (step % train.validate_every == 0 or step == train.steps)
-        ):
+        validates = train.validate_every and train.validation_clips
+        if validates and (step % train.validate_every == 0 or step == train.steps):
             metrics.log_validation({"step": step, "validation_loss": validation_loss(config, dit, dataset)})
         if prompts and (step % train.sample_every == 0 or step == train.steps):
             render(config, dit, features, folder, run_dir / "samples", step)
@@ -193,7 +183,7 @@ def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:
         TrainingError: a setting that decides what is learnt, the cache or the base differs.
     """
     before, now = resumed["settings"], identity["settings"]
-    bound = [key for key in now if key not in FREE_TO_CHANGE and not key.startswith(FREE_SECTIONS)]
+    bound = [key for key in now if not key.startswith(FREE_TO_CHANGE)]
     changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in bound if before.get(key) != now[key]]
     changed += [f"the {part} is another one" for part in ("cache", "base") if resumed[part] != identity[part]]
     if changed:

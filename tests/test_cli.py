@@ -72,3 +72,17 @@ def test_missing_weights_name_the_command_that_fetches_them(tmp_path, verb):
     done = run(verb, "conf=my_lora", "prompt=x" if verb == "sample" else "seed=1", "model.weights=none", cwd=tmp_path)
     assert done.returncode == 2
     assert "mochi-tune weights pull" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = [
+        "prompt=x",
+        "model=tiny",
+        "sample.steps=2",
+        "sample.num_frames=1",
+        "sample.height=16",
+        "sample.width=16",
+    ]
+    done = run("sample", "conf=my_lora", *arguments, f"run_dir={tmp_path / 'file'}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Not a directory" in done.stderr
