@@ -33,6 +33,18 @@ def load_captions(folder: Path, videos: list[Path]) -> dict[Path, str]:
     return {video: captions[video] for video in videos if captions.get(video)}
 
 
+def find_orphans(folder: Path, videos: list[Path]) -> list[str]:
+    """Lists the text files in `folder` and below it that have no video of their name, as paths in it, sorted."""
+    sidecars = {video.with_suffix(".txt") for video in videos}
+    orphans = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() == ".txt" and not path.name.startswith(".") and path not in sidecars and path.is_file()
+    )
+    # They are printed, which a name that is not UTF-8 would refuse.
+    return [path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode() for path in orphans]
+
+
 def _read_metadata(folder: Path, videos: list[Path]) -> dict[Path, str]:
     found = [folder / name for name in METADATA_NAMES if (folder / name).exists()]
     if len(found) > 1:

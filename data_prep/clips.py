@@ -71,8 +71,10 @@ def find_videos(folder: Path) -> list[Path]:
     """Lists the videos in `folder` and below it, sorted by path; files whose name starts with a dot are left out.
 
     Raises:
-        DataError: the folder does not exist or holds no video.
+        DataError: the folder does not exist, is a file, or holds no video.
     """
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"data.videos={folder} is not a folder: name the folder that holds your clips.")
     if not folder.is_dir():
         raise DataError(f"data.videos={folder} does not exist: name the folder that holds your clips.")
     videos = sorted(

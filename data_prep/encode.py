@@ -29,9 +29,10 @@ def encode_frames(encoder: Encoder, frames: Tensor, name: str) -> tuple[Tensor, 
         num_frames, height, width, _ = frames.shape
         raise DataError(
             f"{name}: encoding {num_frames} frames of {width}x{height} needs more memory than this GPU has free: "
-            "lower data.height and data.width, or free the GPU."
+            "lower data.num_frames or data.height and data.width, or free the GPU."
         ) from error
-    _check_finite(f"{name}: the latents", mean, logvar)
+    hint = "the weights are damaged or overflow; check them, or set model.dtype=fp32."
+    _check_finite(f"{name}: the latents", hint, mean, logvar)
     return mean[0].cpu(), logvar[0].cpu()
 
 
@@ -50,13 +51,10 @@ def encode_caption(text_encoder: TextEncoder, caption: str, name: str) -> tuple[
         DataError: The text encoder gave NaN or infinity.
     """
     prompt_embeds = text_encoder.encode([caption])[0]
-    _check_finite(f"{name}: the features of its caption", prompt_embeds)
+    _check_finite(f"{name}: the features of its caption", "T5's weights are damaged; fetch them again.", prompt_embeds)
     return prompt_embeds.cpu(), text_encoder.count_tokens(caption) if caption else 0
 
 
-def _check_finite(what: str, *tensors: Tensor) -> None:
+def _check_finite(what: str, hint: str, *tensors: Tensor) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise DataError(
-            f"{what} are not finite, and were not cached: the weights are damaged or overflow; "
-            "check them, or set model.dtype=fp32."
-        )
+        raise DataError(f"{what} are not finite, and were not cached: {hint}")

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from mochi_tune.config import RunConfig, weights_folder
 from mochi_tune.data.cache import REPORT_NAME, CacheSettings, Row, file_sha256, make_row
 from mochi_tune.data.cache_writer import CacheWriter, write_atomically
-from mochi_tune.data_prep.captions import load_captions
+from mochi_tune.data_prep.captions import find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, ClipDecoder, ClipTransform, find_videos
 from mochi_tune.data_prep.encode import encode_caption, encode_frames
 from mochi_tune.errors import DataError
-from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
 from mochi_tune.weights import check_weights, fingerprint, load_encoder
 
@@ -81,7 +81,7 @@ def prepare(config: RunConfig) -> Prepared:
         vae=fingerprint(weights, "encoder"),
         vae_dtype=config.model.dtype,
         t5=fingerprint(weights, "text_encoder"),
-        t5_dtype=config.model.dtype,
+        t5_dtype="fp32",
     )
     rows, refused = _fingerprint_videos(folder, captions, settings)
 
@@ -110,11 +110,16 @@ def _read_captions(folder: Path, allow_empty: bool) -> dict[str, str]:
     found = load_captions(folder, videos)
     captions = {_relative(video, folder): found.get(video, "").strip() for video in videos}
     empty = [name for name, caption in captions.items() if not caption]
+    orphans = find_orphans(folder, videos)
     if empty and not allow_empty:
+        # A typo in a file's name is the usual cause, and then both names are needed to see it.
+        typos = f"; without a video there are the captions {_some(orphans)}" if orphans else ""
         raise DataError(
-            f"{len(empty)} of {len(videos)} clips in {folder} have no caption ({_some(empty)}): write each one's into "
-            "a .txt file of its name, or set data.allow_empty_captions=true to train them without."
+            f"{len(empty)} of {len(videos)} clips in {folder} have no caption ({_some(empty)}{typos}): write each "
+            "one's into a .txt file of its name, or set data.allow_empty_captions=true to train them without."
         )
+    if orphans:
+        tqdm.write(f"captions without a video of that name, not used: {_some(orphans)}")
     return captions
 
 
@@ -160,8 +165,7 @@ def _encode_clips(
                 num_encoded += 1
             progress.update()
     del encoder
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     return num_encoded, bad
 
 
@@ -170,13 +174,13 @@ def _encode_captions(cache: CacheWriter, rows: list[Row], config: RunConfig, dev
     missing = _first_of_each((row.text_key, row) for row in rows if not cache.has_text(row.text_key))
     if not missing:
         return 0
-    text_encoder = TextEncoder.load(weights_folder(config), device, DTYPES[config.model.dtype])
+    # In fp32 whatever the models run in: features are taken once, and rounding in T5 would stay in all training.
+    text_encoder = TextEncoder.load(weights_folder(config), device, torch.float32)
     for row in tqdm(missing, desc="captions", unit="caption"):
         prompt_embeds, caption_tokens = encode_caption(text_encoder, row.caption, row.path)
         cache.put_text(row.text_key, prompt_embeds, caption_tokens)
     del text_encoder
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
     return len(missing)
 
 

@@ -1,14 +1,15 @@
 """The command line: verbs, help, and the only place that prints."""
 
+import os
 import sys
 from collections.abc import Callable
-from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError, MochiTuneError
 
 # What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
-USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EISDIR, ENOSPC, ENOTDIR, EPERM, EROFS)
+USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS)
 
 USAGE = """\
 mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
@@ -25,6 +26,24 @@ conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --hel
 `prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
 """
 
+EXPORT_OPTIONS = {
+    "adapter": (None, "file to convert, in any of the formats"),
+    "to": (None, "official (attention layers only), diffusers, comfyui, or native (as `train` writes it)"),
+    "out": (None, "new .safetensors file"),
+}
+PULL_OPTIONS = {
+    "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command goes on where it was cut off"),
+    "repo": ("genmo/mochi-1-preview", "of the hub"),
+    "revision": ("main", "branch, tag or commit"),
+    "endpoint": ("", "address of another hub"),
+}
+VERIFY_OPTIONS = {
+    "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),
+    "device": ("cpu", "cpu, cuda or auto"),
+    "dtype": ("fp32", "fp32 or bf16"),
+}
+DEMO_OPTIONS = {"out": ("demo_out", "folder; each demo makes a new one in it")}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits: 0 done, 1 done with refused clips or failed checks, 2 a user's mistake, in one line."""
@@ -37,7 +56,18 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in USERS_TROUBLE:
             raise
-        print(f"mochi-tune: {error.filename}: {error.strerror}: free it, or name another place.", file=sys.stderr)
+        print(f"mochi-tune: {error.filename}: {error.strerror}: name a place that can be used.", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        # torch is not imported for its exception's sake.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        advice = (
+            "lower data.num_frames, data.height and data.width, or train.batch_size; keep train.gradient_checkpointing"
+        )
+        print(
+            f"mochi-tune: the GPU's memory does not suffice ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("mochi-tune: interrupted", file=sys.stderr)
@@ -69,6 +99,9 @@ def run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(arguments[0], verbs, n=1)
         hint = f"; did you mean {near[0]}?" if near else f": use one of {', '.join(verbs)}."
         raise ConfigError(f"{arguments[0]} is not a verb{hint}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(f"{arguments[0]} was started as {processes} processes, it runs as one: start it by itself.")
     return verbs[arguments[0]](arguments[1:])
 
 
@@ -106,8 +139,9 @@ def load(verb: str, arguments: list[str]):
 
     if "--help" in arguments or "-h" in arguments:
         usage = next(line for line in USAGE.splitlines() if line.startswith(f"  mochi-tune {verb}"))
-        print(f"{usage.strip()}\n\nSettings and their defaults; any is given as key.sub=value:\n")
-        print((packaged_folder() / "base.yaml").read_text(), end="")
+        print(f"{usage.strip()}\n\nSettings and their defaults; any is given as key.sub=value.")
+        for name in ("base", "model/mochi_1", "model/tiny", "lora/attention", "lora/attention_mlp"):
+            print(f"\n--- {name}.yaml\n{(packaged_folder() / f'{name}.yaml').read_text()}", end="")
         return None
     flags = [argument for argument in arguments if argument.startswith("-")]
     if unknown := [flag for flag in flags if flag != "--cfg"]:
@@ -128,7 +162,7 @@ def load(verb: str, arguments: list[str]):
 
 def run_export(arguments: list[str]) -> int:
     """Converts an adapter file."""
-    options = plain_options("export", arguments, required=("adapter", "to", "out"))
+    options = plain_options("export", arguments, EXPORT_OPTIONS)
     if options is None:
         return 0
     from mochi_tune.recipes.export import main as export
@@ -139,15 +173,9 @@ def run_export(arguments: list[str]) -> int:
 
 def run_weights(arguments: list[str]) -> int:
     """Fetches the official weights."""
-    if arguments[:1] != ["pull"]:
-        raise ConfigError(f"weights {' '.join(arguments[:1])} is not a verb: use `mochi-tune weights pull`.")
-    defaults = {
-        "to": "~/.cache/mochi_tune/mochi-1-preview",
-        "repo": "genmo/mochi-1-preview",
-        "revision": "main",
-        "endpoint": "",
-    }
-    options = plain_options("weights pull", arguments[1:], defaults=defaults)
+    if arguments[:1] != ["pull"] and arguments[:1] not in ([], ["--help"], ["-h"]):
+        raise ConfigError(f"weights {arguments[0]} is not a verb: use `mochi-tune weights pull`.")
+    options = plain_options("weights pull", arguments[1:] if arguments[:1] == ["pull"] else ["--help"], PULL_OPTIONS)
     if options is None:
         return 0
     from mochi_tune.recipes.pull_weights import main as pull
@@ -160,7 +188,7 @@ def run_weights(arguments: list[str]) -> int:
 
 def run_verify(arguments: list[str]) -> int:
     """Compares this machine's numbers with the official ones."""
-    options = plain_options("verify", arguments, required=("reference",), defaults={"device": "cpu", "dtype": "fp32"})
+    options = plain_options("verify", arguments, VERIFY_OPTIONS)
     if options is None:
         return 0
     for key, allowed in (("device", ("cpu", "cuda", "auto")), ("dtype", ("fp32", "bf16"))):
@@ -182,34 +210,38 @@ def run_verify(arguments: list[str]) -> int:
 
 def run_demo(arguments: list[str]) -> int:
     """Walks the whole road on the embedded tiny model."""
-    options = plain_options("demo", arguments, defaults={"out": "demo_out"})
+    options = plain_options("demo", arguments, DEMO_OPTIONS)
     if options is None:
         return 0
     from mochi_tune.recipes.demo import main as demo
 
-    for label, path in demo(Path(options["out"])).items():
-        print(f"{label + ':':<16} {path}")
+    for label, value in demo(Path(options["out"])).items():
+        print(f"{label + ':':<16} {value}")
     return 0
 
 
-def plain_options(
-    verb: str, arguments: list[str], required: tuple[str, ...] = (), defaults: dict[str, str] | None = None
-) -> dict[str, str] | None:
-    """Reads the key=value arguments of a verb that has no configuration file; None where help was asked for."""
-    options = dict(defaults or {})
-    allowed = [*required, *options]
+def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | None, str]]) -> dict[str, str] | None:
+    """Reads the key=value arguments of a verb that has no configuration file; None where help was asked for.
+
+    Args:
+        verb: for the texts.
+        arguments: of the command line, behind the verb.
+        known: key -> default (None: it must be given) and what it means.
+    """
     if "--help" in arguments or "-h" in arguments:
-        shown = [f"{key}=..." for key in required] + [f"[{key}={value}]" for key, value in options.items()]
-        print(f"mochi-tune {verb} {' '.join(shown)}")
+        print(f"mochi-tune {verb} [key=value ...]\n")
+        for key, (default, meaning) in known.items():
+            print(f"  {key + '=' + (default or ''):<44} {meaning}{' (needed)' if default is None else ''}")
         return None
+    options = {key: default for key, (default, _) in known.items()}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or key not in allowed:
+        if not equals or key not in known:
             raise ConfigError(
-                f"{argument!r} is not a setting of {verb}, which are {', '.join(f'{k}=' for k in allowed)}."
+                f"{argument!r} is not a setting of {verb}, which are {', '.join(f'{k}=' for k in known)}."
             )
         options[key] = value
-    if missing := [key for key in required if not options.get(key)]:
+    if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
         raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
     return options
 

@@ -115,6 +115,15 @@ class RunConfig:
 # Keys of `sample` that stand at the top level on its command line.
 SAMPLE_ALIASES = ("prompt", "negative_prompt", "adapter", "adapter_strength", "out", "save_latents")
 GROUPS = ("model", "lora")
+TYPE_NAMES = {
+    int: "a whole number",
+    int | None: "a whole number or null",
+    float: "a number",
+    float | None: "a number or null",
+    bool: "true or false",
+    str: "text",
+    list[str]: 'a list, ["a", "b"]',
+}
 
 
 def packaged_folder() -> Path:
@@ -138,18 +147,23 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
     from yaml import YAMLError
 
     path = find_config(name)
+    overrides = [check_override(override) for override in overrides]
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     searchpath = f"hydra.searchpath=[{_quote(f'file://{packaged_folder()}')}]"
     try:
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            composed = compose(path.stem, overrides=[searchpath, *(check_override(o) for o in overrides)])
+            composed = compose(path.stem, overrides=[searchpath, *overrides])
         typed = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             raise ConfigError(f"{path} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`.")
         config = OmegaConf.to_object(typed)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(_explain(error, path)) from None
+        raise ConfigError(_explain(error, path, overrides)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
+        ) from None
     check_config(config)
     return config
 
@@ -223,8 +237,8 @@ def _quote(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
-def _explain(error: BaseException, path: Path) -> str:
-    """Turns an error of Hydra, OmegaConf or YAML into one line that names the key."""
+def _explain(error: BaseException, path: Path, overrides: list[str]) -> str:
+    """Turns an error of Hydra, OmegaConf or YAML into one line that names the key and says what it takes."""
     from yaml import MarkedYAMLError
 
     chain = [error]
@@ -233,12 +247,25 @@ def _explain(error: BaseException, path: Path) -> str:
     if isinstance(chain[-1], MarkedYAMLError) and chain[-1].problem_mark:
         return f"{path} is not YAML: line {chain[-1].problem_mark.line + 1}: {chain[-1].problem}."
     text = next((str(e) for e in reversed(chain) if "full_key:" in str(e)), str(error)).strip()
+    keys = known_keys()
     full_key = re.search(r"full_key: (\S+)", text)
+    key = full_key[1] if full_key else None
     unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
     if unknown:
-        key = full_key[1] if full_key else unknown[1]
-        return f"{path}: {key} is not a setting{nearest(key, known_keys())}"
-    return f"{path}: {full_key[1] + ': ' if full_key else ''}{text.splitlines()[0].rstrip('.')}."
+        key = key or unknown[1]
+        return f"{path}: {key} is not a setting{nearest(key, keys)}"
+    given = next((o for o in overrides if key and o.partition("=")[0] == key), None)
+    if key in keys:
+        got = re.search(r"Value '(.*?)' of", text)
+        given = given or f"{path}: {key}{'=' + got[1] if got else ''}"
+        return f"{given} does not fit: it takes {TYPE_NAMES.get(keys[key], 'another value')}."
+    section = re.search(r"not a subclass of (\w+)Config", text)
+    if section:
+        name = section[1].lower()
+        return (
+            f"{path}: {name} is a section: choose its file by {name}=NAME, or by `override {name}: NAME` in defaults."
+        )
+    return f"{path}: {text.splitlines()[0].rstrip('.')}: `mochi-tune train --help` shows every setting."
 
 
 def check_config(config: RunConfig) -> None:
@@ -264,6 +291,9 @@ def check_config(config: RunConfig) -> None:
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             raise ConfigError(f"{key}={value} is not possible: use {' or '.join(allowed)}.")
+    for key in ("name", "run_dir", "data.videos", "data.cache", "model.weights"):
+        if not setting(config, key).strip():
+            raise ConfigError(f"{key} is empty: name one.")
     at_least_one = (
         "train.steps",
         "train.batch_size",
@@ -273,11 +303,12 @@ def check_config(config: RunConfig) -> None:
     )
     positive = ("train.learning_rate", "train.max_grad_norm", "lora.alpha", "data.decode_timeout_seconds")
     not_negative = ("train.warmup_steps", "train.weight_decay", "train.checkpoint_every", "train.validate_every")
-    not_negative += ("train.validation_clips", "train.sample_every", "sample.guidance", "seed")
+    not_negative += ("train.validation_clips", "train.sample_every", "sample.guidance")
     for keys, allowed, fits in (
         (at_least_one, "at least 1", lambda v: v >= 1),
-        (positive, "above 0", lambda v: v > 0),
-        (not_negative, "0 or more", lambda v: v >= 0),
+        (positive, "above 0 and finite", lambda v: 0 < v < float("inf")),
+        (not_negative, "0 or more and finite", lambda v: 0 <= v < float("inf")),
+        (("seed",), "from 0 to below 2**63", lambda v: 0 <= v < 2**63),
         (("train.caption_dropout", "lora.dropout"), "from 0 to below 1", lambda v: 0 <= v < 1),
     ):
         for key in keys:

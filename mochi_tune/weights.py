@@ -156,7 +156,7 @@ def base_identity(folder: Path) -> str:
 
 
 def held_in_fp32(model: nn.Module) -> set[str]:
-    """Names the parameters that stay fp32 whatever the file and the requested dtype are (SPEC 8)."""
+    """Names the parameters that stay fp32 whatever is asked for: the norms' weights and biases, `pos_frequencies`."""
     norms = {
         f"{name}.{leaf}"
         for name, module in model.named_modules()

@@ -1,5 +1,6 @@
 """Walks the whole road on the embedded tiny model and a real clip, by the commands that a user would type."""
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from mochi_tune.video import write_contact_sheet
 PROMPT = "a big grey rabbit stands in a green field"
 
 
-def main(out: Path) -> dict[str, Path]:
+def main(out: Path) -> dict[str, str]:
     """Runs prepare, train, sample (twice) and export in a new folder below `out`; returns what it made by its label."""
     folder = out / time.strftime("%Y%m%d-%H%M%S")
     videos = folder / "videos"
@@ -37,7 +38,15 @@ def main(out: Path) -> dict[str, Path]:
 
     sheet = folder / "before_after.png"
     write_contact_sheet(sheet, {"before: the base": before, "after: with the LoRA": after})
-    return {"before": before, "after": after, "contact sheet": sheet, "adapter": adapter}
+    rows = (folder / "run" / "validation.jsonl").read_text().splitlines()
+    first, last = (json.loads(row)["validation_loss"] for row in (rows[0], rows[-1]))
+    return {
+        "validation loss": f"{first:.3f} before, {last:.3f} after (random weights: the videos are noise)",
+        "before": str(before),
+        "after": str(after),
+        "contact sheet": str(sheet),
+        "adapter": str(adapter),
+    }
 
 
 def run(*arguments: str) -> None:

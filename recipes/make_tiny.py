@@ -15,7 +15,8 @@ from torch import nn
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
 
-DIT = DiTConfig(depth=2, num_heads=6, hidden_size_x=96, hidden_size_y=48, t5_feat_dim=64)
+# Sizes that diffusers can hold too: its text MLP is not rounded up to a multiple of 256.
+DIT = DiTConfig(depth=2, num_heads=6, hidden_size_x=192, hidden_size_y=96, t5_feat_dim=64)
 ENCODER = EncoderConfig(base_channels=32, channel_multipliers=(1, 1, 1, 1), num_res_blocks=(1, 1, 1, 1, 1))
 DECODER = DecoderConfig(base_channels=32, channel_multipliers=(1, 1, 1, 1), num_res_blocks=(1, 1, 1, 1, 1))
 VOCABULARY = """a an the one two of on in over under and with at to is are its

@@ -89,7 +89,7 @@ def list_files(repo: str, revision: str, endpoint: str | None) -> list[HubFile]:
         CheckpointError: no such repository or revision, no connection, or a required file is not there.
     """
     from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         info = HfApi(endpoint=endpoint).model_info(
@@ -101,8 +101,13 @@ def list_files(repo: str, revision: str, endpoint: str | None) -> list[HubFile]:
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"repo={repo} has no revision={revision}: use main, a tag or a commit.") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"repo={repo} cannot be listed ({one_line(error)}): name it OWNER/NAME.") from error
     except (HTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"repo={repo} cannot be listed ({one_line(error)}): run the command again.") from error
+        raise CheckpointError(
+            f"repo={repo} cannot be listed ({one_line(error)}): check the network connection and run the same command "
+            "again, it goes on from what is there."
+        ) from error
     files = [
         HubFile(
             name=entry.rfilename,
@@ -159,8 +164,8 @@ def fetch(file: HubFile, partial: Path) -> None:
                 reason = one_line(error)
             if out.tell() <= start:
                 raise CheckpointError(
-                    f"{file.name} stopped at {start} of {file.num_bytes} bytes ({reason}): "
-                    "run the same command again, it goes on from there."
+                    f"{file.name} stopped at {start} of {file.num_bytes} bytes ({reason}): check the network "
+                    "connection and run the same command again, it goes on from there."
                 )
         out.flush()
         os.fsync(out.fileno())

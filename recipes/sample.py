@@ -14,8 +14,9 @@ from tqdm import tqdm
 from mochi_tune.adapters import Adapter, check_adapter, load_adapter
 from mochi_tune.config import RunConfig, sample_size, sampler_settings, weights_folder
 from mochi_tune.errors import ConfigError
+from mochi_tune.files import file_sha256, make_writable_folder
 from mochi_tune.lora import apply_adapter, linear_shapes
-from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import FPS, to_vae_latents
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
 from mochi_tune.models.vae import decode_chunks
@@ -30,7 +31,7 @@ def main(config: RunConfig) -> Path:
     folder, sample, settings = weights_folder(config), config.sample, sampler_settings(config)
 
     # Everything that can be refused is refused before a weight is read.
-    if not sample.prompt:
+    if not sample.prompt.strip():
         raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')
     video = find_output(config)
     check_weights(folder, ["text_encoder", "dit", "decoder"])
@@ -42,14 +43,15 @@ def main(config: RunConfig) -> Path:
         adapter = load_adapter(path)
         check_adapter(adapter, shapes, identity)
         loaded.append((adapter, strength))
-    video.parent.mkdir(parents=True, exist_ok=True)
+    make_writable_folder(video.parent)
     seconds: dict[str, float] = {}
 
     started = time.perf_counter()
-    encoder = TextEncoder.load(folder, device, dtype)
+    encoder = TextEncoder.load(folder, device, torch.float32)
     num_tokens = encoder.count_tokens(sample.prompt)
     prompt, negative_prompt = encoder.encode([sample.prompt, sample.negative_prompt])
     del encoder
+    free_memory()
     seconds["text"] = time.perf_counter() - started
     if num_tokens > MAX_TOKENS:
         tqdm.write(f"the prompt has {num_tokens} tokens: only its first {MAX_TOKENS} are used")
@@ -64,6 +66,7 @@ def main(config: RunConfig) -> Path:
     noise = draw_noise(config.seed, *sample_size(config))
     latents = sample_latents(dit, noise, prompt, negative_prompt, settings, "sample")
     del dit
+    free_memory()
     seconds["sample"] = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -85,7 +88,9 @@ def main(config: RunConfig) -> Path:
         **dict(zip(("num_frames", "height", "width"), sample_size(config), strict=True)),
         "fps": FPS,
         "sampler": asdict(settings),
-        "adapters": [{"file": str(path), "sha256": sha256(path), "strength": strength} for path, strength in adapters],
+        "adapters": [
+            {"file": str(path), "sha256": file_sha256(path), "strength": strength} for path, strength in adapters
+        ],
         "model": config.model.name,
         "base_fingerprint": identity,
         "dtype": config.model.dtype,
@@ -133,19 +138,16 @@ def find_adapters(config: RunConfig) -> list[tuple[Path, float]]:
     if named is None:
         own = Path(config.run_dir) / "adapter.safetensors"
         named = [own] if own.exists() else []
-    paths = [Path(path) for path in (named if isinstance(named, list) else [named])]
-    strengths = strengths if isinstance(strengths, list) else [strengths] * max(1, len(paths))
-    for strength in strengths:
+    paths = [Path(str(path)) for path in (named if isinstance(named, list) else [named])]
+    for strength in strengths if isinstance(strengths, list) else [strengths]:
         if isinstance(strength, bool) or not isinstance(strength, int | float):
             raise ConfigError(f"adapter_strength={strength} is not a number: use for example 0.8.")
-    if paths and len(strengths) != len(paths):
+    if not paths and strengths not in (0, 1):
+        raise ConfigError(f"adapter_strength={strengths} has no adapter: name one with adapter=FILE, or train first.")
+    if not isinstance(strengths, list):
+        strengths = [strengths] * len(paths)
+    if len(strengths) != len(paths):
         raise ConfigError(
             f"adapter_strength has {len(strengths)} values for {len(paths)} adapters: give one for all or one each."
         )
-    return list(zip(paths, map(float, strengths), strict=False))
-
-
-def sha256(path: Path) -> str:
-    """Returns a file's sha256 in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return list(zip(paths, map(float, strengths), strict=True))

@@ -1,5 +1,6 @@
 """Trains a LoRA on a prepared cache: the whole run, from top to bottom. The same command resumes a stopped run."""
 
+import filecmp
 import hashlib
 import json
 import time
@@ -13,15 +14,17 @@ from mochi_tune.config import RunConfig, config_yaml, flat_settings, sample_size
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, batch_indices, collate
 from mochi_tune.errors import DataError, TrainingError
+from mochi_tune.files import make_writable_folder
 from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_layers
-from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import decode_chunks
 from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.sampler import draw_noise, sample_latents
 from mochi_tune.training import checkpoint
+from mochi_tune.training.lock import RunLock
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import build_adamw, learning_rate_at
 from mochi_tune.training.rng import key_seed, keyed_generator
@@ -46,12 +49,11 @@ FREE_TO_CHANGE += ("train.checkpoint_", "train.keep_", "train.valid", "train.sam
 
 def main(config: RunConfig) -> int:
     """Runs or resumes a training; returns the exit code, 0 or 128 + the signal that stopped it."""
-    device, dtype = find_device(config.device), DTYPES[config.model.dtype]
-    folder, run_dir, train = weights_folder(config), Path(config.run_dir), config.train
-    prompts = list(train.sample_prompts) if train.sample_every else []
+    device = find_device(config.device)
+    folder, run_dir = weights_folder(config), Path(config.run_dir)
 
     # Everything that can be refused is refused before a weight is read.
-    check_weights(folder, ["dit", "decoder", "text_encoder"] if prompts else ["dit"])
+    check_weights(folder, ["dit", "decoder", "text_encoder"] if renders(config) else ["dit"])
     data = config.data
     # The encoders need not lie where the training runs; where they do, the cache must be theirs.
     vae, t5 = (fingerprint(folder, part) if has_part(folder, part) else None for part in ("encoder", "text_encoder"))
@@ -61,19 +63,27 @@ def main(config: RunConfig) -> int:
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     layers = select_layers(linear_shapes(skeleton), config.lora.targets)
     identity = {"settings": flat_settings(config), "cache": cache.fingerprint, "base": base_identity(folder)}
+    make_writable_folder(run_dir / "samples")
+    with RunLock(run_dir):
+        return train_locked(config, device, folder, dataset, layers, identity)
+
+
+def train_locked(
+    config: RunConfig, device: torch.device, folder: Path, dataset: LatentDataset, layers: list[str], identity: dict
+) -> int:
+    """Loads, trains and saves in a run folder that is ours alone."""
+    run_dir, train, dtype = Path(config.run_dir), config.train, DTYPES[config.model.dtype]
     checkpoints = checkpoint.find_checkpoints(run_dir / "checkpoints")
-    resumed = checkpoint.read_json(checkpoints[-1] / "state.json") if checkpoints else {"step": 0}
-    if checkpoints:
-        check_same_run(run_dir, resumed, identity)
-        checkpoint.check_checkpoint(checkpoints[-1])
-        if resumed["step"] >= train.steps:
-            tqdm.write(f"{run_dir} is trained to step {resumed['step']} already; train.steps={train.steps}.")
-            return 0
-    (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+    last_step = resume_step(run_dir, checkpoints, identity)
+    if last_step >= train.steps:
+        return 0
     (run_dir / "config.yaml").write_text(config_yaml(config))
+    metrics = Metrics(run_dir, last_step)
+    if config.log.wandb != "disabled":
+        metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, identity["settings"])
 
     # One large model at a time: T5 leaves before the DiT comes.
-    features = encode_prompts(folder, device, dtype, prompts)
+    features = encode_prompts(config, folder, device)
     dit = load_dit(folder, device, dtype)
     apply_lora(dit, layers, config.lora.rank, config.lora.alpha, config.lora.dropout, key_seed(config.seed, "adapter"))
     if train.gradient_checkpointing:
@@ -83,20 +93,11 @@ def main(config: RunConfig) -> int:
     if checkpoints:
         load_parameters(checkpoints[-1] / "adapter.safetensors", parameters)
         checkpoint.load_optimizer(checkpoints[-1] / "optimizer.safetensors", optimizer, parameters)
-        tqdm.write(f"resuming {run_dir} from step {resumed['step']}")
 
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=device.type == "cpu")
     dit, optimizer = accelerator.prepare(dit, optimizer)
-
-    def look(step: int) -> None:
-        """Validates and renders where this step asks for it."""
-        validates = train.validate_every and train.validation_clips
-        if validates and (step % train.validate_every == 0 or step == train.steps):
-            metrics.log_validation({"step": step, "validation_loss": validation_loss(config, dit, dataset)})
-        if prompts and (step % train.sample_every == 0 or step == train.steps):
-            render(config, dit, features, folder, run_dir / "samples", step)
 
     def save(step: int) -> None:
         """Writes a checkpoint, then the run's adapter."""
@@ -110,14 +111,20 @@ def main(config: RunConfig) -> int:
         newest = run_dir / "checkpoints" / f"step_{step:06d}" / "adapter.safetensors"
         checkpoint.replace_file(newest, run_dir / "adapter.safetensors")
 
+    def look(step: int) -> None:
+        """Validates and renders where this step asks for it and it was not done before a stop."""
+        validates = train.validate_every and train.validation_clips
+        if validates and is_due(step, train.validate_every, train.steps) and not metrics.is_validated(step):
+            metrics.log_validation({"step": step, "validation_loss": validation_loss(config, dit, dataset)})
+        if features and is_due(step, train.sample_every, train.steps):
+            render(config, dit, features, folder, run_dir / "samples", step)
+
     dit.train()
-    bar = tqdm(total=train.steps, initial=resumed["step"], desc="train", unit="step")
-    with Metrics(run_dir, resumed["step"]) as metrics, StopSignal() as stop, bar as progress:
-        if config.log.wandb != "disabled":
-            metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, identity["settings"])
-        if not checkpoints:
-            look(0)
-        for step in range(resumed["step"] + 1, train.steps + 1):
+    bar = tqdm(total=train.steps, initial=last_step, desc="train", unit="step")
+    with metrics, StopSignal() as stop, bar as progress:
+        # At step 0, or at the step that a stopped run had saved and not looked at yet.
+        look(last_step)
+        for step in range(last_step + 1, train.steps + 1):
             started = time.perf_counter()
             learning_rate = learning_rate_at(step, train.learning_rate, train.warmup_steps, train.steps)
             for group in optimizer.param_groups:
@@ -149,17 +156,54 @@ def main(config: RunConfig) -> int:
                 f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step", refresh=False
             )
             progress.update()
-            look(step)
-            due = train.checkpoint_every and step % train.checkpoint_every == 0
-            if step == train.steps or stop.received or due:
+            # Saved before it is looked at: a look takes long, and may be what fails.
+            if stop.received or is_due(step, train.checkpoint_every, train.steps):
                 save(step)
-            if stop.received and step < train.steps:
+            if stop.received:
                 break
-    if step < train.steps:
+            look(step)
+    if stop.received and step < train.steps:
         tqdm.write(f"stopped after step {step} of {train.steps}, saved; the same command goes on from there")
         return 128 + stop.received
     tqdm.write(f"adapter: {run_dir / 'adapter.safetensors'}")
     return 0
+
+
+def is_due(step: int, every: int, num_steps: int) -> bool:
+    """Whether something that is done every so many steps, and at the last one, is done at this one; 0 is never."""
+    return step == num_steps or (every > 0 and step % every == 0)
+
+
+def resume_step(run_dir: Path, checkpoints: list[Path], identity: dict) -> int:
+    """Returns the step to go on from, 0 for a new run, after making sure that it is the same run.
+
+    Raises:
+        TrainingError: it is another run, or one whose checkpoints are gone.
+        CheckpointError: the last checkpoint is damaged.
+    """
+    own = run_dir / "adapter.safetensors"
+    if not checkpoints:
+        if own.exists():
+            raise TrainingError(f"{run_dir} has an adapter and no checkpoint to go on from: use another run_dir.")
+        # What a run that was killed before its first checkpoint has left is not this run's.
+        for leftover in [*run_dir.glob("samples/step_*"), run_dir / "validation.jsonl"]:
+            leftover.unlink(missing_ok=True)
+        return 0
+    checkpoint.check_checkpoint(checkpoints[-1])
+    resumed = checkpoint.read_json(checkpoints[-1] / "state.json")
+    check_same_run(run_dir, resumed, identity)
+    newest = checkpoints[-1] / "adapter.safetensors"
+    if not own.exists() or not filecmp.cmp(newest, own, shallow=False):
+        # A run that was killed right after a save has not put its adapter here yet.
+        checkpoint.replace_file(newest, own)
+    before, now = (settings["settings"]["train.steps"] for settings in (resumed, identity))
+    if resumed["step"] >= now:
+        tqdm.write(f"{run_dir} is trained to step {resumed['step']} already: raise train.steps={now} to train on")
+    else:
+        tqdm.write(f"resuming {run_dir} from step {resumed['step']}")
+        if before != now:
+            tqdm.write(f"train.steps was {before}, is {now}: the learning rate's cosine is stretched to that from here")
+    return resumed["step"]
 
 
 def check_text_width(dataset: LatentDataset, width: int) -> None:
@@ -176,6 +220,11 @@ def check_text_width(dataset: LatentDataset, width: int) -> None:
         )
 
 
+def bound(settings: dict) -> list[str]:
+    """Returns the settings that decide what is learnt."""
+    return [key for key in settings if not key.startswith(FREE_TO_CHANGE)]
+
+
 def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:
     """Refuses to go on as another run than the one that was started.
 
@@ -183,8 +232,7 @@ def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:
         TrainingError: a setting that decides what is learnt, the cache or the base differs.
     """
     before, now = resumed["settings"], identity["settings"]
-    bound = [key for key in now if not key.startswith(FREE_TO_CHANGE)]
-    changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in bound if before.get(key) != now[key]]
+    changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in bound(now) if before.get(key) != now[key]]
     changed += [f"the {part} is another one" for part in ("cache", "base") if resumed[part] != identity[part]]
     if changed:
         raise TrainingError(
@@ -193,12 +241,21 @@ def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:
         )
 
 
-def encode_prompts(folder: Path, device: torch.device, dtype: torch.dtype, prompts: list[str]) -> list[torch.Tensor]:
-    """Returns the features of the eval prompts and, last, of the empty prompt; loads T5 for that and lets it go."""
-    if not prompts:
+def renders(config: RunConfig) -> bool:
+    """Whether the run renders eval videos."""
+    return bool(config.train.sample_every and config.train.sample_prompts)
+
+
+def encode_prompts(config: RunConfig, folder: Path, device: torch.device) -> list[torch.Tensor]:
+    """Returns the features of the eval prompts and, last, of the negative prompt; nothing where none is rendered."""
+    if not renders(config):
         return []
-    encoder = TextEncoder.load(folder, device, dtype)
-    return [features.cpu() for features in encoder.encode([*prompts, ""])]
+    encoder = TextEncoder.load(folder, device, torch.float32)
+    prompts = [*config.train.sample_prompts, config.sample.negative_prompt]
+    features = [features.cpu() for features in encoder.encode(prompts)]
+    del encoder
+    free_memory()
+    return features
 
 
 def draw_batch(
@@ -249,14 +306,17 @@ def render(
 ) -> None:
     """Renders the eval prompts by the sampler's own code, with the live adapter and the same seed at every step."""
     noise = draw_noise(config.seed, *sample_size(config))
-    *prompts, empty = features
-    latents = [
-        sample_latents(dit, noise, prompt, empty, sampler_settings(config), f"sample {i}").cpu()
-        for i, prompt in enumerate(prompts)
-    ]
+    *prompts, negative_prompt = features
+    paths = [samples / f"step_{step:06d}_prompt_{i}.mp4" for i in range(len(prompts))]
+    latents = {
+        path: sample_latents(dit, noise, prompt, negative_prompt, sampler_settings(config), path.stem).cpu()
+        for path, prompt in zip(paths, prompts, strict=True)
+        if not path.exists()
+    }
+    if not latents:
+        return
     decoder = load_decoder(folder, next(dit.parameters()).device, DTYPES[config.model.dtype])
-    for i, each in enumerate(latents):
-        path = samples / f"step_{step:06d}_prompt_{i}.mp4"
+    for path, each in latents.items():
         write_video(path, (chunk[0] for chunk in decode_chunks(decoder, to_vae_latents(each))))
 
 
@@ -290,7 +350,8 @@ def adapter_layers(parameters: dict[str, torch.nn.Parameter], alpha: float) -> d
 
 def adapter_metadata(config: RunConfig, identity: dict, num_blocks: int, step: int) -> dict[str, str]:
     """Returns what a file must tell of itself: which base, which adapter, how far trained, by which settings."""
-    settings = json.dumps(identity["settings"], sort_keys=True, default=str)
+    learnt = {key: identity["settings"][key] for key in bound(identity["settings"])}
+    settings = json.dumps(learnt, sort_keys=True)
     return {
         "base_model": config.model.name,
         "base_fingerprint": identity["base"],

@@ -30,7 +30,8 @@ from mochi_tune.sampler import euler_steps, linear_quadratic_sigmas
 from mochi_tune.weights import check_weights, load_decoder, load_dit, load_encoder
 
 FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
-# The largest error allowed, relative to the largest value of the vector. Source: SPEC 10.
+# The largest error allowed, relative to the largest value of the vector: what independent implementations of these
+# formulas agree to in fp32, with room for another machine's kernels; and what bf16's 8 bits allow.
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
 # The reference has fp32 gradients only; bf16 ones are held against them, so that a broken one shows.
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}

@@ -82,15 +82,19 @@ def test_several_adapters_are_a_list():
         ("trian.steps=3", "trian.steps is not a setting; did you mean train.steps?"),
         ("steps=3", "steps is not a setting; did you mean train.steps?"),
         ("zzz=3", "zzz is not a setting; --help lists them."),
-        ("train.steps=x", "train.steps: Value 'x' of type 'str' could not be converted to Integer."),
+        ("train.steps=x", "train.steps=x does not fit: it takes a whole number."),
         ("train.steps=0", "train.steps=0 is not possible: it must be at least 1."),
-        ("train.learning_rate=0", "train.learning_rate=0.0 is not possible: it must be above 0."),
+        ("train.learning_rate=0", "train.learning_rate=0.0 is not possible: it must be above 0 and finite."),
         ("train.caption_dropout=1", "train.caption_dropout=1.0 is not possible: it must be from 0 to below 1."),
         ("train.objective=genmo", "train.objective=genmo is not possible: use sampler or official."),
         ("model=mochi", "model=mochi does not exist: use one of mochi_1, tiny."),
         ("data.num_frames=40", "num_frames=40 does not fit the VAE, which takes 6k+1: use 37 or 43."),
         ("sample.width=100", "width=100 does not fit the model, which takes multiples of 16 pixels: use 96 or 112."),
         ("sample.linear_steps=64", "sample.linear_steps=64 does not fit sample.steps=64: use 1 to 63,"),
+        ("train.learning_rate=inf", "train.learning_rate=inf is not possible"),
+        ("seed=99999999999999999999", "it must be from 0 to below 2**63"),
+        ("run_dir=", "run_dir is empty: name one."),
+        ("lora.targets=blocks.*", 'lora.targets=blocks.* does not fit: it takes a list, ["a", "b"].'),
         ("train.steps", "'train.steps' is no setting: settings are written key=value"),
     ],
 )
@@ -102,7 +106,10 @@ def test_a_mistake_on_the_command_line_is_one_line(override, text):
     ("yaml", "text"),
     [
         ("defaults: [base, _self_]\ntrain: {stepps: 4}\n", "train.stepps is not a setting; did you mean train.steps?"),
-        ("defaults: [base, _self_]\ntrain: {steps: four}\n", "train.steps: Value 'four' of type 'str' could not"),
+        ("defaults: [base, _self_]\ntrain: {steps: four}\n", "train.steps=four does not fit: it takes a whole number."),
+        ("defaults: [base, _self_]\nmodel: tiny\n", "model is a section: choose its file by model=NAME"),
+        ("- a\n- b\n", "shows every setting"),
+        ("defaults: [bass, _self_]\n", "Could not load 'bass'"),
         ("train: {steps: 4}\n", "begin it with `defaults: [base, _self_]`"),
         ("train:\n  steps: 4\n :", "is not YAML: line 3"),
         ("defaults: [base, {override model: toyy}, _self_]\n", "Could not find 'model/toyy'"),
@@ -113,6 +120,12 @@ def test_a_mistake_in_a_file_is_one_line_that_names_it(tmp_path, yaml, text):
     path.write_text(yaml)
     message = error_of(str(path), [])
     assert text in message and str(path) in message
+
+
+def test_a_file_that_is_not_text_is_one_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    assert "is not UTF-8 text" in error_of(str(path), [])
 
 
 def test_an_unknown_file_names_the_nearest():

@@ -23,7 +23,7 @@ def module_name(path: Path) -> str:
 def floor(module: str) -> int:
     parts = module.split(".")
     room = parts[1] if len(parts) > 1 else ""
-    if room in ("", "errors", "assets", "conf"):
+    if room in ("", "errors", "files", "assets", "conf"):
         return 0
     if room in ("models", "flow"):
         return 1

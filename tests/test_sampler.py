@@ -70,7 +70,24 @@ def test_the_state_stays_fp32_whatever_the_model_computes_in():
     assert latents.dtype == torch.float32 and not torch.equal(latents, latents.bfloat16().float())
 
 
+def test_guidance_is_computed_in_fp32_whatever_the_model_computes_in():
+    generator = torch.Generator().manual_seed(0)
+    told, untold = torch.randn(2, *IO["z"].shape, generator=generator).bfloat16()
+
+    class Half(torch.nn.Module):
+        def forward(self, latents, sigma, prompt_embeds, prompt_mask):
+            return told if prompt_mask.any() else untold
+
+    *_, latents = euler_steps(Half(), IO["z"], (IO["y_feat"], IO["y_mask"]), NEGATIVE, [1.0, 0.6, 0.0], [4.5, 3.3])
+    expected = IO["z"].double()
+    for length, scale in ((0.4, 4.5), (0.6, 3.3)):
+        expected = expected + length * (untold.double() + scale * (told.double() - untold.double()))
+    assert relative_error(latents, expected) <= 1e-6
+
+
 def test_noise_is_a_function_of_the_seed_and_the_size():
     assert torch.equal(draw_noise(3, 13, 64, 96), draw_noise(3, 13, 64, 96))
     assert not torch.equal(draw_noise(3, 13, 64, 96), draw_noise(4, 13, 64, 96))
     assert draw_noise(3, 13, 64, 96).shape == (1, 12, 3, 8, 12)
+    first = torch.tensor([-0.076644, 0.359882, -0.782017, 0.071528])
+    assert torch.allclose(draw_noise(3, 13, 64, 96).flatten()[:4], first, rtol=0, atol=1e-6), "not even rounded"

@@ -176,11 +176,13 @@ class Cache:
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
         """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width)."""
-        file, number = self._places[index]
-        if file not in self._open:
-            import pyarrow.parquet
+        if not self._open:
+            import pyarrow.parquet as pq
 
-            self._open[file] = pyarrow.parquet.ParquetFile(self.folder / file, memory_map=True)
+            # All at once: should `prepare` replace the cache meanwhile, the old files stay readable through these.
+            files = {file for file, _ in self._places}
+            self._open = {file: pq.ParquetFile(self.folder / file, memory_map=True) for file in files}
+        file, number = self._places[index]
         mean, logvar = read_latents(self._open[file], number)
         return {"mean": mean, "logvar": logvar, "prompt_embeds": read_text(self._open[file], number)}
 
@@ -216,8 +218,10 @@ def open_cache(
         if fingerprint is not None:
             wanted[f"{name} weights"] = fingerprint[:12]
             found[f"{name} weights"] = getattr(cache.settings, name)[:12]
+    # Weights are told apart by their files, so the official and the diffusers layout of the same ones differ.
+    layout = ": other weights, or the same in another file layout"
     differences = [
-        f"{name}: the cache has {found[name]}, the config wants {wanted[name]}"
+        f"{name}: the cache has {found[name]}, the config wants {wanted[name]}{layout * name.endswith(' weights')}"
         for name in wanted
         if found[name] != wanted[name]
     ]
@@ -255,16 +259,6 @@ def _whole_manifest(folder: Path) -> dict[str, Any]:
     if missing:
         raise DataError(f"the cache {folder} is incomplete ({'; '.join(missing)}): {again}.")
     return manifest
-
-
-def verify_cache(folder: Path) -> list[str]:
-    """Returns the shards whose bytes are not those that were committed; reads the whole cache.
-
-    Raises:
-        DataError: No cache there, or an incomplete one.
-    """
-    manifest = _whole_manifest(folder)
-    return [shard["file"] for shard in manifest["shards"] if file_sha256(folder / shard["file"]) != shard["sha256"]]
 
 
 def manifest_of(settings: CacheSettings, shards: list[dict[str, Any]]) -> dict[str, Any]:

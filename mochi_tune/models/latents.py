@@ -45,14 +45,14 @@ def check_geometry(num_frames: int, height: int, width: int) -> None:
         ConfigError: `num_frames` is not 6k+1, or `height` or `width` is not a positive multiple of 16.
     """
     if num_frames < 1 or num_frames % TEMPORAL_FACTOR != 1:
-        below = (num_frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
+        below = (max(num_frames, 0) - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
         choices = [n for n in (below, below + TEMPORAL_FACTOR) if n >= 1]
         raise ConfigError(
             f"num_frames={num_frames} does not fit the VAE, which takes 6k+1: use {' or '.join(map(str, choices))}."
         )
     for name, size in (("height", height), ("width", width)):
         if size < TOKEN_PIXELS or size % TOKEN_PIXELS:
-            below = size // TOKEN_PIXELS * TOKEN_PIXELS
+            below = max(size, 0) // TOKEN_PIXELS * TOKEN_PIXELS
             choices = [n for n in (below, below + TOKEN_PIXELS) if n >= TOKEN_PIXELS]
             raise ConfigError(
                 f"{name}={size} does not fit the model, which takes multiples of {TOKEN_PIXELS} pixels: "

@@ -71,11 +71,3 @@ class TextEncoder:
             hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
             features.append(hidden[0].float())
         return features
-
-
-def pad_prompts(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stacks prompts' features (n_i, D) to prompt_embeds (B, L, D) and a mask (B, L), kept on the CPU, L = max n_i."""
-    length = max(f.shape[0] for f in features)
-    prompt_embeds = torch.stack([torch.nn.functional.pad(f, (0, 0, 0, length - f.shape[0])) for f in features])
-    lengths = torch.tensor([f.shape[0] for f in features])
-    return prompt_embeds, torch.arange(length) < lengths[:, None]

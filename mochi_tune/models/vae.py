@@ -56,7 +56,9 @@ def frames_to_pixels(frames: Tensor) -> Tensor:
 
     Divided in fp32, exactly so: the encoder's sines amplify the rounding of any other form.
     """
-    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+    # A tensor on the same device: by a Python number, CUDA would multiply by its rounded reciprocal.
+    half = torch.tensor(127.5, device=frames.device)
+    return frames.permute(0, 4, 1, 2, 3).float() / half - 1.0
 
 
 def pixels_to_frames(pixels: Tensor) -> Tensor:
@@ -314,7 +316,10 @@ class Decoder(nn.Module):
 
 
 def encode(encoder: Encoder, pixels: Tensor, chunk_latent_frames: int = 1) -> tuple[Tensor, Tensor]:
-    """Encodes a clip of 6k+1 frames in chunks of time; exact, at a peak memory that does not grow with its length.
+    """Encodes a clip of 6k+1 frames in chunks of time; exact. Activations do not grow with its length.
+
+    Keys and values do, which attention carries for all earlier frames: in Mochi's encoder at 480x848 in bf16 they are
+    1.34 GB a latent frame, 0.94 of it in the first level that has attention.
 
     Args:
         encoder: on the device of the work.

@@ -6,7 +6,6 @@ Random numbers and the order of clips are functions of (seed, step), so the step
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
+from mochi_tune.files import file_sha256, sync
 
 MANIFEST = "manifest.json"
 
@@ -32,22 +32,23 @@ def new_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
     temporary = folder / f".tmp_{step:06d}"
     temporary.mkdir()
     yield temporary
-    files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+    files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
     write_json(temporary / MANIFEST, {"step": step, "sha256": files})
     for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+        sync(path)
     final = folder / f"step_{step:06d}"
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _sync(folder)
+    sync(folder)
     for old in find_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Returns the whole checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}"))
+    found = [path.parent for path in folder.glob(f"step_*/{MANIFEST}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -56,8 +57,8 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing, added or altered.
     """
-    expected = read_json(folder / MANIFEST)["sha256"]
-    found = {path.name: _sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
+    expected = read_json(folder / MANIFEST).get("sha256", {})
+    found = {path.name: file_sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(
@@ -123,28 +124,18 @@ def read_json(path: Path) -> dict:
         CheckpointError: the file is missing or no JSON.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object.")
+    return value
 
 
 def replace_file(source: Path, target: Path) -> None:
     """Copies a file over another so that a reader sees the old or the new one, never a part."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.copyfile(source, temporary)
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, target)
-    _sync(target.parent)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from mochi_tune.errors import ConfigError, TrainingError
+
 
 class Metrics:
     """Appends one JSON object a step, and takes back the ones after the checkpoint that a run resumes from."""
@@ -27,17 +29,29 @@ class Metrics:
             self.tracker.finish()
 
     def start_wandb(self, mode: str, project: str, name: str, run_dir: Path, config: dict) -> None:
-        """Starts or resumes a W&B run; mode is online or offline."""
+        """Starts or resumes a W&B run; mode is online or offline.
+
+        Raises:
+            ConfigError: W&B refuses, for want of a login for example.
+        """
         import wandb
 
         run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-        self.tracker = wandb.init(
-            project=project, name=name, id=run_id, resume="allow", mode=mode, dir=run_dir, config=config
-        )
+        try:
+            self.tracker = wandb.init(
+                project=project, name=name, id=run_id, resume="allow", mode=mode, dir=run_dir, config=config
+            )
+        except wandb.Error as error:
+            raise ConfigError(f"log.wandb={mode}: {error}: run `wandb login`, or use log.wandb=offline.") from None
 
     def log(self, row: Mapping) -> None:
         """Writes a training step's row: step, loss, grad_norm, lr, seconds and what it was made of."""
         self._write("metrics", row)
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the validation of a step is written already."""
+        rows = self.paths["validation"].read_text().splitlines()
+        return any(json.loads(row)["step"] == step for row in rows)
 
     def log_validation(self, row: Mapping) -> None:
         """Writes a validation's row: step, validation_loss."""
@@ -51,11 +65,25 @@ class Metrics:
 
 
 def _cut_after(path: Path, last_step: int) -> None:
-    """Drops the rows after a step, and a last line that a killed run left unfinished."""
+    """Drops the rows after a step, and a last line that a killed run left unfinished.
+
+    Raises:
+        TrainingError: another line is no row.
+    """
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            raise TrainingError(
+                f"{path}: line {number} is no row of a run: repair it, or use another run_dir."
+            ) from None
+        if step <= last_step:
+            kept.append(line)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

@@ -1,9 +1,17 @@
+import pickle
 from collections import Counter
 
 import pytest
 import torch
+from helpers_cache import make_cache, tensors_of
 
-from mochi_tune.data.dataset import batch_indices, collate, epoch_order
+from mochi_tune.data.cache import open_cache
+from mochi_tune.data.dataset import LatentDataset, batch_indices, collate, epoch_order
+
+GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
+CAPTIONS = {f"clip{i}.mp4": f"caption number {i} " + "x " * i for i in range(7)} | {"sub/empty.mp4": ""}
+# Two rows' tensors (4608 bytes of latents each) go into a shard of this size, three do not.
+SMALL = 11_000
 
 
 def item(length, sample_id, width=5):
@@ -81,3 +89,33 @@ def test_the_order_does_not_touch_the_global_generator():
     state = torch.get_rng_state()
     batch_indices(100, num_clips=13, batch_size=2, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_dataset_gives_items_of_the_cache_in_worker_processes_too(tmp_path):
+    make_cache(tmp_path, CAPTIONS, shard_bytes=SMALL)
+    dataset = LatentDataset(open_cache(tmp_path, **GEOMETRY))
+    dataset[0]
+    here = list(torch.utils.data.DataLoader(dataset, batch_size=3, collate_fn=collate))
+    there = list(torch.utils.data.DataLoader(dataset, batch_size=3, collate_fn=collate, num_workers=1))
+    assert [batch["sample_ids"] for batch in here] == [batch["sample_ids"] for batch in there]
+    assert [name for batch in here for name in batch["sample_ids"]] == sorted(CAPTIONS)
+    for ours, theirs in zip(here, there, strict=True):
+        for name in ("mean", "logvar", "prompt_embeds", "prompt_mask"):
+            assert torch.equal(ours[name], theirs[name])
+    again = pickle.loads(pickle.dumps(dataset))  # noqa: S301
+    assert torch.equal(again[2]["mean"], dataset[2]["mean"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_cache_that_is_replaced_while_it_is_read_is_read_to_its_end(tmp_path, num_workers):
+    make_cache(tmp_path, CAPTIONS, shard_bytes=SMALL)
+    cache = open_cache(tmp_path, **GEOMETRY)
+    items = iter(torch.utils.data.DataLoader(LatentDataset(cache), batch_size=None, num_workers=num_workers))
+    found = [next(items)]
+    make_cache(tmp_path, {f"other{i}.mp4": f"other words {i}" for i in range(12)}, shard_bytes=2 * SMALL)
+    assert not {row.path for row in open_cache(tmp_path, **GEOMETRY).rows} & set(CAPTIONS)
+    found += items
+    assert [item["sample_id"] for item in found] == sorted(CAPTIONS)
+    for row, item in zip(cache.rows, found, strict=True):
+        for name, tensor in tensors_of(row).items():
+            assert torch.equal(item[name], tensor), (row.path, name)

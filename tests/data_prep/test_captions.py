@@ -1,9 +1,10 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from mochi_tune.data_prep.captions import load_captions
+from mochi_tune.data_prep.captions import find_orphans, load_captions
 from mochi_tune.errors import DataError
 
 
@@ -37,6 +38,16 @@ def test_sidecars_are_stripped_and_joined_to_one_line(tmp_path, videos):
         videos[1]: "ein Käse",
         videos[2]: "deep  down",
     }
+
+
+def test_orphans_are_the_text_files_that_no_video_reads(tmp_path, videos):
+    for name in ("a.txt", "b.take2.txt", "sub/c.txt", ".hidden.txt", "metadata.csv"):
+        _write(tmp_path / name, "words")
+    assert find_orphans(tmp_path, videos) == []
+    for name in ("sub/a.txt", "b.txt", "b.TXT", "A.txt"):
+        _write(tmp_path / name, "words")
+    _write(Path(os.fsdecode(bytes(tmp_path) + b"/c\xe4.txt")), "words")
+    assert find_orphans(tmp_path, videos) == ["A.txt", "b.TXT", "b.txt", "c\\udce4.txt", "sub/a.txt"]
 
 
 def test_an_empty_caption_counts_as_absent(tmp_path, videos):

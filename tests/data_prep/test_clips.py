@@ -60,6 +60,10 @@ def test_videos_are_found_below_the_folder_whatever_the_case_and_sorted(tmp_path
 def test_a_missing_folder_and_one_without_videos_are_errors(tmp_path):
     with pytest.raises(DataError, match=r"^data\.videos=\S+/none does not exist: .*"):
         find_videos(tmp_path / "none")
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match=r"^data\.videos=\S+/clip\.mp4 is not a folder: .*"):
+        find_videos(tmp_path / "clip.mp4")
+    (tmp_path / "clip.mp4").unlink()
     (tmp_path / "a.txt").touch()
     with pytest.raises(DataError, match=r"^data\.videos=\S+ holds no video: .*\.mp4"):
         find_videos(tmp_path)

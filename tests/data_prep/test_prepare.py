@@ -1,16 +1,20 @@
 import csv
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_video import write_video
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 import mochi_tune
 from mochi_tune.config import DataConfig, ModelConfig, RunConfig
@@ -21,7 +25,7 @@ from mochi_tune.data_prep.prepare import Prepared, main, prepare
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.models.vae import frames_to_pixels
+from mochi_tune.models.vae import Encoder, frames_to_pixels
 from mochi_tune.weights import fingerprint, load_encoder
 
 TINY = Path(mochi_tune.__file__).parent / "assets" / "tiny"
@@ -193,7 +197,9 @@ def test_a_text_encoder_that_gives_nan_stops_the_run_and_is_not_cached(good):
     weights = other_weights(
         good / "weights", "text_encoder/model.safetensors", lambda _, tensor: torch.full_like(tensor, float("nan"))
     )
-    with pytest.raises(DataError, match=r"bird\.mp4: the features of its caption are not finite, and were not cached"):
+    with pytest.raises(
+        DataError, match=r"bird\.mp4: the features of its caption are not finite, and were not cached: T5"
+    ):
         prepare(config_for(good, weights))
     assert not list((good / "cache").glob("parts/*"))
 
@@ -216,6 +222,70 @@ def test_missing_captions_are_listed_before_any_weight_is_read(tmp_path):
     assert "2 of 3 clips" in str(caught.value) and "(b.mp4, c.mp4)" in str(caught.value)
     assert "allow_empty_captions" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_caption_with_a_typo_in_its_name_is_named_with_the_clip_that_lacks_one(tmp_path):
+    add_clip(tmp_path, "bird.mp4", None, 1)
+    (tmp_path / "videos" / "brid.txt").write_text("a bird")
+    with pytest.raises(DataError) as caught:
+        prepare(config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False))
+    assert "(bird.mp4; without a video there are the captions brid.txt)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_captions_without_a_video_are_warned_of(tmp_path, capsys):
+    add_clip(tmp_path, "a.mp4", "a cat", 1)
+    config = config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False)
+    for number in range(12):
+        with pytest.raises(CheckpointError):
+            prepare(config)
+        names = [f"{i:02}.txt" for i in range(number)]
+        more = f" and {number - 10} more" if number > 10 else ""
+        line = f"captions without a video of that name, not used: {', '.join(names[:10])}{more}\n" if names else ""
+        assert capsys.readouterr().out == line
+        (tmp_path / "videos" / f"{number:02}.txt").write_text("a dog")
+
+
+class Lives:
+    """Follows the models of some classes that run while it is open: how many, in what dtype, and whether they live."""
+
+    def __init__(self, *classes):
+        self.classes = classes
+        self.models, self.dtypes, self.company = weakref.WeakSet(), {}, []
+
+    def __enter__(self):
+        self.handle = torch.nn.modules.module.register_module_forward_pre_hook(self.note)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+    def note(self, module, _):
+        if isinstance(module, self.classes):
+            self.models.add(module)
+            # accelerate ties such a knot into a model that it puts on a GPU, which then outlives `del`.
+            module.__dict__["knot"] = [module]
+            self.dtypes.setdefault(type(module), set()).update(p.dtype for p in module.parameters() if p.ndim > 1)
+            self.company.append(len(self.models))
+
+
+def test_t5_runs_in_fp32_whatever_the_models_run_in_and_no_model_outlives_its_stage(good):
+    config = config_for(good, cache=str(good / "other"))
+    gc.collect()
+    gc.disable()
+    try:
+        with Lives(T5EncoderModel, Encoder) as lives:
+            prepare(replace(config, model=replace(config.model, dtype="bf16")))
+        left = len(lives.models)
+    finally:
+        gc.enable()
+    assert lives.dtypes == {T5EncoderModel: {torch.float32}, Encoder: {torch.bfloat16}}
+    assert set(lives.company) == {1} and left == 0
+    with_t5 = open_cache(good / "cache", **GEOMETRY)
+    cache = open_cache(good / "other", **GEOMETRY)
+    assert (cache.settings.vae_dtype, cache.settings.t5_dtype) == ("bf16", "fp32")
+    for index in range(len(cache)):
+        assert torch.equal(cache.read(index)["prompt_embeds"], with_t5.read(index)["prompt_embeds"])
 
 
 def test_missing_weights_are_told_before_any_clip_is_decoded(tmp_path):

@@ -21,8 +21,11 @@ def test_latent_shape():
     [
         ((40, 480, 848), "num_frames=40 does not fit the VAE, which takes 6k+1: use 37 or 43."),
         ((0, 480, 848), "num_frames=0 does not fit the VAE, which takes 6k+1: use 1."),
+        ((-9, 480, 848), "num_frames=-9 does not fit the VAE, which takes 6k+1: use 1."),
         ((37, 490, 848), "height=490 does not fit the model, which takes multiples of 16 pixels: use 480 or 496."),
         ((37, 480, 8), "width=8 does not fit the model, which takes multiples of 16 pixels: use 16."),
+        ((37, -32, 848), "height=-32 does not fit the model, which takes multiples of 16 pixels: use 16."),
+        ((37, 480, -5), "width=-5 does not fit the model, which takes multiples of 16 pixels: use 16."),
     ],
 )
 def test_impossible_sizes_name_the_nearest_possible_ones(size, text):

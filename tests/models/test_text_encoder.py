@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mochi_tune import assets
-from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder, pad_prompts
+from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
 
 TINY = Path(assets.__path__[0]) / "tiny"
 
@@ -36,10 +36,17 @@ def test_the_empty_prompt_has_no_valid_token_row_by_row(encoder):
 def test_long_prompts_are_cut_and_counted_whole(encoder):
     prompt = " ".join(["ball"] * 400)
     assert encoder.count_tokens(prompt) == 401
-    assert encoder.encode([prompt])[0].shape[0] == MAX_TOKENS
+    [features] = encoder.encode([prompt])
+    assert features.shape[0] == MAX_TOKENS
+    # What is left is a whole prompt: its last token is the end token.
+    tokens = encoder.tokenizer(prompt, verbose=False).input_ids
+    kept = torch.tensor([[*tokens[: MAX_TOKENS - 1], encoder.tokenizer.eos_token_id]])
+    assert torch.allclose(features, encoder.model(kept).last_hidden_state[0], atol=1e-5)
 
 
-def test_pad_prompts_marks_the_valid_tokens(encoder):
-    embeds, mask = pad_prompts(encoder.encode(["a cat", "", "a red ball"]))
-    assert embeds.shape == (3, 4, encoder.width)
-    assert mask.sum(1).tolist() == [3, 0, 4] and not embeds[~mask].any()
+def test_features_are_fp32_whatever_t5_computes_in(encoder):
+    half = TextEncoder.load(TINY, "cpu", torch.bfloat16)
+    assert half.model.dtype == torch.bfloat16
+    for ours, exact in zip(half.encode(["a cat", ""]), encoder.encode(["a cat", ""]), strict=True):
+        assert ours.dtype == torch.float32 and ours.shape == exact.shape
+        assert torch.allclose(ours, exact, atol=0.05 * exact.abs().max().item() if len(exact) else 0.0)

@@ -3,12 +3,16 @@ import json
 import pytest
 import torch
 from helpers_golden import GOLDEN, golden_decoder, golden_encoder, relative_error, vectors
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mochi_tune.models import vae
 from mochi_tune.models.vae import (
     Decoder,
     DecoderConfig,
     Encoder,
     EncoderConfig,
+    FrameNorm,
+    TemporalAttention,
     decode_chunks,
     decode_tiled,
     encode,
@@ -41,15 +45,55 @@ def to_unit(pixels):
 )
 def test_full_size_has_the_official_names_shapes_and_count(part, model, config, count):
     with torch.device("meta"):
-        vae = model(config())
+        full_size = model(config())
     expected = json.loads((GOLDEN / "full_size_keys.json").read_text())[part]
-    assert {name: list(tensor.shape) for name, tensor in vae.state_dict().items()} == expected
-    assert sum(parameter.numel() for parameter in vae.parameters()) == count
+    assert {name: list(tensor.shape) for name, tensor in full_size.state_dict().items()} == expected
+    assert sum(parameter.numel() for parameter in full_size.parameters()) == count
 
 
 def test_fourier_features_are_the_official_ones_to_the_bit():
     pixels = frames_to_pixels(FRAMES[:, :1])
     assert torch.equal(fourier_features(pixels), IO["fourier"])
+
+
+class Divisors(TorchDispatchMode):
+    """Notes what tensors are divided by."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.div:
+            self.seen.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_frames_are_divided_by_a_tensor_on_their_device():
+    # By a number, or by a tensor on the CPU, CUDA multiplies by the reciprocal; only what is divided by shows here.
+    with Divisors() as divisors:
+        frames_to_pixels(torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8, device="meta"))
+    assert [(d.device.type, d.ndim) for d in divisors.seen] == [("meta", 0)]
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
+    exact = (levels.double() / 127.5).float() - 1
+    assert torch.equal(frames_to_pixels(levels), exact.permute(0, 4, 1, 2, 3))
+
+
+@torch.no_grad()
+def test_keys_and_values_take_as_much_as_is_said():
+    with torch.device("meta"):
+        encoder = Encoder(EncoderConfig()).bfloat16()
+        pixels = torch.zeros(1, 3, 13, 480, 848)
+    carry, held = {}, []
+    for part in pixels.split([1, 6, 6], dim=2):
+        encoder(part, carry)
+        attended = {m: kv for m, kv in carry.items() if isinstance(m, TemporalAttention)}
+        held.append({m: sum(t.nbytes for t in kv) for m, kv in attended.items()})
+    grown = {m: held[2][m] - held[1][m] for m in held[2]}
+    assert sum(grown.values()) == sum(held[1].values()) - sum(held[0].values())
+    assert f"{sum(grown.values()) / 1e9:.2f} GB a latent frame" in encode.__doc__
+    first = sum(size for m, size in grown.items() if m.qkv.in_features == 128)
+    assert f"{first / 1e9:.2f} of it" in encode.__doc__
 
 
 def test_fourier_features_refuse_rounded_pixels():
@@ -117,3 +161,32 @@ def test_bf16_stays_near_fp32():
 def test_frames_survive_the_way_to_pixels_and_back():
     frames = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
     assert torch.equal(pixels_to_frames(frames_to_pixels(frames)), frames)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("silu", [True, False])
+def test_norms_are_computed_in_fp32_and_rounded_once(silu):
+    generator = torch.Generator().manual_seed(0)
+    half = FrameNorm(64, silu=silu).bfloat16()
+    for parameter in half.parameters():
+        parameter.copy_(torch.randn(64, generator=generator))
+    exact = FrameNorm(64, silu=silu)
+    exact.load_state_dict(half.state_dict())
+    x = torch.randn(2, 64, 3, 4, 5, generator=generator).bfloat16()
+    got = half(x)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, exact(x.float()).bfloat16())
+
+
+@torch.no_grad()
+def test_attention_in_parts_of_its_rows_is_the_whole(monkeypatch):
+    torch.manual_seed(0)
+    attention, x = TemporalAttention(64), torch.randn(2, 64, 5, 3, 4)
+
+    def attend():
+        carry = {}
+        return [attention(x), attention(x[:, :, :2], carry), attention(x[:, :, 2:], carry)]
+
+    whole = attend()
+    # 24 rows: three parts of 7, and one of 3.
+    monkeypatch.setattr(vae, "MAX_ATTENTION_ROWS", 7)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(attend(), whole, strict=True))

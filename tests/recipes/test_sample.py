@@ -10,7 +10,7 @@ from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
 from mochi_tune.config import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.lora import linear_shapes
-from mochi_tune.models.text_encoder import TextEncoder, pad_prompts
+from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.recipes.sample import main
 from mochi_tune.sampler import draw_noise, euler_steps, linear_quadratic_sigmas
 from mochi_tune.video import read_frames
@@ -57,7 +57,10 @@ def test_the_video_has_the_frames_and_its_settings_beside_it(tmp_path):
 def test_the_latents_are_those_of_the_plain_loop(tmp_path):
     video = sample(tmp_path, "sample.save_latents=true", "sample.negative_prompt=a cat", "sample.guidance=3")
     encoder = TextEncoder.load(TINY, "cpu", torch.float32)
-    prompt, negative = (pad_prompts(encoder.encode([text])) for text in ("a red ball", "a cat"))
+    prompt, negative = (
+        (features[None], torch.ones(1, len(features), dtype=torch.bool))
+        for features in encoder.encode(["a red ball", "a cat"])
+    )
     states = euler_steps(
         load_dit(TINY, "cpu", torch.float32), draw_noise(0, 7, 32, 48), prompt, negative,
         linear_quadratic_sigmas(3, 0.025), [3.0] * 3,

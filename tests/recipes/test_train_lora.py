@@ -9,11 +9,13 @@ from helpers_golden import GOLDEN
 from helpers_road import prepared, read_rows, road, run, start
 from safetensors.torch import load_file, save_file
 
+from mochi_tune import cli
 from mochi_tune.config import RunConfig, load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
-from mochi_tune.errors import DataError, TrainingError
+from mochi_tune.errors import ConfigError, DataError, TrainingError
 from mochi_tune.flow import noisy_and_target
+from mochi_tune.recipes import train_lora
 from mochi_tune.recipes.train_lora import check_text_width, draw_batch, main
 
 LORA = ["lora=attention_mlp", "lora.rank=2", "lora.dropout=0.1"]
@@ -39,7 +41,7 @@ def straight(tmp_path_factory):
 
 def test_the_run_folder_holds_what_scripts_rely_on(straight):
     assert sorted(path.name for path in straight.iterdir()) == [
-        "adapter.safetensors", "checkpoints", "config.yaml", "metrics.jsonl", "samples", "validation.jsonl",
+        ".lock", "adapter.safetensors", "checkpoints", "config.yaml", "metrics.jsonl", "samples", "validation.jsonl",
     ]  # fmt: skip
     rows = read_rows(straight / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 8))
@@ -208,7 +210,7 @@ def test_it_learns_the_clips(tmp_path):
 def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     """Rendered with the live adapter, they are what `sample` renders from the saved one, and the base stays whole."""
     more = ["train.sample_every=2", "train.sample_prompts=[a red ball]", "sample.steps=3", "train.warmup_steps=0"]
-    more += ["train.learning_rate=1e-2", "train.steps=2"]
+    more += ["train.learning_rate=1e-2", "train.steps=2", "sample.negative_prompt=a cat"]
     arguments = [a for a in road(tmp_path, *LORA, *more) if a != "train.sample_every=0"]
     config = load_config("my_lora", arguments)
     assert main(config) == 0
@@ -217,6 +219,7 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
 
     from mochi_tune.recipes.sample import main as sample
 
+    assert config.sample.negative_prompt == "a cat"
     config.sample.prompt, config.sample.out = "a red ball", str(tmp_path / "again.mp4")
     sample(config)
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "samples" / videos[1]).read_bytes()
@@ -323,6 +326,94 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
     check_text_width(dataset, 64)
     with pytest.raises(DataError, match="text features of width 64, the DiT takes 4096"):
         check_text_width(dataset, 4096)
+
+
+def test_a_second_trainer_in_one_run_folder_is_refused(tmp_path):
+    arguments = road(tmp_path, *LORA, "train.steps=500")
+    first = start("train", "conf=my_lora", *arguments)
+    while first.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    second = run("train", "conf=my_lora", *arguments)
+    assert second.returncode == 2 and f"is being trained by process {first.pid}" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 128 + signal.SIGTERM
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(
+        range(1, 1 + len(read_rows(tmp_path / "metrics.jsonl")))
+    )
+
+
+def test_a_step_is_saved_before_it_is_looked_at_and_the_look_is_made_up_for(tmp_path, monkeypatch):
+    """A look takes long and may be what fails; what it would have shown is not lost with it."""
+    more = ["train.steps=4", "train.checkpoint_every=2", "train.sample_every=2", "train.validate_every=2"]
+    more += ["train.sample_prompts=[a cat]", "sample.steps=2", "train.validation_clips=1"]
+    config = load_config("my_lora", [*road(tmp_path, *LORA), *more])
+
+    def fail_at_step_2(_config, _dit, _features, _folder, _samples, step):
+        if step == 2:
+            raise RuntimeError("the renderer is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lora, "render", fail_at_step_2)
+        with pytest.raises(RuntimeError, match="the renderer is broken"):
+            main(config)
+    assert (tmp_path / "checkpoints" / "step_000002").exists()
+    assert main(config) == 0
+    assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [0, 2, 4]
+    videos = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    # The broken renderer has passed over step 0.
+    assert videos == ["step_000002_prompt_0.mp4", "step_000004_prompt_0.mp4"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_to_the_next(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000000_prompt_0.mp4").write_bytes(b"of other settings")
+    (tmp_path / "validation.jsonl").write_text('{"step": 0, "validation_loss": 99.0}\n')
+    assert train(tmp_path, "train.steps=1", "train.validate_every=1", "train.validation_clips=1") == 0
+    assert not (tmp_path / "samples" / "step_000000_prompt_0.mp4").exists()
+    rows = read_rows(tmp_path / "validation.jsonl")
+    assert [row["step"] for row in rows] == [0, 1] and rows[0]["validation_loss"] < 10
+
+
+def test_an_adapter_without_checkpoints_is_not_overwritten(tmp_path):
+    assert train(tmp_path, "train.steps=1") == 0
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / "adapter.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="no checkpoint to go on from"):
+        train(tmp_path, "train.steps=1")
+    assert (tmp_path / "adapter.safetensors").read_bytes() == before
+
+
+def test_the_same_command_puts_a_finished_runs_adapter_back(tmp_path):
+    assert train(tmp_path, "train.steps=1") == 0
+    before = (tmp_path / "adapter.safetensors").read_bytes()
+    (tmp_path / "adapter.safetensors").unlink()
+    assert train(tmp_path, "train.steps=1") == 0
+    assert (tmp_path / "adapter.safetensors").read_bytes() == before
+
+
+def test_more_steps_go_on_and_say_that_the_cosine_is_stretched(tmp_path, capsys):
+    assert train(tmp_path, "train.steps=2") == 0
+    assert train(tmp_path, "train.steps=4") == 0
+    assert "train.steps was 2, is 4" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def no_memory(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_memory)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2")])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("mochi-tune: ") and "train.batch_size" in line and "data.num_frames" in line
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes"):
+        cli.run(["train", "conf=my_lora", *road(tmp_path, *LORA)])
 
 
 def test_wandb_works_offline(tmp_path):

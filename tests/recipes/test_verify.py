@@ -7,7 +7,7 @@ from helpers_golden import GOLDEN
 from helpers_road import run
 from safetensors.torch import load_file, save_file
 
-from mochi_tune.recipes.verify import main
+from mochi_tune.recipes.verify import GRADIENT_TOLERANCE, TOLERANCE, main
 
 # What a folder of vectors is held against, one word of each kind of check.
 KINDS = (
@@ -34,6 +34,10 @@ def test_bf16_is_ok_too():
     assert [check.name for check in main(GOLDEN, "cpu", "bf16") if not check.ok] == []
 
 
+def test_the_tolerances_are_those_that_are_promised():
+    assert TOLERANCE == {"fp32": 2e-5, "bf16": 2e-2} and GRADIENT_TOLERANCE["fp32"] == 1e-4
+
+
 @pytest.mark.parametrize(
     ("file", "key", "check"),
     [
@@ -45,11 +49,12 @@ def test_bf16_is_ok_too():
     ],
 )
 def test_one_wrong_number_fails_its_check_alone(tmp_path, file, key, check):
+    """The number is off by a few times the tolerance, so that a looser one would let it pass."""
     folder = tmp_path / "reference"
     shutil.copytree(GOLDEN, folder)
     tensors = load_file(folder / f"{file}.safetensors")
     flat = tensors[key].view(-1)
-    flat[flat.numel() // 2] += 0.01 * flat.abs().max()
+    flat[flat.numel() // 2] += (5e-4 if "gradient" in check else 1e-4) * flat.abs().max()
     save_file(tensors, folder / f"{file}.safetensors")
     assert [c.name for c in main(folder, "cpu", "fp32") if not c.ok] == [check]
 
