@@ -14,7 +14,7 @@ from mochi_tune import assets
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.video import write_contact_sheet
 
-PROMPT = "a big grey rabbit stands in a green field"
+PROMPT = "a big grey rabbit in front of a green hill"
 
 
 def main(out: Path) -> dict[str, str]:
