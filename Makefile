@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/mochi-tune demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

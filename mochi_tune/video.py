@@ -36,7 +36,8 @@ def write_video(path: Path, frame_chunks: Iterable[Tensor]) -> int:
                     stream.height, stream.width = frame.shape[:2]
                     stream.pix_fmt = "yuv420p"
                     stream.time_base = Fraction(1, FPS)
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                # Converted here and not by the encoder, whose own conversion does not always give the same bits.
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
                 picture.pts = count
                 container.mux(stream.encode(picture))
                 count += 1

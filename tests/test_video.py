@@ -22,6 +22,14 @@ def test_frames_come_back_in_order_and_near(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
 
 
+def test_the_same_frames_are_the_same_file(tmp_path):
+    frames = torch.randn(7, 32, 48, 3, generator=torch.Generator().manual_seed(0)).mul(60).add(128).clamp(0, 255).byte()
+    frames = (frames.float().cumsum(2) / torch.arange(1, 49).view(-1, 1)).byte()
+    for i in range(20):
+        write_video(tmp_path / f"{i}.mp4", [frames])
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_single_frame_is_a_video(tmp_path):
     assert write_video(tmp_path / "x.mp4", [moving_frames(1)]) == 1
     assert len(read_frames(tmp_path / "x.mp4")) == 1

@@ -94,7 +94,9 @@ class AsymmDiT(nn.Module):
         self.t5_yproj = nn.Linear(config.t5_feat_dim, config.hidden_size_y)
         head_dim = dim_x // config.num_heads
         self.pos_frequencies = nn.Parameter(torch.empty(3, config.num_heads, head_dim // 2))
-        nn.init.normal_(self.pos_frequencies)
+        if not self.pos_frequencies.is_meta:
+            # On the meta device torch would import its compiler, to draw nothing.
+            nn.init.normal_(self.pos_frequencies)
         self.blocks = nn.ModuleList(
             AsymmetricJointBlock(config, update_y=i < config.depth - 1) for i in range(config.depth)
         )
