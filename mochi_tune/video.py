@@ -29,9 +29,9 @@ def write_video(path: Path, frame_chunks: Iterable[Tensor]) -> int:
         for chunk in frame_chunks:
             for frame in chunk.numpy():
                 if stream is None:
-                    # CRF 17 is visually lossless; yuv420p is what every player reads; with one thread, the same frames
-                    # give the same file.
-                    options = {"crf": "17", "preset": "medium", "threads": "1"}
+                    # CRF 17 is visually lossless; yuv420p is what every player reads. With several threads or its
+                    # macroblock tree x264 does not always make the same file of the same frames.
+                    options = {"crf": "17", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
                     stream = container.add_stream("libx264", rate=FPS, options=options)
                     stream.height, stream.width = frame.shape[:2]
                     stream.pix_fmt = "yuv420p"

@@ -12,10 +12,12 @@ from helpers_video import write_video
 
 from mochi_tune.config import load_config
 from mochi_tune.data_prep.prepare import main as prepare
+from mochi_tune.recipes.train_lora import main as train_lora
 
 # Bit for bit takes the same number of threads, here the one that the tests themselves run on.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CAPTIONS = ("a red ball rolls slowly over the hill", "a cat", "two old birds fly away at night")
+LORA = ["lora=attention_mlp", "lora.rank=2", "lora.dropout=0.1"]
 SIZES = ["data.num_frames=7", "data.height=32", "data.width=48", "device=cpu", "model=tiny"]
 QUIET = ["train.sample_every=0", "train.validate_every=0", "train.gradient_checkpointing=false"]
 
@@ -60,3 +62,8 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def train(run_dir: Path | str, *more: str) -> int:
+    """Trains in this process; returns the exit code."""
+    return train_lora(load_config("my_lora", road(run_dir, *LORA, *more)))
