@@ -159,7 +159,7 @@ def train_locked(
             # Saved before it is looked at: a look takes long, and may be what fails.
             if stop.received or is_due(step, train.checkpoint_every, train.steps):
                 save(step)
-            if stop.received:
+            if stop.received and step < train.steps:
                 break
             look(step)
     if stop.received and step < train.steps:
