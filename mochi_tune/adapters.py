@@ -83,6 +83,10 @@ class Adapter:
     def __str__(self) -> str:
         return f"adapter {self.path}" if self.path else "the adapter"
 
+    def scaled(self, strength: float) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Returns A, B and the scale of their product for each layer, as `lora.apply_adapter` takes them."""
+        return {name: (x.a, x.b, strength * x.alpha / x.a.shape[0]) for name, x in self.layers.items()}
+
 
 def check_format(to: str) -> None:
     """Refuses a layout that does not exist, naming the nearest one.

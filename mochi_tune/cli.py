@@ -20,7 +20,9 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
   mochi-tune weights pull [to=DIR]                fetch the official weights, checked by sha256
   mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16]
-  mochi-tune demo    [out=DIR]                    the whole road on the embedded tiny model and a real clip
+  mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
+  mochi-tune experiment what=objective|layers [seeds=N] [out=DIR]       compares ways of training on the toy model
+  mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
 
 conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists its settings, and
 `prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
@@ -42,7 +44,19 @@ VERIFY_OPTIONS = {
     "device": ("cpu", "cpu, cuda or auto"),
     "dtype": ("fp32", "fp32 or bf16"),
 }
-DEMO_OPTIONS = {"out": ("demo_out", "folder; each demo makes a new one in it")}
+DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each demo's run goes to a new one in it")}
+EXPERIMENT_OPTIONS = {
+    "what": (None, "objective (sampler, official, unnormalised) or layers (attention, attention and MLP)"),
+    "seeds": ("3", "runs of each, two minutes each on 2 cores"),
+    "out": ("experiments", "folder; the same command goes on where it was stopped"),
+}
+TOY_OPTIONS = {
+    "clips": {"out": ("toy_videos", "folder of the clips"), "seed": ("1", "of place, size and light")},
+    "weights": {
+        "work": ("toy_work", "folder of checkpoints; the same command goes on where it was stopped"),
+        "out": ("toy_weights", "folder for model.weights"),
+    },
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,6 +98,8 @@ def run(arguments: list[str]) -> int:
         "weights": run_weights,
         "verify": run_verify,
         "demo": run_demo,
+        "experiment": run_experiment,
+        "toy": run_toy,
     }
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(USAGE, end="")
@@ -140,7 +156,7 @@ def load(verb: str, arguments: list[str]):
     if "--help" in arguments or "-h" in arguments:
         usage = next(line for line in USAGE.splitlines() if line.startswith(f"  mochi-tune {verb}"))
         print(f"{usage.strip()}\n\nSettings and their defaults; any is given as key.sub=value.")
-        for name in ("base", "model/mochi_1", "model/tiny", "lora/attention", "lora/attention_mlp"):
+        for name in ("base", "model/mochi_1", "model/toy", "model/tiny", "lora/attention", "lora/attention_mlp"):
             print(f"\n--- {name}.yaml\n{(packaged_folder() / f'{name}.yaml').read_text()}", end="")
         return None
     flags = [argument for argument in arguments if argument.startswith("-")]
@@ -209,7 +225,7 @@ def run_verify(arguments: list[str]) -> int:
 
 
 def run_demo(arguments: list[str]) -> int:
-    """Walks the whole road on the embedded tiny model."""
+    """Teaches the embedded toy model a new thing."""
     options = plain_options("demo", arguments, DEMO_OPTIONS)
     if options is None:
         return 0
@@ -218,6 +234,59 @@ def run_demo(arguments: list[str]) -> int:
     for label, value in demo(Path(options["out"])).items():
         print(f"{label + ':':<16} {value}")
     return 0
+
+
+def run_experiment(arguments: list[str]) -> int:
+    """Compares ways of training."""
+    options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
+    if options is None:
+        return 0
+    if options["what"] not in ("objective", "layers"):
+        raise ConfigError(f"what={options['what']} is not an experiment: use objective or layers.")
+    from mochi_tune.recipes.experiment import main as experiment
+
+    print(experiment(options["what"], whole_number("seeds", options["seeds"], 1), Path(options["out"])))
+    return 0
+
+
+def run_toy(arguments: list[str]) -> int:
+    """Draws the clips of the demo, or makes the toy model."""
+    if arguments[:1] not in (["clips"], ["weights"]):
+        if arguments[:1] in ([], ["--help"], ["-h"]):
+            for name, known in TOY_OPTIONS.items():
+                plain_options(f"toy {name}", ["--help"], known)
+            return 0
+        raise ConfigError(f"toy {arguments[0]} is not a verb: use `toy clips` or `toy weights`.")
+    options = plain_options(f"toy {arguments[0]}", arguments[1:], TOY_OPTIONS[arguments[0]])
+    if options is None:
+        return 0
+    if arguments[0] == "clips":
+        from mochi_tune.toy.lesson import write_lesson
+
+        videos = write_lesson(Path(options["out"]), whole_number("seed", options["seed"], 0))
+        print(f"{len(videos)} clips: {options['out']}")
+        return 0
+    from mochi_tune.recipes.train_toy import Plan
+    from mochi_tune.recipes.train_toy import main as train_toy
+
+    record = train_toy(Path(options["work"]), Path(options["out"]), Plan())
+    if record is None:
+        print("interrupted and saved; the same command goes on from there", file=sys.stderr)
+        return 130
+    for name, value in record["figures"].items():
+        print(f"{name + ':':<16} {value}")
+    return 0
+
+
+def whole_number(key: str, text: str, lowest: int) -> int:
+    """Reads a whole number of at least `lowest`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not text.isdecimal() or int(text) < lowest:
+        raise ConfigError(f"{key}={text} does not fit: it takes a whole number of at least {lowest}.")
+    return int(text)
 
 
 def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | None, str]]) -> dict[str, str] | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mochi_tune.models.latents import to_latents
 
-OBJECTIVES = ("sampler", "official")
+OBJECTIVES = ("sampler", "official", "unnormalised")
 
 
 def draw_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -21,7 +21,8 @@ def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: 
 
     "sampler" works in the space that the sampler works in, so that what is learnt is what is rendered.
     "official" is the reference fine-tuner's: its input is mixed in the VAE's space, its target has a noise of
-    1 / std in the DiT's. It is here to reproduce that trainer's runs.
+    1 / std in the DiT's. It is here to reproduce that trainer's runs. "unnormalised" stays in the VAE's space
+    altogether, as other trainers do.
     Source: genmoai/mochi@0c86aeb demos/fine_tuner/train.py:358-372 ("official").
 
     Args:
@@ -32,6 +33,8 @@ def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: 
     """
     assert objective in OBJECTIVES, objective
     sigma = sigma.float().view(-1, 1, 1, 1, 1)
+    if objective == "unnormalised":
+        return (1 - sigma) * vae_latents + sigma * noise, vae_latents - noise
     if objective == "official":
         return (1 - sigma) * vae_latents + sigma * noise, to_latents(vae_latents - noise)
     latents = to_latents(vae_latents)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
+from mochi_tune.files import file_sha256
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.layers import RMSNorm
 from mochi_tune.models.vae import Decoder, Encoder
@@ -28,6 +29,8 @@ from mochi_tune.weight_configs import read_diffusers_config, read_json, read_off
 from mochi_tune.weight_maps import Pieces, diffusers_map
 
 TEXT_ENCODER = "text_encoder"
+# Of the folders that are shipped with mochi-tune: the sha256 of every file.
+SUMS = "sha256.json"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 # A listing of keys in an error stops here.
 MAX_LISTED = 8
@@ -80,10 +83,13 @@ def check_weights(folder: Path, parts: Sequence[str]) -> None:
         parts: any of "dit", "encoder", "decoder", "text_encoder".
 
     Raises:
-        CheckpointError: as the loaders; for T5, when its configuration, a shard or the tokenizer is absent or damaged,
+        CheckpointError: as the loaders; when a shipped file is not what was shipped;
+            for T5, when its configuration, a shard or the tokenizer is absent or damaged,
             or when its features do not fit the DiT, if both are asked for.
     """
     folder = Path(folder)
+    if (folder / SUMS).exists():
+        _check_sums(folder)
     models = {part: _plan(folder, part)[0] for part in parts if part != TEXT_ENCODER}
     if TEXT_ENCODER in parts:
         _check_text_encoder(folder)
@@ -285,6 +291,15 @@ def _check_tensors(
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _check_sums(folder: Path) -> None:
+    wrong = []
+    for name, expected in read_json(folder / SUMS).items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+            wrong.append(name)
+    if wrong:
+        raise CheckpointError(f"{folder} is damaged: {_some(wrong)} is not what was shipped: install mochi-tune again.")
 
 
 def _check_text_encoder(folder: Path) -> None:

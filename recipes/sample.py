@@ -61,8 +61,7 @@ def main(config: RunConfig) -> Path:
     for i, (adapter, strength) in enumerate(loaded):
         # An adapter at strength 0 is left out, so that the base is rendered exactly.
         if strength:
-            scaled = {n: (x.a, x.b, strength * x.alpha / x.a.shape[0]) for n, x in adapter.layers.items()}
-            apply_adapter(dit, scaled, f"adapter_{i}")
+            apply_adapter(dit, adapter.scaled(strength), f"adapter_{i}")
     noise = draw_noise(config.seed, *sample_size(config))
     latents = sample_latents(dit, noise, prompt, negative_prompt, settings, "sample")
     del dit

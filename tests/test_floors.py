@@ -27,7 +27,7 @@ def floor(module: str) -> int:
         return 0
     if room in ("models", "flow"):
         return 1
-    return {"config": 3, "recipes": 4, "data_prep": 4, "cli": 5}.get(room, 2)
+    return {"config": 3, "toy": 3, "recipes": 4, "data_prep": 4, "cli": 5}.get(room, 2)
 
 
 def imports(path: Path) -> set[str]:

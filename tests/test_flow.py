@@ -42,6 +42,13 @@ def test_a_training_step_has_the_official_input_prediction_loss_and_gradients(ob
         assert relative_error(parameters[name].grad, gradient) <= 1e-4, name
 
 
+def test_the_unnormalised_objective_is_the_same_in_the_other_space():
+    sigma = torch.tensor([0.7])
+    noisy, target = noisy_and_target("unnormalised", IO["train_z"], IO["train_eps"], sigma)
+    assert torch.allclose(noisy + sigma * target, IO["train_z"], atol=1e-5)
+    assert torch.allclose(noisy - (1 - sigma) * target, IO["train_eps"], atol=1e-5)
+
+
 def test_one_euler_step_with_the_true_velocity_recovers_the_clip():
     sigma = torch.tensor([0.7])
     noisy, target = noisy_and_target("sampler", IO["train_z"], IO["train_eps"], sigma)

@@ -87,8 +87,9 @@ class FrameNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norms (B, C, T, H, W); frame by frame where a copy of the whole in fp32 would cost memory."""
-        if x.dtype == torch.float32:
-            return self._norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        if x.dtype == torch.float32 or x.requires_grad:
+            normed = self._norm(x.transpose(1, 2).flatten(0, 1).float()).to(x.dtype)
+            return normed.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
         out = torch.empty_like(x)
         for t in range(x.shape[2]):
             out[:, :, t] = self._norm(x[:, :, t].float())

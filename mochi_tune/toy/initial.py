@@ -1,0 +1,173 @@
+"""What the toy model is before it learns: sizes, tokenizer and initial weights of its parts."""
+
+import string
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.latents import TOKEN_PIXELS
+from mochi_tune.models.vae import (
+    CausalConv,
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    UpsampleBlock,
+    frames_to_pixels,
+)
+from mochi_tune.toy.world import HEIGHT, WIDTH, all_words, draw_clips
+from mochi_tune.training.checkpoint import write_json
+from mochi_tune.training.rng import keyed_generator
+
+CHANNELS = {"base_channels": 32, "channel_multipliers": (1, 1, 2, 3), "num_res_blocks": (0, 1, 1, 1, 0)}
+ENCODER = EncoderConfig(**CHANNELS, has_attentions=(False, False, False, True, True))
+DECODER = DecoderConfig(**CHANNELS)
+DIT = DiTConfig(depth=4, num_heads=6, hidden_size_x=192, hidden_size_y=96, t5_feat_dim=64)
+# Of the initial weights.
+CONSTANT, BEGIN_LOGVAR, BEGIN_GATE = 8.0, -3.0, 0.3
+
+
+def build_vae(seed: int) -> nn.ModuleDict:
+    """Builds an autoencoder that begins as a linear one: principal components of blocks, each residual branch zero.
+
+    From random weights, the norms strip flat colours long before they are learnt.
+    """
+    torch.manual_seed(seed)
+    vae = nn.ModuleDict({"encoder": Encoder(ENCODER), "decoder": Decoder(DECODER)})
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            # Read by the residual branches, which begin to matter when their last layers have left zero.
+            scale = 0.0 if name.endswith(("stack.5", "attn.out")) else 1.4 if isinstance(module, CausalConv) else 0.05
+            nn.init.normal_(module.weight, std=scale * module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    words = all_words()
+    generator = keyed_generator(seed, "components")
+    pixels = frames_to_pixels(draw_clips([words[i] for i in range(0, len(words), 3)], generator))
+    with torch.no_grad():
+        begin_linear(vae["encoder"], vae["decoder"], pixels)
+    return vae.to(memory_format=torch.channels_last_3d)
+
+
+def begin_linear(encoder: Encoder, decoder: Decoder, pixels: Tensor) -> None:
+    """Sets the layers outside of the residual branches to principal components of blocks of `pixels`, level by level.
+
+    A SiLU passes x linearly as silu(x) - silu(-x), so the layers before one hold each feature with both signs. A group
+    of the encoder's last norm holds a feature twice and a constant that outweighs it, so the norm divides by a
+    constant.
+    """
+    first, *downs = [encoder.layers[0], *(layer.layers[0] for layer in encoder.layers if hasattr(layer, "layers"))]
+    ups = [block.proj for block in decoder.blocks if isinstance(block, UpsampleBlock)][::-1]
+    first.weight.zero_()
+    first.weight[:3, :3] = torch.eye(3)
+    x, num_features = pixels, 3
+    for level, (down, up) in enumerate(zip(downs, ups, strict=True)):
+        t, s = down.kernel_size[:2]
+        x = F.pad(x, (0, 0, 0, 0, t - 1, 0), mode="replicate")
+        blocks = x.unfold(2, t, t).unfold(3, s, s).unfold(4, s, s)  # (B, C, T, H, W, t, s, s)
+        rows = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)  # (blocks, C t s s)
+        is_last = level == len(downs) - 1
+        num_kept = min(rows.shape[1], decoder.config.latent_dim if is_last else down.out_channels)
+        mean = rows.mean(0)
+        values, vectors = torch.linalg.eigh((rows - mean).T.double() @ (rows - mean).double() / len(rows))
+        basis = vectors[:, -num_kept:].flip(1).float()  # (C t s s, kept)
+        scale = values[-num_kept:].flip(0).clamp(min=1e-6).sqrt().float() if is_last else torch.ones(num_kept)
+        encode = basis.T / scale[:, None]
+        codes = (rows - mean) @ encode.T
+        x = codes.view(*blocks.shape[:1], *blocks.shape[2:5], num_kept).permute(0, 4, 1, 2, 3)
+
+        kernel = encode.view(num_kept, num_features, t, s, s)
+        target = slice(0, 3 * num_kept, 3) if is_last else slice(0, num_kept)
+        down.weight[target, :num_features], down.bias[target] = kernel, -encode @ mean
+        if is_last:
+            down.weight[1 : 3 * num_kept : 3, :num_features] = -kernel
+            down.bias[1 : 3 * num_kept : 3] = encode @ mean
+            down.weight[2::3], down.bias[2::3] = 0, CONSTANT
+        decode = (basis * scale).view(num_features, t, s, s, num_kept)
+        shape = (up.out_features // (t * s * s), t, s, s)
+        signs = (1, -1) if level == 0 else (1,)
+        for i, sign in enumerate(signs):
+            channels = slice(i * num_features, (i + 1) * num_features)
+            up.weight.view(*shape, -1)[channels, ..., :num_kept] = sign * decode
+            up.bias.view(shape)[channels] = sign * mean.view(num_features, t, s, s)
+        num_features = num_kept
+    norm, out = encoder.output_norm, encoder.output_proj
+    deviation = (2 / 9 * CONSTANT**2 + 2 / 3) ** 0.5  # of a group (f, -f, CONSTANT) whose f has unit variance
+    norm.weight.fill_(deviation)
+    norm.bias.fill_(CONSTANT / 3)
+    norm.weight[2::3], norm.bias[2::3] = 0, 1
+    dim = decoder.config.latent_dim
+    out.weight.zero_()
+    out.weight[:dim, : 3 * dim : 3], out.weight[:dim, 1 : 3 * dim : 3] = torch.eye(dim), -torch.eye(dim)
+    constants = out.weight[dim:, 2::3]
+    constants.fill_(BEGIN_LOGVAR / (constants.shape[1] * F.silu(torch.ones(())).item()))
+    decoder.blocks[0][0].weight.zero_()
+    decoder.blocks[0][0].weight[:dim, :, 0, 0, 0] = torch.eye(dim)
+    decoder.output_proj.weight.zero_()
+    decoder.output_proj.weight[:, :3], decoder.output_proj.weight[:, 3:6] = torch.eye(3), -torch.eye(3)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Writes a sentencepiece unigram model of the world's words; other words fall apart into letters."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    words = sorted({word for words in all_words() for word in words.caption.split()})
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
+    model.trainer_spec.pad_id, model.trainer_spec.eos_id, model.trainer_spec.unk_id = 0, 1, 2
+    model.trainer_spec.bos_id = -1
+    model.normalizer_spec.name = "identity"
+    kind = model.SentencePiece
+    pieces = [("<pad>", 0.0, kind.CONTROL), ("</s>", 0.0, kind.CONTROL), ("<unk>", 0.0, kind.UNKNOWN)]
+    pieces += [("\u2581" + word, -3.0, kind.NORMAL) for word in words]
+    pieces += [(letter, -12.0, kind.NORMAL) for letter in ("\u2581", *string.printable.strip())]
+    for piece, score, type_ in pieces:
+        model.pieces.add(piece=piece, score=score, type=type_)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(model.SerializeToString(deterministic=True))
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 256}
+    config |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def build_text_encoder(vocabulary: int, seed: int) -> nn.Module:
+    """Builds a tiny T5 encoder with random weights."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=DIT.t5_feat_dim,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+        dropout_rate=0.0,
+    )
+    return T5EncoderModel(config)
+
+
+def build_dit(seed: int) -> AsymmDiT:
+    """Builds the DiT: blocks begin with small gates, and positions with turns of about one radian a token."""
+    torch.manual_seed(seed)
+    dit = AsymmDiT(DIT)
+    for block in dit.blocks:
+        for mod in (block.mod_x, block.mod_y):
+            nn.init.zeros_(mod.weight)
+            nn.init.zeros_(mod.bias)
+            width = mod.out_features // 4
+            if mod.out_features > DIT.hidden_size_y:  # scale, gate, scale, gate; the last block's text has no gates
+                mod.bias.data[width : 2 * width] = mod.bias.data[3 * width :] = BEGIN_GATE
+    for parameter in (dit.final_layer.mod.weight, dit.final_layer.mod.bias, dit.final_layer.linear.weight):
+        nn.init.zeros_(parameter)
+    nn.init.zeros_(dit.final_layer.linear.bias)
+    rows, columns = HEIGHT // TOKEN_PIXELS, WIDTH // TOKEN_PIXELS
+    space = (192 * 192 / (rows * columns)) ** -0.5  # one token, in the model's positions
+    dit.pos_frequencies.data *= torch.tensor([1.0, space, space]).view(3, 1, 1)
+    return dit

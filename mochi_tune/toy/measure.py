@@ -1,0 +1,132 @@
+"""Reads from a clip alone which colour, shape, motion and background are seen, by image arithmetic.
+
+It knows what the world can draw and nothing of captions or models, so it can tell whether a caption was obeyed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mochi_tune.toy.world import (
+    ALL_SHAPES,
+    AREAS,
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    NEW_WORD,
+    Words,
+    shape_distance,
+    stripes,
+)
+
+# Colourfulness (largest minus smallest of red, green, blue in [0, 1]) that the frame's most colourful pixels must
+# have, and the share of theirs that a pixel must have to belong to the shape.
+MIN_CHROMA, MASK_SHARE = 0.3, 0.3
+# Mean overlap, intersection over union, with the outline of the shape that is named.
+MIN_OVERLAP = 0.72
+# Correlation of brightness with the stripes that the new shape would have at this place and size.
+MIN_STRIPES = 0.35
+# From the first to the last frame: pixels that something moves, and the logarithm of how often its area grows.
+MIN_TRAVEL, MIN_GROWTH = 7.0, 0.6
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is seen in a clip; None where nothing that the world knows is."""
+
+    colour: str | None
+    shape: str | None
+    motion: str | None
+    background: str | None
+
+    def shows(self, words: Words) -> bool:
+        """Whether colour, shape and motion, all three, are those of the words."""
+        return (self.colour, self.shape, self.motion) == (words.colour, words.shape, words.motion)
+
+
+def see(frames: Tensor) -> Seen:
+    """Reads a clip, uint8 frames (F, H, W, 3)."""
+    image = frames.float() / 255
+    chroma = image.amax(-1) - image.amin(-1)  # (F, H, W)
+    most = chroma.flatten(1).quantile(0.99, dim=1)
+    background = _background(image, chroma < 0.1)
+    if most.min() < MIN_CHROMA:
+        return Seen(None, None, None, background)
+    mask = chroma > MASK_SHARE * most.view(-1, 1, 1)
+    area = mask.flatten(1).sum(1).float()  # (F,)
+    rows = torch.arange(image.shape[1]) + 0.5
+    columns = torch.arange(image.shape[2]) + 0.5
+    centre = torch.stack([(mask.sum(1) * columns).sum(1), (mask.sum(2) * rows).sum(1)], dim=1) / area[:, None]  # (F, 2)
+    u = columns - centre[:, 0, None, None]  # (F, 1, W)
+    v = rows[:, None] - centre[:, 1, None, None]  # (F, H, 1)
+    colour = _colour(image[chroma > 0.6 * most.view(-1, 1, 1)].mean(0))
+    return Seen(colour, _shape(image, mask, area, u, v), _motion(centre, area), background)
+
+
+def colour_error(frames: Tensor, colour: str) -> float:
+    """Returns how far, root mean square over red, green, blue in [0, 1], what is seen is from a colour's paint."""
+    image = frames.float() / 255
+    chroma = image.amax(-1) - image.amin(-1)
+    most = chroma.flatten(1).quantile(0.99, dim=1).view(-1, 1, 1)
+    seen = image[chroma >= 0.6 * most].mean(0)
+    return (seen - torch.tensor(COLOURS[colour])).square().mean().sqrt().item()
+
+
+def _colour(rgb: Tensor) -> str | None:
+    """The paint whose hue is nearest; a hue is a direction away from grey."""
+    paints = torch.tensor(list(COLOURS.values()))
+    directions = torch.nn.functional.normalize(paints - paints.mean(1, keepdim=True), dim=1)
+    likeness = directions @ torch.nn.functional.normalize(rgb - rgb.mean(), dim=0)
+    return list(COLOURS)[int(likeness.argmax())] if likeness.max() > 0.85 else None
+
+
+def _shape(image: Tensor, mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> str | None:
+    """The shape whose outline, at the mask's place and area, overlaps the mask most."""
+    overlaps = []
+    for shape in ALL_SHAPES:
+        radius = (area / AREAS[shape]).sqrt().view(-1, 1, 1)
+        outline = shape_distance(shape, u / radius, v / radius) < 0
+        overlaps.append(((outline & mask).flatten(1).sum(1) / (outline | mask).flatten(1).sum(1)).mean())
+    best = max(range(len(overlaps)), key=lambda i: overlaps[i])
+    if overlaps[best] < MIN_OVERLAP:
+        return None
+    shape = ALL_SHAPES[best]
+    if shape == NEW_WORD and _striped(image, mask, area, v) < MIN_STRIPES:
+        return None
+    return shape
+
+
+def _striped(image: Tensor, mask: Tensor, area: Tensor, v: Tensor) -> float:
+    """The mean correlation, over the frames, of brightness with the new shape's stripes."""
+    radius = (area / AREAS[NEW_WORD]).sqrt().view(-1, 1, 1)
+    expected = stripes(NEW_WORD, v / radius).expand_as(mask)
+    bright = image.amax(-1)
+    pairs = [torch.stack([bright[f][mask[f]], expected[f][mask[f]]]) for f in range(len(mask))]
+    return torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num().mean().item()
+
+
+def _motion(centre: Tensor, area: Tensor) -> str | None:
+    """The motion that a straight line through the frames tells; None where it is little or of two kinds."""
+    time = torch.linspace(-0.5, 0.5, len(area))
+    across, down, growth = (
+        (time @ values / time.square().sum()).item() for values in (centre[:, 0], centre[:, 1], area.log())
+    )
+    travel = max(abs(across), abs(down))
+    if abs(growth) >= MIN_GROWTH:
+        found = (0, 0, 1 if growth > 0 else -1) if travel < MIN_TRAVEL else None
+    elif travel < MIN_TRAVEL or min(abs(across), abs(down)) > travel / 2:
+        found = None
+    elif abs(across) > abs(down):
+        found = (1 if across > 0 else -1, 0, 0)
+    else:
+        found = (0, 1 if down > 0 else -1, 0)
+    return next((name for name, direction in MOTIONS.items() if direction == found), None)
+
+
+def _background(image: Tensor, plain: Tensor) -> str | None:
+    """The background whose tone is nearest to the median of the grey pixels."""
+    if not plain.any():
+        return None
+    tone = image[plain].mean(1).median()
+    return min(BACKGROUNDS, key=lambda name: abs(BACKGROUNDS[name] - tone))

@@ -1,0 +1,358 @@
+"""Writes one HTML page, which needs nothing beside it, that shows what a lesson taught the toy model."""
+
+import base64
+import contextlib
+import io
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from mochi_tune.errors import MochiTuneError
+from mochi_tune.video import read_frames
+
+# The chart's picture, its plot area inside, and how near to each other two numbers may be; all in pixels.
+CHART_WIDTH, CHART_HEIGHT = 354, 220
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 38, 306, 24, 184
+MIN_GAP = 14
+SCREEN_WIDTH, TIMEOUT_SECONDS = 1200, 60
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars"
+).split()
+
+STYLE = """
+:root{color-scheme:light dark;--back:#fcfcfa;--ink:#1c2127;--soft:#626a75;--rule:#e3e4de;--accent:#0b6b94}
+@media(prefers-color-scheme:dark){
+:root{--back:#14171b;--ink:#e6e8ea;--soft:#98a0aa;--rule:#2c3138;--accent:#5dbde6}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1148px;padding:3.5rem 1.5rem 4rem;background:var(--back);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+h1{margin:0 0 .8rem;font-size:clamp(1.7rem,4.5vw,2.4rem);line-height:1.15;letter-spacing:-.02em}
+h2{margin:0 0 .25rem;font-size:1.3rem;letter-spacing:-.01em}
+h3{margin:0 0 .6rem;font-size:.95rem;font-weight:600}
+p{margin:0;max-width:70ch;text-wrap:pretty}section{margin-top:3.2rem}.note{margin-bottom:1.4rem;color:var(--soft)}
+.figures{display:grid;gap:1.8rem 2rem;margin:2.4rem 0 0;padding:1.8rem 0;border:solid var(--rule);border-width:1px 0;
+grid-template-columns:repeat(auto-fit,minmax(max(8.5rem,100%/(var(--n) + .9)),1fr))}
+.figures div{display:flex;flex-direction:column}.figures dd{margin:0}
+.figures .value{order:-1;font-size:2.1rem;font-weight:600;line-height:1.2;letter-spacing:-.02em;color:var(--accent);
+font-variant-numeric:tabular-nums}
+.figures dt{font-weight:600;font-size:.95rem}.figures .meaning{color:var(--soft);font-size:.85rem;line-height:1.4}
+.rows{display:grid;gap:2rem 2.5rem}
+.pairs{grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
+.videos{display:flex;flex-wrap:wrap;gap:1rem}
+figure{margin:0}
+.videos figure{flex:0 0 max(8.5rem,min(240px,(100% - (var(--n) - 1)*1rem)/var(--n) - .1px))}
+video{display:block;width:100%;height:auto;border-radius:6px;outline:1px solid var(--rule);background:var(--rule)}
+figcaption{margin-top:.4rem;color:var(--soft);font-size:.85rem;line-height:1.35}
+.charts{display:grid;gap:2.5rem 1.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
+.charts figure{max-width:30rem}.charts h3{margin:0}
+.legend{display:flex;flex-wrap:wrap;gap:0 1rem;min-height:1.5em;color:var(--soft);font-size:.85rem}
+.legend i{display:inline-block;width:1.2em;margin-right:.4em;vertical-align:.28em;border-top:2px solid}
+.legend .thin{border-top-width:1px}
+svg{display:block;width:100%;height:auto;margin-top:.5rem;font-size:11.5px;fill:var(--soft);
+font-variant-numeric:tabular-nums}
+svg .grid{stroke:var(--rule)}svg .axis{stroke:var(--soft)}
+polyline{fill:none;stroke-width:2;stroke-linejoin:round;stroke:currentColor}polyline.thin{stroke-width:.8}
+circle{fill:currentColor}svg .end{fill:currentColor;font-weight:600}
+.accent{color:var(--accent)}.plain{color:var(--soft)}
+.thin{color:color-mix(in srgb,var(--accent) 38%,var(--back))}
+pre{margin:1rem 0 0;padding:1.2rem 1.4rem;border:1px solid var(--rule);border-radius:6px;overflow-x:auto;
+columns:3 17rem;column-gap:2rem;font:.78rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
+white-space:pre-wrap}
+@media print{body{padding:0}section,.rows article,figure{break-inside:avoid}}
+"""
+
+# The clips last less than half a second, so they are slowed down; each time a row's first video begins again, the
+# others do so with it.
+SCRIPT = """
+addEventListener("load",()=>document.querySelectorAll(".videos").forEach(row=>{
+const all=[...row.querySelectorAll("video")],now=()=>all[0].currentTime,
+again=()=>all.forEach(v=>{if(Math.abs(v.currentTime-now())>.03)v.currentTime=now()});
+all.forEach(v=>{v.playbackRate=.4;v.currentTime=0});all[0].addEventListener("seeked",again)}))
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt and its videos, all from one seed; the keys are what is written under each."""
+
+    prompt: str
+    videos: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page says; none of its lists is empty.
+
+    Attributes:
+        figures: by label, the value as text and what it means.
+        losses: training loss by step.
+        validation: validation loss by step.
+        clips: some of the training clips, each under its caption.
+        success_by_strength: strength, share of samples that show the new thing, share of base captions obeyed.
+        settings: the run's settings as YAML.
+    """
+
+    title: str
+    summary: str
+    figures: dict[str, tuple[str, str]]
+    losses: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+    clips: Row
+    before_after: list[Row]
+    strengths: list[Row]
+    success_by_strength: list[tuple[float, float, float]]
+    settings: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart, at least one point; its style is `accent`, `plain` or `thin`."""
+
+    label: str
+    style: str
+    points: Sequence[tuple[float, float]]
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Writes the page with all videos inside; it appears whole.
+
+    Args:
+        path: an .html file, which is replaced; its folder exists.
+        report: what the page says; its videos exist.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(_page(report))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_png(page: Path, png: Path) -> bool:
+    """Writes a picture of the whole page, each video standing at its poster.
+
+    Args:
+        page: what `write_report` wrote.
+        png: the picture, which is replaced; its folder exists.
+
+    Returns:
+        False, and nothing is written, where no Chromium or Chrome is on the path.
+
+    Raises:
+        MochiTuneError: the browser fails, or has not ended after a minute.
+    """
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        return False
+    # In the picture's folder and not among the system's temporary files, which a packaged browser may not see.
+    with tempfile.TemporaryDirectory(prefix="screenshot_", dir=png.parent) as scratch:
+        still, shot = Path(scratch).resolve() / "still.html", Path(scratch).resolve() / "shot.png"
+        measure = "addEventListener('load',()=>document.body.dataset.height=document.documentElement.offsetHeight)"
+        text = re.sub(r'(<video\b[^>]*?) src="[^"]*"', r"\1", page.read_text(encoding="utf-8"))
+        still.write_text(text.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
+        dom = _browse(browser, still, f"--window-size={SCREEN_WIDTH},1000", "--dump-dom")
+        height = re.search(r'data-height="(\d+)"', dom)
+        if height:
+            _browse(browser, still, f"--window-size={SCREEN_WIDTH},{height[1]}", f"--screenshot={shot}")
+        if not shot.is_file():
+            raise MochiTuneError(f"{browser} ended without a picture of {page}: open the page itself.")
+        os.replace(shot, png)
+    return True
+
+
+def _browse(browser: str, page: Path, *arguments: str) -> str:
+    """Runs the browser without a window and returns what it prints."""
+    profile, output, errors = (page.parent / name for name in ("profile", "output", "errors"))
+    command = [browser, *FLAGS, f"--user-data-dir={profile}", *arguments, page.as_uri()]
+    with open(output, "wb") as stdout, open(errors, "wb") as stderr:
+        # It starts processes of its own, which may outlive it and write to the profile.
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
+        try:
+            code = process.wait(TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            message = f"{browser} has not drawn the page in {TIMEOUT_SECONDS} seconds: open the page itself."
+            raise MochiTuneError(message) from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code:
+        said = errors.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        raise MochiTuneError(f"{browser} ended with {code} ({said[0]}): open the page itself.")
+    return output.read_text(encoding="utf-8")
+
+
+def _page(report: Report) -> str:
+    columns = len(report.figures) if len(report.figures) <= 4 else math.ceil(len(report.figures) / 2)
+    figures = "".join(
+        f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd>'
+        f'<dd class="meaning">{escape(meaning)}</dd></div>'
+        for label, (value, meaning) in report.figures.items()
+    )
+    strengths = "One prompt and one seed in each row; only the strength of the LoRA grows. At 0 it is the base."
+    sections = [
+        _section("What it was shown", report.clips.prompt, _videos(report.clips, columns=6)),
+        _section("Before and after", "Both videos of a pair start from the same noise.", _rows(report.before_after)),
+        _section("From the base to the LoRA", strengths, _rows(report.strengths, "strength ")),
+        _section("Curves", "How the loss fell, and what the LoRA's strength does.", _charts(report)),
+        _section("Settings", "What the run was made with.", f"<pre>{escape(report.settings.strip())}</pre>"),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(report.title)}</title><style>{STYLE}</style></head>\n<body><header>"
+        f"<h1>{escape(report.title)}</h1><p>{escape(report.summary)}</p></header>\n"
+        f'<dl class="figures" style="--n:{columns}">{figures}</dl>\n'
+        + "\n".join(sections)
+        + f"\n<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(heading: str, note: str, content: str) -> str:
+    return f'<section><h2>{heading}</h2><p class="note">{escape(note)}</p>{content}</section>'
+
+
+def _rows(rows: Sequence[Row], prefix: str = "") -> str:
+    """Prompts with their videos under them; two prompts side by side where each has no more than two videos."""
+    arrangement = "rows pairs" if all(len(row.videos) <= 2 for row in rows) else "rows"
+    articles = "".join(
+        f"<article><h3>{escape(row.prompt)}</h3>{_videos(row, len(row.videos), prefix)}</article>" for row in rows
+    )
+    return f'<div class="{arrangement}">{articles}</div>'
+
+
+def _videos(row: Row, columns: int, prefix: str = "") -> str:
+    figures = "".join(
+        f"<figure>{_video(path)}<figcaption>{escape(prefix + label)}</figcaption></figure>"
+        for label, path in row.videos.items()
+    )
+    return f'<div class="videos" style="--n:{columns}">{figures}</div>'
+
+
+def _video(path: Path) -> str:
+    frames = read_frames(path)
+    poster, (width, height) = io.BytesIO(), frames[0].size
+    frames[len(frames) // 2].save(poster, "PNG")
+    return (
+        f'<video autoplay loop muted playsinline width="{width}" height="{height}" '
+        f'poster="{_data_uri("image/png", poster.getvalue())}" src="{_data_uri("video/mp4", path.read_bytes())}">'
+        "</video>"
+    )
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _charts(report: Report) -> str:
+    window = max(1, len(report.losses) // 20)
+    mean = running_mean(report.losses, window)
+    shows = [(strength, 100 * new) for strength, new, _ in report.success_by_strength]
+    obeys = [(strength, 100 * base) for strength, _, base in report.success_by_strength]
+    each, smooth = Line("each step", "thin", report.losses), Line(f"mean of {window} steps", "accent", mean)
+    success = [Line("shows the new thing", "accent", shows), Line("base captions obeyed", "plain", obeys)]
+    charts = [
+        line_chart("Training loss", [each, smooth], "step", "mean squared error"),
+        line_chart("Validation loss", [Line("fixed clips, noise and sigmas", "accent", report.validation)], "step",
+                   "mean squared error"),
+        line_chart("Success by strength", success, "strength of the LoRA", "% of samples", y_range=(0, 100)),
+    ]  # fmt: skip
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """Returns at each point the mean of the last `window` values, of fewer where fewer came before."""
+    means = []
+    for i, (x, _) in enumerate(points):
+        last = [y for _, y in points[max(0, i + 1 - window) : i + 1]]
+        means.append((x, sum(last) / len(last)))
+    return means
+
+
+def line_chart(
+    title: str, lines: Sequence[Line], x_unit: str, y_unit: str, y_range: tuple[float, float] | None = None
+) -> str:
+    """Returns an HTML figure with the lines over round tick values; the x axis goes from 0 to the largest x.
+
+    Args:
+        title: what the chart shows.
+        lines: drawn in order; at the end of each, unless it is thin, stands its last value.
+        x_unit: what x counts.
+        y_unit: what y counts.
+        y_range: ends of the y axis; without it, round values around all points.
+    """
+    everything = [point for line in lines for point in line.points]
+    x_high = max(x for x, _ in everything) or 1
+    low, high = y_range or (min(y for _, y in everything), max(y for _, y in everything))
+    y_ticks = round_ticks(low, high)
+    low, high = y_ticks[0], y_ticks[-1]
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        across, up = point[0] / x_high, (point[1] - low) / (high - low)
+        return PLOT_LEFT + across * (PLOT_RIGHT - PLOT_LEFT), PLOT_BOTTOM - up * (PLOT_BOTTOM - PLOT_TOP)
+
+    x_ticks = [x for x in round_ticks(0, x_high) if x <= x_high]
+    drawn = _axes([(place((x, low))[0], f"{x:g}") for x in x_ticks], [(place((0, y))[1], f"{y:g}") for y in y_ticks])
+    drawn += f'<text x="0" y="11">{escape(y_unit)}</text>'
+    drawn += f'<text x="{PLOT_RIGHT}" y="{CHART_HEIGHT - 4}" text-anchor="end">{escape(x_unit)}</text>'
+    drawn += "".join(_line(line, [place(point) for point in line.points]) for line in lines)
+    drawn += _ends([(line, place(line.points[-1])[1]) for line in lines if line.style != "thin"])
+    legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.label)}</span>' for line in lines)
+    return (
+        f'<figure><h3>{escape(title)}</h3><div class="legend">{legend}</div>'
+        f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{escape(title)}">{drawn}</svg>'
+        "</figure>"
+    )
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Returns about five round values, evenly spaced, the first not above `low` and the last not below `high`."""
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    power = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= (high - low) / 4 * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _axes(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]]) -> str:
+    """Grid lines and tick values; a tick is its pixel and its text."""
+    across = "".join(
+        f'<line class="grid" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{PLOT_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        for y, text in y_ticks
+    )
+    down = "".join(
+        f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM + 4}"/>'
+        f'<text x="{x:.1f}" y="{PLOT_BOTTOM + 17}" text-anchor="middle">{text}</text>'
+        for x, text in x_ticks
+    )
+    return (
+        f'{across}{down}<line class="axis" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>'
+    )
+
+
+def _line(line: Line, pixels: Sequence[tuple[float, float]]) -> str:
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in pixels) if len(pixels) <= 12 else ""
+    return f'<g class="{line.style}"><polyline class="{line.style}" points="{points}"/>{dots}</g>'
+
+
+def _ends(lines: Sequence[tuple[Line, float]]) -> str:
+    """The last value of each line, at its height and far enough from the next one to be read."""
+    texts, lowest = "", -math.inf
+    for line, y in sorted(lines, key=lambda pair: pair[1]):
+        lowest = max(y, lowest + MIN_GAP)
+        value = f"{line.points[-1][1]:.3g}"
+        texts += f'<text class="end {line.style}" x="{PLOT_RIGHT + 8}" y="{lowest + 4:.1f}">{value}</text>'
+    return texts

@@ -1,0 +1,58 @@
+"""Renders captions with the toy model, many at a time, and counts what is seen in the renderings."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mochi_tune.models.latents import to_vae_latents
+from mochi_tune.models.text_encoder import TextEncoder
+from mochi_tune.models.vae import Decoder, pixels_to_frames
+from mochi_tune.sampler import SamplerSettings, draw_noise, euler_steps
+from mochi_tune.toy.measure import see
+from mochi_tune.toy.world import HEIGHT, NEW_WORD, NUM_FRAMES, WIDTH, Words
+from mochi_tune.training.rng import key_seed
+
+BATCH = 25
+
+
+@torch.no_grad()
+def render_words(
+    words: Sequence[Words],
+    dit: nn.Module,
+    text_encoder: TextEncoder,
+    decoder: Decoder,
+    settings: SamplerSettings,
+    seed: int,
+) -> Tensor:
+    """Renders one clip for each of `words`, uint8 frames (B, F, H, W, 3); clip i depends on the seed and on i alone."""
+    features = text_encoder.encode([w.caption for w in words])
+    training = dit.training
+    dit.eval()
+    parts = []
+    for i in range(0, len(words), BATCH):
+        group = features[i : i + BATCH]
+        embeds = nn.utils.rnn.pad_sequence(group, batch_first=True)
+        mask = torch.arange(embeds.shape[1]) < torch.tensor([len(f) for f in group])[:, None]
+        noise = torch.cat(
+            [draw_noise(key_seed(seed, "toy", i + j), NUM_FRAMES, HEIGHT, WIDTH) for j in range(len(group))]
+        )
+        nothing = (torch.zeros_like(embeds), torch.zeros_like(mask))
+        states = euler_steps(dit, noise, (embeds, mask), nothing, settings.sigmas, [settings.guidance] * settings.steps)
+        bar = tqdm(states, f"render {i + len(group)} of {len(words)}", settings.steps, leave=False, unit="step")
+        [latents] = deque(bar, maxlen=1)
+        parts.append(pixels_to_frames(decoder(to_vae_latents(latents))))
+    dit.train(training)
+    return torch.cat(parts)
+
+
+def share_shown(frames: Tensor, words: Sequence[Words]) -> float:
+    """Returns the share of clips in which colour, shape and motion, all three, are those of their words."""
+    return sum(see(clip).shows(w) for clip, w in zip(frames, words, strict=True)) / len(words)
+
+
+def share_new(frames: Tensor) -> float:
+    """Returns the share of clips in which the new shape is seen."""
+    return sum(see(clip).shape == NEW_WORD for clip in frames) / len(frames)

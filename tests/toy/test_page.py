@@ -1,0 +1,198 @@
+import base64
+import io
+import shutil
+import time
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+
+from mochi_tune.errors import MochiTuneError
+from mochi_tune.toy import page
+from mochi_tune.toy.page import Line, Report, Row, line_chart, round_ticks, running_mean, write_png, write_report
+from mochi_tune.video import read_frames, write_video
+
+PROMPT = """a <b>"wug"</b> & 'friends' over </body> a black background"""
+
+
+class Reader(HTMLParser):
+    """Gathers the text and the attributes as a browser reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.attributes = [], []
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, *attr) for attr in attrs]
+
+
+@pytest.fixture
+def report(tmp_path):
+    videos = []
+    for i in range(9):
+        frames = torch.full((7, 64, 96, 3), 30, dtype=torch.uint8)
+        frames[:, 10 + i : 40, 20:60] = torch.tensor([220, 20, 20], dtype=torch.uint8)
+        videos.append(tmp_path / f"{i}.mp4")
+        write_video(videos[-1], [frames])
+    return Report(
+        title="A <new> thing",
+        summary="Taught &amp; measured.",
+        figures={"after & all": ("&gt; 92 %", 'of &lt;50 "samples"'), "<before>": ("&lt; 2 %", "of the <same>")},
+        losses=[(i, 1 / i) for i in range(1, 61)],
+        validation=[(0, 0.9), (30, 0.5), (60, 0.4)],
+        clips=Row("two &lt; three", {"a <red> wug": videos[0], "a blue wug": videos[1]}),
+        before_after=[Row(PROMPT, {"before": videos[2], "after": videos[3]})],
+        strengths=[Row(PROMPT + " again", dict(zip(("0", "0.25", "0.5", "0.75", "1"), videos[4:], strict=True)))],
+        success_by_strength=[(0, 0.02, 0.94), (0.5, 0.5, 0.93), (1, 0.92, 0.89)],
+        settings="lora:\n  rank: 16  # <rank> & file\n",
+    )
+
+
+def videos_of(report):
+    return [path for row in (report.clips, *report.before_after, *report.strengths) for path in row.videos.values()]
+
+
+def read(report, folder):
+    write_report(folder / "report.html", report)
+    reader = Reader()
+    reader.feed((folder / "report.html").read_text(encoding="utf-8"))
+    return reader
+
+
+def test_every_text_is_read_as_it_was_given(report, tmp_path):
+    text = read(report, tmp_path).text
+    given = [report.title, report.summary, report.settings.strip(), PROMPT, PROMPT + " again", "two &lt; three"]
+    given += [*report.clips.videos, *report.figures, *(part for pair in report.figures.values() for part in pair)]
+    given += ["before", "after", "strength 0", "strength 0.25", "strength 1"]
+    assert [one for one in given if one not in text] == []
+
+
+def test_every_video_is_inside_byte_for_byte_under_a_frame_of_its_own(report, tmp_path):
+    attributes = read(report, tmp_path).attributes
+    sources = [value for tag, name, value in attributes if (tag, name) == ("video", "src")]
+    inside = [base64.b64decode(value.removeprefix("data:video/mp4;base64,"), validate=True) for value in sources]
+    assert inside == [path.read_bytes() for path in videos_of(report)]
+    posters = [value for _, name, value in attributes if name == "poster"]
+    for poster, path in zip(posters, videos_of(report), strict=True):
+        image = Image.open(io.BytesIO(base64.b64decode(poster.removeprefix("data:image/png;base64,"), validate=True)))
+        assert image.tobytes() == read_frames(path)[3].tobytes()
+
+
+def test_nothing_is_fetched_and_nothing_is_left_beside(report, tmp_path):
+    before = set(tmp_path.iterdir())
+    reader = read(report, tmp_path)
+    links = [value for _, name, value in reader.attributes if name in ("src", "href", "poster", "srcset", "data")]
+    assert len(links) == 18 and all(value.startswith("data:") for value in links)
+    text = (tmp_path / "report.html").read_text()
+    assert [word for word in ("http://", "https://", 'src="//', "url(", "@import") if word in text] == []
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "report.html"}
+
+
+def test_a_report_that_breaks_off_leaves_the_old_page(report, tmp_path):
+    write_report(tmp_path / "report.html", report)
+    old = (tmp_path / "report.html").read_bytes()
+    videos_of(report)[-1].unlink()
+    with pytest.raises(FileNotFoundError):
+        write_report(tmp_path / "report.html", report)
+    assert (tmp_path / "report.html").read_bytes() == old
+
+
+def test_a_chart_puts_points_and_ticks_where_their_values_are():
+    lines = [Line("a", "accent", [(0, 3.0), (50, 0.0), (200, 4.0)]), Line("b", "plain", [(100, 1.0)])]
+    chart = ElementTree.fromstring(line_chart("a < b", lines, "steps", "dB"))
+    first, second = (
+        [tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in chart.iter("polyline")
+    )
+    left, right, top, bottom = page.PLOT_LEFT, page.PLOT_RIGHT, page.PLOT_TOP, page.PLOT_BOTTOM
+    assert first == [(left, top + (bottom - top) / 4), (left + (right - left) / 4, bottom), (right, top)]
+    assert second == [((left + right) / 2, top + (bottom - top) * 3 / 4)]
+    assert len(list(chart.iter("circle"))) == 4
+    texts = {text.text: text for text in chart.find("svg").iter("text") if "end" not in text.get("class", "")}
+    assert list(texts) == ["0", "1", "2", "3", "4", "50", "100", "150", "200", "dB", "steps"]
+    assert (float(texts["4"].get("y")), float(texts["200"].get("x"))) == (top + 4, right)
+    assert chart.find("h3").text == "a < b"
+
+
+def test_last_values_stand_apart():
+    lines = [Line("a", "accent", [(0, 0), (1, 92)]), Line("b", "plain", [(0, 0), (1, 93)]), Line("c", "thin", [(1, 9)])]
+    chart = ElementTree.fromstring(line_chart("x", lines, "", "", y_range=(0, 100)))
+    ends = [(text.text, float(text.get("y"))) for text in chart.iter("text") if "end" in text.get("class", "")]
+    assert [value for value, _ in ends] == ["93", "92"]
+    assert ends[1][1] - ends[0][1] >= page.MIN_GAP
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 100, [0, 25, 50, 75, 100]),
+        (0.172, 0.301, [0.15, 0.2, 0.25, 0.3, 0.35]),
+        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
+        (0, 400, [0, 100, 200, 300, 400]),
+        (2, 2, [1, 1.5, 2, 2.5, 3]),
+    ],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert round_ticks(low, high) == ticks
+
+
+def test_the_mean_runs_behind():
+    assert running_mean([(1, 2.0), (2, 4.0), (3, 9.0), (4, 2.0)], 3) == [(1, 2.0), (2, 3.0), (3, 5.0), (4, 5.0)]
+
+
+def test_the_picture_holds_the_whole_page_where_a_browser_is(report, tmp_path):
+    write_report(tmp_path / "report.html", report)
+    last = '<div style="height:40px;background:#f0f"></div></body>'
+    text = (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").write_text(last.join(text.rsplit("</body>", 1)))
+    before = set(tmp_path.iterdir())
+    made = write_png(tmp_path / "report.html", tmp_path / "report.png")
+    assert made == any(map(shutil.which, page.BROWSERS))
+    assert set(tmp_path.iterdir()) - before == ({tmp_path / "report.png"} if made else set())
+    if made:
+        image = Image.open(tmp_path / "report.png").convert("RGB")
+        rows = [y for y in range(image.height) if image.getpixel((600, y)) == (255, 0, 255)]
+        # The body's padding of 4rem is all that is under the last thing on the page.
+        assert rows == list(range(image.height - 64 - 40, image.height - 64))
+        red = sum(count for count, (r, g, b) in image.getcolors(1 << 24) if r > 180 and g < 60 and b < 60)
+        # Each of the nine posters is shown 170 to 240 pixels wide, of 96, and 800 or more of its pixels are red.
+        assert red > 9 * 800 * (170 / 96) ** 2
+
+
+def test_without_a_browser_there_is_no_picture(report, tmp_path, monkeypatch):
+    write_report(tmp_path / "report.html", report)
+    before = set(tmp_path.iterdir())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert write_png(tmp_path / "report.html", tmp_path / "report.png") is False
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo first >&2; echo no display >&2; exit 3", "ended with 3 (no display)"),
+        ("exit 0", "ended without a picture"),
+        ("(while :; do echo x >> $0.ticks; sleep 0.1; done) & wait", "not drawn the page in 1 seconds"),
+    ],
+)
+def test_a_browser_that_fails_is_told_in_one_line(script, said, report, tmp_path, monkeypatch):
+    browser, out = tmp_path / "bin" / "chromium", tmp_path / "out"
+    browser.parent.mkdir()
+    out.mkdir()
+    browser.write_text(f"#!/bin/sh\n{script}\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{browser.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(page, "TIMEOUT_SECONDS", 1)
+    write_report(tmp_path / "report.html", report)
+    with pytest.raises(MochiTuneError) as error:
+        write_png(tmp_path / "report.html", out / "report.png")
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert list(out.iterdir()) == []
+    ticks = browser.with_name("chromium.ticks")
+    written = ticks.exists() and ticks.stat().st_size
+    time.sleep(0.4)
+    assert (ticks.exists() and ticks.stat().st_size) == written
