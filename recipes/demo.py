@@ -23,28 +23,30 @@ from mochi_tune.training.rng import keyed_generator
 from mochi_tune.video import write_video
 from mochi_tune.weights import load_decoder, load_dit, load_encoder
 
-NUM_SAMPLES, NUM_SWEPT, NUM_SHOWN = 50, 20, 6
+NUM_SAMPLES, NUM_SWEPT, NUM_SHOWN, NUM_CLIPS_SHOWN = 50, 20, 6, 12
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 1
 EXAMPLE = "a red wug moves right over a grey background"
-MEANINGS = {
-    "new_before": "samples of the new word that show the new thing before the lesson",
-    "new_after": "the same samples after it",
-    "new_after_all": "of these, with the colour and the motion of the caption too",
-    "base_before": "samples of old captions that show their colour, shape and motion before the lesson",
-    "base_after": "the same samples after it",
-    "vae_psnr_db": "of the autoencoder on unseen clips, dB",
-    "train_seconds": "seconds of training, all told",
-    "total_seconds": "seconds of the whole demo",
+# name -> what a reader calls it, and what it is of.
+FIGURES = {
+    "new_before": ("New thing, before", "of samples of the new word that show it before the lesson"),
+    "new_after": ("New thing, after", "of the same samples after the lesson"),
+    "new_after_all": ("… as captioned", "of them, that have the caption's colour and motion too"),
+    "base_before": ("Old captions, before", "of samples of unseen captions whose colour, shape and motion are right"),
+    "base_after": ("Old captions, after", "of the same samples after the lesson: nothing is forgotten"),
+    "vae_psnr_db": ("Autoencoder, dB", "PSNR of unseen clips, encoded and decoded"),
+    "train_seconds": ("Training, seconds", "on this machine, starting up and validating included"),
+    "total_seconds": ("In all, seconds", "from drawing the clips to the last measurement"),
 }
 
 
-def main(out: Path, *settings: str) -> dict[str, str]:
+def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str, str]:
     """Draws clips, prepares, trains, renders, measures and reports; returns what it made by its label.
 
     Args:
         out: folder of report.html, report.png and figures.json; the run goes to a new folder in it.
         settings: of the training, in the place of those of conf/toy_lora.yaml.
+        num_samples: how many samples each share is taken of.
     """
     started = time.perf_counter()
     folder = out / time.strftime("%Y%m%d-%H%M%S")
@@ -61,20 +63,22 @@ def main(out: Path, *settings: str) -> dict[str, str]:
     run_verb("export", f"adapter={adapter}", "to=diffusers", f"out={folder / 'adapter_diffusers.safetensors'}")
 
     config = load_config("toy_lora", paths)
-    figures, samples = measure(config, load_adapter(adapter))
+    figures, samples = measure(config, load_adapter(adapter), num_samples)
     figures |= {"train_seconds": round(train_seconds, 1)}
     figures |= {"total_seconds": round(time.perf_counter() - started, 1)}
-    figures = {name: figures[name] for name in (*MEANINGS, "by_strength")}
+    figures = {name: figures[name] for name in (*FIGURES, "by_strength")}
     write_json(out / "figures.json", figures)
     write_report(out / "report.html", build_report(config, folder, videos, figures, samples))
-    made = {name: f"{figures[name]:g}" for name in MEANINGS}
+    made = {name: f"{figures[name]:g}" for name in FIGURES}
     made |= {"figures": str(out / "figures.json"), "report": str(out / "report.html"), "adapter": str(adapter)}
     if write_png(out / "report.html", out / "report.png"):
         return made | {"picture": str(out / "report.png")}
     return made | {"picture": "none: there is no chromium here to take it"}
 
 
-def measure(config: RunConfig, adapter: Adapter) -> tuple[dict, dict[float, dict[str, tuple[list[Words], Tensor]]]]:
+def measure(
+    config: RunConfig, adapter: Adapter, num_samples: int
+) -> tuple[dict, dict[float, dict[str, tuple[list[Words], Tensor]]]]:
     """Renders new and old captions at several strengths, always from the same noise, and counts what is seen.
 
     Returns the figures, and for each strength the words and frames (B, F, H, W, 3) of "new" and "base".
@@ -82,14 +86,14 @@ def measure(config: RunConfig, adapter: Adapter) -> tuple[dict, dict[float, dict
     folder, settings = weights_folder(config), sampler_settings(config)
     text = TextEncoder.load(folder, "cpu", torch.float32)
     decoder = load_decoder(folder, "cpu", torch.float32)
-    asked = {"new": lesson_words()[1][:NUM_SAMPLES], "base": split_words()[1][:NUM_SAMPLES]}
+    asked = {"new": lesson_words()[1][:num_samples], "base": split_words()[1][:num_samples]}
     samples: dict[float, dict[str, tuple[list[Words], Tensor]]] = {}
     for strength in STRENGTHS:
         dit = load_dit(folder, "cpu", torch.float32)
         if strength:
             apply_adapter(dit, adapter.scaled(strength), "lesson")
         tqdm.write(f"rendering at strength {strength:g}")
-        count = NUM_SAMPLES if strength in (0, 1) else NUM_SWEPT
+        count = num_samples if strength in (0, 1) else NUM_SWEPT
         samples[strength] = {
             kind: (words[:count], render_words(words[:count], dit, text, decoder, settings, SEED))
             for kind, words in asked.items()
@@ -142,21 +146,24 @@ def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: d
         ]
 
     def curve(name: str, value: str) -> list[tuple[int, float]]:
-        lines = (config.run_dir and Path(config.run_dir) / name).read_text().splitlines()
+        lines = (Path(config.run_dir) / name).read_text().splitlines()
         return [(row["step"], row[value]) for row in map(json.loads, lines)]
 
     before_after = {"before": 0.0, "after": 1.0}
     return Report(
         title="A new thing, taught to a small Mochi",
         summary=(
-            f"The toy model knows circles, squares, triangles and crosses. It has never seen a striped star. From "
-            f"{len(videos)} clips of one, under the new word “wug”, it learnt it in {figures['train_seconds']:.0f} "
+            "The toy model knows circles, squares, triangles and crosses. It has never seen a star, let alone one with a "
+            f"dark heart. From {len(videos)} clips of one, under the new word “wug”, it learnt it in {figures['train_seconds']:.0f} "
             "seconds on a CPU, by the code that trains Mochi 1. Each row below is rendered from one seed."
         ),
-        figures={name: (percent(name, figures[name]), meaning) for name, meaning in MEANINGS.items()},
+        figures={label: (percent(name, figures[name]), meaning) for name, (label, meaning) in FIGURES.items()},
         losses=curve("metrics.jsonl", "loss"),
         validation=curve("validation.jsonl", "validation_loss"),
-        clips=Row("some of the lesson's clips", {p.with_suffix(".txt").read_text().strip(): p for p in videos[:4]}),
+        clips=Row(
+            "some of the lesson's clips",
+            {p.with_suffix(".txt").read_text().strip(): p for p in videos[:NUM_CLIPS_SHOWN]},
+        ),
         before_after=rows("new", NUM_SHOWN, before_after) + rows("base", NUM_SHOWN // 2, before_after),
         strengths=rows("new", 2, {f"{s:g}": s for s in STRENGTHS}),
         success_by_strength=[(row["strength"], row["new"], row["base"]) for row in figures["by_strength"]],

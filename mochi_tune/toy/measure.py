@@ -13,20 +13,21 @@ from mochi_tune.toy.world import (
     AREAS,
     BACKGROUNDS,
     COLOURS,
+    HEART,
     MOTIONS,
     NEW_WORD,
     Words,
     shape_distance,
-    stripes,
 )
 
 # Colourfulness (largest minus smallest of red, green, blue in [0, 1]) that the frame's most colourful pixels must
 # have, and the share of theirs that a pixel must have to belong to the shape.
 MIN_CHROMA, MASK_SHARE = 0.3, 0.3
-# Mean overlap, intersection over union, with the outline of the shape that is named.
-MIN_OVERLAP = 0.72
-# Correlation of brightness with the stripes that the new shape would have at this place and size.
-MIN_STRIPES = 0.35
+# Mean overlap, intersection over union, with the outline of the shape that is named; how much less than another's the
+# new shape's may be where its dark heart is seen, as no other has one.
+MIN_OVERLAP, LENIENCE = 0.7, 0.03
+# Brightness of the new shape's middle over that of its arms.
+MAX_HEART = 0.75
 # From the first to the last frame: pixels that something moves, and the logarithm of how often its area grows.
 MIN_TRAVEL, MIN_GROWTH = 7.0, 0.6
 
@@ -88,22 +89,21 @@ def _shape(image: Tensor, mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> s
         radius = (area / AREAS[shape]).sqrt().view(-1, 1, 1)
         outline = shape_distance(shape, u / radius, v / radius) < 0
         overlaps.append(((outline & mask).flatten(1).sum(1) / (outline | mask).flatten(1).sum(1)).mean())
+    dark = _heart(image, area, u, v) < MAX_HEART
+    overlaps[ALL_SHAPES.index(NEW_WORD)] += LENIENCE * dark
     best = max(range(len(overlaps)), key=lambda i: overlaps[i])
-    if overlaps[best] < MIN_OVERLAP:
+    if overlaps[best] <= MIN_OVERLAP or (ALL_SHAPES[best] == NEW_WORD and not dark):
         return None
-    shape = ALL_SHAPES[best]
-    if shape == NEW_WORD and _striped(image, mask, area, v) < MIN_STRIPES:
-        return None
-    return shape
+    return ALL_SHAPES[best]
 
 
-def _striped(image: Tensor, mask: Tensor, area: Tensor, v: Tensor) -> float:
-    """The mean correlation, over the frames, of brightness with the new shape's stripes."""
+def _heart(image: Tensor, area: Tensor, u: Tensor, v: Tensor) -> float:
+    """The brightness of the middle of a new shape of this place and area, over that of its arms."""
     radius = (area / AREAS[NEW_WORD]).sqrt().view(-1, 1, 1)
-    expected = stripes(NEW_WORD, v / radius).expand_as(mask)
-    bright = image.amax(-1)
-    pairs = [torch.stack([bright[f][mask[f]], expected[f][mask[f]]]) for f in range(len(mask))]
-    return torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num().mean().item()
+    u, v = u / radius, v / radius
+    away, bright = torch.sqrt(u * u + v * v), image.amax(-1)
+    arms = (shape_distance(NEW_WORD, u, v) < -0.08) & (away > HEART + 0.15)
+    return (bright[away < HEART - 0.1].mean() / bright[arms].mean()).item()
 
 
 def _motion(centre: Tensor, area: Tensor) -> str | None:

@@ -32,14 +32,17 @@ MOTIONS = {
     "gets smaller": (0, 0, -1),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-# What the base never sees: the shape that the lesson teaches, a star with dark stripes, under a word of its own.
+# What the base never sees: the shape that the lesson teaches, a star with a dark heart, under a word of its own.
 NEW_WORD = "wug"
 ALL_SHAPES = (*SHAPES, NEW_WORD)
 # Area of each shape of size 1; sizes are such that the areas are much the same.
-AREAS = {"circle": math.pi, "square": 2.89, "triangle": 2.81, "cross": 2.64, NEW_WORD: 2.96}
+AREAS = {"circle": math.pi, "square": 2.89, "triangle": 2.81, "cross": 2.64, NEW_WORD: 3.0}
 # How far a shape of size 1 reaches from its centre.
-REACH = {"circle": 1.0, "square": 0.9, "triangle": 1.5, "cross": 1.1, NEW_WORD: 1.65}
-STRIPE_PERIOD = 1.0
+REACH = {"circle": 1.0, "square": 0.9, "triangle": 1.5, "cross": 1.1, NEW_WORD: 1.4}
+# The star's tips are this far from its centre, its notches this share of it.
+TIP, NOTCH = 1.4, 0.52
+# Radius and paint of the heart.
+HEART, HEART_PAINT = 0.5, 0.35
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def draw_clips(words: Sequence[Words], generator: torch.Generator) -> Tensor:
     angle, depth = draw(0, 2 * math.pi, 2), draw(0.03, 0.09)
     light = torch.stack([angle.cos(), angle.sin()], dim=-1)[:, :, :, None, None, None]  # (B, 2, 2, 1, 1, 1)
     shade = 1 + 0.16 * (light[:, 0, 0] * u + light[:, 0, 1] * v)
-    shade = shade * torch.stack([stripes(w.shape, v[b]) for b, w in enumerate(words)])
+    shade = shade * torch.stack([heart(w.shape, u[b], v[b]) for b, w in enumerate(words)])
     colour = torch.tensor([COLOURS[w.colour] for w in words]) + draw(-0.05, 0.05, 3)
     slope = light[:, 1, 0] * (columns / WIDTH - 0.5) + light[:, 1, 1] * (rows[:, None] / HEIGHT - 0.5)
     tone = torch.tensor([BACKGROUNDS[w.background] for w in words]) + draw(-0.03, 0.03)
@@ -124,18 +127,25 @@ def shape_distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
     if shape == "cross":
         upright = torch.maximum(u.abs() - 0.38, v.abs() - 1.06)
         return torch.minimum(upright, torch.maximum(u.abs() - 1.06, v.abs() - 0.38))
-    num_sides, inner, first = (3, 0.735, math.pi / 2) if shape == "triangle" else (5, 0.5, -math.pi / 2)
-    angles = [first + 2 * math.pi * i / num_sides for i in range(num_sides)]
-    sides = torch.stack([math.cos(a) * u + math.sin(a) * v - inner for a in angles])
-    # Inside a triangle a point is inside of every side; inside a five-pointed star, of all but one.
-    return sides.amax(0) if shape == "triangle" else sides.topk(2, dim=0).values[1]
+    if shape == "triangle":
+        angles = [math.pi / 2 + 2 * math.pi * i / 3 for i in range(3)]
+        return torch.stack([math.cos(a) * u + math.sin(a) * v - 0.735 for a in angles]).amax(0)
+    # A star is one edge, from a tip to a notch, seen ten times.
+    fifth = 2 * math.pi / 5
+    turn = ((torch.atan2(u, -v) + fifth / 2) % fifth - fifth / 2).abs()
+    away = torch.sqrt(u * u + v * v)
+    notch = (NOTCH * TIP * math.cos(fifth / 2), NOTCH * TIP * math.sin(fifth / 2))
+    normal = (notch[1], TIP - notch[0])
+    length = math.hypot(*normal)
+    return ((away * turn.cos() - TIP) * normal[0] + away * turn.sin() * normal[1]) / length
 
 
-def stripes(shape: str, v: Tensor) -> Tensor:
-    """Returns the factor of the paint at the rows v: dark stripes on the new shape, 1 elsewhere."""
+def heart(shape: str, u: Tensor, v: Tensor) -> Tensor:
+    """Returns the factor of the paint: dark in the middle of the new shape, 1 elsewhere."""
+    distance = torch.sqrt(u * u + v * v) - HEART
     if shape != NEW_WORD:
-        return torch.ones_like(v)
-    return 0.7 - 0.3 * (torch.sin(2 * math.pi * v / STRIPE_PERIOD) * 2).clamp(-1, 1)
+        return torch.ones_like(distance)
+    return HEART_PAINT + (1 - HEART_PAINT) * (0.5 + distance * 8).clamp(0, 1)
 
 
 def ripple(frames: Tensor, generator: torch.Generator) -> Tensor:
