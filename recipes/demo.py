@@ -23,7 +23,7 @@ from mochi_tune.training.rng import keyed_generator
 from mochi_tune.video import write_video
 from mochi_tune.weights import load_decoder, load_dit, load_encoder
 
-NUM_SAMPLES, NUM_SWEPT, NUM_SHOWN, NUM_CLIPS_SHOWN = 50, 20, 6, 12
+NUM_SAMPLES, NUM_SHOWN, NUM_CLIPS_SHOWN = 50, 6, 12
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 1
 EXAMPLE = "a red wug moves right over a grey background"
@@ -93,11 +93,13 @@ def measure(
         if strength:
             apply_adapter(dit, adapter.scaled(strength), "lesson")
         tqdm.write(f"rendering at strength {strength:g}")
-        count = num_samples if strength in (0, 1) else NUM_SWEPT
+        # The strengths between, of half as many.
+        count = num_samples if strength in (0, 1) else num_samples // 2
         samples[strength] = {
             kind: (words[:count], render_words(words[:count], dit, text, decoder, settings, SEED))
             for kind, words in asked.items()
         }
+    half = num_samples // 2
     new, base = (lambda strength: samples[strength]["new"]), (lambda strength: samples[strength]["base"])
     figures = {
         "new_before": share_new(new(0.0)[1]),
@@ -109,8 +111,8 @@ def measure(
         "by_strength": [
             {
                 "strength": strength,
-                "new": share_new(new(strength)[1][:NUM_SWEPT]),
-                "base": share_shown(base(strength)[1][:NUM_SWEPT], base(strength)[0][:NUM_SWEPT]),
+                "new": share_new(new(strength)[1][:half]),
+                "base": share_shown(base(strength)[1][:half], base(strength)[0][:half]),
             }
             for strength in STRENGTHS
         ],
@@ -153,9 +155,10 @@ def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: d
     return Report(
         title="A new thing, taught to a small Mochi",
         summary=(
-            "The toy model knows circles, squares, triangles and crosses. It has never seen a star, let alone one with a "
-            f"dark heart. From {len(videos)} clips of one, under the new word “wug”, it learnt it in {figures['train_seconds']:.0f} "
-            "seconds on a CPU, by the code that trains Mochi 1. Each row below is rendered from one seed."
+            "The toy model knows circles, squares, triangles and crosses. It has never seen a star, let alone one with "
+            f"a dark heart. From {len(videos)} clips of one, under the new word “wug”, it learnt it in "
+            f"{figures['train_seconds']:.0f} seconds on a CPU, by the code that trains Mochi 1. "
+            "Each row below is rendered from one seed."
         ),
         figures={label: (percent(name, figures[name]), meaning) for name, (label, meaning) in FIGURES.items()},
         losses=curve("metrics.jsonl", "loss"),

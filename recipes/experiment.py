@@ -34,13 +34,15 @@ COLUMNS = {
 }
 
 
-def main(what: str, num_seeds: int, out: Path) -> str:
+def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> str:
     """Trains each arm with each seed where that is not done yet, and returns the table as Markdown.
 
     Args:
         what: a key of `arms()`.
         num_seeds: runs of each arm.
-        out: folder of the clips, the cache, the runs and results.json; the same one is gone on from.
+        out: folder of the clips, the cache, the runs and their results; the same one is gone on from.
+        settings: of every training.
+        num_samples: how many samples each share is taken of.
     """
     results = out / f"{what}.json"
     rows = read_json(results)["rows"] if results.exists() else []
@@ -49,13 +51,13 @@ def main(what: str, num_seeds: int, out: Path) -> str:
     paths = [f"data.videos={out / 'videos'}", f"data.cache={out / 'cache'}"]
     run_verb("prepare", "conf=toy_lora", *paths)
     for seed in range(num_seeds):
-        for arm, settings in arms()[what].items():
+        for arm, own in arms()[what].items():
             if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
                 continue
             run_dir = out / what / f"{arm.replace(' ', '_')}_seed_{seed}"
-            run_verb("train", "conf=toy_lora", *paths, *settings, f"seed={seed}", f"run_dir={run_dir}")
+            run_verb("train", "conf=toy_lora", *paths, *settings, *own, f"seed={seed}", f"run_dir={run_dir}")
             adapter = load_adapter(run_dir / "adapter.safetensors")
-            rows.append({"arm": arm, "seed": seed, **measure(adapter, seed)})
+            rows.append({"arm": arm, "seed": seed, **measure(adapter, seed, num_samples)})
             write_json(results, {"what": what, "rows": rows})
     return table(arms()[what], rows)
 
@@ -76,14 +78,14 @@ def arms() -> dict[str, dict[str, list[str]]]:
     }
 
 
-def measure(adapter: Adapter, seed: int) -> dict[str, float]:
+def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
     """Measures an adapter, always in the sampler's space: losses on unseen clips, and what its samples show."""
     config = load_config("toy_lora", [])
     folder, settings = weights_folder(config), sampler_settings(config)
     text = TextEncoder.load(folder, "cpu", torch.float32)
     dit, decoder = load_dit(folder, "cpu", torch.float32), load_decoder(folder, "cpu", torch.float32)
     apply_adapter(dit, adapter.scaled(1.0), "lesson")
-    new, base = lesson_words()[1][:NUM_SAMPLES], split_words()[1][:NUM_SAMPLES]
+    new, base = lesson_words()[1][:num_samples], split_words()[1][:num_samples]
     new_frames, base_frames = (render_words(words, dit, text, decoder, settings, seed) for words in (new, base))
     errors = [colour_error(clip, w.colour) for clip, w in zip(new_frames, new, strict=True)]
     return {

@@ -50,14 +50,12 @@ def test_the_base_knows_every_word_but_not_every_combination():
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, NEW_WORD])
-def test_a_shape_stays_inside_of_the_frame(shape):
-    words = [w for w in all_words((shape,)) if w.background == "grey"]
-    for seed in range(4):
+def test_a_shape_that_moves_stays_whole(shape):
+    words = [Words("red", shape, motion, "grey") for motion in list(MOTIONS)[:4]]
+    for seed in range(6):
         frames = draw_clips(words, generator(seed)).float()
-        border = torch.cat([frames[:, :, 0].flatten(1, 2), frames[:, :, -1].flatten(1, 2)], dim=1)
-        sides = torch.cat([frames[:, :, :, 0].flatten(1, 2), frames[:, :, :, -1].flatten(1, 2)], dim=1)
-        for edge in (border, sides):
-            assert (edge.amax(-1) - edge.amin(-1)).max() <= 2, f"{shape} is cut off"
+        area = (frames.amax(-1) - frames.amin(-1) > 60).flatten(2).sum(2)
+        assert (area.amin(1) > 0.9 * area.amax(1)).all(), f"{shape} is cut off: {area}"
 
 
 def test_waves_change_a_clip_and_repeat_with_the_seed():
