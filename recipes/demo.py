@@ -1,7 +1,6 @@
 """Teaches the toy model a new thing by the commands that a user would type, and measures what it has learnt."""
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from mochi_tune.adapters import Adapter, load_adapter
 from mochi_tune.config import RunConfig, config_yaml, load_config, sampler_settings, weights_folder
 from mochi_tune.lora import apply_adapter
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.models.vae import frames_to_pixels, pixels_to_frames
 from mochi_tune.toy.lesson import lesson_words, run_verb, write_lesson
 from mochi_tune.toy.page import Report, Row, write_png, write_report
-from mochi_tune.toy.samples import render_words, share_new, share_shown
+from mochi_tune.toy.samples import reconstruct, render_words, share_new, share_shown
 from mochi_tune.toy.world import Words, all_words, draw_clips, split_words
 from mochi_tune.training.checkpoint import write_json
 from mochi_tune.training.rng import keyed_generator
@@ -99,6 +97,8 @@ def measure(
             kind: (words[:count], render_words(words[:count], dit, text, decoder, settings, SEED))
             for kind, words in asked.items()
         }
+    unseen = draw_clips(all_words()[::12], keyed_generator(SEED, "demo"))
+    _, psnr = reconstruct(unseen, load_encoder(folder, "cpu", torch.float32), decoder)
     half = num_samples // 2
     new, base = (lambda strength: samples[strength]["new"]), (lambda strength: samples[strength]["base"])
     figures = {
@@ -107,7 +107,7 @@ def measure(
         "new_after_all": share_shown(new(1.0)[1], new(1.0)[0]),
         "base_before": share_shown(base(0.0)[1], base(0.0)[0]),
         "base_after": share_shown(base(1.0)[1], base(1.0)[0]),
-        "vae_psnr_db": vae_psnr_db(folder),
+        "vae_psnr_db": round(sum(psnr) / len(psnr), 2),
         "by_strength": [
             {
                 "strength": strength,
@@ -118,16 +118,6 @@ def measure(
         ],
     }
     return figures, samples
-
-
-@torch.no_grad()
-def vae_psnr_db(folder: Path) -> float:
-    """Returns the mean PSNR of the autoencoder on 36 clips of the world that nothing was trained on."""
-    frames = draw_clips(all_words()[::12], keyed_generator(SEED, "demo"))
-    mean, _ = load_encoder(folder, "cpu", torch.float32)(frames_to_pixels(frames))
-    decoded = pixels_to_frames(load_decoder(folder, "cpu", torch.float32)(mean))
-    errors = ((decoded.float() - frames.float()) / 255).square().mean((1, 2, 3, 4))
-    return round(sum(-10 * math.log10(error) for error in errors.tolist()) / len(errors), 2)
 
 
 def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: dict, samples: dict) -> Report:

@@ -4,7 +4,6 @@ Hours on two cores. Each part is a stage that saves as it goes; the same command
 """
 
 import json
-import math
 import string
 import time
 from collections.abc import Callable
@@ -24,10 +23,10 @@ from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.models.vae import Decoder, Encoder, frames_to_pixels, pixels_to_frames
+from mochi_tune.models.vae import Decoder, Encoder, frames_to_pixels
 from mochi_tune.toy.initial import DECODER, DIT, ENCODER, build_dit, build_text_encoder, build_vae, make_tokenizer
 from mochi_tune.toy.measure import see
-from mochi_tune.toy.samples import render_words, share_shown
+from mochi_tune.toy.samples import reconstruct, render_words, share_shown
 from mochi_tune.toy.world import all_words, draw_clips, ripple, split_words
 from mochi_tune.training import checkpoint
 from mochi_tune.training.optim import build_adamw, learning_rate_at
@@ -297,9 +296,8 @@ def measure_model(folder: Path, num_measured: int) -> dict[str, float]:
     psnr, kept = [], 0
     for i in tqdm(range(0, len(words), 16), desc="reconstruct", unit="batch"):
         frames = draw_clips(words[i : i + 16], keyed_generator(SEED, "unseen clips", i))
-        decoded = pixels_to_frames(decoder(encoder(frames_to_pixels(frames))[0]))
-        errors = ((decoded.float() - frames.float()) / 255).square().mean((1, 2, 3, 4))
-        psnr += [-10 * math.log10(error) for error in errors.tolist()]
+        decoded, decibels = reconstruct(frames, encoder, decoder)
+        psnr += decibels
         kept += sum(see(clip).shows(w) for clip, w in zip(decoded, words[i : i + 16], strict=True))
     held_out = split_words()[1][:num_measured]
     dit, text = load_dit(folder, "cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)

@@ -1,5 +1,6 @@
 """Renders captions with the toy model, many at a time, and counts what is seen in the renderings."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.models.vae import Decoder, pixels_to_frames
+from mochi_tune.models.vae import Decoder, Encoder, frames_to_pixels, pixels_to_frames
 from mochi_tune.sampler import SamplerSettings, draw_noise, euler_steps
 from mochi_tune.toy.measure import see
 from mochi_tune.toy.world import HEIGHT, NEW_WORD, NUM_FRAMES, WIDTH, Words
@@ -46,6 +47,14 @@ def render_words(
         parts.append(pixels_to_frames(decoder(to_vae_latents(latents))))
     dit.train(training)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def reconstruct(frames: Tensor, encoder: Encoder, decoder: Decoder) -> tuple[Tensor, list[float]]:
+    """Encodes and decodes clips, uint8 (B, F, H, W, 3); returns what comes back, and the PSNR of each in dB."""
+    decoded = pixels_to_frames(decoder(encoder(frames_to_pixels(frames))[0]))
+    errors = ((decoded.float() - frames.float()) / 255).square().mean((1, 2, 3, 4))
+    return decoded, [-10 * math.log10(error) for error in errors.tolist()]
 
 
 def share_shown(frames: Tensor, words: Sequence[Words]) -> float:
