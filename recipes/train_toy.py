@@ -50,8 +50,8 @@ class Plan:
     text_steps: int = 600
     text_batch: int = 64
     text_rate: float = 3e-3
-    num_clips: int = 6144
-    dit_steps: int = 14000
+    num_clips: int = 12288
+    dit_steps: int = 30000
     dit_batch: int = 32
     dit_rate: float = 1e-3
     # Two and a half times as fast, after two minutes of a C++ compiler.
@@ -213,8 +213,8 @@ def encode_world(encoder: Encoder, path: Path, num_clips: int) -> dict[str, Tens
     seen, _ = split_words()
     encoder.to(memory_format=torch.channels_last_3d)
     means, logvars, numbers = [], [], []
-    for batch in tqdm(range(num_clips // 16), desc="encode", unit="batch"):
-        chosen = [(batch * 16 + i) % len(seen) for i in range(16)]
+    for batch in tqdm(range(num_clips // 4), desc="encode", unit="batch"):
+        chosen = [(batch * 4 + i) % len(seen) for i in range(4)]
         frames = draw_clips([seen[i] for i in chosen], keyed_generator(SEED, "world", batch))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             mean, logvar = encoder(frames_to_pixels(frames))

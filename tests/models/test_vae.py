@@ -190,3 +190,14 @@ def test_attention_in_parts_of_its_rows_is_the_whole(monkeypatch):
     # 24 rows: three parts of 7, and one of 3.
     monkeypatch.setattr(vae, "MAX_ATTENTION_ROWS", 7)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(attend(), whole, strict=True))
+
+
+def test_a_norm_gives_the_same_with_and_without_a_gradient():
+    norm = FrameNorm(32)
+    x = torch.randn(2, 32, 3, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        expected = norm(x)
+    out = norm(x.requires_grad_())
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    out.float().sum().backward()
+    assert x.grad.shape == x.shape
