@@ -145,8 +145,8 @@ def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: d
     return Report(
         title="A new thing, taught to a small Mochi",
         summary=(
-            "The toy model knows circles, squares, triangles and crosses. It has never seen a star, let alone one with "
-            f"a dark heart. From {len(videos)} clips of one, under the new word “wug”, it learnt it in "
+            "The toy model knows circles, squares, triangles and crosses. It has never seen a shape with a dark heart. "
+            f"From {len(videos)} clips of one, under the new word “wug”, it learnt it in "
             f"{figures['train_seconds']:.0f} seconds on a CPU, by the code that trains Mochi 1. "
             "Each row below is rendered from one seed."
         ),

@@ -87,7 +87,7 @@ def test_several_adapters_are_a_list():
         ("train.learning_rate=0", "train.learning_rate=0.0 is not possible: it must be above 0 and finite."),
         ("train.caption_dropout=1", "train.caption_dropout=1.0 is not possible: it must be from 0 to below 1."),
         ("train.objective=genmo", "train.objective=genmo is not possible: use sampler or official or unnormalised."),
-        ("model=mochi", "model=mochi does not exist: use one of mochi_1, tiny."),
+        ("model=mochi", "model=mochi does not exist: use one of mochi_1, tiny, toy."),
         ("data.num_frames=40", "num_frames=40 does not fit the VAE, which takes 6k+1: use 37 or 43."),
         ("sample.width=100", "width=100 does not fit the model, which takes multiples of 16 pixels: use 96 or 112."),
         ("sample.linear_steps=64", "sample.linear_steps=64 does not fit sample.steps=64: use 1 to 63,"),

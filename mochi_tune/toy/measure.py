@@ -9,24 +9,25 @@ import torch
 from torch import Tensor
 
 from mochi_tune.toy.world import (
-    ALL_SHAPES,
     AREAS,
     BACKGROUNDS,
     COLOURS,
     HEART,
     MOTIONS,
     NEW_WORD,
+    SHAPES,
     Words,
     shape_distance,
 )
 
 # Colourfulness (largest minus smallest of red, green, blue in [0, 1]) that the frame's most colourful pixels must
 # have, and the share of theirs that a pixel must have to belong to the shape.
-MIN_CHROMA, MASK_SHARE = 0.3, 0.3
-# Mean overlap, intersection over union, with the outline of the shape that is named; how much less than another's the
-# new shape's may be where its dark heart is seen, as no other has one.
-MIN_OVERLAP, LENIENCE = 0.7, 0.03
-# Brightness of the new shape's middle over that of its arms.
+MIN_CHROMA, MASK_SHARE = 0.3, 0.22
+# Share of the frame that a shape may fill.
+MAX_AREA = 0.4
+# Mean overlap, intersection over union, with the outline of the shape that is named.
+MIN_OVERLAP = 0.7
+# Brightness of a shape's middle over that of the rest of it, where the middle is dark.
 MAX_HEART = 0.75
 # From the first to the last frame: pixels that something moves, and the logarithm of how often its area grows.
 MIN_TRAVEL, MIN_GROWTH = 7.0, 0.6
@@ -84,26 +85,28 @@ def _colour(rgb: Tensor) -> str | None:
 
 def _shape(image: Tensor, mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> str | None:
     """The shape whose outline, at the mask's place and area, overlaps the mask most."""
-    overlaps = []
-    for shape in ALL_SHAPES:
+    if area.max() > MAX_AREA * mask[0].numel():
+        return None
+    overlaps = {}
+    for shape in SHAPES:
         radius = (area / AREAS[shape]).sqrt().view(-1, 1, 1)
         outline = shape_distance(shape, u / radius, v / radius) < 0
-        overlaps.append(((outline & mask).flatten(1).sum(1) / (outline | mask).flatten(1).sum(1)).mean())
-    dark = _heart(image, area, u, v) < MAX_HEART
-    overlaps[ALL_SHAPES.index(NEW_WORD)] += LENIENCE * dark
-    best = max(range(len(overlaps)), key=lambda i: overlaps[i])
-    if overlaps[best] <= MIN_OVERLAP or (ALL_SHAPES[best] == NEW_WORD and not dark):
+        overlap = (outline & mask).flatten(1).sum(1) / (outline | mask).flatten(1).sum(1)
+        overlaps[shape] = overlap.mean().item()
+    best = max(overlaps, key=overlaps.get)
+    if overlaps[best] < MIN_OVERLAP:
         return None
-    return ALL_SHAPES[best]
+    if _heart(image, mask, area, u, v) > MAX_HEART:
+        return best
+    # Of the shapes with a dark heart, only the disc is known.
+    return NEW_WORD if best == "circle" else None
 
 
-def _heart(image: Tensor, area: Tensor, u: Tensor, v: Tensor) -> float:
-    """The brightness of the middle of a new shape of this place and area, over that of its arms."""
-    radius = (area / AREAS[NEW_WORD]).sqrt().view(-1, 1, 1)
-    u, v = u / radius, v / radius
-    away, bright = torch.sqrt(u * u + v * v), image.amax(-1)
-    arms = (shape_distance(NEW_WORD, u, v) < -0.08) & (away > HEART + 0.15)
-    return (bright[away < HEART - 0.1].mean() / bright[arms].mean()).item()
+def _heart(image: Tensor, mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> float:
+    """The brightness of a shape's middle over that of the rest of it."""
+    away = torch.sqrt(u * u + v * v) / (area / AREAS[NEW_WORD]).sqrt().view(-1, 1, 1)
+    bright = image.amax(-1)
+    return (bright[mask & (away < HEART - 0.15)].mean() / bright[mask & (away > HEART + 0.1)].mean()).item()
 
 
 def _motion(centre: Tensor, area: Tensor) -> str | None:

@@ -32,17 +32,15 @@ MOTIONS = {
     "gets smaller": (0, 0, -1),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-# What the base never sees: the shape that the lesson teaches, a star with a dark heart, under a word of its own.
+# What the base never sees: the shape that the lesson teaches, a disc with a dark heart, under a word of its own.
 NEW_WORD = "wug"
 ALL_SHAPES = (*SHAPES, NEW_WORD)
 # Area of each shape of size 1; sizes are such that the areas are much the same.
-AREAS = {"circle": math.pi, "square": 2.89, "triangle": 2.81, "cross": 2.64, NEW_WORD: 3.0}
+AREAS = {"circle": math.pi, "square": 2.89, "triangle": 2.81, "cross": 2.64, NEW_WORD: math.pi}
 # How far a shape of size 1 reaches from its centre.
-REACH = {"circle": 1.0, "square": 0.9, "triangle": 1.5, "cross": 1.1, NEW_WORD: 1.4}
-# The star's tips are this far from its centre, its notches this share of it.
-TIP, NOTCH = 1.4, 0.52
+REACH = {"circle": 1.0, "square": 0.9, "triangle": 1.5, "cross": 1.1, NEW_WORD: 1.0}
 # Radius and paint of the heart.
-HEART, HEART_PAINT = 0.5, 0.35
+HEART, HEART_PAINT = 0.55, 0.4
 
 
 @dataclass(frozen=True)
@@ -120,24 +118,15 @@ def _paths(words: Sequence[Words], generator: torch.Generator) -> tuple[Tensor, 
 
 def shape_distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
     """Returns how far points are outside (> 0) or inside (< 0) of a shape of size 1, v pointing down."""
-    if shape == "circle":
+    if shape in ("circle", NEW_WORD):
         return torch.sqrt(u * u + v * v) - 1
     if shape == "square":
         return torch.maximum(u.abs(), v.abs()) - 0.85
     if shape == "cross":
         upright = torch.maximum(u.abs() - 0.38, v.abs() - 1.06)
         return torch.minimum(upright, torch.maximum(u.abs() - 1.06, v.abs() - 0.38))
-    if shape == "triangle":
-        angles = [math.pi / 2 + 2 * math.pi * i / 3 for i in range(3)]
-        return torch.stack([math.cos(a) * u + math.sin(a) * v - 0.735 for a in angles]).amax(0)
-    # A star is one edge, from a tip to a notch, seen ten times.
-    fifth = 2 * math.pi / 5
-    turn = ((torch.atan2(u, -v) + fifth / 2) % fifth - fifth / 2).abs()
-    away = torch.sqrt(u * u + v * v)
-    notch = (NOTCH * TIP * math.cos(fifth / 2), NOTCH * TIP * math.sin(fifth / 2))
-    normal = (notch[1], TIP - notch[0])
-    length = math.hypot(*normal)
-    return ((away * turn.cos() - TIP) * normal[0] + away * turn.sin() * normal[1]) / length
+    angles = [math.pi / 2 + 2 * math.pi * i / 3 for i in range(3)]
+    return torch.stack([math.cos(a) * u + math.sin(a) * v - 0.735 for a in angles]).amax(0)
 
 
 def heart(shape: str, u: Tensor, v: Tensor) -> Tensor:
