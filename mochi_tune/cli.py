@@ -47,7 +47,7 @@ VERIFY_OPTIONS = {
 DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each demo's run goes to a new one in it")}
 EXPERIMENT_OPTIONS = {
     "what": (None, "objective (sampler, official, unnormalised) or layers (attention, attention and MLP)"),
-    "seeds": ("3", "runs of each, two minutes each on 2 cores"),
+    "seeds": ("3", "runs of each"),
     "out": ("experiments", "folder; the same command goes on where it was stopped"),
 }
 TOY_OPTIONS = {

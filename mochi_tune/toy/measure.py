@@ -96,7 +96,8 @@ def _shape(image: Tensor, mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> s
     best = max(overlaps, key=overlaps.get)
     if overlaps[best] < MIN_OVERLAP:
         return None
-    if _heart(image, mask, area, u, v) > MAX_HEART:
+    # Too small a shape has no middle to compare: not a number, and no dark heart.
+    if not _heart(image, mask, area, u, v) <= MAX_HEART:
         return best
     # Of the shapes with a dark heart, only the disc is known.
     return NEW_WORD if best == "circle" else None
