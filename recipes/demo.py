@@ -31,7 +31,7 @@ FIGURES = {
     "new_after": ("New thing, after", "of the same samples after the lesson"),
     "new_after_all": ("… as captioned", "of them, that have the caption's colour and motion too"),
     "base_before": ("Old captions, before", "of samples of unseen captions whose colour, shape and motion are right"),
-    "base_after": ("Old captions, after", "of the same samples after the lesson: nothing is forgotten"),
+    "base_after": ("Old captions, after", "of the same samples after the lesson: how much is kept"),
     "vae_psnr_db": ("Autoencoder, dB", "PSNR of unseen clips, encoded and decoded"),
     "train_seconds": ("Training, seconds", "on this machine, starting up and validating included"),
     "total_seconds": ("In all, seconds", "from drawing the clips to the last measurement"),
