@@ -51,7 +51,7 @@ class Plan:
     text_batch: int = 64
     text_rate: float = 3e-3
     num_clips: int = 12288
-    dit_steps: int = 30000
+    dit_steps: int = 24000
     dit_batch: int = 32
     dit_rate: float = 1e-3
     # Two and a half times as fast, after two minutes of a C++ compiler.
