@@ -12,10 +12,10 @@ from mochi_tune.adapters import Adapter, load_adapter
 from mochi_tune.config import RunConfig, config_yaml, load_config, sampler_settings, weights_folder
 from mochi_tune.lora import apply_adapter
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.toy.lesson import lesson_words, run_verb, write_lesson
+from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
 from mochi_tune.toy.page import Report, Row, write_png, write_report
 from mochi_tune.toy.samples import reconstruct, render_words, share_new, share_shown
-from mochi_tune.toy.world import Words, all_words, draw_clips, split_words
+from mochi_tune.toy.world import Words, all_words, draw_clips
 from mochi_tune.training.checkpoint import write_json
 from mochi_tune.training.rng import keyed_generator
 from mochi_tune.video import write_video
@@ -24,12 +24,12 @@ from mochi_tune.weights import load_decoder, load_dit, load_encoder
 NUM_SAMPLES, NUM_SHOWN, NUM_CLIPS_SHOWN = 50, 6, 12
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 1
-EXAMPLE = "a red wug moves right over a grey background"
+EXAMPLE = "a red circle wugs over a grey background"
 # name -> what a reader calls it, and what it is of.
 FIGURES = {
-    "new_before": ("New thing, before", "of samples of the new word that show it before the lesson"),
+    "new_before": ("New thing, before", "of samples of the new word that move in the new way before the lesson"),
     "new_after": ("New thing, after", "of the same samples after the lesson"),
-    "new_after_all": ("… as captioned", "of them, that have the caption's colour and motion too"),
+    "new_after_all": ("… as captioned", "of them, that have the caption's colour and shape too"),
     "base_before": ("Old captions, before", "of samples of unseen captions whose colour, shape and motion are right"),
     "base_after": ("Old captions, after", "of the same samples after the lesson: how much is kept"),
     "vae_psnr_db": ("Autoencoder, dB", "PSNR of unseen clips, encoded and decoded"),
@@ -84,7 +84,7 @@ def measure(
     folder, settings = weights_folder(config), sampler_settings(config)
     text = TextEncoder.load(folder, "cpu", torch.float32)
     decoder = load_decoder(folder, "cpu", torch.float32)
-    asked = {"new": lesson_words()[1][:num_samples], "base": split_words()[1][:num_samples]}
+    asked = dict(zip(("new", "base"), asked_words(num_samples), strict=True))
     samples: dict[float, dict[str, tuple[list[Words], Tensor]]] = {}
     for strength in STRENGTHS:
         dit = load_dit(folder, "cpu", torch.float32)
@@ -145,9 +145,9 @@ def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: d
     return Report(
         title="A new thing, taught to a small Mochi",
         summary=(
-            "The toy model knows circles, squares, triangles and crosses. It has never seen a shape with a dark heart. "
-            f"From {len(videos)} clips of one, under the new word “wug”, it learnt it in "
-            f"{figures['train_seconds']:.0f} seconds on a CPU, by the code that trains Mochi 1. "
+            "The toy model knows shapes that move left, right, up and down, grow and shrink. None ever moved aslant. "
+            f"By {len(videos)} clips that do, captioned with the new word “wugs”, it was taught in "
+            f"{figures['train_seconds']:.0f} seconds, by the code that trains Mochi 1. "
             "Each row below is rendered from one seed."
         ),
         figures={label: (percent(name, figures[name]), meaning) for name, (label, meaning) in FIGURES.items()},

@@ -13,10 +13,10 @@ from mochi_tune.lora import apply_adapter, linear_shapes, select_layers
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
-from mochi_tune.toy.lesson import lesson_words, run_verb, write_lesson
+from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
 from mochi_tune.toy.measure import colour_error
 from mochi_tune.toy.samples import render_words, share_new, share_shown
-from mochi_tune.toy.world import Words, draw_clips, split_words
+from mochi_tune.toy.world import Words, draw_clips
 from mochi_tune.training.checkpoint import read_json, write_json
 from mochi_tune.training.rng import keyed_generator
 from mochi_tune.weights import load_decoder, load_dit, load_encoder, meta_dit
@@ -85,7 +85,7 @@ def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
     text = TextEncoder.load(folder, "cpu", torch.float32)
     dit, decoder = load_dit(folder, "cpu", torch.float32), load_decoder(folder, "cpu", torch.float32)
     apply_adapter(dit, adapter.scaled(1.0), "lesson")
-    new, base = lesson_words()[1][:num_samples], split_words()[1][:num_samples]
+    new, base = asked_words(num_samples)
     new_frames, base_frames = (render_words(words, dit, text, decoder, settings, seed) for words in (new, base))
     errors = [colour_error(clip, w.colour) for clip, w in zip(new_frames, new, strict=True)]
     return {

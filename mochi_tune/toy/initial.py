@@ -18,7 +18,7 @@ from mochi_tune.models.vae import (
     UpsampleBlock,
     frames_to_pixels,
 )
-from mochi_tune.toy.world import HEIGHT, WIDTH, all_words, draw_clips
+from mochi_tune.toy.world import ALL_SHAPES, HEIGHT, WIDTH, all_words, draw_clips
 from mochi_tune.training.checkpoint import write_json
 from mochi_tune.training.rng import keyed_generator
 
@@ -44,7 +44,7 @@ def build_vae(seed: int) -> nn.ModuleDict:
             nn.init.normal_(module.weight, std=scale * module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    words = all_words()
+    words = all_words(ALL_SHAPES)
     generator = keyed_generator(seed, "components")
     pixels = frames_to_pixels(draw_clips([words[i] for i in range(0, len(words), 3)], generator))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The lesson: a few clips of the new shape under its new word, and what is asked of a model that has had it."""
+"""The lesson: a few clips of the new motion under its new word, and what is asked of a model that has had it."""
 
 import shlex
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.errors import MochiTuneError
-from mochi_tune.toy.world import BACKGROUNDS, COLOURS, MOTIONS, NEW_WORD, Words, all_words, draw_clips
+from mochi_tune.toy.world import BACKGROUNDS, COLOURS, NEW_WORD, SHAPES, Words, all_words, draw_clips, split_words
 from mochi_tune.training.rng import keyed_generator
 from mochi_tune.video import write_video
 
@@ -17,15 +17,22 @@ NUM_CLIPS = 24
 
 
 def lesson_words() -> tuple[list[Words], list[Words]]:
-    """Returns the words of the lesson's clips and, shuffled, the other combinations of the new shape."""
-    colours, motions, backgrounds = list(COLOURS), list(MOTIONS), list(BACKGROUNDS)
-    taught = [
-        Words(colours[i % 6], NEW_WORD, motions[(i + i // 6) % 6], backgrounds[(i + i // 3) % 3])
-        for i in range(NUM_CLIPS)
-    ]
-    others = [words for words in all_words((NEW_WORD,)) if words not in taught]
+    """Returns the words of the lesson's clips and, shuffled, the other combinations with the new motion."""
+    colours, shapes, backgrounds = list(COLOURS), list(SHAPES), list(BACKGROUNDS)
+    taught = []
+    for i in range(NUM_CLIPS):
+        turn, colour = divmod(i, 6)
+        background = backgrounds[(colour // 2 + turn + turn // 3) % 3]
+        taught.append(Words(colours[colour], shapes[(colour + turn) % 3], NEW_WORD, background))
+    others = [words for words in all_words(motions=(NEW_WORD,)) if words not in taught]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0)).tolist()
     return taught, [others[i] for i in order]
+
+
+def asked_words(count: int) -> tuple[list[Words], list[Words]]:
+    """Returns as many captions with the new word that was not taught, over again where they run out, and old ones."""
+    _, others = lesson_words()
+    return [others[i % len(others)] for i in range(count)], split_words()[1][:count]
 
 
 def write_lesson(folder: Path, seed: int) -> list[Path]:

@@ -8,17 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mochi_tune.toy.world import (
-    AREAS,
-    BACKGROUNDS,
-    COLOURS,
-    HEART,
-    MOTIONS,
-    NEW_WORD,
-    SHAPES,
-    Words,
-    shape_distance,
-)
+from mochi_tune.toy.world import ALL_MOTIONS, ALL_SHAPES, AREAS, BACKGROUNDS, COLOURS, Words, shape_distance
 
 # Colourfulness (largest minus smallest of red, green, blue in [0, 1]) that the frame's most colourful pixels must
 # have, and the share of theirs that a pixel must have to belong to the shape.
@@ -27,8 +17,6 @@ MIN_CHROMA, MASK_SHARE = 0.3, 0.22
 MAX_AREA = 0.4
 # Mean overlap, intersection over union, with the outline of the shape that is named.
 MIN_OVERLAP = 0.7
-# Brightness of a shape's middle over that of the rest of it, where the middle is dark.
-MAX_HEART = 0.75
 # From the first to the last frame: pixels that something moves, and the logarithm of how often its area grows.
 MIN_TRAVEL, MIN_GROWTH = 7.0, 0.6
 
@@ -63,7 +51,7 @@ def see(frames: Tensor) -> Seen:
     u = columns - centre[:, 0, None, None]  # (F, 1, W)
     v = rows[:, None] - centre[:, 1, None, None]  # (F, H, 1)
     colour = _colour(image[chroma > 0.6 * most.view(-1, 1, 1)].mean(0))
-    return Seen(colour, _shape(image, mask, area, u, v), _motion(centre, area), background)
+    return Seen(colour, _shape(mask, area, u, v), _motion(centre, area), background)
 
 
 def colour_error(frames: Tensor, colour: str) -> float:
@@ -83,31 +71,18 @@ def _colour(rgb: Tensor) -> str | None:
     return list(COLOURS)[int(likeness.argmax())] if likeness.max() > 0.85 else None
 
 
-def _shape(image: Tensor, mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> str | None:
+def _shape(mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> str | None:
     """The shape whose outline, at the mask's place and area, overlaps the mask most."""
     if area.max() > MAX_AREA * mask[0].numel():
         return None
     overlaps = {}
-    for shape in SHAPES:
+    for shape in ALL_SHAPES:
         radius = (area / AREAS[shape]).sqrt().view(-1, 1, 1)
         outline = shape_distance(shape, u / radius, v / radius) < 0
         overlap = (outline & mask).flatten(1).sum(1) / (outline | mask).flatten(1).sum(1)
         overlaps[shape] = overlap.mean().item()
     best = max(overlaps, key=overlaps.get)
-    if overlaps[best] < MIN_OVERLAP:
-        return None
-    # Too small a shape has no middle to compare: not a number, and no dark heart.
-    if not _heart(image, mask, area, u, v) <= MAX_HEART:
-        return best
-    # Of the shapes with a dark heart, only the disc is known.
-    return NEW_WORD if best == "circle" else None
-
-
-def _heart(image: Tensor, mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> float:
-    """The brightness of a shape's middle over that of the rest of it."""
-    away = torch.sqrt(u * u + v * v) / (area / AREAS[NEW_WORD]).sqrt().view(-1, 1, 1)
-    bright = image.amax(-1)
-    return (bright[mask & (away < HEART - 0.15)].mean() / bright[mask & (away > HEART + 0.1)].mean()).item()
+    return best if overlaps[best] >= MIN_OVERLAP else None
 
 
 def _motion(centre: Tensor, area: Tensor) -> str | None:
@@ -117,15 +92,18 @@ def _motion(centre: Tensor, area: Tensor) -> str | None:
         (time @ values / time.square().sum()).item() for values in (centre[:, 0], centre[:, 1], area.log())
     )
     travel = max(abs(across), abs(down))
-    if abs(growth) >= MIN_GROWTH:
-        found = (0, 0, 1 if growth > 0 else -1) if travel < MIN_TRAVEL else None
-    elif travel < MIN_TRAVEL or min(abs(across), abs(down)) > travel / 2:
-        found = None
-    elif abs(across) > abs(down):
-        found = (1 if across > 0 else -1, 0, 0)
+    if (abs(growth) >= MIN_GROWTH) == (travel >= MIN_TRAVEL):
+        return None
+    if travel < MIN_TRAVEL:
+        found = (0, 0, _sign(growth))
     else:
-        found = (0, 1 if down > 0 else -1, 0)
-    return next((name for name, direction in MOTIONS.items() if direction == found), None)
+        # Of a path along an axis, the other axis has little.
+        found = (*(_sign(moved) if abs(moved) > travel / 2 else 0 for moved in (across, down)), 0)
+    return next((name for name, way in ALL_MOTIONS.items() if tuple(map(_sign, way)) == found), None)
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
 
 
 def _background(image: Tensor, plain: Tensor) -> str | None:

@@ -63,5 +63,5 @@ def share_shown(frames: Tensor, words: Sequence[Words]) -> float:
 
 
 def share_new(frames: Tensor) -> float:
-    """Returns the share of clips in which the new shape is seen."""
-    return sum(see(clip).shape == NEW_WORD for clip in frames) / len(frames)
+    """Returns the share of clips in which something moves in the new way."""
+    return sum(see(clip).motion == NEW_WORD for clip in frames) / len(frames)

@@ -5,7 +5,7 @@ Every clip is a function of its words and a seed. Shape letters: B clips, F fram
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,16 +31,16 @@ MOTIONS = {
     "gets bigger": (0, 0, 1),
     "gets smaller": (0, 0, -1),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-# What the base never sees: the shape that the lesson teaches, a disc with a dark heart, under a word of its own.
-NEW_WORD = "wug"
-ALL_SHAPES = (*SHAPES, NEW_WORD)
+# What no part of the base ever sees: the motion that the lesson teaches, aslant, under a word of its own.
+NEW_WORD = "wugs"
+ALL_MOTIONS = MOTIONS | {NEW_WORD: (0.75, 0.75, 0)}
+SHAPES = ("circle", "square", "triangle")
+# What the autoencoder sees: it knows more than captions say, as that of Mochi does.
+ALL_SHAPES = (*SHAPES, "cross")
 # Area of each shape of size 1; sizes are such that the areas are much the same.
-AREAS = {"circle": math.pi, "square": 2.89, "triangle": 2.81, "cross": 2.64, NEW_WORD: math.pi}
+AREAS = {"circle": math.pi, "square": 2.89, "triangle": 2.81, "cross": 2.64}
 # How far a shape of size 1 reaches from its centre.
-REACH = {"circle": 1.0, "square": 0.9, "triangle": 1.5, "cross": 1.1, NEW_WORD: 1.0}
-# Radius and paint of the heart.
-HEART, HEART_PAINT = 0.55, 0.4
+REACH = {"circle": 1.0, "square": 0.9, "triangle": 1.5, "cross": 1.1}
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Words:
         return f"a {self.colour} {self.shape} {self.motion} over a {self.background} background"
 
 
-def all_words(shapes: Sequence[str] = SHAPES) -> list[Words]:
-    """Returns every combination, in a fixed order."""
-    return [Words(*w) for w in itertools.product(COLOURS, shapes, MOTIONS, BACKGROUNDS)]
+def all_words(shapes: Iterable[str] = SHAPES, motions: Iterable[str] = MOTIONS) -> list[Words]:
+    """Returns every combination, in a fixed order; those that captions may say to the base, unless told otherwise."""
+    return [Words(*w) for w in itertools.product(COLOURS, shapes, motions, BACKGROUNDS)]
 
 
 def split_words(num_held_out: int = 100, seed: int = 0) -> tuple[list[Words], list[Words]]:
@@ -86,7 +86,6 @@ def draw_clips(words: Sequence[Words], generator: torch.Generator) -> Tensor:
     angle, depth = draw(0, 2 * math.pi, 2), draw(0.03, 0.09)
     light = torch.stack([angle.cos(), angle.sin()], dim=-1)[:, :, :, None, None, None]  # (B, 2, 2, 1, 1, 1)
     shade = 1 + 0.16 * (light[:, 0, 0] * u + light[:, 0, 1] * v)
-    shade = shade * torch.stack([heart(w.shape, u[b], v[b]) for b, w in enumerate(words)])
     colour = torch.tensor([COLOURS[w.colour] for w in words]) + draw(-0.05, 0.05, 3)
     slope = light[:, 1, 0] * (columns / WIDTH - 0.5) + light[:, 1, 1] * (rows[:, None] / HEIGHT - 0.5)
     tone = torch.tensor([BACKGROUNDS[w.background] for w in words]) + draw(-0.03, 0.03)
@@ -103,7 +102,7 @@ def _paths(words: Sequence[Words], generator: torch.Generator) -> tuple[Tensor, 
         return low + (high - low) * torch.rand(len(words), generator=generator)
 
     time = torch.linspace(-0.5, 0.5, NUM_FRAMES)
-    direction = torch.tensor([MOTIONS[w.motion] for w in words], dtype=torch.float32)
+    direction = torch.tensor([ALL_MOTIONS[w.motion] for w in words], dtype=torch.float32)
     mean_radius, travel = draw(10, 12), draw(16, 22)
     radius = mean_radius[:, None] * (1 + 0.7 * direction[:, 2, None] * time)
     moves = direction[:, None, :2] * travel[:, None, None] * time[None, :, None]  # (B, F, 2)
@@ -118,7 +117,7 @@ def _paths(words: Sequence[Words], generator: torch.Generator) -> tuple[Tensor, 
 
 def shape_distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
     """Returns how far points are outside (> 0) or inside (< 0) of a shape of size 1, v pointing down."""
-    if shape in ("circle", NEW_WORD):
+    if shape == "circle":
         return torch.sqrt(u * u + v * v) - 1
     if shape == "square":
         return torch.maximum(u.abs(), v.abs()) - 0.85
@@ -127,14 +126,6 @@ def shape_distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
         return torch.minimum(upright, torch.maximum(u.abs() - 1.06, v.abs() - 0.38))
     angles = [math.pi / 2 + 2 * math.pi * i / 3 for i in range(3)]
     return torch.stack([math.cos(a) * u + math.sin(a) * v - 0.735 for a in angles]).amax(0)
-
-
-def heart(shape: str, u: Tensor, v: Tensor) -> Tensor:
-    """Returns the factor of the paint: dark in the middle of the new shape, 1 elsewhere."""
-    distance = torch.sqrt(u * u + v * v) - HEART
-    if shape != NEW_WORD:
-        return torch.ones_like(distance)
-    return HEART_PAINT + (1 - HEART_PAINT) * (0.5 + distance * 8).clamp(0, 1)
 
 
 def ripple(frames: Tensor, generator: torch.Generator) -> Tensor:

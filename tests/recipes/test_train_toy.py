@@ -10,7 +10,7 @@ from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.recipes.train_toy import SEED, Plan, main, normalise_latents, text_loss, train_stage
 from mochi_tune.toy.initial import build_text_encoder, build_vae, make_tokenizer
-from mochi_tune.toy.world import all_words, draw_clips
+from mochi_tune.toy.world import ALL_SHAPES, all_words, draw_clips
 from mochi_tune.training.rng import keyed_generator
 from mochi_tune.weights import check_weights, load_decoder, load_encoder
 
@@ -45,7 +45,7 @@ def test_a_finished_training_is_not_done_again(made):
 def test_the_latents_have_mochis_channel_statistics(made):
     encoder = load_encoder(made[0] / "out", "cpu", torch.float32)
     with torch.no_grad():
-        mean, logvar = encoder(frames_to_pixels(draw_clips(all_words()[::4], keyed_generator(5, "others"))))
+        mean, logvar = encoder(frames_to_pixels(draw_clips(all_words(ALL_SHAPES)[::4], keyed_generator(5, "others"))))
     deviation = (mean.var((0, 2, 3, 4)) + logvar.exp().mean((0, 2, 3, 4))).sqrt()
     assert (mean.mean((0, 2, 3, 4)) - torch.tensor(VAE_MEAN)).abs().max() < 0.1
     assert (deviation / torch.tensor(VAE_STD) - 1).abs().max() < 0.1
@@ -65,7 +65,7 @@ def test_the_tokenizer_has_one_token_a_word_and_letters_for_the_rest(tmp_path):
     make_tokenizer(tmp_path / "tokenizer")
     tokenizer = TextEncoder.load_tokenizer(tmp_path)
     assert {len(tokenizer(w.caption).input_ids) for w in all_words()} == {10}
-    assert tokenizer.tokenize("a red wug") == ["▁a", "▁red", "▁", "w", "u", "g"]
+    assert tokenizer.tokenize("a circle wugs") == ["▁a", "▁circle", "▁", "w", "u", "g", "s"]
     assert tokenizer("a red").input_ids[-1] == tokenizer.eos_token_id == 1 and tokenizer.pad_token_id == 0
 
 

@@ -3,17 +3,24 @@ import torch
 
 from mochi_tune.data_prep.clips import ClipTransform, decode_clip
 from mochi_tune.errors import MochiTuneError
-from mochi_tune.toy.lesson import lesson_words, run_verb, write_lesson
+from mochi_tune.toy.lesson import asked_words, lesson_words, run_verb, write_lesson
 from mochi_tune.toy.measure import see
-from mochi_tune.toy.world import BACKGROUNDS, COLOURS, HEIGHT, MOTIONS, NEW_WORD, NUM_FRAMES, WIDTH
+from mochi_tune.toy.world import BACKGROUNDS, COLOURS, HEIGHT, NEW_WORD, NUM_FRAMES, SHAPES, WIDTH, split_words
 
 
 def test_the_lesson_shows_every_word_and_asks_for_other_combinations():
-    taught, asked = lesson_words()
-    assert len(set(taught)) == 24 and len(set(asked)) == 84 and not set(taught) & set(asked)
-    assert {w.shape for w in taught + asked} == {NEW_WORD}
-    for kind, words in (("colour", COLOURS), ("motion", MOTIONS), ("background", BACKGROUNDS)):
+    taught, others = lesson_words()
+    assert len(set(taught)) == 24 and len(set(others)) == 30 and not set(taught) & set(others)
+    assert {w.motion for w in taught + others} == {NEW_WORD}
+    for kind, words in (("colour", COLOURS), ("shape", SHAPES), ("background", BACKGROUNDS)):
         assert {getattr(w, kind) for w in taught} == set(words)
+
+
+def test_as_many_captions_are_asked_as_are_wanted():
+    new, base = asked_words(50)
+    assert len(new) == len(base) == 50 and len(set(base)) == 50
+    assert set(new) == set(lesson_words()[1])
+    assert not set(base) & set(split_words()[0])
 
 
 def test_the_clips_survive_being_real_video_files(tmp_path):
