@@ -29,6 +29,7 @@ FLAGS = (
     "--disable-component-update --disable-sync --hide-scrollbars"
 ).split()
 
+BEFORE_AFTER_NOTE = "Both of a pair start from the same noise. Under each: its first, middle and last frame."
 STYLE = """
 :root{color-scheme:light dark;--back:#fcfcfa;--ink:#1c2127;--soft:#626a75;--rule:#e3e4de;--accent:#0b6b94}
 @media(prefers-color-scheme:dark){
@@ -51,7 +52,9 @@ font-variant-numeric:tabular-nums}
 .videos{display:flex;flex-wrap:wrap;gap:1rem}
 figure{margin:0}
 .videos figure{flex:0 0 max(8.5rem,min(240px,(100% - (var(--n) - 1)*1rem)/var(--n) - .1px))}
-video{display:block;width:100%;height:auto;border-radius:6px;outline:1px solid var(--rule);background:var(--rule)}
+video,figure img{display:block;width:100%;height:auto;border-radius:6px;outline:1px solid var(--rule);
+background:var(--rule)}
+figure img{margin-top:3px;border-radius:3px}
 figcaption{margin-top:.4rem;color:var(--soft);font-size:.85rem;line-height:1.35}
 .charts{display:grid;gap:2.5rem 1.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
 .charts figure{max-width:30rem}.charts h3{margin:0}
@@ -202,7 +205,11 @@ def _page(report: Report) -> str:
     strengths = "One prompt and one seed in each row; only the strength of the LoRA grows. At 0 it is the base."
     sections = [
         _section("What it was shown", report.clips.prompt, _videos(report.clips, columns=6)),
-        _section("Before and after", "Both videos of a pair start from the same noise.", _rows(report.before_after)),
+        _section(
+            "Before and after",
+            "Both of a pair start from the same noise. Under each: its first, middle and last frame.",
+            _rows(report.before_after),
+        ),
         _section("From the base to the LoRA", strengths, _rows(report.strengths, "strength ")),
         _section("Curves", "How the loss fell, and what the LoRA's strength does.", _charts(report)),
         _section("Settings", "What the run was made with.", f"<pre>{escape(report.settings.strip())}</pre>"),
@@ -240,13 +247,20 @@ def _videos(row: Row, columns: int, prefix: str = "") -> str:
 
 
 def _video(path: Path) -> str:
+    """A video, and under it its first, middle and last frame, which tell of motion where nothing moves."""
+    from PIL import Image
+
     frames = read_frames(path)
-    poster, (width, height) = io.BytesIO(), frames[0].size
+    poster, strip, (width, height) = io.BytesIO(), io.BytesIO(), frames[0].size
     frames[len(frames) // 2].save(poster, "PNG")
+    side_by_side = Image.new("RGB", (3 * width, height))
+    for i, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
+        side_by_side.paste(frame, (i * width, 0))
+    side_by_side.save(strip, "JPEG", quality=85)
     return (
         f'<video autoplay loop muted playsinline width="{width}" height="{height}" '
         f'poster="{_data_uri("image/png", poster.getvalue())}" src="{_data_uri("video/mp4", path.read_bytes())}">'
-        "</video>"
+        f'</video><img alt="first, middle and last frame" src="{_data_uri("image/jpeg", strip.getvalue())}">'
     )
 
 

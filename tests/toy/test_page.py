@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.toy import page
@@ -83,11 +83,23 @@ def test_every_video_is_inside_byte_for_byte_under_a_frame_of_its_own(report, tm
         assert image.tobytes() == read_frames(path)[3].tobytes()
 
 
+def test_the_frames_under_a_video_are_its_first_middle_and_last(report, tmp_path):
+    strips = [value for tag, name, value in read(report, tmp_path).attributes if (tag, name) == ("img", "src")]
+    for strip, path in zip(strips, videos_of(report), strict=True):
+        data = base64.b64decode(strip.removeprefix("data:image/jpeg;base64,"), validate=True)
+        image, frames = Image.open(io.BytesIO(data)), read_frames(path)
+        width, height = frames[0].size
+        assert image.size == (3 * width, height)
+        for i, frame in enumerate((frames[0], frames[3], frames[-1])):
+            part = image.crop((i * width, 0, (i + 1) * width, height))
+            assert ImageStat.Stat(ImageChops.difference(part, frame)).mean[0] < 6
+
+
 def test_nothing_is_fetched_and_nothing_is_left_beside(report, tmp_path):
     before = set(tmp_path.iterdir())
     reader = read(report, tmp_path)
     links = [value for _, name, value in reader.attributes if name in ("src", "href", "poster", "srcset", "data")]
-    assert len(links) == 18 and all(value.startswith("data:") for value in links)
+    assert len(links) == 27 and all(value.startswith("data:") for value in links)
     text = (tmp_path / "report.html").read_text()
     assert [word for word in ("http://", "https://", 'src="//', "url(", "@import") if word in text] == []
     assert set(tmp_path.iterdir()) - before == {tmp_path / "report.html"}
