@@ -143,7 +143,7 @@ def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: d
 
     before_after = {"before": 0.0, "after": 1.0}
     return Report(
-        title="A new thing, taught to a small Mochi",
+        title="A new motion, taught to a small Mochi",
         summary=(
             "The toy model knows shapes that move left, right, up and down, grow and shrink. None ever moved aslant. "
             f"By {len(videos)} clips that do, captioned with the new word “wugs”, it was taught in "
@@ -154,7 +154,7 @@ def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: d
         losses=curve("metrics.jsonl", "loss"),
         validation=curve("validation.jsonl", "validation_loss"),
         clips=Row(
-            "some of the lesson's clips",
+            "Some of the lesson’s clips.",
             {p.with_suffix(".txt").read_text().strip(): p for p in videos[:NUM_CLIPS_SHOWN]},
         ),
         before_after=rows("new", NUM_SHOWN, before_after) + rows("base", NUM_SHOWN // 2, before_after),
