@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from mochi_tune.config import load_config, sampler_settings
+from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256
 from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.models.dit import AsymmDiT
@@ -67,9 +68,17 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
         work: folder of checkpoints and encoded clips, about 300 MB; the same one is gone on from.
         out: the weights folder, in the official layout.
         plan: of the training.
+
+    Raises:
+        ConfigError: the work folder was begun with another plan.
     """
     if (out / SUMS).exists():
         return checkpoint.read_json(out / "record.json")
+    begun = work / "plan.json"
+    if begun.exists() and checkpoint.read_json(begun) != asdict(plan):
+        raise ConfigError(f"work={work} was begun with another plan: use another folder, or remove it.")
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(begun, asdict(plan))
     out.mkdir(parents=True, exist_ok=True)
     vae = build_vae(SEED)
     if not train_stage(work / "vae", vae, plan.vae_steps, plan.vae_rate, lambda step: vae_loss(vae, step, plan)):

@@ -1,10 +1,12 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
@@ -40,6 +42,13 @@ def test_a_finished_training_is_not_done_again(made):
     before = {path: path.read_bytes() for path in (folder / "out").glob("*.safetensors")}
     assert main(folder / "work", folder / "out", SHORT) == record
     assert len(before) == 3 and all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_a_folder_that_was_begun_with_another_plan_is_refused(made):
+    folder, _ = made
+    with pytest.raises(ConfigError, match="was begun with another plan"):
+        main(folder / "work", folder / "other", replace(SHORT, vae_steps=3))
+    assert not (folder / "other").exists()
 
 
 def test_the_latents_have_mochis_channel_statistics(made):
