@@ -294,12 +294,18 @@ def _some(names: list[str]) -> str:
 
 
 def _check_sums(folder: Path) -> None:
-    wrong = []
-    for name, expected in read_json(folder / SUMS).items():
-        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
-            wrong.append(name)
-    if wrong:
-        raise CheckpointError(f"{folder} is damaged: {_some(wrong)} is not what was shipped: install mochi-tune again.")
+    sums = read_json(folder / SUMS)
+    problems = {
+        "lacks": [name for name in sums if not (folder / name).is_file()],
+        "is damaged:": [
+            n for n, expected in sums.items() if (folder / n).is_file() and file_sha256(folder / n) != expected
+        ],
+    }
+    listed = " and ".join(f"{what} {_some(names)}" for what, names in problems.items() if names)
+    if listed:
+        raise CheckpointError(
+            f"{folder} {listed}, by its {SUMS}: install mochi-tune again, or make or copy these weights again."
+        )
 
 
 def _check_text_encoder(folder: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.adapters import Adapter, load_adapter
-from mochi_tune.config import load_config, sampler_settings, weights_folder
+from mochi_tune.config import flat_settings, load_config, sampler_settings, weights_folder
+from mochi_tune.errors import ConfigError
 from mochi_tune.flow import noisy_and_target, velocity_loss
 from mochi_tune.lora import apply_adapter, linear_shapes, select_layers
 from mochi_tune.models.dit import AsymmDiT
@@ -19,7 +20,7 @@ from mochi_tune.toy.samples import render_words, share_new, share_shown
 from mochi_tune.toy.world import Words, draw_clips
 from mochi_tune.training.checkpoint import read_json, write_json
 from mochi_tune.training.rng import keyed_generator
-from mochi_tune.weights import load_decoder, load_dit, load_encoder, meta_dit
+from mochi_tune.weights import base_identity, load_decoder, load_dit, load_encoder, meta_dit
 
 NUM_SAMPLES = 50
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -43,9 +44,20 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
         out: folder of the clips, the cache, the runs and their results; the same one is gone on from.
         settings: of every training.
         num_samples: how many samples each share is taken of.
+
+    Raises:
+        ConfigError: the folder's results were made with other weights or settings.
     """
-    results = out / f"{what}.json"
-    rows = read_json(results)["rows"] if results.exists() else []
+    results, config = out / f"{what}.json", load_config("toy_lora", list(settings))
+    made_with = {
+        "settings": flat_settings(config),
+        "base": base_identity(weights_folder(config)),
+        "num_samples": num_samples,
+    }
+    earlier = read_json(results) if results.exists() else {"made_with": made_with, "rows": []}
+    if earlier.get("made_with") != made_with:
+        raise ConfigError(f"{results} was made with other weights or settings: use another out=, or remove it.")
+    rows = earlier["rows"]
     if not (out / "videos").exists():
         write_lesson(out / "videos", seed=1)
     paths = [f"data.videos={out / 'videos'}", f"data.cache={out / 'cache'}"]
@@ -58,8 +70,8 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
             run_verb("train", "conf=toy_lora", *paths, *settings, *own, f"seed={seed}", f"run_dir={run_dir}")
             adapter = load_adapter(run_dir / "adapter.safetensors")
             rows.append({"arm": arm, "seed": seed, **measure(adapter, seed, num_samples)})
-            write_json(results, {"what": what, "rows": rows})
-    return table(arms()[what], rows)
+            write_json(results, {"what": what, "made_with": made_with, "rows": rows})
+    return table(arms()[what], [row for row in rows if row["seed"] < num_seeds])
 
 
 def arms() -> dict[str, dict[str, list[str]]]:

@@ -1,6 +1,6 @@
 """Makes the toy model from nothing: autoencoder, text encoder and diffusion transformer, trained on the toy world.
 
-Hours on two cores. Each part is a stage that saves as it goes; the same command goes on where it was stopped.
+An hour and a half on two cores. Each part is a stage that saves as it goes; the same command goes on where it was.
 """
 
 import json

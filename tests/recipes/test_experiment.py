@@ -1,6 +1,9 @@
 import json
 
+import pytest
+
 from mochi_tune.config import load_config, weights_folder
+from mochi_tune.errors import ConfigError
 from mochi_tune.lora import linear_shapes, select_layers
 from mochi_tune.recipes.experiment import COLUMNS, arms, main, table
 from mochi_tune.weights import meta_dit
@@ -40,3 +43,5 @@ def test_every_arm_is_run_once_and_results_are_kept(tmp_path):
     before = (tmp_path / "objective.json").read_bytes()
     assert main("objective", 1, tmp_path, *settings, num_samples=1) == printed
     assert (tmp_path / "objective.json").read_bytes() == before
+    with pytest.raises(ConfigError, match="was made with other weights or settings: use another out="):
+        main("objective", 1, tmp_path, "train.steps=2", num_samples=1)

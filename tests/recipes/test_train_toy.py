@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
@@ -105,7 +105,10 @@ def test_a_damaged_weight_file_is_named(made):
     load_decoder(made[0] / "out", "cpu", torch.float32)
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(Exception, match=r"is damaged: decoder\.safetensors is not what was shipped"):
+    with pytest.raises(CheckpointError, match=r"is damaged: decoder\.safetensors, by its sha256\.json"):
+        check_weights(made[0] / "out", ["dit"])
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r" lacks decoder\.safetensors, by its"):
         check_weights(made[0] / "out", ["dit"])
     path.write_bytes(data)
     check_weights(made[0] / "out", ["dit"])
