@@ -8,7 +8,7 @@ from mochi_tune.weights import load_decoder, load_encoder
 
 
 def test_the_shipped_autoencoder_keeps_what_is_read_in_unseen_clips():
-    folder, words = weights_folder(load_config("toy_lora", [])), all_words(ALL_SHAPES)[::8]
+    folder, words = weights_folder(load_config("toy_lora", [])), all_words(ALL_SHAPES)[::16]
     frames = draw_clips(words, keyed_generator(0, "unseen by anyone"))
     encoder, decoder = (load(folder, "cpu", torch.float32) for load in (load_encoder, load_decoder))
     decoded, decibels = reconstruct(frames, encoder, decoder)
