@@ -19,3 +19,7 @@ class CheckpointError(MochiTuneError):
 
 class TrainingError(MochiTuneError):
     """A run that must not go on: its loss is no number, or it would resume as another run."""
+
+
+class ParallelError(MochiTuneError):
+    """A number of processes, or a division of the work between them, that cannot be."""

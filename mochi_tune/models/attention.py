@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.models.layers import RMSNorm
+from mochi_tune.models.layers import RMSNorm, at_least_fp32
 
 
 def token_positions(grid: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -37,12 +37,20 @@ def rope_tables(frequencies: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor
     return angles.cos(), angles.sin()
 
 
+class RotaryTables(nn.Module):
+    """`rope_tables` as a module; without parameters, so that its output can be changed from outside."""
+
+    def forward(self, frequencies: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """Returns cos and sin (N, H, K/2), fp32."""
+        return rope_tables(frequencies, grid)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the even and odd channels of x (B, N, H, K) as pairs, in fp32; the output keeps the input's dtype.
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/temporal_rope.py (apply_rotary_emb_qk_real).
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 

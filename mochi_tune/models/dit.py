@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.models.attention import AsymmetricAttention, rope_tables
+from mochi_tune.models.attention import AsymmetricAttention, RotaryTables
 from mochi_tune.models.layers import (
     AttentionPool,
     FeedForward,
@@ -97,6 +97,7 @@ class AsymmDiT(nn.Module):
         if not self.pos_frequencies.is_meta:
             # On the meta device torch would import its compiler, to draw nothing.
             nn.init.normal_(self.pos_frequencies)
+        self.rope = RotaryTables()
         self.blocks = nn.ModuleList(
             AsymmetricJointBlock(config, update_y=i < config.depth - 1) for i in range(config.depth)
         )
@@ -128,7 +129,7 @@ class AsymmDiT(nn.Module):
         grid = (latents.shape[2], latents.shape[3] // p, latents.shape[4] // p)
         x = self.x_embedder(latents)
         y = self.t5_yproj(prompt_embeds)
-        rope = rope_tables(self.pos_frequencies, grid)
+        rope = self.rope(self.pos_frequencies, grid)
         for block in self.blocks:
             x, y = block(x, y, c, rope, text_lengths)
         return self.final_layer(x, c, grid)

@@ -11,12 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Returns x in fp32; in fp64 where it is, in which tests compare."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Divides by the root mean square of the last axis, in fp32; the result stays fp32.
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/mod_rmsnorm.py (x * rsqrt(mean(x^2) + eps)).
     """
-    x = x.float()
+    x = at_least_fp32(x)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
@@ -25,7 +30,7 @@ def modulated_rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/mod_rmsnorm.py.
     """
-    return (rms_norm(x, 1e-6) * (1 + scale.float().unsqueeze(1))).to(x.dtype)
+    return (rms_norm(x, 1e-6) * (1 + at_least_fp32(scale).unsqueeze(1))).to(x.dtype)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -33,7 +38,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/residual_tanh_gated_rmsnorm.py.
     """
-    return x + (rms_norm(branch, 1e-6) * torch.tanh(gate.float()).unsqueeze(1)).to(x.dtype)
+    return x + (rms_norm(branch, 1e-6) * torch.tanh(at_least_fp32(gate)).unsqueeze(1)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -46,7 +51,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norms the last axis."""
-        return (rms_norm(x, self.eps) * self.weight.float()).to(x.dtype)
+        return (rms_norm(x, self.eps) * at_least_fp32(self.weight)).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -149,8 +154,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Maps tokens (B, N, D) to (B, C, T, h, w); c (B, D) has passed its SiLU; grid = (T, R, C) in tokens."""
-        shift, scale = self.mod(c).float().unsqueeze(1).chunk(2, dim=-1)
-        normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+        shift, scale = at_least_fp32(self.mod(c)).unsqueeze(1).chunk(2, dim=-1)
+        normed = F.layer_norm(at_least_fp32(x), x.shape[-1:], eps=1e-6)
         patches = self.linear((normed * (1 + scale) + shift).to(x.dtype))
         p = self.patch_size
         patches = patches.unflatten(1, grid).unflatten(-1, (p, p, -1))  # (B, T, R, C, p, p, channels)

@@ -1,0 +1,24 @@
+"""Runs a function in several processes that talk to one another, as it would run on several GPUs."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """Calls `function(*arguments)` in each of `num_ranks` new processes; returns what each rank returned, in order."""
+    mp.start_processes(_run_rank, (num_ranks, function, folder, arguments), nprocs=num_ranks, start_method="spawn")
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+
+
+def _run_rank(rank: int, num_ranks: int, function: Callable[..., Any], folder: Path, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=num_ranks)
+    torch.save(function(*arguments), folder / f"rank_{rank}.pt")
+    dist.destroy_process_group()

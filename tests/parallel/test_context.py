@@ -1,0 +1,89 @@
+"""Several ranks together compute what one does: outputs and gradients, in real processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from helpers_parallel import run_ranks
+from mochi_tune.errors import ParallelError
+from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.parallel.context import apply_context_parallel, check_context_ranks
+
+CONFIG = DiTConfig(depth=3, num_heads=12, hidden_size_x=96, hidden_size_y=48, t5_feat_dim=32)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# Latent frames, rows, columns: 7 frames of 15 tokens, which neither 2 nor 4 divides.
+GRID = (7, 6, 10)
+TEXT_LENGTHS = {"one prompt": [5], "an empty prompt": [0], "different prompts": [6, 3, 0]}
+
+
+def build(dtype: torch.dtype, adapter: str) -> AsymmDiT:
+    torch.manual_seed(0)
+    dit = AsymmDiT(CONFIG).to(dtype)
+    if adapter != "none":
+        apply_lora(dit, list(linear_shapes(dit)), rank=3, alpha=6, dropout=0.0, seed=1)
+        for i, (_, parameter) in enumerate(lora_parameters(dit).items()):
+            generator = torch.Generator().manual_seed(i)
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.3
+            parameter.requires_grad_(True)
+    return dit
+
+
+def inputs(lengths: list[int], dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(3)
+    latents, target = torch.randn(2, len(lengths), 12, *GRID, generator=generator, dtype=dtype)
+    embeds = torch.randn(len(lengths), 8, CONFIG.t5_feat_dim, generator=generator, dtype=dtype)
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
+    return (latents, torch.linspace(0.2, 0.9, len(lengths)), embeds, mask), target
+
+
+def outputs_and_gradients(group) -> dict[str, torch.Tensor]:
+    """Everything that one rank computes; gradients are summed over the ranks."""
+    results = {}
+    for dtype in TOLERANCE:
+        for adapter in ("none", "live"):
+            dit = build(dtype, adapter)
+            if group is not None:
+                apply_context_parallel(dit, group)
+            for name, lengths in TEXT_LENGTHS.items():
+                arguments, target = inputs(lengths, dtype)
+                out = dit(*arguments)
+                key = f"{dtype} {adapter} {name}"
+                results[key] = out.detach()
+                if adapter == "none":
+                    continue
+                # Every rank has the whole output: the sum of the ranks' losses is to be the loss.
+                loss = (out - target).square().mean() / (1 if group is None else dist.get_world_size(group))
+                parameters = lora_parameters(dit)
+                gradients = torch.autograd.grad(loss, list(parameters.values()))
+                for (parameter, _), gradient in zip(parameters.items(), gradients, strict=True):
+                    if group is not None:
+                        dist.all_reduce(gradient, group=group)
+                    results[f"{key} gradient {parameter}"] = gradient
+    return results
+
+
+def in_a_rank() -> dict[str, torch.Tensor]:
+    return outputs_and_gradients(dist.group.WORLD)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return outputs_and_gradients(None)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_several_ranks_compute_what_one_does(num_ranks, alone, tmp_path):
+    ranks = run_ranks(num_ranks, in_a_rank, tmp_path)
+    for results in ranks:
+        assert results.keys() == alone.keys()
+        for key, expected in alone.items():
+            error = (results[key] - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+            assert error <= TOLERANCE[expected.dtype], f"{key}: {error}"
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused():
+    for num_ranks in (1, 2, 3, 4, 6, 8, 12, 24):
+        check_context_ranks(num_ranks, 24)
+    with pytest.raises(ParallelError, match=r"context=5 does not divide the model's 24 heads: use 1, 2, 3, 4, 6, 8"):
+        check_context_ranks(5, 24)
