@@ -5,7 +5,8 @@ from torch import Tensor
 
 from mochi_tune.errors import DataError
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.models.vae import Encoder, encode, frames_to_pixels
+from mochi_tune.models.vae import Encoder, frames_to_pixels
+from mochi_tune.models.vae_streaming import encode
 
 
 def encode_frames(encoder: Encoder, frames: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from mochi_tune.lora import apply_adapter, linear_shapes
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import FPS, to_vae_latents
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
-from mochi_tune.models.vae import decode_chunks
+from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.sampler import draw_noise, sample_latents
 from mochi_tune.video import write_video
 from mochi_tune.weights import base_identity, check_weights, load_decoder, load_dit, meta_dit

@@ -20,7 +20,7 @@ from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_l
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.models.vae import decode_chunks
+from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.sampler import draw_noise, sample_latents
 from mochi_tune.training import checkpoint

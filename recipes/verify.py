@@ -21,11 +21,10 @@ from mochi_tune.models.vae import (
     DecoderConfig,
     Encoder,
     EncoderConfig,
-    decode_tiled,
-    encode,
     fourier_features,
     frames_to_pixels,
 )
+from mochi_tune.models.vae_streaming import decode_tiled, encode
 from mochi_tune.sampler import euler_steps, linear_quadratic_sigmas
 from mochi_tune.weights import check_weights, load_decoder, load_dit, load_encoder
 

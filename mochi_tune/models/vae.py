@@ -2,22 +2,16 @@
 
 Shape letters: B batch, C channels, F pixel frames, T frames inside the network, H W rows and columns inside it.
 
-Everything is causal in time, so a clip may go through in chunks: each layer keeps what it needs of the past in a
-`carry`, a dict that the caller makes empty before the first chunk and hands to every following one. The result is
-that of the whole clip. Without a carry, the input is the whole clip.
+Convolutions are causal in time, so a clip may go through them in chunks: a `carry` knows the frames before a chunk, and
+the result is that of the whole clip. Without a carry, the input is the whole clip. Attention takes whole clips only.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from mochi_tune.models.latents import TEMPORAL_FACTOR
-
-Carry = dict[nn.Module, object]
 
 HEAD_DIM = 32
 # CUDA attention kernels put rows on a grid axis of 65535 at most.
@@ -49,6 +43,27 @@ class DecoderConfig:
     latent_dim: int = 12
     temporal_expansions: tuple[int, ...] = (1, 2, 3)
     spatial_expansions: tuple[int, ...] = (2, 2, 2)
+
+
+class Carry:
+    """What the layers need of the frames before a chunk, where one follows the other; a new one for each clip."""
+
+    def __init__(self) -> None:
+        self._past: dict[nn.Module, Tensor] = {}
+        self._begun: set[nn.Module] = set()
+
+    def past(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Returns the two frames before the chunk x (B, C, T, H, W); before the clip, its first frame twice."""
+        past = self._past[layer] if layer in self._past else x[:, :, :1].expand(-1, -1, 2, -1, -1)
+        # A copy, as a view would hold the whole chunk.
+        self._past[layer] = torch.cat([past, x[:, :, -2:]], dim=2)[:, :, -2:].clone()
+        return past
+
+    def begins(self, layer: nn.Module) -> bool:
+        """Whether the chunk is the clip's first, asked once for each chunk."""
+        first = layer not in self._begun
+        self._begun.add(layer)
+        return first
 
 
 def frames_to_pixels(frames: Tensor) -> Tensor:
@@ -116,14 +131,10 @@ class CausalConv(nn.Conv3d):
 
     def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
         """Maps (B, C, T, H, W) to the same shape."""
-        past = None if carry is None else carry.get(self)
+        num_missing = 2
         if carry is not None:
-            first = x[:, :, :1].expand(-1, -1, 2, -1, -1) if past is None else past
-            carry[self] = torch.cat([first, x[:, :, -2:]], dim=2)[:, :, -2:].clone()
-        if past is not None:
-            x = torch.cat([past, x], dim=2)
-        x = F.pad(x, (1, 1, 1, 1, 0 if past is not None else 2, 0), mode="replicate")
-        return super().forward(x)
+            x, num_missing = torch.cat([carry.past(self, x), x], dim=2), 0
+        return super().forward(F.pad(x, (1, 1, 1, 1, num_missing, 0), mode="replicate"))
 
 
 class TemporalAttention(nn.Module):
@@ -137,27 +148,14 @@ class TemporalAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, T, H, W) to the same shape."""
         batch, _, _, height, width = x.shape
         rows = x.permute(0, 3, 4, 2, 1).flatten(0, 2)  # (B H W, T, C)
         q, k, v = self.qkv(rows).unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # (rows, heads, T, 32) each
         q, k = (F.normalize(t.float(), dim=-1).to(t.dtype) for t in (q, k))
-        num_past = 0
-        if carry is not None:
-            if self in carry:
-                past_k, past_v = carry[self]
-                num_past = past_k.shape[2]
-                k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-            carry[self] = (k, v)
-        num_new = q.shape[2]
-        mask = torch.ones(num_new, num_past + num_new, dtype=torch.bool, device=x.device).tril(num_past)
-        attended = torch.cat(
-            [
-                F.scaled_dot_product_attention(*(t[i : i + MAX_ATTENTION_ROWS] for t in (q, k, v)), attn_mask=mask)
-                for i in range(0, q.shape[0], MAX_ATTENTION_ROWS)
-            ]
-        )
+        parts = zip(*(t.split(MAX_ATTENTION_ROWS) for t in (q, k, v)), strict=True)
+        attended = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts])
         out = self.out(attended.transpose(1, 2).flatten(2))
         return out.unflatten(0, (batch, height, width)).permute(0, 4, 3, 1, 2)
 
@@ -170,9 +168,9 @@ class AttentionBlock(nn.Module):
         self.norm = FrameNorm(channels, silu=False)
         self.attn = TemporalAttention(channels)
 
-    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, T, H, W) to the same shape."""
-        return x + self.attn(self.norm(x), carry)
+        return x + self.attn(self.norm(x))
 
 
 class ResBlock(nn.Module):
@@ -193,9 +191,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
         """Maps (B, C, T, H, W) to the same shape."""
+        x = self.convolve(x, carry)
+        return self.attn_block(x) if self.attention else x
+
+    def convolve(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        """The block without its attention."""
         h = self.stack["2"](self.stack["0"](x), carry)
-        x = x + self.stack["5"](self.stack["3"](h), carry)
-        return self.attn_block(x, carry) if self.attention else x
+        return x + self.stack["5"](self.stack["3"](h), carry)
 
 
 class Downsample(nn.Conv3d):
@@ -207,10 +209,7 @@ class Downsample(nn.Conv3d):
 
     def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
         """Maps (B, C, T, H, W) to (B, C', T', H / spatial, W / spatial)."""
-        first_chunk = carry is None or self not in carry
-        if carry is not None:
-            carry[self] = True
-        if first_chunk:
+        if carry is None or carry.begins(self):
             x = F.pad(x, (0, 0, 0, 0, self.stride[0] - 1, 0), mode="replicate")
         return super().forward(x)
 
@@ -223,10 +222,10 @@ class DownsampleBlock(nn.Module):
         res_blocks = [ResBlock(down.out_channels, attention) for _ in range(num_res_blocks)]
         self.layers = nn.ModuleList([down, *res_blocks])
 
-    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, T, H, W) to the next level."""
         for layer in self.layers:
-            x = layer(x, carry)
+            x = layer(x)
         return x
 
 
@@ -246,12 +245,9 @@ class UpsampleBlock(nn.Module):
         """Maps (B, C, T, H, W) to (B, C', T', spatial * H, spatial * W)."""
         for block in self.blocks:
             x = block(x, carry)
-        first_chunk = carry is None or self not in carry
-        if carry is not None:
-            carry[self] = True
         x = self.proj(x).unflatten(1, (-1, self.temporal, self.spatial, self.spatial))  # (B, C', t, s, s, T, H, W)
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return x[:, :, self.temporal - 1 :] if first_chunk else x
+        return x[:, :, self.temporal - 1 :] if carry is None or carry.begins(self) else x
 
 
 class Encoder(nn.Module):
@@ -277,12 +273,19 @@ class Encoder(nn.Module):
         self.output_norm = FrameNorm(channels[-1])
         self.output_proj = PointwiseConv(channels[-1], 2 * config.latent_dim, bias=False)
 
-    def forward(self, pixels: Tensor, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes fp32 pixels (B, 3, F, H, W) to mean and log-variance of the VAE latents, fp32 (B, 12, T, h, w)."""
-        x = fourier_features(pixels).to(self.output_proj.weight.dtype)
-        x = self.layers[0](x)
+        x = self.embed(pixels)
         for layer in self.layers[1:]:
-            x = layer(x, carry)
+            x = layer(x)
+        return self.posterior(x)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Maps fp32 pixels (B, 3, F, H, W) to what the first residual block takes."""
+        return self.layers[0](fourier_features(pixels).to(self.output_proj.weight.dtype))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps what the last layer gave to mean and log-variance, fp32."""
         mean, logvar = self.output_proj(self.output_norm(x)).float().chunk(2, dim=1)
         return mean, logvar
 
@@ -314,86 +317,3 @@ class Decoder(nn.Module):
         for block in [*top, *self.blocks[1:-1], *self.blocks[-1]]:
             x = block(x, carry)
         return self.output_proj(F.silu(x))
-
-
-def encode(encoder: Encoder, pixels: Tensor, chunk_latent_frames: int = 1) -> tuple[Tensor, Tensor]:
-    """Encodes a clip of 6k+1 frames in chunks of time; exact. Activations do not grow with its length.
-
-    Keys and values do, which attention carries for all earlier frames: in Mochi's encoder at 480x848 in bf16 they are
-    1.34 GB a latent frame, 0.94 of it in the first level that has attention.
-
-    Args:
-        encoder: on the device of the work.
-        pixels: fp32 in [-1, 1], (B, 3, F, H, W), on any device.
-        chunk_latent_frames: latent frames to encode at a time.
-
-    Returns:
-        The mean and the log-variance of the VAE latents, fp32 (B, 12, T, h, w), on the encoder's device.
-    """
-    device = encoder.output_proj.weight.device
-    carry: Carry = {}
-    step = chunk_latent_frames * TEMPORAL_FACTOR
-    parts = [pixels[:, :, : step - TEMPORAL_FACTOR + 1], *pixels[:, :, step - TEMPORAL_FACTOR + 1 :].split(step, dim=2)]
-    outputs = [encoder(part.to(device), carry) for part in parts if part.shape[2]]
-    return torch.cat([mean for mean, _ in outputs], dim=2), torch.cat([logvar for _, logvar in outputs], dim=2)
-
-
-def decode_chunks(decoder: Decoder, vae_latents: Tensor, chunk_latent_frames: int = 1) -> Iterator[Tensor]:
-    """Decodes in chunks of time, yielding uint8 frames (B, F', H, W, 3) on the CPU; exact, at a flat peak memory.
-
-    Args:
-        decoder: on the device of the work.
-        vae_latents: (B, 12, T, h, w).
-        chunk_latent_frames: latent frames to decode at a time.
-    """
-    device = decoder.output_proj.weight.device
-    carry: Carry = {}
-    for part in vae_latents.split(chunk_latent_frames, dim=2):
-        yield pixels_to_frames(decoder(part.to(device), carry)).cpu()
-
-
-def decode_tiled(
-    decoder: Decoder, vae_latents: Tensor, num_tiles: tuple[int, int] = (2, 2), overlap: int = 4
-) -> Tensor:
-    """Decodes spatial tiles and blends their overlaps: an approximation, as each tile is normed by itself.
-
-    Over n pixels of overlap, pixel i weights the later tile (i + 1) / (n + 1).
-    Source: genmoai/mochi@0c86aeb vae/models.py (decode_latents_tiled_spatial).
-
-    Args:
-        decoder: on the device of the latents.
-        vae_latents: (B, 12, T, h, w).
-        num_tiles: tiles over rows and over columns; each axis must split evenly with its overlaps.
-        overlap: latents that neighbouring tiles share.
-
-    Returns:
-        Pixels (B, 3, F, H, W), not clamped.
-    """
-    rows = _tile_slices(vae_latents.shape[3], num_tiles[0], overlap)
-    columns = _tile_slices(vae_latents.shape[4], num_tiles[1], overlap)
-    spatial = math.prod(decoder.config.spatial_expansions)
-    bands = []
-    for row in rows:
-        tiles = [decoder(vae_latents[:, :, :, row, column]) for column in columns]
-        bands.append(_blend(tiles, overlap * spatial, dim=4))
-    return _blend(bands, overlap * spatial, dim=3)
-
-
-def _tile_slices(size: int, num_tiles: int, overlap: int) -> list[slice]:
-    length, rest = divmod(size + (num_tiles - 1) * overlap, num_tiles)
-    assert rest == 0 and length > overlap, f"{size} latents do not split into {num_tiles} tiles that share {overlap}"
-    return [slice(i * (length - overlap), i * (length - overlap) + length) for i in range(num_tiles)]
-
-
-def _blend(tiles: list[Tensor], overlap: int, dim: int) -> Tensor:
-    if overlap == 0:
-        return torch.cat(tiles, dim=dim)
-    ramp = torch.arange(1, overlap + 1, dtype=torch.float32, device=tiles[0].device) / (overlap + 1)
-    ramp = ramp.view(-1, *[1] * (tiles[0].ndim - 1 - dim)).to(tiles[0].dtype)
-    out = tiles[0]
-    for tile in tiles[1:]:
-        size = out.shape[dim]
-        seam = out.narrow(dim, size - overlap, overlap) * (1 - ramp) + tile.narrow(dim, 0, overlap) * ramp
-        rest = tile.narrow(dim, overlap, tile.shape[dim] - overlap)
-        out = torch.cat([out.narrow(dim, 0, size - overlap), seam, rest], dim=dim)
-    return out

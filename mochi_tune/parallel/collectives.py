@@ -1,6 +1,6 @@
 """Exchanges between the ranks of a group whose backward pass is the exact adjoint of their forward pass.
 
-The ranks together are one function, whose output is the sum of theirs: a gradient that a rank computes is its share, and
+The ranks together are one function, whose output is the sum of theirs: a gradient that a rank computes is its share and
 the sum over the ranks is the gradient. All of them are made of one collective, the all-to-all, whose adjoint is the
 all-to-all back. Shares may be uneven.
 """

@@ -13,9 +13,6 @@ from mochi_tune.models.vae import (
     EncoderConfig,
     FrameNorm,
     TemporalAttention,
-    decode_chunks,
-    decode_tiled,
-    encode,
     fourier_features,
     frames_to_pixels,
     pixels_to_frames,
@@ -79,23 +76,6 @@ def test_frames_are_divided_by_a_tensor_on_their_device():
     assert torch.equal(frames_to_pixels(levels), exact.permute(0, 4, 1, 2, 3))
 
 
-@torch.no_grad()
-def test_keys_and_values_take_as_much_as_is_said():
-    with torch.device("meta"):
-        encoder = Encoder(EncoderConfig()).bfloat16()
-        pixels = torch.zeros(1, 3, 13, 480, 848)
-    carry, held = {}, []
-    for part in pixels.split([1, 6, 6], dim=2):
-        encoder(part, carry)
-        attended = {m: kv for m, kv in carry.items() if isinstance(m, TemporalAttention)}
-        held.append({m: sum(t.nbytes for t in kv) for m, kv in attended.items()})
-    grown = {m: held[2][m] - held[1][m] for m in held[2]}
-    assert sum(grown.values()) == sum(held[1].values()) - sum(held[0].values())
-    assert f"{sum(grown.values()) / 1e9:.2f} GB a latent frame" in encode.__doc__
-    first = sum(size for m, size in grown.items() if m.qkv.in_features == 128)
-    assert f"{first / 1e9:.2f} of it" in encode.__doc__
-
-
 def test_fourier_features_refuse_rounded_pixels():
     with pytest.raises(AssertionError, match="fp32"):
         fourier_features(torch.zeros(1, 3, 1, 8, 8, dtype=torch.bfloat16))
@@ -114,25 +94,6 @@ def test_decoder_is_the_official_one(decoder):
     raw = decoder(IO["lat"])
     assert relative_error(raw, IO["decoded_raw"]) <= 2e-5
     assert relative_error(to_unit(raw), IO["decoded"]) <= 2e-5
-
-
-@torch.no_grad()
-def test_tiled_decoder_is_the_official_one(decoder):
-    assert relative_error(to_unit(decode_tiled(decoder, IO["lat"])), IO["decoded_tiled_spatial"]) <= 2e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_chunks_of_time_are_the_whole(encoder, decoder, chunk):
-    frames = torch.randint(0, 256, (1, 25, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pixels = frames_to_pixels(frames)
-    mean, logvar = encoder(pixels)
-    for got, whole in zip(encode(encoder, pixels, chunk), (mean, logvar), strict=True):
-        assert relative_error(got, whole) <= 1e-5
-    decoded = torch.cat(list(decode_chunks(decoder, mean, chunk)), dim=1)
-    difference = decoded.int() - pixels_to_frames(decoder(mean)).int()
-    # A value next to a rounding border may fall on its other side.
-    assert decoded.shape == frames.shape and difference.abs().max() <= 1 and difference.ne(0).float().mean() < 1e-3
 
 
 @torch.no_grad()
@@ -182,14 +143,10 @@ def test_attention_in_parts_of_its_rows_is_the_whole(monkeypatch):
     torch.manual_seed(0)
     attention, x = TemporalAttention(64), torch.randn(2, 64, 5, 3, 4)
 
-    def attend():
-        carry = {}
-        return [attention(x), attention(x[:, :, :2], carry), attention(x[:, :, 2:], carry)]
-
-    whole = attend()
+    whole = attention(x)
     # 24 rows: three parts of 7, and one of 3.
     monkeypatch.setattr(vae, "MAX_ATTENTION_ROWS", 7)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(attend(), whole, strict=True))
+    assert torch.allclose(attention(x), whole, atol=1e-6)
 
 
 def test_a_norm_gives_the_same_with_and_without_a_gradient():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-
 from helpers_parallel import run_ranks
+
 from mochi_tune.errors import ParallelError
 from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
