@@ -1,0 +1,101 @@
+"""Decoding a clip on several ranks at once, each a part of its time.
+
+Shape letters: B batch, C channels, T latent frames, F pixel frames, H W rows and columns.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mochi_tune.errors import ParallelError
+from mochi_tune.models.vae import Decoder, UpsampleBlock, pixels_to_frames
+from mochi_tune.parallel.collectives import even_shares
+
+# Frames that a convolution sees of those before.
+HALO = 2
+
+
+class HaloCarry:
+    """Takes the two frames before a rank's part from the ranks that hold them, at each layer, all ranks at once.
+
+    Stands in for `Carry`: the parts are worked on side by side instead of one after the other.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, counts: list[int]) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.counts = list(counts)  # frames of each rank's part, at the layer that runs
+
+    def past(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Returns the two frames before the part x (B, C, n, H, W); before the clip, its first frame twice."""
+        received, operations, kept_alive = {}, [], []
+        for receiver in range(len(self.counts)):
+            for owner, part, place in self._halo(receiver):
+                if owner == receiver or self.rank not in (owner, receiver):
+                    continue
+                peer = dist.get_global_rank(self.group, receiver if self.rank == owner else owner)
+                if self.rank == owner:
+                    kept_alive.append(x[:, :, part].contiguous())
+                    operations.append(dist.P2POp(dist.isend, kept_alive[-1], peer, self.group))
+                else:
+                    received[place] = x.new_empty(*x.shape[:2], part.stop - part.start, *x.shape[3:])
+                    operations.append(dist.P2POp(dist.irecv, received[place], peer, self.group))
+        for request in dist.batch_isend_irecv(operations) if operations else []:
+            request.wait()
+        past = torch.cat([received[place] for place in sorted(received)], dim=2) if received else x[:, :, :1]
+        return past if past.shape[2] == HALO else past[:, :, :1].expand(-1, -1, HALO, -1, -1)
+
+    def begins(self, layer: nn.Module) -> bool:
+        """Whether this rank's part begins the clip; called by each upsample, after which the parts are longer."""
+        assert isinstance(layer, UpsampleBlock), layer
+        self.counts = [n * layer.temporal for n in self.counts]
+        self.counts[0] -= layer.temporal - 1
+        return self.rank == 0
+
+    def _halo(self, receiver: int) -> list[tuple[int, slice, int]]:
+        """Of the two frames before a rank's part: which rank holds which of its own frames, and their place."""
+        starts = [sum(self.counts[:i]) for i in range(len(self.counts))]
+        wanted = range(max(0, starts[receiver] - HALO), starts[receiver])
+        found = []
+        for owner, (start, count) in enumerate(zip(starts, self.counts, strict=True)):
+            first, last = max(wanted.start, start), min(wanted.stop, start + count)
+            if first < last:
+                found.append((owner, slice(first - start, last - start), first))
+        return found
+
+
+def check_decode_ranks(num_ranks: int, num_latent_frames: int) -> None:
+    """Refuses more ranks than there are latent frames to decode.
+
+    Raises:
+        ParallelError: naming how many there may be.
+    """
+    if num_ranks > num_latent_frames:
+        raise ParallelError(
+            f"{num_ranks} ranks cannot share the decoding of {num_latent_frames} latent frames: "
+            f"use at most {num_latent_frames}, or more frames."
+        )
+
+
+@torch.no_grad()
+def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Decodes this rank's part of the time of a clip, exactly as it is in the whole.
+
+    Args:
+        decoder: on this rank's device; all ranks have the same one.
+        vae_latents: of the whole clip, (B, 12, T, h, w), the same on all ranks.
+        group: of the ranks; one after the other, their parts are the clip.
+
+    Returns:
+        uint8 frames (B, F', H, W, 3) on the CPU.
+
+    Raises:
+        ParallelError: more ranks than latent frames.
+    """
+    num_ranks = dist.get_world_size(group)
+    check_decode_ranks(num_ranks, vae_latents.shape[2])
+    counts = even_shares(vae_latents.shape[2], num_ranks)
+    carry = HaloCarry(group, counts)
+    mine = vae_latents.split(counts, dim=2)[carry.rank]
+    device = decoder.output_proj.weight.device
+    return pixels_to_frames(decoder(mine.to(device), carry)).cpu()
