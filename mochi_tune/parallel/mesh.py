@@ -1,0 +1,121 @@
+"""How processes share the work: data (videos) x guidance (prompt, negative prompt) x context (tokens)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mochi_tune.errors import ParallelError
+from mochi_tune.models.dit import DiTConfig
+from mochi_tune.parallel.context import check_context_ranks
+from mochi_tune.sampler import Prompt, guided
+
+# What one H100 does a second in bf16: matrix products, attention; and bytes to the other GPUs of its machine. Their
+# proportions decide which layout is the fastest.
+MATRIX_FLOPS, ATTENTION_FLOPS, LINK_BYTES = 790e12, 600e12, 370e9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The number of ranks along each axis."""
+
+    data: int = 1
+    guidance: int = 1
+    context: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in all."""
+        return self.data * self.guidance * self.context
+
+    def __str__(self) -> str:
+        return f"data={self.data} guidance={self.guidance} context={self.context}"
+
+
+def possible_layouts(num_ranks: int, num_heads: int, is_guided: bool) -> list[Layout]:
+    """Returns every way to use all ranks: two for guidance where there is any, context ranks that divide the heads."""
+    return [
+        Layout(num_ranks // (guidance * context), guidance, context)
+        for guidance in ((1, 2) if is_guided else (1,))
+        for context in range(1, num_ranks + 1)
+        if num_ranks % (guidance * context) == 0 and num_heads % context == 0
+    ]
+
+
+def choose_layout(
+    num_ranks: int, config: DiTConfig, num_videos: int, num_tokens: int, is_guided: bool, asked: dict[str, int | None]
+) -> Layout:
+    """Returns the layout that should be the fastest of those that have what is asked for.
+
+    Args:
+        num_ranks: processes.
+        config: of the DiT.
+        num_videos: to render.
+        num_tokens: visual tokens of one video.
+        is_guided: whether any step has a guidance other than 1.
+        asked: a number for "data", "guidance" or "context", or None where any will do.
+
+    Raises:
+        ParallelError: none is possible; those that are, are named.
+    """
+    if asked.get("context"):
+        check_context_ranks(asked["context"], config.num_heads)
+    possible = possible_layouts(num_ranks, config.num_heads, is_guided)
+    fitting = [
+        layout for layout in possible if all(n is None or getattr(layout, axis) == n for axis, n in asked.items())
+    ]
+    if not fitting:
+        wanted = " ".join(f"parallel.{axis}={n}" for axis, n in asked.items() if n is not None)
+        raise ParallelError(
+            f"{wanted} is not possible with {num_ranks} processes"
+            f"{'' if is_guided else ' and no guidance'}: use {' or '.join(map(str, possible))}."
+        )
+    return min(fitting, key=lambda layout: estimate_seconds(layout, config, num_videos, num_tokens, is_guided))
+
+
+def estimate_seconds(layout: Layout, config: DiTConfig, num_videos: int, num_tokens: int, is_guided: bool) -> float:
+    """Estimates the seconds a step of all videos on H100s: arithmetic, and what goes between the GPUs.
+
+    Exchanged are q, k, v and the output of attention, 2 bytes each. The tokens of the fullest rank count.
+    """
+    width = config.hidden_size_x
+    mine = -(-num_tokens // layout.context)
+    hidden = 2 * config.mlp_ratio_x * width / 3
+    matrices = 2 * mine * (4 * width * width + 3 * width * hidden)
+    attention = 4 * num_tokens * mine * width
+    exchanged = 2 * 4 * width * mine * (layout.context - 1) / layout.context
+    forward = config.depth * (matrices / MATRIX_FLOPS + attention / ATTENTION_FLOPS + exchanged / LINK_BYTES)
+    turns = (2 if is_guided else 1) / layout.guidance
+    return -(-num_videos // layout.data) * turns * forward
+
+
+class Mesh:
+    """This process's place in a layout, and the groups that it talks to; all ranks build it together."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        axes = ("data", "guidance", "context")
+        mesh = dist.init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in axes), mesh_dim_names=axes)
+        self.data_rank, self.guidance_rank, self.context_rank = mesh.get_coordinate()
+        self.guidance_group, self.context_group = mesh["guidance"].get_group(), mesh["context"].get_group()
+        # The ranks that make one video together.
+        self.video_group = mesh["guidance", "context"]._flatten("video").get_group()
+
+
+class SplitGuidance:
+    """A `sampler.Guide`: one rank of a group of two evaluates the prompt, the other one the negative prompt."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(
+        self, dit: nn.Module, z: Tensor, sigma: Tensor, prompt: Prompt, negative_prompt: Prompt, scale: float
+    ) -> Tensor:
+        """Returns the guided velocity, the same on both ranks; at scale 1 both evaluate the prompt."""
+        if scale == 1:
+            return dit(z, sigma, *prompt).float()
+        mine = dit(z, sigma, *(prompt, negative_prompt)[dist.get_rank(self.group)]).float().contiguous()
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine, group=self.group)
+        return guided(*both, scale)
