@@ -11,7 +11,7 @@ the official one is read.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,27 @@ _PARTS = {
 }
 
 
-def load_dit(folder: Path, device: torch.device | str, dtype: torch.dtype) -> AsymmDiT:
+def load_dit(
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    each_block: Callable[[AsymmDiT, nn.Module], None] | None = None,
+) -> AsymmDiT:
     """Loads the AsymmDiT, frozen and in eval mode; matrices in `dtype`, norms' weights and `pos_frequencies` in fp32.
 
     Memory holds the model and one tensor of the file, whatever the file's dtype and layout.
 
+    Args:
+        folder: a weights folder in either layout.
+        device: of the weights.
+        dtype: of the matrices.
+        each_block: called with the model and each block as soon as the block is there, so that it can be made smaller
+            before the next one is read; the embedders are there by then.
+
     Raises:
         CheckpointError: no such weights, not a readable safetensors file, or keys or shapes of another model.
     """
-    return _load(Path(folder), "dit", device, dtype)
+    return _load(Path(folder), "dit", device, dtype, each_block)
 
 
 def load_encoder(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Encoder:
@@ -172,7 +184,13 @@ def held_in_fp32(model: nn.Module) -> set[str]:
     return norms | {"pos_frequencies"}
 
 
-def _load(folder: Path, part: str, device: torch.device | str, dtype: torch.dtype) -> Any:
+def _load(
+    folder: Path,
+    part: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    each_block: Callable[[Any, nn.Module], None] | None = None,
+) -> Any:
     model, mapping, files = _plan(folder, part)
     fp32 = held_in_fp32(model)
 
@@ -181,13 +199,22 @@ def _load(folder: Path, part: str, device: torch.device | str, dtype: torch.dtyp
         with safe_open(files[name], "pt") as file:
             return file.get_tensor(name)
 
-    for name, parameter in list(model.named_parameters()):
+    parameters = list(model.named_parameters())
+    blocks = [_block_of(name) for name, _ in parameters]
+    for i, (name, parameter) in enumerate(parameters):
         tensor = torch.empty(parameter.shape, dtype=torch.float32 if name in fp32 else dtype, device=device)
         mapping[name].join(read, tensor)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+        if each_block and blocks[i] and blocks[i] not in blocks[i + 1 : i + 2]:
+            each_block(model, model.get_submodule(blocks[i]))
     assert not any(buffer.is_meta for buffer in model.buffers()), f"{part} has a buffer that no file fills"
     return model.eval()
+
+
+def _block_of(name: str) -> str:
+    """The block that a parameter of the DiT belongs to, "blocks.3", or "" if it belongs to none."""
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
 
 
 @dataclass(frozen=True)

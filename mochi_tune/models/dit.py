@@ -124,7 +124,7 @@ class AsymmDiT(nn.Module):
         """
         prompt_embeds, mask, text_lengths = pack_prompts(prompt_embeds, prompt_mask)
         prompt_embeds = prompt_embeds.to(self.dtype)
-        c = F.silu(self.t_embedder(sigma) + self.t5_y_embedder(prompt_embeds, mask))
+        c = self._condition(sigma, prompt_embeds, mask)
         p = self.config.patch_size
         grid = (latents.shape[2], latents.shape[3] // p, latents.shape[4] // p)
         x = self.x_embedder(latents)
@@ -133,6 +133,14 @@ class AsymmDiT(nn.Module):
         for block in self.blocks:
             x, y = block(x, y, c, rope, text_lengths)
         return self.final_layer(x, c, grid)
+
+    def condition(self, sigma: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Returns the vector (B, D) that the blocks' modulation reads; arguments as for `forward`."""
+        prompt_embeds, mask, _ = pack_prompts(prompt_embeds, prompt_mask)
+        return self._condition(sigma, prompt_embeds.to(self.dtype), mask)
+
+    def _condition(self, sigma: Tensor, prompt_embeds: Tensor, mask: Tensor) -> Tensor:
+        return F.silu(self.t_embedder(sigma) + self.t5_y_embedder(prompt_embeds, mask))
 
 
 def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:

@@ -1,12 +1,140 @@
 """Trading time for memory, as functions over a model that knows nothing of it."""
 
 import functools
+import warnings
+from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock
 
 
 def apply_activation_checkpointing(dit: nn.Module) -> None:
     """Keeps only each block's input for the backward pass and computes its inside again; gradients stay the same."""
     for block in dit.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class KnownInputs(nn.Module):
+    """Stands in for a Linear that only ever sees a few inputs, whose outputs it keeps in the place of its weights."""
+
+    def __init__(self, linear: nn.Linear, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.outputs = linear(inputs)
+
+    def forward(self, c: Tensor) -> Tensor:
+        """Returns the outputs (B, out) of the known inputs that c (B, D) are nearest to: rounding may differ."""
+        distances = (c[:, None] - self.inputs).abs().sum(-1)  # (B, known)
+        return self.outputs[distances.argmin(1)]
+
+
+@torch.no_grad()
+def fold_modulation(block: AsymmetricJointBlock, conditions: Tensor) -> None:
+    """Replaces a block's modulation layers, a quarter of the DiT, by what they give for the conditions of a rendering.
+
+    Args:
+        block: with its weights.
+        conditions: all that will come, `AsymmDiT.condition` of each step and prompt, (known, D).
+    """
+    block.mod_x = KnownInputs(block.mod_x, conditions)
+    block.mod_y = KnownInputs(block.mod_y, conditions)
+
+
+@torch.no_grad()
+def known_conditions(dit: AsymmDiT, sigmas: Sequence[float], prompts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Returns the conditions (known, D) of every sigma with every prompt, embeddings (1, L, D) and mask (1, L)."""
+    device = dit.pos_frequencies.device
+    levels = torch.tensor(list(dict.fromkeys(sigmas)), device=device)
+    rows = [
+        dit.condition(levels, embeds.to(device).expand(len(levels), -1, -1), mask.expand(len(levels), -1))
+        for embeds, mask in prompts
+    ]
+    return torch.cat(rows)
+
+
+# Name of a low precision -> torchao's, and whether activations are rounded too, which is what makes it faster.
+PRECISIONS = ("int8", "fp8")
+
+
+def quantize_block(block: nn.Module, precision: str) -> None:
+    """Rounds the matrices of a block to 8 bits, by torchao: half the memory of bf16.
+
+    "fp8" rounds the activations too where the GPU multiplies fp8 (Hopper, Ada), row by row, and is faster there;
+    elsewhere, and with "int8", weights alone are rounded. Adapters stay as they are.
+
+    Args:
+        block: on its device; its Linear layers' weights are replaced.
+        precision: one of PRECISIONS.
+    """
+    assert precision in PRECISIONS, precision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao import quantization
+    if precision == "int8":
+        config = quantization.Int8WeightOnlyConfig()
+    elif next(block.parameters()).is_cuda and torch.cuda.get_device_capability() >= (8, 9):
+        config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+    else:
+        config = quantization.Float8WeightOnlyConfig()
+    quantization.quantize_(block, config)
+
+
+def apply_block_offload(dit: AsymmDiT, device: torch.device) -> None:
+    """Keeps the blocks' weights on the CPU; each is on its way to the device while the block before it computes.
+
+    At most two blocks are on the device. Adapters, and all that is outside of the blocks, are moved there for good.
+
+    Args:
+        dit: on the CPU, frozen, with its adapters.
+        device: where it computes.
+    """
+    for name, child in dit.named_children():
+        if name != "blocks":
+            child.to(device)
+    dit.pos_frequencies.data = dit.pos_frequencies.data.to(device)
+    _Ferry(list(dit.blocks), device)
+
+
+class _Ferry:
+    """Brings blocks to the device and sends them home, by hooks of the blocks."""
+
+    def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.home: list[list[tuple[nn.Parameter, Tensor]]] = []
+        self.travelling: dict[int, list[Tensor]] = {}
+        for i, block in enumerate(blocks):
+            self.home.append([])
+            for name, parameter in block.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = parameter.data.to(device)
+                    continue
+                if self.stream is not None:
+                    # Only from pinned memory does a copy run beside the arithmetic.
+                    parameter.data = parameter.data.pin_memory()
+                self.home[i].append((parameter, parameter.data))
+            block.register_forward_pre_hook(functools.partial(self._arrive, i))
+            block.register_forward_hook(functools.partial(self._leave, i))
+
+    def _send(self, i: int) -> None:
+        with torch.cuda.stream(self.stream):
+            self.travelling[i] = [data.to(self.device, non_blocking=True, copy=True) for _, data in self.home[i]]
+
+    def _arrive(self, i: int, *_) -> None:
+        if i not in self.travelling:
+            self._send(i)
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        for (parameter, _), data in zip(self.home[i], self.travelling.pop(i), strict=True):
+            if self.stream is not None:
+                # Its memory may be used again only when the block has computed.
+                data.record_stream(torch.cuda.current_stream())
+            parameter.data = data
+        self._send((i + 1) % len(self.home))
+
+    def _leave(self, i: int, *_) -> None:
+        for parameter, data in self.home[i]:
+            parameter.data = data

@@ -1,0 +1,97 @@
+"""What is done for memory leaves the numbers as they are."""
+
+import pytest
+import torch
+from helpers_golden import GOLDEN, relative_error, vectors
+from helpers_memory import TensorMemory
+
+from mochi_tune.adapters import load_adapter
+from mochi_tune.lora import apply_adapter
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.parallel.memory import (
+    apply_block_offload,
+    fold_modulation,
+    known_conditions,
+    quantize_block,
+)
+from mochi_tune.sampler import euler_steps, guide_in_one_batch, guide_in_turn, linear_quadratic_sigmas
+from mochi_tune.weights import load_dit
+
+IO = vectors("dit_io")
+PROMPT, NEGATIVE = (IO["y_feat"], IO["y_mask"]), (IO["null_feat"], torch.zeros_like(IO["y_mask"]))
+GUIDANCE = IO["cfg_schedule"].tolist()
+SIGMAS = linear_quadratic_sigmas(len(GUIDANCE), 0.025)
+
+
+def rendered(dit, guide=guide_in_turn) -> torch.Tensor:
+    *_, latents = euler_steps(dit, IO["z"], PROMPT, NEGATIVE, SIGMAS, GUIDANCE, guide)
+    return latents
+
+
+def adapt(dit) -> None:
+    apply_adapter(dit, load_adapter(GOLDEN / "lora.safetensors").scaled(1.0), "adapter")
+
+
+@pytest.fixture(scope="module")
+def adapted() -> torch.Tensor:
+    dit = load_dit(GOLDEN, "cpu", torch.float32)
+    adapt(dit)
+    return rendered(dit)
+
+
+@pytest.mark.parametrize("guide", [guide_in_turn, guide_in_one_batch])
+def test_modulation_of_known_conditions_renders_the_official_latents(guide):
+    conditions, folded = [], []
+
+    def fold(dit, block):
+        if not conditions:
+            conditions.append(known_conditions(dit, SIGMAS[:-1], [PROMPT, NEGATIVE]))
+        fold_modulation(block, conditions[0])
+        folded.append(block)
+
+    dit = load_dit(GOLDEN, "cpu", torch.float32, fold)
+    assert folded == list(dit.blocks)
+    assert not [name for name, _ in dit.named_parameters() if ".mod_" in name and name.startswith("blocks")]
+    assert relative_error(rendered(dit, guide), IO["sample_dit"]) <= 2e-5
+
+
+def test_blocks_that_come_and_go_render_the_same(adapted):
+    dit = load_dit(GOLDEN, "cpu", torch.float32)
+    adapt(dit)
+    apply_block_offload(dit, torch.device("cpu"))
+    assert torch.equal(rendered(dit), adapted)
+
+
+@torch.no_grad()
+def test_at_most_two_blocks_are_away_from_home():
+    torch.manual_seed(0)
+    dit = AsymmDiT(DiTConfig(depth=6, num_heads=6, hidden_size_x=192, hidden_size_y=96, t5_feat_dim=32)).eval()
+    arguments = torch.randn(1, 12, 1, 2, 2), torch.tensor([0.5]), torch.randn(1, 3, 32), torch.ones(1, 3)
+    home = [block.mlp_x.w1.weight.data_ptr() for block in dit.blocks]
+    away = []
+    with TensorMemory() as plain:
+        dit(*arguments)
+    apply_block_offload(dit, torch.device("cpu"))
+    for block in dit.blocks:
+        block.mlp_x.register_forward_hook(
+            lambda *_: away.append([b.mlp_x.w1.weight.data_ptr() != p for b, p in zip(dit.blocks, home, strict=True)])
+        )
+    size = sum(p.nbytes for p in dit.blocks[0].parameters())
+    # What is under way is counted here; what has arrived belongs to a parameter, and is told by its place.
+    with TensorMemory() as offloaded:
+        dit(*arguments)
+    assert offloaded.peak - plain.peak <= size
+    assert away == [[i == j for i in range(6)] for j in range(6)]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("fp8", 0.08)])
+def test_eight_bits_stay_near_and_take_adapters(precision, tolerance, adapted):
+    dit = load_dit(GOLDEN, "cpu", torch.bfloat16, lambda _, block: quantize_block(block, precision))
+    half = load_dit(GOLDEN, "cpu", torch.bfloat16)
+    for model in (dit, half):
+        adapt(model)
+    expected = rendered(half)
+    error = ((rendered(dit) - expected).norm() / expected.norm()).item()
+    assert 1e-4 < error < tolerance
+    weight = dit.blocks[0].mlp_x.w1.weight
+    assert sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0]) < 1.1 * weight.numel()
