@@ -1,120 +1,23 @@
-"""The typed settings of a run, and loading them: one file describes one LoRA for all verbs."""
+"""Loading and checking the settings of a run: one file describes one LoRA for all verbs."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mochi_tune.errors import ConfigError
+from mochi_tune.settings import RunConfig
 
 if TYPE_CHECKING:
     from mochi_tune.sampler import SamplerSettings
 
 
-@dataclass
-class ModelConfig:
-    """Which weights, and in which precision. The folder describes the sizes of the models in it."""
-
-    name: str = "???"
-    weights: str = "???"
-    dtype: str = "bf16"
-
-
-@dataclass
-class DataConfig:
-    """The clips: where they lie, and what is cut out of them."""
-
-    videos: str = "videos"
-    cache: str = "cache"
-    num_frames: int = 37
-    height: int = 480
-    width: int = 848
-    allow_empty_captions: bool = False
-    allow_upscale: bool = False
-    decode_timeout_seconds: float = 120.0
-
-
-@dataclass
-class LoraConfig:
-    """The adapter: which layers by regular expression on their official names, and how large."""
-
-    targets: list[str] = field(default_factory=list)
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
-
-
-@dataclass
-class TrainConfig:
-    """The training loop."""
-
-    steps: int = 1000
-    batch_size: int = 1
-    accumulation_steps: int = 1
-    objective: str = "sampler"
-    learning_rate: float = 2e-4
-    warmup_steps: int = 50
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    caption_dropout: float = 0.1
-    gradient_checkpointing: bool = True
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 3
-    validate_every: int = 200
-    validation_clips: int = 4
-    sample_every: int = 200
-    sample_prompts: list[str] = field(default_factory=list)
-
-
-@dataclass
-class SampleConfig:
-    """The sampler, for `sample` and for the videos rendered while training."""
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    adapter: Any = None
-    adapter_strength: Any = 1.0
-    out: str | None = None
-    save_latents: bool = False
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    preset: str = "quality"
-    steps: int | None = None
-    guidance: float | None = None
-    threshold: float | None = None
-    linear_steps: int | None = None
-
-
-@dataclass
-class LogConfig:
-    """Where metrics go besides the console and metrics.jsonl."""
-
-    wandb: str = "disabled"
-    wandb_project: str = "mochi-tune"
-
-
-@dataclass
-class RunConfig:
-    """Everything that one LoRA is made of."""
-
-    name: str = "my_lora"
-    run_dir: str = "runs/${name}"
-    seed: int = 0
-    device: str = "auto"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-
-
 # Keys of `sample` that stand at the top level on its command line.
 SAMPLE_ALIASES = ("prompt", "negative_prompt", "adapter", "adapter_strength", "out", "save_latents")
-GROUPS = ("model", "lora")
+GROUPS = ("model", "lora", "memory")
 TYPE_NAMES = {
     int: "a whole number",
     int | None: "a whole number or null",
@@ -123,6 +26,8 @@ TYPE_NAMES = {
     bool: "true or false",
     str: "text",
     list[str]: 'a list, ["a", "b"]',
+    list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
+    list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
 }
 
 
@@ -303,7 +208,7 @@ def check_config(config: RunConfig) -> None:
     )
     positive = ("train.learning_rate", "train.max_grad_norm", "lora.alpha", "data.decode_timeout_seconds")
     not_negative = ("train.warmup_steps", "train.weight_decay", "train.checkpoint_every", "train.validate_every")
-    not_negative += ("train.validation_clips", "train.sample_every", "sample.guidance")
+    not_negative += ("train.validation_clips", "train.sample_every")
     for keys, allowed, fits in (
         (at_least_one, "at least 1", lambda v: v >= 1),
         (positive, "above 0 and finite", lambda v: 0 < v < float("inf")),
@@ -356,6 +261,16 @@ def sampler_settings(config: RunConfig) -> "SamplerSettings":
     if own["steps"] is not None and own["linear_steps"] is None:
         # A preset's linear steps belong to the preset's number of steps.
         settings = replace(settings, linear_steps=None)
+    if config.sample.sigmas is not None:
+        sigmas = tuple(config.sample.sigmas)
+        if len(sigmas) < 2 or (sigmas[0], sigmas[-1]) != (1, 0) or any(a <= b for a, b in itertools.pairwise(sigmas)):
+            raise ConfigError(f"sample.sigmas={list(sigmas)} is no schedule: give falling numbers from 1 to 0.")
+        if own["steps"] not in (None, len(sigmas) - 1):
+            raise ConfigError(
+                f"sample.steps={own['steps']} does not fit sample.sigmas of {len(sigmas) - 1} steps: leave steps out."
+            )
+        settings = replace(settings, steps=len(sigmas) - 1, linear_steps=None, own_sigmas=sigmas)
+    settings = replace(settings, guidance=_guidance(settings.guidance, settings.steps))
     if settings.steps < 1:
         raise ConfigError(f"sample.steps={settings.steps} is not possible: it must be at least 1.")
     if not 0 < settings.threshold < 1:
@@ -366,6 +281,20 @@ def sampler_settings(config: RunConfig) -> "SamplerSettings":
             f"use 1 to {settings.steps - 1}, or leave it out for half of them."
         )
     return settings
+
+
+def _guidance(value: Any, steps: int) -> float | tuple[float, ...]:
+    values = value if isinstance(value, list) else [value]
+    for each in values:
+        if isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each < float("inf"):
+            raise ConfigError(f"sample.guidance={each} is not possible: it must be a number, 0 or more and finite.")
+    if not isinstance(value, list):
+        return float(value)
+    if len(values) != steps:
+        raise ConfigError(
+            f"sample.guidance has {len(values)} numbers for {steps} steps: give one, or one for each step."
+        )
+    return tuple(map(float, values))
 
 
 def config_yaml(config: RunConfig) -> str:

@@ -13,17 +13,28 @@ from mochi_tune.models.latents import latent_shape
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How many Euler steps, along which schedule, with how much guidance."""
+    """How many Euler steps, along which schedule, with how much guidance: one number, or one for each step.
+
+    `own_sigmas`, from 1 to 0 and one more than steps, stand in the place of the linear-quadratic schedule.
+    """
 
     steps: int
-    guidance: float
+    guidance: float | tuple[float, ...]
     threshold: float
     linear_steps: int | None = None
+    own_sigmas: tuple[float, ...] | None = None
 
     @property
     def sigmas(self) -> list[float]:
         """The noise levels, `steps` + 1 of them, from 1 to 0."""
+        if self.own_sigmas is not None:
+            return list(self.own_sigmas)
         return linear_quadratic_sigmas(self.steps, self.threshold, self.linear_steps)
+
+    @property
+    def scales(self) -> list[float]:
+        """The guidance of each step."""
+        return list(self.guidance) if isinstance(self.guidance, tuple) else [self.guidance] * self.steps
 
 
 # Source: genmoai/mochi@0c86aeb demos/cli.py ("quality"); "fast" are the settings of the distilled checkpoints.
@@ -154,7 +165,7 @@ def sample_latents(
         pairs.append((features[None].to(device), mask))
     training = dit.training
     dit.eval()
-    states = euler_steps(dit, noise.to(device), *pairs, settings.sigmas, [settings.guidance] * settings.steps)
+    states = euler_steps(dit, noise.to(device), *pairs, settings.sigmas, settings.scales)
     # Only the last state is kept.
     [latents] = deque(tqdm(states, total=settings.steps, desc=description, unit="step", leave=False), maxlen=1)
     dit.train(training)

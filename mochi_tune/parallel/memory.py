@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,13 +18,21 @@ def apply_activation_checkpointing(dit: nn.Module) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-class KnownInputs(nn.Module):
-    """Stands in for a Linear that only ever sees a few inputs, whose outputs it keeps in the place of its weights."""
+class TabulatedLinear(nn.Module):
+    """Stands in for a Linear that sees few inputs, known beforehand: keeps their outputs, and its weights on the CPU."""
 
-    def __init__(self, linear: nn.Linear, inputs: Tensor) -> None:
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         super().__init__()
+        # In a tuple, so that it is no part of the model: not moved with it, sharded or quantised.
+        self.linear = (linear.to("cpu"),)
+        self.device = device
+        self.inputs = self.outputs = torch.empty(0)
+
+    def tabulate(self, inputs: Tensor) -> None:
+        """Takes the inputs (known, D) that will come; the weights visit the device for this."""
+        (linear,) = self.linear
         self.inputs = inputs
-        self.outputs = linear(inputs)
+        self.outputs = F.linear(inputs, linear.weight.to(self.device), linear.bias.to(self.device))
 
     def forward(self, c: Tensor) -> Tensor:
         """Returns the outputs (B, out) of the known inputs that c (B, D) are nearest to: rounding may differ."""
@@ -31,16 +40,23 @@ class KnownInputs(nn.Module):
         return self.outputs[distances.argmin(1)]
 
 
-@torch.no_grad()
-def fold_modulation(block: AsymmetricJointBlock, conditions: Tensor) -> None:
-    """Replaces a block's modulation layers, a quarter of the DiT, by what they give for the conditions of a rendering.
+def fold_modulation(block: AsymmetricJointBlock, device: torch.device) -> None:
+    """Moves a block's modulation layers, a quarter of the DiT, to the CPU; `tabulate_modulation` gives what they give.
 
     Args:
         block: with its weights.
-        conditions: all that will come, `AsymmDiT.condition` of each step and prompt, (known, D).
+        device: where it computes.
     """
-    block.mod_x = KnownInputs(block.mod_x, conditions)
-    block.mod_y = KnownInputs(block.mod_y, conditions)
+    block.mod_x = TabulatedLinear(block.mod_x, device)
+    block.mod_y = TabulatedLinear(block.mod_y, device)
+
+
+@torch.no_grad()
+def tabulate_modulation(dit: AsymmDiT, conditions: Tensor) -> None:
+    """Prepares a folded model for the conditions (known, D) of a rendering, all that will come."""
+    for module in dit.modules():
+        if isinstance(module, TabulatedLinear):
+            module.tabulate(conditions)
 
 
 @torch.no_grad()

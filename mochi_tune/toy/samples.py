@@ -41,7 +41,7 @@ def render_words(
             [draw_noise(key_seed(seed, "toy", i + j), NUM_FRAMES, HEIGHT, WIDTH) for j in range(len(group))]
         )
         nothing = (torch.zeros_like(embeds), torch.zeros_like(mask))
-        states = euler_steps(dit, noise, (embeds, mask), nothing, settings.sigmas, [settings.guidance] * settings.steps)
+        states = euler_steps(dit, noise, (embeds, mask), nothing, settings.sigmas, settings.scales)
         bar = tqdm(states, f"render {i + len(group)} of {len(words)}", settings.steps, leave=False, unit="step")
         [latents] = deque(bar, maxlen=1)
         parts.append(pixels_to_frames(decoder(to_vae_latents(latents))))

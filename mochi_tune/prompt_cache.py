@@ -1,0 +1,44 @@
+"""Features of prompts that were encoded before, kept on disk: T5 is loaded only for a prompt that is new."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class PromptCache:
+    """A folder of features, by the content of T5's weights, their dtype and the prompt."""
+
+    def __init__(self, folder: Path, text_encoder: str, dtype: torch.dtype) -> None:
+        """Opens a folder, which need not exist.
+
+        Args:
+            folder: of the cache; may be shared by runs and processes.
+            text_encoder: the fingerprint of T5's weights.
+            dtype: that T5 runs in.
+        """
+        self.folder = folder
+        self.kind = f"{text_encoder} {dtype}"
+
+    def path(self, prompt: str) -> Path:
+        """Returns where a prompt's features lie, or would."""
+        return self.folder / f"{hashlib.sha256(f'{self.kind} {prompt}'.encode()).hexdigest()}.safetensors"
+
+    def get(self, prompt: str) -> Tensor | None:
+        """Returns the features (n, D) of a prompt on the CPU; None if they are not there, or not whole."""
+        try:
+            return load_file(self.path(prompt))["features"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None
+
+    def put(self, prompt: str, features: Tensor) -> None:
+        """Keeps the features of a prompt; the file appears whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(prompt)
+        temporary = path.with_suffix(f".tmp{os.getpid()}")
+        save_file({"features": features.cpu().contiguous()}, temporary, {"prompt": prompt})
+        temporary.replace(path)

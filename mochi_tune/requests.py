@@ -1,0 +1,158 @@
+"""What `sample` is asked to render: one prompt, or a file of them, each with its own settings and seeds."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mochi_tune.config import RunConfig, sample_size, sampler_settings
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.latents import check_geometry
+from mochi_tune.sampler import SamplerSettings
+from mochi_tune.settings import SampleConfig
+
+# What a row of a .jsonl file may say for itself, and the JSON types of it.
+ROW_KEYS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "negative_prompt": (str,),
+    "seed": (int,),
+    "num_frames": (int,),
+    "height": (int,),
+    "width": (int,),
+    "preset": (str,),
+    "steps": (int,),
+    "guidance": (int, float, list),
+    "threshold": (int, float),
+    "linear_steps": (int,),
+    "sigmas": (list,),
+}
+JSON_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list of numbers"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to render."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_frames: int
+    height: int
+    width: int
+    settings: SamplerSettings
+    video: Path
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt plays a part in any step."""
+        return any(scale != 1 for scale in self.settings.scales)
+
+
+def read_requests(config: RunConfig) -> list[Request]:
+    """Returns every video that is asked for, in order, each with a path where nothing lies yet.
+
+    Raises:
+        ConfigError: no prompt, a file that cannot be read, a row that is wrong (its number is given), a path that is
+            taken.
+    """
+    sample = config.sample
+    if sample.prompts is None:
+        if not sample.prompt.strip():
+            raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')
+        rows = [("", {"prompt": sample.prompt})]
+    else:
+        if sample.prompt:
+            raise ConfigError("sample.prompt and sample.prompts are both given: use one of them.")
+        rows = list(_read_rows(Path(sample.prompts)))
+    asked: list[Request] = []
+    places = _Places(config, num_videos=len(rows) * max(1, len(sample.seeds or [])))
+    for where, row in rows:
+        own = {key: value for key, value in row.items() if key != "seed"}
+        mine = replace(config, sample=replace(sample, **own))
+        try:
+            settings, size = sampler_settings(mine), sample_size(mine)
+            check_geometry(*size)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
+        for seed in [row["seed"]] if "seed" in row else sample.seeds or [config.seed]:
+            if not 0 <= seed < 2**63:
+                raise ConfigError(f"{where}seed={seed} is not possible: it must be from 0 to below 2**63.")
+            prompt, negative = mine.sample.prompt, mine.sample.negative_prompt
+            asked.append(Request(prompt, negative, seed, *size, settings, places.take(prompt, seed)))
+    return asked
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields where each row stands, for errors, and what it says; rows that are blank are passed over."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ConfigError(f"sample.prompts={path} is no .txt or .jsonl file: write one prompt, or one object, a line.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ConfigError(f"sample.prompts={path} does not exist: name a .txt or .jsonl file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"sample.prompts={path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from None
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ConfigError(f"sample.prompts={path} has no prompts: write one a line.")
+    for number, line in rows:
+        where = f"{path} row {number}: "
+        yield where, {"prompt": line} if path.suffix == ".txt" else _read_object(where, line)
+
+
+def _read_object(where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}not JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(row, dict) or not str(row.get("prompt", "")).strip():
+        raise ConfigError(f'{where}it has no prompt: write {{"prompt": "a teacup shatters"}}.')
+    for key, value in row.items():
+        if key not in ROW_KEYS:
+            raise ConfigError(f"{where}{key} is not a key of a row, which are {', '.join(ROW_KEYS)}.")
+        fits = isinstance(value, ROW_KEYS[key]) and not isinstance(value, bool)
+        if isinstance(value, list):
+            fits = fits and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        if not fits:
+            allowed = " or ".join(JSON_NAMES[t] for t in ROW_KEYS[key])
+            raise ConfigError(f"{where}{key}={json.dumps(value)} does not fit: it takes {allowed}.")
+    return row
+
+
+class _Places:
+    """Finds a path for each video: the one asked for, or new ones in a folder."""
+
+    def __init__(self, config: RunConfig, num_videos: int) -> None:
+        out = config.sample.out
+        self.single = Path(out) if out and num_videos == 1 else None
+        self.folder = Path(out) if out and num_videos > 1 else Path(config.run_dir) / "samples"
+        self.taken: set[Path] = set()
+        if self.single is not None:
+            _check_free(self.single)
+        elif out and self.folder.suffix:
+            raise ConfigError(f"out={out} is a file, and {num_videos} videos are asked for: name a folder.")
+
+    def take(self, prompt: str, seed: int) -> Path:
+        if self.single is not None:
+            return self.single
+        words = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:40]
+        stem, number = f"{words or 'prompt'}_seed_{seed}", 1
+        while True:
+            path = self.folder / f"{stem}_{number:03d}.mp4"
+            if path not in self.taken and not any(self.folder.glob(f"{path.stem}.*")):
+                self.taken.add(path)
+                return path
+            number += 1
+
+
+def _check_free(path: Path) -> None:
+    if path.suffix != ".mp4":
+        raise ConfigError(f"out={path} is not an .mp4 file: use {path.with_suffix('.mp4')}.")
+    for taken in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
+        if taken.exists():
+            raise ConfigError(f"out={path}: {taken} exists and is never overwritten: use another name.")
+
+
+assert set(ROW_KEYS) - {"seed"} <= {entry.name for entry in fields(SampleConfig)}

@@ -1,0 +1,128 @@
+"""Every setting of a run, typed, with its default: one object describes one LoRA for all verbs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """Which weights, and in which precision. The folder describes the sizes of the models in it."""
+
+    name: str = "???"
+    weights: str = "???"
+    dtype: str = "bf16"
+
+
+@dataclass
+class DataConfig:
+    """The clips: where they lie, and what is cut out of them."""
+
+    videos: str = "videos"
+    cache: str = "cache"
+    num_frames: int = 37
+    height: int = 480
+    width: int = 848
+    allow_empty_captions: bool = False
+    allow_upscale: bool = False
+    decode_timeout_seconds: float = 120.0
+
+
+@dataclass
+class LoraConfig:
+    """The adapter: which layers by regular expression on their official names, and how large."""
+
+    targets: list[str] = field(default_factory=list)
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = 1000
+    batch_size: int = 1
+    accumulation_steps: int = 1
+    objective: str = "sampler"
+    learning_rate: float = 2e-4
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    caption_dropout: float = 0.1
+    gradient_checkpointing: bool = True
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 3
+    validate_every: int = 200
+    validation_clips: int = 4
+    sample_every: int = 200
+    sample_prompts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SampleConfig:
+    """The sampler, for `sample` and for the videos rendered while training."""
+
+    prompt: str = ""
+    prompts: str | None = None
+    negative_prompt: str = ""
+    seeds: list[int] | None = None
+    compare: str | None = None
+    adapter: Any = None
+    adapter_strength: Any = 1.0
+    out: str | None = None
+    save_latents: bool = False
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    preset: str = "quality"
+    steps: int | None = None
+    guidance: Any = None
+    sigmas: list[float] | None = None
+    threshold: float | None = None
+    linear_steps: int | None = None
+
+
+@dataclass
+class LogConfig:
+    """Where metrics go besides the console and metrics.jsonl."""
+
+    wandb: str = "disabled"
+    wandb_project: str = "mochi-tune"
+
+
+@dataclass
+class ParallelConfig:
+    """How many processes work together, and how they share a rendering."""
+
+    num_processes: int = 1
+    data: int | None = None
+    guidance: int | None = None
+    context: int | None = None
+    timeout_seconds: float = 600.0
+
+
+@dataclass
+class MemoryConfig:
+    """Where the DiT's weights are and how precise, and how much of a clip the VAE takes at a time."""
+
+    dit: str = "resident"
+    decode: str = "auto"
+
+
+@dataclass
+class RunConfig:
+    """Everything that one LoRA is made of."""
+
+    name: str = "my_lora"
+    run_dir: str = "runs/${name}"
+    seed: int = 0
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
