@@ -19,7 +19,7 @@ def apply_activation_checkpointing(dit: nn.Module) -> None:
 
 
 class TabulatedLinear(nn.Module):
-    """Stands in for a Linear that sees few inputs, known beforehand: keeps their outputs, and its weights on the CPU."""
+    """Stands in for a Linear of few inputs, known beforehand: keeps their outputs, and its weights on the CPU."""
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
         super().__init__()
