@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock
@@ -96,6 +97,13 @@ def quantize_block(block: nn.Module, precision: str) -> None:
     else:
         config = quantization.Float8WeightOnlyConfig()
     quantization.quantize_(block, config)
+
+
+def shard_block(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Leaves each rank a share of a block's weights (FSDP); they are whole on all ranks while the block computes."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(block, mesh=mesh)
 
 
 def apply_block_offload(dit: AsymmDiT, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """How processes share the work: data (videos) x guidance (prompt, negative prompt) x context (tokens)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +101,27 @@ class Mesh:
         self.data_rank, self.guidance_rank, self.context_rank = mesh.get_coordinate()
         self.guidance_group, self.context_group = mesh["guidance"].get_group(), mesh["context"].get_group()
         # The ranks that make one video together.
-        self.video_group = mesh["guidance", "context"]._flatten("video").get_group()
+        self.video_mesh = mesh["guidance", "context"]._flatten("video")
+        self.video_group = self.video_mesh.get_group()
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes the videos that it makes together with others."""
+        return dist.get_rank(self.video_group) == 0
+
+    def gather_parts(self, part: Tensor) -> Iterator[Tensor]:
+        """Yields the parts (F', H, W, 3) of a video's ranks in order on the rank that writes it; none on the others."""
+        group = self.video_group
+        counts = [None] * dist.get_world_size(group)
+        dist.all_gather_object(counts, len(part), group=group)
+        if not self.is_writer:
+            dist.send(part.contiguous(), group_dst=0, group=group)
+            return
+        yield part
+        for rank, count in enumerate(counts[1:], 1):
+            received = part.new_empty(count, *part.shape[1:])
+            dist.recv(received, group_src=rank, group=group)
+            yield received
 
 
 class SplitGuidance:

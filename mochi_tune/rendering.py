@@ -1,0 +1,122 @@
+"""Rendering on one device or many, in little memory: what `sample` and `bench` have in common."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mochi_tune.lora import apply_adapter
+from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.models.latents import to_vae_latents
+from mochi_tune.models.vae import Decoder
+from mochi_tune.models.vae_streaming import decode_chunks
+from mochi_tune.parallel.context import apply_context_parallel
+from mochi_tune.parallel.memory import (
+    PRECISIONS,
+    apply_block_offload,
+    fold_modulation,
+    known_conditions,
+    quantize_block,
+    shard_block,
+    tabulate_modulation,
+)
+from mochi_tune.parallel.mesh import Mesh, SplitGuidance
+from mochi_tune.parallel.vae import decode_share
+from mochi_tune.sampler import Guide, Prompt, SamplerSettings, euler_steps, guide_in_one_batch, guide_in_turn
+from mochi_tune.weights import load_dit
+
+# Where the DiT's weights are: on the device; there in 8 bits; on the CPU, two blocks at a time on the device; in
+# shares on the devices that make one video together.
+DIT_PLACES = ("resident", *PRECISIONS, "offload", "shard")
+
+
+def prepare_dit(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: str,
+    adapters: Mapping[str, dict[str, tuple[Tensor, Tensor, float]]],
+    mesh: Mesh | None,
+) -> AsymmDiT:
+    """Loads the DiT for rendering: each block is made small as soon as it is read, then adapters, then the ranks.
+
+    Args:
+        folder: a weights folder that has passed `check_weights`.
+        device: where it computes.
+        dtype: of the matrices.
+        place: one of DIT_PLACES.
+        adapters: layers with their scale, by a name for each adapter.
+        mesh: of the ranks; None for one process.
+    """
+    assert place in DIT_PLACES, place
+
+    def shrink(_dit: AsymmDiT, block: torch.nn.Module) -> None:
+        fold_modulation(block, device)
+        if place in PRECISIONS:
+            quantize_block(block, place)
+        elif place == "shard" and mesh is not None:
+            shard_block(block, mesh.video_mesh)
+
+    dit = load_dit(folder, "cpu" if place == "offload" else device, dtype, shrink)
+    for name, layers in adapters.items():
+        apply_adapter(dit, layers, name)
+    if place == "offload":
+        apply_block_offload(dit, device)
+    if mesh is not None and mesh.layout.context > 1:
+        apply_context_parallel(dit, mesh.context_group)
+    return dit
+
+
+def latent_states(
+    dit: AsymmDiT,
+    noise: Tensor,
+    prompt: Tensor,
+    negative_prompt: Tensor,
+    settings: SamplerSettings,
+    guide: Guide,
+) -> Iterator[Tensor]:
+    """Walks from noise to latents, yielding the state after each step, fp32 (1, C, T, h, w).
+
+    Args:
+        dit: from `prepare_dit`.
+        noise: (1, C, T, h, w).
+        prompt: features of the prompt's valid tokens, (n, D).
+        negative_prompt: the same of the negative prompt; none (0, D) for the empty one.
+        settings: steps, schedule and guidance.
+        guide: from `choose_guide`.
+    """
+    device = dit.pos_frequencies.device
+    told, untold = (_as_batch(features, device) for features in (prompt, negative_prompt))
+    tabulate_modulation(dit, known_conditions(dit, settings.sigmas[:-1], [told, untold]))
+    return euler_steps(dit, noise.to(device), told, untold, settings.sigmas, settings.scales, guide)
+
+
+def choose_guide(place: str, mesh: Mesh | None) -> Guide:
+    """Returns how both prompts are evaluated: on two ranks, or in one batch where weights travel, or in turn."""
+    if mesh is not None and mesh.layout.guidance > 1:
+        return SplitGuidance(mesh.guidance_group)
+    return guide_in_one_batch if place == "offload" else guide_in_turn
+
+
+def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None) -> Iterator[Tensor]:
+    """Decodes one video, yielding uint8 frames (F', H, W, 3) in order on the rank that writes it, none on the others.
+
+    Ranks that make a video together share its time; one alone, or more than latent frames, decodes chunk by chunk.
+
+    Args:
+        decoder: on this rank's device.
+        latents: DiT space, (1, 12, T, h, w), the same on all ranks of the video.
+        mesh: of the ranks; None for one process.
+    """
+    vae_latents = to_vae_latents(latents)
+    if mesh is None or not 1 < dist.get_world_size(mesh.video_group) <= latents.shape[2]:
+        if mesh is None or mesh.is_writer:
+            yield from (chunk[0] for chunk in decode_chunks(decoder, vae_latents))
+        return
+    yield from mesh.gather_parts(decode_share(decoder, vae_latents, mesh.video_group)[0])
+
+
+def _as_batch(features: Tensor, device: torch.device) -> Prompt:
+    return features[None].to(device), torch.ones(1, features.shape[0], dtype=torch.bool)
