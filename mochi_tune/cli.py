@@ -1,5 +1,7 @@
 """The command line: verbs, help, and the only place that prints."""
 
+import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -7,6 +9,7 @@ from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, 
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.launch import joined, num_processes_here, start_processes
 
 # What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
 USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS)
@@ -62,6 +65,9 @@ TOY_OPTIONS = {
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits: 0 done, 1 done with refused clips or failed checks, 2 a user's mistake, in one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # torchao, which other libraries look for, tells of every kernel that it was not built with.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         sys.exit(run(arguments))
     except MochiTuneError as error:
@@ -115,8 +121,8 @@ def run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(arguments[0], verbs, n=1)
         hint = f"; did you mean {near[0]}?" if near else f": use one of {', '.join(verbs)}."
         raise ConfigError(f"{arguments[0]} is not a verb{hint}")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+    processes = num_processes_here(os.environ)
+    if processes > 1 and arguments[0] != "sample":
         raise ConfigError(f"{arguments[0]} was started as {processes} processes, it runs as one: start it by itself.")
     return verbs[arguments[0]](arguments[1:])
 
@@ -143,9 +149,17 @@ def run_sample(arguments: list[str]) -> int:
     """Renders a video."""
     if (config := load("sample", arguments)) is None:
         return 0
+    from mochi_tune.recipes.sample import check
     from mochi_tune.recipes.sample import main as sample
 
-    print(sample(config))
+    started = num_processes_here(os.environ)
+    if started == 1 and config.parallel.num_processes > 1:
+        # What can be refused is refused once, here.
+        check(config, config.parallel.num_processes)
+        return start_processes(config.parallel.num_processes, ["sample", *arguments])
+    with joined(config.device, config.parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
+        for video in sample(config):
+            print(video, flush=True)
     return 0
 
 

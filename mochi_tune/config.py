@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
 
 # Keys of `sample` that stand at the top level on its command line.
-SAMPLE_ALIASES = ("prompt", "negative_prompt", "adapter", "adapter_strength", "out", "save_latents")
+SAMPLE_ALIASES = (
+    "prompt",
+    "prompts",
+    "negative_prompt",
+    "seeds",
+    "compare",
+    "adapter",
+    "adapter_strength",
+    "out",
+    "save_latents",
+)
 GROUPS = ("model", "lora", "memory")
 TYPE_NAMES = {
     int: "a whole number",
@@ -181,6 +191,7 @@ def check_config(config: RunConfig) -> None:
     """
     from mochi_tune.flow import OBJECTIVES
     from mochi_tune.models.latents import check_geometry
+    from mochi_tune.parallel.memory import DIT_PLACES
     from mochi_tune.sampler import PRESETS
 
     check_geometry(config.data.num_frames, config.data.height, config.data.width)
@@ -191,11 +202,14 @@ def check_config(config: RunConfig) -> None:
         "model.dtype": (config.model.dtype, ("bf16", "fp32")),
         "train.objective": (config.train.objective, OBJECTIVES),
         "sample.preset": (config.sample.preset, tuple(PRESETS)),
+        "memory.dit": (config.memory.dit, DIT_PLACES),
+        "sample.compare": (config.sample.compare, (None, "base")),
         "log.wandb": (config.log.wandb, ("disabled", "offline", "online")),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:
-            raise ConfigError(f"{key}={value} is not possible: use {' or '.join(allowed)}.")
+            possible = ["null" if one is None else one for one in allowed]
+            raise ConfigError(f"{key}={value} is not possible: use {' or '.join(possible)}.")
     for key in ("name", "run_dir", "data.videos", "data.cache", "model.weights"):
         if not setting(config, key).strip():
             raise ConfigError(f"{key} is empty: name one.")
@@ -205,8 +219,13 @@ def check_config(config: RunConfig) -> None:
         "train.accumulation_steps",
         "train.keep_checkpoints",
         "lora.rank",
+        "parallel.num_processes",
+        "parallel.data",
+        "parallel.guidance",
+        "parallel.context",
     )
     positive = ("train.learning_rate", "train.max_grad_norm", "lora.alpha", "data.decode_timeout_seconds")
+    positive += ("parallel.timeout_seconds",)
     not_negative = ("train.warmup_steps", "train.weight_decay", "train.checkpoint_every", "train.validate_every")
     not_negative += ("train.validation_clips", "train.sample_every")
     for keys, allowed, fits in (

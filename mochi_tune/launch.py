@@ -94,6 +94,7 @@ def start_processes(count: int, arguments: list[str]) -> int:
     os.environ[STARTED_HERE] = "1"
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
         max_restarts=0, monitor_interval=0.5, shutdown_timeout=15,
     )  # fmt: skip
     try:

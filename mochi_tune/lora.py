@@ -79,6 +79,13 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, tuple[Tensor, Tensor, flo
     dit.requires_grad_(False)
 
 
+def switch_adapters(dit: nn.Module, on: bool) -> None:
+    """Lets the adapters play their part, or leaves the base alone, exactly."""
+    for module in dit.modules():
+        if hasattr(module, "lora_A"):
+            module.enable_adapters(on)
+
+
 def lora_parameters(dit: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the trainable adapter's parameters by name: "blocks.0.attn.qkv_x.lora_A" and so on."""
     return {
@@ -100,6 +107,8 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
     with warnings.catch_warnings():
         # A second adapter on one model is what several LoRAs at once are; peft warns of it.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        # Adapters on 8-bit weights cannot be merged; ours stay beside them.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
         inject_adapter_in_model(config, dit, adapter_name=name)
     for layer in layers:
         module = dit.get_submodule(layer)

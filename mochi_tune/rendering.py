@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mochi_tune.lora import apply_adapter
 from mochi_tune.models.dit import AsymmDiT
@@ -14,6 +14,7 @@ from mochi_tune.models.vae import Decoder
 from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.memory import (
+    DIT_PLACES,
     PRECISIONS,
     apply_block_offload,
     fold_modulation,
@@ -22,14 +23,10 @@ from mochi_tune.parallel.memory import (
     shard_block,
     tabulate_modulation,
 )
-from mochi_tune.parallel.mesh import Mesh, SplitGuidance
+from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.parallel.vae import decode_share
-from mochi_tune.sampler import Guide, Prompt, SamplerSettings, euler_steps, guide_in_one_batch, guide_in_turn
+from mochi_tune.sampler import Guide, Prompt, SamplerSettings, euler_steps, guide_in_one_batch, guide_in_turn, guided
 from mochi_tune.weights import load_dit
-
-# Where the DiT's weights are: on the device; there in 8 bits; on the CPU, two blocks at a time on the device; in
-# shares on the devices that make one video together.
-DIT_PLACES = ("resident", *PRECISIONS, "offload", "shard")
 
 
 def prepare_dit(
@@ -52,7 +49,7 @@ def prepare_dit(
     """
     assert place in DIT_PLACES, place
 
-    def shrink(_dit: AsymmDiT, block: torch.nn.Module) -> None:
+    def shrink(_dit: AsymmDiT, block: nn.Module) -> None:
         fold_modulation(block, device)
         if place in PRECISIONS:
             quantize_block(block, place)
@@ -98,6 +95,24 @@ def choose_guide(place: str, mesh: Mesh | None) -> Guide:
     if mesh is not None and mesh.layout.guidance > 1:
         return SplitGuidance(mesh.guidance_group)
     return guide_in_one_batch if place == "offload" else guide_in_turn
+
+
+class SplitGuidance:
+    """A `sampler.Guide`: one rank of a group of two evaluates the prompt, the other one the negative prompt."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __call__(
+        self, dit: nn.Module, z: Tensor, sigma: Tensor, prompt: Prompt, negative_prompt: Prompt, scale: float
+    ) -> Tensor:
+        """Returns the guided velocity, the same on both ranks; at scale 1 both evaluate the prompt."""
+        if scale == 1:
+            return dit(z, sigma, *prompt).float()
+        mine = dit(z, sigma, *(prompt, negative_prompt)[dist.get_rank(self.group)]).float().contiguous()
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine, group=self.group)
+        return guided(*both, scale)
 
 
 def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None) -> Iterator[Tensor]:

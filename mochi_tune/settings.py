@@ -71,6 +71,7 @@ class SampleConfig:
     adapter: Any = None
     adapter_strength: Any = 1.0
     out: str | None = None
+    prompt_cache: str = "~/.cache/mochi_tune/prompts"
     save_latents: bool = False
     num_frames: int | None = None
     height: int | None = None
@@ -104,10 +105,9 @@ class ParallelConfig:
 
 @dataclass
 class MemoryConfig:
-    """Where the DiT's weights are and how precise, and how much of a clip the VAE takes at a time."""
+    """Where the DiT's weights are while it samples, and how precise."""
 
     dit: str = "resident"
-    decode: str = "auto"
 
 
 @dataclass

@@ -1,130 +1,252 @@
-"""Renders a prompt to a video, with or without adapters: T5, DiT and VAE in turn, one at a time in memory."""
+"""Renders prompts to videos, with or without adapters, on one device or many: T5, DiT and VAE in turn."""
 
+import contextlib
 import hashlib
 import json
-import re
+import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from mochi_tune.adapters import Adapter, check_adapter, load_adapter
-from mochi_tune.config import RunConfig, sample_size, sampler_settings, weights_folder
+from mochi_tune.config import RunConfig, weights_folder
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder
-from mochi_tune.lora import apply_adapter, linear_shapes
+from mochi_tune.lora import linear_shapes, switch_adapters
 from mochi_tune.models.device import DTYPES, find_device, free_memory
-from mochi_tune.models.latents import FPS, to_vae_latents
+from mochi_tune.models.dit import DiTConfig
+from mochi_tune.models.latents import FPS, TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
-from mochi_tune.models.vae_streaming import decode_chunks
-from mochi_tune.sampler import draw_noise, sample_latents
+from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
+from mochi_tune.prompt_cache import PromptCache
+from mochi_tune.rendering import choose_guide, decoded_frames, latent_states, prepare_dit
+from mochi_tune.requests import Request, read_requests
+from mochi_tune.sampler import draw_noise
+from mochi_tune.training.signals import StopSignal
 from mochi_tune.video import write_video
-from mochi_tune.weights import base_identity, check_weights, load_decoder, load_dit, meta_dit
+from mochi_tune.weights import base_identity, check_weights, fingerprint, load_decoder, meta_dit
 
 
-def main(config: RunConfig) -> Path:
-    """Renders `config.sample` and returns the path of the video; its settings stand beside it as .json."""
-    device, dtype = find_device(config.device), DTYPES[config.model.dtype]
-    folder, sample, settings = weights_folder(config), config.sample, sampler_settings(config)
+@dataclass(frozen=True)
+class Job:
+    """What is to be rendered, checked as far as it can be before a weight is read."""
 
-    # Everything that can be refused is refused before a weight is read.
-    if not sample.prompt.strip():
-        raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')
-    video = find_output(config)
-    check_weights(folder, ["text_encoder", "dit", "decoder"])
-    identity = base_identity(folder)
-    shapes = linear_shapes(meta_dit(folder))
-    adapters = find_adapters(config)
-    loaded: list[tuple[Adapter, float]] = []
-    for path, strength in adapters:
-        adapter = load_adapter(path)
-        check_adapter(adapter, shapes, identity)
-        loaded.append((adapter, strength))
-    make_writable_folder(video.parent)
-    seconds: dict[str, float] = {}
-
-    started = time.perf_counter()
-    encoder = TextEncoder.load(folder, device, torch.float32)
-    num_tokens = encoder.count_tokens(sample.prompt)
-    prompt, negative_prompt = encoder.encode([sample.prompt, sample.negative_prompt])
-    del encoder
-    free_memory()
-    seconds["text"] = time.perf_counter() - started
-    if num_tokens > MAX_TOKENS:
-        tqdm.write(f"the prompt has {num_tokens} tokens: only its first {MAX_TOKENS} are used")
-
-    started = time.perf_counter()
-    dit = load_dit(folder, device, dtype)
-    for i, (adapter, strength) in enumerate(loaded):
-        # An adapter at strength 0 is left out, so that the base is rendered exactly.
-        if strength:
-            apply_adapter(dit, adapter.scaled(strength), f"adapter_{i}")
-    noise = draw_noise(config.seed, *sample_size(config))
-    latents = sample_latents(dit, noise, prompt, negative_prompt, settings, "sample")
-    del dit
-    free_memory()
-    seconds["sample"] = time.perf_counter() - started
-
-    started = time.perf_counter()
-    decoder = load_decoder(folder, device, dtype)
-    frames = tqdm(decode_chunks(decoder, to_vae_latents(latents)), "decode", latents.shape[2], leave=False)
-    write_video(video, (chunk[0] for chunk in frames))
-    seconds["decode"] = time.perf_counter() - started
-
-    if sample.save_latents:
-        from safetensors.torch import save_file
-
-        save_file(
-            {"latents": latents.cpu()}, video.with_suffix(".safetensors"), {"space": "dit", "layout": "B C T h w"}
-        )
-    record = {
-        "prompt": sample.prompt,
-        "negative_prompt": sample.negative_prompt,
-        "seed": config.seed,
-        **dict(zip(("num_frames", "height", "width"), sample_size(config), strict=True)),
-        "fps": FPS,
-        "sampler": asdict(settings),
-        "adapters": [
-            {"file": str(path), "sha256": file_sha256(path), "strength": strength} for path, strength in adapters
-        ],
-        "model": config.model.name,
-        "base_fingerprint": identity,
-        "dtype": config.model.dtype,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "noise_sha256": hashlib.sha256(noise.numpy().tobytes()).hexdigest(),
-        "versions": {name: version(name) for name in ("mochi-tune", "torch")},
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-    }
-    if device.type == "cuda":
-        record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    video.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    return video
+    folder: Path
+    requests: list[Request]
+    adapters: list[tuple[Path, float, Adapter]]
+    identity: str
+    dit: DiTConfig
+    layout: Layout
 
 
-def find_output(config: RunConfig) -> Path:
-    """Returns a path where nothing lies yet: the one asked for, or a new one in the run's samples.
+def main(config: RunConfig) -> list[Path]:
+    """Renders what `config.sample` asks for; each video's settings stand beside it as .json.
+
+    Returns the videos that were written by this process; fewer than were asked for after a Ctrl-C.
+    """
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    job, device, dtype = check(config, num_ranks), find_device(config.device), DTYPES[config.model.dtype]
+    for folder in {request.video.parent for request in job.requests}:
+        make_writable_folder(folder)
+    mesh = Mesh(job.layout, device) if num_ranks > 1 else None
+    mine = job.requests if mesh is None else job.requests[mesh.data_rank :: job.layout.data]
+    is_quiet = mesh is not None and dist.get_rank() > 0
+    usage = Usage(device)
+
+    with usage.stage("text"):
+        features = encode_prompts(job, device, dtype, Path(config.sample.prompt_cache).expanduser())
+    with usage.stage("sample"):
+        latents = render(config, job, mine, features, device, dtype, mesh, is_quiet)
+    videos = []
+    with usage.stage("decode"):
+        decoder = load_decoder(job.folder, device, dtype)
+        for request, states in tqdm(
+            zip(mine, latents, strict=False), "decode", len(latents), leave=False, disable=is_quiet
+        ):
+            chunks = side_by_side([decoded_frames(decoder, state, mesh) for state in states.values()])
+            if mesh is not None and not mesh.is_writer:
+                for _ in chunks:
+                    pass
+                continue
+            write_video(request.video, chunks)
+            save_beside(config, job, request, states, usage)
+            videos.append(request.video)
+    return videos
+
+
+def check(config: RunConfig, num_ranks: int) -> Job:
+    """Checks everything that can be refused before a weight is read; seconds.
 
     Raises:
-        ConfigError: the path asked for is taken, or is no .mp4.
+        MochiTuneError: of any kind, in one line.
     """
-    if config.sample.out:
-        path = Path(config.sample.out)
-        if path.suffix != ".mp4":
-            raise ConfigError(f"out={path} is not an .mp4 file: use {path.with_suffix('.mp4')}.")
-        for taken in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
-            if taken.exists():
-                raise ConfigError(f"out={path}: {taken} exists and is never overwritten: use another name.")
-        return path
-    folder = Path(config.run_dir) / "samples"
-    words = re.sub(r"\W+", "_", config.sample.prompt.lower()).strip("_")[:40]
-    stem = f"{words or 'prompt'}_seed_{config.seed}"
-    number = 1
-    while any(folder.glob(f"{stem}_{number:03d}.*")):
-        number += 1
-    return folder / f"{stem}_{number:03d}.mp4"
+    folder = weights_folder(config)
+    requests = read_requests(config)
+    check_weights(folder, ["text_encoder", "dit", "decoder"])
+    identity, skeleton = base_identity(folder), meta_dit(folder)
+    shapes = linear_shapes(skeleton)
+    adapters = []
+    for path, strength in find_adapters(config):
+        adapter = load_adapter(path)
+        check_adapter(adapter, shapes, identity)
+        adapters.append((path, strength, adapter))
+    if config.sample.compare and not any(strength for _, strength, _ in adapters):
+        raise ConfigError("sample.compare=base has no adapter to compare with: name one with adapter=FILE.")
+    tokens = max(num_latent_frames(r.num_frames) * r.height * r.width // TOKEN_PIXELS**2 for r in requests)
+    parallel = config.parallel
+    asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
+    guided = any(r.is_guided for r in requests)
+    layout = choose_layout(num_ranks, skeleton.config, len(requests), tokens, guided, asked)
+    return Job(folder, requests, adapters, identity, skeleton.config, layout)
+
+
+def encode_prompts(job: Job, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:
+    """Returns the features of every distinct prompt, on the CPU; the first rank encodes what no run has yet."""
+    prompts = list(dict.fromkeys(text for r in job.requests for text in (r.prompt, r.negative_prompt)))
+    features: dict[str, Tensor] = {}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        cache = PromptCache(cache_folder, fingerprint(job.folder, "text_encoder"), dtype)
+        features = {prompt: found for prompt in prompts if (found := cache.get(prompt)) is not None}
+        new = [prompt for prompt in prompts if prompt not in features]
+        if new:
+            encoder = TextEncoder.load(job.folder, device, dtype)
+            for prompt in tqdm(new, "prompts", leave=False):
+                num_tokens = encoder.count_tokens(prompt)
+                if num_tokens > MAX_TOKENS:
+                    tqdm.write(
+                        f"{prompt[:40]}...: {num_tokens} tokens, only the first {MAX_TOKENS} are used", file=sys.stderr
+                    )
+                features[prompt] = encoder.encode([prompt])[0].cpu()
+                cache.put(prompt, features[prompt])
+            del encoder
+            free_memory()
+    if dist.is_initialized():
+        shared = [features]
+        dist.broadcast_object_list(shared, src=0)
+        features = shared[0]
+    return features
+
+
+def render(
+    config: RunConfig,
+    job: Job,
+    requests: list[Request],
+    features: dict[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None,
+    is_quiet: bool,
+) -> list[dict[str, Tensor]]:
+    """Renders requests to latents on the CPU, "base" and "adapted" or one of them; what is finished at a Ctrl-C."""
+    live = {f"adapter_{i}": a.scaled(strength) for i, (_, strength, a) in enumerate(job.adapters) if strength}
+    dit = prepare_dit(job.folder, device, dtype, config.memory.dit, live, mesh)
+    kinds = (["base"] if config.sample.compare or not live else []) + (["adapted"] if live else [])
+    guide = choose_guide(config.memory.dit, mesh)
+    finished = []
+    with StopSignal() as stop:
+        for number, request in enumerate(requests, 1):
+            noise = draw_noise(request.seed, request.num_frames, request.height, request.width)
+            prompt, negative = features[request.prompt], features[request.negative_prompt]
+            states: dict[str, Tensor] = {}
+            for kind in kinds:
+                switch_adapters(dit, kind == "adapted")
+                steps = latent_states(dit, noise, prompt, negative, request.settings, guide)
+                label = f"{number}/{len(requests)} {kind}" if len(kinds) > 1 else f"{number}/{len(requests)}"
+                for state in tqdm(steps, label, request.settings.steps, unit="step", leave=False, disable=is_quiet):
+                    states[kind] = state
+                    if anyone(stop.received, mesh):
+                        tqdm.write(
+                            f"stopped: of {len(requests)} videos, {len(finished)} are finished and kept",
+                            file=sys.stderr,
+                        )
+                        return finished
+            finished.append({kind: state.cpu() for kind, state in states.items()})
+    del dit
+    free_memory()
+    return finished
+
+
+def tell(text: str) -> None:
+    """Writes a line beside the progress bars."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def anyone(flag: int, mesh: Mesh | None) -> bool:
+    """Whether a flag is up on any rank of this video, so that all of them stop at the same step."""
+    if mesh is None:
+        return bool(flag)
+    flags = torch.tensor([int(bool(flag))])
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=mesh.video_group)
+    return bool(flags.item())
+
+
+def side_by_side(videos: list[Iterator[Tensor]]) -> Iterator[Tensor]:
+    """Joins the frames (F, H, W, 3) of several videos of one length, left to right."""
+    for chunks in zip(*videos, strict=True):
+        yield torch.cat(chunks, dim=2)
+
+
+def save_beside(config: RunConfig, job: Job, request: Request, states: dict[str, Tensor], usage: "Usage") -> None:
+    """Writes a video's settings as .json beside it, and its latents where they are asked for."""
+    if config.sample.save_latents:
+        from safetensors.torch import save_file
+
+        path = request.video.with_suffix(".safetensors")
+        names = {"latents": states[list(states)[-1]]} | ({"base": states["base"]} if len(states) > 1 else {})
+        save_file(names, path, {"space": "dit", "layout": "B C T h w"})
+    noise = draw_noise(request.seed, request.num_frames, request.height, request.width)
+    noise_sha256 = hashlib.sha256(noise.numpy().tobytes()).hexdigest()
+    settings = {key: value for key, value in asdict(request.settings).items() if key != "own_sigmas" or value}
+    record = {
+        **{key: getattr(request, key) for key in ("prompt", "negative_prompt", "seed")},
+        **{key: getattr(request, key) for key in ("num_frames", "height", "width")},
+        "fps": FPS,
+        "sampler": settings,
+        "adapters": [
+            {"file": str(path), "sha256": file_sha256(path), "strength": strength} for path, strength, _ in job.adapters
+        ],
+        "side_by_side": list(states),
+        "model": config.model.name,
+        "base_fingerprint": job.identity,
+        "dtype": config.model.dtype,
+        "memory": asdict(config.memory),
+        "layout": asdict(job.layout),
+        "device": torch.cuda.get_device_name() if usage.device.type == "cuda" else "cpu",
+        "noise_sha256": noise_sha256,
+        "versions": {name: version(name) for name in ("mochi-tune", "torch")},
+        "seconds": {stage: round(value, 3) for stage, value in usage.seconds.items()},
+        "peak_gib": usage.peak_gib,
+    }
+    tell(f"{request.video.name}: noise {noise_sha256}")
+    request.video.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+class Usage:
+    """Seconds and peak memory of each stage, on this process's device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peak_gib: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures what runs inside; on a CPU there is no peak."""
+        is_cuda, started = self.device.type == "cuda", time.perf_counter()
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        if is_cuda:
+            self.peak_gib[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            tell(f"{name}: {self.seconds[name]:.1f} s, peak {self.peak_gib[name]} GiB")
 
 
 def find_adapters(config: RunConfig) -> list[tuple[Path, float]]:

@@ -43,6 +43,7 @@ def road(run_dir: Path, *more: str) -> list[str]:
         *QUIET,
         f"data.videos={folder / 'videos'}",
         f"data.cache={folder / 'cache'}",
+        f"sample.prompt_cache={folder / 'prompts'}",
         *more,
         f"run_dir={run_dir}",
     ]

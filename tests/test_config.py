@@ -144,7 +144,7 @@ def test_every_setting_is_read_by_some_story():
     """A key that nothing reads is a promise that nothing keeps."""
     read = set()
     files = [p for folder in ("recipes", "data_prep") for p in (ROOT / folder).glob("*.py")]
-    for path in [*files, ROOT / "mochi_tune" / "config.py"]:
+    for path in [*files, *(ROOT / "mochi_tune" / f"{name}.py" for name in ("config", "requests", "cli"))]:
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     names = {key.rpartition(".")[2] for key in known_keys()} - {"threshold", "linear_steps", "steps", "guidance"}
@@ -156,7 +156,7 @@ def test_base_yaml_names_every_setting_with_a_comment():
     leaves = [line for line in lines if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":")]
     assert all("#" in line for line in leaves), [line for line in leaves if "#" not in line]
     named = {line.split(":")[0].strip() for line in leaves}
-    grouped = {"targets", "rank", "alpha", "dropout", "weights", "dtype"}
+    grouped = {"targets", "rank", "alpha", "dropout", "weights", "dtype", "dit"}
     assert {key.rpartition(".")[2] for key in known_keys()} - grouped <= named
 
 

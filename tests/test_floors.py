@@ -30,16 +30,8 @@ def floor(module: str) -> int:
         return 0
     if room in ("models", "flow"):
         return 1
-        floors = {
-            "settings": 3,
-            "config": 3,
-            "requests": 3,
-            "toy": 3,
-            "recipes": 4,
-            "data_prep": 4,
-            "launch": 5,
-            "cli": 5,
-        }
+    third = ("settings", "config", "requests", "rendering", "toy")
+    floors = dict.fromkeys(third, 3) | {"recipes": 4, "data_prep": 4, "launch": 5, "cli": 5}
     return floors.get(room, 2)
 
 

@@ -72,8 +72,10 @@ def known_conditions(dit: AsymmDiT, sigmas: Sequence[float], prompts: Sequence[t
     return torch.cat(rows)
 
 
-# Name of a low precision -> torchao's, and whether activations are rounded too, which is what makes it faster.
 PRECISIONS = ("int8", "fp8")
+# Where the DiT's weights are: on the device; there in 8 bits; on the CPU, two blocks at a time on the device; in
+# shares on the devices that make one video together.
+DIT_PLACES = ("resident", *PRECISIONS, "offload", "shard")
 
 
 def quantize_block(block: nn.Module, precision: str) -> None:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.parallel.context import check_context_ranks
-from mochi_tune.sampler import Prompt, guided
 
 # What one H100 does a second in bf16: matrix products, attention; and bytes to the other GPUs of its machine. Their
 # proportions decide which layout is the fastest.
@@ -122,21 +121,3 @@ class Mesh:
             received = part.new_empty(count, *part.shape[1:])
             dist.recv(received, group_src=rank, group=group)
             yield received
-
-
-class SplitGuidance:
-    """A `sampler.Guide`: one rank of a group of two evaluates the prompt, the other one the negative prompt."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def __call__(
-        self, dit: nn.Module, z: Tensor, sigma: Tensor, prompt: Prompt, negative_prompt: Prompt, scale: float
-    ) -> Tensor:
-        """Returns the guided velocity, the same on both ranks; at scale 1 both evaluate the prompt."""
-        if scale == 1:
-            return dit(z, sigma, *prompt).float()
-        mine = dit(z, sigma, *(prompt, negative_prompt)[dist.get_rank(self.group)]).float().contiguous()
-        both = [torch.empty_like(mine) for _ in range(2)]
-        dist.all_gather(both, mine, group=self.group)
-        return guided(*both, scale)

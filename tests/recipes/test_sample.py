@@ -20,7 +20,8 @@ TINY = weights_folder(load_config("my_lora", ["model=tiny"]))
 
 
 def sample(run_dir, *more):
-    return main(load_config("my_lora", road(run_dir, "sample.steps=3", "sample.prompt=a red ball", *more)))
+    [video] = main(load_config("my_lora", road(run_dir, "sample.steps=3", "sample.prompt=a red ball", *more)))
+    return video
 
 
 def write_adapter(path, seed=0, scale=1.0, identity=None):
@@ -117,7 +118,7 @@ def test_the_runs_own_adapter_is_used_by_itself(tmp_path):
 
 def test_fast_settings(tmp_path):
     config = load_config("my_lora", road(tmp_path, "sample.prompt=x", "sample.preset=fast"))
-    record = json.loads(main(config).with_suffix(".json").read_text())
+    record = json.loads(main(config)[0].with_suffix(".json").read_text())
     assert record["sampler"] == {"steps": 8, "guidance": 1.5, "threshold": 0.1, "linear_steps": 6}
 
 
