@@ -192,7 +192,6 @@ def check_config(config: RunConfig) -> None:
     from mochi_tune.flow import OBJECTIVES
     from mochi_tune.models.latents import check_geometry
     from mochi_tune.parallel.memory import DIT_PLACES
-    from mochi_tune.sampler import PRESETS
 
     check_geometry(config.data.num_frames, config.data.height, config.data.width)
     size = sample_size(config)
@@ -201,7 +200,6 @@ def check_config(config: RunConfig) -> None:
         "device": (config.device, ("auto", "cpu", "cuda")),
         "model.dtype": (config.model.dtype, ("bf16", "fp32")),
         "train.objective": (config.train.objective, OBJECTIVES),
-        "sample.preset": (config.sample.preset, tuple(PRESETS)),
         "memory.dit": (config.memory.dit, DIT_PLACES),
         "sample.compare": (config.sample.compare, (None, "base")),
         "log.wandb": (config.log.wandb, ("disabled", "offline", "online")),
@@ -275,6 +273,8 @@ def sampler_settings(config: RunConfig) -> "SamplerSettings":
     """
     from mochi_tune.sampler import PRESETS
 
+    if config.sample.preset not in PRESETS:
+        raise ConfigError(f"sample.preset={config.sample.preset} is not possible: use {' or '.join(PRESETS)}.")
     own = {key: getattr(config.sample, key) for key in ("steps", "guidance", "threshold", "linear_steps")}
     settings = replace(PRESETS[config.sample.preset], **{key: value for key, value in own.items() if value is not None})
     if own["steps"] is not None and own["linear_steps"] is None:

@@ -14,6 +14,8 @@ from mochi_tune.errors import ParallelError
 
 # Set for processes that this program started itself.
 STARTED_HERE = "MOCHI_TUNE_STARTED_HERE"
+# Exit code of a process whose peer is gone.
+LOST_CONTACT = 75
 
 
 def num_processes_here(environment: Mapping[str, str]) -> int:
@@ -70,8 +72,15 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         dist.init_process_group("gloo", timeout=timeout)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        rank = os.environ["RANK"]
+        sys.stderr.write(f"mochi-tune: rank {rank} lost contact with the others: {str(error).splitlines()[0]}\n")
+        sys.stderr.flush()
+        # Taking leave in order would wait for those that do not answer.
+        os._exit(LOST_CONTACT)
+    dist.destroy_process_group()
 
 
 def start_processes(count: int, arguments: list[str]) -> int:
@@ -102,9 +111,6 @@ def start_processes(count: int, arguments: list[str]) -> int:
     except ChildFailedError as error:
         return report_failures({rank: failure.exitcode for rank, failure in error.failures.items()})
     return 0
-
-
-LOST_CONTACT = 75
 
 
 def report_failures(exit_codes: Mapping[int, int]) -> int:

@@ -37,7 +37,7 @@ def prepare_dit(
     adapters: Mapping[str, dict[str, tuple[Tensor, Tensor, float]]],
     mesh: Mesh | None,
 ) -> AsymmDiT:
-    """Loads the DiT for rendering: each block is made small as soon as it is read, then adapters, then the ranks.
+    """Loads the DiT for rendering; each block is made small and gets its adapters as soon as it is read.
 
     Args:
         folder: a weights folder that has passed `check_weights`.
@@ -49,16 +49,18 @@ def prepare_dit(
     """
     assert place in DIT_PLACES, place
 
-    def shrink(_dit: AsymmDiT, block: nn.Module) -> None:
+    def prepare_block(dit: AsymmDiT, block: nn.Module) -> None:
         fold_modulation(block, device)
         if place in PRECISIONS:
             quantize_block(block, place)
-        elif place == "shard" and mesh is not None:
+        prefix = f"blocks.{list(dit.blocks).index(block)}."
+        for name, layers in adapters.items():
+            if own := {layer: parts for layer, parts in layers.items() if layer.startswith(prefix)}:
+                apply_adapter(dit, own, name)
+        if place == "shard" and mesh is not None:
             shard_block(block, mesh.video_mesh)
 
-    dit = load_dit(folder, "cpu" if place == "offload" else device, dtype, shrink)
-    for name, layers in adapters.items():
-        apply_adapter(dit, layers, name)
+    dit = load_dit(folder, "cpu" if place == "offload" else device, dtype, prepare_block)
     if place == "offload":
         apply_block_offload(dit, device)
     if mesh is not None and mesh.layout.context > 1:

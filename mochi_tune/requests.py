@@ -63,8 +63,6 @@ def read_requests(config: RunConfig) -> list[Request]:
             raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')
         rows = [("", {"prompt": sample.prompt})]
     else:
-        if sample.prompt:
-            raise ConfigError("sample.prompt and sample.prompts are both given: use one of them.")
         rows = list(_read_rows(Path(sample.prompts)))
     asked: list[Request] = []
     places = _Places(config, num_videos=len(rows) * max(1, len(sample.seeds or [])))

@@ -55,7 +55,7 @@ def main(config: RunConfig) -> list[Path]:
     job, device, dtype = check(config, num_ranks), find_device(config.device), DTYPES[config.model.dtype]
     for folder in {request.video.parent for request in job.requests}:
         make_writable_folder(folder)
-    mesh = Mesh(job.layout, device) if num_ranks > 1 else None
+    mesh = Mesh(job.layout, device, config.parallel.timeout_seconds) if num_ranks > 1 else None
     mine = job.requests if mesh is None else job.requests[mesh.data_rank :: job.layout.data]
     is_quiet = mesh is not None and dist.get_rank() > 0
     usage = Usage(device)

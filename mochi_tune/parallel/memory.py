@@ -102,10 +102,11 @@ def quantize_block(block: nn.Module, precision: str) -> None:
 
 
 def shard_block(block: nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves each rank a share of a block's weights (FSDP); they are whole on all ranks while the block computes."""
+    """Leaves each rank a share of a block's weights (FSDP), which are whole while the block computes; adapters stay."""
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(block, mesh=mesh)
+    adapters = {parameter for name, parameter in block.named_parameters() if ".lora_" in name}
+    fully_shard(block, mesh=mesh, ignored_params=adapters)
 
 
 def apply_block_offload(dit: AsymmDiT, device: torch.device) -> None:

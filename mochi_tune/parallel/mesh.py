@@ -1,11 +1,13 @@
 """How processes share the work: data (videos) x guidance (prompt, negative prompt) x context (tokens)."""
 
+import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.dit import DiTConfig
@@ -93,15 +95,23 @@ def estimate_seconds(layout: Layout, config: DiTConfig, num_videos: int, num_tok
 class Mesh:
     """This process's place in a layout, and the groups that it talks to; all ranks build it together."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, timeout_seconds: float) -> None:
         self.layout = layout
-        axes = ("data", "guidance", "context")
-        mesh = dist.init_device_mesh(device.type, tuple(getattr(layout, axis) for axis in axes), mesh_dim_names=axes)
-        self.data_rank, self.guidance_rank, self.context_rank = mesh.get_coordinate()
-        self.guidance_group, self.context_group = mesh["guidance"].get_group(), mesh["context"].get_group()
+        grid = torch.arange(layout.num_ranks).view(layout.data, layout.guidance, layout.context)
+        place = (grid == dist.get_rank()).nonzero()[0].tolist()
+        self.data_rank, self.guidance_rank, self.context_rank = place
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+
+        def group_of(rows: Tensor) -> dist.ProcessGroup:
+            # Every rank takes part in making every group.
+            groups = {tuple(row): dist.new_group(row, timeout=timeout) for row in rows.tolist()}
+            return next(group for ranks, group in groups.items() if dist.get_rank() in ranks)
+
+        self.context_group = group_of(grid.flatten(0, 1))
+        self.guidance_group = group_of(grid.transpose(1, 2).flatten(0, 1))
         # The ranks that make one video together.
-        self.video_mesh = mesh["guidance", "context"]._flatten("video")
-        self.video_group = self.video_mesh.get_group()
+        self.video_group = group_of(grid.flatten(1))
+        self.video_mesh = DeviceMesh.from_group(self.video_group, device.type)
 
     @property
     def is_writer(self) -> bool:
