@@ -5,14 +5,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from errno import EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError, MochiTuneError
-from mochi_tune.launch import joined, num_processes_here, start_processes
+from mochi_tune.launch import INTERRUPTED, STARTED_HERE, USERS_MISTAKE, joined, num_processes_here, start_processes
 
 # What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
-USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS)
+USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS)
 
 USAGE = """\
 mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
@@ -68,16 +68,19 @@ def main(arguments: list[str] | None = None) -> None:
     # torchao, which other libraries look for, tells of every kernel that it was not built with.
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    me = "mochi-tune"
+    if num_processes_here(os.environ) > 1:
+        me += f": rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID')}"
     try:
         sys.exit(run(arguments))
     except MochiTuneError as error:
-        print(f"mochi-tune: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        print(f"{me}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(USERS_MISTAKE)
     except OSError as error:
         if error.errno not in USERS_TROUBLE:
             raise
-        print(f"mochi-tune: {error.filename}: {error.strerror}: name a place that can be used.", file=sys.stderr)
-        sys.exit(2)
+        print(f"{me}: {error.filename}: {error.strerror}: name a place that can be used.", file=sys.stderr)
+        sys.exit(USERS_MISTAKE)
     except RuntimeError as error:
         # torch is not imported for its exception's sake.
         if type(error).__name__ != "OutOfMemoryError":
@@ -85,13 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
         advice = (
             "lower data.num_frames, data.height and data.width, or train.batch_size; keep train.gradient_checkpointing"
         )
-        print(
-            f"mochi-tune: the GPU's memory does not suffice ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr
-        )
-        sys.exit(2)
+        print(f"{me}: the GPU's memory does not suffice ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
+        sys.exit(USERS_MISTAKE)
     except KeyboardInterrupt:
-        print("mochi-tune: interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"{me}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def run(arguments: list[str]) -> int:
@@ -156,10 +157,18 @@ def run_sample(arguments: list[str]) -> int:
     if started == 1 and config.parallel.num_processes > 1:
         # What can be refused is refused once, here.
         check(config, config.parallel.num_processes)
-        return start_processes(config.parallel.num_processes, ["sample", *arguments])
+        code = start_processes(config.parallel.num_processes, ["sample", *arguments])
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
     with joined(config.device, config.parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
-        for video in sample(config):
-            print(video, flush=True)
+        try:
+            for video in sample(config):
+                print(video, flush=True)
+        except KeyboardInterrupt:
+            # The program that started this process says so once, and its exit code is that one's.
+            if STARTED_HERE not in os.environ:
+                raise
     return 0
 
 
@@ -286,7 +295,7 @@ def run_toy(arguments: list[str]) -> int:
     record = train_toy(Path(options["work"]), Path(options["out"]), Plan())
     if record is None:
         print("interrupted and saved; the same command goes on from there", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     for name, value in record["figures"].items():
         print(f"{name + ':':<16} {value}")
     return 0

@@ -30,3 +30,13 @@ def make_writable_folder(folder: Path) -> None:
     probe = folder / f".write_probe_{os.getpid()}"
     probe.write_bytes(b"x")
     probe.unlink()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that appears under its name only when all of it is there."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

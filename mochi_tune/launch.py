@@ -16,6 +16,12 @@ from mochi_tune.errors import ParallelError
 STARTED_HERE = "MOCHI_TUNE_STARTED_HERE"
 # Exit code of a process whose peer is gone.
 LOST_CONTACT = 75
+# Exit code after a Ctrl-C.
+INTERRUPTED = 128 + signal.SIGINT
+# Exit code of a process that has told of a user's mistake.
+USERS_MISTAKE = 2
+# How long the others have to end by themselves when a process has failed.
+GRACE_SECONDS = 10
 
 
 def num_processes_here(environment: Mapping[str, str]) -> int:
@@ -58,6 +64,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         # When the program that started this one is killed, this one ends too (PR_SET_PDEATHSIG).
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = "gloo"
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         place = int(os.environ.get("LOCAL_RANK", "0"))
         if place >= torch.cuda.device_count():
@@ -67,9 +74,15 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
             )
         torch.cuda.set_device(place)
         # gloo beside nccl, for small things on the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ParallelError(
+            f"rank {os.environ['RANK']} could not meet the others at {meeting} ({str(error).splitlines()[0]}): "
+            "if another program has that port, set MASTER_PORT to a free one; if not, see that all ranks were started."
+        ) from None
     try:
         yield
     except RuntimeError as error:
@@ -84,9 +97,10 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
 
 
 def start_processes(count: int, arguments: list[str]) -> int:
-    """Runs the command line in `count` processes on this machine, on a free port; returns their exit code.
+    """Runs the command line in `count` processes on this machine, on a free port; returns the exit code.
 
-    When one ends badly, the others are ended too, at the latest after 30 seconds.
+    When one ends badly, the others are ended too, at the latest after 10 seconds. A first Ctrl-C asks them to stop, a
+    second one ends them.
 
     Args:
         count: processes, one a GPU.
@@ -95,41 +109,78 @@ def start_processes(count: int, arguments: list[str]) -> int:
     Raises:
         ParallelError: a process ended by a signal or by an error that is no user's mistake; its rank is named.
     """
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
+    for noisy in ("elastic", "run"):
+        logging.getLogger(f"torch.distributed.{noisy}").setLevel(logging.CRITICAL)
     os.environ[STARTED_HERE] = "1"
+    # A process that hangs does not end when it is asked to; the launcher would wait 30 seconds before it kills it.
+    PContext.close.__defaults__ = (None, GRACE_SECONDS)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()),
-        max_restarts=0, monitor_interval=0.5, shutdown_timeout=15,
+        run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.5, shutdown_timeout=GRACE_SECONDS,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )  # fmt: skip
-    try:
-        elastic_launch(config, sys.executable)("-m", "mochi_tune.cli", *arguments)
-    except ChildFailedError as error:
-        return report_failures({rank: failure.exitcode for rank, failure in error.failures.items()})
-    return 0
+    with PassedOnInterrupt() as interrupt:
+        try:
+            elastic_launch(config, sys.executable)("-m", "mochi_tune.cli", *arguments)
+        except ChildFailedError as error:
+            if not interrupt.received:
+                return report_failures({r: (f.exitcode, f.timestamp) for r, f in error.failures.items()})
+        except SignalException as error:
+            return 128 + error.sigval
+    return INTERRUPTED if interrupt.received else 0
 
 
-def report_failures(exit_codes: Mapping[int, int]) -> int:
+class PassedOnInterrupt:
+    """Passes a first Ctrl-C on to the processes that were started, a second one ends this process."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "PassedOnInterrupt":
+        self._former = signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._former)
+
+    def _receive(self, _number: int, _frame: object) -> None:
+        import psutil
+
+        self.received = True
+        signal.signal(signal.SIGINT, self._former)
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGINT)
+
+
+def report_failures(failures: Mapping[int, tuple[int, float]]) -> int:
     """Returns the exit code of a user's mistake, which its process has already told of.
 
     Args:
-        exit_codes: of the ranks that failed; negative for a signal.
+        failures: of each rank that ended badly: its exit code, negative for a signal, and the time when it was seen.
+            Those that were ended because of another one are among them.
 
     Raises:
         ParallelError: it was something else.
     """
-    # A process that lost contact with another one is not where the trouble began.
-    first = [rank for rank, code in exit_codes.items() if code != LOST_CONTACT] or list(exit_codes)
-    rank = min(first)
-    code = exit_codes[rank]
-    if code > 0 and code != LOST_CONTACT:
+    codes = {rank: code for rank, (code, _) in failures.items()}
+    # NCCL's watchdog aborts its process when another one does not answer.
+    lost = {rank: time for rank, (code, time) in failures.items() if code in (LOST_CONTACT, -signal.SIGABRT)}
+    silent = [r for r, (c, t) in failures.items() if c == -signal.SIGKILL and lost and t - min(lost.values()) >= 5]
+    if silent:
+        raise ParallelError(f"rank {min(silent)} did not answer and had to be killed, and all others with it.")
+    # Neither a process that lost contact with another one, nor one that was then asked to end, began the trouble.
+    first = [rank for rank, code in codes.items() if code not in (LOST_CONTACT, -signal.SIGTERM)]
+    rank = min(first or lost or codes)
+    code = codes[rank]
+    if code == USERS_MISTAKE:
         return code
-    if code == LOST_CONTACT:
-        raise ParallelError(f"rank {rank} lost contact with the others, and all were ended: see what it wrote above.")
+    if code > 0:
+        what = "lost contact with the others" if code == LOST_CONTACT else f"ended with exit code {code}"
+        raise ParallelError(f"rank {rank} {what}, and all others were ended: see what it wrote above.")
     name = signal.Signals(-code).name
     hint = "; out of memory is the usual reason" if name == "SIGKILL" else ""
     raise ParallelError(f"rank {rank} was ended by {name}, and all others with it{hint}.")

@@ -68,6 +68,10 @@ def read_requests(config: RunConfig) -> list[Request]:
     places = _Places(config, num_videos=len(rows) * max(1, len(sample.seeds or [])))
     for where, row in rows:
         own = {key: value for key, value in row.items() if key != "seed"}
+        # A row's schedule stands in the place of the one that is set for all.
+        for schedule, other in (("sigmas", "steps"), ("steps", "sigmas")):
+            if schedule in row and other not in row:
+                own[other] = None
         mine = replace(config, sample=replace(sample, **own))
         try:
             settings, size = sampler_settings(mine), sample_size(mine)

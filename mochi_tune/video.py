@@ -1,6 +1,5 @@
 """Writing videos and contact sheets."""
 
-import os
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -20,11 +19,23 @@ def write_video(path: Path, frame_chunks: Iterable[Tensor]) -> int:
     Returns:
         The number of frames written.
     """
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    try:
+        count = _encode(temporary, frame_chunks)
+        temporary.replace(path)
+    except OSError as error:
+        # PyAV names neither the file nor, in every case, the reason.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> int:
     import av
 
-    temporary = path.with_name(f".{path.stem}.tmp.mp4")
     count = 0
-    with av.open(str(temporary), "w") as container:
+    with av.open(str(path), "w") as container:
         stream = None
         for chunk in frame_chunks:
             for frame in chunk.numpy():
@@ -42,7 +53,6 @@ def write_video(path: Path, frame_chunks: Iterable[Tensor]) -> int:
                 container.mux(stream.encode(picture))
                 count += 1
         container.mux(stream.encode())
-    os.replace(temporary, path)
     return count
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from mochi_tune.adapters import Adapter, check_adapter, load_adapter
 from mochi_tune.config import RunConfig, weights_folder
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import file_sha256, make_writable_folder
+from mochi_tune.files import file_sha256, make_writable_folder, write_whole
 from mochi_tune.lora import linear_shapes, switch_adapters
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.dit import DiTConfig
@@ -46,10 +47,13 @@ class Job:
     layout: Layout
 
 
-def main(config: RunConfig) -> list[Path]:
-    """Renders what `config.sample` asks for; each video's settings stand beside it as .json.
+def main(config: RunConfig) -> Iterator[Path]:
+    """Renders what `config.sample` asks for, yielding each video when it is there, its settings beside it as .json.
 
-    Returns the videos that were written by this process; fewer than were asked for after a Ctrl-C.
+    Of several processes each yields those that it writes.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop; what was finished by then has been written and yielded.
     """
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     job, device, dtype = check(config, num_ranks), find_device(config.device), DTYPES[config.model.dtype]
@@ -57,28 +61,29 @@ def main(config: RunConfig) -> list[Path]:
         make_writable_folder(folder)
     mesh = Mesh(job.layout, device, config.parallel.timeout_seconds) if num_ranks > 1 else None
     mine = job.requests if mesh is None else job.requests[mesh.data_rank :: job.layout.data]
-    is_quiet = mesh is not None and dist.get_rank() > 0
-    usage = Usage(device)
+    is_writer, is_quiet = mesh is None or mesh.is_writer, mesh is not None and dist.get_rank() > 0
+    usage = Usage(device, is_quiet)
+    if mesh is not None and not is_quiet:
+        tell(f"{num_ranks} processes: {job.layout}")
 
     with usage.stage("text"):
         features = encode_prompts(job, device, dtype, Path(config.sample.prompt_cache).expanduser())
     with usage.stage("sample"):
         latents = render(config, job, mine, features, device, dtype, mesh, is_quiet)
-    videos = []
     with usage.stage("decode"):
         decoder = load_decoder(job.folder, device, dtype)
-        for request, states in tqdm(
-            zip(mine, latents, strict=False), "decode", len(latents), leave=False, disable=is_quiet
-        ):
+        finished = list(zip(mine, latents, strict=False))
+        for request, states in tqdm(finished, "decode", leave=False, disable=is_quiet):
             chunks = side_by_side([decoded_frames(decoder, state, mesh) for state in states.values()])
-            if mesh is not None and not mesh.is_writer:
-                for _ in chunks:
-                    pass
+            if not is_writer:
+                assert not list(chunks), "only the writer has frames"
                 continue
+            save_latents(config, request, states)
             write_video(request.video, chunks)
-            save_beside(config, job, request, states, usage)
-            videos.append(request.video)
-    return videos
+            save_settings(config, job, request, list(states), usage)
+            yield request.video
+    if len(finished) < len(mine):
+        raise KeyboardInterrupt
 
 
 def check(config: RunConfig, num_ranks: int) -> Job:
@@ -120,9 +125,7 @@ def encode_prompts(job: Job, device: torch.device, dtype: torch.dtype, cache_fol
             for prompt in tqdm(new, "prompts", leave=False):
                 num_tokens = encoder.count_tokens(prompt)
                 if num_tokens > MAX_TOKENS:
-                    tqdm.write(
-                        f"{prompt[:40]}...: {num_tokens} tokens, only the first {MAX_TOKENS} are used", file=sys.stderr
-                    )
+                    tell(f"{prompt[:40]}...: {num_tokens} tokens, only the first {MAX_TOKENS} are used")
                 features[prompt] = encoder.encode([prompt])[0].cpu()
                 cache.put(prompt, features[prompt])
             del encoder
@@ -153,6 +156,8 @@ def render(
     with StopSignal() as stop:
         for number, request in enumerate(requests, 1):
             noise = draw_noise(request.seed, request.num_frames, request.height, request.width)
+            if mesh is None or mesh.is_writer:
+                tell(f"{request.video.name}: noise {tensor_sha256(noise)}")
             prompt, negative = features[request.prompt], features[request.negative_prompt]
             states: dict[str, Tensor] = {}
             for kind in kinds:
@@ -162,10 +167,8 @@ def render(
                 for state in tqdm(steps, label, request.settings.steps, unit="step", leave=False, disable=is_quiet):
                     states[kind] = state
                     if anyone(stop.received, mesh):
-                        tqdm.write(
-                            f"stopped: of {len(requests)} videos, {len(finished)} are finished and kept",
-                            file=sys.stderr,
-                        )
+                        if not is_quiet:
+                            tell(f"stopped: of {len(requests)} videos, {len(finished)} are finished and kept")
                         return finished
             finished.append({kind: state.cpu() for kind, state in states.items()})
     del dit
@@ -193,16 +196,23 @@ def side_by_side(videos: list[Iterator[Tensor]]) -> Iterator[Tensor]:
         yield torch.cat(chunks, dim=2)
 
 
-def save_beside(config: RunConfig, job: Job, request: Request, states: dict[str, Tensor], usage: "Usage") -> None:
-    """Writes a video's settings as .json beside it, and its latents where they are asked for."""
-    if config.sample.save_latents:
-        from safetensors.torch import save_file
+def tensor_sha256(tensor: Tensor) -> str:
+    """Returns the hex sha256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
-        path = request.video.with_suffix(".safetensors")
-        names = {"latents": states[list(states)[-1]]} | ({"base": states["base"]} if len(states) > 1 else {})
-        save_file(names, path, {"space": "dit", "layout": "B C T h w"})
+
+def save_latents(config: RunConfig, request: Request, states: dict[str, Tensor]) -> None:
+    """Writes a video's latents beside it, where they are asked for: "latents", and "base" when it is compared with."""
+    if config.sample.save_latents:
+        from safetensors.torch import save
+
+        named = {"latents": states[list(states)[-1]]} | ({"base": states["base"]} if len(states) > 1 else {})
+        write_whole(request.video.with_suffix(".safetensors"), save(named, {"space": "dit", "layout": "B C T h w"}))
+
+
+def save_settings(config: RunConfig, job: Job, request: Request, kinds: list[str], usage: "Usage") -> None:
+    """Writes a video's settings as .json beside it."""
     noise = draw_noise(request.seed, request.num_frames, request.height, request.width)
-    noise_sha256 = hashlib.sha256(noise.numpy().tobytes()).hexdigest()
     settings = {key: value for key, value in asdict(request.settings).items() if key != "own_sigmas" or value}
     record = {
         **{key: getattr(request, key) for key in ("prompt", "negative_prompt", "seed")},
@@ -212,41 +222,51 @@ def save_beside(config: RunConfig, job: Job, request: Request, states: dict[str,
         "adapters": [
             {"file": str(path), "sha256": file_sha256(path), "strength": strength} for path, strength, _ in job.adapters
         ],
-        "side_by_side": list(states),
+        "side_by_side": kinds,
         "model": config.model.name,
         "base_fingerprint": job.identity,
         "dtype": config.model.dtype,
         "memory": asdict(config.memory),
         "layout": asdict(job.layout),
         "device": torch.cuda.get_device_name() if usage.device.type == "cuda" else "cpu",
-        "noise_sha256": noise_sha256,
+        "noise_sha256": tensor_sha256(noise),
         "versions": {name: version(name) for name in ("mochi-tune", "torch")},
-        "seconds": {stage: round(value, 3) for stage, value in usage.seconds.items()},
-        "peak_gib": usage.peak_gib,
+        **usage.so_far(),
     }
-    tell(f"{request.video.name}: noise {noise_sha256}")
-    request.video.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(request.video.with_suffix(".json"), json.dumps(record, indent=1).encode() + b"\n")
 
 
 class Usage:
-    """Seconds and peak memory of each stage, on this process's device."""
+    """Seconds and peak memory of each stage: of the GPU's, or on a CPU of the process until then."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, is_quiet: bool) -> None:
         self.device = device
+        self.is_quiet = is_quiet
+        self.started: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self.peak_gib: dict[str, float] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures what runs inside; on a CPU there is no peak."""
-        is_cuda, started = self.device.type == "cuda", time.perf_counter()
-        if is_cuda:
+        """Measures what runs inside, and tells."""
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        self.started = {name: time.perf_counter()}
         yield
-        self.seconds[name] = time.perf_counter() - started
-        if is_cuda:
-            self.peak_gib[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.so_far()
+        if not self.is_quiet:
             tell(f"{name}: {self.seconds[name]:.1f} s, peak {self.peak_gib[name]} GiB")
+
+    def so_far(self) -> dict[str, dict[str, float]]:
+        """Returns the seconds and the peak of each stage, the one under way included."""
+        for name, started in self.started.items():
+            self.seconds[name] = round(time.perf_counter() - started, 3)
+            if self.device.type == "cuda":
+                num_bytes = torch.cuda.max_memory_allocated()
+            else:
+                num_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            self.peak_gib[name] = round(num_bytes / 2**30, 2)
+        return {"seconds": dict(self.seconds), "peak_gib": dict(self.peak_gib)}
 
 
 def find_adapters(config: RunConfig) -> list[tuple[Path, float]]:

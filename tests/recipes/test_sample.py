@@ -1,5 +1,7 @@
 import json
+import resource
 
+import numpy as np
 import pytest
 import torch
 from helpers_road import prepared, road, run
@@ -118,7 +120,8 @@ def test_the_runs_own_adapter_is_used_by_itself(tmp_path):
 
 def test_fast_settings(tmp_path):
     config = load_config("my_lora", road(tmp_path, "sample.prompt=x", "sample.preset=fast"))
-    record = json.loads(main(config)[0].with_suffix(".json").read_text())
+    [video] = main(config)
+    record = json.loads(video.with_suffix(".json").read_text())
     assert record["sampler"] == {"steps": 8, "guidance": 1.5, "threshold": 0.1, "linear_steps": 6}
 
 
@@ -174,3 +177,63 @@ def test_the_tiny_weights_are_what_their_recipe_makes(tmp_path):
         ours, theirs = (load_file(f"{folder}/{name}.safetensors") for folder in (tmp_path, f"{shipped}/tiny"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert prepared().exists()
+
+
+def test_base_and_lora_are_rendered_with_one_noise_side_by_side(tmp_path):
+    adapter = write_adapter(tmp_path / "a.safetensors", scale=0.3)
+    named = [f"sample.adapter={adapter}", "sample.save_latents=true", "sample.num_frames=13"]
+    both = sample(tmp_path, *named, "sample.compare=base")
+    alone = [sample(tmp_path, *named, f"sample.adapter_strength={strength}") for strength in (0, 1)]
+    latents = load_file(both.with_suffix(".safetensors"))
+    assert torch.equal(latents["base"], latents_of(alone[0]))
+    assert torch.allclose(latents["latents"], latents_of(alone[1]), atol=1e-5)
+    assert not torch.allclose(latents["latents"], latents["base"], atol=1e-2)
+    frames, halves = read_frames(both), [read_frames(video) for video in alone]
+    assert len(frames) == 13 and frames[0].size == (96, 32)
+    for i, frame in enumerate(frames):
+        for left, half in ((0, halves[0][i]), (48, halves[1][i])):
+            ours = np.asarray(frame.crop((left, 0, left + 48, 32))).astype(int)
+            assert np.abs(ours - np.asarray(half).astype(int)).mean() < 8
+    assert json.loads(both.with_suffix(".json").read_text())["side_by_side"] == ["base", "adapted"]
+    with pytest.raises(ConfigError, match="compare=base has no adapter"):
+        sample(tmp_path, f"sample.adapter={adapter}", "sample.compare=base", "sample.adapter_strength=0")
+
+
+def test_rows_of_a_file_have_settings_of_their_own_and_t5_runs_once_a_prompt(tmp_path):
+    rows = [
+        {"prompt": "a red ball", "seed": 3, "num_frames": 13, "steps": 2},
+        {"prompt": "a cat", "guidance": [4, 1, 1], "negative_prompt": "a red ball"},
+        {"prompt": "a red ball", "height": 48, "width": 32, "sigmas": [1, 0.4, 0]},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = load_config(
+        "my_lora", road(tmp_path, f"sample.prompts={tmp_path / 'p.jsonl'}", "sample.steps=3", "sample.seeds=[1, 2]")
+    )
+    config.sample.prompt_cache = str(tmp_path / "cache")
+    videos = list(main(config))
+    records = [json.loads(video.with_suffix(".json").read_text()) for video in videos]
+    assert [(r["prompt"], r["seed"], r["num_frames"], r["height"]) for r in records] == [
+        ("a red ball", 3, 13, 32), ("a cat", 1, 7, 32), ("a cat", 2, 7, 32),
+        ("a red ball", 1, 7, 48), ("a red ball", 2, 7, 48),
+    ]  # fmt: skip
+    assert [len(read_frames(video)) for video in videos] == [13, 7, 7, 7, 7]
+    assert records[1]["sampler"]["guidance"] == [4, 1, 1] and records[3]["sampler"]["own_sigmas"] == [1, 0.4, 0]
+    # Three distinct prompts, the empty one among them.
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b", "step": 3}\n')
+    done = run("sample", "conf=my_lora", *road(tmp_path), f"prompts={tmp_path / 'p.jsonl'}")
+    assert done.returncode == 2 and "p.jsonl row 3: step is not a key" in done.stderr
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path):
+    out = tmp_path / "videos" / "big.mp4"
+    arguments = road(tmp_path, "sample.steps=2", "sample.num_frames=37")
+    sample(tmp_path, *arguments[:-1])  # The prompt is cached, and the adapter found.
+    # Files of 2000 bytes at most: what a full disk does, in the midst of writing.
+    done = run(
+        "sample", "conf=my_lora", *arguments, "prompt=a red ball", f"out={out}",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"mochi-tune: {out}: File too large")
+    assert list(out.parent.iterdir()) == []

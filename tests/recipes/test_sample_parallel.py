@@ -1,28 +1,46 @@
-"""`sample` in several real processes, as a user starts them: the same latents, and a clear end when a rank dies."""
+"""`sample` in several real processes: the same latents and videos as one, and a clear end when a rank fails."""
 
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
-from helpers_road import run, start
+from helpers_parallel import run_ranks
+from helpers_road import ENVIRONMENT, command, run
 from safetensors.torch import load_file
 
 from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
 from mochi_tune.config import load_config, weights_folder
 from mochi_tune.lora import linear_shapes
+from mochi_tune.parallel.mesh import Layout, Mesh
+from mochi_tune.recipes.sample import main
+from mochi_tune.rendering import decoded_frames
 from mochi_tune.video import read_frames
-from mochi_tune.weights import base_identity, meta_dit
+from mochi_tune.weights import base_identity, load_decoder, meta_dit
 
 TOY = weights_folder(load_config("toy_lora", []))
-PROMPT = "a red circle moves up over a grey background"
+PROMPTS = ("a red circle moves up over a grey background", "a blue square")
+LAYOUTS = {
+    2: (
+        {"parallel.context": 2},
+        {"parallel.guidance": 2},
+        {"parallel.data": 2},
+        {"parallel.context": 2, "memory.dit": "shard"},
+    ),
+    3: ({"parallel.context": 3}, {"parallel.data": 3}),
+    4: ({"parallel.guidance": 2, "parallel.context": 2}, {"parallel.data": 2, "parallel.context": 2}),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    """Holds an adapter, and what one process renders of both prompts with it and without."""
     folder = tmp_path_factory.mktemp("parallel")
     generator = torch.Generator().manual_seed(0)
     layers = {
@@ -32,71 +50,137 @@ def folder(tmp_path_factory) -> Path:
     save_adapter(
         folder / "adapter.safetensors", Adapter(layers, {"num_blocks": "4", "base_fingerprint": base_identity(TOY)})
     )
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    for name in ("without", "with"):
+        render(folder, f"one_{name}", {}, name)
     return folder
 
 
-def arguments(folder: Path, name: str, *more: str) -> list[str]:
-    common = ["sample.num_frames=37", "sample.steps=3", "save_latents=true", f"run_dir={folder}"]
-    common += [f"sample.prompt_cache={folder / 'prompts'}", f"out={folder / name}.mp4", "parallel.timeout_seconds=60"]
-    return ["sample", "conf=toy_lora", f"prompt={PROMPT}", *common, *more]
+def settings(folder: Path, name: str, layout: dict, adapter: str) -> list[str]:
+    given = [f"{key}={value}" for key, value in ({"parallel.timeout_seconds": 60} | layout).items()]
+    given += [f"sample.adapter={folder / 'adapter.safetensors'}"] if adapter == "with" else []
+    # 37 frames are 7 latent frames, and a guidance of 1 is part of the schedule.
+    given += ["sample.num_frames=37", "sample.steps=3", "sample.guidance=[6,3,1]", "sample.save_latents=true"]
+    given += [f"sample.prompts={folder / 'prompts.txt'}", f"sample.prompt_cache={folder / 'cache'}"]
+    return [*given, f"sample.out={folder / name}", f"run_dir={folder}"]
 
 
-def latents(folder: Path, name: str, *more: str) -> torch.Tensor:
-    done = run(*arguments(folder, name, *more))
-    assert done.returncode == 0 and done.stdout.strip() == f"{folder / name}.mp4", done.stderr
-    assert len(read_frames(folder / f"{name}.mp4")) == 37
-    return load_file(folder / f"{name}.safetensors")["latents"]
+def render(folder: Path, name: str, layout: dict, adapter: str) -> None:
+    list(main(load_config("toy_lora", settings(folder, name, layout, adapter))))
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_every_layout_gives_the_latents_of_one_process(folder, adapter):
-    more = [f"adapter={folder / 'adapter.safetensors'}"] if adapter else []
-    one = latents(folder, f"one_{adapter}", *more)
-    layouts = {
-        "context": ["parallel.num_processes=3", "parallel.context=3"],
-        "guidance": ["parallel.num_processes=2", "parallel.guidance=2"],
-        "both": ["parallel.num_processes=4", "parallel.context=2", "parallel.guidance=2"],
-        "shard": ["parallel.num_processes=2", "parallel.context=2", "memory.dit=shard"],
-    }
-    hashes = {json.loads((folder / f"one_{adapter}.json").read_text())["noise_sha256"]}
-    for name, layout in layouts.items():
-        got = latents(folder, f"{name}_{adapter}", *layout, *more)
-        assert (got - one).abs().max() <= 1e-5 * one.abs().max(), name
-        hashes.add(json.loads((folder / f"{name}_{adapter}.json").read_text())["noise_sha256"])
-    assert len(hashes) == 1
+def render_all(folder: Path, num_ranks: int) -> list[torch.Tensor]:
+    """Renders by every layout; returns the frames of a video of one process that the ranks decode together."""
+    for i, layout in enumerate(LAYOUTS[num_ranks]):
+        for adapter in ("without", "with"):
+            render(folder, f"{num_ranks}_{i}_{adapter}", layout, adapter)
+    mesh = Mesh(Layout(context=num_ranks), torch.device("cpu"), 60)
+    latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
+    return list(decoded_frames(load_decoder(TOY, "cpu", torch.float32), latents, mesh))
+
+
+@pytest.mark.parametrize("num_ranks", LAYOUTS)
+def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tmp_path, num_ranks):
+    together, *others = run_ranks(num_ranks, render_all, tmp_path, folder, num_ranks)
+    latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
+    alone = list(decoded_frames(load_decoder(TOY, "cpu", torch.float32), latents, None))
+    difference = (torch.cat(together).int() - torch.cat(alone).int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 1e-3 and not any(others)
+    for i, layout in enumerate(LAYOUTS[num_ranks]):
+        for adapter in ("without", "with"):
+            made = sorted((folder / f"{num_ranks}_{i}_{adapter}").iterdir())
+            assert len(made) == 6
+            for path in made:
+                one = folder / f"one_{adapter}" / path.name
+                if path.suffix == ".safetensors":
+                    ours, theirs = (load_file(p)["latents"] for p in (path, one))
+                    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), layout
+                elif path.suffix == ".mp4":
+                    ours, theirs = (np.stack(read_frames(p)).astype(int) for p in (path, one))
+                    assert ours.shape == theirs.shape == (37, 64, 96, 3)
+                    # A pixel may round the other way, which the video's compression spreads.
+                    assert np.abs(ours - theirs).mean() < 0.5, layout
+                else:
+                    ours, theirs = (json.loads(p.read_text()) for p in (path, one))
+                    assert ours["noise_sha256"] == theirs["noise_sha256"]
+
+
+def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise(folder):
+    more = [s for s in settings(folder, "own", {}, "with") if "sample.out" not in s and "prompts=" not in s]
+    out = folder / "own.mp4"
+    done = run("sample", "conf=toy_lora", *more, f"prompt={PROMPTS[0]}", f"out={out}", "parallel.num_processes=2")
+    assert done.returncode == 0 and done.stdout == f"{out}\n", done.stderr
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["layout"] == {"data": 1, "guidance": 2, "context": 1}
+    assert "2 processes: data=1 guidance=2 context=1" in done.stderr
+    assert f"own.mp4: noise {record['noise_sha256']}" in done.stderr
+    assert set(record["seconds"]) == set(record["peak_gib"]) == {"text", "sample", "decode"}
 
 
 def test_impossible_layouts_are_refused_in_one_line(folder):
     for layout, said in (
-        (["parallel.num_processes=4", "parallel.context=4"], "does not divide the model's 6 heads: use 1, 2, 3, 6."),
-        (["parallel.num_processes=2", "parallel.data=3"], "is not possible with 2 processes: use data=2"),
+        ({"parallel.num_processes": 4, "parallel.context": 4}, "does not divide the model's 6 heads: use 1, 2, 3, 6."),
+        ({"parallel.num_processes": 2, "parallel.data": 3}, "is not possible with 2 processes: use data=2"),
     ):
-        done = run(*arguments(folder, "never", *layout))
+        done = run("sample", "conf=toy_lora", *settings(folder, "never", layout, "without"))
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def children(parent: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+class Rendering:
+    """A rendering of two long videos by two processes, of which both are in the midst."""
+
+    def __init__(self, folder: Path, name: str, *more: str) -> None:
+        self.out = folder / name
+        layout = {"parallel.num_processes": 2, "parallel.context": 2, "parallel.timeout_seconds": 5}
+        arguments = [*settings(folder, name, layout, "with"), *more]
+        self.process = subprocess.Popen(
+            command("sample", "conf=toy_lora", *arguments), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        )
+        self.said = ""
+        while "noise" not in self.said:
+            assert self.process.poll() is None, self.said
+            self.said += self.process.stderr.readline()
+        self.ranks = sorted(psutil.Process(self.process.pid).children(), key=lambda p: int(p.environ()["RANK"]))
+        time.sleep(1)
+
+    def end(self) -> tuple[int, str, float]:
+        """Returns the exit code, the last line, and the seconds it took; no process may be left."""
+        started = time.monotonic()
+        _, said = self.process.communicate(timeout=60)
+        _, alive = psutil.wait_procs(self.ranks, timeout=1)
+        assert not alive
+        return self.process.returncode, said.splitlines()[-1], time.monotonic() - started
 
 
-def test_a_rank_that_is_killed_ends_all_and_leaves_nothing(folder):
-    more = ["sample.steps=2000", "parallel.num_processes=2", "parallel.context=2", "parallel.timeout_seconds=10"]
-    process = start(*arguments(folder, "dead", *more))
-    ranks = []
-    while len(ranks) < 2 or min(Path(f"/proc/{rank}").stat().st_ctime for rank in ranks) > time.time() - 12:
-        assert process.poll() is None
-        ranks = children(process.pid)
-        time.sleep(0.2)
-    os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(timeout=40) != 0
-    for rank in ranks:
-        assert not Path(f"/proc/{rank}").exists() or rank not in children(1)
-    assert not list(folder.glob("*dead*"))
+LONG = ("sample.steps=20000", "sample.guidance=2")
+
+
+def test_a_rank_that_is_killed_ends_all_and_is_named(folder):
+    rendering = Rendering(folder, "killed", *LONG)
+    rendering.ranks[1].send_signal(signal.SIGKILL)
+    code, line, seconds = rendering.end()
+    assert code == 2 and "rank 1 was ended by SIGKILL" in line and seconds < 30
+    assert not list(rendering.out.rglob("*.*"))
+
+
+def test_a_rank_that_hangs_ends_all_and_is_named(folder):
+    rendering = Rendering(folder, "hung", *LONG)
+    rendering.ranks[1].send_signal(signal.SIGSTOP)
+    code, line, seconds = rendering.end()
+    # 5 seconds until it is missed.
+    assert code == 2 and "rank 1 did not answer" in line and seconds < 35
+    assert not list(rendering.out.rglob("*.*"))
+
+
+def test_a_ctrl_c_keeps_what_is_finished(folder):
+    # As a terminal sends it: to the process that was started, while the second video is under way.
+    rendering = Rendering(folder, "stopped", "sample.steps=150", "sample.guidance=2")
+    while rendering.said.count("noise") < 2:
+        rendering.said += rendering.process.stderr.readline()
+    time.sleep(0.5)
+    os.kill(rendering.process.pid, signal.SIGINT)
+    code, line, _ = rendering.end()
+    assert code == 130 and line == "mochi-tune: interrupted"
+    assert sorted(p.suffix for p in rendering.out.iterdir()) == [".json", ".mp4", ".safetensors"]
+    [video] = rendering.out.glob("a_red_circle*.mp4")
+    assert len(read_frames(video)) == 37
