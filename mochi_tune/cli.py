@@ -10,56 +10,21 @@ from pathlib import Path
 
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.launch import INTERRUPTED, STARTED_HERE, USERS_MISTAKE, joined, num_processes_here, start_processes
+from mochi_tune.options import (
+    BENCH_OPTIONS,
+    DEMO_OPTIONS,
+    EXPERIMENT_OPTIONS,
+    EXPORT_OPTIONS,
+    PULL_OPTIONS,
+    TOY_OPTIONS,
+    USAGE,
+    VERIFY_OPTIONS,
+    plain_options,
+    whole_number,
+)
 
 # What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
 USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS)
-
-USAGE = """\
-mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
-
-  mochi-tune prepare conf=NAME [key=value ...]    videos and captions -> cache, once
-  mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
-  mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
-  mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
-  mochi-tune weights pull [to=DIR]                fetch the official weights, checked by sha256
-  mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16]
-  mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
-  mochi-tune experiment what=objective|layers [seeds=N] [out=DIR]       compares ways of training on the toy model
-  mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
-
-conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists its settings, and
-`prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
-"""
-
-EXPORT_OPTIONS = {
-    "adapter": (None, "file to convert, in any of the formats"),
-    "to": (None, "official (attention layers only), diffusers, comfyui, or native (as `train` writes it)"),
-    "out": (None, "new .safetensors file"),
-}
-PULL_OPTIONS = {
-    "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command goes on where it was cut off"),
-    "repo": ("genmo/mochi-1-preview", "of the hub"),
-    "revision": ("main", "branch, tag or commit"),
-    "endpoint": ("", "address of another hub"),
-}
-VERIFY_OPTIONS = {
-    "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),
-    "device": ("cpu", "cpu, cuda or auto"),
-    "dtype": ("fp32", "fp32 or bf16"),
-}
-DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each demo's run goes to a new one in it")}
-EXPERIMENT_OPTIONS = {
-    "what": (None, "objective (sampler, official, unnormalised) or layers (attention, attention and MLP)"),
-    "seeds": ("3", "runs of each"),
-    "out": ("experiments", "folder; the same command goes on where it was stopped"),
-}
-TOY_OPTIONS = {
-    "clips": {"out": ("toy_videos", "folder of the clips"), "seed": ("1", "of place, size and light")},
-    "weights": {
-        "work": ("toy_work", "folder of checkpoints; the same command goes on where it was stopped"),
-        "out": ("toy_weights", "folder for model.weights"),
-    },
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,6 +69,7 @@ def run(arguments: list[str]) -> int:
         "export": run_export,
         "weights": run_weights,
         "verify": run_verify,
+        "bench": run_bench,
         "demo": run_demo,
         "experiment": run_experiment,
         "toy": run_toy,
@@ -123,7 +89,7 @@ def run(arguments: list[str]) -> int:
         hint = f"; did you mean {near[0]}?" if near else f": use one of {', '.join(verbs)}."
         raise ConfigError(f"{arguments[0]} is not a verb{hint}")
     processes = num_processes_here(os.environ)
-    if processes > 1 and arguments[0] != "sample":
+    if processes > 1 and arguments[0] not in ("sample", "verify", "bench"):
         raise ConfigError(f"{arguments[0]} was started as {processes} processes, it runs as one: start it by itself.")
     return verbs[arguments[0]](arguments[1:])
 
@@ -233,18 +199,87 @@ def run_verify(arguments: list[str]) -> int:
     for key, allowed in (("device", ("cpu", "cuda", "auto")), ("dtype", ("fp32", "bf16"))):
         if options[key] not in allowed:
             raise ConfigError(f"{key}={options[key]} is not possible: use {' or '.join(allowed)}.")
+    return run_in_processes("verify", arguments, options, lambda is_first: verify_here(options, is_first))
+
+
+def verify_here(options: dict[str, str], is_first: bool) -> int:
+    """Runs the checks of one process; the first tells of them."""
     from mochi_tune.recipes.verify import main as verify
 
     checks = verify(Path(options["reference"]), options["device"], options["dtype"])
-    print(f"{'check':<58} {'max relative error':>18} {'tolerance':>9}")
+    if is_first:
+        print(f"{'check':<66} {'max relative error':>18} {'tolerance':>9}")
     failed = 0
     for check in checks:
-        print(
-            f"{check.name:<58} {check.error:>18.2e} {check.tolerance:>9.0e}  {'ok' if check.ok else 'FAIL'}", flush=True
-        )
         failed += not check.ok
-    print(f"{failed} checks FAILED" if failed else "every check is ok")
-    return 1 if failed else 0
+        if is_first:
+            verdict = "ok" if check.ok else "FAIL"
+            print(f"{check.name:<66} {check.error:>18.2e} {check.tolerance:>9.0e}  {verdict}", flush=True)
+    if is_first:
+        print(f"{failed} checks FAILED" if failed else "every check is ok")
+    return 1 if failed and is_first else 0
+
+
+def run_bench(arguments: list[str]) -> int:
+    """Measures speed and memory."""
+    options = plain_options("bench", arguments, BENCH_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.config import memory_preset
+    from mochi_tune.recipes.bench import Bench, check
+
+    numbers = {key: whole_number(key, options[key], 1) for key in ("num_frames", "height", "width", "repeats")}
+    if options["compile"] not in ("true", "false"):
+        raise ConfigError(f"compile={options['compile']} is not possible: use true or false.")
+    bench = Bench(
+        **{key: options[key] for key in ("what", "model", "device", "dtype")},
+        **numbers,
+        dit=memory_preset(options["memory"]).dit,
+        depth=None if options["depth"] == "all" else whole_number("depth", options["depth"], 1),
+        lora_rank=whole_number("lora_rank", options["lora_rank"], 0),
+        compile=options["compile"] == "true",
+    )
+    check(bench)
+    out = Path(options["out"]) if options["out"] else None
+    if out is not None and out.exists() and "RANK" not in os.environ:
+        raise ConfigError(f"out={out} exists and is never overwritten: use another name.")
+    return run_in_processes("bench", arguments, options, lambda is_first: bench_here(bench, out, is_first))
+
+
+def bench_here(bench, out: Path | None, is_first: bool) -> int:
+    """Measures as one process; the first tells of it."""
+    import json
+
+    from mochi_tune.recipes.bench import main as measure
+
+    figures = measure(bench)
+    if is_first:
+        text = json.dumps(figures, indent=1)
+        if figures["depth"] is not None:
+            print(f"reduced: depth {figures['depth']} of {figures['full_depth']}", file=sys.stderr)
+        print(text)
+        if out is not None:
+            from mochi_tune.files import make_writable_folder, write_whole
+
+            make_writable_folder(out.parent)
+            write_whole(out, text.encode() + b"\n")
+    return 0
+
+
+def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], run: Callable[[bool], int]) -> int:
+    """Runs a verb here, or in the processes that it asks for, or as one of those that something else has started.
+
+    Args:
+        verb: the verb.
+        arguments: of the command line, behind the verb.
+        options: of the verb, with "device" and "parallel.num_processes".
+        run: the verb's work; takes whether this is the first process, and returns the exit code.
+    """
+    count = whole_number("parallel.num_processes", options["parallel.num_processes"], 1)
+    if num_processes_here(os.environ) == 1:
+        return start_processes(count, [verb, *arguments]) if count > 1 else run(True)
+    with joined(options["device"], 600):
+        return run(os.environ["RANK"] == "0")
 
 
 def run_demo(arguments: list[str]) -> int:
@@ -299,43 +334,6 @@ def run_toy(arguments: list[str]) -> int:
     for name, value in record["figures"].items():
         print(f"{name + ':':<16} {value}")
     return 0
-
-
-def whole_number(key: str, text: str, lowest: int) -> int:
-    """Reads a whole number of at least `lowest`.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not text.isdecimal() or int(text) < lowest:
-        raise ConfigError(f"{key}={text} does not fit: it takes a whole number of at least {lowest}.")
-    return int(text)
-
-
-def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | None, str]]) -> dict[str, str] | None:
-    """Reads the key=value arguments of a verb that has no configuration file; None where help was asked for.
-
-    Args:
-        verb: for the texts.
-        arguments: of the command line, behind the verb.
-        known: key -> default (None: it must be given) and what it means.
-    """
-    if "--help" in arguments or "-h" in arguments:
-        print(f"mochi-tune {verb} [key=value ...]\n")
-        for key, (default, meaning) in known.items():
-            print(f"  {key + '=' + (default or ''):<44} {meaning}{' (needed)' if default is None else ''}")
-        return None
-    options = {key: default for key, (default, _) in known.items()}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in known:
-            raise ConfigError(
-                f"{argument!r} is not a setting of {verb}, which are {', '.join(f'{k}=' for k in known)}."
-            )
-        options[key] = value
-    if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
-        raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
-    return options
 
 
 if __name__ == "__main__":

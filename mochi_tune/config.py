@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.settings import RunConfig
+from mochi_tune.settings import MemoryConfig, RunConfig
 
 if TYPE_CHECKING:
     from mochi_tune.sampler import SamplerSettings
@@ -81,6 +81,21 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         ) from None
     check_config(config)
     return config
+
+
+def memory_preset(name: str) -> MemoryConfig:
+    """Returns the settings of a packaged conf/memory/NAME.yaml, without Hydra.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    from yaml import safe_load
+
+    folder = packaged_folder() / "memory"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"memory={name} does not exist: use one of {', '.join(known)}.")
+    return MemoryConfig(**safe_load((folder / f"{name}.yaml").read_text())["memory"])
 
 
 def find_config(name: str) -> Path:

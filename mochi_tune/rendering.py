@@ -1,16 +1,16 @@
 """Rendering on one device or many, in little memory: what `sample` and `bench` have in common."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mochi_tune.lora import apply_adapter
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import to_vae_latents
-from mochi_tune.models.vae import Decoder
+from mochi_tune.models.vae import Decoder, pixels_to_frames
 from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.memory import (
@@ -26,26 +26,27 @@ from mochi_tune.parallel.memory import (
 from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.parallel.vae import decode_share
 from mochi_tune.sampler import Guide, Prompt, SamplerSettings, euler_steps, guide_in_one_batch, guide_in_turn, guided
-from mochi_tune.weights import load_dit
 
 
 def prepare_dit(
-    folder: Path,
+    load: Callable[..., AsymmDiT],
     device: torch.device,
     dtype: torch.dtype,
     place: str,
     adapters: Mapping[str, dict[str, tuple[Tensor, Tensor, float]]],
     mesh: Mesh | None,
+    is_compiled: bool = False,
 ) -> AsymmDiT:
     """Loads the DiT for rendering; each block is made small and gets its adapters as soon as it is read.
 
     Args:
-        folder: a weights folder that has passed `check_weights`.
+        load: `weights.load_dit` of a folder, or `weights.random_model`; called with device, dtype and `each_block`.
         device: where it computes.
         dtype: of the matrices.
         place: one of DIT_PLACES.
         adapters: layers with their scale, by a name for each adapter.
         mesh: of the ranks; None for one process.
+        is_compiled: whether the blocks' arithmetic between matrix products is fused.
     """
     assert place in DIT_PLACES, place
 
@@ -60,12 +61,24 @@ def prepare_dit(
         if place == "shard" and mesh is not None:
             shard_block(block, mesh.video_mesh)
 
-    dit = load_dit(folder, "cpu" if place == "offload" else device, dtype, prepare_block)
+    dit = load("cpu" if place == "offload" else device, dtype, each_block=prepare_block)
     if place == "offload":
         apply_block_offload(dit, device)
     if mesh is not None and mesh.layout.context > 1:
         apply_context_parallel(dit, mesh.context_group)
+    if is_compiled:
+        apply_compilation(dit)
     return dit
+
+
+def apply_compilation(dit: AsymmDiT) -> None:
+    """Compiles the blocks, one program for all of them, for any number of tokens; attention's core stays as it is.
+
+    The first step takes a minute more; after it, norms, gates and rotations read and write memory once each.
+    """
+    for block in dit.blocks:
+        block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def latent_states(
@@ -92,11 +105,27 @@ def latent_states(
     return euler_steps(dit, noise.to(device), told, untold, settings.sigmas, settings.scales, guide)
 
 
+# cuDNN's attention is the fastest on Hopper; it is left out in training only, where its gradients have been wrong.
+ATTENTION_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
 def choose_guide(place: str, mesh: Mesh | None) -> Guide:
     """Returns how both prompts are evaluated: on two ranks, or in one batch where weights travel, or in turn."""
     if mesh is not None and mesh.layout.guidance > 1:
-        return SplitGuidance(mesh.guidance_group)
-    return guide_in_one_batch if place == "offload" else guide_in_turn
+        guide: Guide = SplitGuidance(mesh.guidance_group)
+    else:
+        guide = guide_in_one_batch if place == "offload" else guide_in_turn
+
+    def with_the_fastest_attention(*arguments) -> Tensor:
+        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
+            return guide(*arguments)
+
+    return with_the_fastest_attention
 
 
 class SplitGuidance:
@@ -132,7 +161,8 @@ def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None) -> Iter
         if mesh is None or mesh.is_writer:
             yield from (chunk[0] for chunk in decode_chunks(decoder, vae_latents))
         return
-    yield from mesh.gather_parts(decode_share(decoder, vae_latents, mesh.video_group)[0])
+    share = decode_share(decoder, vae_latents, mesh.video_group)
+    yield from mesh.gather_parts(pixels_to_frames(share)[0].cpu())
 
 
 def _as_batch(features: Tensor, device: torch.device) -> Prompt:

@@ -73,6 +73,7 @@ class SampleConfig:
     out: str | None = None
     prompt_cache: str = "~/.cache/mochi_tune/prompts"
     save_latents: bool = False
+    compile: bool = False
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None

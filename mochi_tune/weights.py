@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import file_sha256
-from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import RMSNorm
-from mochi_tune.models.vae import Decoder, Encoder
+from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
 from mochi_tune.weight_configs import read_diffusers_config, read_json, read_official_config
 from mochi_tune.weight_maps import Pieces, diffusers_map
 
@@ -52,6 +52,7 @@ _PARTS = {
     "encoder": _Part(Encoder, "vae_config.json", "vae"),
     "decoder": _Part(Decoder, "vae_config.json", "vae"),
 }
+_CONFIGS = {AsymmDiT: DiTConfig, Encoder: EncoderConfig, Decoder: DecoderConfig}
 
 
 def load_dit(
@@ -192,23 +193,47 @@ def _load(
     each_block: Callable[[Any, nn.Module], None] | None = None,
 ) -> Any:
     model, mapping, files = _plan(folder, part)
-    fp32 = held_in_fp32(model)
 
     def read(name: str) -> Tensor:
         # Opened anew for each tensor: the pages of a mapping count as this process's memory until it is closed.
         with safe_open(files[name], "pt") as file:
             return file.get_tensor(name)
 
+    return _fill(model, lambda name, tensor: mapping[name].join(read, tensor), device, dtype, each_block)
+
+
+def random_model(
+    config: DiTConfig | EncoderConfig | DecoderConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    each_block: Callable[[Any, nn.Module], None] | None = None,
+) -> Any:
+    """Builds a model of a configuration's sizes with random weights, otherwise as the loaders do; for measuring."""
+    model_class = next(model for model, known in _CONFIGS.items() if isinstance(config, known))
+    with torch.device("meta"):
+        model = model_class(config)
+    return _fill(model, lambda _name, tensor: tensor.normal_(0, 0.02), device, dtype, each_block)
+
+
+def _fill(
+    model: nn.Module,
+    write: Callable[[str, Tensor], object],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    each_block: Callable[[Any, nn.Module], None] | None,
+) -> Any:
+    """Gives a model on the meta device its weights, one tensor at a time."""
+    fp32 = held_in_fp32(model)
     parameters = list(model.named_parameters())
     blocks = [_block_of(name) for name, _ in parameters]
     for i, (name, parameter) in enumerate(parameters):
         tensor = torch.empty(parameter.shape, dtype=torch.float32 if name in fp32 else dtype, device=device)
-        mapping[name].join(read, tensor)
+        write(name, tensor)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
         if each_block and blocks[i] and blocks[i] not in blocks[i + 1 : i + 2]:
             each_block(model, model.get_submodule(blocks[i]))
-    assert not any(buffer.is_meta for buffer in model.buffers()), f"{part} has a buffer that no file fills"
+    assert not any(buffer.is_meta for buffer in model.buffers()), "the model has a buffer that nothing fills"
     return model.eval()
 
 

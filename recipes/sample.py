@@ -1,9 +1,9 @@
 """Renders prompts to videos, with or without adapters, on one device or many: T5, DiT and VAE in turn."""
 
 import contextlib
+import functools
 import hashlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from mochi_tune.config import RunConfig, weights_folder
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder, write_whole
 from mochi_tune.lora import linear_shapes, switch_adapters
-from mochi_tune.models.device import DTYPES, find_device, free_memory
+from mochi_tune.models.device import DTYPES, find_device, free_memory, peak_gib, reset_peak
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.latents import FPS, TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
@@ -32,7 +32,7 @@ from mochi_tune.requests import Request, read_requests
 from mochi_tune.sampler import draw_noise
 from mochi_tune.training.signals import StopSignal
 from mochi_tune.video import write_video
-from mochi_tune.weights import base_identity, check_weights, fingerprint, load_decoder, meta_dit
+from mochi_tune.weights import base_identity, check_weights, fingerprint, load_decoder, load_dit, meta_dit
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def render(
 ) -> list[dict[str, Tensor]]:
     """Renders requests to latents on the CPU, "base" and "adapted" or one of them; what is finished at a Ctrl-C."""
     live = {f"adapter_{i}": a.scaled(strength) for i, (_, strength, a) in enumerate(job.adapters) if strength}
-    dit = prepare_dit(job.folder, device, dtype, config.memory.dit, live, mesh)
+    load = functools.partial(load_dit, job.folder)
+    dit = prepare_dit(load, device, dtype, config.memory.dit, live, mesh, config.sample.compile)
     kinds = (["base"] if config.sample.compare or not live else []) + (["adapted"] if live else [])
     guide = choose_guide(config.memory.dit, mesh)
     finished = []
@@ -249,8 +250,7 @@ class Usage:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measures what runs inside, and tells."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak(self.device)
         self.started = {name: time.perf_counter()}
         yield
         self.so_far()
@@ -261,11 +261,7 @@ class Usage:
         """Returns the seconds and the peak of each stage, the one under way included."""
         for name, started in self.started.items():
             self.seconds[name] = round(time.perf_counter() - started, 3)
-            if self.device.type == "cuda":
-                num_bytes = torch.cuda.max_memory_allocated()
-            else:
-                num_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            self.peak_gib[name] = round(num_bytes / 2**30, 2)
+            self.peak_gib[name] = peak_gib(self.device)
         return {"seconds": dict(self.seconds), "peak_gib": dict(self.peak_gib)}
 
 

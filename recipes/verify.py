@@ -1,11 +1,13 @@
 """Compares this machine's numbers with vectors of the official implementation, one line a check."""
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,8 +17,9 @@ from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.lora import apply_adapter, lora_parameters
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
-from mochi_tune.models.latents import to_latents, to_vae_latents
+from mochi_tune.models.latents import TEMPORAL_FACTOR, to_latents, to_vae_latents
 from mochi_tune.models.vae import (
+    Carry,
     Decoder,
     DecoderConfig,
     Encoder,
@@ -25,13 +28,20 @@ from mochi_tune.models.vae import (
     frames_to_pixels,
 )
 from mochi_tune.models.vae_streaming import decode_tiled, encode
-from mochi_tune.sampler import euler_steps, linear_quadratic_sigmas
-from mochi_tune.weights import check_weights, load_decoder, load_dit, load_encoder
+from mochi_tune.parallel.collectives import even_shares
+from mochi_tune.parallel.context import apply_context_parallel, check_context_ranks
+from mochi_tune.parallel.mesh import Layout, Mesh, possible_layouts
+from mochi_tune.parallel.vae import decode_share
+from mochi_tune.rendering import choose_guide, latent_states, prepare_dit
+from mochi_tune.sampler import SamplerSettings, euler_steps, linear_quadratic_sigmas
+from mochi_tune.weights import check_weights, load_decoder, load_dit, load_encoder, meta_dit
 
 FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
 # The largest error allowed, relative to the largest value of the vector: what independent implementations of these
 # formulas agree to in fp32, with room for another machine's kernels; and what bf16's 8 bits allow.
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
+# How long a process waits for another one.
+TIMEOUT_SECONDS = 300
 # The reference has fp32 gradients only; bf16 ones are held against them, so that a broken one shows.
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
@@ -58,13 +68,18 @@ def main(reference: Path, device: str, dtype: str) -> Iterator[Check]:
         device: "cpu", "cuda" or "auto".
         dtype: "fp32" or "bf16".
 
+    As one of several processes it also checks what they compute together; the errors are the largest of any.
+
     Raises:
         CheckpointError: a file is missing or is not what it should be.
+        ParallelError: the number of processes does not divide the heads of the reference model.
     """
     missing = [name for name in FILES if not (reference / name).is_file()]
     if missing:
         raise CheckpointError(f"reference={reference} lacks {', '.join(missing)}: name the folder of the vectors.")
     check_weights(reference, ["dit", "encoder", "decoder"])
+    if dist.is_initialized():
+        check_context_ranks(dist.get_world_size(), meta_dit(reference).config.num_heads)
     return _checks(reference, find_device(device), dtype)
 
 
@@ -73,9 +88,12 @@ def _checks(reference: Path, device: torch.device, dtype: str) -> Iterator[Check
     yield from check_schedules(reference)
     yield from check_dit(reference, device, dtype)
     yield from check_sampling(reference, device, dtype)
+    yield from check_rendering(reference, device, dtype, None)
     yield from check_training(reference, device, dtype)
     yield from check_encoder(reference, device, dtype)
     yield from check_decoder(reference, device, dtype)
+    if dist.is_initialized():
+        yield from check_processes(reference, device, dtype)
 
 
 def relative_error(got: Tensor, expected: Tensor, scale: float | None = None) -> float:
@@ -141,7 +159,49 @@ def check_sampling(reference: Path, device: torch.device, dtype: str) -> Iterato
     yield Check("sampling: vae latents", relative_error(vae_latents, io["sample_vae"].cpu()), TOLERANCE[dtype])
 
 
-def check_training(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+def check_rendering(reference: Path, device: torch.device, dtype: str, mesh: Mesh | None) -> Iterator[Check]:
+    """The same steps as `sample` runs them: modulation tabulated, and each way to hold the weights exactly."""
+    io = load_file(reference / "dit_io.safetensors")
+    guidance = io["cfg_schedule"].tolist()
+    settings = SamplerSettings(len(guidance), tuple(guidance), threshold=0.025)
+    prompt, negative = io["y_feat"][0, io["y_mask"][0].bool()], io["null_feat"][0, :0]
+    load = functools.partial(load_dit, reference)
+    for place in ("resident", "offload") if mesh is None else ("resident", "offload", "shard"):
+        dit = prepare_dit(load, device, DTYPES[dtype], place, {}, mesh)
+        *_, latents = latent_states(dit, io["z"], prompt, negative, settings, choose_guide(place, mesh))
+        name = place if mesh is None else f"guidance={mesh.layout.guidance} context={mesh.layout.context}, {place}"
+        yield Check(f"rendering: {name}", over_ranks(relative_error(latents, io["sample_dit"])), TOLERANCE[dtype])
+
+
+def check_processes(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+    """What several processes compute together: rendering in every layout, gradients, the split decoding."""
+    num_ranks = dist.get_world_size()
+    num_heads = meta_dit(reference).config.num_heads
+    layouts = [layout for layout in possible_layouts(num_ranks, num_heads, is_guided=True) if layout.data == 1]
+    for layout in layouts:
+        yield from check_rendering(reference, device, dtype, Mesh(layout, device, TIMEOUT_SECONDS))
+    everyone = Mesh(Layout(context=num_ranks), device, TIMEOUT_SECONDS)
+    yield from check_training(reference, device, dtype, everyone)
+    io = load_file(reference / "vae_io.safetensors")
+    if num_ranks <= io["lat"].shape[2]:
+        mine = decode_share(load_decoder(reference, device, DTYPES[dtype]), io["lat"], everyone.video_group)
+        counts = [TEMPORAL_FACTOR * n for n in even_shares(io["lat"].shape[2], num_ranks)]
+        counts[0] -= TEMPORAL_FACTOR - 1
+        expected = io["decoded_raw"].split(counts, dim=2)[dist.get_rank()]
+        error = relative_error(mine, expected, io["decoded_raw"].abs().max().item())
+        yield Check("decoder: split over processes", over_ranks(error), TOLERANCE[dtype])
+
+
+def over_ranks(error: float) -> float:
+    """Returns the largest error of any process."""
+    if not dist.is_initialized():
+        return error
+    joined = torch.tensor(error, dtype=torch.float64)
+    dist.all_reduce(joined, op=dist.ReduceOp.MAX)
+    return joined.item()
+
+
+def check_training(reference: Path, device: torch.device, dtype: str, mesh: Mesh | None = None) -> Iterator[Check]:
     """One training step with a LoRA: inputs, predictions, losses and every gradient, for both objectives."""
     io = load_file(reference / "dit_io.safetensors", device=str(device))
     vae_latents = draw_posterior(io["train_mean"], io["train_logvar"], io["train_posterior_noise"])
@@ -162,13 +222,19 @@ def check_training(reference: Path, device: torch.device, dtype: str) -> Iterato
         parameters = lora_parameters(dit)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+        if mesh is not None:
+            apply_context_parallel(dit, mesh.context_group)
+            objective = f"context={mesh.layout.context}, {objective}"
         prediction = dit(noisy, io["sigma"], io["y_feat"], io["y_mask"])
-        yield Check(f"{objective} objective: output", relative_error(prediction, io[output_key].cpu()), tolerance)
+        error = over_ranks(relative_error(prediction, io[output_key].cpu()))
+        yield Check(f"{objective} objective: output", error, tolerance)
         loss = velocity_loss(prediction, target)
-        yield Check(f"{objective} objective: loss", relative_error(loss, io[loss_key].cpu()), tolerance)
-        loss.mean().backward()
+        yield Check(f"{objective} objective: loss", over_ranks(relative_error(loss, io[loss_key].cpu())), tolerance)
+        (loss.mean() / (1 if mesh is None else mesh.layout.context)).backward()
         for name, parameter in parameters.items():
-            error = relative_error(parameter.grad, io[gradient_key + name].cpu())
+            if mesh is not None:
+                dist.all_reduce(parameter.grad, group=mesh.context_group)
+            error = over_ranks(relative_error(parameter.grad, io[gradient_key + name].cpu()))
             yield Check(f"{objective} gradient: {name}", error, GRADIENT_TOLERANCE[dtype])
 
 
@@ -191,11 +257,13 @@ def check_encoder(reference: Path, device: torch.device, dtype: str) -> Iterator
 
 @torch.no_grad()
 def check_decoder(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
-    """The VAE's decoder: raw, clamped, and in spatial tiles."""
+    """The VAE's decoder: raw, raw in chunks of time, clamped, and in spatial tiles."""
     decoder = load_decoder(reference, device, DTYPES[dtype])
     io = load_file(reference / "vae_io.safetensors", device=str(device))
-    raw = decoder(io["lat"])
+    raw, carry = decoder(io["lat"]), Carry()
     yield Check("decoder: raw", relative_error(raw, io["decoded_raw"].cpu()), TOLERANCE[dtype])
+    chunks = torch.cat([decoder(part, carry) for part in io["lat"].split(1, dim=2)], dim=2)
+    yield Check("decoder: raw in chunks", relative_error(chunks, io["decoded_raw"].cpu()), TOLERANCE[dtype])
     # Clamping hides how large the raw values are, to which bf16 rounds: there the raw ones are the scale.
     scale = io["decoded_raw"].abs().max().item() / 2 if dtype == "bf16" else None
     for name, pixels in (("decoded", raw), ("decoded_tiled_spatial", decode_tiled(decoder, io["lat"]))):

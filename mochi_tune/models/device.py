@@ -1,6 +1,7 @@
 """Device and dtype names of the settings, and giving memory back."""
 
 import gc
+import resource
 
 import torch
 
@@ -29,3 +30,24 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begins to note anew how much of a GPU's memory tensors take."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Returns the most that tensors took since `reset_peak`; on a CPU, the most that this process ever took."""
+    if device.type == "cuda":
+        num_bytes = torch.cuda.max_memory_allocated(device)
+    else:
+        num_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return round(num_bytes / 2**30, 2)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

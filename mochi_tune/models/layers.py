@@ -54,15 +54,20 @@ class RMSNorm(nn.Module):
         return (rms_norm(x, self.eps) * at_least_fp32(self.weight)).to(x.dtype)
 
 
+def hidden_width(dim: int, ratio: float) -> int:
+    """Returns the width inside a feed-forward layer: 2/3 * ratio * D, rounded up to a multiple of 256."""
+    return -(-int(2 * int(ratio * dim) / 3) // 256) * 256
+
+
 class FeedForward(nn.Module):
-    """SwiGLU: w2(SiLU(a) * b) with [a | b] = w1(x), hidden = 2/3 * ratio * D rounded up to a multiple of 256.
+    """SwiGLU: w2(SiLU(a) * b) with [a | b] = w1(x).
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/layers.py (FeedForward).
     """
 
     def __init__(self, dim: int, ratio: float) -> None:
         super().__init__()
-        hidden = -(-int(2 * int(ratio * dim) / 3) // 256) * 256
+        hidden = hidden_width(dim, ratio)
         self.w1 = nn.Linear(dim, 2 * hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mochi_tune.errors import ParallelError
+from mochi_tune.flops import dit_flops
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.parallel.context import check_context_ranks
 
@@ -81,13 +82,10 @@ def estimate_seconds(layout: Layout, config: DiTConfig, num_videos: int, num_tok
 
     Exchanged are q, k, v and the output of attention, 2 bytes each. The tokens of the fullest rank count.
     """
-    width = config.hidden_size_x
     mine = -(-num_tokens // layout.context)
-    hidden = 2 * config.mlp_ratio_x * width / 3
-    matrices = 2 * mine * (4 * width * width + 3 * width * hidden)
-    attention = 4 * num_tokens * mine * width
-    exchanged = 2 * 4 * width * mine * (layout.context - 1) / layout.context
-    forward = config.depth * (matrices / MATRIX_FLOPS + attention / ATTENTION_FLOPS + exchanged / LINK_BYTES)
+    matrices, attention = (flops * mine / num_tokens for flops in dit_flops(config, num_tokens, 0))
+    exchanged = config.depth * 2 * 4 * config.hidden_size_x * mine * (layout.context - 1) / layout.context
+    forward = matrices / MATRIX_FLOPS + attention / ATTENTION_FLOPS + exchanged / LINK_BYTES
     turns = (2 if is_guided else 1) / layout.guidance
     return -(-num_videos // layout.data) * turns * forward
 

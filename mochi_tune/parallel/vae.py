@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mochi_tune.errors import ParallelError
-from mochi_tune.models.vae import Decoder, UpsampleBlock, pixels_to_frames
+from mochi_tune.models.vae import Decoder, UpsampleBlock
 from mochi_tune.parallel.collectives import even_shares
 
 # Frames that a convolution sees of those before.
@@ -87,7 +87,7 @@ def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup
         group: of the ranks; one after the other, their parts are the clip.
 
     Returns:
-        uint8 frames (B, F', H, W, 3) on the CPU.
+        Pixels (B, 3, F', H, W) on the decoder's device, not clamped.
 
     Raises:
         ParallelError: more ranks than latent frames.
@@ -97,5 +97,4 @@ def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup
     counts = even_shares(vae_latents.shape[2], num_ranks)
     carry = HaloCarry(group, counts)
     mine = vae_latents.split(counts, dim=2)[carry.rank]
-    device = decoder.output_proj.weight.device
-    return pixels_to_frames(decoder(mine.to(device), carry)).cpu()
+    return decoder(mine.to(decoder.output_proj.weight.device), carry)

@@ -16,7 +16,8 @@ KINDS = (
     "posterior draw", "normalised latents", "sampler objective: loss", "official objective: loss",
     "sampler gradient: blocks.0.attn.qkv_x.lora_A", "official gradient: blocks.1.attn.proj_x.lora_B",
     "encoder: fourier", "encoder: clip mean", "encoder: clip in chunks logvar", "encoder: image mean",
-    "decoder: raw", "decoder: decoded", "decoder: decoded_tiled_spatial",
+    "rendering: resident", "rendering: offload",
+    "decoder: raw", "decoder: raw in chunks", "decoder: decoded", "decoder: decoded_tiled_spatial",
 )  # fmt: skip
 
 
@@ -28,6 +29,17 @@ def test_every_vector_is_checked_and_ok():
     assert "FAIL" not in done.stdout and done.stdout.endswith("every check is ok\n")
     # The 28 gradients: 2 objectives x 7 layers x 2 halves.
     assert done.stdout.count(" gradient: ") == 28
+
+
+def test_several_processes_check_every_layout_too():
+    done = run("verify", f"reference={GOLDEN}", "parallel.num_processes=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("guidance=1 context=2, resident", "guidance=1 context=2, shard", "guidance=2 context=1, offload",
+                 "context=2, official objective: output", "decoder: split over processes"):  # fmt: skip
+        assert name in done.stdout
+    assert done.stdout.count(" gradient: ") == 56 and done.stdout.count("every check is ok") == 1
+    done = run("verify", f"reference={GOLDEN}", "parallel.num_processes=4")
+    assert done.returncode == 2 and "does not divide the model's 6 heads: use 1, 2, 3, 6" in done.stderr
 
 
 def test_bf16_is_ok_too():
@@ -56,7 +68,9 @@ def test_one_wrong_number_fails_its_check_alone(tmp_path, file, key, check):
     flat = tensors[key].view(-1)
     flat[flat.numel() // 2] += (5e-4 if "gradient" in check else 1e-4) * flat.abs().max()
     save_file(tensors, folder / f"{file}.safetensors")
-    assert [c.name for c in main(folder, "cpu", "fp32") if not c.ok] == [check]
+    # The sampled latents are what every way of rendering is held against.
+    also = ["rendering: resident", "rendering: offload"] if key == "sample_dit" else []
+    assert [c.name for c in main(folder, "cpu", "fp32") if not c.ok] == [check, *also]
 
 
 def test_a_nan_and_a_failed_check_exit_with_1(tmp_path):

@@ -1,0 +1,269 @@
+"""Measures rendering on random weights: seconds, memory, and the share of what this device's arithmetic allows."""
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from mochi_tune import assets
+from mochi_tune.errors import ConfigError
+from mochi_tune.flops import dit_flops
+from mochi_tune.lora import linear_shapes
+from mochi_tune.models.device import DTYPES, find_device, peak_gib, reset_peak, synchronize
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
+from mochi_tune.models.layers import hidden_width
+from mochi_tune.models.vae_streaming import encode
+from mochi_tune.parallel.mesh import Mesh, choose_layout
+from mochi_tune.rendering import ATTENTION_KERNELS, choose_guide, decoded_frames, latent_states, prepare_dit
+from mochi_tune.sampler import PRESETS, draw_noise
+from mochi_tune.weight_configs import read_official_config
+from mochi_tune.weights import random_model
+
+WHAT = ("sample", "decode", "encode")
+MODELS = ("mochi_1", "toy", "tiny")
+PROMPT_TOKENS = 256
+# What a CPU does of the model, of which it says so.
+CPU_DEPTH = 1
+# Seconds that each rate is measured for, and the most tokens that it is measured with on a CPU.
+RATE_SECONDS = 1.0
+CPU_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure; `depth` of None is the whole model on a GPU and CPU_DEPTH of it on a CPU."""
+
+    what: str
+    model: str = "mochi_1"
+    num_frames: int = 37
+    height: int = 480
+    width: int = 848
+    dit: str = "resident"
+    device: str = "auto"
+    dtype: str = "bf16"
+    depth: int | None = None
+    repeats: int = 3
+    lora_rank: int = 0
+    compile: bool = False
+
+
+def main(bench: Bench) -> dict[str, Any]:
+    """Measures, in one process or as one of several; returns the figures, the same at every rank.
+
+    Raises:
+        ConfigError: a value that is not possible.
+    """
+    device, num_ranks = check(bench), dist.get_world_size() if dist.is_initialized() else 1
+    is_reduced = bench.depth is None and device.type == "cpu"
+    bench = replace(bench, depth=CPU_DEPTH) if is_reduced else bench
+    measure = {"sample": bench_sample, "decode": bench_decode, "encode": bench_encode}[bench.what]
+    figures = measure(bench, device, num_ranks)
+    figures["peak_gib"] = most(figures["peak_gib"], num_ranks)
+    return {
+        **asdict(bench),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": num_ranks,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("mochi-tune", "torch", "torchao")},
+        **figures,
+    }
+
+
+def check(bench: Bench) -> torch.device:
+    """Refuses what cannot be measured; returns the device."""
+    for key, allowed in (("what", WHAT), ("model", MODELS), ("dtype", tuple(DTYPES))):
+        if getattr(bench, key) not in allowed:
+            raise ConfigError(f"{key}={getattr(bench, key)} is not possible: use {' or '.join(allowed)}.")
+    check_geometry(bench.num_frames, bench.height, bench.width)
+    if bench.what == "encode" and dist.is_initialized():
+        raise ConfigError("what=encode runs in one process: leave parallel.num_processes out.")
+    return find_device(bench.device)
+
+
+def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
+    """One step with guidance, of a prompt and a negative prompt of 256 tokens."""
+    config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
+    num_tokens = num_latent_frames(bench.num_frames) * bench.height * bench.width // TOKEN_PIXELS**2
+    layout = choose_layout(num_ranks, config, 1, num_tokens, True, {"data": 1})
+    mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
+    dtype = DTYPES[bench.dtype]
+    with torch.device("meta"):
+        adapters = {"adapter": random_layers(AsymmDiT(config), bench.lora_rank)} if bench.lora_rank else {}
+    load = functools.partial(random_model, config)
+    dit = prepare_dit(load, device, dtype, bench.dit, adapters, mesh, bench.compile)
+    told, untold = torch.randn(2, PROMPT_TOKENS, config.t5_feat_dim, dtype=dtype)
+    settings = replace(PRESETS["quality"], steps=bench.repeats + 1, guidance=4.0)
+    noise = draw_noise(0, bench.num_frames, bench.height, bench.width)
+    steps = latent_states(dit, noise, told, untold, settings, choose_guide(bench.dit, mesh))
+    seconds, peak = timed(lambda: next(steps), bench.repeats, device)
+    # Two passes a step.
+    matrix, attention = (2 * flops for flops in dit_flops(config, num_tokens, PROMPT_TOKENS))
+    matrix_rate, attention_rate = measure_rates(bench, config, num_tokens, device)
+    floor = (matrix / matrix_rate + attention / attention_rate) / num_ranks
+    return {
+        "full_depth": full_depth,
+        "layout": asdict(layout),
+        "num_tokens": num_tokens,
+        "seconds_per_step": seconds,
+        "peak_gib": peak,
+        **shares(matrix + attention, seconds, floor, num_ranks),
+        "matrix_tflops_per_s": round(matrix_rate / 1e12, 3),
+        "attention_tflops_per_s": round(attention_rate / 1e12, 3),
+    }
+
+
+def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
+    """Decoding one video, chunk by chunk, or split over the ranks."""
+    config, full_depth = reduced(sizes(bench.model, "decoder"), bench.depth)
+    decoder = random_model(config, device, DTYPES[bench.dtype])
+    latents = draw_noise(0, bench.num_frames, bench.height, bench.width)
+    layout = choose_layout(num_ranks, sizes(bench.model, "dit"), 1, 1, True, {"data": 1})
+    mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
+
+    def decode() -> None:
+        for _ in decoded_frames(decoder, latents, mesh):
+            pass
+
+    return vae_figures(bench, decode, full_depth, device, num_ranks)
+
+
+def bench_encode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
+    """Encoding one clip as `prepare` does."""
+    config, full_depth = reduced(sizes(bench.model, "encoder"), bench.depth)
+    encoder = random_model(config, device, DTYPES[bench.dtype])
+    pixels = torch.rand(1, 3, bench.num_frames, bench.height, bench.width) * 2 - 1
+    return vae_figures(bench, lambda: encode(encoder, pixels), full_depth, device, num_ranks)
+
+
+def vae_figures(
+    bench: Bench, run: Callable[[], object], full_depth: tuple[int, ...], device: torch.device, num_ranks: int
+) -> dict[str, Any]:
+    """Times a pass of the VAE; its FLOPs are counted while it warms up."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    flops = total(counter.get_total_flops(), num_ranks)
+    seconds, peak = timed(run, bench.repeats, device, num_warm_up=0)
+    matrix_rate, _ = measure_rates(bench, sizes(bench.model, "dit"), CPU_TOKENS, device)
+    return {
+        "full_depth": full_depth,
+        "latent_shape": list(latent_shape(bench.num_frames, bench.height, bench.width)),
+        "seconds": seconds,
+        "peak_gib": peak,
+        **shares(flops, seconds, flops / matrix_rate / num_ranks, num_ranks),
+        "matrix_tflops_per_s": round(matrix_rate / 1e12, 3),
+    }
+
+
+def shares(flops: float, seconds: float, floor: float, num_ranks: int) -> dict[str, float]:
+    """Returns the arithmetic, its rate on each device, and how near the time is to the arithmetic's own."""
+    return {
+        "tflop": round(flops / 1e12, 3),
+        "tflops_per_s": round(flops / seconds / num_ranks / 1e12, 3),
+        "floor_seconds": round(floor, 4),
+        "share_of_floor": round(floor / seconds, 3),
+    }
+
+
+def sizes(model: str, part: str) -> Any:
+    """Returns the configuration of a part: Mochi 1's own sizes, or those of a model that is shipped."""
+    name = "dit_config.json" if part == "dit" else "vae_config.json"
+    return read_official_config(Path(assets.__path__[0]) / model / name, part)
+
+
+def reduced(config: Any, depth: int | None) -> tuple[Any, Any]:
+    """Returns a configuration of at most `depth` blocks a stage, and the depth that it had."""
+    if isinstance(config, DiTConfig):
+        return (replace(config, depth=min(depth, config.depth)) if depth else config), config.depth
+    full = config.num_res_blocks
+    return replace(config, num_res_blocks=tuple(min(depth or n, n) for n in full)), full
+
+
+def random_layers(dit: AsymmDiT, rank: int) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Returns a random adapter for every attention layer, as `Adapter.scaled` would."""
+    shapes = {name: shape for name, shape in linear_shapes(dit).items() if ".attn." in name}
+    with torch.device("cpu"):
+        return {n: (torch.randn(rank, i) * 0.01, torch.randn(o, rank) * 0.01, 1.0) for n, (o, i) in shapes.items()}
+
+
+def timed(run: Callable[[], object], repeats: int, device: torch.device, num_warm_up: int = 1) -> tuple[float, float]:
+    """Returns the median seconds of some runs, and the peak memory of all of them, in GiB."""
+    reset_peak(device)
+    seconds = []
+    is_quiet = dist.is_initialized() and dist.get_rank() > 0
+    for i in tqdm(range(num_warm_up + repeats), "bench", leave=False, disable=is_quiet, file=sys.stderr):
+        synchronize(device)
+        if dist.is_initialized():
+            dist.barrier()
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        if i >= num_warm_up:
+            seconds.append(time.perf_counter() - started)
+    return round(statistics.median(seconds), 4), peak_gib(device)
+
+
+def measure_rates(bench: Bench, config: DiTConfig, num_tokens: int, device: torch.device) -> tuple[float, float]:
+    """Returns the FLOPs a second that this device does here and now, in the model's widest product and in attention."""
+    num_tokens = min(num_tokens, CPU_TOKENS) if device.type == "cpu" else num_tokens
+    dim, dtype = config.hidden_size_x, DTYPES[bench.dtype]
+    x = torch.randn(num_tokens, dim, device=device, dtype=dtype)
+    w = torch.randn(2 * hidden_width(dim, config.mlp_ratio_x), dim, device=device, dtype=dtype)
+    multiply: Callable[[], Tensor] = functools.partial(F.linear, x, w)
+    if bench.dit == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+        ones = torch.ones(num_tokens, 1, device=device), torch.ones(1, len(w), device=device)
+        multiply = functools.partial(torch._scaled_mm, x8, w8.t(), *ones, out_dtype=dtype)
+    q = torch.randn(1, config.num_heads, num_tokens, dim // config.num_heads, device=device, dtype=dtype)
+
+    def attend() -> Tensor:
+        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    return (
+        2.0 * num_tokens * dim * len(w) / fastest(multiply, device),
+        4.0 * num_tokens**2 * dim / fastest(attend, device),
+    )
+
+
+@torch.no_grad()
+def fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds of the fastest of some runs."""
+    best, begun = float("inf"), time.perf_counter()
+    run()
+    while best == float("inf") or time.perf_counter() - begun < RATE_SECONDS:
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def most(value: float, num_ranks: int) -> float:
+    """Returns the largest of all ranks' values."""
+    return value if num_ranks == 1 else _over_ranks(value, dist.ReduceOp.MAX)
+
+
+def total(value: float, num_ranks: int) -> float:
+    """Returns the sum of all ranks' values."""
+    return float(value) if num_ranks == 1 else _over_ranks(value, dist.ReduceOp.SUM)
+
+
+def _over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
+    joined = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(joined, op=operation)
+    return joined.item()

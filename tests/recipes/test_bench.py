@@ -1,0 +1,59 @@
+import json
+
+import pytest
+from helpers_road import run
+
+from mochi_tune.errors import ConfigError
+from mochi_tune.recipes.bench import Bench, main
+
+SMALL = {"model": "tiny", "num_frames": 13, "height": 32, "width": 48, "device": "cpu", "repeats": 1}
+
+
+def test_a_step_is_measured_and_what_is_reduced_is_said(tmp_path):
+    options = [f"{key}={value}" for key, value in SMALL.items()]
+    done = run("bench", "what=sample", *options, "memory=24gb", f"out={tmp_path / 'new' / 'figures.json'}")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert json.loads((tmp_path / "new" / "figures.json").read_text()) == figures
+    assert "reduced: depth 1 of 2" in done.stderr
+    assert (figures["depth"], figures["full_depth"], figures["dit"], figures["device"]) == (1, 2, "fp8", "cpu")
+    assert figures["num_tokens"] == 3 * 2 * 3
+    for key in ("seconds_per_step", "peak_gib", "matrix_tflops_per_s", "attention_tflops_per_s", "floor_seconds"):
+        assert figures[key] > 0
+    assert figures["share_of_floor"] == pytest.approx(figures["floor_seconds"] / figures["seconds_per_step"], abs=1e-2)
+    done = run("bench", "what=sample", *options, f"out={tmp_path / 'new' / 'figures.json'}")
+    assert done.returncode == 2 and "never overwritten" in done.stderr
+
+
+@pytest.mark.parametrize("what", ["decode", "encode"])
+def test_passes_of_the_vae_are_measured(what):
+    figures = main(Bench(what, **SMALL, dtype="fp32", depth=9))
+    assert figures["seconds"] > 0 and figures["latent_shape"] == [12, 3, 4, 6]
+    # Counted by torch while it ran: all of the layers' convolutions.
+    assert figures["tflop"] > 0 and figures["share_of_floor"] > 0
+
+
+def test_a_live_adapter_and_other_places_of_the_weights_are_measured():
+    for place in ("int8", "offload"):
+        figures = main(Bench("sample", **SMALL, dit=place, lora_rank=4))
+        assert figures["seconds_per_step"] > 0 and figures["lora_rank"] == 4
+
+
+def test_several_processes_are_measured_as_one():
+    options = [f"{key}={value}" for key, value in SMALL.items()]
+    done = run("bench", "what=sample", *options, "parallel.num_processes=2")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["processes"] == 2 and figures["layout"]["guidance"] == 2
+
+
+def test_what_cannot_be_measured_is_refused():
+    for change, said in (
+        ({"what": "train"}, "what=train is not possible: use sample or decode or encode"),
+        ({"model": "wan"}, "model=wan is not possible"),
+        ({"num_frames": 40}, "use 37 or 43"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            main(Bench(**({"what": "sample"} | SMALL | change)))
+    done = run("bench", "what=sample", "memory=12gb")
+    assert done.returncode == 2 and "memory=12gb does not exist: use one of 24gb, 48gb, 80gb." in done.stderr
