@@ -11,7 +11,7 @@ from mochi_tune.lora import apply_adapter
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae import Decoder, pixels_to_frames
-from mochi_tune.models.vae_streaming import decode_chunks
+from mochi_tune.models.vae_streaming import WHOLE, Tiles, decode_chunks
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.memory import (
     DIT_PLACES,
@@ -146,7 +146,7 @@ class SplitGuidance:
         return guided(*both, scale)
 
 
-def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None) -> Iterator[Tensor]:
+def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None, tiles: Tiles = WHOLE) -> Iterator[Tensor]:
     """Decodes one video, yielding uint8 frames (F', H, W, 3) in order on the rank that writes it, none on the others.
 
     Ranks that make a video together share its time; one alone, or more than latent frames, decodes chunk by chunk.
@@ -155,13 +155,14 @@ def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None) -> Iter
         decoder: on this rank's device.
         latents: DiT space, (1, 12, T, h, w), the same on all ranks of the video.
         mesh: of the ranks; None for one process.
+        tiles: spatial ones that are decoded one by one; only WHOLE is exact.
     """
     vae_latents = to_vae_latents(latents)
     if mesh is None or not 1 < dist.get_world_size(mesh.video_group) <= latents.shape[2]:
         if mesh is None or mesh.is_writer:
-            yield from (chunk[0] for chunk in decode_chunks(decoder, vae_latents))
+            yield from (chunk[0] for chunk in decode_chunks(decoder, vae_latents, tiles=tiles))
         return
-    share = decode_share(decoder, vae_latents, mesh.video_group)
+    share = decode_share(decoder, vae_latents, mesh.video_group, tiles)
     yield from mesh.gather_parts(pixels_to_frames(share)[0].cpu())
 
 

@@ -106,9 +106,10 @@ class ParallelConfig:
 
 @dataclass
 class MemoryConfig:
-    """Where the DiT's weights are while it samples, and how precise."""
+    """Where the DiT's weights are while it samples, and how precise; into how many tiles a decoded video is cut."""
 
     dit: str = "resident"
+    tiles: list[int] | None = None
 
 
 @dataclass

@@ -25,6 +25,7 @@ from mochi_tune.models.device import DTYPES, find_device, free_memory, peak_gib,
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.latents import FPS, TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
+from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
 from mochi_tune.prompt_cache import PromptCache
 from mochi_tune.rendering import choose_guide, decoded_frames, latent_states, prepare_dit
@@ -72,9 +73,10 @@ def main(config: RunConfig) -> Iterator[Path]:
         latents = render(config, job, mine, features, device, dtype, mesh, is_quiet)
     with usage.stage("decode"):
         decoder = load_decoder(job.folder, device, dtype)
+        tiles = WHOLE if config.memory.tiles is None else tuple(config.memory.tiles)
         finished = list(zip(mine, latents, strict=False))
         for request, states in tqdm(finished, "decode", leave=False, disable=is_quiet):
-            chunks = side_by_side([decoded_frames(decoder, state, mesh) for state in states.values()])
+            chunks = side_by_side([decoded_frames(decoder, state, mesh, tiles) for state in states.values()])
             if not is_writer:
                 assert not list(chunks), "only the writer has frames"
                 continue
@@ -94,6 +96,8 @@ def check(config: RunConfig, num_ranks: int) -> Job:
     """
     folder = weights_folder(config)
     requests = read_requests(config)
+    for request in requests if config.memory.tiles is not None else []:
+        check_tiles(config.memory.tiles, request.height, request.width)
     check_weights(folder, ["text_encoder", "dit", "decoder"])
     identity, skeleton = base_identity(folder), meta_dit(folder)
     shapes = linear_shapes(skeleton)

@@ -156,7 +156,7 @@ def test_base_yaml_names_every_setting_with_a_comment():
     leaves = [line for line in lines if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":")]
     assert all("#" in line for line in leaves), [line for line in leaves if "#" not in line]
     named = {line.split(":")[0].strip() for line in leaves}
-    grouped = {"targets", "rank", "alpha", "dropout", "weights", "dtype", "dit"}
+    grouped = {"targets", "rank", "alpha", "dropout", "weights", "dtype", "dit", "tiles"}
     assert {key.rpartition(".")[2] for key in known_keys()} - grouped <= named
 
 

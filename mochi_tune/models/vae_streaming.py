@@ -4,22 +4,27 @@ Shape letters: B batch, C channels, F pixel frames, T latent frames, H W pixels,
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mochi_tune.models.latents import TEMPORAL_FACTOR
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.latents import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from mochi_tune.models.vae import AttentionBlock, Carry, Decoder, DownsampleBlock, Encoder, pixels_to_frames
 
+# Tiles over rows, over columns.
+Tiles = tuple[int, int]
+WHOLE: Tiles = (1, 1)
+# Latents that neighbouring tiles share: twice the official decoder's, for half the error.
+OVERLAP = 8
 # Pixels times frames that attention takes at a time.
 ATTENTION_TOKENS = 2**18
 
 
 @torch.no_grad()
-def encode(
-    encoder: Encoder, pixels: Tensor, chunk_latent_frames: int = 1, keep_on: str | torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def encode(encoder: Encoder, pixels: Tensor, chunk_latent_frames: int = 1) -> tuple[Tensor, Tensor]:
     """Encodes a clip of 6k+1 frames; exact. Convolutions go chunk by chunk, attention after them over the whole clip.
 
     Around an attention the clip and its norm are held whole, at most as they are after the first downsampling; no other
@@ -29,13 +34,11 @@ def encode(
         encoder: on the device of the work.
         pixels: fp32 in [-1, 1], (B, 3, F, H, W), on any device.
         chunk_latent_frames: latent frames to convolve at a time.
-        keep_on: where the clip is held between; the encoder's device by default, "cpu" for the least of its memory.
 
     Returns:
         The mean and the log-variance of the VAE latents, fp32 (B, 12, T, h, w), on the encoder's device.
     """
     device = encoder.output_proj.weight.device
-    keep_on = device if keep_on is None else keep_on
     step = chunk_latent_frames * TEMPORAL_FACTOR
     first = step - TEMPORAL_FACTOR + 1
     chunks = [part for part in (pixels[:, :, :first], *pixels[:, :, first:].split(step, dim=2)) if part.shape[2]]
@@ -45,10 +48,10 @@ def encode(
             x = x.to(device)
             for convolve in convolutions:
                 x = convolve(x, carry)
-            chunks[i] = x.to(keep_on)
+            chunks[i] = x
         if attention is not None:
-            _attend(attention, chunks, device)
-    outputs = [encoder.posterior(chunk.to(device)) for chunk in chunks]
+            _attend(attention, chunks)
+    outputs = [encoder.posterior(chunk) for chunk in chunks]
     return torch.cat([mean for mean, _ in outputs], dim=2), torch.cat([logvar for _, logvar in outputs], dim=2)
 
 
@@ -69,36 +72,44 @@ def _stages(encoder: Encoder) -> list[tuple[list[Convolve], AttentionBlock | Non
     return [*stages, (run, None)] if run else stages
 
 
-def _attend(block: AttentionBlock, chunks: list[Tensor], device: torch.device) -> None:
+def _attend(block: AttentionBlock, chunks: list[Tensor]) -> None:
     """Adds a block's attention to the chunks of a clip, (B, C, T', H, W) each, in place, some rows at a time."""
-    normed = [block.norm(chunk.to(device)).to(chunk.device) for chunk in chunks]
+    normed = [block.norm(chunk) for chunk in chunks]
     lengths = [chunk.shape[2] for chunk in chunks]
     batch, _, _, height, width = chunks[0].shape
     num_rows = max(1, ATTENTION_TOKENS // (batch * width * sum(lengths)))
     for row in range(0, height, num_rows):
         rows = slice(row, row + num_rows)
-        attended = block.attn(torch.cat([part[..., rows, :].to(device) for part in normed], dim=2))
+        attended = block.attn(torch.cat([part[..., rows, :] for part in normed], dim=2))
         for chunk, part in zip(chunks, attended.split(lengths, dim=2), strict=True):
-            chunk[..., rows, :] += part.to(chunk.device)
+            chunk[..., rows, :] += part
 
 
 @torch.no_grad()
-def decode_chunks(decoder: Decoder, vae_latents: Tensor, chunk_latent_frames: int = 1) -> Iterator[Tensor]:
+def decode_chunks(
+    decoder: Decoder, vae_latents: Tensor, chunk_latent_frames: int = 1, tiles: Tiles = WHOLE
+) -> Iterator[Tensor]:
     """Decodes in chunks of time, yielding uint8 frames (B, F', H, W, 3) on the CPU; exact, at a flat peak memory.
 
     Args:
         decoder: on the device of the work.
         vae_latents: (B, 12, T, h, w).
         chunk_latent_frames: latent frames to decode at a time.
+        tiles: as for `decode_tiled`; only one is exact.
     """
     device = decoder.output_proj.weight.device
-    carry = Carry()
+    carries = new_carries(tiles)
     for part in vae_latents.split(chunk_latent_frames, dim=2):
-        yield pixels_to_frames(decoder(part.to(device), carry)).cpu()
+        yield pixels_to_frames(decode_tiled(decoder, part.to(device), tiles, carries)).cpu()
+
+
+def new_carries(tiles: Tiles) -> list[Carry]:
+    """Returns a carry for each tile."""
+    return [Carry() for _ in range(math.prod(tiles))]
 
 
 def decode_tiled(
-    decoder: Decoder, vae_latents: Tensor, num_tiles: tuple[int, int] = (2, 2), overlap: int = 4
+    decoder: Decoder, vae_latents: Tensor, tiles: Tiles, carries: Sequence[Any] | None = None, overlap: int = OVERLAP
 ) -> Tensor:
     """Decodes spatial tiles and blends their overlaps: an approximation, as each tile is normed by itself.
 
@@ -107,32 +118,55 @@ def decode_tiled(
 
     Args:
         decoder: on the device of the latents.
-        vae_latents: (B, 12, T, h, w).
-        num_tiles: tiles over rows and over columns; each axis must split evenly with its overlaps.
+        vae_latents: (B, 12, T, h, w), which `check_tiles` lets pass.
+        tiles: their number over rows and over columns; WHOLE is the decoder itself.
+        carries: one for each tile, what the decoder takes; none where the latents are the whole clip.
         overlap: latents that neighbouring tiles share.
 
     Returns:
         Pixels (B, 3, F, H, W), not clamped.
     """
-    rows = _tile_slices(vae_latents.shape[3], num_tiles[0], overlap)
-    columns = _tile_slices(vae_latents.shape[4], num_tiles[1], overlap)
+    remaining = iter(carries if carries is not None else [None] * math.prod(tiles))
+    rows = _tile_slices(vae_latents.shape[3], tiles[0], overlap)
+    columns = _tile_slices(vae_latents.shape[4], tiles[1], overlap)
     spatial = math.prod(decoder.config.spatial_expansions)
     bands = []
     for row in rows:
-        tiles = [decoder(vae_latents[:, :, :, row, column]) for column in columns]
-        bands.append(_blend(tiles, overlap * spatial, dim=4))
+        band = [decoder(vae_latents[:, :, :, row, column], next(remaining)) for column in columns]
+        bands.append(_blend(band, overlap * spatial, dim=4))
     return _blend(bands, overlap * spatial, dim=3)
 
 
+def check_tiles(tiles: Sequence[int], height: int, width: int) -> None:
+    """Refuses tiles that would be no longer than what they share.
+
+    Args:
+        tiles: over rows and over columns.
+        height: pixels.
+        width: pixels.
+
+    Raises:
+        ConfigError: naming the most tiles that fit.
+    """
+    # A tile is at least one and a half times as long as what it shares.
+    possible = [max(1, (size // SPATIAL_FACTOR - OVERLAP) // (OVERLAP // 2)) for size in (height, width)]
+    if len(tiles) != 2 or any(not 1 <= n <= most for n, most in zip(tiles, possible, strict=True)):
+        raise ConfigError(
+            f"memory.tiles={list(tiles)} does not fit {height}x{width} pixels: give rows and columns, "
+            f"at most {possible}, of tiles that share {OVERLAP * SPATIAL_FACTOR} pixels."
+        )
+
+
 def _tile_slices(size: int, num_tiles: int, overlap: int) -> list[slice]:
-    length, rest = divmod(size + (num_tiles - 1) * overlap, num_tiles)
-    assert rest == 0 and length > overlap, f"{size} latents do not split into {num_tiles} tiles that share {overlap}"
-    return [slice(i * (length - overlap), i * (length - overlap) + length) for i in range(num_tiles)]
+    length, more = divmod(size + (num_tiles - 1) * overlap, num_tiles)
+    assert length > overlap or num_tiles == 1, f"{size} latents are too few for {num_tiles} tiles that share {overlap}"
+    starts = [i * (length - overlap) + min(i, more) for i in range(num_tiles)]
+    return [slice(start, start + length + (i < more)) for i, start in enumerate(starts)]
 
 
 def _blend(tiles: list[Tensor], overlap: int, dim: int) -> Tensor:
-    if overlap == 0:
-        return torch.cat(tiles, dim=dim)
+    if len(tiles) == 1:
+        return tiles[0]
     ramp = torch.arange(1, overlap + 1, dtype=torch.float32, device=tiles[0].device) / (overlap + 1)
     ramp = ramp.view(-1, *[1] * (tiles[0].ndim - 1 - dim)).to(tiles[0].dtype)
     out = tiles[0]

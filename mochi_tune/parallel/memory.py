@@ -81,8 +81,8 @@ DIT_PLACES = ("resident", *PRECISIONS, "offload", "shard")
 def quantize_block(block: nn.Module, precision: str) -> None:
     """Rounds the matrices of a block to 8 bits, by torchao: half the memory of bf16.
 
-    "fp8" rounds the activations too where the GPU multiplies fp8 (Hopper, Ada), row by row, and is faster there;
-    elsewhere, and with "int8", weights alone are rounded. Adapters stay as they are.
+    "fp8" rounds the visual stream's activations too where the GPU multiplies fp8 (Hopper, Ada), row by row, and is
+    faster there; the few text tokens', and elsewhere and with "int8" all, are multiplied as they are. Adapters stay.
 
     Args:
         block: on its device; its Linear layers' weights are replaced.
@@ -93,12 +93,15 @@ def quantize_block(block: nn.Module, precision: str) -> None:
         warnings.simplefilter("ignore")
         from torchao import quantization
     if precision == "int8":
-        config = quantization.Int8WeightOnlyConfig()
-    elif next(block.parameters()).is_cuda and torch.cuda.get_device_capability() >= (8, 9):
-        config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
-    else:
-        config = quantization.Float8WeightOnlyConfig()
-    quantization.quantize_(block, config)
+        quantization.quantize_(block, quantization.Int8WeightOnlyConfig())
+        return
+    weight = next(block.parameters())
+    if weight.is_cuda and weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (8, 9):
+        dynamic = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+        quantization.quantize_(block, dynamic, lambda module, name: isinstance(module, nn.Linear) and "_x" in name)
+    alone = quantization.Float8WeightOnlyConfig()
+    is_left = lambda module, _: isinstance(module, nn.Linear) and type(module.weight.data) is Tensor  # noqa: E731
+    quantization.quantize_(block, alone, is_left)
 
 
 def shard_block(block: nn.Module, mesh: DeviceMesh) -> None:

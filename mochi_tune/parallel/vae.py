@@ -3,12 +3,15 @@
 Shape letters: B batch, C channels, T latent frames, F pixel frames, H W rows and columns.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.vae import Decoder, UpsampleBlock
+from mochi_tune.models.vae_streaming import WHOLE, Tiles, decode_tiled
 from mochi_tune.parallel.collectives import even_shares
 
 # Frames that a convolution sees of those before.
@@ -78,13 +81,14 @@ def check_decode_ranks(num_ranks: int, num_latent_frames: int) -> None:
 
 
 @torch.no_grad()
-def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup) -> Tensor:
+def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup, tiles: Tiles = WHOLE) -> Tensor:
     """Decodes this rank's part of the time of a clip, exactly as it is in the whole.
 
     Args:
         decoder: on this rank's device; all ranks have the same one.
         vae_latents: of the whole clip, (B, 12, T, h, w), the same on all ranks.
         group: of the ranks; one after the other, their parts are the clip.
+        tiles: as for `decode_tiled`; the same on all ranks.
 
     Returns:
         Pixels (B, 3, F', H, W) on the decoder's device, not clamped.
@@ -95,6 +99,6 @@ def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup
     num_ranks = dist.get_world_size(group)
     check_decode_ranks(num_ranks, vae_latents.shape[2])
     counts = even_shares(vae_latents.shape[2], num_ranks)
-    carry = HaloCarry(group, counts)
-    mine = vae_latents.split(counts, dim=2)[carry.rank]
-    return decoder(mine.to(decoder.output_proj.weight.device), carry)
+    carries = [HaloCarry(group, counts) for _ in range(math.prod(tiles))]
+    mine = vae_latents.split(counts, dim=2)[dist.get_rank(group)]
+    return decode_tiled(decoder, mine.to(decoder.output_proj.weight.device), tiles, carries)

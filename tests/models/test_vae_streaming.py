@@ -1,13 +1,21 @@
+from pathlib import Path
+
 import pytest
 import torch
 from helpers_golden import golden_decoder, golden_encoder, relative_error, vectors
 from helpers_memory import TensorMemory
 
+import mochi_tune
+from mochi_tune.errors import ConfigError
 from mochi_tune.models import vae_streaming
 from mochi_tune.models.vae import frames_to_pixels, pixels_to_frames
-from mochi_tune.models.vae_streaming import decode_chunks, decode_tiled, encode
+from mochi_tune.models.vae_streaming import check_tiles, decode_chunks, decode_tiled, encode
+from mochi_tune.toy.world import draw_clips, split_words
+from mochi_tune.training.rng import keyed_generator
+from mochi_tune.weights import load_decoder, load_encoder
 
 IO = vectors("vae_io")
+TOY = Path(mochi_tune.__file__).parent / "assets" / "toy"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,43 @@ def test_chunks_of_time_are_the_whole(encoder, decoder, chunk):
 
 @torch.no_grad()
 def test_tiled_decoder_is_the_official_one(decoder):
-    assert relative_error(to_unit(decode_tiled(decoder, IO["lat"])), IO["decoded_tiled_spatial"]) <= 2e-5
+    assert (
+        relative_error(to_unit(decode_tiled(decoder, IO["lat"], (2, 2), overlap=4)), IO["decoded_tiled_spatial"])
+        <= 2e-5
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tiles", [(1, 2), (2, 3)])
+def test_tiles_in_chunks_are_the_tiles_of_the_whole_clip(decoder, tiles):
+    """Of sizes that do not split evenly, too."""
+    latents = torch.randn(1, 12, 3, 19, 30, generator=torch.Generator().manual_seed(1))
+    pixels = decode_tiled(decoder, latents, tiles)
+    assert pixels.shape == (1, 3, 13, 152, 240)
+    decoded = torch.cat(list(decode_chunks(decoder, latents, tiles=tiles)), dim=1)
+    difference = decoded.int() - pixels_to_frames(pixels).int()
+    assert difference.abs().max() <= 1 and difference.ne(0).float().mean() < 1e-3
+
+
+@torch.no_grad()
+def test_tiles_of_a_trained_decoder_are_off_by_what_the_docs_say():
+    """Measured on the toy's decoder, which has learnt to draw, over six of its clips side by side."""
+    clips = draw_clips(split_words()[1][:6], keyed_generator(5, "seam"))
+    frames = torch.cat([torch.cat(list(clips[i : i + 3]), dim=2) for i in (0, 3)], dim=1)[None]  # 128 x 288
+    mean, _ = encode(load_encoder(TOY, "cpu", torch.float32), frames_to_pixels(frames))
+    decoder = load_decoder(TOY, "cpu", torch.float32)
+    whole, tiled = (decode_tiled(decoder, mean, tiles).clamp(-1, 1) for tiles in ((1, 1), (2, 2)))
+    error = (tiled - whole) * 127.5
+    assert 1.4 < error.square().mean().sqrt() < 1.8 and 15 < error.abs().max() < 25
+
+
+def test_tiles_that_do_not_fit_are_refused():
+    check_tiles([2, 2], 480, 848)
+    for tiles in ([14, 1], [2], [0, 1]):
+        with pytest.raises(
+            ConfigError, match=r"does not fit 480x848 pixels: give .* at most \[13, 24\]"
+        ):
+            check_tiles(tiles, 480, 848)
 
 
 @torch.no_grad()
@@ -49,7 +93,7 @@ def test_attention_over_some_rows_at_a_time_is_the_whole(encoder, monkeypatch, t
     pixels = frames_to_pixels(torch.randint(0, 256, (2, 7, 32, 48, 3), generator=torch.Generator().manual_seed(0)))
     whole = encoder(pixels)
     monkeypatch.setattr(vae_streaming, "ATTENTION_TOKENS", tokens)
-    for got, expected in zip(encode(encoder, pixels, keep_on="cpu"), whole, strict=True):
+    for got, expected in zip(encode(encoder, pixels), whole, strict=True):
         assert relative_error(got, expected) <= 1e-5
 
 

@@ -237,3 +237,21 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"mochi-tune: {out}: File too large")
     assert list(out.parent.iterdir()) == []
+
+
+def test_compiled_blocks_render_the_same(tmp_path):
+    adapter = write_adapter(tmp_path / "a.safetensors", scale=0.3)
+    more = [f"sample.adapter={adapter}", "sample.save_latents=true", "sample.guidance=1"]
+    plain, compiled = (latents_of(sample(tmp_path, *more, f"sample.compile={on}")) for on in ("false", "true"))
+    assert not torch.equal(plain, compiled)
+    assert (plain - compiled).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_tiles_are_an_option_that_leaves_the_latents_as_they_are(tmp_path):
+    more = ["sample.save_latents=true", "sample.height=160", "sample.width=160"]
+    whole, tiled = (sample(tmp_path, *more, *tiles) for tiles in ([], ["memory.tiles=[1, 2]"]))
+    assert torch.equal(latents_of(whole), latents_of(tiled))
+    ours, theirs = (np.stack(read_frames(video)).astype(int) for video in (tiled, whole))
+    assert ours.shape == theirs.shape and 0 < np.abs(ours - theirs).mean() < 20
+    with pytest.raises(ConfigError, match=r"memory.tiles=\[9, 1\] does not fit 160x160 pixels"):
+        sample(tmp_path, *more, "memory.tiles=[9, 1]")
