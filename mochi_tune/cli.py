@@ -123,7 +123,7 @@ def run_sample(arguments: list[str]) -> int:
     if started == 1 and config.parallel.num_processes > 1:
         # What can be refused is refused once, here.
         check(config, config.parallel.num_processes)
-        code = start_processes(config.parallel.num_processes, ["sample", *arguments])
+        code = start_processes(config.parallel.num_processes, ["sample", *arguments], config.device)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         return code
@@ -277,7 +277,7 @@ def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], r
     """
     count = whole_number("parallel.num_processes", options["parallel.num_processes"], 1)
     if num_processes_here(os.environ) == 1:
-        return start_processes(count, [verb, *arguments]) if count > 1 else run(True)
+        return start_processes(count, [verb, *arguments], options["device"]) if count > 1 else run(True)
     with joined(options["device"], 600):
         return run(os.environ["RANK"] == "0")
 

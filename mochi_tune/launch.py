@@ -65,13 +65,9 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "gloo"
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+    if uses_gpus(device):
         place = int(os.environ.get("LOCAL_RANK", "0"))
-        if place >= torch.cuda.device_count():
-            raise ParallelError(
-                f"this machine has {torch.cuda.device_count()} GPUs, and more processes run on it: "
-                f"use parallel.num_processes={torch.cuda.device_count()}."
-            )
+        check_gpus(place + 1)
         torch.cuda.set_device(place)
         # gloo beside nccl, for small things on the CPU.
         backend = "cpu:gloo,cuda:nccl"
@@ -96,7 +92,29 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def start_processes(count: int, arguments: list[str]) -> int:
+def uses_gpus(device: str) -> bool:
+    """Whether a setting of the device, "cpu", "cuda" or "auto", means GPUs here."""
+    import torch
+
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def check_gpus(count: int) -> None:
+    """Refuses more processes than this machine has GPUs.
+
+    Raises:
+        ParallelError: naming how many there may be.
+    """
+    import torch
+
+    if count > torch.cuda.device_count():
+        raise ParallelError(
+            f"{count} processes want a GPU each, and this machine has {torch.cuda.device_count()}: "
+            f"use parallel.num_processes={max(1, torch.cuda.device_count())}."
+        )
+
+
+def start_processes(count: int, arguments: list[str], device: str) -> int:
     """Runs the command line in `count` processes on this machine, on a free port; returns the exit code.
 
     When one ends badly, the others are ended too, at the latest after 10 seconds. A first Ctrl-C asks them to stop, a
@@ -105,14 +123,18 @@ def start_processes(count: int, arguments: list[str]) -> int:
     Args:
         count: processes, one a GPU.
         arguments: of the command line, verb first.
+        device: "cpu", "cuda" or "auto".
 
     Raises:
-        ParallelError: a process ended by a signal or by an error that is no user's mistake; its rank is named.
+        ParallelError: too few GPUs; a process ended by a signal or by an error that is no user's mistake, and its rank
+            is named.
     """
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if uses_gpus(device):
+        check_gpus(count)
     for noisy in ("elastic", "run"):
         logging.getLogger(f"torch.distributed.{noisy}").setLevel(logging.CRITICAL)
     os.environ[STARTED_HERE] = "1"

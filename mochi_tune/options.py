@@ -8,9 +8,10 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune prepare conf=NAME [key=value ...]    videos and captions -> cache, once
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
+                     or prompts=FILE [seeds=[0,1] compare=base parallel.num_processes=N memory=24gb]
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
   mochi-tune weights pull [to=DIR]                fetch the official weights, checked by sha256
-  mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16]
+  mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
   mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
   mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
   mochi-tune experiment what=objective|layers [seeds=N] [out=DIR]       compares ways of training on the toy model

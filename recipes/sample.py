@@ -113,6 +113,11 @@ def check(config: RunConfig, num_ranks: int) -> Job:
     asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
     guided = any(r.is_guided for r in requests)
     layout = choose_layout(num_ranks, skeleton.config, len(requests), tokens, guided, asked)
+    if config.memory.dit == "shard" and layout.guidance * layout.context == 1:
+        raise ConfigError(
+            "memory.dit=shard splits the weights over the processes of one video, and here each has a video of its "
+            "own: use parallel.num_processes=2 parallel.context=2, or memory.dit=offload."
+        )
     return Job(folder, requests, adapters, identity, skeleton.config, layout)
 
 

@@ -81,9 +81,7 @@ def test_tiles_of_a_trained_decoder_are_off_by_what_the_docs_say():
 def test_tiles_that_do_not_fit_are_refused():
     check_tiles([2, 2], 480, 848)
     for tiles in ([14, 1], [2], [0, 1]):
-        with pytest.raises(
-            ConfigError, match=r"does not fit 480x848 pixels: give .* at most \[13, 24\]"
-        ):
+        with pytest.raises(ConfigError, match=r"does not fit 480x848 pixels: give .* at most \[13, 24\]"):
             check_tiles(tiles, 480, 848)
 
 

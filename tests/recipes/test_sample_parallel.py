@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -121,9 +122,31 @@ def test_impossible_layouts_are_refused_in_one_line(folder):
     for layout, said in (
         ({"parallel.num_processes": 4, "parallel.context": 4}, "does not divide the model's 6 heads: use 1, 2, 3, 6."),
         ({"parallel.num_processes": 2, "parallel.data": 3}, "is not possible with 2 processes: use data=2"),
+        ({"memory.dit": "shard"}, "use parallel.num_processes=2 parallel.context=2, or memory.dit=offload."),
     ):
         done = run("sample", "conf=toy_lora", *settings(folder, "never", layout, "without"))
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_processes_that_torchrun_or_srun_starts_just_run(folder):
+    one = {p.name: load_file(p)["latents"] for p in (folder / "one_without").glob("*.safetensors")}
+    arguments = {name: ["sample", "conf=toy_lora", *settings(folder, name, {}, "without")] for name in ("run", "srun")}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, "-m", "mochi_tune.cli", *arguments["run"]], env=ENVIRONMENT, check=True)
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_NODELIST": "localhost"}
+    tasks = [
+        subprocess.Popen(
+            command(*arguments["srun"]),
+            env=ENVIRONMENT | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+    for name in arguments:
+        made = {p.name: load_file(p)["latents"] for p in (folder / name).glob("*.safetensors")}
+        assert made.keys() == one.keys()
+        assert all((made[key] - one[key]).abs().max() <= 1e-5 * one[key].abs().max() for key in one)
 
 
 class Rendering:
