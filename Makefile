@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint bench setup clean
 
 demo: setup
 	$(BIN)/mochi-tune demo
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Full size on random weights: FRAMES="37 85 163" on a GPU; 7 takes some minutes on a CPU.
+FRAMES ?= 7
+bench: setup
+	for frames in $(FRAMES); do for what in sample decode encode; do \
+		$(BIN)/mochi-tune bench what=$$what num_frames=$$frames || exit 1; done; done
 
 lint: setup
 	$(BIN)/ruff check .

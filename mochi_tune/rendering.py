@@ -114,18 +114,28 @@ ATTENTION_KERNELS = [
 ]
 
 
+# On fewer tokens than these a pass is over before the next one's weights have come over PCIe.
+ONE_BATCH_TOKENS = 16000
+
+
 def choose_guide(place: str, mesh: Mesh | None) -> Guide:
     """Returns how both prompts are evaluated: on two ranks, or in one batch where weights travel, or in turn."""
+    guide: Guide = guide_in_turn
     if mesh is not None and mesh.layout.guidance > 1:
-        guide: Guide = SplitGuidance(mesh.guidance_group)
-    else:
-        guide = guide_in_one_batch if place == "offload" else guide_in_turn
+        guide = SplitGuidance(mesh.guidance_group)
+    elif place == "offload":
+        guide = _guide_in_one_batch_if_short
 
     def with_the_fastest_attention(*arguments) -> Tensor:
         with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
             return guide(*arguments)
 
     return with_the_fastest_attention
+
+
+def _guide_in_one_batch_if_short(dit: nn.Module, z: Tensor, *arguments) -> Tensor:
+    is_short = z[0, 0].numel() // dit.config.patch_size**2 < ONE_BATCH_TOKENS
+    return (guide_in_one_batch if is_short else guide_in_turn)(dit, z, *arguments)
 
 
 class SplitGuidance:

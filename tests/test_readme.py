@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mochi_tune.cli import load
+from mochi_tune.options import BENCH_OPTIONS, plain_options
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
@@ -37,14 +40,30 @@ def test_every_command_is_understood(command, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["sampling.md", "benchmarks.md"])
+def test_the_commands_of_the_docs_are_understood(page, tmp_path):
+    text = (ROOT / "docs" / page).read_text()
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [re.sub(r"^(torchrun|srun) .*?(?=mochi-tune)", "", line) for line in lines if "mochi-tune" in line]
+    assert len(commands) >= 3
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        if arguments[0] == "sample":
+            load("sample", [*arguments[1:], "--cfg"])
+        else:
+            assert plain_options("bench", arguments[1:], BENCH_OPTIONS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md", "docs/benchmarks.md", "docs/toy.md"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+        assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
 
 
 def test_the_settings_it_names_exist():
     from mochi_tune.config import SAMPLE_ALIASES, known_keys
 
     keys = {*known_keys(), *SAMPLE_ALIASES, "conf", "model", "lora", "to", "reference", "dtype", "device", "prompt"}
-    for key in re.findall(r"`((?:data|train|lora|sample|log)\.[a-z_]+)", README):
+    for key in re.findall(r"`((?:data|train|lora|sample|parallel|memory|log)\.[a-z_]+)", README):
         assert key in keys, key

@@ -95,3 +95,29 @@ def test_eight_bits_stay_near_and_take_adapters(precision, tolerance, adapted):
     assert 1e-4 < error < tolerance
     weight = dit.blocks[0].mlp_x.w1.weight
     assert sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0]) < 1.1 * weight.numel()
+
+
+class NoScores(torch.nn.Module):
+    """Attention that makes what a fused kernel makes: its inputs in one piece, and its output."""
+
+    def forward(self, q_x, k_x, v_x, q_y, k_y, v_y, text_lengths):
+        q, _k, _v = (torch.cat(pair, dim=1) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))
+        out = torch.empty_like(q).flatten(2)
+        return out[:, : q_x.shape[1]], out[:, q_x.shape[1] :]
+
+
+@torch.no_grad()
+def test_a_pass_over_163_frames_of_480p_takes_less_than_five_gib_besides_the_weights():
+    """Counted at full size: what docs/sampling.md adds up for a preset."""
+    num_tokens = 28 * 30 * 53
+    with torch.device("meta"):
+        block = AsymmDiT(DiTConfig(depth=2)).to(torch.bfloat16).blocks[0]
+        block.attn.core = NoScores()
+        x, y, c = (torch.empty(1, n, d, dtype=torch.bfloat16) for n, d in ((num_tokens, 3072), (256, 1536), (1, 3072)))
+        rope = torch.empty(2, num_tokens, 24, 64)
+        with TensorMemory() as memory:
+            block(x, y, c[:, 0], tuple(rope), [256])
+    held = sum(t.nbytes for t in (x, y, rope))
+    assert 4.0 < (memory.peak + held) / 2**30 < 5.0
+    kept = [p for name, p in block.named_parameters() if "mod_" not in name]
+    assert 13.4 < 48 * sum(p.nbytes for p in kept) / 2**30 < 13.6
