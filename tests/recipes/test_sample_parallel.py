@@ -28,13 +28,8 @@ from mochi_tune.weights import base_identity, load_decoder, meta_dit
 TOY = weights_folder(load_config("toy_lora", []))
 PROMPTS = ("a red circle moves up over a grey background", "a blue square")
 LAYOUTS = {
-    2: (
-        {"parallel.context": 2},
-        {"parallel.guidance": 2},
-        {"parallel.data": 2},
-        {"parallel.context": 2, "memory.dit": "shard"},
-    ),
-    3: ({"parallel.context": 3}, {"parallel.data": 3}),
+    2: ({"parallel.context": 2}, {"parallel.guidance": 2}, {"parallel.context": 2, "memory.dit": "shard"}),
+    3: ({"parallel.context": 3},),
     4: ({"parallel.guidance": 2, "parallel.context": 2}, {"parallel.data": 2, "parallel.context": 2}),
 }
 

@@ -212,7 +212,7 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     list(sample(config))
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "samples" / videos[1]).read_bytes()
     config.sample.adapter_strength, config.sample.out = 0.0, str(tmp_path / "base.mp4")
-    sample(config)
+    list(sample(config))
     assert (tmp_path / "base.mp4").read_bytes() == (tmp_path / "samples" / videos[0]).read_bytes()
     assert (tmp_path / "base.mp4").read_bytes() != (tmp_path / "again.mp4").read_bytes()
 
