@@ -1,5 +1,6 @@
 """Runs a function in several processes that talk to one another, as it would run on several GPUs."""
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Imported once, in the process that the ranks are forked from.
+PRELOADED = ["peft", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora", "mochi_tune.models.text_encoder"]
+
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """Calls `function(*arguments)` in each of `num_ranks` new processes; returns what each rank returned, in order."""
-    mp.start_processes(_run_rank, (num_ranks, function, folder, arguments), nprocs=num_ranks, start_method="spawn")
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    mp.start_processes(_run_rank, (num_ranks, function, folder, arguments), nprocs=num_ranks, start_method="forkserver")
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
 
