@@ -9,7 +9,15 @@ from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, E
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError, MochiTuneError
-from mochi_tune.launch import INTERRUPTED, STARTED_HERE, USERS_MISTAKE, joined, num_processes_here, start_processes
+from mochi_tune.launch import (
+    INTERRUPTED,
+    STARTED_HERE,
+    USERS_MISTAKE,
+    end_with_the_starter,
+    joined,
+    num_processes_here,
+    start_processes,
+)
 from mochi_tune.options import (
     BENCH_OPTIONS,
     DEMO_OPTIONS,
@@ -29,6 +37,7 @@ USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, EN
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits: 0 done, 1 done with refused clips or failed checks, 2 a user's mistake, in one line."""
+    end_with_the_starter()
     arguments = sys.argv[1:] if arguments is None else arguments
     # torchao, which other libraries look for, tells of every kernel that it was not built with.
     for noisy in ("torchao", "torch.utils._pytree"):

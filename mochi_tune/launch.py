@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from mochi_tune.errors import ParallelError
 
-# Set for processes that this program started itself.
+# Set for processes that this program started itself, to its process number.
 STARTED_HERE = "MOCHI_TUNE_STARTED_HERE"
 # Exit code of a process whose peer is gone.
 LOST_CONTACT = 75
@@ -27,6 +27,16 @@ GRACE_SECONDS = 10
 def num_processes_here(environment: Mapping[str, str]) -> int:
     """Returns of how many processes, started by torchrun or by srun, this one is; 1 if it stands alone."""
     return int(environment.get("WORLD_SIZE") or environment.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def end_with_the_starter() -> None:
+    """Lets this process end when the program that started it is gone, even if that was killed; called first of all."""
+    if STARTED_HERE not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    # The launcher's own process is the parent; it may have gone before that call.
+    if os.getppid() != int(os.environ[STARTED_HERE]):
+        os._exit(LOST_CONTACT)
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -60,9 +70,6 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     import torch.distributed as dist
 
     os.environ.update(slurm_variables(os.environ))
-    if STARTED_HERE in os.environ:
-        # When the program that started this one is killed, this one ends too (PR_SET_PDEATHSIG).
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "gloo"
     if uses_gpus(device):
@@ -137,7 +144,7 @@ def start_processes(count: int, arguments: list[str], device: str) -> int:
         check_gpus(count)
     for noisy in ("elastic", "run"):
         logging.getLogger(f"torch.distributed.{noisy}").setLevel(logging.CRITICAL)
-    os.environ[STARTED_HERE] = "1"
+    os.environ[STARTED_HERE] = str(os.getpid())
     # A process that hangs does not end when it is asked to; the launcher would wait 30 seconds before it kills it.
     PContext.close.__defaults__ = (None, GRACE_SECONDS)
     config = LaunchConfig(

@@ -202,3 +202,21 @@ def test_a_ctrl_c_keeps_what_is_finished(folder):
     assert sorted(p.suffix for p in rendering.out.iterdir()) == [".json", ".mp4", ".safetensors"]
     [video] = rendering.out.glob("a_red_circle*.mp4")
     assert len(read_frames(video)) == 37
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 2])
+def test_no_process_outlives_the_one_that_started_it(folder, seconds):
+    """Killed while its processes start, when they have not met yet, and later."""
+    arguments = settings(folder, f"orphan_{seconds}", {"parallel.num_processes": 2, "parallel.context": 2}, "with")
+    process = subprocess.Popen(
+        command("sample", "conf=toy_lora", *arguments, *LONG), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    ranks = []
+    while len(ranks) < 2:
+        assert process.poll() is None
+        ranks = psutil.Process(process.pid).children()
+    time.sleep(seconds)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
