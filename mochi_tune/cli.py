@@ -132,7 +132,9 @@ def run_sample(arguments: list[str]) -> int:
     if started == 1 and config.parallel.num_processes > 1:
         # What can be refused is refused once, here.
         check(config, config.parallel.num_processes)
-        code = start_processes(config.parallel.num_processes, ["sample", *arguments], config.device)
+        code = start_processes(
+            config.parallel.num_processes, ["sample", *arguments], config.device, config.parallel.timeout_seconds
+        )
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         return code
@@ -149,12 +151,22 @@ def run_sample(arguments: list[str]) -> int:
 
 def load(verb: str, arguments: list[str]):
     """Loads the settings of a verb; prints them, or its help, and returns None where that is asked for."""
-    from mochi_tune.config import SAMPLE_ALIASES, config_yaml, load_config, packaged_folder
+    from mochi_tune.config import (
+        GROUPS,
+        PRESET_KEYS,
+        SAMPLE_ALIASES,
+        config_yaml,
+        load_config,
+        packaged_folder,
+    )
 
     if "--help" in arguments or "-h" in arguments:
-        usage = next(line for line in USAGE.splitlines() if line.startswith(f"  mochi-tune {verb}"))
-        print(f"{usage.strip()}\n\nSettings and their defaults; any is given as key.sub=value.")
-        for name in ("base", "model/mochi_1", "model/toy", "model/tiny", "lora/attention", "lora/attention_mlp"):
+        lines = USAGE.splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
+        more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
+        print("\n".join([lines[first], *more]) + "\n\nSettings and their defaults; any is given as key.sub=value.")
+        groups = [f"{group}/{path.stem}" for group in GROUPS for path in (packaged_folder() / group).glob("*.yaml")]
+        for name in ("base", *sorted(groups)):
             print(f"\n--- {name}.yaml\n{(packaged_folder() / f'{name}.yaml').read_text()}", end="")
         return None
     flags = [argument for argument in arguments if argument.startswith("-")]
@@ -167,6 +179,12 @@ def load(verb: str, arguments: list[str]):
     settings = [setting for setting in settings if not setting.startswith("conf=")]
     if verb == "sample":
         settings = [f"sample.{s}" if s.partition("=")[0] in SAMPLE_ALIASES else s for s in settings]
+        given = {setting.partition("=")[0] for setting in settings}
+        if {"sample.prompt", "sample.prompts"} <= given:
+            raise ConfigError("prompt= and prompts= are both given: leave one out.")
+        if "sample.preset" in given:
+            # A preset that is asked for stands in the place of what the file sets.
+            settings = [*(f"sample.{key}=null" for key in PRESET_KEYS), *settings]
     config = load_config(names[0], settings)
     if flags:
         print(config_yaml(config), end="")
@@ -208,6 +226,10 @@ def run_verify(arguments: list[str]) -> int:
     for key, allowed in (("device", ("cpu", "cuda", "auto")), ("dtype", ("fp32", "bf16"))):
         if options[key] not in allowed:
             raise ConfigError(f"{key}={options[key]} is not possible: use {' or '.join(allowed)}.")
+    if (count := whole_number("parallel.num_processes", options["parallel.num_processes"], 1)) > 1:
+        from mochi_tune.recipes.verify import check_processes_fit
+
+        check_processes_fit(Path(options["reference"]), count)
     return run_in_processes("verify", arguments, options, lambda is_first: verify_here(options, is_first))
 
 
@@ -248,10 +270,14 @@ def run_bench(arguments: list[str]) -> int:
         lora_rank=whole_number("lora_rank", options["lora_rank"], 0),
         compile=options["compile"] == "true",
     )
-    check(bench)
+    check(bench, whole_number("parallel.num_processes", options["parallel.num_processes"], 1))
     out = Path(options["out"]) if options["out"] else None
     if out is not None and out.exists() and "RANK" not in os.environ:
         raise ConfigError(f"out={out} exists and is never overwritten: use another name.")
+    if out is not None:
+        from mochi_tune.files import make_writable_folder
+
+        make_writable_folder(out.parent)
     return run_in_processes("bench", arguments, options, lambda is_first: bench_here(bench, out, is_first))
 
 
@@ -264,13 +290,12 @@ def bench_here(bench, out: Path | None, is_first: bool) -> int:
     figures = measure(bench)
     if is_first:
         text = json.dumps(figures, indent=1)
-        if figures["depth"] is not None:
+        if figures["is_reduced"]:
             print(f"reduced: depth {figures['depth']} of {figures['full_depth']}", file=sys.stderr)
         print(text)
         if out is not None:
-            from mochi_tune.files import make_writable_folder, write_whole
+            from mochi_tune.files import write_whole
 
-            make_writable_folder(out.parent)
             write_whole(out, text.encode() + b"\n")
     return 0
 
@@ -286,7 +311,7 @@ def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], r
     """
     count = whole_number("parallel.num_processes", options["parallel.num_processes"], 1)
     if num_processes_here(os.environ) == 1:
-        return start_processes(count, [verb, *arguments], options["device"]) if count > 1 else run(True)
+        return start_processes(count, [verb, *arguments], options["device"], 600) if count > 1 else run(True)
     with joined(options["device"], 600):
         return run(os.environ["RANK"] == "0")
 

@@ -9,24 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.settings import MemoryConfig, RunConfig
+from mochi_tune.settings import MemoryConfig, RunConfig, SampleConfig
 
 if TYPE_CHECKING:
     from mochi_tune.sampler import SamplerSettings
 
 
 # Keys of `sample` that stand at the top level on its command line.
-SAMPLE_ALIASES = (
-    "prompt",
-    "prompts",
-    "negative_prompt",
-    "seeds",
-    "compare",
-    "adapter",
-    "adapter_strength",
-    "out",
-    "save_latents",
-)
+SAMPLE_ALIASES = tuple(entry.name for entry in fields(SampleConfig))
+# What a preset sets.
+PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
 GROUPS = ("model", "lora", "memory")
 TYPE_NAMES = {
     int: "a whole number",
@@ -149,6 +141,9 @@ def check_override(override: str) -> str:
             raise ConfigError(f"{key}={value} does not exist: use one of {', '.join(sorted(set(options)))}.")
         return override
     is_text = keys[key] in (str, str | None) or (keys[key] is Any and not re.match(r"[\[\d.+-]", value))
+    if key in ("sample.prompt", "sample.negative_prompt"):
+        # A prompt says what it says: ${...} in it is no reference to a setting.
+        value = value.replace("${", "\\${")
     if is_text and value != "null":
         value = _quote(value)
     return f"{key}={value}"

@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
 
 from mochi_tune.errors import ParallelError
 
@@ -80,7 +82,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, timeout=timeout)
-    except dist.DistError as error:
+    except RuntimeError as error:  # DistError is one, and gloo raises plain ones.
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ParallelError(
             f"rank {os.environ['RANK']} could not meet the others at {meeting} ({str(error).splitlines()[0]}): "
@@ -121,7 +123,7 @@ def check_gpus(count: int) -> None:
         )
 
 
-def start_processes(count: int, arguments: list[str], device: str) -> int:
+def start_processes(count: int, arguments: list[str], device: str, timeout_seconds: float) -> int:
     """Runs the command line in `count` processes on this machine, on a free port; returns the exit code.
 
     When one ends badly, the others are ended too, at the latest after 10 seconds. A first Ctrl-C asks them to stop, a
@@ -131,6 +133,7 @@ def start_processes(count: int, arguments: list[str], device: str) -> int:
         count: processes, one a GPU.
         arguments: of the command line, verb first.
         device: "cpu", "cuda" or "auto".
+        timeout_seconds: how long a process may stand still.
 
     Raises:
         ParallelError: too few GPUs; a process ended by a signal or by an error that is no user's mistake, and its rank
@@ -152,12 +155,14 @@ def start_processes(count: int, arguments: list[str], device: str) -> int:
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.5, shutdown_timeout=GRACE_SECONDS,
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )  # fmt: skip
-    with PassedOnInterrupt() as interrupt:
+    with PassedOnInterrupt(count) as interrupt, StoppedProcesses(timeout_seconds) as stopped:
         try:
             elastic_launch(config, sys.executable)("-m", "mochi_tune.cli", *arguments)
         except ChildFailedError as error:
             if not interrupt.received:
-                return report_failures({r: (f.exitcode, f.timestamp) for r, f in error.failures.items()})
+                sys.stderr.write("\n")  # The progress bar of a process that is gone stands in this line.
+                failures = {r: (f.exitcode, f.timestamp) for r, f in error.failures.items()}
+                return report_failures(failures, stopped.killed)
         except SignalException as error:
             return 128 + error.sigval
     return INTERRUPTED if interrupt.received else 0
@@ -166,7 +171,8 @@ def start_processes(count: int, arguments: list[str], device: str) -> int:
 class PassedOnInterrupt:
     """Passes a first Ctrl-C on to the processes that were started, a second one ends this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_processes: int) -> None:
+        self.num_processes = num_processes
         self.received = False
 
     def __enter__(self) -> "PassedOnInterrupt":
@@ -181,16 +187,52 @@ class PassedOnInterrupt:
 
         self.received = True
         signal.signal(signal.SIGINT, self._former)
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if len(children) < self.num_processes:
+            # They are being started, or some have ended: there is nothing to finish in order.
+            raise KeyboardInterrupt
+        for child in children:
             child.send_signal(signal.SIGINT)
 
 
-def report_failures(failures: Mapping[int, tuple[int, float]]) -> int:
+class StoppedProcesses:
+    """Kills a started process that has been stopped, or waited for a disk, for too long: it will tell nobody of it."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self.killed: set[int] = set()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "StoppedProcesses":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        import psutil
+
+        since: dict[int, float] = {}
+        while not self._over.wait(0.5):
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    if child.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_DISK_SLEEP):
+                        since.pop(child.pid, None)
+                    elif time.monotonic() - since.setdefault(child.pid, time.monotonic()) > self.timeout_seconds:
+                        self.killed.add(int(child.environ()["RANK"]))
+                        child.kill()
+
+
+def report_failures(failures: Mapping[int, tuple[int, float]], killed: Collection[int] = ()) -> int:
     """Returns the exit code of a user's mistake, which its process has already told of.
 
     Args:
         failures: of each rank that ended badly: its exit code, negative for a signal, and the time when it was seen.
             Those that were ended because of another one are among them.
+        killed: ranks that were killed as they had stopped.
 
     Raises:
         ParallelError: it was something else.
@@ -199,7 +241,7 @@ def report_failures(failures: Mapping[int, tuple[int, float]]) -> int:
     # NCCL's watchdog aborts its process when another one does not answer.
     lost = {rank: time for rank, (code, time) in failures.items() if code in (LOST_CONTACT, -signal.SIGABRT)}
     silent = [r for r, (c, t) in failures.items() if c == -signal.SIGKILL and lost and t - min(lost.values()) >= 5]
-    if silent:
+    if silent := [*killed, *silent]:
         raise ParallelError(f"rank {min(silent)} did not answer and had to be killed, and all others with it.")
     # Neither a process that lost contact with another one, nor one that was then asked to end, began the trouble.
     first = [rank for rank, code in codes.items() if code not in (LOST_CONTACT, -signal.SIGTERM)]

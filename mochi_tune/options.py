@@ -36,7 +36,7 @@ VERIFY_OPTIONS = {
     "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),
     "device": ("cpu", "cpu, cuda or auto"),
     "dtype": ("fp32", "fp32 or bf16"),
-    "parallel.num_processes": ("1", "2 to 4: the paths of several processes too"),
+    "parallel.num_processes": ("1", "2, 3, 4 or 6: the paths of several processes too"),
 }
 BENCH_OPTIONS = {
     "what": (None, "sample (a step with guidance), decode or encode"),

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mochi_tune.config import RunConfig, sample_size, sampler_settings
+from mochi_tune.config import PRESET_KEYS, RunConfig, sample_size, sampler_settings
 from mochi_tune.errors import ConfigError
-from mochi_tune.models.latents import check_geometry
+from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
 from mochi_tune.sampler import SamplerSettings
 from mochi_tune.settings import SampleConfig
 
@@ -28,6 +28,7 @@ ROW_KEYS: dict[str, tuple[type, ...]] = {
     "linear_steps": (int,),
     "sigmas": (list,),
 }
+MAX_VIDEO_TOKENS = 445_200
 JSON_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list of numbers"}
 
 
@@ -68,6 +69,8 @@ def read_requests(config: RunConfig) -> list[Request]:
     places = _Places(config, num_videos=len(rows) * max(1, len(sample.seeds or [])))
     for where, row in rows:
         own = {key: value for key, value in row.items() if key != "seed"}
+        if "preset" in row:
+            own = dict.fromkeys(PRESET_KEYS) | own
         # A row's schedule stands in the place of the one that is set for all.
         for schedule, other in (("sigmas", "steps"), ("steps", "sigmas")):
             if schedule in row and other not in row:
@@ -76,6 +79,7 @@ def read_requests(config: RunConfig) -> list[Request]:
         try:
             settings, size = sampler_settings(mine), sample_size(mine)
             check_geometry(*size)
+            check_size(*size)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
         for seed in [row["seed"]] if "seed" in row else sample.seeds or [config.seed]:
@@ -91,9 +95,11 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"sample.prompts={path} is no .txt or .jsonl file: write one prompt, or one object, a line.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise ConfigError(f"sample.prompts={path} does not exist: name a .txt or .jsonl file.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"sample.prompts={path} is a folder: name a .txt or .jsonl file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"sample.prompts={path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from None
     rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
@@ -109,7 +115,9 @@ def _read_object(where: str, line: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}not JSON ({error.msg} at column {error.colno}).") from None
-    if not isinstance(row, dict) or not str(row.get("prompt", "")).strip():
+    if not isinstance(row, dict):
+        raise ConfigError(f'{where}{line[:40]} is no object: write {{"prompt": "a teacup shatters"}}.')
+    if not str(row.get("prompt", "")).strip():
         raise ConfigError(f'{where}it has no prompt: write {{"prompt": "a teacup shatters"}}.')
     for key, value in row.items():
         if key not in ROW_KEYS:
@@ -123,18 +131,35 @@ def _read_object(where: str, line: str) -> dict[str, Any]:
     return row
 
 
+def check_size(num_frames: int, height: int, width: int) -> None:
+    """Refuses videos that no machine will render, before one tries.
+
+    Raises:
+        ConfigError: more tokens than ten times those of 163 frames of 480x848.
+    """
+    tokens = num_latent_frames(num_frames) * height * width // TOKEN_PIXELS**2
+    if tokens > MAX_VIDEO_TOKENS:
+        raise ConfigError(
+            f"{num_frames} frames of {height}x{width} are {tokens} tokens, the most is {MAX_VIDEO_TOKENS}: use fewer "
+            "frames, or a smaller sample.height and sample.width; Mochi knows 480x848."
+        )
+
+
 class _Places:
     """Finds a path for each video: the one asked for, or new ones in a folder."""
 
     def __init__(self, config: RunConfig, num_videos: int) -> None:
         out = config.sample.out
-        self.single = Path(out) if out and num_videos == 1 else None
-        self.folder = Path(out) if out and num_videos > 1 else Path(config.run_dir) / "samples"
+        path = Path(out) if out else Path(config.run_dir) / "samples"
+        # v1.5 is a name of a folder, x.mp4 and x.avi are names of files, whatever is meant by them.
+        is_file = not path.is_dir() and re.fullmatch(r"\.[a-z]\w*", path.suffix) is not None
+        self.single = path if is_file else None
+        self.folder = path
         self.taken: set[Path] = set()
-        if self.single is not None:
-            _check_free(self.single)
-        elif out and self.folder.suffix:
+        if is_file and num_videos > 1:
             raise ConfigError(f"out={out} is a file, and {num_videos} videos are asked for: name a folder.")
+        if is_file:
+            _check_free(path)
 
     def take(self, prompt: str, seed: int) -> Path:
         if self.single is not None:

@@ -26,8 +26,9 @@ from mochi_tune.models.device import DTYPES, find_device, peak_gib, reset_peak, 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
 from mochi_tune.models.layers import hidden_width
+from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
-from mochi_tune.parallel.mesh import Mesh, choose_layout
+from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
 from mochi_tune.rendering import ATTENTION_KERNELS, choose_guide, decoded_frames, latent_states, prepare_dit
 from mochi_tune.sampler import PRESETS, draw_noise
 from mochi_tune.weight_configs import read_official_config
@@ -67,9 +68,10 @@ def main(bench: Bench) -> dict[str, Any]:
     Raises:
         ConfigError: a value that is not possible.
     """
-    device, num_ranks = check(bench), dist.get_world_size() if dist.is_initialized() else 1
-    is_reduced = bench.depth is None and device.type == "cpu"
-    bench = replace(bench, depth=CPU_DEPTH) if is_reduced else bench
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    device = check(bench, num_ranks)
+    if bench.depth is None and device.type == "cpu":
+        bench = replace(bench, depth=CPU_DEPTH)
     measure = {"sample": bench_sample, "decode": bench_decode, "encode": bench_encode}[bench.what]
     figures = measure(bench, device, num_ranks)
     figures["peak_gib"] = most(figures["peak_gib"], num_ranks)
@@ -83,14 +85,15 @@ def main(bench: Bench) -> dict[str, Any]:
     }
 
 
-def check(bench: Bench) -> torch.device:
-    """Refuses what cannot be measured; returns the device."""
+def check(bench: Bench, num_ranks: int) -> torch.device:
+    """Refuses what cannot be measured by so many processes; returns the device."""
     for key, allowed in (("what", WHAT), ("model", MODELS), ("dtype", tuple(DTYPES))):
         if getattr(bench, key) not in allowed:
             raise ConfigError(f"{key}={getattr(bench, key)} is not possible: use {' or '.join(allowed)}.")
     check_geometry(bench.num_frames, bench.height, bench.width)
-    if bench.what == "encode" and dist.is_initialized():
+    if bench.what == "encode" and num_ranks > 1:
         raise ConfigError("what=encode runs in one process: leave parallel.num_processes out.")
+    check_one_video(num_ranks, sizes(bench.model, "dit").num_heads)
     return find_device(bench.device)
 
 
@@ -116,6 +119,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     floor = (matrix / matrix_rate + attention / attention_rate) / num_ranks
     return {
         "full_depth": full_depth,
+        "is_reduced": config.depth < full_depth,
         "layout": asdict(layout),
         "num_tokens": num_tokens,
         "seconds_per_step": seconds,
@@ -138,7 +142,7 @@ def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
         for _ in decoded_frames(decoder, latents, mesh):
             pass
 
-    return vae_figures(bench, decode, full_depth, device, num_ranks)
+    return vae_figures(bench, decode, config, full_depth, device, num_ranks)
 
 
 def bench_encode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
@@ -146,11 +150,16 @@ def bench_encode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     config, full_depth = reduced(sizes(bench.model, "encoder"), bench.depth)
     encoder = random_model(config, device, DTYPES[bench.dtype])
     pixels = torch.rand(1, 3, bench.num_frames, bench.height, bench.width) * 2 - 1
-    return vae_figures(bench, lambda: encode(encoder, pixels), full_depth, device, num_ranks)
+    return vae_figures(bench, lambda: encode(encoder, pixels), config, full_depth, device, num_ranks)
 
 
 def vae_figures(
-    bench: Bench, run: Callable[[], object], full_depth: tuple[int, ...], device: torch.device, num_ranks: int
+    bench: Bench,
+    run: Callable[[], object],
+    config: EncoderConfig | DecoderConfig,
+    full_depth: tuple[int, ...],
+    device: torch.device,
+    num_ranks: int,
 ) -> dict[str, Any]:
     """Times a pass of the VAE; its FLOPs are counted while it warms up."""
     with FlopCounterMode(display=False) as counter:
@@ -160,6 +169,7 @@ def vae_figures(
     matrix_rate, _ = measure_rates(bench, sizes(bench.model, "dit"), CPU_TOKENS, device)
     return {
         "full_depth": full_depth,
+        "is_reduced": config.num_res_blocks != full_depth,
         "latent_shape": list(latent_shape(bench.num_frames, bench.height, bench.width)),
         "seconds": seconds,
         "peak_gib": peak,

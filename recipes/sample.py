@@ -58,17 +58,20 @@ def main(config: RunConfig) -> Iterator[Path]:
     """
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     job, device, dtype = check(config, num_ranks), find_device(config.device), DTYPES[config.model.dtype]
-    for folder in {request.video.parent for request in job.requests}:
+    prompt_cache = Path(config.sample.prompt_cache).expanduser()
+    for folder in {prompt_cache, *(request.video.parent for request in job.requests)}:
         make_writable_folder(folder)
     mesh = Mesh(job.layout, device, config.parallel.timeout_seconds) if num_ranks > 1 else None
     mine = job.requests if mesh is None else job.requests[mesh.data_rank :: job.layout.data]
     is_writer, is_quiet = mesh is None or mesh.is_writer, mesh is not None and dist.get_rank() > 0
     usage = Usage(device, is_quiet)
-    if mesh is not None and not is_quiet:
-        tell(f"{num_ranks} processes: {job.layout}")
+    if not is_quiet:
+        tell("; ".join(f"adapter {path} x {strength}" for path, strength, _ in job.adapters) or "no adapter: the base")
+        if mesh is not None:
+            tell(f"{num_ranks} processes: {job.layout}")
 
     with usage.stage("text"):
-        features = encode_prompts(job, device, dtype, Path(config.sample.prompt_cache).expanduser())
+        features = encode_prompts(job, device, dtype, prompt_cache)
     with usage.stage("sample"):
         latents = render(config, job, mine, features, device, dtype, mesh, is_quiet)
     with usage.stage("decode"):
@@ -107,7 +110,9 @@ def check(config: RunConfig, num_ranks: int) -> Job:
         check_adapter(adapter, shapes, identity)
         adapters.append((path, strength, adapter))
     if config.sample.compare and not any(strength for _, strength, _ in adapters):
-        raise ConfigError("sample.compare=base has no adapter to compare with: name one with adapter=FILE.")
+        raise ConfigError(
+            "sample.compare=base has no adapter to compare with: name adapter=FILE, of a strength other than 0."
+        )
     tokens = max(num_latent_frames(r.num_frames) * r.height * r.width // TOKEN_PIXELS**2 for r in requests)
     parallel = config.parallel
     asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
@@ -178,7 +183,8 @@ def render(
                     states[kind] = state
                     if anyone(stop.received, mesh):
                         if not is_quiet:
-                            tell(f"stopped: of {len(requests)} videos, {len(finished)} are finished and kept")
+                            whose = "" if mesh is None or mesh.layout.data == 1 else " of this process"
+                            tell(f"stopped: of {len(requests)} videos{whose}, {len(finished)} are finished and kept")
                         return finished
             finished.append({kind: state.cpu() for kind, state in states.items()})
     del dit

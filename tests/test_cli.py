@@ -3,6 +3,10 @@ import sys
 
 import pytest
 
+from mochi_tune.cli import load
+from mochi_tune.config import sampler_settings
+from mochi_tune.errors import ConfigError
+
 COMMAND = [sys.executable, "-m", "mochi_tune.cli"]
 
 
@@ -14,7 +18,7 @@ def run(*arguments, cwd=None):
 def test_help_names_every_verb(arguments):
     done = run(*arguments)
     assert done.returncode == 0
-    for verb in ("prepare", "train", "sample", "export", "verify", "weights pull", "demo"):
+    for verb in ("prepare", "train", "sample", "export", "verify", "weights pull", "bench", "demo"):
         assert f"mochi-tune {verb}" in done.stdout
 
 
@@ -86,3 +90,10 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     ]
     done = run("sample", "conf=my_lora", *arguments, f"run_dir={tmp_path / 'file'}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Not a directory" in done.stderr
+
+
+def test_a_preset_on_the_command_line_stands_in_the_place_of_the_files_own_schedule():
+    settings = sampler_settings(load("sample", ["conf=toy_lora", "prompt=x", "preset=fast", "steps=6"]))
+    assert (settings.steps, settings.guidance, settings.threshold) == (6, 1.5, 0.1)
+    with pytest.raises(ConfigError, match="both given"):
+        load("sample", ["conf=toy_lora", "prompt=x", "prompts=y.txt"])

@@ -66,3 +66,38 @@ def test_files_that_cannot_be_are_refused(tmp_path):
             requests_of(tmp_path, f"sample.prompts={tmp_path / name}")
     with pytest.raises(ConfigError, match="2 videos are asked for: name a folder"):
         requests_of(tmp_path, "sample.prompt=a", "sample.seeds=[1,2]", f"sample.out={tmp_path / 'x.mp4'}")
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n", encoding="utf-8-sig")
+    assert [r.prompt for r in requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")] == ["a cat"]
+
+
+def test_a_rows_preset_stands_in_the_place_of_the_commands_schedule(tmp_path):
+    file = rows(
+        tmp_path, {"prompt": "a"}, {"prompt": "b", "preset": "fast"}, {"prompt": "c", "preset": "fast", "steps": 9}
+    )
+    found = requests_of(tmp_path, file, "sample.steps=30", "sample.guidance=2")
+    assert [(r.settings.steps, r.settings.scales[0]) for r in found] == [(30, 2), (8, 1.5), (9, 1.5)]
+
+
+def test_a_folder_may_have_a_dot_and_a_single_video(tmp_path):
+    file = rows(tmp_path, {"prompt": "a"})
+    for out in ("v1.5", "plain"):
+        [request] = requests_of(tmp_path, file, f"sample.out={tmp_path / out}")
+        assert request.video.parent == tmp_path / out and request.video.suffix == ".mp4"
+    (tmp_path / "old.takes").mkdir()
+    [request] = requests_of(tmp_path, file, f"sample.out={tmp_path / 'old.takes'}")
+    assert request.video.parent == tmp_path / "old.takes"
+    with pytest.raises(ConfigError, match=r"x\.avi is not an \.mp4 file"):
+        requests_of(tmp_path, file, f"sample.out={tmp_path / 'x.avi'}")
+
+
+def test_a_prompt_is_taken_word_by_word(tmp_path):
+    [request] = requests_of(tmp_path, "sample.prompt=a ${seed} 'quoted' ${oc.env:HOME} cat")
+    assert request.prompt == "a ${seed} 'quoted' ${oc.env:HOME} cat"
+
+
+def test_videos_that_no_machine_will_render_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"13 frames of 100000x100000 are 117187500 tokens, the most is 445200"):
+        requests_of(tmp_path, "sample.prompt=x", "sample.height=100000", "sample.width=100000")

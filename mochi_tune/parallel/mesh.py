@@ -1,6 +1,7 @@
 """How processes share the work: data (videos) x guidance (prompt, negative prompt) x context (tokens)."""
 
 import datetime
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Layout:
         return self.data * self.guidance * self.context
 
     def __str__(self) -> str:
-        return f"data={self.data} guidance={self.guidance} context={self.context}"
+        return f"parallel.data={self.data} parallel.guidance={self.guidance} parallel.context={self.context}"
 
 
 def possible_layouts(num_ranks: int, num_heads: int, is_guided: bool) -> list[Layout]:
@@ -64,7 +65,18 @@ def choose_layout(
     """
     if asked.get("context"):
         check_context_ranks(asked["context"], config.num_heads)
+    if num_ranks == 1 and (more := [f"parallel.{axis}={n}" for axis, n in asked.items() if n not in (None, 1)]):
+        needed = math.prod(n for n in asked.values() if n is not None)
+        raise ParallelError(f"{' '.join(more)} wants {needed} processes: use parallel.num_processes={needed}.")
     possible = possible_layouts(num_ranks, config.num_heads, is_guided)
+    if asked.get("data") is None:
+        # A rank without a video would do nothing.
+        possible = [layout for layout in possible if layout.data <= num_videos]
+        if not possible:
+            raise ParallelError(
+                f"parallel.num_processes={num_ranks} is more than can share {num_videos} "
+                f"video{'s' if num_videos > 1 else ''} of a model with {config.num_heads} heads: use fewer."
+            )
     fitting = [
         layout for layout in possible if all(n is None or getattr(layout, axis) == n for axis, n in asked.items())
     ]
@@ -88,6 +100,22 @@ def estimate_seconds(layout: Layout, config: DiTConfig, num_videos: int, num_tok
     forward = matrices / MATRIX_FLOPS + attention / ATTENTION_FLOPS + exchanged / LINK_BYTES
     turns = (2 if is_guided else 1) / layout.guidance
     return -(-num_videos // layout.data) * turns * forward
+
+
+def check_one_video(num_ranks: int, num_heads: int) -> None:
+    """Refuses a number of processes that cannot share one video.
+
+    Raises:
+        ParallelError: naming the numbers that can.
+    """
+    possible = [
+        n for n in range(1, 2 * num_heads + 1) if any(x.data == 1 for x in possible_layouts(n, num_heads, True))
+    ]
+    if num_ranks not in possible:
+        raise ParallelError(
+            f"parallel.num_processes={num_ranks} cannot share one video of a model with {num_heads} heads: "
+            f"use {', '.join(map(str, possible))}."
+        )
 
 
 class Mesh:

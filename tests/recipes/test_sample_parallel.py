@@ -108,7 +108,7 @@ def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise
     assert done.returncode == 0 and done.stdout == f"{out}\n", done.stderr
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["layout"] == {"data": 1, "guidance": 2, "context": 1}
-    assert "2 processes: data=1 guidance=2 context=1" in done.stderr
+    assert "2 processes: parallel.data=1 parallel.guidance=2 parallel.context=1" in done.stderr
     assert f"own.mp4: noise {record['noise_sha256']}" in done.stderr
     assert set(record["seconds"]) == set(record["peak_gib"]) == {"text", "sample", "decode"}
 
@@ -116,7 +116,9 @@ def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise
 def test_impossible_layouts_are_refused_in_one_line(folder):
     for layout, said in (
         ({"parallel.num_processes": 4, "parallel.context": 4}, "does not divide the model's 6 heads: use 1, 2, 3, 6."),
-        ({"parallel.num_processes": 2, "parallel.data": 3}, "is not possible with 2 processes: use data=2"),
+        ({"parallel.num_processes": 2, "parallel.data": 3}, "is not possible with 2 processes: use parallel.data=2"),
+        ({"parallel.context": 2}, "parallel.context=2 wants 2 processes: use parallel.num_processes=2."),
+        ({"parallel.num_processes": 5}, "parallel.num_processes=5 is more than can share 2 videos of a model with 6"),
         ({"memory.dit": "shard"}, "use parallel.num_processes=2 parallel.context=2, or memory.dit=offload."),
     ):
         done = run("sample", "conf=toy_lora", *settings(folder, "never", layout, "without"))
@@ -202,6 +204,25 @@ def test_a_ctrl_c_keeps_what_is_finished(folder):
     assert sorted(p.suffix for p in rendering.out.iterdir()) == [".json", ".mp4", ".safetensors"]
     [video] = rendering.out.glob("a_red_circle*.mp4")
     assert len(read_frames(video)) == 37
+
+
+def test_a_rank_that_is_stopped_with_a_video_of_its_own_is_named(folder):
+    rendering = Rendering(folder, "stopped_alone", *LONG, "parallel.context=1", "parallel.guidance=1")
+    rendering.ranks[1].send_signal(signal.SIGSTOP)
+    code, line, _ = rendering.end()
+    assert code == 2 and "rank 1 did not answer" in line
+
+
+@pytest.mark.parametrize("seconds", [2.5, 3.2])
+def test_a_ctrl_c_while_processes_start_ends_at_once(folder, seconds):
+    arguments = settings(folder, f"early_{seconds}", {"parallel.num_processes": 2, "parallel.context": 2}, "with")
+    process = subprocess.Popen(
+        command("sample", "conf=toy_lora", *arguments, *LONG), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=45)
+    assert process.returncode == 130 and said.splitlines()[-1] == "mochi-tune: interrupted"
 
 
 @pytest.mark.parametrize("seconds", [0, 1, 2])
