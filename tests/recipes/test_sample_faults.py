@@ -119,6 +119,7 @@ def test_no_process_outlives_the_one_that_started_it(folder, seconds):
     while len(ranks) < 2:
         assert process.poll() is None
         ranks = psutil.Process(process.pid).children()
+        time.sleep(0.05)
     time.sleep(seconds)
     process.kill()
     process.wait()
