@@ -1,5 +1,6 @@
 """Real video files for tests: every frame carries its number as eight bars, and its corners tell which way is up."""
 
+import os
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
@@ -100,6 +101,8 @@ def write_video(
             frame.time_base, frame.pts = time_base, round(Fraction(seconds) / time_base)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    # As root, SVT-AV1 makes its caller a real-time process, which starves all others and every process it starts.
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
