@@ -155,7 +155,7 @@ def start_processes(count: int, arguments: list[str], device: str, timeout_secon
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.5, shutdown_timeout=GRACE_SECONDS,
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )  # fmt: skip
-    with PassedOnInterrupt(count) as interrupt, StoppedProcesses(timeout_seconds) as stopped:
+    with PassedOnInterrupt() as interrupt, StoppedProcesses(timeout_seconds) as stopped:
         try:
             elastic_launch(config, sys.executable)("-m", "mochi_tune.cli", *arguments)
         except ChildFailedError as error:
@@ -171,8 +171,7 @@ def start_processes(count: int, arguments: list[str], device: str, timeout_secon
 class PassedOnInterrupt:
     """Passes a first Ctrl-C on to the processes that were started, a second one ends this process."""
 
-    def __init__(self, num_processes: int) -> None:
-        self.num_processes = num_processes
+    def __init__(self) -> None:
         self.received = False
 
     def __enter__(self) -> "PassedOnInterrupt":
@@ -188,8 +187,8 @@ class PassedOnInterrupt:
         self.received = True
         signal.signal(signal.SIGINT, self._former)
         children = psutil.Process().children()
-        if len(children) < self.num_processes:
-            # They are being started, or some have ended: there is nothing to finish in order.
+        if not children:
+            # None has been started yet, so there is none to tell.
             raise KeyboardInterrupt
         for child in children:
             child.send_signal(signal.SIGINT)

@@ -18,7 +18,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *argum
     """Calls `function(*arguments)` in each of `num_ranks` new processes; returns what each rank returned, in order."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     mp.start_processes(_run_rank, (num_ranks, function, folder, arguments), nprocs=num_ranks, start_method="forkserver")
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
 
 def _run_rank(rank: int, num_ranks: int, function: Callable[..., Any], folder: Path, arguments: tuple) -> None:
