@@ -16,6 +16,7 @@ from mochi_tune.launch import (
     end_with_the_starter,
     joined,
     num_processes_here,
+    prepare_deepspeed,
     start_processes,
 )
 from mochi_tune.options import (
@@ -98,7 +99,7 @@ def run(arguments: list[str]) -> int:
         hint = f"; did you mean {near[0]}?" if near else f": use one of {', '.join(verbs)}."
         raise ConfigError(f"{arguments[0]} is not a verb{hint}")
     processes = num_processes_here(os.environ)
-    if processes > 1 and arguments[0] not in ("sample", "verify", "bench"):
+    if processes > 1 and arguments[0] not in ("train", "sample", "verify", "bench"):
         raise ConfigError(f"{arguments[0]} was started as {processes} processes, it runs as one: start it by itself.")
     return verbs[arguments[0]](arguments[1:])
 
@@ -116,9 +117,20 @@ def run_train(arguments: list[str]) -> int:
     """Trains or resumes."""
     if (config := load("train", arguments)) is None:
         return 0
+    from mochi_tune.recipes.train_lora import check
     from mochi_tune.recipes.train_lora import main as train
 
-    return train(config)
+    parallel, started = config.parallel, num_processes_here(os.environ)
+    if parallel.strategy != "data":
+        prepare_deepspeed(config.device)
+    if started == 1 and parallel.num_processes > 1:
+        # What can be refused is refused once, here.
+        check(config, parallel.num_processes)
+        return start_processes(parallel.num_processes, ["train", *arguments], config.device, parallel.timeout_seconds)
+    with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
+        code = train(config)
+    # The exit code of a stop is that of the program that started this process.
+    return code if STARTED_HERE not in os.environ else 0
 
 
 def run_sample(arguments: list[str]) -> int:

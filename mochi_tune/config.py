@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SAMPLE_ALIASES = tuple(entry.name for entry in fields(SampleConfig))
 # What a preset sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
-GROUPS = ("model", "lora", "memory")
+GROUPS = ("model", "lora", "memory", "parallel")
 TYPE_NAMES = {
     int: "a whole number",
     int | None: "a whole number or null",
@@ -201,6 +201,7 @@ def check_config(config: RunConfig) -> None:
     """
     from mochi_tune.flow import OBJECTIVES
     from mochi_tune.models.latents import check_geometry
+    from mochi_tune.parallel.engine import STRATEGIES
     from mochi_tune.parallel.memory import DIT_PLACES
 
     check_geometry(config.data.num_frames, config.data.height, config.data.width)
@@ -210,6 +211,7 @@ def check_config(config: RunConfig) -> None:
         "device": (config.device, ("auto", "cpu", "cuda")),
         "model.dtype": (config.model.dtype, ("bf16", "fp32")),
         "train.objective": (config.train.objective, OBJECTIVES),
+        "parallel.strategy": (config.parallel.strategy, STRATEGIES),
         "memory.dit": (config.memory.dit, DIT_PLACES),
         "sample.compare": (config.sample.compare, (None, "base")),
         "log.wandb": (config.log.wandb, ("disabled", "offline", "online")),

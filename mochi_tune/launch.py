@@ -41,6 +41,13 @@ def end_with_the_starter() -> None:
         os._exit(LOST_CONTACT)
 
 
+def prepare_deepspeed(device: str) -> None:
+    """Tells Accelerate and DeepSpeed, which read it when they are imported, that they are used, and on what."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if not uses_gpus(device):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns what torchrun would have set in the place of srun: this process's rank, and where rank 0 is met."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1:

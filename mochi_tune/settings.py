@@ -95,9 +95,10 @@ class LogConfig:
 
 @dataclass
 class ParallelConfig:
-    """How many processes work together, and how they share a rendering."""
+    """How many processes work together, and how they share a rendering or a training."""
 
     num_processes: int = 1
+    strategy: str = "data"
     data: int | None = None
     guidance: int | None = None
     context: int | None = None

@@ -1,9 +1,11 @@
 """Trains a LoRA on a prepared cache: the whole run, from top to bottom. The same command resumes a stopped run."""
 
-import filecmp
+import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,12 +23,17 @@ from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae_streaming import decode_chunks
+from mochi_tune.parallel.context import apply_context_parallel
+from mochi_tune.parallel.engine import build_engine
 from mochi_tune.parallel.memory import apply_activation_checkpointing
+from mochi_tune.parallel.mesh import Layout, Mesh, training_layout
+from mochi_tune.parallel.ranks import from_first, is_first, mean_and_most, num_ranks, wait_for_all
 from mochi_tune.sampler import draw_noise, sample_latents
 from mochi_tune.training import checkpoint
 from mochi_tune.training.lock import RunLock
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import build_adamw, learning_rate_at
+from mochi_tune.training.resume import bound, resume_step
 from mochi_tune.training.rng import key_seed, keyed_generator
 from mochi_tune.training.signals import StopSignal
 from mochi_tune.video import write_video
@@ -41,18 +48,39 @@ from mochi_tune.weights import (
 )
 
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
-# What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
-# The data's own settings are held by the cache's fingerprint.
-FREE_TO_CHANGE = ("name", "run_dir", "device", "model.weights", "data.", "sample.", "log.", "train.steps")
-FREE_TO_CHANGE += ("train.checkpoint_", "train.keep_", "train.valid", "train.sample_", "train.gradient_")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, checked as far as it can be before a weight is read."""
+
+    folder: Path
+    dataset: LatentDataset
+    layers: list[str]
+    identity: dict
+    layout: Layout
 
 
 def main(config: RunConfig) -> int:
-    """Runs or resumes a training; returns the exit code, 0 or 128 + the signal that stopped it."""
-    device = find_device(config.device)
-    folder, run_dir = weights_folder(config), Path(config.run_dir)
+    """Runs or resumes a training, as one process or one of several.
 
-    # Everything that can be refused is refused before a weight is read.
+    Returns the exit code, 0 or 128 + the signal that stopped it.
+    """
+    job, device = check(config, num_ranks()), find_device(config.device)
+    run_dir = Path(config.run_dir)
+    make_writable_folder(run_dir / "samples")
+    mesh = Mesh(job.layout, device, config.parallel.timeout_seconds) if num_ranks() > 1 else None
+    with RunLock(run_dir) if is_first() else contextlib.nullcontext():
+        return train_locked(config, job, device, mesh)
+
+
+def check(config: RunConfig, num_processes: int) -> Job:
+    """Checks everything that can be refused before a weight is read; seconds.
+
+    Raises:
+        MochiTuneError: of any kind, in one line.
+    """
+    folder = weights_folder(config)
     check_weights(folder, ["dit", "decoder", "text_encoder"] if renders(config) else ["dit"])
     data = config.data
     # The encoders need not lie where the training runs; where they do, the cache must be theirs.
@@ -62,148 +90,132 @@ def main(config: RunConfig) -> int:
     dataset, skeleton = LatentDataset(cache), meta_dit(folder)
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     layers = select_layers(linear_shapes(skeleton), config.lora.targets)
-    identity = {"settings": flat_settings(config), "cache": cache.fingerprint, "base": base_identity(folder)}
-    make_writable_folder(run_dir / "samples")
-    with RunLock(run_dir):
-        return train_locked(config, device, folder, dataset, layers, identity)
+    layout = training_layout(num_processes, skeleton.config.num_heads, config.parallel.context or 1)
+    settings = flat_settings(config)
+    # What is learnt depends on how many samples make a step, not on who computes them.
+    settings["global_batch"] = config.train.batch_size * config.train.accumulation_steps * layout.data
+    identity = {"settings": settings, "cache": cache.fingerprint, "base": base_identity(folder)}
+    return Job(folder, dataset, layers, identity, layout)
 
 
-def train_locked(
-    config: RunConfig, device: torch.device, folder: Path, dataset: LatentDataset, layers: list[str], identity: dict
-) -> int:
+def train_locked(config: RunConfig, job: Job, device: torch.device, mesh: Mesh | None) -> int:
     """Loads, trains and saves in a run folder that is ours alone."""
     run_dir, train, dtype = Path(config.run_dir), config.train, DTYPES[config.model.dtype]
-    checkpoints = checkpoint.find_checkpoints(run_dir / "checkpoints")
-    last_step = resume_step(run_dir, checkpoints, identity)
+    folder, dataset, identity = job.folder, job.dataset, job.identity
+    # Only the first rank writes; the others learn from it where the run stands.
+    last_step = checkpoints = None
+    if is_first():
+        checkpoints = checkpoint.find_checkpoints(run_dir / "checkpoints")
+        last_step = resume_step(run_dir, checkpoints, identity)
+    last_step, checkpoints = from_first((last_step, checkpoints))
     if last_step >= train.steps:
         return 0
-    (run_dir / "config.yaml").write_text(config_yaml(config))
-    metrics = Metrics(run_dir, last_step)
-    if config.log.wandb != "disabled":
-        metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, identity["settings"])
+    metrics = None
+    if is_first():
+        (run_dir / "config.yaml").write_text(config_yaml(config))
+        metrics = Metrics(run_dir, last_step)
+        if config.log.wandb != "disabled":
+            settings = identity["settings"]
+            metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, settings)
 
     # One large model at a time: T5 leaves before the DiT comes.
     features = encode_prompts(config, folder, device)
     dit = load_dit(folder, device, dtype)
-    apply_lora(dit, layers, config.lora.rank, config.lora.alpha, config.lora.dropout, key_seed(config.seed, "adapter"))
+    seed = key_seed(config.seed, "adapter")
+    apply_lora(dit, job.layers, config.lora.rank, config.lora.alpha, config.lora.dropout, seed)
     if train.gradient_checkpointing:
         apply_activation_checkpointing(dit)
+    if job.layout.context > 1:
+        apply_context_parallel(dit, mesh.context_group)
     parameters, num_blocks = lora_parameters(dit), len(dit.blocks)
     optimizer = build_adamw(parameters.values(), train.learning_rate, train.weight_decay, device.type)
+    engine = build_engine(
+        config.parallel.strategy, dit, parameters, optimizer, train.accumulation_steps, train.max_grad_norm
+    )
+    dit = engine.dit
+    place = Place(0 if mesh is None else mesh.data_rank, job.layout.data)
     if checkpoints:
-        load_parameters(checkpoints[-1] / "adapter.safetensors", parameters)
-        checkpoint.load_optimizer(checkpoints[-1] / "optimizer.safetensors", optimizer, parameters)
-
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    dit, optimizer = accelerator.prepare(dit, optimizer)
+        adapter = checkpoint.load_tensors(checkpoints[-1] / "adapter.safetensors")
+        state = checkpoint.load_optimizer(checkpoints[-1] / "optimizer.safetensors")
+        engine.load(adapter, state, lambda: micro_loss(config, dit, dataset, place, 1, 0, device))
 
     def save(step: int) -> None:
         """Writes a checkpoint, then the run's adapter."""
-        metadata = adapter_metadata(config, identity, num_blocks, step)
-        adapter = Adapter(adapter_layers(parameters, config.lora.alpha), metadata)
+        tensors, state = engine.adapter(), engine.optimizer_state()
+        if not is_first():
+            return
+        adapter = Adapter(
+            adapter_layers(tensors, config.lora.alpha), adapter_metadata(config, identity, num_blocks, step)
+        )
         with checkpoint.new_checkpoint(run_dir / "checkpoints", step, train.keep_checkpoints) as new:
             save_adapter(new / "adapter.safetensors", adapter)
-            state = checkpoint.optimizer_tensors(optimizer, parameters)
-            checkpoint.save_tensors(new / "optimizer.safetensors", state)
+            checkpoint.save_optimizer(new / "optimizer.safetensors", state)
             checkpoint.write_json(new / "state.json", {"step": step, **identity})
         newest = run_dir / "checkpoints" / f"step_{step:06d}" / "adapter.safetensors"
         checkpoint.replace_file(newest, run_dir / "adapter.safetensors")
 
     def look(step: int) -> None:
-        """Validates and renders where this step asks for it and it was not done before a stop."""
-        validates = train.validate_every and train.validation_clips
-        if validates and is_due(step, train.validate_every, train.steps) and not metrics.is_validated(step):
-            metrics.log_validation({"step": step, "validation_loss": validation_loss(config, dit, dataset)})
+        """Validates and renders, all ranks together, where this step asks for it and it was not done before a stop."""
+        validates = train.validate_every and train.validation_clips and is_due(step, train.validate_every, train.steps)
+        if validates and from_first(metrics and not metrics.is_validated(step)):
+            loss = validation_loss(config, dit, dataset)
+            if is_first():
+                metrics.log_validation({"step": step, "validation_loss": loss})
         if features and is_due(step, train.sample_every, train.steps):
             render(config, dit, features, folder, run_dir / "samples", step)
 
     dit.train()
-    bar = tqdm(total=train.steps, initial=last_step, desc="train", unit="step")
-    with metrics, StopSignal() as stop, bar as progress:
+    bar = tqdm(total=train.steps, initial=last_step, desc="train", unit="step", disable=not is_first())
+    with metrics or contextlib.nullcontext(), StopSignal() as stop, bar as progress:
         # At step 0, or at the step that a stopped run had saved and not looked at yet.
         look(last_step)
         for step in range(last_step + 1, train.steps + 1):
             started = time.perf_counter()
             learning_rate = learning_rate_at(step, train.learning_rate, train.warmup_steps, train.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            losses, sigmas, clips = [], [], []
+            engine.set_learning_rate(learning_rate)
+            losses = []
             for micro in range(train.accumulation_steps):
-                number = (step - 1) * train.accumulation_steps + micro
-                indices = batch_indices(number, num_clips=len(dataset), batch_size=train.batch_size, seed=config.seed)
-                batch = collate([dataset[i] for i in indices])
-                noisy, target, sigma = draw_batch(config, batch, step, micro)
-                torch.manual_seed(key_seed(config.seed, "dropout", step, micro))
-                embeds, mask = batch["prompt_embeds"].to(device), batch["prompt_mask"]
-                loss = velocity_loss(dit(noisy.to(device), sigma.to(device), embeds, mask), target.to(device)).mean()
-                accelerator.backward(loss / train.accumulation_steps)
+                loss = micro_loss(config, dit, dataset, place, step, micro, device)
+                engine.backward(loss, is_last=micro == train.accumulation_steps - 1)
                 losses.append(loss.detach())
-                sigmas += sigma.tolist()
-                clips += batch["sample_ids"]
-            norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
-            # The one wait for the device in a step.
-            loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
+            # The one wait for the device in a step, and for the other ranks.
+            loss, grad_norm = torch.stack([torch.stack(losses).mean(), engine.gradient_norm()]).tolist()
+            loss, stopped_by = mean_and_most(loss, stop.received)
+            clips, sigmas = drawn(config, dataset, step, place.count)
             check_finite(step, loss, grad_norm, clips, sigmas, run_dir)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            engine.update()
 
             seconds = round(time.perf_counter() - started, 4)
             row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate, "seconds": seconds}
-            metrics.log({**row, "clips": clips, "sigmas": [round(s, 6) for s in sigmas]})
+            if is_first():
+                metrics.log({**row, "clips": clips, "sigmas": [round(s, 6) for s in sigmas]})
             progress.set_postfix_str(
                 f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step", refresh=False
             )
             progress.update()
             # Saved before it is looked at: a look takes long, and may be what fails.
-            if stop.received or is_due(step, train.checkpoint_every, train.steps):
+            if stopped_by or is_due(step, train.checkpoint_every, train.steps):
                 save(step)
-            if stop.received and step < train.steps:
+            if stopped_by and step < train.steps:
                 break
             look(step)
-    if stop.received and step < train.steps:
-        tqdm.write(f"stopped after step {step} of {train.steps}, saved; the same command goes on from there")
-        return 128 + stop.received
-    tqdm.write(f"adapter: {run_dir / 'adapter.safetensors'}")
+    wait_for_all()
+    if stopped_by and step < train.steps:
+        tell(f"stopped after step {step} of {train.steps}, saved; the same command goes on from there")
+        return 128 + stopped_by
+    tell(f"adapter: {run_dir / 'adapter.safetensors'}")
     return 0
+
+
+def tell(text: str) -> None:
+    """Writes a line beside the progress bar, once."""
+    if is_first():
+        tqdm.write(text)
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:
     """Whether something that is done every so many steps, and at the last one, is done at this one; 0 is never."""
     return step == num_steps or (every > 0 and step % every == 0)
-
-
-def resume_step(run_dir: Path, checkpoints: list[Path], identity: dict) -> int:
-    """Returns the step to go on from, 0 for a new run, after making sure that it is the same run.
-
-    Raises:
-        TrainingError: it is another run, or one whose checkpoints are gone.
-        CheckpointError: the last checkpoint is damaged.
-    """
-    own = run_dir / "adapter.safetensors"
-    if not checkpoints:
-        if own.exists():
-            raise TrainingError(f"{run_dir} has an adapter and no checkpoint to go on from: use another run_dir.")
-        # What a run that was killed before its first checkpoint has left is not this run's.
-        for leftover in [*run_dir.glob("samples/step_*"), run_dir / "validation.jsonl"]:
-            leftover.unlink(missing_ok=True)
-        return 0
-    checkpoint.check_checkpoint(checkpoints[-1])
-    resumed = checkpoint.read_json(checkpoints[-1] / "state.json")
-    check_same_run(run_dir, resumed, identity)
-    newest = checkpoints[-1] / "adapter.safetensors"
-    if not own.exists() or not filecmp.cmp(newest, own, shallow=False):
-        # A run that was killed right after a save has not put its adapter here yet.
-        checkpoint.replace_file(newest, own)
-    before, now = (settings["settings"]["train.steps"] for settings in (resumed, identity))
-    if resumed["step"] >= now:
-        tqdm.write(f"{run_dir} is trained to step {resumed['step']} already: raise train.steps={now} to train on")
-    else:
-        tqdm.write(f"resuming {run_dir} from step {resumed['step']}")
-        if before != now:
-            tqdm.write(f"train.steps was {before}, is {now}: the learning rate's cosine is stretched to that from here")
-    return resumed["step"]
 
 
 def check_text_width(dataset: LatentDataset, width: int) -> None:
@@ -217,27 +229,6 @@ def check_text_width(dataset: LatentDataset, width: int) -> None:
         raise DataError(
             f"the cache {dataset.cache.folder} has text features of width {found}, the DiT takes {width}: "
             "run `mochi-tune prepare` with this model, or name another folder in data.cache."
-        )
-
-
-def bound(settings: dict) -> list[str]:
-    """Returns the settings that decide what is learnt."""
-    return [key for key in settings if not key.startswith(FREE_TO_CHANGE)]
-
-
-def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:
-    """Refuses to go on as another run than the one that was started.
-
-    Raises:
-        TrainingError: a setting that decides what is learnt, the cache or the base differs.
-    """
-    before, now = resumed["settings"], identity["settings"]
-    changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in bound(now) if before.get(key) != now[key]]
-    changed += [f"the {part} is another one" for part in ("cache", "base") if resumed[part] != identity[part]]
-    if changed:
-        raise TrainingError(
-            f"{run_dir} cannot go on from step {resumed['step']}: {'; '.join(changed)}: "
-            "put that back, or start another run with run_dir=DIR."
         )
 
 
@@ -258,17 +249,73 @@ def encode_prompts(config: RunConfig, folder: Path, device: torch.device) -> lis
     return features
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which rank of those that share a global batch this one is, of how many."""
+
+    rank: int
+    count: int
+
+    def number(self, micro: int) -> int:
+        """Returns the number of a micro-batch among all of a step's, which does not depend on who computes it."""
+        return micro * self.count + self.rank
+
+
+def micro_loss(
+    config: RunConfig,
+    dit: torch.nn.Module,
+    dataset: LatentDataset,
+    place: Place,
+    step: int,
+    micro: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Returns the mean loss of one micro-batch, drawn by (seed, step, number) alone."""
+    number = place.number(micro)
+    batch = collate([dataset[i] for i in micro_indices(config, len(dataset), step, number, place.count)])
+    noisy, target, sigma = draw_batch(config, batch, step, number)
+    torch.manual_seed(key_seed(config.seed, "dropout", step, number))
+    embeds, mask = batch["prompt_embeds"].to(device), batch["prompt_mask"]
+    return velocity_loss(dit(noisy.to(device), sigma.to(device), embeds, mask), target.to(device)).mean()
+
+
+def micro_indices(config: RunConfig, num_clips: int, step: int, number: int, num_ranks: int) -> list[int]:
+    """Returns the clips of a step's micro-batch of a number."""
+    batch = (step - 1) * config.train.accumulation_steps * num_ranks + number
+    return batch_indices(batch, num_clips=num_clips, batch_size=config.train.batch_size, seed=config.seed)
+
+
+def drawn(config: RunConfig, dataset: LatentDataset, step: int, num_ranks: int) -> tuple[list[str], list[float]]:
+    """Returns the clips and sigmas of a step, of all ranks: anyone knows them, as they are drawn by their keys."""
+    clips, sigmas = [], []
+    for number in range(config.train.accumulation_steps * num_ranks):
+        for row, index in enumerate(micro_indices(config, len(dataset), step, number, num_ranks)):
+            clips.append(dataset.cache.rows[index].path)
+            sigmas.append(draw_sigma(sample_generator(config, step, number, row)).item())
+    return clips, sigmas
+
+
+def sample_generator(config: RunConfig, step: int, number: int, row: int) -> torch.Generator:
+    """Returns the generator of everything that is drawn for one sample of a step's micro-batch of a number."""
+    return keyed_generator(config.seed, "train", step, number * config.train.batch_size + row)
+
+
+def draw_sigma(generator: torch.Generator) -> torch.Tensor:
+    """Draws a noise level, the first of a sample's draws."""
+    return torch.rand((), generator=generator)
+
+
 def draw_batch(
-    config: RunConfig, batch: dict, step: int, micro: int
+    config: RunConfig, batch: dict, step: int, number: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draws posterior, noise, sigma and caption dropout of a batch, each sample by its own key.
+    """Draws posterior, noise, sigma and caption dropout of a step's micro-batch, each sample by its own key.
 
     Returns the noisy input and the target, (B, C, T, h, w) fp32, and sigma (B,); drops captions in `batch`.
     """
     posterior_noise, noise, sigma = [], [], []
     for row, mean in enumerate(batch["mean"]):
-        generator = keyed_generator(config.seed, "train", step, micro * config.train.batch_size + row)
-        sigma.append(torch.rand((), generator=generator))
+        generator = sample_generator(config, step, number, row)
+        sigma.append(draw_sigma(generator))
         dropped = torch.rand((), generator=generator) < config.train.caption_dropout
         posterior_noise.append(torch.randn(mean.shape, generator=generator))
         noise.append(torch.randn(mean.shape, generator=generator))
@@ -308,12 +355,13 @@ def render(
     noise = draw_noise(config.seed, *sample_size(config))
     *prompts, negative_prompt = features
     paths = [samples / f"step_{step:06d}_prompt_{i}.mp4" for i in range(len(prompts))]
+    missing = from_first([not path.exists() for path in paths])
     latents = {
         path: sample_latents(dit, noise, prompt, negative_prompt, sampler_settings(config), path.stem).cpu()
-        for path, prompt in zip(paths, prompts, strict=True)
-        if not path.exists()
+        for path, prompt, is_missing in zip(paths, prompts, missing, strict=True)
+        if is_missing
     }
-    if not latents:
+    if not latents or not is_first():
         return
     decoder = load_decoder(folder, next(dit.parameters()).device, DTYPES[config.model.dtype])
     for path, each in latents.items():
@@ -339,13 +387,10 @@ def check_finite(
     )
 
 
-def adapter_layers(parameters: dict[str, torch.nn.Parameter], alpha: float) -> dict[str, LoraLayer]:
-    """Returns the adapter's layers as they are now."""
-    names = [name.removesuffix(".lora_A") for name in parameters if name.endswith(".lora_A")]
-    return {
-        name: LoraLayer(parameters[f"{name}.lora_A"].detach(), parameters[f"{name}.lora_B"].detach(), alpha)
-        for name in names
-    }
+def adapter_layers(tensors: Mapping[str, torch.Tensor], alpha: float) -> dict[str, LoraLayer]:
+    """Returns an adapter's layers of its tensors, "LAYER.lora_A" and "LAYER.lora_B"."""
+    names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    return {name: LoraLayer(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], alpha) for name in names}
 
 
 def adapter_metadata(config: RunConfig, identity: dict, num_blocks: int, step: int) -> dict[str, str]:
@@ -363,11 +408,3 @@ def adapter_metadata(config: RunConfig, identity: dict, num_blocks: int, step: i
         "config_hash": hashlib.sha256(settings.encode()).hexdigest(),
         "name": config.name,
     }
-
-
-def load_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Puts a checkpoint's adapter back into the live one."""
-    tensors = checkpoint.load_tensors(path)
-    assert tensors.keys() == parameters.keys(), "the settings were compared, so the layers are the same"
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[name])

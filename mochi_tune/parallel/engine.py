@@ -3,7 +3,6 @@
 Both hold and give the same state under the same names, so that a run may go on under the other one.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -76,9 +75,7 @@ class DataParallel:
             if parameter in self.optimizer.state
         }
 
-    def load(
-        self, adapter: Mapping[str, Tensor], state: OptimizerState, example_loss: Callable[[], Tensor]
-    ) -> None:
+    def load(self, adapter: Mapping[str, Tensor], state: OptimizerState, example_loss: Callable[[], Tensor]) -> None:
         """Puts a saved adapter and its optimizer's state back; the loss is what `Zero` needs."""
         check_names(self.parameters, adapter, state)
         for name, parameter in self.parameters.items():
@@ -100,11 +97,10 @@ class Zero:
         accumulation_steps: int,
         max_grad_norm: float,
         stage: int,
-        device: torch.device,
     ) -> None:
         self.parameters = dict(parameters)
         self.base_optimizer = optimizer
-        self.engine = _deepspeed_engine(dit, optimizer, accumulation_steps, max_grad_norm, stage, device)
+        self.engine = _deepspeed_engine(dit, optimizer, accumulation_steps, max_grad_norm, stage)
         self.dit = self.engine
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -155,15 +151,13 @@ class Zero:
             for name, parameter in self.parameters.items()
         }
 
-    def load(
-        self, adapter: Mapping[str, Tensor], state: OptimizerState, example_loss: Callable[[], Tensor]
-    ) -> None:
+    def load(self, adapter: Mapping[str, Tensor], state: OptimizerState, example_loss: Callable[[], Tensor]) -> None:
         """Puts a saved adapter and its optimizer's state back.
 
         DeepSpeed makes the state in a first step: that is done at a learning rate of 0, and what it made replaced.
         """
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         check_names(self.parameters, adapter, state)
         self.set_learning_rate(0.0)
@@ -190,7 +184,6 @@ def build_engine(
     optimizer: torch.optim.Optimizer,
     accumulation_steps: int,
     max_grad_norm: float,
-    device: torch.device,
 ) -> "DataParallel | Zero":
     """Builds the engine of a strategy, one of STRATEGIES, over a model with its adapter; all ranks call it.
 
@@ -201,13 +194,12 @@ def build_engine(
         optimizer: over them, without any state.
         accumulation_steps: micro-batches a step.
         max_grad_norm: gradients above this norm are scaled down to it.
-        device: of this rank.
     """
     assert strategy in STRATEGIES, strategy
     if strategy == "data":
         return DataParallel(dit, parameters, optimizer, accumulation_steps, max_grad_norm)
     stage = int(strategy.removeprefix("zero"))
-    return Zero(dit, parameters, optimizer, accumulation_steps, max_grad_norm, stage, device)
+    return Zero(dit, parameters, optimizer, accumulation_steps, max_grad_norm, stage)
 
 
 def check_names(parameters: Mapping[str, object], *saved: Mapping[str, object]) -> None:
@@ -229,7 +221,6 @@ def _deepspeed_engine(
     accumulation_steps: int,
     max_grad_norm: float,
     stage: int,
-    device: torch.device,
 ) -> Any:
     from accelerate import Accelerator, DeepSpeedPlugin
 
@@ -253,11 +244,3 @@ def _deepspeed_engine(
 
 def _flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return next((dict(state) for state in optimizer.state.values() if state), {})
-
-
-def prepare_environment(strategy: str, device_type: str) -> None:
-    """Tells Accelerate and DeepSpeed, which read it at import, what they will run on."""
-    if strategy != "data":
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        if device_type == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"

@@ -118,6 +118,21 @@ def check_one_video(num_ranks: int, num_heads: int) -> None:
         )
 
 
+def training_layout(num_ranks: int, num_heads: int, context: int) -> Layout:
+    """Returns how the ranks of a training share a step: samples, and with `context` the tokens of each.
+
+    Raises:
+        ParallelError: the context ranks do not divide the heads, or all ranks.
+    """
+    check_context_ranks(context, num_heads)
+    if num_ranks % context:
+        raise ParallelError(
+            f"parallel.context={context} does not divide {num_ranks} processes: "
+            f"use parallel.num_processes={max(1, num_ranks // context) * context}."
+        )
+    return Layout(data=num_ranks // context, context=context)
+
+
 class Mesh:
     """This process's place in a layout, and the groups that it talks to; all ranks build it together."""
 

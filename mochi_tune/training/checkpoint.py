@@ -12,10 +12,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import file_sha256, sync
@@ -67,31 +66,22 @@ def check_checkpoint(folder: Path) -> None:
         )
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Returns the optimizer's state as flat tensors, "NAME/exp_avg" and so on; empty before the first step."""
-    return {
-        f"{name}/{key}": value.detach().cpu()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def save_optimizer(path: Path, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Writes an optimizer's state, by parameter and entry, as flat tensors, "NAME/exp_avg" and so on."""
+    save_tensors(path, {f"{name}/{key}": value for name, entries in state.items() for key, value in entries.items()})
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Puts a saved state back into an optimizer over the same parameters in the same order.
+def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Reads what `save_optimizer` wrote.
 
     Raises:
-        CheckpointError: the file is unreadable, or holds the state of other parameters.
+        CheckpointError: the file is missing or damaged.
     """
     state: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
         name, _, entry = key.rpartition("/")
         state.setdefault(name, {})[entry] = tensor
-    if state.keys() != parameters.keys():
-        differing = sorted(state.keys() ^ parameters.keys())
-        raise CheckpointError(f"{path} is not this run's: {len(differing)} layers differ, {differing[0]} among them.")
-    # torch itself puts moments and step counters where this device's kernel wants them.
-    numbered = {number: state[name] for number, name in enumerate(parameters)}
-    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
