@@ -1,0 +1,97 @@
+"""`train` in several real processes: the same run as one process with the same global batch."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers_road import LORA, read_rows, road, run, start
+from safetensors.torch import load_file
+
+STEPS = 5
+COMMON = [a for a in LORA if "dropout" not in a] + [f"train.steps={STEPS}", "train.warmup_steps=0"]
+# Four samples a step, whoever computes them.
+ONE = ["train.batch_size=1", "train.accumulation_steps=4"]
+TWO = ["train.batch_size=1", "train.accumulation_steps=2", "parallel.num_processes=2"]
+LAYOUTS = {
+    "data": [*TWO, "parallel=data"],
+    "context": [*ONE, "parallel.num_processes=2", "parallel=context"],
+    "zero2": [*TWO, "parallel=zero2"],
+    "zero3": [*TWO, "parallel=zero3"],
+}
+
+
+def train_as(run_dir: Path, *more: str) -> None:
+    done = run("train", "conf=my_lora", *road(run_dir, *COMMON, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("alone")
+    train_as(run_dir, *ONE, "train.validate_every=2")
+    return run_dir
+
+
+def assert_same_run(run_dir: Path, alone: Path) -> None:
+    ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (run_dir, alone))
+    assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
+    for mine, its in zip(ours, theirs, strict=True):
+        assert (mine["clips"], mine["sigmas"], mine["lr"]) == (its["clips"], its["sigmas"], its["lr"])
+        assert abs(mine["loss"] - its["loss"]) <= 1e-6 and abs(mine["grad_norm"] - its["grad_norm"]) <= 1e-6
+    mine, its = (load_file(folder / "adapter.safetensors") for folder in (run_dir, alone))
+    assert mine.keys() == its.keys() and all(tensor.numel() for tensor in mine.values())
+    assert max((mine[name] - its[name]).abs().max() for name in its) <= 1e-6
+    newest = f"checkpoints/step_{STEPS:06d}"
+    mine, its = (load_file(folder / newest / "optimizer.safetensors") for folder in (run_dir, alone))
+    # The adapter's and nothing else: frozen weights are in no checkpoint.
+    assert mine.keys() == its.keys() and all(mine[name].shape == its[name].shape for name in its)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes_make_the_run_of_one(alone, tmp_path, name):
+    train_as(tmp_path, *LAYOUTS[name], "train.validate_every=2")
+    assert_same_run(tmp_path, alone)
+    ours, theirs = (read_rows(folder / "validation.jsonl") for folder in (tmp_path, alone))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, its in zip(ours, theirs, strict=True):
+        assert abs(mine["validation_loss"] - its["validation_loss"]) <= 1e-5
+    [state] = (tmp_path / "checkpoints").glob("*/state.json")
+    assert json.loads(state.read_text())["settings"]["global_batch"] == 4
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_strategy(alone, tmp_path):
+    """Two, one, and two by ZeRO: each takes the checkpoint of the one before."""
+    train_as(tmp_path, *LAYOUTS["data"], "train.checkpoint_every=2", f"train.steps={STEPS}")
+    for step, layout in ((4, ONE), (2, LAYOUTS["zero3"])):
+        for folder in (tmp_path / "checkpoints").iterdir():
+            if int(folder.name.removeprefix("step_")) > step:
+                for file in folder.iterdir():
+                    file.unlink()
+                folder.rmdir()
+        train_as(tmp_path, *layout, "train.checkpoint_every=2", f"train.steps={STEPS}")
+        assert_same_run(tmp_path, alone)
+
+
+def test_another_global_batch_is_another_run(tmp_path):
+    train_as(tmp_path, *ONE)
+    done = run("train", "conf=my_lora", *road(tmp_path, *COMMON, *ONE, "train.steps=9", "parallel.num_processes=2"))
+    assert done.returncode == 2 and "global_batch was 4, is 8" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_saves_and_the_same_command_goes_on(tmp_path, number):
+    arguments = ["train", "conf=my_lora", *road(tmp_path, *COMMON, *LAYOUTS["data"], "train.steps=300")]
+    process = start(*arguments)
+    metrics = tmp_path / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.1)
+    ranks = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    assert process.wait(timeout=40) == 128 + number
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+    [checkpoint] = (tmp_path / "checkpoints").iterdir()
+    assert int(checkpoint.name.removeprefix("step_")) == len(read_rows(metrics)) >= 3
