@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
@@ -117,15 +118,18 @@ def run_train(arguments: list[str]) -> int:
     """Trains or resumes."""
     if (config := load("train", arguments)) is None:
         return 0
-    from mochi_tune.recipes.train_lora import check
+    from mochi_tune.models.device import find_device
+    from mochi_tune.recipes.train_lora import check, starting_point
     from mochi_tune.recipes.train_lora import main as train
 
+    # Until there is something to save, a request for it must not end the process, as it would by itself.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parallel, started = config.parallel, num_processes_here(os.environ)
     if parallel.strategy != "data":
         prepare_deepspeed(config.device)
     if started == 1 and parallel.num_processes > 1:
         # What can be refused is refused once, here.
-        check(config, parallel.num_processes)
+        starting_point(config, check(config, parallel.num_processes), find_device(config.device))
         return start_processes(parallel.num_processes, ["train", *arguments], config.device, parallel.timeout_seconds)
     with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
         code = train(config)

@@ -1,6 +1,5 @@
 """The sampler: sigma schedules, guidance and Euler steps from noise to latents."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -145,6 +144,7 @@ def sample_latents(
     negative_prompt: Tensor,
     settings: SamplerSettings,
     description: str,
+    attend: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Renders one prompt to latents, fp32 (1, C, T, h, w), with a progress bar; the model is left as it was.
 
@@ -155,6 +155,7 @@ def sample_latents(
         negative_prompt: the same of the negative prompt; none (0, D) for the empty one.
         settings: steps, schedule and guidance.
         description: of the progress bar.
+        attend: called after each step; what it raises ends this.
     """
     from tqdm import tqdm
 
@@ -166,7 +167,10 @@ def sample_latents(
     training = dit.training
     dit.eval()
     states = euler_steps(dit, noise.to(device), *pairs, settings.sigmas, settings.scales)
-    # Only the last state is kept.
-    [latents] = deque(tqdm(states, total=settings.steps, desc=description, unit="step", leave=False), maxlen=1)
-    dit.train(training)
+    try:
+        for state in tqdm(states, total=settings.steps, desc=description, unit="step", leave=False):
+            latents = state
+            attend()
+    finally:
+        dit.train(training)
     return latents

@@ -25,6 +25,7 @@ class DataConfig:
     allow_empty_captions: bool = False
     allow_upscale: bool = False
     decode_timeout_seconds: float = 120.0
+    damaged: str = "strict"
 
 
 @dataclass
@@ -45,14 +46,29 @@ class TrainConfig:
     batch_size: int = 1
     accumulation_steps: int = 1
     objective: str = "sampler"
+    sigma_distribution: str = "uniform"
+    sigma_mean: float = 0.0
+    sigma_std: float = 1.0
+    sigma_shift: float = 1.0
+    sigma_stratified: bool = False
+    loss_weighting: str = "none"
+    optimizer: str = "adamw"
     learning_rate: float = 2e-4
+    learning_rate_b_ratio: float = 1.0
+    schedule: str = "cosine"
     warmup_steps: int = 50
+    decay_share: float = 0.2
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     caption_dropout: float = 0.1
     gradient_checkpointing: bool = True
     checkpoint_every: int = 200
     keep_checkpoints: int = 3
+    keep_every: int = 0
+    keep_best: bool = False
+    ema_decay: float = 0.0
+    spike_policy: str = "warn"
+    spike_factor: float = 10.0
     validate_every: int = 200
     validation_clips: int = 4
     sample_every: int = 200
@@ -121,6 +137,8 @@ class RunConfig:
     run_dir: str = "runs/${name}"
     seed: int = 0
     device: str = "auto"
+    resume: str = "auto"
+    resume_from: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -1,6 +1,7 @@
 """Trains a LoRA on a prepared cache: the whole run, from top to bottom. The same command resumes a stopped run."""
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import time
@@ -9,54 +10,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
 from mochi_tune.config import RunConfig, config_yaml, flat_settings, sample_size, sampler_settings, weights_folder
 from mochi_tune.data.cache import open_cache
-from mochi_tune.data.dataset import LatentDataset, batch_indices, collate
-from mochi_tune.errors import DataError, TrainingError
+from mochi_tune.data.dataset import LatentDataset
+from mochi_tune.errors import ConfigError, DataError, TrainingError
 from mochi_tune.files import make_writable_folder
-from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_layers
 from mochi_tune.models.device import DTYPES, find_device, free_memory
-from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.text_encoder import TextEncoder
-from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.parallel.context import apply_context_parallel
-from mochi_tune.parallel.engine import build_engine
 from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.parallel.mesh import Layout, Mesh, training_layout
-from mochi_tune.parallel.ranks import from_first, is_first, mean_and_most, num_ranks, wait_for_all
-from mochi_tune.sampler import draw_noise, sample_latents
+from mochi_tune.parallel.ranks import from_first, gathered, is_first, num_ranks, wait_for_all
+from mochi_tune.sampler import draw_noise
 from mochi_tune.training import checkpoint
+from mochi_tune.training.average import Average
+from mochi_tune.training.batches import Clips, Draws, Feed
+from mochi_tune.training.engine import build_engine
+from mochi_tune.training.eval_videos import EvalVideos
+from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
 from mochi_tune.training.lock import RunLock
 from mochi_tune.training.metrics import Metrics
-from mochi_tune.training.optim import build_adamw, learning_rate_at
-from mochi_tune.training.resume import bound, resume_step
-from mochi_tune.training.rng import key_seed, keyed_generator
-from mochi_tune.training.signals import StopSignal
-from mochi_tune.video import write_video
-from mochi_tune.weights import (
-    base_identity,
-    check_weights,
-    fingerprint,
-    has_part,
-    load_decoder,
-    load_dit,
-    meta_dit,
-)
-
-VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
+from mochi_tune.training.optim import build_optimizer
+from mochi_tune.training.resume import Start, bound, find_start, take_back
+from mochi_tune.training.rng import draws_proof, key_seed
+from mochi_tune.training.saves import Saves, Snapshot, adapter_of, made_by, record_start, try_room
+from mochi_tune.training.schedule import learning_rate_at
+from mochi_tune.training.signals import Attention, Interrupted, Signals
+from mochi_tune.training.validation import held_out, validation_losses
+from mochi_tune.weights import base_identity, check_weights, fingerprint, has_part, load_decoder, load_dit, meta_dit
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained, checked as far as it can be before a weight is read."""
+    """What is to be trained, checked as far as it can be before a weight is read.
+
+    Attributes:
+        folder: of the weights.
+        dataset: of all clips.
+        validation: numbers of the clips that are validated on, and not trained on if `is_held_out`.
+        is_held_out: whether there are enough clips to hold some out.
+        layers: that get an adapter.
+        draws: how samples are drawn.
+        identity: what makes a run this run.
+        layout: how the ranks share a step.
+    """
 
     folder: Path
     dataset: LatentDataset
+    validation: list[int]
+    is_held_out: bool
     layers: list[str]
+    draws: Draws
     identity: dict
     layout: Layout
 
@@ -64,7 +72,7 @@ class Job:
 def main(config: RunConfig) -> int:
     """Runs or resumes a training, as one process or one of several.
 
-    Returns the exit code, 0 or 128 + the signal that stopped it.
+    Returns the exit code: 0, or 128 + the signal that stopped it; 2 on the ranks that another one speaks for.
     """
     job, device = check(config, num_ranks()), find_device(config.device)
     run_dir = Path(config.run_dir)
@@ -82,7 +90,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
     """
     folder = weights_folder(config)
     check_weights(folder, ["dit", "decoder", "text_encoder"] if renders(config) else ["dit"])
-    data = config.data
+    data, train = config.data, config.train
     # The encoders need not lie where the training runs; where they do, the cache must be theirs.
     vae, t5 = (fingerprint(folder, part) if has_part(folder, part) else None for part in ("encoder", "text_encoder"))
     size = {"num_frames": data.num_frames, "height": data.height, "width": data.width}
@@ -90,127 +98,246 @@ def check(config: RunConfig, num_processes: int) -> Job:
     dataset, skeleton = LatentDataset(cache), meta_dit(folder)
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     layers = select_layers(linear_shapes(skeleton), config.lora.targets)
+    if config.parallel.strategy != "data" and num_processes == 1:
+        raise ConfigError(
+            f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "
+            "use parallel.num_processes=2 or more, or parallel=single."
+        )
     layout = training_layout(num_processes, skeleton.config.num_heads, config.parallel.context or 1)
+    draws = Draws(
+        config.seed, train.batch_size, train.accumulation_steps * layout.data, train.objective, train.caption_dropout,
+        train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift, train.sigma_stratified,
+        train.loss_weighting,
+    )  # fmt: skip
     settings = flat_settings(config)
     # What is learnt depends on how many samples make a step, not on who computes them.
-    settings["global_batch"] = config.train.batch_size * config.train.accumulation_steps * layout.data
-    identity = {"settings": settings, "cache": cache.fingerprint, "base": base_identity(folder)}
-    return Job(folder, dataset, layers, identity, layout)
+    settings["global_batch"] = train.batch_size * draws.num_micro_batches
+    base = base_identity(folder)
+    identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": draws_proof(config.seed)}
+    held = held_out([row.path for row in cache.rows], train.validation_clips, config.seed)
+    validation = held or list(range(min(train.validation_clips, len(dataset))))
+    return Job(folder, dataset, validation, bool(held), layers, draws, identity, layout)
 
 
 def train_locked(config: RunConfig, job: Job, device: torch.device, mesh: Mesh | None) -> int:
     """Loads, trains and saves in a run folder that is ours alone."""
     run_dir, train, dtype = Path(config.run_dir), config.train, DTYPES[config.model.dtype]
-    folder, dataset, identity = job.folder, job.dataset, job.identity
     # Only the first rank writes; the others learn from it where the run stands.
-    last_step = checkpoints = None
-    if is_first():
-        checkpoints = checkpoint.find_checkpoints(run_dir / "checkpoints")
-        last_step = resume_step(run_dir, checkpoints, identity)
-    last_step, checkpoints = from_first((last_step, checkpoints))
-    if last_step >= train.steps:
+    start, metrics = from_first(begin(config, job, device) if is_first() else None), None
+    done = saved = start.step
+    if done >= train.steps:
         return 0
-    metrics = None
     if is_first():
-        (run_dir / "config.yaml").write_text(config_yaml(config))
-        metrics = Metrics(run_dir, last_step)
+        metrics = Metrics(run_dir, done)
         if config.log.wandb != "disabled":
-            settings = identity["settings"]
-            metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, settings)
+            metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, flat_settings(config))
 
     # One large model at a time: T5 leaves before the DiT comes.
-    features = encode_prompts(config, folder, device)
-    dit = load_dit(folder, device, dtype)
-    seed = key_seed(config.seed, "adapter")
-    apply_lora(dit, job.layers, config.lora.rank, config.lora.alpha, config.lora.dropout, seed)
+    features = encode_prompts(config, job.folder, device)
+    dit = load_dit(job.folder, device, dtype)
+    apply_lora(
+        dit, job.layers, config.lora.rank, config.lora.alpha, config.lora.dropout, key_seed(config.seed, "adapter")
+    )
     if train.gradient_checkpointing:
         apply_activation_checkpointing(dit)
     if job.layout.context > 1:
         apply_context_parallel(dit, mesh.context_group)
     parameters, num_blocks = lora_parameters(dit), len(dit.blocks)
-    optimizer = build_adamw(parameters.values(), train.learning_rate, train.weight_decay, device.type)
+    num_bytes = sum(4 * parameter.numel() for parameter in parameters.values())
+    optimizer = build_optimizer(
+        train.optimizer, parameters, train.learning_rate, train.weight_decay, train.learning_rate_b_ratio, device.type
+    )
     engine = build_engine(
         config.parallel.strategy, dit, parameters, optimizer, train.accumulation_steps, train.max_grad_norm
     )
-    dit = engine.dit
-    place = Place(0 if mesh is None else mesh.data_rank, job.layout.data)
-    if checkpoints:
-        adapter = checkpoint.load_tensors(checkpoints[-1] / "adapter.safetensors")
-        state = checkpoint.load_optimizer(checkpoints[-1] / "optimizer.safetensors")
-        engine.load(adapter, state, lambda: micro_loss(config, dit, dataset, place, 1, 0, device))
-
-    def save(step: int) -> None:
-        """Writes a checkpoint, then the run's adapter."""
-        tensors, state = engine.adapter(), engine.optimizer_state()
-        if not is_first():
-            return
-        adapter = Adapter(
-            adapter_layers(tensors, config.lora.alpha), adapter_metadata(config, identity, num_blocks, step)
+    dit, draws = engine.dit, job.draws
+    numbers = list(range(0 if mesh is None else mesh.data_rank, draws.num_micro_batches, job.layout.data))
+    taught = [i for i in range(len(job.dataset)) if not job.is_held_out or i not in job.validation]
+    clips = Clips(job.dataset, taught, config.data.damaged == "strict", tqdm.write)
+    average = Average(engine.weights(), train.ema_decay) if train.ema_decay else None
+    guard = SpikeGuard(train.spike_policy, train.spike_factor, list(start.state.get("losses", ())))
+    if start.folder is not None:
+        state = checkpoint.load_optimizer(start.folder / "optimizer.safetensors")
+        adapter = checkpoint.load_tensors(start.folder / "adapter.safetensors")
+        engine.load(
+            adapter, state, start.state["groups"], lambda: draws.loss(dit, clips.batch(draws, 1, numbers[0]), device)
         )
-        with checkpoint.new_checkpoint(run_dir / "checkpoints", step, train.keep_checkpoints) as new:
-            save_adapter(new / "adapter.safetensors", adapter)
-            checkpoint.save_optimizer(new / "optimizer.safetensors", state)
-            checkpoint.write_json(new / "state.json", {"step": step, **identity})
-        newest = run_dir / "checkpoints" / f"step_{step:06d}" / "adapter.safetensors"
-        checkpoint.replace_file(newest, run_dir / "adapter.safetensors")
+        if average is not None:
+            average.load(checkpoint.load_tensors(start.folder / "averaged.safetensors"))
+    saves = None
+    if is_first():
+        saves = Saves(run_dir, metrics, train.keep_checkpoints, train.keep_every, train.keep_best, tqdm.write)
+        try_room(run_dir, num_bytes * (4 if train.ema_decay else 3))
 
-    def look(step: int) -> None:
+    def shown() -> Mapping[str, Tensor] | None:
+        return average.tensors if average is not None else engine.shown_weights()
+
+    def save() -> None:
+        """Writes a checkpoint of the last step that is done, unless there is one, then the run's adapter."""
+        nonlocal saved
+        if saved == done:
+            return
+        tensors, averaged, (state, groups) = engine.weights(), shown(), engine.optimizer_state()
+        if is_first():
+            rest = {"groups": groups, "losses": guard.losses, "rows": metrics.num_rows()}
+            whole = {"step": done, **job.identity, **rest, "made_by": made_by(config.parallel.strategy, device)}
+            about = adapter_metadata(config, job.identity, num_blocks, done)
+            adapters = [values and adapter_of(values, about, config.lora.alpha) for values in (tensors, averaged)]
+            saves.save(Snapshot(done, *adapters, state, whole))
+        saved = done
+
+    def look() -> None:
         """Validates and renders, all ranks together, where this step asks for it and it was not done before a stop."""
-        validates = train.validate_every and train.validation_clips and is_due(step, train.validate_every, train.steps)
-        if validates and from_first(metrics and not metrics.is_validated(step)):
-            loss = validation_loss(config, dit, dataset)
-            if is_first():
-                metrics.log_validation({"step": step, "validation_loss": loss})
-        if features and is_due(step, train.sample_every, train.steps):
-            render(config, dit, features, folder, run_dir / "samples", step)
+        validates = train.validate_every and job.validation and is_due(done, train.validate_every, train.steps)
+        validates = validates and from_first(metrics and not metrics.is_validated(done))
+        renders_now = features and is_due(done, train.sample_every, train.steps)
+        if not validates and not renders_now:
+            return
+        with engine.showing(shown()):
+            if validates:
+                losses = validation_losses(
+                    dit, job.dataset, job.validation, config.seed, train.objective, device, attention
+                )
+                if is_first():
+                    mean = sum(losses.values()) / len(losses)
+                    row = {"step": done, "validation_loss": mean, "bins": losses, "held_out": job.is_held_out}
+                    metrics.log_validation({**row, "sigmas_drawn": metrics.sigma_histogram()})
+            if renders_now:
+                videos.render(dit, done, starts_as_base=True)
+        attention()
+
+    def stop_here(why: str, step: int, loss: float, grad_norm: float, drawn: dict) -> int:
+        """Ends the run before an update that would harm it, with all that is needed to look into it."""
+        tensors = engine.weights()
+        save()
+        if not is_first():
+            return 2
+        facts = {"step": step, "why": why, "loss": loss, "grad_norm": grad_norm, "seed": config.seed, **drawn}
+        bundle = write_bundle(run_dir / "bundles", facts, tensors, config_yaml(config))
+        samples = ", ".join(f"{c} (sigma {s:.3f})" for c, s in zip(drawn["clips"], drawn["sigmas"], strict=True))
+        raise TrainingError(
+            f"step {step}: {why}: loss {loss}, gradient norm {grad_norm} on {samples}; the update was not made and "
+            f"{saves.last()}: `mochi-tune replay {bundle}` makes that step again, or lower train.learning_rate."
+        )
 
     dit.train()
-    bar = tqdm(total=train.steps, initial=last_step, desc="train", unit="step", disable=not is_first())
-    with metrics or contextlib.nullcontext(), StopSignal() as stop, bar as progress:
-        # At step 0, or at the step that a stopped run had saved and not looked at yet.
-        look(last_step)
-        for step in range(last_step + 1, train.steps + 1):
-            started = time.perf_counter()
-            learning_rate = learning_rate_at(step, train.learning_rate, train.warmup_steps, train.steps)
-            engine.set_learning_rate(learning_rate)
-            losses = []
-            for micro in range(train.accumulation_steps):
-                loss = micro_loss(config, dit, dataset, place, step, micro, device)
-                engine.backward(loss, is_last=micro == train.accumulation_steps - 1)
-                losses.append(loss.detach())
-            # The one wait for the device in a step, and for the other ranks.
-            loss, grad_norm = torch.stack([torch.stack(losses).mean(), engine.gradient_norm()]).tolist()
-            loss, stopped_by = mean_and_most(loss, stop.received)
-            clips, sigmas = drawn(config, dataset, step, place.count)
-            check_finite(step, loss, grad_norm, clips, sigmas, run_dir)
-            engine.update()
+    places = ((step, number) for step in range(done + 1, train.steps + 1) for number in numbers)
+    bar = tqdm(total=train.steps, initial=done, desc="train", unit="step", disable=not is_first())
+    watchdog = 0.9 * config.parallel.timeout_seconds if num_ranks() > 1 else 0
+    feed = Feed(lambda step, number: clips.batch(draws, step, number), places)
+    stopped_by = 0
+    with metrics or contextlib.nullcontext(), Signals() as signals, feed, bar as progress:
+        attention = Attention(signals, gathered, save, watchdog)
+        videos = EvalVideos(
+            run_dir / "samples", features, draw_noise(config.seed, *sample_size(config)), sampler_settings(config),
+            lambda: load_decoder(job.folder, device, dtype), attention, lambda: signals.received > 0,
+        )  # fmt: skip
+        try:
+            # At step 0, or at the step that a stopped run had saved and not looked at yet.
+            look()
+            while done < train.steps:
+                step, started = done + 1, time.perf_counter()
+                learning_rate = learning_rate_at(
+                    step, train.learning_rate, train.warmup_steps, train.steps, train.schedule, train.decay_share
+                )
+                engine.set_learning_rate(learning_rate)
+                losses, mine = [], {}
+                for number in numbers:
+                    # Alone, a process need not wait for a disk when it is asked to stop.
+                    batch = feed.get(gives_up=lambda: signals.received > 0 and num_ranks() == 1)
+                    if batch is None:
+                        engine.discard()
+                        raise Interrupted
+                    loss = draws.loss(dit, batch, device)
+                    engine.backward(loss, is_last=number == numbers[-1])
+                    losses.append(loss.detach())
+                    mine[number] = batch.clips, batch.sigma.tolist()
+                # The one wait for the device in a step, and for the other ranks.
+                *values, grad_norm = torch.stack([*losses, engine.gradient_norm()]).tolist()
+                mine = {number: (value, *mine[number]) for number, value in zip(numbers, values, strict=True)}
+                stopped_by, asks_to_save, everyones = attention.agreed(mine)
+                whole = [each for _, each in sorted({n: e for one in everyones for n, e in one.items()}.items())]
+                loss = sum(value for value, _, _ in whole) / len(whole)
+                drawn = {"clips": [c for _, clips, _ in whole for c in clips]}
+                drawn["sigmas"] = [round(s, 6) for _, _, sigmas in whole for s in sigmas]
+                verdict = guard.verdict(loss) if is_finite(loss, grad_norm) else "not finite"
+                if verdict in ("not finite", "stop"):
+                    why = verdict if verdict == "not finite" else f"a loss of {guard.excess(loss):.0f} times the usual"
+                    return stop_here(why, step, loss, grad_norm, drawn)
+                if verdict == "skip":
+                    engine.discard()
+                else:
+                    engine.update()
+                    guard.made(loss)
+                    if average is not None:
+                        average.update(engine.weights(), step)
+                done = step
 
-            seconds = round(time.perf_counter() - started, 4)
-            row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate, "seconds": seconds}
-            if is_first():
-                metrics.log({**row, "clips": clips, "sigmas": [round(s, 6) for s in sigmas]})
-            progress.set_postfix_str(
-                f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step", refresh=False
-            )
-            progress.update()
-            # Saved before it is looked at: a look takes long, and may be what fails.
-            if stopped_by or is_due(step, train.checkpoint_every, train.steps):
-                save(step)
-            if stopped_by and step < train.steps:
-                break
-            look(step)
+                seconds = round(time.perf_counter() - started, 4)
+                row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate, "seconds": seconds}
+                if is_first():
+                    if verdict:
+                        tqdm.write(
+                            f"step {step}: loss {loss:.4f} is {guard.excess(loss):.0f} times the usual: {verdict}"
+                        )
+                        row["spike"] = verdict
+                    metrics.log(row | drawn)
+                progress.set_postfix_str(
+                    f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step",
+                    refresh=False,
+                )
+                progress.update()
+                # Saved before it is looked at: a look takes long, and may be what fails.
+                if stopped_by or asks_to_save or is_due(step, train.checkpoint_every, train.steps):
+                    save()
+                if stopped_by and done < train.steps:
+                    raise Interrupted
+                look()
+        except Interrupted:
+            stopped_by = max(stop for stop, _ in gathered(signals.take())) if num_ranks() > 1 else signals.received
+            save()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
     wait_for_all()
-    if stopped_by and step < train.steps:
-        tell(f"stopped after step {step} of {train.steps}, saved; the same command goes on from there")
-        return 128 + stopped_by
-    tell(f"adapter: {run_dir / 'adapter.safetensors'}")
-    return 0
-
-
-def tell(text: str) -> None:
-    """Writes a line beside the progress bar, once."""
     if is_first():
-        tqdm.write(text)
+        saves.check_saved(done)
+        if stopped_by and done < train.steps:
+            where = f"step {done}, saved" if done else "the first step"
+            tqdm.write(f"stopped after {where}, of {train.steps}; the same command goes on from there")
+        else:
+            tqdm.write(f"adapter: {run_dir / 'adapter.safetensors'}")
+    return 128 + stopped_by if stopped_by and done < train.steps else 0
+
+
+def starting_point(config: RunConfig, job: Job, device: torch.device) -> Start:
+    """Finds where the run goes on; changes nothing.
+
+    Raises:
+        MochiTuneError: the run folder holds another run, or its checkpoints are damaged.
+    """
+    resume_from = Path(config.resume_from) if config.resume_from else None
+    now = made_by(config.parallel.strategy, device)
+    return find_start(Path(config.run_dir), job.identity, config.resume, resume_from, now)
+
+
+def begin(config: RunConfig, job: Job, device: torch.device) -> Start:
+    """Finds where the run goes on, tells of it and makes the run folder what it was there; for the first rank."""
+    run_dir = Path(config.run_dir)
+    now, start = made_by(config.parallel.strategy, device), starting_point(config, job, device)
+    for note in start.notes:
+        tqdm.write(note)
+    take_back(run_dir, start, tqdm.write)
+    if start.step >= config.train.steps:
+        more = f"raise train.steps={config.train.steps} to train on"
+        tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
+        return start
+    if start.folder is not None:
+        tqdm.write(f"resuming {run_dir} from step {start.step}")
+    if not job.is_held_out and job.validation and config.train.validate_every:
+        tqdm.write(f"{len(job.dataset)} clips are too few to hold any out: validation is on clips that are trained on")
+    (run_dir / "config.yaml").write_text(config_yaml(config))
+    record_start(run_dir, {"from_step": start.step, "changed": start.changed, **now})
+    return start
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:
@@ -224,7 +351,7 @@ def check_text_width(dataset: LatentDataset, width: int) -> None:
     Raises:
         DataError: their width is not the DiT's.
     """
-    found = dataset[0]["prompt_embeds"].shape[1]
+    found = dataset.cache.text_width()
     if found != width:
         raise DataError(
             f"the cache {dataset.cache.folder} has text features of width {found}, the DiT takes {width}: "
@@ -237,7 +364,7 @@ def renders(config: RunConfig) -> bool:
     return bool(config.train.sample_every and config.train.sample_prompts)
 
 
-def encode_prompts(config: RunConfig, folder: Path, device: torch.device) -> list[torch.Tensor]:
+def encode_prompts(config: RunConfig, folder: Path, device: torch.device) -> list[Tensor]:
     """Returns the features of the eval prompts and, last, of the negative prompt; nothing where none is rendered."""
     if not renders(config):
         return []
@@ -247,150 +374,6 @@ def encode_prompts(config: RunConfig, folder: Path, device: torch.device) -> lis
     del encoder
     free_memory()
     return features
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which rank of those that share a global batch this one is, of how many."""
-
-    rank: int
-    count: int
-
-    def number(self, micro: int) -> int:
-        """Returns the number of a micro-batch among all of a step's, which does not depend on who computes it."""
-        return micro * self.count + self.rank
-
-
-def micro_loss(
-    config: RunConfig,
-    dit: torch.nn.Module,
-    dataset: LatentDataset,
-    place: Place,
-    step: int,
-    micro: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """Returns the mean loss of one micro-batch, drawn by (seed, step, number) alone."""
-    number = place.number(micro)
-    batch = collate([dataset[i] for i in micro_indices(config, len(dataset), step, number, place.count)])
-    noisy, target, sigma = draw_batch(config, batch, step, number)
-    torch.manual_seed(key_seed(config.seed, "dropout", step, number))
-    embeds, mask = batch["prompt_embeds"].to(device), batch["prompt_mask"]
-    return velocity_loss(dit(noisy.to(device), sigma.to(device), embeds, mask), target.to(device)).mean()
-
-
-def micro_indices(config: RunConfig, num_clips: int, step: int, number: int, num_ranks: int) -> list[int]:
-    """Returns the clips of a step's micro-batch of a number."""
-    batch = (step - 1) * config.train.accumulation_steps * num_ranks + number
-    return batch_indices(batch, num_clips=num_clips, batch_size=config.train.batch_size, seed=config.seed)
-
-
-def drawn(config: RunConfig, dataset: LatentDataset, step: int, num_ranks: int) -> tuple[list[str], list[float]]:
-    """Returns the clips and sigmas of a step, of all ranks: anyone knows them, as they are drawn by their keys."""
-    clips, sigmas = [], []
-    for number in range(config.train.accumulation_steps * num_ranks):
-        for row, index in enumerate(micro_indices(config, len(dataset), step, number, num_ranks)):
-            clips.append(dataset.cache.rows[index].path)
-            sigmas.append(draw_sigma(sample_generator(config, step, number, row)).item())
-    return clips, sigmas
-
-
-def sample_generator(config: RunConfig, step: int, number: int, row: int) -> torch.Generator:
-    """Returns the generator of everything that is drawn for one sample of a step's micro-batch of a number."""
-    return keyed_generator(config.seed, "train", step, number * config.train.batch_size + row)
-
-
-def draw_sigma(generator: torch.Generator) -> torch.Tensor:
-    """Draws a noise level, the first of a sample's draws."""
-    return torch.rand((), generator=generator)
-
-
-def draw_batch(
-    config: RunConfig, batch: dict, step: int, number: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draws posterior, noise, sigma and caption dropout of a step's micro-batch, each sample by its own key.
-
-    Returns the noisy input and the target, (B, C, T, h, w) fp32, and sigma (B,); drops captions in `batch`.
-    """
-    posterior_noise, noise, sigma = [], [], []
-    for row, mean in enumerate(batch["mean"]):
-        generator = sample_generator(config, step, number, row)
-        sigma.append(draw_sigma(generator))
-        dropped = torch.rand((), generator=generator) < config.train.caption_dropout
-        posterior_noise.append(torch.randn(mean.shape, generator=generator))
-        noise.append(torch.randn(mean.shape, generator=generator))
-        if dropped:
-            batch["prompt_embeds"][row] = 0
-            batch["prompt_mask"][row] = False
-    vae_latents = draw_posterior(batch["mean"], batch["logvar"], torch.stack(posterior_noise))
-    sigma = torch.stack(sigma)
-    return *noisy_and_target(config.train.objective, vae_latents, torch.stack(noise), sigma), sigma
-
-
-@torch.no_grad()
-def validation_loss(config: RunConfig, dit: torch.nn.Module, dataset: LatentDataset) -> float:
-    """Returns the loss on fixed clips, noise and sigmas: what the noise of the training loss hides shows here."""
-    device = next(dit.parameters()).device
-    dit.eval()
-    losses = []
-    for index in range(min(config.train.validation_clips, len(dataset))):
-        batch = collate([dataset[index]])
-        generator = keyed_generator(config.seed, "validation", index)
-        noise = torch.randn(batch["mean"].shape, generator=generator)
-        for value in VALIDATION_SIGMAS:
-            sigma = torch.tensor([value])
-            noisy, target = noisy_and_target(config.train.objective, batch["mean"], noise, sigma)
-            prediction = dit(
-                noisy.to(device), sigma.to(device), batch["prompt_embeds"].to(device), batch["prompt_mask"]
-            )
-            losses.append(velocity_loss(prediction, target.to(device)).mean())
-    dit.train()
-    return torch.stack(losses).mean().item()
-
-
-def render(
-    config: RunConfig, dit: torch.nn.Module, features: list[torch.Tensor], folder: Path, samples: Path, step: int
-) -> None:
-    """Renders the eval prompts by the sampler's own code, with the live adapter and the same seed at every step."""
-    noise = draw_noise(config.seed, *sample_size(config))
-    *prompts, negative_prompt = features
-    paths = [samples / f"step_{step:06d}_prompt_{i}.mp4" for i in range(len(prompts))]
-    missing = from_first([not path.exists() for path in paths])
-    latents = {
-        path: sample_latents(dit, noise, prompt, negative_prompt, sampler_settings(config), path.stem).cpu()
-        for path, prompt, is_missing in zip(paths, prompts, missing, strict=True)
-        if is_missing
-    }
-    if not latents or not is_first():
-        return
-    decoder = load_decoder(folder, next(dit.parameters()).device, DTYPES[config.model.dtype])
-    for path, each in latents.items():
-        write_video(path, (chunk[0] for chunk in decode_chunks(decoder, to_vae_latents(each))))
-
-
-def check_finite(
-    step: int, loss: float, grad_norm: float, clips: list[str], sigmas: list[float], run_dir: Path
-) -> None:
-    """Stops the run before an update that would ruin the adapter.
-
-    Raises:
-        TrainingError: the loss or the gradient norm is not finite; the text names the clips.
-    """
-    if torch.isfinite(torch.tensor([loss, grad_norm])).all():
-        return
-    samples = ", ".join(f"{clip} (sigma {sigma:.3f})" for clip, sigma in zip(clips, sigmas, strict=True))
-    kept = checkpoint.find_checkpoints(run_dir / "checkpoints")
-    last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-    raise TrainingError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm} on {samples}; the update was not made and {last}: "
-        "lower train.learning_rate, or look at these clips."
-    )
-
-
-def adapter_layers(tensors: Mapping[str, torch.Tensor], alpha: float) -> dict[str, LoraLayer]:
-    """Returns an adapter's layers of its tensors, "LAYER.lora_A" and "LAYER.lora_B"."""
-    names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
-    return {name: LoraLayer(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], alpha) for name in names}
 
 
 def adapter_metadata(config: RunConfig, identity: dict, num_blocks: int, step: int) -> dict[str, str]:

@@ -30,8 +30,9 @@ from mochi_tune.toy.measure import see
 from mochi_tune.toy.samples import reconstruct, render_words, share_shown
 from mochi_tune.toy.world import ALL_SHAPES, all_words, draw_clips, ripple, split_words
 from mochi_tune.training import checkpoint
-from mochi_tune.training.optim import build_adamw, learning_rate_at
+from mochi_tune.training.optim import build_adamw, load_optimizer_state, optimizer_state
 from mochi_tune.training.rng import keyed_generator
+from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.training.signals import StopSignal
 from mochi_tune.weights import SUMS, load_decoder, load_dit, load_encoder
 
@@ -135,13 +136,14 @@ def train_stage(
     parameters = dict(model.named_parameters())
     optimizer = build_adamw(parameters.values(), peak, 0.0, "cpu")
     last_step, curve = 0, []
-    if found := checkpoint.find_checkpoints(folder):
-        checkpoint.check_checkpoint(found[-1])
-        saved = checkpoint.load_tensors(found[-1] / "model.safetensors")
+    newest, _ = checkpoint.newest_whole(folder)
+    if newest is not None:
+        saved = checkpoint.load_tensors(newest / "model.safetensors")
         for name, parameter in parameters.items():
             parameter.data.copy_(saved[name])
-        checkpoint.load_optimizer(found[-1] / "optimizer.safetensors", optimizer, parameters)
-        state = checkpoint.read_json(found[-1] / "state.json")
+        learnt = checkpoint.load_optimizer(newest / "optimizer.safetensors")
+        load_optimizer_state(optimizer, parameters, learnt, [{} for _ in optimizer.param_groups])
+        state = checkpoint.read_json(newest / "state.json")
         last_step, curve = state["step"], state["curve"]
     losses, started = [], time.perf_counter()
     bar = tqdm(total=num_steps, initial=last_step, desc=folder.name, unit="step")
@@ -162,12 +164,11 @@ def train_stage(
                 bar.set_postfix_str(f"loss {curve[-1]['loss']:.5f}", refresh=False)
                 losses, started = [], time.perf_counter()
             if stop.received or step % SAVE_EVERY == 0 or step == num_steps:
-                with checkpoint.new_checkpoint(folder, step, keep=1) as new:
+                with checkpoint.new_checkpoint(folder, step) as new:
                     checkpoint.save_tensors(new / "model.safetensors", {n: p.detach() for n, p in parameters.items()})
-                    checkpoint.save_tensors(
-                        new / "optimizer.safetensors", checkpoint.optimizer_tensors(optimizer, parameters)
-                    )
+                    checkpoint.save_optimizer(new / "optimizer.safetensors", optimizer_state(optimizer, parameters)[0])
                     checkpoint.write_json(new / "state.json", {"step": step, "curve": curve})
+                checkpoint.remove_checkpoints(folder, {step})
             if stop.received:
                 return step == num_steps
     return True

@@ -31,8 +31,9 @@ def floor(module: str) -> int:
         return 0
     if room in ("models", "flow", "flops"):
         return 1
-    third = ("settings", "config", "requests", "rendering", "toy")
-    floors = dict.fromkeys(third, 3) | {"recipes": 4, "data_prep": 4, "launch": 5, "options": 5, "cli": 5}
+    fourth = ("settings", "config", "requests", "rendering", "toy")
+    floors = {"training": 3} | dict.fromkeys(fourth, 4)
+    floors |= {"recipes": 5, "data_prep": 5, "launch": 6, "options": 6, "cli": 6}
     return floors.get(room, 2)
 
 

@@ -10,6 +10,7 @@ A cache is one folder:
 
 import hashlib
 import json
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from mochi_tune.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Large enough to read at disk speed, small enough that a changed caption rewrites little.
 SHARD_BYTES = 256 * 2**20
 DATA_FOLDER = "data"
@@ -102,6 +103,7 @@ def shard_schema() -> Any:
             ("text_width", pa.int32()),
             ("caption_tokens", pa.int32()),  # before the cut to num_tokens
             ("clip_report", pa.string()),  # JSON: how the clip was cut
+            ("content_sha256", pa.string()),  # of mean, logvar and prompt_embeds; compared at every reading
         ]
     )
 
@@ -125,6 +127,15 @@ def read_text(shard: Any, row: int) -> torch.Tensor:
     """Reads one caption's features from an open shard: fp32 (num_tokens, text_width), valid tokens only."""
     table = shard.read_row_group(row, columns=["prompt_embeds", "num_tokens", "text_width"], use_threads=False)
     return _floats(table, "prompt_embeds").view(table["num_tokens"][0].as_py(), table["text_width"][0].as_py())
+
+
+def content_sha256(mean: torch.Tensor, logvar: torch.Tensor, prompt_embeds: torch.Tensor) -> str:
+    """Returns the hex sha256 of what a clip's row holds, fp32 tensors on the CPU."""
+    digest = hashlib.sha256()
+    for tensor in (mean, logvar, prompt_embeds):
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _floats(table: Any, column: str) -> torch.Tensor:
@@ -162,12 +173,16 @@ class Cache:
         self.rows = [row for row, _, _ in places]
         self._places = [(file, number) for _, file, number in places]
         self._open: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_open": {}, "_lock": threading.Lock()}
 
     @property
     def fingerprint(self) -> str:
@@ -175,16 +190,50 @@ class Cache:
         return _digest([(row.path, row.clip_key, row.text_key) for row in self.rows])
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
-        """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width)."""
+        """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width).
+
+        Raises:
+            DataError: what is on the disk is not what was written, or not finite; names the clip.
+        """
+        import pyarrow as pa
+
+        file, number = self._places[index]
+        try:
+            with self._lock:  # A shard's reader is not for two threads at once.
+                item, written = self._read(file, number)
+        except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+            raise self._damaged(index, f"cannot be read ({str(error).splitlines()[0]})") from None
+        if content_sha256(**item) != written:
+            raise self._damaged(index, "is not what was written")
+        if not all(bool(tensor.isfinite().all()) for tensor in item.values()):
+            raise self._damaged(index, "holds numbers that are not finite")
+        return item
+
+    def text_width(self) -> int:
+        """Returns the width of the text features."""
+        import pyarrow.parquet as pq
+
+        file, number = self._places[0]
+        with pq.ParquetFile(self.folder / file) as shard:
+            return shard.read_row_group(number, columns=["text_width"])["text_width"][0].as_py()
+
+    def _read(self, file: str, number: int) -> tuple[dict[str, torch.Tensor], str]:
         if not self._open:
             import pyarrow.parquet as pq
 
             # All at once: should `prepare` replace the cache meanwhile, the old files stay readable through these.
             files = {file for file, _ in self._places}
             self._open = {file: pq.ParquetFile(self.folder / file, memory_map=True) for file in files}
-        file, number = self._places[index]
-        mean, logvar = read_latents(self._open[file], number)
-        return {"mean": mean, "logvar": logvar, "prompt_embeds": read_text(self._open[file], number)}
+        shard = self._open[file]
+        mean, logvar = read_latents(shard, number)
+        written = shard.read_row_group(number, columns=["content_sha256"], use_threads=False)["content_sha256"][0]
+        return {"mean": mean, "logvar": logvar, "prompt_embeds": read_text(shard, number)}, written.as_py()
+
+    def _damaged(self, index: int, what: str) -> DataError:
+        return DataError(
+            f"clip {self.rows[index].path} in {self.folder / self._places[index][0]} {what}: "
+            "run `mochi-tune prepare` again, it makes damaged ones anew, or go on without it by data.damaged=quarantine."
+        )
 
 
 def open_cache(

@@ -27,6 +27,7 @@ from mochi_tune.data.cache import (
     SHARD_BYTES,
     CacheSettings,
     Row,
+    content_sha256,
     file_sha256,
     manifest_of,
     read_latents,
@@ -299,6 +300,7 @@ class CacheWriter:
                 values = asdict(row) | self._texts[row.text_key].info
                 values["clip_report"] = json.dumps(self._latents[row.clip_key].info)
                 values["text_width"] = prompt_embeds.shape[1]
+                values["content_sha256"] = content_sha256(mean, logvar, prompt_embeds)
                 columns = {name: pa.array([value]) for name, value in values.items()}
                 columns["latent_shape"] = pa.array([list(mean.shape)], pa.list_(pa.int32()))
                 for name, tensor in (("mean", mean), ("logvar", logvar), ("prompt_embeds", prompt_embeds)):

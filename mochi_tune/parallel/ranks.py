@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 
@@ -25,14 +24,13 @@ def from_first(value: Any) -> Any:
     return shared[0]
 
 
-def mean_and_most(value: float, flag: int) -> tuple[float, int]:
-    """Returns the mean of all ranks' values, and the largest of their flags, in one exchange."""
+def gathered(value: Any) -> list[Any]:
+    """Returns what every rank has given, in the order of the ranks, at every rank."""
     if not dist.is_initialized():
-        return value, flag
-    mine = torch.tensor([value, flag], dtype=torch.float64)
-    everyones = torch.empty(num_ranks(), 2, dtype=torch.float64)
-    dist.all_gather_into_tensor(everyones, mine)
-    return everyones[:, 0].mean().item(), int(everyones[:, 1].max().item())
+        return [value]
+    everyones: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(everyones, value)
+    return everyones
 
 
 def wait_for_all() -> None:

@@ -1,69 +1,132 @@
 """Checkpoints: everything that a run needs to go on as if it had not stopped, or nothing at all.
 
-A checkpoint is a folder that appears whole: it is written under a temporary name, synced, given a manifest with the
-sha256 of each file, and renamed. Only then are older ones removed. Files are safetensors and JSON; nothing is pickled.
-Random numbers and the order of clips are functions of (seed, step), so the step is all that there is to save of them.
+A checkpoint is a folder that appears whole: it is written under a temporary name, given a manifest with the sha256 of
+each file, synced, and renamed. Only then do older ones go, and they are renamed before they are emptied. Files are
+safetensors and JSON; nothing is pickled. Random numbers and the order of clips are functions of (seed, step, sample),
+so of them only the seed, the step and a proof that this torch still draws the same numbers are saved.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import file_sha256, sync
 
 MANIFEST = "manifest.json"
+# What a save or a removal that was broken off leaves.
+LEFTOVERS = (".tmp_*", ".trash_*")
 
 
 @contextlib.contextmanager
-def new_checkpoint(folder: Path, step: int, keep: int) -> Iterator[Path]:
-    """Gives an empty folder to fill, and makes it folder/step_NNNNNN when the block ends; keeps the newest `keep`."""
+def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
+    """Gives an empty folder to fill, and makes it folder/step_NNNNNN when the block ends without an error.
+
+    Raises:
+        OSError: the disk is full, or refuses; nothing is left of the new checkpoint, the old ones are as they were.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".tmp_*"):
-        shutil.rmtree(stale)
-    temporary = folder / f".tmp_{step:06d}"
+    clear_leftovers(folder)
+    temporary, final = folder / f".tmp_{step:06d}", folder / f"step_{step:06d}"
     temporary.mkdir()
-    yield temporary
-    files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-    write_json(temporary / MANIFEST, {"step": step, "sha256": files})
-    for path in [*temporary.iterdir(), temporary]:
-        sync(path)
-    final = folder / f"step_{step:06d}"
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    sync(folder)
-    for old in find_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        yield temporary
+        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, {"step": step, "sha256": files})
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        if final.exists():
+            os.rename(final, folder / f".trash_{step:06d}")
+        os.rename(temporary, final)
+        sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    clear_leftovers(folder)
+
+
+def clear_leftovers(folder: Path) -> list[str]:
+    """Removes what a save or a removal that was broken off has left; returns the names."""
+    stale = [path for pattern in LEFTOVERS for path in folder.glob(pattern)]
+    for path in stale:
+        shutil.rmtree(path)
+    return sorted(path.name for path in stale)
+
+
+def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
+    """Removes the checkpoints of all other steps; each is gone at once, whenever this is broken off."""
+    for path in find_checkpoints(folder):
+        if (step := step_of(path)) not in keep:
+            os.rename(path, folder / f".trash_{step:06d}")
+    clear_leftovers(folder)
+
+
+def steps_to_keep(steps: Collection[int], newest: int, every: int, best: int | None) -> set[int]:
+    """Returns the steps whose checkpoints stay: the newest ones, every so many steps (0: none), and the best one."""
+    kept = set(sorted(steps)[-newest:]) | {step for step in steps if every and step % every == 0}
+    return kept | ({best} & set(steps))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step that a checkpoint's manifest tells.
+
+    Raises:
+        CheckpointError: it has no whole manifest.
+    """
+    step = read_json(checkpoint / MANIFEST).get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{checkpoint / MANIFEST} tells no step.")
+    return step
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Returns the whole checkpoints of a run, oldest first."""
-    found = [path.parent for path in folder.glob(f"step_*/{MANIFEST}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    """Returns the checkpoints of a run that have a manifest, oldest step first; their files are not looked at."""
+    found = []
+    for path in folder.glob("step_*"):
+        with contextlib.suppress(CheckpointError):
+            found.append((step_of(path), path))
+    return [path for _, path in sorted(found)]
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Compares every file of a checkpoint with its manifest.
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint that is what was saved, and what is wrong with those that are newer, one text each.
+
+    Those without a whole manifest, whose step nobody knows, are told of too.
+    """
+    found = find_checkpoints(folder)
+    wrong = [f"{path} has no whole {MANIFEST}" for path in sorted(folder.glob("step_*")) if path not in found]
+    for path in reversed(found):
+        if not (damage := damage_of(path)):
+            return path, wrong
+        wrong.append(damage)
+    return None, wrong
+
+
+def damage_of(checkpoint: Path) -> str:
+    """Compares every file of a checkpoint with its manifest; returns which are not what was saved, "" if all are.
 
     Raises:
-        CheckpointError: a file is missing, added or altered.
+        CheckpointError: it has no whole manifest.
     """
-    expected = read_json(folder / MANIFEST).get("sha256", {})
-    found = {path.name: file_sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
+    expected = read_json(checkpoint / MANIFEST).get("sha256")
+    if not isinstance(expected, dict) or not expected:
+        return f"{checkpoint / MANIFEST} lists no files"
+    found = {p.name: file_sha256(p) if p.is_file() else None for p in checkpoint.iterdir() if p.name != MANIFEST}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise CheckpointError(
-            f"checkpoint {folder} is damaged: {', '.join(wrong)} is not what was saved; "
-            "remove that folder to go on from the one before."
-        )
+    return f"{checkpoint} is damaged: {', '.join(map(repr, wrong))} is not what was saved" if wrong else ""
+
+
+def published_file(checkpoint: Path) -> Path:
+    """Returns the adapter that a checkpoint offers for use: the averaged one where the run averages."""
+    averaged = checkpoint / "averaged.safetensors"
+    return averaged if averaged.exists() else checkpoint / "adapter.safetensors"
 
 
 def save_optimizer(path: Path, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -98,8 +161,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file."""
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: the disk is full, or refuses.
+    """
+    # Written by Python, whose error says what the disk said.
+    path.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -115,7 +183,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object.")
@@ -125,7 +193,10 @@ def read_json(path: Path) -> dict:
 def replace_file(source: Path, target: Path) -> None:
     """Copies a file over another so that a reader sees the old or the new one, never a part."""
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, temporary)
-    sync(temporary)
-    os.replace(temporary, target)
+    try:
+        shutil.copyfile(source, temporary)
+        sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(target.parent)

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import torch
+
 from mochi_tune.errors import ConfigError, TrainingError
+from mochi_tune.flow import histogram
 
 
 class Metrics:
@@ -56,6 +59,29 @@ class Metrics:
     def log_validation(self, row: Mapping) -> None:
         """Writes a validation's row: step, validation_loss."""
         self._write("validation", row)
+
+    def flush_to_disk(self) -> None:
+        """Waits until all rows are on the disk."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+
+    def rows(self, name: str) -> list[dict]:
+        """Returns the rows of "metrics" or "validation"."""
+        return [json.loads(line) for line in self.paths[name].read_text().splitlines()]
+
+    def num_rows(self) -> dict[str, int]:
+        """Returns how many rows there are of each kind."""
+        return {name: len(self.rows(name)) for name in self.paths}
+
+    def best_validated(self, steps: Collection[int]) -> int | None:
+        """Returns the one of these steps that has the lowest validation loss, None if none was validated."""
+        losses = {row["step"]: row["validation_loss"] for row in self.rows("validation") if row["step"] in steps}
+        return min(losses, key=losses.get, default=None)
+
+    def sigma_histogram(self) -> list[int]:
+        """Returns how many samples so far were drawn in each tenth of the noise levels."""
+        drawn = [sigma for row in self.rows("metrics") for sigma in row["sigmas"]]
+        return histogram(torch.tensor(drawn)) if drawn else [0] * 10
 
     def _write(self, name: str, row: Mapping) -> None:
         self.files[name].write(json.dumps(row) + "\n")

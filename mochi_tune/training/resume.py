@@ -1,71 +1,162 @@
-"""Whether a run folder holds a run that goes on, and whether that is the run that is asked for."""
+"""Whether a run folder holds a run that goes on, from where, and whether that is the run that is asked for."""
 
 import filecmp
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
-from mochi_tune.errors import TrainingError
+from mochi_tune.errors import CheckpointError, TrainingError
 from mochi_tune.training import checkpoint
 
 # What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
 # The data's own settings are held by the cache's fingerprint.
 FREE_TO_CHANGE = (
-    *("name", "run_dir", "device", "model.weights", "data.", "sample.", "log.", "parallel.", "memory."),
-    *("train.steps", "train.checkpoint_", "train.keep_", "train.valid", "train.sample_", "train.gradient_"),
+    *("name", "run_dir", "resume", "device", "model.weights", "data.", "sample.", "log.", "parallel.", "memory."),
+    *("train.steps", "train.checkpoint_", "train.keep_", "train.validate_", "train.sample_", "train.gradient_"),
     # Their product with the ranks that share a step is bound, as "global_batch".
     *("train.batch_size", "train.accumulation_steps"),
 )
+# What not even resume=force changes: the saved weights and their optimizer's state would not fit.
+HELD = ("model.", "lora.", "train.optimizer")
+MODES = ("auto", "force")
 
 
-def resume_step(run_dir: Path, checkpoints: list[Path], identity: dict) -> int:
-    """Returns the step to go on from, 0 for a new run, after making sure that it is the same run.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint, or at none.
+
+    Attributes:
+        step: the last one that is done.
+        folder: of the checkpoint, None at the very beginning.
+        state: what the checkpoint's state.json tells.
+        notes: lines for the user.
+        changed: settings that differ and were forced.
+    """
+
+    step: int = 0
+    folder: Path | None = None
+    state: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+
+def find_start(
+    run_dir: Path, identity: dict, mode: str, resume_from: Path | None, made_by: Mapping[str, object]
+) -> Start:
+    """Finds the checkpoint to go on from and makes sure that it is of the same run; changes nothing on the disk.
+
+    Args:
+        run_dir: of the run.
+        identity: settings, cache, base and draws of the run that is asked for.
+        mode: one of MODES; "force" goes on in spite of other settings.
+        resume_from: a checkpoint that the user names; None for the newest whole one.
+        made_by: what this process computes with, see `saves.made_by`.
 
     Raises:
         TrainingError: it is another run, or one whose checkpoints are gone.
-        CheckpointError: the last checkpoint is damaged.
+        CheckpointError: the named checkpoint, or every one, is damaged, or something is missing from it.
     """
-    own = run_dir / "adapter.safetensors"
-    if not checkpoints:
-        if own.exists():
+    folder, wrong = named(resume_from) if resume_from else checkpoint.newest_whole(run_dir / "checkpoints")
+    if folder is None:
+        if wrong:
+            raise CheckpointError(
+                f"{run_dir} has no checkpoint to go on from: {'; '.join(wrong)}: use another run_dir, "
+                f"or remove {run_dir / 'checkpoints'} and the adapter to begin anew."
+            )
+        if (run_dir / "adapter.safetensors").exists():
             raise TrainingError(f"{run_dir} has an adapter and no checkpoint to go on from: use another run_dir.")
-        # What a run that was killed before its first checkpoint has left is not this run's.
-        for leftover in [*run_dir.glob("samples/step_*"), run_dir / "validation.jsonl"]:
-            leftover.unlink(missing_ok=True)
-        return 0
-    checkpoint.check_checkpoint(checkpoints[-1])
-    resumed = checkpoint.read_json(checkpoints[-1] / "state.json")
-    check_same_run(run_dir, resumed, identity)
-    newest = checkpoints[-1] / "adapter.safetensors"
-    if not own.exists() or not filecmp.cmp(newest, own, shallow=False):
-        # A run that was killed right after a save has not put its adapter here yet.
-        checkpoint.replace_file(newest, own)
-    before, now = (settings["settings"]["train.steps"] for settings in (resumed, identity))
-    if resumed["step"] >= now:
-        tqdm.write(f"{run_dir} is trained to step {resumed['step']} already: raise train.steps={now} to train on")
-    else:
-        tqdm.write(f"resuming {run_dir} from step {resumed['step']}")
-        if before != now:
-            tqdm.write(f"train.steps was {before}, is {now}: the learning rate's cosine is stretched to that from here")
-    return resumed["step"]
+        return Start()
+    state = checkpoint.read_json(folder / "state.json")
+    needed = ("step", "settings", "cache", "base", "draws", "groups", "rows", "losses", "made_by")
+    if missing := [key for key in needed if key not in state]:
+        raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}: a run cannot go on without.")
+    changed, notes = differences(run_dir, state, identity, mode)
+    if others := [f"{key} was {state['made_by'].get(key)}, is {now}" for key, now in made_by.items()
+                  if state["made_by"].get(key) != now]:  # fmt: skip
+        notes.append(f"{'; '.join(others)}: the same samples in the same order, but no longer the same bits")
+    return Start(state["step"], folder, state, [f"{text}: the one before is taken" for text in wrong] + notes, changed)
 
 
-def bound(settings: dict) -> list[str]:
+def named(folder: Path) -> tuple[Path, list[str]]:
+    """Returns the checkpoint that a user names.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if damage := checkpoint.damage_of(folder):
+        raise CheckpointError(f"{damage}: name another one in resume_from, or leave it out for the newest whole one.")
+    return folder, []
+
+
+def differences(run_dir: Path, state: dict, identity: dict, mode: str) -> tuple[list[str], list[str]]:
+    """Returns what is forced to be another, and lines that tell of what has changed.
+
+    Raises:
+        TrainingError: something that decides what is learnt has changed, and is not forced or cannot be.
+    """
+    before, now = state["settings"], identity["settings"]
+    differing = [key for key in now if before.get(key) != now[key]]
+    texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing}
+    others = {part: f"the {part} is another one" for part in ("cache", "base") if state[part] != identity[part]}
+    if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
+        others["draws"] = f"this torch draws other random numbers than {state['made_by'].get('torch')} did"
+    decisive = bound(differing)
+    held = [texts[key] for key in decisive if key.startswith(HELD)] + [t for p, t in others.items() if p == "base"]
+    changed = [texts[key] for key in decisive] + list(others.values())
+    if changed and (mode != "force" or held):
+        force = "" if held else ", or go on all the same by resume=force, as a run that nobody can repeat"
+        raise TrainingError(
+            f"{run_dir} cannot go on from step {state['step']}: {'; '.join(held or changed)}: "
+            f"put that back, or start another run with run_dir=DIR{force}."
+        )
+    notes = [f"since step {state['step']} {text}" for key, text in texts.items() if not key.startswith(_UNTOLD)]
+    notes += [f"since step {state['step']} {text}" for text in others.values()]
+    if before.get("train.steps") != now["train.steps"] and now.get("train.schedule", "cosine") != "constant":
+        notes.append("the learning rate's schedule is stretched to the new number of steps from here")
+    return changed, notes
+
+
+# Where things are and how they are told of is nobody's concern.
+_UNTOLD = ("name", "run_dir", "resume", "sample.", "log.", "data.videos", "data.cache")
+
+
+def bound(settings: dict | list[str]) -> list[str]:
     """Returns the settings that decide what is learnt."""
     return [key for key in settings if not key.startswith(FREE_TO_CHANGE)]
 
 
-def check_same_run(run_dir: Path, resumed: dict, identity: dict) -> None:
-    """Refuses to go on as another run than the one that was started.
+def take_back(run_dir: Path, start: Start, tell: Callable[[str], None]) -> None:
+    """Makes the run folder what it was at the step that the run goes on from.
 
-    Raises:
-        TrainingError: a setting that decides what is learnt, the cache or the base differs.
+    Checkpoints of later steps, which are damaged or were passed over by name, are put aside under another name. Eval
+    videos of later steps go; they are rendered again.
     """
-    before, now = resumed["settings"], identity["settings"]
-    changed = [f"{key} was {before.get(key)}, is {now[key]}" for key in bound(now) if before.get(key) != now[key]]
-    changed += [f"the {part} is another one" for part in ("cache", "base") if resumed[part] != identity[part]]
-    if changed:
-        raise TrainingError(
-            f"{run_dir} cannot go on from step {resumed['step']}: {'; '.join(changed)}: "
-            "put that back, or start another run with run_dir=DIR."
-        )
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.is_dir():
+        if stale := checkpoint.clear_leftovers(checkpoints):
+            tell(f"removed what a broken off save had left: {', '.join(stale)}")
+        kept = [path for path in checkpoint.find_checkpoints(checkpoints) if checkpoint.step_of(path) <= start.step]
+        for path in sorted(checkpoints.glob("step_*")):
+            if path not in kept:
+                tell(f"put aside: {_put_aside(path)}")
+    for video in run_dir.glob("samples/step_*"):
+        number = video.name.split("_")[1]
+        if not number.isdigit() or int(number) > start.step or start.folder is None:
+            video.unlink()
+    own = run_dir / "adapter.safetensors"
+    if start.folder is not None:
+        published = checkpoint.published_file(start.folder)
+        if not own.exists() or not filecmp.cmp(published, own, shallow=False):
+            # A run that was killed right after a save has not put its adapter here yet.
+            checkpoint.replace_file(published, own)
+    else:
+        (run_dir / "validation.jsonl").unlink(missing_ok=True)
+
+
+def _put_aside(path: Path) -> Path:
+    number = 0
+    while (target := path.with_name(f"aside_{number}_{path.name}")).exists():
+        number += 1
+    os.rename(path, target)
+    return target

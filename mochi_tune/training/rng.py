@@ -18,3 +18,11 @@ def key_seed(seed: int, *key: str | int) -> int:
 def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     """Returns a CPU generator seeded by the key."""
     return torch.Generator().manual_seed(key_seed(seed, *key))
+
+
+def draws_proof(seed: int) -> str:
+    """Returns the sha256 of one draw of each kind: what a torch that draws other numbers would not give."""
+    generator = keyed_generator(seed, "proof")
+    drawn = (torch.rand(17, generator=generator), torch.randn(999, generator=generator))
+    order = torch.randperm(99, generator=generator)
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in (*drawn, order))).hexdigest()

@@ -222,7 +222,7 @@ def test_training_refuses_a_cache_without_a_whole_manifest(tmp_path):
     manifest.unlink()
     with pytest.raises(DataError, match="incomplete"):
         open_cache(tmp_path, **GEOMETRY)
-    manifest.write_text(whole.replace('"schema_version": 1', '"schema_version": 999'))
+    manifest.write_text(whole.replace('"schema_version": 2', '"schema_version": 999'))
     with pytest.raises(DataError, match="schema version 999"):
         open_cache(tmp_path, **GEOMETRY)
 

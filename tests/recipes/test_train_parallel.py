@@ -35,7 +35,7 @@ def alone(tmp_path_factory) -> Path:
     return run_dir
 
 
-def assert_same_run(run_dir: Path, alone: Path) -> None:
+def assert_same_run(run_dir: Path, alone: Path, tolerance: float = 1e-6) -> None:
     ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (run_dir, alone))
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     for mine, its in zip(ours, theirs, strict=True):
@@ -43,17 +43,19 @@ def assert_same_run(run_dir: Path, alone: Path) -> None:
         assert abs(mine["loss"] - its["loss"]) <= 1e-6 and abs(mine["grad_norm"] - its["grad_norm"]) <= 1e-6
     mine, its = (load_file(folder / "adapter.safetensors") for folder in (run_dir, alone))
     assert mine.keys() == its.keys() and all(tensor.numel() for tensor in mine.values())
-    assert max((mine[name] - its[name]).abs().max() for name in its) <= 1e-6
+    assert max((mine[name] - its[name]).abs().max() for name in its) <= tolerance
     newest = f"checkpoints/step_{STEPS:06d}"
     mine, its = (load_file(folder / newest / "optimizer.safetensors") for folder in (run_dir, alone))
     # The adapter's and nothing else: frozen weights are in no checkpoint.
-    assert mine.keys() == its.keys() and all(mine[name].shape == its[name].shape for name in its)
+    assert mine.keys() == its.keys()
+    assert max((mine[name] - its[name]).abs().max() for name in its) <= 1e-6
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_processes_make_the_run_of_one(alone, tmp_path, name):
     train_as(tmp_path, *LAYOUTS[name], "train.validate_every=2")
-    assert_same_run(tmp_path, alone)
+    # Shares of tokens sum in another order, and Adam makes steps of up to 2e-4 of gradients of 1e-9.
+    assert_same_run(tmp_path, alone, 1e-5 if name == "context" else 1e-6)
     ours, theirs = (read_rows(folder / "validation.jsonl") for folder in (tmp_path, alone))
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, its in zip(ours, theirs, strict=True):

@@ -3,7 +3,8 @@
 Both hold and give the same state under the same names, so that a run may go on under the other one.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
+from mochi_tune.training.optim import (
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+    showing,
+    shown_weights,
+)
 
 STRATEGIES = ("data", "zero2", "zero3")
 # State of one parameter, by entry: "exp_avg", "step" and so on.
@@ -58,32 +66,46 @@ class DataParallel:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def discard(self) -> None:
+        """Leaves the step out, as if its gradients had never been."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the rate of the next step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
 
-    def adapter(self) -> dict[str, Tensor]:
-        """Returns the whole adapter, fp32 on the CPU; all ranks call it."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+    def weights(self) -> Mapping[str, Tensor]:
+        """Returns the whole adapter as it lies on the device; all ranks call it."""
+        return self.parameters
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the whole state of every parameter on the CPU, nothing before the first step; all ranks call it."""
-        return {
-            name: {key: value.detach().cpu().clone() for key, value in self.optimizer.state[parameter].items()}
-            for name, parameter in self.parameters.items()
-            if parameter in self.optimizer.state
-        }
+    def shown_weights(self) -> dict[str, Tensor] | None:
+        """Returns the weights that are to be used where they are not those that are trained."""
+        return shown_weights(self.optimizer, self.parameters)
 
-    def load(self, adapter: Mapping[str, Tensor], state: OptimizerState, example_loss: Callable[[], Tensor]) -> None:
-        """Puts a saved adapter and its optimizer's state back; the loss is what `Zero` needs."""
-        check_names(self.parameters, adapter, state)
+    def showing(self, weights: Mapping[str, Tensor] | None) -> contextlib.AbstractContextManager[None]:
+        """Puts other weights in the adapter's place while the context lasts; None leaves it alone."""
+        return showing(self.parameters, weights)
+
+    def optimizer_state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
+        """Returns the whole state of every parameter on the CPU, and the groups' numbers; all ranks call it."""
+        return optimizer_state(self.optimizer, self.parameters)
+
+    def load(
+        self,
+        adapter: Mapping[str, Tensor],
+        state: OptimizerState,
+        groups: list[dict],
+        example_loss: Callable[[], Tensor],
+    ) -> None:
+        """Puts a saved adapter and its optimizer's state back; the loss is what `Zero` needs.
+
+        Raises:
+            CheckpointError: they are not of this adapter or this optimizer.
+        """
+        check_adapter_fits(self.parameters, adapter)
+        load_optimizer_state(self.optimizer, self.parameters, state, groups)
         for name, parameter in self.parameters.items():
             parameter.data.copy_(adapter[name])
-        # torch itself puts moments and step counters where this device's kernel wants them.
-        numbered = {number: dict(state[name]) for number, name in enumerate(self.parameters)}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 
 class Zero:
@@ -121,60 +143,102 @@ class Zero:
         """Makes the step."""
         self.engine.step()
 
+    def discard(self) -> None:
+        """Leaves the step out: DeepSpeed knows no other way to be rid of gradients than to make it, so it is undone."""
+        adapter, (state, _) = self._copied(), self.optimizer_state()
+        self.update()
+        self._put(adapter, state)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the rate of the next step."""
-        for group in self.base_optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.base_optimizer, learning_rate)
 
-    def adapter(self) -> dict[str, Tensor]:
-        """Returns the whole adapter, fp32 on the CPU; all ranks call it."""
+    def weights(self) -> Mapping[str, Tensor]:
+        """Returns the whole adapter as it lies on the device; all ranks call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full = {name: safe_get_full_fp32_param(parameter) for name, parameter in self.parameters.items()}
         assert all(tensor is not None and tensor.numel() for tensor in full.values()), "a shard is not an adapter"
-        return {name: tensor.detach().cpu().clone() for name, tensor in full.items()}
+        return full
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the whole state of every parameter on the CPU, nothing before the first step; all ranks call it."""
+    def shown_weights(self) -> None:
+        """Returns None: those that are trained are those that are used."""
+
+    @contextlib.contextmanager
+    def showing(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Puts other weights in the adapter's place while the context lasts; None leaves it alone."""
+        if weights is None:
+            yield
+            return
+        kept = self._copied()
+        self._compute_with(weights)
+        try:
+            yield
+        finally:
+            self._compute_with(kept)
+
+    def optimizer_state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
+        """Returns the whole state of every parameter on the CPU, and the groups' numbers; all ranks call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        flat = _flat_state(self.base_optimizer)
+        groups: list[dict] = [{} for _ in self.base_optimizer.param_groups]
+        flat = next((dict(state) for state in self.base_optimizer.state.values() if state), {})
         if not flat:
-            return {}
+            return {}, groups
         whole = {key: value for key, value in flat.items() if value.ndim == 0}
+        # In the same order on every rank: they sum what they are asked for.
+        shared = [key for key in flat if key not in whole]
         return {
             name: {key: value.detach().cpu().clone() for key, value in whole.items()}
-            | {
-                key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone()
-                for key in flat.keys() - whole.keys()
-            }
+            | {key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in shared}
             for name, parameter in self.parameters.items()
-        }
+        }, groups
 
-    def load(self, adapter: Mapping[str, Tensor], state: OptimizerState, example_loss: Callable[[], Tensor]) -> None:
+    def load(
+        self,
+        adapter: Mapping[str, Tensor],
+        state: OptimizerState,
+        groups: list[dict],
+        example_loss: Callable[[], Tensor],
+    ) -> None:
         """Puts a saved adapter and its optimizer's state back.
 
         DeepSpeed makes the state in a first step: that is done at a learning rate of 0, and what it made replaced.
-        """
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        check_names(self.parameters, adapter, state)
+        Raises:
+            CheckpointError: they are not of this adapter or this optimizer.
+        """
+        check_adapter_fits(self._copied(), adapter)
+        check_names(self.parameters, state)
         self.set_learning_rate(0.0)
         self.backward(example_loss(), is_last=True)
         self.update()
+        self._put(adapter, state)
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.weights().items()}
+
+    def _put(self, adapter: Mapping[str, Tensor], state: OptimizerState) -> None:
+        """Replaces the copy that is trained, the one that computes, and the optimizer's state."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
         for name, parameter in self.parameters.items():
-            # The copy that is trained, and the one that computes.
             safe_set_full_fp32_param(parameter, adapter[name])
-            with GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(adapter[name])
             for key, value in state[name].items():
                 if value.ndim:
                     safe_set_full_optimizer_state(parameter, value, key)
+        self._compute_with(adapter)
         whole = {key: value for key, value in next(iter(state.values())).items() if value.ndim == 0}
         for flat in self.base_optimizer.state.values():
             for key, value in whole.items():
                 flat[key].copy_(value)
+
+    def _compute_with(self, weights: Mapping[str, Tensor]) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for name, parameter in self.parameters.items():
+            with GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(weights[name])
 
 
 def build_engine(
@@ -202,17 +266,29 @@ def build_engine(
     return Zero(dit, parameters, optimizer, accumulation_steps, max_grad_norm, stage)
 
 
-def check_names(parameters: Mapping[str, object], *saved: Mapping[str, object]) -> None:
+def check_adapter_fits(parameters: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:
+    """Refuses a saved adapter that is not of these parameters.
+
+    Raises:
+        CheckpointError: names or sizes differ.
+    """
+    check_names(parameters, adapter)
+    for name, parameter in parameters.items():
+        if parameter.shape != adapter[name].shape:
+            sizes = tuple(adapter[name].shape), tuple(parameter.shape)
+            raise CheckpointError(f"the checkpoint is not this run's: {name} is {sizes[0]} there, {sizes[1]} here.")
+
+
+def check_names(parameters: Mapping[str, object], saved: Mapping[str, object]) -> None:
     """Refuses a saved state that is not of these parameters.
 
     Raises:
         CheckpointError: names differ.
     """
-    for names in saved:
-        if differing := sorted(names.keys() ^ parameters.keys()):
-            raise CheckpointError(
-                f"the checkpoint is not this run's: {len(differing)} layers differ, {differing[0]} among them."
-            )
+    if differing := sorted(saved.keys() ^ parameters.keys()):
+        raise CheckpointError(
+            f"the checkpoint is not this run's: {len(differing)} layers differ, {differing[0]} among them."
+        )
 
 
 def _deepspeed_engine(
@@ -240,7 +316,3 @@ def _deepspeed_engine(
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
     engine, _ = accelerator.prepare(dit, optimizer)
     return engine
-
-
-def _flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return next((dict(state) for state in optimizer.state.values() if state), {})
