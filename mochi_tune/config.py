@@ -199,10 +199,12 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: a setting is out of its range; the text says which, got and allowed.
     """
-    from mochi_tune.flow import OBJECTIVES
+    from mochi_tune.flow import LOSS_WEIGHTINGS, OBJECTIVES, SIGMA_DISTRIBUTIONS
     from mochi_tune.models.latents import check_geometry
     from mochi_tune.parallel.engine import STRATEGIES
     from mochi_tune.parallel.memory import DIT_PLACES
+    from mochi_tune.training.optim import OPTIMIZERS, check_optimizer
+    from mochi_tune.training.schedule import SCHEDULES
 
     check_geometry(config.data.num_frames, config.data.height, config.data.width)
     size = sample_size(config)
@@ -211,6 +213,10 @@ def check_config(config: RunConfig) -> None:
         "device": (config.device, ("auto", "cpu", "cuda")),
         "model.dtype": (config.model.dtype, ("bf16", "fp32")),
         "train.objective": (config.train.objective, OBJECTIVES),
+        "train.sigma_distribution": (config.train.sigma_distribution, SIGMA_DISTRIBUTIONS),
+        "train.loss_weighting": (config.train.loss_weighting, LOSS_WEIGHTINGS),
+        "train.optimizer": (config.train.optimizer, OPTIMIZERS),
+        "train.schedule": (config.train.schedule, SCHEDULES),
         "parallel.strategy": (config.parallel.strategy, STRATEGIES),
         "memory.dit": (config.memory.dit, DIT_PLACES),
         "sample.compare": (config.sample.compare, (None, "base")),
@@ -235,7 +241,7 @@ def check_config(config: RunConfig) -> None:
         "parallel.context",
     )
     positive = ("train.learning_rate", "train.max_grad_norm", "lora.alpha", "data.decode_timeout_seconds")
-    positive += ("parallel.timeout_seconds",)
+    positive += ("parallel.timeout_seconds", "train.learning_rate_b_ratio", "train.sigma_std", "train.sigma_shift")
     not_negative = ("train.warmup_steps", "train.weight_decay", "train.checkpoint_every", "train.validate_every")
     not_negative += ("train.validation_clips", "train.sample_every")
     for keys, allowed, fits in (
@@ -244,12 +250,38 @@ def check_config(config: RunConfig) -> None:
         (not_negative, "0 or more and finite", lambda v: 0 <= v < float("inf")),
         (("seed",), "from 0 to below 2**63", lambda v: 0 <= v < 2**63),
         (("train.caption_dropout", "lora.dropout"), "from 0 to below 1", lambda v: 0 <= v < 1),
+        (("train.decay_share",), "above 0 and at most 1", lambda v: 0 < v <= 1),
+        (("train.sigma_mean",), "finite", lambda v: abs(v) < float("inf")),
     ):
         for key in keys:
             value = setting(config, key)
             if value is not None and not fits(value):
                 raise ConfigError(f"{key}={value} is not possible: it must be {allowed}.")
+    check_unused(config)
+    train = config.train
+    check_optimizer(
+        train.optimizer, config.parallel.strategy, train.schedule, train.learning_rate, train.learning_rate_b_ratio
+    )
     sampler_settings(config)
+
+
+def check_unused(config: RunConfig) -> None:
+    """Refuses a setting of the training that the choice it belongs to, which is another one, would not read.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for key, owner, choice in (
+        ("train.sigma_mean", "train.sigma_distribution", "logit_normal"),
+        ("train.sigma_std", "train.sigma_distribution", "logit_normal"),
+        ("train.sigma_shift", "train.sigma_distribution", "shifted"),
+        ("train.decay_share", "train.schedule", "wsd"),
+    ):
+        value, chosen = setting(config, key), setting(config, owner)
+        if chosen != choice and value != setting(RunConfig(), key):
+            raise ConfigError(
+                f"{key}={value} does nothing with {owner}={chosen}: use {owner}={choice}, or leave it out."
+            )
 
 
 def setting(config: RunConfig, key: str) -> Any:

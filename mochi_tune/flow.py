@@ -3,12 +3,16 @@
 sigma in [0, 1] is the share of noise: noisy = (1 - sigma) * clean + sigma * noise. The model predicts clean - noise.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from mochi_tune.models.latents import to_latents
 
 OBJECTIVES = ("sampler", "official", "unnormalised")
+SIGMA_DISTRIBUTIONS = ("uniform", "logit_normal", "shifted")
+LOSS_WEIGHTINGS = ("none", "bell", "cosmap")
 
 
 def draw_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -44,3 +48,74 @@ def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: 
 def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Returns the mean squared error of each row, fp32, (B,)."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def sigmas_of(uniforms: Tensor, distribution: str, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:
+    """Maps numbers that are uniform in [0, 1) to noise levels of a distribution by its inverse CDF; fp32, in [0, 1].
+
+    "uniform" leaves them as they are. "logit_normal" is the sigmoid of a normal variable: levels in the middle are
+    drawn more often, with mean > 0 noisier ones, and with a larger std those near 0 and 1. "shifted" draws noisier
+    levels more often, the more so the larger the shift above 1, which is uniform; below 1 it draws cleaner ones.
+    Source: https://arxiv.org/abs/2403.03206, section 3.1 ("logit_normal") and equation 23 ("shifted").
+
+    Args:
+        uniforms: of any shape.
+        distribution: one of SIGMA_DISTRIBUTIONS.
+        mean: of the normal variable of "logit_normal".
+        std: of the normal variable of "logit_normal", above 0.
+        shift: of "shifted", above 0.
+    """
+    assert distribution in SIGMA_DISTRIBUTIONS, distribution
+    uniforms = uniforms.double()
+    if distribution == "logit_normal":
+        # Half a step of fp32's uniform numbers away from 0 and 1, where the normal quantile is infinite.
+        inner = uniforms.clamp(2**-25, 1 - 2**-25)
+        return torch.sigmoid(mean + std * torch.special.ndtri(inner)).float()
+    if distribution == "shifted":
+        return (shift * uniforms / (1 + (shift - 1) * uniforms)).float()
+    return uniforms.float()
+
+
+def stratified(uniforms: Tensor, permutation: Tensor) -> Tensor:
+    """Moves N uniform numbers into N equal strata of [0, 1], one in each: number i into stratum permutation[i].
+
+    With a random permutation each alone is still uniform, but together they cover all noise levels, so that the mean
+    loss of a step varies less by the luck of its draws.
+
+    Args:
+        uniforms: (N,) in [0, 1), of all samples of the global batch.
+        permutation: (N,), of 0 to N - 1.
+    """
+    return ((permutation + uniforms.double()) / len(permutation)).float()
+
+
+def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
+    """Returns what the loss of each sample is multiplied by; the mean over uniform noise levels is 1 for each.
+
+    So a weighting moves the attention and keeps the size of the loss. Over other distributions the mean is another.
+    "bell" falls from 1.58 in the middle to 0 at both ends, "cosmap" from 1.27 to 0.64. The 1 / sigma^2 that some
+    trainers have is none of them: its mean is infinite, so that a few almost clean samples would make the update.
+    Source: https://arxiv.org/abs/2403.03206, section 3.1 ("cosmap"); modelscope/DiffSynth-Studio@04d0350
+    diffsynth/schedulers/flow_match.py:32-37 ("bell", there over a grid of timesteps).
+
+    Args:
+        sigma: (B,) in [0, 1].
+        weighting: one of LOSS_WEIGHTINGS.
+
+    Returns:
+        (B,), fp32.
+    """
+    assert weighting in LOSS_WEIGHTINGS, weighting
+    sigma = sigma.float()
+    if weighting == "bell":
+        ends = math.exp(-0.5)
+        mean = math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - ends
+        return (torch.exp(-2 * (sigma - 0.5).square()) - ends) / mean
+    if weighting == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
+    return torch.ones_like(sigma)
+
+
+def histogram(sigmas: Tensor, bins: int = 10) -> list[int]:
+    """Counts noise levels in equal bins of [0, 1]; 1 itself is in the last."""
+    return torch.histc(sigmas.float(), bins, 0, 1).int().tolist()

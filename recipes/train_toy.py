@@ -30,8 +30,9 @@ from mochi_tune.toy.measure import see
 from mochi_tune.toy.samples import reconstruct, render_words, share_shown
 from mochi_tune.toy.world import ALL_SHAPES, all_words, draw_clips, ripple, split_words
 from mochi_tune.training import checkpoint
-from mochi_tune.training.optim import build_adamw, learning_rate_at
+from mochi_tune.training.optim import build_adamw
 from mochi_tune.training.rng import keyed_generator
+from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.training.signals import StopSignal
 from mochi_tune.weights import SUMS, load_decoder, load_dit, load_encoder
 

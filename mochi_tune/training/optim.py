@@ -1,29 +1,306 @@
-"""The optimizer and the learning rate."""
+"""The optimizers: one way to build each, to set its rate, and to save it so that it goes on bit for bit."""
 
-import math
-from collections.abc import Iterable
+import contextlib
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.training.schedule import learning_rate_at  # noqa: F401
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy", "muon", "schedule_free")
+# Of the ones that torch does not have.
+LIBRARIES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
+BETAS = (0.9, 0.999)
+# What an optimizer, by its class, changes in its groups as it steps, the rate aside.
+RUNNING = {
+    "Prodigy": ("d", "d_max", "d_numerator", "k"),
+    "AdamWScheduleFree": ("k", "weight_sum", "lr_max"),
+}
+# The state of one parameter, by entry: "exp_avg", "step" and so on.
+ParameterState = dict[str, Tensor]
+GroupState = dict[str, float | int | bool | str]
+
+
+def check_optimizer(name: str, strategy: str, schedule: str, learning_rate: float, b_ratio: float = 1.0) -> None:
+    """Checks that an optimizer fits the other settings of the training.
+
+    Args:
+        name: one of OPTIMIZERS.
+        strategy: how ranks share a training, one of parallel.engine.STRATEGIES.
+        schedule: one of schedule.SCHEDULES.
+        learning_rate: the peak.
+        b_ratio: the rate of the B matrices over that of the others.
+
+    Raises:
+        ConfigError: it does not; the text says what to use.
+    """
+    if strategy.startswith("zero") and name != "adamw":
+        # ZeRO hands an optimizer flat shards: no matrices, and sums over a part of the parameters.
+        raise ConfigError(
+            f"train.optimizer={name} does not fit parallel.strategy={strategy}, which shards the optimizer: "
+            "use train.optimizer=adamw, or parallel.strategy=data."
+        )
+    if name == "prodigy" and learning_rate < 0.1:
+        raise ConfigError(
+            f"train.learning_rate={learning_rate} does not fit train.optimizer=prodigy, which finds the rate itself "
+            "and takes this as a factor on it: use train.learning_rate=1."
+        )
+    if name == "prodigy" and b_ratio != 1:
+        raise ConfigError(
+            f"train.learning_rate_b_ratio={b_ratio} does not fit train.optimizer=prodigy, which has one rate for all "
+            "matrices: use 1, or another optimizer."
+        )
+    if name == "schedule_free" and schedule != "constant":
+        raise ConfigError(
+            f"train.schedule={schedule} does not fit train.optimizer=schedule_free, which averages in a schedule's "
+            "place: use train.schedule=constant."
+        )
+
+
+def check_installed(name: str) -> None:
+    """Checks that the library of an optimizer is there, without importing it.
+
+    Raises:
+        ConfigError: it is not; the text says what to install.
+    """
+    library = LIBRARIES.get(name)
+    if library and importlib.util.find_spec(library) is None:
+        raise ConfigError(f"train.optimizer={name} needs {library}, which is not installed: pip install {library}")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"train.optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}: pip install --upgrade torch"
+        )
 
 
 def build_adamw(
-    parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float, device_type: str
+    parameters: Iterable[nn.Parameter] | Iterable[dict], learning_rate: float, weight_decay: float, device_type: str
 ) -> torch.optim.AdamW:
-    """Builds AdamW over fp32 parameters; fused on CUDA."""
-    parameters = list(parameters)
+    """Builds AdamW over fp32 parameters, or groups of them; fused on CUDA."""
+    fused = device_type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=fused)
+    _check_precision(p for group in optimizer.param_groups for p in group["params"])
+    return optimizer
+
+
+def _check_precision(parameters: Iterable[nn.Parameter]) -> None:
+    # Others would round their updates away.
     assert all(p.dtype == torch.float32 for p in parameters), "adapter weights and their Adam state are fp32"
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay, fused=device_type == "cuda"
-    )
 
 
-def learning_rate_at(step: int, peak: float, warmup_steps: int, num_steps: int) -> float:
-    """Returns the learning rate of a step, counted from 1: a linear warm-up to the peak, then half a cosine to 0.
+def build_optimizer(
+    name: str,
+    parameters: Mapping[str, nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    b_ratio: float,
+    device_type: str,
+) -> torch.optim.Optimizer:
+    """Builds an optimizer over an adapter's parameters, of which B matrices may have a rate of their own.
 
-    A function of the step alone, so that it needs no state and cannot drift from it.
+    A learning rate means the same for all but "prodigy": about how far a step moves a weight. Vectors (magnitudes) do
+    not decay, since a decay would pull the base model to 0 and not the adapter.
+    Source: B's own rate is LoRA+, https://arxiv.org/abs/2402.12354 (section 4).
+
+    Args:
+        name: one of OPTIMIZERS.
+        parameters: fp32, by name: "LAYER.lora_A", "LAYER.lora_B" and other ones.
+        learning_rate: of A; see `set_learning_rate`.
+        weight_decay: a step's pull to 0, times the learning rate.
+        b_ratio: the rate of B over that of A; 1 is one group, as if there were no such thing.
+        device_type: cpu or cuda.
+
+    Raises:
+        ConfigError: its library is missing, or it cannot hold one of the parameters.
     """
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / max(1, num_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    assert name in OPTIMIZERS, name
+    check_installed(name)
+    _check_precision(parameters.values())
+    groups = _groups(parameters, learning_rate, weight_decay, b_ratio)
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=learning_rate, betas=BETAS)
+    if name == "adafactor":
+        # By these a step is the learning rate, and not that times the size of weights that begin at 0, and what is
+        # a small gradient is 1e-15, as in the paper, and not 1e-7, which an adapter's gradients often are.
+        # Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
+        return torch.optim.Adafactor(groups, lr=learning_rate, eps=(1e-15, 1.0))
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        # Its authors' advice for diffusion models, and for a warm-up.
+        # Source: https://github.com/konstmish/prodigy README.md, "Diffusion models".
+        return Prodigy(groups, lr=learning_rate, betas=BETAS, use_bias_correction=True, safeguard_warmup=True)
+    if name == "muon":
+        if others := [key for key, parameter in parameters.items() if parameter.ndim != 2]:
+            raise ConfigError(
+                f"train.optimizer=muon takes matrices only, and {others[0]} is none: use train.optimizer=adamw."
+            )
+        # Scaled so that AdamW's learning rates fit. Source: https://arxiv.org/abs/2502.16982 (section 2.2).
+        return torch.optim.Muon(groups, lr=learning_rate, adjust_lr_fn="match_rms_adamw")
+    if name == "schedule_free":
+        from schedulefree import AdamWScheduleFree
+
+        optimizer = AdamWScheduleFree(groups, lr=learning_rate, betas=BETAS)
+        optimizer.train()
+        return optimizer
+    return build_adamw(groups, learning_rate, weight_decay, device_type)
+
+
+def _groups(
+    parameters: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float, b_ratio: float
+) -> list[dict[str, Any]]:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        ratio = b_ratio if name.endswith(".lora_B") else 1.0
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((ratio, decay), []).append(parameter)
+    return [
+        {"params": members, "lr": learning_rate * ratio, "lr_ratio": ratio, "weight_decay": decay}
+        for (ratio, decay), members in groups.items()
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Sets the rate of the next step, of each group by its ratio to it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, ParameterState], list[GroupState]]:
+    """Returns all that an optimizer has learnt: each parameter's tensors, on the CPU, and each group's numbers.
+
+    The tensors fit a safetensors file and the numbers JSON, both exactly. There are no tensors before the first step.
+    """
+    state = {
+        name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[parameter].items()}
+        for name, parameter in parameters.items()
+        if optimizer.state.get(parameter)
+    }
+    running = RUNNING.get(type(optimizer).__name__, ())
+    return state, [{key: group[key] for key in running} for group in optimizer.param_groups]
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, ParameterState],
+    groups: list[GroupState],
+) -> None:
+    """Puts back what `optimizer_state` gave, into an optimizer built by the same settings.
+
+    Raises:
+        CheckpointError: a parameter, an entry, a shape or a group's number is not as this optimizer's; nothing is
+            changed then.
+    """
+    _check_parameters(optimizer, parameters, state)
+    _check_groups(optimizer, groups)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    # The library itself puts moments and step counters where this device's kernel wants them.
+    numbered = {number: {k: _own(v) for k, v in state[name].items()} for number, name in enumerate(ordered)}
+    own = optimizer.state_dict()["param_groups"]
+    merged = [{**group, **saved} for group, saved in zip(own, groups, strict=True)]
+    optimizer.load_state_dict({"state": numbered, "param_groups": merged})
+
+
+def _own(value: Tensor) -> Tensor | int:
+    """Returns a copy, or the int that an integer scalar was: counters that a library keeps as Python numbers."""
+    return value.item() if value.ndim == 0 and value.dtype == torch.int64 else value.clone()
+
+
+def _check_parameters(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, ParameterState]
+) -> None:
+    if differing := sorted(state.keys() ^ parameters.keys()):
+        raise CheckpointError(
+            f"the checkpoint is not this run's: {len(differing)} layers differ, {differing[0]} among them."
+        )
+    kind = type(optimizer).__name__
+    for name, parameter in parameters.items():
+        expected, found = _state_shapes(kind, parameter), {key: tuple(v.shape) for key, v in state[name].items()}
+        if kind == "Prodigy" and found.get("p0") == ():
+            # How it keeps a start that is all zeros.
+            expected["p0"] = ()
+        if expected != found:
+            key = min(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+            texts = [one.get(key, "absent") for one in (found, expected)]
+            raise CheckpointError(
+                f"the checkpoint's optimizer is not this run's {kind}: {name}/{key} is {texts[0]}, not {texts[1]}: "
+                "go on with the settings that it was saved with."
+            )
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, groups: list[GroupState]) -> None:
+    kind, own = type(optimizer).__name__, optimizer.param_groups
+    expected = [{key: type(group[key]) for key in RUNNING.get(kind, ())} for group in own]
+    if expected != [{key: type(value) for key, value in group.items()} for group in groups]:
+        wanted = ", ".join(RUNNING.get(kind, ())) or "no numbers"
+        raise CheckpointError(
+            f"the checkpoint's optimizer is not this run's {kind}, which has {len(own)} groups with {wanted}: "
+            "go on with the settings that it was saved with."
+        )
+
+
+def _state_shapes(kind: str, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every entry of the state that an optimizer of a class keeps of a parameter."""
+    same, count = tuple(parameter.shape), parameter.numel()
+    if kind == "AdamW8bit":
+        shapes = {"step": (), "state1": same, "state2": same}
+        if count < 4096:  # Small ones it keeps in fp32.
+            return shapes
+        blocks = -(-count // 256)
+        return shapes | {"qmap1": (256,), "qmap2": (256,), "absmax1": (blocks,), "absmax2": (blocks,)}
+    if kind == "Adafactor":
+        if len(same) == 1:
+            return {"step": (), "variance": same}
+        return {"step": (), "row_var": (*same[:-1], 1), "col_var": (*same[:-2], 1, same[-1])}
+    return {
+        "AdamW": {"step": (), "exp_avg": same, "exp_avg_sq": same},
+        "Prodigy": {"step": (), "s": (count,), "p0": (count,), "exp_avg": same, "exp_avg_sq": same},
+        "Muon": {"momentum_buffer": same},
+        "AdamWScheduleFree": {"z": same, "exp_avg_sq": same},
+    }[kind]
+
+
+@torch.no_grad()
+def shown_weights(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor] | None:
+    """Returns the weights that are to be saved and rendered where they are not those that are trained, else None.
+
+    "schedule_free" trains y, between z, which makes the steps, and x, their average, which is the result. Nothing of
+    the training is touched: its own switch to x and back would round y.
+    Source: https://arxiv.org/abs/2405.15682 (section 2); x of y and z as in schedulefree 1.4.1, `eval`.
+    """
+    if type(optimizer).__name__ != "AdamWScheduleFree":
+        return None
+    weight = 1 - 1 / BETAS[0]
+    return {
+        name: parameter.lerp(optimizer.state[parameter]["z"], weight)
+        if optimizer.state.get(parameter)
+        else parameter.detach().clone()
+        for name, parameter in parameters.items()
+    }
+
+
+@contextlib.contextmanager
+def showing(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Puts other weights in the parameters' place while the block lasts, and then their own back, bit for bit.
+
+    Args:
+        parameters: what is trained, by name.
+        weights: of the same names and shapes, see `shown_weights`; None leaves the parameters alone.
+    """
+    kept = {name: parameters[name].detach().clone() for name in weights or ()}
+    try:
+        for name in kept:
+            parameters[name].data.copy_(weights[name])
+        yield
+    finally:
+        for name, value in kept.items():
+            parameters[name].data.copy_(value)
