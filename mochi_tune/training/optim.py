@@ -125,9 +125,9 @@ def build_optimizer(
 
         return AdamW8bit(groups, lr=learning_rate, betas=BETAS)
     if name == "adafactor":
-        # By these a step is the learning rate, and not that times the size of weights that begin at 0, and what is
-        # a small gradient is 1e-15, as in the paper, and not 1e-7, which an adapter's gradients often are.
-        # Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
+        # The second: a step is the learning rate, not that times the size of the weights, which is 0 for a new B.
+        # The first: gradients count down to 1e-15, whose square is the paper's 1e-30; torch's own 1e-7 is no small one
+        # for an adapter. Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
         return torch.optim.Adafactor(groups, lr=learning_rate, eps=(1e-15, 1.0))
     if name == "prodigy":
         from prodigyopt import Prodigy
