@@ -66,14 +66,14 @@ def sigmas_of(uniforms: Tensor, distribution: str, mean: float = 0.0, std: float
         shift: of "shifted", above 0.
     """
     assert distribution in SIGMA_DISTRIBUTIONS, distribution
-    uniforms = uniforms.float()
+    uniforms = uniforms.double()
     if distribution == "logit_normal":
         # Half a step of fp32's uniform numbers away from 0 and 1, where the normal quantile is infinite.
-        inner = uniforms.double().clamp(2**-25, 1 - 2**-25)
+        inner = uniforms.clamp(2**-25, 1 - 2**-25)
         return torch.sigmoid(mean + std * torch.special.ndtri(inner)).float()
     if distribution == "shifted":
-        return shift * uniforms / (1 + (shift - 1) * uniforms)
-    return uniforms
+        return (shift * uniforms / (1 + (shift - 1) * uniforms)).float()
+    return uniforms.float()
 
 
 def stratified(uniforms: Tensor, permutation: Tensor) -> Tensor:

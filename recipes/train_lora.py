@@ -34,7 +34,7 @@ from mochi_tune.training.eval_videos import EvalVideos
 from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
 from mochi_tune.training.lock import RunLock
 from mochi_tune.training.metrics import Metrics
-from mochi_tune.training.optim import build_optimizer
+from mochi_tune.training.optim import build_optimizer, check_installed
 from mochi_tune.training.resume import Start, bound, find_start, take_back
 from mochi_tune.training.rng import draws_proof, key_seed
 from mochi_tune.training.saves import Saves, Snapshot, adapter_of, made_by, record_start, try_room
@@ -97,6 +97,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
     cache = open_cache(Path(data.cache), **size, vae_fingerprint=vae, t5_fingerprint=t5)
     dataset, skeleton = LatentDataset(cache), meta_dit(folder)
     check_text_width(dataset, skeleton.config.t5_feat_dim)
+    check_installed(train.optimizer)
     layers = select_layers(linear_shapes(skeleton), config.lora.targets)
     if config.parallel.strategy != "data" and num_processes == 1:
         raise ConfigError(

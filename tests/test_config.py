@@ -87,6 +87,31 @@ def test_several_adapters_are_a_list():
         ("train.learning_rate=0", "train.learning_rate=0.0 is not possible: it must be above 0 and finite."),
         ("train.caption_dropout=1", "train.caption_dropout=1.0 is not possible: it must be from 0 to below 1."),
         ("train.objective=genmo", "train.objective=genmo is not possible: use sampler or official or unnormalised."),
+        ("train.sigma_distribution=mode", "use uniform or logit_normal or shifted."),
+        ("train.loss_weighting=sigma_sqrt", "use none or bell or cosmap."),
+        ("train.optimizer=lion", "use adamw or adamw_8bit or adafactor or prodigy or muon or schedule_free."),
+        ("train.schedule=cos", "use cosine or linear or constant or wsd."),
+        ("train.sigma_std=0", "train.sigma_std=0.0 is not possible: it must be above 0 and finite."),
+        ("train.sigma_shift=-1", "train.sigma_shift=-1.0 is not possible: it must be above 0 and finite."),
+        ("train.sigma_mean=nan", "train.sigma_mean=nan is not possible: it must be finite."),
+        ("train.learning_rate_b_ratio=0", "train.learning_rate_b_ratio=0.0 is not possible: it must be above 0"),
+        ("train.decay_share=0", "train.decay_share=0.0 is not possible: it must be above 0 and at most 1."),
+        ("train.decay_share=1.1", "train.decay_share=1.1 is not possible: it must be above 0 and at most 1."),
+        (
+            "train.sigma_shift=3",
+            "does nothing with train.sigma_distribution=uniform: use train.sigma_distribution=shifted",
+        ),
+        ("train.sigma_mean=1", "use train.sigma_distribution=logit_normal, or leave it out."),
+        ("train.sigma_std=2", "use train.sigma_distribution=logit_normal, or leave it out."),
+        (
+            "train.decay_share=0.5",
+            "train.decay_share=0.5 does nothing with train.schedule=cosine: use train.schedule=wsd",
+        ),
+        (
+            "train.optimizer=prodigy",
+            "which finds the rate itself and takes this as a factor on it: use train.learning_rate=1.",
+        ),
+        ("train.optimizer=schedule_free", "use train.schedule=constant."),
         ("model=mochi", "model=mochi does not exist: use one of mochi_1, tiny, toy."),
         ("data.num_frames=40", "num_frames=40 does not fit the VAE, which takes 6k+1: use 37 or 43."),
         ("sample.width=100", "width=100 does not fit the model, which takes multiples of 16 pixels: use 96 or 112."),
@@ -100,6 +125,26 @@ def test_several_adapters_are_a_list():
 )
 def test_a_mistake_on_the_command_line_is_one_line(override, text):
     assert text in error_of("my_lora", [override])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.optimizer=prodigy", "train.learning_rate=1"),
+        ("train.optimizer=schedule_free", "train.schedule=constant", "train.learning_rate_b_ratio=16"),
+        ("train.schedule=wsd", "train.decay_share=1"),
+        ("train.sigma_distribution=logit_normal", "train.sigma_mean=-0.5", "train.sigma_std=1.5"),
+        ("train.sigma_distribution=shifted", "train.sigma_shift=3", "train.sigma_stratified=true"),
+        ("parallel=zero2", "train.learning_rate_b_ratio=4", "train.loss_weighting=bell"),
+    ],
+)
+def test_settings_that_fit_together_are_taken(overrides):
+    load_config("my_lora", list(overrides))
+
+
+def test_an_optimizer_that_cannot_be_sharded_is_refused():
+    text = error_of("my_lora", ["parallel=zero3", "train.optimizer=muon"])
+    assert "train.optimizer=muon does not fit parallel.strategy=zero3" in text
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.training.schedule import learning_rate_at  # noqa: F401
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy", "muon", "schedule_free")
 # Of the ones that torch does not have.
@@ -125,9 +124,9 @@ def build_optimizer(
 
         return AdamW8bit(groups, lr=learning_rate, betas=BETAS)
     if name == "adafactor":
-        # By these a step is the learning rate, and not that times the size of weights that begin at 0, and what is
-        # a small gradient is 1e-15, as in the paper, and not 1e-7, which an adapter's gradients often are.
-        # Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
+        # The second: a step is the learning rate, not that times the size of the weights, which is 0 for a new B.
+        # The first: gradients count down to 1e-15, whose square is the paper's 1e-30; torch's own 1e-7 is no small one
+        # for an adapter. Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
         return torch.optim.Adafactor(groups, lr=learning_rate, eps=(1e-15, 1.0))
     if name == "prodigy":
         from prodigyopt import Prodigy
@@ -181,7 +180,7 @@ def optimizer_state(
     state = {
         name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[parameter].items()}
         for name, parameter in parameters.items()
-        if parameter in optimizer.state
+        if optimizer.state.get(parameter)
     }
     running = RUNNING.get(type(optimizer).__name__, ())
     return state, [{key: group[key] for key in running} for group in optimizer.param_groups]
@@ -282,7 +281,7 @@ def shown_weights(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
     weight = 1 - 1 / BETAS[0]
     return {
         name: parameter.lerp(optimizer.state[parameter]["z"], weight)
-        if parameter in optimizer.state
+        if optimizer.state.get(parameter)
         else parameter.detach().clone()
         for name, parameter in parameters.items()
     }
