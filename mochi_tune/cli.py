@@ -9,7 +9,7 @@ from collections.abc import Callable
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
-from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
 from mochi_tune.launch import (
     INTERRUPTED,
     STARTED_HERE,
@@ -29,6 +29,7 @@ from mochi_tune.options import (
     TOY_OPTIONS,
     USAGE,
     VERIFY_OPTIONS,
+    load,
     plain_options,
     whole_number,
 )
@@ -121,20 +122,33 @@ def run_train(arguments: list[str]) -> int:
     from mochi_tune.models.device import find_device
     from mochi_tune.recipes.train_lora import check, starting_point
     from mochi_tune.recipes.train_lora import main as train
+    from mochi_tune.training.checkpoint import last_checkpoint
 
     # Until there is something to save, a request for it must not end the process, as it would by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parallel, started = config.parallel, num_processes_here(os.environ)
     if parallel.strategy != "data":
         prepare_deepspeed(config.device)
+    # A second request to stop ends this process and, with it, those that it started.
+    stops = (signal.SIGINT, signal.SIGTERM)
+    last = lambda: last_checkpoint(Path(config.run_dir) / "checkpoints")  # noqa: E731
     if started == 1 and parallel.num_processes > 1:
         # What can be refused is refused once, here.
         starting_point(config, check(config, parallel.num_processes), find_device(config.device))
-        return start_processes(parallel.num_processes, ["train", *arguments], config.device, parallel.timeout_seconds)
-    with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
-        code = train(config)
-    # The exit code of a stop is that of the program that started this process.
-    return code if STARTED_HERE not in os.environ else 0
+        command = ["train", *arguments]
+        try:
+            code = start_processes(parallel.num_processes, command, config.device, parallel.timeout_seconds, stops)
+        except ParallelError as error:
+            raise ParallelError(f"{error} {last()}.") from None
+    else:
+        with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
+            code = train(config)
+    if STARTED_HERE in os.environ and started > 1:
+        # The exit code of a stop is that of the program that started this process.
+        return code if code <= USERS_MISTAKE else 0
+    if code > USERS_MISTAKE:
+        print(f"mochi-tune: {last()}; the same command goes on from there", file=sys.stderr)
+    return code
 
 
 def run_sample(arguments: list[str]) -> int:
@@ -163,49 +177,6 @@ def run_sample(arguments: list[str]) -> int:
             if STARTED_HERE not in os.environ:
                 raise
     return 0
-
-
-def load(verb: str, arguments: list[str]):
-    """Loads the settings of a verb; prints them, or its help, and returns None where that is asked for."""
-    from mochi_tune.config import (
-        GROUPS,
-        PRESET_KEYS,
-        SAMPLE_ALIASES,
-        config_yaml,
-        load_config,
-        packaged_folder,
-    )
-
-    if "--help" in arguments or "-h" in arguments:
-        lines = USAGE.splitlines()
-        first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
-        more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
-        print("\n".join([lines[first], *more]) + "\n\nSettings and their defaults; any is given as key.sub=value.")
-        groups = [f"{group}/{path.stem}" for group in GROUPS for path in (packaged_folder() / group).glob("*.yaml")]
-        for name in ("base", *sorted(groups)):
-            print(f"\n--- {name}.yaml\n{(packaged_folder() / f'{name}.yaml').read_text()}", end="")
-        return None
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if unknown := [flag for flag in flags if flag != "--cfg"]:
-        raise ConfigError(f"{unknown[0]} is not an option: use --help or --cfg; settings are written key=value.")
-    settings = [argument for argument in arguments if argument not in flags]
-    names = [setting.removeprefix("conf=") for setting in settings if setting.startswith("conf=")]
-    if len(names) != 1:
-        raise ConfigError(f"{verb} takes one conf=NAME, got {len(names)}: for example conf=my_lora.")
-    settings = [setting for setting in settings if not setting.startswith("conf=")]
-    if verb == "sample":
-        settings = [f"sample.{s}" if s.partition("=")[0] in SAMPLE_ALIASES else s for s in settings]
-        given = {setting.partition("=")[0] for setting in settings}
-        if {"sample.prompt", "sample.prompts"} <= given:
-            raise ConfigError("prompt= and prompts= are both given: leave one out.")
-        if "sample.preset" in given:
-            # A preset that is asked for stands in the place of what the file sets.
-            settings = [*(f"sample.{key}=null" for key in PRESET_KEYS), *settings]
-    config = load_config(names[0], settings)
-    if flags:
-        print(config_yaml(config), end="")
-        return None
-    return config
 
 
 def run_export(arguments: list[str]) -> int:

@@ -22,6 +22,8 @@ LOST_CONTACT = 75
 INTERRUPTED = 128 + signal.SIGINT
 # Exit code of a process that has told of a user's mistake.
 USERS_MISTAKE = 2
+# Signals that end a program.
+ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 # How long the others have to end by themselves when a process has failed.
 GRACE_SECONDS = 10
 
@@ -130,17 +132,24 @@ def check_gpus(count: int) -> None:
         )
 
 
-def start_processes(count: int, arguments: list[str], device: str, timeout_seconds: float) -> int:
+def start_processes(
+    count: int,
+    arguments: list[str],
+    device: str,
+    timeout_seconds: float,
+    stops: tuple[signal.Signals, ...] = (signal.SIGINT,),
+) -> int:
     """Runs the command line in `count` processes on this machine, on a free port; returns the exit code.
 
     When one ends badly, the others are ended too, at the latest after 10 seconds. A first Ctrl-C asks them to stop, a
-    second one ends them.
+    second one ends them. SIGUSR1 is passed on.
 
     Args:
         count: processes, one a GPU.
         arguments: of the command line, verb first.
         device: "cpu", "cuda" or "auto".
         timeout_seconds: how long a process may stand still.
+        stops: signals of which a first one asks the processes to stop, for which they have all the time they need.
 
     Raises:
         ParallelError: too few GPUs; a process ended by a signal or by an error that is no user's mistake, and its rank
@@ -160,45 +169,60 @@ def start_processes(count: int, arguments: list[str], device: str, timeout_secon
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.5, shutdown_timeout=GRACE_SECONDS,
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+        signals_to_handle=",".join(s.name for s in ENDS if s not in stops),
     )  # fmt: skip
-    with PassedOnInterrupt() as interrupt, StoppedProcesses(timeout_seconds) as stopped:
+    with PassedOnSignals(stops) as asked, StoppedProcesses(timeout_seconds) as stopped:
         try:
             elastic_launch(config, sys.executable)("-m", "mochi_tune.cli", *arguments)
         except ChildFailedError as error:
-            if not interrupt.received:
+            if not asked.received:
                 sys.stderr.write("\n")  # The progress bar of a process that is gone stands in this line.
                 failures = {r: (f.exitcode, f.timestamp) for r, f in error.failures.items()}
                 return report_failures(failures, stopped.killed)
         except SignalException as error:
             return 128 + error.sigval
-    return INTERRUPTED if interrupt.received else 0
+    return 128 + asked.received if asked.received else 0
 
 
-class PassedOnInterrupt:
-    """Passes a first Ctrl-C on to the processes that were started, a second one ends this process."""
+class PassedOnSignals:
+    """Passes a first request to stop on to the processes that were started; a second one ends this process."""
 
-    def __init__(self) -> None:
-        self.received = False
+    def __init__(self, stops: tuple[signal.Signals, ...]) -> None:
+        self.received = 0
+        self.stops = stops
 
-    def __enter__(self) -> "PassedOnInterrupt":
-        self._former = signal.signal(signal.SIGINT, self._receive)
+    def __enter__(self) -> "PassedOnSignals":
+        self._former = {number: signal.signal(number, self._stop) for number in self.stops}
+        self._former_save = signal.signal(signal.SIGUSR1, self._save)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._former)
+        self._release()
+        signal.signal(signal.SIGUSR1, self._former_save)
 
-    def _receive(self, _number: int, _frame: object) -> None:
+    def _release(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _frame: object) -> None:
+        self.received = number
+        self._release()
+        if not self._pass_on(number):
+            # None has been started yet, so there is none to tell.
+            signal.raise_signal(number)
+
+    def _save(self, number: int, _frame: object) -> None:
+        self._pass_on(number)
+
+    @staticmethod
+    def _pass_on(number: int) -> bool:
         import psutil
 
-        self.received = True
-        signal.signal(signal.SIGINT, self._former)
         children = psutil.Process().children()
-        if not children:
-            # None has been started yet, so there is none to tell.
-            raise KeyboardInterrupt
         for child in children:
-            child.send_signal(signal.SIGINT)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        return bool(children)
 
 
 class StoppedProcesses:

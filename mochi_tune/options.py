@@ -104,3 +104,46 @@ def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | 
     if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
         raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
     return options
+
+
+def load(verb: str, arguments: list[str]):
+    """Loads the settings of a verb; prints them, or its help, and returns None where that is asked for."""
+    from mochi_tune.config import (
+        GROUPS,
+        PRESET_KEYS,
+        SAMPLE_ALIASES,
+        config_yaml,
+        load_config,
+        packaged_folder,
+    )
+
+    if "--help" in arguments or "-h" in arguments:
+        lines = USAGE.splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
+        more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
+        print("\n".join([lines[first], *more]) + "\n\nSettings and their defaults; any is given as key.sub=value.")
+        groups = [f"{group}/{path.stem}" for group in GROUPS for path in (packaged_folder() / group).glob("*.yaml")]
+        for name in ("base", *sorted(groups)):
+            print(f"\n--- {name}.yaml\n{(packaged_folder() / f'{name}.yaml').read_text()}", end="")
+        return None
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if unknown := [flag for flag in flags if flag != "--cfg"]:
+        raise ConfigError(f"{unknown[0]} is not an option: use --help or --cfg; settings are written key=value.")
+    settings = [argument for argument in arguments if argument not in flags]
+    names = [setting.removeprefix("conf=") for setting in settings if setting.startswith("conf=")]
+    if len(names) != 1:
+        raise ConfigError(f"{verb} takes one conf=NAME, got {len(names)}: for example conf=my_lora.")
+    settings = [setting for setting in settings if not setting.startswith("conf=")]
+    if verb == "sample":
+        settings = [f"sample.{s}" if s.partition("=")[0] in SAMPLE_ALIASES else s for s in settings]
+        given = {setting.partition("=")[0] for setting in settings}
+        if {"sample.prompt", "sample.prompts"} <= given:
+            raise ConfigError("prompt= and prompts= are both given: leave one out.")
+        if "sample.preset" in given:
+            # A preset that is asked for stands in the place of what the file sets.
+            settings = [*(f"sample.{key}=null" for key in PRESET_KEYS), *settings]
+    config = load_config(names[0], settings)
+    if flags:
+        print(config_yaml(config), end="")
+        return None
+    return config

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mochi_tune.adapters import Adapter
 from mochi_tune.config import RunConfig, config_yaml, flat_settings, sample_size, sampler_settings, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
-from mochi_tune.errors import ConfigError, DataError, TrainingError
+from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import make_writable_folder
 from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_layers
 from mochi_tune.models.device import DTYPES, find_device, free_memory
@@ -31,13 +32,14 @@ from mochi_tune.training.average import Average
 from mochi_tune.training.batches import Clips, Draws, Feed
 from mochi_tune.training.engine import build_engine
 from mochi_tune.training.eval_videos import EvalVideos
-from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
+from mochi_tune.training.guards import SpikeGuard
 from mochi_tune.training.lock import RunLock
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import build_optimizer, check_installed
 from mochi_tune.training.resume import Start, bound, find_start, take_back
 from mochi_tune.training.rng import draws_proof, key_seed
-from mochi_tune.training.saves import Saves, Snapshot, adapter_of, made_by, record_start, try_room
+from mochi_tune.training.run import Run, merged
+from mochi_tune.training.saves import Saves, adapter_of, made_by, record_start, try_room
 from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.training.signals import Attention, Interrupted, Signals
 from mochi_tune.training.validation import held_out, validation_losses
@@ -122,192 +124,177 @@ def check(config: RunConfig, num_processes: int) -> Job:
 
 def train_locked(config: RunConfig, job: Job, device: torch.device, mesh: Mesh | None) -> int:
     """Loads, trains and saves in a run folder that is ours alone."""
-    run_dir, train, dtype = Path(config.run_dir), config.train, DTYPES[config.model.dtype]
     # Only the first rank writes; the others learn from it where the run stands.
-    start, metrics = from_first(begin(config, job, device) if is_first() else None), None
-    done = saved = start.step
-    if done >= train.steps:
+    start = from_first(begin(config, job, device) if is_first() else None)
+    if start.step >= config.train.steps:
         return 0
-    if is_first():
-        metrics = Metrics(run_dir, done)
-        if config.log.wandb != "disabled":
-            metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, flat_settings(config))
+    metrics = start_metrics(config, start) if is_first() else None
+    with metrics or contextlib.nullcontext():
+        # One large model at a time: T5 leaves before the DiT comes.
+        features = encode_prompts(config, job.folder, device)
+        run = build_run(config, job, device, mesh, start, metrics)
+        return train(config, job, device, run, features)
 
-    # One large model at a time: T5 leaves before the DiT comes.
-    features = encode_prompts(config, job.folder, device)
+
+def build_run(
+    config: RunConfig, job: Job, device: torch.device, mesh: Mesh | None, start: Start, metrics: Metrics | None
+) -> Run:
+    """Loads the model, adds the adapter and the optimizer, and puts all of it where the run stands."""
+    train, run_dir, dtype = config.train, Path(config.run_dir), DTYPES[config.model.dtype]
     dit = load_dit(job.folder, device, dtype)
-    apply_lora(
-        dit, job.layers, config.lora.rank, config.lora.alpha, config.lora.dropout, key_seed(config.seed, "adapter")
-    )
+    seed = key_seed(config.seed, "adapter")
+    apply_lora(dit, job.layers, config.lora.rank, config.lora.alpha, config.lora.dropout, seed)
     if train.gradient_checkpointing:
         apply_activation_checkpointing(dit)
     if job.layout.context > 1:
         apply_context_parallel(dit, mesh.context_group)
     parameters, num_blocks = lora_parameters(dit), len(dit.blocks)
-    num_bytes = sum(4 * parameter.numel() for parameter in parameters.values())
     optimizer = build_optimizer(
         train.optimizer, parameters, train.learning_rate, train.weight_decay, train.learning_rate_b_ratio, device.type
     )
+    num_bytes = 4 * sum(parameter.numel() for parameter in parameters.values())
     engine = build_engine(
         config.parallel.strategy, dit, parameters, optimizer, train.accumulation_steps, train.max_grad_norm
     )
-    dit, draws = engine.dit, job.draws
-    numbers = list(range(0 if mesh is None else mesh.data_rank, draws.num_micro_batches, job.layout.data))
+    average = Average(engine.weights(), train.ema_decay) if train.ema_decay else None
+    numbers = list(range(0 if mesh is None else mesh.data_rank, job.draws.num_micro_batches, job.layout.data))
     taught = [i for i in range(len(job.dataset)) if not job.is_held_out or i not in job.validation]
     clips = Clips(job.dataset, taught, config.data.damaged == "strict", tqdm.write)
-    average = Average(engine.weights(), train.ema_decay) if train.ema_decay else None
-    guard = SpikeGuard(train.spike_policy, train.spike_factor, list(start.state.get("losses", ())))
     if start.folder is not None:
-        state = checkpoint.load_optimizer(start.folder / "optimizer.safetensors")
         adapter = checkpoint.load_tensors(start.folder / "adapter.safetensors")
+        state = checkpoint.load_optimizer(start.folder / "optimizer.safetensors")
         engine.load(
-            adapter, state, start.state["groups"], lambda: draws.loss(dit, clips.batch(draws, 1, numbers[0]), device)
-        )
+            adapter, state, start.state["groups"],
+            lambda: job.draws.loss(engine.dit, clips.batch(job.draws, 1, numbers[0]), device),
+        )  # fmt: skip
         if average is not None:
             average.load(checkpoint.load_tensors(start.folder / "averaged.safetensors"))
     saves = None
-    if is_first():
+    if metrics is not None:
+        try_room(run_dir, num_bytes * (4 if average is not None else 3))
         saves = Saves(run_dir, metrics, train.keep_checkpoints, train.keep_every, train.keep_best, tqdm.write)
-        try_room(run_dir, num_bytes * (4 if train.ema_decay else 3))
+    guard = SpikeGuard(train.spike_policy, train.spike_factor, list(start.state.get("losses", ())))
 
-    def shown() -> Mapping[str, Tensor] | None:
-        return average.tensors if average is not None else engine.shown_weights()
+    def adapter_at(tensors: Mapping[str, Tensor], step: int) -> Adapter:
+        return adapter_of(tensors, adapter_metadata(config, job.identity, num_blocks, step), config.lora.alpha)
 
-    def save() -> None:
-        """Writes a checkpoint of the last step that is done, unless there is one, then the run's adapter."""
-        nonlocal saved
-        if saved == done:
-            return
-        tensors, averaged, (state, groups) = engine.weights(), shown(), engine.optimizer_state()
-        if is_first():
-            rest = {"groups": groups, "losses": guard.losses, "rows": metrics.num_rows()}
-            whole = {"step": done, **job.identity, **rest, "made_by": made_by(config.parallel.strategy, device)}
-            about = adapter_metadata(config, job.identity, num_blocks, done)
-            adapters = [values and adapter_of(values, about, config.lora.alpha) for values in (tensors, averaged)]
-            saves.save(Snapshot(done, *adapters, state, whole))
-        saved = done
+    identity = {**job.identity, "made_by": made_by(config.parallel.strategy, device)}
+    step = start.step
+    return Run(engine, clips, numbers, average, guard, step, step, metrics, saves, adapter_at, identity)
 
-    def look() -> None:
-        """Validates and renders, all ranks together, where this step asks for it and it was not done before a stop."""
-        validates = train.validate_every and job.validation and is_due(done, train.validate_every, train.steps)
-        validates = validates and from_first(metrics and not metrics.is_validated(done))
-        renders_now = features and is_due(done, train.sample_every, train.steps)
-        if not validates and not renders_now:
-            return
-        with engine.showing(shown()):
-            if validates:
-                losses = validation_losses(
-                    dit, job.dataset, job.validation, config.seed, train.objective, device, attention
-                )
-                if is_first():
-                    mean = sum(losses.values()) / len(losses)
-                    row = {"step": done, "validation_loss": mean, "bins": losses, "held_out": job.is_held_out}
-                    metrics.log_validation({**row, "sigmas_drawn": metrics.sigma_histogram()})
-            if renders_now:
-                videos.render(dit, done, starts_as_base=True)
-        attention()
 
-    def stop_here(why: str, step: int, loss: float, grad_norm: float, drawn: dict) -> int:
-        """Ends the run before an update that would harm it, with all that is needed to look into it."""
-        tensors = engine.weights()
-        save()
-        if not is_first():
-            return 2
-        facts = {"step": step, "why": why, "loss": loss, "grad_norm": grad_norm, "seed": config.seed, **drawn}
-        bundle = write_bundle(run_dir / "bundles", facts, tensors, config_yaml(config))
-        samples = ", ".join(f"{c} (sigma {s:.3f})" for c, s in zip(drawn["clips"], drawn["sigmas"], strict=True))
-        raise TrainingError(
-            f"step {step}: {why}: loss {loss}, gradient norm {grad_norm} on {samples}; the update was not made and "
-            f"{saves.last()}: `mochi-tune replay {bundle}` makes that step again, or lower train.learning_rate."
-        )
-
-    dit.train()
-    places = ((step, number) for step in range(done + 1, train.steps + 1) for number in numbers)
-    bar = tqdm(total=train.steps, initial=done, desc="train", unit="step", disable=not is_first())
+def train(config: RunConfig, job: Job, device: torch.device, run: Run, features: list[Tensor]) -> int:
+    """Trains to the last step, or until it is asked to stop; returns the exit code."""
+    settings, draws, engine, run_dir = config.train, job.draws, run.engine, Path(config.run_dir)
+    places = ((step, n) for step in range(run.done + 1, settings.steps + 1) for n in run.numbers)
+    feed = Feed(lambda step, number: run.clips.batch(draws, step, number), places)
+    bar = tqdm(total=settings.steps, initial=run.done, desc="train", unit="step", disable=not is_first())
     watchdog = 0.9 * config.parallel.timeout_seconds if num_ranks() > 1 else 0
-    feed = Feed(lambda step, number: clips.batch(draws, step, number), places)
     stopped_by = 0
-    with metrics or contextlib.nullcontext(), Signals() as signals, feed, bar as progress:
-        attention = Attention(signals, gathered, save, watchdog)
+    engine.dit.train()
+    with Signals() as signals, feed, bar as progress:
+        attention = Attention(signals, gathered, run.save, watchdog)
         videos = EvalVideos(
             run_dir / "samples", features, draw_noise(config.seed, *sample_size(config)), sampler_settings(config),
-            lambda: load_decoder(job.folder, device, dtype), attention, lambda: signals.received > 0,
+            lambda: load_decoder(job.folder, device, DTYPES[config.model.dtype]),
+            attention, lambda: signals.received > 0,
         )  # fmt: skip
         try:
             # At step 0, or at the step that a stopped run had saved and not looked at yet.
-            look()
-            while done < train.steps:
-                step, started = done + 1, time.perf_counter()
+            look(config, job, device, run, videos, attention)
+            while run.done < settings.steps:
+                step, started = run.done + 1, time.perf_counter()
                 learning_rate = learning_rate_at(
-                    step, train.learning_rate, train.warmup_steps, train.steps, train.schedule, train.decay_share
-                )
+                    step, settings.learning_rate, settings.warmup_steps, settings.steps, settings.schedule,
+                    settings.decay_share,
+                )  # fmt: skip
                 engine.set_learning_rate(learning_rate)
                 losses, mine = [], {}
-                for number in numbers:
+                for number in run.numbers:
                     # Alone, a process need not wait for a disk when it is asked to stop.
                     batch = feed.get(gives_up=lambda: signals.received > 0 and num_ranks() == 1)
                     if batch is None:
                         engine.discard()
                         raise Interrupted
-                    loss = draws.loss(dit, batch, device)
-                    engine.backward(loss, is_last=number == numbers[-1])
+                    loss = draws.loss(engine.dit, batch, device)
+                    engine.backward(loss, is_last=number == run.numbers[-1])
                     losses.append(loss.detach())
                     mine[number] = batch.clips, batch.sigma.tolist()
                 # The one wait for the device in a step, and for the other ranks.
                 *values, grad_norm = torch.stack([*losses, engine.gradient_norm()]).tolist()
-                mine = {number: (value, *mine[number]) for number, value in zip(numbers, values, strict=True)}
+                mine = {number: (value, *mine[number]) for number, value in zip(run.numbers, values, strict=True)}
                 stopped_by, asks_to_save, everyones = attention.agreed(mine)
-                whole = [each for _, each in sorted({n: e for one in everyones for n, e in one.items()}.items())]
-                loss = sum(value for value, _, _ in whole) / len(whole)
-                drawn = {"clips": [c for _, clips, _ in whole for c in clips]}
-                drawn["sigmas"] = [round(s, 6) for _, _, sigmas in whole for s in sigmas]
-                verdict = guard.verdict(loss) if is_finite(loss, grad_norm) else "not finite"
+                loss, clips, sigmas = merged(everyones)
+                row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
+                drawn = {"clips": clips, "sigmas": sigmas}
+                verdict = run.verdict(loss, grad_norm)
                 if verdict in ("not finite", "stop"):
-                    why = verdict if verdict == "not finite" else f"a loss of {guard.excess(loss):.0f} times the usual"
-                    return stop_here(why, step, loss, grad_norm, drawn)
-                if verdict == "skip":
-                    engine.discard()
-                else:
-                    engine.update()
-                    guard.made(loss)
-                    if average is not None:
-                        average.update(engine.weights(), step)
-                done = step
+                    run.refuse_step(verdict, row | drawn, run_dir, config_yaml(config))
+                    return 2
+                run.end_step(loss, verdict)
 
                 seconds = round(time.perf_counter() - started, 4)
-                row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate, "seconds": seconds}
-                if is_first():
-                    if verdict:
-                        tqdm.write(
-                            f"step {step}: loss {loss:.4f} is {guard.excess(loss):.0f} times the usual: {verdict}"
-                        )
-                        row["spike"] = verdict
-                    metrics.log(row | drawn)
-                progress.set_postfix_str(
-                    f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step",
-                    refresh=False,
-                )
+                if run.metrics is not None:
+                    run.metrics.log(row | {"seconds": seconds} | ({"spike": verdict} if verdict else {}) | drawn)
+                if verdict:
+                    progress.write(f"step {step}: a loss of {loss:.4f}, far above the usual: {verdict}")
+                told = f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step"
+                progress.set_postfix_str(told, refresh=False)
                 progress.update()
                 # Saved before it is looked at: a look takes long, and may be what fails.
-                if stopped_by or asks_to_save or is_due(step, train.checkpoint_every, train.steps):
-                    save()
-                if stopped_by and done < train.steps:
+                if stopped_by or asks_to_save or is_due(step, settings.checkpoint_every, settings.steps):
+                    run.save()
+                if stopped_by and run.done < settings.steps:
                     raise Interrupted
-                look()
+                look(config, job, device, run, videos, attention)
         except Interrupted:
-            stopped_by = max(stop for stop, _ in gathered(signals.take())) if num_ranks() > 1 else signals.received
-            save()
+            stopped_by = max(gathered(signals.received))
+            run.save()
         finally:
             faulthandler.cancel_dump_traceback_later()
     wait_for_all()
-    if is_first():
-        saves.check_saved(done)
-        if stopped_by and done < train.steps:
-            where = f"step {done}, saved" if done else "the first step"
-            tqdm.write(f"stopped after {where}, of {train.steps}; the same command goes on from there")
-        else:
-            tqdm.write(f"adapter: {run_dir / 'adapter.safetensors'}")
-    return 128 + stopped_by if stopped_by and done < train.steps else 0
+    is_stopped = run.done < settings.steps
+    if run.saves is not None:
+        run.saves.check_saved(run.done)
+        stopped = f"stopped after step {run.done} of {settings.steps}"
+        tqdm.write(stopped if is_stopped else f"adapter: {run_dir / 'adapter.safetensors'}")
+    return 128 + stopped_by if is_stopped else 0
+
+
+def look(config: RunConfig, job: Job, device: torch.device, run: Run, videos: EvalVideos, attention: Attention) -> None:
+    """Validates and renders, all ranks together, where this step asks for it and it was not done before a stop.
+
+    Raises:
+        Interrupted: the run was asked to stop.
+    """
+    train = config.train
+    validates = train.validate_every and job.validation and is_due(run.done, train.validate_every, train.steps)
+    validates = validates and from_first(run.metrics and not run.metrics.is_validated(run.done))
+    renders_now = renders(config) and is_due(run.done, train.sample_every, train.steps)
+    if not validates and not renders_now:
+        return
+    dit = run.engine.dit
+    with run.engine.showing(run.shown()):
+        if validates:
+            losses = validation_losses(
+                dit, job.dataset, job.validation, config.seed, train.objective, device, attention
+            )
+            if run.metrics is not None:
+                row = {"step": run.done, "validation_loss": sum(losses.values()) / len(losses), "bins": losses}
+                row |= {"held_out": job.is_held_out, "sigmas_drawn": run.metrics.sigma_histogram()}
+                run.metrics.log_validation(row)
+        if renders_now:
+            videos.render(dit, run.done, starts_as_base=True)
+    attention()
+
+
+def start_metrics(config: RunConfig, start: Start) -> Metrics:
+    """Opens the files of numbers and starts what sends them on."""
+    run_dir = Path(config.run_dir)
+    metrics = Metrics(run_dir, start.step)
+    if config.log.wandb != "disabled":
+        metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, flat_settings(config))
+    return metrics
 
 
 def starting_point(config: RunConfig, job: Job, device: torch.device) -> Start:

@@ -232,7 +232,7 @@ class Cache:
     def _damaged(self, index: int, what: str) -> DataError:
         return DataError(
             f"clip {self.rows[index].path} in {self.folder / self._places[index][0]} {what}: "
-            "run `mochi-tune prepare` again, it makes damaged ones anew, or go on without it by data.damaged=quarantine."
+            "run `mochi-tune prepare` again, which makes it anew, or go on without it by data.damaged=quarantine."
         )
 
 

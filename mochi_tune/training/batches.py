@@ -127,7 +127,7 @@ class Draws:
 
 
 class Clips:
-    """The clips that may be trained on; a damaged one stops the run, or is left out and another one takes its place."""
+    """The clips that may be trained on; a damaged one stops the run, or another one takes its place."""
 
     def __init__(
         self, dataset: LatentDataset, indices: list[int], is_strict: bool, tell: Callable[[str], None]

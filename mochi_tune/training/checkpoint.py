@@ -95,6 +95,12 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def last_checkpoint(folder: Path) -> str:
+    """Returns a text that names the last checkpoint of a run."""
+    found = find_checkpoints(folder)
+    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """Returns the newest checkpoint that is what was saved, and what is wrong with those that are newer, one text each.
 

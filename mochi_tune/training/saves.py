@@ -76,15 +76,11 @@ class Saves:
             self._remove_old()
         except OSError as error:
             self.failure = error
-            self.tell(f"step {snapshot.step} could not be saved ({error}); {self.last()}; the run goes on")
+            last = checkpoint.last_checkpoint(self.folder)
+            self.tell(f"step {snapshot.step} could not be saved ({error}); {last}; the run goes on")
             return False
         self.failure = None
         return True
-
-    def last(self) -> str:
-        """Returns a text that names the last checkpoint."""
-        found = checkpoint.find_checkpoints(self.folder)
-        return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
     def check_saved(self, step: int) -> None:
         """Makes sure that the end of a run is saved.
@@ -93,9 +89,10 @@ class Saves:
             TrainingError: the last save failed.
         """
         if self.failure is not None:
+            last = checkpoint.last_checkpoint(self.folder)
             raise TrainingError(
-                f"step {step} could not be saved ({self.failure}); {self.last()}: make room, and the same command goes "
-                "on from there."
+                f"step {step} could not be saved ({self.failure}); {last}: make room, and the same command goes on "
+                "from there."
             )
 
     def _remove_old(self) -> None:

@@ -18,11 +18,12 @@ from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.recipes.demo import FIGURES, main
-from mochi_tune.recipes.train_lora import validation_loss
+from mochi_tune.recipes.train_lora import check
 from mochi_tune.toy.lesson import lesson_words
 from mochi_tune.toy.samples import render_words
 from mochi_tune.toy.world import draw_clips, split_words
 from mochi_tune.training.rng import keyed_generator
+from mochi_tune.training.validation import validation_losses
 from mochi_tune.video import read_frames
 from mochi_tune.weights import load_decoder, load_dit, load_encoder
 
@@ -58,17 +59,26 @@ def test_the_adapter_file_is_what_was_trained(lesson):
     config = load_config(str(run / "config.yaml"), [])
     clips = {"num_frames": config.data.num_frames, "height": config.data.height, "width": config.data.width}
     dataset = LatentDataset(open_cache(Path(config.data.cache), **clips))
+    job = check(config, 1)
+    assert job.is_held_out and len(job.validation) == config.train.validation_clips
+
+    def validation_loss(dit):
+        losses = validation_losses(
+            dit, dataset, job.validation, config.seed, config.train.objective, torch.device("cpu")
+        )
+        return sum(losses.values()) / len(losses)
+
     dit = load_dit(weights_folder(config), "cpu", torch.float32)
     # By our own formula, not by the code that reads adapters for sampling.
     adapter = load_adapter(Path(made["adapter"]))
     for name, layer in adapter.layers.items():
         weight = dit.get_submodule(name).weight
         weight.data += config.lora.alpha / config.lora.rank * layer.b @ layer.a
-    merged = validation_loss(config, dit, dataset)
+    merged = validation_loss(dit)
     assert merged == pytest.approx(validation_rows(out)[-1]["validation_loss"], rel=1e-4)
     live = load_dit(weights_folder(config), "cpu", torch.float32)
     apply_adapter(live, adapter.scaled(1.0), "lesson")
-    read = validation_loss(config, live, dataset)
+    read = validation_loss(live)
     assert read == pytest.approx(merged, rel=1e-4)
 
 

@@ -12,16 +12,20 @@ from helpers_road import prepared, read_rows, road
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
-from mochi_tune.config import RunConfig, load_config, weights_folder
+from mochi_tune.config import load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import TrainingError
 from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD, to_latents
-from mochi_tune.recipes.train_lora import check_finite, draw_batch, main, validation_loss
+from mochi_tune.recipes.train_lora import main
+from mochi_tune.training.batches import Draws
+from mochi_tune.training.guards import is_finite
+from mochi_tune.training.validation import validation_losses
 from mochi_tune.weights import load_dit
 
+CPU = torch.device("cpu")
 SIGMAS = (0.125, 0.375, 0.625, 0.875)
 
 
@@ -46,14 +50,15 @@ def standard_batch(rows: int, *size: int) -> dict:
         "logvar": torch.zeros(rows, 12, *size),
         "prompt_embeds": torch.ones(rows, 1, 4),
         "prompt_mask": torch.ones(rows, 1, dtype=torch.bool),
+        "sample_ids": [f"{row}.mp4" for row in range(rows)],
     }
 
 
 def drawn_clip_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what a training input was mixed from: input + sigma * target, and that less the target."""
-    noisy, target, sigma = draw_batch(RunConfig(), standard_batch(1, 8, 64, 64), 1, 0)
-    clip = noisy + sigma.view(-1, 1, 1, 1, 1) * target
-    return clip, clip - target
+    batch = Draws().mixed(standard_batch(1, 8, 64, 64), 1, 0)
+    clip = batch.noisy + batch.sigma.view(-1, 1, 1, 1, 1) * batch.target
+    return clip, clip - batch.target
 
 
 def test_clips_are_drawn_from_their_posterior():
@@ -71,15 +76,13 @@ def test_the_posteriors_noise_is_not_the_one_that_is_mixed_in():
 
 
 def test_captions_are_dropped_at_every_sigma_alike():
-    config = RunConfig()
-    config.train.caption_dropout, config.train.batch_size = 0.3, 3
+    draws = Draws(caption_dropout=0.3, batch_size=3)
     dropped, kept = [], []
     for step in range(300):
-        batch = standard_batch(3, 1, 1, 1)
-        _, _, sigma = draw_batch(config, batch, step, 0)
-        empty = ~batch["prompt_mask"].any(1)
-        dropped += sigma[empty].tolist()
-        kept += sigma[~empty].tolist()
+        batch = draws.mixed(standard_batch(3, 1, 1, 1), step, 0)
+        empty = ~batch.prompt_mask.any(1)
+        dropped += batch.sigma[empty].tolist()
+        kept += batch.sigma[~empty].tolist()
     assert len(dropped) > 200
     assert abs(sum(dropped) / len(dropped) - 0.5) < 0.07 and abs(sum(kept) / len(kept) - 0.5) < 0.07
 
@@ -146,8 +149,6 @@ def dataset():
 
 @pytest.mark.parametrize("objective", ["sampler", "official"])
 def test_validation_is_the_loss_on_fixed_noise_at_fixed_sigmas(dataset, objective):
-    config = RunConfig()
-    config.train.objective, config.train.validation_clips = objective, 2
     calls = []
 
     def keep(module, inputs, output):
@@ -155,7 +156,7 @@ def test_validation_is_the_loss_on_fixed_noise_at_fixed_sigmas(dataset, objectiv
             calls.append((inputs[0], inputs[1], output))
 
     with watching(keep):
-        got = validation_loss(config, adapted_dit(0.0), dataset)
+        got = validation_losses(adapted_dit(0.0), dataset, [0, 1], 0, objective, CPU)
     noisy, sigma, prediction = (torch.cat(parts) for parts in zip(*calls, strict=True))
     assert sigma.tolist() == [*SIGMAS, *SIGMAS]
     losses = []
@@ -170,38 +171,32 @@ def test_validation_is_the_loss_on_fixed_noise_at_fixed_sigmas(dataset, objectiv
             losses.append((prediction[row] - target).square().mean())
         assert all(torch.allclose(noise, noises[0], atol=1e-4) for noise in noises), "one noise for all sigmas"
         assert abs(noises[0].mean()) < 0.2 and abs(noises[0].std() - 1) < 0.2
-    assert got == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    expected = torch.stack(losses).view(2, 4).mean(0).tolist()
+    assert list(got) == [f"{sigma:g}" for sigma in SIGMAS] and list(got.values()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_is_the_same_at_any_time_and_leaves_training_on(dataset):
-    config = RunConfig()
-    config.train.validation_clips = 9
     plain, dropping = adapted_dit(0.0), adapted_dit(0.5)
-    expected = validation_loss(config, plain, dataset)
+    expected = validation_losses(plain, dataset, [0, 1, 2], 0, "sampler", CPU)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        assert validation_loss(config, dropping, dataset) == expected
+        assert validation_losses(dropping, dataset, [0, 1, 2], 0, "sampler", CPU) == expected
         assert dropping.training and all(module.training for module in dropping.modules())
-    config.seed = 1
-    assert validation_loss(config, plain, dataset) != expected
+    assert validation_losses(plain, dataset, [0, 1, 2], 1, "sampler", CPU) != expected
 
 
 def test_the_last_step_is_looked_at_though_no_interval_falls_on_it(tmp_path):
     more = ["train.steps=3", "train.validate_every=2", "train.sample_every=2", "train.sample_prompts=[a cat]"]
     assert train(tmp_path, *more, "sample.steps=2") == 0
     assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [0, 2, 3]
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "samples").glob("*.mp4")) == [
         f"step_00000{step}_prompt_0.mp4" for step in (0, 2, 3)
     ]
 
 
-@pytest.mark.parametrize(
-    ("loss", "norm"), [(0.5, math.inf), (0.5, math.nan), (math.inf, 0.5), (math.nan, 0.5), (-math.inf, math.inf)]
-)
-def test_neither_loss_nor_norm_may_be_infinite(tmp_path, loss, norm):
-    check_finite(3, 0.5, 0.5, ["a.mp4"], [0.25], tmp_path)
-    with pytest.raises(TrainingError, match=r"step 3: .*a\.mp4 \(sigma 0\.250\)"):
-        check_finite(3, loss, norm, ["a.mp4"], [0.25], tmp_path)
+@pytest.mark.parametrize("loss", [math.inf, math.nan, -math.inf])
+def test_neither_loss_nor_norm_may_be_infinite(loss):
+    assert is_finite(0.5, 0.5) and not is_finite(0.5, loss) and not is_finite(loss, 0.5)
 
 
 def test_an_infinite_gradient_at_a_finite_loss_updates_nothing(tmp_path):

@@ -8,12 +8,17 @@ from helpers_golden import GOLDEN, relative_error
 from helpers_road import LORA, prepared, read_rows, road, run, start, train
 from safetensors.torch import load_file, save_file
 
-from mochi_tune.config import RunConfig, load_config, weights_folder
+from mochi_tune.config import load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.flow import noisy_and_target
-from mochi_tune.recipes.train_lora import check_text_width, draw_batch, main
+from mochi_tune.models.latents import to_vae_latents
+from mochi_tune.models.vae_streaming import decode_chunks
+from mochi_tune.recipes.train_lora import check_text_width, main
+from mochi_tune.training.batches import Draws
+from mochi_tune.video import write_video
+from mochi_tune.weights import load_decoder
 
 # Long enough for a signal to come while it is under way.
 LONG = ("train.steps=40", "train.batch_size=2", "train.accumulation_steps=2")
@@ -35,7 +40,8 @@ def straight(tmp_path_factory):
 
 def test_the_run_folder_holds_what_scripts_rely_on(straight):
     assert sorted(path.name for path in straight.iterdir()) == [
-        ".lock", "adapter.safetensors", "checkpoints", "config.yaml", "metrics.jsonl", "samples", "validation.jsonl",
+        ".lock", "adapter.safetensors", "checkpoints", "config.yaml", "history.jsonl", "metrics.jsonl", "samples",
+        "validation.jsonl",
     ]  # fmt: skip
     rows = read_rows(straight / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 41))
@@ -202,19 +208,25 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     arguments = [a for a in road(tmp_path, *LORA, *more) if a != "train.sample_every=0"]
     config = load_config("my_lora", arguments)
     assert main(config) == 0
-    videos = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    videos = sorted(path.name for path in (tmp_path / "samples").glob("*.mp4"))
     assert videos == ["step_000000_prompt_0.mp4", "step_000002_prompt_0.mp4"]
 
     from mochi_tune.recipes.sample import main as sample
 
     assert config.sample.negative_prompt == "a cat"
     config.sample.prompt, config.sample.out = "a red ball", str(tmp_path / "again.mp4")
+    config.sample.compare, config.sample.save_latents = "base", True
     list(sample(config))
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "samples" / videos[1]).read_bytes()
-    config.sample.adapter_strength, config.sample.out = 0.0, str(tmp_path / "base.mp4")
-    list(sample(config))
-    assert (tmp_path / "base.mp4").read_bytes() == (tmp_path / "samples" / videos[0]).read_bytes()
-    assert (tmp_path / "base.mp4").read_bytes() != (tmp_path / "again.mp4").read_bytes()
+    # The base is sampled once a run; at step 0 the adapter, which changes nothing yet, is shown beside it as the same.
+    [kept] = (tmp_path / "samples").glob("base_prompt_0_*.safetensors")
+    base = load_file(tmp_path / "again.safetensors")["base"]
+    assert torch.equal(load_file(kept)["latents"], base)
+    decoder = load_decoder(weights_folder(config), "cpu", torch.float32)
+    frames = torch.cat([chunk[0] for chunk in decode_chunks(decoder, to_vae_latents(base))])
+    write_video(tmp_path / "twice.mp4", [torch.cat([frames, frames], dim=2)])
+    assert (tmp_path / "twice.mp4").read_bytes() == (tmp_path / "samples" / videos[0]).read_bytes()
+    assert (tmp_path / "twice.mp4").read_bytes() != (tmp_path / "again.mp4").read_bytes()
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
@@ -222,7 +234,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
                "train.learning_rate=1e30", "train.warmup_steps=0", "train.max_grad_norm=1e30"))  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     line = done.stderr.strip().splitlines()[-1]
-    assert "the update was not made" in line and "clip_" in line and "(sigma 0." in line
+    assert "the update was not made" in line and "clip_" in line and "(sigma 0." in line and "mochi-tune replay" in line
     rows = read_rows(tmp_path / "metrics.jsonl")
     last = tmp_path / "checkpoints" / f"step_{rows[-1]['step']:06d}"
     assert str(last) in line
@@ -230,48 +242,48 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
 
 
 def test_caption_dropout_zeroes_features_and_mask_of_its_share():
-    config = RunConfig()
-    config.train.caption_dropout, config.train.batch_size = 0.25, 3
+    draws = Draws(caption_dropout=0.25, batch_size=3)
     dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+    items = collate([dataset[i] for i in range(3)])
     dropped = 0
     for step in range(200):
-        batch = collate([dataset[i] for i in range(3)])
-        draw_batch(config, batch, step, 0)
-        empty = ~batch["prompt_mask"].any(1)
-        assert not batch["prompt_embeds"][empty].any() and batch["prompt_embeds"][~empty].flatten(1).any(1).all()
+        batch = draws.mixed(items, step, 0)
+        empty = ~batch.prompt_mask.any(1)
+        assert not batch.prompt_embeds[empty].any() and batch.prompt_embeds[~empty].flatten(1).any(1).all()
         dropped += int(empty.sum())
     assert 110 < dropped < 190
 
 
 def test_draws_are_keyed_by_seed_step_and_sample():
-    config = RunConfig()
-    config.train.batch_size = 2
+    draws = Draws(batch_size=2, num_micro_batches=2)
     dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
 
-    def draw(step, micro):
-        return draw_batch(config, collate([dataset[0], dataset[0]]), step, micro)
+    def draw(step, number):
+        batch = draws.mixed(collate([dataset[0], dataset[0]]), step, number)
+        return batch.noisy, batch.target, batch.sigma
 
     noisy, target, sigma = draw(4, 1)
     again = draw(4, 1)
     assert all(torch.equal(a, b) for a, b in zip((noisy, target, sigma), again, strict=True))
     assert sigma[0] != sigma[1] and not torch.equal(target[0], target[1])
     assert not torch.equal(draw(5, 1)[1], target) and not torch.equal(draw(4, 0)[1], target)
-    sigmas = torch.stack([draw(step, 0)[2] for step in range(300)]).flatten()
+    sigmas = torch.cat([draws.sigmas(step) for step in range(300)])
+    assert torch.equal(draws.sigmas(4)[2:], sigma)
     assert abs(sigmas.mean() - 0.5) < 0.05 and sigmas.min() < 0.02 and sigmas.max() > 0.98
 
 
 def test_the_training_input_is_in_the_samplers_space():
     """Of the drawn clip the share (1 - sigma) is in the input, normalised: input + sigma * target is the clip."""
-    config = RunConfig()
     dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
-    batch = collate([dataset[0]])
-    batch["logvar"].fill_(-60)
-    noisy, target, sigma = draw_batch(config, batch, 1, 0)
+    items = collate([dataset[0]])
+    items["logvar"].fill_(-60)
+    batch = Draws().mixed(items, 1, 0)
     from mochi_tune.models.latents import to_latents
 
-    assert torch.allclose(noisy + sigma.view(-1, 1, 1, 1, 1) * target, to_latents(batch["mean"]), atol=1e-5)
-    official, _ = noisy_and_target("official", batch["mean"], torch.zeros_like(noisy), sigma)
-    assert torch.allclose(official, (1 - sigma) * batch["mean"])
+    sigma = batch.sigma.view(-1, 1, 1, 1, 1)
+    assert torch.allclose(batch.noisy + sigma * batch.target, to_latents(items["mean"]), atol=1e-5)
+    official, _ = noisy_and_target("official", items["mean"], torch.zeros_like(batch.noisy), batch.sigma)
+    assert torch.allclose(official, (1 - batch.sigma) * items["mean"])
 
 
 def test_the_official_objective_is_there_by_name(tmp_path):

@@ -1,37 +1,65 @@
+"""Checkpoints are whole or not there."""
+
 import pytest
 import torch
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.training.checkpoint import (
-    check_checkpoint,
+    damage_of,
     find_checkpoints,
-    load_optimizer,
     load_tensors,
     new_checkpoint,
-    optimizer_tensors,
+    newest_whole,
+    published_file,
+    remove_checkpoints,
     save_tensors,
+    step_of,
+    steps_to_keep,
 )
 
 
-def write(folder, step, keep=3):
-    with new_checkpoint(folder, step, keep) as new:
+def write(folder, step):
+    with new_checkpoint(folder, step) as new:
         save_tensors(new / "adapter.safetensors", {"a": torch.full((3,), float(step))})
 
 
-def test_a_checkpoint_appears_whole_and_old_ones_go_after(tmp_path):
+def test_a_checkpoint_appears_whole_and_old_ones_go_by_the_rule(tmp_path):
     for step in (1, 2, 10):
-        write(tmp_path, step, keep=2)
+        write(tmp_path, step)
+    remove_checkpoints(tmp_path, {2, 10})
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step_000002", "step_000010"]
-    check_checkpoint(tmp_path / "step_000010")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000010"]
+    assert damage_of(tmp_path / "step_000010") == ""
     assert load_tensors(tmp_path / "step_000010" / "adapter.safetensors")["a"].tolist() == [10.0] * 3
+
+
+def test_the_newest_every_nth_and_the_best_are_kept():
+    steps = range(10, 110, 10)
+    assert steps_to_keep(steps, newest=2, every=0, best=None) == {90, 100}
+    assert steps_to_keep(steps, newest=1, every=40, best=30) == {100, 40, 80, 30}
+    assert steps_to_keep(steps, newest=3, every=0, best=35) == {80, 90, 100}
+
+
+def test_the_step_is_the_manifests_and_not_the_names(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    (tmp_path / "step_000001").rename(tmp_path / "step_000009")
+    assert newest_whole(tmp_path)[0] == tmp_path / "step_000002" and step_of(tmp_path / "step_000009") == 1
+
+
+def test_the_averaged_adapter_is_the_one_that_is_given_out(tmp_path):
+    write(tmp_path, 1)
+    assert published_file(tmp_path / "step_000001").name == "adapter.safetensors"
+    save_tensors(tmp_path / "step_000001" / "averaged.safetensors", {"a": torch.zeros(3)})
+    assert published_file(tmp_path / "step_000001").name == "averaged.safetensors"
 
 
 def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path):
     write(tmp_path, 1)
-    with pytest.raises(OSError, match="disk"), new_checkpoint(tmp_path, 2, 3) as new:
+    with pytest.raises(OSError, match="disk"), new_checkpoint(tmp_path, 2) as new:
         (new / "adapter.safetensors").write_bytes(b"half")
         raise OSError("the disk is full")
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001"]
     write(tmp_path, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000003"]
 
@@ -51,34 +79,11 @@ def test_damage_is_named(tmp_path, damage):
         file.unlink()
     else:
         (folder / "extra.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="extra.bin" if damage == "extra" else "adapter.safetensors"):
-        check_checkpoint(folder)
-
-
-def test_an_optimizer_goes_on_where_it_was(tmp_path):
-    def build():
-        torch.manual_seed(0)
-        parameters = {"x": torch.nn.Parameter(torch.randn(4)), "y": torch.nn.Parameter(torch.randn(2, 3))}
-        return parameters, torch.optim.AdamW(parameters.values(), lr=0.1)
-
-    def step(parameters, optimizer, number):
-        for i, parameter in enumerate(parameters.values()):
-            parameter.grad = torch.full_like(parameter, 0.1 * number + i)
-        optimizer.step()
-
-    straight, straight_optimizer = build()
-    for number in range(6):
-        step(straight, straight_optimizer, number)
-    first, first_optimizer = build()
-    for number in range(3):
-        step(first, first_optimizer, number)
-    save_tensors(tmp_path / "optimizer.safetensors", optimizer_tensors(first_optimizer, first))
-    second, second_optimizer = build()
-    for name, parameter in second.items():
-        parameter.data.copy_(first[name].data)
-    load_optimizer(tmp_path / "optimizer.safetensors", second_optimizer, second)
-    for number in range(3, 6):
-        step(second, second_optimizer, number)
-    assert all(torch.equal(straight[name], second[name]) for name in straight)
-    with pytest.raises(CheckpointError, match="is not this run's"):
-        load_optimizer(tmp_path / "optimizer.safetensors", second_optimizer, {"x": second["x"]})
+    assert repr("extra.bin" if damage == "extra" else "adapter.safetensors") in damage_of(folder)
+    write(tmp_path, 2)
+    assert newest_whole(tmp_path) == (tmp_path / "step_000002", [])
+    (tmp_path / "step_000002" / "manifest.json").write_text("{")
+    newest, wrong = newest_whole(tmp_path)
+    assert newest is None and len(wrong) == 2 and "step_000002 has no whole manifest.json" in wrong[0]
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        damage_of(tmp_path / "step_000002")
