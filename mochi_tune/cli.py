@@ -26,6 +26,7 @@ from mochi_tune.options import (
     EXPERIMENT_OPTIONS,
     EXPORT_OPTIONS,
     PULL_OPTIONS,
+    REPLAY_OPTIONS,
     TOY_OPTIONS,
     USAGE,
     VERIFY_OPTIONS,
@@ -77,6 +78,7 @@ def run(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "prepare": run_prepare,
         "train": run_train,
+        "replay": run_replay,
         "sample": run_sample,
         "export": run_export,
         "weights": run_weights,
@@ -149,6 +151,26 @@ def run_train(arguments: list[str]) -> int:
     if code > USERS_MISTAKE:
         print(f"mochi-tune: {last()}; the same command goes on from there", file=sys.stderr)
     return code
+
+
+def run_replay(arguments: list[str]) -> int:
+    """Makes a refused step again; returns 1 if its numbers are not finite this time either."""
+    arguments = [a if "=" in a or a.startswith("-") else f"bundle={a}" for a in arguments]
+    options = plain_options("replay", arguments, REPLAY_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.recipes.replay import main as replay
+
+    made = replay(Path(options["bundle"]), options["device"])
+    for each in made.micro_batches:
+        samples = ", ".join(f"{c} (sigma {s:.3f})" for c, s in zip(each.clips, each.sigmas, strict=True))
+        origin = f"; not finite first: {each.origin}" if each.origin else ""
+        print(f"{samples}: loss {each.loss:.6g}, gradient norm {each.grad_norm:.6g}{origin}")
+    then = made.recorded
+    print(f"step {then['step']} then: loss {then['loss']:.6g}, gradient norm {then['grad_norm']:.6g}")
+    print(f"step {then['step']} now:  loss {made.loss:.6g}, gradient norm {made.grad_norm:.6g}")
+    print(f"attention chooses from: {made.attention}")
+    return 0 if made.is_finite else 1
 
 
 def run_sample(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
 
   mochi-tune prepare conf=NAME [key=value ...]    videos and captions -> cache, once
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
+  mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
                      or prompts=FILE [seeds=[0,1] compare=base parallel.num_processes=N memory=24gb]
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
@@ -25,6 +26,10 @@ EXPORT_OPTIONS = {
     "adapter": (None, "file to convert, in any of the formats"),
     "to": (None, "official (attention layers only), diffusers, comfyui, or native (as `train` writes it)"),
     "out": (None, "new .safetensors file"),
+}
+REPLAY_OPTIONS = {
+    "bundle": (None, "folder that `train` wrote when it refused a step; `bundle=` may be left out"),
+    "device": ("auto", "cpu, cuda or auto"),
 }
 PULL_OPTIONS = {
     "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command goes on where it was cut off"),

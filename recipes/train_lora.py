@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -229,7 +229,8 @@ def train(config: RunConfig, job: Job, device: torch.device, run: Run, features:
                 drawn = {"clips": clips, "sigmas": sigmas}
                 verdict = run.verdict(loss, grad_norm)
                 if verdict in ("not finite", "stop"):
-                    run.refuse_step(verdict, row | drawn, run_dir, config_yaml(config))
+                    facts = {**row, **drawn, "draws": asdict(draws)}
+                    run.refuse_step(verdict, facts, run_dir, config_yaml(config))
                     return 2
                 run.end_step(loss, verdict)
 

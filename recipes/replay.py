@@ -1,0 +1,166 @@
+"""Makes one step of a run again, without its update: the step that a run refused to make, sample by sample."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mochi_tune.config import RunConfig, load_config, weights_folder
+from mochi_tune.data.cache import open_cache
+from mochi_tune.data.dataset import LatentDataset, collate
+from mochi_tune.errors import CheckpointError, DataError
+from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_layers
+from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.training.batches import Draws
+from mochi_tune.training.checkpoint import load_tensors, read_json
+from mochi_tune.training.engine import check_adapter_fits
+from mochi_tune.training.guards import is_finite
+from mochi_tune.training.rng import key_seed
+from mochi_tune.weights import check_weights, load_dit
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of the step that was made again.
+
+    Attributes:
+        clips: paths.
+        sigmas: noise levels.
+        loss: its mean loss.
+        grad_norm: of its own gradients.
+        origin: where the first number that is not finite came up, "" if none did.
+    """
+
+    clips: list[str]
+    sigmas: list[float]
+    loss: float
+    grad_norm: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step that was made again.
+
+    Attributes:
+        recorded: what the run told of the step.
+        micro_batches: one after the other.
+        loss: of the step.
+        grad_norm: of the step, averaged over its micro-batches.
+        attention: kernels that attention may choose from.
+    """
+
+    recorded: dict
+    micro_batches: list[MicroBatch]
+    loss: float
+    grad_norm: float
+    attention: str
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step's numbers are finite this time."""
+        return is_finite(self.loss, self.grad_norm)
+
+
+def main(bundle: Path, device_name: str) -> Replay:
+    """Makes the step of a bundle again, in one process.
+
+    Args:
+        bundle: folder that a run wrote when it refused a step.
+        device_name: "cpu", "cuda" or "auto".
+
+    Raises:
+        MochiTuneError: the bundle is not whole, or its clips or weights are not there any more.
+    """
+    recorded = read_json(bundle / "step.json")
+    needed = ("step", "draws", "clips", "loss", "grad_norm")
+    if missing := [key for key in needed if key not in recorded]:
+        raise CheckpointError(f"{bundle / 'step.json'} has no {', '.join(missing)}: it is no bundle of a run.")
+    config, draws = load_config(str(bundle / "config.yaml"), []), Draws(**recorded["draws"])
+    device = find_device(device_name)
+    dataset, places = find_clips(config, recorded["clips"])
+    dit = load_adapted(config, bundle, device)
+    parameters = lora_parameters(dit)
+    watch = Watch(dit)
+    done, total = [], {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for number in range(draws.num_micro_batches):
+        rows = places[number * draws.batch_size : (number + 1) * draws.batch_size]
+        batch = draws.mixed(collate([dataset[i] for i in rows]), recorded["step"], number)
+        watch.origin = ""
+        loss = draws.loss(dit, batch, device)
+        (loss / draws.num_micro_batches).backward()
+        norms = []
+        for name, parameter in parameters.items():
+            total[name] += parameter.grad
+            norms.append(parameter.grad.norm() * draws.num_micro_batches)
+            parameter.grad = None
+        norm = torch.stack(norms).norm().item()
+        done.append(MicroBatch(batch.clips, batch.sigma.tolist(), loss.item(), norm, watch.origin))
+    loss = sum(each.loss for each in done) / len(done)
+    grad_norm = torch.stack([gradient.norm() for gradient in total.values()]).norm().item()
+    return Replay(recorded, done, loss, grad_norm, attention_kernels())
+
+
+def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list[int]]:
+    """Returns the cache's clips and the numbers of those of a step.
+
+    Raises:
+        DataError: the cache is another one by now.
+    """
+    size = {"num_frames": config.data.num_frames, "height": config.data.height, "width": config.data.width}
+    dataset = LatentDataset(open_cache(Path(config.data.cache), **size))
+    numbers = {row.path: number for number, row in enumerate(dataset.cache.rows)}
+    if gone := sorted(set(paths) - numbers.keys()):
+        raise DataError(f"the cache {config.data.cache} has no clip {gone[0]} any more: put it back to replay its step.")
+    return dataset, [numbers[path] for path in paths]
+
+
+def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Module:
+    """Loads the base with the adapter as it was before the step, in training mode."""
+    folder = weights_folder(config)
+    check_weights(folder, ["dit"])
+    saved = load_tensors(bundle / "adapter.safetensors")
+    dit = load_dit(folder, device, DTYPES[config.model.dtype])
+    layers = select_layers(linear_shapes(dit), config.lora.targets)
+    apply_lora(dit, layers, config.lora.rank, config.lora.alpha, config.lora.dropout, key_seed(config.seed, "adapter"))
+    parameters = lora_parameters(dit)
+    check_adapter_fits(parameters, saved)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
+    return dit.train()
+
+
+class Watch:
+    """Remembers where the first number that is not finite comes up, on the way there or on the way back."""
+
+    def __init__(self, dit: nn.Module) -> None:
+        self.origin = ""
+        for name, module in dit.named_modules():
+            if name:
+                module.register_forward_hook(lambda _module, _inputs, output, name=name: self._look(name, output))
+
+    def _look(self, name: str, output: object) -> None:
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self._note(f"the output of {name}", tensor)
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self._note(f"the gradient of the output of {name}", gradient))
+
+    def _note(self, where: str, tensor: torch.Tensor) -> None:
+        if not self.origin and not bool(tensor.isfinite().all()):
+            self.origin = where
+
+
+def attention_kernels() -> str:
+    """Returns the kernels that attention may choose from here."""
+    if not torch.cuda.is_available():
+        return "the CPU's"
+    backends = torch.backends.cuda
+    enabled = {
+        "flash": backends.flash_sdp_enabled(),
+        "efficient": backends.mem_efficient_sdp_enabled(),
+        "math": backends.math_sdp_enabled(),
+        "cudnn": backends.cudnn_sdp_enabled(),
+    }
+    return ", ".join(name for name, is_on in enabled.items() if is_on)

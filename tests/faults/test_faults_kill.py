@@ -1,0 +1,98 @@
+"""Killed at any instant, a run goes on by the same command as if nothing had happened."""
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from helpers_faults import Disturbance, Program, assert_same_end, newest_checkpoint, rows_of, run_program
+from helpers_road import LORA, road
+
+# Average, validation and epochs that end in the middle of steps: all that a checkpoint must bring back.
+SETTINGS = [
+    *LORA, "train.steps=8", "train.batch_size=2", "train.accumulation_steps=2", "train.checkpoint_every=2",
+    "train.keep_checkpoints=2", "train.ema_decay=0.9", "train.validate_every=4", "train.validation_clips=1",
+]  # fmt: skip
+
+
+def command(run_dir: Path, *more: str) -> list[str]:
+    return ["train", "conf=my_lora", *road(run_dir, *SETTINGS, *more)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run without a fault."""
+    folder = tmp_path_factory.mktemp("straight")
+    code, text = run_program(command(folder / "run"), folder / "out")
+    assert code == 0, text
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory) -> Path:
+    """The run folder of one that was killed in its fourth step: there is one checkpoint, of step 2."""
+    folder = tmp_path_factory.mktemp("halfway")
+    program = Program(command(folder / "run"), folder / "out", Disturbance(sleep_on=str(folder / "run/validation.jsonl")))
+    program.wait_until(lambda: (folder / "run/checkpoints/step_000004/manifest.json").exists())
+    program.send(signal.SIGKILL)
+    program.wait()
+    return folder / "run"
+
+
+def changes_of_a_save(halfway: Path, tmp_path: Path) -> list[tuple[int, str, str]]:
+    """Returns the changes of files of the save of step 6, which removes the checkpoint of step 2, by their numbers."""
+    ours, log = tmp_path / "dry", tmp_path / "changes.jsonl"
+    shutil.copytree(halfway, ours)
+    code, text = run_program(command(ours), tmp_path / "out", Disturbance(str(ours), log=str(log)))
+    assert code == 0, text
+    changes = [(n, event, Path(path).name) for n, event, path in map(json.loads, log.read_text().splitlines())]
+    first = next(n for n, event, name in changes if (event, name) == ("os.mkdir", ".tmp_000006"))
+    last = next(n for n, event, name in changes if (event, name) == ("os.mkdir", ".tmp_000008"))
+    return [change for change in changes if first <= change[0] < last]
+
+
+def test_killed_at_every_write_boundary_of_a_save(straight, halfway, tmp_path):
+    changes = changes_of_a_save(halfway, tmp_path)
+    inside = [(event, name) for _, event, name in changes]
+    for file in ("adapter.safetensors", "averaged.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
+        assert any(name == file for _, name in inside), (file, inside)
+    # Into its place, the old one out of it, and only then emptied.
+    order = [inside.index(e) for e in (("os.rename", ".tmp_000006"), ("os.rename", "step_000002"))]
+    assert order[0] < order[1] < inside.index(("shutil.rmtree", ".trash_000002")) and len(inside) >= 15
+    chosen = []
+    for number, _, _ in changes:
+        ours = tmp_path / f"killed_{number}"
+        shutil.copytree(halfway, ours)
+        code, text = run_program(command(ours), tmp_path / "out", Disturbance(str(ours), kill_at=number))
+        assert code == -signal.SIGKILL, text
+        chosen.append(newest_checkpoint(ours).name)
+        code, text = run_program(command(ours), tmp_path / "out")
+        assert code == 0, text
+        assert_same_end(ours, straight)
+        assert not list((ours / "checkpoints").glob(".*")), "nothing is left of what was broken off"
+        shutil.rmtree(ours)
+    # The one before until the new one is in its place, and never a half one.
+    assert sorted(set(chosen)) == ["step_000004", "step_000006"] and chosen == sorted(chosen)
+
+
+def test_twenty_kills_at_random_end_in_the_adapter_of_the_undisturbed_run(straight, tmp_path):
+    draw = random.Random(5)
+    ours, kills = tmp_path / "run", 0
+    while kills < 20:
+        program = Program(command(ours), tmp_path / "out")
+        program.process.join(draw.uniform(0.0, 1.2))
+        if program.process.exitcode is not None:
+            # It has come to its end before twenty: on with a new one.
+            assert program.wait() == 0, program.text()
+            assert_same_end(ours, straight)
+            shutil.rmtree(ours)
+            continue
+        program.send(signal.SIGKILL)
+        assert program.wait() == -signal.SIGKILL
+        kills += 1
+    code, text = run_program(command(ours), tmp_path / "out")
+    assert code == 0, text
+    assert_same_end(ours, straight)
+    assert [row["step"] for row in rows_of(ours)] == list(range(1, 9))
