@@ -231,9 +231,13 @@ def check_config(config: RunConfig) -> None:
         if value not in allowed:
             possible = ["null" if one is None else one for one in allowed]
             raise ConfigError(f"{key}={value} is not possible: use {' or '.join(possible)}.")
-    for key in ("name", "run_dir", "data.videos", "data.cache", "model.weights"):
+    for key in ("name", "run_dir", "data.videos", "data.cache", "model.weights", "log.project"):
         if not setting(config, key).strip():
             raise ConfigError(f"{key} is empty: name one.")
+    if len(config.log.project) > 128 or set(config.log.project) & set("/\\#?%:"):
+        raise ConfigError(
+            f"log.project={config.log.project} is not possible: up to 128 characters, none of / \\ # ? % :"
+        )
     at_least_one = (
         "train.steps",
         "train.batch_size",

@@ -106,7 +106,9 @@ class LogConfig:
     """Where metrics go besides the console and metrics.jsonl."""
 
     wandb: str = "disabled"
-    wandb_project: str = "mochi-tune"
+    tensorboard: bool = False
+    trackio: bool = False
+    project: str = "mochi-tune"
 
 
 @dataclass

@@ -112,7 +112,9 @@ def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list
     dataset = LatentDataset(open_cache(Path(config.data.cache), **size))
     numbers = {row.path: number for number, row in enumerate(dataset.cache.rows)}
     if gone := sorted(set(paths) - numbers.keys()):
-        raise DataError(f"the cache {config.data.cache} has no clip {gone[0]} any more: put it back to replay its step.")
+        raise DataError(
+            f"the cache {config.data.cache} has no clip {gone[0]} any more: put it back to replay its step."
+        )
     return dataset, [numbers[path] for path in paths]
 
 

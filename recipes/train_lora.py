@@ -42,6 +42,7 @@ from mochi_tune.training.run import Run, merged
 from mochi_tune.training.saves import Saves, adapter_of, made_by, record_start, try_room
 from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.training.signals import Attention, Interrupted, Signals
+from mochi_tune.training.trackers import Trackers, check_trackers
 from mochi_tune.training.validation import held_out, validation_losses
 from mochi_tune.weights import base_identity, check_weights, fingerprint, has_part, load_decoder, load_dit, meta_dit
 
@@ -100,6 +101,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
     dataset, skeleton = LatentDataset(cache), meta_dit(folder)
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     check_installed(train.optimizer)
+    check_trackers(wandb=config.log.wandb, tensorboard=config.log.tensorboard, trackio=config.log.trackio)
     layers = select_layers(linear_shapes(skeleton), config.lora.targets)
     if config.parallel.strategy != "data" and num_processes == 1:
         raise ConfigError(
@@ -128,12 +130,22 @@ def train_locked(config: RunConfig, job: Job, device: torch.device, mesh: Mesh |
     start = from_first(begin(config, job, device) if is_first() else None)
     if start.step >= config.train.steps:
         return 0
-    metrics = start_metrics(config, start) if is_first() else None
-    with metrics or contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        metrics = trackers = None
+        if is_first():
+            run_dir, log = Path(config.run_dir), config.log
+            metrics = stack.enter_context(Metrics(run_dir, start.step))
+            # They follow the files of the metrics, and leave before these are closed.
+            trackers = stack.enter_context(
+                Trackers(
+                    run_dir, start.step, config.name, job.identity["settings"], wandb=log.wandb,
+                    tensorboard=log.tensorboard, trackio=log.trackio, project=log.project,
+                )
+            )  # fmt: skip
         # One large model at a time: T5 leaves before the DiT comes.
         features = encode_prompts(config, job.folder, device)
         run = build_run(config, job, device, mesh, start, metrics)
-        return train(config, job, device, run, features)
+        return train(config, job, device, run, features, trackers)
 
 
 def build_run(
@@ -183,7 +195,9 @@ def build_run(
     return Run(engine, clips, numbers, average, guard, step, step, metrics, saves, adapter_at, identity)
 
 
-def train(config: RunConfig, job: Job, device: torch.device, run: Run, features: list[Tensor]) -> int:
+def train(
+    config: RunConfig, job: Job, device: torch.device, run: Run, features: list[Tensor], trackers: Trackers | None
+) -> int:
     """Trains to the last step, or until it is asked to stop; returns the exit code."""
     settings, draws, engine, run_dir = config.train, job.draws, run.engine, Path(config.run_dir)
     places = ((step, n) for step in range(run.done + 1, settings.steps + 1) for n in run.numbers)
@@ -237,6 +251,7 @@ def train(config: RunConfig, job: Job, device: torch.device, run: Run, features:
                 seconds = round(time.perf_counter() - started, 4)
                 if run.metrics is not None:
                     run.metrics.log(row | {"seconds": seconds} | ({"spike": verdict} if verdict else {}) | drawn)
+                    trackers.check()
                 if verdict:
                     progress.write(f"step {step}: a loss of {loss:.4f}, far above the usual: {verdict}")
                 told = f"loss {loss:.4f}, norm {grad_norm:.3f}, lr {learning_rate:.1e}, {seconds:.2f} s/step"
@@ -287,15 +302,6 @@ def look(config: RunConfig, job: Job, device: torch.device, run: Run, videos: Ev
         if renders_now:
             videos.render(dit, run.done, starts_as_base=True)
     attention()
-
-
-def start_metrics(config: RunConfig, start: Start) -> Metrics:
-    """Opens the files of numbers and starts what sends them on."""
-    run_dir = Path(config.run_dir)
-    metrics = Metrics(run_dir, start.step)
-    if config.log.wandb != "disabled":
-        metrics.start_wandb(config.log.wandb, config.log.wandb_project, config.name, run_dir, flat_settings(config))
-    return metrics
 
 
 def starting_point(config: RunConfig, job: Job, device: torch.device) -> Start:

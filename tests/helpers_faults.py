@@ -32,12 +32,14 @@ class Disturbance:
     Attributes:
         under: only changes of files under this folder count.
         kill_at: the change, counted from 1, before which it is killed; 0: never.
+        kill_before: ending of a path before whose first change it is killed; None: never.
         log: file to which every change is written, one JSON line each; None: none.
         sleep_on: a path whose opening takes for ever; None: none does.
     """
 
     under: str = ""
     kill_at: int = 0
+    kill_before: str | None = None
     log: str | None = None
     sleep_on: str | None = None
 
@@ -116,7 +118,7 @@ def _hook(disturbance: Disturbance) -> Callable[[str, tuple], None]:
         if disturbance.log:
             with _quietly(disturbance.log) as log:
                 log.write(json.dumps([count, event, path]) + "\n")
-        if count == disturbance.kill_at:
+        if count == disturbance.kill_at or (disturbance.kill_before and path.endswith(disturbance.kill_before)):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return hook

@@ -32,13 +32,12 @@ def straight(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def halfway(tmp_path_factory) -> Path:
-    """The run folder of one that was killed in its fourth step: there is one checkpoint, of step 2."""
-    folder = tmp_path_factory.mktemp("halfway")
-    program = Program(command(folder / "run"), folder / "out", Disturbance(sleep_on=str(folder / "run/validation.jsonl")))
-    program.wait_until(lambda: (folder / "run/checkpoints/step_000004/manifest.json").exists())
-    program.send(signal.SIGKILL)
-    program.wait()
-    return folder / "run"
+    """The run folder of one that was killed when it began to save step 6."""
+    run_dir = tmp_path_factory.mktemp("halfway") / "run"
+    disturbance = Disturbance(str(run_dir), kill_before=".tmp_000006")
+    assert run_program(command(run_dir), run_dir.parent / "out", disturbance)[0] == -signal.SIGKILL
+    assert newest_checkpoint(run_dir).name == "step_000004"
+    return run_dir
 
 
 def changes_of_a_save(halfway: Path, tmp_path: Path) -> list[tuple[int, str, str]]:

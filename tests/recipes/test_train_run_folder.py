@@ -111,7 +111,7 @@ def test_wandb_works_offline(tmp_path):
     # A process of its own, as its end is when W&B's service has written everything.
     done = run("train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2", "log.wandb=offline"))
     assert done.returncode == 0, done.stderr
-    [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    [file] = tmp_path.glob("trackers/wandb/offline-run-*/run-*.wandb")
     deadline = time.monotonic() + 30
     while file.stat().st_size <= 1000 and time.monotonic() < deadline:
         time.sleep(0.1)

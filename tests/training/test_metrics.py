@@ -1,6 +1,41 @@
 import json
+import subprocess
+import sys
 
+import pytest
+
+from mochi_tune.errors import TrainingError
 from mochi_tune.training.metrics import Metrics
+
+# No file may grow beyond a limit, which is lifted later: a disk that is full for a while, half rows and all.
+FULL_FOR_A_WHILE = """
+import resource, sys
+from pathlib import Path
+from mochi_tune.training.metrics import Metrics
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+folder = Path(sys.argv[1])
+with Metrics(folder, 0) as metrics:
+    limit(50)
+    for step in (1, 2, 3):
+        metrics.log({"step": step, "loss": step / 10})
+    metrics.log_validation({"step": 3, "validation_loss": 0.5})
+    whole = (folder / "metrics.jsonl").read_text()
+    assert whole == '{"step": 1, "loss": 0.1}\\n{"step": 2, "loss": 0.2}\\n', whole
+    # Rows come in order: what follows one that waits, waits with it.
+    assert not (folder / "validation.jsonl").read_text() and metrics.is_validated(3)
+    try:
+        metrics.flush_to_disk()
+    except OSError as error:
+        print("refused:", error.strerror)
+    limit(resource.RLIM_INFINITY)
+    metrics.log({"step": 4, "loss": 0.4})
+    metrics.flush_to_disk()
+    limit(110)
+    metrics.log({"step": 5, "loss": 0.5})
+"""
 
 
 def test_rows_after_the_checkpoint_and_an_unfinished_line_are_taken_back(tmp_path):
@@ -18,3 +53,23 @@ def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     with Metrics(tmp_path, last_step=0) as metrics:
         metrics.log({"step": 1, "loss": 0.5})
         assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 0.5
+        assert not metrics.is_validated(1)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n')
+    with pytest.raises(TrainingError, match="line 2 is no row"):
+        Metrics(tmp_path, last_step=1)
+
+
+def test_a_row_that_finds_no_space_waits_and_no_file_ends_with_a_half(tmp_path):
+    command = [sys.executable, "-c", FULL_FOR_A_WHILE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "refused: File too large\n"
+    # Once for each time that the disk is full.
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all("metrics.jsonl cannot be written (File too large)" in line for line in lines)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert (tmp_path / "validation.jsonl").read_text() == '{"step": 3, "validation_loss": 0.5}\n'
