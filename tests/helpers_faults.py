@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 from safetensors.torch import load_file
@@ -73,6 +75,19 @@ class Program:
 
     def text(self) -> str:
         return self.out.read_text(errors="replace") if self.out.exists() else ""
+
+
+@cache
+def toy_lesson() -> list[str]:
+    """Returns the settings of a cache of the demo's clips, made once a test session."""
+    from mochi_tune.toy.lesson import write_lesson
+
+    folder = Path(mkdtemp(prefix="mochi_tune_toy_"))
+    write_lesson(folder / "videos", 0)
+    settings = [f"data.videos={folder / 'videos'}", f"data.cache={folder / 'cache'}"]
+    code, text = run_program(["prepare", "conf=toy_lora", *settings], folder / "out")
+    assert code == 0, text
+    return settings
 
 
 def run_program(arguments: list[str], out: Path, disturbance: Disturbance | None = None) -> tuple[int, str]:
