@@ -5,6 +5,8 @@ Python's audit events tell it of every file that it opens for writing, renames o
 itself, or sleep. Nothing in the product knows of this.
 """
 
+import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,15 +37,21 @@ class Disturbance:
         under: only changes of files under this folder count.
         kill_at: the change, counted from 1, before which it is killed; 0: never.
         kill_before: ending of a path before whose first change it is killed; None: never.
+        signal_before: ending of a path before whose first change it gets `signal`.
+        signal: its number.
+        slow: "module:function" that takes `seconds` longer from its call number `slow_from` on.
         log: file to which every change is written, one JSON line each; None: none.
-        sleep_on: a path whose opening takes for ever; None: none does.
     """
 
     under: str = ""
     kill_at: int = 0
     kill_before: str | None = None
+    signal_before: str | None = None
+    signal: int = signal.SIGTERM
+    slow: str | None = None
+    slow_from: int = 1
+    seconds: float = 0.0
     log: str | None = None
-    sleep_on: str | None = None
 
 
 class Program:
@@ -104,25 +112,25 @@ def _run(arguments: list[str], out: str, disturbance: Disturbance) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     torch.set_num_threads(1)
-    if disturbance.under or disturbance.sleep_on:
+    if disturbance.under:
         sys.addaudithook(_hook(disturbance))
+    if disturbance.slow:
+        _slow_down(disturbance)
     from mochi_tune import cli
 
     cli.main(arguments)
 
 
 def _hook(disturbance: Disturbance) -> Callable[[str, tuple], None]:
-    count = 0
+    count, has_signalled = 0, False
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
+        nonlocal count, has_signalled
         if event not in CHANGES:
             return
         path = str(arguments[0])
         if event == "open":
             mode, flags = arguments[1], arguments[2]
-            if path == disturbance.sleep_on:
-                time.sleep(3600)
             is_writing = (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & (os.O_WRONLY | os.O_RDWR)
             # A folder or file opened with O_RDONLY by number is about to be synced.
             if not is_writing and not (mode is None and not path.endswith(".json")):
@@ -135,8 +143,26 @@ def _hook(disturbance: Disturbance) -> Callable[[str, tuple], None]:
                 log.write(json.dumps([count, event, path]) + "\n")
         if count == disturbance.kill_at or (disturbance.kill_before and path.endswith(disturbance.kill_before)):
             os.kill(os.getpid(), signal.SIGKILL)
+        if not has_signalled and disturbance.signal_before and path.endswith(disturbance.signal_before):
+            has_signalled = True
+            os.kill(os.getpid(), disturbance.signal)
 
     return hook
+
+
+def _slow_down(disturbance: Disturbance) -> None:
+    """Makes a function of a module take longer; what it does stays what it is."""
+    module, _, name = disturbance.slow.partition(":")
+    module = importlib.import_module(module)
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def slowly(*arguments, **options):
+        if next(calls) >= disturbance.slow_from:
+            sys.stderr.write(f"slow: {name}\n")
+            time.sleep(disturbance.seconds)
+        return function(*arguments, **options)
+
+    setattr(module, name, slowly)
 
 
 def _quietly(path: str):

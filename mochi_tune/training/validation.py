@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.flow import noisy_and_target, velocity_loss
+from mochi_tune.parallel.ranks import is_first
 from mochi_tune.training.rng import keyed_generator
 
 # The middles of four bins of noise levels.
@@ -51,8 +53,9 @@ def validation_losses(
     """
     dit.eval()
     losses = torch.zeros(len(indices), len(SIGMAS))
+    clips = tqdm(indices, desc="validation", unit="clip", leave=False, disable=not is_first())
     try:
-        for row, index in enumerate(indices):
+        for row, index in enumerate(clips):
             attend()
             batch = collate([dataset[index]])
             noise = torch.randn(batch["mean"].shape, generator=keyed_generator(seed, "validation", index))
