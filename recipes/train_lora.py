@@ -135,6 +135,7 @@ def train_locked(config: RunConfig, job: Job, device: torch.device, mesh: Mesh |
         if is_first():
             run_dir, log = Path(config.run_dir), config.log
             metrics = stack.enter_context(Metrics(run_dir, start.step))
+            check_rows(metrics, start)
             # They follow the files of the metrics, and leave before these are closed.
             trackers = stack.enter_context(
                 Trackers(
@@ -333,6 +334,13 @@ def begin(config: RunConfig, job: Job, device: torch.device) -> Start:
     (run_dir / "config.yaml").write_text(config_yaml(config))
     record_start(run_dir, {"from_step": start.step, "changed": start.changed, **now})
     return start
+
+
+def check_rows(metrics: Metrics, start: Start) -> None:
+    """Tells of rows that a checkpoint vouches for and that somebody has taken away or added."""
+    found, saved = metrics.num_rows()["metrics"], start.state.get("rows", {}).get("metrics", 0)
+    if found != saved:
+        tqdm.write(f"{metrics.paths['metrics']} has {found} rows up to step {start.step}, and had {saved}")
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:

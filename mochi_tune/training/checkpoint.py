@@ -7,6 +7,7 @@ so of them only the seed, the step and a proof that this torch still draws the s
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -39,7 +40,7 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
     try:
         yield temporary
         files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, {"step": step, "sha256": files})
+        write_json(temporary / MANIFEST, manifest_of(step, files))
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
         if final.exists():
@@ -50,6 +51,12 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     clear_leftovers(folder)
+
+
+def manifest_of(step: int, files: Mapping[str, str]) -> dict:
+    """Returns a checkpoint's manifest: its step, the sha256 of each file by name, and a sum over both."""
+    whole = json.dumps([step, sorted(files.items())]).encode()
+    return {"step": step, "sha256": dict(files), "sum": hashlib.sha256(whole).hexdigest()}
 
 
 def clear_leftovers(folder: Path) -> list[str]:
@@ -121,9 +128,11 @@ def damage_of(checkpoint: Path) -> str:
     Raises:
         CheckpointError: it has no whole manifest.
     """
-    expected = read_json(checkpoint / MANIFEST).get("sha256")
-    if not isinstance(expected, dict) or not expected:
-        return f"{checkpoint / MANIFEST} lists no files"
+    manifest = read_json(checkpoint / MANIFEST)
+    step, expected = manifest.get("step"), manifest.get("sha256")
+    is_whole = isinstance(expected, dict) and all(isinstance(value, str) for value in expected.values())
+    if not is_whole or manifest != manifest_of(step, expected):
+        return f"{checkpoint} is damaged: {MANIFEST!r} is not what was saved"
     found = {p.name: file_sha256(p) if p.is_file() else None for p in checkpoint.iterdir() if p.name != MANIFEST}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return f"{checkpoint} is damaged: {', '.join(map(repr, wrong))} is not what was saved" if wrong else ""

@@ -21,6 +21,7 @@ from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD, to_latents
 from mochi_tune.recipes.train_lora import main
 from mochi_tune.training.batches import Draws
+from mochi_tune.training.checkpoint import manifest_of
 from mochi_tune.training.guards import is_finite
 from mochi_tune.training.validation import validation_losses
 from mochi_tune.weights import load_dit
@@ -235,8 +236,8 @@ def test_a_run_does_not_go_on_from_another_cache_or_base(one_step, tmp_path, par
     state, manifest = json.loads(state_file.read_text()), json.loads(manifest_file.read_text())
     state[part] = "0" * len(state[part])
     state_file.write_text(json.dumps(state))
-    manifest["sha256"]["state.json"] = hashlib.sha256(state_file.read_bytes()).hexdigest()
-    manifest_file.write_text(json.dumps(manifest))
+    sums = manifest["sha256"] | {"state.json": hashlib.sha256(state_file.read_bytes()).hexdigest()}
+    manifest_file.write_text(json.dumps(manifest_of(1, sums)))
     with pytest.raises(TrainingError, match=f"the {part} is another one.*run_dir=DIR"):
         train(run_dir, "train.steps=2")
     assert len(read_rows(run_dir / "metrics.jsonl")) == 1
