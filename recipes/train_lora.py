@@ -244,7 +244,7 @@ def train(
                 drawn = {"clips": clips, "sigmas": sigmas}
                 verdict = run.verdict(loss, grad_norm)
                 if verdict in ("not finite", "stop"):
-                    facts = {**row, **drawn, "draws": asdict(draws)}
+                    facts = {**row, **drawn, "seed": config.seed, "draws": asdict(draws)}
                     run.refuse_step(verdict, facts, run_dir, config_yaml(config))
                     return 2
                 run.end_step(loss, verdict)

@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -41,6 +42,7 @@ class Disturbance:
         signal: its number.
         slow: "module:function" that takes `seconds` longer from its call number `slow_from` on.
         log: file to which every change is written, one JSON line each; None: none.
+        file_bytes: size beyond which none of its files may grow, as on a full disk; None: any.
     """
 
     under: str = ""
@@ -52,6 +54,7 @@ class Disturbance:
     slow_from: int = 1
     seconds: float = 0.0
     log: str | None = None
+    file_bytes: int | None = None
 
 
 class Program:
@@ -114,6 +117,8 @@ def _run(arguments: list[str], out: str, disturbance: Disturbance) -> None:
     torch.set_num_threads(1)
     if disturbance.under:
         sys.addaudithook(_hook(disturbance))
+    if disturbance.file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (disturbance.file_bytes, resource.RLIM_INFINITY))
     if disturbance.slow:
         _slow_down(disturbance)
     from mochi_tune import cli

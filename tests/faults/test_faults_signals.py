@@ -19,7 +19,7 @@ SETTINGS = [
 # Slow enough for a signal to come in the middle, and still over in time.
 VALIDATION = Disturbance(slow="mochi_tune.training.validation:collate", slow_from=4, seconds=1.0)
 DECODING = Disturbance(slow="mochi_tune.training.eval_videos:to_vae_latents", slow_from=3, seconds=1.0)
-STEP = Disturbance(slow="mochi_tune.training.run:merged", slow_from=3, seconds=0.5)
+STEP = Disturbance(slow="mochi_tune.recipes.train_lora:merged", slow_from=3, seconds=0.5)
 
 
 def command(run_dir: Path, *more: str) -> list[str]:
@@ -149,7 +149,7 @@ def test_sigusr1_in_a_look_saves_the_step_that_is_done(straight, tmp_path):
 
 def test_a_second_sigterm_ends_at_once(straight, tmp_path):
     run_dir = tmp_path / "run"
-    hang = Disturbance(slow="mochi_tune.training.run:merged", slow_from=4, seconds=3600)
+    hang = Disturbance(slow="mochi_tune.recipes.train_lora:merged", slow_from=4, seconds=3600)
     program = Program(command(run_dir, "train.checkpoint_every=2"), tmp_path / "out", hang)
     program.wait_until(lambda: "slow: merged" in program.text())
     program.send(signal.SIGTERM)
