@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 from mochi_tune.errors import ConfigError
+from mochi_tune.lora_config import check_lora
 from mochi_tune.settings import MemoryConfig, RunConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ TYPE_NAMES = {
     list[str]: 'a list, ["a", "b"]',
     list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
     list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
+    dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
+    dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
 }
 
 
@@ -55,12 +58,17 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
 
     path = find_config(name)
     overrides = [check_override(override) for override in overrides]
+    # Hydra's grammar has no quotes in the keys of a mapping, and patterns need them.
+    mappings = {key: read_mapping(key, value) for key, _, value in (o.partition("=") for o in overrides) if is_map(key)}
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     searchpath = f"hydra.searchpath=[{_quote(f'file://{packaged_folder()}')}]"
     try:
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            composed = compose(path.stem, overrides=[searchpath, *overrides])
+            others = [override for override in overrides if not is_map(override.partition("=")[0])]
+            composed = compose(path.stem, overrides=[searchpath, *others])
         typed = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        for key, mapping in mappings.items():
+            OmegaConf.update(typed, key, mapping, merge=False)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             raise ConfigError(f"{path} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`.")
@@ -149,6 +157,28 @@ def check_override(override: str) -> str:
     return f"{key}={value}"
 
 
+def is_map(key: str) -> bool:
+    """Whether a setting is a mapping."""
+    return get_origin(known_keys().get(key)) is dict
+
+
+def read_mapping(key: str, value: str) -> dict[str, Any]:
+    """Reads a mapping as YAML does, which a given one stands for whole.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    from yaml import YAMLError, safe_load
+
+    try:
+        mapping = safe_load(value)
+    except YAMLError:
+        mapping = None
+    if not isinstance(mapping, dict) or not all(isinstance(pattern, str) for pattern in mapping):
+        raise ConfigError(f"{key}={value} does not fit: it takes {TYPE_NAMES[known_keys()[key]]}.")
+    return mapping
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """Returns a hint at the known key that is most like `key`, or at where to find them all."""
     known = list(known)
@@ -175,6 +205,8 @@ def _explain(error: BaseException, path: Path, overrides: list[str]) -> str:
     keys = known_keys()
     full_key = re.search(r"full_key: (\S+)", text)
     key = full_key[1] if full_key else None
+    # Of a mapping, the entry is named: its setting is what is known.
+    key = next((known for known in keys if key and is_map(known) and key.startswith(known)), key)
     unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
     if unknown:
         key = key or unknown[1]
@@ -249,6 +281,7 @@ def check_config(config: RunConfig) -> None:
             value = setting(config, key)
             if value is not None and not fits(value):
                 raise ConfigError(f"{key}={value} is not possible: it must be {allowed}.")
+    check_lora(config)
     sampler_settings(config)
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from mochi_tune.adapters import Adapter, check_adapter, load_adapter
+from mochi_tune.adapters import Adapter, check_adapter, check_strengths, load_adapter
 from mochi_tune.config import RunConfig, weights_folder
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder, write_whole
@@ -109,6 +109,7 @@ def check(config: RunConfig, num_ranks: int) -> Job:
         adapter = load_adapter(path)
         check_adapter(adapter, shapes, identity)
         adapters.append((path, strength, adapter))
+    check_strengths([(adapter, strength) for _, strength, adapter in adapters])
     if config.sample.compare and not any(strength for _, strength, _ in adapters):
         raise ConfigError(
             "sample.compare=base has no adapter to compare with: name adapter=FILE, of a strength other than 0."
