@@ -10,9 +10,9 @@
 In memory there is one form only: official names, fp32. Every export but the native one has alpha / rank multiplied
 into B, so that a runtime gets the same weights whether it looks for an alpha or not.
 
-The magnitudes of a DoRA are `LAYER.lora_magnitude` in native files and `MODULE.lora_magnitude_vector` in diffusers'. The
-official layout has none. ComfyUI's `dora_scale` is another thing: it multiplies rows divided by the base's lengths, not
-by those of the adapted rows, so that no file gives what was trained.
+The magnitudes of a DoRA are `LAYER.lora_magnitude` in native files, `MODULE.lora_magnitude_vector` in diffusers'. The
+official layout has none. ComfyUI's `dora_scale` is another thing: it multiplies rows divided by the base's lengths,
+not by those of the adapted rows, so that no file gives what was trained.
 Source: comfyanonymous/ComfyUI@9c0cf36 comfy/weight_adapter/base.py (weight_decompose); Comfy-Org/ComfyUI pull 15458.
 """
 
@@ -20,8 +20,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,7 +53,6 @@ __all__ = [
     "LoraLayer",
     "check_adapter",
     "check_format",
-    "check_strengths",
     "delta_weight",
     "load_adapter",
     "save_adapter",
@@ -87,11 +85,6 @@ class Adapter:
     def is_dora(self) -> bool:
         """Whether its layers have magnitudes."""
         return any(layer.magnitude is not None for layer in self.layers.values())
-
-    def scaled(self, strength: float) -> dict[str, LoraLayer]:
-        """Returns the layers with their change multiplied, as `lora.apply_adapter` takes them."""
-        assert strength == 1 or not self.is_dora, "a DoRA has one strength"
-        return {name: replace(layer, alpha=strength * layer.alpha) for name, layer in self.layers.items()}
 
 
 def check_format(to: str) -> None:
@@ -129,22 +122,6 @@ def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fin
         raise CheckpointError(
             f"{adapter} was trained on another base: {some(wrong, '; ')}: use the weights that it was trained on."
         )
-
-
-def check_strengths(adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Refuses what a DoRA cannot be: half applied, or one of several, as it sets the lengths of the base's rows.
-
-    Raises:
-        ConfigError: a DoRA that is applied has another strength than 1, or is not alone.
-    """
-    live = [(adapter, strength) for adapter, strength in adapters if strength]
-    for adapter, strength in live:
-        if adapter.is_dora and (strength != 1 or len(live) > 1):
-            beside = f"strength {strength:g}" if strength != 1 else "another adapter beside it"
-            raise ConfigError(
-                f"{adapter} is a DoRA, which sets the length of each row, and does not go with {beside}: "
-                "use it alone with adapter_strength=1."
-            )
 
 
 def load_adapter(path: Path | str) -> Adapter:

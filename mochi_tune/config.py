@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import TYPE_CHECKING, Any
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.lora_config import check_lora
+from mochi_tune.lora_config import PATTERN_KEYS, PATTERN_TYPES, check_lora, read_patterns
 from mochi_tune.settings import MemoryConfig, RunConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ TYPE_NAMES = {
     list[str]: 'a list, ["a", "b"]',
     list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
     list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
-    dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
-    dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
+    **PATTERN_TYPES,
 }
 
 
@@ -58,16 +57,16 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
 
     path = find_config(name)
     overrides = [check_override(override) for override in overrides]
-    # Hydra's grammar has no quotes in the keys of a mapping, and patterns need them.
-    mappings = {key: read_mapping(key, value) for key, _, value in (o.partition("=") for o in overrides) if is_map(key)}
+    given = [override.partition("=") for override in overrides]
+    patterns = {key: read_patterns(key, value) for key, _, value in given if key in PATTERN_KEYS}
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     searchpath = f"hydra.searchpath=[{_quote(f'file://{packaged_folder()}')}]"
     try:
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            others = [override for override in overrides if not is_map(override.partition("=")[0])]
+            others = ["".join(parts) for parts in given if parts[0] not in PATTERN_KEYS]
             composed = compose(path.stem, overrides=[searchpath, *others])
         typed = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
-        for key, mapping in mappings.items():
+        for key, mapping in patterns.items():
             OmegaConf.update(typed, key, mapping, merge=False)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
@@ -157,28 +156,6 @@ def check_override(override: str) -> str:
     return f"{key}={value}"
 
 
-def is_map(key: str) -> bool:
-    """Whether a setting is a mapping."""
-    return get_origin(known_keys().get(key)) is dict
-
-
-def read_mapping(key: str, value: str) -> dict[str, Any]:
-    """Reads a mapping as YAML does, which a given one stands for whole.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    from yaml import YAMLError, safe_load
-
-    try:
-        mapping = safe_load(value)
-    except YAMLError:
-        mapping = None
-    if not isinstance(mapping, dict) or not all(isinstance(pattern, str) for pattern in mapping):
-        raise ConfigError(f"{key}={value} does not fit: it takes {TYPE_NAMES[known_keys()[key]]}.")
-    return mapping
-
-
 def nearest(key: str, known: Iterable[str]) -> str:
     """Returns a hint at the known key that is most like `key`, or at where to find them all."""
     known = list(known)
@@ -205,8 +182,8 @@ def _explain(error: BaseException, path: Path, overrides: list[str]) -> str:
     keys = known_keys()
     full_key = re.search(r"full_key: (\S+)", text)
     key = full_key[1] if full_key else None
-    # Of a mapping, the entry is named: its setting is what is known.
-    key = next((known for known in keys if key and is_map(known) and key.startswith(known)), key)
+    # Where it is a pattern that is named, its setting is what is known.
+    key = next((known for known in PATTERN_KEYS if key and key.startswith(known)), key)
     unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
     if unknown:
         key = key or unknown[1]

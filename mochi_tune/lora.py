@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.lora_layout import LoraLayer, kind_of, some
 
+Number = TypeVar("Number", int, float)
 # A parameter of the trainable adapter, as peft names it; ours ends at the group.
 _PARAMETER = re.compile(r"(.+\.lora_(?:A|B|magnitude))(?:_vector)?\.default\.weight")
 
@@ -86,7 +88,7 @@ def layer_settings(
         rslora: whether scales are alpha / sqrt(rank).
 
     Raises:
-        ConfigError: a pattern is no regular expression or matches no chosen layer, or two give a layer different values.
+        ConfigError: a pattern is no regular expression or matches no chosen layer, or two differ about a layer.
     """
     ranks = _by_pattern("lora.rank_pattern", layers, rank_pattern or {})
     alphas = _by_pattern("lora.alpha_pattern", layers, alpha_pattern or {})
@@ -160,8 +162,8 @@ def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSet
 def start_from(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """Puts an adapter into the trainable one, so that the model computes what it does with that adapter.
 
-    Where the trainable rank is larger, the other components stay as they are: A random, B zero. A scale that differs goes
-    into B. As a DoRA, a plain LoRA starts with the lengths that its rows have.
+    Where the trainable rank is larger, the other components stay as they are: A random, B zero. A scale that differs
+    goes into B. As a DoRA, a plain LoRA starts with the lengths that its rows have.
 
     Args:
         dit: with the adapter of `apply_lora`, untrained.
@@ -178,26 +180,58 @@ def start_from(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
             _measure_magnitude(module)
 
 
-def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str) -> None:
+class StretchedLinear(nn.Module):
+    """A base's Linear whose rows count more or less while a DoRA is on.
+
+    Its names are what others look for: peft for a `base_layer`; those who move or cut up a base for `.lora_`, to let
+    the adapters be. A hook in its place would be missed by compiled code, which does not check for hooks.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = linear
+        self.lora_stretch = nn.Parameter(torch.ones(linear.out_features, device=linear.weight.device), False)
+        self.is_on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the Linear's output, the bias as it is and the rest stretched, in the output's dtype."""
+        output = self.base_layer(x)
+        if not self.is_on:
+            return output
+        stretched = output * self.lora_stretch
+        if self.base_layer.bias is not None:
+            stretched = stretched + (1 - self.lora_stretch) * self.base_layer.bias
+        return stretched.to(output.dtype)
+
+
+def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: float = 1.0) -> None:
     """Freezes the model and adds an adapter's layers beside those already there; the base weights stay as they are.
 
+    Each adapter adds strength * (W' - W) to a weight W, where W' is what it was trained to be.
+
     Args:
-        dit: the model.
-        layers: any strength included; those of a DoRA only where no other adapter is.
+        dit: the model, its weights whole.
+        layers: of the adapter.
         name: tells several adapters apart.
+        strength: 1 is as trained.
     """
     dit.requires_grad_(False)
-    dora = any(layer.magnitude is not None for layer in layers.values())
-    _inject(dit, name, {layer: (each.rank, each.alpha) for layer, each in layers.items()}, dora)
+    _inject(dit, name, {layer: (each.rank, strength * each.alpha) for layer, each in layers.items()}, dora=False)
     for layer, each in layers.items():
         module = dit.get_submodule(layer)
-        module.lora_A[name].weight.data.copy_(each.a)
-        module.lora_B[name].weight.data.copy_(each.b)
-        if dora:
-            module.lora_magnitude_vector[name].weight.data.copy_(each.magnitude)
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        a.data.copy_(each.a)
+        b.data.copy_(each.b)
+        if each.magnitude is not None:
+            # W' = factor * (W + scale * B A): a row of B is as fixed now as the rest, and takes its factor.
+            changed = _base_weight(module) + each.scale * b @ a
+            factor = each.magnitude.to(b.device) / changed.norm(dim=1)
+            b.data *= factor[:, None]
+            if not isinstance(module.base_layer, StretchedLinear):
+                module.base_layer = StretchedLinear(module.base_layer)
+            module.base_layer.lora_stretch.data += strength * (factor - 1)
     for module in dit.modules():
         if hasattr(module, "lora_A"):
-            assert len(module.lora_A) == 1 or not module.lora_magnitude_vector, "a DoRA is alone"
             # Injecting one adapter makes it the only active one, in layers of other adapters too.
             module.set_adapter(list(module.lora_A))
     dit.requires_grad_(False)
@@ -208,6 +242,8 @@ def switch_adapters(dit: nn.Module, on: bool) -> None:
     for module in dit.modules():
         if hasattr(module, "lora_A"):
             module.enable_adapters(on)
+        if isinstance(module, StretchedLinear):
+            module.is_on = on
 
 
 def lora_parameters(dit: nn.Module) -> dict[str, nn.Parameter]:
@@ -243,7 +279,7 @@ def _matching(setting: str, names: Sequence[str], pattern: str) -> list[str]:
     raise ConfigError(f"{setting}: {pattern!r} matches no {which} are blocks.N.{{{', '.join(kinds)}}}{hint}.")
 
 
-def _by_pattern(setting: str, layers: Sequence[str], patterns: Mapping[str, float]) -> dict[str, float]:
+def _by_pattern(setting: str, layers: Sequence[str], patterns: Mapping[str, Number]) -> dict[str, Number]:
     found: dict[str, str] = {}
     for pattern, value in patterns.items():
         for layer in _matching(setting, layers, pattern):
@@ -275,7 +311,13 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
         module = dit.get_submodule(layer)
         for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
             if name in part:
-                part[name].to(dtype=torch.float32, device=module.base_layer.weight.device)
+                part[name].to(dtype=torch.float32, device=module.get_base_layer().weight.device)
+
+
+def _base_weight(module: nn.Module) -> Tensor:
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module.get_base_layer()).detach().float()
 
 
 @torch.no_grad()
@@ -285,9 +327,6 @@ def _measure_magnitude(module: nn.Module) -> None:
     Measured in fp32 by the code that measures them in each forward pass: peft starts from lengths rounded to bf16.
     Source: huggingface/peft@0.21.2 tuners/lora/dora.py (update_layer, forward).
     """
-    from peft.utils.integrations import dequantize_module_weight
-
     dora = module.lora_magnitude_vector["default"]
     change = dora.get_lora_weight(module.lora_A["default"], module.lora_B["default"])
-    weight = dequantize_module_weight(module.get_base_layer()).to(change.dtype)
-    dora.weight.copy_(dora.get_weight_norm(weight, change, module.scaling["default"]))
+    dora.weight.copy_(dora.get_weight_norm(_base_weight(module), change, module.scaling["default"]))

@@ -1,13 +1,38 @@
 """What a run's settings say of its adapter: checked, and worked out layer by layer."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.settings import RunConfig
+from mochi_tune.settings import LoraConfig, RunConfig
 
 if TYPE_CHECKING:
     from mochi_tune.lora import LayerSettings
+
+# What settings by pattern take.
+PATTERN_TYPES = {
+    dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
+    dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
+}
+PATTERN_KEYS = {f"lora.{entry.name}": entry.type for entry in fields(LoraConfig) if entry.type in PATTERN_TYPES}
+
+
+def read_patterns(key: str, value: str) -> dict[str, Any]:
+    """Reads a setting by pattern from the command line as YAML: Hydra's grammar has no quotes in a mapping's keys.
+
+    Raises:
+        ConfigError: it is no mapping of texts.
+    """
+    from yaml import YAMLError, safe_load
+
+    try:
+        patterns = safe_load(value)
+    except YAMLError:
+        patterns = None
+    if not isinstance(patterns, dict) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{key}={value} does not fit: it takes {PATTERN_TYPES[PATTERN_KEYS[key]]}.")
+    return patterns
 
 
 def check_lora(config: RunConfig) -> None:

@@ -34,7 +34,7 @@ def prepare_dit(
     device: torch.device,
     dtype: torch.dtype,
     place: str,
-    adapters: Mapping[str, dict[str, LoraLayer]],
+    adapters: Mapping[str, tuple[dict[str, LoraLayer], float]],
     mesh: Mesh | None,
     is_compiled: bool = False,
 ) -> AsymmDiT:
@@ -45,7 +45,7 @@ def prepare_dit(
         device: where it computes.
         dtype: of the matrices.
         place: one of DIT_PLACES.
-        adapters: layers by their names, strength included, by a name for each adapter.
+        adapters: layers by their names, and the strength, by a name for each adapter.
         mesh: of the ranks; None for one process.
         is_compiled: whether the blocks' arithmetic between matrix products is fused.
     """
@@ -56,9 +56,9 @@ def prepare_dit(
         if place in PRECISIONS:
             quantize_block(block, place)
         prefix = f"blocks.{list(dit.blocks).index(block)}."
-        for name, layers in adapters.items():
+        for name, (layers, strength) in adapters.items():
             if own := {layer: change for layer, change in layers.items() if layer.startswith(prefix)}:
-                apply_adapter(dit, own, name)
+                apply_adapter(dit, own, name, strength)
         if place == "shard" and mesh is not None:
             shard_block(block, mesh.video_mesh)
 

@@ -106,7 +106,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
     dtype = DTYPES[bench.dtype]
     with torch.device("meta"):
-        adapters = {"adapter": random_layers(AsymmDiT(config), bench.lora_rank)} if bench.lora_rank else {}
+        adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0)} if bench.lora_rank else {}
     load = functools.partial(random_model, config)
     dit = prepare_dit(load, device, dtype, bench.dit, adapters, mesh, bench.compile)
     told, untold = torch.randn(2, PROMPT_TOKENS, config.t5_feat_dim, dtype=dtype)
@@ -204,7 +204,7 @@ def reduced(config: Any, depth: int | None) -> tuple[Any, Any]:
 
 
 def random_layers(dit: AsymmDiT, rank: int) -> dict[str, LoraLayer]:
-    """Returns a random adapter for every attention layer, as `Adapter.scaled` would."""
+    """Returns a random adapter for every attention layer."""
     shapes = {name: shape for name, shape in linear_shapes(dit).items() if ".attn." in name}
     with torch.device("cpu"):
         return {

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from mochi_tune.adapters import Adapter, check_adapter, check_strengths, load_adapter
+from mochi_tune.adapters import Adapter, check_adapter, load_adapter
 from mochi_tune.config import RunConfig, weights_folder
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder, write_whole
@@ -109,7 +109,6 @@ def check(config: RunConfig, num_ranks: int) -> Job:
         adapter = load_adapter(path)
         check_adapter(adapter, shapes, identity)
         adapters.append((path, strength, adapter))
-    check_strengths([(adapter, strength) for _, strength, adapter in adapters])
     if config.sample.compare and not any(strength for _, strength, _ in adapters):
         raise ConfigError(
             "sample.compare=base has no adapter to compare with: name adapter=FILE, of a strength other than 0."
@@ -163,7 +162,7 @@ def render(
     is_quiet: bool,
 ) -> list[dict[str, Tensor]]:
     """Renders requests to latents on the CPU, "base" and "adapted" or one of them; what is finished at a Ctrl-C."""
-    live = {f"adapter_{i}": a.scaled(strength) for i, (_, strength, a) in enumerate(job.adapters) if strength}
+    live = {f"adapter_{i}": (a.layers, strength) for i, (_, strength, a) in enumerate(job.adapters) if strength}
     load = functools.partial(load_dit, job.folder)
     dit = prepare_dit(load, device, dtype, config.memory.dit, live, mesh, config.sample.compile)
     kinds = (["base"] if config.sample.compare or not live else []) + (["adapted"] if live else [])

@@ -192,7 +192,8 @@ def test_a_choice_of_projections_leaves_the_others_at_zero(tmp_path, shared):
 
 def test_a_dora_of_some_projections_is_refused(tmp_path):
     tensors = split_tensors(("to_q", "to_v"))
-    tensors |= {key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(192) for key in tensors if "_A" in key}
+    names = [key.removesuffix("A.weight") for key in tensors if key.endswith("A.weight")]
+    tensors |= {f"{name}magnitude_vector": torch.ones(192) for name in names}
     with pytest.raises(CheckpointError, match=r"attn\.qkv_x: a DoRA of only some of q, k and v .*: adapt all three\."):
         load_adapter(write(tmp_path / "a.safetensors", tensors))
 

@@ -121,7 +121,7 @@ def drop_padding(layer: LoraLayer) -> LoraLayer:
 
 
 def split_layers(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
-    """Turns official layers into diffusers' modules, baked: each part has the layer's A, and its own rows of the rest."""
+    """Turns official layers into diffusers' modules, baked: each part has the layer's A, and its rows of the rest."""
     modules = {}
     for name, layer in layers.items():
         parts = DIFFUSERS_KINDS[kind_of(name)]

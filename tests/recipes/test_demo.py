@@ -67,7 +67,7 @@ def test_the_adapter_file_is_what_was_trained(lesson):
     merged = validation_loss(config, dit, dataset)
     assert merged == pytest.approx(validation_rows(out)[-1]["validation_loss"], rel=1e-4)
     live = load_dit(weights_folder(config), "cpu", torch.float32)
-    apply_adapter(live, adapter.scaled(1.0), "lesson")
+    apply_adapter(live, adapter.layers, "lesson")
     read = validation_loss(config, live, dataset)
     assert read == pytest.approx(merged, rel=1e-4)
 
@@ -109,7 +109,7 @@ def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):
     for adapter in (None, load_adapter(Path(made["adapter"]))):
         dit = load_dit(folder, "cpu", torch.float32)
         if adapter:
-            apply_adapter(dit, adapter.scaled(0.0), "lesson")
+            apply_adapter(dit, adapter.layers, "lesson", 0.0)
         clips.append(render_words(words, dit, text, decoder, sampler_settings(config), 1))
     assert torch.equal(*clips)
     shown = {row["strength"]: row["new"] for row in figures["by_strength"]}
