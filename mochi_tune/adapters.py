@@ -9,11 +9,15 @@
 
 In memory there is one form only: official names, fp32. Every export but the native one has alpha / rank multiplied
 into B, so that a runtime gets the same weights whether it looks for an alpha or not.
+
+The magnitudes of a DoRA are `LAYER.lora_magnitude` in native files, `MODULE.lora_magnitude_vector` in diffusers'. The
+official layout has none. ComfyUI's `dora_scale` is another thing: it multiplies rows divided by the base's lengths,
+not by those of the adapted rows, so that no file gives what was trained.
+Source: comfyanonymous/ComfyUI@9c0cf36 comfy/weight_adapter/base.py (weight_decompose); Comfy-Org/ComfyUI pull 15458.
 """
 
 import difflib
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -21,14 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
+from mochi_tune.adapter_reading import is_split, read_layers
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.lora_layout import (
     DIFFUSERS_KINDS,
-    OFFICIAL_KINDS,
     TEXT_UPDATE_KINDS,
     LoraLayer,
     bake,
@@ -60,10 +62,6 @@ FORMATS = ("official", "diffusers", "comfyui", "native")
 
 # What belongs to one layout and must not survive a conversion.
 _LAYOUT_METADATA = ("format", "kwargs", "alphas", "lora_adapter_metadata")
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?(?P<module>(?:transformer_)?blocks\.(?:0|[1-9]\d{0,2})\..+?)"
-    r"\.(?:(?P<half>lora_[AB])(?:\.weight)?|(?P<alpha>alpha))"
-)
 
 
 @dataclass
@@ -83,9 +81,10 @@ class Adapter:
     def __str__(self) -> str:
         return f"adapter {self.path}" if self.path else "the adapter"
 
-    def scaled(self, strength: float) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """Returns A, B and the scale of their product for each layer, as `lora.apply_adapter` takes them."""
-        return {name: (x.a, x.b, strength * x.alpha / x.a.shape[0]) for name, x in self.layers.items()}
+    @property
+    def is_dora(self) -> bool:
+        """Whether its layers have magnitudes."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
 
 
 def check_format(to: str) -> None:
@@ -136,22 +135,16 @@ def load_adapter(path: Path | str) -> Adapter:
             that is missing or does not fit, non-finite weights, or nothing but zeros.
     """
     path = Path(path)
-    tensors, metadata = _read(path)
+    trained, metadata = read_layers(path)
     try:
-        modules = _group_keys(tensors)
-        alphas = _read_alphas(modules, metadata)
-        trained = {}
-        for name, halves in modules.items():
-            trained[name] = LoraLayer(halves["lora_A"].float(), halves["lora_B"].float(), alphas[name])
-            check_layer(name, trained[name])
-        layers = fuse_layers(trained) if _is_split(trained) else trained
+        layers = fuse_layers(trained) if is_split(trained) else trained
     except CheckpointError as error:
         raise CheckpointError(f"adapter {path}: {error}") from error
     layers = {name: kept for name, layer in layers.items() if (kept := drop_padding(layer)).rank}
     if not layers:
         raise CheckpointError(f"adapter {path} holds nothing but zeros, so it changes nothing: use another file.")
     carried = {key: value for key, value in metadata.items() if key not in _LAYOUT_METADATA}
-    used = trained if _is_split(trained) else layers
+    used = trained if is_split(trained) else layers
     return Adapter(layers, {**_describe(layers, used), **carried}, path)
 
 
@@ -181,11 +174,14 @@ def save_adapter(path: Path | str, adapter: Adapter, to: str = "native") -> dict
     for name, layer in adapter.layers.items():
         check_layer(name, layer)
     layers, layout_metadata = _lay_out(adapter, to)
-    suffix = ".weight" if to == "diffusers" else ""
+    keys = ("lora_A", "lora_B", "lora_magnitude")
+    if to == "diffusers":
+        keys = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     tensors = {}
     for name, layer in layers.items():
-        for half, tensor in (("lora_A", layer.a), ("lora_B", layer.b)):
-            tensors[f"{name}.{half}{suffix}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for key, tensor in zip(keys, (layer.a, layer.b, layer.magnitude), strict=True):
+            if tensor is not None:
+                tensors[f"{name}.{key}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     carried = {key: value for key, value in adapter.metadata.items() if key not in _LAYOUT_METADATA}
     metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
     metadata |= {"format": "mochi-tune" if to == "native" else to, "created_by": f"mochi-tune {version('mochi-tune')}"}
@@ -203,6 +199,11 @@ def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str,
         if num_blocks and kwargs and layers.keys() == set(official_names(num_blocks)):
             metadata["kwargs"] = kwargs
         return layers, metadata
+    if adapter.is_dora and to != "diffusers":
+        raise CheckpointError(
+            f"{adapter} is a DoRA, and {to} has no form that renders what was trained: use to=diffusers, or train with "
+            "lora.dora=false."
+        )
     if to == "official":
         return _lay_out_official(adapter)
     if to == "diffusers":
@@ -267,118 +268,6 @@ def _describe(layers: dict[str, LoraLayer], trained: dict[str, LoraLayer]) -> di
         "alpha": ",".join(f"{alpha:g}" for alpha in alphas),
         "targets": ",".join(targets),
     }
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise CheckpointError(f"adapter {path} is not a file: give the path of a .safetensors file.")
-    refusal = (
-        f"adapter {path} is not safetensors, and pickles (.pt, .bin, .ckpt) can run code, so they are never opened"
-    )
-    if path.suffix.lower() != ".safetensors":
-        raise CheckpointError(f"{refusal}: convert it to safetensors first.")
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{refusal}, or it is damaged ({error}): convert it, or fetch it again.") from error
-
-
-def _is_split(modules: dict) -> bool:
-    return next(iter(modules)).startswith("transformer_")
-
-
-def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sorts the tensors by module; every key must find its place, and every module has both halves."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        module = match["module"] if match else ""
-        part = match["half"] or "alpha" if match else ""
-        kinds = OFFICIAL_KINDS if module.startswith("transformer_") else DIFFUSERS_KINDS
-        fits = tensor.is_floating_point() and (tensor.ndim == 2 or part == "alpha")
-        if kind_of(module) in kinds and fits and part not in modules.get(module, {}):
-            modules.setdefault(module, {})[part] = tensor
-        else:
-            unknown.append(key)
-    if not modules:
-        raise CheckpointError(
-            f"of no known format, its keys are {some(unknown) or 'none'}: they must be like "
-            "blocks.0.attn.qkv_x.lora_A or transformer.transformer_blocks.0.attn1.to_q.lora_A.weight."
-        )
-    if unknown:
-        raise CheckpointError(f"{len(unknown)} of its keys fit no layer of Mochi, or one twice: {some(unknown)}.")
-    halves = ("lora_A", "lora_B")
-    if missing := [f"{name}.{half}" for name, parts in modules.items() for half in halves if half not in parts]:
-        raise CheckpointError(f"incomplete, it lacks {some(missing)}: fetch the file again.")
-    if len({name.startswith("transformer_") for name in modules}) > 1:
-        raise CheckpointError(f"it mixes official and diffusers names, {min(modules)} and {max(modules)}.")
-    return modules
-
-
-def _read_alphas(modules: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> dict[str, float]:
-    """Finds each module's alpha where its layout keeps it, in the metadata or a tensor; without any it is the rank."""
-    ranks = {name: len(parts["lora_A"]) for name, parts in modules.items()}
-    if metadata.get("format") == "mochi-tune":
-        alphas = _json(metadata, "alphas")
-    elif "kwargs" in metadata and not _is_split(modules):
-        alphas = _official_alphas(ranks, _json(metadata, "kwargs"))
-    elif "lora_adapter_metadata" in metadata and _is_split(modules):
-        alphas = _peft_alphas(ranks, _json(metadata, "lora_adapter_metadata"))
-    else:
-        own = {name: parts["alpha"] for name, parts in modules.items() if "alpha" in parts}
-        alphas = ranks | {name: alpha.item() if alpha.numel() == 1 else None for name, alpha in own.items()}
-    if wrong := [name for name in modules if not _is_number(alphas.get(name))]:
-        raise CheckpointError(f"no usable alpha for {some(wrong)}: its metadata is damaged, fetch the file again.")
-    return {name: float(alphas[name]) for name in modules}
-
-
-def _official_alphas(ranks: dict[str, int], kwargs: dict) -> dict[str, float]:
-    alphas = {}
-    for name, rank in ranks.items():
-        group = "qkv_proj" if ".qkv_" in name else "out_proj" if ".proj_" in name else "no"
-        if kwargs.get(f"{group}_lora_rank") != rank:
-            raise CheckpointError(
-                f"{name} has rank {rank}, but its metadata says {group}_lora_rank={kwargs.get(f'{group}_lora_rank')}: "
-                "fetch the file again."
-            )
-        alphas[name] = kwargs.get(f"{group}_lora_alpha")
-    return alphas
-
-
-def _peft_alphas(ranks: dict[str, int], config: dict) -> dict[str, float]:
-    """Applies peft's rules: a pattern that ends a module's name overrides lora_alpha; rsLoRA divides by sqrt(rank).
-
-    Source: huggingface/peft@0.21.2 utils/other.py (get_pattern_key), tuners/lora/layer.py (update_layer).
-    """
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    patterns = config.get("alpha_pattern") or {}
-    alphas = {}
-    for name, rank in ranks.items():
-        try:
-            match = next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), None)
-            alpha = config.get("lora_alpha") if match is None else patterns[match]
-            alphas[name] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-        except (re.error, TypeError) as error:
-            raise CheckpointError(f"the alphas in `lora_adapter_metadata` are damaged: {error}.") from error
-    return alphas
-
-
-def _json(metadata: dict[str, str], key: str) -> dict:
-    try:
-        value = json.loads(metadata.get(key, ""))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"`{key}` in its metadata is not a JSON object, so alpha is unknown: fetch the file again."
-        )
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _size(shape: tuple[int, int]) -> str:

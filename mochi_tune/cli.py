@@ -121,8 +121,8 @@ def run_train(arguments: list[str]) -> int:
     """Trains or resumes."""
     if (config := load("train", arguments)) is None:
         return 0
+    from mochi_tune.job import check, starting_point
     from mochi_tune.models.device import find_device
-    from mochi_tune.recipes.train_lora import check, starting_point
     from mochi_tune.recipes.train_lora import main as train
     from mochi_tune.training.checkpoint import last_checkpoint
 

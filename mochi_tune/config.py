@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mochi_tune.errors import ConfigError
+from mochi_tune.lora_config import PATTERN_KEYS, PATTERN_TYPES, check_lora, read_patterns
 from mochi_tune.settings import MemoryConfig, RunConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ TYPE_NAMES = {
     list[str]: 'a list, ["a", "b"]',
     list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
     list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
+    **PATTERN_TYPES,
 }
 
 
@@ -55,12 +57,17 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
 
     path = find_config(name)
     overrides = [check_override(override) for override in overrides]
+    given = [override.partition("=") for override in overrides]
+    patterns = {key: read_patterns(key, value) for key, _, value in given if key in PATTERN_KEYS}
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     searchpath = f"hydra.searchpath=[{_quote(f'file://{packaged_folder()}')}]"
     try:
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            composed = compose(path.stem, overrides=[searchpath, *overrides])
+            others = ["".join(parts) for parts in given if parts[0] not in PATTERN_KEYS]
+            composed = compose(path.stem, overrides=[searchpath, *others])
         typed = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        for key, mapping in patterns.items():
+            OmegaConf.update(typed, key, mapping, merge=False)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             raise ConfigError(f"{path} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`.")
@@ -175,6 +182,8 @@ def _explain(error: BaseException, path: Path, overrides: list[str]) -> str:
     keys = known_keys()
     full_key = re.search(r"full_key: (\S+)", text)
     key = full_key[1] if full_key else None
+    # Where it is a pattern that is named, its setting is what is known.
+    key = next((known for known in PATTERN_KEYS if key and key.startswith(known)), key)
     unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
     if unknown:
         key = key or unknown[1]
@@ -267,11 +276,14 @@ def check_config(config: RunConfig) -> None:
             value = setting(config, key)
             if value is not None and not fits(value):
                 raise ConfigError(f"{key}={value} is not possible: it must be {allowed}.")
+    check_lora(config)
     check_unused(config)
     train = config.train
     check_optimizer(
         train.optimizer, config.parallel.strategy, train.schedule, train.learning_rate, train.learning_rate_b_ratio
     )
+    if train.optimizer == "muon" and config.lora.dora:
+        raise ConfigError("train.optimizer=muon takes matrices only, and lora.dora=true trains vectors: use adamw.")
     sampler_settings(config)
 
 

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mochi_tune.lora import apply_adapter
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import to_vae_latents
+from mochi_tune.models.lora_layout import LoraLayer
 from mochi_tune.models.vae import Decoder, pixels_to_frames
 from mochi_tune.models.vae_streaming import WHOLE, Tiles, decode_chunks
 from mochi_tune.parallel.context import apply_context_parallel
@@ -33,7 +34,7 @@ def prepare_dit(
     device: torch.device,
     dtype: torch.dtype,
     place: str,
-    adapters: Mapping[str, dict[str, tuple[Tensor, Tensor, float]]],
+    adapters: Mapping[str, tuple[dict[str, LoraLayer], float]],
     mesh: Mesh | None,
     is_compiled: bool = False,
 ) -> AsymmDiT:
@@ -44,7 +45,7 @@ def prepare_dit(
         device: where it computes.
         dtype: of the matrices.
         place: one of DIT_PLACES.
-        adapters: layers with their scale, by a name for each adapter.
+        adapters: layers by their names, and the strength, by a name for each adapter.
         mesh: of the ranks; None for one process.
         is_compiled: whether the blocks' arithmetic between matrix products is fused.
     """
@@ -55,9 +56,9 @@ def prepare_dit(
         if place in PRECISIONS:
             quantize_block(block, place)
         prefix = f"blocks.{list(dit.blocks).index(block)}."
-        for name, layers in adapters.items():
-            if own := {layer: parts for layer, parts in layers.items() if layer.startswith(prefix)}:
-                apply_adapter(dit, own, name)
+        for name, (layers, strength) in adapters.items():
+            if own := {layer: change for layer, change in layers.items() if layer.startswith(prefix)}:
+                apply_adapter(dit, own, name, strength)
         if place == "shard" and mesh is not None:
             shard_block(block, mesh.video_mesh)
 

@@ -30,12 +30,18 @@ class DataConfig:
 
 @dataclass
 class LoraConfig:
-    """The adapter: which layers by regular expression on their official names, and how large."""
+    """The adapter: which layers by regular expression on their official names, how large, of which kind, from where."""
 
     targets: list[str] = field(default_factory=list)
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    init_from: str | None = None
 
 
 @dataclass

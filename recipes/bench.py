@@ -26,6 +26,7 @@ from mochi_tune.models.device import DTYPES, find_device, peak_gib, reset_peak, 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
 from mochi_tune.models.layers import hidden_width
+from mochi_tune.models.lora_layout import LoraLayer
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
@@ -105,7 +106,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
     dtype = DTYPES[bench.dtype]
     with torch.device("meta"):
-        adapters = {"adapter": random_layers(AsymmDiT(config), bench.lora_rank)} if bench.lora_rank else {}
+        adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0)} if bench.lora_rank else {}
     load = functools.partial(random_model, config)
     dit = prepare_dit(load, device, dtype, bench.dit, adapters, mesh, bench.compile)
     told, untold = torch.randn(2, PROMPT_TOKENS, config.t5_feat_dim, dtype=dtype)
@@ -202,11 +203,14 @@ def reduced(config: Any, depth: int | None) -> tuple[Any, Any]:
     return replace(config, num_res_blocks=tuple(min(depth or n, n) for n in full)), full
 
 
-def random_layers(dit: AsymmDiT, rank: int) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Returns a random adapter for every attention layer, as `Adapter.scaled` would."""
+def random_layers(dit: AsymmDiT, rank: int) -> dict[str, LoraLayer]:
+    """Returns a random adapter for every attention layer."""
     shapes = {name: shape for name, shape in linear_shapes(dit).items() if ".attn." in name}
     with torch.device("cpu"):
-        return {n: (torch.randn(rank, i) * 0.01, torch.randn(o, rank) * 0.01, 1.0) for n, (o, i) in shapes.items()}
+        return {
+            name: LoraLayer(torch.randn(rank, num_in) * 0.01, torch.randn(num_out, rank) * 0.01, float(rank))
+            for name, (num_out, num_in) in shapes.items()
+        }
 
 
 def timed(run: Callable[[], object], repeats: int, device: torch.device, num_warm_up: int = 1) -> tuple[float, float]:

@@ -89,7 +89,7 @@ def measure(
     for strength in STRENGTHS:
         dit = load_dit(folder, "cpu", torch.float32)
         if strength:
-            apply_adapter(dit, adapter.scaled(strength), "lesson")
+            apply_adapter(dit, adapter.layers, "lesson", strength)
         tqdm.write(f"rendering at strength {strength:g}")
         # The strengths between, of half as many.
         count = num_samples if strength in (0, 1) else num_samples // 2

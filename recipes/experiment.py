@@ -96,7 +96,7 @@ def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
     folder, settings = weights_folder(config), sampler_settings(config)
     text = TextEncoder.load(folder, "cpu", torch.float32)
     dit, decoder = load_dit(folder, "cpu", torch.float32), load_decoder(folder, "cpu", torch.float32)
-    apply_adapter(dit, adapter.scaled(1.0), "lesson")
+    apply_adapter(dit, adapter.layers, "lesson")
     new, base = asked_words(num_samples)
     new_frames, base_frames = (render_words(words, dit, text, decoder, settings, seed) for words in (new, base))
     errors = [colour_error(clip, w.colour) for clip, w in zip(new_frames, new, strict=True)]

@@ -10,7 +10,8 @@ from mochi_tune.config import RunConfig, load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError
-from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_layers
+from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters
+from mochi_tune.lora_config import lora_settings
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.training.batches import Draws
 from mochi_tune.training.checkpoint import load_tensors, read_json
@@ -124,8 +125,8 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Mo
     check_weights(folder, ["dit"])
     saved = load_tensors(bundle / "adapter.safetensors")
     dit = load_dit(folder, device, DTYPES[config.model.dtype])
-    layers = select_layers(linear_shapes(dit), config.lora.targets)
-    apply_lora(dit, layers, config.lora.rank, config.lora.alpha, config.lora.dropout, key_seed(config.seed, "adapter"))
+    layers = lora_settings(config, linear_shapes(dit))
+    apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
     parameters = lora_parameters(dit)
     check_adapter_fits(parameters, saved)
     for name, parameter in parameters.items():

@@ -162,7 +162,7 @@ def render(
     is_quiet: bool,
 ) -> list[dict[str, Tensor]]:
     """Renders requests to latents on the CPU, "base" and "adapted" or one of them; what is finished at a Ctrl-C."""
-    live = {f"adapter_{i}": a.scaled(strength) for i, (_, strength, a) in enumerate(job.adapters) if strength}
+    live = {f"adapter_{i}": (a.layers, strength) for i, (_, strength, a) in enumerate(job.adapters) if strength}
     load = functools.partial(load_dit, job.folder)
     dit = prepare_dit(load, device, dtype, config.memory.dit, live, mesh, config.sample.compile)
     kinds = (["base"] if config.sample.compare or not live else []) + (["adapted"] if live else [])

@@ -2,11 +2,9 @@
 
 import contextlib
 import faulthandler
-import hashlib
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,62 +12,41 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mochi_tune.adapters import Adapter
-from mochi_tune.config import RunConfig, config_yaml, flat_settings, sample_size, sampler_settings, weights_folder
-from mochi_tune.data.cache import open_cache
-from mochi_tune.data.dataset import LatentDataset
-from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.config import RunConfig, config_yaml, sample_size, sampler_settings
 from mochi_tune.files import make_writable_folder
-from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters, select_layers
+from mochi_tune.job import Job, adapter_metadata, begin, check, check_rows, renders
+from mochi_tune.lora import (
+    apply_lora,
+    lora_parameters,
+    settings_metadata,
+    start_from,
+    trained_layers,
+)
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.memory import apply_activation_checkpointing
-from mochi_tune.parallel.mesh import Layout, Mesh, training_layout
+from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.parallel.ranks import from_first, gathered, is_first, num_ranks, wait_for_all
 from mochi_tune.sampler import draw_noise
-from mochi_tune.training import checkpoint
 from mochi_tune.training.average import Average
-from mochi_tune.training.batches import Clips, Draws, Feed
+from mochi_tune.training.batches import Clips, Feed
+from mochi_tune.training.checkpoint import load_optimizer, load_tensors
 from mochi_tune.training.engine import build_engine
 from mochi_tune.training.eval_videos import EvalVideos
 from mochi_tune.training.guards import SpikeGuard
 from mochi_tune.training.lock import RunLock
 from mochi_tune.training.metrics import Metrics
-from mochi_tune.training.optim import build_optimizer, check_installed
-from mochi_tune.training.resume import Start, bound, find_start, take_back
-from mochi_tune.training.rng import draws_proof, key_seed
+from mochi_tune.training.optim import build_optimizer
+from mochi_tune.training.resume import Start
+from mochi_tune.training.rng import key_seed
 from mochi_tune.training.run import Run, merged
-from mochi_tune.training.saves import Saves, adapter_of, made_by, record_start, try_room
+from mochi_tune.training.saves import Saves, copied, made_by, try_room
 from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.training.signals import Attention, Interrupted, Signals
-from mochi_tune.training.trackers import Trackers, check_trackers
-from mochi_tune.training.validation import held_out, validation_losses
-from mochi_tune.weights import base_identity, check_weights, fingerprint, has_part, load_decoder, load_dit, meta_dit
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be trained, checked as far as it can be before a weight is read.
-
-    Attributes:
-        folder: of the weights.
-        dataset: of all clips.
-        validation: numbers of the clips that are validated on, and not trained on if `is_held_out`.
-        is_held_out: whether there are enough clips to hold some out.
-        layers: that get an adapter.
-        draws: how samples are drawn.
-        identity: what makes a run this run.
-        layout: how the ranks share a step.
-    """
-
-    folder: Path
-    dataset: LatentDataset
-    validation: list[int]
-    is_held_out: bool
-    layers: list[str]
-    draws: Draws
-    identity: dict
-    layout: Layout
+from mochi_tune.training.trackers import Trackers
+from mochi_tune.training.validation import validation_losses
+from mochi_tune.weights import load_decoder, load_dit
 
 
 def main(config: RunConfig) -> int:
@@ -83,45 +60,6 @@ def main(config: RunConfig) -> int:
     mesh = Mesh(job.layout, device, config.parallel.timeout_seconds) if num_ranks() > 1 else None
     with RunLock(run_dir) if is_first() else contextlib.nullcontext():
         return train_locked(config, job, device, mesh)
-
-
-def check(config: RunConfig, num_processes: int) -> Job:
-    """Checks everything that can be refused before a weight is read; seconds.
-
-    Raises:
-        MochiTuneError: of any kind, in one line.
-    """
-    folder = weights_folder(config)
-    check_weights(folder, ["dit", "decoder", "text_encoder"] if renders(config) else ["dit"])
-    data, train = config.data, config.train
-    # The encoders need not lie where the training runs; where they do, the cache must be theirs.
-    vae, t5 = (fingerprint(folder, part) if has_part(folder, part) else None for part in ("encoder", "text_encoder"))
-    size = {"num_frames": data.num_frames, "height": data.height, "width": data.width}
-    cache = open_cache(Path(data.cache), **size, vae_fingerprint=vae, t5_fingerprint=t5)
-    dataset, skeleton = LatentDataset(cache), meta_dit(folder)
-    check_text_width(dataset, skeleton.config.t5_feat_dim)
-    check_installed(train.optimizer)
-    check_trackers(wandb=config.log.wandb, tensorboard=config.log.tensorboard, trackio=config.log.trackio)
-    layers = select_layers(linear_shapes(skeleton), config.lora.targets)
-    if config.parallel.strategy != "data" and num_processes == 1:
-        raise ConfigError(
-            f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "
-            "use parallel.num_processes=2 or more, or parallel=single."
-        )
-    layout = training_layout(num_processes, skeleton.config.num_heads, config.parallel.context or 1)
-    draws = Draws(
-        config.seed, train.batch_size, train.accumulation_steps * layout.data, train.objective, train.caption_dropout,
-        train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift, train.sigma_stratified,
-        train.loss_weighting,
-    )  # fmt: skip
-    settings = flat_settings(config)
-    # What is learnt depends on how many samples make a step, not on who computes them.
-    settings["global_batch"] = train.batch_size * draws.num_micro_batches
-    base = base_identity(folder)
-    identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": draws_proof(config.seed)}
-    held = held_out([row.path for row in cache.rows], train.validation_clips, config.seed)
-    validation = held or list(range(min(train.validation_clips, len(dataset))))
-    return Job(folder, dataset, validation, bool(held), layers, draws, identity, layout)
 
 
 def train_locked(config: RunConfig, job: Job, device: torch.device, mesh: Mesh | None) -> int:
@@ -156,7 +94,9 @@ def build_run(
     train, run_dir, dtype = config.train, Path(config.run_dir), DTYPES[config.model.dtype]
     dit = load_dit(job.folder, device, dtype)
     seed = key_seed(config.seed, "adapter")
-    apply_lora(dit, job.layers, config.lora.rank, config.lora.alpha, config.lora.dropout, seed)
+    apply_lora(dit, job.layers, seed, config.lora.dora)
+    if job.begins_with is not None and start.folder is None:
+        start_from(dit, job.begins_with.layers)
     if train.gradient_checkpointing:
         apply_activation_checkpointing(dit)
     if job.layout.context > 1:
@@ -174,14 +114,14 @@ def build_run(
     taught = [i for i in range(len(job.dataset)) if not job.is_held_out or i not in job.validation]
     clips = Clips(job.dataset, taught, config.data.damaged == "strict", tqdm.write)
     if start.folder is not None:
-        adapter = checkpoint.load_tensors(start.folder / "adapter.safetensors")
-        state = checkpoint.load_optimizer(start.folder / "optimizer.safetensors")
+        adapter = load_tensors(start.folder / "adapter.safetensors")
+        state = load_optimizer(start.folder / "optimizer.safetensors")
         engine.load(
             adapter, state, start.state["groups"],
             lambda: job.draws.loss(engine.dit, clips.batch(job.draws, 1, numbers[0]), device),
         )  # fmt: skip
         if average is not None:
-            average.load(checkpoint.load_tensors(start.folder / "averaged.safetensors"))
+            average.load(load_tensors(start.folder / "averaged.safetensors"))
     saves = None
     if metrics is not None:
         try_room(run_dir, num_bytes * (4 if average is not None else 3))
@@ -189,7 +129,8 @@ def build_run(
     guard = SpikeGuard(train.spike_policy, train.spike_factor, list(start.state.get("losses", ())))
 
     def adapter_at(tensors: Mapping[str, Tensor], step: int) -> Adapter:
-        return adapter_of(tensors, adapter_metadata(config, job.identity, num_blocks, step), config.lora.alpha)
+        about = adapter_metadata(config, job.identity, num_blocks, step) | settings_metadata(job.layers)
+        return Adapter(trained_layers(copied(tensors), job.layers), about)
 
     identity = {**job.identity, "made_by": made_by(config.parallel.strategy, device)}
     step = start.step
@@ -301,70 +242,13 @@ def look(config: RunConfig, job: Job, device: torch.device, run: Run, videos: Ev
                 row |= {"held_out": job.is_held_out, "sigmas_drawn": run.metrics.sigma_histogram()}
                 run.metrics.log_validation(row)
         if renders_now:
-            videos.render(dit, run.done, starts_as_base=True)
+            videos.render(dit, run.done, starts_as_base=config.lora.init_from is None)
     attention()
-
-
-def starting_point(config: RunConfig, job: Job, device: torch.device) -> Start:
-    """Finds where the run goes on; changes nothing.
-
-    Raises:
-        MochiTuneError: the run folder holds another run, or its checkpoints are damaged.
-    """
-    resume_from = Path(config.resume_from) if config.resume_from else None
-    now = made_by(config.parallel.strategy, device)
-    return find_start(Path(config.run_dir), job.identity, config.resume, resume_from, now)
-
-
-def begin(config: RunConfig, job: Job, device: torch.device) -> Start:
-    """Finds where the run goes on, tells of it and makes the run folder what it was there; for the first rank."""
-    run_dir = Path(config.run_dir)
-    now, start = made_by(config.parallel.strategy, device), starting_point(config, job, device)
-    for note in start.notes:
-        tqdm.write(note)
-    take_back(run_dir, start, tqdm.write)
-    if start.step >= config.train.steps:
-        more = f"raise train.steps={config.train.steps} to train on"
-        tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
-        return start
-    if start.folder is not None:
-        tqdm.write(f"resuming {run_dir} from step {start.step}")
-    if not job.is_held_out and job.validation and config.train.validate_every:
-        tqdm.write(f"{len(job.dataset)} clips are too few to hold any out: validation is on clips that are trained on")
-    (run_dir / "config.yaml").write_text(config_yaml(config))
-    record_start(run_dir, {"from_step": start.step, "changed": start.changed, **now})
-    return start
-
-
-def check_rows(metrics: Metrics, start: Start) -> None:
-    """Tells of rows that a checkpoint vouches for and that somebody has taken away or added."""
-    found, saved = metrics.num_rows()["metrics"], start.state.get("rows", {}).get("metrics", 0)
-    if found != saved:
-        tqdm.write(f"{metrics.paths['metrics']} has {found} rows up to step {start.step}, and had {saved}")
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:
     """Whether something that is done every so many steps, and at the last one, is done at this one; 0 is never."""
     return step == num_steps or (every > 0 and step % every == 0)
-
-
-def check_text_width(dataset: LatentDataset, width: int) -> None:
-    """Refuses a cache whose text features are those of another T5 than the DiT's.
-
-    Raises:
-        DataError: their width is not the DiT's.
-    """
-    found = dataset.cache.text_width()
-    if found != width:
-        raise DataError(
-            f"the cache {dataset.cache.folder} has text features of width {found}, the DiT takes {width}: "
-            "run `mochi-tune prepare` with this model, or name another folder in data.cache."
-        )
-
-
-def renders(config: RunConfig) -> bool:
-    """Whether the run renders eval videos."""
-    return bool(config.train.sample_every and config.train.sample_prompts)
 
 
 def encode_prompts(config: RunConfig, folder: Path, device: torch.device) -> list[Tensor]:
@@ -377,20 +261,3 @@ def encode_prompts(config: RunConfig, folder: Path, device: torch.device) -> lis
     del encoder
     free_memory()
     return features
-
-
-def adapter_metadata(config: RunConfig, identity: dict, num_blocks: int, step: int) -> dict[str, str]:
-    """Returns what a file must tell of itself: which base, which adapter, how far trained, by which settings."""
-    learnt = {key: identity["settings"][key] for key in bound(identity["settings"])}
-    settings = json.dumps(learnt, sort_keys=True)
-    return {
-        "base_model": config.model.name,
-        "base_fingerprint": identity["base"],
-        "num_blocks": str(num_blocks),
-        "rank": str(config.lora.rank),
-        "alpha": str(config.lora.alpha),
-        "targets": json.dumps(list(config.lora.targets)),
-        "step": str(step),
-        "config_hash": hashlib.sha256(settings.encode()).hexdigest(),
-        "name": config.name,
-    }

@@ -227,7 +227,7 @@ def check_training(reference: Path, device: torch.device, dtype: str, mesh: Mesh
         noisy, target = noisy_and_target(objective, vae_latents, io["train_eps"], io["sigma"])
         yield Check(f"{objective} objective: input", relative_error(noisy, io[noisy_key].cpu()), TOLERANCE["fp32"])
         dit = load_dit(reference, device, DTYPES[dtype])
-        apply_adapter(dit, {n: (x.a, x.b, x.alpha / x.a.shape[0]) for n, x in layers.items()}, "default")
+        apply_adapter(dit, layers, "default")
         parameters = lora_parameters(dit)
         for parameter in parameters.values():
             parameter.requires_grad_(True)

@@ -45,6 +45,23 @@ def random_adapter(kinds=ATTENTION, sizes=UNIFORM, seed=0) -> Adapter:
     return Adapter(layers, {"num_blocks": str(CONFIG["depth"]), "base_model": "mochi-tiny", "step": "12"})
 
 
+def with_magnitudes(adapter: Adapter, seed=3) -> Adapter:
+    """The adapter as a DoRA, whose rows have other lengths than the base's."""
+    generator, weights = torch.Generator().manual_seed(seed), base_weights()
+    for name, layer in adapter.layers.items():
+        lengths = weights[f"{name}.weight"].norm(dim=1)
+        layer.magnitude = lengths * (1 + 0.3 * torch.randn(len(lengths), generator=generator))
+    return adapter
+
+
+def adapted64(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
+    """The adapted weight by its definition, in fp64."""
+    changed = weight.double() + delta64(layer)
+    if layer.magnitude is None:
+        return changed
+    return layer.magnitude.double()[:, None] * changed / changed.norm(dim=1, keepdim=True)
+
+
 def delta64(layer: LoraLayer) -> torch.Tensor:
     """The definition, in fp64."""
     return layer.alpha / layer.a.shape[0] * layer.b.double() @ layer.a.double()
@@ -56,6 +73,8 @@ def assert_same_change(actual: Adapter, expected: Adapter, tolerance=1e-6) -> No
         want = delta64(layer)
         error = (delta64(actual.layers[name]) - want).abs().max() / want.abs().max()
         assert error <= tolerance, f"{name}: {error}"
+        other = actual.layers[name].magnitude
+        assert (layer.magnitude is None) == (other is None) and (other is None or torch.equal(other, layer.magnitude))
 
 
 def build_dit(weights):

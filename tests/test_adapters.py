@@ -16,6 +16,7 @@ from helpers_adapters import (
     build_dit,
     delta64,
     random_adapter,
+    with_magnitudes,
     write,
 )
 from safetensors import safe_open
@@ -40,11 +41,14 @@ def read_metadata(path):
 # Every pair of formats
 
 
+@pytest.mark.parametrize("is_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("sizes", [UNIFORM, MIXED], ids=["uniform", "mixed"])
 @pytest.mark.parametrize("kinds", [ATTENTION, ALL, ("attn.qkv_y", "mlp_y.w1")], ids=["attention", "all", "some"])
-def test_every_pair_of_formats_keeps_the_change(tmp_path, kinds, sizes):
+def test_every_pair_of_formats_keeps_the_change(tmp_path, kinds, sizes, is_dora):
     adapter = random_adapter(kinds, sizes)
     formats = [to for to in FORMATS if to != "official" or kinds == ATTENTION]
+    if is_dora:
+        adapter, formats = with_magnitudes(adapter), ["diffusers", "native"]
     for first, second in itertools.product(formats, formats):
         save_adapter(tmp_path / "first.safetensors", adapter, first)
         middle = load_adapter(tmp_path / "first.safetensors")

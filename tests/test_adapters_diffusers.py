@@ -11,11 +11,13 @@ from helpers_adapters import (
     GOLDEN,
     MIXED,
     UNIFORM,
+    adapted64,
     base_shapes,
     base_weights,
     build_dit,
     delta64,
     random_adapter,
+    with_magnitudes,
     write,
 )
 from safetensors.torch import load_file
@@ -71,8 +73,8 @@ def run_diffusers(model):
 
 
 def merged(weights, adapter):
-    changed = {f"{name}.weight": delta64(layer) for name, layer in adapter.layers.items()}
-    return {key: (w.double() + changed[key]).float() if key in changed else w for key, w in weights.items()}
+    layers = {f"{name}.weight": layer for name, layer in adapter.layers.items()}
+    return {key: adapted64(w, layers[key]).float() if key in layers else w for key, w in weights.items()}
 
 
 def num_adapted(model):
@@ -81,13 +83,16 @@ def num_adapted(model):
     return sum(isinstance(module, PeftLoraLayer) for module in model.modules())
 
 
+@pytest.mark.parametrize("is_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("sizes", [UNIFORM, MIXED], ids=["uniform", "mixed"])
 @pytest.mark.parametrize(("kinds", "count"), [(ATTENTION, 15), (ALL, 21)], ids=["attention", "all"])
 @pytest.mark.parametrize("how", ["model", "pipeline"])
-def test_diffusers_loads_the_export_without_a_warning(tmp_path, how, kinds, count, sizes):
+def test_diffusers_loads_the_export_without_a_warning(tmp_path, how, kinds, count, sizes, is_dora):
     from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline
 
     adapter, path, weights = random_adapter(kinds, sizes), tmp_path / "a.safetensors", base_weights()
+    if is_dora:
+        with_magnitudes(adapter)
     assert len(save_adapter(path, adapter, "diffusers")) == count
     assert not [key for key in load_file(path) if key.endswith(".alpha")]
     model = diffusers_model(weights)
@@ -109,8 +114,10 @@ def test_diffusers_loads_the_export_without_a_warning(tmp_path, how, kinds, coun
         {"r": 4, "lora_alpha": 4},
         {"r": 4, "lora_alpha": 16, "alpha_pattern": {"attn1.to_k": 3.0, "^transformer_blocks.0.ff.net.2": 1.0}},
         {"r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"to_v": 3, "add_q_proj": 2}},
+        {"r": 4, "lora_alpha": 4, "use_dora": True},
+        {"r": 4, "lora_alpha": 6, "use_dora": True, "use_rslora": True, "rank_pattern": {"to_v": 3}},
     ],
-    ids=["plain", "alpha_pattern", "rslora_and_ranks"],
+    ids=["plain", "alpha_pattern", "rslora_and_ranks", "dora", "dora_rslora_and_ranks"],
 )
 @pytest.mark.parametrize("how", ["model", "pipeline"])
 def test_files_that_diffusers_writes(tmp_path, how, options):
@@ -125,6 +132,9 @@ def test_files_that_diffusers_writes(tmp_path, how, options):
     torch.manual_seed(0)
     model.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=False, **options), adapter_name="default")
     assert num_adapted(model) == 21
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
     if how == "model":
         model.save_lora_adapter(tmp_path)
     else:
@@ -132,6 +142,7 @@ def test_files_that_diffusers_writes(tmp_path, how, options):
         config = model.peft_config["default"].to_dict()
         MochiPipeline.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=config)
     adapter = load_adapter(tmp_path / "pytorch_lora_weights.safetensors")
+    assert adapter.is_dora == ("use_dora" in options)
     assert adapter.layers.keys() == base_shapes().keys()
     if "rank_pattern" not in options:
         # q, k and v have an A each, so the fused layer holds the components of all three.
@@ -177,6 +188,14 @@ def test_a_choice_of_projections_leaves_the_others_at_zero(tmp_path, shared):
     q, v = (tensors[f"{key}.{n}.lora_B.weight"] @ tensors[f"{key}.{n}.lora_A.weight"] for n in ("to_q", "to_v"))
     assert torch.allclose(delta_weight(layer), torch.cat([q, torch.zeros(192, 192), v]), rtol=0, atol=1e-5)
     assert layer.rank == (4 if shared else 8)
+
+
+def test_a_dora_of_some_projections_is_refused(tmp_path):
+    tensors = split_tensors(("to_q", "to_v"))
+    names = [key.removesuffix("A.weight") for key in tensors if key.endswith("A.weight")]
+    tensors |= {f"{name}magnitude_vector": torch.ones(192) for name in names}
+    with pytest.raises(CheckpointError, match=r"attn\.qkv_x: a DoRA of only some of q, k and v .*: adapt all three\."):
+        load_adapter(write(tmp_path / "a.safetensors", tensors))
 
 
 def test_a_hole_among_the_projections_is_refused(tmp_path):

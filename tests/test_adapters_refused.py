@@ -50,6 +50,7 @@ def pair(name, rank=2, num_in=192, num_out=192, suffix=""):
 
 
 GOOD = pair("blocks.0.attn.proj_x")
+MAGNITUDE = {"blocks.0.attn.proj_x.lora_magnitude": torch.ones(192)}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,11 @@ GOOD = pair("blocks.0.attn.proj_x")
         (GOOD | pair("transformer_blocks.0.attn1.to_q", suffix=".weight"), "mixes official and diffusers names"),
         (pair("unet.down.0.to_q", suffix=".weight"), r"no known format.*unet\.down\.0.*blocks\.0\.attn\.qkv_x"),
         ({}, "its keys are none"),
+        (GOOD | pair("blocks.1.attn.proj_x") | MAGNITUDE, r"lacks blocks\.1\.attn\.proj_x\.magnitude"),
+        (GOOD | {key: tensor[1:] for key, tensor in MAGNITUDE.items()}, r"\(191,\) magnitudes .* each of its 192 rows"),
+        (GOOD | {key: tensor[:, None] for key, tensor in MAGNITUDE.items()}, "1 of its keys fit no layer"),
+        (GOOD | {key: tensor / 0 for key, tensor in MAGNITUDE.items()}, "NaN or infinity"),
+        (MAGNITUDE, r"lacks blocks\.0\.attn\.proj_x\.lora_A"),
         (
             {"blocks.0.attn.proj_x.lora_A": torch.ones(2, 192), "blocks.0.attn.proj_x.lora_B": torch.ones(192, 3)},
             "no pair",

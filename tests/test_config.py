@@ -1,4 +1,5 @@
 import ast
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from mochi_tune.config import (
     sampler_settings,
 )
 from mochi_tune.errors import ConfigError
+from mochi_tune.lora import LayerSettings
+from mochi_tune.lora_config import lora_settings
+from mochi_tune.settings import LoraConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +127,16 @@ def test_several_adapters_are_a_list():
         ("log.wandb=on", "log.wandb=on is not possible: use disabled or offline or online."),
         ("log.wandb_project=a", "log.wandb_project is not a setting; did you mean log.project?"),
         ("lora.targets=blocks.*", 'lora.targets=blocks.* does not fit: it takes a list, ["a", "b"].'),
+        ("lora.rank_pattern=8", r"does not fit: it takes whole numbers by pattern, {'blocks\.0\..*': 8}."),
+        ("lora.rank_pattern={a: 0.5}", "lora.rank_pattern={a: 0.5} does not fit: it takes whole numbers by pattern"),
+        ("lora.rank_pattern={a: 8", "lora.rank_pattern={a: 8 does not fit"),
+        ("lora.rank_pattern={a: 0}", "lora.rank_pattern: 'a': 0 is not possible: it must be at least 1."),
+        ("lora.rank_pattern={1: 8}", "lora.rank_pattern={1: 8} does not fit"),
+        ("lora.alpha_pattern={a: 0}", "lora.alpha_pattern: 'a': 0.0 is not possible: it must be above 0 and finite."),
+        ("lora.dropout_pattern={a: 1}", "lora.dropout_pattern: 'a': 1.0 is not possible: it must be from 0 to below"),
+        ("lora.rank_patern={a: 1}", "lora.rank_patern is not a setting; did you mean lora.rank_pattern?"),
+        ("lora.init_from=", "lora.init_from is empty: name a file, or null."),
+        ("lora.dora=yess", "lora.dora=yess does not fit: it takes true or false."),
         ("train.steps", "'train.steps' is no setting: settings are written key=value"),
     ],
 )
@@ -156,6 +170,8 @@ def test_an_optimizer_that_cannot_be_sharded_is_refused():
         ("defaults: [base, _self_]\ntrain: {stepps: 4}\n", "train.stepps is not a setting; did you mean train.steps?"),
         ("defaults: [base, _self_]\ntrain: {steps: four}\n", "train.steps=four does not fit: it takes a whole number."),
         ("defaults: [base, _self_]\nmodel: tiny\n", "model is a section: choose its file by model=NAME"),
+        ("defaults: [base, _self_]\nlora: {rank_pattern: {'a.*b': x}}\n", "lora.rank_pattern=x does not fit: it"),
+        ("defaults: [base, _self_]\nlora: {rank_pattern: 4}\n", "lora.rank_pattern does not fit: it takes whole"),
         ("- a\n- b\n", "shows every setting"),
         ("defaults: [bass, _self_]\n", "Could not load 'bass'"),
         ("train: {steps: 4}\n", "begin it with `defaults: [base, _self_]`"),
@@ -180,6 +196,37 @@ def test_an_unknown_file_names_the_nearest():
     assert "did you mean conf=my_lora?" in error_of("my_lor", [])
 
 
+def test_patterns_are_read_from_a_file_and_a_given_mapping_takes_its_place(tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = r"{rank_pattern: {'blocks\.0\..*': 4, '.*qkv_[xy]': 4}, alpha_pattern: {'.*w1': 2}, rslora: true}"
+    path.write_text(f"defaults: [base, {{override model: tiny}}, _self_]\nlora: {text}\n")
+    lora = load_config(str(path), []).lora
+    assert lora.rank_pattern == {r"blocks\.0\..*": 4, ".*qkv_[xy]": 4} and lora.rslora and not lora.dora
+    assert lora.alpha_pattern == {".*w1": 2.0} and lora.dropout_pattern == {}
+    given = r"lora.rank_pattern={'blocks\.(1|2)\.attn\..*': 8, .*proj_x: 2}"
+    config = load_config(str(path), [given, "lora.dropout_pattern={a: 0}", "lora.init_from=runs/x (1)/a.safetensors"])
+    assert config.lora.rank_pattern == {r"blocks\.(1|2)\.attn\..*": 8, ".*proj_x": 2}
+    assert config.lora.alpha_pattern == {".*w1": 2.0} and config.lora.init_from == "runs/x (1)/a.safetensors"
+    path.write_text(config_yaml(config))
+    assert load_config(str(path), []) == config
+
+
+def test_the_settings_of_each_layer_come_from_the_patterns():
+    names = [f"blocks.{i}.attn.{kind}" for i in range(2) for kind in ("qkv_x", "proj_x", "other")]
+    given = [r"lora.rank_pattern={'blocks\.1\..*': 8}", "lora.dropout_pattern={.*qkv_x: 0.5}", "lora.rslora=true"]
+    settings = lora_settings(load_config("my_lora", [*given, "lora.alpha=4"]), names)
+    assert list(settings) == [name for name in names if "other" not in name]
+    assert settings["blocks.1.attn.qkv_x"] == LayerSettings(8, 4.0, 0.5, True)
+    assert settings["blocks.0.attn.proj_x"] == LayerSettings(16, 4.0, 0.0, True)
+    with pytest.raises(ConfigError, match=r"lora.alpha_pattern: '\.\*other' matches no chosen layer"):
+        lora_settings(load_config("my_lora", ["lora.alpha_pattern={.*other: 8}"]), names)
+
+
+def test_a_dora_needs_whole_rows_of_the_base():
+    assert load_config("my_lora", ["lora.dora=true", "parallel=zero2"]).lora.dora
+    assert "use parallel.strategy=zero2." in error_of("my_lora", ["lora.dora=true", "parallel=zero3"])
+
+
 def test_sampler_settings_come_from_the_preset_and_the_samples_own():
     assert sampler_settings(load_config("my_lora", [])).steps == 64
     fast = sampler_settings(load_config("my_lora", ["sample.preset=fast"]))
@@ -192,7 +239,10 @@ def test_every_setting_is_read_by_some_story():
     """A key that nothing reads is a promise that nothing keeps."""
     read = set()
     files = [p for folder in ("recipes", "data_prep") for p in (ROOT / folder).glob("*.py")]
-    for path in [*files, *(ROOT / "mochi_tune" / f"{name}.py" for name in ("config", "requests", "cli"))]:
+    for path in [
+        *files,
+        *(ROOT / "mochi_tune" / f"{name}.py" for name in ("config", "lora_config", "requests", "cli")),
+    ]:
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     names = {key.rpartition(".")[2] for key in known_keys()} - {"threshold", "linear_steps", "steps", "guidance"}
@@ -204,7 +254,7 @@ def test_base_yaml_names_every_setting_with_a_comment():
     leaves = [line for line in lines if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":")]
     assert all("#" in line for line in leaves), [line for line in leaves if "#" not in line]
     named = {line.split(":")[0].strip() for line in leaves}
-    grouped = {"targets", "rank", "alpha", "dropout", "weights", "dtype", "dit", "tiles"}
+    grouped = {entry.name for entry in fields(LoraConfig)} | {"weights", "dtype", "dit", "tiles"}
     assert {key.rpartition(".")[2] for key in known_keys()} - grouped <= named
 
 

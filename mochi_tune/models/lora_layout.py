@@ -1,7 +1,7 @@
 """Low-rank layers under official and under diffusers' names, and the exact way from one to the other."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,17 +27,21 @@ TEXT_UPDATE_KINDS = ("attn.proj_y", "mlp_y.w1", "mlp_y.w2")
 
 @dataclass
 class LoraLayer:
-    """The low-rank change of one Linear: delta_W = alpha / rank * b @ a.
+    """The low-rank change of one Linear: W' = W + alpha / rank * b @ a, whose rows a DoRA then gives its own lengths.
 
     Attributes:
         a: (rank, in), the half next to the input.
         b: (out, rank), the half next to the output.
         alpha: strength; alpha = rank applies b @ a as it is.
+        magnitude: (out,), the length of each row of W' in a DoRA; None in a plain LoRA, which leaves them as they come.
+
+    Source: DoRA, arXiv 2402.09353, equation 5; a row here is a column there.
     """
 
     a: Tensor
     b: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -57,6 +61,7 @@ class LoraLayer:
 
 def delta_weight(layer: LoraLayer) -> Tensor:
     """Returns what the layer adds to its Linear's weight, (out, in), in fp32, or in fp64 where a or b is fp64."""
+    assert layer.magnitude is None, "what a DoRA changes depends on the base's weights"
     dtype = torch.promote_types(torch.promote_types(layer.a.dtype, layer.b.dtype), torch.float32)
     return layer.scale * (layer.b.to(dtype) @ layer.a.to(dtype))
 
@@ -83,7 +88,10 @@ def check_layer(name: str, layer: LoraLayer) -> None:
         raise CheckpointError(
             f"{name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are no pair for this layer."
         )
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+    magnitude = torch.ones(len(b)) if layer.magnitude is None else layer.magnitude
+    if magnitude.shape != (len(b),):
+        raise CheckpointError(f"{name}: {tuple(magnitude.shape)} magnitudes are not one for each of its {len(b)} rows.")
+    if not all(torch.isfinite(tensor).all() for tensor in (a, b, magnitude)):
         raise CheckpointError(
             f"{name}: its weights hold NaN or infinity, the training had diverged: use an earlier one."
         )
@@ -91,7 +99,7 @@ def check_layer(name: str, layer: LoraLayer) -> None:
 
 def bake(layer: LoraLayer) -> LoraLayer:
     """Multiplies alpha / rank into b, so that the scale is 1; b is fp32."""
-    return LoraLayer(layer.a, (layer.b.double() * layer.scale).float(), float(layer.rank))
+    return replace(layer, b=(layer.b.double() * layer.scale).float(), alpha=float(layer.rank))
 
 
 def pad_rank(layer: LoraLayer, rank: int) -> LoraLayer:
@@ -99,25 +107,28 @@ def pad_rank(layer: LoraLayer, rank: int) -> LoraLayer:
     more = rank - layer.rank
     a = torch.cat([layer.a, layer.a.new_zeros(more, layer.a.shape[1])])
     b = torch.cat([layer.b, layer.b.new_zeros(layer.b.shape[0], more)], dim=1)
-    return LoraLayer(a, b, layer.scale * rank)
+    return replace(layer, a=a, b=b, alpha=layer.scale * rank)
 
 
 def drop_padding(layer: LoraLayer) -> LoraLayer:
-    """Takes out the components that are 0 in both halves; a layer of zeros comes back with rank 0."""
+    """Takes out the components that are 0 in both halves; a layer of zeros comes back with rank 0, a DoRA's with 1."""
     used = layer.a.any(dim=1) | layer.b.any(dim=0)
+    if layer.magnitude is not None and not used.any():
+        used[0] = True
     if used.all():
         return layer
-    return LoraLayer(layer.a[used], layer.b[:, used], layer.scale * int(used.sum()))
+    return replace(layer, a=layer.a[used], b=layer.b[:, used], alpha=layer.scale * int(used.sum()))
 
 
 def split_layers(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
-    """Turns official layers into diffusers' modules, baked: each part of a layer has its A, and its rows of B."""
+    """Turns official layers into diffusers' modules, baked: each part has the layer's A, and its rows of the rest."""
     modules = {}
     for name, layer in layers.items():
         parts = DIFFUSERS_KINDS[kind_of(name)]
         layer = _swap_halves(name, bake(layer))
-        for part, b in zip(parts, layer.b.chunk(len(parts)), strict=True):
-            modules[f"transformer_blocks.{block_of(name)}.{part}"] = LoraLayer(layer.a, b, layer.alpha)
+        magnitudes = [None] * len(parts) if layer.magnitude is None else layer.magnitude.chunk(len(parts))
+        for part, b, magnitude in zip(parts, layer.b.chunk(len(parts)), magnitudes, strict=True):
+            modules[f"transformer_blocks.{block_of(name)}.{part}"] = LoraLayer(layer.a, b, layer.alpha, magnitude)
     return modules
 
 
@@ -129,7 +140,7 @@ def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
     stream: the others' rows are then 0.
 
     Raises:
-        CheckpointError: a q, k or v is missing that other blocks have, or the three differ in size.
+        CheckpointError: a q, k or v is missing that other blocks have, or in a DoRA any, or the three differ in size.
     """
     groups: dict[str, list[LoraLayer | None]] = {}
     for name, module in modules.items():
@@ -146,7 +157,9 @@ def _swap_halves(name: str, layer: LoraLayer) -> LoraLayer:
     """Exchanges the two halves of a SwiGLU's first Linear, gate and value; any other layer stays as it is."""
     if not name.endswith(".w1"):
         return layer
-    return LoraLayer(layer.a, layer.b.roll(layer.b.shape[0] // 2, dims=0), layer.alpha)
+    half = layer.b.shape[0] // 2
+    magnitude = None if layer.magnitude is None else layer.magnitude.roll(half)
+    return replace(layer, b=layer.b.roll(half, dims=0), magnitude=magnitude)
 
 
 def _check_same_choice(groups: dict[str, list[LoraLayer | None]]) -> None:
@@ -171,12 +184,17 @@ def _fuse_thirds(name: str, thirds: list[LoraLayer | None]) -> LoraLayer:
         thirds = [third and bake(third) for third in thirds]
         present = [third for third in thirds if third]
     first = present[0]
+    magnitude = None
+    if first.magnitude is not None:
+        if len(present) < 3:
+            raise CheckpointError(f"{name}: a DoRA of only some of q, k and v has no form here: adapt all three.")
+        magnitude = torch.cat([third.magnitude for third in present])
     if all(torch.equal(third.a, first.a) for third in present):
         b = torch.cat([third.b if third else torch.zeros_like(first.b) for third in thirds])
-        return LoraLayer(first.a, b, first.alpha)
+        return LoraLayer(first.a, b, first.alpha, magnitude)
     a = torch.cat([third.a for third in present])
     b = torch.block_diag(*[third.b if third else first.b.new_zeros(first.b.shape[0], 0) for third in thirds])
-    return LoraLayer(a, b, first.scale * len(a))
+    return LoraLayer(a, b, first.scale * len(a), magnitude)
 
 
 def official_names(num_blocks: int) -> list[str]:

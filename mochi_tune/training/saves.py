@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
+from mochi_tune.adapters import Adapter, save_adapter
 from mochi_tune.errors import TrainingError
 from mochi_tune.parallel.ranks import num_ranks
 from mochi_tune.training import checkpoint
@@ -119,12 +119,9 @@ def try_room(run_dir: Path, num_bytes: int) -> None:
         probe.unlink(missing_ok=True)
 
 
-def adapter_of(tensors: Mapping[str, Tensor], about: Mapping[str, str], alpha: float) -> Adapter:
-    """Returns the adapter of parameters, "LAYER.lora_A" and "LAYER.lora_B", on the CPU, with what is told of it."""
-    whole = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    names = [name.removesuffix(".lora_A") for name in whole if name.endswith(".lora_A")]
-    layers = {name: LoraLayer(whole[f"{name}.lora_A"], whole[f"{name}.lora_B"], alpha) for name in names}
-    return Adapter(layers, dict(about))
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def made_by(strategy: str, device: torch.device) -> dict[str, object]:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from helpers_parallel import run_ranks
 
 from mochi_tune.errors import ParallelError
-from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters
+from mochi_tune.lora import apply_lora, layer_settings, linear_shapes, lora_parameters
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.context import apply_context_parallel, check_context_ranks
 
@@ -21,10 +21,11 @@ def build(dtype: torch.dtype, adapter: str) -> AsymmDiT:
     torch.manual_seed(0)
     dit = AsymmDiT(CONFIG).to(dtype)
     if adapter != "none":
-        apply_lora(dit, list(linear_shapes(dit)), rank=3, alpha=6, dropout=0.0, seed=1)
-        for i, (_, parameter) in enumerate(lora_parameters(dit).items()):
+        apply_lora(dit, layer_settings(list(linear_shapes(dit)), 3, 6, 0.0), seed=1, dora=adapter == "dora")
+        for i, (name, parameter) in enumerate(lora_parameters(dit).items()):
             generator = torch.Generator().manual_seed(i)
-            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.3
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.3
+            parameter.data = noise + 1 if name.endswith("magnitude") else noise
             parameter.requires_grad_(True)
     return dit
 
@@ -41,7 +42,7 @@ def outputs_and_gradients(group) -> dict[str, torch.Tensor]:
     """Everything that one rank computes; gradients are summed over the ranks."""
     results = {}
     for dtype in TOLERANCE:
-        for adapter in ("none", "live"):
+        for adapter in ("none", "live", "dora"):
             dit = build(dtype, adapter)
             if group is not None:
                 apply_context_parallel(dit, group)

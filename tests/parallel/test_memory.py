@@ -30,7 +30,7 @@ def rendered(dit, guide=guide_in_turn) -> torch.Tensor:
 
 
 def adapt(dit) -> None:
-    apply_adapter(dit, load_adapter(GOLDEN / "lora.safetensors").scaled(1.0), "adapter")
+    apply_adapter(dit, load_adapter(GOLDEN / "lora.safetensors").layers, "adapter")
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from mochi_tune.config import load_config, sampler_settings, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.flow import noisy_and_target
+from mochi_tune.job import check
 from mochi_tune.lora import apply_adapter
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.recipes.demo import FIGURES, main
-from mochi_tune.recipes.train_lora import check
 from mochi_tune.toy.lesson import lesson_words
 from mochi_tune.toy.samples import render_words
 from mochi_tune.toy.world import draw_clips, split_words
@@ -77,7 +77,7 @@ def test_the_adapter_file_is_what_was_trained(lesson):
     merged = validation_loss(dit)
     assert merged == pytest.approx(validation_rows(out)[-1]["validation_loss"], rel=1e-4)
     live = load_dit(weights_folder(config), "cpu", torch.float32)
-    apply_adapter(live, adapter.scaled(1.0), "lesson")
+    apply_adapter(live, adapter.layers, "lesson")
     read = validation_loss(live)
     assert read == pytest.approx(merged, rel=1e-4)
 
@@ -119,7 +119,7 @@ def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):
     for adapter in (None, load_adapter(Path(made["adapter"]))):
         dit = load_dit(folder, "cpu", torch.float32)
         if adapter:
-            apply_adapter(dit, adapter.scaled(0.0), "lesson")
+            apply_adapter(dit, adapter.layers, "lesson", 0.0)
         clips.append(render_words(words, dit, text, decoder, sampler_settings(config), 1))
     assert torch.equal(*clips)
     shown = {row["strength"]: row["new"] for row in figures["by_strength"]}

@@ -1,5 +1,5 @@
 import pytest
-from helpers_adapters import ATTENTION, GOLDEN, MLPS, assert_same_change, random_adapter
+from helpers_adapters import ATTENTION, GOLDEN, MIXED, MLPS, assert_same_change, random_adapter, with_magnitudes
 
 from mochi_tune.adapters import load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError, ConfigError
@@ -52,6 +52,27 @@ def test_only_safetensors_names_are_written(tmp_path, trained):
 def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path, trained):
     with pytest.raises(ConfigError, match="its folder cannot be made"):
         export.main(trained, "comfyui", trained / "lora.safetensors")
+
+
+def test_ranks_by_pattern_are_told_as_they_were_trained(tmp_path):
+    adapter = random_adapter(ATTENTION, MIXED)
+    adapter.metadata |= {"rank": "3,4,5,16", "alpha": "8", "rslora": "true"}
+    save_adapter(tmp_path / "adapter.safetensors", adapter)
+    summary = export.main(tmp_path / "adapter.safetensors", "diffusers", tmp_path / "lora.safetensors")
+    assert (summary.trained_rank, summary.rank, summary.alpha) == ("3,4,5,16", "16", "16")
+    exported = load_adapter(tmp_path / "lora.safetensors")
+    assert_same_change(exported, adapter)
+    assert exported.metadata["rslora"] == "true" and exported.metadata["alpha"] == "8"
+
+
+@pytest.mark.parametrize("to", ["official", "comfyui"])
+def test_a_dora_is_exported_where_it_renders_what_was_trained(tmp_path, to):
+    save_adapter(tmp_path / "adapter.safetensors", with_magnitudes(random_adapter(ATTENTION)))
+    export.main(tmp_path / "adapter.safetensors", "diffusers", tmp_path / "lora.safetensors")
+    assert load_adapter(tmp_path / "lora.safetensors").is_dora
+    with pytest.raises(CheckpointError, match=f"is a DoRA, and {to} has no form"):
+        export.main(tmp_path / "adapter.safetensors", to, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
 
 
 def test_what_the_format_cannot_hold_is_refused(tmp_path):

@@ -8,13 +8,13 @@ from helpers_road import prepared, road, run
 from safetensors.torch import load_file, save_file
 
 from mochi_tune import assets
-from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
+from mochi_tune.adapters import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.config import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.lora import linear_shapes
+from mochi_tune.lora import apply_lora, layer_settings, linear_shapes, start_from
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.recipes.sample import main
-from mochi_tune.sampler import draw_noise, euler_steps, linear_quadratic_sigmas
+from mochi_tune.sampler import SamplerSettings, draw_noise, euler_steps, linear_quadratic_sigmas, sample_latents
 from mochi_tune.video import read_frames
 from mochi_tune.weights import base_identity, load_dit, meta_dit
 
@@ -34,6 +34,17 @@ def write_adapter(path, seed=0, scale=1.0, identity=None):
     }
     metadata = {"num_blocks": "2", "base_fingerprint": identity or base_identity(TINY)}
     save_adapter(path, Adapter(layers, metadata))
+    return path
+
+
+def write_dora(path, seed=0):
+    """Writes a DoRA whose rows are 0.7 to 1.3 times as long as the base's."""
+    plain, dit = load_adapter(write_adapter(path, seed, scale=0.3)), load_dit(TINY, "cpu", torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in plain.layers.items():
+        lengths = dit.get_submodule(name).weight.detach().norm(dim=1)
+        layer.magnitude = lengths * (0.7 + 0.6 * torch.rand(len(lengths), generator=generator))
+    save_adapter(path, plain)
     return path
 
 
@@ -245,6 +256,24 @@ def test_compiled_blocks_render_the_same(tmp_path):
     plain, compiled = (latents_of(sample(tmp_path, *more, f"sample.compile={on}")) for on in ("false", "true"))
     assert not torch.equal(plain, compiled)
     assert (plain - compiled).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_a_dora_renders_what_its_trained_model_does(tmp_path):
+    dora, dit = write_dora(tmp_path / "a.safetensors"), load_dit(TINY, "cpu", torch.float32)
+    adapter = load_adapter(dora)
+    settings = layer_settings(list(adapter.layers), rank=2, alpha=4.0, dropout=0.5)
+    apply_lora(dit, settings, seed=5, dora=True)
+    start_from(dit, adapter.layers)
+    features = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a red ball", ""])
+    noise, schedule = draw_noise(0, 7, 32, 48), SamplerSettings(3, 2.0, 0.025)
+    expected = sample_latents(dit.eval(), noise, *features, schedule, "")
+    more = [f"sample.adapter={dora}", "sample.save_latents=true", "sample.guidance=2"]
+    for how in ("sample.compile=false", "sample.compile=true", "memory.dit=offload", "sample.compare=base"):
+        video = sample(tmp_path, *more, how)
+        assert (latents_of(video) - expected).abs().max() <= 1e-5 * expected.abs().max(), how
+    base = latents_of(sample(tmp_path, *more[1:]))
+    assert torch.equal(load_file(video.with_suffix(".safetensors"))["base"], base)
+    assert not torch.allclose(base, expected, atol=1e-2)
 
 
 def test_tiles_are_an_option_that_leaves_the_latents_as_they_are(tmp_path):

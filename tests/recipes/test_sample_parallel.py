@@ -13,14 +13,14 @@ from helpers_parallel import run_ranks
 from helpers_road import ENVIRONMENT, command, run
 from safetensors.torch import load_file
 
-from mochi_tune.adapters import Adapter, LoraLayer, save_adapter
+from mochi_tune.adapters import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.config import load_config, weights_folder
 from mochi_tune.lora import linear_shapes
 from mochi_tune.parallel.mesh import Layout, Mesh
 from mochi_tune.recipes.sample import main
 from mochi_tune.rendering import decoded_frames
 from mochi_tune.video import read_frames
-from mochi_tune.weights import base_identity, load_decoder, meta_dit
+from mochi_tune.weights import base_identity, load_decoder, load_dit, meta_dit
 
 TOY = weights_folder(load_config("toy_lora", []))
 PROMPTS = ("a red circle moves up over a grey background", "a blue square")
@@ -96,6 +96,25 @@ def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tm
                 else:
                     ours, theirs = (json.loads(p.read_text()) for p in (path, one))
                     assert ours["noise_sha256"] == theirs["noise_sha256"]
+
+
+def render_dora(folder: Path) -> None:
+    more = ["parallel.context=2", "memory.dit=shard", f"sample.adapter={folder / 'dora.safetensors'}"]
+    list(main(load_config("toy_lora", [*settings(folder, "two_dora", {}, "without"), *more])))
+
+
+def test_a_dora_measures_its_rows_where_the_base_is_in_shares(folder, tmp_path):
+    adapter, dit = load_adapter(folder / "adapter.safetensors"), load_dit(TOY, "cpu", torch.float32)
+    for name, layer in adapter.layers.items():
+        layer.magnitude = 1.2 * dit.get_submodule(name).weight.detach().norm(dim=1)
+    save_adapter(folder / "dora.safetensors", adapter)
+    render(folder, "one_dora", {"sample.adapter": folder / "dora.safetensors"}, "without")
+    run_ranks(2, render_dora, tmp_path, folder)
+    for path in (folder / "one_dora").glob("*.safetensors"):
+        alone, plain = (load_file(folder / name / path.name)["latents"] for name in ("one_dora", "one_with"))
+        together = load_file(folder / "two_dora" / path.name)["latents"]
+        assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+        assert not torch.allclose(alone, plain, atol=1e-2)
 
 
 def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise(folder):

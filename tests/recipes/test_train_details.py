@@ -16,7 +16,7 @@ from mochi_tune.config import load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import TrainingError
-from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters
+from mochi_tune.lora import apply_lora, layer_settings, linear_shapes, lora_parameters
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD, to_latents
 from mochi_tune.recipes.train_lora import main
@@ -136,7 +136,7 @@ def test_each_micro_batch_of_each_step_has_its_own_dropout_and_keeps_it(tmp_path
 def adapted_dit(dropout: float) -> AsymmDiT:
     """Returns the tiny model in training mode with an adapter that does something."""
     dit = load_dit(weights_folder(load_config("my_lora", ["model=tiny"])), "cpu", torch.float32)
-    apply_lora(dit, list(linear_shapes(dit)), 2, 2.0, dropout, seed=0)
+    apply_lora(dit, layer_settings(list(linear_shapes(dit)), 2, 2.0, dropout), seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in lora_parameters(dit).values():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))

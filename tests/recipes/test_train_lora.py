@@ -13,9 +13,10 @@ from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.flow import noisy_and_target
+from mochi_tune.job import check_text_width
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae_streaming import decode_chunks
-from mochi_tune.recipes.train_lora import check_text_width, main
+from mochi_tune.recipes.train_lora import main
 from mochi_tune.training.batches import Draws
 from mochi_tune.video import write_video
 from mochi_tune.weights import load_decoder
