@@ -13,7 +13,6 @@ into B, so that a runtime gets the same weights whether it looks for an alpha or
 
 import difflib
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -25,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mochi_tune.adapter_alphas import is_split, read_alphas
 from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.files import check_header
 from mochi_tune.models.lora_layout import (
     DIFFUSERS_KINDS,
     OFFICIAL_KINDS,
@@ -60,6 +61,7 @@ FORMATS = ("official", "diffusers", "comfyui", "native")
 
 # What belongs to one layout and must not survive a conversion.
 _LAYOUT_METADATA = ("format", "kwargs", "alphas", "lora_adapter_metadata")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?(?P<module>(?:transformer_)?blocks\.(?:0|[1-9]\d{0,2})\..+?)"
     r"\.(?:(?P<half>lora_[AB])(?:\.weight)?|(?P<alpha>alpha))"
@@ -139,19 +141,19 @@ def load_adapter(path: Path | str) -> Adapter:
     tensors, metadata = _read(path)
     try:
         modules = _group_keys(tensors)
-        alphas = _read_alphas(modules, metadata)
+        alphas = read_alphas(modules, metadata)
         trained = {}
         for name, halves in modules.items():
             trained[name] = LoraLayer(halves["lora_A"].float(), halves["lora_B"].float(), alphas[name])
             check_layer(name, trained[name])
-        layers = fuse_layers(trained) if _is_split(trained) else trained
+        layers = fuse_layers(trained) if is_split(trained) else trained
     except CheckpointError as error:
         raise CheckpointError(f"adapter {path}: {error}") from error
     layers = {name: kept for name, layer in layers.items() if (kept := drop_padding(layer)).rank}
     if not layers:
         raise CheckpointError(f"adapter {path} holds nothing but zeros, so it changes nothing: use another file.")
     carried = {key: value for key, value in metadata.items() if key not in _LAYOUT_METADATA}
-    used = trained if _is_split(trained) else layers
+    used = trained if is_split(trained) else layers
     return Adapter(layers, {**_describe(layers, used), **carried}, path)
 
 
@@ -278,14 +280,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{refusal}: convert it to safetensors first.")
     try:
+        check_header(path)
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{refusal}, or it is damaged ({error}): convert it, or fetch it again.") from error
-
-
-def _is_split(modules: dict) -> bool:
-    return next(iter(modules)).startswith("transformer_")
 
 
 def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -297,7 +296,7 @@ def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         module = match["module"] if match else ""
         part = match["half"] or "alpha" if match else ""
         kinds = OFFICIAL_KINDS if module.startswith("transformer_") else DIFFUSERS_KINDS
-        fits = tensor.is_floating_point() and (tensor.ndim == 2 or part == "alpha")
+        fits = tensor.dtype in _DTYPES and (tensor.ndim == 2 or part == "alpha")
         if kind_of(module) in kinds and fits and part not in modules.get(module, {}):
             modules.setdefault(module, {})[part] = tensor
         else:
@@ -315,70 +314,6 @@ def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     if len({name.startswith("transformer_") for name in modules}) > 1:
         raise CheckpointError(f"it mixes official and diffusers names, {min(modules)} and {max(modules)}.")
     return modules
-
-
-def _read_alphas(modules: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> dict[str, float]:
-    """Finds each module's alpha where its layout keeps it, in the metadata or a tensor; without any it is the rank."""
-    ranks = {name: len(parts["lora_A"]) for name, parts in modules.items()}
-    if metadata.get("format") == "mochi-tune":
-        alphas = _json(metadata, "alphas")
-    elif "kwargs" in metadata and not _is_split(modules):
-        alphas = _official_alphas(ranks, _json(metadata, "kwargs"))
-    elif "lora_adapter_metadata" in metadata and _is_split(modules):
-        alphas = _peft_alphas(ranks, _json(metadata, "lora_adapter_metadata"))
-    else:
-        own = {name: parts["alpha"] for name, parts in modules.items() if "alpha" in parts}
-        alphas = ranks | {name: alpha.item() if alpha.numel() == 1 else None for name, alpha in own.items()}
-    if wrong := [name for name in modules if not _is_number(alphas.get(name))]:
-        raise CheckpointError(f"no usable alpha for {some(wrong)}: its metadata is damaged, fetch the file again.")
-    return {name: float(alphas[name]) for name in modules}
-
-
-def _official_alphas(ranks: dict[str, int], kwargs: dict) -> dict[str, float]:
-    alphas = {}
-    for name, rank in ranks.items():
-        group = "qkv_proj" if ".qkv_" in name else "out_proj" if ".proj_" in name else "no"
-        if kwargs.get(f"{group}_lora_rank") != rank:
-            raise CheckpointError(
-                f"{name} has rank {rank}, but its metadata says {group}_lora_rank={kwargs.get(f'{group}_lora_rank')}: "
-                "fetch the file again."
-            )
-        alphas[name] = kwargs.get(f"{group}_lora_alpha")
-    return alphas
-
-
-def _peft_alphas(ranks: dict[str, int], config: dict) -> dict[str, float]:
-    """Applies peft's rules: a pattern that ends a module's name overrides lora_alpha; rsLoRA divides by sqrt(rank).
-
-    Source: huggingface/peft@0.21.2 utils/other.py (get_pattern_key), tuners/lora/layer.py (update_layer).
-    """
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    patterns = config.get("alpha_pattern") or {}
-    alphas = {}
-    for name, rank in ranks.items():
-        try:
-            match = next((pattern for pattern in patterns if re.fullmatch(rf"(.*\.)?({pattern})", name)), None)
-            alpha = config.get("lora_alpha") if match is None else patterns[match]
-            alphas[name] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-        except (re.error, TypeError) as error:
-            raise CheckpointError(f"the alphas in `lora_adapter_metadata` are damaged: {error}.") from error
-    return alphas
-
-
-def _json(metadata: dict[str, str], key: str) -> dict:
-    try:
-        value = json.loads(metadata.get(key, ""))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"`{key}` in its metadata is not a JSON object, so alpha is unknown: fetch the file again."
-        )
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _size(shape: tuple[int, int]) -> str:
