@@ -10,13 +10,15 @@ A cache is one folder:
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mochi_tune.errors import DataError
+from mochi_tune.models.latents import latent_shape
 
 SCHEMA_VERSION = 1
 # Large enough to read at disk speed, small enough that a changed caption rewrites little.
@@ -25,6 +27,8 @@ DATA_FOLDER = "data"
 PARTS_FOLDER = "parts"
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.csv"
+# A manifest that names any other file was not written by `prepare`, and may point anywhere.
+_SHARD_FILE = re.compile(rf"{DATA_FOLDER}/train-\d{{5,}}-of-\d{{5,}}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,34 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("complete") is True else None
+    return manifest if isinstance(manifest, dict) and manifest.get("complete") is True and _fits(manifest) else None
+
+
+def _fits(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has what this version reads, or is another version's."""
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        return "schema_version" in manifest
+    settings, shards = manifest.get("settings"), manifest.get("shards")
+    return (
+        _has(settings, CacheSettings)
+        and isinstance(settings["transform"], dict)
+        and isinstance(shards, list)
+        and all(
+            isinstance(shard, dict)
+            and isinstance(shard.get("file"), str)
+            and isinstance(shard.get("bytes"), int)
+            and isinstance(shard.get("sha256"), str)
+            and isinstance(shard.get("rows"), list)
+            and all(_has(row, Row) and all(isinstance(value, str) for value in row.values()) for row in shard["rows"])
+            for shard in shards
+        )
+    )
+
+
+def _has(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and value.keys() == {field.name for field in fields(kind)}
 
 
 class Cache:
@@ -175,16 +204,49 @@ class Cache:
         return _digest([(row.path, row.clip_key, row.text_key) for row in self.rows])
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
-        """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width)."""
-        if not self._open:
-            import pyarrow.parquet as pq
+        """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width).
 
+        Raises:
+            DataError: A shard is damaged, or the clip's row is no posterior and features of these settings.
+        """
+        if not self._open:
             # All at once: should `prepare` replace the cache meanwhile, the old files stay readable through these.
-            files = {file for file, _ in self._places}
-            self._open = {file: pq.ParquetFile(self.folder / file, memory_map=True) for file in files}
+            self._open = {file: self._open_shard(file) for file in {file for file, _ in self._places}}
         file, number = self._places[index]
-        mean, logvar = read_latents(self._open[file], number)
-        return {"mean": mean, "logvar": logvar, "prompt_embeds": read_text(self._open[file], number)}
+        try:
+            mean, logvar = read_latents(self._open[file], number)
+            prompt_embeds = read_text(self._open[file], number)
+        except (OSError, ValueError, RuntimeError, LookupError) as error:
+            raise self._damaged(file, f"{self.rows[index].path}: {error}") from error
+        item = {"mean": mean, "logvar": logvar, "prompt_embeds": prompt_embeds}
+        expected = latent_shape(*(self.settings.transform[name] for name in ("num_frames", "height", "width")))
+        if not mean.shape == logvar.shape == expected:
+            raise self._damaged(file, f"{self.rows[index].path} has latents {tuple(mean.shape)}, not {expected}")
+        for name, tensor in item.items():
+            if not bool(tensor.isfinite().all()):
+                raise self._damaged(file, f"the {name} of {self.rows[index].path} holds NaN or infinity")
+        return item
+
+    def _open_shard(self, file: str) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            shard = pq.ParquetFile(self.folder / file, memory_map=True)
+            is_ours = shard.schema_arrow.equals(shard_schema())
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # Of the disk or of this process, not of what the file holds.
+            raise self._damaged(file, str(error)) from error
+        if not is_ours:
+            raise self._damaged(file, "its columns are others than those of a shard")
+        return shard
+
+    def _damaged(self, file: str, why: str) -> DataError:
+        return DataError(
+            f"{self.folder / file} is damaged ({' '.join(why.split())}): delete it and run `mochi-tune prepare` again, "
+            "which encodes what it held anew."
+        )
 
 
 def open_cache(
@@ -250,6 +312,11 @@ def _whole_manifest(folder: Path) -> dict[str, Any]:
         )
     missing = []
     for shard in manifest["shards"]:
+        if not _SHARD_FILE.fullmatch(shard["file"]):
+            raise DataError(
+                f"the cache {folder} is not one of `mochi-tune prepare`: its {MANIFEST_NAME} names {shard['file']!a}, "
+                f"which is no shard in {DATA_FOLDER}/: make the cache again, from the videos."
+            )
         path = folder / shard["file"]
         size = path.stat().st_size if path.is_file() else None
         if size is None:
