@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SAMPLE_ALIASES = tuple(entry.name for entry in fields(SampleConfig))
 # What a preset sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
+MAX_YAML_DEPTH = 20
 GROUPS = ("model", "lora", "memory", "parallel")
 TYPE_NAMES = {
     int: "a whole number",
@@ -54,6 +55,7 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
     from yaml import YAMLError
 
     path = find_config(name)
+    _check_yaml(path)
     overrides = [check_override(override) for override in overrides]
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     searchpath = f"hydra.searchpath=[{_quote(f'file://{packaged_folder()}')}]"
@@ -67,12 +69,40 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         config = OmegaConf.to_object(typed)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error, path, overrides)) from None
+    check_config(config)
+    return config
+
+
+def _check_yaml(path: Path) -> None:
+    """Refuses what no setting needs and a file from elsewhere could use, before anything is made of the file.
+
+    Those are references to other things than settings, such as ${oc.env:HOME}; aliases, of which a few lines make
+    billions of values; deep nesting; numbers of thousands of digits; and Hydra's own settings, which load code.
+    """
+    import yaml
+
+    depth = 0
+    try:
+        content = path.read_text(encoding="utf-8")
+        for event in yaml.parse(content):
+            line = f"{path} line {event.start_mark.line + 1}"
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
+                raise ConfigError(f"{line}: aliases (*name) and deep nesting are not read: write the value itself.")
+            text = event.value if isinstance(event, yaml.ScalarEvent) else ""
+            if found := re.search(r"\$\{\s*[\w.]+\s*:", text):
+                raise ConfigError(f"{line}: {found[0]}...}} is not read, only settings can be referred to, ${{name}}.")
+        settings = yaml.safe_load(content)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
         ) from None
-    check_config(config)
-    return config
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path} is not YAML: line {error.problem_mark.line + 1}: {error.problem}.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if isinstance(settings, dict) and "hydra" in settings:
+        raise ConfigError(f"{path}: hydra is not a setting; --help lists them.")
 
 
 def memory_preset(name: str) -> MemoryConfig:
@@ -220,6 +250,9 @@ def check_config(config: RunConfig) -> None:
         if value not in allowed:
             possible = ["null" if one is None else one for one in allowed]
             raise ConfigError(f"{key}={value} is not possible: use {' or '.join(possible)}.")
+    for key, value in flat_settings(config).items():
+        if "\0" in str(value):
+            raise ConfigError(f"{key}={value!a} is not possible: it must be text without NUL.")
     for key in ("name", "run_dir", "data.videos", "data.cache", "model.weights"):
         if not setting(config, key).strip():
             raise ConfigError(f"{key} is empty: name one.")
