@@ -48,6 +48,8 @@ def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str,
     """
     started = time.perf_counter()
     folder = out / time.strftime("%Y%m%d-%H%M%S")
+    # Of two in the same second the later one is refused.
+    folder.mkdir(parents=True)
     videos = write_lesson(folder / "videos", SEED)
     tqdm.write(f"drew {len(videos)} clips of a thing that the toy model has never seen: {folder / 'videos'}")
     paths = [f"run_dir={folder / 'run'}", f"data.videos={folder / 'videos'}", f"data.cache={folder / 'cache'}"]
