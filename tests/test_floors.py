@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 ONE_ROOM = {
     "mochi_tune.config": {"mochi_tune.settings"},
     "mochi_tune.requests": {"mochi_tune.settings", "mochi_tune.config"},
-    "mochi_tune.cli": {"mochi_tune.launch", "mochi_tune.options"},
+    "mochi_tune.cli": {"mochi_tune.launch", "mochi_tune.options", "mochi_tune.streams"},
+    "mochi_tune.adapters": {"mochi_tune.adapter_alphas"},
     "mochi_tune.weights": {"mochi_tune.weight_maps", "mochi_tune.weight_configs"},
     "mochi_tune.flow": {"mochi_tune.models", "mochi_tune.models.latents"},
     "mochi_tune.flops": {"mochi_tune.models", "mochi_tune.models.dit", "mochi_tune.models.layers"},
@@ -32,7 +33,7 @@ def floor(module: str) -> int:
     if room in ("models", "flow", "flops"):
         return 1
     third = ("settings", "config", "requests", "rendering", "toy")
-    floors = dict.fromkeys(third, 3) | {"recipes": 4, "data_prep": 4, "launch": 5, "options": 5, "cli": 5}
+    floors = dict.fromkeys(third, 3) | {"recipes": 4, "data_prep": 4, "launch": 5, "options": 5, "streams": 5, "cli": 5}
     return floors.get(room, 2)
 
 
