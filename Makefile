@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test faults lint bench setup clean
 
 demo: setup
 	$(BIN)/mochi-tune demo
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --ignore tests/faults
+
+# What docs/reliability.md promises: faults put into real processes and files, some minutes of them.
+faults: setup
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/faults
 
 # Full size on random weights: FRAMES="37 85 163" on a GPU; 7 takes some minutes on a CPU.
 FRAMES ?= 7

@@ -11,6 +11,8 @@ from mochi_tune.errors import DataError
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 # What people call the caption; the first one that is there counts.
 CAPTION_KEYS = ("caption", "text", "prompt")
+# Many times what 256 tokens hold; more is another file under a caption's name.
+MAX_CAPTION_CHARACTERS = 50_000
 
 
 def load_captions(folder: Path, videos: list[Path]) -> dict[Path, str]:
@@ -23,13 +25,19 @@ def load_captions(folder: Path, videos: list[Path]) -> dict[Path, str]:
         videos: paths in or below `folder`.
 
     Raises:
-        DataError: a file is not UTF-8; a metadata row is malformed, a duplicate, or names a video that is not there.
+        DataError: a file is not UTF-8; a caption is far too long; a metadata row is malformed, a duplicate, or names
+            a video that is not there.
     """
     captions = _read_metadata(folder, videos)
     for video in videos:
         sidecar = video.with_suffix(".txt")
         if sidecar.is_file():
             captions[video] = _one_line(_read_text(sidecar)) or captions.get(video, "")
+        if len(captions.get(video, "")) > MAX_CAPTION_CHARACTERS:
+            raise DataError(
+                f"{video}: has a caption of {len(captions[video])} characters, {MAX_CAPTION_CHARACTERS} are the most, "
+                "and 256 tokens are used: shorten it."
+            )
     return {video: captions[video] for video in videos if captions.get(video)}
 
 

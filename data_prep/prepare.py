@@ -5,6 +5,7 @@ Run it again at any time: what is encoded already is found by the fingerprint of
 
 import csv
 import json
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,7 +140,11 @@ def _fingerprint_videos(
     rows, refused = [], {}
     for name, caption in tqdm(captions.items(), desc="fingerprints", unit="clip"):
         try:
-            rows.append(make_row(name, caption, file_sha256(folder / name), settings))
+            if stat.S_ISREG((folder / name).stat().st_mode):
+                rows.append(make_row(name, caption, file_sha256(folder / name), settings))
+            else:
+                # Opening a pipe would wait for its other end for ever.
+                refused[name] = f"{folder / name}: is no file but a pipe, a socket or a device: remove it."
         except OSError as error:
             refused[name] = f"{folder / name}: cannot be opened ({error.strerror}): copy it again or remove it."
     return rows, refused
@@ -157,6 +162,8 @@ def _encode_clips(
         for row, (_, clip) in zip(missing, clips, strict=True):
             if isinstance(clip, DataError):
                 bad[row.clip_key] = str(clip)
+            elif not _is_unchanged(folder / row.path, row.source_sha256):
+                bad[row.clip_key] = f"{folder / row.path}: was changed while it was read: run this again."
             else:
                 # Not before a clip is there to be encoded: a second run over a bad clip reads no weights.
                 encoder = encoder or load_encoder(weights_folder(config), device, DTYPES[config.model.dtype])
@@ -167,6 +174,14 @@ def _encode_clips(
     del encoder
     free_memory()
     return num_encoded, bad
+
+
+def _is_unchanged(video: Path, sha256: str) -> bool:
+    """Whether a video is still the one whose content the key of its latents was made of."""
+    try:
+        return file_sha256(video) == sha256
+    except OSError:
+        return False
 
 
 def _encode_captions(cache: CacheWriter, rows: list[Row], config: RunConfig, device: torch.device) -> int:

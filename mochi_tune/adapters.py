@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from mochi_tune.adapter_reading import is_split, read_layers
+from mochi_tune.adapter_alphas import is_split
+from mochi_tune.adapter_reading import read_layers
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.lora_layout import (
     DIFFUSERS_KINDS,

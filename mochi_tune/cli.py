@@ -1,12 +1,12 @@
 """The command line: verbs, help, and the only place that prints."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
-from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
@@ -34,14 +34,16 @@ from mochi_tune.options import (
     plain_options,
     whole_number,
 )
+from mochi_tune.streams import PatientStream, drop_output, is_reader_gone, open_missing_streams
 
 # What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
-USERS_TROUBLE = (EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS)
+TROUBLE = "EACCES EDQUOT EEXIST EFBIG EISDIR EMFILE ENAMETOOLONG ENFILE ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits: 0 done, 1 done with refused clips or failed checks, 2 a user's mistake, in one line."""
     end_with_the_starter()
+    open_missing_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     # torchao, which other libraries look for, tells of every kernel that it was not built with.
     for noisy in ("torchao", "torch.utils._pytree"):
@@ -50,14 +52,23 @@ def main(arguments: list[str] | None = None) -> None:
     if num_processes_here(os.environ) > 1:
         me += f": rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID')}"
     try:
-        sys.exit(run(arguments))
+        code = run(arguments)
+        sys.stdout.flush()
+        sys.exit(code)
     except MochiTuneError as error:
         print(f"{me}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(USERS_MISTAKE)
     except OSError as error:
-        if error.errno not in USERS_TROUBLE:
+        if isinstance(error, BrokenPipeError) and is_reader_gone():
+            drop_output()
+            sys.exit(128 + signal.SIGPIPE)
+        if errno.errorcode.get(error.errno) not in TROUBLE:
             raise
-        print(f"{me}: {error.filename}: {error.strerror}: name a place that can be used.", file=sys.stderr)
+        too_many = error.errno in (errno.EMFILE, errno.ENFILE)
+        advice = "raise `ulimit -n`" if too_many else "name a place that can be used"
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        print(f"{me}: {' '.join(what.split())}: {advice}.", file=sys.stderr)
+        drop_output()
         sys.exit(USERS_MISTAKE)
     except RuntimeError as error:
         # torch is not imported for its exception's sake.
@@ -126,6 +137,8 @@ def run_train(arguments: list[str]) -> int:
     from mochi_tune.recipes.train_lora import main as train
     from mochi_tune.training.checkpoint import last_checkpoint
 
+    # A run outlives the place that its words go to.
+    PatientStream.use()
     # Until there is something to save, a request for it must not end the process, as it would by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parallel, started = config.parallel, num_processes_here(os.environ)

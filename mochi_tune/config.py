@@ -1,25 +1,26 @@
 """Loading and checking the settings of a run: one file describes one LoRA for all verbs."""
 
 import difflib
-import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mochi_tune.config_checks import check_config
 from mochi_tune.errors import ConfigError
-from mochi_tune.lora_config import PATTERN_KEYS, PATTERN_TYPES, check_lora, read_patterns
-from mochi_tune.settings import MemoryConfig, RunConfig, SampleConfig
+from mochi_tune.lora_config import PATTERN_KEYS, PATTERN_TYPES, read_patterns
+from mochi_tune.settings import MemoryConfig, RunConfig, SampleConfig, known_keys
 
 if TYPE_CHECKING:
-    from mochi_tune.sampler import SamplerSettings
+    pass
 
 
 # Keys of `sample` that stand at the top level on its command line.
 SAMPLE_ALIASES = tuple(entry.name for entry in fields(SampleConfig))
 # What a preset sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
+MAX_YAML_DEPTH = 20
 GROUPS = ("model", "lora", "memory", "parallel")
 TYPE_NAMES = {
     int: "a whole number",
@@ -56,6 +57,7 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
     from yaml import YAMLError
 
     path = find_config(name)
+    _check_yaml(path)
     overrides = [check_override(override) for override in overrides]
     given = [override.partition("=") for override in overrides]
     patterns = {key: read_patterns(key, value) for key, _, value in given if key in PATTERN_KEYS}
@@ -74,12 +76,40 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         config = OmegaConf.to_object(typed)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error, path, overrides)) from None
+    check_config(config)
+    return config
+
+
+def _check_yaml(path: Path) -> None:
+    """Refuses what no setting needs and a file from elsewhere could use, before anything is made of the file.
+
+    Those are references to other things than settings, such as ${oc.env:HOME}; aliases, of which a few lines make
+    billions of values; deep nesting; numbers of thousands of digits; and Hydra's own settings, which load code.
+    """
+    import yaml
+
+    depth = 0
+    try:
+        content = path.read_text(encoding="utf-8")
+        for event in yaml.parse(content):
+            line = f"{path} line {event.start_mark.line + 1}"
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
+                raise ConfigError(f"{line}: aliases (*name) and deep nesting are not read: write the value itself.")
+            text = event.value if isinstance(event, yaml.ScalarEvent) else ""
+            if found := re.search(r"\$\{\s*[\w.]+\s*:", text):
+                raise ConfigError(f"{line}: {found[0]}...}} is not read, only settings can be referred to, ${{name}}.")
+        settings = yaml.safe_load(content)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
         ) from None
-    check_config(config)
-    return config
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path} is not YAML: line {error.problem_mark.line + 1}: {error.problem}.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if isinstance(settings, dict) and "hydra" in settings:
+        raise ConfigError(f"{path}: hydra is not a setting; --help lists them.")
 
 
 def memory_preset(name: str) -> MemoryConfig:
@@ -113,21 +143,6 @@ def find_config(name: str) -> Path:
         f"; did you mean conf={near[0]}?" if near else f": use one of {', '.join(known)} or the path of a .yaml file."
     )
     raise ConfigError(f"conf={name} is neither conf/{name}.yaml here, nor a packaged file, nor a path{hint}")
-
-
-def known_keys() -> dict[str, type]:
-    """Returns every dotted key of the settings with its declared type."""
-    keys: dict[str, type] = {}
-
-    def walk(cls: type, prefix: str) -> None:
-        for entry in fields(cls):
-            if is_dataclass(entry.type):
-                walk(entry.type, f"{prefix}{entry.name}.")
-            else:
-                keys[prefix + entry.name] = entry.type
-
-    walk(RunConfig, "")
-    return keys
 
 
 def check_override(override: str) -> str:
@@ -200,186 +215,6 @@ def _explain(error: BaseException, path: Path, overrides: list[str]) -> str:
             f"{path}: {name} is a section: choose its file by {name}=NAME, or by `override {name}: NAME` in defaults."
         )
     return f"{path}: {text.splitlines()[0].rstrip('.')}: `mochi-tune train --help` shows every setting."
-
-
-def check_config(config: RunConfig) -> None:
-    """Checks what no single type can: ranges, choices, and how settings fit together.
-
-    Raises:
-        ConfigError: a setting is out of its range; the text says which, got and allowed.
-    """
-    from mochi_tune.flow import LOSS_WEIGHTINGS, OBJECTIVES, SIGMA_DISTRIBUTIONS
-    from mochi_tune.models.latents import check_geometry
-    from mochi_tune.parallel.memory import DIT_PLACES
-    from mochi_tune.training.engine import STRATEGIES
-    from mochi_tune.training.guards import SPIKE_POLICIES
-    from mochi_tune.training.optim import OPTIMIZERS, check_optimizer
-    from mochi_tune.training.resume import MODES
-    from mochi_tune.training.schedule import SCHEDULES
-
-    check_geometry(config.data.num_frames, config.data.height, config.data.width)
-    size = sample_size(config)
-    check_geometry(*size)
-    choices = {
-        "device": (config.device, ("auto", "cpu", "cuda")),
-        "model.dtype": (config.model.dtype, ("bf16", "fp32")),
-        "train.objective": (config.train.objective, OBJECTIVES),
-        "train.sigma_distribution": (config.train.sigma_distribution, SIGMA_DISTRIBUTIONS),
-        "train.loss_weighting": (config.train.loss_weighting, LOSS_WEIGHTINGS),
-        "train.optimizer": (config.train.optimizer, OPTIMIZERS),
-        "train.schedule": (config.train.schedule, SCHEDULES),
-        "resume": (config.resume, MODES),
-        "data.damaged": (config.data.damaged, ("strict", "quarantine")),
-        "train.spike_policy": (config.train.spike_policy, SPIKE_POLICIES),
-        "parallel.strategy": (config.parallel.strategy, STRATEGIES),
-        "memory.dit": (config.memory.dit, DIT_PLACES),
-        "sample.compare": (config.sample.compare, (None, "base")),
-        "log.wandb": (config.log.wandb, ("disabled", "offline", "online")),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            possible = ["null" if one is None else one for one in allowed]
-            raise ConfigError(f"{key}={value} is not possible: use {' or '.join(possible)}.")
-    for key in ("name", "run_dir", "data.videos", "data.cache", "model.weights", "log.project"):
-        if not setting(config, key).strip():
-            raise ConfigError(f"{key} is empty: name one.")
-    if len(config.log.project) > 128 or set(config.log.project) & set("/\\#?%:"):
-        raise ConfigError(
-            f"log.project={config.log.project} is not possible: up to 128 characters, none of / \\ # ? % :"
-        )
-    at_least_one = (
-        "train.steps",
-        "train.batch_size",
-        "train.accumulation_steps",
-        "train.keep_checkpoints",
-        "lora.rank",
-        "parallel.num_processes",
-        "parallel.data",
-        "parallel.guidance",
-        "parallel.context",
-    )
-    positive = ("train.learning_rate", "train.max_grad_norm", "lora.alpha", "data.decode_timeout_seconds")
-    positive += ("parallel.timeout_seconds", "train.learning_rate_b_ratio", "train.sigma_std", "train.sigma_shift")
-    not_negative = ("train.warmup_steps", "train.weight_decay", "train.checkpoint_every", "train.validate_every")
-    not_negative += ("train.validation_clips", "train.sample_every", "train.keep_every")
-    for keys, allowed, fits in (
-        (at_least_one, "at least 1", lambda v: v >= 1),
-        (positive, "above 0 and finite", lambda v: 0 < v < float("inf")),
-        (not_negative, "0 or more and finite", lambda v: 0 <= v < float("inf")),
-        (("seed",), "from 0 to below 2**63", lambda v: 0 <= v < 2**63),
-        (("train.caption_dropout", "lora.dropout", "train.ema_decay"), "from 0 to below 1", lambda v: 0 <= v < 1),
-        (("train.decay_share",), "above 0 and at most 1", lambda v: 0 < v <= 1),
-        (("train.spike_factor",), "above 1", lambda v: v > 1),
-        (("train.sigma_mean",), "finite", lambda v: abs(v) < float("inf")),
-    ):
-        for key in keys:
-            value = setting(config, key)
-            if value is not None and not fits(value):
-                raise ConfigError(f"{key}={value} is not possible: it must be {allowed}.")
-    check_lora(config)
-    check_unused(config)
-    train = config.train
-    check_optimizer(
-        train.optimizer, config.parallel.strategy, train.schedule, train.learning_rate, train.learning_rate_b_ratio
-    )
-    if train.optimizer == "muon" and config.lora.dora:
-        raise ConfigError("train.optimizer=muon takes matrices only, and lora.dora=true trains vectors: use adamw.")
-    sampler_settings(config)
-
-
-def check_unused(config: RunConfig) -> None:
-    """Refuses a setting of the training that the choice it belongs to, which is another one, would not read.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    for key, owner, choice in (
-        ("train.sigma_mean", "train.sigma_distribution", "logit_normal"),
-        ("train.sigma_std", "train.sigma_distribution", "logit_normal"),
-        ("train.sigma_shift", "train.sigma_distribution", "shifted"),
-        ("train.decay_share", "train.schedule", "wsd"),
-    ):
-        value, chosen = setting(config, key), setting(config, owner)
-        if chosen != choice and value != setting(RunConfig(), key):
-            raise ConfigError(
-                f"{key}={value} does nothing with {owner}={chosen}: use {owner}={choice}, or leave it out."
-            )
-
-
-def setting(config: RunConfig, key: str) -> Any:
-    """Returns the value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Returns every setting by its dotted key."""
-    return {key: setting(config, key) for key in known_keys()}
-
-
-def sample_size(config: RunConfig) -> tuple[int, int, int]:
-    """Returns the number of frames, the height and the width to render: the sample's own, else the data's."""
-    return tuple(
-        data if sample is None else sample
-        for sample, data in (
-            (config.sample.num_frames, config.data.num_frames),
-            (config.sample.height, config.data.height),
-            (config.sample.width, config.data.width),
-        )
-    )
-
-
-def sampler_settings(config: RunConfig) -> "SamplerSettings":
-    """Returns the preset's settings with the sample's own in their place.
-
-    Raises:
-        ConfigError: the schedule is impossible.
-    """
-    from mochi_tune.sampler import PRESETS
-
-    if config.sample.preset not in PRESETS:
-        raise ConfigError(f"sample.preset={config.sample.preset} is not possible: use {' or '.join(PRESETS)}.")
-    own = {key: getattr(config.sample, key) for key in ("steps", "guidance", "threshold", "linear_steps")}
-    settings = replace(PRESETS[config.sample.preset], **{key: value for key, value in own.items() if value is not None})
-    if own["steps"] is not None and own["linear_steps"] is None:
-        # A preset's linear steps belong to the preset's number of steps.
-        settings = replace(settings, linear_steps=None)
-    if config.sample.sigmas is not None:
-        sigmas = tuple(config.sample.sigmas)
-        if len(sigmas) < 2 or (sigmas[0], sigmas[-1]) != (1, 0) or any(a <= b for a, b in itertools.pairwise(sigmas)):
-            raise ConfigError(f"sample.sigmas={list(sigmas)} is no schedule: give falling numbers from 1 to 0.")
-        if own["steps"] not in (None, len(sigmas) - 1):
-            raise ConfigError(
-                f"sample.steps={own['steps']} does not fit sample.sigmas of {len(sigmas) - 1} steps: leave steps out."
-            )
-        settings = replace(settings, steps=len(sigmas) - 1, linear_steps=None, own_sigmas=sigmas)
-    settings = replace(settings, guidance=_guidance(settings.guidance, settings.steps))
-    if settings.steps < 1:
-        raise ConfigError(f"sample.steps={settings.steps} is not possible: it must be at least 1.")
-    if not 0 < settings.threshold < 1:
-        raise ConfigError(f"sample.threshold={settings.threshold} is not possible: it must lie between 0 and 1.")
-    if settings.linear_steps is not None and not 1 <= settings.linear_steps < settings.steps:
-        raise ConfigError(
-            f"sample.linear_steps={settings.linear_steps} does not fit sample.steps={settings.steps}: "
-            f"use 1 to {settings.steps - 1}, or leave it out for half of them."
-        )
-    return settings
-
-
-def _guidance(value: Any, steps: int) -> float | tuple[float, ...]:
-    values = value if isinstance(value, list) else [value]
-    for each in values:
-        if isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each < float("inf"):
-            raise ConfigError(f"sample.guidance={each} is not possible: it must be a number, 0 or more and finite.")
-    if not isinstance(value, list):
-        return float(value)
-    if len(values) != steps:
-        raise ConfigError(
-            f"sample.guidance has {len(values)} numbers for {steps} steps: give one, or one for each step."
-        )
-    return tuple(map(float, values))
 
 
 def config_yaml(config: RunConfig) -> str:

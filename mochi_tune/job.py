@@ -9,14 +9,14 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.adapters import Adapter, check_adapter, load_adapter
-from mochi_tune.config import config_yaml, flat_settings, weights_folder
+from mochi_tune.config import config_yaml, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.lora import LayerSettings, check_start, linear_shapes
 from mochi_tune.lora_config import lora_settings
 from mochi_tune.parallel.mesh import Layout, training_layout
-from mochi_tune.settings import RunConfig
+from mochi_tune.settings import RunConfig, flat_settings
 from mochi_tune.training.batches import Draws
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.metrics import Metrics

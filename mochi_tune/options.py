@@ -113,14 +113,7 @@ def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | 
 
 def load(verb: str, arguments: list[str]):
     """Loads the settings of a verb; prints them, or its help, and returns None where that is asked for."""
-    from mochi_tune.config import (
-        GROUPS,
-        PRESET_KEYS,
-        SAMPLE_ALIASES,
-        config_yaml,
-        load_config,
-        packaged_folder,
-    )
+    from mochi_tune.config import GROUPS, PRESET_KEYS, SAMPLE_ALIASES, config_yaml, load_config, packaged_folder
 
     if "--help" in arguments or "-h" in arguments:
         lines = USAGE.splitlines()

@@ -7,11 +7,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mochi_tune.config import PRESET_KEYS, RunConfig, sample_size, sampler_settings
+from mochi_tune.config import PRESET_KEYS, RunConfig
+from mochi_tune.config_checks import sampler_settings
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
 from mochi_tune.sampler import SamplerSettings
-from mochi_tune.settings import SampleConfig
+from mochi_tune.settings import SampleConfig, sample_size
 
 # What a row of a .jsonl file may say for itself, and the JSON types of it.
 ROW_KEYS: dict[str, tuple[type, ...]] = {

@@ -1,6 +1,6 @@
 """Every setting of a run, typed, with its default: one object describes one LoRA for all verbs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 
@@ -155,3 +155,43 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+def known_keys() -> dict[str, type]:
+    """Returns every dotted key of the settings with its declared type."""
+    keys: dict[str, type] = {}
+
+    def walk(cls: type, prefix: str) -> None:
+        for entry in fields(cls):
+            if is_dataclass(entry.type):
+                walk(entry.type, f"{prefix}{entry.name}.")
+            else:
+                keys[prefix + entry.name] = entry.type
+
+    walk(RunConfig, "")
+    return keys
+
+
+def setting(config: RunConfig, key: str) -> Any:
+    """Returns the value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns every setting by its dotted key."""
+    return {key: setting(config, key) for key in known_keys()}
+
+
+def sample_size(config: RunConfig) -> tuple[int, int, int]:
+    """Returns the number of frames, the height and the width to render: the sample's own, else the data's."""
+    return tuple(
+        data if sample is None else sample
+        for sample, data in (
+            (config.sample.num_frames, config.data.num_frames),
+            (config.sample.height, config.data.height),
+            (config.sample.width, config.data.width),
+        )
+    )

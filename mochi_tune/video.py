@@ -1,37 +1,39 @@
 """Writing videos and contact sheets."""
 
+import os
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
 from torch import Tensor
 
+from mochi_tune.files import move_to_free_name
 from mochi_tune.models.latents import FPS
 
 
-def write_video(path: Path, frame_chunks: Iterable[Tensor]) -> int:
+def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = True) -> Path:
     """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264 at 30 fps; the file appears whole.
 
     Args:
-        path: an .mp4 that does not exist yet; its folder does.
+        path: an .mp4; its folder exists.
         frame_chunks: frames in order; sides are even.
+        may_replace: what to do when `path` is there by then: put this video in its place, or beside it.
 
     Returns:
-        The number of frames written.
+        Where the video lies.
     """
-    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}.mp4")
     try:
-        count = _encode(temporary, frame_chunks)
-        temporary.replace(path)
+        _encode(temporary, frame_chunks)
+        return temporary.replace(path) if may_replace else move_to_free_name(temporary, path)
     except OSError as error:
         # PyAV names neither the file nor, in every case, the reason.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return count
 
 
-def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> int:
+def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> None:
     import av
 
     count = 0
@@ -53,7 +55,6 @@ def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> int:
                 container.mux(stream.encode(picture))
                 count += 1
         container.mux(stream.encode())
-    return count
 
 
 def read_frames(path: Path) -> list:

@@ -11,6 +11,7 @@ the official one is read.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import file_sha256
+from mochi_tune.files import check_header, file_sha256
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import RMSNorm
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
@@ -291,6 +292,8 @@ def _shards(folder: Path, stem: str) -> list[Path]:
     weight_map = read_json(head).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{head} has no weight_map: fetch it again.")
+    if alien := [name for name in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
+        raise CheckpointError(f"{head} names files that are not beside it ({alien[0]!a}): fetch it again.")
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     absent = [path.name for path in shards if not path.exists()]
     if absent:
@@ -301,6 +304,7 @@ def _shards(folder: Path, stem: str) -> list[Path]:
 def _read_header(path: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
     """Returns name -> (path, shape, dtype); opening checks that the file is as long as its header says."""
     try:
+        check_header(path)
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}

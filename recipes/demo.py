@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mochi_tune.adapters import Adapter, load_adapter
-from mochi_tune.config import RunConfig, config_yaml, load_config, sampler_settings, weights_folder
+from mochi_tune.config import RunConfig, config_yaml, load_config, weights_folder
+from mochi_tune.config_checks import sampler_settings
 from mochi_tune.lora import apply_adapter
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
@@ -48,6 +49,8 @@ def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str,
     """
     started = time.perf_counter()
     folder = out / time.strftime("%Y%m%d-%H%M%S")
+    # Of two in the same second the later one is refused.
+    folder.mkdir(parents=True)
     videos = write_lesson(folder / "videos", SEED)
     tqdm.write(f"drew {len(videos)} clips of a thing that the toy model has never seen: {folder / 'videos'}")
     paths = [f"run_dir={folder / 'run'}", f"data.videos={folder / 'videos'}", f"data.cache={folder / 'cache'}"]

@@ -7,13 +7,15 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.adapters import Adapter, load_adapter
-from mochi_tune.config import flat_settings, load_config, sampler_settings, weights_folder
+from mochi_tune.config import load_config, weights_folder
+from mochi_tune.config_checks import sampler_settings
 from mochi_tune.errors import ConfigError
 from mochi_tune.flow import noisy_and_target, velocity_loss
 from mochi_tune.lora import apply_adapter, linear_shapes, select_layers
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
+from mochi_tune.settings import flat_settings
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
 from mochi_tune.toy.measure import colour_error
 from mochi_tune.toy.samples import render_words, share_new, share_shown

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -83,8 +83,9 @@ def main(config: RunConfig) -> Iterator[Path]:
             if not is_writer:
                 assert not list(chunks), "only the writer has frames"
                 continue
+            # Another process may have taken the name since it was chosen; what goes beside the video follows it.
+            request = replace(request, video=write_video(request.video, chunks, may_replace=False))
             save_latents(config, request, states)
-            write_video(request.video, chunks)
             save_settings(config, job, request, list(states), usage)
             yield request.video
     if len(finished) < len(mine):

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mochi_tune.adapters import Adapter
-from mochi_tune.config import RunConfig, config_yaml, sample_size, sampler_settings
+from mochi_tune.config import RunConfig, config_yaml
+from mochi_tune.config_checks import sampler_settings
 from mochi_tune.files import make_writable_folder
 from mochi_tune.job import Job, adapter_metadata, begin, check, check_rows, renders
 from mochi_tune.lora import (
@@ -29,6 +30,7 @@ from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.parallel.ranks import from_first, gathered, is_first, num_ranks, wait_for_all
 from mochi_tune.sampler import draw_noise
+from mochi_tune.settings import sample_size
 from mochi_tune.training.average import Average
 from mochi_tune.training.batches import Clips, Feed
 from mochi_tune.training.checkpoint import load_optimizer, load_tensors

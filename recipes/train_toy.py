@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from mochi_tune.config import load_config, sampler_settings
+from mochi_tune.config import load_config
+from mochi_tune.config_checks import sampler_settings
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256
 from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss

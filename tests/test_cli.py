@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from mochi_tune.cli import load
-from mochi_tune.config import sampler_settings
+from mochi_tune.config_checks import sampler_settings
 from mochi_tune.errors import ConfigError
 
 COMMAND = [sys.executable, "-m", "mochi_tune.cli"]

@@ -4,19 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from mochi_tune.config import (
-    check_override,
-    config_yaml,
-    find_config,
-    known_keys,
-    load_config,
-    packaged_folder,
-    sampler_settings,
-)
+from mochi_tune.config import check_override, config_yaml, find_config, load_config, packaged_folder
+from mochi_tune.config_checks import sampler_settings
 from mochi_tune.errors import ConfigError
 from mochi_tune.lora import LayerSettings
 from mochi_tune.lora_config import lora_settings
-from mochi_tune.settings import LoraConfig
+from mochi_tune.settings import LoraConfig, known_keys
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,12 +10,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # What a file may use on its own floor: one room in several files, and the objective the latent spaces.
 ONE_ROOM = {
-    "mochi_tune.config": {"mochi_tune.settings", "mochi_tune.lora_config"},
+    "mochi_tune.config": {"mochi_tune.settings", "mochi_tune.lora_config", "mochi_tune.config_checks"},
+    "mochi_tune.config_checks": {"mochi_tune.settings", "mochi_tune.lora_config"},
     "mochi_tune.lora_config": {"mochi_tune.settings"},
     "mochi_tune.job": {"mochi_tune.settings", "mochi_tune.config", "mochi_tune.lora_config"},
     "mochi_tune.requests": {"mochi_tune.settings", "mochi_tune.config"},
-    "mochi_tune.cli": {"mochi_tune.launch", "mochi_tune.options"},
-    "mochi_tune.adapters": {"mochi_tune.adapter_reading"},
+    "mochi_tune.cli": {"mochi_tune.launch", "mochi_tune.options", "mochi_tune.streams"},
+    "mochi_tune.adapters": {"mochi_tune.adapter_reading", "mochi_tune.adapter_alphas"},
+    "mochi_tune.adapter_reading": {"mochi_tune.adapter_alphas"},
     "mochi_tune.weights": {"mochi_tune.weight_maps", "mochi_tune.weight_configs"},
     "mochi_tune.flow": {"mochi_tune.models", "mochi_tune.models.latents"},
     "mochi_tune.flops": {"mochi_tune.models", "mochi_tune.models.dit", "mochi_tune.models.layers"},
@@ -34,9 +36,9 @@ def floor(module: str) -> int:
         return 0
     if room in ("models", "flow", "flops"):
         return 1
-    fourth = ("settings", "config", "lora_config", "job", "requests", "rendering", "toy")
+    fourth = ("settings", "config", "config_checks", "lora_config", "job", "requests", "rendering", "toy")
     floors = {"training": 3} | dict.fromkeys(fourth, 4)
-    floors |= {"recipes": 5, "data_prep": 5, "launch": 6, "options": 6, "cli": 6}
+    floors |= {"recipes": 5, "data_prep": 5, "launch": 6, "options": 6, "streams": 6, "cli": 6}
     return floors.get(room, 2)
 
 

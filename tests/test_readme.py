@@ -55,14 +55,17 @@ def test_the_commands_of_the_docs_are_understood(page, tmp_path):
             assert plain_options("bench", arguments[1:], BENCH_OPTIONS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md", "docs/benchmarks.md", "docs/toy.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("sampling", "benchmarks", "toy", "reliability"))]
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
         assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
 
 
 def test_the_settings_it_names_exist():
-    from mochi_tune.config import SAMPLE_ALIASES, known_keys
+    from mochi_tune.config import SAMPLE_ALIASES
+    from mochi_tune.settings import known_keys
 
     keys = {*known_keys(), *SAMPLE_ALIASES, "conf", "model", "lora", "to", "reference", "dtype", "device", "prompt"}
     for key in re.findall(r"`((?:data|train|lora|sample|parallel|memory|log)\.[a-z_]+)", README):

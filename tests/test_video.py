@@ -15,7 +15,7 @@ def moving_frames(count):
 
 def test_frames_come_back_in_order_and_near(tmp_path):
     frames = moving_frames(13)
-    assert write_video(tmp_path / "x.mp4", frames.split([1, 6, 6])) == 13
+    assert write_video(tmp_path / "x.mp4", frames.split([1, 6, 6])) == tmp_path / "x.mp4"
     back = torch.stack([torch.from_numpy(np.array(image)) for image in read_frames(tmp_path / "x.mp4")])
     assert back.shape == frames.shape
     assert (back.float() - frames.float()).abs().mean() < 5
@@ -31,7 +31,7 @@ def test_the_same_frames_are_the_same_file(tmp_path):
 
 
 def test_a_single_frame_is_a_video(tmp_path):
-    assert write_video(tmp_path / "x.mp4", [moving_frames(1)]) == 1
+    write_video(tmp_path / "x.mp4", [moving_frames(1)])
     assert len(read_frames(tmp_path / "x.mp4")) == 1
 
 
@@ -43,6 +43,14 @@ def test_a_video_that_breaks_off_is_not_there(tmp_path):
     with pytest.raises(RuntimeError, match="the device is gone"):
         write_video(tmp_path / "x.mp4", broken())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_can_stand_beside_the_one_that_has_its_name(tmp_path):
+    written = [write_video(tmp_path / "x.mp4", [moving_frames(n)], may_replace=False) for n in (1, 2, 3)]
+    assert [path.name for path in written] == ["x.mp4", "x_2.mp4", "x_3.mp4"]
+    assert [len(read_frames(path)) for path in written] == [1, 2, 3] and len(list(tmp_path.iterdir())) == 3
+    write_video(written[0], [moving_frames(4)])
+    assert len(read_frames(written[0])) == 4
 
 
 def test_the_contact_sheet_shows_first_and_last_frame(tmp_path):

@@ -10,14 +10,16 @@ A cache is one folder:
 
 import hashlib
 import json
+import re
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mochi_tune.errors import DataError
+from mochi_tune.models.latents import latent_shape
 
 SCHEMA_VERSION = 2
 # Large enough to read at disk speed, small enough that a changed caption rewrites little.
@@ -26,6 +28,8 @@ DATA_FOLDER = "data"
 PARTS_FOLDER = "parts"
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.csv"
+# A manifest that names any other file was not written by `prepare`, and may point anywhere.
+_SHARD_FILE = re.compile(rf"{DATA_FOLDER}/train-\d{{5,}}-of-\d{{5,}}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,34 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("complete") is True else None
+    return manifest if isinstance(manifest, dict) and manifest.get("complete") is True and _fits(manifest) else None
+
+
+def _fits(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has what this version reads, or is another version's."""
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        return "schema_version" in manifest
+    settings, shards = manifest.get("settings"), manifest.get("shards")
+    return (
+        _has(settings, CacheSettings)
+        and isinstance(settings["transform"], dict)
+        and isinstance(shards, list)
+        and all(
+            isinstance(shard, dict)
+            and isinstance(shard.get("file"), str)
+            and isinstance(shard.get("bytes"), int)
+            and isinstance(shard.get("sha256"), str)
+            and isinstance(shard.get("rows"), list)
+            and all(_has(row, Row) and all(isinstance(value, str) for value in row.values()) for row in shard["rows"])
+            for shard in shards
+        )
+    )
+
+
+def _has(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and value.keys() == {field.name for field in fields(kind)}
 
 
 class Cache:
@@ -193,46 +222,69 @@ class Cache:
         """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width).
 
         Raises:
-            DataError: what is on the disk is not what was written, or not finite; names the clip.
+            DataError: A shard is damaged, the clip's row is not what was written, or it is no posterior and features
+                of these settings.
         """
-        import pyarrow as pa
-
         file, number = self._places[index]
+        path = self.rows[index].path
         try:
             with self._lock:  # A shard's reader is not for two threads at once.
                 item, written = self._read(file, number)
-        except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
-            raise self._damaged(index, f"cannot be read ({str(error).splitlines()[0]})") from None
+        except (OSError, ValueError, RuntimeError, LookupError) as error:
+            raise self._damaged(file, f"{path}: {error}") from error
         if content_sha256(**item) != written:
-            raise self._damaged(index, "is not what was written")
-        if not all(bool(tensor.isfinite().all()) for tensor in item.values()):
-            raise self._damaged(index, "holds numbers that are not finite")
+            raise self._damaged(file, f"{path} is not what was written")
+        expected = latent_shape(*(self.settings.transform[name] for name in ("num_frames", "height", "width")))
+        if not item["mean"].shape == item["logvar"].shape == expected:
+            raise self._damaged(file, f"{path} has latents {tuple(item['mean'].shape)}, not {expected}")
+        for name, tensor in item.items():
+            if not bool(tensor.isfinite().all()):
+                raise self._damaged(file, f"the {name} of {path} holds NaN or infinity")
         return item
 
     def text_width(self) -> int:
-        """Returns the width of the text features."""
-        import pyarrow.parquet as pq
+        """Returns the width of the text features.
 
+        Raises:
+            DataError: The first clip's shard is damaged.
+        """
         file, number = self._places[0]
-        with pq.ParquetFile(self.folder / file) as shard:
-            return shard.read_row_group(number, columns=["text_width"])["text_width"][0].as_py()
+        try:
+            return self._shard(file).read_row_group(number, columns=["text_width"])["text_width"][0].as_py()
+        except (OSError, ValueError, RuntimeError, LookupError) as error:
+            raise self._damaged(file, str(error)) from error
 
     def _read(self, file: str, number: int) -> tuple[dict[str, torch.Tensor], str]:
-        if not self._open:
-            import pyarrow.parquet as pq
-
-            # All at once: should `prepare` replace the cache meanwhile, the old files stay readable through these.
-            files = {file for file, _ in self._places}
-            self._open = {file: pq.ParquetFile(self.folder / file, memory_map=True) for file in files}
-        shard = self._open[file]
+        shard = self._shard(file)
         mean, logvar = read_latents(shard, number)
         written = shard.read_row_group(number, columns=["content_sha256"], use_threads=False)["content_sha256"][0]
         return {"mean": mean, "logvar": logvar, "prompt_embeds": read_text(shard, number)}, written.as_py()
 
-    def _damaged(self, index: int, what: str) -> DataError:
+    def _shard(self, file: str) -> Any:
+        if not self._open:
+            # All at once: should `prepare` replace the cache meanwhile, the old files stay readable through these.
+            self._open = {file: self._open_shard(file) for file in {file for file, _ in self._places}}
+        return self._open[file]
+
+    def _open_shard(self, file: str) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            shard = pq.ParquetFile(self.folder / file, memory_map=True)
+            is_ours = shard.schema_arrow.equals(shard_schema())
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # Of the disk or of this process, not of what the file holds.
+            raise self._damaged(file, str(error)) from error
+        if not is_ours:
+            raise self._damaged(file, "its columns are others than those of a shard")
+        return shard
+
+    def _damaged(self, file: str, why: str) -> DataError:
         return DataError(
-            f"clip {self.rows[index].path} in {self.folder / self._places[index][0]} {what}: "
-            "run `mochi-tune prepare` again, which makes it anew, or go on without it by data.damaged=quarantine."
+            f"{self.folder / file} is damaged ({' '.join(why.split())}): delete it and run `mochi-tune prepare` again, "
+            "which encodes what it held anew; data.damaged=quarantine goes on without such clips."
         )
 
 
@@ -299,6 +351,11 @@ def _whole_manifest(folder: Path) -> dict[str, Any]:
         )
     missing = []
     for shard in manifest["shards"]:
+        if not _SHARD_FILE.fullmatch(shard["file"]):
+            raise DataError(
+                f"the cache {folder} is not one of `mochi-tune prepare`: its {MANIFEST_NAME} names {shard['file']!a}, "
+                f"which is no shard in {DATA_FOLDER}/: make the cache again, from the videos."
+            )
         path = folder / shard["file"]
         size = path.stat().st_size if path.is_file() else None
         if size is None:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from mochi_tune.adapters import load_adapter
-from mochi_tune.config import load_config, sampler_settings, weights_folder
+from mochi_tune.config import load_config, weights_folder
+from mochi_tune.config_checks import sampler_settings
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.flow import noisy_and_target
