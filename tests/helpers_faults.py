@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +65,12 @@ class Program:
         multiprocessing.set_forkserver_preload(PRELOADED)
         context = multiprocessing.get_context("forkserver")
         self.out = out
-        self.process = context.Process(target=_run, args=(arguments, str(out), disturbance or Disturbance()))
+        # Through a pipe, so that a full disk is not what its words fail on.
+        pipe = out.with_name(f"{out.name}.{next(_NUMBERS)}.pipe")
+        os.mkfifo(pipe)
+        self._copier = threading.Thread(target=_copy, args=(pipe, out), daemon=True)
+        self._copier.start()
+        self.process = context.Process(target=_run, args=(arguments, str(pipe), disturbance or Disturbance()))
         self.process.start()
         self.pid = self.process.pid
 
@@ -75,6 +81,8 @@ class Program:
         """Returns the exit code, negative for a signal."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s: {self.text()[-2000:]}"
+        # What it has started may hold the pipe a little longer.
+        self._copier.join(5)
         return self.process.exitcode
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
@@ -101,6 +109,15 @@ def toy_lesson() -> list[str]:
     return settings
 
 
+_NUMBERS = itertools.count()
+
+
+def _copy(pipe: Path, out: Path) -> None:
+    with open(pipe, "rb", buffering=0) as source, open(out, "wb", buffering=0) as target:
+        while piece := source.read(65536):
+            target.write(piece)
+
+
 def run_program(arguments: list[str], out: Path, disturbance: Disturbance | None = None) -> tuple[int, str]:
     """Runs a program to its end; returns its exit code and what it wrote."""
     program = Program(arguments, out, disturbance)
@@ -108,7 +125,7 @@ def run_program(arguments: list[str], out: Path, disturbance: Disturbance | None
 
 
 def _run(arguments: list[str], out: str, disturbance: Disturbance) -> None:
-    handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    handle = os.open(out, os.O_WRONLY)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)

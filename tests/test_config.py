@@ -234,7 +234,7 @@ def test_every_setting_is_read_by_some_story():
     files = [p for folder in ("recipes", "data_prep") for p in (ROOT / folder).glob("*.py")]
     for path in [
         *files,
-        *(ROOT / "mochi_tune" / f"{name}.py" for name in ("config", "lora_config", "requests", "cli")),
+        *(ROOT / "mochi_tune" / f"{name}.py" for name in ("config", "config_checks", "lora_config", "job", "requests", "cli")),
     ]:
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

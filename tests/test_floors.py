@@ -14,7 +14,7 @@ ONE_ROOM = {
     "mochi_tune.config_checks": {"mochi_tune.settings", "mochi_tune.lora_config"},
     "mochi_tune.lora_config": {"mochi_tune.settings"},
     "mochi_tune.job": {"mochi_tune.settings", "mochi_tune.config", "mochi_tune.lora_config"},
-    "mochi_tune.requests": {"mochi_tune.settings", "mochi_tune.config"},
+    "mochi_tune.requests": {"mochi_tune.settings", "mochi_tune.config", "mochi_tune.config_checks"},
     "mochi_tune.cli": {"mochi_tune.launch", "mochi_tune.options", "mochi_tune.streams"},
     "mochi_tune.adapters": {"mochi_tune.adapter_reading", "mochi_tune.adapter_alphas"},
     "mochi_tune.adapter_reading": {"mochi_tune.adapter_alphas"},

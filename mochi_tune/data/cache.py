@@ -8,6 +8,7 @@ A cache is one folder:
 - `parts/`: what a running or killed `prepare` has encoded and not yet committed.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -231,15 +232,17 @@ class Cache:
             with self._lock:  # A shard's reader is not for two threads at once.
                 item, written = self._read(file, number)
         except (OSError, ValueError, RuntimeError, LookupError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             raise self._damaged(file, f"{path}: {error}") from error
-        if content_sha256(**item) != written:
-            raise self._damaged(file, f"{path} is not what was written")
         expected = latent_shape(*(self.settings.transform[name] for name in ("num_frames", "height", "width")))
         if not item["mean"].shape == item["logvar"].shape == expected:
             raise self._damaged(file, f"{path} has latents {tuple(item['mean'].shape)}, not {expected}")
         for name, tensor in item.items():
             if not bool(tensor.isfinite().all()):
                 raise self._damaged(file, f"the {name} of {path} holds NaN or infinity")
+        if content_sha256(**item) != written:
+            raise self._damaged(file, f"{path} is not what was written")
         return item
 
     def text_width(self) -> int:
@@ -251,7 +254,7 @@ class Cache:
         file, number = self._places[0]
         try:
             return self._shard(file).read_row_group(number, columns=["text_width"])["text_width"][0].as_py()
-        except (OSError, ValueError, RuntimeError, LookupError) as error:
+        except (ValueError, RuntimeError, LookupError) as error:
             raise self._damaged(file, str(error)) from error
 
     def _read(self, file: str, number: int) -> tuple[dict[str, torch.Tensor], str]:

@@ -107,7 +107,7 @@ def damaged_cache(folder: Path, spoil: str) -> Path:
     if spoil == "flip":
         data[start] ^= 1
     else:
-        data[start - start % 4 + 3 : start - start % 4 + 8] = b"\xff" * 5
+        data[start - start % 4 + 3 : start - start % 4 + 8] = b"\x11" * 5
     shard.write_bytes(data)
     return folder
 

@@ -164,8 +164,8 @@ def test_streams_that_are_closed_or_full_are_no_traceback(tmp_path):
     assert full.stderr == "mochi-tune: No space left on device: name a place that can be used.\n"
 
 
-def test_a_run_whose_reader_has_gone_is_saved(tmp_path):
+def test_a_run_whose_reader_has_gone_goes_on(tmp_path):
     arguments = " ".join(f"'{one}'" for one in ["conf=my_lora", *road(tmp_path, *LORA, "train.steps=2")])
     done = shell(f"$MOCHI train {arguments} 2>/dev/null | true")
-    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.returncode == 0
     assert (tmp_path / "adapter.safetensors").exists() and list(tmp_path.glob("checkpoints/step_000002/*"))
