@@ -231,11 +231,9 @@ def test_sampler_settings_come_from_the_preset_and_the_samples_own():
 def test_every_setting_is_read_by_some_story():
     """A key that nothing reads is a promise that nothing keeps."""
     read = set()
+    rooms = ("config", "config_checks", "lora_config", "job", "requests", "cli")
     files = [p for folder in ("recipes", "data_prep") for p in (ROOT / folder).glob("*.py")]
-    for path in [
-        *files,
-        *(ROOT / "mochi_tune" / f"{name}.py" for name in ("config", "config_checks", "lora_config", "job", "requests", "cli")),
-    ]:
+    for path in [*files, *(ROOT / "mochi_tune" / f"{name}.py" for name in rooms)]:
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     names = {key.rpartition(".")[2] for key in known_keys()} - {"threshold", "linear_steps", "steps", "guidance"}
