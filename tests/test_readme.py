@@ -40,23 +40,26 @@ def test_every_command_is_understood(command, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", ["sampling.md", "benchmarks.md"])
+@pytest.mark.parametrize("page", ["sampling.md", "benchmarks.md", "training.md"])
 def test_the_commands_of_the_docs_are_understood(page, tmp_path):
     text = (ROOT / "docs" / page).read_text()
     blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
     lines = [line.partition("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.replace("-m mochi_tune.cli", "mochi-tune") for line in lines]
     commands = [re.sub(r"^(torchrun|srun) .*?(?=mochi-tune)", "", line) for line in lines if "mochi-tune" in line]
     assert len(commands) >= 3
     for command in commands:
         arguments = shlex.split(command)[1:]
-        if arguments[0] == "sample":
-            load("sample", [*arguments[1:], "--cfg"])
+        if arguments[0] in ("sample", "train"):
+            load(arguments[0], [*arguments[1:], "--cfg"])
+        elif arguments[0] == "replay":
+            assert Path(arguments[1]).parent.name == "bundles"
         else:
             assert plain_options("bench", arguments[1:], BENCH_OPTIONS)
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("sampling", "benchmarks", "toy", "reliability"))]
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("sampling", "training", "benchmarks", "toy", "reliability"))]
 )
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):

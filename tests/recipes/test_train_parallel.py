@@ -2,12 +2,15 @@
 
 import json
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers_road import LORA, read_rows, road, run, start
+from helpers_road import ENVIRONMENT, LORA, read_rows, road, run, start
 from safetensors.torch import load_file
 
 STEPS = 5
@@ -75,6 +78,20 @@ def test_a_run_goes_on_with_another_number_of_processes_and_strategy(alone, tmp_
                 folder.rmdir()
         train_as(tmp_path, *layout, "train.checkpoint_every=2", f"train.steps={STEPS}")
         assert_same_run(tmp_path, alone)
+
+
+def test_two_machines_of_torchrun_make_the_run_of_one(alone, tmp_path):
+    """Each with an agent of its own, which meet at a port, and one process each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=1"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "-m", "mochi_tune.cli", "train"]
+    arguments = ["conf=my_lora", *road(tmp_path, *COMMON, *TWO[:2], "parallel=data")]
+    environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
+    nodes = [subprocess.Popen([*torchrun, *arguments], env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    assert_same_run(tmp_path, alone)
 
 
 def test_another_global_batch_is_another_run(tmp_path):

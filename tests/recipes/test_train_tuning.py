@@ -79,8 +79,6 @@ def test_the_average_is_what_is_validated_rendered_and_given_out(tmp_path):
     assert all(torch.equal(saved[name], plain[name]) for name in plain), "training does not feel it"
     losses = [[row["loss"] for row in rows_of(tmp_path / name)] for name in ("plain", "averaged")]
     assert losses[0] == losses[1]
-        row["loss"] for row in rows_of(tmp_path / "averaged")
-    ]
     losses = [rows_of(tmp_path / name, "validation") for name in ("plain", "averaged")]
     assert losses[0][0] == losses[1][0] and losses[0][1]["validation_loss"] != losses[1][1]["validation_loss"]
     # What is given out is what was validated: begun with it, another run validates the same.
