@@ -169,10 +169,8 @@ def train(
                 engine.set_learning_rate(learning_rate)
                 losses, mine = [], {}
                 for number in run.numbers:
-                    # Alone, a process need not wait for a disk when it is asked to stop.
-                    batch = feed.get(gives_up=lambda: signals.received > 0 and num_ranks() == 1)
+                    batch = feed.get(gives_up=lambda: is_stopped_waiting(signals, run))
                     if batch is None:
-                        engine.discard()
                         raise Interrupted
                     loss = draws.loss(engine.dit, batch, device)
                     engine.backward(loss, is_last=number == run.numbers[-1])
@@ -219,6 +217,21 @@ def train(
         stopped = f"stopped after step {run.done} of {settings.steps}"
         tqdm.write(stopped if is_stopped else f"adapter: {run_dir / 'adapter.safetensors'}")
     return 128 + stopped_by if is_stopped else 0
+
+
+def is_stopped_waiting(signals: Signals, run: Run) -> bool:
+    """Whether a rank that waits for a disk gives up, as it was asked to stop; saves where it can when it is asked to.
+
+    Raises:
+        ParallelError: it cannot tell the others, which wait for it, and ends for all of them.
+    """
+    stop, save = signals.take()
+    # Between two steps nobody else is needed for it, unless the weights are in pieces.
+    if (stop or save) and is_first() and (num_ranks() == 1 or isinstance(run.engine, DataParallel)):
+        run.save()
+    if stop and num_ranks() > 1:
+        raise ParallelError("asked to stop while it waited for the data of the next step.")
+    return stop > 0
 
 
 def look(config: RunConfig, job: Job, device: torch.device, run: Run, videos: EvalVideos, attention: Attention) -> None:

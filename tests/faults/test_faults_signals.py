@@ -103,6 +103,38 @@ def test_stopped_while_it_waits_for_data(straight, tmp_path):
     assert_goes_on(run_dir, straight, tmp_path)
 
 
+def test_sigusr1_while_it_waits_for_data_saves_at_once(straight, tmp_path):
+    run_dir = tmp_path / "run"
+    slow = Disturbance(slow="mochi_tune.training.batches:collate", slow_from=8, seconds=5)
+    program = Program(command(run_dir, "train.steps=5"), tmp_path / "out", slow)
+    program.wait_until(lambda: "slow: collate" in program.text() and len(rows_of(run_dir)) == 3)
+    program.send(signal.SIGUSR1)
+    program.wait_until(lambda: (run_dir / "checkpoints/step_000003/manifest.json").exists(), timeout=4)
+    assert len(rows_of(run_dir)) == 3, "it still waits"
+    program.send(signal.SIGKILL)
+    program.wait()
+    code, text = run_program(command(run_dir), tmp_path / "again")
+    assert code == 0 and "from step 3" in text, text
+    assert_same_end(run_dir, straight)
+
+
+@pytest.mark.parametrize("place", ["a save", "rendering"])
+def test_sigusr1_in_a_save_or_in_rendering_is_followed(straight, tmp_path, place):
+    run_dir = tmp_path / "run"
+    if place == "a save":
+        in_the_save = Disturbance(str(run_dir), signal_before=".tmp_000005/state.json", signal=signal.SIGUSR1)
+        code, text = run_program(command(run_dir), tmp_path / "out", in_the_save)
+        assert code == 0, text
+        assert {p.name for p in (run_dir / "checkpoints").iterdir()} >= {"step_000005", "step_000006"}
+    else:
+        program = Program(command(run_dir), tmp_path / "out")
+        program.wait_until(lambda: "step_000006_prompt_0:   0%" in program.text())
+        program.send(signal.SIGUSR1)
+        program.wait_until(lambda: (run_dir / "checkpoints/step_000006/manifest.json").exists(), timeout=30)
+        assert program.wait() == 0, program.text()
+    assert_same_end(run_dir, straight)
+
+
 def test_stopped_in_a_save(straight, tmp_path):
     run_dir = tmp_path / "run"
     program = Program(
