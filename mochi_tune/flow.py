@@ -114,8 +114,3 @@ def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
     if weighting == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
     return torch.ones_like(sigma)
-
-
-def histogram(sigmas: Tensor, bins: int = 10) -> list[int]:
-    """Counts noise levels in equal bins of [0, 1]; 1 itself is in the last."""
-    return torch.histc(sigmas.float(), bins, 0, 1).int().tolist()

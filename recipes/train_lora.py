@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mochi_tune.adapters import Adapter
 from mochi_tune.config import RunConfig, config_yaml
 from mochi_tune.config_checks import sampler_settings
+from mochi_tune.errors import ParallelError
 from mochi_tune.files import make_writable_folder
 from mochi_tune.job import Job, adapter_metadata, begin, check, check_rows, renders
 from mochi_tune.lora import (
@@ -34,7 +35,7 @@ from mochi_tune.settings import sample_size
 from mochi_tune.training.average import Average
 from mochi_tune.training.batches import Clips, Feed
 from mochi_tune.training.checkpoint import load_optimizer, load_tensors
-from mochi_tune.training.engine import build_engine
+from mochi_tune.training.engine import DataParallel, build_engine
 from mochi_tune.training.eval_videos import EvalVideos
 from mochi_tune.training.guards import SpikeGuard
 from mochi_tune.training.lock import RunLock

@@ -8,12 +8,10 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from mochi_tune.errors import TrainingError
 from mochi_tune.files import sync
-from mochi_tune.flow import histogram
 
 
 class Metrics:
@@ -79,7 +77,11 @@ class Metrics:
 
     def sigma_histogram(self) -> list[int]:
         """Returns how many samples so far were drawn in each tenth of the noise levels."""
-        return histogram(torch.tensor([sigma for row in self.rows("metrics") for sigma in row["sigmas"]]))
+        counts = [0] * 10
+        for row in self.rows("metrics"):
+            for sigma in row["sigmas"]:
+                counts[min(int(10 * sigma), 9)] += 1
+        return counts
 
     def flush_to_disk(self) -> None:
         """Waits until every row is on disk; called before a checkpoint is committed, which then always has its rows.

@@ -125,7 +125,7 @@ def test_sigusr1_in_a_save_or_in_rendering_is_followed(straight, tmp_path, place
         in_the_save = Disturbance(str(run_dir), signal_before=".tmp_000005/state.json", signal=signal.SIGUSR1)
         code, text = run_program(command(run_dir), tmp_path / "out", in_the_save)
         assert code == 0, text
-        assert {p.name for p in (run_dir / "checkpoints").iterdir()} >= {"step_000005", "step_000006"}
+        assert (run_dir / "checkpoints/step_000006").exists(), "no interval falls on it"
     else:
         program = Program(command(run_dir), tmp_path / "out")
         program.wait_until(lambda: "step_000006_prompt_0:   0%" in program.text())

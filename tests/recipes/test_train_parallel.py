@@ -1,16 +1,13 @@
 """`train` in several real processes: the same run as one process with the same global batch."""
 
 import json
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from helpers_road import ENVIRONMENT, LORA, read_rows, road, run, start
+from helpers_road import ENVIRONMENT, LORA, read_rows, road, run
 from safetensors.torch import load_file
 
 STEPS = 14
@@ -102,19 +99,3 @@ def test_another_global_batch_is_another_run(tmp_path):
     train_as(tmp_path, *ONE)
     done = run("train", "conf=my_lora", *road(tmp_path, *COMMON, *ONE, "train.steps=20", "parallel.num_processes=2"))
     assert done.returncode == 2 and "global_batch was 4, is 8" in done.stderr and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_saves_and_the_same_command_goes_on(tmp_path, number):
-    arguments = ["train", "conf=my_lora", *road(tmp_path, *COMMON, *LAYOUTS["data"], "train.steps=300")]
-    process = start(*arguments)
-    metrics = tmp_path / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert process.poll() is None
-        time.sleep(0.1)
-    ranks = psutil.Process(process.pid).children()
-    process.send_signal(number)
-    assert process.wait(timeout=40) == 128 + number
-    assert not psutil.wait_procs(ranks, timeout=5)[1]
-    [checkpoint] = (tmp_path / "checkpoints").iterdir()
-    assert int(checkpoint.name.removeprefix("step_")) == len(read_rows(metrics)) >= 3

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import signal
-import socket
 import time
 
 import pytest
 import torch
-from helpers_road import LORA, read_rows, road, run, start, train
+from helpers_road import LORA, read_rows, road, run, train
 
 from mochi_tune import cli
 from mochi_tune.config import load_config
@@ -20,23 +18,6 @@ from mochi_tune.recipes.train_lora import main
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert train(tmp_path, "train.steps=5", "train.checkpoint_every=1", "train.keep_checkpoints=2") == 0
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
-
-
-def test_a_second_trainer_in_one_run_folder_is_refused(tmp_path):
-    arguments = road(tmp_path, *LORA, "train.steps=5000")
-    first = start("train", "conf=my_lora", *arguments)
-    metrics = tmp_path / "metrics.jsonl"
-    while first.poll() is None and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.01)
-    second = run("train", "conf=my_lora", *arguments)
-    assert (
-        second.returncode == 2
-        and f"is being trained by process {first.pid} of host {socket.gethostname()}, started 20" in second.stderr
-    )
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 128 + signal.SIGTERM
-    steps = [row["step"] for row in read_rows(metrics)]
-    assert steps == list(range(1, 1 + len(steps)))
 
 
 def test_a_step_is_saved_before_it_is_looked_at_and_the_look_is_made_up_for(tmp_path, monkeypatch):
