@@ -23,7 +23,7 @@ from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import check_installed
 from mochi_tune.training.resume import Start, bound, find_start, take_back
 from mochi_tune.training.rng import draws_proof
-from mochi_tune.training.saves import made_by, record_start
+from mochi_tune.training.saves import last_followed, made_by, record_start
 from mochi_tune.training.trackers import check_trackers
 from mochi_tune.training.validation import held_out
 from mochi_tune.weights import base_identity, check_weights, fingerprint, has_part, meta_dit
@@ -107,7 +107,9 @@ def starting_point(config: RunConfig, job: Job, device: torch.device) -> Start:
     Raises:
         MochiTuneError: the run folder holds another run, or its checkpoints are damaged.
     """
-    resume_from = Path(config.resume_from) if config.resume_from else None
+    # Followed once: the same command then goes on from what has come of it.
+    is_followed = config.resume_from == last_followed(Path(config.run_dir))
+    resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
     now = made_by(config.parallel.strategy, device)
     return find_start(Path(config.run_dir), job.identity, config.resume, resume_from, now)
 
@@ -128,7 +130,8 @@ def begin(config: RunConfig, job: Job, device: torch.device) -> Start:
     if not job.is_held_out and job.validation and config.train.validate_every:
         tqdm.write(f"{len(job.dataset)} clips are too few to hold any out: validation is on clips that are trained on")
     (run_dir / "config.yaml").write_text(config_yaml(config))
-    record_start(run_dir, {"from_step": start.step, "changed": start.changed, **now})
+    facts = {"from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
+    record_start(run_dir, {**facts, **now})
     return start
 
 

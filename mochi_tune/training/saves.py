@@ -1,5 +1,6 @@
 """Saving a run: when, what of it is kept, and what becomes of a save that the disk refuses."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -134,3 +135,12 @@ def record_start(run_dir: Path, facts: dict) -> None:
     """Adds to run_dir/history.jsonl how and from where this process goes on."""
     with open(run_dir / "history.jsonl", "a") as file:
         file.write(json.dumps(facts) + "\n")
+
+
+def last_followed(run_dir: Path) -> str | None:
+    """Returns the checkpoint that the run was last told to go on from by name, None if it was not."""
+    path = run_dir / "history.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    with contextlib.suppress(ValueError, IndexError, AttributeError):  # A killed run's last line may be a part of one.
+        return json.loads(lines[-1]).get("resume_from")
+    return None

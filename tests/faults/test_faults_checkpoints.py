@@ -196,9 +196,15 @@ def test_what_would_not_fit_is_refused_even_by_force(stopped, change):
 
 
 def test_going_back_to_an_older_checkpoint_puts_the_later_one_aside(stopped, straight, capsys):
-    assert train(stopped, f"resume_from={stopped / 'checkpoints/step_000002'}") == 0
+    back = f"resume_from={stopped / 'checkpoints/step_000002'}"
+    assert train(stopped, back) == 0
     assert "put aside" in capsys.readouterr().out
     assert (stopped / "checkpoints/aside_0_step_000004").is_dir()
+    assert_same_end(stopped, straight)
+    # The same command goes on, and does not go back again.
+    shutil.rmtree(stopped / "checkpoints/step_000006")
+    assert train(stopped, back) == 0
+    assert "from step 4" in capsys.readouterr().out
     assert_same_end(stopped, straight)
 
 
