@@ -184,5 +184,5 @@ def test_the_file_tells_how_it_was_made(tmp_path):
     adapter = load_adapter(tmp_path / "adapter.safetensors")
     assert adapter.metadata["rank"] == "4" and adapter.metadata["alpha"] == "8" and "rslora" in adapter.metadata
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    assert history == [{"from_step": 0, "resume_from": None, "changed": [], "torch": str(torch.__version__), "processes": 1,
-                        "strategy": "data", "device": "cpu, 1 threads"}]  # fmt: skip
+    about = {"torch": str(torch.__version__), "processes": 1, "strategy": "data", "device": "cpu, 1 threads"}
+    assert history == [{"from_step": 0, "resume_from": None, "changed": [], **about}]
