@@ -50,6 +50,8 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
     Raises:
         ConfigError: the folder's results were made with other weights or settings.
     """
+    # Measured on clips of their own, so that all of the lesson's may be taught.
+    settings = ("train.validation_clips=0", *settings)
     results, config = out / f"{what}.json", load_config("toy_lora", list(settings))
     made_with = {
         "settings": flat_settings(config),
