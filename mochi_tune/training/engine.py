@@ -298,8 +298,11 @@ def _deepspeed_engine(
     max_grad_norm: float,
     stage: int,
 ) -> Any:
+    import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin
 
+    # It would be compiled for a minute, where there is a compiler, for something that a training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = {
         "train_micro_batch_size_per_gpu": 1,  # It only counts samples by this; batches are ours.
         "gradient_accumulation_steps": accumulation_steps,
