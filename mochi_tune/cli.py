@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     open_missing_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     # torchao, which other libraries look for, tells of every kernel that it was not built with.
-    for noisy in ("torchao", "torch.utils._pytree"):
+    for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     me = "mochi-tune"
     if num_processes_here(os.environ) > 1:
@@ -175,10 +175,9 @@ def run_replay(arguments: list[str]) -> int:
     from mochi_tune.recipes.replay import main as replay
 
     made = replay(Path(options["bundle"]), options["device"])
-    for each in made.micro_batches:
-        samples = ", ".join(f"{c} (sigma {s:.3f})" for c, s in zip(each.clips, each.sigmas, strict=True))
+    for each in made.samples:
         origin = f"; not finite first: {each.origin}" if each.origin else ""
-        print(f"{samples}: loss {each.loss:.6g}, gradient norm {each.grad_norm:.6g}{origin}")
+        print(f"{each.clip} (sigma {each.sigma:.3f}): loss {each.loss:.6g}, gradient norm {each.grad_norm:.6g}{origin}")
     then = made.recorded
     print(f"step {then['step']} then: loss {then['loss']:.6g}, gradient norm {then['grad_norm']:.6g}")
     print(f"step {then['step']} now:  loss {made.loss:.6g}, gradient norm {made.grad_norm:.6g}")

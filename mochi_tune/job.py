@@ -23,7 +23,7 @@ from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import check_installed
 from mochi_tune.training.resume import Start, bound, find_start, take_back
 from mochi_tune.training.rng import draws_proof
-from mochi_tune.training.saves import last_followed, made_by, record_start
+from mochi_tune.training.saves import history, made_by, record_start
 from mochi_tune.training.trackers import check_trackers
 from mochi_tune.training.validation import held_out
 from mochi_tune.weights import base_identity, check_weights, fingerprint, has_part, meta_dit
@@ -95,8 +95,10 @@ def check(config: RunConfig, num_processes: int) -> Job:
         begins_with = load_adapter(Path(config.lora.init_from).expanduser())
         check_adapter(begins_with, shapes, base)
         check_start(begins_with.layers, layers, config.lora.dora, str(begins_with))
+    count = train.validation_clips if train.validate_every else 0
+    held = held_out([row.path for row in cache.rows], count, config.seed)
+    settings["held_out"] = len(held)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": draws_proof(config.seed)}
-    held = held_out([row.path for row in cache.rows], train.validation_clips, config.seed)
     validation = held or list(range(min(train.validation_clips, len(dataset))))
     return Job(folder, dataset, validation, bool(held), layers, begins_with, draws, identity, layout)
 
@@ -108,27 +110,31 @@ def starting_point(config: RunConfig, job: Job, device: torch.device) -> Start:
         MochiTuneError: the run folder holds another run, or its checkpoints are damaged.
     """
     # Followed once: the same command then goes on from what has come of it.
-    is_followed = config.resume_from == last_followed(Path(config.run_dir))
+    starts = history(Path(config.run_dir))
+    is_followed = bool(starts) and config.resume_from == starts[-1].get("resume_from")
     resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
     now = made_by(config.parallel.strategy, device)
-    return find_start(Path(config.run_dir), job.identity, config.resume, resume_from, now)
+    agreed = [(start.get("from_step"), start.get("changed")) for start in starts]
+    return find_start(Path(config.run_dir), job.identity, config.resume, resume_from, now, agreed)
 
 
 def begin(config: RunConfig, job: Job, device: torch.device) -> Start:
     """Finds where the run goes on, tells of it and makes the run folder what it was there; for the first rank."""
     run_dir = Path(config.run_dir)
     now, start = made_by(config.parallel.strategy, device), starting_point(config, job, device)
-    for note in start.notes:
-        tqdm.write(note)
     take_back(run_dir, start, tqdm.write)
     if start.step >= config.train.steps:
         more = f"raise train.steps={config.train.steps} to train on"
         tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
         return start
+    for note in start.notes:
+        tqdm.write(note)
     if start.folder is not None:
         tqdm.write(f"resuming {run_dir} from step {start.step}")
     if not job.is_held_out and job.validation and config.train.validate_every:
         tqdm.write(f"{len(job.dataset)} clips are too few to hold any out: validation is on clips that are trained on")
+    elif job.is_held_out:
+        tqdm.write(f"{len(job.validation)} of {len(job.dataset)} clips are held out for validation")
     (run_dir / "config.yaml").write_text(config_yaml(config))
     facts = {"from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
     record_start(run_dir, {**facts, **now})

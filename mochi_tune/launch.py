@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 
 from mochi_tune.errors import ParallelError
@@ -46,6 +48,8 @@ def end_with_the_starter() -> None:
 def prepare_deepspeed(device: str) -> None:
     """Tells Accelerate and DeepSpeed, which read it when they are imported, that they are used, and on what."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # Of its own calls of torch, hundreds of them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if not uses_gpus(device):
         os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -103,7 +107,9 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         rank = os.environ["RANK"]
-        sys.stderr.write(f"mochi-tune: rank {rank} lost contact with the others: {str(error).splitlines()[0]}\n")
+        # gloo begins with a place in its source and ends with words of comfort.
+        why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[0]
+        sys.stderr.write(f"mochi-tune: rank {rank} lost contact with the others: {why}\n")
         sys.stderr.flush()
         # Taking leave in order would wait for those that do not answer.
         os._exit(LOST_CONTACT)
@@ -155,6 +161,7 @@ def start_processes(
         ParallelError: too few GPUs; a process ended by a signal or by an error that is no user's mistake, and its rank
             is named.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -166,12 +173,15 @@ def start_processes(
     os.environ[STARTED_HERE] = str(os.getpid())
     # A process that hangs does not end when it is asked to; the launcher would wait 30 seconds before it kills it.
     PContext.close.__defaults__ = (None, GRACE_SECONDS)
+    # torch's launcher would leave one behind each time.
+    logs = tempfile.TemporaryDirectory(prefix="mochi_tune_")
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.5, shutdown_timeout=GRACE_SECONDS,
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
         signals_to_handle=",".join(s.name for s in ENDS if s not in stops),
     )  # fmt: skip
-    with PassedOnSignals(stops) as asked, StoppedProcesses(timeout_seconds) as stopped:
+    with logs, PassedOnSignals(stops) as asked, StoppedProcesses(timeout_seconds) as stopped:
         try:
             elastic_launch(config, sys.executable)("-m", "mochi_tune.cli", *arguments)
         except ChildFailedError as error:

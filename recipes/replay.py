@@ -13,6 +13,7 @@ from mochi_tune.errors import CheckpointError, DataError
 from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.lora_config import lora_settings
 from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.training.batches import Draws
 from mochi_tune.training.checkpoint import load_tensors, read_json
 from mochi_tune.training.engine import check_adapter_fits
@@ -22,19 +23,20 @@ from mochi_tune.weights import check_weights, load_dit
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch of the step that was made again.
+class Sample:
+    """One sample of the step that was made again.
 
     Attributes:
-        clips: paths.
-        sigmas: noise levels.
-        loss: its mean loss.
-        grad_norm: of its own gradients.
-        origin: where the first number that is not finite came up, "" if none did.
+        clip: its path.
+        sigma: its noise level.
+        loss: its own.
+        grad_norm: of its own gradient.
+        origin: where the first number that is not finite came up, "" if none did; on the way there that is told of
+            every sample of a micro-batch.
     """
 
-    clips: list[str]
-    sigmas: list[float]
+    clip: str
+    sigma: float
     loss: float
     grad_norm: float
     origin: str
@@ -46,14 +48,14 @@ class Replay:
 
     Attributes:
         recorded: what the run told of the step.
-        micro_batches: one after the other.
+        samples: one after the other.
         loss: of the step.
-        grad_norm: of the step, averaged over its micro-batches.
+        grad_norm: of the step, of the mean over its samples.
         attention: kernels that attention may choose from.
     """
 
     recorded: dict
-    micro_batches: list[MicroBatch]
+    samples: list[Sample]
     loss: float
     grad_norm: float
     attention: str
@@ -84,20 +86,21 @@ def main(bundle: Path, device_name: str) -> Replay:
     dit = load_adapted(config, bundle, device)
     parameters = lora_parameters(dit)
     watch = Watch(dit)
-    done, total = [], {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    done, count = [], draws.num_micro_batches * draws.batch_size
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for number in range(draws.num_micro_batches):
         rows = places[number * draws.batch_size : (number + 1) * draws.batch_size]
         batch = draws.mixed(collate([dataset[i] for i in rows]), recorded["step"], number)
         watch.origin = ""
-        loss = draws.loss(dit, batch, device)
-        (loss / draws.num_micro_batches).backward()
-        norms = []
-        for name, parameter in parameters.items():
-            total[name] += parameter.grad
-            norms.append(parameter.grad.norm() * draws.num_micro_batches)
-            parameter.grad = None
-        norm = torch.stack(norms).norm().item()
-        done.append(MicroBatch(batch.clips, batch.sigma.tolist(), loss.item(), norm, watch.origin))
+        losses = draws.losses(dit, batch, device)
+        on_the_way = watch.origin
+        for row, loss in enumerate(losses):
+            watch.origin = on_the_way
+            gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+            done.append(Sample(batch.clips[row], batch.sigma[row].item(), loss.item(), norm, watch.origin))
+            for sum_so_far, gradient in zip(total.values(), gradients, strict=True):
+                sum_so_far += gradient / count
     loss = sum(each.loss for each in done) / len(done)
     grad_norm = torch.stack([gradient.norm() for gradient in total.values()]).norm().item()
     return Replay(recorded, done, loss, grad_norm, attention_kernels())
@@ -127,6 +130,8 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Mo
     dit = load_dit(folder, device, DTYPES[config.model.dtype])
     layers = lora_settings(config, linear_shapes(dit))
     apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
+    if config.train.gradient_checkpointing:
+        apply_activation_checkpointing(dit)
     parameters = lora_parameters(dit)
     check_adapter_fits(parameters, saved)
     for name, parameter in parameters.items():

@@ -117,13 +117,17 @@ class Draws:
         return Batch(noisy, target, sigma, embeds, mask, list(items["sample_ids"]), dropout_seed)
 
     def loss(self, dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-        """Returns the weighted mean loss of a micro-batch, a tensor () with its gradient."""
+        """Returns the mean loss of a micro-batch, a tensor () with its gradient."""
+        return self.losses(dit, batch, device).mean()
+
+    def losses(self, dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+        """Returns the weighted loss of each sample of a micro-batch, (B,) with their gradients."""
         torch.manual_seed(batch.dropout_seed)
         prediction = dit(
             batch.noisy.to(device), batch.sigma.to(device), batch.prompt_embeds.to(device), batch.prompt_mask
         )
         each = velocity_loss(prediction, batch.target.to(device))
-        return (each * loss_weight(batch.sigma, self.weighting).to(device)).mean()
+        return each * loss_weight(batch.sigma, self.weighting).to(device)
 
 
 class Clips:
@@ -170,7 +174,7 @@ class Clips:
             raise DataError(
                 f"{len(self.damaged)} of {len(self.indices)} clips are damaged, the last one: {error}"
             ) from None
-        self.tell(f"quarantined, another clip takes its place: {error}")
+        self.tell(f"quarantined, another clip takes its place: {str(error).partition('; data.damaged')[0]}")
 
 
 class Feed:

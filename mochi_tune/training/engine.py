@@ -316,6 +316,7 @@ def _deepspeed_engine(
         "wall_clock_breakdown": False,
         "steps_per_print": 10**12,
     }
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps, deepspeed_plugin=plugin)
     engine, _ = accelerator.prepare(dit, optimizer)
     return engine

@@ -2,7 +2,7 @@
 
 import filecmp
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mochi_tune.training import checkpoint
 # The data's own settings are held by the cache's fingerprint.
 FREE_TO_CHANGE = (
     *("name", "run_dir", "resume", "device", "model.weights", "data.", "sample.", "log.", "parallel.", "memory."),
-    *("train.steps", "train.checkpoint_", "train.keep_", "train.validate_", "train.sample_", "train.gradient_"),
+    *("train.steps", "train.checkpoint_", "train.keep_", "train.valid", "train.sample_", "train.gradient_"),
     # Their product with the ranks that share a step is bound, as "global_batch".
     *("train.batch_size", "train.accumulation_steps"),
 )
@@ -42,7 +42,12 @@ class Start:
 
 
 def find_start(
-    run_dir: Path, identity: dict, mode: str, resume_from: Path | None, made_by: Mapping[str, object]
+    run_dir: Path,
+    identity: dict,
+    mode: str,
+    resume_from: Path | None,
+    made_by: Mapping[str, object],
+    agreed: Collection[tuple[int, list[str]]] = (),
 ) -> Start:
     """Finds the checkpoint to go on from and makes sure that it is of the same run; changes nothing on the disk.
 
@@ -52,6 +57,7 @@ def find_start(
         mode: one of MODES; "force" goes on in spite of other settings.
         resume_from: a checkpoint that the user names; None for the newest whole one.
         made_by: what this process computes with, see `saves.made_by`.
+        agreed: steps and the changes that were forced there before; they need not be forced again.
 
     Raises:
         TrainingError: it is another run, or one whose checkpoints are gone.
@@ -71,7 +77,10 @@ def find_start(
     needed = ("step", "settings", "cache", "base", "draws", "groups", "rows", "losses", "made_by")
     if missing := [key for key in needed if key not in state]:
         raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}: a run cannot go on without.")
-    changed, notes = differences(run_dir, state, identity, mode)
+    try:
+        changed, notes = differences(run_dir, state, identity, mode, agreed)
+    except TrainingError as error:
+        raise TrainingError("; ".join([*wrong, str(error)])) from None
     if others := [f"{key} was {state['made_by'].get(key)}, is {now}" for key, now in made_by.items()
                   if state["made_by"].get(key) != now]:  # fmt: skip
         notes.append(f"{'; '.join(others)}: the same samples in the same order, but no longer the same bits")
@@ -84,12 +93,18 @@ def named(folder: Path) -> tuple[Path, list[str]]:
     Raises:
         CheckpointError: it is damaged.
     """
+    if not (folder / checkpoint.MANIFEST).exists():
+        near = [*checkpoint.find_checkpoints(folder / "checkpoints"), *checkpoint.find_checkpoints(folder.parent)]
+        there = f"use one of {', '.join(map(str, near))}" if near else "name a folder RUN_DIR/checkpoints/step_NNNNNN"
+        raise CheckpointError(f"resume_from={folder} is no checkpoint: {there}.")
     if damage := checkpoint.damage_of(folder):
         raise CheckpointError(f"{damage}: name another one in resume_from, or leave it out for the newest whole one.")
     return folder, []
 
 
-def differences(run_dir: Path, state: dict, identity: dict, mode: str) -> tuple[list[str], list[str]]:
+def differences(
+    run_dir: Path, state: dict, identity: dict, mode: str, agreed: Collection[tuple[int, list[str]]]
+) -> tuple[list[str], list[str]]:
     """Returns what is forced to be another, and lines that tell of what has changed.
 
     Raises:
@@ -104,7 +119,8 @@ def differences(run_dir: Path, state: dict, identity: dict, mode: str) -> tuple[
     decisive = bound(differing)
     held = [texts[key] for key in decisive if key.startswith(HELD)] + [t for p, t in others.items() if p == "base"]
     changed = [texts[key] for key in decisive] + list(others.values())
-    if changed and (mode != "force" or held):
+    is_forced = mode == "force" or (state["step"], changed) in agreed
+    if changed and (held or not is_forced):
         force = "" if held else ", or go on all the same by resume=force, as a run that nobody can repeat"
         raise TrainingError(
             f"{run_dir} cannot go on from step {state['step']}: {'; '.join(held or changed)}: "

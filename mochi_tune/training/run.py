@@ -89,14 +89,19 @@ class Run:
         self.save()
         if not is_first():
             return
+        way = (
+            "resume=force and train.spike_policy=skip"
+            if verdict == "stop"
+            else ("an older checkpoint by resume_from, resume=force and a lower train.learning_rate")
+        )
         excess = "" if verdict == "not finite" else f", a loss of {self.guard.excess(row['loss']):.0f} times the usual"
         bundle = write_bundle(run_dir / "bundles", {**row, "why": verdict}, weights, config)
         samples = ", ".join(f"{c} (sigma {s:.3f})" for c, s in zip(row["clips"], row["sigmas"], strict=True))
         last = checkpoint.last_checkpoint(run_dir / "checkpoints")
         raise TrainingError(
             f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}{excess}, on {samples}; the "
-            f"update was not made and {last}: `mochi-tune replay {bundle}` makes that step again; lower "
-            "train.learning_rate, or look at these clips."
+            f"update was not made and {last}: `mochi-tune replay {bundle}` tells which sample it was. The same command "
+            f"comes here again; {way} go past it, or a lower train.learning_rate in another run_dir."
         )
 
 

@@ -137,10 +137,10 @@ def record_start(run_dir: Path, facts: dict) -> None:
         file.write(json.dumps(facts) + "\n")
 
 
-def last_followed(run_dir: Path) -> str | None:
-    """Returns the checkpoint that the run was last told to go on from by name, None if it was not."""
-    path = run_dir / "history.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    with contextlib.suppress(ValueError, IndexError, AttributeError):  # A killed run's last line may be a part of one.
-        return json.loads(lines[-1]).get("resume_from")
-    return None
+def history(run_dir: Path) -> list[dict]:
+    """Returns what `record_start` has written of the run so far; a killed run may have left a part of a line."""
+    path, starts = run_dir / "history.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            starts.append(json.loads(line))
+    return [start for start in starts if isinstance(start, dict)]

@@ -58,17 +58,20 @@ def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path,
     assert all(f"{clip} (sigma {sigma:.3f})" in text for clip, sigma in zip(told["clips"], told["sigmas"], strict=True))
 
 
-def test_a_replayed_step_has_the_numbers_of_the_run(tmp_path):
+@pytest.mark.parametrize("more", [[], ["train.gradient_checkpointing=true"]], ids=["plain", "checkpointed"])
+def test_a_replayed_step_has_the_numbers_of_the_run(tmp_path, more):
     """A spike stops the run; its step, made again from the bundle, has the run's own loss and norm."""
     with pytest.raises(TrainingError, match=r"times the usual, on clip_.*the update was not made") as error:
-        train(tmp_path, *SPIKY, "train.spike_policy=stop", "train.accumulation_steps=2")
-    told = assert_refused(tmp_path, str(error.value), micro_batches=2)
+        spiky = [setting.replace("1.05", "1.005") for setting in SPIKY]
+        train(tmp_path, *spiky, "train.spike_policy=stop", "train.accumulation_steps=2", "train.batch_size=2", *more)
+    told = assert_refused(tmp_path, str(error.value), micro_batches=4)
     [bundle] = (tmp_path / "bundles").iterdir()
     made = replay(bundle, "cpu")
     assert made.is_finite and made.loss == pytest.approx(told["loss"], rel=1e-6)
     assert made.grad_norm == pytest.approx(told["grad_norm"], rel=1e-5)
-    assert [clip for each in made.micro_batches for clip in each.clips] == told["clips"]
-    assert not any(each.origin for each in made.micro_batches)
+    assert [each.clip for each in made.samples] == told["clips"]
+    assert len({each.loss for each in made.samples}) == len({each.grad_norm for each in made.samples}) == 4
+    assert not any(each.origin for each in made.samples)
 
 
 def test_a_spike_is_told_of_or_skipped_and_always_the_same(tmp_path):

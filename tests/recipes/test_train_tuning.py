@@ -163,12 +163,21 @@ def test_validation_is_by_noise_level_on_clips_that_are_not_trained_on(twelve, t
     assert sum(rows[1]["sigmas_drawn"]) == 30 and rows[0]["sigmas_drawn"] == [0] * 10
 
 
-def test_how_many_are_held_out_decides_what_is_learnt(twelve, tmp_path):
+def test_how_many_are_held_out_decides_what_is_learnt(twelve, tmp_path, capsys):
     from mochi_tune.errors import TrainingError
 
-    assert train(tmp_path, "train.steps=2", "train.validation_clips=1", *twelve) == 0
-    with pytest.raises(TrainingError, match=r"train\.validation_clips was 1, is 2"):
-        train(tmp_path, "train.steps=4", "train.validation_clips=2", *twelve)
+    settings = ["train.validate_every=9", *twelve]
+    assert train(tmp_path, "train.steps=2", "train.validation_clips=1", *settings) == 0
+    assert "1 of 12 clips are held out" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match="held_out was 1, is 2"):
+        train(tmp_path, "train.steps=4", "train.validation_clips=2", *settings)
+    with pytest.raises(TrainingError, match="held_out was 1, is 0"):
+        train(tmp_path, "train.steps=4", "train.validation_clips=1", *twelve)
+
+
+def test_without_validation_no_clip_is_held_out(twelve, tmp_path):
+    assert train(tmp_path, "train.steps=6", "train.batch_size=2", *twelve) == 0
+    assert len({clip for row in rows_of(tmp_path) for clip in row["clips"]}) == 12
 
 
 def test_too_few_clips_are_all_trained_on_and_that_is_said(tmp_path, capsys):
