@@ -1,0 +1,29 @@
+"""A checkpoint vouches for the rows of its steps."""
+
+import resource
+
+import torch
+
+from mochi_tune.adapters import Adapter, LoraLayer
+from mochi_tune.training.metrics import Metrics
+from mochi_tune.training.saves import Saves, Snapshot
+
+
+def test_no_checkpoint_is_committed_while_a_row_waits_for_room(tmp_path):
+    """The disk has room for the checkpoint's small files, and none for one more row."""
+    told = []
+    layer = LoraLayer(torch.ones(2, 4), torch.ones(4, 2), 2.0)
+    snapshot = Snapshot(2, Adapter({"blocks.0.attn.proj_x": layer}), None, {}, {"step": 2})
+    with Metrics(tmp_path, 0) as metrics:
+        metrics.log({"step": 1, "sigmas": [0.5], "clips": ["x" * 100_000]})
+        saves = Saves(tmp_path, metrics, newest=1, every=0, keep_best=False, tell=told.append)
+        former = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, former[1]))
+        try:
+            metrics.log({"step": 2, "sigmas": [0.5], "clips": []})
+            assert not saves.save(snapshot) and "could not be saved" in told[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        assert not list(tmp_path.glob("checkpoints/step_*"))
+        assert saves.save(snapshot) and (tmp_path / "checkpoints/step_000002/manifest.json").exists()
+        assert [row["step"] for row in metrics.rows("metrics")] == [1, 2]
