@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mochi_tune.config import RunConfig, weights_folder
+from mochi_tune.config.load import RunConfig, weights_folder
 from mochi_tune.data.cache import REPORT_NAME, CacheSettings, Row, file_sha256, make_row
 from mochi_tune.data.cache_writer import CacheWriter, write_atomically
 from mochi_tune.data_prep.captions import find_orphans, load_captions
@@ -23,7 +23,7 @@ from mochi_tune.data_prep.encode import encode_caption, encode_frames
 from mochi_tune.errors import DataError
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
-from mochi_tune.weights import check_weights, fingerprint, load_encoder
+from mochi_tune.weights.load import check_weights, fingerprint, load_encoder
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10

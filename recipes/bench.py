@@ -19,21 +19,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mochi_tune import assets
+from mochi_tune.adapters.layers import LoraLayer
+from mochi_tune.adapters.lora import linear_shapes
 from mochi_tune.errors import ConfigError
-from mochi_tune.flops import dit_flops
-from mochi_tune.lora import linear_shapes
 from mochi_tune.models.device import DTYPES, find_device, peak_gib, reset_peak, synchronize
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.flops import dit_flops
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
 from mochi_tune.models.layers import hidden_width
-from mochi_tune.models.lora_layout import LoraLayer
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
-from mochi_tune.rendering import ATTENTION_KERNELS, choose_guide, decoded_frames, latent_states, prepare_dit
-from mochi_tune.sampler import PRESETS, draw_noise
-from mochi_tune.weight_configs import read_official_config
-from mochi_tune.weights import random_model
+from mochi_tune.sampling.render import ATTENTION_KERNELS, choose_guide, decoded_frames, latent_states, prepare_dit
+from mochi_tune.sampling.sampler import PRESETS, draw_noise
+from mochi_tune.weights.configs import read_official_config
+from mochi_tune.weights.load import random_model
 
 WHAT = ("sample", "decode", "encode")
 MODELS = ("mochi_1", "toy", "tiny")

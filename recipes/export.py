@@ -38,7 +38,7 @@ def main(adapter: Path, to: str, out: Path) -> ExportSummary:
         ConfigError: `to` is unknown, or `out` exists, is no .safetensors name or has no possible folder.
         CheckpointError: the adapter cannot be read, or has no place in the format.
     """
-    from mochi_tune.adapters import check_format, load_adapter, save_adapter
+    from mochi_tune.adapters.files import check_format, load_adapter, save_adapter
 
     out = Path(out)
     check_format(to)

@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mochi_tune.config import RunConfig, load_config, weights_folder
+from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
+from mochi_tune.config.load import RunConfig, load_config, weights_folder
+from mochi_tune.config.lora import lora_settings
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError
-from mochi_tune.lora import apply_lora, linear_shapes, lora_parameters
-from mochi_tune.lora_config import lora_settings
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.parallel.memory import apply_activation_checkpointing
-from mochi_tune.training.batches import Draws
+from mochi_tune.training.accelerator import check_adapter_fits
 from mochi_tune.training.checkpoint import load_tensors, read_json
-from mochi_tune.training.engine import check_adapter_fits
+from mochi_tune.training.draws import key_seed
 from mochi_tune.training.guards import is_finite
-from mochi_tune.training.rng import key_seed
-from mochi_tune.weights import check_weights, load_dit
+from mochi_tune.training.loader import Draws
+from mochi_tune.weights.load import check_weights, load_dit
 
 
 @dataclass(frozen=True)

@@ -16,24 +16,24 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from mochi_tune.adapters import Adapter, check_adapter, load_adapter
-from mochi_tune.config import RunConfig, weights_folder
+from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
+from mochi_tune.adapters.lora import linear_shapes, switch_adapters
+from mochi_tune.config.load import RunConfig, weights_folder
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder, write_whole
-from mochi_tune.lora import linear_shapes, switch_adapters
 from mochi_tune.models.device import DTYPES, find_device, free_memory, peak_gib, reset_peak
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.latents import FPS, TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
-from mochi_tune.prompt_cache import PromptCache
-from mochi_tune.rendering import choose_guide, decoded_frames, latent_states, prepare_dit
-from mochi_tune.requests import Request, read_requests
-from mochi_tune.sampler import draw_noise
-from mochi_tune.training.signals import StopSignal
-from mochi_tune.video import write_video
-from mochi_tune.weights import base_identity, check_weights, fingerprint, load_decoder, load_dit, meta_dit
+from mochi_tune.sampling.prompt_cache import PromptCache
+from mochi_tune.sampling.render import choose_guide, decoded_frames, latent_states, prepare_dit
+from mochi_tune.sampling.requests import Request, read_requests
+from mochi_tune.sampling.sampler import draw_noise
+from mochi_tune.sampling.video import write_video
+from mochi_tune.training.interrupts import StopSignal
+from mochi_tune.weights.load import base_identity, check_weights, fingerprint, load_decoder, load_dit, meta_dit
 
 
 @dataclass(frozen=True)

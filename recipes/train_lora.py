@@ -11,45 +11,45 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mochi_tune.adapters import Adapter
-from mochi_tune.config import RunConfig, config_yaml
-from mochi_tune.config_checks import sampler_settings
-from mochi_tune.errors import ParallelError
-from mochi_tune.files import make_writable_folder
-from mochi_tune.job import Job, adapter_metadata, begin, check, check_rows, renders
-from mochi_tune.lora import (
+from mochi_tune.adapters.files import Adapter
+from mochi_tune.adapters.lora import (
     apply_lora,
     lora_parameters,
     settings_metadata,
     start_from,
     trained_layers,
 )
+from mochi_tune.config.checks import sampler_settings
+from mochi_tune.config.load import RunConfig, config_yaml
+from mochi_tune.config.schema import sample_size
+from mochi_tune.errors import ParallelError
+from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.parallel.mesh import Mesh
-from mochi_tune.parallel.ranks import from_first, gathered, is_first, num_ranks, wait_for_all
-from mochi_tune.sampler import draw_noise
-from mochi_tune.settings import sample_size
-from mochi_tune.training.average import Average
-from mochi_tune.training.batches import Clips, Feed
+from mochi_tune.parallel.processes import from_first, gathered, is_first, num_ranks, wait_for_all
+from mochi_tune.sampling.sampler import draw_noise
+from mochi_tune.training.accelerator import DataParallel, build_engine
 from mochi_tune.training.checkpoint import load_optimizer, load_tensors
-from mochi_tune.training.engine import DataParallel, build_engine
-from mochi_tune.training.eval_videos import EvalVideos
+from mochi_tune.training.draws import key_seed
+from mochi_tune.training.ema import Average
+from mochi_tune.training.evaluate import EvalVideos
 from mochi_tune.training.guards import SpikeGuard
+from mochi_tune.training.interrupts import Attention, Interrupted, Signals
+from mochi_tune.training.loader import Clips, Feed
 from mochi_tune.training.lock import RunLock
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import build_optimizer
-from mochi_tune.training.resume import Start
-from mochi_tune.training.rng import key_seed
+from mochi_tune.training.preflight import Job, adapter_metadata, begin, check, check_rows, renders
 from mochi_tune.training.run import Run, merged
+from mochi_tune.training.run_folder import Start
 from mochi_tune.training.saves import Saves, copied, made_by, try_room
 from mochi_tune.training.schedule import learning_rate_at
-from mochi_tune.training.signals import Attention, Interrupted, Signals
 from mochi_tune.training.trackers import Trackers
 from mochi_tune.training.validation import validation_losses
-from mochi_tune.weights import load_decoder, load_dit
+from mochi_tune.weights.load import load_decoder, load_dit
 
 
 def main(config: RunConfig) -> int:

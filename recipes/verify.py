@@ -11,10 +11,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mochi_tune.adapters import load_adapter
+from mochi_tune.adapters.files import load_adapter
+from mochi_tune.adapters.lora import apply_adapter, lora_parameters
 from mochi_tune.errors import CheckpointError
-from mochi_tune.flow import draw_posterior, noisy_and_target, velocity_loss
-from mochi_tune.lora import apply_adapter, lora_parameters
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TEMPORAL_FACTOR, to_latents, to_vae_latents
@@ -30,11 +29,12 @@ from mochi_tune.models.vae import (
 from mochi_tune.models.vae_streaming import decode_tiled, encode
 from mochi_tune.parallel.collectives import even_shares
 from mochi_tune.parallel.context import apply_context_parallel
+from mochi_tune.parallel.decode import decode_share
 from mochi_tune.parallel.mesh import Layout, Mesh, check_one_video, possible_layouts
-from mochi_tune.parallel.vae import decode_share
-from mochi_tune.rendering import choose_guide, latent_states, prepare_dit
-from mochi_tune.sampler import SamplerSettings, euler_steps, linear_quadratic_sigmas
-from mochi_tune.weights import check_weights, load_decoder, load_dit, load_encoder, meta_dit
+from mochi_tune.sampling.render import choose_guide, latent_states, prepare_dit
+from mochi_tune.sampling.sampler import SamplerSettings, euler_steps, linear_quadratic_sigmas
+from mochi_tune.training.objective import draw_posterior, noisy_and_target, velocity_loss
+from mochi_tune.weights.load import check_weights, load_decoder, load_dit, load_encoder, meta_dit
 
 FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
 # The largest error allowed, relative to the largest value of the vector: what independent implementations of these

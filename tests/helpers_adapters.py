@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mochi_tune.adapters import Adapter, LoraLayer
+from mochi_tune.adapters.files import Adapter, LoraLayer
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 
 GOLDEN = Path(__file__).parent / "golden"

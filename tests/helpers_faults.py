@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 PRELOADED = [
-    "peft", "pyarrow.parquet", "psutil", "hydra", "omegaconf", "mochi_tune.cli", "mochi_tune.config",
+    "peft", "pyarrow.parquet", "psutil", "hydra", "omegaconf", "mochi_tune.cli.main", "mochi_tune.config.load",
     "mochi_tune.recipes.train_lora", "mochi_tune.recipes.sample", "mochi_tune.data_prep.prepare",
 ]  # fmt: skip
 CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "shutil.copyfile"}
@@ -138,7 +138,7 @@ def _run(arguments: list[str], out: str, disturbance: Disturbance) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (disturbance.file_bytes, resource.RLIM_INFINITY))
     if disturbance.slow:
         _slow_down(disturbance)
-    from mochi_tune import cli
+    from mochi_tune.cli import main as cli
 
     cli.main(arguments)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mochi_tune.weights import load_decoder, load_dit, load_encoder
+from mochi_tune.weights.load import load_decoder, load_dit, load_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
 

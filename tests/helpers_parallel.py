@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Imported once, in the process that the ranks are forked from.
-PRELOADED = ["peft", "mochi_tune.cli", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora"]
+PRELOADED = ["peft", "mochi_tune.cli.main", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora"]
 PRELOADED += ["mochi_tune.recipes.export", "mochi_tune.data_prep.prepare", "mochi_tune.models.text_encoder"]
 PRELOADED += ["hydra", "omegaconf", "pyarrow.parquet", "transformers"]
 

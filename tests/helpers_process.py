@@ -90,7 +90,7 @@ def _run(
 ) -> None:
     import torch
 
-    from mochi_tune.cli import main
+    from mochi_tune.cli.main import main
 
     torch.set_num_threads(1)
     for name, stream in (("out", sys.stdout), ("err", sys.stderr)):

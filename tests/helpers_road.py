@@ -10,7 +10,7 @@ from tempfile import mkdtemp
 
 from helpers_video import write_video
 
-from mochi_tune.config import load_config
+from mochi_tune.config.load import load_config
 from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.recipes.train_lora import main as train_lora
 

@@ -7,7 +7,7 @@ from helpers_golden import GOLDEN
 from safetensors.torch import load_file
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.weights import check_weights, fingerprint, load_decoder, load_dit, load_encoder
+from mochi_tune.weights.load import check_weights, fingerprint, load_decoder, load_dit, load_encoder
 
 LOADERS = {"dit": load_dit, "encoder": load_encoder, "decoder": load_decoder}
 

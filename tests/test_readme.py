@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mochi_tune.cli import load
-from mochi_tune.options import BENCH_OPTIONS, plain_options
+from mochi_tune.cli.main import load
+from mochi_tune.cli.options import BENCH_OPTIONS, plain_options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,8 +67,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_settings_it_names_exist():
-    from mochi_tune.config import SAMPLE_ALIASES
-    from mochi_tune.settings import known_keys
+    from mochi_tune.config.load import SAMPLE_ALIASES
+    from mochi_tune.config.schema import known_keys
 
     keys = {*known_keys(), *SAMPLE_ALIASES, "conf", "model", "lora", "to", "reference", "dtype", "device", "prompt"}
     for key in re.findall(r"`((?:data|train|lora|sample|parallel|memory|log)\.[a-z_]+)", README):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mochi_tune.errors import ParallelError
-from mochi_tune.flops import dit_flops
 from mochi_tune.models.dit import DiTConfig
+from mochi_tune.models.flops import dit_flops
 from mochi_tune.parallel.context import check_context_ranks
 
 # What one H100 does a second in bf16: matrix products, attention; and bytes to the other GPUs of its machine. Their

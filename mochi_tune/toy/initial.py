@@ -20,7 +20,7 @@ from mochi_tune.models.vae import (
 )
 from mochi_tune.toy.world import ALL_SHAPES, HEIGHT, WIDTH, all_words, draw_clips
 from mochi_tune.training.checkpoint import write_json
-from mochi_tune.training.rng import keyed_generator
+from mochi_tune.training.draws import keyed_generator
 
 CHANNELS = {"base_channels": 32, "channel_multipliers": (1, 1, 2, 3), "num_res_blocks": (0, 1, 1, 1, 0)}
 ENCODER = EncoderConfig(**CHANNELS, has_attentions=(False, False, False, True, True))

@@ -9,9 +9,9 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.errors import MochiTuneError
+from mochi_tune.sampling.video import write_video
 from mochi_tune.toy.world import BACKGROUNDS, COLOURS, NEW_WORD, SHAPES, Words, all_words, draw_clips, split_words
-from mochi_tune.training.rng import keyed_generator
-from mochi_tune.video import write_video
+from mochi_tune.training.draws import keyed_generator
 
 NUM_CLIPS = 24
 

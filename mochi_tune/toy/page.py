@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 from mochi_tune.errors import MochiTuneError
-from mochi_tune.video import read_frames
+from mochi_tune.sampling.video import read_frames
 
 # The chart's picture, its plot area inside, and how near to each other two numbers may be; all in pixels.
 CHART_WIDTH, CHART_HEIGHT = 354, 220

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder, Encoder, frames_to_pixels, pixels_to_frames
-from mochi_tune.sampler import SamplerSettings, draw_noise, euler_steps
+from mochi_tune.sampling.sampler import SamplerSettings, draw_noise, euler_steps
 from mochi_tune.toy.measure import see
 from mochi_tune.toy.world import HEIGHT, NEW_WORD, NUM_FRAMES, WIDTH, Words
-from mochi_tune.training.rng import key_seed
+from mochi_tune.training.draws import key_seed
 
 BATCH = 25
 

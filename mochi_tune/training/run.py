@@ -6,14 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mochi_tune.adapters import Adapter
+from mochi_tune.adapters.files import Adapter
 from mochi_tune.errors import TrainingError
-from mochi_tune.parallel.ranks import is_first
+from mochi_tune.parallel.processes import is_first
 from mochi_tune.training import checkpoint
-from mochi_tune.training.average import Average
-from mochi_tune.training.batches import Clips
-from mochi_tune.training.engine import DataParallel, Zero
+from mochi_tune.training.accelerator import DataParallel, Zero
+from mochi_tune.training.ema import Average
 from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
+from mochi_tune.training.loader import Clips
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.saves import Saves, Snapshot
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mochi_tune.adapters import Adapter, save_adapter
+from mochi_tune.adapters.files import Adapter, save_adapter
 from mochi_tune.errors import TrainingError
-from mochi_tune.parallel.ranks import num_ranks
+from mochi_tune.parallel.processes import num_ranks
 from mochi_tune.training import checkpoint
 from mochi_tune.training.metrics import Metrics
 

@@ -8,9 +8,9 @@ from torch import nn
 from tqdm import tqdm
 
 from mochi_tune.data.dataset import LatentDataset, collate
-from mochi_tune.flow import noisy_and_target, velocity_loss
-from mochi_tune.parallel.ranks import is_first
-from mochi_tune.training.rng import keyed_generator
+from mochi_tune.parallel.processes import is_first
+from mochi_tune.training.draws import keyed_generator
+from mochi_tune.training.objective import noisy_and_target, velocity_loss
 
 # The middles of four bins of noise levels.
 SIGMAS = (0.125, 0.375, 0.625, 0.875)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 import mochi_tune
+from mochi_tune.config.schema import DataConfig, ModelConfig, RunConfig
 from mochi_tune.data.cache import file_sha256, open_cache
 from mochi_tune.data_prep.clips import ClipTransform, decode_clip
 from mochi_tune.data_prep.encode import encode_frames
@@ -25,8 +26,7 @@ from mochi_tune.errors import CheckpointError, ConfigError, DataError
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import PointwiseConv, frames_to_pixels
-from mochi_tune.settings import DataConfig, ModelConfig, RunConfig
-from mochi_tune.weights import fingerprint, load_encoder
+from mochi_tune.weights.load import fingerprint, load_encoder
 
 TINY = Path(mochi_tune.__file__).parent / "assets" / "tiny"
 GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}

@@ -19,12 +19,12 @@ from helpers_road import road
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mochi_tune.adapters import LoraLayer, delta_weight, load_adapter, save_adapter
-from mochi_tune.config import load_config, weights_folder
+from mochi_tune.adapters.files import LoraLayer, delta_weight, load_adapter, save_adapter
+from mochi_tune.adapters.layers import block_of
+from mochi_tune.adapters.lora import linear_shapes
+from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError
-from mochi_tune.lora import linear_shapes
-from mochi_tune.models.lora_layout import block_of
-from mochi_tune.weights import meta_dit
+from mochi_tune.weights.load import meta_dit
 
 A, B = "blocks.0.attn.proj_x.lora_A", "blocks.0.attn.proj_x.lora_B"
 # What a process may allocate beyond what it has when it starts; no file below holds more than 64 MB.

@@ -11,7 +11,7 @@ from helpers_faults import assert_same_end, newest_checkpoint, rows_of
 from helpers_road import LORA, read_rows, road
 from safetensors.torch import load_file
 
-from mochi_tune.config import load_config
+from mochi_tune.config.load import load_config
 from mochi_tune.errors import CheckpointError, TrainingError
 from mochi_tune.recipes.train_lora import main
 from mochi_tune.training.checkpoint import manifest_of

@@ -14,7 +14,7 @@ from helpers_faults import Disturbance, Program, assert_same_end, newest_checkpo
 from helpers_road import LORA, prepared, read_rows, road, train
 from safetensors.torch import load_file
 
-from mochi_tune.config import load_config
+from mochi_tune.config.load import load_config
 from mochi_tune.data.cache import open_cache
 from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.recipes.replay import main as replay

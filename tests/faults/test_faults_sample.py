@@ -11,7 +11,7 @@ import pytest
 from helpers_process import Command
 from helpers_road import ENVIRONMENT, command
 
-from mochi_tune.video import read_frames
+from mochi_tune.sampling.video import read_frames
 
 PROMPTS = ("a red circle moves up over a grey background", "a blue square")
 

@@ -18,7 +18,7 @@ SETTINGS = [
 ]  # fmt: skip
 # Slow enough for a signal to come in the middle, and still over in time.
 VALIDATION = Disturbance(slow="mochi_tune.training.validation:collate", slow_from=4, seconds=1.0)
-DECODING = Disturbance(slow="mochi_tune.training.eval_videos:to_vae_latents", slow_from=3, seconds=1.0)
+DECODING = Disturbance(slow="mochi_tune.training.evaluate:to_vae_latents", slow_from=3, seconds=1.0)
 STEP = Disturbance(slow="mochi_tune.recipes.train_lora:merged", slow_from=3, seconds=0.5)
 
 
@@ -94,7 +94,7 @@ def test_stopped_in_a_look(straight, tmp_path, place, shown, slow):
 def test_stopped_while_it_waits_for_data(straight, tmp_path):
     """A disk that does not answer holds nobody up: what is done is saved at once."""
     run_dir = tmp_path / "run"
-    hang = Disturbance(slow="mochi_tune.training.batches:collate", slow_from=8, seconds=3600)
+    hang = Disturbance(slow="mochi_tune.training.loader:collate", slow_from=8, seconds=3600)
     program = Program(command(run_dir), tmp_path / "out", hang)
     program.wait_until(lambda: "slow: collate" in program.text() and len(rows_of(run_dir)) == 3)
     time.sleep(0.5)
@@ -105,7 +105,7 @@ def test_stopped_while_it_waits_for_data(straight, tmp_path):
 
 def test_sigusr1_while_it_waits_for_data_saves_at_once(straight, tmp_path):
     run_dir = tmp_path / "run"
-    slow = Disturbance(slow="mochi_tune.training.batches:collate", slow_from=8, seconds=5)
+    slow = Disturbance(slow="mochi_tune.training.loader:collate", slow_from=8, seconds=5)
     program = Program(command(run_dir, "train.steps=5"), tmp_path / "out", slow)
     program.wait_until(lambda: "slow: collate" in program.text() and len(rows_of(run_dir)) == 3)
     program.send(signal.SIGUSR1)

@@ -17,7 +17,7 @@ from helpers_road import ENVIRONMENT, LORA, command, prepared, road
 
 from mochi_tune.data.cache import CacheSettings
 from mochi_tune.data.cache_writer import CacheWriter
-from mochi_tune.video import read_frames
+from mochi_tune.sampling.video import read_frames
 
 RENDER = ["sample.steps=2", "sample.num_frames=7", "prompt=a red ball"]
 TWO = ["parallel.num_processes=2", "parallel.context=2"]

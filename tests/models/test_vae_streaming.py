@@ -11,8 +11,8 @@ from mochi_tune.models import vae_streaming
 from mochi_tune.models.vae import frames_to_pixels, pixels_to_frames
 from mochi_tune.models.vae_streaming import check_tiles, decode_chunks, decode_tiled, encode
 from mochi_tune.toy.world import draw_clips, split_words
-from mochi_tune.training.rng import keyed_generator
-from mochi_tune.weights import load_decoder, load_encoder
+from mochi_tune.training.draws import keyed_generator
+from mochi_tune.weights.load import load_decoder, load_encoder
 
 IO = vectors("vae_io")
 TOY = Path(mochi_tune.__file__).parent / "assets" / "toy"

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from helpers_parallel import run_ranks
 
+from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, lora_parameters
 from mochi_tune.errors import ParallelError
-from mochi_tune.lora import apply_lora, layer_settings, linear_shapes, lora_parameters
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.context import apply_context_parallel, check_context_ranks
 

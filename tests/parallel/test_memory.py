@@ -5,8 +5,8 @@ import torch
 from helpers_golden import GOLDEN, relative_error, vectors
 from helpers_memory import TensorMemory
 
-from mochi_tune.adapters import load_adapter
-from mochi_tune.lora import apply_adapter
+from mochi_tune.adapters.files import load_adapter
+from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.memory import (
     apply_block_offload,
@@ -15,8 +15,8 @@ from mochi_tune.parallel.memory import (
     quantize_block,
     tabulate_modulation,
 )
-from mochi_tune.sampler import euler_steps, guide_in_one_batch, guide_in_turn, linear_quadratic_sigmas
-from mochi_tune.weights import load_dit
+from mochi_tune.sampling.sampler import euler_steps, guide_in_one_batch, guide_in_turn, linear_quadratic_sigmas
+from mochi_tune.weights.load import load_dit
 
 IO = vectors("dit_io")
 PROMPT, NEGATIVE = (IO["y_feat"], IO["y_mask"]), (IO["null_feat"], torch.zeros_like(IO["y_mask"]))

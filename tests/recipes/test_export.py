@@ -1,7 +1,7 @@
 import pytest
 from helpers_adapters import ATTENTION, GOLDEN, MIXED, MLPS, assert_same_change, random_adapter, with_magnitudes
 
-from mochi_tune.adapters import load_adapter, save_adapter
+from mochi_tune.adapters.files import load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.recipes import export
 

@@ -8,15 +8,21 @@ from helpers_road import prepared, road, run
 from safetensors.torch import load_file, save_file
 
 from mochi_tune import assets
-from mochi_tune.adapters import Adapter, LoraLayer, load_adapter, save_adapter
-from mochi_tune.config import load_config, weights_folder
+from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
+from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, start_from
+from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.lora import apply_lora, layer_settings, linear_shapes, start_from
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.recipes.sample import main
-from mochi_tune.sampler import SamplerSettings, draw_noise, euler_steps, linear_quadratic_sigmas, sample_latents
-from mochi_tune.video import read_frames
-from mochi_tune.weights import base_identity, load_dit, meta_dit
+from mochi_tune.sampling.sampler import (
+    SamplerSettings,
+    draw_noise,
+    euler_steps,
+    linear_quadratic_sigmas,
+    sample_latents,
+)
+from mochi_tune.sampling.video import read_frames
+from mochi_tune.weights.load import base_identity, load_dit, meta_dit
 
 TINY = weights_folder(load_config("my_lora", ["model=tiny"]))
 
@@ -180,7 +186,7 @@ def test_the_command_prints_the_path_and_takes_the_short_keys(tmp_path):
 
 
 def test_the_tiny_weights_are_what_their_recipe_makes(tmp_path):
-    from mochi_tune.recipes.make_tiny import main as make_tiny
+    from mochi_tune.toy.make_tiny import main as make_tiny
 
     make_tiny(tmp_path)
     shipped = next(iter(assets.__path__))

@@ -13,14 +13,14 @@ from helpers_parallel import run_ranks
 from helpers_road import ENVIRONMENT, command, run
 from safetensors.torch import load_file
 
-from mochi_tune.adapters import Adapter, LoraLayer, load_adapter, save_adapter
-from mochi_tune.config import load_config, weights_folder
-from mochi_tune.lora import linear_shapes
+from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
+from mochi_tune.adapters.lora import linear_shapes
+from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.parallel.mesh import Layout, Mesh
 from mochi_tune.recipes.sample import main
-from mochi_tune.rendering import decoded_frames
-from mochi_tune.video import read_frames
-from mochi_tune.weights import base_identity, load_decoder, load_dit, meta_dit
+from mochi_tune.sampling.render import decoded_frames
+from mochi_tune.sampling.video import read_frames
+from mochi_tune.weights.load import base_identity, load_decoder, load_dit, meta_dit
 
 TOY = weights_folder(load_config("toy_lora", []))
 PROMPTS = ("a red circle moves up over a grey background", "a blue square")

@@ -6,18 +6,18 @@ from helpers_golden import GOLDEN, relative_error
 from helpers_road import LORA, prepared, read_rows, road, train
 from safetensors.torch import load_file, save_file
 
-from mochi_tune.config import load_config, weights_folder
+from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import DataError, TrainingError
-from mochi_tune.flow import noisy_and_target
-from mochi_tune.job import check_text_width
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.recipes.train_lora import main
-from mochi_tune.training.batches import Draws
-from mochi_tune.video import write_video
-from mochi_tune.weights import load_decoder
+from mochi_tune.sampling.video import write_video
+from mochi_tune.training.loader import Draws
+from mochi_tune.training.objective import noisy_and_target
+from mochi_tune.training.preflight import check_text_width
+from mochi_tune.weights.load import load_decoder
 
 # Long enough for a signal to come while it is under way.
 LONG = ("train.steps=40", "train.batch_size=2", "train.accumulation_steps=2")

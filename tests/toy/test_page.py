@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 
 from mochi_tune.errors import MochiTuneError
+from mochi_tune.sampling.video import read_frames, write_video
 from mochi_tune.toy import page
 from mochi_tune.toy.page import Line, Report, Row, line_chart, round_ticks, running_mean, write_png, write_report
-from mochi_tune.video import read_frames, write_video
 
 PROMPT = """a <b>"wug"</b> & 'friends' over </body> a black background"""
 

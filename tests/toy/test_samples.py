@@ -1,10 +1,10 @@
 import torch
 
-from mochi_tune.config import load_config, weights_folder
+from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.toy.samples import reconstruct, share_shown
 from mochi_tune.toy.world import ALL_SHAPES, all_words, draw_clips
-from mochi_tune.training.rng import keyed_generator
-from mochi_tune.weights import load_decoder, load_encoder
+from mochi_tune.training.draws import keyed_generator
+from mochi_tune.weights.load import load_decoder, load_encoder
 
 
 def test_the_shipped_autoencoder_keeps_what_is_read_in_unseen_clips():

@@ -4,7 +4,7 @@ import resource
 
 import torch
 
-from mochi_tune.adapters import Adapter, LoraLayer
+from mochi_tune.adapters.files import Adapter, LoraLayer
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.saves import Saves, Snapshot
 

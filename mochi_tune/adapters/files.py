@@ -1,0 +1,287 @@
+"""Adapter files in and out, exactly: every layout holds the same change of the weights.
+
+| layout    | keys                                                      | where alpha lies                          |
+| --------- | --------------------------------------------------------- | ----------------------------------------- |
+| native    | blocks.0.attn.qkv_x.lora_A, blocks.0.mlp_x.w1.lora_B      | metadata `alphas`: JSON, layer by layer   |
+| official  | the same, all attention layers and nothing else           | metadata `kwargs`: JSON, one for a group  |
+| diffusers | transformer.transformer_blocks.0.attn1.to_q.lora_A.weight | nowhere, or in `lora_adapter_metadata`    |
+| comfyui   | native keys; read also with the prefix `diffusion_model.` | nowhere; read also from `.alpha` tensors  |
+
+In memory there is one form only: official names, fp32. Every export but the native one has alpha / rank multiplied
+into B, so that a runtime gets the same weights whether it looks for an alpha or not.
+
+The magnitudes of a DoRA are `LAYER.lora_magnitude` in native files, `MODULE.lora_magnitude_vector` in diffusers'. The
+official layout has none. ComfyUI's `dora_scale` is another thing: it multiplies rows divided by the base's lengths,
+not by those of the adapted rows, so that no file gives what was trained.
+Source: comfyanonymous/ComfyUI@9c0cf36 comfy/weight_adapter/base.py (weight_decompose); Comfy-Org/ComfyUI pull 15458.
+"""
+
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from mochi_tune.adapters.alphas import is_split
+from mochi_tune.adapters.layers import (
+    DIFFUSERS_KINDS,
+    TEXT_UPDATE_KINDS,
+    LoraLayer,
+    bake,
+    block_of,
+    check_layer,
+    complete_layers,
+    delta_weight,
+    drop_padding,
+    fuse_layers,
+    kind_of,
+    official_names,
+    pad_rank,
+    some,
+    split_layers,
+)
+from mochi_tune.adapters.reading import read_layers
+from mochi_tune.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "FORMATS",
+    "Adapter",
+    "LoraLayer",
+    "check_adapter",
+    "check_format",
+    "delta_weight",
+    "load_adapter",
+    "save_adapter",
+]
+
+FORMATS = ("official", "diffusers", "comfyui", "native")
+
+# What belongs to one layout and must not survive a conversion.
+_LAYOUT_METADATA = ("format", "kwargs", "alphas", "lora_adapter_metadata")
+
+
+@dataclass
+class Adapter:
+    """A LoRA, independent of the layout that it was read from.
+
+    Attributes:
+        layers: by official module name, such as "blocks.0.attn.qkv_x".
+        metadata: what is known of its origin; carried through every conversion. `rank` and `alpha` are as trained.
+        path: the file that it was read from, if any.
+    """
+
+    layers: dict[str, LoraLayer]
+    metadata: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        return f"adapter {self.path}" if self.path else "the adapter"
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether its layers have magnitudes."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
+
+
+def check_format(to: str) -> None:
+    """Refuses a layout that does not exist, naming the nearest one.
+
+    Raises:
+        ConfigError: `to` is not one of FORMATS.
+    """
+    if to not in FORMATS:
+        nearest = difflib.get_close_matches(to, FORMATS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"to={to} is not an adapter format, which are {', '.join(FORMATS)}: use {nearest}.")
+
+
+def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fingerprint: str | None) -> None:
+    """Refuses an adapter that does not belong to a base.
+
+    Args:
+        adapter: what is to be applied.
+        shapes: (out, in) of every Linear of the base, by official name.
+        base_fingerprint: of the base's weights; compared where the adapter names its own.
+
+    Raises:
+        CheckpointError: a layer is not in the base or has other sizes there, or the fingerprints differ.
+    """
+    wrong = []
+    for name, layer in adapter.layers.items():
+        if name not in shapes:
+            wrong.append(f"the base has no {name}")
+        elif layer.shape != tuple(shapes[name]):
+            wrong.append(f"{name} is {_size(layer.shape)}, in the base {_size(shapes[name])}")
+    trained_on = adapter.metadata.get("base_fingerprint")
+    if trained_on and base_fingerprint and trained_on != base_fingerprint:
+        wrong.insert(0, f"base_fingerprint is {trained_on}, this base's is {base_fingerprint}")
+    if wrong:
+        raise CheckpointError(
+            f"{adapter} was trained on another base: {some(wrong, '; ')}: use the weights that it was trained on."
+        )
+
+
+def load_adapter(path: Path | str) -> Adapter:
+    """Reads an adapter file of any layout, which is found from its keys and metadata.
+
+    Components that are 0 in both halves, which exports add as padding, are dropped. Diffusers' q, k and v become the
+    fused layer as `fuse_layers` says. Official names without any metadata are read as ComfyUI does, at scale 1.
+
+    Raises:
+        CheckpointError: no such file, not safetensors (a pickle is never opened), unknown or missing keys, an alpha
+            that is missing or does not fit, non-finite weights, or nothing but zeros.
+    """
+    path = Path(path)
+    trained, metadata = read_layers(path)
+    try:
+        layers = fuse_layers(trained) if is_split(trained) else trained
+    except CheckpointError as error:
+        raise CheckpointError(f"adapter {path}: {error}") from error
+    layers = {name: kept for name, layer in layers.items() if (kept := drop_padding(layer)).rank}
+    if not layers:
+        raise CheckpointError(f"adapter {path} holds nothing but zeros, so it changes nothing: use another file.")
+    carried = {key: value for key, value in metadata.items() if key not in _LAYOUT_METADATA}
+    used = trained if is_split(trained) else layers
+    return Adapter(layers, {**_describe(layers, used), **carried}, path)
+
+
+def save_adapter(path: Path | str, adapter: Adapter, to: str = "native") -> dict[str, LoraLayer]:
+    """Writes an adapter file, atomically; the change of the weights is the same in every layout.
+
+    Args:
+        path: file to write or replace; its folder exists.
+        adapter: layers on any device, in any float dtype; written in fp32.
+        to: one of FORMATS.
+
+    Returns:
+        The layers as written, by their names in the file; their number, rank and alpha can differ from the adapter's.
+
+    Raises:
+        ConfigError: `to` is unknown.
+        CheckpointError: a layer is damaged or has no place in the layout, or there is none.
+    """
+    check_format(to)
+    path = Path(path)
+    unknown = [name for name in adapter.layers if kind_of(name) not in DIFFUSERS_KINDS]
+    if unknown or not adapter.layers:
+        raise CheckpointError(
+            f"{adapter} cannot be written, its layers are {some(unknown) or 'none'}: "
+            f"the formats know {', '.join(DIFFUSERS_KINDS)} in each block."
+        )
+    for name, layer in adapter.layers.items():
+        check_layer(name, layer)
+    layers, layout_metadata = _lay_out(adapter, to)
+    keys = ("lora_A", "lora_B", "lora_magnitude")
+    if to == "diffusers":
+        keys = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    tensors = {}
+    for name, layer in layers.items():
+        for key, tensor in zip(keys, (layer.a, layer.b, layer.magnitude), strict=True):
+            if tensor is not None:
+                tensors[f"{name}.{key}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    carried = {key: value for key, value in adapter.metadata.items() if key not in _LAYOUT_METADATA}
+    metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
+    metadata |= {"format": "mochi-tune" if to == "native" else to, "created_by": f"mochi-tune {version('mochi-tune')}"}
+    _write(path, save(tensors, metadata))
+    return layers
+
+
+def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+    """Returns the layers under the names and at the ranks of a layout, and its own metadata."""
+    if to == "native":
+        layers = adapter.layers
+        metadata = {"alphas": json.dumps({name: layer.alpha for name, layer in layers.items()})}
+        num_blocks, kwargs = _num_blocks(adapter), _official_kwargs(layers)
+        # A file that needs no change for the official loader is given what that loader reads.
+        if num_blocks and kwargs and layers.keys() == set(official_names(num_blocks)):
+            metadata["kwargs"] = kwargs
+        return layers, metadata
+    if adapter.is_dora and to != "diffusers":
+        raise CheckpointError(
+            f"{adapter} is a DoRA, and {to} has no form that renders what was trained: use to=diffusers, or train with "
+            "lora.dora=false."
+        )
+    if to == "official":
+        return _lay_out_official(adapter)
+    if to == "diffusers":
+        # One rank for all: diffusers without 0.42's remedy takes the first module's rank as every module's alpha.
+        rank = max(layer.rank for layer in adapter.layers.values())
+        modules = split_layers(adapter.layers)
+        return {f"transformer.{name}": pad_rank(module, rank) for name, module in modules.items()}, {}
+    return {name: bake(layer) for name, layer in adapter.layers.items()}, {}
+
+
+def _lay_out_official(adapter: Adapter) -> tuple[dict[str, LoraLayer], dict[str, str]]:
+    if mlps := [name for name in adapter.layers if ".mlp_" in name]:
+        raise CheckpointError(
+            f"the official format has no MLP layers, {adapter} has {some(mlps)}: use to=diffusers or to=comfyui."
+        )
+    num_blocks = _num_blocks(adapter)
+    if num_blocks is None:
+        raise CheckpointError(
+            f"the official format holds every block of the base, and {adapter} has no num_blocks in its metadata: "
+            "export the file that was trained, or use to=diffusers or to=comfyui."
+        )
+    if alien := sorted(adapter.layers.keys() - set(official_names(num_blocks))):
+        raise CheckpointError(
+            f"{adapter} has {some(alien)}, but a base of num_blocks={num_blocks} has not: correct it."
+        )
+    layers = complete_layers(adapter.layers, num_blocks)
+    return layers, {"kwargs": _official_kwargs(layers), "num_blocks": str(num_blocks)}
+
+
+def _official_kwargs(layers: dict[str, LoraLayer]) -> str | None:
+    """Returns the official loader's settings, or None where the ranks or alphas within a group differ."""
+    kwargs = {}
+    for group, ours in (("qkv", ".qkv_"), ("out", ".proj_")):
+        pairs = {(layer.rank, layer.alpha) for name, layer in layers.items() if ours in name}
+        if len(pairs) != 1:
+            return None
+        rank, alpha = pairs.pop()
+        kwargs |= {f"{group}_proj_lora_rank": rank, f"{group}_proj_lora_alpha": alpha}
+        kwargs[f"{group}_proj_lora_dropout"] = 0.0
+    return json.dumps(kwargs)
+
+
+def _num_blocks(adapter: Adapter) -> int | None:
+    """Takes the base's depth from the metadata, else from the names; None where the last one named is not the last."""
+    stated = adapter.metadata.get("num_blocks")
+    if stated is None:
+        last = max(block_of(name) for name in adapter.layers)
+        updates_text = any(block_of(name) == last and kind_of(name) in TEXT_UPDATE_KINDS for name in adapter.layers)
+        return None if updates_text else last + 1
+    if not re.fullmatch(r"[1-9]\d{0,2}", stated):
+        raise CheckpointError(f"{adapter} says num_blocks={stated}, which must be 1 to 999: correct its metadata.")
+    return int(stated)
+
+
+def _describe(layers: dict[str, LoraLayer], trained: dict[str, LoraLayer]) -> dict[str, str]:
+    """Says of an adapter what it shows itself; what its metadata says is better known."""
+    ranks = sorted({layer.rank for layer in trained.values()})
+    alphas = sorted({layer.alpha for layer in trained.values()})
+    targets = sorted({kind_of(name) for name in layers})
+    return {
+        "rank": ",".join(map(str, ranks)),
+        "alpha": ",".join(f"{alpha:g}" for alpha in alphas),
+        "targets": ",".join(targets),
+    }
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,395 @@
+"""The command line: verbs, help, and the only place that prints."""
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mochi_tune.cli.launch import (
+    INTERRUPTED,
+    STARTED_HERE,
+    USERS_MISTAKE,
+    end_with_the_starter,
+    joined,
+    num_processes_here,
+    prepare_deepspeed,
+    start_processes,
+)
+from mochi_tune.cli.options import (
+    BENCH_OPTIONS,
+    DEMO_OPTIONS,
+    EXPERIMENT_OPTIONS,
+    EXPORT_OPTIONS,
+    PULL_OPTIONS,
+    REPLAY_OPTIONS,
+    TOY_OPTIONS,
+    USAGE,
+    VERIFY_OPTIONS,
+    load,
+    plain_options,
+    whole_number,
+)
+from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams
+from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
+
+# What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
+TROUBLE = "EACCES EDQUOT EEXIST EFBIG EISDIR EMFILE ENAMETOOLONG ENFILE ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a verb and exits: 0 done, 1 done with refused clips or failed checks, 2 a user's mistake, in one line."""
+    end_with_the_starter()
+    open_missing_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # torchao, which other libraries look for, tells of every kernel that it was not built with.
+    for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    me = "mochi-tune"
+    if num_processes_here(os.environ) > 1:
+        me += f": rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID')}"
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+        sys.exit(code)
+    except MochiTuneError as error:
+        print(f"{me}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(USERS_MISTAKE)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and is_reader_gone():
+            drop_output()
+            sys.exit(128 + signal.SIGPIPE)
+        if errno.errorcode.get(error.errno) not in TROUBLE:
+            raise
+        too_many = error.errno in (errno.EMFILE, errno.ENFILE)
+        advice = "raise `ulimit -n`" if too_many else "name a place that can be used"
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        print(f"{me}: {' '.join(what.split())}: {advice}.", file=sys.stderr)
+        drop_output()
+        sys.exit(USERS_MISTAKE)
+    except RuntimeError as error:
+        # torch is not imported for its exception's sake.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        advice = (
+            "lower data.num_frames, data.height and data.width, or train.batch_size; keep train.gradient_checkpointing"
+        )
+        print(f"{me}: the GPU's memory does not suffice ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
+        sys.exit(USERS_MISTAKE)
+    except KeyboardInterrupt:
+        print(f"{me}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def run(arguments: list[str]) -> int:
+    """Dispatches to a verb; returns the exit code."""
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "prepare": run_prepare,
+        "train": run_train,
+        "replay": run_replay,
+        "sample": run_sample,
+        "export": run_export,
+        "weights": run_weights,
+        "verify": run_verify,
+        "bench": run_bench,
+        "demo": run_demo,
+        "experiment": run_experiment,
+        "toy": run_toy,
+    }
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("mochi-tune"))
+        return 0
+    if arguments[0] not in verbs:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], verbs, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f": use one of {', '.join(verbs)}."
+        raise ConfigError(f"{arguments[0]} is not a verb{hint}")
+    processes = num_processes_here(os.environ)
+    if processes > 1 and arguments[0] not in ("train", "sample", "verify", "bench"):
+        raise ConfigError(f"{arguments[0]} was started as {processes} processes, it runs as one: start it by itself.")
+    return verbs[arguments[0]](arguments[1:])
+
+
+def run_prepare(arguments: list[str]) -> int:
+    """Makes the cache."""
+    if (config := load("prepare", arguments)) is None:
+        return 0
+    from mochi_tune.data_prep.prepare import main as prepare
+
+    return prepare(config)
+
+
+def run_train(arguments: list[str]) -> int:
+    """Trains or resumes."""
+    if (config := load("train", arguments)) is None:
+        return 0
+    from mochi_tune.models.device import find_device
+    from mochi_tune.recipes.train_lora import main as train
+    from mochi_tune.training.checkpoint import last_checkpoint
+    from mochi_tune.training.preflight import check, starting_point
+
+    # A run outlives the place that its words go to.
+    PatientStream.use()
+    # Until there is something to save, a request for it must not end the process, as it would by itself.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    parallel, started = config.parallel, num_processes_here(os.environ)
+    if parallel.strategy != "data":
+        prepare_deepspeed(config.device)
+    # A second request to stop ends this process and, with it, those that it started.
+    stops = (signal.SIGINT, signal.SIGTERM)
+    last = lambda: last_checkpoint(Path(config.run_dir) / "checkpoints")  # noqa: E731
+    if started == 1 and parallel.num_processes > 1:
+        # What can be refused is refused once, here.
+        starting_point(config, check(config, parallel.num_processes), find_device(config.device))
+        command = ["train", *arguments]
+        try:
+            code = start_processes(parallel.num_processes, command, config.device, parallel.timeout_seconds, stops)
+        except ParallelError as error:
+            raise ParallelError(f"{error} {last()}.") from None
+    else:
+        with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
+            code = train(config)
+    if STARTED_HERE in os.environ and started > 1:
+        # The exit code of a stop is that of the program that started this process.
+        return code if code <= USERS_MISTAKE else 0
+    if code > USERS_MISTAKE:
+        print(f"mochi-tune: {last()}; the same command goes on from there", file=sys.stderr)
+    return code
+
+
+def run_replay(arguments: list[str]) -> int:
+    """Makes a refused step again; returns 1 if its numbers are not finite this time either."""
+    arguments = [a if "=" in a or a.startswith("-") else f"bundle={a}" for a in arguments]
+    options = plain_options("replay", arguments, REPLAY_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.recipes.replay import main as replay
+
+    made = replay(Path(options["bundle"]), options["device"])
+    for each in made.samples:
+        origin = f"; not finite first: {each.origin}" if each.origin else ""
+        print(f"{each.clip} (sigma {each.sigma:.3f}): loss {each.loss:.6g}, gradient norm {each.grad_norm:.6g}{origin}")
+    then = made.recorded
+    print(f"step {then['step']} then: loss {then['loss']:.6g}, gradient norm {then['grad_norm']:.6g}")
+    print(f"step {then['step']} now:  loss {made.loss:.6g}, gradient norm {made.grad_norm:.6g}")
+    print(f"attention chooses from: {made.attention}")
+    return 0 if made.is_finite else 1
+
+
+def run_sample(arguments: list[str]) -> int:
+    """Renders a video."""
+    if (config := load("sample", arguments)) is None:
+        return 0
+    from mochi_tune.recipes.sample import check
+    from mochi_tune.recipes.sample import main as sample
+
+    started = num_processes_here(os.environ)
+    if started == 1 and config.parallel.num_processes > 1:
+        # What can be refused is refused once, here.
+        check(config, config.parallel.num_processes)
+        code = start_processes(
+            config.parallel.num_processes, ["sample", *arguments], config.device, config.parallel.timeout_seconds
+        )
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
+    with joined(config.device, config.parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
+        try:
+            for video in sample(config):
+                print(video, flush=True)
+        except KeyboardInterrupt:
+            # The program that started this process says so once, and its exit code is that one's.
+            if STARTED_HERE not in os.environ:
+                raise
+    return 0
+
+
+def run_export(arguments: list[str]) -> int:
+    """Converts an adapter file."""
+    options = plain_options("export", arguments, EXPORT_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.recipes.export import main as export
+
+    print(export(Path(options["adapter"]), options["to"], Path(options["out"])))
+    return 0
+
+
+def run_weights(arguments: list[str]) -> int:
+    """Fetches the official weights."""
+    if arguments[:1] != ["pull"] and arguments[:1] not in ([], ["--help"], ["-h"]):
+        raise ConfigError(f"weights {arguments[0]} is not a verb: use `mochi-tune weights pull`.")
+    options = plain_options("weights pull", arguments[1:] if arguments[:1] == ["pull"] else ["--help"], PULL_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.weights.pull import main as pull
+
+    folder = Path(options["to"]).expanduser()
+    pull(folder, options["repo"], options["revision"], options["endpoint"] or None)
+    print(folder)
+    return 0
+
+
+def run_verify(arguments: list[str]) -> int:
+    """Compares this machine's numbers with the official ones."""
+    options = plain_options("verify", arguments, VERIFY_OPTIONS)
+    if options is None:
+        return 0
+    for key, allowed in (("device", ("cpu", "cuda", "auto")), ("dtype", ("fp32", "bf16"))):
+        if options[key] not in allowed:
+            raise ConfigError(f"{key}={options[key]} is not possible: use {' or '.join(allowed)}.")
+    if (count := whole_number("parallel.num_processes", options["parallel.num_processes"], 1)) > 1:
+        from mochi_tune.recipes.verify import check_processes_fit
+
+        check_processes_fit(Path(options["reference"]), count)
+    return run_in_processes("verify", arguments, options, lambda is_first: verify_here(options, is_first))
+
+
+def verify_here(options: dict[str, str], is_first: bool) -> int:
+    """Runs the checks of one process; the first tells of them."""
+    from mochi_tune.recipes.verify import main as verify
+
+    checks = verify(Path(options["reference"]), options["device"], options["dtype"])
+    if is_first:
+        print(f"{'check':<66} {'max relative error':>18} {'tolerance':>9}")
+    failed = 0
+    for check in checks:
+        failed += not check.ok
+        if is_first:
+            verdict = "ok" if check.ok else "FAIL"
+            print(f"{check.name:<66} {check.error:>18.2e} {check.tolerance:>9.0e}  {verdict}", flush=True)
+    if is_first:
+        print(f"{failed} checks FAILED" if failed else "every check is ok")
+    return 1 if failed and is_first else 0
+
+
+def run_bench(arguments: list[str]) -> int:
+    """Measures speed and memory."""
+    options = plain_options("bench", arguments, BENCH_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.config.load import memory_preset
+    from mochi_tune.recipes.bench import Bench, check
+
+    numbers = {key: whole_number(key, options[key], 1) for key in ("num_frames", "height", "width", "repeats")}
+    if options["compile"] not in ("true", "false"):
+        raise ConfigError(f"compile={options['compile']} is not possible: use true or false.")
+    bench = Bench(
+        **{key: options[key] for key in ("what", "model", "device", "dtype")},
+        **numbers,
+        dit=memory_preset(options["memory"]).dit,
+        depth=None if options["depth"] == "all" else whole_number("depth", options["depth"], 1),
+        lora_rank=whole_number("lora_rank", options["lora_rank"], 0),
+        compile=options["compile"] == "true",
+    )
+    check(bench, whole_number("parallel.num_processes", options["parallel.num_processes"], 1))
+    out = Path(options["out"]) if options["out"] else None
+    if out is not None and out.exists() and "RANK" not in os.environ:
+        raise ConfigError(f"out={out} exists and is never overwritten: use another name.")
+    if out is not None:
+        from mochi_tune.files import make_writable_folder
+
+        make_writable_folder(out.parent)
+    return run_in_processes("bench", arguments, options, lambda is_first: bench_here(bench, out, is_first))
+
+
+def bench_here(bench, out: Path | None, is_first: bool) -> int:
+    """Measures as one process; the first tells of it."""
+    import json
+
+    from mochi_tune.recipes.bench import main as measure
+
+    figures = measure(bench)
+    if is_first:
+        text = json.dumps(figures, indent=1)
+        if figures["is_reduced"]:
+            print(f"reduced: depth {figures['depth']} of {figures['full_depth']}", file=sys.stderr)
+        print(text)
+        if out is not None:
+            from mochi_tune.files import write_whole
+
+            write_whole(out, text.encode() + b"\n")
+    return 0
+
+
+def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], run: Callable[[bool], int]) -> int:
+    """Runs a verb here, or in the processes that it asks for, or as one of those that something else has started.
+
+    Args:
+        verb: the verb.
+        arguments: of the command line, behind the verb.
+        options: of the verb, with "device" and "parallel.num_processes".
+        run: the verb's work; takes whether this is the first process, and returns the exit code.
+    """
+    count = whole_number("parallel.num_processes", options["parallel.num_processes"], 1)
+    if num_processes_here(os.environ) == 1:
+        return start_processes(count, [verb, *arguments], options["device"], 600) if count > 1 else run(True)
+    with joined(options["device"], 600):
+        return run(os.environ["RANK"] == "0")
+
+
+def run_demo(arguments: list[str]) -> int:
+    """Teaches the embedded toy model a new thing."""
+    options = plain_options("demo", arguments, DEMO_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.toy.demo import main as demo
+
+    for label, value in demo(Path(options["out"])).items():
+        print(f"{label + ':':<16} {value}")
+    return 0
+
+
+def run_experiment(arguments: list[str]) -> int:
+    """Compares ways of training."""
+    options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
+    if options is None:
+        return 0
+    if options["what"] not in ("objective", "layers"):
+        raise ConfigError(f"what={options['what']} is not an experiment: use objective or layers.")
+    from mochi_tune.toy.experiment import main as experiment
+
+    print(experiment(options["what"], whole_number("seeds", options["seeds"], 1), Path(options["out"])))
+    return 0
+
+
+def run_toy(arguments: list[str]) -> int:
+    """Draws the clips of the demo, or makes the toy model."""
+    if arguments[:1] not in (["clips"], ["weights"]):
+        if arguments[:1] in ([], ["--help"], ["-h"]):
+            for name, known in TOY_OPTIONS.items():
+                plain_options(f"toy {name}", ["--help"], known)
+            return 0
+        raise ConfigError(f"toy {arguments[0]} is not a verb: use `toy clips` or `toy weights`.")
+    options = plain_options(f"toy {arguments[0]}", arguments[1:], TOY_OPTIONS[arguments[0]])
+    if options is None:
+        return 0
+    if arguments[0] == "clips":
+        from mochi_tune.toy.lesson import write_lesson
+
+        videos = write_lesson(Path(options["out"]), whole_number("seed", options["seed"], 0))
+        print(f"{len(videos)} clips: {options['out']}")
+        return 0
+    from mochi_tune.toy.train_toy import Plan
+    from mochi_tune.toy.train_toy import main as train_toy
+
+    record = train_toy(Path(options["work"]), Path(options["out"]), Plan())
+    if record is None:
+        print("interrupted and saved; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    for name, value in record["figures"].items():
+        print(f"{name + ':':<16} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

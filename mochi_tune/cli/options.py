@@ -1,0 +1,147 @@
+"""The help of the command line, and the settings of the verbs that have no configuration file."""
+
+from mochi_tune.errors import ConfigError
+
+USAGE = """\
+mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
+
+  mochi-tune prepare conf=NAME [key=value ...]    videos and captions -> cache, once
+  mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
+  mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
+  mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
+                     or prompts=FILE [seeds=[0,1] compare=base parallel.num_processes=N memory=24gb]
+  mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
+  mochi-tune weights pull [to=DIR]                fetch the official weights, checked by sha256
+  mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
+  mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
+  mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
+  mochi-tune experiment what=objective|layers [seeds=N] [out=DIR]       compares ways of training on the toy model
+  mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
+
+conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists its settings, and
+`prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
+"""
+
+EXPORT_OPTIONS = {
+    "adapter": (None, "file to convert, in any of the formats"),
+    "to": (None, "official (attention layers only), diffusers, comfyui, or native (as `train` writes it)"),
+    "out": (None, "new .safetensors file"),
+}
+REPLAY_OPTIONS = {
+    "bundle": (None, "folder that `train` wrote when it refused a step; `bundle=` may be left out"),
+    "device": ("auto", "cpu, cuda or auto"),
+}
+PULL_OPTIONS = {
+    "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command goes on where it was cut off"),
+    "repo": ("genmo/mochi-1-preview", "of the hub"),
+    "revision": ("main", "branch, tag or commit"),
+    "endpoint": ("", "address of another hub"),
+}
+VERIFY_OPTIONS = {
+    "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),
+    "device": ("cpu", "cpu, cuda or auto"),
+    "dtype": ("fp32", "fp32 or bf16"),
+    "parallel.num_processes": ("1", "2, 3, 4 or 6: the paths of several processes too"),
+}
+BENCH_OPTIONS = {
+    "what": (None, "sample (a step with guidance), decode or encode"),
+    "model": ("mochi_1", "mochi_1, toy or tiny, with random weights"),
+    "num_frames": ("37", "frames, 6k+1"),
+    "height": ("480", "pixels"),
+    "width": ("848", "pixels"),
+    "memory": ("80gb", "80gb, 48gb or 24gb: of the GPU"),
+    "device": ("auto", "cpu, cuda or auto"),
+    "dtype": ("bf16", "fp32 or bf16"),
+    "depth": ("all", "blocks of the DiT, or of each level of the VAE; on a CPU 1 if not given"),
+    "repeats": ("3", "steps or passes that are timed"),
+    "lora_rank": ("0", "rank of a live adapter on the attention; 0: none"),
+    "compile": ("false", "true: as sample.compile=true"),
+    "parallel.num_processes": ("1", "processes on this machine, one a GPU"),
+    "out": ("", "new .json file, besides what is printed"),
+}
+DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each demo's run goes to a new one in it")}
+EXPERIMENT_OPTIONS = {
+    "what": (None, "objective (sampler, official, unnormalised) or layers (attention, attention and MLP)"),
+    "seeds": ("3", "runs of each"),
+    "out": ("experiments", "folder; the same command goes on where it was stopped"),
+}
+TOY_OPTIONS = {
+    "clips": {"out": ("toy_videos", "folder of the clips"), "seed": ("1", "of place, size and light")},
+    "weights": {
+        "work": ("toy_work", "folder of checkpoints; the same command goes on where it was stopped"),
+        "out": ("toy_weights", "folder for model.weights"),
+    },
+}
+
+
+def whole_number(key: str, text: str, lowest: int) -> int:
+    """Reads a whole number of at least `lowest`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not text.isdecimal() or int(text) < lowest:
+        raise ConfigError(f"{key}={text} does not fit: it takes a whole number of at least {lowest}.")
+    return int(text)
+
+
+def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | None, str]]) -> dict[str, str] | None:
+    """Reads the key=value arguments of a verb that has no configuration file; None where help was asked for.
+
+    Args:
+        verb: for the texts.
+        arguments: of the command line, behind the verb.
+        known: key -> default (None: it must be given) and what it means.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(f"mochi-tune {verb} [key=value ...]\n")
+        for key, (default, meaning) in known.items():
+            print(f"  {key + '=' + (default or ''):<44} {meaning}{' (needed)' if default is None else ''}")
+        return None
+    options = {key: default for key, (default, _) in known.items()}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(
+                f"{argument!r} is not a setting of {verb}, which are {', '.join(f'{k}=' for k in known)}."
+            )
+        options[key] = value
+    if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
+        raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
+    return options
+
+
+def load(verb: str, arguments: list[str]):
+    """Loads the settings of a verb; prints them, or its help, and returns None where that is asked for."""
+    from mochi_tune.config.load import GROUPS, PRESET_KEYS, SAMPLE_ALIASES, config_yaml, load_config, packaged_folder
+
+    if "--help" in arguments or "-h" in arguments:
+        lines = USAGE.splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
+        more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
+        print("\n".join([lines[first], *more]) + "\n\nSettings and their defaults; any is given as key.sub=value.")
+        groups = [f"{group}/{path.stem}" for group in GROUPS for path in (packaged_folder() / group).glob("*.yaml")]
+        for name in ("base", *sorted(groups)):
+            print(f"\n--- {name}.yaml\n{(packaged_folder() / f'{name}.yaml').read_text()}", end="")
+        return None
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if unknown := [flag for flag in flags if flag != "--cfg"]:
+        raise ConfigError(f"{unknown[0]} is not an option: use --help or --cfg; settings are written key=value.")
+    settings = [argument for argument in arguments if argument not in flags]
+    names = [setting.removeprefix("conf=") for setting in settings if setting.startswith("conf=")]
+    if len(names) != 1:
+        raise ConfigError(f"{verb} takes one conf=NAME, got {len(names)}: for example conf=my_lora.")
+    settings = [setting for setting in settings if not setting.startswith("conf=")]
+    if verb == "sample":
+        settings = [f"sample.{s}" if s.partition("=")[0] in SAMPLE_ALIASES else s for s in settings]
+        given = {setting.partition("=")[0] for setting in settings}
+        if {"sample.prompt", "sample.prompts"} <= given:
+            raise ConfigError("prompt= and prompts= are both given: leave one out.")
+        if "sample.preset" in given:
+            # A preset that is asked for stands in the place of what the file sets.
+            settings = [*(f"sample.{key}=null" for key in PRESET_KEYS), *settings]
+    config = load_config(names[0], settings)
+    if flags:
+        print(config_yaml(config), end="")
+        return None
+    return config

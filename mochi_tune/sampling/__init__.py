@@ -1,0 +1,1 @@
+"""From prompts to videos: requests, the sampler, rendering and video files."""

@@ -1,0 +1,186 @@
+"""What `sample` is asked to render: one prompt, or a file of them, each with its own settings and seeds."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mochi_tune.config.checks import sampler_settings
+from mochi_tune.config.load import PRESET_KEYS, RunConfig
+from mochi_tune.config.schema import SampleConfig, sample_size
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
+from mochi_tune.sampling.sampler import SamplerSettings
+
+# What a row of a .jsonl file may say for itself, and the JSON types of it.
+ROW_KEYS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "negative_prompt": (str,),
+    "seed": (int,),
+    "num_frames": (int,),
+    "height": (int,),
+    "width": (int,),
+    "preset": (str,),
+    "steps": (int,),
+    "guidance": (int, float, list),
+    "threshold": (int, float),
+    "linear_steps": (int,),
+    "sigmas": (list,),
+}
+MAX_VIDEO_TOKENS = 445_200
+JSON_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list of numbers"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to render."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_frames: int
+    height: int
+    width: int
+    settings: SamplerSettings
+    video: Path
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt plays a part in any step."""
+        return any(scale != 1 for scale in self.settings.scales)
+
+
+def read_requests(config: RunConfig) -> list[Request]:
+    """Returns every video that is asked for, in order, each with a path where nothing lies yet.
+
+    Raises:
+        ConfigError: no prompt, a file that cannot be read, a row that is wrong (its number is given), a path that is
+            taken.
+    """
+    sample = config.sample
+    if sample.prompts is None:
+        if not sample.prompt.strip():
+            raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')
+        rows = [("", {"prompt": sample.prompt})]
+    else:
+        rows = list(_read_rows(Path(sample.prompts)))
+    asked: list[Request] = []
+    places = _Places(config, num_videos=len(rows) * max(1, len(sample.seeds or [])))
+    for where, row in rows:
+        own = {key: value for key, value in row.items() if key != "seed"}
+        if "preset" in row:
+            own = dict.fromkeys(PRESET_KEYS) | own
+        # A row's schedule stands in the place of the one that is set for all.
+        for schedule, other in (("sigmas", "steps"), ("steps", "sigmas")):
+            if schedule in row and other not in row:
+                own[other] = None
+        mine = replace(config, sample=replace(sample, **own))
+        try:
+            settings, size = sampler_settings(mine), sample_size(mine)
+            check_geometry(*size)
+            check_size(*size)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
+        for seed in [row["seed"]] if "seed" in row else sample.seeds or [config.seed]:
+            if not 0 <= seed < 2**63:
+                raise ConfigError(f"{where}seed={seed} is not possible: it must be from 0 to below 2**63.")
+            prompt, negative = mine.sample.prompt, mine.sample.negative_prompt
+            asked.append(Request(prompt, negative, seed, *size, settings, places.take(prompt, seed)))
+    return asked
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields where each row stands, for errors, and what it says; rows that are blank are passed over."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ConfigError(f"sample.prompts={path} is no .txt or .jsonl file: write one prompt, or one object, a line.")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise ConfigError(f"sample.prompts={path} does not exist: name a .txt or .jsonl file.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"sample.prompts={path} is a folder: name a .txt or .jsonl file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"sample.prompts={path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from None
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ConfigError(f"sample.prompts={path} has no prompts: write one a line.")
+    for number, line in rows:
+        where = f"{path} row {number}: "
+        yield where, {"prompt": line} if path.suffix == ".txt" else _read_object(where, line)
+
+
+def _read_object(where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}not JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(row, dict):
+        raise ConfigError(f'{where}{line[:40]} is no object: write {{"prompt": "a teacup shatters"}}.')
+    if not str(row.get("prompt", "")).strip():
+        raise ConfigError(f'{where}it has no prompt: write {{"prompt": "a teacup shatters"}}.')
+    for key, value in row.items():
+        if key not in ROW_KEYS:
+            raise ConfigError(f"{where}{key} is not a key of a row, which are {', '.join(ROW_KEYS)}.")
+        fits = isinstance(value, ROW_KEYS[key]) and not isinstance(value, bool)
+        if isinstance(value, list):
+            fits = fits and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        if not fits:
+            allowed = " or ".join(JSON_NAMES[t] for t in ROW_KEYS[key])
+            raise ConfigError(f"{where}{key}={json.dumps(value)} does not fit: it takes {allowed}.")
+    return row
+
+
+def check_size(num_frames: int, height: int, width: int) -> None:
+    """Refuses videos that no machine will render, before one tries.
+
+    Raises:
+        ConfigError: more tokens than ten times those of 163 frames of 480x848.
+    """
+    tokens = num_latent_frames(num_frames) * height * width // TOKEN_PIXELS**2
+    if tokens > MAX_VIDEO_TOKENS:
+        raise ConfigError(
+            f"{num_frames} frames of {height}x{width} are {tokens} tokens, the most is {MAX_VIDEO_TOKENS}: use fewer "
+            "frames, or a smaller sample.height and sample.width; Mochi knows 480x848."
+        )
+
+
+class _Places:
+    """Finds a path for each video: the one asked for, or new ones in a folder."""
+
+    def __init__(self, config: RunConfig, num_videos: int) -> None:
+        out = config.sample.out
+        path = Path(out) if out else Path(config.run_dir) / "samples"
+        # v1.5 is a name of a folder, x.mp4 and x.avi are names of files, whatever is meant by them.
+        is_file = not path.is_dir() and re.fullmatch(r"\.[a-z]\w*", path.suffix) is not None
+        self.single = path if is_file else None
+        self.folder = path
+        self.taken: set[Path] = set()
+        if is_file and num_videos > 1:
+            raise ConfigError(f"out={out} is a file, and {num_videos} videos are asked for: name a folder.")
+        if is_file:
+            _check_free(path)
+
+    def take(self, prompt: str, seed: int) -> Path:
+        if self.single is not None:
+            return self.single
+        words = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:40]
+        stem, number = f"{words or 'prompt'}_seed_{seed}", 1
+        while True:
+            path = self.folder / f"{stem}_{number:03d}.mp4"
+            if path not in self.taken and not any(self.folder.glob(f"{path.stem}.*")):
+                self.taken.add(path)
+                return path
+            number += 1
+
+
+def _check_free(path: Path) -> None:
+    if path.suffix != ".mp4":
+        raise ConfigError(f"out={path} is not an .mp4 file: use {path.with_suffix('.mp4')}.")
+    for taken in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
+        if taken.exists():
+            raise ConfigError(f"out={path}: {taken} exists and is never overwritten: use another name.")
+
+
+assert set(ROW_KEYS) - {"seed"} <= {entry.name for entry in fields(SampleConfig)}

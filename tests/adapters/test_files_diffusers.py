@@ -1,0 +1,206 @@
+import logging
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers_adapters import (
+    ALL,
+    ATTENTION,
+    CONFIG,
+    GOLDEN,
+    MIXED,
+    UNIFORM,
+    adapted64,
+    base_shapes,
+    base_weights,
+    build_dit,
+    delta64,
+    random_adapter,
+    with_magnitudes,
+    write,
+)
+from safetensors.torch import load_file
+
+from mochi_tune.adapters.files import delta_weight, load_adapter, save_adapter
+from mochi_tune.errors import CheckpointError
+from mochi_tune.weights.key_map import diffusers_map, to_diffusers
+
+
+class Recorder(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def nothing_may_be_warned():
+    recorder = Recorder()
+    loggers = [logging.getLogger(name) for name in ("", "diffusers", "peft")]
+    for logger in loggers:
+        logger.addHandler(recorder)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(recorder)
+    assert recorder.messages + [str(warning.message) for warning in caught] == []
+
+
+def diffusers_model(weights):
+    from diffusers import MochiTransformer3DModel
+
+    model = MochiTransformer3DModel(
+        num_attention_heads=CONFIG["num_heads"],
+        attention_head_dim=CONFIG["hidden_size_x"] // CONFIG["num_heads"],
+        num_layers=CONFIG["depth"],
+        pooled_projection_dim=CONFIG["hidden_size_y"],
+        text_embed_dim=CONFIG["t5_feat_dim"],
+    )
+    model.load_state_dict(to_diffusers(weights, diffusers_map(build_dit(weights))))
+    return model.eval()
+
+
+def run_diffusers(model):
+    io = load_file(GOLDEN / "dit_io.safetensors")
+    with torch.no_grad():
+        return model(io["z"], io["y_feat"], (1 - io["sigma"]) * 1000, io["y_mask"].float(), return_dict=False)[0]
+
+
+def merged(weights, adapter):
+    layers = {f"{name}.weight": layer for name, layer in adapter.layers.items()}
+    return {key: adapted64(w, layers[key]).float() if key in layers else w for key, w in weights.items()}
+
+
+def num_adapted(model):
+    from peft.tuners.lora import LoraLayer as PeftLoraLayer
+
+    return sum(isinstance(module, PeftLoraLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("is_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("sizes", [UNIFORM, MIXED], ids=["uniform", "mixed"])
+@pytest.mark.parametrize(("kinds", "count"), [(ATTENTION, 15), (ALL, 21)], ids=["attention", "all"])
+@pytest.mark.parametrize("how", ["model", "pipeline"])
+def test_diffusers_loads_the_export_without_a_warning(tmp_path, how, kinds, count, sizes, is_dora):
+    from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline
+
+    adapter, path, weights = random_adapter(kinds, sizes), tmp_path / "a.safetensors", base_weights()
+    if is_dora:
+        with_magnitudes(adapter)
+    assert len(save_adapter(path, adapter, "diffusers")) == count
+    assert not [key for key in load_file(path) if key.endswith(".alpha")]
+    model = diffusers_model(weights)
+    before = run_diffusers(model)
+    with nothing_may_be_warned():
+        if how == "model":
+            model.load_lora_adapter(str(path), use_safetensors=True)
+        else:
+            MochiPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, model).load_lora_weights(str(path))
+    assert num_adapted(model) == count
+    expected = run_diffusers(diffusers_model(merged(weights, adapter)))
+    assert (run_diffusers(model) - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert (before - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4, "lora_alpha": 4},
+        {"r": 4, "lora_alpha": 16, "alpha_pattern": {"attn1.to_k": 3.0, "^transformer_blocks.0.ff.net.2": 1.0}},
+        {"r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"to_v": 3, "add_q_proj": 2}},
+        {"r": 4, "lora_alpha": 4, "use_dora": True},
+        {"r": 4, "lora_alpha": 6, "use_dora": True, "use_rslora": True, "rank_pattern": {"to_v": 3}},
+    ],
+    ids=["plain", "alpha_pattern", "rslora_and_ranks", "dora", "dora_rslora_and_ranks"],
+)
+@pytest.mark.parametrize("how", ["model", "pipeline"])
+def test_files_that_diffusers_writes(tmp_path, how, options):
+    from diffusers import MochiPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    targets = (
+        r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff\w*\.net\.(0\.proj|2))"
+    )
+    weights = base_weights()
+    model = diffusers_model(weights)
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=False, **options), adapter_name="default")
+    assert num_adapted(model) == 21
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
+    if how == "model":
+        model.save_lora_adapter(tmp_path)
+    else:
+        layers = get_peft_model_state_dict(model)
+        config = model.peft_config["default"].to_dict()
+        MochiPipeline.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=config)
+    adapter = load_adapter(tmp_path / "pytorch_lora_weights.safetensors")
+    assert adapter.is_dora == ("use_dora" in options)
+    assert adapter.layers.keys() == base_shapes().keys()
+    if "rank_pattern" not in options:
+        # q, k and v have an A each, so the fused layer holds the components of all three.
+        assert adapter.layers["blocks.1.attn.qkv_y"].rank == 12
+    expected = run_diffusers(model)
+    actual = run_diffusers(diffusers_model(merged(weights, adapter)))
+    assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert adapter.metadata["rank"].split(",")[-1] == "4"
+
+
+def split_tensors(projections=("to_q", "to_k", "to_v"), prefix="transformer.", blocks=(0, 1), shared=False):
+    torch.manual_seed(0)
+    tensors = {}
+    for i in blocks:
+        a = torch.randn(4, 192)
+        for name in projections:
+            key = f"{prefix}transformer_blocks.{i}.attn1.{name}"
+            tensors[f"{key}.lora_A.weight"] = a.clone() if shared else torch.randn(4, 192)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(192, 4)
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model.", "base_model.model.transformer."])
+@pytest.mark.parametrize("shared", [True, False])
+def test_split_projections_fuse_exactly(tmp_path, prefix, shared):
+    tensors = split_tensors(prefix=prefix, shared=shared)
+    adapter = load_adapter(write(tmp_path / "a.safetensors", tensors))
+    assert adapter.layers.keys() == {"blocks.0.attn.qkv_x", "blocks.1.attn.qkv_x"}
+    assert adapter.metadata["rank"] == "4"
+    for i in range(2):
+        layer = adapter.layers[f"blocks.{i}.attn.qkv_x"]
+        assert layer.rank == (4 if shared else 12)
+        keys = [f"{prefix}transformer_blocks.{i}.attn1.{name}" for name in ("to_q", "to_k", "to_v")]
+        expected = [tensors[f"{k}.lora_B.weight"].double() @ tensors[f"{k}.lora_A.weight"].double() for k in keys]
+        assert torch.allclose(delta64(layer), torch.cat(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_choice_of_projections_leaves_the_others_at_zero(tmp_path, shared):
+    tensors = split_tensors(("to_q", "to_v"), shared=shared)
+    layer = load_adapter(write(tmp_path / "a.safetensors", tensors)).layers["blocks.1.attn.qkv_x"]
+    key = "transformer.transformer_blocks.1.attn1"
+    q, v = (tensors[f"{key}.{n}.lora_B.weight"] @ tensors[f"{key}.{n}.lora_A.weight"] for n in ("to_q", "to_v"))
+    assert torch.allclose(delta_weight(layer), torch.cat([q, torch.zeros(192, 192), v]), rtol=0, atol=1e-5)
+    assert layer.rank == (4 if shared else 8)
+
+
+def test_a_dora_of_some_projections_is_refused(tmp_path):
+    tensors = split_tensors(("to_q", "to_v"))
+    names = [key.removesuffix("A.weight") for key in tensors if key.endswith("A.weight")]
+    tensors |= {f"{name}magnitude_vector": torch.ones(192) for name in names}
+    with pytest.raises(CheckpointError, match=r"attn\.qkv_x: a DoRA of only some of q, k and v .*: adapt all three\."):
+        load_adapter(write(tmp_path / "a.safetensors", tensors))
+
+
+def test_a_hole_among_the_projections_is_refused(tmp_path):
+    tensors = split_tensors()
+    del tensors["transformer.transformer_blocks.1.attn1.to_k.lora_A.weight"]
+    del tensors["transformer.transformer_blocks.1.attn1.to_k.lora_B.weight"]
+    with pytest.raises(CheckpointError, match=r"missing: transformer_blocks\.1\.attn1\.to_k"):
+        load_adapter(write(tmp_path / "a.safetensors", tensors))

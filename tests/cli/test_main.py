@@ -1,0 +1,99 @@
+import subprocess
+import sys
+
+import pytest
+
+from mochi_tune.cli.main import load
+from mochi_tune.config.checks import sampler_settings
+from mochi_tune.errors import ConfigError
+
+COMMAND = [sys.executable, "-m", "mochi_tune.cli"]
+
+
+def run(*arguments, cwd=None):
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_names_every_verb(arguments):
+    done = run(*arguments)
+    assert done.returncode == 0
+    for verb in ("prepare", "train", "sample", "export", "verify", "weights pull", "bench", "demo"):
+        assert f"mochi-tune {verb}" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "sample"])
+def test_a_verbs_help_lists_every_setting(verb):
+    done = run(verb, "--help")
+    assert done.returncode == 0 and f"mochi-tune {verb}" in done.stdout
+    assert "learning_rate: 2e-4" in done.stdout and "save_latents: false" in done.stdout
+
+
+@pytest.mark.parametrize("verb", [["export"], ["verify"], ["weights", "pull"], ["demo"]])
+def test_the_other_verbs_have_help(verb):
+    done = run(*verb, "--help")
+    assert done.returncode == 0 and f"mochi-tune {' '.join(verb)}" in done.stdout
+
+
+def test_cfg_prints_the_settings_that_would_run():
+    done = run("sample", "conf=my_lora", "model=tiny", "prompt=a cat, (fast)", "seed=4", "--cfg")
+    assert done.returncode == 0
+    assert (
+        "prompt: a cat, (fast)" in done.stdout and "seed: 4" in done.stdout and "weights: package:tiny" in done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["tarin"], "tarin is not a verb; did you mean train?"),
+        (["train"], "train takes one conf=NAME, got 0"),
+        (["train", "conf=my_lora", "--verbose"], "--verbose is not an option"),
+        (["train", "conf=my_lora", "train.stesp=3"], "did you mean train.steps?"),
+        (["train", "conf=nothing_here"], "conf=nothing_here is neither"),
+        (["export", "adapter=x.safetensors"], "export needs to=..., out=..."),
+        (["export", "adaptor=x"], "'adaptor=x' is not a setting of export"),
+        (["verify", "reference=nowhere"], "reference=nowhere lacks dit_io.safetensors"),
+        (["verify", "reference=nowhere", "dtype=fp16"], "dtype=fp16 is not possible: use fp32 or bf16."),
+        (["weights", "push"], "use `mochi-tune weights pull`"),
+        (["sample", "conf=my_lora", "model=tiny", "prompt="], "sample.prompt is empty"),
+        (["sample", "conf=my_lora", "device=cuda", "prompt=x", "model=tiny"], "device=cuda"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, text):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert text in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("mochi-tune: ")
+    assert not done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "sample"])
+def test_missing_weights_name_the_command_that_fetches_them(tmp_path, verb):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "a.mp4").write_bytes(b"")
+    (videos / "a.txt").write_text("a")
+    done = run(verb, "conf=my_lora", "prompt=x" if verb == "sample" else "seed=1", "model.weights=none", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "mochi-tune weights pull" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = [
+        "prompt=x",
+        "model=tiny",
+        "sample.steps=2",
+        "sample.num_frames=1",
+        "sample.height=16",
+        "sample.width=16",
+    ]
+    done = run("sample", "conf=my_lora", *arguments, f"run_dir={tmp_path / 'file'}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Not a directory" in done.stderr
+
+
+def test_a_preset_on_the_command_line_stands_in_the_place_of_the_files_own_schedule():
+    settings = sampler_settings(load("sample", ["conf=toy_lora", "prompt=x", "preset=fast", "steps=6"]))
+    assert (settings.steps, settings.guidance, settings.threshold) == (6, 1.5, 0.1)
+    with pytest.raises(ConfigError, match="both given"):
+        load("sample", ["conf=toy_lora", "prompt=x", "prompts=y.txt"])

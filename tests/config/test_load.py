@@ -1,0 +1,255 @@
+import ast
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from mochi_tune.adapters.lora import LayerSettings
+from mochi_tune.config.checks import sampler_settings
+from mochi_tune.config.load import check_override, config_yaml, find_config, load_config, packaged_folder
+from mochi_tune.config.lora import lora_settings
+from mochi_tune.config.schema import LoraConfig, known_keys
+from mochi_tune.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def error_of(*arguments) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("model", ["mochi_1", "tiny"])
+@pytest.mark.parametrize("lora", ["attention", "attention_mlp"])
+def test_every_packaged_file_composes_with_every_group(path, model, lora):
+    config = load_config(path.stem, [f"model={model}", f"lora={lora}"])
+    assert config.model.name == model and len(config.lora.targets) == (1 if lora == "attention" else 2)
+
+
+def test_a_file_here_goes_before_the_packaged_one_and_a_path_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("my_lora") == packaged_folder() / "my_lora.yaml"
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "my_lora.yaml").write_text("defaults: [base, _self_]\nname: mine\ntrain: {steps: 7}\n")
+    config = load_config("my_lora", [])
+    assert (config.name, config.run_dir, config.train.steps) == ("mine", "runs/mine", 7)
+    elsewhere = tmp_path / "other" / "its.yaml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("defaults: [base, {override model: tiny}, _self_]\ntrain: {steps: 8}\n")
+    assert load_config(str(elsewhere), []).train.steps == 8
+
+
+def test_a_group_of_the_users_own_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "lora").mkdir(parents=True)
+    (tmp_path / "conf" / "mine.yaml").write_text("defaults: [base, {override model: tiny}, _self_]\n")
+    (tmp_path / "conf" / "lora" / "queries.yaml").write_text("targets: ['blocks\\.0\\.attn\\.qkv_x']\nrank: 2\n")
+    assert load_config("mine", ["lora=queries"]).lora.rank == 2
+
+
+def test_the_printed_settings_are_read_back_the_same(tmp_path):
+    config = load_config("my_lora", ["model=tiny", "train.steps=12", "sample.prompt=a, (b): 'c' \\"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config_yaml(config))
+    assert load_config(str(path), []) == config
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a teacup shatters", "a cat, running (fast): it's $5 = 3", 'say "hi"', "back\\slash \\", "'quoted'", "[x]"],
+)
+def test_prompts_need_no_quoting(prompt):
+    assert load_config("my_lora", [f"sample.prompt={prompt}"]).sample.prompt == prompt
+
+
+def test_several_adapters_are_a_list():
+    sample = load_config("my_lora", ["sample.adapter=[a.safetensors,b.safetensors]", "sample.adapter_strength=[1,0.5]"])
+    assert sample.sample.adapter == ["a.safetensors", "b.safetensors"] and sample.sample.adapter_strength == [1, 0.5]
+    assert load_config("my_lora", ["sample.adapter=runs/x (1)/a.safetensors"]).sample.adapter.endswith(
+        "(1)/a.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("trian.steps=3", "trian.steps is not a setting; did you mean train.steps?"),
+        ("steps=3", "steps is not a setting; did you mean train.steps?"),
+        ("zzz=3", "zzz is not a setting; --help lists them."),
+        ("train.steps=x", "train.steps=x does not fit: it takes a whole number."),
+        ("train.steps=0", "train.steps=0 is not possible: it must be at least 1."),
+        ("train.learning_rate=0", "train.learning_rate=0.0 is not possible: it must be above 0 and finite."),
+        ("train.caption_dropout=1", "train.caption_dropout=1.0 is not possible: it must be from 0 to below 1."),
+        ("train.objective=genmo", "train.objective=genmo is not possible: use sampler or official or unnormalised."),
+        ("train.sigma_distribution=mode", "use uniform or logit_normal or shifted."),
+        ("train.loss_weighting=sigma_sqrt", "use none or bell or cosmap."),
+        ("train.optimizer=lion", "use adamw or adamw_8bit or adafactor or prodigy or muon or schedule_free."),
+        ("train.schedule=cos", "use cosine or linear or constant or wsd."),
+        ("train.sigma_std=0", "train.sigma_std=0.0 is not possible: it must be above 0 and finite."),
+        ("train.sigma_shift=-1", "train.sigma_shift=-1.0 is not possible: it must be above 0 and finite."),
+        ("train.sigma_mean=nan", "train.sigma_mean=nan is not possible: it must be finite."),
+        ("train.learning_rate_b_ratio=0", "train.learning_rate_b_ratio=0.0 is not possible: it must be above 0"),
+        ("train.decay_share=0", "train.decay_share=0.0 is not possible: it must be above 0 and at most 1."),
+        ("train.decay_share=1.1", "train.decay_share=1.1 is not possible: it must be above 0 and at most 1."),
+        (
+            "train.sigma_shift=3",
+            "does nothing with train.sigma_distribution=uniform: use train.sigma_distribution=shifted",
+        ),
+        ("train.sigma_mean=1", "use train.sigma_distribution=logit_normal, or leave it out."),
+        ("train.sigma_std=2", "use train.sigma_distribution=logit_normal, or leave it out."),
+        (
+            "train.decay_share=0.5",
+            "train.decay_share=0.5 does nothing with train.schedule=cosine: use train.schedule=wsd",
+        ),
+        (
+            "train.optimizer=prodigy",
+            "which finds the rate itself and takes this as a factor on it: use train.learning_rate=1.",
+        ),
+        ("train.optimizer=schedule_free", "use train.schedule=constant."),
+        ("model=mochi", "model=mochi does not exist: use one of mochi_1, tiny, toy."),
+        ("data.num_frames=40", "num_frames=40 does not fit the VAE, which takes 6k+1: use 37 or 43."),
+        ("sample.width=100", "width=100 does not fit the model, which takes multiples of 16 pixels: use 96 or 112."),
+        ("sample.linear_steps=64", "sample.linear_steps=64 does not fit sample.steps=64: use 1 to 63,"),
+        ("train.learning_rate=inf", "train.learning_rate=inf is not possible"),
+        ("seed=99999999999999999999", "it must be from 0 to below 2**63"),
+        ("run_dir=", "run_dir is empty: name one."),
+        ("log.project=a/b", "log.project=a/b is not possible: up to 128 characters, none of"),
+        ("log.wandb=on", "log.wandb=on is not possible: use disabled or offline or online."),
+        ("log.wandb_project=a", "log.wandb_project is not a setting; did you mean log.project?"),
+        ("lora.targets=blocks.*", 'lora.targets=blocks.* does not fit: it takes a list, ["a", "b"].'),
+        ("lora.rank_pattern=8", r"does not fit: it takes whole numbers by pattern, {'blocks\.0\..*': 8}."),
+        ("lora.rank_pattern={a: 0.5}", "lora.rank_pattern={a: 0.5} does not fit: it takes whole numbers by pattern"),
+        ("lora.rank_pattern={a: 8", "lora.rank_pattern={a: 8 does not fit"),
+        ("lora.rank_pattern={a: 0}", "lora.rank_pattern: 'a': 0 is not possible: it must be at least 1."),
+        ("lora.rank_pattern={1: 8}", "lora.rank_pattern={1: 8} does not fit"),
+        ("lora.alpha_pattern={a: 0}", "lora.alpha_pattern: 'a': 0.0 is not possible: it must be above 0 and finite."),
+        ("lora.dropout_pattern={a: 1}", "lora.dropout_pattern: 'a': 1.0 is not possible: it must be from 0 to below"),
+        ("lora.rank_patern={a: 1}", "lora.rank_patern is not a setting; did you mean lora.rank_pattern?"),
+        ("lora.init_from=", "lora.init_from is empty: name a file, or null."),
+        ("lora.dora=yess", "lora.dora=yess does not fit: it takes true or false."),
+        ("train.steps", "'train.steps' is no setting: settings are written key=value"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(override, text):
+    assert text in error_of("my_lora", [override])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.optimizer=prodigy", "train.learning_rate=1"),
+        ("train.optimizer=schedule_free", "train.schedule=constant", "train.learning_rate_b_ratio=16"),
+        ("train.schedule=wsd", "train.decay_share=1"),
+        ("train.sigma_distribution=logit_normal", "train.sigma_mean=-0.5", "train.sigma_std=1.5"),
+        ("train.sigma_distribution=shifted", "train.sigma_shift=3", "train.sigma_stratified=true"),
+        ("parallel=zero2", "train.learning_rate_b_ratio=4", "train.loss_weighting=bell"),
+    ],
+)
+def test_settings_that_fit_together_are_taken(overrides):
+    load_config("my_lora", list(overrides))
+
+
+def test_an_optimizer_that_cannot_be_sharded_is_refused():
+    text = error_of("my_lora", ["parallel=zero3", "train.optimizer=muon"])
+    assert "train.optimizer=muon does not fit parallel.strategy=zero3" in text
+
+
+@pytest.mark.parametrize(
+    ("yaml", "text"),
+    [
+        ("defaults: [base, _self_]\ntrain: {stepps: 4}\n", "train.stepps is not a setting; did you mean train.steps?"),
+        ("defaults: [base, _self_]\ntrain: {steps: four}\n", "train.steps=four does not fit: it takes a whole number."),
+        ("defaults: [base, _self_]\nmodel: tiny\n", "model is a section: choose its file by model=NAME"),
+        ("defaults: [base, _self_]\nlora: {rank_pattern: {'a.*b': x}}\n", "lora.rank_pattern=x does not fit: it"),
+        ("defaults: [base, _self_]\nlora: {rank_pattern: 4}\n", "lora.rank_pattern does not fit: it takes whole"),
+        ("- a\n- b\n", "shows every setting"),
+        ("defaults: [bass, _self_]\n", "Could not load 'bass'"),
+        ("train: {steps: 4}\n", "begin it with `defaults: [base, _self_]`"),
+        ("train:\n  steps: 4\n :", "is not YAML: line 3"),
+        ("defaults: [base, {override model: toyy}, _self_]\n", "Could not find 'model/toyy'"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_that_names_it(tmp_path, yaml, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml)
+    message = error_of(str(path), [])
+    assert text in message and str(path) in message
+
+
+def test_a_file_that_is_not_text_is_one_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    assert "is not UTF-8 text" in error_of(str(path), [])
+
+
+def test_an_unknown_file_names_the_nearest():
+    assert "did you mean conf=my_lora?" in error_of("my_lor", [])
+
+
+def test_patterns_are_read_from_a_file_and_a_given_mapping_takes_its_place(tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = r"{rank_pattern: {'blocks\.0\..*': 4, '.*qkv_[xy]': 4}, alpha_pattern: {'.*w1': 2}, rslora: true}"
+    path.write_text(f"defaults: [base, {{override model: tiny}}, _self_]\nlora: {text}\n")
+    lora = load_config(str(path), []).lora
+    assert lora.rank_pattern == {r"blocks\.0\..*": 4, ".*qkv_[xy]": 4} and lora.rslora and not lora.dora
+    assert lora.alpha_pattern == {".*w1": 2.0} and lora.dropout_pattern == {}
+    given = r"lora.rank_pattern={'blocks\.(1|2)\.attn\..*': 8, .*proj_x: 2}"
+    config = load_config(str(path), [given, "lora.dropout_pattern={a: 0}", "lora.init_from=runs/x (1)/a.safetensors"])
+    assert config.lora.rank_pattern == {r"blocks\.(1|2)\.attn\..*": 8, ".*proj_x": 2}
+    assert config.lora.alpha_pattern == {".*w1": 2.0} and config.lora.init_from == "runs/x (1)/a.safetensors"
+    path.write_text(config_yaml(config))
+    assert load_config(str(path), []) == config
+
+
+def test_the_settings_of_each_layer_come_from_the_patterns():
+    names = [f"blocks.{i}.attn.{kind}" for i in range(2) for kind in ("qkv_x", "proj_x", "other")]
+    given = [r"lora.rank_pattern={'blocks\.1\..*': 8}", "lora.dropout_pattern={.*qkv_x: 0.5}", "lora.rslora=true"]
+    settings = lora_settings(load_config("my_lora", [*given, "lora.alpha=4"]), names)
+    assert list(settings) == [name for name in names if "other" not in name]
+    assert settings["blocks.1.attn.qkv_x"] == LayerSettings(8, 4.0, 0.5, True)
+    assert settings["blocks.0.attn.proj_x"] == LayerSettings(16, 4.0, 0.0, True)
+    with pytest.raises(ConfigError, match=r"lora.alpha_pattern: '\.\*other' matches no chosen layer"):
+        lora_settings(load_config("my_lora", ["lora.alpha_pattern={.*other: 8}"]), names)
+
+
+def test_a_dora_needs_whole_rows_of_the_base():
+    assert load_config("my_lora", ["lora.dora=true", "parallel=zero2"]).lora.dora
+    assert "use parallel.strategy=zero2." in error_of("my_lora", ["lora.dora=true", "parallel=zero3"])
+
+
+def test_sampler_settings_come_from_the_preset_and_the_samples_own():
+    assert sampler_settings(load_config("my_lora", [])).steps == 64
+    fast = sampler_settings(load_config("my_lora", ["sample.preset=fast"]))
+    assert (fast.steps, fast.guidance, fast.threshold, fast.linear_steps) == (8, 1.5, 0.1, 6)
+    own = sampler_settings(load_config("my_lora", ["sample.preset=fast", "sample.steps=4", "sample.guidance=2"]))
+    assert (own.steps, own.guidance, own.linear_steps) == (4, 2.0, None)
+
+
+def test_every_setting_is_read_by_some_story():
+    """A key that nothing reads is a promise that nothing keeps."""
+    read = set()
+    rooms = ("recipes", "data_prep", "mochi_tune/config", "mochi_tune/cli")
+    files = [p for folder in rooms for p in (ROOT / folder).glob("*.py")]
+    stories = [ROOT / "mochi_tune" / name for name in ("training/preflight.py", "sampling/requests.py")]
+    for path in [*files, *stories]:
+        tree = ast.parse(path.read_text())
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = {key.rpartition(".")[2] for key in known_keys()} - {"threshold", "linear_steps", "steps", "guidance"}
+    assert names <= read, names - read
+
+
+def test_base_yaml_names_every_setting_with_a_comment():
+    lines = (ROOT / "conf" / "base.yaml").read_text().splitlines()
+    leaves = [line for line in lines if ":" in line and not line.startswith("#") and not line.rstrip().endswith(":")]
+    assert all("#" in line for line in leaves), [line for line in leaves if "#" not in line]
+    named = {line.split(":")[0].strip() for line in leaves}
+    grouped = {entry.name for entry in fields(LoraConfig)} | {"weights", "dtype", "dit", "tiles"}
+    assert {key.rpartition(".")[2] for key in known_keys()} - grouped <= named
+
+
+def test_overrides_keep_lists_and_null():
+    assert check_override("sample.adapter=null") == "sample.adapter=null"
+    assert check_override("train.sample_prompts=[a,b]") == "train.sample_prompts=[a,b]"

@@ -1,0 +1,108 @@
+"""What a run leaves in its folder, and what it does with what it finds there."""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from helpers_road import LORA, read_rows, road, run, train
+
+from mochi_tune.cli import main as cli
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import TrainingError
+from mochi_tune.recipes import train_lora
+from mochi_tune.recipes.train_lora import main
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    assert train(tmp_path, "train.steps=5", "train.checkpoint_every=1", "train.keep_checkpoints=2") == 0
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
+
+
+def test_a_step_is_saved_before_it_is_looked_at_and_the_look_is_made_up_for(tmp_path, monkeypatch):
+    """A look takes long and may be what fails; what it would have shown is not lost with it."""
+    more = ["train.steps=4", "train.checkpoint_every=2", "train.sample_every=2", "train.validate_every=2"]
+    more += ["train.sample_prompts=[a cat]", "sample.steps=2", "train.validation_clips=1"]
+    config = load_config("my_lora", [*road(tmp_path, *LORA), *more])
+
+    def fail_at_step_2(_videos, _dit, step, starts_as_base):
+        if step == 2:
+            raise RuntimeError("the renderer is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lora.EvalVideos, "render", fail_at_step_2)
+        with pytest.raises(RuntimeError, match="the renderer is broken"):
+            main(config)
+    assert (tmp_path / "checkpoints" / "step_000002").exists()
+    assert main(config) == 0
+    assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [0, 2, 4]
+    videos = sorted(path.name for path in (tmp_path / "samples").glob("*.mp4"))
+    # The broken renderer has passed over step 0.
+    assert videos == ["step_000002_prompt_0.mp4", "step_000004_prompt_0.mp4"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_nothing_to_the_next(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000000_prompt_0.mp4").write_bytes(b"of other settings")
+    (tmp_path / "validation.jsonl").write_text('{"step": 0, "validation_loss": 99.0}\n')
+    assert train(tmp_path, "train.steps=1", "train.validate_every=1", "train.validation_clips=1") == 0
+    assert not (tmp_path / "samples" / "step_000000_prompt_0.mp4").exists()
+    rows = read_rows(tmp_path / "validation.jsonl")
+    assert [row["step"] for row in rows] == [0, 1] and rows[0]["validation_loss"] < 10
+
+
+def test_an_adapter_without_checkpoints_is_not_overwritten(tmp_path):
+    assert train(tmp_path, "train.steps=1") == 0
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / "adapter.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="no checkpoint to go on from"):
+        train(tmp_path, "train.steps=1")
+    assert (tmp_path / "adapter.safetensors").read_bytes() == before
+
+
+def test_the_same_command_puts_a_finished_runs_adapter_back(tmp_path):
+    assert train(tmp_path, "train.steps=1") == 0
+    before = (tmp_path / "adapter.safetensors").read_bytes()
+    (tmp_path / "adapter.safetensors").unlink()
+    assert train(tmp_path, "train.steps=1") == 0
+    assert (tmp_path / "adapter.safetensors").read_bytes() == before
+
+
+def test_more_steps_go_on_and_say_that_the_cosine_is_stretched(tmp_path, capsys):
+    assert train(tmp_path, "train.steps=2") == 0
+    assert train(tmp_path, "train.steps=4") == 0
+    assert "train.steps was 2, is 4" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def no_memory(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_memory)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2")])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("mochi-tune: ") and "train.batch_size" in line and "data.num_frames" in line
+
+
+def test_wandb_works_offline(tmp_path):
+    # A process of its own, as its end is when W&B's service has written everything.
+    done = run("train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2", "log.wandb=offline"))
+    assert done.returncode == 0, done.stderr
+    [file] = tmp_path.glob("trackers/wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 30
+    while file.stat().st_size <= 1000 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert file.stat().st_size > 1000
+
+
+def test_the_printed_line_of_progress_shows_loss_norm_rate_and_time(tmp_path):
+    done = run("train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2"))
+    assert done.returncode == 0
+    for part in ("loss ", "norm ", "lr ", "s/step", "2/2"):
+        assert part in done.stderr
+    assert str(tmp_path / "adapter.safetensors") in done.stdout
+    json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

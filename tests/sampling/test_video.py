@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mochi_tune.sampling.video import read_frames, write_contact_sheet, write_video
+
+
+def moving_frames(count):
+    frames = torch.full((count, 32, 48, 3), 40, dtype=torch.uint8)
+    for i in range(count):
+        frames[i, 8:24, 2 * i : 2 * i + 12] = torch.tensor([200, 60, 30], dtype=torch.uint8)
+    return frames
+
+
+def test_frames_come_back_in_order_and_near(tmp_path):
+    frames = moving_frames(13)
+    assert write_video(tmp_path / "x.mp4", frames.split([1, 6, 6])) == tmp_path / "x.mp4"
+    back = torch.stack([torch.from_numpy(np.array(image)) for image in read_frames(tmp_path / "x.mp4")])
+    assert back.shape == frames.shape
+    assert (back.float() - frames.float()).abs().mean() < 5
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
+
+
+def test_the_same_frames_are_the_same_file(tmp_path):
+    frames = torch.randn(7, 32, 48, 3, generator=torch.Generator().manual_seed(0)).mul(60).add(128).clamp(0, 255).byte()
+    frames = (frames.float().cumsum(2) / torch.arange(1, 49).view(-1, 1)).byte()
+    for i in range(40):
+        write_video(tmp_path / f"{i}.mp4", [frames])
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_single_frame_is_a_video(tmp_path):
+    write_video(tmp_path / "x.mp4", [moving_frames(1)])
+    assert len(read_frames(tmp_path / "x.mp4")) == 1
+
+
+def test_a_video_that_breaks_off_is_not_there(tmp_path):
+    def broken():
+        yield moving_frames(2)
+        raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        write_video(tmp_path / "x.mp4", broken())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_can_stand_beside_the_one_that_has_its_name(tmp_path):
+    written = [write_video(tmp_path / "x.mp4", [moving_frames(n)], may_replace=False) for n in (1, 2, 3)]
+    assert [path.name for path in written] == ["x.mp4", "x_2.mp4", "x_3.mp4"]
+    assert [len(read_frames(path)) for path in written] == [1, 2, 3] and len(list(tmp_path.iterdir())) == 3
+    write_video(written[0], [moving_frames(4)])
+    assert len(read_frames(written[0])) == 4
+
+
+def test_the_contact_sheet_shows_first_and_last_frame(tmp_path):
+    write_video(tmp_path / "x.mp4", [moving_frames(13)])
+    write_contact_sheet(tmp_path / "sheet.png", {"one": tmp_path / "x.mp4", "two": tmp_path / "x.mp4"}, columns=3)
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    first, last = (np.array(read_frames(tmp_path / "x.mp4")[i]) for i in (0, -1))
+    assert np.array_equal(sheet[18:50, :48], first) and np.array_equal(sheet[18:50, -48:], last)
+    assert np.array_equal(sheet[68:100, :48], first)

@@ -1,0 +1,145 @@
+"""The short lesson: the demo with fewer steps and samples, and what it must still show."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mochi_tune.adapters.files import load_adapter
+from mochi_tune.adapters.lora import apply_adapter
+from mochi_tune.config.checks import sampler_settings
+from mochi_tune.config.load import load_config, weights_folder
+from mochi_tune.data.cache import open_cache
+from mochi_tune.data.dataset import LatentDataset
+from mochi_tune.models.latents import VAE_MEAN, VAE_STD
+from mochi_tune.models.text_encoder import TextEncoder
+from mochi_tune.models.vae import frames_to_pixels
+from mochi_tune.sampling.video import read_frames
+from mochi_tune.toy.demo import FIGURES, main
+from mochi_tune.toy.lesson import lesson_words
+from mochi_tune.toy.samples import render_words
+from mochi_tune.toy.world import draw_clips, split_words
+from mochi_tune.training.draws import keyed_generator
+from mochi_tune.training.objective import noisy_and_target
+from mochi_tune.training.preflight import check
+from mochi_tune.training.validation import validation_losses
+from mochi_tune.weights.load import load_decoder, load_dit, load_encoder
+
+STEPS, SAMPLES = 150, 12
+
+
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory):
+    out = tmp_path_factory.mktemp("lesson") / "demo"
+    made = main(out, f"train.steps={STEPS}", f"train.validate_every={STEPS}", num_samples=SAMPLES)
+    return out, made, json.loads((out / "figures.json").read_text())
+
+
+def validation_rows(out: Path) -> list[dict]:
+    [path] = out.glob("*/run/validation.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_new_motion_is_learnt_and_the_old_ones_are_kept(lesson):
+    out, _, figures = lesson
+    assert figures["new_before"] <= 0.1 and figures["base_before"] >= 0.9
+    assert figures["new_after"] >= 0.6 and figures["new_after_all"] >= 0.6, figures
+    assert figures["base_after"] >= 0.85, figures
+    assert figures["vae_psnr_db"] >= 26
+    rows = validation_rows(out)
+    assert [row["step"] for row in rows] == [0, STEPS]
+    assert rows[1]["validation_loss"] < 0.9 * rows[0]["validation_loss"]
+
+
+def test_the_adapter_file_is_what_was_trained(lesson):
+    out, made, _ = lesson
+    [run] = out.glob("*/run")
+    config = load_config(str(run / "config.yaml"), [])
+    clips = {"num_frames": config.data.num_frames, "height": config.data.height, "width": config.data.width}
+    dataset = LatentDataset(open_cache(Path(config.data.cache), **clips))
+    job = check(config, 1)
+    assert job.is_held_out and len(job.validation) == config.train.validation_clips
+
+    def validation_loss(dit):
+        losses = validation_losses(
+            dit, dataset, job.validation, config.seed, config.train.objective, torch.device("cpu")
+        )
+        return sum(losses.values()) / len(losses)
+
+    dit = load_dit(weights_folder(config), "cpu", torch.float32)
+    # By our own formula, not by the code that reads adapters for sampling.
+    adapter = load_adapter(Path(made["adapter"]))
+    for name, layer in adapter.layers.items():
+        weight = dit.get_submodule(name).weight
+        weight.data += config.lora.alpha / config.lora.rank * layer.b @ layer.a
+    merged = validation_loss(dit)
+    assert merged == pytest.approx(validation_rows(out)[-1]["validation_loss"], rel=1e-4)
+    live = load_dit(weights_folder(config), "cpu", torch.float32)
+    apply_adapter(live, adapter.layers, "lesson")
+    read = validation_loss(live)
+    assert read == pytest.approx(merged, rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_objective_is_the_one_that_the_base_was_trained_on():
+    folder, words = weights_folder(load_config("toy_lora", [])), split_words()[1][:48]
+    dit, text = load_dit(folder, "cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)
+    encoder = load_encoder(folder, "cpu", torch.float32)
+    z, _ = encoder(frames_to_pixels(draw_clips(words, keyed_generator(0, "clips"))))
+    noise = torch.randn(z.shape, generator=keyed_generator(0, "noise"))
+    sigma = (torch.arange(len(words)) + 0.5) / len(words)
+    embeds = torch.stack(text.encode([w.caption for w in words]))
+    mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
+
+    def loss(noisy, target, level=sigma, told=mask):
+        return (dit(noisy, level, embeds, told) - target).square().mean().item()
+
+    mean, std = (torch.tensor(values).view(12, 1, 1, 1) for values in (VAE_MEAN, VAE_STD))
+    latents, s = (z - mean) / std, sigma.view(-1, 1, 1, 1, 1)
+    right = loss((1 - s) * latents + s * noise, latents - noise)
+    wrong = {
+        "sign": loss((1 - s) * latents + s * noise, noise - latents),
+        "sigma": loss((1 - s) * latents + s * noise, latents - noise, 1 - sigma),
+        "space": loss((1 - s) * z + s * noise, z - noise),
+        "space of the input": loss((1 - s) * z + s * noise, (z - noise) / std),
+        "caption": loss((1 - s) * latents + s * noise, latents - noise, told=mask & False),
+    }
+    assert all(value > 1.05 * right for value in wrong.values()), (right, wrong)
+    assert loss(*noisy_and_target("sampler", z, noise, sigma)) == pytest.approx(right, rel=1e-5)
+
+
+def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):
+    _, made, figures = lesson
+    config = load_config("toy_lora", [])
+    folder, words = weights_folder(config), lesson_words()[1][:2]
+    text, decoder = TextEncoder.load(folder, "cpu", torch.float32), load_decoder(folder, "cpu", torch.float32)
+    clips = []
+    for adapter in (None, load_adapter(Path(made["adapter"]))):
+        dit = load_dit(folder, "cpu", torch.float32)
+        if adapter:
+            apply_adapter(dit, adapter.layers, "lesson", 0.0)
+        clips.append(render_words(words, dit, text, decoder, sampler_settings(config), 1))
+    assert torch.equal(*clips)
+    shown = {row["strength"]: row["new"] for row in figures["by_strength"]}
+    assert shown[0.0] <= shown[0.5] <= shown[1.0], shown
+
+
+def test_it_makes_a_page_and_names_what_it_made(lesson):
+    out, made, figures = lesson
+    assert set(made) == {*FIGURES, "figures", "report", "adapter", "picture"}
+    assert figures.keys() == {*FIGURES, "by_strength"}
+    page = (out / "report.html").read_text()
+    assert page.count("<video") >= 30 and "wugs" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    if made["picture"].endswith(".png"):
+        with Image.open(made["picture"]) as picture:
+            assert picture.width > 1000 and picture.height > 1500
+
+
+def test_the_example_of_the_sample_verb_is_a_video(lesson):
+    [path] = lesson[0].glob("*/example.mp4")
+    frames = read_frames(path)
+    assert len(frames) == 13 and frames[0].size == (96, 64)

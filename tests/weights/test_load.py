@@ -1,0 +1,283 @@
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_golden import GOLDEN
+from helpers_weights import LOADERS, changes, copy_golden, official, refused
+from safetensors.torch import save_file
+
+from mochi_tune import assets
+from mochi_tune.errors import CheckpointError
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.weights.key_map import diffusers_map, to_diffusers
+from mochi_tune.weights.load import base_identity, check_weights, fingerprint, has_part, load_dit, meta_dit
+
+FP32_NAMES = re.compile(
+    r"pos_frequencies|.*\.attn\.[qk]_norm_[xy]\.weight|(.*\.stack\.[03]|.*\.attn_block\.norm|output_norm)\.(weight|bias)"
+)
+
+
+def write_text_encoder(folder):
+    for path, text in {"text_encoder/config.json": '{"d_model":4}', "tokenizer/spiece.model": "x"}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    save_file({"shared.weight": torch.zeros(400)}, folder / "text_encoder" / "model.safetensors")
+    return folder
+
+
+def write_sparse(path, shapes, dtype="BF16", size=2):
+    """Writes a valid safetensors file of any size whose data takes no disk space."""
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + size * torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+
+
+@pytest.mark.parametrize("part", LOADERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_official_weights_load_whole_frozen_and_in_their_dtypes(part, dtype):
+    model = LOADERS[part](GOLDEN, "cpu", dtype)
+    expected = official(part)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, tensor in parameters.items():
+        assert tensor.dtype == (torch.float32 if FP32_NAMES.fullmatch(name) else dtype), name
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+        assert not tensor.requires_grad
+    assert sum(FP32_NAMES.fullmatch(name) is not None for name in parameters) > 1
+    assert not model.training
+
+
+def test_a_wider_file_is_rounded_except_what_stays_fp32(tmp_path):
+    copy_golden(tmp_path, "dit")
+    wide = {name: torch.randn(tensor.shape) for name, tensor in official("dit").items()}
+    save_file(wide, tmp_path / "dit.safetensors")
+    for name, tensor in load_dit(tmp_path, "cpu", torch.bfloat16).state_dict().items():
+        expected = wide[name] if FP32_NAMES.fullmatch(name) else wide[name].to(torch.bfloat16)
+        assert torch.equal(tensor, expected), name
+
+
+def test_loaded_tensors_live_on_when_the_file_is_gone(tmp_path):
+    copy_golden(tmp_path, "dit")
+    model = load_dit(tmp_path, "cpu", torch.bfloat16)
+    with (tmp_path / "dit.safetensors").open("r+b") as file:
+        file.truncate(0)
+    for name, tensor in official("dit").items():
+        assert torch.equal(model.state_dict()[name].float(), tensor.float())
+
+
+LOAD_AND_MEASURE = """
+import os, sys, torch
+from mochi_tune.weights.load import load_dit
+torch.set_num_threads(1)
+
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key + ":"))
+
+for folder in sys.argv[2:]:
+    if os.fork() == 0:  # a process of its own has a peak of its own
+        load_dit(sys.argv[1], "cpu", torch.bfloat16)  # brings in what torch and safetensors load late
+        before = memory("VmRSS")
+        model = load_dit(folder, "cpu", torch.bfloat16)
+        size = sum(p.nbytes for p in model.parameters())
+        print(size, memory("VmHWM") - before, memory("VmRSS") - before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def write_large_models(root):
+    """Writes a DiT of 52 M parameters in three forms: fp32, bf16, and diffusers' fp32."""
+    sizes = {"depth": 4, "num_heads": 6, "hidden_size_x": 768, "hidden_size_y": 384, "t5_feat_dim": 64}
+    with torch.device("meta"):
+        model = AsymmDiT(DiTConfig(**sizes))
+    tensors = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    folders = [root / name for name in ("fp32", "bf16", "diffusers")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "dit_config.json").write_text(json.dumps(sizes))
+    save_file(tensors, folders[0] / "dit.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folders[1] / "dit.safetensors")
+    theirs = folders[2] / "transformer"
+    theirs.mkdir()
+    save_file(to_diffusers(tensors, diffusers_map(model)), theirs / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "MochiTransformer3DModel", "patch_size": 2, "in_channels": 12, "num_layers": 4}
+    config |= {"num_attention_heads": 6, "attention_head_dim": 128, "pooled_projection_dim": 384, "text_embed_dim": 64}
+    (theirs / "config.json").write_text(json.dumps(config))
+    return folders, max(tensor.nbytes for tensor in tensors.values())
+
+
+def test_loading_takes_the_memory_of_the_model_and_about_one_tensor(tmp_path):
+    folders, largest = write_large_models(tmp_path)
+    command = [sys.executable, "-c", LOAD_AND_MEASURE, GOLDEN, *folders]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for folder, line in zip(folders, lines, strict=True):
+        size, peak, kept = map(int, line.split())
+        assert size > 100e6
+        assert peak < size + largest + 8e6, folder.name
+        assert kept < size + 8e6, folder.name
+    shutil.rmtree(tmp_path)
+
+
+def test_a_full_size_file_is_checked_by_its_header_alone(tmp_path):
+    shapes = json.loads((GOLDEN / "full_size_keys.json").read_text())["dit"]
+    write_sparse(tmp_path / "dit.safetensors", shapes)
+    start = time.perf_counter()
+    check_weights(tmp_path, ["dit"])
+    first = fingerprint(tmp_path, "dit")
+    write_sparse(tmp_path / "dit.safetensors", shapes | {"t5_yproj.bias": [1537]})
+    with pytest.raises(CheckpointError, match=r"t5_yproj\.bias \[1537\] for \[1536\]"):
+        load_dit(tmp_path, "cpu", torch.bfloat16)
+    assert fingerprint(tmp_path, "dit") != first
+    assert time.perf_counter() - start < 10
+
+
+def test_wrong_keys_and_shapes_are_listed_together(tmp_path):
+    copy_golden(tmp_path, "dit")
+    tensors = official("dit")
+    missing = [name for name in tensors if name.startswith("blocks.0.")][:10]
+    for name in missing:
+        del tensors[name]
+    tensors |= {"scaled_fp8": torch.zeros(2), "t5_yproj.bias": torch.zeros(95)}
+    tensors["final_layer.mod.bias"] = torch.zeros(384).int()
+    save_file(tensors, tmp_path / "dit.safetensors")
+    message = refused(tmp_path, "dit")
+    assert "10 missing (" in message and " and 2 more)" in message
+    assert sum(name in message for name in missing) == 8
+    assert "1 unknown (scaled_fp8)" in message
+    assert "1 of another shape (t5_yproj.bias [95] for [96])" in message
+    assert "1 not floating point (final_layer.mod.bias I32)" in message
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(tmp_path, "cpu", torch.float32)
+    assert str(caught.value) == message
+
+
+def test_the_tiny_weights_without_their_configuration_are_not_the_full_size_model(tmp_path):
+    shutil.copy(GOLDEN / "dit.safetensors", tmp_path)
+    message = refused(tmp_path, "dit")
+    assert "does not fit the full-size model (there is no dit_config.json)" in message and "missing" in message
+
+
+@pytest.mark.parametrize("part", [*LOADERS, "text_encoder"])
+def test_missing_weights_name_the_command_that_fetches_them(tmp_path, part):
+    message = refused(tmp_path, part)
+    assert f"run `mochi-tune weights pull to={tmp_path}`" in message
+    assert f"model.weights={tmp_path} has no {part}" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "pointer", "folder"])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    path = copy_golden(tmp_path, "decoder") / "decoder.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    else:
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+        path.write_bytes({"truncated": content[:-1], "empty": b"", "pointer": pointer}[damage])
+    message = refused(tmp_path, "decoder")
+    assert str(path) in message and "not a complete safetensors file" in message
+
+
+def test_the_official_file_wins_where_both_layouts_lie(tmp_path):
+    copy_golden(tmp_path, "dit")
+    (tmp_path / "transformer").mkdir()
+    check_weights(tmp_path, ["dit"])
+    (tmp_path / "dit.safetensors").unlink()
+    assert "transformer has neither diffusion_pytorch_model.safetensors nor" in refused(tmp_path, "dit")
+
+
+def test_a_t5_of_another_width_than_the_dits_is_refused(tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(Path(assets.__path__[0]) / "tiny", folder)
+    check_weights(folder, ["dit", "text_encoder"])
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "d_model": 1024}))
+    with pytest.raises(CheckpointError, match="features of width 1024, the DiT takes 64"):
+        check_weights(folder, ["dit", "text_encoder"])
+
+
+def test_has_part_knows_both_layouts(tmp_path):
+    assert has_part(GOLDEN, "dit") and not has_part(GOLDEN, "text_encoder")
+    (tmp_path / "vae").mkdir()
+    assert has_part(tmp_path, "encoder") and has_part(tmp_path, "decoder") and not has_part(tmp_path, "dit")
+
+
+def test_the_text_encoder_needs_its_configuration_weights_and_tokenizer(tmp_path):
+    for i, name in enumerate(("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model")):
+        folder = write_text_encoder(tmp_path / str(i))
+        check_weights(folder, ["text_encoder"])
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        message = refused(folder, "text_encoder")
+        assert name in message and "mochi-tune weights pull" in message
+        if name != "tokenizer/spiece.model":
+            (folder / name).write_bytes(content[:-1])
+            assert str(folder / name) in refused(folder, "text_encoder")
+
+
+def test_a_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
+    parts = ("dit", "encoder", "decoder", "text_encoder")
+    first, second = (write_text_encoder(tmp_path / name) for name in ("first", "second"))
+    for folder in (first, second):
+        copy_golden(folder, "dit", "encoder", "decoder")
+    prints = [fingerprint(first, part) for part in parts]
+    assert prints == [fingerprint(second, part) for part in parts]
+    assert len(set(prints)) == 4 and all(re.fullmatch("[0-9a-f]{64}", p) for p in prints)
+    assert changes(first, "dit", first / "dit.safetensors")
+    assert changes(first, "dit", first / "dit_config.json")
+    assert not changes(first, "dit", first / "encoder.safetensors")
+    assert changes(first, "encoder", first / "vae_config.json")
+    for name in ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model"):
+        assert changes(second, "text_encoder", second / name)
+    before = fingerprint(second, "text_encoder")
+    (second / "tokenizer" / "spiece.model").rename(second / "tokenizer" / "tokenizer.json")
+    assert fingerprint(second, "text_encoder") != before
+    with pytest.raises(CheckpointError, match="weights pull"):
+        fingerprint(tmp_path, "dit")
+
+
+def test_a_large_file_is_sampled_from_its_first_to_its_last_byte(tmp_path):
+    path = tmp_path / "dit.safetensors"
+    write_sparse(path, {"a": (2**29 + 2**22,)})
+    size = path.stat().st_size
+    seen = [fingerprint(tmp_path, "dit")]
+    with path.open("r+b") as file:
+        file.truncate(size + 2**20)
+    seen.append(fingerprint(tmp_path, "dit"))
+    with path.open("r+b") as file:
+        file.truncate(size)
+    for position in (9, size // 63 * 30 - 2**15, size - 1):
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(b"!")
+        seen.append(fingerprint(tmp_path, "dit"))
+    assert len(set(seen)) == 5
+
+
+def test_a_base_is_known_by_its_weights_and_not_by_their_dtype(tmp_path):
+    copy_golden(tmp_path, "dit")
+    first = base_identity(GOLDEN)
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    tensors = {name: tensor.float() for name, tensor in official("dit").items()}
+    save_file(tensors, tmp_path / "dit.safetensors")
+    assert base_identity(tmp_path) == first
+    tensors["blocks.1.attn.qkv_x.weight"] *= 2
+    save_file(tensors, tmp_path / "dit.safetensors")
+    assert base_identity(tmp_path) != first
+    assert all(
+        tensor.is_meta and tensor.shape == tensors[name].shape
+        for name, tensor in meta_dit(tmp_path).state_dict().items()
+    )
