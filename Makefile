@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults lint bench setup clean
+.PHONY: demo test faults lint types bench setup clean
 
 demo: setup
 	$(BIN)/mochi-tune demo
@@ -24,6 +24,13 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# pyright knows nothing of how the packages are installed, so it sees them by links under their names.
+types: setup
+	rm -rf build/typed && mkdir -p build/typed
+	cp -rs $(CURDIR)/mochi_tune build/typed/
+	cp -rs $(CURDIR)/recipes $(CURDIR)/data_prep $(CURDIR)/conf build/typed/mochi_tune/
+	$(BIN)/pyright
 
 setup: $(VENV)/.installed
 
