@@ -4,6 +4,7 @@ Run it again at any time: what is encoded already is found by the fingerprint of
 """
 
 import csv
+import io
 import json
 import stat
 from collections.abc import Iterable
@@ -15,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_folder
-from mochi_tune.data.cache import REPORT_NAME, CacheSettings, Row, file_sha256, make_row
-from mochi_tune.data.cache_writer import CacheWriter, write_atomically
+from mochi_tune.data.cache import REPORT_NAME, CacheSettings, Row, make_row
+from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data_prep.captions import find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, ClipDecoder, ClipTransform, find_videos
 from mochi_tune.data_prep.encode import encode_caption, encode_frames
 from mochi_tune.errors import DataError
+from mochi_tune.files import file_sha256, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
 from mochi_tune.weights.load import check_weights, fingerprint, load_encoder
@@ -95,7 +97,7 @@ def prepare(config: RunConfig) -> Prepared:
         captions_encoded = _encode_captions(cache, kept, config, device)
         records = _report_records(cache, captions, kept, refused)
         report = Path(config.data.cache) / REPORT_NAME
-        write_atomically(report, lambda path: _write_csv(path, records))
+        write_atomic(report, _csv(records).encode(), durable=True)
         if not kept:
             first = next(iter(refused.values()))
             raise DataError(f"none of the {len(refused)} clips in {folder} can be used, see {report}; {first}")
@@ -223,11 +225,12 @@ def _report_records(
     return records
 
 
-def _write_csv(path: Path, records: list[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, REPORT_COLUMNS)
-        writer.writeheader()
-        writer.writerows(records)
+def _csv(records: list[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, REPORT_COLUMNS)
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
 def _tell(records: list[dict[str, Any]]) -> None:

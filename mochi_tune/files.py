@@ -1,14 +1,112 @@
-"""Small things about files that several rooms need."""
+"""Files: complete or not there (temporary name, then rename), synced, hashed; JSON and safetensors."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mochi_tune.errors import CheckpointError, MochiTuneError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The full-size models and adapters need a twentieth of it.
 MAX_HEADER_BYTES = 4 * 2**20
+
+
+def write_atomic(path: Path, content: bytes, durable: bool = False) -> None:
+    """Writes a file that appears under its name only when it is complete; it replaces an old one.
+
+    Args:
+        path: the file; its folder exists.
+        content: all of its bytes.
+        durable: whether the content is on disk before it takes its name, so that not even a crash leaves half a file.
+
+    Raises:
+        OSError: the disk is full, or refuses; an old file stays as it is.
+    """
+    with atomic_file(path, durable) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yields a temporary path to write to; when the block ends without an error, the file is renamed to `path`."""
+    with temporary_file(path) as temporary:
+        yield temporary
+        if durable:
+            fsync(temporary)
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Yields a name in the folder of `path` that no other process uses; an error removes what was written to it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def copy_atomic(source: Path, target: Path) -> None:
+    """Copies a file over another; readers see the old or the new one, and the new one is on disk at the end."""
+    with atomic_file(target, durable=True) as temporary:
+        shutil.copyfile(source, temporary)
+    fsync(target.parent)
+
+
+def move_to_free_name(source: Path, target: Path) -> Path:
+    """Renames a file to `target`, or to NAME_2, NAME_3 and so on where that is taken by now; returns the name."""
+    for number in count(1):
+        free = target if number == 1 else target.with_stem(f"{target.stem}_{number}")
+        try:
+            # Unlike a rename, a link never replaces what another process has put there.
+            os.link(source, free)
+        except FileExistsError:
+            continue
+        except OSError:
+            # A file system without hard links.
+            if free.exists():
+                continue
+            os.rename(source, free)
+            return free
+        source.unlink()
+        return free
+    raise AssertionError("count() has no end")
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Removes the temporary files that killed processes have left in a folder to which no process writes now."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's entries, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_writable_folder(folder: Path) -> None:
+    """Makes a folder and writes a byte to it, so that one that is not writable fails before any work is done.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".write_probe_{os.getpid()}"
+    probe.write_bytes(b"x")
+    probe.unlink()
 
 
 def file_sha256(path: Path) -> str:
@@ -17,10 +115,82 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path, error: type[MochiTuneError] = CheckpointError) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Args:
+        path: the file.
+        error: what to raise where that is not possible.
+
+    Raises:
+        MochiTuneError: the file is missing or holds no JSON object; of the class `error`.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{path} cannot be read as JSON ({reason}).") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds no JSON object.")
+    return value
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as readable JSON, straight to its name."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_object(text: str | bytes) -> dict[str, Any] | None:
+    """Returns the JSON object that a text holds, or None where it holds none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads one JSON object a line; [] where there is no file.
+
+    A line that holds none is left out: a killed process may have left a part of one.
+    """
+    # Not splitlines(), which also breaks at characters that JSON allows inside a string.
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [value for value in map(parse_object, lines) if value is not None]
+
+
+def load_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Reads all tensors of a safetensors file to the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None, durable: bool = False
+) -> None:
+    """Writes a safetensors file as `write_atomic` does.
+
+    Raises:
+        OSError: the disk is full, or refuses.
+    """
+    from safetensors.torch import save
+
+    # Written by Python, whose error names the disk's reason, and not by the library.
+    write_atomic(path, save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata), durable)
+
+
 def check_header(path: Path) -> None:
     """Refuses a safetensors header that no model needs, before the library parses it: over-long, or a name in it twice.
 
-    The library itself sees to offsets, sizes and dtypes, and reads a header of a million tensors, for half a minute.
+    The library itself checks offsets, sizes and dtypes; but it reads a header of a million tensors, for half a minute.
 
     Raises:
         ValueError: saying what is wrong with the header.
@@ -31,63 +201,13 @@ def check_header(path: Path) -> None:
             raise ValueError(f"its header says it is {num_bytes} bytes long, and {MAX_HEADER_BYTES} are the most")
         header = file.read(num_bytes)
     try:
-        json.loads(header, object_pairs_hook=_once)
+        json.loads(header, object_pairs_hook=_refuse_twice)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("its header is no JSON, or cut short") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         raise ValueError("its header has a name twice")
     return entries
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's entries, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def make_writable_folder(folder: Path) -> None:
-    """Makes a folder and writes a byte to it, so that a place that cannot be written shows before any work is done.
-
-    Raises:
-        OSError: it cannot.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".write_probe_{os.getpid()}"
-    probe.write_bytes(b"x")
-    probe.unlink()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that appears under its name only when all of it is there."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def move_to_free_name(source: Path, target: Path) -> Path:
-    """Renames a file to `target`, or to NAME_2, NAME_3 and so on where that is taken by now; returns the name."""
-    for number in count(1):
-        place = target if number == 1 else target.with_stem(f"{target.stem}_{number}")
-        try:
-            # Unlike a rename, a link never replaces what another process has put there.
-            os.link(source, place)
-        except FileExistsError:
-            continue
-        except OSError:
-            # A file system without hard links.
-            if place.exists():
-                continue
-            os.rename(source, place)
-            return place
-        source.unlink()
-        return place

@@ -12,10 +12,10 @@ from mochi_tune.config.lora import lora_settings
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError
+from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.training.accelerator import check_adapter_fits
-from mochi_tune.training.checkpoint import load_tensors, read_json
 from mochi_tune.training.draws import key_seed
 from mochi_tune.training.guards import is_finite
 from mochi_tune.training.loader import Draws

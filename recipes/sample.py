@@ -20,7 +20,7 @@ from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.adapters.lora import linear_shapes, switch_adapters
 from mochi_tune.config.load import RunConfig, weights_folder
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import file_sha256, make_writable_folder, write_whole
+from mochi_tune.files import file_sha256, make_writable_folder, save_tensors, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory, peak_gib, reset_peak
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.latents import FPS, TOKEN_PIXELS, num_latent_frames
@@ -221,10 +221,8 @@ def tensor_sha256(tensor: Tensor) -> str:
 def save_latents(config: RunConfig, request: Request, states: dict[str, Tensor]) -> None:
     """Writes a video's latents beside it, where they are asked for: "latents", and "base" when it is compared with."""
     if config.sample.save_latents:
-        from safetensors.torch import save
-
         named = {"latents": states[list(states)[-1]]} | ({"base": states["base"]} if len(states) > 1 else {})
-        write_whole(request.video.with_suffix(".safetensors"), save(named, {"space": "dit", "layout": "B C T h w"}))
+        save_tensors(request.video.with_suffix(".safetensors"), named, {"space": "dit", "layout": "B C T h w"})
 
 
 def save_settings(config: RunConfig, job: Job, request: Request, kinds: list[str], usage: "Usage") -> None:
@@ -250,7 +248,7 @@ def save_settings(config: RunConfig, job: Job, request: Request, kinds: list[str
         "versions": {name: version(name) for name in ("mochi-tune", "torch")},
         **usage.so_far(),
     }
-    write_whole(request.video.with_suffix(".json"), json.dumps(record, indent=1).encode() + b"\n")
+    write_atomic(request.video.with_suffix(".json"), json.dumps(record, indent=1).encode() + b"\n")
 
 
 class Usage:

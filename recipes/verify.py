@@ -1,7 +1,6 @@
 """Compares this machine's numbers with vectors of the official implementation, one line a check."""
 
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_adapter, lora_parameters
 from mochi_tune.errors import CheckpointError
+from mochi_tune.files import read_json
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TEMPORAL_FACTOR, to_latents, to_vae_latents
@@ -107,7 +107,7 @@ def relative_error(got: Tensor, expected: Tensor, scale: float | None = None) ->
 
 def check_full_size(reference: Path) -> Iterator[Check]:
     """Every tensor's name and shape at full size: the error is the number that differ."""
-    keys = json.loads((reference / "full_size_keys.json").read_text())
+    keys = read_json(reference / "full_size_keys.json")
     models = {"dit": (AsymmDiT, DiTConfig), "encoder": (Encoder, EncoderConfig), "decoder": (Decoder, DecoderConfig)}
     for part, (model, config) in models.items():
         with torch.device("meta"):
@@ -118,7 +118,7 @@ def check_full_size(reference: Path) -> Iterator[Check]:
 
 def check_schedules(reference: Path) -> Iterator[Check]:
     """The linear-quadratic sigma schedules."""
-    for key, sigmas in json.loads((reference / "schedules.json").read_text()).items():
+    for key, sigmas in read_json(reference / "schedules.json").items():
         steps, threshold, linear = key.split(",")
         ours = linear_quadratic_sigmas(int(steps), float(threshold), None if linear == "None" else int(linear))
         yield Check(f"schedule {key}", relative_error(torch.tensor(ours), torch.tensor(sigmas)), 1e-6)

@@ -18,14 +18,12 @@ Source: comfyanonymous/ComfyUI@9c0cf36 comfy/weight_adapter/base.py (weight_deco
 
 import difflib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from mochi_tune.adapters.alphas import is_split
 from mochi_tune.adapters.layers import (
@@ -47,6 +45,7 @@ from mochi_tune.adapters.layers import (
 )
 from mochi_tune.adapters.reading import read_layers
 from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.files import save_tensors
 
 __all__ = [
     "FORMATS",
@@ -186,7 +185,7 @@ def save_adapter(path: Path | str, adapter: Adapter, to: str = "native") -> dict
     carried = {key: value for key, value in adapter.metadata.items() if key not in _LAYOUT_METADATA}
     metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
     metadata |= {"format": "mochi-tune" if to == "native" else to, "created_by": f"mochi-tune {version('mochi-tune')}"}
-    _write(path, save(tensors, metadata))
+    save_tensors(path, tensors, metadata, durable=True)
     return layers
 
 
@@ -273,15 +272,3 @@ def _describe(layers: dict[str, LoraLayer], trained: dict[str, LoraLayer]) -> di
 
 def _size(shape: tuple[int, int]) -> str:
     return f"{shape[0]}x{shape[1]}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

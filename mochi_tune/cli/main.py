@@ -315,9 +315,9 @@ def bench_here(bench, out: Path | None, is_first: bool) -> int:
             print(f"reduced: depth {figures['depth']} of {figures['full_depth']}", file=sys.stderr)
         print(text)
         if out is not None:
-            from mochi_tune.files import write_whole
+            from mochi_tune.files import write_atomic
 
-            write_whole(out, text.encode() + b"\n")
+            write_atomic(out, text.encode() + b"\n")
     return 0
 
 

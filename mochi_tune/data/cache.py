@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mochi_tune.errors import DataError
+from mochi_tune.files import parse_object
 from mochi_tune.models.latents import latent_shape
 
 SCHEMA_VERSION = 2
@@ -80,12 +81,6 @@ def make_row(path: str, caption: str, source_sha256: str, settings: CacheSetting
 
 def _digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, *values], sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the hex sha256 of a file's bytes, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_schema() -> Any:
@@ -153,11 +148,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.get("complete") is True and _fits(manifest) else None
+    manifest = parse_object(path.read_bytes())
+    return manifest if manifest is not None and manifest.get("complete") is True and _fits(manifest) else None
 
 
 def _fits(manifest: dict[str, Any]) -> bool:

@@ -10,14 +10,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mochi_tune.data.cache import (
     DATA_FOLDER,
@@ -28,7 +27,6 @@ from mochi_tune.data.cache import (
     CacheSettings,
     Row,
     content_sha256,
-    file_sha256,
     manifest_of,
     read_latents,
     read_manifest,
@@ -36,18 +34,10 @@ from mochi_tune.data.cache import (
     shard_schema,
 )
 from mochi_tune.errors import DataError
+from mochi_tune.files import atomic_file, file_sha256, save_tensors, write_atomic
 
 STAGING_FOLDER = "data.new"
 TRASH_FOLDER = "trash"
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Puts a file in place whole or not at all: `write` is given a temporary name in the same folder."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @dataclass(frozen=True)
@@ -191,8 +181,7 @@ class CacheWriter:
         assert all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in tensors.values())
         file = self.folder / PARTS_FOLDER / f"{name}.safetensors"
         metadata = {"info": json.dumps(info)}
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata))
+        save_tensors(file, tensors, metadata, durable=True)
         return _Place(file, None, file.stat().st_size, info)
 
     def commit(self, rows: Iterable[Row], settings: CacheSettings, shard_bytes: int = SHARD_BYTES) -> bool:
@@ -220,8 +209,8 @@ class CacheWriter:
         os.rename(self.folder / STAGING_FOLDER, data)
         # Before the manifest says complete: parts beside one mean an unfinished prepare.
         shutil.rmtree(parts)
-        text = json.dumps(manifest_of(settings, shards), indent=1)
-        write_atomically(self.folder / MANIFEST_NAME, lambda temporary: _write_text(temporary, text))
+        manifest = json.dumps(manifest_of(settings, shards), indent=1)
+        write_atomic(self.folder / MANIFEST_NAME, manifest.encode(), durable=True)
         shutil.rmtree(trash)
         return True
 
@@ -246,7 +235,8 @@ class CacheWriter:
                 done.append(_Shard(_link(shard.file, staging / f"{len(done)}.parquet"), shard.sha256, shard.rows))
         for batch in self._batches([row for row in rows if row in open_rows], shard_bytes):
             file = staging / f"{len(done)}.parquet"
-            write_atomically(file, lambda temporary, batch=batch: self._write_shard(temporary, batch))
+            with atomic_file(file, durable=True) as temporary:
+                self._write_shard(temporary, batch)
             done.append(_Shard(file, file_sha256(file), batch))
         entries = []
         for number, shard in enumerate(done):
@@ -323,7 +313,3 @@ def _link(source: Path, target: Path) -> Path:
         # A file system without hard links.
         shutil.copy2(source, target)
     return target
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -1,13 +1,14 @@
 """Features of prompts that were encoded before, kept on disk: T5 is loaded only for a prompt that is new."""
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from mochi_tune.files import save_tensors
 
 
 class PromptCache:
@@ -38,7 +39,4 @@ class PromptCache:
     def put(self, prompt: str, features: Tensor) -> None:
         """Keeps the features of a prompt; the file appears whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(prompt)
-        temporary = path.with_suffix(f".tmp{os.getpid()}")
-        save_file({"features": features.cpu().contiguous()}, temporary, {"prompt": prompt})
-        temporary.replace(path)
+        save_tensors(self.path(prompt), {"features": features.cpu()}, {"prompt": prompt})

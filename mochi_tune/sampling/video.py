@@ -1,13 +1,12 @@
 """Writing videos and contact sheets."""
 
-import os
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
 from torch import Tensor
 
-from mochi_tune.files import move_to_free_name
+from mochi_tune.files import move_to_free_name, temporary_file
 from mochi_tune.models.latents import FPS
 
 
@@ -22,22 +21,20 @@ def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = 
     Returns:
         Where the video lies.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}.mp4")
     try:
-        _encode(temporary, frame_chunks)
-        return temporary.replace(path) if may_replace else move_to_free_name(temporary, path)
+        with temporary_file(path) as temporary:
+            _encode(temporary, frame_chunks)
+            return temporary.replace(path) if may_replace else move_to_free_name(temporary, path)
     except OSError as error:
         # PyAV names neither the file nor, in every case, the reason.
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> None:
     import av
 
     count = 0
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         stream = None
         for chunk in frame_chunks:
             for frame in chunk.numpy():

@@ -1,6 +1,5 @@
 """Teaches the toy model a new thing by the commands that a user would type, and measures what it has learnt."""
 
-import json
 import time
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from mochi_tune.adapters.files import Adapter, load_adapter
 from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.load import RunConfig, config_yaml, load_config, weights_folder
+from mochi_tune.files import read_json_lines, write_json
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.sampling.video import write_video
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
 from mochi_tune.toy.page import Report, Row, write_png, write_report
 from mochi_tune.toy.samples import reconstruct, render_words, share_new, share_shown
 from mochi_tune.toy.world import Words, all_words, draw_clips
-from mochi_tune.training.checkpoint import write_json
 from mochi_tune.training.draws import keyed_generator
 from mochi_tune.weights.load import load_decoder, load_dit, load_encoder
 
@@ -141,8 +140,7 @@ def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: d
         ]
 
     def curve(name: str, value: str) -> list[tuple[int, float]]:
-        lines = (Path(config.run_dir) / name).read_text().splitlines()
-        return [(row["step"], row[value]) for row in map(json.loads, lines)]
+        return [(row["step"], row[value]) for row in read_json_lines(Path(config.run_dir) / name)]
 
     before_after = {"before": 0.0, "after": 1.0}
     return Report(

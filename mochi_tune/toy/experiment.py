@@ -12,6 +12,7 @@ from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.config.schema import flat_settings
 from mochi_tune.errors import ConfigError
+from mochi_tune.files import read_json, write_json
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
@@ -19,7 +20,6 @@ from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
 from mochi_tune.toy.measure import colour_error
 from mochi_tune.toy.samples import render_words, share_new, share_shown
 from mochi_tune.toy.world import Words, draw_clips
-from mochi_tune.training.checkpoint import read_json, write_json
 from mochi_tune.training.draws import keyed_generator
 from mochi_tune.training.objective import noisy_and_target, velocity_loss
 from mochi_tune.weights.load import base_identity, load_decoder, load_dit, load_encoder, meta_dit

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mochi_tune.files import write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS
 from mochi_tune.models.vae import (
@@ -19,7 +20,6 @@ from mochi_tune.models.vae import (
     frames_to_pixels,
 )
 from mochi_tune.toy.world import ALL_SHAPES, HEIGHT, WIDTH, all_words, draw_clips
-from mochi_tune.training.checkpoint import write_json
 from mochi_tune.training.draws import keyed_generator
 
 CHANNELS = {"base_channels": 32, "channel_multipliers": (1, 1, 2, 3), "num_res_blocks": (0, 1, 1, 1, 0)}

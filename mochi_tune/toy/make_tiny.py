@@ -4,7 +4,6 @@ It has the architecture of Mochi 1 and a few hundred thousand parameters, so tha
 laptop. Its pictures are coloured noise: it proves that the road is open, not that it leads anywhere.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from mochi_tune.files import write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
 
@@ -35,14 +35,10 @@ def main(folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, model in (("dit", AsymmDiT(DIT)), ("encoder", Encoder(ENCODER)), ("decoder", Decoder(DECODER))):
         save_file({key: t.to(torch.bfloat16) for key, t in model.state_dict().items()}, folder / f"{name}.safetensors")
-    _write_json(folder / "dit_config.json", asdict(DIT))
-    _write_json(folder / "vae_config.json", {"encoder": asdict(ENCODER), "decoder": asdict(DECODER)})
+    write_json(folder / "dit_config.json", asdict(DIT))
+    write_json(folder / "vae_config.json", {"encoder": asdict(ENCODER), "decoder": asdict(DECODER)})
     _make_tokenizer(folder / "tokenizer")
     _make_text_encoder(folder / "text_encoder")
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def _make_tokenizer(folder: Path) -> None:

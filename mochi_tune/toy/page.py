@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 
 from mochi_tune.errors import MochiTuneError
+from mochi_tune.files import write_atomic
 from mochi_tune.sampling.video import read_frames
 
 # The chart's picture, its plot area inside, and how near to each other two numbers may be; all in pixels.
@@ -133,12 +134,7 @@ def write_report(path: Path, report: Report) -> None:
         path: an .html file, which is replaced; its folder exists.
         report: what the page says; its videos exist.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(_page(report))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, _page(report).encode(), durable=True)
 
 
 def write_png(page: Path, png: Path) -> bool:
@@ -169,7 +165,7 @@ def write_png(page: Path, png: Path) -> bool:
             _browse(browser, still, f"--window-size={SCREEN_WIDTH},{height[1]}", f"--screenshot={shot}")
         if not shot.is_file():
             raise MochiTuneError(f"{browser} ended without a picture of {page}: open the page itself.")
-        os.replace(shot, png)
+        shot.replace(png)
     return True
 
 

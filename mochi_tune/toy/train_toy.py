@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import file_sha256
+from mochi_tune.files import file_sha256, load_tensors, read_json, save_tensors, write_json
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
@@ -75,12 +75,12 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
         ConfigError: the work folder was begun with another plan.
     """
     if (out / SUMS).exists():
-        return checkpoint.read_json(out / "record.json")
+        return read_json(out / "record.json")
     begun = work / "plan.json"
-    if begun.exists() and checkpoint.read_json(begun) != asdict(plan):
+    if begun.exists() and read_json(begun) != asdict(plan):
         raise ConfigError(f"work={work} was begun with another plan: use another folder, or remove it.")
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(begun, asdict(plan))
+    write_json(begun, asdict(plan))
     out.mkdir(parents=True, exist_ok=True)
     vae = build_vae(SEED)
     if not train_stage(work / "vae", vae, plan.vae_steps, plan.vae_rate, lambda step: vae_loss(vae, step, plan)):
@@ -88,7 +88,7 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
     normalise_latents(**vae, frames=draw_clips(all_words(ALL_SHAPES), keyed_generator(SEED, "statistics")))
     for name, model in vae.items():
         save_part(out / f"{name}.safetensors", model)
-    checkpoint.write_json(out / "vae_config.json", {"encoder": asdict(ENCODER), "decoder": asdict(DECODER)})
+    write_json(out / "vae_config.json", {"encoder": asdict(ENCODER), "decoder": asdict(DECODER)})
 
     make_tokenizer(out / "tokenizer")
     tokenizer = TextEncoder.load_tokenizer(out)
@@ -111,14 +111,14 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
     ):
         return None
     save_part(out / "dit.safetensors", dit)
-    checkpoint.write_json(out / "dit_config.json", asdict(DIT))
+    write_json(out / "dit_config.json", asdict(DIT))
 
     curves = {stage: read_curve(work / stage) for stage in ("vae", "text", "dit")}
     record = {"plan": asdict(plan), "figures": measure_model(out, plan.num_measured), "seconds": {}, "curves": curves}
     record["seconds"] = {stage: round(sum(row["seconds"] for row in curve)) for stage, curve in curves.items()}
     (out / "record.json").write_text(json.dumps(record) + "\n")
     files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != SUMS)
-    checkpoint.write_json(out / SUMS, {path.relative_to(out).as_posix(): file_sha256(path) for path in files})
+    write_json(out / SUMS, {path.relative_to(out).as_posix(): file_sha256(path) for path in files})
     return record
 
 
@@ -139,12 +139,12 @@ def train_stage(
     last_step, curve = 0, []
     newest, _ = checkpoint.newest_whole(folder)
     if newest is not None:
-        saved = checkpoint.load_tensors(newest / "model.safetensors")
+        saved = load_tensors(newest / "model.safetensors")
         for name, parameter in parameters.items():
             parameter.data.copy_(saved[name])
         learnt = checkpoint.load_optimizer(newest / "optimizer.safetensors")
         load_optimizer_state(optimizer, parameters, learnt, [{} for _ in optimizer.param_groups])
-        state = checkpoint.read_json(newest / "state.json")
+        state = read_json(newest / "state.json")
         last_step, curve = state["step"], state["curve"]
     losses, started = [], time.perf_counter()
     bar = tqdm(total=num_steps, initial=last_step, desc=folder.name, unit="step")
@@ -166,9 +166,9 @@ def train_stage(
                 losses, started = [], time.perf_counter()
             if stop.received or step % SAVE_EVERY == 0 or step == num_steps:
                 with checkpoint.new_checkpoint(folder, step) as new:
-                    checkpoint.save_tensors(new / "model.safetensors", {n: p.detach() for n, p in parameters.items()})
+                    save_tensors(new / "model.safetensors", {n: p.detach() for n, p in parameters.items()})
                     checkpoint.save_optimizer(new / "optimizer.safetensors", optimizer_state(optimizer, parameters)[0])
-                    checkpoint.write_json(new / "state.json", {"step": step, "curve": curve})
+                    write_json(new / "state.json", {"step": step, "curve": curve})
                 checkpoint.remove_checkpoints(folder, {step})
             if stop.received:
                 return step == num_steps
@@ -220,7 +220,7 @@ def text_loss(encoder: nn.Module, tokenizer, step: int, plan: Plan) -> Tensor:
 def encode_world(encoder: Encoder, path: Path, num_clips: int) -> dict[str, Tensor]:
     """Encodes the base's clips once: posteriors (clips, 12, T, h, w) and the number of each clip's words."""
     if path.exists():
-        return checkpoint.load_tensors(path)
+        return load_tensors(path)
     seen, _ = split_words()
     encoder.to(memory_format=torch.channels_last_3d)
     means, logvars, numbers = [], [], []
@@ -233,9 +233,7 @@ def encode_world(encoder: Encoder, path: Path, num_clips: int) -> dict[str, Tens
         logvars.append(logvar)
         numbers += chosen
     world = {"mean": torch.cat(means), "logvar": torch.cat(logvars), "words": torch.tensor(numbers)}
-    temporary = path.with_suffix(".tmp")
-    checkpoint.save_tensors(temporary, world)
-    temporary.replace(path)
+    save_tensors(path, world)
     return world
 
 
@@ -296,7 +294,7 @@ def save_part(path: Path, model: nn.Module) -> None:
 
 def read_curve(folder: Path) -> list[dict]:
     """Returns a finished stage's losses and seconds."""
-    return checkpoint.read_json(checkpoint.find_checkpoints(folder)[-1] / "state.json")["curve"]
+    return read_json(checkpoint.find_checkpoints(folder)[-1] / "state.json")["curve"]
 
 
 @torch.no_grad()

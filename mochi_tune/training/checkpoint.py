@@ -14,12 +14,10 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import file_sha256, sync
+from mochi_tune.files import file_sha256, fsync, load_tensors, read_json, save_tensors, write_json
 
 MANIFEST = "manifest.json"
 # What a save or a removal that was broken off leaves.
@@ -42,11 +40,11 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
         files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, manifest_of(step, files))
         for path in [*temporary.iterdir(), temporary]:
-            sync(path)
+            fsync(path)
         if final.exists():
             os.rename(final, folder / f".trash_{step:06d}")
         os.rename(temporary, final)
-        sync(folder)
+        fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -160,58 +158,3 @@ def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
         name, _, entry = key.rpartition("/")
         state.setdefault(name, {})[entry] = tensor
     return state
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a whole safetensors file to the CPU.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file.
-
-    Raises:
-        OSError: the disk is full, or refuses.
-    """
-    # Written by Python, whose error says what the disk said.
-    path.write_bytes(save({key: tensor.contiguous() for key, tensor in tensors.items()}))
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes a value as readable JSON."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path: Path) -> dict:
-    """Reads a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing or no JSON.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is no JSON object.")
-    return value
-
-
-def replace_file(source: Path, target: Path) -> None:
-    """Copies a file over another so that a reader sees the old or the new one, never a part."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        shutil.copyfile(source, temporary)
-        sync(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(target.parent)

@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mochi_tune.adapters.lora import switch_adapters
-from mochi_tune.files import write_whole
+from mochi_tune.files import load_tensors, save_tensors
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae import Decoder
 from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.parallel.processes import from_first, is_first
 from mochi_tune.sampling.sampler import SamplerSettings, sample_latents
 from mochi_tune.sampling.video import write_video
-from mochi_tune.training.checkpoint import load_tensors
 from mochi_tune.training.interrupts import Interrupted
 
 
@@ -92,7 +90,7 @@ class EvalVideos:
         finally:
             switch_adapters(dit, True)
         if is_first():
-            write_whole(kept, save({"latents": latents}))
+            save_tensors(kept, {"latents": latents})
         return latents
 
     def _sample(self, dit: nn.Module, prompt: Tensor, negative_prompt: Tensor, name: str) -> Tensor:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mochi_tune.files import sync
-from mochi_tune.training.checkpoint import save_tensors, write_json
+from mochi_tune.files import fsync, save_tensors, write_json
 
 SPIKE_POLICIES = ("off", "warn", "skip", "stop")
 # Steps whose median a loss is compared with, and how many there must be.
@@ -64,5 +63,5 @@ def write_bundle(folder: Path, facts: Mapping, adapter: Mapping[str, Tensor], co
     (bundle / "config.yaml").write_text(config)
     write_json(bundle / "step.json", dict(facts))
     for path in bundle.iterdir():
-        sync(path)
+        fsync(path)
     return bundle

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import sync
+from mochi_tune.files import fsync, write_atomic
 
 
 class Metrics:
@@ -91,7 +91,7 @@ class Metrics:
         """
         self._write_pending()
         for path in [*self.paths.values(), self.paths["metrics"].parent]:
-            sync(path)
+            fsync(path)
 
     def _write(self, name: str, row: Mapping) -> None:
         self._pending.append((name, json.dumps(row).encode() + b"\n"))
@@ -153,7 +153,4 @@ def _cut_after(path: Path, last_step: int) -> None:
             ) from None
         if step <= last_step:
             kept.append(line)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    sync(temporary)
-    os.replace(temporary, path)
+    write_atomic(path, "".join(kept).encode(), durable=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mochi_tune.errors import CheckpointError, TrainingError
+from mochi_tune.files import copy_atomic, read_json, remove_temporary_files
 from mochi_tune.training import checkpoint
 
 # What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
@@ -73,7 +74,7 @@ def find_start(
         if (run_dir / "adapter.safetensors").exists():
             raise TrainingError(f"{run_dir} has an adapter and no checkpoint to go on from: use another run_dir.")
         return Start()
-    state = checkpoint.read_json(folder / "state.json")
+    state = read_json(folder / "state.json")
     needed = ("step", "settings", "cache", "base", "draws", "groups", "rows", "losses", "made_by")
     if missing := [key for key in needed if key not in state]:
         raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}: a run cannot go on without.")
@@ -149,6 +150,7 @@ def take_back(run_dir: Path, start: Start, tell: Callable[[str], None]) -> None:
     videos of later steps go; they are rendered again.
     """
     checkpoints = run_dir / "checkpoints"
+    remove_temporary_files(run_dir)
     if checkpoints.is_dir():
         if stale := checkpoint.clear_leftovers(checkpoints):
             tell(f"removed what a broken off save had left: {', '.join(stale)}")
@@ -165,7 +167,7 @@ def take_back(run_dir: Path, start: Start, tell: Callable[[str], None]) -> None:
         published = checkpoint.published_file(start.folder)
         if not own.exists() or not filecmp.cmp(published, own, shallow=False):
             # A run that was killed right after a save has not put its adapter here yet.
-            checkpoint.replace_file(published, own)
+            copy_atomic(published, own)
     else:
         (run_dir / "validation.jsonl").unlink(missing_ok=True)
 

@@ -1,6 +1,5 @@
 """Saving a run: when, what of it is kept, and what becomes of a save that the disk refuses."""
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mochi_tune.adapters.files import Adapter, save_adapter
 from mochi_tune.errors import TrainingError
+from mochi_tune.files import copy_atomic, read_json_lines, write_json
 from mochi_tune.parallel.processes import num_ranks
 from mochi_tune.training import checkpoint
 from mochi_tune.training.metrics import Metrics
@@ -72,8 +72,8 @@ class Saves:
                 if snapshot.averaged is not None:
                     save_adapter(new / "averaged.safetensors", snapshot.averaged)
                 checkpoint.save_optimizer(new / "optimizer.safetensors", snapshot.optimizer)
-                checkpoint.write_json(new / "state.json", snapshot.state)
-            checkpoint.replace_file(checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"), self.own)
+                write_json(new / "state.json", snapshot.state)
+            copy_atomic(checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"), self.own)
             self._remove_old()
         except OSError as error:
             self.failure = error
@@ -139,8 +139,4 @@ def record_start(run_dir: Path, facts: dict) -> None:
 
 def history(run_dir: Path) -> list[dict]:
     """Returns what `record_start` has written of the run so far; a killed run may have left a part of a line."""
-    path, starts = run_dir / "history.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            starts.append(json.loads(line))
-    return [start for start in starts if isinstance(start, dict)]
+    return read_json_lines(run_dir / "history.jsonl")

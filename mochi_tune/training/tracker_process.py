@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from mochi_tune.files import write_whole
+from mochi_tune.files import parse_object, write_atomic
 
 FILES = ("metrics", "validation")
 # How often it looks for new rows, and how much of a file it reads at once.
@@ -173,10 +173,7 @@ def forward(run_dir: Path, kind: str, options: Mapping, over: Callable[[float], 
 
 def _read_state(path: Path, run_dir: Path, begun: str | None) -> dict:
     """Returns the tracker's run id and the last steps it has; none if the run is a new one or the folder was moved."""
-    try:
-        known = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        known = {}
+    known = (parse_object(path.read_bytes()) if path.exists() else None) or {}
     begun = begun or known.get("begun", "")
     run_id = hashlib.sha256(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:16]
     if known.get("id") == run_id:
@@ -185,7 +182,7 @@ def _read_state(path: Path, run_dir: Path, begun: str | None) -> dict:
 
 
 def _write_state(path: Path, state: dict) -> None:
-    write_whole(path, json.dumps(state).encode())
+    write_atomic(path, json.dumps(state).encode())
 
 
 def _rows(metrics: "_Tail", validation: "_Tail", over: Callable[[float], bool]) -> Iterator[list[tuple[str, dict]]]:

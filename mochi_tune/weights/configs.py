@@ -1,12 +1,12 @@
 """The sizes of the models in a weights folder, as its configuration files describe them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mochi_tune.errors import CheckpointError
+from mochi_tune.files import read_json
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 
@@ -27,7 +27,7 @@ def read_official_config(path: Path, part: str) -> Any:
     spec = _PARTS[part]
     if not path.exists():
         return spec.config()
-    values = read_json(path)
+    values = read_config(path)
     if part != "dit":
         values = values.get(part)
         if not isinstance(values, dict):
@@ -49,7 +49,7 @@ def read_official_config(path: Path, part: str) -> Any:
 def read_diffusers_config(path: Path, part: str) -> Any:
     """Reads a part's sizes from the config.json of diffusers' `transformer/` or `vae/`; as `read_official_config`."""
     spec = _PARTS[part]
-    values = read_json(path)
+    values = read_config(path)
     if values.get("_class_name", spec.class_name) != spec.class_name:
         raise CheckpointError(f"{path} describes a {values['_class_name']}, not Mochi's {spec.class_name}.")
     try:
@@ -60,21 +60,15 @@ def read_diffusers_config(path: Path, part: str) -> Any:
         raise CheckpointError(f"{path} is not that of a {spec.class_name} ({error}).") from error
 
 
-def read_json(path: Path) -> dict:
-    """Reads a JSON object.
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a JSON object that belongs to weights.
 
     Raises:
         CheckpointError: the file is missing or holds no JSON object.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: fetch it again.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return values
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: fetch it again.")
+    return read_json(path)
 
 
 def _dit_config(values: dict[str, Any]) -> DiTConfig:

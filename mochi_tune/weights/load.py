@@ -26,7 +26,7 @@ from mochi_tune.files import check_header, file_sha256
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import RMSNorm
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
-from mochi_tune.weights.configs import read_diffusers_config, read_json, read_official_config
+from mochi_tune.weights.configs import read_config, read_diffusers_config, read_official_config
 from mochi_tune.weights.key_map import Pieces, diffusers_map
 
 TEXT_ENCODER = "text_encoder"
@@ -107,7 +107,7 @@ def check_weights(folder: Path, parts: Sequence[str]) -> None:
     models = {part: _plan(folder, part)[0] for part in parts if part != TEXT_ENCODER}
     if TEXT_ENCODER in parts:
         _check_text_encoder(folder)
-        width = read_json(folder / TEXT_ENCODER / "config.json").get("d_model")
+        width = read_config(folder / TEXT_ENCODER / "config.json").get("d_model")
         if "dit" in models and width != models["dit"].config.t5_feat_dim:
             raise CheckpointError(
                 f"{folder / TEXT_ENCODER} has features of width {width}, the DiT takes "
@@ -289,7 +289,7 @@ def _shards(folder: Path, stem: str) -> list[Path]:
         raise CheckpointError(f"{folder} has neither {stem}.safetensors nor its shards' index: fetch it again.")
     if head.suffix != ".json":
         return [head]
-    weight_map = read_json(head).get("weight_map")
+    weight_map = read_config(head).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{head} has no weight_map: fetch it again.")
     if alien := [name for name in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
@@ -350,7 +350,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check_sums(folder: Path) -> None:
-    sums = read_json(folder / SUMS)
+    sums = read_config(folder / SUMS)
     problems = {
         "lacks": [name for name in sums if not (folder / name).is_file()],
         "is damaged:": [
@@ -368,7 +368,7 @@ def _check_text_encoder(folder: Path) -> None:
     _require_one(folder, "text_encoder/config.json")
     _require_one(folder, "text_encoder/model.safetensors", "text_encoder/model.safetensors.index.json")
     _require_one(folder, "tokenizer/spiece.model", "tokenizer/tokenizer.json")
-    read_json(folder / TEXT_ENCODER / "config.json")
+    read_config(folder / TEXT_ENCODER / "config.json")
     for path in _shards(folder / TEXT_ENCODER, "model"):
         _read_header(path)
 

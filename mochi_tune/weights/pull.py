@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.errors import CheckpointError
+from mochi_tune.files import fsync
 
 REPO = "genmo/mochi-1-preview"
 REQUIRED = (
@@ -79,7 +80,7 @@ def main(to: Path, repo: str = REPO, revision: str = "main", endpoint: str | Non
             raise CheckpointError(
                 f"{file.name} arrived with hash {found}, not {file.digest}, and was removed: run the command again."
             )
-        os.replace(partial, target)
+        partial.replace(target)
 
 
 def list_files(repo: str, revision: str, endpoint: str | None) -> list[HubFile]:
@@ -167,8 +168,7 @@ def fetch(file: HubFile, partial: Path) -> None:
                     f"{file.name} stopped at {start} of {file.num_bytes} bytes ({reason}): check the network "
                     "connection and run the same command again, it goes on from there."
                 )
-        out.flush()
-        os.fsync(out.fileno())
+    fsync(partial)
 
 
 def download(file: HubFile, start: int, out, bar: tqdm) -> None:

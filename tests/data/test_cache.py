@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers_cache import SETTINGS, encode, make_cache, rows_of, tensors_of
 
-from mochi_tune.data.cache import file_sha256, make_row, open_cache
+from mochi_tune.data.cache import make_row, open_cache
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.errors import DataError
+from mochi_tune.files import file_sha256
 
 GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
 CAPTIONS = {f"clip{i}.mp4": f"caption number {i} " + "x " * i for i in range(7)} | {"sub/empty.mp4": ""}

@@ -18,11 +18,12 @@ from transformers import T5EncoderModel
 
 import mochi_tune
 from mochi_tune.config.schema import DataConfig, ModelConfig, RunConfig
-from mochi_tune.data.cache import file_sha256, open_cache
+from mochi_tune.data.cache import open_cache
 from mochi_tune.data_prep.clips import ClipTransform, decode_clip
 from mochi_tune.data_prep.encode import encode_frames
 from mochi_tune.data_prep.prepare import Prepared, main, prepare
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
+from mochi_tune.files import file_sha256
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import PointwiseConv, frames_to_pixels

@@ -12,8 +12,9 @@ from helpers_cache import make_cache, rows_of
 from helpers_process import Command
 from helpers_road import LORA, prepared, road
 
-from mochi_tune.data.cache import file_sha256, open_cache
+from mochi_tune.data.cache import open_cache
 from mochi_tune.errors import DataError
+from mochi_tune.files import file_sha256
 
 GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
 

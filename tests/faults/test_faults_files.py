@@ -13,9 +13,9 @@ from helpers_road import LORA, road, train
 
 from mochi_tune import assets
 from mochi_tune.config.load import load_config
-from mochi_tune.data.cache import file_sha256
 from mochi_tune.data_prep.captions import load_captions
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
+from mochi_tune.files import file_sha256
 from mochi_tune.training.checkpoint import damage_of, manifest_of
 from mochi_tune.weights.load import check_weights
 

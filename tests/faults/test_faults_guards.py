@@ -144,7 +144,8 @@ def test_too_many_damaged_clips_are_no_accident(tmp_path):
 
 def test_a_number_in_the_cache_that_is_not_finite_is_found_when_it_is_read(tmp_path):
     """Its sum is right, as of a cache that was written by something else."""
-    from mochi_tune.data.cache import content_sha256, file_sha256
+    from mochi_tune.data.cache import content_sha256
+    from mochi_tune.files import file_sha256
 
     shutil.copytree(prepared() / "cache", tmp_path / "cache")
     [shard] = (tmp_path / "cache/data").iterdir()

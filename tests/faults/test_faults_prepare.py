@@ -14,7 +14,8 @@ from helpers_process import Command
 from helpers_road import SIZES
 from helpers_video import write_bad_video, write_video
 
-from mochi_tune.data.cache import file_sha256, open_cache
+from mochi_tune.data.cache import open_cache
+from mochi_tune.files import file_sha256
 
 GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
 WRITER_BUSY = "another `mochi-tune prepare` is writing to the cache"
@@ -91,9 +92,11 @@ def test_a_trainer_sees_the_committed_cache_until_the_next_one_is_begun(videos, 
 
 
 def test_a_kill_at_any_point_costs_the_item_in_hand_and_the_end_is_the_same(videos, clean, tmp_path):
-    names = [change.split("-")[0] for change in clean.changes]
-    steps = [names.index("os.rename latents") + 2, names.index("os.rename text") + 1]
-    steps += map(names.index, ("open report.csv.tmp", "os.rename data.new", "open manifest.json.tmp"))
+    # Without the process's number, which is part of a temporary file's name.
+    names = [change.split("-")[0].removesuffix(f".{clean.process.pid}.tmp") for change in clean.changes]
+    # Each item is opened under a temporary name and then renamed.
+    steps = [names.index("os.rename .latents") + 4, names.index("os.rename .text") + 2]
+    steps += map(names.index, ("open .report.csv", "os.rename data.new", "open .manifest.json"))
     caches = [tmp_path / f"killed_at_{step}" for step in steps]
     killed = [
         prepare(videos, cache, signal_at=(step, signal.SIGKILL)) for cache, step in zip(caches, steps, strict=True)

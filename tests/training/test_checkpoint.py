@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from mochi_tune.errors import CheckpointError
+from mochi_tune.files import load_tensors, save_tensors
 from mochi_tune.training.checkpoint import (
     damage_of,
     find_checkpoints,
-    load_tensors,
     new_checkpoint,
     newest_whole,
     published_file,
     remove_checkpoints,
-    save_tensors,
     step_of,
     steps_to_keep,
 )
