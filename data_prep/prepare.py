@@ -25,7 +25,7 @@ from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
-from mochi_tune.weights.load import check_weights, fingerprint, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10
@@ -72,18 +72,18 @@ def prepare(config: RunConfig) -> Prepared:
         CheckpointError: Weights that are missing or of another model.
         ConfigError: The device is not there.
     """
-    folder, weights = Path(config.data.videos), weights_folder(config)
+    folder, weights = Path(config.data.videos), WeightsFolder(weights_folder(config))
     device = find_device(config.device)
     transform = ClipTransform(
         config.data.num_frames, config.data.height, config.data.width, allow_upscale=config.data.allow_upscale
     )
     captions = _read_captions(folder, config.data.allow_empty_captions)
-    check_weights(weights, ["encoder", "text_encoder"])
+    weights.check(["encoder", "text_encoder"])
     settings = CacheSettings(
         transform={"version": TRANSFORM_VERSION, **asdict(transform)},
-        vae=fingerprint(weights, "encoder"),
+        vae=weights.fingerprint("encoder"),
         vae_dtype=config.model.dtype,
-        t5=fingerprint(weights, "text_encoder"),
+        t5=weights.fingerprint("text_encoder"),
         t5_dtype="fp32",
     )
     rows, refused = _fingerprint_videos(folder, captions, settings)
@@ -168,7 +168,8 @@ def _encode_clips(
                 bad[row.clip_key] = f"{folder / row.path}: was changed while it was read: run this again."
             else:
                 # Not before a clip is there to be encoded: a second run over a bad clip reads no weights.
-                encoder = encoder or load_encoder(weights_folder(config), device, DTYPES[config.model.dtype])
+                weights = WeightsFolder(weights_folder(config))
+                encoder = encoder or weights.load_encoder(device, DTYPES[config.model.dtype])
                 mean, logvar = encode_frames(encoder, clip.frames, row.path)
                 cache.put_latents(row.clip_key, mean, logvar, clip.report)
                 num_encoded += 1

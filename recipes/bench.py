@@ -33,7 +33,7 @@ from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
 from mochi_tune.sampling.render import ATTENTION_KERNELS, choose_guide, decoded_frames, latent_states, prepare_dit
 from mochi_tune.sampling.sampler import PRESETS, draw_noise
 from mochi_tune.weights.configs import read_official_config
-from mochi_tune.weights.load import random_model
+from mochi_tune.weights.fill import build_random_model
 
 WHAT = ("sample", "decode", "encode")
 MODELS = ("mochi_1", "toy", "tiny")
@@ -107,7 +107,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     dtype = DTYPES[bench.dtype]
     with torch.device("meta"):
         adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0)} if bench.lora_rank else {}
-    load = functools.partial(random_model, config)
+    load = functools.partial(build_random_model, config)
     dit = prepare_dit(load, device, dtype, bench.dit, adapters, mesh, bench.compile)
     told, untold = torch.randn(2, PROMPT_TOKENS, config.t5_feat_dim, dtype=dtype)
     settings = replace(PRESETS["quality"], steps=bench.repeats + 1, guidance=4.0)
@@ -134,7 +134,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
 def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
     """Decoding one video, chunk by chunk, or split over the ranks."""
     config, full_depth = reduced(sizes(bench.model, "decoder"), bench.depth)
-    decoder = random_model(config, device, DTYPES[bench.dtype])
+    decoder = build_random_model(config, device, DTYPES[bench.dtype])
     latents = draw_noise(0, bench.num_frames, bench.height, bench.width)
     layout = choose_layout(num_ranks, sizes(bench.model, "dit"), 1, 1, True, {"data": 1})
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
@@ -149,7 +149,7 @@ def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
 def bench_encode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
     """Encoding one clip as `prepare` does."""
     config, full_depth = reduced(sizes(bench.model, "encoder"), bench.depth)
-    encoder = random_model(config, device, DTYPES[bench.dtype])
+    encoder = build_random_model(config, device, DTYPES[bench.dtype])
     pixels = torch.rand(1, 3, bench.num_frames, bench.height, bench.width) * 2 - 1
     return vae_figures(bench, lambda: encode(encoder, pixels), config, full_depth, device, num_ranks)
 

@@ -19,7 +19,7 @@ from mochi_tune.training.accelerator import check_adapter_fits
 from mochi_tune.training.draws import key_seed
 from mochi_tune.training.guards import is_finite
 from mochi_tune.training.loader import Draws
-from mochi_tune.weights.load import check_weights, load_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list
 
 def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Module:
     """Loads the base with the adapter as it was before the step, in training mode."""
-    folder = weights_folder(config)
-    check_weights(folder, ["dit"])
+    weights = WeightsFolder(weights_folder(config))
+    weights.check(["dit"])
     saved = load_tensors(bundle / "adapter.safetensors")
-    dit = load_dit(folder, device, DTYPES[config.model.dtype])
+    dit = weights.load_dit(device, DTYPES[config.model.dtype])
     layers = lora_settings(config, linear_shapes(dit))
     apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if config.train.gradient_checkpointing:

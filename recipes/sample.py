@@ -1,7 +1,6 @@
 """Renders prompts to videos, with or without adapters, on one device or many: T5, DiT and VAE in turn."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import sys
@@ -33,14 +32,14 @@ from mochi_tune.sampling.requests import Request, read_requests
 from mochi_tune.sampling.sampler import draw_noise
 from mochi_tune.sampling.video import write_video
 from mochi_tune.training.interrupts import StopSignal
-from mochi_tune.weights.load import base_identity, check_weights, fingerprint, load_decoder, load_dit, meta_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 
 @dataclass(frozen=True)
 class Job:
     """What is to be rendered, checked as far as it can be before a weight is read."""
 
-    folder: Path
+    weights: WeightsFolder
     requests: list[Request]
     adapters: list[tuple[Path, float, Adapter]]
     identity: str
@@ -75,7 +74,7 @@ def main(config: RunConfig) -> Iterator[Path]:
     with usage.stage("sample"):
         latents = render(config, job, mine, features, device, dtype, mesh, is_quiet)
     with usage.stage("decode"):
-        decoder = load_decoder(job.folder, device, dtype)
+        decoder = job.weights.load_decoder(device, dtype)
         tiles = WHOLE if config.memory.tiles is None else tuple(config.memory.tiles)
         finished = list(zip(mine, latents, strict=False))
         for request, states in tqdm(finished, "decode", leave=False, disable=is_quiet):
@@ -98,12 +97,12 @@ def check(config: RunConfig, num_ranks: int) -> Job:
     Raises:
         MochiTuneError: of any kind, in one line.
     """
-    folder = weights_folder(config)
+    weights = WeightsFolder(weights_folder(config))
     requests = read_requests(config)
     for request in requests if config.memory.tiles is not None else []:
         check_tiles(config.memory.tiles, request.height, request.width)
-    check_weights(folder, ["text_encoder", "dit", "decoder"])
-    identity, skeleton = base_identity(folder), meta_dit(folder)
+    weights.check(["text_encoder", "dit", "decoder"])
+    identity, skeleton = weights.base_identity(), weights.dit_skeleton()
     shapes = linear_shapes(skeleton)
     adapters = []
     for path, strength in find_adapters(config):
@@ -124,7 +123,7 @@ def check(config: RunConfig, num_ranks: int) -> Job:
             "memory.dit=shard splits the weights over the processes of one video, and here each has a video of its "
             "own: use parallel.num_processes=2 parallel.context=2, or memory.dit=offload."
         )
-    return Job(folder, requests, adapters, identity, skeleton.config, layout)
+    return Job(weights, requests, adapters, identity, skeleton.config, layout)
 
 
 def encode_prompts(job: Job, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:
@@ -132,11 +131,11 @@ def encode_prompts(job: Job, device: torch.device, dtype: torch.dtype, cache_fol
     prompts = list(dict.fromkeys(text for r in job.requests for text in (r.prompt, r.negative_prompt)))
     features: dict[str, Tensor] = {}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        cache = PromptCache(cache_folder, fingerprint(job.folder, "text_encoder"), dtype)
+        cache = PromptCache(cache_folder, job.weights.fingerprint("text_encoder"), dtype)
         features = {prompt: found for prompt in prompts if (found := cache.get(prompt)) is not None}
         new = [prompt for prompt in prompts if prompt not in features]
         if new:
-            encoder = TextEncoder.load(job.folder, device, dtype)
+            encoder = TextEncoder.load(job.weights.path, device, dtype)
             for prompt in tqdm(new, "prompts", leave=False):
                 num_tokens = encoder.count_tokens(prompt)
                 if num_tokens > MAX_TOKENS:
@@ -164,8 +163,7 @@ def render(
 ) -> list[dict[str, Tensor]]:
     """Renders requests to latents on the CPU, "base" and "adapted" or one of them; what is finished at a Ctrl-C."""
     live = {f"adapter_{i}": (a.layers, strength) for i, (_, strength, a) in enumerate(job.adapters) if strength}
-    load = functools.partial(load_dit, job.folder)
-    dit = prepare_dit(load, device, dtype, config.memory.dit, live, mesh, config.sample.compile)
+    dit = prepare_dit(job.weights.load_dit, device, dtype, config.memory.dit, live, mesh, config.sample.compile)
     kinds = (["base"] if config.sample.compare or not live else []) + (["adapted"] if live else [])
     guide = choose_guide(config.memory.dit, mesh)
     finished = []

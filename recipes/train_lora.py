@@ -49,7 +49,6 @@ from mochi_tune.training.saves import Saves, copied, made_by, try_room
 from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.training.trackers import Trackers
 from mochi_tune.training.validation import validation_losses
-from mochi_tune.weights.load import load_decoder, load_dit
 
 
 def main(config: RunConfig) -> int:
@@ -85,7 +84,7 @@ def train_locked(config: RunConfig, job: Job, device: torch.device, mesh: Mesh |
                 )
             )  # fmt: skip
         # One large model at a time: T5 leaves before the DiT comes.
-        features = encode_prompts(config, job.folder, device)
+        features = encode_prompts(config, job.weights.path, device)
         run = build_run(config, job, device, mesh, start, metrics)
         return train(config, job, device, run, features, trackers)
 
@@ -95,7 +94,7 @@ def build_run(
 ) -> Run:
     """Loads the model, adds the adapter and the optimizer, and puts all of it where the run stands."""
     train, run_dir, dtype = config.train, Path(config.run_dir), DTYPES[config.model.dtype]
-    dit = load_dit(job.folder, device, dtype)
+    dit = job.weights.load_dit(device, dtype)
     seed = key_seed(config.seed, "adapter")
     apply_lora(dit, job.layers, seed, config.lora.dora)
     if job.begins_with is not None and start.folder is None:
@@ -155,7 +154,7 @@ def train(
         attention = Attention(signals, gathered, run.save, watchdog)
         videos = EvalVideos(
             run_dir / "samples", features, draw_noise(config.seed, *sample_size(config)), sampler_settings(config),
-            lambda: load_decoder(job.folder, device, DTYPES[config.model.dtype]),
+            lambda: job.weights.load_decoder(device, DTYPES[config.model.dtype]),
             attention, lambda: signals.received > 0,
         )  # fmt: skip
         try:

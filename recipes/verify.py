@@ -1,6 +1,5 @@
 """Compares this machine's numbers with vectors of the official implementation, one line a check."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from mochi_tune.parallel.mesh import Layout, Mesh, check_one_video, possible_lay
 from mochi_tune.sampling.render import choose_guide, latent_states, prepare_dit
 from mochi_tune.sampling.sampler import SamplerSettings, euler_steps, linear_quadratic_sigmas
 from mochi_tune.training.objective import draw_posterior, noisy_and_target, velocity_loss
-from mochi_tune.weights.load import check_weights, load_decoder, load_dit, load_encoder, meta_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
 # The largest error allowed, relative to the largest value of the vector: what independent implementations of these
@@ -76,13 +75,14 @@ def main(reference: Path, device: str, dtype: str) -> Iterator[Check]:
     missing = [name for name in FILES if not (reference / name).is_file()]
     if missing:
         raise CheckpointError(f"reference={reference} lacks {', '.join(missing)}: name the folder of the vectors.")
-    check_weights(reference, ["dit", "encoder", "decoder"])
-    return _checks(reference, find_device(device), dtype)
+    weights = WeightsFolder(reference)
+    weights.check(["dit", "encoder", "decoder"])
+    return _checks(weights, find_device(device), dtype)
 
 
-def _checks(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
-    yield from check_full_size(reference)
-    yield from check_schedules(reference)
+def _checks(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
+    yield from check_full_size(reference.path)
+    yield from check_schedules(reference.path)
     yield from check_dit(reference, device, dtype)
     yield from check_sampling(reference, device, dtype)
     yield from check_rendering(reference, device, dtype, None)
@@ -124,10 +124,10 @@ def check_schedules(reference: Path) -> Iterator[Check]:
         yield Check(f"schedule {key}", relative_error(torch.tensor(ours), torch.tensor(sigmas)), 1e-6)
 
 
-def check_dit(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+def check_dit(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
     """The AsymmDiT's forward pass: prompt, empty prompt, batch of different prompts, many frames, bf16."""
-    dit = load_dit(reference, device, DTYPES[dtype])
-    io = load_file(reference / "dit_io.safetensors", device=str(device))
+    dit = reference.load_dit(device, DTYPES[dtype])
+    io = load_file(reference.path / "dit_io.safetensors", device=str(device))
     empty = torch.zeros_like(io["y_mask"])
     inputs = {
         "out_cond": (io["z"], io["sigma"], io["y_feat"], io["y_mask"]),
@@ -138,15 +138,15 @@ def check_dit(reference: Path, device: torch.device, dtype: str) -> Iterator[Che
     with torch.no_grad():
         for name, arguments in inputs.items():
             yield Check(f"dit: {name}", relative_error(dit(*arguments), io[name].cpu()), TOLERANCE[dtype])
-        half = load_dit(reference, device, torch.bfloat16)
+        half = reference.load_dit(device, torch.bfloat16)
         error = relative_error(half(*inputs["out_cond"]), io["out_cond_bf16"].cpu())
         yield Check("dit: out_cond_bf16", error, TOLERANCE["bf16"])
 
 
-def check_sampling(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+def check_sampling(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
     """Six Euler steps with guidance, in the DiT's space and converted to the VAE's."""
-    dit = load_dit(reference, device, DTYPES[dtype])
-    io = load_file(reference / "dit_io.safetensors", device=str(device))
+    dit = reference.load_dit(device, DTYPES[dtype])
+    io = load_file(reference.path / "dit_io.safetensors", device=str(device))
     prompt, negative = (io["y_feat"], io["y_mask"]), (io["null_feat"], torch.zeros_like(io["y_mask"]))
     guidance = io["cfg_schedule"].tolist()
     sigmas = linear_quadratic_sigmas(len(guidance), 0.025)
@@ -156,33 +156,32 @@ def check_sampling(reference: Path, device: torch.device, dtype: str) -> Iterato
     yield Check("sampling: vae latents", relative_error(vae_latents, io["sample_vae"].cpu()), TOLERANCE[dtype])
 
 
-def check_rendering(reference: Path, device: torch.device, dtype: str, mesh: Mesh | None) -> Iterator[Check]:
+def check_rendering(reference: WeightsFolder, device: torch.device, dtype: str, mesh: Mesh | None) -> Iterator[Check]:
     """The same steps as `sample` runs them: modulation tabulated, and each way to hold the weights exactly."""
-    io = load_file(reference / "dit_io.safetensors")
+    io = load_file(reference.path / "dit_io.safetensors")
     guidance = io["cfg_schedule"].tolist()
     settings = SamplerSettings(len(guidance), tuple(guidance), threshold=0.025)
     prompt, negative = io["y_feat"][0, io["y_mask"][0].bool()], io["null_feat"][0, :0]
-    load = functools.partial(load_dit, reference)
     for place in ("resident", "offload") if mesh is None else ("resident", "offload", "shard"):
-        dit = prepare_dit(load, device, DTYPES[dtype], place, {}, mesh)
+        dit = prepare_dit(reference.load_dit, device, DTYPES[dtype], place, {}, mesh)
         *_, latents = latent_states(dit, io["z"], prompt, negative, settings, choose_guide(place, mesh))
         name = place if mesh is None else f"guidance={mesh.layout.guidance} context={mesh.layout.context}, {place}"
         yield Check(f"rendering: {name}", over_ranks(relative_error(latents, io["sample_dit"])), TOLERANCE[dtype])
 
 
-def check_processes(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
     """What several processes compute together: rendering in every layout, gradients, the split decoding."""
     num_ranks = dist.get_world_size()
-    num_heads = meta_dit(reference).config.num_heads
+    num_heads = reference.dit_skeleton().config.num_heads
     layouts = [layout for layout in possible_layouts(num_ranks, num_heads, is_guided=True) if layout.data == 1]
     for layout in layouts:
         yield from check_rendering(reference, device, dtype, Mesh(layout, device, TIMEOUT_SECONDS))
     if Layout(context=num_ranks) in layouts:
         everyone = Mesh(Layout(context=num_ranks), device, TIMEOUT_SECONDS)
         yield from check_training(reference, device, dtype, everyone)
-    io = load_file(reference / "vae_io.safetensors")
+    io = load_file(reference.path / "vae_io.safetensors")
     if num_ranks <= io["lat"].shape[2]:
-        mine = decode_share(load_decoder(reference, device, DTYPES[dtype]), io["lat"], dist.group.WORLD)
+        mine = decode_share(reference.load_decoder(device, DTYPES[dtype]), io["lat"], dist.group.WORLD)
         counts = [TEMPORAL_FACTOR * n for n in even_shares(io["lat"].shape[2], num_ranks)]
         counts[0] -= TEMPORAL_FACTOR - 1
         expected = io["decoded_raw"].split(counts, dim=2)[dist.get_rank()]
@@ -197,8 +196,9 @@ def check_processes_fit(reference: Path, num_ranks: int) -> None:
         CheckpointError: as `main`.
         ParallelError: naming the numbers that it can.
     """
-    check_weights(reference, ["dit"])
-    check_one_video(num_ranks, meta_dit(reference).config.num_heads)
+    weights = WeightsFolder(reference)
+    weights.check(["dit"])
+    check_one_video(num_ranks, weights.dit_skeleton().config.num_heads)
 
 
 def over_ranks(error: float) -> float:
@@ -210,15 +210,17 @@ def over_ranks(error: float) -> float:
     return joined.item()
 
 
-def check_training(reference: Path, device: torch.device, dtype: str, mesh: Mesh | None = None) -> Iterator[Check]:
+def check_training(
+    reference: WeightsFolder, device: torch.device, dtype: str, mesh: Mesh | None = None
+) -> Iterator[Check]:
     """One training step with a LoRA: inputs, predictions, losses and every gradient, for both objectives."""
-    io = load_file(reference / "dit_io.safetensors", device=str(device))
+    io = load_file(reference.path / "dit_io.safetensors", device=str(device))
     vae_latents = draw_posterior(io["train_mean"], io["train_logvar"], io["train_posterior_noise"])
     tolerance = TOLERANCE[dtype]
     yield Check("posterior draw", relative_error(vae_latents, io["train_z"].cpu()), TOLERANCE["fp32"])
     latents = to_latents(vae_latents)
     yield Check("normalised latents", relative_error(latents, io["train_z_dit"].cpu()), TOLERANCE["fp32"])
-    layers = load_adapter(reference / "lora.safetensors").layers
+    layers = load_adapter(reference.path / "lora.safetensors").layers
     vectors = {
         "sampler": ("train_z_dit_sigma", "lora_out_dit", "train_loss_dit", "dit_grad."),
         "official": ("train_z_sigma", "lora_out_vae_space", "train_loss_genmo", "genmo_grad."),
@@ -226,7 +228,7 @@ def check_training(reference: Path, device: torch.device, dtype: str, mesh: Mesh
     for objective, (noisy_key, output_key, loss_key, gradient_key) in vectors.items():
         noisy, target = noisy_and_target(objective, vae_latents, io["train_eps"], io["sigma"])
         yield Check(f"{objective} objective: input", relative_error(noisy, io[noisy_key].cpu()), TOLERANCE["fp32"])
-        dit = load_dit(reference, device, DTYPES[dtype])
+        dit = reference.load_dit(device, DTYPES[dtype])
         apply_adapter(dit, layers, "default")
         parameters = lora_parameters(dit)
         for parameter in parameters.values():
@@ -248,10 +250,10 @@ def check_training(reference: Path, device: torch.device, dtype: str, mesh: Mesh
 
 
 @torch.no_grad()
-def check_encoder(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+def check_encoder(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
     """The VAE's encoder: Fourier features, a clip at once and in chunks of time, a single image."""
-    encoder = load_encoder(reference, device, DTYPES[dtype])
-    io = load_file(reference / "vae_io.safetensors", device=str(device))
+    encoder = reference.load_encoder(device, DTYPES[dtype])
+    io = load_file(reference.path / "vae_io.safetensors", device=str(device))
     pixels = frames_to_pixels(io["video"].permute(0, 2, 3, 4, 1))
     features = fourier_features(pixels[:, :, :1])
     yield Check("encoder: fourier", relative_error(features, io["fourier"].cpu()), TOLERANCE["fp32"])
@@ -265,10 +267,10 @@ def check_encoder(reference: Path, device: torch.device, dtype: str) -> Iterator
 
 
 @torch.no_grad()
-def check_decoder(reference: Path, device: torch.device, dtype: str) -> Iterator[Check]:
+def check_decoder(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
     """The VAE's decoder: raw, raw in chunks of time, clamped, and in spatial tiles."""
-    decoder = load_decoder(reference, device, DTYPES[dtype])
-    io = load_file(reference / "vae_io.safetensors", device=str(device))
+    decoder = reference.load_decoder(device, DTYPES[dtype])
+    io = load_file(reference.path / "vae_io.safetensors", device=str(device))
     raw, carry = decoder(io["lat"]), Carry()
     yield Check("decoder: raw", relative_error(raw, io["decoded_raw"].cpu()), TOLERANCE[dtype])
     chunks = torch.cat([decoder(part, carry) for part in io["lat"].split(1, dim=2)], dim=2)

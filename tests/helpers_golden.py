@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mochi_tune.weights.load import load_decoder, load_dit, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -17,15 +17,15 @@ def vectors(name: str) -> dict[str, torch.Tensor]:
 
 
 def golden_dit(dtype: torch.dtype = torch.float32):
-    return load_dit(GOLDEN, "cpu", dtype)
+    return WeightsFolder(GOLDEN).load_dit("cpu", dtype)
 
 
 def golden_encoder(dtype: torch.dtype = torch.float32):
-    return load_encoder(GOLDEN, "cpu", dtype)
+    return WeightsFolder(GOLDEN).load_encoder("cpu", dtype)
 
 
 def golden_decoder(dtype: torch.dtype = torch.float32):
-    return load_decoder(GOLDEN, "cpu", dtype)
+    return WeightsFolder(GOLDEN).load_decoder("cpu", dtype)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

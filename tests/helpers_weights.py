@@ -7,9 +7,13 @@ from helpers_golden import GOLDEN
 from safetensors.torch import load_file
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.weights.load import check_weights, fingerprint, load_decoder, load_dit, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
-LOADERS = {"dit": load_dit, "encoder": load_encoder, "decoder": load_decoder}
+LOADERS = {
+    "dit": WeightsFolder.load_dit,
+    "encoder": WeightsFolder.load_encoder,
+    "decoder": WeightsFolder.load_decoder,
+}
 
 
 def official(part):
@@ -26,15 +30,15 @@ def copy_golden(folder, *parts):
 
 def refused(folder, *parts):
     with pytest.raises(CheckpointError) as caught:
-        check_weights(folder, parts)
+        WeightsFolder(folder).check(parts)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def changes(folder, part, path):
     """Flips one byte in the middle of a file and says whether the part's fingerprint saw it."""
-    before = fingerprint(folder, part)
+    before = WeightsFolder(folder).fingerprint(part)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    return fingerprint(folder, part) != before
+    return WeightsFolder(folder).fingerprint(part) != before

@@ -20,7 +20,7 @@ class TextEncoder:
         """Loads straight to the device and dtype; fp16 is not offered, as T5's activations overflow it.
 
         Args:
-            folder: a weights folder that has passed `check_weights`.
+            folder: a weights folder that has passed `WeightsFolder.check`.
             device: of the encoder.
             dtype: torch.float32 or torch.bfloat16.
         """

@@ -49,7 +49,8 @@ def prepare_dit(
     """Loads the DiT for rendering; each block is made small and gets its adapters as soon as it is read.
 
     Args:
-        load: `weights.load_dit` of a folder, or `weights.random_model`; called with device, dtype and `each_block`.
+        load: `WeightsFolder.load_dit`, or `build_random_model` of a configuration; called
+            with device, dtype and `each_block`.
         device: where it computes.
         dtype: of the matrices.
         place: one of DIT_PLACES.

@@ -19,7 +19,7 @@ from mochi_tune.toy.page import Report, Row, write_png, write_report
 from mochi_tune.toy.samples import reconstruct, render_words, share_new, share_shown
 from mochi_tune.toy.world import Words, all_words, draw_clips
 from mochi_tune.training.draws import keyed_generator
-from mochi_tune.weights.load import load_decoder, load_dit, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
 NUM_SAMPLES, NUM_SHOWN, NUM_CLIPS_SHOWN = 50, 6, 12
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -83,13 +83,13 @@ def measure(
 
     Returns the figures, and for each strength the words and frames (B, F, H, W, 3) of "new" and "base".
     """
-    folder, settings = weights_folder(config), sampler_settings(config)
-    text = TextEncoder.load(folder, "cpu", torch.float32)
-    decoder = load_decoder(folder, "cpu", torch.float32)
+    weights, settings = WeightsFolder(weights_folder(config)), sampler_settings(config)
+    text = TextEncoder.load(weights.path, "cpu", torch.float32)
+    decoder = weights.load_decoder("cpu", torch.float32)
     asked = dict(zip(("new", "base"), asked_words(num_samples), strict=True))
     samples: dict[float, dict[str, tuple[list[Words], Tensor]]] = {}
     for strength in STRENGTHS:
-        dit = load_dit(folder, "cpu", torch.float32)
+        dit = weights.load_dit("cpu", torch.float32)
         if strength:
             apply_adapter(dit, adapter.layers, "lesson", strength)
         tqdm.write(f"rendering at strength {strength:g}")
@@ -100,7 +100,7 @@ def measure(
             for kind, words in asked.items()
         }
     unseen = draw_clips(all_words()[::12], keyed_generator(SEED, "demo"))
-    _, psnr = reconstruct(unseen, load_encoder(folder, "cpu", torch.float32), decoder)
+    _, psnr = reconstruct(unseen, weights.load_encoder("cpu", torch.float32), decoder)
     half = num_samples // 2
     new, base = (lambda strength: samples[strength]["new"]), (lambda strength: samples[strength]["base"])
     figures = {

@@ -22,7 +22,7 @@ from mochi_tune.toy.samples import render_words, share_new, share_shown
 from mochi_tune.toy.world import Words, draw_clips
 from mochi_tune.training.draws import keyed_generator
 from mochi_tune.training.objective import noisy_and_target, velocity_loss
-from mochi_tune.weights.load import base_identity, load_decoder, load_dit, load_encoder, meta_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 NUM_SAMPLES = 50
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -55,7 +55,7 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
     results, config = out / f"{what}.json", load_config("toy_lora", list(settings))
     made_with = {
         "settings": flat_settings(config),
-        "base": base_identity(weights_folder(config)),
+        "base": WeightsFolder(weights_folder(config)).base_identity(),
         "num_samples": num_samples,
     }
     earlier = read_json(results) if results.exists() else {"made_with": made_with, "rows": []}
@@ -80,7 +80,7 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
 
 def arms() -> dict[str, dict[str, list[str]]]:
     """Returns the experiments: what is compared -> name of the arm -> its settings."""
-    shapes = linear_shapes(meta_dit(weights_folder(load_config("toy_lora", []))))
+    shapes = linear_shapes(WeightsFolder(weights_folder(load_config("toy_lora", []))).dit_skeleton())
     wide, narrow = (load_config("toy_lora", [f"lora={name}"]).lora for name in ("attention_mlp", "attention"))
     size, small = (sum(sum(shapes[n]) for n in select_layers(shapes, lora.targets)) for lora in (wide, narrow))
     # As many parameters in fewer layers: a higher rank.
@@ -97,16 +97,16 @@ def arms() -> dict[str, dict[str, list[str]]]:
 def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
     """Measures an adapter, always in the sampler's space: losses on unseen clips, and what its samples show."""
     config = load_config("toy_lora", [])
-    folder, settings = weights_folder(config), sampler_settings(config)
-    text = TextEncoder.load(folder, "cpu", torch.float32)
-    dit, decoder = load_dit(folder, "cpu", torch.float32), load_decoder(folder, "cpu", torch.float32)
+    weights, settings = WeightsFolder(weights_folder(config)), sampler_settings(config)
+    text = TextEncoder.load(weights.path, "cpu", torch.float32)
+    dit, decoder = weights.load_dit("cpu", torch.float32), weights.load_decoder("cpu", torch.float32)
     apply_adapter(dit, adapter.layers, "lesson")
     new, base = asked_words(num_samples)
     new_frames, base_frames = (render_words(words, dit, text, decoder, settings, seed) for words in (new, base))
     errors = [colour_error(clip, w.colour) for clip, w in zip(new_frames, new, strict=True)]
     return {
-        "loss_new": loss_on(new, dit, text, folder),
-        "loss_base": loss_on(base, dit, text, folder),
+        "loss_new": loss_on(new, dit, text, weights),
+        "loss_base": loss_on(base, dit, text, weights),
         "new": share_new(new_frames),
         "new_all": share_shown(new_frames, new),
         "base": share_shown(base_frames, base),
@@ -116,9 +116,9 @@ def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def loss_on(words: list[Words], dit: AsymmDiT, text: TextEncoder, folder: Path) -> float:
+def loss_on(words: list[Words], dit: AsymmDiT, text: TextEncoder, weights: WeightsFolder) -> float:
     """Returns the loss in the sampler's space on clips that were not trained on, at fixed noise and sigmas."""
-    encoder = load_encoder(folder, "cpu", torch.float32)
+    encoder = weights.load_encoder("cpu", torch.float32)
     vae_latents, _ = encoder(frames_to_pixels(draw_clips(words, keyed_generator(0, "held-out clips"))))
     embeds = torch.stack(text.encode([w.caption for w in words]))
     mask = torch.ones(embeds.shape[:2], dtype=torch.bool)

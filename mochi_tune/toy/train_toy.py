@@ -35,7 +35,8 @@ from mochi_tune.training.interrupts import StopSignal
 from mochi_tune.training.objective import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.training.optim import build_adamw, load_optimizer_state, optimizer_state
 from mochi_tune.training.schedule import learning_rate_at
-from mochi_tune.weights.load import SUMS, load_decoder, load_dit, load_encoder
+from mochi_tune.weights.files import SUMS
+from mochi_tune.weights.folder import WeightsFolder
 
 SEED = 0
 SAVE_EVERY, LOG_EVERY = 250, 25
@@ -101,7 +102,9 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
 
     seen, _ = split_words()
     features = torch.stack(TextEncoder.load(out, "cpu", torch.float32).encode([words.caption for words in seen]))
-    world = encode_world(load_encoder(out, "cpu", torch.float32), work / "world.safetensors", plan.num_clips)
+    world = encode_world(
+        WeightsFolder(out).load_encoder("cpu", torch.float32), work / "world.safetensors", plan.num_clips
+    )
     dit = build_dit(SEED)
     if plan.dit_compiled:
         for block in dit.blocks:
@@ -302,7 +305,8 @@ def measure_model(folder: Path, num_measured: int) -> dict[str, float]:
     """Measures a weights folder on clips and captions that were not trained on."""
     words = all_words(ALL_SHAPES)
     words = words[:: max(1, len(words) // (4 * num_measured))]
-    encoder, decoder = (load(folder, "cpu", torch.float32) for load in (load_encoder, load_decoder))
+    weights = WeightsFolder(folder)
+    encoder, decoder = weights.load_encoder("cpu", torch.float32), weights.load_decoder("cpu", torch.float32)
     psnr, kept = [], 0
     for i in tqdm(range(0, len(words), 16), desc="reconstruct", unit="batch"):
         frames = draw_clips(words[i : i + 16], keyed_generator(SEED, "unseen clips", i))
@@ -310,7 +314,7 @@ def measure_model(folder: Path, num_measured: int) -> dict[str, float]:
         psnr += decibels
         kept += sum(see(clip).shows(w) for clip, w in zip(decoded, words[i : i + 16], strict=True))
     held_out = split_words()[1][:num_measured]
-    dit, text = load_dit(folder, "cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)
+    dit, text = weights.load_dit("cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)
     frames = render_words(held_out, dit, text, decoder, sampler_settings(load_config("toy_lora", [])), SEED)
     return {
         "vae_psnr_db": round(sum(psnr) / len(psnr), 2),

@@ -26,7 +26,7 @@ from mochi_tune.training.run_folder import Start, bound, find_start, take_back
 from mochi_tune.training.saves import history, made_by, record_start
 from mochi_tune.training.trackers import check_trackers
 from mochi_tune.training.validation import held_out
-from mochi_tune.weights.load import base_identity, check_weights, fingerprint, has_part, meta_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Job:
     """What is to be trained, checked as far as it can be before a weight is read.
 
     Attributes:
-        folder: of the weights.
+        weights: of the base.
         dataset: of all clips.
         validation: numbers of the clips that are validated on, and not trained on if `is_held_out`.
         is_held_out: whether there are enough clips to hold some out.
@@ -45,7 +45,7 @@ class Job:
         layout: how the ranks share a step.
     """
 
-    folder: Path
+    weights: WeightsFolder
     dataset: LatentDataset
     validation: list[int]
     is_held_out: bool
@@ -62,14 +62,14 @@ def check(config: RunConfig, num_processes: int) -> Job:
     Raises:
         MochiTuneError: of any kind, in one line.
     """
-    folder = weights_folder(config)
-    check_weights(folder, ["dit", "decoder", "text_encoder"] if renders(config) else ["dit"])
+    weights = WeightsFolder(weights_folder(config))
+    weights.check(["dit", "decoder", "text_encoder"] if renders(config) else ["dit"])
     data, train = config.data, config.train
     # The encoders need not lie where the training runs; where they do, the cache must be theirs.
-    vae, t5 = (fingerprint(folder, part) if has_part(folder, part) else None for part in ("encoder", "text_encoder"))
+    vae, t5 = (weights.fingerprint(part) if weights.has(part) else None for part in ("encoder", "text_encoder"))
     size = {"num_frames": data.num_frames, "height": data.height, "width": data.width}
     cache = open_cache(Path(data.cache), **size, vae_fingerprint=vae, t5_fingerprint=t5)
-    dataset, skeleton = LatentDataset(cache), meta_dit(folder)
+    dataset, skeleton = LatentDataset(cache), weights.dit_skeleton()
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     check_installed(train.optimizer)
     check_trackers(wandb=config.log.wandb, tensorboard=config.log.tensorboard, trackio=config.log.trackio)
@@ -89,7 +89,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
     settings = flat_settings(config)
     # What is learnt depends on how many samples make a step, not on who computes them.
     settings["global_batch"] = train.batch_size * draws.num_micro_batches
-    base = base_identity(folder)
+    base = weights.base_identity()
     begins_with = None
     if config.lora.init_from is not None and not find_checkpoints(Path(config.run_dir) / "checkpoints"):
         begins_with = load_adapter(Path(config.lora.init_from).expanduser())
@@ -100,7 +100,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
     settings["held_out"] = len(held)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": draws_proof(config.seed)}
     validation = held or list(range(min(train.validation_clips, len(dataset))))
-    return Job(folder, dataset, validation, bool(held), layers, begins_with, draws, identity, layout)
+    return Job(weights, dataset, validation, bool(held), layers, begins_with, draws, identity, layout)
 
 
 def starting_point(config: RunConfig, job: Job, device: torch.device) -> Start:

@@ -27,7 +27,7 @@ from mochi_tune.files import file_sha256
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import PointwiseConv, frames_to_pixels
-from mochi_tune.weights.load import fingerprint, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
 TINY = Path(mochi_tune.__file__).parent / "assets" / "tiny"
 GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
@@ -96,11 +96,11 @@ def test_the_cache_holds_what_the_models_make_of_each_clip(base):
     cache = open_cache(
         base / "cache",
         **GEOMETRY,
-        vae_fingerprint=fingerprint(TINY, "encoder"),
-        t5_fingerprint=fingerprint(TINY, "text_encoder"),
+        vae_fingerprint=WeightsFolder(TINY).fingerprint("encoder"),
+        t5_fingerprint=WeightsFolder(TINY).fingerprint("text_encoder"),
     )
     assert {row.path: row.caption for row in cache.rows} == {name: text.strip() for name, text in CAPTIONS.items()}
-    encoder = load_encoder(TINY, "cpu", torch.float32)
+    encoder = WeightsFolder(TINY).load_encoder("cpu", torch.float32)
     text_encoder = TextEncoder.load(TINY, "cpu", torch.float32)
     for index, row in enumerate(cache.rows):
         clip = decode_clip(base / "videos" / row.path, ClipTransform(**GEOMETRY))
@@ -350,7 +350,7 @@ def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
     assert f"encoded now: {num_clips - found} clips and {num_clips} captions, reused: {found} clips" in out
     assert sorted(os.listdir(tmp_path / "cache")) == [".lock", "data", "manifest.json", "report.csv"]
     cache = open_cache(tmp_path / "cache", **GEOMETRY)
-    encoder = load_encoder(TINY, "cpu", torch.float32)
+    encoder = WeightsFolder(TINY).load_encoder("cpu", torch.float32)
     for index, row in enumerate(cache.rows):
         clip = decode_clip(tmp_path / "videos" / row.path, ClipTransform(**GEOMETRY))
         mean, _ = encoder(frames_to_pixels(clip.frames[None]))

@@ -24,7 +24,7 @@ from mochi_tune.adapters.layers import block_of
 from mochi_tune.adapters.lora import linear_shapes
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError
-from mochi_tune.weights.load import meta_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 A, B = "blocks.0.attn.proj_x.lora_A", "blocks.0.attn.proj_x.lora_B"
 # What a process may allocate beyond what it has when it starts; no file below holds more than 64 MB.
@@ -229,7 +229,7 @@ def test_half_the_layers_are_not_taken_for_all(tmp_path, to, keep):
 
 
 def test_sample_refuses_another_bases_adapter_and_half_of_one(tmp_path):
-    shapes = linear_shapes(meta_dit(weights_folder(load_config("my_lora", ["model=tiny"]))))
+    shapes = linear_shapes(WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).dit_skeleton())
     whole = random_adapter()
     whole.layers = {n: LoraLayer(torch.ones(2, i), torch.ones(o, 2), 2.0) for n, (o, i) in shapes.items()}
     save_adapter(tmp_path / "whole.safetensors", whole)

@@ -17,7 +17,7 @@ from mochi_tune.data_prep.captions import load_captions
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.training.checkpoint import damage_of, manifest_of
-from mochi_tune.weights.load import check_weights
+from mochi_tune.weights.folder import WeightsFolder
 
 TINY = Path(assets.__path__[0]) / "tiny"
 
@@ -102,7 +102,7 @@ def test_an_index_of_weights_names_files_beside_it_only(tmp_path, name):
     })  # fmt: skip
     (folder / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match="names files that are not beside it") as error:
-        check_weights(tmp_path / "weights", ["dit"])
+        WeightsFolder(tmp_path / "weights").check(["dit"])
     assert "\n" not in str(error.value)
 
 

@@ -12,7 +12,7 @@ from mochi_tune.models.vae import frames_to_pixels, pixels_to_frames
 from mochi_tune.models.vae_streaming import check_tiles, decode_chunks, decode_tiled, encode
 from mochi_tune.toy.world import draw_clips, split_words
 from mochi_tune.training.draws import keyed_generator
-from mochi_tune.weights.load import load_decoder, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
 IO = vectors("vae_io")
 TOY = Path(mochi_tune.__file__).parent / "assets" / "toy"
@@ -71,8 +71,8 @@ def test_tiles_of_a_trained_decoder_are_off_by_what_the_docs_say():
     """Measured on the toy's decoder, which has learnt to draw, over six of its clips side by side."""
     clips = draw_clips(split_words()[1][:6], keyed_generator(5, "seam"))
     frames = torch.cat([torch.cat(list(clips[i : i + 3]), dim=2) for i in (0, 3)], dim=1)[None]  # 128 x 288
-    mean, _ = encode(load_encoder(TOY, "cpu", torch.float32), frames_to_pixels(frames))
-    decoder = load_decoder(TOY, "cpu", torch.float32)
+    mean, _ = encode(WeightsFolder(TOY).load_encoder("cpu", torch.float32), frames_to_pixels(frames))
+    decoder = WeightsFolder(TOY).load_decoder("cpu", torch.float32)
     whole, tiled = (decode_tiled(decoder, mean, tiles).clamp(-1, 1) for tiles in ((1, 1), (2, 2)))
     error = (tiled - whole) * 127.5
     assert 1.4 < error.square().mean().sqrt() < 1.8 and 15 < error.abs().max() < 25

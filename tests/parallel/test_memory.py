@@ -16,7 +16,7 @@ from mochi_tune.parallel.memory import (
     tabulate_modulation,
 )
 from mochi_tune.sampling.sampler import euler_steps, guide_in_one_batch, guide_in_turn, linear_quadratic_sigmas
-from mochi_tune.weights.load import load_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 IO = vectors("dit_io")
 PROMPT, NEGATIVE = (IO["y_feat"], IO["y_mask"]), (IO["null_feat"], torch.zeros_like(IO["y_mask"]))
@@ -35,7 +35,7 @@ def adapt(dit) -> None:
 
 @pytest.fixture(scope="module")
 def adapted() -> torch.Tensor:
-    dit = load_dit(GOLDEN, "cpu", torch.float32)
+    dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.float32)
     adapt(dit)
     return rendered(dit)
 
@@ -48,7 +48,7 @@ def test_modulation_of_known_conditions_renders_the_official_latents(guide):
         fold_modulation(block, torch.device("cpu"))
         folded.append(block)
 
-    dit = load_dit(GOLDEN, "cpu", torch.float32, fold)
+    dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.float32, fold)
     assert folded == list(dit.blocks)
     assert not [name for name, _ in dit.named_parameters() if ".mod_" in name and name.startswith("blocks")]
     tabulate_modulation(dit, known_conditions(dit, SIGMAS[:-1], [PROMPT, NEGATIVE]))
@@ -56,7 +56,7 @@ def test_modulation_of_known_conditions_renders_the_official_latents(guide):
 
 
 def test_blocks_that_come_and_go_render_the_same(adapted):
-    dit = load_dit(GOLDEN, "cpu", torch.float32)
+    dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.float32)
     adapt(dit)
     apply_block_offload(dit, torch.device("cpu"))
     assert torch.equal(rendered(dit), adapted)
@@ -86,8 +86,8 @@ def test_at_most_two_blocks_are_away_from_home():
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("fp8", 0.08)])
 def test_eight_bits_stay_near_and_take_adapters(precision, tolerance, adapted):
-    dit = load_dit(GOLDEN, "cpu", torch.bfloat16, lambda _, block: quantize_block(block, precision))
-    half = load_dit(GOLDEN, "cpu", torch.bfloat16)
+    dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16, lambda _, block: quantize_block(block, precision))
+    half = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16)
     for model in (dit, half):
         adapt(model)
     expected = rendered(half)

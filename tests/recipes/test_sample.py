@@ -22,7 +22,7 @@ from mochi_tune.sampling.sampler import (
     sample_latents,
 )
 from mochi_tune.sampling.video import read_frames
-from mochi_tune.weights.load import base_identity, load_dit, meta_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 TINY = weights_folder(load_config("my_lora", ["model=tiny"]))
 
@@ -36,16 +36,16 @@ def write_adapter(path, seed=0, scale=1.0, identity=None):
     generator = torch.Generator().manual_seed(seed)
     layers = {
         name: LoraLayer(torch.randn(2, i, generator=generator), scale * torch.randn(o, 2, generator=generator) / 8, 4.0)
-        for name, (o, i) in linear_shapes(meta_dit(TINY)).items()
+        for name, (o, i) in linear_shapes(WeightsFolder(TINY).dit_skeleton()).items()
     }
-    metadata = {"num_blocks": "2", "base_fingerprint": identity or base_identity(TINY)}
+    metadata = {"num_blocks": "2", "base_fingerprint": identity or WeightsFolder(TINY).base_identity()}
     save_adapter(path, Adapter(layers, metadata))
     return path
 
 
 def write_dora(path, seed=0):
     """Writes a DoRA whose rows are 0.7 to 1.3 times as long as the base's."""
-    plain, dit = load_adapter(write_adapter(path, seed, scale=0.3)), load_dit(TINY, "cpu", torch.float32)
+    plain, dit = load_adapter(write_adapter(path, seed, scale=0.3)), WeightsFolder(TINY).load_dit("cpu", torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in plain.layers.items():
         lengths = dit.get_submodule(name).weight.detach().norm(dim=1)
@@ -82,7 +82,7 @@ def test_the_latents_are_those_of_the_plain_loop(tmp_path):
         for features in encoder.encode(["a red ball", "a cat"])
     )
     states = euler_steps(
-        load_dit(TINY, "cpu", torch.float32), draw_noise(0, 7, 32, 48), prompt, negative,
+        WeightsFolder(TINY).load_dit("cpu", torch.float32), draw_noise(0, 7, 32, 48), prompt, negative,
         linear_quadratic_sigmas(3, 0.025), [3.0] * 3,
     )  # fmt: skip
     *_, latents = states
@@ -265,7 +265,7 @@ def test_compiled_blocks_render_the_same(tmp_path):
 
 
 def test_a_dora_renders_what_its_trained_model_does(tmp_path):
-    dora, dit = write_dora(tmp_path / "a.safetensors"), load_dit(TINY, "cpu", torch.float32)
+    dora, dit = write_dora(tmp_path / "a.safetensors"), WeightsFolder(TINY).load_dit("cpu", torch.float32)
     adapter = load_adapter(dora)
     settings = layer_settings(list(adapter.layers), rank=2, alpha=4.0, dropout=0.5)
     apply_lora(dit, settings, seed=5, dora=True)

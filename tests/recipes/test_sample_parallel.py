@@ -20,7 +20,7 @@ from mochi_tune.parallel.mesh import Layout, Mesh
 from mochi_tune.recipes.sample import main
 from mochi_tune.sampling.render import decoded_frames
 from mochi_tune.sampling.video import read_frames
-from mochi_tune.weights.load import base_identity, load_decoder, load_dit, meta_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 TOY = weights_folder(load_config("toy_lora", []))
 PROMPTS = ("a red circle moves up over a grey background", "a blue square")
@@ -38,10 +38,11 @@ def folder(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(0)
     layers = {
         name: LoraLayer(torch.randn(2, i, generator=generator) / 8, torch.randn(o, 2, generator=generator) / 16, 2.0)
-        for name, (o, i) in linear_shapes(meta_dit(TOY)).items()
+        for name, (o, i) in linear_shapes(WeightsFolder(TOY).dit_skeleton()).items()
     }
     save_adapter(
-        folder / "adapter.safetensors", Adapter(layers, {"num_blocks": "4", "base_fingerprint": base_identity(TOY)})
+        folder / "adapter.safetensors",
+        Adapter(layers, {"num_blocks": "4", "base_fingerprint": WeightsFolder(TOY).base_identity()}),
     )
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     for name in ("without", "with"):
@@ -69,14 +70,14 @@ def render_all(folder: Path, num_ranks: int) -> list[torch.Tensor]:
             render(folder, f"{num_ranks}_{i}_{adapter}", layout, adapter)
     mesh = Mesh(Layout(context=num_ranks), torch.device("cpu"), 60)
     latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
-    return list(decoded_frames(load_decoder(TOY, "cpu", torch.float32), latents, mesh))
+    return list(decoded_frames(WeightsFolder(TOY).load_decoder("cpu", torch.float32), latents, mesh))
 
 
 @pytest.mark.parametrize("num_ranks", LAYOUTS)
 def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tmp_path, num_ranks):
     together, *others = run_ranks(num_ranks, render_all, tmp_path, folder, num_ranks)
     latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
-    alone = list(decoded_frames(load_decoder(TOY, "cpu", torch.float32), latents, None))
+    alone = list(decoded_frames(WeightsFolder(TOY).load_decoder("cpu", torch.float32), latents, None))
     difference = (torch.cat(together).int() - torch.cat(alone).int()).abs()
     assert difference.max() <= 1 and difference.float().mean() < 1e-3 and not any(others)
     for i, layout in enumerate(LAYOUTS[num_ranks]):
@@ -104,7 +105,7 @@ def render_dora(folder: Path) -> None:
 
 
 def test_a_dora_measures_its_rows_where_the_base_is_in_shares(folder, tmp_path):
-    adapter, dit = load_adapter(folder / "adapter.safetensors"), load_dit(TOY, "cpu", torch.float32)
+    adapter, dit = load_adapter(folder / "adapter.safetensors"), WeightsFolder(TOY).load_dit("cpu", torch.float32)
     for name, layer in adapter.layers.items():
         layer.magnitude = 1.2 * dit.get_submodule(name).weight.detach().norm(dim=1)
     save_adapter(folder / "dora.safetensors", adapter)

@@ -17,7 +17,7 @@ from mochi_tune.sampling.video import write_video
 from mochi_tune.training.loader import Draws
 from mochi_tune.training.objective import noisy_and_target
 from mochi_tune.training.preflight import check_text_width
-from mochi_tune.weights.load import load_decoder
+from mochi_tune.weights.folder import WeightsFolder
 
 # Long enough for a signal to come while it is under way.
 LONG = ("train.steps=40", "train.batch_size=2", "train.accumulation_steps=2")
@@ -181,7 +181,7 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     [kept] = (tmp_path / "samples").glob("base_prompt_0_*.safetensors")
     base = load_file(kept)["latents"]
     assert torch.allclose(base, load_file(tmp_path / "again.safetensors")["base"], atol=1e-4)
-    decoder = load_decoder(weights_folder(config), "cpu", torch.float32)
+    decoder = WeightsFolder(weights_folder(config)).load_decoder("cpu", torch.float32)
     frames = torch.cat([chunk[0] for chunk in decode_chunks(decoder, to_vae_latents(base))])
     write_video(tmp_path / "twice.mp4", [torch.cat([frames, frames], dim=2)])
     assert (tmp_path / "twice.mp4").read_bytes() == (tmp_path / "samples" / videos[0]).read_bytes()

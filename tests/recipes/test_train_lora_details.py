@@ -24,7 +24,7 @@ from mochi_tune.training.checkpoint import manifest_of
 from mochi_tune.training.guards import is_finite
 from mochi_tune.training.loader import Draws
 from mochi_tune.training.validation import validation_losses
-from mochi_tune.weights.load import load_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 CPU = torch.device("cpu")
 SIGMAS = (0.125, 0.375, 0.625, 0.875)
@@ -135,7 +135,7 @@ def test_each_micro_batch_of_each_step_has_its_own_dropout_and_keeps_it(tmp_path
 
 def adapted_dit(dropout: float) -> AsymmDiT:
     """Returns the tiny model in training mode with an adapter that does something."""
-    dit = load_dit(weights_folder(load_config("my_lora", ["model=tiny"])), "cpu", torch.float32)
+    dit = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).load_dit("cpu", torch.float32)
     apply_lora(dit, layer_settings(list(linear_shapes(dit)), 2, 2.0, dropout), seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in lora_parameters(dit).values():

@@ -26,7 +26,7 @@ from mochi_tune.training.draws import keyed_generator
 from mochi_tune.training.objective import noisy_and_target
 from mochi_tune.training.preflight import check
 from mochi_tune.training.validation import validation_losses
-from mochi_tune.weights.load import load_decoder, load_dit, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
 STEPS, SAMPLES = 150, 12
 
@@ -69,7 +69,7 @@ def test_the_adapter_file_is_what_was_trained(lesson):
         )
         return sum(losses.values()) / len(losses)
 
-    dit = load_dit(weights_folder(config), "cpu", torch.float32)
+    dit = WeightsFolder(weights_folder(config)).load_dit("cpu", torch.float32)
     # By our own formula, not by the code that reads adapters for sampling.
     adapter = load_adapter(Path(made["adapter"]))
     for name, layer in adapter.layers.items():
@@ -77,7 +77,7 @@ def test_the_adapter_file_is_what_was_trained(lesson):
         weight.data += config.lora.alpha / config.lora.rank * layer.b @ layer.a
     merged = validation_loss(dit)
     assert merged == pytest.approx(validation_rows(out)[-1]["validation_loss"], rel=1e-4)
-    live = load_dit(weights_folder(config), "cpu", torch.float32)
+    live = WeightsFolder(weights_folder(config)).load_dit("cpu", torch.float32)
     apply_adapter(live, adapter.layers, "lesson")
     read = validation_loss(live)
     assert read == pytest.approx(merged, rel=1e-4)
@@ -86,8 +86,8 @@ def test_the_adapter_file_is_what_was_trained(lesson):
 @torch.no_grad()
 def test_the_objective_is_the_one_that_the_base_was_trained_on():
     folder, words = weights_folder(load_config("toy_lora", [])), split_words()[1][:48]
-    dit, text = load_dit(folder, "cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)
-    encoder = load_encoder(folder, "cpu", torch.float32)
+    dit, text = WeightsFolder(folder).load_dit("cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)
+    encoder = WeightsFolder(folder).load_encoder("cpu", torch.float32)
     z, _ = encoder(frames_to_pixels(draw_clips(words, keyed_generator(0, "clips"))))
     noise = torch.randn(z.shape, generator=keyed_generator(0, "noise"))
     sigma = (torch.arange(len(words)) + 0.5) / len(words)
@@ -115,10 +115,13 @@ def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):
     _, made, figures = lesson
     config = load_config("toy_lora", [])
     folder, words = weights_folder(config), lesson_words()[1][:2]
-    text, decoder = TextEncoder.load(folder, "cpu", torch.float32), load_decoder(folder, "cpu", torch.float32)
+    text, decoder = (
+        TextEncoder.load(folder, "cpu", torch.float32),
+        WeightsFolder(folder).load_decoder("cpu", torch.float32),
+    )
     clips = []
     for adapter in (None, load_adapter(Path(made["adapter"]))):
-        dit = load_dit(folder, "cpu", torch.float32)
+        dit = WeightsFolder(folder).load_dit("cpu", torch.float32)
         if adapter:
             apply_adapter(dit, adapter.layers, "lesson", 0.0)
         clips.append(render_words(words, dit, text, decoder, sampler_settings(config), 1))

@@ -6,11 +6,11 @@ from mochi_tune.adapters.lora import linear_shapes, select_layers
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import ConfigError
 from mochi_tune.toy.experiment import COLUMNS, arms, main, table
-from mochi_tune.weights.load import meta_dit
+from mochi_tune.weights.folder import WeightsFolder
 
 
 def test_the_layers_are_compared_at_equal_parameter_counts():
-    shapes = linear_shapes(meta_dit(weights_folder(load_config("toy_lora", []))))
+    shapes = linear_shapes(WeightsFolder(weights_folder(load_config("toy_lora", []))).dit_skeleton())
     counts = []
     for settings in arms()["layers"].values():
         lora = load_config("toy_lora", settings).lora

@@ -14,7 +14,7 @@ from mochi_tune.toy.initial import build_text_encoder, build_vae, make_tokenizer
 from mochi_tune.toy.train_toy import SEED, Plan, main, normalise_latents, text_loss, train_stage
 from mochi_tune.toy.world import ALL_SHAPES, all_words, draw_clips
 from mochi_tune.training.draws import keyed_generator
-from mochi_tune.weights.load import check_weights, load_decoder, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
 SHORT = Plan(
     vae_steps=2, vae_batch=1, text_steps=2, num_clips=16, dit_steps=2, dit_batch=10, dit_compiled=False, num_measured=2
@@ -29,7 +29,7 @@ def made(tmp_path_factory):
 
 def test_it_makes_a_whole_weights_folder_and_its_record(made):
     folder, record = made
-    check_weights(folder / "out", ["dit", "encoder", "decoder", "text_encoder"])
+    WeightsFolder(folder / "out").check(["dit", "encoder", "decoder", "text_encoder"])
     stored = json.loads((folder / "out" / "record.json").read_text())
     assert stored == record and stored["plan"]["vae_steps"] == 2
     assert stored["figures"].keys() == {"vae_psnr_db", "vae_kept", "base_obeyed"}
@@ -52,7 +52,7 @@ def test_a_folder_that_was_begun_with_another_plan_is_refused(made):
 
 
 def test_the_latents_have_mochis_channel_statistics(made):
-    encoder = load_encoder(made[0] / "out", "cpu", torch.float32)
+    encoder = WeightsFolder(made[0] / "out").load_encoder("cpu", torch.float32)
     with torch.no_grad():
         mean, logvar = encoder(frames_to_pixels(draw_clips(all_words(ALL_SHAPES)[::4], keyed_generator(5, "others"))))
     deviation = (mean.var((0, 2, 3, 4)) + logvar.exp().mean((0, 2, 3, 4))).sqrt()
@@ -102,13 +102,13 @@ def test_a_stage_that_is_interrupted_goes_on_to_the_same_weights(tmp_path):
 
 def test_a_damaged_weight_file_is_named(made):
     path = made[0] / "out" / "decoder.safetensors"
-    load_decoder(made[0] / "out", "cpu", torch.float32)
+    WeightsFolder(made[0] / "out").load_decoder("cpu", torch.float32)
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CheckpointError, match=r"is damaged: decoder\.safetensors, by its sha256\.json"):
-        check_weights(made[0] / "out", ["dit"])
+        WeightsFolder(made[0] / "out").check(["dit"])
     path.unlink()
     with pytest.raises(CheckpointError, match=r" lacks decoder\.safetensors, by its"):
-        check_weights(made[0] / "out", ["dit"])
+        WeightsFolder(made[0] / "out").check(["dit"])
     path.write_bytes(data)
-    check_weights(made[0] / "out", ["dit"])
+    WeightsFolder(made[0] / "out").check(["dit"])

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig, frames_to_pixels
+from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import diffusers_map, to_diffusers, to_official
-from mochi_tune.weights.load import base_identity, check_weights, load_decoder, load_dit, load_encoder
 
 DIT_SIZES = {
     "num_attention_heads": 6,
@@ -49,7 +49,7 @@ def diffusers_folder(diffusers_models, tmp_path_factory):
 
 def converted(part):
     tensors = {name: tensor.float() for name, tensor in official(part).items()}
-    return to_diffusers(tensors, diffusers_map(LOADERS[part](GOLDEN, "cpu", torch.float32)))
+    return to_diffusers(tensors, diffusers_map(LOADERS[part](WeightsFolder(GOLDEN), "cpu", torch.float32)))
 
 
 def assert_close(ours, theirs):
@@ -58,8 +58,8 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("part", LOADERS)
 def test_a_sharded_diffusers_folder_holds_the_official_tensors(diffusers_folder, part):
-    check_weights(diffusers_folder, [part])
-    model = LOADERS[part](diffusers_folder, "cpu", torch.float32)
+    WeightsFolder(diffusers_folder).check([part])
+    model = LOADERS[part](WeightsFolder(diffusers_folder), "cpu", torch.float32)
     expected = official(part)
     assert model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():
@@ -70,7 +70,7 @@ def test_a_sharded_diffusers_folder_holds_the_official_tensors(diffusers_folder,
 def test_every_way_that_diffusers_names_its_files_loads(diffusers_models, tmp_path, options):
     transformer, _ = diffusers_models
     transformer.save_pretrained(tmp_path / "transformer", **options)
-    for name, tensor in load_dit(tmp_path, "cpu", torch.float32).state_dict().items():
+    for name, tensor in WeightsFolder(tmp_path).load_dit("cpu", torch.float32).state_dict().items():
         assert torch.equal(tensor, official("dit")[name].float()), name
 
 
@@ -78,7 +78,7 @@ def test_every_way_that_diffusers_names_its_files_loads(diffusers_models, tmp_pa
 def test_the_dit_agrees_with_diffusers(diffusers_models, diffusers_folder):
     io = load_file(GOLDEN / "dit_io.safetensors")
     transformer, _ = diffusers_models
-    dit = load_dit(diffusers_folder, "cpu", torch.float32)
+    dit = WeightsFolder(diffusers_folder).load_dit("cpu", torch.float32)
     rows = {
         "one": (io["z"], io["y_feat"], io["y_mask"], io["sigma"]),
         "no prompt": (io["z"], io["null_feat"], torch.zeros_like(io["y_mask"]), io["sigma"]),
@@ -94,7 +94,7 @@ def test_the_dit_agrees_with_diffusers(diffusers_models, diffusers_folder):
 def test_the_vae_agrees_with_diffusers(diffusers_models, diffusers_folder):
     io = load_file(GOLDEN / "vae_io.safetensors")
     _, vae = diffusers_models
-    encoder = load_encoder(diffusers_folder, "cpu", torch.float32)
+    encoder = WeightsFolder(diffusers_folder).load_encoder("cpu", torch.float32)
     for frames in (io["video"], io["video"][:, :, :1]):
         pixels = frames_to_pixels(frames.permute(0, 2, 3, 4, 1))
         posterior = vae.encode(pixels).latent_dist
@@ -108,7 +108,7 @@ def test_the_decoder_agrees_with_diffusers_where_diffusers_start_is_out_of_reach
     # The official decoder drops t - 1 frames after each upsample, diffusers drops all five at the end. What the dropped
     # frames tell the later convolutions reaches 2 frames on for each: 2 of them at half, 6 at the full frame rate.
     _, vae = diffusers_models
-    decoder = load_decoder(diffusers_folder, "cpu", torch.float32)
+    decoder = WeightsFolder(diffusers_folder).load_decoder("cpu", torch.float32)
     vae_latents = torch.randn(1, 12, 6, 4, 6, generator=torch.Generator().manual_seed(0))
     reach = 2 * (2 * 2) + 6 * 2
     theirs = vae.decode(vae_latents, return_dict=False)[0]
@@ -119,7 +119,7 @@ def test_the_decoder_agrees_with_diffusers_where_diffusers_start_is_out_of_reach
 def test_the_decoder_agrees_with_diffusers_made_to_drop_frames_after_each_upsample(diffusers_models, diffusers_folder):
     io = load_file(GOLDEN / "vae_io.safetensors")
     _, vae = diffusers_models
-    decoder = load_decoder(diffusers_folder, "cpu", torch.float32)
+    decoder = WeightsFolder(diffusers_folder).load_decoder("cpu", torch.float32)
     hooks = [
         block.register_forward_hook(lambda block, _, out: (out[0][:, :, block.temporal_expansion - 1 :], out[1]))
         for block in vae.decoder.up_blocks
@@ -133,7 +133,7 @@ def test_the_decoder_agrees_with_diffusers_made_to_drop_frames_after_each_upsamp
 @pytest.mark.parametrize("part", LOADERS)
 def test_the_map_there_and_back_is_the_identity(part):
     tensors = official(part)
-    mapping = diffusers_map(LOADERS[part](GOLDEN, "cpu", torch.float32))
+    mapping = diffusers_map(LOADERS[part](WeightsFolder(GOLDEN), "cpu", torch.float32))
     back = to_official(to_diffusers(tensors, mapping), mapping)
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -182,6 +182,6 @@ def test_a_shard_that_the_index_names_must_be_there(diffusers_folder, tmp_path):
 
 def test_a_fingerprint_sees_a_changed_shard_and_a_bases_identity_sees_no_layout(diffusers_folder, tmp_path):
     shutil.copytree(diffusers_folder / "transformer", tmp_path / "transformer")
-    assert base_identity(tmp_path) == base_identity(GOLDEN)
+    assert WeightsFolder(tmp_path).base_identity() == WeightsFolder(GOLDEN).base_identity()
     for shard in (tmp_path / "transformer").glob("*.safetensors"):
         assert changes(tmp_path, "dit", shard)

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from mochi_tune import assets
 from mochi_tune.errors import CheckpointError
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import diffusers_map, to_diffusers
-from mochi_tune.weights.load import base_identity, check_weights, fingerprint, has_part, load_dit, meta_dit
 
 FP32_NAMES = re.compile(
     r"pos_frequencies|.*\.attn\.[qk]_norm_[xy]\.weight|(.*\.stack\.[03]|.*\.attn_block\.norm|output_norm)\.(weight|bias)"
@@ -48,7 +48,7 @@ def write_sparse(path, shapes, dtype="BF16", size=2):
 @pytest.mark.parametrize("part", LOADERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_official_weights_load_whole_frozen_and_in_their_dtypes(part, dtype):
-    model = LOADERS[part](GOLDEN, "cpu", dtype)
+    model = LOADERS[part](WeightsFolder(GOLDEN), "cpu", dtype)
     expected = official(part)
     parameters = dict(model.named_parameters())
     assert parameters.keys() == expected.keys()
@@ -64,14 +64,14 @@ def test_a_wider_file_is_rounded_except_what_stays_fp32(tmp_path):
     copy_golden(tmp_path, "dit")
     wide = {name: torch.randn(tensor.shape) for name, tensor in official("dit").items()}
     save_file(wide, tmp_path / "dit.safetensors")
-    for name, tensor in load_dit(tmp_path, "cpu", torch.bfloat16).state_dict().items():
+    for name, tensor in WeightsFolder(tmp_path).load_dit("cpu", torch.bfloat16).state_dict().items():
         expected = wide[name] if FP32_NAMES.fullmatch(name) else wide[name].to(torch.bfloat16)
         assert torch.equal(tensor, expected), name
 
 
 def test_loaded_tensors_live_on_when_the_file_is_gone(tmp_path):
     copy_golden(tmp_path, "dit")
-    model = load_dit(tmp_path, "cpu", torch.bfloat16)
+    model = WeightsFolder(tmp_path).load_dit("cpu", torch.bfloat16)
     with (tmp_path / "dit.safetensors").open("r+b") as file:
         file.truncate(0)
     for name, tensor in official("dit").items():
@@ -80,7 +80,7 @@ def test_loaded_tensors_live_on_when_the_file_is_gone(tmp_path):
 
 LOAD_AND_MEASURE = """
 import os, sys, torch
-from mochi_tune.weights.load import load_dit
+from mochi_tune.weights.folder import WeightsFolder
 torch.set_num_threads(1)
 
 def memory(key):
@@ -88,9 +88,9 @@ def memory(key):
 
 for folder in sys.argv[2:]:
     if os.fork() == 0:  # a process of its own has a peak of its own
-        load_dit(sys.argv[1], "cpu", torch.bfloat16)  # brings in what torch and safetensors load late
+        WeightsFolder(sys.argv[1]).load_dit("cpu", torch.bfloat16)  # brings in what torch and safetensors load late
         before = memory("VmRSS")
-        model = load_dit(folder, "cpu", torch.bfloat16)
+        model = WeightsFolder(folder).load_dit("cpu", torch.bfloat16)
         size = sum(p.nbytes for p in model.parameters())
         print(size, memory("VmHWM") - before, memory("VmRSS") - before, flush=True)
         os._exit(0)
@@ -135,12 +135,12 @@ def test_a_full_size_file_is_checked_by_its_header_alone(tmp_path):
     shapes = json.loads((GOLDEN / "full_size_keys.json").read_text())["dit"]
     write_sparse(tmp_path / "dit.safetensors", shapes)
     start = time.perf_counter()
-    check_weights(tmp_path, ["dit"])
-    first = fingerprint(tmp_path, "dit")
+    WeightsFolder(tmp_path).check(["dit"])
+    first = WeightsFolder(tmp_path).fingerprint("dit")
     write_sparse(tmp_path / "dit.safetensors", shapes | {"t5_yproj.bias": [1537]})
     with pytest.raises(CheckpointError, match=r"t5_yproj\.bias \[1537\] for \[1536\]"):
-        load_dit(tmp_path, "cpu", torch.bfloat16)
-    assert fingerprint(tmp_path, "dit") != first
+        WeightsFolder(tmp_path).load_dit("cpu", torch.bfloat16)
+    assert WeightsFolder(tmp_path).fingerprint("dit") != first
     assert time.perf_counter() - start < 10
 
 
@@ -160,7 +160,7 @@ def test_wrong_keys_and_shapes_are_listed_together(tmp_path):
     assert "1 of another shape (t5_yproj.bias [95] for [96])" in message
     assert "1 not floating point (final_layer.mod.bias I32)" in message
     with pytest.raises(CheckpointError) as caught:
-        load_dit(tmp_path, "cpu", torch.float32)
+        WeightsFolder(tmp_path).load_dit("cpu", torch.float32)
     assert str(caught.value) == message
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 def test_the_official_file_wins_where_both_layouts_lie(tmp_path):
     copy_golden(tmp_path, "dit")
     (tmp_path / "transformer").mkdir()
-    check_weights(tmp_path, ["dit"])
+    WeightsFolder(tmp_path).check(["dit"])
     (tmp_path / "dit.safetensors").unlink()
     assert "transformer has neither diffusion_pytorch_model.safetensors nor" in refused(tmp_path, "dit")
 
@@ -202,23 +202,27 @@ def test_the_official_file_wins_where_both_layouts_lie(tmp_path):
 def test_a_t5_of_another_width_than_the_dits_is_refused(tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(Path(assets.__path__[0]) / "tiny", folder)
-    check_weights(folder, ["dit", "text_encoder"])
+    WeightsFolder(folder).check(["dit", "text_encoder"])
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "d_model": 1024}))
     with pytest.raises(CheckpointError, match="features of width 1024, the DiT takes 64"):
-        check_weights(folder, ["dit", "text_encoder"])
+        WeightsFolder(folder).check(["dit", "text_encoder"])
 
 
 def test_has_part_knows_both_layouts(tmp_path):
-    assert has_part(GOLDEN, "dit") and not has_part(GOLDEN, "text_encoder")
+    assert WeightsFolder(GOLDEN).has("dit") and not WeightsFolder(GOLDEN).has("text_encoder")
     (tmp_path / "vae").mkdir()
-    assert has_part(tmp_path, "encoder") and has_part(tmp_path, "decoder") and not has_part(tmp_path, "dit")
+    assert (
+        WeightsFolder(tmp_path).has("encoder")
+        and WeightsFolder(tmp_path).has("decoder")
+        and not WeightsFolder(tmp_path).has("dit")
+    )
 
 
 def test_the_text_encoder_needs_its_configuration_weights_and_tokenizer(tmp_path):
     for i, name in enumerate(("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model")):
         folder = write_text_encoder(tmp_path / str(i))
-        check_weights(folder, ["text_encoder"])
+        WeightsFolder(folder).check(["text_encoder"])
         content = (folder / name).read_bytes()
         (folder / name).unlink()
         message = refused(folder, "text_encoder")
@@ -233,8 +237,8 @@ def test_a_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
     first, second = (write_text_encoder(tmp_path / name) for name in ("first", "second"))
     for folder in (first, second):
         copy_golden(folder, "dit", "encoder", "decoder")
-    prints = [fingerprint(first, part) for part in parts]
-    assert prints == [fingerprint(second, part) for part in parts]
+    prints = [WeightsFolder(first).fingerprint(part) for part in parts]
+    assert prints == [WeightsFolder(second).fingerprint(part) for part in parts]
     assert len(set(prints)) == 4 and all(re.fullmatch("[0-9a-f]{64}", p) for p in prints)
     assert changes(first, "dit", first / "dit.safetensors")
     assert changes(first, "dit", first / "dit_config.json")
@@ -242,42 +246,53 @@ def test_a_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
     assert changes(first, "encoder", first / "vae_config.json")
     for name in ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model"):
         assert changes(second, "text_encoder", second / name)
-    before = fingerprint(second, "text_encoder")
+    before = WeightsFolder(second).fingerprint("text_encoder")
     (second / "tokenizer" / "spiece.model").rename(second / "tokenizer" / "tokenizer.json")
-    assert fingerprint(second, "text_encoder") != before
+    assert WeightsFolder(second).fingerprint("text_encoder") != before
     with pytest.raises(CheckpointError, match="weights pull"):
-        fingerprint(tmp_path, "dit")
+        WeightsFolder(tmp_path).fingerprint("dit")
 
 
 def test_a_large_file_is_sampled_from_its_first_to_its_last_byte(tmp_path):
     path = tmp_path / "dit.safetensors"
     write_sparse(path, {"a": (2**29 + 2**22,)})
     size = path.stat().st_size
-    seen = [fingerprint(tmp_path, "dit")]
+    seen = [WeightsFolder(tmp_path).fingerprint("dit")]
     with path.open("r+b") as file:
         file.truncate(size + 2**20)
-    seen.append(fingerprint(tmp_path, "dit"))
+    seen.append(WeightsFolder(tmp_path).fingerprint("dit"))
     with path.open("r+b") as file:
         file.truncate(size)
     for position in (9, size // 63 * 30 - 2**15, size - 1):
         with path.open("r+b") as file:
             file.seek(position)
             file.write(b"!")
-        seen.append(fingerprint(tmp_path, "dit"))
+        seen.append(WeightsFolder(tmp_path).fingerprint("dit"))
     assert len(set(seen)) == 5
 
 
 def test_a_base_is_known_by_its_weights_and_not_by_their_dtype(tmp_path):
     copy_golden(tmp_path, "dit")
-    first = base_identity(GOLDEN)
+    first = WeightsFolder(GOLDEN).base_identity()
     assert re.fullmatch("[0-9a-f]{64}", first)
     tensors = {name: tensor.float() for name, tensor in official("dit").items()}
     save_file(tensors, tmp_path / "dit.safetensors")
-    assert base_identity(tmp_path) == first
+    assert WeightsFolder(tmp_path).base_identity() == first
     tensors["blocks.1.attn.qkv_x.weight"] *= 2
     save_file(tensors, tmp_path / "dit.safetensors")
-    assert base_identity(tmp_path) != first
+    assert WeightsFolder(tmp_path).base_identity() != first
     assert all(
         tensor.is_meta and tensor.shape == tensors[name].shape
-        for name, tensor in meta_dit(tmp_path).state_dict().items()
+        for name, tensor in WeightsFolder(tmp_path).dit_skeleton().state_dict().items()
     )
+
+
+def test_an_opened_folder_reads_a_header_once_and_loads_separate_models(tmp_path):
+    weights = WeightsFolder(copy_golden(tmp_path, "dit"))
+    weights.check(["dit"])
+    skeleton, first, second = weights.dit_skeleton(), *(weights.load_dit("cpu", torch.float32) for _ in range(2))
+    assert first.t5_yproj.weight.data_ptr() != second.t5_yproj.weight.data_ptr()
+    assert skeleton.t5_yproj.weight.is_meta
+    (tmp_path / "dit.safetensors").write_bytes(b"damaged since")
+    assert weights.dit_skeleton().config == skeleton.config
+    assert "not a complete safetensors file" in refused(tmp_path, "dit")

@@ -1,0 +1,77 @@
+"""Fills a model on the meta device, one tensor at a time, straight on its device and in its dtype."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.layers import RMSNorm
+from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
+
+_MODELS: dict[type, type[nn.Module]] = {DiTConfig: AsymmDiT, EncoderConfig: Encoder, DecoderConfig: Decoder}
+
+
+def build_meta_model(config: DiTConfig | EncoderConfig | DecoderConfig) -> Any:
+    """Builds the model of a configuration on the meta device: names and shapes, no weights."""
+    with torch.device("meta"):
+        return _MODELS[type(config)](config)
+
+
+def build_random_model(
+    config: DiTConfig | EncoderConfig | DecoderConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    each_block: Callable[[Any, nn.Module], None] | None = None,
+) -> Any:
+    """Builds a model of a configuration's sizes with random weights, otherwise as the loaders do; for measuring."""
+    model = build_meta_model(config)
+    fill_model(model, lambda _name, tensor: tensor.normal_(0, 0.02), device, dtype, each_block)
+    return model
+
+
+def fill_model(
+    model: nn.Module,
+    write: Callable[[str, Tensor], object],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    each_block: Callable[[Any, nn.Module], None] | None = None,
+) -> None:
+    """Gives a model on the meta device its weights; it is frozen and in eval mode then.
+
+    Args:
+        model: on the meta device.
+        write: fills the empty tensor of a parameter's name.
+        device: of the weights.
+        dtype: of the weights, except those of `fp32_parameters`.
+        each_block: called with the model and each of its blocks as soon as the block is filled.
+    """
+    fp32 = fp32_parameters(model)
+    parameters = list(model.named_parameters())
+    blocks = [_block_of(name) for name, _ in parameters]
+    for i, (name, parameter) in enumerate(parameters):
+        tensor = torch.empty(parameter.shape, dtype=torch.float32 if name in fp32 else dtype, device=device)
+        write(name, tensor)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+        if each_block and blocks[i] and blocks[i] not in blocks[i + 1 : i + 2]:
+            each_block(model, model.get_submodule(blocks[i]))
+    assert not any(buffer.is_meta for buffer in model.buffers()), "the model has a buffer that nothing fills"
+    model.eval()
+
+
+def fp32_parameters(model: nn.Module) -> set[str]:
+    """Names the parameters that are fp32 in every dtype: the norms' weights and biases, and `pos_frequencies`."""
+    norms = {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, RMSNorm | nn.GroupNorm)
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+    return norms | {"pos_frequencies"}
+
+
+def _block_of(name: str) -> str:
+    """Returns the block that a parameter of the DiT belongs to, "blocks.3", or "" if it belongs to none."""
+    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""

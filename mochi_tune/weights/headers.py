@@ -1,0 +1,76 @@
+"""Safetensors headers: read without the tensors, and compared with what a model needs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from mochi_tune.errors import CheckpointError
+from mochi_tune.files import check_header
+from mochi_tune.weights.files import PartFiles, list_some
+
+FLOAT_DTYPES = ("F32", "BF16", "F16")
+
+
+class TensorHeader(NamedTuple):
+    """What a file's header says of one tensor."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Returns a file's tensors by name; opening it checks that it is as long as its header says.
+
+    Raises:
+        CheckpointError: not a complete safetensors file.
+    """
+    try:
+        check_header(path)
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: TensorHeader(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file ({reason}): delete it and fetch it again."
+        ) from error
+
+
+def check_tensors(files: PartFiles, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorHeader]) -> None:
+    """Compares names, shapes and dtypes, and lists everything that is wrong in one error.
+
+    Args:
+        files: that hold the tensors.
+        expected: the shape of each tensor, by its name in the files.
+        found: in the files.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, of another shape or not floating point.
+    """
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unknown": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} for {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
+        ],
+        "not floating point": [
+            f"{name} {header.dtype}"
+            for name, header in found.items()
+            if name in expected and header.dtype not in FLOAT_DTYPES
+        ],
+    }
+    listed = [f"{len(names)} {what} ({list_some(names)})" for what, names in problems.items() if names]
+    if listed:
+        where = files.config.parent if files.is_diffusers else files.shards[0]
+        config = (
+            files.config.name if files.config.exists() else f"the full-size model (there is no {files.config.name})"
+        )
+        raise CheckpointError(
+            f"{where} does not fit {config}, which has {len(expected)} tensors: {'; '.join(listed)}. "
+            "Use weights and a configuration of the same model."
+        )
