@@ -16,9 +16,16 @@ from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.training.accelerator import check_adapter_fits
-from mochi_tune.training.draws import key_seed
+from mochi_tune.training.draws import KeyedDraws, key_seed
 from mochi_tune.training.guards import is_finite
-from mochi_tune.training.loader import Draws
+from mochi_tune.training.objective import (
+    draw_posterior,
+    drop_captions,
+    loss_weight,
+    noisy_and_target,
+    sigmas_of,
+    velocity_loss,
+)
 from mochi_tune.weights.folder import WeightsFolder
 
 
@@ -80,7 +87,9 @@ def main(bundle: Path, device_name: str) -> Replay:
     needed = ("step", "draws", "clips", "loss", "grad_norm")
     if missing := [key for key in needed if key not in recorded]:
         raise CheckpointError(f"{bundle / 'step.json'} has no {', '.join(missing)}: it is no bundle of a run.")
-    config, draws = load_config(str(bundle / "config.yaml"), []), Draws(**recorded["draws"])
+    config = load_config(str(bundle / "config.yaml"), [])
+    train, num_micro_batches = config.train, recorded["draws"]["num_micro_batches"]
+    draws = KeyedDraws(config.seed, train.batch_size, num_micro_batches, train.caption_dropout, train.sigma_stratified)
     device = find_device(device_name)
     dataset, places = find_clips(config, recorded["clips"])
     dit = load_adapted(config, bundle, device)
@@ -90,15 +99,24 @@ def main(bundle: Path, device_name: str) -> Replay:
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for number in range(draws.num_micro_batches):
         rows = places[number * draws.batch_size : (number + 1) * draws.batch_size]
-        batch = draws.mixed(collate([dataset[i] for i in rows]), recorded["step"], number)
+        batch = collate([dataset[i] for i in rows])
+        drawn = draws.draw(recorded["step"], number, batch["mean"].shape[1:])
+        sigma = sigmas_of(
+            drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
+        )[drawn.rows]
+        vae_latents = draw_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
+        noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
+        prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
         watch.origin = ""
-        losses = draws.losses(dit, batch, device)
+        torch.manual_seed(drawn.dropout_seed)
+        velocity = dit(noisy.to(device), sigma.to(device), prompt.to(device), mask)
+        losses = velocity_loss(velocity, target.to(device)) * loss_weight(sigma, train.loss_weighting).to(device)
         on_the_way = watch.origin
         for row, loss in enumerate(losses):
             watch.origin = on_the_way
             gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
             norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-            done.append(Sample(batch.clips[row], batch.sigma[row].item(), loss.item(), norm, watch.origin))
+            done.append(Sample(batch["sample_ids"][row], sigma[row].item(), loss.item(), norm, watch.origin))
             for sum_so_far, gradient in zip(total.values(), gradients, strict=True):
                 sum_so_far += gradient / count
     loss = sum(each.loss for each in done) / len(done)

@@ -159,7 +159,7 @@ def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSet
 
 
 @torch.no_grad()
-def start_from(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """Puts an adapter into the trainable one, so that the model computes what it does with that adapter.
 
     Where the trainable rank is larger, the other components stay as they are: A random, B zero. A scale that differs

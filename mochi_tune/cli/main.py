@@ -132,10 +132,9 @@ def run_train(arguments: list[str]) -> int:
     """Trains or resumes."""
     if (config := load("train", arguments)) is None:
         return 0
-    from mochi_tune.models.device import find_device
     from mochi_tune.recipes.train_lora import main as train
     from mochi_tune.training.checkpoint import last_checkpoint
-    from mochi_tune.training.preflight import check, starting_point
+    from mochi_tune.training.preflight import check, find_start
 
     # A run outlives the place that its words go to.
     PatientStream.use()
@@ -149,7 +148,7 @@ def run_train(arguments: list[str]) -> int:
     last = lambda: last_checkpoint(Path(config.run_dir) / "checkpoints")  # noqa: E731
     if started == 1 and parallel.num_processes > 1:
         # What can be refused is refused once, here.
-        starting_point(config, check(config, parallel.num_processes), find_device(config.device))
+        find_start(check(config, parallel.num_processes))
         command = ["train", *arguments]
         try:
             code = start_processes(parallel.num_processes, command, config.device, parallel.timeout_seconds, stops)
@@ -157,7 +156,7 @@ def run_train(arguments: list[str]) -> int:
             raise ParallelError(f"{error} {last()}.") from None
     else:
         with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
-            code = train(config)
+            code = train(config, started)
     if STARTED_HERE in os.environ and started > 1:
         # The exit code of a stop is that of the program that started this process.
         return code if code <= USERS_MISTAKE else 0

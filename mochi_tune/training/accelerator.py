@@ -1,23 +1,26 @@
-"""How the ranks of a training make one update together: gradients averaged, or DeepSpeed's ZeRO under Accelerate.
+"""The one Accelerator of a training, and the adapter's optimizer under it: data parallel, or DeepSpeed's ZeRO.
 
-Both hold and give the same state under the same names, so that a run may go on under the other one.
+Both optimizers save and load the same state under the same names, so that a run can go on under the other one.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.training.optim import (
+    inference_weights,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
-    showing,
-    shown_weights,
+    temporarily,
 )
 
 STRATEGIES = ("data", "zero2", "zero3")
@@ -25,82 +28,138 @@ STRATEGIES = ("data", "zero2", "zero3")
 OptimizerState = Mapping[str, Mapping[str, Tensor]]
 
 
-class DataParallel:
-    """Every rank has the whole model; gradients are averaged over the ranks once a step.
+def build_accelerator(
+    device: torch.device, strategy: str, accumulation_steps: int, max_grad_norm: float
+) -> Accelerator:
+    """Builds the Accelerator of a training; every process calls it, one process too.
 
-    They are averaged in one piece, so that the sums have the same order in every run, resumed or not; DDP's buckets,
-    which are laid out anew after the first step, would not give the same bits.
+    Args:
+        device: of this process.
+        strategy: one of STRATEGIES.
+        accumulation_steps: micro-batches a step on this process.
+        max_grad_norm: gradients above this norm are scaled down to it.
+    """
+    assert strategy in STRATEGIES, strategy
+    if strategy == "data":
+        return Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=accumulation_steps)
+    import deepspeed
+
+    # DeepSpeed would compile this extension for a minute; a training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts samples with it.
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        # DeepSpeed's own Linear adds the bias after it has rounded the product to bf16.
+        "zero_optimization": {"stage": int(strategy.removeprefix("zero")), "memory_efficient_linear": False},
+        "zero_allow_untested_optimizer": True,
+        # Parameters keep the dtypes that they were loaded in: an fp32 adapter over a base of any dtype.
+        "bf16": {"enabled": False},
+        "communication_data_type": "fp32",
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**12,
+    }
+    plugin = DeepSpeedPlugin(hf_ds_config=settings)
+    return Accelerator(gradient_accumulation_steps=accumulation_steps, deepspeed_plugin=plugin)
+
+
+def broadcast(value: Any) -> Any:
+    """Returns the main process's value on every process."""
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
+def prepare(
+    accelerator: Accelerator,
+    dit: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+) -> tuple[nn.Module, "AdapterOptimizer | ZeroOptimizer"]:
+    """Returns the model to call and the optimizer to step, for one process or for many.
+
+    Args:
+        accelerator: from `build_accelerator`.
+        dit: with a trainable adapter, on the device.
+        parameters: of the adapter, by name.
+        optimizer: over them, without state.
+        max_grad_norm: gradients above this norm are scaled down to it.
+    """
+    if accelerator.deepspeed_plugin is None:
+        # The model is not wrapped: DDP lays its buckets out anew after the first step, so that the sums over processes
+        # have another order in a resumed run, and other bits. `AdapterOptimizer` averages gradients in one piece.
+        return dit, AdapterOptimizer(accelerator, parameters, optimizer, max_grad_norm)
+    engine, _ = accelerator.prepare(dit, optimizer)
+    # Accelerate's own wrapper makes DeepSpeed's update inside `backward`, before anyone has seen that the loss and the
+    # gradients are finite.
+    accelerator.deepspeed_engine_wrapped = _BackwardOnly(engine)
+    return engine, ZeroOptimizer(engine, parameters, optimizer)
+
+
+@dataclass
+class AdapterOptimizer:
+    """Trains an adapter whose model is complete on every process.
+
+    Attributes:
+        accelerator: averages and clips.
+        parameters: of the adapter, by name.
+        optimizer: over them.
+        max_grad_norm: gradients above this norm are scaled down to it.
     """
 
-    def __init__(
-        self,
-        dit: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        accumulation_steps: int,
-        max_grad_norm: float,
-    ) -> None:
-        self.dit = dit
-        self.parameters = dict(parameters)
-        self.optimizer = optimizer
-        self.accumulation_steps = accumulation_steps
-        self.max_grad_norm = max_grad_norm
+    accelerator: Accelerator
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
 
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Adds a micro-batch's gradients; `is_last` of the step."""
-        (loss / self.accumulation_steps).backward()
-
-    def gradient_norm(self) -> Tensor:
-        """Averages the gradients over all ranks, clips them, and returns their norm before that; a tensor ()."""
+    def clip_grad_norm(self) -> Tensor:
+        """Averages the gradients over the processes, clips them, and returns their norm before that, a tensor ()."""
         parameters = list(self.parameters.values())
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                parameter.grad.copy_(gradient.view_as(parameter))
-        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if self.accelerator.num_processes > 1:
+            # One flat all-reduce: its sums have the same order in every run, resumed or not.
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            averaged = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+            for gradient, part in zip(gradients, averaged.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        assert norm is not None
+        return norm
 
-    def update(self) -> None:
-        """Makes the step."""
+    def step(self) -> None:
+        """Updates the adapter."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def discard(self) -> None:
-        """Leaves the step out, as if its gradients had never been."""
+    def skip(self) -> None:
+        """Drops the gradients of a step without an update."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Sets the rate of the next step."""
+        """Sets the learning rate of the next step."""
         set_learning_rate(self.optimizer, learning_rate)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Returns the whole adapter as it lies on the device; all ranks call it."""
+        """Returns the trained weights, on the device; every process calls it."""
         return self.parameters
 
-    def shown_weights(self) -> dict[str, Tensor] | None:
-        """Returns the weights that are to be used where they are not those that are trained."""
-        return shown_weights(self.optimizer, self.parameters)
+    def inference_weights(self) -> dict[str, Tensor] | None:
+        """Returns the weights to use, where the optimizer says that these are not the trained ones, else None."""
+        return inference_weights(self.optimizer, self.parameters)
 
-    def showing(self, weights: Mapping[str, Tensor] | None) -> contextlib.AbstractContextManager[None]:
-        """Puts other weights in the adapter's place while the context lasts; None leaves it alone."""
-        return showing(self.parameters, weights)
+    def temporarily(self, weights: Mapping[str, Tensor] | None) -> contextlib.AbstractContextManager[None]:
+        """Puts other weights into the adapter while the context lasts; None changes nothing."""
+        return temporarily(self.parameters, weights)
 
-    def optimizer_state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
-        """Returns the whole state of every parameter on the CPU, and the groups' numbers; all ranks call it."""
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
+        """Returns each parameter's state, on the CPU, and each group's numbers; every process calls it."""
         return optimizer_state(self.optimizer, self.parameters)
 
-    def load(
-        self,
-        adapter: Mapping[str, Tensor],
-        state: OptimizerState,
-        groups: list[dict],
-        example_loss: Callable[[], Tensor],
-    ) -> None:
-        """Puts a saved adapter and its optimizer's state back; the loss is what `Zero` needs.
+    def load(self, adapter: Mapping[str, Tensor], state: OptimizerState, groups: list[dict]) -> None:
+        """Restores a saved adapter and the state of its optimizer.
 
         Raises:
-            CheckpointError: they are not of this adapter or this optimizer.
+            CheckpointError: they belong to another adapter or optimizer.
         """
         check_adapter_fits(self.parameters, adapter)
         load_optimizer_state(self.optimizer, self.parameters, state, groups)
@@ -108,118 +167,102 @@ class DataParallel:
             parameter.data.copy_(adapter[name])
 
 
-class Zero:
-    """DeepSpeed shards the optimizer and gradients (stage 2), and the model's weights too (stage 3)."""
+class ZeroOptimizer:
+    """Trains an adapter under DeepSpeed, which shards the optimizer and gradients, at stage 3 the model too."""
 
-    def __init__(
-        self,
-        dit: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        accumulation_steps: int,
-        max_grad_norm: float,
-        stage: int,
-    ) -> None:
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        self.engine = engine
         self.parameters = dict(parameters)
-        self.base_optimizer = optimizer
-        self.engine = _deepspeed_engine(dit, optimizer, accumulation_steps, max_grad_norm, stage)
-        self.dit = self.engine
+        self.optimizer = optimizer
 
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Adds a micro-batch's gradients; `is_last` of the step."""
-        self.engine.set_gradient_accumulation_boundary(is_last)
-        self.engine.backward(loss)
-        if not is_last:
-            self.engine.step()
-
-    def gradient_norm(self) -> Tensor:
-        """Returns the norm of the averaged gradients, as they are before DeepSpeed clips them in `update`."""
+    def clip_grad_norm(self) -> Tensor:
+        """Returns the norm of the averaged gradients; DeepSpeed clips them in `step`."""
         from deepspeed.utils import safe_get_full_grad
 
         norms = [safe_get_full_grad(parameter).float().norm() for parameter in self.parameters.values()]
         return torch.stack(norms).norm()
 
-    def update(self) -> None:
-        """Makes the step."""
+    def step(self) -> None:
+        """Updates the adapter."""
         self.engine.step()
 
-    def discard(self) -> None:
-        """Leaves the step out: DeepSpeed knows no other way to be rid of gradients than to make it, so it is undone."""
-        adapter, (state, _) = self._copied(), self.optimizer_state()
-        self.update()
-        self._put(adapter, state)
+    def skip(self) -> None:
+        """Drops the gradients of a step: DeepSpeed drops them only in an update, which is made and undone."""
+        adapter, (state, _) = self._copy_weights(), self.state()
+        self.step()
+        self._restore(adapter, state)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Sets the rate of the next step."""
-        set_learning_rate(self.base_optimizer, learning_rate)
+        """Sets the learning rate of the next step."""
+        set_learning_rate(self.optimizer, learning_rate)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Returns the whole adapter as it lies on the device; all ranks call it."""
+        """Returns the complete trained weights, on the device; every process calls it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full = {name: safe_get_full_fp32_param(parameter) for name, parameter in self.parameters.items()}
         assert all(tensor is not None and tensor.numel() for tensor in full.values()), "a shard is not an adapter"
         return full
 
-    def shown_weights(self) -> None:
-        """Returns None: those that are trained are those that are used."""
+    def inference_weights(self) -> None:
+        """Returns None: the weights to use are the trained ones."""
 
     @contextlib.contextmanager
-    def showing(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Puts other weights in the adapter's place while the context lasts; None leaves it alone."""
+    def temporarily(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Puts other weights into the adapter while the context lasts; None changes nothing."""
         if weights is None:
             yield
             return
-        kept = self._copied()
-        self._compute_with(weights)
+        kept = self._copy_weights()
+        self._set_computing_weights(weights)
         try:
             yield
         finally:
-            self._compute_with(kept)
+            self._set_computing_weights(kept)
 
-    def optimizer_state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
-        """Returns the whole state of every parameter on the CPU, and the groups' numbers; all ranks call it."""
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
+        """Returns each parameter's complete state, on the CPU, and each group's numbers; every process calls it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        groups: list[dict] = [{} for _ in self.base_optimizer.param_groups]
-        flat = next((dict(state) for state in self.base_optimizer.state.values() if state), {})
+        groups: list[dict] = [{} for _ in self.optimizer.param_groups]
+        flat = next((dict(state) for state in self.optimizer.state.values() if state), {})
         if not flat:
             return {}, groups
-        whole = {key: value for key, value in flat.items() if value.ndim == 0}
-        # In the same order on every rank: they sum what they are asked for.
-        shared = [key for key in flat if key not in whole]
+        scalars = {key: value for key, value in flat.items() if value.ndim == 0}
+        # The getters sum over the processes, so that each process must ask for the entries in the same order.
+        sharded = [key for key in flat if key not in scalars]
         return {
-            name: {key: value.detach().cpu().clone() for key, value in whole.items()}
-            | {key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in shared}
+            name: {key: value.detach().cpu().clone() for key, value in scalars.items()}
+            | {key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in sharded}
             for name, parameter in self.parameters.items()
         }, groups
 
-    def load(
-        self,
-        adapter: Mapping[str, Tensor],
-        state: OptimizerState,
-        groups: list[dict],
-        example_loss: Callable[[], Tensor],
-    ) -> None:
-        """Puts a saved adapter and its optimizer's state back.
+    def load(self, adapter: Mapping[str, Tensor], state: OptimizerState, groups: list[dict]) -> None:
+        """Restores a saved adapter and the state of its optimizer; `groups` have nothing that ZeRO keeps.
 
-        DeepSpeed makes the state in a first step: that is done at a learning rate of 0, and what it made replaced.
+        DeepSpeed creates the state in its first step: one is made at a learning rate of 0, on zeros, and its state is
+        replaced.
 
         Raises:
-            CheckpointError: they are not of this adapter or this optimizer.
+            CheckpointError: they belong to another adapter or optimizer.
         """
-        check_adapter_fits(self._copied(), adapter)
+        check_adapter_fits(self._copy_weights(), adapter)
         check_names(self.parameters, state)
         self.set_learning_rate(0.0)
-        self.backward(example_loss(), is_last=True)
-        self.update()
-        self._put(adapter, state)
+        config, device = self.engine.module.config, self.engine.device
+        frame = torch.zeros(1, config.in_channels, 1, config.patch_size, config.patch_size, device=device)
+        prompt = torch.zeros(1, 1, config.t5_feat_dim, device=device)
+        velocity = self.engine(frame, torch.zeros(1, device=device), prompt, torch.ones(1, 1, dtype=torch.bool))
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(velocity.float().mean())
+        self.step()
+        self._restore(adapter, state)
 
-    def _copied(self) -> dict[str, Tensor]:
+    def _copy_weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.weights().items()}
 
-    def _put(self, adapter: Mapping[str, Tensor], state: OptimizerState) -> None:
-        """Replaces the copy that is trained, the one that computes, and the optimizer's state."""
+    def _restore(self, adapter: Mapping[str, Tensor], state: OptimizerState) -> None:
+        """Replaces DeepSpeed's fp32 copy of the weights, the one that computes, and the optimizer's state."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, parameter in self.parameters.items():
@@ -227,13 +270,13 @@ class Zero:
             for key, value in state[name].items():
                 if value.ndim:
                     safe_set_full_optimizer_state(parameter, value, key)
-        self._compute_with(adapter)
-        whole = {key: value for key, value in next(iter(state.values())).items() if value.ndim == 0}
-        for flat in self.base_optimizer.state.values():
-            for key, value in whole.items():
+        self._set_computing_weights(adapter)
+        scalars = {key: value for key, value in next(iter(state.values())).items() if value.ndim == 0}
+        for flat in self.optimizer.state.values():
+            for key, value in scalars.items():
                 flat[key].copy_(value)
 
-    def _compute_with(self, weights: Mapping[str, Tensor]) -> None:
+    def _set_computing_weights(self, weights: Mapping[str, Tensor]) -> None:
         from deepspeed.runtime.zero import GatheredParameters
 
         for name, parameter in self.parameters.items():
@@ -241,33 +284,18 @@ class Zero:
                 parameter.data.copy_(weights[name])
 
 
-def build_engine(
-    strategy: str,
-    dit: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    accumulation_steps: int,
-    max_grad_norm: float,
-) -> "DataParallel | Zero":
-    """Builds the engine of a strategy, one of STRATEGIES, over a model with its adapter; all ranks call it.
+class _BackwardOnly(DeepSpeedEngineWrapper):
+    """What `accelerator.backward` calls under DeepSpeed: the backward pass, without the update."""
 
-    Args:
-        strategy: how the ranks share the model and the update.
-        dit: with a trainable adapter, on the device.
-        parameters: the adapter's, by name.
-        optimizer: over them, without any state.
-        accumulation_steps: micro-batches a step.
-        max_grad_norm: gradients above this norm are scaled down to it.
-    """
-    assert strategy in STRATEGIES, strategy
-    if strategy == "data":
-        return DataParallel(dit, parameters, optimizer, accumulation_steps, max_grad_norm)
-    stage = int(strategy.removeprefix("zero"))
-    return Zero(dit, parameters, optimizer, accumulation_steps, max_grad_norm, stage)
+    def backward(self, loss: Tensor, sync_gradients: bool = True, **_: Any) -> None:
+        self.engine.set_gradient_accumulation_boundary(sync_gradients)
+        self.engine.backward(loss)
+        if not sync_gradients:
+            self.engine.step()  # Between micro-batches this only counts them.
 
 
 def check_adapter_fits(parameters: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:
-    """Refuses a saved adapter that is not of these parameters.
+    """Refuses a saved adapter that does not belong to these parameters.
 
     Raises:
         CheckpointError: names or sizes differ.
@@ -280,7 +308,7 @@ def check_adapter_fits(parameters: Mapping[str, Tensor], adapter: Mapping[str, T
 
 
 def check_names(parameters: Mapping[str, object], saved: Mapping[str, object]) -> None:
-    """Refuses a saved state that is not of these parameters.
+    """Refuses a saved state that does not belong to these parameters.
 
     Raises:
         CheckpointError: names differ.
@@ -289,34 +317,3 @@ def check_names(parameters: Mapping[str, object], saved: Mapping[str, object]) -
         raise CheckpointError(
             f"the checkpoint is not this run's: {len(differing)} layers differ, {differing[0]} among them."
         )
-
-
-def _deepspeed_engine(
-    dit: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accumulation_steps: int,
-    max_grad_norm: float,
-    stage: int,
-) -> Any:
-    import deepspeed
-    from accelerate import Accelerator, DeepSpeedPlugin
-
-    # It would be compiled for a minute, where there is a compiler, for something that a training never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    config = {
-        "train_micro_batch_size_per_gpu": 1,  # It only counts samples by this; batches are ours.
-        "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": max_grad_norm,
-        # Its own Linear would add the bias after rounding the product to bf16.
-        "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
-        "zero_allow_untested_optimizer": True,
-        # The dtypes are as they were loaded: fp32 adapters over a base of any.
-        "bf16": {"enabled": False},
-        "communication_data_type": "fp32",
-        "wall_clock_breakdown": False,
-        "steps_per_print": 10**12,
-    }
-    plugin = DeepSpeedPlugin(hf_ds_config=config)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps, deepspeed_plugin=plugin)
-    engine, _ = accelerator.prepare(dit, optimizer)
-    return engine

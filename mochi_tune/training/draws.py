@@ -1,12 +1,19 @@
-"""Random numbers keyed by what they are for, never by when or where they are drawn.
+"""Random numbers keyed by what they are for, never by when or in which process they are drawn.
 
-A draw depends on (seed, purpose, step, sample) alone. So a resumed run, another number of processes and another
-order of evaluation draw the same numbers, and there is no generator state to save.
+A draw depends on (seed, purpose, step, sample) alone. So a resumed run, another number of processes and another order
+of evaluation draw the same numbers, and there is no generator state to save.
+
+The samples of a step are numbered across all processes: sample i is row i % batch_size of micro-batch i // batch_size.
 """
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from mochi_tune.data.dataset import batch_indices
 
 
 def key_seed(seed: int, *key: str | int) -> int:
@@ -20,9 +27,96 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(key_seed(seed, *key))
 
 
-def draws_proof(seed: int) -> str:
-    """Returns the sha256 of one draw of each kind: what a torch that draws other numbers would not give."""
+def generator_fingerprint(seed: int) -> str:
+    """Returns the sha256 of one draw of each kind; it changes when a torch release draws other numbers."""
+    # The key is part of every checkpoint's fingerprint, so it keeps its first name.
     generator = keyed_generator(seed, "proof")
     drawn = (torch.rand(17, generator=generator), torch.randn(999, generator=generator))
     order = torch.randperm(99, generator=generator)
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in (*drawn, order))).hexdigest()
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one micro-batch of B samples.
+
+    Attributes:
+        uniforms: one number in [0, 1) for each of the S samples of the step, from which sigma is made, fp32 (S,). They
+            are those of the whole step, so that sigma has the same bits however the step is shared.
+        rows: which of the S samples these B are.
+        drops_caption: whether a sample is trained without its caption, bool (B,).
+        posterior_noise: standard normal, for the VAE's posterior, fp32 (B, C, T, h, w).
+        noise: standard normal, mixed into the clip, fp32 (B, C, T, h, w).
+        dropout_seed: for the adapter's dropout.
+    """
+
+    uniforms: Tensor
+    rows: slice
+    drops_caption: Tensor
+    posterior_noise: Tensor
+    noise: Tensor
+    dropout_seed: int
+
+
+@dataclass(frozen=True)
+class KeyedDraws:
+    """Draws everything random in a training; two runs with equal fields draw the same numbers.
+
+    Attributes:
+        seed: of the run.
+        batch_size: samples of a micro-batch.
+        num_micro_batches: of a step, over all processes.
+        caption_dropout: probability in [0, 1) that a sample is trained without its caption.
+        stratified: whether the uniform numbers of a step are spread evenly, see `stratify`.
+    """
+
+    seed: int
+    batch_size: int
+    num_micro_batches: int
+    caption_dropout: float
+    stratified: bool
+
+    def indices(self, step: int, micro_batch: int, clips: Sequence[int]) -> list[int]:
+        """Returns the clips of a micro-batch, chosen from `clips`; step counts from 1, micro_batch from 0."""
+        batch = (step - 1) * self.num_micro_batches + micro_batch
+        chosen = batch_indices(batch, num_clips=len(clips), batch_size=self.batch_size, seed=self.seed)
+        return [clips[i] for i in chosen]
+
+    def uniforms(self, step: int) -> Tensor:
+        """Returns a number in [0, 1) for each sample of a step, fp32 (S,)."""
+        count = self.batch_size * self.num_micro_batches
+        uniforms = torch.stack([torch.rand((), generator=self._generator(step, i)) for i in range(count)])
+        if not self.stratified:
+            return uniforms
+        return stratify(uniforms, torch.randperm(count, generator=keyed_generator(self.seed, "strata", step)))
+
+    def draw(self, step: int, micro_batch: int, shape: Sequence[int]) -> Draws:
+        """Draws the numbers of a micro-batch; `shape` is that of one sample's latents, (C, T, h, w)."""
+        rows = slice(micro_batch * self.batch_size, (micro_batch + 1) * self.batch_size)
+        drops_caption, posterior_noise, noise = [], [], []
+        for sample in range(rows.start, rows.stop):
+            generator = self._generator(step, sample)
+            torch.rand((), generator=generator)  # The number of `uniforms`, which comes first.
+            drops_caption.append(torch.rand((), generator=generator) < self.caption_dropout)
+            posterior_noise.append(torch.randn(shape, generator=generator))
+            noise.append(torch.randn(shape, generator=generator))
+        return Draws(
+            self.uniforms(step), rows, torch.stack(drops_caption), torch.stack(posterior_noise), torch.stack(noise),
+            dropout_seed=key_seed(self.seed, "dropout", step, micro_batch),
+        )  # fmt: skip
+
+    def _generator(self, step: int, sample: int) -> torch.Generator:
+        return keyed_generator(self.seed, "train", step, sample)
+
+
+def stratify(uniforms: Tensor, permutation: Tensor) -> Tensor:
+    """Moves N uniform numbers into N equal strata of [0, 1), one in each: number i into stratum permutation[i].
+
+    With a random permutation each number alone is still uniform, but together they cover the whole interval, so that
+    the mean loss of a step varies less with the noise levels that were drawn.
+
+    Args:
+        uniforms: (N,) in [0, 1), of all samples of a step.
+        permutation: (N,), of 0 to N - 1.
+    """
+    return ((permutation + uniforms.double()) / len(permutation)).float()

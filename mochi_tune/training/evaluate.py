@@ -1,104 +1,193 @@
-"""Videos rendered while a run trains: the base and the adapter side by side, from the same noise at every step."""
+"""Evaluation while a run trains: the loss at fixed noise levels on held-out clips, and videos with base | LoRA."""
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mochi_tune.adapters.lora import switch_adapters
+from mochi_tune.config.checks import sampler_settings
+from mochi_tune.config.schema import sample_size
+from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.files import load_tensors, save_tensors
+from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.models.latents import to_vae_latents
+from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder
 from mochi_tune.models.vae_streaming import decode_chunks
-from mochi_tune.parallel.processes import from_first, is_first
-from mochi_tune.sampling.sampler import SamplerSettings, sample_latents
+from mochi_tune.sampling.sampler import draw_noise, sample_latents
 from mochi_tune.sampling.video import write_video
+from mochi_tune.training.accelerator import broadcast
+from mochi_tune.training.draws import keyed_generator
 from mochi_tune.training.interrupts import Interrupted
+from mochi_tune.training.objective import noisy_and_target, velocity_loss
+from mochi_tune.training.preflight import TrainPlan
+from mochi_tune.training.run import Run, is_due
+
+# The middles of four bins of noise levels.
+SIGMAS = (0.125, 0.375, 0.625, 0.875)
+
+
+def evaluate(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> None:
+    """Validates and renders the adapter, where this step asks for it and it was not done before an interruption.
+
+    Every process calls it.
+
+    Raises:
+        Interrupted: the run was asked to stop.
+    """
+    settings, plan = run.settings, run.plan
+    validates = settings.validate_every > 0 and is_due(run.step, settings.validate_every, settings.steps)
+    validates = validates and bool(plan.validation_clips)
+    if validates:
+        validates = broadcast(run.metrics is not None and not run.metrics.is_validated(run.step))
+    renders = videos is not None and is_due(run.step, settings.sample_every, settings.steps)
+    if not validates and not renders:
+        return
+    with run.optimizer.temporarily(run.published_weights()):
+        if validates:
+            clips = ValidationClips(plan.dataset, plan.validation_clips, plan.config.seed, settings.objective)
+            losses = validation_losses(dit, clips, plan.device, run.check_signals)
+            if run.metrics is not None:
+                row = {"step": run.step, "validation_loss": sum(losses.values()) / len(losses), "bins": losses}
+                row |= {"held_out": bool(plan.held_out), "sigmas_drawn": run.metrics.sigma_histogram()}
+                run.metrics.log_validation(row)
+        if renders and videos is not None:
+            videos.render(dit, run.step)
+    run.check_signals()
+
+
+@dataclass(frozen=True)
+class ValidationClips:
+    """What the validation loss is measured on.
+
+    Attributes:
+        dataset: of all clips.
+        indices: clips to measure.
+        seed: of the noise.
+        objective: one of `objective.OBJECTIVES`.
+    """
+
+    dataset: LatentDataset
+    indices: Sequence[int]
+    seed: int
+    objective: str
+
+
+@torch.no_grad()
+def validation_losses(
+    dit: nn.Module, clips: ValidationClips, device: torch.device, on_clip: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Returns the mean loss at each of SIGMAS on fixed clips and noise, which the training loss's noise would hide.
+
+    Args:
+        dit: in training mode again when this returns.
+        clips: to measure.
+        device: of the model.
+        on_clip: called before each clip; what it raises ends the validation.
+    """
+    dit.eval()
+    losses = torch.zeros(len(clips.indices), len(SIGMAS))
+    is_quiet = not PartialState().is_main_process
+    try:
+        for row, index in enumerate(tqdm(clips.indices, "validation", unit="clip", leave=False, disable=is_quiet)):
+            on_clip()
+            batch = collate([clips.dataset[index]])
+            noise = torch.randn(batch["mean"].shape, generator=keyed_generator(clips.seed, "validation", index))
+            for column, value in enumerate(SIGMAS):
+                sigma = torch.tensor([value])
+                noisy, target = noisy_and_target(clips.objective, batch["mean"], noise, sigma)
+                prediction = dit(
+                    noisy.to(device), sigma.to(device), batch["prompt_embeds"].to(device), batch["prompt_mask"]
+                )
+                losses[row, column] = velocity_loss(prediction, target.to(device)).item()
+    finally:
+        dit.train()
+    return {f"{value:g}": loss for value, loss in zip(SIGMAS, losses.mean(0).tolist(), strict=True)}
+
+
+def encode_eval_prompts(plan: TrainPlan) -> list[Tensor]:
+    """Returns the features (n, D) of the eval prompts and, last, of the negative prompt; [] where none is rendered."""
+    if not plan.renders_videos:
+        return []
+    encoder = TextEncoder.load(plan.weights.path, plan.device, torch.float32)
+    prompts = [*plan.config.train.sample_prompts, plan.config.sample.negative_prompt]
+    features = [features.cpu() for features in encoder.encode(prompts)]
+    del encoder
+    free_memory()
+    return features
 
 
 class EvalVideos:
-    """Renders a few prompts by the sampler's own code; all ranks take part, the first one writes."""
+    """Renders a few prompts with the sampler of `mochi-tune sample`, from the same noise at every step.
 
-    def __init__(
-        self,
-        folder: Path,
-        features: list[Tensor],
-        noise: Tensor,
-        settings: SamplerSettings,
-        load_decoder: Callable[[], Decoder],
-        attend: Callable[[], None],
-        is_asked_to_stop: Callable[[], bool],
-    ) -> None:
+    Every process takes part; the main process decodes and writes.
+    """
+
+    def __init__(self, run: Run, prompts: list[Tensor]) -> None:
         """Prepares to render.
 
         Args:
-            folder: of the videos.
-            features: of each prompt and, last, of the negative prompt, (n, D).
-            noise: (1, C, T, h, w).
-            settings: steps, schedule and guidance.
-            load_decoder: loads the VAE's decoder when there is something to decode.
-            attend: called by all ranks after each step; what it raises ends this.
-            is_asked_to_stop: looked at by the first rank, which decodes alone; a video that is broken off is not left.
+            run: whose adapter is rendered.
+            prompts: from `encode_eval_prompts`.
         """
-        self.folder = folder
-        self.features = features
-        self.noise = noise
-        self.settings = settings
-        self.load_decoder = load_decoder
-        self.attend = attend
-        self.is_asked_to_stop = is_asked_to_stop
+        self.run = run
+        *self.prompts, self.negative_prompt = prompts
+        config = run.plan.config
+        self.folder = Path(config.run_dir) / "samples"
+        self.noise = draw_noise(config.seed, *sample_size(config))
+        self.settings = sampler_settings(config)
 
-    def render(self, dit: nn.Module, step: int, starts_as_base: bool) -> None:
-        """Renders the videos of a step that are not there yet.
-
-        Args:
-            dit: with its adapter.
-            step: that the adapter is of.
-            starts_as_base: whether the adapter of step 0 changes nothing.
-        """
-        *prompts, negative_prompt = self.features
-        paths = [self.folder / f"step_{step:06d}_prompt_{i}.mp4" for i in range(len(prompts))]
-        missing = from_first([not path.exists() for path in paths])
+    def render(self, dit: nn.Module, step: int) -> None:
+        """Renders the videos of a step that are not there yet; `dit` has the adapter of that step."""
+        paths = [self.folder / f"step_{step:06d}_prompt_{i}.mp4" for i in range(len(self.prompts))]
+        missing = broadcast([not path.exists() for path in paths])
+        # A fresh adapter changes nothing.
+        is_base = step == 0 and self.run.plan.config.lora.init_from is None
         pairs = {}
         for i in [i for i, is_missing in enumerate(missing) if is_missing]:
-            base = self._base(dit, i, negative_prompt)
-            if step == 0 and starts_as_base:
-                pairs[paths[i]] = base, base
-            else:
-                pairs[paths[i]] = base, self._sample(dit, prompts[i], negative_prompt, paths[i].stem)
-        if not pairs or not is_first():
+            base = self._base(dit, i)
+            pairs[paths[i]] = base, base if is_base else self._sample(dit, self.prompts[i], paths[i].stem)
+        if not pairs or not PartialState().is_main_process:
             return
-        decoder = self.load_decoder()
-        with contextlib.suppress(Interrupted):  # All ranks look for a stop together when this is over.
+        plan = self.run.plan
+        decoder = plan.weights.load_decoder(plan.device, DTYPES[plan.config.model.dtype])
+        # Only this process decodes; all processes look for a stop together when this is over.
+        with contextlib.suppress(Interrupted):
             for path, pair in pairs.items():
                 write_video(path, self._side_by_side(decoder, *pair))
 
-    def _base(self, dit: nn.Module, i: int, negative_prompt: Tensor) -> Tensor:
+    def _base(self, dit: nn.Module, i: int) -> Tensor:
         """Returns the latents of a prompt without the adapter; they are sampled once a run."""
-        made_of = [self.noise, self.features[i], negative_prompt]
-        digest = hashlib.sha256(repr(self.settings).encode() + b"".join(t.numpy().tobytes() for t in made_of))
-        kept = self.folder / f"base_prompt_{i}_{digest.hexdigest()[:12]}.safetensors"
-        saved = from_first(load_tensors(kept)["latents"] if is_first() and kept.exists() else None)
+        inputs = [self.noise, self.prompts[i], self.negative_prompt]
+        digest = hashlib.sha256(repr(self.settings).encode() + b"".join(t.numpy().tobytes() for t in inputs))
+        path = self.folder / f"base_prompt_{i}_{digest.hexdigest()[:12]}.safetensors"
+        is_saved = PartialState().is_main_process and path.exists()
+        saved = broadcast(load_tensors(path)["latents"] if is_saved else None)
         if saved is not None:
             return saved
         switch_adapters(dit, False)
         try:
-            latents = self._sample(dit, self.features[i], negative_prompt, f"base_prompt_{i}")
+            latents = self._sample(dit, self.prompts[i], f"base_prompt_{i}")
         finally:
             switch_adapters(dit, True)
-        if is_first():
-            save_tensors(kept, {"latents": latents})
+        if PartialState().is_main_process:
+            save_tensors(path, {"latents": latents})
         return latents
 
-    def _sample(self, dit: nn.Module, prompt: Tensor, negative_prompt: Tensor, name: str) -> Tensor:
-        return sample_latents(dit, self.noise, prompt, negative_prompt, self.settings, name, self.attend).cpu()
+    def _sample(self, dit: nn.Module, prompt: Tensor, name: str) -> Tensor:
+        negative, on_step = self.negative_prompt, self.run.check_signals
+        return sample_latents(dit, self.noise, prompt, negative, self.settings, name, on_step).cpu()
 
     def _side_by_side(self, decoder: Decoder, base: Tensor, adapted: Tensor) -> Iterator[Tensor]:
         halves = [decode_chunks(decoder, to_vae_latents(latents)) for latents in (base, adapted)]
         for left, right in zip(*halves, strict=True):
-            if self.is_asked_to_stop():
+            if self.run.is_asked_to_stop():
                 raise Interrupted
             yield torch.cat([left[0], right[0]], dim=2)

@@ -1,170 +1,79 @@
-"""What a step is made of: which clips, and every number that is drawn for them, as functions of (seed, step, sample).
-
-The samples of a step are numbered through, whoever computes them: sample i is row i % batch_size of micro-batch
-i // batch_size, and rank r of R takes the micro-batches r, R + r, 2R + r and so on.
-"""
+"""The micro-batches of a training, read ahead in the background."""
 
 import contextlib
+import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from mochi_tune.data.dataset import LatentDataset, batch_indices, collate
+from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import DataError
-from mochi_tune.training.draws import key_seed, keyed_generator
-from mochi_tune.training.objective import (
-    draw_posterior,
-    loss_weight,
-    noisy_and_target,
-    sigmas_of,
-    stratified,
-    velocity_loss,
-)
+from mochi_tune.training.draws import Draws, KeyedDraws, keyed_generator
 
-# More damaged clips than this share of them, and more than one, are no accident.
-MOST_DAMAGED = 0.1
+# A run stops when more than this share of its clips, and more than one clip, are damaged.
+MAX_DAMAGED_SHARE = 0.1
+# One clip is held out for this many clips at most.
+MIN_CLIPS_A_HELD_OUT = 5
+# What `collate` returns, and the random numbers for it.
+MicroBatch = tuple[Mapping[str, Any], Draws]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch, ready for the model; B rows.
+def held_out(paths: Sequence[str], count: int, seed: int) -> list[int]:
+    """Returns the numbers of the clips that are not trained on: `count`, or a fifth of all where that is fewer.
 
-    Attributes:
-        noisy: the model's input, fp32 (B, C, T, h, w).
-        target: velocity, fp32 (B, C, T, h, w).
-        sigma: (B,).
-        prompt_embeds: (B, L, D).
-        prompt_mask: (B, L), true where a token is valid.
-        clips: paths of the clips.
-        dropout_seed: of the adapter's dropout.
+    They are chosen by the hash of their paths, so that adding clips changes few of them.
     """
 
-    noisy: Tensor
-    target: Tensor
-    sigma: Tensor
-    prompt_embeds: Tensor
-    prompt_mask: Tensor
-    clips: list[str]
-    dropout_seed: int
+    def key(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{paths[index]}".encode()).digest()
+
+    return sorted(sorted(range(len(paths)), key=key)[: min(count, len(paths) // MIN_CLIPS_A_HELD_OUT)])
 
 
-@dataclass(frozen=True)
-class Draws:
-    """How a run draws; two runs with the same draws see the same samples.
-
-    Attributes:
-        seed: of the run.
-        batch_size: clips of a micro-batch.
-        num_micro_batches: of a step, over all ranks.
-        objective: one of `flow.OBJECTIVES`.
-        caption_dropout: share of samples without their caption.
-        distribution: of sigma, one of `flow.SIGMA_DISTRIBUTIONS`, with its mean, std and shift.
-        is_stratified: whether the sigmas of a step are spread evenly over the distribution.
-        weighting: one of `flow.LOSS_WEIGHTINGS`.
-    """
-
-    seed: int = 0
-    batch_size: int = 1
-    num_micro_batches: int = 1
-    objective: str = "sampler"
-    caption_dropout: float = 0.1
-    distribution: str = "uniform"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
-    is_stratified: bool = False
-    weighting: str = "none"
-
-    def generator(self, step: int, sample: int) -> torch.Generator:
-        """Returns the generator of everything that is drawn for one sample of a step."""
-        return keyed_generator(self.seed, "train", step, sample)
-
-    def sigmas(self, step: int) -> Tensor:
-        """Returns the noise levels of all samples of a step, (samples,); a sample's first draw decides its own."""
-        count = self.batch_size * self.num_micro_batches
-        uniforms = torch.stack([torch.rand((), generator=self.generator(step, i)) for i in range(count)])
-        if self.is_stratified:
-            order = torch.randperm(count, generator=keyed_generator(self.seed, "strata", step))
-            uniforms = stratified(uniforms, order)
-        return sigmas_of(uniforms, self.distribution, self.mean, self.std, self.shift)
-
-    def indices(self, step: int, number: int, clips: list[int]) -> list[int]:
-        """Returns the clips of micro-batch `number` of a step, chosen from those that may be trained on."""
-        batch = (step - 1) * self.num_micro_batches + number
-        places = batch_indices(batch, num_clips=len(clips), batch_size=self.batch_size, seed=self.seed)
-        return [clips[place] for place in places]
-
-    def mixed(self, items: Mapping, step: int, number: int) -> Batch:
-        """Makes the model's input of collated clips: posterior, noise, sigma and caption dropout are drawn by sample.
-
-        Args:
-            items: from `collate`.
-            step: from 1.
-            number: of the micro-batch in the step.
-        """
-        first = number * self.batch_size
-        sigma = self.sigmas(step)[first : first + self.batch_size]
-        embeds, mask = items["prompt_embeds"].clone(), items["prompt_mask"].clone()
-        posterior_noise, noise = [], []
-        for row, mean in enumerate(items["mean"]):
-            generator = self.generator(step, first + row)
-            torch.rand((), generator=generator)  # Sigma's.
-            if torch.rand((), generator=generator) < self.caption_dropout:
-                embeds[row] = 0
-                mask[row] = False
-            posterior_noise.append(torch.randn(mean.shape, generator=generator))
-            noise.append(torch.randn(mean.shape, generator=generator))
-        vae_latents = draw_posterior(items["mean"], items["logvar"], torch.stack(posterior_noise))
-        noisy, target = noisy_and_target(self.objective, vae_latents, torch.stack(noise), sigma)
-        dropout_seed = key_seed(self.seed, "dropout", step, number)
-        return Batch(noisy, target, sigma, embeds, mask, list(items["sample_ids"]), dropout_seed)
-
-    def loss(self, dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-        """Returns the mean loss of a micro-batch, a tensor () with its gradient."""
-        return self.losses(dit, batch, device).mean()
-
-    def losses(self, dit: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-        """Returns the weighted loss of each sample of a micro-batch, (B,) with their gradients."""
-        torch.manual_seed(batch.dropout_seed)
-        prediction = dit(
-            batch.noisy.to(device), batch.sigma.to(device), batch.prompt_embeds.to(device), batch.prompt_mask
-        )
-        each = velocity_loss(prediction, batch.target.to(device))
-        return each * loss_weight(batch.sigma, self.weighting).to(device)
-
-
-class Clips:
-    """The clips that may be trained on; a damaged one stops the run, or another one takes its place."""
+class ClipLoader:
+    """Reads the clips of micro-batches; a damaged clip stops the run, or another clip is trained in its place."""
 
     def __init__(
-        self, dataset: LatentDataset, indices: list[int], is_strict: bool, tell: Callable[[str], None]
+        self,
+        dataset: LatentDataset,
+        indices: Sequence[int],
+        draws: KeyedDraws,
+        is_strict: bool,
+        log: Callable[[str], None],
     ) -> None:
+        """Prepares to read.
+
+        Args:
+            dataset: of all clips.
+            indices: clips that are trained on.
+            draws: chooses the clips of a step.
+            is_strict: whether a damaged clip stops the run.
+            log: writes a line for the user.
+        """
         self.dataset = dataset
-        self.indices = indices
+        self.indices = list(indices)
+        self.draws = draws
         self.is_strict = is_strict
-        self.tell = tell
+        self.log = log
         self.damaged: set[int] = set()
 
-    def batch(self, draws: Draws, step: int, number: int) -> Batch:
-        """Reads and mixes micro-batch `number` of a step.
+    def load(self, step: int, micro_batch: int) -> MicroBatch:
+        """Reads a micro-batch and draws its random numbers.
 
         Raises:
-            DataError: a clip is damaged and the run is strict, or too many are.
+            DataError: a clip is damaged and the run is strict, or too many clips are.
         """
-        first = number * draws.batch_size
-        items = [
-            self._item(draws, step, first + row, index)
-            for row, index in enumerate(draws.indices(step, number, self.indices))
-        ]
-        return draws.mixed(collate(items), step, number)
+        first = micro_batch * self.draws.batch_size
+        chosen = self.draws.indices(step, micro_batch, self.indices)
+        batch = collate([self._load_clip(step, first + row, index) for row, index in enumerate(chosen)])
+        return batch, self.draws.draw(step, micro_batch, batch["mean"].shape[1:])
 
-    def _item(self, draws: Draws, step: int, sample: int, index: int) -> dict:
-        # The stand-in is drawn by the sample's own key: the order of all others stays what it was.
-        generator = keyed_generator(draws.seed, "stand-in", step, sample)
+    def _load_clip(self, step: int, sample: int, index: int) -> dict[str, Any]:
+        # The replacement is keyed by the sample, so that the order of all other clips stays the same.
+        generator = keyed_generator(self.draws.seed, "stand-in", step, sample)
         while True:
             if index not in self.damaged:
                 try:
@@ -177,62 +86,66 @@ class Clips:
 
     def _quarantine(self, index: int, error: DataError) -> None:
         self.damaged.add(index)
-        if len(self.damaged) > max(1, MOST_DAMAGED * len(self.indices)):
+        if len(self.damaged) > max(1, MAX_DAMAGED_SHARE * len(self.indices)):
             raise DataError(
                 f"{len(self.damaged)} of {len(self.indices)} clips are damaged, the last one: {error}"
             ) from None
-        self.tell(f"quarantined, another clip takes its place: {str(error).partition('; data.damaged')[0]}")
+        self.log(f"quarantined, another clip takes its place: {str(error).partition('; data.damaged')[0]}")
 
 
-class Feed:
-    """Reads a rank's micro-batches one ahead of the training, in the background."""
+class Prefetcher:
+    """Loads micro-batches in a background thread, one ahead of the training."""
 
-    def __init__(self, read: Callable[[int, int], Batch], places: Iterable[tuple[int, int]]) -> None:
-        """Prepares to read.
+    def __init__(self, load: Callable[[int, int], MicroBatch], keys: Iterable[tuple[int, int]]) -> None:
+        """Prepares to load.
 
         Args:
-            read: gives micro-batch `number` of a step.
-            places: step and number of every micro-batch that will be asked for, in order.
+            load: loads a micro-batch by its step and number.
+            keys: step and number of every micro-batch that will be asked for, in order.
         """
-        self.read = read
-        self.places = places
-        self._queue: queue.Queue[Batch | Exception] = queue.Queue(maxsize=1)
-        self._is_over = False
-        # A daemon: a read that hangs must not keep a process alive that has been asked to stop.
+        self._load = load
+        self._keys = keys
+        self._queue: queue.Queue[MicroBatch | Exception] = queue.Queue(maxsize=1)
+        self._is_closed = False
+        # A daemon: a read that hangs must not keep a process alive that was asked to stop.
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Prefetcher":
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_over = True
+        self._is_closed = True
         with contextlib.suppress(queue.Empty):
             self._queue.get_nowait()
 
-    def get(self, gives_up: Callable[[], bool]) -> Batch | None:
-        """Returns the next micro-batch, None when it was given up while it was waited for.
+    def take(self, count: int, while_waiting: Callable[[], None]) -> Iterator[MicroBatch]:
+        """Yields the next micro-batches.
+
+        Args:
+            count: how many.
+            while_waiting: called five times a second while one is waited for; what it raises ends the wait.
 
         Raises:
             DataError: a clip is damaged.
         """
-        while True:
-            try:
-                item = self._queue.get(timeout=0.2)
-            except queue.Empty:
-                if gives_up():
-                    return None
-                continue
+        for _ in range(count):
+            while True:
+                try:
+                    item = self._queue.get(timeout=0.2)
+                    break
+                except queue.Empty:
+                    while_waiting()
             if isinstance(item, Exception):
                 raise item
-            return item
+            yield item
 
     def _run(self) -> None:
-        for step, number in self.places:
+        for step, micro_batch in self._keys:
             try:
-                item = self.read(step, number)
-            except Exception as error:  # noqa: BLE001 - it is raised where the batch is asked for
+                item: MicroBatch | Exception = self._load(step, micro_batch)
+            except Exception as error:  # noqa: BLE001 - raised where the micro-batch is taken
                 item = error
             self._queue.put(item)
-            if self._is_over or isinstance(item, Exception):
+            if self._is_closed or isinstance(item, Exception):
                 return

@@ -1,4 +1,4 @@
-"""The training objective: what is mixed, what is predicted, and how far off the prediction is.
+"""The training objective: how noise is mixed into a clip, what the model predicts, and the loss.
 
 sigma in [0, 1] is the share of noise: noisy = (1 - sigma) * clean + sigma * noise. The model predicts clean - noise.
 """
@@ -23,10 +23,9 @@ def draw_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
 def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Mixes noise into a clip and returns the model's input and the velocity that it should predict, both fp32.
 
-    "sampler" works in the space that the sampler works in, so that what is learnt is what is rendered.
-    "official" is the reference fine-tuner's: its input is mixed in the VAE's space, its target has a noise of
-    1 / std in the DiT's. It is here to reproduce that trainer's runs. "unnormalised" stays in the VAE's space
-    altogether, as other trainers do.
+    "sampler" works in the space of the sampler, so that training and rendering agree. "official" is the objective of
+    the reference fine-tuner, to reproduce its runs: it mixes in the VAE's space, and its target has a noise of 1 / std
+    in the DiT's space. "unnormalised" stays in the VAE's space, as other trainers do.
     Source: genmoai/mochi@0c86aeb demos/fine_tuner/train.py:358-372 ("official").
 
     Args:
@@ -43,6 +42,18 @@ def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: 
         return (1 - sigma) * vae_latents + sigma * noise, to_latents(vae_latents - noise)
     latents = to_latents(vae_latents)
     return (1 - sigma) * latents + sigma * noise, latents - noise
+
+
+def drop_captions(prompt_embeds: Tensor, prompt_mask: Tensor, drops_caption: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives some rows the empty prompt, from which the model learns the unconditional velocity that guidance needs.
+
+    Args:
+        prompt_embeds: (B, L, D).
+        prompt_mask: bool (B, L), true where a token is valid.
+        drops_caption: bool (B,).
+    """
+    keeps = ~drops_caption
+    return torch.where(keeps[:, None, None], prompt_embeds, 0), prompt_mask & keeps[:, None]
 
 
 def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -76,23 +87,11 @@ def sigmas_of(uniforms: Tensor, distribution: str, mean: float = 0.0, std: float
     return uniforms.float()
 
 
-def stratified(uniforms: Tensor, permutation: Tensor) -> Tensor:
-    """Moves N uniform numbers into N equal strata of [0, 1], one in each: number i into stratum permutation[i].
-
-    With a random permutation each alone is still uniform, but together they cover all noise levels, so that the mean
-    loss of a step varies less by the luck of its draws.
-
-    Args:
-        uniforms: (N,) in [0, 1), of all samples of the global batch.
-        permutation: (N,), of 0 to N - 1.
-    """
-    return ((permutation + uniforms.double()) / len(permutation)).float()
-
-
 def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
     """Returns what the loss of each sample is multiplied by; the mean over uniform noise levels is 1 for each.
 
-    So a weighting moves the attention and keeps the size of the loss. Over other distributions the mean is another.
+    So a weighting moves weight between noise levels and keeps the size of the loss. Over another distribution of noise
+    levels the mean is not 1.
     "bell" falls from 1.58 in the middle to 0 at both ends, "cosmap" from 1.27 to 0.64. The 1 / sigma^2 that some
     trainers have is none of them: its mean is infinite, so that a few almost clean samples would make the update.
     Source: https://arxiv.org/abs/2403.03206, section 3.1 ("cosmap"); modelscope/DiffSynth-Studio@04d0350

@@ -1,4 +1,4 @@
-"""The optimizers: one way to build each, to set its rate, and to save it so that it goes on bit for bit."""
+"""The optimizers: built, given a learning rate, and saved so that a run resumes bit for bit."""
 
 import contextlib
 import importlib.util
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from mochi_tune.errors import CheckpointError, ConfigError
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy", "muon", "schedule_free")
-# Of the ones that torch does not have.
+# The packages of those that torch does not have.
 LIBRARIES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
 BETAS = (0.9, 0.999)
-# What an optimizer, by its class, changes in its groups as it steps, the rate aside.
+# The numbers of its groups, besides the learning rate, that an optimizer changes as it steps, by its class.
 RUNNING = {
     "Prodigy": ("d", "d_max", "d_numerator", "k"),
     "AdamWScheduleFree": ("k", "weight_sum", "lr_max"),
@@ -61,7 +61,7 @@ def check_optimizer(name: str, strategy: str, schedule: str, learning_rate: floa
 
 
 def check_installed(name: str) -> None:
-    """Checks that the library of an optimizer is there, without importing it.
+    """Checks that the package of an optimizer is installed, without importing it.
 
     Raises:
         ConfigError: it is not; the text says what to install.
@@ -86,7 +86,7 @@ def build_adamw(
 
 
 def _check_precision(parameters: Iterable[nn.Parameter]) -> None:
-    # Others would round their updates away.
+    # In bf16 the updates of a fine-tune round to nothing.
     assert all(p.dtype == torch.float32 for p in parameters), "adapter weights and their Adam state are fp32"
 
 
@@ -98,10 +98,10 @@ def build_optimizer(
     b_ratio: float,
     device_type: str,
 ) -> torch.optim.Optimizer:
-    """Builds an optimizer over an adapter's parameters, of which B matrices may have a rate of their own.
+    """Builds an optimizer over an adapter's parameters; B matrices may have their own learning rate.
 
-    A learning rate means the same for all but "prodigy": about how far a step moves a weight. Vectors (magnitudes) do
-    not decay, since a decay would pull the base model to 0 and not the adapter.
+    For all optimizers but "prodigy" the learning rate is about how far a step moves a weight. Vectors (magnitudes) do
+    not decay: that would pull the base model to 0, not the adapter.
     Source: B's own rate is LoRA+, https://arxiv.org/abs/2402.12354 (section 4).
 
     Args:
@@ -109,11 +109,11 @@ def build_optimizer(
         parameters: fp32, by name: "LAYER.lora_A", "LAYER.lora_B" and other ones.
         learning_rate: of A; see `set_learning_rate`.
         weight_decay: a step's pull to 0, times the learning rate.
-        b_ratio: the rate of B over that of A; 1 is one group, as if there were no such thing.
+        b_ratio: the learning rate of B over that of A; 1 makes one group.
         device_type: cpu or cuda.
 
     Raises:
-        ConfigError: its library is missing, or it cannot hold one of the parameters.
+        ConfigError: its package is not installed, or it does not take one of the parameters.
     """
     assert name in OPTIMIZERS, name
     check_installed(name)
@@ -124,14 +124,14 @@ def build_optimizer(
 
         return AdamW8bit(groups, lr=learning_rate, betas=BETAS)
     if name == "adafactor":
-        # The second: a step is the learning rate, not that times the size of the weights, which is 0 for a new B.
-        # The first: gradients count down to 1e-15, whose square is the paper's 1e-30; torch's own 1e-7 is no small one
-        # for an adapter. Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
+        # The first epsilon is the root of the paper's 1e-30: an adapter's gradients are far below torch's default 1e-7.
+        # The second makes a step as long as the learning rate, not as that times the weight's size, which is 0 for a
+        # new B. Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
         return torch.optim.Adafactor(groups, lr=learning_rate, eps=(1e-15, 1.0))
     if name == "prodigy":
         from prodigyopt import Prodigy
 
-        # Its authors' advice for diffusion models, and for a warm-up.
+        # Bias correction is its authors' advice for diffusion models, safeguard_warmup for a warm-up.
         # Source: https://github.com/konstmish/prodigy README.md, "Diffusion models".
         return Prodigy(groups, lr=learning_rate, betas=BETAS, use_bias_correction=True, safeguard_warmup=True)
     if name == "muon":
@@ -165,7 +165,7 @@ def _groups(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Sets the rate of the next step, of each group by its ratio to it."""
+    """Sets the learning rate of the next step; each group has its ratio of it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
@@ -173,9 +173,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, ParameterState], list[GroupState]]:
-    """Returns all that an optimizer has learnt: each parameter's tensors, on the CPU, and each group's numbers.
+    """Returns an optimizer's state: each parameter's tensors, on the CPU, and each group's numbers.
 
-    The tensors fit a safetensors file and the numbers JSON, both exactly. There are no tensors before the first step.
+    The tensors are exact in a safetensors file, the numbers in JSON. There are no tensors before the first step.
     """
     state = {
         name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[parameter].items()}
@@ -192,17 +192,17 @@ def load_optimizer_state(
     state: Mapping[str, ParameterState],
     groups: list[GroupState],
 ) -> None:
-    """Puts back what `optimizer_state` gave, into an optimizer built by the same settings.
+    """Restores what `optimizer_state` returned, in an optimizer that was built with the same settings.
 
     Raises:
-        CheckpointError: a parameter, an entry, a shape or a group's number is not as this optimizer's; nothing is
-            changed then.
+        CheckpointError: a parameter, an entry, a shape or a group's number is not this optimizer's; nothing is
+            changed.
     """
     _check_parameters(optimizer, parameters, state)
     _check_groups(optimizer, groups)
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    # The library itself puts moments and step counters where this device's kernel wants them.
+    # The optimizer itself moves moments and step counters to the device that its kernel wants.
     numbered = {number: {k: _own(v) for k, v in state[name].items()} for number, name in enumerate(ordered)}
     own = optimizer.state_dict()["param_groups"]
     merged = [{**group, **saved} for group, saved in zip(own, groups, strict=True)]
@@ -210,7 +210,7 @@ def load_optimizer_state(
 
 
 def _own(value: Tensor) -> Tensor | int:
-    """Returns a copy, or the int that an integer scalar was: counters that a library keeps as Python numbers."""
+    """Returns a copy, or an int for an integer scalar: some optimizers count in Python numbers."""
     return value.item() if value.ndim == 0 and value.dtype == torch.int64 else value.clone()
 
 
@@ -225,14 +225,14 @@ def _check_parameters(
     for name, parameter in parameters.items():
         expected, found = _state_shapes(kind, parameter), {key: tuple(v.shape) for key, v in state[name].items()}
         if kind == "Prodigy" and found.get("p0") == ():
-            # How it keeps a start that is all zeros.
+            # Prodigy stores a start of zeros as a scalar.
             expected["p0"] = ()
         if expected != found:
             key = min(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
             texts = [one.get(key, "absent") for one in (found, expected)]
             raise CheckpointError(
                 f"the checkpoint's optimizer is not this run's {kind}: {name}/{key} is {texts[0]}, not {texts[1]}: "
-                "go on with the settings that it was saved with."
+                "resume with the settings that it was saved with."
             )
 
 
@@ -243,16 +243,16 @@ def _check_groups(optimizer: torch.optim.Optimizer, groups: list[GroupState]) ->
         wanted = ", ".join(RUNNING.get(kind, ())) or "no numbers"
         raise CheckpointError(
             f"the checkpoint's optimizer is not this run's {kind}, which has {len(own)} groups with {wanted}: "
-            "go on with the settings that it was saved with."
+            "resume with the settings that it was saved with."
         )
 
 
 def _state_shapes(kind: str, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every entry of the state that an optimizer of a class keeps of a parameter."""
+    """Returns the shape of each entry of a parameter's state, by the optimizer's class."""
     same, count = tuple(parameter.shape), parameter.numel()
     if kind == "AdamW8bit":
         shapes = {"step": (), "state1": same, "state2": same}
-        if count < 4096:  # Small ones it keeps in fp32.
+        if count < 4096:  # bitsandbytes keeps the state of small parameters in fp32.
             return shapes
         blocks = -(-count // 256)
         return shapes | {"qmap1": (256,), "qmap2": (256,), "absmax1": (blocks,), "absmax2": (blocks,)}
@@ -269,11 +269,13 @@ def _state_shapes(kind: str, parameter: nn.Parameter) -> dict[str, tuple[int, ..
 
 
 @torch.no_grad()
-def shown_weights(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor] | None:
-    """Returns the weights that are to be saved and rendered where they are not those that are trained, else None.
+def inference_weights(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor] | None:
+    """Returns the weights to save and render with, where the optimizer trains other ones, else None.
 
-    "schedule_free" trains y, between z, which makes the steps, and x, their average, which is the result. Nothing of
-    the training is touched: its own switch to x and back would round y.
+    "schedule_free" trains y, which lies between z, which makes the steps, and x, their average and the result. x is
+    computed beside them: the optimizer's own switch to x and back would round y.
     Source: https://arxiv.org/abs/2405.15682 (section 2); x of y and z as in schedulefree 1.4.1, `eval`.
     """
     if type(optimizer).__name__ != "AdamWScheduleFree":
@@ -288,12 +290,12 @@ def shown_weights(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
 
 
 @contextlib.contextmanager
-def showing(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Puts other weights in the parameters' place while the block lasts, and then their own back, bit for bit.
+def temporarily(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Puts other weights into the parameters while the context lasts, then their own again, bit for bit.
 
     Args:
-        parameters: what is trained, by name.
-        weights: of the same names and shapes, see `shown_weights`; None leaves the parameters alone.
+        parameters: the trained ones, by name.
+        weights: of the same names and shapes, see `inference_weights`; None changes nothing.
     """
     kept = {name: parameters[name].detach().clone() for name in weights or ()}
     try:

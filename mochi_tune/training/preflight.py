@@ -1,8 +1,9 @@
-"""What a training is asked to do, checked as far as it can be before a weight is read, and where it goes on."""
+"""The train plan: what a training will do, checked as far as possible before any weight is read."""
 
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,63 +14,90 @@ from mochi_tune.adapters.lora import LayerSettings, check_start, linear_shapes
 from mochi_tune.config.load import config_yaml, weights_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig, flat_settings
-from mochi_tune.data.cache import open_cache
+from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.models.device import find_device
 from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.training.checkpoint import find_checkpoints
-from mochi_tune.training.draws import draws_proof
-from mochi_tune.training.loader import Draws
+from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
+from mochi_tune.training.loader import held_out
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import check_installed
-from mochi_tune.training.run_folder import Start, bound, find_start, take_back
-from mochi_tune.training.saves import history, made_by, record_start
+from mochi_tune.training.run_folder import (
+    ResumePoint,
+    bound_settings,
+    describe_environment,
+    find_resume_point,
+    read_history,
+    record_start,
+    rewind,
+)
 from mochi_tune.training.trackers import check_trackers
-from mochi_tune.training.validation import held_out
 from mochi_tune.weights.folder import WeightsFolder
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be trained, checked as far as it can be before a weight is read.
+class TrainPlan:
+    """What a training will do.
 
     Attributes:
+        config: the settings.
+        device: of this process.
         weights: of the base.
-        dataset: of all clips.
-        validation: numbers of the clips that are validated on, and not trained on if `is_held_out`.
-        is_held_out: whether there are enough clips to hold some out.
-        layers: that get an adapter, and how large a one.
-        begins_with: the adapter that a new run begins with, if that is not a fresh one.
-        draws: how samples are drawn.
-        identity: what makes a run this run.
-        layout: how the ranks share a step.
+        dataset: all clips of the cache.
+        held_out: numbers of the clips that are kept for validation; none where there are too few clips.
+        layers: the adapted layers, and the settings of each.
+        start_adapter: the adapter of lora.init_from, where a new run starts from one.
+        draws: draws the random numbers.
+        identity: what makes the run this run: its settings, cache, base and random numbers.
+        layout: how the processes share a step.
     """
 
+    config: RunConfig
+    device: torch.device
     weights: WeightsFolder
     dataset: LatentDataset
-    validation: list[int]
-    is_held_out: bool
+    held_out: list[int]
     layers: dict[str, LayerSettings]
-    begins_with: Adapter | None
-    draws: Draws
+    start_adapter: Adapter | None
+    draws: KeyedDraws
     identity: dict
     layout: Layout
 
+    @cached_property
+    def training_clips(self) -> list[int]:
+        """The clips that are trained on."""
+        return [i for i in range(len(self.dataset)) if i not in self.held_out]
 
-def check(config: RunConfig, num_processes: int) -> Job:
-    """Checks everything that can be refused before a weight is read; seconds.
+    @property
+    def validation_clips(self) -> list[int]:
+        """The clips that are validated on: those held out, else some that are trained on."""
+        return self.held_out or list(range(min(self.config.train.validation_clips, len(self.dataset))))
+
+    @property
+    def renders_videos(self) -> bool:
+        """Whether the run renders eval videos."""
+        return renders_videos(self.config)
+
+    @property
+    def environment(self) -> dict[str, object]:
+        """What the numbers of the run depend on besides its settings."""
+        return describe_environment(self.config.parallel.strategy, self.device, self.layout.num_ranks)
+
+
+def check(config: RunConfig, num_processes: int) -> TrainPlan:
+    """Checks everything that can be refused before any weight is read; takes seconds.
 
     Raises:
         MochiTuneError: of any kind, in one line.
     """
+    train, device = config.train, find_device(config.device)
     weights = WeightsFolder(weights_folder(config))
-    weights.check(["dit", "decoder", "text_encoder"] if renders(config) else ["dit"])
-    data, train = config.data, config.train
-    # The encoders need not lie where the training runs; where they do, the cache must be theirs.
-    vae, t5 = (weights.fingerprint(part) if weights.has(part) else None for part in ("encoder", "text_encoder"))
-    size = {"num_frames": data.num_frames, "height": data.height, "width": data.width}
-    cache = open_cache(Path(data.cache), **size, vae_fingerprint=vae, t5_fingerprint=t5)
-    dataset, skeleton = LatentDataset(cache), weights.dit_skeleton()
+    weights.check(["dit", "decoder", "text_encoder"] if renders_videos(config) else ["dit"])
+    skeleton = weights.dit_skeleton()
+    cache = _open_cache(config, weights)
+    dataset = LatentDataset(cache)
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     check_installed(train.optimizer)
     check_trackers(wandb=config.log.wandb, tensorboard=config.log.tensorboard, trackio=config.log.trackio)
@@ -81,48 +109,54 @@ def check(config: RunConfig, num_processes: int) -> Job:
             "use parallel.num_processes=2 or more, or parallel=single."
         )
     layout = training_layout(num_processes, skeleton.config.num_heads, config.parallel.context or 1)
-    draws = Draws(
-        config.seed, train.batch_size, train.accumulation_steps * layout.data, train.objective, train.caption_dropout,
-        train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift, train.sigma_stratified,
-        train.loss_weighting,
+    draws = KeyedDraws(
+        config.seed, train.batch_size, train.accumulation_steps * layout.data, train.caption_dropout,
+        train.sigma_stratified,
     )  # fmt: skip
-    settings = flat_settings(config)
-    # What is learnt depends on how many samples make a step, not on who computes them.
-    settings["global_batch"] = train.batch_size * draws.num_micro_batches
     base = weights.base_identity()
-    begins_with = None
+    start_adapter = None
     if config.lora.init_from is not None and not find_checkpoints(Path(config.run_dir) / "checkpoints"):
-        begins_with = load_adapter(Path(config.lora.init_from).expanduser())
-        check_adapter(begins_with, shapes, base)
-        check_start(begins_with.layers, layers, config.lora.dora, str(begins_with))
+        start_adapter = load_adapter(Path(config.lora.init_from).expanduser())
+        check_adapter(start_adapter, shapes, base)
+        check_start(start_adapter.layers, layers, config.lora.dora, str(start_adapter))
     count = train.validation_clips if train.validate_every else 0
     held = held_out([row.path for row in cache.rows], count, config.seed)
-    settings["held_out"] = len(held)
-    identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": draws_proof(config.seed)}
-    validation = held or list(range(min(train.validation_clips, len(dataset))))
-    return Job(weights, dataset, validation, bool(held), layers, begins_with, draws, identity, layout)
+    # The number of samples of a step decides what is learnt, not how processes share them.
+    global_batch = train.batch_size * draws.num_micro_batches
+    settings = flat_settings(config) | {"global_batch": global_batch, "held_out": len(held)}
+    fingerprint = generator_fingerprint(config.seed)
+    identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
+    return TrainPlan(config, device, weights, dataset, held, layers, start_adapter, draws, identity, layout)
 
 
-def starting_point(config: RunConfig, job: Job, device: torch.device) -> Start:
-    """Finds where the run goes on; changes nothing.
+def _open_cache(config: RunConfig, weights: WeightsFolder) -> Cache:
+    # The encoders need not be on the training machine; where they are, the cache must come from them.
+    vae, t5 = (weights.fingerprint(part) if weights.has(part) else None for part in ("encoder", "text_encoder"))
+    data = config.data
+    size = {"num_frames": data.num_frames, "height": data.height, "width": data.width}
+    return open_cache(Path(data.cache), **size, vae_fingerprint=vae, t5_fingerprint=t5)
+
+
+def find_start(plan: TrainPlan) -> ResumePoint:
+    """Finds where the run resumes; changes nothing on the disk.
 
     Raises:
         MochiTuneError: the run folder holds another run, or its checkpoints are damaged.
     """
-    # Followed once: the same command then goes on from what has come of it.
-    starts = history(Path(config.run_dir))
+    config, run_dir = plan.config, Path(plan.config.run_dir)
+    # resume_from is followed once; after that the same command resumes from the newest checkpoint.
+    starts = read_history(run_dir)
     is_followed = bool(starts) and config.resume_from == starts[-1].get("resume_from")
     resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
-    now = made_by(config.parallel.strategy, device)
-    agreed = [(start.get("from_step"), start.get("changed")) for start in starts]
-    return find_start(Path(config.run_dir), job.identity, config.resume, resume_from, now, agreed)
+    agreed = [(start["from_step"], start["changed"]) for start in starts if {"from_step", "changed"} <= start.keys()]
+    return find_resume_point(run_dir, plan.identity, config.resume, resume_from, plan.environment, agreed)
 
 
-def begin(config: RunConfig, job: Job, device: torch.device) -> Start:
-    """Finds where the run goes on, tells of it and makes the run folder what it was there; for the first rank."""
-    run_dir = Path(config.run_dir)
-    now, start = made_by(config.parallel.strategy, device), starting_point(config, job, device)
-    take_back(run_dir, start, tqdm.write)
+def resume(plan: TrainPlan) -> ResumePoint:
+    """Finds where the run resumes, reports it, and rewinds the run folder to there; the main process calls it."""
+    config, run_dir = plan.config, Path(plan.config.run_dir)
+    start = find_start(plan)
+    rewind(run_dir, start, tqdm.write)
     if start.step >= config.train.steps:
         more = f"raise train.steps={config.train.steps} to train on"
         tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
@@ -131,25 +165,26 @@ def begin(config: RunConfig, job: Job, device: torch.device) -> Start:
         tqdm.write(note)
     if start.folder is not None:
         tqdm.write(f"resuming {run_dir} from step {start.step}")
-    if not job.is_held_out and job.validation and config.train.validate_every:
-        tqdm.write(f"{len(job.dataset)} clips are too few to hold any out: validation is on clips that are trained on")
-    elif job.is_held_out:
-        tqdm.write(f"{len(job.validation)} of {len(job.dataset)} clips are held out for validation")
+    num_clips = len(plan.dataset)
+    if plan.held_out:
+        tqdm.write(f"{len(plan.held_out)} of {num_clips} clips are held out for validation")
+    elif plan.validation_clips and config.train.validate_every:
+        tqdm.write(f"{num_clips} clips are too few to hold any out: validation is on clips that are trained on")
     (run_dir / "config.yaml").write_text(config_yaml(config))
     facts = {"from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
-    record_start(run_dir, {**facts, **now})
+    record_start(run_dir, {**facts, **plan.environment})
     return start
 
 
-def check_rows(metrics: Metrics, start: Start) -> None:
-    """Tells of rows that a checkpoint vouches for and that somebody has taken away or added."""
+def check_rows(metrics: Metrics, start: ResumePoint) -> None:
+    """Reports rows of metrics.jsonl that were removed or added since the checkpoint was saved."""
     found, saved = metrics.num_rows()["metrics"], start.state.get("rows", {}).get("metrics", 0)
     if found != saved:
         tqdm.write(f"{metrics.paths['metrics']} has {found} rows up to step {start.step}, and had {saved}")
 
 
 def check_text_width(dataset: LatentDataset, width: int) -> None:
-    """Refuses a cache whose text features are those of another T5 than the DiT's.
+    """Refuses a cache whose text features come from another T5 than the DiT's.
 
     Raises:
         DataError: their width is not the DiT's.
@@ -162,21 +197,21 @@ def check_text_width(dataset: LatentDataset, width: int) -> None:
         )
 
 
-def renders(config: RunConfig) -> bool:
-    """Whether the run renders eval videos."""
+def renders_videos(config: RunConfig) -> bool:
+    """Whether a training renders eval videos."""
     return bool(config.train.sample_every and config.train.sample_prompts)
 
 
-def adapter_metadata(config: RunConfig, identity: dict, num_blocks: int, step: int) -> dict[str, str]:
-    """Returns what a file must tell of itself: which base, which adapter, how far trained, by which settings."""
-    learnt = {key: identity["settings"][key] for key in bound(identity["settings"])}
-    settings = json.dumps(learnt, sort_keys=True)
+def adapter_metadata(plan: TrainPlan, step: int) -> dict[str, str]:
+    """Returns the metadata of an adapter file: its base, its layers, its step and a hash of its settings."""
+    config, settings = plan.config, plan.identity["settings"]
+    learnt = json.dumps({key: settings[key] for key in bound_settings(settings)}, sort_keys=True)
     return {
         "base_model": config.model.name,
-        "base_fingerprint": identity["base"],
-        "num_blocks": str(num_blocks),
+        "base_fingerprint": plan.identity["base"],
+        "num_blocks": str(plan.weights.dit_skeleton().config.depth),
         "targets": json.dumps(list(config.lora.targets)),
         "step": str(step),
-        "config_hash": hashlib.sha256(settings.encode()).hexdigest(),
+        "config_hash": hashlib.sha256(learnt.encode()).hexdigest(),
         "name": config.name,
     }

@@ -1,117 +1,398 @@
-"""A run under way: what is trained, how far it is, and what is written of it."""
+"""A run under way: everything of it but the model, the objective and the update, behind one `with open_run(...)`."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import contextlib
+import faulthandler
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter
-from mochi_tune.errors import TrainingError
-from mochi_tune.parallel.processes import is_first
+from mochi_tune.adapters.lora import settings_metadata, trained_layers
+from mochi_tune.config.load import config_yaml
+from mochi_tune.errors import ParallelError, TrainingError
+from mochi_tune.files import load_tensors, make_writable_folder
 from mochi_tune.training import checkpoint
-from mochi_tune.training.accelerator import DataParallel, Zero
-from mochi_tune.training.ema import Average
+from mochi_tune.training.accelerator import AdapterOptimizer, ZeroOptimizer, broadcast
+from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot, check_free_space, copy_to_cpu
+from mochi_tune.training.ema import EMA
 from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
-from mochi_tune.training.loader import Clips
+from mochi_tune.training.interrupts import Interrupted, StopAndSaveSignals
+from mochi_tune.training.loader import ClipLoader, MicroBatch, Prefetcher
 from mochi_tune.training.metrics import Metrics
-from mochi_tune.training.saves import Saves, Snapshot
+from mochi_tune.training.preflight import TrainPlan, adapter_metadata, check_rows, resume
+from mochi_tune.training.run_folder import ResumePoint, RunLock
+from mochi_tune.training.trackers import Trackers
 
 
-@dataclass
-class Run:
-    """What every rank holds of a run; the first one also writes.
+@dataclass(frozen=True)
+class StepResult:
+    """One step over all processes, before its update.
 
     Attributes:
-        engine: the model with its adapter, and its optimizer.
-        clips: that are trained on.
-        numbers: of this rank's micro-batches in each step.
-        average: of the adapter, or None.
-        guard: against sudden losses.
-        done: the last step that is done.
-        saved: the last step that is saved.
-        metrics: rows of numbers; the first rank's.
-        saves: checkpoints; the first rank's.
-        adapter: builds the adapter of parameters for a step.
-        identity: what makes the run this run, and what it is made by.
+        step: from 1.
+        loss: mean over the samples.
+        grad_norm: of the averaged gradients, before they are clipped.
+        learning_rate: of the update.
+        clips: path of each sample's clip.
+        sigmas: noise level of each sample.
+        stop_signal: that a process received, 0 for none.
+        save_requested: whether a process received SIGUSR1.
     """
 
-    engine: DataParallel | Zero
-    clips: Clips
-    numbers: list[int]
-    average: Average | None
-    guard: SpikeGuard
-    done: int
-    saved: int
-    metrics: Metrics | None
-    saves: Saves | None
-    adapter: Callable[[Mapping[str, Tensor], int], Adapter]
-    identity: dict = field(default_factory=dict)
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    clips: list[str]
+    sigmas: list[float]
+    stop_signal: int
+    save_requested: bool
 
-    def shown(self) -> Mapping[str, Tensor] | None:
-        """Returns the weights that are validated, rendered and given out; None for those that are trained."""
-        return self.average.tensors if self.average is not None else self.engine.shown_weights()
 
-    def save(self) -> None:
-        """Writes a checkpoint of the last step that is done, unless there is one; all ranks call it."""
-        if self.saved == self.done:
-            return
-        tensors, shown, (state, groups) = self.engine.weights(), self.shown(), self.engine.optimizer_state()
-        if self.saves is not None:
-            rest = {"groups": groups, "losses": self.guard.losses, "rows": self.metrics.num_rows()}
-            averaged = None if shown is None else self.adapter(shown, self.done)
-            whole = {"step": self.done, **self.identity, **rest}
-            self.saves.save(Snapshot(self.done, self.adapter(tensors, self.done), averaged, state, whole))
-        self.saved = self.done
+@dataclass(frozen=True)
+class StepPart:
+    """What a process computed of one micro-batch of B samples.
 
-    def verdict(self, loss: float, grad_norm: float) -> str:
-        """Returns what is to become of a step: "" if it is to be made, "not finite", or a policy of spikes."""
-        return self.guard.verdict(loss) if is_finite(loss, grad_norm) else "not finite"
+    Attributes:
+        loss: mean over the samples, a tensor () without its graph.
+        clips: path of each sample's clip.
+        sigma: noise levels, (B,).
+    """
 
-    def end_step(self, loss: float, verdict: str) -> None:
-        """Makes the update, or leaves it out."""
-        if verdict == "skip":
-            self.engine.discard()
-        else:
-            self.engine.update()
-            self.guard.made(loss)
-            if self.average is not None:
-                self.average.update(self.engine.weights(), self.done + 1)
-        self.done += 1
+    loss: Tensor
+    clips: list[str]
+    sigma: Tensor
 
-    def refuse_step(self, verdict: str, row: dict, run_dir: Path, config: str) -> None:
-        """Ends the run before an update that would harm it, with all that is needed to look into it; all ranks call it.
+
+@contextlib.contextmanager
+def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
+    """Opens the run folder of a plan: locks it, finds where the run resumes, and opens metrics and trackers.
+
+    When the body ends or is interrupted by a signal, the last step is saved. Every process calls it; the main process
+    writes.
+
+    Raises:
+        MochiTuneError: the folder belongs to another run or process, or the last step could not be saved.
+    """
+    config, is_main = plan.config, accelerator.is_main_process
+    run_dir = Path(config.run_dir)
+    with contextlib.ExitStack() as stack:
+        if is_main:
+            make_writable_folder(run_dir / "samples")
+            stack.enter_context(RunLock(run_dir))
+        start = broadcast(resume(plan) if is_main else None)
+        metrics = trackers = None
+        if is_main and start.step < config.train.steps:
+            metrics = stack.enter_context(Metrics(run_dir, start.step))
+            check_rows(metrics, start)
+            log = config.log
+            # They follow the files of the metrics, and end before these are closed.
+            trackers = stack.enter_context(
+                Trackers(
+                    run_dir, start.step, config.name, plan.identity["settings"], wandb=log.wandb,
+                    tensorboard=log.tensorboard, trackio=log.trackio, project=log.project,
+                )
+            )  # fmt: skip
+        run = Run(plan, accelerator, start, metrics, trackers)
+        with run:
+            yield run
+        run.finish()
+
+
+class Run:
+    """A run under way, on every process; the main process also writes.
+
+    Attributes:
+        step: the last finished step.
+        exit_code: 0, or 128 + the signal that stopped the run.
+    """
+
+    def __init__(
+        self,
+        plan: TrainPlan,
+        accelerator: Accelerator,
+        start: ResumePoint,
+        metrics: Metrics | None,
+        trackers: Trackers | None,
+    ) -> None:
+        self.plan, self.accelerator, self.start = plan, accelerator, start
+        self.metrics, self.trackers = metrics, trackers
+        self.settings = plan.config.train
+        self.run_dir = Path(plan.config.run_dir)
+        self.step = self._saved_step = start.step
+        self.exit_code = 0
+        layout = plan.layout
+        self._data_rank = accelerator.process_index // layout.context
+        self._numbers = list(range(self._data_rank, plan.draws.num_micro_batches, layout.data))
+        self._guard = SpikeGuard(
+            self.settings.spike_policy, self.settings.spike_factor, list(start.state.get("losses", ()))
+        )
+        self._resources = contextlib.ExitStack()
+        self._signals: StopAndSaveSignals | None = None
+        self._checkpointer: Checkpointer | None = None
+        self._verdict = ""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are finished."""
+        return self.step >= self.settings.steps
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run starts without a checkpoint."""
+        return self.start.folder is None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> bool:
+        with self._resources:
+            faulthandler.cancel_dump_traceback_later()
+            if not isinstance(error, Interrupted):
+                return False
+            signals = self._signals
+            stop_signal = max(gather_object([0 if signals is None else signals.received]))
+            self.save()
+            self.exit_code = 0 if self.is_complete else 128 + stop_signal
+            return True
+
+    def begin(self, optimizer: AdapterOptimizer | ZeroOptimizer, ema: EMA | None) -> None:
+        """Restores the optimizer and the average of a resumed run, and starts reading clips and catching signals.
 
         Raises:
-            TrainingError: on the first rank, for all.
+            CheckpointError: the checkpoint belongs to another adapter or optimizer.
+            OSError: the disk has no space for a checkpoint.
         """
-        weights = self.engine.weights()
-        self.save()
-        if not is_first():
+        self.optimizer, self.ema = optimizer, ema
+        settings, plan, is_main = self.settings, self.plan, self.accelerator.is_main_process
+        if (folder := self.start.folder) is not None:
+            adapter = load_tensors(folder / "adapter.safetensors")
+            state = checkpoint.load_optimizer(folder / "optimizer.safetensors")
+            optimizer.load(adapter, state, self.start.state["groups"])
+            if ema is not None:
+                ema.load(load_tensors(folder / "averaged.safetensors"))
+        if self.metrics is not None:
+            num_bytes = 4 * sum(parameter.numel() for parameter in optimizer.weights().values())
+            check_free_space(self.run_dir, num_bytes * (4 if ema is not None else 3))
+            retention = Retention(settings.keep_checkpoints, settings.keep_every, settings.keep_best)
+            self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
+        is_strict = plan.config.data.damaged == "strict"
+        loader = ClipLoader(plan.dataset, plan.training_clips, plan.draws, is_strict, tqdm.write)
+        remaining = range(self.step + 1, settings.steps + 1)
+        keys = ((step, number) for step in remaining for number in self._numbers)
+        self._signals = self._resources.enter_context(StopAndSaveSignals())
+        self._prefetcher = self._resources.enter_context(Prefetcher(loader.load, keys))
+        bar = tqdm(total=settings.steps, initial=self.step, desc="train", unit="step", disable=not is_main)
+        self._progress = self._resources.enter_context(bar)
+
+    def steps(self) -> Iterator[int]:
+        """Yields the number of each step that is left to make."""
+        while not self.is_complete:
+            self._started = time.perf_counter()
+            yield self.step + 1
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Yields this process's micro-batches of the next step: collated clips, and the random numbers for them.
+
+        Raises:
+            DataError: a clip is damaged.
+            Interrupted: the run was asked to stop while it waited for data.
+        """
+        return self._prefetcher.take(len(self._numbers), self._check_while_waiting)
+
+    def gather(self, parts: Sequence[StepPart], grad_norm: Tensor, learning_rate: float) -> StepResult:
+        """Joins what the processes computed for a step; the only wait for the device, and for other processes.
+
+        Args:
+            parts: of this process's micro-batches, in order.
+            grad_norm: of the averaged gradients, a tensor ().
+            learning_rate: of the update.
+        """
+        *losses, norm = torch.stack([*(part.loss for part in parts), grad_norm]).tolist()
+        own = {
+            number: (loss, part.clips, part.sigma.tolist())
+            for number, loss, part in zip(self._numbers, losses, parts, strict=True)
+        }
+        stop_signal, save_requested, gathered = self._exchange(own)
+        loss, clips, sigmas = merge_parts(gathered)
+        return StepResult(self.step + 1, loss, norm, learning_rate, clips, sigmas, stop_signal, save_requested)
+
+    def accepts(self, result: StepResult) -> bool:
+        """Whether the update of a step is made; train.spike_policy=skip leaves out those with a sudden loss.
+
+        Raises:
+            TrainingError: the loss or the norm is not finite, or the loss is a spike and train.spike_policy=stop.
+        """
+        is_sound = is_finite(result.loss, result.grad_norm)
+        self._verdict = self._guard.verdict(result.loss) if is_sound else "not finite"
+        if self._verdict in ("not finite", "stop"):
+            self._refuse(result)
+        return self._verdict != "skip"
+
+    def log(self, result: StepResult) -> None:
+        """Records a finished step: metrics.jsonl, trackers and the progress bar."""
+        self.step = result.step
+        if self._verdict != "skip":
+            self._guard.made(result.loss)
+        seconds = round(time.perf_counter() - self._started, 4)
+        spike = {"spike": self._verdict} if self._verdict else {}
+        if self.metrics is not None and self.trackers is not None:
+            drawn = {"clips": result.clips, "sigmas": result.sigmas}
+            self.metrics.log(_numbers(result) | {"seconds": seconds} | spike | drawn)
+            self.trackers.check()
+        if spike:
+            self._progress.write(f"step {self.step}: a loss of {result.loss:.4f}, far above the usual: {self._verdict}")
+        rate = f"lr {result.learning_rate:.1e}, {seconds:.2f} s/step"
+        self._progress.set_postfix_str(f"loss {result.loss:.4f}, norm {result.grad_norm:.3f}, {rate}", refresh=False)
+        self._progress.update()
+
+    def save_if_due(self, result: StepResult) -> None:
+        """Saves where the settings or a signal ask for it.
+
+        Raises:
+            Interrupted: a process was asked to stop.
+        """
+        every = self.settings.checkpoint_every
+        if result.stop_signal or result.save_requested or is_due(self.step, every, self.settings.steps):
+            self.save()
+        if result.stop_signal and not self.is_complete:
+            raise Interrupted
+
+    def save(self) -> None:
+        """Writes a checkpoint of the last finished step, unless there is one; every process calls it."""
+        if self._saved_step == self.step:
             return
-        way = (
-            "resume=force and train.spike_policy=skip"
-            if verdict == "stop"
-            else ("an older checkpoint by resume_from, resume=force and a lower train.learning_rate")
+        weights, published = self.optimizer.weights(), self.published_weights()
+        state, groups = self.optimizer.state()
+        if self._checkpointer is not None and self.metrics is not None:
+            rows = {"groups": groups, "losses": self._guard.losses, "rows": self.metrics.num_rows()}
+            averaged = None if published is None else self._adapter(published)
+            everything = {"step": self.step, **self.plan.identity, "environment": self.plan.environment, **rows}
+            self._checkpointer.save(Snapshot(self.step, self._adapter(weights), averaged, state, everything))
+        self._saved_step = self.step
+
+    def published_weights(self) -> Mapping[str, Tensor] | None:
+        """Returns the weights that are validated, rendered and published; None where these are the trained ones."""
+        return self.ema.tensors if self.ema is not None else self.optimizer.inference_weights()
+
+    def check_signals(self) -> None:
+        """Looks at the signals of all processes together, between two pieces of work; saves where one asks for it.
+
+        Raises:
+            Interrupted: a process was asked to stop.
+        """
+        stop_signal, save_requested, _ = self._exchange(None)
+        if stop_signal:
+            raise Interrupted
+        if save_requested:
+            self.save()
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether this process received a signal to stop."""
+        return self._signals is not None and self._signals.received > 0
+
+    def finish(self) -> None:
+        """Reports how the run ended.
+
+        Raises:
+            TrainingError: the last step could not be saved.
+        """
+        self.accelerator.wait_for_everyone()
+        if self._checkpointer is not None:
+            self._checkpointer.check_saved(self.step)
+            stopped = f"stopped after step {self.step} of {self.settings.steps}"
+            tqdm.write(f"adapter: {self.run_dir / 'adapter.safetensors'}" if self.is_complete else stopped)
+
+    def _exchange(self, own: object) -> tuple[int, bool, list]:
+        """Returns the signal that stops the run, whether to save, and what each process passed as `own`."""
+        assert self._signals is not None
+        if self.accelerator.num_processes > 1:
+            # Where a process hangs is written to stderr before the others give up waiting for it.
+            faulthandler.dump_traceback_later(0.9 * self.plan.config.parallel.timeout_seconds)
+        gathered = gather_object([(*self._signals.take(), own)])
+        return (
+            max(stop for stop, _, _ in gathered),
+            any(save for _, save, _ in gathered),
+            [each for _, _, each in gathered],
         )
-        excess = "" if verdict == "not finite" else f", a loss of {self.guard.excess(row['loss']):.0f} times the usual"
-        bundle = write_bundle(run_dir / "bundles", {**row, "why": verdict}, weights, config)
-        samples = ", ".join(f"{c} (sigma {s:.3f})" for c, s in zip(row["clips"], row["sigmas"], strict=True))
-        last = checkpoint.last_checkpoint(run_dir / "checkpoints")
+
+    def _check_while_waiting(self) -> None:
+        """Ends the wait for a slow disk when the run is asked to stop; saves where that is asked for.
+
+        Raises:
+            Interrupted: a single process was asked to stop.
+            ParallelError: one of several was; it cannot reach the others, which wait for it, and ends for all of them.
+        """
+        assert self._signals is not None
+        stop_signal, save_requested = self._signals.take()
+        is_alone = self.accelerator.num_processes == 1
+        # Between two steps the main process can save by itself, unless the weights are sharded.
+        can_save = self.accelerator.is_main_process and (is_alone or isinstance(self.optimizer, AdapterOptimizer))
+        if (stop_signal or save_requested) and can_save:
+            self.save()
+        if stop_signal and is_alone:
+            raise Interrupted
+        if stop_signal:
+            raise ParallelError("asked to stop while it waited for the data of the next step.")
+
+    def _adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        layers = self.plan.layers
+        metadata = adapter_metadata(self.plan, self.step) | settings_metadata(layers)
+        return Adapter(trained_layers(copy_to_cpu(tensors), layers), metadata)
+
+    def _refuse(self, result: StepResult) -> NoReturn:
+        """Ends the run before an update that would harm it, and writes what `replay` needs; every process calls it."""
+        weights = self.optimizer.weights()
+        self.save()
+        if not self.accelerator.is_main_process:
+            raise SystemExit(2)  # The main process reports it.
+        excess, way_on = "", "an older checkpoint by resume_from, resume=force and a lower train.learning_rate"
+        if self._verdict == "stop":
+            excess = f", a loss of {self._guard.excess(result.loss):.0f} times the usual"
+            way_on = "resume=force and train.spike_policy=skip"
+        facts = {
+            **_numbers(result), "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
+            "seed": self.plan.config.seed, "draws": asdict(self.plan.draws),
+        }  # fmt: skip
+        bundle = write_bundle(self.run_dir / "bundles", facts, weights, config_yaml(self.plan.config))
+        drawn = zip(result.clips, result.sigmas, strict=True)
+        samples = ", ".join(f"{clip} (sigma {sigma:.3f})" for clip, sigma in drawn)
+        last = checkpoint.last_checkpoint(self.run_dir / "checkpoints")
         raise TrainingError(
-            f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}{excess}, on {samples}; the "
+            f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}{excess}, on {samples}; the "
             f"update was not made and {last}: `mochi-tune replay {bundle}` tells which sample it was. The same command "
-            f"comes here again; {way} go past it, or a lower train.learning_rate in another run_dir."
+            f"comes here again; {way_on} go past it, or a lower train.learning_rate in another run_dir."
         )
 
 
-def merged(everyones: list[dict[int, tuple[float, list[str], list[float]]]]) -> tuple[float, list[str], list[float]]:
+def is_due(step: int, every: int, num_steps: int) -> bool:
+    """Whether something that is done every so many steps, and at the last one, is done at this one; 0 is never."""
+    return step == num_steps or (every > 0 and step % every == 0)
+
+
+def merge_parts(
+    gathered: list[dict[int, tuple[float, list[str], list[float]]]],
+) -> tuple[float, list[str], list[float]]:
     """Returns the mean loss, the clips and the sigmas of a step, in the order of its samples.
 
     Args:
-        everyones: of each rank, by the number of a micro-batch: its loss, its clips and its sigmas. Ranks that share a
-            micro-batch have the same.
+        gathered: of each process, by the number of a micro-batch: its loss, its clips and its sigmas. Processes that
+            share the tokens of a micro-batch have the same.
     """
-    parts = [part for _, part in sorted({n: part for one in everyones for n, part in one.items()}.items())]
+    parts = [part for _, part in sorted({n: part for one in gathered for n, part in one.items()}.items())]
     loss = sum(value for value, _, _ in parts) / len(parts)
     return loss, [c for _, clips, _ in parts for c in clips], [round(s, 6) for _, _, sigmas in parts for s in sigmas]
+
+
+def _numbers(result: StepResult) -> dict[str, float]:
+    return {
+        "step": result.step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate,
+    }  # fmt: skip

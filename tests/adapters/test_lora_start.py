@@ -12,8 +12,8 @@ from mochi_tune.adapters.lora import (
     check_start,
     layer_settings,
     linear_shapes,
+    load_start_adapter,
     lora_parameters,
-    start_from,
 )
 from mochi_tune.errors import ConfigError
 
@@ -37,7 +37,7 @@ def test_the_start_is_the_files_change_whatever_its_format_and_alpha(tmp_path, t
     check_start(adapter.layers, settings, dora, str(adapter))
     apply_lora(dit, settings, seed=4, dora=dora)
     fresh = {name: parameter.detach().clone() for name, parameter in lora_parameters(dit).items()}
-    start_from(dit, adapter.layers)
+    load_start_adapter(dit, adapter.layers)
     apply_adapter(sampled, adapter.layers, "adapter")
     with torch.no_grad():
         expected = sampled(*INPUTS)
@@ -62,7 +62,7 @@ def test_a_dora_goes_on_as_one(tmp_path, to):
     settings = layer_settings(of_kinds(ALL), rank=16, alpha=3.0, dropout=0.0)
     check_start(adapter.layers, settings, True, str(adapter))
     apply_lora(dit, settings, seed=4, dora=True)
-    start_from(dit, adapter.layers)
+    load_start_adapter(dit, adapter.layers)
     apply_adapter(sampled, adapter.layers, "adapter")
     assert relative_error(dit(*INPUTS), sampled(*INPUTS)) <= 1e-5
     for name, layer in adapter.layers.items():

@@ -24,7 +24,7 @@ WILD = ["train.steps=9", "train.learning_rate=1e30", "train.warmup_steps=0", "tr
 SPIKY = ["train.steps=24", "train.spike_factor=1.05", "lora.dropout=0.1", "lora.rank=2"]
 
 
-SLOWLY = Disturbance(slow="mochi_tune.recipes.train_lora:merged", seconds=0.05)
+SLOWLY = Disturbance(slow="mochi_tune.training.run:merge_parts", seconds=0.05)
 
 
 def assert_refused(run_dir: Path, text: str, micro_batches: int) -> dict:
@@ -89,7 +89,7 @@ def test_a_spike_is_told_of_or_skipped_and_always_the_same(tmp_path):
 
     # Stopped and gone on from in the middle, it leaves out the same ones.
     again = tmp_path / "again"
-    slow = Disturbance(slow="mochi_tune.recipes.train_lora:merged", slow_from=13, seconds=0.3)
+    slow = Disturbance(slow="mochi_tune.training.run:merge_parts", slow_from=13, seconds=0.3)
     arguments = ["train", "conf=my_lora", *road(again, *LORA, *SPIKY, "train.spike_policy=skip")]
     program = Program(arguments, tmp_path / "out", slow)
     program.wait_until(lambda: "slow: merged" in program.text())
@@ -170,7 +170,7 @@ def test_a_number_in_the_cache_that_is_not_finite_is_found_when_it_is_read(tmp_p
 def test_a_dead_trainers_lock_is_recovered_and_a_living_ones_is_not(tmp_path):
     run_dir, arguments = tmp_path / "run", ["train", "conf=my_lora", *road(tmp_path / "run", *LORA, "train.steps=4")]
     first = Program(arguments, tmp_path / "first",
-                    Disturbance(slow="mochi_tune.recipes.train_lora:merged", slow_from=2, seconds=3600))  # fmt: skip
+                    Disturbance(slow="mochi_tune.training.run:merge_parts", slow_from=2, seconds=3600))  # fmt: skip
     first.wait_until(lambda: "slow: merged" in first.text())
     code, text = run_program(arguments, tmp_path / "second")
     assert code == 2 and f"process {first.pid} of host {socket.gethostname()}, started 20" in text

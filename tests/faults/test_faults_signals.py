@@ -17,9 +17,9 @@ SETTINGS = [
     "train.sample_prompts=[a red ball]", "sample.steps=40",
 ]  # fmt: skip
 # Slow enough for a signal to come in the middle, and still over in time.
-VALIDATION = Disturbance(slow="mochi_tune.training.validation:collate", slow_from=4, seconds=1.0)
+VALIDATION = Disturbance(slow="mochi_tune.training.evaluate:collate", slow_from=4, seconds=1.0)
 DECODING = Disturbance(slow="mochi_tune.training.evaluate:to_vae_latents", slow_from=3, seconds=1.0)
-STEP = Disturbance(slow="mochi_tune.recipes.train_lora:merged", slow_from=3, seconds=0.5)
+STEP = Disturbance(slow="mochi_tune.training.run:merge_parts", slow_from=3, seconds=0.5)
 
 
 def command(run_dir: Path, *more: str) -> list[str]:
@@ -147,7 +147,7 @@ def test_stopped_in_a_save(straight, tmp_path):
 
 
 def test_stopped_before_the_first_step(tmp_path):
-    at_step_0 = Disturbance(slow="mochi_tune.training.validation:collate", seconds=1.0)
+    at_step_0 = Disturbance(slow="mochi_tune.training.evaluate:collate", seconds=1.0)
     program = Program(command(tmp_path / "run"), tmp_path / "out", at_step_0)
     program.wait_until(lambda: "validation:   0%" in program.text())
     stop(program)
@@ -181,7 +181,7 @@ def test_sigusr1_in_a_look_saves_the_step_that_is_done(straight, tmp_path):
 
 def test_a_second_sigterm_ends_at_once(straight, tmp_path):
     run_dir = tmp_path / "run"
-    hang = Disturbance(slow="mochi_tune.recipes.train_lora:merged", slow_from=4, seconds=3600)
+    hang = Disturbance(slow="mochi_tune.training.run:merge_parts", slow_from=4, seconds=3600)
     program = Program(command(run_dir, "train.checkpoint_every=2"), tmp_path / "out", hang)
     program.wait_until(lambda: "slow: merged" in program.text())
     program.send(signal.SIGTERM)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mochi_tune import assets
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
-from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, start_from
+from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, load_start_adapter
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.text_encoder import TextEncoder
@@ -269,7 +269,7 @@ def test_a_dora_renders_what_its_trained_model_does(tmp_path):
     adapter = load_adapter(dora)
     settings = layer_settings(list(adapter.layers), rank=2, alpha=4.0, dropout=0.5)
     apply_lora(dit, settings, seed=5, dora=True)
-    start_from(dit, adapter.layers)
+    load_start_adapter(dit, adapter.layers)
     features = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a red ball", ""])
     noise, schedule = draw_noise(0, 7, 32, 48), SamplerSettings(3, 2.0, 0.025)
     expected = sample_latents(dit.eval(), noise, *features, schedule, "")

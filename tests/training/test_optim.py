@@ -15,11 +15,11 @@ from mochi_tune.training.optim import (
     build_optimizer,
     check_installed,
     check_optimizer,
+    inference_weights,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
-    showing,
-    shown_weights,
+    temporarily,
 )
 
 A, B, MAGNITUDE = "blocks.0.attn.qkv_x.lora_A", "blocks.0.attn.qkv_x.lora_B", "blocks.0.attn.qkv_x.lora_magnitude"
@@ -178,8 +178,8 @@ def test_the_averaged_weights_are_shown_and_training_does_not_notice(tmp_path):
     for number in range(5):
         watched.step(number)
         left_alone.step(number)
-        shown = shown_weights(watched.optimizer, watched.parameters)
-        with showing(watched.parameters, shown):
+        shown = inference_weights(watched.optimizer, watched.parameters)
+        with temporarily(watched.parameters, shown):
             assert all(torch.equal(p, shown[name]) for name, p in watched.parameters.items())
         assert_same(watched, left_alone)
     library = copy.deepcopy(left_alone)
@@ -189,13 +189,13 @@ def test_the_averaged_weights_are_shown_and_training_does_not_notice(tmp_path):
         assert not torch.equal(weight, left_alone.parameters[name])
         assert not weight.requires_grad
     second = resumed(watched, tmp_path, "schedule_free")
-    again = shown_weights(second.optimizer, second.parameters)
+    again = inference_weights(second.optimizer, second.parameters)
     assert all(torch.equal(again[name], weight) for name, weight in shown.items())
 
 
 def test_before_the_first_step_the_weights_are_shown_as_they_are():
     problem = Problem("schedule_free")
-    shown = shown_weights(problem.optimizer, problem.parameters)
+    shown = inference_weights(problem.optimizer, problem.parameters)
     assert all(torch.equal(shown[name], parameter) for name, parameter in problem.parameters.items())
     assert problem.state() == ({}, [{"k": 0, "weight_sum": 0.0, "lr_max": -1.0}])
 
@@ -203,16 +203,16 @@ def test_before_the_first_step_the_weights_are_shown_as_they_are():
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "schedule_free"])
 def test_the_others_show_what_they_train(name):
     problem = Problem(name).steps(0)
-    assert shown_weights(problem.optimizer, problem.parameters) is None
-    with showing(problem.parameters, None):
+    assert inference_weights(problem.optimizer, problem.parameters) is None
+    with temporarily(problem.parameters, None):
         pass
 
 
 def test_weights_come_back_when_what_they_are_shown_to_fails():
     problem = Problem("schedule_free").steps(0, 1)
     before = {name: parameter.detach().clone() for name, parameter in problem.parameters.items()}
-    shown = shown_weights(problem.optimizer, problem.parameters)
-    with pytest.raises(KeyboardInterrupt), showing(problem.parameters, shown):
+    shown = inference_weights(problem.optimizer, problem.parameters)
+    with pytest.raises(KeyboardInterrupt), temporarily(problem.parameters, shown):
         raise KeyboardInterrupt
     assert all(torch.equal(parameter, before[name]) for name, parameter in problem.parameters.items())
 

@@ -1,0 +1,134 @@
+"""Writes the checkpoints of a run, removes old ones, and goes on when the disk refuses one."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mochi_tune.adapters.files import Adapter, save_adapter
+from mochi_tune.errors import TrainingError
+from mochi_tune.files import copy_atomic, write_json
+from mochi_tune.training import checkpoint
+from mochi_tune.training.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a checkpoint holds, on the CPU.
+
+    Attributes:
+        step: the last finished step.
+        adapter: the trained one.
+        averaged: the adapter to use, where it is not the trained one, else None.
+        optimizer: state by parameter.
+        state: all other state, as JSON values.
+    """
+
+    step: int
+    adapter: Adapter
+    averaged: Adapter | None
+    optimizer: Mapping[str, Mapping[str, Tensor]]
+    state: dict
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept.
+
+    Attributes:
+        newest: this many of the newest ones.
+        every: those of each so many steps; 0: none.
+        best: whether the one with the lowest validation loss.
+    """
+
+    newest: int
+    every: int
+    best: bool
+
+
+class Checkpointer:
+    """Writes the checkpoints of a run folder; the main process has one."""
+
+    def __init__(self, run_dir: Path, metrics: Metrics, retention: Retention, log: Callable[[str], None]) -> None:
+        """Prepares to save.
+
+        Args:
+            run_dir: of the run.
+            metrics: synced to the disk before each checkpoint, which records how many rows there are.
+            retention: which checkpoints are kept.
+            log: writes a line for the user.
+        """
+        self.folder = run_dir / "checkpoints"
+        self.published = run_dir / "adapter.safetensors"
+        self.metrics = metrics
+        self.retention = retention
+        self.log = log
+        self.failure: OSError | None = None
+
+    def save(self, snapshot: Snapshot) -> bool:
+        """Writes a checkpoint, then the run's adapter, and removes old checkpoints; returns whether that succeeded.
+
+        A full or read-only disk does not end the run: the old checkpoints stay, and the next save tries again.
+        """
+        try:
+            # A resumed run finds the rows of all steps up to its checkpoint.
+            self.metrics.flush_to_disk()
+            with checkpoint.new_checkpoint(self.folder, snapshot.step) as new:
+                save_adapter(new / "adapter.safetensors", snapshot.adapter)
+                if snapshot.averaged is not None:
+                    save_adapter(new / "averaged.safetensors", snapshot.averaged)
+                checkpoint.save_optimizer(new / "optimizer.safetensors", snapshot.optimizer)
+                write_json(new / "state.json", snapshot.state)
+            copy_atomic(checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"), self.published)
+            self._remove_old()
+        except OSError as error:
+            self.failure = error
+            last = checkpoint.last_checkpoint(self.folder)
+            self.log(f"step {snapshot.step} could not be saved ({error}); {last}; the run goes on")
+            return False
+        self.failure = None
+        return True
+
+    def check_saved(self, step: int) -> None:
+        """Checks that the last step of a run is saved.
+
+        Raises:
+            TrainingError: the last save failed.
+        """
+        if self.failure is not None:
+            last = checkpoint.last_checkpoint(self.folder)
+            raise TrainingError(
+                f"step {step} could not be saved ({self.failure}); {last}: make room, and the same command goes on "
+                "from there."
+            )
+
+    def _remove_old(self) -> None:
+        steps = [checkpoint.step_of(path) for path in checkpoint.find_checkpoints(self.folder)]
+        keep = self.retention
+        best = self.metrics.best_validated(steps) if keep.best else None
+        checkpoint.remove_checkpoints(self.folder, checkpoint.steps_to_keep(steps, keep.newest, keep.every, best))
+
+
+def check_free_space(run_dir: Path, num_bytes: int) -> None:
+    """Reserves the space of a checkpoint and releases it, so that a full disk is found before training starts.
+
+    Raises:
+        OSError: the disk is full or read-only, or a quota is used up.
+    """
+    probe = run_dir / f".room_probe_{os.getpid()}"
+    try:
+        with open(probe, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; a checkpoint takes {num_bytes / 2**20:.0f} MiB", str(run_dir)
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns copies on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
