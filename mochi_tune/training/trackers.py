@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.training.metrics import tell
+from mochi_tune.training.metrics import write_line
 from mochi_tune.training.tracker_process import REASON, kill_all
 
 # How long the trainer leaves a tracker that has failed alone before it starts it again.
@@ -126,7 +126,7 @@ class Trackers:
             if waited > self.close_seconds:
                 break
             if waited > 5 and not has_told:
-                tell(f"waiting up to {self.close_seconds:g} s for {' and '.join(busy)} to take the last rows")
+                write_line(f"waiting up to {self.close_seconds:g} s for {' and '.join(busy)} to take the last rows")
                 has_told = True
             time.sleep(0.05)
         for kind in list(self.running):
@@ -156,7 +156,7 @@ class Trackers:
         self.running.pop(kind, None)
         if kind not in self._failed_at:
             rows = self.run_dir / "metrics.jsonl"
-            tell(f"log.{kind} stopped ({reason}): the run goes on without it; its record is {rows}")
+            write_line(f"log.{kind} stopped ({reason}): the run goes on without it; its record is {rows}")
         self._failed_at[kind] = time.monotonic()
 
     def _reason(self, kind: str) -> str:
