@@ -74,16 +74,13 @@ def train_locked(config: RunConfig, job: Job, device: torch.device, mesh: Mesh |
     with contextlib.ExitStack() as stack:
         metrics = trackers = None
         if is_first():
-            run_dir, log = Path(config.run_dir), config.log
+            run_dir = Path(config.run_dir)
             metrics = stack.enter_context(Metrics(run_dir, start.step))
             check_rows(metrics, start)
             # They follow the files of the metrics, and leave before these are closed.
             trackers = stack.enter_context(
-                Trackers(
-                    run_dir, start.step, config.name, job.identity["settings"], wandb=log.wandb,
-                    tensorboard=log.tensorboard, trackio=log.trackio, project=log.project,
-                )
-            )  # fmt: skip
+                Trackers(run_dir, start.step, config.name, job.identity["settings"], config.log)
+            )
         # One large model at a time: T5 leaves before the DiT comes.
         features = encode_prompts(config, job.folder, device)
         run = build_run(config, job, device, mesh, start, metrics)
