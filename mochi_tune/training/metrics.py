@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mochi_tune.errors import TrainingError
 from mochi_tune.files import fsync, write_atomic
 
-FILES = ("metrics", "validation")
+FILES: tuple[str, ...] = ("metrics", "validation")
 
 
 class Metrics:
