@@ -1,4 +1,4 @@
-"""A video file becomes frames at 30 fps: decoded, turned upright, resized and cropped; no model is involved."""
+"""Reads clips from video files: frames at 30 fps, turned upright, resized and cropped; no model is involved."""
 
 import contextlib
 import json
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mochi_tune.data_prep.frames import decode_frames
@@ -22,10 +21,10 @@ from mochi_tune.data_prep.probe import VideoSource, probe_video
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
 
-# Goes into the cache's fingerprint: raise it whenever the same file would give other frames.
+# Part of the cache's fingerprint: raise it whenever the same file would give other frames.
 TRANSFORM_VERSION = 1
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-# What one chunk of source frames may take while it is resized in fp32.
+# Memory for one chunk of source frames while it is resized in fp32.
 CHUNK_BYTES = 128 * 2**20
 # For the child to import torch and decord from a slow disk.
 START_SECONDS = 120.0
@@ -48,7 +47,7 @@ class DecodedClip:
     Attributes:
         frames: uint8 (F, H, W, 3), upright, one every 1/30 s.
         report: what was done: source_width, source_height (upright pixels), source_frames, source_seconds,
-            pixel_aspect (width to height of one stored pixel; told, not corrected), rotation (degrees
+            pixel_aspect (width to height of one stored pixel; reported, not corrected), rotation (degrees
             counter-clockwise), scale, crop (left, top, width, height in upright source pixels), start_seconds.
     """
 
@@ -120,7 +119,8 @@ def decode_clip(path: Path, transform: ClipTransform) -> DecodedClip:
     wanted = sorted(set(indices))
     fit, chunks, stack = None, [], []
     for index, frame in zip(wanted, decode_frames(path, source, wanted), strict=True):
-        fit = fit or _fit(path, *frame.shape[:2], transform)
+        height, width = frame.shape[:2]
+        fit = fit or _fit(path, height, width, transform)
         stack.append(torch.from_numpy(frame))
         if len(stack) * frame.size * 4 >= CHUNK_BYTES or index == wanted[-1]:
             chunks.append(_resize_and_crop(torch.stack(stack), fit, transform))
@@ -128,7 +128,7 @@ def decode_clip(path: Path, transform: ClipTransform) -> DecodedClip:
     frames = torch.cat(chunks)
     if len(wanted) < len(indices):
         frames = frames[[bisect_left(wanted, index) for index in indices]]
-    return DecodedClip(frames, _report(source, *frame.shape[:2], fit, transform))
+    return DecodedClip(frames, _report(source, height, width, fit, transform))
 
 
 def _fit(path: Path, height: int, width: int, transform: ClipTransform) -> _Fit:
@@ -170,7 +170,7 @@ def _report(source: VideoSource, height: int, width: int, fit: _Fit, transform: 
 
 
 class ClipDecoder:
-    """Decodes clips in a child process, which may hang or die on one of them without taking the run along.
+    """Decodes clips in a child process, which may hang or die on one of them without ending the run.
 
     decord can loop for ever in native code that holds the interpreter's lock, so only another process can stop it.
     The child is spawned, not forked: that works beside CUDA and threads. Frames travel through a socket straight
@@ -188,9 +188,7 @@ class ClipDecoder:
     def __init__(self, transform: ClipTransform, timeout_seconds: float) -> None:
         self.transform = transform
         self.timeout_seconds = timeout_seconds
-        self._process = None
-        self._socket = None
-        self._ready = False
+        self._child: _Child | None = None
         self._asked: Path | None = None
         self._asked_at = 0.0
 
@@ -201,13 +199,13 @@ class ClipDecoder:
         self.close()
 
     def close(self) -> None:
-        """Ends the child, whatever it does; a later `decode` starts another one."""
-        if self._process is not None:
-            self._process.kill()
+        """Ends the child, whatever it is doing; a later `decode` starts another one."""
+        if self._child is not None:
+            self._child.process.kill()
             # A process that waits for a dead network disk cannot even be killed; leave it behind.
-            self._process.join(5)
-            self._socket.close()
-        self._process = self._socket = self._asked = None
+            self._child.process.join(5)
+            self._child.socket.close()
+        self._child = self._asked = None
 
     def decode(self, path: Path) -> DecodedClip:
         """Decodes one clip as `decode_clip` does.
@@ -242,34 +240,26 @@ class ClipDecoder:
 
     def _ask(self, path: Path) -> None:
         assert self._asked is None, f"{self._asked} is still being decoded"
-        if self._process is None or not self._process.is_alive():
+        if self._child is None or not self._child.process.is_alive():
             self.close()
-            self._start()
+            self._child = _Child(self.transform)
         self._asked, self._asked_at = path, time.monotonic()
-        # Should the child have died this instant, the missing answer will tell.
+        # If the child has just died, the missing answer will say so.
         with contextlib.suppress(ConnectionError):
-            _send(self._socket, {"path": str(path)})
-
-    def _start(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(theirs, self.transform), name="clip-decoder", daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        self._ready = False
+            _send(self._child.socket, {"path": str(path)})
 
     def _answer(self) -> DecodedClip:
         """Waits for the clip that was asked for; kills the child if it does not come."""
-        path = self._asked
+        path, child = self._asked, self._child
+        assert child is not None
         try:
-            if not self._ready:
-                _receive(self._socket, time.monotonic() + START_SECONDS)
-                self._ready, self._asked_at = True, time.monotonic()
+            if not child.is_ready:
+                _receive(child.socket, time.monotonic() + START_SECONDS)
+                child.is_ready, self._asked_at = True, time.monotonic()
             # An answer that has been waiting for a late caller is read at once, even after its time.
-            reply = _receive(self._socket, self._asked_at + self.timeout_seconds)
+            reply = _receive(child.socket, self._asked_at + self.timeout_seconds)
             frames = torch.empty(reply.get("shape", 0), dtype=torch.uint8)
-            _fill(self._socket, frames.numpy(), time.monotonic() + self.timeout_seconds)
+            _fill(child.socket, frames.numpy().data, time.monotonic() + self.timeout_seconds)
         except TimeoutError as error:
             self.close()
             raise DataError(
@@ -277,11 +267,11 @@ class ClipDecoder:
                 "or raise data.decode_timeout_seconds."
             ) from error
         except (EOFError, ConnectionError) as error:
-            self._process.join(5)
-            code, ready = self._process.exitcode, self._ready
+            child.process.join(5)
+            code = child.process.exitcode
             self.close()
-            if not ready and (code is None or code >= 0):
-                # It gave up by itself before it saw a clip, and has told why on stderr.
+            if not child.is_ready and (code is None or code >= 0):
+                # It ended by itself before it got a clip, and wrote the reason to stderr.
                 raise RuntimeError(f"the decoder process did not start, exit code {code}") from error
             how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
             raise DataError(f"{path}: the decoder died on it, {how}: re-encode it or remove it.") from error
@@ -293,10 +283,23 @@ class ClipDecoder:
         return DecodedClip(frames, reply["report"])
 
 
+class _Child:
+    """A decoder process and the parent's end of the socket between them."""
+
+    def __init__(self, transform: ClipTransform) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(theirs, transform), name="clip-decoder", daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self.is_ready = False
+
+
 def _serve(parent: socket.socket, transform: ClipTransform) -> None:
     """Runs in the child: decodes one path after the other until the parent hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Now, so that no clip's time is spent on it; av before decord, as `decode_frames` tells.
+    # Imported now, so that no clip's time is spent on it; av before decord, see `decode_frames`.
     import av  # noqa: F401
     import decord  # noqa: F401
 
@@ -312,7 +315,7 @@ def _serve(parent: socket.socket, transform: ClipTransform) -> None:
                 _send(parent, {"bug": traceback.format_exc()})
             else:
                 _send(parent, {"report": clip.report, "shape": list(clip.frames.shape)})
-                parent.sendall(memoryview(clip.frames.numpy()).cast("B"))
+                parent.sendall(clip.frames.numpy().data.cast("B"))
     except (EOFError, ConnectionError):
         return
 
@@ -325,15 +328,15 @@ def _send(to: socket.socket, message: dict) -> None:
 
 def _receive(source: socket.socket, deadline: float | None) -> dict:
     length = bytearray(8)
-    _fill(source, length, deadline)
+    _fill(source, memoryview(length), deadline)
     text = bytearray(int.from_bytes(length, "big"))
-    _fill(source, text, deadline)
+    _fill(source, memoryview(text), deadline)
     return json.loads(text)
 
 
-def _fill(source: socket.socket, buffer: bytearray | np.ndarray, deadline: float | None) -> None:
-    """Reads until `buffer` is full; EOFError if the other side is gone, TimeoutError after `deadline` (monotonic)."""
-    view = memoryview(buffer).cast("B")
+def _fill(source: socket.socket, view: memoryview, deadline: float | None) -> None:
+    """Reads until `view` is full; EOFError if the other side is gone, TimeoutError after `deadline` (monotonic)."""
+    view = view.cast("B")
     while view:
         source.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-3))
         count = source.recv_into(view)

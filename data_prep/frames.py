@@ -1,4 +1,4 @@
-"""Pictures out of decord, in bounded memory: it is handed a few packets at a time instead of the file."""
+"""Decodes frames with decord in bounded memory: it gets a few packets at a time instead of the file."""
 
 import io
 from bisect import bisect_right
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ def decode_frames(path: Path, source: VideoSource, indices: list[int]) -> Iterat
     """
     import av  # before decord, which makes its own old codecs visible to libraries that are loaded later
     import decord
+    from av.error import FFmpegError
 
     decord.logging.set_level(decord.logging.QUIET)
     ranks, shown, starts = _order(source)
@@ -55,7 +57,7 @@ def decode_frames(path: Path, source: VideoSource, indices: list[int]) -> Iterat
                 start = starts[bisect_right(starts, group[0]) - 1]
                 piece = slice(start, needed[group[-1]] + 1 + margin)
                 yield from _decode_piece(stream, packets[piece], ranks[piece], group, source.rotation // 90)
-    except (decord.DECORDError, decord.DECORDLimitReachedError, av.FFmpegError, RuntimeError, StopIteration) as error:
+    except (decord.DECORDError, decord.DECORDLimitReachedError, FFmpegError, RuntimeError, StopIteration) as error:
         raise DataError(
             f"{path}: decord cannot decode it (codec {source.codec}): the file is damaged, or its codec is unknown to "
             "decord; re-encode it as H.264."
@@ -63,7 +65,7 @@ def decode_frames(path: Path, source: VideoSource, indices: list[int]) -> Iterat
 
 
 def _order(source: VideoSource) -> tuple[list[int], list[int], list[int]]:
-    """Returns each packet's rank in the order of display, the ranks that are shown, and where decoding may start.
+    """Returns each packet's rank in the order of display, the ranks that are displayed, and where decoding may start.
 
     It may start at a keyframe with all earlier packets displayed before it and all later ones after it.
     """
@@ -85,7 +87,8 @@ def _decode_piece(stream, packets: list, ranks: list[int], wanted: list[int], tu
 
     first = min(ranks)
     # decord repeats an earlier frame in place of one that it cannot decode; this makes the first one an error.
-    reader = decord.VideoReader(_remux(stream, packets, ranks), fault_tol=1e-9)
+    options: dict[str, Any] = {"fault_tol": 1e-9}  # annotated as an int
+    reader = decord.VideoReader(_remux(stream, packets, ranks), **options)
     remaining = set(wanted)
     for rank in range(first, wanted[-1] + 1):
         picture = reader.next()

@@ -1,6 +1,6 @@
-"""`mochi-tune prepare`: a folder of videos and captions becomes the cache that training reads.
+"""`mochi-tune prepare`: encodes a folder of videos and captions into the cache that training reads.
 
-Run it again at any time: what is encoded already is found by the fingerprint of all that it was made from.
+It may be run again at any time: it finds what is encoded already by a hash of all that the encoding depends on.
 """
 
 import csv
@@ -29,7 +29,7 @@ from mochi_tune.weights.folder import WeightsFolder
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10
-REPORT_COLUMNS = (
+REPORT_COLUMNS: tuple[str, ...] = (
     "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "start_seconds", "scale", "crop",
     "source_width", "source_height", "source_frames", "source_seconds", "rotation", "pixel_aspect",
 )  # fmt: skip
@@ -37,7 +37,7 @@ REPORT_COLUMNS = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run did: clips kept and refused, those encoded now, captions encoded now, and the cache's size."""
+    """The result of a run: clips kept and refused, clips and captions encoded now, and the cache's size."""
 
     kept: int
     refused: int
@@ -59,7 +59,7 @@ def main(config: RunConfig) -> int:
     tqdm.write(
         f"{config.data.cache}: {done.kept} clips kept, {done.refused} refused; encoded now: {done.clips_encoded} clips "
         f"and {done.captions_encoded} captions, reused: {done.kept - done.clips_encoded} clips; "
-        f"{done.cache_gib:.3g} GiB. What became of each input: {Path(config.data.cache) / REPORT_NAME}"
+        f"{done.cache_gib:.3g} GiB. Each input is listed in {Path(config.data.cache) / REPORT_NAME}"
     )
     return 1 if done.refused else 0
 
@@ -92,7 +92,7 @@ def prepare(config: RunConfig) -> Prepared:
         decoder = ClipDecoder(transform, config.data.decode_timeout_seconds)
         clips_encoded, bad_clips = _encode_clips(cache, folder, rows, decoder, config, device)
         refused |= {row.path: bad_clips[row.clip_key] for row in rows if row.clip_key in bad_clips}
-        # Captions come second, and only those of clips that are kept: a caption of a refused one has no place to stay.
+        # Captions come second: those of refused clips are not encoded, as no row of the cache would hold them.
         kept = [row for row in rows if row.path not in refused]
         captions_encoded = _encode_captions(cache, kept, config, device)
         records = _report_records(cache, captions, kept, refused)
@@ -102,7 +102,7 @@ def prepare(config: RunConfig) -> Prepared:
             first = next(iter(refused.values()))
             raise DataError(f"none of the {len(refused)} clips in {folder} can be used, see {report}; {first}")
         cache.commit(kept, settings)
-    _tell(records)
+    _write_notes(records)
     num_bytes = sum(file.stat().st_size for file in (Path(config.data.cache) / "data").iterdir())
     return Prepared(len(kept), len(refused), clips_encoded, captions_encoded, num_bytes / 2**30)
 
@@ -115,14 +115,14 @@ def _read_captions(folder: Path, allow_empty: bool) -> dict[str, str]:
     empty = [name for name, caption in captions.items() if not caption]
     orphans = find_orphans(folder, videos)
     if empty and not allow_empty:
-        # A typo in a file's name is the usual cause, and then both names are needed to see it.
-        typos = f"; without a video there are the captions {_some(orphans)}" if orphans else ""
+        # A typo in a file's name is the usual cause; both names together make it visible.
+        typos = f"; without a video there are the captions {_listed(orphans)}" if orphans else ""
         raise DataError(
-            f"{len(empty)} of {len(videos)} clips in {folder} have no caption ({_some(empty)}{typos}): write each "
-            "one's into a .txt file of its name, or set data.allow_empty_captions=true to train them without."
+            f"{len(empty)} of {len(videos)} clips in {folder} have no caption ({_listed(empty)}{typos}): write each "
+            "one's caption into a .txt file of its name, or set data.allow_empty_captions=true to train them without."
         )
     if orphans:
-        tqdm.write(f"captions without a video of that name, not used: {_some(orphans)}")
+        tqdm.write(f"captions without a video of that name, not used: {_listed(orphans)}")
     return captions
 
 
@@ -155,9 +155,9 @@ def _fingerprint_videos(
 def _encode_clips(
     cache: CacheWriter, folder: Path, rows: list[Row], decoder: ClipDecoder, config: RunConfig, device: torch.device
 ) -> tuple[int, dict[str, str]]:
-    """Encodes the clips that the cache lacks; returns how many, and for the clip_keys of bad ones, why."""
+    """Encodes the clips that the cache lacks; returns their number, and the reason for each clip_key that failed."""
     # Two files with the same bytes have the same key, and are encoded once.
-    missing = _first_of_each((row.clip_key, row) for row in rows if not cache.has_latents(row.clip_key))
+    missing = _unique((row.clip_key, row) for row in rows if not cache.has_latents(row.clip_key))
     num_encoded, bad, encoder = 0, {}, None
     with decoder, tqdm(total=len(missing), desc="clips", unit="clip", disable=not missing) as progress:
         clips = decoder.decode_all([folder / row.path for row in missing])
@@ -167,7 +167,7 @@ def _encode_clips(
             elif not _is_unchanged(folder / row.path, row.source_sha256):
                 bad[row.clip_key] = f"{folder / row.path}: was changed while it was read: run this again."
             else:
-                # Not before a clip is there to be encoded: a second run over a bad clip reads no weights.
+                # Loaded only when a clip is there to be encoded: a second run over a bad clip reads no weights.
                 weights = WeightsFolder(weights_folder(config))
                 encoder = encoder or weights.load_encoder(device, DTYPES[config.model.dtype])
                 mean, logvar = encode_frames(encoder, clip.frames, row.path)
@@ -180,7 +180,7 @@ def _encode_clips(
 
 
 def _is_unchanged(video: Path, sha256: str) -> bool:
-    """Whether a video is still the one whose content the key of its latents was made of."""
+    """Whether a video still has the content that its latents' key was computed from."""
     try:
         return file_sha256(video) == sha256
     except OSError:
@@ -189,10 +189,10 @@ def _is_unchanged(video: Path, sha256: str) -> bool:
 
 def _encode_captions(cache: CacheWriter, rows: list[Row], config: RunConfig, device: torch.device) -> int:
     """Encodes the captions that the cache lacks, each text once, and frees the text encoder; returns how many."""
-    missing = _first_of_each((row.text_key, row) for row in rows if not cache.has_text(row.text_key))
+    missing = _unique((row.text_key, row) for row in rows if not cache.has_text(row.text_key))
     if not missing:
         return 0
-    # In fp32 whatever the models run in: features are taken once, and rounding in T5 would stay in all training.
+    # In fp32 whatever the models run in: features are computed once, and T5's rounding would affect all of training.
     text_encoder = TextEncoder.load(weights_folder(config), device, torch.float32)
     for row in tqdm(missing, desc="captions", unit="caption"):
         prompt_embeds, caption_tokens = encode_caption(text_encoder, row.caption, row.path)
@@ -202,7 +202,7 @@ def _encode_captions(cache: CacheWriter, rows: list[Row], config: RunConfig, dev
     return len(missing)
 
 
-def _first_of_each(keyed_rows: Iterable[tuple[str, Row]]) -> list[Row]:
+def _unique(keyed_rows: Iterable[tuple[str, Row]]) -> list[Row]:
     first: dict[str, Row] = {}
     for key, row in keyed_rows:
         first.setdefault(key, row)
@@ -212,7 +212,7 @@ def _first_of_each(keyed_rows: Iterable[tuple[str, Row]]) -> list[Row]:
 def _report_records(
     cache: CacheWriter, captions: dict[str, str], kept: list[Row], refused: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Returns one record an input, in the order of the clips; refused ones have no tokens and no crop."""
+    """Returns one record for each input, in the order of the clips; refused ones have no tokens and no crop."""
     rows = {row.path: row for row in kept}
     records = []
     for name, caption in captions.items():
@@ -234,16 +234,16 @@ def _csv(records: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _tell(records: list[dict[str, Any]]) -> None:
-    """Writes what a user should not have to look up in the report: refused clips, captions that are cut."""
+def _write_notes(records: list[dict[str, Any]]) -> None:
+    """Writes lines on refused clips and cut captions, so that nobody has to look them up in the report."""
     for record in records:
         if record["status"] == "refused":
             tqdm.write(f"refused: {record['reason']}")
     cut = [f"{record['clip']} by {record['lost_tokens']}" for record in records if record.get("lost_tokens")]
     if cut:
-        tqdm.write(f"captions cut to {MAX_TOKENS} tokens: {_some(cut)}")
+        tqdm.write(f"captions cut to {MAX_TOKENS} tokens: {_listed(cut)}")
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more

@@ -1,10 +1,11 @@
-"""What a video file says of itself: when each frame is shown, which way is up, and whether all of it is there."""
+"""Reads a video file's metadata: each frame's time, the rotation, and whether the file is complete."""
 
 import struct
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mochi_tune.errors import DataError
 
@@ -55,12 +56,14 @@ class VideoSource:
 
 
 def probe_video(path: Path) -> VideoSource:
-    """Reads all packets' times and the first picture's properties with PyAV, which tells more than decord does.
+    """Reads all packets' times and the first picture's properties with PyAV, which reports more than decord.
 
     Raises:
         DataError: the file is unreadable, truncated, without pictures, HDR, or shown mirrored or askew.
     """
     import av
+    from av.error import FFmpegError
+    from av.video.stream import VideoStream
 
     try:
         if path.is_file() and path.stat().st_size == 0:
@@ -72,6 +75,7 @@ def probe_video(path: Path) -> VideoSource:
                 raise DataError(f"{path}: holds no video stream, only {kinds}: remove it.")
             if stream.codec_context is None:
                 raise DataError(f"{path}: has a codec that is not known: re-encode it as H.264.")
+            assert isinstance(stream, VideoStream)
             transfer = HDR_TRANSFERS.get(stream.codec_context.color_trc)
             if transfer:
                 raise DataError(f"{path}: is HDR, {transfer}, but the models take SDR: convert it to BT.709 first.")
@@ -85,14 +89,14 @@ def probe_video(path: Path) -> VideoSource:
                 bool(stream.codec_context.has_b_frames),
                 float(stream.sample_aspect_ratio or 1),
             )
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(
             f"{path}: cannot be read as a video ({reason}): it is damaged or cut short; copy it again or remove it."
         ) from error
 
 
-def _read_packets(path: Path, container, stream) -> tuple[list[Packet], object]:
+def _read_packets(path: Path, container, stream) -> tuple[list[Packet], Any]:
     """Returns all packets and the first frame, decoded."""
     packets, first = [], None
     for packet in container.demux(stream):
@@ -113,7 +117,7 @@ def _read_packets(path: Path, container, stream) -> tuple[list[Packet], object]:
 
 
 def _missing_part(path: Path, container, stream, packets: list[Packet]) -> str:
-    """Says what the container announces and does not hold, or nothing."""
+    """Describes what the container announces but does not hold; "" if nothing is missing."""
     if "mp4" in container.format.name:
         missing = _missing_bytes(path)
         return f"{missing} bytes are missing" if missing else ""

@@ -15,6 +15,7 @@ import psutil
 RUN = """
 import json, sys, time
 from pathlib import Path
+from mochi_tune.config.schema import LogConfig
 from mochi_tune.training import trackers as room
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.trackers import Trackers
@@ -22,8 +23,12 @@ from mochi_tune.training.trackers import Trackers
 run_dir, last_step, steps, options = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 pause, left_out, slowest = options.pop("pause", 0), options.pop("left_out", None), 0.0
 room.RETRY_SECONDS = options.pop("retry", room.RETRY_SECONDS)
+close_seconds, log = options.pop("close_seconds", 20.0), LogConfig(**options)
 settings = {"train.steps": steps, "train.sample_prompts": ["a cat"] * 10**6}
-with Metrics(run_dir, last_step) as metrics, Trackers(run_dir, last_step, "a run", settings, **options) as trackers:
+with (
+    Metrics(run_dir, last_step) as metrics,
+    Trackers(run_dir, last_step, "a run", settings, log, close_seconds) as trackers,
+):
     try:
         for step in range(last_step, steps + 1):
             started = time.perf_counter()
@@ -98,7 +103,7 @@ def processes_of(run_dir: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             arguments, is_alive = process.cmdline(), process.status() != psutil.STATUS_ZOMBIE
-            if is_alive and str(run_dir) in arguments and "mochi_tune.training.tracker_process" in arguments:
+            if is_alive and str(run_dir) in arguments and "mochi_tune.training.follower" in arguments:
                 found += [process, *process.children(recursive=True)]
         except psutil.Error:
             continue

@@ -4,7 +4,7 @@ A cache is one folder:
 
 - `data/train-00000-of-0000N.parquet`: one row a clip, one row a row group; `datasets.load_dataset(folder)` reads it.
 - `manifest.json`: the settings, and each shard's size, checksum and rows. It is written last: no manifest, no cache.
-- `report.csv`: the fate of every input.
+- `report.csv`: for every input, whether it was kept, and why not.
 - `parts/`: what a running or killed `prepare` has encoded and not yet committed.
 """
 
@@ -15,7 +15,7 @@ import re
 import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -36,10 +36,10 @@ _SHARD_FILE = re.compile(rf"{DATA_FOLDER}/train-\d{{5,}}-of-\d{{5,}}\.parquet")
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """All that decides what is encoded from the same videos and captions.
+    """Everything besides videos and captions that decides what is encoded.
 
     Args:
-        transform: What is cut out of a clip; JSON values, `num_frames`, `height` and `width` among them.
+        transform: What is cut out of a clip: JSON values, including `num_frames`, `height` and `width`.
         vae: Fingerprint of the VAE encoder's weights.
         vae_dtype: Precision that it runs in, "bf16" or "fp32".
         t5: Fingerprint of the text encoder's weights.
@@ -53,16 +53,16 @@ class CacheSettings:
     t5_dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Row:
-    """One clip of a cache: where it came from, and the keys of what was made of it.
+    """One clip of a cache: its source, and the keys of its latents and text features.
 
     Args:
         path: Path of the video, relative to the folder of videos.
         caption: Text as it was encoded.
-        source_sha256: Of the video's bytes.
-        clip_key: Of the latents: source, transform and VAE.
-        text_key: Of the prompt's features: caption and T5.
+        source_sha256: Hash of the video's bytes.
+        clip_key: Hash of all that the latents depend on: source, transform and VAE.
+        text_key: Hash of all that the text features depend on: caption and T5.
     """
 
     path: str
@@ -73,7 +73,7 @@ class Row:
 
 
 def make_row(path: str, caption: str, source_sha256: str, settings: CacheSettings) -> Row:
-    """Derives a clip's keys, so that a key changes exactly when its latents or its features would."""
+    """Builds a clip's row; a key changes exactly when its latents or its features would."""
     clip_key = _digest("clip", source_sha256, settings.transform, settings.vae, settings.vae_dtype)
     text_key = _digest("text", caption, settings.t5, settings.t5_dtype)
     return Row(path, caption, source_sha256, clip_key, text_key)
@@ -134,7 +134,7 @@ def content_sha256(mean: torch.Tensor, logvar: torch.Tensor, prompt_embeds: torc
     digest = hashlib.sha256()
     for tensor in (mean, logvar, prompt_embeds):
         digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -144,7 +144,7 @@ def _floats(table: Any, column: str) -> torch.Tensor:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns the manifest of a committed cache, or None when there is none that is whole."""
+    """Returns the manifest of a committed cache, or None where it is missing or incomplete."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
@@ -173,7 +173,7 @@ def _fits(manifest: dict[str, Any]) -> bool:
     )
 
 
-def _has(value: Any, kind: type) -> bool:
+def _has(value: Any, kind: type) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and value.keys() == {field.name for field in fields(kind)}
 
 
@@ -186,14 +186,14 @@ class Cache:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder = folder
         self.settings = CacheSettings(**manifest["settings"])
-        places = [
+        located = [
             (Row(**row), shard["file"], number)
             for shard in manifest["shards"]
             for number, row in enumerate(shard["rows"])
         ]
-        places.sort(key=lambda place: place[0].path)
-        self.rows = [row for row, _, _ in places]
-        self._places = [(file, number) for _, file, number in places]
+        located.sort(key=lambda item: item[0].path)
+        self.rows = [row for row, _, _ in located]
+        self._locations = [(file, number) for _, file, number in located]
         self._open: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -218,10 +218,10 @@ class Cache:
             DataError: A shard is damaged, the clip's row is not what was written, or it is no posterior and features
                 of these settings.
         """
-        file, number = self._places[index]
+        file, number = self._locations[index]
         path = self.rows[index].path
         try:
-            with self._lock:  # A shard's reader is not for two threads at once.
+            with self._lock:  # A shard's reader must not be used by two threads at once.
                 item, written = self._read(file, number)
         except (OSError, ValueError, RuntimeError, LookupError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -243,7 +243,7 @@ class Cache:
         Raises:
             DataError: The first clip's shard is damaged.
         """
-        file, number = self._places[0]
+        file, number = self._locations[0]
         try:
             return self._shard(file).read_row_group(number, columns=["text_width"])["text_width"][0].as_py()
         except (ValueError, RuntimeError, LookupError) as error:
@@ -258,7 +258,7 @@ class Cache:
     def _shard(self, file: str) -> Any:
         if not self._open:
             # All at once: should `prepare` replace the cache meanwhile, the old files stay readable through these.
-            self._open = {file: self._open_shard(file) for file in {file for file, _ in self._places}}
+            self._open = {file: self._open_shard(file) for file in {file for file, _ in self._locations}}
         return self._open[file]
 
     def _open_shard(self, file: str) -> Any:
@@ -270,7 +270,7 @@ class Cache:
             is_ours = shard.schema_arrow.equals(shard_schema())
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:
-                raise  # Of the disk or of this process, not of what the file holds.
+                raise  # The disk or this process failed; the file's content may be right.
             raise self._damaged(file, str(error)) from error
         if not is_ours:
             raise self._damaged(file, "its columns are others than those of a shard")
@@ -279,7 +279,7 @@ class Cache:
     def _damaged(self, file: str, why: str) -> DataError:
         return DataError(
             f"{self.folder / file} is damaged ({' '.join(why.split())}): delete it and run `mochi-tune prepare` again, "
-            "which encodes what it held anew; data.damaged=quarantine goes on without such clips."
+            "which encodes its clips anew; data.damaged=quarantine goes on without such clips."
         )
 
 
@@ -292,23 +292,23 @@ def open_cache(
     vae_fingerprint: str | None = None,
     t5_fingerprint: str | None = None,
 ) -> Cache:
-    """Opens a cache for training, after making sure that it is whole and was made for these settings.
+    """Opens a cache for training; refuses one that is incomplete or was made for other settings.
 
     Args:
         folder: The cache.
         num_frames: Pixel frames of a clip, 6k+1.
         height: Pixels, a multiple of 16.
         width: Pixels, a multiple of 16.
-        vae_fingerprint: Of the encoder that the DiT belongs to; None when its weights are not at hand.
-        t5_fingerprint: Of the text encoder that prompts will be encoded with; None when not at hand.
+        vae_fingerprint: Of the encoder that the DiT belongs to; None where its weights are not available.
+        t5_fingerprint: Of the text encoder for prompts; None where its weights are not available.
 
     Raises:
         DataError: No cache there, one that `prepare` has not finished, a shard that is missing or cut off,
             or a cache made for other settings.
     """
     folder = Path(folder)
-    cache = Cache(folder, _whole_manifest(folder))
-    wanted = {"num_frames": num_frames, "height": height, "width": width}
+    cache = Cache(folder, _complete_manifest(folder))
+    wanted: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
     found: dict[str, Any] = {name: cache.settings.transform.get(name) for name in wanted}
     for name, fingerprint in (("vae", vae_fingerprint), ("t5", t5_fingerprint)):
         if fingerprint is not None:
@@ -329,7 +329,7 @@ def open_cache(
     return cache
 
 
-def _whole_manifest(folder: Path) -> dict[str, Any]:
+def _complete_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     again = "run `mochi-tune prepare` again, it goes on from there"
     parts = folder / PARTS_FOLDER
@@ -337,7 +337,7 @@ def _whole_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"the cache {folder} is incomplete: `mochi-tune prepare` was stopped before its end: {again}.")
     if manifest is None:
         if (folder / DATA_FOLDER).is_dir():
-            raise DataError(f"the cache {folder} is incomplete, it has no whole {MANIFEST_NAME}: {again}.")
+            raise DataError(f"the cache {folder} is incomplete, it has no complete {MANIFEST_NAME}: {again}.")
         raise DataError(f"there is no cache in {folder}: run `mochi-tune prepare` first.")
     if manifest["schema_version"] != SCHEMA_VERSION:
         raise DataError(

@@ -1,6 +1,6 @@
-"""Writing a cache: each encoded thing is kept at once, and committed into shards at the end.
+"""Writing a cache: each encoded clip or caption is saved at once, and committed into shards at the end.
 
-What is encoded goes to `parts/`, one file each, so a killed `prepare` loses only the one it was at. `commit` builds all
+Each goes to a file of its own in `parts/`, so a killed `prepare` loses only the one in progress. `commit` builds all
 shards beside the old ones, puts them in place, and writes the manifest last. Both copies exist until then, so the first
 commit needs twice the cache's size on disk. Shards whose rows did not change are linked, not written again.
 """
@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ TRASH_FOLDER = "trash"
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where something encoded lies: a part of its own, or a row of a shard; `info` is its small print."""
+class _Location:
+    """Where something encoded is stored: in a part of its own, or in a row of a shard; `info` is saved with it."""
 
     file: Path
     row: int | None
@@ -58,7 +58,7 @@ class _Shard:
 
 
 class CacheWriter:
-    """Finds again all that was ever encoded for a cache, committed or not, and takes what is missing.
+    """Finds all that was encoded for a cache before, committed or not, and adds what is missing.
 
     A context manager; holds the cache's lock, which ends with the process.
 
@@ -68,8 +68,8 @@ class CacheWriter:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._latents: dict[str, _Place] = {}
-        self._texts: dict[str, _Place] = {}
+        self._latents: dict[str, _Location] = {}
+        self._texts: dict[str, _Location] = {}
         self._shards: list[_Shard] = []
 
     def __enter__(self) -> "CacheWriter":
@@ -117,7 +117,9 @@ class CacheWriter:
                     f"{file} is damaged ({error}): delete it and run `mochi-tune prepare` again."
                 ) from error
             kind, key = file.stem.split("-")
-            (self._latents if kind == "latents" else self._texts)[key] = _Place(file, None, file.stat().st_size, info)
+            (self._latents if kind == "latents" else self._texts)[key] = _Location(
+                file, None, file.stat().st_size, info
+            )
 
     def _find_shards(self) -> None:
         import pyarrow as pa
@@ -127,7 +129,7 @@ class CacheWriter:
         recorded = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
         for file in sorted((self.folder / DATA_FOLDER).glob("*.parquet")):
             sha256 = file_sha256(file)
-            # Without a manifest (killed in a commit) a shard is whole all the same: it was synced before its rename.
+            # Without a manifest (killed in a commit) a shard is complete all the same: it was synced before its rename.
             if manifest is not None and recorded.get(f"{DATA_FOLDER}/{file.name}") != sha256:
                 continue
             try:
@@ -146,56 +148,56 @@ class CacheWriter:
         for number, (row, record) in enumerate(zip(rows, records, strict=True)):
             latents_bytes = 2 * 4 * math.prod(record["latent_shape"])
             clip_report = json.loads(record["clip_report"])
-            self._latents.setdefault(row.clip_key, _Place(file, number, latents_bytes, clip_report))
+            self._latents.setdefault(row.clip_key, _Location(file, number, latents_bytes, clip_report))
             text_bytes = 4 * record["num_tokens"] * record["text_width"]
             tokens = {"num_tokens": record["num_tokens"], "caption_tokens": record["caption_tokens"]}
-            self._texts.setdefault(row.text_key, _Place(file, number, text_bytes, tokens))
+            self._texts.setdefault(row.text_key, _Location(file, number, text_bytes, tokens))
 
     def has_latents(self, clip_key: str) -> bool:
-        """Tells whether a clip's latents were encoded before."""
+        """Whether a clip's latents were encoded before."""
         return clip_key in self._latents
 
     def has_text(self, text_key: str) -> bool:
-        """Tells whether a caption's features were encoded before."""
+        """Whether a caption's features were encoded before."""
         return text_key in self._texts
 
     def clip_report(self, clip_key: str) -> dict[str, Any]:
-        """Returns how the clip was cut, as it was given to `put_latents`."""
+        """Returns how the clip was cut: the report that `put_latents` was given."""
         return self._latents[clip_key].info
 
     def token_counts(self, text_key: str) -> tuple[int, int]:
-        """Returns a caption's number of tokens: those that are kept, and those that it had."""
+        """Returns a caption's number of tokens after and before it was cut to the longest prompt."""
         info = self._texts[text_key].info
         return info["num_tokens"], info["caption_tokens"]
 
     def put_latents(self, clip_key: str, mean: torch.Tensor, logvar: torch.Tensor, clip_report: dict[str, Any]) -> None:
-        """Keeps a clip's posterior, fp32 (C, T, h, w) on the CPU, and how the clip was cut; synced when it returns."""
+        """Saves a clip's posterior, fp32 (C, T, h, w) on the CPU, and how the clip was cut; it is synced to disk."""
         self._latents[clip_key] = self._put(f"latents-{clip_key}", {"mean": mean, "logvar": logvar}, clip_report)
 
     def put_text(self, text_key: str, prompt_embeds: torch.Tensor, caption_tokens: int) -> None:
-        """Keeps a caption's features, fp32 (num_tokens, text_width), and its number of tokens before the cut."""
+        """Saves a caption's features, fp32 (num_tokens, text_width), and its number of tokens before the cut."""
         info = {"num_tokens": len(prompt_embeds), "caption_tokens": caption_tokens}
         self._texts[text_key] = self._put(f"text-{text_key}", {"prompt_embeds": prompt_embeds}, info)
 
-    def _put(self, name: str, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> _Place:
+    def _put(self, name: str, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> _Location:
         assert all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in tensors.values())
         file = self.folder / PARTS_FOLDER / f"{name}.safetensors"
         metadata = {"info": json.dumps(info)}
         save_tensors(file, tensors, metadata, durable=True)
-        return _Place(file, None, file.stat().st_size, info)
+        return _Location(file, None, file.stat().st_size, info)
 
     def commit(self, rows: Iterable[Row], settings: CacheSettings, shard_bytes: int = SHARD_BYTES) -> bool:
-        """Makes these rows the cache, from what is kept here; a cache that is so already is not touched.
+        """Makes these rows the cache, from what was encoded; leaves a cache that has them already as it is.
 
         Args:
-            rows: One a clip; at least one. All they name was encoded.
-            settings: That they were encoded with.
+            rows: One for each clip, at least one; their latents and features were encoded.
+            settings: With which they were encoded.
             shard_bytes: A shard is closed before it would grow larger.
 
         Returns:
             Whether anything was written.
         """
-        rows = sorted(rows, key=astuple)
+        rows = sorted(rows)
         assert rows
         parts, data, trash = (self.folder / name for name in (PARTS_FOLDER, DATA_FOLDER, TRASH_FOLDER))
         if self._is_committed(rows, settings):
@@ -218,9 +220,9 @@ class CacheWriter:
         manifest = read_manifest(self.folder)
         if manifest is None:
             return False
-        whole = len(self._shards) == len(manifest["shards"]) and manifest["schema_version"] == SCHEMA_VERSION
-        found = sorted((row for shard in self._shards for row in shard.rows), key=astuple)
-        return whole and found == rows and manifest["settings"] == asdict(settings)
+        is_complete = len(self._shards) == len(manifest["shards"]) and manifest["schema_version"] == SCHEMA_VERSION
+        found = sorted(row for shard in self._shards for row in shard.rows)
+        return is_complete and found == rows and manifest["settings"] == asdict(settings)
 
     def _stage(self, rows: list[Row], shard_bytes: int) -> list[dict[str, Any]]:
         """Builds all shards in the staging folder and returns their entries for the manifest."""
@@ -261,7 +263,7 @@ class CacheWriter:
             yield batch
 
     def _read(self, row: Row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns mean, logvar and prompt_embeds, wherever they lie."""
+        """Returns mean, logvar and prompt_embeds, from parts or shards."""
         import pyarrow.parquet as pq
 
         latents, text = self._latents[row.clip_key], self._texts[row.text_key]

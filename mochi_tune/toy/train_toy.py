@@ -140,7 +140,7 @@ def train_stage(
     parameters = dict(model.named_parameters())
     optimizer = build_adamw(parameters.values(), peak, 0.0, "cpu")
     last_step, curve = 0, []
-    newest, _ = checkpoint.newest_whole(folder)
+    newest, _ = checkpoint.newest_valid(folder)
     if newest is not None:
         saved = load_tensors(newest / "model.safetensors")
         for name, parameter in parameters.items():

@@ -1,9 +1,9 @@
 """Checkpoints: everything that a run needs to go on as if it had not stopped, or nothing at all.
 
-A checkpoint is a folder that appears whole: it is written under a temporary name, given a manifest with the sha256 of
-each file, synced, and renamed. Only then do older ones go, and they are renamed before they are emptied. Files are
-safetensors and JSON; nothing is pickled. Random numbers and the order of clips are functions of (seed, step, sample),
-so of them only the seed, the step and a proof that this torch still draws the same numbers are saved.
+A checkpoint is a folder that appears complete: it is written under a temporary name, given a manifest with the sha256
+of each file, synced, and renamed. Only then are older ones removed, and they are renamed before they are emptied. Files
+are safetensors and JSON; nothing is pickled. Random numbers and the order of clips are functions of (seed, step,
+sample), so only the seed, the step and a hash of this torch's draws are saved.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from mochi_tune.errors import CheckpointError
 from mochi_tune.files import file_sha256, fsync, load_tensors, read_json, save_tensors, write_json
 
 MANIFEST = "manifest.json"
-# What a save or a removal that was broken off leaves.
+# The names of folders that an interrupted save or removal leaves behind.
 LEFTOVERS = (".tmp_*", ".trash_*")
 
 
 @contextlib.contextmanager
 def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
-    """Gives an empty folder to fill, and makes it folder/step_NNNNNN when the block ends without an error.
+    """Yields an empty folder to fill, and renames it to folder/step_NNNNNN when the block ends without an error.
 
     Raises:
-        OSError: the disk is full, or refuses; nothing is left of the new checkpoint, the old ones are as they were.
+        OSError: the disk is full, or refuses; nothing is left of the new checkpoint, and the old ones stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
@@ -52,13 +52,13 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
 
 
 def manifest_of(step: int, files: Mapping[str, str]) -> dict:
-    """Returns a checkpoint's manifest: its step, the sha256 of each file by name, and a sum over both."""
-    whole = json.dumps([step, sorted(files.items())]).encode()
-    return {"step": step, "sha256": dict(files), "sum": hashlib.sha256(whole).hexdigest()}
+    """Returns a checkpoint's manifest: its step, the sha256 of each file by name, and a checksum over both."""
+    content = json.dumps([step, sorted(files.items())]).encode()
+    return {"step": step, "sha256": dict(files), "sum": hashlib.sha256(content).hexdigest()}
 
 
 def clear_leftovers(folder: Path) -> list[str]:
-    """Removes what a save or a removal that was broken off has left; returns the names."""
+    """Removes what an interrupted save or removal has left; returns the names."""
     stale = [path for pattern in LEFTOVERS for path in folder.glob(pattern)]
     for path in stale:
         shutil.rmtree(path)
@@ -66,7 +66,7 @@ def clear_leftovers(folder: Path) -> list[str]:
 
 
 def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
-    """Removes the checkpoints of all other steps; each is gone at once, whenever this is broken off."""
+    """Removes the checkpoints of all steps but these; each disappears at once, even if this is interrupted."""
     for path in find_checkpoints(folder):
         if (step := step_of(path)) not in keep:
             os.rename(path, folder / f".trash_{step:06d}")
@@ -75,24 +75,24 @@ def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
 
 def steps_to_keep(steps: Collection[int], newest: int, every: int, best: int | None) -> set[int]:
     """Returns the steps whose checkpoints stay: the newest ones, every so many steps (0: none), and the best one."""
-    kept = set(sorted(steps)[-newest:]) | {step for step in steps if every and step % every == 0}
-    return kept | ({best} & set(steps))
+    recent = sorted(steps)[-newest:]
+    return {step for step in steps if step in recent or step == best or (every and step % every == 0)}
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns the step that a checkpoint's manifest tells.
+    """Returns the step in a checkpoint's manifest, whatever its folder is called.
 
     Raises:
-        CheckpointError: it has no whole manifest.
+        CheckpointError: the manifest is missing or damaged.
     """
     step = read_json(checkpoint / MANIFEST).get("step")
     if not isinstance(step, int):
-        raise CheckpointError(f"{checkpoint / MANIFEST} tells no step.")
+        raise CheckpointError(f"{checkpoint / MANIFEST} has no step.")
     return step
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a run that have a manifest, oldest step first; their files are not looked at."""
+    """Returns the checkpoints of a run that have a manifest, oldest step first; does not check their other files."""
     found = []
     for path in folder.glob("step_*"):
         with contextlib.suppress(CheckpointError):
@@ -106,13 +106,13 @@ def last_checkpoint(folder: Path) -> str:
     return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint that is what was saved, and what is wrong with those that are newer, one text each.
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint that is what was saved, and the damage of the newer ones, one text each.
 
-    Those without a whole manifest, whose step nobody knows, are told of too.
+    The texts include checkpoints without a readable manifest, whose step is unknown.
     """
     found = find_checkpoints(folder)
-    wrong = [f"{path} has no whole {MANIFEST}" for path in sorted(folder.glob("step_*")) if path not in found]
+    wrong = [f"{path} has no readable {MANIFEST}" for path in sorted(folder.glob("step_*")) if path not in found]
     for path in reversed(found):
         if not (damage := damage_of(path)):
             return path, wrong
@@ -124,12 +124,14 @@ def damage_of(checkpoint: Path) -> str:
     """Compares every file of a checkpoint with its manifest; returns which are not what was saved, "" if all are.
 
     Raises:
-        CheckpointError: it has no whole manifest.
+        CheckpointError: the manifest is missing or damaged.
     """
     manifest = read_json(checkpoint / MANIFEST)
     step, expected = manifest.get("step"), manifest.get("sha256")
-    is_whole = isinstance(expected, dict) and all(isinstance(value, str) for value in expected.values())
-    if not is_whole or manifest != manifest_of(step, expected):
+    is_readable = isinstance(step, int) and isinstance(expected, dict)
+    if not is_readable or not all(isinstance(value, str) for value in expected.values()):
+        return f"{checkpoint} is damaged: {MANIFEST!r} is not what was saved"
+    if manifest != manifest_of(step, expected):
         return f"{checkpoint} is damaged: {MANIFEST!r} is not what was saved"
     found = {p.name: file_sha256(p) if p.is_file() else None for p in checkpoint.iterdir() if p.name != MANIFEST}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -137,7 +139,7 @@ def damage_of(checkpoint: Path) -> str:
 
 
 def published_file(checkpoint: Path) -> Path:
-    """Returns the adapter that a checkpoint offers for use: the averaged one where the run averages."""
+    """Returns the adapter of a checkpoint that is for use: its EMA where the run keeps one."""
     averaged = checkpoint / "averaged.safetensors"
     return averaged if averaged.exists() else checkpoint / "adapter.safetensors"
 

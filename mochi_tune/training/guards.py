@@ -1,4 +1,4 @@
-"""What stops a step before it ruins the adapter: numbers that are not finite, and sudden losses."""
+"""Guards that stop a step before it ruins the adapter: numbers that are not finite, and sudden losses."""
 
 import math
 import statistics
@@ -11,18 +11,18 @@ from torch import Tensor
 from mochi_tune.files import fsync, save_tensors, write_json
 
 SPIKE_POLICIES = ("off", "warn", "skip", "stop")
-# Steps whose median a loss is compared with, and how many there must be.
+# A loss is compared with the median of so many steps before it, at least of so many.
 WINDOW, FEWEST = 50, 10
 
 
 @dataclass
 class SpikeGuard:
-    """Tells a loss that is far above the median of those before; a function of the run's losses alone.
+    """Detects a loss that is far above the median of those before; depends on nothing but the run's losses.
 
     Attributes:
-        policy: one of SPIKE_POLICIES, what becomes of such a step.
-        factor: how many times the median is too much.
-        losses: the last ones of steps that were made; they belong to a checkpoint.
+        policy: one of SPIKE_POLICIES: what to do with such a step.
+        factor: the multiple of the median above which a loss is a spike.
+        losses: of the last steps that were made; a checkpoint saves them.
     """
 
     policy: str
@@ -30,16 +30,16 @@ class SpikeGuard:
     losses: list[float] = field(default_factory=list)
 
     def verdict(self, loss: float) -> str:
-        """Returns what is to be done with a step of this loss: "" or a policy."""
+        """Returns the policy for a step of this loss, "" for an ordinary step."""
         is_spike = len(self.losses) >= FEWEST and loss > self.factor * statistics.median(self.losses)
         return self.policy if is_spike and self.policy != "off" else ""
 
     def excess(self, loss: float) -> float:
-        """Returns a loss in medians of those before."""
+        """Returns a loss as a multiple of the median of those before."""
         return loss / statistics.median(self.losses)
 
     def made(self, loss: float) -> None:
-        """Takes in the loss of a step that was made."""
+        """Adds the loss of a step that was made."""
         self.losses = [*self.losses, loss][-WINDOW:]
 
 
@@ -49,12 +49,12 @@ def is_finite(*values: float) -> bool:
 
 
 def write_bundle(folder: Path, facts: Mapping, adapter: Mapping[str, Tensor], config: str) -> Path:
-    """Writes what `mochi-tune replay` needs to make one step again; returns its folder.
+    """Writes what `mochi-tune replay` needs to compute one step again; returns its folder.
 
     Args:
-        folder: of the run's bundles.
+        folder: holds the run's bundles.
         facts: step, loss, gradient norm, clips and sigmas.
-        adapter: as it is before the step, by parameter.
+        adapter: its parameters before the step, by name.
         config: the settings as YAML.
     """
     bundle = folder / f"step_{facts['step']:06d}"

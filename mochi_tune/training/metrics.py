@@ -1,4 +1,4 @@
-"""A run's numbers: metrics.jsonl and validation.jsonl, which are the record; trackers only follow them."""
+"""A run's numbers: metrics.jsonl and validation.jsonl. These files are the record; trackers only follow them."""
 
 import contextlib
 import json
@@ -13,12 +13,14 @@ from tqdm import tqdm
 from mochi_tune.errors import TrainingError
 from mochi_tune.files import fsync, write_atomic
 
+FILES: tuple[str, ...] = ("metrics", "validation")
+
 
 class Metrics:
-    """Appends one JSON object a step, and takes back the ones after the checkpoint that a run resumes from.
+    """Appends one JSON object a step, and drops those after the checkpoint that a run resumes from.
 
-    A row that cannot be written, for want of space for example, is kept and goes before the next one; a file never
-    ends with a part of a row because of that.
+    A row that cannot be written, for want of space for example, is kept and written before the next one. No file ends
+    with a part of a row because of that. Sums over all rows are kept in memory, so that nothing reads the files again.
     """
 
     def __init__(self, run_dir: Path, last_step: int) -> None:
@@ -31,57 +33,51 @@ class Metrics:
         Raises:
             TrainingError: a file holds something else than rows.
         """
-        self.paths = {name: run_dir / f"{name}.jsonl" for name in ("metrics", "validation")}
-        for path in self.paths.values():
-            _cut_after(path, last_step)
+        self.paths = {name: run_dir / f"{name}.jsonl" for name in FILES}
+        self._num_rows = dict.fromkeys(FILES, 0)
+        self._validation_losses: dict[int, float | None] = {}
+        self._sigma_counts = [0] * 10
+        for name, path in self.paths.items():
+            for row in _cut_after(path, last_step):
+                self._count(name, row)
         self._files = {name: open(path, "ab", buffering=0) for name, path in self.paths.items()}  # noqa: SIM115
         self._pending: deque[tuple[str, bytes]] = deque()
-        # Sizes of files that may end with a part of a row.
+        # Complete bytes of files that may end with a part of a row.
         self._torn: dict[str, int] = {}
-        self._has_told = False
+        self._has_warned = False
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write_what_can_be()
+        self._try_to_write()
         for file in self._files.values():
             file.close()
 
     def log(self, row: Mapping) -> None:
-        """Writes a training step's row: step, loss, grad_norm, lr, seconds and what it was made of."""
+        """Writes a training step's row: step, loss, grad_norm, lr, seconds, its clips and sigmas."""
         self._write("metrics", row)
-
-    def is_validated(self, step: int) -> bool:
-        """Whether there is a row of a step's validation already."""
-        return any(row["step"] == step for row in self.rows("validation"))
 
     def log_validation(self, row: Mapping) -> None:
         """Writes a validation's row: step and losses."""
         self._write("validation", row)
 
-    def rows(self, name: str) -> list[dict]:
-        """Returns all rows of "metrics" or "validation", also those that could not be written yet."""
-        # A part of a row that could not be cut off ends without a line feed.
-        *lines, _ = self.paths[name].read_bytes().split(b"\n")
-        return [json.loads(line) for line in [*lines, *(line for n, line in self._pending if n == name)]]
-
     def num_rows(self) -> dict[str, int]:
-        """Returns how many rows there are of each kind."""
-        return {name: len(self.rows(name)) for name in self.paths}
+        """Returns how many rows "metrics" and "validation" have, with those that could not be written yet."""
+        return dict(self._num_rows)
+
+    def is_validated(self, step: int) -> bool:
+        """Whether there is a row of a step's validation already."""
+        return step in self._validation_losses
 
     def best_validated(self, steps: Collection[int]) -> int | None:
         """Returns the one of these steps that has the lowest validation loss, None if none was validated."""
-        losses = {row["step"]: row["validation_loss"] for row in self.rows("validation") if row["step"] in steps}
-        return min(losses, key=losses.get, default=None)
+        losses = {s: loss for s, loss in self._validation_losses.items() if s in steps and loss is not None}
+        return min(losses, key=losses.__getitem__, default=None)
 
     def sigma_histogram(self) -> list[int]:
         """Returns how many samples so far were drawn in each tenth of the noise levels."""
-        counts = [0] * 10
-        for row in self.rows("metrics"):
-            for sigma in row["sigmas"]:
-                counts[min(int(10 * sigma), 9)] += 1
-        return counts
+        return list(self._sigma_counts)
 
     def flush_to_disk(self) -> None:
         """Waits until every row is on disk; called before a checkpoint is committed, which then always has its rows.
@@ -93,64 +89,75 @@ class Metrics:
         for path in [*self.paths.values(), self.paths["metrics"].parent]:
             fsync(path)
 
-    def _write(self, name: str, row: Mapping) -> None:
-        self._pending.append((name, json.dumps(row).encode() + b"\n"))
-        self._write_what_can_be()
+    def _count(self, name: str, row: Mapping) -> None:
+        self._num_rows[name] += 1
+        if name == "validation":
+            self._validation_losses[row["step"]] = row.get("validation_loss")
+        for sigma in row.get("sigmas", ()):
+            self._sigma_counts[min(int(10 * sigma), 9)] += 1
 
-    def _write_what_can_be(self) -> None:
+    def _write(self, name: str, row: Mapping) -> None:
+        self._count(name, row)
+        self._pending.append((name, json.dumps(row).encode() + b"\n"))
+        self._try_to_write()
+
+    def _try_to_write(self) -> None:
         try:
             self._write_pending()
-            self._has_told = False
+            self._has_warned = False
         except OSError as error:
-            if not self._has_told:
-                waiting = self.paths[self._pending[0][0]]
-                tell(f"{waiting} cannot be written ({error.strerror}): its rows are kept and tried again at every step")
-            self._has_told = True
+            if not self._has_warned:
+                path = self.paths[self._pending[0][0]]
+                write_line(f"{path} cannot be written ({error.strerror}): its rows are kept and tried again every step")
+            self._has_warned = True
 
     def _write_pending(self) -> None:
-        # In the order in which they came, over both files: who follows them relies on it.
+        # In the order in which they came, over both files: the trackers rely on it.
         while self._pending:
             name, line = self._pending[0]
             file = self._files[name].fileno()
-            whole = self._torn.get(name, os.fstat(file).st_size)
+            complete_bytes = self._torn.get(name, os.fstat(file).st_size)
             try:
                 if name in self._torn:
-                    os.truncate(file, whole)
+                    os.truncate(file, complete_bytes)
                     del self._torn[name]
                 rest = line
                 while rest:
                     rest = rest[os.write(file, rest) :]
             except OSError:
-                self._torn[name] = whole
+                self._torn[name] = complete_bytes
                 with contextlib.suppress(OSError):  # It is done before the next write in any case.
-                    os.truncate(file, whole)
+                    os.truncate(file, complete_bytes)
                 raise
             self._pending.popleft()
 
 
-def tell(text: str) -> None:
-    """Writes a line to stderr, beside the progress bar."""
+def write_line(text: str) -> None:
+    """Writes a line to stderr, above the progress bar."""
     tqdm.write(f"mochi-tune: {text}", file=sys.stderr)
 
 
-def _cut_after(path: Path, last_step: int) -> None:
-    """Drops the rows after a step, and a last line that a killed run left unfinished.
+def _cut_after(path: Path, last_step: int) -> list[dict]:
+    """Drops the rows after a step, and a last line that a killed run left unfinished; returns the other rows.
 
     Raises:
         TrainingError: another line is no row.
     """
     if not path.exists():
-        return
-    kept = []
+        return []
+    lines, rows = [], []
     for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:
-            step = json.loads(line)["step"]
+            row = json.loads(line)
+            step = row["step"]
         except (ValueError, KeyError, TypeError):
             raise TrainingError(
                 f"{path}: line {number} is no row of a run: repair it, or use another run_dir."
             ) from None
         if step <= last_step:
-            kept.append(line)
-    write_atomic(path, "".join(kept).encode(), durable=True)
+            lines.append(line)
+            rows.append(row)
+    write_atomic(path, "".join(lines).encode(), durable=True)
+    return rows

@@ -100,7 +100,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     dataset = LatentDataset(cache)
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     check_installed(train.optimizer)
-    check_trackers(wandb=config.log.wandb, tensorboard=config.log.tensorboard, trackio=config.log.trackio)
+    check_trackers(config.log)
     shapes = linear_shapes(skeleton)
     layers = lora_settings(config, shapes)
     if config.parallel.strategy != "data" and num_processes == 1:

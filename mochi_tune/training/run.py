@@ -93,14 +93,10 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         if is_main and start.step < config.train.steps:
             metrics = stack.enter_context(Metrics(run_dir, start.step))
             check_rows(metrics, start)
-            log = config.log
             # They follow the files of the metrics, and end before these are closed.
             trackers = stack.enter_context(
-                Trackers(
-                    run_dir, start.step, config.name, plan.identity["settings"], wandb=log.wandb,
-                    tensorboard=log.tensorboard, trackio=log.trackio, project=log.project,
-                )
-            )  # fmt: skip
+                Trackers(run_dir, start.step, config.name, plan.identity["settings"], config.log)
+            )
         run = Run(plan, accelerator, start, metrics, trackers)
         with run:
             yield run

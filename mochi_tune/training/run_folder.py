@@ -122,7 +122,7 @@ def find_resume_point(
         TrainingError: it is another run, or one whose checkpoints are gone.
         CheckpointError: the named checkpoint, or every one, is damaged, or something is missing from it.
     """
-    folder, wrong = named_checkpoint(resume_from) if resume_from else checkpoint.newest_whole(run_dir / "checkpoints")
+    folder, wrong = named_checkpoint(resume_from) if resume_from else checkpoint.newest_valid(run_dir / "checkpoints")
     if folder is None:
         if wrong:
             raise CheckpointError(

@@ -1,8 +1,7 @@
-"""W&B, TensorBoard and trackio, each in a process of its own that follows the run's JSONL files.
+"""W&B, TensorBoard and trackio, as the trainer sees them: a follower process reads the run's JSONL files for them.
 
-The files are the record; a tracker reads them and sends their numbers on. So the trainer never waits for one, and what
-befalls one (an outage, a hang, a full disk) befalls that process alone. It ends when the trainer does, as a pipe
-between them then closes. This is the trainer's side; tracker_process.py is what runs there.
+The files are the record. The trainer never waits for a tracker, and an outage, a hang or a full disk of one costs the
+run a line. The follower ends when the trainer does, as a pipe between them then closes. See follower.py.
 """
 
 import contextlib
@@ -14,48 +13,49 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.training.metrics import tell
-from mochi_tune.training.tracker_process import REASON, kill_all
+from mochi_tune.training.follower import TRACKERS, kill_all
+from mochi_tune.training.metrics import write_line
 
-# How long the trainer leaves a tracker that has failed alone before it starts it again.
+if TYPE_CHECKING:
+    from mochi_tune.config.schema import LogConfig
+
+# How long after its failure a tracker is started again.
 RETRY_SECONDS = 600
 WANDB_LOGIN = "import wandb; wandb.setup(wandb.Settings(silent=True)); wandb.login(verify=False)"
 
 
-def check_trackers(*, wandb: str = "disabled", tensorboard: bool = False, trackio: bool = False, **_: object) -> None:
-    """Checks what a tracker needs on this machine, without a network.
-
-    Args:
-        wandb: disabled, offline or online.
-        tensorboard: whether it is used.
-        trackio: whether it is used.
+def check_trackers(log: "LogConfig") -> None:
+    """Checks what the trackers need on this machine, without a network.
 
     Raises:
-        ConfigError: its package is not installed, or W&B knows no login.
+        ConfigError: a package is not installed, or W&B knows no login.
     """
-    for kind, value in _wanted(wandb, tensorboard, trackio).items():
+    for kind, value in _wanted(log).items():
         if importlib.util.find_spec(kind) is None:
             package = "'mochi-tune[trackio]'" if kind == "trackio" else kind
             raise ConfigError(f"log.{kind}={value} needs a package that is not installed: run pip install {package}.")
-    if wandb == "online":
+    if log.wandb == "online":
         # W&B looks for a login in several places. Without a terminal it does not ask for one.
-        command, options = [sys.executable, "-c", WANDB_LOGIN], {"stdin": subprocess.DEVNULL, "start_new_session": True}
-        done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", WANDB_LOGIN]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, start_new_session=True, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             reason = done.stderr.strip().rpartition("\n")[2].partition(": ")[2].rstrip(".")
             raise ConfigError(f"log.wandb=online: {reason}: run `wandb login`, or use log.wandb=offline.")
 
 
 class Trackers:
-    """The trackers of a run, seen from its trainer: none of the calls waits for one or raises for one, but `close`.
+    """The trackers of a run: no call waits for one or raises for one, but `close` waits a bounded time.
 
-    `close`, which the end of the context calls, waits a bounded time for the last rows to be taken.
+    `close`, which the end of the context calls, lets them take the last rows.
     """
 
     def __init__(
@@ -64,41 +64,32 @@ class Trackers:
         last_step: int,
         name: str,
         settings: Mapping[str, object],
-        *,
-        wandb: str = "disabled",
-        tensorboard: bool = False,
-        trackio: bool = False,
-        project: str = "mochi-tune",
+        log: "LogConfig",
         close_seconds: float = 20.0,
     ) -> None:
-        """Starts a process for each, once the run's JSONL files are open.
+        """Starts the follower; the run's JSONL files are there already.
 
         Args:
             run_dir: the run's folder.
             last_step: of the checkpoint that the run goes on from; 0 begins a new run in every tracker.
-            name: the run's name there.
-            settings: of the run, to be shown there.
-            wandb: disabled, offline or online.
-            tensorboard: whether to write event files to run_dir/trackers/tensorboard.
-            trackio: whether to log to trackio.
-            project: the project's name in W&B and trackio.
+            name: the run's name in the trackers.
+            settings: of the run, which the trackers display.
+            log: which trackers, and their project.
             close_seconds: how long the end waits for all of them together.
         """
         self.run_dir, self.close_seconds = run_dir, close_seconds
-        self.running: dict[str, subprocess.Popen] = {}
-        self._failed_at: dict[str, float] = {}
-        options = {
+        self.options = {
             # A new run is another one to the trackers than what was in this folder before.
             "begun": secrets.token_hex(8) if last_step == 0 else None,
-            **{"name": name, "project": project, "wandb": wandb, "close_seconds": close_seconds},
+            **{"name": name, "project": log.project, "wandb": log.wandb, "close_seconds": close_seconds},
             # An argument of a process is 128 KiB long at most.
             "settings": {key: _short(value) for key, value in settings.items()},
         }
-        program = [sys.executable, "-m", "mochi_tune.training.tracker_process", os.fspath(run_dir.absolute())]
-        wanted = _wanted(wandb, tensorboard, trackio)
-        self._commands = {kind: [*program, kind, json.dumps(options, default=str)] for kind in wanted}
-        for kind in self._commands:
-            self._start(kind)
+        self._followers: list[_Follower] = []
+        self._has_failed: set[str] = set()
+        self._retry_at: dict[str, float] = {}
+        if wanted := _wanted(log):
+            self._start(wanted)
 
     def __enter__(self) -> "Trackers":
         return self
@@ -107,73 +98,94 @@ class Trackers:
         self.close()
 
     def check(self) -> None:
-        """Says in a line that a tracker has failed, and starts it again ten minutes later; microseconds otherwise."""
-        for kind in self._commands:
-            if kind not in self.running:
-                if time.monotonic() - self._failed_at[kind] >= RETRY_SECONDS:
-                    self._start(kind)
-            elif self.running[kind].poll() is not None:
-                self._fail(kind, self._reason(kind))
+        """Writes a line if a tracker has failed, and starts it again ten minutes later; takes microseconds."""
+        self._read_reports()
+        if due := [kind for kind, seconds in self._retry_at.items() if time.monotonic() >= seconds]:
+            # The follower goes on with the others, and a process of their own is new for these.
+            self._start(due)
 
     def close(self) -> None:
-        """Lets the trackers take the last rows and end; one that takes too long is ended, and a line says so."""
-        self.check()
-        for process in self.running.values():
-            process.stdin.close()
-        started, has_told = time.monotonic(), False
-        while busy := [kind for kind, process in self.running.items() if process.poll() is None]:
+        """Lets the trackers take the last rows; ends one that takes too long, and writes a line."""
+        for follower in self._followers:
+            follower.stdin.close()
+        started, has_warned = time.monotonic(), False
+        while busy := self._read_reports():
             waited = time.monotonic() - started
             if waited > self.close_seconds:
                 break
-            if waited > 5 and not has_told:
-                tell(f"waiting up to {self.close_seconds:g} s for {' and '.join(busy)} to take the last rows")
-                has_told = True
+            if waited > 5 and not has_warned:
+                write_line(f"waiting up to {self.close_seconds:g} s for {' and '.join(busy)} to take the last rows")
+                has_warned = True
             time.sleep(0.05)
-        for kind in list(self.running):
-            if kind in busy:
-                kill_all(psutil.Process(self.running[kind].pid))
-                with contextlib.suppress(subprocess.TimeoutExpired):  # A process in a dead disk's hands stays.
-                    self.running[kind].wait(1)
+        for follower in self._followers:
+            kill_all(psutil.Process(follower.process.pid))
+            with contextlib.suppress(subprocess.TimeoutExpired):  # A process that waits for a dead disk stays.
+                follower.process.wait(1)
+            for kind in follower.kinds:
                 self._fail(kind, f"it did not take the last rows within {self.close_seconds:g} s")
-            elif self.running[kind].returncode:
-                self._fail(kind, self._reason(kind))
-        self.running.clear()
-        self._commands.clear()
+        self._followers.clear()
+        self._retry_at.clear()
 
-    def _start(self, kind: str) -> None:
+    def _start(self, kinds: Iterable[str]) -> None:
+        kinds = list(kinds)
+        for kind in kinds:
+            self._retry_at.pop(kind, None)
         try:
-            self._log(kind).parent.mkdir(exist_ok=True)
-            self._log(kind).write_bytes(b"")
-            with open(self._log(kind), "ab") as log:
-                # In a session of its own: a Ctrl-C is for the trainer, which then stops in order.
-                self.running[kind] = subprocess.Popen(
-                    self._commands[kind], stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-                )
+            self._followers.append(_Follower(self.run_dir, kinds, self.options))
         except OSError as error:
-            self._fail(kind, str(error))
+            for kind in kinds:
+                self._fail(kind, str(error))
+
+    def _read_reports(self) -> list[str]:
+        """Takes note of the trackers that have failed; returns those that are still at work."""
+        for follower in self._followers:
+            for kind, reason in follower.failures().items():
+                self._fail(kind, reason)
+        self._followers = [follower for follower in self._followers if follower.process.returncode is None]
+        return [kind for follower in self._followers for kind in follower.kinds or ["the trackers"]]
 
     def _fail(self, kind: str, reason: str) -> None:
-        self.running.pop(kind, None)
-        if kind not in self._failed_at:
+        if kind not in self._has_failed:
             rows = self.run_dir / "metrics.jsonl"
-            tell(f"log.{kind} stopped ({reason}): the run goes on without it; its record is {rows}")
-        self._failed_at[kind] = time.monotonic()
-
-    def _reason(self, kind: str) -> str:
-        with contextlib.suppress(OSError):
-            for line in reversed(self._log(kind).read_text(errors="replace").splitlines()):
-                if line.startswith(REASON):
-                    return line.removeprefix(REASON)
-        code = self.running[kind].returncode
-        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, see {self._log(kind)}"
-
-    def _log(self, kind: str) -> Path:
-        return self.run_dir / "trackers" / f"{kind}.log"
+            write_line(f"log.{kind} stopped ({reason}): the run goes on without it; its record is {rows}")
+        self._has_failed.add(kind)
+        self._retry_at[kind] = time.monotonic() + RETRY_SECONDS
 
 
-def _wanted(wandb: str, tensorboard: bool, trackio: bool) -> dict[str, str]:
-    wanted = {"wandb": wandb, "tensorboard": str(tensorboard).lower(), "trackio": str(trackio).lower()}
-    return {kind: value for kind, value in wanted.items() if value not in ("disabled", "false")}
+class _Follower:
+    """A follower process and the trackers in it that have not ended."""
+
+    def __init__(self, run_dir: Path, kinds: list[str], options: Mapping) -> None:
+        self.kinds, self.log, self._rest = kinds, run_dir / "trackers" / "follower.log", b""
+        self.log.parent.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "mochi_tune.training.follower", os.fspath(run_dir.absolute())]
+        command += [",".join(kinds), json.dumps(options, default=str)]
+        with open(self.log, "ab") as log:
+            # In a session of its own: a Ctrl-C is for the trainer, which then stops in order.
+            self.process = subprocess.Popen(
+                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
+        assert self.process.stdin and self.process.stdout
+        self.stdin, self._reports = self.process.stdin, self.process.stdout
+        os.set_blocking(self._reports.fileno(), False)
+
+    def failures(self) -> dict[str, str]:
+        """Returns the trackers that have failed since the last call, and why."""
+        # Asked before the pipe is read, which then holds all that the process has written.
+        code = self.process.poll()
+        *lines, self._rest = (self._rest + (self._reports.read(1 << 16) or b"")).split(b"\n")
+        ended = dict(json.loads(line) for line in lines)
+        self.kinds = [kind for kind in self.kinds if kind not in ended]
+        if code is not None:
+            died = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, see {self.log}"
+            ended |= dict.fromkeys(self.kinds, died)
+            self.kinds = []
+        return {kind: reason for kind, reason in ended.items() if reason}
+
+
+def _wanted(log: "LogConfig") -> dict[str, str]:
+    values = {kind: str(getattr(log, kind)).lower() for kind in TRACKERS}
+    return {kind: value for kind, value in values.items() if value not in ("disabled", "false")}
 
 
 def _short(value: object) -> object:

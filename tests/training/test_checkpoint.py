@@ -9,7 +9,7 @@ from mochi_tune.training.checkpoint import (
     damage_of,
     find_checkpoints,
     new_checkpoint,
-    newest_whole,
+    newest_valid,
     published_file,
     remove_checkpoints,
     step_of,
@@ -43,7 +43,7 @@ def test_the_step_is_the_manifests_and_not_the_names(tmp_path):
     for step in (1, 2):
         write(tmp_path, step)
     (tmp_path / "step_000001").rename(tmp_path / "step_000009")
-    assert newest_whole(tmp_path)[0] == tmp_path / "step_000002" and step_of(tmp_path / "step_000009") == 1
+    assert newest_valid(tmp_path)[0] == tmp_path / "step_000002" and step_of(tmp_path / "step_000009") == 1
 
 
 def test_the_averaged_adapter_is_the_one_that_is_given_out(tmp_path):
@@ -80,9 +80,9 @@ def test_damage_is_named(tmp_path, damage):
         (folder / "extra.bin").write_bytes(b"x")
     assert repr("extra.bin" if damage == "extra" else "adapter.safetensors") in damage_of(folder)
     write(tmp_path, 2)
-    assert newest_whole(tmp_path) == (tmp_path / "step_000002", [])
+    assert newest_valid(tmp_path) == (tmp_path / "step_000002", [])
     (tmp_path / "step_000002" / "manifest.json").write_text("{")
-    newest, wrong = newest_whole(tmp_path)
-    assert newest is None and len(wrong) == 2 and "step_000002 has no whole manifest.json" in wrong[0]
+    newest, wrong = newest_valid(tmp_path)
+    assert newest is None and len(wrong) == 2 and "step_000002 has no readable manifest.json" in wrong[0]
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
         damage_of(tmp_path / "step_000002")

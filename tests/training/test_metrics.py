@@ -49,6 +49,23 @@ def test_rows_after_the_checkpoint_and_an_unfinished_line_are_taken_back(tmp_pat
     assert (tmp_path / "validation.jsonl").read_text() == '{"step": 4, "validation_loss": 1.0}\n'
 
 
+def test_sums_are_those_of_all_rows_that_are_kept(tmp_path):
+    def log(metrics: Metrics, step: int) -> None:
+        metrics.log({"step": step, "sigmas": [step / 10, 1.0]})
+        metrics.log_validation({"step": step, "validation_loss": abs(step - 3)})
+
+    with Metrics(tmp_path, last_step=0) as metrics:
+        for step in (1, 2, 3, 4):
+            log(metrics, step)
+        assert metrics.best_validated([1, 2, 4]) == 2 and metrics.best_validated([7]) is None
+    with Metrics(tmp_path, last_step=2) as metrics:
+        log(metrics, 5)
+        assert metrics.num_rows() == {"metrics": 3, "validation": 3}
+        assert metrics.sigma_histogram() == [0, 1, 1, 0, 0, 1, 0, 0, 0, 3]
+        assert metrics.best_validated([1, 2, 3, 5]) == 2, "the rows of steps 3 and 4 were dropped"
+        assert [metrics.is_validated(step) for step in (2, 3, 5)] == [True, False, True]
+
+
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     with Metrics(tmp_path, last_step=0) as metrics:
         metrics.log({"step": 1, "loss": 0.5})

@@ -1,0 +1,255 @@
+"""The follower of a run: a process that reads the run's JSONL files and sends their numbers to its trackers.
+
+Each tracker has a thread, so that one that fails or hangs does not stop the others. run_dir/trackers/KIND.json says
+which steps are safe in a tracker, and the next start goes on from them.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+
+from mochi_tune.files import parse_object, write_atomic
+from mochi_tune.training.metrics import FILES
+
+# How often it reads new rows.
+POLL_SECONDS = 0.5
+
+
+# A tracker takes rows in the order of their steps: `send` hands over a row's numbers, `flush` returns whether all that
+# was sent is known to be safe, and `finish` waits until it is. It is built when there is a first row for it.
+
+
+class _Wandb:
+    """A run in W&B, which takes no number for a step that it has closed, neither now nor when the run goes on.
+
+    So a validation goes into its step's row, which is still open. A validation that a stopped run did not reach, and
+    that is made up for later, goes into the next step's row, with its own step as its x axis.
+    """
+
+    def __init__(self, folder: Path, run_id: str, options: Mapping, last_step: int) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=options["project"], name=options["name"], id=run_id, resume="allow", mode=options["wandb"],
+            dir=folder, config=options["settings"], settings=wandb.Settings(console="off"),
+        )  # fmt: skip
+        self.run.define_metric("validation/*", step_metric="validation/step")
+        self.open_step = 0 if last_step < 0 else None
+        self.late: dict[str, float] = {}
+
+    def send(self, file: str, step: int, numbers: dict[str, float]) -> None:
+        if file == "validation":
+            numbers = {**numbers, "validation/step": step}
+            if step != self.open_step:
+                self.late = numbers
+                return
+        self.run.log({**self.late, **numbers}, step=step)
+        self.open_step, self.late = step, {}
+
+    def flush(self) -> bool:
+        # Only `finish` tells. W&B ignores a step that it gets once more because of that.
+        return False
+
+    def finish(self) -> None:
+        # A row of its own would close the step that the run may yet come to.
+        self.run.summary.update(self.late)
+        self.run.finish()
+
+
+class _TensorBoard:
+    """Event files in a folder. Steps there that come again are purged."""
+
+    def __init__(self, folder: Path, _run_id: str, _options: Mapping, last_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+
+    def send(self, _file: str, step: int, numbers: dict[str, float]) -> None:
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, step)
+
+    def flush(self) -> bool:
+        self.writer.flush()
+        return True
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class _Trackio:
+    """A run in trackio, which reports a failure by a warning only; here that is an error."""
+
+    def __init__(self, _folder: Path, run_id: str, options: Mapping, _last_step: int) -> None:
+        self.warned: list[str] = []
+        warnings.simplefilter("always")
+        warnings.showwarning = self._note
+        import trackio
+
+        # trackio finds a run by its name.
+        name = f"{options['name']}-{run_id[:8]}"
+        self.run = trackio.init(
+            project=options["project"], name=name, config=options["settings"], resume="allow", embed=False
+        )
+        self.warned.clear()  # Until here no row can have been lost.
+
+    def send(self, _file: str, step: int, numbers: dict[str, float]) -> None:
+        self.run.log(numbers, step=step)
+
+    def flush(self) -> bool:
+        time.sleep(1)  # trackio writes twice a second.
+        self._raise_warned()
+        return True
+
+    def finish(self) -> None:
+        self.run.finish()
+        self._raise_warned()
+
+    def _note(self, message: object, _category: type, filename: str, *_: object, **__: object) -> None:
+        if "trackio" in Path(filename).parts:
+            self.warned.append(str(message))
+
+    def _raise_warned(self) -> None:
+        if self.warned:
+            raise OSError(self.warned[0])
+
+
+TRACKERS: dict[str, Callable[..., Any]] = {"wandb": _Wandb, "tensorboard": _TensorBoard, "trackio": _Trackio}
+
+
+def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], bool]) -> None:
+    """Sends a tracker the rows of a run that it does not have, until the run is over.
+
+    Args:
+        run_dir: the run's folder, with its JSONL files.
+        kind: one of TRACKERS.
+        options: what `trackers.Trackers` passes on.
+        wait: waits at most so many seconds for the end of the run, and returns whether the run is over.
+    """
+    folder, tracker, is_over = run_dir / "trackers", None, False
+    reached, validations = 0, []
+    with contextlib.ExitStack() as stack:
+        # Opened before the lock: another trainer may replace the files while this process waits.
+        files = {name: stack.enter_context(open(run_dir / f"{name}.jsonl", "rb")) for name in FILES}
+        # The follower of a trainer that was killed may still be sending its last rows.
+        fcntl.flock(stack.enter_context(open(folder / f".{kind}.lock", "w")), fcntl.LOCK_EX)
+        path = folder / f"{kind}.json"
+        state = _read_state(path, run_dir, options["begun"])
+        # Written before anything is sent: without it the next start would send everything again.
+        write_atomic(path, json.dumps(state).encode())
+        while True:
+            steps = _new_rows(files["metrics"])
+            validations += _new_rows(files["validation"])
+            # A validation's row is written after its step's and before the next one's, but may be read before both.
+            reached = steps[-1]["step"] if steps else reached
+            rows = [("metrics", row) for row in steps]
+            rows += [("validation", row) for row in validations if row["step"] <= reached]
+            validations = [row for row in validations if row["step"] > reached]
+            for file, row in sorted(rows, key=lambda named: named[1]["step"]):
+                step = row.pop("step")
+                if step > state[file]:
+                    tracker = tracker or TRACKERS[kind](folder, state["id"], options, state["metrics"])
+                    tracker.send(file, step, dict(_numbers(row, file)))
+                    state[file] = step
+            if rows and tracker and tracker.flush():
+                write_atomic(path, json.dumps(state).encode())
+            # Rows that were written just before the end are read after it.
+            if is_over and not rows:
+                break
+            is_over = wait(POLL_SECONDS)
+        if tracker:
+            tracker.finish()
+            write_atomic(path, json.dumps(state).encode())
+
+
+def _new_rows(file: BinaryIO) -> list[dict]:
+    """Reads what was added to a file since the last call, up to the last complete line."""
+    start, added = file.tell(), file.read()
+    num_bytes = added.rfind(b"\n") + 1
+    file.seek(start + num_bytes)
+    return [json.loads(line) for line in added[:num_bytes].splitlines()]
+
+
+def _numbers(value: object, name: str) -> Iterator[tuple[str, float]]:
+    """Yields the numbers of a row under their names, as "validation/bins/0.125"; texts and lists are left out."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _numbers(part, f"{name}/{key}")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
+def _read_state(path: Path, run_dir: Path, begun: str | None) -> dict:
+    """Returns the tracker's run id and its last steps; it has none if the run is new or its folder was moved."""
+    known = (parse_object(path.read_bytes()) if path.exists() else None) or {}
+    begun = begun or known.get("begun", "")
+    run_id = hashlib.sha256(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:16]
+    if known.get("id") == run_id:
+        return known
+    return {"id": run_id, "begun": begun, **dict.fromkeys(FILES, -1)}
+
+
+def kill_all(process: psutil.Process) -> None:
+    """Kills a process and all that it started, itself last."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def _wait_for_the_end(over: threading.Event, close_seconds: float) -> None:
+    """Waits until the trainer closes stdin or is gone; ends this process if it then takes too long."""
+    while os.read(0, 1):
+        pass
+    over.set()
+    # The trainer ends this process sooner, if it is still there.
+    time.sleep(close_seconds + 1)
+    kill_all(psutil.Process())
+
+
+def main() -> None:
+    """Follows a run until its trainer is gone: RUN_DIR KIND,KIND OPTIONS.
+
+    Writes a JSON line [kind, reason] to stdout when a tracker has ended; the reason is "" unless it failed.
+    """
+    run_dir, kinds, options = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A cluster sends them to every process of a job; the last rows are yet to come.
+        signal.signal(number, signal.SIG_IGN)
+    # What the trackers' libraries print goes to the log.
+    report = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    over = threading.Event()
+
+    def run(kind: str) -> None:
+        reason = ""
+        try:
+            follow(run_dir, kind, options, over.wait)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (reported to the trainer; the log has the traceback)
+            traceback.print_exc()
+            reason = " ".join(str(error).split()) or type(error).__name__
+        with contextlib.suppress(BrokenPipeError):  # The trainer is gone.
+            report.write(json.dumps([kind, reason]) + "\n")
+
+    threading.Thread(target=_wait_for_the_end, args=(over, options["close_seconds"]), daemon=True).start()
+    threads = [threading.Thread(target=run, args=(kind,), daemon=True) for kind in kinds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
