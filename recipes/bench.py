@@ -30,8 +30,8 @@ from mochi_tune.models.layers import hidden_width
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
-from mochi_tune.sampling.render import ATTENTION_KERNELS, choose_guide, decoded_frames, latent_states, prepare_dit
-from mochi_tune.sampling.sampler import PRESETS, draw_noise
+from mochi_tune.sampling.render import ATTENTION_KERNELS, Setup, choose_guide, decoded_frames, prepare_dit
+from mochi_tune.sampling.sampler import PRESETS, draw_noise, sample_latents
 from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.fill import build_random_model
 
@@ -104,15 +104,14 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     num_tokens = num_latent_frames(bench.num_frames) * bench.height * bench.width // TOKEN_PIXELS**2
     layout = choose_layout(num_ranks, config, 1, num_tokens, True, {"data": 1})
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
-    dtype = DTYPES[bench.dtype]
+    setup = Setup(device, DTYPES[bench.dtype], bench.dit, mesh, bench.compile)
     with torch.device("meta"):
         adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0)} if bench.lora_rank else {}
-    load = functools.partial(build_random_model, config)
-    dit = prepare_dit(load, device, dtype, bench.dit, adapters, mesh, bench.compile)
-    told, untold = torch.randn(2, PROMPT_TOKENS, config.t5_feat_dim, dtype=dtype)
+    dit = prepare_dit(functools.partial(build_random_model, config), adapters, setup)
+    prompt, negative_prompt = torch.randn(2, PROMPT_TOKENS, config.t5_feat_dim, dtype=setup.dtype)
     settings = replace(PRESETS["quality"], steps=bench.repeats + 1, guidance=4.0)
     noise = draw_noise(0, bench.num_frames, bench.height, bench.width)
-    steps = latent_states(dit, noise, told, untold, settings, choose_guide(bench.dit, mesh))
+    steps = sample_latents(dit, noise, prompt, negative_prompt, settings, choose_guide(setup))
     seconds, peak = timed(lambda: next(steps), bench.repeats, device)
     # Two passes a step.
     matrix, attention = (2 * flops for flops in dit_flops(config, num_tokens, PROMPT_TOKENS))

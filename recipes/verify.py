@@ -30,8 +30,14 @@ from mochi_tune.parallel.collectives import even_shares
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.decode import decode_share
 from mochi_tune.parallel.mesh import Layout, Mesh, check_one_video, possible_layouts
-from mochi_tune.sampling.render import choose_guide, latent_states, prepare_dit
-from mochi_tune.sampling.sampler import SamplerSettings, euler_steps, linear_quadratic_sigmas
+from mochi_tune.sampling.render import Setup, choose_guide, prepare_dit
+from mochi_tune.sampling.sampler import (
+    Denoiser,
+    SamplerSettings,
+    euler_steps,
+    linear_quadratic_sigmas,
+    sample_latents,
+)
 from mochi_tune.training.objective import draw_posterior, noisy_and_target, velocity_loss
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -150,7 +156,7 @@ def check_sampling(reference: WeightsFolder, device: torch.device, dtype: str) -
     prompt, negative = (io["y_feat"], io["y_mask"]), (io["null_feat"], torch.zeros_like(io["y_mask"]))
     guidance = io["cfg_schedule"].tolist()
     sigmas = linear_quadratic_sigmas(len(guidance), 0.025)
-    *_, latents = euler_steps(dit, io["z"], prompt, negative, sigmas, guidance)
+    *_, latents = euler_steps(Denoiser(dit, prompt, negative), io["z"], sigmas, guidance)
     yield Check("sampling: latents", relative_error(latents, io["sample_dit"].cpu()), TOLERANCE[dtype])
     vae_latents = to_vae_latents(latents)
     yield Check("sampling: vae latents", relative_error(vae_latents, io["sample_vae"].cpu()), TOLERANCE[dtype])
@@ -162,11 +168,13 @@ def check_rendering(reference: WeightsFolder, device: torch.device, dtype: str, 
     guidance = io["cfg_schedule"].tolist()
     settings = SamplerSettings(len(guidance), tuple(guidance), threshold=0.025)
     prompt, negative = io["y_feat"][0, io["y_mask"][0].bool()], io["null_feat"][0, :0]
-    for place in ("resident", "offload") if mesh is None else ("resident", "offload", "shard"):
-        dit = prepare_dit(reference.load_dit, device, DTYPES[dtype], place, {}, mesh)
-        *_, latents = latent_states(dit, io["z"], prompt, negative, settings, choose_guide(place, mesh))
-        name = place if mesh is None else f"guidance={mesh.layout.guidance} context={mesh.layout.context}, {place}"
-        yield Check(f"rendering: {name}", over_ranks(relative_error(latents, io["sample_dit"])), TOLERANCE[dtype])
+    for residency in ("resident", "offload") if mesh is None else ("resident", "offload", "shard"):
+        setup = Setup(device, DTYPES[dtype], residency, mesh)
+        dit = prepare_dit(reference.load_dit, {}, setup)
+        *_, latents = sample_latents(dit, io["z"], prompt, negative, settings, choose_guide(setup))
+        axes = "" if mesh is None else f"guidance={mesh.layout.guidance} context={mesh.layout.context}, "
+        error = over_ranks(relative_error(latents, io["sample_dit"]))
+        yield Check(f"rendering: {axes}{residency}", error, TOLERANCE[dtype])
 
 
 def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:

@@ -101,6 +101,10 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
             f"rank {os.environ['RANK']} could not meet the others at {meeting} ({str(error).splitlines()[0]}): "
             "if another program has that port, set MASTER_PORT to a free one; if not, see that all ranks were started."
         ) from None
+    from accelerate import PartialState
+
+    # The group is made above, as accelerate itself would make one of nccl alone.
+    PartialState(cpu=not uses_gpus(device))
     try:
         yield
     except RuntimeError as error:

@@ -19,7 +19,7 @@ def check_config(config: RunConfig) -> None:
         ConfigError: a setting is out of its range; the text says which, got and allowed.
     """
     from mochi_tune.models.latents import check_geometry
-    from mochi_tune.parallel.memory import DIT_PLACES
+    from mochi_tune.parallel.memory import RESIDENCIES
     from mochi_tune.training.accelerator import STRATEGIES
     from mochi_tune.training.guards import SPIKE_POLICIES
     from mochi_tune.training.objective import LOSS_WEIGHTINGS, OBJECTIVES, SIGMA_DISTRIBUTIONS
@@ -42,7 +42,7 @@ def check_config(config: RunConfig) -> None:
         "data.damaged": (config.data.damaged, ("strict", "quarantine")),
         "train.spike_policy": (config.train.spike_policy, SPIKE_POLICIES),
         "parallel.strategy": (config.parallel.strategy, STRATEGIES),
-        "memory.dit": (config.memory.dit, DIT_PLACES),
+        "memory.dit": (config.memory.dit, RESIDENCIES),
         "sample.compare": (config.sample.compare, (None, "base")),
         "log.wandb": (config.log.wandb, ("disabled", "offline", "online")),
     }

@@ -159,6 +159,12 @@ class Mesh:
         """Whether this rank writes the videos that it makes together with others."""
         return dist.get_rank(self.video_group) == 0
 
+    def is_any(self, flag: bool) -> bool:
+        """Whether a flag is set in any process of this video, so that all of them stop at the same step."""
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.video_group)
+        return bool(flags.item())
+
     def gather_parts(self, part: Tensor) -> Iterator[Tensor]:
         """Yields the parts (F', H, W, 3) of a video's ranks in order on the rank that writes it; none on the others."""
         group = self.video_group

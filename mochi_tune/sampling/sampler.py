@@ -1,5 +1,6 @@
 """The sampler: sigma schedules, guidance and Euler steps from noise to latents."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,13 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mochi_tune.models.latents import latent_shape
+from mochi_tune.parallel.modulation import ModulationTable
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How many Euler steps, along which schedule, with how much guidance: one number, or one for each step.
+    """The Euler steps of a rendering.
 
-    `own_sigmas`, from 1 to 0 and one more than steps, stand in the place of the linear-quadratic schedule.
+    Attributes:
+        steps: how many.
+        guidance: the scale of classifier-free guidance, one for all steps or one for each.
+        threshold: of `linear_quadratic_sigmas`.
+        linear_steps: of `linear_quadratic_sigmas`.
+        own_sigmas: noise levels from 1 to 0, `steps` + 1 of them, instead of the linear-quadratic ones.
     """
 
     steps: int
@@ -65,76 +72,87 @@ def linear_quadratic_sigmas(steps: int, threshold: float, linear_steps: int | No
 
 
 def draw_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
-    """Draws the latent that sampling starts from, (1, C, T, h, w) fp32; on the CPU, so that all devices agree."""
+    """Draws the latents that sampling starts from, (1, C, T, h, w) fp32; on the CPU, so that all devices agree."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, *latent_shape(num_frames, height, width), generator=generator)
 
 
-# Embeddings (B, L, D) and mask (B, L).
+# Embeddings (B, L, D) and mask (B, L), true where a token is valid.
 Prompt = tuple[Tensor, Tensor]
-# Gives a step's velocity: of the model, the state, sigma (B,), the prompt, the negative prompt and the scale.
-Guide = Callable[[nn.Module, Tensor, Tensor, Prompt, Prompt, float], Tensor]
 
 
-def guide_in_turn(
-    dit: nn.Module, z: Tensor, sigma: Tensor, prompt: Prompt, negative_prompt: Prompt, scale: float
-) -> Tensor:
+class Denoiser:
+    """Predicts velocities under the prompt "cond" and the negative prompt "uncond"."""
+
+    def __init__(self, dit: nn.Module, cond: Prompt, uncond: Prompt, modulation: ModulationTable | None = None) -> None:
+        """Joins a model and the prompts of a rendering.
+
+        Args:
+            dit: predicts the velocity.
+            cond: the prompt of each row.
+            uncond: the negative prompt of each row; the empty one has no valid token.
+            modulation: of a model with modulation tables, under the prompts' names.
+        """
+        self.dit = dit
+        self.prompts = {"cond": cond, "uncond": uncond}
+        self.modulation = modulation
+
+    def __call__(self, latents: Tensor, sigma: float, names: Sequence[str]) -> Tensor:
+        """Returns the velocities (len(names) * B, C, T, h, w), fp32, of latents (B, C, T, h, w) under each prompt."""
+        embeds, mask = _as_one_batch([self.prompts[name] for name in names])
+        latents = latents.repeat(len(names), 1, 1, 1, 1)
+        level = torch.full((len(latents),), sigma, device=latents.device)
+        with contextlib.nullcontext() if self.modulation is None else self.modulation.selected(sigma, names):
+            return self.dit(latents, level, embeds, mask).float()
+
+
+# Gives the velocity of latents at a noise level sigma, with a guidance scale.
+Guide = Callable[[Denoiser, Tensor, float, float], Tensor]
+
+
+def guide_in_turn(denoiser: Denoiser, latents: Tensor, sigma: float, scale: float) -> Tensor:
     """Evaluates the prompt and the negative prompt one after the other; at scale 1 the prompt alone."""
-    conditional = dit(z, sigma, *prompt).float()
-    if scale == 1:
-        return conditional
-    return guided(conditional, dit(z, sigma, *negative_prompt).float(), scale)
+    cond = denoiser(latents, sigma, ["cond"])
+    return cond if scale == 1 else guided(cond, denoiser(latents, sigma, ["uncond"]), scale)
 
 
-def guide_in_one_batch(
-    dit: nn.Module, z: Tensor, sigma: Tensor, prompt: Prompt, negative_prompt: Prompt, scale: float
-) -> Tensor:
+def guide_in_one_batch(denoiser: Denoiser, latents: Tensor, sigma: float, scale: float) -> Tensor:
     """Evaluates both prompts as one batch: each weight is read once a step, activations are twice as large."""
     if scale == 1:
-        return dit(z, sigma, *prompt).float()
-    length = max(embeds.shape[1] for embeds, _ in (prompt, negative_prompt))
-    padded = []
-    for embeds, mask in (prompt, negative_prompt):
-        missing = length - embeds.shape[1]
-        padded.append((F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))))
-    embeds, mask = (torch.cat(pair) for pair in zip(*padded, strict=True))
-    return guided(*dit(z.repeat(2, 1, 1, 1, 1), sigma.repeat(2), embeds, mask).float().chunk(2), scale)
+        return denoiser(latents, sigma, ["cond"])
+    cond, uncond = denoiser(latents, sigma, ["cond", "uncond"]).chunk(2)
+    return guided(cond, uncond, scale)
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Returns u + scale * (c - u)."""
-    return unconditional + scale * (conditional - unconditional)
+def guided(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Returns uncond + scale * (cond - uncond), classifier-free guidance."""
+    return uncond + scale * (cond - uncond)
 
 
 @torch.no_grad()
 def euler_steps(
-    dit: nn.Module,
+    denoiser: Denoiser,
     noise: Tensor,
-    prompt: Prompt,
-    negative_prompt: Prompt,
     sigmas: Sequence[float],
     guidance: Sequence[float],
     guide: Guide = guide_in_turn,
 ) -> Iterator[Tensor]:
-    """Walks from noise to latents, yielding the state after each step; the last one is the result.
+    """Walks from noise to latents, yielding the latents after each step; the last ones are the result.
 
-    The state is fp32: z <- z + (sigma_i - sigma_{i+1}) * v with v = u + g_i * (c - u).
+    They are fp32: z <- z + (sigma_i - sigma_{i+1}) * v with v = u + g_i * (c - u).
     Source: genmoai/mochi@0c86aeb pipelines.py (sample_model).
 
     Args:
-        dit: predicts the velocity.
-        noise: (B, C, T, h, w), on the device of `dit`.
-        prompt: of each row.
-        negative_prompt: of each row; the empty one has no valid token.
+        denoiser: the model and its prompts.
+        noise: (B, C, T, h, w), on the model's device.
         sigmas: noise levels from 1 to 0, one more than steps.
-        guidance: one scale a step; at 1 the negative prompt plays no part.
+        guidance: one scale a step; at 1 the negative prompt is not evaluated.
         guide: how the two prompts' velocities are evaluated.
     """
-    z = noise.float()
+    latents = noise.float()
     for sigma, next_sigma, scale in zip(sigmas[:-1], sigmas[1:], guidance, strict=True):
-        level = torch.full((z.shape[0],), sigma, device=z.device)
-        z = z + (sigma - next_sigma) * guide(dit, z, level, prompt, negative_prompt, scale)
-        yield z
+        latents = latents + (sigma - next_sigma) * guide(denoiser, latents, sigma, scale)
+        yield latents
 
 
 def sample_latents(
@@ -143,34 +161,33 @@ def sample_latents(
     prompt: Tensor,
     negative_prompt: Tensor,
     settings: SamplerSettings,
-    description: str,
-    attend: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Renders one prompt to latents, fp32 (1, C, T, h, w), with a progress bar; the model is left as it was.
+    guide: Guide = guide_in_turn,
+) -> Iterator[Tensor]:
+    """Renders one prompt, yielding the latents after each step, fp32 (1, C, T, h, w); the last ones are the result.
 
     Args:
-        dit: with or without live adapters; put in eval mode while sampling.
+        dit: in eval mode, with or without adapters and modulation tables.
         noise: (1, C, T, h, w), on any device.
         prompt: features of the prompt's valid tokens, (n, D).
         negative_prompt: the same of the negative prompt; none (0, D) for the empty one.
         settings: steps, schedule and guidance.
-        description: of the progress bar.
-        attend: called after each step; what it raises ends this.
+        guide: how the two prompts' velocities are evaluated.
     """
-    from tqdm import tqdm
-
     device = next(dit.parameters()).device
-    pairs = []
-    for features in (prompt, negative_prompt):
-        mask = torch.ones(1, features.shape[0], dtype=torch.bool)
-        pairs.append((features[None].to(device), mask))
-    training = dit.training
-    dit.eval()
-    states = euler_steps(dit, noise.to(device), *pairs, settings.sigmas, settings.scales)
-    try:
-        for state in tqdm(states, total=settings.steps, desc=description, unit="step", leave=False):
-            latents = state
-            attend()
-    finally:
-        dit.train(training)
-    return latents
+    cond, uncond = (
+        (features[None].to(device), torch.ones(1, len(features), dtype=torch.bool))
+        for features in (prompt, negative_prompt)
+    )
+    modulation = ModulationTable(dit, settings.sigmas[:-1], {"cond": cond, "uncond": uncond})
+    denoiser = Denoiser(dit, cond, uncond, modulation)
+    return euler_steps(denoiser, noise.to(device), settings.sigmas, settings.scales, guide)
+
+
+def _as_one_batch(prompts: Sequence[Prompt]) -> Prompt:
+    """Joins prompts along the batch axis, padded to the longest."""
+    if len(prompts) == 1:
+        return prompts[0]
+    length = max(embeds.shape[1] for embeds, _ in prompts)
+    embeds = [F.pad(embeds, (0, 0, 0, length - embeds.shape[1])) for embeds, _ in prompts]
+    masks = [F.pad(mask, (0, length - mask.shape[1])) for _, mask in prompts]
+    return torch.cat(embeds), torch.cat(masks)

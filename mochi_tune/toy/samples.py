@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder, Encoder, frames_to_pixels, pixels_to_frames
-from mochi_tune.sampling.sampler import SamplerSettings, draw_noise, euler_steps
+from mochi_tune.sampling.sampler import Denoiser, SamplerSettings, draw_noise, euler_steps
 from mochi_tune.toy.measure import see
 from mochi_tune.toy.world import HEIGHT, NEW_WORD, NUM_FRAMES, WIDTH, Words
 from mochi_tune.training.draws import key_seed
@@ -41,7 +41,7 @@ def render_words(
             [draw_noise(key_seed(seed, "toy", i + j), NUM_FRAMES, HEIGHT, WIDTH) for j in range(len(group))]
         )
         nothing = (torch.zeros_like(embeds), torch.zeros_like(mask))
-        states = euler_steps(dit, noise, (embeds, mask), nothing, settings.sigmas, settings.scales)
+        states = euler_steps(Denoiser(dit, (embeds, mask), nothing), noise, settings.sigmas, settings.scales)
         bar = tqdm(states, f"render {i + len(group)} of {len(words)}", settings.steps, leave=False, unit="step")
         [latents] = deque(bar, maxlen=1)
         parts.append(pixels_to_frames(decoder(to_vae_latents(latents))))

@@ -182,8 +182,18 @@ class EvalVideos:
         return latents
 
     def _sample(self, dit: nn.Module, prompt: Tensor, name: str) -> Tensor:
-        negative, on_step = self.negative_prompt, self.run.check_signals
-        return sample_latents(dit, self.noise, prompt, negative, self.settings, name, on_step).cpu()
+        was_training = dit.training
+        dit.eval()
+        latents = self.noise
+        is_quiet = not PartialState().is_main_process
+        try:
+            steps = sample_latents(dit, self.noise, prompt, self.negative_prompt, self.settings)
+            for state in tqdm(steps, name, self.settings.steps, unit="step", leave=False, disable=is_quiet):
+                latents = state
+                self.run.check_signals()
+        finally:
+            dit.train(was_training)
+        return latents.cpu()
 
     def _side_by_side(self, decoder: Decoder, base: Tensor, adapted: Tensor) -> Iterator[Tensor]:
         halves = [decode_chunks(decoder, to_vae_latents(latents)) for latents in (base, adapted)]

@@ -16,7 +16,7 @@ from mochi_tune.adapters.lora import (
     trained_layers,
 )
 from mochi_tune.errors import CheckpointError
-from mochi_tune.parallel.memory import apply_activation_checkpointing, apply_block_offload, quantize_block
+from mochi_tune.parallel.memory import apply_activation_checkpointing, apply_block_offload, apply_quantization
 from mochi_tune.weights.folder import WeightsFolder
 
 IO = vectors("dit_io")
@@ -150,7 +150,7 @@ def test_blocks_that_come_and_go_compute_the_same():
 @torch.no_grad()
 def test_eight_bits_stay_near_and_take_a_dora(precision, tolerance):
     dit, settings = disturbed(golden_dit())
-    small = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16, lambda _, block: quantize_block(block, precision))
+    small = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16, lambda _, block: apply_quantization(block, precision))
     half = golden_dit(torch.bfloat16)
     for model in (small, half):
         apply_adapter(model, adapter_of(dit, settings).layers, "adapter")

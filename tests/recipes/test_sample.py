@@ -15,6 +15,7 @@ from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.recipes.sample import main
 from mochi_tune.sampling.sampler import (
+    Denoiser,
     SamplerSettings,
     draw_noise,
     euler_steps,
@@ -82,9 +83,11 @@ def test_the_latents_are_those_of_the_plain_loop(tmp_path):
         for features in encoder.encode(["a red ball", "a cat"])
     )
     states = euler_steps(
-        WeightsFolder(TINY).load_dit("cpu", torch.float32), draw_noise(0, 7, 32, 48), prompt, negative,
-        linear_quadratic_sigmas(3, 0.025), [3.0] * 3,
-    )  # fmt: skip
+        Denoiser(WeightsFolder(TINY).load_dit("cpu", torch.float32), prompt, negative),
+        draw_noise(0, 7, 32, 48),
+        linear_quadratic_sigmas(3, 0.025),
+        [3.0] * 3,
+    )
     *_, latents = states
     assert torch.allclose(latents_of(video), latents, atol=1e-5)
 
@@ -272,7 +275,7 @@ def test_a_dora_renders_what_its_trained_model_does(tmp_path):
     load_start_adapter(dit, adapter.layers)
     features = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a red ball", ""])
     noise, schedule = draw_noise(0, 7, 32, 48), SamplerSettings(3, 2.0, 0.025)
-    expected = sample_latents(dit.eval(), noise, *features, schedule, "")
+    *_, expected = sample_latents(dit.eval(), noise, *features, schedule)
     more = [f"sample.adapter={dora}", "sample.save_latents=true", "sample.guidance=2"]
     for how in ("sample.compile=false", "sample.compile=true", "memory.dit=offload", "sample.compare=base"):
         video = sample(tmp_path, *more, how)

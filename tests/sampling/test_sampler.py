@@ -7,6 +7,7 @@ from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.sampling.sampler import (
     PRESETS,
+    Denoiser,
     SamplerSettings,
     draw_noise,
     euler_steps,
@@ -15,6 +16,7 @@ from mochi_tune.sampling.sampler import (
 )
 
 IO = vectors("dit_io")
+PROMPT = (IO["y_feat"], IO["y_mask"])
 NEGATIVE = (IO["null_feat"], torch.zeros_like(IO["y_mask"]))
 
 
@@ -33,9 +35,8 @@ def test_presets_are_the_official_ones():
 
 def test_six_steps_are_the_official_ones():
     guidance = IO["cfg_schedule"].tolist()
-    states = euler_steps(
-        golden_dit(), IO["z"], (IO["y_feat"], IO["y_mask"]), NEGATIVE, linear_quadratic_sigmas(6, 0.025), guidance
-    )
+    denoiser = Denoiser(golden_dit(), PROMPT, NEGATIVE)
+    states = euler_steps(denoiser, IO["z"], linear_quadratic_sigmas(6, 0.025), guidance)
     *_, latents = states
     assert relative_error(latents, IO["sample_dit"]) <= 2e-5
     assert relative_error(to_vae_latents(latents), IO["sample_vae"]) <= 2e-5
@@ -44,11 +45,10 @@ def test_six_steps_are_the_official_ones():
 def test_sample_latents_gives_the_same_from_valid_tokens_alone():
     settings = SamplerSettings(steps=3, guidance=4.0, threshold=0.025)
     valid = IO["y_feat"][0, IO["y_mask"][0].bool()]
-    dit = golden_dit().train()
-    got = sample_latents(dit, IO["z"], valid, IO["y_feat"].new_zeros(0, IO["y_feat"].shape[2]), settings, "test")
-    *_, expected = euler_steps(dit, IO["z"], (IO["y_feat"], IO["y_mask"]), NEGATIVE, settings.sigmas, [4.0] * 3)
+    dit = golden_dit()
+    *_, got = sample_latents(dit, IO["z"], valid, IO["y_feat"].new_zeros(0, IO["y_feat"].shape[2]), settings)
+    *_, expected = euler_steps(Denoiser(dit, PROMPT, NEGATIVE), IO["z"], settings.sigmas, [4.0] * 3)
     assert relative_error(got, expected) <= 2e-5
-    assert dit.training, "the model is left in the mode that it was in"
 
 
 def test_guidance_1_is_the_conditional_prediction():
@@ -59,29 +59,29 @@ def test_guidance_1_is_the_conditional_prediction():
             calls.append(1)
             return torch.ones_like(latents)
 
-    *_, latents = euler_steps(Counting(), IO["z"], NEGATIVE, NEGATIVE, [1.0, 0.5, 0.0], [1.0, 1.0])
+    *_, latents = euler_steps(Denoiser(Counting(), NEGATIVE, NEGATIVE), IO["z"], [1.0, 0.5, 0.0], [1.0, 1.0])
     assert len(calls) == 2 and torch.allclose(latents, IO["z"] + 1)
 
 
 def test_the_state_stays_fp32_whatever_the_model_computes_in():
     *_, latents = euler_steps(
-        golden_dit(torch.bfloat16), IO["z"], (IO["y_feat"], IO["y_mask"]), NEGATIVE, [1.0, 0.5, 0.0], [2.0, 2.0]
+        Denoiser(golden_dit(torch.bfloat16), PROMPT, NEGATIVE), IO["z"], [1.0, 0.5, 0.0], [2.0, 2.0]
     )
     assert latents.dtype == torch.float32 and not torch.equal(latents, latents.bfloat16().float())
 
 
 def test_guidance_is_computed_in_fp32_whatever_the_model_computes_in():
     generator = torch.Generator().manual_seed(0)
-    told, untold = torch.randn(2, *IO["z"].shape, generator=generator).bfloat16()
+    cond, uncond = torch.randn(2, *IO["z"].shape, generator=generator).bfloat16()
 
     class Half(torch.nn.Module):
         def forward(self, latents, sigma, prompt_embeds, prompt_mask):
-            return told if prompt_mask.any() else untold
+            return cond if prompt_mask.any() else uncond
 
-    *_, latents = euler_steps(Half(), IO["z"], (IO["y_feat"], IO["y_mask"]), NEGATIVE, [1.0, 0.6, 0.0], [4.5, 3.3])
+    *_, latents = euler_steps(Denoiser(Half(), PROMPT, NEGATIVE), IO["z"], [1.0, 0.6, 0.0], [4.5, 3.3])
     expected = IO["z"].double()
     for length, scale in ((0.4, 4.5), (0.6, 3.3)):
-        expected = expected + length * (untold.double() + scale * (told.double() - untold.double()))
+        expected = expected + length * (uncond.double() + scale * (cond.double() - uncond.double()))
     assert relative_error(latents, expected) <= 1e-6
 
 

@@ -1,0 +1,66 @@
+"""The adapters of a rendering: which files, how strong, and whether they fit the base."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
+from mochi_tune.config.schema import SampleConfig
+from mochi_tune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RenderAdapter:
+    """An adapter file and its strength."""
+
+    path: Path
+    strength: float
+    adapter: Adapter
+
+
+def load_render_adapters(
+    sample: SampleConfig, run_dir: Path, shapes: Mapping[str, tuple[int, int]], identity: str
+) -> list[RenderAdapter]:
+    """Loads the adapters of a rendering and checks that they fit the base.
+
+    Args:
+        sample: names the files and their strengths.
+        run_dir: the run whose adapter is used where none is named and there is one.
+        shapes: of the base's Linear layers.
+        identity: of the base, from `WeightsFolder.base_identity`.
+
+    Raises:
+        ConfigError: not one strength an adapter, a strength that is no number, or nothing to compare the base with.
+        CheckpointError: a file is no adapter, or one of another base.
+    """
+    adapters = []
+    for path, strength in find_adapters(sample, run_dir):
+        adapter = load_adapter(path)
+        check_adapter(adapter, shapes, identity)
+        adapters.append(RenderAdapter(path, strength, adapter))
+    if sample.compare and not any(adapter.strength for adapter in adapters):
+        raise ConfigError(
+            "sample.compare=base has no adapter to compare with: name adapter=FILE, of a strength other than 0."
+        )
+    return adapters
+
+
+def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[Path, float]]:
+    """Returns the adapter files and their strengths; raises as `load_render_adapters`."""
+    named, strengths = sample.adapter, sample.adapter_strength
+    if named is None:
+        own = run_dir / "adapter.safetensors"
+        named = [own] if own.exists() else []
+    paths = [Path(str(path)) for path in (named if isinstance(named, list) else [named])]
+    for strength in strengths if isinstance(strengths, list) else [strengths]:
+        if isinstance(strength, bool) or not isinstance(strength, int | float):
+            raise ConfigError(f"adapter_strength={strength} is not a number: use for example 0.8.")
+    if not paths and strengths not in (0, 1):
+        raise ConfigError(f"adapter_strength={strengths} has no adapter: name one with adapter=FILE, or train first.")
+    if not isinstance(strengths, list):
+        strengths = [strengths] * len(paths)
+    if len(strengths) != len(paths):
+        raise ConfigError(
+            f"adapter_strength has {len(strengths)} values for {len(paths)} adapters: give one for all or one each."
+        )
+    return list(zip(paths, map(float, strengths), strict=True))

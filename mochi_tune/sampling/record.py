@@ -1,0 +1,87 @@
+"""What is written beside a video: its settings, its latents, and what rendering it took."""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mochi_tune.files import save_tensors, write_atomic
+from mochi_tune.models.device import peak_gib, reset_peak
+from mochi_tune.models.latents import FPS
+from mochi_tune.sampling.requests import Request
+from mochi_tune.sampling.sampler import draw_noise
+
+
+def noise_of(request: Request) -> Tensor:
+    """Draws the noise that a video's sampling starts from."""
+    return draw_noise(request.seed, request.num_frames, request.height, request.width)
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Returns the hex sha256 of the bytes of a tensor on the CPU."""
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def save_latents(request: Request, states: Mapping[str, Tensor]) -> None:
+    """Writes a video's latents beside it: "latents", and "base" when the base is compared with."""
+    from safetensors.torch import save
+
+    named = {"latents": states[list(states)[-1]]} | ({"base": states["base"]} if len(states) > 1 else {})
+    save_tensors(request.video.with_suffix(".safetensors"), named, {"space": "dit", "layout": "B C T h w"})
+
+
+def save_settings(request: Request, common: Mapping[str, Any], usage: "Usage") -> None:
+    """Writes a video's settings as .json beside it.
+
+    Args:
+        request: of the video.
+        common: settings of all videos that are rendered with it.
+        usage: of the stages until now.
+    """
+    sampler = {key: value for key, value in asdict(request.settings).items() if key != "own_sigmas" or value}
+    record = {
+        **{key: getattr(request, key) for key in ("prompt", "negative_prompt", "seed")},
+        **{key: getattr(request, key) for key in ("num_frames", "height", "width")},
+        "fps": FPS,
+        "sampler": sampler,
+        **common,
+        "device": torch.cuda.get_device_name() if usage.device.type == "cuda" else "cpu",
+        "noise_sha256": tensor_sha256(noise_of(request)),
+        "versions": {name: version(name) for name in ("mochi-tune", "torch")},
+        **usage.so_far(),
+    }
+    write_atomic(request.video.with_suffix(".json"), json.dumps(record, indent=1).encode() + b"\n")
+
+
+class Usage:
+    """Measures the seconds and the peak memory of each stage: of the GPU's, or of the process on a CPU."""
+
+    def __init__(self, device: torch.device, write_line: Callable[[str], object]) -> None:
+        self.device = device
+        self.write_line = write_line
+        self.started: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.peak_gib: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures what runs inside, and writes a line about it."""
+        reset_peak(self.device)
+        self.started = {name: time.perf_counter()}
+        yield
+        self.so_far()
+        self.write_line(f"{name}: {self.seconds[name]:.1f} s, peak {self.peak_gib[name]} GiB")
+
+    def so_far(self) -> dict[str, dict[str, float]]:
+        """Returns the seconds and the peak of each stage, the one under way included."""
+        for name, started in self.started.items():
+            self.seconds[name] = round(time.perf_counter() - started, 3)
+            self.peak_gib[name] = peak_gib(self.device)
+        return {"seconds": dict(self.seconds), "peak_gib": dict(self.peak_gib)}

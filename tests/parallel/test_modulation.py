@@ -1,0 +1,92 @@
+"""Modulation that is looked up is what the layers compute; a row that nothing computed is an error."""
+
+import pytest
+import torch
+from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
+
+from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.parallel.modulation import ModulationTable, apply_modulation_tables
+from mochi_tune.sampling.render import apply_compilation
+from mochi_tune.sampling.sampler import (
+    Denoiser,
+    SamplerSettings,
+    euler_steps,
+    guide_in_one_batch,
+    guide_in_turn,
+    linear_quadratic_sigmas,
+    sample_latents,
+)
+from mochi_tune.weights.folder import WeightsFolder
+
+IO = vectors("dit_io")
+PROMPT, NEGATIVE = (IO["y_feat"], IO["y_mask"]), (IO["null_feat"], torch.zeros_like(IO["y_mask"]))
+PROMPTS = {"cond": PROMPT, "uncond": NEGATIVE}
+GUIDANCE = IO["cfg_schedule"].tolist()
+SIGMAS = linear_quadratic_sigmas(len(GUIDANCE), 0.025)
+VALID = IO["y_feat"][0, IO["y_mask"][0].bool()]
+
+
+def tabulated_dit() -> AsymmDiT:
+    return WeightsFolder(GOLDEN).load_dit(
+        "cpu", torch.float32, lambda _, block: apply_modulation_tables(block, torch.device("cpu"))
+    )
+
+
+def rendered(dit, prompt, guide=guide_in_turn) -> torch.Tensor:
+    settings = SamplerSettings(len(GUIDANCE), tuple(GUIDANCE), 0.025)
+    *_, latents = sample_latents(dit, IO["z"], prompt, VALID[:0], settings, guide)
+    return latents
+
+
+@pytest.mark.parametrize("guide", [guide_in_turn, guide_in_one_batch])
+def test_tables_render_the_official_latents(guide):
+    dit = tabulated_dit()
+    assert not [name for name, _ in dit.named_parameters() if ".mod_" in name and name.startswith("blocks")]
+    denoiser = Denoiser(dit, PROMPT, NEGATIVE, ModulationTable(dit, SIGMAS[:-1], PROMPTS))
+    *_, latents = euler_steps(denoiser, IO["z"], SIGMAS, GUIDANCE, guide)
+    assert relative_error(latents, IO["sample_dit"]) <= 2e-5
+
+
+@torch.no_grad()
+def test_each_row_is_what_the_layers_compute():
+    dit, plain = tabulated_dit(), golden_dit()
+    table = ModulationTable(dit, SIGMAS[:-1], PROMPTS)
+    for sigma in SIGMAS[:-1]:
+        for names in (["cond"], ["uncond"], ["cond", "uncond"], ["uncond", "cond"]):
+            c = torch.cat([plain.condition(torch.tensor([sigma]), *PROMPTS[name]) for name in names])
+            with table.selected(sigma, names):
+                for ours, block in zip(dit.blocks, plain.blocks, strict=True):
+                    assert relative_error(ours.mod_x(c), block.mod_x(c)) <= 1e-5
+                    assert relative_error(ours.mod_y(c), block.mod_y(c)) <= 1e-5
+
+
+@torch.no_grad()
+def test_what_was_not_computed_is_an_error():
+    dit = tabulated_dit()
+    denoiser = Denoiser(dit, PROMPT, NEGATIVE, ModulationTable(dit, SIGMAS[:-1], {"cond": PROMPT}))
+    denoiser(IO["z"], SIGMAS[0], ["cond"])
+    with pytest.raises(AssertionError, match=r"no row for \[\('uncond', 1\.0\)\]"):
+        denoiser(IO["z"], SIGMAS[0], ["uncond"])
+    with pytest.raises(AssertionError, match=r"no row for \[\('cond', 0\.123\)\]"):
+        denoiser(IO["z"], 0.123, ["cond"])
+    with pytest.raises(AssertionError, match="one row for each sample"):
+        denoiser(IO["z"].repeat(2, 1, 1, 1, 1), SIGMAS[0], ["cond"])
+    with pytest.raises(AssertionError, match="no row of the modulation table is selected"):
+        dit(IO["z"], torch.tensor([SIGMAS[0]]), *PROMPT)
+
+
+def test_renderings_that_take_turns_keep_their_own_tables():
+    dit, settings = tabulated_dit(), SamplerSettings(len(GUIDANCE), tuple(GUIDANCE), 0.025)
+    prompts = VALID, VALID[:3]
+    steps = [sample_latents(dit, IO["z"], prompt, VALID[:0], settings) for prompt in prompts]
+    *_, last = zip(*steps, strict=True)
+    for got, prompt in zip(last, prompts, strict=True):
+        assert torch.equal(got, rendered(dit, prompt))
+
+
+def test_compiled_blocks_read_the_rows_of_every_step_and_prompt():
+    plain, compiled = tabulated_dit(), tabulated_dit()
+    apply_compilation(compiled)
+    for prompt in (VALID, VALID[:3]):
+        for guide in (guide_in_turn, guide_in_one_batch):
+            assert relative_error(rendered(compiled, prompt, guide), rendered(plain, prompt, guide)) <= 1e-5
