@@ -128,7 +128,7 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Mo
     check_weights(folder, ["dit"])
     saved = load_tensors(bundle / "adapter.safetensors")
     dit = load_dit(folder, device, DTYPES[config.model.dtype])
-    layers = lora_settings(config, linear_shapes(dit))
+    layers = lora_settings(config.lora, linear_shapes(dit))
     apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if config.train.gradient_checkpointing:
         apply_activation_checkpointing(dit)

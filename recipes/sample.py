@@ -99,7 +99,7 @@ def check(config: RunConfig, num_ranks: int) -> Job:
         MochiTuneError: of any kind, in one line.
     """
     folder = weights_folder(config)
-    requests = read_requests(config)
+    requests = read_requests(config.sample, config.data, config.seed, Path(config.run_dir))
     for request in requests if config.memory.tiles is not None else []:
         check_tiles(config.memory.tiles, request.height, request.width)
     check_weights(folder, ["text_encoder", "dit", "decoder"])
@@ -243,7 +243,7 @@ def save_settings(config: RunConfig, job: Job, request: Request, kinds: list[str
         "model": config.model.name,
         "base_fingerprint": job.identity,
         "dtype": config.model.dtype,
-        "memory": asdict(config.memory),
+        "memory": config.memory.model_dump(),
         "layout": asdict(job.layout),
         "device": torch.cuda.get_device_name() if usage.device.type == "cuda" else "cpu",
         "noise_sha256": tensor_sha256(noise),

@@ -19,7 +19,6 @@ from mochi_tune.adapters.lora import (
     start_from,
     trained_layers,
 )
-from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.load import RunConfig, config_yaml
 from mochi_tune.config.schema import sample_size
 from mochi_tune.errors import ParallelError
@@ -30,6 +29,7 @@ from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.parallel.processes import from_first, gathered, is_first, num_ranks, wait_for_all
+from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.sampler import draw_noise
 from mochi_tune.training.accelerator import DataParallel, build_engine
 from mochi_tune.training.checkpoint import load_optimizer, load_tensors
@@ -154,7 +154,8 @@ def train(
     with Signals() as signals, feed, bar as progress:
         attention = Attention(signals, gathered, run.save, watchdog)
         videos = EvalVideos(
-            run_dir / "samples", features, draw_noise(config.seed, *sample_size(config)), sampler_settings(config),
+            run_dir / "samples", features, draw_noise(config.seed, *sample_size(config.sample, config.data)),
+            sampler_settings(config.sample),
             lambda: load_decoder(job.folder, device, DTYPES[config.model.dtype]),
             attention, lambda: signals.received > 0,
         )  # fmt: skip

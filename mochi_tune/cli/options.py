@@ -1,6 +1,11 @@
 """The help of the command line, and the settings of the verbs that have no configuration file."""
 
+from typing import TYPE_CHECKING
+
 from mochi_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mochi_tune.config.schema import RunConfig
 
 USAGE = """\
 mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
@@ -111,18 +116,12 @@ def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | 
     return options
 
 
-def load(verb: str, arguments: list[str]):
-    """Loads the settings of a verb; prints them, or its help, and returns None where that is asked for."""
-    from mochi_tune.config.load import GROUPS, PRESET_KEYS, SAMPLE_ALIASES, config_yaml, load_config, packaged_folder
+def load(verb: str, arguments: list[str]) -> "RunConfig | None":
+    """Loads the settings of a verb; prints them, or the verb's help, and returns None where that is asked for."""
+    from mochi_tune.config.load import SAMPLE_ALIASES, config_yaml, load_config
 
     if "--help" in arguments or "-h" in arguments:
-        lines = USAGE.splitlines()
-        first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
-        more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
-        print("\n".join([lines[first], *more]) + "\n\nSettings and their defaults; any is given as key.sub=value.")
-        groups = [f"{group}/{path.stem}" for group in GROUPS for path in (packaged_folder() / group).glob("*.yaml")]
-        for name in ("base", *sorted(groups)):
-            print(f"\n--- {name}.yaml\n{(packaged_folder() / f'{name}.yaml').read_text()}", end="")
+        print_help(verb)
         return None
     flags = [argument for argument in arguments if argument.startswith("-")]
     if unknown := [flag for flag in flags if flag != "--cfg"]:
@@ -134,14 +133,22 @@ def load(verb: str, arguments: list[str]):
     settings = [setting for setting in settings if not setting.startswith("conf=")]
     if verb == "sample":
         settings = [f"sample.{s}" if s.partition("=")[0] in SAMPLE_ALIASES else s for s in settings]
-        given = {setting.partition("=")[0] for setting in settings}
-        if {"sample.prompt", "sample.prompts"} <= given:
+        if {"sample.prompt", "sample.prompts"} <= {setting.partition("=")[0] for setting in settings}:
             raise ConfigError("prompt= and prompts= are both given: leave one out.")
-        if "sample.preset" in given:
-            # A preset that is asked for stands in the place of what the file sets.
-            settings = [*(f"sample.{key}=null" for key in PRESET_KEYS), *settings]
     config = load_config(names[0], settings)
     if flags:
         print(config_yaml(config), end="")
         return None
     return config
+
+
+def print_help(verb: str) -> None:
+    """Prints the usage of a verb that has a configuration file, and every setting."""
+    from mochi_tune.config.docs import settings_help
+
+    lines = USAGE.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
+    more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
+    print("\n".join([lines[first], *more]))
+    print("\nEvery setting: its default, what it takes, what it means. Give it as key=value or in conf/NAME.yaml.\n")
+    print(settings_help(), end="")

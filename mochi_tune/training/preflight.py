@@ -12,11 +12,13 @@ from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.adapters.lora import LayerSettings, check_start, linear_shapes
 from mochi_tune.config.load import config_yaml, weights_folder
 from mochi_tune.config.lora import lora_settings
-from mochi_tune.config.schema import RunConfig, flat_settings
+from mochi_tune.config.schema import RunConfig
+from mochi_tune.config.settings import flat_settings
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.parallel.mesh import Layout, training_layout
+from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import draws_proof
 from mochi_tune.training.loader import Draws
@@ -63,6 +65,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
         MochiTuneError: of any kind, in one line.
     """
     folder = weights_folder(config)
+    sampler_settings(config.sample)
     check_weights(folder, ["dit", "decoder", "text_encoder"] if renders(config) else ["dit"])
     data, train = config.data, config.train
     # The encoders need not lie where the training runs; where they do, the cache must be theirs.
@@ -74,7 +77,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
     check_installed(train.optimizer)
     check_trackers(wandb=config.log.wandb, tensorboard=config.log.tensorboard, trackio=config.log.trackio)
     shapes = linear_shapes(skeleton)
-    layers = lora_settings(config, shapes)
+    layers = lora_settings(config.lora, shapes)
     if config.parallel.strategy != "data" and num_processes == 1:
         raise ConfigError(
             f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "

@@ -6,20 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mochi_tune.config.settings import resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError
 from mochi_tune.training import checkpoint
-
-# What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
-# The data's own settings are held by the cache's fingerprint.
-FREE_TO_CHANGE = (
-    *("name", "run_dir", "resume", "device", "model.weights", "data.", "sample.", "log.", "parallel.", "memory."),
-    *("train.steps", "train.checkpoint_", "train.keep_", "train.valid", "train.sample_", "train.gradient_"),
-    # Their product with the ranks that share a step is bound, as "global_batch".
-    *("train.batch_size", "train.accumulation_steps"),
-)
-# What not even resume=force changes: the saved weights and their optimizer's state would not fit.
-HELD = ("model.", "lora.", "train.optimizer")
-MODES = ("auto", "force")
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ def find_start(
     Args:
         run_dir: of the run.
         identity: settings, cache, base and draws of the run that is asked for.
-        mode: one of MODES; "force" goes on in spite of other settings.
+        mode: "auto" or "force", which goes on in spite of other settings.
         resume_from: a checkpoint that the user names; None for the newest whole one.
         made_by: what this process computes with, see `saves.made_by`.
         agreed: steps and the changes that were forced there before; they need not be forced again.
@@ -117,7 +106,8 @@ def differences(
     if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
         others["draws"] = f"this torch draws other random numbers than {state['made_by'].get('torch')} did"
     decisive = bound(differing)
-    held = [texts[key] for key in decisive if key.startswith(HELD)] + [t for p, t in others.items() if p == "base"]
+    held = [texts[key] for key in decisive if resume_rule(key) == "held"]
+    held += [text for part, text in others.items() if part == "base"]
     changed = [texts[key] for key in decisive] + list(others.values())
     is_forced = mode == "force" or (state["step"], changed) in agreed
     if changed and (held or not is_forced):
@@ -139,7 +129,7 @@ _UNTOLD = ("name", "run_dir", "resume", "sample.", "log.", "data.videos", "data.
 
 def bound(settings: dict | list[str]) -> list[str]:
     """Returns the settings that decide what is learnt."""
-    return [key for key in settings if not key.startswith(FREE_TO_CHANGE)]
+    return [key for key in settings if resume_rule(key) != "free"]
 
 
 def take_back(run_dir: Path, start: Start, tell: Callable[[str], None]) -> None:

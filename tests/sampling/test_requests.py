@@ -8,7 +8,8 @@ from mochi_tune.sampling.requests import read_requests
 
 
 def requests_of(folder, *settings):
-    return read_requests(load_config("my_lora", ["model=tiny", f"run_dir={folder / 'run'}", *settings]))
+    config = load_config("my_lora", ["model=tiny", *settings])
+    return read_requests(config.sample, config.data, config.seed, folder / "run")
 
 
 def rows(folder, *objects):
