@@ -1,5 +1,6 @@
 """The help of the command line, and the settings of the verbs that have no configuration file."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mochi_tune.errors import ConfigError
@@ -90,7 +91,9 @@ def whole_number(key: str, text: str, lowest: int) -> int:
     return int(text)
 
 
-def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | None, str]]) -> dict[str, str] | None:
+def plain_options(
+    verb: str, arguments: list[str], known: Mapping[str, tuple[str | None, str]]
+) -> dict[str, str] | None:
     """Reads the key=value arguments of a verb that has no configuration file; None where help was asked for.
 
     Args:
@@ -113,7 +116,7 @@ def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | 
         options[key] = value
     if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
         raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
-    return options
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def load(verb: str, arguments: list[str]) -> "RunConfig | None":

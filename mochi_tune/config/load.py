@@ -50,7 +50,7 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
     return config
 
 
-def change_sample(sample: SampleConfig, values: Mapping[str, Any]) -> SampleConfig:
+def change_sample(sample: SampleConfig, values: dict[str, Any]) -> SampleConfig:
     """Returns the sampler's settings with some of them changed.
 
     Raises:
@@ -82,8 +82,10 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
     try:
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
             composed = compose(path.stem, overrides=[searchpath, *overrides])
-        for section, value in OmegaConf.to_container(composed).items():
-            if section in sections() and not isinstance(value, dict):
+        written = OmegaConf.to_container(composed)
+        assert isinstance(written, dict)
+        for section in written.keys() & sections().keys():
+            if not isinstance(written[section], dict):
                 raise ConfigError(f"{path}: {explain_section(section)}")
         settings = OmegaConf.merge(_defaults(), composed)
         for key, mapping in patterns.items():
@@ -93,7 +95,7 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
         key = error.override.lstrip("+").partition("=")[0]
         raise ConfigError(does_not_fit(f"{key}={given[key]}", key)) from None
     except InterpolationResolutionError as error:
-        key = error.full_key
+        key = error.full_key or ""
         where = f"{key}={given[key]}" if key in given else f"{path}: {key}"
         raise ConfigError(f"{where} does not fit: ${{...}} in it is not a setting, or refers back to it.") from None
     except MarkedYAMLError as error:

@@ -53,7 +53,7 @@ def known_keys() -> dict[str, Setting]:
             if not section and name in sections():
                 continue
             key = f"{section}.{name}" if section else name
-            extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+            extra: Any = info.json_schema_extra or {}
             default = None if info.is_required() else info.default
             found[key] = Setting(
                 key, types[name], default, info.is_required(), info.description or "",

@@ -104,6 +104,7 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
         ConfigError: no prompt, a file that cannot be read, a row that is wrong (its number is given), a path that is
             taken.
     """
+    rows: list[tuple[str, dict[str, Any]]]
     if sample.prompts is None:
         if not sample.prompt.strip():
             raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')

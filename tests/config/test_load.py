@@ -5,6 +5,7 @@ import pytest
 from mochi_tune.adapters.lora import LayerSettings
 from mochi_tune.config.load import config_yaml, find_config, load_config, packaged_folder
 from mochi_tune.config.lora import lora_settings
+from mochi_tune.config.settings import value_of
 from mochi_tune.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,6 +62,56 @@ def test_prompts_need_no_quoting(prompt):
     assert load_config("my_lora", [f"sample.prompt={prompt}"]).sample.prompt == prompt
 
 
+@pytest.mark.parametrize("backslashes", range(4))
+@pytest.mark.parametrize("reference", ["${seed}", "${oc.env:HOME}", "${", "$", "'"])
+def test_a_prompt_is_text_and_stays_so_when_its_settings_are_read_back(tmp_path, reference, backslashes):
+    path, text = tmp_path / "config.yaml", "\\" * backslashes
+    prompt = f"a {text}{reference} b{text}"
+    config = load_config("my_lora", [f"sample.prompt={prompt}"])
+    assert config.sample.prompt == prompt
+    path.write_text(config_yaml(config))
+    assert load_config(str(path), []) == config
+
+
+def test_a_value_may_refer_to_another_setting(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [base, {override parallel: context}, _self_]\nname: x\ndata: {cache: '${run_dir}/c'}\n")
+    config = load_config(str(path), ["parallel.num_processes=3", "run_dir=out/${name}_${train.steps}"])
+    assert (config.data.cache, config.parallel.context) == ("out/x_1000/c", 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("name=123", "name", "123"),
+        ("name=true", "name", "true"),
+        ("train.learning_rate=1e-3", "train.learning_rate", 0.001),
+        ("train.learning_rate=1", "train.learning_rate", 1.0),
+        ("train.steps=5", "train.steps", 5),
+        ("train.spike_factor=inf", "train.spike_factor", float("inf")),
+        ("train.spike_policy=off", "train.spike_policy", "off"),
+        ("lora.dora=yes", "lora.dora", True),
+        ("lora.targets=[1,2]", "lora.targets", ["1", "2"]),
+        (r"lora.targets=['blocks\.\d+\.attn\.qkv_x']", "lora.targets", [r"blocks\.\d+\.attn\.qkv_x"]),
+        ("lora.alpha_pattern={a: 1e-3}", "lora.alpha_pattern", {"a": 0.001}),
+        ('train.sample_prompts=["a, b", c d]', "train.sample_prompts", ["a, b", "c d"]),
+        ("sample.seeds=[1,2]", "sample.seeds", [1, 2]),
+        ("sample.seeds=null", "sample.seeds", None),
+        ("sample.adapter=null", "sample.adapter", None),
+        ("sample.adapter=3", "sample.adapter", "3"),
+        ("sample.guidance=2", "sample.guidance", 2.0),
+        ("sample.guidance=[2,1]", "sample.guidance", [2.0, 1.0]),
+        ("memory.tiles=[2,2]", "memory.tiles", [2, 2]),
+    ],
+)
+def test_a_value_is_read_as_its_type(tmp_path, override, key, value):
+    config = load_config("my_lora", [override])
+    assert value_of(config, key) == value and type(value_of(config, key)) is type(value)
+    path = tmp_path / "config.yaml"
+    path.write_text(config_yaml(config))
+    assert load_config(str(path), []) == config
+
+
 def test_several_adapters_are_a_list():
     sample = load_config("my_lora", ["sample.adapter=[a.safetensors,b.safetensors]", "sample.adapter_strength=[1,0.5]"])
     assert sample.sample.adapter == ["a.safetensors", "b.safetensors"] and sample.sample.adapter_strength == [1, 0.5]
@@ -76,6 +127,30 @@ def test_several_adapters_are_a_list():
         ("steps=3", "steps is not a setting; did you mean train.steps?"),
         ("zzz=3", "zzz is not a setting; --help lists them."),
         ("train.steps=x", "train.steps=x does not fit: it takes a whole number."),
+        ("train.steps=true", "train.steps=true does not fit: it takes a whole number."),
+        ("train.steps=5.0", "train.steps=5.0 does not fit: it takes a whole number."),
+        ("train.steps=null", "train.steps=null does not fit: it takes a whole number."),
+        ("train.steps=1,2", "train.steps=1,2 does not fit: it takes a whole number."),
+        ("train.steps=choice(1,2)", "train.steps=choice(1,2) does not fit: it takes a whole number."),
+        ("train.learning_rate=true", "train.learning_rate=true does not fit: it takes a number."),
+        ("train.spike_factor=nan", "train.spike_factor=nan is not possible: it must be above 1."),
+        ("run_dir=${nam}", "run_dir=${nam} does not fit: ${...} in it is not a setting, or refers back to it."),
+        ("name=null", "name=null does not fit: it takes text."),
+        ("lora.targets=[a", 'lora.targets=[a does not fit: it takes a list, ["a", "b"].'),
+        (
+            "sample.seeds=[1.5]",
+            "sample.seeds=[1.5] does not fit: it takes a list of whole numbers, [0, 1, 2]",
+        ),
+        ("sample.guidance=[-1,2]", "sample.guidance[0]=-1.0 is not possible: it must be 0 or more and finite."),
+        (
+            "sample.guidance=x",
+            "sample.guidance=x does not fit: it takes a number, a list of numbers, [1, 0.5]",
+        ),
+        ("sample.adapter_strength=nan", "sample.adapter_strength=nan is not possible: it must be finite."),
+        ("sample.compare=me", "sample.compare=me is not possible: use base or null."),
+        ("sample.steps=0", "sample.steps=0 is not possible: it must be at least 1."),
+        ("sample.threshold=2", "sample.threshold=2.0 is not possible: it must be above 0 and below 1."),
+        ("sample.preset=slow", "sample.preset=slow is not possible: use quality or fast."),
         ("train.steps=0", "train.steps=0 is not possible: it must be at least 1."),
         ("train.learning_rate=0", "train.learning_rate=0.0 is not possible: it must be above 0 and finite."),
         ("train.caption_dropout=1", "train.caption_dropout=1.0 is not possible: it must be from 0 to below 1."),
@@ -160,6 +235,17 @@ def test_an_optimizer_that_cannot_be_sharded_is_refused():
         ("defaults: [base, _self_]\nmodel: tiny\n", "model is a section: choose its file by model=NAME"),
         ("defaults: [base, _self_]\nlora: {rank_pattern: {'a.*b': x}}\n", "lora.rank_pattern: 'a.*b': x does not fit"),
         ("defaults: [base, _self_]\nlora: {rank_pattern: 4}\n", "lora.rank_pattern=4 does not fit: it takes whole"),
+        ("defaults: [base, _self_]\ntrain: 5\n", "train is a section: write its settings below it"),
+        ("defaults: [base, _self_]\ntrain: [1]\n", "train is a section: write its settings below it"),
+        ("defaults: [base, _self_]\ntrain.steps: 4\n", "train.steps is not a setting; write it as train: {steps: ...}"),
+        ("defaults: [base, _self_]\ntrain: {steps: true}\n", "train.steps=true does not fit: it takes a whole number."),
+        ("defaults: [base, _self_]\ntrain: {steps: 4.0}\n", "train.steps=4.0 does not fit: it takes a whole number."),
+        ("defaults: [base, _self_]\ntrain: {steps: 0}\n", "train.steps=0 is not possible: it must be at least 1."),
+        ("defaults: [base, _self_]\ntrain: {sample_prompts: [a, null]}\n", "train.sample_prompts[1]=null does not fit"),
+        ("defaults: [base, _self_]\nlora: {rank_pattern: {1: 4}}\n", "lora.rank_pattern: 1 does not fit"),
+        ("defaults: [base, _self_]\n1: x\n", "1 is not a setting"),
+        ("defaults: 5\n", "defaults must be a list"),
+        ("name: x\n", "sets no model.name, model.weights: begin it with"),
         ("- a\n- b\n", "shows every setting"),
         ("defaults: [bass, _self_]\n", "Could not load 'bass'"),
         ("train: {steps: 4}\n", "begin it with `defaults: [base, _self_]`"),

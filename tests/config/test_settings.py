@@ -75,9 +75,9 @@ def test_what_a_run_may_change():
         rules[resume_rule(key)].add(key)
     lora = {key for key in known_keys() if key.startswith("lora.")}
     assert rules["held"] == {"model.name", "model.dtype", "train.optimizer"} | lora
-    train = """objective sigma_distribution sigma_mean sigma_std sigma_shift sigma_stratified loss_weighting learning_rate
-        learning_rate_b_ratio schedule warmup_steps decay_share weight_decay max_grad_norm caption_dropout ema_decay
-        spike_policy spike_factor"""
+    train = """objective sigma_distribution sigma_mean sigma_std sigma_shift sigma_stratified loss_weighting
+        learning_rate learning_rate_b_ratio schedule warmup_steps decay_share weight_decay max_grad_norm
+        caption_dropout ema_decay spike_policy spike_factor"""
     assert rules["bound"] == {"seed", "global_batch", "held_out"} | {f"train.{name}" for name in train.split()}
 
 
