@@ -146,7 +146,7 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Mo
     weights.check(["dit"])
     saved = load_tensors(bundle / "adapter.safetensors")
     dit = weights.load_dit(device, DTYPES[config.model.dtype])
-    layers = lora_settings(config, linear_shapes(dit))
+    layers = lora_settings(config.lora, linear_shapes(dit))
     apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if config.train.gradient_checkpointing:
         apply_activation_checkpointing(dit)

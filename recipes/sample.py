@@ -104,7 +104,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
         MochiTuneError: of any kind, in one line.
     """
     weights = WeightsFolder(weights_folder(config))
-    requests = read_requests(config)
+    requests = read_requests(config.sample, config.data, config.seed, Path(config.run_dir))
     for request in requests if config.memory.tiles is not None else []:
         check_tiles(config.memory.tiles, request.height, request.width)
     weights.check(["text_encoder", "dit", "decoder"])
@@ -172,7 +172,14 @@ def render(job: Job, requests: list[Request], features: dict[str, Tensor], setup
                 switch_adapters(dit, variant == "adapted")
                 steps = sample_latents(dit, noise, prompt, negative_prompt, request.settings, guide)
                 label = f"{number}/{len(requests)}" + (f" {variant}" if len(job.variants) > 1 else "")
-                bar = tqdm(steps, label, request.settings.steps, unit="step", leave=False, disable=not PartialState().is_main_process)
+                bar = tqdm(
+                    steps,
+                    label,
+                    request.settings.steps,
+                    unit="step",
+                    leave=False,
+                    disable=not PartialState().is_main_process,
+                )
                 for state in bar:
                     states[variant] = state
                     if stop.received if mesh is None else mesh.is_any(bool(stop.received)):

@@ -68,7 +68,7 @@ def test_links_lead_somewhere(page):
 
 def test_the_settings_it_names_exist():
     from mochi_tune.config.load import SAMPLE_ALIASES
-    from mochi_tune.config.schema import known_keys
+    from mochi_tune.config.settings import known_keys
 
     keys = {*known_keys(), *SAMPLE_ALIASES, "conf", "model", "lora", "to", "reference", "dtype", "device", "prompt"}
     for key in re.findall(r"`((?:data|train|lora|sample|parallel|memory|log)\.[a-z_]+)", README):

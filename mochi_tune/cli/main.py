@@ -276,7 +276,7 @@ def run_bench(arguments: list[str]) -> int:
     options = plain_options("bench", arguments, BENCH_OPTIONS)
     if options is None:
         return 0
-    from mochi_tune.config.load import memory_preset
+    from mochi_tune.config.load import load_config
     from mochi_tune.recipes.bench import Bench, check
 
     numbers = {key: whole_number(key, options[key], 1) for key in ("num_frames", "height", "width", "repeats")}
@@ -285,7 +285,7 @@ def run_bench(arguments: list[str]) -> int:
     bench = Bench(
         **{key: options[key] for key in ("what", "model", "device", "dtype")},
         **numbers,
-        dit=memory_preset(options["memory"]).dit,
+        dit=load_config("base", [f"memory={options['memory']}"]).memory.dit,
         depth=None if options["depth"] == "all" else whole_number("depth", options["depth"], 1),
         lora_rank=whole_number("lora_rank", options["lora_rank"], 0),
         compile=options["compile"] == "true",

@@ -1,6 +1,12 @@
 """The help of the command line, and the settings of the verbs that have no configuration file."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from mochi_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mochi_tune.config.schema import RunConfig
 
 USAGE = """\
 mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
@@ -85,7 +91,9 @@ def whole_number(key: str, text: str, lowest: int) -> int:
     return int(text)
 
 
-def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | None, str]]) -> dict[str, str] | None:
+def plain_options(
+    verb: str, arguments: list[str], known: Mapping[str, tuple[str | None, str]]
+) -> dict[str, str] | None:
     """Reads the key=value arguments of a verb that has no configuration file; None where help was asked for.
 
     Args:
@@ -108,21 +116,15 @@ def plain_options(verb: str, arguments: list[str], known: dict[str, tuple[str | 
         options[key] = value
     if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
         raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
-    return options
+    return {key: value for key, value in options.items() if value is not None}
 
 
-def load(verb: str, arguments: list[str]):
-    """Loads the settings of a verb; prints them, or its help, and returns None where that is asked for."""
-    from mochi_tune.config.load import GROUPS, PRESET_KEYS, SAMPLE_ALIASES, config_yaml, load_config, packaged_folder
+def load(verb: str, arguments: list[str]) -> "RunConfig | None":
+    """Loads the settings of a verb; prints them, or the verb's help, and returns None where that is asked for."""
+    from mochi_tune.config.load import SAMPLE_ALIASES, config_yaml, load_config
 
     if "--help" in arguments or "-h" in arguments:
-        lines = USAGE.splitlines()
-        first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
-        more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
-        print("\n".join([lines[first], *more]) + "\n\nSettings and their defaults; any is given as key.sub=value.")
-        groups = [f"{group}/{path.stem}" for group in GROUPS for path in (packaged_folder() / group).glob("*.yaml")]
-        for name in ("base", *sorted(groups)):
-            print(f"\n--- {name}.yaml\n{(packaged_folder() / f'{name}.yaml').read_text()}", end="")
+        print_help(verb)
         return None
     flags = [argument for argument in arguments if argument.startswith("-")]
     if unknown := [flag for flag in flags if flag != "--cfg"]:
@@ -134,14 +136,22 @@ def load(verb: str, arguments: list[str]):
     settings = [setting for setting in settings if not setting.startswith("conf=")]
     if verb == "sample":
         settings = [f"sample.{s}" if s.partition("=")[0] in SAMPLE_ALIASES else s for s in settings]
-        given = {setting.partition("=")[0] for setting in settings}
-        if {"sample.prompt", "sample.prompts"} <= given:
+        if {"sample.prompt", "sample.prompts"} <= {setting.partition("=")[0] for setting in settings}:
             raise ConfigError("prompt= and prompts= are both given: leave one out.")
-        if "sample.preset" in given:
-            # A preset that is asked for stands in the place of what the file sets.
-            settings = [*(f"sample.{key}=null" for key in PRESET_KEYS), *settings]
     config = load_config(names[0], settings)
     if flags:
         print(config_yaml(config), end="")
         return None
     return config
+
+
+def print_help(verb: str) -> None:
+    """Prints the usage of a verb that has a configuration file, and every setting."""
+    from mochi_tune.config.docs import settings_help
+
+    lines = USAGE.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
+    more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
+    print("\n".join([lines[first], *more]))
+    print("\nEvery setting: its default, what it takes, what it means. Give it as key=value or in conf/NAME.yaml.\n")
+    print(settings_help(), end="")

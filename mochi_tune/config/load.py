@@ -1,39 +1,25 @@
-"""Loading and checking the settings of a run: one file describes one LoRA for all verbs."""
+"""Loading the settings of a run: Hydra composes the files, the schema checks what comes of them."""
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import ValidationError
 
 from mochi_tune.config.checks import check_config
-from mochi_tune.config.lora import PATTERN_KEYS, PATTERN_TYPES, read_patterns
-from mochi_tune.config.schema import MemoryConfig, RunConfig, SampleConfig, known_keys
+from mochi_tune.config.explain import as_yaml, does_not_fit, explain, explain_section, nearest
+from mochi_tune.config.schema import RunConfig, SampleConfig
+from mochi_tune.config.settings import GROUPS, known_keys, sections
 from mochi_tune.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
-
 # Keys of `sample` that stand at the top level on its command line.
-SAMPLE_ALIASES = tuple(entry.name for entry in fields(SampleConfig))
-# What a preset sets.
+SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
+# What a preset of the sampler sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
+PROMPTS = ("sample.prompt", "sample.negative_prompt")
 MAX_YAML_DEPTH = 20
-GROUPS = ("model", "lora", "memory", "parallel")
-TYPE_NAMES = {
-    int: "a whole number",
-    int | None: "a whole number or null",
-    float: "a number",
-    float | None: "a number or null",
-    bool: "true or false",
-    str: "text",
-    list[str]: 'a list, ["a", "b"]',
-    list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
-    list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
-    **PATTERN_TYPES,
-}
 
 
 def packaged_folder() -> Path:
@@ -44,40 +30,93 @@ def packaged_folder() -> Path:
 
 
 def load_config(name: str, overrides: list[str]) -> RunConfig:
-    """Composes conf/NAME.yaml, or the packaged one, or a path, with `key=value` overrides into typed settings.
+    """Composes conf/NAME.yaml, or the packaged one, or a path, with `key=value` overrides into checked settings.
 
     Raises:
         ConfigError: there is no such file, a key is unknown, or a value does not fit.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     path = find_config(name)
     _check_yaml(path)
-    overrides = [check_override(override) for override in overrides]
-    given = [override.partition("=") for override in overrides]
-    patterns = {key: read_patterns(key, value) for key, _, value in given if key in PATTERN_KEYS}
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    for override in overrides:
+        check_override(override)
+    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    reset = _reset_by_preset([key.removeprefix("sample.") for key in given if key.startswith("sample.")])
+    settings = _compose(path, {f"sample.{key}": "null" for key in reset} | given)
+    try:
+        config = RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(path), given)) from None
+    check_config(config)
+    return config
+
+
+def change_sample(sample: SampleConfig, values: dict[str, Any]) -> SampleConfig:
+    """Returns the sampler's settings with some of them changed.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    try:
+        return SampleConfig.model_validate(sample.model_dump() | _reset_by_preset(values) | values)
+    except ValidationError as error:
+        given = {f"sample.{key}": as_yaml(value) for key, value in values.items()}
+        raise ConfigError(explain(error, "sample", given, "sample")) from None
+
+
+def _reset_by_preset(given: Collection[str]) -> dict[str, None]:
+    """Returns the sampler's settings that a given preset takes over: all of the schedule that is not given with it."""
+    return {key: None for key in PRESET_KEYS if key not in given} if "preset" in given else {}
+
+
+def _compose(path: Path, given: Mapping[str, str]) -> Any:
+    """Returns the defaults, replaced by what the file sets, replaced by what is given, as a tree of plain values."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+    from yaml import MarkedYAMLError
+
+    patterns = {key: _read_patterns(key, value) for key, value in given.items() if _is_by_pattern(key)}
+    overrides = [_hydra_override(key, value) for key, value in given.items() if key not in patterns]
     searchpath = f"hydra.searchpath=[{_quote(f'file://{packaged_folder()}')}]"
     try:
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            others = ["".join(parts) for parts in given if parts[0] not in PATTERN_KEYS]
-            composed = compose(path.stem, overrides=[searchpath, *others])
-        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+            composed = compose(path.stem, overrides=[searchpath, *overrides])
+        written = OmegaConf.to_container(composed)
+        assert isinstance(written, dict)
+        for section in written.keys() & sections().keys():
+            if not isinstance(written[section], dict):
+                raise ConfigError(f"{path}: {explain_section(section)}")
+        settings = OmegaConf.merge(_defaults(), composed)
         for key, mapping in patterns.items():
-            OmegaConf.update(typed, key, mapping, merge=False)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        if missing:
-            raise ConfigError(f"{path} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`.")
-        config = OmegaConf.to_object(typed)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(_explain(error, path, overrides)) from None
-    check_config(config)
-    return config
+            OmegaConf.update(settings, key, mapping, merge=False)
+        return OmegaConf.to_container(settings, resolve=True)
+    except OverrideParseException as error:
+        key = error.override.lstrip("+").partition("=")[0]
+        raise ConfigError(does_not_fit(f"{key}={given[key]}", key)) from None
+    except InterpolationResolutionError as error:
+        key = error.full_key or ""
+        where = f"{key}={given[key]}" if key in given else f"{path}: {key}"
+        raise ConfigError(f"{where} does not fit: ${{...}} in it is not a setting, or refers back to it.") from None
+    except MarkedYAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_describe_yaml_error(error)}.") from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        what = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"{path}: {what}: `mochi-tune train --help` shows every setting.") from None
+
+
+def _defaults() -> dict[str, Any]:
+    """Returns the schema's defaults as a tree, for references to settings that no file sets."""
+    tree: dict[str, Any] = {}
+    for key, setting in known_keys().items():
+        section, _, name = key.rpartition(".")
+        if not setting.is_required:
+            (tree.setdefault(section, {}) if section else tree)[name] = setting.default
+    return tree
+
+
+def _describe_yaml_error(error: Any) -> str:
+    return f"line {error.problem_mark.line + 1}: {error.problem}" if error.problem_mark else str(error.problem)
 
 
 def _check_yaml(path: Path) -> None:
@@ -97,34 +136,20 @@ def _check_yaml(path: Path) -> None:
             if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
                 raise ConfigError(f"{line}: aliases (*name) and deep nesting are not read: write the value itself.")
             text = event.value if isinstance(event, yaml.ScalarEvent) else ""
-            if found := re.search(r"\$\{\s*[\w.]+\s*:", text):
-                raise ConfigError(f"{line}: {found[0]}...}} is not read, only settings can be referred to, ${{name}}.")
+            # An odd number of backslashes in front makes it text.
+            if found := re.search(r"(?<!\\)(?:\\\\)*(\$\{\s*[\w.]+\s*:)", text):
+                raise ConfigError(f"{line}: {found[1]}...}} is not read, only settings can be referred to, ${{name}}.")
         settings = yaml.safe_load(content)
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
         ) from None
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{path} is not YAML: line {error.problem_mark.line + 1}: {error.problem}.") from None
+        raise ConfigError(f"{path} is not YAML: {_describe_yaml_error(error)}.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if isinstance(settings, dict) and "hydra" in settings:
         raise ConfigError(f"{path}: hydra is not a setting; --help lists them.")
-
-
-def memory_preset(name: str) -> MemoryConfig:
-    """Returns the settings of a packaged conf/memory/NAME.yaml, without Hydra.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    from yaml import safe_load
-
-    folder = packaged_folder() / "memory"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"memory={name} does not exist: use one of {', '.join(known)}.")
-    return MemoryConfig(**safe_load((folder / f"{name}.yaml").read_text())["memory"])
 
 
 def find_config(name: str) -> Path:
@@ -145,38 +170,46 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"conf={name} is neither conf/{name}.yaml here, nor a packaged file, nor a path{hint}")
 
 
-def check_override(override: str) -> str:
-    """Checks one `key=value` and quotes its value where it is text, so that prompts and paths need no quoting.
+def check_override(override: str) -> None:
+    """Checks that an argument is a `key=value` whose key is a setting, or a group and the name of one of its files.
 
     Raises:
-        ConfigError: no `=`, or an unknown key; the nearest real one is given.
+        ConfigError: it is not; the nearest key, or the names of the files, are given.
     """
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is no setting: settings are written key=value, for example train.steps=500.")
-    keys = known_keys()
-    if key not in keys and key not in GROUPS:
-        raise ConfigError(f"{key} is not a setting{nearest(key, [*keys, *GROUPS])}")
     if key in GROUPS:
-        options = sorted(p.stem for folder in (Path("conf"), packaged_folder()) for p in (folder / key).glob("*.yaml"))
+        folders = Path("conf") / key, packaged_folder() / key
+        options = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
         if value not in options:
-            raise ConfigError(f"{key}={value} does not exist: use one of {', '.join(sorted(set(options)))}.")
-        return override
-    is_text = keys[key] in (str, str | None) or (keys[key] is Any and not re.match(r"[\[\d.+-]", value))
-    if key in ("sample.prompt", "sample.negative_prompt"):
-        # A prompt says what it says: ${...} in it is no reference to a setting.
-        value = value.replace("${", "\\${")
-    if is_text and value != "null":
-        value = _quote(value)
-    return f"{key}={value}"
+            raise ConfigError(f"{key}={value} does not exist: use one of {', '.join(options)}.")
+    elif key not in known_keys():
+        raise ConfigError(f"{key} is not a setting{nearest(key, [*known_keys(), *GROUPS])}")
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """Returns a hint at the known key that is most like `key`, or at where to find them all."""
-    known = list(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
-    return f"; did you mean {near[0]}?" if near else "; --help lists them."
+def _is_by_pattern(key: str) -> bool:
+    return key in known_keys() and isinstance(known_keys()[key].default, dict)
+
+
+def _read_patterns(key: str, value: str) -> Any:
+    """Reads a setting by pattern from the command line as YAML: Hydra's grammar has no quotes in a mapping's keys."""
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(does_not_fit(f"{key}={value}", key)) from None
+
+
+def _hydra_override(key: str, value: str) -> str:
+    """Returns `key=value` in Hydra's grammar. All but lists and null is quoted: the schema reads numbers from text."""
+    if key in GROUPS:
+        return f"{key}={value}"
+    if key in PROMPTS:
+        value = escape_references(value)
+    is_list = value.startswith("[") and known_keys()[key].takes_list
+    return f"++{key}={value if is_list or value == 'null' else _quote(value)}"
 
 
 def _quote(text: str) -> str:
@@ -184,44 +217,20 @@ def _quote(text: str) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
-def _explain(error: BaseException, path: Path, overrides: list[str]) -> str:
-    """Turns an error of Hydra, OmegaConf or YAML into one line that names the key and says what it takes."""
-    from yaml import MarkedYAMLError
-
-    chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
-    if isinstance(chain[-1], MarkedYAMLError) and chain[-1].problem_mark:
-        return f"{path} is not YAML: line {chain[-1].problem_mark.line + 1}: {chain[-1].problem}."
-    text = next((str(e) for e in reversed(chain) if "full_key:" in str(e)), str(error)).strip()
-    keys = known_keys()
-    full_key = re.search(r"full_key: (\S+)", text)
-    key = full_key[1] if full_key else None
-    # Where it is a pattern that is named, its setting is what is known.
-    key = next((known for known in PATTERN_KEYS if key and key.startswith(known)), key)
-    unknown = re.search(r"Key '([^']+)' (?:is )?not in", text)
-    if unknown:
-        key = key or unknown[1]
-        return f"{path}: {key} is not a setting{nearest(key, keys)}"
-    given = next((o for o in overrides if key and o.partition("=")[0] == key), None)
-    if key in keys:
-        got = re.search(r"Value '(.*?)' of", text)
-        given = given or f"{path}: {key}{'=' + got[1] if got else ''}"
-        return f"{given} does not fit: it takes {TYPE_NAMES.get(keys[key], 'another value')}."
-    section = re.search(r"not a subclass of (\w+)Config", text)
-    if section:
-        name = section[1].lower()
-        return (
-            f"{path}: {name} is a section: choose its file by {name}=NAME, or by `override {name}: NAME` in defaults."
-        )
-    return f"{path}: {text.splitlines()[0].rstrip('.')}: `mochi-tune train --help` shows every setting."
+def escape_references(value: Any) -> Any:
+    """Returns a value in whose texts ${...} is no reference to a setting but says what it says."""
+    if isinstance(value, dict):
+        return {key: escape_references(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [escape_references(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def config_yaml(config: RunConfig) -> str:
     """Returns the resolved settings as YAML; a path that `conf=` reads back."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(escape_references(config.model_dump())))
 
 
 def weights_folder(config: RunConfig) -> Path:

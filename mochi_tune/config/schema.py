@@ -1,197 +1,330 @@
-"""Every setting of a run, typed, with its default: one object describes one LoRA for all verbs."""
+"""Every setting of a run, said once: its type, default, allowed values, meaning, and whether a run may change it.
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+The help and docs/settings.md are made from this file. One `RunConfig` describes one LoRA for all verbs.
+"""
 
+from typing import Annotated, Any, ClassVar, Literal
 
-@dataclass
-class ModelConfig:
-    """Which weights, and in which precision. The folder describes the sizes of the models in it."""
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-    name: str = "???"
-    weights: str = "???"
-    dtype: str = "bf16"
-
-
-@dataclass
-class DataConfig:
-    """The clips: where they lie, and what is cut out of them."""
-
-    videos: str = "videos"
-    cache: str = "cache"
-    num_frames: int = 37
-    height: int = 480
-    width: int = 848
-    allow_empty_captions: bool = False
-    allow_upscale: bool = False
-    decode_timeout_seconds: float = 120.0
-    damaged: str = "strict"
+# Whether a run may go on from a checkpoint with another value of a setting:
+# "free": yes, it does not change what is learnt. "bound": only with resume=force, as another run.
+# "held": no, the saved weights and optimizer state would not fit.
+Resume = Literal["free", "bound", "held"]
+SEED_LIMIT = 2**63
 
 
-@dataclass
-class LoraConfig:
-    """The adapter: which layers by regular expression on their official names, how large, of which kind, from where."""
-
-    targets: list[str] = field(default_factory=list)
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    dropout_pattern: dict[str, float] = field(default_factory=dict)
-    rslora: bool = False
-    dora: bool = False
-    init_from: str | None = None
+def _read_text(value: Any) -> Any:
+    # YAML reads `name: 123` as a number.
+    return str(value) if isinstance(value, bool | int | float) else value
 
 
-@dataclass
-class TrainConfig:
-    """The training loop."""
-
-    steps: int = 1000
-    batch_size: int = 1
-    accumulation_steps: int = 1
-    objective: str = "sampler"
-    sigma_distribution: str = "uniform"
-    sigma_mean: float = 0.0
-    sigma_std: float = 1.0
-    sigma_shift: float = 1.0
-    sigma_stratified: bool = False
-    loss_weighting: str = "none"
-    optimizer: str = "adamw"
-    learning_rate: float = 2e-4
-    learning_rate_b_ratio: float = 1.0
-    schedule: str = "cosine"
-    warmup_steps: int = 50
-    decay_share: float = 0.2
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    caption_dropout: float = 0.1
-    gradient_checkpointing: bool = True
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 3
-    keep_every: int = 0
-    keep_best: bool = False
-    ema_decay: float = 0.0
-    spike_policy: str = "warn"
-    spike_factor: float = 10.0
-    validate_every: int = 200
-    validation_clips: int = 4
-    sample_every: int = 200
-    sample_prompts: list[str] = field(default_factory=list)
-
-
-@dataclass
-class SampleConfig:
-    """The sampler, for `sample` and for the videos rendered while training."""
-
-    prompt: str = ""
-    prompts: str | None = None
-    negative_prompt: str = ""
-    seeds: list[int] | None = None
-    compare: str | None = None
-    adapter: Any = None
-    adapter_strength: Any = 1.0
-    out: str | None = None
-    prompt_cache: str = "~/.cache/mochi_tune/prompts"
-    save_latents: bool = False
-    compile: bool = False
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    preset: str = "quality"
-    steps: int | None = None
-    guidance: Any = None
-    sigmas: list[float] | None = None
-    threshold: float | None = None
-    linear_steps: int | None = None
-
-
-@dataclass
-class LogConfig:
-    """Where metrics go besides the console and metrics.jsonl."""
-
-    wandb: str = "disabled"
-    tensorboard: bool = False
-    trackio: bool = False
-    project: str = "mochi-tune"
-
-
-@dataclass
-class ParallelConfig:
-    """How many processes work together, and how they share a rendering or a training."""
-
-    num_processes: int = 1
-    strategy: str = "data"
-    data: int | None = None
-    guidance: int | None = None
-    context: int | None = None
-    timeout_seconds: float = 600.0
-
-
-@dataclass
-class MemoryConfig:
-    """Where the DiT's weights are while it samples, and how precise; into how many tiles a decoded video is cut."""
-
-    dit: str = "resident"
-    tiles: list[int] | None = None
-
-
-@dataclass
-class RunConfig:
-    """Everything that one LoRA is made of."""
-
-    name: str = "my_lora"
-    run_dir: str = "runs/${name}"
-    seed: int = 0
-    device: str = "auto"
-    resume: str = "auto"
-    resume_from: str | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-
-
-def known_keys() -> dict[str, type]:
-    """Returns every dotted key of the settings with its declared type."""
-    keys: dict[str, type] = {}
-
-    def walk(cls: type, prefix: str) -> None:
-        for entry in fields(cls):
-            if is_dataclass(entry.type):
-                walk(entry.type, f"{prefix}{entry.name}.")
-            else:
-                keys[prefix + entry.name] = entry.type
-
-    walk(RunConfig, "")
-    return keys
-
-
-def setting(config: RunConfig, key: str) -> Any:
-    """Returns the value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
+def _check_text(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("not_possible", "text without NUL")
     return value
 
 
-def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Returns every setting by its dotted key."""
-    return {key: setting(config, key) for key in known_keys()}
+def _check_not_blank(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("empty", "empty")
+    return value
 
 
-def sample_size(config: RunConfig) -> tuple[int, int, int]:
+def _check_project(value: str) -> str:
+    if len(value) > 128 or set(value) & set("/\\#?%:"):
+        raise PydanticCustomError("not_possible", "up to 128 characters, none of / \\ # ? % :")
+    return value
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_a_number", "not a number")
+    return value
+
+
+def _refuse_bool_and_float(value: Any) -> Any:
+    # pydantic takes 4.0 and "4.0" for 4.
+    if isinstance(value, bool | float) or (isinstance(value, str) and "." in value):
+        raise PydanticCustomError("not_a_whole_number", "not a whole number")
+    return value
+
+
+def _read_off(value: Any) -> Any:
+    # YAML reads a bare `off` as false.
+    return "off" if value is False else value
+
+
+Text = Annotated[str, BeforeValidator(_read_text), AfterValidator(_check_text)]
+Name = Annotated[Text, AfterValidator(_check_not_blank)]
+Whole = Annotated[int, BeforeValidator(_refuse_bool_and_float)]
+Count = Annotated[Whole, Field(ge=1)]
+CountOrZero = Annotated[Whole, Field(ge=0)]
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of settings. `RESUME` is the rule of those that do not name another one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    RESUME: ClassVar[Resume] = "bound"
+
+
+def setting(default: Any, meaning: str, resume: Resume | None = None) -> Any:
+    """Declares a setting.
+
+    Args:
+        default: the value where nothing else is set; `...` if it must be set. `${name}` is the value of `name`.
+        meaning: one line: the unit, what the setting does, what it costs.
+        resume: whether a run may go on with another value; None for the rule of the section.
+    """
+    return Field(default, description=meaning, json_schema_extra={"resume": resume} if resume else None)
+
+
+class ModelConfig(Section):
+    """The weights and their precision. The folder of the weights describes the sizes of the models."""
+
+    RESUME = "held"
+
+    name: Text = setting(..., "name of the base model, written into the adapter")
+    weights: Name = setting(
+        ..., "folder: the official files or a diffusers pipeline, 40 to 60 GB by their dtype", "free"
+    )
+    dtype: Literal["bf16", "fp32"] = setting(
+        "bf16", "of the DiT and the VAE; fp32 takes twice the memory; T5 and adapters are fp32 with both"
+    )
+
+
+class DataConfig(Section):
+    """The clips. The cache that `prepare` wrote decides which of these settings a run may change."""
+
+    RESUME = "free"
+
+    videos: Name = setting("videos", "folder: NAME.mp4 with NAME.txt beside it, or a metadata.csv or metadata.jsonl")
+    cache: Name = setting(
+        "cache/${name}",
+        "folder that `prepare` writes and `train` reads; a 37-frame 480p clip takes 4.3 MB, its caption up to 4.2 MB",
+    )
+    num_frames: Whole = setting(37, "frames of a clip, 6k+1, at 30 per second; memory and time grow with it")
+    height: Whole = setting(480, "pixels, a multiple of 16")
+    width: Whole = setting(848, "pixels, a multiple of 16")
+    allow_empty_captions: bool = setting(False, "true: a clip without a caption is trained with the empty prompt")
+    allow_upscale: bool = setting(False, "true: clips smaller than the target are enlarged; the LoRA learns their blur")
+    decode_timeout_seconds: Positive = setting(120.0, "seconds; a clip that takes longer to decode is refused")
+    damaged: Literal["strict", "quarantine"] = setting(
+        "strict", "what a damaged clip in the cache does: strict stops the run, quarantine trains on the other clips"
+    )
+
+
+class LoraConfig(Section):
+    """The adapter: its layers, by regular expression on their official names, and the size and kind of each."""
+
+    RESUME = "held"
+
+    targets: list[Text] = setting([], "regular expressions on complete layer names; lora=NAME sets them")
+    rank: Count = setting(16, "rank; at 16 the adapter takes 104 MB (attention) or 244 MB (attention_mlp), in fp32")
+    alpha: Positive = setting(16.0, "the adapter is scaled by alpha / rank")
+    dropout: Share = setting(0.0, "share of the adapter's inputs that training drops")
+    rank_pattern: dict[str, Count] = setting({}, "another rank for the layers whose complete name matches the pattern")
+    alpha_pattern: dict[str, Positive] = setting({}, "another alpha, by pattern")
+    dropout_pattern: dict[str, Share] = setting({}, "another dropout, by pattern")
+    rslora: bool = setting(False, "true: scaled by alpha / sqrt(rank), so that a high rank is not scaled away")
+    dora: bool = setting(
+        False, "true: trains the length of each row too (DoRA); slower, and for mochi-tune and diffusers only"
+    )
+    init_from: Name | None = setting(
+        None, "adapter file to start from, in any format, of the same layers and of no higher rank"
+    )
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: Count = setting(1000, "optimizer steps; a new style first shows after 200 to 400", "free")
+    # A run may change these two: their product with the data-parallel processes is bound, as global_batch.
+    batch_size: Count = setting(1, "clips per batch and process; memory grows with it", "free")
+    accumulation_steps: Count = setting(1, "batches per optimizer step; time grows with it, memory does not", "free")
+    objective: Literal["sampler", "official", "unnormalised"] = setting(
+        "sampler",
+        "sampler: the latent space that is rendered in; official: reproduces the reference trainer; "
+        "unnormalised: for comparison",
+    )
+    sigma_distribution: Literal["uniform", "logit_normal", "shifted"] = setting(
+        "uniform", "of the noise levels; logit_normal draws more of the middle, shifted more of the noisy ones"
+    )
+    sigma_mean: Number = setting(0.0, "of logit_normal; above 0 draws more of the noisy levels")
+    sigma_std: Positive = setting(1.0, "of logit_normal; a smaller one draws more of the middle")
+    sigma_shift: Positive = setting(1.0, "of shifted; 3 puts half of the levels above 0.75, 1 is uniform")
+    sigma_stratified: bool = setting(
+        False, "true: the samples of a step spread over all noise levels; needs several samples per step"
+    )
+    loss_weighting: Literal["none", "bell", "cosmap"] = setting(
+        "none", "by noise level; bell is zero at the ends, cosmap half as much at the ends"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy", "muon", "schedule_free"] = setting(
+        "adamw",
+        "adamw_8bit takes a quarter of its memory, adafactor next to none; prodigy finds the rate itself, with "
+        "learning_rate=1; schedule_free goes with schedule=constant",
+        "held",
+    )
+    learning_rate: Positive = setting(2e-4, "peak; after the warm-up it follows the schedule")
+    learning_rate_b_ratio: Positive = setting(
+        1.0, "rate of the B matrices over that of A (LoRA+); 4 to 16 with a smaller learning rate"
+    )
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine", "cosine and linear fall to 0 at the last step; wsd stays constant, then falls linearly to 0"
+    )
+    warmup_steps: CountOrZero = setting(50, "steps from 0 to the peak")
+    decay_share: Annotated[Number, Field(gt=0, le=1)] = setting(0.2, "share of the steps in which wsd falls")
+    weight_decay: NotNegative = setting(0.01, "share by which a step shrinks the adapter, times the learning rate")
+    max_grad_norm: Positive = setting(1.0, "gradients of a larger norm are scaled down to it")
+    caption_dropout: Share = setting(0.1, "share of the samples trained with the empty prompt, which guidance needs")
+    gradient_checkpointing: bool = setting(
+        True, "true: computes each block twice; a third more arithmetic, far less memory", "free"
+    )
+    checkpoint_every: CountOrZero = setting(200, "steps; 0: only after the last one", "free")
+    keep_checkpoints: Count = setting(3, "newest checkpoints to keep", "free")
+    keep_every: CountOrZero = setting(0, "steps; the checkpoints of its multiples are kept too; 0: none", "free")
+    keep_best: bool = setting(False, "true: keeps the checkpoint of the lowest validation loss too", "free")
+    ema_decay: Share = setting(
+        0.0, "0.999: validates, renders and publishes a moving average of the adapter (EMA); 0: none"
+    )
+    spike_policy: Annotated[Literal["off", "warn", "skip", "stop"], BeforeValidator(_read_off)] = setting(
+        "warn", "what a loss far above the recent ones does; skip leaves out the update, stop ends the run"
+    )
+    spike_factor: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=1)] = setting(
+        10.0, "times the median of the last 50 losses is a spike"
+    )
+    validate_every: CountOrZero = setting(200, "steps; 0: never", "free")
+    validation_clips: CountOrZero = setting(
+        4, "clips held out for the validation loss, at most a fifth of all; costs 4 forwards each", "free"
+    )
+    sample_every: CountOrZero = setting(200, "steps; 0: never; takes the time of a `sample` for each prompt", "free")
+    sample_prompts: list[Text] = setting([], "prompts of the eval videos", "free")
+
+
+class ParallelConfig(Section):
+    """How many processes work together, and how they share a rendering or a training."""
+
+    RESUME = "free"
+
+    num_processes: Count = setting(1, "processes of `train` and `sample` on this machine, one per GPU")
+    strategy: Literal["data", "zero2", "zero3"] = setting(
+        "data",
+        "of `train`; data: every process has the model; zero2: DeepSpeed shards the update; zero3: the model too",
+    )
+    data: Count | None = setting(None, "groups of processes that render different videos; null: the cheapest layout")
+    guidance: Count | None = setting(
+        None, "2: prompt and negative prompt on different processes; null: the cheapest layout"
+    )
+    context: Count | None = setting(
+        None, "processes that share the tokens of a video, a divisor of 24; null: the cheapest layout, in training 1"
+    )
+    timeout_seconds: Positive = setting(600.0, "seconds that a process waits for another before all end")
+
+
+class MemoryConfig(Section):
+    """Where the DiT's weights are while it samples and how precise they are; how the decoder tiles a video."""
+
+    RESUME = "free"
+
+    dit: Literal["resident", "int8", "fp8", "offload", "shard"] = setting(
+        "resident",
+        "resident: on the GPU; int8, fp8: there in 8 bits; offload: on the CPU, two blocks at a time on the GPU; "
+        "shard: split over the GPUs of a video",
+    )
+    tiles: list[Whole] | None = setting(
+        None, "[rows, columns]: the decoder works on tiles, in less memory, with faint seams; null: exact"
+    )
+
+
+class SampleConfig(Section):
+    """The sampler, for `sample` and for the eval videos of `train`. `sample` takes these keys without `sample.`."""
+
+    RESUME = "free"
+
+    prompt: Text = setting("", "what to render")
+    prompts: Text | None = setting(
+        None, "instead of prompt: file.txt, one prompt per line, or file.jsonl, one object per line with its settings"
+    )
+    negative_prompt: Text = setting("", "what guidance leads away from")
+    seeds: list[Whole] | None = setting(None, "renders each prompt without a seed of its own with each; null: seed")
+    compare: Literal["base"] | None = setting(
+        None, "base: renders without and with the adapter, side by side in one video"
+    )
+    adapter: Text | list[Text] | None = setting(
+        None, "file, or [file, file]; null: the run's adapter.safetensors, if there is one"
+    )
+    adapter_strength: Number | list[Number] = setting(
+        1.0, "factor on the adapter; 0 is exactly the base; [x, y] for several adapters"
+    )
+    out: Text | None = setting(None, "file.mp4, or a folder for several videos; null: new names in run_dir/samples")
+    prompt_cache: Text = setting(
+        "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, 4 MB per prompt at most"
+    )
+    save_latents: bool = setting(False, "true: writes the latents beside the video as .safetensors")
+    compile: bool = setting(False, "true: compiles the DiT's blocks, a minute once; each step is then shorter on a GPU")
+    num_frames: Whole | None = setting(None, "frames, 6k+1; null: data.num_frames")
+    height: Whole | None = setting(None, "pixels, a multiple of 16; null: data.height")
+    width: Whole | None = setting(None, "pixels, a multiple of 16; null: data.width")
+    preset: Literal["quality", "fast"] = setting(
+        "quality", "quality: 64 steps, guidance 6; fast: 8 steps, guidance 1.5, for distilled weights"
+    )
+    steps: Count | None = setting(None, "Euler steps; time grows with it; null: the preset's")
+    guidance: NotNegative | list[NotNegative] | None = setting(
+        None, "weight of the prompt, or a list with one per step; 1 halves the time; null: the preset's"
+    )
+    sigmas: list[Number] | None = setting(None, "noise levels from 1 to 0, instead of steps and threshold")
+    threshold: Annotated[Number, Field(gt=0, lt=1)] | None = setting(
+        None, "how far below 1 the linear part of the schedule goes; null: the preset's"
+    )
+    linear_steps: Count | None = setting(None, "steps of the linear part; null: half of them")
+
+
+class LogConfig(Section):
+    """Where metrics go besides the console and metrics.jsonl."""
+
+    RESUME = "free"
+
+    wandb: Literal["disabled", "offline", "online"] = setting("disabled", "Weights & Biases")
+    tensorboard: bool = setting(False, "true: event files in run_dir/trackers/tensorboard")
+    trackio: bool = setting(False, "true: trackio on this machine; pip install 'mochi-tune[trackio]'")
+    project: Annotated[Name, AfterValidator(_check_project)] = setting(
+        "mochi-tune", "name of the project in W&B and trackio"
+    )
+
+
+class RunConfig(Section):
+    """What stands outside of the sections."""
+
+    name: Name = setting("my_lora", "names the run folder, the cache and the adapter", "free")
+    run_dir: Name = setting("runs/${name}", "folder of checkpoints, adapter, metrics and samples", "free")
+    seed: Annotated[Whole, Field(ge=0, lt=SEED_LIMIT)] = setting(0, "of every random number: adapter, noise, order")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one", "free")
+    resume: Literal["auto", "force"] = setting(
+        "auto", "auto: the same command goes on; force: also with settings, data or a torch that differ", "free"
+    )
+    resume_from: Text | None = setting(
+        None, "checkpoint folder to go on from; later ones are put aside; null: the newest complete one", "free"
+    )
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
+    sample: SampleConfig = SampleConfig()
+    log: LogConfig = LogConfig()
+
+
+def sample_size(sample: SampleConfig, data: DataConfig) -> tuple[int, int, int]:
     """Returns the number of frames, the height and the width to render: the sample's own, else the data's."""
-    return tuple(
-        data if sample is None else sample
-        for sample, data in (
-            (config.sample.num_frames, config.data.num_frames),
-            (config.sample.height, config.data.height),
-            (config.sample.width, config.data.width),
-        )
+    return (
+        data.num_frames if sample.num_frames is None else sample.num_frames,
+        data.height if sample.height is None else sample.height,
+        data.width if sample.width is None else sample.width,
     )

@@ -31,7 +31,6 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 def save_latents(request: Request, states: Mapping[str, Tensor]) -> None:
     """Writes a video's latents beside it: "latents", and "base" when the base is compared with."""
-    from safetensors.torch import save
 
     named = {"latents": states[list(states)[-1]]} | ({"base": states["base"]} if len(states) > 1 else {})
     save_tensors(request.video.with_suffix(".safetensors"), named, {"space": "dit", "layout": "B C T h w"})

@@ -1,20 +1,20 @@
 """What `sample` is asked to render: one prompt, or a file of them, each with its own settings and seeds."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mochi_tune.config.checks import sampler_settings
-from mochi_tune.config.load import PRESET_KEYS, RunConfig
-from mochi_tune.config.schema import SampleConfig, sample_size
+from mochi_tune.config.load import change_sample
+from mochi_tune.config.schema import SEED_LIMIT, DataConfig, SampleConfig, sample_size
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
-from mochi_tune.sampling.sampler import SamplerSettings
+from mochi_tune.sampling.sampler import PRESETS, SamplerSettings
 
-# What a row of a .jsonl file may say for itself, and the JSON types of it.
+# The keys that a row of a .jsonl file may have, all of `sample` but `seed`, and their JSON types.
 ROW_KEYS: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "negative_prompt": (str,),
@@ -52,43 +52,87 @@ class Request:
         return any(scale != 1 for scale in self.settings.scales)
 
 
-def read_requests(config: RunConfig) -> list[Request]:
-    """Returns every video that is asked for, in order, each with a path where nothing lies yet.
+def sampler_settings(sample: SampleConfig) -> SamplerSettings:
+    """Returns the preset's settings, replaced by those that are set.
+
+    Raises:
+        ConfigError: the schedule or the guidance does not fit the number of steps.
+    """
+    settings = PRESETS[sample.preset]
+    if sample.steps is not None:
+        # A preset's linear steps belong to the preset's number of steps.
+        settings = replace(settings, steps=sample.steps, linear_steps=None)
+    if sample.threshold is not None:
+        settings = replace(settings, threshold=sample.threshold)
+    if sample.linear_steps is not None:
+        settings = replace(settings, linear_steps=sample.linear_steps)
+    if sample.guidance is not None:
+        scales = sample.guidance
+        settings = replace(settings, guidance=tuple(scales) if isinstance(scales, list) else scales)
+    if sample.sigmas is not None:
+        sigmas = tuple(sample.sigmas)
+        if len(sigmas) < 2 or (sigmas[0], sigmas[-1]) != (1, 0) or any(a <= b for a, b in itertools.pairwise(sigmas)):
+            raise ConfigError(f"sample.sigmas={list(sigmas)} is no schedule: give falling numbers from 1 to 0.")
+        if sample.steps not in (None, len(sigmas) - 1):
+            raise ConfigError(
+                f"sample.steps={sample.steps} does not fit sample.sigmas of {len(sigmas) - 1} steps: leave steps out."
+            )
+        settings = replace(settings, steps=len(sigmas) - 1, linear_steps=None, own_sigmas=sigmas)
+    if settings.linear_steps is not None and settings.linear_steps >= settings.steps:
+        raise ConfigError(
+            f"sample.linear_steps={settings.linear_steps} does not fit sample.steps={settings.steps}: "
+            f"use 1 to {settings.steps - 1}, or leave it out for half of them."
+        )
+    if isinstance(settings.guidance, tuple) and len(settings.guidance) != settings.steps:
+        raise ConfigError(
+            f"sample.guidance has {len(settings.guidance)} numbers for {settings.steps} steps: "
+            "give one, or one for each step."
+        )
+    return settings
+
+
+def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Path) -> list[Request]:
+    """Returns every video that is asked for, in order, each with a path where no file is yet.
+
+    Args:
+        sample: the prompt or the file of prompts, and the settings of all of them.
+        data: the size where `sample` sets none.
+        seed: where neither the row nor `sample.seeds` gives one.
+        run_dir: folder whose samples/ takes the videos where `sample.out` is not set.
 
     Raises:
         ConfigError: no prompt, a file that cannot be read, a row that is wrong (its number is given), a path that is
             taken.
     """
-    sample = config.sample
+    rows: list[tuple[str, dict[str, Any]]]
     if sample.prompts is None:
         if not sample.prompt.strip():
             raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')
         rows = [("", {"prompt": sample.prompt})]
     else:
         rows = list(_read_rows(Path(sample.prompts)))
-    asked: list[Request] = []
-    places = _Places(config, num_videos=len(rows) * max(1, len(sample.seeds or [])))
+    out = Path(sample.out) if sample.out else run_dir / "samples"
+    paths = _VideoPaths(out, num_videos=len(rows) * max(1, len(sample.seeds or [])))
+    requests: list[Request] = []
     for where, row in rows:
         own = {key: value for key, value in row.items() if key != "seed"}
-        if "preset" in row:
-            own = dict.fromkeys(PRESET_KEYS) | own
-        # A row's schedule stands in the place of the one that is set for all.
+        # A row's schedule replaces the one that is set for all.
         for schedule, other in (("sigmas", "steps"), ("steps", "sigmas")):
             if schedule in row and other not in row:
                 own[other] = None
-        mine = replace(config, sample=replace(sample, **own))
         try:
-            settings, size = sampler_settings(mine), sample_size(mine)
+            mine = change_sample(sample, own)
+            settings, size = sampler_settings(mine), sample_size(mine, data)
             check_geometry(*size)
             check_size(*size)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
-        for seed in [row["seed"]] if "seed" in row else sample.seeds or [config.seed]:
-            if not 0 <= seed < 2**63:
-                raise ConfigError(f"{where}seed={seed} is not possible: it must be from 0 to below 2**63.")
-            prompt, negative = mine.sample.prompt, mine.sample.negative_prompt
-            asked.append(Request(prompt, negative, seed, *size, settings, places.take(prompt, seed)))
-    return asked
+        for number in [row["seed"]] if "seed" in row else sample.seeds or [seed]:
+            if not 0 <= number < SEED_LIMIT:
+                raise ConfigError(f"{where}seed={number} is not possible: it must be from 0 to below 2**63.")
+            video = paths.take(mine.prompt, number)
+            requests.append(Request(mine.prompt, mine.negative_prompt, number, *size, settings, video))
+    return requests
 
 
 def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -146,19 +190,17 @@ def check_size(num_frames: int, height: int, width: int) -> None:
         )
 
 
-class _Places:
+class _VideoPaths:
     """Finds a path for each video: the one asked for, or new ones in a folder."""
 
-    def __init__(self, config: RunConfig, num_videos: int) -> None:
-        out = config.sample.out
-        path = Path(out) if out else Path(config.run_dir) / "samples"
-        # v1.5 is a name of a folder, x.mp4 and x.avi are names of files, whatever is meant by them.
+    def __init__(self, path: Path, num_videos: int) -> None:
+        # v1.5 names a folder; x.mp4 and x.avi name files.
         is_file = not path.is_dir() and re.fullmatch(r"\.[a-z]\w*", path.suffix) is not None
         self.single = path if is_file else None
         self.folder = path
         self.taken: set[Path] = set()
         if is_file and num_videos > 1:
-            raise ConfigError(f"out={out} is a file, and {num_videos} videos are asked for: name a folder.")
+            raise ConfigError(f"out={path} is a file, and {num_videos} videos are asked for: name a folder.")
         if is_file:
             _check_free(path)
 
@@ -181,6 +223,3 @@ def _check_free(path: Path) -> None:
     for taken in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
         if taken.exists():
             raise ConfigError(f"out={path}: {taken} exists and is never overwritten: use another name.")
-
-
-assert set(ROW_KEYS) - {"seed"} <= {entry.name for entry in fields(SampleConfig)}

@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter, load_adapter
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes, select_layers
-from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.load import load_config, weights_folder
-from mochi_tune.config.schema import flat_settings
+from mochi_tune.config.settings import flat_settings
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import read_json, write_json
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
+from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
 from mochi_tune.toy.measure import colour_error
 from mochi_tune.toy.samples import render_words, share_new, share_shown
@@ -97,7 +97,7 @@ def arms() -> dict[str, dict[str, list[str]]]:
 def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
     """Measures an adapter, always in the sampler's space: losses on unseen clips, and what its samples show."""
     config = load_config("toy_lora", [])
-    weights, settings = WeightsFolder(weights_folder(config)), sampler_settings(config)
+    weights, settings = WeightsFolder(weights_folder(config)), sampler_settings(config.sample)
     text = TextEncoder.load(weights.path, "cpu", torch.float32)
     dit, decoder = weights.load_dit("cpu", torch.float32), weights.load_decoder("cpu", torch.float32)
     apply_adapter(dit, adapter.layers, "lesson")

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, load_tensors, read_json, save_tensors, write_json
@@ -25,6 +24,7 @@ from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder, Encoder, frames_to_pixels
+from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.toy.initial import DECODER, DIT, ENCODER, build_dit, build_text_encoder, build_vae, make_tokenizer
 from mochi_tune.toy.measure import see
 from mochi_tune.toy.samples import reconstruct, render_words, share_shown
@@ -315,7 +315,7 @@ def measure_model(folder: Path, num_measured: int) -> dict[str, float]:
         kept += sum(see(clip).shows(w) for clip, w in zip(decoded, words[i : i + 16], strict=True))
     held_out = split_words()[1][:num_measured]
     dit, text = weights.load_dit("cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)
-    frames = render_words(held_out, dit, text, decoder, sampler_settings(load_config("toy_lora", [])), SEED)
+    frames = render_words(held_out, dit, text, decoder, sampler_settings(load_config("toy_lora", []).sample), SEED)
     return {
         "vae_psnr_db": round(sum(psnr) / len(psnr), 2),
         "vae_kept": round(kept / len(words), 4),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mochi_tune.adapters.lora import switch_adapters
-from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.schema import sample_size
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.files import load_tensors, save_tensors
@@ -21,6 +20,7 @@ from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder
 from mochi_tune.models.vae_streaming import decode_chunks
+from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.sampler import draw_noise, sample_latents
 from mochi_tune.sampling.video import write_video
 from mochi_tune.training.accelerator import broadcast
@@ -141,8 +141,8 @@ class EvalVideos:
         *self.prompts, self.negative_prompt = prompts
         config = run.plan.config
         self.folder = Path(config.run_dir) / "samples"
-        self.noise = draw_noise(config.seed, *sample_size(config))
-        self.settings = sampler_settings(config)
+        self.noise = draw_noise(config.seed, *sample_size(config.sample, config.data))
+        self.settings = sampler_settings(config.sample)
 
     def render(self, dit: nn.Module, step: int) -> None:
         """Renders the videos of a step that are not there yet; `dit` has the adapter of that step."""

@@ -24,42 +24,6 @@ ParameterState = dict[str, Tensor]
 GroupState = dict[str, float | int | bool | str]
 
 
-def check_optimizer(name: str, strategy: str, schedule: str, learning_rate: float, b_ratio: float = 1.0) -> None:
-    """Checks that an optimizer fits the other settings of the training.
-
-    Args:
-        name: one of OPTIMIZERS.
-        strategy: how ranks share a training, one of parallel.engine.STRATEGIES.
-        schedule: one of schedule.SCHEDULES.
-        learning_rate: the peak.
-        b_ratio: the rate of the B matrices over that of the others.
-
-    Raises:
-        ConfigError: it does not; the text says what to use.
-    """
-    if strategy.startswith("zero") and name != "adamw":
-        # ZeRO hands an optimizer flat shards: no matrices, and sums over a part of the parameters.
-        raise ConfigError(
-            f"train.optimizer={name} does not fit parallel.strategy={strategy}, which shards the optimizer: "
-            "use train.optimizer=adamw, or parallel.strategy=data."
-        )
-    if name == "prodigy" and learning_rate < 0.1:
-        raise ConfigError(
-            f"train.learning_rate={learning_rate} does not fit train.optimizer=prodigy, which finds the rate itself "
-            "and takes this as a factor on it: use train.learning_rate=1."
-        )
-    if name == "prodigy" and b_ratio != 1:
-        raise ConfigError(
-            f"train.learning_rate_b_ratio={b_ratio} does not fit train.optimizer=prodigy, which has one rate for all "
-            "matrices: use 1, or another optimizer."
-        )
-    if name == "schedule_free" and schedule != "constant":
-        raise ConfigError(
-            f"train.schedule={schedule} does not fit train.optimizer=schedule_free, which averages in a schedule's "
-            "place: use train.schedule=constant."
-        )
-
-
 def check_installed(name: str) -> None:
     """Checks that the package of an optimizer is installed, without importing it.
 

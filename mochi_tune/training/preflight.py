@@ -13,12 +13,14 @@ from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.adapters.lora import LayerSettings, check_start, linear_shapes
 from mochi_tune.config.load import config_yaml, weights_folder
 from mochi_tune.config.lora import lora_settings
-from mochi_tune.config.schema import RunConfig, flat_settings
+from mochi_tune.config.schema import RunConfig
+from mochi_tune.config.settings import flat_settings
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.device import find_device
 from mochi_tune.parallel.mesh import Layout, training_layout
+from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import held_out
@@ -93,6 +95,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
         MochiTuneError: of any kind, in one line.
     """
     train, device = config.train, find_device(config.device)
+    sampler_settings(config.sample)
     weights = WeightsFolder(weights_folder(config))
     weights.check(["dit", "decoder", "text_encoder"] if renders_videos(config) else ["dit"])
     skeleton = weights.dit_skeleton()
@@ -102,7 +105,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     check_installed(train.optimizer)
     check_trackers(config.log)
     shapes = linear_shapes(skeleton)
-    layers = lora_settings(config, shapes)
+    layers = lora_settings(config.lora, shapes)
     if config.parallel.strategy != "data" and num_processes == 1:
         raise ConfigError(
             f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "

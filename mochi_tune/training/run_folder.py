@@ -12,21 +12,10 @@ from pathlib import Path
 
 import torch
 
+from mochi_tune.config.settings import resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError
 from mochi_tune.files import copy_atomic, read_json, read_json_lines, remove_temporary_files
 from mochi_tune.training import checkpoint
-
-# What may differ between the start of a run and its resuming: it changes what is looked at or kept, not what is learnt.
-# The data's own settings are held by the cache's fingerprint.
-FREE_TO_CHANGE = (
-    *("name", "run_dir", "resume", "device", "model.weights", "data.", "sample.", "log.", "parallel.", "memory."),
-    *("train.steps", "train.checkpoint_", "train.keep_", "train.valid", "train.sample_", "train.gradient_"),
-    # Their product with the ranks that share a step is bound, as "global_batch".
-    *("train.batch_size", "train.accumulation_steps"),
-)
-# What not even resume=force changes: the saved weights and their optimizer's state would not fit.
-HELD = ("model.", "lora.", "train.optimizer")
-MODES = ("auto", "force")
 
 
 class RunLock:
@@ -179,7 +168,8 @@ def differences(
     if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
         others["draws"] = f"this torch draws other random numbers than {state.get('environment', {}).get('torch')} did"
     decisive = bound_settings(differing)
-    held = [texts[key] for key in decisive if key.startswith(HELD)] + [t for p, t in others.items() if p == "base"]
+    held = [texts[key] for key in decisive if resume_rule(key) == "held"]
+    held += [text for part, text in others.items() if part == "base"]
     changed = [texts[key] for key in decisive] + list(others.values())
     is_forced = mode == "force" or (state["step"], changed) in agreed
     if changed and (held or not is_forced):
@@ -201,7 +191,7 @@ _UNMENTIONED = ("name", "run_dir", "resume", "sample.", "log.", "data.videos", "
 
 def bound_settings(settings: dict | list[str]) -> list[str]:
     """Returns the settings that decide what is learnt."""
-    return [key for key in settings if not key.startswith(FREE_TO_CHANGE)]
+    return [key for key in settings if resume_rule(key) != "free"]
 
 
 def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> None:

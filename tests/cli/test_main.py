@@ -1,11 +1,13 @@
+import re
 import subprocess
 import sys
 
 import pytest
 
 from mochi_tune.cli.main import load
-from mochi_tune.config.checks import sampler_settings
+from mochi_tune.config.settings import known_keys
 from mochi_tune.errors import ConfigError
+from mochi_tune.sampling.requests import sampler_settings
 
 COMMAND = [sys.executable, "-m", "mochi_tune.cli"]
 
@@ -26,7 +28,11 @@ def test_help_names_every_verb(arguments):
 def test_a_verbs_help_lists_every_setting(verb):
     done = run(verb, "--help")
     assert done.returncode == 0 and f"mochi-tune {verb}" in done.stdout
-    assert "learning_rate: 2e-4" in done.stdout and "save_latents: false" in done.stdout
+    for key in known_keys():
+        assert re.search(rf"^  {re.escape(key)}=", done.stdout, re.MULTILINE), key
+    lines = done.stdout.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("  train.warmup_steps=50 "))
+    assert lines[at].endswith("a whole number, 0 or more") and lines[at + 1] == "      steps from 0 to the peak"
 
 
 @pytest.mark.parametrize("verb", [["export"], ["verify"], ["weights", "pull"], ["demo"]])
@@ -93,7 +99,9 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_preset_on_the_command_line_stands_in_the_place_of_the_files_own_schedule():
-    settings = sampler_settings(load("sample", ["conf=toy_lora", "prompt=x", "preset=fast", "steps=6"]))
+    config = load("sample", ["conf=toy_lora", "prompt=x", "preset=fast", "steps=6"])
+    assert config is not None
+    settings = sampler_settings(config.sample)
     assert (settings.steps, settings.guidance, settings.threshold) == (6, 1.5, 0.1)
     with pytest.raises(ConfigError, match="both given"):
         load("sample", ["conf=toy_lora", "prompt=x", "prompts=y.txt"])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -277,7 +276,7 @@ def test_t5_runs_in_fp32_whatever_the_models_run_in_and_no_model_outlives_its_st
     gc.disable()
     try:
         with Lives(T5EncoderModel, PointwiseConv) as lives:
-            prepare(replace(config, model=replace(config.model, dtype="bf16")))
+            prepare(config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})}))
         left = len(lives.models)
     finally:
         gc.enable()

@@ -3,12 +3,14 @@ import json
 import pytest
 
 from mochi_tune.config.load import load_config
+from mochi_tune.config.schema import SampleConfig
 from mochi_tune.errors import ConfigError
-from mochi_tune.sampling.requests import read_requests
+from mochi_tune.sampling.requests import ROW_KEYS, read_requests, sampler_settings
 
 
 def requests_of(folder, *settings):
-    return read_requests(load_config("my_lora", ["model=tiny", f"run_dir={folder / 'run'}", *settings]))
+    config = load_config("my_lora", ["model=tiny", *settings])
+    return read_requests(config.sample, config.data, config.seed, folder / "run")
 
 
 def rows(folder, *objects):
@@ -101,3 +103,45 @@ def test_a_prompt_is_taken_word_by_word(tmp_path):
 def test_videos_that_no_machine_will_render_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"13 frames of 100000x100000 are 117187500 tokens, the most is 445200"):
         requests_of(tmp_path, "sample.prompt=x", "sample.height=100000", "sample.width=100000")
+
+
+def settings_of(*settings):
+    return sampler_settings(load_config("my_lora", [f"sample.{setting}" for setting in settings]).sample)
+
+
+def test_sampler_settings_come_from_the_preset_and_the_samples_own():
+    assert settings_of().steps == 64
+    fast = settings_of("preset=fast")
+    assert (fast.steps, fast.guidance, fast.threshold, fast.linear_steps) == (8, 1.5, 0.1, 6)
+    own = settings_of("preset=fast", "steps=4", "guidance=2")
+    assert (own.steps, own.guidance, own.threshold, own.linear_steps) == (4, 2.0, 0.1, None)
+    other = settings_of("threshold=0.2", "linear_steps=3", "steps=9")
+    assert (other.steps, other.guidance, other.threshold, other.linear_steps) == (9, 6.0, 0.2, 3)
+    listed = settings_of("sigmas=[1,0.5,0]", "guidance=[3,1]")
+    assert (listed.steps, listed.sigmas, listed.scales) == (2, [1, 0.5, 0], [3, 1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["linear_steps=64"], "sample.linear_steps=64 does not fit sample.steps=64: use 1 to 63, or leave it out"),
+        (["sigmas=[0,1]"], r"sample.sigmas=\[0.0, 1.0\] is no schedule: give falling numbers from 1 to 0"),
+        (["sigmas=[1]"], "is no schedule"),
+        (["sigmas=[1,0]", "steps=2"], "sample.steps=2 does not fit sample.sigmas of 1 steps: leave steps out"),
+        (["guidance=[1,2]"], "sample.guidance has 2 numbers for 64 steps: give one, or one for each step"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_its_steps_is_refused(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        settings_of(*settings)
+
+
+def test_a_preset_that_is_given_replaces_the_files_own_schedule():
+    toy = load_config("toy_lora", []).sample
+    assert (toy.steps, toy.threshold) == (24, 0.2)
+    fast = load_config("toy_lora", ["sample.guidance=2", "sample.preset=fast"]).sample
+    assert (fast.preset, fast.steps, fast.threshold, fast.guidance) == ("fast", None, None, 2)
+
+
+def test_the_keys_of_a_row_are_settings_of_the_sampler():
+    assert ROW_KEYS.keys() - {"seed"} <= SampleConfig.model_fields.keys()

@@ -10,13 +10,13 @@ from PIL import Image
 
 from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_adapter
-from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
+from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.video import read_frames
 from mochi_tune.toy.demo import FIGURES, main
 from mochi_tune.toy.lesson import lesson_words
@@ -124,7 +124,7 @@ def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):
         dit = WeightsFolder(folder).load_dit("cpu", torch.float32)
         if adapter:
             apply_adapter(dit, adapter.layers, "lesson", 0.0)
-        clips.append(render_words(words, dit, text, decoder, sampler_settings(config), 1))
+        clips.append(render_words(words, dit, text, decoder, sampler_settings(config.sample), 1))
     assert torch.equal(*clips)
     shown = {row["strength"]: row["new"] for row in figures["by_strength"]}
     assert shown[0.0] <= shown[0.5] <= shown[1.0], shown

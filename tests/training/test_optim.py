@@ -14,7 +14,6 @@ from mochi_tune.training.optim import (
     build_adamw,
     build_optimizer,
     check_installed,
-    check_optimizer,
     inference_weights,
     load_optimizer_state,
     optimizer_state,
@@ -304,29 +303,3 @@ def test_a_library_that_is_missing_is_named(name, library, monkeypatch):
     for refusal in (lambda: check_installed(name), lambda: Problem(name)):
         with pytest.raises(ConfigError, match=f"train.optimizer={name} needs {library}, .*: pip install {library}$"):
             refusal()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        *(
-            ((name, strategy, "constant", 1.0), "use train.optimizer=adamw, or parallel.strategy=data.")
-            for name in OPTIMIZERS[1:]
-            for strategy in ("zero2", "zero3")
-        ),
-        (("prodigy", "data", "cosine", 2e-4), "train.learning_rate=0.0002 does not fit train.optimizer=prodigy"),
-        (("prodigy", "data", "cosine", 1.0, 16.0), "train.learning_rate_b_ratio=16.0 does not fit"),
-        (("schedule_free", "data", "cosine", 1e-3), "use train.schedule=constant."),
-    ],
-)
-def test_what_does_not_fit_an_optimizer_is_one_line(arguments, text):
-    with pytest.raises(ConfigError) as error:
-        check_optimizer(*arguments)
-    assert text in str(error.value) and "\n" not in str(error.value)
-
-
-def test_what_fits_passes():
-    for strategy in ("data", "zero2", "zero3"):
-        check_optimizer("adamw", strategy, "cosine", 2e-4, 16.0)
-    for name in OPTIMIZERS:
-        check_optimizer(name, "data", "constant", 1.0)

@@ -1,0 +1,148 @@
+"""One line for a value that the schema refuses: what, got, allowed, do this."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from mochi_tune.config.schema import SEED_LIMIT
+from mochi_tune.config.settings import GROUPS, Setting, known_keys, sections
+
+TYPE_NAMES = {
+    int: "a whole number",
+    int | None: "a whole number or null",
+    float: "a number",
+    float | None: "a number or null",
+    bool: "true or false",
+    str: "text",
+    str | None: "text or null",
+    list[str]: 'a list, ["a", "b"]',
+    str | list[str] | None: 'text, a list, ["a", "b"], or null',
+    float | list[float]: "a number, or a list of numbers, [1, 0.5]",
+    float | list[float] | None: "a number, a list of numbers, [1, 0.5], or null",
+    list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
+    list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
+    dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
+    dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
+}
+OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+# Of several errors of one setting, which may be of several types, the kind that says most comes first.
+ORDER = ("extra_forbidden", "invalid_key", "missing", *OUT_OF_RANGE, "literal_error", "not_possible", "empty")
+
+
+def explain(error: ValidationError, source: str, given: Mapping[str, str], section: str = "") -> str:
+    """Turns the most telling error of pydantic into one line that names the setting and says what it takes.
+
+    Args:
+        error: of `RunConfig`, or of one of its sections.
+        source: file that the settings are from.
+        given: dotted key -> the text that the command line gives for it.
+        section: name of the section that was validated by itself.
+    """
+    details = min(error.errors(), key=_urgency)
+    path = ([section] if section else []) + [str(part) for part in details["loc"]]
+    dotted = ".".join(path)
+    if details["type"] == "missing":
+        missing = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing"]
+        return f"{source} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`."
+    if details["type"] in ("extra_forbidden", "invalid_key"):
+        below = f"; write it as {dotted.replace('.', ': {')}: ...}}." if dotted in known_keys() else ""
+        return f"{source}: {dotted} is not a setting{below or nearest(dotted, known_keys())}"
+    if dotted in sections():
+        return f"{source}: {explain_section(dotted)}"
+    key = next(key for num_parts in (2, 1) if (key := ".".join(path[:num_parts])) in known_keys())
+    where = "" if key in given else f"{source}: "
+    return where + _explain_value(known_keys()[key], details, path[key.count(".") + 1 :], given.get(key))
+
+
+def does_not_fit(what: str, key: str) -> str:
+    """Returns the line for a value of the wrong type.
+
+    Args:
+        what: the setting and its value.
+        key: of the setting.
+    """
+    return f"{what} does not fit: it takes {TYPE_NAMES[known_keys()[key].type]}."
+
+
+def _urgency(details: ErrorDetails) -> int:
+    return ORDER.index(details["type"]) if details["type"] in ORDER else len(ORDER)
+
+
+def explain_section(name: str) -> str:
+    """Returns the line for a section that is given another value than settings."""
+    if name in GROUPS:
+        return f"{name} is a section: choose its file by {name}=NAME, or by `override {name}: NAME` in defaults."
+    return f"{name} is a section: write its settings below it, one per line."
+
+
+def _explain_value(setting: Setting, details: ErrorDetails, inner: list[str], given: str | None) -> str:
+    """Explains an error of a value, or of what is in it at `inner`."""
+    kind, value, key = details["type"], details["input"], setting.key
+    if kind in OUT_OF_RANGE and "whole" not in TYPE_NAMES[setting.type]:
+        value = float(value)
+    got = f"{key}={as_yaml(value)}"
+    if isinstance(setting.default, dict) and inner:
+        got = f"{key}: {value!r}" if inner[-1] == "[key]" else f"{key}: {inner[0]!r}: {as_yaml(value)}"
+    elif inner and inner[-1].isdecimal():
+        got = f"{key}[{inner[-1]}]={as_yaml(value)}"
+    if kind in OUT_OF_RANGE:
+        return f"{got} is not possible: it must be {describe_limits(setting)}."
+    if kind == "literal_error":
+        return f"{got} is not possible: use {describe_choices(setting)}."
+    if kind == "not_possible":
+        return f"{got} is not possible: it must be {details['msg']}."
+    if kind == "empty":
+        return f"{key} is empty: name {'one' if setting.type is str else 'one, or null'}."
+    return does_not_fit(got if given is None else f"{key}={given}", key)
+
+
+def describe_type(setting: Setting) -> str:
+    """Returns what a setting takes: its choices, or its type and limits."""
+    if setting.choices:
+        return describe_choices(setting)
+    limits = describe_limits(setting)
+    return TYPE_NAMES[setting.type] + (f", {limits}" if limits not in ("", "finite") else "")
+
+
+def describe_choices(setting: Setting) -> str:
+    """Returns the allowed values of a setting that has few."""
+    return " or ".join("null" if choice is None else choice for choice in setting.choices)
+
+
+def describe_limits(setting: Setting) -> str:
+    """Returns the range of a number, such as "from 0 to below 1"; "" for any number."""
+    limits = {name: "2**63" if limit == SEED_LIMIT else limit for name, limit in setting.limits.items()}
+    is_finite = limits.get("allow_inf_nan") is False
+    upper = f"below {limits['lt']}" if "lt" in limits else f"at most {limits['le']}" if "le" in limits else ""
+    if upper:
+        if "gt" in limits:
+            return f"above {limits['gt']} and {upper}"
+        return f"from {limits['ge']} to {upper}" if "ge" in limits else upper
+    lower = ""
+    if "gt" in limits:
+        lower = f"above {limits['gt']}"
+    elif "ge" in limits:
+        lower = "0 or more" if limits["ge"] == 0 else f"at least {limits['ge']}"
+    return " and ".join(filter(None, (lower, "finite" if is_finite else "")))
+
+
+def as_yaml(value: Any) -> str:
+    """Returns a value as a file would say it: null, true, text without quotes."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {as_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
+    return str(value) if str(value).isprintable() else ascii(value)
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Returns a hint at the known key that is most like `key`, or at where to find them all."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    return f"; did you mean {near[0]}?" if near else "; --help lists them."
