@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tolerance", type=float, default=0.0, help="allowed difference, as a share of the larger one")
     options = parser.parse_args(arguments)
     found = compare(load_rows(options.a), load_rows(options.b), options.tolerance)
-    print(found)
+    sys.stdout.write(f"{found}\n")
     return 0 if found.first is None else 1
 
 
