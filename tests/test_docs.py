@@ -35,3 +35,22 @@ def test_links_lead_somewhere(page):
 def test_the_readme_leads_to_every_page():
     linked = {(ROOT / link).resolve() for link in links(ROOT / "README.md") if not link.startswith("https://")}
     assert {page.resolve() for page in PAGES} - linked == {(ROOT / "README.md").resolve()}
+
+
+def test_the_code_that_contributing_names_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`([\w/]+\.(?:py|yaml|json|md))(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for file, name in named:
+        assert (ROOT / file).is_file(), file
+        defined = rf"^(def|class) {name}\b|^{name}\b.*= "
+        assert not name or re.search(defined, (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
+def test_every_room_is_on_the_page():
+    rooms = re.findall(r"^\| \d \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    named = {name for room in rooms for name in re.findall(r"`([^`]+)`", room)}
+    folders = {f"mochi_tune/{path.name}" for path in (ROOT / "mochi_tune").iterdir() if (path / "__init__.py").exists()}
+    assert named == folders - {"mochi_tune/assets"} | {
+        "recipes", "data_prep", "mochi_tune/errors.py", "mochi_tune/files.py",
+    }  # fmt: skip
