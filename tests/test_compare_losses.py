@@ -14,8 +14,8 @@ from golden.make_toy_losses import train
 GOLDEN = Path(__file__).parent / "golden" / "toy_losses.json"
 # How far rounding may move a number, as a share of it. `mochi-tune verify` allows an fp32 output an error of 2e-5; the
 # loss is a mean of squares and takes twice that: 4e-5. It allows gradients 1e-4, which their norm takes over and, by
-# way of the updates, the losses of later steps. Measured between AVX-512, AVX2 and SSE4 kernels: at most 1.2e-6. A wrong
-# sign, latent space or posterior moves the numbers by 8e-2 and more.
+# way of the updates, the losses of later steps. Measured between AVX-512, AVX2 and SSE4 kernels: at most 1.2e-6. A
+# wrong sign, latent space or posterior moves the numbers by 8e-2 and more.
 TOLERANCE = 1e-4
 
 
