@@ -39,9 +39,7 @@ def run_folder(path: Path, rows: list[dict]) -> Path:
 
 def compare_by_command(*arguments: object) -> tuple[int, str]:
     script = Path(__file__).parent / "compare_losses.py"
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert not done.stderr, done.stderr
     return done.returncode, done.stdout
 

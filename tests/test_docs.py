@@ -18,7 +18,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def links(page: Path) -> list[str]:
-    return re.findall(r"\]\(([^)]+)\)", page.read_text())
+    return re.findall(r"(?:\]\(|src=\")([^)\"]+)", page.read_text())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
