@@ -25,7 +25,7 @@ from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.toy.lesson import lesson_words
 from mochi_tune.toy.world import HEIGHT, NUM_FRAMES, WIDTH, draw_clips
-from mochi_tune.weights.load import fingerprint, load_encoder
+from mochi_tune.weights.folder import WeightsFolder
 
 TOY = Path(mochi_tune.__file__).parent / "assets" / "toy"
 NUM_CLIPS, NUM_STEPS = 8, 20
@@ -42,12 +42,13 @@ def write_cache(folder: Path) -> None:
     """Writes a cache of the first clips of the toy lesson, as `prepare` would."""
     words = lesson_words()[0][:NUM_CLIPS]
     frames = draw_clips(words, torch.Generator().manual_seed(1))
-    encoder, text_encoder = load_encoder(TOY, "cpu", torch.float32), TextEncoder.load(TOY, "cpu", torch.float32)
+    weights, text_encoder = WeightsFolder(TOY), TextEncoder.load(TOY, "cpu", torch.float32)
+    encoder = weights.load_encoder("cpu", torch.float32)
     settings = CacheSettings(
         transform={"num_frames": NUM_FRAMES, "height": HEIGHT, "width": WIDTH},
-        vae=fingerprint(TOY, "encoder"),
+        vae=weights.fingerprint("encoder"),
         vae_dtype="fp32",
-        t5=fingerprint(TOY, "text_encoder"),
+        t5=weights.fingerprint("text_encoder"),
         t5_dtype="fp32",
     )
     rows = []
