@@ -1,7 +1,8 @@
 import os
 
-# Small models gain nothing from threads, and bit-for-bit comparisons need the same number everywhere.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Small models gain nothing from threads, and bit-for-bit comparisons need the same number in all processes of a test.
+THREADS = os.environ.get("MOCHI_TUNE_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS
 
 # Before decord, which brings libraries of other versions under the same names: PyAV's encoders would get those.
 import av  # noqa: F401
@@ -10,5 +11,5 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
+def number_of_threads():
+    torch.set_num_threads(int(THREADS))

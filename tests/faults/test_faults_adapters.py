@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers_adapters import ALL, ATTENTION, random_adapter, write
 from helpers_parallel import PRELOADED
-from helpers_process import Command
+from helpers_process import Program
 from helpers_road import road
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -242,7 +242,7 @@ def test_sample_refuses_another_bases_adapter_and_half_of_one(tmp_path):
     expected = {"half": "incomplete, it lacks", "wider": "was trained on another base: blocks.0",
                 "deeper": "was trained on another base: the base has no blocks.7"}  # fmt: skip
     for name, text in expected.items():
-        asked = Command(tmp_path / name, "sample", "conf=my_lora", *road(tmp_path), "prompt=x",
-                        f"adapter={tmp_path / name}.safetensors")  # fmt: skip
+        adapter = f"adapter={tmp_path / name}.safetensors"
+        asked = Program(["sample", "conf=my_lora", *road(tmp_path), "prompt=x", adapter], tmp_path / name)
         assert text in asked.refusal
     assert not list(tmp_path.rglob("*.mp4"))

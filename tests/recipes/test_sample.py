@@ -1,10 +1,10 @@
 import json
-import resource
 
 import numpy as np
 import pytest
 import torch
-from helpers_road import prepared, road, run
+from helpers_process import Disturbance, run
+from helpers_road import prepared, road
 from safetensors.torch import load_file, save_file
 
 from mochi_tune import assets
@@ -249,7 +249,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path):
     # Files of 2000 bytes at most: what a full disk does, in the midst of writing.
     done = run(
         "sample", "conf=my_lora", *arguments, "prompt=a red ball", f"out={out}",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+        disturbance=Disturbance(file_bytes=2000),
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"mochi-tune: {out}: File too large")

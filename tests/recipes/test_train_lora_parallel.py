@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_road import ENVIRONMENT, LORA, read_rows, road, run
+from helpers_process import run
+from helpers_road import ENVIRONMENT, LORA, read_rows, road
 from safetensors.torch import load_file
 
 STEPS = 14

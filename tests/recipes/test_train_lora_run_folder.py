@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from helpers_road import LORA, read_rows, road, run, train
+from helpers_process import run
+from helpers_road import LORA, read_rows, road, train
 
 from mochi_tune.cli import main as cli
 from mochi_tune.config.load import load_config

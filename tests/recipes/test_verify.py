@@ -3,7 +3,7 @@ import shutil
 
 import torch
 from helpers_golden import GOLDEN
-from helpers_road import run
+from helpers_process import run
 from safetensors.torch import load_file, save_file
 
 from mochi_tune.recipes.verify import GRADIENT_TOLERANCE, TOLERANCE, main
