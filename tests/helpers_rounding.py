@@ -40,6 +40,12 @@ def rounding_share(compute: Callable[[], Tensor], inputs: Sequence[Tensor]) -> f
     return FACTOR * max(other.ne(frames).float().mean().item() for other in moved(compute, inputs))
 
 
+def share_of_error(decode: Callable[[Tensor], Tensor], latents: Tensor, error: float) -> float:
+    """Returns the share of uint8 pixels that are rounded to another level where the latents are off by an error."""
+    noise = 2 * torch.rand(latents.shape, generator=torch.Generator().manual_seed(0)) - 1
+    return decode(latents + error * noise).ne(decode(latents)).float().mean().item()
+
+
 def assert_same_frames(ours: Tensor, theirs: Tensor, share: float) -> None:
     """Checks uint8 frames before their compression: a share of the pixels may be rounded to the next level."""
     assert ours.dtype == theirs.dtype == torch.uint8 and ours.shape == theirs.shape

@@ -11,7 +11,7 @@ import torch
 from helpers_parallel import run_ranks
 from helpers_process import Program, run
 from helpers_road import ENVIRONMENT
-from helpers_rounding import assert_same_frames, rounding_error, rounding_share
+from helpers_rounding import assert_same_frames, rounding_error, rounding_share, share_of_error
 from helpers_video import keeping_frames
 from safetensors.torch import load_file
 
@@ -93,17 +93,14 @@ def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tm
     latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
     decoder = load_decoder(TOY, "cpu", torch.float32)
 
-    def decoded_alone() -> torch.Tensor:
+    def decode(latents: torch.Tensor) -> torch.Tensor:
         return torch.cat(list(decoded_frames(decoder, latents, None)))
 
-    share = rounding_share(decoded_alone, [*decoder.parameters(), latents])
-    assert_same_frames(torch.cat(together), decoded_alone(), share)
+    share = rounding_share(lambda: decode(latents), [*decoder.parameters(), latents])
+    assert_same_frames(torch.cat(together), decode(latents), share)
     assert not any(others)
     # Those that are decoded from latents which are not the same bits may differ by what these are apart, too.
-    alone, nearby = decoded_alone(), latents.clone()
-    latents += latents_error * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    share += decoded_alone().ne(alone).float().mean().item()
-    latents.copy_(nearby)
+    share += share_of_error(decode, latents, latents_error)
     for i, layout in enumerate(LAYOUTS[num_ranks]):
         for adapter in ("without", "with"):
             made = sorted((folder / f"{num_ranks}_{i}_{adapter}").iterdir())

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_process import run
 from helpers_road import ENVIRONMENT, LORA, read_rows, road
 from safetensors.torch import load_file
+
+from mochi_tune.recipes.verify import GRADIENT_TOLERANCE, TOLERANCE
 
 STEPS = 14
 # The average is kept and given out, and a step that is left out is among them.
@@ -39,32 +42,54 @@ def alone(tmp_path_factory) -> Path:
     return run_dir
 
 
-def assert_same_run(run_dir: Path, alone: Path, tolerance: float = 1e-6) -> None:
+def assert_same_run(run_dir: Path, alone: Path) -> None:
+    """Compares runs whose sums are in another order, by what `verify` promises of fp32: see models/test_rounding.py."""
     ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (run_dir, alone))
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     for mine, its in zip(ours, theirs, strict=True):
         assert all(mine.get(key) == its.get(key) for key in ("clips", "sigmas", "lr", "spike"))
-        assert abs(mine["loss"] - its["loss"]) <= 1e-6 and abs(mine["grad_norm"] - its["grad_norm"]) <= 1e-6
+        assert mine["loss"] == pytest.approx(its["loss"], rel=TOLERANCE["fp32"])
+        assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=GRADIENT_TOLERANCE["fp32"])
     newest = f"checkpoints/step_{STEPS:06d}"
+    mine, state = (load_file(folder / newest / "optimizer.safetensors") for folder in (run_dir, alone))
+    # The adapter's and nothing else: frozen weights are in no checkpoint.
+    assert mine.keys() == state.keys()
+    for name, tensor in state.items():
+        # Moments are means of gradients, and of their squares.
+        assert (mine[name] - tensor).abs().max() <= 2 * GRADIENT_TOLERANCE["fp32"] * tensor.abs().max(), name
+    rates = sum(row["lr"] for row in theirs if row.get("spike") != "skip")
     for name in ("adapter.safetensors", f"{newest}/adapter.safetensors"):
         mine, its = (load_file(folder / name) for folder in (run_dir, alone))
         assert mine.keys() == its.keys() and all(tensor.numel() for tensor in mine.values())
-        assert max((mine[key] - its[key]).abs().max() for key in its) <= tolerance
-    mine, its = (load_file(folder / newest / "optimizer.safetensors") for folder in (run_dir, alone))
-    # The adapter's and nothing else: frozen weights are in no checkpoint.
-    assert mine.keys() == its.keys()
-    assert max((mine[name] - its[name]).abs().max() for name in its) <= 1e-6
+        for key, tensor in its.items():
+            bound = adapter_error(state[f"{key}/exp_avg_sq"].sqrt(), rates) + 2**-20 * tensor.abs()
+            assert ((mine[key] - tensor).abs() <= bound).all(), key
+            assert bound.median() < 0.02 * rates, "of most numbers it is small beside what they may move"
+
+
+def adapter_error(gradients: torch.Tensor, rates: float) -> torch.Tensor:
+    """Returns how far the numbers of an adapter may be apart after Adam's steps on gradients that are a little apart.
+
+    Adam moves a number by the rate times m / sqrt(v). Where both are off by the error e of a gradient, that is off by up
+    to 2 e / sqrt(v): nothing for a number whose gradients are large, all for one whose gradients are of rounding size.
+
+    Args:
+        gradients: the root of Adam's second moment, the usual size of each number's gradient.
+        rates: the sum of the learning rates of all steps.
+    """
+    error = GRADIENT_TOLERANCE["fp32"] * gradients.max()
+    # Twice, as both runs' gradients grow with B from step to step: early ones are smaller than the moment tells.
+    return rates * (4 * error / gradients.clamp(min=1e-30)).clamp(max=2)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_processes_make_the_run_of_one(alone, tmp_path, name):
     train_as(tmp_path, *LAYOUTS[name], "train.validate_every=7")
-    # Shares of tokens sum in another order, and Adam makes steps of up to 2e-4 of gradients of 1e-9.
-    assert_same_run(tmp_path, alone, 1e-5 if name == "context" else 1e-6)
+    assert_same_run(tmp_path, alone)
     ours, theirs = (read_rows(folder / "validation.jsonl") for folder in (tmp_path, alone))
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, its in zip(ours, theirs, strict=True):
-        assert abs(mine["validation_loss"] - its["validation_loss"]) <= 1e-5
+        assert mine["validation_loss"] == pytest.approx(its["validation_loss"], rel=TOLERANCE["fp32"])
     [state] = (tmp_path / "checkpoints").glob("*/state.json")
     assert json.loads(state.read_text())["settings"]["global_batch"] == 4
 
@@ -92,7 +117,11 @@ def test_two_machines_of_torchrun_make_the_run_of_one(alone, tmp_path):
     arguments = ["conf=my_lora", *road(tmp_path, *COMMON, *TWO[:2], "parallel=data")]
     environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
     nodes = [subprocess.Popen([*torchrun, *arguments], env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    try:
+        assert [node.wait() for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
     assert_same_run(tmp_path, alone)
 
 
