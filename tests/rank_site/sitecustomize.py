@@ -1,4 +1,4 @@
-"""Python runs this at its start where this folder is on PYTHONPATH: processes that a launcher starts are held as well."""
+"""Python runs this at its start where this folder is on PYTHONPATH: processes that a launcher starts are held too."""
 
 import json
 import os

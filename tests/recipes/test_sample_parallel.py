@@ -19,8 +19,8 @@ from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_ada
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes
 from mochi_tune.config.checks import sampler_settings
 from mochi_tune.config.load import load_config, weights_folder
-from mochi_tune.parallel.mesh import Layout, Mesh
 from mochi_tune.models.text_encoder import TextEncoder
+from mochi_tune.parallel.mesh import Layout, Mesh
 from mochi_tune.recipes import sample
 from mochi_tune.sampling.render import decoded_frames
 from mochi_tune.sampling.sampler import draw_noise, sample_latents

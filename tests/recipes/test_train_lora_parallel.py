@@ -70,8 +70,8 @@ def assert_same_run(run_dir: Path, alone: Path) -> None:
 def adapter_error(gradients: torch.Tensor, rates: float) -> torch.Tensor:
     """Returns how far the numbers of an adapter may be apart after Adam's steps on gradients that are a little apart.
 
-    Adam moves a number by the rate times m / sqrt(v). Where both are off by the error e of a gradient, that is off by up
-    to 2 e / sqrt(v): nothing for a number whose gradients are large, all for one whose gradients are of rounding size.
+    Adam moves a number by the rate times m / sqrt(v). Where both are off by a gradient's error e, that is off by up to
+    2 e / sqrt(v): nothing for a number whose gradients are large, all for one whose gradients are of rounding size.
 
     Args:
         gradients: the root of Adam's second moment, the usual size of each number's gradient.

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from helpers_process import run
+from helpers_process import PATIENCE, run
 from helpers_road import LORA, read_rows, road, train
 
 from mochi_tune.cli import main as cli
@@ -94,7 +94,7 @@ def test_wandb_works_offline(tmp_path):
     done = run("train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2", "log.wandb=offline"))
     assert done.returncode == 0, done.stderr
     [file] = tmp_path.glob("trackers/wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while file.stat().st_size <= 1000 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert file.stat().st_size > 1000
