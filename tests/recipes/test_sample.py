@@ -47,8 +47,8 @@ def frames_of(run_dir, video):
 def latents_error(latents, guidance=6.0, dtype="fp32"):
     """How far the same latents by other sums may be from these.
 
-    Two forwards are TOLERANCE of their largest number apart, see models/test_rounding.py; guidance makes that g + (g - 1)
-    times as much, and the steps add up to one velocity, which is as large as the latents.
+    Two forwards are TOLERANCE of their largest number apart, see models/test_rounding.py; guidance makes that
+    g + (g - 1) times as much, and the steps add up to one velocity, which is as large as the latents.
     """
     return (2 * guidance - 1) * TOLERANCE[dtype] * latents.abs().max()
 
