@@ -61,10 +61,16 @@ def assert_same_run(run_dir: Path, alone: Path) -> None:
     for name in ("adapter.safetensors", f"{newest}/adapter.safetensors"):
         mine, its = (load_file(folder / name) for folder in (run_dir, alone))
         assert mine.keys() == its.keys() and all(tensor.numel() for tensor in mine.values())
+        count = beyond = 0
         for key, tensor in its.items():
             bound = adapter_error(state[f"{key}/exp_avg_sq"].sqrt(), rates) + 2**-20 * tensor.abs()
-            assert ((mine[key] - tensor).abs() <= bound).all(), key
             assert bound.median() < 0.02 * rates, "of most numbers it is small beside what they may move"
+            difference = (mine[key] - tensor).abs()
+            assert difference.max() <= 2 * rates, key
+            count, beyond = count + difference.numel(), beyond + int((difference > bound).sum())
+        # Those whose gradient was of the size of its error in one of the steps, which their last moment does not tell:
+        # of each step's, about the share 2 e of their usual size.
+        assert beyond <= 4 * STEPS * GRADIENT_TOLERANCE["fp32"] * count, (beyond, count)
 
 
 def adapter_error(gradients: torch.Tensor, rates: float) -> torch.Tensor:
