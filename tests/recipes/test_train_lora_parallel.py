@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE
 from helpers_process import run
 from helpers_road import ENVIRONMENT, LORA, read_rows, road
 from safetensors.torch import load_file
-
-from mochi_tune.recipes.verify import GRADIENT_TOLERANCE, TOLERANCE
 
 STEPS = 14
 # The average is kept and given out, and a step that is left out is among them.
@@ -48,15 +47,15 @@ def assert_same_run(run_dir: Path, alone: Path) -> None:
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     for mine, its in zip(ours, theirs, strict=True):
         assert all(mine.get(key) == its.get(key) for key in ("clips", "sigmas", "lr", "spike"))
-        assert mine["loss"] == pytest.approx(its["loss"], rel=TOLERANCE["fp32"])
-        assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=GRADIENT_TOLERANCE["fp32"])
+        assert mine["loss"] == pytest.approx(its["loss"], rel=TOLERANCE)
+        assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=GRADIENT_TOLERANCE)
     newest = f"checkpoints/step_{STEPS:06d}"
     mine, state = (load_file(folder / newest / "optimizer.safetensors") for folder in (run_dir, alone))
     # The adapter's and nothing else: frozen weights are in no checkpoint.
     assert mine.keys() == state.keys()
     for name, tensor in state.items():
         # Moments are means of gradients, and of their squares.
-        assert (mine[name] - tensor).abs().max() <= 2 * GRADIENT_TOLERANCE["fp32"] * tensor.abs().max(), name
+        assert (mine[name] - tensor).abs().max() <= 2 * GRADIENT_TOLERANCE * tensor.abs().max(), name
     rates = sum(row["lr"] for row in theirs if row.get("spike") != "skip")
     for name in ("adapter.safetensors", f"{newest}/adapter.safetensors"):
         mine, its = (load_file(folder / name) for folder in (run_dir, alone))
@@ -70,7 +69,7 @@ def assert_same_run(run_dir: Path, alone: Path) -> None:
             count, beyond = count + difference.numel(), beyond + int((difference > bound).sum())
         # Those whose gradient was of the size of its error in one of the steps, which their last moment does not tell:
         # of each step's, about the share 2 e of their usual size.
-        assert beyond <= 4 * STEPS * GRADIENT_TOLERANCE["fp32"] * count, (beyond, count)
+        assert beyond <= 4 * STEPS * GRADIENT_TOLERANCE * count, (beyond, count)
 
 
 def adapter_error(gradients: torch.Tensor, rates: float) -> torch.Tensor:
@@ -83,7 +82,7 @@ def adapter_error(gradients: torch.Tensor, rates: float) -> torch.Tensor:
         gradients: the root of Adam's second moment, the usual size of each number's gradient.
         rates: the sum of the learning rates of all steps.
     """
-    error = GRADIENT_TOLERANCE["fp32"] * gradients.max()
+    error = GRADIENT_TOLERANCE * gradients.max()
     # Twice, as both runs' gradients grow with B from step to step: early ones are smaller than the moment tells.
     return rates * (4 * error / gradients.clamp(min=1e-30)).clamp(max=2)
 
@@ -95,7 +94,7 @@ def test_two_processes_make_the_run_of_one(alone, tmp_path, name):
     ours, theirs = (read_rows(folder / "validation.jsonl") for folder in (tmp_path, alone))
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, its in zip(ours, theirs, strict=True):
-        assert mine["validation_loss"] == pytest.approx(its["validation_loss"], rel=TOLERANCE["fp32"])
+        assert mine["validation_loss"] == pytest.approx(its["validation_loss"], rel=TOLERANCE)
     [state] = (tmp_path / "checkpoints").glob("*/state.json")
     assert json.loads(state.read_text())["settings"]["global_batch"] == 4
 
