@@ -9,11 +9,11 @@ demo: setup
 	$(BIN)/mochi-tune demo
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --ignore tests/faults
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/faults
 
 # What docs/reliability.md promises: faults put into real processes and files, some minutes of them.
 faults: setup
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/faults
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests/faults
 
 # Full size on random weights: FRAMES="37 85 163" on a GPU; 7 takes some minutes on a CPU.
 FRAMES ?= 7

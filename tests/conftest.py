@@ -1,7 +1,7 @@
 import os
 
-# Small models gain nothing from threads, and bit-for-bit comparisons need the same number everywhere.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Small models gain nothing from threads, and bit-for-bit comparisons need the same number in all processes of a test.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("MOCHI_TUNE_TEST_THREADS", "1")
 
 # Before decord, which brings libraries of other versions under the same names: PyAV's encoders would get those.
 import av  # noqa: F401
@@ -10,5 +10,24 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
+def number_of_threads():
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+# Files that take longest; the others fill what is left of each worker's time.
+LONGEST = (
+    "toy/test_demo.py", "recipes/test_train_lora_parallel.py", "recipes/test_sample.py",
+    "recipes/test_sample_parallel.py", "toy/test_train_toy.py", "toy/test_experiment.py", "recipes/test_verify.py",
+    "training/test_trackers.py", "toy/test_measure.py", "faults/test_faults_kill.py", "faults/test_faults_ranks.py",
+    "faults/test_faults_signals.py", "faults/test_faults_sample.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first: with --no-loadscope-reorder, xdist gives the files out in this order."""
+    ranks = {name: number for number, name in enumerate(LONGEST)}
+
+    def rank(item) -> int:
+        return ranks.get("/".join(item.path.parts[-2:]), len(ranks))
+
+    items.sort(key=rank)

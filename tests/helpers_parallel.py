@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 # Imported once, in the process that the ranks are forked from.
 PRELOADED = ["peft", "mochi_tune.cli.main", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora"]
 PRELOADED += ["mochi_tune.recipes.export", "mochi_tune.data_prep.prepare", "mochi_tune.models.text_encoder"]
-PRELOADED += ["hydra", "omegaconf", "pyarrow.parquet", "transformers"]
+PRELOADED += ["mochi_tune.config.load", "hydra", "omegaconf", "psutil", "pyarrow.parquet", "transformers"]
+# What conftest has chosen for the tests and all that they start; its number decides about bits.
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -24,7 +26,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *argum
 
 
 def _run_rank(rank: int, num_ranks: int, function: Callable[..., Any], folder: Path, arguments: tuple) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=num_ranks)
     torch.save(function(*arguments), folder / f"rank_{rank}.pt")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,8 +13,8 @@ from mochi_tune.config.load import load_config
 from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.recipes.train_lora import main as train_lora
 
-# Bit for bit takes the same number of threads, here the one that the tests themselves run on.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# With the number of threads that conftest has chosen: bit for bit takes the same one.
+ENVIRONMENT = dict(os.environ)
 CAPTIONS = ("a red ball rolls slowly over the hill", "a cat", "two old birds fly away at night")
 LORA = ["lora=attention_mlp", "lora.rank=2", "lora.dropout=0.1"]
 SIZES = ["data.num_frames=7", "data.height=32", "data.width=48", "device=cpu", "model=tiny"]
@@ -51,14 +50,6 @@ def road(run_dir: Path, *more: str) -> list[str]:
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "mochi_tune.cli", *arguments]
-
-
-def start(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(command(*arguments), env=ENVIRONMENT, stderr=subprocess.DEVNULL, **options)
-
-
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False, **options)
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -2,7 +2,8 @@
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -170,3 +171,26 @@ def _packets(path: Path) -> list[bytes]:
 
     with av.open(str(path)) as container:
         return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+
+@contextmanager
+def keeping_frames(module, folder: Path) -> Iterator[None]:
+    """Has a module's `write_video` keep each video's uint8 frames as well, before their compression, as FOLDER/STEM.pt.
+
+    A number that rounds the other way makes the encoder decide otherwise, so that frames are not compared behind it.
+    """
+    import torch
+
+    write = module.write_video
+
+    def keep(path: Path, chunks, *more, **options):
+        chunks = list(chunks)
+        folder.mkdir(exist_ok=True)
+        torch.save(torch.cat(chunks), folder / f"{path.stem}.pt")
+        return write(path, chunks, *more, **options)
+
+    module.write_video = keep
+    try:
+        yield
+    finally:
+        module.write_video = write

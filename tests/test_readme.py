@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers_process import run
 
 from mochi_tune.cli.options import (
     BENCH_OPTIONS,
@@ -45,9 +44,7 @@ def test_every_command_is_understood(command, tmp_path):
         arguments.append("--cfg")
     elif arguments[0] == "weights":
         arguments.append("--help")
-    done = subprocess.run(
-        [sys.executable, "-m", "mochi_tune.cli", *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    done = run(*arguments, cwd=tmp_path)
     if arguments[0] == "export":
         assert done.returncode == 2 and "runs/my_lora/adapter.safetensors" in done.stderr
     else:

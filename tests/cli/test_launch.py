@@ -1,9 +1,8 @@
 import signal
 import socket
-import subprocess
 
 import pytest
-from helpers_road import ENVIRONMENT, command
+from helpers_process import run
 
 from mochi_tune.cli.launch import LOST_CONTACT, num_processes_here, report_failures, slurm_variables
 from mochi_tune.errors import ParallelError
@@ -50,10 +49,7 @@ def test_a_port_that_is_in_use_is_told_in_one_line():
         taken.listen()
         port = taken.getsockname()[1]
         meeting = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        done = subprocess.run(
-            command("sample", "conf=toy_lora", "prompt=x", "run_dir=nowhere"),
-            env=ENVIRONMENT | meeting, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = run("sample", "conf=toy_lora", "prompt=x", "run_dir=nowhere", env=meeting)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert f"could not meet the others at 127.0.0.1:{port}" in last and "set MASTER_PORT to a free one" in last

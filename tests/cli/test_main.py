@@ -3,22 +3,18 @@ import subprocess
 import sys
 
 import pytest
+from helpers_process import run
 
 from mochi_tune.cli.main import load
 from mochi_tune.config.settings import known_keys
 from mochi_tune.errors import ConfigError
 from mochi_tune.sampling.requests import sampler_settings
 
-COMMAND = [sys.executable, "-m", "mochi_tune.cli"]
-
-
-def run(*arguments, cwd=None):
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
-
 
 @pytest.mark.parametrize("arguments", [["--help"], []])
 def test_help_names_every_verb(arguments):
-    done = run(*arguments)
+    command = [sys.executable, "-m", "mochi_tune.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     for verb in ("prepare", "train", "sample", "export", "verify", "weights pull", "bench", "demo"):
         assert f"mochi-tune {verb}" in done.stdout

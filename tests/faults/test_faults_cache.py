@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers_bomb import plant
 from helpers_cache import make_cache, rows_of
-from helpers_process import Command
+from helpers_process import Program
 from helpers_road import LORA, prepared, road
 
 from mochi_tune.data.cache import open_cache
@@ -40,9 +40,9 @@ def refusal(cache: Path, read: bool = True) -> str:
     return str(error.value)
 
 
-def trainer(cache: Path) -> Command:
+def trainer(cache: Path) -> Program:
     arguments = [*road(cache.with_name("run"), *LORA, "train.steps=3"), f"data.cache={cache}"]
-    return Command(cache.with_name("log"), "train", "conf=my_lora", *arguments)
+    return Program(["train", "conf=my_lora", *arguments], cache.with_name("log"))
 
 
 def rewrite(cache: Path, column: str, change, kind: pa.DataType | None = None) -> None:
@@ -115,10 +115,8 @@ def test_latents_of_another_precision_are_refused(cache, kind):
 
 
 def test_a_cache_of_another_vae_size_or_length_is_refused_by_what_differs(cache, tmp_path):
-    found = Command(
-        tmp_path / "log", "train", "conf=my_lora", *road(tmp_path / "run"), f"data.cache={cache}",
-        "data.num_frames=13", "data.width=64", "model=toy",
-    ).refusal  # fmt: skip
+    more = [f"data.cache={cache}", "data.num_frames=13", "data.width=64", "model=toy"]
+    found = Program(["train", "conf=my_lora", *road(tmp_path / "run"), *more], tmp_path / "log").refusal
     for text in ("num_frames: the cache has 7", "width: the cache has 48", "vae weights: the cache has"):
         assert text in found
 

@@ -245,8 +245,8 @@ def test_the_metrics_file_has_every_step_once_though_rows_were_lost_or_doubled(s
 
 
 def test_another_device_or_torch_is_told_of(stopped, straight, capsys):
-    made_by = json.loads((newest(stopped) / "state.json").read_text())["made_by"]
-    edit_state(newest(stopped), made_by=made_by | {"torch": "2.0.0"})
+    environment = json.loads((newest(stopped) / "state.json").read_text())["environment"]
+    edit_state(newest(stopped), environment=environment | {"torch": "2.0.0"})
     assert train(stopped) == 0
     assert f"torch was 2.0.0, is {torch.__version__}" in (told := capsys.readouterr().out) and "same bits" in told
     assert newest_checkpoint(stopped).name == "step_000006"

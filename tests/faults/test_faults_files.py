@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_bomb import plant
-from helpers_process import Command
+from helpers_process import Program
 from helpers_road import LORA, road, train
 
 from mochi_tune import assets
@@ -44,7 +44,7 @@ def test_a_pickled_adapter_is_not_opened_by_any_verb(tmp_path):
     plant(tmp_path / "run" / "adapter.safetensors", tmp_path / "exploded")
     started["sample own"] = ["sample", "conf=my_lora", *road(tmp_path / "run"), "prompt=x"]
     for name, arguments in started.items():
-        refusal = Command(tmp_path / name.replace(".", "_"), *arguments).refusal
+        refusal = Program(arguments, tmp_path / name.replace(".", "_")).refusal
         assert "is not safetensors, and pickles" in refusal, refusal
     assert not (tmp_path / "exploded").exists() and not (tmp_path / "out.safetensors").exists()
 
@@ -69,7 +69,7 @@ def test_pickled_weights_are_not_opened(tmp_path, verb, file, text):
     plant(weights / file, tmp_path / "exploded")
     more = ["prompt=x"] if verb == "sample" else [f"data.cache={tmp_path / 'cache'}"] if verb == "prepare" else []
     arguments = [*road(tmp_path / "run"), f"model.weights={weights}", *more]
-    assert text in Command(tmp_path / "log", verb, "conf=my_lora", *arguments).refusal
+    assert text in Program([verb, "conf=my_lora", *arguments], tmp_path / "log").refusal
     assert not (tmp_path / "exploded").exists()
 
 
@@ -84,7 +84,7 @@ def test_a_pickle_in_a_checkpoint_is_not_opened_even_if_its_checksum_is_right(tm
     sums = json.loads(manifest.read_text())["sha256"] | {file: file_sha256(target)}
     manifest.write_text(json.dumps(manifest_of(1, sums)))
     assert target.stat().st_size == size and damage_of(checkpoint) == ""
-    resumed = Command(tmp_path / "log", "train", "conf=my_lora", *road(run_dir, *LORA, "train.steps=2"))
+    resumed = Program(["train", "conf=my_lora", *road(run_dir, *LORA, "train.steps=2")], tmp_path / "log")
     assert str(target) in resumed.refusal
     assert not (tmp_path / "exploded").exists()
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers_faults import Disturbance, Program, assert_same_end, newest_checkpoint, rows_of, run_program
+from helpers_faults import STEP, assert_same_end, newest_checkpoint, rows_of
+from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE
+from helpers_process import Disturbance, Program, run_program
 from helpers_road import LORA, prepared, read_rows, road, train
 from safetensors.torch import load_file
 
@@ -22,9 +24,6 @@ from mochi_tune.training.checkpoint import damage_of
 
 WILD = ["train.steps=9", "train.learning_rate=1e30", "train.warmup_steps=0", "train.max_grad_norm=1e30"]
 SPIKY = ["train.steps=24", "train.spike_factor=1.05", "lora.dropout=0.1", "lora.rank=2"]
-
-
-SLOWLY = Disturbance(slow="mochi_tune.training.run:merge_parts", seconds=0.05)
 
 
 def assert_refused(run_dir: Path, text: str, micro_batches: int) -> dict:
@@ -67,8 +66,8 @@ def test_a_replayed_step_has_the_numbers_of_the_run(tmp_path, more):
     told = assert_refused(tmp_path, str(error.value), micro_batches=4)
     [bundle] = (tmp_path / "bundles").iterdir()
     made = replay(bundle, "cpu")
-    assert made.is_finite and made.loss == pytest.approx(told["loss"], rel=1e-6)
-    assert made.grad_norm == pytest.approx(told["grad_norm"], rel=1e-5)
+    assert made.is_finite and made.loss == pytest.approx(told["loss"], rel=TOLERANCE)
+    assert made.grad_norm == pytest.approx(told["grad_norm"], rel=GRADIENT_TOLERANCE)
     assert [each.clip for each in made.samples] == told["clips"]
     assert len({each.loss for each in made.samples}) == len({each.grad_norm for each in made.samples}) == 4
     assert not any(each.origin for each in made.samples)
@@ -89,12 +88,12 @@ def test_a_spike_is_told_of_or_skipped_and_always_the_same(tmp_path):
 
     # Stopped and gone on from in the middle, it leaves out the same ones.
     again = tmp_path / "again"
-    slow = Disturbance(slow="mochi_tune.training.run:merge_parts", slow_from=13, seconds=0.3)
     arguments = ["train", "conf=my_lora", *road(again, *LORA, *SPIKY, "train.spike_policy=skip")]
-    program = Program(arguments, tmp_path / "out", slow)
-    program.wait_until(lambda: "slow: merged" in program.text())
+    program = Program(arguments, tmp_path / "out", Disturbance(hold=STEP, hold_at=(13,)))
+    program.wait_until_held()
     program.send(signal.SIGTERM)
-    assert program.wait() == 143 and 12 <= len(rows_of(again)) < 24
+    program.release()
+    assert program.wait() == 143 and len(rows_of(again)) == 13
     assert train(again, *SPIKY, "train.spike_policy=skip") == 0
     assert_same_end(again, tmp_path / "skip")
 
@@ -169,9 +168,8 @@ def test_a_number_in_the_cache_that_is_not_finite_is_found_when_it_is_read(tmp_p
 
 def test_a_dead_trainers_lock_is_recovered_and_a_living_ones_is_not(tmp_path):
     run_dir, arguments = tmp_path / "run", ["train", "conf=my_lora", *road(tmp_path / "run", *LORA, "train.steps=4")]
-    first = Program(arguments, tmp_path / "first",
-                    Disturbance(slow="mochi_tune.training.run:merge_parts", slow_from=2, seconds=3600))  # fmt: skip
-    first.wait_until(lambda: "slow: merged" in first.text())
+    first = Program(arguments, tmp_path / "first", Disturbance(hold=STEP, hold_at=(2,)))
+    first.wait_until_held()
     code, text = run_program(arguments, tmp_path / "second")
     assert code == 2 and f"process {first.pid} of host {socket.gethostname()}, started 20" in text
     assert len(text.strip().splitlines()) == 1
@@ -193,14 +191,17 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_saves(tmp_path, n
     run_dir = tmp_path / "run"
     settings = ["train.steps=40", "train.checkpoint_every=4", "train.keep_checkpoints=2"]
     arguments = ["train", "conf=my_lora", *road(run_dir, *LORA, *settings)]
-    program = Program(arguments, tmp_path / "out", SLOWLY)
-    program.wait_until(lambda: (run_dir / "checkpoints/step_000004/manifest.json").exists())
+    program = Program(arguments, tmp_path / "out", Disturbance(hold=STEP, hold_at=(6, 14)))
+    program.wait_until_held()
     limit_files(program.pid, num_bytes)
-    program.wait_until(lambda: program.text().count("could not be saved") >= 2)
+    program.release()
+    program.wait_until_held(2)
+    assert program.text().count("could not be saved") == 2, program.text()
     whole = newest_checkpoint(run_dir)
     assert damage_of(whole) == "" and f"the last checkpoint is {whole}" in program.text(), "the old one is whole"
     assert not list((run_dir / "checkpoints").glob(".tmp*")), "nothing is left of the ones that failed"
     limit_files(program.pid, resource.RLIM_INFINITY)
+    program.release()
     assert program.wait() == 0, program.text()
     assert train(tmp_path / "straight", *settings) == 0
     assert_same_end(run_dir, tmp_path / "straight")
@@ -209,9 +210,10 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_saves(tmp_path, n
 def test_a_disk_that_stays_full_is_an_error_in_the_end(tmp_path):
     run_dir = tmp_path / "run"
     arguments = ["train", "conf=my_lora", *road(run_dir, *LORA, "train.steps=20", "train.checkpoint_every=4")]
-    program = Program(arguments, tmp_path / "out", SLOWLY)
-    program.wait_until(lambda: (run_dir / "checkpoints/step_000004/manifest.json").exists())
+    program = Program(arguments, tmp_path / "out", Disturbance(hold=STEP, hold_at=(6,)))
+    program.wait_until_held()
     limit_files(program.pid, 3000)
+    program.release()
     assert program.wait() == 2, program.text()
     last = program.text().strip().splitlines()[-1]
     assert "step 20 could not be saved" in last and "checkpoints/step_0000" in last and "make room" in last

@@ -1,6 +1,7 @@
 """`prepare` that is doubled, killed, deceived and fed with bad files: the cache is a clean one's, or there is none."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_process import Command
+from helpers_process import Disturbance, Program
 from helpers_road import SIZES
 from helpers_video import write_bad_video, write_video
 
@@ -32,10 +33,10 @@ def settings(videos: Path, cache: Path) -> list[str]:
     return ["conf=my_lora", *SIZES, f"data.videos={videos}", f"data.cache={cache}", f"run_dir={cache}_run"]
 
 
-def prepare(videos: Path, cache: Path, *more: str, log: str = "", **options) -> Command:
-    """Starts a `prepare`; its log stands beside the cache."""
+def prepare(videos: Path, cache: Path, *more: str, log: str = "", **options) -> Program:
+    """Starts a `prepare` that may be disturbed at a change of its cache; its log stands beside that."""
     log = cache.with_name(f"{cache.name}{log}.log")
-    return Command(log, "prepare", *settings(videos, cache), *more, watched=cache, **options)
+    return Program(["prepare", *settings(videos, cache), *more], log, Disturbance(cache, **options))
 
 
 def tree(cache: Path) -> dict[str, bytes]:
@@ -56,52 +57,56 @@ def videos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clean(videos, tmp_path_factory) -> Command:
-    """A `prepare` that nothing has happened to."""
-    done = prepare(videos, tmp_path_factory.mktemp("clean") / "cache")
-    assert done.end() == 0, done.said()
-    return done
+def clean(videos, tmp_path_factory) -> Path:
+    """The cache of a `prepare` that nothing has happened to; its changes stand beside it."""
+    cache = tmp_path_factory.mktemp("clean") / "cache"
+    done = prepare(videos, cache)
+    assert done.wait() == 0, done.text()
+    return cache
+
+
+def changes_of(cache: Path) -> list[str]:
+    """Returns the changes that a `prepare` has made in its cache, "os.rename NAME" and so on."""
+    lines = cache.with_name(f"{cache.name}.log.changes").read_text().splitlines()
+    return [f"{event} {Path(path).name}" for event, path in map(json.loads, lines)]
 
 
 def test_of_two_one_refuses_and_a_trainer_too_and_a_killed_ones_lock_is_no_lock(videos, clean, tmp_path):
     cache = tmp_path / "cache"
-    first = prepare(videos, cache, signal_at=(len(clean.changes) // 3, signal.SIGSTOP))
+    first = prepare(videos, cache, signal_at=len(changes_of(clean)) // 3, signal=signal.SIGSTOP)
     first.wait_until_stopped()
     second = prepare(videos, cache, log="2")
-    trainer = Command(tmp_path / "trainer", "train", *settings(videos, cache))
+    trainer = Program(["train", *settings(videos, cache)], tmp_path / "trainer")
     assert WRITER_BUSY in second.refusal
     assert f"the cache {cache} is incomplete" in trainer.refusal and not Path(f"{cache}_run").exists()
     first.kill()
     third = prepare(videos, cache, log="3")
-    assert third.end() == 0, third.said()
-    assert tree(cache) == tree(clean.watched)
+    assert third.wait() == 0, third.text()
+    assert tree(cache) == tree(clean)
 
 
 def test_a_trainer_sees_the_committed_cache_until_the_next_one_is_begun(videos, clean, tmp_path):
     cache, more = tmp_path / "cache", tmp_path / "videos"
-    shutil.copytree(clean.watched, cache)
+    shutil.copytree(clean, cache)
     shutil.copytree(videos, more)
     add_clip(more, "new.mp4", "a new ball", first_number=100)
     # When it has a folder for what it encodes, and nothing is in that yet.
-    writer = prepare(more, cache, signal_at=(1, signal.SIGSTOP))
+    writer = prepare(more, cache, signal_at=2, signal=signal.SIGSTOP)
     writer.wait_until_stopped()
     assert len(open_cache(cache, **GEOMETRY)) == 4
     writer.kill()
-    assert prepare(more, cache, log="2").end() == 0
+    assert prepare(more, cache, log="2").wait() == 0
     assert len(open_cache(cache, **GEOMETRY)) == 5
 
 
 def test_a_kill_at_any_point_costs_the_item_in_hand_and_the_end_is_the_same(videos, clean, tmp_path):
-    # Without the process's number, which is part of a temporary file's name.
-    names = [change.split("-")[0].removesuffix(f".{clean.process.pid}.tmp") for change in clean.changes]
-    # Each item is opened under a temporary name and then renamed.
-    steps = [names.index("os.rename .latents") + 4, names.index("os.rename .text") + 2]
-    steps += map(names.index, ("open .report.csv", "os.rename data.new", "open .manifest.json"))
+    names = [change.split("-")[0] for change in changes_of(clean)]
+    before = [("os.rename latents", 3), ("os.rename text", 2)]
+    before += [("open report.csv.tmp", 1), ("os.rename data.new", 1), ("open manifest.json.tmp", 1)]
+    steps = [[i for i, name in enumerate(names, 1) if name == change][nth - 1] for change, nth in before]
     caches = [tmp_path / f"killed_at_{step}" for step in steps]
-    killed = [
-        prepare(videos, cache, signal_at=(step, signal.SIGKILL)) for cache, step in zip(caches, steps, strict=True)
-    ]
-    assert [one.end() for one in killed] == [-signal.SIGKILL] * len(steps)
+    killed = [prepare(videos, cache, signal_at=step) for cache, step in zip(caches, steps, strict=True)]
+    assert [one.wait() for one in killed] == [-signal.SIGKILL] * len(steps)
     kept = [
         tuple(len(list(cache.glob(f"parts/{kind}-*.safetensors"))) for kind in ("latents", "text")) for cache in caches
     ]
@@ -109,9 +114,9 @@ def test_a_kill_at_any_point_costs_the_item_in_hand_and_the_end_is_the_same(vide
     assert kept == [(2, 0), (4, 1), (4, 4), (4, 4), (0, 0)]
     again = [prepare(videos, cache, log="again") for cache in caches]
     for one, expected, cache in zip(again, [(2, 4), (0, 3), (0, 0), (0, 0), (0, 0)], caches, strict=True):
-        assert one.end() == 0, one.said()
+        assert one.wait() == 0, one.text()
         assert "encoded now: {} clips and {} captions".format(*expected) in one.out
-        assert tree(cache) == tree(clean.watched), cache
+        assert tree(cache) == tree(clean), cache
 
 
 def test_a_video_that_is_replaced_under_the_same_name_and_size_is_found(videos, clean, tmp_path):
@@ -123,26 +128,26 @@ def test_a_video_that_is_replaced_under_the_same_name_and_size_is_found(videos, 
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
     before = target.stat()
     # Stopped at its first change of the cache, when every video has been hashed and none decoded.
-    running = prepare(folder, cache, signal_at=(0, signal.SIGSTOP))
+    running = prepare(folder, cache, signal_at=1, signal=signal.SIGSTOP)
     running.wait_until_stopped()
     content, _ = other.read_bytes(), target.write_bytes(other.read_bytes())
     os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert target.stat().st_size == before.st_size
-    os.kill(running.process.pid, signal.SIGCONT)
-    assert running.end() == 1, running.said()
+    running.send(signal.SIGCONT)
+    assert running.wait() == 1, running.text()
     assert "2.mp4: was changed while it was read: run this again." in running.out
     report = report_of(cache)
     assert {name: report[name]["status"] for name in report} == {
         "0.mp4": "kept", "1.mp4": "kept", "2.mp4": "refused", "3.mp4": "kept",
     }  # fmt: skip
     again = prepare(folder, cache, log="again")
-    assert again.end() == 0 and "encoded now: 1 clips and 1 captions" in again.out, again.said()
+    assert again.wait() == 0 and "encoded now: 1 clips and 1 captions" in again.out, again.text()
     found = open_cache(cache, **GEOMETRY)
     assert found.rows[2].source_sha256 == file_sha256(target) and target.read_bytes() == content
     # What a run over the new video alone makes of it.
     (tmp_path / "alone").mkdir()
     shutil.copy(target, tmp_path / "alone" / "2.mp4")
-    assert prepare(tmp_path / "alone", tmp_path / "one", "data.allow_empty_captions=true").end() == 0
+    assert prepare(tmp_path / "alone", tmp_path / "one", "data.allow_empty_captions=true").wait() == 0
     assert torch.equal(found.read(2)["mean"], open_cache(tmp_path / "one", **GEOMETRY).read(0)["mean"])
 
 
@@ -162,7 +167,7 @@ def test_bad_files_of_every_kind_are_reported_and_the_others_finish(tmp_path):
         server.bind(str(folder / "socket.mp4"))
         # So many that the damage in the middle of a clip of 90 is among them.
         done = prepare(folder, cache, "data.allow_empty_captions=true", "data.num_frames=61")
-        assert done.end() == 1, done.said()
+        assert done.wait() == 1, done.text()
     report = report_of(cache)
     bad = {"damaged", "no moov", "audio", "garbage", "empty", "link", "pipe", "socket"}
     assert {name for name, record in report.items() if record["status"] == "refused"} == {f"{n}.mp4" for n in bad}
@@ -198,7 +203,7 @@ def test_names_and_captions_of_every_kind_come_out_as_they_went_in(tmp_path):
         shutil.copy(source, folder / name)
         (folder / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
     done = prepare(folder, cache)
-    assert done.end() == 0, done.said()
+    assert done.wait() == 0, done.text()
     assert "encoded now: 1 clips and 13 captions" in done.out and "captions cut to 256 tokens: -rf.mp4 by" in done.out
     found, report = open_cache(cache, **GEOMETRY), report_of(cache)
     expected = {name: text.strip().lstrip("\ufeff") for name, text in captions.items()}

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers_cache import encode, rows_of
-from helpers_process import Command
+from helpers_process import Disturbance, Program
 from helpers_road import ENVIRONMENT, LORA, command, prepared, road
 
 from mochi_tune.data.cache import CacheSettings
@@ -28,8 +27,10 @@ def test_two_renderings_that_choose_one_name_at_once_are_two_videos(tmp_path, ou
     samples = tmp_path / "samples"
     arguments = [*road(tmp_path), *RENDER, "save_latents=true", *([f"out={samples / out}"] if out else [])]
     both = [
-        Command(
-            tmp_path / f"log{i}", "sample", "conf=my_lora", *arguments, signal_at=(0, signal.SIGSTOP), watched=samples
+        Program(
+            ["sample", "conf=my_lora", *arguments],
+            tmp_path / f"log{i}",
+            Disturbance(samples, signal_at=1, signal=signal.SIGSTOP),
         )
         for i in range(2)
     ]
@@ -37,8 +38,8 @@ def test_two_renderings_that_choose_one_name_at_once_are_two_videos(tmp_path, ou
         # Its names have been chosen; the folder is what it makes first.
         one.wait_until_stopped()
     for one in both:
-        os.kill(one.process.pid, signal.SIGCONT)
-    assert [one.end() for one in both] == [0, 0], [one.said() for one in both]
+        one.send(signal.SIGCONT)
+    assert [one.wait() for one in both] == [0, 0], [one.text() for one in both]
     videos = sorted(samples.glob("*.mp4"))
     stem = "mine" if out else "a_red_ball_seed_0_001"
     assert [video.name for video in videos] == [f"{stem}.mp4", f"{stem}_2.mp4"]
@@ -59,8 +60,8 @@ def test_a_taken_port_29500_is_not_needed(tmp_path):
             with contextlib.suppress(OSError):
                 server.bind((address, 29500))
                 server.listen()
-        done = Command(tmp_path / "log", "sample", "conf=my_lora", *road(tmp_path), *RENDER, *TWO)
-        assert done.end() == 0, done.said()
+        done = Program(["sample", "conf=my_lora", *road(tmp_path), *RENDER, *TWO], tmp_path / "log")
+        assert done.wait() == 0, done.text()
     assert Path(done.out.strip()).exists()
 
 
@@ -77,7 +78,7 @@ def test_a_host_with_ipv6_alone_will_do(tmp_path):
     done = subprocess.run(
         ["unshare", "--net", "--mount", "sh", "-c", IPV6_ONLY, "sh", str(tmp_path / "hosts"),
          *command("sample", "conf=my_lora", *road(tmp_path), *RENDER, *TWO)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
     ) if shutil.which("unshare") and shutil.which("ip") else None  # fmt: skip
     if done is None or (done.returncode in (1, 77) and "mochi-tune" not in done.stderr):
         pytest.skip("no network namespace can be made here")
@@ -131,8 +132,8 @@ def test_more_shards_than_files_may_be_open_is_one_line(tmp_path):
         writer.commit(rows, settings, shard_bytes=1)
     assert len(list((tmp_path / "cache" / "data").iterdir())) == 100
     arguments = [*road(tmp_path / "run", *LORA), f"data.cache={tmp_path / 'cache'}"]
-    refusal = Command(tmp_path / "log", "train", "conf=my_lora", *arguments, max_files=64).refusal
-    assert "Too many open files: raise `ulimit -n`." in refusal
+    trainer = Program(["train", "conf=my_lora", *arguments], tmp_path / "log", Disturbance(max_files=64))
+    assert "Too many open files: raise `ulimit -n`." in trainer.refusal
 
 
 def shell(script: str) -> subprocess.CompletedProcess:

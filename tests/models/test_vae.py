@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from helpers_golden import GOLDEN, golden_decoder, golden_encoder, relative_error, vectors
+from helpers_golden import GOLDEN, TOLERANCE, golden_decoder, golden_encoder, relative_error, vectors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mochi_tune.models import vae
@@ -48,9 +48,10 @@ def test_full_size_has_the_official_names_shapes_and_count(part, model, config, 
     assert sum(parameter.numel() for parameter in full_size.parameters()) == count
 
 
-def test_fourier_features_are_the_official_ones_to_the_bit():
+def test_fourier_features_are_the_official_ones_to_the_last_bits():
+    """Sines of pixels that are one rounding off would be 2 pi 2^7 of these off; a processor's own sines are two."""
     pixels = frames_to_pixels(FRAMES[:, :1])
-    assert torch.equal(fourier_features(pixels), IO["fourier"])
+    assert (fourier_features(pixels) - IO["fourier"]).abs().max() <= 2 * torch.finfo(torch.float32).eps
 
 
 class Divisors(TorchDispatchMode):
@@ -102,12 +103,12 @@ def test_no_frame_sees_its_future(encoder, decoder):
     changed = pixels.clone()
     changed[:, :, 7:] *= -1
     for a, b in zip(encoder(pixels), encoder(changed), strict=True):
-        assert torch.allclose(a[:, :, :2], b[:, :, :2], atol=1e-6) and not torch.allclose(a[:, :, 2], b[:, :, 2])
+        assert relative_error(a[:, :, :2], b[:, :, :2]) <= TOLERANCE < 1e-2 < relative_error(a[:, :, 2], b[:, :, 2])
     latents = IO["lat"][..., :2, :2]
     changed = latents.clone()
     changed[:, :, 2] *= -1
     a, b = decoder(latents), decoder(changed)
-    assert torch.allclose(a[:, :, :7], b[:, :, :7], atol=1e-6) and not torch.allclose(a[:, :, 7:], b[:, :, 7:])
+    assert relative_error(a[:, :, :7], b[:, :, :7]) <= TOLERANCE < 1e-2 < relative_error(a[:, :, 7:], b[:, :, 7:])
 
 
 @torch.no_grad()
@@ -146,7 +147,7 @@ def test_attention_in_parts_of_its_rows_is_the_whole(monkeypatch):
     whole = attention(x)
     # 24 rows: three parts of 7, and one of 3.
     monkeypatch.setattr(vae, "MAX_ATTENTION_ROWS", 7)
-    assert torch.allclose(attention(x), whole, atol=1e-6)
+    assert relative_error(attention(x), whole) <= TOLERANCE
 
 
 def test_a_norm_gives_the_same_with_and_without_a_gradient():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE
 from helpers_parallel import run_ranks
 
 from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, lora_parameters
@@ -11,7 +12,8 @@ from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.context import apply_context_parallel, check_context_ranks
 
 CONFIG = DiTConfig(depth=3, num_heads=12, hidden_size_x=96, hidden_size_y=48, t5_feat_dim=32)
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# In fp64 nothing but a mistake is of this size; of fp32, outputs and gradients, see models/test_rounding.py.
+DTYPES = {torch.float64: (1e-10, 1e-10), torch.float32: (TOLERANCE, GRADIENT_TOLERANCE)}
 # Latent frames, rows, columns: 7 frames of 15 tokens, which neither 2 nor 4 divides.
 GRID = (7, 6, 10)
 TEXT_LENGTHS = {"one prompt": [5], "an empty prompt": [0], "different prompts": [6, 3, 0]}
@@ -41,7 +43,7 @@ def inputs(lengths: list[int], dtype: torch.dtype):
 def outputs_and_gradients(group) -> dict[str, torch.Tensor]:
     """Everything that one rank computes; gradients are summed over the ranks."""
     results = {}
-    for dtype in TOLERANCE:
+    for dtype in DTYPES:
         for adapter in ("none", "live", "dora"):
             dit = build(dtype, adapter)
             if group is not None:
@@ -80,7 +82,7 @@ def test_several_ranks_compute_what_one_does(num_ranks, alone, tmp_path):
         assert results.keys() == alone.keys()
         for key, expected in alone.items():
             error = (results[key] - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
-            assert error <= TOLERANCE[expected.dtype], f"{key}: {error}"
+            assert error <= DTYPES[expected.dtype]["gradient" in key], f"{key}: {error}"
 
 
 def test_ranks_that_do_not_divide_the_heads_are_refused():

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from helpers_road import run
+from helpers_process import run
 
 from mochi_tune.errors import ConfigError
 from mochi_tune.recipes.bench import Bench, main

@@ -6,20 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers_parallel import run_ranks
-from helpers_road import ENVIRONMENT, command, run
+from helpers_process import Program, run
+from helpers_road import ENVIRONMENT
+from helpers_rounding import assert_same_frames, rounding_error, rounding_share, share_of_error
+from helpers_video import keeping_frames
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
-from mochi_tune.adapters.lora import linear_shapes
+from mochi_tune.adapters.lora import apply_adapter, linear_shapes
 from mochi_tune.config.load import load_config, weights_folder
+from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.parallel.mesh import Layout, Mesh
-from mochi_tune.recipes.sample import main
+from mochi_tune.recipes import sample
 from mochi_tune.sampling.render import decoded_frames
-from mochi_tune.sampling.video import read_frames
+from mochi_tune.sampling.requests import sampler_settings
+from mochi_tune.sampling.sampler import draw_noise, sample_latents
 from mochi_tune.weights.folder import WeightsFolder
 
 TOY = weights_folder(load_config("toy_lora", []))
@@ -51,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def settings(folder: Path, name: str, layout: dict, adapter: str) -> list[str]:
-    given = [f"{key}={value}" for key, value in ({"parallel.timeout_seconds": 60} | layout).items()]
+    given = [f"{key}={value}" for key, value in layout.items()]
     given += [f"sample.adapter={folder / 'adapter.safetensors'}"] if adapter == "with" else []
     # 37 frames are 7 latent frames, and a guidance of 1 is part of the schedule.
     given += ["sample.num_frames=37", "sample.steps=3", "sample.guidance=[6,3,1]", "sample.save_latents=true"]
@@ -60,7 +64,18 @@ def settings(folder: Path, name: str, layout: dict, adapter: str) -> list[str]:
 
 
 def render(folder: Path, name: str, layout: dict, adapter: str) -> None:
-    list(main(load_config("toy_lora", settings(folder, name, layout, adapter))))
+    with keeping_frames(sample, folder / f"frames_{name}"):
+        list(sample.main(load_config("toy_lora", settings(folder, name, layout, adapter))))
+
+
+@pytest.fixture(scope="module")
+def latents_error(folder) -> float:
+    """How far the latents of another layout may be from those of one process: its sums are in another order."""
+    dit, text = WeightsFolder(TOY).load_dit("cpu", torch.float32), TextEncoder.load(TOY, "cpu", torch.float32)
+    apply_adapter(dit, load_adapter(folder / "adapter.safetensors").layers, "adapter")
+    schedule = sampler_settings(load_config("toy_lora", settings(folder, "never", {}, "without")))
+    noise, features = draw_noise(0, 37, 64, 96), text.encode([PROMPTS[0], ""])
+    return rounding_error(lambda: sample_latents(dit, noise, *features, schedule, ""), [*dit.parameters(), noise])
 
 
 def render_all(folder: Path, num_ranks: int) -> list[torch.Tensor]:
@@ -68,18 +83,25 @@ def render_all(folder: Path, num_ranks: int) -> list[torch.Tensor]:
     for i, layout in enumerate(LAYOUTS[num_ranks]):
         for adapter in ("without", "with"):
             render(folder, f"{num_ranks}_{i}_{adapter}", layout, adapter)
-    mesh = Mesh(Layout(context=num_ranks), torch.device("cpu"), 60)
+    mesh = Mesh(Layout(context=num_ranks), torch.device("cpu"), 600)
     latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
     return list(decoded_frames(WeightsFolder(TOY).load_decoder("cpu", torch.float32), latents, mesh))
 
 
 @pytest.mark.parametrize("num_ranks", LAYOUTS)
-def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tmp_path, num_ranks):
+def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tmp_path, latents_error, num_ranks):
     together, *others = run_ranks(num_ranks, render_all, tmp_path, folder, num_ranks)
     latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
-    alone = list(decoded_frames(WeightsFolder(TOY).load_decoder("cpu", torch.float32), latents, None))
-    difference = (torch.cat(together).int() - torch.cat(alone).int()).abs()
-    assert difference.max() <= 1 and difference.float().mean() < 1e-3 and not any(others)
+    decoder = WeightsFolder(TOY).load_decoder("cpu", torch.float32)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return torch.cat(list(decoded_frames(decoder, latents, None)))
+
+    share = rounding_share(lambda: decode(latents), [*decoder.parameters(), latents])
+    assert_same_frames(torch.cat(together), decode(latents), share)
+    assert not any(others)
+    # Those that are decoded from latents which are not the same bits may differ by what these are apart, too.
+    share += share_of_error(decode, latents, latents_error)
     for i, layout in enumerate(LAYOUTS[num_ranks]):
         for adapter in ("without", "with"):
             made = sorted((folder / f"{num_ranks}_{i}_{adapter}").iterdir())
@@ -88,12 +110,12 @@ def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tm
                 one = folder / f"one_{adapter}" / path.name
                 if path.suffix == ".safetensors":
                     ours, theirs = (load_file(p)["latents"] for p in (path, one))
-                    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), layout
+                    assert (ours - theirs).abs().max() <= latents_error < 1e-3 * theirs.abs().max(), layout
                 elif path.suffix == ".mp4":
-                    ours, theirs = (np.stack(read_frames(p)).astype(int) for p in (path, one))
-                    assert ours.shape == theirs.shape == (37, 64, 96, 3)
-                    # A pixel may round the other way, which the video's compression spreads.
-                    assert np.abs(ours - theirs).mean() < 0.5, layout
+                    kept = (f"frames_{p.parent.name}/{p.stem}.pt" for p in (path, one))
+                    ours, theirs = (torch.load(folder / name, weights_only=True) for name in kept)
+                    assert ours.shape == (37, 64, 96, 3)
+                    assert_same_frames(ours, theirs, share)
                 else:
                     ours, theirs = (json.loads(p.read_text()) for p in (path, one))
                     assert ours["noise_sha256"] == theirs["noise_sha256"]
@@ -101,10 +123,10 @@ def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tm
 
 def render_dora(folder: Path) -> None:
     more = ["parallel.context=2", "memory.dit=shard", f"sample.adapter={folder / 'dora.safetensors'}"]
-    list(main(load_config("toy_lora", [*settings(folder, "two_dora", {}, "without"), *more])))
+    list(sample.main(load_config("toy_lora", [*settings(folder, "two_dora", {}, "without"), *more])))
 
 
-def test_a_dora_measures_its_rows_where_the_base_is_in_shares(folder, tmp_path):
+def test_a_dora_measures_its_rows_where_the_base_is_in_shares(folder, tmp_path, latents_error):
     adapter, dit = load_adapter(folder / "adapter.safetensors"), WeightsFolder(TOY).load_dit("cpu", torch.float32)
     for name, layer in adapter.layers.items():
         layer.magnitude = 1.2 * dit.get_submodule(name).weight.detach().norm(dim=1)
@@ -114,7 +136,8 @@ def test_a_dora_measures_its_rows_where_the_base_is_in_shares(folder, tmp_path):
     for path in (folder / "one_dora").glob("*.safetensors"):
         alone, plain = (load_file(folder / name / path.name)["latents"] for name in ("one_dora", "one_with"))
         together = load_file(folder / "two_dora" / path.name)["latents"]
-        assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+        # A DoRA's rows are longer by a fifth than those of the adapter that the bound is measured with.
+        assert (together - alone).abs().max() <= 2 * latents_error
         assert not torch.allclose(alone, plain, atol=1e-2)
 
 
@@ -142,22 +165,17 @@ def test_impossible_layouts_are_refused_in_one_line(folder):
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_processes_that_torchrun_or_srun_starts_just_run(folder):
+def test_processes_that_torchrun_or_srun_starts_just_run(folder, latents_error):
     one = {p.name: load_file(p)["latents"] for p in (folder / "one_without").glob("*.safetensors")}
     arguments = {name: ["sample", "conf=toy_lora", *settings(folder, name, {}, "without")] for name in ("run", "srun")}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*torchrun, "-m", "mochi_tune.cli", *arguments["run"]], env=ENVIRONMENT, check=True)
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     step |= {"SLURM_STEP_NODELIST": "localhost"}
-    tasks = [
-        subprocess.Popen(
-            command(*arguments["srun"]),
-            env=ENVIRONMENT | step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+    ranks = [step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+    tasks = [Program(arguments["srun"], folder / f"task_{i}", env=env) for i, env in enumerate(ranks)]
+    assert [task.wait() for task in tasks] == [0, 0], tasks[0].text()
     for name in arguments:
         made = {p.name: load_file(p)["latents"] for p in (folder / name).glob("*.safetensors")}
         assert made.keys() == one.keys()
-        assert all((made[key] - one[key]).abs().max() <= 1e-5 * one[key].abs().max() for key in one)
+        assert all((made[key] - one[key]).abs().max() <= latents_error for key in one)

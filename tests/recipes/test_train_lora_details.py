@@ -10,20 +10,22 @@ import pytest
 import torch
 from helpers_road import prepared, read_rows, road
 from safetensors.torch import load_file
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, lora_parameters
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.data.cache import open_cache
-from mochi_tune.data.dataset import LatentDataset
+from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import TrainingError
 from mochi_tune.models.dit import AsymmDiT
-from mochi_tune.models.latents import VAE_MEAN, VAE_STD, to_latents
+from mochi_tune.models.latents import to_latents
+from mochi_tune.recipes import train_lora
 from mochi_tune.recipes.train_lora import main
 from mochi_tune.training.checkpoint import manifest_of
+from mochi_tune.training.draws import KeyedDraws
+from mochi_tune.training.evaluate import ValidationClips, validation_losses
 from mochi_tune.training.guards import is_finite
-from mochi_tune.training.loader import Draws
-from mochi_tune.training.validation import validation_losses
+from mochi_tune.training.objective import velocity_loss
 from mochi_tune.weights.folder import WeightsFolder
 
 CPU = torch.device("cpu")
@@ -44,47 +46,68 @@ def watching(hook):
         handle.remove()
 
 
-def standard_batch(rows: int, *size: int) -> dict:
-    """Returns a batch whose posterior is the standard normal, with a prompt of one token a row."""
-    return {
-        "mean": torch.zeros(rows, 12, *size),
-        "logvar": torch.zeros(rows, 12, *size),
-        "prompt_embeds": torch.ones(rows, 1, 4),
-        "prompt_mask": torch.ones(rows, 1, dtype=torch.bool),
-        "sample_ids": [f"{row}.mp4" for row in range(rows)],
-    }
+def recorded_step(run_dir, monkeypatch, *more: str) -> tuple[KeyedDraws, dict, list[dict]]:
+    """Trains one step; returns its draws, its row, and what each micro-batch gave to the model and to the loss."""
+    seen: list[dict] = []
+
+    def record_loss(velocity, target):
+        seen[-1]["target"] = target
+        return velocity_loss(velocity, target)
+
+    def record_input(module, inputs):
+        if isinstance(module, AsymmDiT):
+            seen.append(dict(zip(("noisy", "sigma", "prompt", "mask"), inputs, strict=True)))
+
+    monkeypatch.setattr(train_lora, "velocity_loss", record_loss)
+    hook = register_module_forward_pre_hook(record_input)
+    try:
+        config = load_config("my_lora", road(run_dir, "lora.rank=1", "train.steps=1", "train.validate_every=0", *more))
+        assert main(config) == 0
+    finally:
+        hook.remove()
+    train = config.train
+    draws = KeyedDraws(0, train.batch_size, train.accumulation_steps, train.caption_dropout, train.sigma_stratified)
+    return draws, read_rows(run_dir / "metrics.jsonl")[0], seen
 
 
-def drawn_clip_and_noise() -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what a training input was mixed from: input + sigma * target, and that less the target."""
-    batch = Draws().mixed(standard_batch(1, 8, 64, 64), 1, 0)
-    clip = batch.noisy + batch.sigma.view(-1, 1, 1, 1, 1) * batch.target
-    return clip, clip - batch.target
+def test_a_step_mixes_what_was_drawn_for_its_clips_in_the_samplers_space(tmp_path, monkeypatch):
+    """The clip is drawn from its posterior, normalised, and mixed with another noise; some captions are dropped."""
+    more = ["train.batch_size=2", "train.accumulation_steps=3", "train.caption_dropout=0.5"]
+    draws, row, seen = recorded_step(tmp_path, monkeypatch, *more)
+    dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+    numbers = {entry.path: number for number, entry in enumerate(dataset.cache.rows)}
+    assert len(seen) == 3
+    for micro_batch, got in enumerate(seen):
+        drawn, rows = draws.draw(1, micro_batch, (12, 2, 4, 6)), slice(2 * micro_batch, 2 * micro_batch + 2)
+        items = collate([dataset[numbers[clip]] for clip in row["clips"][rows]])
+        sigma = draws.uniforms(1)[rows]
+        assert torch.equal(got["sigma"], sigma) and row["sigmas"][rows] == [round(s, 6) for s in sigma.tolist()]
+        clip = to_latents(items["mean"] + torch.exp(items["logvar"] / 2) * drawn.posterior_noise)
+        share = sigma.view(-1, 1, 1, 1, 1)
+        assert torch.allclose(got["noisy"], (1 - share) * clip + share * drawn.noise, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(got["target"], clip - drawn.noise, rtol=1e-5, atol=1e-5)
+        kept = ~drawn.drops_caption
+        assert torch.equal(got["mask"], items["prompt_mask"] & kept[:, None])
+        assert torch.equal(got["prompt"], items["prompt_embeds"] * kept[:, None, None])
+    assert len({tuple(got["mask"].any(1).tolist()) for got in seen}) > 1, "some captions are dropped, some kept"
 
 
-def test_clips_are_drawn_from_their_posterior():
-    clip, noise = drawn_clip_and_noise()
-    std, mean = torch.tensor(VAE_STD), torch.tensor(VAE_MEAN)
-    # 32768 values a channel: the standard error is 0.006.
-    assert torch.allclose(clip.std((0, 2, 3, 4)), 1 / std, rtol=0.03)
-    assert torch.allclose(clip.mean((0, 2, 3, 4)), -mean / std, atol=0.03)
-    assert torch.allclose(noise.std((0, 2, 3, 4)), torch.ones(12), rtol=0.03)
-
-
-def test_the_posteriors_noise_is_not_the_one_that_is_mixed_in():
-    drawn = torch.stack([t.flatten() for t in drawn_clip_and_noise()])
-    assert abs(torch.corrcoef(drawn)[0, 1].item()) < 0.1
+def test_draws_are_standard_normal_and_unrelated():
+    drawn = KeyedDraws(0, 1, 1, 0.1, False).draw(1, 0, (12, 8, 64, 64))
+    noises = torch.stack([drawn.noise.flatten(), drawn.posterior_noise.flatten()])
+    # 393216 values: the standard error of mean and correlation is 0.0016, that of the deviation 0.0011.
+    assert abs(torch.corrcoef(noises)[0, 1].item()) < 0.01
+    assert noises.mean(1).abs().max() < 0.01 and (noises.std(1) - 1).abs().max() < 0.01
 
 
 def test_captions_are_dropped_at_every_sigma_alike():
-    draws = Draws(caption_dropout=0.3, batch_size=3)
+    draws = KeyedDraws(0, 3, 1, 0.3, False)
     dropped, kept = [], []
     for step in range(300):
-        batch = draws.mixed(standard_batch(3, 1, 1, 1), step, 0)
-        empty = ~batch.prompt_mask.any(1)
-        dropped += batch.sigma[empty].tolist()
-        kept += batch.sigma[~empty].tolist()
-    assert len(dropped) > 200
+        drawn, sigma = draws.draw(step, 0, (1, 1, 1, 1)), draws.uniforms(step)
+        dropped += sigma[drawn.drops_caption].tolist()
+        kept += sigma[~drawn.drops_caption].tolist()
+    assert 200 < len(dropped) < 340, "about 30 % of 900"
     assert abs(sum(dropped) / len(dropped) - 0.5) < 0.07 and abs(sum(kept) / len(kept) - 0.5) < 0.07
 
 
@@ -157,7 +180,7 @@ def test_validation_is_the_loss_on_fixed_noise_at_fixed_sigmas(dataset, objectiv
             calls.append((inputs[0], inputs[1], output))
 
     with watching(keep):
-        got = validation_losses(adapted_dit(0.0), dataset, [0, 1], 0, objective, CPU)
+        got = validation_losses(adapted_dit(0.0), ValidationClips(dataset, [0, 1], 0, objective), CPU)
     noisy, sigma, prediction = (torch.cat(parts) for parts in zip(*calls, strict=True))
     assert sigma.tolist() == [*SIGMAS, *SIGMAS]
     losses = []
@@ -178,12 +201,12 @@ def test_validation_is_the_loss_on_fixed_noise_at_fixed_sigmas(dataset, objectiv
 
 def test_validation_is_the_same_at_any_time_and_leaves_training_on(dataset):
     plain, dropping = adapted_dit(0.0), adapted_dit(0.5)
-    expected = validation_losses(plain, dataset, [0, 1, 2], 0, "sampler", CPU)
+    expected = validation_losses(plain, ValidationClips(dataset, [0, 1, 2], 0, "sampler"), CPU)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        assert validation_losses(dropping, dataset, [0, 1, 2], 0, "sampler", CPU) == expected
+        assert validation_losses(dropping, ValidationClips(dataset, [0, 1, 2], 0, "sampler"), CPU) == expected
         assert dropping.training and all(module.training for module in dropping.modules())
-    assert validation_losses(plain, dataset, [0, 1, 2], 1, "sampler", CPU) != expected
+    assert validation_losses(plain, ValidationClips(dataset, [0, 1, 2], 1, "sampler"), CPU) != expected
 
 
 def test_the_last_step_is_looked_at_though_no_interval_falls_on_it(tmp_path):

@@ -6,13 +6,14 @@ import time
 
 import pytest
 import torch
-from helpers_road import LORA, read_rows, road, run, train
+from helpers_process import PATIENCE, run
+from helpers_road import LORA, read_rows, road, train
 
 from mochi_tune.cli import main as cli
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import TrainingError
-from mochi_tune.recipes import train_lora
 from mochi_tune.recipes.train_lora import main
+from mochi_tune.training.evaluate import EvalVideos
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -26,12 +27,12 @@ def test_a_step_is_saved_before_it_is_looked_at_and_the_look_is_made_up_for(tmp_
     more += ["train.sample_prompts=[a cat]", "sample.steps=2", "train.validation_clips=1"]
     config = load_config("my_lora", [*road(tmp_path, *LORA), *more])
 
-    def fail_at_step_2(_videos, _dit, step, starts_as_base):
+    def fail_at_step_2(_videos, _dit, step):
         if step == 2:
             raise RuntimeError("the renderer is broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_lora.EvalVideos, "render", fail_at_step_2)
+        patch.setattr(EvalVideos, "render", fail_at_step_2)
         with pytest.raises(RuntimeError, match="the renderer is broken"):
             main(config)
     assert (tmp_path / "checkpoints" / "step_000002").exists()
@@ -93,7 +94,7 @@ def test_wandb_works_offline(tmp_path):
     done = run("train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2", "log.wandb=offline"))
     assert done.returncode == 0, done.stderr
     [file] = tmp_path.glob("trackers/wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while file.stat().st_size <= 1000 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert file.stat().st_size > 1000

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_faults import assert_same_end, rows_of
+from helpers_golden import TOLERANCE
 from helpers_road import CAPTIONS, SIZES, read_rows, train
 from helpers_video import write_video
 from safetensors.torch import load_file
@@ -15,7 +16,8 @@ from mochi_tune.adapters.files import load_adapter
 from mochi_tune.config.load import load_config
 from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.training.loader import Draws
+from mochi_tune.training.draws import KeyedDraws
+from mochi_tune.training.objective import sigmas_of
 
 OPTIMIZERS = {
     "adamw": [], "adamw_8bit": [], "adafactor": [], "muon": [], "prodigy": ["train.learning_rate=1"],
@@ -74,7 +76,8 @@ def test_the_average_is_what_is_validated_rendered_and_given_out(tmp_path):
             for number, step in enumerate(steps, 1):
                 decay = (1 + number) / (10 + number)
                 expected = decay * expected + (1 - decay) * step[name]
-            assert torch.allclose(tensor, expected, atol=1e-7), name
+            # Twice six roundings of numbers of up to 6 steps of 1e-2.
+            assert (tensor - expected).abs().max() <= 12 * 2**-23 * 0.06, name
     saved = load_file(tmp_path / "averaged/checkpoints/step_000006/adapter.safetensors")
     assert all(torch.equal(saved[name], plain[name]) for name in plain), "training does not feel it"
     losses = [[row["loss"] for row in rows_of(tmp_path / name)] for name in ("plain", "averaged")]
@@ -85,7 +88,7 @@ def test_the_average_is_what_is_validated_rendered_and_given_out(tmp_path):
     begun = [*settings[1:3], f"lora.init_from={tmp_path / 'averaged/adapter.safetensors'}", *settings[4:]]
     assert train(tmp_path / "begun", "train.steps=1", *begun) == 0
     first = rows_of(tmp_path / "begun", "validation")[0]["validation_loss"]
-    assert first == pytest.approx(losses[1][1]["validation_loss"], rel=1e-6)
+    assert first == pytest.approx(losses[1][1]["validation_loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("to", ["native", "diffusers", "comfyui"])
@@ -109,7 +112,7 @@ def test_a_run_begins_with_an_adapter_of_any_format(tmp_path, to):
     assert train(tmp_path / "second", "train.steps=2", *settings, *more, f"lora.init_from={file}") == 0
     ends = [rows_of(tmp_path / "first", "validation")[-1], rows_of(tmp_path / "second", "validation")[0]]
     assert ends[0]["step"] == 4 and ends[1]["step"] == 0
-    assert ends[1]["validation_loss"] == pytest.approx(ends[0]["validation_loss"], rel=1e-5)
+    assert ends[1]["validation_loss"] == pytest.approx(ends[0]["validation_loss"], rel=TOLERANCE)
 
 
 def test_what_an_adapter_to_begin_with_does_not_fit_is_refused_before_the_run_folder_is_made(tmp_path):
@@ -123,14 +126,15 @@ def test_what_an_adapter_to_begin_with_does_not_fit_is_refused_before_the_run_fo
 
 
 def test_stratified_sigmas_are_spread_over_each_steps_samples():
+    draws = KeyedDraws(seed=0, batch_size=2, num_micro_batches=4, caption_dropout=0.0, stratified=True)
     for distribution, middle in (("uniform", 0.5), ("shifted", 0.75)):
-        draws = Draws(batch_size=2, num_micro_batches=4, distribution=distribution, shift=3.0, is_stratified=True)
+        orders = set()
         for step in range(1, 40):
-            sigmas = draws.sigmas(step)
+            sigmas = sigmas_of(draws.uniforms(step), distribution, shift=3.0)
             uniforms = sigmas if distribution == "uniform" else sigmas / (3 - 2 * sigmas)
             assert sorted((uniforms * 8).floor().tolist()) == list(range(8)), "one in each eighth"
             assert (sigmas < middle).sum() == 4
-        orders = {tuple(draws.sigmas(step).argsort().tolist()) for step in range(1, 40)}
+            orders.add(tuple(sigmas.argsort().tolist()))
         assert len(orders) > 30, "another sample gets the noise each time"
 
 
@@ -193,5 +197,10 @@ def test_the_file_tells_how_it_was_made(tmp_path):
     adapter = load_adapter(tmp_path / "adapter.safetensors")
     assert adapter.metadata["rank"] == "4" and adapter.metadata["alpha"] == "8" and "rslora" in adapter.metadata
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
-    about = {"torch": str(torch.__version__), "processes": 1, "strategy": "data", "device": "cpu, 1 threads"}
+    about = {
+        "torch": str(torch.__version__),
+        "processes": 1,
+        "strategy": "data",
+        "device": f"cpu, {torch.get_num_threads()} threads",
+    }
     assert history == [{"from_step": 0, "resume_from": None, "changed": [], **about}]

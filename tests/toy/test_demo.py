@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_golden import TOLERANCE
 from PIL import Image
 
 from mochi_tune.adapters.files import load_adapter
@@ -23,9 +24,9 @@ from mochi_tune.toy.lesson import lesson_words
 from mochi_tune.toy.samples import render_words
 from mochi_tune.toy.world import draw_clips, split_words
 from mochi_tune.training.draws import keyed_generator
+from mochi_tune.training.evaluate import ValidationClips, validation_losses
 from mochi_tune.training.objective import noisy_and_target
 from mochi_tune.training.preflight import check
-from mochi_tune.training.validation import validation_losses
 from mochi_tune.weights.folder import WeightsFolder
 
 STEPS, SAMPLES = 150, 12
@@ -60,13 +61,12 @@ def test_the_adapter_file_is_what_was_trained(lesson):
     config = load_config(str(run / "config.yaml"), [])
     clips = {"num_frames": config.data.num_frames, "height": config.data.height, "width": config.data.width}
     dataset = LatentDataset(open_cache(Path(config.data.cache), **clips))
-    job = check(config, 1)
-    assert job.is_held_out and len(job.validation) == config.train.validation_clips
+    plan = check(config, 1)
+    assert len(plan.held_out) == config.train.validation_clips
 
     def validation_loss(dit):
-        losses = validation_losses(
-            dit, dataset, job.validation, config.seed, config.train.objective, torch.device("cpu")
-        )
+        clips = ValidationClips(dataset, plan.validation_clips, config.seed, config.train.objective)
+        losses = validation_losses(dit, clips, torch.device("cpu"))
         return sum(losses.values()) / len(losses)
 
     dit = WeightsFolder(weights_folder(config)).load_dit("cpu", torch.float32)
@@ -108,7 +108,7 @@ def test_the_objective_is_the_one_that_the_base_was_trained_on():
         "caption": loss((1 - s) * latents + s * noise, latents - noise, told=mask & False),
     }
     assert all(value > 1.05 * right for value in wrong.values()), (right, wrong)
-    assert loss(*noisy_and_target("sampler", z, noise, sigma)) == pytest.approx(right, rel=1e-5)
+    assert loss(*noisy_and_target("sampler", z, noise, sigma)) == pytest.approx(right, rel=TOLERANCE)
 
 
 def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):

@@ -7,6 +7,7 @@ from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
 from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_adapter, lora_parameters
 from mochi_tune.models.latents import to_latents
+from mochi_tune.training.draws import stratify
 from mochi_tune.training.objective import (
     LOSS_WEIGHTINGS,
     SIGMA_DISTRIBUTIONS,
@@ -14,7 +15,6 @@ from mochi_tune.training.objective import (
     loss_weight,
     noisy_and_target,
     sigmas_of,
-    stratified,
     velocity_loss,
 )
 
@@ -131,14 +131,14 @@ def test_sigmas_are_levels_in_order_whatever_was_drawn(distribution, numbers):
 def test_strata_are_each_hit_once(count):
     generator = torch.Generator().manual_seed(count)
     permutation = torch.randperm(count, generator=generator)
-    drawn = stratified(torch.rand(count, generator=generator), permutation)
+    drawn = stratify(torch.rand(count, generator=generator), permutation)
     assert drawn.dtype == torch.float32
     assert (drawn * count).floor().tolist() == permutation.tolist()
     assert sorted((drawn * count).long().tolist()) == list(range(count))
 
 
 def test_a_stratified_number_is_uniform_over_its_permutations():
-    draws = [stratified(torch.tensor([0.25, 0.75]), torch.tensor(order)) for order in ([0, 1], [1, 0])]
+    draws = [stratify(torch.tensor([0.25, 0.75]), torch.tensor(order)) for order in ([0, 1], [1, 0])]
     assert torch.stack(draws).tolist() == [[0.125, 0.875], [0.625, 0.375]]
 
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
+from helpers_process import PATIENCE, wait_for_end
 from helpers_trackers import (
     RECORDER,
     environment,
@@ -41,7 +41,7 @@ def recorded(run_dir: Path) -> tuple[list[int], list[int]]:
 def test_wandb_offline_has_every_step_once_after_a_resume(tmp_path):
     # The first run ends in the middle of a validation, which the second one makes up for.
     for last_step, steps, left_out in ((0, 6, 6), (4, 6, 6), (6, 10, None)):
-        _, lines = run(tmp_path / "run", last_step, steps, wandb="offline", left_out=left_out)
+        lines = run(tmp_path / "run", last_step, steps, wandb="offline", left_out=left_out)
         assert "stopped" not in "".join(lines)
     # The one in the middle had nothing new to say.
     first, second = sorted((tmp_path / "run" / "trackers").glob("wandb/offline-run-*/run-*.wandb"))
@@ -62,7 +62,7 @@ def test_tensorboard_has_every_step_once_after_a_resume_and_a_loss_of_memory(tmp
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_dir = tmp_path / "run"
-    _, lines = run(run_dir, 0, 5, tensorboard=True)
+    lines = run(run_dir, 0, 5, tensorboard=True)
     assert "stopped" not in "".join(lines)
     # As if the tracker had been killed before it noted the last two steps; of those, the checkpoint has none.
     memory = run_dir / "trackers" / "tensorboard.json"
@@ -82,7 +82,7 @@ def test_tensorboard_has_every_step_once_after_a_resume_and_a_loss_of_memory(tmp
 def test_trackio_has_every_step_once_after_a_resume(tmp_path):
     env = environment(TRACKIO_DIR=str(tmp_path / "trackio"))
     for last_step, steps in ((0, 5), (4, 8)):
-        _, lines = run(tmp_path / "run", last_step, steps, env, trackio=True, project="p")
+        lines = run(tmp_path / "run", last_step, steps, env, trackio=True, project="p")
         assert "stopped" not in "".join(lines)
     read = "import json, trackio; from trackio.sqlite_storage import SQLiteStorage as storage; "
     read += "[one] = trackio.Api().runs('p'); print(json.dumps(storage.get_logs('p', one.name)))"
@@ -126,11 +126,11 @@ FAULTS = {
 def test_a_tracker_that_fails_costs_the_run_a_line(tmp_path, fault):
     code, reason = FAULTS[fault]
     env, run_dir = fake_wandb(tmp_path, code), tmp_path / "run"
-    times, lines = run(run_dir, 0, 20, env, wandb="offline", close_seconds=1, pause=0.05)
+    # It would wait for one that hangs for ever, if it waited for one; the others have the time that they take to fail.
+    lines = run(run_dir, 0, 20, env, wandb="offline", close_seconds=1 if "hangs" in fault else 300, pause=0.05)
     assert_whole(run_dir, 20)
     [line] = lines
     assert line.startswith("mochi-tune: log.wandb stopped (") and reason in line and "metrics.jsonl" in line
-    assert times["slowest"] < 1 and times["close"] < 4
     assert processes_of(run_dir) == []
 
 
@@ -142,10 +142,14 @@ if not os.path.exists(flag := os.path.join(os.path.dirname(__file__), "flag")):
     raise OSError("no network")
 """
     env, run_dir = fake_wandb(tmp_path, fails_once + RECORDER), tmp_path / "run"
-    _, lines = run(run_dir, 0, 30, env, wandb="offline", pause=0.1, retry=0.5)
-    [line] = lines
-    assert "log.wandb stopped (no network)" in line
-    assert recorded(run_dir) == (list(range(1, 31)), list(range(0, 31, 2)))
+    trainer = start(run_dir, 0, 10**6, env, wandb="offline", pause=0.02, retry=0.5, until=str(tmp_path / "enough"))
+    wait_until(lambda: (run_dir / "trackers" / "recorded.jsonl").exists() and recorded(run_dir)[0])
+    (tmp_path / "enough").touch()
+    _, line = trainer.communicate(timeout=PATIENCE)
+    assert trainer.returncode == 0 and line.count("\n") == 1 and "log.wandb stopped (no network)" in line
+    steps = len(read_rows(run_dir / "metrics.jsonl"))
+    assert_whole(run_dir, steps)
+    assert recorded(run_dir) == (list(range(1, steps + 1)), list(range(0, steps + 1, 2)))
 
 
 @pytest.mark.parametrize("what", ["trackers", "trackers/follower.log", "trackers/wandb.json"])
@@ -157,26 +161,28 @@ def test_a_place_that_cannot_be_written_costs_the_run_a_line(tmp_path, what):
         (run_dir / what).write_text("a file")
     else:
         (run_dir / what).mkdir()
-    times, lines = run(run_dir, 0, 20, env, wandb="offline", close_seconds=5)
+    lines = run(run_dir, 0, 20, env, wandb="offline")
     assert_whole(run_dir, 20)
     [line] = lines
     assert line.startswith("mochi-tune: log.wandb stopped (") and what in line
-    assert times["slowest"] < 1 and times["close"] < 4
     assert processes_of(run_dir) == []
 
 
 def test_a_tracker_is_killed_while_the_run_goes_on_and_the_next_start_sends_what_is_missing(tmp_path):
     run_dir = tmp_path / "run"
-    trainer = start(run_dir, 0, 10**6, tensorboard=True, pause=0.02)
+    trainer = start(run_dir, 0, 10**6, tensorboard=True, pause=0.02, until=str(tmp_path / "enough"))
     memory = run_dir / "trackers" / "tensorboard.json"
     wait_until(lambda: memory.exists() and json.loads(memory.read_text())["metrics"] > 0)
     os.kill(processes_of(run_dir)[0].pid, signal.SIGKILL)
+    wait_until(lambda: processes_of(run_dir) == [])
     sent = json.loads(memory.read_text())["metrics"]
-    wait_until(lambda: len(read_rows(run_dir / "metrics.jsonl")) > sent + 10)
-    trainer.send_signal(signal.SIGINT)
-    _, err = trainer.communicate(timeout=60)
+    wait_until(lambda: len((run_dir / "metrics.jsonl").read_text().splitlines()) > sent)
+    (tmp_path / "enough").touch()
+    _, err = trainer.communicate(timeout=PATIENCE)
     assert trainer.returncode == 0 and err.count("\n") == 1 and "log.tensorboard stopped (ended by SIGKILL)" in err
     steps = len(read_rows(run_dir / "metrics.jsonl"))
+    assert_whole(run_dir, steps)
+    assert json.loads(memory.read_text())["metrics"] == sent < steps
     run(run_dir, steps, steps + 2, tensorboard=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -185,25 +191,13 @@ def test_a_tracker_is_killed_while_the_run_goes_on_and_the_next_start_sends_what
     assert [event.step for event in events.Scalars("metrics/loss")] == list(range(1, steps + 3))
 
 
-def test_a_tracker_that_fails_or_hangs_does_not_stop_another_one(tmp_path):
-    env, run_dir = fake_wandb(tmp_path, "raise OSError('no network')"), tmp_path / "run"
-    _, lines = run(run_dir, 0, 8, env, wandb="offline", tensorboard=True, close_seconds=60)
-    [line] = [line for line in lines if "stopped" in line]
-    assert "log.wandb stopped (no network)" in line
-    assert json.loads((run_dir / "trackers" / "tensorboard.json").read_text())["metrics"] == 8
-    (tmp_path / "packages" / "wandb.py").write_text("import time\ntime.sleep(10**6)")
-    _, lines = run(run_dir, 8, 12, env, wandb="offline", tensorboard=True, close_seconds=20)
-    assert [line.split(" stopped")[0] for line in lines if "stopped" in line] == ["mochi-tune: log.wandb"]
-    assert json.loads((run_dir / "trackers" / "tensorboard.json").read_text())["metrics"] == 12
-
-
 def test_the_rows_of_a_trainer_that_was_killed_still_arrive_and_no_process_is_left(tmp_path):
     env, run_dir = fake_wandb(tmp_path, RECORDER), tmp_path / "run"
     trainer = start(run_dir, 0, 10**6, env, wandb="offline", pause=0.01)
     wait_until(lambda: (run_dir / "trackers" / "recorded.jsonl").exists() and recorded(run_dir)[0])
     trainer.kill()
     trainer.communicate()
-    wait_until(lambda: processes_of(run_dir) == [], 10)
+    wait_until(lambda: processes_of(run_dir) == [])
     assert recorded(run_dir)[0] == [row["step"] for row in read_rows(run_dir / "metrics.jsonl")]
     assert read_rows(run_dir / "trackers" / "recorded.jsonl")[-1] == {"finished": True}
     # The next start goes on from there.
@@ -219,8 +213,7 @@ def test_a_tracker_that_hangs_ends_by_itself_when_its_trainer_was_killed(tmp_pat
     left = processes_of(run_dir)
     trainer.kill()
     trainer.communicate()
-    _, alive = psutil.wait_procs(left, timeout=10)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    wait_for_end(left)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -233,10 +226,11 @@ def test_a_signal_to_everybody_leaves_the_tracker_time_for_the_last_rows(tmp_pat
         # A cluster signals every process of a job, whatever its session.
         process.send_signal(number)
     os.killpg(trainer.pid, signal.SIGINT)
-    out, err = trainer.communicate(timeout=30)
+    _, err = trainer.communicate(timeout=PATIENCE)
+    # No line: nothing was given up.
     assert trainer.returncode == 0 and err == ""
     assert recorded(run_dir)[0] == list(range(1, len(read_rows(run_dir / "metrics.jsonl")) + 1))
-    assert json.loads(out)["close"] < 10 and processes_of(run_dir) == []
+    assert processes_of(run_dir) == []
 
 
 def check(*arguments: str, env: dict[str, str]) -> str:

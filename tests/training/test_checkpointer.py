@@ -1,4 +1,4 @@
-"""A checkpoint vouches for the rows of its steps."""
+"""A checkpoint is written only when the rows of its steps are on disk."""
 
 import resource
 
@@ -6,25 +6,25 @@ import torch
 
 from mochi_tune.adapters.files import Adapter, LoraLayer
 from mochi_tune.files import read_json_lines
+from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot
 from mochi_tune.training.metrics import Metrics
-from mochi_tune.training.saves import Saves, Snapshot
 
 
 def test_no_checkpoint_is_committed_while_a_row_waits_for_room(tmp_path):
     """The disk has room for the checkpoint's small files, and none for one more row."""
-    told = []
+    lines = []
     layer = LoraLayer(torch.ones(2, 4), torch.ones(4, 2), 2.0)
     snapshot = Snapshot(2, Adapter({"blocks.0.attn.proj_x": layer}), None, {}, {"step": 2})
     with Metrics(tmp_path, 0) as metrics:
         metrics.log({"step": 1, "sigmas": [0.5], "clips": ["x" * 100_000]})
-        saves = Saves(tmp_path, metrics, newest=1, every=0, keep_best=False, tell=told.append)
+        checkpointer = Checkpointer(tmp_path, metrics, Retention(newest=1, every=0, best=False), lines.append)
         former = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size, former[1]))
         try:
             metrics.log({"step": 2, "sigmas": [0.5], "clips": []})
-            assert not saves.save(snapshot) and "could not be saved" in told[0]
+            assert not checkpointer.save(snapshot) and "could not be saved" in lines[0]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, former)
         assert not list(tmp_path.glob("checkpoints/step_*"))
-        assert saves.save(snapshot) and (tmp_path / "checkpoints/step_000002/manifest.json").exists()
+        assert checkpointer.save(snapshot) and (tmp_path / "checkpoints/step_000002/manifest.json").exists()
         assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2]
