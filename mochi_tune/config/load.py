@@ -74,7 +74,7 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-    from yaml import MarkedYAMLError
+    from yaml import MarkedYAMLError, YAMLError
 
     patterns = {key: _read_patterns(key, value) for key, value in given.items() if _is_by_pattern(key)}
     overrides = [_hydra_override(key, value) for key, value in given.items() if key not in patterns]
@@ -100,7 +100,7 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
         raise ConfigError(f"{where} does not fit: ${{...}} in it is not a setting, or refers back to it.") from None
     except MarkedYAMLError as error:
         raise ConfigError(f"{path} is not YAML: {_describe_yaml_error(error)}.") from None
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         what = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(f"{path}: {what}: `mochi-tune train --help` shows every setting.") from None
 

@@ -59,6 +59,8 @@ def test_cfg_prints_the_settings_that_would_run():
         (["verify", "reference=nowhere", "dtype=fp16"], "dtype=fp16 is not possible: use fp32 or bf16."),
         (["weights", "push"], "use `mochi-tune weights pull`"),
         (["sample", "conf=my_lora", "model=tiny", "prompt="], "sample.prompt is empty"),
+        (["train", "conf=my_lora", "model=tiny", "sample.linear_steps=64"], "does not fit sample.steps=64"),
+        (["sample", "conf=my_lora", "model=tiny", "prompt=x", "linear_steps=64"], "does not fit sample.steps=64"),
         (["sample", "conf=my_lora", "device=cuda", "prompt=x", "model=tiny"], "device=cuda"),
     ],
 )

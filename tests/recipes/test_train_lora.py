@@ -179,8 +179,8 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     assert videos == ["step_000000_prompt_0.mp4", "step_000002_prompt_0.mp4"]
 
     assert config.sample.negative_prompt == "a cat"
-    config.sample.prompt, config.sample.out = "a red ball", str(tmp_path / "again.mp4")
-    config.sample.compare, config.sample.save_latents = "base", True
+    asked = [f"sample.out={tmp_path / 'again.mp4'}", "sample.compare=base", "sample.save_latents=true"]
+    config = load_config("my_lora", [*arguments, "sample.prompt=a red ball", *asked])
     with keeping_frames(sample, tmp_path / "frames"):
         list(sample.main(config))
     frames = {path.stem: torch.load(path, weights_only=True) for path in (tmp_path / "frames").iterdir()}
