@@ -132,6 +132,7 @@ def run_train(arguments: list[str]) -> int:
     """Trains or resumes."""
     if (config := load("train", arguments)) is None:
         return 0
+    from mochi_tune.cli.accelerate import with_accelerate
     from mochi_tune.recipes.train_lora import main as train
     from mochi_tune.training.checkpoint import last_checkpoint
     from mochi_tune.training.preflight import check, find_start
@@ -140,7 +141,8 @@ def run_train(arguments: list[str]) -> int:
     PatientStream.use()
     # Until there is something to save, a request for it must not end the process, as it would by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    parallel, started = config.parallel, num_processes_here(os.environ)
+    config, started = with_accelerate(config, os.environ), num_processes_here(os.environ)
+    parallel = config.parallel
     if parallel.strategy != "data":
         prepare_deepspeed(config.device)
     # A second request to stop ends this process and, with it, those that it started.
