@@ -112,7 +112,7 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
     """Freezes the model and adds a trainable adapter: A random from `seed`, B zero, so that nothing changes yet.
 
     Args:
-        dit: the model, on its device.
+        dit: the model, on its device; adapters that it has already stay as they are, and are not trained.
         settings: of each layer that is adapted.
         seed: of the A's.
         dora: whether the length of each row of an adapted weight is trained too, from what it is now.
@@ -128,6 +128,9 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
             module.lora_dropout["default"] = nn.Dropout(each.dropout)
         if dora:
             _measure_magnitude(module)
+    _activate_all(dit)
+    for parameter in lora_parameters(dit).values():
+        parameter.requires_grad_(True)
 
 
 def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSettings], dora: bool, file: str) -> None:
@@ -230,11 +233,7 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
             if not isinstance(module.base_layer, StretchedLinear):
                 module.base_layer = StretchedLinear(module.base_layer)
             module.base_layer.lora_stretch.data += strength * (factor - 1)
-    for module in dit.modules():
-        if hasattr(module, "lora_A"):
-            # Injecting one adapter makes it the only active one, in layers of other adapters too.
-            module.set_adapter(list(module.lora_A))
-    dit.requires_grad_(False)
+    _activate_all(dit)
 
 
 def switch_adapters(dit: nn.Module, on: bool) -> None:
@@ -312,6 +311,14 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
         for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
             if name in part:
                 part[name].to(dtype=torch.float32, device=module.get_base_layer().weight.device)
+
+
+def _activate_all(dit: nn.Module) -> None:
+    """Activates all adapters, frozen: injecting one makes it the only active one, in layers of other adapters too."""
+    for module in dit.modules():
+        if hasattr(module, "lora_A"):
+            module.set_adapter(list(module.lora_A))
+    dit.requires_grad_(False)
 
 
 def _base_weight(module: nn.Module) -> Tensor:

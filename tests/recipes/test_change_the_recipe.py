@@ -1,0 +1,91 @@
+"""docs/change_the_recipe.md: each change is applied to the recipe, trained with, and does what the page says."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_road import LORA, read_rows, road, train
+from safetensors.torch import load_file
+
+from mochi_tune.adapters.files import load_adapter
+from mochi_tune.adapters.lora import linear_shapes, select_layers
+from mochi_tune.config.load import load_config, weights_folder
+from mochi_tune.weights.folder import WeightsFolder
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "change_the_recipe.md").read_text()
+STEPS = ["train.steps=3", "train.warmup_steps=0", "train.learning_rate=1e-2"]
+
+
+def changed_recipe(tmp_path: Path, title: str, **replaced: str):
+    """Applies the diffs of a section to the recipe and imports the result."""
+    section = PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    recipe = (ROOT / "recipes" / "train_lora.py").read_text()
+    diffs = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
+    assert diffs
+    for diff in diffs:
+        lines = diff.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] in " -")
+        after = "".join(line[1:] for line in lines if line[0] in " +")
+        assert recipe.count(before) == 1, before
+        recipe = recipe.replace(before, after)
+    for old, new in replaced.items():
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    path = tmp_path / "my_recipe.py"
+    path.write_text(recipe)
+    spec = importlib.util.spec_from_file_location("my_recipe", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("plain")
+    assert train(run_dir, *STEPS) == 0
+    return run_dir
+
+
+def train_changed(recipe, run_dir: Path) -> list[dict]:
+    """Trains two steps, resumes for the third, and returns the rows."""
+    for steps in ("train.steps=2", "train.steps=3"):
+        assert recipe.main(load_config("my_lora", road(run_dir, *LORA, *STEPS, steps))) == 0
+    return read_rows(run_dir / "metrics.jsonl")
+
+
+def test_another_loss(plain, tmp_path):
+    rows, expected = train_changed(changed_recipe(tmp_path, "Another loss"), tmp_path / "run"), plain / "metrics.jsonl"
+    assert [row["clips"] for row in rows] == [row["clips"] for row in read_rows(expected)]
+    # Of an error e the Huber loss is at most e^2 / 2, and far from 0 it is much less.
+    assert all(0 < row["loss"] < 0.5 * other["loss"] for row, other in zip(rows, read_rows(expected), strict=True))
+
+
+def test_a_second_adapter_stays_frozen_under_the_one_that_is_trained(plain, tmp_path):
+    style = plain / "adapter.safetensors"
+    before = style.read_bytes()
+    recipe = changed_recipe(tmp_path, "A second adapter", **{"style.safetensors": str(style)})
+    rows = train_changed(recipe, tmp_path / "run")
+    assert rows[0]["loss"] != read_rows(plain / "metrics.jsonl")[0]["loss"], "the first adapter plays its part"
+    adapter, other = load_file(tmp_path / "run" / "adapter.safetensors"), load_file(style)
+    assert adapter.keys() == other.keys() and style.read_bytes() == before
+    assert any(not torch.equal(adapter[name], other[name]) for name in adapter)
+
+
+def test_a_frozen_half_of_the_layers(tmp_path):
+    recipe = changed_recipe(tmp_path, "A frozen half of the layers")
+    train_changed(recipe, tmp_path / "run")
+    skeleton = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).dit_skeleton()
+    trained = {int(name.split(".")[1]) for name in load_adapter(tmp_path / "run" / "adapter.safetensors").layers}
+    assert trained == set(range(skeleton.config.depth // 2, skeleton.config.depth))
+
+
+def test_the_pattern_for_half_of_the_layers_is_the_second_half_of_mochi():
+    [pattern] = re.findall(r"lora\.targets=\['(.*?)'\]", PAGE)
+    names = [f"blocks.{i}.attn.qkv_x" for i in range(48)]
+    assert select_layers(names, [pattern]) == names[24:]
+    tiny = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).dit_skeleton()
+    assert "blocks.0.attn.qkv_x" in linear_shapes(tiny), "the names are those of the model"
