@@ -141,8 +141,9 @@ def run_train(arguments: list[str]) -> int:
     PatientStream.use()
     # Until there is something to save, a request for it must not end the process, as it would by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    config, started = with_accelerate(config, os.environ), num_processes_here(os.environ)
-    parallel = config.parallel
+    if STARTED_HERE not in os.environ:
+        config = with_accelerate(config, os.environ)
+    parallel, started = config.parallel, num_processes_here(os.environ)
     if parallel.strategy != "data":
         prepare_deepspeed(config.device)
     # A second request to stop ends this process and, with it, those that it started.

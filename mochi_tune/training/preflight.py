@@ -83,6 +83,14 @@ class TrainPlan:
         return renders_videos(self.config)
 
     @property
+    def adapter_bytes(self) -> int:
+        """The size of the adapter's fp32 parameters."""
+        shapes, is_dora = linear_shapes(self.weights.dit_skeleton()), self.config.lora.dora
+        return 4 * sum(
+            layer.rank * sum(shapes[name]) + (shapes[name][0] if is_dora else 0) for name, layer in self.layers.items()
+        )
+
+    @property
     def environment(self) -> dict[str, object]:
         """What the numbers of the run depend on besides its settings."""
         return describe_environment(self.config.parallel.strategy, self.device, self.layout.num_ranks)

@@ -176,8 +176,8 @@ class Run:
             if ema is not None:
                 ema.load(load_tensors(folder / "averaged.safetensors"))
         if self.metrics is not None:
-            num_bytes = 4 * sum(parameter.numel() for parameter in optimizer.weights().values())
-            check_free_space(self.run_dir, num_bytes * (4 if ema is not None else 3))
+            # The adapter, two moments and, where there is one, the average.
+            check_free_space(self.run_dir, plan.adapter_bytes * (4 if ema is not None else 3))
             retention = Retention(settings.keep_checkpoints, settings.keep_every, settings.keep_best)
             self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
         is_strict = plan.config.data.damaged == "strict"

@@ -130,6 +130,22 @@ def test_two_machines_of_torchrun_make_the_run_of_one(alone, tmp_path):
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.parametrize("engine", [["--multi_gpu"], ["--use_deepspeed", "--zero_stage=3"]], ids=["data", "deepspeed"])
+def test_accelerate_launch_makes_the_run_of_one(alone, tmp_path, engine):
+    """On CPUs --multi_gpu is what makes `accelerate launch` start several processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *engine, "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}", "-m", "mochi_tune.cli"]
+    arguments = ["train", "conf=my_lora", *road(tmp_path, *COMMON, *TWO[:2])]
+    done = subprocess.run([*launch, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path, alone)
+    [start] = read_rows(tmp_path / "history.jsonl")
+    assert start["processes"] == 2 and start["strategy"] == ("zero3" if "--use_deepspeed" in engine else "data")
+
+
 def test_another_global_batch_is_another_run(tmp_path):
     train_as(tmp_path, *ONE)
     done = run("train", "conf=my_lora", *road(tmp_path, *COMMON, *ONE, "train.steps=20", "parallel.num_processes=2"))
