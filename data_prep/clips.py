@@ -125,6 +125,7 @@ def decode_clip(path: Path, transform: ClipTransform) -> DecodedClip:
         if len(stack) * frame.size * 4 >= CHUNK_BYTES or index == wanted[-1]:
             chunks.append(_resize_and_crop(torch.stack(stack), fit, transform))
             stack = []
+    assert fit is not None
     frames = torch.cat(chunks)
     if len(wanted) < len(indices):
         frames = frames[[bisect_left(wanted, index) for index in indices]]

@@ -43,14 +43,14 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
     Args:
         what: a key of `arms()`.
         num_seeds: runs of each arm.
-        out: folder of the clips, the cache, the runs and their results; the same one is gone on from.
+        out: folder of the clips, the cache, the runs and their results; the same folder resumes the experiment.
         settings: of every training.
         num_samples: how many samples each share is taken of.
 
     Raises:
         ConfigError: the folder's results were made with other weights or settings.
     """
-    # Measured on clips of their own, so that all of the lesson's may be taught.
+    # The measured clips are others, so that all of the lesson's can be trained on.
     settings = ("train.validation_clips=0", *settings)
     results, config = out / f"{what}.json", load_config("toy_lora", list(settings))
     made_with = {

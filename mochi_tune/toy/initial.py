@@ -1,26 +1,32 @@
-"""What the toy model is before it learns: sizes, tokenizer and initial weights of its parts."""
+"""The toy model before training: sizes, tokenizer and initial weights of its parts."""
 
 import string
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mochi_tune.files import write_json
-from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS
 from mochi_tune.models.vae import (
     CausalConv,
     Decoder,
     DecoderConfig,
+    Downsample,
     Encoder,
     EncoderConfig,
+    PointwiseConv,
     UpsampleBlock,
     frames_to_pixels,
 )
 from mochi_tune.toy.world import ALL_SHAPES, HEIGHT, WIDTH, all_words, draw_clips
 from mochi_tune.training.draws import keyed_generator
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 CHANNELS = {"base_channels": 32, "channel_multipliers": (1, 1, 2, 3), "num_res_blocks": (0, 1, 1, 1, 0)}
 ENCODER = EncoderConfig(**CHANNELS, has_attentions=(False, False, False, True, True))
@@ -30,13 +36,21 @@ DIT = DiTConfig(depth=4, num_heads=6, hidden_size_x=192, hidden_size_y=96, t5_fe
 CONSTANT, BEGIN_LOGVAR, BEGIN_GATE = 8.0, -3.0, 0.3
 
 
-def build_vae(seed: int) -> nn.ModuleDict:
+class Autoencoder(nn.Module):
+    """The toy model's VAE: encoder and decoder, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Encoder(ENCODER), Decoder(DECODER)
+
+
+def build_vae(seed: int) -> Autoencoder:
     """Builds an autoencoder that begins as a linear one: principal components of blocks, each residual branch zero.
 
-    From random weights, the norms strip flat colours long before they are learnt.
+    From random weights, the norms would remove flat colours long before the model learns them.
     """
     torch.manual_seed(seed)
-    vae = nn.ModuleDict({"encoder": Encoder(ENCODER), "decoder": Decoder(DECODER)})
+    vae = Autoencoder()
     for name, module in vae.named_modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
             # Read by the residual branches, which begin to matter when their last layers have left zero.
@@ -48,8 +62,14 @@ def build_vae(seed: int) -> nn.ModuleDict:
     generator = keyed_generator(seed, "components")
     pixels = frames_to_pixels(draw_clips([words[i] for i in range(0, len(words), 3)], generator))
     with torch.no_grad():
-        begin_linear(vae["encoder"], vae["decoder"], pixels)
-    return vae.to(memory_format=torch.channels_last_3d)
+        begin_linear(vae.encoder, vae.decoder, pixels)
+    nn.utils.convert_conv3d_weight_memory_format(vae, torch.channels_last_3d)
+    return vae
+
+
+def first_conv(decoder: Decoder) -> nn.Conv3d:
+    """Returns the decoder's first layer, which takes the latents."""
+    return next(module for module in decoder.modules() if isinstance(module, nn.Conv3d))
 
 
 def begin_linear(encoder: Encoder, decoder: Decoder, pixels: Tensor) -> None:
@@ -59,63 +79,78 @@ def begin_linear(encoder: Encoder, decoder: Decoder, pixels: Tensor) -> None:
     of the encoder's last norm holds a feature twice and a constant that outweighs it, so the norm divides by a
     constant.
     """
-    first, *downs = [encoder.layers[0], *(layer.layers[0] for layer in encoder.layers if hasattr(layer, "layers"))]
-    ups = [block.proj for block in decoder.blocks if isinstance(block, UpsampleBlock)][::-1]
+    first, norm, out = encoder.layers[0], encoder.output_norm, encoder.output_proj
+    assert isinstance(first, PointwiseConv)
     first.weight.zero_()
     first.weight[:3, :3] = torch.eye(3)
-    x, num_features = pixels, 3
+    downs = [module for module in encoder.modules() if isinstance(module, Downsample)]
+    ups = [module.proj for module in decoder.modules() if isinstance(module, UpsampleBlock)][::-1]
+    dim = decoder.config.latent_dim
+    x = pixels
     for level, (down, up) in enumerate(zip(downs, ups, strict=True)):
-        t, s = down.kernel_size[:2]
-        x = F.pad(x, (0, 0, 0, 0, t - 1, 0), mode="replicate")
-        blocks = x.unfold(2, t, t).unfold(3, s, s).unfold(4, s, s)  # (B, C, T, H, W, t, s, s)
-        rows = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)  # (blocks, C t s s)
-        is_last = level == len(downs) - 1
-        num_kept = min(rows.shape[1], decoder.config.latent_dim if is_last else down.out_channels)
-        mean = rows.mean(0)
-        values, vectors = torch.linalg.eigh((rows - mean).T.double() @ (rows - mean).double() / len(rows))
-        basis = vectors[:, -num_kept:].flip(1).float()  # (C t s s, kept)
-        scale = values[-num_kept:].flip(0).clamp(min=1e-6).sqrt().float() if is_last else torch.ones(num_kept)
-        encode = basis.T / scale[:, None]
-        codes = (rows - mean) @ encode.T
-        x = codes.view(*blocks.shape[:1], *blocks.shape[2:5], num_kept).permute(0, 4, 1, 2, 3)
-
-        kernel = encode.view(num_kept, num_features, t, s, s)
-        target = slice(0, 3 * num_kept, 3) if is_last else slice(0, num_kept)
-        down.weight[target, :num_features], down.bias[target] = kernel, -encode @ mean
-        if is_last:
-            down.weight[1 : 3 * num_kept : 3, :num_features] = -kernel
-            down.bias[1 : 3 * num_kept : 3] = encode @ mean
-            down.weight[2::3], down.bias[2::3] = 0, CONSTANT
-        decode = (basis * scale).view(num_features, t, s, s, num_kept)
-        shape = (up.out_features // (t * s * s), t, s, s)
-        signs = (1, -1) if level == 0 else (1,)
-        for i, sign in enumerate(signs):
-            channels = slice(i * num_features, (i + 1) * num_features)
-            up.weight.view(*shape, -1)[channels, ..., :num_kept] = sign * decode
-            up.bias.view(shape)[channels] = sign * mean.view(num_features, t, s, s)
-        num_features = num_kept
-    norm, out = encoder.output_norm, encoder.output_proj
+        x = _begin_level(down, up, x, latent_dim=dim if level == len(downs) - 1 else None, is_first=level == 0)
     deviation = (2 / 9 * CONSTANT**2 + 2 / 3) ** 0.5  # of a group (f, -f, CONSTANT) whose f has unit variance
     norm.weight.fill_(deviation)
     norm.bias.fill_(CONSTANT / 3)
     norm.weight[2::3], norm.bias[2::3] = 0, 1
-    dim = decoder.config.latent_dim
     out.weight.zero_()
     out.weight[:dim, : 3 * dim : 3], out.weight[:dim, 1 : 3 * dim : 3] = torch.eye(dim), -torch.eye(dim)
     constants = out.weight[dim:, 2::3]
     constants.fill_(BEGIN_LOGVAR / (constants.shape[1] * F.silu(torch.ones(())).item()))
-    decoder.blocks[0][0].weight.zero_()
-    decoder.blocks[0][0].weight[:dim, :, 0, 0, 0] = torch.eye(dim)
+    entry = first_conv(decoder)
+    entry.weight.zero_()
+    entry.weight[:dim, :, 0, 0, 0] = torch.eye(dim)
     decoder.output_proj.weight.zero_()
     decoder.output_proj.weight[:, :3], decoder.output_proj.weight[:, 3:6] = torch.eye(3), -torch.eye(3)
 
 
+def _begin_level(down: Downsample, up: PointwiseConv, x: Tensor, latent_dim: int | None, is_first: bool) -> Tensor:
+    """Sets a downsample, and the upsample that undoes it, to principal components; returns the features below.
+
+    Args:
+        down: of the encoder.
+        up: of the decoder.
+        x: features above, (B, C, T, H, W).
+        latent_dim: channels of the latents at the last level, where they get unit variance; None at the others.
+        is_first: whether a SiLU and the output layer follow the upsample.
+    """
+    assert down.bias is not None
+    num_features = x.shape[1]
+    t, s = down.kernel_size[0], down.kernel_size[1]
+    x = F.pad(x, (0, 0, 0, 0, t - 1, 0), mode="replicate")
+    blocks = x.unfold(2, t, t).unfold(3, s, s).unfold(4, s, s)  # (B, C, T, H, W, t, s, s)
+    rows = blocks.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)  # (blocks, C t s s)
+    num_kept = min(rows.shape[1], latent_dim or down.out_channels)
+    mean = rows.mean(0)
+    values, vectors = torch.linalg.eigh((rows - mean).T.double() @ (rows - mean).double() / len(rows))
+    basis = vectors[:, -num_kept:].flip(1).float()  # (C t s s, kept)
+    scale = values[-num_kept:].flip(0).clamp(min=1e-6).sqrt().float() if latent_dim else torch.ones(num_kept)
+    encode = basis.T / scale[:, None]
+    codes = (rows - mean) @ encode.T
+
+    kernel = encode.view(num_kept, num_features, t, s, s)
+    target = slice(0, 3 * num_kept, 3) if latent_dim else slice(0, num_kept)
+    down.weight[target, :num_features], down.bias[target] = kernel, -encode @ mean
+    if latent_dim:
+        down.weight[1 : 3 * num_kept : 3, :num_features] = -kernel
+        down.bias[1 : 3 * num_kept : 3] = encode @ mean
+        down.weight[2::3], down.bias[2::3] = 0, CONSTANT
+    decode = (basis * scale).view(num_features, t, s, s, num_kept)
+    shape = (up.out_features // (t * s * s), t, s, s)
+    for i, sign in enumerate((1, -1) if is_first else (1,)):
+        channels = slice(i * num_features, (i + 1) * num_features)
+        up.weight.view(*shape, -1)[channels, ..., :num_kept] = sign * decode
+        up.bias.view(shape)[channels] = sign * mean.view(num_features, t, s, s)
+    return codes.view(*blocks.shape[:1], *blocks.shape[2:5], num_kept).permute(0, 4, 1, 2, 3)
+
+
 def make_tokenizer(folder: Path) -> None:
-    """Writes a sentencepiece unigram model of the world's words; other words fall apart into letters."""
+    """Writes a sentencepiece unigram model of the world's words; other words are split into letters."""
     from sentencepiece import sentencepiece_model_pb2
 
     words = sorted({word for words in all_words() for word in words.caption.split()})
-    model = sentencepiece_model_pb2.ModelProto()
+    module: Any = sentencepiece_model_pb2  # generated code without annotations
+    model = module.ModelProto()
     model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
     model.trainer_spec.pad_id, model.trainer_spec.eos_id, model.trainer_spec.unk_id = 0, 1, 2
     model.trainer_spec.bos_id = -1
@@ -133,7 +168,7 @@ def make_tokenizer(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config)
 
 
-def build_text_encoder(vocabulary: int, seed: int) -> nn.Module:
+def build_text_encoder(vocabulary: int, seed: int) -> "T5EncoderModel":
     """Builds a tiny T5 encoder with random weights."""
     from transformers import T5Config, T5EncoderModel
 
@@ -154,10 +189,11 @@ def build_text_encoder(vocabulary: int, seed: int) -> nn.Module:
 
 
 def build_dit(seed: int) -> AsymmDiT:
-    """Builds the DiT: blocks begin with small gates, and positions with turns of about one radian a token."""
+    """Builds the DiT: blocks begin with small gates, and rotary positions turn by about one radian a token."""
     torch.manual_seed(seed)
     dit = AsymmDiT(DIT)
     for block in dit.blocks:
+        assert isinstance(block, AsymmetricJointBlock)
         for mod in (block.mod_x, block.mod_y):
             nn.init.zeros_(mod.weight)
             nn.init.zeros_(mod.bias)

@@ -1,4 +1,4 @@
-"""The lesson: a few clips of the new motion under its new word, and what is asked of a model that has had it."""
+"""The lesson: a few clips of the new motion with its new word, and the captions that a taught model is asked for."""
 
 import shlex
 import subprocess
@@ -30,7 +30,7 @@ def lesson_words() -> tuple[list[Words], list[Words]]:
 
 
 def asked_words(count: int) -> tuple[list[Words], list[Words]]:
-    """Returns as many captions with the new word that was not taught, over again where they run out, and old ones."""
+    """Returns `count` words each with the new motion, not of the lesson and repeated if need be, and with old ones."""
     _, others = lesson_words()
     return [others[i % len(others)] for i in range(count)], split_words()[1][:count]
 
@@ -48,7 +48,7 @@ def write_lesson(folder: Path, seed: int) -> list[Path]:
 
 
 def run_verb(*arguments: str) -> None:
-    """Runs one command, as a user would type it, and shows it.
+    """Runs one command, as a user would type it, and writes its line.
 
     Raises:
         MochiTuneError: the command failed.

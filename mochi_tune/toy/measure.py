@@ -1,6 +1,6 @@
-"""Reads from a clip alone which colour, shape, motion and background are seen, by image arithmetic.
+"""Detects colour, shape, motion and background of a clip by image arithmetic.
 
-It knows what the world can draw and nothing of captions or models, so it can tell whether a caption was obeyed.
+It knows what the world can draw, but no captions and no models, so it can check whether a caption was obeyed.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ MIN_TRAVEL, MIN_GROWTH = 7.0, 0.6
 
 @dataclass(frozen=True)
 class Seen:
-    """What is seen in a clip; None where nothing that the world knows is."""
+    """What is seen in a clip; None where it is nothing that the world can draw."""
 
     colour: str | None
     shape: str | None
@@ -81,12 +81,12 @@ def _shape(mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> str | None:
         outline = shape_distance(shape, u / radius, v / radius) < 0
         overlap = (outline & mask).flatten(1).sum(1) / (outline | mask).flatten(1).sum(1)
         overlaps[shape] = overlap.mean().item()
-    best = max(overlaps, key=overlaps.get)
+    best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] >= MIN_OVERLAP else None
 
 
 def _motion(centre: Tensor, area: Tensor) -> str | None:
-    """The motion that a straight line through the frames tells; None where it is little or of two kinds."""
+    """The motion of a straight line fitted through the frames; None where it is little or of two kinds."""
     time = torch.linspace(-0.5, 0.5, len(area))
     across, down, growth = (
         (time @ values / time.square().sum()).item() for values in (centre[:, 0], centre[:, 1], area.log())

@@ -1,4 +1,4 @@
-"""Renders captions with the toy model, many at a time, and counts what is seen in the renderings."""
+"""Renders captions with the toy model, many at a time, and measures what is seen in the renderings."""
 
 import math
 from collections import deque
@@ -51,7 +51,7 @@ def render_words(
 
 @torch.no_grad()
 def reconstruct(frames: Tensor, encoder: Encoder, decoder: Decoder) -> tuple[Tensor, list[float]]:
-    """Encodes and decodes clips, uint8 (B, F, H, W, 3); returns what comes back, and the PSNR of each in dB."""
+    """Encodes and decodes clips, uint8 (B, F, H, W, 3); returns the decoded clips, and the PSNR of each in dB."""
     decoded = pixels_to_frames(decoder(encoder(frames_to_pixels(frames))[0]))
     errors = ((decoded.float() - frames.float()) / 255).square().mean((1, 2, 3, 4))
     return decoded, [-10 * math.log10(error) for error in errors.tolist()]

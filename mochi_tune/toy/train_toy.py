@@ -1,6 +1,6 @@
-"""Makes the toy model from nothing: autoencoder, text encoder and diffusion transformer, trained on the toy world.
+"""Trains the toy model from scratch on the toy world: autoencoder, text encoder and diffusion transformer.
 
-An hour and a half on two cores. Each part is a stage that saves as it goes; the same command goes on where it was.
+An hour and a half on two cores. Each part is a stage that saves checkpoints; the same command resumes it.
 """
 
 import json
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,17 @@ from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder, Encoder, frames_to_pixels
 from mochi_tune.sampling.requests import sampler_settings
-from mochi_tune.toy.initial import DECODER, DIT, ENCODER, build_dit, build_text_encoder, build_vae, make_tokenizer
+from mochi_tune.toy.initial import (
+    DECODER,
+    DIT,
+    ENCODER,
+    Autoencoder,
+    build_dit,
+    build_text_encoder,
+    build_vae,
+    first_conv,
+    make_tokenizer,
+)
 from mochi_tune.toy.measure import see
 from mochi_tune.toy.samples import reconstruct, render_words, share_shown
 from mochi_tune.toy.world import ALL_SHAPES, all_words, draw_clips, ripple, split_words
@@ -37,6 +48,9 @@ from mochi_tune.training.optim import build_adamw, load_optimizer_state, optimiz
 from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.weights.files import SUMS
 from mochi_tune.weights.folder import WeightsFolder
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 SEED = 0
 SAVE_EVERY, LOG_EVERY = 250, 25
@@ -68,7 +82,7 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
     """Trains what is not trained yet and writes the weights folder; returns its record, or None when interrupted.
 
     Args:
-        work: folder of checkpoints and encoded clips, about 300 MB; the same one is gone on from.
+        work: folder of checkpoints and encoded clips, about 300 MB; the same folder resumes the training.
         out: the weights folder, in the official layout.
         plan: of the training.
 
@@ -86,8 +100,9 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
     vae = build_vae(SEED)
     if not train_stage(work / "vae", vae, plan.vae_steps, plan.vae_rate, lambda step: vae_loss(vae, step, plan)):
         return None
-    normalise_latents(**vae, frames=draw_clips(all_words(ALL_SHAPES), keyed_generator(SEED, "statistics")))
-    for name, model in vae.items():
+    frames = draw_clips(all_words(ALL_SHAPES), keyed_generator(SEED, "statistics"))
+    normalise_latents(vae.encoder, vae.decoder, frames)
+    for name, model in vae.named_children():
         save_part(out / f"{name}.safetensors", model)
     write_json(out / "vae_config.json", {"encoder": asdict(ENCODER), "decoder": asdict(DECODER)})
 
@@ -98,7 +113,7 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
         work / "text", text, plan.text_steps, plan.text_rate, lambda step: text_loss(text, tokenizer, step, plan)
     ):
         return None
-    text.to(torch.bfloat16).save_pretrained(out / "text_encoder")
+    text.bfloat16().save_pretrained(out / "text_encoder")
 
     seen, _ = split_words()
     features = torch.stack(TextEncoder.load(out, "cpu", torch.float32).encode([words.caption for words in seen]))
@@ -131,11 +146,11 @@ def train_stage(
     """Trains a model by Adam on the loss of each step, saving as it goes; returns whether it is finished.
 
     Args:
-        folder: of the stage's checkpoints; the newest one is gone on from.
+        folder: of the stage's checkpoints; training resumes from the newest one.
         model: in fp32.
         num_steps: of the whole stage.
         peak: learning rate after the warm-up.
-        step_loss: builds the loss of a step, counted from 1, from draws that depend on nothing but the step.
+        step_loss: builds the loss of a step, counted from 1, from draws that depend on the step alone.
     """
     parameters = dict(model.named_parameters())
     optimizer = build_adamw(parameters.values(), peak, 0.0, "cpu")
@@ -178,26 +193,26 @@ def train_stage(
     return True
 
 
-def vae_loss(vae: nn.ModuleDict, step: int, plan: Plan) -> Tensor:
+def vae_loss(vae: Autoencoder, step: int, plan: Plan) -> Tensor:
     """Returns the loss of one step of the autoencoder, on clips and noise drawn for that step."""
     generator = keyed_generator(SEED, "vae", step)
     words = all_words(ALL_SHAPES)
     chosen = torch.randint(len(words), (plan.vae_batch,), generator=generator).tolist()
     frames = draw_clips([words[i] for i in chosen], generator)
-    # One clip in four is lit by moving coloured waves, so that more than flat paint is learnt.
+    # One clip in four is lit by moving coloured waves, so that the VAE learns more than flat colours.
     frames[0] = ripple(frames[0], generator)
     pixels = frames_to_pixels(frames)
     with torch.autocast("cpu", torch.bfloat16):
-        mean, logvar = vae["encoder"](pixels)
+        mean, logvar = vae.encoder(pixels)
         latents = draw_posterior(mean, logvar, torch.randn(mean.shape, generator=generator))
-        decoded = vae["decoder"](latents).float()
+        decoded = vae.decoder(latents).float()
     error = decoded - pixels
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return error.square().mean() + 0.1 * error.abs().mean() + plan.kl_weight * kl
 
 
-def text_loss(encoder: nn.Module, tokenizer, step: int, plan: Plan) -> Tensor:
-    """Returns the loss of reading captions of which words are hidden, or changed to words made of random letters."""
+def text_loss(encoder: "T5EncoderModel", tokenizer, step: int, plan: Plan) -> Tensor:
+    """Returns the loss of predicting captions in which words are hidden or replaced by random letters."""
     generator = keyed_generator(SEED, "text", step)
     words = all_words()
 
@@ -213,8 +228,8 @@ def text_loss(encoder: nn.Module, tokenizer, step: int, plan: Plan) -> Tensor:
         captions.append(" ".join(parts))
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     hidden = (torch.rand(tokens.input_ids.shape, generator=generator) < 0.15) & (tokens.input_ids > 2)
-    shown = tokens.input_ids.masked_fill(hidden, tokenizer.unk_token_id)
-    features = encoder(shown, attention_mask=tokens.attention_mask).last_hidden_state
+    visible = tokens.input_ids.masked_fill(hidden, tokenizer.unk_token_id)
+    features = encoder(visible, attention_mask=tokens.attention_mask).last_hidden_state
     logits = features @ encoder.shared.weight.T * encoder.config.d_model**-0.5
     valid = tokens.attention_mask.bool()
     return F.cross_entropy(logits[valid], tokens.input_ids[valid])
@@ -225,7 +240,7 @@ def encode_world(encoder: Encoder, path: Path, num_clips: int) -> dict[str, Tens
     if path.exists():
         return load_tensors(path)
     seen, _ = split_words()
-    encoder.to(memory_format=torch.channels_last_3d)
+    nn.utils.convert_conv3d_weight_memory_format(encoder, torch.channels_last_3d)
     means, logvars, numbers = [], [], []
     for batch in tqdm(range(num_clips // 4), desc="encode", unit="batch"):
         chosen = [(batch * 4 + i) % len(seen) for i in range(4)]
@@ -250,11 +265,11 @@ def dit_loss(dit: AsymmDiT, world: dict[str, Tensor], features: Tensor, step: in
     noisy, target = noisy_and_target("sampler", vae_latents, noise, sigma)
     embeds = features[world["words"][rows]]
     mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
-    told = plan.dit_batch - plan.dit_batch // 10
-    mask[told:] = False
+    num_captioned = plan.dit_batch - plan.dit_batch // 10
+    mask[num_captioned:] = False
     losses = []
-    # Rows with and without a caption go apart: attention over rows of one length is much faster.
-    for part in (slice(0, told), slice(told, None)):
+    # Rows with and without a caption run separately: attention over rows of one length is much faster.
+    for part in (slice(0, num_captioned), slice(num_captioned, None)):
         # Over so few tokens the plain attention is faster than the fused one.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             prediction = dit(noisy[part], sigma[part], embeds[part], mask[part])
@@ -285,7 +300,8 @@ def normalise_latents(encoder: Encoder, decoder: Decoder, frames: Tensor) -> Non
     weight[:, channel] = carried / F.silu(torch.ones(()))
     weight[:12] *= scale[:, None]
     weight[:, channel] += torch.cat([shift, 2 * scale.log()]) / F.silu(torch.ones(()))
-    first = decoder.blocks[0][0]
+    first = first_conv(decoder)
+    assert first.bias is not None
     first.weight /= scale.view(1, -1, 1, 1, 1)
     first.bias -= first.weight[:, :, 0, 0, 0] @ shift
 

@@ -128,10 +128,10 @@ def damage_of(checkpoint: Path) -> str:
     """
     manifest = read_json(checkpoint / MANIFEST)
     step, expected = manifest.get("step"), manifest.get("sha256")
-    is_readable = isinstance(step, int) and isinstance(expected, dict)
-    if not is_readable or not all(isinstance(value, str) for value in expected.values()):
+    # Only a manifest of our own form is computed again; any other is damaged.
+    if not isinstance(step, int) or not isinstance(expected, dict):
         return f"{checkpoint} is damaged: {MANIFEST!r} is not what was saved"
-    if manifest != manifest_of(step, expected):
+    if not all(isinstance(value, str) for value in expected.values()) or manifest != manifest_of(step, expected):
         return f"{checkpoint} is damaged: {MANIFEST!r} is not what was saved"
     found = {p.name: file_sha256(p) if p.is_file() else None for p in checkpoint.iterdir() if p.name != MANIFEST}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -64,9 +64,10 @@ def test_scaling_the_latents_leaves_what_is_decoded():
     vae = build_vae(SEED)
     pixels = frames_to_pixels(draw_clips(all_words()[:4], keyed_generator(5, "others")))
     with torch.no_grad():
-        before = vae["decoder"](vae["encoder"](pixels)[0])
-        normalise_latents(**vae, frames=draw_clips(all_words()[:4], keyed_generator(6, "others")))
-        after = vae["decoder"](vae["encoder"](pixels)[0])
+        before = vae.decoder(vae.encoder(pixels)[0])
+        frames = draw_clips(all_words()[:4], keyed_generator(6, "others"))
+        normalise_latents(vae.encoder, vae.decoder, frames)
+        after = vae.decoder(vae.encoder(pixels)[0])
     assert (after - before).abs().max() < 1e-3
 
 
