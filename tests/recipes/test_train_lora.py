@@ -173,9 +173,9 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     from mochi_tune.recipes.sample import main as sample
 
     assert config.sample.negative_prompt == "a cat"
-    config.sample.prompt, config.sample.out = "a red ball", str(tmp_path / "again.mp4")
-    config.sample.compare, config.sample.save_latents = "base", True
-    list(sample(config))
+    again = ["sample.prompt=a red ball", f"sample.out={tmp_path / 'again.mp4'}"]
+    again += ["sample.compare=base", "sample.save_latents=true"]
+    list(sample(load_config("my_lora", [*arguments, *again])))
     assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "samples" / videos[1]).read_bytes()
     # The base is sampled once a run; at step 0 the adapter, which changes nothing yet, is shown beside it as the same.
     [kept] = (tmp_path / "samples").glob("base_prompt_0_*.safetensors")

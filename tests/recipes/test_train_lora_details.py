@@ -113,8 +113,8 @@ def test_dropout_of_the_adapter_is_on(tmp_path):
 def test_each_micro_batch_of_each_step_has_its_own_dropout_and_keeps_it(tmp_path):
     def masks(run_dir, seed: int) -> list[torch.Tensor]:
         more = ["train.steps=2", "train.accumulation_steps=2", "lora.dropout=0.5", f"seed={seed}"]
+        more += [r"lora.targets=['blocks\.0\.attn\.qkv_x']"]
         config = load_config("my_lora", road(run_dir, "lora.rank=2", *more))
-        config.lora.targets = [r"blocks\.0\.attn\.qkv_x"]
         seen = []
 
         def keep(module, _, output):
