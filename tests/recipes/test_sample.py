@@ -255,16 +255,8 @@ def test_rows_of_a_file_have_settings_of_their_own_and_t5_runs_once_a_prompt(tmp
         {"prompt": "a red ball", "height": 48, "width": 32, "sigmas": [1, 0.4, 0]},
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = load_config(
-        "my_lora",
-        road(
-            tmp_path,
-            f"sample.prompts={tmp_path / 'p.jsonl'}",
-            "sample.steps=3",
-            "sample.seeds=[1, 2]",
-            f"sample.prompt_cache={tmp_path / 'cache'}",
-        ),
-    )
+    more = [f"sample.prompts={tmp_path / 'p.jsonl'}", f"sample.prompt_cache={tmp_path / 'cache'}"]
+    config = load_config("my_lora", road(tmp_path, *more, "sample.steps=3", "sample.seeds=[1, 2]"))
     videos = list(main(config))
     records = [json.loads(video.with_suffix(".json").read_text()) for video in videos]
     assert [(r["prompt"], r["seed"], r["num_frames"], r["height"]) for r in records] == [
