@@ -12,7 +12,7 @@ from mochi_tune.models.latents import FPS
 
 
 def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = True) -> Path:
-    """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264 at 30 fps; the file appears whole.
+    """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264 at 30 fps; the file appears only when it is complete.
 
     Args:
         path: an .mp4; its folder exists.
@@ -20,7 +20,7 @@ def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = 
         may_replace: what to do when `path` is there by then: put this video in its place, or beside it.
 
     Returns:
-        Where the video lies.
+        The video's path.
     """
     temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}.mp4")
     try:
@@ -54,6 +54,7 @@ def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> None:
                 picture.pts = count
                 container.mux(stream.encode(picture))
                 count += 1
+        assert stream is not None, "a video has a frame"
         container.mux(stream.encode())
 
 
