@@ -239,16 +239,16 @@ def measure_rates(bench: Bench, config: DiTConfig, num_tokens: int, device: torc
     if bench.dit == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
         ones = torch.ones(num_tokens, 1, device=device), torch.ones(1, len(w), device=device)
-        multiply = functools.partial(torch._scaled_mm, x8, w8.t(), *ones, out_dtype=dtype)
+        multiply = functools.partial(torch.ops.aten._scaled_mm, x8, w8.t(), *ones, out_dtype=dtype)
     q = torch.randn(1, config.num_heads, num_tokens, dim // config.num_heads, device=device, dtype=dtype)
 
-    def attend() -> Tensor:
+    def compute_attention() -> Tensor:
         with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
             return F.scaled_dot_product_attention(q, q, q)
 
     return (
         2.0 * num_tokens * dim * len(w) / fastest(multiply, device),
-        4.0 * num_tokens**2 * dim / fastest(attend, device),
+        4.0 * num_tokens**2 * dim / fastest(compute_attention, device),
     )
 
 

@@ -80,10 +80,10 @@ def main(config: RunConfig) -> Iterator[Path]:
         latents = render(job, mine, features, setup)
     with usage.stage("decode"):
         decoder = job.weights.load_decoder(device, dtype)
-        tiles = WHOLE if config.memory.tiles is None else tuple(config.memory.tiles)
+        rows, columns = config.memory.tiles or WHOLE
         finished = list(zip(mine, latents, strict=False))
         for request, states in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
-            chunks = side_by_side([decoded_frames(decoder, state, mesh, tiles) for state in states.values()])
+            chunks = side_by_side([decoded_frames(decoder, state, mesh, (rows, columns)) for state in states.values()])
             if mesh is not None and not mesh.is_writer:
                 assert not list(chunks), "only the writer has frames"
                 continue
@@ -105,8 +105,9 @@ def check(config: RunConfig, num_processes: int) -> Job:
     """
     weights = WeightsFolder(weights_folder(config))
     requests = read_requests(config.sample, config.data, config.seed, Path(config.run_dir))
-    for request in requests if config.memory.tiles is not None else []:
-        check_tiles(config.memory.tiles, request.height, request.width)
+    if config.memory.tiles is not None:
+        for request in requests:
+            check_tiles(config.memory.tiles, request.height, request.width)
     weights.check(["text_encoder", "dit", "decoder"])
     identity, skeleton = weights.base_identity(), weights.dit_skeleton()
     adapters = load_render_adapters(config.sample, Path(config.run_dir), linear_shapes(skeleton), identity)

@@ -163,7 +163,7 @@ def check_sampling(reference: WeightsFolder, device: torch.device, dtype: str) -
 
 
 def check_rendering(reference: WeightsFolder, device: torch.device, dtype: str, mesh: Mesh | None) -> Iterator[Check]:
-    """The same steps as `sample` runs them: modulation tabulated, and each way to hold the weights exactly."""
+    """The same steps as `sample` runs them: modulation looked up, and each residency of the weights that is exact."""
     io = load_file(reference.path / "dit_io.safetensors")
     guidance = io["cfg_schedule"].tolist()
     settings = SamplerSettings(len(guidance), tuple(guidance), threshold=0.025)
@@ -185,10 +185,11 @@ def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) 
     for layout in layouts:
         yield from check_rendering(reference, device, dtype, Mesh(layout, device, TIMEOUT_SECONDS))
     if Layout(context=num_ranks) in layouts:
-        everyone = Mesh(Layout(context=num_ranks), device, TIMEOUT_SECONDS)
-        yield from check_training(reference, device, dtype, everyone)
+        mesh = Mesh(Layout(context=num_ranks), device, TIMEOUT_SECONDS)
+        yield from check_training(reference, device, dtype, mesh)
     io = load_file(reference.path / "vae_io.safetensors")
     if num_ranks <= io["lat"].shape[2]:
+        assert dist.group.WORLD is not None, "called as one of several processes"
         mine = decode_share(reference.load_decoder(device, DTYPES[dtype]), io["lat"], dist.group.WORLD)
         counts = [TEMPORAL_FACTOR * n for n in even_shares(io["lat"].shape[2], num_ranks)]
         counts[0] -= TEMPORAL_FACTOR - 1
@@ -251,6 +252,7 @@ def check_training(
         yield Check(f"{objective} objective: loss", over_ranks(relative_error(loss, io[loss_key].cpu())), tolerance)
         (loss.mean() / (1 if mesh is None else mesh.layout.context)).backward()
         for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
             if mesh is not None:
                 dist.all_reduce(parameter.grad, group=mesh.context_group)
             error = over_ranks(relative_error(parameter.grad, io[gradient_key + name].cpu()))

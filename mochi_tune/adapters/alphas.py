@@ -1,8 +1,9 @@
-"""How strong each layer of an adapter file is, by the metadata or the tensors that its layout keeps that in."""
+"""Reads the alpha of each layer of an adapter file, from the metadata or the tensors of its layout."""
 
 import json
 import math
 import re
+from typing import Any
 
 from torch import Tensor
 
@@ -24,13 +25,15 @@ def read_alphas(modules: dict[str, dict[str, Tensor]], metadata: dict[str, str])
 
     Args:
         modules: of each module of the file the tensors "lora_A", "lora_B" and, in some layouts, "alpha".
-        metadata: of the file. Of what it says, only ranks and alphas are looked at.
+        metadata: of the file. Only its ranks and alphas are read.
 
     Raises:
         CheckpointError: an alpha is missing or no number, the metadata names layers that the file lacks, or it is
             damaged.
     """
     ranks = {name: len(parts["lora_A"]) for name, parts in modules.items()}
+    # Values of a file's metadata, of any type until they are checked below.
+    alphas: dict[str, Any]
     if metadata.get("format") == "mochi-tune":
         alphas = _json(metadata, "alphas")
         if lacking := sorted(alphas.keys() - modules.keys()):
@@ -47,8 +50,8 @@ def read_alphas(modules: dict[str, dict[str, Tensor]], metadata: dict[str, str])
     return {name: float(alphas[name]) for name in modules}
 
 
-def _official_alphas(ranks: dict[str, int], kwargs: dict) -> dict[str, float]:
-    alphas = {}
+def _official_alphas(ranks: dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:
+    alphas: dict[str, Any] = {}
     for name, rank in ranks.items():
         group = "qkv_proj" if ".qkv_" in name else "out_proj" if ".proj_" in name else "no"
         if kwargs.get(f"{group}_lora_rank") != rank:
@@ -73,7 +76,7 @@ def _lacks(lacking: list[str], num_expected: int) -> str:
     return f"incomplete, it lacks {len(lacking)} of {num_expected} layers, {some(lacking)}: fetch the file again."
 
 
-def _peft_alphas(ranks: dict[str, int], config: dict) -> dict[str, float]:
+def _peft_alphas(ranks: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
     """Applies peft's rules: a pattern that ends a module's name overrides lora_alpha; rsLoRA divides by sqrt(rank).
 
     Source: huggingface/peft@0.21.2 utils/other.py (get_pattern_key), tuners/lora/layer.py (update_layer).
@@ -84,7 +87,7 @@ def _peft_alphas(ranks: dict[str, int], config: dict) -> dict[str, float]:
     for name, rank in ranks.items():
         try:
             match = next((pattern for pattern in patterns if _ends_in(name, pattern)), None)
-            alpha = config.get("lora_alpha") if match is None else patterns[match]
+            alpha: Any = config.get("lora_alpha") if match is None else patterns[match]
             alphas[name] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
         except (re.error, TypeError, OverflowError) as error:
             raise CheckpointError(f"the alphas in `lora_adapter_metadata` are damaged: {error}.") from error

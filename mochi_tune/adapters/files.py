@@ -1,6 +1,6 @@
 """Adapter files in and out, exactly: every layout holds the same change of the weights.
 
-| layout    | keys                                                      | where alpha lies                          |
+| layout    | keys                                                      | where alpha is                            |
 | --------- | --------------------------------------------------------- | ----------------------------------------- |
 | native    | blocks.0.attn.qkv_x.lora_A, blocks.0.mlp_x.w1.lora_B      | metadata `alphas`: JSON, layer by layer   |
 | official  | the same, all attention layers and nothing else           | metadata `kwargs`: JSON, one for a group  |
@@ -60,7 +60,7 @@ __all__ = [
 
 FORMATS = ("official", "diffusers", "comfyui", "native")
 
-# What belongs to one layout and must not survive a conversion.
+# Belongs to one layout and is not carried through a conversion.
 _LAYOUT_METADATA = ("format", "kwargs", "alphas", "lora_adapter_metadata")
 
 
@@ -70,7 +70,7 @@ class Adapter:
 
     Attributes:
         layers: by official module name, such as "blocks.0.attn.qkv_x".
-        metadata: what is known of its origin; carried through every conversion. `rank` and `alpha` are as trained.
+        metadata: about its origin; carried through every conversion. `rank` and `alpha` are as trained.
         path: the file that it was read from, if any.
     """
 
@@ -102,7 +102,7 @@ def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fin
     """Refuses an adapter that does not belong to a base.
 
     Args:
-        adapter: what is to be applied.
+        adapter: to be applied.
         shapes: (out, in) of every Linear of the base, by official name.
         base_fingerprint: of the base's weights; compared where the adapter names its own.
 
@@ -190,7 +190,7 @@ def save_adapter(path: Path | str, adapter: Adapter, to: str = "native") -> dict
 
 
 def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """Returns the layers under the names and at the ranks of a layout, and its own metadata."""
+    """Returns the layers in a layout's names and ranks, and the layout's own metadata."""
     if to == "native":
         layers = adapter.layers
         metadata = {"alphas": json.dumps({name: layer.alpha for name, layer in layers.items()})}
@@ -230,7 +230,9 @@ def _lay_out_official(adapter: Adapter) -> tuple[dict[str, LoraLayer], dict[str,
             f"{adapter} has {some(alien)}, but a base of num_blocks={num_blocks} has not: correct it."
         )
     layers = complete_layers(adapter.layers, num_blocks)
-    return layers, {"kwargs": _official_kwargs(layers), "num_blocks": str(num_blocks)}
+    kwargs = _official_kwargs(layers)
+    assert kwargs is not None, "complete layers have one rank and alpha a group"
+    return layers, {"kwargs": kwargs, "num_blocks": str(num_blocks)}
 
 
 def _official_kwargs(layers: dict[str, LoraLayer]) -> str | None:
@@ -247,7 +249,7 @@ def _official_kwargs(layers: dict[str, LoraLayer]) -> str | None:
 
 
 def _num_blocks(adapter: Adapter) -> int | None:
-    """Takes the base's depth from the metadata, else from the names; None where the last one named is not the last."""
+    """Returns the base's depth by the metadata, else by the names; None where it has more blocks than named."""
     stated = adapter.metadata.get("num_blocks")
     if stated is None:
         last = max(block_of(name) for name in adapter.layers)
@@ -259,7 +261,7 @@ def _num_blocks(adapter: Adapter) -> int | None:
 
 
 def _describe(layers: dict[str, LoraLayer], trained: dict[str, LoraLayer]) -> dict[str, str]:
-    """Says of an adapter what it shows itself; what its metadata says is better known."""
+    """Returns the metadata that the layers themselves give; an adapter's own metadata is preferred to it."""
     ranks = sorted({layer.rank for layer in trained.values()})
     alphas = sorted({layer.alpha for layer in trained.values()})
     targets = sorted({kind_of(name) for name in layers})

@@ -147,10 +147,14 @@ def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
         kind, i = OFFICIAL_KINDS[kind_of(name)]
         groups.setdefault(f"blocks.{block_of(name)}.{kind}", [None] * len(DIFFUSERS_KINDS[kind]))[i] = module
     _check_same_choice(groups)
-    return {
-        name: _fuse_thirds(name, parts) if len(parts) == 3 else _swap_halves(name, parts[0])
-        for name, parts in groups.items()
-    }
+    fused = {}
+    for name, (first, *others) in groups.items():
+        if others:
+            fused[name] = _fuse_thirds(name, [first, *others])
+        else:
+            assert first is not None, "a group has the module that it was made for"
+            fused[name] = _swap_halves(name, first)
+    return fused
 
 
 def _swap_halves(name: str, layer: LoraLayer) -> LoraLayer:
@@ -188,7 +192,7 @@ def _fuse_thirds(name: str, thirds: list[LoraLayer | None]) -> LoraLayer:
     if first.magnitude is not None:
         if len(present) < 3:
             raise CheckpointError(f"{name}: a DoRA of only some of q, k and v has no form here: adapt all three.")
-        magnitude = torch.cat([third.magnitude for third in present])
+        magnitude = torch.cat([third.magnitude for third in present if third.magnitude is not None])
     if all(torch.equal(third.a, first.a) for third in present):
         b = torch.cat([third.b if third else torch.zeros_like(first.b) for third in thirds])
         return LoraLayer(first.a, b, first.alpha, magnitude)

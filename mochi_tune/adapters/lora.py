@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def layer_settings(
     dropout_pattern: Mapping[str, float] | None = None,
     rslora: bool = False,
 ) -> dict[str, LayerSettings]:
-    """Returns what each of the chosen layers gets: a pattern's value where one matches its whole name, else the common.
+    """Returns the settings of each chosen layer: a pattern's value where one matches its name, else the common one.
 
     Args:
         layers: from `select_layers`.
@@ -100,7 +100,7 @@ def layer_settings(
 
 
 def settings_metadata(settings: Mapping[str, LayerSettings]) -> dict[str, str]:
-    """Returns what an adapter file tells of its layers' settings: ranks and alphas as they were given, rsLoRA if so."""
+    """Returns an adapter file's metadata of its layers' settings: ranks and alphas as they were given, and rsLoRA."""
     metadata = {
         "rank": ",".join(str(rank) for rank in sorted({each.rank for each in settings.values()})),
         "alpha": ",".join(f"{alpha:g}" for alpha in sorted({each.alpha for each in settings.values()})),
@@ -115,14 +115,14 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
         dit: the model, on its device; adapters that it has already stay as they are, and are not trained.
         settings: of each layer that is adapted.
         seed: of the A's.
-        dora: whether the length of each row of an adapted weight is trained too, from what it is now.
+        dora: whether the length of each row of an adapted weight is trained too, starting at its length now.
     """
     dit.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _inject(dit, "default", {layer: (each.rank, each.plain_alpha) for layer, each in settings.items()}, dora)
     for layer, each in settings.items():
-        module = dit.get_submodule(layer)
+        module = _peft_layer(dit, layer)
         if each.dropout:
             # peft knows one dropout for all layers.
             module.lora_dropout["default"] = nn.Dropout(each.dropout)
@@ -134,7 +134,7 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
 
 
 def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSettings], dora: bool, file: str) -> None:
-    """Refuses an adapter that a training with these settings cannot start from; looks at sizes alone.
+    """Refuses an adapter that a training with these settings cannot start from, by its sizes alone.
 
     Args:
         layers: of the adapter, which belongs to the base.
@@ -163,7 +163,7 @@ def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSet
 
 @torch.no_grad()
 def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Puts an adapter into the trainable one, so that the model computes what it does with that adapter.
+    """Copies an adapter into the trainable one, so that the model computes what it computes with that adapter.
 
     Where the trainable rank is larger, the other components stay as they are: A random, B zero. A scale that differs
     goes into B. As a DoRA, a plain LoRA starts with the lengths that its rows have.
@@ -173,7 +173,7 @@ def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
         layers: that `check_start` lets pass.
     """
     for name, layer in layers.items():
-        module = dit.get_submodule(name)
+        module = _peft_layer(dit, name)
         module.lora_A["default"].weight[: layer.rank] = layer.a
         b = layer.b.double() * (layer.scale / module.scaling["default"])
         module.lora_B["default"].weight[:, : layer.rank] = b.to(layer.b.dtype)
@@ -184,10 +184,10 @@ def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
 
 
 class StretchedLinear(nn.Module):
-    """A base's Linear whose rows count more or less while a DoRA is on.
+    """A base's Linear whose rows are scaled while a DoRA is on.
 
-    Its names are what others look for: peft for a `base_layer`; those who move or cut up a base for `.lora_`, to let
-    the adapters be. A hook in its place would be missed by compiled code, which does not check for hooks.
+    Other code depends on its names: peft looks for `base_layer`; what moves or shards a base leaves `.lora_` in place.
+    A hook instead would be missed by compiled code, which does not check for hooks.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -197,7 +197,7 @@ class StretchedLinear(nn.Module):
         self.is_on = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the Linear's output, the bias as it is and the rest stretched, in the output's dtype."""
+        """Returns the Linear's output, everything but the bias scaled by row, in the output's dtype."""
         output = self.base_layer(x)
         if not self.is_on:
             return output
@@ -213,15 +213,15 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
     Each adapter adds strength * (W' - W) to a weight W, where W' is what it was trained to be.
 
     Args:
-        dit: the model, its weights whole.
+        dit: the model; its weights are not sharded.
         layers: of the adapter.
-        name: tells several adapters apart.
+        name: of the adapter, unique in the model.
         strength: 1 is as trained.
     """
     dit.requires_grad_(False)
     _inject(dit, name, {layer: (each.rank, strength * each.alpha) for layer, each in layers.items()}, dora=False)
     for layer, each in layers.items():
-        module = dit.get_submodule(layer)
+        module = _peft_layer(dit, layer)
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
         a.data.copy_(each.a)
         b.data.copy_(each.b)
@@ -237,10 +237,10 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
 
 
 def switch_adapters(dit: nn.Module, on: bool) -> None:
-    """Lets the adapters play their part, or leaves the base alone, exactly."""
+    """Switches all adapters on or off; without them the model computes exactly what the base does."""
+    for module in _peft_layers(dit):
+        module.enable_adapters(on)
     for module in dit.modules():
-        if hasattr(module, "lora_A"):
-            module.enable_adapters(on)
         if isinstance(module, StretchedLinear):
             module.is_on = on
 
@@ -307,7 +307,7 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
         warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
         inject_adapter_in_model(config, dit, adapter_name=name)
     for layer in layers:
-        module = dit.get_submodule(layer)
+        module = _peft_layer(dit, layer)
         for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
             if name in part:
                 part[name].to(dtype=torch.float32, device=module.get_base_layer().weight.device)
@@ -315,20 +315,30 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
 
 def _activate_all(dit: nn.Module) -> None:
     """Activates all adapters, frozen: injecting one makes it the only active one, in layers of other adapters too."""
-    for module in dit.modules():
-        if hasattr(module, "lora_A"):
-            module.set_adapter(list(module.lora_A))
+    for module in _peft_layers(dit):
+        module.set_adapter(list(module.lora_A))
     dit.requires_grad_(False)
 
 
-def _base_weight(module: nn.Module) -> Tensor:
+# Typed Any below: peft keeps the parts of its layers in dictionaries of modules of any kind.
+
+
+def _peft_layer(dit: nn.Module, name: str) -> Any:
+    return dit.get_submodule(name)
+
+
+def _peft_layers(dit: nn.Module) -> list[Any]:
+    return [module for module in dit.modules() if hasattr(module, "lora_A")]
+
+
+def _base_weight(module: Any) -> Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(module.get_base_layer()).detach().float()
 
 
 @torch.no_grad()
-def _measure_magnitude(module: nn.Module) -> None:
+def _measure_magnitude(module: Any) -> None:
     """Sets the trainable magnitudes to the lengths that the adapted rows have now, so that they change nothing.
 
     Measured in fp32 by the code that measures them in each forward pass: peft starts from lengths rounded to bf16.

@@ -98,7 +98,7 @@ class TimestepEmbedder(nn.Module):
         freqs = torch.exp(-math.log(10000) * index / self.FREQUENCIES)
         angles = ((1 - sigma.float()) * self.scale)[:, None] * freqs
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid.to(next(self.mlp.parameters()).dtype))
 
 
 class PatchEmbed(nn.Module):

@@ -312,8 +312,8 @@ class Decoder(nn.Module):
 
     def forward(self, vae_latents: Tensor, carry: Carry | None = None) -> Tensor:
         """Decodes VAE latents (B, 12, T, h, w) to pixels (B, 3, F, H, W), not clamped, in the weights' dtype."""
-        first, *top = self.blocks[0]
-        x = first(vae_latents.to(first.weight.dtype))
-        for block in [*top, *self.blocks[1:-1], *self.blocks[-1]]:
+        first, *top = self.blocks[0].children()
+        x = first(vae_latents.to(next(first.parameters()).dtype))
+        for block in [*top, *self.blocks[1:-1], *self.blocks[-1].children()]:
             x = block(x, carry)
         return self.output_proj(F.silu(x))

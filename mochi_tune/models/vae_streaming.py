@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from mochi_tune.models.vae import AttentionBlock, Carry, Decoder, DownsampleBlock, Encoder, pixels_to_frames
+from mochi_tune.models.vae import AttentionBlock, Carry, Decoder, DownsampleBlock, Encoder, ResBlock, pixels_to_frames
 
 # Tiles over rows, over columns.
 Tiles = tuple[int, int]
@@ -64,7 +64,7 @@ def _stages(encoder: Encoder) -> list[tuple[list[Convolve], AttentionBlock | Non
     run: list[Convolve] = [lambda pixels, _carry: encoder.embed(pixels)]
     for layer in encoder.layers[1:]:
         for part in layer.layers if isinstance(layer, DownsampleBlock) else [layer]:
-            if getattr(part, "attention", False):
+            if isinstance(part, ResBlock) and part.attention:
                 stages.append(([*run, part.convolve], part.attn_block))
                 run = []
             else:

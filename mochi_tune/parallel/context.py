@@ -1,11 +1,13 @@
-"""Context parallelism: the visual tokens are split over ranks, and each rank attends all tokens with some heads.
+"""Context parallelism: the visual tokens are split over processes, and each one attends to all tokens
+with some of the heads.
 
-The model knows nothing of it: what changes are its embedder's and its rotary tables' outputs, the attention's core, and
-the output of its last Linear. Text tokens are few; every rank has them all. Every rank gets the whole velocity.
+It changes a model at three seams: the outputs of its embedder and its rotary tables, the attention's core, and the
+output of its last Linear. Text tokens are few; every rank has them all. Every rank gets the complete velocity.
 Source: Ulysses, arXiv 2309.14509; here with shares of any size.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -75,16 +77,27 @@ def check_context_ranks(num_ranks: int, num_heads: int) -> None:
 def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup) -> None:
     """Splits the work on visual tokens over the ranks of a group; with adapters or without, for any number of frames.
 
-    All ranks call the model with the same inputs and get the same whole output. Gradients are each rank's share of the
-    gradient of the sum of the ranks' losses.
+    All ranks call the model with the same inputs and get the same complete output. Gradients are each rank's share of
+    the gradient of the sum of the ranks' losses.
 
     Raises:
         ParallelError: the number of ranks does not divide the heads.
     """
     shares = TokenShares(group)
     check_context_ranks(shares.num_ranks, dit.config.num_heads)
-    dit.x_embedder.register_forward_hook(lambda _module, _inputs, x: shares.take(x, 1))
-    dit.rope.register_forward_hook(lambda _module, _inputs, tables: tuple(shares.take(t, 0) for t in tables))
+
+    def take_tokens(_module: nn.Module, _inputs: Any, x: Tensor) -> Tensor:
+        return shares.take(x, 1)
+
+    def take_positions(_module: nn.Module, _inputs: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(shares.take(table, 0) for table in tables)
+
+    def gather_tokens(_module: nn.Module, _inputs: Any, x: Tensor) -> Tensor:
+        return gather(x, shares.counts, 1, group)
+
+    dit.x_embedder.register_forward_hook(take_tokens)
+    dit.rope.register_forward_hook(take_positions)
     for block in dit.blocks:
-        block.attn.core = ContextParallelAttention(block.attn.core, shares)
-    dit.final_layer.linear.register_forward_hook(lambda _module, _inputs, x: gather(x, shares.counts, 1, group))
+        attention = block.get_submodule("attn")
+        attention.set_submodule("core", ContextParallelAttention(attention.get_submodule("core"), shares))
+    dit.final_layer.linear.register_forward_hook(gather_tokens)

@@ -63,8 +63,8 @@ def choose_layout(
     Raises:
         ParallelError: none is possible; those that are, are named.
     """
-    if asked.get("context"):
-        check_context_ranks(asked["context"], config.num_heads)
+    if context := asked.get("context"):
+        check_context_ranks(context, config.num_heads)
     if num_ranks == 1 and (more := [f"parallel.{axis}={n}" for axis, n in asked.items() if n not in (None, 1)]):
         needed = math.prod(n for n in asked.values() if n is not None)
         raise ParallelError(f"{' '.join(more)} wants {needed} processes: use parallel.num_processes={needed}.")
@@ -134,19 +134,20 @@ def training_layout(num_ranks: int, num_heads: int, context: int) -> Layout:
 
 
 class Mesh:
-    """This process's place in a layout, and the groups that it talks to; all ranks build it together."""
+    """This process's ranks in a layout, and its groups; all processes build it together."""
 
     def __init__(self, layout: Layout, device: torch.device, timeout_seconds: float) -> None:
         self.layout = layout
         grid = torch.arange(layout.num_ranks).view(layout.data, layout.guidance, layout.context)
-        place = (grid == dist.get_rank()).nonzero()[0].tolist()
-        self.data_rank, self.guidance_rank, self.context_rank = place
+        self.data_rank, self.guidance_rank, self.context_rank = (grid == dist.get_rank()).nonzero()[0].tolist()
         timeout = datetime.timedelta(seconds=timeout_seconds)
 
         def group_of(rows: Tensor) -> dist.ProcessGroup:
             # Every rank takes part in making every group.
             groups = {tuple(row): dist.new_group(row, timeout=timeout) for row in rows.tolist()}
-            return next(group for ranks, group in groups.items() if dist.get_rank() in ranks)
+            mine = next(group for ranks, group in groups.items() if dist.get_rank() in ranks)
+            assert isinstance(mine, dist.ProcessGroup), "a group of this process"
+            return mine
 
         self.context_group = group_of(grid.flatten(0, 1))
         self.guidance_group = group_of(grid.transpose(1, 2).flatten(0, 1))
@@ -168,7 +169,7 @@ class Mesh:
     def gather_parts(self, part: Tensor) -> Iterator[Tensor]:
         """Yields the parts (F', H, W, 3) of a video's ranks in order on the rank that writes it; none on the others."""
         group = self.video_group
-        counts = [None] * dist.get_world_size(group)
+        counts = [0] * dist.get_world_size(group)
         dist.all_gather_object(counts, len(part), group=group)
         if not self.is_writer:
             dist.send(part.contiguous(), group_dst=0, group=group)

@@ -1,6 +1,5 @@
 """The adapters of a rendering: which files, how strong, and whether they fit the base."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ class RenderAdapter:
 
 
 def load_render_adapters(
-    sample: SampleConfig, run_dir: Path, shapes: Mapping[str, tuple[int, int]], identity: str
+    sample: SampleConfig, run_dir: Path, shapes: dict[str, tuple[int, int]], identity: str
 ) -> list[RenderAdapter]:
     """Loads the adapters of a rendering and checks that they fit the base.
 

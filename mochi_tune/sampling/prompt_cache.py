@@ -26,17 +26,17 @@ class PromptCache:
         self.kind = f"{text_encoder} {dtype}"
 
     def path(self, prompt: str) -> Path:
-        """Returns where a prompt's features lie, or would."""
+        """Returns the file of a prompt's features, which need not exist."""
         return self.folder / f"{hashlib.sha256(f'{self.kind} {prompt}'.encode()).hexdigest()}.safetensors"
 
     def get(self, prompt: str) -> Tensor | None:
-        """Returns the features (n, D) of a prompt on the CPU; None if they are not there, or not whole."""
+        """Returns the features (n, D) of a prompt on the CPU; None if they are not there, or damaged."""
         try:
             return load_file(self.path(prompt))["features"]
         except (FileNotFoundError, SafetensorError, KeyError):
             return None
 
     def put(self, prompt: str, features: Tensor) -> None:
-        """Keeps the features of a prompt; the file appears whole."""
+        """Saves the features of a prompt; the file appears only when it is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.path(prompt), {"features": features.cpu()}, {"prompt": prompt})

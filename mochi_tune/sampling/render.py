@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,8 @@ def apply_compilation(dit: AsymmDiT) -> None:
     """
     for block in dit.blocks:
         assert isinstance(block, AsymmetricJointBlock)
-        block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
+        uncompiled: Any = torch.compiler.disable(block.attn.core.forward)
+        block.attn.core.forward = uncompiled
         block.forward = torch.compile(block.forward, dynamic=True)
 
 

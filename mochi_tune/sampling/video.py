@@ -11,7 +11,7 @@ from mochi_tune.models.latents import FPS
 
 
 def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = True) -> Path:
-    """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264 at 30 fps; the file appears whole.
+    """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264 at 30 fps; the file appears only when it is complete.
 
     Args:
         path: an .mp4; its folder exists.
@@ -19,7 +19,7 @@ def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = 
         may_replace: what to do when `path` is there by then: put this video in its place, or beside it.
 
     Returns:
-        Where the video lies.
+        The video's path.
     """
     try:
         with temporary_file(path) as temporary:
@@ -51,6 +51,7 @@ def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> None:
                 picture.pts = count
                 container.mux(stream.encode(picture))
                 count += 1
+        assert stream is not None, "a video has a frame"
         container.mux(stream.encode())
 
 

@@ -90,7 +90,14 @@ def list_files(repo: str, revision: str, endpoint: str | None) -> list[HubFile]:
         CheckpointError: no such repository or revision, no connection, or a required file is not there.
     """
     from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    # The base error of whichever HTTP library the installed version uses.
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         info = HfApi(endpoint=endpoint).model_info(
@@ -109,16 +116,13 @@ def list_files(repo: str, revision: str, endpoint: str | None) -> list[HubFile]:
             f"repo={repo} cannot be listed ({one_line(error)}): check the network connection and run the same command "
             "again, it goes on from what is there."
         ) from error
-    files = [
-        HubFile(
-            name=entry.rfilename,
-            url=hf_hub_url(repo, entry.rfilename, revision=info.sha, endpoint=endpoint),
-            num_bytes=entry.size,
-            digest=entry.lfs.sha256 if entry.lfs else entry.blob_id,
-        )
-        for entry in info.siblings or []
-        if WANTED.fullmatch(entry.rfilename)
-    ]
+    files = []
+    for entry in info.siblings or []:
+        if WANTED.fullmatch(entry.rfilename):
+            url = hf_hub_url(repo, entry.rfilename, revision=info.sha, endpoint=endpoint)
+            digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
+            assert entry.size is not None and digest is not None, "files_metadata=True asks for both"
+            files.append(HubFile(entry.rfilename, url, entry.size, digest))
     absent = [name for name in REQUIRED if name not in {file.name for file in files}]
     if absent:
         raise CheckpointError(f"repo={repo} has no {', '.join(absent)}: use one laid out as {REPO} is.")
