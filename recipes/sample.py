@@ -129,7 +129,7 @@ def check(config: RunConfig, num_processes: int) -> Job:
         "model": config.model.name,
         "base_fingerprint": identity,
         "dtype": config.model.dtype,
-        "memory": asdict(config.memory),
+        "memory": config.memory.model_dump(),
         "layout": asdict(layout),
     }
     return Job(weights, requests, adapters, variants, layout, common)

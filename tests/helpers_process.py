@@ -262,6 +262,8 @@ def _hook(disturbance: Disturbance, log: int) -> Callable[[str, tuple], None]:
                 return
         if not path.startswith(under):
             return
+        # The process's number in a temporary file's name is another one each time.
+        path = path.replace(f".{os.getpid()}.tmp", ".tmp")
         count += 1
         is_matching = disturbance.signal_before is not None and path.endswith(disturbance.signal_before)
         matching += is_matching

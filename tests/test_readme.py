@@ -53,7 +53,8 @@ def test_every_command_is_understood(command, tmp_path):
 
 def commands_of(page: Path) -> list[list[str]]:
     """Returns the arguments of each `mochi-tune` command in a page's code blocks, without torchrun or srun."""
-    blocks = re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fences if not language]
     lines = [line.partition("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines = [line.replace("-m mochi_tune.cli", "mochi-tune") for line in lines]
     commands = [re.sub(r"^(torchrun|srun) .*?(?=mochi-tune)", "", line) for line in lines if "mochi-tune" in line]

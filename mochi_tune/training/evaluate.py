@@ -42,17 +42,17 @@ def evaluate(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> None:
     Raises:
         Interrupted: the run was asked to stop.
     """
-    settings, plan = run.settings, run.plan
-    validates = settings.validate_every > 0 and is_due(run.step, settings.validate_every, settings.steps)
+    plan, train = run.plan, run.plan.config.train
+    validates = train.validate_every > 0 and is_due(run.step, train.validate_every, train.steps)
     validates = validates and bool(plan.validation_clips)
     if validates:
         validates = broadcast(run.metrics is not None and not run.metrics.is_validated(run.step))
-    renders = videos is not None and is_due(run.step, settings.sample_every, settings.steps)
+    renders = videos is not None and is_due(run.step, train.sample_every, train.steps)
     if not validates and not renders:
         return
     with run.optimizer.temporarily(run.published_weights()):
         if validates:
-            clips = ValidationClips(plan.dataset, plan.validation_clips, plan.config.seed, settings.objective)
+            clips = ValidationClips(plan.dataset, plan.validation_clips, plan.config.seed, train.objective)
             losses = validation_losses(dit, clips, plan.device, run.check_signals)
             if run.metrics is not None:
                 row = {"step": run.step, "validation_loss": sum(losses.values()) / len(losses), "bins": losses}

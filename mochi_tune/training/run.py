@@ -121,16 +121,14 @@ class Run:
     ) -> None:
         self.plan, self.accelerator, self.start = plan, accelerator, start
         self.metrics, self.trackers = metrics, trackers
-        self.settings = plan.config.train
         self.run_dir = Path(plan.config.run_dir)
         self.step = self._saved_step = start.step
         self.exit_code = 0
         layout = plan.layout
         self._data_rank = accelerator.process_index // layout.context
         self._numbers = list(range(self._data_rank, plan.draws.num_micro_batches, layout.data))
-        self._guard = SpikeGuard(
-            self.settings.spike_policy, self.settings.spike_factor, list(start.state.get("losses", ()))
-        )
+        train = plan.config.train
+        self._guard = SpikeGuard(train.spike_policy, train.spike_factor, list(start.state.get("losses", ())))
         self._resources = contextlib.ExitStack()
         self._signals: StopAndSaveSignals | None = None
         self._checkpointer: Checkpointer | None = None
@@ -139,7 +137,7 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether all steps are finished."""
-        return self.step >= self.settings.steps
+        return self.step >= self.plan.config.train.steps
 
     @property
     def is_new(self) -> bool:
@@ -168,7 +166,8 @@ class Run:
             OSError: the disk has no space for a checkpoint.
         """
         self.optimizer, self.ema = optimizer, ema
-        settings, plan, is_main = self.settings, self.plan, self.accelerator.is_main_process
+        plan, is_main = self.plan, self.accelerator.is_main_process
+        train = plan.config.train
         if (folder := self.start.folder) is not None:
             adapter = load_tensors(folder / "adapter.safetensors")
             state = checkpoint.load_optimizer(folder / "optimizer.safetensors")
@@ -178,15 +177,15 @@ class Run:
         if self.metrics is not None:
             # The adapter, two moments and, where there is one, the average.
             check_free_space(self.run_dir, plan.adapter_bytes * (4 if ema is not None else 3))
-            retention = Retention(settings.keep_checkpoints, settings.keep_every, settings.keep_best)
+            retention = Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
             self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
         is_strict = plan.config.data.damaged == "strict"
         loader = ClipLoader(plan.dataset, plan.training_clips, plan.draws, is_strict, tqdm.write)
-        remaining = range(self.step + 1, settings.steps + 1)
+        remaining = range(self.step + 1, train.steps + 1)
         keys = ((step, number) for step in remaining for number in self._numbers)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
         self._prefetcher = self._resources.enter_context(Prefetcher(loader.load, keys))
-        bar = tqdm(total=settings.steps, initial=self.step, desc="train", unit="step", disable=not is_main)
+        bar = tqdm(total=train.steps, initial=self.step, desc="train", unit="step", disable=not is_main)
         self._progress = self._resources.enter_context(bar)
 
     def steps(self) -> Iterator[int]:
@@ -256,8 +255,8 @@ class Run:
         Raises:
             Interrupted: a process was asked to stop.
         """
-        every = self.settings.checkpoint_every
-        if result.stop_signal or result.save_requested or is_due(self.step, every, self.settings.steps):
+        train = self.plan.config.train
+        if result.stop_signal or result.save_requested or is_due(self.step, train.checkpoint_every, train.steps):
             self.save()
         if result.stop_signal and not self.is_complete:
             raise Interrupted
@@ -304,7 +303,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self._checkpointer is not None:
             self._checkpointer.check_saved(self.step)
-            stopped = f"stopped after step {self.step} of {self.settings.steps}"
+            stopped = f"stopped after step {self.step} of {self.plan.config.train.steps}"
             tqdm.write(f"adapter: {self.run_dir / 'adapter.safetensors'}" if self.is_complete else stopped)
 
     def _exchange(self, own: object) -> tuple[int, bool, list]:

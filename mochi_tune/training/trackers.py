@@ -184,8 +184,8 @@ class _Follower:
 
 
 def _wanted(log: "LogConfig") -> dict[str, str]:
-    values = {kind: str(getattr(log, kind)).lower() for kind in TRACKERS}
-    return {kind: value for kind, value in values.items() if value not in ("disabled", "false")}
+    values = {"wandb": log.wandb, "tensorboard": str(log.tensorboard), "trackio": str(log.trackio)}
+    return {kind: value for kind, value in values.items() if value not in ("disabled", "False")}
 
 
 def _short(value: object) -> object:

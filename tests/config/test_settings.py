@@ -10,7 +10,7 @@ from mochi_tune.config.explain import TYPE_NAMES, describe_limits
 from mochi_tune.config.load import load_config, packaged_folder
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import flat_settings, known_keys, resume_rule, sections
-from mochi_tune.parallel.memory import DIT_PLACES
+from mochi_tune.parallel.memory import RESIDENCIES
 from mochi_tune.sampling.sampler import PRESETS
 from mochi_tune.training.accelerator import STRATEGIES
 from mochi_tune.training.guards import SPIKE_POLICIES
@@ -43,7 +43,7 @@ def test_every_default_is_an_allowed_value():
         ("train.schedule", SCHEDULES),
         ("train.spike_policy", SPIKE_POLICIES),
         ("parallel.strategy", STRATEGIES),
-        ("memory.dit", DIT_PLACES),
+        ("memory.dit", RESIDENCIES),
         ("sample.preset", PRESETS),
     ],
 )
@@ -154,7 +154,7 @@ def _read_in(scope: ast.AST, names: dict[str, str]) -> Iterator[str]:
     classes = {cls.__name__: section for section, cls in sections().items()}
     if isinstance(scope, ast.FunctionDef | ast.Lambda):
         for argument in [*scope.args.posonlyargs, *scope.args.args, *scope.args.kwonlyargs]:
-            annotation = ast.unparse(argument.annotation) if argument.annotation else ""
+            annotation = ast.unparse(argument.annotation).strip("'") if argument.annotation else ""
             if annotation in classes:
                 names[argument.arg] = classes[annotation]
             elif argument.arg != "config":

@@ -323,7 +323,7 @@ def test_exactly_one_clip_is_decoded_ahead_and_waits_for_a_late_caller(tmp_path)
         late = decoder.decode_all(good)
         next(late)
         # The second one is there, and was asked for longer ago than a clip may take.
-        decoder._socket.recv(1, socket.MSG_PEEK | socket.MSG_WAITALL)
+        decoder._child.socket.recv(1, socket.MSG_PEEK | socket.MSG_WAITALL)
         decoder._asked_at -= 1000
         path, clip = next(late)
         assert path == good[1] and _numbers(clip) == list(range(1, 8))

@@ -317,9 +317,9 @@ def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
     for number in range(num_clips):
         add_clip(tmp_path, f"{number}.mp4", f"a ball number {number}", first_number=20 * number)
     cache = tmp_path / "cache"
-    # Before the third clip's latents are put in their place.
+    # Each file is opened, synced and renamed: before the third clip's latents are renamed.
     paths = [f"data.videos={tmp_path / 'videos'}", f"data.cache={cache}", f"run_dir={tmp_path / 'run'}"]
-    kill = Disturbance(cache, signal_before=".safetensors.tmp", nth=3)
+    kill = Disturbance(cache, signal_before=".safetensors.tmp", nth=9)
     assert run_program(["prepare", "conf=my_lora", *SIZES, *paths], tmp_path / "log", kill)[0] == -signal.SIGKILL
     found = len(list(cache.glob("parts/latents-*.safetensors")))
     assert found == 2

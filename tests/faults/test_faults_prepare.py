@@ -68,7 +68,7 @@ def clean(videos, tmp_path_factory) -> Path:
 def changes_of(cache: Path) -> list[str]:
     """Returns the changes that a `prepare` has made in its cache, "os.rename NAME" and so on."""
     lines = cache.with_name(f"{cache.name}.log.changes").read_text().splitlines()
-    return [f"{event} {Path(path).name}" for event, path in map(json.loads, lines)]
+    return [f"{event} {Path(path).name.lstrip('.')}" for event, path in map(json.loads, lines)]
 
 
 def test_of_two_one_refuses_and_a_trainer_too_and_a_killed_ones_lock_is_no_lock(videos, clean, tmp_path):

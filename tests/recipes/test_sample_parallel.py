@@ -73,7 +73,7 @@ def latents_error(folder) -> float:
     """How far the latents of another layout may be from those of one process: its sums are in another order."""
     dit, text = WeightsFolder(TOY).load_dit("cpu", torch.float32), TextEncoder.load(TOY, "cpu", torch.float32)
     apply_adapter(dit, load_adapter(folder / "adapter.safetensors").layers, "adapter")
-    schedule = sampler_settings(load_config("toy_lora", settings(folder, "never", {}, "without")))
+    schedule = sampler_settings(load_config("toy_lora", settings(folder, "never", {}, "without")).sample)
     noise, features = draw_noise(0, 37, 64, 96), text.encode([PROMPTS[0], ""])
     return rounding_error(lambda: [*sample_latents(dit, noise, *features, schedule)][-1], [*dit.parameters(), noise])
 
