@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.training.follower import TRACKERS, kill_all
+from mochi_tune.training.follower import kill_all
 from mochi_tune.training.metrics import write_line
 
 if TYPE_CHECKING:
@@ -184,8 +184,8 @@ class _Follower:
 
 
 def _wanted(log: "LogConfig") -> dict[str, str]:
-    values = {"wandb": log.wandb, "tensorboard": str(log.tensorboard), "trackio": str(log.trackio)}
-    return {kind: value for kind, value in values.items() if value not in ("disabled", "False")}
+    values = {"wandb": log.wandb, "tensorboard": log.tensorboard, "trackio": log.trackio}
+    return {kind: str(value).lower() for kind, value in values.items() if value not in ("disabled", False)}
 
 
 def _short(value: object) -> object:
