@@ -47,7 +47,7 @@ CPU_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure; `depth` of None is the whole model on a GPU and CPU_DEPTH of it on a CPU."""
+    """What to measure; `depth` of None is every block on a GPU and CPU_DEPTH of them on a CPU."""
 
     what: str
     model: str = "mochi_1"

@@ -1,4 +1,4 @@
-"""The story of an export: an adapter file becomes one that another program loads."""
+"""Exports an adapter file to the format of another program."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,7 +8,7 @@
 | comfyui   | native keys; read also with the prefix `diffusion_model.` | nowhere; read also from `.alpha` tensors  |
 
 In memory there is one form only: official names, fp32. Every export but the native one has alpha / rank multiplied
-into B, so that a runtime gets the same weights whether it looks for an alpha or not.
+into B, so that a runtime gets the same weights whether it reads an alpha or not.
 
 The magnitudes of a DoRA are `LAYER.lora_magnitude` in native files, `MODULE.lora_magnitude_vector` in diffusers'. The
 official layout has none. ComfyUI's `dora_scale` is another thing: it multiplies rows divided by the base's lengths,

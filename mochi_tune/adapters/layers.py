@@ -167,7 +167,7 @@ def _swap_halves(name: str, layer: LoraLayer) -> LoraLayer:
 
 
 def _check_same_choice(groups: dict[str, list[LoraLayer | None]]) -> None:
-    """Tells a choice (to_q and to_v in every block) from a hole (no to_k in one block)."""
+    """Refuses a module that only some blocks lack; a choice, such as to_q and to_v, is the same in every block."""
     used = {(kind_of(name), i) for name, parts in groups.items() for i, part in enumerate(parts) if part}
     missing = [
         f"transformer_blocks.{block_of(name)}.{DIFFUSERS_KINDS[kind_of(name)][i]}"
@@ -228,7 +228,7 @@ def complete_layers(layers: dict[str, LoraLayer], num_blocks: int) -> dict[str, 
 
 
 def _attention_shapes(layers: dict[str, LoraLayer]) -> dict[str, tuple[int, int]]:
-    """Works out (out, in) of every kind from any of them; where none tells, text is half as wide, as in Mochi 1."""
+    """Returns (out, in) of every kind, worked out from any of them; by default text is half as wide, as in Mochi 1."""
     dim_x = dim_y = 0
     for name, layer in layers.items():
         num_out, num_in = layer.shape

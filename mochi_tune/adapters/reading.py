@@ -57,7 +57,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sorts the tensors by module; every key must find its place, and every module has both halves.
+    """Sorts the tensors by module; every key must be known, and every module has both halves.
 
     A DoRA has magnitudes in every module: where one lacks them, its rows' lengths are not known.
     """

@@ -1,4 +1,4 @@
-"""Latent geometry and the two latent spaces: the only place that knows 6x, 8x and the channel statistics.
+"""Latent geometry and the two latent spaces: the only module with the factors 6 and 8 and the channel statistics.
 
 Shape letters: B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent rows and columns.
 """

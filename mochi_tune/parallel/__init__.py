@@ -1,1 +1,1 @@
-"""Functions over models that know nothing of them: memory now, several devices later."""
+"""Functions over models that know nothing of them: less memory, several processes."""

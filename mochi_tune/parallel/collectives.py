@@ -1,7 +1,7 @@
-"""Exchanges between the ranks of a group whose backward pass is the exact adjoint of their forward pass.
+"""Exchanges between the ranks of a group. Their backward pass is the exact adjoint of their forward pass.
 
 The ranks together are one function, whose output is the sum of theirs: a gradient that a rank computes is its share and
-the sum over the ranks is the gradient. All of them are made of one collective, the all-to-all, whose adjoint is the
+the sum over the ranks is the gradient. All of them use one collective, the all-to-all; its adjoint is the
 all-to-all back. Shares may be uneven.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def even_shares(count: int, parts: int) -> list[int]:
-    """Splits `count` things as evenly as can be; the first shares are the larger ones."""
+    """Splits `count` items as evenly as possible; the first shares are the larger ones."""
     each, more = divmod(count, parts)
     return [each + (i < more) for i in range(parts)]
 

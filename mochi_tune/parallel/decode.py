@@ -33,7 +33,7 @@ class HaloCarry:
         """Returns the two frames before the part x (B, C, n, H, W); before the clip, its first frame twice."""
         received, operations, kept_alive = {}, [], []
         for receiver in range(len(self.counts)):
-            for owner, part, place in self._halo(receiver):
+            for owner, part, first in self._halo(receiver):
                 if owner == receiver or self.rank not in (owner, receiver):
                     continue
                 peer = dist.get_global_rank(self.group, receiver if self.rank == owner else owner)
@@ -41,11 +41,11 @@ class HaloCarry:
                     kept_alive.append(x[:, :, part].contiguous())
                     operations.append(dist.P2POp(dist.isend, kept_alive[-1], peer, self.group))
                 else:
-                    received[place] = x.new_empty(*x.shape[:2], part.stop - part.start, *x.shape[3:])
-                    operations.append(dist.P2POp(dist.irecv, received[place], peer, self.group))
+                    received[first] = x.new_empty(*x.shape[:2], part.stop - part.start, *x.shape[3:])
+                    operations.append(dist.P2POp(dist.irecv, received[first], peer, self.group))
         for request in dist.batch_isend_irecv(operations) if operations else []:
             request.wait()
-        past = torch.cat([received[place] for place in sorted(received)], dim=2) if received else x[:, :, :1]
+        past = torch.cat([received[first] for first in sorted(received)], dim=2) if received else x[:, :, :1]
         return past if past.shape[2] == HALO else past[:, :, :1].expand(-1, -1, HALO, -1, -1)
 
     def begins(self, layer: nn.Module) -> bool:
@@ -56,7 +56,7 @@ class HaloCarry:
         return self.rank == 0
 
     def _halo(self, receiver: int) -> list[tuple[int, slice, int]]:
-        """Of the two frames before a rank's part: which rank holds which of its own frames, and their place."""
+        """Finds the two frames before a rank's part: the rank that has them, their slice there, the first's number."""
         starts = [sum(self.counts[:i]) for i in range(len(self.counts))]
         wanted = range(max(0, starts[receiver] - HALO), starts[receiver])
         found = []
@@ -82,11 +82,11 @@ def check_decode_ranks(num_ranks: int, num_latent_frames: int) -> None:
 
 @torch.no_grad()
 def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup, tiles: Tiles = WHOLE) -> Tensor:
-    """Decodes this rank's part of the time of a clip, exactly as it is in the whole.
+    """Decodes this rank's part of the time of a clip, exactly as in one pass over the clip.
 
     Args:
         decoder: on this rank's device; all ranks have the same one.
-        vae_latents: of the whole clip, (B, 12, T, h, w), the same on all ranks.
+        vae_latents: of the complete clip, (B, 12, T, h, w), the same on all ranks.
         group: of the ranks; one after the other, their parts are the clip.
         tiles: as for `decode_tiled`; the same on all ranks.
 

@@ -50,7 +50,7 @@ def possible_layouts(num_ranks: int, num_heads: int, is_guided: bool) -> list[La
 def choose_layout(
     num_ranks: int, config: DiTConfig, num_videos: int, num_tokens: int, is_guided: bool, asked: dict[str, int | None]
 ) -> Layout:
-    """Returns the layout that should be the fastest of those that have what is asked for.
+    """Returns the layout that is estimated to be the fastest of those that fit the settings.
 
     Args:
         num_ranks: processes.

@@ -6,8 +6,8 @@
 |           | dit_config.json            | vae_config.json                          |                          |
 | diffusers | transformer/ in any shards | vae/                                     | text_encoder/ tokenizer/ |
 
-The official configurations may be absent, which means full size. Each part may lie in either layout; where both do,
-the official one is read.
+The official configurations may be absent, which means full size. Each part may be in either layout; where both
+exist, the official one is read.
 """
 
 import hashlib

@@ -86,7 +86,7 @@ class WeightsFolder:
         return build_meta_model(self._plan("dit").config)
 
     def base_identity(self) -> str:
-        """Identifies the DiT that an adapter belongs to, whatever layout and float dtype its weights lie in.
+        """Identifies the DiT that an adapter belongs to, in every layout and float dtype of its weights.
 
         It is the sha256 of the first row of each block's visual queries, rounded to bf16, so that no large file is
         read.

@@ -1,4 +1,4 @@
-"""Where each official tensor lies in the diffusers layout.
+"""Maps each official tensor to its pieces in the diffusers layout.
 
 diffusers splits q, k and v, and swaps the halves of a SwiGLU's w1 (gate, value) and of the final layer's modulation
 (shift, scale). The VAE differs by its names and by split q, k, v alone. Every map is exact in both directions.
