@@ -130,8 +130,9 @@ def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list
     Raises:
         DataError: the cache is another one by now.
     """
-    size = {"num_frames": config.data.num_frames, "height": config.data.height, "width": config.data.width}
-    dataset = LatentDataset(open_cache(Path(config.data.cache), **size))
+    data = config.data
+    cache = open_cache(Path(data.cache), num_frames=data.num_frames, height=data.height, width=data.width)
+    dataset = LatentDataset(cache)
     numbers = {row.path: number for number, row in enumerate(dataset.cache.rows)}
     if gone := sorted(set(paths) - numbers.keys()):
         raise DataError(

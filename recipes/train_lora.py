@@ -43,6 +43,7 @@ def main(config: RunConfig, num_processes: int = 1) -> int:
     with open_run(plan, accelerator) as run:
         if not run.is_complete:
             train_adapter(plan, run)
+    accelerator.end_training()
     return run.exit_code
 
 

@@ -59,7 +59,9 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
         return {}
     # "node[003-005,007],other": the first host is node003.
-    host, numbers = re.match(r"([^\[,]+)(?:\[(\d*))?", environment["SLURM_STEP_NODELIST"]).groups()
+    first = re.match(r"([^\[,]+)(?:\[(\d*))?", environment["SLURM_STEP_NODELIST"])
+    assert first is not None, "Slurm names at least one node"
+    host, numbers = first.groups()
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
@@ -111,13 +113,13 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         rank = os.environ["RANK"]
-        # gloo begins with a place in its source and ends with words of comfort.
+        # gloo's text starts with a line of its source and ends with a general hint: both are left out.
         why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[0]
         sys.stderr.write(f"mochi-tune: rank {rank} lost contact with the others: {why}\n")
         sys.stderr.flush()
-        # Taking leave in order would wait for those that do not answer.
+        # An orderly exit would wait for the processes that do not answer.
         os._exit(LOST_CONTACT)
-    dist.destroy_process_group()
+    PartialState().destroy_process_group()
 
 
 def uses_gpus(device: str) -> bool:

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, BrokenPipeError) and is_reader_gone():
             drop_output()
             sys.exit(128 + signal.SIGPIPE)
-        if errno.errorcode.get(error.errno) not in TROUBLE:
+        if errno.errorcode.get(error.errno or 0) not in TROUBLE:
             raise
         too_many = error.errno in (errno.EMFILE, errno.ENFILE)
         advice = "raise `ulimit -n`" if too_many else "name a place that can be used"
@@ -282,12 +282,17 @@ def run_bench(arguments: list[str]) -> int:
     from mochi_tune.config.load import load_config
     from mochi_tune.recipes.bench import Bench, check
 
-    numbers = {key: whole_number(key, options[key], 1) for key in ("num_frames", "height", "width", "repeats")}
     if options["compile"] not in ("true", "false"):
         raise ConfigError(f"compile={options['compile']} is not possible: use true or false.")
     bench = Bench(
-        **{key: options[key] for key in ("what", "model", "device", "dtype")},
-        **numbers,
+        what=options["what"],
+        model=options["model"],
+        device=options["device"],
+        dtype=options["dtype"],
+        num_frames=whole_number("num_frames", options["num_frames"], 1),
+        height=whole_number("height", options["height"], 1),
+        width=whole_number("width", options["width"], 1),
+        repeats=whole_number("repeats", options["repeats"], 1),
         dit=load_config("base", [f"memory={options['memory']}"]).memory.dit,
         depth=None if options["depth"] == "all" else whole_number("depth", options["depth"], 1),
         lora_rank=whole_number("lora_rank", options["lora_rank"], 0),

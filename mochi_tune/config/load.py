@@ -86,7 +86,7 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
         assert isinstance(written, dict)
         for section in written.keys() & sections().keys():
             if not isinstance(written[section], dict):
-                raise ConfigError(f"{path}: {explain_section(section)}")
+                raise ConfigError(f"{path}: {explain_section(str(section))}")
         settings = OmegaConf.merge(_defaults(), composed)
         for key, mapping in patterns.items():
             OmegaConf.update(settings, key, mapping, merge=False)

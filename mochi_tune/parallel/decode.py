@@ -56,7 +56,7 @@ class HaloCarry:
         return self.rank == 0
 
     def _halo(self, receiver: int) -> list[tuple[int, slice, int]]:
-        """Finds the two frames before a rank's part: who holds them, a slice of that rank's frames, the first's number."""
+        """Finds the two frames before a rank's part: the rank that has them, their slice there, the first's number."""
         starts = [sum(self.counts[:i]) for i in range(len(self.counts))]
         wanted = range(max(0, starts[receiver] - HALO), starts[receiver])
         found = []

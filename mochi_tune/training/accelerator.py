@@ -25,7 +25,7 @@ from mochi_tune.training.optim import (
 
 STRATEGIES = ("data", "zero2", "zero3")
 # State of one parameter, by entry: "exp_avg", "step" and so on.
-OptimizerState = Mapping[str, Mapping[str, Tensor]]
+OptimizerState = Mapping[str, dict[str, Tensor]]
 
 
 def build_accelerator(
@@ -120,6 +120,7 @@ class AdapterOptimizer:
             # One flat all-reduce: its sums have the same order in every run, resumed or not.
             gradients = [p.grad for p in parameters if p.grad is not None]
             averaged = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+            assert isinstance(averaged, Tensor)
             for gradient, part in zip(gradients, averaged.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         norm = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
@@ -179,8 +180,8 @@ class ZeroOptimizer:
         """Returns the norm of the averaged gradients; DeepSpeed clips them in `step`."""
         from deepspeed.utils import safe_get_full_grad
 
-        norms = [safe_get_full_grad(parameter).float().norm() for parameter in self.parameters.values()]
-        return torch.stack(norms).norm()
+        gradients = [_present(safe_get_full_grad(parameter)) for parameter in self.parameters.values()]
+        return torch.stack([gradient.float().norm() for gradient in gradients]).norm()
 
     def step(self) -> None:
         """Updates the adapter."""
@@ -200,8 +201,8 @@ class ZeroOptimizer:
         """Returns the complete trained weights, on the device; every process calls it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        full = {name: safe_get_full_fp32_param(parameter) for name, parameter in self.parameters.items()}
-        assert all(tensor is not None and tensor.numel() for tensor in full.values()), "a shard is not an adapter"
+        full = {name: _present(safe_get_full_fp32_param(parameter)) for name, parameter in self.parameters.items()}
+        assert all(tensor.numel() for tensor in full.values()), "a shard is not an adapter"
         return full
 
     def inference_weights(self) -> None:
@@ -233,7 +234,7 @@ class ZeroOptimizer:
         sharded = [key for key in flat if key not in scalars]
         return {
             name: {key: value.detach().cpu().clone() for key, value in scalars.items()}
-            | {key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in sharded}
+            | {key: _present(safe_get_full_optimizer_state(parameter, key)).detach().cpu().clone() for key in sharded}
             for name, parameter in self.parameters.items()
         }, groups
 
@@ -282,6 +283,11 @@ class ZeroOptimizer:
         for name, parameter in self.parameters.items():
             with GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(weights[name])
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "DeepSpeed holds no such tensor"
+    return tensor
 
 
 class _BackwardOnly(DeepSpeedEngineWrapper):

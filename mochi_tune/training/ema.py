@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
@@ -20,8 +20,8 @@ class EMA:
         Source: tensorflow/tensorflow@v2.16.1 tensorflow/python/training/moving_averages.py (ExponentialMovingAverage).
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = list(self.tensors.values())
-        torch._foreach_lerp_(averages, [parameters[name].detach() for name in self.tensors], 1 - decay)
+        averages, current = list(self.tensors.values()), [parameters[name].detach() for name in self.tensors]
+        get_ema_multi_avg_fn(decay)(averages, current, step)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores a saved average."""

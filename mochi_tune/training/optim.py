@@ -84,7 +84,7 @@ def build_optimizer(
     _check_precision(parameters.values())
     groups = _groups(parameters, learning_rate, weight_decay, b_ratio)
     if name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         return AdamW8bit(groups, lr=learning_rate, betas=BETAS)
     if name == "adafactor":
@@ -175,7 +175,7 @@ def load_optimizer_state(
 
 def _own(value: Tensor) -> Tensor | int:
     """Returns a copy, or an int for an integer scalar: some optimizers count in Python numbers."""
-    return value.item() if value.ndim == 0 and value.dtype == torch.int64 else value.clone()
+    return int(value) if value.ndim == 0 and value.dtype == torch.int64 else value.clone()
 
 
 def _check_parameters(
@@ -263,8 +263,8 @@ def temporarily(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Te
     """
     kept = {name: parameters[name].detach().clone() for name in weights or ()}
     try:
-        for name in kept:
-            parameters[name].data.copy_(weights[name])
+        for name, value in (weights or {}).items():
+            parameters[name].data.copy_(value)
         yield
     finally:
         for name, value in kept.items():
