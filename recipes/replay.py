@@ -1,4 +1,4 @@
-"""Makes one step of a run again, without its update: the step that a run refused to make, sample by sample."""
+"""Recomputes one step of a run, without its update: the step that a run refused to make, sample by sample."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ from mochi_tune.training.accelerator import check_adapter_fits
 from mochi_tune.training.draws import KeyedDraws, key_seed
 from mochi_tune.training.guards import is_finite
 from mochi_tune.training.objective import (
-    draw_posterior,
     drop_captions,
     loss_weight,
     noisy_and_target,
-    sigmas_of,
+    sample_posterior,
+    sigmas_from_uniforms,
     velocity_loss,
 )
 from mochi_tune.weights.folder import WeightsFolder
@@ -54,7 +54,7 @@ class Replay:
     """A step that was made again.
 
     Attributes:
-        recorded: what the run told of the step.
+        recorded: what the run wrote about the step.
         samples: one after the other.
         loss: of the step.
         grad_norm: of the step, of the mean over its samples.
@@ -94,17 +94,17 @@ def main(bundle: Path, device_name: str) -> Replay:
     dataset, places = find_clips(config, recorded["clips"])
     dit = load_adapted(config, bundle, device)
     parameters = lora_parameters(dit)
-    watch = Watch(dit)
+    watch = NonFiniteWatch(dit)
     done, count = [], draws.num_micro_batches * draws.batch_size
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for number in range(draws.num_micro_batches):
         rows = places[number * draws.batch_size : (number + 1) * draws.batch_size]
         batch = collate([dataset[i] for i in rows])
         drawn = draws.draw(recorded["step"], number, batch["mean"].shape[1:])
-        sigma = sigmas_of(
+        sigma = sigmas_from_uniforms(
             drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
         )[drawn.rows]
-        vae_latents = draw_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
+        vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
         noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
         prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
         watch.origin = ""
@@ -158,7 +158,7 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Mo
     return dit.train()
 
 
-class Watch:
+class NonFiniteWatch:
     """Remembers where the first number that is not finite comes up, on the way there or on the way back."""
 
     def __init__(self, dit: nn.Module) -> None:

@@ -34,12 +34,12 @@ from mochi_tune.weights.folder import WeightsFolder
 
 @dataclass(frozen=True)
 class Job:
-    """The videos to render, checked as far as can be before a weight is read.
+    """The videos to render, checked as far as possible before a weight is read.
 
     Attributes:
         weights: of the models.
         requests: the videos, of all processes.
-        adapters: beside the base.
+        adapters: applied to the base.
         variants: of each video, left to right: "base", "adapted" or both.
         layout: how the processes share the work.
         common: settings of all videos, for the files beside them.
@@ -56,7 +56,7 @@ class Job:
 def main(config: RunConfig) -> Iterator[Path]:
     """Renders what `config.sample` asks for, yielding each video when it is written, its settings beside it as .json.
 
-    Of several processes each yields those that it writes.
+    With several processes, each yields the videos that it writes.
 
     Raises:
         KeyboardInterrupt: it was asked to stop; what was finished by then has been written and yielded.

@@ -1,4 +1,4 @@
-"""Trains a LoRA on a prepared cache: the training, from top to bottom. The same command resumes a stopped run.
+"""Trains a LoRA on a prepared cache: the whole training in one file. The same command resumes a stopped run.
 
 docs/change_the_recipe.md changes this file three times: another loss, a second adapter, a frozen half of the layers.
 """
@@ -14,18 +14,18 @@ from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.training.accelerator import build_accelerator, prepare
 from mochi_tune.training.draws import key_seed
 from mochi_tune.training.ema import EMA
-from mochi_tune.training.evaluate import EvalVideos, encode_eval_prompts, evaluate
+from mochi_tune.training.evaluate import EvalVideos, encode_eval_prompts, evaluate_if_due
 from mochi_tune.training.objective import (
-    draw_posterior,
     drop_captions,
     loss_weight,
     noisy_and_target,
-    sigmas_of,
+    sample_posterior,
+    sigmas_from_uniforms,
     velocity_loss,
 )
 from mochi_tune.training.optim import build_optimizer
 from mochi_tune.training.preflight import TrainPlan, check
-from mochi_tune.training.run import Run, StepPart, open_run
+from mochi_tune.training.run import MicroBatchResult, Run, open_run
 from mochi_tune.training.schedule import learning_rate_at
 
 
@@ -34,7 +34,7 @@ def main(config: RunConfig, num_processes: int = 1) -> int:
 
     Returns the exit code: 0, or 128 + the signal that stopped the run.
     """
-    # Everything that can be refused is refused here, before any weight is read.
+    # Settings, data and files are checked here, before any weight is read.
     plan = check(config, num_processes)
     train = config.train
     accelerator = build_accelerator(
@@ -43,7 +43,7 @@ def main(config: RunConfig, num_processes: int = 1) -> int:
     with open_run(plan, accelerator) as run:
         if not run.is_complete:
             train_adapter(plan, run)
-    accelerator.end_training()
+    accelerator.end_training()  # Leaves the process group.
     return run.exit_code
 
 
@@ -52,11 +52,11 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     config, accelerator, device = plan.config, run.accelerator, plan.device
     train = config.train
 
-    # Model. One large model at a time: T5 is gone before the DiT is loaded.
+    # Model. One large model at a time: T5 is freed before the DiT is loaded.
     eval_prompts = encode_eval_prompts(plan)
     dit = plan.weights.load_dit(device, DTYPES[config.model.dtype])
 
-    # Adapter.
+    # Adapter. Where the run resumes, `restore_and_start` loads its weights below.
     apply_lora(dit, plan.layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if plan.start_adapter is not None and run.is_new:
         load_start_adapter(dit, plan.start_adapter.layers)
@@ -76,41 +76,42 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     dit, optimizer = prepare(accelerator, dit, parameters, optimizer, train.max_grad_norm)
     ema = EMA(optimizer.weights(), train.ema_decay) if train.ema_decay else None
 
-    run.begin(optimizer, ema)
+    run.restore_and_start(optimizer, ema)
     videos = EvalVideos(run, eval_prompts) if eval_prompts else None
     dit.train()
-    evaluate(run, dit, videos)
+    evaluate_if_due(run, dit, videos)
     for step in run.steps():
         learning_rate = learning_rate_at(
             step, train.learning_rate, train.warmup_steps, train.steps, train.schedule, train.decay_share
         )
         optimizer.set_learning_rate(learning_rate)
-        parts = []
+        results = []
         for batch, drawn in run.micro_batches():
             with accelerator.accumulate(dit):
-                sigma = sigmas_of(
+                sigma = sigmas_from_uniforms(
                     drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
                 )[drawn.rows]
-                vae_latents = draw_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
+                vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
                 noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
                 prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
 
                 torch.manual_seed(drawn.dropout_seed)
+                # The mask stays on the CPU, where the model reads it without waiting for the GPU.
                 velocity = dit(noisy.to(device), sigma.to(device), prompt.to(device), mask)
                 losses = velocity_loss(velocity, target.to(device))
                 loss = (losses * loss_weight(sigma, train.loss_weighting).to(device)).mean()
                 accelerator.backward(loss)
-            parts.append(StepPart(loss.detach(), batch["sample_ids"], sigma))
+            results.append(MicroBatchResult(loss.detach(), batch["sample_ids"], sigma))
 
         grad_norm = optimizer.clip_grad_norm()
-        result = run.gather(parts, grad_norm, learning_rate)
+        result = run.gather_step(results, grad_norm, learning_rate)
         if run.accepts(result):
             optimizer.step()
             if ema is not None:
                 ema.update(optimizer.weights(), step)
         else:
-            optimizer.skip()
-        run.log(result)
+            optimizer.skip_step()
+        run.finish_step(result)
         # Saved before it is evaluated: evaluation takes long, and may fail.
         run.save_if_due(result)
-        evaluate(run, dit, videos)
+        evaluate_if_due(run, dit, videos)

@@ -38,7 +38,7 @@ from mochi_tune.sampling.sampler import (
     linear_quadratic_sigmas,
     sample_latents,
 )
-from mochi_tune.training.objective import draw_posterior, noisy_and_target, velocity_loss
+from mochi_tune.training.objective import noisy_and_target, sample_posterior, velocity_loss
 from mochi_tune.weights.folder import WeightsFolder
 
 FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
@@ -224,7 +224,7 @@ def check_training(
 ) -> Iterator[Check]:
     """One training step with a LoRA: inputs, predictions, losses and every gradient, for both objectives."""
     io = load_file(reference.path / "dit_io.safetensors", device=str(device))
-    vae_latents = draw_posterior(io["train_mean"], io["train_logvar"], io["train_posterior_noise"])
+    vae_latents = sample_posterior(io["train_mean"], io["train_logvar"], io["train_posterior_noise"])
     tolerance = TOLERANCE[dtype]
     yield Check("posterior draw", relative_error(vae_latents, io["train_z"].cpu()), TOLERANCE["fp32"])
     latents = to_latents(vae_latents)

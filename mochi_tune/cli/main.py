@@ -135,7 +135,8 @@ def run_train(arguments: list[str]) -> int:
     from mochi_tune.cli.accelerate import with_accelerate
     from mochi_tune.recipes.train_lora import main as train
     from mochi_tune.training.checkpoint import last_checkpoint
-    from mochi_tune.training.preflight import check, find_start
+    from mochi_tune.training.preflight import check
+    from mochi_tune.training.resume import find_start
 
     # A run outlives the place that its words go to.
     PatientStream.use()

@@ -43,7 +43,7 @@ from mochi_tune.toy.world import ALL_SHAPES, all_words, draw_clips, ripple, spli
 from mochi_tune.training import checkpoint
 from mochi_tune.training.draws import keyed_generator
 from mochi_tune.training.interrupts import StopSignal
-from mochi_tune.training.objective import draw_posterior, noisy_and_target, velocity_loss
+from mochi_tune.training.objective import noisy_and_target, sample_posterior, velocity_loss
 from mochi_tune.training.optim import build_adamw, load_optimizer_state, optimizer_state
 from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.weights.files import SUMS
@@ -204,7 +204,7 @@ def vae_loss(vae: Autoencoder, step: int, plan: Plan) -> Tensor:
     pixels = frames_to_pixels(frames)
     with torch.autocast("cpu", torch.bfloat16):
         mean, logvar = vae.encoder(pixels)
-        latents = draw_posterior(mean, logvar, torch.randn(mean.shape, generator=generator))
+        latents = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=generator))
         decoded = vae.decoder(latents).float()
     error = decoded - pixels
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -260,7 +260,7 @@ def dit_loss(dit: AsymmDiT, world: dict[str, Tensor], features: Tensor, step: in
     generator = keyed_generator(SEED, "dit", step)
     rows = torch.randint(len(world["mean"]), (plan.dit_batch,), generator=generator)
     mean, logvar = world["mean"][rows], world["logvar"][rows]
-    vae_latents = draw_posterior(mean, logvar, torch.randn(mean.shape, generator=generator))
+    vae_latents = sample_posterior(mean, logvar, torch.randn(mean.shape, generator=generator))
     noise, sigma = torch.randn(mean.shape, generator=generator), torch.rand(plan.dit_batch, generator=generator)
     noisy, target = noisy_and_target("sampler", vae_latents, noise, sigma)
     embeds = features[world["words"][rows]]

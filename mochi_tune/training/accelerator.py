@@ -1,6 +1,6 @@
 """The one Accelerator of a training, and the adapter's optimizer under it: data parallel, or DeepSpeed's ZeRO.
 
-Both optimizers save and load the same state under the same names, so that a run can go on under the other one.
+Both optimizers save and load the same state under the same names, so that a run can resume with the other one.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ class AdapterOptimizer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def skip(self) -> None:
+    def skip_step(self) -> None:
         """Drops the gradients of a step without an update."""
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -187,7 +187,7 @@ class ZeroOptimizer:
         """Updates the adapter."""
         self.engine.step()
 
-    def skip(self) -> None:
+    def skip_step(self) -> None:
         """Drops the gradients of a step: DeepSpeed drops them only in an update, which is made and undone."""
         adapter, (state, _) = self._copy_weights(), self.state()
         self.step()

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run, removes old ones, and goes on when the disk refuses one."""
+"""Writes the checkpoints of a run, removes old ones, and continues if a save fails."""
 
 import os
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Random numbers keyed by what they are for, never by when or in which process they are drawn.
+"""Random numbers derived from (seed, purpose, step, sample), never from when or in which process they are drawn.
 
 A draw depends on (seed, purpose, step, sample) alone. So a resumed run, another number of processes and another order
 of evaluation draw the same numbers, and there is no generator state to save.

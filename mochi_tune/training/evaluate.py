@@ -34,7 +34,7 @@ from mochi_tune.training.run import Run, is_due
 SIGMAS = (0.125, 0.375, 0.625, 0.875)
 
 
-def evaluate(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> None:
+def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> None:
     """Validates and renders the adapter, where this step asks for it and it was not done before an interruption.
 
     Every process calls it.

@@ -15,7 +15,7 @@ SIGMA_DISTRIBUTIONS = ("uniform", "logit_normal", "shifted")
 LOSS_WEIGHTINGS = ("none", "bell", "cosmap")
 
 
-def draw_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """Draws VAE latents from N(mean, exp(logvar)) with standard normal `noise` of the same shape; fp32."""
     return mean.float() + torch.exp(0.5 * logvar.float()) * noise.float()
 
@@ -61,7 +61,9 @@ def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-def sigmas_of(uniforms: Tensor, distribution: str, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> Tensor:
+def sigmas_from_uniforms(
+    uniforms: Tensor, distribution: str, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+) -> Tensor:
     """Maps numbers that are uniform in [0, 1) to noise levels of a distribution by its inverse CDF; fp32, in [0, 1].
 
     "uniform" leaves them as they are. "logit_normal" is the sigmoid of a normal variable: levels in the middle are

@@ -7,14 +7,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.adapters.lora import LayerSettings, check_start, linear_shapes
-from mochi_tune.config.load import config_yaml, weights_folder
+from mochi_tune.config.load import weights_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig
-from mochi_tune.config.settings import flat_settings
+from mochi_tune.config.settings import flat_settings, resume_rule
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import ConfigError, DataError
@@ -24,17 +23,8 @@ from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import held_out
-from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.optim import check_installed
-from mochi_tune.training.run_folder import (
-    ResumePoint,
-    bound_settings,
-    describe_environment,
-    find_resume_point,
-    read_history,
-    record_start,
-    rewind,
-)
+from mochi_tune.training.run_folder import describe_environment
 from mochi_tune.training.trackers import check_trackers
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -148,52 +138,6 @@ def _open_cache(config: RunConfig, weights: WeightsFolder) -> Cache:
     return open_cache(Path(data.cache), **size, vae_fingerprint=vae, t5_fingerprint=t5)
 
 
-def find_start(plan: TrainPlan) -> ResumePoint:
-    """Finds where the run resumes; changes nothing on the disk.
-
-    Raises:
-        MochiTuneError: the run folder holds another run, or its checkpoints are damaged.
-    """
-    config, run_dir = plan.config, Path(plan.config.run_dir)
-    # resume_from is followed once; after that the same command resumes from the newest checkpoint.
-    starts = read_history(run_dir)
-    is_followed = bool(starts) and config.resume_from == starts[-1].get("resume_from")
-    resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
-    agreed = [(start["from_step"], start["changed"]) for start in starts if {"from_step", "changed"} <= start.keys()]
-    return find_resume_point(run_dir, plan.identity, config.resume, resume_from, plan.environment, agreed)
-
-
-def resume(plan: TrainPlan) -> ResumePoint:
-    """Finds where the run resumes, reports it, and rewinds the run folder to there; the main process calls it."""
-    config, run_dir = plan.config, Path(plan.config.run_dir)
-    start = find_start(plan)
-    rewind(run_dir, start, tqdm.write)
-    if start.step >= config.train.steps:
-        more = f"raise train.steps={config.train.steps} to train on"
-        tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
-        return start
-    for note in start.notes:
-        tqdm.write(note)
-    if start.folder is not None:
-        tqdm.write(f"resuming {run_dir} from step {start.step}")
-    num_clips = len(plan.dataset)
-    if plan.held_out:
-        tqdm.write(f"{len(plan.held_out)} of {num_clips} clips are held out for validation")
-    elif plan.validation_clips and config.train.validate_every:
-        tqdm.write(f"{num_clips} clips are too few to hold any out: validation is on clips that are trained on")
-    (run_dir / "config.yaml").write_text(config_yaml(config))
-    facts = {"from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
-    record_start(run_dir, {**facts, **plan.environment})
-    return start
-
-
-def check_rows(metrics: Metrics, start: ResumePoint) -> None:
-    """Reports rows of metrics.jsonl that were removed or added since the checkpoint was saved."""
-    found, saved = metrics.num_rows()["metrics"], start.state.get("rows", {}).get("metrics", 0)
-    if found != saved:
-        tqdm.write(f"{metrics.paths['metrics']} has {found} rows up to step {start.step}, and had {saved}")
-
-
 def check_text_width(dataset: LatentDataset, width: int) -> None:
     """Refuses a cache whose text features come from another T5 than the DiT's.
 
@@ -226,3 +170,8 @@ def adapter_metadata(plan: TrainPlan, step: int) -> dict[str, str]:
         "config_hash": hashlib.sha256(learnt.encode()).hexdigest(),
         "name": config.name,
     }
+
+
+def bound_settings(settings: dict | list[str]) -> list[str]:
+    """Returns the settings that decide what is learnt."""
+    return [key for key in settings if resume_rule(key) != "free"]

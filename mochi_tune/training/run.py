@@ -1,4 +1,4 @@
-"""A run under way: everything of it but the model, the objective and the update, behind one `with open_run(...)`."""
+"""The running training: all but the model, the objective and the update, behind one `with open_run(...)`."""
 
 import contextlib
 import faulthandler
@@ -27,8 +27,9 @@ from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
 from mochi_tune.training.interrupts import Interrupted, StopAndSaveSignals
 from mochi_tune.training.loader import ClipLoader, MicroBatch, Prefetcher
 from mochi_tune.training.metrics import Metrics
-from mochi_tune.training.preflight import TrainPlan, adapter_metadata, check_rows, resume
-from mochi_tune.training.run_folder import ResumePoint, RunLock
+from mochi_tune.training.preflight import TrainPlan, adapter_metadata
+from mochi_tune.training.resume import ResumePoint, check_rows, resume
+from mochi_tune.training.run_folder import RunLock
 from mochi_tune.training.trackers import Trackers
 
 
@@ -58,7 +59,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class StepPart:
+class MicroBatchResult:
     """What a process computed of one micro-batch of B samples.
 
     Attributes:
@@ -104,7 +105,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
 
 
 class Run:
-    """A run under way, on every process; the main process also writes.
+    """A running training, on every process; the main process also writes.
 
     Attributes:
         step: the last finished step.
@@ -158,7 +159,7 @@ class Run:
             self.exit_code = 0 if self.is_complete else 128 + stop_signal
             return True
 
-    def begin(self, optimizer: AdapterOptimizer | ZeroOptimizer, ema: EMA | None) -> None:
+    def restore_and_start(self, optimizer: AdapterOptimizer | ZeroOptimizer, ema: EMA | None) -> None:
         """Restores the optimizer and the average of a resumed run, and starts reading clips and catching signals.
 
         Raises:
@@ -203,7 +204,7 @@ class Run:
         """
         return self._prefetcher.take(len(self._numbers), self._check_while_waiting)
 
-    def gather(self, parts: Sequence[StepPart], grad_norm: Tensor, learning_rate: float) -> StepResult:
+    def gather_step(self, parts: Sequence[MicroBatchResult], grad_norm: Tensor, learning_rate: float) -> StepResult:
         """Joins what the processes computed for a step; the only wait for the device, and for other processes.
 
         Args:
@@ -232,7 +233,7 @@ class Run:
             self._refuse(result)
         return self._verdict != "skip"
 
-    def log(self, result: StepResult) -> None:
+    def finish_step(self, result: StepResult) -> None:
         """Records a finished step: metrics.jsonl, trackers and the progress bar."""
         self.step = result.step
         if self._verdict != "skip":

@@ -17,7 +17,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.training.draws import KeyedDraws
-from mochi_tune.training.objective import sigmas_of
+from mochi_tune.training.objective import sigmas_from_uniforms
 
 OPTIMIZERS = {
     "adamw": [], "adamw_8bit": [], "adafactor": [], "muon": [], "prodigy": ["train.learning_rate=1"],
@@ -130,7 +130,7 @@ def test_stratified_sigmas_are_spread_over_each_steps_samples():
     for distribution, middle in (("uniform", 0.5), ("shifted", 0.75)):
         orders = set()
         for step in range(1, 40):
-            sigmas = sigmas_of(draws.uniforms(step), distribution, shift=3.0)
+            sigmas = sigmas_from_uniforms(draws.uniforms(step), distribution, shift=3.0)
             uniforms = sigmas if distribution == "uniform" else sigmas / (3 - 2 * sigmas)
             assert sorted((uniforms * 8).floor().tolist()) == list(range(8)), "one in each eighth"
             assert (sigmas < middle).sum() == 4

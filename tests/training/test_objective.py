@@ -11,10 +11,10 @@ from mochi_tune.training.draws import stratify
 from mochi_tune.training.objective import (
     LOSS_WEIGHTINGS,
     SIGMA_DISTRIBUTIONS,
-    draw_posterior,
     loss_weight,
     noisy_and_target,
-    sigmas_of,
+    sample_posterior,
+    sigmas_from_uniforms,
     velocity_loss,
 )
 
@@ -27,7 +27,7 @@ VECTORS = {
 
 
 def test_posterior_is_the_official_draw():
-    drawn = draw_posterior(IO["train_mean"], IO["train_logvar"], IO["train_posterior_noise"])
+    drawn = sample_posterior(IO["train_mean"], IO["train_logvar"], IO["train_posterior_noise"])
     assert relative_error(drawn, IO["train_z"]) <= 2e-5
 
 
@@ -93,23 +93,23 @@ def normal_cdf(x: float) -> float:
 
 def test_uniform_sigmas_are_the_numbers_that_were_drawn():
     uniforms = torch.rand(1000)
-    assert torch.equal(sigmas_of(uniforms, "uniform", 3.0, 2.0, 5.0), uniforms)
+    assert torch.equal(sigmas_from_uniforms(uniforms, "uniform", 3.0, 2.0, 5.0), uniforms)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 1.0), (1.0, 0.3), (0.0, 3.0)])
 def test_logit_normal_sigmas_have_a_normal_logit(mean, std):
-    logits = torch.logit(sigmas_of(GRID, "logit_normal", mean, std).double())
+    logits = torch.logit(sigmas_from_uniforms(GRID, "logit_normal", mean, std).double())
     # The grid ends at half a millionth, which takes a little off the spread.
     assert logits.mean().item() == pytest.approx(mean, abs=1e-4)
     assert logits.std().item() == pytest.approx(std, rel=1e-3)
     for sigma in (0.05, 0.3, 0.5, 0.8):
-        share = (sigmas_of(GRID, "logit_normal", mean, std) < sigma).double().mean().item()
+        share = (sigmas_from_uniforms(GRID, "logit_normal", mean, std) < sigma).double().mean().item()
         assert share == pytest.approx(normal_cdf((math.log(sigma / (1 - sigma)) - mean) / std), abs=2e-6)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 12.0])
 def test_shifted_sigmas_have_the_shifted_distribution(shift):
-    sigmas = sigmas_of(GRID, "shifted", shift=shift)
+    sigmas = sigmas_from_uniforms(GRID, "shifted", shift=shift)
     for sigma in (0.05, 0.3, 0.5, 0.75, 0.95):
         share = (sigmas < sigma).double().mean().item()
         assert share == pytest.approx(sigma / (shift - (shift - 1) * sigma), abs=2e-6)
@@ -121,10 +121,10 @@ def test_shifted_sigmas_have_the_shifted_distribution(shift):
 @pytest.mark.parametrize("numbers", [(0.0, 1.0, 0.1), (0.0, 1.5, 1e-3), (-9.0, 8.0, 50.0), (9.0, 30.0, 1.0)])
 def test_sigmas_are_levels_in_order_whatever_was_drawn(distribution, numbers):
     uniforms = torch.tensor([0.0, 2**-24, 1e-3, 0.5, 1 - 2**-24, 1.0])
-    sigmas = sigmas_of(uniforms, distribution, *numbers)
+    sigmas = sigmas_from_uniforms(uniforms, distribution, *numbers)
     assert sigmas.dtype == torch.float32 and sigmas.isfinite().all()
     assert sigmas[0] >= 0 and sigmas[-1] <= 1 and (sigmas.diff() >= 0).all()
-    assert sigmas_of(uniforms[3], distribution, *numbers).shape == ()
+    assert sigmas_from_uniforms(uniforms[3], distribution, *numbers).shape == ()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
