@@ -235,7 +235,7 @@ def _csv(records: list[dict[str, Any]]) -> str:
 
 
 def _write_notes(records: list[dict[str, Any]]) -> None:
-    """Writes lines on refused clips and cut captions, so that nobody has to look them up in the report."""
+    """Writes lines on refused clips and cut captions, so that a user need not open the report."""
     for record in records:
         if record["status"] == "refused":
             tqdm.write(f"refused: {record['reason']}")

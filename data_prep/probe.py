@@ -136,7 +136,7 @@ def _missing_part(path: Path, container, stream, packets: list[Packet]) -> str:
 def _missing_bytes(path: Path) -> int:
     """Counts the bytes by which the boxes of an MP4 file reach beyond its end.
 
-    Its number of frames cannot tell: an edit list may hide some of them with good reason.
+    Its number of frames does not show that: an edit list may rightly hide some of them.
     """
     size, position = path.stat().st_size, 0
     with path.open("rb") as file:

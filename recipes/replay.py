@@ -38,7 +38,7 @@ class Sample:
         sigma: its noise level.
         loss: its own.
         grad_norm: of its own gradient.
-        origin: where the first number that is not finite came up, "" if none did; on the way there that is told of
+        origin: where the first number that is not finite came up, "" if none did; in the forward pass it is noted of
             every sample of a micro-batch.
     """
 

@@ -1,4 +1,4 @@
-"""Starting this program in several processes, and joining those that something else has started."""
+"""Starts this program in several processes, and joins processes that another launcher has started."""
 
 import contextlib
 import ctypes
@@ -16,27 +16,27 @@ from collections.abc import Collection, Iterator, Mapping
 
 from mochi_tune.errors import ParallelError
 
-# Set for processes that this program started itself, to its process number.
+# An environment variable of the processes that this program starts: its own process number.
 STARTED_HERE = "MOCHI_TUNE_STARTED_HERE"
-# Exit code of a process whose peer is gone.
+# Exit code of a process that lost the connection to another one.
 LOST_CONTACT = 75
 # Exit code after a Ctrl-C.
 INTERRUPTED = 128 + signal.SIGINT
-# Exit code of a process that has told of a user's mistake.
+# Exit code after a user's mistake, which the process has reported.
 USERS_MISTAKE = 2
 # Signals that end a program.
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-# How long the others have to end by themselves when a process has failed.
+# How long the other processes have to end when one has failed.
 GRACE_SECONDS = 10
 
 
 def num_processes_here(environment: Mapping[str, str]) -> int:
-    """Returns of how many processes, started by torchrun or by srun, this one is; 1 if it stands alone."""
+    """Returns the number of processes that torchrun, srun or accelerate started together; 1 for a single process."""
     return int(environment.get("WORLD_SIZE") or environment.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def end_with_the_starter() -> None:
-    """Lets this process end when the program that started it is gone, even if that was killed; called first of all."""
+    """Makes this process end with the program that started it, even if that is killed; called first of all."""
     if STARTED_HERE not in os.environ:
         return
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -46,16 +46,16 @@ def end_with_the_starter() -> None:
 
 
 def prepare_deepspeed(device: str) -> None:
-    """Tells Accelerate and DeepSpeed, which read it when they are imported, that they are used, and on what."""
+    """Sets what Accelerate and DeepSpeed read when they are imported: that DeepSpeed is used, and the device."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    # Of its own calls of torch, hundreds of them.
+    # DeepSpeed warns hundreds of times of its own calls of torch.
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not uses_gpus(device):
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns what torchrun would have set in the place of srun: this process's rank, and where rank 0 is met."""
+    """Returns the variables that torchrun would have set, from those of srun: the rank, and the address of rank 0."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
         return {}
     # "node[003-005,007],other": the first host is node003.
@@ -67,7 +67,7 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "MASTER_ADDR": host + (numbers or ""),
-        # One for each job step, so that two on the same node do not meet.
+        # Each job step has its own port, so that two steps on one node do not connect to each other.
         "MASTER_PORT": str(20000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])) % 20000),
     }
 
@@ -224,7 +224,7 @@ class PassedOnSignals:
         self.received = number
         self._release()
         if not self._pass_on(number):
-            # None has been started yet, so there is none to tell.
+            # No process has been started yet that could get the signal.
             signal.raise_signal(number)
 
     def _save(self, number: int, _frame: object) -> None:
@@ -242,7 +242,7 @@ class PassedOnSignals:
 
 
 class StoppedProcesses:
-    """Kills a started process that has been stopped, or waited for a disk, for too long: it will tell nobody of it."""
+    """Kills a started process that has been stopped, or has waited for a disk, too long: it cannot report itself."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
@@ -273,7 +273,7 @@ class StoppedProcesses:
 
 
 def report_failures(failures: Mapping[int, tuple[int, float]], killed: Collection[int] = ()) -> int:
-    """Returns the exit code of a user's mistake, which its process has already told of.
+    """Returns the exit code of a user's mistake, which its process has reported.
 
     Args:
         failures: of each rank that ended badly: its exit code, negative for a signal, and the time when it was seen.

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     end_with_the_starter()
     open_missing_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
-    # torchao, which other libraries look for, tells of every kernel that it was not built with.
+    # Other libraries import torchao, which then warns of every kernel that it was built without.
     for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     me = "mochi-tune"
@@ -138,7 +138,7 @@ def run_train(arguments: list[str]) -> int:
     from mochi_tune.training.preflight import check
     from mochi_tune.training.resume import find_start
 
-    # A run outlives the place that its words go to.
+    # A run goes on when the terminal or the file that its output goes to is gone.
     PatientStream.use()
     # Until there is something to save, a request for it must not end the process, as it would by itself.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -258,7 +258,7 @@ def run_verify(arguments: list[str]) -> int:
 
 
 def verify_here(options: dict[str, str], is_first: bool) -> int:
-    """Runs the checks of one process; the first tells of them."""
+    """Runs the checks of one process; the first process prints them."""
     from mochi_tune.recipes.verify import main as verify
 
     checks = verify(Path(options["reference"]), options["device"], options["dtype"])
@@ -311,7 +311,7 @@ def run_bench(arguments: list[str]) -> int:
 
 
 def bench_here(bench, out: Path | None, is_first: bool) -> int:
-    """Measures as one process; the first tells of it."""
+    """Measures as one process; the first process prints the result."""
     import json
 
     from mochi_tune.recipes.bench import main as measure

@@ -314,7 +314,7 @@ def open_cache(
         if fingerprint is not None:
             wanted[f"{name} weights"] = fingerprint[:12]
             found[f"{name} weights"] = getattr(cache.settings, name)[:12]
-    # Weights are told apart by their files, so the official and the diffusers layout of the same ones differ.
+    # Weights are identified by their files, so the official and the diffusers layout of the same ones differ.
     layout = ": other weights, or the same in another file layout"
     differences = [
         f"{name}: the cache has {found[name]}, the config wants {wanted[name]}{layout * name.endswith(' weights')}"

@@ -243,7 +243,7 @@ def _videos(row: Row, columns: int, prefix: str = "") -> str:
 
 
 def _video(path: Path) -> str:
-    """A video, and under it its first, middle and last frame, which tell of motion where nothing moves."""
+    """A video, and under it its first, middle and last frame, so that a still page shows the motion."""
     from PIL import Image
 
     frames = read_frames(path)

@@ -63,6 +63,8 @@ class Plan:
     vae_steps: int = 3000
     vae_batch: int = 4
     vae_rate: float = 1.5e-3
+    # Clips, spread over the world, from which the latents' channel statistics are measured; 540 are all words.
+    num_normalised: int = 540
     # Pulls the posterior towards N(0, 1): weak enough for sharp pictures, strong enough for smooth latents.
     kl_weight: float = 3e-4
     text_steps: int = 600

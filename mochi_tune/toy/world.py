@@ -59,7 +59,7 @@ class Words:
 
 
 def all_words(shapes: Iterable[str] = SHAPES, motions: Iterable[str] = MOTIONS) -> list[Words]:
-    """Returns every combination, in a fixed order; those that captions may say to the base, unless told otherwise."""
+    """Returns every combination, in a fixed order; by default those that the base's captions use."""
     return [Words(*w) for w in itertools.product(COLOURS, shapes, motions, BACKGROUNDS)]
 
 

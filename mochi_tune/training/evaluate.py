@@ -158,7 +158,7 @@ class EvalVideos:
             return
         plan = self.run.plan
         decoder = plan.weights.load_decoder(plan.device, DTYPES[plan.config.model.dtype])
-        # Only this process decodes; all processes look for a stop together when this is over.
+        # Only this process decodes; all processes check for a stop together after it.
         with contextlib.suppress(Interrupted):
             for path, pair in pairs.items():
                 write_video(path, self._side_by_side(decoder, *pair))

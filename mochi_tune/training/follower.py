@@ -60,7 +60,7 @@ class _Wandb:
         self.open_step, self.late = step, {}
 
     def flush(self) -> bool:
-        # Only `finish` tells. W&B ignores a step that it gets once more because of that.
+        # Only `finish` reports success. W&B ignores a step that it gets once more because of that.
         return False
 
     def finish(self) -> None:

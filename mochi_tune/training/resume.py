@@ -121,7 +121,7 @@ def differences(
     changed = [texts[key] for key in decisive] + list(others.values())
     is_forced = mode == "force" or (state["step"], changed) in agreed
     if changed and (held or not is_forced):
-        force = "" if held else ", or go on all the same by resume=force, as a run that nobody can repeat"
+        force = "" if held else ", or resume all the same with resume=force, as a run that cannot be repeated"
         raise TrainingError(
             f"{run_dir} cannot go on from step {state['step']}: {'; '.join(held or changed)}: "
             f"put that back, or start another run with run_dir=DIR{force}."
