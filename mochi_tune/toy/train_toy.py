@@ -63,8 +63,8 @@ class Plan:
     vae_steps: int = 3000
     vae_batch: int = 4
     vae_rate: float = 1.5e-3
-    # Clips, spread over the world, from which the latents' channel statistics are measured; 540 are all words.
-    num_normalised: int = 540
+    # Clips from which the channel statistics of the latents are measured, spread over all words, which are 432.
+    num_normalised: int = 432
     # Pulls the posterior towards N(0, 1): weak enough for sharp pictures, strong enough for smooth latents.
     kl_weight: float = 3e-4
     text_steps: int = 600
@@ -102,7 +102,8 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
     vae = build_vae(SEED)
     if not train_stage(work / "vae", vae, plan.vae_steps, plan.vae_rate, lambda step: vae_loss(vae, step, plan)):
         return None
-    frames = draw_clips(all_words(ALL_SHAPES), keyed_generator(SEED, "statistics"))
+    words = all_words(ALL_SHAPES)
+    frames = draw_clips(words[:: len(words) // plan.num_normalised], keyed_generator(SEED, "statistics"))
     normalise_latents(vae.encoder, vae.decoder, frames)
     for name, model in vae.named_children():
         save_part(out / f"{name}.safetensors", model)
