@@ -21,11 +21,11 @@ bench: setup
 	for frames in $(FRAMES); do for what in sample decode encode; do \
 		$(BIN)/mochi-tune bench what=$$what num_frames=$$frames || exit 1; done; done
 
-lint: setup
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# pyright knows nothing of how the packages are installed, so it sees them by links under their names.
+# pyright does not know how the packages are installed, so it reads them by links under their installed names.
 types: setup
 	rm -rf build/typed && mkdir -p build/typed
 	cp -rs $(CURDIR)/mochi_tune build/typed/
