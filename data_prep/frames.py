@@ -17,12 +17,12 @@ from mochi_tune.errors import DataError
 AHEAD_BYTES = 256 * 2**20
 # The packets' own times are of no use to decord; any even spacing of their order will do.
 PACKET_MILLISECONDS = 40
-# As far as a frame can lie from its place in the order of display (H.264's and HEVC's largest picture buffer).
+# As far as a frame can lie from its position in display order (H.264's and HEVC's largest picture buffer).
 MAX_REORDER = 16
 
 
 def decode_frames(path: Path, source: VideoSource, indices: list[int]) -> Iterator[np.ndarray]:
-    """Yields shown frames as uint8 (H, W, 3), upright, bit for bit what decord decodes.
+    """Yields displayed frames as uint8 (H, W, 3), upright, bit for bit what decord decodes.
 
     The packets are copied, not re-encoded, into small Matroska files in memory, each from a keyframe to the last
     packet of a span of frames. That also takes edit lists out of decord's way, which make it lose count.
@@ -40,8 +40,8 @@ def decode_frames(path: Path, source: VideoSource, indices: list[int]) -> Iterat
     from av.error import FFmpegError
 
     decord.logging.set_level(decord.logging.QUIET)
-    ranks, shown, starts = _order(source)
-    wanted = [shown[index] for index in indices]
+    ranks, displayed, starts = _order(source)
+    wanted = [displayed[index] for index in indices]
     # The packet up to which everything must be decoded for the pictures of rank 0..r to be complete.
     needed = list(accumulate(np.argsort(ranks).tolist(), max))
     # AVI has no times of display and reports those of decoding; the true order then lies within a few packets.
@@ -71,14 +71,14 @@ def _order(source: VideoSource) -> tuple[list[int], list[int], list[int]]:
     """
     by_time = sorted(range(len(source.packets)), key=lambda position: source.packets[position].time)
     ranks = np.argsort(by_time).tolist()
-    shown = [rank for rank, position in enumerate(by_time) if source.packets[position].shown]
+    displayed = [rank for rank, position in enumerate(by_time) if source.packets[position].displayed]
     highest = [-1, *accumulate(ranks, max)]
     starts = [0] + [
         position
         for position, packet in enumerate(source.packets)
         if position and packet.key and ranks[position] == position and highest[position] == position - 1
     ]
-    return ranks, shown, starts
+    return ranks, displayed, starts
 
 
 def _decode_piece(stream, packets: list, ranks: list[int], wanted: list[int], turns: int) -> Iterator[np.ndarray]:

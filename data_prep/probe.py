@@ -9,16 +9,16 @@ from typing import Any
 
 from mochi_tune.errors import DataError
 
-# Transfer characteristics of ITU-T H.273 that need tone mapping before they look right as SDR.
+# Transfer characteristics of ITU-T H.273 that need tone mapping before they are right as SDR.
 HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 
 
 @dataclass(frozen=True)
 class Packet:
-    """One coded frame: its presentation time in seconds, whether it is shown, and whether decoding may start here."""
+    """One coded frame: its presentation time in seconds, whether it is displayed and whether decoding may start at it."""
 
     time: Fraction
-    shown: bool
+    displayed: bool
     key: bool
 
 
@@ -46,8 +46,8 @@ class VideoSource:
 
     @cached_property
     def timestamps(self) -> list[Fraction]:
-        """Presentation times in seconds of the frames that are shown, ascending."""
-        return sorted(packet.time for packet in self.packets if packet.shown)
+        """Presentation times in seconds of the frames that are displayed, ascending."""
+        return sorted(packet.time for packet in self.packets if packet.displayed)
 
     @property
     def last_period(self) -> Fraction:
@@ -59,7 +59,7 @@ def probe_video(path: Path) -> VideoSource:
     """Reads all packets' times and the first picture's properties with PyAV, which reports more than decord.
 
     Raises:
-        DataError: the file is unreadable, truncated, without pictures, HDR, or shown mirrored or askew.
+        DataError: the file is unreadable, truncated, without pictures, HDR, or displayed mirrored or askew.
     """
     import av
     from av.error import FFmpegError
@@ -106,9 +106,9 @@ def _read_packets(path: Path, container, stream) -> tuple[list[Packet], Any]:
             time = packet.pts if packet.pts is not None else packet.dts
             if time is None:
                 raise DataError(f"{path}: has frames without timestamps: remux it, e.g. ffmpeg -i IN -c copy OUT.mkv.")
-            # A packet outside the edit list is needed to decode the others but is never shown.
+            # A packet outside the edit list is needed to decode the others but is never displayed.
             packets.append(Packet(time * stream.time_base, not packet.is_discard, packet.is_keyframe))
-    if first is None or not any(packet.shown for packet in packets):
+    if first is None or not any(packet.displayed for packet in packets):
         raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
     missing = _missing_part(path, container, stream, packets)
     if missing:
@@ -160,7 +160,7 @@ def _rotation(path: Path, frame) -> int:
         return 0
     a, b, _, c, d = struct.unpack("=9i", bytes(matrix))[:5]
     if a * d < b * c:
-        raise DataError(f"{path}: is shown mirrored by its metadata, which is not supported: re-encode it upright.")
+        raise DataError(f"{path}: is displayed mirrored by its metadata, which is not supported: re-encode it upright.")
     if frame.rotation % 90:
         raise DataError(f"{path}: is turned by {frame.rotation} degrees, not a multiple of 90: re-encode it upright.")
     return frame.rotation % 360

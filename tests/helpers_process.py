@@ -177,7 +177,7 @@ class Program:
 
 
 def wait_for_end(processes: Iterable[psutil.Process]) -> None:
-    """Waits until processes that others have started have ended; one whose exit code nobody asks for has, too."""
+    """Waits until processes that others have started have ended; one whose exit code no process reads has, too."""
     deadline = time.monotonic() + PATIENCE
     for process in processes:
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:

@@ -68,7 +68,7 @@ def write_video(
         path: where to write, .mp4 .mov .m4v .mkv .webm or .avi.
         num_frames: frames to write, at most 256 to keep their numbers apart.
         rate: frames a second, when `timestamps` is not given.
-        timestamps: seconds at which each frame is shown; their number replaces `num_frames`.
+        timestamps: seconds at which each frame is displayed; their number replaces `num_frames`.
         width: of the upright picture, in even pixels.
         height: of the upright picture, in even pixels.
         rotation: degrees counter-clockwise by which a player must turn the stored picture, 0, 90, 180 or 270.
@@ -156,7 +156,7 @@ def write_bad_video(folder: Path, kind: str) -> Path:
         middle = (data.find(b"mdat") + data.find(b"moov")) // 2
         data[middle : middle + 600] = np.random.default_rng(0).bytes(600)
     elif kind == "hollow":
-        # The bit of a VP8 frame's first byte that has it shown.
+        # The bit of a VP8 frame's first byte that has it displayed.
         data[data.find(_packets(path)[45])] &= ~0x10
     elif kind == "over-reported":
         for name, offset in ((b"avih", 24), (b"strh", 40)):

@@ -72,7 +72,7 @@ def test_any_other_value_is_a_difference(name, value):
         assert name in found.first and found.max_absolute > 0 and found.max_relative > 0
 
 
-def test_the_first_and_the_largest_difference_are_told(tmp_path):
+def test_the_first_and_the_largest_difference_are_reported(tmp_path):
     rows = copy.deepcopy(ROWS)
     rows[1]["loss"], rows[2]["grad_norm"] = 0.26, 0.5
     code, text = compare_by_command(run_folder(tmp_path / "a", ROWS), run_folder(tmp_path / "b", rows))

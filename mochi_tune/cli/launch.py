@@ -90,9 +90,9 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "gloo"
     if uses_gpus(device):
-        place = int(os.environ.get("LOCAL_RANK", "0"))
-        check_gpus(place + 1)
-        torch.cuda.set_device(place)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        check_gpus(local_rank + 1)
+        torch.cuda.set_device(local_rank)
         # gloo beside nccl, for small things on the CPU.
         backend = "cpu:gloo,cuda:nccl"
     try:

@@ -1,4 +1,4 @@
-"""The command line: verbs, help, and the only place that prints."""
+"""The command line: verbs, help, and the only module that prints."""
 
 import contextlib
 import errno
@@ -21,12 +21,9 @@ from mochi_tune.cli.launch import (
 )
 from mochi_tune.cli.options import (
     BENCH_OPTIONS,
-    DEMO_OPTIONS,
-    EXPERIMENT_OPTIONS,
     EXPORT_OPTIONS,
     PULL_OPTIONS,
     REPLAY_OPTIONS,
-    TOY_OPTIONS,
     USAGE,
     VERIFY_OPTIONS,
     load,
@@ -34,6 +31,7 @@ from mochi_tune.cli.options import (
     whole_number,
 )
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams
+from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
 
 # What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         if errno.errorcode.get(error.errno or 0) not in TROUBLE:
             raise
         too_many = error.errno in (errno.EMFILE, errno.ENFILE)
-        advice = "raise `ulimit -n`" if too_many else "name a place that can be used"
+        advice = "raise `ulimit -n`" if too_many else "choose another path"
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
         print(f"{me}: {' '.join(what.split())}: {advice}.", file=sys.stderr)
         drop_output()
@@ -343,60 +341,6 @@ def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], r
         return start_processes(count, [verb, *arguments], options["device"], 600) if count > 1 else run(True)
     with joined(options["device"], 600):
         return run(os.environ["RANK"] == "0")
-
-
-def run_demo(arguments: list[str]) -> int:
-    """Teaches the embedded toy model a new thing."""
-    options = plain_options("demo", arguments, DEMO_OPTIONS)
-    if options is None:
-        return 0
-    from mochi_tune.toy.demo import main as demo
-
-    for label, value in demo(Path(options["out"])).items():
-        print(f"{label + ':':<16} {value}")
-    return 0
-
-
-def run_experiment(arguments: list[str]) -> int:
-    """Compares ways of training."""
-    options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
-    if options is None:
-        return 0
-    if options["what"] not in ("objective", "layers"):
-        raise ConfigError(f"what={options['what']} is not an experiment: use objective or layers.")
-    from mochi_tune.toy.experiment import main as experiment
-
-    print(experiment(options["what"], whole_number("seeds", options["seeds"], 1), Path(options["out"])))
-    return 0
-
-
-def run_toy(arguments: list[str]) -> int:
-    """Draws the clips of the demo, or makes the toy model."""
-    if arguments[:1] not in (["clips"], ["weights"]):
-        if arguments[:1] in ([], ["--help"], ["-h"]):
-            for name, known in TOY_OPTIONS.items():
-                plain_options(f"toy {name}", ["--help"], known)
-            return 0
-        raise ConfigError(f"toy {arguments[0]} is not a verb: use `toy clips` or `toy weights`.")
-    options = plain_options(f"toy {arguments[0]}", arguments[1:], TOY_OPTIONS[arguments[0]])
-    if options is None:
-        return 0
-    if arguments[0] == "clips":
-        from mochi_tune.toy.lesson import write_lesson
-
-        videos = write_lesson(Path(options["out"]), whole_number("seed", options["seed"], 0))
-        print(f"{len(videos)} clips: {options['out']}")
-        return 0
-    from mochi_tune.toy.train_toy import Plan
-    from mochi_tune.toy.train_toy import main as train_toy
-
-    record = train_toy(Path(options["work"]), Path(options["out"]), Plan())
-    if record is None:
-        print("interrupted and saved; the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    for name, value in record["figures"].items():
-        print(f"{name + ':':<16} {value}")
-    return 0
 
 
 if __name__ == "__main__":

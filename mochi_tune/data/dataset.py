@@ -72,5 +72,5 @@ def batch_indices(batch: int, *, num_clips: int, batch_size: int, seed: int) -> 
         seed: Of the run.
     """
     first = batch * batch_size
-    places = (divmod(position, num_clips) for position in range(first, first + batch_size))
-    return [epoch_order(num_clips, seed, epoch)[place] for epoch, place in places]
+    positions = (divmod(position, num_clips) for position in range(first, first + batch_size))
+    return [epoch_order(num_clips, seed, epoch)[i] for epoch, i in positions]

@@ -123,7 +123,7 @@ def measure(
 
 
 def build_report(config: RunConfig, folder: Path, videos: list[Path], figures: dict, samples: dict) -> Report:
-    """Writes the shown samples as videos and gathers what the page shows."""
+    """Writes some samples as videos and gathers what the page shows."""
     (folder / "samples").mkdir()
 
     def video(kind: str, number: int, strength: float) -> Path:

@@ -200,7 +200,7 @@ def _page(report: Report) -> str:
     )
     strengths = "One prompt and one seed in each row; only the strength of the LoRA grows. At 0 it is the base."
     sections = [
-        _section("What it was shown", report.clips.prompt, _videos(report.clips, columns=6)),
+        _section("What it was taught", report.clips.prompt, _videos(report.clips, columns=6)),
         _section(
             "Before and after",
             "Both of a pair start from the same noise. Under each: its first, middle and last frame.",
@@ -307,16 +307,18 @@ def line_chart(
     y_ticks = round_ticks(low, high)
     low, high = y_ticks[0], y_ticks[-1]
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
+    def to_pixels(point: tuple[float, float]) -> tuple[float, float]:
         across, up = point[0] / x_high, (point[1] - low) / (high - low)
         return PLOT_LEFT + across * (PLOT_RIGHT - PLOT_LEFT), PLOT_BOTTOM - up * (PLOT_BOTTOM - PLOT_TOP)
 
     x_ticks = [x for x in round_ticks(0, x_high) if x <= x_high]
-    drawn = _axes([(place((x, low))[0], f"{x:g}") for x in x_ticks], [(place((0, y))[1], f"{y:g}") for y in y_ticks])
+    drawn = _axes(
+        [(to_pixels((x, low))[0], f"{x:g}") for x in x_ticks], [(to_pixels((0, y))[1], f"{y:g}") for y in y_ticks]
+    )
     drawn += f'<text x="0" y="11">{escape(y_unit)}</text>'
     drawn += f'<text x="{PLOT_RIGHT}" y="{CHART_HEIGHT - 4}" text-anchor="end">{escape(x_unit)}</text>'
-    drawn += "".join(_line(line, [place(point) for point in line.points]) for line in lines)
-    drawn += _ends([(line, place(line.points[-1])[1]) for line in lines if line.style != "thin"])
+    drawn += "".join(_line(line, [to_pixels(point) for point in line.points]) for line in lines)
+    drawn += _ends([(line, to_pixels(line.points[-1])[1]) for line in lines if line.style != "thin"])
     legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.label)}</span>' for line in lines)
     return (
         f'<figure><h3>{escape(title)}</h3><div class="legend">{legend}</div>'

@@ -43,7 +43,7 @@ def test_a_rank_that_had_to_be_killed_after_the_others_is_the_one_that_hung():
         report_failures({0: (LOST_CONTACT, 100), 1: (-signal.SIGKILL, 110), 2: (-signal.SIGTERM, 100)})
 
 
-def test_a_port_that_is_in_use_is_told_in_one_line():
+def test_a_port_that_is_in_use_is_reported_in_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -139,7 +139,7 @@ def test_every_setting_is_read_by_some_story():
         ("config = load()\nwith x(config.seed) as y: pass", {"seed"}),
     ],
 )
-def test_what_is_read_is_told_by_chains_of_attributes(code, keys):
+def test_what_is_read_is_reported_by_chains_of_attributes(code, keys):
     assert set(settings_read(code)) == keys
 
 

@@ -290,7 +290,7 @@ def test_t5_runs_in_fp32_whatever_the_models_run_in_and_no_model_outlives_its_st
         assert torch.equal(cache.read(index)["prompt_embeds"], with_t5.read(index)["prompt_embeds"])
 
 
-def test_missing_weights_are_told_before_any_clip_is_decoded(tmp_path):
+def test_missing_weights_are_reported_before_any_clip_is_decoded(tmp_path):
     add_clip(tmp_path, "a.mp4", "a cat", 1)
     with pytest.raises(CheckpointError, match="weights pull"):
         prepare(config_for(tmp_path, tmp_path / "no_weights"))
@@ -337,7 +337,7 @@ def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
         assert relative_error(cache.read(index)["mean"], mean[0]) <= TOLERANCE
 
 
-def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+def test_a_gpu_that_is_not_there_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device=cuda"):
         find_device("cuda")

@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was saved is named and never gone on from; a changed run is told of or refused."""
+"""A checkpoint that is not what was saved is named and never gone on from; a changed run is reported or refused."""
 
 import hashlib
 import json
@@ -95,8 +95,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(stopped, stra
     assert ("is no checkpoint" if is_gone else name) in str(error.value), "one that is named is not passed over"
 
     assert train(stopped) == 0
-    told = capsys.readouterr().out
-    assert name in told and "step_000004" in told and "resuming" in told and "from step 2" in told
+    output = capsys.readouterr().out
+    assert name in output and "step_000004" in output and "resuming" in output and "from step 2" in output
     assert_same_end(stopped, straight)
     assert (stopped / "checkpoints/aside_0_step_000004").is_dir(), "nothing is deleted that could be looked at"
 
@@ -182,7 +182,7 @@ def test_a_changed_setting_is_printed_and_what_changes_the_run_is_refused_unless
     assert rates[0][:4] == rates[1][:4] and rates[0][4:] == pytest.approx([5 * rate for rate in rates[1][4:]])
 
 
-def test_what_was_forced_need_not_be_forced_again_and_damage_is_told_first(stopped, capsys):
+def test_what_was_forced_need_not_be_forced_again_and_damage_is_reported_first(stopped, capsys):
     """Forced at step 4, saved at step 6, which is then damaged: step 4 is of other settings, as was agreed."""
     assert train(stopped, "train.learning_rate=1e-3", "resume=force") == 0
     whole = rows_of(stopped)
@@ -196,16 +196,16 @@ def test_what_was_forced_need_not_be_forced_again_and_damage_is_told_first(stopp
     assert rows_of(stopped) == whole
 
 
-def test_a_folder_that_is_no_checkpoint_is_told_with_those_that_are(stopped):
+def test_a_folder_that_is_no_checkpoint_is_reported_with_those_that_are(stopped):
     for name in (stopped, stopped / "checkpoints/step_000099"):
         with pytest.raises(CheckpointError, match=r"is no checkpoint: use one of .*step_000002, .*step_000004\.$"):
             train(stopped, f"resume_from={name}")
 
 
-def test_fewer_steps_than_are_done_are_told_and_nothing_else(stopped, capsys):
+def test_fewer_steps_than_are_done_are_reported_and_nothing_else(stopped, capsys):
     assert main(load_config("my_lora", road(stopped, *SETTINGS, "train.steps=3"))) == 0
-    told = capsys.readouterr().out
-    assert "is trained to step 4 already" in told and "stretched" not in told
+    output = capsys.readouterr().out
+    assert "is trained to step 4 already" in output and "stretched" not in output
 
 
 def test_a_harmless_change_is_printed_and_taken(stopped, straight, capsys):
@@ -236,7 +236,7 @@ def test_going_back_to_an_older_checkpoint_puts_the_later_one_aside(stopped, str
 
 
 def test_the_metrics_file_has_every_step_once_though_rows_were_lost_or_doubled(stopped, straight, capsys):
-    """Rows after the checkpoint are made again; those before it that someone took are told of."""
+    """Rows after the checkpoint are made again; those before it that someone took are reported."""
     lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(lines[1:]) + lines[-1])
     assert train(stopped) == 0
@@ -244,11 +244,11 @@ def test_the_metrics_file_has_every_step_once_though_rows_were_lost_or_doubled(s
     assert "metrics.jsonl has 3 rows up to step 4, and had 4" in capsys.readouterr().out
 
 
-def test_another_device_or_torch_is_told_of(stopped, straight, capsys):
+def test_another_device_or_torch_is_reported_of(stopped, straight, capsys):
     environment = json.loads((newest(stopped) / "state.json").read_text())["environment"]
     edit_state(newest(stopped), environment=environment | {"torch": "2.0.0"})
     assert train(stopped) == 0
-    assert f"torch was 2.0.0, is {torch.__version__}" in (told := capsys.readouterr().out) and "same bits" in told
+    assert f"torch was 2.0.0, is {torch.__version__}" in (output := capsys.readouterr().out) and "same bits" in output
     assert newest_checkpoint(stopped).name == "step_000006"
 
 

@@ -30,15 +30,15 @@ def assert_refused(run_dir: Path, text: str, micro_batches: int) -> dict:
     """Checks a run that refused a step; returns what its bundle tells."""
     assert "Traceback" not in text and text.count("the update was not made") == 1, text
     [bundle] = (run_dir / "bundles").iterdir()
-    told = json.loads((bundle / "step.json").read_text())
+    facts = json.loads((bundle / "step.json").read_text())
     done = rows_of(run_dir)[-1]["step"]
-    assert told["step"] == done + 1 and f"mochi-tune replay {bundle}" in text
-    assert len(told["clips"]) == len(told["sigmas"]) == micro_batches and told["seed"] == 0
+    assert facts["step"] == done + 1 and f"mochi-tune replay {bundle}" in text
+    assert len(facts["clips"]) == len(facts["sigmas"]) == micro_batches and facts["seed"] == 0
     saved = newest_checkpoint(run_dir)
     assert saved.name == f"step_{done:06d}" and damage_of(saved) == "", "the step before is saved"
     adapter, in_bundle = (load_file(folder / "adapter.safetensors") for folder in (saved, bundle))
     assert all(torch.equal(adapter[name], in_bundle[name]) for name in adapter)
-    return told
+    return facts
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -47,14 +47,16 @@ def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path,
     more = ["train.accumulation_steps=2"] if processes == 1 else ["parallel.num_processes=2", "parallel=data"]
     code, text = run_program(["train", "conf=my_lora", *road(run_dir, *LORA, *WILD, *more)], tmp_path / "out")
     assert code == 2, text
-    told = assert_refused(run_dir, text, micro_batches=2)
-    assert told["why"] == "not finite"
+    facts = assert_refused(run_dir, text, micro_batches=2)
+    assert facts["why"] == "not finite"
 
     # The same step again, from the bundle alone: the same numbers, and where they were lost.
     [bundle] = (run_dir / "bundles").iterdir()
     code, text = run_program(["replay", str(bundle), "device=cpu"], tmp_path / "replay")
     assert code == 1 and "not finite first: the" in text and "blocks." in text, text
-    assert all(f"{clip} (sigma {sigma:.3f})" in text for clip, sigma in zip(told["clips"], told["sigmas"], strict=True))
+    assert all(
+        f"{clip} (sigma {sigma:.3f})" in text for clip, sigma in zip(facts["clips"], facts["sigmas"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("more", [[], ["train.gradient_checkpointing=true"]], ids=["plain", "checkpointed"])
@@ -63,17 +65,17 @@ def test_a_replayed_step_has_the_numbers_of_the_run(tmp_path, more):
     with pytest.raises(TrainingError, match=r"times the usual, on clip_.*the update was not made") as error:
         spiky = [setting.replace("1.05", "1.005") for setting in SPIKY]
         train(tmp_path, *spiky, "train.spike_policy=stop", "train.accumulation_steps=2", "train.batch_size=2", *more)
-    told = assert_refused(tmp_path, str(error.value), micro_batches=4)
+    facts = assert_refused(tmp_path, str(error.value), micro_batches=4)
     [bundle] = (tmp_path / "bundles").iterdir()
     made = replay(bundle, "cpu")
-    assert made.is_finite and made.loss == pytest.approx(told["loss"], rel=TOLERANCE)
-    assert made.grad_norm == pytest.approx(told["grad_norm"], rel=GRADIENT_TOLERANCE)
-    assert [each.clip for each in made.samples] == told["clips"]
+    assert made.is_finite and made.loss == pytest.approx(facts["loss"], rel=TOLERANCE)
+    assert made.grad_norm == pytest.approx(facts["grad_norm"], rel=GRADIENT_TOLERANCE)
+    assert [each.clip for each in made.samples] == facts["clips"]
     assert len({each.loss for each in made.samples}) == len({each.grad_norm for each in made.samples}) == 4
     assert not any(each.origin for each in made.samples)
 
 
-def test_a_spike_is_told_of_or_skipped_and_always_the_same(tmp_path):
+def test_a_spike_is_reported_or_skipped_and_always_the_same(tmp_path):
     for policy in ("warn", "skip", "off"):
         assert train(tmp_path / policy, *SPIKY, f"train.spike_policy={policy}") == 0
     warned, skipped, off = (rows_of(tmp_path / policy) for policy in ("warn", "skip", "off"))
@@ -237,7 +239,7 @@ def test_a_place_that_cannot_be_written_shows_before_a_weight_is_read(tmp_path, 
     config = [*road(tmp_path, *LORA, "train.steps=1")[:-1], f"run_dir={place}"]
     code, text = run_program(["train", "conf=my_lora", *config], tmp_path / "out")
     assert code == 2 and len(text.strip().splitlines()) == 1 and place.split("/run")[0] in text, text
-    assert "name a place that can be used" in text
+    assert "choose another path" in text
 
 
 def test_a_bundle_that_is_not_whole_is_one_line(tmp_path):

@@ -63,7 +63,7 @@ def test_a_rank_that_is_killed_ends_all_and_the_same_command_goes_on(straight, t
 
 
 def test_a_rank_that_hangs_is_named_with_where_the_others_wait(tmp_path):
-    """Stopped, it answers nobody; the rank that waits for it tells where, and all end."""
+    """Stopped, it answers no other; the process that waits for it reports where, and all end."""
     # Ten times and more what the slower of two processes may be behind the other one when they start.
     started = Started(tmp_path / "run", "data", "parallel.timeout_seconds=20")
     started.ranks["1"].suspend()

@@ -73,7 +73,7 @@ def test_stopped_in_a_step(straight, tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("place", "shown", "hold"),
+    ("function", "expected", "hold"),
     # The clips, sampler's steps and halves of step 0, where there is nothing to save yet, come before.
     [
         ("validation", "validation:   0%", Disturbance(hold=VALIDATION, hold_at=(4,))),
@@ -81,22 +81,22 @@ def test_stopped_in_a_step(straight, tmp_path, number):
         ("decoding", "step_000006_prompt_0:   0%", Disturbance(hold=DECODING, hold_at=(3,))),
     ],
 )
-def test_stopped_in_a_look(straight, tmp_path, place, shown, hold):
+def test_stopped_while_it_evaluates(straight, tmp_path, function, expected, hold):
     run_dir = tmp_path / "run"
     program = Program(command(run_dir), tmp_path / "out", hold)
     program.wait_until_held()
-    assert shown in program.err.partition("1/12")[2]
+    assert expected in program.err.partition("1/12")[2]
     stop(program)
     saved, rows = step_of_checkpoint(run_dir), rows_of(run_dir)
-    assert saved == len(rows) == (4 if place == "validation" else 6)
-    if place == "validation":
+    assert saved == len(rows) == (4 if function == "validation" else 6)
+    if function == "validation":
         assert [row["step"] for row in rows_of(run_dir, "validation")] == [0], "it was broken off"
     assert not list((run_dir / "samples").glob("step_000006*")), "no part of a video is left"
     assert_goes_on(run_dir, straight, tmp_path)
 
 
 def test_stopped_while_it_waits_for_data(straight, tmp_path):
-    """A disk that does not answer holds nobody up: what is done is saved at once."""
+    """A disk that does not answer holds no process up: finished steps are saved at once."""
     run_dir = tmp_path / "run"
     program = Program(command(run_dir), tmp_path / "out", Disturbance(hold=READING, hold_at=(8,)))
     program.wait_until_held()
@@ -178,7 +178,7 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_still_stops(straight, tmp_path):
     assert_goes_on(run_dir, straight, tmp_path)
 
 
-def test_sigusr1_in_a_look_saves_the_step_that_is_done(straight, tmp_path):
+def test_sigusr1_while_it_evaluates_saves_the_step_that_is_done(straight, tmp_path):
     run_dir = tmp_path / "run"
     program = Program(command(run_dir), tmp_path / "out", Disturbance(hold=VALIDATION, hold_at=(4, 5)))
     program.wait_until_held()

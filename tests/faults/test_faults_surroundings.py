@@ -121,7 +121,7 @@ def test_a_home_that_cannot_be_written_is_one_line(tmp_path):
     done = bare("sample", "conf=my_lora", "model=tiny", *RENDER, "device=cpu", f"run_dir={tmp_path}")
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("mochi-tune: /proc/nowhere"), done.stderr
-    assert "name a place that can be used" in last and not list(tmp_path.rglob("*.mp4"))
+    assert "choose another path" in last and not list(tmp_path.rglob("*.mp4"))
 
 
 def test_more_shards_than_files_may_be_open_is_one_line(tmp_path):
@@ -162,7 +162,7 @@ def test_streams_that_are_closed_or_full_are_no_traceback(tmp_path):
     assert dark.returncode == 2
     full = shell("$MOCHI train --help > /dev/full")
     assert full.returncode == 2
-    assert full.stderr == "mochi-tune: No space left on device: name a place that can be used.\n"
+    assert full.stderr == "mochi-tune: No space left on device: choose another path.\n"
 
 
 def test_a_run_whose_reader_has_gone_goes_on(tmp_path):

@@ -56,7 +56,7 @@ def test_at_most_two_blocks_are_away_from_home():
             lambda *_: away.append([b.mlp_x.w1.weight.data_ptr() != p for b, p in zip(dit.blocks, home, strict=True)])
         )
     size = sum(p.nbytes for p in dit.blocks[0].parameters())
-    # What is under way is counted here; what has arrived belongs to a parameter, and is told by its place.
+    # What is under way is counted here; what has arrived belongs to a parameter, and is known by its address.
     with TensorMemory() as offloaded:
         dit(*arguments)
     assert offloaded.peak - plain.peak <= size

@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_made_is_the_users_mistake(tmp_path, trained):
         export.main(trained, "comfyui", trained / "lora.safetensors")
 
 
-def test_ranks_by_pattern_are_told_as_they_were_trained(tmp_path):
+def test_ranks_by_pattern_are_reported_as_they_were_trained(tmp_path):
     adapter = random_adapter(ATTENTION, MIXED)
     adapter.metadata |= {"rank": "3,4,5,16", "alpha": "8", "rslora": "true"}
     save_adapter(tmp_path / "adapter.safetensors", adapter)

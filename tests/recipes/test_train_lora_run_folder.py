@@ -21,8 +21,8 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000004", "step_000005"]
 
 
-def test_a_step_is_saved_before_it_is_looked_at_and_the_look_is_made_up_for(tmp_path, monkeypatch):
-    """A look takes long and may be what fails; what it would have shown is not lost with it."""
+def test_a_step_is_saved_before_it_is_evaluated_and_the_evaluation_is_made_up_for(tmp_path, monkeypatch):
+    """An evaluation takes long and may fail; its results are not lost with it."""
     more = ["train.steps=4", "train.checkpoint_every=2", "train.sample_every=2", "train.validate_every=2"]
     more += ["train.sample_prompts=[a cat]", "sample.steps=2", "train.validation_clips=1"]
     config = load_config("my_lora", [*road(tmp_path, *LORA), *more])

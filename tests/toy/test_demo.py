@@ -94,8 +94,8 @@ def test_the_objective_is_the_one_that_the_base_was_trained_on():
     embeds = torch.stack(text.encode([w.caption for w in words]))
     mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
 
-    def loss(noisy, target, level=sigma, told=mask):
-        return (dit(noisy, level, embeds, told) - target).square().mean().item()
+    def loss(noisy, target, level=sigma, prompt_mask=mask):
+        return (dit(noisy, level, embeds, prompt_mask) - target).square().mean().item()
 
     mean, std = (torch.tensor(values).view(12, 1, 1, 1) for values in (VAE_MEAN, VAE_STD))
     latents, s = (z - mean) / std, sigma.view(-1, 1, 1, 1, 1)
@@ -105,7 +105,7 @@ def test_the_objective_is_the_one_that_the_base_was_trained_on():
         "sigma": loss((1 - s) * latents + s * noise, latents - noise, 1 - sigma),
         "space": loss((1 - s) * z + s * noise, z - noise),
         "space of the input": loss((1 - s) * z + s * noise, (z - noise) / std),
-        "caption": loss((1 - s) * latents + s * noise, latents - noise, told=mask & False),
+        "caption": loss((1 - s) * latents + s * noise, latents - noise, prompt_mask=mask & False),
     }
     assert all(value > 1.05 * right for value in wrong.values()), (right, wrong)
     assert loss(*noisy_and_target("sampler", z, noise, sigma)) == pytest.approx(right, rel=TOLERANCE)
@@ -126,8 +126,8 @@ def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):
             apply_adapter(dit, adapter.layers, "lesson", 0.0)
         clips.append(render_words(words, dit, text, decoder, sampler_settings(config.sample), 1))
     assert torch.equal(*clips)
-    shown = {row["strength"]: row["new"] for row in figures["by_strength"]}
-    assert shown[0.0] <= shown[0.5] <= shown[1.0], shown
+    successes = {row["strength"]: row["new"] for row in figures["by_strength"]}
+    assert successes[0.0] <= successes[0.5] <= successes[1.0], successes
 
 
 def test_it_makes_a_page_and_names_what_it_made(lesson):

@@ -171,7 +171,7 @@ def test_the_picture_holds_the_whole_page_where_a_browser_is(report, tmp_path):
         # The body's padding of 4rem is all that is under the last thing on the page.
         assert rows == list(range(image.height - 64 - 40, image.height - 64))
         red = sum(count for count, (r, g, b) in image.getcolors(1 << 24) if r > 180 and g < 60 and b < 60)
-        # Each of the nine posters is shown 170 to 240 pixels wide, of 96, and 800 or more of its pixels are red.
+        # Each of the nine posters is 170 to 240 pixels wide, of 96, and 800 or more of its pixels are red.
         assert red > 9 * 800 * (170 / 96) ** 2
 
 
@@ -191,7 +191,7 @@ def test_without_a_browser_there_is_no_picture(report, tmp_path, monkeypatch):
         ("(while :; do echo x >> $0.ticks; sleep 0.1; done) & wait", "not drawn the page in 1 seconds"),
     ],
 )
-def test_a_browser_that_fails_is_told_in_one_line(script, said, report, tmp_path, monkeypatch):
+def test_a_browser_that_fails_is_reported_in_one_line(script, said, report, tmp_path, monkeypatch):
     browser, out = tmp_path / "bin" / "chromium", tmp_path / "out"
     browser.parent.mkdir()
     out.mkdir()

@@ -177,25 +177,25 @@ def test_the_averaged_weights_are_shown_and_training_does_not_notice(tmp_path):
     for number in range(5):
         watched.step(number)
         left_alone.step(number)
-        shown = inference_weights(watched.optimizer, watched.parameters)
-        with temporarily(watched.parameters, shown):
-            assert all(torch.equal(p, shown[name]) for name, p in watched.parameters.items())
+        published = inference_weights(watched.optimizer, watched.parameters)
+        with temporarily(watched.parameters, published):
+            assert all(torch.equal(p, published[name]) for name, p in watched.parameters.items())
         assert_same(watched, left_alone)
     library = copy.deepcopy(left_alone)
     library.optimizer.eval()
-    for name, weight in shown.items():
+    for name, weight in published.items():
         assert torch.equal(weight, library.parameters[name])
         assert not torch.equal(weight, left_alone.parameters[name])
         assert not weight.requires_grad
     second = resumed(watched, tmp_path, "schedule_free")
     again = inference_weights(second.optimizer, second.parameters)
-    assert all(torch.equal(again[name], weight) for name, weight in shown.items())
+    assert all(torch.equal(again[name], weight) for name, weight in published.items())
 
 
 def test_before_the_first_step_the_weights_are_shown_as_they_are():
     problem = Problem("schedule_free")
-    shown = inference_weights(problem.optimizer, problem.parameters)
-    assert all(torch.equal(shown[name], parameter) for name, parameter in problem.parameters.items())
+    published = inference_weights(problem.optimizer, problem.parameters)
+    assert all(torch.equal(published[name], parameter) for name, parameter in problem.parameters.items())
     assert problem.state() == ({}, [{"k": 0, "weight_sum": 0.0, "lr_max": -1.0}])
 
 
@@ -210,8 +210,8 @@ def test_the_others_show_what_they_train(name):
 def test_weights_come_back_when_what_they_are_shown_to_fails():
     problem = Problem("schedule_free").steps(0, 1)
     before = {name: parameter.detach().clone() for name, parameter in problem.parameters.items()}
-    shown = inference_weights(problem.optimizer, problem.parameters)
-    with pytest.raises(KeyboardInterrupt), temporarily(problem.parameters, shown):
+    published = inference_weights(problem.optimizer, problem.parameters)
+    with pytest.raises(KeyboardInterrupt), temporarily(problem.parameters, published):
         raise KeyboardInterrupt
     assert all(torch.equal(parameter, before[name]) for name, parameter in problem.parameters.items())
 

@@ -245,7 +245,7 @@ def check(*arguments: str, env: dict[str, str]) -> str:
     return done.stdout.decode().strip()
 
 
-def test_a_package_that_is_not_installed_is_told_before_the_start(tmp_path):
+def test_a_package_that_is_not_installed_is_reported_before_the_start(tmp_path):
     # Without the installed packages, but for those that are always needed.
     for name in ("psutil", "tqdm"):
         (tmp_path / name).symlink_to(Path(__import__(name).__file__).parent)
@@ -259,8 +259,8 @@ def test_a_package_that_is_not_installed_is_told_before_the_start(tmp_path):
     check_trackers(LogConfig(wandb="offline", tensorboard=True))
 
 
-def test_wandb_online_without_a_login_is_told_before_the_start_and_without_a_network(tmp_path):
-    # An address that answers nobody.
+def test_wandb_online_without_a_login_is_reported_before_the_start_and_without_a_network(tmp_path):
+    # An address that never answers.
     env = environment(HOME=str(tmp_path), WANDB_BASE_URL="https://192.0.2.1")
     env = {key: value for key, value in env.items() if key not in ("WANDB_API_KEY", "NETRC")}
     assert "log.wandb=online: No API key configured" in check("wandb='online'", env=dict(env))

@@ -1,0 +1,60 @@
+"""The verbs of the toy world: demo, experiment and toy."""
+
+from pathlib import Path
+
+from mochi_tune.cli.options import DEMO_OPTIONS, EXPERIMENT_OPTIONS, TOY_OPTIONS, plain_options, whole_number
+from mochi_tune.errors import ConfigError
+
+
+def run_demo(arguments: list[str]) -> int:
+    """Teaches the embedded toy model a new thing."""
+    options = plain_options("demo", arguments, DEMO_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.toy.demo import main as demo
+
+    for label, value in demo(Path(options["out"])).items():
+        print(f"{label + ':':<16} {value}")
+    return 0
+
+
+def run_experiment(arguments: list[str]) -> int:
+    """Compares ways of training."""
+    options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
+    if options is None:
+        return 0
+    if options["what"] not in ("objective", "layers"):
+        raise ConfigError(f"what={options['what']} is not an experiment: use objective or layers.")
+    from mochi_tune.toy.experiment import main as experiment
+
+    print(experiment(options["what"], whole_number("seeds", options["seeds"], 1), Path(options["out"])))
+    return 0
+
+
+def run_toy(arguments: list[str]) -> int:
+    """Draws the clips of the demo, or makes the toy model."""
+    if arguments[:1] not in (["clips"], ["weights"]):
+        if arguments[:1] in ([], ["--help"], ["-h"]):
+            for name, known in TOY_OPTIONS.items():
+                plain_options(f"toy {name}", ["--help"], known)
+            return 0
+        raise ConfigError(f"toy {arguments[0]} is not a verb: use `toy clips` or `toy weights`.")
+    options = plain_options(f"toy {arguments[0]}", arguments[1:], TOY_OPTIONS[arguments[0]])
+    if options is None:
+        return 0
+    if arguments[0] == "clips":
+        from mochi_tune.toy.lesson import write_lesson
+
+        videos = write_lesson(Path(options["out"]), whole_number("seed", options["seed"], 0))
+        print(f"{len(videos)} clips: {options['out']}")
+        return 0
+    from mochi_tune.toy.train_toy import Plan
+    from mochi_tune.toy.train_toy import main as train_toy
+
+    record = train_toy(Path(options["work"]), Path(options["out"]), Plan())
+    if record is None:
+        print("interrupted and saved; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    for name, value in record["figures"].items():
+        print(f"{name + ':':<16} {value}")
+    return 0
