@@ -15,7 +15,7 @@ HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 
 @dataclass(frozen=True)
 class Packet:
-    """One coded frame: its presentation time in seconds, whether it is displayed and whether decoding may start at it."""
+    """One coded frame: its presentation time in seconds, whether it is displayed, whether decoding may start at it."""
 
     time: Fraction
     displayed: bool

@@ -1,7 +1,9 @@
 """The verbs of the toy world: demo, experiment and toy."""
 
+import sys
 from pathlib import Path
 
+from mochi_tune.cli.launch import INTERRUPTED
 from mochi_tune.cli.options import DEMO_OPTIONS, EXPERIMENT_OPTIONS, TOY_OPTIONS, plain_options, whole_number
 from mochi_tune.errors import ConfigError
 
