@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mochi_tune.adapters.files import Adapter, LoraLayer
+from mochi_tune.adapters.lora import LayerSettings, layer_settings
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,3 +88,8 @@ def build_dit(weights):
 def write(path, tensors, metadata=None):
     save_file(tensors, path, metadata)
     return path
+
+
+def settings_of(layers, rank, alpha, dropout, *patterns, rslora=False, **more) -> dict[str, LayerSettings]:
+    """Returns the settings of layers, of which only some differ."""
+    return layer_settings(layers, LayerSettings(rank, alpha, dropout, rslora), *patterns, **more)

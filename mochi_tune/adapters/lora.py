@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -71,21 +71,17 @@ def select_layers(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 def layer_settings(
     layers: Sequence[str],
-    rank: int,
-    alpha: float,
-    dropout: float,
+    common: LayerSettings,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     dropout_pattern: Mapping[str, float] | None = None,
-    rslora: bool = False,
 ) -> dict[str, LayerSettings]:
     """Returns the settings of each chosen layer: a pattern's value where one matches its name, else the common one.
 
     Args:
         layers: from `select_layers`.
-        rank: of all layers that no pattern names; `alpha` and `dropout` likewise.
+        common: of all layers that no pattern names.
         rank_pattern: regular expression -> rank; `alpha_pattern` and `dropout_pattern` likewise.
-        rslora: whether scales are alpha / sqrt(rank).
 
     Raises:
         ConfigError: a pattern is no regular expression or matches no chosen layer, or two differ about a layer.
@@ -94,7 +90,12 @@ def layer_settings(
     alphas = _by_pattern("lora.alpha_pattern", layers, alpha_pattern or {})
     dropouts = _by_pattern("lora.dropout_pattern", layers, dropout_pattern or {})
     return {
-        layer: LayerSettings(ranks.get(layer, rank), alphas.get(layer, alpha), dropouts.get(layer, dropout), rslora)
+        layer: replace(
+            common,
+            rank=ranks.get(layer, common.rank),
+            alpha=alphas.get(layer, common.alpha),
+            dropout=dropouts.get(layer, common.dropout),
+        )
         for layer in layers
     }
 

@@ -15,8 +15,8 @@ def lora_settings(lora: LoraConfig, names: Iterable[str]) -> "dict[str, LayerSet
     Raises:
         ConfigError: a pattern is no regular expression, matches no layer, or contradicts another one.
     """
-    from mochi_tune.adapters.lora import layer_settings, select_layers
+    from mochi_tune.adapters.lora import LayerSettings, layer_settings, select_layers
 
     patterns = lora.rank_pattern, lora.alpha_pattern, lora.dropout_pattern
     layers = select_layers(names, lora.targets)
-    return layer_settings(layers, lora.rank, lora.alpha, lora.dropout, *patterns, lora.rslora)
+    return layer_settings(layers, LayerSettings(lora.rank, lora.alpha, lora.dropout, lora.rslora), *patterns)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers_adapters import settings_of
 from helpers_golden import TOLERANCE, golden_dit, relative_error, vectors
 
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
@@ -7,7 +8,6 @@ from mochi_tune.adapters.lora import (
     LayerSettings,
     apply_adapter,
     apply_lora,
-    layer_settings,
     linear_shapes,
     lora_parameters,
     select_layers,
@@ -64,7 +64,7 @@ def test_a_new_adapter_changes_nothing_and_is_fp32(dtype):
     with torch.no_grad():
         before = dit(*INPUTS)
     layers = select_layers(linear_shapes(dit), ATTENTION + MLP)
-    apply_lora(dit, layer_settings(layers, 4, 8, 0.0), seed=1)
+    apply_lora(dit, settings_of(layers, 4, 8, 0.0), seed=1)
     with torch.no_grad():
         assert torch.equal(dit(*INPUTS), before)
     parameters = lora_parameters(dit)
@@ -78,13 +78,13 @@ def test_the_seed_alone_decides_the_start():
     for seed, disturbance in ((1, 0), (1, 5), (2, 0)):
         dit = golden_dit()
         torch.manual_seed(disturbance)
-        apply_lora(dit, layer_settings(list(linear_shapes(dit)), 2, 2, 0.0), seed=seed)
+        apply_lora(dit, settings_of(list(linear_shapes(dit)), 2, 2, 0.0), seed=seed)
         starts.append(lora_parameters(dit)["blocks.1.attn.qkv_x.lora_A"].detach())
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
 def test_every_b_gets_a_gradient_at_the_first_step(dit):
-    apply_lora(dit, layer_settings(list(linear_shapes(dit)), 2, 2, 0.0), seed=0)
+    apply_lora(dit, settings_of(list(linear_shapes(dit)), 2, 2, 0.0), seed=0)
     dit(*INPUTS).square().mean().backward()
     for name, parameter in lora_parameters(dit).items():
         assert bool(parameter.grad.any()) == name.endswith("lora_B"), name
@@ -129,7 +129,7 @@ NAMES = [f"blocks.{i}.attn.{kind}" for i in range(2) for kind in ("qkv_x", "qkv_
 
 
 def test_a_pattern_sets_the_layers_whose_whole_name_it_matches():
-    settings = layer_settings(
+    settings = settings_of(
         NAMES, 16, 32.0, 0.1,
         rank_pattern={r"blocks\.0\..*": 4, r".*\.proj_x": 4, r"blocks\.1\.attn\.qkv_x": 8},
         alpha_pattern={r".*qkv_[xy]": 2.0},
@@ -140,7 +140,7 @@ def test_a_pattern_sets_the_layers_whose_whole_name_it_matches():
     assert [each.dropout for each in settings.values()] == [0.1, 0.1, 0.1, 0.1, 0.0, 0.1]
     assert list(settings) == NAMES and not any(each.rslora for each in settings.values())
     assert settings_metadata(settings) == {"rank": "4,8,16", "alpha": "2,32"}
-    assert settings_metadata(layer_settings(NAMES, 4, 8, 0, rslora=True))["rslora"] == "true"
+    assert settings_metadata(settings_of(NAMES, 4, 8, 0, rslora=True))["rslora"] == "true"
 
 
 @pytest.mark.parametrize(
@@ -155,14 +155,14 @@ def test_a_pattern_sets_the_layers_whose_whole_name_it_matches():
 )  # fmt: skip
 def test_patterns_that_choose_nothing_or_contradict_are_refused(patterns, text):
     with pytest.raises(ConfigError) as error:
-        layer_settings(NAMES, 16, 16, 0.0, **patterns)
+        settings_of(NAMES, 16, 16, 0.0, **patterns)
     assert text in str(error.value) and "\n" not in str(error.value)
 
 
 def test_ranks_alphas_and_dropouts_of_patterns_reach_the_layers(dit):
     names = list(linear_shapes(dit))
     first, second = names[0], names[1]
-    settings = layer_settings(names, 4, 8, 0.25, {first: 2}, {second: 3.0}, {first: 0.5, second: 0.0})
+    settings = settings_of(names, 4, 8, 0.25, {first: 2}, {second: 3.0}, {first: 0.5, second: 0.0})
     apply_lora(dit, settings, seed=0)
     assert lora_parameters(dit)[f"{first}.lora_A"].shape[0] == 2 and dit.get_submodule(first).scaling == {"default": 4}
     assert lora_parameters(dit)[f"{second}.lora_B"].shape[1] == 4
@@ -173,7 +173,7 @@ def test_ranks_alphas_and_dropouts_of_patterns_reach_the_layers(dit):
 
 def test_a_dropout_drops_in_its_layer_alone_and_only_while_training(dit):
     torch.manual_seed(0)
-    settings = layer_settings(list(linear_shapes(dit)), 4, 8, 0.0, dropout_pattern={r"blocks\.1\.attn\.qkv_x": 0.5})
+    settings = settings_of(list(linear_shapes(dit)), 4, 8, 0.0, dropout_pattern={r"blocks\.1\.attn\.qkv_x": 0.5})
     apply_lora(dit, settings, seed=0)
     for parameter in lora_parameters(dit).values():
         parameter.data.normal_()
@@ -189,7 +189,7 @@ def test_what_is_not_of_the_rank_leaves_the_start_as_it_is():
     starts = []
     for options in ({}, {"alpha_pattern": {".*": 3.0}, "dropout_pattern": {".*": 0.5}, "rslora": True}, {"dora": True}):
         dit, dora = golden_dit(), options.pop("dora", False)
-        apply_lora(dit, layer_settings(list(linear_shapes(dit)), 2, 2, 0.0, **options), seed=3, dora=dora)
+        apply_lora(dit, settings_of(list(linear_shapes(dit)), 2, 2, 0.0, **options), seed=3, dora=dora)
         starts.append(lora_parameters(dit))
     for name, parameter in starts[0].items():
         assert torch.equal(parameter, starts[1][name]) and torch.equal(parameter, starts[2][name])
@@ -209,7 +209,7 @@ KINDS = {
 @torch.no_grad()
 def test_a_trained_model_and_its_reloaded_adapter_compute_the_same(tmp_path, kind, to):
     trained, fresh = golden_dit(), golden_dit()
-    settings = layer_settings(list(linear_shapes(trained)), 4, 6, 0.0, **KINDS[kind])
+    settings = settings_of(list(linear_shapes(trained)), 4, 6, 0.0, **KINDS[kind])
     apply_lora(trained, settings, seed=1)
     torch.manual_seed(0)
     for parameter in lora_parameters(trained).values():

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers_adapters import adapted64
+from helpers_adapters import adapted64, settings_of
 from helpers_golden import GOLDEN, TOLERANCE, golden_dit, relative_error, vectors
 
 from mochi_tune.adapters.files import Adapter, load_adapter, save_adapter
 from mochi_tune.adapters.lora import (
     apply_adapter,
     apply_lora,
-    layer_settings,
     linear_shapes,
     lora_parameters,
     switch_adapters,
@@ -24,13 +23,13 @@ INPUTS = (IO["z"], IO["sigma"], IO["y_feat"], IO["y_mask"])
 TARGET = torch.randn(IO["out_cond"].shape, generator=torch.Generator().manual_seed(9))
 
 
-def settings_of(dit, **options):
-    return layer_settings(list(linear_shapes(dit)), 3, 6.0, 0.0, **options)
+def settings_of_all(dit, **options):
+    return settings_of(list(linear_shapes(dit)), 3, 6.0, 0.0, **options)
 
 
 def disturbed(dit, seed=0, **options):
     """Returns the model as a DoRA that has been trained, and its settings."""
-    settings = settings_of(dit, **options)
+    settings = settings_of_all(dit, **options)
     apply_lora(dit, settings, seed=1, dora=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -59,7 +58,7 @@ def test_a_new_dora_changes_nothing_and_trains_the_length_of_each_row(dtype):
     dit = golden_dit(dtype)
     with torch.no_grad():
         before = dit(*INPUTS)
-    apply_lora(dit, settings_of(dit), seed=1, dora=True)
+    apply_lora(dit, settings_of_all(dit), seed=1, dora=True)
     assert torch.equal(dit(*INPUTS), before)
     parameters, shapes = lora_parameters(dit), linear_shapes(golden_dit())
     assert len(parameters) == 3 * len(shapes) and all(p.dtype == torch.float32 for p in parameters.values())
@@ -125,7 +124,7 @@ def test_a_trained_dora_and_its_reloaded_file_compute_the_same_and_switch_off(tm
 
 @torch.no_grad()
 def test_a_dora_whose_directions_stayed_keeps_its_lengths(tmp_path):
-    dit, settings = golden_dit(), settings_of(golden_dit())
+    dit, settings = golden_dit(), settings_of_all(golden_dit())
     apply_lora(dit, settings, seed=1, dora=True)
     for name, parameter in lora_parameters(dit).items():
         parameter *= 1.5 if name.endswith("magnitude") else 0

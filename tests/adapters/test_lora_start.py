@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_adapters import ALL, ATTENTION, MIXED, random_adapter, with_magnitudes
+from helpers_adapters import ALL, ATTENTION, MIXED, random_adapter, settings_of, with_magnitudes
 from helpers_golden import GOLDEN, TOLERANCE, golden_dit, relative_error, vectors
 
 from mochi_tune.adapters.files import load_adapter, save_adapter
@@ -10,7 +10,6 @@ from mochi_tune.adapters.lora import (
     apply_adapter,
     apply_lora,
     check_start,
-    layer_settings,
     linear_shapes,
     load_start_adapter,
     lora_parameters,
@@ -33,7 +32,7 @@ def of_kinds(kinds):
 def test_the_start_is_the_files_change_whatever_its_format_and_alpha(tmp_path, to, options, dora):
     save_adapter(tmp_path / "a.safetensors", random_adapter(ATTENTION, MIXED), to)
     adapter, dit, sampled = load_adapter(tmp_path / "a.safetensors"), golden_dit(), golden_dit()
-    settings = layer_settings(of_kinds(ATTENTION), rank=16, dropout=0.0, **options)
+    settings = settings_of(of_kinds(ATTENTION), rank=16, dropout=0.0, **options)
     check_start(adapter.layers, settings, dora, str(adapter))
     apply_lora(dit, settings, seed=4, dora=dora)
     fresh = {name: parameter.detach().clone() for name, parameter in lora_parameters(dit).items()}
@@ -59,7 +58,7 @@ def test_the_start_is_the_files_change_whatever_its_format_and_alpha(tmp_path, t
 def test_a_dora_goes_on_as_one(tmp_path, to):
     save_adapter(tmp_path / "a.safetensors", with_magnitudes(random_adapter(ALL, MIXED)), to)
     adapter, dit, sampled = load_adapter(tmp_path / "a.safetensors"), golden_dit(), golden_dit()
-    settings = layer_settings(of_kinds(ALL), rank=16, alpha=3.0, dropout=0.0)
+    settings = settings_of(of_kinds(ALL), rank=16, alpha=3.0, dropout=0.0)
     check_start(adapter.layers, settings, True, str(adapter))
     apply_lora(dit, settings, seed=4, dora=True)
     load_start_adapter(dit, adapter.layers)
@@ -80,7 +79,7 @@ def test_a_dora_goes_on_as_one(tmp_path, to):
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(kinds, rank, options, text):
     adapter = load_adapter(GOLDEN / "lora.safetensors")
-    settings = layer_settings(of_kinds(kinds), rank, 1.0, 0.0, **options)
+    settings = settings_of(of_kinds(kinds), rank, 1.0, 0.0, **options)
     with pytest.raises(ConfigError) as error:
         check_start(adapter.layers, settings, False, str(adapter))
     assert str(error.value).startswith(f"lora.init_from: adapter {GOLDEN / 'lora.safetensors'} {text}")
@@ -90,4 +89,4 @@ def test_what_does_not_fit_is_refused_in_one_line(kinds, rank, options, text):
 def test_a_dora_does_not_go_on_as_a_plain_lora():
     layers = with_magnitudes(random_adapter()).layers
     with pytest.raises(ConfigError, match=r"is a DoRA: use lora\.dora=true\."):
-        check_start(layers, layer_settings(of_kinds(ATTENTION), 16, 1.0, 0.0), False, "the adapter")
+        check_start(layers, settings_of(of_kinds(ATTENTION), 16, 1.0, 0.0), False, "the adapter")

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
+from helpers_adapters import settings_of
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE
 from helpers_parallel import run_ranks
 
-from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, lora_parameters
+from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.context import apply_context_parallel, check_context_ranks
@@ -23,7 +24,7 @@ def build(dtype: torch.dtype, adapter: str) -> AsymmDiT:
     torch.manual_seed(0)
     dit = AsymmDiT(CONFIG).to(dtype)
     if adapter != "none":
-        apply_lora(dit, layer_settings(list(linear_shapes(dit)), 3, 6, 0.0), seed=1, dora=adapter == "dora")
+        apply_lora(dit, settings_of(list(linear_shapes(dit)), 3, 6, 0.0), seed=1, dora=adapter == "dora")
         for i, (name, parameter) in enumerate(lora_parameters(dit).items()):
             generator = torch.Generator().manual_seed(i)
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.3

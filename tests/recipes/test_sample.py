@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from helpers_adapters import settings_of
 from helpers_process import Disturbance, run
 from helpers_road import prepared, road
 from helpers_rounding import assert_same_frames, rounding_share, share_of_error
@@ -11,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from mochi_tune import assets
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
-from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, load_start_adapter
+from mochi_tune.adapters.lora import apply_lora, linear_shapes, load_start_adapter
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.latents import to_vae_latents
@@ -298,7 +299,7 @@ def test_compiled_blocks_render_the_same(tmp_path):
 def test_a_dora_renders_what_its_trained_model_does(tmp_path):
     dora, dit = write_dora(tmp_path / "a.safetensors"), WeightsFolder(TINY).load_dit("cpu", torch.float32)
     adapter = load_adapter(dora)
-    settings = layer_settings(list(adapter.layers), rank=2, alpha=4.0, dropout=0.5)
+    settings = settings_of(list(adapter.layers), rank=2, alpha=4.0, dropout=0.5)
     apply_lora(dit, settings, seed=5, dora=True)
     load_start_adapter(dit, adapter.layers)
     features = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a red ball", ""])

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers_adapters import settings_of
 from helpers_road import prepared, read_rows, road
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from mochi_tune.adapters.lora import apply_lora, layer_settings, linear_shapes, lora_parameters
+from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
@@ -159,7 +160,7 @@ def test_each_micro_batch_of_each_step_has_its_own_dropout_and_keeps_it(tmp_path
 def adapted_dit(dropout: float) -> AsymmDiT:
     """Returns the tiny model in training mode with an adapter that does something."""
     dit = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).load_dit("cpu", torch.float32)
-    apply_lora(dit, layer_settings(list(linear_shapes(dit)), 2, 2.0, dropout), seed=0)
+    apply_lora(dit, settings_of(list(linear_shapes(dit)), 2, 2.0, dropout), seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in lora_parameters(dit).values():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
