@@ -47,7 +47,6 @@ with (
     except KeyboardInterrupt:
         pass
     trackers.check()
-    trackers.close()
 """
 
 # In W&B's place: writes what it is given to a file.

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import psutil
-
 from mochi_tune.files import parse_object, write_atomic
 from mochi_tune.training.metrics import FILES
 
@@ -201,24 +199,6 @@ def _read_state(path: Path, run_dir: Path, begun: str | None) -> dict:
     return {"id": run_id, "begun": begun, **dict.fromkeys(FILES, -1)}
 
 
-def kill_all(process: psutil.Process) -> None:
-    """Kills a process and all that it started, itself last."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for each in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-
-
-def _wait_for_the_end(over: threading.Event, close_seconds: float) -> None:
-    """Waits until the trainer closes stdin or is gone; ends this process if it then takes too long."""
-    while os.read(0, 1):
-        pass
-    over.set()
-    # The trainer ends this process sooner, if it is still there.
-    time.sleep(close_seconds + 1)
-    kill_all(psutil.Process())
-
-
 def main() -> None:
     """Follows a run until its trainer is gone: RUN_DIR KIND,KIND OPTIONS.
 
@@ -239,11 +219,19 @@ def main() -> None:
             follow(run_dir, kind, options, over.wait)
         except (Exception, SystemExit) as error:  # noqa: BLE001  (reported to the trainer; the log has the traceback)
             traceback.print_exc()
-            reason = " ".join(str(error).split()) or type(error).__name__
+            # Short enough for a pipe to take the line whole.
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
         with contextlib.suppress(BrokenPipeError):  # The trainer is gone.
             report.write(json.dumps([kind, reason]) + "\n")
 
-    threading.Thread(target=_wait_for_the_end, args=(over, options["close_seconds"]), daemon=True).start()
+    def wait_for_the_end() -> None:
+        while os.read(0, 1):  # Until the trainer closes it or is gone.
+            pass
+        over.set()
+        time.sleep(options["close_seconds"] + 1)  # The trainer ends this process sooner, if it is still there.
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
     threads = [threading.Thread(target=run, args=(kind,), daemon=True) for kind in kinds]
     for thread in threads:
         thread.start()
