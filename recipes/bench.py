@@ -202,12 +202,14 @@ def reduced(config: Any, depth: int | None) -> tuple[Any, Any]:
     return replace(config, num_res_blocks=tuple(min(depth or n, n) for n in full)), full
 
 
-def random_layers(dit: AsymmDiT, rank: int) -> dict[str, LoraLayer]:
+def random_layers(dit: AsymmDiT, lora_rank: int) -> dict[str, LoraLayer]:
     """Returns a random adapter for every attention layer."""
     shapes = {name: shape for name, shape in linear_shapes(dit).items() if ".attn." in name}
     with torch.device("cpu"):
         return {
-            name: LoraLayer(torch.randn(rank, num_in) * 0.01, torch.randn(num_out, rank) * 0.01, float(rank))
+            name: LoraLayer(
+                torch.randn(lora_rank, num_in) * 0.01, torch.randn(num_out, lora_rank) * 0.01, float(lora_rank)
+            )
             for name, (num_out, num_in) in shapes.items()
         }
 

@@ -33,7 +33,7 @@ from mochi_tune.weights.folder import WeightsFolder
 
 
 @dataclass(frozen=True)
-class Job:
+class RenderPlan:
     """The videos to render, checked as far as possible before a weight is read.
 
     Attributes:
@@ -62,24 +62,24 @@ def main(config: RunConfig) -> Iterator[Path]:
         KeyboardInterrupt: it was asked to stop; what was finished by then has been written and yielded.
     """
     num_processes = PartialState(cpu=config.device == "cpu").num_processes
-    job, device, dtype = check(config, num_processes), find_device(config.device), DTYPES[config.model.dtype]
+    plan, device, dtype = check(config, num_processes), find_device(config.device), DTYPES[config.model.dtype]
     prompt_cache = Path(config.sample.prompt_cache).expanduser()
-    for folder in {prompt_cache, *(request.video.parent for request in job.requests)}:
+    for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)
-    mesh = Mesh(job.layout, device, config.parallel.timeout_seconds) if num_processes > 1 else None
+    mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds) if num_processes > 1 else None
     setup = Setup(device, dtype, config.memory.dit, mesh, config.sample.compile)
-    mine = job.requests if mesh is None else job.requests[mesh.data_rank :: job.layout.data]
+    mine = plan.requests if mesh is None else plan.requests[mesh.data_rank :: plan.layout.data]
     usage = Usage(device, write_line)
-    write_line("; ".join(f"adapter {a.path} x {a.strength}" for a in job.adapters) or "no adapter: the base")
+    write_line("; ".join(f"adapter {a.path} x {a.strength}" for a in plan.adapters) or "no adapter: the base")
     if mesh is not None:
-        write_line(f"{num_processes} processes: {job.layout}")
+        write_line(f"{num_processes} processes: {plan.layout}")
 
     with usage.stage("text"):
-        features = encode_prompts(job, device, dtype, prompt_cache)
+        features = encode_prompts(plan, device, dtype, prompt_cache)
     with usage.stage("sample"):
-        latents = render(job, mine, features, setup)
+        latents = render(plan, mine, features, setup)
     with usage.stage("decode"):
-        decoder = job.weights.load_decoder(device, dtype)
+        decoder = plan.weights.load_decoder(device, dtype)
         rows, columns = config.memory.tiles or WHOLE
         finished = list(zip(mine, latents, strict=False))
         for request, states in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
@@ -91,13 +91,13 @@ def main(config: RunConfig) -> Iterator[Path]:
             request = replace(request, video=write_video(request.video, chunks, may_replace=False))
             if config.sample.save_latents:
                 save_latents(request, states)
-            save_settings(request, job.common, usage)
+            save_settings(request, plan.common, usage)
             yield request.video
     if len(finished) < len(mine):
         raise KeyboardInterrupt
 
 
-def check(config: RunConfig, num_processes: int) -> Job:
+def check(config: RunConfig, num_processes: int) -> RenderPlan:
     """Checks everything that can be refused before a weight is read; seconds.
 
     Raises:
@@ -132,19 +132,19 @@ def check(config: RunConfig, num_processes: int) -> Job:
         "memory": config.memory.model_dump(),
         "layout": asdict(layout),
     }
-    return Job(weights, requests, adapters, variants, layout, common)
+    return RenderPlan(weights, requests, adapters, variants, layout, common)
 
 
-def encode_prompts(job: Job, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:
+def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:
     """Returns the features of every distinct prompt, on the CPU; the main process encodes what no run has yet."""
-    prompts = list(dict.fromkeys(text for r in job.requests for text in (r.prompt, r.negative_prompt)))
+    prompts = list(dict.fromkeys(text for r in plan.requests for text in (r.prompt, r.negative_prompt)))
     features: dict[str, Tensor] = {}
     if PartialState().is_main_process:
-        cache = PromptCache(cache_folder, job.weights.fingerprint("text_encoder"), dtype)
+        cache = PromptCache(cache_folder, plan.weights.fingerprint("text_encoder"), dtype)
         features = {prompt: found for prompt in prompts if (found := cache.get(prompt)) is not None}
         new = [prompt for prompt in prompts if prompt not in features]
         if new:
-            encoder = TextEncoder.load(job.weights.path, device, dtype)
+            encoder = TextEncoder.load(plan.weights.path, device, dtype)
             for prompt in tqdm(new, "prompts", leave=False):
                 num_tokens = encoder.count_tokens(prompt)
                 if num_tokens > MAX_TOKENS:
@@ -157,10 +157,12 @@ def encode_prompts(job: Job, device: torch.device, dtype: torch.dtype, cache_fol
     return features
 
 
-def render(job: Job, requests: list[Request], features: dict[str, Tensor], setup: Setup) -> list[dict[str, Tensor]]:
+def render(
+    plan: RenderPlan, requests: list[Request], features: dict[str, Tensor], setup: Setup
+) -> list[dict[str, Tensor]]:
     """Renders requests to latents on the CPU, by their variant; after a Ctrl-C, those that are finished."""
-    named = {f"adapter_{i}": (a.adapter.layers, a.strength) for i, a in enumerate(job.adapters) if a.strength}
-    dit, guide, mesh = prepare_dit(job.weights.load_dit, named, setup), choose_guide(setup), setup.mesh
+    named = {f"adapter_{i}": (a.adapter.layers, a.strength) for i, a in enumerate(plan.adapters) if a.strength}
+    dit, guide, mesh = prepare_dit(plan.weights.load_dit, named, setup), choose_guide(setup), setup.mesh
     finished = []
     with StopSignal() as stop:
         for number, request in enumerate(requests, 1):
@@ -169,10 +171,10 @@ def render(job: Job, requests: list[Request], features: dict[str, Tensor], setup
                 tqdm.write(f"{request.video.name}: noise {tensor_sha256(noise)}", file=sys.stderr)
             prompt, negative_prompt = features[request.prompt], features[request.negative_prompt]
             states: dict[str, Tensor] = {}
-            for variant in job.variants:
+            for variant in plan.variants:
                 switch_adapters(dit, variant == "adapted")
                 steps = sample_latents(dit, noise, prompt, negative_prompt, request.settings, guide)
-                label = f"{number}/{len(requests)}" + (f" {variant}" if len(job.variants) > 1 else "")
+                label = f"{number}/{len(requests)}" + (f" {variant}" if len(plan.variants) > 1 else "")
                 bar = tqdm(
                     steps,
                     label,

@@ -112,10 +112,10 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        rank = os.environ["RANK"]
+        global_rank = os.environ["RANK"]
         # gloo's text starts with a line of its source and ends with a general hint: both are left out.
         why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[0]
-        sys.stderr.write(f"mochi-tune: rank {rank} lost contact with the others: {why}\n")
+        sys.stderr.write(f"mochi-tune: rank {global_rank} lost contact with the others: {why}\n")
         sys.stderr.flush()
         # An orderly exit would wait for the processes that do not answer.
         os._exit(LOST_CONTACT)
@@ -283,21 +283,23 @@ def report_failures(failures: Mapping[int, tuple[int, float]], killed: Collectio
     Raises:
         ParallelError: it was something else.
     """
-    codes = {rank: code for rank, (code, _) in failures.items()}
+    codes = {global_rank: code for global_rank, (code, _) in failures.items()}
     # NCCL's watchdog aborts its process when another one does not answer.
-    lost = {rank: time for rank, (code, time) in failures.items() if code in (LOST_CONTACT, -signal.SIGABRT)}
+    lost = {
+        global_rank: time for global_rank, (code, time) in failures.items() if code in (LOST_CONTACT, -signal.SIGABRT)
+    }
     silent = [r for r, (c, t) in failures.items() if c == -signal.SIGKILL and lost and t - min(lost.values()) >= 5]
     if silent := [*killed, *silent]:
         raise ParallelError(f"rank {min(silent)} did not answer and had to be killed, and all others with it.")
     # Neither a process that lost contact with another one, nor one that was then asked to end, began the trouble.
-    first = [rank for rank, code in codes.items() if code not in (LOST_CONTACT, -signal.SIGTERM)]
-    rank = min(first or lost or codes)
-    code = codes[rank]
+    first = [global_rank for global_rank, code in codes.items() if code not in (LOST_CONTACT, -signal.SIGTERM)]
+    global_rank = min(first or lost or codes)
+    code = codes[global_rank]
     if code == USERS_MISTAKE:
         return code
     if code > 0:
         what = "lost contact with the others" if code == LOST_CONTACT else f"ended with exit code {code}"
-        raise ParallelError(f"rank {rank} {what}, and all others were ended: see what it wrote above.")
+        raise ParallelError(f"rank {global_rank} {what}, and all others were ended: see what it wrote above.")
     name = signal.Signals(-code).name
     hint = "; out of memory is the usual reason" if name == "SIGKILL" else ""
-    raise ParallelError(f"rank {rank} was ended by {name}, and all others with it{hint}.")
+    raise ParallelError(f"rank {global_rank} was ended by {name}, and all others with it{hint}.")

@@ -22,13 +22,13 @@ class TokenShares:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.context_rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.counts: list[int] = []
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """Returns this rank's share of x along `dim`, which holds all visual tokens."""
         self.counts = even_shares(x.shape[dim], self.num_ranks)
-        return x.narrow(dim, sum(self.counts[: self.rank]), self.counts[self.rank])
+        return x.narrow(dim, sum(self.counts[: self.context_rank]), self.counts[self.context_rank])
 
 
 class ContextParallelAttention(nn.Module):
@@ -52,7 +52,10 @@ class ContextParallelAttention(nn.Module):
         """Takes and returns what `JointAttention` does, of this rank's visual tokens and of all text tokens."""
         counts, group = self.shares.counts, self.shares.group
         x = (tokens_to_heads(t, counts, group) for t in (q_x, k_x, v_x))
-        y = (None if t is None else t.chunk(self.shares.num_ranks, dim=2)[self.shares.rank] for t in (q_y, k_y, v_y))
+        y = (
+            None if t is None else t.chunk(self.shares.num_ranks, dim=2)[self.shares.context_rank]
+            for t in (q_y, k_y, v_y)
+        )
         out_x, out_y = self.core(*x, *y, text_lengths)
         width = q_x.shape[-1]
         out_x = heads_to_tokens(out_x.unflatten(-1, (-1, width)), counts, group).flatten(2)

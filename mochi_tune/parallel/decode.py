@@ -26,7 +26,7 @@ class HaloCarry:
 
     def __init__(self, group: dist.ProcessGroup, counts: list[int]) -> None:
         self.group = group
-        self.rank = dist.get_rank(group)
+        self.group_rank = dist.get_rank(group)
         self.counts = list(counts)  # frames of each rank's part, at the layer that runs
 
     def past(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -34,10 +34,10 @@ class HaloCarry:
         received, operations, kept_alive = {}, [], []
         for receiver in range(len(self.counts)):
             for owner, part, first in self._halo(receiver):
-                if owner == receiver or self.rank not in (owner, receiver):
+                if owner == receiver or self.group_rank not in (owner, receiver):
                     continue
-                peer = dist.get_global_rank(self.group, receiver if self.rank == owner else owner)
-                if self.rank == owner:
+                peer = dist.get_global_rank(self.group, receiver if self.group_rank == owner else owner)
+                if self.group_rank == owner:
                     kept_alive.append(x[:, :, part].contiguous())
                     operations.append(dist.P2POp(dist.isend, kept_alive[-1], peer, self.group))
                 else:
@@ -53,7 +53,7 @@ class HaloCarry:
         assert isinstance(layer, UpsampleBlock), layer
         self.counts = [n * layer.temporal for n in self.counts]
         self.counts[0] -= layer.temporal - 1
-        return self.rank == 0
+        return self.group_rank == 0
 
     def _halo(self, receiver: int) -> list[tuple[int, slice, int]]:
         """Finds the two frames before a rank's part: the rank that has them, their slice there, the first's number."""

@@ -175,7 +175,7 @@ class Mesh:
             dist.send(part.contiguous(), group_dst=0, group=group)
             return
         yield part
-        for rank, count in enumerate(counts[1:], 1):
+        for sender, count in enumerate(counts[1:], 1):
             received = part.new_empty(count, *part.shape[1:])
-            dist.recv(received, group_src=rank, group=group)
+            dist.recv(received, group_src=sender, group=group)
             yield received

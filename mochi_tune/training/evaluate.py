@@ -71,7 +71,7 @@ class ValidationClips:
         dataset: of all clips.
         indices: clips to measure.
         seed: of the noise.
-        objective: one of `objective.OBJECTIVES`.
+        objective: a choice of `train.objective`.
     """
 
     dataset: LatentDataset

@@ -10,10 +10,6 @@ from torch import Tensor
 
 from mochi_tune.models.latents import to_latents
 
-OBJECTIVES = ("sampler", "official", "unnormalised")
-SIGMA_DISTRIBUTIONS = ("uniform", "logit_normal", "shifted")
-LOSS_WEIGHTINGS = ("none", "bell", "cosmap")
-
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """Draws VAE latents from N(mean, exp(logvar)) with standard normal `noise` of the same shape; fp32."""
@@ -29,17 +25,17 @@ def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: 
     Source: genmoai/mochi@0c86aeb demos/fine_tuner/train.py:358-372 ("official").
 
     Args:
-        objective: one of OBJECTIVES.
+        objective: a choice of `train.objective`.
         vae_latents: VAE space, (B, C, T, h, w).
         noise: standard normal, (B, C, T, h, w).
         sigma: (B,) in [0, 1].
     """
-    assert objective in OBJECTIVES, objective
     sigma = sigma.float().view(-1, 1, 1, 1, 1)
     if objective == "unnormalised":
         return (1 - sigma) * vae_latents + sigma * noise, vae_latents - noise
     if objective == "official":
         return (1 - sigma) * vae_latents + sigma * noise, to_latents(vae_latents - noise)
+    assert objective == "sampler", objective
     latents = to_latents(vae_latents)
     return (1 - sigma) * latents + sigma * noise, latents - noise
 
@@ -73,12 +69,11 @@ def sigmas_from_uniforms(
 
     Args:
         uniforms: of any shape.
-        distribution: one of SIGMA_DISTRIBUTIONS.
+        distribution: a choice of `train.sigma_distribution`.
         mean: of the normal variable of "logit_normal".
         std: of the normal variable of "logit_normal", above 0.
         shift: of "shifted", above 0.
     """
-    assert distribution in SIGMA_DISTRIBUTIONS, distribution
     uniforms = uniforms.double()
     if distribution == "logit_normal":
         # Half a step of fp32's uniform numbers away from 0 and 1, where the normal quantile is infinite.
@@ -86,6 +81,7 @@ def sigmas_from_uniforms(
         return torch.sigmoid(mean + std * torch.special.ndtri(inner)).float()
     if distribution == "shifted":
         return (shift * uniforms / (1 + (shift - 1) * uniforms)).float()
+    assert distribution == "uniform", distribution
     return uniforms.float()
 
 
@@ -101,12 +97,11 @@ def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
 
     Args:
         sigma: (B,) in [0, 1].
-        weighting: one of LOSS_WEIGHTINGS.
+        weighting: a choice of `train.loss_weighting`.
 
     Returns:
         (B,), fp32.
     """
-    assert weighting in LOSS_WEIGHTINGS, weighting
     sigma = sigma.float()
     if weighting == "bell":
         ends = math.exp(-0.5)
@@ -114,4 +109,5 @@ def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
         return (torch.exp(-2 * (sigma - 0.5).square()) - ends) / mean
     if weighting == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
+    assert weighting == "none", weighting
     return torch.ones_like(sigma)

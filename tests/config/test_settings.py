@@ -14,7 +14,6 @@ from mochi_tune.parallel.memory import RESIDENCIES
 from mochi_tune.sampling.sampler import PRESETS
 from mochi_tune.training.accelerator import STRATEGIES
 from mochi_tune.training.guards import SPIKE_POLICIES
-from mochi_tune.training.objective import LOSS_WEIGHTINGS, OBJECTIVES, SIGMA_DISTRIBUTIONS
 from mochi_tune.training.optim import OPTIMIZERS
 from mochi_tune.training.schedule import SCHEDULES
 
@@ -36,9 +35,6 @@ def test_every_default_is_an_allowed_value():
 @pytest.mark.parametrize(
     ("key", "names"),
     [
-        ("train.objective", OBJECTIVES),
-        ("train.sigma_distribution", SIGMA_DISTRIBUTIONS),
-        ("train.loss_weighting", LOSS_WEIGHTINGS),
         ("train.optimizer", OPTIMIZERS),
         ("train.schedule", SCHEDULES),
         ("train.spike_policy", SPIKE_POLICIES),

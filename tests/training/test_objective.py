@@ -6,11 +6,10 @@ from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
 
 from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_adapter, lora_parameters
+from mochi_tune.config.settings import known_keys
 from mochi_tune.models.latents import to_latents
 from mochi_tune.training.draws import stratify
 from mochi_tune.training.objective import (
-    LOSS_WEIGHTINGS,
-    SIGMA_DISTRIBUTIONS,
     loss_weight,
     noisy_and_target,
     sample_posterior,
@@ -117,7 +116,7 @@ def test_shifted_sigmas_have_the_shifted_distribution(shift):
     assert sigmas.double().mean().item() == pytest.approx(mean, abs=1e-6)
 
 
-@pytest.mark.parametrize("distribution", SIGMA_DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", known_keys()["train.sigma_distribution"].choices)
 @pytest.mark.parametrize("numbers", [(0.0, 1.0, 0.1), (0.0, 1.5, 1e-3), (-9.0, 8.0, 50.0), (9.0, 30.0, 1.0)])
 def test_sigmas_are_levels_in_order_whatever_was_drawn(distribution, numbers):
     uniforms = torch.tensor([0.0, 2**-24, 1e-3, 0.5, 1 - 2**-24, 1.0])
@@ -157,7 +156,7 @@ def test_loss_weights_are_those_of_their_formulas(weighting, expected):
     assert weights.dtype == torch.float32 and weights.tolist() == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize("weighting", LOSS_WEIGHTINGS)
+@pytest.mark.parametrize("weighting", known_keys()["train.loss_weighting"].choices)
 def test_a_loss_weight_keeps_the_size_of_the_loss_and_sees_both_ends_alike(weighting):
     weights = loss_weight(GRID, weighting)
     assert weights.double().mean().item() == pytest.approx(1, abs=1e-6)
