@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -201,6 +202,20 @@ def run(
     with TemporaryDirectory(prefix="mochi_tune_run_") as folder:
         program = Program(list(arguments), Path(folder) / "log", disturbance, env, cwd)
         return subprocess.CompletedProcess(arguments, program.wait(), program.out, program.err)
+
+
+def run_in_two(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs a program in two processes with the variables that torchrun sets; returns the first one's output."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    env["GLOO_SOCKET_IFNAME"] = "lo"
+    with TemporaryDirectory(prefix="mochi_tune_run_") as folder:
+        ranks = [env | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in (0, 1)]
+        both = [Program(list(arguments), Path(folder) / f"log_{i}", env=each) for i, each in enumerate(ranks)]
+        code = max(program.wait() % 256 for program in both)
+        return subprocess.CompletedProcess(arguments, code, both[0].out, both[0].err + both[1].err)
 
 
 _NUMBERS = itertools.count()

@@ -78,6 +78,21 @@ def latents_error(folder) -> float:
     return rounding_error(lambda: [*sample_latents(dit, noise, *features, schedule)][-1], [*dit.parameters(), noise])
 
 
+def decode(latents: torch.Tensor) -> torch.Tensor:
+    return torch.cat(list(decoded_frames(WeightsFolder(TOY).load_decoder("cpu", torch.float32), latents, None)))
+
+
+@pytest.fixture(scope="module")
+def decoded(folder, latents_error) -> tuple[torch.Tensor, float, float]:
+    """A decoded video; the share of its numbers that rounding may change, and that other latents' rounding may."""
+    latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
+    decoder = WeightsFolder(TOY).load_decoder("cpu", torch.float32)
+    share = rounding_share(
+        lambda: torch.cat(list(decoded_frames(decoder, latents, None))), [*decoder.parameters(), latents]
+    )
+    return decode(latents), share, share + share_of_error(decode, latents, latents_error)
+
+
 def render_all(folder: Path, num_ranks: int) -> list[torch.Tensor]:
     """Renders by every layout; returns the frames of a video of one process that the ranks decode together."""
     for i, layout in enumerate(LAYOUTS[num_ranks]):
@@ -89,19 +104,14 @@ def render_all(folder: Path, num_ranks: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("num_ranks", LAYOUTS)
-def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tmp_path, latents_error, num_ranks):
+def test_every_layout_gives_the_latents_and_the_videos_of_one_process(
+    folder, tmp_path, latents_error, decoded, num_ranks
+):
     together, *others = run_ranks(num_ranks, render_all, tmp_path, folder, num_ranks)
-    latents = load_file(next((folder / "one_with").glob("*.safetensors")))["latents"]
-    decoder = WeightsFolder(TOY).load_decoder("cpu", torch.float32)
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return torch.cat(list(decoded_frames(decoder, latents, None)))
-
-    share = rounding_share(lambda: decode(latents), [*decoder.parameters(), latents])
-    assert_same_frames(torch.cat(together), decode(latents), share)
-    assert not any(others)
     # Those that are decoded from latents which are not the same bits may differ by what these are apart, too.
-    share += share_of_error(decode, latents, latents_error)
+    alone, share, share_of_others = decoded
+    assert_same_frames(torch.cat(together), alone, share)
+    assert not any(others)
     for i, layout in enumerate(LAYOUTS[num_ranks]):
         for adapter in ("without", "with"):
             made = sorted((folder / f"{num_ranks}_{i}_{adapter}").iterdir())
@@ -115,7 +125,7 @@ def test_every_layout_gives_the_latents_and_the_videos_of_one_process(folder, tm
                     kept = (f"frames_{p.parent.name}/{p.stem}.pt" for p in (path, one))
                     ours, theirs = (torch.load(folder / name, weights_only=True) for name in kept)
                     assert ours.shape == (37, 64, 96, 3)
-                    assert_same_frames(ours, theirs, share)
+                    assert_same_frames(ours, theirs, share_of_others)
                 else:
                     ours, theirs = (json.loads(p.read_text()) for p in (path, one))
                     assert ours["noise_sha256"] == theirs["noise_sha256"]

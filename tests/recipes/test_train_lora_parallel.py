@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE
-from helpers_process import run
+from helpers_process import run, run_in_two
 from helpers_road import ENVIRONMENT, LORA, read_rows, road
 from safetensors.torch import load_file
 
@@ -29,7 +29,9 @@ LAYOUTS = {
 
 
 def train_as(run_dir: Path, *more: str) -> None:
-    done = run("train", "conf=my_lora", *road(run_dir, *COMMON, *more))
+    # The processes of two start by fork here; the launchers, ours too, have tests of their own below.
+    start = run_in_two if "parallel.num_processes=2" in more else run
+    done = start("train", "conf=my_lora", *road(run_dir, *COMMON, *more))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -110,6 +112,12 @@ def test_a_run_goes_on_with_another_number_of_processes_and_strategy(alone, tmp_
                 folder.rmdir()
         train_as(tmp_path, *layout, "train.checkpoint_every=2", "train.keep_checkpoints=9")
         assert_same_run(tmp_path, alone)
+
+
+def test_the_command_starts_its_own_processes(alone, tmp_path):
+    done = run("train", "conf=my_lora", *road(tmp_path, *COMMON, *LAYOUTS["data"]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path, alone)
 
 
 def test_two_machines_of_torchrun_make_the_run_of_one(alone, tmp_path):
