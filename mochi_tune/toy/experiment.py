@@ -10,11 +10,12 @@ from mochi_tune.adapters.files import Adapter, load_adapter
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes, select_layers
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.config.settings import flat_settings
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import read_json, write_json
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
+from mochi_tune.recipes.train_lora import main as train
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
 from mochi_tune.toy.measure import colour_error
@@ -71,7 +72,10 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
             if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
                 continue
             run_dir = out / what / f"{arm.replace(' ', '_')}_seed_{seed}"
-            run_verb("train", "conf=toy_lora", *paths, *settings, *own, f"seed={seed}", f"run_dir={run_dir}")
+            tqdm.write(f"\n{what}: {arm}, seed {seed}")
+            # In this process, which has imported everything already.
+            if code := train(load_config("toy_lora", [*paths, *settings, *own, f"seed={seed}", f"run_dir={run_dir}"])):
+                raise MochiTuneError(f"{run_dir} ended with exit code {code}: the same command goes on from there.")
             adapter = load_adapter(run_dir / "adapter.safetensors")
             rows.append({"arm": arm, "seed": seed, **measure(adapter, seed, num_samples)})
             write_json(results, {"what": what, "made_with": made_with, "rows": rows})

@@ -60,9 +60,9 @@ def test_tiled_decoder_is_the_official_one(decoder):
 @pytest.mark.parametrize("tiles", [(1, 2), (2, 3)])
 def test_tiles_in_chunks_are_the_tiles_of_the_whole_clip(decoder, tiles):
     """Of sizes that do not split evenly, too."""
-    latents = torch.randn(1, 12, 3, 19, 30, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, 12, 2, 13, 22, generator=torch.Generator().manual_seed(1))
     pixels = decode_tiled(decoder, latents, tiles)
-    assert pixels.shape == (1, 3, 13, 152, 240)
+    assert pixels.shape == (1, 3, 7, 104, 176)
     decoded = torch.cat(list(decode_chunks(decoder, latents, tiles=tiles)), dim=1)
     # TOLERANCE, in levels of 127.5 a unit, is the share of values that are so near to a border on either side.
     share = 2 * 127.5 * TOLERANCE * pixels.abs().max().item()

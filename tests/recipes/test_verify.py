@@ -3,7 +3,7 @@ import shutil
 
 import torch
 from helpers_golden import GOLDEN
-from helpers_process import run
+from helpers_process import run, run_in_two
 from safetensors.torch import load_file, save_file
 
 from mochi_tune.recipes.verify import GRADIENT_TOLERANCE, TOLERANCE, main
@@ -31,7 +31,7 @@ def test_every_vector_is_checked_and_ok():
 
 
 def test_several_processes_check_every_layout_too():
-    done = run("verify", f"reference={GOLDEN}", "parallel.num_processes=2")
+    done = run_in_two("verify", f"reference={GOLDEN}", "parallel.num_processes=2")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("guidance=1 context=2, resident", "guidance=1 context=2, shard", "guidance=2 context=1, offload",
                  "context=2, official objective: output", "decoder: split over processes"):  # fmt: skip

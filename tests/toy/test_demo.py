@@ -29,13 +29,14 @@ from mochi_tune.training.objective import noisy_and_target
 from mochi_tune.training.preflight import check
 from mochi_tune.weights.folder import WeightsFolder
 
-STEPS, SAMPLES = 150, 12
+STEPS, SAMPLES = 150, 8
 
 
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
     out = tmp_path_factory.mktemp("lesson") / "demo"
-    made = main(out, f"train.steps={STEPS}", f"train.validate_every={STEPS}", num_samples=SAMPLES)
+    settings = [f"train.steps={STEPS}", f"train.validate_every={STEPS}", "sample.steps=12"]
+    made = main(out, *settings, num_samples=SAMPLES)
     return out, made, json.loads((out / "figures.json").read_text())
 
 

@@ -22,17 +22,17 @@ def draw(words: Words, seed: int = 0) -> torch.Tensor:
     return draw_clips([words], torch.Generator().manual_seed(seed))[0]
 
 
-def test_of_thousands_of_clips_each_word_is_read_right_in_99_of_100():
+def test_of_a_thousand_clips_each_word_is_read_right_in_99_of_100():
     words = all_words(ALL_SHAPES, ALL_MOTIONS)
     wrong, count = collections.Counter(), 0
-    for seed in range(4):
+    for seed in range(2):
         for i in range(0, len(words), 20):
             group = words[i : i + 20]
             clips = draw_clips(group, torch.Generator().manual_seed(1000 * seed + i))
             for clip, said in zip(clips, group, strict=True):
                 seen, count = see(clip), count + 1
                 wrong.update(kind for kind in KINDS if getattr(seen, kind) != getattr(said, kind))
-    assert count == 2016
+    assert count == 1008
     assert all(wrong[kind] <= 0.01 * count for kind in KINDS), wrong
 
 
