@@ -1,4 +1,6 @@
-"""Trains a LoRA on a prepared cache: the whole training in one file. The same command resumes a stopped run.
+"""Trains a LoRA on a prepared cache: the model, the loss and the update; `open_run` holds the rest.
+
+The same command resumes a stopped run.
 
 docs/change_the_recipe.md changes this file three times: another loss, a second adapter, a frozen half of the layers.
 """

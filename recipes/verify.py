@@ -1,4 +1,4 @@
-"""Compares this machine's numbers with vectors of the official implementation, one line a check."""
+"""Compares this machine's numbers with saved inputs and outputs of the official implementation, one line a check."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TEMPORAL_FACTOR, to_latents, to_vae_latents
 from mochi_tune.models.vae import (
-    Carry,
     Decoder,
     DecoderConfig,
     Encoder,
     EncoderConfig,
+    FrameCache,
     fourier_features,
     frames_to_pixels,
 )
@@ -42,12 +42,12 @@ from mochi_tune.training.objective import noisy_and_target, sample_posterior, ve
 from mochi_tune.weights.folder import WeightsFolder
 
 FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
-# The largest error allowed, relative to the largest value of the vector: what independent implementations of these
-# formulas agree to in fp32, with room for another machine's kernels; and what bf16's 8 bits allow.
+# The largest error allowed, relative to the largest value of the reference. In fp32, independent implementations of
+# these formulas agree to less, with other machines' kernels too. In bf16 it is what 8 bits of precision allow.
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
 # How long a process waits for another one.
 TIMEOUT_SECONDS = 300
-# The reference has fp32 gradients only; bf16 ones are held against them, so that a broken one shows.
+# The reference gradients are fp32. Those of bf16 are compared with them too, which shows a broken one.
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -163,7 +163,7 @@ def check_sampling(reference: WeightsFolder, device: torch.device, dtype: str) -
 
 
 def check_rendering(reference: WeightsFolder, device: torch.device, dtype: str, mesh: Mesh | None) -> Iterator[Check]:
-    """The same steps as `sample` runs them: modulation looked up, and each residency of the weights that is exact."""
+    """The same steps as `sample` runs them: precomputed modulation, and each lossless residency."""
     io = load_file(reference.path / "dit_io.safetensors")
     guidance = io["cfg_schedule"].tolist()
     settings = SamplerSettings(len(guidance), tuple(guidance), threshold=0.025)
@@ -222,7 +222,7 @@ def over_ranks(error: float) -> float:
 def check_training(
     reference: WeightsFolder, device: torch.device, dtype: str, mesh: Mesh | None = None
 ) -> Iterator[Check]:
-    """One training step with a LoRA: inputs, predictions, losses and every gradient, for both objectives."""
+    """One training step with a LoRA: inputs, predictions, losses and every gradient, for "sampler" and "official"."""
     io = load_file(reference.path / "dit_io.safetensors", device=str(device))
     vae_latents = sample_posterior(io["train_mean"], io["train_logvar"], io["train_posterior_noise"])
     tolerance = TOLERANCE[dtype]
@@ -281,11 +281,11 @@ def check_decoder(reference: WeightsFolder, device: torch.device, dtype: str) ->
     """The VAE's decoder: raw, raw in chunks of time, clamped, and in spatial tiles."""
     decoder = reference.load_decoder(device, DTYPES[dtype])
     io = load_file(reference.path / "vae_io.safetensors", device=str(device))
-    raw, carry = decoder(io["lat"]), Carry()
+    raw, cache = decoder(io["lat"]), FrameCache()
     yield Check("decoder: raw", relative_error(raw, io["decoded_raw"].cpu()), TOLERANCE[dtype])
-    chunks = torch.cat([decoder(part, carry) for part in io["lat"].split(1, dim=2)], dim=2)
+    chunks = torch.cat([decoder(part, cache) for part in io["lat"].split(1, dim=2)], dim=2)
     yield Check("decoder: raw in chunks", relative_error(chunks, io["decoded_raw"].cpu()), TOLERANCE[dtype])
-    # Clamping hides how large the raw values are, to which bf16 rounds: there the raw ones are the scale.
+    # bf16 rounds in proportion to the raw values, which are larger than the clamped ones: errors are taken of those.
     scale = io["decoded_raw"].abs().max().item() / 2 if dtype == "bf16" else None
     for name, pixels in (
         ("decoded", raw),

@@ -1,4 +1,4 @@
-"""Real video files for tests: every frame carries its number as eight bars, and its corners tell which way is up."""
+"""Real video files for tests: every frame caches its number as eight bars, and its corners tell which way is up."""
 
 import os
 import struct

@@ -1,4 +1,7 @@
-"""What an adapter file of any layout holds: layers under the file's own names, and its metadata."""
+"""Parses an adapter file of any layout: layers under the file's own names, and its metadata.
+
+`files.load_adapter` calls this, and gives the layers their official names.
+"""
 
 import re
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 Shape letters: B batch, C channels, F pixel frames, T frames inside the network, H W rows and columns inside it.
 
-Convolutions are causal in time, so a clip may go through them in chunks: a `carry` knows the frames before a chunk, and
-the result is that of the whole clip. Without a carry, the input is the whole clip. Attention takes whole clips only.
+Convolutions are causal in time, so a clip may go through them in chunks: a `cache` knows the frames before a chunk, and
+the result is that of the whole clip. Without a cache, the input is the whole clip. Attention takes whole clips only.
 """
 
 import math
@@ -45,22 +45,25 @@ class DecoderConfig:
     spatial_expansions: tuple[int, ...] = (2, 2, 2)
 
 
-class Carry:
-    """What the layers need of the frames before a chunk, where one follows the other; a new one for each clip."""
+class FrameCache:
+    """The last two frames of the previous chunk, layer by layer; a new one for each clip."""
 
     def __init__(self) -> None:
         self._past: dict[nn.Module, Tensor] = {}
         self._begun: set[nn.Module] = set()
 
-    def past(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Returns the two frames before the chunk x (B, C, T, H, W); before the clip, its first frame twice."""
+    def previous_frames(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Returns the two frames before the chunk x (B, C, T, H, W), and keeps the last two of x for the next call.
+
+        Before a clip's first chunk its first frame is repeated.
+        """
         past = self._past[layer] if layer in self._past else x[:, :, :1].expand(-1, -1, 2, -1, -1)
         # A copy, as a view would hold the whole chunk.
         self._past[layer] = torch.cat([past, x[:, :, -2:]], dim=2)[:, :, -2:].clone()
         return past
 
-    def begins(self, layer: nn.Module) -> bool:
-        """Whether the chunk is the clip's first, asked once for each chunk."""
+    def is_first_chunk(self, layer: nn.Module) -> bool:
+        """Whether the chunk is the clip's first; each layer asks once a chunk."""
         first = layer not in self._begun
         self._begun.add(layer)
         return first
@@ -129,11 +132,11 @@ class CausalConv(nn.Conv3d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3)
 
-    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Maps (B, C, T, H, W) to the same shape."""
         num_missing = 2
-        if carry is not None:
-            x, num_missing = torch.cat([carry.past(self, x), x], dim=2), 0
+        if cache is not None:
+            x, num_missing = torch.cat([cache.previous_frames(self, x), x], dim=2), 0
         return super().forward(F.pad(x, (1, 1, 1, 1, num_missing, 0), mode="replicate"))
 
 
@@ -174,7 +177,7 @@ class AttentionBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two normed causal convolutions around a residual, then attention where the level has it.
+    """A residual block of two causal convolutions, each after its norm, then attention where the level has it.
 
     Source: genmoai/mochi@0c86aeb vae/models.py (ResBlock).
     """
@@ -189,15 +192,15 @@ class ResBlock(nn.Module):
             self.attn_block = AttentionBlock(channels)
         self.attention = attention
 
-    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Maps (B, C, T, H, W) to the same shape."""
-        x = self.convolve(x, carry)
+        x = self.convolve(x, cache)
         return self.attn_block(x) if self.attention else x
 
-    def convolve(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+    def convolve(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """The block without its attention."""
-        h = self.stack["2"](self.stack["0"](x), carry)
-        return x + self.stack["5"](self.stack["3"](h), carry)
+        h = self.stack["2"](self.stack["0"](x), cache)
+        return x + self.stack["5"](self.stack["3"](h), cache)
 
 
 class Downsample(nn.Conv3d):
@@ -207,9 +210,9 @@ class Downsample(nn.Conv3d):
         kernel = (temporal, spatial, spatial)
         super().__init__(in_channels, out_channels, kernel, stride=kernel)
 
-    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Maps (B, C, T, H, W) to (B, C', T', H / spatial, W / spatial)."""
-        if carry is None or carry.begins(self):
+        if cache is None or cache.is_first_chunk(self):
             x = F.pad(x, (0, 0, 0, 0, self.stride[0] - 1, 0), mode="replicate")
         return super().forward(x)
 
@@ -241,13 +244,13 @@ class UpsampleBlock(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(channels) for _ in range(num_res_blocks))
         self.proj = PointwiseConv(channels, out_channels * temporal * spatial**2)
 
-    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Maps (B, C, T, H, W) to (B, C', T', spatial * H, spatial * W)."""
         for block in self.blocks:
-            x = block(x, carry)
+            x = block(x, cache)
         x = self.proj(x).unflatten(1, (-1, self.temporal, self.spatial, self.spatial))  # (B, C', t, s, s, T, H, W)
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return x[:, :, self.temporal - 1 :] if carry is None or carry.begins(self) else x
+        return x[:, :, self.temporal - 1 :] if cache is None or cache.is_first_chunk(self) else x
 
 
 class Encoder(nn.Module):
@@ -310,10 +313,10 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.output_proj = PointwiseConv(channels[-1], config.out_channels)
 
-    def forward(self, vae_latents: Tensor, carry: Carry | None = None) -> Tensor:
+    def forward(self, vae_latents: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Decodes VAE latents (B, 12, T, h, w) to pixels (B, 3, F, H, W), not clamped, in the weights' dtype."""
         first, *top = self.blocks[0].children()
         x = first(vae_latents.to(next(first.parameters()).dtype))
         for block in [*top, *self.blocks[1:-1], *self.blocks[-1].children()]:
-            x = block(x, carry)
+            x = block(x, cache)
         return self.output_proj(F.silu(x))

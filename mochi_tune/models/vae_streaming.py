@@ -12,7 +12,15 @@ from torch import Tensor
 
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from mochi_tune.models.vae import AttentionBlock, Carry, Decoder, DownsampleBlock, Encoder, ResBlock, pixels_to_frames
+from mochi_tune.models.vae import (
+    AttentionBlock,
+    Decoder,
+    DownsampleBlock,
+    Encoder,
+    FrameCache,
+    ResBlock,
+    pixels_to_frames,
+)
 
 # Tiles over rows, over columns.
 Tiles = tuple[int, int]
@@ -27,8 +35,9 @@ ATTENTION_TOKENS = 2**18
 def encode(encoder: Encoder, pixels: Tensor, chunk_latent_frames: int = 1) -> tuple[Tensor, Tensor]:
     """Encodes a clip of 6k+1 frames; exact. Convolutions go chunk by chunk, attention after them over the whole clip.
 
-    Around an attention the clip and its norm are held whole, at most as they are after the first downsampling; no other
-    memory grows with its length. Mochi's encoder takes 11 GB for 163 frames of 480x848 in bf16, 4 GB for 37.
+    Each attention needs the whole clip: its input and the norm of that are in memory at once, at most at the size after
+    the first downsampling. No other memory grows with the clip's length. Mochi's encoder takes 11 GB for 163 frames
+    of 480x848 in bf16, 4 GB for 37.
 
     Args:
         encoder: on the device of the work.
@@ -43,11 +52,11 @@ def encode(encoder: Encoder, pixels: Tensor, chunk_latent_frames: int = 1) -> tu
     first = step - TEMPORAL_FACTOR + 1
     chunks = [part for part in (pixels[:, :, :first], *pixels[:, :, first:].split(step, dim=2)) if part.shape[2]]
     for convolutions, attention in _stages(encoder):
-        carry = Carry()
+        cache = FrameCache()
         for i, x in enumerate(chunks):
             x = x.to(device)
             for convolve in convolutions:
-                x = convolve(x, carry)
+                x = convolve(x, cache)
             chunks[i] = x
         if attention is not None:
             _attend(attention, chunks)
@@ -55,13 +64,13 @@ def encode(encoder: Encoder, pixels: Tensor, chunk_latent_frames: int = 1) -> tu
     return torch.cat([mean for mean, _ in outputs], dim=2), torch.cat([logvar for _, logvar in outputs], dim=2)
 
 
-Convolve = Callable[[Tensor, Carry], Tensor]
+Convolve = Callable[[Tensor, FrameCache], Tensor]
 
 
 def _stages(encoder: Encoder) -> list[tuple[list[Convolve], AttentionBlock | None]]:
     """The encoder's layers in order: runs of convolutions, each with the attention that follows it."""
     stages: list[tuple[list[Convolve], AttentionBlock | None]] = []
-    run: list[Convolve] = [lambda pixels, _carry: encoder.embed(pixels)]
+    run: list[Convolve] = [lambda pixels, _cache: encoder.embed(pixels)]
     for layer in encoder.layers[1:]:
         for part in layer.layers if isinstance(layer, DownsampleBlock) else [layer]:
             if isinstance(part, ResBlock) and part.attention:
@@ -73,7 +82,7 @@ def _stages(encoder: Encoder) -> list[tuple[list[Convolve], AttentionBlock | Non
 
 
 def _attend(block: AttentionBlock, chunks: list[Tensor]) -> None:
-    """Adds a block's attention to the chunks of a clip, (B, C, T', H, W) each, in place, some rows at a time."""
+    """Adds a block's attention to a clip's chunks of features (B, C, frames, rows, columns), in place, by rows."""
     normed = [block.norm(chunk) for chunk in chunks]
     lengths = [chunk.shape[2] for chunk in chunks]
     batch, _, _, height, width = chunks[0].shape
@@ -98,18 +107,18 @@ def decode_chunks(
         tiles: as for `decode_tiled`; only one is exact.
     """
     device = decoder.output_proj.weight.device
-    carries = new_carries(tiles)
+    caches = new_frame_caches(tiles)
     for part in vae_latents.split(chunk_latent_frames, dim=2):
-        yield pixels_to_frames(decode_tiled(decoder, part.to(device), tiles, carries)).cpu()
+        yield pixels_to_frames(decode_tiled(decoder, part.to(device), tiles, caches)).cpu()
 
 
-def new_carries(tiles: Tiles) -> list[Carry]:
-    """Returns a carry for each tile."""
-    return [Carry() for _ in range(math.prod(tiles))]
+def new_frame_caches(tiles: Tiles) -> list[FrameCache]:
+    """Returns a cache for each tile."""
+    return [FrameCache() for _ in range(math.prod(tiles))]
 
 
 def decode_tiled(
-    decoder: Decoder, vae_latents: Tensor, tiles: Tiles, carries: Sequence[Any] | None = None, overlap: int = OVERLAP
+    decoder: Decoder, vae_latents: Tensor, tiles: Tiles, caches: Sequence[Any] | None = None, overlap: int = OVERLAP
 ) -> Tensor:
     """Decodes spatial tiles and blends their overlaps: an approximation, as each tile is normed by itself.
 
@@ -120,13 +129,13 @@ def decode_tiled(
         decoder: on the device of the latents.
         vae_latents: (B, 12, T, h, w), which `check_tiles` lets pass.
         tiles: their number over rows and over columns; WHOLE is the decoder itself.
-        carries: one for each tile, what the decoder takes; none where the latents are the whole clip.
+        caches: one for each tile, what the decoder takes; none where the latents are the whole clip.
         overlap: latents that neighbouring tiles share.
 
     Returns:
         Pixels (B, 3, F, H, W), not clamped.
     """
-    remaining = iter(carries if carries is not None else [None] * math.prod(tiles))
+    remaining = iter(caches if caches is not None else [None] * math.prod(tiles))
     rows = _tile_slices(vae_latents.shape[3], tiles[0], overlap)
     columns = _tile_slices(vae_latents.shape[4], tiles[1], overlap)
     spatial = math.prod(decoder.config.spatial_expansions)
@@ -138,7 +147,7 @@ def decode_tiled(
 
 
 def check_tiles(tiles: Sequence[int], height: int, width: int) -> None:
-    """Refuses tiles that would be no longer than what they share.
+    """Refuses tiles that would be shorter than one and a half times their overlap.
 
     Args:
         tiles: over rows and over columns.

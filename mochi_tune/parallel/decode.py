@@ -18,10 +18,10 @@ from mochi_tune.parallel.collectives import even_shares
 HALO = 2
 
 
-class HaloCarry:
+class HaloFrameCache:
     """Takes the two frames before a rank's part from the ranks that hold them, at each layer, all ranks at once.
 
-    Stands in for `Carry`: the parts are worked on side by side instead of one after the other.
+    Stands in for `FrameCache`: the parts are worked on side by side instead of one after the other.
     """
 
     def __init__(self, group: dist.ProcessGroup, counts: list[int]) -> None:
@@ -29,7 +29,7 @@ class HaloCarry:
         self.group_rank = dist.get_rank(group)
         self.counts = list(counts)  # frames of each rank's part, at the layer that runs
 
-    def past(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def previous_frames(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Returns the two frames before the part x (B, C, n, H, W); before the clip, its first frame twice."""
         received, operations, kept_alive = {}, [], []
         for receiver in range(len(self.counts)):
@@ -48,7 +48,7 @@ class HaloCarry:
         past = torch.cat([received[first] for first in sorted(received)], dim=2) if received else x[:, :, :1]
         return past if past.shape[2] == HALO else past[:, :, :1].expand(-1, -1, HALO, -1, -1)
 
-    def begins(self, layer: nn.Module) -> bool:
+    def is_first_chunk(self, layer: nn.Module) -> bool:
         """Whether this rank's part begins the clip; called by each upsample, after which the parts are longer."""
         assert isinstance(layer, UpsampleBlock), layer
         self.counts = [n * layer.temporal for n in self.counts]
@@ -99,6 +99,6 @@ def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup
     num_ranks = dist.get_world_size(group)
     check_decode_ranks(num_ranks, vae_latents.shape[2])
     counts = even_shares(vae_latents.shape[2], num_ranks)
-    carries = [HaloCarry(group, counts) for _ in range(math.prod(tiles))]
+    caches = [HaloFrameCache(group, counts) for _ in range(math.prod(tiles))]
     mine = vae_latents.split(counts, dim=2)[dist.get_rank(group)]
-    return decode_tiled(decoder, mine.to(decoder.output_proj.weight.device), tiles, carries)
+    return decode_tiled(decoder, mine.to(decoder.output_proj.weight.device), tiles, caches)

@@ -1,7 +1,8 @@
-"""Random numbers derived from (seed, purpose, step, sample), never from when or in which process they are drawn.
+"""The random numbers of the training steps, from which `objective.sigmas_from_uniforms` makes sigma.
 
-A draw depends on (seed, purpose, step, sample) alone. So a resumed run, another number of processes and another order
-of evaluation draw the same numbers, and there is no generator state to save.
+Each number has a generator of its own, seeded by (seed, purpose, step, sample). So a resumed run, another number of
+processes and another order of evaluation draw the same numbers, and there is no generator state to save. Dropout has
+one seed a micro-batch.
 
 The samples of a step are numbered across all processes: sample i is row i % batch_size of micro-batch i // batch_size.
 """
@@ -29,7 +30,7 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
 
 def generator_fingerprint(seed: int) -> str:
     """Returns the sha256 of one draw of each kind; it changes when a torch release draws other numbers."""
-    # The key is part of every checkpoint's fingerprint, so it keeps its first name.
+    # Checkpoints store this fingerprint: with another key than "proof" none of them could be resumed.
     generator = keyed_generator(seed, "proof")
     drawn = (torch.rand(17, generator=generator), torch.randn(999, generator=generator))
     order = torch.randperm(99, generator=generator)
@@ -41,8 +42,8 @@ class Draws:
     """The random numbers of one micro-batch of B samples.
 
     Attributes:
-        uniforms: one number in [0, 1) for each of the S samples of the step, from which sigma is made, fp32 (S,). They
-            are those of the whole step, so that sigma has the same bits however the step is shared.
+        uniforms: a number in [0, 1) for each of the S samples of the whole step, from which sigma is computed, fp32
+            (S,). All of them are here, so that sigma has the same bits with any number of processes.
         rows: which of the S samples these B are.
         drops_caption: whether a sample is trained without its caption, bool (B,).
         posterior_noise: standard normal, for the VAE's posterior, fp32 (B, C, T, h, w).
@@ -60,7 +61,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class KeyedDraws:
-    """Draws everything random in a training; two runs with equal fields draw the same numbers.
+    """Draws the random numbers of the training steps; two runs with equal fields draw the same numbers.
 
     Attributes:
         seed: of the run.
@@ -96,7 +97,7 @@ class KeyedDraws:
         drops_caption, posterior_noise, noise = [], [], []
         for sample in range(rows.start, rows.stop):
             generator = self._generator(step, sample)
-            torch.rand((), generator=generator)  # The number of `uniforms`, which comes first.
+            torch.rand((), generator=generator)  # Skips the number that `uniforms` takes from this generator.
             drops_caption.append(torch.rand((), generator=generator) < self.caption_dropout)
             posterior_noise.append(torch.randn(shape, generator=generator))
             noise.append(torch.randn(shape, generator=generator))

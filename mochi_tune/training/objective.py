@@ -20,8 +20,9 @@ def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: 
     """Mixes noise into a clip and returns the model's input and the velocity that it should predict, both fp32.
 
     "sampler" works in the space of the sampler, so that training and rendering agree. "official" is the objective of
-    the reference fine-tuner, to reproduce its runs: it mixes in the VAE's space, and its target has a noise of 1 / std
-    in the DiT's space. "unnormalised" stays in the VAE's space, as other trainers do.
+    the reference fine-tuner, to reproduce its runs: it mixes in the VAE's space and normalises the target, so that the
+    noise in the target has the standard deviation 1 / std of each channel instead of 1. "unnormalised" stays in the
+    VAE's space, as other trainers do.
     Source: genmoai/mochi@0c86aeb demos/fine_tuner/train.py:358-372 ("official").
 
     Args:
@@ -90,8 +91,8 @@ def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
 
     So a weighting moves weight between noise levels and keeps the size of the loss. Over another distribution of noise
     levels the mean is not 1.
-    "bell" falls from 1.58 in the middle to 0 at both ends, "cosmap" from 1.27 to 0.64. The 1 / sigma^2 that some
-    trainers have is none of them: its mean is infinite, so that a few almost clean samples would make the update.
+    "bell" falls from 1.58 in the middle to 0 at both ends, "cosmap" from 1.27 to 0.64. 1 / sigma^2, which some trainers
+    have, is not offered: its mean is infinite, so that a few almost clean samples would make the update.
     Source: https://arxiv.org/abs/2403.03206, section 3.1 ("cosmap"); modelscope/DiffSynth-Studio@04d0350
     diffsynth/schedulers/flow_match.py:32-37 ("bell", there over a grid of timesteps).
 

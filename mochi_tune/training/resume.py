@@ -1,4 +1,7 @@
-"""Resuming a run: from which checkpoint, whether it is the same run, and the run folder as it was at that step."""
+"""Resuming a run: from which checkpoint, whether it is the same run, and the run folder as it was at that step.
+
+`run.Run.restore_and_start` then loads the checkpoint into the model and the optimizer.
+"""
 
 import filecmp
 import os
@@ -43,7 +46,7 @@ def find_resume_point(
     mode: str,
     resume_from: Path | None,
     environment: Mapping[str, object],
-    agreed: Collection[tuple[int, list[str]]] = (),
+    already_forced: Collection[tuple[int, list[str]]] = (),
 ) -> ResumePoint:
     """Finds the checkpoint to resume from and checks that it belongs to the same run; changes nothing on the disk.
 
@@ -53,7 +56,7 @@ def find_resume_point(
         mode: "auto" or "force"; "force" resumes in spite of other settings.
         resume_from: a checkpoint that the user names; None for the newest valid one.
         environment: what this process computes with, see `describe_environment`.
-        agreed: steps and the changes that were forced there before; they need not be forced again.
+        already_forced: steps and the changes that were forced there before; they need not be forced again.
 
     Raises:
         TrainingError: it is another run, or one whose checkpoints are gone.
@@ -74,7 +77,7 @@ def find_resume_point(
     if missing := [key for key in needed if key not in state]:
         raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}: a run cannot go on without.")
     try:
-        changed, notes = differences(run_dir, state, identity, mode, agreed)
+        changed, notes = differences(run_dir, state, identity, mode, already_forced)
     except TrainingError as error:
         raise TrainingError("; ".join([*wrong, str(error)])) from None
     before = state.get("environment", environment)
@@ -87,7 +90,7 @@ def find_resume_point(
 
 
 def named_checkpoint(folder: Path) -> tuple[Path, list[str]]:
-    """Returns the checkpoint that a user names, and no damage.
+    """Returns the checkpoint that a user names, and an empty list of damage.
 
     Raises:
         CheckpointError: it is damaged.
@@ -102,7 +105,7 @@ def named_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 
 
 def differences(
-    run_dir: Path, state: dict, identity: dict, mode: str, agreed: Collection[tuple[int, list[str]]]
+    run_dir: Path, state: dict, identity: dict, mode: str, already_forced: Collection[tuple[int, list[str]]]
 ) -> tuple[list[str], list[str]]:
     """Returns the forced changes, and lines about all changes for the user.
 
@@ -116,14 +119,14 @@ def differences(
     if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
         others["draws"] = f"this torch draws other random numbers than {state.get('environment', {}).get('torch')} did"
     decisive = bound_settings(differing)
-    held = [texts[key] for key in decisive if resume_rule(key) == "held"]
-    held += [text for part, text in others.items() if part == "base"]
+    fixed = [texts[key] for key in decisive if resume_rule(key) == "held"]
+    fixed += [text for part, text in others.items() if part == "base"]
     changed = [texts[key] for key in decisive] + list(others.values())
-    is_forced = mode == "force" or (state["step"], changed) in agreed
-    if changed and (held or not is_forced):
-        force = "" if held else ", or resume all the same with resume=force, as a run that cannot be repeated"
+    is_forced = mode == "force" or (state["step"], changed) in already_forced
+    if changed and (fixed or not is_forced):
+        force = "" if fixed else ", or resume all the same with resume=force, as a run that cannot be repeated"
         raise TrainingError(
-            f"{run_dir} cannot go on from step {state['step']}: {'; '.join(held or changed)}: "
+            f"{run_dir} cannot go on from step {state['step']}: {'; '.join(fixed or changed)}: "
             f"put that back, or start another run with run_dir=DIR{force}."
         )
     notes = [f"since step {state['step']} {text}" for key, text in texts.items() if not key.startswith(_UNMENTIONED)]
@@ -138,7 +141,7 @@ _UNMENTIONED = ("name", "run_dir", "resume", "sample.", "log.", "data.videos", "
 
 
 def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> None:
-    """Returns the run folder to its state at the step that the run resumes from.
+    """Resets the run folder to its state at the step that the run resumes from.
 
     Checkpoints of later steps are renamed: they are damaged, or the user named an older one. Eval videos of later
     steps are removed, as they are rendered again.
@@ -185,8 +188,8 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     starts = read_history(run_dir)
     is_followed = bool(starts) and config.resume_from == starts[-1].get("resume_from")
     resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
-    agreed = [(start["from_step"], start["changed"]) for start in starts if {"from_step", "changed"} <= start.keys()]
-    return find_resume_point(run_dir, plan.identity, config.resume, resume_from, plan.environment, agreed)
+    already_forced = [(start["from_step"], start["changed"]) for start in starts if "changed" in start]
+    return find_resume_point(run_dir, plan.identity, config.resume, resume_from, plan.environment, already_forced)
 
 
 def resume(plan: TrainPlan) -> ResumePoint:

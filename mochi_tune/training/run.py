@@ -39,7 +39,7 @@ class StepResult:
 
     Attributes:
         step: from 1.
-        loss: mean over the samples.
+        loss: weighted mean over the samples.
         grad_norm: of the averaged gradients, before they are clipped.
         learning_rate: of the update.
         clips: path of each sample's clip.
@@ -63,7 +63,7 @@ class MicroBatchResult:
     """What a process computed of one micro-batch of B samples.
 
     Attributes:
-        loss: mean over the samples, a tensor () without its graph.
+        loss: weighted mean over the samples, a tensor () without its graph.
         clips: path of each sample's clip.
         sigma: noise levels, (B,).
     """
@@ -77,7 +77,7 @@ class MicroBatchResult:
 def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
     """Opens the run folder of a plan: locks it, finds where the run resumes, and opens metrics and trackers.
 
-    When the body ends or is interrupted by a signal, the last step is saved. Every process calls it; the main process
+    A signal to stop ends the body, and the last finished step is saved. Every process calls it; the main process
     writes.
 
     Raises:
@@ -128,7 +128,7 @@ class Run:
         self.exit_code = 0
         layout = plan.layout
         self._data_rank = accelerator.process_index // layout.context
-        self._numbers = list(range(self._data_rank, plan.draws.num_micro_batches, layout.data))
+        self._own_micro_batches = list(range(self._data_rank, plan.draws.num_micro_batches, layout.data))
         train = plan.config.train
         self._guard = SpikeGuard(train.spike_policy, train.spike_factor, list(start.state.get("losses", ())))
         self._resources = contextlib.ExitStack()
@@ -161,7 +161,7 @@ class Run:
             return True
 
     def restore_and_start(self, optimizer: AdapterOptimizer | ZeroOptimizer, ema: EMA | None) -> None:
-        """Restores the optimizer and the average of a resumed run, and starts reading clips and catching signals.
+        """Loads a checkpoint's adapter, optimizer state and EMA, if any, and starts reading clips and catching signals.
 
         Raises:
             CheckpointError: the checkpoint belongs to another adapter or optimizer.
@@ -184,7 +184,7 @@ class Run:
         is_strict = plan.config.data.damaged == "strict"
         loader = ClipLoader(plan.dataset, plan.training_clips, plan.draws, is_strict, tqdm.write)
         remaining = range(self.step + 1, train.steps + 1)
-        keys = ((step, number) for step in remaining for number in self._numbers)
+        keys = ((step, number) for step in remaining for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
         self._prefetcher = self._resources.enter_context(Prefetcher(loader.load, keys))
         bar = tqdm(total=train.steps, initial=self.step, desc="train", unit="step", disable=not is_main)
@@ -203,7 +203,7 @@ class Run:
             DataError: a clip is damaged.
             Interrupted: the run was asked to stop while it waited for data.
         """
-        return self._prefetcher.take(len(self._numbers), self._check_while_waiting)
+        return self._prefetcher.take(len(self._own_micro_batches), self._check_while_waiting)
 
     def gather_step(self, parts: Sequence[MicroBatchResult], grad_norm: Tensor, learning_rate: float) -> StepResult:
         """Joins what the processes computed for a step; the only wait for the device, and for other processes.
@@ -216,7 +216,7 @@ class Run:
         *losses, norm = torch.stack([*(part.loss for part in parts), grad_norm]).tolist()
         own = {
             number: (loss, part.clips, part.sigma.tolist())
-            for number, loss, part in zip(self._numbers, losses, parts, strict=True)
+            for number, loss, part in zip(self._own_micro_batches, losses, parts, strict=True)
         }
         stop_signal, save_requested, gathered = self._exchange(own)
         loss, clips, sigmas = merge_parts(gathered)
@@ -243,7 +243,7 @@ class Run:
         spike = {"spike": self._verdict} if self._verdict else {}
         if self.metrics is not None and self.trackers is not None:
             drawn = {"clips": result.clips, "sigmas": result.sigmas}
-            self.metrics.log(_numbers(result) | {"seconds": seconds} | spike | drawn)
+            self.metrics.log(_metrics_row(result) | {"seconds": seconds} | spike | drawn)
             self.trackers.check()
         if spike:
             self._progress.write(f"step {self.step}: a loss of {result.loss:.4f}, far above the usual: {self._verdict}")
@@ -356,7 +356,7 @@ class Run:
             excess = f", a loss of {self._guard.excess(result.loss):.0f} times the usual"
             way_on = "resume=force and train.spike_policy=skip"
         facts = {
-            **_numbers(result), "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
+            **_metrics_row(result), "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
             "seed": self.plan.config.seed, "draws": asdict(self.plan.draws),
         }  # fmt: skip
         bundle = write_bundle(self.run_dir / "bundles", facts, weights, config_yaml(self.plan.config))
@@ -389,7 +389,7 @@ def merge_parts(
     return loss, [c for _, clips, _ in parts for c in clips], [round(s, 6) for _, _, sigmas in parts for s in sigmas]
 
 
-def _numbers(result: StepResult) -> dict[str, float]:
+def _metrics_row(result: StepResult) -> dict[str, float]:
     return {
         "step": result.step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate,
     }  # fmt: skip
