@@ -109,12 +109,14 @@ class Trackers:
         self.retry_at, self.at_work, self.log = None, list(self.kinds), self.run_dir / "trackers" / "follower.log"
         command = [sys.executable, "-m", "mochi_tune.training.follower", os.fspath(self.run_dir.absolute())]
         command += [",".join(self.kinds), json.dumps(self.options, default=str)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         try:
             self.log.parent.mkdir(exist_ok=True)
             with open(self.log, "ab") as log:
                 # In a session of its own: a Ctrl-C is for the trainer, which then stops in order.
-                self.follower = subprocess.Popen(command, bufsize=0, stderr=log, start_new_session=True, **pipes)
+                self.follower = subprocess.Popen(
+                    command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
             os.set_blocking(self.follower.stdout.fileno(), False)
         except OSError as error:
             self._fail(self.at_work, str(error))
