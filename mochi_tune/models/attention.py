@@ -66,7 +66,7 @@ class JointAttention(nn.Module):
         q_y: Tensor | None,
         k_y: Tensor,
         v_y: Tensor,
-        text_lengths: Sequence[int],
+        text_lengths: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends every query to all visual tokens and to its own row's valid text tokens.
 
@@ -77,28 +77,29 @@ class JointAttention(nn.Module):
             q_x, k_x, v_x: visual, (B, N, H, K).
             q_y: text, (B, L, H, K), or None where the text stream is not updated.
             k_y, v_y: text, (B, L, H, K).
-            text_lengths: the number of valid tokens of each row, at most L; they stand in front.
+            text_lengths: the number of valid tokens of each row, at most L; they stand in front. None: L in all.
 
         Returns:
             The visual (B, N, H * K) and text (B, L, H * K) outputs; padding text rows are zero; None without q_y.
         """
-        if len(set(text_lengths)) > 1:
+        if text_lengths is not None:
             rows = []
             for i, length in enumerate(text_lengths):
-                row = [None if t is None else t[i : i + 1] for t in (q_x, k_x, v_x, q_y, k_y, v_y)]
-                rows.append(self(*row, [length]))
+                visual = (t[i : i + 1] for t in (q_x, k_x, v_x))
+                text = (None if t is None else t[i : i + 1, :length] for t in (q_y, k_y, v_y))
+                out_x, out_y = self(*visual, *text, None)
+                rows.append((out_x, None if out_y is None else F.pad(out_y, (0, 0, 0, k_y.shape[1] - length))))
             x = torch.cat([row[0] for row in rows])
             return x, None if q_y is None else torch.cat([row[1] for row in rows])
-        num_visual, num_text, length = q_x.shape[1], k_y.shape[1], text_lengths[0]
-        q = q_x if q_y is None else torch.cat([q_x, q_y[:, :length]], dim=1)
-        k = torch.cat([k_x, k_y[:, :length]], dim=1)
-        v = torch.cat([v_x, v_y[:, :length]], dim=1)
+        num_visual = q_x.shape[1]
+        q = q_x if q_y is None else torch.cat([q_x, q_y], dim=1)
+        k = torch.cat([k_x, k_y], dim=1)
+        v = torch.cat([v_x, v_y], dim=1)
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out = out.transpose(1, 2).flatten(2)
         if q_y is None:
             return out, None
-        x, y = out[:, :num_visual], out[:, num_visual:]
-        return x, F.pad(y, (0, 0, 0, num_text - length))
+        return out[:, :num_visual], out[:, num_visual:]
 
 
 class AsymmetricAttention(nn.Module):
@@ -125,7 +126,7 @@ class AsymmetricAttention(nn.Module):
         self.core = JointAttention()
 
     def forward(
-        self, x: Tensor, y: Tensor, rope: tuple[Tensor, Tensor], text_lengths: Sequence[int]
+        self, x: Tensor, y: Tensor, rope: tuple[Tensor, Tensor], text_lengths: Sequence[int] | None
     ) -> tuple[Tensor, Tensor | None]:
         """Maps normed streams x (B, N, Dx) and y (B, L, Dy) to their attention outputs; y's is None if not updated."""
         q_x, k_x, v_x = self.qkv_x(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)

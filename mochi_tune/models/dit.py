@@ -6,6 +6,7 @@ D width (Dx visual, Dy text). x is the visual stream, y the text stream, c the c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,18 @@ class DiTConfig:
     t5_feat_dim: int = 4096
 
 
+class Modulation(NamedTuple):
+    """All that noise levels and prompts do to the visual and text streams; nothing that a LoRA trains changes it.
+
+    Attributes:
+        c: the conditioning of each sample, (B, Dx).
+        blocks: what mod_x and mod_y of each block make of it, (B, 4 Dx) and (B, 4 Dy), (B, Dy) in the last block.
+    """
+
+    c: Tensor
+    blocks: tuple[tuple[Tensor, Tensor], ...]
+
+
 class AsymmetricJointBlock(nn.Module):
     """One transformer block over both streams; the last block leaves the text stream as it is.
 
@@ -61,18 +74,24 @@ class AsymmetricJointBlock(nn.Module):
             self.mlp_y = FeedForward(dim_y, config.mlp_ratio_y)
 
     def forward(
-        self, x: Tensor, y: Tensor, c: Tensor, rope: tuple[Tensor, Tensor], text_lengths: Sequence[int]
+        self,
+        x: Tensor,
+        y: Tensor,
+        modulation: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
+        text_lengths: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Maps x (B, N, Dx), y (B, L, Dy) to the next block's; c (B, Dx) has passed its SiLU."""
-        scale_msa_x, gate_msa_x, scale_mlp_x, gate_mlp_x = self.mod_x(c).chunk(4, dim=-1)
-        scale_msa_y, *mod_y = self.mod_y(c).chunk(4, dim=-1) if self.update_y else (self.mod_y(c),)
+        """Maps x (B, N, Dx), y (B, L, Dy) to the next block's; `modulation` is the block's own of `Modulation`."""
+        mod_x, mod_y = modulation
+        scale_msa_x, gate_msa_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)
+        scale_msa_y, *mods_y = mod_y.chunk(4, dim=-1) if self.update_y else (mod_y,)
         attn_x, attn_y = self.attn(
             modulated_rms_norm(x, scale_msa_x), modulated_rms_norm(y, scale_msa_y), rope, text_lengths
         )
         x = gated_residual(x, attn_x, gate_msa_x)
         x = gated_residual(x, self.mlp_x(modulated_rms_norm(x, scale_mlp_x)), gate_mlp_x)
         if self.update_y:
-            gate_msa_y, scale_mlp_y, gate_mlp_y = mod_y
+            gate_msa_y, scale_mlp_y, gate_mlp_y = mods_y
             y = gated_residual(y, attn_y, gate_msa_y)
             y = gated_residual(y, self.mlp_y(modulated_rms_norm(y, scale_mlp_y)), gate_mlp_y)
         return x, y
@@ -108,7 +127,14 @@ class AsymmDiT(nn.Module):
         """The dtype of the matrices."""
         return self.t5_yproj.weight.dtype
 
-    def forward(self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
         """Predicts the velocity at the noise level sigma.
 
         A row's result does not depend on the other rows, nor on how far its prompt is padded.
@@ -118,32 +144,38 @@ class AsymmDiT(nn.Module):
             sigma: (B,) in [0, 1]; 1 is pure noise.
             prompt_embeds: T5 features, (B, L, t5_feat_dim).
             prompt_mask: (B, L), true where a token is valid. Kept on the CPU, it spares a device sync.
+            modulation: of the `condition` of the same sigma and prompts, where it was computed before.
 
         Returns:
             The velocity, (B, C, T, h, w), in the dtype of the matrices.
         """
         prompt_embeds, mask, text_lengths = pack_prompts(prompt_embeds, prompt_mask)
         prompt_embeds = prompt_embeds.to(self.dtype)
-        c = self._condition(sigma, prompt_embeds, mask)
+        if modulation is None:
+            modulation = self.modulation_of(self._condition(sigma, prompt_embeds, mask))
         p = self.config.patch_size
         grid = (latents.shape[2], latents.shape[3] // p, latents.shape[4] // p)
         x = self.x_embedder(latents)
         y = self.t5_yproj(prompt_embeds)
         rope = self.rope(self.pos_frequencies, grid)
-        for block in self.blocks:
-            x, y = block(x, y, c, rope, text_lengths)
-        return self.final_layer(x, c, grid)
+        for block, mods in zip(self.blocks, modulation.blocks, strict=True):
+            x, y = block(x, y, mods, rope, text_lengths)
+        return self.final_layer(x, modulation.c, grid)
 
     def condition(self, sigma: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Returns the vector (B, D) that the blocks' modulation reads; arguments as for `forward`."""
+        """Returns the conditioning (B, D) that the modulation is made of; arguments as for `forward`."""
         prompt_embeds, mask, _ = pack_prompts(prompt_embeds, prompt_mask)
         return self._condition(sigma, prompt_embeds.to(self.dtype), mask)
+
+    def modulation_of(self, c: Tensor) -> Modulation:
+        """Returns the modulation that a conditioning (B, D) makes in every block."""
+        return Modulation(c, tuple((block.mod_x(c), block.mod_y(c)) for block in self.blocks))
 
     def _condition(self, sigma: Tensor, prompt_embeds: Tensor, mask: Tensor) -> Tensor:
         return F.silu(self.t_embedder(sigma) + self.t5_y_embedder(prompt_embeds, mask))
 
 
-def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, list[int] | None]:
     """Drops the padding that no row needs, so that the text stream is as long as the longest prompt.
 
     Text tokens carry no position, so each row's valid tokens may be moved to its front.
@@ -153,7 +185,8 @@ def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Te
         prompt_mask: (B, L).
 
     Returns:
-        Embeddings (B, L', D) with the valid tokens first, their mask (B, L'), and the number of valid tokens a row.
+        Embeddings (B, L', D) with the valid tokens first, their mask (B, L'), and the number of valid tokens a row, or
+        None where all rows have L'.
     """
     mask = prompt_mask.bool()
     text_lengths = mask.sum(1).tolist()
@@ -161,4 +194,5 @@ def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Te
     front, order = mask.sort(dim=1, descending=True, stable=True)
     order = order[:, :length].to(prompt_embeds.device)
     packed = prompt_embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, prompt_embeds.shape[-1]))
-    return packed, front[:, :length].to(prompt_embeds.device), text_lengths
+    is_even = min(text_lengths) == length
+    return packed, front[:, :length].to(prompt_embeds.device), None if is_even else text_lengths

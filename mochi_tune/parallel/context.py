@@ -47,7 +47,7 @@ class ContextParallelAttention(nn.Module):
         q_y: Tensor | None,
         k_y: Tensor,
         v_y: Tensor,
-        text_lengths: Sequence[int],
+        text_lengths: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Takes and returns what `JointAttention` does, of this rank's visual tokens and of all text tokens."""
         counts, group = self.shares.counts, self.shares.group

@@ -25,7 +25,7 @@ from mochi_tune.parallel.memory import (
     apply_sharding,
 )
 from mochi_tune.parallel.mesh import Mesh
-from mochi_tune.parallel.modulation import apply_modulation_tables
+from mochi_tune.parallel.modulation import apply_host_modulation
 from mochi_tune.sampling.sampler import Denoiser, Guide, guide_in_one_batch, guide_in_turn, guided
 
 # The order in which torch tries them: cuDNN's attention is the fastest on Hopper.
@@ -77,7 +77,7 @@ def prepare_dit(
 
     def prepare_block(dit: AsymmDiT, block: nn.Module) -> None:
         assert isinstance(block, AsymmetricJointBlock)
-        apply_modulation_tables(block, device)
+        apply_host_modulation(block)
         if residency in PRECISIONS:
             apply_quantization(block, residency)
         prefix = f"blocks.{list(dit.blocks).index(block)}."

@@ -1,6 +1,5 @@
 """The sampler: sigma schedules, guidance and Euler steps from noise to latents."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -91,7 +90,7 @@ class Denoiser:
             dit: predicts the velocity.
             cond: the prompt of each row.
             uncond: the negative prompt of each row; the empty one has no valid token.
-            modulation: of a model with modulation tables, under the prompts' names.
+            modulation: of the rendering, under the prompts' names.
         """
         self.dit = dit
         self.prompts = {"cond": cond, "uncond": uncond}
@@ -102,8 +101,8 @@ class Denoiser:
         embeds, mask = _as_one_batch([self.prompts[name] for name in names])
         latents = latents.repeat(len(names), 1, 1, 1, 1)
         level = torch.full((len(latents),), sigma, device=latents.device)
-        with contextlib.nullcontext() if self.modulation is None else self.modulation.selected(sigma, names):
-            return self.dit(latents, level, embeds, mask).float()
+        modulation = None if self.modulation is None else self.modulation.select(sigma, names)
+        return self.dit(latents, level, embeds, mask, modulation).float()
 
 
 # Gives the velocity of latents at a noise level sigma, with a guidance scale.
@@ -166,7 +165,7 @@ def sample_latents(
     """Renders one prompt, yielding the latents after each step, fp32 (1, C, T, h, w); the last ones are the result.
 
     Args:
-        dit: in eval mode, with or without adapters and modulation tables.
+        dit: in eval mode, with or without adapters.
         noise: (1, C, T, h, w), on any device.
         prompt: features of the prompt's valid tokens, (n, D).
         negative_prompt: the same of the negative prompt; none (0, D) for the empty one.

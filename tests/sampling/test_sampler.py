@@ -75,7 +75,7 @@ def test_guidance_is_computed_in_fp32_whatever_the_model_computes_in():
     cond, uncond = torch.randn(2, *IO["z"].shape, generator=generator).bfloat16()
 
     class Half(torch.nn.Module):
-        def forward(self, latents, sigma, prompt_embeds, prompt_mask):
+        def forward(self, latents, sigma, prompt_embeds, prompt_mask, modulation):
             return cond if prompt_mask.any() else uncond
 
     *_, latents = euler_steps(Denoiser(Half(), PROMPT, NEGATIVE), IO["z"], [1.0, 0.6, 0.0], [4.5, 3.3])
