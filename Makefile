@@ -18,8 +18,8 @@ faults: setup
 # Full size on random weights: FRAMES="37 85 163" on a GPU; 7 takes some minutes on a CPU.
 FRAMES ?= 7
 bench: setup
-	for frames in $(FRAMES); do for what in sample decode encode; do \
-		$(BIN)/mochi-tune bench what=$$what num_frames=$$frames || exit 1; done; done
+	for frames in $(FRAMES); do for what in sample decode encode train; do \
+		$(BIN)/mochi-tune bench what=$$what num_frames=$$frames out=bench.jsonl || exit 1; done; done
 
 lint: types
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Measures rendering on random weights: seconds, memory, and the share of what this device's arithmetic allows."""
+"""Measures sampling, the VAE and training on random weights: seconds, memory, and how near the arithmetic they are."""
 
 import functools
 import statistics
@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention import sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mochi_tune import assets
 from mochi_tune.adapters.layers import LoraLayer
-from mochi_tune.adapters.lora import linear_shapes
+from mochi_tune.adapters.lora import LayerSettings, apply_lora, linear_shapes, lora_parameters
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES, find_device, peak_gib, reset_peak, synchronize
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
@@ -29,15 +30,24 @@ from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape
 from mochi_tune.models.layers import hidden_width
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
+from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
+from mochi_tune.parallel.recompute import POLICIES, apply_activation_checkpointing
 from mochi_tune.sampling.render import ATTENTION_KERNELS, Setup, choose_guide, decoded_frames, prepare_dit
 from mochi_tune.sampling.sampler import PRESETS, draw_noise, sample_latents
+from mochi_tune.training.memory_plan import free_bytes, recompute_policies, weight_bytes
+from mochi_tune.training.objective import velocity_loss
+from mochi_tune.training.optim import build_optimizer
 from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.fill import build_random_model
 
-WHAT = ("sample", "decode", "encode")
+WHAT = ("sample", "decode", "encode", "train")
 MODELS = ("mochi_1", "toy", "tiny")
 PROMPT_TOKENS = 256
+# Of a training's caption, and the rank of its adapter.
+CAPTION_TOKENS, TRAIN_RANK = 128, 16
+# Products of attention's backward pass, of which it computes the scores again, over the two of its forward pass.
+ATTENTION_BACKWARD = 2.5
 # What a CPU does of the model, of which it says so.
 CPU_DEPTH = 1
 # Seconds that each rate is measured for, and the most tokens that it is measured with on a CPU.
@@ -47,7 +57,14 @@ CPU_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure; `depth` of None is every block on a GPU and CPU_DEPTH of them on a CPU."""
+    """What to measure.
+
+    Attributes:
+        depth: blocks; None is every block on a GPU and CPU_DEPTH of them on a CPU.
+        lora_rank: of an adapter on every attention layer; 0 is none, for `train` TRAIN_RANK.
+        compile: None is what `sample` and `train` do by default.
+        recompute: of `train`, as train.recompute.
+    """
 
     what: str
     model: str = "mochi_1"
@@ -60,7 +77,8 @@ class Bench:
     depth: int | None = None
     repeats: int = 3
     lora_rank: int = 0
-    compile: bool = False
+    compile: bool | None = None
+    recompute: str = "auto"
 
 
 def main(bench: Bench) -> dict[str, Any]:
@@ -73,7 +91,8 @@ def main(bench: Bench) -> dict[str, Any]:
     device = check(bench, num_ranks)
     if bench.depth is None and device.type == "cpu":
         bench = replace(bench, depth=CPU_DEPTH)
-    measure = {"sample": bench_sample, "decode": bench_decode, "encode": bench_encode}[bench.what]
+    stories = {"sample": bench_sample, "decode": bench_decode, "encode": bench_encode, "train": bench_train}
+    measure = stories[bench.what]
     figures = measure(bench, device, num_ranks)
     figures["peak_gib"] = most(figures["peak_gib"], num_ranks)
     return {
@@ -92,8 +111,10 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
         if getattr(bench, key) not in allowed:
             raise ConfigError(f"{key}={getattr(bench, key)} is not possible: use {' or '.join(allowed)}.")
     check_geometry(bench.num_frames, bench.height, bench.width)
-    if bench.what == "encode" and num_ranks > 1:
-        raise ConfigError("what=encode runs in one process: leave parallel.num_processes out.")
+    if bench.what in ("encode", "train") and num_ranks > 1:
+        raise ConfigError(f"what={bench.what} runs in one process: leave parallel.num_processes out.")
+    if bench.recompute not in ("auto", *POLICIES):
+        raise ConfigError(f"recompute={bench.recompute} is not possible: use {', '.join(('auto', *POLICIES))}.")
     check_one_video(num_ranks, sizes(bench.model, "dit").num_heads)
     return find_device(bench.device)
 
@@ -101,10 +122,10 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
 def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
     """One step with guidance, of a prompt and a negative prompt of 256 tokens."""
     config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
-    num_tokens = num_latent_frames(bench.num_frames) * bench.height * bench.width // TOKEN_PIXELS**2
+    num_tokens = num_visual_tokens(bench)
     layout = choose_layout(num_ranks, config, 1, num_tokens, True, {"data": 1})
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
-    setup = Setup(device, DTYPES[bench.dtype], bench.dit, mesh, bench.compile)
+    setup = Setup(device, DTYPES[bench.dtype], bench.dit, mesh, bool(bench.compile))
     with torch.device("meta"):
         adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0)} if bench.lora_rank else {}
     dit = prepare_dit(functools.partial(build_random_model, config), adapters, setup)
@@ -128,6 +149,70 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
         "matrix_tflops_per_s": round(matrix_rate / 1e12, 3),
         "attention_tflops_per_s": round(attention_rate / 1e12, 3),
     }
+
+
+def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
+    """One step as `train` makes it: forward, backward, clipping and update of a LoRA, for one clip and its caption."""
+    config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
+    dtype, num_tokens = DTYPES[bench.dtype], num_visual_tokens(bench)
+    is_compiled = device.type == "cuda" if bench.compile is None else bench.compile
+    with torch.device("meta"):
+        weights = weight_bytes(AsymmDiT(config), dtype)
+    policies = recompute_policies(bench.recompute, config, num_tokens, weights, free_bytes(device), is_compiled)
+    dit = build_random_model(config, device, dtype)
+    settings = LayerSettings(bench.lora_rank or TRAIN_RANK, float(bench.lora_rank or TRAIN_RANK))
+    apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
+    apply_activation_checkpointing(dit, policies)
+    if is_compiled:
+        apply_compilation(dit, tqdm.write)
+    parameters = lora_parameters(dit)
+    optimizer = build_optimizer("adamw", parameters, 2e-4, 0.01, 1.0, device.type)
+    noisy, target = torch.randn(2, 1, *latent_shape(bench.num_frames, bench.height, bench.width), device=device)
+    prompt = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim, device=device, dtype=dtype)
+    sigma, mask = torch.tensor([0.5], device=device), torch.ones(1, CAPTION_TOKENS, dtype=torch.bool)
+
+    def step() -> None:
+        velocity_loss(dit(noisy, sigma, prompt, mask), target).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    counters.clear()
+    first, _ = timed(step, 1, device, num_warm_up=0)
+    seconds, peak = timed(step, bench.repeats, device)
+    matrix, attention = dit_flops(config, num_tokens, CAPTION_TOKENS)
+    matrix_rate, attention_rate = measure_rates(bench, config, num_tokens, device)
+    backward_rate = measure_attention_backward(bench, config, num_tokens, device)
+    # Frozen weights have no gradient: of a product, the backward pass is one more, and so is what is recomputed.
+    num_products = [3 if policy != "none" else 2 for policy in policies]
+    num_attentions = [2 if policy == "block" else 1 for policy in policies]
+    floor = matrix / matrix_rate * statistics.mean(num_products)
+    floor += attention / attention_rate * statistics.mean(num_attentions)
+    floor += ATTENTION_BACKWARD * attention / backward_rate
+    work = matrix * statistics.mean(num_products)
+    work += attention * (statistics.mean(num_attentions) + ATTENTION_BACKWARD)
+    return {
+        "full_depth": full_depth,
+        "is_reduced": config.depth < full_depth,
+        "num_tokens": num_tokens,
+        "lora_rank": settings.rank,
+        "compile": is_compiled,
+        "blocks_recomputed_whole": policies.count("block"),
+        "blocks_that_keep_attention": policies.count("attention"),
+        "seconds_per_step": seconds,
+        "first_step_seconds": first,
+        "num_graphs": counters["stats"]["unique_graphs"],
+        "peak_gib": peak,
+        **shares(work, seconds, floor, 1),
+        "matrix_tflops_per_s": round(matrix_rate / 1e12, 3),
+        "attention_tflops_per_s": round(attention_rate / 1e12, 3),
+        "attention_backward_tflops_per_s": round(backward_rate / 1e12, 3),
+    }
+
+
+def num_visual_tokens(bench: Bench) -> int:
+    """Returns the visual tokens of a clip."""
+    return num_latent_frames(bench.num_frames) * bench.height * bench.width // TOKEN_PIXELS**2
 
 
 def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
@@ -252,6 +337,18 @@ def measure_rates(bench: Bench, config: DiTConfig, num_tokens: int, device: torc
         2.0 * num_tokens * dim * len(w) / fastest(multiply, device),
         4.0 * num_tokens**2 * dim / fastest(compute_attention, device),
     )
+
+
+def measure_attention_backward(bench: Bench, config: DiTConfig, num_tokens: int, device: torch.device) -> float:
+    """Returns the FLOPs a second of attention's backward pass here and now."""
+    num_tokens = min(num_tokens, CPU_TOKENS) if device.type == "cpu" else num_tokens
+    shape = (1, config.num_heads, num_tokens, config.hidden_size_x // config.num_heads)
+    q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[bench.dtype], requires_grad=True) for _ in range(3))
+    with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v)
+    gradient = torch.randn_like(out)
+    seconds = fastest(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), device)
+    return ATTENTION_BACKWARD * 4.0 * num_tokens**2 * config.hidden_size_x / seconds
 
 
 @torch.no_grad()

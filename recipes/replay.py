@@ -14,7 +14,7 @@ from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError
 from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device
-from mochi_tune.parallel.memory import apply_activation_checkpointing
+from mochi_tune.parallel.recompute import apply_activation_checkpointing
 from mochi_tune.training.accelerator import check_adapter_fits
 from mochi_tune.training.draws import KeyedDraws, key_seed
 from mochi_tune.training.guards import is_finite
@@ -149,8 +149,8 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Mo
     dit = weights.load_dit(device, DTYPES[config.model.dtype])
     layers = lora_settings(config.lora, linear_shapes(dit))
     apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
-    if config.train.gradient_checkpointing:
-        apply_activation_checkpointing(dit)
+    if config.train.recompute != "none":
+        apply_activation_checkpointing(dit, ["block"] * len(dit.blocks))
     parameters = lora_parameters(dit)
     check_adapter_fits(parameters, saved)
     for name, parameter in parameters.items():

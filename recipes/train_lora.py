@@ -6,13 +6,15 @@ docs/change_the_recipe.md changes this file three times: another loss, a second 
 """
 
 import torch
+from tqdm import tqdm
 
 from mochi_tune.adapters.lora import apply_lora, load_start_adapter, lora_parameters
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.models.device import DTYPES
+from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.context import apply_context_parallel
-from mochi_tune.parallel.memory import apply_activation_checkpointing
 from mochi_tune.parallel.mesh import Mesh
+from mochi_tune.parallel.recompute import apply_activation_checkpointing
 from mochi_tune.training.accelerator import build_accelerator, prepare
 from mochi_tune.training.draws import key_seed
 from mochi_tune.training.ema import EMA
@@ -65,11 +67,12 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     parameters = lora_parameters(dit)
 
     # Memory and parallelism.
-    if train.gradient_checkpointing:
-        apply_activation_checkpointing(dit)
+    apply_activation_checkpointing(dit, plan.recompute)
     if plan.layout.context > 1:
         mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds)
         apply_context_parallel(dit, mesh.context_group)
+    if plan.is_compiled:
+        apply_compilation(dit, tqdm.write, only_training=True)
 
     # Optimizer.
     optimizer = build_optimizer(

@@ -8,6 +8,11 @@ import av  # noqa: F401
 import pytest
 import torch
 
+from mochi_tune.cli.launch import keep_compiled_code
+
+# As the command line does, for the tests that call a recipe.
+keep_compiled_code()
+
 
 @pytest.fixture(autouse=True, scope="session")
 def number_of_threads():

@@ -18,7 +18,7 @@ ENVIRONMENT = dict(os.environ)
 CAPTIONS = ("a red ball rolls slowly over the hill", "a cat", "two old birds fly away at night")
 LORA = ["lora=attention_mlp", "lora.rank=2", "lora.dropout=0.1"]
 SIZES = ["data.num_frames=7", "data.height=32", "data.width=48", "device=cpu", "model=tiny"]
-QUIET = ["train.sample_every=0", "train.validate_every=0", "train.gradient_checkpointing=false"]
+QUIET = ["train.sample_every=0", "train.validate_every=0", "train.recompute=none"]
 
 
 @cache

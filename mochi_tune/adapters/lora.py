@@ -1,7 +1,7 @@
 """LoRA layers in a live AsymmDiT: choose, size, add, load, read back. PEFT does the arithmetic.
 
-Layers go by their official names, "blocks.0.attn.qkv_x". Adapter weights are fp32 whatever the base's dtype is:
-in bf16 the updates of a fine-tune round to nothing.
+Layers go by their official names, "blocks.0.attn.qkv_x". Adapter weights are fp32 whatever the base's dtype is,
+as in bf16 the updates of a fine-tune round to nothing; they multiply in the base's dtype.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mochi_tune.adapters.layers import LoraLayer, kind_of, some
@@ -184,6 +185,14 @@ def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
             _measure_magnitude(module)
 
 
+class CastLinear(nn.Linear):
+    """A Linear that multiplies in the dtype of its input; its weight and its gradient stay fp32, as under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in) to (..., out)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class StretchedLinear(nn.Module):
     """A base's Linear whose rows are scaled while a DoRA is on.
 
@@ -312,6 +321,13 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
         for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector):
             if name in part:
                 part[name].to(dtype=torch.float32, device=module.get_base_layer().weight.device)
+        if not dora:
+            # peft would make an fp32 copy of every input. A DoRA has one: the lengths of rows ask for it.
+            module.cast_input_dtype_enabled = False
+            for part in (module.lora_A, module.lora_B):
+                cast = CastLinear(part[name].in_features, part[name].out_features, bias=False, device="meta")
+                cast.weight = part[name].weight
+                part[name] = cast
 
 
 def _activate_all(dit: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import logging
 import os
 import re
@@ -13,6 +14,8 @@ import threading
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
 
 from mochi_tune.errors import ParallelError
 
@@ -52,6 +55,19 @@ def prepare_deepspeed(device: str) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not uses_gpus(device):
         os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def keep_compiled_code() -> None:
+    """Keeps what torch compiles between runs, apart for each torch and each instruction set that it was compiled for.
+
+    torch's own folder is in /tmp, and mixes what was compiled under different values of ATEN_CPU_CAPABILITY: code for
+    one vector length then runs with another one's headers, and computes wrong numbers (seen with torch 2.13.0).
+    """
+    processor = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
+    instructions = hashlib.sha256(f"{processor} {os.environ.get('ATEN_CPU_CAPABILITY')}".encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "mochi_tune" / "compiled" / f"torch-{version('torch')}-{instructions}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:

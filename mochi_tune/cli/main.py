@@ -15,6 +15,7 @@ from mochi_tune.cli.launch import (
     USERS_MISTAKE,
     end_with_the_starter,
     joined,
+    keep_compiled_code,
     num_processes_here,
     prepare_deepspeed,
     start_processes,
@@ -41,6 +42,7 @@ TROUBLE = "EACCES EDQUOT EEXIST EFBIG EISDIR EMFILE ENAMETOOLONG ENFILE ENOENT E
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits: 0 done, 1 done with refused clips or failed checks, 2 a user's mistake, in one line."""
     end_with_the_starter()
+    keep_compiled_code()
     open_missing_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     # Other libraries import torchao, which then warns of every kernel that it was built without.
@@ -72,9 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         # torch is not imported for its exception's sake.
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        advice = (
-            "lower data.num_frames, data.height and data.width, or train.batch_size; keep train.gradient_checkpointing"
-        )
+        advice = "lower data.num_frames, data.height and data.width, or train.batch_size; use train.recompute=block"
         print(f"{me}: the GPU's memory does not suffice ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
         sys.exit(USERS_MISTAKE)
     except KeyboardInterrupt:
@@ -281,8 +281,8 @@ def run_bench(arguments: list[str]) -> int:
     from mochi_tune.config.load import load_config
     from mochi_tune.recipes.bench import Bench, check
 
-    if options["compile"] not in ("true", "false"):
-        raise ConfigError(f"compile={options['compile']} is not possible: use true or false.")
+    if options["compile"] not in ("true", "false", "auto"):
+        raise ConfigError(f"compile={options['compile']} is not possible: use true, false or auto.")
     bench = Bench(
         what=options["what"],
         model=options["model"],
@@ -295,12 +295,11 @@ def run_bench(arguments: list[str]) -> int:
         dit=load_config("base", [f"memory={options['memory']}"]).memory.dit,
         depth=None if options["depth"] == "all" else whole_number("depth", options["depth"], 1),
         lora_rank=whole_number("lora_rank", options["lora_rank"], 0),
-        compile=options["compile"] == "true",
+        compile={"true": True, "false": False}.get(options["compile"]),
+        recompute=options["recompute"],
     )
     check(bench, whole_number("parallel.num_processes", options["parallel.num_processes"], 1))
     out = Path(options["out"]) if options["out"] else None
-    if out is not None and out.exists() and "RANK" not in os.environ:
-        raise ConfigError(f"out={out} exists and is never overwritten: use another name.")
     if out is not None:
         from mochi_tune.files import make_writable_folder
 
@@ -321,9 +320,8 @@ def bench_here(bench, out: Path | None, is_first: bool) -> int:
             print(f"reduced: depth {figures['depth']} of {figures['full_depth']}", file=sys.stderr)
         print(text)
         if out is not None:
-            from mochi_tune.files import write_atomic
-
-            write_atomic(out, text.encode() + b"\n")
+            with open(out, "a") as file:
+                file.write(json.dumps(figures) + "\n")
     return 0
 
 

@@ -50,7 +50,7 @@ VERIFY_OPTIONS = {
     "parallel.num_processes": ("1", "2, 3, 4 or 6: the paths of several processes too"),
 }
 BENCH_OPTIONS = {
-    "what": (None, "sample (a step with guidance), decode or encode"),
+    "what": (None, "sample (a step with guidance), decode, encode or train (a step)"),
     "model": ("mochi_1", "mochi_1, toy or tiny, with random weights"),
     "num_frames": ("37", "frames, 6k+1"),
     "height": ("480", "pixels"),
@@ -60,10 +60,11 @@ BENCH_OPTIONS = {
     "dtype": ("bf16", "fp32 or bf16"),
     "depth": ("all", "blocks of the DiT, or of each level of the VAE; on a CPU 1 if not given"),
     "repeats": ("3", "steps or passes that are timed"),
-    "lora_rank": ("0", "rank of a live adapter on the attention; 0: none"),
-    "compile": ("false", "true: as sample.compile=true"),
+    "lora_rank": ("0", "rank of an adapter on the attention; 0: none, in train 16"),
+    "compile": ("auto", "true, false, or auto: as sample and train do by default"),
+    "recompute": ("auto", "of train, as train.recompute"),
     "parallel.num_processes": ("1", "processes on this machine, one a GPU"),
-    "out": ("", "new .json file, besides what is printed"),
+    "out": ("", ".jsonl file that gets a line more, besides what is printed"),
 }
 DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each demo's run goes to a new one in it")}
 EXPERIMENT_OPTIONS = {

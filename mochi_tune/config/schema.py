@@ -183,8 +183,14 @@ class TrainConfig(Section):
     weight_decay: NotNegative = setting(0.01, "share by which a step shrinks the adapter, times the learning rate")
     max_grad_norm: Positive = setting(1.0, "gradients of a larger norm are scaled down to it")
     caption_dropout: Share = setting(0.1, "share of the samples trained with the empty prompt, which guidance needs")
-    gradient_checkpointing: bool = setting(
-        True, "true: computes each block twice; a third more arithmetic, far less memory", "free"
+    recompute: Literal["auto", "none", "attention", "block"] = setting(
+        "auto",
+        "what a step computes again instead of keeping it; none: nothing; attention: all but the attention; "
+        "block: all of each block; auto: attention, and block in as many blocks as memory asks for",
+        "free",
+    )
+    compile: bool | None = setting(
+        None, "true: compiles the blocks, which makes steps faster after the first; null: on a GPU", "free"
     )
     checkpoint_every: CountOrZero = setting(200, "steps; 0: only after the last one", "free")
     keep_checkpoints: Count = setting(3, "newest checkpoints to keep", "free")

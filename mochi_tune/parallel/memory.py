@@ -6,7 +6,6 @@ import warnings
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import checkpoint
 
 from mochi_tune.models.dit import AsymmDiT
 
@@ -14,12 +13,6 @@ PRECISIONS = ("int8", "fp8")
 # Where the DiT's weights are: on the device; there in 8 bits; on the CPU, with two blocks at a time on the device; a
 # share of them on each of the devices that render one video together.
 RESIDENCIES = ("resident", *PRECISIONS, "offload", "shard")
-
-
-def apply_activation_checkpointing(dit: AsymmDiT) -> None:
-    """Keeps only each block's input for the backward pass and computes its inside again; gradients stay the same."""
-    for block in dit.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def apply_quantization(block: nn.Module, precision: str) -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import apply_adapter
@@ -15,6 +15,7 @@ from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae import Decoder, pixels_to_frames
 from mochi_tune.models.vae_streaming import WHOLE, Tiles, decode_chunks
+from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.decode import decode_share
 from mochi_tune.parallel.memory import (
@@ -93,20 +94,8 @@ def prepare_dit(
     if mesh is not None and mesh.layout.context > 1:
         apply_context_parallel(dit, mesh.context_group)
     if setup.is_compiled:
-        apply_compilation(dit)
+        apply_compilation(dit, tqdm.write)
     return dit
-
-
-def apply_compilation(dit: AsymmDiT) -> None:
-    """Compiles the blocks, one program for all of them, for any number of tokens; attention's core stays as it is.
-
-    The first step takes a minute more; after it, norms, gates and rotations read and write memory once each.
-    """
-    for block in dit.blocks:
-        assert isinstance(block, AsymmetricJointBlock)
-        uncompiled: Any = torch.compiler.disable(block.attn.core.forward)
-        block.attn.core.forward = uncompiled
-        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def choose_guide(setup: Setup) -> Guide:

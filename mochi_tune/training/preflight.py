@@ -17,12 +17,14 @@ from mochi_tune.config.settings import flat_settings, resume_rule
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import ConfigError, DataError
-from mochi_tune.models.device import find_device
+from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import held_out
+from mochi_tune.training.memory_plan import free_bytes, recompute_policies, weight_bytes
 from mochi_tune.training.optim import check_installed
 from mochi_tune.training.run_folder import describe_environment
 from mochi_tune.training.trackers import check_trackers
@@ -78,6 +80,27 @@ class TrainPlan:
         shapes, is_dora = linear_shapes(self.weights.dit_skeleton()), self.config.lora.dora
         return 4 * sum(
             layer.rank * sum(shapes[name]) + (shapes[name][0] if is_dora else 0) for name, layer in self.layers.items()
+        )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the blocks are compiled: on a GPU unless it is switched off, and not where ZeRO-3 splits weights."""
+        wanted = self.config.train.compile
+        return (self.device.type == "cuda" if wanted is None else wanted) and self.config.parallel.strategy != "zero3"
+
+    @cached_property
+    def recompute(self) -> list[str]:
+        """What each block of the model computes again in the backward pass."""
+        config, skeleton = self.config, self.weights.dit_skeleton()
+        data = config.data
+        tokens = num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
+        return recompute_policies(
+            config.train.recompute,
+            skeleton.config,
+            tokens * config.train.batch_size // self.layout.context,
+            weight_bytes(skeleton, DTYPES[config.model.dtype]),
+            free_bytes(self.device),
+            self.is_compiled,
         )
 
     @property

@@ -59,7 +59,7 @@ def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path,
     )
 
 
-@pytest.mark.parametrize("more", [[], ["train.gradient_checkpointing=true"]], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("more", [[], ["train.recompute=block"]], ids=["plain", "checkpointed"])
 def test_a_replayed_step_has_the_numbers_of_the_run(tmp_path, more):
     """A spike stops the run; its step, made again from the bundle, has the run's own loss and norm."""
     with pytest.raises(TrainingError, match=r"times the usual, on clip_.*the update was not made") as error:

@@ -26,9 +26,7 @@ VALID = IO["y_feat"][0, IO["y_mask"][0].bool()]
 
 
 def tabulated_dit() -> AsymmDiT:
-    return WeightsFolder(GOLDEN).load_dit(
-        "cpu", torch.float32, lambda _, block: apply_host_modulation(block)
-    )
+    return WeightsFolder(GOLDEN).load_dit("cpu", torch.float32, lambda _, block: apply_host_modulation(block))
 
 
 def rendered(dit, prompt, guide=guide_in_turn) -> torch.Tensor:

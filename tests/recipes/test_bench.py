@@ -11,18 +11,16 @@ SMALL = {"model": "tiny", "num_frames": 13, "height": 32, "width": 48, "device":
 
 def test_a_step_is_measured_and_what_is_reduced_is_said(tmp_path):
     options = [f"{key}={value}" for key, value in SMALL.items()]
-    done = run("bench", "what=sample", *options, "memory=24gb", f"out={tmp_path / 'new' / 'figures.json'}")
+    done = run("bench", "what=sample", *options, "memory=24gb", f"out={tmp_path / 'new' / 'figures.jsonl'}")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert json.loads((tmp_path / "new" / "figures.json").read_text()) == figures
+    assert json.loads((tmp_path / "new" / "figures.jsonl").read_text()) == figures
     assert "reduced: depth 1 of 2" in done.stderr
     assert (figures["depth"], figures["full_depth"], figures["dit"], figures["device"]) == (1, 2, "fp8", "cpu")
     assert figures["num_tokens"] == 3 * 2 * 3
     for key in ("seconds_per_step", "peak_gib", "matrix_tflops_per_s", "attention_tflops_per_s", "floor_seconds"):
         assert figures[key] > 0
     assert figures["share_of_floor"] == pytest.approx(figures["floor_seconds"] / figures["seconds_per_step"], abs=1e-2)
-    done = run("bench", "what=sample", *options, f"out={tmp_path / 'new' / 'figures.json'}")
-    assert done.returncode == 2 and "never overwritten" in done.stderr
 
 
 @pytest.mark.parametrize("what", ["decode", "encode"])
@@ -39,6 +37,20 @@ def test_a_live_adapter_and_other_places_of_the_weights_are_measured():
         assert figures["seconds_per_step"] > 0 and figures["lora_rank"] == 4
 
 
+def test_steps_of_a_training_are_measured_and_runs_are_lines_of_one_file(tmp_path):
+    options = [f"{key}={value}" for key, value in SMALL.items()]
+    for recompute in ("block", "auto"):
+        done = run("bench", "what=train", *options, f"recompute={recompute}", f"out={tmp_path / 'figures.jsonl'}")
+        assert done.returncode == 0, done.stderr
+    whole, kept = (json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines())
+    assert kept["lora_rank"] == 16 and kept["compile"] is False and kept["num_graphs"] == 0
+    assert (whole["blocks_recomputed_whole"], kept["blocks_that_keep_attention"]) == (1, 1)
+    for figures in (whole, kept):
+        for key in ("seconds_per_step", "first_step_seconds", "peak_gib", "attention_backward_tflops_per_s"):
+            assert figures[key] > 0
+        assert figures["tflops_per_s"] > 0
+
+
 def test_several_processes_are_measured_as_one():
     options = [f"{key}={value}" for key, value in SMALL.items()]
     done = run("bench", "what=sample", *options, "parallel.num_processes=2")
@@ -49,7 +61,8 @@ def test_several_processes_are_measured_as_one():
 
 def test_what_cannot_be_measured_is_refused():
     for change, said in (
-        ({"what": "train"}, "what=train is not possible: use sample or decode or encode"),
+        ({"what": "cook"}, "what=cook is not possible: use sample or decode or encode or train"),
+        ({"recompute": "some"}, "recompute=some is not possible: use auto, none, attention, block"),
         ({"model": "wan"}, "model=wan is not possible"),
         ({"num_frames": 40}, "use 37 or 43"),
     ):

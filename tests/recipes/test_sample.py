@@ -218,7 +218,12 @@ def test_the_tiny_weights_are_what_their_recipe_makes(tmp_path):
     shipped = next(iter(assets.__path__))
     for name in ("dit", "encoder", "decoder", "text_encoder/model"):
         ours, theirs = (load_file(f"{folder}/{name}.safetensors") for folder in (tmp_path, f"{shipped}/tiny"))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            # Another instruction set draws normal numbers that are a few fp32 roundings off; the file's dtype rounds
+            # some of these to its next number.
+            step = torch.finfo(tensor.dtype).eps * theirs[key].abs() + 8 * torch.finfo(torch.float32).eps
+            assert ((tensor.float() - theirs[key].float()).abs() <= step.float()).all(), key
     assert prepared().exists()
 
 

@@ -151,11 +151,29 @@ def test_bf16_base_trains_fp32_adapters(tmp_path):
     assert moved.any() and not torch.equal(moved, moved.bfloat16().float())
 
 
-def test_checkpointed_activations_give_the_same_run(straight, tmp_path):
-    more = [*LONG]
-    arguments = [a for a in road(tmp_path, *LORA, *more) if "gradient_checkpointing" not in a]
-    assert main(load_config("my_lora", [*arguments, "train.gradient_checkpointing=true"])) == 0
+def test_recomputed_activations_give_the_same_run_and_a_resume_may_change_them(straight, tmp_path, capsys):
+    more = ["train.checkpoint_every=20", "train.keep_checkpoints=9"]
+    arguments = [a for a in road(tmp_path, *LORA, *LONG, *more) if not a.startswith("train.recompute")]
+    assert main(load_config("my_lora", [*arguments, "train.recompute=block"])) == 0
     assert without_time(tmp_path) == without_time(straight)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000040")
+    assert main(load_config("my_lora", arguments)) == 0
+    assert "since step 20 train.recompute was block, is auto" in capsys.readouterr().out
+    assert without_time(tmp_path) == without_time(straight)
+
+
+def test_compiled_blocks_train_the_same_run_and_a_resume_may_leave_them_uncompiled(tmp_path, capsys):
+    more = ["lora.dropout=0", "train.steps=3", "train.warmup_steps=0", "train.learning_rate=1e-3"]
+    for name, on in (("plain", "false"), ("compiled", "true")):
+        assert train(tmp_path / name, *more, "train.recompute=attention", f"train.compile={on}") == 0
+    for ours, theirs in zip(without_time(tmp_path / "compiled"), without_time(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=GRADIENT_TOLERANCE)
+    saved = [load_file(tmp_path / name / "adapter.safetensors").keys() for name in ("compiled", "plain")]
+    assert saved[0] == saved[1], "no name tells that the blocks were compiled"
+    capsys.readouterr()
+    assert train(tmp_path / "compiled", *more, "train.steps=4", "train.compile=false", "resume=force") == 0
+    assert "since step 3 train.compile was True, is False" in capsys.readouterr().out
 
 
 def test_it_learns_the_clips(tmp_path):

@@ -1,0 +1,110 @@
+"""Recomputing and compiling leave a training step's numbers as they are, and compile few graphs."""
+
+import pytest
+import torch
+from helpers_adapters import settings_of
+from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE, relative_error
+from torch._dynamo.utils import counters
+
+from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.parallel.compilation import apply_compilation
+from mochi_tune.parallel.recompute import POLICIES, apply_activation_checkpointing
+
+CONFIG = DiTConfig(depth=3, num_heads=4, hidden_size_x=64, hidden_size_y=32, t5_feat_dim=16)
+SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def build(dropout: float = 0.0, layers: str = "") -> AsymmDiT:
+    torch.manual_seed(0)
+    dit = AsymmDiT(CONFIG)
+    apply_lora(dit, settings_of([name for name in linear_shapes(dit) if layers in name], 3, 6, dropout), seed=1)
+    for i, parameter in enumerate(lora_parameters(dit).values()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.1
+        parameter.requires_grad_(True)
+    return dit.train()
+
+
+def step(dit: AsymmDiT, num_latent_frames: int = 2, text_length: int = 5, lengths=None) -> list[torch.Tensor]:
+    """Returns the velocity of a step and the gradient of every adapter parameter."""
+    generator, rows = torch.Generator().manual_seed(1), len(lengths or [0])
+    latents = torch.randn(rows, 12, num_latent_frames, 4, 6, generator=generator)
+    embeds = torch.randn(rows, text_length, 16, generator=generator)
+    mask = torch.arange(text_length) < torch.tensor(lengths or [text_length])[:, None]
+    torch.manual_seed(2)
+    velocity = dit(latents, torch.full((rows,), 0.3), embeds, mask)
+    return [velocity.detach(), *torch.autograd.grad(velocity.square().mean(), list(lora_parameters(dit).values()))]
+
+
+class Count(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the calls of an operation."""
+
+    def __init__(self, operation) -> None:
+        super().__init__()
+        self.operation, self.calls = operation, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is self.operation
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policies", [*([policy] * 3 for policy in POLICIES), ["block", "attention", "none"]])
+def test_every_policy_gives_the_same_bits_with_dropout_too(policies):
+    plain, dit = build(dropout=0.3), build(dropout=0.3)
+    apply_activation_checkpointing(dit, policies)
+    for case in ({}, {"text_length": 0}, {"lengths": [5, 2]}):
+        for ours, theirs in zip(step(dit, **case), step(plain, **case), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_attention_is_computed_once_where_it_is_kept_and_twice_where_it_is_not():
+    for policy, calls in (("none", 3), ("attention", 3), ("block", 6)):
+        dit = build()
+        apply_activation_checkpointing(dit, [policy] * 3)
+        with Count(SDPA) as count:
+            step(dit)
+        assert count.calls == calls + 1, f"{policy}: the prompt is pooled by attention once more"
+
+
+@pytest.mark.parametrize(
+    ("policy", "buckets"),
+    [("attention", {2: (5, 7, 2, 0), 3: (4,)}), ("block", {2: (5, 7)}), ("none", {2: (5, 7)})],
+    ids=["attention", "block", "none"],
+)
+def test_compiled_blocks_take_prompts_of_any_length_and_share_their_graphs(policy, buckets):
+    dit, plain, lines = build(layers=".attn."), build(layers=".attn."), []
+    apply_activation_checkpointing(dit, [policy] * 3)
+    # What torch captures and partitions is asked here, not what a backend makes of it.
+    apply_compilation(dit, lines.append, only_training=True, backend="aot_eager_decomp_partition")
+    counters.clear()
+    torch._dynamo.reset()
+    graphs = 0
+    for frames, lengths in buckets.items():
+        for length in lengths:
+            case = {"num_latent_frames": frames, "text_length": length}
+            for i, (ours, theirs) in enumerate(zip(step(dit, **case), step(plain, **case), strict=True)):
+                # Without a prompt, adapters of the text stream have no gradient.
+                error = (ours - theirs).abs().max() if not theirs.any() else relative_error(ours, theirs)
+                assert error <= (GRADIENT_TOLERANCE if i else TOLERANCE)
+        # Two kinds of block, with a prompt and without.
+        graphs += 4 if 0 in lengths else 2
+        assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"] and lines == []
+    with torch.no_grad():
+        dit(torch.zeros(1, 12, 5, 4, 6), torch.tensor([0.3]), torch.zeros(1, 3, 16), torch.ones(1, 3))
+    step(dit, lengths=[5, 2])
+    assert counters["stats"]["unique_graphs"] == graphs, "neither evaluation nor rows that differ compile anything"
+    assert not [name for name, _ in dit.named_parameters() if "_orig_mod" in name or "module." in name]
+
+
+def test_blocks_that_do_not_compile_run_as_they_are_and_one_line_says_why():
+    def broken(_graph, _inputs):
+        raise RuntimeError("no compiler\nhere")
+
+    dit, plain, lines = build(), build(), []
+    apply_compilation(dit, lines.append, backend=broken)
+    for _ in range(2):
+        for ours, theirs in zip(step(dit), step(plain), strict=True):
+            assert torch.equal(ours, theirs)
+    [line] = lines
+    assert line.startswith("the blocks run uncompiled") and "no compiler here" in line and "\n" not in line
