@@ -32,6 +32,7 @@ from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
+from mochi_tune.parallel.precision import NEEDS, apply_precision, check_precision
 from mochi_tune.parallel.recompute import POLICIES, apply_activation_checkpointing
 from mochi_tune.sampling.render import ATTENTION_KERNELS, Setup, choose_guide, decoded_frames, prepare_dit
 from mochi_tune.sampling.sampler import PRESETS, draw_noise, sample_latents
@@ -64,6 +65,7 @@ class Bench:
         lora_rank: of an adapter on every attention layer; 0 is none, for `train` TRAIN_RANK.
         compile: None is what `sample` and `train` do by default.
         recompute: of `train`, as train.recompute.
+        precision: of `train`, as model.precision.
     """
 
     what: str
@@ -79,6 +81,7 @@ class Bench:
     lora_rank: int = 0
     compile: bool | None = None
     recompute: str = "auto"
+    precision: str = "bf16"
 
 
 def main(bench: Bench) -> dict[str, Any]:
@@ -116,7 +119,11 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
     if bench.recompute not in ("auto", *POLICIES):
         raise ConfigError(f"recompute={bench.recompute} is not possible: use {', '.join(('auto', *POLICIES))}.")
     check_one_video(num_ranks, sizes(bench.model, "dit").num_heads)
-    return find_device(bench.device)
+    if bench.precision not in ("bf16", *NEEDS):
+        raise ConfigError(f"precision={bench.precision} is not possible: use {', '.join(('bf16', *NEEDS))}.")
+    device = find_device(bench.device)
+    check_precision(bench.precision, device)
+    return device
 
 
 def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
@@ -157,9 +164,9 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     dtype, num_tokens = DTYPES[bench.dtype], num_visual_tokens(bench)
     is_compiled = device.type == "cuda" if bench.compile is None else bench.compile
     with torch.device("meta"):
-        weights = weight_bytes(AsymmDiT(config), dtype)
+        weights = weight_bytes(AsymmDiT(config), dtype, bench.precision)
     policies = recompute_policies(bench.recompute, config, num_tokens, weights, free_bytes(device), is_compiled)
-    dit = build_random_model(config, device, dtype)
+    dit = build_random_model(config, device, dtype, each_block=lambda _, block: apply_precision(block, bench.precision))
     settings = LayerSettings(bench.lora_rank or TRAIN_RANK, float(bench.lora_rank or TRAIN_RANK))
     apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
     apply_activation_checkpointing(dit, policies)
@@ -323,7 +330,11 @@ def measure_rates(bench: Bench, config: DiTConfig, num_tokens: int, device: torc
     x = torch.randn(num_tokens, dim, device=device, dtype=dtype)
     w = torch.randn(2 * hidden_width(dim, config.mlp_ratio_x), dim, device=device, dtype=dtype)
     multiply: Callable[[], Tensor] = functools.partial(F.linear, x, w)
-    if bench.dit == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+    if (
+        "fp8" in (bench.dit, bench.precision)
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 9)
+    ):
         x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
         ones = torch.ones(num_tokens, 1, device=device), torch.ones(1, len(w), device=device)
         multiply = functools.partial(torch.ops.aten._scaled_mm, x8, w8.t(), *ones, out_dtype=dtype)

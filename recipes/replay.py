@@ -14,6 +14,7 @@ from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError
 from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.parallel.recompute import apply_activation_checkpointing
 from mochi_tune.training.accelerator import check_adapter_fits
 from mochi_tune.training.draws import KeyedDraws, key_seed
@@ -146,7 +147,8 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Mo
     weights = WeightsFolder(weights_folder(config))
     weights.check(["dit"])
     saved = load_tensors(bundle / "adapter.safetensors")
-    dit = weights.load_dit(device, DTYPES[config.model.dtype])
+    precision = config.model.precision or "bf16"
+    dit = weights.load_dit(device, DTYPES[config.model.dtype], lambda _, block: apply_precision(block, precision))
     layers = lora_settings(config.lora, linear_shapes(dit))
     apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if config.train.recompute != "none":

@@ -14,6 +14,7 @@ from mochi_tune.models.device import DTYPES
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.mesh import Mesh
+from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.parallel.recompute import apply_activation_checkpointing
 from mochi_tune.training.accelerator import build_accelerator, prepare
 from mochi_tune.training.draws import key_seed
@@ -58,7 +59,10 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
 
     # Model. One large model at a time: T5 is freed before the DiT is loaded.
     eval_prompts = encode_eval_prompts(plan)
-    dit = plan.weights.load_dit(device, DTYPES[config.model.dtype])
+    # Each block is rounded as soon as it is read, where model.precision asks for it.
+    dit = plan.weights.load_dit(
+        device, DTYPES[config.model.dtype], lambda _, block: apply_precision(block, plan.precision)
+    )
 
     # Adapter. Where the run resumes, `restore_and_start` loads its weights below.
     apply_lora(dit, plan.layers, key_seed(config.seed, "adapter"), config.lora.dora)

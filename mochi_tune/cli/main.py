@@ -297,6 +297,7 @@ def run_bench(arguments: list[str]) -> int:
         lora_rank=whole_number("lora_rank", options["lora_rank"], 0),
         compile={"true": True, "false": False}.get(options["compile"]),
         recompute=options["recompute"],
+        precision=options["precision"],
     )
     check(bench, whole_number("parallel.num_processes", options["parallel.num_processes"], 1))
     out = Path(options["out"]) if options["out"] else None

@@ -63,12 +63,16 @@ BENCH_OPTIONS = {
     "lora_rank": ("0", "rank of an adapter on the attention; 0: none, in train 16"),
     "compile": ("auto", "true, false, or auto: as sample and train do by default"),
     "recompute": ("auto", "of train, as train.recompute"),
+    "precision": ("bf16", "of train, as model.precision: bf16, fp8, int8 or nf4"),
     "parallel.num_processes": ("1", "processes on this machine, one a GPU"),
     "out": ("", ".jsonl file that gets a line more, besides what is printed"),
 }
 DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each demo's run goes to a new one in it")}
 EXPERIMENT_OPTIONS = {
-    "what": (None, "objective (sampler, official, unnormalised) or layers (attention, attention and MLP)"),
+    "what": (
+        None,
+        "objective (of the training), layers (that are adapted) or precision (of the base)",
+    ),
     "seeds": ("3", "runs of each"),
     "out": ("experiments", "folder; the same command goes on where it was stopped"),
 }

@@ -25,8 +25,8 @@ def run_experiment(arguments: list[str]) -> int:
     options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
     if options is None:
         return 0
-    if options["what"] not in ("objective", "layers"):
-        raise ConfigError(f"what={options['what']} is not an experiment: use objective or layers.")
+    if options["what"] not in ("objective", "layers", "precision"):
+        raise ConfigError(f"what={options['what']} is not an experiment: use objective, layers or precision.")
     from mochi_tune.toy.experiment import main as experiment
 
     print(experiment(options["what"], whole_number("seeds", options["seeds"], 1), Path(options["out"])))

@@ -17,10 +17,29 @@ def check_config(config: RunConfig) -> None:
     check_geometry(*sample_size(config.sample, config.data))
     _check_unused(config)
     _check_optimizer(config.train, config.parallel, config.lora)
+    _check_precision(config)
     if config.lora.dora and config.parallel.strategy == "zero3":
         raise ConfigError(
             "lora.dora=true measures complete rows of the base, which parallel.strategy=zero3 cuts up: "
             "use parallel.strategy=zero2."
+        )
+
+
+def _check_precision(config: RunConfig) -> None:
+    """Refuses a precision that does not fit the other settings."""
+    precision = config.model.precision
+    if precision == "bf16" and config.model.dtype != "bf16":
+        raise ConfigError(f"model.precision=bf16 contradicts model.dtype={config.model.dtype}: use model.dtype=bf16.")
+    if precision in (None, "bf16"):
+        return
+    if config.lora.dora:
+        raise ConfigError(
+            f"lora.dora=true measures rows of the base, which model.precision={precision} rounds: leave one out."
+        )
+    if config.parallel.strategy == "zero3":
+        raise ConfigError(
+            f"parallel.strategy=zero3 cuts up matrices that model.precision={precision} holds in one piece: "
+            "use parallel.strategy=data or zero2."
         )
 
 

@@ -16,6 +16,7 @@ TYPE_NAMES = {
     float: "a number",
     float | None: "a number or null",
     bool: "true or false",
+    bool | None: "true, false or null",
     str: "text",
     str | None: "text or null",
     list[str]: 'a list, ["a", "b"]',

@@ -97,6 +97,11 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp32"] = setting(
         "bf16", "of the DiT and the VAE; fp32 takes twice the memory; T5 and adapters are fp32 with both"
     )
+    precision: Literal["bf16", "fp8", "int8", "nf4"] | None = setting(
+        None,
+        "of the DiT's large matrices while it trains; fp8, int8: multiplied in 8 bits; nf4: held in 4; null: as dtype",
+        "bound",
+    )
 
 
 class DataConfig(Section):

@@ -91,6 +91,7 @@ def arms() -> dict[str, dict[str, list[str]]]:
     rank = round(wide.rank * size / small)
     return {
         "objective": {name: [f"train.objective={name}"] for name in ("sampler", "official", "unnormalised")},
+        "precision": {name: ["model.dtype=bf16", f"model.precision={name}"] for name in ("bf16", "fp8", "int8", "nf4")},
         "layers": {
             f"attention rank {rank}": ["lora=attention", f"lora.rank={rank}", f"lora.alpha={2 * rank}"],
             f"attention and MLP rank {wide.rank}": ["lora=attention_mlp"],

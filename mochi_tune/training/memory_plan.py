@@ -4,10 +4,12 @@ import torch
 from torch import nn
 
 from mochi_tune.models.dit import DiTConfig
+from mochi_tune.parallel.precision import LARGE_LAYERS
 
 # Bytes that one block's forward and backward hold at a time, for each visual token and each number of its width.
 # Measured on an H200 at 37 and 163 frames: docs/benchmarks.md.
 INSIDE_BYTES = {"compiled": 59, "eager": 90}
+LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
 # Left to kernels, to the fragments between tensors, and to other programs.
 SPARE_BYTES = 2**30
 
@@ -17,9 +19,15 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def weight_bytes(dit: nn.Module, dtype: torch.dtype) -> int:
-    """Returns what a model's weights take in a dtype; the model may be on the meta device."""
-    return sum(parameter.numel() for parameter in dit.parameters()) * dtype.itemsize
+def weight_bytes(dit: nn.Module, dtype: torch.dtype, precision: str = "bf16") -> int:
+    """Returns what a model's weights take in a dtype, its large matrices in a precision; on the meta device, too."""
+    rounded = {"fp8": 1.0, "int8": 1.0, "nf4": 0.57}.get(precision, dtype.itemsize)
+    return int(
+        sum(
+            parameter.numel() * (rounded if name.endswith(LARGE_WEIGHTS) else dtype.itemsize)
+            for name, parameter in dit.named_parameters()
+        )
+    )
 
 
 def recompute_policies(

@@ -20,6 +20,7 @@ from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.parallel.mesh import Layout, training_layout
+from mochi_tune.parallel.precision import check_precision
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
@@ -83,6 +84,11 @@ class TrainPlan:
         )
 
     @property
+    def precision(self) -> str:
+        """Of the base's large matrices: "bf16", which is as model.dtype, or what they are rounded to."""
+        return self.config.model.precision or "bf16"
+
+    @property
     def is_compiled(self) -> bool:
         """Whether the blocks are compiled: on a GPU unless it is switched off, and not where ZeRO-3 splits weights."""
         wanted = self.config.train.compile
@@ -98,7 +104,7 @@ class TrainPlan:
             config.train.recompute,
             skeleton.config,
             tokens * config.train.batch_size // self.layout.context,
-            weight_bytes(skeleton, DTYPES[config.model.dtype]),
+            weight_bytes(skeleton, DTYPES[config.model.dtype], self.precision),
             free_bytes(self.device),
             self.is_compiled,
         )
@@ -117,6 +123,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     """
     train, device = config.train, find_device(config.device)
     sampler_settings(config.sample)
+    check_precision(config.model.precision or "bf16", device)
     weights = WeightsFolder(weights_folder(config))
     weights.check(["dit", "decoder", "text_encoder"] if renders_videos(config) else ["dit"])
     skeleton = weights.dit_skeleton()
@@ -148,6 +155,8 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     # The number of samples of a step decides what is learnt, not how processes share them.
     global_batch = train.batch_size * draws.num_micro_batches
     settings = flat_settings(config) | {"global_batch": global_batch, "held_out": len(held)}
+    if config.model.precision == "bf16":  # The same as null, with this dtype.
+        settings["model.precision"] = None
     fingerprint = generator_fingerprint(config.seed)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
     return TrainPlan(config, device, weights, dataset, held, layers, start_adapter, draws, identity, layout)

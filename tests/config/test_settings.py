@@ -74,7 +74,9 @@ def test_what_a_run_may_change():
     train = """objective sigma_distribution sigma_mean sigma_std sigma_shift sigma_stratified loss_weighting
         learning_rate learning_rate_b_ratio schedule warmup_steps decay_share weight_decay max_grad_norm
         caption_dropout ema_decay spike_policy spike_factor"""
-    assert rules["bound"] == {"seed", "global_batch", "held_out"} | {f"train.{name}" for name in train.split()}
+    assert rules["bound"] == {"seed", "global_batch", "held_out", "model.precision"} | {
+        f"train.{name}" for name in train.split()
+    }
 
 
 def test_the_page_of_settings_is_what_the_schema_says():

@@ -6,7 +6,8 @@ from helpers_adapters import settings_of
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE, relative_error
 from torch._dynamo.utils import counters
 
-from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
+from mochi_tune.adapters.layers import LoraLayer
+from mochi_tune.adapters.lora import apply_adapter, apply_lora, linear_shapes, lora_parameters, switch_adapters
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.recompute import POLICIES, apply_activation_checkpointing
@@ -95,6 +96,35 @@ def test_compiled_blocks_take_prompts_of_any_length_and_share_their_graphs(polic
     step(dit, lengths=[5, 2])
     assert counters["stats"]["unique_graphs"] == graphs, "neither evaluation nor rows that differ compile anything"
     assert not [name for name, _ in dit.named_parameters() if "_orig_mod" in name or "module." in name]
+
+
+@torch.no_grad()
+def test_a_compiled_dora_is_what_it_is_uncompiled():
+    shapes = {name: shape for name, shape in linear_shapes(AsymmDiT(CONFIG)).items() if ".attn." in name}
+    generator = torch.Generator().manual_seed(3)
+    layers = {
+        name: LoraLayer(
+            torch.randn(2, num_in, generator=generator) / 8,
+            torch.randn(num_out, 2, generator=generator) / 8,
+            2.0,
+            0.5 + torch.rand(num_out, generator=generator),
+        )
+        for name, (num_out, num_in) in shapes.items()
+    }
+    outputs = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        dit = AsymmDiT(CONFIG).eval()
+        apply_adapter(dit, layers, "dora")
+        if is_compiled:
+            apply_compilation(dit, pytest.fail, backend="aot_eager_decomp_partition")
+        arguments = torch.randn(1, 12, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 5, 16), torch.ones(1, 5)
+        outputs.append(dit(*arguments))
+        switch_adapters(dit, on=False)
+        outputs.append(dit(*arguments))
+    plain, base, compiled, compiled_base = outputs
+    assert relative_error(compiled, plain) <= TOLERANCE and relative_error(compiled_base, base) <= TOLERANCE
+    assert relative_error(base, plain) > 0.01
 
 
 def test_blocks_that_do_not_compile_run_as_they_are_and_one_line_says_why():

@@ -1,0 +1,57 @@
+"""The precision of a training's frozen base: its large matrices in 8 bits, or in 4 for the smallest cards."""
+
+import torch
+from torch import nn
+
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear
+
+# The visual stream's: 7.1 of the 7.3 billion numbers besides modulation. The few text tokens multiply as they are.
+LARGE_LAYERS = ("attn.qkv_x", "attn.proj_x", "mlp_x.w1", "mlp_x.w2")
+# Compute capability that each needs.
+NEEDS = {"fp8": (8, 9), "int8": (8, 0), "nf4": (7, 5)}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuses a precision that a GPU cannot multiply in; a CPU emulates all of them.
+
+    Raises:
+        ConfigError: naming those that it can.
+    """
+    if precision == "bf16" or device.type != "cuda":
+        return
+    have = torch.cuda.get_device_capability(device)
+    if have < NEEDS[precision]:
+        possible = ["bf16", *(name for name, need in NEEDS.items() if have >= need)]
+        raise ConfigError(
+            f"model.precision={precision} needs a GPU of compute capability {'.'.join(map(str, NEEDS[precision]))}, "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}: use {' or '.join(possible)}."
+        )
+
+
+def apply_precision(block: nn.Module, precision: str) -> None:
+    """Rounds the large matrices of a block, which is on its device; adapters are added afterwards.
+
+    Args:
+        block: of the DiT.
+        precision: "fp8", "int8", "nf4", or "bf16", which changes nothing.
+    """
+    if precision == "bf16":
+        return
+    for name in LARGE_LAYERS:
+        linear = block.get_submodule(name)
+        assert type(linear) is nn.Linear, linear
+        make = EightBitLinear if precision in EIGHT_BIT else _four_bit
+        block.set_submodule(name, make(linear, precision))
+
+
+def _four_bit(linear: nn.Linear, precision: str) -> nn.Module:
+    import bitsandbytes
+
+    made = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=linear.weight.dtype,
+        quant_type=precision, device="meta",
+    )  # fmt: skip
+    made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type=precision)
+    made.bias = linear.bias
+    return made.to(linear.weight.device)

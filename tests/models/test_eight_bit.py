@@ -1,0 +1,65 @@
+"""Linear layers in 8 bits: the rounded numbers are multiplied exactly, forward and backward; nothing else is lost."""
+
+import pytest
+import torch
+from helpers_golden import TOLERANCE, relative_error
+
+from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear, quantize_rows
+
+# Half of the distance of two numbers, over the larger one or over the largest of the row.
+STEP = {"fp8": 2**-4, "int8": 0.5 / 127}
+
+
+@pytest.fixture(params=EIGHT_BIT)
+def precision(request) -> str:
+    return request.param
+
+
+def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
+    """Returns x as its rows are after rounding, fp64."""
+    rows, scale = quantize_rows(x, EIGHT_BIT[precision])
+    return rows.double() * scale.double()[:, None]
+
+
+def test_rows_are_off_by_half_a_step_and_keep_their_largest_number(precision):
+    x = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
+    error, largest = (rounded(x, precision) - x).abs(), x.abs().amax(1, keepdim=True)
+    # e4m3 has steps of their own below 2^-6 of its range of 448.
+    bound = (x.abs() if precision == "fp8" else largest) * STEP[precision] + largest * 2**-10 / 448
+    assert (error <= bound * (1 + 1e-6)).all()
+    at_largest = error.gather(1, x.abs().argmax(1, keepdim=True))
+    assert (at_largest <= 1e-6 * largest).all()
+    assert not rounded(torch.zeros(2, 3), precision).any()
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_and_gradients_are_those_of_the_rounded_numbers(precision, has_bias):
+    generator = torch.Generator().manual_seed(1)
+    linear = torch.nn.Linear(96, 64, bias=has_bias)
+    linear.weight.data = torch.randn(64, 96, generator=generator) * torch.logspace(-2, 2, 64)[:, None]
+    made = EightBitLinear(linear, precision)
+    x = torch.randn(2, 5, 96, generator=generator, requires_grad=True)
+    gradient = torch.randn(2, 5, 64, generator=generator)
+    out = made(x)
+    out.backward(gradient)
+    weight = rounded(linear.weight.detach(), precision)
+    assert relative_error(made.dequantized(), weight) <= 1e-6
+    expected = rounded(x.detach().flatten(0, 1), precision) @ weight.t()
+    if has_bias:
+        expected = expected + linear.bias.detach()
+    assert relative_error(out.detach().flatten(0, 1), expected) <= TOLERANCE
+    # The scales of the weight's rows are in the gradient before it is rounded.
+    rows, scale = quantize_rows(linear.weight.detach(), EIGHT_BIT[precision])
+    expected = rounded(gradient.flatten(0, 1) * scale, precision) @ rows.double()
+    assert relative_error(x.grad.flatten(0, 1), expected) <= TOLERANCE
+    assert not [name for name, parameter in made.named_parameters() if parameter.requires_grad and name != "bias"]
+
+
+def test_the_weight_takes_a_byte_a_number_and_the_dtype_stays(precision):
+    linear = torch.nn.Linear(256, 512, bias=False).to(torch.bfloat16)
+    made = EightBitLinear(linear, precision)
+    assert sum(parameter.nbytes for parameter in made.parameters()) == 512 * 256 + 4 * 512
+    x = torch.randn(3, 256, dtype=torch.bfloat16, requires_grad=True)
+    made(x).sum().backward()
+    assert made(x).dtype == x.grad.dtype == torch.bfloat16
+    assert made(x[:0]).shape == (0, 512), "an empty prompt has no rows"
