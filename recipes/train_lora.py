@@ -5,6 +5,9 @@ The same command resumes a stopped run.
 docs/change_the_recipe.md changes this file three times: another loss, a second adapter, a frozen half of the layers.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from tqdm import tqdm
 
@@ -14,12 +17,13 @@ from mochi_tune.models.device import DTYPES
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.mesh import Mesh
-from mochi_tune.parallel.precision import apply_precision
+from mochi_tune.parallel.modulation import HostModulation
 from mochi_tune.parallel.recompute import apply_activation_checkpointing
 from mochi_tune.training.accelerator import build_accelerator, prepare
-from mochi_tune.training.draws import key_seed
+from mochi_tune.training.draws import Draws, key_seed
 from mochi_tune.training.ema import EMA
 from mochi_tune.training.evaluate import EvalVideos, encode_eval_prompts, evaluate_if_due
+from mochi_tune.training.loader import Inputs
 from mochi_tune.training.objective import (
     drop_captions,
     loss_weight,
@@ -30,8 +34,9 @@ from mochi_tune.training.objective import (
 )
 from mochi_tune.training.optim import build_optimizer
 from mochi_tune.training.preflight import TrainPlan, check
-from mochi_tune.training.run import MicroBatchResult, Run, open_run
+from mochi_tune.training.run import Run, open_run
 from mochi_tune.training.schedule import learning_rate_at
+from mochi_tune.training.step_result import MicroBatchResult
 
 
 def main(config: RunConfig, num_processes: int = 1) -> int:
@@ -59,10 +64,8 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
 
     # Model. One large model at a time: T5 is freed before the DiT is loaded.
     eval_prompts = encode_eval_prompts(plan)
-    # Each block is rounded as soon as it is read, where model.precision asks for it.
-    dit = plan.weights.load_dit(
-        device, DTYPES[config.model.dtype], lambda _, block: apply_precision(block, plan.precision)
-    )
+    dit = plan.weights.load_dit(device, DTYPES[config.model.dtype], plan.shrink_block)
+    modulate = HostModulation(dit)
 
     # Adapter. Where the run resumes, `restore_and_start` loads its weights below.
     apply_lora(dit, plan.layers, key_seed(config.seed, "adapter"), config.lora.dora)
@@ -85,7 +88,19 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     dit, optimizer = prepare(accelerator, dit, parameters, optimizer, train.max_grad_norm)
     ema = EMA(optimizer.weights(), train.ema_decay) if train.ema_decay else None
 
-    run.restore_and_start(optimizer, ema)
+    def make_inputs(batch: Mapping[str, Any], drawn: Draws) -> Inputs:
+        """Runs in the background, a micro-batch ahead of the step."""
+        sigma = sigmas_from_uniforms(
+            drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
+        )[drawn.rows]
+        vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
+        noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
+        prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
+        weight = loss_weight(sigma, train.loss_weighting)
+        modulation = modulate(sigma, prompt, mask)
+        return Inputs(batch["sample_ids"], sigma, mask, drawn.dropout_seed, noisy, target, prompt, weight, modulation)
+
+    run.restore_and_start(optimizer, ema, make_inputs)
     videos = EvalVideos(run, eval_prompts) if eval_prompts else None
     dit.train()
     evaluate_if_due(run, dit, videos)
@@ -95,22 +110,14 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         )
         optimizer.set_learning_rate(learning_rate)
         results = []
-        for batch, drawn in run.micro_batches():
+        for inputs in run.micro_batches():
             with accelerator.accumulate(dit):
-                sigma = sigmas_from_uniforms(
-                    drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
-                )[drawn.rows]
-                vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
-                noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
-                prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
-
-                torch.manual_seed(drawn.dropout_seed)
-                # The mask stays on the CPU, where the model reads it without waiting for the GPU.
-                velocity = dit(noisy.to(device), sigma.to(device), prompt.to(device), mask)
-                losses = velocity_loss(velocity, target.to(device))
-                loss = (losses * loss_weight(sigma, train.loss_weighting).to(device)).mean()
+                torch.manual_seed(inputs.dropout_seed)
+                velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
+                losses = velocity_loss(velocity, inputs.target)
+                loss = (losses * inputs.weight).mean()
                 accelerator.backward(loss)
-            results.append(MicroBatchResult(loss.detach(), batch["sample_ids"], sigma))
+            results.append(MicroBatchResult(loss.detach(), inputs.clips, inputs.sigma))
 
         grad_norm = optimizer.clip_grad_norm()
         result = run.gather_step(results, grad_norm, learning_rate)

@@ -172,7 +172,14 @@ class AsymmDiT(nn.Module):
         return Modulation(c, tuple((block.mod_x(c), block.mod_y(c)) for block in self.blocks))
 
     def _condition(self, sigma: Tensor, prompt_embeds: Tensor, mask: Tensor) -> Tensor:
-        return F.silu(self.t_embedder(sigma) + self.t5_y_embedder(prompt_embeds, mask))
+        return condition(self.t_embedder, self.t5_y_embedder, sigma, prompt_embeds, mask)
+
+
+def condition(
+    t_embedder: nn.Module, t5_y_embedder: nn.Module, sigma: Tensor, prompt_embeds: Tensor, mask: Tensor
+) -> Tensor:
+    """Returns the conditioning (B, D) of noise levels and packed prompts, by the two embedders of a model."""
+    return F.silu(t_embedder(sigma) + t5_y_embedder(prompt_embeds, mask))
 
 
 def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, list[int] | None]:

@@ -4,6 +4,7 @@ A rendering has few noise levels and prompts, all known before its first step; a
 the step. So these weights stay in host memory, and the device gets what they make of a noise level and a prompt.
 """
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, Modulation
+from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, Modulation, condition, pack_prompts
 
 
 class HostLinear(nn.Module):
@@ -32,6 +33,30 @@ def apply_host_modulation(block: AsymmetricJointBlock) -> None:
     """Moves the weights of a block's modulation layers to host memory."""
     block.set_submodule("mod_x", HostLinear(block.mod_x))
     block.set_submodule("mod_y", HostLinear(block.mod_y))
+
+
+class HostModulation:
+    """Computes modulation in host memory, ahead of the step that needs it; in any thread."""
+
+    def __init__(self, dit: AsymmDiT) -> None:
+        """Keeps the blocks' modulation layers and copies of the embedders, as they are now.
+
+        Args:
+            dit: its blocks went through `apply_host_modulation`, or not: then it computes its own in each pass.
+        """
+        self.is_empty = not isinstance(dit.blocks[0].get_submodule("mod_x"), HostLinear)
+        self.dtype = dit.dtype
+        self.embedders = [copy.deepcopy(each).to("cpu") for each in (dit.t_embedder, dit.t5_y_embedder)]
+        self.layers = [(block.get_submodule("mod_x"), block.get_submodule("mod_y")) for block in dit.blocks]
+
+    @torch.no_grad()
+    def __call__(self, sigma: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Modulation | None:
+        """Returns the modulation of B samples, on the CPU; arguments as for `AsymmDiT.forward`, on the CPU."""
+        if self.is_empty:
+            return None
+        prompt_embeds, mask, _ = pack_prompts(prompt_embeds, prompt_mask)
+        c = condition(*self.embedders, sigma, prompt_embeds.to(self.dtype), mask)
+        return Modulation(c, tuple((mod_x(c), mod_y(c)) for mod_x, mod_y in self.layers))
 
 
 class ModulationTable:

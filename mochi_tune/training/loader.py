@@ -5,12 +5,15 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import DataError
+from mochi_tune.models.dit import Modulation
 from mochi_tune.training.draws import Draws, KeyedDraws, keyed_generator
 
 # A run stops when more than this share of its clips, and more than one clip, are damaged.
@@ -93,19 +96,87 @@ class ClipLoader:
         self.log(f"quarantined, another clip takes its place: {str(error).partition('; data.damaged')[0]}")
 
 
-class Prefetcher:
-    """Loads micro-batches in a background thread, one ahead of the training."""
+@dataclass(frozen=True)
+class Inputs:
+    """What the model gets of one micro-batch of B samples, and what its velocity is compared with.
 
-    def __init__(self, load: Callable[[int, int], MicroBatch], keys: Iterable[tuple[int, int]]) -> None:
+    Attributes:
+        clips: path of each sample's clip.
+        sigma: noise level of each sample, (B,), on the CPU.
+        mask: of the prompts, (B, L), on the CPU, where the model reads it without waiting for the GPU.
+        dropout_seed: for the adapter's dropout.
+        noisy: latents, (B, C, T, h, w); these and all below are on the device when a step gets them.
+        target: velocity, (B, C, T, h, w).
+        prompt: embeddings, (B, L, D).
+        weight: of each sample's loss, (B,).
+        modulation: of the model's blocks; None where the model computes it.
+    """
+
+    clips: list[str]
+    sigma: Tensor
+    mask: Tensor
+    dropout_seed: int
+    noisy: Tensor
+    target: Tensor
+    prompt: Tensor
+    weight: Tensor
+    modulation: Modulation | None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Inputs":
+        """Returns the inputs with all tensors for the device moved by a function."""
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in ("noisy", "target", "prompt", "weight")}
+        if self.modulation is not None:
+            blocks = tuple((move(mod_x), move(mod_y)) for mod_x, mod_y in self.modulation.blocks)
+            moved["modulation"] = Modulation(move(self.modulation.c), blocks)
+        return replace(self, **moved)
+
+
+class DeviceCopier:
+    """Copies inputs to a GPU beside its arithmetic: from pinned memory, on a stream of its own; a CPU needs no copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, inputs: Inputs) -> tuple[Inputs, Any]:
+        """Starts to copy; returns the copies and the event that says that they have arrived."""
+        if self.stream is None:
+            return inputs, None
+        with torch.cuda.stream(self.stream):
+            moved = inputs.moved(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True))
+            return moved, self.stream.record_event()
+
+    def receive(self, inputs: Inputs, arrived: Any) -> Inputs:
+        """Makes the current stream wait for the copies, and the copies' memory wait for it."""
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrived)
+
+            def hold(tensor: Tensor) -> Tensor:
+                tensor.record_stream(current)
+                return tensor
+
+            inputs.moved(hold)
+        return inputs
+
+
+class Prefetcher:
+    """Makes the inputs of micro-batches in a background thread, one ahead of the training."""
+
+    def __init__(
+        self, load: Callable[[int, int], Inputs], keys: Iterable[tuple[int, int]], device: torch.device
+    ) -> None:
         """Prepares to load.
 
         Args:
-            load: loads a micro-batch by its step and number.
+            load: makes the inputs of a micro-batch, by its step and number, on the CPU.
             keys: step and number of every micro-batch that will be asked for, in order.
+            device: of the training.
         """
         self._load = load
         self._keys = keys
-        self._queue: queue.Queue[MicroBatch | Exception] = queue.Queue(maxsize=1)
+        self._copier = DeviceCopier(device)
+        self._queue: queue.Queue[tuple[Inputs, Any] | Exception] = queue.Queue(maxsize=1)
         self._is_closed = False
         # A daemon: a read that hangs must not keep a process alive that was asked to stop.
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -119,8 +190,8 @@ class Prefetcher:
         with contextlib.suppress(queue.Empty):
             self._queue.get_nowait()
 
-    def take(self, count: int, while_waiting: Callable[[], None]) -> Iterator[MicroBatch]:
-        """Yields the next micro-batches.
+    def take(self, count: int, while_waiting: Callable[[], None]) -> Iterator[Inputs]:
+        """Yields the inputs of the next micro-batches, on the device.
 
         Args:
             count: how many.
@@ -138,12 +209,12 @@ class Prefetcher:
                     while_waiting()
             if isinstance(item, Exception):
                 raise item
-            yield item
+            yield self._copier.receive(*item)
 
     def _run(self) -> None:
         for step, micro_batch in self._keys:
             try:
-                item: MicroBatch | Exception = self._load(step, micro_batch)
+                item: tuple[Inputs, Any] | Exception = self._copier.send(self._load(step, micro_batch))
             except Exception as error:  # noqa: BLE001 - raised where the micro-batch is taken
                 item = error
             self._queue.put(item)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.adapters.lora import LayerSettings, check_start, linear_shapes
@@ -18,9 +19,11 @@ from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.dit import AsymmetricJointBlock
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.parallel.mesh import Layout, training_layout
-from mochi_tune.parallel.precision import check_precision
+from mochi_tune.parallel.modulation import apply_host_modulation
+from mochi_tune.parallel.precision import apply_precision, check_precision
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
@@ -87,6 +90,15 @@ class TrainPlan:
     def precision(self) -> str:
         """Of the base's large matrices: "bf16", which is as model.dtype, or what they are rounded to."""
         return self.config.model.precision or "bf16"
+
+    def shrink_block(self, _dit: nn.Module, block: nn.Module) -> None:
+        """Makes a block small as soon as it is read: modulation goes to host memory, large matrices to fewer bits."""
+        assert isinstance(block, AsymmetricJointBlock)
+        if (
+            self.config.parallel.strategy != "zero3"
+        ):  # It splits all weights, and wants the same passes of all processes.
+            apply_host_modulation(block)
+        apply_precision(block, self.precision)
 
     @property
     def is_compiled(self) -> bool:

@@ -3,10 +3,10 @@
 import contextlib
 import faulthandler
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -22,55 +22,17 @@ from mochi_tune.files import load_tensors, make_writable_folder
 from mochi_tune.training import checkpoint
 from mochi_tune.training.accelerator import AdapterOptimizer, ZeroOptimizer, broadcast
 from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot, check_free_space, copy_to_cpu
+from mochi_tune.training.draws import Draws
 from mochi_tune.training.ema import EMA
 from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
 from mochi_tune.training.interrupts import Interrupted, StopAndSaveSignals
-from mochi_tune.training.loader import ClipLoader, MicroBatch, Prefetcher
+from mochi_tune.training.loader import ClipLoader, Inputs, Prefetcher
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, adapter_metadata
 from mochi_tune.training.resume import ResumePoint, check_rows, resume
 from mochi_tune.training.run_folder import RunLock
+from mochi_tune.training.step_result import MicroBatchResult, StepResult, merge_parts
 from mochi_tune.training.trackers import Trackers
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step over all processes, before its update.
-
-    Attributes:
-        step: from 1.
-        loss: weighted mean over the samples.
-        grad_norm: of the averaged gradients, before they are clipped.
-        learning_rate: of the update.
-        clips: path of each sample's clip.
-        sigmas: noise level of each sample.
-        stop_signal: that a process received, 0 for none.
-        save_requested: whether a process received SIGUSR1.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    clips: list[str]
-    sigmas: list[float]
-    stop_signal: int
-    save_requested: bool
-
-
-@dataclass(frozen=True)
-class MicroBatchResult:
-    """What a process computed of one micro-batch of B samples.
-
-    Attributes:
-        loss: weighted mean over the samples, a tensor () without its graph.
-        clips: path of each sample's clip.
-        sigma: noise levels, (B,).
-    """
-
-    loss: Tensor
-    clips: list[str]
-    sigma: Tensor
 
 
 @contextlib.contextmanager
@@ -160,8 +122,19 @@ class Run:
             self.exit_code = 0 if self.is_complete else 128 + stop_signal
             return True
 
-    def restore_and_start(self, optimizer: AdapterOptimizer | ZeroOptimizer, ema: EMA | None) -> None:
+    def restore_and_start(
+        self,
+        optimizer: AdapterOptimizer | ZeroOptimizer,
+        ema: EMA | None,
+        make_inputs: Callable[[Mapping[str, Any], Draws], Inputs],
+    ) -> None:
         """Loads a checkpoint's adapter, optimizer state and EMA, if any, and starts reading clips and catching signals.
+
+        Args:
+            optimizer: of the adapter.
+            ema: of the adapter, where there is one.
+            make_inputs: makes what the model gets of collated clips and the random numbers for them; it runs in the
+                background, a micro-batch ahead of the step.
 
         Raises:
             CheckpointError: the checkpoint belongs to another adapter or optimizer.
@@ -186,7 +159,11 @@ class Run:
         remaining = range(self.step + 1, train.steps + 1)
         keys = ((step, number) for step in remaining for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
-        self._prefetcher = self._resources.enter_context(Prefetcher(loader.load, keys))
+
+        def load(step: int, number: int) -> Inputs:
+            return make_inputs(*loader.load(step, number))
+
+        self._prefetcher = self._resources.enter_context(Prefetcher(load, keys, plan.device))
         bar = tqdm(total=train.steps, initial=self.step, desc="train", unit="step", disable=not is_main)
         self._progress = self._resources.enter_context(bar)
 
@@ -196,8 +173,8 @@ class Run:
             self._started = time.perf_counter()
             yield self.step + 1
 
-    def micro_batches(self) -> Iterator[MicroBatch]:
-        """Yields this process's micro-batches of the next step: collated clips, and the random numbers for them.
+    def micro_batches(self) -> Iterator[Inputs]:
+        """Yields what the model gets of each of this process's micro-batches of the next step.
 
         Raises:
             DataError: a clip is damaged.
@@ -243,7 +220,7 @@ class Run:
         spike = {"spike": self._verdict} if self._verdict else {}
         if self.metrics is not None and self.trackers is not None:
             drawn = {"clips": result.clips, "sigmas": result.sigmas}
-            self.metrics.log(_metrics_row(result) | {"seconds": seconds} | spike | drawn)
+            self.metrics.log(result.numbers | {"seconds": seconds} | spike | drawn)
             self.trackers.check()
         if spike:
             self._progress.write(f"step {self.step}: a loss of {result.loss:.4f}, far above the usual: {self._verdict}")
@@ -356,7 +333,7 @@ class Run:
             excess = f", a loss of {self._guard.excess(result.loss):.0f} times the usual"
             way_on = "resume=force and train.spike_policy=skip"
         facts = {
-            **_metrics_row(result), "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
+            **result.numbers, "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
             "seed": self.plan.config.seed, "draws": asdict(self.plan.draws),
         }  # fmt: skip
         bundle = write_bundle(self.run_dir / "bundles", facts, weights, config_yaml(self.plan.config))
@@ -373,23 +350,3 @@ class Run:
 def is_due(step: int, every: int, num_steps: int) -> bool:
     """Whether something that is done every so many steps, and at the last one, is done at this one; 0 is never."""
     return step == num_steps or (every > 0 and step % every == 0)
-
-
-def merge_parts(
-    gathered: list[dict[int, tuple[float, list[str], list[float]]]],
-) -> tuple[float, list[str], list[float]]:
-    """Returns the mean loss, the clips and the sigmas of a step, in the order of its samples.
-
-    Args:
-        gathered: of each process, by the number of a micro-batch: its loss, its clips and its sigmas. Processes that
-            share the tokens of a micro-batch have the same.
-    """
-    parts = [part for _, part in sorted({n: part for one in gathered for n, part in one.items()}.items())]
-    loss = sum(value for value, _, _ in parts) / len(parts)
-    return loss, [c for _, clips, _ in parts for c in clips], [round(s, 6) for _, _, sigmas in parts for s in sigmas]
-
-
-def _metrics_row(result: StepResult) -> dict[str, float]:
-    return {
-        "step": result.step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate,
-    }  # fmt: skip

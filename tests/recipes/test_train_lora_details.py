@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers_adapters import settings_of
+from helpers_golden import TOLERANCE, relative_error
 from helpers_road import prepared, read_rows, road
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.config.load import load_config, weights_folder
@@ -57,7 +59,7 @@ def recorded_step(run_dir, monkeypatch, *more: str) -> tuple[KeyedDraws, dict, l
 
     def record_input(module, inputs):
         if isinstance(module, AsymmDiT):
-            seen.append(dict(zip(("noisy", "sigma", "prompt", "mask"), inputs, strict=True)))
+            seen.append(dict(zip(("noisy", "sigma", "prompt", "mask", "modulation"), inputs, strict=True)))
 
     monkeypatch.setattr(train_lora, "velocity_loss", record_loss)
     hook = register_module_forward_pre_hook(record_input)
@@ -78,6 +80,7 @@ def test_a_step_mixes_what_was_drawn_for_its_clips_in_the_samplers_space(tmp_pat
     dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
     numbers = {entry.path: number for number, entry in enumerate(dataset.cache.rows)}
     assert len(seen) == 3
+    base = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).load_dit(CPU, torch.float32)
     for micro_batch, got in enumerate(seen):
         drawn, rows = draws.draw(1, micro_batch, (12, 2, 4, 6)), slice(2 * micro_batch, 2 * micro_batch + 2)
         items = collate([dataset[numbers[clip]] for clip in row["clips"][rows]])
@@ -90,6 +93,10 @@ def test_a_step_mixes_what_was_drawn_for_its_clips_in_the_samplers_space(tmp_pat
         kept = ~drawn.drops_caption
         assert torch.equal(got["mask"], items["prompt_mask"] & kept[:, None])
         assert torch.equal(got["prompt"], items["prompt_embeds"] * kept[:, None, None])
+        # Computed in host memory before the step, by the base's own weights.
+        expected = base.modulation_of(base.condition(sigma, got["prompt"], got["mask"]))
+        for ours, theirs in zip(tree_leaves(got["modulation"]), tree_leaves(expected), strict=True):
+            assert relative_error(ours, theirs) <= TOLERANCE
     assert len({tuple(got["mask"].any(1).tolist()) for got in seen}) > 1, "some captions are dropped, some kept"
 
 
