@@ -50,7 +50,8 @@ class _Compiler:
     def compiled(self, function: BlockFunction) -> BlockFunction:
         if function not in self.functions:
             fast = torch.compile(function, backend=self.backend)
-            self.functions[function] = functools.partial(self._call, fast, function)
+            # No partial: one of a partial would be taken apart.
+            self.functions[function] = lambda block, *inputs: self._call(fast, function, block, *inputs)
         return self.functions[function]
 
     def _call(

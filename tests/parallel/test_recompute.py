@@ -2,39 +2,17 @@
 
 import pytest
 import torch
-from helpers_adapters import settings_of
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE, relative_error
+from helpers_step import CONFIG, build, step
 from torch._dynamo.utils import counters
 
 from mochi_tune.adapters.layers import LoraLayer
-from mochi_tune.adapters.lora import apply_adapter, apply_lora, linear_shapes, lora_parameters, switch_adapters
-from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.adapters.lora import apply_adapter, linear_shapes, switch_adapters
+from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.recompute import POLICIES, apply_activation_checkpointing
 
-CONFIG = DiTConfig(depth=3, num_heads=4, hidden_size_x=64, hidden_size_y=32, t5_feat_dim=16)
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
-def build(dropout: float = 0.0, layers: str = "") -> AsymmDiT:
-    torch.manual_seed(0)
-    dit = AsymmDiT(CONFIG)
-    apply_lora(dit, settings_of([name for name in linear_shapes(dit) if layers in name], 3, 6, dropout), seed=1)
-    for i, parameter in enumerate(lora_parameters(dit).values()):
-        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.1
-        parameter.requires_grad_(True)
-    return dit.train()
-
-
-def step(dit: AsymmDiT, num_latent_frames: int = 2, text_length: int = 5, lengths=None) -> list[torch.Tensor]:
-    """Returns the velocity of a step and the gradient of every adapter parameter."""
-    generator, rows = torch.Generator().manual_seed(1), len(lengths or [0])
-    latents = torch.randn(rows, 12, num_latent_frames, 4, 6, generator=generator)
-    embeds = torch.randn(rows, text_length, 16, generator=generator)
-    mask = torch.arange(text_length) < torch.tensor(lengths or [text_length])[:, None]
-    torch.manual_seed(2)
-    velocity = dit(latents, torch.full((rows,), 0.3), embeds, mask)
-    return [velocity.detach(), *torch.autograd.grad(velocity.square().mean(), list(lora_parameters(dit).values()))]
 
 
 class Count(torch.utils._python_dispatch.TorchDispatchMode):
