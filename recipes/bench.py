@@ -2,8 +2,6 @@
 
 import functools
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -12,10 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.nn.attention import sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -23,20 +18,36 @@ from mochi_tune import assets
 from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import LayerSettings, apply_lora, linear_shapes, lora_parameters
 from mochi_tune.errors import ConfigError
-from mochi_tune.models.device import DTYPES, find_device, peak_gib, reset_peak, synchronize
-from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
 from mochi_tune.models.flops import dit_flops
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
-from mochi_tune.models.layers import hidden_width
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
-from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
+from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import NEEDS, apply_precision, check_precision
-from mochi_tune.parallel.recompute import POLICIES, apply_activation_checkpointing
-from mochi_tune.sampling.render import ATTENTION_KERNELS, Setup, choose_guide, decoded_frames, prepare_dit
+from mochi_tune.parallel.recompute import POLICIES
+from mochi_tune.recipes.measuring import (
+    ATTENTION_BACKWARD,
+    CPU_TOKENS,
+    fastest,
+    measure_attention_backward,
+    measure_rates,
+    most,
+    timed,
+    total,
+)
+from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, prepare_dit
 from mochi_tune.sampling.sampler import PRESETS, draw_noise, sample_latents
-from mochi_tune.training.memory_plan import free_bytes, recompute_policies, weight_bytes
+from mochi_tune.training.loader import Inputs
+from mochi_tune.training.memory_plan import (
+    MemoryPlan,
+    bytes_on_device,
+    free_bytes,
+    recompute_policies,
+    weight_bytes,
+)
 from mochi_tune.training.objective import velocity_loss
 from mochi_tune.training.optim import build_optimizer
 from mochi_tune.weights.configs import read_official_config
@@ -47,13 +58,8 @@ MODELS = ("mochi_1", "toy", "tiny")
 PROMPT_TOKENS = 256
 # Of a training's caption, and the rank of its adapter.
 CAPTION_TOKENS, TRAIN_RANK = 128, 16
-# Products of attention's backward pass, of which it computes the scores again, over the two of its forward pass.
-ATTENTION_BACKWARD = 2.5
 # What a CPU does of the model, of which it says so.
 CPU_DEPTH = 1
-# Seconds that each rate is measured for, and the most tokens that it is measured with on a CPU.
-RATE_SECONDS = 1.0
-CPU_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Bench:
         compile: None is what `sample` and `train` do by default.
         recompute: of `train`, as train.recompute.
         precision: of `train`, as model.precision.
+        activations: of `train`, as memory.activations.
     """
 
     what: str
@@ -82,6 +89,7 @@ class Bench:
     compile: bool | None = None
     recompute: str = "auto"
     precision: str = "bf16"
+    activations: str = "keep"
 
 
 def main(bench: Bench) -> dict[str, Any]:
@@ -132,7 +140,9 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     num_tokens = num_visual_tokens(bench)
     layout = choose_layout(num_ranks, config, 1, num_tokens, True, {"data": 1})
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
-    setup = Setup(device, DTYPES[bench.dtype], bench.dit, mesh, bool(bench.compile))
+    setup = Setup(
+        device, DTYPES[bench.dtype], "offload" if bench.dit == "stream" else bench.dit, mesh, bool(bench.compile)
+    )
     with torch.device("meta"):
         adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0)} if bench.lora_rank else {}
     dit = prepare_dit(functools.partial(build_random_model, config), adapters, setup)
@@ -143,7 +153,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     seconds, peak = timed(lambda: next(steps), bench.repeats, device)
     # Two passes a step.
     matrix, attention = (2 * flops for flops in dit_flops(config, num_tokens, PROMPT_TOKENS))
-    matrix_rate, attention_rate = measure_rates(bench, config, num_tokens, device)
+    matrix_rate, attention_rate = measure_rates(config, num_tokens, device, setup.dtype, bench.dit == "fp8")
     floor = (matrix / matrix_rate + attention / attention_rate) / num_ranks
     return {
         "full_depth": full_depth,
@@ -163,23 +173,34 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
     dtype, num_tokens = DTYPES[bench.dtype], num_visual_tokens(bench)
     is_compiled = device.type == "cuda" if bench.compile is None else bench.compile
+    is_streamed = bench.dit in ("stream", "offload")
     with torch.device("meta"):
         weights = weight_bytes(AsymmDiT(config), dtype, bench.precision)
-    policies = recompute_policies(bench.recompute, config, num_tokens, weights, free_bytes(device), is_compiled)
-    dit = build_random_model(config, device, dtype, each_block=lambda _, block: apply_precision(block, bench.precision))
+    on_device = bytes_on_device(weights, config, is_streamed)
+    policies = recompute_policies(bench.recompute, config, num_tokens, on_device, free_bytes(device), is_compiled)
+    memory = MemoryPlan(policies, is_compiled, is_streamed, bench.activations == "offload")
+
+    def shrink(_: AsymmDiT, block: AsymmetricJointBlock) -> None:
+        apply_host_modulation(block)
+        apply_precision(block, bench.precision)
+
+    dit = build_random_model(config, "cpu" if is_streamed else device, dtype, shrink)
+    prompt, mask = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim), torch.ones(1, CAPTION_TOKENS, dtype=torch.bool)
+    sigma, modulate = torch.tensor([0.5]), HostModulation(dit)
+    ahead = fastest(lambda: modulate(sigma, prompt, mask), torch.device("cpu"))
     settings = LayerSettings(bench.lora_rank or TRAIN_RANK, float(bench.lora_rank or TRAIN_RANK))
     apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
-    apply_activation_checkpointing(dit, policies)
-    if is_compiled:
-        apply_compilation(dit, tqdm.write)
+    memory.apply(dit, device, tqdm.write)
     parameters = lora_parameters(dit)
     optimizer = build_optimizer("adamw", parameters, 2e-4, 0.01, 1.0, device.type)
-    noisy, target = torch.randn(2, 1, *latent_shape(bench.num_frames, bench.height, bench.width), device=device)
-    prompt = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim, device=device, dtype=dtype)
-    sigma, mask = torch.tensor([0.5], device=device), torch.ones(1, CAPTION_TOKENS, dtype=torch.bool)
+    noisy, target = torch.randn(2, 1, *latent_shape(bench.num_frames, bench.height, bench.width))
+    modulation = modulate(sigma, prompt, mask)
+    weight = torch.ones(1)
+    inputs = Inputs([], sigma, mask, 0, noisy, target, prompt, weight, modulation).moved(lambda x: x.to(device))
 
     def step() -> None:
-        velocity_loss(dit(noisy, sigma, prompt, mask), target).mean().backward()
+        velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
+        (velocity_loss(velocity, inputs.target) * inputs.weight).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,8 +209,8 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     first, _ = timed(step, 1, device, num_warm_up=0)
     seconds, peak = timed(step, bench.repeats, device)
     matrix, attention = dit_flops(config, num_tokens, CAPTION_TOKENS)
-    matrix_rate, attention_rate = measure_rates(bench, config, num_tokens, device)
-    backward_rate = measure_attention_backward(bench, config, num_tokens, device)
+    matrix_rate, attention_rate = measure_rates(config, num_tokens, device, dtype, bench.precision == "fp8")
+    backward_rate = measure_attention_backward(config, num_tokens, device, dtype)
     # Frozen weights have no gradient: of a product, the backward pass is one more, and so is what is recomputed.
     num_products = [3 if policy != "none" else 2 for policy in policies]
     num_attentions = [2 if policy == "block" else 1 for policy in policies]
@@ -208,6 +229,8 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
         "blocks_that_keep_attention": policies.count("attention"),
         "seconds_per_step": seconds,
         "first_step_seconds": first,
+        # In the background of the step before.
+        "modulation_seconds": round(ahead, 4),
         "num_graphs": counters["stats"]["unique_graphs"],
         "peak_gib": peak,
         **shares(work, seconds, floor, 1),
@@ -258,7 +281,7 @@ def vae_figures(
         run()
     flops = total(counter.get_total_flops(), num_ranks)
     seconds, peak = timed(run, bench.repeats, device, num_warm_up=0)
-    matrix_rate, _ = measure_rates(bench, sizes(bench.model, "dit"), CPU_TOKENS, device)
+    matrix_rate, _ = measure_rates(sizes(bench.model, "dit"), CPU_TOKENS, device, DTYPES[bench.dtype])
     return {
         "full_depth": full_depth,
         "is_reduced": config.num_res_blocks != full_depth,
@@ -304,89 +327,3 @@ def random_layers(dit: AsymmDiT, lora_rank: int) -> dict[str, LoraLayer]:
             )
             for name, (num_out, num_in) in shapes.items()
         }
-
-
-def timed(run: Callable[[], object], repeats: int, device: torch.device, num_warm_up: int = 1) -> tuple[float, float]:
-    """Returns the median seconds of some runs, and the peak memory of all of them, in GiB."""
-    reset_peak(device)
-    seconds = []
-    is_quiet = dist.is_initialized() and dist.get_rank() > 0
-    for i in tqdm(range(num_warm_up + repeats), "bench", leave=False, disable=is_quiet, file=sys.stderr):
-        synchronize(device)
-        if dist.is_initialized():
-            dist.barrier()
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        if i >= num_warm_up:
-            seconds.append(time.perf_counter() - started)
-    return round(statistics.median(seconds), 4), peak_gib(device)
-
-
-def measure_rates(bench: Bench, config: DiTConfig, num_tokens: int, device: torch.device) -> tuple[float, float]:
-    """Returns the FLOPs a second that this device does here and now, in the model's widest product and in attention."""
-    num_tokens = min(num_tokens, CPU_TOKENS) if device.type == "cpu" else num_tokens
-    dim, dtype = config.hidden_size_x, DTYPES[bench.dtype]
-    x = torch.randn(num_tokens, dim, device=device, dtype=dtype)
-    w = torch.randn(2 * hidden_width(dim, config.mlp_ratio_x), dim, device=device, dtype=dtype)
-    multiply: Callable[[], Tensor] = functools.partial(F.linear, x, w)
-    if (
-        "fp8" in (bench.dit, bench.precision)
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 9)
-    ):
-        x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-        ones = torch.ones(num_tokens, 1, device=device), torch.ones(1, len(w), device=device)
-        multiply = functools.partial(torch.ops.aten._scaled_mm, x8, w8.t(), *ones, out_dtype=dtype)
-    q = torch.randn(1, config.num_heads, num_tokens, dim // config.num_heads, device=device, dtype=dtype)
-
-    def compute_attention() -> Tensor:
-        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
-            return F.scaled_dot_product_attention(q, q, q)
-
-    return (
-        2.0 * num_tokens * dim * len(w) / fastest(multiply, device),
-        4.0 * num_tokens**2 * dim / fastest(compute_attention, device),
-    )
-
-
-def measure_attention_backward(bench: Bench, config: DiTConfig, num_tokens: int, device: torch.device) -> float:
-    """Returns the FLOPs a second of attention's backward pass here and now."""
-    num_tokens = min(num_tokens, CPU_TOKENS) if device.type == "cpu" else num_tokens
-    shape = (1, config.num_heads, num_tokens, config.hidden_size_x // config.num_heads)
-    q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[bench.dtype], requires_grad=True) for _ in range(3))
-    with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v)
-    gradient = torch.randn_like(out)
-    seconds = fastest(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), device)
-    return ATTENTION_BACKWARD * 4.0 * num_tokens**2 * config.hidden_size_x / seconds
-
-
-@torch.no_grad()
-def fastest(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the seconds of the fastest of some runs."""
-    best, begun = float("inf"), time.perf_counter()
-    run()
-    while best == float("inf") or time.perf_counter() - begun < RATE_SECONDS:
-        synchronize(device)
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def most(value: float, num_ranks: int) -> float:
-    """Returns the largest of all ranks' values."""
-    return value if num_ranks == 1 else _over_ranks(value, dist.ReduceOp.MAX)
-
-
-def total(value: float, num_ranks: int) -> float:
-    """Returns the sum of all ranks' values."""
-    return float(value) if num_ranks == 1 else _over_ranks(value, dist.ReduceOp.SUM)
-
-
-def _over_ranks(value: float, operation: dist.ReduceOp.RedOpType) -> float:
-    joined = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(joined, op=operation)
-    return joined.item()

@@ -67,7 +67,8 @@ def main(config: RunConfig) -> Iterator[Path]:
     for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)
     mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds) if num_processes > 1 else None
-    setup = Setup(device, dtype, config.memory.dit, mesh, config.sample.compile)
+    residency = "offload" if config.memory.dit == "stream" else config.memory.dit
+    setup = Setup(device, dtype, residency, mesh, config.sample.compile)
     mine = plan.requests if mesh is None else plan.requests[mesh.data_rank :: plan.layout.data]
     usage = Usage(device, write_line)
     write_line("; ".join(f"adapter {a.path} x {a.strength}" for a in plan.adapters) or "no adapter: the base")

@@ -14,11 +14,9 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import apply_lora, load_start_adapter, lora_parameters
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.models.device import DTYPES
-from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.parallel.modulation import HostModulation
-from mochi_tune.parallel.recompute import apply_activation_checkpointing
 from mochi_tune.training.accelerator import build_accelerator, prepare
 from mochi_tune.training.draws import Draws, key_seed
 from mochi_tune.training.ema import EMA
@@ -64,7 +62,8 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
 
     # Model. One large model at a time: T5 is freed before the DiT is loaded.
     eval_prompts = encode_eval_prompts(plan)
-    dit = plan.weights.load_dit(device, DTYPES[config.model.dtype], plan.shrink_block)
+    where = "cpu" if plan.memory.is_streamed else device
+    dit = plan.weights.load_dit(where, DTYPES[config.model.dtype], plan.shrink_block)
     modulate = HostModulation(dit)
 
     # Adapter. Where the run resumes, `restore_and_start` loads its weights below.
@@ -73,13 +72,11 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         load_start_adapter(dit, plan.start_adapter.layers)
     parameters = lora_parameters(dit)
 
-    # Memory and parallelism.
-    apply_activation_checkpointing(dit, plan.recompute)
+    # Parallelism and memory.
     if plan.layout.context > 1:
         mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds)
         apply_context_parallel(dit, mesh.context_group)
-    if plan.is_compiled:
-        apply_compilation(dit, tqdm.write, only_training=True)
+    plan.memory.apply(dit, device, tqdm.write)
 
     # Optimizer.
     optimizer = build_optimizer(

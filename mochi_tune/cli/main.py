@@ -283,6 +283,7 @@ def run_bench(arguments: list[str]) -> int:
 
     if options["compile"] not in ("true", "false", "auto"):
         raise ConfigError(f"compile={options['compile']} is not possible: use true, false or auto.")
+    memory = load_config("base", [f"memory={options['memory']}"]).memory
     bench = Bench(
         what=options["what"],
         model=options["model"],
@@ -292,7 +293,8 @@ def run_bench(arguments: list[str]) -> int:
         height=whole_number("height", options["height"], 1),
         width=whole_number("width", options["width"], 1),
         repeats=whole_number("repeats", options["repeats"], 1),
-        dit=load_config("base", [f"memory={options['memory']}"]).memory.dit,
+        dit=memory.dit,
+        activations=memory.activations,
         depth=None if options["depth"] == "all" else whole_number("depth", options["depth"], 1),
         lora_rank=whole_number("lora_rank", options["lora_rank"], 0),
         compile={"true": True, "false": False}.get(options["compile"]),

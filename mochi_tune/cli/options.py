@@ -55,7 +55,7 @@ BENCH_OPTIONS = {
     "num_frames": ("37", "frames, 6k+1"),
     "height": ("480", "pixels"),
     "width": ("848", "pixels"),
-    "memory": ("80gb", "80gb, 48gb or 24gb: of the GPU"),
+    "memory": ("80gb", "80gb, 48gb, 24gb, 16gb or 12gb: of the GPU"),
     "device": ("auto", "cpu, cuda or auto"),
     "dtype": ("bf16", "fp32 or bf16"),
     "depth": ("all", "blocks of the DiT, or of each level of the VAE; on a CPU 1 if not given"),

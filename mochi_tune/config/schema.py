@@ -239,14 +239,17 @@ class ParallelConfig(Section):
 
 
 class MemoryConfig(Section):
-    """Where the DiT's weights are while it samples and how precise they are; how the decoder tiles a video."""
+    """Where the DiT's weights are and how precise they are while it samples; what `train` keeps in host memory."""
 
     RESUME = "free"
 
-    dit: Literal["resident", "int8", "fp8", "offload", "shard"] = setting(
+    dit: Literal["resident", "int8", "fp8", "offload", "stream", "shard"] = setting(
         "resident",
-        "resident: on the GPU; int8, fp8: there in 8 bits; offload: on the CPU, two blocks at a time on the GPU; "
-        "shard: split over the GPUs of a video",
+        "resident: on the GPU; int8, fp8: there in 8 bits, in `train` as resident; offload, stream: in host memory, a "
+        "few blocks at a time on the GPU; shard: split over the GPUs of a video",
+    )
+    activations: Literal["keep", "offload"] = setting(
+        "keep", "of `train`; offload: what the backward pass needs of each block waits in host memory"
     )
     tiles: list[Whole] | None = setting(
         None, "[rows, columns]: the decoder works on tiles, in less memory, with faint seams; null: exact"

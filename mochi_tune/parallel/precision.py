@@ -6,7 +6,7 @@ from torch import nn
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear
 
-# The visual stream's: 7.1 of the 7.3 billion numbers besides modulation. The few text tokens multiply as they are.
+# The visual stream's: 5.4 of the 7.2 billion numbers besides modulation. The few text tokens multiply as they are.
 LARGE_LAYERS = ("attn.qkv_x", "attn.proj_x", "mlp_x.w1", "mlp_x.w2")
 # Compute capability that each needs.
 NEEDS = {"fp8": (8, 9), "int8": (8, 0), "nf4": (7, 5)}

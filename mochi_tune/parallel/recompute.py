@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mochi_tune.models.dit import AsymmDiT
@@ -28,12 +29,21 @@ def block_function(block: nn.Module) -> BlockFunction:
     return forward.func if isinstance(forward, functools.partial) else type(block).forward
 
 
-def apply_activation_checkpointing(dit: AsymmDiT, policies: Sequence[str]) -> None:
-    """Makes each block keep for the backward pass what its policy says, one of POLICIES a block."""
+def apply_activation_checkpointing(dit: AsymmDiT, policies: Sequence[str], inputs: "HostInputs | None" = None) -> None:
+    """Makes each block keep for the backward pass what its policy says.
+
+    Args:
+        dit: the model.
+        policies: of each block, one of POLICIES.
+        inputs: where the checkpointed blocks' visual inputs wait for the backward pass; None: on the device.
+    """
     for block, policy in zip(dit.blocks, policies, strict=True):
         assert policy in POLICIES, policy
-        if policy != "none":
-            block.forward = functools.partial(_checkpointed(block_function(block), policy), block)
+        if policy == "none":
+            continue
+        function = block_function(block)
+        checkpointed = _checkpointed(function, policy) if inputs is None else _waiting(function, policy, inputs)
+        block.forward = functools.partial(checkpointed, block)
 
 
 @functools.cache
@@ -44,6 +54,86 @@ def _checkpointed(function: BlockFunction, policy: str) -> BlockFunction:
         return checkpoint(function, block, *inputs, use_reentrant=False, **more)
 
     return checkpointed
+
+
+@functools.cache
+def _waiting(function: BlockFunction, policy: str, inputs: "HostInputs") -> BlockFunction:
+    def from_host(block: nn.Module, number: int, *others: Any) -> Any:
+        # Selective checkpointing counts operations; those of a copy are none of the block's.
+        with _disable_current_modes():
+            x = inputs.get(number)
+        return function(block, x, *others)
+
+    def waiting(block: nn.Module, x: Tensor, *others: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(block, x, *others)
+        number = inputs.put(x)
+        # The graph of this pass hangs on x; the recomputation gets a copy that only takes its place.
+        out = _checkpointed(from_host, policy)(block, number, *others)
+        inputs.send(number)
+        return out
+
+    return waiting
+
+
+class HostInputs:
+    """Visual inputs of blocks, which wait in host memory from a block's forward to its backward pass.
+
+    On the way back, the input of the block that comes next is fetched while a block computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = device
+        # By number, from 0 in each pass: on the device, in host memory, and on the device again.
+        self.given: dict[int, Tensor] = {}
+        self.waiting: dict[int, Tensor] = {}
+        self.fetched: dict[int, Tensor] = {}
+        self.needs_grad: dict[int, bool] = {}
+
+    def put(self, x: Tensor) -> int:
+        """Takes an input before its block's forward pass; returns its number."""
+        if not x.requires_grad or x.is_leaf:
+            # The first block of a pass; what a pass that was broken off has left is dropped.
+            for left in (self.given, self.waiting, self.fetched, self.needs_grad):
+                left.clear()
+        number = len(self.needs_grad)
+        self.given[number], self.needs_grad[number] = x, x.requires_grad
+        return number
+
+    def get(self, number: int) -> Tensor:
+        """Returns an input: itself in the forward pass, a copy from the host in the backward pass."""
+        if number in self.given:
+            return self.given[number]
+        if number not in self.fetched:
+            self._fetch(number)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        x = self.fetched.pop(number)
+        if self.stream is not None:
+            x.record_stream(torch.cuda.current_stream(self.device))
+        if number:
+            self._fetch(number - 1)
+        return x.requires_grad_(self.needs_grad[number])
+
+    def send(self, number: int) -> None:
+        """Sends an input to the host after its block's forward pass."""
+        x = self.given.pop(number).detach()
+        if self.stream is None:
+            self.waiting[number] = x.clone()
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.waiting[number] = host.copy_(x, non_blocking=True)
+        x.record_stream(self.stream)
+
+    def _fetch(self, number: int) -> None:
+        if self.stream is None:
+            self.fetched[number] = self.waiting.pop(number)
+            return
+        with torch.cuda.stream(self.stream):
+            self.fetched[number] = self.waiting.pop(number).to(self.device, non_blocking=True)
 
 
 def _keep_attention() -> Any:

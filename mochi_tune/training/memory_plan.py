@@ -1,10 +1,16 @@
-"""What a training step holds on its device, and which blocks may keep their attention for the backward pass."""
+"""What a training step holds on its device and in host memory, and how its blocks are arranged for that."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from mochi_tune.models.dit import DiTConfig
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.precision import LARGE_LAYERS
+from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpointing
+from mochi_tune.parallel.stream import NUM_BUFFERS, apply_streaming
 
 # Bytes that one block's forward and backward hold at a time, for each visual token and each number of its width.
 # Measured on an H200 at 37 and 163 frames: docs/benchmarks.md.
@@ -14,20 +20,72 @@ LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
 SPARE_BYTES = 2**30
 
 
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where a training has its blocks, and what it keeps of them for the backward pass; none of it changes a result.
+
+    Attributes:
+        recompute: what each block computes again, one of `parallel.recompute.POLICIES`.
+        is_compiled: whether the blocks are compiled.
+        is_streamed: whether the blocks' weights are in host memory.
+        offloads_inputs: whether the blocks' inputs wait in host memory for the backward pass.
+    """
+
+    recompute: list[str]
+    is_compiled: bool
+    is_streamed: bool
+    offloads_inputs: bool
+
+    def apply(self, dit: AsymmDiT, device: torch.device, log: Callable[[str], None]) -> None:
+        """Arranges the blocks of a model that has its adapter: on the device, or on the CPU where it is streamed."""
+        if self.is_compiled and self.is_streamed:
+            # A graph of what is between two copies; otherwise a graph partitions what is kept, too.
+            apply_compilation(dit, log, only_training=True)
+        if self.is_streamed:
+            apply_streaming(dit, device)
+        apply_activation_checkpointing(dit, self.recompute, HostInputs(device) if self.offloads_inputs else None)
+        if self.is_compiled and not self.is_streamed:
+            apply_compilation(dit, log, only_training=True)
+
+
+def check_host_memory(needed: int, available: int) -> None:
+    """Refuses weights in host memory that does not have them.
+
+    Raises:
+        ConfigError: naming what is needed.
+    """
+    if needed > available:
+        raise ConfigError(
+            f"host memory has {available / 2**30:.1f} GiB free, and {needed / 2**30:.1f} GiB of weights are to stay "
+            "there: free some, or use memory.dit=resident or model.precision=int8."
+        )
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Returns the free memory of a GPU; None for a CPU, whose memory is not counted."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def weight_bytes(dit: nn.Module, dtype: torch.dtype, precision: str = "bf16") -> int:
-    """Returns what a model's weights take in a dtype, its large matrices in a precision; on the meta device, too."""
+def weight_bytes(dit: AsymmDiT, dtype: torch.dtype, precision: str = "bf16") -> dict[str, int]:
+    """Returns the bytes of a model's "blocks", of their "modulation", and of the "rest"; on the meta device, too.
+
+    Args:
+        dit: the model.
+        dtype: of its weights.
+        precision: of its large matrices, see `parallel.precision`.
+    """
     rounded = {"fp8": 1.0, "int8": 1.0, "nf4": 0.57}.get(precision, dtype.itemsize)
-    return int(
-        sum(
-            parameter.numel() * (rounded if name.endswith(LARGE_WEIGHTS) else dtype.itemsize)
-            for name, parameter in dit.named_parameters()
-        )
-    )
+    sizes = {"blocks": 0.0, "modulation": 0.0, "rest": 0.0}
+    for name, parameter in dit.named_parameters():
+        part = "rest" if not name.startswith("blocks.") else "modulation" if ".mod_" in name else "blocks"
+        sizes[part] += parameter.numel() * (rounded if name.endswith(LARGE_WEIGHTS) else dtype.itemsize)
+    return {part: int(size) for part, size in sizes.items()}
+
+
+def bytes_on_device(weights: dict[str, int], config: DiTConfig, is_streamed: bool) -> int:
+    """Returns what `weight_bytes` has on the device: no modulation, and of streamed blocks the buffers."""
+    blocks = weights["blocks"] * min(NUM_BUFFERS, config.depth) // config.depth if is_streamed else weights["blocks"]
+    return blocks + weights["rest"]
 
 
 def recompute_policies(

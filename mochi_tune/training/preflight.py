@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -28,7 +29,14 @@ from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import held_out
-from mochi_tune.training.memory_plan import free_bytes, recompute_policies, weight_bytes
+from mochi_tune.training.memory_plan import (
+    MemoryPlan,
+    bytes_on_device,
+    check_host_memory,
+    free_bytes,
+    recompute_policies,
+    weight_bytes,
+)
 from mochi_tune.training.optim import check_installed
 from mochi_tune.training.run_folder import describe_environment
 from mochi_tune.training.trackers import check_trackers
@@ -100,26 +108,36 @@ class TrainPlan:
             apply_host_modulation(block)
         apply_precision(block, self.precision)
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the blocks are compiled: on a GPU unless it is switched off, and not where ZeRO-3 splits weights."""
-        wanted = self.config.train.compile
-        return (self.device.type == "cuda" if wanted is None else wanted) and self.config.parallel.strategy != "zero3"
-
     @cached_property
-    def recompute(self) -> list[str]:
-        """What each block of the model computes again in the backward pass."""
-        config, skeleton = self.config, self.weights.dit_skeleton()
-        data = config.data
+    def memory(self) -> MemoryPlan:
+        """Where the blocks are and what is kept of them: decided once, as free memory changes.
+
+        Raises:
+            ConfigError: host memory does not suffice, or streamed blocks are to be kept whole.
+        """
+        config, skeleton, is_gpu = self.config, self.weights.dit_skeleton(), self.device.type == "cuda"
+        data, train = config.data, config.train
+        is_zero3, is_streamed = config.parallel.strategy == "zero3", config.memory.dit in ("stream", "offload")
+        if is_streamed and (train.recompute == "none" or is_zero3):
+            other = "train.recompute=none keeps" if not is_zero3 else "parallel.strategy=zero3 splits"
+            raise ConfigError(
+                f"{other} the weights that memory.dit={config.memory.dit} takes from the GPU: leave one of them out."
+            )
+        is_compiled = (is_gpu if train.compile is None else train.compile) and not is_zero3
+        weights = weight_bytes(skeleton, DTYPES[config.model.dtype], self.precision)
+        if is_gpu:
+            needed = weights["modulation"] + (weights["blocks"] if is_streamed else 0)
+            check_host_memory(needed, psutil.virtual_memory().available)
         tokens = num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
-        return recompute_policies(
-            config.train.recompute,
+        recompute = recompute_policies(
+            train.recompute,
             skeleton.config,
-            tokens * config.train.batch_size // self.layout.context,
-            weight_bytes(skeleton, DTYPES[config.model.dtype], self.precision),
+            tokens * train.batch_size // self.layout.context,
+            bytes_on_device(weights, skeleton.config, is_streamed),
             free_bytes(self.device),
-            self.is_compiled,
+            is_compiled,
         )
+        return MemoryPlan(recompute, is_compiled, is_streamed, config.memory.activations == "offload")
 
     @property
     def environment(self) -> dict[str, object]:
@@ -171,7 +189,9 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
         settings["model.precision"] = None
     fingerprint = generator_fingerprint(config.seed)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
-    return TrainPlan(config, device, weights, dataset, held, layers, start_adapter, draws, identity, layout)
+    plan = TrainPlan(config, device, weights, dataset, held, layers, start_adapter, draws, identity, layout)
+    _ = plan.memory  # What does not fit is refused here.
+    return plan
 
 
 def _open_cache(config: RunConfig, weights: WeightsFolder) -> Cache:

@@ -10,7 +10,6 @@ from mochi_tune.config.explain import TYPE_NAMES, describe_limits
 from mochi_tune.config.load import load_config, packaged_folder
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import flat_settings, known_keys, resume_rule, sections
-from mochi_tune.parallel.memory import RESIDENCIES
 from mochi_tune.sampling.sampler import PRESETS
 from mochi_tune.training.accelerator import STRATEGIES
 from mochi_tune.training.guards import SPIKE_POLICIES
@@ -39,7 +38,6 @@ def test_every_default_is_an_allowed_value():
         ("train.schedule", SCHEDULES),
         ("train.spike_policy", SPIKE_POLICIES),
         ("parallel.strategy", STRATEGIES),
-        ("memory.dit", RESIDENCIES),
         ("sample.preset", PRESETS),
     ],
 )
@@ -90,7 +88,7 @@ def test_defaults_stand_in_the_schema_alone():
     decided = {
         "model": {"model.name", "model.weights", "model.dtype", "data.num_frames", "data.height", "data.width"},
         "lora": {"lora.targets"},
-        "memory": {"memory.dit"},
+        "memory": {"memory.dit", "memory.activations"},
         "parallel": {"parallel.strategy", "parallel.context"},
     }
     decided["model"] |= {"sample.steps", "sample.threshold", "sample.guidance"}

@@ -6,7 +6,7 @@ from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig, pack_prompts
 from mochi_tune.models.layers import RMSNorm, gated_residual, modulated_rms_norm
-from mochi_tune.parallel.memory import apply_activation_checkpointing
+from mochi_tune.parallel.recompute import apply_activation_checkpointing
 
 IO = vectors("dit_io")
 
@@ -129,7 +129,7 @@ def test_activation_checkpointing_changes_no_gradient():
         dit = golden_dit()
         dit.requires_grad_(True)
         if checkpointed:
-            apply_activation_checkpointing(dit)
+            apply_activation_checkpointing(dit, ["block"] * len(dit.blocks))
         dit(IO["z"], IO["sigma"], IO["y_feat"], IO["y_mask"]).square().mean().backward()
         gradients.append({name: p.grad for name, p in dit.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 40

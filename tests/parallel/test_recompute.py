@@ -1,5 +1,7 @@
 """Recomputing and compiling leave a training step's numbers as they are, and compile few graphs."""
 
+import weakref
+
 import pytest
 import torch
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE, relative_error
@@ -10,7 +12,7 @@ from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes, switch_adapters
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
-from mochi_tune.parallel.recompute import POLICIES, apply_activation_checkpointing
+from mochi_tune.parallel.recompute import POLICIES, HostInputs, apply_activation_checkpointing
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -34,6 +36,32 @@ def test_every_policy_gives_the_same_bits_with_dropout_too(policies):
     for case in ({}, {"text_length": 0}, {"lengths": [5, 2]}):
         for ours, theirs in zip(step(dit, **case), step(plain, **case), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", ["block", "attention"])
+def test_inputs_that_wait_in_host_memory_give_the_same_bits_and_leave_the_device(policy):
+    plain, dit, inputs = build(dropout=0.3, depth=5), build(dropout=0.3, depth=5), HostInputs(torch.device("cpu"))
+    apply_activation_checkpointing(dit, [policy] * 5, inputs)
+    for case in ({}, {"text_length": 0}, {"lengths": [5, 2]}):
+        for ours, theirs in zip(step(dit, **case), step(plain, **case), strict=True):
+            assert torch.equal(ours, theirs)
+    given = []
+    for block in dit.blocks:
+        block.register_forward_pre_hook(lambda _, arguments: given.append(weakref.ref(arguments[0])))
+    arguments = torch.randn(1, 12, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 5, 16), torch.ones(1, 5)
+    velocity = dit(*arguments)
+    assert len(given) == 5 and not any(reference() is not None for reference in given)
+    velocity.sum().backward()
+    assert not inputs.given and not inputs.waiting and not inputs.fetched
+    # A pass that is broken off leaves nothing that the next one would take for its own.
+    handle = dit.blocks[2].attn.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dit(*arguments)
+    handle.remove()
+    with torch.no_grad():
+        dit(*arguments)
+    for ours, theirs in zip(step(dit), step(plain), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_attention_is_computed_once_where_it_is_kept_and_twice_where_it_is_not():

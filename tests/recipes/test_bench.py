@@ -45,8 +45,15 @@ def test_steps_of_a_training_are_measured_and_runs_are_lines_of_one_file(tmp_pat
     whole, kept = (json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines())
     assert kept["lora_rank"] == 16 and kept["compile"] is False and kept["num_graphs"] == 0
     assert (whole["blocks_recomputed_whole"], kept["blocks_that_keep_attention"]) == (1, 1)
-    for figures in (whole, kept):
-        for key in ("seconds_per_step", "first_step_seconds", "peak_gib", "attention_backward_tflops_per_s"):
+    streamed = main(Bench("train", **SMALL, dit="stream", activations="offload", precision="int8", depth=2))
+    for figures in (whole, kept, streamed):
+        for key in (
+            "seconds_per_step",
+            "first_step_seconds",
+            "modulation_seconds",
+            "peak_gib",
+            "attention_backward_tflops_per_s",
+        ):
             assert figures[key] > 0
         assert figures["tflops_per_s"] > 0
 
@@ -68,5 +75,5 @@ def test_what_cannot_be_measured_is_refused():
     ):
         with pytest.raises(ConfigError, match=said):
             main(Bench(**({"what": "sample"} | SMALL | change)))
-    done = run("bench", "what=sample", "memory=12gb")
-    assert done.returncode == 2 and "memory=12gb does not exist: use one of 24gb, 48gb, 80gb." in done.stderr
+    done = run("bench", "what=sample", "memory=8gb", *(f"{key}={value}" for key, value in SMALL.items()))
+    assert done.returncode == 2 and "memory=8gb does not exist: use one of 12gb, 16gb, 24gb, 48gb" in done.stderr

@@ -4,12 +4,16 @@ import shutil
 
 import pytest
 import torch
+from helpers_golden import TOLERANCE
+from helpers_process import run_in_two
 from helpers_road import LORA, read_rows, road, train
 from safetensors.torch import load_file
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, TrainingError
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.recipes.train_lora import main
+from mochi_tune.training.memory_plan import bytes_on_device, check_host_memory, recompute_policies, weight_bytes
 
 MORE = ["train.steps=4", "train.checkpoint_every=2", "train.warmup_steps=0", "train.learning_rate=1e-3"]
 
@@ -33,6 +37,58 @@ def test_a_rounded_base_trains_near_the_whole_one_and_resumes_bit_for_bit(tmp_pa
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
+@pytest.mark.parametrize("preset", ["memory=24gb", "memory=16gb", "memory=12gb"])
+def test_memory_presets_train_the_same_bits_and_a_resume_may_choose_another(tmp_path, capsys, preset):
+    more = [*MORE, "train.validate_every=2", "train.recompute=attention"]
+    assert train(tmp_path / "plain", *more) == 0
+    assert train(tmp_path / "run", *more, preset) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    ours, theirs = (load_file(tmp_path / name / "adapter.safetensors") for name in ("run", "plain"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
+    capsys.readouterr()
+    assert train(tmp_path / "run", *more) == 0
+    assert "since step 2 memory.dit was" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_two_processes_stream_the_same_run(tmp_path):
+    more = [*MORE, "lora.dropout=0"]
+    assert train(tmp_path / "one", *more, "train.accumulation_steps=2") == 0
+    two = ["memory=12gb", "train.recompute=block", "parallel=data", "parallel.num_processes=2"]
+    done = run_in_two("train", "conf=my_lora", *road(tmp_path / "two", *LORA, *more, *two))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=TOLERANCE)
+
+
+def test_blocks_keep_their_attention_as_far_as_memory_goes():
+    config = DiTConfig()
+    with torch.device("meta"):
+        dit = AsymmDiT(config)
+    weights = weight_bytes(dit, torch.bfloat16)
+    # Measured at full size: docs/benchmarks.md.
+    assert sum(weights.values()) / 2**30 == pytest.approx(18.7, abs=0.1)
+    assert weights["modulation"] / 2**30 == pytest.approx(5.1, abs=0.1)
+    resident, streamed = (bytes_on_device(weights, config, is_streamed) for is_streamed in (False, True))
+    assert streamed < 0.08 * resident + weights["rest"]
+    assert weight_bytes(dit, torch.bfloat16, "fp8")["blocks"] < 0.65 * weights["blocks"]
+    kept = []
+    for gib in (12, 16, 18, 20, 24, 48, 80):
+        policies = recompute_policies("auto", config, 7 * 1590, resident, gib * 2**30, is_compiled=True)
+        assert policies == sorted(policies, reverse=True) and len(policies) == 48
+        kept.append(policies.count("attention"))
+    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 48 and any(0 < count < 48 for count in kept), kept
+    assert recompute_policies("block", config, 1, 0, 0, is_compiled=True) == ["block"] * 48
+
+
+def test_weights_that_host_memory_cannot_take_are_refused():
+    check_host_memory(2**30, 2**30)
+    with pytest.raises(
+        ConfigError, match=r"5\.0 GiB free, and 18\.7 GiB of weights are to stay there: free some"
+    ):
+        check_host_memory(int(18.7 * 2**30), 5 * 2**30)
+
+
 def test_a_run_goes_on_with_another_precision_by_force_only(tmp_path):
     assert train(tmp_path, *MORE, "model.dtype=bf16") == 0
     more = [*MORE, "model.dtype=bf16", "train.steps=5"]
@@ -49,6 +105,11 @@ def test_a_run_goes_on_with_another_precision_by_force_only(tmp_path):
         (["model.precision=int8", "lora.dora=true"], "lora.dora=true measures rows of the base"),
         (["model.precision=fp8", "parallel=zero3"], "use parallel.strategy=data or zero2"),
         (["model.precision=fp6"], "model.precision=fp6 is not possible"),
+        (
+            ["memory=16gb", "train.recompute=none"],
+            "train.recompute=none keeps the weights that memory.dit=stream",
+        ),
+        (["memory=8gb"], "memory=8gb does not exist: use one of 12gb, 16gb, 24gb, 48gb, 80gb"),
     ],
 )
 def test_a_precision_that_does_not_fit_is_refused(tmp_path, more, text):
