@@ -180,7 +180,8 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     policies = recompute_policies(bench.recompute, config, num_tokens, on_device, free_bytes(device), is_compiled)
     memory = MemoryPlan(policies, is_compiled, is_streamed, bench.activations == "offload")
 
-    def shrink(_: AsymmDiT, block: AsymmetricJointBlock) -> None:
+    def shrink(_: AsymmDiT, block: torch.nn.Module) -> None:
+        assert isinstance(block, AsymmetricJointBlock)
         apply_host_modulation(block)
         apply_precision(block, bench.precision)
 

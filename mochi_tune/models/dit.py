@@ -169,7 +169,8 @@ class AsymmDiT(nn.Module):
 
     def modulation_of(self, c: Tensor) -> Modulation:
         """Returns the modulation that a conditioning (B, D) makes in every block."""
-        return Modulation(c, tuple((block.mod_x(c), block.mod_y(c)) for block in self.blocks))
+        layers = ((block.get_submodule("mod_x"), block.get_submodule("mod_y")) for block in self.blocks)
+        return Modulation(c, tuple((mod_x(c), mod_y(c)) for mod_x, mod_y in layers))
 
     def _condition(self, sigma: Tensor, prompt_embeds: Tensor, mask: Tensor) -> Tensor:
         return condition(self.t_embedder, self.t5_y_embedder, sigma, prompt_embeds, mask)

@@ -29,12 +29,12 @@ def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype
     """Returns (a * a_scale) @ (b * b_scale).T in `dtype`, for 8-bit rows a (n, k) and b (m, k) and their scales."""
     if a.dtype == torch.float8_e4m3fn:
         if a.is_cuda:
-            return torch._scaled_mm(a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], out_dtype=dtype)
+            return torch.ops.aten._scaled_mm(a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], out_dtype=dtype)
         product = a.float() @ b.float().t()
     else:
         # cuBLAS takes more than 16 rows.
         padded = torch.nn.functional.pad(a, (0, 0, 0, max(0, 17 - len(a)))) if a.is_cuda else a
-        product = torch._int_mm(padded, b.t())[: len(a)].float()
+        product = torch.ops.aten._int_mm(padded, b.t())[: len(a)].float()
     return (product * a_scale[:, None] * b_scale).to(dtype)
 
 

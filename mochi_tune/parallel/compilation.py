@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from mochi_tune.models.attention import JointAttention
 from mochi_tune.models.dit import AsymmDiT
@@ -75,7 +76,7 @@ class _Compiler:
             torch._dynamo.maybe_mark_dynamic(y, 1)
             try:
                 return fast(block, x, y, modulation, rope, None)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except TorchDynamoException as error:
                 self.has_failed = True
                 reason = " ".join(str(error).split())[:200]
                 self.log(f"the blocks run uncompiled, as torch could not compile them: {reason}")

@@ -46,7 +46,9 @@ class HostModulation:
         """
         self.is_empty = not isinstance(dit.blocks[0].get_submodule("mod_x"), HostLinear)
         self.dtype = dit.dtype
-        self.embedders = [copy.deepcopy(each).to("cpu") for each in (dit.t_embedder, dit.t5_y_embedder)]
+        self.t_embedder, self.t5_y_embedder = (
+            copy.deepcopy(each).to("cpu") for each in (dit.t_embedder, dit.t5_y_embedder)
+        )
         self.layers = [(block.get_submodule("mod_x"), block.get_submodule("mod_y")) for block in dit.blocks]
 
     @torch.no_grad()
@@ -55,7 +57,7 @@ class HostModulation:
         if self.is_empty:
             return None
         prompt_embeds, mask, _ = pack_prompts(prompt_embeds, prompt_mask)
-        c = condition(*self.embedders, sigma, prompt_embeds.to(self.dtype), mask)
+        c = condition(self.t_embedder, self.t5_y_embedder, sigma, prompt_embeds.to(self.dtype), mask)
         return Modulation(c, tuple((mod_x(c), mod_y(c)) for mod_x, mod_y in self.layers))
 
 

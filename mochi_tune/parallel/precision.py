@@ -1,5 +1,7 @@
 """The precision of a training's frozen base: its large matrices in 8 bits, or in 4 for the smallest cards."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -46,12 +48,13 @@ def apply_precision(block: nn.Module, precision: str) -> None:
 
 
 def _four_bit(linear: nn.Linear, precision: str) -> nn.Module:
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    made = bitsandbytes.nn.Linear4bit(
+    made = Linear4bit(
         linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=linear.weight.dtype,
         quant_type=precision, device="meta",
     )  # fmt: skip
-    made.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type=precision)
+    weight: Any = Params4bit
+    made.weight = weight(linear.weight.data, requires_grad=False, quant_type=precision)
     made.bias = linear.bias
     return made.to(linear.weight.device)

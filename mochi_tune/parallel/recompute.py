@@ -48,7 +48,7 @@ def apply_activation_checkpointing(dit: AsymmDiT, policies: Sequence[str], input
 
 @functools.cache
 def _checkpointed(function: BlockFunction, policy: str) -> BlockFunction:
-    more = {"context_fn": _keep_attention} if policy == "attention" else {}
+    more: Any = {"context_fn": _keep_attention} if policy == "attention" else {}
 
     def checkpointed(block: nn.Module, *inputs: Any) -> Any:
         return checkpoint(function, block, *inputs, use_reentrant=False, **more)

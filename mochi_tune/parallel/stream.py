@@ -37,7 +37,7 @@ class CudaCopier:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
 
-    def start(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> torch.cuda.Event:
+    def start(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
         """Starts to copy, after the kernels that still read the targets."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -45,7 +45,7 @@ class CudaCopier:
                 target.copy_(source, non_blocking=True)
             return self.stream.record_event()
 
-    def wait(self, copy: torch.cuda.Event) -> None:
+    def wait(self, copy: Any) -> None:
         """Makes the current stream wait."""
         torch.cuda.current_stream().wait_event(copy)
 

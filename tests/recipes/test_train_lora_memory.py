@@ -83,9 +83,7 @@ def test_blocks_keep_their_attention_as_far_as_memory_goes():
 
 def test_weights_that_host_memory_cannot_take_are_refused():
     check_host_memory(2**30, 2**30)
-    with pytest.raises(
-        ConfigError, match=r"5\.0 GiB free, and 18\.7 GiB of weights are to stay there: free some"
-    ):
+    with pytest.raises(ConfigError, match=r"5\.0 GiB free, and 18\.7 GiB of weights are to stay there: free some"):
         check_host_memory(int(18.7 * 2**30), 5 * 2**30)
 
 
