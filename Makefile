@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults lint types bench setup clean
+.PHONY: demo test faults lint types bench bench-gpu setup clean
 
 demo: setup
 	$(BIN)/mochi-tune demo
@@ -20,6 +20,13 @@ FRAMES ?= 7
 bench: setup
 	for frames in $(FRAMES); do for what in sample decode encode train; do \
 		$(BIN)/mochi-tune bench what=$$what num_frames=$$frames out=bench.jsonl || exit 1; done; done
+
+# On a GPU, in about 9 minutes: what docs/benchmarks.md tells of one, the most important first. Lines of bench.jsonl.
+ROWS := "what=train" "what=train precision=fp8" "what=train num_frames=163" "what=train memory=16gb limit_gib=16" \
+	"what=train memory=24gb limit_gib=23" "what=train num_frames=163 memory=12gb" "what=sample compile=true" \
+	"what=train num_frames=85" "what=decode" "what=encode"
+bench-gpu: setup
+	for row in $(ROWS); do timeout 150 $(BIN)/mochi-tune bench $$row repeats=2 out=bench.jsonl; done
 
 lint: types
 	$(BIN)/ruff check .

@@ -73,6 +73,7 @@ class Bench:
         recompute: of `train`, as train.recompute.
         precision: of `train`, as model.precision.
         activations: of `train`, as memory.activations.
+        limit_gib: of the GPU's memory that may be used, as on a smaller card; 0 is all of it.
     """
 
     what: str
@@ -90,6 +91,7 @@ class Bench:
     recompute: str = "auto"
     precision: str = "bf16"
     activations: str = "keep"
+    limit_gib: int = 0
 
 
 def main(bench: Bench) -> dict[str, Any]:
@@ -102,6 +104,9 @@ def main(bench: Bench) -> dict[str, Any]:
     device = check(bench, num_ranks)
     if bench.depth is None and device.type == "cpu":
         bench = replace(bench, depth=CPU_DEPTH)
+    if bench.limit_gib and device.type == "cuda":
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, bench.limit_gib * 2**30 / total_bytes), device)
     stories = {"sample": bench_sample, "decode": bench_decode, "encode": bench_encode, "train": bench_train}
     measure = stories[bench.what]
     figures = measure(bench, device, num_ranks)
@@ -177,7 +182,10 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     with torch.device("meta"):
         weights = weight_bytes(AsymmDiT(config), dtype, bench.precision)
     on_device = bytes_on_device(weights, config, is_streamed)
-    policies = recompute_policies(bench.recompute, config, num_tokens, on_device, free_bytes(device), is_compiled)
+    free = free_bytes(device)
+    if free is not None and bench.limit_gib:
+        free = min(free, bench.limit_gib * 2**30)
+    policies = recompute_policies(bench.recompute, config, num_tokens, on_device, free, is_compiled)
     memory = MemoryPlan(policies, is_compiled, is_streamed, bench.activations == "offload")
 
     def shrink(_: AsymmDiT, block: torch.nn.Module) -> None:

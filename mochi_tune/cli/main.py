@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         # torch is not imported for its exception's sake.
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        advice = "lower data.num_frames, data.height and data.width, or train.batch_size; use train.recompute=block"
+        advice = "use memory=16gb or memory=12gb, or lower data.num_frames, data.height, data.width or train.batch_size"
         print(f"{me}: the GPU's memory does not suffice ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
         sys.exit(USERS_MISTAKE)
     except KeyboardInterrupt:
@@ -293,6 +293,7 @@ def run_bench(arguments: list[str]) -> int:
         height=whole_number("height", options["height"], 1),
         width=whole_number("width", options["width"], 1),
         repeats=whole_number("repeats", options["repeats"], 1),
+        limit_gib=whole_number("limit_gib", options["limit_gib"], 0),
         dit=memory.dit,
         activations=memory.activations,
         depth=None if options["depth"] == "all" else whole_number("depth", options["depth"], 1),

@@ -59,6 +59,7 @@ BENCH_OPTIONS = {
     "device": ("auto", "cpu, cuda or auto"),
     "dtype": ("bf16", "fp32 or bf16"),
     "depth": ("all", "blocks of the DiT, or of each level of the VAE; on a CPU 1 if not given"),
+    "limit_gib": ("0", "GiB of the GPU that may be used, as on a smaller card; 0: all"),
     "repeats": ("3", "steps or passes that are timed"),
     "lora_rank": ("0", "rank of an adapter on the attention; 0: none, in train 16"),
     "compile": ("auto", "true, false, or auto: as sample and train do by default"),

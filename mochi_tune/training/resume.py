@@ -81,7 +81,7 @@ def find_resume_point(
     except TrainingError as error:
         raise TrainingError("; ".join([*wrong, str(error)])) from None
     before = state.get("environment", environment)
-    differing = [key for key, now in environment.items() if before.get(key) != now]
+    differing = [key for key, now in environment.items() if before.get(key, now) != now]
     if others := [f"{key} was {before.get(key)}, is {environment[key]}" for key in differing]:
         notes.append(f"{'; '.join(others)}: the same samples in the same order, but no longer the same bits")
     return ResumePoint(

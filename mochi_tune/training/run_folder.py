@@ -68,7 +68,14 @@ def _described(owner: str) -> str:
 def describe_environment(strategy: str, device: torch.device, num_processes: int) -> dict[str, object]:
     """Returns what the numbers of a run depend on besides its settings."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {"torch": str(torch.__version__), "processes": num_processes, "strategy": strategy, "device": name}
+    environment = {"torch": str(torch.__version__), "processes": num_processes, "strategy": strategy, "device": name}
+    if device.type == "cuda":
+        cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+        environment["flags"] = (
+            f"tf32 {products.allow_tf32}, cudnn tf32 {cudnn.allow_tf32}, benchmark {cudnn.benchmark}, "
+            f"deterministic {cudnn.deterministic}"
+        )
+    return environment
 
 
 def record_start(run_dir: Path, facts: dict) -> None:

@@ -86,7 +86,7 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
         cli.main(["train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2")])
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("mochi-tune: ") and "train.batch_size" in line and "data.num_frames" in line
+    assert line.startswith("mochi-tune: ") and "train.batch_size" in line and "use memory=16gb" in line
 
 
 def test_wandb_works_offline(tmp_path):
