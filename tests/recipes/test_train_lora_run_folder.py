@@ -81,9 +81,11 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
     def no_memory(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
 
+    # The clips are prepared before, if no test has done that.
+    arguments = road(tmp_path, *LORA, "train.steps=2")
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_memory)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", "conf=my_lora", *road(tmp_path, *LORA, "train.steps=2")])
+        cli.main(["train", "conf=my_lora", *arguments])
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("mochi-tune: ") and "train.batch_size" in line and "use memory=16gb" in line
