@@ -108,6 +108,12 @@ class TrainPlan:
             apply_host_modulation(block)
         apply_precision(block, self.precision)
 
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens of a clip."""
+        data = self.config.data
+        return num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
+
     @cached_property
     def memory(self) -> MemoryPlan:
         """Where the blocks are and what is kept of them: decided once, as free memory changes.
@@ -116,7 +122,7 @@ class TrainPlan:
             ConfigError: host memory does not suffice, or streamed blocks are to be kept whole.
         """
         config, skeleton, is_gpu = self.config, self.weights.dit_skeleton(), self.device.type == "cuda"
-        data, train = config.data, config.train
+        train = config.train
         is_zero3, is_streamed = config.parallel.strategy == "zero3", config.memory.dit in ("stream", "offload")
         if is_streamed and (train.recompute == "none" or is_zero3):
             other = "train.recompute=none keeps" if not is_zero3 else "parallel.strategy=zero3 splits"
@@ -128,11 +134,10 @@ class TrainPlan:
         if is_gpu:
             needed = weights["modulation"] + (weights["blocks"] if is_streamed else 0)
             check_host_memory(needed, psutil.virtual_memory().available)
-        tokens = num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
         recompute = recompute_policies(
             train.recompute,
             skeleton.config,
-            tokens * train.batch_size // self.layout.context,
+            self.num_tokens * train.batch_size // self.layout.context,
             bytes_on_device(weights, skeleton.config, is_streamed),
             free_bytes(self.device),
             is_compiled,

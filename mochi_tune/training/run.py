@@ -19,6 +19,8 @@ from mochi_tune.adapters.lora import settings_metadata, trained_layers
 from mochi_tune.config.load import config_yaml
 from mochi_tune.errors import ParallelError, TrainingError
 from mochi_tune.files import load_tensors, make_writable_folder
+from mochi_tune.models.device import DTYPES
+from mochi_tune.parallel.kernels import KERNELS, attention_by, time_attention
 from mochi_tune.training import checkpoint
 from mochi_tune.training.accelerator import AdapterOptimizer, ZeroOptimizer, broadcast
 from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot, check_free_space, copy_to_cpu
@@ -53,6 +55,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
             make_writable_folder(run_dir / "samples")
             stack.enter_context(RunLock(run_dir))
         start = broadcast(resume(plan) if is_main else None)
+        attention = broadcast(choose_attention(plan, start) if is_main else None)
         metrics = trackers = None
         if is_main and start.step < config.train.steps:
             metrics = stack.enter_context(Metrics(run_dir, start.step))
@@ -62,6 +65,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
                 Trackers(run_dir, start.step, config.name, plan.identity["settings"], config.log)
             )
         run = Run(plan, accelerator, start, metrics, trackers)
+        run.attention = attention
         with run:
             yield run
         run.finish()
@@ -73,7 +77,10 @@ class Run:
     Attributes:
         step: the last finished step.
         exit_code: 0, or 128 + the signal that stopped the run.
+        attention: the kernel that attention runs, one of `parallel.kernels.KERNELS`; None: what torch chooses.
     """
+
+    attention: str | None = None
 
     def __init__(
         self,
@@ -159,6 +166,8 @@ class Run:
         remaining = range(self.step + 1, train.steps + 1)
         keys = ((step, number) for step in remaining for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
+        if self.attention is not None:
+            self._resources.enter_context(attention_by(self.attention))
 
         def load(step: int, number: int) -> Inputs:
             return make_inputs(*loader.load(step, number))
@@ -249,7 +258,8 @@ class Run:
         if self._checkpointer is not None and self.metrics is not None:
             rows = {"groups": groups, "losses": self._guard.losses, "rows": self.metrics.num_rows()}
             averaged = None if published is None else self._adapter(published)
-            everything = {"step": self.step, **self.plan.identity, "environment": self.plan.environment, **rows}
+            environment = self.plan.environment | {"attention": self.attention}
+            everything = {"step": self.step, **self.plan.identity, "environment": environment, **rows}
             self._checkpointer.save(Snapshot(self.step, self._adapter(weights), averaged, state, everything))
         self._saved_step = self.step
 
@@ -341,10 +351,32 @@ class Run:
         samples = ", ".join(f"{clip} (sigma {sigma:.3f})" for clip, sigma in drawn)
         last = checkpoint.last_checkpoint(self.run_dir / "checkpoints")
         raise TrainingError(
-            f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}{excess}, on {samples}; the "
+            f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}{excess}, on {samples}"
+            f"{f', attention by {self.attention}' if self.attention else ''}; the "
             f"update was not made and {last}: `mochi-tune replay {bundle}` tells which sample it was. The same command "
             f"comes here again; {way_on} go past it, or a lower train.learning_rate in another run_dir."
         )
+
+
+def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
+    """Returns the kernel that attention runs: the one that a resumed run had, else the fastest at the run's shape.
+
+    None on a CPU, which has one.
+    """
+    if plan.device.type != "cuda":
+        return None
+    known = start.state.get("environment", {}).get("attention")
+    if known in KERNELS:
+        return known
+    config = plan.weights.dit_skeleton().config
+    shape = (config.num_heads // plan.layout.context, plan.num_tokens, config.hidden_size_x // config.num_heads)
+    seconds = time_attention(shape, plan.device, DTYPES[plan.config.model.dtype])
+    if not seconds:
+        return None
+    fastest = min(seconds, key=lambda name: seconds[name])
+    measured = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
+    tqdm.write(f"attention by {fastest}: forward and backward {measured}")
+    return fastest
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:

@@ -1,0 +1,48 @@
+"""Which kernel attention runs: measured once, at the shape of the run, forward and backward."""
+
+import contextlib
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mochi_tune.models.device import synchronize
+
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+REPEATS = 3
+
+
+def time_attention(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Returns the seconds of a forward and a backward pass by kernel, the fastest of some; of those that run here.
+
+    Args:
+        shape: heads, tokens and the width of a head, of one row.
+        device: of the run.
+        dtype: of the run.
+    """
+    seconds = {}
+    q, k, v = (torch.randn(1, *shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    for name in KERNELS:
+        # A device that has no such kernel for the shape raises.
+        with sdpa_kernel([KERNELS[name]]), contextlib.suppress(RuntimeError):
+            times = []
+            for _ in range(REPEATS):
+                synchronize(device)
+                started = time.perf_counter()
+                out = F.scaled_dot_product_attention(q, k, v)
+                torch.autograd.grad(out, (q, k, v), out)
+                synchronize(device)
+                times.append(time.perf_counter() - started)
+            seconds[name] = min(times)
+    return seconds
+
+
+def attention_by(name: str) -> contextlib.AbstractContextManager[None]:
+    """Makes attention run one kernel wherever it can; the prompt's pooling, which has a mask, runs what takes one."""
+    others = [kernel for kernel in (*KERNELS.values(), SDPBackend.MATH) if kernel != KERNELS[name]]
+    return sdpa_kernel([KERNELS[name], *others], set_priority=True)

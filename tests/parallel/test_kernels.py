@@ -1,0 +1,24 @@
+"""The kernel of attention is measured where it runs, and what was chosen is what runs."""
+
+import torch
+import torch.nn.functional as F
+from helpers_golden import relative_error
+
+from mochi_tune.parallel.kernels import KERNELS, attention_by, time_attention
+
+
+def test_kernels_that_run_here_are_measured_and_no_other():
+    seconds = time_attention((2, 40, 16), torch.device("cpu"), torch.float32)
+    # A CPU has this one; cuDNN's and the memory-efficient one are CUDA's.
+    assert seconds.keys() == {"flash"} and seconds["flash"] > 0
+
+
+def test_a_chosen_kernel_is_tried_first_and_what_it_cannot_do_still_runs():
+    q = torch.randn(1, 2, 5, 8)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    expected, masked = F.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q, mask)
+    for name in KERNELS:
+        with attention_by(name):
+            assert torch._C._get_sdp_priority_order()[0] == int(KERNELS[name].value)
+            assert relative_error(F.scaled_dot_product_attention(q, q, q), expected) <= 1e-5
+            assert relative_error(F.scaled_dot_product_attention(q, q, q, mask), masked) <= 1e-5
