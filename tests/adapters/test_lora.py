@@ -2,6 +2,8 @@ import pytest
 import torch
 from helpers_adapters import settings_of
 from helpers_golden import TOLERANCE, golden_dit, relative_error, vectors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.adapters.lora import (
@@ -231,3 +233,43 @@ def test_rslora_scales_by_the_root_of_the_rank():
     for model, each in ((dit, LayerSettings(16, 8.0, rslora=True)), (plain, LayerSettings(16, 32.0))):
         apply_lora(model, {"blocks.0.attn.qkv_x": each}, seed=0)
         assert model.get_submodule("blocks.0.attn.qkv_x").scaling == {"default": 2.0}
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the dtype and the shape of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[torch.dtype, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.made += [(t.dtype, tuple(t.shape)) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
+
+
+def test_an_adapter_multiplies_in_the_dtype_of_the_base_and_its_gradients_are_fp32():
+    num_tokens, name = 50, "blocks.0.attn.qkv_x"
+    dit = golden_dit(torch.bfloat16)
+    apply_lora(dit, {name: LayerSettings(4, 8.0)}, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    parameters = lora_parameters(dit)
+    for parameter in parameters.values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    layer = dit.get_submodule(name)
+    x = torch.randn(1, num_tokens, 192, generator=generator).bfloat16().requires_grad_(True)
+    gradient = torch.randn(1, num_tokens, 576, generator=generator).bfloat16()
+    with Shapes() as shapes:
+        out = layer(x)
+        out.backward(gradient)
+    assert out.dtype == x.grad.dtype == torch.bfloat16
+    # No fp32 copy of anything that has a number for each token.
+    assert not [shape for dtype, shape in shapes.made if dtype == torch.float32 and num_tokens in shape]
+    a, b = (parameters[f"{name}.lora_{half}"].detach().double() for half in "AB")
+    x, gradient = x.detach()[0].double(), gradient[0].double()
+    expected = {"A": 2.0 * (gradient @ b).t() @ x, "B": 2.0 * gradient.t() @ (x @ a.t())}
+    for half, exact in expected.items():
+        got = parameters[f"{name}.lora_{half}"].grad
+        assert got.dtype == torch.float32
+        # bf16 rounds each of some factors by 2^-9.
+        assert relative_error(got, exact) <= 4 * 2**-9, half
