@@ -46,6 +46,27 @@ def apply_activation_checkpointing(dit: AsymmDiT, policies: Sequence[str], input
         block.forward = functools.partial(checkpointed, block)
 
 
+def apply_mlp_slices(dit: AsymmDiT, num_tokens: int) -> None:
+    """Makes the visual feed-forward layers work on some tokens at a time, in their backward pass, too.
+
+    Inside they are five times as wide as the stream. Every token has the numbers that it would have among all others;
+    sums over tokens, as gradients of adapters are, have another order.
+    """
+    for block in dit.blocks:
+        mlp = block.get_submodule("mlp_x")
+        mlp.forward = functools.partial(_in_slices, mlp, num_tokens)
+
+
+def _in_slices(mlp: nn.Module, num_tokens: int, x: Tensor) -> Tensor:
+    forward = type(mlp).forward
+    if x.shape[1] <= num_tokens:
+        return forward(mlp, x)
+    parts = x.split(num_tokens, dim=1)
+    if not torch.is_grad_enabled():
+        return torch.cat([forward(mlp, part) for part in parts], dim=1)
+    return torch.cat([checkpoint(forward, mlp, part, use_reentrant=False) for part in parts], dim=1)
+
+
 @functools.cache
 def _checkpointed(function: BlockFunction, policy: str) -> BlockFunction:
     more: Any = {"context_fn": _keep_attention} if policy == "attention" else {}

@@ -9,13 +9,15 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.precision import LARGE_LAYERS
-from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpointing
+from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpointing, apply_mlp_slices
 from mochi_tune.parallel.stream import NUM_BUFFERS, apply_streaming
 
 # Bytes that one block's forward and backward hold at a time, for each visual token and each number of its width.
 # Measured on an H200 at 37 and 163 frames: docs/benchmarks.md.
 INSIDE_BYTES = {"compiled": 59, "eager": 90}
 LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
+# At a time, where memory is short.
+MLP_TOKENS = 4096
 # Left to kernels, to the fragments between tensors, and to other programs.
 SPARE_BYTES = 2**30
 
@@ -28,7 +30,8 @@ class MemoryPlan:
         recompute: what each block computes again, one of `parallel.recompute.POLICIES`.
         is_compiled: whether the blocks are compiled.
         is_streamed: whether the blocks' weights are in host memory.
-        offloads_inputs: whether the blocks' inputs wait in host memory for the backward pass.
+        offloads_inputs: whether the blocks' inputs wait in host memory for the backward pass; their feed-forward layers
+            then work on MLP_TOKENS at a time.
     """
 
     recompute: list[str]
@@ -38,6 +41,8 @@ class MemoryPlan:
 
     def apply(self, dit: AsymmDiT, device: torch.device, log: Callable[[str], None]) -> None:
         """Arranges the blocks of a model that has its adapter: on the device, or on the CPU where it is streamed."""
+        if self.offloads_inputs:
+            apply_mlp_slices(dit, MLP_TOKENS)
         if self.is_compiled and self.is_streamed:
             # A graph of what is between two copies; otherwise a graph partitions what is kept, too.
             apply_compilation(dit, log, only_training=True)

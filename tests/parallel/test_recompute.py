@@ -1,10 +1,13 @@
 """Recomputing and compiling leave a training step's numbers as they are, and compile few graphs."""
 
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE, relative_error
+from helpers_memory import TensorMemory
 from helpers_step import CONFIG, build, step
 from torch._dynamo.utils import counters
 
@@ -12,7 +15,7 @@ from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes, switch_adapters
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
-from mochi_tune.parallel.recompute import POLICIES, HostInputs, apply_activation_checkpointing
+from mochi_tune.parallel.recompute import POLICIES, HostInputs, apply_activation_checkpointing, apply_mlp_slices
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -62,6 +65,32 @@ def test_inputs_that_wait_in_host_memory_give_the_same_bits_and_leave_the_device
         dit(*arguments)
     for ours, theirs in zip(step(dit), step(plain), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_feed_forward_layers_in_slices_give_the_same_numbers(policy):
+    plain, dit = build(dropout=0.0), build(dropout=0.0)
+    apply_mlp_slices(dit, 5)
+    apply_activation_checkpointing(dit, [policy] * 3)
+    for case in ({}, {"text_length": 0}, {"num_latent_frames": 3, "lengths": [5, 2]}):
+        for i, (ours, theirs) in enumerate(zip(step(dit, **case), step(plain, **case), strict=True)):
+            error = (ours - theirs).abs().max() if not theirs.any() else relative_error(ours, theirs)
+            assert error <= (GRADIENT_TOLERANCE if i else TOLERANCE)
+
+
+def test_slices_of_a_feed_forward_layer_hold_less():
+    with torch.device("meta"):
+        block = AsymmDiT(replace(CONFIG, hidden_size_x=512, num_heads=4)).blocks[0]
+    x = torch.empty(1, 4000, 512, device="meta", requires_grad=True)
+    peaks = []
+    for num_tokens in (4000, 500):
+        apply_mlp_slices(SimpleNamespace(blocks=[block]), num_tokens)
+        with TensorMemory() as memory:
+            block.mlp_x(x).sum().backward()
+        peaks.append(memory.peak)
+        x.grad = None
+    # The inside of an eighth, and the stream itself some times.
+    assert peaks[1] < 0.5 * peaks[0], peaks
 
 
 def test_attention_is_computed_once_where_it_is_kept_and_twice_where_it_is_not():
