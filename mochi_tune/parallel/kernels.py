@@ -42,7 +42,7 @@ def time_attention(shape: tuple[int, int, int], device: torch.device, dtype: tor
     return seconds
 
 
-def attention_by(name: str) -> contextlib.AbstractContextManager[None]:
+def attention_by(name: str) -> contextlib.AbstractContextManager[object]:
     """Makes attention run one kernel wherever it can; the prompt's pooling, which has a mask, runs what takes one."""
     others = [kernel for kernel in (*KERNELS.values(), SDPBackend.MATH) if kernel != KERNELS[name]]
     return sdpa_kernel([KERNELS[name], *others], set_priority=True)
