@@ -76,7 +76,7 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     if plan.layout.context > 1:
         mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds)
         apply_context_parallel(dit, mesh.context_group)
-    plan.memory.apply(dit, device, tqdm.write)
+    plan.memory.apply(dit, device, tqdm.write, run.check_before_compiling)
 
     # Optimizer.
     optimizer = build_optimizer(

@@ -17,7 +17,11 @@ MAX_GRAPHS = 256
 
 
 def apply_compilation(
-    dit: AsymmDiT, log: Callable[[str], None], only_training: bool = False, backend: str = "inductor"
+    dit: AsymmDiT,
+    log: Callable[[str], None],
+    only_training: bool = False,
+    before_each: Callable[[], None] | None = None,
+    backend: str = "inductor",
 ) -> None:
     """Compiles the blocks, once for all equal ones: one graph for each size of video, for prompts of any length.
 
@@ -28,10 +32,11 @@ def apply_compilation(
         dit: what else is done to its blocks, such as checkpointing, was done before.
         log: writes a line for the user.
         only_training: whether passes without gradients run uncompiled, as they would need graphs of their own.
+        before_each: called before each graph is compiled; what it raises ends the pass.
         backend: of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
-    compiler = _Compiler(log, only_training, backend)
+    compiler = _Compiler(log, only_training, before_each or (lambda: None), backend)
     for block in dit.blocks:
         core = block.get_submodule("attn.core")
         if not isinstance(core, JointAttention):
@@ -43,8 +48,12 @@ def apply_compilation(
 class _Compiler:
     """Compiles functions of blocks; after a failure all of them run uncompiled."""
 
-    def __init__(self, log: Callable[[str], None], only_training: bool, backend: str) -> None:
-        self.log, self.only_training, self.backend = log, only_training, backend
+    def __init__(
+        self, log: Callable[[str], None], only_training: bool, before_each: Callable[[], None], backend: str
+    ) -> None:
+        self.log, self.only_training, self.before_each, self.backend = log, only_training, before_each, backend
+        # Kind of block, sizes and whether there is a prompt, of what is compiled.
+        self.known: set[tuple[Any, ...]] = set()
         self.has_failed = False
         self.functions: dict[BlockFunction, BlockFunction] = {}
 
@@ -74,6 +83,10 @@ class _Compiler:
             torch._dynamo.mark_static(x, 1)
             # Of any length, but for the empty prompt: torch makes a graph of its own for a size of 0.
             torch._dynamo.maybe_mark_dynamic(y, 1)
+            case = fast, block.update_y, x.shape, y.shape[1] > 0, torch.is_grad_enabled()
+            if case not in self.known:
+                self.before_each()
+                self.known.add(case)
             try:
                 return fast(block, x, y, modulation, rope, None)
             except TorchDynamoException as error:

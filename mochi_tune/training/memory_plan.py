@@ -39,18 +39,31 @@ class MemoryPlan:
     is_streamed: bool
     offloads_inputs: bool
 
-    def apply(self, dit: AsymmDiT, device: torch.device, log: Callable[[str], None]) -> None:
-        """Arranges the blocks of a model that has its adapter: on the device, or on the CPU where it is streamed."""
+    def apply(
+        self,
+        dit: AsymmDiT,
+        device: torch.device,
+        log: Callable[[str], None],
+        before_compiling: Callable[[], None] | None = None,
+    ) -> None:
+        """Arranges the blocks of a model that has its adapter: on the device, or on the CPU where it is streamed.
+
+        Args:
+            dit: the model.
+            device: where it computes.
+            log: writes a line for the user.
+            before_compiling: called before each graph is compiled, which takes some seconds; may raise.
+        """
         if self.offloads_inputs:
             apply_mlp_slices(dit, MLP_TOKENS)
         if self.is_compiled and self.is_streamed:
             # A graph of what is between two copies; otherwise a graph partitions what is kept, too.
-            apply_compilation(dit, log, only_training=True)
+            apply_compilation(dit, log, True, before_compiling)
         if self.is_streamed:
             apply_streaming(dit, device)
         apply_activation_checkpointing(dit, self.recompute, HostInputs(device) if self.offloads_inputs else None)
         if self.is_compiled and not self.is_streamed:
-            apply_compilation(dit, log, only_training=True)
+            apply_compilation(dit, log, True, before_compiling)
 
 
 def check_host_memory(needed: int, available: int) -> None:

@@ -279,6 +279,15 @@ class Run:
         if save_requested:
             self.save()
 
+    def check_before_compiling(self) -> None:
+        """Ends the step before it compiles for long, if this process is alone and was asked to stop.
+
+        Raises:
+            Interrupted: it was.
+        """
+        if self.accelerator.num_processes == 1 and self.is_asked_to_stop():
+            raise Interrupted
+
     def is_asked_to_stop(self) -> bool:
         """Whether this process received a signal to stop."""
         return self._signals is not None and self._signals.received > 0

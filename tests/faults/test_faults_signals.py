@@ -205,3 +205,19 @@ def test_a_second_sigterm_ends_at_once(straight, tmp_path):
     code, text = run_program(command(run_dir), tmp_path / "again")
     assert code == 0 and "from step 2" in text
     assert_same_end(run_dir, straight)
+
+
+def test_stopped_while_it_compiles(tmp_path):
+    """Between two graphs, as each takes some seconds; the step is not made, and the same command compiles the rest."""
+    arguments = [
+        "train", "conf=my_lora",
+        *road(tmp_path / "run", *LORA, "train.steps=2", "train.compile=true", "train.recompute=block"),
+    ]  # fmt: skip
+    compiled = tmp_path / "compiled"
+    program = Program(arguments, tmp_path / "log", env={"TORCHINDUCTOR_CACHE_DIR": str(compiled)})
+    program.wait_until(lambda: any(compiled.rglob("*.cpp")))
+    program.send(signal.SIGTERM)
+    assert program.wait() == 128 + signal.SIGTERM, program.text()
+    assert rows_of(tmp_path / "run") == []
+    code, text = run_program([*arguments, "train.compile=false"], tmp_path / "again")
+    assert code == 0 and [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2], text
