@@ -1,7 +1,7 @@
 """Frozen Linear layers whose weights are held in 8 bits and multiplied there, forward and backward.
 
 Weights have one scale a row. Activations, and gradients on the way back, are rounded a row at a time when they come. On
-a GPU the products run in 8 bits; elsewhere the same rounded numbers are multiplied in fp32 (fp8) or in integers (int8).
+a GPU the products run in 8 bits; elsewhere the same rounded numbers are multiplied in fp32.
 
 torchao's linear layers for inference have no backward pass, and its training ones are slower than bf16 here: they
 compute a weight's gradient and round in more steps.
@@ -27,13 +27,14 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns (a * a_scale) @ (b * b_scale).T in `dtype`, for 8-bit rows a (n, k) and b (m, k) and their scales."""
-    if a.dtype == torch.float8_e4m3fn:
-        if a.is_cuda:
-            return torch.ops.aten._scaled_mm(a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], out_dtype=dtype)
+    if not a.is_cuda:
+        # In fp32: a CPU without VNNI saturates sums of two products of int8 (oneDNN, seen with AVX2).
         product = a.float() @ b.float().t()
+    elif a.dtype == torch.float8_e4m3fn:
+        return torch.ops.aten._scaled_mm(a, b.t(), scale_a=a_scale[:, None], scale_b=b_scale[None], out_dtype=dtype)
     else:
         # cuBLAS takes more than 16 rows.
-        padded = torch.nn.functional.pad(a, (0, 0, 0, max(0, 17 - len(a)))) if a.is_cuda else a
+        padded = torch.nn.functional.pad(a, (0, 0, 0, max(0, 17 - len(a))))
         product = torch.ops.aten._int_mm(padded, b.t())[: len(a)].float()
     return (product * a_scale[:, None] * b_scale).to(dtype)
 
