@@ -58,11 +58,11 @@ def main(config: RunConfig, num_processes: int = 1) -> int:
 def train_adapter(plan: TrainPlan, run: Run) -> None:
     """Builds the model with its adapter, and makes every step that is left."""
     config, accelerator, device = plan.config, run.accelerator, plan.device
-    train = config.train
+    train, memory = config.train, plan.memory
 
     # Model. One large model at a time: T5 is freed before the DiT is loaded.
     eval_prompts = encode_eval_prompts(plan)
-    where = "cpu" if plan.memory.is_streamed else device
+    where = "cpu" if memory.is_streamed else device
     dit = plan.weights.load_dit(where, DTYPES[config.model.dtype], plan.shrink_block)
     modulate = HostModulation(dit)
 
@@ -76,7 +76,7 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     if plan.layout.context > 1:
         mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds)
         apply_context_parallel(dit, mesh.context_group)
-    plan.memory.apply(dit, device, tqdm.write, run.check_before_compiling)
+    memory.apply(dit, device, tqdm.write, run.check_before_compiling)
 
     # Optimizer.
     optimizer = build_optimizer(

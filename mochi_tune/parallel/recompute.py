@@ -13,8 +13,7 @@ from mochi_tune.models.dit import AsymmDiT
 
 # Takes a block and what its forward takes.
 BlockFunction = Callable[..., Any]
-# Keeps everything; the attention's output and log-sum-exp, a seventh of the work at 37 frames and two thirds at 163;
-# the block's input alone.
+# What is kept: everything; the block's input, and the attention's output and log-sum-exp; the block's input alone.
 POLICIES = ("none", "attention", "block")
 _aten = torch.ops.aten
 _ATTENTION = {

@@ -13,7 +13,7 @@ from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpoin
 from mochi_tune.parallel.stream import NUM_BUFFERS, apply_streaming
 
 # Bytes that one block's forward and backward hold at a time, for each visual token and each number of its width.
-# Measured on an H200 at 37 and 163 frames: docs/benchmarks.md.
+# From the peaks of such a step on an H200 at 37 and 163 frames, less the weights and the blocks' inputs.
 INSIDE_BYTES = {"compiled": 59, "eager": 90}
 LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
 # At a time, where memory is short.

@@ -102,9 +102,8 @@ class TrainPlan:
     def shrink_block(self, _dit: nn.Module, block: nn.Module) -> None:
         """Makes a block small as soon as it is read: modulation goes to host memory, large matrices to fewer bits."""
         assert isinstance(block, AsymmetricJointBlock)
-        if (
-            self.config.parallel.strategy != "zero3"
-        ):  # It splits all weights, and wants the same passes of all processes.
+        # ZeRO-3 splits all weights, and wants the same passes of all processes.
+        if self.config.parallel.strategy != "zero3":
             apply_host_modulation(block)
         apply_precision(block, self.precision)
 
@@ -118,17 +117,14 @@ class TrainPlan:
     def memory(self) -> MemoryPlan:
         """Where the blocks are and what is kept of them: decided once, as free memory changes.
 
+        Asking for it takes some memory of a GPU, which a process that only starts others is not to hold.
+
         Raises:
-            ConfigError: host memory does not suffice, or streamed blocks are to be kept whole.
+            ConfigError: host memory does not suffice.
         """
         config, skeleton, is_gpu = self.config, self.weights.dit_skeleton(), self.device.type == "cuda"
         train = config.train
         is_zero3, is_streamed = config.parallel.strategy == "zero3", config.memory.dit in ("stream", "offload")
-        if is_streamed and (train.recompute == "none" or is_zero3):
-            other = "train.recompute=none keeps" if not is_zero3 else "parallel.strategy=zero3 splits"
-            raise ConfigError(
-                f"{other} the weights that memory.dit={config.memory.dit} takes from the GPU: leave one of them out."
-            )
         is_compiled = (is_gpu if train.compile is None else train.compile) and not is_zero3
         weights = weight_bytes(skeleton, DTYPES[config.model.dtype], self.precision)
         if is_gpu:
@@ -194,9 +190,19 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
         settings["model.precision"] = None
     fingerprint = generator_fingerprint(config.seed)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
-    plan = TrainPlan(config, device, weights, dataset, held, layers, start_adapter, draws, identity, layout)
-    _ = plan.memory  # What does not fit is refused here.
-    return plan
+    _check_streaming(config)
+    return TrainPlan(config, device, weights, dataset, held, layers, start_adapter, draws, identity, layout)
+
+
+def _check_streaming(config: RunConfig) -> None:
+    """Refuses settings that would keep on the GPU what streaming takes from it; `sample` may have them."""
+    if config.memory.dit not in ("stream", "offload"):
+        return
+    if config.train.recompute == "none" or config.parallel.strategy == "zero3":
+        other = "train.recompute=none keeps" if config.train.recompute == "none" else "parallel.strategy=zero3 splits"
+        raise ConfigError(
+            f"{other} the weights that memory.dit={config.memory.dit} takes from the GPU: leave one of them out."
+        )
 
 
 def _open_cache(config: RunConfig, weights: WeightsFolder) -> Cache:
