@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Small models gain nothing from threads, and bit-for-bit comparisons need the same number in all processes of a test.
@@ -12,6 +13,7 @@ from mochi_tune.cli.launch import keep_compiled_code
 
 # As the command line does, for the tests that call a recipe.
 keep_compiled_code()
+gc.set_threshold(10_000)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from compare_losses import compare, load_rows
 from golden.make_toy_losses import train
+from helpers_process import run
 
 GOLDEN = Path(__file__).parent / "golden" / "toy_losses.json"
 # How far rounding may move a number, as a share of it. `mochi-tune verify` allows an fp32 output an error of 2e-5; the
@@ -20,7 +21,7 @@ TOLERANCE = 1e-4
 
 
 def test_the_toy_losses_are_those_that_were_kept(tmp_path):
-    found = compare(load_rows(GOLDEN), train(tmp_path), TOLERANCE)
+    found = compare(load_rows(GOLDEN), train(tmp_path, run), TOLERANCE)
     assert found.first is None and found.num_steps == 20, str(found)
 
 

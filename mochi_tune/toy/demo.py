@@ -99,7 +99,7 @@ def measure(
             kind: (words[:count], render_words(words[:count], dit, text, decoder, settings, SEED))
             for kind, words in asked.items()
         }
-    unseen = draw_clips(all_words()[::12], keyed_generator(SEED, "demo"))
+    unseen = draw_clips(all_words()[::12][:num_samples], keyed_generator(SEED, "demo"))
     _, psnr = reconstruct(unseen, weights.load_encoder("cpu", torch.float32), decoder)
     half = num_samples // 2
     new, base = (lambda strength: samples[strength]["new"]), (lambda strength: samples[strength]["base"])

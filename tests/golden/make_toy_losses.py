@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,12 +66,15 @@ def write_cache(folder: Path) -> None:
         writer.commit(rows, settings)
 
 
-def train(folder: Path) -> list[dict]:
+def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "mochi_tune.cli", *arguments], cwd=cwd, check=False)
+
+
+def train(folder: Path, run: Callable[..., subprocess.CompletedProcess] = run_command) -> list[dict]:
     """Trains by the command line on a cache in `folder`; returns the rows of the run's metrics."""
     write_cache(folder / "cache")
-    command = [sys.executable, "-m", "mochi_tune.cli", "train", "conf=toy_lora", "data.cache=cache", "run_dir=run"]
     # In a folder that has no conf/ of its own, so that conf=toy_lora is the packaged one.
-    subprocess.run([*command, *SETTINGS], cwd=folder, check=True)
+    run("train", "conf=toy_lora", "data.cache=cache", "run_dir=run", *SETTINGS, cwd=folder).check_returncode()
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [{name: row[name] for name in FIELDS} for row in rows]
 

@@ -35,7 +35,7 @@ STEPS, SAMPLES = 120, 8
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
     out = tmp_path_factory.mktemp("lesson") / "demo"
-    settings = [f"train.steps={STEPS}", f"train.validate_every={STEPS}"]
+    settings = [f"train.steps={STEPS}", f"train.validate_every={STEPS}", "sample.steps=12"]
     made = main(out, *settings, num_samples=SAMPLES)
     return out, made, json.loads((out / "figures.json").read_text())
 

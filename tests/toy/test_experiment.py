@@ -30,7 +30,7 @@ def test_the_table_has_mean_and_spread_over_the_seeds():
 
 
 def test_every_arm_is_run_once_and_results_are_kept(tmp_path):
-    settings = ("train.steps=1", "train.validate_every=0")
+    settings = ("train.steps=1", "train.validate_every=0", "sample.steps=2")
     printed = main("objective", 1, tmp_path, *settings, num_samples=1)
     results = json.loads((tmp_path / "objective.json").read_text())["rows"]
     assert [row["arm"] for row in results] == ["sampler", "official", "unnormalised"]
@@ -44,4 +44,4 @@ def test_every_arm_is_run_once_and_results_are_kept(tmp_path):
     assert main("objective", 1, tmp_path, *settings, num_samples=1) == printed
     assert (tmp_path / "objective.json").read_bytes() == before
     with pytest.raises(ConfigError, match="was made with other weights or settings: use another out="):
-        main("objective", 1, tmp_path, "train.steps=2", num_samples=1)
+        main("objective", 1, tmp_path, "train.steps=2", "sample.steps=2", num_samples=1)
