@@ -8,7 +8,7 @@ from mochi_tune.weights.folder import WeightsFolder
 
 
 def test_the_shipped_autoencoder_keeps_what_is_read_in_unseen_clips():
-    folder, words = weights_folder(load_config("toy_lora", [])), all_words(ALL_SHAPES)[::16]
+    folder, words = weights_folder(load_config("toy_lora", [])), all_words(ALL_SHAPES)[::32]
     frames = draw_clips(words, keyed_generator(0, "unseen by anyone"))
     weights = WeightsFolder(folder)
     encoder, decoder = weights.load_encoder("cpu", torch.float32), weights.load_decoder("cpu", torch.float32)

@@ -19,7 +19,7 @@ from mochi_tune.weights.folder import WeightsFolder
 SHORT = Plan(
     vae_steps=2,
     vae_batch=1,
-    num_normalised=48,
+    num_normalised=24,
     text_steps=2,
     num_clips=16,
     dit_steps=2,
