@@ -211,7 +211,7 @@ def test_stopped_while_it_compiles(tmp_path):
     """Between two graphs, as each takes some seconds; the step is not made, and the same command compiles the rest."""
     arguments = [
         "train", "conf=my_lora",
-        *road(tmp_path / "run", *LORA, "train.steps=2", "train.compile=true", "train.recompute=block"),
+        *road(tmp_path / "run", "lora=attention", "train.steps=2", "train.compile=true", "train.recompute=block"),
     ]  # fmt: skip
     compiled = tmp_path / "compiled"
     program = Program(arguments, tmp_path / "log", env={"TORCHINDUCTOR_CACHE_DIR": str(compiled)})
