@@ -84,7 +84,7 @@ def prepare(config: RunConfig) -> Prepared:
         vae=weights.fingerprint("encoder"),
         vae_dtype=config.model.dtype,
         t5=weights.fingerprint("text_encoder"),
-        t5_dtype="fp32",
+        t5_dtype=config.memory.t5_dtype,
     )
     rows, refused = _fingerprint_videos(folder, captions, settings)
 
@@ -192,8 +192,8 @@ def _encode_captions(cache: CacheWriter, rows: list[Row], config: RunConfig, dev
     missing = _unique((row.text_key, row) for row in rows if not cache.has_text(row.text_key))
     if not missing:
         return 0
-    # In fp32 whatever the models run in: features are computed once, and T5's rounding would affect all of training.
-    text_encoder = TextEncoder.load(weights_folder(config), device, torch.float32)
+    # Not in model.dtype: features are computed once, and T5's rounding affects all of training.
+    text_encoder = TextEncoder.load(weights_folder(config), device, DTYPES[config.memory.t5_dtype])
     for row in tqdm(missing, desc="captions", unit="caption"):
         prompt_embeds, caption_tokens = encode_caption(text_encoder, row.caption, row.path)
         cache.put_text(row.text_key, prompt_embeds, caption_tokens)

@@ -88,7 +88,7 @@ def test_defaults_stand_in_the_schema_alone():
     decided = {
         "model": {"model.name", "model.weights", "model.dtype", "data.num_frames", "data.height", "data.width"},
         "lora": {"lora.targets"},
-        "memory": {"memory.dit", "memory.activations"},
+        "memory": {"memory.dit", "memory.activations", "memory.t5_dtype"},
         "parallel": {"parallel.strategy", "parallel.context"},
     }
     decided["model"] |= {"sample.steps", "sample.threshold", "sample.guidance"}

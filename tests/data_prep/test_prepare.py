@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
 import mochi_tune
-from mochi_tune.config.schema import DataConfig, ModelConfig, RunConfig
+from mochi_tune.config.schema import DataConfig, MemoryConfig, ModelConfig, RunConfig
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data_prep.clips import ClipTransform, decode_clip
 from mochi_tune.data_prep.encode import encode_frames
@@ -288,6 +288,23 @@ def test_t5_runs_in_fp32_whatever_the_models_run_in_and_no_model_outlives_its_st
     assert (cache.settings.vae_dtype, cache.settings.t5_dtype) == ("bf16", "fp32")
     for index in range(len(cache)):
         assert torch.equal(cache.read(index)["prompt_embeds"], with_t5.read(index)["prompt_embeds"])
+
+
+def test_t5_may_run_in_bf16_which_encodes_the_captions_anew_and_no_clip(good):
+    shutil.copytree(good / "cache", good / "rounded")
+    config = config_for(good, cache=str(good / "rounded"))
+    config = config.model_copy(update={"memory": MemoryConfig(t5_dtype="bf16")})
+    done = prepare(config)
+    exact, rounded = (open_cache(good / name, **GEOMETRY) for name in ("cache", "rounded"))
+    assert done.clips_encoded == 0 and done.captions_encoded > 0 and rounded.settings.t5_dtype == "bf16"
+    assert exact.fingerprint != rounded.fingerprint
+    encoder = TextEncoder.load(TINY, "cpu", torch.bfloat16)
+    for index in range(len(exact)):
+        ours, theirs = (cache.read(index)["prompt_embeds"] for cache in (rounded, exact))
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs) == (not rounded.rows[index].caption)
+        assert torch.equal(ours, encoder.encode([rounded.rows[index].caption])[0])
+        # bf16 keeps 8 bits of a number; the logits of random weights are large, and softmax multiplies what is lost.
+        assert (ours - theirs).norm() <= 0.25 * theirs.norm()
 
 
 def test_missing_weights_are_reported_before_any_clip_is_decoded(tmp_path):
