@@ -24,12 +24,12 @@ from mochi_tune.models.flops import dit_flops
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
+from mochi_tune.parallel.forecast import ATTENTION_BACKWARD, Step, free_bytes
 from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
 from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import NEEDS, apply_precision, check_precision
 from mochi_tune.parallel.recompute import POLICIES
 from mochi_tune.recipes.measuring import (
-    ATTENTION_BACKWARD,
     CPU_TOKENS,
     fastest,
     measure_attention_backward,
@@ -41,13 +41,7 @@ from mochi_tune.recipes.measuring import (
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, prepare_dit
 from mochi_tune.sampling.sampler import PRESETS, draw_noise, sample_latents
 from mochi_tune.training.loader import Inputs
-from mochi_tune.training.memory_plan import (
-    MemoryPlan,
-    bytes_on_device,
-    free_bytes,
-    recompute_policies,
-    weight_bytes,
-)
+from mochi_tune.training.memory_plan import MemoryPlan
 from mochi_tune.training.objective import velocity_loss
 from mochi_tune.training.optim import build_optimizer
 from mochi_tune.weights.configs import read_official_config
@@ -134,6 +128,8 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
     check_one_video(num_ranks, sizes(bench.model, "dit").num_heads)
     if bench.precision not in ("bf16", *NEEDS):
         raise ConfigError(f"precision={bench.precision} is not possible: use {', '.join(('bf16', *NEEDS))}.")
+    if bench.dit == "auto":
+        raise ConfigError("memory=auto measures whatever fits: use a memory= by its name, and limit_gib=.")
     device = find_device(bench.device)
     check_precision(bench.precision, device)
     return device
@@ -177,27 +173,25 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     """One step as `train` makes it: forward, backward, clipping and update of a LoRA, for one clip and its caption."""
     config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
     dtype, num_tokens = DTYPES[bench.dtype], num_visual_tokens(bench)
+    settings = LayerSettings(bench.lora_rank or TRAIN_RANK, float(bench.lora_rank or TRAIN_RANK))
     is_compiled = device.type == "cuda" if bench.compile is None else bench.compile
-    is_streamed = bench.dit in ("stream", "offload")
-    with torch.device("meta"):
-        weights = weight_bytes(AsymmDiT(config), dtype, bench.precision)
-    on_device = bytes_on_device(weights, config, is_streamed)
     free = free_bytes(device)
     if free is not None and bench.limit_gib:
         free = min(free, bench.limit_gib * 2**30)
-    policies = recompute_policies(bench.recompute, config, num_tokens, on_device, free, is_compiled)
-    memory = MemoryPlan(policies, is_compiled, is_streamed, bench.activations == "offload")
+    is_streamed, is_offloaded = bench.dit in ("stream", "offload"), bench.activations == "offload"
+    kinds = {"precision": bench.precision, "recompute": bench.recompute, "is_compiled": is_compiled}
+    policies = Step(config, num_tokens, dtype_bytes=dtype.itemsize, **kinds).policies(free, is_streamed, is_offloaded)
+    memory = MemoryPlan(policies, is_compiled, is_streamed, is_offloaded)
 
     def shrink(_: AsymmDiT, block: torch.nn.Module) -> None:
         assert isinstance(block, AsymmetricJointBlock)
         apply_host_modulation(block)
         apply_precision(block, bench.precision)
 
-    dit = build_random_model(config, "cpu" if is_streamed else device, dtype, shrink)
+    dit = build_random_model(config, "cpu" if memory.is_streamed else device, dtype, shrink)
     prompt, mask = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim), torch.ones(1, CAPTION_TOKENS, dtype=torch.bool)
     sigma, modulate = torch.tensor([0.5]), HostModulation(dit)
     ahead = fastest(lambda: modulate(sigma, prompt, mask), torch.device("cpu"))
-    settings = LayerSettings(bench.lora_rank or TRAIN_RANK, float(bench.lora_rank or TRAIN_RANK))
     apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
     memory.apply(dit, device, tqdm.write)
     parameters = lora_parameters(dit)

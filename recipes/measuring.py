@@ -16,13 +16,12 @@ from tqdm import tqdm
 from mochi_tune.models.device import peak_gib, reset_peak, synchronize
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.layers import hidden_width
+from mochi_tune.parallel.forecast import ATTENTION_BACKWARD
 from mochi_tune.sampling.render import ATTENTION_KERNELS
 
 # Seconds that each rate is measured for: a GPU takes a while to reach its clock. And the most tokens on a CPU.
 RATE_SECONDS = {"cuda": 1.0, "cpu": 0.25}
 CPU_TOKENS = 4096
-# Products of attention's backward pass, of which it computes the scores again, over the two of its forward pass.
-ATTENTION_BACKWARD = 2.5
 
 
 def timed(run: Callable[[], object], repeats: int, device: torch.device, num_warm_up: int = 1) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
+from mochi_tune.parallel.forecast import GIB, free_bytes, sampling_held
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
@@ -29,6 +30,7 @@ from mochi_tune.sampling.requests import Request, read_requests
 from mochi_tune.sampling.sampler import sample_latents
 from mochi_tune.sampling.video import write_video
 from mochi_tune.training.interrupts import StopSignal
+from mochi_tune.training.memory_plan import describe, fits
 from mochi_tune.weights.folder import WeightsFolder
 
 
@@ -41,6 +43,7 @@ class RenderPlan:
         requests: the videos, of all processes.
         adapters: applied to the base.
         variants: of each video, left to right: "base", "adapted" or both.
+        num_tokens: of the largest video.
         layout: how the processes share the work.
         common: settings of all videos, for the files beside them.
     """
@@ -49,8 +52,15 @@ class RenderPlan:
     requests: list[Request]
     adapters: list[RenderAdapter]
     variants: list[str]
+    num_tokens: int
     layout: Layout
     common: dict[str, Any]
+
+    def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
+        """Returns the bytes that sampling the largest video holds on one device, by what they are for."""
+        return sampling_held(
+            self.weights.dit_skeleton().config, -(-self.num_tokens // self.layout.context), residency, dtype_bytes
+        )
 
 
 def main(config: RunConfig) -> Iterator[Path]:
@@ -67,8 +77,7 @@ def main(config: RunConfig) -> Iterator[Path]:
     for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)
     mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds) if num_processes > 1 else None
-    residency = "offload" if config.memory.dit == "stream" else config.memory.dit
-    setup = Setup(device, dtype, residency, mesh, config.sample.compile)
+    setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, config.sample.compile)
     mine = plan.requests if mesh is None else plan.requests[mesh.data_rank :: plan.layout.data]
     usage = Usage(device, write_line)
     write_line("; ".join(f"adapter {a.path} x {a.strength}" for a in plan.adapters) or "no adapter: the base")
@@ -133,7 +142,24 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
         "memory": config.memory.model_dump(),
         "layout": asdict(layout),
     }
-    return RenderPlan(weights, requests, adapters, variants, layout, common)
+    return RenderPlan(weights, requests, adapters, variants, tokens, layout, common)
+
+
+def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) -> str:
+    """Returns where the DiT's weights are while it samples, one of `parallel.memory.RESIDENCIES`.
+
+    Raises:
+        ConfigError: the GPU's free memory does not suffice; the error names what does.
+    """
+    asked, free = config.memory.dit, free_bytes(device)
+    candidates = ["resident", "offload"] if asked == "auto" else ["offload" if asked == "stream" else asked]
+    for residency in candidates:
+        held = plan.held(residency, DTYPES[config.model.dtype].itemsize)
+        if free is None or fits(held, free):
+            return residency
+    offloaded = fits(plan.held("offload", DTYPES[config.model.dtype].itemsize), free)
+    advice = "memory=16gb" if offloaded else "fewer frames, a smaller height and width, or more GPUs"
+    raise ConfigError(f"sampling needs {describe(held)}, and {free / GIB:.1f} GiB are free: use {advice}.")
 
 
 def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def main(config: RunConfig, num_processes: int = 1) -> int:
     accelerator = build_accelerator(
         plan.device, config.parallel.strategy, train.accumulation_steps, train.max_grad_norm
     )
-    with open_run(plan, accelerator) as run:
+    with open_run(plan, accelerator) as run, plan.explains_out_of_memory():
         if not run.is_complete:
             train_adapter(plan, run)
     accelerator.end_training()  # Leaves the process group.

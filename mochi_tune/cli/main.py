@@ -32,6 +32,7 @@ from mochi_tune.cli.options import (
     plain_options,
     whole_number,
 )
+from mochi_tune.cli.plan import run_plan
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Dispatches to a verb; returns the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
+        "plan": run_plan,
         "prepare": run_prepare,
         "train": run_train,
         "replay": run_replay,

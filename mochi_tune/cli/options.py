@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 USAGE = """\
 mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
 
+  mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
+                     memory, time and disk of a run, foretold before anything is loaded
   mochi-tune prepare conf=NAME [key=value ...]    videos and captions -> cache, once
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
   mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
@@ -55,7 +57,7 @@ BENCH_OPTIONS = {
     "num_frames": ("37", "frames, 6k+1"),
     "height": ("480", "pixels"),
     "width": ("848", "pixels"),
-    "memory": ("80gb", "80gb, 48gb, 24gb, 16gb or 12gb: of the GPU"),
+    "memory": ("80gb", "80gb, 48gb, 24gb, 16gb or 12gb, see the setting"),
     "device": ("auto", "cpu, cuda or auto"),
     "dtype": ("bf16", "fp32 or bf16"),
     "depth": ("all", "blocks of the DiT, or of each level of the VAE; on a CPU 1 if not given"),

@@ -243,10 +243,11 @@ class MemoryConfig(Section):
 
     RESUME = "free"
 
-    dit: Literal["resident", "int8", "fp8", "offload", "stream", "shard"] = setting(
+    dit: Literal["auto", "resident", "int8", "fp8", "offload", "stream", "shard"] = setting(
         "resident",
         "resident: on the GPU; int8, fp8: there in 8 bits, in `train` as resident; offload, stream: in host memory, a "
-        "few blocks at a time on the GPU; shard: split over the GPUs of a video",
+        "few blocks at a time on the GPU; shard: split over the GPUs of a video; auto: the fastest of resident and "
+        "stream that fits, in `train` with activations in host memory if need be",
     )
     activations: Literal["keep", "offload"] = setting(
         "keep", "of `train`; offload: what the backward pass needs of each block waits in host memory"

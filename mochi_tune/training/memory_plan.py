@@ -1,25 +1,21 @@
-"""What a training step holds on its device and in host memory, and how its blocks are arranged for that."""
+"""Where a training has its weights and what it keeps of each block: as asked, or as the free memory allows."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
-from mochi_tune.errors import ConfigError
-from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.errors import ConfigError, TrainingError
+from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
-from mochi_tune.parallel.precision import LARGE_LAYERS
+from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step
 from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpointing, apply_mlp_slices
-from mochi_tune.parallel.stream import NUM_BUFFERS, apply_streaming
+from mochi_tune.parallel.stream import apply_streaming
 
-# Bytes that one block's forward and backward hold at a time, for each visual token and each number of its width.
-# From the peaks of such a step on an H200 at 37 and 163 frames, less the weights and the blocks' inputs.
-INSIDE_BYTES = {"compiled": 59, "eager": 90}
-LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
 # At a time, where memory is short.
 MLP_TOKENS = 4096
-# Left to kernels, to the fragments between tensors, and to other programs.
-SPARE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -79,54 +75,96 @@ def check_host_memory(needed: int, available: int) -> None:
         )
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Returns the free memory of a GPU; None for a CPU, whose memory is not counted."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+# Of `train`, the one that takes least time first: preset, whether it streams the blocks, and offloads their inputs.
+ARRANGEMENTS = (("80gb", False, False), ("16gb", True, False), ("12gb", True, True))
+# Functions that an out-of-memory error may come through, and what was done there; the first that is found says most.
+PLACES = {
+    "load_dit": "while the DiT was loaded",
+    "encode_eval_prompts": "while T5 encoded the eval prompts",
+    "decoded_frames": "while an eval video was decoded",
+    "evaluate_if_due": "in an evaluation",
+    "backward": "in the backward pass of a step",
+}
 
 
-def weight_bytes(dit: AsymmDiT, dtype: torch.dtype, precision: str = "bf16") -> dict[str, int]:
-    """Returns the bytes of a model's "blocks", of their "modulation", and of the "rest"; on the meta device, too.
-
-    Args:
-        dit: the model.
-        dtype: of its weights.
-        precision: of its large matrices, see `parallel.precision`.
-    """
-    rounded = {"fp8": 1.0, "int8": 1.0, "nf4": 0.57}.get(precision, dtype.itemsize)
-    sizes = {"blocks": 0.0, "modulation": 0.0, "rest": 0.0}
-    for name, parameter in dit.named_parameters():
-        part = "rest" if not name.startswith("blocks.") else "modulation" if ".mod_" in name else "blocks"
-        sizes[part] += parameter.numel() * (rounded if name.endswith(LARGE_WEIGHTS) else dtype.itemsize)
-    return {part: int(size) for part, size in sizes.items()}
-
-
-def bytes_on_device(weights: dict[str, int], config: DiTConfig, is_streamed: bool) -> int:
-    """Returns what `weight_bytes` has on the device: no modulation, and of streamed blocks the buffers."""
-    blocks = weights["blocks"] * min(NUM_BUFFERS, config.depth) // config.depth if is_streamed else weights["blocks"]
-    return blocks + weights["rest"]
-
-
-def recompute_policies(
-    setting: str, config: DiTConfig, num_tokens: int, weights: int, free: int | None, is_compiled: bool
-) -> list[str]:
-    """Returns what each block recomputes, see `parallel.recompute.POLICIES`.
+def arrange(step: Step, dit: str, activations: str, free: int | None) -> MemoryPlan:
+    """Returns the plan of a training step: what was asked for, or with memory.dit=auto the fastest that fits.
 
     Args:
-        setting: a policy, for all blocks, or "auto": "attention", and "block" in as many blocks as memory asks for.
-        config: sizes of the model.
-        num_tokens: visual tokens of a micro-batch on one device.
-        weights: bytes of the weights on the device.
-        free: bytes that are free there before they are loaded; None: enough.
-        is_compiled: whether the blocks are compiled, which makes what they hold smaller.
+        step: its sizes.
+        dit: `memory.dit`.
+        activations: `memory.activations`.
+        free: bytes of the device that are free before the weights are loaded; None: enough.
+
+    Raises:
+        ConfigError: it does not fit; the error names settings that do.
     """
-    if setting != "auto":
-        return [setting] * config.depth
-    if free is None:
-        return ["attention"] * config.depth
-    inputs = 2 * num_tokens * config.hidden_size_x * config.depth
-    inside = INSIDE_BYTES["compiled" if is_compiled else "eager"] * num_tokens * config.hidden_size_x
-    # The output in 16 bits and the log-sum-exp in 32.
-    attention = num_tokens * (2 * config.hidden_size_x + 4 * config.num_heads)
-    num_kept = (free - weights - inputs - inside - SPARE_BYTES) // attention
-    num_kept = min(config.depth, max(0, num_kept))
-    return ["block"] * (config.depth - num_kept) + ["attention"] * num_kept
+    asked = [("", dit in ("stream", "offload"), activations == "offload")]
+    can_stream = step.recompute != "none" and step.num_shards == 1
+    candidates = asked if dit != "auto" else list(ARRANGEMENTS if can_stream else ARRANGEMENTS[:1])
+    for _, is_streamed, is_offloaded in candidates:
+        policies = step.policies(free, is_streamed, is_offloaded)
+        if free is None or fits(step.held(policies, is_streamed, is_offloaded), free):
+            return MemoryPlan(policies, step.is_compiled, is_streamed, is_offloaded)
+    raise ConfigError(
+        f"this training needs {describe(step.held(policies, is_streamed, is_offloaded))}, and "
+        f"{free / GIB:.1f} GiB are free: {ways_out(step, free)}."
+    )
+
+
+def fits(held: dict[str, int], free: int) -> bool:
+    """Whether a device with so many free bytes can hold this, with some to spare."""
+    return sum(held.values()) + SPARE_BYTES <= free
+
+
+def describe(held: dict[str, int]) -> str:
+    """Returns the sum of what is held, and its parts, in GiB."""
+    parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in held.items() if size >= GIB // 20)
+    return f"{(sum(held.values()) + SPARE_BYTES) / GIB:.1f} GiB of the GPU ({parts}, to spare {SPARE_BYTES / GIB:.1f})"
+
+
+def ways_out(step: Step, free: int, failed: MemoryPlan | None = None) -> str:
+    """Returns the settings with which a step fits, the one that costs least first; else what is to become smaller.
+
+    Args:
+        step: its sizes.
+        free: bytes of the device.
+        failed: the plan that ran out of memory, if one did.
+    """
+    found = ["train.recompute=block"] if failed is not None and set(failed.recompute) != {"block"} else []
+    smaller = replace(step, recompute="block" if step.recompute == "none" else step.recompute)
+    for name, is_streamed, is_offloaded in ARRANGEMENTS:
+        is_failed = failed is not None and (is_streamed, is_offloaded) == (failed.is_streamed, failed.offloads_inputs)
+        for precision in dict.fromkeys((step.precision, "int8")):
+            if is_failed and precision == step.precision:
+                continue
+            candidate = replace(smaller, precision=precision)
+            held = candidate.held(candidate.policies(free, is_streamed, is_offloaded), is_streamed, is_offloaded)
+            if fits(held, free):
+                setting = f"memory={name}" + (f" model.precision={precision}" if precision != step.precision else "")
+                setting += " train.recompute=auto" if step.recompute == "none" else ""
+                found.append(f"{setting} ({sum(held.values()) / GIB:.1f} GiB)")
+                break
+    lower = "lower data.num_frames, data.height, data.width or train.batch_size"
+    return f"use {' or '.join(found)}, or {lower}" if found else f"{lower}, or use a GPU with more memory"
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(step: Step, plan: MemoryPlan) -> Iterator[None]:
+    """Makes one line of an out-of-memory error: where it happened, what the plan holds, and what to change.
+
+    Raises:
+        TrainingError: instead of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        where = next((words for name, words in PLACES.items() if name in functions), "in a step")
+        held = step.held(plan.recompute, plan.is_streamed, plan.offloads_inputs)
+        # Any that holds clearly less: what was foretold is not what was free.
+        smaller = ways_out(step, int(0.9 * sum(held.values())) + SPARE_BYTES, plan)
+        reason = str(error).split(". ")[0]
+        raise TrainingError(
+            f"the GPU's memory does not suffice {where} ({reason}); held are {describe(held)}: {smaller}."
+        ) from error

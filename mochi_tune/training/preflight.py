@@ -1,5 +1,6 @@
 """The train plan: what a training will do, checked as far as possible before any weight is read."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmetricJointBlock
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
+from mochi_tune.parallel.forecast import Step, free_bytes
 from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision, check_precision
@@ -29,14 +31,7 @@ from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import held_out
-from mochi_tune.training.memory_plan import (
-    MemoryPlan,
-    bytes_on_device,
-    check_host_memory,
-    free_bytes,
-    recompute_policies,
-    weight_bytes,
-)
+from mochi_tune.training.memory_plan import MemoryPlan, arrange, check_host_memory, explain_out_of_memory
 from mochi_tune.training.optim import check_installed
 from mochi_tune.training.run_folder import describe_environment
 from mochi_tune.training.trackers import check_trackers
@@ -113,6 +108,23 @@ class TrainPlan:
         data = self.config.data
         return num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
 
+    @property
+    def step(self) -> Step:
+        """The sizes of a micro-batch, which decide what it takes of a device."""
+        config, train, is_zero3 = self.config, self.config.train, self.config.parallel.strategy == "zero3"
+        is_compiled = self.device.type == "cuda" if train.compile is None else train.compile
+        return Step(
+            self.weights.dit_skeleton().config,
+            self.num_tokens * train.batch_size // self.layout.context,
+            self.adapter_bytes,
+            dtype_bytes=DTYPES[config.model.dtype].itemsize,
+            precision=self.precision,
+            recompute=train.recompute,
+            is_compiled=is_compiled and not is_zero3,
+            holds_modulation=is_zero3,
+            num_shards=self.layout.num_ranks if is_zero3 else 1,
+        )
+
     @cached_property
     def memory(self) -> MemoryPlan:
         """Where the blocks are and what is kept of them: decided once, as free memory changes.
@@ -120,25 +132,18 @@ class TrainPlan:
         Asking for it takes some memory of a GPU, which a process that only starts others is not to hold.
 
         Raises:
-            ConfigError: host memory does not suffice.
+            ConfigError: host memory or the device's does not suffice.
         """
-        config, skeleton, is_gpu = self.config, self.weights.dit_skeleton(), self.device.type == "cuda"
-        train = config.train
-        is_zero3, is_streamed = config.parallel.strategy == "zero3", config.memory.dit in ("stream", "offload")
-        is_compiled = (is_gpu if train.compile is None else train.compile) and not is_zero3
-        weights = weight_bytes(skeleton, DTYPES[config.model.dtype], self.precision)
-        if is_gpu:
-            needed = weights["modulation"] + (weights["blocks"] if is_streamed else 0)
+        memory, step = self.config.memory, self.step
+        plan = arrange(step, memory.dit, memory.activations, free_bytes(self.device))
+        if self.device.type == "cuda":
+            needed = step.weights["modulation"] + (step.weights["blocks"] if plan.is_streamed else 0)
             check_host_memory(needed, psutil.virtual_memory().available)
-        recompute = recompute_policies(
-            train.recompute,
-            skeleton.config,
-            self.num_tokens * train.batch_size // self.layout.context,
-            bytes_on_device(weights, skeleton.config, is_streamed),
-            free_bytes(self.device),
-            is_compiled,
-        )
-        return MemoryPlan(recompute, is_compiled, is_streamed, config.memory.activations == "offload")
+        return plan
+
+    def explains_out_of_memory(self) -> contextlib.AbstractContextManager:
+        """Makes one line of an out-of-memory error, which says what the plan holds and what to change."""
+        return explain_out_of_memory(self.step, self.memory)
 
     @property
     def environment(self) -> dict[str, object]:

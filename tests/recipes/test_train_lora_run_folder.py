@@ -88,7 +88,8 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
         cli.main(["train", "conf=my_lora", *arguments])
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("mochi-tune: ") and "train.batch_size" in line and "use memory=16gb" in line
+    assert line.startswith("mochi-tune: the GPU's memory does not suffice in a step (CUDA out of memory)")
+    assert "held are 1.3 GiB of the GPU" in line and "lower data.num_frames" in line and "train.batch_size" in line
 
 
 def test_wandb_works_offline(tmp_path):

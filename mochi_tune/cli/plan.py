@@ -1,0 +1,44 @@
+"""The verb `plan`: prints what a run will take, as tables of text."""
+
+from mochi_tune.cli.options import load, whole_number
+
+
+def run_plan(arguments: list[str]) -> int:
+    """Foretells memory, time and disk of a run."""
+    own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("card", "card_gib")}
+    if (config := load("plan", [a for a in arguments if a.partition("=")[0] not in own])) is None:
+        return 0
+    from mochi_tune.recipes.plan import main as plan
+
+    made = plan(config, own.get("card", ""), whole_number("card_gib", own.get("card_gib", "0"), 0))
+    gib = 2**30
+    print(f"clips       {made.clips}: {made.num_tokens:,} tokens")
+    print(f"GPU         {made.card}, {made.gib:.1f} GiB")
+    disk = f"checkpoints {made.checkpoint_bytes / gib:.2g} GiB"
+    print(f"disk        {f'cache up to {made.cache_bytes / gib:.2g} GiB, ' if made.cache_bytes else ''}{disk}")
+    parts = list(dict.fromkeys(part for stage in made.stages for part in stage.held))
+    print(f"\n{'GiB':<18}{''.join(f'{part:>15}' for part in parts)}{'total':>8}  {'':<6} time")
+    for stage in made.stages:
+        held = "".join(f"{stage.held.get(part, 0) / gib:>15.1f}" for part in parts)
+        verdict = "fits" if stage.total <= made.gib * gib else "NOT"
+        time = "" if stage.seconds is None else f"{stage.seconds:.2g} s {stage.per}"
+        print(f"{stage.name:<18}{held}{stage.total / gib:>8.1f}  {verdict:<6} {time}".rstrip())
+    print("The total has 1 GiB to spare. Memory and time are foretold, within 10 % of what was measured on an H200.")
+    if made.run_seconds is not None:
+        print(f"\ntraining: {config.train.steps} steps in about {in_words(made.run_seconds)}")
+    print(f"\n{'memory=':<10}{'train':>12}{'sample':>12}")
+    for name, sizes in made.presets.items():
+        cells = (
+            "" if size is None else f"{size / gib:.1f} {'fits' if size <= made.gib * gib else 'NOT '}" for size in sizes
+        )
+        print(f"{name:<10}{''.join(f'{cell:>12}' for cell in cells)}".rstrip())
+    print(f"\n{made.advice}")
+    return 0
+
+
+def in_words(seconds: float) -> str:
+    """Returns a duration as a reader wants it."""
+    hours = seconds / 3600
+    return (
+        f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
+    )

@@ -1,0 +1,243 @@
+"""What a run will take of a GPU: bytes by what they are for, and seconds, foretold from sizes alone.
+
+Memory is the sum of what is held. Time is the arithmetic at the card's rates, and the bytes that the work between
+matrix products moves, at its bandwidth. The constants are fitted to the rows of docs/benchmarks.md that were measured
+at full size on an H200; tests/parallel/test_forecast.py holds the forecast to within 10 % of each row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.flops import dit_flops
+from mochi_tune.parallel.precision import LARGE_LAYERS
+from mochi_tune.parallel.stream import NUM_BUFFERS
+
+GIB = 2**30
+LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
+# Bytes that one block holds at a time, for each visual token and each number of its width: forward and backward of a
+# training, and one pass of the sampler.
+INSIDE_BYTES = {"compiled": 50, "eager": 83, "sample": 32}
+# Bytes that go to and from memory between the matrix products of one block, by the same count.
+MOVED_BYTES = {"compiled": 620, "eager": 3250, "sample": 720}
+# What torch, its kernels and the embedders hold beside that; left to fragments between tensors and other programs.
+BASE_BYTES, SPARE_BYTES = GIB // 4, GIB
+# Products of attention's backward pass, of which it computes the scores again, over the two of its forward pass.
+ATTENTION_BACKWARD = 2.5
+# Of a pixel, what a decoder in chunks of time holds, and the encoder: for any number of frames, and for each of them.
+DECODER_PIXEL_BYTES, ENCODER_PIXEL_BYTES, ENCODER_FRAME_BYTES = 20400, 5100, 154
+# FLOPs of a pixel of one frame, and the share of the rate of matrix products that convolutions reach today.
+DECODER_PIXEL_FLOPS, DECODER_SHARE = 243e12 / (37 * 480 * 848), 0.21
+ENCODER_PIXEL_FLOPS, ENCODER_SHARE = 63.9e12 / (37 * 480 * 848), 0.085
+T5_PARAMETERS, DECODER_PARAMETERS, ENCODER_PARAMETERS = 4.76e9, 0.362e9, 0.098e9
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU.
+
+    Attributes:
+        gib: its memory, as its driver reports it.
+        matrix: FLOPs a second in bf16, dense, by its maker's sheet.
+        bandwidth: bytes a second to and from its memory, by the sheet.
+        host: bytes a second to and from the host, about.
+        has_fp8: whether it multiplies fp8, twice as fast.
+    """
+
+    gib: float
+    matrix: float
+    bandwidth: float
+    host: float
+    has_fp8: bool = False
+
+
+# Source: the makers' data sheets. Of these, only an H200 was measured.
+CARDS = {
+    "h200": Card(139.8, 989e12, 4.8e12, 50e9, True),
+    "h100": Card(79.2, 989e12, 3.35e12, 50e9, True),
+    "a100": Card(79.3, 312e12, 2.04e12, 25e9),
+    "a100-40": Card(39.4, 312e12, 1.56e12, 25e9),
+    "l40s": Card(44.4, 362e12, 0.864e12, 25e9, True),
+    "a6000": Card(47.5, 155e12, 0.768e12, 25e9),
+    "5090": Card(31.4, 209e12, 1.79e12, 50e9, True),
+    "4090": Card(23.6, 165e12, 1.01e12, 25e9, True),
+    "3090": Card(23.7, 71e12, 0.936e12, 25e9),
+    "4080": Card(15.6, 97e12, 0.717e12, 25e9, True),
+    "3060": Card(11.8, 25e12, 0.36e12, 25e9),
+}
+# Shares of the sheet's rate that matrix products reach, and attention forward and backward; as measured on an H200.
+MATRIX_SHARE, ATTENTION_SHARE, BACKWARD_SHARE = 0.77, 0.58, 0.53
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of one micro-batch on one device.
+
+    Attributes:
+        config: sizes of the DiT.
+        num_tokens: visual tokens.
+        text_tokens: of the caption.
+        adapter_bytes: of the adapter's fp32 parameters.
+        dtype_bytes: of a number of the DiT.
+        precision: of its large matrices, see `parallel.precision`.
+        recompute: `train.recompute`.
+        is_compiled: whether the blocks are compiled.
+        holds_modulation: whether the modulation layers are on the device; not so in `train`, but with ZeRO-3.
+        num_shards: over how many processes ZeRO-3 splits the weights.
+    """
+
+    config: DiTConfig
+    num_tokens: int
+    adapter_bytes: int = 0
+    text_tokens: int = 128
+    dtype_bytes: int = 2
+    precision: str = "bf16"
+    recompute: str = "auto"
+    is_compiled: bool = True
+    holds_modulation: bool = False
+    num_shards: int = 1
+    weights: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", weight_bytes(self.config, self.dtype_bytes, self.precision))
+
+    def policies(self, free: int | None, is_streamed: bool = False, is_offloaded: bool = False) -> list[str]:
+        """Returns what each block recomputes, see `parallel.recompute.POLICIES`.
+
+        Args:
+            free: bytes of the device that are free before the weights are loaded; None: enough.
+            is_streamed: whether the blocks' weights are in host memory.
+            is_offloaded: whether the blocks' inputs are.
+        """
+        depth = self.config.depth
+        if self.recompute != "auto":
+            return [self.recompute] * depth
+        if free is None:
+            return ["attention"] * depth
+        left = free - sum(self.held(["block"] * depth, is_streamed, is_offloaded).values()) - SPARE_BYTES
+        num_kept = min(depth, max(0, int(left // self._attention_bytes)))
+        return ["block"] * (depth - num_kept) + ["attention"] * num_kept
+
+    def held(self, policies: Sequence[str], is_streamed: bool = False, is_offloaded: bool = False) -> dict[str, int]:
+        """Returns the bytes on the device at the step's peak, by what they are for."""
+        weights = bytes_on_device(self.weights, self.config, is_streamed)
+        weights += self.weights["modulation"] if self.holds_modulation else 0
+        one_input = 2 * self.num_tokens * self.config.hidden_size_x
+        inside = INSIDE_BYTES["compiled" if self.is_compiled else "eager"] * self.num_tokens * self.config.hidden_size_x
+        # On their way to host memory and back are two.
+        kept = one_input * (min(2, len(policies)) if is_offloaded else len(policies))
+        kept += self._attention_bytes * policies.count("attention") + inside * policies.count("none")
+        return {
+            "weights": weights // self.num_shards,
+            # With its gradient and AdamW's two moments.
+            "adapter": 4 * self.adapter_bytes,
+            "kept": kept,
+            "largest block": inside,
+            "other": BASE_BYTES,
+        }
+
+    @property
+    def _attention_bytes(self) -> int:
+        """Of one block's attention: the output in 16 bits, and the log-sum-exp in 32."""
+        return self.num_tokens * (2 * self.config.hidden_size_x + 4 * self.config.num_heads)
+
+    def seconds(self, policies: Sequence[str], card: Card, is_streamed: bool = False) -> float:
+        """Returns the seconds of the step's forward and backward pass, updates being nothing beside them."""
+        matrix, attention = dit_flops(self.config, self.num_tokens, self.text_tokens)
+        # Frozen weights have no gradient: of a product, the backward pass is one more, and so is what is recomputed.
+        products = 3 - policies.count("none") / len(policies)
+        attentions = 1 + policies.count("block") / len(policies)
+        rate = card.matrix * MATRIX_SHARE
+        rate *= 2 if self.precision in ("fp8", "int8") and card.has_fp8 else 1
+        moved = MOVED_BYTES["compiled" if self.is_compiled else "eager"]
+        moved *= self.num_tokens * self.config.hidden_size_x * self.config.depth
+        computed = (
+            matrix * products / rate
+            + attention * attentions / (card.matrix * ATTENTION_SHARE)
+            + attention * ATTENTION_BACKWARD / (card.matrix * BACKWARD_SHARE)
+            + moved / card.bandwidth
+        )
+        # Streamed weights come once forward and once backward, beside the arithmetic.
+        return max(computed, 2 * self.weights["blocks"] / card.host) if is_streamed else computed
+
+
+def sampling_held(config: DiTConfig, num_tokens: int, dit: str, dtype_bytes: int = 2) -> dict[str, int]:
+    """Returns the bytes on the device while the DiT samples; `dit` is `memory.dit`."""
+    weights = weight_bytes(config, dtype_bytes, "bf16")
+    blocks = weights["blocks"] // (2 if dit in ("int8", "fp8") and dtype_bytes == 2 else 1)
+    # Of offloaded blocks two are there, of those shared by two processes a half.
+    blocks = {"offload": 2 * blocks // config.depth, "stream": 2 * blocks // config.depth, "shard": blocks // 2}.get(
+        dit, blocks
+    )
+    return {
+        "weights": blocks + weights["rest"],
+        "largest block": INSIDE_BYTES["sample"] * num_tokens * config.hidden_size_x,
+        "other": BASE_BYTES,
+    }
+
+
+def sampling_seconds(config: DiTConfig, num_tokens: int, card: Card, text_tokens: int = 256) -> float:
+    """Returns the seconds of a step with guidance, uncompiled, of resident weights in bf16."""
+    matrix, attention = dit_flops(config, num_tokens, text_tokens)
+    moved = MOVED_BYTES["sample"] * num_tokens * config.hidden_size_x * config.depth
+    one_pass = matrix / (card.matrix * MATRIX_SHARE) + attention / (card.matrix * ATTENTION_SHARE)
+    return 2 * (one_pass + moved / card.bandwidth)
+
+
+def decoding_held(height: int, width: int, tiles: int = 1, dtype_bytes: int = 2) -> dict[str, int]:
+    """Returns the bytes on the device while a video of any length is decoded, in so many tiles."""
+    pixels = height * width / tiles * (1.3 if tiles > 1 else 1)
+    held = int(DECODER_PIXEL_BYTES * pixels * dtype_bytes / 2)
+    return {"weights": int(DECODER_PARAMETERS * dtype_bytes), "largest block": held, "other": BASE_BYTES}
+
+
+def decoding_seconds(num_frames: int, height: int, width: int, card: Card) -> float:
+    """Returns the seconds of decoding a video in bf16."""
+    return DECODER_PIXEL_FLOPS * num_frames * height * width / (card.matrix * MATRIX_SHARE * DECODER_SHARE)
+
+
+def encoding_held(num_frames: int, height: int, width: int, dtype_bytes: int = 2) -> dict[str, int]:
+    """Returns the bytes on the device while a clip is encoded."""
+    held = int((ENCODER_PIXEL_BYTES + ENCODER_FRAME_BYTES * num_frames) * height * width * dtype_bytes / 2)
+    return {"weights": int(ENCODER_PARAMETERS * dtype_bytes), "largest block": held, "other": BASE_BYTES}
+
+
+def encoding_seconds(num_frames: int, height: int, width: int, card: Card) -> float:
+    """Returns the seconds of encoding a clip in bf16."""
+    return ENCODER_PIXEL_FLOPS * num_frames * height * width / (card.matrix * MATRIX_SHARE * ENCODER_SHARE)
+
+
+def text_held(dtype_bytes: int) -> dict[str, int]:
+    """Returns the bytes on the device while T5-XXL encodes one prompt."""
+    return {"weights": int(T5_PARAMETERS * dtype_bytes), "other": BASE_BYTES}
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the free memory of a GPU; None for a CPU, whose memory is not counted."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def weight_bytes(config: DiTConfig, dtype_bytes: int, precision: str = "bf16") -> dict[str, int]:
+    """Returns the bytes of a DiT's "blocks", of their "modulation", and of the "rest".
+
+    Args:
+        config: of the DiT.
+        dtype_bytes: of a number.
+        precision: of its large matrices, see `parallel.precision`.
+    """
+    with torch.device("meta"):
+        dit = AsymmDiT(config)
+    rounded = {"fp8": 1.0, "int8": 1.0, "nf4": 0.57}.get(precision, dtype_bytes)
+    sizes = {"blocks": 0.0, "modulation": 0.0, "rest": 0.0}
+    for name, parameter in dit.named_parameters():
+        part = "rest" if not name.startswith("blocks.") else "modulation" if ".mod_" in name else "blocks"
+        sizes[part] += parameter.numel() * (rounded if name.endswith(LARGE_WEIGHTS) else dtype_bytes)
+    return {part: int(size) for part, size in sizes.items()}
+
+
+def bytes_on_device(weights: dict[str, int], config: DiTConfig, is_streamed: bool) -> int:
+    """Returns what `weight_bytes` has on the device: no modulation, and of streamed blocks the buffers."""
+    blocks = weights["blocks"] * min(NUM_BUFFERS, config.depth) // config.depth if is_streamed else weights["blocks"]
+    return blocks + weights["rest"]

@@ -1,0 +1,114 @@
+"""The forecast against every full-size row that was measured, as docs/benchmarks.md has them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
+from mochi_tune.parallel.forecast import (
+    CARDS,
+    GIB,
+    SPARE_BYTES,
+    Step,
+    bytes_on_device,
+    decoding_held,
+    decoding_seconds,
+    encoding_held,
+    encoding_seconds,
+    sampling_held,
+    sampling_seconds,
+    weight_bytes,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+HEIGHT, WIDTH = 480, 848
+FULL = DiTConfig()
+# fp32 numbers of a LoRA of rank 16 on the attention layers.
+ADAPTER_BYTES = 71e6
+
+
+def measured() -> list[list[str]]:
+    """The rows of the table that begins with "| work |"."""
+    lines = PAGE.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| work |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    raise AssertionError("the page ends with the table")
+
+
+def foretold(work: str, frames: int) -> tuple[float, dict[str, int]]:
+    """Returns the seconds and the bytes of a row's work on an H200."""
+    card, tokens = CARDS["h200"], num_latent_frames(frames) * HEIGHT * WIDTH // TOKEN_PIXELS**2
+    if work == "sample":
+        return sampling_seconds(FULL, tokens, card), sampling_held(FULL, tokens, "resident")
+    if work == "decode":
+        return decoding_seconds(frames, HEIGHT, WIDTH, card), decoding_held(HEIGHT, WIDTH)
+    if work == "encode":
+        return encoding_seconds(frames, HEIGHT, WIDTH, card), encoding_held(frames, HEIGHT, WIDTH)
+    train, kind, policy, precision = work.split(", ")
+    assert train == "train", work
+    # When these were measured, the modulation layers were on the GPU.
+    step = Step(
+        FULL, tokens, int(ADAPTER_BYTES), precision=precision, recompute=policy, is_compiled=kind == "compiled",
+        holds_modulation=True,
+    )  # fmt: skip
+    policies = step.policies(None)
+    return step.seconds(policies, card), step.held(policies)
+
+
+def test_every_measured_row_is_foretold_within_a_tenth():
+    rows = measured()
+    assert len(rows) >= 16
+    for work, frames, seconds, gib in rows:
+        ours_seconds, held = foretold(work, int(frames))
+        assert ours_seconds == pytest.approx(float(seconds), rel=0.1), (work, frames)
+        assert sum(held.values()) / GIB == pytest.approx(float(gib), rel=0.1), (work, frames)
+
+
+def test_blocks_keep_their_attention_as_far_as_memory_goes():
+    step = Step(FULL, 7 * 1590)
+    # Measured at full size: docs/benchmarks.md.
+    assert sum(step.weights.values()) / GIB == pytest.approx(18.7, abs=0.1)
+    assert step.weights["modulation"] / GIB == pytest.approx(5.1, abs=0.1)
+    resident, streamed = (bytes_on_device(step.weights, FULL, is_streamed) for is_streamed in (False, True))
+    assert streamed < 0.08 * resident + step.weights["rest"]
+    assert weight_bytes(FULL, 2, "fp8")["blocks"] < 0.65 * step.weights["blocks"]
+    kept = []
+    for gib in (12, 16, 19, 20, 24, 48, 80):
+        policies = step.policies(gib * GIB)
+        assert policies == sorted(policies, reverse=True) and len(policies) == 48
+        if "attention" in policies:
+            assert sum(step.held(policies).values()) + SPARE_BYTES <= gib * GIB
+        kept.append(policies.count("attention"))
+    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 48 and any(0 < count < 48 for count in kept), kept
+    assert replace(step, recompute="block").policies(0) == ["block"] * 48
+
+
+def test_weights_are_counted_as_the_model_has_them():
+    config = DiTConfig(depth=3, num_heads=4, hidden_size_x=64, hidden_size_y=32, t5_feat_dim=16)
+    weights = weight_bytes(config, 4)
+    with torch.device("meta"):
+        assert sum(weights.values()) == 4 * sum(p.numel() for p in AsymmDiT(config).parameters())
+
+
+def test_less_is_held_and_more_time_is_taken_by_what_saves_memory():
+    step, card = Step(FULL, 28 * 1590), CARDS["4090"]
+    attention, block = ["attention"] * 48, ["block"] * 48
+    held = [step.held(attention), step.held(block), step.held(block, True), step.held(block, True, True)]
+    totals = [sum(each.values()) for each in held]
+    assert totals == sorted(totals, reverse=True)
+    assert step.seconds(block, card) > step.seconds(attention, card)
+    assert replace(step, precision="fp8").seconds(block, card) < step.seconds(block, card)
+    # A few tokens are computed sooner than the weights come.
+    short = replace(step, num_tokens=64)
+    assert short.seconds(block, card, is_streamed=True) == 2 * step.weights["blocks"] / card.host
+    assert step.seconds(block, card, is_streamed=True) == step.seconds(block, card)
+    shares = [sum(sampling_held(FULL, 1590, dit).values()) for dit in ("resident", "fp8", "offload")]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(decoding_held(HEIGHT, WIDTH, 4).values()) < 0.5 * sum(decoding_held(HEIGHT, WIDTH).values())

@@ -1,0 +1,68 @@
+"""A training is arranged as the memory allows that the plan believes in, or refused with a way out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_road import LORA, road
+
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import ConfigError, TrainingError
+from mochi_tune.models.dit import DiTConfig
+from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step
+from mochi_tune.training import preflight
+from mochi_tune.training.memory_plan import arrange, explain_out_of_memory
+
+STEP = Step(DiTConfig(), 7 * 1590, 71_000_000)
+
+
+def arrangement(gib: float, dit: str = "auto", step: Step = STEP) -> tuple[bool, bool]:
+    plan = arrange(step, dit, "keep", int(gib * GIB))
+    held = step.held(plan.recompute, plan.is_streamed, plan.offloads_inputs)
+    assert sum(held.values()) + SPARE_BYTES <= gib * GIB
+    return plan.is_streamed, plan.offloads_inputs
+
+
+def test_auto_takes_the_fastest_that_fits():
+    assert arrangement(80) == arrangement(24) == (False, False)
+    assert arrangement(12) == (True, False)
+    assert arrangement(6) == (True, True)
+    assert arrange(STEP, "auto", "keep", None).is_streamed is False
+    # Where all of each block is kept, nothing can be streamed.
+    with pytest.raises(ConfigError, match="this training needs"):
+        arrangement(12, step=replace(STEP, recompute="none"))
+
+
+def test_what_does_not_fit_is_refused_with_what_does():
+    with pytest.raises(ConfigError) as refused:
+        arrangement(16, "resident")
+    text = str(refused.value)
+    assert "and 16.0 GiB are free: use memory=80gb model.precision=int8 (" in text and "or memory=16gb (" in text
+    assert text.count("\n") == 0 and "weights 13.6" in text
+    # The way out is one: what it names fits.
+    assert arrangement(16, "resident", replace(STEP, precision="int8")) == (False, False)
+    assert arrangement(16, "stream") == (True, False)
+    with pytest.raises(ConfigError, match="lower data.num_frames, data.height, data.width or train.batch_size, or use"):
+        arrangement(2, "stream")
+
+
+def test_a_run_that_is_too_large_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "free_bytes", lambda _device: GIB)
+    plan = preflight.check(load_config("my_lora", road(tmp_path, *LORA)), 1)
+    with pytest.raises(ConfigError, match=r"this training needs 1\.3 GiB of the GPU .* and 1\.0 GiB are free: lower"):
+        _ = plan.memory
+    monkeypatch.setattr(preflight, "free_bytes", lambda _device: 2 * GIB)
+    plan = preflight.check(load_config("my_lora", road(tmp_path, *LORA, "memory=auto")), 1)
+    assert plan.memory.recompute == ["none"] * 2 and not plan.memory.is_streamed
+
+
+def test_out_of_memory_says_where_what_was_held_and_what_to_change():
+    def backward():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB. More is said here")
+
+    plan = arrange(STEP, "resident", "keep", None)
+    with pytest.raises(TrainingError) as explained, explain_out_of_memory(STEP, plan):
+        backward()
+    text = str(explained.value)
+    assert "in the backward pass of a step (CUDA out of memory)" in text and "adapter 0.3" in text
+    assert "use train.recompute=block or memory=80gb model.precision=int8 (" in text and "or memory=16gb (" in text
