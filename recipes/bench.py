@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -189,25 +190,12 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
         apply_precision(block, bench.precision)
 
     dit = build_random_model(config, "cpu" if memory.is_streamed else device, dtype, shrink)
-    prompt, mask = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim), torch.ones(1, CAPTION_TOKENS, dtype=torch.bool)
-    sigma, modulate = torch.tensor([0.5]), HostModulation(dit)
+    prompt, modulate = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim), HostModulation(dit)
+    mask, sigma = torch.ones(1, CAPTION_TOKENS, dtype=torch.bool), torch.tensor([0.5])
     ahead = fastest(lambda: modulate(sigma, prompt, mask), torch.device("cpu"))
     apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
     memory.apply(dit, device, tqdm.write)
-    parameters = lora_parameters(dit)
-    optimizer = build_optimizer("adamw", parameters, 2e-4, 0.01, 1.0, device.type)
-    noisy, target = torch.randn(2, 1, *latent_shape(bench.num_frames, bench.height, bench.width))
-    modulation = modulate(sigma, prompt, mask)
-    weight = torch.ones(1)
-    inputs = Inputs([], sigma, mask, 0, noisy, target, prompt, weight, modulation).moved(lambda x: x.to(device))
-
-    def step() -> None:
-        velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
-        (velocity_loss(velocity, inputs.target) * inputs.weight).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    step = make_step(dit, modulate, prompt, (bench.num_frames, bench.height, bench.width), device)
     counters.clear()
     first, _ = timed(step, 1, device, num_warm_up=0)
     seconds, peak = timed(step, bench.repeats, device)
@@ -241,6 +229,35 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
         "attention_tflops_per_s": round(attention_rate / 1e12, 3),
         "attention_backward_tflops_per_s": round(backward_rate / 1e12, 3),
     }
+
+
+def make_step(
+    dit: AsymmDiT, modulate: HostModulation, prompt: Tensor, size: tuple[int, int, int], device: torch.device
+) -> Callable[[], None]:
+    """Returns a function that makes a training step of random latents: forward, backward, clipping and update.
+
+    Args:
+        dit: with its adapter, arranged for the device.
+        modulate: from host memory.
+        prompt: features of the captions (B, L, D).
+        size: frames, height and width of the clips.
+        device: of the step.
+    """
+    parameters, num_clips = lora_parameters(dit), len(prompt)
+    optimizer = build_optimizer("adamw", parameters, 2e-4, 0.01, 1.0, device.type)
+    noisy, target = torch.randn(2, num_clips, *latent_shape(*size))
+    mask, sigma = torch.ones(prompt.shape[:2], dtype=torch.bool), torch.full((num_clips,), 0.5)
+    modulation, weight = modulate(sigma, prompt, mask), torch.ones(num_clips)
+    inputs = Inputs([], sigma, mask, 0, noisy, target, prompt, weight, modulation).moved(lambda x: x.to(device))
+
+    def step() -> None:
+        velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
+        (velocity_loss(velocity, inputs.target) * inputs.weight).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def num_visual_tokens(bench: Bench) -> int:

@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from mochi_tune import assets
-from mochi_tune.adapters.lora import linear_shapes
+from mochi_tune.adapters.lora import apply_lora, linear_shapes
 from mochi_tune.config.load import weights_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig, sample_size
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data_prep.clips import find_videos
 from mochi_tune.errors import ConfigError
-from mochi_tune.models.device import DTYPES
+from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS
@@ -32,13 +33,25 @@ from mochi_tune.parallel.forecast import (
     text_held,
 )
 from mochi_tune.parallel.mesh import training_layout
+from mochi_tune.parallel.modulation import HostModulation
+from mochi_tune.recipes.bench import make_step
+from mochi_tune.recipes.measuring import timed
 from mochi_tune.sampling.requests import sampler_settings
-from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange
+from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, fits
+from mochi_tune.training.preflight import adapter_bytes, check, num_tokens, step_sizes
 from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.folder import WeightsFolder
 
 # What `sample` may be set to, the fastest first.
 SAMPLING = (("80gb", "resident"), ("24gb", "fp8"), ("16gb", "offload"))
+OFFICIAL = DiTConfig()
+# For a stage that does not fit.
+ADVICE = {
+    "prepare: captions": "prepare: use memory.t5_dtype=bf16",
+    "prepare: clips": "prepare: lower data.num_frames, data.height or data.width, or prepare on a GPU with more memory",
+    "sample: denoise": "sample: use memory=24gb, memory=16gb or memory=auto, see below, or more GPUs",
+    "sample: decode": "sample: use memory.tiles=[2,2]",
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,8 @@ class Stage:
 
     name: str
     held: dict[str, int]
-    seconds: float | None
-    per: str
+    seconds: float | None = None
+    per: str = ""
 
     @property
     def total(self) -> int:
@@ -69,7 +82,7 @@ class RunForecast:
         run_seconds: of all steps of the training; None where the card's speed is not known.
         presets: for each value of memory=, the bytes that `train` and `sample` hold with it; None where it is not for
             one of them.
-        advice: the settings to use.
+        advice: the settings to use, a line each.
         cache_bytes, checkpoint_bytes: on disk; the cache's is 0 while the number of clips is not known.
     """
 
@@ -80,9 +93,18 @@ class RunForecast:
     stages: list[Stage]
     run_seconds: float | None
     presets: dict[str, tuple[int | None, int | None]]
-    advice: str
+    advice: list[str]
     cache_bytes: int
     checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a training step took on this machine: its seconds, those of the first one, and the peak in GiB."""
+
+    seconds: float
+    first_seconds: float
+    peak_gib: float
 
 
 def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
@@ -96,72 +118,119 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     Raises:
         ConfigError: there is no GPU and no card is named, or one that is not known without its memory.
     """
-    check_geometry(config.data.num_frames, config.data.height, config.data.width)
+    data, train = config.data, config.train
+    check_geometry(data.num_frames, data.height, data.width)
     sampler_settings(config.sample)
     words, gib, speed = find_card(card, card_gib)
-    dit, data = dit_sizes(config), config.data
-    step = training_step(config, dit)
-    free, dtype_bytes = int(gib * GIB), DTYPES[config.model.dtype].itemsize
+    dit, free = dit_sizes(config), int(gib * GIB)
+    step, video = training_step(config, dit), sample_size(config.sample, data)
+    arrangement = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
+    policies, advice = step.policies(free, *arrangement), []
     try:
         plan = arrange(step, config.memory.dit, config.memory.activations, free)
         policies, arrangement = plan.recompute, (plan.is_streamed, plan.offloads_inputs)
-        advice = "it fits as it is set"
     except ConfigError as error:
-        arrangement = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
-        policies, advice = step.policies(free, *arrangement), str(error).removesuffix(".")
-    video = sample_size(config.sample, data)
-    clip_size = (data.num_frames, data.height, data.width)
-    residency = {"auto": "resident"}.get(config.memory.dit, config.memory.dit)
-    micro_batches = config.train.accumulation_steps
-    rows, columns = config.memory.tiles or (1, 1)
-
-    def timed(seconds: float, per: str) -> tuple[float | None, str]:
-        return (seconds if speed else None), per
-
-    known = speed or CARDS["h200"]
-    train_seconds = micro_batches * step.seconds(policies, known, arrangement[0])
+        advice.append(f"train: {error}")
     tokens = num_latent_frames(video[0]) * video[1] * video[2] // TOKEN_PIXELS**2
+    residency = config.memory.dit
+    if residency == "auto":
+        residency = "resident" if fits(sampling_held(dit, tokens, "resident", step.dtype_bytes), free) else "offload"
+    seconds = None if speed is None else train.accumulation_steps * step.seconds(policies, speed, arrangement[0])
     stages = [
-        Stage("prepare: captions", text_held(DTYPES[config.memory.t5_dtype].itemsize), None, ""),
-        Stage(
-            "prepare: clips",
-            encoding_held(*clip_size, dtype_bytes),
-            *timed(encoding_seconds(*clip_size, known), "a clip"),
-        ),
-        Stage("train", step.held(policies, *arrangement), *timed(train_seconds, "a step")),
-        Stage("sample: prompts", text_held(dtype_bytes), None, ""),
+        Stage("train", step.held(policies, *arrangement), seconds, "a step"),
         Stage(
             "sample: denoise",
-            sampling_held(dit, tokens, residency, dtype_bytes),
-            *timed(sampling_seconds(dit, tokens, known), "a step"),
+            sampling_held(dit, tokens, residency, step.dtype_bytes),
+            None if speed is None else sampling_seconds(dit, tokens, speed),
+            "a step",
         ),
+    ]
+    # T5 and the VAE are foretold at their official sizes alone.
+    if dit.t5_feat_dim == OFFICIAL.t5_feat_dim:
+        stages = [*stages_of_encoding(config, speed), *stages, *stages_of_decoding(config, video, speed)]
+    advice += [ADVICE[stage.name] for stage in stages if stage.name in ADVICE and not fits(stage.held, free)]
+    presets = {name: preset_bytes(name, step, dit, tokens, free) for name in ("80gb", "24gb", "16gb", "12gb")}
+    count, clips = count_clips(config)
+    return RunForecast(
+        clips=clips,
+        num_tokens=num_tokens(config),
+        card=words,
+        gib=gib,
+        stages=stages,
+        run_seconds=None if seconds is None else seconds * train.steps,
+        presets=presets,
+        advice=advice or ["every stage fits as it is set"],
+        cache_bytes=count * clip_bytes(config, dit),
+        checkpoint_bytes=checkpoint_bytes(config, step.adapter_bytes),
+    )
+
+
+def stages_of_encoding(config: RunConfig, speed: Card | None) -> list[Stage]:
+    """Returns the stages of `prepare`."""
+    clip = (config.data.num_frames, config.data.height, config.data.width)
+    return [
+        Stage("prepare: captions", text_held(DTYPES[config.memory.t5_dtype].itemsize)),
+        Stage(
+            "prepare: clips",
+            encoding_held(*clip, DTYPES[config.model.dtype].itemsize),
+            None if speed is None else encoding_seconds(*clip, speed),
+            "a clip",
+        ),
+    ]
+
+
+def stages_of_decoding(config: RunConfig, video: tuple[int, int, int], speed: Card | None) -> list[Stage]:
+    """Returns the stages of `sample` beside the DiT's."""
+    dtype_bytes, (rows, columns) = DTYPES[config.model.dtype].itemsize, config.memory.tiles or (1, 1)
+    return [
+        Stage("sample: prompts", text_held(dtype_bytes)),
         Stage(
             "sample: decode",
             decoding_held(*video[1:], rows * columns, dtype_bytes),
-            *timed(decoding_seconds(*video, known), "a video"),
+            None if speed is None else decoding_seconds(*video, speed),
+            "a video",
         ),
     ]
-    presets: dict[str, tuple[int | None, int | None]] = {}
-    for name in ("80gb", "24gb", "16gb", "12gb"):
-        train = next((flags for known_name, *flags in ARRANGEMENTS if known_name == name), None)
-        sample = dict(SAMPLING).get(name)
-        presets[name] = (
-            None if train is None else sum(step.held(step.policies(free, *train), *train).values()) + SPARE_BYTES,
-            None if sample is None else sum(sampling_held(dit, tokens, sample, dtype_bytes).values()) + SPARE_BYTES,
-        )
-    count, clips = count_clips(config)
-    return RunForecast(
-        clips,
-        step.num_tokens // config.train.batch_size,
-        words,
-        gib,
-        stages,
-        train_seconds * config.train.steps if speed else None,
-        presets,
-        advice,
-        count * clip_bytes(config, dit),
-        checkpoint_bytes(config, step.adapter_bytes),
+
+
+def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) -> tuple[int | None, int | None]:
+    """Returns the bytes of `train` and of `sample` with memory=NAME, with what is to be spare; None: not for that."""
+    train = next((flags for known, *flags in ARRANGEMENTS if known == name), None)
+    sample = dict(SAMPLING).get(name)
+    return (
+        None if train is None else sum(step.held(step.policies(free, *train), *train).values()) + SPARE_BYTES,
+        None if sample is None else sum(sampling_held(dit, tokens, sample, step.dtype_bytes).values()) + SPARE_BYTES,
     )
+
+
+def can_measure(config: RunConfig) -> bool:
+    """Whether there is a GPU here with the weights and a cache for a training step."""
+    is_here = config.device != "cpu" and torch.cuda.is_available()
+    return is_here and WeightsFolder(weights_folder(config)).has("dit") and (Path(config.data.cache) / "data").exists()
+
+
+def measure(config: RunConfig) -> Measured:
+    """Makes two training steps of the weights and the clips that are here, and measures the second.
+
+    Raises:
+        MochiTuneError: as `train`.
+    """
+    plan = check(config, 1)
+    device, data = plan.device, config.data
+    where = "cpu" if plan.memory.is_streamed else device
+    dit = plan.weights.load_dit(where, DTYPES[config.model.dtype], plan.shrink_block)
+    modulate = HostModulation(dit)
+    apply_lora(dit, plan.layers, 0, config.lora.dora)
+    plan.memory.apply(dit, device, tqdm.write)
+    dit.train()
+    # Any caption: they are of about one length.
+    prompt = plan.dataset[0]["prompt_embeds"][None].expand(config.train.batch_size, -1, -1)
+    step = make_step(dit, modulate, prompt, (data.num_frames, data.height, data.width), device)
+    reset_peak(device)
+    with plan.explains_out_of_memory():
+        first, _ = timed(step, 1, device, num_warm_up=0)
+        seconds, peak = timed(step, 1, device, num_warm_up=0)
+    return Measured(seconds, first, max(peak, peak_gib(device)))
 
 
 def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
@@ -196,25 +265,12 @@ def dit_sizes(config: RunConfig) -> DiTConfig:
 
 
 def training_step(config: RunConfig, dit: DiTConfig) -> Step:
-    """Returns the sizes of a micro-batch on one of the processes that the settings name."""
-    train, data, num_processes = config.train, config.data, config.parallel.num_processes
+    """Returns the sizes of a micro-batch on a GPU, of the processes that the settings name."""
     with torch.device("meta"):
         shapes = linear_shapes(AsymmDiT(dit))
-    layers = lora_settings(config.lora, shapes)
-    layout = training_layout(num_processes, dit.num_heads, config.parallel.context or 1)
-    tokens = num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
-    is_zero3 = config.parallel.strategy == "zero3"
-    return Step(
-        dit,
-        tokens * train.batch_size // layout.context,
-        4 * sum(layer.rank * sum(shapes[name]) for name, layer in layers.items()),
-        dtype_bytes=DTYPES[config.model.dtype].itemsize,
-        precision=config.model.precision or "bf16",
-        recompute=train.recompute,
-        is_compiled=train.compile is not False and not is_zero3,
-        holds_modulation=is_zero3,
-        num_shards=num_processes if is_zero3 else 1,
-    )
+    size = adapter_bytes(shapes, lora_settings(config.lora, shapes), config.lora.dora)
+    layout = training_layout(config.parallel.num_processes, dit.num_heads, config.parallel.context or 1)
+    return step_sizes(config, dit, size, layout, is_gpu=True)
 
 
 def count_clips(config: RunConfig) -> tuple[int, str]:

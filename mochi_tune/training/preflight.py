@@ -21,7 +21,7 @@ from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.device import DTYPES, find_device
-from mochi_tune.models.dit import AsymmetricJointBlock
+from mochi_tune.models.dit import AsymmetricJointBlock, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.parallel.forecast import Step, free_bytes
 from mochi_tune.parallel.mesh import Layout, training_layout
@@ -84,10 +84,7 @@ class TrainPlan:
     @property
     def adapter_bytes(self) -> int:
         """The size of the adapter's fp32 parameters."""
-        shapes, is_dora = linear_shapes(self.weights.dit_skeleton()), self.config.lora.dora
-        return 4 * sum(
-            layer.rank * sum(shapes[name]) + (shapes[name][0] if is_dora else 0) for name, layer in self.layers.items()
-        )
+        return adapter_bytes(linear_shapes(self.weights.dit_skeleton()), self.layers, self.config.lora.dora)
 
     @property
     def precision(self) -> str:
@@ -103,27 +100,10 @@ class TrainPlan:
         apply_precision(block, self.precision)
 
     @property
-    def num_tokens(self) -> int:
-        """Visual tokens of a clip."""
-        data = self.config.data
-        return num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
-
-    @property
     def step(self) -> Step:
         """The sizes of a micro-batch, which decide what it takes of a device."""
-        config, train, is_zero3 = self.config, self.config.train, self.config.parallel.strategy == "zero3"
-        is_compiled = self.device.type == "cuda" if train.compile is None else train.compile
-        return Step(
-            self.weights.dit_skeleton().config,
-            self.num_tokens * train.batch_size // self.layout.context,
-            self.adapter_bytes,
-            dtype_bytes=DTYPES[config.model.dtype].itemsize,
-            precision=self.precision,
-            recompute=train.recompute,
-            is_compiled=is_compiled and not is_zero3,
-            holds_modulation=is_zero3,
-            num_shards=self.layout.num_ranks if is_zero3 else 1,
-        )
+        dit = self.weights.dit_skeleton().config
+        return step_sizes(self.config, dit, self.adapter_bytes, self.layout, self.device.type == "cuda")
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -197,6 +177,36 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
     _check_streaming(config)
     return TrainPlan(config, device, weights, dataset, held, layers, start_adapter, draws, identity, layout)
+
+
+def adapter_bytes(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerSettings], is_dora: bool) -> int:
+    """Returns the size of an adapter's fp32 parameters, of layers of these shapes."""
+    return 4 * sum(
+        layer.rank * sum(shapes[name]) + (shapes[name][0] if is_dora else 0) for name, layer in layers.items()
+    )
+
+
+def num_tokens(config: RunConfig) -> int:
+    """Returns the visual tokens of a clip."""
+    data = config.data
+    return num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
+
+
+def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout: Layout, is_gpu: bool) -> Step:
+    """Returns the sizes of a micro-batch on one of the processes of a layout."""
+    train, is_zero3 = config.train, config.parallel.strategy == "zero3"
+    is_compiled = is_gpu if train.compile is None else train.compile
+    return Step(
+        dit,
+        num_tokens(config) * train.batch_size // layout.context,
+        num_adapter_bytes,
+        dtype_bytes=DTYPES[config.model.dtype].itemsize,
+        precision=config.model.precision or "bf16",
+        recompute=train.recompute,
+        is_compiled=is_compiled and not is_zero3,
+        holds_modulation=is_zero3,
+        num_shards=layout.num_ranks if is_zero3 else 1,
+    )
 
 
 def _check_streaming(config: RunConfig) -> None:

@@ -30,7 +30,7 @@ from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
 from mochi_tune.training.interrupts import Interrupted, StopAndSaveSignals
 from mochi_tune.training.loader import ClipLoader, Inputs, Prefetcher
 from mochi_tune.training.metrics import Metrics
-from mochi_tune.training.preflight import TrainPlan, adapter_metadata
+from mochi_tune.training.preflight import TrainPlan, adapter_metadata, num_tokens
 from mochi_tune.training.resume import ResumePoint, check_rows, resume
 from mochi_tune.training.run_folder import RunLock
 from mochi_tune.training.step_result import MicroBatchResult, StepResult, merge_parts
@@ -378,7 +378,7 @@ def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
     if known in KERNELS:
         return known
     config = plan.weights.dit_skeleton().config
-    shape = (config.num_heads // plan.layout.context, plan.num_tokens, config.hidden_size_x // config.num_heads)
+    shape = (config.num_heads // plan.layout.context, num_tokens(plan.config), config.hidden_size_x // config.num_heads)
     seconds = time_attention(shape, plan.device, DTYPES[plan.config.model.dtype])
     if not seconds:
         return None

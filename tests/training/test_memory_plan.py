@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_refused_with_what_does():
     # The way out is one: what it names fits.
     assert arrangement(16, "resident", replace(STEP, precision="int8")) == (False, False)
     assert arrangement(16, "stream") == (True, False)
-    with pytest.raises(ConfigError, match="lower data.num_frames, data.height, data.width or train.batch_size, or use"):
+    with pytest.raises(ConfigError, match=r"lower data\.num_frames, .* or train\.batch_size, or use a GPU"):
         arrangement(2, "stream")
 
 

@@ -1,0 +1,70 @@
+"""`plan` says what a run will take, and of a card that is not here too."""
+
+import pytest
+import torch
+from helpers_process import run
+from helpers_road import LORA, road
+
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import ConfigError
+from mochi_tune.parallel.forecast import CARDS, GIB
+from mochi_tune.recipes.plan import main, measure
+from mochi_tune.training import preflight
+
+FULL = ["model.weights=nowhere", "data.videos=nowhere", "data.cache=nowhere"]
+
+
+def test_a_plan_needs_neither_weights_nor_clips_nor_a_gpu():
+    made = main(load_config("my_lora", FULL), "4090")
+    assert made.num_tokens == 11130 and made.cache_bytes == 0 and "none yet" in made.clips
+    totals = {stage.name: stage.total / GIB for stage in made.stages}
+    # See docs/benchmarks.md; a training keeps as much of the attention as fits.
+    assert 22 < totals["train"] <= CARDS["4090"].gib and totals["prepare: captions"] == pytest.approx(19.0, abs=0.1)
+    assert totals["sample: denoise"] == pytest.approx(15.9, abs=0.2)
+    assert made.advice == ["every stage fits as it is set"]
+    assert made.run_seconds == pytest.approx(1000 * next(s.seconds for s in made.stages if s.name == "train"))
+    # The adapter, two moments of each number, and one checkpoint more while it is written.
+    assert made.checkpoint_bytes > 4 * 3 * 71e6
+
+
+def test_what_does_not_fit_has_a_way_out_that_fits():
+    config = load_config("my_lora", [*FULL, "data.num_frames=163"])
+    made = main(config, "3060")
+    assert [line.partition(":")[0] for line in made.advice] == ["train", "prepare", "prepare", "sample"]
+    assert "use memory=12gb (" in made.advice[0] and "memory.t5_dtype=bf16" in made.advice[1]
+    assert {name: train is not None and train <= 11.8 * GIB for name, (train, _) in made.presets.items()} == {
+        "80gb": False, "24gb": False, "16gb": False, "12gb": True,
+    }  # fmt: skip
+    with_way_out = main(load_config("my_lora", [*FULL, "data.num_frames=163", "memory=12gb"]), "3060")
+    assert [line for line in with_way_out.advice if line.startswith(("train", "sample"))] == []
+
+
+def test_an_unknown_card_is_asked_for_its_memory():
+    config = load_config("my_lora", FULL)
+    with pytest.raises(ConfigError, match=r"card=gt7 is not known: use one of h200, .* as card_gib=24"):
+        main(config, "gt7")
+    made = main(config, "gt7", 24)
+    assert made.gib == 24 and made.run_seconds is None and all(stage.seconds is None for stage in made.stages)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="there is no GPU here: name one, as card=4090"):
+            main(config)
+
+
+def test_a_real_step_is_measured_and_foretold_sizes_are_those_of_the_training(tmp_path):
+    config = load_config("my_lora", road(tmp_path, *LORA))
+    found = measure(config)
+    assert found.seconds > 0 and found.first_seconds > 0 and found.peak_gib > 0
+    # What `train` checks in its first seconds is what `plan` says.
+    step, made = preflight.check(config, 1).step, main(config, "4090")
+    [train] = [stage for stage in made.stages if stage.name == "train"]
+    assert step.held(["none"] * 2)["adapter"] == train.held["adapter"] > 0
+    assert "3 in " in made.clips and made.cache_bytes > 0
+
+
+def test_the_command_prints_it(tmp_path):
+    done = run("plan", "conf=my_lora", *road(tmp_path, *LORA), "card=4090")
+    assert done.returncode == 0, done.stderr
+    assert "4090 (not here: foretold), 23.6 GiB" in done.stdout and "every stage fits" in done.stdout
+    for words in (["card=gt7"], ["data.num_frames=40", "card=4090"], ["card=gt7", "card_gib=much"]):
+        done = run("plan", "conf=my_lora", *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
