@@ -21,6 +21,7 @@ from mochi_tune.models.text_encoder import MAX_TOKENS
 from mochi_tune.parallel.forecast import (
     CARDS,
     GIB,
+    SAMPLING,
     SPARE_BYTES,
     Card,
     Step,
@@ -42,8 +43,6 @@ from mochi_tune.training.preflight import adapter_bytes, check, num_tokens, step
 from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.folder import WeightsFolder
 
-# What `sample` may be set to, the fastest first.
-SAMPLING = (("80gb", "resident"), ("24gb", "fp8"), ("16gb", "offload"))
 OFFICIAL = DiTConfig()
 # For a stage that does not fit.
 ADVICE = {
@@ -196,7 +195,7 @@ def stages_of_decoding(config: RunConfig, video: tuple[int, int, int], speed: Ca
 def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) -> tuple[int | None, int | None]:
     """Returns the bytes of `train` and of `sample` with memory=NAME, with what is to be spare; None: not for that."""
     train = next((flags for known, *flags in ARRANGEMENTS if known == name), None)
-    sample = dict(SAMPLING).get(name)
+    sample = SAMPLING.get(name)
     return (
         None if train is None else sum(step.held(step.policies(free, *train), *train).values()) + SPARE_BYTES,
         None if sample is None else sum(sampling_held(dit, tokens, sample, step.dtype_bytes).values()) + SPARE_BYTES,

@@ -20,7 +20,7 @@ from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
-from mochi_tune.parallel.forecast import GIB, free_bytes, sampling_held
+from mochi_tune.parallel.forecast import GIB, SAMPLING, free_bytes, sampling_held
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
@@ -153,13 +153,18 @@ def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) 
     """
     asked, free = config.memory.dit, free_bytes(device)
     candidates = ["resident", "offload"] if asked == "auto" else ["offload" if asked == "stream" else asked]
+    if free is None:
+        return candidates[0]
+    dtype_bytes = DTYPES[config.model.dtype].itemsize
     for residency in candidates:
-        held = plan.held(residency, DTYPES[config.model.dtype].itemsize)
-        if free is None or fits(held, free):
+        if fits(plan.held(residency, dtype_bytes), free):
             return residency
-    offloaded = fits(plan.held("offload", DTYPES[config.model.dtype].itemsize), free)
-    advice = "memory=16gb" if offloaded else "fewer frames, a smaller height and width, or more GPUs"
-    raise ConfigError(f"sampling needs {describe(held)}, and {free / GIB:.1f} GiB are free: use {advice}.")
+    smaller = [name for name in ("24gb", "16gb") if fits(plan.held(SAMPLING[name], dtype_bytes), free)]
+    advice = (
+        " or ".join(f"memory={name}" for name in smaller) or "fewer frames, a smaller height and width, or more GPUs"
+    )
+    held = describe(plan.held(candidates[-1], dtype_bytes))
+    raise ConfigError(f"sampling needs {held}, and {free / GIB:.1f} GiB are free: use {advice}.")
 
 
 def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:

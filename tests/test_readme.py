@@ -70,6 +70,8 @@ def test_the_commands_of_the_docs_are_understood(page):
     for verb, *arguments in commands_of(page):
         if verb in ("prepare", "train", "sample"):
             load(verb, [*arguments, "--cfg"])
+        elif verb == "plan":
+            load(verb, [a for a in arguments if not a.startswith("card")] + ["--cfg"])
         elif verb == "replay":
             assert Path(arguments[0]).parent.name == "bundles"
         elif verb == "toy":
@@ -84,5 +86,5 @@ def test_the_settings_it_names_exist():
 
     keys = {*known_keys(), *SAMPLE_ALIASES, "conf", "model", "lora", "to", "reference", "dtype", "device", "prompt"}
     for page in [ROOT / "README.md", *PAGES]:
-        for key in re.findall(r"`((?:data|train|lora|sample|parallel|memory|log)\.[a-z_]+)", page.read_text()):
+        for key in re.findall(r"`((?:data|train|lora|sample|parallel|memory|log)\.[a-z0-9_]+)", page.read_text()):
             assert key in keys, f"{page.name}: {key}"

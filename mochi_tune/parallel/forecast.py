@@ -67,6 +67,8 @@ CARDS = {
     "4080": Card(15.6, 97e12, 0.717e12, 25e9, True),
     "3060": Card(11.8, 25e12, 0.36e12, 25e9),
 }
+# What `sample` does with the weights for each memory=, the fastest first.
+SAMPLING = {"80gb": "resident", "24gb": "fp8", "16gb": "offload"}
 # Shares of the sheet's rate that matrix products reach, and attention forward and backward; as measured on an H200.
 MATRIX_SHARE, ATTENTION_SHARE, BACKWARD_SHARE = 0.77, 0.58, 0.53
 

@@ -102,14 +102,22 @@ def arrange(step: Step, dit: str, activations: str, free: int | None) -> MemoryP
     asked = [("", dit in ("stream", "offload"), activations == "offload")]
     can_stream = step.recompute != "none" and step.num_shards == 1
     candidates = asked if dit != "auto" else list(ARRANGEMENTS if can_stream else ARRANGEMENTS[:1])
-    for _, is_streamed, is_offloaded in candidates:
-        policies = step.policies(free, is_streamed, is_offloaded)
-        if free is None or fits(step.held(policies, is_streamed, is_offloaded), free):
-            return MemoryPlan(policies, step.is_compiled, is_streamed, is_offloaded)
-    raise ConfigError(
-        f"this training needs {describe(step.held(policies, is_streamed, is_offloaded))}, and "
-        f"{free / GIB:.1f} GiB are free: {ways_out(step, free)}."
-    )
+    plans = [
+        MemoryPlan(step.policies(free, is_streamed, is_offloaded), step.is_compiled, is_streamed, is_offloaded)
+        for _, is_streamed, is_offloaded in candidates
+    ]
+    if free is None:
+        return plans[0]
+    for plan in plans:
+        if fits(held_by(step, plan), free):
+            return plan
+    needed = describe(held_by(step, plans[-1]))
+    raise ConfigError(f"this training needs {needed}, and {free / GIB:.1f} GiB are free: {ways_out(step, free)}.")
+
+
+def held_by(step: Step, plan: MemoryPlan) -> dict[str, int]:
+    """Returns the bytes on the device at a step's peak, by what they are for."""
+    return step.held(plan.recompute, plan.is_streamed, plan.offloads_inputs)
 
 
 def fits(held: dict[str, int], free: int) -> bool:
@@ -161,7 +169,7 @@ def explain_out_of_memory(step: Step, plan: MemoryPlan) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         where = next((words for name, words in PLACES.items() if name in functions), "in a step")
-        held = step.held(plan.recompute, plan.is_streamed, plan.offloads_inputs)
+        held = held_by(step, plan)
         # Any that holds clearly less: what was foretold is not what was free.
         smaller = ways_out(step, int(0.9 * sum(held.values())) + SPARE_BYTES, plan)
         reason = str(error).split(". ")[0]
