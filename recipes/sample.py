@@ -20,7 +20,7 @@ from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
-from mochi_tune.parallel.forecast import GIB, SAMPLING, free_bytes, sampling_held
+from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, free_bytes, sampling_held
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
@@ -86,11 +86,12 @@ def main(config: RunConfig) -> Iterator[Path]:
 
     with usage.stage("text"):
         features = encode_prompts(plan, device, dtype, prompt_cache)
-    with usage.stage("sample"):
+    with usage.stage("sample", plan.held(setup.residency, dtype.itemsize)):
         latents = render(plan, mine, features, setup)
-    with usage.stage("decode"):
+    rows, columns = config.memory.tiles or WHOLE
+    largest = max(plan.requests, key=lambda request: request.height * request.width)
+    with usage.stage("decode", decoding_held(largest.height, largest.width, rows * columns, dtype.itemsize)):
         decoder = plan.weights.load_decoder(device, dtype)
-        rows, columns = config.memory.tiles or WHOLE
         finished = list(zip(mine, latents, strict=False))
         for request, states in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
             chunks = side_by_side([decoded_frames(decoder, state, mesh, (rows, columns)) for state in states.values()])

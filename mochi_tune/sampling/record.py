@@ -70,13 +70,14 @@ class Usage:
         self.peak_gib: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measures what runs inside, and writes a line about it."""
+    def stage(self, name: str, foretold: Mapping[str, int] | None = None) -> Iterator[None]:
+        """Measures what runs inside, and writes a line about it, with the bytes that were foretold of a GPU."""
         reset_peak(self.device)
         self.started = {name: time.perf_counter()}
         yield
         self.so_far()
-        self.write_line(f"{name}: {self.seconds[name]:.1f} s, peak {self.peak_gib[name]} GiB")
+        expected = f", foretold {sum(foretold.values()) / 2**30:.2f}" if foretold and self.device.type == "cuda" else ""
+        self.write_line(f"{name}: {self.seconds[name]:.1f} s, peak {self.peak_gib[name]} GiB{expected}")
 
     def so_far(self) -> dict[str, dict[str, float]]:
         """Returns the seconds and the peak of each stage, the one under way included."""
