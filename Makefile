@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults lint types bench bench-gpu setup clean
+.PHONY: demo test faults lint types bench gpu setup clean
 
 demo: setup
 	$(BIN)/mochi-tune demo
@@ -21,12 +21,9 @@ bench: setup
 	for frames in $(FRAMES); do for what in sample decode encode train; do \
 		$(BIN)/mochi-tune bench what=$$what num_frames=$$frames out=bench.jsonl || exit 1; done; done
 
-# On a GPU, in about 9 minutes: what docs/benchmarks.md tells of one, the most important first. Lines of bench.jsonl.
-ROWS := "what=train" "what=train precision=fp8" "what=train num_frames=163" "what=train memory=16gb limit_gib=16" \
-	"what=train memory=24gb limit_gib=23" "what=train num_frames=163 memory=12gb" "what=sample compile=true" \
-	"what=train num_frames=85" "what=decode" "what=encode"
-bench-gpu: setup
-	for row in $(ROWS); do timeout 150 $(BIN)/mochi-tune bench $$row repeats=2 out=bench.jsonl; done
+# What a GPU is asked when one is at hand, in under 8 minutes: lines of gpu.jsonl.
+gpu: setup
+	$(BIN)/python -m mochi_tune.recipes.gpu_check gpu.jsonl
 
 lint: types
 	$(BIN)/ruff check .

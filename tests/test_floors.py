@@ -98,6 +98,7 @@ def test_the_config_leaves_its_floor_alone():
         ("mochi_tune.config.load", ("torch", "hydra", "transformers")),
         ("mochi_tune.recipes.verify", ("decord", "datasets", "av", "deepspeed", "hydra")),
         ("mochi_tune.recipes.bench", ("decord", "datasets", "av", "deepspeed", "hydra")),
+        ("mochi_tune.recipes.gpu_check", ("torch", "decord", "datasets", "av", "deepspeed")),
     ],
 )
 def test_importing_brings_in_only_what_is_needed(module, forbidden):

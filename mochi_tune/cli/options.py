@@ -74,7 +74,7 @@ DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each de
 EXPERIMENT_OPTIONS = {
     "what": (
         None,
-        "objective (of the training), layers (that are adapted) or precision (of the base)",
+        "objective (of the training), layers (that are adapted), precision (of the base) or guidance (of which steps)",
     ),
     "seeds": ("3", "runs of each"),
     "out": ("experiments", "folder; the same command goes on where it was stopped"),

@@ -25,11 +25,17 @@ def run_experiment(arguments: list[str]) -> int:
     options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
     if options is None:
         return 0
-    if options["what"] not in ("objective", "layers", "precision"):
-        raise ConfigError(f"what={options['what']} is not an experiment: use objective, layers or precision.")
+    if options["what"] not in ("objective", "layers", "precision", "guidance"):
+        raise ConfigError(f"what={options['what']} is not an experiment: use objective, layers, precision or guidance.")
+    seeds, out = whole_number("seeds", options["seeds"], 1), Path(options["out"])
+    if options["what"] == "guidance":
+        from mochi_tune.toy.guidance import main as compare_guidance
+
+        print(compare_guidance(seeds, out))
+        return 0
     from mochi_tune.toy.experiment import main as experiment
 
-    print(experiment(options["what"], whole_number("seeds", options["seeds"], 1), Path(options["out"])))
+    print(experiment(options["what"], seeds, out))
     return 0
 
 

@@ -1,0 +1,99 @@
+"""What a GPU is asked when one is at hand: `python -m mochi_tune.recipes.gpu_check [OUT.jsonl]`, under 8 minutes.
+
+Every part is a process of its own with a time limit of its own, the most important first, and writes a line of JSON as
+soon as it ends. So a part that hangs, crashes or runs out of memory costs its line alone. It needs no more than torch,
+peft, accelerate, transformers, safetensors, hydra, pydantic and torchao.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+# Of all parts together.
+TOTAL_SECONDS = 470
+REFERENCE = Path(__file__).parents[1] / "tests" / "golden"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command of mochi-tune, and the seconds that it may take."""
+
+    arguments: tuple[str, ...]
+    limit: float
+
+
+def _bench(settings: str, limit: float) -> Part:
+    return Part(("bench", *settings.split(), "repeats=2"), limit)
+
+
+PARTS = [
+    Part(("verify", f"reference={REFERENCE}", "device=cuda", "dtype=bf16"), 40),
+    _bench("what=train num_frames=37", 75),
+    _bench("what=train num_frames=37 precision=fp8", 75),
+    _bench("what=train num_frames=163", 90),
+    # On a smaller card: the cap is hard, fragmentation included.
+    _bench("what=train num_frames=37 memory=16gb limit_gib=16", 75),
+    _bench("what=train num_frames=37 memory=12gb limit_gib=12", 75),
+    _bench("what=train num_frames=163 memory=12gb limit_gib=23", 100),
+    _bench("what=sample num_frames=163", 60),
+    _bench("what=decode num_frames=163", 45),
+    _bench("what=encode num_frames=37", 30),
+    Part(("verify", f"reference={REFERENCE}", "device=cuda", "dtype=fp32"), 40),
+    _bench("what=sample num_frames=163 compile=true", 90),
+    _bench("what=sample num_frames=163 memory=24gb compile=true", 100),
+    _bench("what=train num_frames=85", 75),
+    _bench("what=train num_frames=163 precision=fp8", 90),
+]
+
+
+def main(out: Path, parts: Sequence[Part] = tuple(PARTS), total_seconds: float = TOTAL_SECONDS) -> int:
+    """Runs the parts in order while there is time; appends a line of JSON for each to `out`.
+
+    A line has the command, its exit code (null: its time was over), its seconds, the figures of `bench` or the last
+    line of another command, and the last lines that it wrote about an error.
+
+    Returns:
+        how many parts failed.
+    """
+    begun, num_failed = time.monotonic(), 0
+    for part in parts:
+        left = total_seconds - (time.monotonic() - begun)
+        if left <= 0:
+            tqdm.write(f"no time left for: {' '.join(part.arguments)}")
+            continue
+        line = run_part(part, min(part.limit, left))
+        num_failed += line["exit_code"] != 0
+        with open(out, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        tqdm.write(json.dumps(line))
+    return num_failed
+
+
+def run_part(part: Part, limit: float) -> dict[str, object]:
+    """Runs one part; returns its line."""
+    begun = time.monotonic()
+    command = [sys.executable, "-m", "mochi_tune.cli", *part.arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        output, errors = process.communicate(timeout=limit)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        process.kill()
+        (output, errors), code = process.communicate(), None
+    line: dict[str, object] = {"command": " ".join(part.arguments), "exit_code": code}
+    line["seconds"] = round(time.monotonic() - begun, 1)
+    if code == 0:
+        line["result"] = json.loads(output) if output.startswith("{") else output.strip().rpartition("\n")[2]
+    else:
+        line["error"] = errors.strip().splitlines()[-5:] or output.strip().splitlines()[-5:]
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(Path(sys.argv[1] if len(sys.argv) > 1 else "gpu.jsonl"))))

@@ -1,0 +1,11 @@
+import json
+
+from mochi_tune.toy.guidance import WINDOWS, main
+
+
+def test_every_window_is_rendered_and_no_guidance_takes_half_the_passes(tmp_path):
+    lines = main(1, tmp_path, "sample.steps=4", num_samples=1).splitlines()
+    assert len(lines) == 2 + len(WINDOWS) and lines[2].startswith("| all steps | 100% |") and "| 50% |" in lines[-1]
+    rows = json.loads((tmp_path / "guidance.json").read_text())
+    changed = {name: measured[0][1] for name, measured in rows.items()}
+    assert changed["all steps"] == 0 and all(value > 0 for name, value in changed.items() if name != "all steps")
