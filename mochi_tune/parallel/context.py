@@ -25,7 +25,7 @@ from mochi_tune.parallel.ring import ring_attention
 def heads_and_ring(num_ranks: int, num_heads: int) -> tuple[int, int]:
     """Returns how many ranks share the heads, and how many such rows form a ring; any number of ranks will do.
 
-    As many as can share the heads do: that moves 4 / num_ranks of the stream, a ring at least its keys and values.
+    As many as can share the heads do: for that each rank sends what it has, in a ring also what all others have.
     """
     heads = math.gcd(num_ranks, num_heads)
     return heads, num_ranks // heads
@@ -83,7 +83,7 @@ class RingAttention(JointAttention):
 
 
 class ContextParallelAttention(nn.Module):
-    """The attention's core over all ranks' tokens: to heads, a core that knows no others, and back to tokens."""
+    """Attention of all ranks' tokens: to heads, the core over a row or a ring of rows, and back."""
 
     def __init__(self, core: nn.Module, shares: TokenShares) -> None:
         super().__init__()

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 from torch.nn.attention import SDPBackend
 
 from mochi_tune.models.layers import at_least_fp32
@@ -29,7 +30,7 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor) -> str:
 
     It is one of KERNELS on CUDA, or "cpu", or "plain": attention by its definition, with all scores in memory.
     """
-    choice = SDPBackend(torch._fused_sdp_choice(q, k, v))
+    choice = SDPBackend(_aten._fused_sdp_choice(q, k, v))
     if q.device.type == "cpu":
         return "cpu" if choice == SDPBackend.FLASH_ATTENTION else "plain"
     names = [name for name, kernel in KERNELS.items() if kernel == choice and q.device.type == "cuda"]
@@ -110,7 +111,7 @@ class _Ring:
     """This rank's place among the ranks of a group that form a ring, and how many tokens each of them owns."""
 
     def __init__(self, group_name: str, members: Sequence[int], counts: Sequence[int]) -> None:
-        self.group = _resolve_process_group(group_name)
+        self.group = _resolve_process_group(GroupName(group_name))
         self.counts = counts
         self.place = members.index(dist.get_rank(self.group))
         self.following, self.preceding = members[(self.place + 1) % len(members)], members[self.place - 1]
@@ -158,7 +159,7 @@ def _ring_attention(
         # The next block comes while this one is attended.
         wait = ring.pass_on((travelling, ring.count(step + 1))) if step < last else None
         if block.shape[-2]:
-            part, part_lse = attend(q, *block, kernel)
+            part, part_lse = attend(q, block[0], block[1], kernel)
             if out is None or lse is None:
                 out, lse = at_least_fp32(part), part_lse
             else:
@@ -178,7 +179,7 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _ring_attention_backward(ctx, gradient: Tensor, _of_lse: None):
-    q, k, v, *result = ctx.saved_tensors
+    q, k, v, out, lse = ctx.saved_tensors
     ring, last = _Ring(*ctx.ring), len(ctx.ring[1]) - 1
     own = ring.count(0)
     block = torch.stack([k, v])
@@ -190,7 +191,7 @@ def _ring_attention_backward(ctx, gradient: Tensor, _of_lse: None):
         passed = [(travelling, ring.count(step + 1))] if step < last else []
         passed += [(grad_travelling, ring.count(step))] if step else []
         wait = ring.pass_on(*passed)
-        part_q, *part = attend_backward(gradient, q, *block, tuple(result), ctx.kernel)
+        part_q, *part = attend_backward(gradient, q, block[0], block[1], (out, lse), ctx.kernel)
         grad_q += part_q
         received = wait()
         if step == 0:

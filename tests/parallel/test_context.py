@@ -20,7 +20,7 @@ DTYPES = {torch.float64: (1e-10, 1e-10), torch.float32: (TOLERANCE, GRADIENT_TOL
 # Latent frames, rows, columns: 7 frames of 15 tokens, which neither 2 nor 4 divides.
 GRID = (7, 6, 10)
 # For each number of heads, the adapters whose gradients are compared.
-ADAPTERS = {12: ("none", "live", "dora"), 4: ("live", "dora"), 3: ("dora",), 6: ("dora",)}
+ADAPTERS = {12: ("none", "live", "dora"), 4: ("live",), 3: ("dora",), 6: ("dora",)}
 TEXT_LENGTHS = {"one prompt": [5], "an empty prompt": [0], "different prompts": [6, 3, 0]}
 
 
