@@ -26,7 +26,7 @@ from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.forecast import ATTENTION_BACKWARD, Step, free_bytes
-from mochi_tune.parallel.mesh import Mesh, check_one_video, choose_layout
+from mochi_tune.parallel.mesh import Mesh, choose_layout
 from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import NEEDS, apply_precision, check_precision
 from mochi_tune.parallel.recompute import POLICIES
@@ -126,7 +126,6 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
         raise ConfigError(f"what={bench.what} runs in one process: leave parallel.num_processes out.")
     if bench.recompute not in ("auto", *POLICIES):
         raise ConfigError(f"recompute={bench.recompute} is not possible: use {', '.join(('auto', *POLICIES))}.")
-    check_one_video(num_ranks, sizes(bench.model, "dit").num_heads)
     if bench.precision not in ("bf16", *NEEDS):
         raise ConfigError(f"precision={bench.precision} is not possible: use {', '.join(('bf16', *NEEDS))}.")
     if bench.dit == "auto":

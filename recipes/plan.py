@@ -268,7 +268,7 @@ def training_step(config: RunConfig, dit: DiTConfig) -> Step:
     with torch.device("meta"):
         shapes = linear_shapes(AsymmDiT(dit))
     size = adapter_bytes(shapes, lora_settings(config.lora, shapes), config.lora.dora)
-    layout = training_layout(config.parallel.num_processes, dit.num_heads, config.parallel.context or 1)
+    layout = training_layout(config.parallel.num_processes, config.parallel.context or 1)
     return step_sizes(config, dit, size, layout, is_gpu=True)
 
 

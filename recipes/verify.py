@@ -29,7 +29,7 @@ from mochi_tune.models.vae_streaming import decode_tiled, encode
 from mochi_tune.parallel.collectives import even_shares
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.decode import decode_share
-from mochi_tune.parallel.mesh import Layout, Mesh, check_one_video, possible_layouts
+from mochi_tune.parallel.mesh import Layout, Mesh, possible_layouts
 from mochi_tune.sampling.render import Setup, choose_guide, prepare_dit
 from mochi_tune.sampling.sampler import (
     Denoiser,
@@ -180,13 +180,11 @@ def check_rendering(reference: WeightsFolder, device: torch.device, dtype: str, 
 def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
     """What several processes compute together: rendering in every layout, gradients, the split decoding."""
     num_ranks = dist.get_world_size()
-    num_heads = reference.dit_skeleton().config.num_heads
-    layouts = [layout for layout in possible_layouts(num_ranks, num_heads, is_guided=True) if layout.data == 1]
-    for layout in layouts:
-        yield from check_rendering(reference, device, dtype, Mesh(layout, device, TIMEOUT_SECONDS))
-    if Layout(context=num_ranks) in layouts:
-        mesh = Mesh(Layout(context=num_ranks), device, TIMEOUT_SECONDS)
-        yield from check_training(reference, device, dtype, mesh)
+    for layout in possible_layouts(num_ranks, is_guided=True):
+        if layout.data == 1:
+            yield from check_rendering(reference, device, dtype, Mesh(layout, device, TIMEOUT_SECONDS))
+    mesh = Mesh(Layout(context=num_ranks), device, TIMEOUT_SECONDS)
+    yield from check_training(reference, device, dtype, mesh)
     io = load_file(reference.path / "vae_io.safetensors")
     if num_ranks <= io["lat"].shape[2]:
         assert dist.group.WORLD is not None, "called as one of several processes"
@@ -198,16 +196,13 @@ def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) 
         yield Check("decoder: split over processes", over_ranks(error), TOLERANCE[dtype])
 
 
-def check_processes_fit(reference: Path, num_ranks: int) -> None:
-    """Refuses a number of processes that the reference model cannot be split over.
+def check_reference(reference: Path) -> None:
+    """Refuses a folder without a model before processes are started for it.
 
     Raises:
         CheckpointError: as `main`.
-        ParallelError: naming the numbers that it can.
     """
-    weights = WeightsFolder(reference)
-    weights.check(["dit"])
-    check_one_video(num_ranks, weights.dit_skeleton().config.num_heads)
+    WeightsFolder(reference).check(["dit"])
 
 
 def over_ranks(error: float) -> float:

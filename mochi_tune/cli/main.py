@@ -253,10 +253,10 @@ def run_verify(arguments: list[str]) -> int:
     for key, allowed in (("device", ("cpu", "cuda", "auto")), ("dtype", ("fp32", "bf16"))):
         if options[key] not in allowed:
             raise ConfigError(f"{key}={options[key]} is not possible: use {' or '.join(allowed)}.")
-    if (count := whole_number("parallel.num_processes", options["parallel.num_processes"], 1)) > 1:
-        from mochi_tune.recipes.verify import check_processes_fit
+    if whole_number("parallel.num_processes", options["parallel.num_processes"], 1) > 1:
+        from mochi_tune.recipes.verify import check_reference
 
-        check_processes_fit(Path(options["reference"]), count)
+        check_reference(Path(options["reference"]))
     return run_in_processes("verify", arguments, options, lambda is_first: verify_here(options, is_first))
 
 

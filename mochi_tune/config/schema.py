@@ -233,7 +233,7 @@ class ParallelConfig(Section):
         None, "2: prompt and negative prompt on different processes; null: the cheapest layout"
     )
     context: Count | None = setting(
-        None, "processes that share the tokens of a video, a divisor of 24; null: the cheapest layout, in training 1"
+        None, "processes that share the tokens of a video, any number; null: the cheapest layout, in training 1"
     )
     timeout_seconds: Positive = setting(600.0, "seconds that a process waits for another before all end")
 

@@ -95,11 +95,15 @@ class JointAttention(nn.Module):
         q = q_x if q_y is None else torch.cat([q_x, q_y], dim=1)
         k = torch.cat([k_x, k_y], dim=1)
         v = torch.cat([v_x, v_y], dim=1)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), num_visual)
         out = out.transpose(1, 2).flatten(2)
         if q_y is None:
             return out, None
         return out[:, :num_visual], out[:, num_visual:]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, num_visual: int) -> Tensor:
+        """Attends all queries (B, H, ., K) to all keys, the first `num_visual` of which are visual."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class AsymmetricAttention(nn.Module):

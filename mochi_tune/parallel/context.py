@@ -1,29 +1,64 @@
-"""Context parallelism: the visual tokens are split over processes, and each one attends to all tokens
-with some of the heads.
+"""Context parallelism: the visual tokens are split over processes, heads x ring of them.
+
+Those that stand side by side exchange tokens for heads, so that each attends with some of the heads. Where there are
+more processes than heads, or a number that does not divide them, several such rows form rings, in which keys and values
+travel from row to row.
 
 It changes a model at three seams: the outputs of its embedder and its rotary tables, the attention's core, and the
 output of its last Linear. Text tokens are few; every rank has them all. Every rank gets the complete velocity.
-Source: Ulysses, arXiv 2309.14509; here with shares of any size.
+Source: Ulysses, arXiv 2309.14509, in rings, arXiv 2405.07719; here with shares of any size.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mochi_tune.errors import ParallelError
+from mochi_tune.models.attention import JointAttention
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.collectives import even_shares, gather, heads_to_tokens, tokens_to_heads
+from mochi_tune.parallel.ring import ring_attention
+
+
+def heads_and_ring(num_ranks: int, num_heads: int) -> tuple[int, int]:
+    """Returns how many ranks share the heads, and how many such rows form a ring; any number of ranks will do.
+
+    As many as can share the heads do: for that each rank sends what it has, in a ring also what all others have.
+    """
+    heads = math.gcd(num_ranks, num_heads)
+    return heads, num_ranks // heads
 
 
 class TokenShares:
-    """How many visual tokens each rank of a group has; settled anew when a forward pass embeds its latents."""
+    """How many visual tokens each rank of a group has; settled anew when a forward pass embeds its latents.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    Attributes:
+        counts: visual tokens of each rank.
+        row: the ranks that share the heads with this one, consecutive.
+        ring: the ranks that have the same heads, one of each row.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_heads: int) -> None:
         self.group = group
         self.context_rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        heads, _ = heads_and_ring(self.num_ranks, num_heads)
+        first = self.context_rank // heads * heads
+        self.row = range(first, first + heads)
+        self.ring = range(self.context_rank % heads, self.num_ranks, heads)
         self.counts: list[int] = []
+
+    @property
+    def in_row(self) -> list[int]:
+        """Visual tokens of each rank of this row."""
+        return [self.counts[rank] for rank in self.row]
+
+    @property
+    def in_rows(self) -> list[int]:
+        """Visual tokens of each row."""
+        heads = len(self.row)
+        return [sum(self.counts[first : first + heads]) for first in range(0, self.num_ranks, heads)]
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """Returns this rank's share of x along `dim`, which holds all visual tokens."""
@@ -31,8 +66,24 @@ class TokenShares:
         return x.narrow(dim, sum(self.counts[: self.context_rank]), self.counts[self.context_rank])
 
 
+class RingAttention(JointAttention):
+    """`JointAttention` of a row's visual tokens, where other rows have others: all visual keys go round the ring.
+
+    Text tokens are everywhere: their keys stay, and every row computes all of their outputs.
+    """
+
+    def __init__(self, shares: TokenShares) -> None:
+        super().__init__()
+        self.shares = shares
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, num_visual: int) -> Tensor:
+        """Attends this row's queries (B, H, ., K) to the keys of all rows; the first `num_visual` here travel."""
+        assert num_visual == sum(self.shares.in_row)
+        return ring_attention(q, k, v, self.shares.group, self.shares.ring, self.shares.in_rows)
+
+
 class ContextParallelAttention(nn.Module):
-    """The attention's core over all ranks' tokens: to heads, the core as it was, and back to tokens."""
+    """Attention of all ranks' tokens: to heads, the core over a row or a ring of rows, and back."""
 
     def __init__(self, core: nn.Module, shares: TokenShares) -> None:
         super().__init__()
@@ -50,44 +101,26 @@ class ContextParallelAttention(nn.Module):
         text_lengths: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Takes and returns what `JointAttention` does, of this rank's visual tokens and of all text tokens."""
-        counts, group = self.shares.counts, self.shares.group
-        x = (tokens_to_heads(t, counts, group) for t in (q_x, k_x, v_x))
-        y = (
-            None if t is None else t.chunk(self.shares.num_ranks, dim=2)[self.shares.context_rank]
-            for t in (q_y, k_y, v_y)
-        )
+        row = self.shares.row
+        of_row = self.shares.in_row, self.shares.group, row.start
+        x = (tokens_to_heads(t, *of_row) for t in (q_x, k_x, v_x))
+        own = self.shares.context_rank - row.start
+        y = (None if t is None else t.chunk(len(row), dim=2)[own] for t in (q_y, k_y, v_y))
         out_x, out_y = self.core(*x, *y, text_lengths)
         width = q_x.shape[-1]
-        out_x = heads_to_tokens(out_x.unflatten(-1, (-1, width)), counts, group).flatten(2)
+        out_x = heads_to_tokens(out_x.unflatten(-1, (-1, width)), *of_row).flatten(2)
         if out_y is not None:
-            out_y = gather(out_y, [out_y.shape[-1]] * self.shares.num_ranks, -1, group)
+            out_y = gather(out_y, [out_y.shape[-1]] * len(row), -1, self.shares.group, row.start)
         return out_x, out_y
 
 
-def check_context_ranks(num_ranks: int, num_heads: int) -> None:
-    """Refuses a number of ranks that does not divide the heads.
-
-    Raises:
-        ParallelError: naming the numbers that do.
-    """
-    if num_heads % num_ranks:
-        possible = [str(n) for n in range(1, num_heads + 1) if num_heads % n == 0]
-        raise ParallelError(
-            f"parallel.context={num_ranks} does not divide the model's {num_heads} heads: use {', '.join(possible)}."
-        )
-
-
 def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup) -> None:
-    """Splits the work on visual tokens over the ranks of a group; with adapters or without, for any number of frames.
+    """Splits the work on visual tokens over the ranks of a group: any number, with adapters or without, for any video.
 
     All ranks call the model with the same inputs and get the same complete output. Gradients are each rank's share of
     the gradient of the sum of the ranks' losses.
-
-    Raises:
-        ParallelError: the number of ranks does not divide the heads.
     """
-    shares = TokenShares(group)
-    check_context_ranks(shares.num_ranks, dit.config.num_heads)
+    shares = TokenShares(group, dit.config.num_heads)
 
     def take_tokens(_module: nn.Module, _inputs: Any, x: Tensor) -> Tensor:
         return shares.take(x, 1)
@@ -102,5 +135,6 @@ def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup) -> None:
     dit.rope.register_forward_hook(take_positions)
     for block in dit.blocks:
         attention = block.get_submodule("attn")
-        attention.set_submodule("core", ContextParallelAttention(attention.get_submodule("core"), shares))
+        core = RingAttention(shares) if len(shares.ring) > 1 else attention.get_submodule("core")
+        attention.set_submodule("core", ContextParallelAttention(core, shares))
     dit.final_layer.linear.register_forward_hook(gather_tokens)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.flops import dit_flops
@@ -217,8 +218,16 @@ def text_held(dtype_bytes: int) -> dict[str, int]:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the free memory of a GPU; None for a CPU, whose memory is not counted."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Returns the free memory of the fullest process's GPU; None for a CPU, whose memory is not counted.
+
+    Processes that share the tokens of a sample exchange them while they recompute: all have to do that alike.
+    """
+    if device.type != "cuda":
+        return None
+    free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    return int(free.item())
 
 
 def weight_bytes(config: DiTConfig, dtype_bytes: int, precision: str = "bf16") -> dict[str, int]:

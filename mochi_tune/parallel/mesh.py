@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.flops import dit_flops
-from mochi_tune.parallel.context import check_context_ranks
+from mochi_tune.parallel.context import heads_and_ring
 
 # What one H100 does a second in bf16: matrix products, attention; and bytes to the other GPUs of its machine. Their
 # proportions decide which layout is the fastest.
@@ -37,13 +37,13 @@ class Layout:
         return f"parallel.data={self.data} parallel.guidance={self.guidance} parallel.context={self.context}"
 
 
-def possible_layouts(num_ranks: int, num_heads: int, is_guided: bool) -> list[Layout]:
-    """Returns every way to use all ranks: two for guidance where there is any, context ranks that divide the heads."""
+def possible_layouts(num_ranks: int, is_guided: bool) -> list[Layout]:
+    """Returns every way to use all ranks: two for guidance where there is any, and any number for context."""
     return [
         Layout(num_ranks // (guidance * context), guidance, context)
         for guidance in ((1, 2) if is_guided else (1,))
         for context in range(1, num_ranks + 1)
-        if num_ranks % (guidance * context) == 0 and num_heads % context == 0
+        if num_ranks % (guidance * context) == 0
     ]
 
 
@@ -63,20 +63,13 @@ def choose_layout(
     Raises:
         ParallelError: none is possible; those that are, are named.
     """
-    if context := asked.get("context"):
-        check_context_ranks(context, config.num_heads)
     if num_ranks == 1 and (more := [f"parallel.{axis}={n}" for axis, n in asked.items() if n not in (None, 1)]):
         needed = math.prod(n for n in asked.values() if n is not None)
         raise ParallelError(f"{' '.join(more)} wants {needed} processes: use parallel.num_processes={needed}.")
-    possible = possible_layouts(num_ranks, config.num_heads, is_guided)
+    possible = possible_layouts(num_ranks, is_guided)
     if asked.get("data") is None:
         # A rank without a video would do nothing.
         possible = [layout for layout in possible if layout.data <= num_videos]
-        if not possible:
-            raise ParallelError(
-                f"parallel.num_processes={num_ranks} is more than can share {num_videos} "
-                f"video{'s' if num_videos > 1 else ''} of a model with {config.num_heads} heads: use fewer."
-            )
     fitting = [
         layout for layout in possible if all(n is None or getattr(layout, axis) == n for axis, n in asked.items())
     ]
@@ -92,39 +85,26 @@ def choose_layout(
 def estimate_seconds(layout: Layout, config: DiTConfig, num_videos: int, num_tokens: int, is_guided: bool) -> float:
     """Estimates the seconds a step of all videos on H100s: arithmetic, and what goes between the GPUs.
 
-    Exchanged are q, k, v and the output of attention, 2 bytes each. The tokens of the fullest rank count.
+    Exchanged for heads are q, k, v and the output of attention, 2 bytes each. The tokens of the fullest rank count.
+    In a ring the keys and values of all others come in, 2 bytes each, while attention computes.
     """
     mine = -(-num_tokens // layout.context)
+    heads, ring = heads_and_ring(layout.context, config.num_heads)
     matrices, attention = (flops * mine / num_tokens for flops in dit_flops(config, num_tokens, 0))
-    exchanged = config.depth * 2 * 4 * config.hidden_size_x * mine * (layout.context - 1) / layout.context
-    forward = matrices / MATRIX_FLOPS + attention / ATTENTION_FLOPS + exchanged / LINK_BYTES
+    exchanged = config.depth * 2 * 4 * config.hidden_size_x * mine * (heads - 1) / heads
+    travelled = config.depth * 2 * 2 * config.hidden_size_x / heads * num_tokens * (ring - 1) / ring
+    attending = max(attention / ATTENTION_FLOPS, travelled / LINK_BYTES)
+    forward = matrices / MATRIX_FLOPS + attending + exchanged / LINK_BYTES
     turns = (2 if is_guided else 1) / layout.guidance
     return -(-num_videos // layout.data) * turns * forward
 
 
-def check_one_video(num_ranks: int, num_heads: int) -> None:
-    """Refuses a number of processes that cannot share one video.
-
-    Raises:
-        ParallelError: naming the numbers that can.
-    """
-    possible = [
-        n for n in range(1, 2 * num_heads + 1) if any(x.data == 1 for x in possible_layouts(n, num_heads, True))
-    ]
-    if num_ranks not in possible:
-        raise ParallelError(
-            f"parallel.num_processes={num_ranks} cannot share one video of a model with {num_heads} heads: "
-            f"use {', '.join(map(str, possible))}."
-        )
-
-
-def training_layout(num_ranks: int, num_heads: int, context: int) -> Layout:
+def training_layout(num_ranks: int, context: int) -> Layout:
     """Returns how the ranks of a training share a step: samples, and with `context` the tokens of each.
 
     Raises:
-        ParallelError: the context ranks do not divide the heads, or all ranks.
+        ParallelError: the context ranks do not divide all ranks.
     """
-    check_context_ranks(context, num_heads)
     if num_ranks % context:
         raise ParallelError(
             f"parallel.context={context} does not divide {num_ranks} processes: "

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.parallel import ring  # noqa: F401  It defines an operation.
 
 # Takes a block and what its forward takes.
 BlockFunction = Callable[..., Any]
@@ -19,7 +20,7 @@ _aten = torch.ops.aten
 _ATTENTION = {
     getattr(_aten, f"_scaled_dot_product_{name}").default
     for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-}
+} | {torch.ops.mochi_tune.ring_attention.default}
 
 
 def block_function(block: nn.Module) -> BlockFunction:

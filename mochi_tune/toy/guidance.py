@@ -1,4 +1,4 @@
-"""Which steps of the sampler need guidance: the toy model renders the same captions with guidance in some steps alone."""
+"""Which steps of the sampler need guidance: the toy model renders the same captions with it in some steps alone."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -155,7 +155,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
             f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "
             "use parallel.num_processes=2 or more, or parallel=single."
         )
-    layout = training_layout(num_processes, skeleton.config.num_heads, config.parallel.context or 1)
+    layout = training_layout(num_processes, config.parallel.context or 1)
     draws = KeyedDraws(
         config.seed, train.batch_size, train.accumulation_steps * layout.data, train.caption_dropout,
         train.sigma_stratified,

@@ -20,6 +20,7 @@ from mochi_tune.config.load import config_yaml
 from mochi_tune.errors import ParallelError, TrainingError
 from mochi_tune.files import load_tensors, make_writable_folder
 from mochi_tune.models.device import DTYPES
+from mochi_tune.parallel.context import heads_and_ring
 from mochi_tune.parallel.kernels import KERNELS, attention_by, time_attention
 from mochi_tune.training import checkpoint
 from mochi_tune.training.accelerator import AdapterOptimizer, ZeroOptimizer, broadcast
@@ -378,7 +379,8 @@ def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
     if known in KERNELS:
         return known
     config = plan.weights.dit_skeleton().config
-    shape = (config.num_heads // plan.layout.context, num_tokens(plan.config), config.hidden_size_x // config.num_heads)
+    heads, ring = heads_and_ring(plan.layout.context, config.num_heads)
+    shape = (config.num_heads // heads, num_tokens(plan.config) // ring, config.hidden_size_x // config.num_heads)
     seconds = time_attention(shape, plan.device, DTYPES[plan.config.model.dtype])
     if not seconds:
         return None
