@@ -76,7 +76,9 @@ def main(config: RunConfig) -> Iterator[Path]:
     prompt_cache = Path(config.sample.prompt_cache).expanduser()
     for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)
-    mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds) if num_processes > 1 else None
+    parallel, mesh = config.parallel, None
+    if num_processes > 1:
+        mesh = Mesh(plan.layout, device, parallel.timeout_seconds, parallel.check_inputs)
     setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, config.sample.compile)
     mine = plan.requests if mesh is None else plan.requests[mesh.data_rank :: plan.layout.data]
     usage = Usage(device, write_line)

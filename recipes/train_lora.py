@@ -75,7 +75,7 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     # Parallelism and memory.
     if plan.layout.context > 1:
         mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds)
-        apply_context_parallel(dit, mesh.context_group)
+        apply_context_parallel(dit, mesh.context_group, config.parallel.check_inputs)
     memory.apply(dit, device, tqdm.write, run.check_before_compiling)
 
     # Optimizer.

@@ -235,6 +235,9 @@ class ParallelConfig(Section):
     context: Count | None = setting(
         None, "processes that share the tokens of a video, any number; null: the cheapest layout, in training 1"
     )
+    check_inputs: bool = setting(
+        False, "true, to find a fault: processes that share a video compare what they give the DiT, at every pass"
+    )
     timeout_seconds: Positive = setting(600.0, "seconds that a process waits for another before all end")
 
 

@@ -9,17 +9,23 @@ output of its last Linear. Text tokens are few; every rank has them all. Every r
 Source: Ulysses, arXiv 2309.14509, in rings, arXiv 2405.07719; here with shares of any size.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mochi_tune.errors import ParallelError
 from mochi_tune.models.attention import JointAttention
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.collectives import even_shares, gather, heads_to_tokens, tokens_to_heads
 from mochi_tune.parallel.ring import ring_attention
+
+# Of `AsymmDiT.forward`.
+INPUTS = ("the noisy latents", "the noise level", "the prompt", "the prompt's mask")
 
 
 def heads_and_ring(num_ranks: int, num_heads: int) -> tuple[int, int]:
@@ -114,11 +120,33 @@ class ContextParallelAttention(nn.Module):
         return out_x, out_y
 
 
-def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup) -> None:
+def check_inputs(inputs: Sequence[Any], group: dist.ProcessGroup) -> None:
+    """Refuses inputs of `AsymmDiT.forward` that are not the same bits on all ranks; all call it.
+
+    Raises:
+        ParallelError: naming the inputs that differ, and the ranks.
+    """
+    sums = [hashlib.sha256(x.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest() for x in inputs[:4]]
+    everyones: list[list[str]] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, sums, group=group)
+    for name, of_ranks in zip(INPUTS, zip(*everyones, strict=True), strict=False):
+        if other := [str(rank) for rank, found in enumerate(of_ranks) if found != of_ranks[0]]:
+            raise ParallelError(
+                f"the processes of one video have drifted apart: {name} is not the same on context rank 0 and "
+                f"{', '.join(other)}: they must draw the same noise and be given the same prompts and weights."
+            )
+
+
+def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup, checks_inputs: bool = False) -> None:
     """Splits the work on visual tokens over the ranks of a group: any number, with adapters or without, for any video.
 
     All ranks call the model with the same inputs and get the same complete output. Gradients are each rank's share of
     the gradient of the sum of the ranks' losses.
+
+    Args:
+        dit: the model.
+        group: its ranks.
+        checks_inputs: whether each call compares the inputs of all ranks, which takes a copy of them to the CPU.
     """
     shares = TokenShares(group, dit.config.num_heads)
 
@@ -131,6 +159,8 @@ def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup) -> None:
     def gather_tokens(_module: nn.Module, _inputs: Any, x: Tensor) -> Tensor:
         return gather(x, shares.counts, 1, group)
 
+    if checks_inputs:
+        dit.register_forward_pre_hook(lambda _module, inputs: check_inputs(inputs, group))
     dit.x_embedder.register_forward_hook(take_tokens)
     dit.rope.register_forward_hook(take_positions)
     for block in dit.blocks:

@@ -114,10 +114,19 @@ def training_layout(num_ranks: int, context: int) -> Layout:
 
 
 class Mesh:
-    """This process's ranks in a layout, and its groups; all processes build it together."""
+    """This process's ranks in a layout, and its groups; all processes build it together.
 
-    def __init__(self, layout: Layout, device: torch.device, timeout_seconds: float) -> None:
-        self.layout = layout
+    Args:
+        layout: of all processes.
+        device: of this one.
+        timeout_seconds: that a process waits for another.
+        checks_inputs: whether the context ranks compare what they give the DiT, see `apply_context_parallel`.
+    """
+
+    def __init__(
+        self, layout: Layout, device: torch.device, timeout_seconds: float, checks_inputs: bool = False
+    ) -> None:
+        self.layout, self.checks_inputs = layout, checks_inputs
         grid = torch.arange(layout.num_ranks).view(layout.data, layout.guidance, layout.context)
         self.data_rank, self.guidance_rank, self.context_rank = (grid == dist.get_rank()).nonzero()[0].tolist()
         timeout = datetime.timedelta(seconds=timeout_seconds)

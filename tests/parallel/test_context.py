@@ -11,8 +11,9 @@ from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE
 from helpers_parallel import run_ranks
 
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
+from mochi_tune.errors import ParallelError
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
-from mochi_tune.parallel.context import apply_context_parallel, heads_and_ring
+from mochi_tune.parallel.context import INPUTS, apply_context_parallel, heads_and_ring
 
 CONFIG = DiTConfig(depth=3, num_heads=12, hidden_size_x=96, hidden_size_y=48, t5_feat_dim=32)
 # In fp64 nothing but a mistake is of this size; of fp32, outputs and gradients, see models/test_rounding.py.
@@ -97,3 +98,28 @@ def test_several_ranks_compute_what_one_does(num_heads, heads, ring, alone, tmp_
 def test_any_number_of_ranks_is_split_and_as_many_as_can_share_the_heads():
     split = {1: (1, 1), 5: (1, 5), 8: (8, 1), 16: (8, 2), 24: (24, 1), 36: (12, 3), 48: (24, 2)}
     assert {num_ranks: heads_and_ring(num_ranks, 24) for num_ranks in split} == split
+
+
+def drift(num_ranks: int) -> list[str]:
+    """Calls the model with inputs that are the same, and then with one of each that is not on the last rank."""
+    dit, said = build(torch.float32, "none", 6), []
+    apply_context_parallel(dit, dist.group.WORLD, checks_inputs=True)
+    is_last = dist.get_rank() == num_ranks - 1
+    for changed in (None, 0, 1, 2, 3):
+        arguments, _ = inputs([5], torch.float32)
+        arguments = [x.clone() for x in arguments]
+        if changed is not None and is_last:
+            arguments[changed].view(-1)[0] = 0
+        try:
+            dit(*arguments)
+            said.append("")
+        except ParallelError as error:
+            said.append(str(error))
+    return said
+
+
+def test_ranks_that_drift_apart_are_found_and_named(tmp_path):
+    for same, *others in run_ranks(3, drift, tmp_path, 3):
+        assert same == ""
+        for name, text in zip(INPUTS, others, strict=True):
+            assert f"{name} is not the same on context rank 0 and 2: they must" in text and text.count("\n") == 0
