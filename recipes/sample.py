@@ -33,6 +33,9 @@ from mochi_tune.training.interrupts import StopSignal
 from mochi_tune.training.memory_plan import describe, fits
 from mochi_tune.weights.folder import WeightsFolder
 
+# Seconds that a pass of compiled blocks is shorter by, for each visual token, and that compiling takes.
+COMPILED_SAVES, COMPILE_SECONDS = 15e-6, 40.0
+
 
 @dataclass(frozen=True)
 class RenderPlan:
@@ -79,8 +82,11 @@ def main(config: RunConfig) -> Iterator[Path]:
     parallel, mesh = config.parallel, None
     if num_processes > 1:
         mesh = Mesh(plan.layout, device, parallel.timeout_seconds, parallel.check_inputs)
-    setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, config.sample.compile)
     mine = plan.requests if mesh is None else plan.requests[mesh.data_rank :: plan.layout.data]
+    compiles = config.sample.compile
+    if compiles is None:
+        compiles = device.type == "cuda" and pays_to_compile(mine, len(plan.variants))
+    setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, compiles)
     usage = Usage(device, write_line)
     write_line("; ".join(f"adapter {a.path} x {a.strength}" for a in plan.adapters) or "no adapter: the base")
     if mesh is not None:
@@ -124,7 +130,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     weights.check(["text_encoder", "dit", "decoder"])
     identity, skeleton = weights.base_identity(), weights.dit_skeleton()
     adapters = load_render_adapters(config.sample, Path(config.run_dir), linear_shapes(skeleton), identity)
-    tokens = max(num_latent_frames(r.num_frames) * r.height * r.width // TOKEN_PIXELS**2 for r in requests)
+    tokens = max(map(num_tokens, requests))
     parallel = config.parallel
     asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
     is_guided = any(r.is_guided for r in requests)
@@ -146,6 +152,20 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
         "layout": asdict(layout),
     }
     return RenderPlan(weights, requests, adapters, variants, tokens, layout, common)
+
+
+def pays_to_compile(requests: list[Request], num_variants: int) -> bool:
+    """Whether the steps to come save more time than compiling takes; foretold of an H200, see `forecast`."""
+    saved = 0.0
+    for request in requests:
+        passes = sum(1 + (scale != 1) for scale in request.settings.scales)
+        saved += num_variants * passes * num_tokens(request) * COMPILED_SAVES
+    return saved > COMPILE_SECONDS
+
+
+def num_tokens(request: Request) -> int:
+    """Returns the visual tokens of a video."""
+    return num_latent_frames(request.num_frames) * request.height * request.width // TOKEN_PIXELS**2
 
 
 def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) -> str:

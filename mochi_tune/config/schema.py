@@ -288,7 +288,9 @@ class SampleConfig(Section):
         "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, 4 MB per prompt at most"
     )
     save_latents: bool = setting(False, "true: writes the latents beside the video as .safetensors")
-    compile: bool = setting(False, "true: compiles the DiT's blocks, a minute once; each step is then shorter on a GPU")
+    compile: bool | None = setting(
+        None, "true: compiles the DiT's blocks, a minute once, and each step is shorter; null: on a GPU, if that pays"
+    )
     num_frames: Whole | None = setting(None, "frames, 6k+1; null: data.num_frames")
     height: Whole | None = setting(None, "pixels, a multiple of 16; null: data.height")
     width: Whole | None = setting(None, "pixels, a multiple of 16; null: data.width")
