@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from mochi_tune.models.layers import at_least_fp32
 
+# Of the features that are normed at a time: 4 MB in fp32, which stay in a processor's cache.
+NORM_ELEMENTS = 2**20
+
 
 class FrameCache:
     """The last two frames of the previous chunk, layer by layer; a new one for each clip."""
@@ -71,9 +74,10 @@ class FrameNorm(nn.GroupNorm):
         return out.movedim(-1, 1)
 
     def write(self, frames: Tensor, out: Tensor) -> None:
-        """Norms (B, T, H, W, C) into `out`, frame by frame: the whole in fp32 would cost memory."""
-        for t in range(frames.shape[1]):
-            out[:, t] = self._norm(frames[:, t])
+        """Norms (B, T, H, W, C) into `out`, some frames at a time: the whole in fp32 would cost memory."""
+        num_frames = max(1, NORM_ELEMENTS // frames[:, 0].numel())
+        for part, normed in zip(frames.split(num_frames, 1), out.split(num_frames, 1), strict=True):
+            normed.copy_(self._norm(part))
 
     def write_padded(self, x: Tensor, out: Tensor) -> None:
         """Norms x (B, C, T, H, W) into `out`, (B, C, T, H + 2, W + 2), and repeats the outermost rows and columns."""
