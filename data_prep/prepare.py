@@ -8,6 +8,7 @@ import io
 import json
 import stat
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,9 @@ def _encode_clips(
     """Encodes the clips that the cache lacks; returns their number, and the reason for each clip_key that failed."""
     # Two files with the same bytes have the same key, and are encoded once.
     missing = _unique((row.clip_key, row) for row in rows if not cache.has_latents(row.clip_key))
-    num_encoded, bad, encoder = 0, {}, None
-    with decoder, tqdm(total=len(missing), desc="clips", unit="clip", disable=not missing) as progress:
+    num_encoded, bad, encoder, saving = 0, {}, None, None
+    progress = tqdm(total=len(missing), desc="clips", unit="clip", disable=not missing)
+    with decoder, ThreadPoolExecutor(1) as saver, progress:
         clips = decoder.decode_all([folder / row.path for row in missing])
         for row, (_, clip) in zip(missing, clips, strict=True):
             if isinstance(clip, DataError):
@@ -171,9 +173,14 @@ def _encode_clips(
                 weights = WeightsFolder(weights_folder(config))
                 encoder = encoder or weights.load_encoder(device, DTYPES[config.model.dtype])
                 mean, logvar = encode_frames(encoder, clip.frames, row.path)
-                cache.put_latents(row.clip_key, mean, logvar, clip.report)
+                # A sync takes as long as a part of a clip's encoding: a clip is saved while the next one is encoded.
+                if saving is not None:
+                    saving.result()
+                saving = saver.submit(cache.put_latents, row.clip_key, mean, logvar, clip.report)
                 num_encoded += 1
             progress.update()
+        if saving is not None:
+            saving.result()
     del encoder
     free_memory()
     return num_encoded, bad

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mochi_tune.models.vae_layers import CausalConv, Downsample, FrameCache, FrameNorm, PointwiseConv, pointwise
+
 HEAD_DIM = 32
 # CUDA attention kernels put rows on a grid axis of 65535 at most.
 MAX_ATTENTION_ROWS = 32768
@@ -45,30 +47,6 @@ class DecoderConfig:
     spatial_expansions: tuple[int, ...] = (2, 2, 2)
 
 
-class FrameCache:
-    """The last two frames of the previous chunk, layer by layer; a new one for each clip."""
-
-    def __init__(self) -> None:
-        self._past: dict[nn.Module, Tensor] = {}
-        self._begun: set[nn.Module] = set()
-
-    def previous_frames(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Returns the two frames before the chunk x (B, C, T, H, W), and keeps the last two of x for the next call.
-
-        Before a clip's first chunk its first frame is repeated.
-        """
-        past = self._past[layer] if layer in self._past else x[:, :, :1].expand(-1, -1, 2, -1, -1)
-        # A copy, as a view would hold the whole chunk.
-        self._past[layer] = torch.cat([past, x[:, :, -2:]], dim=2)[:, :, -2:].clone()
-        return past
-
-    def is_first_chunk(self, layer: nn.Module) -> bool:
-        """Whether the chunk is the clip's first; each layer asks once a chunk."""
-        first = layer not in self._begun
-        self._begun.add(layer)
-        return first
-
-
 def frames_to_pixels(frames: Tensor) -> Tensor:
     """Turns uint8 frames (B, F, H, W, 3) into fp32 pixels (B, 3, F, H, W) in [-1, 1].
 
@@ -92,52 +70,9 @@ def fourier_features(pixels: Tensor) -> Tensor:
     """
     assert pixels.dtype == torch.float32, f"the sines amplify rounding: pixels must be fp32, not {pixels.dtype}"
     angular = torch.tensor([2 * math.pi * 2**f for f in (6, 7)], device=pixels.device)
-    angles = (pixels.unsqueeze(2) * angular.view(-1, *[1] * (pixels.ndim - 2))).flatten(1, 2)
-    return torch.cat([pixels, angles.sin(), angles.cos()], dim=1)
-
-
-class FrameNorm(nn.GroupNorm):
-    """GroupNorm of 32 groups over each frame by itself, computed in fp32 and followed by a SiLU where asked."""
-
-    def __init__(self, channels: int, silu: bool = True) -> None:
-        super().__init__(32, channels, eps=1e-5)
-        self.silu = silu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Norms (B, C, T, H, W); frame by frame where a copy of the whole in fp32 would cost memory."""
-        if x.dtype == torch.float32 or x.requires_grad:
-            normed = self._norm(x.transpose(1, 2).flatten(0, 1).float()).to(x.dtype)
-            return normed.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
-        out = torch.empty_like(x)
-        for t in range(x.shape[2]):
-            out[:, :, t] = self._norm(x[:, :, t].float())
-        return out
-
-    def _norm(self, frames: Tensor) -> Tensor:
-        normed = F.group_norm(frames, self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-        return F.silu(normed) if self.silu else normed
-
-
-class PointwiseConv(nn.Linear):
-    """A 1x1x1 convolution over (B, C, T, H, W), stored as a Linear weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps the channels of (B, C, T, H, W)."""
-        return F.conv3d(x, self.weight[:, :, None, None, None], self.bias)
-
-
-class CausalConv(nn.Conv3d):
-    """A 3x3x3 convolution that sees two frames of the past and none of the future; replicated at every border."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3)
-
-    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """Maps (B, C, T, H, W) to the same shape."""
-        num_missing = 2
-        if cache is not None:
-            x, num_missing = torch.cat([cache.previous_frames(self, x), x], dim=2), 0
-        return super().forward(F.pad(x, (1, 1, 1, 1, num_missing, 0), mode="replicate"))
+    colours = pixels.movedim(1, -1).contiguous()
+    angles = (colours.unsqueeze(-1) * angular).flatten(-2)
+    return torch.cat([colours, angles.sin(), angles.cos()], dim=-1).movedim(-1, 1)
 
 
 class TemporalAttention(nn.Module):
@@ -154,13 +89,13 @@ class TemporalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, T, H, W) to the same shape."""
         batch, _, _, height, width = x.shape
-        rows = x.permute(0, 3, 4, 2, 1).flatten(0, 2)  # (B H W, T, C)
-        q, k, v = self.qkv(rows).unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # (rows, heads, T, 32) each
+        qkv = self.qkv(x.movedim(1, -1)).unflatten(-1, (3, -1, HEAD_DIM))  # (B, T, H, W, 3, heads, 32)
+        q, k, v = qkv.permute(4, 0, 2, 3, 5, 1, 6).flatten(1, 3)  # (rows, heads, T, 32) each
         q, k = (F.normalize(t.float(), dim=-1).to(t.dtype) for t in (q, k))
         parts = zip(*(t.split(MAX_ATTENTION_ROWS) for t in (q, k, v)), strict=True)
         attended = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts])
-        out = self.out(attended.transpose(1, 2).flatten(2))
-        return out.unflatten(0, (batch, height, width)).permute(0, 4, 3, 1, 2)
+        attended = attended.unflatten(0, (batch, height, width)).permute(0, 4, 1, 2, 3, 5).flatten(4)
+        return self.out(attended).movedim(-1, 1)
 
 
 class AttentionBlock(nn.Module):
@@ -199,22 +134,9 @@ class ResBlock(nn.Module):
 
     def convolve(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """The block without its attention."""
-        h = self.stack["2"](self.stack["0"](x), cache)
-        return x + self.stack["5"](self.stack["3"](h), cache)
-
-
-class Downsample(nn.Conv3d):
-    """A strided convolution that shrinks time by `temporal` and space by `spatial`, causal in time."""
-
-    def __init__(self, in_channels: int, out_channels: int, temporal: int, spatial: int) -> None:
-        kernel = (temporal, spatial, spatial)
-        super().__init__(in_channels, out_channels, kernel, stride=kernel)
-
-    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """Maps (B, C, T, H, W) to (B, C', T', H / spatial, W / spatial)."""
-        if cache is None or cache.is_first_chunk(self):
-            x = F.pad(x, (0, 0, 0, 0, self.stride[0] - 1, 0), mode="replicate")
-        return super().forward(x)
+        h = self.stack["2"](x, self.stack["0"], cache)
+        h = self.stack["5"](h, self.stack["3"], cache)
+        return h.add_(x)
 
 
 class DownsampleBlock(nn.Module):
@@ -248,8 +170,12 @@ class UpsampleBlock(nn.Module):
         """Maps (B, C, T, H, W) to (B, C', T', spatial * H, spatial * W)."""
         for block in self.blocks:
             x = block(x, cache)
-        x = self.proj(x).unflatten(1, (-1, self.temporal, self.spatial, self.spatial))  # (B, C', t, s, s, T, H, W)
-        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        # The weight's rows are put in the order that leaves a pixel's channels side by side; features are larger.
+        parts = (-1, self.temporal, self.spatial, self.spatial)
+        weight = self.proj.weight.unflatten(0, parts).movedim(0, 3)  # (t, s, s, C', C)
+        bias = self.proj.bias.unflatten(0, parts).movedim(0, 3)
+        x = F.linear(x.movedim(1, -1), weight.flatten(0, 3), bias.flatten()).unflatten(-1, bias.shape)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
         return x[:, :, self.temporal - 1 :] if cache is None or cache.is_first_chunk(self) else x
 
 
@@ -316,7 +242,7 @@ class Decoder(nn.Module):
     def forward(self, vae_latents: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Decodes VAE latents (B, 12, T, h, w) to pixels (B, 3, F, H, W), not clamped, in the weights' dtype."""
         first, *top = self.blocks[0].children()
-        x = first(vae_latents.to(next(first.parameters()).dtype))
+        x = pointwise(vae_latents.to(first.weight.dtype), first.weight.flatten(1), first.bias)
         for block in [*top, *self.blocks[1:-1], *self.blocks[-1].children()]:
             x = block(x, cache)
         return self.output_proj(F.silu(x))

@@ -31,6 +31,7 @@ class HaloFrameCache:
 
     def previous_frames(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Returns the two frames before the part x (B, C, n, H, W); before the clip, its first frame twice."""
+        frames = x.movedim(1, -1)  # (B, n, H, W, C), as they are in memory
         received, operations, kept_alive = {}, [], []
         for receiver in range(len(self.counts)):
             for owner, part, first in self._halo(receiver):
@@ -38,15 +39,16 @@ class HaloFrameCache:
                     continue
                 peer = dist.get_global_rank(self.group, receiver if self.group_rank == owner else owner)
                 if self.group_rank == owner:
-                    kept_alive.append(x[:, :, part].contiguous())
+                    kept_alive.append(frames[:, part].contiguous())
                     operations.append(dist.P2POp(dist.isend, kept_alive[-1], peer, self.group))
                 else:
-                    received[first] = x.new_empty(*x.shape[:2], part.stop - part.start, *x.shape[3:])
+                    received[first] = frames.new_empty(len(frames), part.stop - part.start, *frames.shape[2:])
                     operations.append(dist.P2POp(dist.irecv, received[first], peer, self.group))
         for request in dist.batch_isend_irecv(operations) if operations else []:
             request.wait()
-        past = torch.cat([received[first] for first in sorted(received)], dim=2) if received else x[:, :, :1]
-        return past if past.shape[2] == HALO else past[:, :, :1].expand(-1, -1, HALO, -1, -1)
+        past = torch.cat([received[first] for first in sorted(received)], dim=1) if received else frames[:, :1]
+        past = past if past.shape[1] == HALO else past[:, :1].expand(-1, HALO, -1, -1, -1)
+        return past.movedim(-1, 1)
 
     def is_first_chunk(self, layer: nn.Module) -> bool:
         """Whether this rank's part begins the clip; called by each upsample, after which the parts are longer."""

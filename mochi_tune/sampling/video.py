@@ -1,8 +1,10 @@
 """Writing videos and contact sheets."""
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -31,28 +33,39 @@ def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = 
 
 
 def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> None:
+    """Encodes each chunk in a thread, while the next one is being made."""
     import av
 
-    count = 0
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = None
+    with av.open(str(path), "w", format="mp4") as container, ThreadPoolExecutor(1) as thread:
+        stream, writing, count = None, None, 0
         for chunk in frame_chunks:
-            for frame in chunk.numpy():
-                if stream is None:
-                    # CRF 17 is visually lossless; yuv420p is what every player reads. With several threads or its
-                    # macroblock tree x264 does not always make the same file of the same frames.
-                    options = {"crf": "17", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
-                    stream = container.add_stream("libx264", rate=FPS, options=options)
-                    stream.height, stream.width = frame.shape[:2]
-                    stream.pix_fmt = "yuv420p"
-                    stream.time_base = Fraction(1, FPS)
-                # Converted here and not by the encoder, whose own conversion does not always give the same bits.
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
-                picture.pts = count
-                container.mux(stream.encode(picture))
-                count += 1
-        assert stream is not None, "a video has a frame"
+            if stream is None:
+                # CRF 17 is visually lossless; yuv420p is what every player reads. With several threads or its
+                # macroblock tree x264 does not always make the same file of the same frames.
+                options = {"crf": "17", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
+                stream = container.add_stream("libx264", rate=FPS, options=options)
+                stream.height, stream.width = chunk.shape[1:3]
+                stream.pix_fmt = "yuv420p"
+                stream.time_base = Fraction(1, FPS)
+            if writing is not None:
+                # One at a time: raises here what failed there, and no more than two chunks are in memory.
+                writing.result()
+            writing = thread.submit(_encode_chunk, container, stream, chunk, count)
+            count += len(chunk)
+        assert stream is not None and writing is not None, "a video has a frame"
+        writing.result()
         container.mux(stream.encode())
+
+
+def _encode_chunk(container: Any, stream: Any, chunk: Tensor, start: int) -> None:
+    """Encodes frames (F, H, W, 3), of which the first one has the number `start`."""
+    import av
+
+    for number, frame in enumerate(chunk.numpy(), start):
+        # Converted here and not by the encoder, whose own conversion does not always give the same bits.
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+        picture.pts = number
+        container.mux(stream.encode(picture))
 
 
 def read_frames(path: Path) -> list:

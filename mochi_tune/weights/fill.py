@@ -52,6 +52,9 @@ def fill_model(
     blocks = [_block_of(name) for name, _ in parameters]
     for i, (name, parameter) in enumerate(parameters):
         tensor = torch.empty(parameter.shape, dtype=torch.float32 if name in fp32 else dtype, device=device)
+        if tensor.ndim == 5:
+            # As the VAE's features are, or each convolution would change the layout of its weight.
+            tensor = tensor.to(memory_format=torch.channels_last_3d)
         write(name, tensor)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))

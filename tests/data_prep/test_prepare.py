@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import weakref
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import T5EncoderModel
 import mochi_tune
 from mochi_tune.config.schema import DataConfig, MemoryConfig, ModelConfig, RunConfig
 from mochi_tune.data.cache import open_cache
+from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data_prep.clips import ClipTransform, decode_clip
 from mochi_tune.data_prep.encode import encode_frames
 from mochi_tune.data_prep.prepare import Prepared, main, prepare
@@ -352,6 +354,37 @@ def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
         clip = decode_clip(tmp_path / "videos" / row.path, ClipTransform(**GEOMETRY))
         mean, _ = encoder(frames_to_pixels(clip.frames[None]))
         assert relative_error(cache.read(index)["mean"], mean[0]) <= TOLERANCE
+
+
+def test_a_clip_is_saved_while_the_next_one_is_encoded(tmp_path, monkeypatch):
+    begun, encode, put = [], encode_frames, CacheWriter.put_latents
+    is_next = threading.Event()
+
+    def encode_noted(encoder, frames, name):
+        begun.append(name)
+        if len(begun) == 2:
+            is_next.set()
+        return encode(encoder, frames, name)
+
+    def put_later(cache, *args):
+        assert is_next.wait(60), "the next clip was not begun"
+        put(cache, *args)
+
+    monkeypatch.setattr("mochi_tune.data_prep.prepare.encode_frames", encode_noted)
+    monkeypatch.setattr(CacheWriter, "put_latents", put_later)
+    for i, name in enumerate(("a.mp4", "b.mp4")):
+        add_clip(tmp_path, name, "a red bird", first_number=40 * i)
+    assert prepare(config_for(tmp_path)).clips_encoded == 2
+
+
+def test_a_clip_that_cannot_be_saved_ends_the_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CacheWriter, "put_latents", fail)
+    add_clip(tmp_path, "a.mp4", "a red bird")
+    with pytest.raises(OSError, match="No space left"):
+        prepare(config_for(tmp_path))
 
 
 def test_a_gpu_that_is_not_there_is_reported(monkeypatch):

@@ -1,16 +1,18 @@
 import json
+import math
 
 import pytest
 import torch
 from helpers_golden import GOLDEN, TOLERANCE, golden_decoder, golden_encoder, relative_error, vectors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mochi_tune.models import vae
+from mochi_tune.models import vae, vae_layers
 from mochi_tune.models.vae import (
     Decoder,
     DecoderConfig,
     Encoder,
     EncoderConfig,
+    FrameCache,
     FrameNorm,
     TemporalAttention,
     fourier_features,
@@ -148,6 +150,74 @@ def test_attention_in_parts_of_its_rows_is_the_whole(monkeypatch):
     # 24 rows: three parts of 7, and one of 3.
     monkeypatch.setattr(vae, "MAX_ATTENTION_ROWS", 7)
     assert relative_error(attention(x), whole) <= TOLERANCE
+
+
+class Clones(TorchDispatchMode):
+    """Notes the shapes of what is copied into another layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.clone:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_stay_channels_last(monkeypatch, dtype):
+    encoder, decoder = golden_encoder(dtype), golden_decoder(dtype)
+    convolve, taken = vae_layers.conv3d, []
+
+    def noted(x, weight, *args):
+        taken.extend([x, weight])
+        return convolve(x, weight, *args)
+
+    monkeypatch.setattr(vae_layers, "conv3d", noted)
+    layers = (vae_layers.PointwiseConv, vae.ResBlock, vae.AttentionBlock, vae_layers.Downsample, vae.UpsampleBlock)
+    for module in [*encoder.modules(), *decoder.modules()]:
+        if isinstance(module, layers):
+            module.register_forward_hook(lambda _module, _inputs, out: taken.append(out))
+    encoder(frames_to_pixels(FRAMES))
+    decoder(IO["lat"])
+    decoder(IO["lat"], FrameCache())
+    assert len(taken) > 100
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last_3d) for tensor in taken)
+
+
+@torch.no_grad()
+def test_the_decoder_copies_features_only_where_channels_become_pixels(decoder):
+    with Clones() as clones:
+        decoder(IO["lat"])
+    features = [shape for shape in clones.shapes if math.prod(shape) > 30_000]  # no weight is so large
+    assert len(features) == len(decoder.config.spatial_expansions), features
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_layers_without_gradients_are_those_with_them(encoder, decoder, channels_last):
+    """Without, they write into padded tensors and call oneDNN; and weights may have either layout."""
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    for model, x in ((encoder, frames_to_pixels(FRAMES)), (decoder, IO["lat"])):
+        expected = model(x)
+        with torch.enable_grad():
+            got = model.to(memory_format=layout)(x)
+        for a, b in zip(
+            (got,) if model is decoder else got, (expected,) if model is decoder else expected, strict=True
+        ):
+            assert relative_error(a, b) <= TOLERANCE
+    encoder.to(memory_format=torch.channels_last_3d), decoder.to(memory_format=torch.channels_last_3d)
+
+
+@torch.no_grad()
+def test_a_norm_is_groupnorm_where_the_mean_outweighs_the_rest():
+    """Of the sum of squares alone, one digit would be left."""
+    x = 300 + torch.randn(2, 64, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    frames = x.double().transpose(1, 2).flatten(0, 1)
+    exact = torch.nn.functional.group_norm(frames, 32).unflatten(0, (2, 3)).transpose(1, 2)
+    assert relative_error(FrameNorm(64, silu=False)(x), exact) <= TOLERANCE
 
 
 def test_a_norm_gives_the_same_with_and_without_a_gradient():

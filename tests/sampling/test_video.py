@@ -1,8 +1,11 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mochi_tune.sampling import video
 from mochi_tune.sampling.video import read_frames, write_contact_sheet, write_video
 
 
@@ -42,6 +45,34 @@ def test_a_video_that_breaks_off_is_not_there(tmp_path):
 
     with pytest.raises(RuntimeError, match="the device is gone"):
         write_video(tmp_path / "x.mp4", broken())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_chunk_is_encoded_while_the_next_one_is_made(tmp_path, monkeypatch):
+    is_asked, encode = threading.Event(), video._encode_chunk
+
+    def encode_later(container, stream, chunk, start):
+        assert start > 0 or is_asked.wait(30), "the next chunk was not asked for"
+        encode(container, stream, chunk, start)
+
+    def chunks():
+        yield moving_frames(2)
+        is_asked.set()
+        yield moving_frames(3)
+
+    monkeypatch.setattr(video, "_encode_chunk", encode_later)
+    write_video(tmp_path / "x.mp4", chunks())
+    assert len(read_frames(tmp_path / "x.mp4")) == 5
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_a_failure_in_the_thread_is_raised(tmp_path, monkeypatch, num_chunks):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video, "_encode_chunk", fail)
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.mp4"):
+        write_video(tmp_path / "x.mp4", [moving_frames(1)] * num_chunks)
     assert not list(tmp_path.iterdir())
 
 
