@@ -242,6 +242,7 @@ class Decoder(nn.Module):
     def forward(self, vae_latents: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Decodes VAE latents (B, 12, T, h, w) to pixels (B, 3, F, H, W), not clamped, in the weights' dtype."""
         first, *top = self.blocks[0].children()
+        assert isinstance(first, nn.Conv3d)
         x = pointwise(vae_latents.to(first.weight.dtype), first.weight.flatten(1), first.bias)
         for block in [*top, *self.blocks[1:-1], *self.blocks[-1].children()]:
             x = block(x, cache)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,3 +92,11 @@ def test_noise_is_a_function_of_the_seed_and_the_size():
     assert draw_noise(3, 13, 64, 96).shape == (1, 12, 3, 8, 12)
     first = torch.tensor([-0.076644, 0.359882, -0.782017, 0.071528])
     assert torch.allclose(draw_noise(3, 13, 64, 96).flatten()[:4], first, rtol=0, atol=1e-6), "not even rounded"
+
+
+def test_balanced_is_quality_without_guidance_in_the_last_quarter():
+    quality, balanced = PRESETS["quality"], PRESETS["balanced"]
+    assert balanced.sigmas == quality.sigmas and balanced.scales == [6.0] * 48 + [1.0] * 16
+    # Of a number of steps or a guidance that is given, too; a list is taken as it is.
+    assert replace(balanced, steps=8, guidance=3.0).scales == [3.0] * 6 + [1.0] * 2
+    assert replace(balanced, steps=2, guidance=(3.0, 2.0)).scales == [3.0, 2.0]
