@@ -44,7 +44,9 @@ def save_settings(request: Request, common: Mapping[str, Any], usage: "Usage") -
         common: settings of all videos that are rendered with it.
         usage: of the stages until now.
     """
-    sampler = {key: value for key, value in asdict(request.settings).items() if key != "own_sigmas" or value}
+    # The schedule of steps is what most videos have; what few have is left out where it is not used.
+    unused = {"own_sigmas": None, "guided": (0.0, 1.0)}
+    sampler = {key: value for key, value in asdict(request.settings).items() if unused.get(key, ...) != value}
     record = {
         **{key: getattr(request, key) for key in ("prompt", "negative_prompt", "seed")},
         **{key: getattr(request, key) for key in ("num_frames", "height", "width")},

@@ -51,8 +51,8 @@ class SamplerSettings:
 # Source: genmoai/mochi@0c86aeb demos/cli.py ("quality"); "fast" are the settings of the distilled checkpoints.
 # "balanced" leaves guidance out where that changes least: see docs/experiments.md.
 PRESETS = {
-    "balanced": SamplerSettings(steps=64, guidance=6.0, threshold=0.025, guided=(0.0, 0.75)),
     "quality": SamplerSettings(steps=64, guidance=6.0, threshold=0.025),
+    "balanced": SamplerSettings(steps=64, guidance=6.0, threshold=0.025, guided=(0.0, 0.75)),
     "fast": SamplerSettings(steps=8, guidance=1.5, threshold=0.1, linear_steps=6),
 }
 
