@@ -1,6 +1,6 @@
 """Writing a cache: each encoded clip or caption is saved at once, and committed into shards at the end.
 
-Each goes to a file of its own in `parts/`, so a killed `prepare` loses only the one in progress. `commit` builds all
+Each goes to a file of its own in `parts/`, so a killed `prepare` loses only those in progress. `commit` builds all
 shards beside the old ones, puts them in place, and writes the manifest last. Both copies exist until then, so the first
 commit needs twice the cache's size on disk. Shards whose rows did not change are linked, not written again.
 """
