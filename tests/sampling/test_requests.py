@@ -46,7 +46,7 @@ def test_a_row_has_settings_of_its_own(tmp_path):
         ({"prompt": "a", "steps": "4"}, r'row 2: steps="4" does not fit: it takes a whole number'),
         ({"prompt": "a", "num_frames": 8}, r"row 2: num_frames=8 does not fit the VAE"),
         ({"prompt": "a", "guidance": [1, 2]}, r"row 2: sample.guidance has 2 numbers for 64 steps"),
-        ({"prompt": "a", "preset": "slow"}, r"row 2: sample.preset=slow is not possible: use quality or balanced or fast"),
+        ({"prompt": "a", "preset": "slow"}, r"row 2: sample.preset=slow is not possible: use quality or balanced"),
         ({"prompt": "a", "seed": -1}, r"row 2: seed=-1 is not possible"),
         ({"prompt": "a", "sigmas": [1, 0.5, 0.6, 0]}, r"row 2: sample.sigmas=.* give falling numbers from 1 to 0"),
     ],
