@@ -69,7 +69,7 @@ CARDS = {
     "3060": Card(11.8, 25e12, 0.36e12, 25e9),
 }
 # What `sample` does with the weights for each memory=, the fastest first.
-SAMPLING = {"80gb": "resident", "24gb": "fp8", "16gb": "offload"}
+SAMPLING = {"80gb": "resident", "24gb": "fp8", "16gb": "offload", "12gb": "offload"}
 # Shares of the sheet's rate that matrix products reach, and attention forward and backward; as measured on an H200.
 MATRIX_SHARE, ATTENTION_SHARE, BACKWARD_SHARE = 0.77, 0.58, 0.53
 

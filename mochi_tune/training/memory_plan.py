@@ -149,9 +149,10 @@ def ways_out(step: Step, free: int, failed: MemoryPlan | None = None) -> str:
             candidate = replace(smaller, precision=precision)
             held = candidate.held(candidate.policies(free, is_streamed, is_offloaded), is_streamed, is_offloaded)
             if fits(held, free):
-                setting = f"memory={name}" + (f" model.precision={precision}" if precision != step.precision else "")
-                setting += " train.recompute=auto" if step.recompute == "none" else ""
-                found.append(f"{setting} ({sum(held.values()) / GIB:.1f} GiB)")
+                settings = [f"memory={name}"] if is_streamed else []
+                settings += [f"model.precision={precision}"] if precision != step.precision else []
+                settings += ["train.recompute=auto"] if step.recompute == "none" else []
+                found.append(f"{' '.join(settings) or f'memory={name}'} ({sum(held.values()) / GIB:.1f} GiB)")
                 break
     lower = "lower data.num_frames, data.height, data.width or train.batch_size"
     return f"use {' or '.join(found)}, or {lower}" if found else f"{lower}, or use a GPU with more memory"

@@ -37,7 +37,7 @@ def test_what_does_not_fit_is_refused_with_what_does():
     with pytest.raises(ConfigError) as refused:
         arrangement(16, "resident")
     text = str(refused.value)
-    assert "and 16.0 GiB are free: use memory=80gb model.precision=int8 (" in text and "or memory=16gb (" in text
+    assert "and 16.0 GiB are free: use model.precision=int8 (" in text and "or memory=16gb (" in text
     assert text.count("\n") == 0 and "weights 13.6" in text
     # The way out is one: what it names fits.
     assert arrangement(16, "resident", replace(STEP, precision="int8")) == (False, False)
@@ -65,4 +65,4 @@ def test_out_of_memory_says_where_what_was_held_and_what_to_change():
         backward()
     text = str(explained.value)
     assert "in the backward pass of a step (CUDA out of memory)" in text and "adapter 0.3" in text
-    assert "use train.recompute=block or memory=80gb model.precision=int8 (" in text and "or memory=16gb (" in text
+    assert "use train.recompute=block or model.precision=int8 (" in text and "or memory=16gb (" in text
