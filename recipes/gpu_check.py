@@ -6,6 +6,8 @@ peft, accelerate, transformers, safetensors, hydra, pydantic and torchao.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -79,12 +81,15 @@ def run_part(part: Part, limit: float) -> dict[str, object]:
     """Runs one part; returns its line."""
     begun = time.monotonic()
     command = [sys.executable, "-m", "mochi_tune.cli", *part.arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A session of its own, so that what it has started ends with it: a compiler's workers hold the pipes open, too.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         output, errors = process.communicate(timeout=limit)
         code: int | None = process.returncode
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         (output, errors), code = process.communicate(), None
     line: dict[str, object] = {"command": " ".join(part.arguments), "exit_code": code}
     line["seconds"] = round(time.monotonic() - begun, 1)

@@ -238,7 +238,7 @@ def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
     Raises:
         ConfigError: as `main`.
     """
-    if not name:
+    if not name and not gib:
         if not torch.cuda.is_available():
             raise ConfigError(f"there is no GPU here: name one, as card=4090; known are {', '.join(CARDS)}.")
         properties = torch.cuda.get_device_properties(0)
@@ -252,7 +252,7 @@ def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
         raise ConfigError(
             f"card={name} is not known: use one of {', '.join(CARDS)}, or give its memory too, as card_gib=24."
         )
-    return f"{name} (not here: foretold)", float(gib or (known.gib if known else 0)), known
+    return f"{name or 'a GPU'} (not here: foretold)", float(gib or (known.gib if known else 0)), known
 
 
 def dit_sizes(config: RunConfig) -> DiTConfig:

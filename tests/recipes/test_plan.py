@@ -44,7 +44,12 @@ def test_an_unknown_card_is_asked_for_its_memory():
     with pytest.raises(ConfigError, match=r"card=gt7 is not known: use one of h200, .* as card_gib=24"):
         main(config, "gt7")
     made = main(config, "gt7", 24)
-    assert made.gib == 24 and made.run_seconds is None and all(stage.seconds is None for stage in made.stages)
+    # Its memory is enough.
+    assert (
+        made.gib == main(config, "", 24).gib == 24
+        and made.run_seconds is None
+        and all(stage.seconds is None for stage in made.stages)
+    )
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="there is no GPU here: name one, as card=4090"):
             main(config)
