@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
@@ -195,6 +194,9 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
     memory.apply(dit, device, tqdm.write)
     step = make_step(dit, modulate, prompt, (bench.num_frames, bench.height, bench.width), device)
+    # Imported by now wherever blocks are compiled; a second of every start otherwise.
+    from torch._dynamo.utils import counters
+
     counters.clear()
     first, _ = timed(step, 1, device, num_warm_up=0)
     seconds, peak = timed(step, bench.repeats, device)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from mochi_tune.models.attention import JointAttention
 from mochi_tune.models.dit import AsymmDiT
@@ -35,6 +34,9 @@ def apply_compilation(
         before_each: called before each graph is compiled; what it raises ends the pass.
         backend: of torch.compile.
     """
+    # Not at the top: it takes a second, which a typo in a setting should not wait for.
+    import torch._dynamo
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     compiler = _Compiler(log, only_training, before_each or (lambda: None), backend)
     for block in dit.blocks:
@@ -52,6 +54,9 @@ class _Compiler:
         self, log: Callable[[str], None], only_training: bool, before_each: Callable[[], None], backend: str
     ) -> None:
         self.log, self.only_training, self.before_each, self.backend = log, only_training, before_each, backend
+        from torch._dynamo.exc import TorchDynamoException
+
+        self.error = TorchDynamoException
         # Kind of block, sizes and whether there is a prompt, of what is compiled.
         self.known: set[tuple[Any, ...]] = set()
         self.has_failed = False
@@ -89,7 +94,7 @@ class _Compiler:
                 self.known.add(case)
             try:
                 return fast(block, x, y, modulation, rope, None)
-            except TorchDynamoException as error:
+            except self.error as error:
                 self.has_failed = True
                 reason = " ".join(str(error).split())[:200]
                 self.log(f"the blocks run uncompiled, as torch could not compile them: {reason}")

@@ -10,6 +10,7 @@ from mochi_tune.adapters.files import Adapter, load_adapter
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes, select_layers
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.config.settings import flat_settings
+from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import read_json, write_json
 from mochi_tune.models.dit import AsymmDiT
@@ -17,7 +18,7 @@ from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.recipes.train_lora import main as train
 from mochi_tune.sampling.requests import sampler_settings
-from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
+from mochi_tune.toy.lesson import asked_words, write_lesson
 from mochi_tune.toy.measure import colour_error
 from mochi_tune.toy.samples import render_words, share_new, share_shown
 from mochi_tune.toy.world import Words, draw_clips
@@ -66,14 +67,15 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
     if not (out / "videos").exists():
         write_lesson(out / "videos", seed=1)
     paths = [f"data.videos={out / 'videos'}", f"data.cache={out / 'cache'}"]
-    run_verb("prepare", "conf=toy_lora", *paths)
+    # Here and below in this process, which has imported everything already.
+    if code := prepare(load_config("toy_lora", paths)):
+        raise MochiTuneError(f"the clips were not encoded, exit code {code}: the same command goes on from there.")
     for seed in range(num_seeds):
         for arm, own in arms()[what].items():
             if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
                 continue
             run_dir = out / what / f"{arm.replace(' ', '_')}_seed_{seed}"
             tqdm.write(f"\n{what}: {arm}, seed {seed}")
-            # In this process, which has imported everything already.
             if code := train(load_config("toy_lora", [*paths, *settings, *own, f"seed={seed}", f"run_dir={run_dir}"])):
                 raise MochiTuneError(f"{run_dir} ended with exit code {code}: the same command goes on from there.")
             adapter = load_adapter(run_dir / "adapter.safetensors")
