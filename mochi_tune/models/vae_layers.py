@@ -50,7 +50,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ..
     is_onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if is_onednn and not torch.is_grad_enabled():
         return torch.mkldnn_convolution(x, weight, bias, (0, 0, 0), stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, stride)
+    # A processor without convolutions in bf16 gives them channels first.
+    return F.conv3d(x, weight, bias, stride).contiguous(memory_format=torch.channels_last_3d)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
