@@ -131,10 +131,9 @@ def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list
     Raises:
         DataError: the cache is another one by now.
     """
-    data = config.data
-    cache = open_cache(Path(data.cache), num_frames=data.num_frames, height=data.height, width=data.width)
+    cache = open_cache(Path(config.data.cache), buckets_by_source(config.data))
     dataset = LatentDataset(cache)
-    numbers = {row.path: number for number, row in enumerate(dataset.cache.rows)}
+    numbers = {row.sample_id: number for number, row in enumerate(dataset.cache.rows)}
     if gone := sorted(set(paths) - numbers.keys()):
         raise DataError(
             f"the cache {config.data.cache} has no clip {gone[0]} any more: put it back to replay its step."

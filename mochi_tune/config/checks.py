@@ -11,9 +11,12 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ConfigError: two settings do not; the text says which, and what to use.
     """
+    # torch comes with these, which --help does without.
+    from mochi_tune.config.sources import read_sources, share_of_buckets
     from mochi_tune.models.latents import check_geometry
 
-    check_geometry(config.data.num_frames, config.data.height, config.data.width)
+    read_sources(config.data)
+    share_of_buckets(config.data)
     check_geometry(*sample_size(config.sample, config.data))
     _check_unused(config)
     _check_optimizer(config.train, config.parallel, config.lora)

@@ -104,12 +104,36 @@ class ModelConfig(Section):
     )
 
 
+Buckets = Literal["auto"] | list[list[Whole]]
+ClipMode = Literal["head", "uniform", "slide", "all"]
+
+
+class SourceConfig(BaseModel):
+    """One folder of data.sources, with settings of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folder: Name
+    # An epoch takes each clip so often, or this share of all draws relative to the other sources' weights.
+    repeats: Positive = 1.0
+    weight: Positive | None = None
+    # In the place of data.caption_prefix, data.clips and data.buckets.
+    caption_prefix: Text | None = None
+    clips: ClipMode | None = None
+    buckets: Buckets | None = None
+
+
 class DataConfig(Section):
     """The clips. The cache that `prepare` wrote decides which of these settings a run may change."""
 
     RESUME = "free"
 
     videos: Name = setting("videos", "folder: NAME.mp4 with NAME.txt beside it, or a metadata.csv or metadata.jsonl")
+    sources: list[SourceConfig] = setting(
+        [],
+        "several folders in the place of data.videos: [{folder: cats, repeats: 2}, {folder: dogs}]; each may set "
+        "repeats or weight, caption_prefix, clips, buckets",
+    )
     cache: Name = setting(
         "cache/${name}",
         "folder that `prepare` writes and `train` reads; a 37-frame 480p clip takes 4.3 MB, its caption up to 4.2 MB",
@@ -117,6 +141,29 @@ class DataConfig(Section):
     num_frames: Whole = setting(37, "frames of a clip, 6k+1, at 30 per second; memory and time grow with it")
     height: Whole = setting(480, "pixels, a multiple of 16")
     width: Whole = setting(848, "pixels, a multiple of 16")
+    buckets: Buckets | None = setting(
+        None,
+        "sizes of clips in one run; auto: many aspect ratios and lengths, and stills; or a list of [frames, height, "
+        "width]; null: num_frames, height and width alone",
+    )
+    resolution: Count | None = setting(
+        None, "of data.buckets=auto: each has about as many pixels as a square of this side; null: height x width"
+    )
+    max_frames: Whole | None = setting(None, "of data.buckets=auto: frames of the longest, 6k+1; null: num_frames")
+    bucket_shares: list[Positive] | None = setting(
+        None, "share of the draws that each of a list of data.buckets gets; null: as many as it has clips"
+    )
+    clips: ClipMode = setting(
+        "head",
+        "which clips are cut from a video; head: the first; uniform: max_clips spread evenly; slide: one every "
+        "clip_stride frames; all: one after the other",
+    )
+    clip_stride: Count | None = setting(None, "frames from one clip to the next of slide; null: half of a clip")
+    max_clips: Count | None = setting(None, "clips of one video at most; null: as many as it holds")
+    preview: Text | None = setting(
+        None, "folder for what `prepare` cuts, frame for frame as the VAE gets it, as lossless .mkv; null: none"
+    )
+    caption_prefix: Text = setting("", "put before each caption")
     allow_empty_captions: bool = setting(False, "true: a clip without a caption is trained with the empty prompt")
     allow_upscale: bool = setting(False, "true: clips smaller than the target are enlarged; the LoRA learns their blur")
     decode_timeout_seconds: Positive = setting(120.0, "seconds; a clip that takes longer to decode is refused")

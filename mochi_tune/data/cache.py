@@ -9,21 +9,32 @@ A cache is one folder:
 """
 
 import errno
-import hashlib
-import json
 import re
 import threading
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
+from mochi_tune.data.buckets import Bucket
+from mochi_tune.data.rows import (
+    SCHEMA_VERSION,
+    CacheSettings,
+    Row,
+    content_sha256,
+    digest,
+    has_fields,
+    is_row,
+    read_latents,
+    read_texts,
+    shard_schema,
+)
 from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object
 from mochi_tune.models.latents import latent_shape
 
-SCHEMA_VERSION = 2
 # Large enough to read at disk speed, small enough that a changed caption rewrites little.
 SHARD_BYTES = 256 * 2**20
 DATA_FOLDER = "data"
@@ -32,115 +43,6 @@ MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.csv"
 # A manifest that names any other file was not written by `prepare`, and may point anywhere.
 _SHARD_FILE = re.compile(rf"{DATA_FOLDER}/train-\d{{5,}}-of-\d{{5,}}\.parquet")
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """Everything besides videos and captions that decides what is encoded.
-
-    Args:
-        transform: What is cut out of a clip: JSON values, including `num_frames`, `height` and `width`.
-        vae: Fingerprint of the VAE encoder's weights.
-        vae_dtype: Precision that it runs in, "bf16" or "fp32".
-        t5: Fingerprint of the text encoder's weights.
-        t5_dtype: Precision that it runs in.
-    """
-
-    transform: dict[str, Any]
-    vae: str
-    vae_dtype: str
-    t5: str
-    t5_dtype: str
-
-
-@dataclass(frozen=True, order=True)
-class Row:
-    """One clip of a cache: its source, and the keys of its latents and text features.
-
-    Args:
-        path: Path of the video, relative to the folder of videos.
-        caption: Text as it was encoded.
-        source_sha256: Hash of the video's bytes.
-        clip_key: Hash of all that the latents depend on: source, transform and VAE.
-        text_key: Hash of all that the text features depend on: caption and T5.
-    """
-
-    path: str
-    caption: str
-    source_sha256: str
-    clip_key: str
-    text_key: str
-
-
-def make_row(path: str, caption: str, source_sha256: str, settings: CacheSettings) -> Row:
-    """Builds a clip's row; a key changes exactly when its latents or its features would."""
-    clip_key = _digest("clip", source_sha256, settings.transform, settings.vae, settings.vae_dtype)
-    text_key = _digest("text", caption, settings.t5, settings.t5_dtype)
-    return Row(path, caption, source_sha256, clip_key, text_key)
-
-
-def _digest(*values: Any) -> str:
-    return hashlib.sha256(json.dumps([SCHEMA_VERSION, *values], sort_keys=True).encode()).hexdigest()
-
-
-def shard_schema() -> Any:
-    """Returns the arrow schema of a shard; a change to it needs a new SCHEMA_VERSION."""
-    import pyarrow as pa
-
-    floats = pa.list_(pa.float32())
-    return pa.schema(
-        [
-            ("path", pa.string()),
-            ("caption", pa.string()),
-            ("source_sha256", pa.string()),
-            ("clip_key", pa.string()),
-            ("text_key", pa.string()),
-            ("latent_shape", pa.list_(pa.int32())),  # C, T, h, w
-            ("mean", floats),  # flattened latent_shape
-            ("logvar", floats),
-            ("prompt_embeds", floats),  # flattened (num_tokens, text_width): the valid tokens only
-            ("num_tokens", pa.int32()),
-            ("text_width", pa.int32()),
-            ("caption_tokens", pa.int32()),  # before the cut to num_tokens
-            ("clip_report", pa.string()),  # JSON: how the clip was cut
-            ("content_sha256", pa.string()),  # of mean, logvar and prompt_embeds; compared at every reading
-        ]
-    )
-
-
-def read_latents(shard: Any, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads one clip's posterior from an open shard.
-
-    Args:
-        shard: A `pyarrow.parquet.ParquetFile`.
-        row: Row in it, from 0.
-
-    Returns:
-        mean and logvar in the VAE's space, fp32 (C, T, h, w).
-    """
-    table = shard.read_row_group(row, columns=["latent_shape", "mean", "logvar"], use_threads=False)
-    shape = tuple(int(size) for size in table.column("latent_shape").chunk(0).values.to_numpy())
-    return _floats(table, "mean").view(shape), _floats(table, "logvar").view(shape)
-
-
-def read_text(shard: Any, row: int) -> torch.Tensor:
-    """Reads one caption's features from an open shard: fp32 (num_tokens, text_width), valid tokens only."""
-    table = shard.read_row_group(row, columns=["prompt_embeds", "num_tokens", "text_width"], use_threads=False)
-    return _floats(table, "prompt_embeds").view(table["num_tokens"][0].as_py(), table["text_width"][0].as_py())
-
-
-def content_sha256(mean: torch.Tensor, logvar: torch.Tensor, prompt_embeds: torch.Tensor) -> str:
-    """Returns the hex sha256 of what a clip's row holds, fp32 tensors on the CPU."""
-    digest = hashlib.sha256()
-    for tensor in (mean, logvar, prompt_embeds):
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _floats(table: Any, column: str) -> torch.Tensor:
-    # Copied once, straight out of the arrow buffer: that one is read-only, which torch does not take.
-    return torch.from_numpy(table.column(column).chunk(0).values.to_numpy(zero_copy_only=True).copy())
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -158,7 +60,7 @@ def _fits(manifest: dict[str, Any]) -> bool:
         return "schema_version" in manifest
     settings, shards = manifest.get("settings"), manifest.get("shards")
     return (
-        _has(settings, CacheSettings)
+        has_fields(settings, CacheSettings)
         and isinstance(settings["transform"], dict)
         and isinstance(shards, list)
         and all(
@@ -167,18 +69,14 @@ def _fits(manifest: dict[str, Any]) -> bool:
             and isinstance(shard.get("bytes"), int)
             and isinstance(shard.get("sha256"), str)
             and isinstance(shard.get("rows"), list)
-            and all(_has(row, Row) and all(isinstance(value, str) for value in row.values()) for row in shard["rows"])
+            and all(is_row(row) for row in shard["rows"])
             for shard in shards
         )
     )
 
 
-def _has(value: Any, kind: type) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict) and value.keys() == {field.name for field in fields(kind)}
-
-
 class Cache:
-    """A committed cache, open for reading; its clips are sorted by path, whatever shard they are in.
+    """A committed cache, open for reading; its clips are sorted by sample_id, whatever shard they are in.
 
     Can be used by several data loading processes: each opens the shards for itself.
     """
@@ -187,11 +85,11 @@ class Cache:
         self.folder = folder
         self.settings = CacheSettings(**manifest["settings"])
         located = [
-            (Row(**row), shard["file"], number)
+            (Row.from_json(row), shard["file"], number)
             for shard in manifest["shards"]
             for number, row in enumerate(shard["rows"])
         ]
-        located.sort(key=lambda item: item[0].path)
+        located.sort(key=lambda item: item[0].sample_id)
         self.rows = [row for row, _, _ in located]
         self._locations = [(file, number) for _, file, number in located]
         self._open: dict[str, Any] = {}
@@ -206,36 +104,47 @@ class Cache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {"_open": {}, "_lock": threading.Lock()}
 
+    def contents(self) -> dict[str, str]:
+        """Returns what each clip's latents and features are, as a short hash by its sample_id."""
+        return {row.sample_id: digest(row.clip_key, row.text_keys)[:12] for row in self.rows}
+
     @property
     def fingerprint(self) -> str:
         """Changes when any clip, caption, transform or encoder of this cache does."""
-        return _digest([(row.path, row.clip_key, row.text_key) for row in self.rows])
+        return digest([(row.sample_id, row.clip_key, row.text_keys) for row in self.rows])
 
-    def read(self, index: int) -> dict[str, torch.Tensor]:
+    def read(self, index: int, caption: int = 0) -> dict[str, torch.Tensor]:
         """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width).
+
+        Args:
+            index: Number of the clip.
+            caption: Which of its captions the features are of.
 
         Raises:
             DataError: A shard is damaged, the clip's row is not what was written, or it is no posterior and features
                 of these settings.
         """
         file, number = self._locations[index]
-        path = self.rows[index].path
+        row = self.rows[index]
+        path = row.sample_id
         try:
             with self._lock:  # A shard's reader must not be used by two threads at once.
-                item, written = self._read(file, number)
+                mean, logvar, texts, written = self._read(file, number)
         except (OSError, ValueError, RuntimeError, LookupError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
             raise self._damaged(file, f"{path}: {error}") from error
-        expected = latent_shape(*(self.settings.transform[name] for name in ("num_frames", "height", "width")))
-        if not item["mean"].shape == item["logvar"].shape == expected:
-            raise self._damaged(file, f"{path} has latents {tuple(item['mean'].shape)}, not {expected}")
-        for name, tensor in item.items():
+        expected = latent_shape(*astuple(row.bucket))
+        if not mean.shape == logvar.shape == expected:
+            raise self._damaged(file, f"{path} has latents {tuple(mean.shape)}, not {expected}")
+        if len(texts) != len(row.captions):
+            raise self._damaged(file, f"{path} has {len(texts)} captions, not {len(row.captions)}")
+        for name, tensor in (("mean", mean), ("logvar", logvar), *(("prompt_embeds", text) for text in texts)):
             if not bool(tensor.isfinite().all()):
                 raise self._damaged(file, f"the {name} of {path} holds NaN or infinity")
-        if content_sha256(**item) != written:
+        if content_sha256(mean, logvar, texts) != written:
             raise self._damaged(file, f"{path} is not what was written")
-        return item
+        return {"mean": mean, "logvar": logvar, "prompt_embeds": texts[caption]}
 
     def text_width(self) -> int:
         """Returns the width of the text features.
@@ -249,11 +158,11 @@ class Cache:
         except (ValueError, RuntimeError, LookupError) as error:
             raise self._damaged(file, str(error)) from error
 
-    def _read(self, file: str, number: int) -> tuple[dict[str, torch.Tensor], str]:
+    def _read(self, file: str, number: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], str]:
         shard = self._shard(file)
         mean, logvar = read_latents(shard, number)
         written = shard.read_row_group(number, columns=["content_sha256"], use_threads=False)["content_sha256"][0]
-        return {"mean": mean, "logvar": logvar, "prompt_embeds": read_text(shard, number)}, written.as_py()
+        return mean, logvar, read_texts(shard, number), written.as_py()
 
     def _shard(self, file: str) -> Any:
         if not self._open:
@@ -285,10 +194,7 @@ class Cache:
 
 def open_cache(
     folder: Path,
-    *,
-    num_frames: int,
-    height: int,
-    width: int,
+    buckets: Mapping[str, Sequence[Bucket]],
     vae_fingerprint: str | None = None,
     t5_fingerprint: str | None = None,
 ) -> Cache:
@@ -296,9 +202,7 @@ def open_cache(
 
     Args:
         folder: The cache.
-        num_frames: Pixel frames of a clip, 6k+1.
-        height: Pixels, a multiple of 16.
-        width: Pixels, a multiple of 16.
+        buckets: The sizes of clips that the settings ask for, by the name of their source.
         vae_fingerprint: Of the encoder that the DiT belongs to; None where its weights are not available.
         t5_fingerprint: Of the text encoder for prompts; None where its weights are not available.
 
@@ -308,8 +212,10 @@ def open_cache(
     """
     folder = Path(folder)
     cache = Cache(folder, _complete_manifest(folder))
-    wanted: dict[str, Any] = {"num_frames": num_frames, "height": height, "width": width}
-    found: dict[str, Any] = {name: cache.settings.transform.get(name) for name in wanted}
+    wanted = _sizes({name: [astuple(bucket) for bucket in sizes] for name, sizes in buckets.items()})
+    found = _sizes(cache.settings.transform["buckets"])
+    if wanted.keys() != found.keys():
+        wanted, found = {"buckets": str(wanted)}, {"buckets": str(found)}
     for name, fingerprint in (("vae", vae_fingerprint), ("t5", t5_fingerprint)):
         if fingerprint is not None:
             wanted[f"{name} weights"] = fingerprint[:12]
@@ -327,6 +233,15 @@ def open_cache(
             "run `mochi-tune prepare` with this config, or name another folder in data.cache."
         )
     return cache
+
+
+def _sizes(buckets: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+    """Returns the sizes of clips by name, as a difference is told: of one bucket each number, of several their list."""
+    if len(buckets) == 1:
+        [sizes] = buckets.values()
+        if len(sizes) == 1:
+            return dict(zip(("num_frames", "height", "width"), sizes[0], strict=True))
+    return {f"buckets of {name}" if name else "buckets": [list(size) for size in s] for name, s in buckets.items()}
 
 
 def _complete_manifest(folder: Path) -> dict[str, Any]:

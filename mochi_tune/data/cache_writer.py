@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ from mochi_tune.data.cache import (
     DATA_FOLDER,
     MANIFEST_NAME,
     PARTS_FOLDER,
-    SCHEMA_VERSION,
     SHARD_BYTES,
+    manifest_of,
+    read_manifest,
+)
+from mochi_tune.data.rows import (
+    SCHEMA_VERSION,
     CacheSettings,
     Row,
     content_sha256,
-    manifest_of,
     read_latents,
-    read_manifest,
-    read_text,
+    read_texts,
     shard_schema,
 )
 from mochi_tune.errors import DataError
@@ -42,12 +44,16 @@ TRASH_FOLDER = "trash"
 
 @dataclass(frozen=True)
 class _Location:
-    """Where something encoded is stored: in a part of its own, or in a row of a shard; `info` is saved with it."""
+    """Where something encoded is stored: in a part of its own, or in a row of a shard; `info` is saved with it.
+
+    Of a caption, `place` is its number among those of its row.
+    """
 
     file: Path
     row: int | None
     num_bytes: int
     info: dict[str, Any]
+    place: int = 0
 
 
 @dataclass
@@ -143,15 +149,16 @@ class CacheWriter:
             self._add_shard(file, sha256, table.to_pylist())
 
     def _add_shard(self, file: Path, sha256: str, records: list[dict[str, Any]]) -> None:
-        rows = [Row(**{field.name: record[field.name] for field in fields(Row)}) for record in records]
+        rows = [Row.from_json({field.name: record[field.name] for field in fields(Row)}) for record in records]
         self._shards.append(_Shard(file, sha256, rows))
         for number, (row, record) in enumerate(zip(rows, records, strict=True)):
             latents_bytes = 2 * 4 * math.prod(record["latent_shape"])
             clip_report = json.loads(record["clip_report"])
             self._latents.setdefault(row.clip_key, _Location(file, number, latents_bytes, clip_report))
-            text_bytes = 4 * record["num_tokens"] * record["text_width"]
-            tokens = {"num_tokens": record["num_tokens"], "caption_tokens": record["caption_tokens"]}
-            self._texts.setdefault(row.text_key, _Location(file, number, text_bytes, tokens))
+            for place, key in enumerate(row.text_keys):
+                tokens = {name: record[name][place] for name in ("num_tokens", "caption_tokens")}
+                num_bytes = 4 * tokens["num_tokens"] * record["text_width"]
+                self._texts.setdefault(key, _Location(file, number, num_bytes, tokens, place))
 
     def has_latents(self, clip_key: str) -> bool:
         """Whether a clip's latents were encoded before."""
@@ -244,7 +251,7 @@ class CacheWriter:
         for number, shard in enumerate(done):
             name = f"train-{number:05d}-of-{len(done):05d}.parquet"
             file = shard.file.rename(staging / name)
-            shard_rows = [asdict(row) for row in shard.rows]
+            shard_rows = [row.to_json() for row in shard.rows]
             size = file.stat().st_size
             entries.append({"file": f"{DATA_FOLDER}/{name}", "bytes": size, "sha256": shard.sha256, "rows": shard_rows})
         return entries
@@ -253,7 +260,8 @@ class CacheWriter:
         batch: list[Row] = []
         size = 0
         for row in rows:
-            row_bytes = self._latents[row.clip_key].num_bytes + self._texts[row.text_key].num_bytes
+            row_bytes = self._latents[row.clip_key].num_bytes
+            row_bytes += sum(self._texts[key].num_bytes for key in row.text_keys)
             if batch and size + row_bytes > shard_bytes:
                 yield batch
                 batch, size = [], 0
@@ -262,24 +270,27 @@ class CacheWriter:
         if batch:
             yield batch
 
-    def _read(self, row: Row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns mean, logvar and prompt_embeds, from parts or shards."""
+    def _read_latents(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns mean and logvar, from a part or a shard."""
         import pyarrow.parquet as pq
 
-        latents, text = self._latents[row.clip_key], self._texts[row.text_key]
-        if latents.row is None:
-            with safe_open(latents.file, framework="pt") as part:
-                mean, logvar = part.get_tensor("mean"), part.get_tensor("logvar")
-        else:
-            with pq.ParquetFile(latents.file, memory_map=True) as shard:
-                mean, logvar = read_latents(shard, latents.row)
-        if text.row is None:
-            with safe_open(text.file, framework="pt") as part:
-                prompt_embeds = part.get_tensor("prompt_embeds")
-        else:
-            with pq.ParquetFile(text.file, memory_map=True) as shard:
-                prompt_embeds = read_text(shard, text.row)
-        return mean, logvar, prompt_embeds
+        where = self._latents[row.clip_key]
+        if where.row is None:
+            with safe_open(where.file, framework="pt") as part:
+                return part.get_tensor("mean"), part.get_tensor("logvar")
+        with pq.ParquetFile(where.file, memory_map=True) as shard:
+            return read_latents(shard, where.row)
+
+    def _read_text(self, key: str) -> torch.Tensor:
+        """Returns a caption's features, from a part or a shard."""
+        import pyarrow.parquet as pq
+
+        where = self._texts[key]
+        if where.row is None:
+            with safe_open(where.file, framework="pt") as part:
+                return part.get_tensor("prompt_embeds")
+        with pq.ParquetFile(where.file, memory_map=True) as shard:
+            return read_texts(shard, where.row)[where.place]
 
     def _write_shard(self, file: Path, rows: list[Row]) -> None:
         import pyarrow as pa
@@ -288,16 +299,19 @@ class CacheWriter:
         # Latents are noise to a compressor, and a row group each makes one clip one read.
         with pq.ParquetWriter(file, shard_schema(), compression="none", use_dictionary=False) as writer:
             for row in rows:
-                mean, logvar, prompt_embeds = self._read(row)
-                values = asdict(row) | self._texts[row.text_key].info
+                mean, logvar = self._read_latents(row)
+                texts = [self._read_text(key) for key in row.text_keys]
+                values = asdict(row) | {"bucket": list(astuple(row.bucket))}
+                for name in ("num_tokens", "caption_tokens"):
+                    values[name] = [self._texts[key].info[name] for key in row.text_keys]
                 values["clip_report"] = json.dumps(self._latents[row.clip_key].info)
-                values["text_width"] = prompt_embeds.shape[1]
-                values["content_sha256"] = content_sha256(mean, logvar, prompt_embeds)
-                columns = {name: pa.array([value]) for name, value in values.items()}
-                columns["latent_shape"] = pa.array([list(mean.shape)], pa.list_(pa.int32()))
-                for name, tensor in (("mean", mean), ("logvar", logvar), ("prompt_embeds", prompt_embeds)):
+                values["text_width"] = texts[0].shape[1]
+                values["content_sha256"] = content_sha256(mean, logvar, texts)
+                values["latent_shape"] = list(mean.shape)
+                columns = {name: pa.array([value], shard_schema().field(name).type) for name, value in values.items()}
+                for name, tensor in (("mean", mean), ("logvar", logvar), ("prompt_embeds", torch.cat(texts))):
                     columns[name] = _list_of_floats(tensor)
-                arrays = [columns[field.name].cast(field.type) for field in shard_schema()]
+                arrays = [columns[field.name] for field in shard_schema()]
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=shard_schema()))
 
 

@@ -1,10 +1,8 @@
-"""The clips of a cache as training batches, in an order that needs no saved state.
+"""The clips of a cache as training batches; `order` says which clips a batch holds.
 
 Shape letters: B batch, C channels, T latent frames, h w latent rows and columns, L text tokens, D text width.
 """
 
-import hashlib
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from mochi_tune.data.cache import Cache
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """Gives item i of a cache; items are sorted by path, so their numbers depend on the clips alone."""
+    """Gives item i of a cache; items are sorted by sample_id, so their numbers depend on the clips alone."""
 
     def __init__(self, cache: Cache):
         self.cache = cache
@@ -22,8 +20,16 @@ class LatentDataset(torch.utils.data.Dataset):
         return len(self.cache)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns what `load` does, with the first caption."""
+        return self.load(index, 0)
+
+    def num_captions(self, index: int) -> int:
+        """Returns how many captions a clip has, at least 1."""
+        return len(self.cache.rows[index].captions)
+
+    def load(self, index: int, caption: int) -> dict[str, Any]:
         """Returns mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (n, D) with n >= 0, and sample_id."""
-        return self.cache.read(index) | {"sample_id": self.cache.rows[index].path}
+        return self.cache.read(index, caption) | {"sample_id": self.cache.rows[index].sample_id}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -50,27 +56,3 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "prompt_mask": prompt_mask,
         "sample_ids": [item["sample_id"] for item in items],
     }
-
-
-@lru_cache(maxsize=4)
-def epoch_order(num_clips: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Returns the shuffled clip numbers of one epoch, a function of its arguments alone."""
-    digest = hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return tuple(torch.randperm(num_clips, generator=generator).tolist())
-
-
-def batch_indices(batch: int, *, num_clips: int, batch_size: int, seed: int) -> list[int]:
-    """Returns the clips of one batch, so that resuming is nothing but asking for a later batch.
-
-    Epochs follow each other without a gap: a batch may straddle two, and every clip comes exactly once an epoch.
-
-    Args:
-        batch: Number of the batch since the start of training, from 0. With accumulation each micro-batch counts.
-        num_clips: Clips in the dataset, at least 1.
-        batch_size: Clips of the batch, over all processes together.
-        seed: Of the run.
-    """
-    first = batch * batch_size
-    positions = (divmod(position, num_clips) for position in range(first, first + batch_size))
-    return [epoch_order(num_clips, seed, epoch)[i] for epoch, i in positions]

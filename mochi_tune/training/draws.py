@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mochi_tune.data.dataset import batch_indices
-
 
 def key_seed(seed: int, *key: str | int) -> int:
     """Returns a 63-bit seed of the key; different keys give unrelated seeds."""
@@ -77,11 +75,15 @@ class KeyedDraws:
     caption_dropout: float
     stratified: bool
 
-    def indices(self, step: int, micro_batch: int, clips: Sequence[int]) -> list[int]:
-        """Returns the clips of a micro-batch, chosen from `clips`; step counts from 1, micro_batch from 0."""
-        batch = (step - 1) * self.num_micro_batches + micro_batch
-        chosen = batch_indices(batch, num_clips=len(clips), batch_size=self.batch_size, seed=self.seed)
-        return [clips[i] for i in chosen]
+    def batch_number(self, step: int, micro_batch: int) -> int:
+        """Returns the number of a micro-batch since the start of training; step counts from 1, micro_batch from 0."""
+        return (step - 1) * self.num_micro_batches + micro_batch
+
+    def caption(self, step: int, sample: int, count: int) -> int:
+        """Returns which of its clip's captions a sample is trained with."""
+        if count == 1:
+            return 0
+        return int(torch.randint(count, (), generator=keyed_generator(self.seed, "caption", step, sample)))
 
     def uniforms(self, step: int) -> Tensor:
         """Returns a number in [0, 1) for each sample of a step, fp32 (S,)."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mochi_tune.data.dataset import LatentDataset, collate
+from mochi_tune.data.order import ClipOrder
 from mochi_tune.errors import DataError
 from mochi_tune.models.dit import Modulation
 from mochi_tune.training.draws import Draws, KeyedDraws, keyed_generator
@@ -24,16 +25,25 @@ MIN_CLIPS_A_HELD_OUT = 5
 MicroBatch = tuple[Mapping[str, Any], Draws]
 
 
-def held_out(paths: Sequence[str], count: int, seed: int) -> list[int]:
+def held_out(videos: Sequence[str], count: int, seed: int) -> list[int]:
     """Returns the numbers of the clips that are not trained on: `count`, or a fifth of all where that is fewer.
 
-    They are chosen by the hash of their paths, so that adding clips changes few of them.
+    They are chosen by the hash of their videos, so that adding clips changes few of them, and all clips of a video go
+    together: they show nearly the same. A video that has more clips than are wanted is passed over.
+
+    Args:
+        videos: each clip's video.
+        count: clips to hold out.
+        seed: of the run.
     """
-
-    def key(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{paths[index]}".encode()).digest()
-
-    return sorted(sorted(range(len(paths)), key=key)[: min(count, len(paths) // MIN_CLIPS_A_HELD_OUT)])
+    clips: dict[str, list[int]] = {}
+    for number, video in enumerate(videos):
+        clips.setdefault(video, []).append(number)
+    wanted, held = min(count, len(videos) // MIN_CLIPS_A_HELD_OUT), []
+    for video in sorted(clips, key=lambda video: hashlib.sha256(f"{seed}/{video}".encode()).digest()):
+        if len(held) + len(clips[video]) <= wanted:
+            held += clips[video]
+    return sorted(held)
 
 
 class ClipLoader:
@@ -42,7 +52,7 @@ class ClipLoader:
     def __init__(
         self,
         dataset: LatentDataset,
-        indices: Sequence[int],
+        order: ClipOrder,
         draws: KeyedDraws,
         is_strict: bool,
         log: Callable[[str], None],
@@ -51,13 +61,13 @@ class ClipLoader:
 
         Args:
             dataset: of all clips.
-            indices: clips that are trained on.
-            draws: chooses the clips of a step.
+            order: of the clips that are trained on.
+            draws: the random numbers of each sample.
             is_strict: whether a damaged clip stops the run.
             log: writes a line for the user.
         """
         self.dataset = dataset
-        self.indices = list(indices)
+        self.order = order
         self.draws = draws
         self.is_strict = is_strict
         self.log = log
@@ -70,7 +80,7 @@ class ClipLoader:
             DataError: a clip is damaged and the run is strict, or too many clips are.
         """
         first = micro_batch * self.draws.batch_size
-        chosen = self.draws.indices(step, micro_batch, self.indices)
+        chosen = self.order.batch(self.draws.batch_number(step, micro_batch))
         batch = collate([self._load_clip(step, first + row, index) for row, index in enumerate(chosen)])
         return batch, self.draws.draw(step, micro_batch, batch["mean"].shape[1:])
 
@@ -80,19 +90,22 @@ class ClipLoader:
         while True:
             if index not in self.damaged:
                 try:
-                    return self.dataset[index]
+                    caption = self.draws.caption(step, sample, self.dataset.num_captions(index))
+                    return self.dataset.load(index, caption)
                 except DataError as error:
                     if self.is_strict:
                         raise
                     self._quarantine(index, error)
-            index = self.indices[int(torch.randint(len(self.indices), (), generator=generator))]
+            # Of the same size, as the batch has one.
+            others = self.order.pool_of(index).clips
+            index = others[int(torch.randint(len(others), (), generator=generator))]
 
     def _quarantine(self, index: int, error: DataError) -> None:
         self.damaged.add(index)
-        if len(self.damaged) > max(1, MAX_DAMAGED_SHARE * len(self.indices)):
-            raise DataError(
-                f"{len(self.damaged)} of {len(self.indices)} clips are damaged, the last one: {error}"
-            ) from None
+        count = sum(len(pool.clips) for pool in self.order.pools)
+        is_empty = self.damaged.issuperset(self.order.pool_of(index).clips)
+        if is_empty or len(self.damaged) > max(1, MAX_DAMAGED_SHARE * count):
+            raise DataError(f"{len(self.damaged)} of {count} clips are damaged, the last one: {error}") from None
         self.log(f"quarantined, another clip takes its place: {str(error).partition('; data.damaged')[0]}")
 
 

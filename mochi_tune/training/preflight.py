@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,13 @@ from mochi_tune.config.load import weights_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import flat_settings, resume_rule
+from mochi_tune.config.sources import buckets_by_source, largest_bucket, read_sources, share_of_buckets
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
+from mochi_tune.data.order import ClipOrder, make_pools
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmetricJointBlock, DiTConfig
-from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.parallel.forecast import Step, free_bytes
 from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import apply_host_modulation
@@ -48,10 +50,11 @@ class TrainPlan:
         weights: of the base.
         dataset: all clips of the cache.
         held_out: numbers of the clips that are kept for validation; none where there are too few clips.
+        order: of the other clips.
         layers: the adapted layers, and the settings of each.
         start_adapter: the adapter of lora.init_from, where a new run starts from one.
         draws: draws the random numbers.
-        identity: what makes the run this run: its settings, cache, base and random numbers.
+        identity: what makes the run this run: its settings, cache, order of clips, base and random numbers.
         layout: how the processes share a step.
     """
 
@@ -60,16 +63,17 @@ class TrainPlan:
     weights: WeightsFolder
     dataset: LatentDataset
     held_out: list[int]
+    order: ClipOrder
     layers: dict[str, LayerSettings]
     start_adapter: Adapter | None
     draws: KeyedDraws
     identity: dict
     layout: Layout
 
-    @cached_property
+    @property
     def training_clips(self) -> list[int]:
         """The clips that are trained on."""
-        return [i for i in range(len(self.dataset)) if i not in self.held_out]
+        return sorted(clip for pool in self.order.pools for clip in pool.clips)
 
     @property
     def validation_clips(self) -> list[int]:
@@ -167,7 +171,8 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
         check_adapter(start_adapter, shapes, base)
         check_start(start_adapter.layers, layers, config.lora.dora, str(start_adapter))
     count = train.validation_clips if train.validate_every else 0
-    held = held_out([row.path for row in cache.rows], count, config.seed)
+    held = held_out([f"{row.source}/{row.path}" if row.source else row.path for row in cache.rows], count, config.seed)
+    order = clip_order(config, cache, held)
     # The number of samples of a step decides what is learnt, not how processes share them.
     global_batch = train.batch_size * draws.num_micro_batches
     settings = flat_settings(config) | {"global_batch": global_batch, "held_out": len(held)}
@@ -175,8 +180,17 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
         settings["model.precision"] = None
     fingerprint = generator_fingerprint(config.seed)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
+    identity["order"] = order.fingerprint([row.sample_id for row in cache.rows])
     _check_streaming(config)
-    return TrainPlan(config, device, weights, dataset, held, layers, start_adapter, draws, identity, layout)
+    return TrainPlan(config, device, weights, dataset, held, order, layers, start_adapter, draws, identity, layout)
+
+
+def clip_order(config: RunConfig, cache: Cache, held: Sequence[int]) -> ClipOrder:
+    """Returns the order in which the clips of a cache are trained on, without those that are held out."""
+    sources = {source.name: (source.repeats, source.weight) for source in read_sources(config.data)}
+    clips = {number: (row.source, row.bucket) for number, row in enumerate(cache.rows) if number not in held}
+    pools = make_pools(clips, sources, share_of_buckets(config.data))
+    return ClipOrder(pools, config.train.batch_size, config.seed)
 
 
 def adapter_bytes(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerSettings], is_dora: bool) -> int:
@@ -187,9 +201,8 @@ def adapter_bytes(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerSet
 
 
 def num_tokens(config: RunConfig) -> int:
-    """Returns the visual tokens of a clip."""
-    data = config.data
-    return num_latent_frames(data.num_frames) * data.height * data.width // TOKEN_PIXELS**2
+    """Returns the visual tokens of a clip of the largest size."""
+    return largest_bucket(config.data).num_tokens
 
 
 def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout: Layout, is_gpu: bool) -> Step:
@@ -223,9 +236,7 @@ def _check_streaming(config: RunConfig) -> None:
 def _open_cache(config: RunConfig, weights: WeightsFolder) -> Cache:
     # The encoders need not be on the training machine; where they are, the cache must come from them.
     vae, t5 = (weights.fingerprint(part) if weights.has(part) else None for part in ("encoder", "text_encoder"))
-    data = config.data
-    size = {"num_frames": data.num_frames, "height": data.height, "width": data.width}
-    return open_cache(Path(data.cache), **size, vae_fingerprint=vae, t5_fingerprint=t5)
+    return open_cache(Path(config.data.cache), buckets_by_source(config.data), vae, t5)
 
 
 def check_text_width(dataset: LatentDataset, width: int) -> None:

@@ -14,11 +14,14 @@ from tqdm import tqdm
 from mochi_tune.config.load import config_yaml
 from mochi_tune.config.settings import resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError
-from mochi_tune.files import copy_atomic, read_json, remove_temporary_files
+from mochi_tune.files import copy_atomic, read_json, remove_temporary_files, write_json
 from mochi_tune.training import checkpoint
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.run_folder import read_history, record_start
+
+# In the run folder: the clips of the last start, to say what has changed.
+CLIPS_FILE = "clips.json"
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,32 @@ class ResumePoint:
     changed: list[str] = field(default_factory=list)
 
 
-def find_resume_point(
-    run_dir: Path,
-    identity: dict,
-    mode: str,
-    resume_from: Path | None,
-    environment: Mapping[str, object],
-    already_forced: Collection[tuple[int, list[str]]] = (),
-) -> ResumePoint:
+@dataclass(frozen=True)
+class ThisRun:
+    """What this command's run is, which a checkpoint's must fit.
+
+    Attributes:
+        identity: settings, cache, order of clips, base and draws.
+        is_forced: whether it goes on in spite of other settings.
+        environment: what this process computes with, see `describe_environment`.
+        already_forced: steps and the changes that were forced there before; they need not be forced again.
+        contents: what each clip of the cache is, see `Cache.contents`.
+    """
+
+    identity: dict
+    is_forced: bool
+    environment: Mapping[str, object]
+    already_forced: Collection[tuple[int, list[str]]]
+    contents: Mapping[str, str]
+
+
+def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> ResumePoint:
     """Finds the checkpoint to resume from and checks that it belongs to the same run; changes nothing on the disk.
 
     Args:
         run_dir: of the run.
-        identity: settings, cache, base and draws of this command's run.
-        mode: "auto" or "force"; "force" resumes in spite of other settings.
+        now: what this command's run is.
         resume_from: a checkpoint that the user names; None for the newest valid one.
-        environment: what this process computes with, see `describe_environment`.
-        already_forced: steps and the changes that were forced there before; they need not be forced again.
 
     Raises:
         TrainingError: it is another run, or one whose checkpoints are gone.
@@ -77,12 +89,12 @@ def find_resume_point(
     if missing := [key for key in needed if key not in state]:
         raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}: a run cannot go on without.")
     try:
-        changed, notes = differences(run_dir, state, identity, mode, already_forced)
+        changed, notes = differences(run_dir, state, now)
     except TrainingError as error:
         raise TrainingError("; ".join([*wrong, str(error)])) from None
-    before = state.get("environment", environment)
-    differing = [key for key, now in environment.items() if before.get(key, now) != now]
-    if others := [f"{key} was {before.get(key)}, is {environment[key]}" for key in differing]:
+    before = state.get("environment", now.environment)
+    differing = [key for key, value in now.environment.items() if before.get(key, value) != value]
+    if others := [f"{key} was {before.get(key)}, is {now.environment[key]}" for key in differing]:
         notes.append(f"{'; '.join(others)}: the same samples in the same order, but no longer the same bits")
     return ResumePoint(
         state["step"], folder, state, [f"{text}: the one before is taken" for text in wrong] + notes, changed
@@ -104,25 +116,28 @@ def named_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     return folder, []
 
 
-def differences(
-    run_dir: Path, state: dict, identity: dict, mode: str, already_forced: Collection[tuple[int, list[str]]]
-) -> tuple[list[str], list[str]]:
+def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], list[str]]:
     """Returns the forced changes, and lines about all changes for the user.
 
     Raises:
         TrainingError: a setting that decides what is learnt has changed, and is not forced or cannot be forced.
     """
+    identity, clips = this.identity, changed_clips(run_dir, state["cache"], this.contents)
     before, now = state["settings"], identity["settings"]
     differing = [key for key in now if before.get(key) != now[key]]
     texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing}
-    others = {part: f"the {part} is another one" for part in ("cache", "base") if state[part] != identity[part]}
+    others = {}
+    if state.get("order") != identity["order"]:
+        others["order"] = f"the clips come in another order than in the {state['step']} steps so far{clips}"
+    if state["base"] != identity["base"]:
+        others["base"] = "the base is another one"
     if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
         others["draws"] = f"this torch draws other random numbers than {state.get('environment', {}).get('torch')} did"
     decisive = bound_settings(differing)
     fixed = [texts[key] for key in decisive if resume_rule(key) == "held"]
     fixed += [text for part, text in others.items() if part == "base"]
     changed = [texts[key] for key in decisive] + list(others.values())
-    is_forced = mode == "force" or (state["step"], changed) in already_forced
+    is_forced = this.is_forced or (state["step"], changed) in this.already_forced
     if changed and (fixed or not is_forced):
         force = "" if fixed else ", or resume all the same with resume=force, as a run that cannot be repeated"
         raise TrainingError(
@@ -131,9 +146,33 @@ def differences(
         )
     notes = [f"since step {state['step']} {text}" for key, text in texts.items() if not key.startswith(_UNMENTIONED)]
     notes += [f"since step {state['step']} {text}" for text in others.values()]
+    if state["cache"] != identity["cache"] and "order" not in others:
+        notes.append(
+            f"since step {state['step']} the clips come in the same order and are not all the same{clips}: "
+            "the run cannot be repeated from its start"
+        )
     if before.get("train.steps") != now["train.steps"] and now.get("train.schedule", "cosine") != "constant":
         notes.append("the learning rate's schedule is stretched to the new number of steps from here")
     return changed, notes
+
+
+def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) -> str:
+    """Returns in words which clips a cache has gained, lost or changed since the run last started with another one."""
+    kept = read_json(run_dir / CLIPS_FILE) if (run_dir / CLIPS_FILE).exists() else {}
+    if kept.get("cache") != fingerprint or not contents:
+        return ""
+    before = kept["clips"]
+    parts = {
+        "new": contents.keys() - before.keys(),
+        "gone": before.keys() - contents.keys(),
+        "with another caption or cut": {name for name in contents.keys() & before if contents[name] != before[name]},
+    }
+    texts = [f"{len(names)} {what} ({_listed(sorted(names))})" for what, names in parts.items() if names]
+    return f" ({', '.join(texts)})" if texts else ""
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
 
 # Changes of these are not worth a line: they say where things are and how they are reported.
@@ -189,7 +228,9 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     is_followed = bool(starts) and config.resume_from == starts[-1].get("resume_from")
     resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
     already_forced = [(start["from_step"], start["changed"]) for start in starts if "changed" in start]
-    return find_resume_point(run_dir, plan.identity, config.resume, resume_from, plan.environment, already_forced)
+    contents = plan.dataset.cache.contents()
+    now = ThisRun(plan.identity, config.resume == "force", plan.environment, already_forced, contents)
+    return find_resume_point(run_dir, now, resume_from)
 
 
 def resume(plan: TrainPlan) -> ResumePoint:
@@ -211,6 +252,8 @@ def resume(plan: TrainPlan) -> ResumePoint:
     elif plan.validation_clips and config.train.validate_every:
         tqdm.write(f"{num_clips} clips are too few to hold any out: validation is on clips that are trained on")
     (run_dir / "config.yaml").write_text(config_yaml(config))
+    clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents()}
+    write_json(run_dir / CLIPS_FILE, clips)
     facts = {"from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
     record_start(run_dir, {**facts, **plan.environment})
     return start

@@ -163,7 +163,7 @@ class Run:
             retention = Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
             self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
         is_strict = plan.config.data.damaged == "strict"
-        loader = ClipLoader(plan.dataset, plan.training_clips, plan.draws, is_strict, tqdm.write)
+        loader = ClipLoader(plan.dataset, plan.order, plan.draws, is_strict, tqdm.write)
         remaining = range(self.step + 1, train.steps + 1)
         keys = ((step, number) for step in remaining for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())

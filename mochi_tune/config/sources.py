@@ -1,0 +1,131 @@
+"""The sources of clips that data.videos or data.sources name, each with its buckets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mochi_tune.config.schema import Buckets, ClipMode, DataConfig
+from mochi_tune.data.buckets import Bucket, auto_buckets, read_buckets
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.latents import check_geometry
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of videos.
+
+    Attributes:
+        name: of the folder; "" where there is but one source.
+        folder: of the videos.
+        buckets: sizes that its clips are cut to.
+        clips: which clips are cut from a video.
+        caption_prefix: put before each caption.
+        repeats: how often an epoch takes each clip.
+        weight: share of the draws relative to the other sources' weights; None: by `repeats`.
+    """
+
+    name: str
+    folder: Path
+    buckets: list[Bucket]
+    clips: ClipMode
+    caption_prefix: str
+    repeats: float = 1.0
+    weight: float | None = None
+
+
+def read_sources(data: DataConfig) -> list[Source]:
+    """Returns the sources that the settings name.
+
+    Raises:
+        ConfigError: buckets that do not fit the models; two sources with one name; some with weights and some without.
+    """
+    _check_windows(data)
+    if not data.sources:
+        return [Source("", _folder(data.videos), _buckets(data, data.buckets), data.clips, data.caption_prefix)]
+    sources = [
+        Source(
+            _folder(own.folder).name,
+            _folder(own.folder),
+            _buckets(data, data.buckets if own.buckets is None else own.buckets),
+            own.clips or data.clips,
+            data.caption_prefix if own.caption_prefix is None else own.caption_prefix,
+            own.repeats,
+            own.weight,
+        )
+        for own in data.sources
+    ]
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"data.sources has two folders with the name {twice[0]}, which their clips go by: rename one, or put both "
+            "into one folder."
+        )
+    weights = [source.weight for source in sources]
+    if any(weights) and (None in weights or any(source.repeats != 1 for source in sources)):
+        raise ConfigError("data.sources: give each source a weight, or each repeats, which weights take the place of.")
+    return sources
+
+
+def buckets_by_source(data: DataConfig) -> dict[str, list[Bucket]]:
+    """Returns the sizes that clips are cut to, by the name of their source.
+
+    Raises:
+        ConfigError: as `read_sources`.
+    """
+    return {source.name: source.buckets for source in read_sources(data)}
+
+
+def largest_bucket(data: DataConfig) -> Bucket:
+    """Returns the bucket with the most tokens, which decides what memory a run takes.
+
+    Raises:
+        ConfigError: as `read_sources`.
+    """
+    buckets = [bucket for sizes in buckets_by_source(data).values() for bucket in sizes]
+    return max(buckets, key=lambda bucket: (bucket.num_tokens, bucket))
+
+
+def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
+    """Returns the share of the draws that is asked for, by bucket; {} where it is what the data gives.
+
+    Raises:
+        ConfigError: shares without a list of buckets, or of another length.
+    """
+    if data.bucket_shares is None:
+        return {}
+    listed = data.buckets if isinstance(data.buckets, list) else []
+    if len(listed) != len(data.bucket_shares):
+        raise ConfigError(
+            f"data.bucket_shares has {len(data.bucket_shares)} numbers and data.buckets lists {len(listed)} sizes: "
+            "give each size its share."
+        )
+    return dict(zip(read_buckets(listed, "data.buckets"), data.bucket_shares, strict=True))
+
+
+def _folder(path: str) -> Path:
+    return Path(path).expanduser()
+
+
+def _buckets(data: DataConfig, asked: Buckets | None) -> list[Bucket]:
+    if asked is None:
+        check_geometry(data.num_frames, data.height, data.width)
+        return [Bucket(data.num_frames, data.height, data.width)]
+    if asked != "auto":
+        return read_buckets(asked, "data.buckets")
+    longest = data.num_frames if data.max_frames is None else data.max_frames
+    check_geometry(longest, data.height, data.width)
+    if data.resolution is None:
+        return auto_buckets(longest, data.height, data.width)
+    return auto_buckets(longest, *([max(round(data.resolution / 16), 1) * 16] * 2))
+
+
+def _check_windows(data: DataConfig) -> None:
+    """Refuses settings of the windows that others leave unread."""
+    modes = {data.clips, *(own.clips for own in data.sources)}
+    if "uniform" in modes and data.max_clips is None:
+        raise ConfigError("data.clips=uniform spreads data.max_clips clips over each video: set data.max_clips=4.")
+    if data.clip_stride is not None and "slide" not in modes:
+        raise ConfigError(f"data.clip_stride={data.clip_stride} does nothing without data.clips=slide: leave it out.")
+    asked = {str(data.buckets), *(str(own.buckets) for own in data.sources)}
+    for name in ("resolution", "max_frames"):
+        if getattr(data, name) is not None and "auto" not in asked:
+            raise ConfigError(f"data.{name} does nothing without data.buckets=auto: set that, or leave it out.")

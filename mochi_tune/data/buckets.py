@@ -1,0 +1,138 @@
+"""Buckets: the sizes that clips are cut to, and which of them loses least of a video or a still picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.models.latents import FPS, TEMPORAL_FACTOR, TOKEN_PIXELS, check_geometry, num_latent_frames
+
+# Width to height of what `auto` makes, and the inverse of each: screens, cameras, phones.
+ASPECTS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 21 / 9)
+# Losses of less than this are alike: the larger bucket is taken.
+ALIKE = 0.005
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The size of a clip: frames (6k+1), and pixels (multiples of 16)."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        """The visual tokens of a clip."""
+        return num_latent_frames(self.num_frames) * self.height * self.width // TOKEN_PIXELS**2
+
+    def __str__(self) -> str:
+        return f"{self.num_frames} frames of {self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Footage:
+    """What there is to cut from.
+
+    Attributes:
+        num_frames: frames at the rate that clips have.
+        height: of the upright picture, in square pixels.
+        width: of the upright picture, in square pixels.
+        is_still: whether it is one picture, which makes clips of one frame alone.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    is_still: bool = False
+
+
+def auto_buckets(max_frames: int, height: int, width: int) -> list[Bucket]:
+    """Returns buckets of many aspect ratios and lengths, each of about as many pixels as height x width.
+
+    The lengths are `max_frames`, about a half, a quarter and so on of it, and one frame for stills.
+
+    Args:
+        max_frames: the most frames, 6k+1.
+        height: pixels; height x width itself is one of the sizes.
+        width: pixels.
+    """
+    lengths = [max_frames]
+    while lengths[-1] > TEMPORAL_FACTOR + 1:
+        lengths.append(max(lengths[-1] // 2 // TEMPORAL_FACTOR, 1) * TEMPORAL_FACTOR + 1)
+    sizes = {(height, width)}
+    for aspect in ASPECTS:
+        short, long = (_whole_tokens(sqrt(height * width * ratio)) for ratio in (1 / aspect, aspect))
+        sizes |= {(short, long), (long, short)}
+    return sorted(Bucket(length, *size) for length in {*lengths, 1} for size in sizes)
+
+
+def _whole_tokens(pixels: float) -> int:
+    return max(round(pixels / TOKEN_PIXELS), 1) * TOKEN_PIXELS
+
+
+def read_buckets(sizes: Sequence[Sequence[int]], name: str) -> list[Bucket]:
+    """Returns the buckets that a setting lists as [frames, height, width].
+
+    Raises:
+        ConfigError: there is none, one is no three numbers or does not fit the models, or one is there twice.
+    """
+    buckets = []
+    for size in sizes:
+        if len(size) != 3:
+            raise ConfigError(f"{name} has {list(size)}: a bucket is [frames, height, width], such as [37, 480, 848].")
+        check_geometry(*size)
+        buckets.append(Bucket(*size))
+    if not buckets or len(set(buckets)) < len(buckets):
+        raise ConfigError(f"{name}={[list(size) for size in sizes]}: name one bucket or more, each once.")
+    return buckets
+
+
+def kept_share(footage: Footage, bucket: Bucket, max_frames: int) -> float:
+    """Returns the share of the picture, times that of the frames up to `max_frames`, which a clip of a bucket keeps."""
+    scale = scale_to(footage, bucket)
+    picture = bucket.height * bucket.width / (scale**2 * footage.height * footage.width)
+    return picture * bucket.num_frames / min(footage.num_frames, max_frames)
+
+
+def scale_to(footage: Footage, bucket: Bucket) -> float:
+    """Returns by how much a picture is scaled to cover a bucket."""
+    return max(bucket.height / footage.height, bucket.width / footage.width)
+
+
+def choose_bucket(footage: Footage, buckets: Sequence[Bucket], may_enlarge: bool) -> Bucket:
+    """Returns the bucket that loses least of the footage; of those that lose the same, the one of the most pixels.
+
+    Args:
+        footage: of one file.
+        buckets: to choose from.
+        may_enlarge: whether a picture that is smaller than the bucket fits too.
+
+    Raises:
+        DataError: no bucket fits; the text lacks the file's name.
+    """
+    # A video is cut to a single frame only where nothing else is asked for.
+    moving = [bucket for bucket in buckets if bucket.num_frames > 1] or buckets
+    of_its_kind = [bucket for bucket in buckets if bucket.num_frames == 1] if footage.is_still else moving
+    if not of_its_kind:
+        raise DataError("is a still picture, and no bucket has one frame: use data.buckets=auto, or remove it.")
+    long_enough = [bucket for bucket in of_its_kind if bucket.num_frames <= footage.num_frames]
+    if not long_enough:
+        fewest = min(bucket.num_frames for bucket in of_its_kind)
+        advice = "a smaller data.num_frames" if len(buckets) == 1 else "shorter buckets in data.buckets"
+        raise DataError(
+            f"is too short: have {footage.num_frames} frames at {FPS} fps, need {fewest}: "
+            f"use a longer clip or {advice}."
+        )
+    large_enough = [bucket for bucket in long_enough if may_enlarge or scale_to(footage, bucket) <= 1]
+    if not large_enough:
+        smallest = min(long_enough, key=lambda bucket: scale_to(footage, bucket))
+        raise DataError(
+            f"is {footage.width}x{footage.height} pixels, too small for {smallest.width}x{smallest.height}: "
+            "set a smaller data.height and data.width, or data.allow_upscale=true."
+        )
+    max_frames = max(bucket.num_frames for bucket in buckets)
+    shares = {bucket: kept_share(footage, bucket, max_frames) for bucket in large_enough}
+    best = max(shares.values())
+    alike = [bucket for bucket, share in shares.items() if share >= best * (1 - ALIKE)]
+    return max(alike, key=lambda bucket: (bucket.height * bucket.width, bucket.num_frames, bucket))

@@ -1,0 +1,140 @@
+"""The order in which clips are trained on: a function of the seed and the number of the batch, with no saved state.
+
+Clips that may share a batch form a pool: those of one bucket and one source. Each pool is shuffled anew in each of its
+epochs, and its clips follow each other without a gap. A batch takes clips of one pool. In an epoch of the whole, each
+pool gives as many clips as it is asked for, and which pool comes next is shuffled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from mochi_tune.data.buckets import Bucket
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Clips of one bucket and one source.
+
+    Attributes:
+        name: keys the order of its clips, which other pools do not change.
+        clips: their numbers, at least one.
+        num_draws: clips that an epoch takes of it; len(clips) takes each once.
+    """
+
+    name: str
+    clips: tuple[int, ...]
+    num_draws: int
+
+
+@dataclass(frozen=True)
+class ClipOrder:
+    """Which clips each batch holds.
+
+    `batch_size` epochs together have a whole number of batches of each pool: that many are shuffled at a time.
+
+    Attributes:
+        pools: at least one, with at least one draw together.
+        batch_size: clips of a batch.
+        seed: of the run.
+    """
+
+    pools: tuple[Pool, ...]
+    batch_size: int
+    seed: int
+
+    def batch(self, number: int) -> list[int]:
+        """Returns the clips of a batch; batches count from 0 at the start of training, over all processes."""
+        if len(self.pools) == 1:
+            return self._clips(self.pools[0], number, "")
+        num_draws = tuple(pool.num_draws for pool in self.pools)
+        cycle, place = divmod(number, sum(num_draws))
+        which, before = shuffled_pools(num_draws, self.seed, cycle)[place]
+        return self._clips(self.pools[which], cycle * num_draws[which] + before, f"/{self.pools[which].name}")
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        """Returns a hash that changes when a batch would hold other clips; `names` are those of all clips."""
+        pools = [[pool.name, pool.num_draws, [names[clip] for clip in pool.clips]] for pool in self.pools]
+        decisive = [pools[0][2]] if len(pools) == 1 else [self.batch_size, *pools]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+    def pool_of(self, clip: int) -> Pool:
+        """Returns the pool of a clip."""
+        return next(pool for pool in self.pools if clip in pool.clips)
+
+    def _clips(self, pool: Pool, number: int, key: str) -> list[int]:
+        """Returns the clips of a pool's own batch of this number."""
+        first, count = number * self.batch_size, len(pool.clips)
+        places = (divmod(position, count) for position in range(first, first + self.batch_size))
+        return [pool.clips[epoch_order(count, self.seed, epoch, key)[i]] for epoch, i in places]
+
+
+@lru_cache(maxsize=64)
+def epoch_order(num_clips: int, seed: int, epoch: int, key: str = "") -> tuple[int, ...]:
+    """Returns the shuffled clip numbers of one epoch, a function of its arguments alone."""
+    return _permutation(num_clips, f"order/{seed}/{epoch}{key}")
+
+
+@lru_cache(maxsize=4)
+def shuffled_pools(num_draws: tuple[int, ...], seed: int, cycle: int) -> list[tuple[int, int]]:
+    """Returns, for each batch of a cycle, its pool and how many batches of that pool came before it in the cycle."""
+    pools = [pool for pool, count in enumerate(num_draws) for _ in range(count)]
+    so_far, found = [0] * len(num_draws), []
+    for place in _permutation(len(pools), f"pools/{seed}/{cycle}"):
+        found.append((pools[place], so_far[pools[place]]))
+        so_far[pools[place]] += 1
+    return found
+
+
+def _permutation(count: int, key: str) -> tuple[int, ...]:
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return tuple(torch.randperm(count, generator=generator).tolist())
+
+
+def make_pools(
+    clips: Mapping[int, tuple[str, Bucket]],
+    sources: Mapping[str, tuple[float, float | None]],
+    shares: Mapping[Bucket, float],
+) -> tuple[Pool, ...]:
+    """Groups clips by source and bucket, and says how many of each an epoch takes.
+
+    Args:
+        clips: source and bucket of each clip, by its number.
+        sources: of each source, how often an epoch takes each of its clips, and its weight, which counts instead.
+        shares: of a source's draws, the share of each bucket; {} where each clip is taken as often as any other.
+    """
+    members: dict[str, dict[Bucket, list[int]]] = {}
+    for number, (source, bucket) in sorted(clips.items()):
+        members.setdefault(source, {}).setdefault(bucket, []).append(number)
+    counts = {source: sum(map(len, buckets.values())) for source, buckets in members.items()}
+    weights = [sources[source][1] for source in members]
+    if None in weights:
+        totals = [round(count * sources[source][0]) for source, count in counts.items()]
+    else:
+        totals = apportion(len(clips), [weight or 1.0 for weight in weights])
+    pools = []
+    for (source, buckets), total in zip(members.items(), totals, strict=True):
+        wanted = [shares.get(bucket, 0.0) if shares else float(len(those)) for bucket, those in buckets.items()]
+        for (bucket, those), num_draws in zip(buckets.items(), apportion(total, wanted), strict=True):
+            pools.append(Pool(f"{source}/{bucket}", tuple(those), max(num_draws, 1)))
+    return tuple(pools)
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Divides a whole number by weights: parts that add up to it, each within 1 of its exact share.
+
+    Args:
+        total: 0 or more.
+        weights: positive.
+    """
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [int(share) for share in exact]
+    largest_rest = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
+    for i in largest_rest[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
