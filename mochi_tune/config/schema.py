@@ -109,7 +109,9 @@ class DataConfig(Section):
 
     RESUME = "free"
 
-    videos: Name = setting("videos", "folder: NAME.mp4 with NAME.txt beside it, or a metadata.csv or metadata.jsonl")
+    videos: Name = setting(
+        "videos", "folder: NAME.mp4 with NAME.txt beside it, or with a table; or a dataset of Hugging Face on disk"
+    )
     cache: Name = setting(
         "cache/${name}",
         "folder that `prepare` writes and `train` reads; a 37-frame 480p clip takes 4.3 MB, its caption up to 4.2 MB",
@@ -118,6 +120,15 @@ class DataConfig(Section):
     height: Whole = setting(480, "pixels, a multiple of 16")
     width: Whole = setting(848, "pixels, a multiple of 16")
     allow_empty_captions: bool = setting(False, "true: a clip without a caption is trained with the empty prompt")
+    captions: Literal["one", "lines"] = setting(
+        "one", "what a .txt file beside a clip holds: one caption, or lines that are each a caption of the clip"
+    )
+    caption_prefix: Text = setting("", "text before each caption, as a word that calls the LoRA; not before an empty one")
+    caption_suffix: Text = setting("", "text after each caption that is not empty")
+    tag_dropout: Share = setting(
+        0.0, "share of the comma-separated tags of a caption, all but the first one, that is left out at random"
+    )
+    caption_variants: Count = setting(1, "times that tags are drawn for each caption; needs data.tag_dropout above 0")
     allow_upscale: bool = setting(False, "true: clips smaller than the target are enlarged; the LoRA learns their blur")
     decode_timeout_seconds: Positive = setting(120.0, "seconds; a clip that takes longer to decode is refused")
     damaged: Literal["strict", "quarantine"] = setting(
