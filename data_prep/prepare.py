@@ -23,6 +23,7 @@ from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, ClipDecoder, ClipTransform, find_videos
 from mochi_tune.data_prep.encode import encode_caption, encode_frames
+from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory
@@ -31,6 +32,8 @@ from mochi_tune.weights.folder import WeightsFolder
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10
+# In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
+DATASET_FOLDER = ".dataset"
 REPORT_COLUMNS: tuple[str, ...] = (
     "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "start_seconds", "scale", "crop",
     "source_width", "source_height", "source_frames", "source_seconds", "rotation", "pixel_aspect",
@@ -75,6 +78,8 @@ def prepare(config: RunConfig) -> Prepared:
         ConfigError: The device is not there.
     """
     folder, weights = Path(config.data.videos), WeightsFolder(weights_folder(config))
+    if is_dataset(folder):
+        folder = materialise_dataset(folder, Path(config.data.cache) / DATASET_FOLDER)
     device = find_device(config.device)
     transform = ClipTransform(
         config.data.num_frames, config.data.height, config.data.width, allow_upscale=config.data.allow_upscale
