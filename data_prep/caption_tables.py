@@ -72,10 +72,11 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
             else:
                 found.rows.setdefault(video, []).append(row)
         if rows and len(unknown) == len(rows):
+            where, example = rows[0].where.removeprefix(f"{path} "), os.path.relpath(videos[0], path.parent)
             raise DataError(
-                f"{path}: none of its {len(rows)} rows names a video in {folder}: {rows[0].where.removeprefix(f'{path} ')} names "
-                f"{printable(rows[0].file_name)}, a video is {printable(os.path.relpath(videos[0], path.parent))}: "
-                f"write the names relative to {path.parent}."
+                f"{path}: none of its {len(rows)} rows names a video in {folder}: {where} names "
+                f"{printable(rows[0].file_name)}, a video is {printable(example)}: write the names relative to "
+                f"{path.parent}."
             )
         if unknown:
             found.notes.append(f"{path}: {_count_unknown(unknown)}")
@@ -191,8 +192,8 @@ def _read_lists(video_list: Path, caption_list: Path) -> tuple[list[TableRow], s
         names.pop()
     if len(names) != len(captions):
         raise DataError(
-            f"{video_list} has {len(names)} lines and {caption_list.name} has {len(captions)}: write one video, and one "
-            "caption, a line."
+            f"{video_list} has {len(names)} lines and {caption_list.name} has {len(captions)}: write one video, and "
+            "one caption, a line."
         )
     rows = [
         TableRow(f"{video_list} row {number}", name, (caption,))

@@ -129,6 +129,9 @@ def _read_captions(folder: Path, data: DataConfig, seed: int) -> tuple[dict[str,
         tqdm.write(note)
     captions = {names[video]: found.texts.get(video, ("",))[0] for video in videos}
     refused = {names[video]: reason for video, reason in found.refused.items()}
+    if refused:
+        # Told before hours of encoding, and again with the others at the end.
+        tqdm.write(f"{len(refused)} clips will be refused for their captions: {_listed(list(refused.values()))}")
     empty = [name for name, caption in captions.items() if not caption and name not in refused]
     orphans = find_orphans(folder, videos)
     if empty and not data.allow_empty_captions:

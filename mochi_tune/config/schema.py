@@ -123,9 +123,7 @@ class DataConfig(Section):
     captions: Literal["one", "lines"] = setting(
         "one", "what a .txt file beside a clip holds: one caption, or lines that are each a caption of the clip"
     )
-    caption_prefix: Text = setting(
-        "", "text before each caption, as a word that calls the LoRA; not before an empty one"
-    )
+    caption_prefix: Text = setting("", "text before each caption that is not empty, such as a trigger word")
     caption_suffix: Text = setting("", "text after each caption that is not empty")
     tag_dropout: Share = setting(
         0.0, "share of the comma-separated tags of a caption, all but the first one, that is left out at random"

@@ -78,7 +78,7 @@ def test_the_layout_of_fastvideo_is_read(folder):
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_the_separator_is_found_in_the_header(folder, videos, delimiter, encoding):
-    table = f'file_name;"text"\r\na.mp4;"x, y; and\tz"\r\nsub/c.mkv;Käse\r\n'.replace(";", delimiter)
+    table = 'file_name;"text"\r\na.mp4;"x, y; and\tz"\r\nsub/c.mkv;Käse\r\n'.replace(";", delimiter)
     _write(folder / "metadata.csv", table.encode(encoding))
     written = f"x, y{delimiter} and\tz"
     assert _texts(folder, videos) == {"a.mp4": (written,), "sub/c.mkv": ("Käse",)}

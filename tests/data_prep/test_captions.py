@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi_tune.data_prep.captions import Captions, CaptionRules, apply_rules, drop_tags, find_orphans, load_captions
+from mochi_tune.data_prep.captions import CaptionRules, Captions, apply_rules, drop_tags, find_orphans, load_captions
 from mochi_tune.errors import DataError
 
 RULES = CaptionRules()
