@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -87,3 +88,6 @@ def test_a_dataset_is_prepared_and_a_second_run_encodes_nothing(clips):
         assert (done.kept, done.refused, done.clips_encoded, done.captions_encoded) == (2, 0, encoded, encoded)
     assert {name[:2]: text for name, text in captions_in(clips).items()} == {"a_": "about a.mp4", "b_": "about b.mp4"}
     assert count_clips(config)[0] == 2
+    # The files of the dataset lie in the cache, and are no part of what `datasets` finds there.
+    table = datasets.load_dataset(str(clips / "cache"), cache_dir=str(clips / "hf"))["train"]
+    assert len(table) == 2 and "mean" in table.column_names
