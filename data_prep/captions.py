@@ -1,137 +1,208 @@
-"""A clip's caption comes from the text file beside it, else from the folder's metadata.csv or metadata.jsonl."""
+"""A clip's captions come from the text file beside it, else from a table in its folder or above."""
 
-import csv
-import io
-import json
-from collections.abc import Iterator
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from mochi_tune.data_prep.caption_tables import TableRow, find_lists, printable, read_tables
 from mochi_tune.errors import DataError
+from mochi_tune.files import find_lone_surrogate, read_text
 
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-# What people call the caption; the first one that is there counts.
-CAPTION_KEYS = ("caption", "text", "prompt")
+# In upper case too; .caption is the default of kohya's scripts. The first one that is there counts.
+SIDECAR_SUFFIXES = (".txt", ".caption")
 # Many times what 256 tokens hold; more is another file under a caption's name.
 MAX_CAPTION_CHARACTERS = 50_000
+# A larger one is not read at all.
+MAX_SIDECAR_BYTES = 64 * 2**20
 
 
-def load_captions(folder: Path, videos: list[Path]) -> dict[Path, str]:
-    """Reads the caption of each video; one without a caption, or with an empty one, is absent from the result.
+@dataclass(frozen=True)
+class CaptionRules:
+    """How a clip's captions are made from what its files say.
 
-    NAME.txt beside NAME.mp4 wins over a row of the metadata file, whose file_name is relative to `folder`.
+    Attributes:
+        split: "one": a .txt file is one caption; "lines": each of its lines is one.
+        prefix: text before each caption that is not empty.
+        suffix: text after each caption that is not empty.
+        tag_dropout: the probability, in [0, 1), with which each tag but the first one is left out of a caption.
+        variants: how many times tags are drawn for each caption.
+        seed: of the drawing.
+    """
+
+    split: Literal["one", "lines"] = "one"
+    prefix: str = ""
+    suffix: str = ""
+    tag_dropout: float = 0.0
+    variants: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a folder's videos.
+
+    Attributes:
+        texts: of each video that has one: its captions, at least one, none empty, distinct, in order.
+        refused: why a video's caption cannot be used, by video.
+        notes: lines for the user.
+    """
+
+    texts: dict[Path, tuple[str, ...]]
+    refused: dict[Path, str]
+    notes: tuple[str, ...]
+
+
+def load_captions(folder: Path, videos: list[Path], rules: CaptionRules) -> Captions:
+    """Reads the captions of each video; one without a caption, or with an empty one, is absent from `texts`.
+
+    NAME.txt beside NAME.mp4 wins over the rows of tables; several rows of one video are several captions.
 
     Args:
-        folder: where metadata.csv or metadata.jsonl may lie.
+        folder: where tables may lie, and below it.
         videos: paths in or below `folder`.
+        rules: how captions are made from the texts.
 
     Raises:
-        DataError: a file is not UTF-8; a caption is far too long; a metadata row is malformed, a duplicate, or names
-            a video that is not there.
+        DataError: a table cannot be read as one, or none of its rows names a video.
     """
-    captions = _read_metadata(folder, videos)
+    tables = read_tables(folder, videos)
+    sidecars = _find_sidecars(videos)
+    texts, refused, read_as_cp1252 = {}, {}, []
     for video in videos:
-        sidecar = video.with_suffix(".txt")
-        if sidecar.is_file():
-            captions[video] = _one_line(_read_text(sidecar)) or captions.get(video, "")
-        if len(captions.get(video, "")) > MAX_CAPTION_CHARACTERS:
-            raise DataError(
-                f"{video}: has a caption of {len(captions[video])} characters, {MAX_CAPTION_CHARACTERS} are the most, "
-                "and 256 tokens are used: shorten it."
-            )
-    return {video: captions[video] for video in videos if captions.get(video)}
+        try:
+            found: list[str] = []
+            if video in sidecars:
+                found, encoding = _read_sidecar(sidecars[video], video, rules.split)
+                if encoding == "cp1252":
+                    read_as_cp1252.append(sidecars[video].relative_to(folder).as_posix())
+            found = found or _row_texts(video, tables.rows.get(video, []))
+            captions = apply_rules(found, rules, video.relative_to(folder).as_posix())
+        except DataError as error:
+            refused[video] = str(error)
+            continue
+        if captions:
+            texts[video] = captions
+    notes = list(tables.notes)
+    if read_as_cp1252:
+        names = ", ".join(map(printable, read_as_cp1252))
+        notes.append(f"captions that are not UTF-8, read as cp1252; save them as UTF-8 if letters are wrong: {names}")
+    return Captions(texts, refused, tuple(notes))
 
 
 def find_orphans(folder: Path, videos: list[Path]) -> list[str]:
-    """Lists the text files in `folder` and below it that have no video of their name, as paths in it, sorted."""
-    sidecars = {video.with_suffix(".txt") for video in videos}
+    """Lists the caption files in `folder` and below it that have no video of their name, as paths in it, sorted."""
+    stems = {video.with_suffix("") for video in videos}
+    lists = {path for pair in find_lists(folder).values() for path in pair}
     orphans = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() == ".txt" and not path.name.startswith(".") and path not in sidecars and path.is_file()
+        if path.suffix.lower() in SIDECAR_SUFFIXES
+        and not path.name.startswith(".")
+        and path.with_suffix("") not in stems
+        and path not in lists
+        and path.is_file()
     )
     # They are printed, which a name that is not UTF-8 would refuse.
     return [path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode() for path in orphans]
 
 
-def _read_metadata(folder: Path, videos: list[Path]) -> dict[Path, str]:
-    found = [folder / name for name in METADATA_NAMES if (folder / name).exists()]
-    if len(found) > 1:
-        raise DataError(f"{folder} holds both {' and '.join(METADATA_NAMES)}: keep one of them.")
-    captions, known = {}, set(videos)
-    for path in found:
-        rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
-        for number, file_name, caption in rows:
-            video = folder / file_name
-            if video not in known:
-                raise DataError(f"{path} row {number}: {file_name} is not among the videos: correct the row.")
-            if video in captions:
-                raise DataError(f"{path} row {number}: {file_name} has a row already: keep one of them.")
-            captions[video] = _one_line(caption)
-    return captions
+def apply_rules(texts: list[str], rules: CaptionRules, name: str) -> tuple[str, ...]:
+    """Returns the captions that the rules make of a clip's texts: none empty, distinct, in order.
+
+    Args:
+        texts: what the clip's files say, each on one line.
+        rules: prefix, suffix and tag dropout.
+        name: the clip's path in its folder, which keys the drawing of tags.
+    """
+    captions = []
+    for number, text in enumerate(filter(None, texts)):
+        for variant in range(rules.variants):
+            drawn = drop_tags(text, rules.tag_dropout, f"{rules.seed}\0{name}\0{number}\0{variant}")
+            captions.append(_surround(drawn, rules.prefix, rules.suffix))
+    return tuple(dict.fromkeys(captions))
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yields line number (the header is row 1), file_name and caption of each row."""
-    reader = csv.reader(io.StringIO(_read_text(path)), strict=True)
+def drop_tags(caption: str, share: float, key: str) -> str:
+    """Leaves each comma-separated tag but the first one out with the probability `share`.
+
+    The draws are hashes of `key` and the tag's number, so they are the same on every machine and in any order.
+    """
+    if share == 0:
+        return caption
+    first, *others = [tag.strip() for tag in caption.split(",")]
+    kept = [tag for number, tag in enumerate(others, start=1) if _uniform(f"{key}\0{number}") >= share]
+    return ", ".join(filter(None, [first, *kept]))
+
+
+def _uniform(key: str) -> float:
+    """Returns a number in [0, 1) that depends on `key` alone."""
+    # A file name may hold bytes that are not UTF-8.
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _surround(caption: str, prefix: str, suffix: str) -> str:
+    """Joins with one space, except where the texts bring space or the suffix begins with punctuation."""
+    before = prefix if not prefix or prefix[-1].isspace() else f"{prefix} "
+    after = suffix if not suffix or suffix[0].isspace() or suffix[0] in ",.;:!?" else f" {suffix}"
+    return _one_line(before + caption + after)
+
+
+def _find_sidecars(videos: list[Path]) -> dict[Path, Path]:
+    """Returns the caption file of each video that has one."""
+    by_stem: dict[Path, list[Path]] = {}
+    for parent in sorted({video.parent for video in videos}):
+        for path in sorted(parent.iterdir()):
+            if path.suffix.lower() in SIDECAR_SUFFIXES and path.is_file():
+                by_stem.setdefault(path.with_suffix(""), []).append(path)
+
+    def rank(path: Path) -> tuple[int, bool]:
+        return SIDECAR_SUFFIXES.index(path.suffix.lower()), path.suffix != path.suffix.lower()
+
+    found = {video: by_stem.get(video.with_suffix("")) for video in videos}
+    return {video: min(paths, key=rank) for video, paths in found.items() if paths}
+
+
+def _read_sidecar(path: Path, video: Path, split: Literal["one", "lines"]) -> tuple[list[str], str]:
+    """Returns the captions of a text file, none empty, and its encoding."""
     try:
-        header = [name.strip() for name in next(reader, [])]
-        caption_key = _caption_key(header)
-        if "file_name" not in header or caption_key is None or len(set(header)) < len(header):
-            raise DataError(
-                f"{path}: its columns are {', '.join(header) or 'none'}, each to be named once: "
-                f"file_name and one of {', '.join(CAPTION_KEYS)} are needed."
-            )
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise DataError(
-                    f"{path} row {reader.line_num}: has {len(row)} fields where the header has {len(header)}: "
-                    'put a caption with commas into "double quotes".'
-                )
-            fields = dict(zip(header, row, strict=True))
-            yield reader.line_num, _file_name(path, reader.line_num, fields), fields[caption_key]
-    except csv.Error as error:
-        raise DataError(f"{path} row {reader.line_num}: is not CSV ({error}): correct the row.") from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yields line number, file_name and caption of each row."""
-    # Not splitlines(), which also breaks at characters that JSON allows inside a string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path} row {number}: is not JSON ({error}): write one object a line.") from error
-        caption_key = _caption_key(fields) if isinstance(fields, dict) else None
-        if caption_key is None or not isinstance(fields[caption_key], str):
-            raise DataError(
-                f"{path} row {number}: must be an object with file_name and one of {', '.join(CAPTION_KEYS)} as text."
-            )
-        yield number, _file_name(path, number, fields), fields[caption_key]
-
-
-def _caption_key(names) -> str | None:
-    return next((key for key in CAPTION_KEYS if key in names), None)
-
-
-def _file_name(path: Path, number: int, fields: dict) -> str:
-    name = fields.get("file_name")
-    if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{path} row {number}: has no file_name: name the video, relative to {path.parent}.")
-    return name.strip()
-
-
-def _read_text(path: Path) -> str:
-    """Reads UTF-8, with or without a byte order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
+        num_bytes = path.stat().st_size
+        if num_bytes > MAX_SIDECAR_BYTES:
+            raise DataError(f"{path}: has {num_bytes / 2**20:.0f} MiB, which is no caption: write the caption there.")
+        text, encoding = read_text(path, fallback="cp1252")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+        raise DataError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    captions = [_one_line(part) for part in (text.split("\n") if split == "lines" else [text])]
+    for caption in captions:
+        _check(video, str(path), caption)
+    return [caption for caption in captions if caption], encoding
+
+
+def _row_texts(video: Path, rows: list[TableRow]) -> list[str]:
+    for row in rows:
+        if row.problem:
+            raise DataError(row.problem)
+    captions = [(row.where, _one_line(caption)) for row in rows for caption in row.captions]
+    for where, caption in captions:
+        _check(video, where, caption)
+    return [caption for _, caption in captions]
+
+
+def _check(video: Path, where: str, caption: str) -> None:
+    """Refuses a caption that T5 or the cache cannot take."""
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        raise DataError(
+            f"{video}: has a caption of {len(caption)} characters, {MAX_CAPTION_CHARACTERS} are the most, and 256 "
+            f"tokens are used: shorten it ({where})."
+        )
+    if "\0" in caption:
+        raise DataError(f"{where}: holds NUL characters, so it is no text or not UTF-8: save it as UTF-8 text.")
+    half = find_lone_surrogate(caption)
+    if half is not None:
+        raise DataError(f"{where}: holds half of a character, {half}: write the whole character.")
 
 
 def _one_line(text: str) -> str:

@@ -17,11 +17,13 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_folder
+from mochi_tune.config.schema import DataConfig
 from mochi_tune.data.cache import REPORT_NAME, CacheSettings, Row, make_row
 from mochi_tune.data.cache_writer import CacheWriter
-from mochi_tune.data_prep.captions import find_orphans, load_captions
+from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, ClipDecoder, ClipTransform, find_videos
 from mochi_tune.data_prep.encode import encode_caption, encode_frames
+from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory
@@ -30,6 +32,8 @@ from mochi_tune.weights.folder import WeightsFolder
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10
+# In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
+DATASET_FOLDER = ".dataset"
 REPORT_COLUMNS: tuple[str, ...] = (
     "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "start_seconds", "scale", "crop",
     "source_width", "source_height", "source_frames", "source_seconds", "rotation", "pixel_aspect",
@@ -74,11 +78,13 @@ def prepare(config: RunConfig) -> Prepared:
         ConfigError: The device is not there.
     """
     folder, weights = Path(config.data.videos), WeightsFolder(weights_folder(config))
+    if is_dataset(folder):
+        folder = materialise_dataset(folder, Path(config.data.cache) / DATASET_FOLDER)
     device = find_device(config.device)
     transform = ClipTransform(
         config.data.num_frames, config.data.height, config.data.width, allow_upscale=config.data.allow_upscale
     )
-    captions = _read_captions(folder, config.data.allow_empty_captions)
+    captions, bad_captions = _read_captions(folder, config.data, config.seed)
     weights.check(["encoder", "text_encoder"])
     settings = CacheSettings(
         transform={"version": TRANSFORM_VERSION, **asdict(transform)},
@@ -87,7 +93,10 @@ def prepare(config: RunConfig) -> Prepared:
         t5=weights.fingerprint("text_encoder"),
         t5_dtype=config.memory.t5_dtype,
     )
-    rows, refused = _fingerprint_videos(folder, captions, settings)
+    rows, refused = _fingerprint_videos(
+        folder, {name: caption for name, caption in captions.items() if name not in bad_captions}, settings
+    )
+    refused |= bad_captions
 
     with CacheWriter(Path(config.data.cache)) as cache:
         decoder = ClipDecoder(transform, config.data.decode_timeout_seconds)
@@ -108,14 +117,24 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(len(kept), len(refused), clips_encoded, captions_encoded, num_bytes / 2**30)
 
 
-def _read_captions(folder: Path, allow_empty: bool) -> dict[str, str]:
-    """Returns the caption of each video by its path in the folder, sorted."""
+def _read_captions(folder: Path, data: DataConfig, seed: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the caption of each video by its path in the folder, sorted, and why some cannot be used."""
     videos = find_videos(folder)
-    found = load_captions(folder, videos)
-    captions = {_relative(video, folder): found.get(video, "").strip() for video in videos}
-    empty = [name for name, caption in captions.items() if not caption]
+    names = {video: _relative(video, folder) for video in videos}
+    rules = CaptionRules(
+        data.captions, data.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
+    )
+    found = load_captions(folder, videos, rules)
+    for note in found.notes:
+        tqdm.write(note)
+    captions = {names[video]: found.texts.get(video, ("",))[0] for video in videos}
+    refused = {names[video]: reason for video, reason in found.refused.items()}
+    if refused:
+        # Told before hours of encoding, and again with the others at the end.
+        tqdm.write(f"{len(refused)} clips will be refused for their captions: {_listed(list(refused.values()))}")
+    empty = [name for name, caption in captions.items() if not caption and name not in refused]
     orphans = find_orphans(folder, videos)
-    if empty and not allow_empty:
+    if empty and not data.allow_empty_captions:
         # A typo in a file's name is the usual cause; both names together make it visible.
         typos = f"; without a video there are the captions {_listed(orphans)}" if orphans else ""
         raise DataError(
@@ -124,7 +143,7 @@ def _read_captions(folder: Path, allow_empty: bool) -> dict[str, str]:
         )
     if orphans:
         tqdm.write(f"captions without a video of that name, not used: {_listed(orphans)}")
-    return captions
+    return captions, refused
 
 
 def _relative(video: Path, folder: Path) -> str:

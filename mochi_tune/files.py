@@ -1,10 +1,12 @@
-"""Files: complete or not there (temporary name, then rename), synced, hashed; JSON and safetensors."""
+"""Files: complete or not there (temporary name, then rename), synced, hashed; text, JSON and safetensors."""
 
+import codecs
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
 # The full-size models and adapters need a twentieth of it.
 MAX_HEADER_BYTES = 4 * 2**20
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def write_atomic(path: Path, content: bytes, durable: bool = False) -> None:
@@ -113,6 +120,47 @@ def file_sha256(path: Path) -> str:
     """Returns the hex sha256 of a file's bytes, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: Path, fallback: str | None = None) -> tuple[str, str]:
+    """Reads a text that is UTF-8 or, where its byte order mark says so, UTF-16.
+
+    Args:
+        path: the file.
+        fallback: a one-byte encoding for a text that is not UTF-8. It is taken only where no control characters come
+            out, which a picture or an archive would give.
+
+    Returns:
+        The text without its byte order mark and with "\\n" at the end of each line, and the encoding.
+
+    Raises:
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is in none of these encodings.
+    """
+    content = path.read_bytes()
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        decoded = _decode_printable(content, fallback) if fallback and encoding == "utf-8" else None
+        if fallback is None or decoded is None:
+            raise
+        text, encoding = decoded, fallback
+    return text.replace("\r\n", "\n").replace("\r", "\n"), encoding
+
+
+def find_lone_surrogate(text: str) -> str | None:
+    """Returns the first half of a character in a text, escaped, or None; JSON can hold it, and no encoding can."""
+    return next((f"\\u{ord(c):04x}" for c in text if "\ud800" <= c <= "\udfff"), None)
+
+
+def _decode_printable(content: bytes, encoding: str) -> str | None:
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+    is_printable = all(unicodedata.category(c) != "Cc" or c in "\t\n\r\f" for c in set(text))
+    return text if is_printable else None
 
 
 def read_json(path: Path, error: type[MochiTuneError] = CheckpointError) -> dict[str, Any]:

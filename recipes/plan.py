@@ -13,6 +13,7 @@ from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig, sample_size
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data_prep.clips import find_videos
+from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
@@ -279,6 +280,8 @@ def count_clips(config: RunConfig) -> tuple[int, str]:
     if (cache / "data").exists():
         found = open_cache(cache, num_frames=data.num_frames, height=data.height, width=data.width)
         return len(found), f"{len(found)} in {cache}, each {size}"
+    if is_dataset(Path(data.videos)):
+        return 0, f"in the dataset {data.videos}, not prepared yet, each {size}"
     if Path(data.videos).is_dir():
         count = len(find_videos(Path(data.videos)))
         return count, f"{count} videos in {data.videos}, not prepared yet, each {size}"

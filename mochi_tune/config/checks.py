@@ -19,6 +19,11 @@ def check_config(config: RunConfig) -> None:
     share_of_buckets(config.data)
     check_geometry(*sample_size(config.sample, config.data))
     _check_unused(config)
+    if config.data.caption_variants > 1 and config.data.tag_dropout == 0:
+        raise ConfigError(
+            f"data.caption_variants={config.data.caption_variants} does nothing with data.tag_dropout=0: set "
+            "data.tag_dropout above 0, or leave it out."
+        )
     _check_optimizer(config.train, config.parallel, config.lora)
     _check_precision(config)
     if config.lora.dora and config.parallel.strategy == "zero3":

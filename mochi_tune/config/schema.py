@@ -128,7 +128,9 @@ class DataConfig(Section):
 
     RESUME = "free"
 
-    videos: Name = setting("videos", "folder: NAME.mp4 with NAME.txt beside it, or a metadata.csv or metadata.jsonl")
+    videos: Name = setting(
+        "videos", "folder: NAME.mp4 with NAME.txt beside it, or with a table; or a dataset of Hugging Face on disk"
+    )
     sources: list[SourceConfig] = setting(
         [],
         "several folders in the place of data.videos: [{folder: cats, repeats: 2}, {folder: dogs}]; each may set "
@@ -163,8 +165,16 @@ class DataConfig(Section):
     preview: Text | None = setting(
         None, "folder for what `prepare` cuts, frame for frame as the VAE gets it, as lossless .mkv; null: none"
     )
-    caption_prefix: Text = setting("", "put before each caption")
     allow_empty_captions: bool = setting(False, "true: a clip without a caption is trained with the empty prompt")
+    captions: Literal["one", "lines"] = setting(
+        "one", "what a .txt file beside a clip holds: one caption, or lines that are each a caption of the clip"
+    )
+    caption_prefix: Text = setting("", "text before each caption that is not empty, such as a trigger word")
+    caption_suffix: Text = setting("", "text after each caption that is not empty")
+    tag_dropout: Share = setting(
+        0.0, "share of the comma-separated tags of a caption, all but the first one, that is left out at random"
+    )
+    caption_variants: Count = setting(1, "times that tags are drawn for each caption; needs data.tag_dropout above 0")
     allow_upscale: bool = setting(False, "true: clips smaller than the target are enlarged; the LoRA learns their blur")
     decode_timeout_seconds: Positive = setting(120.0, "seconds; a clip that takes longer to decode is refused")
     damaged: Literal["strict", "quarantine"] = setting(

@@ -11,6 +11,7 @@ from typing import Any
 from mochi_tune.config.load import change_sample
 from mochi_tune.config.schema import SEED_LIMIT, DataConfig, SampleConfig, sample_size
 from mochi_tune.errors import ConfigError
+from mochi_tune.files import find_lone_surrogate, read_text
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
 from mochi_tune.sampling.sampler import PRESETS, SamplerSettings
 
@@ -140,14 +141,17 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"sample.prompts={path} is no .txt or .jsonl file: write one prompt, or one object, a line.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text, _ = read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"sample.prompts={path} does not exist: name a .txt or .jsonl file.") from None
     except IsADirectoryError:
         raise ConfigError(f"sample.prompts={path} is a folder: name a .txt or .jsonl file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"sample.prompts={path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from None
-    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    except OSError as error:
+        raise ConfigError(f"sample.prompts={path} cannot be read ({error.strerror}).") from None
+    # Not splitlines(), which also breaks at characters that JSON allows inside a string.
+    rows = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not rows:
         raise ConfigError(f"sample.prompts={path} has no prompts: write one a line.")
     for number, line in rows:
@@ -160,6 +164,11 @@ def _read_object(where: str, line: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}not JSON ({error.msg} at column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}not JSON that can be read ({error}).") from None
+    half = find_lone_surrogate(json.dumps(row, ensure_ascii=False))
+    if half is not None:
+        raise ConfigError(f"{where}it holds half of a character, {half}: write the whole character.")
     if not isinstance(row, dict):
         raise ConfigError(f'{where}{line[:40]} is no object: write {{"prompt": "a teacup shatters"}}.')
     if not str(row.get("prompt", "")).strip():

@@ -180,6 +180,12 @@ def test_several_adapters_are_a_list():
             "which finds the rate itself and takes this as a factor on it: use train.learning_rate=1.",
         ),
         ("train.optimizer=schedule_free", "use train.schedule=constant."),
+        (
+            "data.caption_variants=3",
+            "data.caption_variants=3 does nothing with data.tag_dropout=0: set data.tag_dropout",
+        ),
+        ("data.captions=all", "data.captions=all is not possible: use one or lines."),
+        ("data.tag_dropout=1", "data.tag_dropout=1.0 is not possible: it must be from 0 to below 1"),
         ("model=mochi", "model=mochi does not exist: use one of mochi_1, tiny, toy."),
         ("data.num_frames=40", "num_frames=40 does not fit the VAE, which takes 6k+1: use 37 or 43."),
         ("sample.width=100", "width=100 does not fit the model, which takes multiples of 16 pixels: use 96 or 112."),

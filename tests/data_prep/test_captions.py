@@ -1,11 +1,12 @@
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-from mochi_tune.data_prep.captions import find_orphans, load_captions
+from mochi_tune.data_prep.captions import CaptionRules, Captions, apply_rules, drop_tags, find_orphans, load_captions
 from mochi_tune.errors import DataError
+
+RULES = CaptionRules()
 
 
 @pytest.fixture
@@ -20,12 +21,12 @@ def _write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def _error(folder: Path, videos: list[Path]) -> str:
-    with pytest.raises(DataError) as info:
-        load_captions(folder, videos)
-    message = str(info.value)
-    assert "\n" not in message
-    return message
+def _refusal(found: Captions, video: Path) -> str:
+    """The reason for one refused video, on one line that a report can hold."""
+    assert found.refused.keys() == {video} and video not in found.texts
+    found.refused[video].encode()
+    assert "\n" not in found.refused[video] and "\0" not in found.refused[video]
+    return found.refused[video]
 
 
 def test_sidecars_are_stripped_and_joined_to_one_line(tmp_path, videos):
@@ -33,92 +34,153 @@ def test_sidecars_are_stripped_and_joined_to_one_line(tmp_path, videos):
     _write(videos[1].with_name("b.take2.txt"), "\ufeffein Käse")
     _write(videos[2].with_name("c.txt"), "deep  down")
     _write(tmp_path / "notes.txt", "not a caption")
-    assert load_captions(tmp_path, videos) == {
-        videos[0]: "a cat on a mat",
-        videos[1]: "ein Käse",
-        videos[2]: "deep  down",
-    }
+    assert load_captions(tmp_path, videos, RULES) == Captions(
+        {videos[0]: ("a cat on a mat",), videos[1]: ("ein Käse",), videos[2]: ("deep  down",)}, {}, ()
+    )
+
+
+@pytest.mark.parametrize("name", ["a.TXT", "a.Txt", "a.caption", "a.CAPTION"])
+def test_the_case_of_a_sidecars_suffix_is_ignored(tmp_path, videos, name):
+    _write(tmp_path / name, "a cat")
+    assert load_captions(tmp_path, videos, RULES).texts == {videos[0]: ("a cat",)}
+    assert find_orphans(tmp_path, videos) == []
+
+
+def test_of_several_sidecars_txt_in_lower_case_counts(tmp_path, videos):
+    for name in ("a.caption", "a.TXT", "a.txt"):
+        _write(tmp_path / name, name)
+        assert load_captions(tmp_path, videos, RULES).texts == {videos[0]: (name,)}
 
 
 def test_orphans_are_the_text_files_that_no_video_reads(tmp_path, videos):
-    for name in ("a.txt", "b.take2.txt", "sub/c.txt", ".hidden.txt", "metadata.csv"):
+    for name in ("a.txt", "b.take2.txt", "sub/c.txt", ".hidden.txt", "metadata.csv", "videos.txt", "prompts.txt"):
         _write(tmp_path / name, "words")
     assert find_orphans(tmp_path, videos) == []
-    for name in ("sub/a.txt", "b.txt", "b.TXT", "A.txt"):
+    for name in ("sub/a.txt", "b.txt", "b.TXT", "A.txt", "z.caption", "sub/videos.txt"):
         _write(tmp_path / name, "words")
     _write(Path(os.fsdecode(bytes(tmp_path) + b"/c\xe4.txt")), "words")
-    assert find_orphans(tmp_path, videos) == ["A.txt", "b.TXT", "b.txt", "c\\udce4.txt", "sub/a.txt"]
+    expected = ["A.txt", "b.TXT", "b.txt", "c\\udce4.txt", "sub/a.txt", "sub/videos.txt", "z.caption"]
+    assert find_orphans(tmp_path, videos) == expected
 
 
 def test_an_empty_caption_counts_as_absent(tmp_path, videos):
     _write(videos[0].with_name("a.txt"), " \n\n")
     _write(tmp_path / "metadata.csv", "file_name,caption\nb.take2.mov,  \n")
-    assert load_captions(tmp_path, videos) == {}
+    rules = CaptionRules(prefix="nothing to put this before")
+    assert load_captions(tmp_path, videos, rules) == Captions({}, {}, ())
 
 
-@pytest.mark.parametrize("key", ["caption", "text", "prompt"])
-def test_metadata_csv_names_videos_relative_to_the_folder(tmp_path, videos, key):
-    rows = f'length,{key},file_name\n3,"a cat, ""asleep""\non a mat",a.mp4\n\n4,ein Käse,sub/c.mkv\n'
-    _write(tmp_path / "metadata.csv", "\ufeff" + rows)
-    assert load_captions(tmp_path, videos) == {videos[0]: 'a cat, "asleep" on a mat', videos[2]: "ein Käse"}
-
-
-@pytest.mark.parametrize("key", ["caption", "text", "prompt"])
-def test_metadata_jsonl_names_videos_relative_to_the_folder(tmp_path, videos, key):
-    rows = [{"file_name": "a.mp4", key: "a cat\u2028asleep"}, {"file_name": "sub/c.mkv", key: "Käse", "fps": 3}]
-    _write(tmp_path / "metadata.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
-    assert load_captions(tmp_path, videos) == {videos[0]: "a cat asleep", videos[2]: "Käse"}
-
-
-def test_caption_comes_before_text_and_prompt(tmp_path, videos):
-    _write(tmp_path / "metadata.csv", "file_name,prompt,text,caption\na.mp4,1,2,3\n")
-    assert load_captions(tmp_path, videos) == {videos[0]: "3"}
-
-
-def test_a_sidecar_wins_over_metadata_unless_it_is_empty(tmp_path, videos):
-    _write(tmp_path / "metadata.csv", "file_name,text\na.mp4,from the table\nb.take2.mov,also\n")
+def test_a_sidecar_wins_over_a_table_unless_it_is_empty(tmp_path, videos):
+    _write(tmp_path / "metadata.csv", "file_name,text\na.mp4,from the table\nb.take2.mov,also\nsub/c.mkv,nul\0\n")
     _write(tmp_path / "a.txt", "from the sidecar")
     _write(tmp_path / "b.take2.txt", "")
-    assert load_captions(tmp_path, videos) == {videos[0]: "from the sidecar", videos[1]: "also"}
+    _write(tmp_path / "sub" / "c.txt", "whatever the table says")
+    found = load_captions(tmp_path, videos, RULES)
+    assert list(found.texts.values()) == [("from the sidecar",), ("also",), ("whatever the table says",)]
+    assert not found.refused
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_sidecar_is_read_in_the_encoding_it_is_in(tmp_path, videos, encoding):
+    _write(tmp_path / "a.txt", "Käse – “good”\r\nor not".encode(encoding))
+    found = load_captions(tmp_path, videos, RULES)
+    assert found.texts == {videos[0]: ("Käse – “good” or not",)} and not found.refused
+    assert found.notes == (
+        ("captions that are not UTF-8, read as cp1252; save them as UTF-8 if letters are wrong: a.txt",)
+        if encoding == "cp1252"
+        else ()
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("content", "words"),
     [
-        ("metadata.csv", "file_name,text\na.mp4,x\nz.mp4,y\n", ["row 3", "z.mp4", "not among the videos"]),
-        ("metadata.csv", "file_name,text\na.mp4,x\na.mp4,y\n", ["row 3", "a.mp4", "already"]),
-        ("metadata.csv", "file_name,text\na.mp4,x,y\n", ["row 2", "3 fields", "header has 2"]),
-        ("metadata.csv", "file_name,text\na.mp4\n", ["row 2", "1 fields", "header has 2"]),
-        ("metadata.csv", 'file_name,text\na.mp4,"x" y\n', ["row 2", "not CSV"]),
-        ("metadata.csv", "file_name,text\n ,x\n", ["row 2", "no file_name"]),
-        ("metadata.csv", "file,text\na.mp4,x\n", ["file, text", "file_name"]),
-        ("metadata.csv", "file_name,words\na.mp4,x\n", ["file_name, words", "caption, text, prompt"]),
-        ("metadata.csv", "file_name,text,text\na.mp4,x,y\n", ["file_name, text, text", "once"]),
-        ("metadata.csv", "", ["none", "file_name"]),
-        ("metadata.csv", b"file_name,text\na.mp4,K\xe4se\n", ["not UTF-8", "byte 22"]),
-        ("metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}\n{"file_name": ', ["row 2", "not JSON"]),
-        ("metadata.jsonl", '["a.mp4", "x"]', ["row 1", "object"]),
-        ("metadata.jsonl", '{"file_name": "a.mp4", "words": "x"}', ["row 1", "caption, text, prompt"]),
-        ("metadata.jsonl", '{"file_name": "a.mp4", "text": 3}', ["row 1", "as text"]),
-        ("metadata.jsonl", '{"text": "x"}', ["row 1", "no file_name"]),
-        ("metadata.jsonl", '{"file_name": "z.mp4", "text": "x"}', ["row 1", "z.mp4"]),
-        ("metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}\n' * 2, ["row 2", "a.mp4", "already"]),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["is not UTF-8 (byte 0)"]),
+        (b"K\xe4se \x02", ["is not UTF-8 (byte 1)"]),
+        (b"a \x81 cat", ["is not UTF-8 (byte 2)"]),
+        (b"\xff\xfea", ["is not UTF-8 (byte 2)"]),
+        ("a\0nul", ["holds NUL characters"]),
+        ("Käse".encode("utf-16-le"), ["is not UTF-8"]),
+        ("cheese".encode("utf-16-be"), ["holds NUL characters"]),
+        ("word " * 10_001, ["a.mp4: has a caption of 50004 characters, 50000 are the most"]),
     ],
 )
-def test_a_bad_metadata_file_is_an_error_that_names_the_row(tmp_path, videos, name, content, words):
-    path = _write(tmp_path / name, content)
-    message = _error(tmp_path, videos)
-    assert message.startswith(str(path))
-    for word in words:
-        assert word in message
+def test_a_sidecar_that_is_no_caption_refuses_its_clip_alone(tmp_path, videos, content, words):
+    path = _write(tmp_path / "a.txt", content)
+    _write(tmp_path / "b.take2.txt", "fine")
+    found = load_captions(tmp_path, videos, RULES)
+    reason = _refusal(found, videos[0])
+    assert str(path) in reason and all(word in reason for word in words)
+    assert found.texts == {videos[1]: ("fine",)}
 
 
-def test_a_sidecar_that_is_not_utf8_is_an_error_that_names_it(tmp_path, videos):
-    path = _write(tmp_path / "a.txt", b"K\xe4se")
-    assert _error(tmp_path, videos).startswith(f"{path}: is not UTF-8 (byte 1)")
+def test_a_huge_sidecar_is_not_read(tmp_path, videos):
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(2**40)
+    assert "has 1048576 MiB, which is no caption" in _refusal(load_captions(tmp_path, videos, RULES), videos[0])
 
 
-def test_two_metadata_files_are_an_error(tmp_path, videos):
-    _write(tmp_path / "metadata.csv", "file_name,text\na.mp4,x\n")
-    _write(tmp_path / "metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}')
-    assert "metadata.csv and metadata.jsonl" in _error(tmp_path, videos)
+def test_a_sidecar_that_cannot_be_read_refuses_its_clip_alone(tmp_path, videos, monkeypatch):
+    _write(tmp_path / "a.txt", "x")
+
+    def fail(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert "cannot be read (Permission denied)" in _refusal(load_captions(tmp_path, videos, RULES), videos[0])
+
+
+def test_each_line_of_a_sidecar_may_be_a_caption(tmp_path, videos):
+    _write(tmp_path / "a.txt", "a cat\r\n\n the cat \r\na cat\nthird\u2028line")
+    _write(tmp_path / "metadata.csv", 'file_name,text\nb.take2.mov,"two\nlines"\n')
+    found = load_captions(tmp_path, videos, CaptionRules(split="lines"))
+    assert found.texts == {videos[0]: ("a cat", "the cat", "third line"), videos[1]: ("two lines",)}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "expected"),
+    [
+        ("sks", "", "sks a cat"),
+        ("sks, ", ", film", "sks, a cat, film"),
+        ("In sks style:\n", "film", "In sks style: a cat film"),
+        ("", " film ", "a cat film"),
+    ],
+)
+def test_prefix_and_suffix_are_joined_with_a_space(prefix, suffix, expected):
+    assert apply_rules(["a cat", ""], CaptionRules(prefix=prefix, suffix=suffix), "a.mp4") == (expected,)
+
+
+def test_tags_are_left_out_with_their_probability_and_the_first_is_kept():
+    tags = [f"tag{number}" for number in range(400)]
+    kept = drop_tags(", ".join(tags), 0.25, "key").split(", ")
+    assert kept[0] == "tag0" and kept == [tag for tag in tags if tag in set(kept)]
+    assert 270 < len(kept) < 330
+    assert drop_tags("a ,b,, c", 0.0, "key") == "a ,b,, c"
+    assert all(drop_tags("a, b, c", 0.999999, str(number)) == "a" for number in range(20))
+
+
+def test_the_draw_of_tags_is_the_same_everywhere_and_keyed():
+    # What sha256 gives: another value would encode the captions of every cache again.
+    assert drop_tags("a, b, c, d, e, f, g, h, i, j, k, l", 0.5, "0\0b.mp4\x000\x000") == "a, b, e, f, i, j, k, l"
+    text = ", ".join("abcdefghijklmnopqrstuvwxyz")
+    rules = CaptionRules(tag_dropout=0.5)
+    base = apply_rules([text], rules, "a.mp4")
+    assert base == apply_rules([text], rules, "a.mp4")
+    assert base != apply_rules([text], rules, "b.mp4")
+    assert base != apply_rules([text], CaptionRules(tag_dropout=0.5, seed=1), "a.mp4")
+    assert base == apply_rules([text, "x"], rules, "a.mp4")[:1]
+    assert len(apply_rules([text, f"{text}!"], rules, "a.mp4")) == 2
+
+
+def test_variants_are_distinct_and_the_prefix_is_never_left_out():
+    rules = CaptionRules(tag_dropout=0.5, variants=50, prefix="sks, ", suffix=", film")
+    found = apply_rules(["a, b, c"], rules, "a.mp4")
+    assert set(found) == {f"sks, {tags}, film" for tags in ("a", "a, b", "a, c", "a, b, c")} and len(found) == 4
+    assert apply_rules(["one sentence"], rules, "a.mp4") == ("sks, one sentence, film",)
+
+
+def test_a_broken_table_ends_the_run_even_where_a_sidecar_wins(tmp_path, videos):
+    _write(tmp_path / "a.txt", "fine")
+    _write(tmp_path / "metadata.jsonl", "{")
+    with pytest.raises(DataError, match="row 1: is not JSON"):
+        load_captions(tmp_path, videos, RULES)

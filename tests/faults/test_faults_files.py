@@ -13,7 +13,7 @@ from helpers_road import LORA, road, train
 
 from mochi_tune import assets
 from mochi_tune.config.load import load_config
-from mochi_tune.data_prep.captions import load_captions
+from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.training.checkpoint import damage_of, manifest_of
@@ -112,8 +112,8 @@ def test_a_metadata_row_does_not_lead_out_of_the_folder(tmp_path, name):
     folder.mkdir()
     (tmp_path / "outside.mp4").touch()
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
-    with pytest.raises(DataError, match="is not among the videos"):
-        load_captions(folder, [folder / "a.mp4"])
+    with pytest.raises(DataError, match="none of its 1 rows names a video"):
+        load_captions(folder, [folder / "a.mp4"], CaptionRules())
 
 
 DEFAULTS = "defaults: [base, {override model: tiny}, _self_]\n"

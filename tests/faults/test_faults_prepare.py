@@ -194,7 +194,6 @@ def test_names_and_captions_of_every_kind_come_out_as_they_went_in(tmp_path):
         "x" * 251,
     ]
     captions = {f"{stem}.mp4": f"about number {number}" for number, stem in enumerate(stems)}
-    captions[f"{'x' * 251}.mp4"] = "a\0nul"
     captions["with space.mp4"] = "\ufeffwith a mark of byte order"
     captions["-rf.mp4"] = "so many words " * 3000
     source = add_clip(tmp_path, "source.mp4", None)
@@ -211,7 +210,14 @@ def test_names_and_captions_of_every_kind_come_out_as_they_went_in(tmp_path):
     assert len(found) == 13 and all(report[name]["status"] == "kept" for name in expected)
     assert len(found.read([row.path for row in found.rows].index("-rf.mp4"))["prompt_embeds"]) == 256
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
-    # One of ten million characters is refused before any weight is read, in a second.
+    # One of ten million characters, one with NUL and one that is no text cost their own clips alone.
     (folder / "twin.txt").write_text("so many words " * (10 * 2**20 // 14))
-    again, before = prepare(folder, cache, log="again"), tree(cache)
-    assert "twin.mp4: has a caption of 10485" in again.refusal and tree(cache) == before
+    (folder / "Twin.txt").write_text("a\0nul")
+    (folder / "-rf.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    again = prepare(folder, cache, log="again")
+    assert again.wait() == 1 and "10 clips kept, 3 refused; encoded now: 0 clips and 0 captions" in again.out
+    assert len(open_cache(cache, **GEOMETRY)) == 10
+    reasons = {name: row["reason"] for name, row in report_of(cache).items() if row["status"] == "refused"}
+    assert reasons.keys() == {"twin.mp4", "Twin.mp4", "-rf.mp4"}
+    assert "twin.mp4: has a caption of 10485" in reasons["twin.mp4"] and "holds NUL" in reasons["Twin.mp4"]
+    assert "is not UTF-8 (byte 0)" in reasons["-rf.mp4"]

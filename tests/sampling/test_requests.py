@@ -41,6 +41,9 @@ def test_a_row_has_settings_of_its_own(tmp_path):
     ("row", "said"),
     [
         ("{", r"row 2: not JSON"),
+        ("[" * 100_000, r"row 2: not JSON that can be read"),
+        ('{"prompt": "a cat \\ud83d"}', r"row 2: it holds half of a character, \\ud83d: write the whole character"),
+        ('{"prompt": "a", "\\ud83d": 1}', r"row 2: it holds half of a character"),
         ({"seed": 1}, r"row 2: it has no prompt"),
         ({"prompt": "a", "colour": 1}, r"row 2: colour is not a key of a row, which are prompt, negative_prompt, seed"),
         ({"prompt": "a", "steps": "4"}, r'row 2: steps="4" does not fit: it takes a whole number'),
@@ -70,9 +73,22 @@ def test_files_that_cannot_be_are_refused(tmp_path):
         requests_of(tmp_path, "sample.prompt=a", "sample.seeds=[1,2]", f"sample.out={tmp_path / 'x.mp4'}")
 
 
-def test_a_mark_of_byte_order_is_no_part_of_a_prompt(tmp_path):
-    (tmp_path / "p.txt").write_text("a cat\n", encoding="utf-8-sig")
-    assert [r.prompt for r in requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")] == ["a cat"]
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_mark_of_byte_order_is_no_part_of_a_prompt(tmp_path, encoding):
+    (tmp_path / "p.txt").write_text("a cat\r\nKäse\r\n", encoding=encoding)
+    assert [r.prompt for r in requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")] == ["a cat", "Käse"]
+
+
+def test_a_prompt_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("Käse", encoding="cp1252")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_a_character_that_json_allows_in_a_string_ends_no_row(tmp_path, character):
+    file = rows(tmp_path, f'{{"prompt": "a{character}cat"}}', {"prompt": "b"})
+    assert [r.prompt for r in requests_of(tmp_path, file)] == [f"a{character}cat", "b"]
 
 
 def test_a_rows_preset_stands_in_the_place_of_the_commands_schedule(tmp_path):

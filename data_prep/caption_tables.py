@@ -1,0 +1,291 @@
+"""Reads tables that give videos their captions: metadata.csv and its kind, or videos.txt with prompts.txt.
+
+A table's names are only compared with the videos that are known; no file is opened by them.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mochi_tune.errors import DataError
+from mochi_tune.files import read_text
+
+# By these names tables come from Hugging Face folders, finetrainers, DiffSynth, LTX-Video-Trainer and FastVideo.
+TABLE_STEMS = ("metadata", "captions", "dataset", "videos2caption")
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+# What people call the two columns; the first one that is there counts.
+FILE_KEYS = ("file_name", "video", "path", "media_path", "video_path", "file")
+CAPTION_KEYS = ("caption", "text", "prompt", "captions", "cap")
+# Two lists of the same length, as finetrainers and the CogVideoX scripts read them.
+VIDEO_LISTS = ("videos.txt", "video.txt")
+CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
+DELIMITERS = (",", ";", "\t")
+# A line names this many videos and counts the rest.
+MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row: where it stands, for errors; the video that it names; its captions, or what is wrong with them."""
+
+    where: str
+    file_name: str
+    captions: tuple[str, ...]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TableCaptions:
+    """The rows of each video, in order, and lines for the user."""
+
+    rows: dict[Path, list[TableRow]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
+    """Reads all tables in `folder` and below it.
+
+    Raises:
+        DataError: a folder has two tables; a table is malformed, or none of its rows names one of `videos`.
+    """
+    found = TableCaptions()
+    names = _VideoNames(folder, videos)
+    tables = _find_tables(folder)
+    for table in sorted(set(tables) | set(lists := find_lists(folder))):
+        if table in tables:
+            path = tables[table]
+            rows, encoding = _read_table(path)
+        else:
+            path = lists[table][0]
+            rows, encoding = _read_lists(*lists[table])
+        if encoding == "cp1252":
+            found.notes.append(f"{path}: is not UTF-8 and was read as cp1252; save it as UTF-8 if letters are wrong")
+        unknown = []
+        for row, video in zip(rows, names.find(path, [row.file_name for row in rows]), strict=True):
+            if video is None:
+                unknown.append(row)
+            else:
+                found.rows.setdefault(video, []).append(row)
+        if rows and len(unknown) == len(rows):
+            where, example = rows[0].where.removeprefix(f"{path} "), os.path.relpath(videos[0], path.parent)
+            raise DataError(
+                f"{path}: none of its {len(rows)} rows names a video in {folder}: {where} names "
+                f"{printable(rows[0].file_name)}, a video is {printable(example)}: write the names relative to "
+                f"{path.parent}."
+            )
+        if unknown:
+            found.notes.append(f"{path}: {_count_unknown(unknown)}")
+    return found
+
+
+def find_lists(folder: Path) -> dict[Path, tuple[Path, Path]]:
+    """Finds, in `folder` and below it, the folders with a list of videos and one of captions."""
+    lists = {}
+    for parent, names in _text_names(folder, (".txt",)).items():
+        pair = [next((names[name] for name in known if name in names), None) for known in (VIDEO_LISTS, CAPTION_LISTS)]
+        if pair[0] is not None and pair[1] is not None:
+            lists[parent] = (pair[0], pair[1])
+    return lists
+
+
+def printable(text: str) -> str:
+    """Returns a text for an error: on one line, and without what a terminal or a file refuses."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:200])
+
+
+def _text_names(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, dict[str, Path]]:
+    """Returns the files with one of the suffixes, by folder and lower-case name."""
+    found: dict[Path, dict[str, Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in suffixes and path.is_file():
+            found.setdefault(path.parent, {}).setdefault(path.name.lower(), path)
+    return found
+
+
+def _find_tables(folder: Path) -> dict[Path, Path]:
+    tables = {}
+    for parent, names in _text_names(folder, TABLE_SUFFIXES).items():
+        paths = [path for name, path in names.items() if name.rpartition(".")[0] in TABLE_STEMS]
+        if len(paths) > 1:
+            raise DataError(f"{parent} holds {' and '.join(path.name for path in paths)}: keep one of them.")
+        if paths:
+            tables[parent] = paths[0]
+    return tables
+
+
+class _VideoNames:
+    """Finds the video that a row means."""
+
+    def __init__(self, folder: Path, videos: list[Path]) -> None:
+        self._folder = folder
+        self._videos = {}
+        real = folder.resolve()
+        for video in videos:
+            self._videos[os.path.abspath(video)] = video
+            self._videos[os.path.abspath(real / video.relative_to(folder))] = video
+
+    def find(self, table: Path, names: list[str]) -> list[Path | None]:
+        """Returns the video of each name; all names of a table are relative to one folder.
+
+        That is the table's own folder, unless no name fits there: then the one above it ("videos/a.mp4" in
+        videos/metadata.csv), the folder of all videos, the working folder, or videos/ beside the table.
+        """
+        own = Path(os.path.abspath(table)).parent
+        for base in (own, own.parent, self._folder, Path.cwd(), own / "videos"):
+            found = [self._lookup(base, name) for name in names]
+            if any(found):
+                return found
+        return [None] * len(names)
+
+    def _lookup(self, base: Path, name: str) -> Path | None:
+        if "\0" in name:
+            return None
+        # The second is a path of Windows.
+        paths = (os.path.abspath(os.path.join(base, spelling)) for spelling in (name, name.replace("\\", "/")))
+        return next((self._videos[path] for path in paths if path in self._videos), None)
+
+
+def _count_unknown(rows: list[TableRow]) -> str:
+    names = list(dict.fromkeys(printable(row.file_name) for row in rows))
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    number = "1 row names a video that is" if len(rows) == 1 else f"{len(rows)} rows name videos that are"
+    return f"{number} not there: {', '.join(names[:MAX_NAMED])}{more}"
+
+
+def _read_table(path: Path) -> tuple[list[TableRow], str]:
+    text, encoding = _read(path)
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        rows = (_object_row(path, number, fields) for number, fields in _json_lines(path, text))
+    elif suffix == ".json":
+        rows = (_object_row(path, number, fields) for number, fields in enumerate(_json_list(path, text), start=1))
+    else:
+        rows = _csv_rows(path, text, DELIMITERS if suffix == ".csv" else ("\t",))
+    return list(rows), encoding
+
+
+def _read(path: Path) -> tuple[str, str]:
+    try:
+        return read_text(path, fallback="cp1252")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def _read_lists(video_list: Path, caption_list: Path) -> tuple[list[TableRow], str]:
+    encodings, lines = [], []
+    for path in (video_list, caption_list):
+        text, encoding = _read(path)
+        encodings.append(encoding)
+        lines.append([line.strip() for line in text.removesuffix("\n").split("\n")])
+    names, captions = lines
+    # Blank lines at the end of either file are no rows.
+    while len(captions) > len(names) and not captions[-1]:
+        captions.pop()
+    while len(names) > len(captions) and not names[-1]:
+        names.pop()
+    if len(names) != len(captions):
+        raise DataError(
+            f"{video_list} has {len(names)} lines and {caption_list.name} has {len(captions)}: write one video, and "
+            "one caption, a line."
+        )
+    rows = [
+        TableRow(f"{video_list} row {number}", name, (caption,))
+        for number, (name, caption) in enumerate(zip(names, captions, strict=True), start=1)
+        if name or caption
+    ]
+    for row in rows:
+        if not row.file_name:
+            raise DataError(f"{row.where}: is blank, and {caption_list.name} has a caption there: name the video.")
+    return rows, "cp1252" if "cp1252" in encodings else "utf-8"
+
+
+def _csv_rows(path: Path, text: str, delimiters: tuple[str, ...]) -> Iterator[TableRow]:
+    """Yields the rows of a CSV; a row is numbered by its last line, and the header is row 1."""
+    reader = csv.reader(io.StringIO(text), strict=True, delimiter=_sniff_delimiter(text, delimiters))
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        file_key, caption_key = _first_of(FILE_KEYS, header), _first_of(CAPTION_KEYS, header)
+        if file_key is None or caption_key is None or len(set(header)) < len(header):
+            raise DataError(
+                f"{path}: its columns are {printable(', '.join(header)) or 'none'}, each to be named once: one of "
+                f"{', '.join(FILE_KEYS)} and one of {', '.join(CAPTION_KEYS)} are needed."
+            )
+        for row in reader:
+            if not any(value.strip() for value in row):
+                continue
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path} row {reader.line_num}: has {len(row)} fields where the header has {len(header)}: "
+                    'put a caption that holds the separator into "double quotes".'
+                )
+            fields = dict(zip(header, row, strict=True))
+            where = f"{path} row {reader.line_num}"
+            yield TableRow(where, _file_name(path, where, fields[file_key]), (fields[caption_key],))
+    except csv.Error as error:
+        raise DataError(f"{path} row {reader.line_num}: is not CSV ({error}): correct the row.") from None
+
+
+def _sniff_delimiter(text: str, delimiters: tuple[str, ...]) -> str:
+    """Returns the separator that gives the header both columns, else the one that occurs most in it."""
+    line = text.partition("\n")[0]
+    for delimiter in delimiters:
+        names = [name.strip(' "').lower() for name in line.split(delimiter)]
+        if _first_of(FILE_KEYS, names) and _first_of(CAPTION_KEYS, names):
+            return delimiter
+    return max(delimiters, key=line.count)
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    # Not splitlines(), which also breaks at characters that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path} row {number}: is not JSON ({error}): write one object a line.") from None
+
+
+def _json_list(path: Path, text: str) -> list[Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({error}): correct it.") from None
+    if not isinstance(value, list):
+        raise DataError(
+            f"{path}: is no list of objects, each with one of {', '.join(FILE_KEYS)} and one of "
+            f"{', '.join(CAPTION_KEYS)}: write it so, or give the file another name."
+        )
+    return value
+
+
+def _object_row(path: Path, number: int, fields: Any) -> TableRow:
+    where = f"{path} row {number}"
+    fields = {key.lower(): value for key, value in fields.items()} if isinstance(fields, dict) else {}
+    file_key, caption_key = _first_of(FILE_KEYS, fields), _first_of(CAPTION_KEYS, fields)
+    name = _file_name(path, where, fields.get(file_key) if file_key else None)
+    if caption_key is None:
+        return TableRow(where, name, (), f"{where}: has none of {', '.join(CAPTION_KEYS)}: write the caption there.")
+    value = fields[caption_key]
+    captions = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(caption, str) for caption in captions):
+        return TableRow(where, name, (), f"{where}: {caption_key} must be a text, or a list of texts.")
+    return TableRow(where, name, tuple(captions))
+
+
+def _file_name(path: Path, where: str, name: Any) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(
+            f"{where}: names no video: write its name, relative to {path.parent}, as one of {', '.join(FILE_KEYS)}."
+        )
+    return name.strip()
+
+
+def _first_of(keys: Iterable[str], names: Iterable[str]) -> str | None:
+    return next((key for key in keys if key in names), None)

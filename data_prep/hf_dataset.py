@@ -1,0 +1,216 @@
+"""Makes a folder of videos with a table of captions out of a Hugging Face dataset on disk.
+
+Read are folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`, and folders of parquet files, as
+repositories of the Hub hold them.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from mochi_tune.data_prep.caption_tables import CAPTION_KEYS
+from mochi_tune.data_prep.clips import VIDEO_SUFFIXES
+from mochi_tune.errors import DataError
+from mochi_tune.files import file_sha256, parse_object, read_json, write_atomic
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TABLE_NAME = "metadata.jsonl"
+# What a column of videos is called where the dataset does not say that it is one.
+VIDEO_COLUMNS = ("video", "mp4", "video_bytes")
+# Where a dataset has this split, the others are left for tests.
+TRAIN_SPLIT = "train"
+MAX_NAMED = 3
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether a folder is a saved dataset, or holds parquet files with a column of videos."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if (folder / "dataset_dict.json").is_file() or _is_saved(folder):
+        return True
+    for path in _parquet_files(folder)[:1]:
+        try:
+            return _video_column(pq.read_schema(path)) is not None
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}): copy it again.") from None
+    return False
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def materialise_dataset(folder: Path, out: Path) -> Path:
+    """Writes a dataset's videos into files and their captions into a table beside them, one row at a time.
+
+    A file's name holds the hash of its content: what an earlier call has written is not written again, and what is no
+    longer in the dataset is removed. A row that holds a path in place of bytes becomes a link to that file.
+
+    Args:
+        folder: the dataset, one for which `is_dataset` is true.
+        out: the folder to write to, of this function alone; it is made where it is not there.
+
+    Returns:
+        The folder to use as that of the videos.
+
+    Raises:
+        DataError: a file of the dataset cannot be read, it has no column of videos, or no row has a video.
+        OSError: `out` cannot be written to.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    captions: dict[str, list[str]] = {}
+    missing: list[str] = []
+    for number, (video, texts) in enumerate(tqdm(_read_rows(folder), desc="dataset", unit="row")):
+        name = _write_video(folder, out, video)
+        if name is None:
+            missing.append(str(number))
+        else:
+            captions.setdefault(name, []).extend(texts)
+    if not captions:
+        raise DataError(f"{folder}: none of its {len(missing)} rows holds a video, or the path of one that is there.")
+    if missing:
+        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+        tqdm.write(f"{folder}: rows without a video that is there, not used: {', '.join(missing[:MAX_NAMED])}{more}")
+    rows = [{"file_name": name, "caption": texts} for name, texts in captions.items()]
+    write_atomic(out / TABLE_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    for path in out.iterdir():
+        if path.name not in captions and path.name != TABLE_NAME:
+            path.unlink()
+    return out
+
+
+def _read_rows(folder: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yields the video of each row, as its bytes and its path, and its captions."""
+    for path in _data_files(folder):
+        for batch in _read_batches(path):
+            video_column, caption_column = _video_column(batch.schema), _caption_column(batch.schema)
+            if video_column is None or caption_column is None:
+                raise DataError(
+                    f"{path}: its columns are {', '.join(batch.schema.names)}: a column of videos, and one of captions "
+                    f"named {', '.join(CAPTION_KEYS)}, are needed."
+                )
+            for index in range(batch.num_rows):
+                video = batch.column(video_column)[index].as_py()
+                texts = batch.column(caption_column)[index].as_py()
+                texts = texts if isinstance(texts, list) else [texts]
+                # A column of bytes alone knows no path.
+                file = {"bytes": video} if isinstance(video, bytes) else video
+                yield file or {}, [text for text in texts if text is not None]
+
+
+def _read_batches(path: Path) -> Iterator["pa.RecordBatch"]:
+    """Yields parts of a file; a part of a parquet has one row, as a row may have hundreds of megabytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix == ".parquet":
+            yield from pq.ParquetFile(path).iter_batches(batch_size=1)
+        else:
+            with pa.memory_map(str(path)) as source:
+                yield from pa.ipc.open_stream(source)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}): copy it again.") from None
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Returns the files of the training split, or of all where none is called so."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_json(folder / "dataset_dict.json", DataError).get("splits")
+        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+            raise DataError(f"{folder / 'dataset_dict.json'}: lists no splits: save the dataset again.")
+        chosen = [TRAIN_SPLIT] if TRAIN_SPLIT in splits else splits
+        return [file for split in chosen for file in _data_files(_beside(folder, split))]
+    if _is_saved(folder):
+        files = read_json(folder / "state.json", DataError).get("_data_files")
+        if not isinstance(files, list) or not all(
+            isinstance(file, dict) and isinstance(file.get("filename"), str) for file in files
+        ):
+            raise DataError(f"{folder / 'state.json'}: lists no files: save the dataset again.")
+        return [_beside(folder, file["filename"]) for file in files]
+    files = _parquet_files(folder)
+    return [path for path in files if path.name.startswith(TRAIN_SPLIT)] or files
+
+
+def _beside(folder: Path, name: str) -> Path:
+    if Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise DataError(f"{folder}: names files that are not beside its list: save the dataset again.")
+    return folder / name
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+
+
+def _video_column(schema: "pa.Schema") -> str | None:
+    """Finds the column that the dataset says holds videos, else one by its name that may hold them."""
+    import pyarrow as pa
+
+    described = parse_object((schema.metadata or {}).get(b"huggingface", b"{}")) or {}
+    info = described.get("info")
+    features = info.get("features") if isinstance(info, dict) else None
+    features = features if isinstance(features, dict) else {}
+    said = [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "Video"]
+    for name in (*said, *VIDEO_COLUMNS):
+        if name in schema.names:
+            kind = schema.field(name).type
+            is_file = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+            if is_file or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+                return name
+    return None
+
+
+def _caption_column(schema: "pa.Schema") -> str | None:
+    import pyarrow as pa
+
+    for name in CAPTION_KEYS:
+        if name in schema.names:
+            kind = schema.field(name).type
+            if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+                kind = kind.value_type
+            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                return name
+    return None
+
+
+def _write_video(folder: Path, out: Path, video: dict[str, Any]) -> str | None:
+    """Puts one video into `out`; returns its name there, or None where there is none."""
+    content, source = video.get("bytes"), video.get("path") or ""
+    if content:
+        name = _file_name(source, content[:12], hashlib.sha256(content).hexdigest())
+        path = out / name
+        if not path.is_file() or path.stat().st_size != len(content):
+            write_atomic(path, content)
+        return name
+    original = (folder / source).absolute()
+    if "\0" in source or original.suffix.lower() not in VIDEO_SUFFIXES or not original.is_file():
+        return None
+    with original.open("rb") as file:
+        name = _file_name(source, file.read(12), file_sha256(original))
+    if not (out / name).is_symlink() or os.readlink(out / name) != str(original):
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(original)
+    return name
+
+
+def _file_name(source: str, head: bytes, sha256: str) -> str:
+    """Returns a name from that of the original and the content's hash."""
+    original = Path(source)
+    stem = re.sub(r"[^\w.-]+", "_", original.stem).strip("._")[:40] or "video"
+    suffix = original.suffix.lower()
+    return f"{stem}_{sha256[:16]}{suffix if suffix in VIDEO_SUFFIXES else _guess_suffix(head)}"
+
+
+def _guess_suffix(head: bytes) -> str:
+    if head.startswith(b"\x1aE\xdf\xa3"):
+        return ".mkv"
+    return ".avi" if head.startswith(b"RIFF") else ".mp4"
