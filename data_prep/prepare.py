@@ -9,7 +9,7 @@ import json
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_folder
+from mochi_tune.config.schema import DataConfig
 from mochi_tune.data.cache import REPORT_NAME, CacheSettings, Row, make_row
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data_prep.captions import find_orphans, load_captions
-from mochi_tune.data_prep.clips import TRANSFORM_VERSION, ClipDecoder, ClipTransform, find_videos
+from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut, choose_frame_rate, find_videos
+from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.encode import encode_caption, encode_frames
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
@@ -30,9 +32,11 @@ from mochi_tune.weights.folder import WeightsFolder
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10
+TRANSFORM_SETTINGS = ("num_frames", "height", "width", "allow_upscale", "frame_rate", "hdr")
 REPORT_COLUMNS: tuple[str, ...] = (
     "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "start_seconds", "scale", "crop",
-    "source_width", "source_height", "source_frames", "source_seconds", "rotation", "pixel_aspect",
+    "source_width", "source_height", "source_frames", "source_seconds", "source_fps", "frame_rate", "distinct_frames",
+    "rotation", "is_mirrored", "pixel_aspect", "deinterlaced", "hdr", "color_matrix", "decoder",
 )  # fmt: skip
 
 
@@ -75,13 +79,10 @@ def prepare(config: RunConfig) -> Prepared:
     """
     folder, weights = Path(config.data.videos), WeightsFolder(weights_folder(config))
     device = find_device(config.device)
-    transform = ClipTransform(
-        config.data.num_frames, config.data.height, config.data.width, allow_upscale=config.data.allow_upscale
-    )
     captions = _read_captions(folder, config.data.allow_empty_captions)
     weights.check(["encoder", "text_encoder"])
     settings = CacheSettings(
-        transform={"version": TRANSFORM_VERSION, **asdict(transform)},
+        transform={"version": TRANSFORM_VERSION, **_transform(config.data)},
         vae=weights.fingerprint("encoder"),
         vae_dtype=config.model.dtype,
         t5=weights.fingerprint("text_encoder"),
@@ -90,7 +91,7 @@ def prepare(config: RunConfig) -> Prepared:
     rows, refused = _fingerprint_videos(folder, captions, settings)
 
     with CacheWriter(Path(config.data.cache)) as cache:
-        decoder = ClipDecoder(transform, config.data.decode_timeout_seconds)
+        decoder = ClipDecoder(config.data.decode_timeout_seconds)
         clips_encoded, bad_clips = _encode_clips(cache, folder, rows, decoder, config, device)
         refused |= {row.path: bad_clips[row.clip_key] for row in rows if row.clip_key in bad_clips}
         # Captions come second: those of refused clips are not encoded, as no row of the cache would hold them.
@@ -103,9 +104,14 @@ def prepare(config: RunConfig) -> Prepared:
             first = next(iter(refused.values()))
             raise DataError(f"none of the {len(refused)} clips in {folder} can be used, see {report}; {first}")
         cache.commit(kept, settings)
-    _write_notes(records)
+    _write_notes(records, config.data.num_frames)
     num_bytes = sum(file.stat().st_size for file in (Path(config.data.cache) / "data").iterdir())
     return Prepared(len(kept), len(refused), clips_encoded, captions_encoded, num_bytes / 2**30)
+
+
+def _transform(data: DataConfig) -> dict[str, Any]:
+    """Returns the settings that decide a clip's frames."""
+    return {name: getattr(data, name) for name in TRANSFORM_SETTINGS}
 
 
 def _read_captions(folder: Path, allow_empty: bool) -> dict[str, str]:
@@ -159,11 +165,14 @@ def _encode_clips(
     """Encodes the clips that the cache lacks; returns their number, and the reason for each clip_key that failed."""
     # Two files with the same bytes have the same key, and are encoded once.
     missing = _unique((row.clip_key, row) for row in rows if not cache.has_latents(row.clip_key))
-    num_encoded, bad, encoder, saving = 0, {}, None, None
+    num_encoded, encoder, saving = 0, None, None
     progress = tqdm(total=len(missing), desc="clips", unit="clip", disable=not missing)
     with decoder, ThreadPoolExecutor(1) as saver, progress:
-        clips = decoder.decode_all([folder / row.path for row in missing])
-        for row, (_, clip) in zip(missing, clips, strict=True):
+        cuts, bad = _choose_cuts(folder, missing, decoder, config.data)
+        progress.update(len(bad))
+        missing = [row for row in missing if row.clip_key in cuts]
+        clips = decoder.cut_all([(folder / row.path, [cuts[row.clip_key]]) for row in missing])
+        for row, (_, _, clip) in zip(missing, clips, strict=True):
             if isinstance(clip, DataError):
                 bad[row.clip_key] = str(clip)
             elif not _is_unchanged(folder / row.path, row.source_sha256):
@@ -184,6 +193,21 @@ def _encode_clips(
     del encoder
     free_memory()
     return num_encoded, bad
+
+
+def _choose_cuts(
+    folder: Path, rows: list[Row], decoder: ClipDecoder, data: DataConfig
+) -> tuple[dict[str, Cut], dict[str, str]]:
+    """Scans each file; returns by clip_key what to cut out of it, and the reason for each one that is refused."""
+    cuts, bad = {}, {}
+    for row in rows:
+        try:
+            frame_rate = choose_frame_rate(decoder.scan(folder / row.path), data.frame_rate)
+        except DataError as error:
+            bad[row.clip_key] = str(error)
+        else:
+            cuts[row.clip_key] = Cut(**_transform(data) | {"frame_rate": frame_rate}, decoder=data.decoder)
+    return cuts, bad
 
 
 def _is_unchanged(video: Path, sha256: str) -> bool:
@@ -241,11 +265,21 @@ def _csv(records: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _write_notes(records: list[dict[str, Any]]) -> None:
-    """Writes lines on refused clips and cut captions, so that a user need not open the report."""
+def _write_notes(records: list[dict[str, Any]], num_frames: int) -> None:
+    """Writes lines on refused clips, repeated frames and cut captions, so that a user need not open the report."""
     for record in records:
         if record["status"] == "refused":
             tqdm.write(f"refused: {record['reason']}")
+    repeated = [
+        f"{record['clip']} {record['distinct_frames']} of {num_frames}"
+        for record in records
+        if record.get("distinct_frames", num_frames) < num_frames
+    ]
+    if repeated:
+        tqdm.write(
+            f"{len(repeated)} clips hold repeated frames ({_listed(repeated)}): their source has fewer than 30 frames "
+            "a second; data.frame_rate=retime plays each of its frames once, which is faster than life."
+        )
     cut = [f"{record['clip']} by {record['lost_tokens']}" for record in records if record.get("lost_tokens")]
     if cut:
         tqdm.write(f"captions cut to {MAX_TOKENS} tokens: {_listed(cut)}")
