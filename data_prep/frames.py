@@ -1,119 +1,168 @@
-"""Decodes frames with decord in bounded memory: it gets a few packets at a time instead of the file."""
+"""Decodes a video's pictures with PyAV in the order of display, each with the time at which it is shown."""
 
-import io
+import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mochi_tune.data_prep.probe import VideoSource
+from mochi_tune.data_prep.probe import Source, open_video, read_matrix
+from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still
+from mochi_tune.data_prep.timeline import Clock, Picture
 from mochi_tune.errors import DataError
 
-# decord decodes ahead of its reader without a limit, up to the end of what it is given: so many bytes of pictures.
-AHEAD_BYTES = 256 * 2**20
-# The packets' own times are of no use to decord; any even spacing of their order will do.
-PACKET_MILLISECONDS = 40
-# As far as a frame can lie from its position in display order (H.264's and HEVC's largest picture buffer).
-MAX_REORDER = 16
+# Seconds of decoding that a seek must save.
+SEEK_SECONDS = 2
+# Formats with an index of their keyframes, and codecs of which a keyframe is one.
+SEEKABLE_FORMATS = ("mov", "matroska")
+SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "prores", "dnxhd", "ffv1", "png")
+# Each thread keeps pictures of its own; those of 8K would take gigabytes.
+MAX_THREADS, MAX_THREADED_PIXELS = 8, 10_000_000
 
 
-def decode_frames(path: Path, source: VideoSource, indices: list[int]) -> Iterator[np.ndarray]:
-    """Yields displayed frames as uint8 (H, W, 3), upright, bit for bit what decord decodes.
-
-    The packets are copied, not re-encoded, into small Matroska files in memory, each from a keyframe to the last
-    packet of a span of frames. That also takes edit lists out of decord's way, which make it lose count.
-
-    Args:
-        path: the video.
-        source: what `probe_video` says of it.
-        indices: into `source.timestamps`, ascending, each once.
+def read_pictures(path: Path, source: Source) -> Iterator[Picture]:
+    """Yields all pictures of a video or still from the first one on; interlaced ones are deinterlaced.
 
     Raises:
-        DataError: decord cannot decode the file.
+        DataError: a picture cannot be decoded.
     """
-    import av  # before decord, which makes its own old codecs visible to libraries that are loaded later
-    import decord
-    from av.error import FFmpegError
-
-    decord.logging.set_level(decord.logging.QUIET)
-    ranks, displayed, starts = _order(source)
-    wanted = [displayed[index] for index in indices]
-    # The packet up to which everything must be decoded for the pictures of rank 0..r to be complete.
-    needed = list(accumulate(np.argsort(ranks).tolist(), max))
-    # AVI has no times of display and reports those of decoding; the true order then lies within a few packets.
-    margin = MAX_REORDER if source.reorders and ranks == sorted(ranks) else 0
-    span = max(1, AHEAD_BYTES // (3 * source.width * source.height))
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.best("video")
-            packets = list(islice((p for p in container.demux(stream) if p.size), needed[wanted[-1]] + 1 + margin))
-            while wanted:
-                group = [rank for rank in wanted if rank < wanted[0] + span]
-                wanted = wanted[len(group) :]
-                start = starts[bisect_right(starts, group[0]) - 1]
-                piece = slice(start, needed[group[-1]] + 1 + margin)
-                yield from _decode_piece(stream, packets[piece], ranks[piece], group, source.rotation // 90)
-    except (decord.DECORDError, decord.DECORDLimitReachedError, FFmpegError, RuntimeError, StopIteration) as error:
-        raise DataError(
-            f"{path}: decord cannot decode it (codec {source.codec}): the file is damaged, or its codec is unknown to "
-            "decord; re-encode it as H.264."
-        ) from error
+    if path.suffix.lower() in STILL_SUFFIXES:
+        yield from read_still(path)
+        return
+    with open_video(path) as (container, stream):
+        yield from _deinterlace(_decode(path, container, stream, source))
 
 
-def _order(source: VideoSource) -> tuple[list[int], list[int], list[int]]:
-    """Returns each packet's rank in the order of display, the ranks that are displayed, and where decoding may start.
+def find_seek_time(source: Source, time: Fraction) -> Fraction | None:
+    """Returns the keyframe at which decoding may begin to show what is on screen at `time`; None for the first one."""
+    scan = source.scan
+    is_safe = scan.container.startswith(SEEKABLE_FORMATS) and scan.codec in SEEKABLE_CODECS
+    if not is_safe or scan.has_discontinuity:
+        return None
+    # The picture before is wanted too: a deinterlacer looks at it, and a picture may be shown half a frame early.
+    shown = max(bisect_right(source.times, time) - 2, 0)
+    place = bisect_right(source.key_times, source.times[shown]) - 1
+    if place < 1 or source.key_times[place] - source.first_time < SEEK_SECONDS:
+        return None
+    return source.key_times[place]
 
-    It may start at a keyframe with all earlier packets displayed before it and all later ones after it.
+
+def read_pictures_from(path: Path, source: Source, key_time: Fraction) -> Iterator[Picture]:
+    """Yields the pictures from a keyframe on; none if decoding does not begin exactly there.
+
+    Raises:
+        DataError: a picture cannot be decoded.
     """
-    by_time = sorted(range(len(source.packets)), key=lambda position: source.packets[position].time)
-    ranks = np.argsort(by_time).tolist()
-    displayed = [rank for rank, position in enumerate(by_time) if source.packets[position].displayed]
-    highest = [-1, *accumulate(ranks, max)]
-    starts = [0] + [
-        position
-        for position, packet in enumerate(source.packets)
-        if position and packet.key and ranks[position] == position and highest[position] == position - 1
-    ]
-    return ranks, displayed, starts
+    with open_video(path) as (container, stream):
+        container.seek(round(key_time / stream.time_base), stream=stream)
+        pictures = _decode(path, container, stream, source)
+        # Pictures before the keyframe refer to what was not decoded.
+        first = next((picture for picture in pictures if picture.time >= key_time), None)
+        if first is None or first.time != key_time:
+            return
+        yield from _deinterlace(_chain(first, pictures))
 
 
-def _decode_piece(stream, packets: list, ranks: list[int], wanted: list[int], turns: int) -> Iterator[np.ndarray]:
-    """Decodes packets that begin with a keyframe, and yields the pictures of the wanted ranks."""
-    import decord
+def _chain(first: Picture, rest: Iterator[Picture]) -> Iterator[Picture]:
+    yield first
+    yield from rest
 
-    first = min(ranks)
-    # decord repeats an earlier frame in place of one that it cannot decode; this makes the first one an error.
-    options: dict[str, Any] = {"fault_tol": 1e-9}  # annotated as an int
-    reader = decord.VideoReader(_remux(stream, packets, ranks), **options)
-    remaining = set(wanted)
-    for rank in range(first, wanted[-1] + 1):
-        picture = reader.next()
-        if rank not in remaining:
+
+def _decode(path: Path, container, stream, source: Source) -> Iterator[Picture]:
+    from av.error import InvalidDataError
+
+    context = stream.codec_context
+    is_large = context.width * context.height > MAX_THREADED_PIXELS
+    stream.thread_type = "SLICE" if is_large else "AUTO"
+    context.thread_count = min(os.cpu_count() or 1, MAX_THREADS)
+    clock, is_avi = Clock(source.period, source.may_jump), container.format.name == "avi"
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except InvalidDataError as error:
+            if clock.last is None:
+                # What was cut out of a stream may begin in the middle of a group; decoding begins behind that.
+                continue
+            raise DataError(
+                f"{path}: cannot be decoded behind {float(clock.last):.2f} s (codec {context.name}): it is damaged; "
+                "copy it again, cut it there, or remove it."
+            ) from error
+        for frame in frames:
+            # AVI stores no times of display, only the order of decoding.
+            ticks = frame.dts if is_avi else frame.pts
+            duration = (frame.duration or 0) * frame.time_base
+            time = clock.read(None if ticks is None else ticks * frame.time_base, duration)
+            if time is not None:
+                yield Picture(time, clock.end - time, frame, frame.interlaced_frame)
+
+
+def _deinterlace(pictures: Iterator[Picture]) -> Iterator[Picture]:
+    """Passes progressive pictures on; from the first interlaced one on, all go through FFmpeg's bwdif filter.
+
+    The filter keeps the field that is shown first, so that each picture keeps its time.
+    """
+    waiting: deque[Picture] = deque()
+    graph, layout = None, None
+    for picture in pictures:
+        frame = picture.image
+        if graph is not None and layout != (frame.width, frame.height, frame.format.name):
+            yield from _drain(graph, waiting, is_end=True)
+            graph = None
+        if graph is None and not frame.interlaced_frame:
+            yield picture
             continue
-        frame = picture.asnumpy()
-        height, width, channels = frame.shape
-        if channels != 3:
-            # decord takes the padding at the end of narrow rows for more channels.
-            frame = frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
-        yield np.ascontiguousarray(np.rot90(frame, turns))
+        if graph is None:
+            graph, layout = _build_graph(frame), (frame.width, frame.height, frame.format.name)
+        waiting.append(picture)
+        graph.vpush(frame)
+        yield from _drain(graph, waiting, is_end=False)
+    if graph is not None:
+        yield from _drain(graph, waiting, is_end=True)
 
 
-def _remux(stream, packets: list, ranks: list[int]) -> io.BytesIO:
-    import av
+def _build_graph(frame) -> Any:
+    from av.filter import Graph
 
-    first = min(ranks)
-    delay = max(position - (rank - first) for position, rank in enumerate(ranks))
-    file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as container:
-        copy = container.add_stream_from_template(stream, opaque=True)
-        for position, (packet, rank) in enumerate(zip(packets, ranks, strict=True)):
-            packet.stream, packet.time_base = copy, Fraction(1, 1000)
-            packet.pts = PACKET_MILLISECONDS * (rank - first + delay)
-            packet.dts = PACKET_MILLISECONDS * position
-            container.mux_one(packet)
-    file.seek(0)
-    return file
+    graph = Graph()
+    buffer = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base
+    )
+    graph.link_nodes(buffer, graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced"), graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _drain(graph: Any, waiting: deque[Picture], is_end: bool) -> Iterator[Picture]:
+    """Yields what the filter has done; it gives one frame for each that it got, in order."""
+    from av.error import EOFError as EndOfFile
+
+    if is_end:
+        graph.vpush(None)
+    while waiting:
+        try:
+            frame = graph.vpull()
+        except (BlockingIOError, EndOfFile):
+            assert not is_end, f"the filter kept {len(waiting)} pictures"
+            return
+        picture = waiting.popleft()
+        yield Picture(picture.time, picture.duration, frame, picture.was_interlaced)
+
+
+def turn_upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
+    """Applies a display matrix's a, b, c, d to a stored picture (H, W, 3): turns by 90 degrees and mirrors."""
+    if matrix is None:
+        return image
+    a, b, c, d = matrix
+    if abs(b) > abs(a):
+        # x' = c y, y' = b x
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def image_matrix(picture: Picture) -> tuple[int, int, int, int] | None:
+    """Returns the display matrix of a picture that is still as it is stored."""
+    return None if isinstance(picture.image, np.ndarray) else read_matrix(picture.image)

@@ -1,54 +1,44 @@
-"""`mochi-tune prepare`: encodes a folder of videos and captions into the cache that training reads.
+"""`mochi-tune prepare`: encodes folders of videos and captions into the cache that training reads.
 
 It may be run again at any time: it finds what is encoded already by a hash of all that the encoding depends on.
 """
 
-import csv
-import io
-import json
-import stat
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_folder
-from mochi_tune.config.schema import DataConfig
-from mochi_tune.data.cache import REPORT_NAME, CacheSettings, Row, make_row
+from mochi_tune.config.sources import buckets_by_source
+from mochi_tune.data.cache import REPORT_NAME
 from mochi_tune.data.cache_writer import CacheWriter
-from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
-from mochi_tune.data_prep.clips import TRANSFORM_VERSION, ClipDecoder, ClipTransform, find_videos
+from mochi_tune.data.rows import CacheSettings, Row
+from mochi_tune.data_prep import report
+from mochi_tune.data_prep.clips import TRANSFORM_VERSION, DecodedClip
+from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.encode import encode_caption, encode_frames
-from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
+from mochi_tune.data_prep.gather import Clip, Inputs, cut_inputs, find_inputs
+from mochi_tune.data_prep.preview import preview_path, write_preview
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory
-from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
+from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.weights.folder import WeightsFolder
-
-# An error or a summary names this many clips and counts the rest.
-MAX_LISTED = 10
-# In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
-DATASET_FOLDER = ".dataset"
-REPORT_COLUMNS: tuple[str, ...] = (
-    "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "start_seconds", "scale", "crop",
-    "source_width", "source_height", "source_frames", "source_seconds", "rotation", "pixel_aspect",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of a run: clips kept and refused, clips and captions encoded now, and the cache's size."""
+    """The result of a run: clips kept and inputs refused, clips and captions encoded now, the cache's size."""
 
     kept: int
     refused: int
     clips_encoded: int
     captions_encoded: int
     cache_gib: float
+    buckets: str
 
 
 def main(config: RunConfig) -> int:
@@ -61,6 +51,8 @@ def main(config: RunConfig) -> int:
         MochiTuneError: As `prepare`.
     """
     done = prepare(config)
+    if ";" in done.buckets:
+        tqdm.write(f"buckets: {done.buckets}")
     tqdm.write(
         f"{config.data.cache}: {done.kept} clips kept, {done.refused} refused; encoded now: {done.clips_encoded} clips "
         f"and {done.captions_encoded} captions, reused: {done.kept - done.clips_encoded} clips; "
@@ -77,199 +69,112 @@ def prepare(config: RunConfig) -> Prepared:
         CheckpointError: Weights that are missing or of another model.
         ConfigError: The device is not there.
     """
-    folder, weights = Path(config.data.videos), WeightsFolder(weights_folder(config))
-    if is_dataset(folder):
-        folder = materialise_dataset(folder, Path(config.data.cache) / DATASET_FOLDER)
-    device = find_device(config.device)
-    transform = ClipTransform(
-        config.data.num_frames, config.data.height, config.data.width, allow_upscale=config.data.allow_upscale
-    )
-    captions, bad_captions = _read_captions(folder, config.data, config.seed)
+    data, weights = config.data, WeightsFolder(weights_folder(config))
+    device, folder = find_device(config.device), Path(data.cache).expanduser()
+    inputs = find_inputs(data, config.seed)
     weights.check(["encoder", "text_encoder"])
+    buckets = {name: [list(astuple(bucket)) for bucket in sizes] for name, sizes in buckets_by_source(data).items()}
     settings = CacheSettings(
-        transform={"version": TRANSFORM_VERSION, **asdict(transform)},
+        transform={"version": TRANSFORM_VERSION, "buckets": buckets},
         vae=weights.fingerprint("encoder"),
         vae_dtype=config.model.dtype,
         t5=weights.fingerprint("text_encoder"),
         t5_dtype=config.memory.t5_dtype,
     )
-    rows, refused = _fingerprint_videos(
-        folder, {name: caption for name, caption in captions.items() if name not in bad_captions}, settings
-    )
-    refused |= bad_captions
-
-    with CacheWriter(Path(config.data.cache)) as cache:
-        decoder = ClipDecoder(transform, config.data.decode_timeout_seconds)
-        clips_encoded, bad_clips = _encode_clips(cache, folder, rows, decoder, config, device)
-        refused |= {row.path: bad_clips[row.clip_key] for row in rows if row.clip_key in bad_clips}
+    with CacheWriter(folder) as cache, ClipDecoder(data.decode_timeout_seconds) as decoder:
+        cut_inputs(inputs, data, settings, decoder)
+        clips_encoded, bad = _encode_clips(cache, inputs, decoder, config, device)
         # Captions come second: those of refused clips are not encoded, as no row of the cache would hold them.
-        kept = [row for row in rows if row.path not in refused]
+        kept = [clip.row for clip in inputs.clips if clip.row.sample_id not in bad]
         captions_encoded = _encode_captions(cache, kept, config, device)
-        records = _report_records(cache, captions, kept, refused)
-        report = Path(config.data.cache) / REPORT_NAME
-        write_atomic(report, _csv(records).encode(), durable=True)
+        records = report.make_records(cache, inputs, kept, bad)
+        write_atomic(folder / REPORT_NAME, report.as_csv(records).encode(), durable=True)
         if not kept:
-            first = next(iter(refused.values()))
-            raise DataError(f"none of the {len(refused)} clips in {folder} can be used, see {report}; {first}")
+            first = next(iter([*inputs.refused.values(), *bad.values()]))
+            count = len(inputs.refused) + len(bad)
+            raise DataError(f"none of the {count} clips can be used, see {folder / REPORT_NAME}; {first}")
         cache.commit(kept, settings)
-    _write_notes(records)
-    num_bytes = sum(file.stat().st_size for file in (Path(config.data.cache) / "data").iterdir())
-    return Prepared(len(kept), len(refused), clips_encoded, captions_encoded, num_bytes / 2**30)
-
-
-def _read_captions(folder: Path, data: DataConfig, seed: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the caption of each video by its path in the folder, sorted, and why some cannot be used."""
-    videos = find_videos(folder)
-    names = {video: _relative(video, folder) for video in videos}
-    rules = CaptionRules(
-        data.captions, data.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
-    )
-    found = load_captions(folder, videos, rules)
-    for note in found.notes:
-        tqdm.write(note)
-    captions = {names[video]: found.texts.get(video, ("",))[0] for video in videos}
-    refused = {names[video]: reason for video, reason in found.refused.items()}
-    if refused:
-        # Told before hours of encoding, and again with the others at the end.
-        tqdm.write(f"{len(refused)} clips will be refused for their captions: {_listed(list(refused.values()))}")
-    empty = [name for name, caption in captions.items() if not caption and name not in refused]
-    orphans = find_orphans(folder, videos)
-    if empty and not data.allow_empty_captions:
-        # A typo in a file's name is the usual cause; both names together make it visible.
-        typos = f"; without a video there are the captions {_listed(orphans)}" if orphans else ""
-        raise DataError(
-            f"{len(empty)} of {len(videos)} clips in {folder} have no caption ({_listed(empty)}{typos}): write each "
-            "one's caption into a .txt file of its name, or set data.allow_empty_captions=true to train them without."
-        )
-    if orphans:
-        tqdm.write(f"captions without a video of that name, not used: {_listed(orphans)}")
-    return captions, refused
-
-
-def _relative(video: Path, folder: Path) -> str:
-    name = video.relative_to(folder).as_posix()
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"the name of the clip {name!a} is not valid UTF-8: rename it.") from None
-    return name
-
-
-def _fingerprint_videos(
-    folder: Path, captions: dict[str, str], settings: CacheSettings
-) -> tuple[list[Row], dict[str, str]]:
-    """Returns a row for each video that can be opened, and why the others cannot."""
-    rows, refused = [], {}
-    for name, caption in tqdm(captions.items(), desc="fingerprints", unit="clip"):
-        try:
-            if stat.S_ISREG((folder / name).stat().st_mode):
-                rows.append(make_row(name, caption, file_sha256(folder / name), settings))
-            else:
-                # Opening a pipe would wait for its other end for ever.
-                refused[name] = f"{folder / name}: is no file but a pipe, a socket or a device: remove it."
-        except OSError as error:
-            refused[name] = f"{folder / name}: cannot be opened ({error.strerror}): copy it again or remove it."
-    return rows, refused
+    for line in report.notes(records, inputs, kept):
+        tqdm.write(line)
+    num_bytes = sum(file.stat().st_size for file in (folder / "data").iterdir())
+    num_refused = len(inputs.refused) + len(bad)
+    sizes = report.count_buckets(kept)
+    return Prepared(len(kept), num_refused, clips_encoded, captions_encoded, num_bytes / 2**30, sizes)
 
 
 def _encode_clips(
-    cache: CacheWriter, folder: Path, rows: list[Row], decoder: ClipDecoder, config: RunConfig, device: torch.device
+    cache: CacheWriter, inputs: Inputs, decoder: ClipDecoder, config: RunConfig, device: torch.device
 ) -> tuple[int, dict[str, str]]:
-    """Encodes the clips that the cache lacks; returns their number, and the reason for each clip_key that failed."""
-    # Two files with the same bytes have the same key, and are encoded once.
-    missing = _unique((row.clip_key, row) for row in rows if not cache.has_latents(row.clip_key))
+    """Encodes the clips that the cache lacks; returns their number, and the reason for each sample_id that failed."""
+    preview = Path(config.data.preview).expanduser() if config.data.preview else None
+    wanted, keys = [], set()
+    for clip in inputs.clips:
+        # Two files with the same bytes have the same keys, and are encoded once.
+        is_new = clip.row.clip_key not in keys and not cache.has_latents(clip.row.clip_key)
+        keys.add(clip.row.clip_key)
+        if is_new or (preview and not preview_path(preview, clip.row.sample_id).exists()):
+            wanted.append(clip)
     num_encoded, bad, encoder, saving = 0, {}, None, None
-    progress = tqdm(total=len(missing), desc="clips", unit="clip", disable=not missing)
-    with decoder, ThreadPoolExecutor(1) as saver, progress:
-        clips = decoder.decode_all([folder / row.path for row in missing])
-        for row, (_, clip) in zip(missing, clips, strict=True):
-            if isinstance(clip, DataError):
-                bad[row.clip_key] = str(clip)
-            elif not _is_unchanged(folder / row.path, row.source_sha256):
-                bad[row.clip_key] = f"{folder / row.path}: was changed while it was read: run this again."
+    with ThreadPoolExecutor(1) as saver, tqdm(total=len(wanted), desc="clips", unit="clip", disable=not wanted) as bar:
+        for clip, decoded in _decode(wanted, decoder):
+            if isinstance(decoded, DataError):
+                bad[clip.row.clip_key] = str(decoded)
+            elif not _is_unchanged(clip):
+                bad[clip.row.clip_key] = f"{clip.file.path}: was changed while it was read: run this again."
             else:
-                # Loaded only when a clip is there to be encoded: a second run over a bad clip reads no weights.
-                weights = WeightsFolder(weights_folder(config))
-                encoder = encoder or weights.load_encoder(device, DTYPES[config.model.dtype])
-                mean, logvar = encode_frames(encoder, clip.frames, row.path)
-                # A sync takes as long as a part of a clip's encoding: a clip is saved while the next one is encoded.
-                if saving is not None:
-                    saving.result()
-                saving = saver.submit(cache.put_latents, row.clip_key, mean, logvar, clip.report)
-                num_encoded += 1
-            progress.update()
+                if preview is not None:
+                    write_preview(preview_path(preview, clip.row.sample_id), decoded.frames)
+                if not cache.has_latents(clip.row.clip_key):
+                    # Loaded only when a clip is there to be encoded: a second run over a bad clip reads no weights.
+                    weights = WeightsFolder(weights_folder(config))
+                    encoder = encoder or weights.load_encoder(device, DTYPES[config.model.dtype])
+                    mean, logvar = encode_frames(encoder, decoded.frames, clip.row.sample_id)
+                    # A sync takes as long as a part of a clip's encoding: one is saved while the next one is encoded.
+                    if saving is not None:
+                        saving.result()
+                    saving = saver.submit(cache.put_latents, clip.row.clip_key, mean, logvar, decoded.report)
+                    num_encoded += 1
+            bar.update()
         if saving is not None:
             saving.result()
     del encoder
     free_memory()
-    return num_encoded, bad
+    return num_encoded, {
+        clip.row.sample_id: bad[clip.row.clip_key] for clip in inputs.clips if clip.row.clip_key in bad
+    }
 
 
-def _is_unchanged(video: Path, sha256: str) -> bool:
+def _decode(clips: Sequence[Clip], decoder: ClipDecoder) -> Iterator[tuple[Clip, DecodedClip | DataError]]:
+    """Yields each clip decoded, or the error that refuses it; a file is decoded once for all its clips."""
+    by_file: dict[Path, list[Clip]] = {}
+    for clip in clips:
+        by_file.setdefault(clip.file.path, []).append(clip)
+    jobs = [(path, [clip.cut for clip in those]) for path, those in by_file.items()]
+    for path, index, decoded in decoder.cut_all(jobs):
+        yield by_file[path][index], decoded
+
+
+def _is_unchanged(clip: Clip) -> bool:
     """Whether a video still has the content that its latents' key was computed from."""
     try:
-        return file_sha256(video) == sha256
+        return file_sha256(clip.file.path) == clip.row.source_sha256
     except OSError:
         return False
 
 
-def _encode_captions(cache: CacheWriter, rows: list[Row], config: RunConfig, device: torch.device) -> int:
+def _encode_captions(cache: CacheWriter, rows: Sequence[Row], config: RunConfig, device: torch.device) -> int:
     """Encodes the captions that the cache lacks, each text once, and frees the text encoder; returns how many."""
-    missing = _unique((row.text_key, row) for row in rows if not cache.has_text(row.text_key))
+    missing: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        for key, caption in zip(row.text_keys, row.captions, strict=True):
+            if not cache.has_text(key):
+                missing.setdefault(key, (caption, row.sample_id))
     if not missing:
         return 0
     # Not in model.dtype: features are computed once, and T5's rounding affects all of training.
     text_encoder = TextEncoder.load(weights_folder(config), device, DTYPES[config.memory.t5_dtype])
-    for row in tqdm(missing, desc="captions", unit="caption"):
-        prompt_embeds, caption_tokens = encode_caption(text_encoder, row.caption, row.path)
-        cache.put_text(row.text_key, prompt_embeds, caption_tokens)
+    for key, (caption, name) in tqdm(missing.items(), desc="captions", unit="caption"):
+        cache.put_text(key, *encode_caption(text_encoder, caption, name))
     del text_encoder
     free_memory()
     return len(missing)
-
-
-def _unique(keyed_rows: Iterable[tuple[str, Row]]) -> list[Row]:
-    first: dict[str, Row] = {}
-    for key, row in keyed_rows:
-        first.setdefault(key, row)
-    return list(first.values())
-
-
-def _report_records(
-    cache: CacheWriter, captions: dict[str, str], kept: list[Row], refused: dict[str, str]
-) -> list[dict[str, Any]]:
-    """Returns one record for each input, in the order of the clips; refused ones have no tokens and no crop."""
-    rows = {row.path: row for row in kept}
-    records = []
-    for name, caption in captions.items():
-        record = {"clip": name, "status": "refused", "reason": refused.get(name, ""), "caption": caption}
-        if name in rows:
-            num_tokens, caption_tokens = cache.token_counts(rows[name].text_key)
-            clip_report = cache.clip_report(rows[name].clip_key)
-            record |= {"status": "kept", "caption_tokens": caption_tokens, "lost_tokens": caption_tokens - num_tokens}
-            record |= clip_report | {"crop": json.dumps(clip_report["crop"])}
-        records.append(record)
-    return records
-
-
-def _csv(records: list[dict[str, Any]]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, REPORT_COLUMNS)
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
-def _write_notes(records: list[dict[str, Any]]) -> None:
-    """Writes lines on refused clips and cut captions, so that a user need not open the report."""
-    for record in records:
-        if record["status"] == "refused":
-            tqdm.write(f"refused: {record['reason']}")
-    cut = [f"{record['clip']} by {record['lost_tokens']}" for record in records if record.get("lost_tokens")]
-    if cut:
-        tqdm.write(f"captions cut to {MAX_TOKENS} tokens: {_listed(cut)}")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more

@@ -1,65 +1,140 @@
-"""Reads a video file's metadata: each frame's time, the rotation, and whether the file is complete."""
+"""Reads what a video or still is: its size, times and colours, by its packets and its first picture."""
 
 import struct
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mochi_tune.data_prep.colour import describe_matrix
+from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still_size
+from mochi_tune.data_prep.timeline import Clock, frame_number
 from mochi_tune.errors import DataError
+from mochi_tune.models.latents import FPS
 
 # Transfer characteristics of ITU-T H.273 that need tone mapping before they are right as SDR.
 HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
+# A larger picture is refused before memory is taken for it; 8K has 33 million.
+MAX_PIXELS = 64_000_000
+# The codecs refuse it too, when a picture is larger than the header says.
+CODEC_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
+# Pixels further from square than this are an error of the header.
+MAX_PIXEL_ASPECT = 8
+# Gaps between frames that lie so near their mean, as a share and in seconds, are a constant rate; Matroska rounds
+# times to the millisecond.
+RATE_TOLERANCE, ROUNDING = 0.1, 0.0021
 
 
 @dataclass(frozen=True)
-class Packet:
-    """One coded frame: its presentation time in seconds, whether it is displayed, whether decoding may start at it."""
-
-    time: Fraction
-    displayed: bool
-    key: bool
-
-
-@dataclass(frozen=True)
-class VideoSource:
-    """A file's metadata.
+class Scan:
+    """What a file holds, in plain values.
 
     Attributes:
-        packets: of the video stream, in the order of decoding.
-        width: of the stored picture, in pixels.
-        height: of the stored picture, in pixels.
-        rotation: degrees counter-clockwise that turn the stored picture upright: 0, 90, 180 or 270.
-        codec: the name of its decoder.
-        reorders: its decoder shows frames in another order than it is given them.
+        width: pixels of the upright picture, were its pixels square.
+        height: of the same.
+        num_frames: frames that it gives at 30 fps when it is resampled.
+        num_source_frames: pictures that it holds.
+        source_seconds: from the first picture's begin to the last one's end.
+        source_fps: pictures a second on average.
+        start_seconds: the first picture's time as stored.
+        is_still: it is a picture, not a video; it has one frame.
+        is_constant_rate: all pictures are shown equally long.
+        is_30_fps: at 30 fps each picture is exactly one frame.
+        rotation: degrees counter-clockwise that turn the stored picture upright.
+        is_mirrored: the stored picture is shown mirrored.
         pixel_aspect: width to height of one stored pixel.
+        is_interlaced: the first picture is made of two fields.
+        hdr: the name of its HDR transfer function; "" for SDR.
+        color_matrix: "BT.709", "BT.601 (assumed)"; "(assumed)" where the file does not tell.
+        has_discontinuity: its clock jumps, as in joined recordings.
+        codec: the decoder's name; "" for a still.
+        container: the format's name; "" for a still.
     """
 
-    packets: list[Packet]
     width: int
     height: int
-    rotation: int
-    codec: str
-    reorders: bool
-    pixel_aspect: float
+    num_frames: int
+    num_source_frames: int
+    source_seconds: float
+    source_fps: float
+    start_seconds: float = 0.0
+    is_still: bool = False
+    is_constant_rate: bool = True
+    is_30_fps: bool = False
+    rotation: int = 0
+    is_mirrored: bool = False
+    pixel_aspect: float = 1.0
+    is_interlaced: bool = False
+    hdr: str = ""
+    color_matrix: str = ""
+    has_discontinuity: bool = False
+    codec: str = ""
+    container: str = ""
 
-    @cached_property
-    def timestamps(self) -> list[Fraction]:
-        """Presentation times in seconds of the frames that are displayed, ascending."""
-        return sorted(packet.time for packet in self.packets if packet.displayed)
+    def to_json(self) -> dict[str, Any]:
+        """Returns the values as a dict that JSON can hold."""
+        return asdict(self)
 
-    @property
-    def last_period(self) -> Fraction:
-        """Seconds between the last two frames, 0 for a single one."""
-        return self.timestamps[-1] - self.timestamps[-2] if len(self.timestamps) > 1 else Fraction(0)
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "Scan":
+        """Returns the scan that `to_json` made the values of."""
+        return Scan(**values)
 
 
-def probe_video(path: Path) -> VideoSource:
-    """Reads all packets' times and the first picture's properties with PyAV, which reports more than decord.
+@dataclass(frozen=True)
+class Source:
+    """A scan with what only decoding needs.
+
+    Attributes:
+        scan: the plain values.
+        first_time: of the first picture that can be decoded, in seconds.
+        period: seconds that a picture is shown when the file does not tell.
+        may_jump: its format's clock may jump forward.
+        times: of all pictures in seconds, ascending.
+        key_times: of those at which decoding may begin.
+    """
+
+    scan: Scan
+    first_time: Fraction = Fraction(0)
+    period: Fraction = Fraction(1, FPS)
+    may_jump: bool = False
+    times: list[Fraction] = field(default_factory=list)
+    key_times: list[Fraction] = field(default_factory=list)
+
+
+def scan_video(path: Path) -> Scan:
+    """Reads a video's or still's properties; of a video it reads all packets and decodes the first picture.
 
     Raises:
-        DataError: the file is unreadable, truncated, without pictures, HDR, or displayed mirrored or askew.
+        DataError: the file is unreadable, truncated, without pictures, too large, or displayed askew.
+    """
+    return read_source(path).scan
+
+
+def read_source(path: Path) -> Source:
+    """Reads what `cut_clips` needs to know of a file.
+
+    Raises:
+        DataError: as `scan_video`.
+    """
+    if path.suffix.lower() in STILL_SUFFIXES:
+        still = read_still_size(path, MAX_PIXELS)
+        if still.num_frames == 1:
+            return Source(Scan(still.width, still.height, 1, 1, 1 / FPS, FPS, is_still=True, is_30_fps=True))
+        return _source_of_animation(still)
+    with open_video(path) as (container, stream):
+        return _read_stream(path, container, stream)
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Opens a file with PyAV; yields the container and its video stream.
+
+    Raises:
+        DataError: the file is empty, is no video, or breaks off while it is read.
     """
     import av
     from av.error import FFmpegError
@@ -68,7 +143,7 @@ def probe_video(path: Path) -> VideoSource:
     try:
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{path}: is empty (0 bytes): copy it again or remove it.")
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path), metadata_errors="replace", options=CODEC_OPTIONS) as container:
             stream = container.streams.best("video")
             if stream is None:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
@@ -76,19 +151,9 @@ def probe_video(path: Path) -> VideoSource:
             if stream.codec_context is None:
                 raise DataError(f"{path}: has a codec that is not known: re-encode it as H.264.")
             assert isinstance(stream, VideoStream)
-            transfer = HDR_TRANSFERS.get(stream.codec_context.color_trc)
-            if transfer:
-                raise DataError(f"{path}: is HDR, {transfer}, but the models take SDR: convert it to BT.709 first.")
-            packets, first = _read_packets(path, container, stream)
-            return VideoSource(
-                packets,
-                first.width,
-                first.height,
-                _rotation(path, first),
-                stream.codec_context.name,
-                bool(stream.codec_context.has_b_frames),
-                float(stream.sample_aspect_ratio or 1),
-            )
+            _check_pixels(path, stream.codec_context.width, stream.codec_context.height)
+            stream.codec_context.options = CODEC_OPTIONS
+            yield container, stream
     except (FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise DataError(
@@ -96,40 +161,167 @@ def probe_video(path: Path) -> VideoSource:
         ) from error
 
 
-def _read_packets(path: Path, container, stream) -> tuple[list[Packet], Any]:
-    """Returns all packets and the first frame, decoded."""
-    packets, first = [], None
-    for packet in container.demux(stream):
-        if first is None:
-            first = next(iter(packet.decode()), None)
-        if packet.size:
-            time = packet.pts if packet.pts is not None else packet.dts
-            if time is None:
-                raise DataError(f"{path}: has frames without timestamps: remux it, e.g. ffmpeg -i IN -c copy OUT.mkv.")
-            # A packet outside the edit list is needed to decode the others but is never displayed.
-            packets.append(Packet(time * stream.time_base, not packet.is_discard, packet.is_keyframe))
-    if first is None or not any(packet.displayed for packet in packets):
-        raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
-    missing = _missing_part(path, container, stream, packets)
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{path}: has pictures of {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million: its header is "
+            "damaged, or scale it down first."
+        )
+
+
+@dataclass(frozen=True)
+class _Packet:
+    """A coded picture: when it is decoded and shown, in seconds as stored, and whether decoding may begin at it."""
+
+    order: Fraction | None
+    time: Fraction | None
+    duration: Fraction
+    key: bool
+
+
+def _read_stream(path: Path, container, stream) -> Source:
+    packets, first = _read_packets(path, container, stream)
+    may_jump = container.format.name in ("mpegts", "mpeg")
+    rate = stream.guessed_rate or stream.average_rate
+    period = 1 / Fraction(rate) if rate else Fraction(1, FPS)
+    times, keys, clock = _order(packets, period, may_jump)
+    first_time = times[0]
+    # AVI stores no times of display, so that this one is a guess.
+    stored = first.pts * first.time_base if first.pts is not None and container.format.name != "avi" else None
+    if stored is not None and stored in times:
+        # Pictures before it are of an open group whose begin was cut off: no one can decode them.
+        first_time, times = stored, times[bisect_left(times, stored) :]
+    missing = _missing_part(path, container, stream, len(packets), clock.end)
     if missing:
         raise DataError(f"{path}: is cut short, {missing}: copy it again or remove it.")
+    scan = _describe(path, container, stream, first, times, clock.end)
+    if clock.has_jumped:
+        scan = Scan(**asdict(scan) | {"has_discontinuity": True})
+    return Source(scan, first_time, period, may_jump, times, keys)
+
+
+def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
+    """Returns all packets that are displayed and the first frame, decoded."""
+    from av.error import InvalidDataError
+
+    packets, first, base = [], None, stream.time_base
+    has_pts = container.format.name != "avi"
+    for packet in container.demux(stream):
+        if first is None:
+            try:
+                first = next(iter(packet.decode()), None)
+            except InvalidDataError:
+                # What was cut out of a stream may begin in the middle of a group; decoding begins behind that.
+                first = None
+        # A packet outside the edit list is needed to decode the others but is never displayed.
+        if packet.size and not packet.is_discard and not _is_hidden(stream.codec_context.name, packet):
+            time = packet.pts if has_pts and packet.pts is not None else packet.dts
+            packets.append(
+                _Packet(
+                    None if packet.dts is None else packet.dts * base,
+                    None if time is None else time * base,
+                    (packet.duration or 0) * base,
+                    packet.is_keyframe,
+                )
+            )
+    if first is None or not packets:
+        raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
     return packets, first
 
 
-def _missing_part(path: Path, container, stream, packets: list[Packet]) -> str:
+def _is_hidden(codec: str, packet) -> bool:
+    """Whether a packet of VP8 is a reference that is never shown. Source: RFC 6386, section 9.1, show_frame."""
+    return codec == "vp8" and not bytes(packet)[0] & 0x10
+
+
+def _order(packets: list[_Packet], period: Fraction, may_jump: bool) -> tuple[list[Fraction], list[Fraction], Clock]:
+    """Returns the times of all pictures in the order of display, those of the keyframes, and the clock at the end."""
+    runs: list[list[_Packet]] = []
+    orders = Clock(period, may_jump)
+    for packet in packets:
+        before = orders.shift
+        # Matroska does not tell the order of the first ones.
+        if packet.order is not None:
+            orders.read(packet.order, packet.duration)
+        if not runs or orders.shift != before:
+            runs.append([])
+        runs[-1].append(packet)
+    times, keys, clock = [], [], Clock(period, may_jump)
+    for run in runs:
+        for packet in sorted(run, key=lambda packet: packet.time or Fraction(0)):
+            time = clock.read(packet.time, packet.duration)
+            if time is not None:
+                times.append(time)
+                if packet.key:
+                    keys.append(time)
+    return times, keys, clock
+
+
+def _describe(path: Path, container, stream, first, times: list[Fraction], end: Fraction) -> Scan:
+    rotation, is_mirrored = read_orientation(path, first)
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+        raise DataError(f"{path}: has pixels of {aspect} times their height, which cannot be right: re-encode it.")
+    width, height = round(first.width * aspect), first.height
+    if rotation % 180:
+        width, height = height, width
+    gaps = [float(after - before) for before, after in zip(times, times[1:], strict=False)]
+    mean = float(times[-1] - times[0]) / len(gaps) if gaps else float(end - times[-1])
+    begins = [frame_number(time - times[0]) for time in times]
+    return Scan(
+        width=width,
+        height=height,
+        num_frames=max(1, frame_number(end - times[0])),
+        num_source_frames=len(times),
+        source_seconds=float(end - times[0]),
+        source_fps=1 / mean,
+        start_seconds=float(times[0]),
+        is_constant_rate=all(abs(gap - mean) <= RATE_TOLERANCE * mean + ROUNDING for gap in gaps),
+        is_30_fps=begins == list(range(len(times))) and frame_number(end - times[0]) <= len(times),
+        rotation=rotation,
+        is_mirrored=is_mirrored,
+        pixel_aspect=float(aspect),
+        is_interlaced=first.interlaced_frame,
+        hdr=HDR_TRANSFERS.get(first.color_trc, "") or HDR_TRANSFERS.get(stream.codec_context.color_trc, ""),
+        color_matrix=describe_matrix(path, first),
+        codec=stream.codec_context.name,
+        container=container.format.name,
+    )
+
+
+def _source_of_animation(still) -> Source:
+    """Returns the source of an animated picture that Pillow reads."""
+    clock = Clock(Fraction(1, FPS), may_jump=False)
+    times = [clock.read(None, duration) for duration in still.durations]
+    num_frames = max(1, frame_number(clock.end))
+    gaps = set(still.durations)
+    begins = [frame_number(time) for time in times]
+    scan = Scan(
+        still.width,
+        still.height,
+        num_frames,
+        len(times),
+        float(clock.end),
+        len(times) / float(clock.end),
+        is_constant_rate=len(gaps) == 1,
+        is_30_fps=begins == list(range(num_frames)),
+    )
+    return Source(scan, times=times, key_times=times[:1])
+
+
+def _missing_part(path: Path, container, stream, num_packets: int, end: Fraction) -> str:
     """Describes what the container announces but does not hold; "" if nothing is missing."""
     if "mp4" in container.format.name:
         missing = _missing_bytes(path)
         return f"{missing} bytes are missing" if missing else ""
-    if stream.frames > len(packets):
-        return f"its header lists {stream.frames} frames and it holds {len(packets)}"
+    if stream.frames > num_packets:
+        return f"its header lists {stream.frames} frames and it holds {num_packets}"
     announced = stream.metadata.get("DURATION")
     if announced:
         hours, minutes, seconds = announced.split(":")
-        end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        last = float(max(packet.time for packet in packets))
-        if end - last > 1:
-            return f"its header announces {end:.2f} s and its last frame is at {last:.2f} s"
+        announced_end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        if announced_end - end > 1:
+            return f"its header announces {announced_end:.2f} s and its last frame ends at {float(end):.2f} s"
     return ""
 
 
@@ -153,14 +345,25 @@ def _missing_bytes(path: Path) -> int:
     return 0
 
 
-def _rotation(path: Path, frame) -> int:
-    """Returns the degrees, counter-clockwise, that turn the stored picture upright: 0, 90, 180 or 270."""
+def read_orientation(path: Path, frame) -> tuple[int, bool]:
+    """Returns the degrees counter-clockwise that turn the stored picture upright, and whether it is mirrored.
+
+    Raises:
+        DataError: it is turned by something other than a multiple of 90 degrees.
+    """
+    matrix = read_matrix(frame)
+    if matrix is None:
+        return 0, False
+    a, b, c, d = matrix
+    if min(max(abs(a), abs(d)), max(abs(b), abs(c))) > 0.01 * max(map(abs, matrix)):
+        raise DataError(f"{path}: is turned by {frame.rotation} degrees, not a multiple of 90: re-encode it upright.")
+    return round(frame.rotation / 90) * 90 % 360, a * d < b * c
+
+
+def read_matrix(frame) -> tuple[int, int, int, int] | None:
+    """Returns a, b, c, d of a frame's display matrix: the stored (x, y) is shown at (a x + c y, b x + d y)."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return 0
+        return None
     a, b, _, c, d = struct.unpack("=9i", bytes(matrix))[:5]
-    if a * d < b * c:
-        raise DataError(f"{path}: is displayed mirrored by its metadata, which is not supported: re-encode it upright.")
-    if frame.rotation % 90:
-        raise DataError(f"{path}: is turned by {frame.rotation} degrees, not a multiple of 90: re-encode it upright.")
-    return frame.rotation % 360
+    return a, b, c, d

@@ -176,6 +176,15 @@ class DataConfig(Section):
     )
     caption_variants: Count = setting(1, "times that tags are drawn for each caption; needs data.tag_dropout above 0")
     allow_upscale: bool = setting(False, "true: clips smaller than the target are enlarged; the LoRA learns their blur")
+    frame_rate: Literal["auto", "resample", "retime"] = setting(
+        "auto",
+        "resample: keeps the speed, repeats or drops frames to make 30 a second; retime: plays each frame once, 24 per "
+        "second 1.25 times as fast; auto: retimes 23 to 33 a second",
+    )
+    hdr: Literal["refuse", "tonemap"] = setting("refuse", "of PQ and HLG clips; tonemap: converts them to BT.709")
+    decoder: Literal["auto", "pyav", "decord"] = setting(
+        "auto", "library that decodes; auto: PyAV, or decord where it gives the same frames sooner"
+    )
     decode_timeout_seconds: Positive = setting(120.0, "seconds; a clip that takes longer to decode is refused")
     damaged: Literal["strict", "quarantine"] = setting(
         "strict", "what a damaged clip in the cache does: strict stops the run, quarantine trains on the other clips"

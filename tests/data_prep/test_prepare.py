@@ -21,7 +21,7 @@ import mochi_tune
 from mochi_tune.config.schema import DataConfig, MemoryConfig, ModelConfig, RunConfig
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.cache_writer import CacheWriter
-from mochi_tune.data_prep.clips import ClipTransform, decode_clip
+from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.data_prep.encode import encode_frames
 from mochi_tune.data_prep.prepare import Prepared, main, prepare
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
@@ -105,7 +105,7 @@ def test_the_cache_holds_what_the_models_make_of_each_clip(base):
     encoder = WeightsFolder(TINY).load_encoder("cpu", torch.float32)
     text_encoder = TextEncoder.load(TINY, "cpu", torch.float32)
     for index, row in enumerate(cache.rows):
-        clip = decode_clip(base / "videos" / row.path, ClipTransform(**GEOMETRY))
+        clip = decode_clip(base / "videos" / row.path, Cut(**GEOMETRY))
         mean, logvar = encoder(frames_to_pixels(clip.frames[None]))
         item = cache.read(index)
         assert relative_error(item["mean"], mean[0]) <= TOLERANCE
@@ -351,7 +351,7 @@ def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
     cache = open_cache(tmp_path / "cache", **GEOMETRY)
     encoder = WeightsFolder(TINY).load_encoder("cpu", torch.float32)
     for index, row in enumerate(cache.rows):
-        clip = decode_clip(tmp_path / "videos" / row.path, ClipTransform(**GEOMETRY))
+        clip = decode_clip(tmp_path / "videos" / row.path, Cut(**GEOMETRY))
         mean, _ = encoder(frames_to_pixels(clip.frames[None]))
         assert relative_error(cache.read(index)["mean"], mean[0]) <= TOLERANCE
 

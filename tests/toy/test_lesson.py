@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mochi_tune.data_prep.clips import ClipTransform, decode_clip
+from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.toy.lesson import asked_words, lesson_words, run_verb, write_lesson
 from mochi_tune.toy.measure import see
@@ -25,7 +25,7 @@ def test_as_many_captions_are_asked_as_are_wanted():
 
 def test_the_clips_survive_being_real_video_files(tmp_path):
     videos = write_lesson(tmp_path / "clips", seed=1)
-    transform = ClipTransform(NUM_FRAMES, HEIGHT, WIDTH)
+    transform = Cut(NUM_FRAMES, HEIGHT, WIDTH)
     for path, words in zip(videos, lesson_words()[0], strict=True):
         assert path.with_suffix(".txt").read_text().strip() == words.caption
         clip = decode_clip(path, transform)

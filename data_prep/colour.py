@@ -1,0 +1,145 @@
+"""Turns a decoded picture into 8-bit RGB by the matrix and range that it is tagged with; tone-maps HDR."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mochi_tune.errors import DataError
+
+# The matrices of ITU-T H.273, table 4, by their number, as far as the conversion knows them.
+MATRICES = {1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
+UNSPECIFIED = (2, 3)
+# Players take untagged video of so many lines for HD.
+HD_LINES = 720
+FULL_RANGE, LIMITED_RANGE = 2, 1
+# Light in cd/m2: the white of a sheet of paper in HDR, and the brightest that HDR is taken to show.
+# Source: ITU-R BT.2408-7, section 2.1, and BT.2100-2, table 5.
+REFERENCE_WHITE, PEAK = 203.0, 1000.0
+# Linear BT.2020 to linear BT.709. Source: ITU-R BT.2407-0, section 2.
+BT2020_TO_BT709 = ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187))
+# PQ. Source: ITU-R BT.2100-2, table 4.
+M1, M2, C1, C2, C3 = 2610 / 16384, 2523 / 4096 * 128, 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
+
+
+def find_matrix(path: Path, frame) -> tuple[int, bool]:
+    """Returns the number of a YUV frame's matrix, and whether it is only assumed.
+
+    Raises:
+        DataError: a matrix that the conversion does not know.
+    """
+    number = frame.colorspace
+    if number in MATRICES:
+        return number, False
+    if number in UNSPECIFIED or number == 0:
+        return (1 if frame.height >= HD_LINES else 5), True
+    raise DataError(
+        f"{path}: has the colour matrix {number} of ITU-T H.273, which is not supported: convert it to BT.709 first."
+    )
+
+
+def describe_matrix(path: Path, frame) -> str:
+    """Returns the matrix's name for people; "RGB" where there is none.
+
+    Raises:
+        DataError: as `find_matrix`.
+    """
+    if _is_rgb(frame):
+        return "RGB"
+    number, is_assumed = find_matrix(path, frame)
+    return MATRICES[number] + (" (assumed)" if is_assumed else "")
+
+
+def _is_rgb(frame) -> bool:
+    return frame.format.is_rgb or frame.format.name.startswith(("pal8", "gray", "mono"))
+
+
+class RgbConverter:
+    """Converts the decoded pictures of one video to RGB.
+
+    Args:
+        path: for messages.
+        hdr: the name of the transfer function, if the video is HDR and is to be tone-mapped; else "".
+    """
+
+    def __init__(self, path: Path, hdr: str) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self.path = path
+        self.hdr = hdr
+        self.reformatter = VideoReformatter()
+
+    def convert(self, frame) -> np.ndarray:
+        """Returns uint8 RGB (H, W, 3), as stored: not yet upright."""
+        if not self.hdr:
+            return self._convert(frame, "rgb24")
+        return tone_map(self._convert(frame, "rgb48le"), self.hdr)
+
+    def _convert(self, frame, layout: str) -> np.ndarray:
+        options: dict[str, Any] = {}
+        if not _is_rgb(frame):
+            matrix, _ = find_matrix(self.path, frame)
+            is_full = frame.color_range == FULL_RANGE or frame.format.name.startswith("yuvj")
+            options = {
+                "src_colorspace": matrix,
+                "dst_colorspace": matrix,
+                "src_color_range": FULL_RANGE if is_full else LIMITED_RANGE,
+                "dst_color_range": FULL_RANGE,
+            }
+        return self.reformatter.reformat(frame, format=layout, interpolation="BICUBIC", **options).to_ndarray()
+
+
+
+
+def tone_map(coded: np.ndarray, hdr: str) -> np.ndarray:
+    """Returns uint8 BT.709 (H, W, 3) of uint16 BT.2020 HDR (H, W, 3).
+
+    Light up to half of paper white stays; what is brighter is compressed by the curve of BT.2390, by the brightest of
+    the three colours, so that hues stay.
+    """
+    light = _light_of_codes(hdr.startswith("PQ"))[coded]
+    if not hdr.startswith("PQ"):
+        # HLG's system gamma. Source: ITU-R BT.2100-2, table 5, OOTF with gamma 1.2 at 1000 cd/m2.
+        luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
+        light *= (PEAK * np.maximum(luminance, 1e-9) ** 0.2)[..., None]
+    light = np.maximum(light @ np.array(BT2020_TO_BT709, np.float32).T, 0)
+    brightest = np.maximum(light.max(-1), 1e-6)
+    light *= (_compress(brightest) / brightest)[..., None]
+    # The inverse of the display's curve. Source: ITU-R BT.1886, annex 1, with black 0.
+    signal = np.clip(light / REFERENCE_WHITE, 0, 1) ** np.float32(1 / 2.4)
+    return np.rint(signal * 255).astype(np.uint8)
+
+
+@cache
+def _light_of_codes(is_pq: bool) -> np.ndarray:
+    """Returns for each 16-bit code the light: in cd/m2 for PQ, of the scene in 0..1 for HLG."""
+    signal = np.arange(65536) / 65535
+    if is_pq:
+        # Source: ITU-R BT.2100-2, table 4, EOTF.
+        power = signal ** (1 / M2)
+        light = 10000 * (np.maximum(power - C1, 0) / (C2 - C3 * power)) ** (1 / M1)
+    else:
+        # Source: ITU-R BT.2100-2, table 5, the inverse of the OETF.
+        a = 0.17883277
+        b, c = 1 - 4 * a, 0.5 - a * np.log(4 * a)
+        light = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
+    return light.astype(np.float32)
+
+
+def _pq(light: np.ndarray | float) -> np.ndarray:
+    """Returns the PQ signal of light in cd/m2. Source: ITU-R BT.2100-2, table 4, inverse EOTF."""
+    power = (np.asarray(light, np.float32) / 10000) ** np.float32(M1)
+    return ((C1 + C2 * power) / (1 + C3 * power)) ** np.float32(M2)
+
+
+def _compress(light: np.ndarray) -> np.ndarray:
+    """Maps light up to PEAK into that up to REFERENCE_WHITE, in cd/m2. Source: ITU-R BT.2390-11, section 5.4.1."""
+    e = np.minimum(_pq(light) / _pq(PEAK), 1)
+    top = _pq(REFERENCE_WHITE) / _pq(PEAK)
+    knee = 1.5 * top - 0.5
+    t = np.maximum(e - knee, 0) / (1 - knee)
+    spline = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) + (3 * t**2 - 2 * t**3) * top
+    signal = np.where(e < knee, e, spline) * _pq(PEAK)
+    power = signal ** (1 / M2)
+    return 10000 * (np.maximum(power - C1, 0) / (C2 - C3 * power)) ** (1 / M1)

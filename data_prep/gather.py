@@ -1,0 +1,192 @@
+"""What there is to encode: the files of all sources, their captions, and the clips that are cut from them."""
+
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mochi_tune.config.schema import DataConfig
+from mochi_tune.config.sources import Source, read_sources
+from mochi_tune.data.cache import CacheSettings, Row, make_row
+from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
+from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
+from mochi_tune.data_prep.decoder import ClipDecoder
+from mochi_tune.data_prep.finding import find_unused, find_videos
+from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
+from mochi_tune.data_prep.probe import Scan
+from mochi_tune.data_prep.windows import choose_cuts, decisive, refusal
+from mochi_tune.errors import DataError
+from mochi_tune.files import file_sha256, parse_object, write_json
+
+# An error or a summary names this many clips and counts the rest.
+MAX_LISTED = 10
+# In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
+DATASET_FOLDER = ".dataset"
+SCANS_FILE = ".scans.json"
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """A video or a still of a source.
+
+    Attributes:
+        name: its path in its source's folder, behind the source's name where there are several.
+        path: where it is.
+        relative: its path in its source's folder.
+        source: where it belongs.
+        captions: one or more; "" where it has none.
+    """
+
+    name: str
+    path: Path
+    relative: str
+    source: Source
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip to encode: its row in the cache, its file, and what is cut out of it."""
+
+    row: Row
+    file: MediaFile
+    cut: Cut
+
+
+@dataclass
+class Inputs:
+    """All inputs of a `prepare`.
+
+    Attributes:
+        files: videos and stills, by name.
+        clips: to encode, those of a file one after the other by ascending start.
+        scans: what each file holds, by its name.
+        refused: why a file cannot be used, by its name.
+        unused: why a file is not taken, by its name.
+    """
+
+    files: dict[str, MediaFile] = field(default_factory=dict)
+    clips: list[Clip] = field(default_factory=list)
+    scans: dict[str, Scan] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+
+
+def find_inputs(data: DataConfig, seed: int) -> Inputs:
+    """Finds the files of all sources with their captions; opens none of the videos.
+
+    Raises:
+        DataError: a source has no video; clips have no caption; a name is not UTF-8; tables that cannot be read.
+    """
+    inputs, without, orphans = Inputs(), [], []
+    sources = read_sources(data)
+    for source in sources:
+        folder = source.folder
+        if folder.is_dir() and is_dataset(folder):
+            folder = materialise_dataset(folder, Path(data.cache).expanduser() / DATASET_FOLDER / source.name)
+        has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
+        videos = find_videos(folder, has_stills)
+        names = {video: _name(source, folder, video) for video in videos}
+        rules = CaptionRules(
+            data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
+        )
+        found = load_captions(folder, videos, rules)
+        for note in found.notes:
+            tqdm.write(note)
+        for video, name in names.items():
+            captions = found.texts.get(video, ("",))
+            inputs.files[name] = MediaFile(name, video, video.relative_to(folder).as_posix(), source, captions)
+            if video in found.refused:
+                inputs.refused[name] = found.refused[video]
+            elif captions == ("",):
+                without.append(name)
+        alone = find_orphans(folder, videos)
+        for name in alone:
+            inputs.unused[f"{source.name}/{name}" if source.name else name] = f"{folder / name}: is a caption of no video"
+        orphans += alone
+        for path, why in find_unused(folder, videos).items():
+            inputs.unused[_name(source, folder, path)] = why
+    _check_captions(data, without, orphans, len(inputs.files))
+    if inputs.refused:
+        # Told before hours of encoding, and again with the others at the end.
+        tqdm.write(f"{len(inputs.refused)} clips will be refused for their captions: {listed(inputs.refused.values())}")
+    return inputs
+
+
+def _name(source: Source, folder: Path, path: Path) -> str:
+    name = path.relative_to(folder).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name of the clip {name!a} is not valid UTF-8: rename it.") from None
+    return f"{source.name}/{name}" if source.name else name
+
+
+def _check_captions(data: DataConfig, without: list[str], orphans: list[str], num_clips: int) -> None:
+    if without and not data.allow_empty_captions:
+        # A typo in a file's name is the usual cause; both names together make it visible.
+        typos = f"; without a video there are the captions {listed(orphans)}" if orphans else ""
+        where = ", ".join(str(source.folder) for source in read_sources(data))
+        raise DataError(
+            f"{len(without)} of {num_clips} clips in {where} have no caption ({listed(without)}{typos}): write each "
+            "one's caption into a .txt file of its name, or set data.allow_empty_captions=true to train them without."
+        )
+    if orphans:
+        tqdm.write(f"captions without a video of that name, not used: {listed(orphans)}")
+
+
+def cut_inputs(inputs: Inputs, data: DataConfig, settings: CacheSettings, decoder: ClipDecoder) -> None:
+    """Reads each file's hash and what it holds, and adds the clips that are cut from it, or why there are none.
+
+    What a file holds is kept in the cache's folder, so that a second run opens new files alone.
+    """
+    kept = Path(data.cache).expanduser() / SCANS_FILE
+    known = (parse_object(kept.read_bytes()) or {}) if kept.is_file() else {}
+    before = known.get("scans", {}) if known.get("version") == TRANSFORM_VERSION else {}
+    scans = {}
+    files = [file for name, file in inputs.files.items() if name not in inputs.refused]
+    for file in tqdm(files, desc="files", unit="file"):
+        try:
+            sha256 = _fingerprint(file.path)
+            scan = Scan.from_json(before[sha256]) if sha256 in before else decoder.scan(file.path)
+            scans[sha256] = scan.to_json()
+            inputs.scans[file.name] = scan
+            cuts = choose_file_cuts(file, scan, data)
+        except DataError as error:
+            inputs.refused[file.name] = str(error)
+            continue
+        for cut in cuts:
+            row = make_row(file.relative, file.captions, sha256, decisive(cut), settings, file.source.name)
+            inputs.clips.append(Clip(row, file, cut))
+    if scans != before:
+        write_json(kept, {"version": TRANSFORM_VERSION, "scans": scans})
+
+
+def choose_file_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]:
+    """Returns the clips of a file.
+
+    Raises:
+        DataError: no bucket fits it.
+    """
+    try:
+        return choose_cuts(scan, file.source.buckets, file.source.clips, data)
+    except DataError as error:
+        raise DataError(refusal(file.path, error)) from None
+
+
+def _fingerprint(path: Path) -> str:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # Opening a pipe would wait for its other end for ever.
+            raise DataError(f"{path}: is no file but a pipe, a socket or a device: remove it.")
+        return file_sha256(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}): copy it again or remove it.") from None
+
+
+def listed(names) -> str:
+    """Returns names in one line, the first ones of many."""
+    names = list(names)
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

@@ -1,0 +1,140 @@
+"""The report of a `prepare`: a row for every input, and the lines that a user should not have to look for."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mochi_tune.data.buckets import Bucket
+from mochi_tune.data.cache_writer import CacheWriter
+from mochi_tune.data.rows import Row
+from mochi_tune.data_prep.gather import Clip, Inputs, listed
+from mochi_tune.data_prep.windows import num_used_frames
+from mochi_tune.models.latents import FPS
+from mochi_tune.models.text_encoder import MAX_TOKENS
+
+COLUMNS: tuple[str, ...] = (
+    "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "bucket", "start_seconds", "scale", "crop",
+    "lost_picture", "source_width", "source_height", "source_frames", "source_seconds", "source_fps", "frame_rate",
+    "distinct_frames", "rotation", "is_mirrored", "pixel_aspect", "deinterlaced", "hdr", "color_matrix", "decoder",
+)  # fmt: skip
+# Between the captions of a clip that has several.
+BETWEEN_CAPTIONS = " | "
+# A clip that loses more of its picture is told.
+MUCH_PICTURE = 1 / 3
+# Footage that is not used is told above this share of all.
+MUCH_FOOTAGE = 0.1
+
+
+def make_records(cache: CacheWriter, inputs: Inputs, kept: Sequence[Row], bad: Mapping[str, str]) -> list[dict]:
+    """Returns a record for each clip, each refused file and each file that was not taken, sorted by name.
+
+    Args:
+        cache: with all that was encoded.
+        inputs: of the run.
+        kept: rows of the clips that are in the cache.
+        bad: why clips are refused, by their sample_id.
+    """
+    names = {row.sample_id for row in kept}
+    records = []
+    for clip in inputs.clips:
+        row = clip.row
+        record: dict[str, Any] = {"clip": row.sample_id, "caption": BETWEEN_CAPTIONS.join(row.captions)}
+        record |= {"status": "refused", "reason": bad.get(row.sample_id, "")}
+        if row.sample_id in names:
+            record |= {"status": "kept"} | _describe(cache, row)
+        records.append(record)
+    for name, reason in inputs.refused.items():
+        captions = BETWEEN_CAPTIONS.join(inputs.files[name].captions)
+        records.append({"clip": name, "status": "refused", "reason": reason, "caption": captions})
+    records += [{"clip": name, "status": "unused", "reason": reason} for name, reason in inputs.unused.items()]
+    return sorted(records, key=lambda record: record["clip"])
+
+
+def _describe(cache: CacheWriter, row: Row) -> dict[str, Any]:
+    counts = [cache.token_counts(key) for key in row.text_keys]
+    report = cache.clip_report(row.clip_key)
+    _, _, width, height = report["crop"]
+    whole = report["source_width"] * report["source_height"]
+    return report | {
+        "caption_tokens": sum(tokens for _, tokens in counts),
+        "lost_tokens": sum(tokens - kept for kept, tokens in counts),
+        "bucket": str(row.bucket),
+        "crop": json.dumps(report["crop"]),
+        "lost_picture": round(max(1 - width * height / whole, 0), 4),
+    }
+
+
+def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the text of report.csv."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[Row]) -> list[str]:
+    """Returns what was refused, cut off and left out, each with the setting that would change it."""
+    lines = [f"refused: {record['reason']}" for record in records if record["status"] == "refused"]
+    clips = [record for record in records if record["status"] == "kept"]
+    if cut := [f"{record['clip']} by {record['lost_tokens']}" for record in clips if record["lost_tokens"]]:
+        lines.append(f"captions cut to {MAX_TOKENS} tokens: {listed(cut)}")
+    lost = {record["clip"]: record["lost_picture"] for record in clips if record["lost_picture"] > MUCH_PICTURE}
+    if lost:
+        names = listed(f"{name} by {share:.0%}" for name, share in lost.items())
+        lines.append(f"{len(lost)} clips lose more than a third of their picture: {names}; {_wider(inputs)}")
+    if repeated := _repeated(clips):
+        lines.append(
+            f"{len(repeated)} clips hold repeated frames: {listed(repeated)}; data.frame_rate=retime plays each once"
+        )
+    lines += _unused_footage(inputs, kept)
+    if inputs.unused:
+        lines.append(f"{len(inputs.unused)} files of the folder were not taken: {listed(sorted(inputs.unused))}")
+    return lines
+
+
+def _wider(inputs: Inputs) -> str:
+    buckets = {bucket for file in inputs.files.values() for bucket in file.source.buckets}
+    if len(buckets) == 1:
+        return "data.buckets=auto gives each shape a size of its own"
+    return "a bucket of their shape in data.buckets would keep it"
+
+
+def _repeated(clips: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the clips that show a picture twice, with the pictures of each; stills have but one."""
+    found = []
+    for record in clips:
+        length = int(record["bucket"].split()[0])
+        if length > 1 and record["distinct_frames"] < length:
+            found.append(f"{record['clip']} {record['distinct_frames']} of {length}")
+    return found
+
+
+def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
+    names = {row.sample_id for row in kept}
+    by_file: dict[str, list[Clip]] = {}
+    for clip in inputs.clips:
+        if clip.row.sample_id in names:
+            by_file.setdefault(clip.file.name, []).append(clip)
+    total = used = 0.0
+    for name, clips in by_file.items():
+        scan = inputs.scans[name]
+        if not scan.is_still:
+            frames = scan.num_source_frames if clips[0].cut.frame_rate == "retime" else scan.num_frames
+            total += frames / FPS
+            used += min(num_used_frames([clip.cut for clip in clips]), frames) / FPS
+    if total - used <= MUCH_FOOTAGE * total:
+        return []
+    modes = {file.source.clips for file in inputs.files.values()}
+    change = "data.clips=all cuts all of it" if modes != {"all"} else "shorter buckets in data.buckets would take it"
+    return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {change}"]
+
+
+def count_buckets(kept: Sequence[Row]) -> str:
+    """Returns how many clips each bucket has, in one line."""
+    counts: dict[Bucket, int] = {}
+    for row in kept:
+        counts[row.bucket] = counts.get(row.bucket, 0) + 1
+    return "; ".join(f"{count} of {bucket}" for bucket, count in sorted(counts.items()))

@@ -1,0 +1,108 @@
+"""Reads stills and animated WebP with Pillow."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mochi_tune.data_prep.timeline import Picture
+from mochi_tune.errors import DataError
+from mochi_tune.models.latents import FPS
+
+STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# The Exif tag of the orientation, and its values that swap width and height.
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+
+
+@dataclass(frozen=True)
+class StillSize:
+    """A still's upright size in pixels, and how long each of its frames is shown, in seconds."""
+
+    width: int
+    height: int
+    durations: list[Fraction]
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames it has; only an animated WebP has more than one."""
+        return len(self.durations)
+
+
+def read_still_size(path: Path, max_pixels: int) -> StillSize:
+    """Reads the header of a picture.
+
+    Raises:
+        DataError: the file is no picture, or has more than `max_pixels`.
+    """
+    with _open(path) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DataError(
+                f"{path}: is a picture of {width}x{height} pixels, more than {max_pixels // 10**6} million: "
+                "scale it down first."
+            )
+        if image.getexif().get(ORIENTATION) in TURNED:
+            width, height = height, width
+        durations = [Fraction(1, FPS)]
+        if image.format == "WEBP" and getattr(image, "n_frames", 1) > 1:
+            durations = [_duration(image, number) for number in range(image.n_frames)]
+        return StillSize(width, height, durations)
+
+
+def read_still(path: Path) -> Iterator[Picture]:
+    """Yields a picture's frames, upright.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    from PIL import ImageOps
+
+    with _open(path) as image:
+        if image.format != "WEBP" or getattr(image, "n_frames", 1) == 1:
+            yield Picture(Fraction(0), Fraction(1, FPS), _to_rgb(ImageOps.exif_transpose(image)))
+            return
+        time = Fraction(0)
+        for number in range(image.n_frames):
+            duration = _duration(image, number)
+            yield Picture(time, duration, _to_rgb(image))
+            time += duration
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Opens a picture with Pillow; what goes wrong while it is open is a DataError."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise DataError(
+            f"{path}: cannot be read as a picture ({reason}): it is damaged; copy it again or remove it."
+        ) from error
+
+
+def _duration(image, number: int) -> Fraction:
+    image.seek(number)
+    image.load()
+    # Browsers show a frame without a duration for a tenth of a second.
+    return Fraction(int(image.info.get("duration") or 100), 1000)
+
+
+def _to_rgb(image) -> np.ndarray:
+    """Returns uint8 (H, W, 3); what is transparent is white, as viewers show it."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        # 16 bits a pixel, which Pillow would clip instead of scaling it.
+        grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, 2)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
