@@ -62,6 +62,7 @@ class Inputs:
         files: videos and stills, by name.
         clips: to encode, those of a file one after the other by ascending start.
         scans: what each file holds, by its name.
+        signatures: what tells that a file was changed, by its name.
         refused: why a file cannot be used, by its name.
         unused: why a file is not taken, by its name.
     """
@@ -69,6 +70,7 @@ class Inputs:
     files: dict[str, MediaFile] = field(default_factory=dict)
     clips: list[Clip] = field(default_factory=list)
     scans: dict[str, Scan] = field(default_factory=dict)
+    signatures: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
 
@@ -102,8 +104,8 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
             elif captions == ("",):
                 without.append(name)
         alone = find_orphans(folder, videos)
-        for name in alone:
-            inputs.unused[f"{source.name}/{name}" if source.name else name] = f"{folder / name}: is a caption of no video"
+        for path in [folder / name for name in alone]:
+            inputs.unused[_name(source, folder, path)] = f"{path}: is a caption of no video"
         orphans += alone
         for path, why in find_unused(folder, videos).items():
             inputs.unused[_name(source, folder, path)] = why
@@ -148,6 +150,7 @@ def cut_inputs(inputs: Inputs, data: DataConfig, settings: CacheSettings, decode
     files = [file for name, file in inputs.files.items() if name not in inputs.refused]
     for file in tqdm(files, desc="files", unit="file"):
         try:
+            inputs.signatures[file.name] = signature(file.path)
             sha256 = _fingerprint(file.path)
             scan = Scan.from_json(before[sha256]) if sha256 in before else decoder.scan(file.path)
             scans[sha256] = scan.to_json()
@@ -173,6 +176,19 @@ def choose_file_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]
         return choose_cuts(scan, file.source.buckets, file.source.clips, data)
     except DataError as error:
         raise DataError(refusal(file.path, error)) from None
+
+
+def signature(path: Path) -> tuple[int, int, int]:
+    """Returns a file's size, time of change and number, of which one differs once it was written again.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}): copy it again or remove it.") from None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _fingerprint(path: Path) -> str:

@@ -20,7 +20,7 @@ from mochi_tune.data_prep import report
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, DecodedClip
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.encode import encode_caption, encode_frames
-from mochi_tune.data_prep.gather import Clip, Inputs, cut_inputs, find_inputs
+from mochi_tune.data_prep.gather import Clip, Inputs, cut_inputs, find_inputs, signature
 from mochi_tune.data_prep.preview import preview_path, write_preview
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
@@ -119,7 +119,7 @@ def _encode_clips(
         for clip, decoded in _decode(wanted, decoder):
             if isinstance(decoded, DataError):
                 bad[clip.row.clip_key] = str(decoded)
-            elif not _is_unchanged(clip):
+            elif not _is_unchanged(clip, inputs.signatures[clip.file.name]):
                 bad[clip.row.clip_key] = f"{clip.file.path}: was changed while it was read: run this again."
             else:
                 if preview is not None:
@@ -154,11 +154,12 @@ def _decode(clips: Sequence[Clip], decoder: ClipDecoder) -> Iterator[tuple[Clip,
         yield by_file[path][index], decoded
 
 
-def _is_unchanged(clip: Clip) -> bool:
+def _is_unchanged(clip: Clip, before: tuple[int, int, int]) -> bool:
     """Whether a video still has the content that its latents' key was computed from."""
     try:
-        return file_sha256(clip.file.path) == clip.row.source_sha256
-    except OSError:
+        # A long file with many clips is not read for each of them.
+        return signature(clip.file.path) == before or file_sha256(clip.file.path) == clip.row.source_sha256
+    except (OSError, DataError):
         return False
 
 

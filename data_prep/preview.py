@@ -10,7 +10,7 @@ from mochi_tune.models.latents import FPS
 
 
 def preview_path(folder: Path, sample_id: str) -> Path:
-    """Returns the file of a clip: its video's path with .mkv in the place of its suffix, and @START where it has one."""
+    """Returns the file of a clip: its video's path as .mkv, with the clip's @START where it has one."""
     path, at, start = sample_id.rpartition("@")
     is_window = bool(at) and start.isdigit()
     name = Path(path if is_window else sample_id)

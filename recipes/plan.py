@@ -1,6 +1,7 @@
 """Says what a run will take before anything is loaded: memory by stage, time, disk, and which settings fit the GPU."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,13 +12,15 @@ from mochi_tune.adapters.lora import apply_lora, linear_shapes
 from mochi_tune.config.load import weights_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig, sample_size
+from mochi_tune.config.sources import buckets_by_source, largest_bucket, read_sources
+from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data_prep.clips import find_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
-from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
+from mochi_tune.models.latents import TOKEN_PIXELS, latent_shape, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS
 from mochi_tune.parallel.forecast import (
     CARDS,
@@ -40,7 +43,7 @@ from mochi_tune.recipes.bench import make_step
 from mochi_tune.recipes.measuring import timed
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, fits
-from mochi_tune.training.preflight import adapter_bytes, check, num_tokens, step_sizes
+from mochi_tune.training.preflight import adapter_bytes, check, clip_order, num_tokens, step_sizes
 from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -119,7 +122,6 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         ConfigError: there is no GPU and no card is named, or one that is not known without its memory.
     """
     data, train = config.data, config.train
-    check_geometry(data.num_frames, data.height, data.width)
     sampler_settings(config.sample)
     words, gib, speed = find_card(card, card_gib)
     dit, free = dit_sizes(config), int(gib * GIB)
@@ -135,7 +137,16 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     residency = config.memory.dit
     if residency == "auto":
         residency = "resident" if fits(sampling_held(dit, tokens, "resident", step.dtype_bytes), free) else "offload"
-    seconds = None if speed is None else train.accumulation_steps * step.seconds(policies, speed, arrangement[0])
+    count, clips, shares = count_clips(config)
+    seconds = (
+        None
+        if speed is None
+        else train.accumulation_steps
+        * sum(
+            share * sized(step, config, bucket).seconds(policies, speed, arrangement[0])
+            for bucket, share in shares.items()
+        )
+    )
     stages = [
         Stage("train", step.held(policies, *arrangement), seconds, "a step"),
         Stage(
@@ -150,7 +161,6 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         stages = [*stages_of_encoding(config, speed), *stages, *stages_of_decoding(config, video, speed)]
     advice += [ADVICE[stage.name] for stage in stages if stage.name in ADVICE and not fits(stage.held, free)]
     presets = {name: preset_bytes(name, step, dit, tokens, free) for name in ("80gb", "24gb", "16gb", "12gb")}
-    count, clips = count_clips(config)
     return RunForecast(
         clips=clips,
         num_tokens=num_tokens(config),
@@ -160,14 +170,14 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         run_seconds=None if seconds is None else seconds * train.steps,
         presets=presets,
         advice=advice or ["every stage fits as it is set"],
-        cache_bytes=count * clip_bytes(config, dit),
+        cache_bytes=int(count * sum(share * clip_bytes(bucket, dit) for bucket, share in shares.items())),
         checkpoint_bytes=checkpoint_bytes(config, step.adapter_bytes),
     )
 
 
 def stages_of_encoding(config: RunConfig, speed: Card | None) -> list[Stage]:
     """Returns the stages of `prepare`."""
-    clip = (config.data.num_frames, config.data.height, config.data.width)
+    clip = astuple(largest_bucket(config.data))
     return [
         Stage("prepare: captions", text_held(DTYPES[config.memory.t5_dtype].itemsize)),
         Stage(
@@ -216,7 +226,7 @@ def measure(config: RunConfig) -> Measured:
         MochiTuneError: as `train`.
     """
     plan = check(config, 1)
-    device, data = plan.device, config.data
+    device = plan.device
     where = "cpu" if plan.memory.is_streamed else device
     dit = plan.weights.load_dit(where, DTYPES[config.model.dtype], plan.shrink_block)
     modulate = HostModulation(dit)
@@ -225,7 +235,7 @@ def measure(config: RunConfig) -> Measured:
     dit.train()
     # Any caption: they are of about one length.
     prompt = plan.dataset[0]["prompt_embeds"][None].expand(config.train.batch_size, -1, -1)
-    step = make_step(dit, modulate, prompt, (data.num_frames, data.height, data.width), device)
+    step = make_step(dit, modulate, prompt, astuple(largest_bucket(config.data)), device)
     reset_peak(device)
     with plan.explains_out_of_memory():
         first, _ = timed(step, 1, device, num_warm_up=0)
@@ -273,27 +283,37 @@ def training_step(config: RunConfig, dit: DiTConfig) -> Step:
     return step_sizes(config, dit, size, layout, is_gpu=True)
 
 
-def count_clips(config: RunConfig) -> tuple[int, str]:
-    """Returns the number of clips, 0 where there are none yet, and what is known of them in words."""
+def sized(step: Step, config: RunConfig, bucket: Bucket) -> Step:
+    """Returns a micro-batch of the clips of one bucket, in the place of the largest one."""
+    return replace(step, num_tokens=step.num_tokens * bucket.num_tokens // num_tokens(config))
+
+
+def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float]]:
+    """Returns the number of clips, 0 where there are none yet; what is known in words; the share of each bucket.
+
+    Before `prepare` all clips are taken to be of the largest bucket.
+    """
     data, cache = config.data, Path(config.data.cache)
-    size = f"{data.num_frames} frames of {data.height}x{data.width}"
+    largest = largest_bucket(data)
     if (cache / "data").exists():
-        found = open_cache(cache, num_frames=data.num_frames, height=data.height, width=data.width)
-        return len(found), f"{len(found)} in {cache}, each {size}"
-    if is_dataset(Path(data.videos)):
-        return 0, f"in the dataset {data.videos}, not prepared yet, each {size}"
-    if Path(data.videos).is_dir():
+        found = open_cache(cache, buckets_by_source(data))
+        order = clip_order(config, found, [])
+        draws = {found.rows[pool.clips[0]].bucket: 0 for pool in order.pools}
+        for pool in order.pools:
+            draws[found.rows[pool.clips[0]].bucket] += pool.num_draws
+        total = sum(draws.values())
+        sizes = f"each {largest}" if len(draws) == 1 else f"in {len(draws)} buckets, the largest {largest}"
+        return len(found), f"{len(found)} in {cache}, {sizes}", {key: value / total for key, value in draws.items()}
+    if not data.sources and Path(data.videos).is_dir() and not is_dataset(Path(data.videos)):
         count = len(find_videos(Path(data.videos)))
-        return count, f"{count} videos in {data.videos}, not prepared yet, each {size}"
-    return 0, f"none yet in {data.videos}, each {size}"
+        return count, f"{count} videos in {data.videos}, not prepared yet, each {largest}", {largest: 1.0}
+    where = ", ".join(str(source.folder) for source in read_sources(data))
+    return 0, f"none yet in {where}, each {largest}", {largest: 1.0}
 
 
-def clip_bytes(config: RunConfig, dit: DiTConfig) -> int:
+def clip_bytes(bucket: Bucket, dit: DiTConfig) -> int:
     """Returns the bytes that a clip takes in the cache at most: mean, log variance and a caption's features, fp32."""
-    data = config.data
-    channels, *shape = latent_shape(data.num_frames, data.height, data.width)
-    numbers = 2 * channels * shape[0] * shape[1] * shape[2]
-    return 4 * (numbers + MAX_TOKENS * dit.t5_feat_dim)
+    return 4 * (2 * math.prod(latent_shape(*astuple(bucket))) + MAX_TOKENS * dit.t5_feat_dim)
 
 
 def checkpoint_bytes(config: RunConfig, adapter_bytes: int) -> int:

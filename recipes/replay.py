@@ -9,6 +9,7 @@ from torch import nn
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.config.load import RunConfig, load_config, weights_folder
 from mochi_tune.config.lora import lora_settings
+from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError
@@ -100,7 +101,9 @@ def main(bundle: Path, device_name: str) -> Replay:
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for number in range(draws.num_micro_batches):
         rows = places[number * draws.batch_size : (number + 1) * draws.batch_size]
-        batch = collate([dataset[i] for i in rows])
+        first = number * draws.batch_size
+        captions = [draws.caption(recorded["step"], first + r, dataset.num_captions(i)) for r, i in enumerate(rows)]
+        batch = collate([dataset.load(i, caption) for i, caption in zip(rows, captions, strict=True)])
         drawn = draws.draw(recorded["step"], number, batch["mean"].shape[1:])
         sigma = sigmas_from_uniforms(
             drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
