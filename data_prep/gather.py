@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.sources import Source, read_sources
-from mochi_tune.data.cache import CacheSettings, Row, make_row
+from mochi_tune.data.rows import CacheSettings, Row, make_row
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
 from mochi_tune.data_prep.decoder import ClipDecoder

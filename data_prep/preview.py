@@ -26,10 +26,10 @@ def write_preview(path: Path, frames: Tensor) -> None:
         with av.open(str(temporary), "w", format="matroska") as container:
             stream = container.add_stream("ffv1", rate=FPS)
             stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "gbrp"
+            stream.pix_fmt = "bgr0"
             stream.time_base = Fraction(1, FPS)
             for number, frame in enumerate(frames.numpy()):
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="gbrp")
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="bgr0")
                 picture.pts = number
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())
