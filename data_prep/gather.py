@@ -24,6 +24,7 @@ MAX_LISTED = 10
 # In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
 DATASET_FOLDER = ".dataset"
 SCANS_FILE = ".scans.json"
+NO_VIDEO = "is a caption of no video"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
                 without.append(name)
         alone = find_orphans(folder, videos)
         for path in [folder / name for name in alone]:
-            inputs.unused[_name(source, folder, path)] = f"{path}: is a caption of no video"
+            inputs.unused[_name(source, folder, path)] = f"{path}: {NO_VIDEO}"
         orphans += alone
         for path, why in find_unused(folder, videos).items():
             inputs.unused[_name(source, folder, path)] = why

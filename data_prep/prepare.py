@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_folder
-from mochi_tune.config.sources import buckets_by_source
+from mochi_tune.config.sources import buckets_by_source, read_sources
 from mochi_tune.data.cache import REPORT_NAME
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import CacheSettings, Row
@@ -92,7 +92,8 @@ def prepare(config: RunConfig) -> Prepared:
         if not kept:
             first = next(iter([*inputs.refused.values(), *bad.values()]))
             count = len(inputs.refused) + len(bad)
-            raise DataError(f"none of the {count} clips can be used, see {folder / REPORT_NAME}; {first}")
+            where = ", ".join(str(source.folder) for source in read_sources(data))
+            raise DataError(f"none of the {count} clips in {where} can be used, see {folder / REPORT_NAME}; {first}")
         cache.commit(kept, settings)
     for line in report.notes(records, inputs, kept):
         tqdm.write(line)

@@ -9,7 +9,7 @@ from typing import Any
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
-from mochi_tune.data_prep.gather import Clip, Inputs, listed
+from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs, listed
 from mochi_tune.data_prep.windows import num_used_frames
 from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS
@@ -90,8 +90,9 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
             f"{len(repeated)} clips hold repeated frames: {listed(repeated)}; data.frame_rate=retime plays each once"
         )
     lines += _unused_footage(inputs, kept)
-    if inputs.unused:
-        lines.append(f"{len(inputs.unused)} files of the folder were not taken: {listed(sorted(inputs.unused))}")
+    # Captions without a video were told before.
+    if others := sorted(name for name, why in inputs.unused.items() if not why.endswith(NO_VIDEO)):
+        lines.append(f"{len(others)} files were not taken: {listed(others)}")
     return lines
 
 

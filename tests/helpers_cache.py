@@ -1,34 +1,48 @@
 """Makes small caches without any model."""
 
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import torch
 
-from mochi_tune.data.cache import CacheSettings, make_row
+from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache_writer import CacheWriter
+from mochi_tune.data.rows import CacheSettings, Row, make_row
+from mochi_tune.models.latents import latent_shape
 
-SHAPE = (12, 2, 4, 6)
 WIDTH = 5
+BUCKET = Bucket(7, 32, 48)
+BUCKETS = {"": [BUCKET]}
 SETTINGS = CacheSettings(
-    transform={"version": 1, "num_frames": 7, "height": 32, "width": 48}, vae="v" * 64, vae_dtype="fp32", t5="t" * 64,
+    transform={"version": 1, "buckets": {"": [[7, 32, 48]]}}, vae="v" * 64, vae_dtype="fp32", t5="t" * 64,
     t5_dtype="fp32",
 )  # fmt: skip
 
 
 def tensors_of(row):
-    """The latents and features that a row's keys stand for, different for each key."""
+    """The latents and the first caption's features that a row's keys stand for, different for each key."""
     latents = torch.Generator().manual_seed(int(row.clip_key[:15], 16))
-    text = torch.Generator().manual_seed(int(row.text_key[:15], 16))
+    shape = latent_shape(*astuple(row.bucket))
     return {
-        "mean": torch.randn(SHAPE, generator=latents),
-        "logvar": torch.randn(SHAPE, generator=latents),
-        "prompt_embeds": torch.randn(len(row.caption.split()), WIDTH, generator=text),
+        "mean": torch.randn(shape, generator=latents),
+        "logvar": torch.randn(shape, generator=latents),
+        "prompt_embeds": features_of(row, 0),
     }
+
+
+def features_of(row: Row, caption: int) -> torch.Tensor:
+    text = torch.Generator().manual_seed(int(row.text_keys[caption][:15], 16))
+    return torch.randn(len(row.captions[caption].split()), WIDTH, generator=text)
+
+
+def row_of(path: str, caption: str | tuple[str, ...], sha256: str, settings=SETTINGS, bucket=BUCKET, start=0) -> Row:
+    captions = (caption,) if isinstance(caption, str) else caption
+    return make_row(path, captions, sha256, {"start": start, **asdict(bucket)}, settings)
 
 
 def rows_of(captions: dict[str, str], settings=SETTINGS):
     """One row a clip; a clip's bytes are its name."""
-    return [make_row(path, caption, f"sha-{path}", settings) for path, caption in captions.items()]
+    return [row_of(path, caption, f"sha-{path}", settings) for path, caption in captions.items()]
 
 
 def encode(writer: CacheWriter, rows) -> tuple[int, int]:
@@ -39,9 +53,10 @@ def encode(writer: CacheWriter, rows) -> tuple[int, int]:
         if not writer.has_latents(row.clip_key):
             writer.put_latents(row.clip_key, tensors["mean"], tensors["logvar"], {"scale": 0.5, "name": row.path})
             num_latents += 1
-        if not writer.has_text(row.text_key):
-            writer.put_text(row.text_key, tensors["prompt_embeds"], len(row.caption.split()) + 1)
-            num_texts += 1
+        for number, key in enumerate(row.text_keys):
+            if not writer.has_text(key):
+                writer.put_text(key, features_of(row, number), len(row.captions[number].split()) + 1)
+                num_texts += 1
     return num_latents, num_texts
 
 

@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mochi_tune.config.schema import SEED_LIMIT
+from mochi_tune.config.schema import SourceConfig
 from mochi_tune.config.settings import GROUPS, Setting, known_keys, sections
+from mochi_tune.config.values import SEED_LIMIT
 
 TYPE_NAMES = {
     int: "a whole number",
@@ -25,6 +26,9 @@ TYPE_NAMES = {
     float | list[float] | None: "a number, a list of numbers, [1, 0.5], or null",
     list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
     list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
+    Literal["auto"] | list[list[int]] | None: "auto, a list of [frames, height, width], [[37, 480, 848], [1, 480, 848]], or null",
+    list[SourceConfig]: f"a list of folders, each with {', '.join(SourceConfig.model_fields)}: "
+    "[{folder: cats, repeats: 2}, {folder: dogs}]",
     dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
     dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
 }
@@ -45,6 +49,11 @@ def explain(error: ValidationError, source: str, given: Mapping[str, str], secti
     details = min(error.errors(), key=_urgency)
     path = ([section] if section else []) + [str(part) for part in details["loc"]]
     dotted = ".".join(path)
+    if dotted.startswith("data.sources."):
+        # Of a source, one or another of its own fields.
+        what = f"data.sources[{path[2]}]: {'.'.join(path[3:])}" if path[3:] else f"data.sources[{path[2]}]"
+        wrong = "is missing" if details["type"] == "missing" else f"is {as_yaml(details['input'])}"
+        return does_not_fit(f"{what} {wrong}, which", "data.sources")
     if details["type"] == "missing":
         missing = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing"]
         return f"{source} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`."
@@ -91,7 +100,7 @@ def _explain_value(setting: Setting, details: ErrorDetails, inner: list[str], gi
         got = f"{key}[{inner[-1]}]={as_yaml(value)}"
     if kind in OUT_OF_RANGE:
         return f"{got} is not possible: it must be {describe_limits(setting)}."
-    if kind == "literal_error":
+    if kind == "literal_error" and setting.choices:
         return f"{got} is not possible: use {describe_choices(setting)}."
     if kind == "not_possible":
         return f"{got} is not possible: it must be {details['msg']}."

@@ -3,86 +3,27 @@
 The help and docs/settings.md are made from this file. One `RunConfig` describes one LoRA for all verbs.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
-# Whether a run may go on from a checkpoint with another value of a setting:
-# "free": yes, it does not change what is learnt. "bound": only with resume=force, as another run.
-# "held": no, the saved weights and optimizer state would not fit.
-Resume = Literal["free", "bound", "held"]
-SEED_LIMIT = 2**63
-
-
-def _read_text(value: Any) -> Any:
-    # YAML reads `name: 123` as a number.
-    return str(value) if isinstance(value, bool | int | float) else value
-
-
-def _check_text(value: str) -> str:
-    if "\0" in value:
-        raise PydanticCustomError("not_possible", "text without NUL")
-    return value
-
-
-def _check_not_blank(value: str) -> str:
-    if not value.strip():
-        raise PydanticCustomError("empty", "empty")
-    return value
-
-
-def _check_project(value: str) -> str:
-    if len(value) > 128 or set(value) & set("/\\#?%:"):
-        raise PydanticCustomError("not_possible", "up to 128 characters, none of / \\ # ? % :")
-    return value
-
-
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise PydanticCustomError("not_a_number", "not a number")
-    return value
-
-
-def _refuse_bool_and_float(value: Any) -> Any:
-    # pydantic takes 4.0 and "4.0" for 4.
-    if isinstance(value, bool | float) or (isinstance(value, str) and "." in value):
-        raise PydanticCustomError("not_a_whole_number", "not a whole number")
-    return value
-
-
-def _read_off(value: Any) -> Any:
-    # YAML reads a bare `off` as false.
-    return "off" if value is False else value
-
-
-Text = Annotated[str, BeforeValidator(_read_text), AfterValidator(_check_text)]
-Name = Annotated[Text, AfterValidator(_check_not_blank)]
-Whole = Annotated[int, BeforeValidator(_refuse_bool_and_float)]
-Count = Annotated[Whole, Field(ge=1)]
-CountOrZero = Annotated[Whole, Field(ge=0)]
-Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A group of settings. `RESUME` is the rule of those that do not name another one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    RESUME: ClassVar[Resume] = "bound"
-
-
-def setting(default: Any, meaning: str, resume: Resume | None = None) -> Any:
-    """Declares a setting.
-
-    Args:
-        default: the value where nothing else is set; `...` if it must be set. `${name}` is the value of `name`.
-        meaning: one line: the unit, what the setting does, what it costs.
-        resume: whether a run may go on with another value; None for the rule of the section.
-    """
-    return Field(default, description=meaning, json_schema_extra={"resume": resume} if resume else None)
+from mochi_tune.config.values import (
+    SEED_LIMIT,
+    Count,
+    CountOrZero,
+    Name,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Share,
+    Text,
+    Whole,
+    check_project,
+    read_off,
+    refuse_bool,
+    setting,
+)
 
 
 class ModelConfig(Section):
@@ -270,10 +211,10 @@ class TrainConfig(Section):
     ema_decay: Share = setting(
         0.0, "0.999: validates, renders and publishes a moving average of the adapter (EMA); 0: none"
     )
-    spike_policy: Annotated[Literal["off", "warn", "skip", "stop"], BeforeValidator(_read_off)] = setting(
+    spike_policy: Annotated[Literal["off", "warn", "skip", "stop"], BeforeValidator(read_off)] = setting(
         "warn", "what a loss far above the recent ones does; skip leaves out the update, stop ends the run"
     )
-    spike_factor: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=1)] = setting(
+    spike_factor: Annotated[float, BeforeValidator(refuse_bool), Field(gt=1)] = setting(
         10.0, "times the median of the last 50 losses is a spike"
     )
     validate_every: CountOrZero = setting(200, "steps; 0: never", "free")
@@ -384,7 +325,7 @@ class LogConfig(Section):
     wandb: Literal["disabled", "offline", "online"] = setting("disabled", "Weights & Biases")
     tensorboard: bool = setting(False, "true: event files in run_dir/trackers/tensorboard")
     trackio: bool = setting(False, "true: trackio on this machine; pip install 'mochi-tune[trackio]'")
-    project: Annotated[Name, AfterValidator(_check_project)] = setting(
+    project: Annotated[Name, AfterValidator(check_project)] = setting(
         "mochi-tune", "name of the project in W&B and trackio"
     )
 

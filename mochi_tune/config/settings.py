@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
-from mochi_tune.config.schema import Resume, RunConfig, Section
+from mochi_tune.config.schema import RunConfig
+from mochi_tune.config.values import Resume, Section
 
 # Sections whose values a packaged file can set, `model=tiny` for conf/model/tiny.yaml.
 GROUPS = ("model", "lora", "memory", "parallel")

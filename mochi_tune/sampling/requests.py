@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mochi_tune.config.load import change_sample
-from mochi_tune.config.schema import SEED_LIMIT, DataConfig, SampleConfig, sample_size
+from mochi_tune.config.schema import DataConfig, SampleConfig, sample_size
+from mochi_tune.config.values import SEED_LIMIT
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import find_lone_surrogate, read_text
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames

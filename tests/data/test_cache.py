@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_cache import SETTINGS, encode, make_cache, rows_of, tensors_of
+from helpers_cache import BUCKETS, SETTINGS, encode, make_cache, row_of, rows_of, tensors_of
 
-from mochi_tune.data.cache import make_row, open_cache
+from mochi_tune.data.buckets import Bucket
+from mochi_tune.data.cache import open_cache
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256
 
-GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
 CAPTIONS = {f"clip{i}.mp4": f"caption number {i} " + "x " * i for i in range(7)} | {"sub/empty.mp4": ""}
 # Two rows' tensors (4608 bytes of latents each) go into a shard of this size, three do not.
 SMALL = 11_000
@@ -37,7 +37,7 @@ def damaged_shards(folder: Path) -> list[str]:
 
 
 def assert_holds(folder, rows):
-    cache = open_cache(folder, **GEOMETRY)
+    cache = open_cache(folder, BUCKETS)
     assert cache.rows == sorted(rows, key=lambda row: row.path)
     for index, row in enumerate(cache.rows):
         found, expected = cache.read(index), tensors_of(row)
@@ -74,11 +74,11 @@ def test_load_dataset_reads_it_as_it_is(tmp_path):
     for record in table:
         row = by_path[record["path"]]
         expected = tensors_of(row)
-        assert (record["caption"], record["clip_key"]) == (row.caption, row.clip_key)
+        assert (record["captions"], record["clip_key"]) == (list(row.captions), row.clip_key)
         for name in ("mean", "logvar"):
             assert torch.equal(record[name].view(record["latent_shape"].tolist()), expected[name])
-        assert int(record["num_tokens"]) == len(expected["prompt_embeds"])
-        assert int(record["caption_tokens"]) == len(row.caption.split()) + 1
+        assert record["num_tokens"].tolist() == [len(expected["prompt_embeds"])]
+        assert record["caption_tokens"].tolist() == [len(row.captions[0].split()) + 1]
         assert json.loads(record["clip_report"]) == {"scale": 0.5, "name": row.path}
         # An empty list comes back as an empty tensor of any dtype.
         embeds = torch.as_tensor(record["prompt_embeds"]).float().view(-1, int(record["text_width"]))
@@ -126,7 +126,7 @@ def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
 def test_a_changed_video_encodes_that_video_alone(tmp_path):
     make_cache(tmp_path, CAPTIONS)
     rows = rows_of(CAPTIONS)
-    rows[2] = make_row(rows[2].path, rows[2].caption, "other bytes", SETTINGS)
+    rows[2] = row_of(rows[2].path, rows[2].captions, "other bytes")
     with CacheWriter(tmp_path) as writer:
         assert encode(writer, rows) == (1, 0)
         writer.commit(rows, SETTINGS)
@@ -142,11 +142,11 @@ def test_removed_renamed_and_added_clips(tmp_path):
     rows, counts = make_cache(tmp_path, fewer | {"new.mp4": "a new one"}, shard_bytes=SMALL)
     assert counts == (1, 1)
     assert_holds(tmp_path, rows)
-    moved = [dataclasses.replace(row, path="moved/" + row.path) for row in rows]
+    moved = [dataclasses.replace(row, path="moved/" + row.path, sample_id="moved/" + row.path) for row in rows]
     with CacheWriter(tmp_path) as writer:
         assert encode(writer, moved) == (0, 0)
         assert writer.commit(moved, SETTINGS) is True
-    assert [row.path for row in open_cache(tmp_path, **GEOMETRY).rows] == sorted(row.path for row in moved)
+    assert [row.path for row in open_cache(tmp_path, BUCKETS).rows] == sorted(row.path for row in moved)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_changed_settings_encode_only_what_they_touch(tmp_path, change, expected
 
 
 def test_equal_captions_and_equal_videos_are_encoded_once(tmp_path):
-    rows = [make_row(f"{i}.mp4", "the same words", f"sha{i // 2}", SETTINGS) for i in range(4)]
+    rows = [row_of(f"{i}.mp4", "the same words", f"sha{i // 2}") for i in range(4)]
     with CacheWriter(tmp_path) as writer:
         assert encode(writer, rows) == (2, 1)
         writer.commit(rows, SETTINGS)
@@ -186,16 +186,16 @@ def test_the_order_of_clips_does_not_depend_on_the_history_of_the_cache(tmp_path
     make_cache(tmp_path / "straight", CAPTIONS, shard_bytes=SMALL)
     make_cache(tmp_path / "grown", dict(list(CAPTIONS.items())[4:]), shard_bytes=SMALL)
     make_cache(tmp_path / "grown", CAPTIONS, shard_bytes=SMALL)
-    straight, grown = (open_cache(tmp_path / name, **GEOMETRY) for name in ("straight", "grown"))
+    straight, grown = (open_cache(tmp_path / name, BUCKETS) for name in ("straight", "grown"))
     assert straight.rows == grown.rows
     assert straight.fingerprint == grown.fingerprint
     make_cache(tmp_path / "grown", CAPTIONS | {"clip0.mp4": "changed"}, shard_bytes=SMALL)
-    assert open_cache(tmp_path / "grown", **GEOMETRY).fingerprint != straight.fingerprint
+    assert open_cache(tmp_path / "grown", BUCKETS).fingerprint != straight.fingerprint
 
 
 def test_training_refuses_a_cache_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"there is no cache in .*nothing: run `mochi-tune prepare` first\.$"):
-        open_cache(tmp_path / "nothing", **GEOMETRY)
+        open_cache(tmp_path / "nothing", BUCKETS)
 
 
 def test_training_refuses_an_incomplete_cache_and_names_the_files(tmp_path):
@@ -206,7 +206,7 @@ def test_training_refuses_an_incomplete_cache_and_names_the_files(tmp_path):
     with shards[1].open("r+b") as file:
         file.truncate(size - 1)
     with pytest.raises(DataError) as caught:
-        open_cache(tmp_path, **GEOMETRY)
+        open_cache(tmp_path, BUCKETS)
     assert f"data/{shards[0].name} is missing" in str(caught.value)
     assert f"data/{shards[1].name} has {size - 1} of {size} bytes" in str(caught.value)
     assert "prepare" in str(caught.value) and "\n" not in str(caught.value)
@@ -219,13 +219,13 @@ def test_training_refuses_a_cache_without_a_whole_manifest(tmp_path):
     for damaged in (whole[: len(whole) // 2], whole.replace('"complete": true', '"complete": false'), "[]"):
         manifest.write_text(damaged)
         with pytest.raises(DataError, match="incomplete"):
-            open_cache(tmp_path, **GEOMETRY)
+            open_cache(tmp_path, BUCKETS)
     manifest.unlink()
     with pytest.raises(DataError, match="incomplete"):
-        open_cache(tmp_path, **GEOMETRY)
-    manifest.write_text(whole.replace('"schema_version": 2', '"schema_version": 999'))
+        open_cache(tmp_path, BUCKETS)
+    manifest.write_text(whole.replace('"schema_version": 3', '"schema_version": 999'))
     with pytest.raises(DataError, match="schema version 999"):
-        open_cache(tmp_path, **GEOMETRY)
+        open_cache(tmp_path, BUCKETS)
 
 
 def test_training_refuses_a_cache_whose_prepare_was_stopped(tmp_path):
@@ -233,20 +233,20 @@ def test_training_refuses_a_cache_whose_prepare_was_stopped(tmp_path):
     with CacheWriter(tmp_path) as writer:
         encode(writer, rows_of({"more.mp4": "one more"}))
     with pytest.raises(DataError, match="stopped before its end"):
-        open_cache(tmp_path, **GEOMETRY)
+        open_cache(tmp_path, BUCKETS)
 
 
 def test_training_refuses_a_cache_made_for_other_settings_and_says_which(tmp_path):
     make_cache(tmp_path, CAPTIONS)
-    open_cache(tmp_path, **GEOMETRY, vae_fingerprint="v" * 64, t5_fingerprint="t" * 64)
+    open_cache(tmp_path, BUCKETS, vae_fingerprint="v" * 64, t5_fingerprint="t" * 64)
     with pytest.raises(DataError) as caught:
-        open_cache(tmp_path, num_frames=13, height=32, width=64)
+        open_cache(tmp_path, {"": [Bucket(13, 32, 64)]})
     assert "num_frames: the cache has 7, the config wants 13" in str(caught.value)
     assert "width: the cache has 48, the config wants 64" in str(caught.value)
     assert "height" not in str(caught.value) and "layout" not in str(caught.value)
     for name in ("vae", "t5"):
         with pytest.raises(DataError) as caught:
-            open_cache(tmp_path, **GEOMETRY, **{f"{name}_fingerprint": "f" * 64})
+            open_cache(tmp_path, BUCKETS, **{f"{name}_fingerprint": "f" * 64})
         assert (
             f"({name} weights: the cache has {SETTINGS.vae[:12] if name == 'vae' else SETTINGS.t5[:12]}, the config "
             "wants ffffffffffff: other weights, or the same in another file layout)"
@@ -372,7 +372,7 @@ def test_a_kill_at_any_point_of_a_commit_loses_nothing(tmp_path):
     states = set()
     for folder in folders:
         try:
-            cache = open_cache(folder, **GEOMETRY)
+            cache = open_cache(folder, BUCKETS)
         except DataError as error:
             assert "incomplete" in str(error)
             states.add("refused")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_cache import BUCKETS
 from helpers_golden import TOLERANCE, relative_error
 from helpers_process import Disturbance, run_program
 from helpers_road import SIZES
@@ -97,11 +98,11 @@ def good(base, tmp_path):
 def test_the_cache_holds_what_the_models_make_of_each_clip(base):
     cache = open_cache(
         base / "cache",
-        **GEOMETRY,
+        BUCKETS,
         vae_fingerprint=WeightsFolder(TINY).fingerprint("encoder"),
         t5_fingerprint=WeightsFolder(TINY).fingerprint("text_encoder"),
     )
-    assert {row.path: row.caption for row in cache.rows} == {name: text.strip() for name, text in CAPTIONS.items()}
+    assert {row.path: row.captions[0] for row in cache.rows} == {name: text.strip() for name, text in CAPTIONS.items()}
     encoder = WeightsFolder(TINY).load_encoder("cpu", torch.float32)
     text_encoder = TextEncoder.load(TINY, "cpu", torch.float32)
     for index, row in enumerate(cache.rows):
@@ -110,7 +111,7 @@ def test_the_cache_holds_what_the_models_make_of_each_clip(base):
         item = cache.read(index)
         assert relative_error(item["mean"], mean[0]) <= TOLERANCE
         assert relative_error(item["logvar"], logvar[0]) <= TOLERANCE
-        assert torch.equal(item["prompt_embeds"], text_encoder.encode([row.caption])[0])
+        assert torch.equal(item["prompt_embeds"], text_encoder.encode([row.captions[0]])[0])
     lengths = {row.path: len(cache.read(index)["prompt_embeds"]) for index, row in enumerate(cache.rows)}
     assert lengths == {"bird.mp4": 5, "copy.mp4": 5, "mute.mp4": 0, "sub/long.mp4": 256}
 
@@ -156,12 +157,12 @@ def test_without_refused_clips_the_exit_code_is_0_and_a_moved_weights_folder_cha
 
 
 def test_a_changed_caption_encodes_that_caption_alone(good):
-    before = open_cache(good / "cache", **GEOMETRY)
+    before = open_cache(good / "cache", BUCKETS)
     old = {row.path: before.read(index) for index, row in enumerate(before.rows)}
     (good / "videos" / "copy.txt").write_text("a blue fish")
-    assert prepare(config_for(good)) == Prepared(4, 0, 0, 1, pytest.approx(0, abs=0.01))
-    cache = open_cache(good / "cache", **GEOMETRY)
-    assert [row.caption for row in cache.rows] == ["a red bird flies", "a blue fish", "", LONG_CAPTION.strip()]
+    assert prepare(config_for(good)) == Prepared(4, 0, 0, 1, pytest.approx(0, abs=0.01), "4 of 7 frames of 32x48")
+    cache = open_cache(good / "cache", BUCKETS)
+    assert [row.captions[0] for row in cache.rows] == ["a red bird flies", "a blue fish", "", LONG_CAPTION.strip()]
     for index, row in enumerate(cache.rows):
         item = cache.read(index)
         for name in ("mean", "logvar", "prompt_embeds"):
@@ -176,7 +177,7 @@ def test_changed_removed_and_added_videos(good):
     add_clip(good, "new.mp4", "a blue fish", first_number=160)
     done = prepare(config_for(good))
     assert (done.kept, done.refused, done.clips_encoded, done.captions_encoded) == (4, 0, 2, 1)
-    cache = open_cache(good / "cache", **GEOMETRY)
+    cache = open_cache(good / "cache", BUCKETS)
     assert [row.path for row in cache.rows] == ["bird.mp4", "copy.mp4", "new.mp4", "sub/long.mp4"]
     assert not torch.equal(cache.read(0)["mean"], cache.read(1)["mean"])
 
@@ -285,8 +286,8 @@ def test_t5_runs_in_fp32_whatever_the_models_run_in_and_no_model_outlives_its_st
         gc.enable()
     assert lives.dtypes == {T5EncoderModel: {torch.float32}, PointwiseConv: {torch.bfloat16}}
     assert set(lives.company) == {1} and left == 0
-    with_t5 = open_cache(good / "cache", **GEOMETRY)
-    cache = open_cache(good / "other", **GEOMETRY)
+    with_t5 = open_cache(good / "cache", BUCKETS)
+    cache = open_cache(good / "other", BUCKETS)
     assert (cache.settings.vae_dtype, cache.settings.t5_dtype) == ("bf16", "fp32")
     for index in range(len(cache)):
         assert torch.equal(cache.read(index)["prompt_embeds"], with_t5.read(index)["prompt_embeds"])
@@ -297,13 +298,13 @@ def test_t5_may_run_in_bf16_which_encodes_the_captions_anew_and_no_clip(good):
     config = config_for(good, cache=str(good / "rounded"))
     config = config.model_copy(update={"memory": MemoryConfig(t5_dtype="bf16")})
     done = prepare(config)
-    exact, rounded = (open_cache(good / name, **GEOMETRY) for name in ("cache", "rounded"))
+    exact, rounded = (open_cache(good / name, BUCKETS) for name in ("cache", "rounded"))
     assert done.clips_encoded == 0 and done.captions_encoded > 0 and rounded.settings.t5_dtype == "bf16"
     assert exact.fingerprint != rounded.fingerprint
     encoder = TextEncoder.load(TINY, "cpu", torch.bfloat16)
     for index in range(len(exact)):
         ours, theirs = (cache.read(index)["prompt_embeds"] for cache in (rounded, exact))
-        assert ours.dtype == torch.float32 and torch.equal(ours, theirs) == (not rounded.rows[index].caption)
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs) == (not rounded.rows[index].captions[0])
         assert torch.equal(ours, encoder.encode([rounded.rows[index].caption])[0])
         # bf16 keeps 8 bits of a number; the logits of random weights are large, and softmax multiplies what is lost.
         assert (ours - theirs).norm() <= 0.25 * theirs.norm()
@@ -328,7 +329,7 @@ def test_when_no_clip_can_be_used_the_report_says_why(tmp_path):
     assert "cannot be opened" in report["gone.mp4"]["reason"]
     assert report["garbage.mp4"]["reason"]
     with pytest.raises(DataError, match="there is no cache"):
-        open_cache(tmp_path / "cache", **GEOMETRY)
+        open_cache(tmp_path / "cache", BUCKETS)
 
 
 def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
@@ -343,12 +344,18 @@ def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
     found = len(list(cache.glob("parts/latents-*.safetensors")))
     assert found == 2
     with pytest.raises(DataError, match="incomplete"):
-        open_cache(tmp_path / "cache", **GEOMETRY)
+        open_cache(tmp_path / "cache", BUCKETS)
     assert main(config_for(tmp_path)) == 0
     out = capsys.readouterr().out
     assert f"encoded now: {num_clips - found} clips and {num_clips} captions, reused: {found} clips" in out
-    assert sorted(os.listdir(tmp_path / "cache")) == [".lock", "data", "manifest.json", "report.csv"]
-    cache = open_cache(tmp_path / "cache", **GEOMETRY)
+    assert sorted(os.listdir(tmp_path / "cache")) == [
+        ".lock",
+        ".scans.json",
+        "data",
+        "manifest.json",
+        "report.csv",
+    ]
+    cache = open_cache(tmp_path / "cache", BUCKETS)
     encoder = WeightsFolder(TINY).load_encoder("cpu", torch.float32)
     for index, row in enumerate(cache.rows):
         clip = decode_clip(tmp_path / "videos" / row.path, Cut(**GEOMETRY))

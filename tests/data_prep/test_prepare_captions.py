@@ -8,6 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers_cache import BUCKETS
 from helpers_video import write_video
 
 import mochi_tune
@@ -33,7 +34,7 @@ def config_for(folder: Path, **data) -> RunConfig:
 
 
 def captions_in(folder: Path) -> dict[str, str]:
-    return {row.path: row.caption for row in open_cache(folder / "cache", **GEOMETRY).rows}
+    return {row.path: " | ".join(row.captions) for row in open_cache(folder / "cache", BUCKETS).rows}
 
 
 @pytest.fixture
@@ -69,7 +70,10 @@ def test_the_settings_of_captions_reach_the_cache_and_notes_the_user(clips, caps
     (clips / "videos" / "metadata.json").write_text(json.dumps(rows))
     rules = {"captions": "lines", "caption_prefix": "sks", "caption_suffix": ", film", "tag_dropout": 0.999999}
     prepare(config_for(clips, **rules))
-    assert captions_in(clips) == {"a.mp4": "sks red, film", "b.mp4": "sks of the table, film"}
+    assert captions_in(clips) == {
+        "a.mp4": "sks red, film | sks line two, film",
+        "b.mp4": "sks of the table, film | sks x, film",
+    }
     out = capsys.readouterr().out
     assert "read as cp1252" in out and "a.TXT" in out
     assert "metadata.json: 1 row names a video that is not there: c.mp4" in out

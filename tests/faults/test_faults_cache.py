@@ -8,15 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers_bomb import plant
-from helpers_cache import make_cache, rows_of
+from helpers_cache import BUCKETS, make_cache, rows_of
 from helpers_process import Program
 from helpers_road import LORA, prepared, road
 
 from mochi_tune.data.cache import open_cache
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256
-
-GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def shard_of(cache: Path) -> Path:
 
 def refusal(cache: Path, read: bool = True) -> str:
     with pytest.raises(DataError) as error:
-        found = open_cache(cache, **GEOMETRY)
+        found = open_cache(cache, BUCKETS)
         for index in range(len(found) if read else 0):
             found.read(index)
     assert "\n" not in str(error.value) and str(cache) in str(error.value)
@@ -154,7 +152,7 @@ def test_a_manifest_of_another_build_is_no_manifest_and_prepare_makes_a_new_one(
     assert "prepare` again" in refusal(tmp_path)
     make_cache(tmp_path, captions)
     assert (tmp_path / "manifest.json").read_bytes() == whole
-    assert len(open_cache(tmp_path, **GEOMETRY)) == len(rows_of(captions))
+    assert len(open_cache(tmp_path, BUCKETS)) == len(rows_of(captions))
 
 
 def test_a_trainer_refuses_a_manifest_that_leads_out(cache):

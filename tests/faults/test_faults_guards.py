@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers_cache import BUCKETS
 from helpers_faults import STEP, assert_same_end, newest_checkpoint, rows_of
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE
 from helpers_process import Disturbance, Program, run_program
@@ -145,17 +146,16 @@ def test_too_many_damaged_clips_are_no_accident(tmp_path):
 
 def test_a_number_in_the_cache_that_is_not_finite_is_found_when_it_is_read(tmp_path):
     """Its sum is right, as of a cache that was written by something else."""
-    from mochi_tune.data.cache import content_sha256
+    from mochi_tune.data.rows import content_sha256
     from mochi_tune.files import file_sha256
 
     shutil.copytree(prepared() / "cache", tmp_path / "cache")
     [shard] = (tmp_path / "cache/data").iterdir()
     tables = pq.read_table(shard).to_pylist()
     tables[2]["mean"][5] = float("nan")
-    size = {"num_frames": 7, "height": 32, "width": 48}
-    whole = open_cache(tmp_path / "cache", **size).read(2)
+    whole = open_cache(tmp_path / "cache", BUCKETS).read(2)
     mean = torch.tensor(tables[2]["mean"], dtype=torch.float32).view(whole["mean"].shape)
-    tables[2]["content_sha256"] = content_sha256(mean, whole["logvar"], whole["prompt_embeds"])
+    tables[2]["content_sha256"] = content_sha256(mean, whole["logvar"], [whole["prompt_embeds"]])
     import pyarrow as pa
 
     with pq.ParquetWriter(shard, schema := pq.read_schema(shard), compression="none", use_dictionary=False) as writer:

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_cache import BUCKETS
 from helpers_process import Disturbance, Program
 from helpers_road import SIZES
 from helpers_video import write_bad_video, write_video
 
+from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache
 from mochi_tune.files import file_sha256
 
-GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
 WRITER_BUSY = "another `mochi-tune prepare` is writing to the cache"
 
 
@@ -93,10 +94,10 @@ def test_a_trainer_sees_the_committed_cache_until_the_next_one_is_begun(videos, 
     # When it has a folder for what it encodes, and nothing is in that yet.
     writer = prepare(more, cache, signal_at=2, signal=signal.SIGSTOP)
     writer.wait_until_stopped()
-    assert len(open_cache(cache, **GEOMETRY)) == 4
+    assert len(open_cache(cache, BUCKETS)) == 4
     writer.kill()
     assert prepare(more, cache, log="2").wait() == 0
-    assert len(open_cache(cache, **GEOMETRY)) == 5
+    assert len(open_cache(cache, BUCKETS)) == 5
 
 
 def test_a_kill_at_any_point_costs_the_item_in_hand_and_the_end_is_the_same(videos, clean, tmp_path):
@@ -142,13 +143,13 @@ def test_a_video_that_is_replaced_under_the_same_name_and_size_is_found(videos, 
     }  # fmt: skip
     again = prepare(folder, cache, log="again")
     assert again.wait() == 0 and "encoded now: 1 clips and 1 captions" in again.out, again.text()
-    found = open_cache(cache, **GEOMETRY)
+    found = open_cache(cache, BUCKETS)
     assert found.rows[2].source_sha256 == file_sha256(target) and target.read_bytes() == content
     # What a run over the new video alone makes of it.
     (tmp_path / "alone").mkdir()
     shutil.copy(target, tmp_path / "alone" / "2.mp4")
     assert prepare(tmp_path / "alone", tmp_path / "one", "data.allow_empty_captions=true").wait() == 0
-    assert torch.equal(found.read(2)["mean"], open_cache(tmp_path / "one", **GEOMETRY).read(0)["mean"])
+    assert torch.equal(found.read(2)["mean"], open_cache(tmp_path / "one", BUCKETS).read(0)["mean"])
 
 
 def test_bad_files_of_every_kind_are_reported_and_the_others_finish(tmp_path):
@@ -177,7 +178,7 @@ def test_bad_files_of_every_kind_are_reported_and_the_others_finish(tmp_path):
         assert reason.startswith(f"{folder / name}.mp4: ") and f"refused: {reason}\n" in done.out
     assert "is no file but a pipe" in report["pipe.mp4"]["reason"]
     assert "2 clips kept, 8 refused" in done.out
-    assert len(open_cache(cache, **GEOMETRY | {"num_frames": 61})) == 2
+    assert len(open_cache(cache, {"": [Bucket(61, 32, 48)]})) == 2
 
 
 def test_names_and_captions_of_every_kind_come_out_as_they_went_in(tmp_path):
@@ -204,9 +205,9 @@ def test_names_and_captions_of_every_kind_come_out_as_they_went_in(tmp_path):
     done = prepare(folder, cache)
     assert done.wait() == 0, done.text()
     assert "encoded now: 1 clips and 13 captions" in done.out and "captions cut to 256 tokens: -rf.mp4 by" in done.out
-    found, report = open_cache(cache, **GEOMETRY), report_of(cache)
+    found, report = open_cache(cache, BUCKETS), report_of(cache)
     expected = {name: text.strip().lstrip("\ufeff") for name, text in captions.items()}
-    assert {row.path: row.caption for row in found.rows} == expected and report.keys() == expected.keys()
+    assert {row.path: row.captions[0] for row in found.rows} == expected and report.keys() == expected.keys()
     assert len(found) == 13 and all(report[name]["status"] == "kept" for name in expected)
     assert len(found.read([row.path for row in found.rows].index("-rf.mp4"))["prompt_embeds"]) == 256
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
@@ -216,7 +217,7 @@ def test_names_and_captions_of_every_kind_come_out_as_they_went_in(tmp_path):
     (folder / "-rf.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0")
     again = prepare(folder, cache, log="again")
     assert again.wait() == 1 and "10 clips kept, 3 refused; encoded now: 0 clips and 0 captions" in again.out
-    assert len(open_cache(cache, **GEOMETRY)) == 10
+    assert len(open_cache(cache, BUCKETS)) == 10
     reasons = {name: row["reason"] for name, row in report_of(cache).items() if row["status"] == "refused"}
     assert reasons.keys() == {"twin.mp4", "Twin.mp4", "-rf.mp4"}
     assert "twin.mp4: has a caption of 10485" in reasons["twin.mp4"] and "holds NUL" in reasons["Twin.mp4"]

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 import mochi_tune
-from mochi_tune.data.cache import CacheSettings, make_row
 from mochi_tune.data.cache_writer import CacheWriter
+from mochi_tune.data.rows import CacheSettings, make_row
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.toy.lesson import lesson_words
@@ -46,7 +46,7 @@ def write_cache(folder: Path) -> None:
     weights, text_encoder = WeightsFolder(TOY), TextEncoder.load(TOY, "cpu", torch.float32)
     encoder = weights.load_encoder("cpu", torch.float32)
     settings = CacheSettings(
-        transform={"num_frames": NUM_FRAMES, "height": HEIGHT, "width": WIDTH},
+        transform={"version": 1, "buckets": {"": [[NUM_FRAMES, HEIGHT, WIDTH]]}},
         vae=weights.fingerprint("encoder"),
         vae_dtype="fp32",
         t5=weights.fingerprint("text_encoder"),
@@ -56,12 +56,13 @@ def write_cache(folder: Path) -> None:
     with CacheWriter(folder) as writer:
         for number, (clip, clip_words) in enumerate(zip(frames, words, strict=True)):
             source = hashlib.sha256(clip.numpy().tobytes()).hexdigest()
-            row = make_row(f"clip_{number}.mp4", clip_words.caption, source, settings)
+            cut = {"start": 0, "num_frames": NUM_FRAMES, "height": HEIGHT, "width": WIDTH}
+            row = make_row(f"clip_{number}.mp4", [clip_words.caption], source, cut, settings)
             with torch.no_grad():
                 mean, logvar = encoder(frames_to_pixels(clip[None]))
-            embeds = text_encoder.encode([row.caption])[0]
+            embeds = text_encoder.encode([clip_words.caption])[0]
             writer.put_latents(row.clip_key, mean[0], logvar[0], {})
-            writer.put_text(row.text_key, embeds, len(embeds))
+            writer.put_text(row.text_keys[0], embeds, len(embeds))
             rows.append(row)
         writer.commit(rows, settings)
 

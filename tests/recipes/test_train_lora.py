@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from helpers_cache import BUCKETS
 from helpers_golden import GOLDEN, GRADIENT_TOLERANCE, TOLERANCE, relative_error
 from helpers_road import LORA, prepared, read_rows, road, train
 from helpers_rounding import assert_same_frames, rounding_error, rounding_share, share_of_error
@@ -283,7 +284,7 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
     for name in ("dit.safetensors", "dit_config.json"):
         shutil.copy(GOLDEN / name, tmp_path / "tiny" / name)
     assert main(load_config("my_lora", [*arguments, f"run_dir={tmp_path / 'golden'}"])) == 0, "the width is the same"
-    dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+    dataset = LatentDataset(open_cache(prepared() / "cache", BUCKETS))
     check_text_width(dataset, 64)
     with pytest.raises(DataError, match="text features of width 64, the DiT takes 4096"):
         check_text_width(dataset, 4096)

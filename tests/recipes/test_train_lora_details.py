@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers_adapters import settings_of
+from helpers_cache import BUCKETS
 from helpers_golden import TOLERANCE, relative_error
 from helpers_road import prepared, read_rows, road
 from safetensors.torch import load_file
@@ -77,7 +78,7 @@ def test_a_step_mixes_what_was_drawn_for_its_clips_in_the_samplers_space(tmp_pat
     """The clip is drawn from its posterior, normalised, and mixed with another noise; some captions are dropped."""
     more = ["train.batch_size=2", "train.accumulation_steps=3", "train.caption_dropout=0.5"]
     draws, row, seen = recorded_step(tmp_path, monkeypatch, *more)
-    dataset = LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+    dataset = LatentDataset(open_cache(prepared() / "cache", BUCKETS))
     numbers = {entry.path: number for number, entry in enumerate(dataset.cache.rows)}
     assert len(seen) == 3
     base = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).load_dit(CPU, torch.float32)
@@ -176,7 +177,7 @@ def adapted_dit(dropout: float) -> AsymmDiT:
 
 @pytest.fixture(scope="module")
 def dataset():
-    return LatentDataset(open_cache(prepared() / "cache", num_frames=7, height=32, width=48))
+    return LatentDataset(open_cache(prepared() / "cache", BUCKETS))
 
 
 @pytest.mark.parametrize("objective", ["sampler", "official"])

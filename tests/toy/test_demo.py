@@ -12,6 +12,7 @@ from PIL import Image
 from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.config.load import load_config, weights_folder
+from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
@@ -60,8 +61,7 @@ def test_the_adapter_file_is_what_was_trained(lesson):
     out, made, _ = lesson
     [run] = out.glob("*/run")
     config = load_config(str(run / "config.yaml"), [])
-    clips = {"num_frames": config.data.num_frames, "height": config.data.height, "width": config.data.width}
-    dataset = LatentDataset(open_cache(Path(config.data.cache), **clips))
+    dataset = LatentDataset(open_cache(Path(config.data.cache), buckets_by_source(config.data)))
     plan = check(config, 1)
     assert len(plan.held_out) == config.train.validation_clips
 

@@ -1,0 +1,85 @@
+"""What the schema is made of: the kinds of values that settings take, and how a setting is declared."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+# Whether a run may go on from a checkpoint with another value of a setting:
+# "free": yes, it does not change what is learnt. "bound": only with resume=force, as another run.
+# "held": no, the saved weights and optimizer state would not fit.
+Resume = Literal["free", "bound", "held"]
+SEED_LIMIT = 2**63
+
+
+def _read_text(value: Any) -> Any:
+    # YAML reads `name: 123` as a number.
+    return str(value) if isinstance(value, bool | int | float) else value
+
+
+def _check_text(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("not_possible", "text without NUL")
+    return value
+
+
+def _check_not_blank(value: str) -> str:
+    if not value.strip():
+        raise PydanticCustomError("empty", "empty")
+    return value
+
+
+def check_project(value: str) -> str:
+    """Refuses what W&B or trackio would refuse as the name of a project."""
+    if len(value) > 128 or set(value) & set("/\\#?%:"):
+        raise PydanticCustomError("not_possible", "up to 128 characters, none of / \\ # ? % :")
+    return value
+
+
+def refuse_bool(value: Any) -> Any:
+    """Refuses true and false, which pydantic takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_a_number", "not a number")
+    return value
+
+
+def _refuse_bool_and_float(value: Any) -> Any:
+    # pydantic takes 4.0 and "4.0" for 4.
+    if isinstance(value, bool | float) or (isinstance(value, str) and "." in value):
+        raise PydanticCustomError("not_a_whole_number", "not a whole number")
+    return value
+
+
+def read_off(value: Any) -> Any:
+    """Reads the word off."""
+    # YAML reads a bare `off` as false.
+    return "off" if value is False else value
+
+
+Text = Annotated[str, BeforeValidator(_read_text), AfterValidator(_check_text)]
+Name = Annotated[Text, AfterValidator(_check_not_blank)]
+Whole = Annotated[int, BeforeValidator(_refuse_bool_and_float)]
+Count = Annotated[Whole, Field(ge=1)]
+CountOrZero = Annotated[Whole, Field(ge=0)]
+Number = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of settings. `RESUME` is the rule of those that do not name another one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    RESUME: ClassVar[Resume] = "bound"
+
+
+def setting(default: Any, meaning: str, resume: Resume | None = None) -> Any:
+    """Declares a setting.
+
+    Args:
+        default: the value where nothing else is set; `...` if it must be set. `${name}` is the value of `name`.
+        meaning: one line: the unit, what the setting does, what it costs.
+        resume: whether a run may go on with another value; None for the rule of the section.
+    """
+    return Field(default, description=meaning, json_schema_extra={"resume": resume} if resume else None)

@@ -1,0 +1,75 @@
+import pytest
+
+from mochi_tune.data.buckets import Bucket, Footage, auto_buckets, choose_bucket, read_buckets
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.models.latents import check_geometry
+
+AUTO = auto_buckets(37, 480, 848)
+
+
+def test_automatic_buckets_fit_the_models_and_have_about_the_same_area():
+    assert len(AUTO) == len(set(AUTO)) and Bucket(37, 480, 848) in AUTO
+    for bucket in AUTO:
+        check_geometry(bucket.num_frames, bucket.height, bucket.width)
+        assert abs(bucket.height * bucket.width / (480 * 848) - 1) < 0.05
+        assert Bucket(bucket.num_frames, bucket.width, bucket.height) in AUTO
+    assert {bucket.num_frames for bucket in AUTO} == {1, 7, 19, 37}
+    assert {bucket.num_frames for bucket in auto_buckets(163, 480, 848)} == {1, 7, 19, 37, 79, 163}
+    assert {bucket.num_frames for bucket in auto_buckets(1, 64, 64)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("footage", "bucket"),
+    [
+        (Footage(300, 1080, 1920), Bucket(37, 480, 848)),  # a film
+        (Footage(300, 1920, 1080), Bucket(37, 848, 480)),  # a phone
+        (Footage(300, 1080, 1440), Bucket(37, 560, 736)),  # 4:3
+        (Footage(300, 1080, 1080), Bucket(37, 640, 640)),
+        (Footage(20, 1080, 1920), Bucket(19, 480, 848)),  # shorter than the longest
+        (Footage(1, 2000, 3000, is_still=True), Bucket(1, 528, 784)),
+    ],
+)
+def test_a_clip_goes_where_it_loses_least(footage, bucket):
+    assert choose_bucket(footage, AUTO, may_enlarge=False) == bucket
+
+
+def test_of_equal_losses_the_larger_bucket_is_taken_unless_it_would_enlarge():
+    buckets = [Bucket(7, 32, 48), Bucket(7, 64, 96)]
+    assert choose_bucket(Footage(9, 64, 96), buckets, False) == Bucket(7, 64, 96)
+    assert choose_bucket(Footage(9, 63, 95), buckets, False) == Bucket(7, 32, 48)
+    assert choose_bucket(Footage(9, 63, 95), buckets, True) == Bucket(7, 64, 96)
+
+
+def test_frames_count_as_pixels_do():
+    long, wide = Bucket(37, 64, 64), Bucket(7, 64, 128)
+    # Of 37 frames at 1:2 the long one keeps half of each, the wide one a fifth of all.
+    assert choose_bucket(Footage(37, 64, 128), [long, wide], False) == long
+    # Of 8 frames there are only 7 to lose.
+    assert choose_bucket(Footage(8, 64, 128), [long, wide], False) == wide
+
+
+def test_a_video_becomes_a_still_only_where_nothing_else_is_asked_for():
+    with pytest.raises(DataError, match="is too short: have 5 frames at 30 fps, need 7"):
+        choose_bucket(Footage(5, 600, 900), AUTO, False)
+    assert choose_bucket(Footage(5, 64, 64), [Bucket(1, 64, 64)], False) == Bucket(1, 64, 64)
+
+
+def test_what_fits_nowhere_is_refused_with_what_to_do():
+    only = [Bucket(7, 32, 48)]
+    with pytest.raises(DataError, match="is a still picture, and no bucket has one frame: use data.buckets=auto"):
+        choose_bucket(Footage(1, 64, 64, is_still=True), only, False)
+    with pytest.raises(DataError, match="have 6 frames at 30 fps, need 7: use a longer clip or a smaller data.num_fr"):
+        choose_bucket(Footage(6, 64, 64), only, False)
+    with pytest.raises(DataError, match="is 47x64 pixels, too small for 48x32: .*data.allow_upscale=true"):
+        choose_bucket(Footage(7, 64, 47), only, False)
+
+
+def test_lists_of_buckets_are_checked():
+    assert read_buckets([[7, 32, 48], [1, 64, 64]], "data.buckets") == [Bucket(7, 32, 48), Bucket(1, 64, 64)]
+    with pytest.raises(ConfigError, match="a bucket is .frames, height, width."):
+        read_buckets([[7, 32]], "data.buckets")
+    with pytest.raises(ConfigError, match="num_frames=8 does not fit"):
+        read_buckets([[8, 32, 48]], "data.buckets")
+    for wrong in ([], [[7, 32, 48], [7, 32, 48]]):
+        with pytest.raises(ConfigError, match="name one bucket or more, each once"):
+            read_buckets(wrong, "data.buckets")
