@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mochi_tune.config.schema import RunConfig
@@ -104,5 +105,11 @@ def value_of(config: RunConfig, key: str) -> Any:
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Returns every setting by its dotted key."""
-    return {key: value_of(config, key) for key in known_keys()}
+    """Returns every setting by its dotted key, as JSON values."""
+    return {key: _plain(value_of(config, key)) for key in known_keys()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.model_dump() if isinstance(value, BaseModel) else value

@@ -49,27 +49,27 @@ def test_frames_count_as_pixels_do():
 
 
 def test_a_video_becomes_a_still_only_where_nothing_else_is_asked_for():
-    with pytest.raises(DataError, match="is too short: have 5 frames at 30 fps, need 7"):
+    with pytest.raises(DataError, match=r"is too short: have 5 frames at 30 fps, need 7"):
         choose_bucket(Footage(5, 600, 900), AUTO, False)
     assert choose_bucket(Footage(5, 64, 64), [Bucket(1, 64, 64)], False) == Bucket(1, 64, 64)
 
 
 def test_what_fits_nowhere_is_refused_with_what_to_do():
     only = [Bucket(7, 32, 48)]
-    with pytest.raises(DataError, match="is a still picture, and no bucket has one frame: use data.buckets=auto"):
+    with pytest.raises(DataError, match=r"is a still picture, and no bucket has one frame: use data.buckets=auto"):
         choose_bucket(Footage(1, 64, 64, is_still=True), only, False)
-    with pytest.raises(DataError, match="have 6 frames at 30 fps, need 7: use a longer clip or a smaller data.num_fr"):
+    with pytest.raises(DataError, match=r"have 6 frames at 30 fps, need 7: use a longer clip or a smaller data.num_fr"):
         choose_bucket(Footage(6, 64, 64), only, False)
-    with pytest.raises(DataError, match="is 47x64 pixels, too small for 48x32: .*data.allow_upscale=true"):
+    with pytest.raises(DataError, match=r"is 47x64 pixels, too small for 48x32: .*data.allow_upscale=true"):
         choose_bucket(Footage(7, 64, 47), only, False)
 
 
 def test_lists_of_buckets_are_checked():
     assert read_buckets([[7, 32, 48], [1, 64, 64]], "data.buckets") == [Bucket(7, 32, 48), Bucket(1, 64, 64)]
-    with pytest.raises(ConfigError, match="a bucket is .frames, height, width."):
+    with pytest.raises(ConfigError, match=r"a bucket is .frames, height, width."):
         read_buckets([[7, 32]], "data.buckets")
-    with pytest.raises(ConfigError, match="num_frames=8 does not fit"):
+    with pytest.raises(ConfigError, match=r"num_frames=8 does not fit"):
         read_buckets([[8, 32, 48]], "data.buckets")
     for wrong in ([], [[7, 32, 48], [7, 32, 48]]):
-        with pytest.raises(ConfigError, match="name one bucket or more, each once"):
+        with pytest.raises(ConfigError, match=r"name one bucket or more, each once"):
             read_buckets(wrong, "data.buckets")
