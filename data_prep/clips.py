@@ -128,7 +128,7 @@ def choose_frame_rate(scan: Scan, setting: Literal["auto", "resample", "retime"]
     if setting != "auto":
         return setting
     low, high = RETIMED_FPS
-    return "retime" if scan.is_constant_rate and low <= scan.source_fps <= high else "resample"
+    return "retime" if scan.is_constant_rate and low <= round(scan.source_fps, 1) <= high else "resample"
 
 
 def decode_clip(path: Path, cut: Cut) -> DecodedClip:

@@ -32,7 +32,6 @@ from mochi_tune.weights.folder import WeightsFolder
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10
-TRANSFORM_SETTINGS = ("num_frames", "height", "width", "allow_upscale", "frame_rate", "hdr")
 REPORT_COLUMNS: tuple[str, ...] = (
     "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "start_seconds", "scale", "crop",
     "source_width", "source_height", "source_frames", "source_seconds", "source_fps", "frame_rate", "distinct_frames",
@@ -111,7 +110,14 @@ def prepare(config: RunConfig) -> Prepared:
 
 def _transform(data: DataConfig) -> dict[str, Any]:
     """Returns the settings that decide a clip's frames."""
-    return {name: getattr(data, name) for name in TRANSFORM_SETTINGS}
+    return {
+        "num_frames": data.num_frames,
+        "height": data.height,
+        "width": data.width,
+        "allow_upscale": data.allow_upscale,
+        "frame_rate": data.frame_rate,
+        "hdr": data.hdr,
+    }
 
 
 def _read_captions(folder: Path, allow_empty: bool) -> dict[str, str]:

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-CODECS = {".webm": "libvpx-vp9", ".avi": "mpeg4"}
+CODECS = {".webm": "libvpx-vp9", ".avi": "mpeg4", ".mpg": "mpeg2video", ".gif": "gif"}
+# Other than yuv420p.
+PIXEL_FORMATS = {
+    "gif": "rgb8",
+    "png": "rgb24",
+    "qtrle": "rgb24",
+    "prores_ks": "yuv422p10le",
+    "dnxhd": "yuv422p",
+    "huffyuv": "yuv422p",
+    "utvideo": "yuv422p",
+    "mjpeg": "yuvj420p",
+}
 # Fine enough for every frame rate that the tests use, and for timestamps to the millisecond.
 TIME_BASE = Fraction(1, 30000)
 MAX_FRAMES = 256
@@ -65,7 +76,7 @@ def write_video(
     """Encodes numbered frames into a video file; its suffix picks the container.
 
     Args:
-        path: where to write, .mp4 .mov .m4v .mkv .webm or .avi.
+        path: where to write, .mp4 .mov .m4v .mkv .webm .avi .ts .mpg or .gif.
         num_frames: frames to write, at most 256 to keep their numbers apart.
         rate: frames a second, when `timestamps` is not given.
         timestamps: seconds at which each frame is displayed; their number replaces `num_frames`.
@@ -73,7 +84,7 @@ def write_video(
         height: of the upright picture, in even pixels.
         rotation: degrees counter-clockwise by which a player must turn the stored picture, 0, 90, 180 or 270.
         mirrored: the display matrix also mirrors the picture (the stored picture is not mirrored to undo it).
-        codec: the encoder; by default H.264, VP9 in .webm and MPEG-4 in .avi.
+        codec: the encoder; by default H.264, VP9 in .webm, MPEG-4 in .avi, MPEG-2 in .mpg.
         color_transfer: the transfer characteristic to tag, e.g. 16 for PQ and 18 for HLG.
         options: of the encoder, e.g. {"bf": "0"}.
         container_options: of the container, e.g. {"movflags": "faststart"}.
@@ -85,12 +96,15 @@ def write_video(
         timestamps = [index / Fraction(rate) for index in range(num_frames)]
     assert len(timestamps) + first_number <= MAX_FRAMES
     with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec or CODECS.get(path.suffix.lower(), "libx264"), rate=rate)
+        codec = codec or CODECS.get(path.suffix.lower(), "libx264")
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height = (height, width) if rotation % 180 else (width, height)
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = PIXEL_FORMATS.get(codec, "yuv420p")
         stream.options = options or {}
         # AVI counts frames and can only hold a constant rate; WebM counts milliseconds.
         time_base = {".avi": 1 / Fraction(rate), ".webm": Fraction(1, 1000)}.get(path.suffix.lower(), TIME_BASE)
+        if codec in ("mpeg2video", "dnxhd", "gif"):
+            time_base = 1 / Fraction(rate)
         stream.codec_context.time_base = time_base
         if color_transfer is not None:
             stream.codec_context.color_trc = color_transfer
@@ -105,6 +119,47 @@ def write_video(
     # As root, SVT-AV1 makes its caller a real-time process, which starves all others and every process it starts.
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
+
+
+def copy_from_keyframe(source: Path, target: Path, number: int) -> Path:
+    """Copies packets, not re-encoded, from the keyframe of that number on, as `ffmpeg -ss … -c copy` does."""
+    import av
+
+    with av.open(str(source)) as container, av.open(str(target), "w") as output:
+        stream = container.streams.video[0]
+        copy = output.add_stream_from_template(stream, opaque=True)
+        keys = 0
+        for packet in container.demux(stream):
+            keys += packet.is_keyframe
+            if keys > number and packet.size:
+                packet.stream = copy
+                output.mux(packet)
+    return target
+
+
+def numbers_by_fps_filter(path: Path) -> list[int]:
+    """Returns the numbers of the frames that libavfilter's fps=30 gives, the first picture at 0."""
+    import av
+    from av.error import EOFError as EndOfFile
+
+    numbers = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        graph = av.filter.Graph()
+        nodes = [graph.add_buffer(template=stream), graph.add("setpts", "PTS-STARTPTS"), graph.add("fps", "30")]
+        graph.link_nodes(*nodes, graph.add("buffersink"))
+        graph.configure()
+        for frame in [*container.decode(stream), None]:
+            if frame is not None and not frame.duration:
+                # As ffmpeg estimates it.
+                frame.duration = round(1 / stream.guessed_rate / frame.time_base)
+            graph.vpush(frame)
+            while True:
+                try:
+                    numbers.append(frame_number(graph.vpull().to_ndarray(format="rgb24")))
+                except (BlockingIOError, EndOfFile):
+                    break
+    return numbers
 
 
 def write_audio(path: Path, num_seconds: float = 1.0) -> Path:
