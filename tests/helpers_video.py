@@ -249,3 +249,35 @@ def keeping_frames(module, folder: Path) -> Iterator[None]:
         yield
     finally:
         module.write_video = write
+
+
+def write_planes(path: Path, pixel_format: str, planes: Sequence[np.ndarray], count: int = 1, **tags: int) -> Path:
+    """Encodes pictures without loss, by FFV1 in Matroska, from the samples of their planes.
+
+    Args:
+        path: an .mkv.
+        pixel_format: FFmpeg's name, e.g. yuv420p10le.
+        planes: uint8 or uint16 (H, W) of each plane.
+        count: of equal pictures.
+        tags: colorspace, color_range, color_trc, color_primaries, by their numbers in H.273.
+    """
+    import av
+
+    height, width = planes[0].shape
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for index in range(count):
+            frame = av.VideoFrame(width, height, pixel_format)
+            for plane, samples in zip(frame.planes, planes, strict=True):
+                rows = np.zeros((samples.shape[0], plane.line_size // samples.itemsize), samples.dtype)
+                rows[:, : samples.shape[1]] = samples
+                plane.update(rows)
+            for name, value in tags.items():
+                setattr(frame, name, value)
+            frame.time_base, frame.pts = Fraction(1, 30), index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
