@@ -278,9 +278,7 @@ def _fit(path: Path, scan: Scan, cut: Cut) -> _Fit:
             "set a smaller data.height and data.width, or data.allow_upscale=true."
         )
     rows, columns = round(scan.height * scale), round(scan.width * scale)
-    return _Fit(
-        scale, rows, columns, (rows - cut.height) // 2, (columns - cut.width) // 2, cut.height, cut.width
-    )
+    return _Fit(scale, rows, columns, (rows - cut.height) // 2, (columns - cut.width) // 2, cut.height, cut.width)
 
 
 def _resize_and_crop(image: torch.Tensor, fit: _Fit) -> torch.Tensor:

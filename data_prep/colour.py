@@ -94,8 +94,6 @@ class RgbConverter:
         return self.reformatter.reformat(frame, format=layout, interpolation=flags, **options).to_ndarray()
 
 
-
-
 def tone_map(coded: np.ndarray, hdr: str) -> np.ndarray:
     """Returns uint8 BT.709 (H, W, 3) of uint16 BT.2020 HDR (H, W, 3).
 

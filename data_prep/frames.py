@@ -101,7 +101,7 @@ def _decode(path: Path, container, stream, source: Source) -> Iterator[Picture]:
 
 
 def _deinterlace(pictures: Iterator[Picture]) -> Iterator[Picture]:
-    """Passes progressive pictures on; from the first interlaced one on, all go through FFmpeg's bwdif filter.
+    """Passes progressive pictures on; from the first interlaced one on, all go through FFmpeg's yadif filter.
 
     The filter keeps the field that is shown first, so that each picture keeps its time.
     """
@@ -131,7 +131,9 @@ def _build_graph(frame) -> Any:
     buffer = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base
     )
-    graph.link_nodes(buffer, graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced"), graph.add("buffersink"))
+    graph.link_nodes(
+        buffer, graph.add("yadif", "mode=send_frame:parity=auto:deint=interlaced"), graph.add("buffersink")
+    )
     graph.configure()
     return graph
 

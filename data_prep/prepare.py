@@ -283,8 +283,8 @@ def _write_notes(records: list[dict[str, Any]], num_frames: int) -> None:
     ]
     if repeated:
         tqdm.write(
-            f"{len(repeated)} clips hold repeated frames ({_listed(repeated)}): their source has fewer than 30 frames "
-            "a second; data.frame_rate=retime plays each of its frames once, which is faster than life."
+            f"{len(repeated)} clips hold repeated frames ({_listed(repeated)}): their source shows fewer than 30 "
+            "pictures a second; data.frame_rate=retime plays each of them once, which is faster than life."
         )
     cut = [f"{record['clip']} by {record['lost_tokens']}" for record in records if record.get("lost_tokens")]
     if cut:

@@ -69,6 +69,7 @@ def write_video(
     mirrored: bool = False,
     codec: str | None = None,
     color_transfer: int | None = None,
+    pixel_aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     first_number: int = 0,
@@ -86,6 +87,7 @@ def write_video(
         mirrored: the display matrix also mirrors the picture (the stored picture is not mirrored to undo it).
         codec: the encoder; by default H.264, VP9 in .webm, MPEG-4 in .avi, MPEG-2 in .mpg.
         color_transfer: the transfer characteristic to tag, e.g. 16 for PQ and 18 for HLG.
+        pixel_aspect: width to height of a stored pixel, to tag; `width` counts stored pixels.
         options: of the encoder, e.g. {"bf": "0"}.
         container_options: of the container, e.g. {"movflags": "faststart"}.
         first_number: the number of the first frame.
@@ -108,6 +110,8 @@ def write_video(
         stream.codec_context.time_base = time_base
         if color_transfer is not None:
             stream.codec_context.color_trc = color_transfer
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if rotation or mirrored:
             stream.set_display_rotation(rotation, hflip=mirrored)
         for index, seconds in enumerate(timestamps):
@@ -249,6 +253,35 @@ def keeping_frames(module, folder: Path) -> Iterator[None]:
         yield
     finally:
         module.write_video = write
+
+
+def write_interlaced(path: Path, count: int, top_first: bool) -> Path:
+    """Encodes pictures of two fields each as H.264: field n, by its time, has the number n; 64x64 pixels, 30 fps."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"flags": "+ildct+ilme", "crf": "10"}
+        # PyAV cannot set a frame's order of fields; the encoder takes it from there.
+        graph = av.filter.Graph()
+        buffer = graph.add_buffer(width=64, height=64, format="rgb24", time_base=Fraction(1, 30))
+        order = graph.add("setfield", "tff" if top_first else "bff")
+        graph.link_nodes(buffer, order, graph.add("format", "yuv420p"), graph.add("buffersink"))
+        graph.configure()
+        for index in range(count):
+            picture = paint_frame(2 * index, 64, 64)
+            late = 1 if top_first else 0
+            picture[late::2] = paint_frame(2 * index + 1, 64, 64)[late::2]
+            # Interlaced video has colours for each field; grey ones need none.
+            picture[32:] = 128
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.time_base, frame.pts = Fraction(1, 30), index
+            graph.vpush(frame)
+            container.mux(stream.encode(graph.vpull()))
+        container.mux(stream.encode())
+    return path
 
 
 def write_planes(path: Path, pixel_format: str, planes: Sequence[np.ndarray], count: int = 1, **tags: int) -> Path:

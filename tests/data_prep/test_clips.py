@@ -170,9 +170,7 @@ def test_a_clip_of_the_same_size_passes_bit_for_bit(tmp_path):
         (160, 310, (96, 186), [0.0, 75.0, 160.0, 160.0]),
     ],
 )
-def test_a_larger_clip_is_scaled_to_cover_and_cut_at_the_centre(
-    tmp_path, width, height, resized, crop
-):
+def test_a_larger_clip_is_scaled_to_cover_and_cut_at_the_centre(tmp_path, width, height, resized, crop):
     path = write_video(tmp_path / "clip.mp4", 3, width=width, height=height, rate=15)
     clip = decode_clip(path, Cut(5, 96, 96))
     left, top = (resized[0] - 96) // 2, (resized[1] - 96) // 2

@@ -35,7 +35,9 @@ def to_rgb(planes: list[np.ndarray], bits: int, matrix: int, is_full: bool) -> n
     """Returns RGB in 0..255. Source: ITU-T H.273, section 8.3, equations of MatrixCoefficients."""
     luma = planes[0].astype(float)
     blue, red = (
-        np.repeat(np.repeat(plane, luma.shape[0] // plane.shape[0], 0), luma.shape[1] // plane.shape[1], 1).astype(float)
+        np.repeat(np.repeat(plane, luma.shape[0] // plane.shape[0], 0), luma.shape[1] // plane.shape[1], 1).astype(
+            float
+        )
         for plane in planes[1:]
     )
     unit = 2 ** (bits - 8)
@@ -65,7 +67,8 @@ def test_tagged_video_is_converted_by_its_tags(tmp_path, pixel_format, matrix, i
 
 
 @pytest.mark.parametrize(
-    ("height", "matrix", "name"), [(576, 5, "BT.601 (assumed)"), (718, 5, "BT.601 (assumed)"), (720, 1, "BT.709 (assumed)")]
+    ("height", "matrix", "name"),
+    [(576, 5, "BT.601 (assumed)"), (718, 5, "BT.601 (assumed)"), (720, 1, "BT.709 (assumed)")],
 )
 def test_untagged_video_is_read_by_its_lines(tmp_path, height, matrix, name):
     planes = smooth_planes("yuv420p", height, 320)
@@ -95,7 +98,9 @@ def pq_signal(light: np.ndarray) -> np.ndarray:
 def hlg_signal(light: np.ndarray) -> np.ndarray:
     """Returns HLG of grey light in cd/m2 on a display of 1000. Source: ARIB STD-B67, and gamma 1.2 of BT.2100."""
     scene = (np.asarray(light, float) / 1000) ** (1 / 1.2)
-    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), 0.17883277 * np.log(12 * scene - 0.28466892 + 1e-12) + 0.55991073)
+    return np.where(
+        scene <= 1 / 12, np.sqrt(3 * scene), 0.17883277 * np.log(12 * scene - 0.28466892 + 1e-12) + 0.55991073
+    )
 
 
 @pytest.mark.parametrize(("name", "signal"), [("PQ", pq_signal), ("HLG", hlg_signal)])
