@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,17 @@ import torch
 from mochi_tune.data_prep.colour import RgbConverter
 from mochi_tune.data_prep.finding import (
     IMAGE_SUFFIXES as IMAGE_SUFFIXES,
+)
+from mochi_tune.data_prep.finding import (
     MEDIA_SUFFIXES as MEDIA_SUFFIXES,
+)
+from mochi_tune.data_prep.finding import (
     VIDEO_SUFFIXES as VIDEO_SUFFIXES,
+)
+from mochi_tune.data_prep.finding import (
     find_unused as find_unused,
+)
+from mochi_tune.data_prep.finding import (
     find_videos as find_videos,
 )
 from mochi_tune.data_prep.frames import (
@@ -171,7 +179,7 @@ def try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataErr
 def _try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataError]:
     source = read_source(path)
     scan, cut = source.scan, cuts[0]
-    assert all(one.start <= other.start for one, other in zip(cuts, cuts[1:], strict=False)), "cuts are sorted"
+    assert all(one.start <= other.start for one, other in pairwise(cuts)), "cuts are sorted"
     assert {(one.frame_rate, one.hdr, one.decoder) for one in cuts} == {(cut.frame_rate, cut.hdr, cut.decoder)}
     if scan.hdr and cut.hdr == "refuse":
         raise DataError(

@@ -5,7 +5,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from errno import EINVAL
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,9 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except (FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
+        if error.errno == EINVAL:
+            # What the codec says when a picture is over the limit.
+            reason += f"; pictures of more than {MAX_PIXELS // 10**6} million pixels are not read"
         raise DataError(
             f"{path}: cannot be read as a video ({reason}): it is damaged or cut short; copy it again or remove it."
         ) from error
@@ -265,7 +270,7 @@ def _describe(path: Path, container, stream, first, times: list[Fraction], end: 
     width, height = round(first.width * aspect), first.height
     if rotation % 180:
         width, height = height, width
-    gaps = [float(after - before) for before, after in zip(times, times[1:], strict=False)]
+    gaps = [float(after - before) for before, after in pairwise(times)]
     mean = float(times[-1] - times[0]) / len(gaps) if gaps else float(end - times[-1])
     begins = [frame_number(time - times[0]) for time in times]
     return Scan(
