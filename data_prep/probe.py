@@ -4,7 +4,7 @@ import struct
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from errno import EINVAL
 from fractions import Fraction
 from itertools import pairwise
@@ -201,7 +201,7 @@ def _read_stream(path: Path, container, stream) -> Source:
         raise DataError(f"{path}: is cut short, {missing}: copy it again or remove it.")
     scan = _describe(path, container, stream, first, times, clock.end)
     if clock.has_jumped:
-        scan = Scan(**asdict(scan) | {"has_discontinuity": True})
+        scan = replace(scan, has_discontinuity=True)
     return Source(scan, first_time, period, may_jump, times, keys)
 
 

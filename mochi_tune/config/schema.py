@@ -3,6 +3,7 @@
 The help and docs/settings.md are made from this file. One `RunConfig` describes one LoRA for all verbs.
 """
 
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -58,6 +59,9 @@ def _read_off(value: Any) -> Any:
 
 Text = Annotated[str, BeforeValidator(_read_text), AfterValidator(_check_text)]
 Name = Annotated[Text, AfterValidator(_check_not_blank)]
+# A file or a folder; `~` is the home folder, as in a shell.
+FileText = Annotated[Text, AfterValidator(os.path.expanduser)]
+FileName = Annotated[Name, AfterValidator(os.path.expanduser)]
 Whole = Annotated[int, BeforeValidator(_refuse_bool_and_float)]
 Count = Annotated[Whole, Field(ge=1)]
 CountOrZero = Annotated[Whole, Field(ge=0)]
@@ -91,7 +95,7 @@ class ModelConfig(Section):
     RESUME = "held"
 
     name: Text = setting(..., "name of the base model, written into the adapter")
-    weights: Name = setting(
+    weights: FileName = setting(
         ..., "folder: the official files or a diffusers pipeline, 40 to 60 GB by their dtype", "free"
     )
     dtype: Literal["bf16", "fp32"] = setting(
@@ -109,8 +113,10 @@ class DataConfig(Section):
 
     RESUME = "free"
 
-    videos: Name = setting("videos", "folder: NAME.mp4 with NAME.txt beside it, or a metadata.csv or metadata.jsonl")
-    cache: Name = setting(
+    videos: FileName = setting(
+        "videos", "folder: NAME.mp4 with NAME.txt beside it, or a metadata.csv or metadata.jsonl"
+    )
+    cache: FileName = setting(
         "cache/${name}",
         "folder that `prepare` writes and `train` reads; a 37-frame 480p clip takes 4.3 MB, its caption up to 4.2 MB",
     )
@@ -150,7 +156,7 @@ class LoraConfig(Section):
     dora: bool = setting(
         False, "true: trains the length of each row too (DoRA); slower, and for mochi-tune and diffusers only"
     )
-    init_from: Name | None = setting(
+    init_from: FileName | None = setting(
         None, "adapter file to start from, in any format, of the same layers and of no higher rank"
     )
 
@@ -278,7 +284,7 @@ class SampleConfig(Section):
     RESUME = "free"
 
     prompt: Text = setting("", "what to render")
-    prompts: Text | None = setting(
+    prompts: FileText | None = setting(
         None, "instead of prompt: file.txt, one prompt per line, or file.jsonl, one object per line with its settings"
     )
     negative_prompt: Text = setting("", "what guidance leads away from")
@@ -286,13 +292,13 @@ class SampleConfig(Section):
     compare: Literal["base"] | None = setting(
         None, "base: renders without and with the adapter, side by side in one video"
     )
-    adapter: Text | list[Text] | None = setting(
+    adapter: FileText | list[FileText] | None = setting(
         None, "file, or [file, file]; null: the run's adapter.safetensors, if there is one"
     )
     adapter_strength: Number | list[Number] = setting(
         1.0, "factor on the adapter; 0 is exactly the base; [x, y] for several adapters"
     )
-    out: Text | None = setting(None, "file.mp4, or a folder for several videos; null: new names in run_dir/samples")
+    out: FileText | None = setting(None, "file.mp4, or a folder for several videos; null: new names in run_dir/samples")
     prompt_cache: Text = setting(
         "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, 4 MB per prompt at most"
     )
@@ -336,13 +342,13 @@ class RunConfig(Section):
     """What stands outside of the sections."""
 
     name: Name = setting("my_lora", "names the run folder, the cache and the adapter", "free")
-    run_dir: Name = setting("runs/${name}", "folder of checkpoints, adapter, metrics and samples", "free")
+    run_dir: FileName = setting("runs/${name}", "folder of checkpoints, adapter, metrics and samples", "free")
     seed: Annotated[Whole, Field(ge=0, lt=SEED_LIMIT)] = setting(0, "of every random number: adapter, noise, order")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one", "free")
     resume: Literal["auto", "force"] = setting(
         "auto", "auto: the same command goes on; force: also with settings, data or a torch that differ", "free"
     )
-    resume_from: Text | None = setting(
+    resume_from: FileText | None = setting(
         None, "checkpoint folder to go on from; later ones are put aside; null: the newest complete one", "free"
     )
     model: ModelConfig
