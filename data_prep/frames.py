@@ -4,6 +4,7 @@ import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def _decode(path: Path, container, stream, source: Source) -> Iterator[Picture]:
             duration = (frame.duration or 0) * frame.time_base
             time = clock.read(None if ticks is None else ticks * frame.time_base, duration)
             if time is not None:
-                yield Picture(time, clock.end - time, frame, frame.interlaced_frame)
+                yield Picture(time, clock.end - time, frame, was_interlaced=frame.interlaced_frame)
 
 
 def _deinterlace(pictures: Iterator[Picture]) -> Iterator[Picture]:
@@ -151,7 +152,7 @@ def _drain(graph: Any, waiting: deque[Picture], is_end: bool) -> Iterator[Pictur
             assert not is_end, f"the filter kept {len(waiting)} pictures"
             return
         picture = waiting.popleft()
-        yield Picture(picture.time, picture.duration, frame, picture.was_interlaced)
+        yield replace(picture, image=frame)
 
 
 def turn_upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:

@@ -93,6 +93,7 @@ class Source:
     Attributes:
         scan: the plain values.
         first_time: of the first picture that can be decoded, in seconds.
+        end: of the last picture, in seconds.
         period: seconds that a picture is shown when the file does not tell.
         may_jump: its format's clock may jump forward.
         times: of all pictures in seconds, ascending.
@@ -101,6 +102,7 @@ class Source:
 
     scan: Scan
     first_time: Fraction = Fraction(0)
+    end: Fraction = Fraction(0)
     period: Fraction = Fraction(1, FPS)
     may_jump: bool = False
     times: list[Fraction] = field(default_factory=list)
@@ -202,7 +204,7 @@ def _read_stream(path: Path, container, stream) -> Source:
     scan = _describe(path, container, stream, first, times, clock.end)
     if clock.has_jumped:
         scan = replace(scan, has_discontinuity=True)
-    return Source(scan, first_time, period, may_jump, times, keys)
+    return Source(scan, first_time, clock.end, period, may_jump, times, keys)
 
 
 def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
@@ -311,7 +313,7 @@ def _source_of_animation(still) -> Source:
         is_constant_rate=len(gaps) == 1,
         is_30_fps=begins == list(range(num_frames)),
     )
-    return Source(scan, times=times, key_times=times[:1])
+    return Source(scan, end=clock.end, times=times)
 
 
 def _missing_part(path: Path, container, stream, num_packets: int, end: Fraction) -> str:

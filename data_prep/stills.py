@@ -64,12 +64,12 @@ def read_still(path: Path) -> Iterator[Picture]:
 
     with _open(path) as image:
         if image.format != "WEBP" or getattr(image, "n_frames", 1) == 1:
-            yield Picture(Fraction(0), Fraction(1, FPS), _to_rgb(ImageOps.exif_transpose(image)))
+            yield Picture(Fraction(0), Fraction(1, FPS), _to_rgb(ImageOps.exif_transpose(image)), "pillow")
             return
         time = Fraction(0)
         for number in range(image.n_frames):
             duration = _duration(image, number)
-            yield Picture(time, duration, _to_rgb(image))
+            yield Picture(time, duration, _to_rgb(image), "pillow")
             time += duration
 
 

@@ -1,5 +1,6 @@
 """Every picture is shown at its own time: compared with FFmpeg's own fps filter, which shares no code with ours."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -175,3 +176,24 @@ def test_frames_before_time_0(tmp_path):
     path = write_video(tmp_path / "a.mp4", timestamps=times, container_options={"avoid_negative_ts": "disabled"})
     # MP4's edit list hides them.
     assert numbers_of(path) == numbers_by_fps_filter(path) == list(range(10, 40))
+
+
+@pytest.mark.parametrize("frame_rate", ["resample", "retime"])
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx265"), ("a.webm", "libvpx-vp9")])
+def test_decord_reads_plain_files_to_the_same_frames(tmp_path, name, codec, frame_rate):
+    path = write_video(tmp_path / name, 120, rate=25, codec=codec, options={"g": "30"})
+    cuts = [Cut(20, 64, 64, start=start, frame_rate=frame_rate) for start in (0, 61, 100)]
+    for cut in cuts:
+        ours, theirs = decode_clip(path, cut), decode_clip(path, replace(cut, decoder="decord"))
+        assert (ours.report["decoder"], theirs.report["decoder"]) == ("pyav", "decord")
+        assert ours.frames.equal(theirs.frames)
+        assert ours.report | {"decoder": ""} == theirs.report | {"decoder": ""}
+
+
+def test_decord_is_not_asked_for_what_it_reads_wrong(tmp_path):
+    turned = write_video(tmp_path / "turned.mp4", 20, rotation=90)
+    uneven = write_video(tmp_path / "uneven.mp4", timestamps=[Fraction(n * n, 300) for n in range(20)])
+    open_group = copy_from_keyframe(write_video(tmp_path / "a.mkv", 60, options=OPEN), tmp_path / "cut.mkv", 2)
+    for path in (turned, uneven, open_group):
+        ours, theirs = (decode_clip(path, Cut(10, 64, 64, decoder=decoder)) for decoder in ("auto", "decord"))
+        assert ours.frames.equal(theirs.frames) and theirs.report["decoder"] == "pyav", path
