@@ -1,10 +1,11 @@
 """Cuts clips out of videos and stills: upright, square pixels, resized and cropped; no model is involved."""
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,20 @@ import numpy as np
 import torch
 
 from mochi_tune.data_prep.colour import RgbConverter
+from mochi_tune.data_prep.decord_frames import is_plain, read_with_decord
 from mochi_tune.data_prep.finding import (
     IMAGE_SUFFIXES as IMAGE_SUFFIXES,
+)
+from mochi_tune.data_prep.finding import (
     MEDIA_SUFFIXES as MEDIA_SUFFIXES,
+)
+from mochi_tune.data_prep.finding import (
     VIDEO_SUFFIXES as VIDEO_SUFFIXES,
+)
+from mochi_tune.data_prep.finding import (
     find_unused as find_unused,
+)
+from mochi_tune.data_prep.finding import (
     find_videos as find_videos,
 )
 from mochi_tune.data_prep.frames import (
@@ -101,6 +111,7 @@ class _Window:
         self.frames: torch.Tensor | None = None
         self.distinct_frames = 0
         self.was_interlaced = False
+        self.decoder = ""
         self.begins: Fraction | None = None
 
     @property
@@ -111,7 +122,7 @@ class _Window:
         """Puts a span's picture, resized and cropped, at the frames that it is shown at."""
         if self.frames is None:
             self.frames = torch.empty((self.cut.num_frames, self.cut.height, self.cut.width, 3), dtype=torch.uint8)
-            self.begins = span.picture.time
+            self.begins, self.decoder = span.picture.time, span.picture.decoder
         begin, end = max(span.begin, self.cut.start), min(span.end, self.stop)
         self.frames[begin - self.cut.start : end - self.cut.start] = image
         self.distinct_frames += 1
@@ -128,7 +139,7 @@ def choose_frame_rate(scan: Scan, setting: Literal["auto", "resample", "retime"]
     if setting != "auto":
         return setting
     low, high = RETIMED_FPS
-    return "retime" if scan.is_constant_rate and low <= scan.source_fps <= high else "resample"
+    return "retime" if scan.is_constant_rate and low <= round(scan.source_fps, 1) <= high else "resample"
 
 
 def decode_clip(path: Path, cut: Cut) -> DecodedClip:
@@ -171,7 +182,7 @@ def try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataErr
 def _try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataError]:
     source = read_source(path)
     scan, cut = source.scan, cuts[0]
-    assert all(one.start <= other.start for one, other in zip(cuts, cuts[1:], strict=False)), "cuts are sorted"
+    assert all(one.start <= other.start for one, other in pairwise(cuts)), "cuts are sorted"
     assert {(one.frame_rate, one.hdr, one.decoder) for one in cuts} == {(cut.frame_rate, cut.hdr, cut.decoder)}
     if scan.hdr and cut.hdr == "refuse":
         raise DataError(
@@ -236,23 +247,35 @@ def _put(span: Span, takers: list[_Window], converter: RgbConverter) -> None:
 
 def _spans(path: Path, source: Source, windows: deque[_Window | DataError]) -> Iterator[Span]:
     """Yields the spans from the first window's start on, at the latest; skips what lies before if it can."""
-    cut = next(window.cut for window in windows if isinstance(window, _Window))
-    if cut.frame_rate == "retime":
-        start = source.times[min(cut.start, len(source.times) - 1)] if source.times else Fraction(0)
-    else:
-        start = source.first_time + Fraction(cut.start, FPS)
-    key_time = find_seek_time(source, start)
-    if key_time is not None:
-        pictures = read_pictures_from(path, source, key_time)
+    cuts = [window.cut for window in windows if isinstance(window, _Window)]
+    frame_rate = cuts[0].frame_rate
+    for number, pictures in _readers(path, source, cuts):
         first = next(pictures, None)
         if first is not None:
-            number = source.times.index(key_time)
-            return place_pictures(chain([first], pictures), source.first_time, cut.frame_rate, number)
-    pictures = read_pictures(path, source)
-    first = next(pictures, None)
-    if first is None:
-        raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
-    return place_pictures(chain([first], pictures), first.time, cut.frame_rate)
+            first_time = first.time if number == 0 else source.first_time
+            return place_pictures(chain([first], pictures), first_time, frame_rate, number)
+    raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
+
+
+def _readers(path: Path, source: Source, cuts: Sequence[Cut]) -> Iterator[tuple[int, Iterator[Picture]]]:
+    """Yields ways to read a file, the best one first, each with its first picture's number; one may give nothing."""
+    first, last = cuts[0].start, max(cut.start + cut.num_frames for cut in cuts) - 1
+    if source.scan.codec:
+        begin, end = (_picture_at(source, frame, cuts[0].frame_rate) for frame in (first, last))
+        if cuts[0].decoder == "decord" and is_plain(source):
+            # One more tells how long the last one is shown, another may begin half a frame early.
+            yield 0, read_with_decord(path, source, end + 3)
+        key_time = find_seek_time(source, source.times[begin])
+        if key_time is not None:
+            yield bisect_left(source.times, key_time), read_pictures_from(path, source, key_time)
+    yield 0, read_pictures(path, source)
+
+
+def _picture_at(source: Source, frame: int, frame_rate: FrameRate) -> int:
+    """Returns the number of the picture that has begun by an output frame."""
+    if frame_rate == "retime":
+        return frame
+    return max(bisect_right(source.times, source.first_time + Fraction(frame, FPS)) - 1, 0)
 
 
 def _image_size(picture: Picture) -> tuple[int, int]:
@@ -278,9 +301,7 @@ def _fit(path: Path, scan: Scan, cut: Cut) -> _Fit:
             "set a smaller data.height and data.width, or data.allow_upscale=true."
         )
     rows, columns = round(scan.height * scale), round(scan.width * scale)
-    return _Fit(
-        scale, rows, columns, (rows - cut.height) // 2, (columns - cut.width) // 2, cut.height, cut.width
-    )
+    return _Fit(scale, rows, columns, (rows - cut.height) // 2, (columns - cut.width) // 2, cut.height, cut.width)
 
 
 def _resize_and_crop(image: torch.Tensor, fit: _Fit) -> torch.Tensor:
@@ -317,5 +338,5 @@ def _report(source: Source, window: _Window) -> dict:
         "scale": round(fit.scale, 6),
         "crop": [round(v, 2) for v in (fit.left * x, fit.top * y, cut.width * x, cut.height * y)],
         "start_seconds": round(float(start), 4),
-        "decoder": "pillow" if not scan.codec else "pyav",
+        "decoder": window.decoder,
     }

@@ -4,6 +4,7 @@ import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,11 @@ def _decode(path: Path, container, stream, source: Source) -> Iterator[Picture]:
             duration = (frame.duration or 0) * frame.time_base
             time = clock.read(None if ticks is None else ticks * frame.time_base, duration)
             if time is not None:
-                yield Picture(time, clock.end - time, frame, frame.interlaced_frame)
+                yield Picture(time, clock.end - time, frame, was_interlaced=frame.interlaced_frame)
 
 
 def _deinterlace(pictures: Iterator[Picture]) -> Iterator[Picture]:
-    """Passes progressive pictures on; from the first interlaced one on, all go through FFmpeg's bwdif filter.
+    """Passes progressive pictures on; from the first interlaced one on, all go through FFmpeg's yadif filter.
 
     The filter keeps the field that is shown first, so that each picture keeps its time.
     """
@@ -131,7 +132,9 @@ def _build_graph(frame) -> Any:
     buffer = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base
     )
-    graph.link_nodes(buffer, graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced"), graph.add("buffersink"))
+    graph.link_nodes(
+        buffer, graph.add("yadif", "mode=send_frame:parity=auto:deint=interlaced"), graph.add("buffersink")
+    )
     graph.configure()
     return graph
 
@@ -149,7 +152,7 @@ def _drain(graph: Any, waiting: deque[Picture], is_end: bool) -> Iterator[Pictur
             assert not is_end, f"the filter kept {len(waiting)} pictures"
             return
         picture = waiting.popleft()
-        yield Picture(picture.time, picture.duration, frame, picture.was_interlaced)
+        yield replace(picture, image=frame)
 
 
 def turn_upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:

@@ -87,7 +87,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
     for source in sources:
         folder = source.folder
         if folder.is_dir() and is_dataset(folder):
-            folder = materialise_dataset(folder, Path(data.cache).expanduser() / DATASET_FOLDER / source.name)
+            folder = materialise_dataset(folder, Path(data.cache) / DATASET_FOLDER / source.name)
         has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
         videos = find_videos(folder, has_stills)
         names = {video: _name(source, folder, video) for video in videos}
@@ -144,7 +144,7 @@ def cut_inputs(inputs: Inputs, data: DataConfig, settings: CacheSettings, decode
 
     What a file holds is kept in the cache's folder, so that a second run opens new files alone.
     """
-    kept = Path(data.cache).expanduser() / SCANS_FILE
+    kept = Path(data.cache) / SCANS_FILE
     known = (parse_object(kept.read_bytes()) or {}) if kept.is_file() else {}
     before = known.get("scans", {}) if known.get("version") == TRANSFORM_VERSION else {}
     scans = {}

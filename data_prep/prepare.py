@@ -70,7 +70,7 @@ def prepare(config: RunConfig) -> Prepared:
         ConfigError: The device is not there.
     """
     data, weights = config.data, WeightsFolder(weights_folder(config))
-    device, folder = find_device(config.device), Path(data.cache).expanduser()
+    device, folder = find_device(config.device), Path(data.cache)
     inputs = find_inputs(data, config.seed)
     weights.check(["encoder", "text_encoder"])
     buckets = {name: [list(astuple(bucket)) for bucket in sizes] for name, sizes in buckets_by_source(data).items()}
@@ -107,7 +107,7 @@ def _encode_clips(
     cache: CacheWriter, inputs: Inputs, decoder: ClipDecoder, config: RunConfig, device: torch.device
 ) -> tuple[int, dict[str, str]]:
     """Encodes the clips that the cache lacks; returns their number, and the reason for each sample_id that failed."""
-    preview = Path(config.data.preview).expanduser() if config.data.preview else None
+    preview = Path(config.data.preview) if config.data.preview else None
     wanted, keys = [], set()
     for clip in inputs.clips:
         # Two files with the same bytes have the same keys, and are encoded once.

@@ -4,8 +4,10 @@ import struct
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from errno import EINVAL
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,7 @@ class Source:
     Attributes:
         scan: the plain values.
         first_time: of the first picture that can be decoded, in seconds.
+        end: of the last picture, in seconds.
         period: seconds that a picture is shown when the file does not tell.
         may_jump: its format's clock may jump forward.
         times: of all pictures in seconds, ascending.
@@ -99,6 +102,7 @@ class Source:
 
     scan: Scan
     first_time: Fraction = Fraction(0)
+    end: Fraction = Fraction(0)
     period: Fraction = Fraction(1, FPS)
     may_jump: bool = False
     times: list[Fraction] = field(default_factory=list)
@@ -156,6 +160,9 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except (FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
+        if error.errno == EINVAL:
+            # What the codec says when a picture is over the limit.
+            reason += f"; pictures of more than {MAX_PIXELS // 10**6} million pixels are not read"
         raise DataError(
             f"{path}: cannot be read as a video ({reason}): it is damaged or cut short; copy it again or remove it."
         ) from error
@@ -196,8 +203,8 @@ def _read_stream(path: Path, container, stream) -> Source:
         raise DataError(f"{path}: is cut short, {missing}: copy it again or remove it.")
     scan = _describe(path, container, stream, first, times, clock.end)
     if clock.has_jumped:
-        scan = Scan(**asdict(scan) | {"has_discontinuity": True})
-    return Source(scan, first_time, period, may_jump, times, keys)
+        scan = replace(scan, has_discontinuity=True)
+    return Source(scan, first_time, clock.end, period, may_jump, times, keys)
 
 
 def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
@@ -265,7 +272,7 @@ def _describe(path: Path, container, stream, first, times: list[Fraction], end: 
     width, height = round(first.width * aspect), first.height
     if rotation % 180:
         width, height = height, width
-    gaps = [float(after - before) for before, after in zip(times, times[1:], strict=False)]
+    gaps = [float(after - before) for before, after in pairwise(times)]
     mean = float(times[-1] - times[0]) / len(gaps) if gaps else float(end - times[-1])
     begins = [frame_number(time - times[0]) for time in times]
     return Scan(
@@ -306,7 +313,7 @@ def _source_of_animation(still) -> Source:
         is_constant_rate=len(gaps) == 1,
         is_30_fps=begins == list(range(num_frames)),
     )
-    return Source(scan, times=times, key_times=times[:1])
+    return Source(scan, end=clock.end, times=times)
 
 
 def _missing_part(path: Path, container, stream, num_packets: int, end: Fraction) -> str:

@@ -1,5 +1,6 @@
 """Reads stills and animated WebP with Pillow."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,12 +64,12 @@ def read_still(path: Path) -> Iterator[Picture]:
 
     with _open(path) as image:
         if image.format != "WEBP" or getattr(image, "n_frames", 1) == 1:
-            yield Picture(Fraction(0), Fraction(1, FPS), _to_rgb(ImageOps.exif_transpose(image)))
+            yield Picture(Fraction(0), Fraction(1, FPS), _to_rgb(ImageOps.exif_transpose(image)), "pillow")
             return
         time = Fraction(0)
         for number in range(image.n_frames):
             duration = _duration(image, number)
-            yield Picture(time, duration, _to_rgb(image))
+            yield Picture(time, duration, _to_rgb(image), "pillow")
             time += duration
 
 
@@ -78,9 +79,15 @@ def _open(path: Path) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            # The size is checked, against a limit that is lower than Pillow's.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
             yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: is a picture of too many pixels ({error}): scale it down first.") from error
+    except (OSError, ValueError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise DataError(
             f"{path}: cannot be read as a picture ({reason}): it is damaged; copy it again or remove it."

@@ -67,12 +67,14 @@ class Picture:
         time: when it is shown, in seconds, later than the picture before.
         duration: how long it is shown if none follows, in seconds.
         image: what was decoded: an `av.VideoFrame`, or an upright uint8 RGB (H, W, 3) array.
+        decoder: the library that decoded it.
         was_interlaced: it was made of two fields.
     """
 
     time: Fraction
     duration: Fraction
     image: Any
+    decoder: str = "pyav"
     was_interlaced: bool = False
 
 

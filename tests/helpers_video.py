@@ -9,7 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-CODECS = {".webm": "libvpx-vp9", ".avi": "mpeg4"}
+CODECS = {".webm": "libvpx-vp9", ".avi": "mpeg4", ".mpg": "mpeg2video", ".gif": "gif"}
+# Other than yuv420p.
+PIXEL_FORMATS = {
+    "gif": "rgb8",
+    "png": "rgb24",
+    "qtrle": "rgb24",
+    "prores_ks": "yuv422p10le",
+    "dnxhd": "yuv422p",
+    "huffyuv": "yuv422p",
+    "utvideo": "yuv422p",
+    "mjpeg": "yuvj420p",
+}
 # Fine enough for every frame rate that the tests use, and for timestamps to the millisecond.
 TIME_BASE = Fraction(1, 30000)
 MAX_FRAMES = 256
@@ -58,6 +69,7 @@ def write_video(
     mirrored: bool = False,
     codec: str | None = None,
     color_transfer: int | None = None,
+    pixel_aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     first_number: int = 0,
@@ -65,7 +77,7 @@ def write_video(
     """Encodes numbered frames into a video file; its suffix picks the container.
 
     Args:
-        path: where to write, .mp4 .mov .m4v .mkv .webm or .avi.
+        path: where to write, .mp4 .mov .m4v .mkv .webm .avi .ts .mpg or .gif.
         num_frames: frames to write, at most 256 to keep their numbers apart.
         rate: frames a second, when `timestamps` is not given.
         timestamps: seconds at which each frame is displayed; their number replaces `num_frames`.
@@ -73,8 +85,9 @@ def write_video(
         height: of the upright picture, in even pixels.
         rotation: degrees counter-clockwise by which a player must turn the stored picture, 0, 90, 180 or 270.
         mirrored: the display matrix also mirrors the picture (the stored picture is not mirrored to undo it).
-        codec: the encoder; by default H.264, VP9 in .webm and MPEG-4 in .avi.
+        codec: the encoder; by default H.264, VP9 in .webm, MPEG-4 in .avi, MPEG-2 in .mpg.
         color_transfer: the transfer characteristic to tag, e.g. 16 for PQ and 18 for HLG.
+        pixel_aspect: width to height of a stored pixel, to tag; `width` counts stored pixels.
         options: of the encoder, e.g. {"bf": "0"}.
         container_options: of the container, e.g. {"movflags": "faststart"}.
         first_number: the number of the first frame.
@@ -85,15 +98,20 @@ def write_video(
         timestamps = [index / Fraction(rate) for index in range(num_frames)]
     assert len(timestamps) + first_number <= MAX_FRAMES
     with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec or CODECS.get(path.suffix.lower(), "libx264"), rate=rate)
+        codec = codec or CODECS.get(path.suffix.lower(), "libx264")
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height = (height, width) if rotation % 180 else (width, height)
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = PIXEL_FORMATS.get(codec, "yuv420p")
         stream.options = options or {}
         # AVI counts frames and can only hold a constant rate; WebM counts milliseconds.
         time_base = {".avi": 1 / Fraction(rate), ".webm": Fraction(1, 1000)}.get(path.suffix.lower(), TIME_BASE)
+        if codec in ("mpeg2video", "dnxhd", "gif"):
+            time_base = 1 / Fraction(rate)
         stream.codec_context.time_base = time_base
         if color_transfer is not None:
             stream.codec_context.color_trc = color_transfer
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if rotation or mirrored:
             stream.set_display_rotation(rotation, hflip=mirrored)
         for index, seconds in enumerate(timestamps):
@@ -105,6 +123,47 @@ def write_video(
     # As root, SVT-AV1 makes its caller a real-time process, which starves all others and every process it starts.
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
+
+
+def copy_from_keyframe(source: Path, target: Path, number: int) -> Path:
+    """Copies packets, not re-encoded, from the keyframe of that number on, as `ffmpeg -ss … -c copy` does."""
+    import av
+
+    with av.open(str(source)) as container, av.open(str(target), "w") as output:
+        stream = container.streams.video[0]
+        copy = output.add_stream_from_template(stream, opaque=True)
+        keys = 0
+        for packet in container.demux(stream):
+            keys += packet.is_keyframe
+            if keys > number and packet.size:
+                packet.stream = copy
+                output.mux(packet)
+    return target
+
+
+def numbers_by_fps_filter(path: Path) -> list[int]:
+    """Returns the numbers of the frames that libavfilter's fps=30 gives, the first picture at 0."""
+    import av
+    from av.error import EOFError as EndOfFile
+
+    numbers = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        graph = av.filter.Graph()
+        nodes = [graph.add_buffer(template=stream), graph.add("setpts", "PTS-STARTPTS"), graph.add("fps", "30")]
+        graph.link_nodes(*nodes, graph.add("buffersink"))
+        graph.configure()
+        for frame in [*container.decode(stream), None]:
+            if frame is not None and not frame.duration:
+                # As ffmpeg estimates it.
+                frame.duration = round(1 / stream.guessed_rate / frame.time_base)
+            graph.vpush(frame)
+            while True:
+                try:
+                    numbers.append(frame_number(graph.vpull().to_ndarray(format="rgb24")))
+                except (BlockingIOError, EndOfFile):
+                    break
+    return numbers
 
 
 def write_audio(path: Path, num_seconds: float = 1.0) -> Path:
@@ -194,3 +253,64 @@ def keeping_frames(module, folder: Path) -> Iterator[None]:
         yield
     finally:
         module.write_video = write
+
+
+def write_interlaced(path: Path, count: int, top_first: bool) -> Path:
+    """Encodes pictures of two fields each as H.264: field n, by its time, has the number n; 64x64 pixels, 30 fps."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"flags": "+ildct+ilme", "crf": "10"}
+        # PyAV cannot set a frame's order of fields; the encoder takes it from there.
+        graph = av.filter.Graph()
+        buffer = graph.add_buffer(width=64, height=64, format="rgb24", time_base=Fraction(1, 30))
+        order = graph.add("setfield", "tff" if top_first else "bff")
+        graph.link_nodes(buffer, order, graph.add("format", "yuv420p"), graph.add("buffersink"))
+        graph.configure()
+        for index in range(count):
+            picture = paint_frame(2 * index, 64, 64)
+            late = 1 if top_first else 0
+            picture[late::2] = paint_frame(2 * index + 1, 64, 64)[late::2]
+            # Interlaced video has colours for each field; grey ones need none.
+            picture[32:] = 128
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.time_base, frame.pts = Fraction(1, 30), index
+            graph.vpush(frame)
+            container.mux(stream.encode(graph.vpull()))
+        container.mux(stream.encode())
+    return path
+
+
+def write_planes(path: Path, pixel_format: str, planes: Sequence[np.ndarray], count: int = 1, **tags: int) -> Path:
+    """Encodes pictures without loss, by FFV1 in Matroska, from the samples of their planes.
+
+    Args:
+        path: an .mkv.
+        pixel_format: FFmpeg's name, e.g. yuv420p10le.
+        planes: uint8 or uint16 (H, W) of each plane.
+        count: of equal pictures.
+        tags: colorspace, color_range, color_trc, color_primaries, by their numbers in H.273.
+    """
+    import av
+
+    height, width = planes[0].shape
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        for name, value in tags.items():
+            setattr(stream.codec_context, name, value)
+        for index in range(count):
+            frame = av.VideoFrame(width, height, pixel_format)
+            for plane, samples in zip(frame.planes, planes, strict=True):
+                rows = np.zeros((samples.shape[0], plane.line_size // samples.itemsize), samples.dtype)
+                rows[:, : samples.shape[1]] = samples
+                plane.update(rows)
+            for name, value in tags.items():
+                setattr(frame, name, value)
+            frame.time_base, frame.pts = Fraction(1, 30), index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path

@@ -26,7 +26,9 @@ TYPE_NAMES = {
     float | list[float] | None: "a number, a list of numbers, [1, 0.5], or null",
     list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
     list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
-    Literal["auto"] | list[list[int]] | None: "auto, a list of [frames, height, width], [[37, 480, 848], [1, 480, 848]], or null",
+    Literal["auto"]
+    | list[list[int]]
+    | None: "auto, a list of [frames, height, width], [[37, 480, 848], [1, 480, 848]], or null",
     list[SourceConfig]: f"a list of folders, each with {', '.join(SourceConfig.model_fields)}: "
     "[{folder: cats, repeats: 2}, {folder: dogs}]",
     dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",

@@ -240,4 +240,4 @@ def weights_folder(config: RunConfig) -> Path:
         from mochi_tune import assets
 
         return Path(assets.__path__[0]) / name
-    return Path(config.model.weights).expanduser()
+    return Path(config.model.weights)

@@ -11,6 +11,8 @@ from mochi_tune.config.values import (
     SEED_LIMIT,
     Count,
     CountOrZero,
+    FileName,
+    FileText,
     Name,
     NotNegative,
     Number,
@@ -32,7 +34,7 @@ class ModelConfig(Section):
     RESUME = "held"
 
     name: Text = setting(..., "name of the base model, written into the adapter")
-    weights: Name = setting(
+    weights: FileName = setting(
         ..., "folder: the official files or a diffusers pipeline, 40 to 60 GB by their dtype", "free"
     )
     dtype: Literal["bf16", "fp32"] = setting(
@@ -54,7 +56,7 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    folder: Name
+    folder: FileName
     # An epoch takes each clip so often, or this share of all draws relative to the other sources' weights.
     repeats: Positive = 1.0
     weight: Positive | None = None
@@ -69,7 +71,7 @@ class DataConfig(Section):
 
     RESUME = "free"
 
-    videos: Name = setting(
+    videos: FileName = setting(
         "videos", "folder: NAME.mp4 with NAME.txt beside it, or with a table; or a dataset of Hugging Face on disk"
     )
     sources: list[SourceConfig] = setting(
@@ -77,7 +79,7 @@ class DataConfig(Section):
         "several folders in the place of data.videos: [{folder: cats, repeats: 2}, {folder: dogs}]; each may set "
         "repeats or weight, caption_prefix, clips, buckets",
     )
-    cache: Name = setting(
+    cache: FileName = setting(
         "cache/${name}",
         "folder that `prepare` writes and `train` reads; a 37-frame 480p clip takes 4.3 MB, its caption up to 4.2 MB",
     )
@@ -103,7 +105,7 @@ class DataConfig(Section):
     )
     clip_stride: Count | None = setting(None, "frames from one clip to the next of slide; null: half of a clip")
     max_clips: Count | None = setting(None, "clips of one video at most; null: as many as it holds")
-    preview: Text | None = setting(
+    preview: FileText | None = setting(
         None, "folder for what `prepare` cuts, frame for frame as the VAE gets it, as lossless .mkv; null: none"
     )
     allow_empty_captions: bool = setting(False, "true: a clip without a caption is trained with the empty prompt")
@@ -124,7 +126,8 @@ class DataConfig(Section):
     )
     hdr: Literal["refuse", "tonemap"] = setting("refuse", "of PQ and HLG clips; tonemap: converts them to BT.709")
     decoder: Literal["auto", "pyav", "decord"] = setting(
-        "auto", "library that decodes; auto: PyAV, or decord where it gives the same frames sooner"
+        "auto",
+        "library that decodes; auto: PyAV; decord reads plain files alike, and takes memory for all of a long one",
     )
     decode_timeout_seconds: Positive = setting(120.0, "seconds; a clip that takes longer to decode is refused")
     damaged: Literal["strict", "quarantine"] = setting(
@@ -148,7 +151,7 @@ class LoraConfig(Section):
     dora: bool = setting(
         False, "true: trains the length of each row too (DoRA); slower, and for mochi-tune and diffusers only"
     )
-    init_from: Name | None = setting(
+    init_from: FileName | None = setting(
         None, "adapter file to start from, in any format, of the same layers and of no higher rank"
     )
 
@@ -276,7 +279,7 @@ class SampleConfig(Section):
     RESUME = "free"
 
     prompt: Text = setting("", "what to render")
-    prompts: Text | None = setting(
+    prompts: FileText | None = setting(
         None, "instead of prompt: file.txt, one prompt per line, or file.jsonl, one object per line with its settings"
     )
     negative_prompt: Text = setting("", "what guidance leads away from")
@@ -284,13 +287,13 @@ class SampleConfig(Section):
     compare: Literal["base"] | None = setting(
         None, "base: renders without and with the adapter, side by side in one video"
     )
-    adapter: Text | list[Text] | None = setting(
+    adapter: FileText | list[FileText] | None = setting(
         None, "file, or [file, file]; null: the run's adapter.safetensors, if there is one"
     )
     adapter_strength: Number | list[Number] = setting(
         1.0, "factor on the adapter; 0 is exactly the base; [x, y] for several adapters"
     )
-    out: Text | None = setting(None, "file.mp4, or a folder for several videos; null: new names in run_dir/samples")
+    out: FileText | None = setting(None, "file.mp4, or a folder for several videos; null: new names in run_dir/samples")
     prompt_cache: Text = setting(
         "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, 4 MB per prompt at most"
     )
@@ -334,13 +337,13 @@ class RunConfig(Section):
     """What stands outside of the sections."""
 
     name: Name = setting("my_lora", "names the run folder, the cache and the adapter", "free")
-    run_dir: Name = setting("runs/${name}", "folder of checkpoints, adapter, metrics and samples", "free")
+    run_dir: FileName = setting("runs/${name}", "folder of checkpoints, adapter, metrics and samples", "free")
     seed: Annotated[Whole, Field(ge=0, lt=SEED_LIMIT)] = setting(0, "of every random number: adapter, noise, order")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one", "free")
     resume: Literal["auto", "force"] = setting(
         "auto", "auto: the same command goes on; force: also with settings, data or a torch that differ", "free"
     )
-    resume_from: Text | None = setting(
+    resume_from: FileText | None = setting(
         None, "checkpoint folder to go on from; later ones are put aside; null: the newest complete one", "free"
     )
     model: ModelConfig

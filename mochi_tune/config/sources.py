@@ -40,11 +40,11 @@ def read_sources(data: DataConfig) -> list[Source]:
     """
     _check_windows(data)
     if not data.sources:
-        return [Source("", _folder(data.videos), _buckets(data, data.buckets), data.clips, data.caption_prefix)]
+        return [Source("", Path(data.videos), _buckets(data, data.buckets), data.clips, data.caption_prefix)]
     sources = [
         Source(
-            _folder(own.folder).name,
-            _folder(own.folder),
+            Path(own.folder).name,
+            Path(own.folder),
             _buckets(data, data.buckets if own.buckets is None else own.buckets),
             own.clips or data.clips,
             data.caption_prefix if own.caption_prefix is None else own.caption_prefix,
@@ -99,10 +99,6 @@ def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
             "give each size its share."
         )
     return dict(zip(read_buckets(listed, "data.buckets"), data.bucket_shares, strict=True))
-
-
-def _folder(path: str) -> Path:
-    return Path(path).expanduser()
 
 
 def _buckets(data: DataConfig, asked: Buckets | None) -> list[Bucket]:

@@ -1,5 +1,6 @@
 """What the schema is made of: the kinds of values that settings take, and how a setting is declared."""
 
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -58,6 +59,9 @@ def read_off(value: Any) -> Any:
 
 Text = Annotated[str, BeforeValidator(_read_text), AfterValidator(_check_text)]
 Name = Annotated[Text, AfterValidator(_check_not_blank)]
+# A file or a folder; `~` is the home folder, as in a shell.
+FileText = Annotated[Text, AfterValidator(os.path.expanduser)]
+FileName = Annotated[Name, AfterValidator(os.path.expanduser)]
 Whole = Annotated[int, BeforeValidator(_refuse_bool_and_float)]
 Count = Annotated[Whole, Field(ge=1)]
 CountOrZero = Annotated[Whole, Field(ge=0)]

@@ -11,6 +11,11 @@ from torch import Tensor
 from mochi_tune.files import move_to_free_name, temporary_file
 from mochi_tune.models.latents import FPS
 
+# Without a tag players guess the colours by the size. By their numbers in ITU-T H.273: matrix, primaries and transfer.
+BT709, LIMITED_RANGE, FULL_RANGE = 1, 1, 2
+# libswscale's bicubic filter with exact rounding and all of the source's colours.
+EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
+
 
 def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = True) -> Path:
     """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264 at 30 fps; the file appears only when it is complete.
@@ -46,6 +51,7 @@ def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> None:
                 stream = container.add_stream("libx264", rate=FPS, options=options)
                 stream.height, stream.width = chunk.shape[1:3]
                 stream.pix_fmt = "yuv420p"
+                _tag(stream.codec_context)
                 stream.time_base = Fraction(1, FPS)
             if writing is not None:
                 # One at a time: raises here what failed there, and no more than two chunks are in memory.
@@ -63,9 +69,23 @@ def _encode_chunk(container: Any, stream: Any, chunk: Tensor, start: int) -> Non
 
     for number, frame in enumerate(chunk.numpy(), start):
         # Converted here and not by the encoder, whose own conversion does not always give the same bits.
-        picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+            format="yuv420p",
+            src_colorspace=BT709,
+            dst_colorspace=BT709,
+            src_color_range=FULL_RANGE,
+            dst_color_range=LIMITED_RANGE,
+            interpolation=EXACT,
+        )
+        _tag(picture)
         picture.pts = number
         container.mux(stream.encode(picture))
+
+
+def _tag(target: Any) -> None:
+    """Tags an encoder or a frame as BT.709 in limited range, which every player takes."""
+    target.colorspace = target.color_primaries = target.color_trc = BT709
+    target.color_range = LIMITED_RANGE
 
 
 def read_frames(path: Path) -> list:

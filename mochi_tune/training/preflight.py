@@ -167,7 +167,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     base = weights.base_identity()
     start_adapter = None
     if config.lora.init_from is not None and not find_checkpoints(Path(config.run_dir) / "checkpoints"):
-        start_adapter = load_adapter(Path(config.lora.init_from).expanduser())
+        start_adapter = load_adapter(Path(config.lora.init_from))
         check_adapter(start_adapter, shapes, base)
         check_start(start_adapter.layers, layers, config.lora.dora, str(start_adapter))
     count = train.validation_clips if train.validate_every else 0

@@ -305,3 +305,11 @@ def test_the_settings_of_each_layer_come_from_the_patterns():
 def test_a_dora_needs_whole_rows_of_the_base():
     assert load_config("my_lora", ["lora.dora=true", "parallel=zero2"]).lora.dora
     assert "use parallel.strategy=zero2." in error_of("my_lora", ["lora.dora=true", "parallel=zero3"])
+
+
+@pytest.mark.parametrize(
+    "key", ["data.videos", "data.cache", "run_dir", "model.weights", "lora.init_from", "resume_from", "sample.adapter"]
+)
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    assert value_of(load_config("my_lora", [f"{key}=~/some/where"]), key) == "/home/of/mine/some/where"

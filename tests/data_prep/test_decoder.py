@@ -103,7 +103,7 @@ def test_an_unexpected_exception_refuses_its_file_and_no_other(tmp_path, monkeyp
             pass
 
     class Context:
-        def Process(self, args, **options):  # noqa: N802
+        def Process(self, args, **options):
             # The parent closes its copy of the child's end.
             return Thread(args=(args[0].dup(),), **options)
 

@@ -1,5 +1,6 @@
 import threading
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -91,3 +92,37 @@ def test_the_contact_sheet_shows_first_and_last_frame(tmp_path):
     first, last = (np.array(read_frames(tmp_path / "x.mp4")[i]) for i in (0, -1))
     assert np.array_equal(sheet[18:50, :48], first) and np.array_equal(sheet[18:50, -48:], last)
     assert np.array_equal(sheet[68:100, :48], first)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (480, 848), (720, 1280)])
+def test_the_colours_are_tagged_and_what_the_tags_say_is_the_frame(tmp_path, size):
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width] / max(width, 400)
+    waves = [128 + 100 * np.sin(4 * x), 128 + 100 * np.cos(5 * y + 1), 128 + 100 * np.sin(3 * x + 3 * y + 2)]
+    frames = torch.from_numpy(np.stack(waves, -1).astype(np.uint8))[None].repeat(3, 1, 1, 1)
+    frames[:, : height // 4, : width // 4] = torch.tensor([220, 20, 30], dtype=torch.uint8)
+    write_video(tmp_path / "x.mp4", [frames])
+    # The sample entry has a "colr" box: nclx, primaries 1, transfer 1, matrix 1, limited range.
+    assert b"colrnclx\0\x01\0\x01\0\x01\0" in (tmp_path / "x.mp4").read_bytes()
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        frame = next(container.decode(video=0))
+    assert (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc) == (1, 1, 1, 1)
+    luma, blue, red = (
+        np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width].astype(float)
+        for plane in frame.planes
+    )
+    # Source: ITU-R BT.709-6, section 3, for 8 bits.
+    luma = (luma[::2, ::2] + luma[1::2, ::2] + luma[::2, 1::2] + luma[1::2, 1::2]) / 4
+    luma, blue, red = (luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224
+    r, b = luma + 1.5748 * red, luma + 1.8556 * blue
+    shown = np.stack([r, (luma - 0.2126 * r - 0.0722 * b) / 0.7152, b], -1) * 255
+    original = frames[0].double().unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2)).numpy()
+    # Without the rim of the red corner, whose colours the halved chroma mixes.
+    inner = np.ones(shown.shape[:2], bool)
+    inner[: height // 8 + 4, : width // 8 + 4] = False
+    inner[: height // 8 - 4, : width // 8 - 4] = True
+    inner[:2], inner[:, :2], inner[-2:], inner[:, -2:] = False, False, False, False
+    difference = np.abs(shown - original)[inner]
+    # Rounding three samples and their compression; a wrong matrix is off by 40.
+    assert np.quantile(difference, 0.95) <= 2 and difference.max() <= 4
+    assert np.abs(shown[inner].mean(0) - original[inner].mean(0)).max() < 0.5
