@@ -23,7 +23,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
   mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
   mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
-  mochi-tune experiment what=objective|layers [seeds=N] [out=DIR]       compares ways of training on the toy model
+  mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares ways of training on the toy model
   mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
 
 conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists its settings, and
@@ -74,7 +74,8 @@ DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each de
 EXPERIMENT_OPTIONS = {
     "what": (
         None,
-        "objective (of the training), layers (that are adapted), precision (of the base) or guidance (of which steps)",
+        "objective (of the training), layers (that are adapted), precision (of the base), frame_rate (of films) or "
+        "guidance (of which steps)",
     ),
     "seeds": ("3", "runs of each"),
     "out": ("experiments", "folder; the same command goes on where it was stopped"),

@@ -25,8 +25,9 @@ def run_experiment(arguments: list[str]) -> int:
     options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
     if options is None:
         return 0
-    if options["what"] not in ("objective", "layers", "precision", "guidance"):
-        raise ConfigError(f"what={options['what']} is not an experiment: use objective, layers, precision or guidance.")
+    known = ("objective", "layers", "precision", "frame_rate", "guidance")
+    if options["what"] not in known:
+        raise ConfigError(f"what={options['what']} is not an experiment: use one of {', '.join(known)}.")
     seeds, out = whole_number("seeds", options["seeds"], 1), Path(options["out"])
     if options["what"] == "guidance":
         from mochi_tune.toy.guidance import main as compare_guidance

@@ -17,27 +17,28 @@ BT709, LIMITED_RANGE, FULL_RANGE = 1, 1, 2
 EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
 
 
-def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = True) -> Path:
-    """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264 at 30 fps; the file appears only when it is complete.
+def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = True, fps: int = FPS) -> Path:
+    """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264; the file appears only when it is complete.
 
     Args:
         path: an .mp4; its folder exists.
         frame_chunks: frames in order; sides are even.
         may_replace: what to do when `path` is there by then: put this video in its place, or beside it.
+        fps: frames a second.
 
     Returns:
         The video's path.
     """
     try:
         with temporary_file(path) as temporary:
-            _encode(temporary, frame_chunks)
+            _encode(temporary, frame_chunks, fps)
             return temporary.replace(path) if may_replace else move_to_free_name(temporary, path)
     except OSError as error:
         # PyAV names neither the file nor, in every case, the reason.
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> None:
+def _encode(path: Path, frame_chunks: Iterable[Tensor], fps: int) -> None:
     """Encodes each chunk in a thread, while the next one is being made."""
     import av
 
@@ -48,11 +49,11 @@ def _encode(path: Path, frame_chunks: Iterable[Tensor]) -> None:
                 # CRF 17 is visually lossless; yuv420p is what every player reads. With several threads or its
                 # macroblock tree x264 does not always make the same file of the same frames.
                 options = {"crf": "17", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
-                stream = container.add_stream("libx264", rate=FPS, options=options)
+                stream = container.add_stream("libx264", rate=fps, options=options)
                 stream.height, stream.width = chunk.shape[1:3]
                 stream.pix_fmt = "yuv420p"
                 _tag(stream.codec_context)
-                stream.time_base = Fraction(1, FPS)
+                stream.time_base = Fraction(1, fps)
             if writing is not None:
                 # One at a time: raises here what failed there, and no more than two chunks are in memory.
                 writing.result()

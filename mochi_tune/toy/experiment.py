@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter, load_adapter
@@ -14,6 +15,7 @@ from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import read_json, write_json
 from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.recipes.train_lora import main as train
@@ -36,7 +38,10 @@ COLUMNS = {
     "new_all": "new, all three",
     "base": "old captions",
     "colour_error": "colour error",
+    "unevenness": "unevenness",
 }
+# Frames a second that the clips of an experiment are drawn at, where it is not 30.
+DRAWN_AT = {"frame_rate": 24}
 
 
 def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> str:
@@ -64,18 +69,22 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
     if earlier.get("made_with") != made_with:
         raise ConfigError(f"{results} was made with other weights or settings: use another out=, or remove it.")
     rows = earlier["rows"]
-    if not (out / "videos").exists():
-        write_lesson(out / "videos", seed=1)
-    paths = [f"data.videos={out / 'videos'}", f"data.cache={out / 'cache'}"]
-    # Here and below in this process, which has imported everything already.
-    if code := prepare(load_config("toy_lora", paths)):
-        raise MochiTuneError(f"the clips were not encoded, exit code {code}: the same command goes on from there.")
+    fps = DRAWN_AT.get(what, FPS)
+    videos = out / ("videos" if fps == FPS else f"videos_{fps}_fps")
+    if not videos.exists():
+        write_lesson(videos, 1, fps)
     for seed in range(num_seeds):
         for arm, own in arms()[what].items():
             if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
                 continue
             run_dir = out / what / f"{arm.replace(' ', '_')}_seed_{seed}"
             tqdm.write(f"\n{what}: {arm}, seed {seed}")
+            # Arms that cut the clips in another way have caches of their own.
+            cuts = [setting for setting in own if setting.startswith("data.")]
+            paths = [f"data.videos={videos}", f"data.cache={out / (f'cache_{arm}' if cuts else 'cache')}"]
+            # In this process, which has imported everything already.
+            if code := prepare(load_config("toy_lora", [*paths, *cuts])):
+                raise MochiTuneError(f"the clips were not encoded, exit code {code}: the same command goes on.")
             if code := train(load_config("toy_lora", [*paths, *settings, *own, f"seed={seed}", f"run_dir={run_dir}"])):
                 raise MochiTuneError(f"{run_dir} ended with exit code {code}: the same command goes on from there.")
             adapter = load_adapter(run_dir / "adapter.safetensors")
@@ -98,6 +107,7 @@ def arms() -> dict[str, dict[str, list[str]]]:
             f"attention rank {rank}": ["lora=attention", f"lora.rank={rank}", f"lora.alpha={2 * rank}"],
             f"attention and MLP rank {wide.rank}": ["lora=attention_mlp"],
         },
+        "frame_rate": {name: [f"data.frame_rate={name}"] for name in ("retime", "resample")},
     }
 
 
@@ -118,8 +128,19 @@ def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
         "new_all": share_shown(new_frames, new),
         "base": share_shown(base_frames, base),
         "colour_error": sum(errors) / len(errors),
+        "unevenness": unevenness(new_frames),
         "parameters": sum(x.a.numel() + x.b.numel() for x in adapter.layers.values()),
     }
+
+
+def unevenness(clips: Tensor) -> float:
+    """Returns how much the change from frame to frame varies: its deviation over its mean, averaged over the clips.
+
+    Args:
+        clips: uint8 (B, F, H, W, 3); a clip that stands still now and then has 0.3 and more.
+    """
+    changes = clips.float().diff(dim=1).abs().mean(dim=(2, 3, 4))
+    return (changes.std(dim=1) / changes.mean(dim=1).clamp(min=1e-6)).mean().item()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.errors import MochiTuneError
+from mochi_tune.models.latents import FPS
 from mochi_tune.sampling.video import write_video
 from mochi_tune.toy.world import BACKGROUNDS, COLOURS, NEW_WORD, SHAPES, Words, all_words, draw_clips, split_words
 from mochi_tune.training.draws import keyed_generator
@@ -35,14 +36,14 @@ def asked_words(count: int) -> tuple[list[Words], list[Words]]:
     return [others[i % len(others)] for i in range(count)], split_words()[1][:count]
 
 
-def write_lesson(folder: Path, seed: int) -> list[Path]:
+def write_lesson(folder: Path, seed: int, fps: int = FPS) -> list[Path]:
     """Draws the lesson's clips as NAME.mp4 with NAME.txt beside each, in a folder that is made; returns the videos."""
     folder.mkdir(parents=True, exist_ok=True)
     taught, _ = lesson_words()
     videos = []
-    for words, frames in zip(taught, draw_clips(taught, keyed_generator(seed, "lesson")), strict=True):
+    for words, frames in zip(taught, draw_clips(taught, keyed_generator(seed, "lesson"), fps), strict=True):
         videos.append(folder / f"{'_'.join((words.colour, words.shape, *words.motion.split(), words.background))}.mp4")
-        write_video(videos[-1], [frames])
+        write_video(videos[-1], [frames], fps=fps)
         videos[-1].with_suffix(".txt").write_text(words.caption + "\n")
     return videos
 

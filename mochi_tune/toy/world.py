@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mochi_tune.models.latents import FPS
+
 NUM_FRAMES, HEIGHT, WIDTH = 13, 64, 96
 
 COLOURS = {
@@ -70,9 +72,15 @@ def split_words(num_held_out: int = 100, seed: int = 0) -> tuple[list[Words], li
     return [words[i] for i in order[num_held_out:]], [words[i] for i in order[:num_held_out]]
 
 
-def draw_clips(words: Sequence[Words], generator: torch.Generator) -> Tensor:
-    """Draws one clip for each of `words`, uint8 frames (B, F, H, W, 3); place, size, speed and light are drawn."""
-    centre, radius = _paths(words, generator)
+def draw_clips(words: Sequence[Words], generator: torch.Generator, fps: int = FPS) -> Tensor:
+    """Draws one clip for each of `words`, uint8 frames (B, F, H, W, 3); place, size, speed and light are drawn.
+
+    Args:
+        words: what the captions say.
+        generator: of all that they leave open.
+        fps: frames a second; the same motions, seen as often.
+    """
+    centre, radius = _paths(words, generator, FPS / fps)
     rows = torch.arange(HEIGHT) + 0.5
     columns = torch.arange(WIDTH) + 0.5
     u = (columns - centre[..., 0, None, None]) / radius[..., None, None]  # (B, F, 1, W)
@@ -95,13 +103,16 @@ def draw_clips(words: Sequence[Words], generator: torch.Generator) -> Tensor:
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _paths(words: Sequence[Words], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws the centre (B, F, 2), columns and rows, and the size (B, F) of each shape; it stays inside the frame."""
+def _paths(words: Sequence[Words], generator: torch.Generator, duration: float) -> tuple[Tensor, Tensor]:
+    """Draws the centre (B, F, 2), columns and rows, and the size (B, F) of each shape; it stays inside the frame.
+
+    `duration` is in the usual length of a clip.
+    """
 
     def draw(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(words), generator=generator)
 
-    time = torch.linspace(-0.5, 0.5, NUM_FRAMES)
+    time = torch.linspace(-0.5, 0.5, NUM_FRAMES) * duration
     direction = torch.tensor([ALL_MOTIONS[w.motion] for w in words], dtype=torch.float32)
     mean_radius, travel = draw(10, 12), draw(16, 22)
     radius = mean_radius[:, None] * (1 + 0.7 * direction[:, 2, None] * time)
