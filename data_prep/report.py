@@ -87,7 +87,8 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
         lines.append(f"{len(lost)} clips lose more than a third of their picture: {names}; {_wider(inputs)}")
     if repeated := _repeated(clips):
         lines.append(
-            f"{len(repeated)} clips hold repeated frames: {listed(repeated)}; data.frame_rate=retime plays each once"
+            f"{len(repeated)} clips hold repeated frames ({listed(repeated)}): data.frame_rate=retime would play each of "
+            "their pictures once, and so faster"
         )
     lines += _unused_footage(inputs, kept)
     # Captions without a video were told before.

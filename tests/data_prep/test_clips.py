@@ -45,13 +45,16 @@ def _shown(timestamps, num_frames: int) -> list[int]:
 
 def test_videos_are_found_below_the_folder_whatever_the_case_and_sorted(tmp_path):
     names = ["b.MP4", "a.webm", "sub/deep/c.Mov", "sub/d.mkv", "e.avi", "f.M4V", "g.gif", "h.ts", "i.mpg"]
-    others = ["a.mp3", "sub/b.zip", "c.jpg", "README"]
+    others = dict.fromkeys(("a.mp3", "sub/b.zip", "README"), "is no video that is known")
+    others["c.jpg"] = "is a still picture, which data.buckets=auto takes"
     for name in [*names, *others, "a.txt", "sub/A.TXT", "._b.mp4", "metadata.csv"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.mp4").mkdir()
     assert find_videos(tmp_path) == sorted(tmp_path / name for name in names)
-    assert find_unused(tmp_path, find_videos(tmp_path)) == sorted(tmp_path / name for name in others)
+    assert find_unused(tmp_path, find_videos(tmp_path)) == {
+        tmp_path / name: f"{tmp_path / name}: {why}" for name, why in others.items()
+    }
 
 
 def test_a_missing_folder_and_one_without_videos_are_errors(tmp_path):

@@ -1,4 +1,3 @@
-import csv
 import gc
 import json
 import os
@@ -6,22 +5,19 @@ import shutil
 import signal
 import threading
 import weakref
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_cache import BUCKETS
 from helpers_golden import TOLERANCE, relative_error
+from helpers_prepare import GEOMETRY, TINY, add_clip, config_for, report_of
 from helpers_process import Disturbance, run_program
 from helpers_road import SIZES
-from helpers_video import copy_from_keyframe, frame_number, numbers_by_fps_filter, write_video
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
-import mochi_tune
-from mochi_tune.config.load import load_config
-from mochi_tune.config.schema import DataConfig, MemoryConfig, ModelConfig, RunConfig
+from mochi_tune.config.schema import MemoryConfig
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data_prep.clips import Cut, decode_clip
@@ -34,8 +30,6 @@ from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import PointwiseConv, frames_to_pixels
 from mochi_tune.weights.folder import WeightsFolder
 
-TINY = Path(mochi_tune.__file__).parent / "assets" / "tiny"
-GEOMETRY = {"num_frames": 7, "height": 32, "width": 48}
 LONG_CAPTION = "a red bird flies over the sea " * 50
 CAPTIONS = {
     "bird.mp4": "a red bird flies",
@@ -45,34 +39,12 @@ CAPTIONS = {
 }
 
 
-def config_for(folder: Path, weights: Path = TINY, **data) -> RunConfig:
-    data = {"videos": str(folder / "videos"), "cache": str(folder / "cache"), "allow_empty_captions": True} | data
-    return RunConfig(
-        device="cpu",
-        model=ModelConfig(name="tiny", weights=str(weights), dtype="fp32"),
-        data=DataConfig(**GEOMETRY, decode_timeout_seconds=600, **data),
-    )
-
-
-def add_clip(folder: Path, name: str, caption: str | None, num_frames: int = 7, **options) -> Path:
-    path = folder / "videos" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption)
-    return write_video(path, num_frames, **({"width": 96, "height": 72} | options))
-
-
 def state(folder: Path) -> dict[str, tuple[str, int]]:
     return {
         str(file.relative_to(folder)): (file_sha256(file), file.stat().st_mtime_ns)
         for file in sorted((folder / "cache").rglob("*"))
         if file.is_file() and file.name not in (".lock", "report.csv")
     }
-
-
-def report_of(folder: Path) -> dict[str, dict[str, str]]:
-    with (folder / "cache" / "report.csv").open(newline="") as file:
-        return {record["clip"]: record for record in csv.DictReader(file)}
 
 
 @pytest.fixture(scope="module")
@@ -394,72 +366,6 @@ def test_a_clip_that_cannot_be_saved_ends_the_run(tmp_path, monkeypatch):
     add_clip(tmp_path, "a.mp4", "a red bird")
     with pytest.raises(OSError, match="No space left"):
         prepare(config_for(tmp_path))
-
-
-def write_odd_clips(folder: Path) -> dict[str, list[int]]:
-    """Writes clips that are easily read wrong; returns the numbers of their first 7 frames at 30 fps, by name."""
-    wide, still = {"width": 96, "height": 64}, {"width": 96, "height": 64, "options": {"bf": "2"}}
-    folder.mkdir()
-    first = write_video(folder.parent / "1.ts", 5, **still)
-    second = write_video(folder.parent / "2.ts", 30, first_number=100, **still)
-    (folder / "joined.mp4").write_bytes(first.read_bytes() + second.read_bytes())
-    write_video(folder / "gap.mp4", timestamps=[Fraction(n, 1000) for n in (0, 167, 200, 233, 267)], **wide)
-    x265 = {"x265-params": "keyint=12:min-keyint=12:bframes=3:scenecut=0:log-level=none"}
-    x264 = {"g": "12", "x264-params": "open-gop=1:bframes=3:scenecut=0"}
-    for name, codec, options in (("hevc", "libx265", x265), ("h264", "libx264", x264)):
-        whole = write_video(folder.parent / f"{name}.mkv", 40, codec=codec, **wide | {"options": options})
-        copy_from_keyframe(whole, folder / f"{name}.mp4", 1)
-    write_video(folder / "slow.webm", 3, rate=1, **wide)
-    write_video(folder / "slower.mkv", 3, rate=Fraction(1, 2), **wide)
-    write_video(folder / "png.mov", 8, codec="png", **wide)
-    write_video(folder / "huffyuv.avi", 8, codec="huffyuv", **wide)
-    write_video(folder / "film.mp4", 20, rate=24, **wide)
-    write_video(folder / "fast.mp4", 30, rate=60, **wide)
-    write_video(folder / "square.mp4", 8, width=48, height=64, pixel_aspect=Fraction(2))
-    begins = {"h264": numbers_by_fps_filter(folder / "h264.mp4"), "hevc": numbers_by_fps_filter(folder / "hevc.mp4")}
-    return {
-        "joined.mp4": [0, 1, 2, 3, 4, 100, 101],
-        "gap.mp4": [0, 0, 0, 0, 0, 1, 2],
-        "slow.webm": [0] * 7,
-        "slower.mkv": [0] * 7,
-        "film.mp4": list(range(7)),
-        "fast.mp4": list(range(0, 14, 2)),
-        "png.mov": list(range(7)),
-        "huffyuv.avi": list(range(7)),
-        "square.mp4": list(range(7)),
-    } | {f"{name}.mp4": begin[:7] for name, begin in begins.items()}
-
-
-def test_clips_that_are_easily_read_wrong_go_right_through_the_command_line(tmp_path, monkeypatch, capsys):
-    expected = write_odd_clips(tmp_path / "videos")
-    assert expected["hevc.mp4"][0] == expected["h264.mp4"][0] == 12
-    seen = {}
-
-    def encode_seen(encoder, frames, name):
-        seen[name] = [frame_number(frame) for frame in frames]
-        return encode_frames(encoder, frames, name)
-
-    monkeypatch.setattr("mochi_tune.data_prep.prepare.encode_frames", encode_seen)
-    paths = [f"data.videos={tmp_path / 'videos'}", f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
-    assert main(load_config("my_lora", [*SIZES, *paths, "data.allow_empty_captions=true"])) == 0
-    assert seen == expected
-    report = report_of(tmp_path)
-    assert (report["film.mp4"]["frame_rate"], report["film.mp4"]["source_fps"]) == ("retime", "24.0")
-    assert (report["square.mp4"]["pixel_aspect"], report["square.mp4"]["source_width"]) == ("2.0", "96")
-    assert (
-        "3 clips hold repeated frames (gap.mp4 3 of 7, slow.webm 1 of 7, slower.mkv 1 of 7)" in capsys.readouterr().out
-    )
-
-
-def test_the_frame_rate_and_hdr_settings_reach_the_clips(tmp_path, capsys):
-    add_clip(tmp_path, "film.mp4", None, 20, rate=24)
-    add_clip(tmp_path, "hdr.mp4", None, 8, color_transfer=16)
-    assert main(config_for(tmp_path, frame_rate="resample")) == 1
-    out = capsys.readouterr().out
-    assert "1 clips hold repeated frames (film.mp4 6 of 7)" in out and "hdr.mp4: is HDR, PQ" in out
-    done = prepare(config_for(tmp_path, frame_rate="resample", hdr="tonemap"))
-    assert (done.kept, done.refused) == (2, 0)
-    assert report_of(tmp_path)["hdr.mp4"]["hdr"].startswith("PQ")
 
 
 def test_a_gpu_that_is_not_there_is_reported(monkeypatch):
