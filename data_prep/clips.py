@@ -1,6 +1,5 @@
 """Cuts clips out of videos and stills: upright, square pixels, resized and cropped; no model is involved."""
 
-from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -252,7 +251,7 @@ def _spans(path: Path, source: Source, windows: deque[_Window | DataError]) -> I
     for number, pictures in _readers(path, source, cuts):
         first = next(pictures, None)
         if first is not None:
-            first_time = first.time if number == 0 else source.first_time
+            first_time = first.time if number == 0 else source.time(0)
             return place_pictures(chain([first], pictures), first_time, frame_rate, number)
     raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
 
@@ -265,9 +264,9 @@ def _readers(path: Path, source: Source, cuts: Sequence[Cut]) -> Iterator[tuple[
         if cuts[0].decoder == "decord" and is_plain(source):
             # One more tells how long the last one is shown, another may begin half a frame early.
             yield 0, read_with_decord(path, source, end + 3)
-        key_time = find_seek_time(source, source.times[begin])
+        key_time = find_seek_time(source, begin)
         if key_time is not None:
-            yield bisect_left(source.times, key_time), read_pictures_from(path, source, key_time)
+            yield source.picture_at(key_time), read_pictures_from(path, source, key_time)
     yield 0, read_pictures(path, source)
 
 
@@ -275,7 +274,7 @@ def _picture_at(source: Source, frame: int, frame_rate: FrameRate) -> int:
     """Returns the number of the picture that has begun by an output frame."""
     if frame_rate == "retime":
         return frame
-    return max(bisect_right(source.times, source.first_time + Fraction(frame, FPS)) - 1, 0)
+    return source.picture_at(source.time(0) + Fraction(frame, FPS))
 
 
 def _image_size(picture: Picture) -> tuple[int, int]:
@@ -317,7 +316,7 @@ def _resize_and_crop(image: torch.Tensor, fit: _Fit) -> torch.Tensor:
 def _report(source: Source, window: _Window) -> dict:
     scan, fit, cut = source.scan, window.fit, window.cut
     x, y = scan.width / fit.columns, scan.height / fit.rows
-    start = source.first_time + Fraction(cut.start, FPS)
+    start = source.time(0) + Fraction(cut.start, FPS)
     if cut.frame_rate == "retime":
         assert window.begins is not None
         start = window.begins

@@ -7,6 +7,7 @@ seek to a keyframe is as fast and has neither fault.
 """
 
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,16 +47,15 @@ def read_with_decord(path: Path, source: Source, stop: int) -> Iterator[Picture]
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path))
-        if len(reader) != len(source.times) or not _has_times(reader, source):
+        if len(reader) != len(source.ticks) or not _has_times(reader, source):
             return
-        durations = [after - before for before, after in pairwise(source.times)] + [source.end - source.times[-1]]
-        for time, duration in zip(source.times[:stop], durations, strict=False):
+        for begin, end in pairwise([*source.ticks, source.end_tick][: stop + 1]):
             frame = reader.next().asnumpy()
             if frame.shape[:2] != (source.scan.height, source.scan.width):
                 raise RuntimeError("its pictures change their size")
             # decord takes the padding at the end of narrow rows for more channels.
             frame = frame.reshape(frame.shape[0], -1)[:, : 3 * source.scan.width].reshape(*frame.shape[:2], 3)
-            yield Picture(time, duration, frame, "decord")
+            yield Picture(Fraction(begin, source.second), Fraction(end - begin, source.second), frame, "decord")
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration) as error:
         raise DataError(
             f"{path}: decord cannot decode it (codec {source.scan.codec}): use data.decoder=auto, or re-encode it."
@@ -65,5 +65,5 @@ def read_with_decord(path: Path, source: Source, stop: int) -> Iterator[Picture]
 def _has_times(reader, source: Source) -> bool:
     """Whether the reader's frames are shown at the times that the packets tell, counted from the first one."""
     begins = np.array(reader.get_frame_timestamp(range(len(reader))))[:, 0]
-    times = np.array([float(time) for time in source.times])
+    times = np.array(source.ticks) / source.second
     return bool(np.abs((begins - begins[0]) - (times - times[0])).max() <= MAX_DEVIATION)

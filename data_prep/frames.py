@@ -38,18 +38,17 @@ def read_pictures(path: Path, source: Source) -> Iterator[Picture]:
         yield from _deinterlace(_decode(path, container, stream, source))
 
 
-def find_seek_time(source: Source, time: Fraction) -> Fraction | None:
-    """Returns the keyframe at which decoding may begin to show what is on screen at `time`; None for the first one."""
+def find_seek_time(source: Source, number: int) -> Fraction | None:
+    """Returns the time of the keyframe at which decoding may begin to show a picture; None for the first one."""
     scan = source.scan
     is_safe = scan.container.startswith(SEEKABLE_FORMATS) and scan.codec in SEEKABLE_CODECS
     if not is_safe or scan.has_discontinuity:
         return None
-    # The picture before is wanted too: a deinterlacer looks at it, and a picture may be shown half a frame early.
-    shown = max(bisect_right(source.times, time) - 2, 0)
-    place = bisect_right(source.key_times, source.times[shown]) - 1
-    if place < 1 or source.key_times[place] - source.first_time < SEEK_SECONDS:
+    # The picture before is wanted too: a deinterlacer looks at it.
+    place = bisect_right(source.key_ticks, source.ticks[max(number - 1, 0)]) - 1
+    if place < 1 or source.key_ticks[place] - source.ticks[0] < SEEK_SECONDS * source.second:
         return None
-    return source.key_times[place]
+    return Fraction(source.key_ticks[place], source.second)
 
 
 def read_pictures_from(path: Path, source: Source, key_time: Fraction) -> Iterator[Picture]:

@@ -1,18 +1,20 @@
 """Reads what a video or still is: its size, times and colours, by its packets and its first picture."""
 
+import math
 import struct
-from bisect import bisect_left
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from errno import EINVAL
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mochi_tune.data_prep.colour import describe_matrix
-from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still_size
+from mochi_tune.data_prep.stills import STILL_SUFFIXES, StillSize, read_still_size
 from mochi_tune.data_prep.timeline import Clock, frame_number
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
@@ -58,10 +60,10 @@ class Scan:
 
     width: int
     height: int
-    num_frames: int
-    num_source_frames: int
-    source_seconds: float
-    source_fps: float
+    num_frames: int = 1
+    num_source_frames: int = 1
+    source_seconds: float = 1 / FPS
+    source_fps: float = FPS
     start_seconds: float = 0.0
     is_still: bool = False
     is_constant_rate: bool = True
@@ -92,21 +94,29 @@ class Source:
 
     Attributes:
         scan: the plain values.
-        first_time: of the first picture that can be decoded, in seconds.
-        end: of the last picture, in seconds.
+        second: ticks of a second.
+        ticks: when each picture that can be decoded is shown, ascending; empty for a still.
+        end_tick: when the last one ends.
+        key_ticks: of those pictures at which decoding may begin.
         period: seconds that a picture is shown when the file does not tell.
         may_jump: its format's clock may jump forward.
-        times: of all pictures in seconds, ascending.
-        key_times: of those at which decoding may begin.
     """
 
     scan: Scan
-    first_time: Fraction = Fraction(0)
-    end: Fraction = Fraction(0)
+    second: int = FPS
+    ticks: Sequence[int] = (0,)
+    end_tick: int = 1
+    key_ticks: Sequence[int] = ()
     period: Fraction = Fraction(1, FPS)
     may_jump: bool = False
-    times: list[Fraction] = field(default_factory=list)
-    key_times: list[Fraction] = field(default_factory=list)
+
+    def time(self, number: int) -> Fraction:
+        """Returns when a picture is shown, in seconds."""
+        return Fraction(self.ticks[number], self.second)
+
+    def picture_at(self, time: Fraction) -> int:
+        """Returns the number of the picture that has begun last at a time."""
+        return max(bisect_right(self.ticks, time * self.second) - 1, 0)
 
 
 def scan_video(path: Path) -> Scan:
@@ -127,7 +137,7 @@ def read_source(path: Path) -> Source:
     if path.suffix.lower() in STILL_SUFFIXES:
         still = read_still_size(path, MAX_PIXELS)
         if still.num_frames == 1:
-            return Source(Scan(still.width, still.height, 1, 1, 1 / FPS, FPS, is_still=True, is_30_fps=True))
+            return Source(Scan(still.width, still.height, is_still=True, is_30_fps=True))
         return _source_of_animation(still)
     with open_video(path) as (container, stream):
         return _read_stream(path, container, stream)
@@ -176,13 +186,12 @@ def _check_pixels(path: Path, width: int, height: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Packet:
-    """A coded picture: when it is decoded and shown, in seconds as stored, and whether decoding may begin at it."""
+class _Packet(NamedTuple):
+    """A coded picture: when it is decoded and shown, in the stream's units, and whether decoding may begin at it."""
 
-    order: Fraction | None
-    time: Fraction | None
-    duration: Fraction
+    order: int | None
+    time: int | None
+    duration: int
     key: bool
 
 
@@ -191,27 +200,30 @@ def _read_stream(path: Path, container, stream) -> Source:
     may_jump = container.format.name in ("mpegts", "mpeg")
     rate = stream.guessed_rate or stream.average_rate
     period = 1 / Fraction(rate) if rate else Fraction(1, FPS)
-    times, keys, clock = _order(packets, period, may_jump)
-    first_time = times[0]
+    # Ticks of which both the stream's unit and the period are a whole number.
+    second = math.lcm(stream.time_base.denominator, period.denominator)
+    unit = int(stream.time_base * second)
+    ticks, keys, clock = _order(packets, unit, Clock(int(period * second), may_jump, second))
     # AVI stores no times of display, so that this one is a guess.
-    stored = first.pts * first.time_base if first.pts is not None and container.format.name != "avi" else None
-    if stored is not None and stored in times:
+    if first.pts is not None and container.format.name != "avi":
+        begin = bisect_left(ticks, int(first.pts * first.time_base * second))
         # Pictures before it are of an open group whose begin was cut off: no one can decode them.
-        first_time, times = stored, times[bisect_left(times, stored) :]
-    missing = _missing_part(path, container, stream, len(packets), clock.end)
+        ticks = ticks[begin:] or ticks
+    missing = _missing_part(path, container, stream, len(packets), clock.end / second)
     if missing:
         raise DataError(f"{path}: is cut short, {missing}: copy it again or remove it.")
-    scan = _describe(path, container, stream, first, times, clock.end)
-    if clock.has_jumped:
-        scan = replace(scan, has_discontinuity=True)
-    return Source(scan, first_time, clock.end, period, may_jump, times, keys)
+    source = Source(
+        _describe(path, container, stream, first),
+        second, ticks, clock.end, keys, period, may_jump,
+    )  # fmt: skip
+    return replace(source, scan=_count(replace(source.scan, has_discontinuity=clock.has_jumped), source))
 
 
 def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
     """Returns all packets that are displayed and the first frame, decoded."""
     from av.error import InvalidDataError
 
-    packets, first, base = [], None, stream.time_base
+    packets, first = [], None
     has_pts = container.format.name != "avi"
     for packet in container.demux(stream):
         if first is None:
@@ -223,14 +235,7 @@ def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
         # A packet outside the edit list is needed to decode the others but is never displayed.
         if packet.size and not packet.is_discard and not _is_hidden(stream.codec_context.name, packet):
             time = packet.pts if has_pts and packet.pts is not None else packet.dts
-            packets.append(
-                _Packet(
-                    None if packet.dts is None else packet.dts * base,
-                    None if time is None else time * base,
-                    (packet.duration or 0) * base,
-                    packet.is_keyframe,
-                )
-            )
+            packets.append(_Packet(packet.dts, time, packet.duration or 0, packet.is_keyframe))
     if first is None or not packets:
         raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
     return packets, first
@@ -241,30 +246,58 @@ def _is_hidden(codec: str, packet) -> bool:
     return codec == "vp8" and not bytes(packet)[0] & 0x10
 
 
-def _order(packets: list[_Packet], period: Fraction, may_jump: bool) -> tuple[list[Fraction], list[Fraction], Clock]:
-    """Returns the times of all pictures in the order of display, those of the keyframes, and the clock at the end."""
+def _order(packets: list[_Packet], unit: int, clock: Clock) -> tuple[list[int], list[int], Clock]:
+    """Returns the ticks of all pictures in the order of display, those of the keyframes, and the clock at the end.
+
+    Args:
+        packets: in the order of decoding.
+        unit: ticks of one of the stream's units.
+        clock: at its begin.
+    """
     runs: list[list[_Packet]] = []
-    orders = Clock(period, may_jump)
+    orders = copy(clock)
     for packet in packets:
         before = orders.shift
         # Matroska does not tell the order of the first ones.
         if packet.order is not None:
-            orders.read(packet.order, packet.duration)
+            orders.read(packet.order * unit, packet.duration * unit)
         if not runs or orders.shift != before:
             runs.append([])
         runs[-1].append(packet)
-    times, keys, clock = [], [], Clock(period, may_jump)
+    ticks, keys = [], []
     for run in runs:
-        for packet in sorted(run, key=lambda packet: packet.time or Fraction(0)):
-            time = clock.read(packet.time, packet.duration)
-            if time is not None:
-                times.append(time)
+        for packet in sorted(run, key=lambda packet: packet.time or 0):
+            tick = clock.read(None if packet.time is None else packet.time * unit, packet.duration * unit)
+            if tick is not None:
+                ticks.append(tick)
                 if packet.key:
-                    keys.append(time)
-    return times, keys, clock
+                    keys.append(tick)
+    return ticks, keys, clock
 
 
-def _describe(path: Path, container, stream, first, times: list[Fraction], end: Fraction) -> Scan:
+def _count(scan: Scan, source: Source) -> Scan:
+    """Returns the scan with what the times of its pictures tell."""
+    ticks, second = source.ticks, source.second
+    duration = source.end_tick - ticks[0]
+    gaps = [(after - before) / second for before, after in pairwise(ticks)]
+    mean = (ticks[-1] - ticks[0]) / second / len(gaps) if gaps else (source.end_tick - ticks[-1]) / second
+    num_frames = max(1, frame_number(Fraction(duration, second)))
+    # `frame_number` of each, in whole numbers.
+    begins = [(2 * FPS * (tick - ticks[0]) + second) // (2 * second) for tick in ticks]
+    return replace(
+        scan,
+        num_frames=num_frames,
+        num_source_frames=len(ticks),
+        source_seconds=duration / second,
+        source_fps=1 / mean,
+        start_seconds=ticks[0] / second,
+        is_constant_rate=all(abs(gap - mean) <= RATE_TOLERANCE * mean + ROUNDING for gap in gaps),
+        is_30_fps=begins == list(range(len(ticks))) and num_frames <= len(ticks),
+    )
+
+
+def _describe(path: Path, container, stream, first) -> Scan:
+    """Returns the scan of a video by its header and first picture, its times not yet counted."""
     rotation, is_mirrored = read_orientation(path, first)
     aspect = Fraction(stream.sample_aspect_ratio or 1)
     if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
@@ -272,19 +305,9 @@ def _describe(path: Path, container, stream, first, times: list[Fraction], end: 
     width, height = round(first.width * aspect), first.height
     if rotation % 180:
         width, height = height, width
-    gaps = [float(after - before) for before, after in pairwise(times)]
-    mean = float(times[-1] - times[0]) / len(gaps) if gaps else float(end - times[-1])
-    begins = [frame_number(time - times[0]) for time in times]
     return Scan(
-        width=width,
-        height=height,
-        num_frames=max(1, frame_number(end - times[0])),
-        num_source_frames=len(times),
-        source_seconds=float(end - times[0]),
-        source_fps=1 / mean,
-        start_seconds=float(times[0]),
-        is_constant_rate=all(abs(gap - mean) <= RATE_TOLERANCE * mean + ROUNDING for gap in gaps),
-        is_30_fps=begins == list(range(len(times))) and frame_number(end - times[0]) <= len(times),
+        width,
+        height,
         rotation=rotation,
         is_mirrored=is_mirrored,
         pixel_aspect=float(aspect),
@@ -296,27 +319,15 @@ def _describe(path: Path, container, stream, first, times: list[Fraction], end: 
     )
 
 
-def _source_of_animation(still) -> Source:
+def _source_of_animation(still: StillSize) -> Source:
     """Returns the source of an animated picture that Pillow reads."""
-    clock = Clock(Fraction(1, FPS), may_jump=False)
-    times = [clock.read(None, duration) for duration in still.durations]
-    num_frames = max(1, frame_number(clock.end))
-    gaps = set(still.durations)
-    begins = [frame_number(time) for time in times]
-    scan = Scan(
-        still.width,
-        still.height,
-        num_frames,
-        len(times),
-        float(clock.end),
-        len(times) / float(clock.end),
-        is_constant_rate=len(gaps) == 1,
-        is_30_fps=begins == list(range(num_frames)),
-    )
-    return Source(scan, end=clock.end, times=times)
+    # Its durations are in milliseconds.
+    ends = list(accumulate(int(duration * 1000) for duration in still.durations))
+    source = Source(Scan(still.width, still.height), 1000, [0, *ends[:-1]], ends[-1])
+    return replace(source, scan=_count(source.scan, source))
 
 
-def _missing_part(path: Path, container, stream, num_packets: int, end: Fraction) -> str:
+def _missing_part(path: Path, container, stream, num_packets: int, end: float) -> str:
     """Describes what the container announces but does not hold; "" if nothing is missing."""
     if "mp4" in container.format.name:
         missing = _missing_bytes(path)
@@ -328,7 +339,7 @@ def _missing_part(path: Path, container, stream, num_packets: int, end: Fraction
         hours, minutes, seconds = announced.split(":")
         announced_end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
         if announced_end - end > 1:
-            return f"its header announces {announced_end:.2f} s and its last frame ends at {float(end):.2f} s"
+            return f"its header announces {announced_end:.2f} s and its last frame ends at {end:.2f} s"
     return ""
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mochi_tune.models.latents import FPS
 
+Time = int | Fraction
 FrameRate = Literal["resample", "retime"]
 # A step back by so much, in seconds, is a new recording that was joined on; a smaller one is a picture out of order.
 # Source: FFmpeg n7.1 fftools/ffmpeg_demux.c:300-340, ts_discontinuity_detect.
@@ -19,21 +20,25 @@ MAX_GAP = 10
 class Clock:
     """Turns a video's stored times into ascending ones; a jump backwards goes on where the picture before ended.
 
+    Times are in seconds, or in whole ticks, which are faster to count with.
+
     Args:
-        period: seconds that a picture is shown if the file does not tell.
+        period: how long a picture is shown if the file does not tell.
         may_jump: the format's clock may also jump forward.
+        second: ticks of a second.
     """
 
-    def __init__(self, period: Fraction, may_jump: bool) -> None:
+    def __init__(self, period: Time, may_jump: bool, second: int = 1) -> None:
         self.period = period
         self.may_jump = may_jump
-        self.shift = Fraction(0)
-        self.last: Fraction | None = None
-        self.end = Fraction(0)
+        self.max_disorder, self.max_gap = MAX_DISORDER * second, MAX_GAP * second
+        self.shift: Time = 0
+        self.last: Time | None = None
+        self.end: Time = 0
         self.has_jumped = False
 
-    def read(self, stored: Fraction | None, duration: Fraction) -> Fraction | None:
-        """Returns when a picture is shown, in seconds; None for one that comes too late to be shown.
+    def read(self, stored: Time | None, duration: Time) -> Time | None:
+        """Returns when a picture is shown; None for one that comes too late to be shown.
 
         Args:
             stored: the picture's own time; None follows the picture before.
@@ -41,7 +46,7 @@ class Clock:
         """
         time = self.end if stored is None else stored + self.shift
         if self.last is not None:
-            is_joint = time < self.last - MAX_DISORDER or (self.may_jump and time > self.end + MAX_GAP)
+            is_joint = time < self.last - self.max_disorder or (self.may_jump and time > self.end + self.max_gap)
             if is_joint:
                 self.shift += self.end - time
                 time, self.has_jumped = self.end, True

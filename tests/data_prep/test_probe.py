@@ -22,7 +22,7 @@ def _error(path: Path, transform: Cut | None = None) -> str:
 def test_the_times_are_exact_ascending_and_those_of_the_frames(tmp_path):
     times = [Fraction(5), Fraction(51, 10), Fraction(26, 5), Fraction(59, 10)]
     source = read_source(write_video(tmp_path / "clip.mp4", timestamps=times))
-    assert source.times == times and source.first_time == 5
+    assert [source.time(number) for number in range(4)] == times
     scan = source.scan
     assert (scan.width, scan.height, scan.rotation, scan.codec, scan.pixel_aspect) == (64, 64, 0, "h264", 1.0)
     assert scan.num_source_frames == 4 and scan.start_seconds == 5 and not scan.is_constant_rate
