@@ -86,9 +86,10 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
         names = listed(f"{name} by {share:.0%}" for name, share in lost.items())
         lines.append(f"{len(lost)} clips lose more than a third of their picture: {names}; {_wider(inputs)}")
     if repeated := _repeated(clips):
+        names = listed(repeated)
         lines.append(
-            f"{len(repeated)} clips hold repeated frames ({listed(repeated)}): data.frame_rate=retime would play each of "
-            "their pictures once, and so faster"
+            f"{len(repeated)} clips hold repeated frames ({names}): data.frame_rate=retime would play each picture once, "
+            "and so faster"
         )
     lines += _unused_footage(inputs, kept)
     # Captions without a video were told before.

@@ -177,7 +177,8 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
 
 def stages_of_encoding(config: RunConfig, speed: Card | None) -> list[Stage]:
     """Returns the stages of `prepare`."""
-    clip = astuple(largest_bucket(config.data))
+    bucket = largest_bucket(config.data)
+    clip = (bucket.num_frames, bucket.height, bucket.width)
     return [
         Stage("prepare: captions", text_held(DTYPES[config.memory.t5_dtype].itemsize)),
         Stage(

@@ -127,7 +127,7 @@ class DataConfig(Section):
     hdr: Literal["refuse", "tonemap"] = setting("refuse", "of PQ and HLG clips; tonemap: converts them to BT.709")
     decoder: Literal["auto", "pyav", "decord"] = setting(
         "auto",
-        "library that decodes; auto: PyAV; decord reads plain files alike, and takes memory for all of a long one",
+        "library that decodes; auto: PyAV; decord reads plain files alike, a long one whole into memory",
     )
     decode_timeout_seconds: Positive = setting(120.0, "seconds; a clip that takes longer to decode is refused")
     damaged: Literal["strict", "quarantine"] = setting(

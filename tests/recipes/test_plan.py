@@ -1,14 +1,19 @@
 """`plan` says what a run will take, and of a card that is not here too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from helpers_cache import SETTINGS, encode, row_of
 from helpers_process import run
 from helpers_road import LORA, road
 
 from mochi_tune.config.load import load_config
+from mochi_tune.data.buckets import Bucket
+from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.errors import ConfigError
 from mochi_tune.parallel.forecast import CARDS, GIB
-from mochi_tune.recipes.plan import main, measure
+from mochi_tune.recipes.plan import count_clips, main, measure
 from mochi_tune.training import preflight
 
 FULL = ["model.weights=nowhere", "data.videos=nowhere", "data.cache=nowhere"]
@@ -25,6 +30,24 @@ def test_a_plan_needs_neither_weights_nor_clips_nor_a_gpu():
     assert made.run_seconds == pytest.approx(1000 * next(s.seconds for s in made.stages if s.name == "train"))
     # The adapter, two moments of each number, and one checkpoint more while it is written.
     assert made.checkpoint_bytes > 4 * 3 * 71e6
+
+
+def test_buckets_are_planned_for_by_the_largest_and_timed_by_their_shares(tmp_path):
+    config = load_config("my_lora", [*FULL, "data.buckets=[[37,480,848],[1,480,848]]"])
+    made = main(config, "4090")
+    assert made.num_tokens == 11130 and "37 frames of 480x848" in made.clips
+    small, large = (Bucket(frames, 32, 48) for frames in (1, 7))
+    rows = [row_of(f"{i}.mp4", "a", f"sha{i}", bucket=small if i % 4 else large) for i in range(8)]
+    settings = replace(SETTINGS, transform={"version": 1, "buckets": {"": [[1, 32, 48], [7, 32, 48]]}})
+    with CacheWriter(tmp_path) as writer:
+        encode(writer, rows)
+        writer.commit(rows, settings)
+    sizes = [f"data.cache={tmp_path}", "data.buckets=[[1,32,48],[7,32,48]]"]
+    count, words, shares = count_clips(load_config("my_lora", [*FULL, *sizes]))
+    assert count == 8 and "in 2 buckets, the largest 7 frames of 32x48" in words
+    assert shares == {small: 0.75, large: 0.25}
+    mixed, longest = (main(load_config("my_lora", [*FULL, *more]), "4090") for more in (sizes, [*sizes[1:]]))
+    assert mixed.run_seconds < longest.run_seconds and mixed.stages[0].held == longest.stages[0].held
 
 
 def test_what_does_not_fit_has_a_way_out_that_fits():

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+
+from mochi_tune.config.load import load_config
+from mochi_tune.config.sources import buckets_by_source, largest_bucket, read_sources, share_of_buckets
+from mochi_tune.data.buckets import Bucket
+from mochi_tune.errors import ConfigError
+
+
+def data(*settings: str):
+    return load_config("my_lora", list(settings)).data
+
+
+def test_without_buckets_there_is_one_size():
+    assert buckets_by_source(data()) == {"": [Bucket(37, 480, 848)]}
+    assert largest_bucket(data()) == Bucket(37, 480, 848)
+
+
+def test_automatic_buckets_are_of_the_area_and_length_that_are_asked_for():
+    [buckets] = buckets_by_source(data("data.buckets=auto", "data.resolution=256", "data.max_frames=13")).values()
+    assert max(bucket.num_frames for bucket in buckets) == 13 and Bucket(13, 256, 256) in buckets
+    assert all(abs(bucket.height * bucket.width / 256**2 - 1) < 0.1 for bucket in buckets)
+    assert largest_bucket(data("data.buckets=[[7,64,64],[1,128,128]]")) == Bucket(1, 128, 128)
+
+
+def test_a_source_has_its_own_settings_or_those_of_the_data():
+    cats = "{folder: '~/cats', repeats: 2.5, buckets: [[7,32,48]]}"
+    dogs = "{folder: dogs, caption_prefix: '', clips: head}"
+    found = data("data.caption_prefix=a film,", "data.clips=all", f"data.sources=[{cats}, {dogs}]")
+    cats, dogs = read_sources(found)
+    assert (cats.name, cats.folder, cats.repeats) == ("cats", Path("~/cats").expanduser(), 2.5)
+    assert (cats.buckets, cats.clips, cats.caption_prefix) == ([Bucket(7, 32, 48)], "all", "a film,")
+    assert (dogs.buckets, dogs.clips, dogs.caption_prefix) == ([Bucket(37, 480, 848)], "head", "")
+
+
+def test_shares_belong_to_listed_buckets():
+    listed = ["data.buckets=[[7,32,48],[1,64,64]]", "data.bucket_shares=[3,1]"]
+    assert share_of_buckets(data(*listed)) == {Bucket(7, 32, 48): 3.0, Bucket(1, 64, 64): 1.0}
+    assert share_of_buckets(data()) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (["data.buckets=foo"], "data.buckets=foo does not fit: it takes auto, a list of"),
+        (["data.buckets=[[37,480]]"], r"data.buckets has \[37, 480\]: a bucket is \[frames, height, width\]"),
+        (["data.buckets=[[38,480,848]]"], "num_frames=38 does not fit the VAE, which takes 6k\\+1: use 37 or 43"),
+        (["data.buckets=auto", "data.max_frames=40"], "num_frames=40 does not fit"),
+        (
+            ["data.sources=[{folder: x, foo: 1}]"],
+            r"data.sources\[0\]: foo is 1, which does not fit: .* repeats, weight",
+        ),
+        (["data.sources=[{repeats: 1}]"], r"data.sources\[0\]: folder is missing"),
+        (["data.sources=[{folder: x, repeats: 0}]"], r"data.sources\[0\]: repeats is 0"),
+        (["data.sources=[{folder: a/x}, {folder: b/x}]"], "two folders with the name x"),
+        (["data.sources=[{folder: a, weight: 1}, {folder: b}]"], "give each source a weight, or each repeats"),
+        (["data.bucket_shares=[1]"], "data.bucket_shares has 1 numbers and data.buckets lists 0 sizes"),
+        (["data.clips=uniform"], "set data.max_clips=4"),
+        (["data.clip_stride=5"], "data.clip_stride=5 does nothing without data.clips=slide"),
+        (["data.max_frames=13"], "data.max_frames does nothing without data.buckets=auto"),
+        (["data.resolution=256"], "data.resolution does nothing without data.buckets=auto"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(settings, text):
+    with pytest.raises(ConfigError, match=text) as caught:
+        data(*settings)
+    assert "\n" not in str(caught.value)
