@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from helpers_process import run, run_in_two
+from helpers_process import Disturbance, run, run_in_two, run_program
 from helpers_road import LORA, QUIET, read_rows
 from helpers_video import write_video
 from safetensors.torch import load_file
@@ -91,6 +92,21 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(made, straight, tmp_path)
     assert [row["loss"] for row in ours] == [row["loss"] for row in theirs]
     ours, theirs = (load_file(folder / "adapter.safetensors") for folder in (tmp_path, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_killed_run_is_the_straight_one_bit_for_bit(made, straight, tmp_path):
+    """By SIGKILL in the save of its sixth step; the steps since the one before are made again."""
+    run_dir = tmp_path / "run"
+    more = ["train.batch_size=1", "train.accumulation_steps=2", "train.checkpoint_every=2"]
+    kill = Disturbance(run_dir, signal_before=".tmp_000006")
+    code, out = run_program(["train", "conf=my_lora", *settings(made, run_dir, *more)], tmp_path / "log", kill)
+    assert code == -signal.SIGKILL, out[-2000:]
+    code, out = run_program(["train", "conf=my_lora", *settings(made, run_dir, *more)], tmp_path / "log")
+    assert code == 0 and "from step 4" in out, out[-2000:]
+    ours, theirs = (read_rows(folder / "metrics.jsonl") for folder in (run_dir, straight))
+    assert [(row["clips"], row["loss"]) for row in ours] == [(row["clips"], row["loss"]) for row in theirs]
+    ours, theirs = (load_file(folder / "adapter.safetensors") for folder in (run_dir, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(

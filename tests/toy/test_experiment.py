@@ -1,11 +1,14 @@
 import json
 
 import pytest
+import torch
 
 from mochi_tune.adapters.lora import linear_shapes, select_layers
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import ConfigError
-from mochi_tune.toy.experiment import COLUMNS, arms, main, table
+from mochi_tune.toy.experiment import COLUMNS, arms, main, table, unevenness
+from mochi_tune.toy.lesson import lesson_words
+from mochi_tune.toy.world import draw_clips
 from mochi_tune.weights.folder import WeightsFolder
 
 
@@ -27,6 +30,19 @@ def test_the_table_has_mean_and_spread_over_the_seeds():
     lines = table({"a": []}, rows).splitlines()
     assert lines[2].startswith("| a | 1,000 | 3 | 0.4000 ± 0.2000 |")
     assert lines[2].count("0.400 ± 0.200") == len(COLUMNS) - 2
+
+
+def test_a_motion_that_halts_now_and_then_is_uneven():
+    clips = draw_clips(lesson_words()[0][:4], torch.Generator().manual_seed(0))
+    stutter = clips[:, [0, 1, 2, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10]]
+    assert unevenness(clips) < 0.05 and unevenness(stutter) > 0.3
+
+
+def test_a_film_shows_the_same_motion_less_often():
+    words = lesson_words()[0][:2]
+    film, usual = (draw_clips(words, torch.Generator().manual_seed(0), fps).float() for fps in (24, 30))
+    moved = [(clips[:, -1] - clips[:, 0]).abs().mean() for clips in (film, usual)]
+    assert film.shape == usual.shape and moved[0] > 1.05 * moved[1]
 
 
 def test_every_arm_is_run_once_and_results_are_kept(tmp_path):
