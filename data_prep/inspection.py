@@ -15,7 +15,7 @@ from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut, DecodedClip
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.gather import Clip, Inputs, cut_inputs, find_inputs
 from mochi_tune.data_prep.probe import Scan
-from mochi_tune.data_prep.report import MUCH_PICTURE
+from mochi_tune.data_prep.report import MUCH_PICTURE, lost_picture
 from mochi_tune.errors import DataError
 from mochi_tune.models.text_encoder import MAX_TOKENS
 
@@ -150,6 +150,9 @@ def find_flags(
     """
     scale = max(cut.height / scan.height, cut.width / scan.width)
     lost = 1 - cut.height * cut.width / (scale**2 * scan.height * scan.width)
+    if report:
+        # Of the rows and columns that it was really scaled to.
+        lost = lost_picture(report)
     tokens = max(caption.lost_tokens for caption in captions)
     found: list[tuple[Any, str, Weight]] = [
         (lost > MUCH_PICTURE, f"crop loses {lost:.0%} of the picture", "warning"),
@@ -157,9 +160,10 @@ def find_flags(
         (tokens, f"caption loses {tokens} tokens", "warning"),
         (not any(caption.text for caption in captions), "no caption", "warning"),
         (scan.has_discontinuity, "its clock jumps", "warning"),
-        (scan.hdr, f"HDR ({scan.hdr}), tone-mapped", "notable"),
+        (scan.hdr, f"HDR, {scan.hdr}, tone-mapped", "notable"),
         (scan.is_interlaced, "deinterlaced", "notable"),
-        (scan.rotation, f"turned by {scan.rotation}°", "notable"),
+        # Half a turn and a mirror from top to bottom are a mirror from left to right.
+        (scan.rotation and (scan.rotation, scan.is_mirrored) != (180, True), f"turned by {scan.rotation}°", "notable"),
         (scan.is_mirrored, "mirrored", "notable"),
         (scan.pixel_aspect != 1, f"pixels {scan.pixel_aspect:.3g} times as wide as high, made square", "notable"),
         (cut.frame_rate == "retime", f"{scan.source_fps:.4g} fps played at 30", "notable"),

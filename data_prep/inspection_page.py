@@ -32,7 +32,7 @@ background:var(--rule)}
 .window div{position:relative;flex:1 1 8rem;max-width:30rem;height:6px;border-radius:3px;background:var(--rule)}
 .window i{position:absolute;top:0;bottom:0;min-width:3px;border-radius:3px;background:var(--accent)}
 .caption{margin-top:.7rem;max-width:80ch;overflow-wrap:anywhere}
-.caption s{color:var(--warn)}.caption small{color:var(--soft);font-size:.85rem}
+.caption .lost span{color:var(--warn);text-decoration:line-through}.caption small{color:var(--soft);font-size:.85rem}
 .flags{display:flex;flex-wrap:wrap;gap:.3rem .4rem;margin:.7rem 0 0;padding:0;list-style:none;font-size:.8rem}
 .flags li{padding:.05rem .55rem;border:1px solid var(--rule);border-radius:1rem;color:var(--soft)}
 .flags .notable{color:var(--ink)}.flags .warning{color:var(--warn);border-color:currentColor}
@@ -40,6 +40,7 @@ background:var(--rule)}
 table{width:100%;border-collapse:collapse;font-size:.85rem;line-height:1.4}
 th,td{padding:.4rem .7rem;border-top:1px solid var(--rule);text-align:left;vertical-align:top;
 overflow-wrap:anywhere;min-width:6rem}
+td:first-child{min-width:min(14rem,30vw)}
 tr:first-child>*{border-top:0}th{color:var(--soft);font-weight:600}
 @media(max-width:44rem){.clip{grid-template-columns:minmax(0,1fr)}.strip{flex-wrap:wrap}
 .strip img{flex:0 1 calc((100% - 8px)/3)}}
@@ -133,10 +134,10 @@ def _charts(found: Inspection) -> str:
     else:
         lengths = bar_chart("Captions, words", count_numbers(len(caption.text.split()) for caption in captions))
     buckets = sorted(seen.clip.row.bucket for seen in found.clips)
-    sizes = (f"{scan.width}x{scan.height} ({scan.width / scan.height:.2f})" for scan in scans)
+    sizes = (f"{scan.width}x{scan.height} ({scan.width / scan.height:.2f} : 1)" for scan in scans)
     return (
-        bar_chart("Clips of each bucket", count_names(map(str, buckets)))
-        + bar_chart("Files by size (width to height)", count_names(sizes))
+        bar_chart("Clips of each bucket (height x width)", count_names(map(str, buckets)))
+        + bar_chart("Files by size (width x height)", count_names(sizes))
         + bar_chart("Videos, seconds", count_numbers(round(scan.source_seconds, 1) for scan in videos))
         + bar_chart("Videos, frames per second", count_numbers(round(scan.source_fps, 2) for scan in videos))
         + lengths
@@ -145,8 +146,8 @@ def _charts(found: Inspection) -> str:
 
 def _clips_note(num_drawn: int, num_others: int) -> str:
     what = (
-        "On the left the first frame of each as the file has it, with the crop; on the right frames as the model gets "
-        "them, from the first to the last."
+        "The first picture of each is its first frame as the file has it, with the crop; the others are frames as the "
+        "model gets them, the first and the last one among them."
     )
     if not num_others:
         return what
@@ -160,6 +161,7 @@ def _clip(found: Inspection, seen: SeenClip) -> str:
     row, report = seen.clip.row, seen.report
     still = found.inputs.scans[seen.clip.file.name].is_still
     rate = "still" if still else f"{report['source_seconds']:.2f} s at {report['source_fps']:.4g} fps"
+    size = f"{report['source_width']} wide, {report['source_height']} high"
     width = PICTURE_SIZE * min(row.bucket.width / row.bucket.height, 1)
     pictures = "".join(
         f'<img alt="" width="{row.bucket.width}" height="{row.bucket.height}" src="{data_uri("image/jpeg", picture)}">'
@@ -171,7 +173,7 @@ def _clip(found: Inspection, seen: SeenClip) -> str:
         texts += f'<p class="caption"><small>and {len(captions) - MAX_CAPTIONS} more captions</small></p>'
     return (
         f'<article class="clip"><h3><bdi>{escape(row.sample_id)}</bdi> <span>{row.bucket}</span></h3>'
-        f"<figure>{_source(seen)}<figcaption>{report['source_width']}x{report['source_height']}, {rate}</figcaption>"
+        f"<figure>{_source(seen)}<figcaption>{size}<br>{rate}</figcaption>"
         f'</figure><div><div class="strip" style="--w:{width:.0f}px">{pictures}</div>{_window(found, seen)}{texts}'
         f"{_flags(seen)}</div></article>\n"
     )
@@ -214,21 +216,21 @@ def _window(found: Inspection, seen: SeenClip) -> str:
 
 def _caption(caption: MeasuredCaption) -> str:
     read, lost = caption.text[: caption.num_read], caption.text[caption.num_read :]
-    text = _shortened(read, MAX_CHARACTERS)
+    # A text from right to left, or one that overrides directions, keeps to itself.
+    text = f"<bdi>{_shortened(read, MAX_CHARACTERS)}</bdi>" if read else "<i>no caption</i>"
     if lost:
-        text += f"<s>{_shortened(lost, MAX_LOST_CHARACTERS)}</s>"
+        text += f'<bdi class="lost">{_shortened(lost, MAX_LOST_CHARACTERS)}</bdi>'
     about = ""
     if caption.num_tokens is not None:
-        about = f" <small>{caption.num_tokens} tokens</small>"
+        about = f" <small>({caption.num_tokens} tokens)</small>"
     if caption.lost_tokens:
-        about = f" <small>{caption.num_tokens} tokens, of which {caption.lost_tokens} are cut off</small>"
-    # A text from right to left, or one that overrides directions, keeps to itself.
-    return f'<p class="caption"><bdi>{text or "<i>no caption</i>"}</bdi>{about}</p>'
+        about = f" <small>({caption.num_tokens} tokens, of which {caption.lost_tokens} are cut off)</small>"
+    return f'<p class="caption">{text}{about}</p>'
 
 
 def _shortened(text: str, most: int) -> str:
     more = f" <small>… and {len(text) - most} more characters</small>" if len(text) > most else ""
-    return escape(text[:most]) + more
+    return f"<span>{escape(text[:most])}</span>{more}"
 
 
 def _flags(seen: SeenClip) -> str:

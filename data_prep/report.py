@@ -63,16 +63,21 @@ def describe_kept(row: Row, report: Mapping[str, Any], lost_tokens: int) -> dict
         report: of its decoding.
         lost_tokens: of all its captions.
     """
-    _, _, width, height = report["crop"]
-    whole = report["source_width"] * report["source_height"]
     return dict(report) | {
         "clip": row.sample_id,
         "status": "kept",
         "lost_tokens": lost_tokens,
         "bucket": str(row.bucket),
         "crop": json.dumps(report["crop"]),
-        "lost_picture": round(max(1 - width * height / whole, 0), 4),
+        "lost_picture": lost_picture(report),
     }
+
+
+def lost_picture(report: Mapping[str, Any]) -> float:
+    """Returns the share of the source's picture that the crop of a clip leaves out."""
+    _, _, width, height = report["crop"]
+    whole = report["source_width"] * report["source_height"]
+    return round(max(1 - width * height / whole, 0), 4)
 
 
 def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
