@@ -11,7 +11,7 @@ from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS
 
 # Of a caption that is far longer than what is read, and of a clip with many captions, the rest is counted.
-MAX_CHARACTERS, MAX_LOST_CHARACTERS, MAX_CAPTIONS = 3000, 400, 6
+MAX_CHARACTERS, MAX_LOST_CHARACTERS, MAX_CAPTIONS = 1500, 400, 6
 # Of a caption in the table of the clips that are not drawn.
 MAX_TABLE_CHARACTERS = 120
 STYLE = """
