@@ -18,7 +18,7 @@ TOKENIZER_FILES = ("tokenizer/tokenizer.json", "tokenizer/spiece.model")
 
 
 def main(config: RunConfig, out: Path | None) -> int:
-    """Writes the page, a picture of it where a browser is there, and a line that says where they are.
+    """Writes the page, a picture of it where a browser is there, and a line for each that says where it is.
 
     Args:
         config: of the run.
@@ -37,9 +37,9 @@ def main(config: RunConfig, out: Path | None) -> int:
     found = inspect_clips(config.data, config.seed, load_tokenizer(weights_folder(config)))
     # The name of a run or a folder may hold bytes that are not UTF-8.
     write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
-    has_picture = write_png(out / PAGE_NAME, out / PICTURE_NAME)
-    more = f" and {PICTURE_NAME}" if has_picture else ""
-    tqdm.write(f"{out / PAGE_NAME}{more}: {len(found.clips)} clips, {len(found.refused)} refused")
+    tqdm.write(f"{out / PAGE_NAME}: {len(found.clips)} clips, {len(found.refused)} refused")
+    if write_png(out / PAGE_NAME, out / PICTURE_NAME):
+        tqdm.write(f"its picture: {out / PICTURE_NAME}")
     return 1 if found.refused else 0
 
 
