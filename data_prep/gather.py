@@ -1,5 +1,6 @@
 """What there is to encode: the files of all sources, their captions, and the clips that are cut from them."""
 
+import json
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts, decisive, refusal
 from mochi_tune.errors import DataError
-from mochi_tune.files import file_sha256, parse_object, write_json
+from mochi_tune.files import file_sha256, parse_object, write_atomic
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10
@@ -80,7 +81,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
     """Finds the files of all sources with their captions; opens none of the videos.
 
     Raises:
-        DataError: a source has no video; clips have no caption; a name is not UTF-8; tables that cannot be read.
+        DataError: a source has no video; clips have no caption; tables that cannot be read.
     """
     inputs, without, orphans = Inputs(), [], []
     sources = read_sources(data)
@@ -98,9 +99,11 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         for note in found.notes:
             tqdm.write(note)
         for video, name in names.items():
-            captions = found.texts.get(video, ("",))
-            inputs.files[name] = MediaFile(name, video, video.relative_to(folder).as_posix(), source, captions)
-            if video in found.refused:
+            captions, relative = found.texts.get(video, ("",)), video.relative_to(folder).as_posix()
+            inputs.files[name] = MediaFile(name, video, relative, source, captions)
+            if _as_utf8(relative) != relative:
+                inputs.refused[name] = f"{_as_utf8(str(video))}: its name is not valid UTF-8: rename it."
+            elif video in found.refused:
                 inputs.refused[name] = found.refused[video]
             elif captions == ("",):
                 without.append(name)
@@ -109,21 +112,22 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
             inputs.unused[_name(source, folder, path)] = f"{path}: {NO_VIDEO}"
         orphans += alone
         for path, why in find_unused(folder, videos).items():
-            inputs.unused[_name(source, folder, path)] = why
+            inputs.unused[_name(source, folder, path)] = _as_utf8(why)
     _check_captions(data, without, orphans, len(inputs.files))
     if inputs.refused:
         # Told before hours of encoding, and again with the others at the end.
-        tqdm.write(f"{len(inputs.refused)} clips will be refused for their captions: {listed(inputs.refused.values())}")
+        tqdm.write(f"{len(inputs.refused)} clips will be refused: {listed(inputs.refused.values())}")
     return inputs
 
 
 def _name(source: Source, folder: Path, path: Path) -> str:
-    name = path.relative_to(folder).as_posix()
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"the name of the clip {name!a} is not valid UTF-8: rename it.") from None
+    name = _as_utf8(path.relative_to(folder).as_posix())
     return f"{source.name}/{name}" if source.name else name
+
+
+def _as_utf8(text: str) -> str:
+    """Returns a text with escapes for the bytes of a file's name that are not UTF-8, which no report could hold."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _check_captions(data: DataConfig, without: list[str], orphans: list[str], num_clips: int) -> None:
@@ -164,7 +168,8 @@ def cut_inputs(inputs: Inputs, data: DataConfig, settings: CacheSettings, decode
             row = make_row(file.relative, file.captions, sha256, decisive(cut), settings, file.source.name)
             inputs.clips.append(Clip(row, file, cut))
     if scans != before:
-        write_json(kept, {"version": TRANSFORM_VERSION, "scans": scans})
+        # `inspect` may read it while `prepare` writes it.
+        write_atomic(kept, json.dumps({"version": TRANSFORM_VERSION, "scans": scans}).encode())
 
 
 def choose_file_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]:

@@ -43,7 +43,10 @@ def make_records(cache: CacheWriter, inputs: Inputs, kept: Sequence[Row], bad: M
         record: dict[str, Any] = {"clip": row.sample_id, "caption": BETWEEN_CAPTIONS.join(row.captions)}
         record |= {"status": "refused", "reason": bad.get(row.sample_id, "")}
         if row.sample_id in names:
-            record |= {"status": "kept"} | _describe(cache, row)
+            counts = [cache.token_counts(key) for key in row.text_keys]
+            lost = sum(tokens - kept for kept, tokens in counts)
+            record |= {"caption_tokens": sum(tokens for _, tokens in counts)}
+            record |= describe_kept(row, cache.clip_report(row.clip_key), lost)
         records.append(record)
     for name, reason in inputs.refused.items():
         captions = BETWEEN_CAPTIONS.join(inputs.files[name].captions)
@@ -52,18 +55,29 @@ def make_records(cache: CacheWriter, inputs: Inputs, kept: Sequence[Row], bad: M
     return sorted(records, key=lambda record: record["clip"])
 
 
-def _describe(cache: CacheWriter, row: Row) -> dict[str, Any]:
-    counts = [cache.token_counts(key) for key in row.text_keys]
-    report = cache.clip_report(row.clip_key)
-    _, _, width, height = report["crop"]
-    whole = report["source_width"] * report["source_height"]
-    return report | {
-        "caption_tokens": sum(tokens for _, tokens in counts),
-        "lost_tokens": sum(tokens - kept for kept, tokens in counts),
+def describe_kept(row: Row, report: Mapping[str, Any], lost_tokens: int) -> dict[str, Any]:
+    """Returns what a record of a kept clip holds besides its captions.
+
+    Args:
+        row: of the clip.
+        report: of its decoding.
+        lost_tokens: of all its captions.
+    """
+    return dict(report) | {
+        "clip": row.sample_id,
+        "status": "kept",
+        "lost_tokens": lost_tokens,
         "bucket": str(row.bucket),
         "crop": json.dumps(report["crop"]),
-        "lost_picture": round(max(1 - width * height / whole, 0), 4),
+        "lost_picture": lost_picture(report),
     }
+
+
+def lost_picture(report: Mapping[str, Any]) -> float:
+    """Returns the share of the source's picture that the crop of a clip leaves out."""
+    _, _, width, height = report["crop"]
+    whole = report["source_width"] * report["source_height"]
+    return round(max(1 - width * height / whole, 0), 4)
 
 
 def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -116,6 +130,16 @@ def _repeated(clips: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
+    total, used = count_footage(inputs, kept)
+    if total - used <= MUCH_FOOTAGE * total:
+        return []
+    modes = {file.source.clips for file in inputs.files.values()}
+    change = "data.clips=all cuts all of it" if modes != {"all"} else "shorter buckets in data.buckets would take it"
+    return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {change}"]
+
+
+def count_footage(inputs: Inputs, kept: Sequence[Row]) -> tuple[float, float]:
+    """Returns the seconds, as they are played to the model, of all videos with a kept clip, and of them those used."""
     names = {row.sample_id for row in kept}
     by_file: dict[str, list[Clip]] = {}
     for clip in inputs.clips:
@@ -128,11 +152,7 @@ def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
             frames = scan.num_source_frames if clips[0].cut.frame_rate == "retime" else scan.num_frames
             total += frames / FPS
             used += min(num_used_frames([clip.cut for clip in clips]), frames) / FPS
-    if total - used <= MUCH_FOOTAGE * total:
-        return []
-    modes = {file.source.clips for file in inputs.files.values()}
-    change = "data.clips=all cuts all of it" if modes != {"all"} else "shorter buckets in data.buckets would take it"
-    return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {change}"]
+    return total, used
 
 
 def count_buckets(kept: Sequence[Row]) -> str:

@@ -33,14 +33,14 @@ COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in blo
 def test_there_are_two_commands_of_set_up_and_the_verbs():
     assert [c for c in COMMANDS if c.startswith("make")] == ["make demo", "make test"]
     verbs = [c.split()[1] for c in COMMANDS if c.startswith("mochi-tune")]
-    assert verbs == ["weights", "prepare", "train", "sample", "export"]
+    assert verbs == ["weights", "inspect", "prepare", "train", "sample", "export"]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("mochi-tune")])
 def test_every_command_is_understood(command, tmp_path):
     """Settings are composed and checked; the rest of each command is run by the tests of its story."""
     arguments = shlex.split(command)[1:]
-    if arguments[0] in ("prepare", "train", "sample"):
+    if arguments[0] in ("inspect", "prepare", "train", "sample"):
         arguments.append("--cfg")
     elif arguments[0] == "weights":
         arguments.append("--help")
@@ -68,7 +68,7 @@ def test_the_commands_of_the_docs_are_found():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_the_docs_are_understood(page):
     for verb, *arguments in commands_of(page):
-        if verb in ("prepare", "train", "sample"):
+        if verb in ("inspect", "prepare", "train", "sample"):
             load(verb, [*arguments, "--cfg"])
         elif verb == "plan":
             load(verb, [a for a in arguments if not a.startswith("card")] + ["--cfg"])

@@ -90,6 +90,7 @@ def run(arguments: list[str]) -> int:
     """Dispatches to a verb; returns the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
         "plan": run_plan,
+        "inspect": run_inspect,
         "prepare": run_prepare,
         "train": run_train,
         "replay": run_replay,
@@ -120,6 +121,18 @@ def run(arguments: list[str]) -> int:
     if processes > 1 and arguments[0] not in ("train", "sample", "verify", "bench"):
         raise ConfigError(f"{arguments[0]} was started as {processes} processes, it runs as one: start it by itself.")
     return verbs[arguments[0]](arguments[1:])
+
+
+def run_inspect(arguments: list[str]) -> int:
+    """Makes a page of the data set."""
+    outs = [argument for argument in arguments if argument.startswith("out=")]
+    if (config := load("inspect", [argument for argument in arguments if argument not in outs])) is None:
+        return 0
+    if outs and not outs[-1].removeprefix("out="):
+        raise ConfigError("out= is empty: name a folder, or leave it out for run_dir/inspect.")
+    from mochi_tune.data_prep.inspect_data import main as inspect
+
+    return inspect(config, Path(outs[-1].removeprefix("out=")).expanduser() if outs else None)
 
 
 def run_prepare(arguments: list[str]) -> int:

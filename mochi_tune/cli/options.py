@@ -13,6 +13,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
 
   mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
                      memory, time and disk of a run, foretold before anything is loaded
+  mochi-tune inspect conf=NAME [out=DIR] [key=value ...]      the clips as the model will see them -> a page
   mochi-tune prepare conf=NAME [key=value ...]    videos and captions -> cache, once
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
   mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
@@ -27,7 +28,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
 
 conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists its settings, and
-`prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
+`inspect`, `prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
 """
 
 EXPORT_OPTIONS = {

@@ -10,12 +10,13 @@ from tqdm import tqdm
 from mochi_tune.adapters.files import Adapter, load_adapter
 from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.config.load import RunConfig, config_yaml, load_config, weights_folder
+from mochi_tune.data_prep.html_page import write_png
 from mochi_tune.files import read_json_lines, write_json
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.video import write_video
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
-from mochi_tune.toy.page import Report, Row, write_png, write_report
+from mochi_tune.toy.page import Report, Row, write_report
 from mochi_tune.toy.samples import reconstruct, render_words, share_new, share_shown
 from mochi_tune.toy.world import Words, all_words, draw_clips
 from mochi_tune.training.draws import keyed_generator

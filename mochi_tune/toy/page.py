@@ -1,21 +1,13 @@
 """Writes one HTML page, which needs nothing beside it, that shows what a lesson taught the toy model."""
 
-import base64
-import contextlib
 import io
 import math
-import os
-import re
-import shutil
-import signal
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.data_prep.html_page import Head, data_uri, document, section
 from mochi_tune.files import write_atomic
 from mochi_tune.sampling.video import read_frames
 
@@ -23,47 +15,19 @@ from mochi_tune.sampling.video import read_frames
 CHART_WIDTH, CHART_HEIGHT = 354, 220
 PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 38, 306, 24, 184
 MIN_GAP = 14
-SCREEN_WIDTH, TIMEOUT_SECONDS = 1200, 60
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars"
-).split()
 
 BEFORE_AFTER_NOTE = "Both of a pair start from the same noise. Under each: its first, middle and last frame."
 STYLE = """
-:root{color-scheme:light dark;--back:#fcfcfa;--ink:#1c2127;--soft:#626a75;--rule:#e3e4de;--accent:#0b6b94}
-@media(prefers-color-scheme:dark){
-:root{--back:#14171b;--ink:#e6e8ea;--soft:#98a0aa;--rule:#2c3138;--accent:#5dbde6}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1148px;padding:3.5rem 1.5rem 4rem;background:var(--back);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-h1{margin:0 0 .8rem;font-size:clamp(1.7rem,4.5vw,2.4rem);line-height:1.15;letter-spacing:-.02em}
-h2{margin:0 0 .25rem;font-size:1.3rem;letter-spacing:-.01em}
-h3{margin:0 0 .6rem;font-size:.95rem;font-weight:600}
-p{margin:0;max-width:70ch;text-wrap:pretty}section{margin-top:3.2rem}.note{margin-bottom:1.4rem;color:var(--soft)}
-.figures{display:grid;gap:1.8rem 2rem;margin:2.4rem 0 0;padding:1.8rem 0;border:solid var(--rule);border-width:1px 0;
-grid-template-columns:repeat(auto-fit,minmax(max(8.5rem,100%/(var(--n) + .9)),1fr))}
-.figures div{display:flex;flex-direction:column}.figures dd{margin:0}
-.figures .value{order:-1;font-size:2.1rem;font-weight:600;line-height:1.2;letter-spacing:-.02em;color:var(--accent);
-font-variant-numeric:tabular-nums}
-.figures dt{font-weight:600;font-size:.95rem}.figures .meaning{color:var(--soft);font-size:.85rem;line-height:1.4}
 .rows{display:grid;gap:2rem 2.5rem}
 .pairs{grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
 .videos{display:flex;flex-wrap:wrap;gap:1rem}
-figure{margin:0}
 .videos figure{flex:0 0 max(8.5rem,min(240px,(100% - (var(--n) - 1)*1rem)/var(--n) - .1px))}
 video,figure img{display:block;width:100%;height:auto;border-radius:6px;outline:1px solid var(--rule);
 background:var(--rule)}
 figure img{margin-top:3px;border-radius:3px}
-figcaption{margin-top:.4rem;color:var(--soft);font-size:.85rem;line-height:1.35}
-.charts{display:grid;gap:2.5rem 1.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
-.charts figure{max-width:30rem}.charts h3{margin:0}
 .legend{display:flex;flex-wrap:wrap;gap:0 1rem;min-height:1.5em;color:var(--soft);font-size:.85rem}
 .legend i{display:inline-block;width:1.2em;margin-right:.4em;vertical-align:.28em;border-top:2px solid}
 .legend .thin{border-top-width:1px}
-svg{display:block;width:100%;height:auto;margin-top:.5rem;font-size:11.5px;fill:var(--soft);
-font-variant-numeric:tabular-nums}
 svg .grid{stroke:var(--rule)}svg .axis{stroke:var(--soft)}
 polyline{fill:none;stroke-width:2;stroke-linejoin:round;stroke:currentColor}polyline.thin{stroke-width:.8}
 circle{fill:currentColor}svg .end{fill:currentColor;font-weight:600}
@@ -137,92 +101,21 @@ def write_report(path: Path, report: Report) -> None:
     write_atomic(path, _page(report).encode(), durable=True)
 
 
-def write_png(page: Path, png: Path) -> bool:
-    """Writes a picture of the whole page, each video standing at its poster.
-
-    Args:
-        page: what `write_report` wrote.
-        png: the picture, which is replaced; its folder exists.
-
-    Returns:
-        False, and nothing is written, where no Chromium or Chrome is on the path.
-
-    Raises:
-        MochiTuneError: the browser fails, or has not ended after a minute.
-    """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        return False
-    # In the picture's folder and not among the system's temporary files, which a packaged browser may not see.
-    with tempfile.TemporaryDirectory(prefix="screenshot_", dir=png.parent) as scratch:
-        still, shot = Path(scratch).resolve() / "still.html", Path(scratch).resolve() / "shot.png"
-        measure = "addEventListener('load',()=>document.body.dataset.height=document.documentElement.offsetHeight)"
-        text = re.sub(r'(<video\b[^>]*?) src="[^"]*"', r"\1", page.read_text(encoding="utf-8"))
-        still.write_text(text.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
-        dom = _browse(browser, still, f"--window-size={SCREEN_WIDTH},1000", "--dump-dom")
-        height = re.search(r'data-height="(\d+)"', dom)
-        if height:
-            _browse(browser, still, f"--window-size={SCREEN_WIDTH},{height[1]}", f"--screenshot={shot}")
-        if not shot.is_file():
-            raise MochiTuneError(f"{browser} ended without a picture of {page}: open the page itself.")
-        shot.replace(png)
-    return True
-
-
-def _browse(browser: str, page: Path, *arguments: str) -> str:
-    """Runs the browser without a window and returns what it prints."""
-    profile, output, errors = (page.parent / name for name in ("profile", "output", "errors"))
-    command = [browser, *FLAGS, f"--user-data-dir={profile}", *arguments, page.as_uri()]
-    with open(output, "wb") as stdout, open(errors, "wb") as stderr:
-        # It starts processes of its own, which may outlive it and write to the profile.
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
-        try:
-            code = process.wait(TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            message = f"{browser} has not drawn the page in {TIMEOUT_SECONDS} seconds: open the page itself."
-            raise MochiTuneError(message) from error
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if code:
-        said = errors.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise MochiTuneError(f"{browser} ended with {code} ({said[0]}): open the page itself.")
-    return output.read_text(encoding="utf-8")
-
-
 def _page(report: Report) -> str:
-    columns = len(report.figures) if len(report.figures) <= 4 else math.ceil(len(report.figures) / 2)
-    figures = "".join(
-        f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd>'
-        f'<dd class="meaning">{escape(meaning)}</dd></div>'
-        for label, (value, meaning) in report.figures.items()
-    )
     strengths = "One prompt and one seed in each row; only the strength of the LoRA grows. At 0 it is the base."
     sections = [
-        _section("What it was taught", report.clips.prompt, _videos(report.clips, columns=6)),
-        _section(
+        section("What it was taught", report.clips.prompt, _videos(report.clips, columns=6)),
+        section(
             "Before and after",
             "Both of a pair start from the same noise. Under each: its first, middle and last frame.",
             _rows(report.before_after),
         ),
-        _section("From the base to the LoRA", strengths, _rows(report.strengths, "strength ")),
-        _section("Curves", "How the loss fell, and what the LoRA's strength does.", _charts(report)),
-        _section("Settings", "What the run was made with.", f"<pre>{escape(report.settings.strip())}</pre>"),
+        section("From the base to the LoRA", strengths, _rows(report.strengths, "strength ")),
+        section("Curves", "How the loss fell, and what the LoRA's strength does.", _charts(report)),
+        section("Settings", "What the run was made with.", f"<pre>{escape(report.settings.strip())}</pre>"),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(report.title)}</title><style>{STYLE}</style></head>\n<body><header>"
-        f"<h1>{escape(report.title)}</h1><p>{escape(report.summary)}</p></header>\n"
-        f'<dl class="figures" style="--n:{columns}">{figures}</dl>\n'
-        + "\n".join(sections)
-        + f"\n<script>{SCRIPT}</script></body></html>\n"
-    )
-
-
-def _section(heading: str, note: str, content: str) -> str:
-    return f'<section><h2>{heading}</h2><p class="note">{escape(note)}</p>{content}</section>'
+    head = Head(report.title, report.summary, report.figures)
+    return document(head, STYLE, "\n".join(sections) + f"\n<script>{SCRIPT}</script>")
 
 
 def _rows(rows: Sequence[Row], prefix: str = "") -> str:
@@ -255,13 +148,9 @@ def _video(path: Path) -> str:
     side_by_side.save(strip, "JPEG", quality=85)
     return (
         f'<video autoplay loop muted playsinline width="{width}" height="{height}" '
-        f'poster="{_data_uri("image/png", poster.getvalue())}" src="{_data_uri("video/mp4", path.read_bytes())}">'
-        f'</video><img alt="first, middle and last frame" src="{_data_uri("image/jpeg", strip.getvalue())}">'
+        f'poster="{data_uri("image/png", poster.getvalue())}" src="{data_uri("video/mp4", path.read_bytes())}">'
+        f'</video><img alt="first, middle and last frame" src="{data_uri("image/jpeg", strip.getvalue())}">'
     )
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _charts(report: Report) -> str:

@@ -16,11 +16,11 @@ def test_help_names_every_verb(arguments):
     command = [sys.executable, "-m", "mochi_tune.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for verb in ("prepare", "train", "sample", "export", "verify", "weights pull", "bench", "demo"):
+    for verb in ("inspect", "prepare", "train", "sample", "export", "verify", "weights pull", "bench", "demo"):
         assert f"mochi-tune {verb}" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "sample"])
+@pytest.mark.parametrize("verb", ["inspect", "prepare", "train", "sample"])
 def test_a_verbs_help_lists_every_setting(verb):
     done = run(verb, "--help")
     assert done.returncode == 0 and f"mochi-tune {verb}" in done.stdout

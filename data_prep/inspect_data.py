@@ -1,0 +1,61 @@
+"""`mochi-tune inspect`: makes a page of the data set as the model will see it; no model is needed."""
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mochi_tune.config.load import RunConfig, weights_folder
+from mochi_tune.data_prep.html_page import write_png
+from mochi_tune.data_prep.inspection import inspect_clips
+from mochi_tune.data_prep.inspection_page import make_page
+from mochi_tune.errors import CheckpointError
+from mochi_tune.files import make_writable_folder, write_atomic
+from mochi_tune.models.text_encoder import TextEncoder
+
+PAGE_NAME, PICTURE_NAME = "inspect.html", "inspect.png"
+TOKENIZER_FILES = ("tokenizer/tokenizer.json", "tokenizer/spiece.model")
+
+
+def main(config: RunConfig, out: Path | None) -> int:
+    """Writes the page, a picture of it where a browser is there, and a line for each that says where it is.
+
+    Args:
+        config: of the run.
+        out: folder of both; None: `inspect` in the run folder.
+
+    Returns:
+        The exit code: 0, or 1 when a file or a clip was refused.
+
+    Raises:
+        DataError: no video, or clips without a caption.
+        CheckpointError: the tokenizer is damaged.
+        MochiTuneError: the browser fails.
+    """
+    out = out or Path(config.run_dir).expanduser() / "inspect"
+    make_writable_folder(out)
+    found = inspect_clips(config.data, config.seed, load_tokenizer(weights_folder(config)))
+    # The name of a run or a folder may hold bytes that are not UTF-8.
+    write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
+    tqdm.write(f"{out / PAGE_NAME}: {len(found.clips)} clips, {len(found.refused)} refused")
+    if write_png(out / PAGE_NAME, out / PICTURE_NAME):
+        tqdm.write(f"its picture: {out / PICTURE_NAME}")
+    return 1 if found.refused else 0
+
+
+def load_tokenizer(weights: Path) -> Any | None:
+    """Returns the text encoder's tokenizer, or None where the weights are not there.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not any((weights / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return TextEncoder.load_tokenizer(weights)
+    # The tokenizers' library raises Exception itself.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{weights / 'tokenizer'} cannot be read ({reason}): fetch it again with `mochi-tune weights pull`."
+        ) from error

@@ -1,0 +1,232 @@
+"""Looks at a data set as the model will see it, without any model: each clip's pictures, caption and what to mind."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from tqdm import tqdm
+
+from mochi_tune.config.schema import DataConfig
+from mochi_tune.data.rows import CacheSettings
+from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut, DecodedClip
+from mochi_tune.data_prep.decoder import ClipDecoder
+from mochi_tune.data_prep.gather import Clip, Inputs, cut_inputs, find_inputs
+from mochi_tune.data_prep.probe import Scan
+from mochi_tune.data_prep.report import MUCH_PICTURE, lost_picture
+from mochi_tune.errors import DataError
+from mochi_tune.models.text_encoder import MAX_TOKENS
+
+# Of this many clips the pictures are kept; more would make a page that no browser likes.
+MAX_DRAWN = 200
+# Pictures of a clip, first and last included; the longer side of each and of the source's, in pixels.
+NUM_PICTURES, PICTURE_SIZE, SOURCE_SIZE = 6, 160, 240
+# Mild flags are of so many clips that they do not make one special.
+Weight = Literal["mild", "notable", "warning"]
+WEIGHTS: tuple[Weight, ...] = ("warning", "notable", "mild")
+
+
+@dataclass(frozen=True)
+class MeasuredCaption:
+    """A caption, and how much of it the text encoder reads.
+
+    Attributes:
+        text: all of it.
+        num_tokens: its length with the end token; None where the tokenizer is not there.
+        num_read: characters of `text` that are read.
+    """
+
+    text: str
+    num_tokens: int | None
+    num_read: int
+
+    @property
+    def lost_tokens(self) -> int:
+        """How many tokens are cut off."""
+        return max((self.num_tokens or 0) - MAX_TOKENS, 0)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Something about a clip that one should know."""
+
+    text: str
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class SeenClip:
+    """A clip that was decoded.
+
+    Attributes:
+        clip: its row, its file and its cut.
+        report: what was done to it, as `DecodedClip.report`.
+        flags: what to mind.
+        pictures: JPEG of some of its frames, in order; () where it is one clip of too many.
+        source: JPEG of its first frame before it was cropped; b"" without pictures.
+    """
+
+    clip: Clip
+    report: dict[str, Any]
+    flags: tuple[Flag, ...]
+    pictures: tuple[bytes, ...] = ()
+    source: bytes = b""
+
+
+@dataclass
+class Inspection:
+    """All that was seen.
+
+    Attributes:
+        inputs: files with what they hold, and those that are not taken.
+        clips: in the order of `inputs`, without refused ones.
+        refused: why a file or a clip cannot be used, by its name.
+        captions: of all clips, by text.
+    """
+
+    inputs: Inputs
+    clips: list[SeenClip] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    captions: dict[str, MeasuredCaption] = field(default_factory=dict)
+
+
+def inspect_clips(data: DataConfig, seed: int, tokenizer: Any | None) -> Inspection:
+    """Finds, cuts and decodes all clips as `prepare` does.
+
+    Args:
+        data: the settings.
+        seed: of the captions' tags.
+        tokenizer: of the text encoder; None where it is not there.
+
+    Raises:
+        DataError: no video, or clips without a caption.
+    """
+    inputs = find_inputs(data, seed)
+    # What each file holds is kept there for `prepare`.
+    Path(data.cache).expanduser().mkdir(parents=True, exist_ok=True)
+    # Nothing is encoded, so that no key of a row is ever looked for.
+    settings = CacheSettings({"version": TRANSFORM_VERSION, "buckets": {}}, "", "", "", "")
+    with ClipDecoder(data.decode_timeout_seconds) as decoder:
+        cut_inputs(inputs, data, settings, decoder)
+        found = Inspection(inputs, refused=dict(inputs.refused))
+        texts = dict.fromkeys(text for clip in inputs.clips for text in clip.row.captions)
+        found.captions = {text: measure_caption(text, tokenizer) for text in texts}
+        clips = [(clip, inputs.scans[clip.file.name]) for clip in inputs.clips]
+        flags = [
+            find_flags(scan, clip.cut, [found.captions[text] for text in clip.row.captions]) for clip, scan in clips
+        ]
+        drawn = {clips[index][0].row.sample_id for index in choose_drawn(flags, MAX_DRAWN)}
+        for clip, source, decoded in tqdm(_decode(inputs, drawn, decoder), desc="clips", total=len(clips), unit="clip"):
+            if isinstance(decoded, DataError):
+                found.refused[clip.row.sample_id] = str(decoded)
+            else:
+                found.clips.append(_see(found, clip, source, decoded))
+    return found
+
+
+def measure_caption(text: str, tokenizer: Any | None) -> MeasuredCaption:
+    """Counts a caption's tokens and finds where it is cut."""
+    if tokenizer is None or not text:
+        return MeasuredCaption(text, None if tokenizer is None else 0, len(text))
+    tokens = tokenizer(text, verbose=False, return_offsets_mapping=True)
+    num_tokens = len(tokens.input_ids)
+    # The end token takes the last place.
+    num_read = len(text) if num_tokens <= MAX_TOKENS else tokens.offset_mapping[MAX_TOKENS - 2][1]
+    return MeasuredCaption(text, num_tokens, num_read)
+
+
+def find_flags(
+    scan: Scan, cut: Cut, captions: Sequence[MeasuredCaption], report: Mapping[str, Any] | None = None
+) -> tuple[Flag, ...]:
+    """Returns what to mind of a clip, the weightiest first.
+
+    Args:
+        scan: of its file.
+        cut: of the clip.
+        captions: of the clip.
+        report: what decoding it found; None before it.
+    """
+    scale = max(cut.height / scan.height, cut.width / scan.width)
+    lost = 1 - cut.height * cut.width / (scale**2 * scan.height * scan.width)
+    if report:
+        # Of the rows and columns that it was really scaled to.
+        lost = lost_picture(report)
+    tokens = max(caption.lost_tokens for caption in captions)
+    found: list[tuple[Any, str, Weight]] = [
+        (lost > MUCH_PICTURE, f"crop loses {lost:.0%} of the picture", "warning"),
+        (scale > 1, f"enlarged {scale:.2f} times", "warning"),
+        (tokens, f"caption loses {tokens} tokens", "warning"),
+        (not any(caption.text for caption in captions), "no caption", "warning"),
+        (scan.has_discontinuity, "its clock jumps", "warning"),
+        (scan.hdr, f"HDR, {scan.hdr}, tone-mapped", "notable"),
+        (scan.is_interlaced, "deinterlaced", "notable"),
+        # Half a turn and a mirror from top to bottom are a mirror from left to right.
+        (scan.rotation and (scan.rotation, scan.is_mirrored) != (180, True), f"turned by {scan.rotation}°", "notable"),
+        (scan.is_mirrored, "mirrored", "notable"),
+        (scan.pixel_aspect != 1, f"pixels {scan.pixel_aspect:.3g} times as wide as high, made square", "notable"),
+        (cut.frame_rate == "retime", f"{scan.source_fps:.4g} fps played at 30", "notable"),
+        ("assumed" in scan.color_matrix, f"colours: {scan.color_matrix}", "mild"),
+    ]
+    if report and 1 < cut.num_frames != report["distinct_frames"]:
+        found.insert(0, (True, f"{report['distinct_frames']} distinct of {cut.num_frames} frames", "warning"))
+    return tuple(Flag(text, weight) for is_so, text, weight in found if is_so)
+
+
+def choose_drawn(flags: Sequence[Sequence[Flag]], most: int) -> set[int]:
+    """Returns which of many clips to draw: warnings first, then notable flags, each evenly."""
+    ranks = [min((WEIGHTS.index(flag.weight) for flag in own), default=len(WEIGHTS) - 1) for own in flags]
+    chosen: set[int] = set()
+    for rank in range(len(WEIGHTS)):
+        those, room = [index for index, own in enumerate(ranks) if own == rank], most - len(chosen)
+        chosen |= set(those if len(those) <= room else (those[i * len(those) // room] for i in range(room)))
+    return chosen
+
+
+def whole_frame(scan: Scan, cut: Cut) -> Cut:
+    """Returns the cut of a clip's first frame, small and with nothing cropped."""
+    share = min(SOURCE_SIZE / max(scan.width, scan.height), 1)
+    height, width = (max(round(side * share), 1) for side in (scan.height, scan.width))
+    return replace(cut, num_frames=1, height=height, width=width, allow_upscale=True)
+
+
+def _decode(
+    inputs: Inputs, drawn: set[str], decoder: ClipDecoder
+) -> Iterator[tuple[Clip, DecodedClip | DataError | None, DecodedClip | DataError]]:
+    """Yields each clip with its source's picture, where it is drawn, and its frames; decodes a file once."""
+    by_file: dict[Path, list[tuple[Clip, Cut]]] = {}
+    for clip in inputs.clips:
+        cuts = by_file.setdefault(clip.file.path, [])
+        if clip.row.sample_id in drawn:
+            cuts.append((clip, whole_frame(inputs.scans[clip.file.name], clip.cut)))
+        cuts.append((clip, clip.cut))
+    source: DecodedClip | DataError | None = None
+    for path, index, decoded in decoder.cut_all([(path, [cut for _, cut in own]) for path, own in by_file.items()]):
+        clip, cut = by_file[path][index]
+        if cut is not clip.cut:
+            source = decoded
+        else:
+            yield clip, source, decoded
+            source = None
+
+
+def _see(found: Inspection, clip: Clip, source: DecodedClip | DataError | None, decoded: DecodedClip) -> SeenClip:
+    captions = [found.captions[text] for text in clip.row.captions]
+    flags = find_flags(found.inputs.scans[clip.file.name], clip.cut, captions, decoded.report)
+    if not isinstance(source, DecodedClip):
+        return SeenClip(clip, decoded.report, flags)
+    last = len(decoded.frames) - 1
+    numbers = sorted({round(i * last / (NUM_PICTURES - 1)) for i in range(NUM_PICTURES)})
+    pictures = tuple(as_jpeg(decoded.frames[number], PICTURE_SIZE) for number in numbers)
+    return SeenClip(clip, decoded.report, flags, pictures, as_jpeg(source.frames[0], SOURCE_SIZE))
+
+
+def as_jpeg(frame: Tensor, size: int) -> bytes:
+    """Returns a uint8 (H, W, 3) frame as JPEG, its longer side at most `size` pixels."""
+    from PIL import Image
+
+    picture, content = Image.fromarray(frame.numpy()), io.BytesIO()
+    picture.thumbnail((size, size))
+    picture.save(content, "JPEG", quality=80)
+    return content.getvalue()

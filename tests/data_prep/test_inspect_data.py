@@ -1,0 +1,64 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers_process import run
+from helpers_video import write_video
+
+import mochi_tune
+from mochi_tune.data_prep import html_page
+from mochi_tune.data_prep.inspect_data import load_tokenizer
+from mochi_tune.errors import CheckpointError
+
+TOKENIZERS = Path(mochi_tune.__file__).parent / "assets"
+
+
+def add_clip(folder: Path, name: str, num_frames: int) -> None:
+    folder.mkdir(exist_ok=True)
+    write_video(folder / name, num_frames, width=96, height=64)
+    (folder / name).with_suffix(".txt").write_text(f"the caption of {name}")
+
+
+def test_the_verb_writes_a_page_without_weights(tmp_path):
+    videos = tmp_path / "videos"
+    add_clip(videos, "good.mp4", 13)
+    sizes = ["data.num_frames=7", "data.height=32", "data.width=48"]
+    more = ["model.weights=nowhere", "data.videos=videos", "data.cache=cache"]
+    command = ["inspect", "conf=my_lora", *sizes, *more]
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 clips, 0 refused" in done.stdout + done.stderr
+    page = (tmp_path / "runs/my_lora/inspect/inspect.html").read_text()
+    assert "the caption of good.mp4" in page and "is not known" in page
+    has_browser = any(map(shutil.which, html_page.BROWSERS))
+    assert (tmp_path / "runs/my_lora/inspect/inspect.png").exists() == has_browser
+    # A refused file gives 1, and a page of the others.
+    add_clip(videos, "short.mp4", 3)
+    done = run(*command, "out=else where", "model=tiny", "model.weights=package:tiny", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    page = (tmp_path / "else where/inspect.html").read_text()
+    assert "the caption of good.mp4" in page and "short.mp4: is too short" in page and "tokens)" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["out="], "out= is empty"),
+        (["out=file/below"], "file"),
+        (["data.videos=nowhere"], "data.videos=nowhere does not exist"),
+    ],
+)
+def test_a_users_mistake_is_one_line(tmp_path, arguments, text):
+    (tmp_path / "file").write_text("")
+    done = run("inspect", "conf=my_lora", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_damaged_tokenizer_is_refused_and_a_missing_one_is_not(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+    for name in ("tiny", "toy"):
+        assert load_tokenizer(TOKENIZERS / name) is not None
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot be read .*weights pull"):
+        load_tokenizer(tmp_path)
