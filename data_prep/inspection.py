@@ -105,7 +105,7 @@ def inspect_clips(data: DataConfig, seed: int, tokenizer: Any | None) -> Inspect
     """
     inputs = find_inputs(data, seed)
     # What each file holds is kept there for `prepare`.
-    Path(data.cache).expanduser().mkdir(parents=True, exist_ok=True)
+    Path(data.cache).mkdir(parents=True, exist_ok=True)
     # Nothing is encoded, so that no key of a row is ever looked for.
     settings = CacheSettings({"version": TRANSFORM_VERSION, "buckets": {}}, "", "", "", "")
     with ClipDecoder(data.decode_timeout_seconds) as decoder:
@@ -195,15 +195,16 @@ def _decode(
     inputs: Inputs, drawn: set[str], decoder: ClipDecoder
 ) -> Iterator[tuple[Clip, DecodedClip | DataError | None, DecodedClip | DataError]]:
     """Yields each clip with its source's picture, where it is drawn, and its frames; decodes a file once."""
-    by_file: dict[Path, list[tuple[Clip, Cut]]] = {}
+    by_file: dict[str, list[tuple[Clip, Cut]]] = {}
     for clip in inputs.clips:
-        cuts = by_file.setdefault(clip.file.path, [])
+        cuts = by_file.setdefault(clip.file.name, [])
         if clip.row.sample_id in drawn:
             cuts.append((clip, whole_frame(inputs.scans[clip.file.name], clip.cut)))
         cuts.append((clip, clip.cut))
     source: DecodedClip | DataError | None = None
-    for path, index, decoded in decoder.cut_all([(path, [cut for _, cut in own]) for path, own in by_file.items()]):
-        clip, cut = by_file[path][index]
+    jobs = [(own[0][0].file.path, [cut for _, cut in own]) for own in by_file.values()]
+    in_order = (pair for own in by_file.values() for pair in own)
+    for (clip, cut), (_, _, decoded) in zip(in_order, decoder.cut_all(jobs), strict=True):
         if cut is not clip.cut:
             source = decoded
         else:

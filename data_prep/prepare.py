@@ -147,12 +147,14 @@ def _encode_clips(
 
 def _decode(clips: Sequence[Clip], decoder: ClipDecoder) -> Iterator[tuple[Clip, DecodedClip | DataError]]:
     """Yields each clip decoded, or the error that refuses it; a file is decoded once for all its clips."""
-    by_file: dict[Path, list[Clip]] = {}
+    by_file: dict[str, list[Clip]] = {}
     for clip in clips:
-        by_file.setdefault(clip.file.path, []).append(clip)
-    jobs = [(path, [clip.cut for clip in those]) for path, those in by_file.items()]
-    for path, index, decoded in decoder.cut_all(jobs):
-        yield by_file[path][index], decoded
+        # By name: a folder may lie in another one, and both be sources.
+        by_file.setdefault(clip.file.name, []).append(clip)
+    jobs = [(those[0].file.path, [clip.cut for clip in those]) for those in by_file.values()]
+    in_order = (clip for those in by_file.values() for clip in those)
+    for clip, (_, _, decoded) in zip(in_order, decoder.cut_all(jobs), strict=True):
+        yield clip, decoded
 
 
 def _is_unchanged(clip: Clip, before: tuple[int, int, int]) -> bool:

@@ -102,8 +102,8 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     if repeated := _repeated(clips):
         names = listed(repeated)
         lines.append(
-            f"{len(repeated)} clips hold repeated frames ({names}): data.frame_rate=retime would play each picture once, "
-            "and so faster"
+            f"{len(repeated)} clips hold repeated frames ({names}): data.frame_rate=retime would play each picture "
+            "once, and so faster"
         )
     lines += _unused_footage(inputs, kept)
     # Captions without a video were told before.

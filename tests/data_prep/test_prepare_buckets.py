@@ -159,6 +159,16 @@ def test_folders_have_settings_of_their_own(mixed):
     assert "dogs/rex.mp4@7" in report_of(mixed)
 
 
+def test_a_folder_within_another_one_may_be_a_source_too(mixed):
+    add(mixed / "videos" / "sub" / "rex.mp4", 20, 96, 64)
+    folders = (mixed / "videos", mixed / "videos" / "sub")
+    sources = [{"folder": str(folder), "clips": "all"} for folder in folders]
+    config = config_for(mixed, sources=sources)
+    prepare(config)
+    names = [row.sample_id for row in cache_of(config).rows if "rex" in row.sample_id]
+    assert names == ["sub/rex.mp4", "sub/rex.mp4@13", "videos/sub/rex.mp4", "videos/sub/rex.mp4@13"]
+
+
 def test_one_clips_trouble_is_its_own(mixed):
     (mixed / "videos" / "broken.mp4").write_bytes(b"no video at all" * 100)
     (mixed / "videos" / "broken.txt").write_text("broken")
