@@ -111,7 +111,7 @@ class _Window:
         self.distinct_frames = 0
         self.was_interlaced = False
         self.decoder = ""
-        self.begins: Fraction | None = None
+        self.first_time: Fraction | None = None
 
     @property
     def stop(self) -> int:
@@ -121,7 +121,7 @@ class _Window:
         """Puts a span's picture, resized and cropped, at the frames that it is shown at."""
         if self.frames is None:
             self.frames = torch.empty((self.cut.num_frames, self.cut.height, self.cut.width, 3), dtype=torch.uint8)
-            self.begins, self.decoder = span.picture.time, span.picture.decoder
+            self.first_time, self.decoder = span.picture.time, span.picture.decoder
         begin, end = max(span.begin, self.cut.start), min(span.end, self.stop)
         self.frames[begin - self.cut.start : end - self.cut.start] = image
         self.distinct_frames += 1
@@ -318,8 +318,8 @@ def _report(source: Source, window: _Window) -> dict:
     x, y = scan.width / fit.columns, scan.height / fit.rows
     start = source.time(0) + Fraction(cut.start, FPS)
     if cut.frame_rate == "retime":
-        assert window.begins is not None
-        start = window.begins
+        assert window.first_time is not None
+        start = window.first_time
     return {
         "source_width": scan.width,
         "source_height": scan.height,

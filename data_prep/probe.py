@@ -13,14 +13,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mochi_tune.data_prep.colour import describe_matrix
+from mochi_tune.data_prep.colour import HDR_TRANSFERS, describe_matrix
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, StillSize, read_still_size
 from mochi_tune.data_prep.timeline import Clock, frame_number
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
 
-# Transfer characteristics of ITU-T H.273 that need tone mapping before they are right as SDR.
-HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 # A larger picture is refused before memory is taken for it; 8K has 33 million.
 MAX_PIXELS = 64_000_000
 # The codecs refuse it too, when a picture is larger than the header says.
