@@ -187,11 +187,7 @@ def _try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataEr
         raise DataError(
             f"{path}: is HDR, {scan.hdr}, but the models take SDR: set data.hdr=tonemap, or convert it to BT.709 first."
         )
-    have = scan.num_source_frames if cut.frame_rate == "retime" else scan.num_frames
-    windows: deque[_Window | DataError] = deque(
-        _Window(one, _fit(path, scan, one)) if one.start + one.num_frames <= have else _too_short(path, have, one)
-        for one in cuts
-    )
+    windows = deque(_open_window(path, scan, one) for one in cuts)
     yield from _fill(path, source, windows, RgbConverter(path, scan.hdr))
 
 
@@ -292,15 +288,20 @@ def _too_short(path: Path, have: int, cut: Cut, changed: str = "") -> DataError:
     )
 
 
-def _fit(path: Path, scan: Scan, cut: Cut) -> _Fit:
+def _open_window(path: Path, scan: Scan, cut: Cut) -> _Window | DataError:
+    """Returns an empty window for a cut, or why the file has no such clip."""
+    have = scan.num_source_frames if cut.frame_rate == "retime" else scan.num_frames
+    if cut.start + cut.num_frames > have:
+        return _too_short(path, have, cut)
     scale = max(cut.height / scan.height, cut.width / scan.width)
     if scale > 1 and not cut.allow_upscale:
-        raise DataError(
+        return DataError(
             f"{path}: is {scan.width}x{scan.height} pixels, too small for {cut.width}x{cut.height}: "
             "set a smaller data.height and data.width, or data.allow_upscale=true."
         )
     rows, columns = round(scan.height * scale), round(scan.width * scale)
-    return _Fit(scale, rows, columns, (rows - cut.height) // 2, (columns - cut.width) // 2, cut.height, cut.width)
+    top, left = (rows - cut.height) // 2, (columns - cut.width) // 2
+    return _Window(cut, _Fit(scale, rows, columns, top, left, cut.height, cut.width))
 
 
 def _resize_and_crop(image: torch.Tensor, fit: _Fit) -> torch.Tensor:
