@@ -111,7 +111,7 @@ class _Window:
         self.distinct_frames = 0
         self.was_interlaced = False
         self.decoder = ""
-        self.begins: Fraction | None = None
+        self.first_time: Fraction | None = None
 
     @property
     def stop(self) -> int:
@@ -121,7 +121,7 @@ class _Window:
         """Puts a span's picture, resized and cropped, at the frames that it is shown at."""
         if self.frames is None:
             self.frames = torch.empty((self.cut.num_frames, self.cut.height, self.cut.width, 3), dtype=torch.uint8)
-            self.begins, self.decoder = span.picture.time, span.picture.decoder
+            self.first_time, self.decoder = span.picture.time, span.picture.decoder
         begin, end = max(span.begin, self.cut.start), min(span.end, self.stop)
         self.frames[begin - self.cut.start : end - self.cut.start] = image
         self.distinct_frames += 1
@@ -187,11 +187,7 @@ def _try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataEr
         raise DataError(
             f"{path}: is HDR, {scan.hdr}, but the models take SDR: set data.hdr=tonemap, or convert it to BT.709 first."
         )
-    have = scan.num_source_frames if cut.frame_rate == "retime" else scan.num_frames
-    windows: deque[_Window | DataError] = deque(
-        _Window(one, _fit(path, scan, one)) if one.start + one.num_frames <= have else _too_short(path, have, one)
-        for one in cuts
-    )
+    windows = deque(_open_window(path, scan, one) for one in cuts)
     yield from _fill(path, source, windows, RgbConverter(path, scan.hdr))
 
 
@@ -292,15 +288,20 @@ def _too_short(path: Path, have: int, cut: Cut, changed: str = "") -> DataError:
     )
 
 
-def _fit(path: Path, scan: Scan, cut: Cut) -> _Fit:
+def _open_window(path: Path, scan: Scan, cut: Cut) -> _Window | DataError:
+    """Returns an empty window for a cut, or why the file has no such clip."""
+    have = scan.num_source_frames if cut.frame_rate == "retime" else scan.num_frames
+    if cut.start + cut.num_frames > have:
+        return _too_short(path, have, cut)
     scale = max(cut.height / scan.height, cut.width / scan.width)
     if scale > 1 and not cut.allow_upscale:
-        raise DataError(
+        return DataError(
             f"{path}: is {scan.width}x{scan.height} pixels, too small for {cut.width}x{cut.height}: "
             "set a smaller data.height and data.width, or data.allow_upscale=true."
         )
     rows, columns = round(scan.height * scale), round(scan.width * scale)
-    return _Fit(scale, rows, columns, (rows - cut.height) // 2, (columns - cut.width) // 2, cut.height, cut.width)
+    top, left = (rows - cut.height) // 2, (columns - cut.width) // 2
+    return _Window(cut, _Fit(scale, rows, columns, top, left, cut.height, cut.width))
 
 
 def _resize_and_crop(image: torch.Tensor, fit: _Fit) -> torch.Tensor:
@@ -318,8 +319,8 @@ def _report(source: Source, window: _Window) -> dict:
     x, y = scan.width / fit.columns, scan.height / fit.rows
     start = source.time(0) + Fraction(cut.start, FPS)
     if cut.frame_rate == "retime":
-        assert window.begins is not None
-        start = window.begins
+        assert window.first_time is not None
+        start = window.first_time
     return {
         "source_width": scan.width,
         "source_height": scan.height,

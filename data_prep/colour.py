@@ -11,6 +11,8 @@ from mochi_tune.errors import DataError
 # The matrices of ITU-T H.273, table 4, by their number, as far as the conversion knows them.
 MATRICES = {1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
 UNSPECIFIED = (2, 3)
+# Transfer characteristics of the same standard that need tone mapping before they are right as SDR.
+HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 # Players take untagged video of so many lines for HD.
 HD_LINES = 720
 FULL_RANGE, LIMITED_RANGE = 2, 1
@@ -35,6 +37,8 @@ def find_matrix(path: Path, frame) -> tuple[int, bool]:
     if number in MATRICES:
         return number, False
     if number in UNSPECIFIED or number == 0:
+        if frame.color_trc in HDR_TRANSFERS:
+            return 9, True
         return (1 if frame.height >= HD_LINES else 5), True
     raise DataError(
         f"{path}: has the colour matrix {number} of ITU-T H.273, which is not supported: convert it to BT.709 first."

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mochi_tune.data_prep.probe import Source, open_video, read_matrix
+from mochi_tune.data_prep.probe import Source, decode_packet, open_video, read_matrix
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still
 from mochi_tune.data_prep.timeline import Clock, Picture
-from mochi_tune.errors import DataError
 
 # Seconds of decoding that a seek must save.
 SEEK_SECONDS = 2
@@ -73,24 +72,15 @@ def _chain(first: Picture, rest: Iterator[Picture]) -> Iterator[Picture]:
 
 
 def _decode(path: Path, container, stream, source: Source) -> Iterator[Picture]:
-    from av.error import InvalidDataError
-
     context = stream.codec_context
     is_large = context.width * context.height > MAX_THREADED_PIXELS
     stream.thread_type = "SLICE" if is_large else "AUTO"
     context.thread_count = min(os.cpu_count() or 1, MAX_THREADS)
     clock, is_avi = Clock(source.period, source.may_jump), container.format.name == "avi"
+    has_key = not source.may_jump
     for packet in container.demux(stream):
-        try:
-            frames = packet.decode()
-        except InvalidDataError as error:
-            if clock.last is None:
-                # What was cut out of a stream may begin in the middle of a group; decoding begins behind that.
-                continue
-            raise DataError(
-                f"{path}: cannot be decoded behind {float(clock.last):.2f} s (codec {context.name}): it is damaged; "
-                "copy it again, cut it there, or remove it."
-            ) from error
+        has_key = has_key or packet.is_keyframe
+        frames = decode_packet(path, packet, has_key, float(clock.last or 0))
         for frame in frames:
             # AVI stores no times of display, only the order of decoding.
             ticks = frame.dts if is_avi else frame.pts

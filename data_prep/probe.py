@@ -13,18 +13,18 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mochi_tune.data_prep.colour import describe_matrix
+from mochi_tune.data_prep.colour import HDR_TRANSFERS, describe_matrix
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, StillSize, read_still_size
 from mochi_tune.data_prep.timeline import Clock, frame_number
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
 
-# Transfer characteristics of ITU-T H.273 that need tone mapping before they are right as SDR.
-HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 # A larger picture is refused before memory is taken for it; 8K has 33 million.
 MAX_PIXELS = 64_000_000
 # The codecs refuse it too, when a picture is larger than the header says.
 CODEC_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
+# Formats of recordings that may begin anywhere, and whose clock may jump forward.
+CUT_FORMATS = ("mpegts", "mpeg")
 # Pixels further from square than this are an error of the header.
 MAX_PIXEL_ASPECT = 8
 # Gaps between frames that lie so near their mean, as a share and in seconds, are a constant rate; Matroska rounds
@@ -197,7 +197,7 @@ class _Packet(NamedTuple):
 
 def _read_stream(path: Path, container, stream) -> Source:
     packets, first = _read_packets(path, container, stream)
-    may_jump = container.format.name in ("mpegts", "mpeg")
+    may_jump = container.format.name in CUT_FORMATS
     rate = stream.guessed_rate or stream.average_rate
     period = 1 / Fraction(rate) if rate else Fraction(1, FPS)
     # Ticks of which both the stream's unit and the period are a whole number.
@@ -221,17 +221,12 @@ def _read_stream(path: Path, container, stream) -> Source:
 
 def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
     """Returns all packets that are displayed and the first frame, decoded."""
-    from av.error import InvalidDataError
-
-    packets, first = [], None
+    packets, first, has_key = [], None, container.format.name not in CUT_FORMATS
     has_pts = container.format.name != "avi"
     for packet in container.demux(stream):
+        has_key = has_key or packet.is_keyframe
         if first is None:
-            try:
-                first = next(iter(packet.decode()), None)
-            except InvalidDataError:
-                # What was cut out of a stream may begin in the middle of a group; decoding begins behind that.
-                first = None
+            first = next(iter(decode_packet(path, packet, has_key, 0.0)), None)
         # A packet outside the edit list is needed to decode the others but is never displayed.
         if packet.size and not packet.is_discard and not _is_hidden(stream.codec_context.name, packet):
             time = packet.pts if has_pts and packet.pts is not None else packet.dts
@@ -239,6 +234,32 @@ def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
     if first is None or not packets:
         raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
     return packets, first
+
+
+def decode_packet(path: Path, packet, has_key: bool, seconds: float) -> list[Any]:
+    """Returns the frames that the decoder gives for a packet.
+
+    Args:
+        path: for messages.
+        packet: of a video stream.
+        has_key: it is a keyframe, or one came before it. A recording may begin in the middle of a group, which is not
+            damage: decoding begins behind that.
+        seconds: the time of the last frame before it, for messages.
+
+    Raises:
+        DataError: the packet is damaged.
+    """
+    from av.error import InvalidDataError
+
+    try:
+        return packet.decode()
+    except InvalidDataError as error:
+        if not has_key:
+            return []
+        raise DataError(
+            f"{path}: cannot be decoded behind {seconds:.2f} s (codec {packet.stream.codec_context.name}): it is "
+            "damaged; copy it again, cut it there, or remove it."
+        ) from error
 
 
 def _is_hidden(codec: str, packet) -> bool:

@@ -187,8 +187,8 @@ def write_bad_video(folder: Path, kind: str) -> Path:
     Args:
         folder: where to write bad.mp4, bad.mkv, bad.webm or bad.avi.
         kind: empty, garbage, audio, no moov, cut mdat, cut mdat between frames, cut.mkv, damaged (600 bytes in the
-            middle), hollow (one packet in the middle of a VP8 file gives no picture), or over-reported (an AVI header
-            that lists ten times the frames).
+            middle), damaged begin, hollow (one packet in the middle of a VP8 file gives no picture), or over-reported
+            (an AVI header that lists ten times the frames).
     """
     suffix = {"over-reported": "avi", "cut.mkv": "mkv", "hollow": "webm"}.get(kind, "mp4")
     path = folder / f"bad.{suffix}"
@@ -214,6 +214,9 @@ def write_bad_video(folder: Path, kind: str) -> Path:
     elif kind == "damaged":
         middle = (data.find(b"mdat") + data.find(b"moov")) // 2
         data[middle : middle + 600] = np.random.default_rng(0).bytes(600)
+    elif kind == "damaged begin":
+        begin = data.find(_packets(path)[0])
+        data[begin : begin + 600] = np.random.default_rng(0).bytes(600)
     elif kind == "hollow":
         # The bit of a VP8 frame's first byte that has it displayed.
         data[data.find(_packets(path)[45])] &= ~0x10

@@ -136,6 +136,9 @@ def test_an_hdr_clip_is_refused_or_tone_mapped(tmp_path, transfer, name, signal)
     clip = decode_clip(path, Cut(1, 64, 64, hdr="tonemap"))
     expected = 255 * (80 / 203) ** (1 / 2.4)
     assert (clip.frames.float() - expected).abs().max() <= 3 and clip.report["hdr"].startswith(name)
+    assert clip.report["color_matrix"] == "BT.2020"
+    untagged = write_planes(tmp_path / "b.mkv", "yuv420p10le", planes, color_trc=transfer)
+    assert scan_video(untagged).color_matrix == "BT.2020 (assumed)"
 
 
 # Stills

@@ -70,16 +70,18 @@ def test_the_child_gives_the_same_clips_and_errors_and_keeps_quiet_and_slim(tmp_
 
 def test_the_cuts_of_a_file_come_in_order_and_each_has_its_own_error(tmp_path):
     long, short = (write_video(tmp_path / f"{n}.mp4", n) for n in (40, 10))
-    cuts = [Cut(7, 64, 64, start=0), Cut(7, 32, 32, start=4), Cut(99, 64, 64, start=4), Cut(7, 64, 64, start=33)]
+    cuts = [Cut(7, 64, 64, start=0), Cut(7, 32, 32, start=4), Cut(99, 64, 64, start=4), Cut(7, 80, 64, start=5)]
+    cuts.append(Cut(7, 64, 64, start=33))
     with ClipDecoder(timeout_seconds=600) as decoder:
         results = list(decoder.cut_all([(long, cuts), (short, cuts[:1]), (long, []), (short, cuts[1:2])]))
     assert [(path, index) for path, index, _ in results] == [
-        (long, 0), (long, 1), (long, 2), (long, 3), (short, 0), (short, 0)
+        (long, 0), (long, 1), (long, 2), (long, 3), (long, 4), (short, 0), (short, 0)
     ]  # fmt: skip
     clips = [clip for _, _, clip in results]
     assert "have 40 frames at 30 fps, need 99 from frame 4 on" in str(clips[2])
+    assert "too small for 64x80" in str(clips[3])
     begins = [_numbers(clip)[0] for clip in clips if isinstance(clip, DecodedClip)]
-    assert begins == [0, 4, 33, 0] and "have 10 frames" in str(clips[5])
+    assert begins == [0, 4, 33, 0] and "have 10 frames" in str(clips[6])
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, MemoryError])

@@ -164,7 +164,7 @@ def test_a_header_that_announces_too_much_is_refused_before_memory_is_taken(tmp_
         [sys.executable, "-c", MEMORY_SCRIPT, *map(str, paths)], capture_output=True, text=True, check=True
     )
     *lines, mebibytes = done.stdout.splitlines()
-    words = ["too many pixels", "more than 64 million pixels are not read", *["not one frame of it can be decoded"] * 2]
+    words = ["too many pixels", "more than 64 million pixels are not read", "it is damaged", "it is damaged"]
     for path, line, expected in zip(paths, lines, words, strict=True):
         assert line.startswith(f"{path}: ") and expected in line
     assert int(mebibytes) < 300

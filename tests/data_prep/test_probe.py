@@ -72,6 +72,7 @@ def test_hdr_is_refused_by_name(tmp_path, container, transfer, name):
         ("cut mdat between frames", "bytes are missing"),
         ("cut.mkv", "announces 3.00 s"),
         ("damaged", "(codec h264): it is damaged"),
+        ("damaged begin", "cannot be decoded behind 0.00 s (codec h264): it is damaged"),
         ("over-reported", "lists 900 frames and it holds 90"),
     ],
 )

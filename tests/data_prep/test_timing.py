@@ -71,6 +71,16 @@ def test_groups_that_are_open_or_closed_and_cuts_out_of_them(tmp_path, codec, op
     assert numbers == list(range(60 - len(numbers), 60)) and 10 < len(numbers) < 50
 
 
+def test_a_stream_that_is_cut_anywhere_begins_at_its_next_keyframe(tmp_path):
+    whole = write_video(tmp_path / "whole.ts", 60, options={"g": "20", "bf": "0"})
+    data = whole.read_bytes()
+    # Packets of 188 bytes; a recording begins wherever it was switched on.
+    (tmp_path / "cut.ts").write_bytes(data[len(data) // 188 // 4 * 188 :])
+    numbers = numbers_of(tmp_path / "cut.ts")
+    assert numbers in (list(range(20, 60)), list(range(40, 60)))
+    assert numbers == numbers_by_fps_filter(tmp_path / "cut.ts")
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.avi", "a.ts"])
 def test_frames_that_are_stored_in_another_order(tmp_path, name):
     path = write_video(tmp_path / name, 50, codec="libx264", options={"bf": "4", "g": "20"})
