@@ -33,8 +33,8 @@ from mochi_tune.data_prep.frames import (
     image_matrix,
     read_pictures,
     read_pictures_from,
-    turn_upright,
 )
+from mochi_tune.data_prep.orientation import turn_upright
 from mochi_tune.data_prep.probe import Scan, Source, read_source
 from mochi_tune.data_prep.timeline import FrameRate, Picture, Span, place_pictures
 from mochi_tune.errors import DataError

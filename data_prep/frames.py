@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mochi_tune.data_prep.probe import Source, decode_packet, open_video, read_matrix
+from mochi_tune.data_prep.orientation import read_matrix
+from mochi_tune.data_prep.probe import Source, decode_packet, open_video
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still
 from mochi_tune.data_prep.timeline import Clock, Picture
 
@@ -142,17 +143,6 @@ def _drain(graph: Any, waiting: deque[Picture], is_end: bool) -> Iterator[Pictur
             return
         picture = waiting.popleft()
         yield replace(picture, image=frame)
-
-
-def turn_upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """Applies a display matrix's a, b, c, d to a stored picture (H, W, 3): turns by 90 degrees and mirrors."""
-    if matrix is None:
-        return image
-    a, b, c, d = matrix
-    if abs(b) > abs(a):
-        # x' = c y, y' = b x
-        image, a, d = image.transpose(1, 0, 2), c, b
-    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def image_matrix(picture: Picture) -> tuple[int, int, int, int] | None:

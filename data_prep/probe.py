@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mochi_tune.data_prep.colour import HDR_TRANSFERS, describe_matrix
+from mochi_tune.data_prep.orientation import read_orientation
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, StillSize, read_still_size
 from mochi_tune.data_prep.timeline import Clock, frame_number
 from mochi_tune.errors import DataError
@@ -382,27 +383,3 @@ def _missing_bytes(path: Path) -> int:
             if position > size and kind in (b"mdat", b"moov", b"moof"):
                 return position - size
     return 0
-
-
-def read_orientation(path: Path, frame) -> tuple[int, bool]:
-    """Returns the degrees counter-clockwise that turn the stored picture upright, and whether it is mirrored.
-
-    Raises:
-        DataError: it is turned by something other than a multiple of 90 degrees.
-    """
-    matrix = read_matrix(frame)
-    if matrix is None:
-        return 0, False
-    a, b, c, d = matrix
-    if min(max(abs(a), abs(d)), max(abs(b), abs(c))) > 0.01 * max(map(abs, matrix)):
-        raise DataError(f"{path}: is turned by {frame.rotation} degrees, not a multiple of 90: re-encode it upright.")
-    return round(frame.rotation / 90) * 90 % 360, a * d < b * c
-
-
-def read_matrix(frame) -> tuple[int, int, int, int] | None:
-    """Returns a, b, c, d of a frame's display matrix: the stored (x, y) is shown at (a x + c y, b x + d y)."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return None
-    a, b, _, c, d = struct.unpack("=9i", bytes(matrix))[:5]
-    return a, b, c, d
