@@ -88,7 +88,7 @@ def _decode(path: Path, container, stream, source: Source) -> Iterator[Picture]:
             duration = (frame.duration or 0) * frame.time_base
             time = clock.read(None if ticks is None else ticks * frame.time_base, duration)
             if time is not None:
-                yield Picture(time, clock.end - time, frame, was_interlaced=frame.interlaced_frame)
+                yield Picture(Fraction(time), Fraction(clock.end - time), frame, was_interlaced=frame.interlaced_frame)
 
 
 def _deinterlace(pictures: Iterator[Picture]) -> Iterator[Picture]:

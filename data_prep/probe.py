@@ -210,12 +210,12 @@ def _read_stream(path: Path, container, stream) -> Source:
         begin = bisect_left(ticks, int(first.pts * first.time_base * second))
         # Pictures before it are of an open group whose begin was cut off: no one can decode them.
         ticks = ticks[begin:] or ticks
-    missing = _missing_part(path, container, stream, len(packets), clock.end / second)
+    missing = _missing_part(path, container, stream, len(packets), float(clock.end / second))
     if missing:
         raise DataError(f"{path}: is cut short, {missing}: copy it again or remove it.")
     source = Source(
         _describe(path, container, stream, first),
-        second, ticks, clock.end, keys, period, may_jump,
+        second, ticks, int(clock.end), keys, period, may_jump,
     )  # fmt: skip
     return replace(source, scan=_count(replace(source.scan, has_discontinuity=clock.has_jumped), source))
 
