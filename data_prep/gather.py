@@ -185,7 +185,7 @@ def choose_file_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]
 
 
 def signature(path: Path) -> tuple[int, int, int]:
-    """Returns a file's size, time of change and number, of which one differs once it was written again.
+    """Returns a file's size, number and time of change, which no program can set; one differs once it was written.
 
     Raises:
         DataError: it cannot be opened.
@@ -194,7 +194,7 @@ def signature(path: Path) -> tuple[int, int, int]:
         found = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error.strerror}): copy it again or remove it.") from None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return found.st_size, found.st_ino, found.st_ctime_ns
 
 
 def _fingerprint(path: Path) -> str:
