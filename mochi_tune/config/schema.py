@@ -119,8 +119,8 @@ class DataConfig(Section):
     )
     caption_variants: Count = setting(1, "times that tags are drawn for each caption; needs data.tag_dropout above 0")
     allow_upscale: bool = setting(False, "true: clips smaller than the target are enlarged; the LoRA learns their blur")
-    frame_rate: Literal["auto", "resample", "retime"] = setting(
-        "auto",
+    frame_rate: Literal["resample", "retime", "auto"] = setting(
+        "resample",
         "resample: keeps the speed, repeats or drops frames to make 30 a second; retime: plays each frame once, 24 per "
         "second 1.25 times as fast; auto: retimes 23 to 33 a second",
     )

@@ -57,7 +57,7 @@ def test_clips_that_are_easily_read_wrong_go_right_through_the_command_line(tmp_
 
     monkeypatch.setattr("mochi_tune.data_prep.prepare.encode_frames", encode_seen)
     paths = [f"data.videos={tmp_path / 'videos'}", f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
-    assert main(load_config("my_lora", [*SIZES, *paths, "data.allow_empty_captions=true"])) == 0
+    assert main(load_config("my_lora", [*SIZES, *paths, "data.allow_empty_captions=true", "data.frame_rate=auto"])) == 0
     assert seen == expected
     report = report_of(tmp_path)
     assert (report["film.mp4"]["frame_rate"], report["film.mp4"]["source_fps"]) == ("retime", "24.0")

@@ -50,9 +50,9 @@ def test_shape_and_rate_decide_the_cut():
     assert (tall.height, tall.width, tall.frame_rate) == (48, 32, "resample")
     # A film of 20 pictures holds 25 frames at 30 fps; retimed it has its 20.
     film = Scan(96, 64, 25, 20, 20 / 24, 24.0)
-    retimed = choose_cuts(film, BUCKETS, "all", DataConfig())
+    retimed = choose_cuts(film, BUCKETS, "all", DataConfig(frame_rate="auto"))
     assert [(cut.start, cut.num_frames, cut.frame_rate) for cut in retimed] == [(0, 13, "retime"), (13, 7, "retime")]
-    resampled = choose_cuts(film, BUCKETS, "all", DataConfig(frame_rate="resample"))
+    resampled = choose_cuts(film, BUCKETS, "all", DataConfig())
     assert [(cut.start, cut.num_frames) for cut in resampled] == [(0, 13), (13, 7)]
     [still] = choose_cuts(Scan(96, 64, 1, 1, 0.0, 30.0, is_still=True), BUCKETS, "all", DataConfig())
     assert still.num_frames == 1
