@@ -127,7 +127,9 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     differing = [key for key in now if before.get(key) != now[key]]
     texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing}
     others = {}
-    if state.get("order") != identity["order"]:
+    if "order" not in state:
+        others["order"] = "its checkpoint is of an earlier version, which did not keep the order of the clips"
+    elif state["order"] != identity["order"]:
         others["order"] = f"the clips come in another order than in the {state['step']} steps so far{clips}"
     if state["base"] != identity["base"]:
         others["base"] = "the base is another one"

@@ -259,14 +259,20 @@ def one_step(tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize(("part", "text"), [("order", "the clips come in another order"), ("base", "the base is an")])
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [("order", "the clips come in another order"), ("base", "the base is another"), ("", "of an earlier version")],
+)
 def test_a_run_does_not_go_on_with_another_order_of_clips_or_base(one_step, tmp_path, part, text):
     run_dir = tmp_path / "run"
     shutil.copytree(one_step, run_dir)
     state_file = run_dir / "checkpoints" / "step_000001" / "state.json"
     manifest_file = state_file.with_name("manifest.json")
     state, manifest = json.loads(state_file.read_text()), json.loads(manifest_file.read_text())
-    state[part] = "0" * len(state[part])
+    if part:
+        state[part] = "0" * len(state[part])
+    else:
+        del state["order"]
     state_file.write_text(json.dumps(state))
     sums = manifest["sha256"] | {"state.json": hashlib.sha256(state_file.read_bytes()).hexdigest()}
     manifest_file.write_text(json.dumps(manifest_of(1, sums)))
