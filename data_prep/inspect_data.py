@@ -28,11 +28,11 @@ def main(config: RunConfig, out: Path | None) -> int:
         The exit code: 0, or 1 when a file or a clip was refused.
 
     Raises:
-        DataError: no video, or clips without a caption.
+        DataError: no video.
         CheckpointError: the tokenizer is damaged.
         MochiTuneError: the browser fails.
     """
-    out = out or Path(config.run_dir).expanduser() / "inspect"
+    out = out or Path(config.run_dir) / "inspect"
     make_writable_folder(out)
     found = inspect_clips(config.data, config.seed, load_tokenizer(weights_folder(config)))
     # The name of a run or a folder may hold bytes that are not UTF-8.

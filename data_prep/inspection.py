@@ -101,9 +101,10 @@ def inspect_clips(data: DataConfig, seed: int, tokenizer: Any | None) -> Inspect
         tokenizer: of the text encoder; None where it is not there.
 
     Raises:
-        DataError: no video, or clips without a caption.
+        DataError: no video.
     """
-    inputs = find_inputs(data, seed)
+    # A clip without a caption is flagged, and not the end as in `prepare`.
+    inputs = find_inputs(data.model_copy(update={"allow_empty_captions": True}), seed)
     # What each file holds is kept there for `prepare`.
     Path(data.cache).mkdir(parents=True, exist_ok=True)
     # Nothing is encoded, so that no key of a row is ever looked for.

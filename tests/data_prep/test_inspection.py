@@ -101,6 +101,12 @@ def test_a_clip_that_cannot_be_decoded_is_refused_alone(tmp_path):
     assert "is HDR" in found.refused["b.mp4"]
 
 
+def test_a_clip_without_a_caption_is_flagged_and_not_the_end(tmp_path):
+    add(tmp_path / "videos", "mute.mp4", 13, "")
+    [clip] = inspect_clips(settings(tmp_path), 0, None).clips
+    assert "no caption" in [flag.text for flag in clip.flags]
+
+
 def test_of_too_many_clips_the_rest_is_read_without_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "MAX_DRAWN", 1)
     add(tmp_path / "videos", "a.mp4", 13)
