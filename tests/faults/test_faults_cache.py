@@ -97,7 +97,7 @@ def test_a_trainer_stops_at_it_and_names_the_clip(cache):
         ("latent_shape", lambda shape: [16, *shape[1:]], "clip_1.mp4: shape '[16, 2, 4, 6]' is invalid"),
         ("latent_shape", lambda shape: [2**31 - 1, *shape[1:]], "is invalid for input of size"),
         ("mean", lambda values: values[:-1], "clip_1.mp4: shape '[12, 2, 4, 6]' is invalid"),
-        ("num_tokens", lambda count: count + 1, "clip_1.mp4: shape"),
+        ("num_tokens", lambda counts: [counts[0] + 1], "clip_1.mp4: shape"),
     ],
     ids=["channels", "turned", "too many channels", "huge", "one value less", "one token more"],
 )
