@@ -142,3 +142,11 @@ def test_the_last_block_gives_its_text_queries_no_gradient():
     dit(IO["z"], IO["sigma"], IO["y_feat"], IO["y_mask"]).square().mean().backward()
     q, k, v = weight.grad.chunk(3)
     assert not q.any() and k.any() and v.any()
+
+
+def test_the_noise_level_and_the_mask_may_be_on_the_cpu():
+    """As a training has them, whose device is another one."""
+    with torch.device("meta"):
+        dit = AsymmDiT(DiTConfig(depth=1, num_heads=2, hidden_size_x=64, hidden_size_y=32, t5_feat_dim=16))
+        prompt = torch.empty(1, 3, 16)
+    assert dit.condition(torch.tensor([0.5]), prompt, torch.ones(1, 3)).device == prompt.device
