@@ -95,11 +95,15 @@ class TrainPlan:
         """Of the base's large matrices: "bf16", which is as model.dtype, or what they are rounded to."""
         return self.config.model.precision or "bf16"
 
+    @property
+    def has_host_modulation(self) -> bool:
+        """Whether modulation is computed in host memory; ZeRO-3 splits its weights, too, among the devices."""
+        return self.config.parallel.strategy != "zero3"
+
     def shrink_block(self, _dit: nn.Module, block: nn.Module) -> None:
         """Makes a block small as soon as it is read: modulation goes to host memory, large matrices to fewer bits."""
         assert isinstance(block, AsymmetricJointBlock)
-        # ZeRO-3 splits all weights, and wants the same passes of all processes.
-        if self.config.parallel.strategy != "zero3":
+        if self.has_host_modulation:
             apply_host_modulation(block)
         apply_precision(block, self.precision)
 

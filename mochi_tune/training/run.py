@@ -355,6 +355,7 @@ class Run:
         facts = {
             **result.numbers, "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
             "seed": self.plan.config.seed, "draws": asdict(self.plan.draws),
+            "attention": self.attention, "host_modulation": self.plan.has_host_modulation,
         }  # fmt: skip
         bundle = write_bundle(self.run_dir / "bundles", facts, weights, config_yaml(self.plan.config))
         drawn = zip(result.clips, result.sigmas, strict=True)
