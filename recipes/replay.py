@@ -1,7 +1,10 @@
 """Recomputes one step of a run, without its update: the step that a run refused to make, sample by sample."""
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,17 +12,22 @@ from torch import nn
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.config.load import RunConfig, load_config, weights_folder
 from mochi_tune.config.lora import lora_settings
+from mochi_tune.config.schema import TrainConfig
 from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError
 from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device
+from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
+from mochi_tune.parallel.kernels import KERNELS, attention_by, has_kernel
+from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.parallel.recompute import apply_activation_checkpointing
 from mochi_tune.training.accelerator import check_adapter_fits
-from mochi_tune.training.draws import KeyedDraws, key_seed
+from mochi_tune.training.draws import Draws, KeyedDraws, key_seed
 from mochi_tune.training.guards import is_finite
+from mochi_tune.training.loader import Inputs
 from mochi_tune.training.objective import (
     drop_captions,
     loss_weight,
@@ -28,6 +36,7 @@ from mochi_tune.training.objective import (
     sigmas_from_uniforms,
     velocity_loss,
 )
+from mochi_tune.training.preflight import num_tokens
 from mochi_tune.weights.folder import WeightsFolder
 
 
@@ -60,7 +69,8 @@ class Replay:
         samples: one after the other.
         loss: of the step.
         grad_norm: of the step, of the mean over its samples.
-        attention: kernels that attention may choose from.
+        attention: the kernel that attention runs, or those that torch chooses from; and which one the run had, if it
+            is not here.
     """
 
     recorded: dict
@@ -94,38 +104,38 @@ def main(bundle: Path, device_name: str) -> Replay:
     draws = KeyedDraws(config.seed, train.batch_size, num_micro_batches, train.caption_dropout, train.sigma_stratified)
     device = find_device(device_name)
     dataset, places = find_clips(config, recorded["clips"])
-    dit = load_adapted(config, bundle, device)
+    # Bundles of before these were recorded have neither.
+    dit = load_adapted(config, bundle, device, recorded.get("host_modulation", False))
+    kernel, attention = choose_kernel(recorded.get("attention"), config, dit.config, device)
     parameters = lora_parameters(dit)
     watch = NonFiniteWatch(dit)
+    # After the watch, which then sees the embedders that it copies, too.
+    modulate = HostModulation(dit)
     done, count = [], draws.num_micro_batches * draws.batch_size
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for number in range(draws.num_micro_batches):
-        rows = places[number * draws.batch_size : (number + 1) * draws.batch_size]
         first = number * draws.batch_size
+        rows = places[first : first + draws.batch_size]
         captions = [draws.caption(recorded["step"], first + r, dataset.num_captions(i)) for r, i in enumerate(rows)]
         batch = collate([dataset.load(i, caption) for i, caption in zip(rows, captions, strict=True)])
         drawn = draws.draw(recorded["step"], number, batch["mean"].shape[1:])
-        sigma = sigmas_from_uniforms(
-            drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
-        )[drawn.rows]
-        vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
-        noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
-        prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
         watch.origin = ""
-        torch.manual_seed(drawn.dropout_seed)
-        velocity = dit(noisy.to(device), sigma.to(device), prompt.to(device), mask)
-        losses = velocity_loss(velocity, target.to(device)) * loss_weight(sigma, train.loss_weighting).to(device)
-        on_the_way = watch.origin
-        for row, loss in enumerate(losses):
-            watch.origin = on_the_way
-            gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
-            norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-            done.append(Sample(batch["sample_ids"][row], sigma[row].item(), loss.item(), norm, watch.origin))
-            for sum_so_far, gradient in zip(total.values(), gradients, strict=True):
-                sum_so_far += gradient / count
+        with attention_by(kernel) if kernel else contextlib.nullcontext():
+            inputs = make_inputs(train, batch, drawn, modulate).moved(lambda tensor: tensor.to(device))
+            torch.manual_seed(inputs.dropout_seed)
+            velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
+            losses = velocity_loss(velocity, inputs.target) * inputs.weight
+            on_the_way = watch.origin
+            for row, loss in enumerate(losses):
+                watch.origin = on_the_way
+                gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+                norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+                done.append(Sample(inputs.clips[row], inputs.sigma[row].item(), loss.item(), norm, watch.origin))
+                for sum_so_far, gradient in zip(total.values(), gradients, strict=True):
+                    sum_so_far += gradient / count
     loss = sum(each.loss for each in done) / len(done)
     grad_norm = torch.stack([gradient.norm() for gradient in total.values()]).norm().item()
-    return Replay(recorded, done, loss, grad_norm, attention_kernels())
+    return Replay(recorded, done, loss, grad_norm, attention)
 
 
 def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list[int]]:
@@ -144,13 +154,32 @@ def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list
     return dataset, [numbers[path] for path in paths]
 
 
-def load_adapted(config: RunConfig, bundle: Path, device: torch.device) -> nn.Module:
+def make_inputs(train: TrainConfig, batch: Mapping[str, Any], drawn: Draws, modulate: HostModulation) -> Inputs:
+    """Returns what the model gets of a micro-batch, as the recipe of training makes it."""
+    sigma = sigmas_from_uniforms(
+        drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
+    )[drawn.rows]
+    vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
+    noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
+    prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
+    weight = loss_weight(sigma, train.loss_weighting)
+    modulation = modulate(sigma, prompt, mask)
+    return Inputs(batch["sample_ids"], sigma, mask, drawn.dropout_seed, noisy, target, prompt, weight, modulation)
+
+
+def load_adapted(config: RunConfig, bundle: Path, device: torch.device, has_host_modulation: bool) -> AsymmDiT:
     """Loads the base with the adapter as it was before the step, in training mode."""
+
+    def shrink_block(_dit: nn.Module, block: nn.Module) -> None:
+        assert isinstance(block, AsymmetricJointBlock)
+        if has_host_modulation:
+            apply_host_modulation(block)
+        apply_precision(block, config.model.precision or "bf16")
+
     weights = WeightsFolder(weights_folder(config))
     weights.check(["dit"])
     saved = load_tensors(bundle / "adapter.safetensors")
-    precision = config.model.precision or "bf16"
-    dit = weights.load_dit(device, DTYPES[config.model.dtype], lambda _, block: apply_precision(block, precision))
+    dit = weights.load_dit(device, DTYPES[config.model.dtype], shrink_block)
     layers = lora_settings(config.lora, linear_shapes(dit))
     apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if config.train.recompute != "none":
@@ -183,10 +212,26 @@ class NonFiniteWatch:
             self.origin = where
 
 
-def attention_kernels() -> str:
-    """Returns the kernels that attention may choose from here."""
-    if not torch.cuda.is_available():
-        return "the CPU's"
+def choose_kernel(
+    of_run: str | None, config: RunConfig, dit: DiTConfig, device: torch.device
+) -> tuple[str | None, str]:
+    """Returns the kernel that attention runs, None for torch's choice, and words for it.
+
+    Args:
+        of_run: the kernel of the run; None: torch's choice, or none was recorded.
+        config: of the run.
+        dit: its sizes.
+        device: of the replay.
+    """
+    shape = (dit.num_heads, num_tokens(config), dit.hidden_size_x // dit.num_heads)
+    if of_run in KERNELS and has_kernel(of_run, shape, device, DTYPES[config.model.dtype]):
+        return of_run, f"{of_run}, as in the run"
+    here = "the CPU's kernel" if device.type == "cpu" else f"what torch chooses of {enabled_kernels()}"
+    return None, here if of_run is None else f"{here}: the run's, {of_run}, does not run here"
+
+
+def enabled_kernels() -> str:
+    """Returns the kernels that torch may choose from on a GPU."""
     backends = torch.backends.cuda
     enabled = {
         "flash": backends.flash_sdp_enabled(),

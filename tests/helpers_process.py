@@ -205,17 +205,24 @@ def run(
 
 
 def run_in_two(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs a program in two processes with the variables that torchrun sets; returns the first one's output."""
+    """Runs a program in two processes, see `run_in`."""
+    return run_in(2, *arguments)
+
+
+def run_in(count: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a program in `count` processes with the variables that torchrun sets; returns the first one's output."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    env = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     env["GLOO_SOCKET_IFNAME"] = "lo"
     with TemporaryDirectory(prefix="mochi_tune_run_") as folder:
-        ranks = [env | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in (0, 1)]
-        both = [Program(list(arguments), Path(folder) / f"log_{i}", env=each) for i, each in enumerate(ranks)]
-        code = max(program.wait() % 256 for program in both)
-        return subprocess.CompletedProcess(arguments, code, both[0].out, both[0].err + both[1].err)
+        ranks = [env | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+        all_ranks = [Program(list(arguments), Path(folder) / f"log_{i}", env=each) for i, each in enumerate(ranks)]
+        code = max(program.wait() % 256 for program in all_ranks)
+        return subprocess.CompletedProcess(
+            arguments, code, all_ranks[0].out, "".join(program.err for program in all_ranks)
+        )
 
 
 _NUMBERS = itertools.count()

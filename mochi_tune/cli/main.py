@@ -200,7 +200,7 @@ def run_replay(arguments: list[str]) -> int:
     then = made.recorded
     print(f"step {then['step']} then: loss {then['loss']:.6g}, gradient norm {then['grad_norm']:.6g}")
     print(f"step {then['step']} now:  loss {made.loss:.6g}, gradient norm {made.grad_norm:.6g}")
-    print(f"attention chooses from: {made.attention}")
+    print(f"attention by {made.attention}")
     return 0 if made.is_finite else 1
 
 

@@ -50,9 +50,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/temporal_rope.py (apply_rotary_emb_qk_real).
     """
-    even, odd = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rotated.flatten(-2).to(x.dtype)
+    wide = at_least_fp32(x)
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        return rotated.flatten(-2).to(x.dtype)
+    # The same numbers, computed where they belong; compiled, that is so anyway.
+    rotated = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    left, right = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+    torch.mul(even, cos, out=left).sub_(odd * sin)
+    torch.mul(even, sin, out=right).add_(odd * cos)
+    return rotated.to(x.dtype)
 
 
 class JointAttention(nn.Module):

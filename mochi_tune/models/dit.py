@@ -141,7 +141,7 @@ class AsymmDiT(nn.Module):
 
         Args:
             latents: noisy, DiT space, (B, C, T, h, w).
-            sigma: (B,) in [0, 1]; 1 is pure noise.
+            sigma: (B,) in [0, 1], on any device; 1 is pure noise.
             prompt_embeds: T5 features, (B, L, t5_feat_dim).
             prompt_mask: (B, L), true where a token is valid. Kept on the CPU, it spares a device sync.
             modulation: of the `condition` of the same sigma and prompts, where it was computed before.
@@ -173,7 +173,7 @@ class AsymmDiT(nn.Module):
         return Modulation(c, tuple((mod_x(c), mod_y(c)) for mod_x, mod_y in layers))
 
     def _condition(self, sigma: Tensor, prompt_embeds: Tensor, mask: Tensor) -> Tensor:
-        return condition(self.t_embedder, self.t5_y_embedder, sigma, prompt_embeds, mask)
+        return condition(self.t_embedder, self.t5_y_embedder, sigma.to(prompt_embeds.device), prompt_embeds, mask)
 
 
 def condition(

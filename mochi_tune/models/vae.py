@@ -170,11 +170,15 @@ class UpsampleBlock(nn.Module):
         """Maps (B, C, T, H, W) to (B, C', T', spatial * H, spatial * W)."""
         for block in self.blocks:
             x = block(x, cache)
-        # The weight's rows are put in the order that leaves a pixel's channels side by side; features are larger.
         parts = (-1, self.temporal, self.spatial, self.spatial)
-        weight = self.proj.weight.unflatten(0, parts).movedim(0, 3)  # (t, s, s, C', C)
-        bias = self.proj.bias.unflatten(0, parts).movedim(0, 3)
-        x = F.linear(x.movedim(1, -1), weight.flatten(0, 3), bias.flatten()).unflatten(-1, bias.shape)
+        weight, bias, tokens = self.proj.weight, self.proj.bias, x.movedim(1, -1)
+        if 2 * x[:, 0].numel() < x.shape[1]:
+            # On a small grid the weight is larger than the features.
+            x = F.linear(tokens, weight, bias).unflatten(-1, parts).movedim(4, -1)
+        else:
+            # The weight's rows are put in the order that leaves a pixel's channels side by side: faster to move below.
+            weight, bias = (tensor.unflatten(0, parts).movedim(0, 3) for tensor in (weight, bias))  # (t, s, s, C', ...)
+            x = F.linear(tokens, weight.flatten(0, 3), bias.flatten()).unflatten(-1, bias.shape)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
         return x[:, :, self.temporal - 1 :] if cache is None or cache.is_first_chunk(self) else x
 

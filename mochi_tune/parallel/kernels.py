@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,20 @@ KERNELS = {
 REPEATS = 3
 
 
-def time_attention(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def time_attention(
+    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, names: Iterable[str] = tuple(KERNELS)
+) -> dict[str, float]:
     """Returns the seconds of a forward and a backward pass by kernel, the fastest of some; of those that run here.
 
     Args:
         shape: heads, tokens and the width of a head, of one row.
         device: of the run.
         dtype: of the run.
+        names: of the kernels to try.
     """
     seconds = {}
     q, k, v = (torch.randn(1, *shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    for name in KERNELS:
+    for name in names:
         # A device that has no such kernel for the shape raises.
         with sdpa_kernel([KERNELS[name]]), contextlib.suppress(RuntimeError):
             times = []
@@ -40,6 +44,11 @@ def time_attention(shape: tuple[int, int, int], device: torch.device, dtype: tor
                 times.append(time.perf_counter() - started)
             seconds[name] = min(times)
     return seconds
+
+
+def has_kernel(name: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device runs a kernel of this name at this shape, see `time_attention`; a CPU has none of them."""
+    return device.type == "cuda" and name in time_attention(shape, device, dtype, [name])
 
 
 def attention_by(name: str) -> contextlib.AbstractContextManager[object]:

@@ -4,13 +4,15 @@ Both optimizers save and load the same state under the same names, so that a run
 """
 
 import contextlib
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 
@@ -68,6 +70,16 @@ def broadcast(value: Any) -> Any:
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
+
+
+def host_memory() -> tuple[int, int]:
+    """Returns the bytes of this host's memory that are free, and how many processes of the run share them.
+
+    All processes call it together. Each looks before it waits for the others, so that none has loaded anything then.
+    """
+    own = socket.gethostname(), psutil.virtual_memory().available
+    free = [bytes_free for host, bytes_free in gather_object([own]) if host == own[0]]
+    return min(free), len(free)
 
 
 def prepare(

@@ -53,7 +53,7 @@ def write_bundle(folder: Path, facts: Mapping, adapter: Mapping[str, Tensor], co
 
     Args:
         folder: holds the run's bundles.
-        facts: step, loss, gradient norm, clips and sigmas.
+        facts: step, loss, gradient norm, clips and sigmas, and how the run computed.
         adapter: its parameters before the step, by name.
         config: the settings as YAML.
     """

@@ -62,16 +62,23 @@ class MemoryPlan:
             apply_compilation(dit, log, True, before_compiling)
 
 
-def check_host_memory(needed: int, available: int) -> None:
+def check_host_memory(needed: int, available: int, num_processes: int = 1) -> None:
     """Refuses weights in host memory that does not have them.
+
+    Args:
+        needed: bytes of each process.
+        available: bytes that are free on this host.
+        num_processes: of the run on this host; each has weights of its own.
 
     Raises:
         ConfigError: naming what is needed.
     """
-    if needed > available:
+    if num_processes * needed > available:
+        each = f", {needed / GIB:.1f} for each of {num_processes} processes" if num_processes > 1 else ""
         raise ConfigError(
-            f"host memory has {available / 2**30:.1f} GiB free, and {needed / 2**30:.1f} GiB of weights are to stay "
-            "there: free some, or use memory.dit=resident or model.precision=int8."
+            f"host memory has {available / GIB:.1f} GiB free, and {num_processes * needed / GIB:.1f} GiB of weights "
+            f"are to stay there{each}: free some, or use memory.dit=resident"
+            f"{', fewer processes a machine' if num_processes > 1 else ''} or model.precision=int8."
         )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -30,6 +29,7 @@ from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision, check_precision
 from mochi_tune.sampling.requests import sampler_settings
+from mochi_tune.training.accelerator import host_memory
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import held_out
@@ -95,11 +95,15 @@ class TrainPlan:
         """Of the base's large matrices: "bf16", which is as model.dtype, or what they are rounded to."""
         return self.config.model.precision or "bf16"
 
+    @property
+    def has_host_modulation(self) -> bool:
+        """Whether modulation is computed in host memory; ZeRO-3 splits its weights, too, among the devices."""
+        return self.config.parallel.strategy != "zero3"
+
     def shrink_block(self, _dit: nn.Module, block: nn.Module) -> None:
         """Makes a block small as soon as it is read: modulation goes to host memory, large matrices to fewer bits."""
         assert isinstance(block, AsymmetricJointBlock)
-        # ZeRO-3 splits all weights, and wants the same passes of all processes.
-        if self.config.parallel.strategy != "zero3":
+        if self.has_host_modulation:
             apply_host_modulation(block)
         apply_precision(block, self.precision)
 
@@ -113,16 +117,20 @@ class TrainPlan:
     def memory(self) -> MemoryPlan:
         """Where the blocks are and what is kept of them: decided once, as free memory changes.
 
-        Asking for it takes some memory of a GPU, which a process that only starts others is not to hold.
+        All processes ask for it together. It takes some memory of a GPU, which a process that only starts others is not
+        to hold.
 
         Raises:
             ConfigError: host memory or the device's does not suffice.
         """
-        memory, step = self.config.memory, self.step
+        memory, step, is_gpu = self.config.memory, self.step, self.device.type == "cuda"
+        # First of all, so that no process waits for one whose GPU is too small.
+        available, num_sharing = host_memory() if is_gpu else (0, 1)
         plan = arrange(step, memory.dit, memory.activations, free_bytes(self.device))
-        if self.device.type == "cuda":
-            needed = step.weights["modulation"] + (step.weights["blocks"] if plan.is_streamed else 0)
-            check_host_memory(needed, psutil.virtual_memory().available)
+        if is_gpu:
+            needed = step.weights["modulation"] if self.has_host_modulation else 0
+            needed += step.weights["blocks"] if plan.is_streamed else 0
+            check_host_memory(needed, available, num_sharing)
         return plan
 
     def explains_out_of_memory(self) -> contextlib.AbstractContextManager:

@@ -283,6 +283,9 @@ class Run:
     def check_before_compiling(self) -> None:
         """Ends the step before it compiles for long, if this process is alone and was asked to stop.
 
+        Several stop together, after the step: what each of them compiles depends on the bucket of its clips and on the
+        captions that it drops, so that there is no call before a graph that all of them reach.
+
         Raises:
             Interrupted: it was.
         """
@@ -355,6 +358,7 @@ class Run:
         facts = {
             **result.numbers, "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
             "seed": self.plan.config.seed, "draws": asdict(self.plan.draws),
+            "attention": self.attention, "host_modulation": self.plan.has_host_modulation,
         }  # fmt: skip
         bundle = write_bundle(self.run_dir / "bundles", facts, weights, config_yaml(self.plan.config))
         drawn = zip(result.clips, result.sigmas, strict=True)

@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 from mochi_tune.config.load import load_config
 from mochi_tune.data.cache import open_cache
 from mochi_tune.errors import DataError, TrainingError
+from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.parallel.kernels import KERNELS
+from mochi_tune.recipes import replay as replaying
 from mochi_tune.recipes.replay import main as replay
 from mochi_tune.training.checkpoint import damage_of
 
@@ -74,6 +77,39 @@ def test_a_replayed_step_has_the_numbers_of_the_run(tmp_path, more):
     assert [each.clip for each in made.samples] == facts["clips"]
     assert len({each.loss for each in made.samples}) == len({each.grad_norm for each in made.samples}) == 4
     assert not any(each.origin for each in made.samples)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_step_is_replayed_by_the_kernel_and_the_modulation_of_its_run(tmp_path, monkeypatch, is_old):
+    with pytest.raises(TrainingError):
+        train(tmp_path, *WILD)
+    [bundle] = (tmp_path / "bundles").iterdir()
+    facts = json.loads((bundle / "step.json").read_text())
+    # Of a run on a CPU, which has one kernel.
+    assert facts["attention"] is None and facts["host_modulation"] is True
+    facts = {k: v for k, v in facts.items() if k not in ("attention", "host_modulation")}
+    if not is_old:
+        facts |= {"attention": "efficient", "host_modulation": True}
+    (bundle / "step.json").write_text(json.dumps(facts))
+    seen, forward = [], AsymmDiT.forward
+
+    def noted(self, *inputs):
+        seen.append((torch._C._get_sdp_priority_order()[0], inputs[4] is not None))
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(AsymmDiT, "forward", noted)
+    usual = torch._C._get_sdp_priority_order()[0]
+    here = replay(bundle, "cpu")
+    # As on a GPU that has the kernel.
+    monkeypatch.setattr(replaying, "has_kernel", lambda *_: True)
+    there = replay(bundle, "cpu")
+    if is_old:
+        assert here.attention == there.attention == "the CPU's kernel" and seen == 2 * [(usual, False)]
+    else:
+        assert here.attention == "the CPU's kernel: the run's, efficient, does not run here"
+        assert there.attention == "efficient, as in the run"
+        assert seen == [(usual, True), (int(KERNELS["efficient"].value), True)]
+    assert not here.is_finite and not there.is_finite and here.samples[0].origin
 
 
 def test_a_spike_is_reported_or_skipped_and_always_the_same(tmp_path):

@@ -1,8 +1,10 @@
 import json
+from collections import Counter
 
 import pytest
 import torch
 from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig, pack_prompts
 from mochi_tune.models.layers import RMSNorm, gated_residual, modulated_rms_norm
@@ -142,3 +144,64 @@ def test_the_last_block_gives_its_text_queries_no_gradient():
     dit(IO["z"], IO["sigma"], IO["y_feat"], IO["y_mask"]).square().mean().backward()
     q, k, v = weight.grad.chunk(3)
     assert not q.any() and k.any() and v.any()
+
+
+def test_the_noise_level_and_the_mask_may_be_on_the_cpu():
+    """As a training has them, whose device is another one."""
+    with torch.device("meta"):
+        dit = AsymmDiT(DiTConfig(depth=1, num_heads=2, hidden_size_x=64, hidden_size_y=32, t5_feat_dim=16))
+        prompt = torch.empty(1, 3, 16)
+    assert dit.condition(torch.tensor([0.5]), prompt, torch.ones(1, 3)).device == prompt.device
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operations that only copy, round or join tensors of some size."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__()
+        self.at_least, self.counts = at_least, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("clone", "_to_copy", "copy_", "cat", "stack") and out.numel() >= self.at_least:
+            self.counts[name] += 1
+        return out
+
+
+def block_and_inputs(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """Returns a block with its matrices in a dtype; and x, y, both modulations, cos and sin."""
+    block = AsymmDiT(DiTConfig(depth=2, num_heads=2, hidden_size_x=64, hidden_size_y=32)).blocks[0]
+    for module in block.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(dtype)
+    streams = [torch.randn(*shape, dtype=dtype) for shape in ((1, 40, 64), (1, 3, 32), (1, 4 * 64), (1, 4 * 32))]
+    return block, [*streams, *torch.randn(2, 40, 2, 16)]
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_copies_visual_tokens_no_more_than_it_must(dtype, has_grad):
+    block, (x, y, *mods, cos, sin) = block_and_inputs(dtype)
+    with torch.set_grad_enabled(has_grad), Copies(x.numel() // 2) as copies:
+        block(x, y, mods, (cos, sin), None)
+    # Queries, keys and values are joined with those of the text.
+    expected = {"cat": 3}
+    if has_grad:
+        # Rotated pairs are put side by side, of queries and of keys.
+        expected["stack"] = 2
+    if dtype == torch.bfloat16:
+        # Each of six norms and two rotations computes in fp32 and rounds.
+        expected["_to_copy"] = 16
+    assert copies.counts == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_gives_the_same_bits_with_and_without_gradients_and_keeps_its_inputs(dtype):
+    block, inputs = block_and_inputs(dtype)
+    given = [tensor.clone() for tensor in inputs]
+    x, y, *mods, cos, sin = inputs
+    expected = block(x, y, mods, (cos, sin), None)
+    with torch.no_grad():
+        got = block(x, y, mods, (cos, sin), None)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True))

@@ -196,6 +196,21 @@ def test_the_decoder_copies_features_only_where_channels_become_pixels(decoder):
 
 
 @torch.no_grad()
+def test_an_upsample_of_a_small_grid_does_not_copy_its_weight_and_is_that_of_a_large_one():
+    torch.manual_seed(0)
+    block, small = vae.UpsampleBlock(64, 32, 0, temporal=3, spatial=2), torch.randn(1, 64, 2, 3, 4)
+    large = torch.cat([small, torch.randn(3, 64, 2, 3, 4)])
+    with Clones() as clones:
+        got = block(small)
+    # The features' one copy.
+    assert [math.prod(shape) for shape in clones.shapes] == [small[:, 0].numel() * 32 * 12] and got.shape[2] == 4
+    with Clones() as clones:
+        expected = block(large)[:1]
+    assert block.proj.weight.numel() in [math.prod(shape) for shape in clones.shapes]
+    assert relative_error(got, expected) <= TOLERANCE
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_layers_without_gradients_are_those_with_them(encoder, decoder, channels_last):
     """Without, they write into padded tensors and call oneDNN; and weights may have either layout."""

@@ -4,13 +4,15 @@ import torch
 import torch.nn.functional as F
 from helpers_golden import relative_error
 
-from mochi_tune.parallel.kernels import KERNELS, attention_by, time_attention
+from mochi_tune.parallel.kernels import KERNELS, attention_by, has_kernel, time_attention
 
 
 def test_kernels_that_run_here_are_measured_and_no_other():
     seconds = time_attention((2, 40, 16), torch.device("cpu"), torch.float32)
     # A CPU has this one; cuDNN's and the memory-efficient one are CUDA's.
     assert seconds.keys() == {"flash"} and seconds["flash"] > 0
+    # By that name it is another one than a GPU's.
+    assert not has_kernel("flash", (2, 40, 16), torch.device("cpu"), torch.float32)
 
 
 def test_a_chosen_kernel_is_tried_first_and_what_it_cannot_do_still_runs():

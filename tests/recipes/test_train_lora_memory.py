@@ -1,10 +1,13 @@
 """Training in less memory: a rounded base is another run, everything else the same run."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import PartialState
 from helpers_golden import TOLERANCE
+from helpers_parallel import run_ranks
 from helpers_process import run_in_two
 from helpers_road import LORA, read_rows, road, train
 from safetensors.torch import load_file
@@ -12,6 +15,8 @@ from safetensors.torch import load_file
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, TrainingError
 from mochi_tune.recipes.train_lora import main
+from mochi_tune.training import preflight
+from mochi_tune.training.accelerator import host_memory
 from mochi_tune.training.memory_plan import check_host_memory
 
 MORE = ["train.steps=4", "train.checkpoint_every=2", "train.warmup_steps=0", "train.learning_rate=1e-3"]
@@ -64,6 +69,27 @@ def test_weights_that_host_memory_cannot_take_are_refused():
     check_host_memory(2**30, 2**30)
     with pytest.raises(ConfigError, match=r"5\.0 GiB free, and 18\.7 GiB of weights are to stay there: free some"):
         check_host_memory(int(18.7 * 2**30), 5 * 2**30)
+
+
+def share_host() -> tuple[int, int]:
+    PartialState(cpu=True)  # As `joined` does.
+    return host_memory()
+
+
+def test_each_process_of_a_machine_has_weights_of_its_own_in_host_memory(tmp_path, monkeypatch):
+    (free, num_sharing), other = run_ranks(2, share_host, tmp_path)
+    assert num_sharing == 2 and other == (free, 2) and free > 0
+    # As on a machine with GPUs that has room for one process.
+    more = ["memory=16gb", "train.recompute=block"]
+    plan = preflight.check(load_config("my_lora", road(tmp_path / "run", *LORA, *more)), 1)
+    plan = replace(plan, device=torch.device("cuda"))
+    room = plan.step.weights["modulation"] + plan.step.weights["blocks"]
+    monkeypatch.setattr(preflight, "free_bytes", lambda _device: 80 * 2**30)
+    monkeypatch.setattr(preflight, "host_memory", lambda: (room, 2))
+    with pytest.raises(ConfigError, match=r"for each of 2 processes: free some, .* fewer processes a machine"):
+        _ = plan.memory
+    monkeypatch.setattr(preflight, "host_memory", lambda: (room, 1))
+    assert plan.memory.is_streamed
 
 
 def test_a_run_goes_on_with_another_precision_by_force_only(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE
-from helpers_process import run, run_in_two
+from helpers_process import run, run_in
 from helpers_road import ENVIRONMENT, LORA, read_rows, road
 from safetensors.torch import load_file
 
@@ -23,15 +23,18 @@ TWO = ["train.batch_size=1", "train.accumulation_steps=2", "parallel.num_process
 LAYOUTS = {
     "data": [*TWO, "parallel=data"],
     "context": [*ONE, "parallel.num_processes=2", "parallel=context"],
+    # The six heads go two ways, so that the four processes are two rows in a ring.
+    "ring": [*ONE, "parallel.num_processes=4", "parallel=context"],
     "zero2": [*TWO, "parallel=zero2"],
     "zero3": [*TWO, "parallel=zero3"],
 }
 
 
 def train_as(run_dir: Path, *more: str) -> None:
-    # The processes of two start by fork here; the launchers, ours too, have tests of their own below.
-    start = run_in_two if "parallel.num_processes=2" in more else run
-    done = start("train", "conf=my_lora", *road(run_dir, *COMMON, *more))
+    # Several processes start by fork here; the launchers, ours too, have tests of their own below.
+    count = int(dict(setting.split("=") for setting in more).get("parallel.num_processes", 1))
+    arguments = ["train", "conf=my_lora", *road(run_dir, *COMMON, *more)]
+    done = run(*arguments) if count == 1 else run_in(count, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -90,7 +93,7 @@ def adapter_error(gradients: torch.Tensor, rates: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_two_processes_make_the_run_of_one(alone, tmp_path, name):
+def test_several_processes_make_the_run_of_one(alone, tmp_path, name):
     train_as(tmp_path, *LAYOUTS[name], "train.validate_every=7")
     assert_same_run(tmp_path, alone)
     ours, theirs = (read_rows(folder / "validation.jsonl") for folder in (tmp_path, alone))
