@@ -129,7 +129,7 @@ def test_a_video_that_is_replaced_under_the_same_name_and_size_is_found(videos, 
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
     before = target.stat()
     # Stopped when every video has been hashed and none decoded.
-    running = prepare(folder, cache, signal_before=".scans.json", signal=signal.SIGSTOP)
+    running = prepare(folder, cache, signal_before="..scans.json.tmp", signal=signal.SIGSTOP)
     running.wait_until_stopped()
     content, _ = other.read_bytes(), target.write_bytes(other.read_bytes())
     os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
