@@ -4,6 +4,7 @@ Read are folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`, and f
 repositories of the Hub hold them.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from mochi_tune.data_prep.caption_tables import CAPTION_KEYS
 from mochi_tune.data_prep.clips import VIDEO_SUFFIXES
 from mochi_tune.errors import DataError
-from mochi_tune.files import file_sha256, parse_object, read_json, write_atomic
+from mochi_tune.files import file_sha256, parse_object, read_json, remove_temporary_files, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,6 +28,8 @@ TABLE_NAME = "metadata.jsonl"
 VIDEO_COLUMNS = ("video", "mp4", "video_bytes")
 # Where a dataset has this split, the others are left for tests.
 TRAIN_SPLIT = "train"
+# What `_file_name` gives.
+WRITTEN_NAME = re.compile(rf"_[0-9a-f]{{16}}({'|'.join(map(re.escape, VIDEO_SUFFIXES))})$")
 MAX_NAMED = 3
 
 
@@ -67,6 +70,22 @@ def materialise_dataset(folder: Path, out: Path) -> Path:
         OSError: `out` cannot be written to.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        # A second process waits, and then finds all videos written.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_temporary_files(out)
+        captions = _write_videos(folder, out)
+        rows = [{"file_name": name, "caption": texts} for name, texts in captions.items()]
+        write_atomic(out / TABLE_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        for path in out.iterdir():
+            # A user may have put caption files beside the videos, which stay.
+            if WRITTEN_NAME.search(path.name) and path.name not in captions:
+                path.unlink()
+    return out
+
+
+def _write_videos(folder: Path, out: Path) -> dict[str, list[str]]:
+    """Writes the videos that are not there yet; returns the captions of each by its file's name."""
     captions: dict[str, list[str]] = {}
     missing: list[str] = []
     for number, (video, texts) in enumerate(tqdm(_read_rows(folder), desc="dataset", unit="row")):
@@ -80,12 +99,7 @@ def materialise_dataset(folder: Path, out: Path) -> Path:
     if missing:
         more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
         tqdm.write(f"{folder}: rows without a video that is there, not used: {', '.join(missing[:MAX_NAMED])}{more}")
-    rows = [{"file_name": name, "caption": texts} for name, texts in captions.items()]
-    write_atomic(out / TABLE_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-    for path in out.iterdir():
-        if path.name not in captions and path.name != TABLE_NAME:
-            path.unlink()
-    return out
+    return captions
 
 
 def _read_rows(folder: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:

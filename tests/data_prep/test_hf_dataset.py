@@ -78,9 +78,13 @@ def test_what_is_there_is_not_written_again_and_what_is_gone_is_removed(tmp_path
     save_parquet(
         dataset(row(b"new", "b.mp4", caption="n"), row(b"one", "a.mp4", caption="c")), tmp_path / "ds/x.parquet"
     )
+    # What a user has written stays, and what a killed process has left goes.
+    kept.with_suffix(".txt").write_text("by hand")
+    (out / ".b.mp4.1.tmp").write_bytes(b"half")
     materialise_dataset(tmp_path / "ds", out)
-    assert contents(out) == {b"one": ("c",), b"new": ("n",)} and kept.stat().st_mtime == 1
-    assert len(list(out.iterdir())) == 3
+    assert contents(out) == {b"one": ("by hand",), b"new": ("n",)} and kept.stat().st_mtime == 1
+    [new] = [path.name for path in find_videos(out) if path != kept]
+    assert {path.name for path in out.iterdir()} == {kept.name, f"{kept.stem}.txt", new, "metadata.jsonl", ".lock"}
 
 
 def test_a_row_with_a_path_alone_becomes_a_link(tmp_path, capsys):
