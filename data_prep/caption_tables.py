@@ -54,7 +54,7 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
         DataError: a folder has two tables; a table is malformed, or none of its rows names one of `videos`.
     """
     found = TableCaptions()
-    names = _VideoNames(folder, videos)
+    names, there = _VideoNames(folder, videos), set(folder.rglob("*"))
     tables = _find_tables(folder)
     for table in sorted(set(tables) | set(lists := find_lists(folder))):
         if table in tables:
@@ -68,7 +68,9 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
         unknown = []
         for row, video in zip(rows, names.find(path, [row.file_name for row in rows]), strict=True):
             if video is None:
-                unknown.append(row)
+                # A still that no bucket takes is there all the same.
+                if path.parent / row.file_name not in there:
+                    unknown.append(row)
             else:
                 found.rows.setdefault(video, []).append(row)
         if rows and len(unknown) == len(rows):

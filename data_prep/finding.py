@@ -13,24 +13,25 @@ MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
 
 
-def find_videos(folder: Path, with_stills: bool = False) -> list[Path]:
+def find_videos(folder: Path, with_stills: bool = False, setting: str = "data.videos") -> list[Path]:
     """Lists the videos in `folder` and below it, sorted by path; files whose name starts with a dot are left out.
 
     Args:
         folder: to look in.
         with_stills: whether still pictures count too.
+        setting: that names the folder.
 
     Raises:
         DataError: the folder does not exist, is a file, or holds no video.
     """
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"data.videos={folder} is not a folder: name the folder that holds your clips.")
+        raise DataError(f"{setting}={folder} is not a folder: name the folder that holds your clips.")
     if not folder.is_dir():
-        raise DataError(f"data.videos={folder} does not exist: name the folder that holds your clips.")
+        raise DataError(f"{setting}={folder} does not exist: name the folder that holds your clips.")
     suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
     videos = [path for path in _files(folder) if path.suffix.lower() in suffixes]
     if not videos:
-        raise DataError(f"data.videos={folder} holds no video: put clips in it ({' '.join(suffixes)}).")
+        raise DataError(f"{setting}={folder} holds no video: put clips in it ({' '.join(suffixes)}).")
     return videos
 
 

@@ -85,12 +85,13 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
     """
     inputs, without, orphans = Inputs(), [], []
     sources = read_sources(data)
-    for source in sources:
+    for number, source in enumerate(sources):
         folder = source.folder
+        setting = f"data.sources[{number}].folder" if data.sources else "data.videos"
         if folder.is_dir() and is_dataset(folder):
             folder = materialise_dataset(folder, Path(data.cache) / DATASET_FOLDER / source.name)
         has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
-        videos = find_videos(folder, has_stills)
+        videos = find_videos(folder, has_stills, setting)
         names = {video: _name(source, folder, video) for video in videos}
         rules = CaptionRules(
             data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed

@@ -6,6 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_folder
+from mochi_tune.data_prep.gather import listed
 from mochi_tune.data_prep.html_page import write_png
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
@@ -35,6 +36,11 @@ def main(config: RunConfig, out: Path | None) -> int:
     out = out or Path(config.run_dir) / "inspect"
     make_writable_folder(out)
     found = inspect_clips(config.data, config.seed, load_tokenizer(weights_folder(config)))
+    for reason in found.refused.values():
+        tqdm.write(f"refused: {reason}")
+    mute = [seen.clip.row.sample_id for seen in found.clips if not any(seen.clip.row.captions)]
+    if mute and not config.data.allow_empty_captions:
+        tqdm.write(f"{len(mute)} clips have no caption ({listed(mute)}), which `prepare` refuses to begin with")
     # The name of a run or a folder may hold bytes that are not UTF-8.
     write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
     tqdm.write(f"{out / PAGE_NAME}: {len(found.clips)} clips, {len(found.refused)} refused")

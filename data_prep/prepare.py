@@ -21,7 +21,7 @@ from mochi_tune.data_prep.clips import TRANSFORM_VERSION, DecodedClip
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.encode import encode_caption, encode_frames
 from mochi_tune.data_prep.gather import Clip, Inputs, cut_inputs, find_inputs, signature
-from mochi_tune.data_prep.preview import preview_path, write_preview
+from mochi_tune.data_prep.preview import check_preview_folder, preview_paths, write_preview
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory
@@ -52,7 +52,7 @@ def main(config: RunConfig) -> int:
     """
     done = prepare(config)
     if ";" in done.buckets:
-        tqdm.write(f"buckets: {done.buckets}")
+        tqdm.write(f"clips in buckets of [frames, height, width]: {done.buckets}")
     tqdm.write(
         f"{config.data.cache}: {done.kept} clips kept, {done.refused} refused; encoded now: {done.clips_encoded} clips "
         f"and {done.captions_encoded} captions, reused: {done.kept - done.clips_encoded} clips; "
@@ -71,6 +71,8 @@ def prepare(config: RunConfig) -> Prepared:
     """
     data, weights = config.data, WeightsFolder(weights_folder(config))
     device, folder = find_device(config.device), Path(data.cache)
+    if data.preview:
+        check_preview_folder(Path(data.preview), [source.folder for source in read_sources(data)])
     inputs = find_inputs(data, config.seed)
     weights.check(["encoder", "text_encoder"])
     buckets = {name: [list(astuple(bucket)) for bucket in sizes] for name, sizes in buckets_by_source(data).items()}
@@ -107,13 +109,18 @@ def _encode_clips(
     cache: CacheWriter, inputs: Inputs, decoder: ClipDecoder, config: RunConfig, device: torch.device
 ) -> tuple[int, dict[str, str]]:
     """Encodes the clips that the cache lacks; returns their number, and the reason for each sample_id that failed."""
-    preview = Path(config.data.preview) if config.data.preview else None
+    previews: dict[str, Path] = {}
+    if config.data.preview:
+        videos = [(clip.file.name, clip.row.start) for clip in inputs.clips]
+        paths = preview_paths(Path(config.data.preview), videos)
+        previews = {clip.row.sample_id: path for clip, path in zip(inputs.clips, paths, strict=True)}
     wanted, keys = [], set()
     for clip in inputs.clips:
         # Two files with the same bytes have the same keys, and are encoded once.
         is_new = clip.row.clip_key not in keys and not cache.has_latents(clip.row.clip_key)
         keys.add(clip.row.clip_key)
-        if is_new or (preview and not preview_path(preview, clip.row.sample_id).exists()):
+        # A preview of an earlier run may be of other settings.
+        if is_new or previews:
             wanted.append(clip)
     num_encoded, bad, encoder, saving = 0, {}, None, None
     with ThreadPoolExecutor(1) as saver, tqdm(total=len(wanted), desc="clips", unit="clip", disable=not wanted) as bar:
@@ -123,8 +130,8 @@ def _encode_clips(
             elif not _is_unchanged(clip, inputs.signatures[clip.file.name]):
                 bad[clip.row.clip_key] = f"{clip.file.path}: was changed while it was read: run this again."
             else:
-                if preview is not None:
-                    write_preview(preview_path(preview, clip.row.sample_id), decoded.frames)
+                if previews:
+                    write_preview(previews[clip.row.sample_id], decoded.frames)
                 if not cache.has_latents(clip.row.clip_key):
                     # Loaded only when a clip is there to be encoded: a second run over a bad clip reads no weights.
                     weights = WeightsFolder(weights_folder(config))

@@ -1,20 +1,48 @@
 """Writes clips as the VAE gets them, frame for frame, for people and scripts to look at."""
 
+from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from torch import Tensor
 
+from mochi_tune.errors import ConfigError
 from mochi_tune.files import temporary_file
 from mochi_tune.models.latents import FPS
 
 
-def preview_path(folder: Path, sample_id: str) -> Path:
-    """Returns the file of a clip: its video's path as .mkv, with the clip's @START where it has one."""
-    path, at, start = sample_id.rpartition("@")
-    is_window = bool(at) and start.isdigit()
-    name = Path(path if is_window else sample_id)
-    return folder / name.with_name(f"{name.stem}{f'@{start}' if is_window else ''}.mkv")
+def preview_paths(folder: Path, clips: Sequence[tuple[str, int]]) -> list[Path]:
+    """Returns the file of each clip: its video's path as .mkv, with the clip's @START where it is not the first.
+
+    Two videos that differ in their suffix alone keep it, as in a.mp4.mkv.
+
+    Args:
+        folder: of the previews.
+        clips: of each clip, its video's path and its first frame.
+    """
+    videos = {Path(video) for video, _ in clips}
+    stems = Counter(video.with_suffix("") for video in videos)
+    paths = []
+    for video, start in [(Path(video), start) for video, start in clips]:
+        name = video.name if stems[video.with_suffix("")] > 1 else video.stem
+        paths.append(folder / video.with_name(f"{name}{f'@{start}' if start else ''}.mkv"))
+    return paths
+
+
+def check_preview_folder(folder: Path, sources: Sequence[Path]) -> None:
+    """Refuses a folder of previews that overlaps with a folder of videos.
+
+    Raises:
+        ConfigError: previews would be trained on, or take the place of videos.
+    """
+    for source in sources:
+        ours, theirs = folder.resolve(), source.resolve()
+        if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+            raise ConfigError(
+                f"data.preview={folder} overlaps with the videos in {source}, which would be overwritten or trained "
+                "on: use a folder of its own."
+            )
 
 
 def write_preview(path: Path, frames: Tensor) -> None:

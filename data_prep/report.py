@@ -3,10 +3,11 @@
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
-from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
 from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs, listed
@@ -102,8 +103,8 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     if repeated := _repeated(clips):
         names = listed(repeated)
         lines.append(
-            f"{len(repeated)} clips hold repeated frames ({names}): data.frame_rate=retime would play each picture "
-            "once, and so faster"
+            f"{len(repeated)} clips hold repeated frames (pictures in frames: {names}); data.frame_rate=retime would "
+            "play each picture once, at another speed"
         )
     lines += _unused_footage(inputs, kept)
     # Captions without a video were told before.
@@ -125,7 +126,7 @@ def _repeated(clips: Sequence[Mapping[str, Any]]) -> list[str]:
     for record in clips:
         length = int(record["bucket"].split()[0])
         if length > 1 and record["distinct_frames"] < length:
-            found.append(f"{record['clip']} {record['distinct_frames']} of {length}")
+            found.append(f"{record['clip']} {record['distinct_frames']} in {length}")
     return found
 
 
@@ -157,7 +158,5 @@ def count_footage(inputs: Inputs, kept: Sequence[Row]) -> tuple[float, float]:
 
 def count_buckets(kept: Sequence[Row]) -> str:
     """Returns how many clips each bucket has, in one line."""
-    counts: dict[Bucket, int] = {}
-    for row in kept:
-        counts[row.bucket] = counts.get(row.bucket, 0) + 1
-    return "; ".join(f"{count} of {bucket}" for bucket, count in sorted(counts.items()))
+    counts = sorted(Counter(row.bucket for row in kept).items())
+    return "; ".join(f"{count} in {list(astuple(bucket))}" for bucket, count in counts)

@@ -305,12 +305,13 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float]]:
         total = sum(draws.values())
         sizes = f"each {largest}" if len(draws) == 1 else f"in {len(draws)} buckets, the largest {largest}"
         return len(found), f"{len(found)} in {cache}, {sizes}", {key: value / total for key, value in draws.items()}
-    if not data.sources and is_dataset(Path(data.videos)):
-        return 0, f"in the dataset {data.videos}, not prepared yet, each {largest}", {largest: 1.0}
-    if not data.sources and Path(data.videos).is_dir():
-        count = len(find_videos(Path(data.videos)))
-        return count, f"{count} videos in {data.videos}, not prepared yet, each {largest}", {largest: 1.0}
-    where = ", ".join(str(source.folder) for source in read_sources(data))
+    folders = [source.folder for source in read_sources(data)]
+    where = ", ".join(map(str, folders))
+    if any(folder.is_dir() and is_dataset(folder) for folder in folders):
+        return 0, f"in the dataset {where}, not prepared yet, each {largest}", {largest: 1.0}
+    if all(folder.is_dir() for folder in folders):
+        count = sum(len(find_videos(folder)) for folder in folders)
+        return count, f"{count} videos in {where}, not prepared yet, each {largest}", {largest: 1.0}
     return 0, f"none yet in {where}, each {largest}", {largest: 1.0}
 
 

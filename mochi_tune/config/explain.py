@@ -53,9 +53,7 @@ def explain(error: ValidationError, source: str, given: Mapping[str, str], secti
     dotted = ".".join(path)
     if dotted.startswith("data.sources."):
         # Of a source, one or another of its own fields.
-        what = f"data.sources[{path[2]}]: {'.'.join(path[3:])}" if path[3:] else f"data.sources[{path[2]}]"
-        wrong = "is missing" if details["type"] == "missing" else f"is {as_yaml(details['input'])}"
-        return does_not_fit(f"{what} {wrong}, which", "data.sources")
+        return _explain_source(path[2], path[3:], details)
     if details["type"] == "missing":
         missing = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing"]
         return f"{source} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`."
@@ -67,6 +65,21 @@ def explain(error: ValidationError, source: str, given: Mapping[str, str], secti
     key = next(key for num_parts in (2, 1) if (key := ".".join(path[:num_parts])) in known_keys())
     where = "" if key in given else f"{source}: "
     return where + _explain_value(known_keys()[key], details, path[key.count(".") + 1 :], given.get(key))
+
+
+def _explain_source(number: str, inner: list[str], details: ErrorDetails) -> str:
+    """Explains an error in a folder of data.sources, at `inner`."""
+    where, name = f"data.sources[{number}]", ".".join(inner[:1])
+    if details["type"] == "missing":
+        return f"{where} names no folder: write {{folder: NAME, ...}}."
+    if details["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, SourceConfig.model_fields, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f": it takes {', '.join(SourceConfig.model_fields)}."
+        return f"{where}: {name} is not known{hint}"
+    if not inner:
+        return does_not_fit(f"{where}={as_yaml(details['input'])}", "data.sources")
+    rule = details["msg"].removeprefix("Input should be ").replace("greater than", "above")
+    return f"{where}: {name}={as_yaml(details['input'])} is not possible: it must be {rule}."
 
 
 def does_not_fit(what: str, key: str) -> str:

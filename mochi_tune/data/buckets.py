@@ -129,7 +129,8 @@ def choose_bucket(footage: Footage, buckets: Sequence[Bucket], may_enlarge: bool
         smallest = min(long_enough, key=lambda bucket: scale_to(footage, bucket))
         raise DataError(
             f"is {footage.width}x{footage.height} pixels, too small for {smallest.width}x{smallest.height}: "
-            "set a smaller data.height and data.width, or data.allow_upscale=true."
+            f"set a smaller {'data.height and data.width' if len(buckets) == 1 else 'bucket or data.resolution'}, or "
+            "data.allow_upscale=true."
         )
     max_frames = max(bucket.num_frames for bucket in buckets)
     shares = {bucket: kept_share(footage, bucket, max_frames) for bucket in large_enough}

@@ -215,7 +215,7 @@ def open_cache(
     wanted = _sizes({name: [astuple(bucket) for bucket in sizes] for name, sizes in buckets.items()})
     found = _sizes(cache.settings.transform["buckets"])
     if wanted.keys() != found.keys():
-        wanted, found = {"buckets": str(wanted)}, {"buckets": str(found)}
+        wanted, found = ({"buckets": _in_words(sizes)} for sizes in (wanted, found))
     for name, fingerprint in (("vae", vae_fingerprint), ("t5", t5_fingerprint)):
         if fingerprint is not None:
             wanted[f"{name} weights"] = fingerprint[:12]
@@ -230,7 +230,8 @@ def open_cache(
     if differences:
         raise DataError(
             f"the cache {folder} was made for other settings ({'; '.join(differences)}): "
-            "run `mochi-tune prepare` with this config, or name another folder in data.cache."
+            "give the data settings that it was prepared with, run `mochi-tune prepare` with this config, or name "
+            "another folder in data.cache."
         )
     return cache
 
@@ -242,6 +243,13 @@ def _sizes(buckets: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
         if len(sizes) == 1:
             return dict(zip(("num_frames", "height", "width"), sizes[0], strict=True))
     return {f"buckets of {name}" if name else "buckets": [list(size) for size in s] for name, s in buckets.items()}
+
+
+def _in_words(sizes: Mapping[str, Any]) -> str:
+    """Returns what `_sizes` gave, short enough for a line."""
+    if "num_frames" in sizes:
+        return f"{sizes['num_frames']} frames of {sizes['height']}x{sizes['width']}"
+    return " and ".join(f"{len(buckets)} {name}" for name, buckets in sizes.items())
 
 
 def _complete_manifest(folder: Path) -> dict[str, Any]:

@@ -122,15 +122,17 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     Raises:
         TrainingError: a setting that decides what is learnt has changed, and is not forced or cannot be forced.
     """
-    identity, clips = this.identity, changed_clips(run_dir, state["cache"], this.contents)
+    identity = this.identity
+    moved, altered = changed_clips(run_dir, state["cache"], this.contents)
     before, now = state["settings"], identity["settings"]
     differing = [key for key in now if before.get(key) != now[key]]
-    texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing}
+    texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing if key != "data.sources"}
     others = {}
     if "order" not in state:
         others["order"] = "its checkpoint is of an earlier version, which did not keep the order of the clips"
     elif state["order"] != identity["order"]:
-        others["order"] = f"the clips come in another order than in the {state['step']} steps so far{clips}"
+        why = moved or ": repeats, weights, shares, held-out clips or the batch size are others"
+        others["order"] = f"the clips come in another order than in the {state['step']} steps so far{why}"
     if state["base"] != identity["base"]:
         others["base"] = "the base is another one"
     if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
@@ -150,7 +152,7 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     notes += [f"since step {state['step']} {text}" for text in others.values()]
     if state["cache"] != identity["cache"] and "order" not in others:
         notes.append(
-            f"since step {state['step']} the clips come in the same order and are not all the same{clips}: "
+            f"since step {state['step']}: {altered or 'clips are encoded anew'}; their order is the same, but "
             "the run cannot be repeated from its start"
         )
     if before.get("train.steps") != now["train.steps"] and now.get("train.schedule", "cosine") != "constant":
@@ -158,19 +160,19 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     return changed, notes
 
 
-def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) -> str:
-    """Returns in words which clips a cache has gained, lost or changed since the run last started with another one."""
+def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) -> tuple[str, str]:
+    """Returns in words which clips came or went, and which are others, since the run started with another cache."""
     kept = read_json(run_dir / CLIPS_FILE) if (run_dir / CLIPS_FILE).exists() else {}
-    if kept.get("cache") != fingerprint or not contents:
-        return ""
+    if kept.get("cache") != fingerprint:
+        return "", ""
     before = kept["clips"]
-    parts = {
-        "new": contents.keys() - before.keys(),
-        "gone": before.keys() - contents.keys(),
-        "with another caption or cut": {name for name in contents.keys() & before if contents[name] != before[name]},
-    }
+    parts = {"new": contents.keys() - before.keys(), "gone": before.keys() - contents.keys()}
     texts = [f"{len(names)} {what} ({_listed(sorted(names))})" for what, names in parts.items() if names]
-    return f" ({', '.join(texts)})" if texts else ""
+    altered = sorted(name for name in contents.keys() & before if contents[name] != before[name])
+    return (
+        f": {', '.join(texts)}" if texts else "",
+        f"{len(altered)} clips have another caption or cut ({_listed(altered)})" if altered else "",
+    )
 
 
 def _listed(names: list[str]) -> str:

@@ -49,10 +49,15 @@ def test_shares_belong_to_listed_buckets():
         (["data.buckets=auto", "data.max_frames=40"], "num_frames=40 does not fit"),
         (
             ["data.sources=[{folder: x, foo: 1}]"],
-            r"data.sources\[0\]: foo is 1, which does not fit: .* repeats, weight",
+            r"data.sources\[0\]: foo is not known: it takes folder, repeats, weight",
         ),
-        (["data.sources=[{repeats: 1}]"], r"data.sources\[0\]: folder is missing"),
-        (["data.sources=[{folder: x, repeats: 0}]"], r"data.sources\[0\]: repeats is 0"),
+        (["data.sources=[{repeats: 1}]"], r"data.sources\[0\] names no folder"),
+        (["data.sources=[{foldr: x}]"], r"foldr is not known; did you mean folder\?"),
+        (["data.sources=[{folder: x, clips: al}]"], r"clips=al is not possible: it must be 'head', 'uniform'"),
+        (
+            ["data.sources=[{folder: x, repeats: 0}]"],
+            r"data.sources\[0\]: repeats=0 is not possible: it must be above 0",
+        ),
         (["data.sources=[{folder: a/x}, {folder: b/x}]"], "two folders with the name x"),
         (["data.sources=[{folder: a, weight: 1}, {folder: b}]"], "give each source a weight, or each repeats"),
         (["data.bucket_shares=[1]"], "data.bucket_shares has 1 numbers and data.buckets lists 0 sizes"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mochi_tune.data_prep.caption_tables import read_tables
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.errors import DataError
 
@@ -135,6 +136,14 @@ def test_a_table_in_a_sub_folder_names_the_videos_there(folder, videos):
 def test_a_table_beside_the_videos_may_name_them_from_the_folder_of_all(folder, videos):
     _write(folder / "sub" / "metadata.csv", "file_name,text\nsub/c.mkv,deep\n")
     assert _texts(folder, videos) == {"sub/c.mkv": ("deep",)}
+
+
+def test_a_row_of_a_still_that_is_not_taken_is_no_row_without_a_video(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "still.png").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.mp4,a cat\nstill.png,a wall\n")
+    found = read_tables(tmp_path, [tmp_path / "a.mp4"])
+    assert [row.captions for row in found.rows[tmp_path / "a.mp4"]] == [("a cat",)] and found.notes == []
 
 
 def test_rows_without_a_video_are_counted_and_named(folder, videos):

@@ -19,6 +19,7 @@ from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data_prep import gather
 from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.data_prep.prepare import main, prepare
+from mochi_tune.errors import ConfigError
 
 TINY = Path(mochi_tune.__file__).parent / "assets" / "tiny"
 SIZES = [[7, 32, 48], [13, 32, 48], [7, 48, 32], [1, 32, 48]]
@@ -86,7 +87,7 @@ def test_each_clip_has_the_size_that_loses_least(mixed, capsys):
     assert report["long.mp4"]["bucket"] == "13 frames of 32x48"
     assert "is no video that is known" in report["music.mp3"]["reason"]
     out = capsys.readouterr().out
-    assert "buckets: 1 of 1 frames of 32x48; 1 of 7 frames of 32x48; 1 of 7 frames of 48x32; 1 of 13" in out
+    assert "height, width]: 1 in [1, 32, 48]; 1 in [7, 32, 48]; 1 in [7, 48, 32]; 1 in [13, 32, 48]" in out
     assert "0.8 of 1.7 s of footage are not used; data.clips=all cuts all of it" in out
     assert "1 files were not taken: music.mp3" in out
 
@@ -127,6 +128,26 @@ def test_the_preview_is_frame_for_frame_what_is_encoded(mixed):
     assert [frame_number(frame) for frame in frames] == list(range(13, 26))
     clip = decode_clip(mixed / "videos" / "long.mp4", Cut(13, 32, 48, start=13))
     assert torch.equal(torch.from_numpy(np.stack(frames)), clip.frames)
+
+
+def test_previews_of_other_settings_are_written_anew_and_names_do_not_collide(mixed):
+    add(mixed / "videos" / "long.webm", 9, 96, 64, first_number=50)
+    prepare(config_for(mixed, preview=str(mixed / "preview")))
+    config = config_for(mixed, preview=str(mixed / "preview"), buckets=[[7, 48, 32], [1, 32, 48]])
+    prepare(config)
+    sizes = {}
+    for path in (mixed / "preview").iterdir():
+        with av.open(str(path)) as container:
+            sizes[path.name] = next(container.decode(video=0)).width
+    assert sizes == dict.fromkeys(("long.mp4.mkv", "long.webm.mkv", "phone.mkv", "screen.mkv"), 32) | {"still.mkv": 48}
+
+
+@pytest.mark.parametrize("where", ["videos", "videos/preview", "."])
+def test_previews_are_kept_apart_from_videos(mixed, where):
+    before = (mixed / "videos" / "screen.mkv").read_bytes()
+    with pytest.raises(ConfigError, match="overlaps with the videos in"):
+        prepare(config_for(mixed, preview=str(mixed / where)))
+    assert (mixed / "videos" / "screen.mkv").read_bytes() == before
 
 
 def test_a_still_beside_clips_of_one_size_is_not_taken_and_told(mixed, capsys):

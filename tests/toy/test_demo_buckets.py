@@ -27,7 +27,7 @@ def test_the_lesson_is_learnt_from_clips_of_two_sizes(tmp_path, capsys):
     sizes = ["data.buckets=[[13,64,96],[7,64,96]]", "train.steps=120", "train.validate_every=0", "sample.steps=12"]
     config = load_config("toy_lora", [*paths, *sizes])
     assert prepare(config) == 0
-    assert "buckets: 12 of 7 frames of 64x96; 12 of 13 frames of 64x96" in capsys.readouterr().out
+    assert "12 in [7, 64, 96]; 12 in [13, 64, 96]" in capsys.readouterr().out
     assert train(config) == 0
     assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 120
 
