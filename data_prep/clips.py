@@ -13,21 +13,6 @@ import torch
 
 from mochi_tune.data_prep.colour import RgbConverter
 from mochi_tune.data_prep.decord_frames import is_plain, read_with_decord
-from mochi_tune.data_prep.finding import (
-    IMAGE_SUFFIXES as IMAGE_SUFFIXES,
-)
-from mochi_tune.data_prep.finding import (
-    MEDIA_SUFFIXES as MEDIA_SUFFIXES,
-)
-from mochi_tune.data_prep.finding import (
-    VIDEO_SUFFIXES as VIDEO_SUFFIXES,
-)
-from mochi_tune.data_prep.finding import (
-    find_unused as find_unused,
-)
-from mochi_tune.data_prep.finding import (
-    find_videos as find_videos,
-)
 from mochi_tune.data_prep.frames import (
     find_seek_time,
     image_matrix,

@@ -16,7 +16,7 @@ from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.finding import find_unused, find_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
-from mochi_tune.data_prep.windows import choose_cuts, decisive, refusal
+from mochi_tune.data_prep.windows import choose_cuts, decisive
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, parse_object, write_atomic
 
@@ -150,18 +150,16 @@ def cut_inputs(inputs: Inputs, data: DataConfig, settings: CacheSettings, decode
     What a file holds is kept in the cache's folder, so that a second run opens new files alone.
     """
     kept = Path(data.cache) / SCANS_FILE
-    known = (parse_object(kept.read_bytes()) or {}) if kept.is_file() else {}
-    before = known.get("scans", {}) if known.get("version") == TRANSFORM_VERSION else {}
-    scans = {}
+    before = _kept_scans(kept)
+    scans: dict[str, Scan] = {}
     files = [file for name, file in inputs.files.items() if name not in inputs.refused]
     for file in tqdm(files, desc="files", unit="file"):
         try:
             inputs.signatures[file.name] = signature(file.path)
             sha256 = _fingerprint(file.path)
-            scan = Scan.from_json(before[sha256]) if sha256 in before else decoder.scan(file.path)
-            scans[sha256] = scan.to_json()
-            inputs.scans[file.name] = scan
-            cuts = choose_file_cuts(file, scan, data)
+            scan = before[sha256] if sha256 in before else decoder.scan(file.path)
+            scans[sha256] = inputs.scans[file.name] = scan
+            cuts = _choose_cuts(file, scan, data)
         except DataError as error:
             inputs.refused[file.name] = str(error)
             continue
@@ -170,19 +168,26 @@ def cut_inputs(inputs: Inputs, data: DataConfig, settings: CacheSettings, decode
             inputs.clips.append(Clip(row, file, cut))
     if scans != before:
         # `inspect` may read it while `prepare` writes it.
-        write_atomic(kept, json.dumps({"version": TRANSFORM_VERSION, "scans": scans}).encode())
+        values = {sha256: scan.to_json() for sha256, scan in scans.items()}
+        write_atomic(kept, json.dumps({"version": TRANSFORM_VERSION, "scans": values}).encode())
 
 
-def choose_file_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]:
-    """Returns the clips of a file.
-
-    Raises:
-        DataError: no bucket fits it.
-    """
+def _choose_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]:
     try:
         return choose_cuts(scan, file.source.buckets, file.source.clips, data)
     except DataError as error:
-        raise DataError(refusal(file.path, error)) from None
+        raise DataError(f"{file.path}: {error}") from None
+
+
+def _kept_scans(path: Path) -> dict[str, Scan]:
+    """Returns what files held at the last run, by their hash; nothing where that is of another version or damaged."""
+    kept = (parse_object(path.read_bytes()) or {}) if path.is_file() else {}
+    try:
+        scans = kept["scans"] if kept.get("version") == TRANSFORM_VERSION else {}
+        return {sha256: Scan.from_json(values) for sha256, values in scans.items()}
+    except (LookupError, TypeError, AttributeError):
+        # Written by another program: the files are read again.
+        return {}
 
 
 def signature(path: Path) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from mochi_tune.data_prep.caption_tables import CAPTION_KEYS
-from mochi_tune.data_prep.clips import VIDEO_SUFFIXES
+from mochi_tune.data_prep.finding import VIDEO_SUFFIXES
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, parse_object, read_json, remove_temporary_files, write_atomic
 

@@ -8,7 +8,6 @@ from mochi_tune.config.schema import ClipMode, DataConfig
 from mochi_tune.data.buckets import Bucket, Footage, choose_bucket
 from mochi_tune.data_prep.clips import Cut, choose_frame_rate
 from mochi_tune.data_prep.probe import Scan
-from mochi_tune.errors import DataError
 
 
 def choose_cuts(scan: Scan, buckets: Sequence[Bucket], mode: ClipMode, data: DataConfig) -> list[Cut]:
@@ -74,8 +73,3 @@ def decisive(cut: Cut) -> dict[str, Any]:
     # The same pictures, whichever library reads them.
     del values["decoder"]
     return values
-
-
-def refusal(path: object, error: DataError) -> str:
-    """Returns an error of `choose_cuts` with the file's name."""
-    return f"{path}: {error}"

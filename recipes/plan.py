@@ -15,7 +15,7 @@ from mochi_tune.config.schema import RunConfig, sample_size
 from mochi_tune.config.sources import buckets_by_source, largest_bucket, read_sources
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache
-from mochi_tune.data_prep.clips import find_videos
+from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES, peak_gib, reset_peak

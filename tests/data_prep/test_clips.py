@@ -8,7 +8,8 @@ import torch
 from helpers_video import frame_number, is_upright, paint_frame, write_video
 from PIL import Image
 
-from mochi_tune.data_prep.clips import Cut, DecodedClip, _Fit, _resize_and_crop, decode_clip, find_unused, find_videos
+from mochi_tune.data_prep.clips import Cut, DecodedClip, _Fit, _resize_and_crop, decode_clip
+from mochi_tune.data_prep.finding import find_unused, find_videos
 from mochi_tune.errors import DataError
 
 CONTAINERS = ["mp4", "mov", "m4v", "mkv", "webm", "avi"]

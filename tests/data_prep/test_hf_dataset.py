@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value, Video
 
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
-from mochi_tune.data_prep.clips import find_videos
+from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.errors import DataError
 

@@ -116,6 +116,18 @@ def test_a_second_run_opens_no_video(mixed, monkeypatch):
     assert prepare(config_for(mixed, clips="all")).clips_encoded == 0
 
 
+@pytest.mark.parametrize(
+    "kept", ["", "{", '{"version": 2, "scans": []}', '{"version": 2, "scans": {"HASH": {"width": 1}}}']
+)
+def test_what_files_held_is_read_again_where_it_was_damaged(mixed, kept):
+    config = config_for(mixed)
+    prepare(config)
+    sha256 = cache_of(config).rows[0].source_sha256
+    (mixed / "cache" / ".scans.json").write_text(kept.replace("HASH", sha256))
+    done = prepare(config)
+    assert (done.kept, done.clips_encoded) == (4, 0)
+
+
 def test_the_preview_is_frame_for_frame_what_is_encoded(mixed):
     prepare(config_for(mixed))
     # Of clips that are in the cache too.
