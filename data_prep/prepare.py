@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_folder
-from mochi_tune.config.sources import buckets_by_source, read_sources
+from mochi_tune.config.sources import buckets_by_source, prepared_settings, read_sources
 from mochi_tune.data.cache import REPORT_NAME
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import CacheSettings, Row
@@ -77,7 +77,7 @@ def prepare(config: RunConfig) -> Prepared:
     weights.check(["encoder", "text_encoder"])
     buckets = {name: [list(astuple(bucket)) for bucket in sizes] for name, sizes in buckets_by_source(data).items()}
     settings = CacheSettings(
-        transform={"version": TRANSFORM_VERSION, "buckets": buckets},
+        transform={"version": TRANSFORM_VERSION, "buckets": buckets, "settings": prepared_settings(data)},
         vae=weights.fingerprint("encoder"),
         vae_dtype=config.model.dtype,
         t5=weights.fingerprint("text_encoder"),

@@ -100,13 +100,9 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     if lost:
         names = listed(f"{name} by {share:.0%}" for name, share in lost.items())
         lines.append(f"{len(lost)} clips lose more than a third of their picture: {names}; {_wider(inputs)}")
-    if repeated := _repeated(clips):
-        names = listed(repeated)
-        lines.append(
-            f"{len(repeated)} clips hold repeated frames (pictures in frames: {names}); data.frame_rate=retime would "
-            "play each picture once, at another speed"
-        )
+    lines += _repeated(clips, inputs)
     lines += _unused_footage(inputs, kept)
+    lines += _draws(inputs, kept)
     # Captions without a video were told before.
     if others := sorted(name for name, why in inputs.unused.items() if not why.endswith(NO_VIDEO)):
         lines.append(f"{len(others)} files were not taken: {listed(others)}")
@@ -120,14 +116,39 @@ def _wider(inputs: Inputs) -> str:
     return "a bucket of their shape in data.buckets would keep it"
 
 
-def _repeated(clips: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the clips that show a picture twice, with the pictures of each; stills have but one."""
-    found = []
-    for record in clips:
-        length = int(record["bucket"].split()[0])
-        if length > 1 and record["distinct_frames"] < length:
-            found.append(f"{record['clip']} {record['distinct_frames']} in {length}")
-    return found
+def _repeated(records: Sequence[Mapping[str, Any]], inputs: Inputs) -> list[str]:
+    """Tells of clips that show a picture twice, by file, with the pictures of the worst; stills have but one."""
+    files = {clip.row.sample_id: clip.file.name for clip in inputs.clips}
+    worst: dict[str, tuple[int, int]] = {}
+    num_clips = 0
+    for record in records:
+        distinct, length = record["distinct_frames"], int(record["bucket"].split()[0])
+        if 1 < length > distinct:
+            num_clips += 1
+            name = files[record["clip"]]
+            worst[name] = min(worst.get(name, (distinct, length)), (distinct, length), key=lambda pair: pair[0] / pair[1])
+    if not worst:
+        return []
+    names = listed(f"{name} {distinct} in {length}" for name, (distinct, length) in worst.items())
+    return [
+        f"clips with repeated frames: {num_clips}, of {len(worst)} files (pictures in frames: {names}); "
+        "data.frame_rate=retime would play each picture once, at another speed"
+    ]
+
+
+def _draws(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
+    """Tells what an epoch takes of each source, where some are taken more often than others."""
+    sources = {file.source.name: file.source for file in inputs.files.values()}.values()
+    if all(source.repeats == 1 and source.weight is None for source in sources):
+        return []
+    clips = Counter(row.source for row in kept)
+    present = [source for source in sources if clips[source.name]]
+    if any(source.weight is not None for source in present):
+        total = sum(source.weight or 0 for source in present)
+        shares = [f"{(source.weight or 0) / total:.0%} from {source.name} ({clips[source.name]})" for source in present]
+        return [f"by the weights of data.sources, of the clips drawn come {', '.join(shares)}"]
+    times = [f"{source.repeats:g} x {clips[source.name]} of {source.name}" for source in present]
+    return [f"by the repeats of data.sources, an epoch takes the clips {', '.join(times)}"]
 
 
 def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:

@@ -12,7 +12,7 @@ from mochi_tune.adapters.lora import apply_lora, linear_shapes
 from mochi_tune.config.load import weights_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig, sample_size
-from mochi_tune.config.sources import buckets_by_source, largest_bucket, read_sources
+from mochi_tune.config.sources import buckets_by_source, largest_bucket, prepared_settings, read_sources
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data_prep.finding import find_videos
@@ -297,7 +297,7 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float]]:
     data, cache = config.data, Path(config.data.cache)
     largest = largest_bucket(data)
     if (cache / "data").exists():
-        found = open_cache(cache, buckets_by_source(data))
+        found = open_cache(cache, buckets_by_source(data), settings=prepared_settings(data))
         order = clip_order(config, found, [])
         draws = {found.rows[pool.clips[0]].bucket: 0 for pool in order.pools}
         for pool in order.pools:

@@ -2,11 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mochi_tune.config.schema import Buckets, ClipMode, DataConfig
 from mochi_tune.data.buckets import Bucket, auto_buckets, read_buckets
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import check_geometry
+
+# Besides the sizes: what decides which clips `prepare` cuts, and the captions that it encodes.
+_PREPARED = (
+    "clips", "clip_stride", "max_clips", "frame_rate", "hdr", "captions", "caption_prefix", "caption_suffix",
+    "tag_dropout", "caption_variants",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,16 @@ def buckets_by_source(data: DataConfig) -> dict[str, list[Bucket]]:
         ConfigError: as `read_sources`.
     """
     return {source.name: source.buckets for source in read_sources(data)}
+
+
+def prepared_settings(data: DataConfig) -> dict[str, Any]:
+    """Returns the settings besides the sizes that decide what `prepare` makes, by name; JSON values."""
+    found = {f"data.{name}": getattr(data, name) for name in _PREPARED}
+    for source, own in zip(read_sources(data), data.sources, strict=False):
+        for name in ("clips", "caption_prefix"):
+            if getattr(own, name) is not None:
+                found[f"{name} of {source.name}"] = getattr(own, name)
+    return found
 
 
 def largest_bucket(data: DataConfig) -> Bucket:

@@ -197,6 +197,7 @@ def open_cache(
     buckets: Mapping[str, Sequence[Bucket]],
     vae_fingerprint: str | None = None,
     t5_fingerprint: str | None = None,
+    settings: Mapping[str, Any] = {},
 ) -> Cache:
     """Opens a cache for training; refuses one that is incomplete or was made for other settings.
 
@@ -205,6 +206,7 @@ def open_cache(
         buckets: The sizes of clips that the settings ask for, by the name of their source.
         vae_fingerprint: Of the encoder that the DiT belongs to; None where its weights are not available.
         t5_fingerprint: Of the text encoder for prompts; None where its weights are not available.
+        settings: What `prepared_settings` gives, of the cut and the captions; {} where any will do.
 
     Raises:
         DataError: No cache there, one that `prepare` has not finished, a shard that is missing or cut off,
@@ -216,6 +218,11 @@ def open_cache(
     found = _sizes(cache.settings.transform["buckets"])
     if wanted.keys() != found.keys():
         wanted, found = ({"buckets": _in_words(sizes)} for sizes in (wanted, found))
+    # A cache made before they were written down is taken as it is.
+    written = cache.settings.transform.get("settings")
+    if settings and written:
+        for name in sorted(settings.keys() | written.keys()):
+            wanted[name], found[name] = settings.get(name), written.get(name)
     for name, fingerprint in (("vae", vae_fingerprint), ("t5", t5_fingerprint)):
         if fingerprint is not None:
             wanted[f"{name} weights"] = fingerprint[:12]

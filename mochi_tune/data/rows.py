@@ -18,8 +18,8 @@ class CacheSettings:
     """Everything besides videos and captions that decides what is encoded.
 
     Args:
-        transform: How clips are cut out of the videos: JSON values, including `version` and `buckets`, the lists
-            [frames, height, width] of each source of clips by its name.
+        transform: How clips are cut out of the videos: JSON values, including `version`; `buckets`, the lists
+            [frames, height, width] of each source of clips by its name; `settings`, those of the cut and the captions.
         vae: Fingerprint of the VAE encoder's weights.
         vae_dtype: Precision that it runs in, "bf16" or "fp32".
         t5: Fingerprint of the text encoder's weights.

@@ -17,7 +17,7 @@ from mochi_tune.config.load import weights_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import flat_settings, resume_rule
-from mochi_tune.config.sources import buckets_by_source, largest_bucket, read_sources, share_of_buckets
+from mochi_tune.config.sources import buckets_by_source, largest_bucket, prepared_settings, read_sources, share_of_buckets
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.data.order import ClipOrder, make_pools
@@ -244,7 +244,8 @@ def _check_streaming(config: RunConfig) -> None:
 def _open_cache(config: RunConfig, weights: WeightsFolder) -> Cache:
     # The encoders need not be on the training machine; where they are, the cache must come from them.
     vae, t5 = (weights.fingerprint(part) if weights.has(part) else None for part in ("encoder", "text_encoder"))
-    return open_cache(Path(config.data.cache), buckets_by_source(config.data), vae, t5)
+    settings = prepared_settings(config.data)
+    return open_cache(Path(config.data.cache), buckets_by_source(config.data), vae, t5, settings)
 
 
 def check_text_width(dataset: LatentDataset, width: int) -> None:

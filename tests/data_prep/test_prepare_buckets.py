@@ -176,7 +176,7 @@ def test_a_portrait_clip_that_loses_most_of_its_picture_is_told(mixed, capsys):
     assert float(report_of(mixed)["phone.mp4"]["lost_picture"]) == pytest.approx(1 - 4 / 9, abs=0.01)
 
 
-def test_folders_have_settings_of_their_own(mixed):
+def test_folders_have_settings_of_their_own(mixed, capsys):
     add(mixed / "more" / "dogs" / "rex.mp4", 20, 96, 64)
     sources = [
         {"folder": str(mixed / "videos"), "caption_prefix": "wide,"},
@@ -190,6 +190,10 @@ def test_folders_have_settings_of_their_own(mixed):
     captions = {row.sample_id: row.captions for row in rows}
     assert captions["videos/long.mp4"] == ("wide, a clip, long",) and captions["dogs/rex.mp4"] == ("a clip, rex",)
     assert "dogs/rex.mp4@7" in report_of(mixed)
+    assert "an epoch takes the clips 1 x 4 of videos, 2 x 2 of dogs" in capsys.readouterr().out
+    weighted = [{key: value for key, value in source.items() if key != "repeats"} for source in sources]
+    main(config_for(mixed, sources=[source | {"weight": weight} for source, weight in zip(weighted, (3, 1))]))
+    assert "of the clips drawn come 75% from videos (4), 25% from dogs (2)" in capsys.readouterr().out
 
 
 def test_a_folder_within_another_one_may_be_a_source_too(mixed):

@@ -63,7 +63,7 @@ def test_clips_that_are_easily_read_wrong_go_right_through_the_command_line(tmp_
     assert (report["film.mp4"]["frame_rate"], report["film.mp4"]["source_fps"]) == ("retime", "24.0")
     assert (report["square.mp4"]["pixel_aspect"], report["square.mp4"]["source_width"]) == ("2.0", "96")
     assert (
-        "3 clips hold repeated frames (pictures in frames: gap.mp4 3 in 7, slow.webm 1 in 7, slower.mkv 1 in 7)"
+        "clips with repeated frames: 3, of 3 files (pictures in frames: gap.mp4 3 in 7, slow.webm 1 in 7, slower.mkv 1 in 7)"
         in capsys.readouterr().out
     )
 
@@ -73,7 +73,7 @@ def test_the_frame_rate_and_hdr_settings_reach_the_clips(tmp_path, capsys):
     add_clip(tmp_path, "hdr.mp4", None, 8, color_transfer=16)
     assert main(config_for(tmp_path, frame_rate="resample")) == 1
     out = capsys.readouterr().out
-    assert "1 clips hold repeated frames (pictures in frames: film.mp4 6 in 7)" in out and "hdr.mp4: is HDR, PQ" in out
+    assert "clips with repeated frames: 1, of 1 files (pictures in frames: film.mp4 6 in 7)" in out and "hdr.mp4: is HDR, PQ" in out
     done = prepare(config_for(tmp_path, frame_rate="resample", hdr="tonemap"))
     assert (done.kept, done.refused) == (2, 0)
     assert report_of(tmp_path)["hdr.mp4"]["hdr"].startswith("PQ")

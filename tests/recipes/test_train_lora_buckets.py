@@ -165,6 +165,18 @@ def test_a_size_without_a_whole_clip_ends_the_run(mixed, tmp_path):
         train(mixed, tmp_path, "data.damaged=quarantine", "train.accumulation_steps=2")
 
 
+def test_settings_of_the_cut_and_the_captions_are_those_of_the_cache(mixed, tmp_path):
+    for own in ("data.clips=all", "data.caption_prefix=TOK", "data.captions=one", "data.frame_rate=retime"):
+        name, value = own.split("=")
+        with pytest.raises(DataError, match=f"made for other settings.*{name}: .* the config wants {value}"):
+            train(mixed, tmp_path, own)
+    manifest = mixed / "cache" / "manifest.json"
+    written = json.loads(manifest.read_text())
+    del written["settings"]["transform"]["settings"]
+    manifest.write_text(json.dumps(written))
+    check(load_config("my_lora", settings(mixed, tmp_path, "data.clips=all")), 1)  # By a version that kept no note.
+
+
 def _break_latents(shard: Path, place: int) -> None:
     import pyarrow.parquet as pq
 
