@@ -214,7 +214,7 @@ def open_cache(
     """
     folder = Path(folder)
     cache = Cache(folder, _complete_manifest(folder))
-    wanted = _sizes({name: [astuple(bucket) for bucket in sizes] for name, sizes in buckets.items()})
+    wanted: dict[str, Any] = _sizes({name: [astuple(bucket) for bucket in sizes] for name, sizes in buckets.items()})
     found = _sizes(cache.settings.transform["buckets"])
     if wanted.keys() != found.keys():
         wanted, found = ({"buckets": _in_words(sizes)} for sizes in (wanted, found))
