@@ -126,7 +126,7 @@ def _repeated(records: Sequence[Mapping[str, Any]], inputs: Inputs) -> list[str]
         if 1 < length > distinct:
             num_clips += 1
             name = files[record["clip"]]
-            worst[name] = min(worst.get(name, (distinct, length)), (distinct, length), key=lambda pair: pair[0] / pair[1])
+            worst[name] = min(worst.get(name, (distinct, length)), (distinct, length), key=_share_seen)
     if not worst:
         return []
     names = listed(f"{name} {distinct} in {length}" for name, (distinct, length) in worst.items())
@@ -134,6 +134,10 @@ def _repeated(records: Sequence[Mapping[str, Any]], inputs: Inputs) -> list[str]
         f"clips with repeated frames: {num_clips}, of {len(worst)} files (pictures in frames: {names}); "
         "data.frame_rate=retime would play each picture once, at another speed"
     ]
+
+
+def _share_seen(pictures: tuple[int, int]) -> float:
+    return pictures[0] / pictures[1]
 
 
 def _draws(inputs: Inputs, kept: Sequence[Row]) -> list[str]:

@@ -17,7 +17,13 @@ from mochi_tune.config.load import weights_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import flat_settings, resume_rule
-from mochi_tune.config.sources import buckets_by_source, largest_bucket, prepared_settings, read_sources, share_of_buckets
+from mochi_tune.config.sources import (
+    buckets_by_source,
+    largest_bucket,
+    prepared_settings,
+    read_sources,
+    share_of_buckets,
+)
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.data.order import ClipOrder, make_pools

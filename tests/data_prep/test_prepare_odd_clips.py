@@ -73,7 +73,10 @@ def test_the_frame_rate_and_hdr_settings_reach_the_clips(tmp_path, capsys):
     add_clip(tmp_path, "hdr.mp4", None, 8, color_transfer=16)
     assert main(config_for(tmp_path, frame_rate="resample")) == 1
     out = capsys.readouterr().out
-    assert "clips with repeated frames: 1, of 1 files (pictures in frames: film.mp4 6 in 7)" in out and "hdr.mp4: is HDR, PQ" in out
+    assert (
+        "clips with repeated frames: 1, of 1 files (pictures in frames: film.mp4 6 in 7)" in out
+        and "hdr.mp4: is HDR, PQ" in out
+    )
     done = prepare(config_for(tmp_path, frame_rate="resample", hdr="tonemap"))
     assert (done.kept, done.refused) == (2, 0)
     assert report_of(tmp_path)["hdr.mp4"]["hdr"].startswith("PQ")
