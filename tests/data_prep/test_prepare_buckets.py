@@ -191,8 +191,8 @@ def test_folders_have_settings_of_their_own(mixed, capsys):
     assert captions["videos/long.mp4"] == ("wide, a clip, long",) and captions["dogs/rex.mp4"] == ("a clip, rex",)
     assert "dogs/rex.mp4@7" in report_of(mixed)
     assert "an epoch takes the clips 1 x 4 of videos, 2 x 2 of dogs" in capsys.readouterr().out
-    weighted = [{key: value for key, value in source.items() if key != "repeats"} for source in sources]
-    main(config_for(mixed, sources=[source | {"weight": weight} for source, weight in zip(weighted, (3, 1))]))
+    weighted = [sources[0] | {"weight": 3}, sources[1] | {"weight": 1, "repeats": 1}]
+    main(config_for(mixed, sources=weighted))
     assert "of the clips drawn come 75% from videos (4), 25% from dogs (2)" in capsys.readouterr().out
 
 

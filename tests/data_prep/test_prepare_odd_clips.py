@@ -62,10 +62,8 @@ def test_clips_that_are_easily_read_wrong_go_right_through_the_command_line(tmp_
     report = report_of(tmp_path)
     assert (report["film.mp4"]["frame_rate"], report["film.mp4"]["source_fps"]) == ("retime", "24.0")
     assert (report["square.mp4"]["pixel_aspect"], report["square.mp4"]["source_width"]) == ("2.0", "96")
-    assert (
-        "clips with repeated frames: 3, of 3 files (pictures in frames: gap.mp4 3 in 7, slow.webm 1 in 7, slower.mkv 1 in 7)"
-        in capsys.readouterr().out
-    )
+    names = "gap.mp4 3 in 7, slow.webm 1 in 7, slower.mkv 1 in 7"
+    assert f"clips with repeated frames: 3, of 3 files (pictures in frames: {names})" in capsys.readouterr().out
 
 
 def test_the_frame_rate_and_hdr_settings_reach_the_clips(tmp_path, capsys):
