@@ -1,21 +1,18 @@
 """`mochi-tune inspect`: makes a page of the data set as the model will see it; no model is needed."""
 
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from mochi_tune.config.load import RunConfig, weights_folder
+from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.data_prep.gather import listed
 from mochi_tune.data_prep.html_page import write_png
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
-from mochi_tune.errors import CheckpointError
 from mochi_tune.files import make_writable_folder, write_atomic
-from mochi_tune.models.text_encoder import TextEncoder
+from mochi_tune.weights.folder import WeightsFolder
 
 PAGE_NAME, PICTURE_NAME = "inspect.html", "inspect.png"
-TOKENIZER_FILES = ("tokenizer/tokenizer.json", "tokenizer/spiece.model")
 
 
 def main(config: RunConfig, out: Path | None) -> int:
@@ -35,7 +32,9 @@ def main(config: RunConfig, out: Path | None) -> int:
     """
     out = out or Path(config.run_dir) / "inspect"
     make_writable_folder(out)
-    found = inspect_clips(config.data, config.seed, load_tokenizer(weights_folder(config)))
+    weights = WeightsFolder(weights_paths(config))
+    tokenizer = weights.load_tokenizer() if weights.has_tokenizer() else None
+    found = inspect_clips(config.data, config.seed, tokenizer)
     for reason in found.refused.values():
         tqdm.write(f"refused: {reason}")
     mute = [seen.clip.row.sample_id for seen in found.clips if not any(seen.clip.row.captions)]
@@ -47,21 +46,3 @@ def main(config: RunConfig, out: Path | None) -> int:
     if write_png(out / PAGE_NAME, out / PICTURE_NAME):
         tqdm.write(f"its picture: {out / PICTURE_NAME}")
     return 1 if found.refused else 0
-
-
-def load_tokenizer(weights: Path) -> Any | None:
-    """Returns the text encoder's tokenizer, or None where the weights are not there.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if not any((weights / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    try:
-        return TextEncoder.load_tokenizer(weights)
-    # The tokenizers' library raises Exception itself.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{weights / 'tokenizer'} cannot be read ({reason}): fetch it again with `mochi-tune weights pull`."
-        ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mochi_tune.config.load import RunConfig, weights_folder
+from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.config.sources import buckets_by_source, prepared_settings, read_sources
 from mochi_tune.data.cache import REPORT_NAME
 from mochi_tune.data.cache_writer import CacheWriter
@@ -25,7 +25,6 @@ from mochi_tune.data_prep.preview import check_preview_folder, preview_paths, wr
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.weights.folder import WeightsFolder
 
 
@@ -69,7 +68,7 @@ def prepare(config: RunConfig) -> Prepared:
         CheckpointError: Weights that are missing or of another model.
         ConfigError: The device is not there.
     """
-    data, weights = config.data, WeightsFolder(weights_folder(config))
+    data, weights = config.data, WeightsFolder(weights_paths(config))
     device, folder = find_device(config.device), Path(data.cache)
     if data.preview:
         check_preview_folder(Path(data.preview), [source.folder for source in read_sources(data)])
@@ -134,7 +133,7 @@ def _encode_clips(
                     write_preview(previews[clip.row.sample_id], decoded.frames)
                 if not cache.has_latents(clip.row.clip_key):
                     # Loaded only when a clip is there to be encoded: a second run over a bad clip reads no weights.
-                    weights = WeightsFolder(weights_folder(config))
+                    weights = WeightsFolder(weights_paths(config))
                     encoder = encoder or weights.load_encoder(device, DTYPES[config.model.dtype])
                     mean, logvar = encode_frames(encoder, decoded.frames, clip.row.sample_id)
                     # A sync takes as long as a part of a clip's encoding: one is saved while the next one is encoded.
@@ -183,7 +182,7 @@ def _encode_captions(cache: CacheWriter, rows: Sequence[Row], config: RunConfig,
     if not missing:
         return 0
     # Not in model.dtype: features are computed once, and T5's rounding affects all of training.
-    text_encoder = TextEncoder.load(weights_folder(config), device, DTYPES[config.memory.t5_dtype])
+    text_encoder = WeightsFolder(weights_paths(config)).load_text_encoder(device, DTYPES[config.memory.t5_dtype])
     for key, (caption, name) in tqdm(missing.items(), desc="captions", unit="caption"):
         cache.put_text(key, *encode_caption(text_encoder, caption, name))
     del text_encoder

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from mochi_tune import assets
 from mochi_tune.adapters.lora import apply_lora, linear_shapes
-from mochi_tune.config.load import weights_folder
+from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig, sample_size
 from mochi_tune.config.sources import buckets_by_source, largest_bucket, prepared_settings, read_sources
@@ -217,7 +217,7 @@ def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) 
 def can_measure(config: RunConfig) -> bool:
     """Whether there is a GPU here with the weights and a cache for a training step."""
     is_here = config.device != "cpu" and torch.cuda.is_available()
-    return is_here and WeightsFolder(weights_folder(config)).has("dit") and (Path(config.data.cache) / "data").exists()
+    return is_here and WeightsFolder(weights_paths(config)).has("dit") and (Path(config.data.cache) / "data").exists()
 
 
 def measure(config: RunConfig) -> Measured:
@@ -269,7 +269,7 @@ def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
 
 def dit_sizes(config: RunConfig) -> DiTConfig:
     """Returns the sizes of the DiT: of the weights where they are, else of the model that is shipped or official."""
-    weights = WeightsFolder(weights_folder(config))
+    weights = WeightsFolder(weights_paths(config))
     if weights.has("dit"):
         return weights.dit_skeleton().config
     return read_official_config(Path(assets.__path__[0]) / config.model.name / "dit_config.json", "dit")

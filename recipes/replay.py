@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
-from mochi_tune.config.load import RunConfig, load_config, weights_folder
+from mochi_tune.config.load import RunConfig, load_config, weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import TrainConfig
 from mochi_tune.config.sources import buckets_by_source
@@ -176,7 +176,7 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device, has_host
             apply_host_modulation(block)
         apply_precision(block, config.model.precision or "bf16")
 
-    weights = WeightsFolder(weights_folder(config))
+    weights = WeightsFolder(weights_paths(config))
     weights.check(["dit"])
     saved = load_tensors(bundle / "adapter.safetensors")
     dit = weights.load_dit(device, DTYPES[config.model.dtype], shrink_block)

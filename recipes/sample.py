@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mochi_tune.adapters.lora import linear_shapes, switch_adapters
-from mochi_tune.config.load import RunConfig, weights_folder
+from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
-from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
+from mochi_tune.models.text_encoder import MAX_TOKENS
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, free_bytes, sampling_held
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
@@ -122,7 +122,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     Raises:
         MochiTuneError: of any kind, in one line.
     """
-    weights = WeightsFolder(weights_folder(config))
+    weights = WeightsFolder(weights_paths(config))
     requests = read_requests(config.sample, config.data, config.seed, Path(config.run_dir))
     if config.memory.tiles is not None:
         for request in requests:
@@ -199,7 +199,7 @@ def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, c
         features = {prompt: found for prompt in prompts if (found := cache.get(prompt)) is not None}
         new = [prompt for prompt in prompts if prompt not in features]
         if new:
-            encoder = TextEncoder.load(plan.weights.path, device, dtype)
+            encoder = plan.weights.load_text_encoder(device, dtype)
             for prompt in tqdm(new, "prompts", leave=False):
                 num_tokens = encoder.count_tokens(prompt)
                 if num_tokens > MAX_TOKENS:

@@ -13,6 +13,7 @@ from mochi_tune.config.explain import as_yaml, does_not_fit, explain, explain_se
 from mochi_tune.config.schema import RunConfig, SampleConfig
 from mochi_tune.config.settings import GROUPS, known_keys, sections
 from mochi_tune.errors import ConfigError
+from mochi_tune.weights.paths import WeightsPaths
 
 # Keys of `sample` that stand at the top level on its command line.
 SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
@@ -233,8 +234,15 @@ def config_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(escape_references(config.model_dump())))
 
 
+def weights_paths(config: RunConfig) -> WeightsPaths:
+    """Returns where the weights are; "package:NAME" stands for a folder that is shipped with mochi-tune."""
+    model = config.model
+    own = (model.transformer, model.vae, model.text_encoder, model.tokenizer)
+    return WeightsPaths(weights_folder(config), *(Path(path) if path else None for path in own), variant=model.variant)
+
+
 def weights_folder(config: RunConfig) -> Path:
-    """Returns the folder of the weights; "package:NAME" stands for one that is shipped with mochi-tune."""
+    """Returns the folder or file of model.weights."""
     kind, colon, name = config.model.weights.partition(":")
     if kind == "package" and colon:
         from mochi_tune import assets

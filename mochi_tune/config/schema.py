@@ -35,7 +35,20 @@ class ModelConfig(Section):
 
     name: Text = setting(..., "name of the base model, written into the adapter")
     weights: FileName = setting(
-        ..., "folder: the official files or a diffusers pipeline, 40 to 60 GB by their dtype", "free"
+        ...,
+        "folder: the official files, a diffusers pipeline, or ComfyUI's models; or a file that holds all in one",
+        "free",
+    )
+    transformer: FileText | None = setting(None, "file or folder of the DiT alone; null: in model.weights", "free")
+    vae: FileText | None = setting(None, "file or folder of the VAE alone; null: in model.weights", "free")
+    text_encoder: FileText | None = setting(None, "file or folder of T5 alone; null: in model.weights", "free")
+    tokenizer: FileText | None = setting(
+        None, "folder of T5's tokenizer; null: beside the weights or T5, or in the ComfyUI that holds them", "free"
+    )
+    variant: Text | None = setting(
+        None,
+        "of diffusers' and transformers' files, bf16 for *.bf16.safetensors; null: the first complete",
+        "free",
     )
     dtype: Literal["bf16", "fp32"] = setting(
         "bf16", "of the DiT and the VAE; fp32 takes twice the memory; adapters are fp32 with both"

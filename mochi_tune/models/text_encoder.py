@@ -1,6 +1,7 @@
 """T5 features of prompts."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,43 +9,21 @@ from torch import Tensor
 MAX_TOKENS = 256
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """Loads T5's tokenizer from its folder, without any code of the folder."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 class TextEncoder:
-    """A T5 encoder and its tokenizer, loaded from the folders text_encoder/ and tokenizer/ of a weights folder."""
+    """A T5 encoder and its tokenizer, as `WeightsFolder.load_text_encoder` loads them."""
 
     def __init__(self, tokenizer, model) -> None:
         self.tokenizer = tokenizer
         self.model = model
-
-    @classmethod
-    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> "TextEncoder":
-        """Loads straight to the device and dtype; fp16 is not offered, as T5's activations overflow it.
-
-        Args:
-            folder: a weights folder that has passed `WeightsFolder.check`.
-            device: of the encoder.
-            dtype: torch.float32 or torch.bfloat16.
-        """
-        assert dtype in (torch.float32, torch.bfloat16), dtype
-        tokenizer = cls.load_tokenizer(folder)
-        from transformers import T5EncoderModel
-        from transformers.utils import logging
-
-        # The official shared embedding is stored twice or once; transformers' notes on that say nothing to a user.
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        model = T5EncoderModel.from_pretrained(
-            folder / "text_encoder", dtype=dtype, device_map={"": device}, local_files_only=True, use_safetensors=True
-        )
-        return cls(tokenizer, model.eval().requires_grad_(False))
-
-    @staticmethod
-    def load_tokenizer(folder: Path):
-        """Loads the tokenizer alone, for counting tokens before any weight is read."""
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
     @property
     def width(self) -> int:

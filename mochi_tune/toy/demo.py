@@ -9,10 +9,9 @@ from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter, load_adapter
 from mochi_tune.adapters.lora import apply_adapter
-from mochi_tune.config.load import RunConfig, config_yaml, load_config, weights_folder
+from mochi_tune.config.load import RunConfig, config_yaml, load_config, weights_paths
 from mochi_tune.data_prep.html_page import write_png
 from mochi_tune.files import read_json_lines, write_json
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.video import write_video
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
@@ -84,8 +83,8 @@ def measure(
 
     Returns the figures, and for each strength the words and frames (B, F, H, W, 3) of "new" and "base".
     """
-    weights, settings = WeightsFolder(weights_folder(config)), sampler_settings(config.sample)
-    text = TextEncoder.load(weights.path, "cpu", torch.float32)
+    weights, settings = WeightsFolder(weights_paths(config)), sampler_settings(config.sample)
+    text = weights.load_text_encoder("cpu", torch.float32)
     decoder = weights.load_decoder("cpu", torch.float32)
     asked = dict(zip(("new", "base"), asked_words(num_samples), strict=True))
     samples: dict[float, dict[str, tuple[list[Words], Tensor]]] = {}

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter, load_adapter
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes, select_layers
-from mochi_tune.config.load import load_config, weights_folder
+from mochi_tune.config.load import load_config, weights_paths
 from mochi_tune.config.settings import flat_settings
 from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.errors import ConfigError, MochiTuneError
@@ -62,7 +62,7 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
     results, config = out / f"{what}.json", load_config("toy_lora", list(settings))
     made_with = {
         "settings": flat_settings(config),
-        "base": WeightsFolder(weights_folder(config)).base_identity(),
+        "base": WeightsFolder(weights_paths(config)).base_identity(),
         "num_samples": num_samples,
     }
     earlier = read_json(results) if results.exists() else {"made_with": made_with, "rows": []}
@@ -95,7 +95,7 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
 
 def arms() -> dict[str, dict[str, list[str]]]:
     """Returns the experiments: what is compared -> name of the arm -> its settings."""
-    shapes = linear_shapes(WeightsFolder(weights_folder(load_config("toy_lora", []))).dit_skeleton())
+    shapes = linear_shapes(WeightsFolder(weights_paths(load_config("toy_lora", []))).dit_skeleton())
     wide, narrow = (load_config("toy_lora", [f"lora={name}"]).lora for name in ("attention_mlp", "attention"))
     size, small = (sum(sum(shapes[n]) for n in select_layers(shapes, lora.targets)) for lora in (wide, narrow))
     # As many parameters in fewer layers: a higher rank.
@@ -114,8 +114,8 @@ def arms() -> dict[str, dict[str, list[str]]]:
 def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
     """Measures an adapter, always in the sampler's space: losses on unseen clips, and what its samples show."""
     config = load_config("toy_lora", [])
-    weights, settings = WeightsFolder(weights_folder(config)), sampler_settings(config.sample)
-    text = TextEncoder.load(weights.path, "cpu", torch.float32)
+    weights, settings = WeightsFolder(weights_paths(config)), sampler_settings(config.sample)
+    text = weights.load_text_encoder("cpu", torch.float32)
     dit, decoder = weights.load_dit("cpu", torch.float32), weights.load_decoder("cpu", torch.float32)
     apply_adapter(dit, adapter.layers, "lesson")
     new, base = asked_words(num_samples)

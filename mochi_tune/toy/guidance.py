@@ -6,9 +6,8 @@ from statistics import mean, stdev
 
 import torch
 
-from mochi_tune.config.load import load_config, weights_folder
+from mochi_tune.config.load import load_config, weights_paths
 from mochi_tune.files import write_json
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.toy.lesson import asked_words
 from mochi_tune.toy.samples import render_words, share_shown
@@ -34,9 +33,9 @@ def main(num_seeds: int, out: Path, *given: str, num_samples: int = NUM_SAMPLES)
     square difference to the frames with guidance in all steps, of 255.
     """
     config = load_config("toy_lora", list(given))
-    weights, settings = WeightsFolder(weights_folder(config)), sampler_settings(config.sample)
+    weights, settings = WeightsFolder(weights_paths(config)), sampler_settings(config.sample)
     assert isinstance(settings.guidance, float)
-    text = TextEncoder.load(weights.path, "cpu", torch.float32)
+    text = weights.load_text_encoder("cpu", torch.float32)
     dit, decoder = weights.load_dit("cpu", torch.float32), weights.load_decoder("cpu", torch.float32)
     _, words = asked_words(num_samples)
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in WINDOWS}

@@ -23,7 +23,6 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, load_tensors, read_json, save_tensors, write_json
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder, Encoder, frames_to_pixels
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.toy.initial import (
@@ -110,7 +109,7 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
     write_json(out / "vae_config.json", {"encoder": asdict(ENCODER), "decoder": asdict(DECODER)})
 
     make_tokenizer(out / "tokenizer")
-    tokenizer = TextEncoder.load_tokenizer(out)
+    tokenizer = WeightsFolder(out).load_tokenizer()
     text = build_text_encoder(len(tokenizer), SEED)
     if not train_stage(
         work / "text", text, plan.text_steps, plan.text_rate, lambda step: text_loss(text, tokenizer, step, plan)
@@ -119,7 +118,8 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
     text.bfloat16().save_pretrained(out / "text_encoder")
 
     seen, _ = split_words()
-    features = torch.stack(TextEncoder.load(out, "cpu", torch.float32).encode([words.caption for words in seen]))
+    text_encoder = WeightsFolder(out).load_text_encoder("cpu", torch.float32)
+    features = torch.stack(text_encoder.encode([words.caption for words in seen]))
     world = encode_world(
         WeightsFolder(out).load_encoder("cpu", torch.float32), work / "world.safetensors", plan.num_clips
     )
@@ -333,7 +333,7 @@ def measure_model(folder: Path, num_measured: int) -> dict[str, float]:
         psnr += decibels
         kept += sum(see(clip).shows(w) for clip, w in zip(decoded, words[i : i + 16], strict=True))
     held_out = split_words()[1][:num_measured]
-    dit, text = weights.load_dit("cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)
+    dit, text = weights.load_dit("cpu", torch.float32), weights.load_text_encoder("cpu", torch.float32)
     frames = render_words(held_out, dit, text, decoder, sampler_settings(load_config("toy_lora", []).sample), SEED)
     return {
         "vae_psnr_db": round(sum(psnr) / len(psnr), 2),

@@ -17,7 +17,6 @@ from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.files import load_tensors, save_tensors
 from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.models.latents import to_vae_latents
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder
 from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.sampling.requests import sampler_settings
@@ -116,7 +115,7 @@ def encode_eval_prompts(plan: TrainPlan) -> list[Tensor]:
     """Returns the features (n, D) of the eval prompts and, last, of the negative prompt; [] where none is rendered."""
     if not plan.renders_videos:
         return []
-    encoder = TextEncoder.load(plan.weights.path, plan.device, torch.float32)
+    encoder = plan.weights.load_text_encoder(plan.device, torch.float32)
     prompts = [*plan.config.train.sample_prompts, plan.config.sample.negative_prompt]
     features = [features.cpu() for features in encoder.encode(prompts)]
     del encoder

@@ -13,7 +13,7 @@ from torch import nn
 
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.adapters.lora import LayerSettings, check_start, linear_shapes
-from mochi_tune.config.load import weights_folder
+from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import flat_settings, resume_rule
@@ -158,7 +158,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     train, device = config.train, find_device(config.device)
     sampler_settings(config.sample)
     check_precision(config.model.precision or "bf16", device)
-    weights = WeightsFolder(weights_folder(config))
+    weights = WeightsFolder(weights_paths(config))
     weights.check(["dit", "decoder", "text_encoder"] if renders_videos(config) else ["dit"])
     skeleton = weights.dit_skeleton()
     cache = _open_cache(config, weights)

@@ -1,13 +1,15 @@
-"""Finds the files of each part of a weights folder, and hashes them.
+"""Finds the files of each part of a user's weights, and hashes them.
 
 | layout    | DiT                        | VAE                                      | T5                       |
 | --------- | -------------------------- | ---------------------------------------- | ------------------------ |
 | official  | dit.safetensors            | encoder.safetensors, decoder.safetensors | text_encoder/ tokenizer/ |
 |           | dit_config.json            | vae_config.json                          |                          |
 | diffusers | transformer/ in any shards | vae/                                     | text_encoder/ tokenizer/ |
+| ComfyUI   | single files in diffusion_models/, vae/, text_encoders/ or checkpoints/, see `single_files`      |
 
-The official configurations may be absent, which means full size. Each part may be in either layout; where both
-exist, the official one is read.
+Each part may be in any layout; where several exist, the first one of the table is read. The configurations beside
+single files may be absent, which means full size. A folder may also hold the files of one part alone, as diffusers
+saves a model.
 """
 
 import hashlib
@@ -15,102 +17,208 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import file_sha256
-from mochi_tune.weights.configs import read_json
+from mochi_tune.files import file_sha256, parse_object, read_json
+from mochi_tune.weights.headers import list_some, read_header
+from mochi_tune.weights.paths import PART_NAMES, WeightsPaths
+from mochi_tune.weights.single_files import find_prefixes, find_single_file
 
 TEXT_ENCODER = "text_encoder"
 # Of the folders that are shipped with mochi-tune: the sha256 of every file.
 SUMS = "sha256.json"
-# A listing of names in an error stops here.
-MAX_LISTED = 8
 # `fingerprint_files` samples larger files.
 MAX_HASHED_BYTES = 2**30
 BLOCK_BYTES = 2**20
 NUM_BLOCKS = 64
 
-_DIFFUSERS_FOLDERS = {"dit": "transformer", "encoder": "vae", "decoder": "vae"}
-_OFFICIAL_CONFIGS = {"dit": "dit_config.json", "encoder": "vae_config.json", "decoder": "vae_config.json"}
+_FOLDERS = {"dit": "transformer", "encoder": "vae", "decoder": "vae", TEXT_ENCODER: TEXT_ENCODER}
+_STEMS = {TEXT_ENCODER: "model"}
+_CLASSES = {"dit": "MochiTransformer3DModel", "encoder": "AutoencoderKLMochi", "decoder": "AutoencoderKLMochi"}
+_CONFIGS = {
+    "dit": "dit_config.json", "encoder": "vae_config.json", "decoder": "vae_config.json",
+    TEXT_ENCODER: "text_encoder_config.json",
+}  # fmt: skip
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class PartFiles:
-    """The files of the DiT, the VAE's encoder or its decoder.
+    """The files of a part.
 
     Attributes:
-        is_diffusers: whether they are in diffusers' layout.
-        config: the configuration's path; an official one may not exist.
+        naming: of the tensors and of the configuration.
+        config: the configuration's path; that of single files may not exist.
         shards: the safetensors files.
+        is_single: whether it is a file that may hold other parts, too.
     """
 
-    is_diffusers: bool
+    naming: Literal["official", "diffusers"]
     config: Path
     shards: list[Path]
+    is_single: bool = False
 
     @property
     def existing(self) -> list[Path]:
         """All files that exist."""
         return [*self.shards, *([self.config] if self.config.exists() else [])]
 
+    @property
+    def where(self) -> Path:
+        """The file, or the folder of the shards, for errors."""
+        return self.shards[0] if self.naming == "official" and len(self.shards) == 1 else self.config.parent
 
-def find_part(folder: Path, part: str) -> PartFiles:
-    """Finds the files of "dit", "encoder" or "decoder".
+
+def find_part(paths: WeightsPaths, part: str) -> PartFiles:
+    """Finds the files of "dit", "encoder", "decoder" or "text_encoder".
 
     Raises:
-        CheckpointError: the folder lacks the part, or one of its shards.
+        CheckpointError: the part or one of its shards is not there, or several files hold it.
     """
-    official, theirs = folder / f"{part}.safetensors", folder / _DIFFUSERS_FOLDERS[part]
-    require_one(folder, official.name, f"{theirs.name}/")
-    if official.exists():
-        return PartFiles(False, folder / _OFFICIAL_CONFIGS[part], [official])
-    return PartFiles(True, theirs / "config.json", find_shards(theirs, "diffusion_pytorch_model"))
+    place, setting = paths.of(part), paths.setting(part)
+    if place.is_file():
+        found = _single(place, part, paths.root)
+        if found is None:
+            raise CheckpointError(
+                f"{setting}={place} holds no {PART_NAMES[part]} of Mochi: name a file that does, or a folder."
+            )
+        return found
+    official, theirs = place / f"{part}.safetensors", place / _FOLDERS[part]
+    if part != TEXT_ENCODER and official.exists():
+        return PartFiles("official", place / _CONFIGS[part], [official])
+    if theirs.exists() and not _is_comfyui_folder(theirs, part):
+        return _saved_model(theirs, part, paths.variant)
+    if _is_saved_model(place, part):
+        return _saved_model(place, part, paths.variant)
+    own = f"{setting}=FILE" if setting != "model.weights" else f"model.{_FOLDERS[part]}=FILE"
+    single = find_single_file(place, part, own) if place.is_dir() else None
+    if single is None:
+        names = f"{_FOLDERS[part]}/" if part == TEXT_ENCODER else f"{official.name} or {theirs.name}/"
+        raise CheckpointError(
+            f"{setting}={place} has no {names} and no file with a {PART_NAMES[part]}: run `mochi-tune weights pull "
+            f"to={place}`, or set {setting} to a folder or file that has it."
+        )
+    found = _single(single, part, paths.root)
+    assert found is not None, "a file that was found by what it holds"
+    return found
 
 
-def has_part(folder: Path, part: str) -> bool:
-    """Whether the folder has a part at all, complete or not."""
-    if part == TEXT_ENCODER:
-        return (folder / TEXT_ENCODER).exists()
-    return (folder / f"{part}.safetensors").exists() or (folder / _DIFFUSERS_FOLDERS[part]).exists()
+def has_part(paths: WeightsPaths, part: str) -> bool:
+    """Whether a part is there at all, complete or not."""
+    place = paths.of(part)
+    if place.is_file():
+        return part in find_prefixes(read_header(place))
+    if (place / f"{part}.safetensors").exists() or (place / _FOLDERS[part]).exists() or _is_saved_model(place, part):
+        return True
+    return place.is_dir() and find_single_file(place, part, paths.setting(part)) is not None
 
 
-def find_shards(folder: Path, stem: str) -> list[Path]:
+def find_tokenizer(paths: WeightsPaths) -> Path | None:
+    """Finds the folder of T5's tokenizer: beside the weights, beside T5, or in the ComfyUI that the files lie in."""
+    if paths.tokenizer:
+        candidates = [paths.tokenizer]
+    else:
+        root, text_encoder = (p.parent if p.is_file() else p for p in (paths.root, paths.of(TEXT_ENCODER)))
+        candidates = [root / "tokenizer", text_encoder, text_encoder / "tokenizer", text_encoder.parent / "tokenizer"]
+        homes = dict.fromkeys([root, root.parent, root.parent.parent, *text_encoder.parents[:2]])
+        candidates += [home / "comfy" / "text_encoders" / "t5_tokenizer" for home in homes]
+    return next((folder for folder in candidates if any((folder / name).is_file() for name in TOKENIZER_FILES)), None)
+
+
+def require_tokenizer(paths: WeightsPaths) -> Path:
+    """Finds the folder of T5's tokenizer as `find_tokenizer` does.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder := find_tokenizer(paths)) is not None:
+        return folder
+    names = " or ".join(f"tokenizer/{name}" for name in TOKENIZER_FILES)
+    if paths.tokenizer:
+        raise CheckpointError(f"model.tokenizer={paths.tokenizer} has no {names}: name the folder that has one.")
+    raise CheckpointError(
+        f"model.weights={paths.root} has no {names}: run `mochi-tune weights pull to={paths.root}`, or set "
+        "model.tokenizer to the folder of T5's tokenizer."
+    )
+
+
+def find_shards(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
     """Returns the files of a model saved by diffusers or transformers: the single one, or those of its index.
 
+    Where several variants lie in a folder, the first one that is complete is taken.
+
+    Args:
+        folder: of the model.
+        stem: of its files' names.
+        variant: the only one to take, "bf16" for `STEM.bf16.safetensors`.
+
     Raises:
-        CheckpointError: there is neither, or the index is damaged or names a file that is not there.
+        CheckpointError: there is none, or the index is damaged or names a file that is not there.
     """
-    variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]
-    variants += sorted(folder.glob(f"{stem}.safetensors.index.*.json"))
-    candidates = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json", *variants]
-    head = next((path for path in candidates if path.exists()), None)
-    if head is None:
-        raise CheckpointError(f"{folder} has neither {stem}.safetensors nor its shards' index: fetch it again.")
-    if head.suffix != ".json":
-        return [head]
-    weight_map = read_json(head).get("weight_map")
+    if variant is None:
+        others = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]
+        others += sorted(folder.glob(f"{stem}.safetensors.index.*.json"))
+        candidates = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json", *others]
+    else:
+        candidates = [folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"]
+    heads = [path for path in candidates if path.exists()]
+    if not heads:
+        names = f"{stem}.safetensors" if variant is None else candidates[0].name
+        raise CheckpointError(
+            f"{folder} has neither {names} nor its shards' index: run `mochi-tune weights pull`, or copy it again."
+        )
+    problem = None
+    for head in heads:
+        try:
+            return [head] if head.suffix != ".json" else _shards_of(head)
+        except CheckpointError as error:
+            problem = problem or error
+    assert problem is not None, "each head was incomplete"
+    raise problem
+
+
+def _shards_of(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{head} has no weight_map: fetch it again.")
+        raise CheckpointError(f"{index} has no weight_map: fetch it again.")
     if alien := [name for name in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
-        raise CheckpointError(f"{head} names files that are not beside it ({alien[0]!a}): fetch it again.")
-    shards = [folder / name for name in sorted(set(weight_map.values()))]
-    absent = [path.name for path in shards if not path.exists()]
-    if absent:
-        raise CheckpointError(f"{folder} lacks {list_some(absent)}, which {head.name} names: fetch them again.")
+        raise CheckpointError(f"{index} names files that are not beside it ({alien[0]!a}): fetch it again.")
+    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if absent := [path.name for path in shards if not path.exists()]:
+        raise CheckpointError(f"{index.parent} lacks {list_some(absent)}, which {index.name} names: fetch them again.")
     return shards
 
 
-def require_one(folder: Path, *names: str) -> None:
-    """Refuses a weights folder that has none of some files.
+def _saved_model(folder: Path, part: str, variant: str | None) -> PartFiles:
+    """The files of a model that diffusers or transformers saved; T5 has the names of transformers in every layout."""
+    shards = find_shards(folder, _STEMS.get(part, "diffusion_pytorch_model"), variant)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder / 'config.json'} is missing: run `mochi-tune weights pull`, or copy it again.")
+    return PartFiles("official" if part == TEXT_ENCODER else "diffusers", folder / "config.json", shards)
 
-    Raises:
-        CheckpointError: naming the command that fetches them.
-    """
-    if not any((folder / name).exists() for name in names):
-        raise CheckpointError(
-            f"model.weights={folder} has no {' or '.join(names)}: run `mochi-tune weights pull to={folder}`, "
-            "or set model.weights to a folder that has it."
-        )
+
+def _is_saved_model(folder: Path, part: str) -> bool:
+    """Whether a folder itself is that of a part's model: its configuration says so."""
+    config = folder / "config.json"
+    values = (parse_object(config.read_bytes()) or {}) if config.is_file() else {}
+    return values.get("model_type") == "t5" if part == TEXT_ENCODER else values.get("_class_name") == _CLASSES[part]
+
+
+def _is_comfyui_folder(folder: Path, part: str) -> bool:
+    """Whether the folder `vae` is ComfyUI's, of VAEs of many models in single files."""
+    return part in ("encoder", "decoder") and not (folder / "config.json").exists() and any(
+        not path.name.startswith("diffusion_pytorch_model") for path in folder.glob("*.safetensors")
+    )  # fmt: skip
+
+
+def _single(path: Path, part: str, root: Path) -> PartFiles | None:
+    if part not in (found := find_prefixes(read_header(path))):
+        return None
+    folders = [path.parent, root if root.is_dir() else root.parent]
+    beside = [folder / _CONFIGS[part] for folder in folders]
+    config = next((name for name in beside if name.exists()), beside[0])
+    return PartFiles(found[part].naming, config, [path], is_single=True)
 
 
 def check_sums(folder: Path) -> None:
@@ -133,24 +241,24 @@ def check_sums(folder: Path) -> None:
         )
 
 
-def fingerprint_files(folder: Path, files: Sequence[Path]) -> str:
-    """Returns a sha256 in hex of files' content and of their names in a folder.
+def fingerprint_files(root: Path, files: Sequence[Path], reading: str = "") -> str:
+    """Returns a sha256 in hex of files' content and of their names.
 
     Files up to 1 GiB are hashed completely. Of larger ones the size and 64 evenly spaced blocks of 1 MiB are, the first
     with the safetensors header, the last with the file's end: other weights differ there, but a few changed bytes
     between the blocks go unseen.
+
+    Args:
+        root: folder that the names are relative to; files elsewhere are named by their own folder.
+        files: to hash.
+        reading: how they are read, where it is not as they are.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(reading.encode())
     for path in sorted(files):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        name = path.relative_to(root if path.is_relative_to(root) else path.parent.parent).as_posix()
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         digest.update(_sampled_sha256(path))
     return digest.hexdigest()
-
-
-def list_some(names: Sequence[str]) -> str:
-    """Joins the first names by commas and counts the others."""
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def _sampled_sha256(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""A weights folder: checked by its files' headers alone, and loaded straight to a device and dtype."""
+"""The weights of all models: checked by their files' headers alone, and loaded straight to a device and dtype."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -12,35 +12,40 @@ from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.models.text_encoder import TextEncoder, load_tokenizer
 from mochi_tune.models.vae import Decoder, Encoder
-from mochi_tune.weights.configs import read_diffusers_config, read_json, read_official_config
+from mochi_tune.weights.configs import read_diffusers_config, read_official_config
 from mochi_tune.weights.files import (
     SUMS,
     TEXT_ENCODER,
     PartFiles,
     check_sums,
     find_part,
-    find_shards,
+    find_tokenizer,
     fingerprint_files,
     has_part,
-    require_one,
+    require_tokenizer,
 )
 from mochi_tune.weights.fill import build_meta_model, fill_model
-from mochi_tune.weights.headers import check_tensors, read_header
+from mochi_tune.weights.headers import TensorHeader, check_tensors, read_header
 from mochi_tune.weights.key_map import Pieces, diffusers_map
+from mochi_tune.weights.paths import WeightsPaths
+from mochi_tune.weights.quantized import read_formats, read_scale, read_tensor, take_scales
+from mochi_tune.weights.single_files import take_part
+from mochi_tune.weights.t5 import build_t5, keep_encoder, read_t5_config, t5_shapes
 
 
 class WeightsFolder:
-    """A weights folder in either layout. It finds each part once and reads each header once, when first needed.
+    """A user's weights in any layout. It finds each part once and reads each header once, when first needed.
 
     Its parts are "dit", "encoder", "decoder" and "text_encoder", which has the tokenizer too.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, paths: WeightsPaths | Path) -> None:
+        self.paths = paths if isinstance(paths, WeightsPaths) else WeightsPaths(Path(paths))
+        self.path = self.paths.root
         self._files: dict[str, PartFiles] = {}
         self._plans: dict[str, _Plan] = {}
-        self._text_encoder_config: dict[str, Any] | None = None
 
     def check(self, parts: Sequence[str]) -> None:
         """Refuses weights that would not load, from file headers alone: seconds, at any size.
@@ -52,18 +57,19 @@ class WeightsFolder:
         """
         if (self.path / SUMS).exists():
             check_sums(self.path)
-        plans = {part: self._plan(part) for part in parts if part != TEXT_ENCODER}
+        plans = {part: self._plan(part) for part in parts}
         if TEXT_ENCODER in parts:
-            width = self._checked_text_encoder().get("d_model")
+            require_tokenizer(self.paths)
+            width = plans[TEXT_ENCODER].config["d_model"]
             if "dit" in plans and width != plans["dit"].config.t5_feat_dim:
                 raise CheckpointError(
-                    f"{self.path / TEXT_ENCODER} has features of width {width}, the DiT takes "
-                    f"{plans['dit'].config.t5_feat_dim}: put the T5 there that the DiT was trained with."
+                    f"{self._find(TEXT_ENCODER).where} has features of width {width}, the DiT takes "
+                    f"{plans['dit'].config.t5_feat_dim}: use the T5 that the DiT was trained with."
                 )
 
     def has(self, part: str) -> bool:
-        """Whether the folder has a part at all, complete or not."""
-        return has_part(self.path, part)
+        """Whether a part is there at all, complete or not."""
+        return has_part(self.paths, part)
 
     def fingerprint(self, part: str) -> str:
         """Identifies a part's weights by their content, as `fingerprint_files` hashes it, wherever the folder is.
@@ -71,15 +77,16 @@ class WeightsFolder:
         The official and the diffusers form of the same weights have different fingerprints.
 
         Raises:
-            CheckpointError: the part is missing.
+            CheckpointError: the part is missing; for T5, as `check`.
         """
-        if part == TEXT_ENCODER:
-            self._checked_text_encoder()
-            roots = [self.path / TEXT_ENCODER, self.path / "tokenizer"]
-            files = [p for root in roots for p in root.iterdir() if p.is_file() and not p.name.startswith(".")]
-        else:
-            files = self._find(part).existing
-        return fingerprint_files(self.path, files)
+        files = self._find(part)
+        if part != TEXT_ENCODER:
+            return fingerprint_files(self._root, files.existing)
+        # Features of a T5 that is not the model would be noise, and go into a cache under this name.
+        plan, tokenizer = self._plan(part), require_tokenizer(self.paths)
+        folders = [tokenizer] if files.is_single else [files.config.parent, tokenizer]
+        beside = [p for folder in folders for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+        return fingerprint_files(self._root, [*(files.existing if files.is_single else []), *beside], plan.reading)
 
     def dit_skeleton(self) -> AsymmDiT:
         """Builds the AsymmDiT on the meta device, for its names and shapes; raises as `load_dit`."""
@@ -89,19 +96,19 @@ class WeightsFolder:
         """Identifies the DiT that an adapter belongs to, in every layout and float dtype of its weights.
 
         It is the sha256 of the first row of each block's visual queries, rounded to bf16, so that no large file is
-        read.
+        read. What a file has rounded to fp16 or fp8 is another number, and has its dtype in front: such identities are
+        compared among themselves alone, see `check_adapter`.
 
         Raises:
             CheckpointError: as `load_dit`.
         """
         plan = self._plan("dit")
-        digest = hashlib.sha256()
+        digest, dtype = hashlib.sha256(), ""
         for block in range(plan.config.depth):
-            name = plan.mapping[f"blocks.{block}.attn.qkv_x.weight"].names[0]
-            with safe_open(plan.paths[name], "pt") as file:
-                row = file.get_slice(name)[:1].to(torch.bfloat16)
-            digest.update(row.view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()
+            header = plan.headers[plan.mapping[f"blocks.{block}.attn.qkv_x.weight"].names[0]]
+            dtype = dtype or header.dtype
+            digest.update(_first_row(header).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest() if dtype in ("F32", "BF16") else f"{dtype}:{digest.hexdigest()}"
 
     def load_dit(
         self,
@@ -132,6 +139,54 @@ class WeightsFolder:
         """Loads the VAE's decoder as `load_dit` does the DiT; norms' weights and biases are fp32."""
         return self._load("decoder", device, dtype)
 
+    def load_text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+        """Loads T5 and its tokenizer; fp16 is not offered, as T5's activations overflow it.
+
+        Args:
+            device: of the encoder.
+            dtype: torch.float32 or torch.bfloat16.
+
+        Raises:
+            CheckpointError: as `check`.
+        """
+        assert dtype in (torch.float32, torch.bfloat16), dtype
+        plan = self._plan(TEXT_ENCODER)
+        model = build_t5(plan.config, plan.write, device, dtype)
+        return TextEncoder(self.load_tokenizer(), model)
+
+    def load_tokenizer(self) -> Any:
+        """Loads T5's tokenizer alone, for counting tokens before any weight is read.
+
+        Raises:
+            CheckpointError: it is missing, or damaged.
+        """
+        folder = require_tokenizer(self.paths)
+        try:
+            return load_tokenizer(folder)
+        # The tokenizers' library raises Exception itself.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{folder} cannot be read as a tokenizer ({reason}): fetch it again.") from error
+
+    def has_tokenizer(self) -> bool:
+        """Whether T5's tokenizer is there, complete or not."""
+        return find_tokenizer(self.paths) is not None
+
+    def read_fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Reads a matrix of the DiT as its file has it in fp8; None where it has it in another dtype or in pieces.
+
+        Returns:
+            float8_e4m3fn (out, in) and the scale that it is multiplied with, fp32 () or (out, 1).
+        """
+        plan = self._plan("dit")
+        pieces = plan.mapping[name]
+        header = plan.headers[pieces.names[0]]
+        if header.dtype != "F8_E4M3" or len(pieces.names) > 1 or pieces.swap_halves:
+            return None
+        scale = read_scale(header)
+        with safe_open(header.path, "pt") as file:
+            return file.get_tensor(header.name), torch.ones(()) if scale is None else scale
+
     def _load(
         self,
         part: str,
@@ -141,36 +196,22 @@ class WeightsFolder:
     ) -> Any:
         plan = self._plan(part)
         model = build_meta_model(plan.config)
-
-        def read(name: str) -> Tensor:
-            # Opened anew for each tensor: the pages of a mapping count as this process's memory until it is closed.
-            with safe_open(plan.paths[name], "pt") as file:
-                return file.get_tensor(name)
-
-        fill_model(model, lambda name, tensor: plan.mapping[name].join(read, tensor), device, dtype, each_block)
+        fill_model(model, plan.write, device, dtype, each_block)
         return model
+
+    @property
+    def _root(self) -> Path:
+        return self.path.parent if self.path.is_file() else self.path
 
     def _find(self, part: str) -> PartFiles:
         if part not in self._files:
-            self._files[part] = find_part(self.path, part)
+            self._files[part] = find_part(self.paths, part)
         return self._files[part]
 
     def _plan(self, part: str) -> "_Plan":
         if part not in self._plans:
             self._plans[part] = _make_plan(self._find(part), part)
         return self._plans[part]
-
-    def _checked_text_encoder(self) -> dict[str, Any]:
-        """Checks the files of T5 and its tokenizer, once, and returns T5's configuration."""
-        if self._text_encoder_config is None:
-            require_one(self.path, "text_encoder/config.json")
-            require_one(self.path, "text_encoder/model.safetensors", "text_encoder/model.safetensors.index.json")
-            require_one(self.path, "tokenizer/spiece.model", "tokenizer/tokenizer.json")
-            config = read_json(self.path / TEXT_ENCODER / "config.json")
-            for path in find_shards(self.path / TEXT_ENCODER, "model"):
-                read_header(path)
-            self._text_encoder_config = config
-        return self._text_encoder_config
 
 
 @dataclass(frozen=True)
@@ -180,27 +221,53 @@ class _Plan:
     Attributes:
         config: the model's sizes.
         mapping: the pieces in the files of each tensor of the model, by the model's names.
-        paths: the file of each piece, by the files' names.
+        headers: of each piece, by the names in `mapping`.
+        reading: how the files were read, where it is not name by name as they are: prefix and scales.
     """
 
     config: Any
     mapping: dict[str, Pieces]
-    paths: dict[str, Path]
+    headers: dict[str, TensorHeader]
+    reading: str
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Fills the empty tensor of a parameter."""
+        self.mapping[name].join(lambda piece: read_tensor(self.headers[piece]), tensor)
 
 
 def _make_plan(files: PartFiles, part: str) -> _Plan:
     """Compares the headers of a part's files with the model of its configuration."""
-    config = (read_diffusers_config if files.is_diffusers else read_official_config)(files.config, part)
-    model = build_meta_model(config)
-    mapping = diffusers_map(model) if files.is_diffusers else {name: Pieces((name,)) for name in model.state_dict()}
-    expected = {}
-    for name, tensor in model.state_dict().items():
-        pieces = mapping[name].names
-        expected |= dict.fromkeys(pieces, (tensor.shape[0] // len(pieces), *tensor.shape[1:]))
-    found = {name: header for path in files.shards for name, header in read_header(path).items()}
-    if files.is_diffusers and part != "dit":
-        # Both halves of the VAE are in one model there.
-        other = "decoder." if part == "encoder" else "encoder."
-        found = {name: header for name, header in found.items() if not name.startswith(other)}
-    check_tensors(files, expected, found)
-    return _Plan(config, mapping, {name: header.path for name, header in found.items()})
+    stored = {name: header for path in files.shards for name, header in read_header(path).items()}
+    found = take_part(stored, part, files.is_single)
+    prefix = next((header.name.removesuffix(name) for name, header in found.items()), "")
+    formats = {layer: kind for path in files.shards for layer, kind in read_formats(path, stored).items()}
+    found = take_scales(found, {layer.removeprefix(prefix): kind for layer, kind in formats.items()})
+    if part == TEXT_ENCODER:
+        config = read_t5_config(files.config)
+        mapping = {name: Pieces((name,)) for name in t5_shapes(config)}
+        expected, found = t5_shapes(config), keep_encoder(found)
+    else:
+        read = read_official_config if files.is_single or files.naming == "official" else read_diffusers_config
+        config = read(files.config, part)
+        model = build_meta_model(config)
+        is_official = files.naming == "official"
+        mapping = {name: Pieces((name,)) for name in model.state_dict()} if is_official else diffusers_map(model)
+        expected = {}
+        for name, tensor in model.state_dict().items():
+            pieces = mapping[name].names
+            expected |= dict.fromkeys(pieces, (tensor.shape[0] // len(pieces), *tensor.shape[1:]))
+        if not is_official and part != "dit":
+            # Both halves of the VAE are in one model there.
+            other = "decoder." if part == "encoder" else "encoder."
+            found = {name: header for name, header in found.items() if not name.startswith(other)}
+    check_tensors(files.where, files.config, expected, found)
+    is_scaled = any(header.scale for header in found.values())
+    return _Plan(config, mapping, found, f"{prefix} scaled" if is_scaled else prefix)
+
+
+def _first_row(header: TensorHeader) -> Tensor:
+    """Reads the first row of a matrix, (1, in), in bf16."""
+    with safe_open(header.path, "pt") as file:
+        row = file.get_slice(header.name)[:1]
+    scale = read_scale(header)
+    return (row if scale is None else row.float() * scale.reshape(-1)[0]).to(torch.bfloat16)

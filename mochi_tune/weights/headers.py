@@ -1,6 +1,6 @@
 """Safetensors headers: read without the tensors, and compared with what a model needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,17 +8,29 @@ from safetensors import SafetensorError, safe_open
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import check_header
-from mochi_tune.weights.files import PartFiles, list_some
 
-FLOAT_DTYPES = ("F32", "BF16", "F16")
+# A listing of names in an error stops here.
+MAX_LISTED = 8
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
+FLOAT_DTYPES = ("F32", "BF16", "F16", *FP8_DTYPES)
 
 
 class TensorHeader(NamedTuple):
-    """What a file's header says of one tensor."""
+    """What a file's header says of one tensor.
+
+    Attributes:
+        path: the file.
+        name: in the file.
+        shape: of the tensor.
+        dtype: as safetensors writes it, "BF16".
+        scale: the tensor that an fp8 tensor is multiplied with.
+    """
 
     path: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
+    scale: "TensorHeader | None" = None
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -31,7 +43,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         check_header(path)
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {name: TensorHeader(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            return {name: TensorHeader(path, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -39,13 +51,16 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         ) from error
 
 
-def check_tensors(files: PartFiles, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorHeader]) -> None:
+def check_tensors(
+    where: Path, config: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorHeader]
+) -> None:
     """Compares names, shapes and dtypes, and lists everything that is wrong in one error.
 
     Args:
-        files: that hold the tensors.
-        expected: the shape of each tensor, by its name in the files.
-        found: in the files.
+        where: the file or the folder of the tensors.
+        config: the configuration that tells what is expected; where it does not exist, the full size is.
+        expected: the shape of each tensor, by its name.
+        found: in the files, by the same names.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape or not floating point.
@@ -66,11 +81,14 @@ def check_tensors(files: PartFiles, expected: Mapping[str, tuple[int, ...]], fou
     }
     listed = [f"{len(names)} {what} ({list_some(names)})" for what, names in problems.items() if names]
     if listed:
-        where = files.config.parent if files.is_diffusers else files.shards[0]
-        config = (
-            files.config.name if files.config.exists() else f"the full-size model (there is no {files.config.name})"
-        )
+        told = config.name if config.exists() else f"the full-size model (there is no {config.name})"
         raise CheckpointError(
-            f"{where} does not fit {config}, which has {len(expected)} tensors: {'; '.join(listed)}. "
+            f"{where} does not fit {told}, which has {len(expected)} tensors: {'; '.join(listed)}. "
             "Use weights and a configuration of the same model."
         )
+
+
+def list_some(names: Sequence[str]) -> str:
+    """Joins the first names by commas and counts the others."""
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

@@ -7,8 +7,6 @@ from helpers_video import write_video
 
 import mochi_tune
 from mochi_tune.data_prep import html_page
-from mochi_tune.data_prep.inspect_data import load_tokenizer
-from mochi_tune.errors import CheckpointError
 
 TOKENIZERS = Path(mochi_tune.__file__).parent / "assets"
 
@@ -52,13 +50,3 @@ def test_a_users_mistake_is_one_line(tmp_path, arguments, text):
     (tmp_path / "file").write_text("")
     done = run("inspect", "conf=my_lora", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_a_damaged_tokenizer_is_refused_and_a_missing_one_is_not(tmp_path):
-    assert load_tokenizer(tmp_path) is None
-    for name in ("tiny", "toy"):
-        assert load_tokenizer(TOKENIZERS / name) is not None
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"cannot be read .*weights pull"):
-        load_tokenizer(tmp_path)

@@ -24,7 +24,8 @@ from mochi_tune.data_prep.inspection import (
     whole_frame,
 )
 from mochi_tune.data_prep.probe import Scan
-from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
+from mochi_tune.models.text_encoder import MAX_TOKENS
+from mochi_tune.weights.folder import WeightsFolder
 
 ASSETS = Path(mochi_tune.__file__).parent / "assets"
 LONG_CAPTION = "a red bird flies over the sea " * 50
@@ -59,7 +60,7 @@ def seen(tmp_path_factory):
     for name in (b"odd\xe4.mp4", b"odd\xe4.zip"):
         Path(os.fsdecode(odd + b"/" + name)).write_bytes((videos / "wide.mp4").read_bytes())
     Path(os.fsdecode(odd + b"/odd\xe4.txt")).write_text("odd")
-    return inspect_clips(settings(folder), 0, TextEncoder.load_tokenizer(ASSETS / "tiny"))
+    return inspect_clips(settings(folder), 0, WeightsFolder(ASSETS / "tiny").load_tokenizer())
 
 
 def numbers(pictures) -> list[int]:
@@ -119,7 +120,7 @@ def test_of_too_many_clips_the_rest_is_read_without_pictures(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["tiny", "toy"])
 def test_a_caption_is_read_up_to_the_last_token_that_is_encoded(name):
-    tokenizer = TextEncoder.load_tokenizer(ASSETS / name)
+    tokenizer = WeightsFolder(ASSETS / name).load_tokenizer()
     measured = measure_caption(LONG_CAPTION, tokenizer)
     ids = tokenizer(LONG_CAPTION).input_ids
     assert measured.num_tokens == len(ids) and measured.lost_tokens == len(ids) - MAX_TOKENS > 0

@@ -26,7 +26,6 @@ from mochi_tune.data_prep.prepare import Prepared, main, prepare
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.device import find_device
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import PointwiseConv, frames_to_pixels
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -78,7 +77,7 @@ def test_the_cache_holds_what_the_models_make_of_each_clip(base):
     )
     assert {row.path: row.captions[0] for row in cache.rows} == {name: text.strip() for name, text in CAPTIONS.items()}
     encoder = WeightsFolder(TINY).load_encoder("cpu", torch.float32)
-    text_encoder = TextEncoder.load(TINY, "cpu", torch.float32)
+    text_encoder = WeightsFolder(TINY).load_text_encoder("cpu", torch.float32)
     for index, row in enumerate(cache.rows):
         clip = decode_clip(base / "videos" / row.path, Cut(**GEOMETRY))
         mean, logvar = encoder(frames_to_pixels(clip.frames[None]))
@@ -141,7 +140,7 @@ def test_a_changed_caption_encodes_that_caption_alone(good):
         item = cache.read(index)
         for name in ("mean", "logvar", "prompt_embeds"):
             assert torch.equal(item[name], old[row.path][name]) == ((row.path, name) != ("copy.mp4", "prompt_embeds"))
-    expected = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a blue fish"])[0]
+    expected = WeightsFolder(TINY).load_text_encoder("cpu", torch.float32).encode(["a blue fish"])[0]
     assert torch.equal(cache.read(1)["prompt_embeds"], expected)
 
 
@@ -275,7 +274,7 @@ def test_t5_may_run_in_bf16_which_encodes_the_captions_anew_and_no_clip(good):
     exact, rounded = (open_cache(good / name, BUCKETS) for name in ("cache", "rounded"))
     assert done.clips_encoded == 0 and done.captions_encoded > 0 and rounded.settings.t5_dtype == "bf16"
     assert exact.fingerprint != rounded.fingerprint
-    encoder = TextEncoder.load(TINY, "cpu", torch.bfloat16)
+    encoder = WeightsFolder(TINY).load_text_encoder("cpu", torch.bfloat16)
     for index in range(len(exact)):
         ours, theirs = (cache.read(index)["prompt_embeds"] for cache in (rounded, exact))
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs) == (not rounded.rows[index].captions[0])

@@ -22,7 +22,6 @@ import torch
 import mochi_tune
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import CacheSettings, make_row
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.toy.lesson import lesson_words
 from mochi_tune.toy.world import HEIGHT, NUM_FRAMES, WIDTH, draw_clips
@@ -43,7 +42,7 @@ def write_cache(folder: Path) -> None:
     """Writes a cache of the first clips of the toy lesson, as `prepare` would."""
     words = lesson_words()[0][:NUM_CLIPS]
     frames = draw_clips(words, torch.Generator().manual_seed(1))
-    weights, text_encoder = WeightsFolder(TOY), TextEncoder.load(TOY, "cpu", torch.float32)
+    weights, text_encoder = WeightsFolder(TOY), WeightsFolder(TOY).load_text_encoder("cpu", torch.float32)
     encoder = weights.load_encoder("cpu", torch.float32)
     settings = CacheSettings(
         transform={"version": 1, "buckets": {"": [[NUM_FRAMES, HEIGHT, WIDTH]]}},

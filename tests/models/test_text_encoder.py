@@ -5,14 +5,15 @@ import torch
 from helpers_golden import TOLERANCE, relative_error
 
 from mochi_tune import assets
-from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
+from mochi_tune.models.text_encoder import MAX_TOKENS
+from mochi_tune.weights.folder import WeightsFolder
 
 TINY = Path(assets.__path__[0]) / "tiny"
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return TextEncoder.load(TINY, "cpu", torch.float32)
+    return WeightsFolder(TINY).load_text_encoder("cpu", torch.float32)
 
 
 def test_features_are_those_of_the_padded_and_masked_encoder(encoder):
@@ -46,7 +47,7 @@ def test_long_prompts_are_cut_and_counted_whole(encoder):
 
 
 def test_features_are_fp32_whatever_t5_computes_in(encoder):
-    half = TextEncoder.load(TINY, "cpu", torch.bfloat16)
+    half = WeightsFolder(TINY).load_text_encoder("cpu", torch.bfloat16)
     assert half.model.dtype == torch.bfloat16
     for ours, exact in zip(half.encode(["a cat", ""]), encoder.encode(["a cat", ""]), strict=True):
         assert ours.dtype == torch.float32 and ours.shape == exact.shape

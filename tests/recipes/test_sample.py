@@ -17,7 +17,6 @@ from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.latents import to_vae_latents
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.parallel.forecast import GIB, sampling_held
 from mochi_tune.recipes import sample as recipe
@@ -102,7 +101,7 @@ def test_the_video_has_the_frames_and_its_settings_beside_it(tmp_path):
 
 def test_the_latents_are_those_of_the_plain_loop(tmp_path):
     video = sample(tmp_path, "sample.save_latents=true", "sample.negative_prompt=a cat", "sample.guidance=3")
-    encoder = TextEncoder.load(TINY, "cpu", torch.float32)
+    encoder = WeightsFolder(TINY).load_text_encoder("cpu", torch.float32)
     prompt, negative = (
         (features[None], torch.ones(1, len(features), dtype=torch.bool))
         for features in encoder.encode(["a red ball", "a cat"])
@@ -310,7 +309,7 @@ def test_a_dora_renders_what_its_trained_model_does(tmp_path):
     settings = settings_of(list(adapter.layers), rank=2, alpha=4.0, dropout=0.5)
     apply_lora(dit, settings, seed=5, dora=True)
     load_start_adapter(dit, adapter.layers)
-    features = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a red ball", ""])
+    features = WeightsFolder(TINY).load_text_encoder("cpu", torch.float32).encode(["a red ball", ""])
     noise, schedule = draw_noise(0, 7, 32, 48), SamplerSettings(3, 2.0, 0.025)
     *_, expected = sample_latents(dit.eval(), noise, *features, schedule)
     more = [f"sample.adapter={dora}", "sample.save_latents=true", "sample.guidance=2"]

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes
 from mochi_tune.config.load import load_config, weights_folder
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.parallel.mesh import Layout, Mesh
 from mochi_tune.recipes import sample
 from mochi_tune.sampling.render import decoded_frames
@@ -76,7 +75,8 @@ def render(folder: Path, name: str, layout: dict, adapter: str) -> None:
 @pytest.fixture(scope="module")
 def latents_error(folder) -> float:
     """How far the latents of another layout may be from those of one process: its sums are in another order."""
-    dit, text = WeightsFolder(TOY).load_dit("cpu", torch.float32), TextEncoder.load(TOY, "cpu", torch.float32)
+    weights = WeightsFolder(TOY)
+    dit, text = weights.load_dit("cpu", torch.float32), weights.load_text_encoder("cpu", torch.float32)
     apply_adapter(dit, load_adapter(folder / "adapter.safetensors").layers, "adapter")
     schedule = sampler_settings(load_config("toy_lora", settings(folder, "never", {}, "without")).sample)
     noise, features = draw_noise(0, 25, 64, 96), text.encode([PROMPTS[0], ""])

@@ -16,7 +16,6 @@ from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.models.latents import to_vae_latents
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae_streaming import decode_chunks
 from mochi_tune.recipes import sample
 from mochi_tune.recipes.train_lora import main
@@ -207,7 +206,8 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     # One has the adapter that was trained, the other one it from a file: what rounding may make of the same numbers.
     dit = WeightsFolder(weights_folder(config)).load_dit("cpu", torch.float32)
     apply_adapter(dit, load_adapter(tmp_path / "adapter.safetensors").layers, "adapter")
-    features = TextEncoder.load(weights_folder(config), "cpu", torch.float32).encode(["a red ball", "a cat"])
+    text_encoder = WeightsFolder(weights_folder(config)).load_text_encoder("cpu", torch.float32)
+    features = text_encoder.encode(["a red ball", "a cat"])
     noise, decoder = draw_noise(0, 7, 32, 48), WeightsFolder(weights_folder(config)).load_decoder("cpu", torch.float32)
     error = rounding_error(
         lambda: [*sample_latents(dit, noise, *features, sampler_settings(config.sample))][-1],

@@ -16,7 +16,6 @@ from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.video import read_frames
@@ -87,8 +86,9 @@ def test_the_adapter_file_is_what_was_trained(lesson):
 @torch.no_grad()
 def test_the_objective_is_the_one_that_the_base_was_trained_on():
     folder, words = weights_folder(load_config("toy_lora", [])), split_words()[1][:24]
-    dit, text = WeightsFolder(folder).load_dit("cpu", torch.float32), TextEncoder.load(folder, "cpu", torch.float32)
-    encoder = WeightsFolder(folder).load_encoder("cpu", torch.float32)
+    weights = WeightsFolder(folder)
+    dit, text = weights.load_dit("cpu", torch.float32), weights.load_text_encoder("cpu", torch.float32)
+    encoder = weights.load_encoder("cpu", torch.float32)
     z, _ = encoder(frames_to_pixels(draw_clips(words, keyed_generator(0, "clips"))))
     noise = torch.randn(z.shape, generator=keyed_generator(0, "noise"))
     sigma = (torch.arange(len(words)) + 0.5) / len(words)
@@ -117,7 +117,7 @@ def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):
     config = load_config("toy_lora", [])
     folder, words = weights_folder(config), lesson_words()[1][:2]
     text, decoder = (
-        TextEncoder.load(folder, "cpu", torch.float32),
+        WeightsFolder(folder).load_text_encoder("cpu", torch.float32),
         WeightsFolder(folder).load_decoder("cpu", torch.float32),
     )
     clips = []

@@ -8,7 +8,6 @@ from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.data_prep.prepare import main as prepare
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.recipes.train_lora import main as train
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.video import write_video
@@ -34,7 +33,7 @@ def test_the_lesson_is_learnt_from_clips_of_two_sizes(tmp_path, capsys):
     weights = WeightsFolder(weights_folder(config))
     dit, decoder = weights.load_dit("cpu", torch.float32), weights.load_decoder("cpu", torch.float32)
     apply_adapter(dit, load_adapter(tmp_path / "run" / "adapter.safetensors").layers, "lesson")
-    text, settings = TextEncoder.load(weights.path, "cpu", torch.float32), sampler_settings(config.sample)
+    text, settings = weights.load_text_encoder("cpu", torch.float32), sampler_settings(config.sample)
     new, base = asked_words(SAMPLES)
     assert share_new(render_words(new, dit, text, decoder, settings, 1)) >= 0.6
     assert share_shown(render_words(base, dit, text, decoder, settings, 1), base) >= 0.85

@@ -8,7 +8,6 @@ import torch
 
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.toy.initial import build_text_encoder, build_vae, make_tokenizer
 from mochi_tune.toy.train_toy import SEED, Plan, main, normalise_latents, text_loss, train_stage
@@ -84,7 +83,7 @@ def test_scaling_the_latents_leaves_what_is_decoded():
 
 def test_the_tokenizer_has_one_token_a_word_and_letters_for_the_rest(tmp_path):
     make_tokenizer(tmp_path / "tokenizer")
-    tokenizer = TextEncoder.load_tokenizer(tmp_path)
+    tokenizer = WeightsFolder(tmp_path).load_tokenizer()
     assert {len(tokenizer(w.caption).input_ids) for w in all_words()} == {10}
     assert tokenizer.tokenize("a circle wugs") == ["▁a", "▁circle", "▁", "w", "u", "g", "s"]
     assert tokenizer("a red").input_ids[-1] == tokenizer.eos_token_id == 1 and tokenizer.pad_token_id == 0
@@ -92,7 +91,7 @@ def test_the_tokenizer_has_one_token_a_word_and_letters_for_the_rest(tmp_path):
 
 def test_a_stage_that_is_interrupted_goes_on_to_the_same_weights(tmp_path):
     make_tokenizer(tmp_path / "tokenizer")
-    tokenizer = TextEncoder.load_tokenizer(tmp_path)
+    tokenizer = WeightsFolder(tmp_path).load_tokenizer()
 
     def stage(folder, interrupt_at):
         model = build_text_encoder(len(tokenizer), SEED)

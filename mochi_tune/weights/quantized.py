@@ -1,0 +1,119 @@
+"""Weights in fp8: which tensor holds the scale of which, in the layouts of ComfyUI.
+
+| layout            | scale                 | also                                                                 |
+| ----------------- | --------------------- | -------------------------------------------------------------------- |
+| plain             | none, it is 1         |                                                                      |
+| scaled            | LAYER.scale_weight    | `scaled_fp8`, an empty tensor that marks the file; LAYER.scale_input |
+| mixed             | LAYER.weight_scale    | LAYER.comfy_quant, JSON as bytes; LAYER.input_scale                  |
+
+A scale is one number, or one for each row. Scales of activations are for kernels that do not find their own.
+Source: Comfy-Org/ComfyUI comfy/utils.py (convert_old_quants), comfy/ops.py (mixed_precision_ops).
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mochi_tune.errors import CheckpointError
+from mochi_tune.weights.headers import FP8_DTYPES, TensorHeader
+
+_SCALES = (".scale_weight", ".weight_scale")
+_OF_ACTIVATIONS = (".scale_input", ".input_scale")
+_MARKER, _NOTE = "scaled_fp8", ".comfy_quant"
+# Layers that ComfyUI never scales.
+_EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")
+_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+
+
+def take_scales(found: Mapping[str, TensorHeader], formats: Mapping[str, str]) -> dict[str, TensorHeader]:
+    """Gives each fp8 tensor its scale, and returns the tensors without the entries that say how others are stored.
+
+    Entries that belong to no fp8 tensor stay, for the comparison with the model to refuse.
+
+    Args:
+        found: tensors by their names without the part's prefix.
+        formats: of layers, from the file's metadata or its notes.
+
+    Raises:
+        CheckpointError: a format that is not known, or fp8 without its scale in a file that has scales.
+    """
+    kept, scales = dict(found), {}
+    is_scaled = any(header.dtype in FP8_DTYPES for name, header in found.items() if name != _MARKER)
+    is_scaled = is_scaled and kept.pop(_MARKER, None) is not None
+    for name, header in found.items():
+        layer, ending = _split(name)
+        is_fp8 = f"{layer}.weight" in found and found[f"{layer}.weight"].dtype in FP8_DTYPES
+        if ending in _SCALES and is_fp8 and _fits(header.shape, found[f"{layer}.weight"].shape):
+            scales[f"{layer}.weight"] = kept.pop(name)
+        elif (ending == _NOTE and f"{layer}.weight" in found) or (ending in _OF_ACTIVATIONS and is_fp8):
+            del kept[name]
+    for layer, named in formats.items():
+        if named not in _FORMATS:
+            raise CheckpointError(
+                f"{layer}.weight is stored as {named}, which is not read here: use a file in bf16, fp16, fp32 or fp8."
+            )
+    lacking = [f"{layer}.weight" for layer in formats if f"{layer}.weight" not in scales]
+    if is_scaled or scales:
+        fp8 = [name for name, header in kept.items() if header.dtype in FP8_DTYPES and name.endswith(".weight")]
+        lacking += [name for name in fp8 if name not in scales and not name.endswith(_EMBEDDINGS)]
+    if lacking:
+        raise CheckpointError(
+            f"{len(set(lacking))} tensors are in fp8 without a scale ({lacking[0]}): fetch their file again."
+        )
+    return {name: header._replace(scale=scales.get(name)) for name, header in kept.items()}
+
+
+def read_formats(path: Path, names: Mapping[str, TensorHeader]) -> dict[str, str]:
+    """Returns the format that a file notes for its quantized layers, by the names in the file.
+
+    Raises:
+        CheckpointError: a note is no JSON of a format.
+    """
+    with safe_open(path, "pt") as file:
+        notes: dict[str, Any] = {
+            name.removesuffix(_NOTE): bytes(file.get_tensor(name).flatten().to(torch.uint8).tolist())
+            for name in names
+            if name.endswith(_NOTE) and names[name].path == path
+        }
+        of_file = (file.metadata() or {}).get("_quantization_metadata")
+    try:
+        notes = {layer: json.loads(note) for layer, note in notes.items()}
+        if of_file is not None:
+            notes = dict(json.loads(of_file)["layers"]) | notes
+        return {layer: str(note["format"]) for layer, note in notes.items()}
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise CheckpointError(f"{path}: its note on quantized layers cannot be read: fetch the file again.") from None
+
+
+def read_tensor(header: TensorHeader) -> Tensor:
+    """Reads a tensor, fp8 times its scale in fp32, on the CPU."""
+    # Opened anew for each tensor: the pages of a mapping count as this process's memory until it is closed.
+    with safe_open(header.path, "pt") as file:
+        tensor = file.get_tensor(header.name)
+    if header.dtype not in FP8_DTYPES:
+        return tensor
+    scale = read_scale(header)
+    return tensor.float() if scale is None else tensor.float().mul_(scale)
+
+
+def read_scale(header: TensorHeader) -> Tensor | None:
+    """Reads the scale of an fp8 tensor, fp32 () or (out, 1); None where it has none."""
+    if header.scale is None:
+        return None
+    with safe_open(header.scale.path, "pt") as file:
+        scale = file.get_tensor(header.scale.name).float()
+    return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
+
+
+def _split(name: str) -> tuple[str, str]:
+    layer, dot, ending = name.rpartition(".")
+    return layer, dot + ending
+
+
+def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return scale in ((), (1,)) or scale in (weight[:1], (*weight[:1], 1))

@@ -1,0 +1,107 @@
+"""Files that hold one part or several under a prefix of their own, as ComfyUI's do.
+
+| file                         | keys                                                       |
+| ---------------------------- | ---------------------------------------------------------- |
+| DiT                          | blocks.0.attn.qkv_x.weight, or model.diffusion_model.blocks… |
+| VAE                          | encoder.layers.0.weight, decoder.blocks.0.0.weight         |
+| T5                           | encoder.block.0.layer.0.SelfAttention.q.weight             |
+| all in one                   | model.diffusion_model.…, vae.decoder.…,                    |
+|                              | text_encoders.t5xxl.transformer.…                          |
+
+A part is found by one tensor that it alone has; what stands before that tensor's name is the part's prefix.
+Source: Comfy-Org/ComfyUI comfy/supported_models.py (GenmoMochi), comfy/sd.py (VAE), comfy/model_detection.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from mochi_tune.errors import CheckpointError
+from mochi_tune.weights.headers import TensorHeader, read_header
+from mochi_tune.weights.paths import PART_NAMES
+
+# A tensor that each part alone has, in each naming.
+_ANCHORS: dict[str, dict[Literal["official", "diffusers"], str]] = {
+    "dit": {"official": "blocks.0.attn.qkv_x.weight", "diffusers": "transformer_blocks.0.attn1.to_q.weight"},
+    "encoder": {"official": "output_norm.weight", "diffusers": "encoder.proj_in.weight"},
+    "decoder": {"official": "blocks.0.1.stack.0.weight", "diffusers": "decoder.block_in.resnets.0.conv1.conv.weight"},
+    "text_encoder": {"official": "encoder.block.0.layer.0.SelfAttention.q.weight"},
+}
+# ComfyUI saves it with every text encoder.
+_NOT_USED = ".logit_scale"
+# Folders of ComfyUI's `models`, or of a repository that is laid out as they are.
+COMFYUI_FOLDERS = {
+    "dit": ("diffusion_models", "unet", "checkpoints"),
+    "encoder": ("vae", "checkpoints"),
+    "decoder": ("vae", "checkpoints"),
+    "text_encoder": ("text_encoders", "clip", "checkpoints"),
+}
+
+
+class Place(NamedTuple):
+    """Where a part's tensors are in a file: whose names they have, behind which prefix."""
+
+    naming: Literal["official", "diffusers"]
+    prefix: str
+
+
+def find_prefixes(names: Iterable[str]) -> dict[str, Place]:
+    """Returns where each part is that has its tensors among these names.
+
+    Diffusers' prefix of the VAE's halves is what stands before "encoder." and "decoder.", which the names keep.
+    """
+    names = set(names)
+    found: dict[str, Place] = {}
+    for part, anchors in _ANCHORS.items():
+        for naming, anchor in anchors.items():
+            prefixes = [name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")]
+            if len(prefixes) == 1:
+                found[part] = Place(naming, prefixes[0])
+    return found
+
+
+def find_single_file(folder: Path, part: str, setting: str) -> Path | None:
+    """Returns the file of a folder, or of ComfyUI's folders in it, that holds a part; None where there is none.
+
+    Raises:
+        CheckpointError: several hold it, or none does and one of them is damaged.
+    """
+    folders = [folder, *(folder / name for name in COMFYUI_FOLDERS[part])]
+    folders += [folder / "split_files" / name for name in COMFYUI_FOLDERS[part]]
+    holders, damaged = [], None
+    for path in (path for each in folders for path in sorted(each.glob("*.safetensors")) if path.is_file()):
+        try:
+            if part in find_prefixes(read_header(path)):
+                holders.append(path)
+        except CheckpointError as error:
+            damaged = damaged or error
+    if len(holders) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in holders)
+        raise CheckpointError(
+            f"{folder} has several files with a {PART_NAMES[part]}, {names}: choose one with {setting}=FILE."
+        )
+    if not holders and damaged:
+        raise damaged
+    return holders[0] if holders else None
+
+
+def take_part(headers: Mapping[str, TensorHeader], part: str, is_shared: bool) -> dict[str, TensorHeader]:
+    """Returns the tensors of a part under their names without its prefix.
+
+    Args:
+        headers: of all tensors, by their names in the files.
+        part: "dit", "encoder", "decoder" or "text_encoder".
+        is_shared: whether other parts may be among them. What no part has is returned under its full name, so that
+            the comparison with the model refuses it.
+    """
+    places = find_prefixes(headers)
+    prefix = places[part].prefix if part in places else ""
+    others = {place.prefix for place in places.values()} - {prefix} if is_shared else set()
+    found = {}
+    for name, header in headers.items():
+        owner = max((each for each in {prefix, *others} if name.startswith(each)), key=len, default=None)
+        if owner == prefix:
+            found[name.removeprefix(prefix)] = header
+        elif owner is None and not (is_shared and name.endswith(_NOT_USED)):
+            found[name] = header
+    return found
