@@ -116,7 +116,7 @@ def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fin
         elif layer.shape != tuple(shapes[name]):
             wrong.append(f"{name} is {_size(layer.shape)}, in the base {_size(shapes[name])}")
     trained_on = adapter.metadata.get("base_fingerprint")
-    # A base in fp8 or fp16 is known by its rounded numbers, "F8_E4M3:...", which tell nothing of those of another dtype.
+    # A base in fp8 or fp16 is known by its rounded numbers, "F8_E4M3:...", which others cannot be compared with.
     is_comparable = trained_on and base_fingerprint and _dtype_of(trained_on) == _dtype_of(base_fingerprint)
     if is_comparable and trained_on != base_fingerprint:
         wrong.insert(0, f"base_fingerprint is {trained_on}, this base's is {base_fingerprint}")

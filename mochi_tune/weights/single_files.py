@@ -99,9 +99,11 @@ def take_part(headers: Mapping[str, TensorHeader], part: str, is_shared: bool) -
     others = {place.prefix for place in places.values()} - {prefix} if is_shared else set()
     found = {}
     for name, header in headers.items():
+        if is_shared and name.endswith(_NOT_USED):
+            continue
         owner = max((each for each in {prefix, *others} if name.startswith(each)), key=len, default=None)
         if owner == prefix:
             found[name.removeprefix(prefix)] = header
-        elif owner is None and not (is_shared and name.endswith(_NOT_USED)):
+        elif owner is None:
             found[name] = header
     return found
