@@ -170,13 +170,17 @@ def make_inputs(train: TrainConfig, batch: Mapping[str, Any], drawn: Draws, modu
 def load_adapted(config: RunConfig, bundle: Path, device: torch.device, has_host_modulation: bool) -> AsymmDiT:
     """Loads the base with the adapter as it was before the step, in training mode."""
 
-    def shrink_block(_dit: nn.Module, block: nn.Module) -> None:
+    weights = WeightsFolder(weights_paths(config))
+
+    def shrink_block(dit: AsymmDiT, block: nn.Module) -> None:
         assert isinstance(block, AsymmetricJointBlock)
         if has_host_modulation:
             apply_host_modulation(block)
-        apply_precision(block, config.model.precision or "bf16")
+        number = next(i for i, each in enumerate(dit.blocks) if each is block)
+        apply_precision(
+            block, config.model.precision or "bf16", lambda name: weights.read_fp8(f"blocks.{number}.{name}")
+        )
 
-    weights = WeightsFolder(weights_paths(config))
     weights.check(["dit"])
     saved = load_tensors(bundle / "adapter.safetensors")
     dit = weights.load_dit(device, DTYPES[config.model.dtype], shrink_block)

@@ -61,12 +61,24 @@ class _Product(torch.autograd.Function):
 
 
 class EightBitLinear(nn.Linear):
-    """A frozen Linear with its weight in 8 bits; takes an adapter as any Linear does."""
+    """A frozen Linear with its weight in 8 bits; takes an adapter as any Linear does.
 
-    def __init__(self, linear: nn.Linear, precision: str) -> None:
+    Args:
+        linear: to be replaced.
+        precision: "fp8" or "int8".
+        stored: the weight in that precision (out, in) and its scale, () or (out, 1), where a file has it so: it is
+            taken as it is, as rounding it again by each row's maximum would move it.
+    """
+
+    def __init__(self, linear: nn.Linear, precision: str, stored: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.dtype_of_weight = EIGHT_BIT[precision]
-        rows, scale = quantize_rows(linear.weight.detach(), self.dtype_of_weight)
+        if stored is not None and stored[0].dtype == self.dtype_of_weight:
+            device = linear.weight.device
+            rows = stored[0].to(device)
+            scale = stored[1].to(device).expand(len(rows), 1).reshape(len(rows)).clone()
+        else:
+            rows, scale = quantize_rows(linear.weight.detach(), self.dtype_of_weight)
         # As bytes: others take a weight that is of a floating-point dtype for one to compute in.
         self.weight = nn.Parameter(rows.view(torch.uint8), requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)

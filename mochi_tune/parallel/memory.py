@@ -2,6 +2,8 @@
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ PRECISIONS = ("int8", "fp8")
 RESIDENCIES = ("resident", *PRECISIONS, "offload", "shard")
 
 
-def apply_quantization(block: nn.Module, precision: str) -> None:
+def apply_quantization(
+    block: nn.Module, precision: str, read_stored: Callable[[str], tuple[Tensor, Tensor] | None] = lambda _: None
+) -> None:
     """Rounds the matrices of a block to 8 bits, by torchao: half the memory of bf16.
 
     "int8" rounds weights alone. "fp8" rounds the visual stream's activations too, row by row, where the GPU multiplies
@@ -29,6 +33,8 @@ def apply_quantization(block: nn.Module, precision: str) -> None:
     Args:
         block: on its device; its Linear layers' weights are replaced.
         precision: one of PRECISIONS.
+        read_stored: returns the weight of this name as the file has it in fp8, with its scale, or None: "fp8" takes
+            those numbers as they are, which rounding again by each row's maximum would move.
     """
     assert precision in PRECISIONS, precision
     with warnings.catch_warnings():
@@ -42,6 +48,12 @@ def apply_quantization(block: nn.Module, precision: str) -> None:
         dynamic = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
         quantization.quantize_(block, dynamic, lambda module, name: isinstance(module, nn.Linear) and "_x" in name)
     quantization.quantize_(block, quantization.Float8WeightOnlyConfig(), _is_unquantized_linear)
+    for name, module in block.named_modules():
+        stored = read_stored(f"{name}.weight") if isinstance(module, nn.Linear) else None
+        if stored is not None:
+            rounded: Any = module.weight
+            rounded.qdata.copy_(stored[0])
+            rounded.scale.copy_(stored[1])
 
 
 def apply_sharding(block: nn.Module, mesh: DeviceMesh) -> None:

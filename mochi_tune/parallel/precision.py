@@ -1,9 +1,10 @@
 """The precision of a training's frozen base: its large matrices in 8 bits, or in 4 for the smallest cards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear
@@ -31,20 +32,26 @@ def check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-def apply_precision(block: nn.Module, precision: str) -> None:
+def apply_precision(
+    block: nn.Module, precision: str, read_stored: Callable[[str], tuple[Tensor, Tensor] | None] = lambda _: None
+) -> None:
     """Rounds the large matrices of a block, which is on its device; adapters are added afterwards.
 
     Args:
         block: of the DiT.
         precision: "fp8", "int8", "nf4", or "bf16", which changes nothing.
+        read_stored: returns the weight of this name as the file has it in fp8, with its scale, or None.
     """
     if precision == "bf16":
         return
     for name in LARGE_LAYERS:
         linear = block.get_submodule(name)
         assert type(linear) is nn.Linear, linear
-        make = EightBitLinear if precision in EIGHT_BIT else _four_bit
-        block.set_submodule(name, make(linear, precision))
+        if precision in EIGHT_BIT:
+            stored = read_stored(f"{name}.weight") if precision == "fp8" else None
+            block.set_submodule(name, EightBitLinear(linear, precision, stored))
+        else:
+            block.set_submodule(name, _four_bit(linear, precision))
 
 
 def _four_bit(linear: nn.Linear, precision: str) -> nn.Module:

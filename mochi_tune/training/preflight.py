@@ -29,7 +29,7 @@ from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.data.order import ClipOrder, make_pools
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.device import DTYPES, find_device
-from mochi_tune.models.dit import AsymmetricJointBlock, DiTConfig
+from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
 from mochi_tune.parallel.forecast import Step, free_bytes
 from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import apply_host_modulation
@@ -106,12 +106,13 @@ class TrainPlan:
         """Whether modulation is computed in host memory; ZeRO-3 splits its weights, too, among the devices."""
         return self.config.parallel.strategy != "zero3"
 
-    def shrink_block(self, _dit: nn.Module, block: nn.Module) -> None:
+    def shrink_block(self, dit: AsymmDiT, block: nn.Module) -> None:
         """Makes a block small as soon as it is read: modulation goes to host memory, large matrices to fewer bits."""
         assert isinstance(block, AsymmetricJointBlock)
         if self.has_host_modulation:
             apply_host_modulation(block)
-        apply_precision(block, self.precision)
+        number = next(i for i, each in enumerate(dit.blocks) if each is block)
+        apply_precision(block, self.precision, lambda name: self.weights.read_fp8(f"blocks.{number}.{name}"))
 
     @property
     def step(self) -> Step:

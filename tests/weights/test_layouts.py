@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from mochi_tune import assets
 from mochi_tune.errors import CheckpointError
 from mochi_tune.models.dit import DiTConfig
+from mochi_tune.parallel.memory import apply_quantization
+from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.weights.fill import build_meta_model
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import diffusers_map, to_diffusers
@@ -315,3 +317,31 @@ def test_several_files_with_one_part_ask_for_a_choice(comfyui, tmp_path):
         WeightsFolder(models).check(["dit"])
     with pytest.raises(CheckpointError, match=r"model\.vae=.*holds no VAE encoder of Mochi"):
         WeightsFolder(WeightsPaths(models, vae=source)).check(["encoder"])
+
+
+def test_weights_stored_in_fp8_are_used_as_they_are_by_training_and_sampling(tmp_path):
+    configs(tmp_path)
+    in_blocks = lambda name: name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name  # noqa: E731
+    stored, exact = scaled_fp8(official("dit"), in_blocks)
+    save_file(stored, tmp_path / "mochi.safetensors")
+    weights = WeightsFolder(tmp_path)
+
+    def number(dit, block) -> int:
+        return next(i for i, each in enumerate(dit.blocks) if each is block)
+
+    def shrink(apply):
+        return lambda dit, block: apply(
+            block, "fp8", lambda name: weights.read_fp8(f"blocks.{number(dit, block)}.{name}")
+        )
+
+    trained = weights.load_dit("cpu", torch.bfloat16, shrink(apply_precision))
+    sampled = weights.load_dit("cpu", torch.bfloat16, shrink(apply_quantization))
+    for name in ("attn.qkv_x", "mlp_x.w2"):
+        expected = exact[f"blocks.1.{name}.weight"]
+        eight_bit, quantized = (model.blocks[1].get_submodule(name) for model in (trained, sampled))
+        # Multiplied in fp32 in both: a rounding apart.
+        assert torch.allclose(eight_bit.dequantized(), expected, rtol=2**-22, atol=0)
+        weight = quantized.weight
+        assert torch.allclose(weight.qdata.float() * weight.scale, expected, rtol=2**-22, atol=0)
+        again = weights.load_dit("cpu", torch.bfloat16, lambda _, block: apply_precision(block, "fp8"))
+        assert not torch.allclose(again.blocks[1].get_submodule(name).dequantized(), expected, rtol=2**-8, atol=0)
