@@ -1,5 +1,6 @@
 """A weights folder: checked by its files' headers alone, and loaded straight to a device and dtype."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,15 @@ class WeightsFolder:
         """Builds the AsymmDiT on the meta device, for its names and shapes; raises as `load_dit`."""
         return build_meta_model(self._plan("dit").config)
 
+    def read_dit_tensor(self, name: str, out: Tensor) -> None:
+        """Fills `out` with one tensor of the DiT, by its official name, whatever the files' layout and dtype.
+
+        Raises:
+            CheckpointError: as `load_dit`.
+        """
+        plan = self._plan("dit")
+        plan.mapping[name].join(functools.partial(_read, plan), out)
+
     def base_identity(self) -> str:
         """Identifies the DiT that an adapter belongs to, in every layout and float dtype of its weights.
 
@@ -141,12 +151,7 @@ class WeightsFolder:
     ) -> Any:
         plan = self._plan(part)
         model = build_meta_model(plan.config)
-
-        def read(name: str) -> Tensor:
-            # Opened anew for each tensor: the pages of a mapping count as this process's memory until it is closed.
-            with safe_open(plan.paths[name], "pt") as file:
-                return file.get_tensor(name)
-
+        read = functools.partial(_read, plan)
         fill_model(model, lambda name, tensor: plan.mapping[name].join(read, tensor), device, dtype, each_block)
         return model
 
@@ -186,6 +191,12 @@ class _Plan:
     config: Any
     mapping: dict[str, Pieces]
     paths: dict[str, Path]
+
+
+def _read(plan: _Plan, name: str) -> Tensor:
+    # Opened anew for each tensor: the pages of a mapping count as this process's memory until it is closed.
+    with safe_open(plan.paths[name], "pt") as file:
+        return file.get_tensor(name)
 
 
 def _make_plan(files: PartFiles, part: str) -> _Plan:
