@@ -74,7 +74,7 @@ class Baked:
 
     def __str__(self) -> str:
         others = f", with the base's {', '.join(self.others)}" if self.others else ""
-        return f"{self.folder}: {self.num_changed} layers changed, DiT of {self.num_bytes / 2**30:.2f} GiB{others}"
+        return f"{self.folder}: {self.num_changed} layers changed, DiT of {self.num_bytes / 2**30:.3g} GiB{others}"
 
 
 def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Baked:

@@ -94,7 +94,7 @@ def merge(files: Sequence[Path | str], strengths: Sequence[float], out: Path, li
     adapters = [load_adapter(file) for file in files]
     merged, errors = merge_adapters(adapters, strengths, limit)
     unnamed = [str(each.path) for each in adapters if "base_fingerprint" not in each.metadata]
-    note = f"; not compared: {', '.join(unnamed)} does not say which base it belongs to" if unnamed else ""
+    note = f"; bases not compared, as {', '.join(unnamed)} names none" if unnamed else ""
     return _save(out, merged, errors, note)
 
 

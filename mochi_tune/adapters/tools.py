@@ -106,9 +106,10 @@ def place_of(name: str) -> tuple[int | None, str]:
 
 
 def measure_layers(adapter: Adapter) -> dict[str, LayerFacts]:
-    """Measures each layer, in fp64."""
+    """Measures each layer, in fp64; the layers come in the order of the blocks, those outside the blocks at last."""
     facts = {}
-    for name, layer in adapter.layers.items():
+    for name in sorted(adapter.layers, key=_order):
+        layer = adapter.layers[name]
         values = singular_values(layer)
         ranks = (effective_rank(values, 0.9), effective_rank(values, 0.99))
         facts[name] = LayerFacts(layer.rank, layer.alpha, float(values.norm()), *ranks)
@@ -240,9 +241,9 @@ def _truncate(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
 
 def _check_one_base(adapters: Sequence[Adapter]) -> None:
     for key in ("base_fingerprint", "num_blocks"):
-        stated = {str(each): each.metadata[key] for each in adapters if key in each.metadata}
-        if len(set(stated.values())) > 1:
-            said = "; ".join(f"{name} has {value[:12]}" for name, value in stated.items())
+        stated = [(each, each.metadata[key]) for each in adapters if key in each.metadata]
+        if len({value for _, value in stated}) > 1:
+            said = "; ".join(f"{each} has {value[:12]}" for each, value in stated)
             raise CheckpointError(f"the adapters were trained on different bases, by their {key}: {said}.")
 
 
@@ -252,6 +253,11 @@ def _refuse_dora(adapter: Adapter, what: str) -> None:
             f"{adapter} is a DoRA and cannot be {what}: the lengths that it gives to the rows of the adapted weights "
             "are no low-rank change, and depend on the base; use a plain LoRA, or `lora bake`."
         )
+
+
+def _order(name: str) -> tuple[float, str]:
+    block, kind = place_of(name)
+    return (math.inf if block is None else block), kind
 
 
 def _norm(layer: LoraLayer) -> float:
