@@ -42,8 +42,8 @@ def make_page(found: Inspection) -> str:
         section("Change by block and kind of layer", note, f'<div class="charts">{charts}</div>'),
         section(
             "Layers",
-            "The last two columns are the effective ranks: how many components hold 90\u00a0% and 99\u00a0% of the energy, which "
-            "is the sum of the squared singular values.",
+            "The last two columns are the effective ranks: how many components hold 90\u00a0% and 99\u00a0% of the "
+            "energy, which is the sum of the squared singular values.",
             _layers(found.layers),
         ),
         section("Metadata", f"Alphas come from {found.alpha_source}.", _metadata(found)),
@@ -109,6 +109,7 @@ def _layers(layers: dict[str, LayerFacts]) -> str:
 
 def _metadata(found: Inspection) -> str:
     rows = "".join(
-        f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in sorted(found.adapter.metadata.items())
+        f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>"
+        for key, value in sorted(found.adapter.metadata.items())
     )
     return f'<div class="scroll"><table class="words">{rows}</table></div>'

@@ -11,9 +11,8 @@ from mochi_tune.adapters.files import Adapter
 from mochi_tune.adapters.layers import LoraLayer, some
 from mochi_tune.adapters.low_rank import (
     Limit,
-    difference_norm,
+    change_norm,
     effective_rank,
-    factor,
     inner_product,
     relative,
     singular_values,
@@ -100,7 +99,7 @@ class Comparison:
 
 
 def place_of(name: str) -> tuple[int | None, str]:
-    """Returns a layer's block and kind, (0, "attn.qkv_x"); outside the blocks there is none, and the kind is the name."""
+    """Returns a layer's block and kind, (0, "attn.qkv_x"); outside the blocks None and the whole name."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (None, name)
 
@@ -191,16 +190,19 @@ def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
     if wrong := [name for name in common if first.layers[name].shape != second.layers[name].shape]:
         raise CheckpointError(f"{some(wrong)}: other sizes in {second}: compare adapters of one base.")
     differences, cosines = {}, {}
-    norms = [{name: _norm(layer) for name, layer in each.layers.items()} for each in (first, second)]
+    norms = [{name: change_norm(layer) for name, layer in each.layers.items()} for each in (first, second)]
     whole = math.hypot(*norms[0].values()), math.hypot(*norms[1].values())
     apart, product = 0.0, 0.0
     for name in common:
         pair = first.layers[name], second.layers[name]
-        gap, inner = difference_norm(*pair), inner_product(*pair)
+        inner = inner_product(*pair)
+        gap = math.sqrt(max(norms[0][name] ** 2 + norms[1][name] ** 2 - 2 * inner, 0.0))
         differences[name] = max(relative(gap, max(norms[0][name], norms[1][name])), _magnitude_difference(*pair))
         cosines[name] = _cosine(inner, norms[0][name], norms[1][name])
         apart, product = apart + gap**2, product + inner
-    only = [[name for name in one.layers if name not in other.layers] for one, other in ((first, second), (second, first))]
+    only = [
+        [name for name in one.layers if name not in other.layers] for one, other in ((first, second), (second, first))
+    ]
     apart += sum(norms[i][name] ** 2 for i in (0, 1) for name in only[i])
     difference = relative(math.sqrt(apart), max(whole))
     return Comparison(only[0], only[1], differences, cosines, difference, _cosine(product, *whole))
@@ -234,7 +236,7 @@ def _truncate(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
     layers, left_out, norms = {}, {}, {}
     for name, layer in adapter.layers.items():
         layers[name], left_out[name] = truncate_layer(layer, limit)
-        norms[name] = _norm(layer)
+        norms[name] = change_norm(layer)
     errors = Errors.of(left_out, norms)
     return Adapter(layers, adapter.metadata | {"relative_error": f"{errors.total:.3g}"}), errors
 
@@ -258,10 +260,6 @@ def _refuse_dora(adapter: Adapter, what: str) -> None:
 def _order(name: str) -> tuple[float, str]:
     block, kind = place_of(name)
     return (math.inf if block is None else block), kind
-
-
-def _norm(layer: LoraLayer) -> float:
-    return float(factor(layer).core.norm())
 
 
 def _cosine(inner: float, norm: float, other: float) -> float:

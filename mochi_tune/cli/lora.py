@@ -1,5 +1,6 @@
 """The verb `lora`: tools for adapter files, and between them and base weights."""
 
+import difflib
 import json
 import math
 import os
@@ -31,7 +32,9 @@ def run_lora(arguments: list[str]) -> int:
             plain_options(f"lora {name}{' FILE' * FILES.get(name, (0,))[0]}", ["--help"], known)
         return 0
     if verb not in verbs:
-        raise ConfigError(f"lora {verb} is not a verb: use {', '.join(f'`lora {each}`' for each in verbs)}.")
+        near = difflib.get_close_matches(verb, verbs, n=1)
+        hint = f"; did you mean lora {near[0]}?" if near else f": use one of {', '.join(verbs)}."
+        raise ConfigError(f"lora {verb} is not a verb{hint}")
     parsed = parse(verb, arguments[1:])
     return 0 if parsed is None else verbs[verb](*parsed)
 

@@ -7,7 +7,7 @@ from mochi_tune.adapters.files import LoraLayer
 from mochi_tune.adapters.low_rank import (
     Limit,
     approximate,
-    difference_norm,
+    change_norm,
     effective_rank,
     factor,
     inner_product,
@@ -35,8 +35,11 @@ def test_the_factors_are_the_change(num_out, num_in, rank):
     change = delta64(layer)
     left, core, right = factor(layer)
     torch.testing.assert_close(left @ core @ right, change, rtol=0, atol=1e-13 * float(change.norm()))
-    values = torch.linalg.svdvals(change)[: len(core)]
-    torch.testing.assert_close(singular_values(layer), values, rtol=0, atol=1e-13 * float(change.norm()))
+    values, exact = singular_values(layer), torch.linalg.svdvals(change)
+    count = min(len(values), len(exact))
+    torch.testing.assert_close(values[:count], exact[:count], rtol=0, atol=1e-7 * float(change.norm()))
+    assert float(values[count:].norm()) <= 1e-7 * float(change.norm())
+    assert float(values.norm()) == pytest.approx(float(change.norm()), rel=1e-13)
     assert float(core.norm()) == pytest.approx(float(change.norm()), rel=1e-13)
 
 
@@ -73,9 +76,7 @@ def test_a_stack_is_the_sum_and_products_are_those_of_the_elements():
     assert stacked.rank == stacked.alpha == 9
     torch.testing.assert_close(delta64(stacked), expected, rtol=0, atol=2e-7 * float(expected.abs().max()))
     assert inner_product(one, other) == pytest.approx(float((delta64(one) * delta64(other)).sum()), rel=1e-12)
-    apart = float((delta64(one) - delta64(other)).norm())
-    assert difference_norm(one, other) == pytest.approx(apart, rel=1e-12)
-    assert difference_norm(one, one) <= 1e-14 * float(delta64(one).norm())
+    assert change_norm(one) == pytest.approx(float(delta64(one).norm()), rel=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30)])

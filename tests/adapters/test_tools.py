@@ -93,7 +93,7 @@ def test_a_reduced_merge_tells_its_error():
 
 def test_what_does_not_merge_is_refused():
     one, other = based(random_adapter()), based(random_adapter(seed=1), "xyz")
-    with pytest.raises(CheckpointError, match="different bases, by their base_fingerprint: .* abc; .* xyz"):
+    with pytest.raises(CheckpointError, match=r"different bases, by their base_fingerprint: .* abc; .* xyz"):
         merge_adapters([one, other], [1.0, 1.0])
     other.metadata |= {"base_fingerprint": "abc", "num_blocks": "48"}
     with pytest.raises(CheckpointError, match="different bases, by their num_blocks"):
@@ -103,7 +103,7 @@ def test_what_does_not_merge_is_refused():
     narrow = random_adapter()
     layer = narrow.layers["blocks.0.attn.qkv_x"]
     narrow.layers["blocks.0.attn.qkv_x"] = LoraLayer(layer.a[:, :9], layer.b, layer.alpha)
-    with pytest.raises(CheckpointError, match="blocks.0.attn.qkv_x has another size"):
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv_x has another size"):
         merge_adapters([one, narrow], [1.0, 1.0])
     for strengths in ([1.0], [1.0, 0.0], [1.0, math.inf]):
         with pytest.raises(ConfigError, match="strengths"):
