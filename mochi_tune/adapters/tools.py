@@ -115,6 +115,15 @@ def measure_layers(adapter: Adapter) -> dict[str, LayerFacts]:
     return facts
 
 
+def kind_norms(layers: Mapping[str, LayerFacts]) -> dict[str, float]:
+    """Returns the norm of the change of all layers of each kind."""
+    norms: dict[str, float] = {}
+    for name, facts in layers.items():
+        kind = place_of(name)[1]
+        norms[kind] = math.hypot(norms.get(kind, 0.0), facts.norm)
+    return norms
+
+
 def merge_adapters(
     adapters: Sequence[Adapter], strengths: Sequence[float], limit: Limit | None = None
 ) -> tuple[Adapter, Errors | None]:

@@ -6,9 +6,13 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mochi_tune.cli.options import LORA_OPTIONS, plain_options, whole_number
 from mochi_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mochi_tune.adapters.low_rank import Limit
 
 # How many files each verb takes, without a key: the least, and whether more are possible.
 FILES = {"inspect": (1, False), "merge": (2, True), "resize": (1, False), "compare": (2, False), "bake": (1, False)}
@@ -63,6 +67,7 @@ def parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]] |
 def run_inspect(files: list[str], options: dict[str, str]) -> int:
     """Prints what an adapter file holds, and makes a page of it."""
     is_json = _yes(options, "json")
+    from mochi_tune.adapters.tools import kind_norms
     from mochi_tune.recipes.lora_tools import inspect
 
     found = inspect(files[0], _path(options["out"]) if options["out"] else None)
@@ -81,7 +86,8 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
         text = " ".join(value.split())
         print(f"  {key:<18} {text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + ' …'}")
     print("\nnorm of ΔW, and the ranks that hold 90 % and 99 % of its energy")
-    _print_table({name: f"{each.norm:.3g} {each.rank_90}/{each.rank_99}" for name, each in layers.items()})
+    cells = {name: f"{each.norm:.3g} {each.rank_90}/{each.rank_99}" for name, each in layers.items()}
+    _print_table(cells, {kind: f"{norm:.3g}" for kind, norm in kind_norms(layers).items()})
     if options["out"]:
         print(f"\n{options['out']}")
     return 0
@@ -163,8 +169,8 @@ def run_extract(_: list[str], options: dict[str, str]) -> int:
     return 0
 
 
-def _print_table(cells: Mapping[str, str]) -> None:
-    """Prints a text of each layer: a row for each block, a column for each kind of layer."""
+def _print_table(cells: Mapping[str, str], totals: Mapping[str, str] | None = None) -> None:
+    """Prints a text of each layer: a row for each block, a column for each kind of layer, and a row of totals."""
     from mochi_tune.adapters.tools import place_of
 
     places = {place_of(name): text for name, text in cells.items()}
@@ -175,6 +181,9 @@ def _print_table(cells: Mapping[str, str]) -> None:
     for block in sorted({block for block, _ in places if block is not None}):
         row = (f"{places.get((block, kind), '-'):>{width}}" for kind, width in zip(kinds, widths, strict=True))
         print(f"{block:>5}  {'  '.join(row)}")
+    if totals and kinds:
+        row = (f"{totals[kind]:>{width}}" for kind, width in zip(kinds, widths, strict=True))
+        print(f"{'all':>5}  {'  '.join(row)}")
     for (block, name), text in places.items():
         if block is None:
             print(f"{name}  {text}")
@@ -185,7 +194,7 @@ def _listed(values: set) -> str:
     return ", ".join(texts) if len(texts) <= 8 else f"{texts[0]} to {texts[-1]}"
 
 
-def _limit(options: dict[str, str]):
+def _limit(options: dict[str, str]) -> "Limit":
     from mochi_tune.adapters.low_rank import Limit
 
     rank, energy = options["rank"], options["energy"]

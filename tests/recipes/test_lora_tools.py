@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import pytest
@@ -37,7 +38,9 @@ def test_inspect_prints_a_table_and_the_metadata(files, capsys):
     assert "layers   13" in text and "rank     3, 4, 5, 16" in text and "alpha    1, 7, 8, 64, from" in text
     assert re.search(r"base_fingerprint +abab", text)
     rows = [line.split() for line in text.partition("norm of ΔW")[2].splitlines()[1:]]
-    assert rows[0] == ["block", *sorted(ALL)] and [row[0] for row in rows[1:]] == ["0", "1"]
+    assert rows[0] == ["block", *sorted(ALL)] and [row[0] for row in rows[1:]] == ["0", "1", "all"]
+    norms = [float(row[1]) for row in rows[1:]]
+    assert norms[2] == pytest.approx(math.hypot(*norms[:2]), rel=1e-2) and len(rows[3]) == 1 + 8
     # Of the last block, text is not updated: one word, and not a norm and two ranks.
     assert rows[2].count("-") == 3 and len(rows[1]) == 1 + 2 * 8 and len(rows[2]) == 1 + 2 * 5 + 3
 
