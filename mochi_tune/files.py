@@ -4,10 +4,11 @@ import codecs
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mochi_tune.errors import CheckpointError, MochiTuneError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # The full-size models and adapters need a twentieth of it.
@@ -233,6 +235,42 @@ def save_tensors(
 
     # Written by Python, whose error names the disk's reason, and not by the library.
     write_atomic(path, save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata), durable)
+
+
+def stream_tensors(
+    path: Path, layout: Mapping[str, tuple["torch.dtype", tuple[int, ...]]], tensors: Iterable[tuple[str, "Tensor"]]
+) -> None:
+    """Writes a safetensors file of any size while one tensor is in memory at a time; complete or not there.
+
+    Source: huggingface/safetensors@v0.8.0 README.md (Format).
+
+    Args:
+        path: the file.
+        layout: dtype (fp32, bf16 or fp16) and shape of each tensor, in the file's order; those of fp32 come first, so
+            that each one begins at a multiple of its elements' size.
+        tensors: names and tensors in that order, of those dtypes and shapes.
+
+    Raises:
+        OSError: the disk is full, or refuses.
+    """
+    import torch
+
+    codes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        assert begin % dtype.itemsize == 0, "tensors of fp32 come first"
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path, durable=True) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        expected = iter(layout.items())
+        for name, tensor in tensors:
+            assert (name, (tensor.dtype, tuple(tensor.shape))) == next(expected), f"{name} is not what the header says"
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        assert next(expected, None) is None, "the header has more tensors"
 
 
 def check_header(path: Path) -> None:

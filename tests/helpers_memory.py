@@ -37,3 +37,11 @@ class TensorMemory(TorchDispatchMode):
         if not self._tensors[key]:
             del self._tensors[key]
             self.held -= size
+
+
+class HeldMemory(TensorMemory):
+    """Counts like that, without tensors on the meta device, which hold nothing."""
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if not tensor.is_meta:
+            super()._count(tensor)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers_process import run
 
+from mochi_tune.cli.lora import parse
 from mochi_tune.cli.options import (
     BENCH_OPTIONS,
     EXPERIMENT_OPTIONS,
@@ -74,6 +75,8 @@ def test_the_commands_of_the_docs_are_understood(page):
             load(verb, [a for a in arguments if not a.startswith("card")] + ["--cfg"])
         elif verb == "replay":
             assert Path(arguments[0]).parent.name == "bundles"
+        elif verb == "lora":
+            assert parse(arguments[0], arguments[1:])
         elif verb == "toy":
             assert plain_options(verb, arguments[1:], TOY_OPTIONS[arguments[0]])
         else:

@@ -21,6 +21,7 @@ from mochi_tune.cli.launch import (
     prepare_deepspeed,
     start_processes,
 )
+from mochi_tune.cli.lora import run_lora
 from mochi_tune.cli.options import (
     BENCH_OPTIONS,
     EXPORT_OPTIONS,
@@ -96,6 +97,7 @@ def run(arguments: list[str]) -> int:
         "replay": run_replay,
         "sample": run_sample,
         "export": run_export,
+        "lora": run_lora,
         "weights": run_weights,
         "verify": run_verify,
         "bench": run_bench,

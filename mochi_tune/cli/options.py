@@ -1,5 +1,6 @@
 """The help of the command line, and the settings of the verbs that have no configuration file."""
 
+import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
                      or prompts=FILE [seeds=[0,1] compare=base parallel.num_processes=N memory=24gb]
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
+  mochi-tune lora    inspect FILE [out=FILE.html] | compare FILE FILE | merge FILE FILE [strengths=[0.8,0.5]] out=FILE
+                     | resize FILE rank=R|energy=0.99 out=FILE | bake FILE model.weights=DIR out=DIR
+                     | extract base=DIR tuned=DIR rank=R out=FILE
   mochi-tune weights pull [to=DIR]                fetch the official weights, checked by sha256
   mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
   mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
@@ -35,6 +39,37 @@ EXPORT_OPTIONS = {
     "adapter": (None, "file to convert, in any of the formats"),
     "to": (None, "official (attention layers only), diffusers, comfyui, or native (as `train` writes it)"),
     "out": (None, "new .safetensors file"),
+}
+_REDUCED = {
+    "rank": ("", "reduces each layer to this rank at most, by SVD"),
+    "energy": ("", "or: reduces each layer as far as it keeps this share of its energy, such as 0.99"),
+}
+LORA_OPTIONS = {
+    "inspect": {
+        "out": ("", "new .html file: a page with a chart by block and layer"),
+        "json": ("false", "true: prints JSON"),
+    },
+    "merge": {
+        "strengths": ("", "[0.8,0.5]: one for each file; 1 if not given"),
+        "out": (None, "new .safetensors file"),
+        **_REDUCED,
+    },
+    "resize": {"out": (None, "new .safetensors file"), **_REDUCED},
+    "compare": {"json": ("false", "true: prints JSON")},
+    "bake": {
+        "model.weights": (None, "weights folder of the base, in any layout"),
+        "out": (None, "new weights folder"),
+        "strength": ("1", "1 is as trained"),
+        "to": ("official", "official or diffusers, the layout of the new DiT"),
+        "dtype": ("bf16", "bf16, fp16 or fp32"),
+    },
+    "extract": {
+        "base": (None, "weights folder of the base, in any layout"),
+        "tuned": (None, "weights folder of the same model after a training"),
+        "rank": (None, "of each layer"),
+        "out": (None, "new .safetensors file"),
+        "targets": ("attention_mlp", "attention or attention_mlp: the layers of each block"),
+    },
 }
 REPLAY_OPTIONS = {
     "bundle": (None, "folder that `train` wrote when it refused a step; `bundle=` may be left out"),
@@ -120,8 +155,10 @@ def plain_options(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}=?" if near else "."
             raise ConfigError(
-                f"{argument!r} is not a setting of {verb}, which are {', '.join(f'{k}=' for k in known)}."
+                f"{argument!r} is not a setting of {verb}, which are {', '.join(f'{k}=' for k in known)}{hint}"
             )
         options[key] = value
     if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:

@@ -92,6 +92,14 @@ class WeightsFolder:
         """Builds the AsymmDiT on the meta device, for its names and shapes; raises as `load_dit`."""
         return build_meta_model(self._plan("dit").config)
 
+    def read_dit_tensor(self, name: str, out: Tensor) -> None:
+        """Fills `out` with one tensor of the DiT, by its official name, whatever the files' layout and dtype.
+
+        Raises:
+            CheckpointError: as `load_dit`.
+        """
+        self._plan("dit").write(name, out)
+
     def base_identity(self) -> str:
         """Identifies the DiT that an adapter belongs to, in every layout and float dtype of its weights.
 

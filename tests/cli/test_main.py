@@ -16,7 +16,7 @@ def test_help_names_every_verb(arguments):
     command = [sys.executable, "-m", "mochi_tune.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for verb in ("inspect", "prepare", "train", "sample", "export", "verify", "weights pull", "bench", "demo"):
+    for verb in ("inspect", "prepare", "train", "sample", "export", "lora", "verify", "weights pull", "bench", "demo"):
         assert f"mochi-tune {verb}" in done.stdout
 
 
@@ -31,7 +31,7 @@ def test_a_verbs_help_lists_every_setting(verb):
     assert lines[at].endswith("a whole number, 0 or more") and lines[at + 1] == "      steps from 0 to the peak"
 
 
-@pytest.mark.parametrize("verb", [["export"], ["verify"], ["weights", "pull"], ["demo"]])
+@pytest.mark.parametrize("verb", [["export"], ["lora", "merge"], ["verify"], ["weights", "pull"], ["demo"]])
 def test_the_other_verbs_have_help(verb):
     done = run(*verb, "--help")
     assert done.returncode == 0 and f"mochi-tune {' '.join(verb)}" in done.stdout
@@ -55,6 +55,7 @@ def test_cfg_prints_the_settings_that_would_run():
         (["train", "conf=nothing_here"], "conf=nothing_here is neither"),
         (["export", "adapter=x.safetensors"], "export needs to=..., out=..."),
         (["export", "adaptor=x"], "'adaptor=x' is not a setting of export"),
+        (["lora", "resize", "x.safetensors", "rnak=4"], "did you mean rank=?"),
         (["verify", "reference=nowhere"], "reference=nowhere lacks dit_io.safetensors"),
         (["verify", "reference=nowhere", "dtype=fp16"], "dtype=fp16 is not possible: use fp32 or bf16."),
         (["weights", "push"], "use `mochi-tune weights pull`"),

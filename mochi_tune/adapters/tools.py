@@ -1,0 +1,286 @@
+"""What can be done with whole adapters: measured, merged, resized and compared, one layer at a time."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mochi_tune.adapters.files import Adapter
+from mochi_tune.adapters.layers import LoraLayer, some
+from mochi_tune.adapters.low_rank import (
+    Limit,
+    change_norm,
+    effective_rank,
+    inner_product,
+    relative,
+    singular_values,
+    stack_layers,
+    truncate_layer,
+)
+from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.files import file_sha256
+
+# Two adapters whose layers differ by no more, relative to their norms, are the same: fp32 rounds to 6e-8.
+SAME = 1e-6
+# Metadata of a file that is not true of another one made from it.
+_OWN = ("rank", "alpha", "rslora", "targets", "tool", "sources", "relative_error", "modelspec.hash_sha256")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What was measured of one layer.
+
+    Attributes:
+        rank: number of components.
+        alpha: strength; alpha = rank applies the product as it is.
+        norm: Frobenius norm of the change of the weights; of a DoRA, before the rows get their lengths.
+        rank_90: how many singular values hold 90 % of the sum of all squares; `rank_99` likewise.
+    """
+
+    rank: int
+    alpha: float
+    norm: float
+    rank_90: int
+    rank_99: int
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far an approximation is off.
+
+    Attributes:
+        layers: of each layer, the norm of the difference relative to that of the change that it approximates.
+        total: likewise, of all layers together.
+    """
+
+    layers: dict[str, float]
+    total: float
+
+    @classmethod
+    def of(cls, left_out: Mapping[str, float], norms: Mapping[str, float]) -> "Errors":
+        """Makes them of the norms of what was left out, and of the whole changes."""
+        layers = {name: relative(left_out[name], norms[name]) for name in left_out}
+        return cls(layers, relative(math.hypot(*left_out.values()), math.hypot(*norms.values())))
+
+    @property
+    def worst(self) -> str:
+        """The layer that is furthest off."""
+        return max(self.layers, key=self.layers.__getitem__)
+
+    def __str__(self) -> str:
+        return f"relative error {self.total:.2g}, at most {self.layers[self.worst]:.2g} in {self.worst}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two adapters differ.
+
+    Attributes:
+        only_first: layers that only the first one has; `only_second` likewise.
+        differences: of each common layer, the norm of the difference of the changes, relative to the larger norm.
+        cosines: of each common layer, between the changes; 0 where one of them is 0.
+        difference: of the adapters as wholes, as `differences`, where a layer that one lacks is a change of 0.
+        cosine: of the adapters as wholes, as `cosines`.
+    """
+
+    only_first: list[str]
+    only_second: list[str]
+    differences: dict[str, float]
+    cosines: dict[str, float]
+    difference: float
+    cosine: float
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both make the same change of the weights, to fp32's rounding."""
+        return not (self.only_first or self.only_second) and max(self.differences.values()) <= SAME
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """Returns a layer's block and kind, (0, "attn.qkv_x"); outside the blocks None and the whole name."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def measure_layers(adapter: Adapter) -> dict[str, LayerFacts]:
+    """Measures each layer, in fp64; the layers come in the order of the blocks, those outside the blocks at last."""
+    facts = {}
+    for name in sorted(adapter.layers, key=_order):
+        layer = adapter.layers[name]
+        values = singular_values(layer)
+        ranks = (effective_rank(values, 0.9), effective_rank(values, 0.99))
+        facts[name] = LayerFacts(layer.rank, layer.alpha, float(values.norm()), *ranks)
+    return facts
+
+
+def kind_norms(layers: Mapping[str, LayerFacts]) -> dict[str, float]:
+    """Returns the norm of the change of all layers of each kind."""
+    norms: dict[str, float] = {}
+    for name, facts in layers.items():
+        kind = place_of(name)[1]
+        norms[kind] = math.hypot(norms.get(kind, 0.0), facts.norm)
+    return norms
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter], strengths: Sequence[float], limit: Limit | None = None
+) -> tuple[Adapter, Errors | None]:
+    """Adds adapters up, each times its strength, to one that changes the weights as all of them together.
+
+    Args:
+        adapters: of one base.
+        strengths: as many.
+        limit: None adds the ranks up, which is exact; else each layer is reduced by SVD.
+
+    Returns:
+        The merged adapter and, where ranks were reduced, how far it is off.
+
+    Raises:
+        ConfigError: not one strength an adapter, or a strength that is 0 or no finite number.
+        CheckpointError: the adapters belong to different bases, differ in a layer's size, or one is a DoRA.
+    """
+    if len(adapters) < 2 or len(strengths) != len(adapters):
+        raise ConfigError(
+            f"a merge takes two adapters or more and one strength each, got {len(adapters)} and {len(strengths)}: "
+            "use for example strengths=[0.8,0.5]."
+        )
+    if wrong := [strength for strength in strengths if not math.isfinite(strength) or not strength]:
+        raise ConfigError(f"strengths: {wrong[0]:g} does not fit: use numbers other than 0, or leave the adapter out.")
+    for adapter in adapters:
+        _refuse_dora(adapter, "merged")
+    _check_one_base(adapters)
+    merged = {}
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
+        holders = [(each.layers[name], x) for each, x in zip(adapters, strengths, strict=True) if name in each.layers]
+        if len({layer.shape for layer, _ in holders}) > 1:
+            raise CheckpointError(f"{name} has another size in each of {_names(adapters)}: merge adapters of one base.")
+        merged[name] = stack_layers([layer for layer, _ in holders], [strength for _, strength in holders])
+    sources = [source_of(each, strength) for each, strength in zip(adapters, strengths, strict=True)]
+    result = Adapter(merged, common_metadata(adapters) | {"tool": "lora merge", "sources": json.dumps(sources)})
+    return (result, None) if limit is None else _truncate(result, limit)
+
+
+def resize_adapter(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
+    """Approximates each layer as well as a lower rank can, by SVD.
+
+    Raises:
+        ConfigError: the rank is not lower than that of any layer.
+        CheckpointError: the adapter is a DoRA.
+    """
+    _refuse_dora(adapter, "resized")
+    highest = max(layer.rank for layer in adapter.layers.values())
+    if limit.rank is not None and limit.rank >= highest:
+        raise ConfigError(
+            f"rank={limit.rank} is not below that of any layer of {adapter}, which has {highest} at most: "
+            "more components would add nothing, use a lower rank."
+        )
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in _OWN}
+    metadata |= {"tool": "lora resize", "sources": json.dumps([source_of(adapter)])}
+    return _truncate(Adapter(adapter.layers, metadata), limit)
+
+
+def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
+    """Compares the changes that two adapters make, layer by layer.
+
+    Of two DoRAs, the changes before the rows get their lengths are compared, and the lengths: a layer's difference is
+    the larger one of the two.
+
+    Raises:
+        CheckpointError: one is a DoRA and the other is not, or a layer has two sizes.
+    """
+    if first.is_dora != second.is_dora:
+        raise CheckpointError(
+            f"{first if first.is_dora else second} is a DoRA and the other adapter is not: what a DoRA changes depends "
+            "on the base's weights, compare what `lora bake` makes of both."
+        )
+    common = [name for name in first.layers if name in second.layers]
+    if wrong := [name for name in common if first.layers[name].shape != second.layers[name].shape]:
+        raise CheckpointError(f"{some(wrong)}: other sizes in {second}: compare adapters of one base.")
+    differences, cosines = {}, {}
+    norms = [{name: change_norm(layer) for name, layer in each.layers.items()} for each in (first, second)]
+    whole = math.hypot(*norms[0].values()), math.hypot(*norms[1].values())
+    apart, product = 0.0, 0.0
+    for name in common:
+        pair = first.layers[name], second.layers[name]
+        inner = inner_product(*pair)
+        gap = math.sqrt(max(norms[0][name] ** 2 + norms[1][name] ** 2 - 2 * inner, 0.0))
+        differences[name] = max(relative(gap, max(norms[0][name], norms[1][name])), _magnitude_difference(*pair))
+        cosines[name] = _cosine(inner, norms[0][name], norms[1][name])
+        apart, product = apart + gap**2, product + inner
+    only = [
+        [name for name in one.layers if name not in other.layers] for one, other in ((first, second), (second, first))
+    ]
+    apart += sum(norms[i][name] ** 2 for i in (0, 1) for name in only[i])
+    difference = relative(math.sqrt(apart), max(whole))
+    return Comparison(only[0], only[1], differences, cosines, difference, _cosine(product, *whole))
+
+
+def common_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Returns the metadata on which those adapters agree that have it: of the base, and of their training if shared.
+
+    What belongs to a base holds for all of them; anything else only if each one says it.
+    """
+    common = {}
+    for key in dict.fromkeys(key for adapter in adapters for key in adapter.metadata):
+        values = [adapter.metadata.get(key) for adapter in adapters]
+        stated = {value for value in values if value is not None}
+        if key not in _OWN and len(stated) == 1 and (None not in values or key in ("base_fingerprint", "num_blocks")):
+            common[key] = stated.pop()
+    return common
+
+
+def source_of(adapter: Adapter, strength: float | None = None) -> dict[str, Any]:
+    """Returns what a made file says of a source: its name, its sha256 and its strength."""
+    source: dict[str, Any] = {}
+    if adapter.path is not None:
+        source["file"] = adapter.path.name
+        if adapter.path.is_file():
+            source["sha256"] = file_sha256(adapter.path)
+    return source if strength is None else source | {"strength": strength}
+
+
+def _truncate(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
+    layers, left_out, norms = {}, {}, {}
+    for name, layer in adapter.layers.items():
+        layers[name], left_out[name] = truncate_layer(layer, limit)
+        norms[name] = change_norm(layer)
+    errors = Errors.of(left_out, norms)
+    return Adapter(layers, adapter.metadata | {"relative_error": f"{errors.total:.3g}"}), errors
+
+
+def _check_one_base(adapters: Sequence[Adapter]) -> None:
+    for key in ("base_fingerprint", "num_blocks"):
+        stated = [(each, each.metadata[key]) for each in adapters if key in each.metadata]
+        if len({value for _, value in stated}) > 1:
+            said = "; ".join(f"{each} has {value[:12]}" for each, value in stated)
+            raise CheckpointError(f"the adapters were trained on different bases, by their {key}: {said}.")
+
+
+def _refuse_dora(adapter: Adapter, what: str) -> None:
+    if adapter.is_dora:
+        raise CheckpointError(
+            f"{adapter} is a DoRA and cannot be {what}: the lengths that it gives to the rows of the adapted weights "
+            "are no low-rank change, and depend on the base; use a plain LoRA, or `lora bake`."
+        )
+
+
+def _order(name: str) -> tuple[float, str]:
+    block, kind = place_of(name)
+    return (math.inf if block is None else block), kind
+
+
+def _cosine(inner: float, norm: float, other: float) -> float:
+    return inner / (norm * other) if norm and other else 0.0
+
+
+def _magnitude_difference(layer: LoraLayer, other: LoraLayer) -> float:
+    if layer.magnitude is None or other.magnitude is None:
+        return 0.0
+    first, second = layer.magnitude.double(), other.magnitude.double()
+    return relative(float((first - second).norm()), max(float(first.norm()), float(second.norm())))
+
+
+def _names(adapters: Sequence[Adapter]) -> str:
+    return some([str(adapter.path or "the adapter") for adapter in adapters])

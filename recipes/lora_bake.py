@@ -1,0 +1,248 @@
+"""Bakes an adapter into base weights: a new weights folder, written while one tensor is in memory at a time."""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mochi_tune.adapters.files import check_adapter, load_adapter
+from mochi_tune.adapters.layers import LoraLayer
+from mochi_tune.adapters.lora import linear_shapes
+from mochi_tune.adapters.tools import source_of
+from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.files import stream_tensors, write_json
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.layers import hidden_width
+from mochi_tune.weights.fill import fp32_parameters
+from mochi_tune.weights.folder import WeightsFolder
+from mochi_tune.weights.key_map import Pieces, diffusers_map
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = ("official", "diffusers")
+# What a weights folder holds beside its DiT, in either layout.
+OTHER_PARTS = (
+    "encoder.safetensors", "decoder.safetensors", "vae_config.json", "vae", "text_encoder", "tokenizer", "scheduler",
+    "model_index.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a bake takes besides its folders.
+
+    Attributes:
+        strength: 1 is as trained.
+        to: one of LAYOUTS, of the new DiT.
+        dtype: one of DTYPES, of the matrices; norms' weights and `pos_frequencies` are fp32, as in every run.
+
+    Raises:
+        ConfigError: one of them does not fit.
+    """
+
+    strength: float = 1.0
+    to: str = "official"
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for key, value, allowed in (("to", self.to, LAYOUTS), ("dtype", self.dtype, DTYPES)):
+            if value not in allowed:
+                raise ConfigError(f"{key}={value} is not possible: use {' or '.join(allowed)}.")
+        if not math.isfinite(self.strength):
+            raise ConfigError(f"strength={self.strength} does not fit: use a number such as 0.8.")
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A weights folder that was made.
+
+    Attributes:
+        folder: the new folder.
+        num_changed: layers of the DiT that the adapter changed.
+        num_bytes: of the DiT's file.
+        others: what the folder has beside the DiT, from the base.
+    """
+
+    folder: Path
+    num_changed: int
+    num_bytes: int
+    others: list[str]
+
+    def __str__(self) -> str:
+        others = f", with the base's {', '.join(self.others)}" if self.others else ""
+        return f"{self.folder}: {self.num_changed} layers changed, DiT of {self.num_bytes / 2**30:.3g} GiB{others}"
+
+
+def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Baked:
+    """Writes base + strength * change as a new weights folder; the arithmetic is fp32, and rounded once.
+
+    The base's other parts are linked into the folder, or copied where that is not possible, so that it is complete.
+
+    Args:
+        adapter: an adapter file of any layout.
+        base: its weights folder.
+        out: the new folder.
+        settings: the strength, and the form of the new DiT.
+
+    Raises:
+        ConfigError: `out` exists, diffusers has no such sizes, or the disk is too small.
+        CheckpointError: the base or the adapter cannot be read, they do not belong together, or a value is too large
+            for the dtype.
+    """
+    if out.exists():
+        raise ConfigError(f"out={out} exists, and is never overwritten: choose another folder or remove it.")
+    weights = WeightsFolder(base)
+    dit = weights.dit_skeleton()
+    config = dit.config if settings.to == "official" else diffusers_config(dit.config)
+    loaded = load_adapter(adapter)
+    identity = weights.base_identity()
+    check_adapter(loaded, linear_shapes(dit), identity)
+    plan = _plan(dit, settings)
+    others = [name for name in OTHER_PARTS if (base / name).exists()]
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _check_space(temporary, plan.num_bytes)
+        for name in others:
+            _link(base / name, temporary / name)
+        values = {"official": "dit_config.json", "diffusers": "transformer/config.json"}[settings.to]
+        path = {"official": "dit.safetensors", "diffusers": "transformer/diffusion_pytorch_model.safetensors"}
+        (temporary / values).parent.mkdir(exist_ok=True)
+        write_json(temporary / values, asdict(config) if isinstance(config, DiTConfig) else config)
+        tensors = _tensors(weights, plan, loaded.layers, settings.strength)
+        stream_tensors(temporary / path[settings.to], plan.layout, tensors)
+        record = {"tool": "lora bake", **asdict(settings), "adapter": source_of(loaded), "base_fingerprint": identity}
+        write_json(temporary / "baked.json", record)
+        os.rename(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Baked(out, len(loaded.layers), plan.num_bytes, others)
+
+
+def bake_weight(weight: Tensor, layer: LoraLayer, strength: float) -> Tensor:
+    """Returns W + strength * (W' - W), in fp32, where W' is what a layer was trained to make of the weight W.
+
+    Source: DoRA, arXiv 2402.09353, equation 5; a row here is a column there.
+    """
+    change = (layer.b.float() @ layer.a.float()).mul_(layer.scale)
+    if layer.magnitude is not None:
+        change += weight
+        change *= (layer.magnitude.float() / torch.linalg.vector_norm(change, dim=1))[:, None]
+        change -= weight
+    return change.mul_(strength).add_(weight)
+
+
+def diffusers_config(config: DiTConfig) -> dict[str, object]:
+    """Returns the config.json of diffusers' transformer of the same sizes.
+
+    Source: huggingface/diffusers@v0.42.1 models/transformers/transformer_mochi.py (MochiTransformer3DModel.__init__,
+    and the widths inside its feed-forward layers in MochiTransformerBlock).
+
+    Raises:
+        ConfigError: diffusers cannot hold a model of these sizes.
+    """
+    theirs = {
+        "_class_name": "MochiTransformer3DModel",
+        "patch_size": config.patch_size,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size_x // config.num_heads,
+        "num_layers": config.depth,
+        "pooled_projection_dim": config.hidden_size_y,
+        "in_channels": config.in_channels,
+        "out_channels": None,
+        "qk_norm": "rms_norm",
+        "text_embed_dim": config.t5_feat_dim,
+        "time_embed_dim": 256,
+        "activation_fn": "swiglu",
+        "max_sequence_length": 256,
+    }
+    held = DiTConfig(
+        config.depth, config.patch_size, config.num_heads, config.hidden_size_x, config.hidden_size_y,
+        in_channels=config.in_channels, t5_feat_dim=config.t5_feat_dim,
+    )  # fmt: skip
+    for dim in (config.hidden_size_x, config.hidden_size_y):
+        if config != held or hidden_width(dim, 4.0) != 4 * dim * 2 // 3:
+            raise ConfigError(
+                f"to=diffusers does not fit: it has no MLP of width {hidden_width(dim, config.mlp_ratio_x)} at "
+                f"{dim} features, or not this model's biases: use to=official."
+            )
+    return theirs
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written.
+
+    Attributes:
+        shapes: of the DiT's tensors, in the order in which they are written, by their official names.
+        mapping: of each of these, its pieces in the new file.
+        layout: dtype and shape of each piece, in order.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    mapping: dict[str, Pieces]
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.layout.values())
+
+
+def _plan(dit: AsymmDiT, settings: Settings) -> _Plan:
+    fp32, tensors = fp32_parameters(dit), dit.state_dict()
+    # Those of fp32 come first, see `stream_tensors`.
+    shapes = {name: tuple(tensors[name].shape) for name in sorted(tensors, key=lambda name: name not in fp32)}
+    mapping = {name: Pieces((name,)) for name in shapes} if settings.to == "official" else diffusers_map(dit)
+    layout = {}
+    for name, shape in shapes.items():
+        pieces = mapping[name].names
+        dtype = torch.float32 if name in fp32 else DTYPES[settings.dtype]
+        layout |= dict.fromkeys(pieces, (dtype, (shape[0] // len(pieces), *shape[1:])))
+    return _Plan(shapes, mapping, layout)
+
+
+def _tensors(
+    weights: WeightsFolder, plan: _Plan, layers: dict[str, LoraLayer], strength: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the new file's tensors in order; one official tensor and its change are alive at a time."""
+    for name, shape in plan.shapes.items():
+        weight = torch.empty(shape)
+        weights.read_dit_tensor(name, weight)
+        if layer := layers.get(name.removesuffix(".weight")):
+            weight = bake_weight(weight, layer, strength)
+        for piece, part in plan.mapping[name].split(weight).items():
+            rounded = part.to(plan.layout[piece][0])
+            if not torch.isfinite(rounded).all():
+                raise CheckpointError(f"{name}: a value is too large for the dtype, or not finite: use dtype=bf16.")
+            yield piece, rounded
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ConfigError(
+            f"out: its disk has {free / 2**30:.1f} GiB free, and the DiT takes {num_bytes / 2**30:.1f} GiB: free some "
+            "space, or choose another disk."
+        )
+
+
+def _link(source: Path, target: Path) -> None:
+    """Puts a file or a folder of the base in the new folder, without taking space where the disk is the same."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file)
+    else:
+        _link_file(source, target)
+
+
+def _link_file(source: Path | str, target: Path | str) -> None:
+    # The hub's cache holds links to files, whose targets are meant.
+    real = os.path.realpath(source)
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copy2(real, target)

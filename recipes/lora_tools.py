@@ -1,0 +1,147 @@
+"""The tools for adapter files: inspect, merge, resize and compare. None of them needs the base."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mochi_tune.adapters.files import Adapter, load_adapter, save_adapter
+from mochi_tune.adapters.low_rank import Limit
+from mochi_tune.adapters.tools import (
+    Comparison,
+    Errors,
+    LayerFacts,
+    compare_adapters,
+    measure_layers,
+    merge_adapters,
+    resize_adapter,
+    source_of,
+)
+from mochi_tune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `lora inspect` found: the adapter, the source of its alphas, its sha256, and facts of each layer."""
+
+    adapter: Adapter
+    alpha_source: str
+    sha256: str
+    layers: dict[str, LayerFacts]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all of it as values of JSON."""
+        return {
+            "file": str(self.adapter.path),
+            "sha256": self.sha256,
+            "is_dora": self.adapter.is_dora,
+            "alpha_source": self.alpha_source,
+            "metadata": self.adapter.metadata,
+            "layers": {name: asdict(facts) for name, facts in self.layers.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file that was made of others.
+
+    Attributes:
+        file: the new file.
+        adapter: what it holds.
+        errors: how far it is off; None where it is exact.
+        note: what else should be known; "" where there is nothing.
+    """
+
+    file: Path
+    adapter: Adapter
+    errors: Errors | None
+    note: str = ""
+
+    def __str__(self) -> str:
+        ranks = sorted({layer.rank for layer in self.adapter.layers.values()})
+        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        error = "exact sum" if self.errors is None else str(self.errors)
+        return f"{self.file}: {len(self.adapter.layers)} layers, rank {rank}, {error}{self.note}"
+
+
+def inspect(file: Path | str, page: Path | None = None) -> Inspection:
+    """Measures every layer of an adapter file, and writes a page of it where one is named.
+
+    Args:
+        file: an adapter in any of the layouts.
+        page: a new .html file, or None.
+
+    Raises:
+        ConfigError: `page` exists or has another ending.
+        CheckpointError: the adapter cannot be read.
+    """
+    if page is not None:
+        check_out(page, ".html")
+    adapter = load_adapter(file)
+    found = Inspection(adapter, alpha_source(adapter), source_of(adapter).get("sha256", ""), measure_layers(adapter))
+    if page is not None:
+        from mochi_tune.files import write_atomic
+        from mochi_tune.recipes.lora_page import make_page
+
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(page, make_page(found).encode())
+    return found
+
+
+def merge(files: Sequence[Path | str], strengths: Sequence[float], out: Path, limit: Limit | None = None) -> Made:
+    """Merges adapter files, each times its strength, into the new native file `out`; see `merge_adapters`."""
+    check_out(out, ".safetensors")
+    adapters = [load_adapter(file) for file in files]
+    merged, errors = merge_adapters(adapters, strengths, limit)
+    unnamed = [str(each.path) for each in adapters if "base_fingerprint" not in each.metadata]
+    note = f"; bases not compared, as {', '.join(unnamed)} names none" if unnamed else ""
+    return _save(out, merged, errors, note)
+
+
+def resize(file: Path | str, out: Path, limit: Limit) -> Made:
+    """Approximates an adapter file at a lower rank in the new native file `out`; see `resize_adapter`."""
+    check_out(out, ".safetensors")
+    source = load_adapter(file)
+    resized, errors = resize_adapter(source, limit)
+    kept = sum(resized.layers[name].rank == layer.rank for name, layer in source.layers.items())
+    return _save(out, resized, errors, f"; {kept} layers were not reduced" if kept else "")
+
+
+def compare(first: Path | str, second: Path | str) -> Comparison:
+    """Compares the changes of two adapter files; see `compare_adapters`."""
+    return compare_adapters(load_adapter(first), load_adapter(second))
+
+
+def alpha_source(adapter: Adapter) -> str:
+    """Returns where an adapter's alphas come from, as far as its reader says."""
+    return str(getattr(adapter, "alpha_source", "") or "its metadata or tensors; where it has neither, alpha = rank")
+
+
+def check_out(out: Path, suffix: str) -> None:
+    """Refuses the name of a new file.
+
+    Raises:
+        ConfigError: it exists, or ends in something else than `suffix`.
+    """
+    if out.suffix != suffix:
+        raise ConfigError(f"out={out} must end in {suffix}: use {out.stem or 'adapter'}{suffix}.")
+    if out.exists():
+        raise ConfigError(f"out={out} exists, and is never overwritten: choose another name or remove it.")
+
+
+def save_new(out: Path, adapter: Adapter) -> None:
+    """Writes an adapter to a new native file, and makes its folder.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={out}: its folder cannot be made ({error.strerror}): choose another one.") from error
+    save_adapter(out, adapter, "native")
+
+
+def _save(out: Path, adapter: Adapter, errors: Errors | None, note: str) -> Made:
+    save_new(out, adapter)
+    return Made(out, adapter, errors, note)

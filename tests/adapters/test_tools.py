@@ -1,0 +1,175 @@
+import json
+import math
+
+import pytest
+import torch
+from helpers_adapters import ALL, ATTENTION, MIXED, MLPS, delta64, random_adapter, with_magnitudes
+
+from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
+from mochi_tune.adapters.low_rank import Limit
+from mochi_tune.adapters.tools import (
+    compare_adapters,
+    measure_layers,
+    merge_adapters,
+    place_of,
+    resize_adapter,
+)
+from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.files import file_sha256
+
+
+def based(adapter, fingerprint="abc", **metadata):
+    adapter.metadata |= {"base_fingerprint": fingerprint, **metadata}
+    return adapter
+
+
+def total_norm(changes):
+    return math.sqrt(sum(float(change.square().sum()) for change in changes))
+
+
+def test_each_layer_is_measured():
+    adapter = random_adapter(ALL, MIXED)
+    facts = measure_layers(adapter)
+    assert facts.keys() == adapter.layers.keys()
+    for name, layer in adapter.layers.items():
+        values = torch.linalg.svdvals(delta64(layer))
+        held = values.square().cumsum(0) / values.square().sum()
+        assert facts[name].norm == pytest.approx(float(values.norm()), rel=1e-12)
+        assert (facts[name].rank, facts[name].alpha) == (layer.rank, layer.alpha)
+        for share, rank in ((0.9, facts[name].rank_90), (0.99, facts[name].rank_99)):
+            assert held[rank - 1] >= share and (rank == 1 or held[rank - 2] < share)
+
+
+def test_layers_come_in_the_order_of_the_blocks():
+    one = LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    names = ["blocks.0.attn.proj_x", "blocks.2.attn.proj_x", "blocks.10.attn.proj_x", "t5_y_embedder.to_q"]
+    assert list(measure_layers(Adapter(dict.fromkeys(sorted(names), one)))) == names
+    assert place_of(names[2]) == (10, "attn.proj_x") and place_of(names[3]) == (None, "t5_y_embedder.to_q")
+
+
+def test_a_merge_is_the_sum_of_the_changes():
+    """One has layers that the other lacks."""
+    one, other = based(random_adapter(ATTENTION, MIXED)), random_adapter(ALL, seed=1)
+    merged, errors = merge_adapters([one, other], [0.8, -0.5])
+    assert errors is None and merged.layers.keys() == other.layers.keys()
+    for name, layer in merged.layers.items():
+        expected = -0.5 * delta64(other.layers[name])
+        if name in one.layers:
+            expected += 0.8 * delta64(one.layers[name])
+        torch.testing.assert_close(delta64(layer), expected, rtol=0, atol=2e-7 * float(expected.abs().max()))
+
+
+def test_a_merge_says_what_it_was_made_of_and_keeps_the_base(tmp_path):
+    one, other = based(random_adapter(), step="7", rslora="true", base_model="m"), random_adapter(seed=1)
+    other.metadata |= {"step": "9", "base_model": "m"}
+    paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    for path, adapter in zip(paths, (one, other), strict=True):
+        save_adapter(path, adapter)
+    merged, _ = merge_adapters([load_adapter(path) for path in paths], [1.0, 0.5])
+    assert json.loads(merged.metadata.pop("sources")) == [
+        {"file": path.name, "sha256": file_sha256(path), "strength": strength}
+        for path, strength in zip(paths, (1.0, 0.5), strict=True)
+    ]
+    del merged.metadata["created_by"]
+    assert merged.metadata == {"base_fingerprint": "abc", "num_blocks": "2", "base_model": "m", "tool": "lora merge"}
+
+
+def test_a_reduced_merge_tells_its_error():
+    adapters = [random_adapter(sizes=((4, 4.0),), seed=seed) for seed in (0, 1)]
+    exact, _ = merge_adapters(adapters, [1.0, 1.0])
+    merged, errors = merge_adapters(adapters, [1.0, 1.0], Limit(rank=5))
+    assert {layer.rank for layer in merged.layers.values()} == {5} and errors is not None
+    gaps = {name: delta64(layer) - delta64(exact.layers[name]) for name, layer in merged.layers.items()}
+    for name, gap in gaps.items():
+        change = delta64(exact.layers[name])
+        tail = torch.linalg.svdvals(change)[5:].norm()
+        assert errors.layers[name] == pytest.approx(float(tail / change.norm()), rel=1e-6)
+        assert errors.layers[name] == pytest.approx(float(gap.norm() / change.norm()), rel=1e-6)
+    whole = total_norm(delta64(layer) for layer in exact.layers.values())
+    assert errors.total == pytest.approx(total_norm(gaps.values()) / whole, rel=1e-6)
+    assert errors.layers[errors.worst] == max(errors.layers.values())
+    assert float(merged.metadata["relative_error"]) == pytest.approx(errors.total, rel=1e-2)
+
+
+def test_what_does_not_merge_is_refused():
+    one, other = based(random_adapter()), based(random_adapter(seed=1), "xyz")
+    with pytest.raises(CheckpointError, match=r"different bases, by their base_fingerprint: .* abc; .* xyz"):
+        merge_adapters([one, other], [1.0, 1.0])
+    other.metadata |= {"base_fingerprint": "abc", "num_blocks": "48"}
+    with pytest.raises(CheckpointError, match="different bases, by their num_blocks"):
+        merge_adapters([one, other], [1.0, 1.0])
+    with pytest.raises(CheckpointError, match="is a DoRA and cannot be merged"):
+        merge_adapters([one, with_magnitudes(random_adapter())], [1.0, 1.0])
+    narrow = random_adapter()
+    layer = narrow.layers["blocks.0.attn.qkv_x"]
+    narrow.layers["blocks.0.attn.qkv_x"] = LoraLayer(layer.a[:, :9], layer.b, layer.alpha)
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv_x has another size"):
+        merge_adapters([one, narrow], [1.0, 1.0])
+    for strengths in ([1.0], [1.0, 0.0], [1.0, math.inf]):
+        with pytest.raises(ConfigError, match="strengths"):
+            merge_adapters([one, one], strengths)
+
+
+@pytest.mark.parametrize("limit", [Limit(rank=4), Limit(energy=0.9)], ids=["rank", "energy"])
+def test_a_resize_tells_the_tail_of_each_layer(limit):
+    adapter = based(random_adapter(ALL, MIXED), step="7", tool="lora merge")
+    resized, errors = resize_adapter(adapter, limit)
+    for name, layer in adapter.layers.items():
+        values = torch.linalg.svdvals(delta64(layer))
+        rank = resized.layers[name].rank
+        assert errors.layers[name] == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-12)
+        assert rank <= 4 if limit.rank else errors.layers[name] ** 2 <= 0.1 + 1e-12
+    assert resized.metadata["base_fingerprint"] == "abc" and resized.metadata["step"] == "7"
+    assert resized.metadata["tool"] == "lora resize" and "rank" not in resized.metadata
+
+
+def test_a_resize_that_would_change_nothing_or_a_dora_is_refused():
+    with pytest.raises(ConfigError, match="rank=16 is not below that of any layer of the adapter, which has 16"):
+        resize_adapter(random_adapter(), Limit(rank=16))
+    with pytest.raises(CheckpointError, match="is a DoRA and cannot be resized"):
+        resize_adapter(with_magnitudes(random_adapter()), Limit(rank=2))
+
+
+@pytest.mark.parametrize("to", ["official", "diffusers", "comfyui", "native"])
+def test_a_conversion_is_the_same_change(tmp_path, to):
+    adapter = random_adapter(ATTENTION, MIXED)
+    save_adapter(tmp_path / "a.safetensors", adapter, to)
+    assert compare_adapters(adapter, load_adapter(tmp_path / "a.safetensors")).is_same
+
+
+def test_a_comparison_is_that_of_the_changes():
+    one, other = random_adapter(ALL, MIXED), random_adapter(ATTENTION, seed=1)
+    del one.layers["blocks.0.attn.proj_y"]
+    found = compare_adapters(one, other)
+    assert found.only_second == ["blocks.0.attn.proj_y"] and not found.is_same
+    assert found.only_first == [name for name in one.layers if name.endswith(MLPS)]
+    gap = product = 0.0
+    for name in found.differences:
+        x, y = delta64(one.layers[name]), delta64(other.layers[name])
+        assert found.differences[name] == pytest.approx(float((x - y).norm() / max(x.norm(), y.norm())), rel=1e-10)
+        assert found.cosines[name] == pytest.approx(float((x * y).sum() / x.norm() / y.norm()), abs=1e-12)
+        gap, product = gap + float((x - y).square().sum()), product + float((x * y).sum())
+    norms = [total_norm(map(delta64, each.layers.values())) for each in (one, other)]
+    for each, names in ((one, found.only_first), (other, found.only_second)):
+        gap += sum(float(delta64(each.layers[name]).square().sum()) for name in names)
+    assert found.difference == pytest.approx(math.sqrt(gap) / max(norms), rel=1e-10)
+    assert found.cosine == pytest.approx(product / norms[0] / norms[1], abs=1e-12)
+
+
+def test_one_layer_that_differs_is_noticed():
+    one, other = random_adapter(), random_adapter()
+    assert compare_adapters(one, other).is_same
+    other.layers["blocks.0.attn.proj_y"].b[0, 0] *= 1.01
+    found = compare_adapters(one, other)
+    assert not found.is_same and found.difference < 1e-3
+
+
+def test_doras_are_compared_with_their_magnitudes():
+    one, other = with_magnitudes(random_adapter()), with_magnitudes(random_adapter())
+    assert compare_adapters(one, other).is_same
+    magnitude = other.layers["blocks.0.attn.qkv_x"].magnitude
+    assert magnitude is not None
+    magnitude[0] *= 1.1
+    assert not compare_adapters(one, other).is_same
+    with pytest.raises(CheckpointError, match="is a DoRA and the other adapter is not"):
+        compare_adapters(one, random_adapter())

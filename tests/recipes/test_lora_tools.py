@@ -1,0 +1,151 @@
+import json
+import math
+import re
+
+import pytest
+from helpers_adapters import ALL, ATTENTION, GOLDEN, MIXED, random_adapter, with_magnitudes
+
+from mochi_tune.adapters.files import load_adapter, save_adapter
+from mochi_tune.cli.main import run
+from mochi_tune.cli.options import LORA_OPTIONS
+from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.recipes.lora_tools import inspect
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Returns a folder of two adapters of one base, the first one in two layouts, one of another base, and a DoRA."""
+    folder = tmp_path_factory.mktemp("adapters")
+    first, second, other = random_adapter(ALL, MIXED), random_adapter(ATTENTION, seed=1), random_adapter(seed=2)
+    for adapter, base in ((first, "ab"), (second, "ab"), (other, "ef")):
+        adapter.metadata["base_fingerprint"] = base * 32
+    first.metadata["prompt"] = "<script>alert(1)</script>"
+    save_adapter(folder / "first.safetensors", first)
+    save_adapter(folder / "first_diffusers.safetensors", first, "diffusers")
+    save_adapter(folder / "second.safetensors", second)
+    save_adapter(folder / "other.safetensors", other)
+    save_adapter(folder / "dora.safetensors", with_magnitudes(random_adapter()))
+    return folder
+
+
+def lora(*arguments, capsys):
+    assert run(["lora", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_inspect_prints_a_table_and_the_metadata(files, capsys):
+    text = lora("inspect", files / "first.safetensors", capsys=capsys)
+    assert "layers   13" in text and "rank     3, 4, 5, 16" in text and "alpha    1, 7, 8, 64, from" in text
+    assert re.search(r"base_fingerprint +abab", text)
+    rows = [line.split() for line in text.partition("norm of ΔW")[2].splitlines()[1:]]
+    assert rows[0] == ["block", *sorted(ALL)] and [row[0] for row in rows[1:]] == ["0", "1", "all"]
+    norms = [float(row[1]) for row in rows[1:]]
+    assert norms[2] == pytest.approx(math.hypot(*norms[:2]), rel=1e-2) and len(rows[3]) == 1 + 8
+    # Of the last block, text is not updated: one word, and not a norm and two ranks.
+    assert rows[2].count("-") == 3 and len(rows[1]) == 1 + 2 * 8 and len(rows[2]) == 1 + 2 * 5 + 3
+
+
+def test_inspect_prints_json(files, capsys):
+    found = json.loads(lora("inspect", files / "first.safetensors", "json=true", capsys=capsys))
+    assert len(found["layers"]) == 13 and found["metadata"]["num_blocks"] == "2" and not found["is_dora"]
+    assert found["layers"]["blocks.0.attn.qkv_x"].keys() == {"rank", "alpha", "norm", "rank_90", "rank_99"}
+
+
+def test_inspect_writes_a_page_that_needs_nothing(files, tmp_path):
+    inspect(files / "first.safetensors", tmp_path / "new" / "page.html")
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert page.count("<figure>") == 8 and page.count('<rect class="bar"') == 13
+    assert "&lt;script&gt;" in page and "<script" not in page
+    assert not re.search(r"(src|href)=|url\(|https?:", page)
+    with pytest.raises(ConfigError, match="exists, and is never overwritten"):
+        inspect(files / "first.safetensors", tmp_path / "new" / "page.html")
+
+
+def test_a_dora_is_inspected(files, capsys):
+    assert "a DoRA: norms are those before" in lora("inspect", files / "dora.safetensors", capsys=capsys)
+
+
+def test_merge_and_resize_write_what_sample_can_check(files, tmp_path, capsys):
+    merged, small = tmp_path / "new" / "merged.safetensors", tmp_path / "small.safetensors"
+    names = [files / "first.safetensors", files / "second.safetensors"]
+    text = lora("merge", *names, "strengths=[0.8,-0.5]", f"out={merged}", capsys=capsys)
+    assert "13 layers, rank 3 to 32, exact sum" in text
+    adapter = load_adapter(merged)
+    assert adapter.metadata["base_fingerprint"] == "ab" * 32 and adapter.metadata["num_blocks"] == "2"
+    assert [each["strength"] for each in json.loads(adapter.metadata["sources"])] == [0.8, -0.5]
+    text = lora("resize", merged, "rank=4", f"out={small}", capsys=capsys)
+    assert re.search(r"13 layers, rank 3 to 4, relative error 0\.\d+, at most .* in blocks\.\d.*; \d layers", text)
+    assert load_adapter(small).metadata["base_fingerprint"] == "ab" * 32
+    assert "13 layers" in lora("merge", *names, "energy=0.9", f"out={tmp_path / 'm.safetensors'}", capsys=capsys)
+
+
+def test_compare_knows_a_conversion(files, capsys):
+    both = [files / "first.safetensors", files / "first_diffusers.safetensors"]
+    assert lora("compare", *both, capsys=capsys).splitlines()[-1] == "the same change of the weights"
+    text = lora("compare", both[0], files / "second.safetensors", capsys=capsys)
+    assert text.splitlines()[-1] == "not the same change of the weights"
+    assert f"only in {both[0]}: 6 layers, blocks.0.mlp_x.w1" in text and "only in second" not in text
+    assert json.loads(lora("compare", *both, "json=true", capsys=capsys))["is_same"] is True
+
+
+OUT = "out=NEW/out.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("insepct first", "lora insepct is not a verb; did you mean lora inspect?"),
+        ("inspect", "lora inspect takes 1 adapter file without a key, got none"),
+        ("inspect nothing", "nothing.safetensors is not a file"),
+        ("inspect first jsn=true", "did you mean json=?"),
+        ("inspect first json=yes", "json=yes is not possible: use true or false."),
+        ("inspect first out=NEW/page.txt", "must end in .html: use page.html."),
+        (f"merge first {OUT}", "lora merge takes 2 or more adapter files without a key"),
+        ("merge first second", "lora merge needs out=..."),
+        (f"merge first second strengths=[1] {OUT}", "one strength each, got 2 and 1"),
+        (f"merge first second strengths=[1,x] {OUT}", "strengths=x does not fit: use a number"),
+        (f"merge first second strengths=[1,0] {OUT}", "strengths: 0 does not fit"),
+        (f"merge first other {OUT}", "trained on different bases, by their base_fingerprint"),
+        (f"merge first dora {OUT}", "dora.safetensors is a DoRA and cannot be merged"),
+        (f"merge first second rank=0 {OUT}", "rank=0 does not fit"),
+        (f"merge first second rank=2 energy=0.5 {OUT}", "rank= and energy= are both given"),
+        (f"resize first {OUT}", "rank= and energy= are neither given"),
+        (f"resize first rank=16 {OUT}", "is not below that of any layer"),
+        (f"resize first energy=2 {OUT}", "energy=2 does not fit"),
+        (f"resize first rnak=2 {OUT}", "did you mean rank=?"),
+        ("resize first rank=2 out=first.safetensors", "exists, and is never overwritten"),
+        ("resize first rank=2 out=first.safetensors/x.safetensors", "its folder cannot be made"),
+        ("resize first rank=2 out=NEW/out.pt", "must end in .safetensors: use out.safetensors."),
+        ("compare first", "lora compare takes 2 adapter files without a key"),
+        ("compare first dora", "is a DoRA and the other adapter is not"),
+        ("bake first model.weights=nowhere out=NEW", "model.weights=nowhere is no folder"),
+        ("bake other model.weights=package:tiny out=NEW", "was trained on another base: base_fingerprint is efef"),
+        ("bake first model.weights=package:tiny out=NEW to=comfyui", "to=comfyui is not possible: use official or"),
+        ("bake first model.weights=package:tiny out=NEW dtype=int8", "dtype=int8 is not possible: use bf16 or fp16"),
+        ("bake first model.weights=package:tiny out=NEW strength=much", "strength=much does not fit"),
+        (f"extract base=package:tiny tuned=package:tiny rank=2 {OUT}", "are equal in each layer"),
+        (f"extract base=package:tiny tuned=package:toy rank=2 {OUT}", "are models of other sizes"),
+        (f"extract base=package:tiny tuned=package:toy rank=0 {OUT}", "rank=0 does not fit"),
+        (f"extract base=package:tiny tuned=package:toy rank=2 targets=mlp {OUT}", "targets=mlp is not possible"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(files, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(files)
+    names = ("first", "second", "other", "dora", "nothing")
+    words = [f"{word}.safetensors" if word in names else word for word in arguments.split()]
+    with pytest.raises(MochiTuneError) as caught:
+        run(["lora", *(word.replace("NEW", str(tmp_path / "new")) for word in words)])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_names_every_setting(capsys):
+    text = lora(capsys=capsys)
+    for verb, known in LORA_OPTIONS.items():
+        alone = lora(verb, "--help", capsys=capsys)
+        assert f"mochi-tune lora {verb}" in text and f"mochi-tune lora {verb}" in alone
+        assert all(f"  {key}=" in alone for key in known)
+
+
+def test_the_reference_trainers_file_is_inspected(capsys):
+    assert "rank     2, 4" in lora("inspect", GOLDEN / "lora.safetensors", capsys=capsys)
