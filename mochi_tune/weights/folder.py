@@ -1,6 +1,7 @@
 """The weights of all models: checked by their files' headers alone, and loaded straight to a device and dtype."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,20 @@ class WeightsFolder:
     def has(self, part: str) -> bool:
         """Whether a part is there at all, complete or not."""
         return has_part(self.paths, part)
+
+    def describe(self, part: str) -> str:
+        """Returns in words where a part is and what it is stored as.
+
+        Raises:
+            CheckpointError: as `check`.
+        """
+        files, plan = self._find(part), self._plan(part)
+        counts = Counter(header.dtype for header in plan.headers.values())
+        stored = " and ".join(f"{count} tensors in {dtype}" for dtype, count in counts.most_common())
+        scaled = ", scaled" if any(header.scale for header in plan.headers.values()) else ""
+        num_bytes = sum(header.num_bytes for header in plan.headers.values())
+        beside = f", tokenizer in {require_tokenizer(self.paths)}" if part == TEXT_ENCODER else ""
+        return f"{files.where}: {stored}{scaled}, {num_bytes / 2**30:.3g} GiB{beside}"
 
     def fingerprint(self, part: str) -> str:
         """Identifies a part's weights by their content, as `fingerprint_files` hashes it, wherever the folder is.

@@ -1,5 +1,6 @@
 """Safetensors headers: read without the tensors, and compared with what a model needs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,12 @@ class TensorHeader(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     scale: "TensorHeader | None" = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its numbers."""
+        size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(self.dtype, 1)
+        return size * math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_golden import GOLDEN
-from helpers_weights import official
+from helpers_weights import TINY, make_comfyui, official, prefixed, small_configs
 from safetensors.torch import load_file, save_file
 
-from mochi_tune import assets
 from mochi_tune.errors import CheckpointError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.parallel.memory import apply_quantization
@@ -20,25 +19,11 @@ from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import diffusers_map, to_diffusers
 from mochi_tune.weights.paths import WeightsPaths
 
-TINY = Path(assets.__path__[0]) / "tiny"
 FP8 = torch.float8_e4m3fn
 
 
 def t5() -> dict[str, torch.Tensor]:
     return load_file(TINY / "text_encoder" / "model.safetensors")
-
-
-def configs(folder: Path) -> Path:
-    """Writes the configurations of the small models beside single files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("dit_config.json", "vae_config.json"):
-        shutil.copy(GOLDEN / name, folder)
-    shutil.copy(TINY / "text_encoder" / "config.json", folder / "text_encoder_config.json")
-    return folder
-
-
-def prefixed(tensors: dict, prefix: str) -> dict:
-    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
 def scaled_fp8(tensors: dict, names=lambda name: name.endswith(".weight") and "norm" not in name, note="scaled"):
@@ -85,22 +70,7 @@ def assert_t5(weights: WeightsFolder, expected: dict) -> None:
 
 @pytest.fixture(scope="module")
 def comfyui(tmp_path_factory) -> Path:
-    """A ComfyUI with Mochi among its models, and with another model's files."""
-    home = tmp_path_factory.mktemp("ComfyUI")
-    models = home / "models"
-    for name in ("diffusion_models", "vae", "text_encoders", "checkpoints"):
-        (models / name).mkdir(parents=True)
-    configs(models)
-    dit = prefixed(official("dit"), "model.diffusion_model.")
-    save_file(dit, models / "diffusion_models" / "mochi_preview_bf16.safetensors")
-    vae = prefixed(official("encoder"), "encoder.") | prefixed(official("decoder"), "decoder.")
-    save_file(vae, models / "vae" / "mochi_vae.safetensors")
-    save_file(t5(), models / "text_encoders" / "t5xxl_fp16.safetensors")
-    others = {"diffusion_models/flux": "double_blocks.0.img_attn.qkv.weight", "vae/ae": "decoder.conv_in.weight"}
-    for name, key in (others | {"text_encoders/clip_l": "text_model.embeddings.position_ids"}).items():
-        save_file({key: torch.zeros(2, 2)}, models / f"{name}.safetensors")
-    shutil.copytree(TINY / "tokenizer", home / "comfy" / "text_encoders" / "t5_tokenizer")
-    return home
+    return make_comfyui(tmp_path_factory.mktemp("ComfyUI"), GOLDEN)
 
 
 def test_the_models_of_a_comfyui_are_found_among_others(comfyui):
@@ -132,7 +102,7 @@ def test_files_are_named_one_by_one(comfyui, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_one_file_holds_all(tmp_path, prefix):
-    configs(tmp_path)
+    small_configs(tmp_path)
     shutil.copytree(TINY / "tokenizer", tmp_path / "tokenizer")
     both = prefixed(official("encoder"), "vae.encoder.") | prefixed(official("decoder"), "vae.decoder.")
     text = prefixed(t5(), "text_encoders.t5xxl.transformer.") | {
@@ -149,7 +119,7 @@ def test_one_file_holds_all(tmp_path, prefix):
 
 @pytest.mark.parametrize("note", ["scaled", "mixed"])
 def test_scaled_fp8_is_multiplied_with_its_scales(tmp_path, note):
-    configs(tmp_path)
+    small_configs(tmp_path)
     shutil.copytree(TINY / "tokenizer", tmp_path / "tokenizer")
     in_blocks = lambda name: name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name  # noqa: E731
     stored, exact = scaled_fp8(official("dit"), in_blocks, note)
@@ -168,7 +138,7 @@ def test_scaled_fp8_is_multiplied_with_its_scales(tmp_path, note):
 
 def test_fp8_without_scales_and_half_precision_are_numbers_as_they_are(tmp_path):
     for dtype in (FP8, torch.float8_e5m2, torch.float16):
-        folder = configs(tmp_path / str(dtype))
+        folder = small_configs(tmp_path / str(dtype))
         tensors = {name: tensor.to(dtype) for name, tensor in official("dit").items()}
         save_file(tensors, folder / "mochi.safetensors")
         expected = {name: tensor.float() for name, tensor in tensors.items()}
@@ -298,7 +268,7 @@ def test_t5s_decoder_and_the_second_name_of_the_embedding_are_left_out(tmp_path)
     ],
 )
 def test_fp8_that_is_not_understood_is_refused(tmp_path, fault, message):
-    configs(tmp_path)
+    small_configs(tmp_path)
     stored, _ = scaled_fp8(official("dit"), lambda name: name.startswith("blocks.") and "norm" not in name)
     save_file(fault(stored), tmp_path / "mochi.safetensors")
     with pytest.raises(CheckpointError, match=message):
@@ -320,7 +290,7 @@ def test_several_files_with_one_part_ask_for_a_choice(comfyui, tmp_path):
 
 
 def test_weights_stored_in_fp8_are_used_as_they_are_by_training_and_sampling(tmp_path):
-    configs(tmp_path)
+    small_configs(tmp_path)
     in_blocks = lambda name: name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name  # noqa: E731
     stored, exact = scaled_fp8(official("dit"), in_blocks)
     save_file(stored, tmp_path / "mochi.safetensors")
