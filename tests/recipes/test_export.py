@@ -37,9 +37,11 @@ def test_an_existing_file_is_never_overwritten(tmp_path, trained):
     assert trained.read_bytes() == before
 
 
-@pytest.mark.parametrize(("to", "nearest"), [("difusers", "diffusers"), ("comfy", "comfyui"), ("genmo", "native")])
+@pytest.mark.parametrize(("to", "nearest"), [("difusers", "diffusers"), ("comfy", "comfyui"), ("natif", "native"), ("kohja", "kohya")])
 def test_an_unknown_format_names_the_nearest(tmp_path, to, nearest):
-    with pytest.raises(ConfigError, match=f"to={to} is not.*official, diffusers, comfyui, native: use {nearest}"):
+    with pytest.raises(
+        ConfigError, match=f"to={to} is not.*official, diffusers, comfyui, kohya, native: use {nearest}"
+    ):
         export.main(tmp_path / "nothing.safetensors", to, tmp_path / "new" / "lora.safetensors")
     assert list(tmp_path.iterdir()) == []
 
