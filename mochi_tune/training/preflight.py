@@ -44,6 +44,7 @@ from mochi_tune.training.optim import check_installed
 from mochi_tune.training.run_folder import describe_environment
 from mochi_tune.training.trackers import check_trackers
 from mochi_tune.weights.folder import WeightsFolder
+from mochi_tune.weights.push import check_login
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,8 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     check_installed(train.optimizer)
     check_trackers(config.log)
+    if config.publish.push:
+        check_login("publish.push", config.publish.push)
     shapes = linear_shapes(skeleton)
     layers = lora_settings(config.lora, shapes)
     if config.parallel.strategy != "data" and num_processes == 1:
@@ -285,6 +288,24 @@ def adapter_metadata(plan: TrainPlan, step: int) -> dict[str, str]:
         "step": str(step),
         "config_hash": hashlib.sha256(learnt.encode()).hexdigest(),
         "name": config.name,
+        **{f"modelspec.{key}": value for key, value in _description(config, step).items() if value},
+    }
+
+
+def _description(config: RunConfig, step: int) -> dict[str, str | None]:
+    """Returns what the adapter says of itself by ModelSpec's keys.
+
+    It has no date: the same run gives the same file, whenever it is made. `export` adds that of the run.
+    """
+    publish, size = config.publish, largest_bucket(config.data)
+    trigger = config.data.caption_prefix.strip(" ,.;:") if publish.trigger is None else publish.trigger
+    return {
+        "title": publish.title or config.name,
+        "author": publish.author,
+        "license": publish.license,
+        "trigger_phrase": trigger,
+        "resolution": f"{size.width}x{size.height}",
+        "description": f"LoRA of {config.model.name}, {step} steps on clips of up to {size.num_frames} frames.",
     }
 
 

@@ -37,7 +37,9 @@ def test_an_existing_file_is_never_overwritten(tmp_path, trained):
     assert trained.read_bytes() == before
 
 
-@pytest.mark.parametrize(("to", "nearest"), [("difusers", "diffusers"), ("comfy", "comfyui"), ("natif", "native"), ("kohja", "kohya")])
+@pytest.mark.parametrize(
+    ("to", "nearest"), [("difusers", "diffusers"), ("comfy", "comfyui"), ("natif", "native"), ("kohja", "kohya")]
+)
 def test_an_unknown_format_names_the_nearest(tmp_path, to, nearest):
     with pytest.raises(
         ConfigError, match=f"to={to} is not.*official, diffusers, comfyui, kohya, native: use {nearest}"
