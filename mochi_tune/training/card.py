@@ -121,12 +121,14 @@ def _diffusers(card: Card) -> str:
     if "diffusers" not in card.files:
         return _conversion(card, "diffusers", DIFFUSERS_FILE)
     num_frames, height, width = _size(card)
-    steps, guidance = 64, 6.0
+    steps, guidance, negative = 64, 6.0, ""
     if card.records:
-        settings = sampler_settings(card.records.config.sample)
-        steps, guidance = settings.steps, max(settings.scales)
+        sample = card.records.config.sample
+        settings = sampler_settings(sample)
+        steps, guidance, negative = settings.steps, max(settings.scales), sample.negative_prompt
     return f"""\
 ```python
+# pip install diffusers transformers accelerate peft sentencepiece imageio imageio-ffmpeg
 import torch
 from diffusers import MochiPipeline
 from diffusers.utils import export_to_video
@@ -137,9 +139,10 @@ pipe = MochiPipeline.from_pretrained(
 )
 pipe.load_lora_weights({card.repo!r}, weight_name={card.files["diffusers"]!r})
 pipe.enable_model_cpu_offload()
-pipe.enable_vae_tiling()
+pipe.vae.enable_tiling()
 frames = pipe(
     {_prompt(card)!r},
+    negative_prompt={negative!r},
     num_frames={num_frames},
     height={height},
     width={width},
@@ -172,7 +175,7 @@ Put a node *LoraLoaderModelOnly* between the node that loads Mochi's model and t
 API format, where node 1 loads the model:
 
 ```json
-{json.dumps({"2": node}, indent=2)}
+{json.dumps({"2": node})}
 ```"""
 
 
