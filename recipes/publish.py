@@ -96,11 +96,11 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    notes = [
-        f"the card states no {key}: give it by {key}="
-        for key in ("license",)
-        if f"modelspec.{key}" not in source.metadata
-    ]
+    notes = []
+    if "modelspec.license" not in source.metadata:
+        notes.append("the card states no license: give one by license=")
+    if not publication.repo:
+        notes.append(f"the card's commands say {NO_REPO}: name the repository by push= and dry_run=true")
     if records is None:
         notes.append(f"{publication.adapter} lies in no run folder, so that the card has no videos and no figures")
     elif (more := len(records.videos) - MAX_VIDEOS) > 0:

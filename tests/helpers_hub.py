@@ -23,6 +23,9 @@ class UploadHub:
         return f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def close(self):
+        """Ends it; a second time does nothing."""
+        if not self.thread.is_alive():
+            return
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()

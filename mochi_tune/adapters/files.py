@@ -163,7 +163,7 @@ def save_adapter(
         path: file to write or replace; its folder exists.
         adapter: layers on any device, in any float dtype.
         to: one of FORMATS.
-        dtype: of the tensors in the file; each number is rounded to it once.
+        dtype: of the tensors in the file; fp32 numbers, alpha / rank included, are rounded to it once.
 
     Returns:
         The layers as written but for the rounding, by their names in the file; their number, rank and alpha can differ

@@ -98,12 +98,8 @@ def check_layer(name: str, layer: LoraLayer) -> None:
 
 
 def bake(layer: LoraLayer) -> LoraLayer:
-    """Multiplies alpha / rank into b, so that the scale is 1; b is fp64, which a file's dtype then rounds once."""
-    return replace(layer, b=layer.b.double() * layer.scale, alpha=float(layer.rank))
-
-
-def _in_fp32(layer: LoraLayer) -> LoraLayer:
-    return replace(layer, a=layer.a.float(), b=layer.b.float())
+    """Multiplies alpha / rank into b, so that the scale is 1; b is fp32."""
+    return replace(layer, b=(layer.b.double() * layer.scale).float(), alpha=float(layer.rank))
 
 
 def pad_rank(layer: LoraLayer, rank: int) -> LoraLayer:
@@ -189,7 +185,7 @@ def _fuse_thirds(name: str, thirds: list[LoraLayer | None]) -> LoraLayer:
     if len({third.shape for third in present}) > 1:
         raise CheckpointError(f"{name}: its q, k and v differ in size: fetch the file again.")
     if len({third.scale for third in present}) > 1:
-        thirds = [third and _in_fp32(bake(third)) for third in thirds]
+        thirds = [third and bake(third) for third in thirds]
         present = [third for third in thirds if third]
     first = present[0]
     magnitude = None

@@ -52,7 +52,7 @@ def card_text(card: Card) -> str:
     """Returns README.md."""
     sections = [
         f"---\n{_front_matter(card)}---",
-        f"# {card.title}",
+        f"# {_cell(card.title)}",
         _introduction(card),
         _samples(card.videos),
         f"## Use it in diffusers\n\n{_diffusers(card)}",
@@ -84,9 +84,9 @@ def _introduction(card: Card) -> str:
     base = f"[{card.base}](https://huggingface.co/{card.base})" if card.base else f"the model `{card.base_name}`"
     lines = [f"A {kind} for {base}, trained with mochi-tune."]
     if author := card.about.get("author"):
-        lines.append(f"By {author}.")
+        lines.append(f"By {_cell(author)}.")
     if trigger := card.about.get("trigger_phrase"):
-        lines.append(f"Put `{trigger}` into the prompt.")
+        lines.append(f"Put **{_cell(trigger)}** into the prompt.")
     if card.is_dora:
         lines.append("A DoRA renders what was trained at strength 1 only.")
     return " ".join(lines)
@@ -164,10 +164,7 @@ def _comfyui(card: Card) -> str:
         text = f"{_conversion(card, 'comfyui', name)}\n\nMove it to `ComfyUI/models/loras`."
     else:
         text = f"```\nhf download {card.repo} {name} --local-dir ComfyUI/models/loras\n```"
-    node = {
-        "class_type": "LoraLoaderModelOnly",
-        "inputs": {"model": ["1", 0], "lora_name": name, "strength_model": 1.0},
-    }
+    inputs = json.dumps({"model": ["1", 0], "lora_name": name, "strength_model": 1.0})
     return f"""\
 {text}
 
@@ -175,7 +172,8 @@ Put a node *LoraLoaderModelOnly* between the node that loads Mochi's model and t
 API format, where node 1 loads the model:
 
 ```json
-{json.dumps({"2": node})}
+{{"2": {{"class_type": "LoraLoaderModelOnly",
+       "inputs": {inputs}}}}}
 ```"""
 
 

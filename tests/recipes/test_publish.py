@@ -1,5 +1,6 @@
 """The folder of a published adapter, its card, and the upload to a hub on localhost."""
 
+import json
 import os
 import re
 import shlex
@@ -15,10 +16,12 @@ from helpers_hub import UploadHub
 from helpers_road import LORA, command, road, train
 from safetensors.torch import load_file
 
-from mochi_tune.adapters.files import save_adapter
+from mochi_tune.adapters.files import load_adapter, save_adapter
+from mochi_tune.cli.options import EXPORT_OPTIONS, load, plain_options
 from mochi_tune.cli.publish import push_trained, run_export
 from mochi_tune.config.load import load_config
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.recipes.export import main as export
 from mochi_tune.recipes.publish import Publication, main
 
 EVALS = [
@@ -81,6 +84,36 @@ def test_the_folder_has_what_the_card_shows(run_dir, tmp_path):
     assert "clip_0" not in text and "hill" not in text and str(run_dir) not in text and str(tmp_path) not in text
 
 
+def test_the_commands_of_the_card_are_understood(run_dir, tmp_path):
+    main(Publication(run_dir / "adapter.safetensors", repo=REPO), tmp_path / "hub")
+    text = (tmp_path / "hub" / "README.md").read_text()
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = "".join(block for language, block in fences if not language).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in blocks.splitlines()]
+    assert [each[:2] for each in commands] == [
+        ["hf", "download"], ["mochi-tune", "export"], ["hf", "download"], ["mochi-tune", "sample"],
+    ]  # fmt: skip
+    options = plain_options("export", commands[1][2:], EXPORT_OPTIONS)
+    assert options is not None and options["to"] == "comfyui" and options["out"] == "balls.safetensors"
+    config = load("sample", commands[3][2:])
+    assert config is not None and (config.sample.prompt, config.sample.width) == ("a `red` | ball", 48)
+    [node] = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert json.loads(node)["2"]["inputs"]["lora_name"] == "balls.safetensors"
+
+
+def test_the_trained_file_tells_of_itself_and_its_export_when_it_was_made(run_dir, tmp_path):
+    trained = load_adapter(run_dir / "adapter.safetensors").metadata
+    keys = ("title", "author", "license", "trigger_phrase", "resolution", "description", "date")
+    assert [trained.get(f"modelspec.{key}") for key in keys] == [
+        "red balls", "Ada", "apache-2.0", "zyx", "48x32", "LoRA of tiny, 3 steps on clips of up to 7 frames.", None,
+    ]  # fmt: skip
+    checkpoint = run_dir / "checkpoints" / "step_000003" / "adapter.safetensors"
+    for name, source in (("a", run_dir / "adapter.safetensors"), ("b", checkpoint)):
+        export(source, "comfyui", tmp_path / f"{name}.safetensors")
+        date = load_adapter(tmp_path / f"{name}.safetensors").metadata["modelspec.date"]
+        assert date == json.loads((run_dir / "history.jsonl").read_text())["date"]
+
+
 def test_the_card_of_an_adapter_of_mochi_1_names_its_base(tmp_path):
     adapter = random_adapter(ATTENTION)
     adapter.metadata["base_model"] = "mochi_1"
@@ -88,7 +121,7 @@ def test_the_card_of_an_adapter_of_mochi_1_names_its_base(tmp_path):
     made = main(Publication(tmp_path / "a.safetensors"), tmp_path / "hub")
     facts = front_matter((tmp_path / "hub" / "README.md").read_text())
     assert (facts["base_model"], facts["base_model_relation"]) == ("genmo/mochi-1-preview", "adapter")
-    assert "license" not in facts and len(made.notes) == 2 and "lies in no run folder" in made.notes[1]
+    assert "license" not in facts and len(made.notes) == 3 and "lies in no run folder" in made.notes[2]
 
 
 def test_the_code_for_diffusers_runs(run_dir, tmp_path):
@@ -161,6 +194,14 @@ def test_a_dry_run_uploads_nothing(run_dir, tmp_path, hub, monkeypatch, capsys):
     assert not hub.tokens and str(tmp_path / "hub" / "README.md") in capsys.readouterr().out
     tensors = load_file(tmp_path / "hub" / "pytorch_lora_weights.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(run_dir, tmp_path, hub):
+    hub.close()
+    arguments = [f"adapter={run_dir / 'adapter.safetensors'}", f"push={REPO}", f"out={tmp_path / 'hub'}"]
+    with pytest.raises(CheckpointError, match=r"hub is complete, and was not uploaded .*refused.*`hf upload ada/balls"):
+        run_export([*arguments, f"endpoint={hub.address}", "private=false"])
+    assert (tmp_path / "hub" / "README.md").exists()
 
 
 @pytest.mark.parametrize(
