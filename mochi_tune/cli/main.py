@@ -32,7 +32,7 @@ from mochi_tune.cli.options import (
     whole_number,
 )
 from mochi_tune.cli.plan import run_plan
-from mochi_tune.cli.publish import push_trained, run_export
+from mochi_tune.cli.publish import check_push, push_trained, run_export
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
@@ -148,6 +148,7 @@ def run_train(arguments: list[str]) -> int:
     """Trains or resumes."""
     if (config := load("train", arguments)) is None:
         return 0
+    check_push(config)
     from mochi_tune.cli.accelerate import with_accelerate
     from mochi_tune.recipes.train_lora import main as train
     from mochi_tune.training.checkpoint import last_checkpoint
@@ -180,7 +181,7 @@ def run_train(arguments: list[str]) -> int:
     if STARTED_HERE in os.environ and started > 1:
         # The exit code of a stop is that of the program that started this process.
         return code if code <= USERS_MISTAKE else 0
-    if code == 0 and (started == 1 or "0" in (os.environ.get("RANK"), os.environ.get("SLURM_PROCID"))):
+    if code == 0 and (started == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0"):
         return push_trained(config)
     if code > USERS_MISTAKE:
         print(f"mochi-tune: {last()}; the same command goes on from there", file=sys.stderr)

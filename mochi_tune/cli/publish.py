@@ -33,6 +33,8 @@ def run_export(arguments: list[str]) -> int:
         needed = ", ".join(f"{key}=..." for key in missing)
         raise ConfigError(f"export needs {needed}: see `mochi-tune export --help`.")
     if not is_folder:
+        if unused := [key for key in ("private", "endpoint") if options[key] != EXPORT_OPTIONS[key][0]]:
+            raise ConfigError(f"{unused[0]}={options[unused[0]]} is of an upload, and there is no push=: leave it out.")
         from mochi_tune.recipes.export import main as export
 
         print(export(Path(adapter), to, Path(out).expanduser(), options["dtype"], about))
@@ -60,6 +62,18 @@ def publish(publication: "Publication", folder: Path, is_private: bool | None, e
     print(made.path / "README.md", flush=True)
     if is_private is not None:
         print(upload(folder, publication.repo, is_private, endpoint))
+
+
+def check_push(config: "RunConfig") -> None:
+    """Refuses a run that is to be uploaded at its end, where there is no login.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.publish.push is not None:
+        from mochi_tune.weights.push import check_login
+
+        check_login("publish.push", config.publish.push)
 
 
 def push_trained(config: "RunConfig") -> int:

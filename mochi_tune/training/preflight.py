@@ -44,7 +44,6 @@ from mochi_tune.training.optim import check_installed
 from mochi_tune.training.run_folder import describe_environment
 from mochi_tune.training.trackers import check_trackers
 from mochi_tune.weights.folder import WeightsFolder
-from mochi_tune.weights.push import check_login
 
 
 @dataclass(frozen=True)
@@ -167,8 +166,6 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     check_text_width(dataset, skeleton.config.t5_feat_dim)
     check_installed(train.optimizer)
     check_trackers(config.log)
-    if config.publish.push:
-        check_login("publish.push", config.publish.push)
     shapes = linear_shapes(skeleton)
     layers = lora_settings(config.lora, shapes)
     if config.parallel.strategy != "data" and num_processes == 1:

@@ -1,11 +1,13 @@
 """What a run folder tells of the adapter in it: settings, counts, validation losses and sample videos."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mochi_tune.config.load import load_config
 from mochi_tune.files import file_sha256, parse_object, read_json, read_json_lines
+from mochi_tune.training.metrics import FILES
 from mochi_tune.training.resume import CLIPS_FILE
 from mochi_tune.training.run_folder import read_history
 
@@ -86,9 +88,12 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
         CheckpointError: its clips.json is damaged.
     """
     config = load_config(str(run_dir / "config.yaml"), [])
-    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["step"] <= step]
-    validations = [row for row in read_json_lines(run_dir / "validation.jsonl") if row["step"] <= step]
-    clips = [row["clips"] for row in rows]
+    rows, validations = (
+        [row for row in read_json_lines(run_dir / f"{name}.jsonl") if row.get("step", step + 1) <= step]
+        for name in FILES
+    )
+    clips = [row.get("clips", []) for row in rows]
+    losses = [(row["step"], row.get("validation_loss")) for row in validations]
     clips_file = run_dir / CLIPS_FILE
     return RunRecords(
         config=config,
@@ -97,8 +102,8 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
         num_clips=len(read_json(clips_file)["clips"]) if clips_file.exists() else 0,
         num_trained=len({clip for each in clips for clip in each}),
         global_batch=max((len(each) for each in clips), default=0),
-        seconds=sum(row["seconds"] for row in rows),
-        losses=[(row["step"], row["validation_loss"]) for row in validations if row.get("validation_loss") is not None],
+        seconds=sum(row.get("seconds", 0) for row in rows),
+        losses=[(at, loss) for at, loss in losses if loss is not None and math.isfinite(loss)],
         is_held_out=all(row.get("held_out") for row in validations),
         videos=_eval_videos(run_dir, config.train.sample_prompts, step) + _rendered_videos(run_dir, adapter),
         environment=(read_history(run_dir) or [{}])[-1],

@@ -23,6 +23,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.recipes.export import main as export
 from mochi_tune.recipes.publish import Publication, main
+from mochi_tune.training.records import read_run
 
 EVALS = [
     "train.validate_every=1",
@@ -266,15 +267,42 @@ def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, 
     assert hub.files[REPO] == contents(folder) and hub.visibility == {REPO: "private"}
 
 
-def test_a_run_that_is_to_be_uploaded_needs_a_login_at_its_start(tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"publish\.push=ada/balls needs a login"):
-        train(tmp_path / "run", f"publish.push={REPO}")
-    assert not (tmp_path / "run").exists()
+def test_a_run_that_is_to_be_uploaded_needs_a_login_at_its_start(tmp_path):
+    env = {key: value for key, value in os.environ.items() if key != "HF_TOKEN"} | {"HF_HOME": str(tmp_path / "hf")}
+    settings = road(tmp_path / "run", f"publish.push={REPO}")
+    done = subprocess.run(command("train", "conf=my_lora", *settings), capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("mochi-tune: publish.push=ada/balls needs a login") and not (tmp_path / "run").exists()
+    )
 
 
 @pytest.mark.parametrize("repo", ["balls", "a/b/c", "ada/.b", "ada/b.git", "ada/b--c", "ada/" + "b" * 93, "ada/"])
 def test_a_repository_is_owner_and_name(repo):
     with pytest.raises(ConfigError, match=r"publish\.push=.* is not possible: it must be owner/name"):
         load_config("my_lora", [f"publish.push={repo}"])
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["to=comfyui", "private=false"], "private=false is of an upload, and there is no push="),
+        (["to=comfyui", "endpoint=http://localhost"], "is of an upload, and there is no push="),
+    ],
+)
+def test_a_file_takes_no_settings_of_an_upload(tmp_path, more, text):
+    with pytest.raises(ConfigError, match=text):
+        run_export(["adapter=a.safetensors", f"out={tmp_path / 'b.safetensors'}", *more])
+
+
+def test_rows_that_are_no_rows_are_left_out(run_dir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_dir, copy)
+    for name in ("metrics", "validation"):
+        with open(copy / f"{name}.jsonl", "a") as file:
+            file.write('{"step": 9, "validation_loss": 1, "clips": ["late"]}\n{"loss": 1}\n')
+            file.write('{"step": 3, "validation_loss": NaN}\n{')
+    adapter = copy / "adapter.safetensors"
+    expected, found = read_run(run_dir, run_dir / "adapter.safetensors", 3), read_run(copy, adapter, 3)
+    assert (found.losses, found.num_trained, found.seconds) == (expected.losses, 3, expected.seconds)
+    assert [step for step, _ in found.losses] == [0, 1, 2, 3]
