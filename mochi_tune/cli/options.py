@@ -36,8 +36,7 @@ EXPORT_OPTIONS = {
     "adapter": (None, "file to convert, in any of the formats"),
     "to": (
         "",
-        "official (attention layers only), diffusers, comfyui, kohya, or native (as `train` writes it); a folder takes "
-        "several, as diffusers,comfyui, and by default diffusers",
+        "official (attention only), diffusers, comfyui, kohya, native (as `train`); a folder: one or more, a,b",
     ),
     "out": ("", "new .safetensors file, or new folder for the adapter and a model card; default: hub/STEP of the run"),
     "dtype": ("fp32", "fp32, bf16 or fp16"),
