@@ -98,7 +98,7 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
         raise
     notes = []
     if "modelspec.license" not in source.metadata:
-        notes.append("the card states no license: give one by license=")
+        notes.append("the card states no license: give one by license=, or publish.license in `train`")
     if not publication.repo:
         notes.append(f"the card's commands say {NO_REPO}: name the repository by push= and dry_run=true")
     if records is None:
