@@ -89,5 +89,7 @@ def test_the_settings_it_names_exist():
 
     keys = {*known_keys(), *SAMPLE_ALIASES, "conf", "model", "lora", "to", "reference", "dtype", "device", "prompt"}
     for page in [ROOT / "README.md", *PAGES]:
-        for key in re.findall(r"`((?:data|train|lora|sample|parallel|memory|log)\.[a-z0-9_]+)", page.read_text()):
+        for key in re.findall(
+            r"`((?:data|train|lora|sample|parallel|memory|log|publish)\.[a-z0-9_]+)", page.read_text()
+        ):
             assert key in keys, f"{page.name}: {key}"

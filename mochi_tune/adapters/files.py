@@ -6,6 +6,10 @@
 | official  | the same, all attention layers and nothing else           | metadata `kwargs`: JSON, one for a group  |
 | diffusers | transformer.transformer_blocks.0.attn1.to_q.lora_A.weight | nowhere, or in `lora_adapter_metadata`    |
 | comfyui   | native keys; read also with the prefix `diffusion_model.` | nowhere; read also from `.alpha` tensors  |
+| kohya     | lora_unet_blocks_0_attn_qkv_x.lora_down.weight, .lora_up  | `.alpha` tensors                          |
+
+The keys of kohya are official names with underscores, by which ComfyUI finds its modules.
+Source: Comfy-Org/ComfyUI@17358c8 comfy/lora.py (model_lora_keys_unet).
 
 In memory there is one form only: official names, fp32. Every export but the native one has alpha / rank multiplied
 into B, so that a runtime gets the same weights whether it reads an alpha or not.
@@ -43,6 +47,7 @@ from mochi_tune.adapters.layers import (
     some,
     split_layers,
 )
+from mochi_tune.adapters.modelspec import COMPUTED_KEYS, kohya_metadata, modelspec, tensors_sha256
 from mochi_tune.adapters.reading import read_layers
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import save_tensors
@@ -58,10 +63,11 @@ __all__ = [
     "save_adapter",
 ]
 
-FORMATS = ("official", "diffusers", "comfyui", "native")
+FORMATS = ("official", "diffusers", "comfyui", "kohya", "native")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Belongs to one layout and is not carried through a conversion.
-_LAYOUT_METADATA = ("format", "kwargs", "alphas", "lora_adapter_metadata")
+_LAYOUT_METADATA = ("format", "kwargs", "alphas", "lora_adapter_metadata", *COMPUTED_KEYS)
 
 
 @dataclass
@@ -150,20 +156,24 @@ def load_adapter(path: Path | str) -> Adapter:
     return Adapter(layers, {**_describe(layers, used), **carried}, path)
 
 
-def save_adapter(path: Path | str, adapter: Adapter, to: str = "native") -> dict[str, LoraLayer]:
+def save_adapter(
+    path: Path | str, adapter: Adapter, to: str = "native", dtype: torch.dtype = torch.float32
+) -> dict[str, LoraLayer]:
     """Writes an adapter file, atomically; the change of the weights is the same in every layout.
 
     Args:
         path: file to write or replace; its folder exists.
-        adapter: layers on any device, in any float dtype; written in fp32.
+        adapter: layers on any device, in any float dtype.
         to: one of FORMATS.
+        dtype: of the tensors in the file; fp32 numbers, alpha / rank included, are rounded to it once.
 
     Returns:
-        The layers as written, by their names in the file; their number, rank and alpha can differ from the adapter's.
+        The layers as written but for the rounding, by their names in the file; their number, rank and alpha can differ
+        from the adapter's.
 
     Raises:
         ConfigError: `to` is unknown.
-        CheckpointError: a layer is damaged or has no place in the layout, or there is none.
+        CheckpointError: a layer is damaged, has no place in the layout or does not fit the dtype, or there is none.
     """
     check_format(to)
     path = Path(path)
@@ -179,16 +189,36 @@ def save_adapter(path: Path | str, adapter: Adapter, to: str = "native") -> dict
     keys = ("lora_A", "lora_B", "lora_magnitude")
     if to == "diffusers":
         keys = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    elif to == "kohya":
+        keys = ("lora_down.weight", "lora_up.weight", "")
     tensors = {}
     for name, layer in layers.items():
         for key, tensor in zip(keys, (layer.a, layer.b, layer.magnitude), strict=True):
             if tensor is not None:
-                tensors[f"{name}.{key}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+                tensors[f"{name}.{key}"] = round_tensor(name, tensor, dtype)
+        if to == "kohya":
+            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
     carried = {key: value for key, value in adapter.metadata.items() if key not in _LAYOUT_METADATA}
     metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
+    metadata |= modelspec(metadata, adapter.layers, to) | {"modelspec.hash_sha256": tensors_sha256(tensors)}
     metadata |= {"format": "mochi-tune" if to == "native" else to, "created_by": f"mochi-tune {version('mochi-tune')}"}
     save_tensors(path, tensors, metadata, durable=True)
     return layers
+
+
+def round_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a copy of a layer's tensor on the CPU, rounded once.
+
+    Raises:
+        CheckpointError: a number is larger than any of the dtype.
+    """
+    rounded = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    if not torch.isfinite(rounded).all():
+        raise CheckpointError(
+            f"{name} holds {tensor.abs().max().item():.3g}, and the largest number of {str(dtype)[6:]} is "
+            f"{torch.finfo(dtype).max:.3g}: use dtype=bf16 or dtype=fp32."
+        )
+    return rounded
 
 
 def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str, str]]:
@@ -213,7 +243,11 @@ def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str,
         rank = max(layer.rank for layer in adapter.layers.values())
         modules = split_layers(adapter.layers)
         return {f"transformer.{name}": pad_rank(module, rank) for name, module in modules.items()}, {}
-    return {name: bake(layer) for name, layer in adapter.layers.items()}, {}
+    layers = {name: bake(layer) for name, layer in adapter.layers.items()}
+    if to == "kohya":
+        layers = {f"lora_unet_{name.replace('.', '_')}": layer for name, layer in layers.items()}
+        return layers, kohya_metadata(adapter.metadata, adapter.layers, layers)
+    return layers, {}
 
 
 def _lay_out_official(adapter: Adapter) -> tuple[dict[str, LoraLayer], dict[str, str]]:

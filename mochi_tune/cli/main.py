@@ -24,7 +24,6 @@ from mochi_tune.cli.launch import (
 from mochi_tune.cli.lora import run_lora
 from mochi_tune.cli.options import (
     BENCH_OPTIONS,
-    EXPORT_OPTIONS,
     PULL_OPTIONS,
     REPLAY_OPTIONS,
     USAGE,
@@ -34,6 +33,7 @@ from mochi_tune.cli.options import (
     whole_number,
 )
 from mochi_tune.cli.plan import run_plan
+from mochi_tune.cli.publish import check_push, push_trained, run_export
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
@@ -43,7 +43,7 @@ TROUBLE = "EACCES EDQUOT EEXIST EFBIG EISDIR EMFILE ENAMETOOLONG ENFILE ENOENT E
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a verb and exits: 0 done, 1 done with refused clips or failed checks, 2 a user's mistake, in one line."""
+    """Runs a verb and exits: 0 done, 1 done but for clips, checks or an upload, 2 a user's mistake, in one line."""
     end_with_the_starter()
     # Imports make a million objects that stay: looking through them at every 700th takes a second of each start.
     gc.set_threshold(10_000)
@@ -150,6 +150,7 @@ def run_train(arguments: list[str]) -> int:
     """Trains or resumes."""
     if (config := load("train", arguments)) is None:
         return 0
+    check_push(config)
     from mochi_tune.cli.accelerate import with_accelerate
     from mochi_tune.recipes.train_lora import main as train
     from mochi_tune.training.checkpoint import last_checkpoint
@@ -182,6 +183,8 @@ def run_train(arguments: list[str]) -> int:
     if STARTED_HERE in os.environ and started > 1:
         # The exit code of a stop is that of the program that started this process.
         return code if code <= USERS_MISTAKE else 0
+    if code == 0 and (started == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0"):
+        return push_trained(config)
     if code > USERS_MISTAKE:
         print(f"mochi-tune: {last()}; the same command goes on from there", file=sys.stderr)
     return code
@@ -231,17 +234,6 @@ def run_sample(arguments: list[str]) -> int:
             # The program that started this process says so once, and its exit code is that one's.
             if STARTED_HERE not in os.environ:
                 raise
-    return 0
-
-
-def run_export(arguments: list[str]) -> int:
-    """Converts an adapter file."""
-    options = plain_options("export", arguments, EXPORT_OPTIONS)
-    if options is None:
-        return 0
-    from mochi_tune.recipes.export import main as export
-
-    print(export(Path(options["adapter"]), options["to"], Path(options["out"])))
     return 0
 
 

@@ -20,7 +20,8 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
                      or prompts=FILE [seeds=[0,1] compare=base parallel.num_processes=N memory=24gb]
-  mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
+  mochi-tune export  adapter=FILE to=official|diffusers|comfyui|kohya out=FILE [dtype=bf16]
+                     or push=OWNER/NAME, to the Hugging Face hub with a model card; dry_run=true makes the folder only
   mochi-tune lora    inspect FILE [out=FILE.html] | compare FILE FILE | merge FILE FILE [strengths=[0.8,0.5]] out=FILE
                      | resize FILE rank=R|energy=0.99 out=FILE | bake FILE model.weights=DIR out=DIR
                      | extract base=DIR tuned=DIR rank=R out=FILE
@@ -37,8 +38,20 @@ conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --hel
 
 EXPORT_OPTIONS = {
     "adapter": (None, "file to convert, in any of the formats"),
-    "to": (None, "official (attention layers only), diffusers, comfyui, or native (as `train` writes it)"),
-    "out": (None, "new .safetensors file"),
+    "to": (
+        "",
+        "official (attention only), diffusers, comfyui, kohya, native (as `train`); a folder: one or more, a,b",
+    ),
+    "out": ("", "new .safetensors file, or new folder for the adapter and a model card; default: hub/STEP of the run"),
+    "dtype": ("fp32", "fp32, bf16 or fp16"),
+    "push": ("", "owner/name on the Hugging Face hub: uploads the folder"),
+    "private": ("true", "whether a repository that push makes is private"),
+    "dry_run": ("false", "true: makes the folder and uploads nothing"),
+    "title": ("", "of the adapter; default: what it states, which is the run's name"),
+    "author": ("", "a name or an address; default: what the adapter states"),
+    "license": ("", "identifier of the hub, such as apache-2.0; default: what the adapter states"),
+    "trigger": ("", "words that a prompt needs for the adapter; default: what it states"),
+    "endpoint": ("", "address of another hub"),
 }
 _REDUCED = {
     "rank": ("", "reduces each layer to this rank at most, by SVD"),

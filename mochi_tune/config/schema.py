@@ -17,6 +17,7 @@ from mochi_tune.config.values import (
     NotNegative,
     Number,
     Positive,
+    Repo,
     Section,
     Share,
     Text,
@@ -346,6 +347,24 @@ class LogConfig(Section):
     )
 
 
+class PublishConfig(Section):
+    """What the adapter says of itself, and where `train` uploads it at the end."""
+
+    RESUME = "free"
+
+    push: Repo | None = setting(
+        None,
+        "owner/name on the Hugging Face hub: `train` uploads the finished adapter with a model card; null: nowhere",
+    )
+    private: bool = setting(True, "true: a repository that push makes is private; an existing one stays as it is")
+    title: Text | None = setting(None, "of the adapter; null: the run's name")
+    author: Text | None = setting(None, "a name or an address; null: none is stated")
+    license: Text | None = setting(None, "identifier of the hub, such as apache-2.0; null: none is stated")
+    trigger: Text | None = setting(
+        None, "words that a prompt needs for the adapter; null: data.caption_prefix without the punctuation at its end"
+    )
+
+
 class RunConfig(Section):
     """What stands outside of the sections."""
 
@@ -367,6 +386,7 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     sample: SampleConfig = SampleConfig()
     log: LogConfig = LogConfig()
+    publish: PublishConfig = PublishConfig()
 
 
 def sample_size(sample: SampleConfig, data: DataConfig) -> tuple[int, int, int]:

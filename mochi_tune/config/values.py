@@ -1,6 +1,7 @@
 """What the schema is made of: the kinds of values that settings take, and how a setting is declared."""
 
 import os
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -11,6 +12,8 @@ from pydantic_core import PydanticCustomError
 # "held": no, the saved weights and optimizer state would not fit.
 Resume = Literal["free", "bound", "held"]
 SEED_LIMIT = 2**63
+# A repository of the hub. Source: huggingface/huggingface_hub@2.4 utils/_validators.py (validate_repo_id).
+_REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?(?<!\.git)", re.ASCII)
 
 
 def _read_text(value: Any) -> Any:
@@ -34,6 +37,17 @@ def check_project(value: str) -> str:
     """Refuses what W&B or trackio would refuse as the name of a project."""
     if len(value) > 128 or set(value) & set("/\\#?%:"):
         raise PydanticCustomError("not_possible", "up to 128 characters, none of / \\ # ? % :")
+    return value
+
+
+def is_repo(value: str) -> bool:
+    """Whether a text can name a repository of the hub, as owner/name."""
+    return len(value) <= 96 and _REPO.fullmatch(value) is not None
+
+
+def _check_repo(value: str) -> str:
+    if not is_repo(value):
+        raise PydanticCustomError("not_possible", "owner/name, of letters, digits, - _ and .")
     return value
 
 
@@ -62,6 +76,7 @@ Name = Annotated[Text, AfterValidator(_check_not_blank)]
 # A file or a folder; `~` is the home folder, as in a shell.
 FileText = Annotated[Text, AfterValidator(os.path.expanduser)]
 FileName = Annotated[Name, AfterValidator(os.path.expanduser)]
+Repo = Annotated[Text, AfterValidator(_check_repo)]
 Whole = Annotated[int, BeforeValidator(_refuse_bool_and_float)]
 Count = Annotated[Whole, Field(ge=1)]
 CountOrZero = Annotated[Whole, Field(ge=0)]

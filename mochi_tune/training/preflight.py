@@ -286,6 +286,24 @@ def adapter_metadata(plan: TrainPlan, step: int) -> dict[str, str]:
         "step": str(step),
         "config_hash": hashlib.sha256(learnt.encode()).hexdigest(),
         "name": config.name,
+        **{f"modelspec.{key}": value for key, value in _description(config, step).items() if value},
+    }
+
+
+def _description(config: RunConfig, step: int) -> dict[str, str | None]:
+    """Returns what the adapter says of itself by ModelSpec's keys.
+
+    It has no date: the same run gives the same file, whenever it is made. `export` adds that of the run.
+    """
+    publish, size = config.publish, largest_bucket(config.data)
+    trigger = config.data.caption_prefix.strip(" ,.;:") if publish.trigger is None else publish.trigger
+    return {
+        "title": publish.title or config.name,
+        "author": publish.author,
+        "license": publish.license,
+        "trigger_phrase": trigger,
+        "resolution": f"{size.width}x{size.height}",
+        "description": f"LoRA of {config.model.name}, {step} steps on clips of up to {size.num_frames} frames.",
     }
 
 

@@ -3,6 +3,7 @@
 `run.Run.restore_and_start` then loads the checkpoint into the model and the optimizer.
 """
 
+import datetime
 import filecmp
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -180,7 +181,7 @@ def _listed(names: list[str]) -> str:
 
 
 # Changes of these are not worth a line: they say where things are and how they are reported.
-_UNMENTIONED = ("name", "run_dir", "resume", "sample.", "log.", "data.videos", "data.cache")
+_UNMENTIONED = ("name", "run_dir", "resume", "sample.", "log.", "publish.", "data.videos", "data.cache")
 
 
 def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> None:
@@ -258,7 +259,8 @@ def resume(plan: TrainPlan) -> ResumePoint:
     (run_dir / "config.yaml").write_text(config_yaml(config))
     clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents()}
     write_json(run_dir / CLIPS_FILE, clips)
-    facts = {"from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    facts = {"date": date, "from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
     record_start(run_dir, {**facts, **plan.environment})
     return start
 

@@ -23,7 +23,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import (
-    FORMATS,
     LoraLayer,
     check_adapter,
     delta_weight,
@@ -31,6 +30,8 @@ from mochi_tune.adapters.files import (
     save_adapter,
 )
 from mochi_tune.errors import CheckpointError
+
+FORMATS = ("official", "diffusers", "comfyui", "native")
 
 
 def read_metadata(path):
@@ -116,7 +117,8 @@ def test_metadata_survives_every_conversion(tmp_path):
         for to in order:
             save_adapter(tmp_path / "a.safetensors", current, to)
             current = load_adapter(tmp_path / "a.safetensors")
-        assert current.metadata == {**known, "created_by": current.metadata["created_by"]}
+        given = {"created_by": current.metadata["created_by"], "modelspec.title": "LoRA"}
+        assert current.metadata == {**known, **given}
         written = read_metadata(tmp_path / "a.safetensors")
         assert written["created_by"].startswith("mochi-tune ")
         assert written["format"] == {"native": "mochi-tune"}.get(order[-1], order[-1])

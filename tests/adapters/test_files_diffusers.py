@@ -204,3 +204,17 @@ def test_a_hole_among_the_projections_is_refused(tmp_path):
     del tensors["transformer.transformer_blocks.1.attn1.to_k.lora_B.weight"]
     with pytest.raises(CheckpointError, match=r"missing: transformer_blocks\.1\.attn1\.to_k"):
         load_adapter(write(tmp_path / "a.safetensors", tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_diffusers_loads_an_export_of_16_bits(tmp_path, dtype):
+    """Into a base of that dtype, bit for bit and without a warning."""
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, random_adapter(ALL, MIXED), "diffusers", dtype)
+    model = diffusers_model(base_weights()).to(dtype)
+    with nothing_may_be_warned():
+        model.load_lora_adapter(str(path), use_safetensors=True)
+    loaded = model.state_dict()
+    for key, tensor in load_file(path).items():
+        name = key.removeprefix("transformer.").replace(".weight", ".default_0.weight")
+        assert tensor.dtype == dtype and torch.equal(loaded[name], tensor)

@@ -1,5 +1,16 @@
 import pytest
-from helpers_adapters import ATTENTION, GOLDEN, MIXED, MLPS, assert_same_change, random_adapter, with_magnitudes
+import torch
+from helpers_adapters import (
+    ATTENTION,
+    GOLDEN,
+    MIXED,
+    MLPS,
+    assert_same_change,
+    delta64,
+    random_adapter,
+    with_magnitudes,
+)
+from safetensors import safe_open
 
 from mochi_tune.adapters.files import load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError, ConfigError
@@ -37,9 +48,13 @@ def test_an_existing_file_is_never_overwritten(tmp_path, trained):
     assert trained.read_bytes() == before
 
 
-@pytest.mark.parametrize(("to", "nearest"), [("difusers", "diffusers"), ("comfy", "comfyui"), ("genmo", "native")])
+@pytest.mark.parametrize(
+    ("to", "nearest"), [("difusers", "diffusers"), ("comfy", "comfyui"), ("natif", "native"), ("kohja", "kohya")]
+)
 def test_an_unknown_format_names_the_nearest(tmp_path, to, nearest):
-    with pytest.raises(ConfigError, match=f"to={to} is not.*official, diffusers, comfyui, native: use {nearest}"):
+    with pytest.raises(
+        ConfigError, match=f"to={to} is not.*official, diffusers, comfyui, kohya, native: use {nearest}"
+    ):
         export.main(tmp_path / "nothing.safetensors", to, tmp_path / "new" / "lora.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -80,3 +95,42 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no MLP layers"):
         export.main(tmp_path / "adapter.safetensors", "official", tmp_path / "lora.safetensors")
     assert not (tmp_path / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_error_of_rounding_is_told(tmp_path, trained, dtype):
+    summary = export.main(trained, "comfyui", tmp_path / "lora.safetensors", dtype)
+    before, after = load_adapter(trained).layers, load_adapter(tmp_path / "lora.safetensors").layers
+    pairs = [(delta64(after[name]), delta64(layer)) for name, layer in before.items()]
+    error = sum((new - old).square().sum() for new, old in pairs) / sum(old.square().sum() for _, old in pairs)
+    # Both are fp64 sums; the norm of a product by its factors loses half of the digits of a difference.
+    assert summary.error == pytest.approx(error.sqrt().item(), rel=1e-4)
+    # Two halves are rounded, each by a third of a unit in the last place at most in the mean.
+    assert 2**-12 < summary.error * (1 if dtype == "bf16" else 8) < 2**-8
+    assert str(summary).endswith(f"alpha 16, {dtype}, a relative error of {summary.error:.1e} by rounding")
+
+
+def test_the_error_of_a_doras_magnitudes_counts(tmp_path):
+    adapter = with_magnitudes(random_adapter(ATTENTION))
+    save_adapter(tmp_path / "adapter.safetensors", adapter)
+    for layer in adapter.layers.values():
+        layer.a, layer.b = layer.a.bfloat16().float(), layer.b.bfloat16().float()
+    assert 1e-4 < export.rounding_error(adapter.layers, torch.bfloat16) < 2**-8
+
+
+def test_fp32_and_exact_numbers_have_no_error(tmp_path, trained):
+    assert export.main(trained, "comfyui", tmp_path / "a.safetensors").error < 1e-7
+    with pytest.raises(ConfigError, match="dtype=half is not possible: use fp32, bf16, fp16"):
+        export.main(trained, "comfyui", tmp_path / "b.safetensors", "half")
+
+
+def test_what_is_said_about_it_goes_before_what_it_states(tmp_path, trained):
+    export.main(trained, "comfyui", tmp_path / "first.safetensors", about={"title": "One", "author": "Ada"})
+    export.main(
+        tmp_path / "first.safetensors", "kohya", tmp_path / "b.safetensors", about={"title": "Two", "author": ""}
+    )
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["modelspec.title"], metadata["modelspec.author"]) == ("Two", "Ada")
+    # There is no run whose date it could have.
+    assert "modelspec.date" not in metadata

@@ -1,0 +1,110 @@
+"""The verb `export`, and the upload at the end of `train`."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mochi_tune.cli.options import EXPORT_OPTIONS, plain_options
+from mochi_tune.errors import ConfigError, MochiTuneError
+
+if TYPE_CHECKING:
+    from mochi_tune.config.schema import RunConfig
+    from mochi_tune.recipes.publish import Publication
+
+# What the options are called in ModelSpec.
+ABOUT = {"title": "title", "author": "author", "license": "license", "trigger": "trigger_phrase"}
+
+
+def run_export(arguments: list[str]) -> int:
+    """Converts an adapter file, or makes a folder of it with a model card and uploads that."""
+    options = plain_options("export", arguments, EXPORT_OPTIONS)
+    if options is None:
+        return 0
+    adapter, to, out, repo = (options[key] for key in ("adapter", "to", "out", "push"))
+    is_dry, is_private = (_yes_or_no(key, options[key]) for key in ("dry_run", "private"))
+    about = {name: options[key] for key, name in ABOUT.items()}
+    is_folder = bool(repo) or is_dry or (bool(out) and not Path(out).suffix)
+    if is_folder and out.endswith(".safetensors"):
+        raise ConfigError(
+            f"out={out} names a file, and push= and dry_run= make a folder: leave out= away, or name one."
+        )
+    if missing := [key for key, value in (("to", to), ("out", out)) if not value and not is_folder]:
+        needed = ", ".join(f"{key}=..." for key in missing)
+        raise ConfigError(f"export needs {needed}: see `mochi-tune export --help`.")
+    if not is_folder:
+        if unused := [key for key in ("private", "endpoint") if options[key] != EXPORT_OPTIONS[key][0]]:
+            raise ConfigError(f"{unused[0]}={options[unused[0]]} is of an upload, and there is no push=: leave it out.")
+        from mochi_tune.recipes.export import main as export
+
+        print(export(Path(adapter), to, Path(out).expanduser(), options["dtype"], about))
+        return 0
+    from mochi_tune.recipes.publish import Publication, default_folder
+    from mochi_tune.weights.push import check_login
+
+    formats = tuple(dict.fromkeys((to or "diffusers").split(",")))
+    publication = Publication(Path(adapter), formats, options["dtype"], repo, about)
+    if repo and not is_dry:
+        check_login("push", repo)
+    folder = Path(out).expanduser() if out else default_folder(Path(adapter))
+    publish(publication, folder, None if is_dry or not repo else is_private, options["endpoint"] or None)
+    return 0
+
+
+def publish(publication: "Publication", folder: Path, is_private: bool | None, endpoint: str | None = None) -> None:
+    """Makes the folder and says what is in it; uploads it unless `is_private` is None."""
+    from mochi_tune.recipes.publish import main
+    from mochi_tune.weights.push import upload
+
+    made = main(publication, folder)
+    for line in [*made.files, *made.notes]:
+        print(line)
+    print(made.path / "README.md", flush=True)
+    if is_private is not None:
+        print(upload(folder, publication.repo, is_private, endpoint))
+
+
+def check_push(config: "RunConfig") -> None:
+    """Refuses a run that is to be uploaded at its end, where there is no login.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.publish.push is not None:
+        from mochi_tune.weights.push import check_login
+
+        check_login("publish.push", config.publish.push)
+
+
+def push_trained(config: "RunConfig") -> int:
+    """Uploads the adapter of a finished run where `publish.push` asks for it.
+
+    Returns the exit code: 0, or 1 where the adapter is there and the upload failed, which a line says.
+    """
+    settings, adapter = config.publish, Path(config.run_dir) / "adapter.safetensors"
+    if settings.push is None:
+        return 0
+    from mochi_tune.recipes.publish import Publication, default_folder
+
+    about = {name: getattr(settings, key) or "" for key, name in ABOUT.items()}
+    folder = None
+    try:
+        folder = default_folder(adapter)
+        if folder.exists():
+            print(f"{folder} is there already, so nothing is uploaded: `hf upload {settings.push} {folder}` sends it")
+            return 0
+        publish(Publication(adapter, repo=settings.push, about=about), folder, settings.private)
+    except (MochiTuneError, OSError) as error:
+        again = shlex.join(["mochi-tune", "export", f"adapter={adapter}", f"push={settings.push}"])
+        # Where the folder is made, the error tells how to send it.
+        way_on = "" if folder and folder.exists() else f": `{again}` tries again"
+        reason = " ".join(str(error).split())
+        print(f"mochi-tune: {adapter} is trained and saved, not uploaded: {reason}{way_on}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _yes_or_no(key: str, value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ConfigError(f"{key}={value} is not possible: use true or false.")
+    return value == "true"

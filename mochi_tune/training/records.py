@@ -1,0 +1,134 @@
+"""What a run folder tells of the adapter in it: settings, counts, validation losses and sample videos."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mochi_tune.config.load import load_config
+from mochi_tune.files import file_sha256, parse_object, read_json, read_json_lines
+from mochi_tune.training.metrics import FILES
+from mochi_tune.training.resume import CLIPS_FILE
+from mochi_tune.training.run_folder import read_history
+
+if TYPE_CHECKING:
+    from mochi_tune.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class SampleVideo:
+    """A video of the run.
+
+    Attributes:
+        file: .mp4.
+        prompt: that it was rendered from.
+        is_compared: whether it shows the base on the left, and the adapter on the right.
+    """
+
+    file: Path
+    prompt: str
+    is_compared: bool
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """The records of a run, up to the adapter's step.
+
+    Attributes:
+        config: its settings.
+        step: of the adapter.
+        date: when the run last started, ISO 8601; "" where the run did not keep it.
+        num_clips: in the cache.
+        num_trained: clips that were trained on.
+        global_batch: clips a step, over all processes.
+        seconds: of all steps together.
+        losses: (step, validation loss).
+        is_held_out: whether validation was on clips that are not trained on.
+        videos: of the adapter.
+        environment: what the last process computed with.
+    """
+
+    config: "RunConfig"
+    step: int
+    date: str
+    num_clips: int
+    num_trained: int
+    global_batch: int
+    seconds: float
+    losses: list[tuple[int, float]]
+    is_held_out: bool
+    videos: list[SampleVideo]
+    environment: dict
+
+
+def find_run_dir(adapter: Path) -> Path | None:
+    """Returns the run folder that an adapter file lies in, itself or as part of a checkpoint, else None."""
+    for folder in (adapter.parent, *adapter.parents[2:3]):
+        is_own = folder == adapter.parent or adapter.parents[1].name == "checkpoints"
+        if is_own and (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+            return folder
+    return None
+
+
+def run_date(run_dir: Path) -> str:
+    """Returns when the run last started, ISO 8601; "" where it did not keep that."""
+    return next((start["date"] for start in reversed(read_history(run_dir)) if start.get("date")), "")
+
+
+def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
+    """Reads the records of a run.
+
+    Args:
+        run_dir: of the run.
+        adapter: file whose videos are looked for.
+        step: of the adapter; later rows and videos are left out.
+
+    Raises:
+        ConfigError: its config.yaml is not one of this version's.
+        CheckpointError: its clips.json is damaged.
+    """
+    config = load_config(str(run_dir / "config.yaml"), [])
+    rows, validations = (
+        [row for row in read_json_lines(run_dir / f"{name}.jsonl") if row.get("step", step + 1) <= step]
+        for name in FILES
+    )
+    clips = [row.get("clips", []) for row in rows]
+    losses = [(row["step"], row.get("validation_loss")) for row in validations]
+    clips_file = run_dir / CLIPS_FILE
+    return RunRecords(
+        config=config,
+        step=step,
+        date=run_date(run_dir),
+        num_clips=len(read_json(clips_file)["clips"]) if clips_file.exists() else 0,
+        num_trained=len({clip for each in clips for clip in each}),
+        global_batch=max((len(each) for each in clips), default=0),
+        seconds=sum(row.get("seconds", 0) for row in rows),
+        losses=[(at, loss) for at, loss in losses if loss is not None and math.isfinite(loss)],
+        is_held_out=all(row.get("held_out") for row in validations),
+        videos=_eval_videos(run_dir, config.train.sample_prompts, step) + _rendered_videos(run_dir, adapter),
+        environment=(read_history(run_dir) or [{}])[-1],
+    )
+
+
+def _eval_videos(run_dir: Path, prompts: list[str], step: int) -> list[SampleVideo]:
+    """Returns the newest eval videos up to a step, but not those of step 0, which show the base."""
+    found: dict[int, Path] = {}
+    for path in sorted((run_dir / "samples").glob("step_*_prompt_*.mp4")):
+        _, at, _, number = path.stem.split("_")
+        if at.isdecimal() and number.isdecimal() and 0 < int(at) <= step and int(number) < len(prompts):
+            found[int(number)] = path
+    return [SampleVideo(path, prompts[number], True) for number, path in sorted(found.items())]
+
+
+def _rendered_videos(run_dir: Path, adapter: Path) -> list[SampleVideo]:
+    """Returns the videos that `sample` rendered with exactly this adapter, at strength 1."""
+    sha256, videos = file_sha256(adapter), []
+    for path in sorted((run_dir / "samples").glob("*.mp4")):
+        record = path.with_suffix(".json")
+        facts = parse_object(record.read_bytes()) if record.is_file() else None
+        used = (facts or {}).get("adapters") or []
+        if facts and len(used) == 1 and used[0].get("sha256") == sha256 and used[0].get("strength") == 1:
+            videos.append(
+                SampleVideo(path, str(facts.get("prompt", "")), facts.get("side_by_side") == ["base", "adapted"])
+            )
+    return videos
