@@ -244,16 +244,25 @@ def run_export(arguments: list[str]) -> int:
 
 
 def run_weights(arguments: list[str]) -> int:
-    """Fetches the official weights."""
+    """Fetches weights."""
     if arguments[:1] != ["pull"] and arguments[:1] not in ([], ["--help"], ["-h"]):
         raise ConfigError(f"weights {arguments[0]} is not a verb: use `mochi-tune weights pull`.")
     options = plain_options("weights pull", arguments[1:] if arguments[:1] == ["pull"] else ["--help"], PULL_OPTIONS)
     if options is None:
         return 0
+    from mochi_tune.weights.pull import PullSettings, plan_pull
     from mochi_tune.weights.pull import main as pull
 
     folder = Path(options["to"]).expanduser()
-    pull(folder, options["repo"], options["revision"], options["endpoint"] or None)
+    names = ("precision", "repo", "revision", "endpoint")
+    settings = PullSettings(options["source"], *(options[name] or None for name in names))
+    if options["dry_run"] not in ("true", "false"):
+        raise ConfigError(f"dry_run={options['dry_run']} is not possible: use true or false.")
+    if options["dry_run"] == "true":
+        print(*plan_pull(folder, settings).describe(), sep="\n")
+        return 0
+    for note in pull(folder, settings):
+        print(f"mochi-tune: {note}", file=sys.stderr)
     print(folder)
     return 0
 

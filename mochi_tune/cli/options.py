@@ -20,7 +20,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
                      or prompts=FILE [seeds=[0,1] compare=base parallel.num_processes=N memory=24gb]
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
-  mochi-tune weights pull [to=DIR]                fetch the official weights, checked by sha256
+  mochi-tune weights pull [source=official|diffusers|comfyui to=DIR]        fetch the weights, checked by sha256
   mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
   mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
   mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
@@ -42,9 +42,12 @@ REPLAY_OPTIONS = {
 }
 PULL_OPTIONS = {
     "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command goes on where it was cut off"),
-    "repo": ("genmo/mochi-1-preview", "of the hub"),
-    "revision": ("main", "branch, tag or commit"),
+    "source": ("official", "official, diffusers or comfyui: whose files"),
+    "precision": ("bf16", "diffusers: bf16 or fp32; comfyui: bf16 or fp8, which is half as large"),
+    "repo": ("", "of the hub, laid out as the source's own; empty: that one"),
+    "revision": ("", "branch, tag or commit; empty: the folder's own, else the commit that is known to fit"),
     "endpoint": ("", "address of another hub"),
+    "dry_run": ("false", "true: list the files and their sizes, fetch nothing"),
 }
 VERIFY_OPTIONS = {
     "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),
