@@ -10,7 +10,6 @@ from mochi_tune.data_prep.gather import listed
 from mochi_tune.data_prep.html_page import write_png
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
-from mochi_tune.errors import CheckpointError
 from mochi_tune.files import make_writable_folder, write_atomic
 from mochi_tune.models.text_encoder import TextEncoder
 
@@ -57,11 +56,4 @@ def load_tokenizer(weights: Path) -> Any | None:
     """
     if not any((weights / name).is_file() for name in TOKENIZER_FILES):
         return None
-    try:
-        return TextEncoder.load_tokenizer(weights)
-    # The tokenizers' library raises Exception itself.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{weights / 'tokenizer'} cannot be read ({reason}): fetch it again with `mochi-tune weights pull`."
-        ) from error
+    return TextEncoder.load_tokenizer(weights)

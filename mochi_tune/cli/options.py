@@ -43,7 +43,7 @@ REPLAY_OPTIONS = {
 PULL_OPTIONS = {
     "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command goes on where it was cut off"),
     "source": ("official", "official, diffusers or comfyui: whose files"),
-    "precision": ("bf16", "diffusers: bf16 or fp32; comfyui: bf16 or fp8, which is half as large"),
+    "precision": ("", "diffusers: bf16 or fp32; comfyui: bf16 or fp8; empty: bf16, or the official files as published"),
     "repo": ("", "of the hub, laid out as the source's own; empty: that one"),
     "revision": ("", "branch, tag or commit; empty: the folder's own, else the commit that is known to fit"),
     "endpoint": ("", "address of another hub"),

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mochi_tune.errors import CheckpointError
+
 MAX_TOKENS = 256
 
 
@@ -39,12 +41,24 @@ class TextEncoder:
 
     @staticmethod
     def load_tokenizer(folder: Path):
-        """Loads the tokenizer alone, for counting tokens before any weight is read."""
+        """Loads the tokenizer alone, for counting tokens before any weight is read; runs no code of the folder.
+
+        Raises:
+            CheckpointError: it is damaged, or needs code of its own.
+        """
         from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        try:
+            # Without the second setting, transformers asks on the terminal whether to run code that the files name.
+            return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
+        # The tokenizers' library raises Exception itself.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{folder / 'tokenizer'} cannot be read ({reason}): fetch it again with `mochi-tune weights pull`."
+            ) from error
 
     @property
     def width(self) -> int:

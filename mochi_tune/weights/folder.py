@@ -28,6 +28,8 @@ from mochi_tune.weights.files import (
 from mochi_tune.weights.fill import build_meta_model, fill_model
 from mochi_tune.weights.headers import check_tensors, read_header
 from mochi_tune.weights.key_map import Pieces, diffusers_map
+from mochi_tune.weights.tokenizer import check_tokenizer
+from mochi_tune.weights.unchanged import FileStamp
 
 
 class WeightsFolder:
@@ -144,7 +146,8 @@ class WeightsFolder:
 
         def read(name: str) -> Tensor:
             # Opened anew for each tensor: the pages of a mapping count as this process's memory until it is closed.
-            with safe_open(plan.paths[name], "pt") as file:
+            path = plan.paths[name]
+            with plan.stamps[path].unchanged(path), safe_open(path, "pt") as file:
                 return file.get_tensor(name)
 
         fill_model(model, lambda name, tensor: plan.mapping[name].join(read, tensor), device, dtype, each_block)
@@ -166,6 +169,7 @@ class WeightsFolder:
             require_one(self.path, "text_encoder/config.json")
             require_one(self.path, "text_encoder/model.safetensors", "text_encoder/model.safetensors.index.json")
             require_one(self.path, "tokenizer/spiece.model", "tokenizer/tokenizer.json")
+            check_tokenizer(self.path / "tokenizer")
             config = read_json(self.path / TEXT_ENCODER / "config.json")
             for path in find_shards(self.path / TEXT_ENCODER, "model"):
                 read_header(path)
@@ -181,11 +185,13 @@ class _Plan:
         config: the model's sizes.
         mapping: the pieces in the files of each tensor of the model, by the model's names.
         paths: the file of each piece, by the files' names.
+        stamps: of each file, taken before its header was read.
     """
 
     config: Any
     mapping: dict[str, Pieces]
     paths: dict[str, Path]
+    stamps: dict[Path, FileStamp]
 
 
 def _make_plan(files: PartFiles, part: str) -> _Plan:
@@ -197,10 +203,11 @@ def _make_plan(files: PartFiles, part: str) -> _Plan:
     for name, tensor in model.state_dict().items():
         pieces = mapping[name].names
         expected |= dict.fromkeys(pieces, (tensor.shape[0] // len(pieces), *tensor.shape[1:]))
+    stamps = {path: FileStamp.of(path) for path in files.shards}
     found = {name: header for path in files.shards for name, header in read_header(path).items()}
     if files.is_diffusers and part != "dit":
         # Both halves of the VAE are in one model there.
         other = "decoder." if part == "encoder" else "encoder."
         found = {name: header for name, header in found.items() if not name.startswith(other)}
     check_tensors(files, expected, found)
-    return _Plan(config, mapping, {name: header.path for name, header in found.items()})
+    return _Plan(config, mapping, {name: header.path for name, header in found.items()}, stamps)

@@ -19,7 +19,7 @@ from mochi_tune.errors import ConfigError
 OFFICIAL_REPO, OFFICIAL_COMMIT = "genmo/mochi-1-preview", "14be5fcea23095ed330cb214647916a451e38b6e"
 COMFYUI_REPO, COMFYUI_COMMIT = "Comfy-Org/mochi_preview_repackaged", "1a851a476303dfa02bcdedea0e536d1e3b7fed2a"
 # Of each source, the default first.
-PRECISIONS = {"official": ("bf16",), "diffusers": ("bf16", "fp32"), "comfyui": ("bf16", "fp8")}
+PRECISIONS = {"official": ("published",), "diffusers": ("bf16", "fp32"), "comfyui": ("bf16", "fp8")}
 
 _TOKENIZER = r"tokenizer/[\w-]+\.(json|model)"
 # The repository also holds diffusers' copy of the models, which would double the download.

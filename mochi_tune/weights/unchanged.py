@@ -1,6 +1,8 @@
 """Files that are checked first and read later: whether they are still the same files."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,17 @@ class FileStamp:
         status = os.stat(path)
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
+    @contextlib.contextmanager
+    def unchanged(self, path: Path) -> Iterator[None]:
+        """Refuses a file that is not the one of this stamp before it is read in the context, or after; as `check`."""
+        self.check(path)
+        try:
+            yield
+        finally:
+            self.check(path)
+
     def check(self, path: Path) -> None:
-        """Refuses a file that is not the one of this stamp any more; it is called after the bytes were read.
+        """Refuses a file that is not the one of this stamp any more.
 
         Raises:
             CheckpointError: it was replaced, changed or removed since.
@@ -38,6 +49,5 @@ class FileStamp:
         what = "replaced by another file" if now.inode != self.inode else "written to"
         sizes = f", from {self.num_bytes} to {now.num_bytes} bytes" if now.num_bytes != self.num_bytes else ""
         raise CheckpointError(
-            f"{path} was {what} since it was checked{sizes}: what was loaded is of two kinds. Start again when nothing "
-            "changes the weights any more."
+            f"{path} was {what} since it was checked{sizes}: start again when nothing changes the weights any more."
         )

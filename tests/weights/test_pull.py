@@ -359,7 +359,7 @@ def test_an_unknown_source_or_precision_is_one_line(tmp_path):
     for settings, text in [
         ({"source": "comfyiu"}, "source=comfyiu is not known: did you mean comfyui?"),
         ({"source": "x"}, "source=x is not known: use official, diffusers, comfyui."),
-        ({"precision": "fp8"}, "source=official has no precision=fp8: use precision=bf16, or source=comfyui."),
+        ({"precision": "fp8"}, "source=official has no precision=fp8: use precision=published, or source=comfyui."),
         ({"source": "comfyui", "precision": "int4"}, "no precision=int4: use precision=bf16 or fp8."),
     ]:
         with pytest.raises(ConfigError, match=re.escape(text)):
