@@ -64,7 +64,9 @@ class RenderPlan:
 
     def shared_facts(self) -> dict[str, object]:
         """Returns what must be the same on every process, by its name in an error; reads samples of the weights."""
-        facts = {f"the files of the {part} in model.weights": self.weights.fingerprint(part) for part in PARTS}
+        facts: dict[str, object] = {
+            f"the files of the {part} in model.weights": self.weights.fingerprint(part) for part in PARTS
+        }
         facts |= {f"the adapter {each['file']}": each["sha256"] for each in self.common["adapters"]}
         requests = [asdict(replace(request, video=Path())) for request in self.requests]
         return facts | {f"the setting {key}": str(self.common[key]) for key in COMMON} | {"the requests": str(requests)}
