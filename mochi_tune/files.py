@@ -201,7 +201,7 @@ def parse_object(text: str | bytes) -> dict[str, Any] | None:
 
 
 def name_stand_in(start: bytes) -> str:
-    """Says what stands in the place of a file: a web page, as a failed download leaves it, or a Git LFS pointer.
+    """Says what stands in the place of a file: a web page, which a failed download leaves, or a Git LFS pointer.
 
     Args:
         start: the first STAND_IN_BYTES of the file.
@@ -211,7 +211,7 @@ def name_stand_in(start: bytes) -> str:
     """
     text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<script")):
-        return "a web page, as a login or an error is answered with"
+        return "a web page, such as a login or an error page"
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, which `git lfs pull` replaces by the file"
     return ""

@@ -21,6 +21,7 @@ COMFYUI_REPO, COMFYUI_COMMIT = "Comfy-Org/mochi_preview_repackaged", "1a851a4763
 # Of each source, the default first.
 PRECISIONS = {"official": ("published",), "diffusers": ("bf16", "fp32"), "comfyui": ("bf16", "fp8")}
 
+_SHARD = r"(-\d+-of-\d+)?"
 _TOKENIZER = r"tokenizer/[\w-]+\.(json|model)"
 # The repository also holds diffusers' copy of the models, which would double the download.
 _OFFICIAL = re.compile(
@@ -141,9 +142,6 @@ def _choose_diffusers(precision: str, names: Sequence[str]) -> dict[str, str]:
         files = next((files for files in (variant, plain) if _whole(files)), [])
         chosen |= {name: name for name in _whole(files)}
     return chosen
-
-
-_SHARD = r"(-\d+-of-\d+)?"
 
 
 def _whole(files: Sequence[str]) -> list[str]:

@@ -253,6 +253,7 @@ def test_a_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
     assert changes(first, "encoder", first / "vae_config.json")
     for name in ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/spiece.model"):
         assert changes(second, "text_encoder", second / name)
+    (second / "tokenizer" / "spiece.model").write_text("{}")
     before = WeightsFolder(second).fingerprint("text_encoder")
     (second / "tokenizer" / "spiece.model").rename(second / "tokenizer" / "tokenizer.json")
     assert WeightsFolder(second).fingerprint("text_encoder") != before
