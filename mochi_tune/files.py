@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # The full-size models and adapters need a twentieth of it.
 MAX_HEADER_BYTES = 4 * 2**20
+# What `name_stand_in` needs of a file.
+STAND_IN_BYTES = 256
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -176,9 +178,11 @@ def read_json(path: Path, error: type[MochiTuneError] = CheckpointError) -> dict
         MochiTuneError: the file is missing or holds no JSON object; of the class `error`.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
     except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"{path} cannot be read as JSON ({reason}).") from None
+        kind = "" if isinstance(reason, OSError | UnicodeDecodeError) else name_stand_in(text.encode())
+        raise error(f"{path} cannot be read as JSON ({f'it is {kind}' if kind else reason}).") from None
     if not isinstance(value, dict):
         raise error(f"{path} holds no JSON object.")
     return value
@@ -196,6 +200,23 @@ def parse_object(text: str | bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def name_stand_in(start: bytes) -> str:
+    """Says what stands in the place of a file: a web page, which a failed download leaves, or a Git LFS pointer.
+
+    Args:
+        start: the first STAND_IN_BYTES of the file.
+
+    Returns:
+        What it is, with an article; "" where it is neither.
+    """
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<script")):
+        return "a web page, such as a login or an error page"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, which `git lfs pull` replaces by the file"
+    return ""
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -282,6 +303,9 @@ def check_header(path: Path) -> None:
         ValueError: saying what is wrong with the header.
     """
     with open(path, "rb") as file:
+        if kind := name_stand_in(file.read(STAND_IN_BYTES)):
+            raise ValueError(f"it is {kind}")
+        file.seek(0)
         num_bytes = int.from_bytes(file.read(8), "little")
         if num_bytes > MAX_HEADER_BYTES:
             raise ValueError(f"its header says it is {num_bytes} bytes long, and {MAX_HEADER_BYTES} are the most")

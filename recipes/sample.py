@@ -29,10 +29,13 @@ from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, prep
 from mochi_tune.sampling.requests import Request, read_requests
 from mochi_tune.sampling.sampler import sample_latents
 from mochi_tune.sampling.video import write_video
+from mochi_tune.training.accelerator import check_agreement
 from mochi_tune.training.interrupts import StopSignal
 from mochi_tune.training.memory_plan import describe, fits
 from mochi_tune.weights.folder import WeightsFolder
 
+# What each of several processes loads, and those of the settings of all videos that decide what it computes.
+PARTS, COMMON = ("dit", "decoder"), ("adapters", "dtype", "memory", "layout")
 # Seconds that a pass of compiled blocks is shorter by, for each visual token, and that compiling takes.
 COMPILED_SAVES, COMPILE_SECONDS = 15e-6, 40.0
 
@@ -59,6 +62,15 @@ class RenderPlan:
     layout: Layout
     common: dict[str, Any]
 
+    def shared_facts(self) -> dict[str, object]:
+        """Returns what must be the same on every process, by its name in an error; reads samples of the weights."""
+        facts: dict[str, object] = {
+            f"the files of the {part} in model.weights": self.weights.fingerprint(part) for part in PARTS
+        }
+        facts |= {f"the adapter {each['file']}": each["sha256"] for each in self.common["adapters"]}
+        requests = [asdict(replace(request, video=Path())) for request in self.requests]
+        return facts | {f"the setting {key}": str(self.common[key]) for key in COMMON} | {"the requests": str(requests)}
+
     def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
         """Returns the bytes that sampling the largest video holds on one device, by what they are for."""
         return sampling_held(
@@ -76,6 +88,8 @@ def main(config: RunConfig) -> Iterator[Path]:
     """
     num_processes = PartialState(cpu=config.device == "cpu").num_processes
     plan, device, dtype = check(config, num_processes), find_device(config.device), DTYPES[config.model.dtype]
+    if num_processes > 1:
+        check_agreement(plan.shared_facts())
     prompt_cache = Path(config.sample.prompt_cache).expanduser()
     for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)

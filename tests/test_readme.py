@@ -12,6 +12,7 @@ from mochi_tune.cli.options import (
     BENCH_OPTIONS,
     EXPERIMENT_OPTIONS,
     EXPORT_OPTIONS,
+    PULL_OPTIONS,
     TOY_OPTIONS,
     VERIFY_OPTIONS,
     load,
@@ -79,6 +80,8 @@ def test_the_commands_of_the_docs_are_understood(page):
             assert parse(arguments[0], arguments[1:])
         elif verb == "toy":
             assert plain_options(verb, arguments[1:], TOY_OPTIONS[arguments[0]])
+        elif verb == "weights":
+            assert arguments[0] == "pull" and plain_options(verb, arguments[1:], PULL_OPTIONS)
         else:
             assert plain_options(verb, arguments, OPTIONS[verb])
 

@@ -24,7 +24,6 @@ from mochi_tune.cli.launch import (
 from mochi_tune.cli.lora import run_lora
 from mochi_tune.cli.options import (
     BENCH_OPTIONS,
-    PULL_OPTIONS,
     REPLAY_OPTIONS,
     USAGE,
     VERIFY_OPTIONS,
@@ -36,6 +35,7 @@ from mochi_tune.cli.plan import run_plan
 from mochi_tune.cli.publish import check_push, push_trained, run_export
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
+from mochi_tune.cli.weights import run_weights
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
 
 # What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
@@ -234,21 +234,6 @@ def run_sample(arguments: list[str]) -> int:
             # The program that started this process says so once, and its exit code is that one's.
             if STARTED_HERE not in os.environ:
                 raise
-    return 0
-
-
-def run_weights(arguments: list[str]) -> int:
-    """Fetches the official weights."""
-    if arguments[:1] != ["pull"] and arguments[:1] not in ([], ["--help"], ["-h"]):
-        raise ConfigError(f"weights {arguments[0]} is not a verb: use `mochi-tune weights pull`.")
-    options = plain_options("weights pull", arguments[1:] if arguments[:1] == ["pull"] else ["--help"], PULL_OPTIONS)
-    if options is None:
-        return 0
-    from mochi_tune.weights.pull import main as pull
-
-    folder = Path(options["to"]).expanduser()
-    pull(folder, options["repo"], options["revision"], options["endpoint"] or None)
-    print(folder)
     return 0
 
 

@@ -25,7 +25,8 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune lora    inspect FILE [out=FILE.html] | compare FILE FILE | merge FILE FILE [strengths=[0.8,0.5]] out=FILE
                      | resize FILE rank=R|energy=0.99 out=FILE | bake FILE model.weights=DIR out=DIR
                      | extract base=DIR tuned=DIR rank=R out=FILE
-  mochi-tune weights pull [to=DIR]                fetch the official weights, checked by sha256
+  mochi-tune weights pull [source=official|diffusers|comfyui to=DIR]        fetch the weights, checked by sha256
+                     | check [model.weights=DIR|FILE]         what is there, and what each verb lacks
   mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
   mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
   mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
@@ -90,9 +91,12 @@ REPLAY_OPTIONS = {
 }
 PULL_OPTIONS = {
     "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command goes on where it was cut off"),
-    "repo": ("genmo/mochi-1-preview", "of the hub"),
-    "revision": ("main", "branch, tag or commit"),
+    "source": ("official", "official, diffusers or comfyui: whose files"),
+    "precision": ("", "diffusers: bf16 or fp32; comfyui: bf16 or fp8; empty: bf16, or the official files as published"),
+    "repo": ("", "of the hub, laid out as the source's own; empty: that one"),
+    "revision": ("", "branch, tag or commit; empty: the folder's own, else the commit that is known to fit"),
     "endpoint": ("", "address of another hub"),
+    "dry_run": ("false", "true: list the files and their sizes, fetch nothing"),
 }
 VERIFY_OPTIONS = {
     "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),

@@ -28,6 +28,7 @@ from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.data.order import ClipOrder, make_pools
 from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
 from mochi_tune.parallel.forecast import Step, free_bytes
@@ -35,7 +36,7 @@ from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision, check_precision
 from mochi_tune.sampling.requests import sampler_settings
-from mochi_tune.training.accelerator import host_memory
+from mochi_tune.training.accelerator import check_agreement, host_memory
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import held_out
@@ -139,6 +140,26 @@ class TrainPlan:
             needed += step.weights["blocks"] if plan.is_streamed else 0
             check_host_memory(needed, available, num_sharing)
         return plan
+
+    def check_agreement(self) -> None:
+        """Refuses processes that were started with other settings, weights or clips; all call it together.
+
+        Raises:
+            ParallelError: naming what differs, and the ranks.
+        """
+        if self.layout.num_ranks > 1:
+            check_agreement(self._shared_facts())
+
+    def _shared_facts(self) -> dict[str, object]:
+        identity, settings = self.identity, self.identity["settings"]
+        facts = {f"the setting {key}": settings[key] for key in bound_settings(settings)}
+        facts |= {"the cache": identity["cache"], "the order of the clips": identity["order"]}
+        facts |= {"the random numbers of torch": identity["draws"], "the base": identity["base"]}
+        # T5's and the encoder's are compared with the cache's, and only the main process decodes.
+        facts["the files of the dit in model.weights"] = self.weights.fingerprint("dit")
+        if self.start_adapter is not None:
+            facts["the adapter lora.init_from"] = file_sha256(Path(str(self.config.lora.init_from)))
+        return facts
 
     def explains_out_of_memory(self) -> contextlib.AbstractContextManager:
         """Makes one line of an out-of-memory error, which says what the plan holds and what to change."""

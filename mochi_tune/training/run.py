@@ -49,6 +49,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         MochiTuneError: the folder belongs to another run or process, or the last step could not be saved.
     """
     assert accelerator.num_processes == plan.layout.num_ranks, "main() was not told of all processes"
+    plan.check_agreement()
     config, is_main = plan.config, accelerator.is_main_process
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
@@ -34,6 +33,7 @@ from mochi_tune.weights.paths import WeightsPaths
 from mochi_tune.weights.quantized import read_formats, read_scale, read_tensor, take_scales
 from mochi_tune.weights.single_files import take_part
 from mochi_tune.weights.t5 import build_t5, keep_encoder, read_t5_config, t5_shapes
+from mochi_tune.weights.tokenizer import check_tokenizer
 
 
 class WeightsFolder:
@@ -60,7 +60,7 @@ class WeightsFolder:
             check_sums(self.path)
         plans = {part: self._plan(part) for part in parts}
         if TEXT_ENCODER in parts:
-            require_tokenizer(self.paths)
+            check_tokenizer(require_tokenizer(self.paths))
             width = plans[TEXT_ENCODER].config["d_model"]
             if "dit" in plans and width != plans["dit"].config.t5_feat_dim:
                 raise CheckpointError(
@@ -207,7 +207,7 @@ class WeightsFolder:
         if header.dtype != "F8_E4M3" or len(pieces.names) > 1 or pieces.swap_halves:
             return None
         scale = read_scale(header)
-        with safe_open(header.path, "pt") as file:
+        with header.opened() as file:
             return file.get_tensor(header.name), torch.ones(()) if scale is None else scale
 
     def _load(
@@ -290,7 +290,7 @@ def _make_plan(files: PartFiles, part: str) -> _Plan:
 
 def _first_row(header: TensorHeader) -> Tensor:
     """Reads the first row of a matrix, (1, in), in bf16."""
-    with safe_open(header.path, "pt") as file:
+    with header.opened() as file:
         row = file.get_slice(header.name)[:1]
     scale = read_scale(header)
     return (row if scale is None else row.float() * scale.reshape(-1)[0]).to(torch.bfloat16)

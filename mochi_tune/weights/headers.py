@@ -1,14 +1,16 @@
 """Safetensors headers: read without the tensors, and compared with what a model needs."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import check_header
+from mochi_tune.weights.unchanged import FileStamp
 
 # A listing of names in an error stops here.
 MAX_LISTED = 8
@@ -24,6 +26,7 @@ class TensorHeader(NamedTuple):
         name: in the file.
         shape: of the tensor.
         dtype: as safetensors writes it, "BF16".
+        stamp: of the file, taken before its header was read.
         scale: the tensor that an fp8 tensor is multiplied with.
     """
 
@@ -31,6 +34,7 @@ class TensorHeader(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+    stamp: FileStamp
     scale: "TensorHeader | None" = None
 
     @property
@@ -38,6 +42,16 @@ class TensorHeader(NamedTuple):
         """Of its numbers."""
         size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(self.dtype, 1)
         return size * math.prod(self.shape)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Any]:
+        """Opens the file to read this tensor alone: the pages of a mapping count as memory until it is closed.
+
+        Raises:
+            CheckpointError: it is not the file any more whose header was read.
+        """
+        with self.stamp.unchanged(self.path), safe_open(self.path, "pt") as file:
+            yield file
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -47,10 +61,13 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         CheckpointError: not a complete safetensors file.
     """
     try:
+        stamp = FileStamp.of(path)
         check_header(path)
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {name: TensorHeader(path, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            return {
+                name: TensorHeader(path, name, tuple(s.get_shape()), s.get_dtype(), stamp) for name, s in slices.items()
+            }
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

@@ -1,75 +1,119 @@
-"""`weights pull`: fetches the official weights from the hub, going on where it stopped, and checks every file."""
+"""`weights pull`: fetches weights from the hub, going on where it stopped, and checks every file by its hash.
+
+`sources` says which files these are, and `pull_record` what was pulled into a folder: that decides later pulls.
+"""
 
 import hashlib
-import http.client
-import os
 import re
 import shutil
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tqdm import tqdm
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import fsync
-
-REPO = "genmo/mochi-1-preview"
-REQUIRED = (
-    "dit.safetensors",
-    "encoder.safetensors",
-    "decoder.safetensors",
-    "text_encoder/config.json",
-    "tokenizer/tokenizer_config.json",
-)
-# The repository also holds diffusers' copy of the models and bf16 variants of T5, which would double the download.
-WANTED = re.compile(
-    r"(dit|encoder|decoder)\.safetensors|(dit|vae)_config\.json"
-    r"|text_encoder/(config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json)"
-    r"|tokenizer/[\w-]+\.(json|model)"
-)
-CHUNK_BYTES = 2**20
-TIMEOUT_SECONDS = 30
+from mochi_tune.weights.download import AGAIN, CHUNK_BYTES, TIMEOUT_SECONDS, fetch, one_line
+from mochi_tune.weights.pull_record import HubFile, Listing, Record, check_same_files, read_record, write_record
+from mochi_tune.weights.sources import PRECISIONS, RepoFiles, source_files
 
 
 @dataclass(frozen=True)
-class HubFile:
-    """One file to fetch, and what the hub says of it."""
+class PullSettings:
+    """What to fetch.
 
-    name: str
-    url: str
-    num_bytes: int
-    digest: str  # sha256 of a large (LFS) file; of a small one git's blob id, a sha1
+    Attributes:
+        source: "official", "diffusers" or "comfyui".
+        precision: of `sources.PRECISIONS`; None for the source's first.
+        repo: of the hub, laid out as the source's own is; None for that one.
+        revision: a branch, a tag or a commit of it; None for the folder's own, else the one that is known to fit.
+        endpoint: address of the hub; None for huggingface_hub's own.
+    """
+
+    source: str = "official"
+    precision: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    endpoint: str | None = None
 
 
-def main(to: Path, repo: str = REPO, revision: str = "main", endpoint: str | None = None) -> None:
+@dataclass(frozen=True)
+class PullPlan:
+    """What a folder gets.
+
+    Attributes:
+        folder: of the weights.
+        record: what belongs there.
+        offline: why the hub was not asked; "" where it was.
+        notes: lines for the user.
+    """
+
+    folder: Path
+    record: Record
+    offline: str
+    notes: list[str]
+
+    @property
+    def files(self) -> list[HubFile]:
+        """Every file that belongs there."""
+        return [file for listing in self.record.listings for file in listing.files]
+
+    def describe(self) -> list[str]:
+        """Returns a line for each file, with its size and whether it is there, and a line for all of them."""
+        lines = [f"{listing.repo}, commit {listing.commit}" for listing in self.record.listings]
+        for file in self.files:
+            state = "there" if (self.folder / file.name).exists() else "to fetch"
+            lines.append(f"{file.num_bytes / 2**30:9.3f} GiB  {state:<8}  {file.name}")
+        total, missing = sum(file.num_bytes for file in self.files), missing_bytes(self.folder, self.files)
+        free = shutil.disk_usage(existing_parent(self.folder)).free
+        lines.append(
+            f"{total / 2**30:9.3f} GiB in all, {missing / 2**30:.3f} GiB to fetch, {free / 2**30:.1f} GiB free"
+        )
+        return lines
+
+
+class HubUnreachableError(CheckpointError):
+    """The hub did not answer, or something else answered in its place.
+
+    Attributes:
+        reason: in a few words.
+    """
+
+    def __init__(self, repo: str, reason: str, advice: str) -> None:
+        super().__init__(f"repo={repo} cannot be listed ({reason}): {advice} and {AGAIN}")
+        self.reason = reason
+
+
+def main(to: Path, settings: PullSettings) -> list[str]:
     """Fills the folder `to` with verified weights; a second run fetches nothing and checks them again.
 
     Args:
         to: the weights folder, made where it is missing.
-        repo: of the hub, laid out as genmo/mochi-1-preview is.
-        revision: a branch, a tag or a commit.
-        endpoint: address of the hub; huggingface_hub's default where it is None.
+        settings: what to fetch.
+
+    Returns:
+        Lines for the user.
 
     Raises:
+        ConfigError: no such source or precision, or `to` holds another one.
         CheckpointError: the hub cannot be reached or lacks a file, the disk is too small, or a file's hash is wrong;
             a file that has just arrived is removed then, one that was there before is left.
     """
-    files = list_files(repo, revision, endpoint)
+    plan = plan_pull(to, settings)
+    if plan.offline:
+        check_offline(plan)
+        return [*plan.notes, f"offline ({plan.offline}): all {len(plan.files)} files are as when they were pulled"]
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"to={to} cannot be made a folder ({error}): set another one.") from error
-    check_space(to, files)
-    for file in files:
+    check_space(to, plan.files)
+    # Before the files, so that a pull that is broken off goes on with the same commit.
+    write_record(to, plan.record)
+    for file in plan.files:
         target = to / file.name
         if target.exists():
-            if file_digest(target, file) != file.digest:
-                raise CheckpointError(
-                    f"{target} is not the file of repo={repo}, whose hash is {file.digest}: "
-                    "move or delete it, and run again."
-                )
+            check_present(target, file)
             continue
         partial = partial_path(to, file)
         partial.parent.mkdir(exist_ok=True)
@@ -81,15 +125,52 @@ def main(to: Path, repo: str = REPO, revision: str = "main", endpoint: str | Non
                 f"{file.name} arrived with hash {found}, not {file.digest}, and was removed: run the command again."
             )
         partial.replace(target)
+    return plan.notes
 
 
-def list_files(repo: str, revision: str, endpoint: str | None) -> list[HubFile]:
-    """Asks the hub for the wanted files' sizes and hashes, at the commit that `revision` stands for now.
+def plan_pull(to: Path, settings: PullSettings) -> PullPlan:
+    """Finds out what belongs into a folder: from the hub or, where it cannot be asked, from the folder's pulled.json.
 
     Raises:
-        CheckpointError: no such repository or revision, no connection, or a required file is not there.
+        ConfigError: no such source or precision, or the folder holds another one.
+        CheckpointError: neither the hub nor a record says; or the folder holds other files under the same names.
+    """
+    parts = source_files(settings.source, settings.precision, settings.repo, settings.revision)
+    precision = settings.precision or PRECISIONS[settings.source][0]
+    kept = read_record(to)
+    notes = []
+    if kept is not None:
+        kept.check_fits(to, settings.source, precision, [part.repo for part in parts])
+        if settings.revision is None:
+            if kept.listings[0].commit != parts[0].revision != "main":
+                notes.append(
+                    f"{to} stays at commit {kept.listings[0].commit} of its first pull; this version of mochi-tune "
+                    f"knows revision={parts[0].revision}"
+                )
+            parts[0] = kept.pinned(parts[0])
+        parts[1:] = [kept.pinned(part) for part in parts[1:]]
+    try:
+        listings = [list_files(part, settings.endpoint) for part in parts]
+    except HubUnreachableError as error:
+        if kept is None or settings.revision not in (None, kept.revision, kept.listings[0].commit):
+            raise
+        return PullPlan(to, kept, error.reason, notes)
+    revision = settings.revision or (kept.revision if kept is not None else parts[0].revision)
+    record = Record(settings.source, precision, revision, listings)
+    if kept is not None:
+        check_same_files(to, kept, record)
+    return PullPlan(to, record, "", notes)
+
+
+def list_files(part: RepoFiles, endpoint: str | None) -> Listing:
+    """Asks the hub for the wanted files' sizes and hashes, at the commit that the revision stands for now.
+
+    Raises:
+        HubUnreachableError: no connection, HF_HUB_OFFLINE is set, or what answers is not the hub.
+        CheckpointError: no such repository or revision, or a needed file is not there.
     """
     from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.constants import is_offline_mode
 
     # The base error of whichever HTTP library the installed version uses.
     from huggingface_hub.errors import (
@@ -99,6 +180,9 @@ def list_files(repo: str, revision: str, endpoint: str | None) -> list[HubFile]:
         RevisionNotFoundError,
     )
 
+    repo, revision = part.repo, part.revision
+    if is_offline_mode():
+        raise HubUnreachableError(repo, "HF_HUB_OFFLINE is set", "unset it for the first pull")
     try:
         info = HfApi(endpoint=endpoint).model_info(
             repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
@@ -111,22 +195,59 @@ def list_files(repo: str, revision: str, endpoint: str | None) -> list[HubFile]:
         raise CheckpointError(f"repo={repo} has no revision={revision}: use main, a tag or a commit.") from error
     except HFValidationError as error:
         raise CheckpointError(f"repo={repo} cannot be listed ({one_line(error)}): name it OWNER/NAME.") from error
-    except (HTTPError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"repo={repo} cannot be listed ({one_line(error)}): check the network connection and run the same command "
-            "again, it goes on from what is there."
-        ) from error
-    files = []
-    for entry in info.siblings or []:
-        if WANTED.fullmatch(entry.rfilename):
-            url = hf_hub_url(repo, entry.rfilename, revision=info.sha, endpoint=endpoint)
-            digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
-            assert entry.size is not None and digest is not None, "files_metadata=True asks for both"
-            files.append(HubFile(entry.rfilename, url, entry.size, digest))
-    absent = [name for name in REQUIRED if name not in {file.name for file in files}]
+    except (HTTPError, OSError) as error:
+        is_refused = getattr(getattr(error, "response", None), "status_code", 0) in (401, 403)
+        advice = "log in with `hf auth login`, or check the proxy" if is_refused else "check the network connection"
+        raise HubUnreachableError(repo, one_line(error).partition(" For more information")[0], advice) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = "the answer is not the hub's, but what a login page or a proxy may send"
+        raise HubUnreachableError(repo, reason, "log in to the network, or check the proxy") from error
+    chosen = part.choose([entry.rfilename for entry in info.siblings or []])
+    absent = [name for name in part.needed if not any(fnmatch(target, name) for target in chosen)]
     if absent:
-        raise CheckpointError(f"repo={repo} has no {', '.join(absent)}: use one laid out as {REPO} is.")
-    return files
+        raise CheckpointError(f"repo={repo} has no {', '.join(absent)}: use one laid out as the source's own.")
+    entries = {entry.rfilename: entry for entry in info.siblings or []}
+    files = []
+    for target, name in chosen.items():
+        entry = entries[name]
+        digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        if (
+            type(entry.size) is not int
+            or entry.size < 0
+            or not re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", f"{digest}")
+        ):
+            raise CheckpointError(f"the hub gives no size and hash of {repo}'s {name}: use another endpoint.")
+        url = hf_hub_url(repo, name, revision=info.sha, endpoint=endpoint)
+        files.append(HubFile(target, url, entry.size, str(digest)))
+    return Listing(repo, str(info.sha), files)
+
+
+def check_offline(plan: PullPlan) -> None:
+    """Compares a folder with its record, without the hub.
+
+    Raises:
+        CheckpointError: a file is absent or another one.
+    """
+    absent = [file.name for file in plan.files if not (plan.folder / file.name).exists()]
+    if absent:
+        raise CheckpointError(
+            f"{plan.folder} lacks {', '.join(absent)}, and the hub cannot be asked ({plan.offline}): {AGAIN}"
+        )
+    for file in plan.files:
+        check_present(plan.folder / file.name, file)
+
+
+def check_present(target: Path, file: HubFile) -> None:
+    """Refuses a file that was there before and is another one than the hub's.
+
+    Raises:
+        CheckpointError: naming the right hash.
+    """
+    if target.stat().st_size != file.num_bytes or file_digest(target, file) != file.digest:
+        raise CheckpointError(
+            f"{target} is not the file that was asked for, whose hash is {file.digest}: "
+            "move or delete it, and run again."
+        )
 
 
 def check_space(to: Path, files: list[HubFile]) -> None:
@@ -135,12 +256,7 @@ def check_space(to: Path, files: list[HubFile]) -> None:
     Raises:
         CheckpointError: the free space is below what is still to be fetched.
     """
-    needed = 0
-    for file in files:
-        partial = partial_path(to, file)
-        have = partial.stat().st_size if partial.exists() else 0
-        needed += 0 if (to / file.name).exists() else file.num_bytes - have
-    free = shutil.disk_usage(to).free
+    needed, free = missing_bytes(to, files), shutil.disk_usage(to).free
     if needed > free:
         raise CheckpointError(
             f"{to} has {free / 2**30:.1f} GiB free, and {needed / 2**30:.1f} GiB are to be fetched: "
@@ -148,62 +264,25 @@ def check_space(to: Path, files: list[HubFile]) -> None:
         )
 
 
+def missing_bytes(to: Path, files: list[HubFile]) -> int:
+    """Returns how many bytes are still to be fetched."""
+    missing = 0
+    for file in files:
+        partial = partial_path(to, file)
+        have = partial.stat().st_size if partial.exists() else 0
+        missing += 0 if (to / file.name).exists() else max(0, file.num_bytes - have)
+    return missing
+
+
+def existing_parent(folder: Path) -> Path:
+    """Returns a folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def partial_path(to: Path, file: HubFile) -> Path:
     """Names the unfinished file after its hash, so that another revision never goes on with it."""
     target = to / file.name
     return target.with_name(f".{target.name}.{file.digest[:12]}.part")
-
-
-def fetch(file: HubFile, partial: Path) -> None:
-    """Appends to `partial` until it is complete; a broken connection is taken up again while bytes keep coming.
-
-    Raises:
-        CheckpointError: a connection brought nothing. What was fetched stays.
-    """
-    with partial.open("ab") as out, tqdm(desc=file.name, total=file.num_bytes, unit="B", unit_scale=True) as bar:
-        while (start := out.seek(0, os.SEEK_END)) < file.num_bytes:
-            reason = "the connection was closed"
-            try:
-                download(file, start, out, bar)
-            except (OSError, http.client.HTTPException) as error:
-                reason = one_line(error)
-            if out.tell() <= start:
-                raise CheckpointError(
-                    f"{file.name} stopped at {start} of {file.num_bytes} bytes ({reason}): check the network "
-                    "connection and run the same command again, it goes on from there."
-                )
-    fsync(partial)
-
-
-def download(file: HubFile, start: int, out, bar: tqdm) -> None:
-    """Asks for the bytes from `start` on, and appends what one connection brings."""
-    from huggingface_hub.utils import build_hf_headers
-
-    request = urllib.request.Request(file.url, headers={"Range": f"bytes={start}-", "Accept-Encoding": "identity"})
-    for name, value in build_hf_headers(library_name="mochi-tune").items():
-        request.add_unredirected_header(name, value)
-    opener = urllib.request.build_opener(SameHostHeaders)
-    with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            # The server ignores ranges, so this is the whole file.
-            out.truncate(0)
-            start = out.seek(0)
-        bar.update(start - bar.n)
-        while chunk := response.read(CHUNK_BYTES):
-            out.write(chunk)
-            bar.update(len(chunk))
-
-
-class SameHostHeaders(urllib.request.HTTPRedirectHandler):
-    """Keeps the user's token for the hub itself: a redirect to the storage host goes without it."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        """Hands the unredirected headers on where the host stays the same."""
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new is not None and new.host == req.host:
-            for name, value in req.unredirected_hdrs.items():
-                new.add_unredirected_header(name, value)
-        return new
 
 
 def file_digest(path: Path, file: HubFile) -> str:
@@ -215,8 +294,3 @@ def file_digest(path: Path, file: HubFile) -> str:
             digest.update(chunk)
             bar.update(len(chunk))
     return digest.hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """Returns an error's text without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -92,8 +92,7 @@ def read_formats(path: Path, names: Mapping[str, TensorHeader]) -> dict[str, str
 
 def read_tensor(header: TensorHeader) -> Tensor:
     """Reads a tensor, fp8 times its scale in fp32, on the CPU."""
-    # Opened anew for each tensor: the pages of a mapping count as this process's memory until it is closed.
-    with safe_open(header.path, "pt") as file:
+    with header.opened() as file:
         tensor = file.get_tensor(header.name)
     if header.dtype not in FP8_DTYPES:
         return tensor
@@ -105,7 +104,7 @@ def read_scale(header: TensorHeader) -> Tensor | None:
     """Reads the scale of an fp8 tensor, fp32 () or (out, 1); None where it has none."""
     if header.scale is None:
         return None
-    with safe_open(header.scale.path, "pt") as file:
+    with header.scale.opened() as file:
         scale = file.get_tensor(header.scale.name).float()
     return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
 

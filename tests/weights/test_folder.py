@@ -259,6 +259,7 @@ def test_a_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
     assert changes(first, "encoder", first / "vae_config.json")
     for name in ("text_encoder/model.safetensors", "tokenizer/spiece.model"):
         assert changes(second, "text_encoder", second / name)
+    (second / "tokenizer" / "spiece.model").write_text("{}")
     before = WeightsFolder(second).fingerprint("text_encoder")
     (second / "text_encoder" / "config.json").write_text(json.dumps(T5 | {"layer_norm_epsilon": 1e-5}))
     assert WeightsFolder(second).fingerprint("text_encoder") != before

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_golden import GOLDEN
+from helpers_process import run
 from helpers_weights import TINY, make_comfyui, official, prefixed, small_configs
 from safetensors.torch import load_file, save_file
 
@@ -315,3 +316,18 @@ def test_weights_stored_in_fp8_are_used_as_they_are_by_training_and_sampling(tmp
         assert torch.allclose(weight.qdata.float() * weight.scale, expected, rtol=2**-22, atol=0)
         again = weights.load_dit("cpu", torch.bfloat16, lambda _, block: apply_precision(block, "fp8"))
         assert not torch.allclose(again.blocks[1].get_submodule(name).dequantized(), expected, rtol=2**-8, atol=0)
+
+
+def test_weights_check_says_what_is_there_and_what_each_verb_lacks(comfyui, tmp_path):
+    models = shutil.copytree(comfyui / "models", tmp_path / "models")
+    done = run("weights", "check", f"model.weights={models}", f"model.tokenizer={TINY / 'tokenizer'}")
+    assert done.returncode == 0 and done.stdout.endswith("train with eval videos: ready\nsample: ready\n"), done.stdout
+    assert f"DiT: {models / 'diffusion_models' / 'mochi_preview_bf16.safetensors'}: 51 tensors in" in done.stdout
+    with (models / "text_encoders" / "t5xxl_fp16.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    (models / "vae" / "mochi_vae.safetensors").unlink()
+    done = run("weights", "check", f"model.weights={models}")
+    assert done.returncode == 1 and "t5xxl_fp16.safetensors is not a complete safetensors file" in done.stdout
+    assert "prepare: lacks VAE encoder, T5\ntrain: ready\n" in done.stdout
+    done = run("weights", "check", "model.weight=x")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.weight" in done.stderr
