@@ -15,7 +15,7 @@ from mochi_tune.data_prep.probe import Scan, scan_video
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.device import free_memory
-from mochi_tune.models.latents import TEMPORAL_FACTOR, to_latents
+from mochi_tune.models.latents import FPS, TEMPORAL_FACTOR, to_latents
 from mochi_tune.sampling.requests import Request
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -59,7 +59,7 @@ def check_starts(starts: Iterable[Start], data: DataConfig) -> dict[Path, str]:
         if not scan.is_still and scan.num_frames < num_frames:
             longest = (scan.num_frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
             raise ConfigError(
-                f"sample.init_video={path} has {scan.num_frames} frames at 30 fps, and {num_frames} are rendered: use "
+                f"sample.init_video={path} has {scan.num_frames} frames at {FPS} fps, not {num_frames}: use "
                 f"sample.num_frames={longest}, or a longer video."
             )
     return {path: file_sha256(path) for path in scans}
@@ -115,9 +115,11 @@ def _describe(start: Start, clip: DecodedClip) -> str:
     path, num_frames, height, width = start
     report = clip.report
     left, top, columns, rows = report["crop"]
-    kept = f"{columns:g}x{rows:g} pixels at ({left:g}, {top:g}) of {report['source_width']}x{report['source_height']}"
-    shown = f"{num_frames} frames from the first one on"
-    if report["source_frames"] == 1 and num_frames > 1:
-        shown = f"an image, shown in {num_frames} frames"
-    size = f"enlarged to {width}x{height}" if report["scale"] > 1 else f"{width}x{height}"
-    return f"init_video {path}: {shown}; {kept}, {size}"
+    size = report["source_width"], report["source_height"]
+    is_image = report["source_frames"] == 1 and num_frames > 1
+    done = [f"an image, shown in {num_frames} frames" if is_image else f"its first {num_frames} frames at {FPS} fps"]
+    if (columns, rows) != size:
+        done.append(f"cropped from {size[0]}x{size[1]} to {columns:g}x{rows:g} pixels at ({left:g}, {top:g})")
+    if report["scale"] != 1:
+        done.append(f"{'enlarged' if report['scale'] > 1 else 'scaled down'} to {width}x{height}")
+    return f"init_video {path}: {', '.join(done)}"

@@ -35,13 +35,12 @@ def read_schedules(sample: SampleConfig, num_adapters: int) -> list[tuple[float,
     given = sample.strength_schedule
     if given is None:
         return [()] * num_adapters
-    nested = bool(given) and isinstance(given[0], list)
-    schedules = _one_each("strength_schedule", given if nested else tuple(given), num_adapters, tuple)
-    if not all(schedules):
+    if not given or [] in given:
         raise ConfigError(
             f"sample.strength_schedule={as_yaml(given)} has no value for a step: give numbers, such as [1, 0.5]."
         )
-    return [tuple(schedule) for schedule in schedules]
+    values = given if isinstance(given[0], list) else tuple(given)
+    return [tuple(schedule) for schedule in _one_each("strength_schedule", values, num_adapters, tuple)]
 
 
 def check_schedules(schedules: Iterable[Sequence[float]], settings: Iterable[SamplerSettings]) -> None:
