@@ -2,9 +2,11 @@ import pytest
 import torch
 from helpers_adapters import random_adapter, with_magnitudes
 from helpers_golden import golden_dit, relative_error, vectors
+from torch._dynamo.utils import counters
 
 from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.adapters.scaling import AdapterScaling
+from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.sampling.render import Setup, prepare_dit
 
 IO = vectors("dit_io")
@@ -50,6 +52,24 @@ def test_an_adapter_that_is_not_named_stays_as_it_is():
         expected = golden_dit()
         apply_adapter(expected, adapters()[other], other)
         assert relative_error(dit(*INPUTS), expected(*INPUTS)) <= 2e-5
+
+
+@torch.no_grad()
+def test_compiled_blocks_take_another_factor_without_being_compiled_anew():
+    dit, lines = adapted({"lora": 1.0, "dora": 1.0}), []
+    scaling, inputs = AdapterScaling(dit, ["lora", "dora"]), (*INPUTS[:2], IO["y_feat"][:, :5], IO["y_mask"][:, :5])
+    expected = {}
+    for factor in (1.0, 0.5, 0.0):
+        scaling.set({"lora": factor, "dora": 1.0 - factor})
+        expected[factor] = dit(*inputs)
+    counters.clear()
+    apply_compilation(dit, lines.append, backend="eager")
+    for factor in expected:
+        scaling.set({"lora": factor, "dora": 1.0 - factor})
+        assert relative_error(dit(*inputs), expected[factor]) <= 2e-5
+        # Of the two kinds of block.
+        assert counters["stats"]["unique_graphs"] == 2
+    assert not lines and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
