@@ -35,6 +35,11 @@ def starts_of(requests: Iterable[Request]) -> list[Start]:
     return list(dict.fromkeys(start for request in requests if (start := start_of(request)) is not None))
 
 
+def is_image(scan: Scan) -> bool:
+    """Whether a file is one picture, stored as a still or as a video of one frame."""
+    return scan.num_source_frames == 1
+
+
 def check_starts(starts: Iterable[Start], data: DataConfig) -> dict[Path, str]:
     """Refuses files that no rendering can start from, by their headers and packets; returns each file's sha256.
 
@@ -56,7 +61,7 @@ def check_starts(starts: Iterable[Start], data: DataConfig) -> dict[Path, str]:
         scan = scans[path]
         if scan.hdr and data.hdr == "refuse":
             raise DataError(f"{path}: is HDR, {scan.hdr}, but the models take SDR: set data.hdr=tonemap.")
-        if not scan.is_still and scan.num_frames < num_frames:
+        if not is_image(scan) and scan.num_frames < num_frames:
             longest = (scan.num_frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
             raise ConfigError(
                 f"sample.init_video={path} has {scan.num_frames} frames at {FPS} fps, not {num_frames}: use "
@@ -103,12 +108,12 @@ def encode_starts(
 
 
 def _decode(start: Start, data: DataConfig) -> DecodedClip:
-    """Decodes what a rendering starts from, as `prepare` does; a still is repeated, a small one is enlarged."""
+    """Decodes what a rendering starts from, as `prepare` does; an image is repeated, a small one is enlarged."""
     path, num_frames, height, width = start
-    is_still = scan_video(path).is_still
-    cut = Cut(1 if is_still else num_frames, height, width, allow_upscale=True, hdr=data.hdr, decoder=data.decoder)
+    is_repeated = is_image(scan_video(path))
+    cut = Cut(1 if is_repeated else num_frames, height, width, allow_upscale=True, hdr=data.hdr, decoder=data.decoder)
     clip = decode_clip(path, cut)
-    return DecodedClip(clip.frames.expand(num_frames, -1, -1, -1), clip.report) if is_still else clip
+    return DecodedClip(clip.frames.expand(num_frames, -1, -1, -1), clip.report) if is_repeated else clip
 
 
 def _describe(start: Start, clip: DecodedClip) -> str:
@@ -116,8 +121,9 @@ def _describe(start: Start, clip: DecodedClip) -> str:
     report = clip.report
     left, top, columns, rows = report["crop"]
     size = report["source_width"], report["source_height"]
-    is_image = report["source_frames"] == 1 and num_frames > 1
-    done = [f"an image, shown in {num_frames} frames" if is_image else f"its first {num_frames} frames at {FPS} fps"]
+    done = [f"its first {num_frames} frames at {FPS} fps"]
+    if report["source_frames"] == 1:
+        done = [f"an image, shown in {num_frames} frames"]
     if (columns, rows) != size:
         done.append(f"cropped from {size[0]}x{size[1]} to {columns:g}x{rows:g} pixels at ({left:g}, {top:g})")
     if report["scale"] != 1:

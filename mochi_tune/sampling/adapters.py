@@ -8,7 +8,7 @@ from typing import Any
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.config.schema import SampleConfig
 from mochi_tune.errors import ConfigError
-from mochi_tune.sampling.strengths import read_block_strengths, read_schedules
+from mochi_tune.sampling.strengths import as_ranges, read_block_strengths, read_schedules
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RenderAdapter:
         """The further factors that are set, by their settings' names, as JSON holds them."""
         further: dict[str, Any] = {}
         if self.block_strengths:
-            further["block_strength"] = {str(block): factor for block, factor in self.block_strengths.items()}
+            further["block_strength"] = as_ranges(self.block_strengths)
         if self.schedule:
             further["strength_schedule"] = list(self.schedule)
         return further

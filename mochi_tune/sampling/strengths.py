@@ -26,6 +26,17 @@ def read_block_strengths(sample: SampleConfig, num_adapters: int, depth: int) ->
     return [_factors_by_block(mapping, depth) for mapping in mappings]
 
 
+def as_ranges(factors: Mapping[int, float]) -> dict[str, float]:
+    """Returns factors of blocks as `sample.block_strength` takes them, by the longest ranges."""
+    ranges: list[tuple[int, int, float]] = []
+    for block, factor in sorted(factors.items()):
+        if ranges and (ranges[-1][1] + 1, ranges[-1][2]) == (block, factor):
+            ranges[-1] = (ranges[-1][0], block, factor)
+        else:
+            ranges.append((block, block, factor))
+    return {f"{first}" if first == last else f"{first}-{last}": factor for first, last, factor in ranges}
+
+
 def read_schedules(sample: SampleConfig, num_adapters: int) -> list[tuple[float, ...]]:
     """Returns for each adapter the values of `sample.strength_schedule`; none where it is not set.
 

@@ -3,7 +3,7 @@ import pytest
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
 from mochi_tune.sampling.sampler import SamplerSettings
-from mochi_tune.sampling.strengths import check_schedules, read_block_strengths, read_schedules
+from mochi_tune.sampling.strengths import as_ranges, check_schedules, read_block_strengths, read_schedules
 
 
 def sample_config(*settings):
@@ -21,6 +21,11 @@ def sample_config(*settings):
 )
 def test_factors_are_given_by_block_or_range_for_all_adapters_or_each(given, expected):
     assert read_block_strengths(sample_config(f"block_strength={given}"), 2, 48) == expected
+
+
+def test_factors_are_recorded_as_they_are_given():
+    [factors] = read_block_strengths(sample_config("block_strength={4: 1, 0-2: 0.5, 3: 0.5, 9: 1}"), 1, 48)
+    assert as_ranges(factors) == {"0-3": 0.5, "4": 1.0, "9": 1.0}
 
 
 @pytest.mark.parametrize(
