@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers_road import road
+from helpers_road import SIZES
 from helpers_video import paint_frame, write_video
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,9 +28,10 @@ TINY = weights_folder(load_config("my_lora", ["model=tiny"]))
 SIZE = (7, 32, 48)
 
 
-def sample(run_dir, *more):
+def sample(run_dir, *more, memory="resident"):
     given = ["steps=4", "prompt=a red ball", "guidance=2", "save_latents=true", *more]
-    videos = list(main(load_config("my_lora", road(run_dir, *(f"sample.{each}" for each in given)))))
+    settings = [*SIZES, f"run_dir={run_dir}", f"memory.dit={memory}", *(f"sample.{each}" for each in given)]
+    videos = list(main(load_config("my_lora", [*settings, f"sample.prompt_cache={run_dir.parent / 'prompts'}"])))
     return videos[0] if len(videos) == 1 else videos
 
 
@@ -164,8 +165,8 @@ def test_a_schedule_of_ones_changes_no_bit_and_one_of_zeros_is_the_base(tmp_path
     assert set(record_of(plain)["adapters"][0]) == {"file", "sha256", "strength"}
 
 
-@pytest.mark.parametrize("how", ["memory.dit=resident", "memory.dit=offload"])
-def test_a_schedule_gives_each_step_its_strength(tmp_path, adapter, how):
+@pytest.mark.parametrize("memory", ["resident", "offload"])
+def test_a_schedule_gives_each_step_its_strength(tmp_path, adapter, memory):
     dits = {}
     for strength in (0.5, 0.25, -0.5):
         dits[strength] = WeightsFolder(TINY).load_dit("cpu", torch.float32)
@@ -174,9 +175,8 @@ def test_a_schedule_gives_each_step_its_strength(tmp_path, adapter, how):
     expected = by_hand(
         draw_noise(0, *SIZE), linear_quadratic_sigmas(4, 0.025), [dits[0.5], base, dits[0.25], dits[-0.5]]
     )
-    given = ["adapter_strength=0.5", "steps=4", "strength_schedule=[1,0,0.5,-1]"]
-    arguments = ["prompt=a red ball", "guidance=2", "save_latents=true", f"adapter={adapter}", *given]
-    [video] = main(load_config("my_lora", [*road(tmp_path, *(f"sample.{each}" for each in arguments)), how]))
+    given = [f"adapter={adapter}", "adapter_strength=0.5", "strength_schedule=[1,0,0.5,-1]"]
+    video = sample(tmp_path, *given, memory=memory)
     assert (latents_of(video) - expected).abs().max() <= latents_error(expected)
 
 
