@@ -144,7 +144,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
         device, DTYPES[bench.dtype], "offload" if bench.dit == "stream" else bench.dit, mesh, bool(bench.compile)
     )
     with torch.device("meta"):
-        adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0)} if bench.lora_rank else {}
+        adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0, {})} if bench.lora_rank else {}
     dit = prepare_dit(functools.partial(build_random_model, config), adapters, setup)
     prompt, negative_prompt = torch.randn(2, PROMPT_TOKENS, config.t5_feat_dim, dtype=setup.dtype)
     settings = replace(PRESETS["quality"], steps=bench.repeats + 1, guidance=4.0)

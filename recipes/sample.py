@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mochi_tune.adapters.lora import linear_shapes, switch_adapters
+from mochi_tune.adapters.scaling import AdapterScaling
 from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder
@@ -20,14 +21,16 @@ from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
-from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, free_bytes, sampling_held
+from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, encoding_held, free_bytes, sampling_held
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
+from mochi_tune.recipes.start_video import Start, check_starts, encode_starts, start_of, starts_of
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
 from mochi_tune.sampling.record import Usage, noise_of, save_latents, save_settings, tensor_sha256
-from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, prepare_dit
+from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, follow_schedules, prepare_dit
 from mochi_tune.sampling.requests import Request, read_requests
-from mochi_tune.sampling.sampler import sample_latents
+from mochi_tune.sampling.sampler import add_noise, sample_latents
+from mochi_tune.sampling.strengths import check_schedules
 from mochi_tune.sampling.video import write_video
 from mochi_tune.training.accelerator import check_agreement
 from mochi_tune.training.interrupts import StopSignal
@@ -36,6 +39,8 @@ from mochi_tune.weights.folder import WeightsFolder
 
 # What each of several processes loads, and those of the settings of all videos that decide what it computes.
 PARTS, COMMON = ("dit", "decoder"), ("adapters", "dtype", "memory", "layout")
+# Latents that a video starts from, and how its file was cut.
+Encoded = tuple[Tensor, dict[str, Any]]
 # Seconds that a pass of compiled blocks is shorter by, for each visual token, and that compiling takes.
 COMPILED_SAVES, COMPILE_SECONDS = 15e-6, 40.0
 
@@ -52,6 +57,7 @@ class RenderPlan:
         num_tokens: of the largest video.
         layout: how the processes share the work.
         common: settings of all videos, for the files beside them.
+        start_sums: the sha256 of each file that a video starts from.
     """
 
     weights: WeightsFolder
@@ -61,6 +67,7 @@ class RenderPlan:
     num_tokens: int
     layout: Layout
     common: dict[str, Any]
+    start_sums: dict[Path, str]
 
     def shared_facts(self) -> dict[str, object]:
         """Returns what must be the same on every process, by its name in an error; reads samples of the weights."""
@@ -102,14 +109,15 @@ def main(config: RunConfig) -> Iterator[Path]:
         compiles = device.type == "cuda" and pays_to_compile(mine, len(plan.variants))
     setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, compiles)
     usage = Usage(device, write_line)
-    write_line("; ".join(f"adapter {a.path} x {a.strength}" for a in plan.adapters) or "no adapter: the base")
+    write_line("; ".join(map(describe_adapter, plan.adapters)) or "no adapter: the base")
     if mesh is not None:
         write_line(f"{num_processes} processes: {plan.layout}")
 
     with usage.stage("text"):
         features = encode_prompts(plan, device, dtype, prompt_cache)
+    encoded = encode_init_videos(plan, config, device, usage)
     with usage.stage("sample", plan.held(setup.residency, dtype.itemsize)):
-        latents = render(plan, mine, features, setup)
+        latents = render(plan, mine, (features, encoded), setup)
     rows, columns = config.memory.tiles or WHOLE
     largest = max(plan.requests, key=lambda request: request.height * request.width)
     with usage.stage("decode", decoding_held(largest.height, largest.width, rows * columns, dtype.itemsize)):
@@ -124,7 +132,7 @@ def main(config: RunConfig) -> Iterator[Path]:
             request = replace(request, video=write_video(request.video, chunks, may_replace=False))
             if config.sample.save_latents:
                 save_latents(request, states)
-            save_settings(request, plan.common, usage)
+            save_settings(request, plan.common | describe_start(request, plan, encoded), usage)
             yield request.video
     if len(finished) < len(mine):
         raise KeyboardInterrupt
@@ -141,9 +149,12 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     if config.memory.tiles is not None:
         for request in requests:
             check_tiles(config.memory.tiles, request.height, request.width)
-    weights.check(["text_encoder", "dit", "decoder"])
+    starts = starts_of(requests)
+    start_sums = check_starts(starts, config.data)
+    weights.check(["text_encoder", "dit", "decoder", *(["encoder"] if starts else [])])
     identity, skeleton = weights.base_identity(), weights.dit_skeleton()
     adapters = load_render_adapters(config.sample, Path(config.run_dir), linear_shapes(skeleton), identity)
+    check_schedules((a.schedule for a in adapters), (request.settings for request in requests))
     tokens = max(map(num_tokens, requests))
     parallel = config.parallel
     asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
@@ -157,7 +168,9 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     is_adapted = any(adapter.strength for adapter in adapters)
     variants = (["base"] if config.sample.compare or not is_adapted else []) + (["adapted"] if is_adapted else [])
     common = {
-        "adapters": [{"file": str(a.path), "sha256": file_sha256(a.path), "strength": a.strength} for a in adapters],
+        "adapters": [
+            {"file": str(a.path), "sha256": file_sha256(a.path), "strength": a.strength, **a.further} for a in adapters
+        ],
         "side_by_side": variants,
         "model": config.model.name,
         "base_fingerprint": identity,
@@ -165,7 +178,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
         "memory": config.memory.model_dump(),
         "layout": asdict(layout),
     }
-    return RenderPlan(weights, requests, adapters, variants, tokens, layout, common)
+    return RenderPlan(weights, requests, adapters, variants, tokens, layout, common, start_sums)
 
 
 def pays_to_compile(requests: list[Request], num_variants: int) -> bool:
@@ -226,28 +239,63 @@ def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, c
     return features
 
 
+def encode_init_videos(plan: RenderPlan, config: RunConfig, device: torch.device, usage: Usage) -> dict[Start, Encoded]:
+    """Returns what the videos of all processes start from, on the CPU; the main process encodes it."""
+    starts, dtype = starts_of(plan.requests), DTYPES[config.model.dtype]
+    if not starts:
+        return {}
+    with usage.stage("encode", encoding_held(*max(start[1:] for start in starts), dtype.itemsize)):
+        encoded = {}
+        if PartialState().is_main_process:
+            encoded = encode_starts(starts, config.data, plan.weights, device, dtype, write_line)
+        [encoded] = broadcast_object_list([encoded])
+    return encoded
+
+
 def render(
-    plan: RenderPlan, requests: list[Request], features: dict[str, Tensor], setup: Setup
+    plan: RenderPlan,
+    requests: list[Request],
+    inputs: tuple[dict[str, Tensor], dict[Start, Encoded]],
+    setup: Setup,
 ) -> list[dict[str, Tensor]]:
-    """Renders requests to latents on the CPU, by their variant; after a Ctrl-C, those that are finished."""
-    named = {f"adapter_{i}": (a.adapter.layers, a.strength) for i, a in enumerate(plan.adapters) if a.strength}
-    dit, guide, mesh = prepare_dit(plan.weights.load_dit, named, setup), choose_guide(setup), setup.mesh
+    """Renders requests to latents on the CPU, by their variant; after a Ctrl-C, those that are finished.
+
+    Args:
+        plan: of all processes.
+        requests: of this process.
+        inputs: the features of the prompts, and what videos start from.
+        setup: of this process.
+    """
+    features, encoded = inputs
+    named = {f"adapter_{i}": a for i, a in enumerate(plan.adapters) if a.strength}
+    layers = {name: (a.adapter.layers, a.strength, a.block_strengths) for name, a in named.items()}
+    dit, guide, mesh = prepare_dit(plan.weights.load_dit, layers, setup), choose_guide(setup), setup.mesh
+    schedules = {name: a.schedule for name, a in named.items() if a.schedule}
+    scaling = AdapterScaling(dit, schedules)
     finished = []
     with StopSignal() as stop:
         for number, request in enumerate(requests, 1):
             noise = noise_of(request)
             if mesh is None or mesh.is_writer:
                 tqdm.write(f"{request.video.name}: noise {tensor_sha256(noise)}", file=sys.stderr)
-            prompt, negative_prompt = features[request.prompt], features[request.negative_prompt]
-            states: dict[str, Tensor] = {}
+            prompt, negative_prompt, settings = (
+                features[request.prompt],
+                features[request.negative_prompt],
+                request.settings,
+            )
+            if (start := start_of(request)) is not None:
+                noise = add_noise(encoded[start][0], noise, settings.start_sigma)
+            scheduled = follow_schedules(guide, scaling, settings, schedules)
+            # What init_strength=0 leaves as it is.
+            states = dict.fromkeys(plan.variants, noise)
             for variant in plan.variants:
                 switch_adapters(dit, variant == "adapted")
-                steps = sample_latents(dit, noise, prompt, negative_prompt, request.settings, guide)
+                steps = sample_latents(dit, noise, prompt, negative_prompt, settings, scheduled)
                 label = f"{number}/{len(requests)}" + (f" {variant}" if len(plan.variants) > 1 else "")
                 bar = tqdm(
                     steps,
                     label,
-                    request.settings.steps,
+                    len(settings.scales),
                     unit="step",
                     leave=False,
                     disable=not PartialState().is_main_process,
@@ -263,6 +311,22 @@ def render(
     del dit
     free_memory()
     return finished
+
+
+def describe_adapter(adapter: RenderAdapter) -> str:
+    """Returns what the first line of `sample` says of an adapter."""
+    further = "".join(f", {name.replace('_', ' ')} {values}" for name, values in adapter.further.items())
+    return f"adapter {adapter.path} x {adapter.strength}{further}"
+
+
+def describe_start(request: Request, plan: RenderPlan, encoded: dict[Start, Encoded]) -> dict[str, Any]:
+    """Returns what the file beside a video says of what it started from; nothing of pure noise."""
+    if (start := start_of(request)) is None:
+        return {}
+    path, report = start[0], encoded[start][1]
+    strength = request.settings.start_sigma
+    origin = {"file": str(path), "sha256": plan.start_sums[path], "strength": strength, "sigma": strength}
+    return {"init_video": {**origin, "steps": len(request.settings.scales), **report}}
 
 
 def write_line(text: str) -> None:

@@ -205,6 +205,8 @@ class StretchedLinear(nn.Module):
         self.base_layer = linear
         self.lora_stretch = nn.Parameter(torch.ones(linear.out_features, device=linear.weight.device), False)
         self.is_on = True
+        # What each adapter adds to `lora_stretch`, by its name.
+        self.changes: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the Linear's output, everything but the bias scaled by row, in the output's dtype."""
@@ -242,7 +244,8 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
             b.data *= factor[:, None]
             if not isinstance(module.base_layer, StretchedLinear):
                 module.base_layer = StretchedLinear(module.base_layer)
-            module.base_layer.lora_stretch.data += strength * (factor - 1)
+            module.base_layer.changes[name] = change = strength * (factor - 1)
+            module.base_layer.lora_stretch.data += change
     _activate_all(dit)
 
 

@@ -25,6 +25,8 @@ TYPE_NAMES = {
     float | list[float]: "a number, or a list of numbers, [1, 0.5]",
     float | list[float] | None: "a number, a list of numbers, [1, 0.5], or null",
     list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
+    list[float] | list[list[float]] | None: "a list of numbers, [1, 0.5], one such list for each adapter, or null",
+    dict[str, float] | list[dict[str, float]]: "numbers by block, {0-15: 0.5}, or a list of these for each adapter",
     list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
     Literal["auto"]
     | list[list[int]]
@@ -145,7 +147,7 @@ def describe_limits(setting: Setting) -> str:
     if upper:
         if "gt" in limits:
             return f"above {limits['gt']} and {upper}"
-        return f"from {limits['ge']} to {upper}" if "ge" in limits else upper
+        return f"from {limits['ge']} to {upper.removeprefix('at most ')}" if "ge" in limits else upper
     lower = ""
     if "gt" in limits:
         lower = f"above {limits['gt']}"

@@ -307,6 +307,20 @@ class SampleConfig(Section):
     adapter_strength: Number | list[Number] = setting(
         1.0, "factor on the adapter; 0 is exactly the base; [x, y] for several adapters"
     )
+    strength_schedule: list[Number] | list[list[Number]] | None = setting(
+        None,
+        "further factors on the adapter, spread evenly over the steps and linear in between: [1, 0] fades it out; "
+        "[[1, 0], [0, 1]] for several adapters",
+    )
+    block_strength: dict[Text, Number] | list[dict[Text, Number]] = setting(
+        {}, "further factors on the adapter by block, {0-15: 0.5, 47: 0}; [{0-15: 0.5}, {}] for several adapters"
+    )
+    init_video: FileText | None = setting(
+        None, "video or image to start from, cut and resized as by `prepare`; an image is shown in every frame"
+    )
+    init_strength: Annotated[Number, Field(ge=0, le=1)] = setting(
+        0.8, "noise level that is put on init_video; 1: nothing of it is left; 0: it comes back through the VAE"
+    )
     out: FileText | None = setting(None, "file.mp4, or a folder for several videos; null: new names in run_dir/samples")
     prompt_cache: Text = setting(
         "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, 4 MB per prompt at most"

@@ -45,7 +45,7 @@ def save_settings(request: Request, common: Mapping[str, Any], usage: "Usage") -
         usage: of the stages until now.
     """
     # The schedule of steps is what most videos have; what few have is left out where it is not used.
-    unused = {"own_sigmas": None, "guided": (0.0, 1.0)}
+    unused = {"own_sigmas": None, "guided": (0.0, 1.0), "start_sigma": 1.0}
     sampler = {key: value for key, value in asdict(request.settings).items() if unused.get(key, ...) != value}
     record = {
         **{key: getattr(request, key) for key in ("prompt", "negative_prompt", "seed")},

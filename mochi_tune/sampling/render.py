@@ -1,6 +1,6 @@
 """Rendering on one device or many, in little memory: what `sample`, `bench` and `verify` have in common."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import apply_adapter
+from mochi_tune.adapters.scaling import AdapterScaling
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae import Decoder, pixels_to_frames
@@ -27,7 +28,14 @@ from mochi_tune.parallel.memory import (
 )
 from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.parallel.modulation import apply_host_modulation
-from mochi_tune.sampling.sampler import Denoiser, Guide, guide_in_one_batch, guide_in_turn, guided
+from mochi_tune.sampling.sampler import (
+    Denoiser,
+    Guide,
+    SamplerSettings,
+    guide_in_one_batch,
+    guide_in_turn,
+    guided,
+)
 
 # The order in which torch tries them: cuDNN's attention is the fastest on Hopper.
 ATTENTION_KERNELS = [
@@ -64,14 +72,17 @@ class Setup:
 
 
 def prepare_dit(
-    load: Callable[..., AsymmDiT], adapters: Mapping[str, tuple[dict[str, LoraLayer], float]], setup: Setup
+    load: Callable[..., AsymmDiT],
+    adapters: Mapping[str, tuple[dict[str, LoraLayer], float, Mapping[int, float]]],
+    setup: Setup,
 ) -> AsymmDiT:
     """Loads the DiT for rendering; each block is made small and gets its adapters as soon as it is read.
 
     Args:
         load: `WeightsFolder.load_dit`, or `build_random_model` of a configuration; called with a device, a dtype and
             `each_block`.
-        adapters: the layers and the strength of each adapter, by a name of its own.
+        adapters: of each adapter, by a name of its own: its layers, its strength, and further factors on this by the
+            number of the block, 1 where there is none.
         setup: of this process.
     """
     device, residency, mesh = setup.device, setup.residency, setup.mesh
@@ -81,10 +92,10 @@ def prepare_dit(
         apply_host_modulation(block)
         if residency in PRECISIONS:
             apply_quantization(block, residency)
-        prefix = f"blocks.{list(dit.blocks).index(block)}."
-        for name, (layers, strength) in adapters.items():
-            if own := {layer: change for layer, change in layers.items() if layer.startswith(prefix)}:
-                apply_adapter(dit, own, name, strength)
+        number = list(dit.blocks).index(block)
+        for name, (layers, strength, by_block) in adapters.items():
+            if own := {layer: change for layer, change in layers.items() if layer.startswith(f"blocks.{number}.")}:
+                apply_adapter(dit, own, name, strength * by_block.get(number, 1.0))
         if residency == "shard" and mesh is not None:
             apply_sharding(block, mesh.video_mesh)
 
@@ -111,6 +122,28 @@ def choose_guide(setup: Setup) -> Guide:
             return guide(denoiser, latents, sigma, scale)
 
     return guide_with_fastest_attention
+
+
+def follow_schedules(
+    guide: Guide, scaling: AdapterScaling, settings: SamplerSettings, schedules: Mapping[str, Sequence[float]]
+) -> Guide:
+    """Returns a guide that gives the adapters the strengths of a step before it computes the step.
+
+    Args:
+        guide: computes the step.
+        scaling: of the model.
+        settings: of the rendering.
+        schedules: by the adapter's name, the factors that `settings` spreads over the steps.
+    """
+    by_step = {name: settings.spread(values) for name, values in schedules.items()}
+    # No two steps begin at one noise level.
+    by_sigma = {sigma: {n: v[i] for n, v in by_step.items()} for i, sigma in enumerate(settings.sigmas[:-1])}
+
+    def guide_with_strengths(denoiser: Denoiser, latents: Tensor, sigma: float, scale: float) -> Tensor:
+        scaling.set(by_sigma[sigma])
+        return guide(denoiser, latents, sigma, scale)
+
+    return guide_with_strengths
 
 
 def _guide_in_one_batch_if_short(denoiser: Denoiser, latents: Tensor, sigma: float, scale: float) -> Tensor:

@@ -30,6 +30,8 @@ ROW_KEYS: dict[str, tuple[type, ...]] = {
     "threshold": (int, float),
     "linear_steps": (int,),
     "sigmas": (list,),
+    "init_video": (str,),
+    "init_strength": (int, float),
 }
 MAX_VIDEO_TOKENS = 445_200
 JSON_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list of numbers"}
@@ -47,6 +49,7 @@ class Request:
     width: int
     settings: SamplerSettings
     video: Path
+    init_video: Path | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -125,6 +128,8 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
         try:
             mine = change_sample(sample, own)
             settings, size = sampler_settings(mine), sample_size(mine, data)
+            init_video, start_sigma = _start_of(mine)
+            settings = replace(settings, start_sigma=start_sigma)
             check_geometry(*size)
             check_size(*size)
         except ConfigError as error:
@@ -133,8 +138,20 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
             if not 0 <= number < SEED_LIMIT:
                 raise ConfigError(f"{where}seed={number} is not possible: it must be from 0 to below 2**63.")
             video = paths.take(mine.prompt, number)
-            requests.append(Request(mine.prompt, mine.negative_prompt, number, *size, settings, video))
+            requests.append(Request(mine.prompt, mine.negative_prompt, number, *size, settings, video, init_video))
     return requests
+
+
+def _start_of(sample: SampleConfig) -> tuple[Path | None, float]:
+    """Returns what a video starts from, and the noise level that it is given."""
+    if sample.init_video is not None:
+        return Path(sample.init_video), sample.init_strength
+    if sample.init_strength != SampleConfig.model_fields["init_strength"].default:
+        raise ConfigError(
+            f"sample.init_strength={sample.init_strength} does nothing without sample.init_video: name a video or an "
+            "image there, or leave it out."
+        )
+    return None, 1.0
 
 
 def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -21,6 +21,8 @@ class SamplerSettings:
         threshold: of `linear_quadratic_sigmas`.
         linear_steps: of `linear_quadratic_sigmas`.
         own_sigmas: noise levels from 1 to 0, `steps` + 1 of them, instead of the linear-quadratic ones.
+        start_sigma: the noise level at which the walk begins; below 1 it begins with latents that are not all noise,
+            and only the steps below it are walked, the first one from there on.
         guided: from which to which share of the steps one scale for all is used; the others have no guidance, which
             takes one pass of two. Source of the idea: arXiv 2404.07724.
     """
@@ -31,21 +33,45 @@ class SamplerSettings:
     linear_steps: int | None = None
     own_sigmas: tuple[float, ...] | None = None
     guided: tuple[float, float] = (0.0, 1.0)
+    start_sigma: float = 1.0
 
     @property
     def sigmas(self) -> list[float]:
-        """The noise levels, `steps` + 1 of them, from 1 to 0."""
+        """The noise levels from `start_sigma` to 0, one more than the steps that are walked."""
+        return [self.start_sigma, *self._all_sigmas[self._first_step + 1 :]]
+
+    @property
+    def scales(self) -> list[float]:
+        """The guidance of each step that is walked."""
+        if isinstance(self.guidance, tuple):
+            return list(self.guidance[self._first_step :])
+        first, last = (round(share * self.steps) for share in self.guided)
+        return [self.guidance if first <= step < last else 1.0 for step in range(self._first_step, self.steps)]
+
+    def spread(self, values: Sequence[float]) -> list[float]:
+        """Returns one of `values` for each step that is walked.
+
+        They are spread evenly over all `steps`, the first one at the first step and the last one at the last, linear
+        in between; as many as steps are one for each.
+        """
+        last = max(1, self.steps - 1)
+        positions = [step * (len(values) - 1) / last for step in range(self._first_step, self.steps)]
+        return [
+            values[i] if position == i else values[i] + (position - i) * (values[i + 1] - values[i])
+            for position in positions
+            for i in (int(position),)
+        ]
+
+    @property
+    def _all_sigmas(self) -> list[float]:
         if self.own_sigmas is not None:
             return list(self.own_sigmas)
         return linear_quadratic_sigmas(self.steps, self.threshold, self.linear_steps)
 
     @property
-    def scales(self) -> list[float]:
-        """The guidance of each step."""
-        if isinstance(self.guidance, tuple):
-            return list(self.guidance)
-        first, last = (round(share * self.steps) for share in self.guided)
-        return [self.guidance if first <= step < last else 1.0 for step in range(self.steps)]
+    def _first_step(self) -> int:
+        """The step that `start_sigma` lies in: not above its first noise level, and above its last one."""
+        return sum(sigma >= self.start_sigma for sigma in self._all_sigmas[1:])
 
 
 # Source: genmoai/mochi@0c86aeb demos/cli.py ("quality"); "fast" are the settings of the distilled checkpoints.
@@ -82,6 +108,11 @@ def draw_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
     """Draws the latents that sampling starts from, (1, C, T, h, w) fp32; on the CPU, so that all devices agree."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, *latent_shape(num_frames, height, width), generator=generator)
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Returns latents at a noise level: (1 - sigma) * latents + sigma * noise; exactly one of them at 0 and 1."""
+    return (1 - sigma) * latents + sigma * noise
 
 
 # Embeddings (B, L, D) and mask (B, L), true where a token is valid.
@@ -144,15 +175,15 @@ def euler_steps(
     guidance: Sequence[float],
     guide: Guide = guide_in_turn,
 ) -> Iterator[Tensor]:
-    """Walks from noise to latents, yielding the latents after each step; the last ones are the result.
+    """Walks from noise, all or in part, to latents; yields the latents after each step; the last ones are the result.
 
     They are fp32: z <- z + (sigma_i - sigma_{i+1}) * v with v = u + g_i * (c - u).
     Source: genmoai/mochi@0c86aeb pipelines.py (sample_model).
 
     Args:
         denoiser: the model and its prompts.
-        noise: (B, C, T, h, w), on the model's device.
-        sigmas: noise levels from 1 to 0, one more than steps.
+        noise: (B, C, T, h, w), on the model's device; at a first noise level below 1, that of `add_noise`.
+        sigmas: noise levels, falling to 0, one more than steps.
         guidance: one scale a step; at 1 the negative prompt is not evaluated.
         guide: how the two prompts' velocities are evaluated.
     """
@@ -174,12 +205,14 @@ def sample_latents(
 
     Args:
         dit: in eval mode, with or without adapters.
-        noise: (1, C, T, h, w), on any device.
+        noise: (1, C, T, h, w), on any device; below `settings.start_sigma` = 1, what `add_noise` gives there.
         prompt: features of the prompt's valid tokens, (n, D).
         negative_prompt: the same of the negative prompt; none (0, D) for the empty one.
         settings: steps, schedule and guidance.
         guide: how the two prompts' velocities are evaluated.
     """
+    if not settings.scales:
+        return iter(())
     device = next(dit.parameters()).device
     cond, uncond = (
         (features[None].to(device), torch.ones(1, len(features), dtype=torch.bool))

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from mochi_tune import assets
 from mochi_tune.errors import CheckpointError, MochiTuneError
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.weights.folder import WeightsFolder
 
 TINY = Path(assets.__path__[0]) / "tiny"
@@ -66,8 +65,8 @@ def test_code_beside_weights_is_not_run(weights, tmp_path):
     change_json(weights / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tok", "evil.Tok"]})
     folder = WeightsFolder(weights)
     folder.check(PARTS)
-    [features] = TextEncoder.load(weights, "cpu", torch.float32).encode(["a cat"])
-    [as_shipped] = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a cat"])
+    [features] = folder.load_text_encoder("cpu", torch.float32).encode(["a cat"])
+    [as_shipped] = WeightsFolder(TINY).load_text_encoder("cpu", torch.float32).encode(["a cat"])
     assert torch.equal(features, as_shipped)
     folder.load_dit("cpu", torch.float32)
     assert not marker.exists()
@@ -107,7 +106,7 @@ def test_a_vocabulary_that_is_none_is_refused(weights, content, text):
 def test_a_tokenizer_that_is_cut_off_is_one_line(weights):
     path = weights / "tokenizer" / "tokenizer.json"
     path.write_text("{}")
-    assert "weights pull" in refused(lambda: TextEncoder.load_tokenizer(weights))
+    assert "cannot be read as a tokenizer" in refused(lambda: WeightsFolder(weights).load_tokenizer())
     path.write_text((TINY / "tokenizer" / "tokenizer.json").read_text()[:3000])
     assert "cannot be read as JSON" in refused(lambda: WeightsFolder(weights).check(["text_encoder"]))
 

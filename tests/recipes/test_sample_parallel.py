@@ -12,7 +12,7 @@ from helpers_parallel import run_ranks
 from helpers_process import Program, run
 from helpers_road import ENVIRONMENT
 from helpers_rounding import assert_same_frames, rounding_error, rounding_share, share_of_error
-from helpers_video import keeping_frames
+from helpers_video import keeping_frames, write_video
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
@@ -154,6 +154,32 @@ def test_a_dora_measures_its_rows_where_the_base_is_in_shares(folder, tmp_path, 
         # A DoRA's rows are longer by a fifth than those of the adapter that the bound is measured with.
         assert (together - alone).abs().max() <= 2 * latents_error
         assert not torch.allclose(alone, plain, atol=1e-2)
+
+
+STARTED = ["sample.init_strength=0.7", "sample.strength_schedule=[1,0.5]", "sample.block_strength={1-2: 0.5}"]
+
+
+def start_from_a_video(folder: Path, name: str, *layout: str) -> None:
+    more = [*STARTED, f"sample.init_video={folder / 'start.mp4'}", *layout]
+    list(sample.main(load_config("toy_lora", [*settings(folder, name, {}, "with"), *more])))
+
+
+def test_processes_start_from_one_video_with_the_strengths_of_one_process(folder, tmp_path, latents_error):
+    write_video(folder / "start.mp4", 25, width=96, height=64)
+    start_from_a_video(folder, "one_start")
+    run_ranks(2, start_from_a_video, tmp_path, folder, "two_start", "parallel.context=2", "memory.dit=shard")
+    for path in (folder / "one_start").glob("*.safetensors"):
+        alone, together, plain = (
+            load_file(folder / name / path.name)["latents"] for name in ("one_start", "two_start", "one_with")
+        )
+        assert (together - alone).abs().max() <= latents_error
+        assert not torch.allclose(alone, plain, atol=1e-2)
+        records = (
+            json.loads((folder / f"{name}_start" / path.name).with_suffix(".json").read_text())
+            for name in ("one", "two")
+        )
+        alone, together = ({key: record[key] for key in ("init_video", "adapters", "sampler")} for record in records)
+        assert alone == together
 
 
 def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise(folder):

@@ -51,6 +51,15 @@ def test_a_row_has_settings_of_its_own(tmp_path):
         ({"prompt": "a", "guidance": [1, 2]}, r"row 2: sample.guidance has 2 numbers for 64 steps"),
         ({"prompt": "a", "preset": "slow"}, r"row 2: sample.preset=slow is not possible: use quality or balanced"),
         ({"prompt": "a", "seed": -1}, r"row 2: seed=-1 is not possible"),
+        (
+            {"prompt": "a", "init_video": "a.mp4", "init_strength": 2},
+            r"row 2: sample.init_strength=2.0 is not possible",
+        ),
+        (
+            {"prompt": "a", "init_strength": 0.5},
+            r"row 2: sample.init_strength=0.5 does nothing without sample.init_video",
+        ),
+        ({"prompt": "a", "init_video": 3}, r"row 2: init_video=3 does not fit: it takes text"),
         ({"prompt": "a", "sigmas": [1, 0.5, 0.6, 0]}, r"row 2: sample.sigmas=.* give falling numbers from 1 to 0"),
     ],
 )

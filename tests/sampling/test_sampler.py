@@ -10,6 +10,7 @@ from mochi_tune.sampling.sampler import (
     PRESETS,
     Denoiser,
     SamplerSettings,
+    add_noise,
     draw_noise,
     euler_steps,
     linear_quadratic_sigmas,
@@ -100,3 +101,73 @@ def test_balanced_is_quality_without_guidance_in_the_last_quarter():
     # Of a number of steps or a guidance that is given, too; a list is taken as it is.
     assert replace(balanced, steps=8, guidance=3.0).scales == [3.0] * 6 + [1.0] * 2
     assert replace(balanced, steps=2, guidance=(3.0, 2.0)).scales == [3.0, 2.0]
+
+
+# Latents that are not all noise
+
+
+def test_a_walk_from_below_1_takes_the_steps_below_it_with_their_own_guidance():
+    settings = SamplerSettings(4, (4.0, 3.0, 2.0, 1.0), 0.1, own_sigmas=(1.0, 0.75, 0.5, 0.25, 0.0))
+    for start, sigmas, scales in (
+        (1.0, [1.0, 0.75, 0.5, 0.25, 0.0], [4, 3, 2, 1]),
+        (0.8, [0.8, 0.75, 0.5, 0.25, 0.0], [4, 3, 2, 1]),
+        (0.75, [0.75, 0.5, 0.25, 0.0], [3, 2, 1]),
+        (0.3, [0.3, 0.25, 0.0], [2, 1]),
+        (0.1, [0.1, 0.0], [1]),
+        (0.0, [0.0], []),
+    ):
+        walked = replace(settings, start_sigma=start)
+        assert (walked.sigmas, walked.scales) == (sigmas, scales)
+    quality = replace(PRESETS["quality"], start_sigma=0.5)
+    assert quality.sigmas[1:] == [sigma for sigma in PRESETS["quality"].sigmas if sigma < 0.5]
+    # The last quarter without guidance stays the last quarter of all steps.
+    assert replace(PRESETS["balanced"], start_sigma=0.5).scales == [1.0] * len(quality.scales)
+
+
+def test_noise_is_added_along_the_line_that_velocities_follow():
+    latents, noise = torch.randn(2, *IO["z"].shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(add_noise(latents, noise, 1.0), noise) and torch.equal(add_noise(latents, noise, 0.0), latents)
+    expected = 0.7 * latents.double() + 0.3 * noise.double()
+    assert relative_error(add_noise(latents, noise, 0.3), expected) <= 1e-6
+
+
+def test_a_walk_from_a_part_of_the_noise_is_eulers():
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, slope = torch.randn(3, *IO["z"].shape, generator=generator)
+    settings = SamplerSettings(4, (4.0, 3.0, 2.0, 1.0), 0.1, own_sigmas=(1.0, 0.75, 0.5, 0.25, 0.0), start_sigma=0.6)
+
+    class Field(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, sigma, prompt_embeds, prompt_mask, modulation):
+            return slope * sigma[0] - x / 2 if prompt_mask.any() else x / 3
+
+    prompt = torch.ones(2, 8)
+    states = sample_latents(Field(), add_noise(latents, noise, 0.6), prompt, prompt[:0], settings)
+    *_, got = states
+    x = 0.4 * latents.double() + 0.6 * noise.double()
+    for sigma, below, scale in ((0.6, 0.5, 3.0), (0.5, 0.25, 2.0), (0.25, 0.0, 1.0)):
+        uncond = x / 3
+        x = x + (sigma - below) * (uncond + scale * (slope.double() * sigma - x / 2 - uncond))
+    assert relative_error(got, x) <= 2e-6
+    assert list(sample_latents(Field(), latents, prompt, prompt[:0], replace(settings, start_sigma=0.0))) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "start_sigma", "expected"),
+    [
+        ((0.5,), 1.0, [0.5] * 5),
+        ((1.0, 0.0), 1.0, [1.0, 0.75, 0.5, 0.25, 0.0]),
+        ((1.0, 0.0, 1.0), 1.0, [1.0, 0.5, 0.0, 0.5, 1.0]),
+        ((0.1, 0.7, 0.2, 0.9, 0.3), 1.0, [0.1, 0.7, 0.2, 0.9, 0.3]),
+        # The values belong to all steps, also to those that are not walked.
+        ((1.0, 0.0), 0.5, [0.5, 0.25, 0.0]),
+        ((1.0, 1.0, 1.0), 1.0, [1.0] * 5),
+    ],
+)
+def test_values_are_spread_over_the_steps(values, start_sigma, expected):
+    settings = SamplerSettings(5, 1.0, 0.1, own_sigmas=(1.0, 0.8, 0.6, 0.4, 0.2, 0.0), start_sigma=start_sigma)
+    assert settings.spread(values) == expected
+    assert replace(settings, steps=1, own_sigmas=(1.0, 0.0), start_sigma=1.0).spread(values[:1]) == [values[0]]
