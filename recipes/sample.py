@@ -269,7 +269,8 @@ def render(
     features, encoded = inputs
     named = {f"adapter_{i}": a for i, a in enumerate(plan.adapters) if a.strength}
     layers = {name: (a.adapter.layers, a.strength, a.block_strengths) for name, a in named.items()}
-    dit, guide, mesh = prepare_dit(plan.weights.load_dit, layers, setup), choose_guide(setup), setup.mesh
+    dit = prepare_dit(plan.weights.load_dit, layers, setup, plan.weights.read_fp8)
+    guide, mesh = choose_guide(setup), setup.mesh
     schedules = {name: a.schedule for name, a in named.items() if a.schedule}
     scaling = AdapterScaling(dit, schedules)
     finished = []

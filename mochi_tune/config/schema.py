@@ -332,10 +332,10 @@ class SampleConfig(Section):
     num_frames: Whole | None = setting(None, "frames, 6k+1; null: data.num_frames")
     height: Whole | None = setting(None, "pixels, a multiple of 16; null: data.height")
     width: Whole | None = setting(None, "pixels, a multiple of 16; null: data.width")
-    preset: Literal["quality", "balanced", "fast"] = setting(
+    preset: Literal["quality", "balanced", "fast", "fastmochi"] = setting(
         "quality",
         "quality: 64 steps, guidance 6; balanced: without guidance in the last quarter, which takes an eighth of the "
-        "time off; fast: 8 steps, guidance 1.5, for distilled weights",
+        "time off; fast: 8 steps, guidance 1.5, for distilled weights; fastmochi: the 8 noise levels of FastMochi",
     )
     steps: Count | None = setting(None, "Euler steps; time grows with it; null: the preset's")
     guidance: NotNegative | list[NotNegative] | None = setting(

@@ -75,6 +75,7 @@ def prepare_dit(
     load: Callable[..., AsymmDiT],
     adapters: Mapping[str, tuple[dict[str, LoraLayer], float, Mapping[int, float]]],
     setup: Setup,
+    read_fp8: Callable[[str], tuple[Tensor, Tensor] | None] = lambda _: None,
 ) -> AsymmDiT:
     """Loads the DiT for rendering; each block is made small and gets its adapters as soon as it is read.
 
@@ -84,15 +85,16 @@ def prepare_dit(
         adapters: of each adapter, by a name of its own: its layers, its strength, and further factors on this by the
             number of the block, 1 where there is none.
         setup: of this process.
+        read_fp8: `WeightsFolder.read_fp8`, of the base.
     """
     device, residency, mesh = setup.device, setup.residency, setup.mesh
 
     def prepare_block(dit: AsymmDiT, block: nn.Module) -> None:
         assert isinstance(block, AsymmetricJointBlock)
         apply_host_modulation(block)
-        if residency in PRECISIONS:
-            apply_quantization(block, residency)
         number = list(dit.blocks).index(block)
+        if residency in PRECISIONS:
+            apply_quantization(block, residency, lambda name: read_fp8(f"blocks.{number}.{name}"))
         for name, (layers, strength, by_block) in adapters.items():
             if own := {layer: change for layer, change in layers.items() if layer.startswith(f"blocks.{number}.")}:
                 apply_adapter(dit, own, name, strength * by_block.get(number, 1.0))

@@ -64,6 +64,12 @@ def sampler_settings(sample: SampleConfig) -> SamplerSettings:
         ConfigError: the schedule or the guidance does not fit the number of steps.
     """
     settings = PRESETS[sample.preset]
+    for name in ("steps", "threshold", "linear_steps"):
+        if settings.own_sigmas is not None and getattr(sample, name) is not None:
+            raise ConfigError(
+                f"sample.{name}={getattr(sample, name)} does not fit sample.preset={sample.preset}, whose "
+                f"{settings.steps} steps are given: leave it out, or use preset=fast."
+            )
     if sample.steps is not None:
         # A preset's linear steps belong to the preset's number of steps.
         settings = replace(settings, steps=sample.steps, linear_steps=None)

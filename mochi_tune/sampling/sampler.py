@@ -74,15 +74,6 @@ class SamplerSettings:
         return sum(sigma >= self.start_sigma for sigma in self._all_sigmas[1:])
 
 
-# Source: genmoai/mochi@0c86aeb demos/cli.py ("quality"); "fast" are the settings of the distilled checkpoints.
-# "balanced" leaves guidance out where that changes least: see docs/experiments.md.
-PRESETS = {
-    "quality": SamplerSettings(steps=64, guidance=6.0, threshold=0.025),
-    "balanced": SamplerSettings(steps=64, guidance=6.0, threshold=0.025, guided=(0.0, 0.75)),
-    "fast": SamplerSettings(steps=8, guidance=1.5, threshold=0.1, linear_steps=6),
-}
-
-
 def linear_quadratic_sigmas(steps: int, threshold: float, linear_steps: int | None = None) -> list[float]:
     """Returns `steps` + 1 noise levels from 1 to 0: small equal steps down to 1 - threshold, then quadratic ones.
 
@@ -102,6 +93,26 @@ def linear_quadratic_sigmas(steps: int, threshold: float, linear_steps: int | No
     rise = [i * slope for i in range(linear)]
     rise += [threshold + slope * j + curvature * j * j for j in range(quadratic)]
     return [1 - s for s in rise] + [0.0]
+
+
+def _fastmochi_sigmas() -> tuple[float, ...]:
+    """Returns the noise levels that FastMochi was distilled for: every 12th or 13th of 100, taken of 1,000.
+
+    Source: hao-ai-lab/FastVideo v0.1.1 fastvideo/distill/solver.py (PCMFMScheduler), with the settings of
+    scripts/inference/inference_mochi_sp.sh: 8 steps, threshold 0.1, a linear part of 0.75, guidance 1.5.
+    """
+    levels = linear_quadratic_sigmas(1000, 0.1, 750)
+    return (*(levels[10 * (100 * step // 8)] for step in range(8)), 0.0)
+
+
+# Source: genmoai/mochi@0c86aeb demos/cli.py ("quality"); "fast" are the settings of the distilled checkpoints.
+# "fastmochi" is the schedule of those of FastVideo. "balanced" leaves guidance out where that changes least: see docs/experiments.md.
+PRESETS = {
+    "quality": SamplerSettings(steps=64, guidance=6.0, threshold=0.025),
+    "balanced": SamplerSettings(steps=64, guidance=6.0, threshold=0.025, guided=(0.0, 0.75)),
+    "fast": SamplerSettings(steps=8, guidance=1.5, threshold=0.1, linear_steps=6),
+    "fastmochi": SamplerSettings(steps=8, guidance=1.5, threshold=0.1, own_sigmas=_fastmochi_sigmas()),
+}
 
 
 def draw_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:

@@ -1,11 +1,15 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
 
+from mochi_tune.config.schema import SampleConfig
+from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import to_vae_latents
+from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.sampler import (
     PRESETS,
     Denoiser,
@@ -33,6 +37,19 @@ def test_presets_are_the_official_ones():
     schedules = json.loads((GOLDEN / "schedules.json").read_text())
     assert PRESETS["quality"].sigmas == pytest.approx(schedules["64,0.025,None"]) and PRESETS["quality"].guidance == 6
     assert PRESETS["fast"].sigmas == pytest.approx(schedules["8,0.1,6"]) and PRESETS["fast"].guidance == 1.5
+
+
+def test_fastmochi_walks_the_levels_that_it_was_distilled_for():
+    """By the rules of FastVideo's scheduler: every 10th of 1,000 levels, from the end on, and of these 8."""
+    levels = [1 - 0.1 * i / 750 for i in range(750)]
+    # The quadratic part goes on with the slope of the linear one, and ends at 0 after 1,000.
+    slope, curvature = 0.1 / 750, (0.9 - 0.1 / 750 * 250) / 250**2
+    levels += [0.9 - slope * j - curvature * j * j for j in range(250)]
+    euler = np.arange(1, 101) * 10 - 1
+    chosen = np.array(levels)[::-1][euler][::-1][np.floor(np.linspace(0, 100, 8, endpoint=False)).astype(int)]
+    assert PRESETS["fastmochi"].sigmas == pytest.approx([*chosen, 0]) and PRESETS["fastmochi"].scales == [1.5] * 8
+    with pytest.raises(ConfigError, match=r"sample\.steps=4 does not fit sample\.preset=fastmochi"):
+        sampler_settings(SampleConfig(preset="fastmochi", steps=4))
 
 
 def test_six_steps_are_the_official_ones():
