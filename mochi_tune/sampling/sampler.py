@@ -105,8 +105,9 @@ def _fastmochi_sigmas() -> tuple[float, ...]:
     return (*(levels[10 * (100 * step // 8)] for step in range(8)), 0.0)
 
 
-# Source: genmoai/mochi@0c86aeb demos/cli.py ("quality"); "fast" are the settings of the distilled checkpoints.
-# "fastmochi" is the schedule of those of FastVideo. "balanced" leaves guidance out where that changes least: see docs/experiments.md.
+# Source: genmoai/mochi@0c86aeb demos/cli.py ("quality"); "fast" are the settings of the distilled checkpoints, and
+# "fastmochi" the levels of those of FastVideo. "balanced" leaves guidance out where that changes least: see
+# docs/experiments.md.
 PRESETS = {
     "quality": SamplerSettings(steps=64, guidance=6.0, threshold=0.025),
     "balanced": SamplerSettings(steps=64, guidance=6.0, threshold=0.025, guided=(0.0, 0.75)),

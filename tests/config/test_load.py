@@ -150,7 +150,7 @@ def test_several_adapters_are_a_list():
         ("sample.compare=me", "sample.compare=me is not possible: use base or null."),
         ("sample.steps=0", "sample.steps=0 is not possible: it must be at least 1."),
         ("sample.threshold=2", "sample.threshold=2.0 is not possible: it must be above 0 and below 1."),
-        ("sample.preset=slow", "sample.preset=slow is not possible: use quality or balanced or fast."),
+        ("sample.preset=slow", "sample.preset=slow is not possible: use quality or balanced or fast or fastmochi."),
         ("train.steps=0", "train.steps=0 is not possible: it must be at least 1."),
         ("train.learning_rate=0", "train.learning_rate=0.0 is not possible: it must be above 0 and finite."),
         ("train.caption_dropout=1", "train.caption_dropout=1.0 is not possible: it must be from 0 to below 1."),
