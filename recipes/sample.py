@@ -18,7 +18,7 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
-from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
+from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder, may_be_cut, measure_caption
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, free_bytes, sampling_held
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
@@ -59,6 +59,11 @@ class RenderPlan:
     layout: Layout
     common: dict[str, Any]
 
+    @property
+    def prompts(self) -> list[str]:
+        """The distinct prompts and negative prompts, in order."""
+        return list(dict.fromkeys(text for r in self.requests for text in (r.prompt, r.negative_prompt)))
+
     def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
         """Returns the bytes that sampling the largest video holds on one device, by what they are for."""
         return sampling_held(
@@ -76,6 +81,8 @@ def main(config: RunConfig) -> Iterator[Path]:
     """
     num_processes = PartialState(cpu=config.device == "cpu").num_processes
     plan, device, dtype = check(config, num_processes), find_device(config.device), DTYPES[config.model.dtype]
+    for line in lost_tails(plan):
+        write_line(line)
     prompt_cache = Path(config.sample.prompt_cache).expanduser()
     for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)
@@ -154,6 +161,21 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     return RenderPlan(weights, requests, adapters, variants, tokens, layout, common)
 
 
+def lost_tails(plan: RenderPlan) -> list[str]:
+    """Returns a line for each prompt that is longer than what the text encoder reads, with the text that is lost."""
+    tokenizer, lines = None, []
+    for text in filter(may_be_cut, plan.prompts):
+        tokenizer = tokenizer or TextEncoder.load_tokenizer(plan.weights.path)
+        measured = measure_caption(text, tokenizer)
+        if measured.lost_tokens:
+            kind = "prompt" if any(text == request.prompt for request in plan.requests) else "negative prompt"
+            lines.append(
+                f"the {kind} {text[:40]!r}... has {measured.num_tokens} tokens, and only {MAX_TOKENS} are read; "
+                f"lost is {text[measured.num_read :].strip()!r}"
+            )
+    return lines
+
+
 def pays_to_compile(requests: list[Request], num_variants: int) -> bool:
     """Whether the steps to come save more time than compiling takes; foretold of an H200, see `forecast`."""
     saved = 0.0
@@ -192,7 +214,7 @@ def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) 
 
 def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:
     """Returns the features of every distinct prompt, on the CPU; the main process encodes what no run has yet."""
-    prompts = list(dict.fromkeys(text for r in plan.requests for text in (r.prompt, r.negative_prompt)))
+    prompts = plan.prompts
     features: dict[str, Tensor] = {}
     if PartialState().is_main_process:
         cache = PromptCache(cache_folder, plan.weights.fingerprint("text_encoder"), dtype)
@@ -201,9 +223,6 @@ def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, c
         if new:
             encoder = TextEncoder.load(plan.weights.path, device, dtype)
             for prompt in tqdm(new, "prompts", leave=False):
-                num_tokens = encoder.count_tokens(prompt)
-                if num_tokens > MAX_TOKENS:
-                    write_line(f"{prompt[:40]}...: {num_tokens} tokens, only the first {MAX_TOKENS} are used")
                 features[prompt] = encoder.encode([prompt])[0].cpu()
                 cache.put(prompt, features[prompt])
             del encoder

@@ -12,7 +12,7 @@ from mochi_tune.config.load import change_sample
 from mochi_tune.config.schema import DataConfig, SampleConfig, sample_size
 from mochi_tune.config.values import SEED_LIMIT
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import find_lone_surrogate, read_text
+from mochi_tune.files import find_lone_surrogate, read_lines
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
 from mochi_tune.sampling.sampler import PRESETS, SamplerSettings
 
@@ -142,7 +142,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"sample.prompts={path} is no .txt or .jsonl file: write one prompt, or one object, a line.")
     try:
-        text, _ = read_text(path)
+        lines = read_lines(path)
     except FileNotFoundError:
         raise ConfigError(f"sample.prompts={path} does not exist: name a .txt or .jsonl file.") from None
     except IsADirectoryError:
@@ -151,8 +151,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ConfigError(f"sample.prompts={path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"sample.prompts={path} cannot be read ({error.strerror}).") from None
-    # Not splitlines(), which also breaks at characters that JSON allows inside a string.
-    rows = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ConfigError(f"sample.prompts={path} has no prompts: write one a line.")
     for number, line in rows:
