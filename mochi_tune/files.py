@@ -58,7 +58,10 @@ def temporary_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
 
 

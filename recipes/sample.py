@@ -24,7 +24,7 @@ from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, free_byte
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
-from mochi_tune.sampling.record import Usage, noise_of, save_latents, save_settings, tensor_sha256
+from mochi_tune.sampling.record import Usage, file_metadata, noise_of, save_latents, save_settings, tensor_sha256
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, prepare_dit
 from mochi_tune.sampling.requests import Request, read_requests
 from mochi_tune.sampling.sampler import sample_latents
@@ -114,7 +114,9 @@ def main(config: RunConfig) -> Iterator[Path]:
                 assert not list(chunks), "only the writer has frames"
                 continue
             # Another process may have taken the name since it was chosen; what goes beside the video follows it.
-            request = replace(request, video=write_video(request.video, chunks, may_replace=False))
+            metadata = file_metadata(request, plan.common) if config.sample.metadata else {}
+            video = write_video(request.video, chunks, may_replace=False, encoding=request.encoding, metadata=metadata)
+            request = replace(request, video=video)
             if config.sample.save_latents:
                 save_latents(request, states)
             save_settings(request, plan.common, usage)

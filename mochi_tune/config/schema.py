@@ -293,7 +293,21 @@ class SampleConfig(Section):
     adapter_strength: Number | list[Number] = setting(
         1.0, "factor on the adapter; 0 is exactly the base; [x, y] for several adapters"
     )
-    out: FileText | None = setting(None, "file.mp4, or a folder for several videos; null: new names in run_dir/samples")
+    out: FileText | None = setting(
+        None, "file.mp4, .webm, .gif, .webp or .png, or a folder; null: new names in run_dir/samples"
+    )
+    format: Literal["mp4", "webm", "gif", "webp", "png"] | None = setting(
+        None, "of videos; png: a folder of pictures for each; null: as out ends, else png for one frame, mp4 for more"
+    )
+    codec: Literal["h264", "hevc", "av1", "vp9"] | None = setting(
+        None, "in mp4 h264, hevc or av1, in webm vp9 or av1; null: the first of these"
+    )
+    crf: CountOrZero | None = setting(
+        None,
+        "quality, lower is better: h264 and hevc 0 to 51, vp9 0 to 63, av1 1 to 63; 0 is lossless; null: h264 17, "
+        "others 16",
+    )
+    metadata: bool = setting(True, "false: writes no prompt and no settings into the video; the .json has them always")
     prompt_cache: Text = setting(
         "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, 4 MB per prompt at most"
     )

@@ -126,8 +126,8 @@ def test_nothing_is_ever_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="never overwritten"):
         sample(tmp_path, f"sample.out={out}")
     assert out.read_bytes() == before
-    with pytest.raises(ConfigError, match=r"is not an \.mp4 file: use .*mine\.mp4"):
-        sample(tmp_path, f"sample.out={tmp_path / 'mine.avi'}")
+    with pytest.raises(ConfigError, match=r"other\.avi has an unknown suffix: use \.mp4, \.webm"):
+        sample(tmp_path, f"sample.out={tmp_path / 'other.avi'}")
 
 
 def test_strength_0_is_the_base_exactly_and_strengths_scale(tmp_path):

@@ -107,7 +107,7 @@ def test_a_folder_may_have_a_dot_and_a_single_video(tmp_path):
     (tmp_path / "old.takes").mkdir()
     [request] = requests_of(tmp_path, file, f"sample.out={tmp_path / 'old.takes'}")
     assert request.video.parent == tmp_path / "old.takes"
-    with pytest.raises(ConfigError, match=r"x\.avi is not an \.mp4 file"):
+    with pytest.raises(ConfigError, match=r"x\.avi has an unknown suffix"):
         requests_of(tmp_path, file, f"sample.out={tmp_path / 'x.avi'}")
 
 
