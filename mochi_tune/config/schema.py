@@ -284,6 +284,13 @@ class SampleConfig(Section):
     )
     negative_prompt: Text = setting("", "what guidance leads away from")
     seeds: list[Whole] | None = setting(None, "renders each prompt without a seed of its own with each; null: seed")
+    grid: bool = setting(
+        False, "true: a page and a video of every prompt with every seed, checkpoint and strength, in the folder out"
+    )
+    strengths: list[Number] | None = setting(None, "grid: factors on adapter_strength; 0 is exactly the base; null: 1")
+    checkpoints: list[Count] | Literal["all"] | None = setting(
+        None, "grid: steps of the run's checkpoints, whose adapters are used; null: adapter"
+    )
     compare: Literal["base"] | None = setting(
         None, "base: renders without and with the adapter, side by side in one video"
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers_adapters import settings_of
 from helpers_process import Disturbance, run
+from helpers_renders import write_adapter, write_dora
 from helpers_road import prepared, road
 from helpers_rounding import assert_same_frames, rounding_share, share_of_error
 from helpers_video import keeping_frames
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from mochi_tune import assets
-from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
-from mochi_tune.adapters.lora import apply_lora, linear_shapes, load_start_adapter
+from mochi_tune.adapters.files import load_adapter
+from mochi_tune.adapters.lora import apply_lora, load_start_adapter
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.dit import DiTConfig
@@ -56,28 +57,6 @@ def latents_error(latents, guidance=6.0, dtype="fp32"):
     g + (g - 1) times as much, and the steps add up to one velocity, which is as large as the latents.
     """
     return (2 * guidance - 1) * TOLERANCE[dtype] * latents.abs().max()
-
-
-def write_adapter(path, seed=0, scale=1.0, identity=None):
-    generator = torch.Generator().manual_seed(seed)
-    layers = {
-        name: LoraLayer(torch.randn(2, i, generator=generator), scale * torch.randn(o, 2, generator=generator) / 8, 4.0)
-        for name, (o, i) in linear_shapes(WeightsFolder(TINY).dit_skeleton()).items()
-    }
-    metadata = {"num_blocks": "2", "base_fingerprint": identity or WeightsFolder(TINY).base_identity()}
-    save_adapter(path, Adapter(layers, metadata))
-    return path
-
-
-def write_dora(path, seed=0):
-    """Writes a DoRA whose rows are 0.7 to 1.3 times as long as the base's."""
-    plain, dit = load_adapter(write_adapter(path, seed, scale=0.3)), WeightsFolder(TINY).load_dit("cpu", torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    for name, layer in plain.layers.items():
-        lengths = dit.get_submodule(name).weight.detach().norm(dim=1)
-        layer.magnitude = lengths * (0.7 + 0.6 * torch.rand(len(lengths), generator=generator))
-    save_adapter(path, plain)
-    return path
 
 
 def latents_of(video):
