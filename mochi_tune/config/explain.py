@@ -26,6 +26,7 @@ TYPE_NAMES = {
     float | list[float] | None: "a number, a list of numbers, [1, 0.5], or null",
     list[float] | None: "a list of numbers, [1, 0.5, 0], or null",
     list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
+    list[int] | Literal["all"] | None: "all, a list of whole numbers, [100, 200], or null",
     Literal["auto"]
     | list[list[int]]
     | None: "auto, a list of [frames, height, width], [[37, 480, 848], [1, 480, 848]], or null",

@@ -1,5 +1,7 @@
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 from helpers_adapters import settings_of
@@ -8,6 +10,7 @@ from helpers_renders import write_adapter, write_dora
 from helpers_road import prepared, road
 from helpers_rounding import assert_same_frames, rounding_share, share_of_error
 from helpers_video import keeping_frames
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
@@ -349,3 +352,63 @@ def test_blocks_are_compiled_where_the_steps_pay_for_it(tmp_path):
     # Two videos side by side, or several, pay for it too.
     assert pays("num_frames=37", num_variants=2) and pays("num_frames=37", "seeds=[0,1]")
     assert not pays("num_frames=163", "preset=fast")
+
+
+def test_the_tail_of_a_prompt_that_is_too_long_is_told_before_any_weight_is_read(tmp_path, capsys):
+    tail = "and a small blue door in the wall"
+    long = "ball " * 300 + tail
+    rows = [{"prompt": "a cat", "negative_prompt": "bad " * 300 + tail}, {"prompt": long}, {"prompt": long, "seed": 3}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ["sample.steps=1", "sample.num_frames=1", f"sample.prompt_cache={tmp_path / 'cache'}"]
+    config = load_config("my_lora", road(tmp_path, f"sample.prompts={tmp_path / 'p.jsonl'}", *more))
+    for _ in range(2):
+        # With features that an earlier run has cached it is told as well.
+        list(main(config))
+        told = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
+        assert len(told) == 2 and all(line.endswith(f"{tail}'") for line in told)
+        assert told[0].startswith("the negative prompt 'bad bad") and told[1].startswith("the prompt 'ball ball")
+        assert re.search(r"has \d+ tokens, and only 256 are read; lost is 'ball ball", told[1])
+    (tmp_path / "cache").rename(tmp_path / "old")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe.TextEncoder, "load", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(main(config))
+    assert capsys.readouterr().err.count("lost is") == 2
+
+
+def test_rows_end_at_a_newline_alone(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt":"raw\u2028sep"}\n', encoding="utf-8")
+    more = [f"out={tmp_path / 'out'}", "sample.steps=1", "num_frames=1"]
+    done = run("sample", "conf=my_lora", *road(tmp_path), f"prompts={tmp_path / 'p.jsonl'}", *more)
+    assert done.returncode == 0, done.stderr
+    [record] = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
+    assert record["prompt"] == "raw\u2028sep"
+
+
+def test_a_still_is_a_picture_of_its_own_pixels(tmp_path):
+    still = sample(tmp_path, "sample.num_frames=1", "sample.save_latents=true")
+    assert still.suffix == ".png"
+    with Image.open(still) as picture:
+        pixels = np.array(picture)
+        assert json.loads(picture.info["Comment"])["seed"] == 0 and picture.info["Title"] == "a red ball"
+    decoder = WeightsFolder(TINY).load_decoder("cpu", torch.float32)
+    decode = lambda: next(decode_chunks(decoder, to_vae_latents(latents_of(still))))[0]  # noqa: E731
+    assert_same_frames(torch.from_numpy(pixels)[None], decode(), rounding_share(decode, list(decoder.parameters())))
+    assert torch.equal(torch.from_numpy(pixels)[None], frames_of(tmp_path, still))
+
+
+def test_each_format_has_the_frames_and_says_its_settings_unless_told_not_to(tmp_path):
+    (tmp_path / "secret").mkdir()
+    adapter = write_adapter(tmp_path / "secret" / "a.safetensors", scale=0.1)
+    more = ["sample.steps=1", f"sample.adapter={adapter}", "sample.negative_prompt=rain"]
+    for name in ("webm", "png", "gif"):
+        video = sample(tmp_path, *more, f"sample.format={name}")
+        file = sorted(video.iterdir())[-1] if name == "png" else video
+        assert video.suffix == ("" if name == "png" else f".{name}") and video.with_suffix(".json").exists()
+        assert name != "png" or len(list(video.iterdir())) == 7
+        content = file.read_bytes()
+        assert all(text in content for text in (b"a red ball", b"rain", b"a.safetensors")) and b"secret" not in content
+    silent = sample(tmp_path, *more, "sample.metadata=false", f"sample.out={tmp_path / 'x.mp4'}")
+    assert b"a red ball" not in silent.read_bytes()
+    record = json.loads(silent.with_suffix(".json").read_text())
+    assert record["encoding"] == {"format": "mp4", "codec": "h264", "crf": 17}

@@ -46,11 +46,11 @@ def latents_by(cells, key):
 def test_a_cell_is_what_sample_renders_with_the_same_settings(tmp_path):
     plain, dora = write_adapter(tmp_path / "a.safetensors", 1, 0.3), write_dora(tmp_path / "d.safetensors", 2)
     common = [f"sample.adapter=[{plain},{dora}]", "sample.prompt=a red ball"]
-    more = ["sample.adapter_strength=[1,0.7]", "sample.strengths=[0.5,0,1]", "sample.seeds=[3,4]"]
+    more = ["sample.adapter_strength=[1,0.7]", "sample.strengths=[0.5,0,1]", "sample.seeds=[4]"]
     cells, _ = render(tmp_path, *common, *more, "sample.save_latents=true")
     found = latents_by(cells, lambda r: (r["seed"], *(a["strength"] for a in r["adapters"])))
-    assert found.keys() == {(s, *pair) for s in (3, 4) for pair in ((0.5, 0.35), (), (1, 0.7))}
-    assert not torch.allclose(found[3, 1, 0.7], found[3, 0.5, 0.35], atol=1e-3)
+    assert found.keys() == {(4, 0.5, 0.35), (4,), (4, 1, 0.7)}
+    assert not torch.allclose(found[4, 1, 0.7], found[4, 0.5, 0.35], atol=1e-3)
     for strengths in ("[0.5,0.35]", "[0,0]", "[1,0.7]"):
         key = tuple(json.loads(strengths)) if strengths != "[0,0]" else ()
         alone = single(tmp_path, *common, f"sample.adapter_strength={strengths}", "seed=4")

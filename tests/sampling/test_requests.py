@@ -85,6 +85,15 @@ def test_a_prompt_in_another_encoding_is_refused(tmp_path):
         requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\f", "\v", "\r", "\x1c"])
+def test_a_prompt_of_a_text_file_ends_at_a_newline_alone(tmp_path, character):
+    (tmp_path / "p.txt").write_bytes(f"a{character}cat\r\nb\n".encode())
+    assert [r.prompt for r in requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")] == [
+        f"a{character}cat",
+        "b",
+    ]
+
+
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
 def test_a_character_that_json_allows_in_a_string_ends_no_row(tmp_path, character):
     file = rows(tmp_path, f'{{"prompt": "a{character}cat"}}', {"prompt": "b"})
