@@ -97,15 +97,17 @@ def _video(folder: Path, video: Path | None, row: str, column: str) -> str:
     """A video or a picture; before it plays, and on paper, its middle frame."""
     if video is None:
         return ""
-    frames = list(frames_of(video))
     source = quote(os.path.relpath(video, folder).replace(os.sep, "/"))
     label = escape(", ".join(filter(None, (row, column))), quote=True)
-    width, height = frames[0].size
+    small, (width, height) = [], (0, 0)
+    for frame in frames_of(video):
+        width, height = frame.size
+        frame.thumbnail((POSTER_SIZE, POSTER_SIZE))
+        small.append(frame)
     if video.suffix == ".png":
         return f'<img src="{source}" width="{width}" height="{height}" alt="{label}">'
-    poster, content = frames[len(frames) // 2], io.BytesIO()
-    poster.thumbnail((POSTER_SIZE, POSTER_SIZE))
-    poster.save(content, "JPEG", quality=80)
+    content = io.BytesIO()
+    small[len(small) // 2].save(content, "JPEG", quality=80)
     return (
         f'<video loop muted playsinline preload="metadata" width="{width}" height="{height}" aria-label="{label}" '
         f'poster="{data_uri("image/jpeg", content.getvalue())}" src="{source}"></video>'

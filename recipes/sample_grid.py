@@ -32,6 +32,7 @@ from mochi_tune.recipes.sample import (
     lost_tails,
     write_line,
 )
+from mochi_tune.sampling.formats import is_file_name
 from mochi_tune.sampling.grid_video import Tile, write_grid_video
 from mochi_tune.sampling.record import Usage, describe, file_metadata, noise_of, save_latents, save_settings
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, prepare_dit
@@ -130,7 +131,7 @@ def check_grid(config: RunConfig) -> list[Cell]:
             "sample.grid=true renders in one process, uncompiled, and has strength 0 for the base: leave out "
             "sample.compare, sample.compile and parallel.num_processes, and use strengths=[0,1]."
         )
-    if sample.out and Path(sample.out).suffix in (".mp4", ".webm", ".html", ".png"):
+    if sample.out and is_file_name(Path(sample.out)):
         raise ConfigError(f"out={sample.out} is a file, and a grid is a folder: name a folder.")
     if sample.format not in (None, "mp4", "webm"):
         raise ConfigError(f"sample.format={sample.format} is not for a grid: use mp4 or webm.")

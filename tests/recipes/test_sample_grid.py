@@ -112,6 +112,22 @@ def test_the_page_needs_nothing_from_elsewhere_and_says_what_is_where(tmp_path):
     assert len(frames) == 7
 
 
+def test_rows_of_a_file_may_differ_in_size_and_settings(tmp_path):
+    rows = [{"prompt": "a", "height": 48}, {"prompt": "a", "num_frames": 13}, {"prompt": "b", "steps": 1, "seed": 9}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cells, folder = render(tmp_path, f"sample.prompts={tmp_path / 'p.jsonl'}", "sample.seeds=[1,2]")
+    page = (folder / "index.html").read_text()
+    labels = re.findall(r'<th scope="row">([^<]*)', page)
+    assert len(cells) == page.count("<video") == 5 and len(read_frames(folder / "grid.mp4")) == 13
+    assert labels == [
+        "7 frames of 48x48, settings 1",
+        "13 frames of 32x48, settings 2",
+        "7 frames of 32x48, settings 3",
+    ]
+    # Seed 9 is of the last row alone.
+    assert re.findall(r'<th scope="col">([^<]*)', page) == ["seed 1", "seed 2", "seed 9"] * 2
+
+
 def test_stills_are_one_picture(tmp_path):
     cells, folder = render(tmp_path, "sample.prompt=a cat", "sample.seeds=[1,2]", "sample.num_frames=1")
     assert all(cell.suffix == ".png" for cell in cells) and (folder / "grid.png").exists()
@@ -145,6 +161,7 @@ def test_the_tiles_of_the_video_stand_in_rows_and_columns_and_the_shorter_wait(t
         (["sample.compare=base"], "renders in one process, uncompiled, and has strength 0 for the base"),
         (["sample.compile=true"], "renders in one process, uncompiled"),
         (["sample.out=x.mp4"], r"out=x\.mp4 is a file, and a grid is a folder"),
+        (["sample.out=x.gif"], r"out=x\.gif is a file"),
         (["sample.format=gif"], r"sample\.format=gif is not for a grid: use mp4 or webm"),
         (["sample.strengths=[0,1]"], r"strengths=\[0\.0, 1\.0\] has no adapter"),
         (["sample.checkpoints=all"], r"checkpoints: all is not in .*, which has none"),
