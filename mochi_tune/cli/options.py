@@ -18,7 +18,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
   mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
-                     or prompts=FILE [seeds=[0,1] compare=base parallel.num_processes=N memory=24gb]
+                     or prompts=FILE [seeds=[0,1] grid=true compare=base parallel.num_processes=N memory=24gb]
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui out=FILE
   mochi-tune weights pull [to=DIR]                fetch the official weights, checked by sha256
   mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]

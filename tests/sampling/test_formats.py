@@ -141,6 +141,17 @@ def test_animations_last_as_long_as_the_video(tmp_path, encoding):
     assert set(milliseconds) == ({30, 40} if encoding.format == "gif" else {33, 34})
 
 
+@pytest.mark.parametrize("encoding", [MP4, *PICTURES, PNG], ids=ids)
+def test_what_breaks_off_is_not_there(tmp_path, encoding):
+    def broken():
+        yield flat_frames(3)
+        raise RuntimeError("the device is gone")
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        write_video(tmp_path / "x", broken(), encoding=encoding, may_replace=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_error_of_a_frames_time_adds_up():
     assert sum(durations(163, 30, 10)) == 5430 and sum(durations(163, 30, 1)) == 5433
 
