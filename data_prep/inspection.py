@@ -17,7 +17,7 @@ from mochi_tune.data_prep.gather import Clip, Inputs, cut_inputs, find_inputs
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.report import MUCH_PICTURE, lost_picture
 from mochi_tune.errors import DataError
-from mochi_tune.models.text_encoder import MAX_TOKENS
+from mochi_tune.models.text_encoder import MeasuredCaption, measure_caption
 
 # Of this many clips the pictures are kept; more would make a page that no browser likes.
 MAX_DRAWN = 200
@@ -26,26 +26,6 @@ NUM_PICTURES, PICTURE_SIZE, SOURCE_SIZE = 6, 160, 240
 # Mild flags are of so many clips that they do not make one special.
 Weight = Literal["mild", "notable", "warning"]
 WEIGHTS: tuple[Weight, ...] = ("warning", "notable", "mild")
-
-
-@dataclass(frozen=True)
-class MeasuredCaption:
-    """A caption, and how much of it the text encoder reads.
-
-    Attributes:
-        text: all of it.
-        num_tokens: its length with the end token; None where the tokenizer is not there.
-        num_read: characters of `text` that are read.
-    """
-
-    text: str
-    num_tokens: int | None
-    num_read: int
-
-    @property
-    def lost_tokens(self) -> int:
-        """How many tokens are cut off."""
-        return max((self.num_tokens or 0) - MAX_TOKENS, 0)
 
 
 @dataclass(frozen=True)
@@ -125,17 +105,6 @@ def inspect_clips(data: DataConfig, seed: int, tokenizer: Any | None) -> Inspect
             else:
                 found.clips.append(_see(found, clip, source, decoded))
     return found
-
-
-def measure_caption(text: str, tokenizer: Any | None) -> MeasuredCaption:
-    """Counts a caption's tokens and finds where it is cut."""
-    if tokenizer is None or not text:
-        return MeasuredCaption(text, None if tokenizer is None else 0, len(text))
-    tokens = tokenizer(text, verbose=False, return_offsets_mapping=True)
-    num_tokens = len(tokens.input_ids)
-    # The end token takes the last place.
-    num_read = len(text) if num_tokens <= MAX_TOKENS else tokens.offset_mapping[MAX_TOKENS - 2][1]
-    return MeasuredCaption(text, num_tokens, num_read)
 
 
 def find_flags(

@@ -62,7 +62,10 @@ def temporary_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -141,6 +144,17 @@ def read_text(path: Path, fallback: str | None = None) -> tuple[str, str]:
         OSError: the file cannot be read.
         UnicodeDecodeError: it is in none of these encodings.
     """
+    text, encoding = _read_encoded(path, fallback)
+    return text.replace("\r\n", "\n").replace("\r", "\n"), encoding
+
+
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a UTF-8 or UTF-16 text, which "\\n" and "\\r\\n" alone end; raises as `read_text`."""
+    return [line.removesuffix("\r") for line in _read_encoded(path, None)[0].split("\n")]
+
+
+def _read_encoded(path: Path, fallback: str | None) -> tuple[str, str]:
+    """Returns a text as it stands in the file, without its byte order mark, and its encoding."""
     content = path.read_bytes()
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     try:
@@ -150,7 +164,7 @@ def read_text(path: Path, fallback: str | None = None) -> tuple[str, str]:
         if fallback is None or decoded is None:
             raise
         text, encoding = decoded, fallback
-    return text.replace("\r\n", "\n").replace("\r", "\n"), encoding
+    return text, encoding
 
 
 def find_lone_surrogate(text: str) -> str | None:

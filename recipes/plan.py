@@ -11,7 +11,8 @@ from mochi_tune import assets
 from mochi_tune.adapters.lora import apply_lora, linear_shapes
 from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
-from mochi_tune.config.schema import RunConfig, sample_size
+from mochi_tune.config.sample import sample_size
+from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.sources import buckets_by_source, largest_bucket, prepared_settings, read_sources
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache

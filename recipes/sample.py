@@ -19,14 +19,14 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256, make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
-from mochi_tune.models.text_encoder import MAX_TOKENS
+from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, encoding_held, free_bytes, sampling_held
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
 from mochi_tune.recipes.start_video import Start, check_starts, encode_starts, start_of, starts_of
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
-from mochi_tune.sampling.record import Usage, noise_of, save_latents, save_settings, tensor_sha256
+from mochi_tune.sampling.record import Usage, file_metadata, noise_of, save_latents, save_settings, tensor_sha256
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, follow_schedules, prepare_dit
 from mochi_tune.sampling.requests import Request, read_requests
 from mochi_tune.sampling.sampler import add_noise, sample_latents
@@ -78,6 +78,11 @@ class RenderPlan:
         requests = [asdict(replace(request, video=Path())) for request in self.requests]
         return facts | {f"the setting {key}": str(self.common[key]) for key in COMMON} | {"the requests": str(requests)}
 
+    @property
+    def prompts(self) -> list[str]:
+        """The distinct prompts and negative prompts, in order."""
+        return list(dict.fromkeys(text for r in self.requests for text in (r.prompt, r.negative_prompt)))
+
     def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
         """Returns the bytes that sampling the largest video holds on one device, by what they are for."""
         return sampling_held(
@@ -97,6 +102,8 @@ def main(config: RunConfig) -> Iterator[Path]:
     plan, device, dtype = check(config, num_processes), find_device(config.device), DTYPES[config.model.dtype]
     if num_processes > 1:
         check_agreement(plan.shared_facts())
+    for line in lost_tails(plan):
+        write_line(line)
     prompt_cache = Path(config.sample.prompt_cache).expanduser()
     for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)
@@ -129,7 +136,9 @@ def main(config: RunConfig) -> Iterator[Path]:
                 assert not list(chunks), "only the writer has frames"
                 continue
             # Another process may have taken the name since it was chosen; what goes beside the video follows it.
-            request = replace(request, video=write_video(request.video, chunks, may_replace=False))
+            metadata = file_metadata(request, plan.common) if config.sample.metadata else {}
+            video = write_video(request.video, chunks, may_replace=False, encoding=request.encoding, metadata=metadata)
+            request = replace(request, video=video)
             if config.sample.save_latents:
                 save_latents(request, states)
             save_settings(request, plan.common | describe_start(request, plan, encoded), usage)
@@ -181,6 +190,21 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     return RenderPlan(weights, requests, adapters, variants, tokens, layout, common, start_sums)
 
 
+def lost_tails(plan: RenderPlan) -> list[str]:
+    """Returns a line for each prompt that is longer than what the text encoder reads, with the text that is lost."""
+    tokenizer, lines = None, []
+    for text in filter(may_be_cut, plan.prompts):
+        tokenizer = tokenizer or plan.weights.load_tokenizer()
+        measured = measure_caption(text, tokenizer)
+        if measured.lost_tokens:
+            kind = "prompt" if any(text == request.prompt for request in plan.requests) else "negative prompt"
+            lines.append(
+                f"the {kind} {text[:40]!r}... has {measured.num_tokens} tokens, and only {MAX_TOKENS} are read; "
+                f"lost is {text[measured.num_read :].strip()!r}"
+            )
+    return lines
+
+
 def pays_to_compile(requests: list[Request], num_variants: int) -> bool:
     """Whether the steps to come save more time than compiling takes; foretold of an H200, see `forecast`."""
     saved = 0.0
@@ -219,7 +243,7 @@ def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) 
 
 def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:
     """Returns the features of every distinct prompt, on the CPU; the main process encodes what no run has yet."""
-    prompts = list(dict.fromkeys(text for r in plan.requests for text in (r.prompt, r.negative_prompt)))
+    prompts = plan.prompts
     features: dict[str, Tensor] = {}
     if PartialState().is_main_process:
         cache = PromptCache(cache_folder, plan.weights.fingerprint("text_encoder"), dtype)
@@ -228,9 +252,6 @@ def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, c
         if new:
             encoder = plan.weights.load_text_encoder(device, dtype)
             for prompt in tqdm(new, "prompts", leave=False):
-                num_tokens = encoder.count_tokens(prompt)
-                if num_tokens > MAX_TOKENS:
-                    write_line(f"{prompt[:40]}...: {num_tokens} tokens, only the first {MAX_TOKENS} are used")
                 features[prompt] = encoder.encode([prompt])[0].cpu()
                 cache.put(prompt, features[prompt])
             del encoder

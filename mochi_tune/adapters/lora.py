@@ -232,21 +232,41 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
     """
     dit.requires_grad_(False)
     _inject(dit, name, {layer: (each.rank, strength * each.alpha) for layer, each in layers.items()}, dora=False)
+    _fill(dit, layers, name, strength)
+    _activate_all(dit)
+
+
+def change_adapters(dit: nn.Module, adapters: Mapping[str, tuple[Mapping[str, LoraLayer], float]]) -> None:
+    """Puts other numbers or strengths into the adapters of a model, which then computes what it would with them alone.
+
+    Args:
+        dit: with an adapter of each of these names, and no other one, from `apply_adapter`.
+        adapters: layers and strength by name; the same layers, of the same ranks, as those that are there.
+    """
+    for module in dit.modules():
+        if isinstance(module, StretchedLinear):
+            module.lora_stretch.data.fill_(1)
+    for name, (layers, strength) in adapters.items():
+        _fill(dit, layers, name, strength)
+
+
+def _fill(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: float) -> None:
+    """Copies an adapter's layers into those that were injected by its name."""
     for layer, each in layers.items():
         module = _peft_layer(dit, layer)
+        module.scaling[name] = strength * each.alpha / each.rank
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
         a.data.copy_(each.a)
         b.data.copy_(each.b)
         if each.magnitude is not None:
             # W' = factor * (W + scale * B A): a row of B is as fixed now as the rest, and takes its factor.
-            changed = _base_weight(module) + each.scale * b @ a
+            changed = _base_weight(module).to(b.device) + each.scale * b @ a
             factor = each.magnitude.to(b.device) / changed.norm(dim=1)
             b.data *= factor[:, None]
             if not isinstance(module.base_layer, StretchedLinear):
                 module.base_layer = StretchedLinear(module.base_layer)
             module.base_layer.changes[name] = change = strength * (factor - 1)
             module.base_layer.lora_stretch.data += change
-    _activate_all(dit)
 
 
 def switch_adapters(dit: nn.Module, on: bool) -> None:

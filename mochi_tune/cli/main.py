@@ -215,7 +215,17 @@ def run_sample(arguments: list[str]) -> int:
         return 0
     from mochi_tune.recipes.sample import check
     from mochi_tune.recipes.sample import main as sample
+    from mochi_tune.recipes.sample_grid import is_grid
+    from mochi_tune.recipes.sample_grid import main as sample_grid
 
+    # SVT-AV1 writes forty lines of its settings.
+    os.environ.setdefault("SVT_LOG", "1")
+    if is_grid(config.sample):
+        if config.parallel.num_processes > 1:
+            raise ConfigError("sample.grid=true renders in one process: leave out parallel.num_processes.")
+        for path in sample_grid(config):
+            print(path, flush=True)
+        return 0
     started = num_processes_here(os.environ)
     if started == 1 and config.parallel.num_processes > 1:
         # What can be refused is refused once, here.

@@ -1,6 +1,7 @@
 """What the schema cannot say of a single setting: how settings fit together."""
 
-from mochi_tune.config.schema import LoraConfig, ParallelConfig, RunConfig, TrainConfig, sample_size
+from mochi_tune.config.sample import sample_size
+from mochi_tune.config.schema import LoraConfig, ParallelConfig, RunConfig, TrainConfig
 from mochi_tune.config.settings import known_keys, value_of
 from mochi_tune.errors import ConfigError
 

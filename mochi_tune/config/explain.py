@@ -28,6 +28,7 @@ TYPE_NAMES = {
     list[float] | list[list[float]] | None: "a list of numbers, [1, 0.5], one such list for each adapter, or null",
     dict[str, float] | list[dict[str, float]]: "numbers by block, {0-15: 0.5}, or a list of these for each adapter",
     list[int] | None: "a list of whole numbers, [0, 1, 2], or null",
+    list[int] | Literal["all"] | None: "all, a list of whole numbers, [100, 200], or null",
     Literal["auto"]
     | list[list[int]]
     | None: "auto, a list of [frames, height, width], [[37, 480, 848], [1, 480, 848]], or null",

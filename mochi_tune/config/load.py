@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from mochi_tune.config.checks import check_config
 from mochi_tune.config.explain import as_yaml, does_not_fit, explain, explain_section, nearest
-from mochi_tune.config.schema import RunConfig, SampleConfig
+from mochi_tune.config.sample import SampleConfig
+from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, sections
 from mochi_tune.errors import ConfigError
 from mochi_tune.weights.paths import WeightsPaths

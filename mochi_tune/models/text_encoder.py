@@ -1,5 +1,7 @@
 """T5 features of prompts."""
 
+import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,46 @@ def load_tokenizer(folder: Path) -> Any:
 
     logging.set_verbosity_error()
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@dataclass(frozen=True)
+class MeasuredCaption:
+    """A caption or prompt, and how much of it the text encoder reads.
+
+    Attributes:
+        text: all of it.
+        num_tokens: its length with the end token; None where the tokenizer is not there.
+        num_read: characters of `text` that are read.
+    """
+
+    text: str
+    num_tokens: int | None
+    num_read: int
+
+    @property
+    def lost_tokens(self) -> int:
+        """How many tokens are cut off."""
+        return max((self.num_tokens or 0) - MAX_TOKENS, 0)
+
+
+def measure_caption(text: str, tokenizer: Any | None) -> MeasuredCaption:
+    """Counts a caption's tokens and finds where it is cut."""
+    if tokenizer is None or not text:
+        return MeasuredCaption(text, None if tokenizer is None else 0, len(text))
+    tokens = tokenizer(text, verbose=False, return_offsets_mapping=True)
+    num_tokens = len(tokens.input_ids)
+    # The end token takes the last place.
+    num_read = len(text) if num_tokens <= MAX_TOKENS else tokens.offset_mapping[MAX_TOKENS - 2][1]
+    return MeasuredCaption(text, num_tokens, num_read)
+
+
+def may_be_cut(text: str) -> bool:
+    """Whether a text could have too many tokens; False needs no tokenizer.
+
+    T5 normalizes a text by NFKC and puts a space in front. Each token then covers a character or more, and the end
+    token is one more.
+    """
+    return len(unicodedata.normalize("NFKC", text)) + 2 > MAX_TOKENS
 
 
 class TextEncoder:

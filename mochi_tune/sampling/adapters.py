@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
-from mochi_tune.config.schema import SampleConfig
+from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
 from mochi_tune.sampling.strengths import as_ranges, read_block_strengths, read_schedules
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,38 @@ def save_latents(request: Request, states: Mapping[str, Tensor]) -> None:
     save_tensors(request.video.with_suffix(".safetensors"), named, {"space": "dit", "layout": "B C T h w"})
 
 
+def describe(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all that determines a video, as JSON values.
+
+    Args:
+        request: of the video.
+        common: settings of all videos that are rendered with it.
+    """
+    # The schedule of steps is what most videos have; what few have is left out where it is not used.
+    unused = {"own_sigmas": None, "guided": (0.0, 1.0), "start_sigma": 1.0}
+    sampler = {key: value for key, value in asdict(request.settings).items() if unused.get(key, ...) != value}
+    return {
+        **{key: getattr(request, key) for key in ("prompt", "negative_prompt", "seed")},
+        **{key: getattr(request, key) for key in ("num_frames", "height", "width")},
+        "fps": FPS,
+        "sampler": sampler,
+        **common,
+        "noise_sha256": tensor_sha256(noise_of(request)),
+        "versions": {name: version(name) for name in ("mochi-tune", "torch")},
+    }
+
+
+def file_metadata(request: Request, common: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a video file says of itself: its prompt as title, and what determines it as JSON in the comment.
+
+    Adapters go by their file's name: a path may tell who rendered it.
+    """
+    record = describe(request, common)
+    adapters = [adapter | {"file": Path(adapter["file"]).name} for adapter in record.get("adapters", [])]
+    comment = json.dumps(record | {"adapters": adapters}, ensure_ascii=False)
+    return {"title": " ".join(request.prompt.split()), "comment": comment}
+
+
 def save_settings(request: Request, common: Mapping[str, Any], usage: "Usage") -> None:
     """Writes a video's settings as .json beside it.
 
@@ -44,20 +77,8 @@ def save_settings(request: Request, common: Mapping[str, Any], usage: "Usage") -
         common: settings of all videos that are rendered with it.
         usage: of the stages until now.
     """
-    # The schedule of steps is what most videos have; what few have is left out where it is not used.
-    unused = {"own_sigmas": None, "guided": (0.0, 1.0), "start_sigma": 1.0}
-    sampler = {key: value for key, value in asdict(request.settings).items() if unused.get(key, ...) != value}
-    record = {
-        **{key: getattr(request, key) for key in ("prompt", "negative_prompt", "seed")},
-        **{key: getattr(request, key) for key in ("num_frames", "height", "width")},
-        "fps": FPS,
-        "sampler": sampler,
-        **common,
-        "device": torch.cuda.get_device_name() if usage.device.type == "cuda" else "cpu",
-        "noise_sha256": tensor_sha256(noise_of(request)),
-        "versions": {name: version(name) for name in ("mochi-tune", "torch")},
-        **usage.so_far(),
-    }
+    device = torch.cuda.get_device_name() if usage.device.type == "cuda" else "cpu"
+    record = {**describe(request, common), "encoding": asdict(request.encoding), "device": device, **usage.so_far()}
     write_atomic(request.video.with_suffix(".json"), json.dumps(record, indent=1).encode() + b"\n")
 
 

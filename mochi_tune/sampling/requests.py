@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mochi_tune.config.load import change_sample
-from mochi_tune.config.schema import DataConfig, SampleConfig, sample_size
+from mochi_tune.config.sample import SampleConfig, sample_size
+from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.values import SEED_LIMIT
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import find_lone_surrogate, read_text
+from mochi_tune.files import find_lone_surrogate, read_lines
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
+from mochi_tune.sampling.formats import MP4, Encoding, choose_encoding, is_file_name
 from mochi_tune.sampling.sampler import PRESETS, SamplerSettings
 
 # The keys that a row of a .jsonl file may have, all of `sample` but `seed`, and their JSON types.
@@ -50,6 +52,7 @@ class Request:
     settings: SamplerSettings
     video: Path
     init_video: Path | None = None
+    encoding: Encoding = MP4
 
     @property
     def is_guided(self) -> bool:
@@ -138,13 +141,18 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
             settings = replace(settings, start_sigma=start_sigma)
             check_geometry(*size)
             check_size(*size)
+            encoding = choose_encoding(mine, size[0])
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
         for number in [row["seed"]] if "seed" in row else sample.seeds or [seed]:
             if not 0 <= number < SEED_LIMIT:
                 raise ConfigError(f"{where}seed={number} is not possible: it must be from 0 to below 2**63.")
-            video = paths.take(mine.prompt, number)
-            requests.append(Request(mine.prompt, mine.negative_prompt, number, *size, settings, video, init_video))
+            # Several pictures are a folder.
+            suffix = "" if encoding.format == "png" and size[0] > 1 else f".{encoding.format}"
+            video = paths.take(mine.prompt, number, suffix)
+            requests.append(
+                Request(mine.prompt, mine.negative_prompt, number, *size, settings, video, init_video, encoding)
+            )
     return requests
 
 
@@ -165,7 +173,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"sample.prompts={path} is no .txt or .jsonl file: write one prompt, or one object, a line.")
     try:
-        text, _ = read_text(path)
+        lines = read_lines(path)
     except FileNotFoundError:
         raise ConfigError(f"sample.prompts={path} does not exist: name a .txt or .jsonl file.") from None
     except IsADirectoryError:
@@ -174,8 +182,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ConfigError(f"sample.prompts={path} is not UTF-8 text ({error.reason}): save it as UTF-8.") from None
     except OSError as error:
         raise ConfigError(f"sample.prompts={path} cannot be read ({error.strerror}).") from None
-    # Not splitlines(), which also breaks at characters that JSON allows inside a string.
-    rows = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ConfigError(f"sample.prompts={path} has no prompts: write one a line.")
     for number, line in rows:
@@ -227,8 +234,7 @@ class _VideoPaths:
     """Finds a path for each video: the one asked for, or new ones in a folder."""
 
     def __init__(self, path: Path, num_videos: int) -> None:
-        # v1.5 names a folder; x.mp4 and x.avi name files.
-        is_file = not path.is_dir() and re.fullmatch(r"\.[a-z]\w*", path.suffix) is not None
+        is_file = is_file_name(path)
         self.single = path if is_file else None
         self.folder = path
         self.taken: set[Path] = set()
@@ -237,22 +243,20 @@ class _VideoPaths:
         if is_file:
             _check_free(path)
 
-    def take(self, prompt: str, seed: int) -> Path:
+    def take(self, prompt: str, seed: int, suffix: str) -> Path:
         if self.single is not None:
             return self.single
         words = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:40]
         stem, number = f"{words or 'prompt'}_seed_{seed}", 1
         while True:
-            path = self.folder / f"{stem}_{number:03d}.mp4"
-            if path not in self.taken and not any(self.folder.glob(f"{path.stem}.*")):
-                self.taken.add(path)
-                return path
+            name = self.folder / f"{stem}_{number:03d}"
+            if name not in self.taken and not name.exists() and not any(self.folder.glob(f"{name.name}.*")):
+                self.taken.add(name)
+                return name.with_suffix(suffix)
             number += 1
 
 
 def _check_free(path: Path) -> None:
-    if path.suffix != ".mp4":
-        raise ConfigError(f"out={path} is not an .mp4 file: use {path.with_suffix('.mp4')}.")
     for taken in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
         if taken.exists():
             raise ConfigError(f"out={path}: {taken} exists and is never overwritten: use another name.")

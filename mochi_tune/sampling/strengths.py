@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mochi_tune.config.explain import as_yaml
-from mochi_tune.config.schema import SampleConfig
+from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
 from mochi_tune.sampling.sampler import SamplerSettings
 

@@ -1,15 +1,20 @@
 """Writing videos and contact sheets."""
 
-from collections.abc import Iterable
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from mochi_tune.files import move_to_free_name, temporary_file
 from mochi_tune.models.latents import FPS
+from mochi_tune.sampling.formats import CODECS, MP4, Encoding
+from mochi_tune.sampling.pictures import write_pictures
 
 # Without a tag players guess the colours by the size. By their numbers in ITU-T H.273: matrix, primaries and transfer.
 BT709, LIMITED_RANGE, FULL_RANGE = 1, 1, 2
@@ -17,43 +22,58 @@ BT709, LIMITED_RANGE, FULL_RANGE = 1, 1, 2
 EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
 
 
-def write_video(path: Path, frame_chunks: Iterable[Tensor], may_replace: bool = True, fps: int = FPS) -> Path:
-    """Writes uint8 frames (F, H, W, 3), given in chunks, as H.264; the file appears only when it is complete.
+def write_video(
+    path: Path,
+    frame_chunks: Iterable[Tensor],
+    may_replace: bool = True,
+    fps: int = FPS,
+    encoding: Encoding = MP4,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Writes uint8 frames (F, H, W, 3), given in chunks; the file appears only when it is complete.
 
     Args:
-        path: an .mp4; its folder exists.
+        path: of the format's suffix; for several frames as PNG a folder. The folder that it is in exists.
         frame_chunks: frames in order; sides are even.
         may_replace: what to do when `path` is there by then: put this video in its place, or beside it.
         fps: frames a second.
+        encoding: the format, the codec and its quality.
+        metadata: texts by "title" and "comment", which the file holds.
 
     Returns:
         The video's path.
     """
     try:
         with temporary_file(path) as temporary:
-            _encode(temporary, frame_chunks, fps)
+            if encoding.codec is None:
+                frames = (frame for chunk in frame_chunks for frame in chunk)
+                write_pictures(temporary, frames, encoding.format, fps, metadata)
+            else:
+                _encode(temporary, frame_chunks, fps, encoding, metadata)
             return temporary.replace(path) if may_replace else move_to_free_name(temporary, path)
     except OSError as error:
         # PyAV names neither the file nor, in every case, the reason.
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _encode(path: Path, frame_chunks: Iterable[Tensor], fps: int) -> None:
+def _encode(
+    path: Path, frame_chunks: Iterable[Tensor], fps: int, encoding: Encoding, metadata: Mapping[str, str]
+) -> None:
     """Encodes each chunk in a thread, while the next one is being made."""
     import av
 
-    with av.open(str(path), "w", format="mp4") as container, ThreadPoolExecutor(1) as thread:
+    # Without the flag Matroska has a random identity in each file.
+    options = {"fflags": "+bitexact"}
+    with (
+        av.open(str(path), "w", format=encoding.format, options=options) as container,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        # A C string ends at a zero.
+        container.metadata.update({key: text.replace("\0", " ") for key, text in metadata.items()})
         stream, writing, count = None, None, 0
         for chunk in frame_chunks:
             if stream is None:
-                # CRF 17 is visually lossless; yuv420p is what every player reads. With several threads or its
-                # macroblock tree x264 does not always make the same file of the same frames.
-                options = {"crf": "17", "preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
-                stream = container.add_stream("libx264", rate=fps, options=options)
-                stream.height, stream.width = chunk.shape[1:3]
-                stream.pix_fmt = "yuv420p"
-                _tag(stream.codec_context)
-                stream.time_base = Fraction(1, fps)
+                stream = _open_stream(container, encoding, fps, chunk)
             if writing is not None:
                 # One at a time: raises here what failed there, and no more than two chunks are in memory.
                 writing.result()
@@ -64,6 +84,54 @@ def _encode(path: Path, frame_chunks: Iterable[Tensor], fps: int) -> None:
         container.mux(stream.encode())
 
 
+def _open_stream(container: Any, encoding: Encoding, fps: int, chunk: Tensor) -> Any:
+    """Adds the stream of an encoding to a file, for frames as large as those of a chunk."""
+    assert encoding.codec is not None
+    stream = container.add_stream(CODECS[encoding.codec].encoder, rate=fps, options=_codec_options(encoding))
+    stream.height, stream.width = chunk.shape[1:3]
+    # Every player reads 4:2:0; where nothing may be lost, each pixel keeps its own colour.
+    stream.pix_fmt = "yuv444p" if encoding.is_lossless else "yuv420p"
+    if (encoding.format, encoding.codec) == ("mp4", "hevc"):
+        # QuickTime knows no other tag.
+        stream.codec_context.codec_tag = "hvc1"
+    _tag(stream.codec_context)
+    stream.time_base = Fraction(1, fps)
+    with keep_scheduling():
+        container.start_encoding()
+    return stream
+
+
+def _codec_options(encoding: Encoding) -> dict[str, str]:
+    """Returns the options of an encoder. With one thread, or as here, it makes the same file of the same frames."""
+    crf = {"crf": str(encoding.crf)}
+    if encoding.codec == "h264":
+        # With several threads or its macroblock tree x264 does not always make the same file of the same frames.
+        return crf | {"preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
+    if encoding.codec == "hevc":
+        # With B-frames x265 gives the packets of one or two frames no time.
+        parameters = "log-level=none:frame-threads=1:pools=none:bframes=0"
+        parameters += ":lossless=1" if encoding.is_lossless else ""
+        return crf | {"preset": "medium", "x265-params": parameters}
+    if encoding.codec == "vp9":
+        speed = {"deadline": "good", "cpu-used": "2", "threads": "1", "b": "0"}
+        return speed | ({"lossless": "1"} if encoding.is_lossless else crf)
+    return crf | {"preset": "6"}
+
+
+@contextlib.contextmanager
+def keep_scheduling() -> Iterator[None]:
+    """Gives the calling thread back its scheduling: as root, SVT-AV1 makes the thread that opens it a real-time one."""
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != policy:
+            os.sched_setscheduler(0, policy, parameters)
+
+
 def _encode_chunk(container: Any, stream: Any, chunk: Tensor, start: int) -> None:
     """Encodes frames (F, H, W, 3), of which the first one has the number `start`."""
     import av
@@ -71,7 +139,7 @@ def _encode_chunk(container: Any, stream: Any, chunk: Tensor, start: int) -> Non
     for number, frame in enumerate(chunk.numpy(), start):
         # Converted here and not by the encoder, whose own conversion does not always give the same bits.
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-            format="yuv420p",
+            format=stream.pix_fmt,
             src_colorspace=BT709,
             dst_colorspace=BT709,
             src_color_range=FULL_RANGE,

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mochi_tune.config.schema import sample_size
+from mochi_tune.config.sample import sample_size
 from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.records import RunRecords, SampleVideo

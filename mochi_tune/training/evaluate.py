@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mochi_tune.adapters.lora import switch_adapters
-from mochi_tune.config.schema import sample_size
+from mochi_tune.config.sample import sample_size
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.files import load_tensors, save_tensors
 from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae import Decoder
 from mochi_tune.models.vae_streaming import decode_chunks
+from mochi_tune.sampling.formats import MP4, PNG
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.sampler import draw_noise, sample_latents
 from mochi_tune.sampling.video import write_video
@@ -140,12 +141,14 @@ class EvalVideos:
         *self.prompts, self.negative_prompt = prompts
         config = run.plan.config
         self.folder = Path(config.run_dir) / "samples"
-        self.noise = draw_noise(config.seed, *sample_size(config.sample, config.data))
+        size = sample_size(config.sample, config.data)
+        self.noise = draw_noise(config.seed, *size)
+        self.encoding = PNG if size[0] == 1 else MP4
         self.settings = sampler_settings(config.sample)
 
     def render(self, dit: nn.Module, step: int) -> None:
         """Renders the videos of a step that are not there yet; `dit` has the adapter of that step."""
-        paths = [self.folder / f"step_{step:06d}_prompt_{i}.mp4" for i in range(len(self.prompts))]
+        paths = [self.folder / f"step_{step:06d}_prompt_{i}.{self.encoding.format}" for i in range(len(self.prompts))]
         missing = broadcast([not path.exists() for path in paths])
         # A fresh adapter changes nothing.
         is_base = step == 0 and self.run.plan.config.lora.init_from is None
@@ -160,7 +163,7 @@ class EvalVideos:
         # Only this process decodes; all processes check for a stop together after it.
         with contextlib.suppress(Interrupted):
             for path, pair in pairs.items():
-                write_video(path, self._side_by_side(decoder, *pair))
+                write_video(path, self._side_by_side(decoder, *pair), encoding=self.encoding)
 
     def _base(self, dit: nn.Module, i: int) -> Tensor:
         """Returns the latents of a prompt without the adapter; they are sampled once a run."""

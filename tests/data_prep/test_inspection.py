@@ -15,16 +15,14 @@ from mochi_tune.data_prep import inspection
 from mochi_tune.data_prep.clips import Cut
 from mochi_tune.data_prep.inspection import (
     Flag,
-    MeasuredCaption,
     as_jpeg,
     choose_drawn,
     find_flags,
     inspect_clips,
-    measure_caption,
     whole_frame,
 )
 from mochi_tune.data_prep.probe import Scan
-from mochi_tune.models.text_encoder import MAX_TOKENS
+from mochi_tune.models.text_encoder import MAX_TOKENS, MeasuredCaption, measure_caption
 from mochi_tune.weights.folder import WeightsFolder
 
 ASSETS = Path(mochi_tune.__file__).parent / "assets"

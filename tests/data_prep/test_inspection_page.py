@@ -14,10 +14,11 @@ from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.rows import CacheSettings, make_row
 from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.data_prep.gather import Clip, Inputs, MediaFile
-from mochi_tune.data_prep.inspection import Inspection, MeasuredCaption, SeenClip, as_jpeg, find_flags, whole_frame
+from mochi_tune.data_prep.inspection import Inspection, SeenClip, as_jpeg, find_flags, whole_frame
 from mochi_tune.data_prep.inspection_page import make_page, window_seconds
 from mochi_tune.data_prep.probe import scan_video
 from mochi_tune.data_prep.windows import decisive
+from mochi_tune.models.text_encoder import MeasuredCaption
 
 HOSTILE = "<script>alert('x')</script> \"q\" & </p></body><img src=x onerror=y> \u05de\u05d6\u05dc \u202e ab \U0001f388"
 TAGS = {

@@ -1,18 +1,22 @@
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 from helpers_adapters import settings_of
 from helpers_process import Disturbance, run
+from helpers_renders import write_adapter, write_dora
 from helpers_road import prepared, road
 from helpers_rounding import assert_same_frames, rounding_share, share_of_error
 from helpers_video import keeping_frames
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from mochi_tune import assets
-from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
-from mochi_tune.adapters.lora import apply_lora, linear_shapes, load_start_adapter
+from mochi_tune.adapters.files import load_adapter
+from mochi_tune.adapters.lora import apply_lora, load_start_adapter
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.dit import DiTConfig
@@ -55,28 +59,6 @@ def latents_error(latents, guidance=6.0, dtype="fp32"):
     g + (g - 1) times as much, and the steps add up to one velocity, which is as large as the latents.
     """
     return (2 * guidance - 1) * TOLERANCE[dtype] * latents.abs().max()
-
-
-def write_adapter(path, seed=0, scale=1.0, identity=None):
-    generator = torch.Generator().manual_seed(seed)
-    layers = {
-        name: LoraLayer(torch.randn(2, i, generator=generator), scale * torch.randn(o, 2, generator=generator) / 8, 4.0)
-        for name, (o, i) in linear_shapes(WeightsFolder(TINY).dit_skeleton()).items()
-    }
-    metadata = {"num_blocks": "2", "base_fingerprint": identity or WeightsFolder(TINY).base_identity()}
-    save_adapter(path, Adapter(layers, metadata))
-    return path
-
-
-def write_dora(path, seed=0):
-    """Writes a DoRA whose rows are 0.7 to 1.3 times as long as the base's."""
-    plain, dit = load_adapter(write_adapter(path, seed, scale=0.3)), WeightsFolder(TINY).load_dit("cpu", torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    for name, layer in plain.layers.items():
-        lengths = dit.get_submodule(name).weight.detach().norm(dim=1)
-        layer.magnitude = lengths * (0.7 + 0.6 * torch.rand(len(lengths), generator=generator))
-    save_adapter(path, plain)
-    return path
 
 
 def latents_of(video):
@@ -125,8 +107,8 @@ def test_nothing_is_ever_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="never overwritten"):
         sample(tmp_path, f"sample.out={out}")
     assert out.read_bytes() == before
-    with pytest.raises(ConfigError, match=r"is not an \.mp4 file: use .*mine\.mp4"):
-        sample(tmp_path, f"sample.out={tmp_path / 'mine.avi'}")
+    with pytest.raises(ConfigError, match=r"other\.avi has an unknown suffix: use \.mp4, \.webm"):
+        sample(tmp_path, f"sample.out={tmp_path / 'other.avi'}")
 
 
 def test_strength_0_is_the_base_exactly_and_strengths_scale(tmp_path):
@@ -369,3 +351,63 @@ def test_blocks_are_compiled_where_the_steps_pay_for_it(tmp_path):
     # Two videos side by side, or several, pay for it too.
     assert pays("num_frames=37", num_variants=2) and pays("num_frames=37", "seeds=[0,1]")
     assert not pays("num_frames=163", "preset=fast")
+
+
+def test_the_tail_of_a_prompt_that_is_too_long_is_told_before_any_weight_is_read(tmp_path, capsys):
+    tail = "and a small blue door in the wall"
+    long = "ball " * 300 + tail
+    rows = [{"prompt": "a cat", "negative_prompt": "bad " * 300 + tail}, {"prompt": long}, {"prompt": long, "seed": 3}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = ["sample.steps=1", "sample.num_frames=1", f"sample.prompt_cache={tmp_path / 'cache'}"]
+    config = load_config("my_lora", road(tmp_path, f"sample.prompts={tmp_path / 'p.jsonl'}", *more))
+    for _ in range(2):
+        # With features that an earlier run has cached it is told as well.
+        list(main(config))
+        told = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
+        assert len(told) == 2 and all(line.endswith(f"{tail}'") for line in told)
+        assert told[0].startswith("the negative prompt 'bad bad") and told[1].startswith("the prompt 'ball ball")
+        assert re.search(r"has \d+ tokens, and only 256 are read; lost is 'ball ball", told[1])
+    (tmp_path / "cache").rename(tmp_path / "old")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe.TextEncoder, "load", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(main(config))
+    assert capsys.readouterr().err.count("lost is") == 2
+
+
+def test_rows_end_at_a_newline_alone(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt":"raw\u2028sep"}\n', encoding="utf-8")
+    more = [f"out={tmp_path / 'out'}", "sample.steps=1", "num_frames=1"]
+    done = run("sample", "conf=my_lora", *road(tmp_path), f"prompts={tmp_path / 'p.jsonl'}", *more)
+    assert done.returncode == 0, done.stderr
+    [record] = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))
+    assert record["prompt"] == "raw\u2028sep"
+
+
+def test_a_still_is_a_picture_of_its_own_pixels(tmp_path):
+    still = sample(tmp_path, "sample.num_frames=1", "sample.save_latents=true")
+    assert still.suffix == ".png"
+    with Image.open(still) as picture:
+        pixels = np.array(picture)
+        assert json.loads(picture.info["Comment"])["seed"] == 0 and picture.info["Title"] == "a red ball"
+    decoder = WeightsFolder(TINY).load_decoder("cpu", torch.float32)
+    decode = lambda: next(decode_chunks(decoder, to_vae_latents(latents_of(still))))[0]  # noqa: E731
+    assert_same_frames(torch.from_numpy(pixels)[None], decode(), rounding_share(decode, list(decoder.parameters())))
+    assert torch.equal(torch.from_numpy(pixels)[None], frames_of(tmp_path, still))
+
+
+def test_each_format_has_the_frames_and_says_its_settings_unless_told_not_to(tmp_path):
+    (tmp_path / "secret").mkdir()
+    adapter = write_adapter(tmp_path / "secret" / "a.safetensors", scale=0.1)
+    more = ["sample.steps=1", f"sample.adapter={adapter}", "sample.negative_prompt=rain"]
+    for name in ("webm", "png", "gif"):
+        video = sample(tmp_path, *more, f"sample.format={name}")
+        file = sorted(video.iterdir())[-1] if name == "png" else video
+        assert video.suffix == ("" if name == "png" else f".{name}") and video.with_suffix(".json").exists()
+        assert name != "png" or len(list(video.iterdir())) == 7
+        content = file.read_bytes()
+        assert all(text in content for text in (b"a red ball", b"rain", b"a.safetensors")) and b"secret" not in content
+    silent = sample(tmp_path, *more, "sample.metadata=false", f"sample.out={tmp_path / 'x.mp4'}")
+    assert b"a red ball" not in silent.read_bytes()
+    record = json.loads(silent.with_suffix(".json").read_text())
+    assert record["encoding"] == {"format": "mp4", "codec": "h264", "crf": 17}

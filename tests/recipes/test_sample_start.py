@@ -17,7 +17,6 @@ from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.latents import to_latents
-from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.recipes.sample import main
 from mochi_tune.recipes.verify import TOLERANCE
@@ -77,7 +76,7 @@ def adapter(tmp_path_factory):
 
 def by_hand(start, sigmas, dits):
     """Walks through noise levels with the model of each step."""
-    features = TextEncoder.load(TINY, "cpu", torch.float32).encode(["a red ball", ""])
+    features = WeightsFolder(TINY).load_text_encoder("cpu", torch.float32).encode(["a red ball", ""])
     prompt, negative = ((each[None], torch.ones(1, len(each), dtype=torch.bool)) for each in features)
     for i, dit in enumerate(dits):
         [start] = euler_steps(Denoiser(dit, prompt, negative), start, sigmas[i : i + 2], [2.0])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers_process import PATIENCE, run
 from helpers_road import LORA, read_rows, road, train
+from PIL import Image
 
 from mochi_tune.cli import main as cli
 from mochi_tune.config.load import load_config
@@ -110,3 +111,14 @@ def test_the_printed_line_of_progress_shows_loss_norm_rate_and_time(tmp_path):
         assert part in done.stderr
     assert str(tmp_path / "adapter.safetensors") in done.stdout
     json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_eval_stills_are_pictures(tmp_path):
+    more = ["train.steps=1", "train.sample_every=1", "train.sample_prompts=[a cat]", "sample.steps=1"]
+    assert train(tmp_path, *more, "sample.num_frames=1") == 0
+    stills = sorted((tmp_path / "samples").glob("step_*"))
+    assert [path.name for path in stills] == ["step_000000_prompt_0.png", "step_000001_prompt_0.png"]
+    with Image.open(stills[0]) as picture:
+        # Without an adapter yet, both halves are the base.
+        left, right = (picture.crop((x, 0, x + 48, 32)).tobytes() for x in (0, 48))
+        assert picture.size == (96, 32) and left == right

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mochi_tune.config.load import load_config
-from mochi_tune.config.schema import SampleConfig
+from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
 from mochi_tune.sampling.requests import ROW_KEYS, read_requests, sampler_settings
 
@@ -94,6 +94,15 @@ def test_a_prompt_in_another_encoding_is_refused(tmp_path):
         requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\f", "\v", "\r", "\x1c"])
+def test_a_prompt_of_a_text_file_ends_at_a_newline_alone(tmp_path, character):
+    (tmp_path / "p.txt").write_bytes(f"a{character}cat\r\nb\n".encode())
+    assert [r.prompt for r in requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")] == [
+        f"a{character}cat",
+        "b",
+    ]
+
+
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
 def test_a_character_that_json_allows_in_a_string_ends_no_row(tmp_path, character):
     file = rows(tmp_path, f'{{"prompt": "a{character}cat"}}', {"prompt": "b"})
@@ -116,7 +125,7 @@ def test_a_folder_may_have_a_dot_and_a_single_video(tmp_path):
     (tmp_path / "old.takes").mkdir()
     [request] = requests_of(tmp_path, file, f"sample.out={tmp_path / 'old.takes'}")
     assert request.video.parent == tmp_path / "old.takes"
-    with pytest.raises(ConfigError, match=r"x\.avi is not an \.mp4 file"):
+    with pytest.raises(ConfigError, match=r"x\.avi has an unknown suffix"):
         requests_of(tmp_path, file, f"sample.out={tmp_path / 'x.avi'}")
 
 

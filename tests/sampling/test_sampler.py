@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_golden import GOLDEN, golden_dit, relative_error, vectors
 
-from mochi_tune.config.schema import SampleConfig
+from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.sampling.requests import sampler_settings

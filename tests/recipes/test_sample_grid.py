@@ -1,0 +1,182 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers_process import run
+from helpers_renders import write_adapter, write_dora
+from helpers_road import road, train
+from PIL import Image
+from safetensors.torch import load_file
+
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import ConfigError
+from mochi_tune.recipes.sample import main as sample
+from mochi_tune.recipes.sample_grid import main as grid
+from mochi_tune.sampling.grid_video import MAX_HEIGHT, MAX_WIDTH, Tile, frames_of, write_grid_video
+from mochi_tune.sampling.video import read_frames, write_video
+
+FAST = ["sample.steps=2", "sample.guidance=2"]
+
+
+def config(run_dir, *more):
+    return load_config("my_lora", road(run_dir, *FAST, *more))
+
+
+def render(run_dir, *more):
+    """Renders a grid; returns its cells and the folder."""
+    *cells, video, page = grid(config(run_dir, "sample.grid=true", *more))
+    assert page.name == "index.html" and video.parent == page.parent
+    return cells, page.parent
+
+
+def single(run_dir, *more):
+    [video] = sample(config(run_dir, "sample.save_latents=true", *more))
+    return load_file(video.with_suffix(".safetensors"))["latents"]
+
+
+def latents_by(cells, key):
+    """Returns the latents of cells by something of their settings."""
+    records = {cell: json.loads(cell.with_suffix(".json").read_text()) for cell in cells}
+    return {key(record): load_file(cell.with_suffix(".safetensors"))["latents"] for cell, record in records.items()}
+
+
+def test_a_cell_is_what_sample_renders_with_the_same_settings(tmp_path):
+    plain, dora = write_adapter(tmp_path / "a.safetensors", 1, 0.3), write_dora(tmp_path / "d.safetensors", 2)
+    common = [f"sample.adapter=[{plain},{dora}]", "sample.prompt=a red ball"]
+    more = ["sample.adapter_strength=[1,0.7]", "sample.strengths=[0.5,0,1]", "sample.seeds=[4]"]
+    cells, _ = render(tmp_path, *common, *more, "sample.save_latents=true")
+    found = latents_by(cells, lambda r: (r["seed"], *(a["strength"] for a in r["adapters"])))
+    assert found.keys() == {(4, 0.5, 0.35), (4,), (4, 1, 0.7)}
+    assert not torch.allclose(found[4, 1, 0.7], found[4, 0.5, 0.35], atol=1e-3)
+    for strengths in ("[0.5,0.35]", "[0,0]", "[1,0.7]"):
+        key = tuple(json.loads(strengths)) if strengths != "[0,0]" else ()
+        alone = single(tmp_path, *common, f"sample.adapter_strength={strengths}", "seed=4")
+        assert torch.equal(found[4, *key], alone), strengths
+
+
+def test_checkpoints_of_a_run_stand_side_by_side(tmp_path):
+    more = ["train.steps=2", "train.checkpoint_every=1", "train.learning_rate=0.1"]
+    assert train(tmp_path, *more) == 0
+    common = ["sample.prompt=a cat", "sample.strengths=[0,1]"]
+    cells, folder = render(tmp_path, *common, "sample.checkpoints=all", "sample.save_latents=true")
+    # Strength 0 is the base, whatever the checkpoint.
+    assert len(cells) == 3 and folder.parent == tmp_path / "grids"
+    page = (folder / "index.html").read_text()
+    assert page.count("<video") == 4 and "step 1" in page and "step 2" in page and "strength 0" in page
+    found = latents_by(cells, lambda r: Path(r["adapters"][0]["file"]).parent.name if r["adapters"] else "base")
+    for step in (1, 2):
+        file = tmp_path / "checkpoints" / f"step_00000{step}" / "adapter.safetensors"
+        alone = single(tmp_path, "sample.prompt=a cat", f"sample.adapter={file}")
+        assert torch.equal(found[file.parent.name], alone)
+    assert not torch.equal(found["step_000001"], found["step_000002"])
+    with pytest.raises(ConfigError, match=r"checkpoints: 7 is not in .*, which has those of steps 1, 2"):
+        render(tmp_path, *common, "sample.checkpoints=[7]")
+
+
+def test_what_is_there_is_kept_and_only_the_rest_is_made(tmp_path):
+    adapter = write_adapter(tmp_path / "a.safetensors", scale=0.3)
+    more = [
+        f"sample.adapter={adapter}",
+        "sample.prompt=a cat",
+        "sample.strengths=[0,1]",
+        f"sample.out={tmp_path / 'g'}",
+    ]
+    cells, folder = render(tmp_path, *more)
+    before = {cell: cell.read_bytes() for cell in cells}
+    assert folder == tmp_path / "g" and not list(folder.glob("cells/*.safetensors"))
+    assert render(tmp_path, *more) == ([], folder)
+    cells[1].unlink()
+    assert render(tmp_path, *more) == (cells[1:], folder)
+    assert {cell: cell.read_bytes() for cell in cells} == before
+    # Another setting is another cell.
+    assert len(render(tmp_path, *more, "sample.guidance=3")[0]) == 2
+    # Settings are written last: a cell without them was not finished.
+    cells[0].with_suffix(".json").unlink()
+    assert render(tmp_path, *more) == (cells[:1], folder)
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_says_what_is_where(tmp_path):
+    (tmp_path / "p.txt").write_text("a <b>red</b> ball\na cat\n")
+    more = [f"sample.prompts={tmp_path / 'p.txt'}", "sample.seeds=[1,2]"]
+    cells, folder = render(tmp_path, *more)
+    page = (folder / "index.html").read_text()
+    sources = re.findall(r'<video[^>]* src="([^"]*)"', page)
+    assert sorted(folder / source for source in sources) == sorted(cells) and len(cells) == 4
+    assert "http" not in page and "a &lt;b&gt;red&lt;/b&gt; ball" in page and "<b>red" not in page
+    assert re.findall(r'<th scope="col">([^<]*)', page) == ["seed 1", "seed 2"] * 2
+    assert "prefers-color-scheme:dark" in page and 'name="viewport"' in page
+    frames = read_frames(folder / "grid.mp4")
+    assert len(frames) == 7
+
+
+def test_rows_of_a_file_may_differ_in_size_and_settings(tmp_path):
+    rows = [{"prompt": "a", "height": 48}, {"prompt": "a", "num_frames": 13}, {"prompt": "b", "steps": 1, "seed": 9}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cells, folder = render(tmp_path, f"sample.prompts={tmp_path / 'p.jsonl'}", "sample.seeds=[1,2]")
+    page = (folder / "index.html").read_text()
+    labels = re.findall(r'<th scope="row">([^<]*)', page)
+    assert len(cells) == page.count("<video") == 5 and len(read_frames(folder / "grid.mp4")) == 13
+    assert labels == [
+        "7 frames of 48x48, settings 1",
+        "13 frames of 32x48, settings 2",
+        "7 frames of 32x48, settings 3",
+    ]
+    # Seed 9 is of the last row alone.
+    assert re.findall(r'<th scope="col">([^<]*)', page) == ["seed 1", "seed 2", "seed 9"] * 2
+
+
+def test_stills_are_one_picture(tmp_path):
+    cells, folder = render(tmp_path, "sample.prompt=a cat", "sample.seeds=[1,2]", "sample.num_frames=1")
+    assert all(cell.suffix == ".png" for cell in cells) and (folder / "grid.png").exists()
+    whole = np.array(Image.open(folder / "grid.png"))
+    assert all((np.array(Image.open(cell))[0, 0] == whole).all(-1).any() for cell in cells)
+    assert (folder / "index.html").read_text().count("<img") == 2
+
+
+def solid(path, level, count, size=(32, 48)):
+    return write_video(path, [torch.full((count, *size, 3), level, dtype=torch.uint8)])
+
+
+def test_the_tiles_of_the_video_stand_in_rows_and_columns_and_the_shorter_wait(tmp_path):
+    dark, light = solid(tmp_path / "d.mp4", 90, 3), solid(tmp_path / "l.mp4", 220, 1)
+    rows = [Tile("first\nrow", [dark, light]), Tile("second", [None, dark])]
+    frames = [np.array(frame) for frame in frames_of(write_grid_video(tmp_path, rows, ["x", "y"]))]
+    assert len(frames) == 3
+    # The label is 120 wide, a column 48 and a gap of 8; the header is 44 high, a row 32 and a gap of 8.
+    for frame in frames:
+        centres = [[frame[44 + 40 * r + 16, 120 + 56 * c + 24].mean() for c in (0, 1)] for r in (0, 1)]
+        assert np.abs(np.array(centres) - [[90, 220], [23, 90]]).max() <= 3
+    large = solid(tmp_path / "large.mp4", 90, 1, (480, 848))
+    written = write_grid_video(tmp_path, [Tile("row", [large] * 7)] * 6, list("abcdefg"))
+    width, height = Image.open(written).size
+    assert 0.8 * MAX_HEIGHT < height <= MAX_HEIGHT and width <= MAX_WIDTH
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["sample.compare=base"], "renders in one process, uncompiled, and has strength 0 for the base"),
+        (["sample.compile=true"], "renders in one process, uncompiled"),
+        (["sample.out=x.mp4"], r"out=x\.mp4 is a file, and a grid is a folder"),
+        (["sample.out=x.gif"], r"out=x\.gif is a file"),
+        (["sample.format=gif"], r"sample\.format=gif is not for a grid: use mp4 or webm"),
+        (["sample.strengths=[0,1]"], r"strengths=\[0\.0, 1\.0\] has no adapter"),
+        (["sample.checkpoints=all"], r"checkpoints: all is not in .*, which has none"),
+        (["sample.checkpoints=[1]", "sample.adapter=a"], "names others: leave one out"),
+    ],
+)
+def test_what_cannot_be_a_grid_is_refused(tmp_path, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        render(tmp_path, "sample.prompt=a cat", *settings)
+
+
+def test_the_command_prints_what_it_writes_and_an_axis_asks_for_the_grid(tmp_path):
+    arguments = ["sample", "conf=my_lora", *road(tmp_path, *FAST), "prompt=a cat"]
+    done = run(*arguments, "grid=true", "seeds=[1,2]", f"out={tmp_path / 'g'}")
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).suffix for line in done.stdout.splitlines()] == [".mp4", ".mp4", ".mp4", ".html"]
+    done = run(*arguments, "strengths=[0,1]")
+    assert done.returncode == 2 and done.stderr == "mochi-tune: sample.strengths is an axis of a grid: add grid=true.\n"
