@@ -141,6 +141,8 @@ def check_grid(config: RunConfig) -> list[Cell]:
     if sample.format not in (None, "mp4", "webm"):
         raise ConfigError(f"sample.format={sample.format} is not for a grid: use mp4 or webm.")
     plans = {step: _check_plan(config, adapter) for step, adapter in _adapters(config).items()}
+    if any(request.init_video for plan in plans.values() for request in plan.requests):
+        raise ConfigError("sample.prompts has rows with init_video, and a grid starts from noise: leave them out.")
     strengths = list(dict.fromkeys(sample.strengths or [1.0]))
     if any(strengths) and sample.strengths and not any(each.adapters for each in plans.values()):
         raise ConfigError(f"sample.strengths={strengths} has no adapter: name adapter=FILE, or checkpoints=.")

@@ -318,7 +318,7 @@ def test_what_cannot_fit_is_refused_and_auto_chooses_what_does(tmp_path, monkeyp
     full = lambda _plan, residency, dtype_bytes: sampling_held(DiTConfig(), 11130, residency, dtype_bytes)  # noqa: E731
     monkeypatch.setattr(recipe.RenderPlan, "held", full)
     chosen = []
-    monkeypatch.setattr(recipe, "prepare_dit", lambda *arguments: chosen.append(arguments[-1].residency) or 1 / 0)
+    monkeypatch.setattr(recipe, "prepare_dit", lambda *arguments: chosen.append(arguments[2].residency) or 1 / 0)
 
     def residency(gib, memory):
         monkeypatch.setattr(recipe, "free_bytes", lambda _device: None if gib is None else int(gib * GIB))
@@ -369,7 +369,7 @@ def test_the_tail_of_a_prompt_that_is_too_long_is_told_before_any_weight_is_read
         assert re.search(r"has \d+ tokens, and only 256 are read; lost is 'ball ball", told[1])
     (tmp_path / "cache").rename(tmp_path / "old")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe.TextEncoder, "load", lambda *_: 1 / 0)
+        patch.setattr(WeightsFolder, "load_text_encoder", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(main(config))
     assert capsys.readouterr().err.count("lost is") == 2
