@@ -17,6 +17,7 @@ class ExportSummary:
         trained_rank: as in the source; "4,8" where layers differ.
         rank: in the new file; larger than trained where ranks were padded, or where split q, k, v were fused.
         alpha: in the new file.
+        source_note: the source, its alpha, and where that was found.
     """
 
     file: Path
@@ -25,14 +26,21 @@ class ExportSummary:
     trained_rank: str
     rank: str
     alpha: str
+    source_note: str
 
     def __str__(self) -> str:
         trained = "" if self.rank == self.trained_rank else f" (trained at {self.trained_rank})"
         return f"{self.file}: {self.to}, {self.num_layers} layers, rank {self.rank}{trained}, alpha {self.alpha}"
 
 
-def main(adapter: Path, to: str, out: Path) -> ExportSummary:
-    """Converts the adapter file `adapter` to the format `to` and writes it to the new file `out`.
+def main(adapter: Path | str, to: str, out: Path, adapter_alpha: float | None = None) -> ExportSummary:
+    """Converts the adapter `adapter` to the format `to` and writes it to the new file `out`.
+
+    Args:
+        adapter: a file, a folder or hub:OWNER/NAME, as `find_adapter_file` takes it.
+        to: one of the formats.
+        out: the new file.
+        adapter_alpha: of a source that does not state its own.
 
     Raises:
         ConfigError: `to` is unknown, or `out` exists, is no .safetensors name or has no possible folder.
@@ -47,7 +55,7 @@ def main(adapter: Path, to: str, out: Path) -> ExportSummary:
     if out.exists():
         raise ConfigError(f"out={out} exists, and an export never overwrites: choose another name or remove it.")
 
-    source = load_adapter(adapter)
+    source = load_adapter(adapter, adapter_alpha)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,4 +71,5 @@ def main(adapter: Path, to: str, out: Path) -> ExportSummary:
         trained_rank=source.metadata["rank"],
         rank=",".join(map(str, ranks)),
         alpha=",".join(f"{alpha:g}" for alpha in alphas),
+        source_note=f"{source}, {source.alpha_note}",
     )

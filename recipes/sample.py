@@ -12,10 +12,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from mochi_tune.adapters.lora import linear_shapes, switch_adapters
+from mochi_tune.adapters.lora import all_linear_shapes, switch_adapters
 from mochi_tune.config.load import RunConfig, weights_folder
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import file_sha256, make_writable_folder
+from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, TextEncoder
@@ -88,7 +88,7 @@ def main(config: RunConfig) -> Iterator[Path]:
         compiles = device.type == "cuda" and pays_to_compile(mine, len(plan.variants))
     setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, compiles)
     usage = Usage(device, write_line)
-    write_line("; ".join(f"adapter {a.path} x {a.strength}" for a in plan.adapters) or "no adapter: the base")
+    write_line("; ".join(map(str, plan.adapters)) or "no adapter: the base")
     if mesh is not None:
         write_line(f"{num_processes} processes: {plan.layout}")
 
@@ -129,7 +129,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
             check_tiles(config.memory.tiles, request.height, request.width)
     weights.check(["text_encoder", "dit", "decoder"])
     identity, skeleton = weights.base_identity(), weights.dit_skeleton()
-    adapters = load_render_adapters(config.sample, Path(config.run_dir), linear_shapes(skeleton), identity)
+    adapters = load_render_adapters(config.sample, Path(config.run_dir), all_linear_shapes(skeleton), identity)
     tokens = max(map(num_tokens, requests))
     parallel = config.parallel
     asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
@@ -143,7 +143,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     is_adapted = any(adapter.strength for adapter in adapters)
     variants = (["base"] if config.sample.compare or not is_adapted else []) + (["adapted"] if is_adapted else [])
     common = {
-        "adapters": [{"file": str(a.path), "sha256": file_sha256(a.path), "strength": a.strength} for a in adapters],
+        "adapters": [adapter.record() for adapter in adapters],
         "side_by_side": variants,
         "model": config.model.name,
         "base_fingerprint": identity,

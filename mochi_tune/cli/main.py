@@ -30,6 +30,7 @@ from mochi_tune.cli.options import (
     VERIFY_OPTIONS,
     load,
     plain_options,
+    positive_number,
     whole_number,
 )
 from mochi_tune.cli.plan import run_plan
@@ -239,7 +240,10 @@ def run_export(arguments: list[str]) -> int:
         return 0
     from mochi_tune.recipes.export import main as export
 
-    print(export(Path(options["adapter"]), options["to"], Path(options["out"])))
+    alpha = positive_number("adapter_alpha", options["adapter_alpha"]) if options["adapter_alpha"] else None
+    summary = export(options["adapter"], options["to"], Path(options["out"]), adapter_alpha=alpha)
+    print(summary.source_note, file=sys.stderr)
+    print(summary)
     return 0
 
 

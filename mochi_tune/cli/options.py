@@ -1,5 +1,6 @@
 """The help of the command line, and the settings of the verbs that have no configuration file."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,10 @@ conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --hel
 """
 
 EXPORT_OPTIONS = {
-    "adapter": (None, "file to convert, in any of the formats"),
+    "adapter": (None, "file, folder or hub:OWNER/NAME[/FILE][@REVISION] to convert, in any of the formats"),
     "to": (None, "official (attention layers only), diffusers, comfyui, or native (as `train` writes it)"),
     "out": (None, "new .safetensors file"),
+    "adapter_alpha": ("", "alpha of an adapter that does not state its own; else it is taken to be the rank"),
 }
 REPLAY_OPTIONS = {
     "bundle": (None, "folder that `train` wrote when it refused a step; `bundle=` may be left out"),
@@ -99,6 +101,21 @@ def whole_number(key: str, text: str, lowest: int) -> int:
     if not text.isdecimal() or int(text) < lowest:
         raise ConfigError(f"{key}={text} does not fit: it takes a whole number of at least {lowest}.")
     return int(text)
+
+
+def positive_number(key: str, text: str) -> float:
+    """Reads a number above 0.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{key}={text} does not fit: it takes a number above 0.")
+    return value
 
 
 def plain_options(

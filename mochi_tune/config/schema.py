@@ -152,7 +152,7 @@ class LoraConfig(Section):
         False, "true: trains the length of each row too (DoRA); slower, and for mochi-tune and diffusers only"
     )
     init_from: FileName | None = setting(
-        None, "adapter file to start from, in any format, of the same layers and of no higher rank"
+        None, "adapter to start from, as sample.adapter names one, of the same layers and of no higher rank"
     )
 
 
@@ -288,7 +288,12 @@ class SampleConfig(Section):
         None, "base: renders without and with the adapter, side by side in one video"
     )
     adapter: FileText | list[FileText] | None = setting(
-        None, "file, or [file, file]; null: the run's adapter.safetensors, if there is one"
+        None,
+        "file, folder or hub:OWNER/NAME[/FILE][@REVISION], or a list of such; null: the run's adapter.safetensors, "
+        "if there is one",
+    )
+    adapter_alpha: Positive | list[Positive] | None = setting(
+        None, "alpha of an adapter that does not state its own, or [x, y] for several; null: taken to be its rank"
     )
     adapter_strength: Number | list[Number] = setting(
         1.0, "factor on the adapter; 0 is exactly the base; [x, y] for several adapters"

@@ -78,17 +78,18 @@ def prepare_dit(
 
     def prepare_block(dit: AsymmDiT, block: nn.Module) -> None:
         assert isinstance(block, AsymmetricJointBlock)
+        prefix = f"blocks.{list(dit.blocks).index(block)}."
+        # An adapter goes onto a Linear: before a modulation's weights leave for host memory, and as peft wraps 8 bits.
+        _apply_adapters(dit, adapters, lambda layer: layer.startswith(f"{prefix}mod_"))
         apply_host_modulation(block)
         if residency in PRECISIONS:
             apply_quantization(block, residency)
-        prefix = f"blocks.{list(dit.blocks).index(block)}."
-        for name, (layers, strength) in adapters.items():
-            if own := {layer: change for layer, change in layers.items() if layer.startswith(prefix)}:
-                apply_adapter(dit, own, name, strength)
+        _apply_adapters(dit, adapters, lambda layer: layer.startswith((f"{prefix}attn.", f"{prefix}mlp_")))
         if residency == "shard" and mesh is not None:
             apply_sharding(block, mesh.video_mesh)
 
     dit = load("cpu" if residency == "offload" else device, setup.dtype, each_block=prepare_block)
+    _apply_adapters(dit, adapters, lambda layer: not layer.startswith("blocks."))
     if residency == "offload":
         apply_block_offload(dit, device)
     if mesh is not None and mesh.layout.context > 1:
@@ -96,6 +97,15 @@ def prepare_dit(
     if setup.is_compiled:
         apply_compilation(dit, tqdm.write)
     return dit
+
+
+def _apply_adapters(
+    dit: AsymmDiT, adapters: Mapping[str, tuple[dict[str, LoraLayer], float]], is_wanted: Callable[[str], bool]
+) -> None:
+    """Applies the layers of each adapter whose names are wanted."""
+    for name, (layers, strength) in adapters.items():
+        if wanted := {layer: change for layer, change in layers.items() if is_wanted(layer)}:
+            apply_adapter(dit, wanted, name, strength)
 
 
 def choose_guide(setup: Setup) -> Guide:
