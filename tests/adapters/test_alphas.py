@@ -119,7 +119,7 @@ TENSOR = {f"{NAME}.alpha": torch.tensor(8.0)}
         ({}, {}, PEFT | {"use_dora": True}, "says use_dora=True, and the file lacks magnitudes"),
         ({}, {}, PEFT | {"peft_type": "LOHA"}, "says peft_type='LOHA', and only LORA"),
         ({}, {}, PEFT | {"use_qalora": True}, "sets use_qalora"),
-        ({}, {}, PEFT | {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4, which changes the base"),
+        ({}, {}, PEFT | {"init_lora_weights": "pissa_niter_4"}, "=pissa_niter_4, which changes the base"),
         ({}, {}, PEFT | {"lora_alpha": None}, r"no usable alpha .* in adapter_config\.json"),
         ({}, {}, {"lora_params": {"lora_rank": 8, "lora_alpha": 8}}, r"rank 4, and lora_config\.json .* says 8"),
         ({}, {}, {"lora_params": []}, "no `lora_params`"),
