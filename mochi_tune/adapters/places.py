@@ -14,19 +14,20 @@ _NAMES = ("adapter_model", "pytorch_lora_weights", "adapter", "averaged")
 _HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([\w./-]+))?")
 
 
-def find_adapter_file(name: Path | str) -> Path:
+def find_adapter_file(name: Path | str, endpoint: str | None = None) -> Path:
     """Returns the file that an adapter's name stands for.
 
     Args:
         name: a file; a folder, in which it has a usual name or is the only .safetensors; or
             hub:OWNER/NAME[/FILE or FOLDER][@REVISION], which is fetched into the hub's cache, with the configs beside
             it and nothing else. Where the hub is not reached, what the cache has is taken.
+        endpoint: address of the hub; huggingface_hub's default where it is None.
 
     Raises:
         CheckpointError: a folder has no adapter or several, or the hub has no such file or is not reached.
     """
     if str(name).startswith(HUB):
-        return _fetch(str(name))
+        return _fetch(str(name), endpoint)
     path = Path(name)
     if not path.is_dir():
         return path
@@ -45,9 +46,9 @@ def _choose(where: str, files: Iterable[str]) -> str:
     raise CheckpointError(f"{where} has several adapters, {some(chosen)}: name the file.")
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, endpoint: str | None) -> Path:
     """Returns an adapter of the hub in its cache, fetched where it is not there."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi
 
     # The base error of whichever HTTP library the installed version uses.
     from huggingface_hub.errors import (
@@ -66,12 +67,13 @@ def _fetch(name: str) -> Path:
             f"adapter {name} is no name of the hub: write hub:OWNER/NAME, /FILE and @REVISION as needed."
         )
     repo, inner, revision = match[1], match[2] or "", match[3] or "main"
+    api = HfApi(endpoint=endpoint)
     try:
-        listed = HfApi().list_repo_files(repo, revision=revision)
+        listed = [entry.rfilename for entry in api.model_info(repo, revision=revision).siblings or []]
         file = _file_in_repo(name, inner, listed)
         folder = Path(file).parent
         configs = [(folder / config).as_posix() for config in (PEFT_CONFIG, FASTVIDEO_CONFIG)]
-        paths = [hf_hub_download(repo, each, revision=revision) for each in [file, *(set(configs) & set(listed))]]
+        paths = [api.hf_hub_download(repo, each, revision=revision) for each in [file, *(set(configs) & set(listed))]]
     except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
             f"adapter {name}: the hub has no such repository, revision or file that you may read ({_one_line(error)}): "
@@ -79,7 +81,7 @@ def _fetch(name: str) -> Path:
         ) from None
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         try:
-            cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            cached = Path(api.snapshot_download(repo, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, OSError):
             raise CheckpointError(
                 f"adapter {name}: the hub is not reached ({_one_line(error)}) and its cache has no such repository: "
