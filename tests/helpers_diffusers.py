@@ -1,4 +1,8 @@
-"""The golden model as diffusers', and its output on the golden inputs."""
+"""The golden model as diffusers', its output on the golden inputs, and a watch for what diffusers and peft warn of."""
+
+import logging
+import warnings
+from contextlib import contextmanager
 
 import torch
 from helpers_adapters import CONFIG, GOLDEN, adapted64, build_dit
@@ -30,3 +34,28 @@ def run_diffusers(model):
 def merged(weights, adapter):
     layers = {f"{name}.weight": layer for name, layer in adapter.layers.items()}
     return {key: adapted64(w, layers[key]).float() if key in layers else w for key, w in weights.items()}
+
+
+class Recorder(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def nothing_may_be_warned():
+    recorder = Recorder()
+    loggers = [logging.getLogger(name) for name in ("", "diffusers", "peft")]
+    for logger in loggers:
+        logger.addHandler(recorder)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(recorder)
+    assert recorder.messages + [str(warning.message) for warning in caught] == []

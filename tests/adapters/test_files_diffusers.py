@@ -1,7 +1,3 @@
-import logging
-import warnings
-from contextlib import contextmanager
-
 import pytest
 import torch
 from helpers_adapters import (
@@ -16,36 +12,11 @@ from helpers_adapters import (
     with_magnitudes,
     write,
 )
-from helpers_diffusers import diffusers_model, merged, run_diffusers
+from helpers_diffusers import diffusers_model, merged, nothing_may_be_warned, run_diffusers
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import delta_weight, load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError
-
-
-class Recorder(logging.Handler):
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-@contextmanager
-def nothing_may_be_warned():
-    recorder = Recorder()
-    loggers = [logging.getLogger(name) for name in ("", "diffusers", "peft")]
-    for logger in loggers:
-        logger.addHandler(recorder)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(recorder)
-    assert recorder.messages + [str(warning.message) for warning in caught] == []
 
 
 def num_adapted(model):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from helpers_adapters import base_weights, build_dit
-from helpers_diffusers import diffusers_model, merged, run_diffusers
+from helpers_diffusers import diffusers_model, merged, nothing_may_be_warned, run_diffusers
 from safetensors.torch import load_file
 
-from mochi_tune.adapters.files import load_adapter
+from mochi_tune.adapters.files import load_adapter, save_adapter
 from mochi_tune.adapters.lora import all_linear_shapes
 
 # As trainers name them. peft takes them for the ends of names, so that to_q is also the pooler's.
@@ -112,3 +112,16 @@ def test_the_parameters_of_a_live_model_have_the_adapters_name_in_them(tmp_path)
     actual = run_diffusers(diffusers_model(merged(base_weights(), adapter)))
     assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert len(load_file(tmp_path / "a.safetensors")) == len(tensors)
+
+
+def test_diffusers_loads_an_export_of_every_layer(tmp_path):
+    """Also after a way through the native file, which knows the last block by the number of blocks alone."""
+    model = adapted_model(target_modules=EVERY, r=4, lora_alpha=6)
+    save_diffusers(model, tmp_path)
+    save_adapter(tmp_path / "native.safetensors", load_adapter(tmp_path / "pytorch_lora_weights.safetensors"))
+    save_adapter(tmp_path / "again.safetensors", load_adapter(tmp_path / "native.safetensors"), "diffusers")
+    fresh = diffusers_model(base_weights())
+    with nothing_may_be_warned():
+        fresh.load_lora_adapter(str(tmp_path / "again.safetensors"), use_safetensors=True)
+    expected = run_diffusers(model)
+    assert (run_diffusers(fresh) - expected).abs().max() <= 2e-5 * expected.abs().max()
