@@ -12,7 +12,6 @@ fastvideo/utils/checkpoint.py (save_lora_checkpoint); huggingface/diffusers@0.42
 """
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -133,8 +132,7 @@ def _from_metadata(modules: Modules, ranks: dict[str, int], metadata: Mapping[st
         config = {key.removeprefix("transformer."): value for key, value in config.items()}
         statements.append(Statement(where, alphas_by_peft(where, modules, config)))
     for alpha_key, rank_key in _SINGLE_ALPHAS:
-        # kohya's tools write None and Dynamic where there is no one number.
-        alpha, rank = _number(metadata.get(alpha_key)), _number(metadata.get(rank_key))
+        alpha, rank = _number(metadata, alpha_key), _number(metadata, rank_key)
         _check_rank(f"its metadata `{rank_key}`", ranks, rank)
         if alpha is not None:
             statements.append(Statement(f"its metadata `{alpha_key}`", dict.fromkeys(ranks, alpha)))
@@ -191,9 +189,16 @@ def _lacks(lacking: list[str], num_expected: int) -> str:
     return f"incomplete, it lacks {len(lacking)} of {num_expected} layers, {some(lacking)}: fetch the file again."
 
 
-def _number(text: str | None) -> float | None:
-    """Returns the number that a metadata's text is, or None."""
-    return float(text) if text is not None and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text) else None
+def _number(metadata: Mapping[str, str], key: str) -> float | None:
+    """Returns the number that a text of the metadata is; None where there is none."""
+    text = metadata.get(key)
+    # kohya's tools write these where there is no one number.
+    if text in (None, "", "None", "Dynamic"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise CheckpointError(f"its metadata `{key}` is no number but {text!r:.20}: fetch the file again.") from None
 
 
 def _json(metadata: Mapping[str, str], key: str) -> dict:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from mochi_tune.adapters.alphas import ALPHA_KEYS, ASSUMED, is_split
+from mochi_tune.adapters.alphas import ALPHA_KEYS, ASSUMED, is_ours, is_split
 from mochi_tune.adapters.layers import (
     LAST_MOD_Y,
     TEXT_UPDATE_KINDS,
@@ -102,7 +102,7 @@ class Adapter:
         alpha = f"alpha {self.metadata['alpha']} by {self.alpha_source}"
         if self.alpha_source != ASSUMED:
             return alpha
-        return f"alpha is {ASSUMED}: set adapter_alpha=N if it was trained with another one"
+        return f"alpha is {ASSUMED}: adapter_alpha=N of `sample` and `export` sets another one"
 
 
 def check_format(to: str) -> None:
@@ -158,7 +158,9 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
     """
     path = find_adapter_file(path)
     trained, metadata, source = read_layers(path, alpha)
-    carried = {key: value for key, value in metadata.items() if key not in _LAYOUT_METADATA}
+    # What other programs say of a rank and an alpha need not be those of the layers.
+    foreign = () if is_ours(metadata) else ("rank", "alpha", "targets")
+    carried = {key: value for key, value in metadata.items() if key not in (*_LAYOUT_METADATA, *foreign)}
     try:
         layers = fuse_layers(trained) if is_split(trained) else trained
         carried |= _depth_by_names(trained, metadata)

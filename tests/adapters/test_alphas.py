@@ -30,6 +30,7 @@ def alpha_of(path, **more):
     expected = layer.alpha / RANK * (b.double() @ a.double())
     assert (delta64(layer) - expected).abs().max() <= 1e-12 * expected.abs().max()
     assert f"alpha {layer.alpha:g} " in adapter.alpha_note or adapter.alpha_source == ASSUMED
+    assert adapter.metadata["alpha"] == f"{layer.alpha:g}" and adapter.metadata["rank"] == str(RANK)
     return layer.alpha, adapter.alpha_source
 
 
@@ -40,6 +41,7 @@ def alpha_of(path, **more):
          "its metadata `lora_adapter_metadata`"),
         ({"ss_network_alpha": "8.0", "ss_network_dim": "4"}, 8, "its metadata `ss_network_alpha`"),
         ({"ss_network_alpha": "8"}, 8, "its metadata `ss_network_alpha`"),
+        ({"ss_network_alpha": "11.313708498984761"}, 11.313708498984761, "its metadata `ss_network_alpha`"),
         ({"lora_alpha": "12"}, 12, "its metadata `lora_alpha`"),
         ({"network_alpha": "12", "network_dim": "4"}, 12, "its metadata `network_alpha`"),
         ({"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, RANK, ASSUMED),
@@ -100,7 +102,7 @@ def test_the_config_beside_it(tmp_path, file, config, alpha):
 def test_nothing_states_it(tmp_path):
     path = write(tmp_path / "a.safetensors", halves())
     assert alpha_of(path) == (RANK, ASSUMED)
-    assert load_adapter(path).alpha_note.endswith("set adapter_alpha=N if it was trained with another one")
+    assert load_adapter(path).alpha_note.endswith("adapter_alpha=N of `sample` and `export` sets another one")
     assert alpha_of(path, alpha=8.0) == (8, "adapter_alpha=8")
 
 
@@ -113,6 +115,8 @@ TENSOR = {f"{NAME}.alpha": torch.tensor(8.0)}
         (TENSOR, {"lora_alpha": "4"}, None, r"\.alpha tensors and .*`lora_alpha` differ, alpha is 8 and 4"),
         (TENSOR, {}, PEFT, r"\.alpha tensors and adapter_config\.json beside it differ, alpha is 8 and 32"),
         ({}, {"ss_network_alpha": "8", "lora_alpha": "4"}, None, "differ, alpha is 8 and 4"),
+        ({}, {"lora_alpha": "much"}, None, "`lora_alpha` is no number but 'much'"),
+        ({}, {"ss_network_alpha": "nan"}, None, "no usable alpha .* in its metadata `ss_network_alpha`"),
         ({}, {"ss_network_dim": "16"}, None, "rank 4, and its metadata `ss_network_dim` says 16"),
         ({}, {"lora_adapter_metadata": '{"transformer.r": 8, "transformer.lora_alpha": 8}'}, None, "rank 4.* says 8"),
         ({}, {}, PEFT | {"r": 8}, r"rank 4, and adapter_config\.json beside it says 8"),

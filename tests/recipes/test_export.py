@@ -93,7 +93,9 @@ def test_the_command_names_a_folder_and_tells_where_alpha_was_found(tmp_path, ca
     save_file(tensors, tmp_path / "bare" / "pytorch_lora_weights.safetensors")
     command = [f"adapter={tmp_path / 'bare'}", "to=native"]
     assert run_export([*command, f"out={tmp_path / 'a.safetensors'}"]) == 0
-    assert "alpha is assumed to be the rank, as nothing states it: set adapter_alpha=N" in capsys.readouterr().err
+    assert (
+        "alpha is assumed to be the rank, as nothing states it: adapter_alpha=N of `sample`" in capsys.readouterr().err
+    )
     assert run_export([*command, f"out={tmp_path / 'b.safetensors'}", "adapter_alpha=6"]) == 0
     told = capsys.readouterr()
     assert "alpha 6 by adapter_alpha=6" in told.err and "rank 2, alpha 6" in told.out

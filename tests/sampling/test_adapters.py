@@ -128,7 +128,7 @@ def test_a_folder_is_named_and_what_was_assumed_is_told(tmp_path, capsys):
     assert "x 1.0, alpha 8 by adapter_config.json beside it" in capsys.readouterr().err
     weak, [record] = sample(tmp_path, f"sample.adapter={bare}")
     assert (record["alpha"], record["alpha_source"]) == ("2", ASSUMED)
-    assert f"alpha is {ASSUMED}: set adapter_alpha=N" in capsys.readouterr().err
+    assert f"alpha is {ASSUMED}: adapter_alpha=N of `sample`" in capsys.readouterr().err
     given, [record] = sample(tmp_path, f"sample.adapter={bare}", "sample.adapter_alpha=8")
     assert (record["alpha"], record["alpha_source"]) == ("8", "adapter_alpha=8")
     assert torch.equal(given, right)
