@@ -73,7 +73,9 @@ def _fetch(name: str, endpoint: str | None) -> Path:
         file = _file_in_repo(name, inner, listed)
         folder = Path(file).parent
         configs = [(folder / config).as_posix() for config in (PEFT_CONFIG, FASTVIDEO_CONFIG)]
-        paths = [api.hf_hub_download(repo, each, revision=revision) for each in [file, *(set(configs) & set(listed))]]
+        # The adapter comes last: where the cache has it, it has what states its alpha, too.
+        wanted = [*(config for config in configs if config in listed), file]
+        paths = [api.hf_hub_download(repo, each, revision=revision) for each in wanted]
     except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
             f"adapter {name}: the hub has no such repository, revision or file that you may read ({_one_line(error)}): "
@@ -91,7 +93,7 @@ def _fetch(name: str, endpoint: str | None) -> Path:
         return cached / _file_in_repo(name, inner, listed)
     if len({Path(path).parent for path in paths}) > 1:
         raise CheckpointError(f"adapter {name} was changed on the hub while it was fetched: run the command again.")
-    return Path(paths[0])
+    return Path(paths[-1])
 
 
 def _file_in_repo(name: str, inner: str, listed: list[str]) -> str:

@@ -106,9 +106,9 @@ def refused(name, hub=None):
     ("name", "files", "alpha"),
     [
         ("someone/one", ["pytorch_lora_weights.safetensors"], 2),
-        ("someone/peft", ["adapter_model.safetensors", "adapter_config.json"], 6),
+        ("someone/peft", ["adapter_config.json", "adapter_model.safetensors"], 6),
         ("someone/many/step_200.safetensors", ["step_200.safetensors"], 2),
-        ("someone/many/peft", ["peft/adapter_model.safetensors", "peft/adapter_config.json"], 6),
+        ("someone/many/peft", ["peft/adapter_config.json", "peft/adapter_model.safetensors"], 6),
         ("someone/many/step_100.safetensors@v1", ["step_100.safetensors"], 2),
         (f"someone/one@{COMMIT}", ["pytorch_lora_weights.safetensors"], 2),
     ],
