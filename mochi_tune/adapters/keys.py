@@ -6,7 +6,7 @@
 | diffusers, FastVideo        | transformer.transformer_blocks.0.attn1.to_q.lora_A.weight              |
 | peft                        | base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight         |
 | peft, of a live model       | transformer_blocks.0.attn1.to_q.lora_A.default.weight                  |
-| ComfyUI, diffusion-pipe     | diffusion_model.blocks.0.attn.qkv_x.lora_A.weight                      |
+| ComfyUI                     | diffusion_model.blocks.0.attn.qkv_x.lora_A.weight                      |
 | kohya's and ComfyUI's tools | lora_unet_blocks_0_attn_qkv_x.lora_down.weight                         |
 
 Source: Comfy-Org/ComfyUI@a125cd8 comfy/lora.py (model_lora_keys_unet) and comfy/weight_adapter; the prefixes

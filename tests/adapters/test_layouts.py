@@ -56,7 +56,7 @@ def kohya(name, part):
 OFFICIAL_KEYS = {
     "comfyui": lambda name, part: f"diffusion_model.{name}.{part}",
     "bare": lambda name, part: f"{name}.{part}",
-    "diffusion_pipe": lambda name, part: f"base_model.model.{name}.{part}",
+    "peft": lambda name, part: f"base_model.model.{name}.{part}",
     "kohya": kohya,
     "down_up": lambda name, part: f"{name}.{part.replace('lora_A', 'lora_down').replace('lora_B', 'lora_up')}",
 }
