@@ -261,15 +261,30 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 def save_tensors(
     path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None, durable: bool = False
 ) -> None:
-    """Writes a safetensors file as `write_atomic` does.
+    """Writes a safetensors file as `write_atomic` does; the same tensors and metadata make the same bytes.
 
     Raises:
         OSError: the disk is full, or refuses.
     """
     from safetensors.torch import save
 
+    content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata)
     # Written by Python, whose error names the disk's reason, and not by the library.
-    write_atomic(path, save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata), durable)
+    write_atomic(path, _with_sorted_metadata(content) if metadata else content, durable)
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """Returns a safetensors file whose metadata is in order; the library writes it in another order in each process.
+
+    The header is JSON, after its length in 8 bytes, and ends in spaces so that the tensors start at a multiple of 8.
+    Source: huggingface/safetensors@0.8 README.md (Format), safetensors/src/tensor.rs (prepare).
+    """
+    start = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:start])
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(content)[start:]])
 
 
 def stream_tensors(

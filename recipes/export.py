@@ -24,6 +24,7 @@ class ExportSummary:
         alpha: in the new file.
         dtype: "fp32", "bf16" or "fp16".
         error: what the rounding to the dtype changed, see `rounding_error`.
+        source_note: the source, its alpha, and where that was found.
     """
 
     file: Path
@@ -32,6 +33,7 @@ class ExportSummary:
     trained_rank: str
     rank: str
     alpha: str
+    source_note: str
     dtype: str = "fp32"
     error: float = 0.0
 
@@ -44,16 +46,22 @@ class ExportSummary:
 
 
 def main(
-    adapter: Path, to: str, out: Path, dtype: str = "fp32", about: Mapping[str, str] | None = None
+    adapter: Path | str,
+    to: str,
+    out: Path,
+    dtype: str = "fp32",
+    about: Mapping[str, str] | None = None,
+    adapter_alpha: float | None = None,
 ) -> ExportSummary:
     """Converts the adapter file `adapter` to the format `to` and writes it to the new file `out`.
 
     Args:
-        adapter: in any format.
+        adapter: a file, a folder or hub:OWNER/NAME, as `find_adapter_file` takes it.
         to: one of `adapters.files.FORMATS`.
         out: the new file, *.safetensors.
         dtype: of its tensors: "fp32", "bf16" or "fp16".
         about: ModelSpec's "title", "author", "license" and "trigger_phrase", in place of those that the adapter states.
+        adapter_alpha: of a source that does not state its own.
 
     Raises:
         ConfigError: `to` or `dtype` is unknown, or `out` exists, is no .safetensors name or has no possible folder.
@@ -66,7 +74,7 @@ def main(
         raise ConfigError(f"out={out} must end in .safetensors: use {out.stem or 'adapter'}.safetensors.")
     if out.exists():
         raise ConfigError(f"out={out} exists, and an export never overwrites: choose another name or remove it.")
-    source = read_source(adapter, about or {})
+    source = read_source(adapter, about or {}, adapter_alpha)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,7 +92,7 @@ def check_dtype(dtype: str) -> None:
         raise ConfigError(f"dtype={dtype} is not possible: use {', '.join(DTYPES)}.")
 
 
-def read_source(adapter: Path, about: Mapping[str, str]) -> Adapter:
+def read_source(adapter: Path | str, about: Mapping[str, str], adapter_alpha: float | None = None) -> Adapter:
     """Loads an adapter and adds what is said about it; the date is that of its run, where that is known.
 
     Args:
@@ -94,10 +102,11 @@ def read_source(adapter: Path, about: Mapping[str, str]) -> Adapter:
     Raises:
         CheckpointError: the adapter cannot be read.
     """
-    source = load_adapter(adapter)
-    run_dir = find_run_dir(adapter)
+    source = load_adapter(adapter, adapter_alpha)
+    assert source.path is not None, "it was loaded from a file"
+    run_dir = find_run_dir(source.path)
     date = run_date(run_dir) if run_dir else ""
-    defaults = {"title": source.metadata.get("name") or adapter.stem, "date": date}
+    defaults = {"title": source.metadata.get("name") or source.path.stem, "date": date}
     for facts, is_default in ((defaults, True), (about, False)):
         for key, value in facts.items():
             if value and not (is_default and source.metadata.get(f"modelspec.{key}")):
@@ -121,6 +130,7 @@ def write(source: Adapter, to: str, out: Path, dtype: str) -> ExportSummary:
         trained_rank=source.metadata["rank"],
         rank=",".join(map(str, ranks)),
         alpha=",".join(f"{alpha:g}" for alpha in alphas),
+        source_note=f"{source}, {source.alpha_note}",
         dtype=dtype,
         error=rounding_error(layers, DTYPES[dtype]),
     )

@@ -31,6 +31,7 @@ class Publication:
         dtype: of the files: "fp32", "bf16" or "fp16".
         repo: owner/name on the hub; "" where none is known yet.
         about: ModelSpec's "title", "author", "license" and "trigger_phrase", in place of what the adapter states.
+        adapter_alpha: of an adapter that does not state its own.
     """
 
     adapter: Path
@@ -38,6 +39,7 @@ class Publication:
     dtype: str = "fp32"
     repo: str = ""
     about: Mapping[str, str] = field(default_factory=dict)
+    adapter_alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
         raise ConfigError(
             f"out={out} exists, and an export never overwrites: choose another name or remove it.{upload}"
         )
-    source = read_source(publication.adapter, publication.about)
+    source = read_source(publication.adapter, publication.about, publication.adapter_alpha)
     run_dir, step = find_run_dir(publication.adapter), source.metadata.get("step", "")
     records = read_run(run_dir, publication.adapter, int(step)) if run_dir and step.isdecimal() else None
     # It takes its name when it is complete.

@@ -12,11 +12,11 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from mochi_tune.adapters.lora import linear_shapes, switch_adapters
+from mochi_tune.adapters.lora import all_linear_shapes, switch_adapters
 from mochi_tune.adapters.scaling import AdapterScaling
 from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import file_sha256, make_writable_folder
+from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
@@ -116,7 +116,7 @@ def main(config: RunConfig) -> Iterator[Path]:
         compiles = device.type == "cuda" and pays_to_compile(mine, len(plan.variants))
     setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, compiles)
     usage = Usage(device, write_line)
-    write_line("; ".join(map(describe_adapter, plan.adapters)) or "no adapter: the base")
+    write_line("; ".join(map(str, plan.adapters)) or "no adapter: the base")
     if mesh is not None:
         write_line(f"{num_processes} processes: {plan.layout}")
 
@@ -162,7 +162,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     start_sums = check_starts(starts, config.data)
     weights.check(["text_encoder", "dit", "decoder", *(["encoder"] if starts else [])])
     identity, skeleton = weights.base_identity(), weights.dit_skeleton()
-    adapters = load_render_adapters(config.sample, Path(config.run_dir), linear_shapes(skeleton), identity)
+    adapters = load_render_adapters(config.sample, Path(config.run_dir), all_linear_shapes(skeleton), identity)
     check_schedules((a.schedule for a in adapters), (request.settings for request in requests))
     tokens = max(map(num_tokens, requests))
     parallel = config.parallel
@@ -177,9 +177,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     is_adapted = any(adapter.strength for adapter in adapters)
     variants = (["base"] if config.sample.compare or not is_adapted else []) + (["adapted"] if is_adapted else [])
     common = {
-        "adapters": [
-            {"file": str(a.path), "sha256": file_sha256(a.path), "strength": a.strength, **a.further} for a in adapters
-        ],
+        "adapters": [adapter.record() for adapter in adapters],
         "side_by_side": variants,
         "model": config.model.name,
         "base_fingerprint": identity,
@@ -333,12 +331,6 @@ def render(
     del dit
     free_memory()
     return finished
-
-
-def describe_adapter(adapter: RenderAdapter) -> str:
-    """Returns what the first line of `sample` says of an adapter."""
-    further = "".join(f", {name.replace('_', ' ')} {values}" for name, values in adapter.further.items())
-    return f"adapter {adapter.path} x {adapter.strength}{further}"
 
 
 def describe_start(request: Request, plan: RenderPlan, encoded: dict[Start, Encoded]) -> dict[str, Any]:

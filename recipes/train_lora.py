@@ -70,6 +70,8 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     apply_lora(dit, plan.layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if plan.start_adapter is not None and run.is_new:
         load_start_adapter(dit, plan.start_adapter.layers)
+        if accelerator.is_main_process:
+            tqdm.write(f"starts from {plan.start_adapter}, {plan.start_adapter.alpha_note}")
     parameters = lora_parameters(dit)
 
     # Parallelism and memory.

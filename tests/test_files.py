@@ -1,8 +1,14 @@
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mochi_tune.files import find_lone_surrogate, read_text, stream_tensors
+from mochi_tune.files import find_lone_surrogate, load_tensors, read_text, save_tensors, stream_tensors
 
 
 @pytest.mark.parametrize(
@@ -62,3 +68,39 @@ def test_a_stream_that_breaks_off_leaves_no_file(tmp_path):
     with pytest.raises(OSError):
         stream_tensors(tmp_path / "x.safetensors", LAYOUT, broken())
     assert list(tmp_path.iterdir()) == []
+
+
+SAVE = """
+import sys, torch
+from pathlib import Path
+from mochi_tune.files import save_tensors
+dtypes = (torch.float32, torch.bfloat16, torch.uint8)
+tensors = {f"t{i}": torch.arange(i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)}
+metadata = {f"key {i}": 'ü "\\\\n\\n\\x01' * i for i in range(20)}
+save_tensors(Path(sys.argv[1]), tensors, metadata)
+"""
+
+
+def test_the_same_tensors_and_metadata_are_the_same_file_in_every_process(tmp_path):
+    # Rust draws the order of a map anew in each process, Python that of a set by this seed.
+    runs = [
+        subprocess.Popen([sys.executable, "-c", SAVE, tmp_path / seed], env=os.environ | {"PYTHONHASHSEED": seed})
+        for seed in ("0", "1", "2")
+    ]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    contents = [(tmp_path / seed).read_bytes() for seed in ("0", "1", "2")]
+    assert contents[0] == contents[1] == contents[2]
+    with safe_open(tmp_path / "0", "pt") as file:
+        assert file.metadata() == {f"key {i}": 'ü "\\n\n\x01' * i for i in range(20)}
+        assert list(file.metadata()) and file.get_tensor("t1").tolist() == [0, 1]
+    num_bytes = int.from_bytes(contents[0][:8], "little")
+    assert num_bytes % 8 == 0, "tensors start at a multiple of 8, as the format asks"
+    header = json.loads(contents[0][8 : 8 + num_bytes])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
+def test_a_file_without_metadata_has_none(tmp_path):
+    save_tensors(tmp_path / "a", {"a": torch.zeros(3)})
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() is None and file.keys() == ["a"]
+    assert load_tensors(tmp_path / "a")["a"].tolist() == [0, 0, 0]

@@ -1,53 +1,166 @@
-"""Reads the alpha of each layer of an adapter file, from the metadata or the tensors of its layout."""
+"""Reads the alpha of each layer of an adapter file: from its tensors, its metadata, or the config beside it.
+
+Every place that states alphas is read, and all must agree. In this order:
+
+1. `.alpha` tensors: kohya's tools, ComfyUI, `train`.
+2. The file's metadata: `alphas` (`train`), `kwargs` (the reference), `lora_adapter_metadata` (diffusers),
+   `ss_network_alpha` (kohya), or a plain `lora_alpha` or `network_alpha`.
+3. The config in its folder: `adapter_config.json` (peft), `lora_config.json` (FastVideo).
+
+Source: kohya-ss/sd-scripts@48d368f train_network.py (ss_network_dim, ss_network_alpha); hao-ai-lab/FastVideo@191d1be
+fastvideo/utils/checkpoint.py (save_lora_checkpoint); huggingface/diffusers@0.42.1 loaders/lora_base.py.
+"""
 
 import json
-import math
-import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from mochi_tune.adapters.layers import block_of, official_names, some
+from mochi_tune.adapters.layers import block_of, is_diffusers, official_names, some
+from mochi_tune.adapters.peft_config import alphas_by_peft
 from mochi_tune.errors import CheckpointError
 
+ASSUMED = "assumed to be the rank, as nothing states it"
+# Of the configs of peft and of FastVideo.
+PEFT_CONFIG, FASTVIDEO_CONFIG = "adapter_config.json", "lora_config.json"
+# Keys of metadata that state alphas or the ranks that they belong to. A conversion leaves them out.
+ALPHA_KEYS = ("alphas", "kwargs", "lora_adapter_metadata", "ss_network_alpha", "ss_network_dim", "lora_alpha",
+              "lora_rank", "network_alpha", "network_dim")  # fmt: skip
+_SINGLE_ALPHAS = (("ss_network_alpha", "ss_network_dim"), ("lora_alpha", "lora_rank"), ("network_alpha", "network_dim"))
+_BAKED = ("diffusers", "comfyui")
 _MAX_ALPHA = 1e6
-# peft takes any regular expression for a module's name; some of those would not end in a lifetime.
-_PLAIN_PATTERN = re.compile(r"\^?(\.\*)?[\w.\\]*\$?")
+# Of what is written as text, and of a number in fp32.
+_TOLERANCE = 1e-6
+
+Modules = Mapping[str, Mapping[str, Tensor]]
 
 
-def is_split(modules: dict) -> bool:
+class Statement(NamedTuple):
+    """What one place says: its name for messages, the alpha of each module, and how exactly it is written."""
+
+    where: str
+    alphas: dict[str, Any]
+    tolerance: float = _TOLERANCE
+
+
+def is_split(modules: Mapping[str, Any]) -> bool:
     """Whether modules have diffusers' names, with q, k and v apart."""
-    return next(iter(modules)).startswith("transformer_")
+    return is_diffusers(next(iter(modules)))
 
 
-def read_alphas(modules: dict[str, dict[str, Tensor]], metadata: dict[str, str]) -> dict[str, float]:
-    """Finds each module's alpha where its layout keeps it, in the metadata or a tensor; without any it is the rank.
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether this program wrote a file, which then is complete without what lies beside it."""
+    return metadata.get("created_by", "").startswith("mochi-tune ")
+
+
+def read_alphas(
+    modules: Modules, metadata: Mapping[str, str], configs: Mapping[str, dict[str, Any]], given: float | None = None
+) -> tuple[dict[str, float], str]:
+    """Finds each module's alpha, and says where.
 
     Args:
         modules: of each module of the file the tensors "lora_A", "lora_B" and, in some layouts, "alpha".
-        metadata: of the file. Only its ranks and alphas are read.
+        metadata: of the file.
+        configs: those beside the file, by file name.
+        given: by the user, for a file that does not state it.
+
+    Returns:
+        The alphas by module, and the places that state them.
 
     Raises:
-        CheckpointError: an alpha is missing or no number, the metadata names layers that the file lacks, or it is
-            damaged.
+        CheckpointError: two places differ, ranks are not as stated, an alpha is missing or no number, the metadata
+            names layers that the file lacks, or it is damaged.
     """
     ranks = {name: len(parts["lora_A"]) for name, parts in modules.items()}
-    # Values of a file's metadata, of any type until they are checked below.
-    alphas: dict[str, Any]
+    statements = [
+        statement
+        for read in (_from_tensors, _from_metadata, _from_configs)
+        for statement in read(modules, ranks, metadata, configs)
+    ]
+    if not statements and metadata.get("format") in _BAKED and is_ours(metadata):
+        statements = [Statement("this program's export, which has it in the weights", dict(ranks))]
+    for statement in statements:
+        if wrong := [name for name in modules if not _is_number(statement.alphas.get(name))]:
+            raise CheckpointError(
+                f"no usable alpha for {some(wrong)} in {statement.where}: it is damaged, fetch the file again."
+            )
+    if given is not None:
+        statements.append(Statement(f"adapter_alpha={given:g}", dict.fromkeys(ranks, given)))
+    if not statements:
+        return {name: float(rank) for name, rank in ranks.items()}, ASSUMED
+    _check_same(statements)
+    # The same numbers; where one place rounds them more, another one's are taken.
+    exact = min(statements, key=lambda statement: statement.tolerance)
+    return {name: float(exact.alphas[name]) for name in ranks}, " and ".join(each.where for each in statements)
+
+
+def _check_same(statements: list[Statement]) -> None:
+    first = statements[0]
+    for other in statements[1:]:
+        tolerance = max(first.tolerance, other.tolerance)
+        for name, alpha in first.alphas.items():
+            if name in other.alphas and abs(alpha - other.alphas[name]) > tolerance * abs(alpha):
+                raise CheckpointError(
+                    f"{first.where} and {other.where} differ, alpha is {alpha:g} and {other.alphas[name]:g} for "
+                    f"{name}: keep only what is right."
+                )
+
+
+def _from_tensors(modules: Modules, *_: object) -> list[Statement]:
+    own = {name: parts["alpha"] for name, parts in modules.items() if "alpha" in parts}
+    if not own:
+        return []
+    alphas = {name: alpha.item() if alpha.numel() == 1 else None for name, alpha in own.items()}
+    # Half a unit in the last place of the dtype; 16-bit numbers round an alpha such as 22.627.
+    rounding = max(torch.finfo(alpha.dtype).eps if alpha.is_floating_point() else 0.0 for alpha in own.values())
+    return [Statement("its .alpha tensors", alphas, max(rounding, 2 * _TOLERANCE))]
+
+
+def _from_metadata(modules: Modules, ranks: dict[str, int], metadata: Mapping[str, str], _: object) -> list[Statement]:
+    statements = []
     if metadata.get("format") == "mochi-tune":
         alphas = _json(metadata, "alphas")
         if lacking := sorted(alphas.keys() - modules.keys()):
             raise CheckpointError(_lacks(lacking, len(alphas)))
-    elif "kwargs" in metadata and not is_split(modules):
-        alphas = _official_alphas(ranks, _json(metadata, "kwargs"))
-    elif "lora_adapter_metadata" in metadata and is_split(modules):
-        alphas = _peft_alphas(ranks, _json(metadata, "lora_adapter_metadata"))
-    else:
-        own = {name: parts["alpha"] for name, parts in modules.items() if "alpha" in parts}
-        alphas = ranks | {name: alpha.item() if alpha.numel() == 1 else None for name, alpha in own.items()}
-    if wrong := [name for name in modules if not _is_number(alphas.get(name))]:
-        raise CheckpointError(f"no usable alpha for {some(wrong)}: its metadata is damaged, fetch the file again.")
-    return {name: float(alphas[name]) for name in modules}
+        statements.append(Statement("its metadata `alphas`", alphas))
+    if "kwargs" in metadata and not is_split(modules):
+        statements.append(Statement("its metadata `kwargs`", _official_alphas(ranks, _json(metadata, "kwargs"))))
+    if "lora_adapter_metadata" in metadata:
+        where, config = "its metadata `lora_adapter_metadata`", _json(metadata, "lora_adapter_metadata")
+        config = {key.removeprefix("transformer."): value for key, value in config.items()}
+        statements.append(Statement(where, alphas_by_peft(where, modules, config)))
+    for alpha_key, rank_key in _SINGLE_ALPHAS:
+        alpha, rank = _number(metadata, alpha_key), _number(metadata, rank_key)
+        _check_rank(f"its metadata `{rank_key}`", ranks, rank)
+        if alpha is not None:
+            statements.append(Statement(f"its metadata `{alpha_key}`", dict.fromkeys(ranks, alpha)))
+    return statements
+
+
+def _from_configs(
+    modules: Modules, ranks: dict[str, int], _: object, configs: Mapping[str, dict[str, Any]]
+) -> list[Statement]:
+    statements = []
+    if (config := configs.get(PEFT_CONFIG)) is not None:
+        where = f"{PEFT_CONFIG} beside it"
+        statements.append(Statement(where, alphas_by_peft(where, modules, config)))
+    if (config := configs.get(FASTVIDEO_CONFIG)) is not None:
+        where, settings = f"{FASTVIDEO_CONFIG} beside it", config.get("lora_params")
+        if not isinstance(settings, dict):
+            raise CheckpointError(
+                f"{where} has no `lora_params`, as FastVideo writes it: remove it, or fetch it again."
+            )
+        _check_rank(where, ranks, settings.get("lora_rank"))
+        statements.append(Statement(where, dict.fromkeys(ranks, settings.get("lora_alpha"))))
+    return statements
+
+
+def _check_rank(where: str, ranks: dict[str, int], stated: Any) -> None:
+    for name, rank in ranks.items():
+        if stated is not None and stated != rank:
+            raise CheckpointError(f"{name} has rank {rank}, and {where} says {stated!r:.20}: fetch the file again.")
 
 
 def _official_alphas(ranks: dict[str, int], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -76,31 +189,19 @@ def _lacks(lacking: list[str], num_expected: int) -> str:
     return f"incomplete, it lacks {len(lacking)} of {num_expected} layers, {some(lacking)}: fetch the file again."
 
 
-def _peft_alphas(ranks: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
-    """Applies peft's rules: a pattern that ends a module's name overrides lora_alpha; rsLoRA divides by sqrt(rank).
-
-    Source: huggingface/peft@0.21.2 utils/other.py (get_pattern_key), tuners/lora/layer.py (update_layer).
-    """
-    config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    patterns = config.get("alpha_pattern") or {}
-    alphas = {}
-    for name, rank in ranks.items():
-        try:
-            match = next((pattern for pattern in patterns if _ends_in(name, pattern)), None)
-            alpha: Any = config.get("lora_alpha") if match is None else patterns[match]
-            alphas[name] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-        except (re.error, TypeError, OverflowError) as error:
-            raise CheckpointError(f"the alphas in `lora_adapter_metadata` are damaged: {error}.") from error
-    return alphas
+def _number(metadata: Mapping[str, str], key: str) -> float | None:
+    """Returns the number that a text of the metadata is; None where there is none."""
+    text = metadata.get(key)
+    # kohya's tools write these where there is no one number.
+    if text in (None, "", "None", "Dynamic"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise CheckpointError(f"its metadata `{key}` is no number but {text!r:.20}: fetch the file again.") from None
 
 
-def _ends_in(name: str, pattern: str) -> bool:
-    if not _PLAIN_PATTERN.fullmatch(pattern):
-        raise re.error(f"{pattern[:40]!a} is more than the end of a module's name")
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-
-
-def _json(metadata: dict[str, str], key: str) -> dict:
+def _json(metadata: Mapping[str, str], key: str) -> dict:
     try:
         value = json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError):

@@ -1,22 +1,26 @@
 """Adapter files in and out, exactly: every layout holds the same change of the weights.
 
-| layout    | keys                                                      | where alpha is                            |
+| layout    | keys as they are written                                  | where alpha is                            |
 | --------- | --------------------------------------------------------- | ----------------------------------------- |
-| native    | blocks.0.attn.qkv_x.lora_A, blocks.0.mlp_x.w1.lora_B      | metadata `alphas`: JSON, layer by layer   |
+| native    | blocks.0.attn.qkv_x.lora_A, blocks.0.mlp_x.w1.lora_B      | `.alpha` tensors, and metadata `alphas`   |
 | official  | the same, all attention layers and nothing else           | metadata `kwargs`: JSON, one for a group  |
-| diffusers | transformer.transformer_blocks.0.attn1.to_q.lora_A.weight | nowhere, or in `lora_adapter_metadata`    |
-| comfyui   | native keys; read also with the prefix `diffusion_model.` | nowhere; read also from `.alpha` tensors  |
+| diffusers | transformer.transformer_blocks.0.attn1.to_q.lora_A.weight | in the weights, alpha = rank              |
+| comfyui   | native keys                                               | in the weights, alpha = rank              |
 | kohya     | lora_unet_blocks_0_attn_qkv_x.lora_down.weight, .lora_up  | `.alpha` tensors                          |
 
-The keys of kohya are official names with underscores, by which ComfyUI finds its modules.
+`keys` says which keys are read, `alphas` where their alphas are looked for. The keys of kohya are official names with
+underscores, by which ComfyUI finds its modules.
 Source: Comfy-Org/ComfyUI@17358c8 comfy/lora.py (model_lora_keys_unet).
 
 In memory there is one form only: official names, fp32. Every export but the native one has alpha / rank multiplied
-into B, so that a runtime gets the same weights whether it reads an alpha or not.
+into B, so that a runtime gets the same weights whether it reads an alpha or not. ComfyUI reads a native file's `.alpha`
+tensors, and the reference, which loads adapters with strict=False, passes them over.
+Source: genmoai/mochi@0c86aeb src/genmo/mochi_preview/pipelines.py (DitModelFactory), demos/cli.py (strict_load).
 
 The magnitudes of a DoRA are `LAYER.lora_magnitude` in native files, `MODULE.lora_magnitude_vector` in diffusers'. The
-official layout has none. ComfyUI's `dora_scale` is another thing: it multiplies rows divided by the base's lengths,
-not by those of the adapted rows, so that no file gives what was trained.
+official layout has none. ComfyUI's `dora_scale` divides the rows by the lengths of the base's rows and not of the
+adapted ones: magnitude * |W| / |W + scale * B A|, by rows, would render exactly what was trained. Its open pull request
+15458 divides by the adapted rows and so changes what a file means; until that is settled, none is written.
 Source: comfyanonymous/ComfyUI@9c0cf36 comfy/weight_adapter/base.py (weight_decompose); Comfy-Org/ComfyUI pull 15458.
 """
 
@@ -29,9 +33,9 @@ from pathlib import Path
 
 import torch
 
-from mochi_tune.adapters.alphas import is_split
+from mochi_tune.adapters.alphas import ALPHA_KEYS, ASSUMED, is_ours, is_split
 from mochi_tune.adapters.layers import (
-    DIFFUSERS_KINDS,
+    LAST_MOD_Y,
     TEXT_UPDATE_KINDS,
     LoraLayer,
     bake,
@@ -41,6 +45,8 @@ from mochi_tune.adapters.layers import (
     delta_weight,
     drop_padding,
     fuse_layers,
+    is_attention_or_mlp,
+    is_official,
     kind_of,
     official_names,
     pad_rank,
@@ -48,6 +54,7 @@ from mochi_tune.adapters.layers import (
     split_layers,
 )
 from mochi_tune.adapters.modelspec import COMPUTED_KEYS, kohya_metadata, modelspec, tensors_sha256
+from mochi_tune.adapters.places import find_adapter_file
 from mochi_tune.adapters.reading import read_layers
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import save_tensors
@@ -67,7 +74,7 @@ FORMATS = ("official", "diffusers", "comfyui", "kohya", "native")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Belongs to one layout and is not carried through a conversion.
-_LAYOUT_METADATA = ("format", "kwargs", "alphas", "lora_adapter_metadata", *COMPUTED_KEYS)
+_LAYOUT_METADATA = ("format", *ALPHA_KEYS, *COMPUTED_KEYS)
 
 
 @dataclass
@@ -78,11 +85,13 @@ class Adapter:
         layers: by official module name, such as "blocks.0.attn.qkv_x".
         metadata: about its origin; carried through every conversion. `rank` and `alpha` are as trained.
         path: the file that it was read from, if any.
+        alpha_source: where its alphas were found, in words; "" for one that was not read from a file.
     """
 
     layers: dict[str, LoraLayer]
     metadata: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
+    alpha_source: str = ""
 
     def __str__(self) -> str:
         return f"adapter {self.path}" if self.path else "the adapter"
@@ -91,6 +100,14 @@ class Adapter:
     def is_dora(self) -> bool:
         """Whether its layers have magnitudes."""
         return any(layer.magnitude is not None for layer in self.layers.values())
+
+    @property
+    def alpha_note(self) -> str:
+        """Its alpha and where that was found, for the user to read."""
+        alpha = f"alpha {self.metadata['alpha']} by {self.alpha_source}"
+        if self.alpha_source != ASSUMED:
+            return alpha
+        return f"alpha is {ASSUMED}: adapter_alpha=N of `sample` and `export` sets another one"
 
 
 def check_format(to: str) -> None:
@@ -132,28 +149,45 @@ def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fin
         )
 
 
-def load_adapter(path: Path | str) -> Adapter:
-    """Reads an adapter file of any layout, which is found from its keys and metadata.
+def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
+    """Reads an adapter of any layout, which is found from its keys and metadata.
 
     Components that are 0 in both halves, which exports add as padding, are dropped. Diffusers' q, k and v become the
-    fused layer as `fuse_layers` says. Official names without any metadata are read as ComfyUI does, at scale 1.
+    fused layer as `fuse_layers` says.
+
+    Args:
+        path: a file, a folder, or "hub:owner/name", as `find_adapter_file` takes it.
+        alpha: of all layers of a file that does not state it; without it such a file has alpha = rank.
 
     Raises:
-        CheckpointError: no such file, not safetensors (a pickle is never opened), unknown or missing keys, an alpha
-            that is missing or does not fit, non-finite weights, or nothing but zeros.
+        CheckpointError: no such file, not safetensors (a pickle is never opened), another kind of adapter, unknown or
+            missing keys, alphas that contradict each other or do not fit, non-finite weights, or nothing but zeros.
     """
-    path = Path(path)
-    trained, metadata = read_layers(path)
+    path = find_adapter_file(path)
+    trained, metadata, source = read_layers(path, alpha)
+    # What other programs say of a rank and an alpha need not be those of the layers.
+    foreign = () if is_ours(metadata) else ("rank", "alpha", "targets")
+    carried = {key: value for key, value in metadata.items() if key not in (*_LAYOUT_METADATA, *foreign)}
     try:
         layers = fuse_layers(trained) if is_split(trained) else trained
+        carried |= _depth_by_names(trained, metadata)
     except CheckpointError as error:
         raise CheckpointError(f"adapter {path}: {error}") from error
     layers = {name: kept for name, layer in layers.items() if (kept := drop_padding(layer)).rank}
     if not layers:
         raise CheckpointError(f"adapter {path} holds nothing but zeros, so it changes nothing: use another file.")
-    carried = {key: value for key, value in metadata.items() if key not in _LAYOUT_METADATA}
     used = trained if is_split(trained) else layers
-    return Adapter(layers, {**_describe(layers, used), **carried}, path)
+    return Adapter(layers, {**_describe(layers, used), **carried}, path, source)
+
+
+def _depth_by_names(trained: dict[str, LoraLayer], metadata: dict[str, str]) -> dict[str, str]:
+    """Returns the base's number of blocks as metadata, where a diffusers name of the last block gives it."""
+    depths = {str(block_of(name) + 1) for name in trained if kind_of(name) == LAST_MOD_Y}
+    if not depths:
+        return {}
+    if len(depths | ({metadata["num_blocks"]} if "num_blocks" in metadata else set())) > 1:
+        raise CheckpointError(f"{LAST_MOD_Y} is the last block's, and it has it in others: fetch the file again.")
+    return {"num_blocks": depths.pop()}
 
 
 def save_adapter(
@@ -177,11 +211,11 @@ def save_adapter(
     """
     check_format(to)
     path = Path(path)
-    unknown = [name for name in adapter.layers if kind_of(name) not in DIFFUSERS_KINDS]
+    unknown = [name for name in adapter.layers if not is_official(name)]
     if unknown or not adapter.layers:
         raise CheckpointError(
             f"{adapter} cannot be written, its layers are {some(unknown) or 'none'}: "
-            f"the formats know {', '.join(DIFFUSERS_KINDS)} in each block."
+            "the formats know the Linear layers of the official model."
         )
     for name, layer in adapter.layers.items():
         check_layer(name, layer)
@@ -196,8 +230,8 @@ def save_adapter(
         for key, tensor in zip(keys, (layer.a, layer.b, layer.magnitude), strict=True):
             if tensor is not None:
                 tensors[f"{name}.{key}"] = round_tensor(name, tensor, dtype)
-        if to == "kohya":
-            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+        if to in ("kohya", "native"):
+            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
     carried = {key: value for key, value in adapter.metadata.items() if key not in _LAYOUT_METADATA}
     metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
     metadata |= modelspec(metadata, adapter.layers, to) | {"modelspec.hash_sha256": tensors_sha256(tensors)}
@@ -241,7 +275,7 @@ def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str,
     if to == "diffusers":
         # One rank for all: diffusers without 0.42's remedy takes the first module's rank as every module's alpha.
         rank = max(layer.rank for layer in adapter.layers.values())
-        modules = split_layers(adapter.layers)
+        modules = split_layers(adapter.layers, _depth_for_names(adapter))
         return {f"transformer.{name}": pad_rank(module, rank) for name, module in modules.items()}, {}
     layers = {name: bake(layer) for name, layer in adapter.layers.items()}
     if to == "kohya":
@@ -251,9 +285,10 @@ def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str,
 
 
 def _lay_out_official(adapter: Adapter) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    if mlps := [name for name in adapter.layers if ".mlp_" in name]:
+    if others := [name for name in adapter.layers if ".attn." not in name]:
+        what = "MLP" if all(map(is_attention_or_mlp, others)) else "such"
         raise CheckpointError(
-            f"the official format has no MLP layers, {adapter} has {some(mlps)}: use to=diffusers or to=comfyui."
+            f"the official format has no {what} layers, {adapter} has {some(others)}: use to=diffusers or to=comfyui."
         )
     num_blocks = _num_blocks(adapter)
     if num_blocks is None:
@@ -282,6 +317,18 @@ def _official_kwargs(layers: dict[str, LoraLayer]) -> str | None:
         kwargs |= {f"{group}_proj_lora_rank": rank, f"{group}_proj_lora_alpha": alpha}
         kwargs[f"{group}_proj_lora_dropout"] = 0.0
     return json.dumps(kwargs)
+
+
+def _depth_for_names(adapter: Adapter) -> int | None:
+    """Returns the base's depth where diffusers' names depend on it, which are those of text modulations."""
+    if not any(kind_of(name) == "mod_y" for name in adapter.layers):
+        return None
+    if "num_blocks" not in adapter.metadata:
+        raise CheckpointError(
+            f"{adapter} has text modulations (mod_y), whose name in diffusers is another one in the last block, and no "
+            "num_blocks in its metadata: use to=comfyui."
+        )
+    return _num_blocks(adapter)
 
 
 def _num_blocks(adapter: Adapter) -> int | None:

@@ -1,5 +1,6 @@
 """Low-rank layers under official and under diffusers' names, and the exact way from one to the other."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -18,11 +19,31 @@ DIFFUSERS_KINDS = {
     "mlp_x.w2": ("ff.net.2",),
     "mlp_y.w1": ("ff_context.net.0.proj",),
     "mlp_y.w2": ("ff_context.net.2",),
+    "mod_x": ("norm1.linear",),
+    "mod_y": ("norm1_context.linear",),
 }
+# The last block's text modulation is of another class in diffusers, and its layer has another name.
+LAST_MOD_Y = "norm1_context.linear_1"
 # The way back: a diffusers module's official layer, and which part of its rows it holds.
 OFFICIAL_KINDS = {part: (kind, i) for kind, parts in DIFFUSERS_KINDS.items() for i, part in enumerate(parts)}
+OFFICIAL_KINDS[LAST_MOD_Y] = ("mod_y", 0)
+# The Linears outside of the blocks, and diffusers' names of them.
+OUTER_MODULES = {
+    "t_embedder.mlp.0": "time_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_embed.timestep_embedder.linear_2",
+    "t5_y_embedder.to_kv": "time_embed.pooler.to_kv",
+    "t5_y_embedder.to_q": "time_embed.pooler.to_q",
+    "t5_y_embedder.to_out": "time_embed.pooler.to_out",
+    "t5_yproj": "time_embed.caption_proj",
+    "final_layer.mod": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+OFFICIAL_OUTER = {module: name for name, module in OUTER_MODULES.items()}
 # The last block does not update text, so it has none of these.
 TEXT_UPDATE_KINDS = ("attn.proj_y", "mlp_y.w1", "mlp_y.w2")
+# Layers whose output is two halves, whatever the layout.
+_OF_TWO_HALVES = (".w1", ".net.0.proj", "final_layer.mod", "norm_out.linear")
+_BLOCK = re.compile(r"(?:transformer_)?blocks\.(0|[1-9]\d{0,2})\.(.+)")
 
 
 @dataclass
@@ -67,13 +88,30 @@ def delta_weight(layer: LoraLayer) -> Tensor:
 
 
 def block_of(name: str) -> int:
-    """Returns N of "blocks.N.attn.qkv_x" or "transformer_blocks.N.attn1.to_q"."""
-    return int(name.split(".")[1])
+    """Returns N of "blocks.N.attn.qkv_x" or "transformer_blocks.N.attn1.to_q"; -1 outside of the blocks."""
+    match = _BLOCK.fullmatch(name)
+    return int(match[1]) if match else -1
 
 
 def kind_of(name: str) -> str:
-    """Returns what follows the block: "attn.qkv_x" of "blocks.N.attn.qkv_x"."""
-    return name.split(".", 2)[-1]
+    """Returns what follows the block, "attn.qkv_x" of "blocks.N.attn.qkv_x"; outside of the blocks the whole name."""
+    match = _BLOCK.fullmatch(name)
+    return match[2] if match else name
+
+
+def is_official(name: str) -> bool:
+    """Whether a name is that of a Linear in the official model, of whatever number of blocks."""
+    return name in OUTER_MODULES or (name.startswith("blocks.") and kind_of(name) in DIFFUSERS_KINDS)
+
+
+def is_diffusers(name: str) -> bool:
+    """Whether a name is that of a Linear in diffusers' model, of whatever number of blocks."""
+    return name in OFFICIAL_OUTER or (name.startswith("transformer_blocks.") and kind_of(name) in OFFICIAL_KINDS)
+
+
+def is_attention_or_mlp(name: str) -> bool:
+    """Whether an official layer is one that the training adapts."""
+    return block_of(name) >= 0 and kind_of(name).startswith(("attn.", "mlp_"))
 
 
 def check_layer(name: str, layer: LoraLayer) -> None:
@@ -83,7 +121,7 @@ def check_layer(name: str, layer: LoraLayer) -> None:
         CheckpointError: sizes that do not fit each other or the name, no elements, NaN or infinity.
     """
     a, b = layer.a, layer.b
-    row_parts = 3 if ".qkv_" in name else 2 if name.endswith((".w1", ".net.0.proj")) else 1
+    row_parts = 3 if ".qkv_" in name else 2 if name.endswith(_OF_TWO_HALVES) else 1
     if a.ndim != 2 or b.ndim != 2 or not a.numel() or a.shape[0] != b.shape[1] or not len(b) or len(b) % row_parts:
         raise CheckpointError(
             f"{name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are no pair for this layer."
@@ -120,16 +158,29 @@ def drop_padding(layer: LoraLayer) -> LoraLayer:
     return replace(layer, a=layer.a[used], b=layer.b[:, used], alpha=layer.scale * int(used.sum()))
 
 
-def split_layers(layers: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
-    """Turns official layers into diffusers' modules, baked: each part has the layer's A, and its rows of the rest."""
+def split_layers(layers: dict[str, LoraLayer], num_blocks: int | None = None) -> dict[str, LoraLayer]:
+    """Turns official layers into diffusers' modules, baked: each part has the layer's A, and its rows of the rest.
+
+    Args:
+        layers: by official name.
+        num_blocks: of the base, where a layer is a `mod_y`.
+    """
     modules = {}
     for name, layer in layers.items():
-        parts = DIFFUSERS_KINDS[kind_of(name)]
+        names = _diffusers_modules(name, num_blocks)
         layer = _swap_halves(name, bake(layer))
-        magnitudes = [None] * len(parts) if layer.magnitude is None else layer.magnitude.chunk(len(parts))
-        for part, b, magnitude in zip(parts, layer.b.chunk(len(parts)), magnitudes, strict=True):
-            modules[f"transformer_blocks.{block_of(name)}.{part}"] = LoraLayer(layer.a, b, layer.alpha, magnitude)
+        magnitudes = [None] * len(names) if layer.magnitude is None else layer.magnitude.chunk(len(names))
+        for module, b, magnitude in zip(names, layer.b.chunk(len(names)), magnitudes, strict=True):
+            modules[module] = LoraLayer(layer.a, b, layer.alpha, magnitude)
     return modules
+
+
+def _diffusers_modules(name: str, num_blocks: int | None) -> list[str]:
+    block, kind = block_of(name), kind_of(name)
+    if block < 0:
+        return [OUTER_MODULES[name]]
+    parts = (LAST_MOD_Y,) if kind == "mod_y" and block + 1 == num_blocks else DIFFUSERS_KINDS[kind]
+    return [f"transformer_blocks.{block}.{part}" for part in parts]
 
 
 def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
@@ -140,12 +191,18 @@ def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
     stream: the others' rows are then 0.
 
     Raises:
-        CheckpointError: a q, k or v is missing that other blocks have, or in a DoRA any, or the three differ in size.
+        CheckpointError: a q, k or v is missing that other blocks have, or in a DoRA any, or the three differ in size,
+            or a block has a text modulation of both kinds.
     """
     groups: dict[str, list[LoraLayer | None]] = {}
     for name, module in modules.items():
-        kind, i = OFFICIAL_KINDS[kind_of(name)]
-        groups.setdefault(f"blocks.{block_of(name)}.{kind}", [None] * len(DIFFUSERS_KINDS[kind]))[i] = module
+        block = block_of(name)
+        kind, i = OFFICIAL_KINDS[kind_of(name)] if block >= 0 else (OFFICIAL_OUTER[name], 0)
+        official = f"blocks.{block}.{kind}" if block >= 0 else kind
+        group = groups.setdefault(official, [None] * (len(DIFFUSERS_KINDS[kind]) if block >= 0 else 1))
+        if group[i] is not None:
+            raise CheckpointError(f"{official} is in it twice, {name} is one of them: fetch the file again.")
+        group[i] = module
     _check_same_choice(groups)
     fused = {}
     for name, (first, *others) in groups.items():
@@ -158,8 +215,8 @@ def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
 
 
 def _swap_halves(name: str, layer: LoraLayer) -> LoraLayer:
-    """Exchanges the two halves of a SwiGLU's first Linear, gate and value; any other layer stays as it is."""
-    if not name.endswith(".w1"):
+    """Exchanges the halves of a SwiGLU's first Linear (gate, value) and of the final modulation (shift, scale)."""
+    if not name.endswith(_OF_TWO_HALVES):
         return layer
     half = layer.b.shape[0] // 2
     magnitude = None if layer.magnitude is None else layer.magnitude.roll(half)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.adapters.layers import LoraLayer, kind_of, some
+from mochi_tune.adapters.layers import LoraLayer, is_attention_or_mlp, kind_of, some
 from mochi_tune.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
@@ -49,11 +49,16 @@ class LayerSettings:
 
 
 def linear_shapes(dit: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the (out, in) shape of every Linear of the blocks that may be adapted; works on the meta device."""
+    """Returns the (out, in) shape of every Linear that training may adapt; works on the meta device."""
+    return {name: shape for name, shape in all_linear_shapes(dit).items() if is_attention_or_mlp(name)}
+
+
+def all_linear_shapes(dit: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns the (out, in) shape of every Linear, which adapters of other trainers may change; on any device."""
     return {
         name: (module.out_features, module.in_features)
         for name, module in dit.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(r"blocks\.\d+\.(attn|mlp_[xy])\.\w+", name)
+        if isinstance(module, nn.Linear)
     }
 
 
@@ -147,6 +152,11 @@ def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSet
     Raises:
         ConfigError: the layers are not the same, a rank is too small for the file's, or a DoRA goes on as a plain LoRA.
     """
+    if other := [name for name in layers if not is_attention_or_mlp(name)]:
+        raise ConfigError(
+            f"lora.init_from: {file} has {some(other)}, and training adapts attention and MLP layers only: start "
+            "from a file of such layers."
+        )
     if alien := [name for name in layers if name not in settings]:
         raise ConfigError(f"lora.init_from: {file} has {some(alien)}, which lora.targets leave out: add them there.")
     if missing := [name for name in settings if name not in layers]:
@@ -215,7 +225,8 @@ class StretchedLinear(nn.Module):
             return output
         stretched = output * self.lora_stretch
         if self.base_layer.bias is not None:
-            stretched = stretched + (1 - self.lora_stretch) * self.base_layer.bias
+            # The base's weights, its bias among them, may be in host memory.
+            stretched = stretched + (1 - self.lora_stretch) * self.base_layer.bias.to(output.device)
         return stretched.to(output.dtype)
 
 

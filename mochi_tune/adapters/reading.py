@@ -1,38 +1,43 @@
-"""Parses an adapter file of any layout: layers under the file's own names, and its metadata.
+"""Parses an adapter file of any layout: layers under the file's own names, its metadata, and where alpha was found.
 
 `files.load_adapter` calls this, and gives the layers their official names.
 """
 
-import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mochi_tune.adapters.alphas import read_alphas
-from mochi_tune.adapters.layers import DIFFUSERS_KINDS, OFFICIAL_KINDS, LoraLayer, check_layer, kind_of, some
+from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG, is_ours, read_alphas
+from mochi_tune.adapters.keys import check_foreign, parse_key
+from mochi_tune.adapters.layers import LoraLayer, check_layer, is_diffusers, some
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import check_header
+from mochi_tune.files import check_header, read_json
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?(?P<module>(?:transformer_)?blocks\.(?:0|[1-9]\d{0,2})\..+?)"
-    r"\.(?:(?P<half>lora_[AB])(?:\.weight)?|(?P<magnitude>lora_magnitude)(?:_vector(?:\.weight)?)?|(?P<alpha>alpha))"
-)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_HALVES = ("lora_A", "lora_B")
+# ComfyUI's marker of files with scaled fp8 weights; it holds nothing.
+_SCALED_MARKER = "scaled_fp8"
 
 
-def read_layers(path: Path) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """Returns a file's layers in fp32, by the module names of its layout, and its metadata.
+def read_layers(path: Path, alpha: float | None = None) -> tuple[dict[str, LoraLayer], dict[str, str], str]:
+    """Returns a file's layers in fp32, by the module names of its layout, its metadata, and where alpha was found.
+
+    Args:
+        path: of the file.
+        alpha: for a file that does not state it.
 
     Raises:
-        CheckpointError: no such file, not safetensors (a pickle is never opened), unknown or missing keys, an alpha
-            that is missing or does not fit, or non-finite weights.
+        CheckpointError: no such file, not safetensors (a pickle is never opened), another kind of adapter, unknown or
+            missing keys, alphas that are missing, do not fit or contradict each other, or non-finite weights.
     """
     tensors, metadata = _read(path)
     try:
         modules = _group_keys(tensors)
-        alphas = read_alphas(modules, metadata)
+        alphas, source = read_alphas(modules, metadata, {} if is_ours(metadata) else _read_configs(path.parent), alpha)
         layers = {}
         for name, parts in modules.items():
             magnitude = parts["magnitude"].float() if "magnitude" in parts else None
@@ -40,7 +45,7 @@ def read_layers(path: Path) -> tuple[dict[str, LoraLayer], dict[str, str]]:
             check_layer(name, layers[name])
     except CheckpointError as error:
         raise CheckpointError(f"adapter {path}: {error}") from error
-    return layers, metadata
+    return layers, metadata, source
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -59,23 +64,26 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{refusal}, or it is damaged ({error}): convert it, or fetch it again.") from error
 
 
+def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the configs that trainers write beside an adapter, by file name."""
+    return {name: read_json(folder / name) for name in (PEFT_CONFIG, FASTVIDEO_CONFIG) if (folder / name).exists()}
+
+
 def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Sorts the tensors by module; every key must be known, and every module has both halves.
 
     A DoRA has magnitudes in every module: where one lacks them, its rows' lengths are not known.
     """
+    check_foreign(list(tensors))
     modules: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        module = match["module"] if match else ""
-        part = match["half"] or ("magnitude" if match["magnitude"] else "alpha") if match else ""
-        kinds = OFFICIAL_KINDS if module.startswith("transformer_") else DIFFUSERS_KINDS
-        fits = tensor.dtype in _DTYPES and (part == "alpha" or tensor.ndim == (1 if part == "magnitude" else 2))
-        if kind_of(module) in kinds and fits and part not in modules.get(module, {}):
-            modules.setdefault(module, {})[part] = tensor
-        else:
-            unknown.append(key)
+    unknown, names = [], set()
+    for text, tensor in tensors.items():
+        key = parse_key(text)
+        if key is not None and _fits(key.part, tensor) and key.part not in modules.get(key.module, {}):
+            modules.setdefault(key.module, {})[key.part] = tensor
+            names |= {key.adapter} if key.part in _HALVES else set()
+        elif text != _SCALED_MARKER:
+            unknown.append(text)
     if not modules:
         raise CheckpointError(
             f"of no known format, its keys are {some(unknown) or 'none'}: they must be like "
@@ -83,9 +91,40 @@ def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         )
     if unknown:
         raise CheckpointError(f"{len(unknown)} of its keys fit no layer of Mochi, or one twice: {some(unknown)}.")
+    if len(names) > 1:
+        raise CheckpointError(f"it holds several adapters, {some(sorted(names))}: save one of them alone.")
     needed = ["lora_A", "lora_B"] + (["magnitude"] if any("magnitude" in parts for parts in modules.values()) else [])
     if missing := [f"{name}.{part}" for name, parts in modules.items() for part in needed if part not in parts]:
         raise CheckpointError(f"incomplete, it lacks {some(missing)}: fetch the file again.")
-    if len({name.startswith("transformer_") for name in modules}) > 1:
+    if len({is_diffusers(name) for name in modules}) > 1:
         raise CheckpointError(f"it mixes official and diffusers names, {min(modules)} and {max(modules)}.")
-    return modules
+    return {name: _unscaled(name, parts, _SCALED_MARKER in tensors) for name, parts in modules.items()}
+
+
+def _fits(part: str, tensor: Tensor) -> bool:
+    """Whether a tensor has a dtype and a number of axes that this part of a layer can have."""
+    if part in _HALVES:
+        return tensor.dtype in (*_DTYPES, *_FP8) and tensor.ndim == 2
+    if part == "magnitude":
+        return tensor.dtype in _DTYPES and tensor.ndim == 1
+    return tensor.dtype in _DTYPES or (part == "alpha" and tensor.dtype in (torch.int32, torch.int64))
+
+
+def _unscaled(name: str, parts: dict[str, Tensor], is_scaled: bool) -> dict[str, Tensor]:
+    """Multiplies fp8 halves by their scales, of which there is one, or one for each row.
+
+    Source: Comfy-Org/ComfyUI@a125cd8 comfy/ops.py (scaled_fp8_ops): weight * scale_weight.
+    """
+    unscaled = {part: tensor for part, tensor in parts.items() if not part.endswith(" scale")}
+    for half in _HALVES:
+        tensor, scale = parts[half], parts.get(f"{half} scale")
+        is_fp8 = tensor.dtype in _FP8
+        if scale is not None and not is_fp8:
+            raise CheckpointError(f"{name}.{half} has a scale and is no fp8: fetch the file again.")
+        if scale is None and is_fp8 and is_scaled:
+            raise CheckpointError(f"{name}.{half} has no scale, which its scaled_fp8 announces: fetch the file again.")
+        if scale is not None:
+            if scale.numel() not in (1, len(tensor)):
+                raise CheckpointError(f"{name}.{half} has {scale.numel()} scales, not 1 or one a row: fetch it again.")
+            unscaled[half] = tensor.float() * scale.float().reshape(-1, 1)
+    return unscaled

@@ -1,6 +1,7 @@
 """The help of the command line, and the settings of the verbs that have no configuration file."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -38,13 +39,14 @@ conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --hel
 """
 
 EXPORT_OPTIONS = {
-    "adapter": (None, "file to convert, in any of the formats"),
+    "adapter": (None, "file, folder or hub:OWNER/NAME[/FILE][@REVISION] to convert, in any of the formats"),
     "to": (
         "",
         "official (attention only), diffusers, comfyui, kohya, native (as `train`); a folder: one or more, a,b",
     ),
     "out": ("", "new .safetensors file, or new folder for the adapter and a model card; default: hub/STEP of the run"),
     "dtype": ("fp32", "fp32, bf16 or fp16"),
+    "adapter_alpha": ("", "alpha of an adapter that does not state its own; else it is taken to be the rank"),
     "push": ("", "owner/name on the Hugging Face hub: uploads the folder"),
     "private": ("true", "whether a repository that push makes is private"),
     "dry_run": ("false", "true: makes the folder and uploads nothing"),
@@ -151,6 +153,21 @@ def whole_number(key: str, text: str, lowest: int) -> int:
     if not text.isdecimal() or int(text) < lowest:
         raise ConfigError(f"{key}={text} does not fit: it takes a whole number of at least {lowest}.")
     return int(text)
+
+
+def positive_number(key: str, text: str) -> float:
+    """Reads a number above 0.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{key}={text} does not fit: it takes a number above 0.")
+    return value
 
 
 def plain_options(

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mochi_tune.cli.options import EXPORT_OPTIONS, plain_options
+from mochi_tune.cli.options import EXPORT_OPTIONS, plain_options, positive_number
 from mochi_tune.errors import ConfigError, MochiTuneError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def run_export(arguments: list[str]) -> int:
     adapter, to, out, repo = (options[key] for key in ("adapter", "to", "out", "push"))
     is_dry, is_private = (_yes_or_no(key, options[key]) for key in ("dry_run", "private"))
     about = {name: options[key] for key, name in ABOUT.items()}
+    alpha = positive_number("adapter_alpha", options["adapter_alpha"]) if options["adapter_alpha"] else None
     is_folder = bool(repo) or is_dry or (bool(out) and not Path(out).suffix)
     if is_folder and out.endswith(".safetensors"):
         raise ConfigError(
@@ -37,16 +38,20 @@ def run_export(arguments: list[str]) -> int:
             raise ConfigError(f"{unused[0]}={options[unused[0]]} is of an upload, and there is no push=: leave it out.")
         from mochi_tune.recipes.export import main as export
 
-        print(export(Path(adapter), to, Path(out).expanduser(), options["dtype"], about))
+        summary = export(adapter, to, Path(out).expanduser(), options["dtype"], about, alpha)
+        print(summary.source_note, file=sys.stderr)
+        print(summary)
         return 0
+    from mochi_tune.adapters.places import find_adapter_file
     from mochi_tune.recipes.publish import Publication, default_folder
     from mochi_tune.weights.push import check_login
 
     formats = tuple(dict.fromkeys((to or "diffusers").split(",")))
-    publication = Publication(Path(adapter), formats, options["dtype"], repo, about)
+    source = find_adapter_file(adapter)
+    publication = Publication(source, formats, options["dtype"], repo, about, alpha)
     if repo and not is_dry:
         check_login("push", repo)
-    folder = Path(out).expanduser() if out else default_folder(Path(adapter))
+    folder = Path(out).expanduser() if out else default_folder(source)
     publish(publication, folder, None if is_dry or not repo else is_private, options["endpoint"] or None)
     return 0
 

@@ -10,6 +10,7 @@ from mochi_tune.config.values import (
     FileText,
     NotNegative,
     Number,
+    Positive,
     Section,
     Text,
     Whole,
@@ -42,7 +43,12 @@ class SampleConfig(Section):
         None, "base: renders without and with the adapter, side by side in one video"
     )
     adapter: FileText | list[FileText] | None = setting(
-        None, "file, or [file, file]; null: the run's adapter.safetensors, if there is one"
+        None,
+        "file, folder or hub:OWNER/NAME[/FILE][@REVISION], or a list of such; null: the run's adapter.safetensors, "
+        "if there is one",
+    )
+    adapter_alpha: Positive | list[Positive] | None = setting(
+        None, "alpha of an adapter that does not state its own, or [x, y] for several; null: taken to be its rank"
     )
     adapter_strength: Number | list[Number] = setting(
         1.0, "factor on the adapter; 0 is exactly the base; [x, y] for several adapters"

@@ -167,7 +167,7 @@ class LoraConfig(Section):
         False, "true: trains the length of each row too (DoRA); slower, and for mochi-tune and diffusers only"
     )
     init_from: FileName | None = setting(
-        None, "adapter file to start from, in any format, of the same layers and of no higher rank"
+        None, "adapter to start from, as sample.adapter names one, of the same layers and of no higher rank"
     )
 
 

@@ -45,7 +45,7 @@ class DiTConfig:
 
 
 class Modulation(NamedTuple):
-    """All that noise levels and prompts do to the visual and text streams; nothing that a LoRA trains changes it.
+    """All that noise levels and prompts do to the visual and text streams; nothing that is trained here changes it.
 
     Attributes:
         c: the conditioning of each sample, (B, Dx).

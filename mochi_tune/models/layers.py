@@ -104,7 +104,14 @@ class TimestepEmbedder(nn.Module):
         freqs = torch.exp(-math.log(10000) * index / self.FREQUENCIES)
         angles = ((1 - sigma.float()) * self.scale)[:, None] * freqs
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoid.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(sinusoid.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrices; that of an adapter's is another one."""
+        weight = self.mlp[0].weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
 
 
 class PatchEmbed(nn.Module):

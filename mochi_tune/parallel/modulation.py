@@ -23,6 +23,11 @@ class HostLinear(nn.Module):
         # In a tuple, so that it is no part of the model: not moved with it, sharded or quantised.
         self.linear = (linear.to("cpu"),)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, in host memory."""
+        return self.linear[0].bias
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Maps (n, in) to (n, out); weights go to a GPU for this call alone."""
         (linear,) = self.linear
@@ -30,9 +35,13 @@ class HostLinear(nn.Module):
 
 
 def apply_host_modulation(block: AsymmetricJointBlock) -> None:
-    """Moves the weights of a block's modulation layers to host memory."""
-    block.set_submodule("mod_x", HostLinear(block.mod_x))
-    block.set_submodule("mod_y", HostLinear(block.mod_y))
+    """Moves the weights of a block's modulation layers to host memory; those of their adapters stay on the device."""
+    for name in ("mod_x", "mod_y"):
+        while not isinstance(block.get_submodule(name), nn.Linear):
+            name = f"{name}.base_layer"
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        block.set_submodule(name, HostLinear(linear))
 
 
 class HostModulation:

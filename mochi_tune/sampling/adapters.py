@@ -1,6 +1,6 @@
 """The adapters of a rendering: which files, how strong, and whether they fit the base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
+from mochi_tune.files import file_sha256
 from mochi_tune.sampling.strengths import as_ranges, read_block_strengths, read_schedules
 
 
@@ -39,6 +40,21 @@ class RenderAdapter:
             further["strength_schedule"] = list(self.schedule)
         return further
 
+    def __str__(self) -> str:
+        further = "".join(f", {name.replace('_', ' ')} {values}" for name, values in self.further.items())
+        return f"adapter {self.path} x {self.strength}{further}, {self.adapter.alpha_note}"
+
+    def record(self) -> dict[str, Any]:
+        """Returns what is stored of it beside each video."""
+        return {
+            "file": str(self.path),
+            "sha256": file_sha256(self.path),
+            "strength": self.strength,
+            "alpha": self.adapter.metadata["alpha"],
+            "alpha_source": self.adapter.alpha_source,
+            **self.further,
+        }
+
 
 def load_render_adapters(
     sample: SampleConfig, run_dir: Path, shapes: dict[str, tuple[int, int]], identity: str
@@ -46,7 +62,7 @@ def load_render_adapters(
     """Loads the adapters of a rendering and checks that they fit the base.
 
     Args:
-        sample: names the files and their strengths.
+        sample: names the adapters, as `find_adapter_file` takes them, and their strengths.
         run_dir: the run whose adapter is used where none is named and there is one.
         shapes: of the base's Linear layers.
         identity: of the base, from `WeightsFolder.base_identity`.
@@ -56,13 +72,21 @@ def load_render_adapters(
             nothing to compare the base with.
         CheckpointError: a file is no adapter, or one of another base.
     """
-    adapters, found = [], find_adapters(sample, run_dir)
+    named = find_adapters(sample, run_dir)
+    alphas = _given_alphas(sample, len(named))
     depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
-    by_block, schedules = read_block_strengths(sample, len(found), depth), read_schedules(sample, len(found))
-    for (path, strength), block_strengths, schedule in zip(found, by_block, schedules, strict=True):
-        adapter = load_adapter(path)
+    by_block, schedules = read_block_strengths(sample, len(named), depth), read_schedules(sample, len(named))
+    adapters = []
+    for (name, strength), alpha, block_strengths, schedule in zip(named, alphas, by_block, schedules, strict=True):
+        adapter = load_adapter(name, alpha)
         check_adapter(adapter, shapes, identity)
-        adapters.append(RenderAdapter(path, strength, adapter, block_strengths, schedule))
+        assert adapter.path is not None, "it was loaded from a file"
+        if schedule and any(".mod_" in layer for layer in adapter.layers):
+            raise ConfigError(
+                f"sample.strength_schedule does not fit {adapter}, which adapts modulation, and that is computed once "
+                "for all steps: leave the schedule out."
+            )
+        adapters.append(RenderAdapter(adapter.path, strength, adapter, block_strengths, schedule))
     if sample.compare and not any(adapter.strength for adapter in adapters):
         raise ConfigError(
             "sample.compare=base has no adapter to compare with: name adapter=FILE, of a strength other than 0."
@@ -70,22 +94,36 @@ def load_render_adapters(
     return adapters
 
 
-def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[Path, float]]:
-    """Returns the adapter files and their strengths; raises as `load_render_adapters`."""
+def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[str, float]]:
+    """Returns the adapters' names and their strengths; raises as `load_render_adapters`."""
     named, strengths = sample.adapter, sample.adapter_strength
     if named is None:
         own = run_dir / "adapter.safetensors"
         named = [own] if own.exists() else []
-    paths = [Path(str(path)) for path in (named if isinstance(named, list) else [named])]
+    names = [str(name) for name in (named if isinstance(named, list) else [named])]
     for strength in strengths if isinstance(strengths, list) else [strengths]:
         if isinstance(strength, bool) or not isinstance(strength, int | float):
             raise ConfigError(f"adapter_strength={strength} is not a number: use for example 0.8.")
-    if not paths and strengths not in (0, 1):
+    if not names and strengths not in (0, 1):
         raise ConfigError(f"adapter_strength={strengths} has no adapter: name one with adapter=FILE, or train first.")
     if not isinstance(strengths, list):
-        strengths = [strengths] * len(paths)
-    if len(strengths) != len(paths):
+        strengths = [strengths] * len(names)
+    if len(strengths) != len(names):
         raise ConfigError(
-            f"adapter_strength has {len(strengths)} values for {len(paths)} adapters: give one for all or one each."
+            f"adapter_strength has {len(strengths)} values for {len(names)} adapters: give one for all or one each."
         )
-    return list(zip(paths, map(float, strengths), strict=True))
+    return list(zip(names, map(float, strengths), strict=True))
+
+
+def _given_alphas(sample: SampleConfig, num_adapters: int) -> Sequence[float | None]:
+    """Returns the alpha that is given for each adapter that does not state its own; None where it is not given."""
+    given = sample.adapter_alpha
+    if given is not None and not num_adapters:
+        raise ConfigError(f"adapter_alpha={given} has no adapter: name one with adapter=FILE, or train first.")
+    if not isinstance(given, list):
+        return [given] * num_adapters
+    if len(given) != num_adapters:
+        raise ConfigError(
+            f"adapter_alpha has {len(given)} values for {num_adapters} adapters: give one for all or one each."
+        )
+    return given

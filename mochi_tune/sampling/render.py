@@ -1,5 +1,6 @@
 """Rendering on one device or many, in little memory: what `sample`, `bench` and `verify` have in common."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from mochi_tune.adapters.layers import LoraLayer
+from mochi_tune.adapters.layers import LoraLayer, block_of
 from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.adapters.scaling import AdapterScaling
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock
@@ -91,17 +92,18 @@ def prepare_dit(
 
     def prepare_block(dit: AsymmDiT, block: nn.Module) -> None:
         assert isinstance(block, AsymmetricJointBlock)
+        prefix = f"blocks.{list(dit.blocks).index(block)}."
+        # An adapter goes onto a Linear: before a modulation's weights leave for host memory, and as peft wraps 8 bits.
+        _apply_adapters(dit, adapters, lambda layer: layer.startswith(f"{prefix}mod_"))
         apply_host_modulation(block)
-        number = list(dit.blocks).index(block)
         if residency in PRECISIONS:
-            apply_quantization(block, residency, lambda name: read_fp8(f"blocks.{number}.{name}"))
-        for name, (layers, strength, by_block) in adapters.items():
-            if own := {layer: change for layer, change in layers.items() if layer.startswith(f"blocks.{number}.")}:
-                apply_adapter(dit, own, name, strength * by_block.get(number, 1.0))
+            apply_quantization(block, residency, lambda name: read_fp8(f"{prefix}{name}"))
+        _apply_adapters(dit, adapters, lambda layer: layer.startswith((f"{prefix}attn.", f"{prefix}mlp_")))
         if residency == "shard" and mesh is not None:
             apply_sharding(block, mesh.video_mesh)
 
     dit = load("cpu" if residency == "offload" else device, setup.dtype, each_block=prepare_block)
+    _apply_adapters(dit, adapters, lambda layer: not layer.startswith("blocks."))
     if residency == "offload":
         apply_block_offload(dit, device)
     if mesh is not None and mesh.layout.context > 1:
@@ -109,6 +111,18 @@ def prepare_dit(
     if setup.is_compiled:
         apply_compilation(dit, tqdm.write)
     return dit
+
+
+def _apply_adapters(
+    dit: AsymmDiT,
+    adapters: Mapping[str, tuple[dict[str, LoraLayer], float, Mapping[int, float]]],
+    is_wanted: Callable[[str], bool],
+) -> None:
+    """Applies the layers of each adapter whose names are wanted."""
+    for name, (layers, strength, by_block) in adapters.items():
+        for block, wanted in itertools.groupby(filter(is_wanted, sorted(layers, key=block_of)), block_of):
+            own = {layer: layers[layer] for layer in wanted}
+            apply_adapter(dit, own, name, strength * by_block.get(block, 1.0))
 
 
 def choose_guide(setup: Setup) -> Guide:

@@ -144,6 +144,15 @@ def published_file(checkpoint: Path) -> Path:
     return averaged if averaged.exists() else checkpoint / "adapter.safetensors"
 
 
+def load_adapter_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a checkpoint's adapter that are trained, by the names of `lora_parameters`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return {name: tensor for name, tensor in load_tensors(path).items() if not name.endswith(".alpha")}
+
+
 def save_optimizer(path: Path, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Writes an optimizer's state, by parameter and entry, as flat tensors, "NAME/exp_avg" and so on."""
     save_tensors(path, {f"{name}/{key}": value for name, entries in state.items() for key, value in entries.items()})

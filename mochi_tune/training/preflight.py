@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
-from mochi_tune.adapters.lora import LayerSettings, check_start, linear_shapes
+from mochi_tune.adapters.lora import LayerSettings, all_linear_shapes, check_start, linear_shapes
 from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig
@@ -203,8 +203,8 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     base = weights.base_identity()
     start_adapter = None
     if config.lora.init_from is not None and not find_checkpoints(Path(config.run_dir) / "checkpoints"):
-        start_adapter = load_adapter(Path(config.lora.init_from))
-        check_adapter(start_adapter, shapes, base)
+        start_adapter = load_adapter(config.lora.init_from)
+        check_adapter(start_adapter, all_linear_shapes(skeleton), base)
         check_start(start_adapter.layers, layers, config.lora.dora, str(start_adapter))
     count = train.validation_clips if train.validate_every else 0
     held = held_out([f"{row.source}/{row.path}" if row.source else row.path for row in cache.rows], count, config.seed)

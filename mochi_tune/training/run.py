@@ -18,7 +18,7 @@ from mochi_tune.adapters.files import Adapter
 from mochi_tune.adapters.lora import settings_metadata, trained_layers
 from mochi_tune.config.load import config_yaml
 from mochi_tune.errors import ParallelError, TrainingError
-from mochi_tune.files import load_tensors, make_writable_folder
+from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES
 from mochi_tune.parallel.context import heads_and_ring
 from mochi_tune.parallel.kernels import KERNELS, attention_by, time_attention
@@ -153,11 +153,11 @@ class Run:
         plan, is_main = self.plan, self.accelerator.is_main_process
         train = plan.config.train
         if (folder := self.start.folder) is not None:
-            adapter = load_tensors(folder / "adapter.safetensors")
+            adapter = checkpoint.load_adapter_tensors(folder / "adapter.safetensors")
             state = checkpoint.load_optimizer(folder / "optimizer.safetensors")
             optimizer.load(adapter, state, self.start.state["groups"])
             if ema is not None:
-                ema.load(load_tensors(folder / "averaged.safetensors"))
+                ema.load(checkpoint.load_adapter_tensors(folder / "averaged.safetensors"))
         if self.metrics is not None:
             # The adapter, two moments and, where there is one, the average.
             check_free_space(self.run_dir, plan.adapter_bytes * (4 if ema is not None else 3))

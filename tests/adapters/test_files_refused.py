@@ -134,8 +134,8 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="its layers are none"):
         save_adapter(path, Adapter({}))
     layer = LoraLayer(torch.ones(2, 192), torch.ones(768, 2), 2.0)
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.mod_x"):
-        save_adapter(path, Adapter({"blocks.0.mod_x": layer}))
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.norm_x"):
+        save_adapter(path, Adapter({"blocks.0.norm_x": layer}))
     with pytest.raises(CheckpointError, match="NaN"):
         save_adapter(path, Adapter({"blocks.0.attn.qkv_x": LoraLayer(layer.a, layer.b * float("nan"), 2.0)}))
     with pytest.raises(CheckpointError, match="no pair"):

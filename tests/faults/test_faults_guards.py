@@ -41,7 +41,7 @@ def assert_refused(run_dir: Path, text: str, micro_batches: int) -> dict:
     saved = newest_checkpoint(run_dir)
     assert saved.name == f"step_{done:06d}" and damage_of(saved) == "", "the step before is saved"
     adapter, in_bundle = (load_file(folder / "adapter.safetensors") for folder in (saved, bundle))
-    assert all(torch.equal(adapter[name], in_bundle[name]) for name in adapter)
+    assert all(torch.equal(adapter[name], in_bundle[name]) for name in in_bundle)
     return facts
 
 

@@ -13,6 +13,7 @@ from helpers_adapters import (
 from safetensors import safe_open
 
 from mochi_tune.adapters.files import load_adapter, save_adapter
+from mochi_tune.cli.main import run_export
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.recipes import export
 
@@ -134,3 +135,25 @@ def test_what_is_said_about_it_goes_before_what_it_states(tmp_path, trained):
     assert (metadata["modelspec.title"], metadata["modelspec.author"]) == ("Two", "Ada")
     # There is no run whose date it could have.
     assert "modelspec.date" not in metadata
+
+
+def test_the_command_names_a_folder_and_tells_where_alpha_was_found(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    key = "transformer.transformer_blocks.0.attn1.to_out.0.lora"
+    tensors = {f"{key}_A.weight": torch.ones(2, 192), f"{key}_B.weight": torch.ones(192, 2)}
+    (tmp_path / "bare").mkdir()
+    save_file(tensors, tmp_path / "bare" / "pytorch_lora_weights.safetensors")
+    command = [f"adapter={tmp_path / 'bare'}", "to=native"]
+    assert run_export([*command, f"out={tmp_path / 'a.safetensors'}"]) == 0
+    assert (
+        "alpha is assumed to be the rank, as nothing states it: adapter_alpha=N of `sample`" in capsys.readouterr().err
+    )
+    assert run_export([*command, f"out={tmp_path / 'b.safetensors'}", "adapter_alpha=6"]) == 0
+    told = capsys.readouterr()
+    assert "alpha 6 by adapter_alpha=6" in told.err and "rank 2, alpha 6" in told.out
+    layers = [load_adapter(tmp_path / f"{name}.safetensors").layers["blocks.0.attn.proj_x"] for name in "ab"]
+    assert [layer.alpha for layer in layers] == [2, 6]
+    for wrong in ("x", "0", "-1", "inf", "nan"):
+        with pytest.raises(ConfigError, match=rf"adapter_alpha={wrong} does not fit: it takes a number above 0"):
+            run_export([*command, f"out={tmp_path / 'c.safetensors'}", f"adapter_alpha={wrong}"])

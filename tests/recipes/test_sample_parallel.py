@@ -16,7 +16,7 @@ from helpers_video import keeping_frames, write_video
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
-from mochi_tune.adapters.lora import apply_adapter, linear_shapes
+from mochi_tune.adapters.lora import all_linear_shapes, apply_adapter
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.parallel.mesh import Layout, Mesh
 from mochi_tune.recipes import sample
@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(0)
     layers = {
         name: LoraLayer(torch.randn(2, i, generator=generator) / 8, torch.randn(o, 2, generator=generator) / 16, 2.0)
-        for name, (o, i) in linear_shapes(WeightsFolder(TOY).dit_skeleton()).items()
+        for name, (o, i) in all_linear_shapes(WeightsFolder(TOY).dit_skeleton()).items()
     }
     save_adapter(
         folder / "adapter.safetensors",

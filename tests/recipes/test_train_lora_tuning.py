@@ -92,7 +92,7 @@ def test_the_average_is_what_is_validated_rendered_and_given_out(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["native", "diffusers", "comfyui"])
-def test_a_run_begins_with_an_adapter_of_any_format(tmp_path, to):
+def test_a_run_begins_with_an_adapter_of_any_format(tmp_path, to, capsys):
     from mochi_tune.recipes.export import main as export
 
     settings = [
@@ -105,11 +105,12 @@ def test_a_run_begins_with_an_adapter_of_any_format(tmp_path, to):
     assert train(tmp_path / "first", "train.steps=4", *settings) == 0
     file = tmp_path / "first/adapter.safetensors"
     if to != "native":
-        export(file, to, tmp_path / "exported.safetensors")
-        file = tmp_path / "exported.safetensors"
+        export(file, to, tmp_path / "exported" / "exported.safetensors")
+        file = tmp_path / "exported"
     # Fused again, the parts of a split file have three times the rank.
     more = ["lora.rank=18"] if to == "diffusers" else []
     assert train(tmp_path / "second", "train.steps=2", *settings, *more, f"lora.init_from={file}") == 0
+    assert f"starts from adapter {file}" in capsys.readouterr().out
     ends = [rows_of(tmp_path / "first", "validation")[-1], rows_of(tmp_path / "second", "validation")[0]]
     assert ends[0]["step"] == 4 and ends[1]["step"] == 0
     assert ends[1]["validation_loss"] == pytest.approx(ends[0]["validation_loss"], rel=TOLERANCE)

@@ -1,0 +1,77 @@
+"""What a peft LoraConfig says of an adapter's layers: their alphas by peft's rules, or why they cannot be applied.
+
+Source: huggingface/peft@0.21.2 tuners/lora/config.py, utils/other.py (get_pattern_key), tuners/lora/layer.py
+(update_layer).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mochi_tune.errors import CheckpointError
+
+# peft takes any regular expression for a module's name; some of those would not end in a lifetime.
+_PLAIN_PATTERN = re.compile(r"\^?(\.\*)?[\w.\\]*\$?")
+# Kinds whose arithmetic is not W + scale * B A.
+_OTHER_KINDS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication")
+# Ways to begin that take a part out of the base's weights.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def alphas_by_peft(
+    where: str, modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the alpha of each module; a pattern that ends its name comes before lora_alpha, rsLoRA is worked in.
+
+    Args:
+        where: the config's name for messages.
+        modules: the tensors of each module.
+        config: of peft, as it is saved.
+
+    Raises:
+        CheckpointError: it is of another kind than LoRA and DoRA, or says other ranks than the tensors have.
+    """
+    _check_kind(where, config, has_magnitudes=any("magnitude" in parts for parts in modules.values()))
+    alphas = {}
+    for name, parts in modules.items():
+        rank = len(parts["lora_A"])
+        try:
+            stated = _by_pattern(name, config.get("rank_pattern"), config.get("r"))
+            alpha = _by_pattern(name, config.get("alpha_pattern"), config.get("lora_alpha"))
+            alphas[name] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+        except (re.error, TypeError, AttributeError, OverflowError) as error:
+            raise CheckpointError(f"the alphas in {where} are damaged: {error}.") from error
+        if stated is not None and stated != rank:
+            raise CheckpointError(f"{name} has rank {rank}, and {where} says {stated!r:.20}: fetch the file again.")
+    return alphas
+
+
+def _check_kind(where: str, config: Mapping[str, Any], has_magnitudes: bool) -> None:
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise CheckpointError(f"{where} says peft_type={kind!r:.20}, and only LORA is read: use a LoRA.")
+    if other := [key for key in _OTHER_KINDS if config.get(key)]:
+        raise CheckpointError(f"{where} sets {other[0]}, which changes what a LoRA computes: use a plain LoRA or DoRA.")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGED_BASE):
+        raise CheckpointError(
+            f"{where} says init_lora_weights={begun:.20}, which changes the base's weights too: save it with peft's "
+            "path_initial_model_for_weight_conversion."
+        )
+    if "use_dora" in config and bool(config["use_dora"]) != has_magnitudes:
+        has = "has" if has_magnitudes else "lacks"
+        raise CheckpointError(
+            f"{where} says use_dora={bool(config['use_dora'])!s:.5}, and the file {has} magnitudes: fetch it again."
+        )
+
+
+def _by_pattern(name: str, patterns: Any, default: Any) -> Any:
+    return next((value for pattern, value in (patterns or {}).items() if _ends_in(name, pattern)), default)
+
+
+def _ends_in(name: str, pattern: str) -> bool:
+    if not _PLAIN_PATTERN.fullmatch(pattern):
+        raise re.error(f"{pattern[:40]!a} is more than the end of a module's name")
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

@@ -1,0 +1,162 @@
+"""Adapters named by a folder, or by a repository of the hub: a server on localhost that speaks its few endpoints."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from mochi_tune.adapters.files import load_adapter
+from mochi_tune.adapters.places import find_adapter_file
+from mochi_tune.errors import CheckpointError
+
+COMMIT = "c" * 40
+NAME = "transformer.transformer_blocks.0.attn1.to_out.0.lora"
+WEIGHTS = save({f"{NAME}_A.weight": torch.ones(2, 192), f"{NAME}_B.weight": torch.ones(192, 2)})
+CONFIG = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}).encode()
+REPOS = {
+    "someone/one": {"pytorch_lora_weights.safetensors": WEIGHTS, "README.md": b"x", "video.mp4": b"large"},
+    "someone/peft": {"adapter_model.safetensors": WEIGHTS, "adapter_config.json": CONFIG, "other.bin": b"x"},
+    "someone/many": {
+        "step_100.safetensors": WEIGHTS, "step_200.safetensors": WEIGHTS, "peft/adapter_model.safetensors": WEIGHTS,
+        "peft/adapter_config.json": CONFIG,
+    },
+    "someone/none": {"README.md": b"x"},
+}  # fmt: skip
+
+
+class Hub:
+    def __init__(self):
+        self.fetched = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def handler(hub):
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_HEAD(self):
+                self.do_GET()
+
+            def do_GET(self):
+                path = unquote(urlsplit(self.path).path).removeprefix("/api/models").strip("/")
+                repo = "/".join(path.split("/")[:2])
+                rest = path.removeprefix(repo).strip("/")
+                if repo not in REPOS:
+                    return self.answer(404, **{"X-Error-Code": "RepoNotFound"})
+                kind, _, inner = rest.partition("/")
+                revision, _, file = inner.partition("/")
+                if revision not in ("main", "v1", COMMIT):
+                    return self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
+                if kind == "resolve":
+                    if file not in REPOS[repo]:
+                        return self.answer(404, **{"X-Error-Code": "EntryNotFound"})
+                    content = REPOS[repo][file]
+                    hub.fetched += [file] if self.command == "GET" else []
+                    etag = hashlib.sha256(content).hexdigest()
+                    return self.answer(200, content, **{"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+                entries = [{"rfilename": name} for name in REPOS[repo]]
+                return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": entries}).encode())
+
+            def answer(self, status, body=b"", **headers):
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+        return Handler
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hub = Hub()
+    # What HF_HUB_CACHE sets, which the library reads when it is imported.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "xet"))
+    yield hub
+    hub.close()
+
+
+def refused(name, hub=None):
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(find_adapter_file(name, hub and hub.address))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "alpha"),
+    [
+        ("someone/one", ["pytorch_lora_weights.safetensors"], 2),
+        ("someone/peft", ["adapter_config.json", "adapter_model.safetensors"], 6),
+        ("someone/many/step_200.safetensors", ["step_200.safetensors"], 2),
+        ("someone/many/peft", ["peft/adapter_config.json", "peft/adapter_model.safetensors"], 6),
+        ("someone/many/step_100.safetensors@v1", ["step_100.safetensors"], 2),
+        (f"someone/one@{COMMIT}", ["pytorch_lora_weights.safetensors"], 2),
+    ],
+)
+def test_the_adapter_and_the_config_beside_it_are_fetched_once_and_work_offline(hub, monkeypatch, name, files, alpha):
+    file = find_adapter_file(f"hub:{name}", hub.address)
+    adapter = load_adapter(file)
+    assert adapter.layers["blocks.0.attn.proj_x"].alpha == alpha
+    assert hub.fetched == files and COMMIT in str(file)
+    assert find_adapter_file(f"hub:{name}", hub.address) == file and hub.fetched == files
+    hub.close()
+    monkeypatch.setattr(hub, "close", lambda: None)
+    assert find_adapter_file(f"hub:{name}", hub.address) == file
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_adapter(f"hub:{name}").layers["blocks.0.attn.proj_x"].alpha == alpha
+
+
+def test_what_the_hub_lacks_is_told_in_one_line(hub, monkeypatch):
+    assert "no such repository" in refused("hub:someone/nowhere", hub)
+    assert "no such repository, revision" in refused("hub:someone/one@v9", hub)
+    assert "there is no x.safetensors, there is pytorch_lora" in refused("hub:someone/one/x.safetensors", hub)
+    assert "has several adapters, step_100.safetensors, step_200.safetensors: name the file" in refused(
+        "hub:someone/many", hub
+    )
+    assert "has no .safetensors file" in refused("hub:someone/none", hub)
+    assert "has no .safetensors file" in refused("hub:someone/one/folder", hub)
+    for name in ("hub:", "hub:one", "hub:someone/one@", "hub:some one/x"):
+        assert "write hub:OWNER/NAME" in refused(name, hub)
+    assert hub.fetched == []
+    hub.close()
+    monkeypatch.setattr(hub, "close", lambda: None)
+    assert "the hub is not reached" in refused("hub:someone/one", hub)
+    assert "its cache has no such repository" in refused("hub:someone/one", hub)
+
+
+def test_a_folder(tmp_path):
+    assert "has no .safetensors file" in refused(tmp_path)
+    for name in ("b.safetensors", "notes.txt"):
+        (tmp_path / name).write_bytes(WEIGHTS)
+    assert find_adapter_file(tmp_path).name == "b.safetensors"
+    (tmp_path / "a.safetensors").write_bytes(WEIGHTS)
+    assert "several adapters, a.safetensors, b.safetensors: name the file" in refused(tmp_path)
+    (tmp_path / "adapter.safetensors").write_bytes(WEIGHTS)
+    assert find_adapter_file(tmp_path).name == "adapter.safetensors"
+    # Of a checkpoint with a moving average it would be the other one.
+    (tmp_path / "averaged.safetensors").write_bytes(WEIGHTS)
+    assert "several adapters, adapter.safetensors, averaged.safetensors" in refused(tmp_path)
+    assert find_adapter_file(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
+    assert "is not a file" in refused(tmp_path / "nowhere")
