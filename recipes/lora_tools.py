@@ -78,7 +78,7 @@ def inspect(file: Path | str, page: Path | None = None) -> Inspection:
     if page is not None:
         check_out(page, ".html")
     adapter = load_adapter(file)
-    found = Inspection(adapter, alpha_source(adapter), source_of(adapter).get("sha256", ""), measure_layers(adapter))
+    found = Inspection(adapter, adapter.alpha_source, source_of(adapter).get("sha256", ""), measure_layers(adapter))
     if page is not None:
         from mochi_tune.files import write_atomic
         from mochi_tune.recipes.lora_page import make_page
@@ -110,11 +110,6 @@ def resize(file: Path | str, out: Path, limit: Limit) -> Made:
 def compare(first: Path | str, second: Path | str) -> Comparison:
     """Compares the changes of two adapter files; see `compare_adapters`."""
     return compare_adapters(load_adapter(first), load_adapter(second))
-
-
-def alpha_source(adapter: Adapter) -> str:
-    """Returns where an adapter's alphas come from, as far as its reader says."""
-    return str(getattr(adapter, "alpha_source", "") or "its metadata or tensors; where it has neither, alpha = rank")
 
 
 def check_out(out: Path, suffix: str) -> None:

@@ -70,7 +70,7 @@ def test_a_merge_says_what_it_was_made_of_and_keeps_the_base(tmp_path):
         {"file": path.name, "sha256": file_sha256(path), "strength": strength}
         for path, strength in zip(paths, (1.0, 0.5), strict=True)
     ]
-    del merged.metadata["created_by"]
+    del merged.metadata["created_by"], merged.metadata["modelspec.title"]
     assert merged.metadata == {"base_fingerprint": "abc", "num_blocks": "2", "base_model": "m", "tool": "lora merge"}
 
 

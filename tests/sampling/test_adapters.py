@@ -62,14 +62,14 @@ def bound(latents) -> float:
 def test_every_layer_is_adapted_wherever_its_weights_are(residency):
     adapter, other = every_layer(), every_layer(seed=1)
     setup = Setup(torch.device("cpu"), torch.float32, residency)
-    dit = prepare_dit(TINY.load_dit, {"one": (adapter.layers, 0.6)}, setup)
+    dit = prepare_dit(TINY.load_dit, {"one": (adapter.layers, 0.6, {})}, setup)
     expected = render(changed(adapter, 0.6))
     assert (render(dit) - expected).abs().max() <= bound(expected)
     base = render(TINY.load_dit("cpu", torch.float32))
     assert not torch.allclose(base, expected, atol=1e-2)
     switch_adapters(dit, False)
     assert (render(dit) - base).abs().max() <= bound(base)
-    two = prepare_dit(TINY.load_dit, {"one": (adapter.layers, 0.6), "two": (other.layers, 1.0)}, setup)
+    two = prepare_dit(TINY.load_dit, {"one": (adapter.layers, 0.6, {}), "two": (other.layers, 1.0, {})}, setup)
     both = changed(adapter, 0.6)
     for name, layer in other.layers.items():
         both.get_submodule(name).weight.data += delta_weight(layer)
@@ -81,7 +81,7 @@ def test_every_layer_is_adapted_wherever_its_weights_are(residency):
 def test_a_base_in_8_bits_leaves_the_adapters_as_they_are(residency):
     adapter = every_layer()
     dit = prepare_dit(
-        TINY.load_dit, {"one": (adapter.layers, 1.0)}, Setup(torch.device("cpu"), torch.float32, residency)
+        TINY.load_dit, {"one": (adapter.layers, 1.0, {})}, Setup(torch.device("cpu"), torch.float32, residency)
     )
     for name, layer in adapter.layers.items():
         module = dit.get_submodule(name)
@@ -154,8 +154,6 @@ def test_sample_computes_with_the_changed_weights(tmp_path):
     adapter = every_layer(scale=0.5)
     save_adapter(tmp_path / "a.safetensors", adapter, "diffusers")
     latents, _ = sample(tmp_path, f"sample.adapter={tmp_path / 'a.safetensors'}", "sample.adapter_strength=0.5")
-    from mochi_tune.models.text_encoder import TextEncoder
-
-    prompts = TextEncoder.load(TINY.path, "cpu", torch.float32).encode(["a red ball", ""])
+    prompts = TINY.load_text_encoder("cpu", torch.float32).encode(["a red ball", ""])
     *_, expected = sample_latents(changed(adapter, 0.5).eval(), draw_noise(0, 7, 32, 48), *prompts, SCHEDULE)
     assert (latents - expected).abs().max() <= bound(expected)
