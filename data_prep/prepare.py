@@ -25,6 +25,7 @@ from mochi_tune.data_prep.preview import check_preview_folder, preview_paths, wr
 from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, write_atomic
 from mochi_tune.models.device import DTYPES, find_device, free_memory
+from mochi_tune.models.text_encoder import measure_caption
 from mochi_tune.weights.folder import WeightsFolder
 
 
@@ -88,7 +89,7 @@ def prepare(config: RunConfig) -> Prepared:
         # Captions come second: those of refused clips are not encoded, as no row of the cache would hold them.
         kept = [clip.row for clip in inputs.clips if clip.row.sample_id not in bad]
         captions_encoded = _encode_captions(cache, kept, config, device)
-        records = report.make_records(cache, inputs, kept, bad)
+        records = report.make_records(cache, inputs, kept, bad, _lost_tails(cache, kept, weights))
         write_atomic(folder / REPORT_NAME, report.as_csv(records).encode(), durable=True)
         if not kept:
             first = next(iter([*inputs.refused.values(), *bad.values()]))
@@ -188,3 +189,11 @@ def _encode_captions(cache: CacheWriter, rows: Sequence[Row], config: RunConfig,
     del text_encoder
     free_memory()
     return len(missing)
+
+
+def _lost_tails(cache: CacheWriter, rows: Sequence[Row], weights: WeightsFolder) -> dict[str, str]:
+    """Returns the end of each caption that is longer than what the text encoder reads, by caption."""
+    pairs = ((key, text) for row in rows for key, text in zip(row.text_keys, row.captions, strict=True))
+    cut = {text for key, text in pairs if len(set(cache.token_counts(key))) > 1}
+    tokenizer = weights.load_tokenizer() if cut else None
+    return {text: text[measure_caption(text, tokenizer).num_read :].strip() for text in cut}

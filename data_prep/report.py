@@ -16,19 +16,23 @@ from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS
 
 COLUMNS: tuple[str, ...] = (
-    "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "bucket", "start_seconds", "scale", "crop",
-    "lost_picture", "source_width", "source_height", "source_frames", "source_seconds", "source_fps", "frame_rate",
+    "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "lost_text", "bucket", "start_seconds",
+    "scale", "crop", "lost_picture", "source_width", "source_height", "source_frames", "source_seconds", "source_fps", "frame_rate",
     "distinct_frames", "rotation", "is_mirrored", "pixel_aspect", "deinterlaced", "hdr", "color_matrix", "decoder",
 )  # fmt: skip
 # Between the captions of a clip that has several.
 BETWEEN_CAPTIONS = " | "
 # A clip that loses more of its picture is told.
 MUCH_PICTURE = 1 / 3
+# A line shows this many characters of what is cut off; the table shows all.
+MAX_TAIL = 60
 # Footage that is not used is told above this share of all.
 MUCH_FOOTAGE = 0.1
 
 
-def make_records(cache: CacheWriter, inputs: Inputs, kept: Sequence[Row], bad: Mapping[str, str]) -> list[dict]:
+def make_records(
+    cache: CacheWriter, inputs: Inputs, kept: Sequence[Row], bad: Mapping[str, str], tails: Mapping[str, str]
+) -> list[dict]:
     """Returns a record for each clip, each refused file and each file that was not taken, sorted by name.
 
     Args:
@@ -36,6 +40,7 @@ def make_records(cache: CacheWriter, inputs: Inputs, kept: Sequence[Row], bad: M
         inputs: of the run.
         kept: rows of the clips that are in the cache.
         bad: why clips are refused, by their sample_id.
+        tails: what is lost of captions that are longer than the text encoder reads, by caption.
     """
     names = {row.sample_id for row in kept}
     records = []
@@ -47,6 +52,7 @@ def make_records(cache: CacheWriter, inputs: Inputs, kept: Sequence[Row], bad: M
             counts = [cache.token_counts(key) for key in row.text_keys]
             lost = sum(tokens - kept for kept, tokens in counts)
             record |= {"caption_tokens": sum(tokens for _, tokens in counts)}
+            record["lost_text"] = BETWEEN_CAPTIONS.join(tails[text] for text in row.captions if text in tails)
             record |= describe_kept(row, cache.clip_report(row.clip_key), lost)
         records.append(record)
     for name, reason in inputs.refused.items():
@@ -94,7 +100,7 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     """Returns what was refused, cut off and left out, each with the setting that would change it."""
     lines = [f"refused: {record['reason']}" for record in records if record["status"] == "refused"]
     clips = [record for record in records if record["status"] == "kept"]
-    if cut := [f"{record['clip']} by {record['lost_tokens']}" for record in clips if record["lost_tokens"]]:
+    if cut := [_cut(record) for record in clips if record["lost_tokens"]]:
         lines.append(f"captions cut to {MAX_TOKENS} tokens: {listed(cut)}")
     lost = {record["clip"]: record["lost_picture"] for record in clips if record["lost_picture"] > MUCH_PICTURE}
     if lost:
@@ -107,6 +113,12 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     if others := sorted(name for name, why in inputs.unused.items() if not why.endswith(NO_VIDEO)):
         lines.append(f"{len(others)} files were not taken: {listed(others)}")
     return lines
+
+
+def _cut(record: Mapping[str, Any]) -> str:
+    tail = record.get("lost_text", "")
+    lost = f" ({tail if len(tail) <= MAX_TAIL else tail[:MAX_TAIL] + '...'!r} is lost)" if tail else ""
+    return f"{record['clip']} by {record['lost_tokens']}{lost}"
 
 
 def _wider(inputs: Inputs) -> str:

@@ -1,6 +1,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -120,7 +121,9 @@ def test_a_second_run_encodes_and_writes_nothing_and_still_reports(base, tmp_pat
     out = capsys.readouterr().out
     assert "4 clips kept, 1 refused; encoded now: 0 clips and 0 captions, reused: 4 clips" in out
     assert "short.mp4: is too short" in out
-    assert "captions cut to 256 tokens: sub/long.mp4 by 95" in out
+    assert re.search(r"captions cut to 256 tokens: sub/long\.mp4 by 95 \('.{60}\.\.\.' is lost\)", out)
+    row = report_of(tmp_path)["sub/long.mp4"]
+    assert len(row["lost_text"].split()) == 95 and row["caption"].endswith(row["lost_text"])
 
 
 def test_without_refused_clips_the_exit_code_is_0_and_a_moved_weights_folder_changes_nothing(good, capsys):
