@@ -17,8 +17,9 @@ from mochi_tune.models.text_encoder import MAX_TOKENS
 
 COLUMNS: tuple[str, ...] = (
     "clip", "status", "reason", "caption", "caption_tokens", "lost_tokens", "lost_text", "bucket", "start_seconds",
-    "scale", "crop", "lost_picture", "source_width", "source_height", "source_frames", "source_seconds", "source_fps", "frame_rate",
-    "distinct_frames", "rotation", "is_mirrored", "pixel_aspect", "deinterlaced", "hdr", "color_matrix", "decoder",
+    "scale", "crop", "lost_picture", "source_width", "source_height", "source_frames", "source_seconds", "source_fps",
+    "frame_rate", "distinct_frames", "rotation", "is_mirrored", "pixel_aspect", "deinterlaced", "hdr", "color_matrix",
+    "decoder",
 )  # fmt: skip
 # Between the captions of a clip that has several.
 BETWEEN_CAPTIONS = " | "
