@@ -18,6 +18,7 @@ from mochi_tune.cli.options import (
     load,
     plain_options,
 )
+from mochi_tune.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -81,7 +82,10 @@ def test_the_commands_of_the_docs_are_understood(page):
         elif verb == "toy":
             assert plain_options(verb, arguments[1:], TOY_OPTIONS[arguments[0]])
         elif verb == "weights":
-            assert arguments[0] == "pull" and plain_options(verb, arguments[1:], PULL_OPTIONS)
+            if arguments[0] == "check":
+                load_config("base", arguments[1:])
+            else:
+                assert arguments[0] == "pull" and plain_options(verb, arguments[1:], PULL_OPTIONS)
         else:
             assert plain_options(verb, arguments, OPTIONS[verb])
 

@@ -48,10 +48,11 @@ def folder(tmp_path_factory) -> Path:
         name: LoraLayer(torch.randn(2, i, generator=generator) / 8, torch.randn(o, 2, generator=generator) / 16, 2.0)
         for name, (o, i) in all_linear_shapes(WeightsFolder(TOY).dit_skeleton()).items()
     }
-    save_adapter(
-        folder / "adapter.safetensors",
-        Adapter(layers, {"num_blocks": "4", "base_fingerprint": WeightsFolder(TOY).base_identity()}),
-    )
+    metadata = {"num_blocks": "4", "base_fingerprint": WeightsFolder(TOY).base_identity()}
+    save_adapter(folder / "adapter.safetensors", Adapter(layers, metadata))
+    # Modulation is computed once for all steps, so that no schedule changes an adapter of it.
+    steady = {name: layer for name, layer in layers.items() if ".mod_" not in name}
+    save_adapter(folder / "steady.safetensors", Adapter(steady, metadata))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     for name in ("without", "with"):
         render(folder, f"one_{name}", {}, name)
@@ -160,8 +161,9 @@ STARTED = ["sample.init_strength=0.7", "sample.strength_schedule=[1,0.5]", "samp
 
 
 def start_from_a_video(folder: Path, name: str, *layout: str) -> None:
-    more = [*STARTED, f"sample.init_video={folder / 'start.mp4'}", *layout]
-    list(sample.main(load_config("toy_lora", [*settings(folder, name, {}, "with"), *more])))
+    more = [*STARTED, f"sample.init_video={folder / 'start.mp4'}", f"sample.adapter={folder / 'steady.safetensors'}"]
+    more += layout
+    list(sample.main(load_config("toy_lora", [*settings(folder, name, {}, "without"), *more])))
 
 
 def test_processes_start_from_one_video_with_the_strengths_of_one_process(folder, tmp_path, latents_error):

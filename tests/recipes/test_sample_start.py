@@ -161,7 +161,7 @@ def test_a_schedule_of_ones_changes_no_bit_and_one_of_zeros_is_the_base(tmp_path
     assert torch.equal(latents_of(zeros), latents_of(base)) and torch.equal(latents_of(zeros, "base"), latents_of(base))
     assert not torch.allclose(latents_of(plain), latents_of(base), atol=1e-2)
     assert record_of(ones)["adapters"][0]["strength_schedule"] == [1.0, 1.0]
-    assert set(record_of(plain)["adapters"][0]) == {"file", "sha256", "strength"}
+    assert set(record_of(plain)["adapters"][0]) == {"file", "sha256", "strength", "alpha", "alpha_source"}
 
 
 @pytest.mark.parametrize("memory", ["resident", "offload"])

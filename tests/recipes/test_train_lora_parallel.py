@@ -67,6 +67,9 @@ def assert_same_run(run_dir: Path, alone: Path) -> None:
         assert mine.keys() == its.keys() and all(tensor.numel() for tensor in mine.values())
         count = beyond = 0
         for key, tensor in its.items():
+            if key.endswith(".alpha"):
+                assert torch.equal(mine[key], tensor)
+                continue
             bound = adapter_error(state[f"{key}/exp_avg_sq"].sqrt(), rates) + 2**-20 * tensor.abs()
             assert bound.median() < 0.02 * rates, "of most numbers it is small beside what they may move"
             difference = (mine[key] - tensor).abs()
