@@ -75,5 +75,8 @@ def make_comfyui(home: Path, source: Path) -> Path:
     others = {"diffusion_models/flux": "double_blocks.0.img_attn.qkv.weight", "vae/ae": "decoder.conv_in.weight"}
     for name, key in (others | {"text_encoders/clip_l": "text_model.embeddings.position_ids"}).items():
         save_file({key: torch.zeros(2, 2)}, models / f"{name}.safetensors")
+    # The text encoder of another model is a T5 of another size.
+    t5 = load_file(TINY / "text_encoder" / "model.safetensors")
+    save_file(t5 | {"shared.weight": torch.zeros(99, 64)}, models / "text_encoders" / "umt5_xxl.safetensors")
     shutil.copytree(TINY / "tokenizer", home / "comfy" / "text_encoders" / "t5_tokenizer")
     return home

@@ -14,7 +14,7 @@ saves a model.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,8 +22,8 @@ from typing import Literal
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import file_sha256, parse_object, read_json
 from mochi_tune.weights.headers import list_some, read_header
-from mochi_tune.weights.paths import PART_NAMES, WeightsPaths
-from mochi_tune.weights.single_files import find_prefixes, find_single_file
+from mochi_tune.weights.paths import PART_NAMES, SETTINGS, WeightsPaths
+from mochi_tune.weights.single_files import find_prefixes, find_single_files
 
 TEXT_ENCODER = "text_encoder"
 # Of the folders that are shipped with mochi-tune: the sha256 of every file.
@@ -70,8 +70,14 @@ class PartFiles:
         return self.shards[0] if self.naming == "official" and len(self.shards) == 1 else self.config.parent
 
 
-def find_part(paths: WeightsPaths, part: str) -> PartFiles:
+def find_part(paths: WeightsPaths, part: str, fits: Callable[[PartFiles], bool]) -> PartFiles:
     """Finds the files of "dit", "encoder", "decoder" or "text_encoder".
+
+    Args:
+        paths: where to look.
+        part: one of them.
+        fits: whether the tensors of a single file are the model's; asked only where several files hold such a part, or
+            one is damaged, as the text encoders of other models are T5s, too.
 
     Raises:
         CheckpointError: the part or one of its shards is not there, or several files hold it.
@@ -91,17 +97,24 @@ def find_part(paths: WeightsPaths, part: str) -> PartFiles:
         return _saved_model(theirs, part, paths.variant)
     if _is_saved_model(place, part):
         return _saved_model(place, part, paths.variant)
-    own = f"{setting}=FILE" if setting != "model.weights" else f"model.{_FOLDERS[part]}=FILE"
-    single = find_single_file(place, part, own) if place.is_dir() else None
-    if single is None:
+    holders, damaged = find_single_files(place, part)
+    found = [files for files in (_single(path, part, paths.root) for path in holders) if files is not None]
+    if len(found) > 1 or damaged is not None:
+        fitting = [files for files in found if fits(files)]
+        if damaged is not None and not fitting:
+            raise damaged
+        found = fitting or found
+    if len(found) > 1:
+        own = f"{setting}=FILE" if setting != "model.weights" else f"model.{SETTINGS[part]}=FILE"
+        names = ", ".join(str(files.where.relative_to(place)) for files in found)
+        raise CheckpointError(f"{place} has several files with a {PART_NAMES[part]}, {names}: choose one with {own}.")
+    if not found:
         names = f"{_FOLDERS[part]}/" if part == TEXT_ENCODER else f"{official.name} or {theirs.name}/"
         raise CheckpointError(
             f"{setting}={place} has no {names} and no file with a {PART_NAMES[part]}: run `mochi-tune weights pull "
             f"to={place}`, or set {setting} to a folder or file that has it."
         )
-    found = _single(single, part, paths.root)
-    assert found is not None, "a file that was found by what it holds"
-    return found
+    return found[0]
 
 
 def has_part(paths: WeightsPaths, part: str) -> bool:
@@ -111,7 +124,7 @@ def has_part(paths: WeightsPaths, part: str) -> bool:
         return part in find_prefixes(read_header(place))
     if (place / f"{part}.safetensors").exists() or (place / _FOLDERS[part]).exists() or _is_saved_model(place, part):
         return True
-    return place.is_dir() and find_single_file(place, part, paths.setting(part)) is not None
+    return any(find_single_files(place, part))
 
 
 def find_tokenizer(paths: WeightsPaths) -> Path | None:

@@ -1,5 +1,6 @@
 """The weights of all models: checked by their files' headers alone, and loaded straight to a device and dtype."""
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -228,7 +229,7 @@ class WeightsFolder:
 
     def _find(self, part: str) -> PartFiles:
         if part not in self._files:
-            self._files[part] = find_part(self.paths, part)
+            self._files[part] = find_part(self.paths, part, functools.partial(_fits, part))
         return self._files[part]
 
     def _plan(self, part: str) -> "_Plan":
@@ -286,6 +287,15 @@ def _make_plan(files: PartFiles, part: str) -> _Plan:
     check_tensors(files.where, files.config, expected, found)
     is_scaled = any(header.scale for header in found.values())
     return _Plan(config, mapping, found, f"{prefix} scaled" if is_scaled else prefix)
+
+
+def _fits(part: str, files: PartFiles) -> bool:
+    """Whether a part's files are the model of their configuration, by their headers."""
+    try:
+        _make_plan(files, part)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _first_row(header: TensorHeader) -> Tensor:

@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.weights.headers import TensorHeader, read_header
-from mochi_tune.weights.paths import PART_NAMES
 
 # A tensor that each part alone has, in each naming.
 _ANCHORS: dict[str, dict[Literal["official", "diffusers"], str]] = {
@@ -60,11 +59,10 @@ def find_prefixes(names: Iterable[str]) -> dict[str, Place]:
     return found
 
 
-def find_single_file(folder: Path, part: str, setting: str) -> Path | None:
-    """Returns the file of a folder, or of ComfyUI's folders in it, that holds a part; None where there is none.
+def find_single_files(folder: Path, part: str) -> tuple[list[Path], CheckpointError | None]:
+    """Returns the files of a folder, or of ComfyUI's folders in it, that hold a part by its names, of any size.
 
-    Raises:
-        CheckpointError: several hold it, or none does and one of them is damaged.
+    The second value is the error of the first file that is damaged: it may be the one that is wanted.
     """
     folders = [folder, *(folder / name for name in COMFYUI_FOLDERS[part])]
     folders += [folder / "split_files" / name for name in COMFYUI_FOLDERS[part]]
@@ -75,14 +73,7 @@ def find_single_file(folder: Path, part: str, setting: str) -> Path | None:
                 holders.append(path)
         except CheckpointError as error:
             damaged = damaged or error
-    if len(holders) > 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in holders)
-        raise CheckpointError(
-            f"{folder} has several files with a {PART_NAMES[part]}, {names}: choose one with {setting}=FILE."
-        )
-    if not holders and damaged:
-        raise damaged
-    return holders[0] if holders else None
+    return holders, damaged
 
 
 def take_part(headers: Mapping[str, TensorHeader], part: str, is_shared: bool) -> dict[str, TensorHeader]:
