@@ -4,12 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import RMSNorm
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
 
+# Small models are there at once.
+SHOWN_AFTER_SECONDS = 2.0
 _MODELS: dict[type, type[nn.Module]] = {DiTConfig: AsymmDiT, EncoderConfig: Encoder, DecoderConfig: Decoder}
 
 
@@ -50,7 +54,9 @@ def fill_model(
     fp32 = fp32_parameters(model)
     parameters = list(model.named_parameters())
     blocks = [_block_of(name) for name, _ in parameters]
-    for i, (name, parameter) in enumerate(parameters):
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    bar = tqdm(parameters, type(model).__name__, leave=False, delay=SHOWN_AFTER_SECONDS, disable=not is_main)
+    for i, (name, parameter) in enumerate(bar):
         tensor = torch.empty(parameter.shape, dtype=torch.float32 if name in fp32 else dtype, device=device)
         if tensor.ndim == 5:
             # As the VAE's features are, or each convolution would change the layout of its weight.
