@@ -12,6 +12,7 @@ from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import diffusers_map, to_diffusers, to_official
 
+TINY_WEIGHTS = WeightsFolder(TINY)
 DIT_SIZES = {
     "num_attention_heads": 6,
     "attention_head_dim": 32,
@@ -64,6 +65,28 @@ def test_a_sharded_diffusers_folder_holds_the_official_tensors(diffusers_folder,
     assert model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name].float()), name
+
+
+def test_a_pipeline_that_diffusers_saves_as_a_variant_is_read(diffusers_models, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    transformer, vae = diffusers_models
+    encoder, tokenizer = T5EncoderModel.from_pretrained(TINY / "text_encoder"), TINY / "tokenizer"
+    models = {"transformer": transformer, "vae": vae, "text_encoder": encoder}
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = MochiPipeline(**models, tokenizer=AutoTokenizer.from_pretrained(tokenizer), scheduler=scheduler)
+    pipeline.save_pretrained(tmp_path / "saved", variant="bf16", max_shard_size="1MB")
+    assert (tmp_path / "saved" / "transformer" / "diffusion_pytorch_model.safetensors.index.bf16.json").exists()
+    assert (tmp_path / "saved" / "text_encoder" / "model.bf16.safetensors").exists()
+    weights = WeightsFolder(tmp_path / "saved")
+    weights.check([*LOADERS, "text_encoder"])
+    for part, load in LOADERS.items():
+        expected = official(part)
+        for name, tensor in load(weights, "cpu", torch.float32).state_dict().items():
+            assert torch.equal(tensor, expected[name].float()), name
+    features = [each.load_text_encoder("cpu", torch.float32).encode(["a cat"])[0] for each in (weights, TINY_WEIGHTS)]
+    assert torch.equal(*features)
 
 
 @pytest.mark.parametrize("options", [{"variant": "bf16"}, {"variant": "bf16", "max_shard_size": "1MB"}, {}])
