@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from helpers_golden import GOLDEN, relative_error
-from helpers_weights import LOADERS, changes, official, refused
+from helpers_weights import LOADERS, TINY, changes, official, refused
 from safetensors.torch import load_file, save_file
 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
