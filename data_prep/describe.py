@@ -161,7 +161,7 @@ def describe(
                     write_row(result.row(clips.name(result.clip)))
                     for note in [result.error, *result.notes]:
                         if note:
-                            tally.say(f"{clips.name(result.clip)}: {note}")
+                            tally.say(note if note.startswith(f"{result.clip}:") else f"{result.clip}: {note}")
                     tally.add(result)
         finally:
             # Also of a run that was interrupted, whose captions stay.

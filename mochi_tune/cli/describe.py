@@ -44,7 +44,6 @@ def run_describe(arguments: list[str]) -> int:
         frames_out = Path(options["frames_out"]).expanduser() if options["frames_out"] else None
         print(*plan(clips, wording, sampling, frames_out), sep="\n")
         return 0
-    length = _length(options["model.weights"])
     if not clips.without:
         print(f"{folder}: no clip to describe, {clips.num_with} have a caption")
         for reason in clips.refused.values():
@@ -54,7 +53,7 @@ def run_describe(arguments: list[str]) -> int:
     try:
         for note in captioner.check():
             print(note, flush=True)
-        writer = Writer(captioner, wording, limits, Pace(per_minute), length)
+        writer = Writer(captioner, wording, limits, Pace(per_minute), _length(options["model.weights"]))
         return describe(clips, writer, sampling, 1 if is_local else workers, folder / LOG_NAME, prices)
     finally:
         captioner.close()

@@ -1,7 +1,9 @@
+import re
 import threading
 import time
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from helpers_chat import CAPTION, ChatServer, Reply
@@ -9,6 +11,7 @@ from helpers_prepare import TINY
 
 from mochi_tune.data_prep.answers import CaptionLength
 from mochi_tune.data_prep.captioning import Cost, Limits, LostClip, Pace, Stopped, Wording, Writer
+from mochi_tune.data_prep.describe_tally import Result, Tally
 from mochi_tune.data_prep.endpoint import Endpoint
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.text_encoder import load_tokenizer
@@ -214,8 +217,14 @@ def test_clocks_that_jump_change_nothing(monkeypatch):
     limits = Limits(retries=3, timeout_seconds=0.3, clip_seconds=20, backoff_seconds=0.05)
     replies = script(Reply(wait_seconds=1), Reply({}, 429, {"Retry-After": "0.2"}))
     started = time.monotonic()
+    tally = Tally(2, None)
     with writing(replies, limits=limits, pace=Pace(600)) as (server, write):
         caption, _, cost = write()
+    for _ in range(2):
+        tally.add(Result(Path("clip.mp4"), caption, cost=cost))
+    tally.close()
+    # Ten years would be hours, and an hour back a time below zero.
+    assert reads and re.search(r"; \d+ (s|min), \d+\.\d clips/min", tally.summary(0, 0))
     took = time.monotonic() - started
     assert caption == CAPTION and len(server.chats) == 3 and server.chats[2].time - server.chats[1].time >= 0.2
     # The timeout, two pauses and three requests are what the clip is charged with, and within what has passed.
