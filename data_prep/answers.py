@@ -1,9 +1,10 @@
 """Makes a caption out of a model's answer: takes away what is around it, and finds what is wrong with it."""
 
 import re
+import unicodedata
 from typing import Any, Literal
 
-from mochi_tune.files import find_lone_surrogate, parse_object
+from mochi_tune.files import parse_object
 from mochi_tune.models.text_encoder import MAX_TOKENS, measure_caption
 
 Language = Literal["en", "any"]
@@ -12,9 +13,13 @@ MAX_CHARACTERS, MIN_WORDS = 8000, 3
 # Without T5's tokenizer: English prose has 1.3 tokens a word, names and numbers more.
 MAX_WORDS_UNCOUNTED = 160
 # Share of a text's letters that are Latin, and of its words that are among the most frequent ones of English. Those
-# are a third of English prose, and less than a twentieth in other languages; short texts are too few words to tell.
+# are a third of English prose, and more than the most frequent ones of its neighbours; short texts are too few words.
 MIN_LATIN, MIN_COMMON, MIN_WORDS_TOLD = 0.9, 0.1, 12
 COMMON = frozenset("the a an and of in with is are to on as at its it from by while for this that over into".split())
+FOREIGN = frozenset(
+    "de la le les des du et un une el los las y una con der das und ein eine den dem een het en il di che della uma o "
+    "os da em para och det ett att".split()
+)
 # Of a text of this many words, less than this share differs: the model was caught in a loop.
 LOOP_WORDS, MIN_DISTINCT = 40, 0.2
 # A shorter caption is asked for than would just fit, as models count badly.
@@ -70,7 +75,8 @@ def find_fault(text: str, language: Language) -> str:
         return "is empty"
     if len(text) > MAX_CHARACTERS:
         return f"has {len(text)} characters"
-    if any(not (letter.isprintable() or letter.isspace()) for letter in text) or find_lone_surrogate(text):
+    # Marks that join letters are text: Cf in Unicode's tables.
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Co", "Cn") and letter not in "\n\t" for letter in text):
         return "holds characters that are no text"
     if text.lower().startswith(("<think", "<!doctype", "<html")):
         return "is nothing but thoughts" if text.lower().startswith("<think") else "is a web page"
@@ -97,7 +103,8 @@ def _find_foreign(text: str, words: list[str]) -> str:
     if latin < MIN_LATIN * len(letters) or not letters:
         return f"is not English: {latin} of its {len(letters)} letters are Latin"
     common = sum(word in COMMON for word in words)
-    if len(words) >= MIN_WORDS_TOLD and common < MIN_COMMON * len(words):
+    foreign = sum(word in FOREIGN for word in words)
+    if len(words) >= MIN_WORDS_TOLD and common < max(MIN_COMMON * len(words), foreign):
         return f"is not English: {common} of its {len(words)} words are frequent English ones"
     return ""
 

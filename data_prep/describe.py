@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mochi_tune.data_prep.caption_tables import CAPTION_LISTS, VIDEO_LISTS
 from mochi_tune.data_prep.captioning import LostClip, Stopped, Wording, Writer
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.clips import Cut
@@ -84,6 +85,8 @@ def find_clips(folder: Path, with_stills: bool) -> FoundClips:
             result.refused[name] = f"{name}: its name is not valid UTF-8: rename it."
         elif os.path.lexists(target):
             result.refused[name] = f"{target}: is there and holds no caption: write it, or remove the file."
+        elif lists := _lists_beside(target, targets):
+            result.refused[name] = f"{clip}: {target.name} beside {lists} would be read as a list of clips: rename it."
         elif target in targets:
             # A video and a still of one name share the caption.
             result.notes.append(f"{name} gets the caption of the other clip of that name")
@@ -96,6 +99,13 @@ def find_clips(folder: Path, with_stills: bool) -> FoundClips:
 def caption_path(clip: Path) -> Path:
     """Returns the file that a clip's caption is written to."""
     return clip.with_suffix(".txt")
+
+
+def _lists_beside(target: Path, targets: set[Path]) -> str:
+    """Returns the file that would make a list of clips and one of captions out of a caption's file, or ""."""
+    lists = CAPTION_LISTS if target.name in VIDEO_LISTS else VIDEO_LISTS if target.name in CAPTION_LISTS else ()
+    others = (target.with_name(name) for name in lists)
+    return next((other.name for other in others if other in targets or other.exists()), "")
 
 
 def sample_frames(decoder: ClipDecoder, clip: Path, sampling: Sampling) -> tuple[list[bytes], float]:

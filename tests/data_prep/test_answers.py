@@ -38,6 +38,9 @@ def test_what_is_around_a_caption_is_taken_away(answer):
         "Here is where a river meets the sea in the evening, and the water of it is brown.",
         "A chart with 1. a red bar and 2. a blue bar is on the wall of a room.",
         "Caption cards fall on to the floor of a dark theatre, in slow motion.",
+        "A man in a red coat walks down the Rue de la Paix in Paris, holding a basket of fruit, smiling at a child.",
+        "Woman in a red dress, holding fruit, dances alone in front of mirrors, warm light, slow motion, close view.",
+        "A family \U0001f468\u200d\U0001f469\u200d\U0001f467 painted on a wall beside the road.",
         "José and Zoë dance the tango in a café at night, and the camera circles them.",
     ],
 )
@@ -74,6 +77,21 @@ def test_a_caption_is_not_changed(caption):
         (
             "Ein kleiner roter Ball rollt langsam von links nach rechts über einen grauen Tisch, während die Kamera in "
             "der Höhe des Tisches stillsteht.",
+            "is not English: 1 of its",
+        ),
+        (
+            "Een kleine rode bal rolt langzaam over een grijze tafel in een kamer, terwijl de camera op de hoogte van "
+            "de tafel is en het licht zacht is.",
+            "is not English: 4 of its",
+        ),
+        (
+            "Uma pequena bola vermelha rola lentamente da esquerda para a direita sobre uma mesa cinza, enquanto a "
+            "câmera permanece parada.",
+            "is not English: 2 of its",
+        ),
+        (
+            "Una pequeña pelota roja rueda lentamente de izquierda a derecha sobre una mesa gris, mientras la cámara "
+            "permanece quieta.",
             "is not English: 1 of its",
         ),
         ("!!! ... ??? !!!", "is not English: 0 of its 0 letters"),

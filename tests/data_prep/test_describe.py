@@ -174,6 +174,16 @@ def test_stills_are_described_where_that_is_asked_for(tmp_path):
     assert found.notes == ["a.png gets the caption of the other clip of that name"]
 
 
+def test_a_caption_does_not_become_a_list_of_captions(tmp_path):
+    for name in ("video.mp4", "clip.mp4"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_clips(tmp_path, False).without] == ["clip.mp4", "video.mp4"]
+    (tmp_path / "prompts.txt").write_text("what to sample")
+    found = find_clips(tmp_path, False)
+    assert [path.name for path in found.without] == ["clip.mp4"]
+    assert "video.txt beside prompts.txt would be read as a list of clips" in found.refused["video.mp4"]
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
