@@ -134,8 +134,8 @@ def test_an_endpoint_that_is_gone_ends_the_run_and_keeps_what_is_done(tmp_path):
         done = run(*describe(tmp_path, server.url, "workers=1", "retries=0"))
         assert done.returncode == 2 and len(list(tmp_path.glob("*.txt"))) == 2
         assert "the endpoint gave no answer for 10 clips in a row" in done.stderr.splitlines()[-1]
-        # One more may have been under way.
-        assert len(server.chats) in (12, 13)
+        # The worker goes on until it is ended.
+        assert len(server.chats) >= 12
     assert "2 clips described, 0 had a caption, 10 have none, 2 not yet tried" in done.stdout
 
 

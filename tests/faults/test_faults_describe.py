@@ -31,18 +31,18 @@ def test_killed_and_interrupted_it_goes_on_with_the_clips_that_have_no_caption(t
         # Killed before the first caption takes its name.
         killed = Program([*command, "workers=1"], tmp_path / "killed", Disturbance(videos, 0, ".write_new.tmp", 2))
         assert killed.wait() == -signal.SIGKILL
-        assert not texts() and asked == [0] and len(list(videos.glob(".write_new.*.tmp"))) == 1
+        # It may have asked for the next one by then.
+        assert not texts() and asked in ([0], [0, 1]) and len(list(videos.glob(".write_new.*.tmp"))) == 1
         with (videos / "describe.jsonl").open("a") as log:
             log.write('{"clip": "half of a li')
 
         def stalling(request, number):
             asked.append(request.clip)
-            stalls = len(texts()) == 3
-            return Reply(f"Ball {request.clip}. {CAPTION}", wait_seconds=600 if stalls else 0)
+            return Reply(f"Ball {request.clip}. {CAPTION}", wait_seconds=600 if request.clip == 3 else 0)
 
         server.answer = stalling
         interrupted = Program([*command, "workers=1"], tmp_path / "interrupted")
-        interrupted.wait_until(lambda: len(texts()) == 3 and len(asked) == 5)
+        interrupted.wait_until(lambda: len(texts()) == 3 and asked[-1] == 3)
         interrupted.send(signal.SIGINT)
         assert interrupted.wait() == 130
         assert interrupted.err.splitlines()[-1] == "mochi-tune: interrupted" and "Traceback" not in interrupted.text()
@@ -53,8 +53,10 @@ def test_killed_and_interrupted_it_goes_on_with_the_clips_that_have_no_caption(t
         assert done.returncode == 0 and f"{NUM_CLIPS - 3} clips described, 3 had a caption" in done.stdout
     assert texts() == {str(number): f"Ball {number}. {CAPTION}\n" for number in range(NUM_CLIPS)}
     assert all(texts()[name] == text for name, text in first.items())
-    # Two were under way when the runs ended.
-    assert Counter(asked) == {number: 2 if number in (0, 3) else 1 for number in range(NUM_CLIPS)}
+    # Those that were under way when the runs ended were asked for twice.
+    counts = Counter(asked)
+    assert counts.pop(1) in (1, 2)
+    assert counts == {number: 2 if number in (0, 3) else 1 for number in range(NUM_CLIPS) if number != 1}
     assert not list(videos.glob(".*.tmp"))
     lines = (videos / "describe.jsonl").read_text().splitlines()
     assert lines[0] == '{"clip": "half of a li'
