@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,8 +50,10 @@ class Endpoint:
         if not key.isascii() or not key.isprintable() or " " in key:
             raise ConfigError("the API key holds characters that no key has: check key_file= or OPENAI_API_KEY.")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # Redirects are not followed, so that the key goes to this address alone.
-        self._client = httpx.Client(headers=headers, limits=httpx.Limits(max_connections=None))
+        # Redirects are not followed, so that the key goes to this address alone. Proxies that the environment names are
+        # for other machines than this one.
+        limits = httpx.Limits(max_connections=None)
+        self._client = httpx.Client(headers=headers, limits=limits, trust_env=not _is_this_machine(self.url))
 
     def close(self) -> None:
         """Closes the connections."""
@@ -176,6 +179,14 @@ def _check_url(url: str) -> str:
     if not is_one:
         raise ConfigError(f"endpoint={url} is no address: write one like http://localhost:8000/v1, or local.")
     return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _is_this_machine(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _as_message(turn: Turn) -> dict[str, Any]:

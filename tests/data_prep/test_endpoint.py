@@ -153,6 +153,17 @@ def test_the_check_accepts_what_lists_or_answers():
         assert check(server.url) == []
 
 
+def test_a_server_on_this_machine_is_not_asked_by_a_proxy(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with ChatServer() as server:
+        assert check(server.url) == check(server.url.replace("127.0.0.1", "localhost")) == []
+    with pytest.raises(ConfigError, match="no connection"):
+        check("http://192.0.2.1:8000/v1")
+
+
 def test_the_check_refuses_what_is_no_endpoint():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
