@@ -49,13 +49,16 @@ class ClipDecoder:
         self.close()
 
     def close(self) -> None:
-        """Ends the child, whatever it is doing; a later call starts another one."""
-        if self._child is not None:
-            self._child.process.kill()
+        """Ends the child, whatever it is doing; a later call starts another one.
+
+        Another thread than the one that waits for an answer may call it, which then gets none.
+        """
+        child, self._child, self._asked = self._child, None, None
+        if child is not None:
+            child.process.kill()
             # A process that waits for a dead network disk cannot even be killed; leave it behind.
-            self._child.process.join(5)
-            self._child.socket.close()
-        self._child = self._asked = None
+            child.process.join(5)
+            child.socket.close()
 
     def scan(self, path: Path) -> Scan:
         """Reads a file's properties as `scan_video` does.

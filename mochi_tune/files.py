@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -43,6 +44,29 @@ def write_atomic(path: Path, content: bytes, durable: bool = False) -> None:
     """
     with atomic_file(path, durable) as temporary:
         temporary.write_bytes(content)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Writes a file that appears under its name complete and on disk, and replaces none.
+
+    Until then it has the same temporary name in the folder for every `path`, which may be as long as a name can be.
+
+    Raises:
+        FileExistsError: there is one, which stays as it is.
+        OSError: the disk is full, or refuses.
+    """
+    with temporary_file(path.with_name("write_new")) as temporary:
+        temporary.write_bytes(content)
+        fsync(temporary)
+        try:
+            # Unlike a rename, a link never replaces what another process has put there.
+            os.link(temporary, path)
+        except OSError as error:
+            if isinstance(error, FileExistsError) or os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            # A file system without hard links, unless the rename fails too.
+            os.rename(temporary, path)
+    temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

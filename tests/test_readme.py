@@ -10,6 +10,7 @@ from helpers_process import run
 from mochi_tune.cli.lora import parse
 from mochi_tune.cli.options import (
     BENCH_OPTIONS,
+    DESCRIBE_OPTIONS,
     EXPERIMENT_OPTIONS,
     EXPORT_OPTIONS,
     PULL_OPTIONS,
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 OPTIONS = {
     "bench": BENCH_OPTIONS,
+    "describe": DESCRIBE_OPTIONS,
     "experiment": EXPERIMENT_OPTIONS,
     "export": EXPORT_OPTIONS,
     "verify": VERIFY_OPTIONS,

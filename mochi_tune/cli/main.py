@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mochi_tune.cli.describe import run_describe
 from mochi_tune.cli.launch import (
     INTERRUPTED,
     STARTED_HERE,
@@ -92,6 +93,7 @@ def run(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "plan": run_plan,
         "inspect": run_inspect,
+        "describe": run_describe,
         "prepare": run_prepare,
         "train": run_train,
         "replay": run_replay,

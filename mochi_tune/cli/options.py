@@ -16,6 +16,8 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
                      memory, time and disk of a run, foretold before anything is loaded
   mochi-tune inspect conf=NAME [out=DIR] [key=value ...]      the clips as the model will see them -> a page
+  mochi-tune describe videos=DIR endpoint=http://localhost:8000/v1 model=NAME [dry_run=true]
+                     captions for clips that have none, by a model that sees pictures; endpoint=local model=DIR
   mochi-tune prepare conf=NAME [key=value ...]    videos and captions -> cache, once
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
   mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
@@ -99,6 +101,34 @@ PULL_OPTIONS = {
     "revision": ("", "branch, tag or commit; empty: the folder's own, else the commit that is known to fit"),
     "endpoint": ("", "address of another hub"),
     "dry_run": ("false", "true: list the files and their sizes, fetch nothing"),
+}
+DESCRIBE_OPTIONS = {
+    "videos": (None, "folder of clips; captions go beside them, NAME.txt; nothing is ever replaced"),
+    "endpoint": (None, "OpenAI-compatible address, up to /v1; local: a model of transformers in a folder"),
+    "model": (None, "name at the endpoint; for endpoint=local the folder"),
+    "key_file": ("", "file with the API key; default: the environment variable OPENAI_API_KEY, if it is set"),
+    "trigger": (
+        "",
+        "word that each caption gets: put first, or where the answer has it if the template asks for {trigger}",
+    ),
+    "template": ("", "file with another prompt; {num_frames}, {seconds}, {max_words}, {trigger} are replaced"),
+    "language": ("en", "en: answers that are not English are refused; any: all are taken"),
+    "num_frames": ("8", "pictures of a clip, evenly spaced"),
+    "image_size": ("512", "most pixels of a picture's longer side"),
+    "stills": ("false", "true: still pictures are described too"),
+    "workers": ("4", "clips in work at a time"),
+    "requests_per_minute": ("0", "most requests a minute; 0: any number"),
+    "timeout_seconds": ("120", "that a request may take"),
+    "clip_seconds": ("600", "that all requests of a clip and the pauses between them may take"),
+    "retries": ("4", "after a clip's first request, whatever fails: the connection, the endpoint, the answer"),
+    "backoff_seconds": ("1", "pause before the first retry, twice as long before each further one"),
+    "max_tokens": ("1000", "of an answer; more for models that think first"),
+    "price_in": ("", "of a million tokens of prompts and pictures, to be told what it costs"),
+    "price_out": ("", "of a million tokens of answers"),
+    "model.weights": ("~/.cache/mochi_tune/mochi-1-preview", "Mochi's weights, whose T5 tokenizer measures captions"),
+    "device": ("auto", "of endpoint=local: cpu, cuda or auto"),
+    "dry_run": ("false", "true: prints the prompt and the number of clips, and asks nobody"),
+    "frames_out": ("", "with dry_run=true: new folder for the pictures of the first clip"),
 }
 VERIFY_OPTIONS = {
     "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),

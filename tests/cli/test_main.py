@@ -16,7 +16,19 @@ def test_help_names_every_verb(arguments):
     command = [sys.executable, "-m", "mochi_tune.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for verb in ("inspect", "prepare", "train", "sample", "export", "lora", "verify", "weights pull", "bench", "demo"):
+    for verb in (
+        "inspect",
+        "describe",
+        "prepare",
+        "train",
+        "sample",
+        "export",
+        "lora",
+        "verify",
+        "weights pull",
+        "bench",
+        "demo",
+    ):
         assert f"mochi-tune {verb}" in done.stdout
 
 
@@ -31,7 +43,9 @@ def test_a_verbs_help_lists_every_setting(verb):
     assert lines[at].endswith("a whole number, 0 or more") and lines[at + 1] == "      steps from 0 to the peak"
 
 
-@pytest.mark.parametrize("verb", [["export"], ["lora", "merge"], ["verify"], ["weights", "pull"], ["demo"]])
+@pytest.mark.parametrize(
+    "verb", [["describe"], ["export"], ["lora", "merge"], ["verify"], ["weights", "pull"], ["demo"]]
+)
 def test_the_other_verbs_have_help(verb):
     done = run(*verb, "--help")
     assert done.returncode == 0 and f"mochi-tune {' '.join(verb)}" in done.stdout

@@ -1,0 +1,148 @@
+"""Makes a caption out of a model's answer: takes away what is around it, and finds what is wrong with it."""
+
+import re
+import unicodedata
+from typing import Any, Literal
+
+from mochi_tune.files import parse_object
+from mochi_tune.models.text_encoder import MAX_TOKENS, measure_caption
+
+Language = Literal["en", "any"]
+# Longer is a model that does not stop, not a caption to be shortened.
+MAX_CHARACTERS, MIN_WORDS = 8000, 3
+# Without T5's tokenizer: English prose has 1.3 tokens a word, names and numbers more.
+MAX_WORDS_UNCOUNTED = 160
+# Share of a text's letters that are Latin, and of its words that are among the most frequent ones of English. Those
+# are a third of English prose, and more than the most frequent ones of its neighbours; short texts are too few words.
+MIN_LATIN, MIN_COMMON, MIN_WORDS_TOLD = 0.9, 0.1, 12
+COMMON = frozenset("the a an and of in with is are to on as at its it from by while for this that over into".split())
+FOREIGN = frozenset(
+    "de la le les des du et un une el los las y una con der das und ein eine den dem een het en il di che della uma o "
+    "os da em para och det ett att".split()
+)
+# Of a text of this many words, less than this share differs: the model was caught in a loop.
+LOOP_WORDS, MIN_DISTINCT = 40, 0.2
+# A shorter caption is asked for than would just fit, as models count badly.
+SHORTER = 0.85
+
+_THOUGHTS = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"^```\w*\n(.*?)\n?```$", re.DOTALL)
+_HEADING = re.compile(r"^(?:#{1,6} [^\n]*|\*\*[^*\n]+\*\*:?)\n+")
+_EMPHASIS = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
+_PREAMBLE = re.compile(
+    r"^(?:(?:sure|certainly|of course|absolutely|okay|ok)\b[^\w\n]*)?"
+    r"(?:here(?:'s|’s| is| are)\b[^\n:.]{0,120}:|(?:caption|description|video caption|video description) ?:)\s*",
+    re.IGNORECASE,
+)
+_FAREWELL = re.compile(r"\n\s*\n(?:let me know|i hope|would you like|feel free|if you)\b[^\n]*$", re.IGNORECASE)
+_QUOTES = {'"': '"', "“": "”", "'": "'", "‘": "’", "«": "»"}
+_LIST = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
+_REFUSAL = re.compile(
+    r"^(?:i['’]m sorry|i am sorry|sorry,|i apologi[sz]e|i can(?:['’]t|not)\b|i['’]m (?:unable|not able)|"
+    r"i am (?:unable|not able)|as an ai\b|unfortunately, i\b)|"
+    r"\bi (?:can['’]t|cannot|am unable to|['’]m unable to) (?:assist|help|view|see|describe|provide)\b",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
+
+
+def clean_answer(text: str) -> str:
+    """Returns an answer on one line, without a model's thoughts, a code fence, a heading, a preamble or quotes."""
+    text = _THOUGHTS.sub("", text).strip()
+    if len(text) > MAX_CHARACTERS:
+        return text
+    text = _FENCE.sub(r"\1", text).strip()
+    text = _HEADING.sub("", text)
+    text = _EMPHASIS.sub(r"\2", text)
+    text = _FAREWELL.sub("", _PREAMBLE.sub("", text)).strip()
+    close = _QUOTES.get(text[:1])
+    if close and len(text) > 1 and text.endswith(close) and text[0] not in text[1:-1] and close not in text[1:-1]:
+        text = text[1:-1]
+    if len(_LIST.findall(text)) > 1:
+        # Left as it stands, for the check to see it.
+        return text
+    return " ".join(text.split())
+
+
+def find_fault(text: str, language: Language) -> str:
+    """Returns what makes a cleaned answer no caption, to stand behind "it"; "" where nothing does.
+
+    Args:
+        text: of `clean_answer`.
+        language: "en" looks at its letters and its most frequent words.
+    """
+    if not text:
+        return "is empty"
+    if len(text) > MAX_CHARACTERS:
+        return f"has {len(text)} characters"
+    # Marks that join letters are text: Cf in Unicode's tables.
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Co", "Cn") and letter not in "\n\t" for letter in text):
+        return "holds characters that are no text"
+    if text.lower().startswith(("<think", "<!doctype", "<html")):
+        return "is nothing but thoughts" if text.lower().startswith("<think") else "is a web page"
+    if parse_object(text) is not None or text.startswith(("```", "[{")):
+        return "is code or JSON"
+    if _REFUSAL.search(text):
+        return "is a refusal"
+    if len(_LIST.findall(text)) > 1:
+        return "is a list"
+    words = re.findall(r"\w+", text.lower())
+    if len(words) >= LOOP_WORDS and len(set(words)) < MIN_DISTINCT * len(words):
+        return "repeats itself"
+    if language == "en" and (fault := _find_foreign(text, words)):
+        return fault
+    if len(words) < MIN_WORDS:
+        return f"has only {len(words)} words"
+    return ""
+
+
+def _find_foreign(text: str, words: list[str]) -> str:
+    letters = [letter for letter in text if letter.isalpha()]
+    # Latin letters with accents end at U+024F.
+    latin = sum(letter <= "\u024f" for letter in letters)
+    if latin < MIN_LATIN * len(letters) or not letters:
+        return f"is not English: {latin} of its {len(letters)} letters are Latin"
+    common = sum(word in COMMON for word in words)
+    foreign = sum(word in FOREIGN for word in words)
+    if len(words) >= MIN_WORDS_TOLD and common < max(MIN_COMMON * len(words), foreign):
+        return f"is not English: {common} of its {len(words)} words are frequent English ones"
+    return ""
+
+
+class CaptionLength:
+    """Says whether a caption fits into what T5 reads, by its tokenizer or, without one, by words.
+
+    Args:
+        tokenizer: T5's; None where it is not there.
+    """
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+
+    def fits(self, text: str) -> bool:
+        """Whether all of a caption is read."""
+        return self._size(text) <= self._most
+
+    def words_to_ask_for(self, text: str) -> int:
+        """Returns how many words a caption that is too long should have."""
+        return max(int(len(text.split()) * self._most / self._size(text) * SHORTER), 10)
+
+    def describe(self, text: str) -> str:
+        """Returns a caption's length in words for the user."""
+        unit = "words, counted without T5's tokenizer" if self._tokenizer is None else "tokens"
+        return f"{self._size(text)} {unit}, {self._most} are the most"
+
+    def cut(self, text: str) -> str:
+        """Returns as many whole sentences as fit, else as many words."""
+        ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+        # In descending order, so that the first that fits is the longest.
+        spaces = [match.start() for match in re.finditer(r"\s", text)]
+        candidates = (text[:end] for end in (*reversed(ends), *reversed(spaces)))
+        return next((candidate for candidate in candidates if self.fits(candidate)), "")
+
+    @property
+    def _most(self) -> int:
+        return MAX_WORDS_UNCOUNTED if self._tokenizer is None else MAX_TOKENS
+
+    def _size(self, text: str) -> int:
+        return len(text.split()) if self._tokenizer is None else measure_caption(text, self._tokenizer).num_tokens or 0

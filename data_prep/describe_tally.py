@@ -1,0 +1,140 @@
+"""Counts what `describe` does: its progress bar, its summary and its log."""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mochi_tune.data_prep.captioning import Cost
+from mochi_tune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Of a million tokens, in any currency."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+    def of(self, cost: Cost) -> float:
+        """Returns what so many tokens cost."""
+        return (cost.prompt_tokens * self.prompt + cost.completion_tokens * self.completion) / 1e6
+
+
+@dataclass
+class Result:
+    """What became of a clip: its caption, or why it has none; and what it took."""
+
+    clip: Path
+    caption: str = ""
+    error: str = ""
+    notes: list[str] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+    is_lost: bool = False
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Returns the line of the log."""
+        status = "failed" if self.error else "described"
+        costs = asdict(self.cost) | {"seconds": round(self.cost.seconds, 3)}
+        return {"clip": name, "status": status, **costs, "notes": self.notes, "error": self.error, "text": self.caption}
+
+
+class Tally:
+    """Counts what is done, and shows it in a progress bar by a clock that does not jump.
+
+    Args:
+        total: clips to describe.
+        prices: of tokens; None: not told.
+    """
+
+    def __init__(self, total: int, prices: Prices | None) -> None:
+        self.num_described = self.num_failed = 0
+        self._total, self._prices, self._cost = total, prices, Cost()
+        self._started = self._shown = time.monotonic()
+        # Its own estimates are by the clock of the wall.
+        form = "{desc}: {n_fmt}/{total_fmt} |{bar}|{postfix}"
+        self._bar = tqdm(total=total, desc="clips", disable=not total, bar_format=form)
+
+    def add(self, result: Result) -> None:
+        """Counts a clip."""
+        self.num_failed += bool(result.error)
+        self.num_described += not result.error
+        for name, value in vars(result.cost).items():
+            setattr(self._cost, name, getattr(self._cost, name) + value)
+        now, num_done = time.monotonic(), self.num_described + self.num_failed
+        self._bar.update()
+        if now - self._shown >= 1 or num_done == self._total:
+            left = (now - self._started) / num_done * (self._total - num_done)
+            price = f", {self._price()}" if self._prices else ""
+            self._bar.set_postfix_str(f"{self._rate()}, {_in_words(left)} left{price}")
+            self._shown = now
+
+    def say(self, line: str) -> None:
+        """Writes a line above the bar."""
+        tqdm.write(line)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
+
+    def summary(self, num_with: int, num_refused: int) -> str:
+        """Returns what was done in a line; tells also of clips that had a caption, or that nobody was asked about."""
+        cost, num_left = self._cost, self._total - self.num_described - self.num_failed
+        parts = [f"{self.num_described} clips described, {num_with} had a caption"]
+        if without := self.num_failed + num_refused:
+            parts[0] += f", {without} have none"
+        if num_left:
+            parts[0] += f", {num_left} not yet tried"
+        parts.append(f"{cost.requests} requests of which {cost.retries} were retries")
+        if cost.prompt_tokens + cost.completion_tokens:
+            parts.append(f"{cost.prompt_tokens:,} + {cost.completion_tokens:,} tokens")
+            if self._prices:
+                parts.append(f"price {self._price()}")
+        elif self._prices and cost.requests:
+            parts.append("no price, as the endpoint does not tell the tokens")
+        parts.append(f"{_in_words(time.monotonic() - self._started)}, {self._rate()}")
+        return "; ".join(parts)
+
+    def _rate(self) -> str:
+        minutes = (time.monotonic() - self._started) / 60
+        return f"{(self.num_described + self.num_failed) / max(minutes, 1e-9):.1f} clips/min"
+
+    def _price(self) -> str:
+        assert self._prices is not None
+        return f"{self._prices.of(self._cost):.4f}"
+
+
+def _in_words(seconds: float) -> str:
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def open_log(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields a function that adds a line to the log, which one process has at a time."""
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{path}: is written by another `mochi-tune describe`: wait for its end.") from None
+        except OSError:
+            # A network disk without locks: captions are never replaced, only asked for twice.
+            tqdm.write(f"{path}: cannot be locked here; run one `mochi-tune describe` at a time")
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            # A process was killed in the middle of a line.
+            file.write(b"\n")
+
+        def write_row(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+            file.flush()
+
+        yield write_row

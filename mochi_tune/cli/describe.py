@@ -1,0 +1,137 @@
+"""The verb `describe`: captions for clips that have none."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mochi_tune.cli.options import DESCRIBE_OPTIONS, plain_options, positive_number, whole_number
+from mochi_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mochi_tune.data_prep.answers import CaptionLength
+    from mochi_tune.data_prep.captioning import Wording
+    from mochi_tune.data_prep.chat import Captioner
+    from mochi_tune.data_prep.describe_tally import Prices
+
+LOCAL = "local"
+# Text of a prompt; more is another file under its name.
+MAX_TEMPLATE_BYTES = 100_000
+
+
+def run_describe(arguments: list[str]) -> int:
+    """Writes captions, or says what it would do; returns 1 where clips are left without one."""
+    options = plain_options("describe", arguments, DESCRIBE_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.data_prep.captioning import Limits, Pace, Writer
+    from mochi_tune.data_prep.describe import LOG_NAME, Sampling, describe, find_clips, plan
+
+    is_local = options["endpoint"] == LOCAL
+    wording, prices = _wording(options), _prices(options)
+    sampling = Sampling(*(whole_number(key, options[key], 1) for key in ("num_frames", "image_size")))
+    workers = whole_number("workers", options["workers"], 1)
+    per_minute = _number_or_zero(options, "requests_per_minute")
+    seconds = [positive_number(key, options[key]) for key in ("timeout_seconds", "clip_seconds", "backoff_seconds")]
+    limits = Limits(whole_number("retries", options["retries"], 0), *seconds)
+    is_dry, with_stills = _yes_or_no(options, "dry_run"), _yes_or_no(options, "stills")
+    if options["frames_out"] and not is_dry:
+        raise ConfigError(f"frames_out={options['frames_out']} goes with dry_run=true: add it, or leave this out.")
+    folder = Path(options["videos"]).expanduser()
+    clips = find_clips(folder, with_stills)
+    for note in clips.notes:
+        print(note, flush=True)
+    if is_dry:
+        frames_out = Path(options["frames_out"]).expanduser() if options["frames_out"] else None
+        print(*plan(clips, wording, sampling, frames_out), sep="\n")
+        return 0
+    if not clips.without:
+        print(f"{folder}: no clip to describe, {clips.num_with} have a caption")
+        for reason in clips.refused.values():
+            print(f"no caption: {reason}")
+        return 1 if clips.refused else 0
+    captioner = _captioner(options, is_local)
+    try:
+        for note in captioner.check():
+            print(note, flush=True)
+        writer = Writer(captioner, wording, limits, Pace(per_minute), _length(options["model.weights"]))
+        return describe(clips, writer, sampling, 1 if is_local else workers, folder / LOG_NAME, prices)
+    finally:
+        captioner.close()
+
+
+def _captioner(options: dict[str, str], is_local: bool) -> "Captioner":
+    max_tokens = whole_number("max_tokens", options["max_tokens"], 1)
+    if is_local:
+        from mochi_tune.data_prep.local_captioner import LocalCaptioner
+
+        return LocalCaptioner(Path(options["model"]).expanduser(), options["device"], max_tokens)
+    from mochi_tune.data_prep.endpoint import Endpoint
+
+    return Endpoint(options["endpoint"], options["model"], _key(options["key_file"]), max_tokens)
+
+
+def _key(path: str) -> str:
+    if not path:
+        return os.environ.get("OPENAI_API_KEY", "").strip()
+    try:
+        key = Path(path).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is no text"
+        raise ConfigError(f"key_file={path} cannot be read ({reason}): name a file that holds the API key.") from None
+    if not key:
+        raise ConfigError(f"key_file={path} is empty: write the API key there.")
+    return key
+
+
+def _wording(options: dict[str, str]) -> "Wording":
+    from mochi_tune.data_prep.captioning import Wording
+
+    if options["language"] not in ("en", "any"):
+        raise ConfigError(f"language={options['language']} is not possible: use en or any.")
+    language = "any" if options["language"] == "any" else "en"
+    trigger = " ".join(options["trigger"].split())
+    if not options["template"]:
+        return Wording("", trigger, language)
+    path = Path(options["template"]).expanduser()
+    try:
+        text = path.read_bytes()[: MAX_TEMPLATE_BYTES + 1].decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        raise ConfigError(f"template={path} cannot be read ({reason}): name a text file.") from None
+    if not text.strip() or len(text) > MAX_TEMPLATE_BYTES:
+        raise ConfigError(f"template={path} is empty or no prompt: write the prompt there.")
+    if "{trigger}" in text and not trigger:
+        raise ConfigError(f"template={path} asks for {{trigger}}: add trigger=WORD.")
+    return Wording(text, trigger, language)
+
+
+def _prices(options: dict[str, str]) -> "Prices | None":
+    from mochi_tune.data_prep.describe_tally import Prices
+
+    keys = ("price_in", "price_out")
+    return Prices(*(_number_or_zero(options, key) for key in keys)) if any(options[key] for key in keys) else None
+
+
+def _length(weights: str) -> "CaptionLength":
+    from mochi_tune.data_prep.answers import MAX_WORDS_UNCOUNTED, CaptionLength
+    from mochi_tune.weights.folder import WeightsFolder
+
+    folder = WeightsFolder(Path(weights).expanduser())
+    if folder.has_tokenizer():
+        return CaptionLength(folder.load_tokenizer())
+    print(
+        f"T5's tokenizer is not in model.weights={weights}: captions of more than {MAX_WORDS_UNCOUNTED} words are "
+        "shortened, in place of those of more than 256 tokens",
+        flush=True,
+    )
+    return CaptionLength(None)
+
+
+def _number_or_zero(options: dict[str, str], key: str) -> float:
+    return 0.0 if options[key] in ("", "0") else positive_number(key, options[key])
+
+
+def _yes_or_no(options: dict[str, str], key: str) -> bool:
+    if options[key] not in ("true", "false"):
+        raise ConfigError(f"{key}={options[key]} is not possible: use true or false.")
+    return options[key] == "true"
