@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mochi_tune.adapters.files import check_adapter, load_adapter
 from mochi_tune.adapters.layers import LoraLayer
-from mochi_tune.adapters.lora import linear_shapes
-from mochi_tune.adapters.tools import source_of
+from mochi_tune.adapters.lora import all_linear_shapes
+from mochi_tune.adapters.tools import assumed_note, source_of
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import stream_tensors, write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
@@ -65,16 +65,19 @@ class Baked:
         num_changed: layers of the DiT that the adapter changed.
         num_bytes: of the DiT's file.
         others: what the folder has beside the DiT, from the base.
+        note: of an alpha that is assumed, see `assumed_note`.
     """
 
     folder: Path
     num_changed: int
     num_bytes: int
     others: list[str]
+    note: str = ""
 
     def __str__(self) -> str:
         others = f", with the base's {', '.join(self.others)}" if self.others else ""
-        return f"{self.folder}: {self.num_changed} layers changed, DiT of {self.num_bytes / 2**30:.3g} GiB{others}"
+        size = f"DiT of {self.num_bytes / 2**30:.3g} GiB"
+        return f"{self.folder}: {self.num_changed} layers changed, {size}{others}{self.note}"
 
 
 def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Baked:
@@ -100,7 +103,7 @@ def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Bake
     config = dit.config if settings.to == "official" else diffusers_config(dit.config)
     loaded = load_adapter(adapter)
     identity = weights.base_identity()
-    check_adapter(loaded, linear_shapes(dit), identity)
+    check_adapter(loaded, all_linear_shapes(dit), identity)
     plan = _plan(dit, settings)
     others = [name for name in OTHER_PARTS if (base / name).exists()]
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -121,7 +124,7 @@ def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Bake
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Baked(out, len(loaded.layers), plan.num_bytes, others)
+    return Baked(out, len(loaded.layers), plan.num_bytes, others, assumed_note(loaded))
 
 
 def bake_weight(weight: Tensor, layer: LoraLayer, strength: float) -> Tensor:

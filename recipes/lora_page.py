@@ -46,7 +46,7 @@ def make_page(found: Inspection) -> str:
             "energy, which is the sum of the squared singular values.",
             _layers(found.layers),
         ),
-        section("Metadata", f"Alphas come from {found.alpha_source}.", _metadata(found)),
+        section("Metadata", f"Alphas are {found.alpha_words}.", _metadata(found)),
     ]
     summary = f"What this adapter file changes. Its sha256 is {found.sha256[:16]}…"
     return document(Head(name, summary, _figures(found)), STYLE, "\n".join(content))

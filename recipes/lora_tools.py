@@ -1,16 +1,18 @@
 """The tools for adapter files: inspect, merge, resize and compare. None of them needs the base."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mochi_tune.adapters.alphas import ASSUMED
 from mochi_tune.adapters.files import Adapter, load_adapter, save_adapter
 from mochi_tune.adapters.low_rank import Limit
 from mochi_tune.adapters.tools import (
     Comparison,
     Errors,
     LayerFacts,
+    assumed_note,
     compare_adapters,
     measure_layers,
     merge_adapters,
@@ -28,6 +30,11 @@ class Inspection:
     alpha_source: str
     sha256: str
     layers: dict[str, LayerFacts]
+
+    @property
+    def alpha_words(self) -> str:
+        """Where its alphas were found, as a part of a sentence."""
+        return self.alpha_source if self.alpha_source == ASSUMED else f"from {self.alpha_source}"
 
     def as_json(self) -> dict[str, Any]:
         """Returns all of it as values of JSON."""
@@ -95,7 +102,7 @@ def merge(files: Sequence[Path | str], strengths: Sequence[float], out: Path, li
     merged, errors = merge_adapters(adapters, strengths, limit)
     unnamed = [str(each.path) for each in adapters if "base_fingerprint" not in each.metadata]
     note = f"; bases not compared, as {', '.join(unnamed)} names none" if unnamed else ""
-    return _save(out, merged, errors, note)
+    return _save(out, merged, errors, note + assumed_note(*adapters))
 
 
 def resize(file: Path | str, out: Path, limit: Limit) -> Made:
@@ -104,12 +111,14 @@ def resize(file: Path | str, out: Path, limit: Limit) -> Made:
     source = load_adapter(file)
     resized, errors = resize_adapter(source, limit)
     kept = sum(resized.layers[name].rank == layer.rank for name, layer in source.layers.items())
-    return _save(out, resized, errors, f"; {kept} layers were not reduced" if kept else "")
+    note = f"; {kept} layers were not reduced" if kept else ""
+    return _save(out, resized, errors, note + assumed_note(source))
 
 
 def compare(first: Path | str, second: Path | str) -> Comparison:
     """Compares the changes of two adapter files; see `compare_adapters`."""
-    return compare_adapters(load_adapter(first), load_adapter(second))
+    adapters = load_adapter(first), load_adapter(second)
+    return replace(compare_adapters(*adapters), note=assumed_note(*adapters))
 
 
 def check_out(out: Path, suffix: str) -> None:

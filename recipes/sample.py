@@ -1,7 +1,7 @@
 """Renders prompts to videos, with or without adapters, on one device or many: T5, DiT and VAE in turn."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import all_linear_shapes, switch_adapters
 from mochi_tune.adapters.scaling import AdapterScaling
 from mochi_tune.config.load import RunConfig, weights_paths
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
@@ -251,6 +251,11 @@ def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, c
             encoder = plan.weights.load_text_encoder(device, dtype)
             for prompt in tqdm(new, "prompts", leave=False):
                 features[prompt] = encoder.encode([prompt])[0].cpu()
+                if not bool(features[prompt].isfinite().all()):
+                    raise CheckpointError(
+                        f"the features of the prompt {prompt[:40]!r} are not finite: T5's weights are damaged; fetch "
+                        "them again."
+                    )
                 cache.put(prompt, features[prompt])
             del encoder
             free_memory()
@@ -327,10 +332,24 @@ def render(
                         counts = f"of {len(requests)} videos{of_process}, {len(finished)} are finished and kept"
                         write_line(f"stopped: {counts}")
                         return finished
+            check_latents(request, states)
             finished.append({variant: state.cpu() for variant, state in states.items()})
     del dit
     free_memory()
     return finished
+
+
+def check_latents(request: Request, states: Mapping[str, Tensor]) -> None:
+    """Refuses latents that would be decoded to a video of one colour.
+
+    Raises:
+        CheckpointError: one of them is not finite.
+    """
+    if not all(bool(state.isfinite().all()) for state in states.values()):
+        raise CheckpointError(
+            f"{request.video.name}: the latents are not finite, and were not decoded: the weights of the DiT or of an "
+            "adapter are damaged, or a strength or guidance is too large."
+        )
 
 
 def describe_start(request: Request, plan: RenderPlan, encoded: dict[Start, Encoded]) -> dict[str, Any]:

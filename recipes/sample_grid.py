@@ -27,6 +27,7 @@ from mochi_tune.recipes.grid_page import GridCell, write_grid_page
 from mochi_tune.recipes.sample import (
     RenderPlan,
     check,
+    check_latents,
     choose_residency,
     encode_prompts,
     lost_tails,
@@ -237,6 +238,7 @@ def render_cells(cells: Sequence[Cell], features: dict[str, torch.Tensor], setup
                     if stop.received:
                         write_line(f"stopped: {count - 1} of {len(cells)} are kept; the same command goes on")
                         raise KeyboardInterrupt
+                check_latents(request, {"adapted": latents})
                 save_latents(request, {"adapted": latents.cpu()})
     del dit
     free_memory()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mochi_tune.adapters.alphas import ASSUMED
 from mochi_tune.adapters.files import Adapter
 from mochi_tune.adapters.layers import LoraLayer, some
 from mochi_tune.adapters.low_rank import (
@@ -83,6 +84,7 @@ class Comparison:
         cosines: of each common layer, between the changes; 0 where one of them is 0.
         difference: of the adapters as wholes, as `differences`, where a layer that one lacks is a change of 0.
         cosine: of the adapters as wholes, as `cosines`.
+        note: of alphas that are assumed, see `assumed_note`.
     """
 
     only_first: list[str]
@@ -91,6 +93,7 @@ class Comparison:
     cosines: dict[str, float]
     difference: float
     cosine: float
+    note: str = ""
 
     @property
     def is_same(self) -> bool:
@@ -239,6 +242,12 @@ def source_of(adapter: Adapter, strength: float | None = None) -> dict[str, Any]
         if adapter.path.is_file():
             source["sha256"] = file_sha256(adapter.path)
     return source if strength is None else source | {"strength": strength}
+
+
+def assumed_note(*adapters: Adapter) -> str:
+    """Returns which of the adapters' alphas are assumed, as a tail of a line; "" where their files state them all."""
+    files = ", ".join(str(each.path) for each in adapters if each.alpha_source == ASSUMED)
+    return f"; the alpha of {files} is {ASSUMED}" if files else ""
 
 
 def _truncate(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:

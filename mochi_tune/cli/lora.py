@@ -79,7 +79,7 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
     print(f"sha256   {found.sha256}")
     print(f"layers   {len(layers)}{', a DoRA: norms are those before its rows get their lengths' * adapter.is_dora}")
     print(f"rank     {_listed({each.rank for each in layers.values()})}")
-    print(f"alpha    {_listed({each.alpha for each in layers.values()})}, from {found.alpha_source}")
+    print(f"alpha    {_listed({each.alpha for each in layers.values()})}, {found.alpha_words}")
     print(f"norm     {math.hypot(*(each.norm for each in layers.values())):.4g}")
     print("metadata")
     for key, value in sorted(adapter.metadata.items()):
@@ -134,7 +134,7 @@ def run_compare(files: list[str], options: dict[str, str]) -> int:
         print("relative difference and cosine of ΔW, by layer")
         _print_table({name: f"{gap:.2g} {found.cosines[name]:.4f}" for name, gap in found.differences.items()})
         print()
-    print(f"in all: relative difference {found.difference:.2g}, cosine {found.cosine:.6f}")
+    print(f"in all: relative difference {found.difference:.2g}, cosine {found.cosine:.6f}{found.note}")
     print("the same change of the weights" if found.is_same else "not the same change of the weights")
     return 0
 

@@ -32,9 +32,10 @@ class PromptCache:
     def get(self, prompt: str) -> Tensor | None:
         """Returns the features (n, D) of a prompt on the CPU; None if they are not there, or damaged."""
         try:
-            return load_file(self.path(prompt))["features"]
+            features = load_file(self.path(prompt))["features"]
         except (FileNotFoundError, SafetensorError, KeyError):
             return None
+        return features if bool(features.isfinite().all()) else None
 
     def put(self, prompt: str, features: Tensor) -> None:
         """Saves the features of a prompt; the file appears only when it is complete."""

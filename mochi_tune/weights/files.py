@@ -90,6 +90,10 @@ def find_part(paths: WeightsPaths, part: str, fits: Callable[[PartFiles], bool])
                 f"{setting}={place} holds no {PART_NAMES[part]} of Mochi: name a file that does, or a folder."
             )
         return found
+    if setting != "model.weights" and not place.exists():
+        raise CheckpointError(
+            f"{setting}={place} does not exist: name the file or the folder that has the {PART_NAMES[part]}."
+        )
     official, theirs = place / f"{part}.safetensors", place / _FOLDERS[part]
     if part != TEXT_ENCODER and official.exists():
         return PartFiles("official", place / _CONFIGS[part], [official])
@@ -130,7 +134,7 @@ def has_part(paths: WeightsPaths, part: str) -> bool:
 def find_tokenizer(paths: WeightsPaths) -> Path | None:
     """Finds the folder of T5's tokenizer: beside the weights, beside T5, or in the ComfyUI that the files lie in."""
     if paths.tokenizer:
-        candidates = [paths.tokenizer]
+        candidates = [paths.tokenizer, paths.tokenizer / "tokenizer"]
     else:
         root, text_encoder = (p.parent if p.is_file() else p for p in (paths.root, paths.of(TEXT_ENCODER)))
         candidates = [root / "tokenizer", text_encoder, text_encoder / "tokenizer", text_encoder.parent / "tokenizer"]
@@ -147,9 +151,10 @@ def require_tokenizer(paths: WeightsPaths) -> Path:
     """
     if (folder := find_tokenizer(paths)) is not None:
         return folder
-    names = " or ".join(f"tokenizer/{name}" for name in TOKENIZER_FILES)
     if paths.tokenizer:
+        names = " or ".join(TOKENIZER_FILES)
         raise CheckpointError(f"model.tokenizer={paths.tokenizer} has no {names}: name the folder that has one.")
+    names = " or ".join(f"tokenizer/{name}" for name in TOKENIZER_FILES)
     raise CheckpointError(
         f"model.weights={paths.root} has no {names}: run `mochi-tune weights pull to={paths.root}`, or set "
         "model.tokenizer to the folder of T5's tokenizer."
@@ -178,9 +183,8 @@ def find_shards(folder: Path, stem: str, variant: str | None = None) -> list[Pat
     heads = [path for path in candidates if path.exists()]
     if not heads:
         names = f"{stem}.safetensors" if variant is None else candidates[0].name
-        raise CheckpointError(
-            f"{folder} has neither {names} nor its shards' index: run `mochi-tune weights pull`, or copy it again."
-        )
+        advice = "run `mochi-tune weights pull`, or copy it again" if variant is None else "leave model.variant out"
+        raise CheckpointError(f"{folder} has neither {names} nor its shards' index: {advice}.")
     problem = None
     for head in heads:
         try:

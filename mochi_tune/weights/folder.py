@@ -61,7 +61,7 @@ class WeightsFolder:
             check_sums(self.path)
         plans = {part: self._plan(part) for part in parts}
         if TEXT_ENCODER in parts:
-            check_tokenizer(require_tokenizer(self.paths))
+            check_tokenizer(require_tokenizer(self.paths), plans[TEXT_ENCODER].config["vocab_size"])
             width = plans[TEXT_ENCODER].config["d_model"]
             if "dit" in plans and width != plans["dit"].config.t5_feat_dim:
                 raise CheckpointError(

@@ -42,6 +42,12 @@ def read_t5_config(path: Path) -> dict[str, Any]:
             f"{path} describes a {values.get('model_type')} with feed_forward_proj={values.get('feed_forward_proj')}: "
             "Mochi's text encoder is a t5 with gated-gelu."
         )
+    for name in _DEFAULTS:
+        # No tensor's shape tells these.
+        if values[name] != FULL_SIZE[name]:
+            raise CheckpointError(
+                f"{path}: {name}={values[name]!r} does not fit; in Mochi's T5 it is {FULL_SIZE[name]}."
+            )
     for name, example in FULL_SIZE.items():
         value = values.get(name)
         kind = (int, float) if isinstance(example, float) else type(example)

@@ -77,6 +77,22 @@ def test_diffusers_loads_what_was_baked(tmp_path, loras):
     assert relative_error(got, run_dit(GOLDEN, adapter)) <= 2e-5
 
 
+def test_layers_outside_of_the_blocks_are_baked(tmp_path):
+    names = ("t5_y_embedder.to_q", "t_embedder.mlp.0", "final_layer.linear")
+    weights = base_weights()
+    layers = {}
+    for name in names:
+        (out, width), values = weights[f"{name}.weight"].shape, torch.Generator().manual_seed(0)
+        a, b = torch.randn(2, width, generator=values), torch.randn(out, 2, generator=values)
+        layers[name] = LoraLayer(a, b, alpha=3.0)
+    lora_bake.main(saved(tmp_path, Adapter(layers)), GOLDEN, tmp_path / "baked", Settings(dtype="fp32"))
+    baked = load_file(tmp_path / "baked" / "dit.safetensors")
+    for name, weight in weights.items():
+        layer = layers.get(name.removesuffix(".weight"))
+        expected = weight.double() if layer is None else adapted64(weight, layer)
+        assert relative_error(baked[name].double(), expected) <= 1e-6
+
+
 def test_the_official_file_has_the_official_keys(tmp_path, loras):
     lora_bake.main(loras["lora"][1], GOLDEN, tmp_path / "baked", Settings())
     baked, base = load_file(tmp_path / "baked" / "dit.safetensors"), load_file(GOLDEN / "dit.safetensors")

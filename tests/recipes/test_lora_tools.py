@@ -4,6 +4,7 @@ import re
 
 import pytest
 from helpers_adapters import ALL, ATTENTION, GOLDEN, MIXED, random_adapter, with_magnitudes
+from safetensors.torch import load_file, save_file
 
 from mochi_tune.adapters.files import load_adapter, save_adapter
 from mochi_tune.cli.main import run
@@ -149,3 +150,19 @@ def test_help_names_every_setting(capsys):
 
 def test_the_reference_trainers_file_is_inspected(capsys):
     assert "rank     2, 4" in lora("inspect", GOLDEN / "lora.safetensors", capsys=capsys)
+
+
+def test_an_alpha_that_is_assumed_is_told_by_every_tool(tmp_path, capsys):
+    stated, bare = tmp_path / "stated.safetensors", tmp_path / "bare.safetensors"
+    save_adapter(stated, random_adapter(ATTENTION))
+    # In the keys of diffusers, with nothing that states an alpha.
+    save_adapter(tmp_path / "diffusers.safetensors", random_adapter(ATTENTION), "diffusers")
+    save_file(load_file(tmp_path / "diffusers.safetensors"), bare)
+    told = f"the alpha of {bare} is assumed to be the rank, as nothing states it\n"
+    merge = ("merge", stated, bare, f"out={tmp_path / 'merged.safetensors'}")
+    resize = ("resize", bare, "rank=1", f"out={tmp_path / 'small.safetensors'}")
+    bake = ("bake", bare, f"model.weights={GOLDEN}", f"out={tmp_path / 'baked'}")
+    for arguments in (merge, resize, bake, ("compare", stated, bare)):
+        assert told in lora(*arguments, capsys=capsys)
+    assert "assumed" not in lora("compare", stated, stated, capsys=capsys)
+    assert ", assumed to be the rank" in lora("inspect", bare, capsys=capsys)

@@ -27,10 +27,12 @@ FP32_NAMES = re.compile(
 
 T5 = {"d_model": 4, "d_ff": 6, "d_kv": 2, "num_heads": 2, "num_layers": 2, "vocab_size": 400}
 T5 |= {"relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu"}
+# A sentencepiece model of T5's first three tokens.
+PIECES = "\n\x07\n\x05<pad>\n\x06\n\x04</s>\n\x07\n\x05<unk>"
 
 
 def write_text_encoder(folder):
-    for path, text in {"text_encoder/config.json": json.dumps(T5), "tokenizer/spiece.model": "x"}.items():
+    for path, text in {"text_encoder/config.json": json.dumps(T5), "tokenizer/spiece.model": PIECES}.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
     tensors = {name: torch.zeros(shape) for name, shape in t5_shapes(T5).items()}
@@ -261,7 +263,7 @@ def test_a_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
         assert changes(second, "text_encoder", second / name)
     (second / "tokenizer" / "spiece.model").write_text("{}")
     before = WeightsFolder(second).fingerprint("text_encoder")
-    (second / "text_encoder" / "config.json").write_text(json.dumps(T5 | {"layer_norm_epsilon": 1e-5}))
+    (second / "text_encoder" / "config.json").write_text(json.dumps(T5 | {"layer_norm_epsilon": 1e-6}))
     assert WeightsFolder(second).fingerprint("text_encoder") != before
     before = WeightsFolder(second).fingerprint("text_encoder")
     (second / "tokenizer" / "spiece.model").rename(second / "tokenizer" / "tokenizer.json")

@@ -233,6 +233,8 @@ def unchecked_fingerprint(folder: Path) -> str:
     [
         ({"num_layers": 3}, "9 missing"),
         ({"d_ff": 64}, "of another shape"),
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-05 does not fit; in Mochi's T5 it is 1e-06"),
+        ({"relative_attention_max_distance": 64}, "relative_attention_max_distance=64 does not fit"),
         ({"feed_forward_proj": "relu"}, "Mochi's text encoder is a t5 with gated-gelu"),
         ({"num_heads": "4"}, "num_heads='4' does not fit"),
     ],
@@ -243,6 +245,55 @@ def test_a_wrong_configuration_of_t5_is_one_line(tmp_path, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         WeightsFolder(tmp_path / "weights").check(["text_encoder"])
+
+
+def tokenizer_json(*tokens: str, kind: str = "Unigram") -> dict[str, bytes]:
+    vocabulary = [[each, 0.0] for each in tokens] if kind == "Unigram" else {each: i for i, each in enumerate(tokens)}
+    return {"tokenizer.json": json.dumps({"model": {"type": kind, "vocab": vocabulary}}).encode()}
+
+
+def sentencepiece(*tokens: str) -> dict[str, bytes]:
+    pieces = (b"\n" + bytes([len(each)]) + each.encode() + b"\x15\0\0\0\0" for each in tokens)
+    return {"spiece.model": b"".join(b"\n" + bytes([len(piece)]) + piece for piece in pieces)}
+
+
+T5_TOKENS = ("<pad>", "</s>", "<unk>")
+
+
+@pytest.mark.parametrize(
+    ("files", "has"),
+    [
+        (tokenizer_json("[PAD]", "[CLS]", "a", kind="WordPiece"), "no tokens of a Unigram model"),
+        (tokenizer_json("<unk>", "<s>", "</s>", "a"), "4 tokens, from <unk> <s> </s> on"),
+        # As of UMT5, whose first tokens are those of T5: an index behind the embedding's end.
+        (tokenizer_json(*T5_TOKENS, *map(str, range(400))), "403 tokens, from <pad> </s> <unk> on"),
+        (sentencepiece(*T5_TOKENS, *map(str, range(400))), "403 tokens, from <pad> </s> <unk> on"),
+        (sentencepiece("<unk>", "<s>", "</s>"), "3 tokens, from <unk> <s> </s> on"),
+        ({"spiece.model": b"\n\xff"}, "no tokens of a Unigram model"),
+        (tokenizer_json(*T5_TOKENS, "a"), None),
+        (sentencepiece(*T5_TOKENS, "a"), None),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, files, has):
+    (tmp_path / "tokenizer").mkdir()
+    for name, content in files.items():
+        (tmp_path / "tokenizer" / name).write_bytes(content)
+    for folder in (tmp_path, tmp_path / "tokenizer"):
+        weights = WeightsFolder(WeightsPaths(TINY, tokenizer=folder))
+        if has is None:
+            weights.check(["text_encoder"])
+            continue
+        with pytest.raises(CheckpointError, match=f"is not this T5's tokenizer: it has {has}, and T5 has at most 384"):
+            weights.check(["text_encoder"])
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    nothing = tmp_path / "nothing.safetensors"
+    for part, paths in (("dit", WeightsPaths(TINY, nothing)), ("decoder", WeightsPaths(TINY, vae=nothing))):
+        with pytest.raises(CheckpointError, match=r"nothing\.safetensors does not exist: name the file or the folder"):
+            WeightsFolder(paths).check([part])
+    with pytest.raises(CheckpointError, match=r"model\.tokenizer=.* has no spiece\.model or tokenizer\.json: name the"):
+        WeightsFolder(WeightsPaths(TINY, tokenizer=nothing)).check(["text_encoder"])
 
 
 def test_t5s_decoder_and_the_second_name_of_the_embedding_are_left_out(tmp_path):
