@@ -44,7 +44,7 @@ class Scores:
         frames: pictures.
         seconds: its length.
         black: share of its pictures that are black, 0 to 1.
-        frozen: the longest run of pictures that are the same, as a share of the clip, 0 to 1.
+        frozen: the longest run of pictures that are the same and not black, as a share of the clip, 0 to 1.
         motion: mean difference of pictures 0.1 s apart, in grey levels of 255.
         sharpness: variance of the Laplacian of the luma (0 to 255) at 480 pixels of the shorter side, the median of
             eight pictures; 0 where all are black.
@@ -135,8 +135,11 @@ class _Neighbours:
 
     def add(self, grey: np.ndarray, time: Fraction) -> None:
         self.num_pictures += 1
-        self.num_black += is_black(grey)
+        is_dark = is_black(grey)
+        self.num_black += is_dark
         same = self.last is not None and self.last.shape == grey.shape and largest_change(self.last, grey) <= SAME
+        # Black is told by its own score.
+        same = same and not is_dark
         self.run = self.run + 1 if same else 0
         self.longest = max(self.longest, self.run)
         self.last = grey

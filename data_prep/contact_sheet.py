@@ -13,7 +13,7 @@ from mochi_tune.data_prep.colour import RgbConverter
 from mochi_tune.data_prep.frames import image_matrix, read_pictures
 from mochi_tune.data_prep.orientation import turn_upright
 from mochi_tune.data_prep.probe import read_source
-from mochi_tune.files import atomic_file
+from mochi_tune.files import write_atomic
 
 # Of one picture in pixels; how many of a clip; clips beside each other and on one sheet.
 BOX_WIDTH, BOX_HEIGHT, NUM_PICTURES = 152, 86, 3
@@ -70,9 +70,9 @@ def write_sheets(path: Path, clips: Sequence[SheetClip]) -> list[Path]:
     written = []
     for number, begin in enumerate(range(0, len(clips), CLIPS_PER_SHEET), start=1):
         sheet = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
-        with atomic_file(sheet) as temporary:
-            # The name of the file does not end in .png yet.
-            _draw(clips[begin : begin + CLIPS_PER_SHEET]).save(temporary, "PNG")
+        file = io.BytesIO()
+        _draw(clips[begin : begin + CLIPS_PER_SHEET]).save(file, "PNG")
+        write_atomic(sheet, file.getvalue())
         written.append(sheet)
     return written
 

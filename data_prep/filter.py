@@ -5,8 +5,10 @@ It may be run again at any time: a clip that has not changed is not measured aga
 
 import base64
 import csv
+import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -63,7 +65,9 @@ class Limits:
     duplicate_distance: float | None = 0.1
 
     def flags(self, scores: Scores) -> list[str]:
-        """Returns what is wrong with a clip by itself."""
+        """Returns what is wrong with a clip by itself; of one that is all black, nothing else."""
+        if scores.black == 1 and self.max_black is not None and self.max_black < 1:
+            return ["black"]
         found = {
             "black": _is_above(scores.black, self.max_black),
             "frozen": _is_above(scores.frozen, self.max_frozen),
@@ -141,11 +145,8 @@ def main(settings: Filter) -> int:
             for path in find_videos(settings.videos, setting="videos")
         }
         judged = judge(_measure_all(report / MEASURED, clips, child), settings.limits)
-        _write(report / TABLE, as_csv(judged).encode(errors="surrogateescape"))
-        pictures = _thumbnails(clips, judged, child)
-        page = make_page(judged, asdict(settings.limits), settings.videos.name, pictures)
-        if _write(report / PAGE, page.encode(errors="backslashreplace")) and write_png(report / PAGE, report / PICTURE):
-            tqdm.write(f"its picture: {report / PICTURE}")
+        write_atomic(report / TABLE, as_csv(judged).encode(errors="surrogateescape"), durable=True)
+        _make_page(settings, clips, judged, child)
         not_moved = _move_all(settings, clips, judged) if settings.move else []
     return _tell(settings, judged, not_moved)
 
@@ -195,14 +196,16 @@ def judge(measured: Mapping[str, Scores | str], limits: Limits) -> list[Judged]:
     """Returns each clip with its verdict, in the order given.
 
     Of clips that show the same, the one stays that has no other flag, then most pixels, then most pictures, then the
-    sharpest one.
+    one that is much sharper, then the first one.
     """
     scores = {name: value for name, value in measured.items() if isinstance(value, Scores)}
     flags = {name: limits.flags(value) for name, value in scores.items()}
 
     def rank(name: str) -> tuple:
         each = scores[name]
-        return bool(flags[name]), -each.width * each.height, -each.frames, -each.sharpness, name
+        # Two encodings of the same differ a little in sharpness, which is no reason to choose.
+        sharpness = round(math.log2(max(each.sharpness, 1)))
+        return bool(flags[name]), -each.width * each.height, -each.frames, -sharpness, name
 
     hashes = {name: scores[name].hashes for name in sorted(scores, key=rank)}
     nearest = find_nearest(hashes)
@@ -231,12 +234,17 @@ def as_csv(judged: Sequence[Judged]) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, content: bytes) -> bool:
-    """Writes a file that does not hold the same already; returns whether it did."""
-    if path.exists() and path.read_bytes() == content:
-        return False
-    write_atomic(path, content, durable=True)
-    return True
+def _make_page(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judged], child: WatchedProcess) -> None:
+    """Writes the page, and a picture of it where a browser is there; not again where nothing has changed."""
+    page, limits = settings.report / PAGE, asdict(settings.limits)
+    made_of = hashlib.sha256(repr((judged, limits)).encode(errors="backslashreplace")).hexdigest()
+    mark = f"<!-- {made_of} -->\n"
+    if page.exists() and page.read_bytes().endswith(mark.encode()):
+        return
+    text = make_page(judged, limits, settings.videos.name, _thumbnails(clips, judged, child)) + mark
+    write_atomic(page, text.encode(errors="backslashreplace"), durable=True)
+    if write_png(page, settings.report / PICTURE):
+        tqdm.write(f"its picture: {settings.report / PICTURE}")
 
 
 def _thumbnails(clips: Mapping[str, Path], judged: Sequence[Judged], child: WatchedProcess) -> dict[str, bytes]:

@@ -137,15 +137,16 @@ def plan_scenes(times: Sequence[Fraction], end: Fraction, cuts: Sequence[int], r
     rounding, margin = Fraction(ROUNDING), Fraction(rules.margin_seconds)
     ends = [*times[1:], end]
     scenes = []
-    for number, (first, stop) in enumerate(zip([0, *cuts], [*cuts, len(times)], strict=True), start=1):
+    for number, (begins, stops) in enumerate(zip([0, *cuts], [*cuts, len(times)], strict=True), start=1):
+        first, stop = begins, stops
         if first:
             first = bisect_left(times, times[first] + margin - rounding)
         if stop < len(times):
             stop = bisect_right(ends, times[stop] - margin + rounding)
         if stop <= first:
             # The margins leave nothing of it.
-            at = round(float(times[min(first, len(times) - 1)]), 4)
-            scenes.append(Scene(number, 0, at, at, 0, is_short=True))
+            whole = (round(float(time), 4) for time in (times[begins], ends[stops - 1]))
+            scenes.append(Scene(number, 0, *whole, num_frames=0, is_short=True))
             continue
         parts = _divide(times, ends, first, stop, rules)
         for part, (begin, behind) in enumerate(parts, start=1):

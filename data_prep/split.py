@@ -199,8 +199,10 @@ def _cut_all(
     """Cuts the clips that are not there; returns the rows as they are then, and how many clips were written."""
     done, wanted = [], {name: [] for name in films}
     for row in rows:
-        # A row whose film is not there now stays as it is.
-        if not row.file or row.source not in films:
+        if not row.file:
+            done.append(replace(row, status=PLANNED) if row.status == CUT else row)
+        elif row.source not in films:
+            # It stays as it is until its film is there.
             done.append(row)
         else:
             row = _look(split, films[row.source], row)

@@ -90,11 +90,11 @@ class WatchedProcess:
             self._process = context.Process(target=_serve, args=(theirs,), name="watched", daemon=True)
             self._process.start()
             theirs.close()
-            self._receive(path, START_SECONDS)
+            self._receive(path, START_SECONDS, is_ready=False)
         assert self._connection is not None
         return self._connection
 
-    def _receive(self, path: Path, seconds: float) -> dict[str, Any]:
+    def _receive(self, path: Path, seconds: float, is_ready: bool = True) -> dict[str, Any]:
         assert self._connection is not None
         try:
             if not self._connection.poll(seconds):
@@ -103,9 +103,12 @@ class WatchedProcess:
                     "timeout_seconds."
                 )
             return json.loads(self._connection.recv_bytes())
-        except (EOFError, ConnectionError):
+        except (EOFError, ConnectionError) as error:
             self._process.join(5)
             code = self._process.exitcode
+            if not is_ready and (code is None or code >= 0):
+                # It ended by itself before it got a file, and wrote the reason to stderr.
+                raise RuntimeError(f"the decoder process did not start, exit code {code}") from error
             how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
             raise DataError(f"{path}: the decoder died on it, {how}: re-encode it or remove it.") from None
 

@@ -1,4 +1,4 @@
-"""A made film: three scenes with a black part, a frozen part and a doubled scene; every frame carries its number."""
+"""A made film: three scenes with a black part, a frozen part and a doubled scene; frames carry numbers."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,9 +12,14 @@ WIDTH, HEIGHT, STRIP, FPS = 192, 128, 24, 30
 PARTS = {"first": 45, "black": 45, "second": 48, "third": 45, "first again": 45}
 
 
-def starts() -> list[int]:
-    """Returns the number of each part's first frame, and that behind the last one."""
-    return [0, *np.cumsum(list(PARTS.values())).tolist()]
+# What each part's frames carry, in order.
+NUMBERS = {
+    "first": list(range(45)),
+    "black": [-1] * 45,
+    "second": [*range(90, 106), *[106] * 32],
+    "third": list(range(138, 183)),
+    "first again": list(range(45)),
+}
 
 
 def write_film(path: Path, crf: int = 12) -> Path:
@@ -24,9 +29,10 @@ def write_film(path: Path, crf: int = 12) -> Path:
         for index in range(count):
             picture = paint_part(part, index)
             if part != "black":
-                # It stands in the frozen part too: the number of its first frame.
+                # It stands in the frozen part too, and the doubled scene has the numbers of the first one.
                 shown = min(index, count // 3) if part == "second" else index
-                picture[:STRIP] = paint_frame(len(frames) - index + shown, WIDTH, STRIP)
+                first = 0 if part == "first again" else len(frames) - index
+                picture[:STRIP] = paint_frame(first + shown, WIDTH, STRIP)
                 # A low contrast, so that a number is no cut and no motion.
                 picture[:STRIP] = picture[:STRIP] // 8 + 100
             frames.append(picture)
@@ -40,8 +46,8 @@ def paint_part(part: str, index: int) -> np.ndarray:
         return picture
     seed = ("first", "second", "third").index(part.removesuffix(" again"))
     rng = np.random.default_rng(seed)
-    blocks = rng.integers(30, 220, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
-    picture[:] = blocks.repeat(8, 0).repeat(8, 1)
+    blocks = rng.integers(30, 220, (HEIGHT // 32, WIDTH // 32, 3), dtype=np.uint8)
+    picture[:] = blocks.repeat(32, 0).repeat(32, 1)
     shown = min(index, PARTS[part] // 3) if part == "second" else index
     left = 8 + 3 * shown
     picture[56:104, left : left + 40] = (250, 240, 60)
@@ -53,7 +59,7 @@ def write_frames(path: Path, frames: Sequence[np.ndarray], crf: int = 12) -> Pat
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": str(crf), "preset": "ultrafast"})
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": str(crf), "preset": "ultrafast", "g": "30"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for index, picture in enumerate(frames):
