@@ -51,13 +51,14 @@ def describe_matrix(path: Path, frame) -> str:
     Raises:
         DataError: as `find_matrix`.
     """
-    if _is_rgb(frame):
+    if is_rgb(frame):
         return "RGB"
     number, is_assumed = find_matrix(path, frame)
     return MATRICES[number] + (" (assumed)" if is_assumed else "")
 
 
-def _is_rgb(frame) -> bool:
+def is_rgb(frame) -> bool:
+    """Whether a decoded picture is stored as RGB or grey, without a matrix."""
     return frame.format.is_rgb or frame.format.name.startswith(("pal8", "gray", "mono"))
 
 
@@ -84,7 +85,7 @@ class RgbConverter:
 
     def _convert(self, frame, layout: str) -> np.ndarray:
         options: dict[str, Any] = {}
-        if not _is_rgb(frame):
+        if not is_rgb(frame):
             matrix, _ = find_matrix(self.path, frame)
             is_full = frame.color_range == FULL_RANGE or frame.format.name.startswith("yuvj")
             options = {

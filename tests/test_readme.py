@@ -13,7 +13,9 @@ from mochi_tune.cli.options import (
     DESCRIBE_OPTIONS,
     EXPERIMENT_OPTIONS,
     EXPORT_OPTIONS,
+    FILTER_OPTIONS,
     PULL_OPTIONS,
+    SPLIT_OPTIONS,
     TOY_OPTIONS,
     VERIFY_OPTIONS,
     load,
@@ -28,6 +30,8 @@ OPTIONS = {
     "describe": DESCRIBE_OPTIONS,
     "experiment": EXPERIMENT_OPTIONS,
     "export": EXPORT_OPTIONS,
+    "filter": FILTER_OPTIONS,
+    "split": SPLIT_OPTIONS,
     "verify": VERIFY_OPTIONS,
 }
 README = (ROOT / "README.md").read_text()

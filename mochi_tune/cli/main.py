@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mochi_tune.cli.describe import run_describe
+from mochi_tune.cli.footage import run_filter, run_split
 from mochi_tune.cli.launch import (
     INTERRUPTED,
     STARTED_HERE,
@@ -91,6 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Dispatches to a verb; returns the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
+        "split": run_split,
+        "filter": run_filter,
         "plan": run_plan,
         "inspect": run_inspect,
         "describe": run_describe,

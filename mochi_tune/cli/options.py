@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 USAGE = """\
 mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
 
+  mochi-tune split   in=FOOTAGE out=DIR [detector=adaptive|content|threshold max_seconds=6 ...]
+                     footage -> one clip a scene, cut to the frame, with a table and a contact sheet
+  mochi-tune filter  videos=DIR [out=DIR] [max_black=0.1 ...] [move=true|DIR] | undo=true
+                     black, frozen, blurred, still, framed and doubled clips -> a table and a page; moved when asked
   mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
                      memory, time and disk of a run, foretold before anything is loaded
   mochi-tune inspect conf=NAME [out=DIR] [key=value ...]      the clips as the model will see them -> a page
@@ -40,6 +44,33 @@ conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --hel
 `inspect`, `prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
 """
 
+SPLIT_OPTIONS = {
+    "in": (None, "film, or folder of films and folders"),
+    "out": (None, "folder of the clips; the table and the contact sheet go to OUT_split beside it"),
+    "detector": ("adaptive", "adaptive, content or threshold (fades to black), of PySceneDetect"),
+    "threshold": ("", "of the detector; empty: its own, which is 3, 27 or 12"),
+    "margin_seconds": ("0.1", "left out on each side of a cut"),
+    "min_seconds": ("1.25", "shorter scenes give no clip"),
+    "max_seconds": ("6", "longer scenes are divided"),
+    "crf": ("12", "quality of the clips by x264, 0 (lossless) to 51"),
+    "timeout_seconds": ("120", "a film of which nothing is decoded for so long is refused"),
+}
+FILTER_OPTIONS = {
+    "videos": (None, "folder of clips"),
+    "out": ("", "folder of the table and the page; default: VIDEOS_filter beside the clips"),
+    "max_black": ("0.1", "share of black pictures, 0 to 1; off: no limit, as for all of these"),
+    "max_frozen": ("0.2", "longest run of equal pictures, as a share of the clip, 0 to 1"),
+    "min_sharpness": ("10", "variance of the Laplacian, at 480 pixels of the shorter side"),
+    "min_motion": ("0.3", "mean difference of pictures 0.1 s apart, in grey levels of 255"),
+    "max_border": ("4", "pixels of a black bar"),
+    "duplicate_distance": (
+        "0.1",
+        "clips whose hashes differ in a smaller share of bits show the same, 0 to 1",
+    ),
+    "move": ("false", "true: flagged clips and their captions go to the folder moved in out; or a folder"),
+    "undo": ("false", "true: moves back all that was moved, and measures nothing"),
+    "timeout_seconds": ("120", "a clip of which nothing is decoded for so long is refused"),
+}
 EXPORT_OPTIONS = {
     "adapter": (None, "file, folder or hub:OWNER/NAME[/FILE][@REVISION] to convert, in any of the formats"),
     "to": (

@@ -3,9 +3,12 @@
 Shape letters: B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent rows and columns.
 """
 
-import torch
+from typing import TYPE_CHECKING
 
 from mochi_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 LATENT_CHANNELS = 12
 TEMPORAL_FACTOR = 6
@@ -60,15 +63,18 @@ def check_geometry(num_frames: int, height: int, width: int) -> None:
             )
 
 
-def _channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+def _channel(values: tuple[float, ...], like: "torch.Tensor") -> "torch.Tensor":
+    # Imported here, so that those who read a constant of this module need not wait for torch.
+    import torch
+
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1, 1)
 
 
-def to_latents(vae_latents: torch.Tensor) -> torch.Tensor:
+def to_latents(vae_latents: "torch.Tensor") -> "torch.Tensor":
     """Converts the VAE's latents to the DiT's space, unit variance in each channel; fp32 (..., C, T, h, w)."""
     return (vae_latents.float() - _channel(VAE_MEAN, vae_latents)) / _channel(VAE_STD, vae_latents)
 
 
-def to_vae_latents(latents: torch.Tensor) -> torch.Tensor:
+def to_vae_latents(latents: "torch.Tensor") -> "torch.Tensor":
     """Converts the DiT's latents back to the VAE's space; fp32 (..., C, T, h, w)."""
     return latents.float() * _channel(VAE_STD, latents) + _channel(VAE_MEAN, latents)

@@ -1,0 +1,256 @@
+"""Measures a clip: black, frozen and moving pictures, sharpness, borders, and hashes of what it shows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mochi_tune.data_prep.frames import image_matrix, read_pictures
+from mochi_tune.data_prep.orientation import turn_upright
+from mochi_tune.data_prep.probe import Source, read_source
+
+# Raise it whenever the same clip would get other scores.
+SCORES_VERSION = 1
+# A pixel darker than this, of 255, is black; a picture or a line is black when nearly all of its pixels are.
+# Source: FFmpeg n7.1 libavfilter/vf_blackdetect.c, pixel_black_th 0.10 and picture_black_ratio_th 0.98.
+DARK, DARK_SHARE = 25.5, 0.98
+# What lies in a border differs no more than this, of 255.
+FLAT = 6
+# Pixels of the longer side at which neighbouring pictures are compared, and of the blocks that are compared.
+SMALL, BLOCK = 256, 8
+# Two pictures in which no block differs more than this, of 255, are the same: compression changes a still by less.
+SAME = 2.0
+# Motion is the difference of pictures that are so many seconds apart, whatever the frame rate.
+MOTION_SECONDS = Fraction(1, 10)
+# Pictures of a clip that are looked at closely, and the height at which their sharpness is measured, the model's.
+NUM_SAMPLES, SHARPNESS_PIXELS = 8, 480
+# Side of the picture that is hashed, and of the part of its spectrum that the hash is made of.
+HASH_PICTURE, HASH_SIDE = 32, 8
+# A picture of less contrast (standard deviation, of 255) has no hash: it would be one of noise.
+MIN_CONTRAST = 4.0
+FULL_RANGE = 2
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured of a clip.
+
+    Attributes:
+        width: pixels of the upright picture, were its pixels square.
+        height: of the same.
+        frames: pictures.
+        seconds: its length.
+        black: share of its pictures that are black, 0 to 1.
+        frozen: the longest run of pictures that are the same and not black, as a share of the clip, 0 to 1.
+        motion: mean difference of pictures 0.1 s apart, in grey levels of 255.
+        sharpness: variance of the Laplacian of the luma (0 to 255) at 480 pixels of the shorter side, the median of
+            eight pictures; 0 where all are black.
+        left: pixels of the upright picture that are a black border.
+        top: of the same.
+        right: of the same.
+        bottom: of the same.
+        hashes: 16 hex digits of each of eight pictures; "" of one without contrast.
+    """
+
+    width: int
+    height: int
+    frames: int
+    seconds: float
+    black: float
+    frozen: float
+    motion: float
+    sharpness: float
+    left: int
+    top: int
+    right: int
+    bottom: int
+    hashes: tuple[str, ...]
+
+    @property
+    def border(self) -> int:
+        """The widest border, in pixels."""
+        return max(self.left, self.top, self.right, self.bottom)
+
+
+def measure_clip(path: Path) -> Iterator[dict[str, Any]]:
+    """Decodes a clip and measures it; runs in a child process.
+
+    Yields:
+        {} now and then, and the values of `Scores`.
+
+    Raises:
+        DataError: the clip cannot be read.
+    """
+    source = read_source(path)
+    count = len(source.ticks)
+    wanted = {(2 * i + 1) * count // (2 * NUM_SAMPLES) for i in range(NUM_SAMPLES)}
+    pictures, neighbours = _Pictures(), _Neighbours()
+    for number, picture in enumerate(read_pictures(path, source)):
+        image, matrix = picture.image, image_matrix(picture)
+        neighbours.add(_grey(image, SMALL, is_longer=True), picture.time)
+        if number in wanted:
+            pictures.add(
+                turn_upright(_grey(image)[..., None], matrix)[..., 0],
+                turn_upright(_grey(image, SHARPNESS_PIXELS, is_longer=False)[..., None], matrix)[..., 0],
+            )
+        if number % 20 == 0:
+            yield {}
+    yield {**_described(source), **neighbours.scores(), **pictures.scores(source)}
+
+
+def _described(source: Source) -> dict[str, Any]:
+    scan = source.scan
+    return {
+        "width": scan.width,
+        "height": scan.height,
+        "frames": scan.num_source_frames,
+        "seconds": round(scan.source_seconds, 3),
+    }
+
+
+def _grey(image: Any, pixels: int | None = None, is_longer: bool = True) -> np.ndarray:
+    """Returns the luma of a stored picture as uint8 (H, W), its longer or shorter side reduced to `pixels`."""
+    side = max(image.width, image.height) if is_longer else min(image.width, image.height)
+    scale = min(pixels / side, 1) if pixels else 1
+    width, height = (max(round(each * scale), 1) for each in (image.width, image.height))
+    return image.reformat(width=width, height=height, format="gray", dst_color_range=FULL_RANGE).to_ndarray()
+
+
+def is_black(grey: np.ndarray) -> bool:
+    """Whether nearly all of a luma picture is black."""
+    return float((grey < DARK).mean()) >= DARK_SHARE
+
+
+class _Neighbours:
+    """Compares each picture with the one before, and with one a little earlier."""
+
+    def __init__(self) -> None:
+        self.num_pictures = self.num_black = self.run = self.longest = 0
+        self.last: np.ndarray | None = None
+        self.compared: tuple[np.ndarray, Fraction] | None = None
+        self.differences: list[float] = []
+
+    def add(self, grey: np.ndarray, time: Fraction) -> None:
+        self.num_pictures += 1
+        is_dark = is_black(grey)
+        self.num_black += is_dark
+        same = self.last is not None and self.last.shape == grey.shape and largest_change(self.last, grey) <= SAME
+        # Black is told by its own score.
+        same = same and not is_dark
+        self.run = self.run + 1 if same else 0
+        self.longest = max(self.longest, self.run)
+        self.last = grey
+        if self.compared is None or self.compared[0].shape != grey.shape:
+            self.compared = grey, time
+        elif time - self.compared[1] >= MOTION_SECONDS - Fraction(1, 1000):
+            self.differences.append(float(np.abs(grey.astype(np.int16) - self.compared[0]).mean()))
+            self.compared = grey, time
+
+    def scores(self) -> dict[str, float]:
+        pairs = max(self.num_pictures - 1, 1)
+        motion = float(np.mean(self.differences)) if self.differences else 0.0
+        return {
+            "black": round(self.num_black / max(self.num_pictures, 1), 4),
+            "frozen": round(self.longest / pairs, 4),
+            "motion": round(motion, 3),
+        }
+
+
+def largest_change(one: np.ndarray, other: np.ndarray) -> float:
+    """Returns the mean difference, of 255, of the block of 8x8 pixels that differs most."""
+    height, width = (max(side - side % BLOCK, 1) for side in one.shape)
+    change = np.abs(one.astype(np.int16) - other)[:height, :width]
+    if min(height, width) < BLOCK:
+        return float(change.mean())
+    return float(change.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK).mean((1, 3)).max())
+
+
+class _Pictures:
+    """Looks at single pictures: their borders, sharpness and hashes."""
+
+    def __init__(self) -> None:
+        self.whole: list[np.ndarray] = []
+        self.scaled: list[np.ndarray] = []
+
+    def add(self, whole: np.ndarray, scaled: np.ndarray) -> None:
+        # A black picture has no border, no sharpness and no hash.
+        if not is_black(whole) and all(each.shape == whole.shape for each in self.whole):
+            self.whole.append(whole)
+            self.scaled.append(scaled)
+
+    def scores(self, source: Source) -> dict[str, Any]:
+        if not self.whole:
+            return {"sharpness": 0.0, "left": 0, "top": 0, "right": 0, "bottom": 0, "hashes": []}
+        top, bottom = count_border(self.whole, 0)
+        left, right = count_border(self.whole, 1)
+        rows, columns = self.whole[0].shape
+        hashes, sharpness = [], []
+        for scaled in self.scaled:
+            # Bars have a sharp edge, and are no part of what a clip shows.
+            y, x = scaled.shape[0] / rows, scaled.shape[1] / columns
+            inner = scaled[
+                -int(-top * y // 1) : scaled.shape[0] - -int(-bottom * y // 1),
+                -int(-left * x // 1) : scaled.shape[1] - -int(-right * x // 1),
+            ]
+            sharpness.append(laplacian_variance(inner))
+            hashes.append(hash_picture(inner))
+        wide, high = source.scan.width / columns, source.scan.height / rows
+        return {
+            "sharpness": round(float(np.median(sharpness)), 2),
+            "left": round(left * wide),
+            "top": round(top * high),
+            "right": round(right * wide),
+            "bottom": round(bottom * high),
+            "hashes": hashes,
+        }
+
+
+def count_border(pictures: Sequence[np.ndarray], axis: int) -> tuple[int, int]:
+    """Counts the lines at both ends of all pictures that are black and flat in each of them.
+
+    Args:
+        pictures: uint8 luma of one shape, at least one.
+        axis: 0 counts rows from the top and the bottom, 1 columns from the left and the right.
+    """
+    is_bar = None
+    for picture in pictures:
+        along = 1 - axis
+        is_dark = (picture < DARK).mean(along) >= DARK_SHARE
+        is_flat = picture.std(along) <= FLAT
+        is_bar = is_dark & is_flat if is_bar is None else is_bar & is_dark & is_flat
+    assert is_bar is not None
+    inside = np.flatnonzero(~is_bar)
+    # All of it is dark, which is no border.
+    return (int(inside[0]), int(len(is_bar) - 1 - inside[-1])) if len(inside) else (0, 0)
+
+
+def laplacian_variance(grey: np.ndarray) -> float:
+    """Returns the variance of the four-neighbour Laplacian of uint8 luma (H, W); 0 of one that is too small."""
+    if min(grey.shape) < 3:
+        return 0.0
+    x = grey.astype(np.float32)
+    laplacian = x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:] - 4 * x[1:-1, 1:-1]
+    return float(laplacian.var())
+
+
+def hash_picture(grey: np.ndarray) -> str:
+    """Returns a perceptual hash of uint8 luma (H, W): which of its 64 lowest frequencies are above their median.
+
+    Source: N. Krawetz, "Looks Like It" (2011), hackerfactor.com, the hash that is called pHash there.
+
+    Returns:
+        16 hex digits; "" of a picture without contrast.
+    """
+    from PIL import Image
+
+    if min(grey.shape) < 2 or grey.std() < MIN_CONTRAST:
+        return ""
+    image = Image.fromarray(np.ascontiguousarray(grey)).resize((HASH_PICTURE, HASH_PICTURE), Image.Resampling.BOX)
+    numbers = np.arange(HASH_PICTURE)
+    basis = np.cos(np.pi / HASH_PICTURE * (numbers + 0.5) * np.arange(HASH_SIDE + 1)[:, None])
+    spectrum = (basis @ np.asarray(image, np.float64) @ basis.T)[1:, 1:]
+    bits = spectrum.ravel() > np.median(spectrum)
+    return np.packbits(bits).tobytes().hex()

@@ -1,0 +1,111 @@
+"""Contact sheets: a few pictures of each clip with its name, many clips on a page."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mochi_tune.data_prep.colour import RgbConverter
+from mochi_tune.data_prep.frames import image_matrix, read_pictures
+from mochi_tune.data_prep.orientation import turn_upright
+from mochi_tune.data_prep.probe import read_source
+from mochi_tune.files import write_atomic
+
+# Of one picture in pixels; how many of a clip; clips beside each other and on one sheet.
+BOX_WIDTH, BOX_HEIGHT, NUM_PICTURES = 152, 86, 3
+NUM_COLUMNS, CLIPS_PER_SHEET = 3, 120
+LABEL_HEIGHT, GAP, EDGE = 34, 14, 2
+PAPER, INK, SOFT, REST = "#fcfcfa", "#1c2127", "#626a75", "#e3e4de"
+
+
+@dataclass(frozen=True)
+class SheetClip:
+    """A clip on a sheet: its name, a line about it, and JPEG pictures of it."""
+
+    name: str
+    note: str
+    pictures: Sequence[bytes]
+
+
+def read_thumbnails(path: Path, count: int) -> Iterator[dict[str, Any]]:
+    """Reads evenly spaced pictures of a clip, its first and last included; runs in a child process.
+
+    Yields:
+        {} now and then, and {"jpegs": pictures in base64, each at most BOX_WIDTH x BOX_HEIGHT}.
+
+    Raises:
+        DataError: the clip cannot be read.
+    """
+    from PIL import Image
+
+    source = read_source(path)
+    last = len(source.ticks) - 1
+    wanted = {round(i * last / max(count - 1, 1)) for i in range(count)} if count > 1 else {last // 2}
+    converter, jpegs = RgbConverter(path, source.scan.hdr), []
+    for number, picture in enumerate(read_pictures(path, source)):
+        if number in wanted:
+            rgb = picture.image
+            if not isinstance(rgb, np.ndarray):
+                rgb = turn_upright(converter.convert(rgb), image_matrix(picture))
+            scale = min(BOX_WIDTH / source.scan.width, BOX_HEIGHT / source.scan.height)
+            size = max(round(source.scan.width * scale), 1), max(round(source.scan.height * scale), 1)
+            file = io.BytesIO()
+            Image.fromarray(np.ascontiguousarray(rgb)).resize(size, Image.Resampling.BOX).save(file, "JPEG", quality=85)
+            jpegs.append(base64.b64encode(file.getvalue()).decode())
+        if number % 50 == 0:
+            yield {}
+    yield {"jpegs": jpegs}
+
+
+def write_sheets(path: Path, clips: Sequence[SheetClip]) -> list[Path]:
+    """Writes PATH, and PATH with _2, _3 and so on where the clips are many; returns what it wrote.
+
+    Raises:
+        OSError: the disk is full, or refuses.
+    """
+    written = []
+    for number, begin in enumerate(range(0, len(clips), CLIPS_PER_SHEET), start=1):
+        sheet = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+        file = io.BytesIO()
+        _draw(clips[begin : begin + CLIPS_PER_SHEET]).save(file, "PNG")
+        write_atomic(sheet, file.getvalue())
+        written.append(sheet)
+    return written
+
+
+def _draw(clips: Sequence[SheetClip]) -> Any:
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell_width = NUM_PICTURES * (BOX_WIDTH + EDGE) - EDGE
+    cell_height = BOX_HEIGHT + LABEL_HEIGHT
+    columns = min(NUM_COLUMNS, len(clips))
+    rows = -(-len(clips) // columns)
+    size = columns * (cell_width + GAP) + GAP, rows * (cell_height + GAP) + GAP
+    sheet = Image.new("RGB", size, PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, clip in enumerate(clips):
+        left = GAP + number % columns * (cell_width + GAP)
+        top = GAP + number // columns * (cell_height + GAP)
+        for place, jpeg in enumerate(clip.pictures):
+            x = left + place * (BOX_WIDTH + EDGE)
+            draw.rectangle((x, top, x + BOX_WIDTH - 1, top + BOX_HEIGHT - 1), fill=REST)
+            with Image.open(io.BytesIO(jpeg)) as picture:
+                sheet.paste(picture, (x + (BOX_WIDTH - picture.width) // 2, top + (BOX_HEIGHT - picture.height) // 2))
+        for line, (text, colour) in enumerate(((clip.name, INK), (clip.note, SOFT))):
+            fitted = _fit(draw, text, font, cell_width)
+            draw.text((left, top + BOX_HEIGHT + 3 + 15 * line), fitted, fill=colour, font=font)
+    return sheet
+
+
+def _fit(draw: Any, text: str, font: Any, width: int) -> str:
+    """Returns the end of a text that fits a width."""
+    text = text.encode(errors="backslashreplace").decode()
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while draw.textlength("…" + text, font=font) > width:
+        text = text[1:]
+    return "…" + text

@@ -1,0 +1,298 @@
+"""`mochi-tune filter`: measures clips, says which are black, frozen, blurred, still, framed or doubled, and why.
+
+It may be run again at any time: a clip that has not changed is not measured again. It moves nothing unless it is asked.
+"""
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mochi_tune.data_prep.clip_scores import SCORES_VERSION, Scores, measure_clip
+from mochi_tune.data_prep.contact_sheet import read_thumbnails
+from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest
+from mochi_tune.data_prep.filter_page import MAX_PICTURES, make_page
+from mochi_tune.data_prep.finding import find_videos
+from mochi_tune.data_prep.html_page import write_png
+from mochi_tune.data_prep.moving import files_of_clip, finish_moves, move_clip, read_moved, undo_moves
+from mochi_tune.data_prep.split import only_process
+from mochi_tune.data_prep.watched import WatchedProcess
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.files import make_writable_folder, read_json_lines, write_atomic
+
+TABLE, PAGE, PICTURE, MEASURED, MOVED = "filter.csv", "filter.html", "filter.png", "scores.jsonl", "moved.csv"
+SCORE_COLUMNS = ("black", "frozen", "motion", "sharpness", "left", "top", "right", "bottom")
+COLUMNS: tuple[str, ...] = (
+    "clip",
+    "verdict",
+    "duplicate_of",
+    "nearest",
+    *SCORE_COLUMNS,
+    "width",
+    "height",
+    "frames",
+    "seconds",
+    "reason",
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a clip is flagged; None: never by this.
+
+    Attributes:
+        max_black: share of black pictures.
+        max_frozen: longest run of equal pictures, as a share of the clip.
+        min_sharpness: variance of the Laplacian.
+        min_motion: difference of pictures 0.1 s apart, of 255.
+        max_border: pixels of a black border.
+        duplicate_distance: share of bits that differ from a better clip, below which it shows the same.
+    """
+
+    max_black: float | None = 0.1
+    max_frozen: float | None = 0.2
+    min_sharpness: float | None = 10.0
+    min_motion: float | None = 0.3
+    max_border: float | None = 4.0
+    duplicate_distance: float | None = 0.1
+
+    def flags(self, scores: Scores) -> list[str]:
+        """Returns what is wrong with a clip by itself; of one that is all black, nothing else."""
+        if scores.black == 1 and self.max_black is not None and self.max_black < 1:
+            return ["black"]
+        found = {
+            "black": _is_above(scores.black, self.max_black),
+            "frozen": _is_above(scores.frozen, self.max_frozen),
+            "blurred": _is_above(self.min_sharpness, scores.sharpness),
+            "still": _is_above(self.min_motion, scores.motion),
+            "border": _is_above(scores.border, self.max_border),
+        }
+        return [name for name, is_found in found.items() if is_found]
+
+
+def _is_above(value: float | None, limit: float | None) -> bool:
+    return value is not None and limit is not None and value > limit
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What is to be filtered.
+
+    Attributes:
+        videos: the folder of clips.
+        out: the folder of the table and the page; None: VIDEOS_filter beside the clips.
+        limits: of the scores.
+        move: the folder that flagged clips are moved to; None moves nothing.
+        timeout_seconds: the longest time for which nothing may be decoded of a clip.
+    """
+
+    videos: Path
+    out: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    move: Path | None = None
+    timeout_seconds: float = 120.0
+
+    @property
+    def report(self) -> Path:
+        """The folder of the table and the page."""
+        return self.out or self.videos.with_name(f"{self.videos.name}_filter")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A clip with what was found: its scores or why it has none, its verdict, and the clip that it doubles."""
+
+    name: str
+    scores: Scores | None
+    flags: tuple[str, ...] = ()
+    nearest: float = 1.0
+    duplicate_of: str = ""
+    reason: str = ""
+
+
+def main(settings: Filter) -> int:
+    """Measures and judges the clips, writes the table and the page, moves what is asked for; writes lines about it.
+
+    Returns:
+        The exit code: 0, or 1 when a clip could not be read or moved.
+
+    Raises:
+        ConfigError: a folder of the settings lies in the clips.
+        DataError: there are no clips, or a table is malformed.
+        OSError: the disk is full, or refuses.
+        MochiTuneError: the browser fails.
+    """
+    for key, folder in (("out", settings.report), ("move", settings.move)):
+        if folder is not None and settings.videos.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise ConfigError(f"{key}={folder} is in the clips, videos={settings.videos}: use a folder beside them.")
+    if not settings.videos.is_dir():
+        find_videos(settings.videos, setting="videos")
+    report = settings.report
+    make_writable_folder(report)
+    with only_process(report, "filter"), WatchedProcess(settings.timeout_seconds) as child:
+        # Before the clips are listed: what a stopped run has left would be judged without its captions.
+        finish_moves(report / MOVED)
+        clips = {
+            path.relative_to(settings.videos).as_posix(): path
+            for path in find_videos(settings.videos, setting="videos")
+        }
+        judged = judge(_measure_all(report / MEASURED, clips, child), settings.limits)
+        write_atomic(report / TABLE, as_csv(judged).encode(errors="surrogateescape"), durable=True)
+        _make_page(settings, clips, judged, child)
+        not_moved = _move_all(settings, clips, judged) if settings.move else []
+    return _tell(settings, judged, not_moved)
+
+
+def undo(settings: Filter) -> int:
+    """Moves all clips back that `filter` has moved; returns the exit code, 0.
+
+    Raises:
+        DataError: nothing was moved, or another file is at an old place.
+        OSError: the disk is full, or refuses.
+    """
+    table = settings.report / MOVED
+    if not settings.report.is_dir():
+        raise DataError(f"{settings.report} does not exist: give the out= of the `filter` that moved clips.")
+    with only_process(settings.report, "filter"):
+        finish_moves(table)
+        rows = read_moved(table)
+        if not rows:
+            raise DataError(f"{table} lists no moved file: there is nothing to undo.")
+        tqdm.write(f"{settings.videos}: {undo_moves(table, rows)} files were moved back")
+    return 0
+
+
+def _measure_all(path: Path, clips: Mapping[str, Path], child: WatchedProcess) -> dict[str, Scores | str]:
+    """Measures each clip that is new or changed; returns its scores, or why it has none."""
+    known = {(each.get("clip"), *each.get("signature", ())): each.get("scores") for each in read_json_lines(path)}
+    found: dict[str, Scores | str] = {}
+    with open(path, "a", encoding="utf-8") as file:
+        for name, clip in tqdm(clips.items(), desc="measuring", unit="clip"):
+            try:
+                status = clip.stat()
+                signature = [SCORES_VERSION, status.st_size, status.st_mtime_ns]
+                values = known.get((name, *signature))
+                if values is None:
+                    for message in child.run(measure_clip, clip, {}):
+                        values = message
+                    file.write(json.dumps({"clip": name, "signature": signature, "scores": values}) + "\n")
+                    file.flush()
+                assert values is not None, "the job ends with the scores"
+                found[name] = Scores(**{**values, "hashes": tuple(values["hashes"])})
+            except DataError as error:
+                found[name] = str(error)
+    return found
+
+
+def judge(measured: Mapping[str, Scores | str], limits: Limits) -> list[Judged]:
+    """Returns each clip with its verdict, in the order given.
+
+    Of clips that show the same, the one stays that has no other flag, then most pixels, then most pictures, then the
+    one that is much sharper, then the first one.
+    """
+    scores = {name: value for name, value in measured.items() if isinstance(value, Scores)}
+    flags = {name: limits.flags(value) for name, value in scores.items()}
+
+    def rank(name: str) -> tuple:
+        each = scores[name]
+        # Two encodings of the same differ a little in sharpness, which is no reason to choose.
+        sharpness = round(math.log2(max(each.sharpness, 1)))
+        return bool(flags[name]), -each.width * each.height, -each.frames, -sharpness, name
+
+    hashes = {name: scores[name].hashes for name in sorted(scores, key=rank)}
+    nearest = find_nearest(hashes)
+    limit = limits.duplicate_distance
+    duplicates = {} if limit is None else find_duplicates(hashes, limit)
+    judged = []
+    for name, value in measured.items():
+        if isinstance(value, str):
+            judged.append(Judged(name, None, ("unreadable",), reason=value))
+            continue
+        found = [*flags[name], *(["duplicate"] if name in duplicates else [])]
+        judged.append(Judged(name, value, tuple(found), nearest[name], duplicates.get(name, "")))
+    return judged
+
+
+def as_csv(judged: Sequence[Judged]) -> str:
+    """Returns the text of filter.csv."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    for each in judged:
+        row: dict[str, Any] = {"clip": each.name, "verdict": " ".join(each.flags) or "good", "reason": each.reason}
+        if each.scores is not None:
+            row |= asdict(each.scores) | {"duplicate_of": each.duplicate_of, "nearest": each.nearest}
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _make_page(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judged], child: WatchedProcess) -> None:
+    """Writes the page, and a picture of it where a browser is there; not again where nothing has changed."""
+    page, limits = settings.report / PAGE, asdict(settings.limits)
+    made_of = hashlib.sha256(repr((judged, limits)).encode(errors="backslashreplace")).hexdigest()
+    mark = f"<!-- {made_of} -->\n"
+    if page.exists() and page.read_bytes().endswith(mark.encode()):
+        return
+    text = make_page(judged, limits, settings.videos.name, _thumbnails(clips, judged, child)) + mark
+    write_atomic(page, text.encode(errors="backslashreplace"), durable=True)
+    if write_png(page, settings.report / PICTURE):
+        tqdm.write(f"its picture: {settings.report / PICTURE}")
+
+
+def _thumbnails(clips: Mapping[str, Path], judged: Sequence[Judged], child: WatchedProcess) -> dict[str, bytes]:
+    """Returns a JPEG of the flagged clips that the page shows, and of those that they double."""
+    flagged = [each for each in judged if each.flags and each.scores is not None][:MAX_PICTURES]
+    wanted = dict.fromkeys([name for each in flagged for name in (each.name, each.duplicate_of) if name])
+    pictures = {}
+    for name in tqdm(wanted, desc="pictures", unit="clip", disable=not wanted):
+        try:
+            for message in child.run(read_thumbnails, clips[name], {"count": 1}):
+                if "jpegs" in message:
+                    pictures[name] = base64.b64decode(message["jpegs"][0])
+        except DataError:
+            # It was removed since it was measured; the page has a row without a picture.
+            continue
+    return pictures
+
+
+def _move_all(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judged]) -> list[str]:
+    """Moves the flagged clips that can be read; returns why some were not."""
+    assert settings.move is not None
+    table, problems, num_moved = settings.report / MOVED, [], 0
+    wanted = [each for each in judged if each.flags and each.scores is not None]
+    for each in tqdm(wanted, desc="moving", unit="clip", disable=not wanted):
+        target = settings.move / Path(each.name).parent
+        moves = [(path.absolute(), (target / path.name).absolute()) for path in files_of_clip(clips[each.name])]
+        try:
+            move_clip(table, moves, " ".join(each.flags))
+            num_moved += 1
+        except DataError as error:
+            problems.append(str(error))
+    tqdm.write(f"{settings.move}: {num_moved} clips were moved there; {table} lists them, undo=true moves them back")
+    return problems
+
+
+def _tell(settings: Filter, judged: Sequence[Judged], not_moved: Sequence[str]) -> int:
+    """Writes what was found; returns the exit code."""
+    unreadable = [each for each in judged if each.scores is None]
+    for reason in [*(each.reason for each in unreadable), *not_moved]:
+        tqdm.write(f"refused: {reason}")
+    counts: dict[str, int] = {}
+    for each in judged:
+        for flag in each.flags:
+            counts[flag] = counts.get(flag, 0) + 1
+    listed = ", ".join(f"{count} {flag}" for flag, count in counts.items())
+    num_good = sum(not each.flags for each in judged)
+    tqdm.write(
+        f"{settings.videos}: {num_good} of {len(judged)} clips are good{f'; {listed}' if listed else ''}. "
+        f"Scores: {settings.report / TABLE}, page: {settings.report / PAGE}"
+    )
+    return 1 if unreadable or not_moved else 0

@@ -1,0 +1,117 @@
+"""The table of scenes, which `split` writes and a person may edit."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+
+from mochi_tune.errors import DataError
+from mochi_tune.files import read_text, write_atomic
+
+# What becomes of a row: nothing yet, a clip, too short for one, or an error.
+PLANNED, CUT, SHORT, REFUSED = "", "cut", "short", "refused"
+SUFFIX = ".mp4"
+
+
+@dataclass(frozen=True)
+class SceneRow:
+    """A row of the table.
+
+    Attributes:
+        source: the film, as its path in the folder of footage.
+        scene: the scene's number in its film, with its part: "3", "4.1"; "" of a film that cannot be used.
+        start_seconds: from the film's first picture on.
+        end_seconds: of the same.
+        frames: pictures of the clip.
+        file: the clip's path in the output folder; "" is not cut.
+        status: PLANNED, CUT, SHORT or REFUSED.
+        reason: why it is refused.
+        source_bytes: size of the film in which the scene was found.
+    """
+
+    source: str
+    scene: str = ""
+    start_seconds: float = 0.0
+    end_seconds: float = 0.0
+    frames: int = 0
+    file: str = ""
+    status: str = PLANNED
+    reason: str = ""
+    source_bytes: int = 0
+
+
+COLUMNS = [field.name for field in fields(SceneRow)]
+
+
+def read_scenes(path: Path) -> list[SceneRow]:
+    """Reads the table; [] where there is none.
+
+    Raises:
+        DataError: it is no such table, a number is none, a scene ends before it begins, or two rows name one file.
+    """
+    if not path.exists():
+        return []
+    try:
+        # Office programs write UTF-16, semicolons and tabs.
+        text, _ = read_text(path)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8: save it as CSV in UTF-8.") from None
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[SceneRow] = []
+    files: dict[str, int] = {}
+    try:
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+            raise DataError(
+                f"{path}: lacks the column {missing[0]}: restore it, or delete the table to find scenes anew."
+            )
+        for number, values in enumerate(reader, start=2):
+            row = _read_row(f"{path} row {number}", values)
+            if row.file and row.file in files:
+                raise DataError(f"{path} row {number}: names {row.file}, as row {files[row.file]} does: change one.")
+            files[row.file] = number
+            rows.append(row)
+    except csv.Error as error:
+        raise DataError(f"{path}: is no CSV ({error}): restore it, or delete it to find the scenes anew.") from None
+    return rows
+
+
+def _read_row(where: str, values: dict[str, str | None]) -> SceneRow:
+    texts = {name: (values[name] or "").strip() for name in COLUMNS}
+    numbers = {}
+    for name in ("start_seconds", "end_seconds", "frames", "source_bytes"):
+        try:
+            numbers[name] = float((texts[name] or "0").replace(",", "."))
+        except ValueError:
+            numbers[name] = math.nan
+        if not 0 <= numbers[name] < math.inf:
+            raise DataError(f"{where}: {name}={texts[name]} is no number from 0 on: correct it.")
+    file = texts["file"]
+    if file:
+        parts = PurePosixPath(file)
+        if parts.is_absolute() or ".." in parts.parts or parts.suffix != SUFFIX or parts.name.startswith("."):
+            raise DataError(f"{where}: file={file} is no name in the output folder that ends in {SUFFIX}: correct it.")
+        if numbers["end_seconds"] <= numbers["start_seconds"]:
+            raise DataError(f"{where}: end_seconds={texts['end_seconds']} is not after start_seconds: correct it.")
+    return SceneRow(
+        texts["source"], texts["scene"], round(numbers["start_seconds"], 4), round(numbers["end_seconds"], 4),
+        int(numbers["frames"]), file, texts["status"], texts["reason"], int(numbers["source_bytes"]),
+    )  # fmt: skip
+
+
+def write_scenes(path: Path, rows: Sequence[SceneRow]) -> None:
+    """Writes the table, complete or not at all; a table that holds the same already is left alone.
+
+    Raises:
+        OSError: the disk is full, or refuses.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    content = text.getvalue().encode(errors="surrogateescape")
+    if not path.exists() or path.read_bytes() != content:
+        write_atomic(path, content, durable=True)

@@ -1,0 +1,317 @@
+"""`mochi-tune split`: cuts footage into one clip a scene, and writes a table of the scenes that a person may edit.
+
+It may be run again at any time: it finds no scenes anew that the table has, and cuts no clip that is there.
+"""
+
+import base64
+import contextlib
+import fcntl
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mochi_tune.data_prep.contact_sheet import NUM_PICTURES, SheetClip, read_thumbnails, write_sheets
+from mochi_tune.data_prep.cutting import Mark, cut_clips, read_mark
+from mochi_tune.data_prep.finding import VIDEO_SUFFIXES, find_videos
+from mochi_tune.data_prep.scene_table import CUT, PLANNED, REFUSED, SHORT, SUFFIX, SceneRow, read_scenes, write_scenes
+from mochi_tune.data_prep.scenes import Scene, SceneRules, check_scenedetect, find_scenes
+from mochi_tune.data_prep.watched import WatchedProcess
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.files import (
+    fsync,
+    make_writable_folder,
+    read_json,
+    remove_temporary_files,
+    temporary_file,
+    write_json,
+)
+
+TABLE, SHEET, SETTINGS = "scenes.csv", "scenes.png", "settings.json"
+# A line names this many files and counts the rest.
+MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is to be split.
+
+    Attributes:
+        footage: a film or a folder of films.
+        out: the folder of the clips.
+        rules: how films are divided.
+        crf: quality of the clips by x264, 0 is lossless.
+        timeout_seconds: the longest time for which nothing may be decoded of a film.
+    """
+
+    footage: Path
+    out: Path
+    rules: SceneRules
+    crf: int = 12
+    timeout_seconds: float = 120.0
+
+    @property
+    def report(self) -> Path:
+        """The folder of the table and the contact sheet: beside the clips, where it is not trained on."""
+        return self.out.with_name(f"{self.out.name}_split")
+
+
+def main(split: Split) -> int:
+    """Splits the footage, and writes a line that says where the clips, the table and the contact sheet are.
+
+    Returns:
+        The exit code: 0, or 1 when a film or a clip was refused; the others are there.
+
+    Raises:
+        ConfigError: PySceneDetect is not installed, or the settings contradict each other or those of the table.
+        DataError: there is no footage, or the table is malformed.
+        OSError: the disk is full, or refuses.
+    """
+    split.rules.check()
+    check_scenedetect()
+    films = find_films(split)
+    for folder in (split.out, split.report):
+        make_writable_folder(folder)
+    with only_process(split.report, "split"):
+        for folder in {split.out, *(split.out / name for name in map(Path, _folders(films)))}:
+            if folder.is_dir():
+                remove_temporary_files(folder)
+        table = split.report / TABLE
+        rows = read_scenes(table)
+        check_settings(split, bool(rows))
+        with WatchedProcess(split.timeout_seconds) as child:
+            rows = _find_all(split, films, rows, child)
+            rows, num_written = _cut_all(split, films, rows, child)
+            clips = [row for row in rows if row.status == CUT]
+            if clips and (num_written or not (split.report / SHEET).exists()):
+                write_sheets(split.report / SHEET, _sheet(split, clips, child))
+    return _tell(split, films, rows, num_written)
+
+
+def find_films(split: Split) -> dict[str, Path]:
+    """Returns the films by their path in the folder of footage, or by their name.
+
+    Raises:
+        ConfigError: the clips would lie in the footage, and be split again.
+        DataError: there is no footage.
+    """
+    footage, out = split.footage, split.out
+    if not footage.is_dir():
+        if not footage.exists():
+            raise DataError(f"in={footage} does not exist: name a film or a folder of films.")
+        if footage.suffix.lower() not in VIDEO_SUFFIXES:
+            raise DataError(f"in={footage} is no video that is known: use {' '.join(VIDEO_SUFFIXES)}.")
+        return {footage.name: footage}
+    if footage.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"out={out} is in the footage, in={footage}, and would be split again: use another folder.")
+    return {path.relative_to(footage).as_posix(): path for path in find_videos(footage, setting="in")}
+
+
+@contextlib.contextmanager
+def only_process(folder: Path, verb: str) -> Iterator[None]:
+    """Refuses a second process with the same folder; the lock ends with the process.
+
+    Raises:
+        DataError: another process has it.
+    """
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder} is in use by another {verb}: wait for it, or use another out=.") from None
+        yield
+
+
+def check_settings(split: Split, has_table: bool) -> None:
+    """Refuses settings that are not those by which the scenes of the table were found; keeps them for a new one.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    path, settings = split.report / SETTINGS, asdict(split.rules) | {"crf": split.crf}
+    if has_table and path.exists():
+        before = read_json(path, ConfigError)
+        if changed := [name for name in settings if before.get(name) != settings[name]]:
+            names = ", ".join(f"{name}={before.get(name)}" for name in changed)
+            raise ConfigError(
+                f"{split.report / TABLE} was made with {names}, now {changed[0]}={settings[changed[0]]}: give the same "
+                "settings, delete the table to find the scenes anew, or use another out=."
+            )
+    elif not path.exists() or read_json(path, ConfigError) != settings:
+        write_json(path, settings)
+
+
+def _folders(films: dict[str, Path]) -> set[str]:
+    return {str(Path(name).parent) for name in films}
+
+
+def _find_all(split: Split, films: dict[str, Path], rows: list[SceneRow], child: WatchedProcess) -> list[SceneRow]:
+    """Finds the scenes of the films that the table lacks; the table has those of each film that is done."""
+    known = {row.source for row in rows if row.scene}
+    # A film that was refused as a whole is tried again.
+    rows = [row for row in rows if row.scene or row.source not in films]
+    wanted = {name: path for name, path in films.items() if name not in known}
+    stems = Counter(str(Path(name).with_suffix("")) for name in films)
+    with tqdm(total=0, desc="finding scenes", unit="frame", disable=not wanted) as bar:
+        for name, path in wanted.items():
+            try:
+                scenes = _find(path, split.rules, child, bar)
+                stem = Path(name).with_suffix("")
+                if stems[str(stem)] > 1:
+                    stem = stem.with_name(f"{stem.name}_{path.suffix[1:]}")
+                new = [_row(name, stem, scene, path.stat().st_size) for scene in scenes]
+            except DataError as error:
+                new = [SceneRow(name, status=REFUSED, reason=str(error))]
+            rows = sorted([*rows, *new], key=_place)
+            write_scenes(split.report / TABLE, rows)
+    return rows
+
+
+def _place(row: SceneRow) -> tuple[str, float]:
+    return row.source, row.start_seconds
+
+
+def _find(path: Path, rules: SceneRules, child: WatchedProcess, bar: tqdm) -> list[Scene]:
+    for message in child.run(find_scenes, path, {"rules": asdict(rules)}):
+        if "total" in message:
+            bar.total += message["total"]
+        bar.update(message.get("pictures", 0))
+        if "scenes" in message:
+            return [Scene(**values) for values in message["scenes"]]
+    raise AssertionError("the job ends with the scenes")
+
+
+def _row(source: str, stem: Path, scene: Scene, num_bytes: int) -> SceneRow:
+    part = f"_part_{scene.part}" if scene.part else ""
+    file = "" if scene.is_short else stem.with_name(f"{stem.name}_scene_{scene.number:03d}{part}{SUFFIX}").as_posix()
+    label = f"{scene.number}.{scene.part}" if scene.part else str(scene.number)
+    status = SHORT if scene.is_short else PLANNED
+    return SceneRow(
+        source, label, scene.start_seconds, scene.end_seconds, scene.num_frames, file, status, source_bytes=num_bytes
+    )
+
+
+def _cut_all(
+    split: Split, films: dict[str, Path], rows: list[SceneRow], child: WatchedProcess
+) -> tuple[list[SceneRow], int]:
+    """Cuts the clips that are not there; returns the rows as they are then, and how many clips were written."""
+    done, wanted = [], {name: [] for name in films}
+    for row in rows:
+        if not row.file:
+            done.append(replace(row, status=PLANNED) if row.status == CUT else row)
+        elif row.source not in films:
+            # It stays as it is until its film is there.
+            done.append(row)
+        else:
+            row = _look(split, films[row.source], row)
+            (done if row.status in (CUT, REFUSED) else wanted[row.source]).append(row)
+    total, num_written = sum(map(len, wanted.values())), 0
+    with tqdm(total=total, desc="cutting", unit="clip", disable=not total) as bar:
+        for name, those in wanted.items():
+            those.sort(key=_place)
+            for row in _cut(split, films[name], those, child):
+                done.append(row)
+                num_written += row.status == CUT
+                bar.update()
+            write_scenes(split.report / TABLE, sorted([*done, *_left(wanted, done)], key=_place))
+    done.sort(key=_place)
+    write_scenes(split.report / TABLE, done)
+    return done, num_written
+
+
+def _left(wanted: dict[str, list[SceneRow]], done: Sequence[SceneRow]) -> list[SceneRow]:
+    files = {row.file for row in done}
+    return [row for those in wanted.values() for row in those if row.file not in files]
+
+
+def _mark(split: Split, row: SceneRow) -> Mark:
+    return Mark(row.source, row.source_bytes, row.start_seconds, row.end_seconds, split.crf)
+
+
+def _look(split: Split, film: Path, row: SceneRow) -> SceneRow:
+    """Returns a row as it is before anything is cut: CUT where its clip is there, REFUSED where it cannot be cut."""
+    target = split.out / row.file
+    num_bytes = film.stat().st_size
+    if row.source_bytes != num_bytes:
+        reason = (
+            f"{film}: was changed after its scenes were found (it has {num_bytes} bytes, had {row.source_bytes}): "
+            f"delete its rows in {split.report / TABLE} and its clips, and run this again."
+        )
+        return replace(row, status=REFUSED, reason=reason)
+    row = replace(row, status=PLANNED, reason="")
+    if not target.exists():
+        return row
+    mark = read_mark(target)
+    if mark == _mark(split, row):
+        return replace(row, status=CUT)
+    # A clip of the same film whose row was edited is cut anew.
+    if mark is None or mark.source != row.source:
+        reason = f"{target}: is there and was not cut from {row.source}: move it away, or change the name in the table."
+        return replace(row, status=REFUSED, reason=reason)
+    return row
+
+
+def _cut(split: Split, film: Path, rows: list[SceneRow], child: WatchedProcess) -> Iterator[SceneRow]:
+    """Cuts the clips of one film; yields each row when its clip is there, or was refused."""
+    if not rows:
+        return
+    done = 0
+    try:
+        with contextlib.ExitStack() as stack:
+            targets = [split.out / row.file for row in rows]
+            for target in targets:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = [stack.enter_context(temporary_file(target)) for target in targets]
+            marks = [asdict(_mark(split, row)) for row in rows]
+            pieces = [{"file": str(file), "mark": mark} for file, mark in zip(temporary, marks, strict=True)]
+            for message in child.run(cut_clips, film, {"pieces": pieces}):
+                if "done" not in message:
+                    continue
+                index = message["done"]
+                fsync(temporary[index])
+                temporary[index].replace(targets[index])
+                yield replace(rows[index], status=CUT, frames=message["frames"])
+                rows[index] = replace(rows[index], status=CUT)
+                done += 1
+    except DataError as error:
+        for row in rows:
+            if row.status != CUT:
+                yield replace(row, status=REFUSED, reason=str(error))
+
+
+def _sheet(split: Split, rows: Sequence[SceneRow], child: WatchedProcess) -> list[SheetClip]:
+    clips = []
+    for row in tqdm(rows, desc="contact sheet", unit="clip"):
+        pictures: list[bytes] = []
+        # A clip that was removed since, or damaged, has an empty place.
+        with contextlib.suppress(DataError):
+            for message in child.run(read_thumbnails, split.out / row.file, {"count": NUM_PICTURES}):
+                pictures = [base64.b64decode(jpeg) for jpeg in message.get("jpegs", ())]
+        note = f"{row.start_seconds:.2f} to {row.end_seconds:.2f} s of {Path(row.source).name}, {row.frames} frames"
+        clips.append(SheetClip(row.file, note, pictures))
+    return clips
+
+
+def _tell(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], num_written: int) -> int:
+    """Writes what was done; returns the exit code."""
+    refused = [row for row in rows if row.status == REFUSED]
+    for reason in dict.fromkeys(row.reason for row in refused):
+        tqdm.write(f"refused: {reason}")
+    listed = {row.file for row in rows}
+    files = sorted(path.relative_to(split.out).as_posix() for path in split.out.rglob(f"*{SUFFIX}"))
+    stale = [file for file in files if file not in listed and read_mark(split.out / file)]
+    if stale:
+        names = ", ".join(stale[:MAX_NAMED]) + (f" and {len(stale) - MAX_NAMED} more" * (len(stale) > MAX_NAMED))
+        tqdm.write(f"{len(stale)} clips are in no row of the table now, remove those that you do not want: {names}")
+    clips = [row for row in rows if row.status == CUT]
+    seconds = sum(row.end_seconds - row.start_seconds for row in clips)
+    num_short = sum(row.status == SHORT for row in rows)
+    tqdm.write(
+        f"{split.out}: {len(clips)} clips, {seconds:.1f} s, of {len(films)} films; written now: {num_written}, "
+        f"too short: {num_short}, refused: {len(refused)}. The scenes are listed in {split.report / TABLE}"
+    )
+    if clips:
+        tqdm.write(f"contact sheet: {split.report / SHEET}")
+    return 1 if refused else 0

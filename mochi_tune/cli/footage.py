@@ -1,0 +1,88 @@
+"""The verbs `split` and `filter`: from footage to clips that are worth a caption."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mochi_tune.cli.options import FILTER_OPTIONS, SPLIT_OPTIONS, plain_options, positive_number, whole_number
+from mochi_tune.errors import ConfigError
+
+
+def run_split(arguments: list[str]) -> int:
+    """Cuts footage into one clip a scene; returns 1 where a film or a clip was refused."""
+    options = plain_options("split", arguments, SPLIT_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.data_prep.scenes import DEFAULT_THRESHOLDS, DETECTORS, SceneRules
+    from mochi_tune.data_prep.split import Split
+    from mochi_tune.data_prep.split import main as split
+
+    detector: Any = options["detector"]
+    if detector not in DETECTORS:
+        raise ConfigError(f"detector={detector} is not possible: use {' or '.join(DETECTORS)}.")
+    text = options["threshold"]
+    rules = SceneRules(
+        detector,
+        positive_number("threshold", text) if text else DEFAULT_THRESHOLDS[detector],
+        number("margin_seconds", options["margin_seconds"], 0),
+        positive_number("min_seconds", options["min_seconds"]),
+        positive_number("max_seconds", options["max_seconds"]),
+    )
+    crf = whole_number("crf", options["crf"], 0)
+    if crf > 51:
+        raise ConfigError(f"crf={crf} does not fit: use 0 (lossless) to 51 (worst).")
+    timeout_seconds = positive_number("timeout_seconds", options["timeout_seconds"])
+    return split(Split(_path(options["in"]), _path(options["out"]), rules, crf, timeout_seconds))
+
+
+def run_filter(arguments: list[str]) -> int:
+    """Measures clips and says which are not worth a caption; returns 1 where one could not be read or moved."""
+    options = plain_options("filter", arguments, FILTER_OPTIONS)
+    if options is None:
+        return 0
+    from mochi_tune.data_prep.filter import Filter, Limits, undo
+    from mochi_tune.data_prep.filter import main as filter_clips
+
+    def limit(key: str, highest: float) -> float | None:
+        return None if options[key] == "off" else number(key, options[key], 0, highest)
+
+    limits = Limits(
+        limit("max_black", 1),
+        limit("max_frozen", 1),
+        limit("min_sharpness", math.inf),
+        limit("min_motion", 255),
+        limit("max_border", math.inf),
+        limit("duplicate_distance", 1),
+    )
+    if options["undo"] not in ("true", "false"):
+        raise ConfigError(f"undo={options['undo']} is not possible: use true or false.")
+    out = _path(options["out"]) if options["out"] else None
+    timeout_seconds = positive_number("timeout_seconds", options["timeout_seconds"])
+    settings = Filter(_path(options["videos"]), out, limits, timeout_seconds=timeout_seconds)
+    if options["undo"] == "true":
+        return undo(settings)
+    if options["move"] not in ("", "false"):
+        folder = settings.report / "moved" if options["move"] == "true" else _path(options["move"])
+        settings = replace(settings, move=folder)
+    return filter_clips(settings)
+
+
+def number(key: str, text: str, lowest: float, highest: float = math.inf) -> float:
+    """Reads a number of a range.
+
+    Raises:
+        ConfigError: it is none, or out of the range.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not lowest <= value <= highest or math.isinf(value):
+        limits = f"of at least {lowest:g}" if math.isinf(highest) else f"from {lowest:g} to {highest:g}"
+        raise ConfigError(f"{key}={text} does not fit: it takes a number {limits}.")
+    return value
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()

@@ -1,0 +1,220 @@
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_film import paint_part, write_frames
+from helpers_process import Disturbance, Program, run
+from helpers_video import write_bad_video
+from PIL import Image, ImageFilter
+
+from mochi_tune.data_prep import filter as filter_story
+from mochi_tune.data_prep.clip_scores import count_border, hash_picture, laplacian_variance, largest_change
+from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest
+from mochi_tune.data_prep.filter import Filter, main
+from mochi_tune.data_prep.moving import Moved, move_file, read_moved
+from mochi_tune.errors import DataError
+
+
+def parts(part: str, count: int = 24) -> list[np.ndarray]:
+    return [paint_part(part, index) for index in range(count)]
+
+
+def write_clips(folder: Path) -> None:
+    """Writes clips that are good or have one fault each, with captions."""
+    folder.mkdir()
+    bars = parts("third")
+    for picture in bars:
+        picture[:16] = picture[-16:] = 0
+    noise = np.random.default_rng(5).integers(0, 255, (128, 192, 3), dtype=np.uint8)
+    texture = np.roll(noise, 3, 0) // 2 + noise // 2
+    blurred = [Image.fromarray(np.roll(texture, 4 * i, 1)).filter(ImageFilter.GaussianBlur(9)) for i in range(24)]
+    # A narrow strip of it flickers: no two pictures are the same, and nearly nothing moves.
+    still = [texture[::-1, ::-1].copy() for _ in range(24)]
+    for index, picture in enumerate(still):
+        picture[:, :12] = picture[:, :12] // 2 + 4 * (index % 2)
+    clips = {
+        "good": parts("first", 30),
+        "black": parts("black"),
+        "frozen": parts("second", 30),
+        "same": parts("first", 30),
+        "bars": bars,
+        "blurred": [np.asarray(picture) for picture in blurred],
+        "still": still,
+    }
+    for name, frames in clips.items():
+        write_frames(folder / f"{name}.mp4", frames, crf=23 if name == "same" else 8)
+        (folder / f"{name}.txt").write_text(f"caption of {name}")
+
+
+VERDICTS = {
+    "bars.mp4": "border", "black.mp4": "black", "blurred.mp4": "blurred",
+        "frozen.mp4": "frozen", "good.mp4": "good", "same.mp4": "duplicate", "still.mp4": "still",
+}  # fmt: skip
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, str]]:
+    with open(folder / "videos_filter/filter.csv", newline="") as file:
+        return {row["clip"]: row for row in csv.DictReader(file)}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder in which clips were filtered, one of them damaged."""
+    folder = tmp_path_factory.mktemp("filter")
+    write_clips(folder / "videos")
+    write_bad_video(folder / "videos", "garbage")
+    # Without a browser, which takes a second.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filter_story, "write_png", lambda page, png: False)
+        assert main(Filter(folder / "videos")) == 1
+    (folder / "videos/bad.mp4").unlink()
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    # With their times, by which a clip that was measured is known.
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_each_fault_is_found_and_nothing_else(made):
+    rows = rows_of(made)
+    assert {name: row["verdict"] for name, row in rows.items()} == VERDICTS | {"bad.mp4": "unreadable"}
+    assert rows["same.mp4"]["duplicate_of"] == "good.mp4"
+    assert "cannot be read as a video" in rows["bad.mp4"]["reason"]
+    assert float(rows["black.mp4"]["black"]) == 1
+    # Of its 30 pictures the last 14 are those before, of 29 that have one before.
+    assert float(rows["frozen.mp4"]["frozen"]) == pytest.approx(14 / 29, abs=0.04)
+    assert [int(rows["bars.mp4"][side]) for side in ("left", "top", "right", "bottom")] == [0, 16, 0, 16]
+    page = (made / "videos_filter/filter.html").read_text()
+    assert all(f"<h3>{name}</h3>" in page for name, verdict in VERDICTS.items() if verdict != "good")
+    assert "<h3>good.mp4</h3>" not in page and "bad.mp4: cannot be read" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    # Nothing is moved unsaid.
+    assert sorted(path.name for path in (made / "videos").glob("*.mp4")) == sorted(VERDICTS)
+
+
+def test_flagged_clips_move_with_their_captions_and_back(copy):
+    before = names_in(copy / "videos")
+    (copy / "videos_filter/moved").mkdir()
+    (copy / "videos_filter/moved/still.txt").write_text("another")
+    done = run("filter", "videos=videos", "move=true", cwd=copy, env={"PATH": "/nowhere"})
+    assert done.returncode == 1 and "moved/still.txt: is there already" in done.stdout + done.stderr, done.stderr
+    assert names_in(copy / "videos") == ["good.mp4", "good.txt", "still.mp4", "still.txt"]
+    moved = names_in(copy / "videos_filter/moved")
+    assert moved == sorted({*before, "still.txt"} - {"good.mp4", "good.txt", "still.mp4"})
+    assert (copy / "videos_filter/moved/still.txt").read_text() == "another"
+    assert {row.reason for row in read_moved(copy / "videos_filter/moved.csv")} == {
+        "border", "black", "blurred", "duplicate", "frozen",
+    }  # fmt: skip
+    done = run("filter", "videos=videos", "undo=true", cwd=copy)
+    assert done.returncode == 0 and names_in(copy / "videos") == before
+    done = run("filter", "videos=videos", "undo=true", cwd=copy)
+    assert done.returncode == 2 and "there is nothing to undo" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "nth"),
+    # Before the caption is moved; when it is moved and the clip is at both places; before the table has them.
+    [("videos/black.txt", 1), ("videos/black.mp4", 2), ("moved.csv", 1)],
+)
+def test_a_move_that_is_killed_in_the_middle_goes_on(copy, ending, nth):
+    arguments = ["filter", f"videos={copy / 'videos'}", "move=true"]
+    disturbance = Disturbance(under=copy, signal_before=ending, nth=nth)
+    program = Program(arguments, copy / "log", disturbance, env={"PATH": "/nowhere"})
+    assert program.wait() == -9, program.text()
+    # The clip at hand is the first one for the table, and the second one else.
+    assert (copy / "videos/black.mp4").exists() and not (copy / "videos/bars.mp4").exists()
+    assert (copy / "videos_filter/moving.json").exists()
+    done = run(*arguments, env={"PATH": "/nowhere"})
+    assert done.returncode == 0, done.stderr
+    assert names_in(copy / "videos") == ["good.mp4", "good.txt"]
+    rows = read_moved(copy / "videos_filter/moved.csv")
+    assert len(rows) == len(set(rows)) == 12 and all(Path(row.moved).exists() for row in rows)
+    assert all((copy / "videos_filter/moved" / f"{name}.txt").exists() for name in ("bars", "black", "still"))
+
+
+def test_limits_are_settings(copy):
+    off = [f"{key}=off" for key in ("max_black", "max_frozen", "min_sharpness", "max_border", "duplicate_distance")]
+    done = run("filter", "videos=videos", "min_motion=50", *off, cwd=copy, env={"PATH": "/nowhere"})
+    assert done.returncode == 0, done.stderr
+    assert {row["verdict"] for row in rows_of(copy).values()} == {"still"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["videos=nowhere"], "videos=nowhere does not exist"),
+        (["videos=empty"], "videos=empty holds no video"),
+        (["videos=videos", "out=videos/report"], "out=videos/report is in the clips"),
+        (["videos=videos", "move=videos/bad"], "move=videos/bad is in the clips"),
+        (["videos=videos", "max_black=2"], "max_black=2 does not fit"),
+        (["videos=videos", "min_motion=none"], "min_motion=none does not fit"),
+        (["videos=videos", "undo=yes"], "undo=yes is not possible"),
+    ],
+)
+def test_bad_settings_are_one_line(copy, arguments, text):
+    (copy / "empty").mkdir()
+    done = run("filter", *arguments, cwd=copy)
+    assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_file_never_replaces_another_one(tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    with pytest.raises(DataError, match="is there already"):
+        move_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "b" and (tmp_path / "a").read_text() == "a"
+    move_file(tmp_path / "a", tmp_path / "below/c")
+    assert names_in(tmp_path) == ["b", "below/c"]
+    assert Moved("a", "b", "c") == Moved("a", "b", "c")
+
+
+def test_borders_are_counted_where_they_are_black_in_every_picture():
+    picture = np.full((60, 80), 120, np.uint8)
+    picture[:7] = 16
+    picture[:, -5:] = 4
+    other = picture.copy()
+    other[5:7] = 90
+    assert count_border([picture], 0) == (7, 0) and count_border([picture, other], 0) == (5, 0)
+    assert count_border([picture], 1) == (0, 5)
+    # All of it is dark, or a dark part that is no even bar.
+    assert count_border([np.zeros((60, 80), np.uint8)], 0) == (0, 0)
+    picture[:7, ::2] = 0
+    assert count_border([picture], 0) == (0, 0)
+
+
+def test_sharpness_falls_with_blur_and_a_flat_picture_has_none():
+    grey = np.random.default_rng(0).integers(0, 255, (90, 120), dtype=np.uint8)
+    blurred = [Image.fromarray(grey).filter(ImageFilter.GaussianBlur(radius)) for radius in range(4)]
+    values = [laplacian_variance(np.asarray(picture)) for picture in blurred]
+    assert values == sorted(values, reverse=True) and values[0] > 10 * values[2]
+    assert laplacian_variance(np.full((50, 50), 99, np.uint8)) == 0 == laplacian_variance(np.zeros((2, 2), np.uint8))
+
+
+def test_one_block_that_changes_is_a_change():
+    grey = np.full((64, 64), 100, np.uint8)
+    other = grey.copy()
+    other[8:16, 16:24] += 40
+    assert largest_change(grey, other) == 40 and largest_change(grey, grey) == 0
+
+
+def test_hashes_survive_size_and_light_and_tell_pictures_apart():
+    one, other = (paint_part(part, 0)[..., 1] for part in ("first", "third"))
+    small = np.asarray(Image.fromarray(one).resize((96, 64), Image.Resampling.BOX))
+    pictures = {"one": one, "small": small, "light": one // 2 + 40, "other": other}
+    hashes = {name: [hash_picture(picture)] * 8 for name, picture in pictures.items()}
+    nearest = find_nearest(hashes)
+    assert max(nearest[name] for name in ("one", "small", "light")) < 0.05 < 0.25 < nearest["other"]
+    assert find_duplicates(hashes, 0.1) == {"small": "one", "light": "one"}
+    # A picture without contrast has no hash, and is like nothing.
+    flat = {"a": [hash_picture(np.zeros((40, 40), np.uint8))] * 8, "b": [""] * 8, "c": []}
+    assert find_nearest(flat) == {"a": 1, "b": 1, "c": 1} and find_duplicates(flat, 0.5) == {}
+    assert find_nearest({}) == {} == find_duplicates({}, 0.1)

@@ -1,0 +1,189 @@
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers_film import NUMBERS, numbers_of, write_film
+from helpers_process import Disturbance, Program, run
+from helpers_video import write_bad_video
+from PIL import Image
+
+SETTINGS = ["min_seconds=1", "margin_seconds=0"]
+CLIPS = [f"film_scene_{number:03d}.mp4" for number in range(1, 6)]
+
+
+def split(folder: Path, *more: str, **options):
+    return run("split", "in=footage", "out=videos", *SETTINGS, *more, cwd=folder, **options)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "videos_split/scenes.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
+    with open(folder / "videos_split/scenes.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Returns when each file of the output was written; the lock is opened by every run."""
+    files = [path for name in ("videos", "videos_split") for path in (folder / name).rglob("*")]
+    return {str(path): path.stat().st_mtime_ns for path in files if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder in which the film was split."""
+    folder = tmp_path_factory.mktemp("split")
+    (folder / "footage").mkdir()
+    write_film(folder / "footage/film.mp4")
+    done = split(folder)
+    assert done.returncode == 0, done.stderr
+    assert "5 clips, 7.6 s, of 1 films; written now: 5, too short: 0, refused: 0" in done.stderr + done.stdout
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_each_scene_is_a_clip_exactly_to_the_frame(made):
+    assert sorted(path.name for path in (made / "videos").iterdir()) == CLIPS
+    assert [numbers_of(made / "videos" / name) for name in CLIPS] == list(NUMBERS.values())
+    rows = rows_of(made)
+    assert [row["file"] for row in rows] == CLIPS
+    assert [int(row["frames"]) for row in rows] == [len(numbers) for numbers in NUMBERS.values()]
+    assert [row["start_seconds"] for row in rows] == ["0.0", "1.5", "3.0", "4.6", "6.1"]
+    sheet = Image.open(made / "videos_split/scenes.png").convert("RGB")
+    # The square of the first scene is on the first picture of the first clip, and the second clip is black.
+    first = sheet.crop((14, 14, 166, 100))
+    assert any(red > 200 and green > 190 and blue < 120 for _, (red, green, blue) in first.getcolors(20000))
+    second = sheet.crop((14 + 474 + 30, 14 + 10, 14 + 474 + 120, 14 + 70))
+    assert max(max(colour) for _, colour in second.getcolors(20000)) < 30
+
+
+def test_a_second_run_writes_nothing(copy):
+    before = files_of(copy)
+    done = split(copy)
+    assert done.returncode == 0 and "written now: 0" in done.stdout + done.stderr
+    assert files_of(copy) == before
+
+
+def test_a_split_that_is_killed_goes_on(made, tmp_path):
+    shutil.copytree(made / "footage", tmp_path / "footage")
+    # Before the third clip gets its name.
+    program = Program(
+        ["split", "in=footage", "out=videos", *SETTINGS], tmp_path / "log",
+        Disturbance(under="videos/", signal_before=".film_scene_003.mp4.tmp"), cwd=tmp_path,
+    )  # fmt: skip
+    assert program.wait() == -9, program.text()
+    there = sorted(path.name for path in (tmp_path / "videos").glob("*.mp4"))
+    assert there == CLIPS[:2]
+    first = (tmp_path / "videos" / CLIPS[0]).stat().st_mtime_ns
+    done = split(tmp_path)
+    assert done.returncode == 0 and "written now: 3" in done.stdout + done.stderr, done.stderr
+    assert "finding scenes" not in done.stderr
+    assert (tmp_path / "videos" / CLIPS[0]).stat().st_mtime_ns == first
+    assert [numbers_of(tmp_path / "videos" / name) for name in CLIPS] == list(NUMBERS.values())
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == CLIPS
+
+
+def test_the_table_may_be_edited_and_no_foreign_file_is_replaced(copy):
+    rows = rows_of(copy)
+    rows[0]["end_seconds"] = "1"
+    rows[2]["file"] = "frozen/other.mp4"
+    rows[3]["file"] = ""
+    rows[4]["file"] = "mine.mp4"
+    write_rows(copy, rows)
+    (copy / "videos/mine.mp4").write_bytes(b"no video of this split")
+    write_bad_video(copy / "footage", "garbage")
+    before = files_of(copy)
+    done = split(copy)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    after = files_of(copy)
+    text = done.stdout + done.stderr
+    assert numbers_of(copy / "videos" / CLIPS[0]) == list(range(30))
+    assert numbers_of(copy / "videos/frozen/other.mp4") == NUMBERS["second"]
+    assert "mine.mp4: is there and was not cut from film.mp4" in text
+    # The bad film costs its own row.
+    assert "bad.mp4: cannot be read as a video" in text
+    assert [row["status"] for row in rows_of(copy)] == ["refused", "cut", "cut", "cut", "", "refused"]
+    # Clips whose rows are gone are named, and left.
+    assert f"3 clips are in no row of the table now, remove those that you do not want: {', '.join(CLIPS[2:])}" in text
+    same = [str(copy / "videos" / name) for name in (*CLIPS[1:], "mine.mp4")]
+    assert [after[name] for name in same] == [before[name] for name in same]
+
+
+def test_a_full_disk_is_one_line(made, tmp_path):
+    shutil.copytree(made / "footage", tmp_path / "footage")
+    done = split(tmp_path, disturbance=Disturbance(file_bytes=5_000))
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("mochi-tune: ") and "film_scene_001.mp4" in line and "File too large" in line
+    assert list((tmp_path / "videos").rglob("*.mp4")) == [] == list((tmp_path / "videos").glob(".*"))
+
+
+def test_a_film_that_was_changed_is_refused(copy):
+    with open(copy / "footage/film.mp4", "ab") as file:
+        file.write(b"\0" * 8)
+    done = split(copy)
+    assert done.returncode == 1 and "was changed after its scenes were found" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["in=nowhere"], "in=nowhere does not exist"),
+        (["in=text.txt"], "in=text.txt is no video that is known"),
+        (["in=videos_split"], "in=videos_split holds no video"),
+        (["out=footage/below"], "is in the footage"),
+        (["margin_seconds=0.5"], "scenes.csv was made with margin_seconds=0.0, now margin_seconds=0.5"),
+        (["detector=neural"], "detector=neural is not possible"),
+        (["min_seconds=9"], "max_seconds=6 is less than min_seconds=9"),
+        (["crf=60"], "crf=60 does not fit"),
+        (["margin_seconds=-1"], "margin_seconds=-1 does not fit"),
+        (["threshold=nan"], "threshold=nan does not fit"),
+    ],
+)
+def test_bad_settings_are_one_line(copy, arguments, text):
+    (copy / "text.txt").write_text("")
+    before = files_of(copy)
+    done = split(copy, *arguments)
+    assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert files_of(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "text"),
+    [
+        ("file", "../out.mp4", "row 2: file=../out.mp4 is no name in the output folder"),
+        ("file", "film.mkv", "row 2: file=film.mkv is no name"),
+        ("file", CLIPS[1], f"row 3: names {CLIPS[1]}, as row 2 does"),
+        ("end_seconds", "later", "row 2: end_seconds=later is no number"),
+        ("end_seconds", "0", "row 2: end_seconds=0 is not after start_seconds"),
+    ],
+)
+def test_a_bad_row_is_named(copy, column, value, text):
+    rows = rows_of(copy)
+    rows[0][column] = value
+    write_rows(copy, rows)
+    done = split(copy)
+    assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_without_the_library_it_says_what_to_install(tmp_path):
+    blocked = tmp_path / "scenedetect"
+    blocked.mkdir()
+    (blocked / "__init__.py").write_text("raise ImportError")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from mochi_tune.cli.main import main; main(sys.argv[2:])"
+    command = [sys.executable, "-c", code, str(tmp_path), "split", f"in={tmp_path}", "out=videos"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and 'pip install "mochi-tune[footage]"' in done.stderr
+    assert done.stderr.count("\n") == 1
