@@ -121,6 +121,18 @@ def test_the_table_may_be_edited_and_no_foreign_file_is_replaced(copy):
     assert [after[name] for name in same] == [before[name] for name in same]
 
 
+def test_a_clip_that_was_moved_away_is_not_cut_again(copy):
+    (copy / "videos" / CLIPS[1]).rename(copy / "away.mp4")
+    done = split(copy)
+    assert done.returncode == 0 and "4 clips" in done.stdout + done.stderr, done.stderr
+    assert [row["status"] for row in rows_of(copy)] == ["cut", "removed", "cut", "cut", "cut"]
+    assert split(copy).returncode == 0 and not (copy / "videos" / CLIPS[1]).exists()
+    rows = rows_of(copy)
+    rows[1]["status"] = ""
+    write_rows(copy, rows)
+    assert split(copy).returncode == 0 and numbers_of(copy / "videos" / CLIPS[1]) == NUMBERS["black"]
+
+
 def test_a_full_disk_is_one_line(made, tmp_path):
     shutil.copytree(made / "footage", tmp_path / "footage")
     done = split(tmp_path, disturbance=Disturbance(file_bytes=5_000))
