@@ -69,6 +69,18 @@ def test_each_scene_is_a_clip_exactly_to_the_frame(made):
     assert max(max(colour) for _, colour in second.getcolors(20000)) < 30
 
 
+def test_filter_finds_the_black_the_frozen_and_the_doubled_clip_and_nothing_else(copy):
+    done = run("filter", "videos=videos", "move=true", cwd=copy, env={"PATH": "/nowhere"})
+    assert done.returncode == 0, done.stderr
+    with open(copy / "videos_filter/filter.csv", newline="") as file:
+        verdicts = [row["verdict"] for row in csv.DictReader(file)]
+    assert verdicts == ["good", "black", "frozen", "good", "duplicate"]
+    assert sorted(path.name for path in (copy / "videos").iterdir()) == [CLIPS[0], CLIPS[3]]
+    # What was moved away is not cut again.
+    done = split(copy)
+    assert done.returncode == 0 and "2 clips" in done.stdout + done.stderr
+
+
 def test_a_second_run_writes_nothing(copy):
     before = files_of(copy)
     done = split(copy)
