@@ -74,6 +74,11 @@ def write_sheets(path: Path, clips: Sequence[SheetClip]) -> list[Path]:
         _draw(clips[begin : begin + CLIPS_PER_SHEET]).save(file, "PNG")
         write_atomic(sheet, file.getvalue())
         written.append(sheet)
+    number = len(written) + 1
+    while (old := path.with_stem(f"{path.stem}_{number}")).exists():
+        # Of an earlier run with more clips.
+        old.unlink()
+        number += 1
     return written
 
 

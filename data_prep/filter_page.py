@@ -19,7 +19,7 @@ svg line.limit{stroke:var(--warn);stroke-width:1.5;stroke-dasharray:4 3}svg text
 .clips{display:grid;gap:1.8rem 1.4rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,16rem),1fr))}
 .clips figure{display:flex;flex-direction:column;min-width:0}
 .clips .pair{display:flex;align-items:flex-start;gap:4px;min-height:2rem}
-.clips img{display:block;max-width:50%;max-height:86px;border-radius:3px;background:var(--rule);object-fit:contain}
+.clips img{display:block;max-width:calc(50% - 2px);max-height:86px;border-radius:3px;object-fit:contain}
 .clips h3{margin:.5rem 0 0;overflow-wrap:anywhere}.clips b{color:var(--warn);font-weight:600}
 .clips figcaption{overflow-wrap:anywhere}
 ul{margin:0;padding-left:1.2rem;max-width:80ch}li{overflow-wrap:anywhere}
@@ -107,9 +107,9 @@ def _clip(each: "Judged", pictures: Mapping[str, bytes]) -> str:
     scores = each.scores
     values = [
         f"black {scores.black:.0%}", f"frozen {scores.frozen:.0%}", f"motion {scores.motion:.3g}",
-        f"sharpness {scores.sharpness:.3g}", f"border {scores.border} px",
+        f"sharpness {scores.sharpness:.1f}", f"border {scores.border} px", f"likeness {each.nearest:.3g}",
     ]  # fmt: skip
-    of = f" of {each.duplicate_of} (distance {each.nearest:.3g})" if each.duplicate_of else ""
+    of = f" of {each.duplicate_of}" if each.duplicate_of else ""
     return (
         f'<figure><div class="pair">{images}</div><h3>{escape(each.name)}</h3>'
         f"<figcaption><b>{escape(', '.join(each.flags))}</b>{escape(of)}<br>{escape(', '.join(values))}</figcaption>"

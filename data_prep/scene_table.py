@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from mochi_tune.errors import DataError
 from mochi_tune.files import read_text, write_atomic
 
-# What becomes of a row: nothing yet, a clip, too short for one, or an error.
-PLANNED, CUT, SHORT, REFUSED = "", "cut", "short", "refused"
+# What becomes of a row: nothing yet, a clip, a clip that a person has removed since, too short for one, or an error.
+PLANNED, CUT, REMOVED, SHORT, REFUSED = "", "cut", "removed", "short", "refused"
 SUFFIX = ".mp4"
 
 
@@ -26,7 +26,7 @@ class SceneRow:
         end_seconds: of the same.
         frames: pictures of the clip.
         file: the clip's path in the output folder; "" is not cut.
-        status: PLANNED, CUT, SHORT or REFUSED.
+        status: PLANNED, CUT, REMOVED, SHORT or REFUSED.
         reason: why it is refused.
         source_bytes: size of the film in which the scene was found.
     """
@@ -103,7 +103,7 @@ def _read_row(where: str, values: dict[str, str | None]) -> SceneRow:
 
 
 def write_scenes(path: Path, rows: Sequence[SceneRow]) -> None:
-    """Writes the table, complete or not at all; a table that holds the same already is left alone.
+    """Writes the table, complete or not at all, and a copy; one that holds the same already is left alone.
 
     Raises:
         OSError: the disk is full, or refuses.
@@ -113,5 +113,12 @@ def write_scenes(path: Path, rows: Sequence[SceneRow]) -> None:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     content = text.getvalue().encode(errors="surrogateescape")
-    if not path.exists() or path.read_bytes() != content:
-        write_atomic(path, content, durable=True)
+    # The copy first: a row of the table that is not in it was edited.
+    for file in (copy_of(path), path):
+        if not file.exists() or file.read_bytes() != content:
+            write_atomic(file, content, durable=True)
+
+
+def copy_of(path: Path) -> Path:
+    """Returns the file that holds a table as it was written, before a person edited it."""
+    return path.with_name(f".{path.name}")

@@ -20,7 +20,7 @@ DEFAULT_THRESHOLDS = {"adaptive": 3.0, "content": 27.0, "threshold": 12.0}
 # Source: Breakthrough/PySceneDetect@v0.7.2 scenedetect/scene_manager.py, DEFAULT_MIN_WIDTH.
 DETECTOR_PIXELS = 256
 # Pictures between two reports of how far it is.
-REPORT_EVERY = 50
+REPORT_EVERY = 10
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,18 @@ from tqdm import tqdm
 from mochi_tune.data_prep.contact_sheet import NUM_PICTURES, SheetClip, read_thumbnails, write_sheets
 from mochi_tune.data_prep.cutting import Mark, cut_clips, read_mark
 from mochi_tune.data_prep.finding import VIDEO_SUFFIXES, find_videos
-from mochi_tune.data_prep.scene_table import CUT, PLANNED, REFUSED, SHORT, SUFFIX, SceneRow, read_scenes, write_scenes
+from mochi_tune.data_prep.scene_table import (
+    CUT,
+    PLANNED,
+    REFUSED,
+    REMOVED,
+    SHORT,
+    SUFFIX,
+    SceneRow,
+    copy_of,
+    read_scenes,
+    write_scenes,
+)
 from mochi_tune.data_prep.scenes import Scene, SceneRules, check_scenedetect, find_scenes
 from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import ConfigError, DataError
@@ -50,7 +61,7 @@ class Split:
     out: Path
     rules: SceneRules
     crf: int = 12
-    timeout_seconds: float = 120.0
+    timeout_seconds: float = 300.0
 
     @property
     def report(self) -> Path:
@@ -79,7 +90,7 @@ def main(split: Split) -> int:
             if folder.is_dir():
                 remove_temporary_files(folder)
         table = split.report / TABLE
-        rows = read_scenes(table)
+        rows = _read_table(table)
         check_settings(split, bool(rows))
         with WatchedProcess(split.timeout_seconds) as child:
             rows = _find_all(split, films, rows, child)
@@ -141,6 +152,15 @@ def check_settings(split: Split, has_table: bool) -> None:
             )
     elif not path.exists() or read_json(path, ConfigError) != settings:
         write_json(path, settings)
+
+
+def _read_table(table: Path) -> list[SceneRow]:
+    """Reads the table; a row that was edited since it was written has not been cut as it is now."""
+    written = set(read_scenes(copy_of(table)))
+    return [
+        row if row in written or row.status not in (CUT, REMOVED) else replace(row, status=PLANNED)
+        for row in read_scenes(table)
+    ]
 
 
 def _folders(films: dict[str, Path]) -> set[str]:
@@ -206,7 +226,7 @@ def _cut_all(
             done.append(row)
         else:
             row = _look(split, films[row.source], row)
-            (done if row.status in (CUT, REFUSED) else wanted[row.source]).append(row)
+            (wanted[row.source] if row.status == PLANNED else done).append(row)
     total, num_written = sum(map(len, wanted.values())), 0
     with tqdm(total=total, desc="cutting", unit="clip", disable=not total) as bar:
         for name, those in wanted.items():
@@ -231,8 +251,11 @@ def _mark(split: Split, row: SceneRow) -> Mark:
 
 
 def _look(split: Split, film: Path, row: SceneRow) -> SceneRow:
-    """Returns a row as it is before anything is cut: CUT where its clip is there, REFUSED where it cannot be cut."""
+    """Returns a row as it is before anything is cut: PLANNED where its clip is to be cut."""
     target = split.out / row.file
+    if row.status in (CUT, REMOVED) and not target.exists():
+        # `filter` has moved it away, or a person has.
+        return replace(row, status=REMOVED)
     num_bytes = film.stat().st_size
     if row.source_bytes != num_bytes:
         reason = (

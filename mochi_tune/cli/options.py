@@ -53,7 +53,7 @@ SPLIT_OPTIONS = {
     "min_seconds": ("1.25", "shorter scenes give no clip"),
     "max_seconds": ("6", "longer scenes are divided"),
     "crf": ("12", "quality of the clips by x264, 0 (lossless) to 51"),
-    "timeout_seconds": ("120", "a film of which nothing is decoded for so long is refused"),
+    "timeout_seconds": ("300", "a film of which nothing is decoded for so long is refused"),
 }
 FILTER_OPTIONS = {
     "videos": (None, "folder of clips"),

@@ -69,6 +69,18 @@ def test_each_scene_is_a_clip_exactly_to_the_frame(made):
     assert max(max(colour) for _, colour in second.getcolors(20000)) < 30
 
 
+def test_filter_finds_the_black_the_frozen_and_the_doubled_clip_and_nothing_else(copy):
+    done = run("filter", "videos=videos", "move=true", cwd=copy, env={"PATH": "/nowhere"})
+    assert done.returncode == 0, done.stderr
+    with open(copy / "videos_filter/filter.csv", newline="") as file:
+        verdicts = [row["verdict"] for row in csv.DictReader(file)]
+    assert verdicts == ["good", "black", "frozen", "good", "duplicate"]
+    assert sorted(path.name for path in (copy / "videos").iterdir()) == [CLIPS[0], CLIPS[3]]
+    # What was moved away is not cut again.
+    done = split(copy)
+    assert done.returncode == 0 and "2 clips" in done.stdout + done.stderr
+
+
 def test_a_second_run_writes_nothing(copy):
     before = files_of(copy)
     done = split(copy)
@@ -119,6 +131,18 @@ def test_the_table_may_be_edited_and_no_foreign_file_is_replaced(copy):
     assert f"3 clips are in no row of the table now, remove those that you do not want: {', '.join(CLIPS[2:])}" in text
     same = [str(copy / "videos" / name) for name in (*CLIPS[1:], "mine.mp4")]
     assert [after[name] for name in same] == [before[name] for name in same]
+
+
+def test_a_clip_that_was_moved_away_is_not_cut_again(copy):
+    (copy / "videos" / CLIPS[1]).rename(copy / "away.mp4")
+    done = split(copy)
+    assert done.returncode == 0 and "4 clips" in done.stdout + done.stderr, done.stderr
+    assert [row["status"] for row in rows_of(copy)] == ["cut", "removed", "cut", "cut", "cut"]
+    assert split(copy).returncode == 0 and not (copy / "videos" / CLIPS[1]).exists()
+    rows = rows_of(copy)
+    rows[1]["status"] = ""
+    write_rows(copy, rows)
+    assert split(copy).returncode == 0 and numbers_of(copy / "videos" / CLIPS[1]) == NUMBERS["black"]
 
 
 def test_a_full_disk_is_one_line(made, tmp_path):
