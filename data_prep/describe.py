@@ -23,6 +23,7 @@ from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.inspection import as_jpeg
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import make_writable_folder, write_new
+from mochi_tune.models.latents import FPS
 
 LOG_NAME = "describe.jsonl"
 # For a damaged file on which the decoder hangs.
@@ -79,10 +80,10 @@ def find_clips(folder: Path, with_stills: bool) -> FoundClips:
         if clip in found.texts:
             continue
         target, name = caption_path(clip), result.name(clip)
-        if clip in found.refused:
-            result.refused[name] = found.refused[clip]
-        elif name != clip.relative_to(folder).as_posix():
+        if name != clip.relative_to(folder).as_posix():
             result.refused[name] = f"{name}: its name is not valid UTF-8: rename it."
+        elif clip in found.refused:
+            result.refused[name] = found.refused[clip]
         elif os.path.lexists(target):
             result.refused[name] = f"{target}: is there and holds no caption: write it, or remove the file."
         elif lists := _lists_beside(target, targets):
@@ -128,7 +129,7 @@ def sample_frames(decoder: ClipDecoder, clip: Path, sampling: Sampling) -> tuple
         if isinstance(decoded, DataError):
             raise decoded
         images.append(as_jpeg(decoded.frames[0], sampling.image_size))
-    return images, scan.num_frames / 30 if not scan.is_still else 0.0
+    return images, scan.num_frames / FPS if not scan.is_still else 0.0
 
 
 def describe(

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mochi_tune.files import find_lone_surrogate, load_tensors, read_text, save_tensors, stream_tensors
+from mochi_tune.files import find_lone_surrogate, load_tensors, read_text, save_tensors, stream_tensors, write_new
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_stream_that_breaks_off_leaves_no_file(tmp_path):
 SAVE = """
 import sys, torch
 from pathlib import Path
-from mochi_tune.files import save_tensors
+from mochi_tune.files import find_lone_surrogate, load_tensors, read_text, save_tensors, stream_tensors, write_new
 dtypes = (torch.float32, torch.bfloat16, torch.uint8)
 tensors = {f"t{i}": torch.arange(i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)}
 metadata = {f"key {i}": 'ü "\\\\n\\n\\x01' * i for i in range(20)}
@@ -104,3 +105,20 @@ def test_a_file_without_metadata_has_none(tmp_path):
     with safe_open(tmp_path / "a", "pt") as file:
         assert file.metadata() is None and file.keys() == ["a"]
     assert load_tensors(tmp_path / "a")["a"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_replaces_none(tmp_path, monkeypatch, has_links):
+    if not has_links:
+
+        def refuse(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    # As long as a name can be.
+    path = tmp_path / f"{'n' * 251}.txt"
+    write_new(path, b"first")
+    with pytest.raises(FileExistsError) as caught:
+        write_new(path, b"second")
+    assert caught.value.filename == str(path) and path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -174,6 +174,15 @@ def test_stills_are_described_where_that_is_asked_for(tmp_path):
     assert found.notes == ["a.png gets the caption of the other clip of that name"]
 
 
+def test_a_name_that_is_not_utf_8_is_refused_in_letters(tmp_path):
+    for name in (b"caf\xe9.mp4", b"a.mp4"):
+        (tmp_path / os.fsdecode(name)).touch()
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"\0")
+    found = find_clips(tmp_path, False)
+    assert found.refused == {"caf\\udce9.mp4": "caf\\udce9.mp4: its name is not valid UTF-8: rename it."}
+    assert [path.name for path in found.without] == ["a.mp4"]
+
+
 def test_a_caption_does_not_become_a_list_of_captions(tmp_path):
     for name in ("video.mp4", "clip.mp4"):
         (tmp_path / name).touch()
