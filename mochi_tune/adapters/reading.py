@@ -98,7 +98,11 @@ def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         raise CheckpointError(f"incomplete, it lacks {some(missing)}: fetch the file again.")
     if len({is_diffusers(name) for name in modules}) > 1:
         raise CheckpointError(f"it mixes official and diffusers names, {min(modules)} and {max(modules)}.")
-    return {name: _unscaled(name, parts, _SCALED_MARKER in tensors) for name, parts in modules.items()}
+    # Files of `weight_scale` have no marker.
+    is_scaled = _SCALED_MARKER in tensors or any(
+        part.endswith(" scale") for parts in modules.values() for part in parts
+    )
+    return {name: _unscaled(name, parts, is_scaled) for name, parts in modules.items()}
 
 
 def _fits(part: str, tensor: Tensor) -> bool:
@@ -122,7 +126,9 @@ def _unscaled(name: str, parts: dict[str, Tensor], is_scaled: bool) -> dict[str,
         if scale is not None and not is_fp8:
             raise CheckpointError(f"{name}.{half} has a scale and is no fp8: fetch the file again.")
         if scale is None and is_fp8 and is_scaled:
-            raise CheckpointError(f"{name}.{half} has no scale, which its scaled_fp8 announces: fetch the file again.")
+            raise CheckpointError(
+                f"{name}.{half} is in fp8 without a scale, and the file has scales: fetch the file again."
+            )
         if scale is not None:
             if scale.numel() not in (1, len(tensor)):
                 raise CheckpointError(f"{name}.{half} has {scale.numel()} scales, not 1 or one a row: fetch it again.")

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
+from mochi_tune.adapters.layers import some
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import file_sha256
 from mochi_tune.sampling.strengths import as_ranges, read_block_strengths, read_schedules
+
+# Besides the blocks' modulation layers, what a noise level and a prompt become before the first step.
+EMBEDDERS = ("t_embedder.", "t5_y_embedder.")
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,11 @@ def load_render_adapters(
         adapter = load_adapter(name, alpha)
         check_adapter(adapter, shapes, identity)
         assert adapter.path is not None, "it was loaded from a file"
-        if schedule and any(".mod_" in layer for layer in adapter.layers):
+        ahead = [layer for layer in adapter.layers if ".mod_" in layer or layer.startswith(EMBEDDERS)]
+        if schedule and ahead:
             raise ConfigError(
-                f"sample.strength_schedule does not fit {adapter}, which adapts modulation, and that is computed once "
-                "for all steps: leave the schedule out."
+                f"sample.strength_schedule does not fit {adapter}, which adapts modulation ({some(ahead)}), and that "
+                "is computed once for all steps: leave the schedule out."
             )
         adapters.append(RenderAdapter(adapter.path, strength, adapter, block_strengths, schedule))
     if sample.compare and not any(adapter.strength for adapter in adapters):

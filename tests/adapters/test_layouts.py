@@ -139,8 +139,10 @@ def test_fp8(tmp_path, dtype, scales):
     if scales:
         key = next(key for key in tensors if "scale" in key and key != "scaled_fp8")
         rest = {name: tensor for name, tensor in tensors.items() if name != key}
-        with pytest.raises(CheckpointError, match="has no scale, which its scaled_fp8 announces"):
-            load_adapter(write(tmp_path / "a.safetensors", rest))
+        # With the marker of the form that has one, and without it.
+        for each in (rest, {name: tensor for name, tensor in rest.items() if name != "scaled_fp8"}):
+            with pytest.raises(CheckpointError, match="is in fp8 without a scale, and the file has scales"):
+                load_adapter(write(tmp_path / "a.safetensors", each))
         with pytest.raises(CheckpointError, match="3 scales, not 1 or one a row"):
             load_adapter(write(tmp_path / "a.safetensors", tensors | {key: torch.ones(3)}))
         wide = {name: tensor.float() if tensor.dtype == dtype else tensor for name, tensor in tensors.items()}

@@ -157,3 +157,28 @@ def test_sample_computes_with_the_changed_weights(tmp_path):
     prompts = TINY.load_text_encoder("cpu", torch.float32).encode(["a red ball", ""])
     *_, expected = sample_latents(changed(adapter, 0.5).eval(), draw_noise(0, 7, 32, 48), *prompts, SCHEDULE)
     assert (latents - expected).abs().max() <= bound(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("blocks.0.attn.qkv_x", True),
+        ("t5_yproj", True),
+        ("final_layer.linear", True),
+        ("blocks.0.mod_x", False),
+        # What a training of every `to_q` in diffusers holds.
+        ("t5_y_embedder.to_q", False),
+        ("t_embedder.mlp.0", False),
+    ],
+)
+def test_a_schedule_is_refused_for_what_is_computed_ahead_of_the_steps(tmp_path, name, fits):
+    whole = every_layer()
+    adapter = Adapter({name: whole.layers[name]}, whole.metadata)
+    save_adapter(tmp_path / "one.safetensors", adapter)
+    settings = (f"sample.adapter={tmp_path / 'one.safetensors'}", "sample.strength_schedule=[0,0]")
+    if not fits:
+        with pytest.raises(ConfigError, match=rf"which adapts modulation \({name}\), and that is computed once"):
+            sample(tmp_path, *settings)
+        return
+    faded, _ = sample(tmp_path, *settings)
+    assert torch.equal(faded, sample(tmp_path, "sample.adapter=[]")[0])
