@@ -62,6 +62,8 @@ def publish(publication: "Publication", folder: Path, is_private: bool | None, e
     from mochi_tune.weights.push import upload
 
     made = main(publication, folder)
+    for note in dict.fromkeys(summary.source_note for summary in made.files):
+        print(note, file=sys.stderr)
     for line in [*made.files, *made.notes]:
         print(line)
     print(made.path / "README.md", flush=True)

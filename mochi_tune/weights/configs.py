@@ -8,6 +8,7 @@ from typing import Any
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import read_json
 from mochi_tune.models.dit import DiTConfig
+from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 
 
@@ -52,6 +53,9 @@ def read_diffusers_config(path: Path, part: str) -> Any:
     values = read_config(path)
     if values.get("_class_name", spec.class_name) != spec.class_name:
         raise CheckpointError(f"{path} describes a {values['_class_name']}, not Mochi's {spec.class_name}.")
+    for key, supported in spec.diffusers_fixed.items():
+        if key in values and values[key] != supported:
+            raise CheckpointError(f"{path}: {key}={values[key]!r} is not Mochi's, which has {supported!r}.")
     try:
         return spec.from_diffusers(values)
     except KeyError as error:
@@ -127,16 +131,25 @@ class _Part:
     from_diffusers: Callable[[dict[str, Any]], Any]
     # What an official configuration may say besides the sizes, and the only value that the model computes.
     fixed: dict[str, Any]
+    # The same of diffusers' configuration.
+    diffusers_fixed: dict[str, Any]
     # What it may say that changes nothing.
     ignored: tuple[str, ...] = ()
 
 
+_VAE_FIXED = {
+    "act_fn": "silu",
+    "scaling_factor": 1.0,
+    "latents_mean": list(VAE_MEAN),
+    "latents_std": list(VAE_STD),
+}
 _PARTS = {
     "dit": _Part(
         DiTConfig,
         "MochiTransformer3DModel",
         _dit_config,
         fixed={"qk_norm": True},
+        diffusers_fixed={"qk_norm": "rms_norm", "activation_fn": "swiglu"},
         ignored=("t5_token_length", "rope_theta"),
     ),
     "encoder": _Part(
@@ -150,6 +163,7 @@ _PARTS = {
             "input_is_conv_1x1": True,
             "padding_mode": "replicate",
         },
+        diffusers_fixed=_VAE_FIXED,
     ),
     "decoder": _Part(
         DecoderConfig,
@@ -162,5 +176,6 @@ _PARTS = {
             "output_nonlinearity": "silu",
             "causal": True,
         },
+        diffusers_fixed=_VAE_FIXED,
     ),
 }

@@ -232,7 +232,7 @@ def _is_comfyui_folder(folder: Path, part: str) -> bool:
 def _single(path: Path, part: str, root: Path) -> PartFiles | None:
     if part not in (found := find_prefixes(read_header(path))):
         return None
-    folders = [path.parent, root if root.is_dir() else root.parent]
+    folders = [path.parent, path.parent.parent, root if root.is_dir() else root.parent]
     beside = [folder / _CONFIGS[part] for folder in folders]
     config = next((name for name in beside if name.exists()), beside[0])
     return PartFiles(found[part].naming, config, [path], is_single=True)

@@ -26,8 +26,9 @@ class WeightsPaths:
     variant: str | None = None
 
     def of(self, part: str) -> Path:
-        """Returns where "dit", "encoder", "decoder" or "text_encoder" is looked for."""
-        return getattr(self, SETTINGS[part]) or self.root
+        """Returns where "dit", "encoder", "decoder" or "text_encoder" is looked for: in a ComfyUI, its `models`."""
+        place = getattr(self, SETTINGS[part]) or self.root
+        return place / "models" if (place / "comfy").is_dir() and (place / "models").is_dir() else place
 
     def setting(self, part: str) -> str:
         """Returns the setting that says so."""

@@ -77,6 +77,7 @@ def comfyui(tmp_path_factory) -> Path:
 def test_the_models_of_a_comfyui_are_found_among_others(comfyui):
     weights = WeightsFolder(comfyui / "models")
     assert_all(weights)
+    assert_all(WeightsFolder(comfyui))
     assert weights.base_identity() == WeightsFolder(GOLDEN).base_identity()
     assert weights.load_tokenizer()("a cat").input_ids == WeightsFolder(TINY).load_tokenizer()("a cat").input_ids
 
@@ -382,3 +383,12 @@ def test_weights_check_says_what_is_there_and_what_each_verb_lacks(comfyui, tmp_
     assert "prepare: lacks VAE encoder, T5\ntrain: ready\n" in done.stdout
     done = run("weights", "check", "model.weight=x")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.weight" in done.stderr
+
+
+@pytest.mark.parametrize(("key", "value"), [("qk_norm", "layer_norm"), ("activation_fn", "geglu")])
+def test_a_configuration_of_diffusers_that_is_computed_otherwise_is_refused(tmp_path, key, value):
+    folder = save_transformer(tmp_path / "mochi")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError, match=f"{key}='{value}' is not Mochi's"):
+        WeightsFolder(folder).check(["dit"])
