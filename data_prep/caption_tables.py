@@ -53,10 +53,11 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
     Raises:
         DataError: a folder has two tables; a table is malformed, or none of its rows names one of `videos`.
     """
-    found = TableCaptions()
+    found, tables, lists = TableCaptions(), _find_tables(folder), find_lists(folder)
+    if not tables and not lists:
+        return found
     names, there = _VideoNames(folder, videos), set(folder.rglob("*"))
-    tables = _find_tables(folder)
-    for table in sorted(set(tables) | set(lists := find_lists(folder))):
+    for table in sorted({*tables, *lists}):
         if table in tables:
             path = tables[table]
             rows, encoding = _read_table(path)
@@ -88,7 +89,7 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
 def find_lists(folder: Path) -> dict[Path, tuple[Path, Path]]:
     """Finds, in `folder` and below it, the folders with a list of videos and one of captions."""
     lists = {}
-    for parent, names in _text_names(folder, (".txt",)).items():
+    for parent, names in _find_named(folder, {*VIDEO_LISTS, *CAPTION_LISTS}).items():
         pair = [next((names[name] for name in known if name in names), None) for known in (VIDEO_LISTS, CAPTION_LISTS)]
         if pair[0] is not None and pair[1] is not None:
             lists[parent] = (pair[0], pair[1])
@@ -100,19 +101,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:200])
 
 
-def _text_names(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, dict[str, Path]]:
-    """Returns the files with one of the suffixes, by folder and lower-case name."""
+def _find_named(folder: Path, wanted: set[str]) -> dict[Path, dict[str, Path]]:
+    """Returns the files of the names that are wanted, in lower case, by folder and name."""
     found: dict[Path, dict[str, Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes and path.is_file():
-            found.setdefault(path.parent, {}).setdefault(path.name.lower(), path)
+    for path in sorted(path for path in folder.rglob("*") if path.name.lower() in wanted and path.is_file()):
+        found.setdefault(path.parent, {}).setdefault(path.name.lower(), path)
     return found
 
 
 def _find_tables(folder: Path) -> dict[Path, Path]:
     tables = {}
-    for parent, names in _text_names(folder, TABLE_SUFFIXES).items():
-        paths = [path for name, path in names.items() if name.rpartition(".")[0] in TABLE_STEMS]
+    for parent, names in _find_named(
+        folder, {stem + suffix for stem in TABLE_STEMS for suffix in TABLE_SUFFIXES}
+    ).items():
+        paths = list(names.values())
         if len(paths) > 1:
             raise DataError(f"{parent} holds {' and '.join(path.name for path in paths)}: keep one of them.")
         if paths:

@@ -153,7 +153,7 @@ def _find_sidecars(videos: list[Path]) -> dict[Path, Path]:
     """Returns the caption file of each video that has one."""
     by_stem: dict[Path, list[Path]] = {}
     for parent in sorted({video.parent for video in videos}):
-        for path in sorted(parent.iterdir()):
+        for path in sorted(parent.iterdir(), key=lambda path: path.name):
             if path.suffix.lower() in SIDECAR_SUFFIXES and path.is_file():
                 by_stem.setdefault(path.with_suffix(""), []).append(path)
 

@@ -41,6 +41,7 @@ class ClipDecoder:
         self._child: _Child | None = None
         self._asked: Path | None = None
         self._asked_at = 0.0
+        self._ahead: tuple[Path, list[Cut]] | None = None
 
     def __enter__(self) -> "ClipDecoder":
         return self
@@ -53,7 +54,7 @@ class ClipDecoder:
 
         Another thread than the one that waits for an answer may call it, which then gets none.
         """
-        child, self._child, self._asked = self._child, None, None
+        child, self._child, self._asked, self._ahead = self._child, None, None, None
         if child is not None:
             child.process.kill()
             # A process that waits for a dead network disk cannot even be killed; leave it behind.
@@ -82,25 +83,31 @@ class ClipDecoder:
         return result
 
     def cut_all(
-        self, jobs: Iterable[tuple[Path, Sequence[Cut]]]
+        self, jobs: Iterable[tuple[Path, Sequence[Cut]]], ahead: tuple[Path, Sequence[Cut]] | None = None
     ) -> Iterator[tuple[Path, int, DecodedClip | DataError]]:
         """Decodes clips in turn, the next one while the caller works on the present one.
 
         Args:
             jobs: files, each with its cuts as for `cut_clips`.
+            ahead: the first job of the next call, which is begun while the caller works on the last clip of this one.
 
         Yields:
             For each cut in order the path, the cut's index in its file, and the clip or the error that refuses it.
             When the child hangs or dies on a clip, the rest of its file is refused with it.
         """
         wanted = [(path, index, cuts) for path, cuts in jobs for index in range(len(cuts))]
+        after = [] if ahead is None else [(ahead[0], 0, ahead[1])]
         lost: DataError | None = None
         try:
-            for number, (path, index, _) in enumerate(wanted):
+            for number, (path, index, cuts) in enumerate(wanted):
                 if index == 0:
                     lost = None
                 if number == 0:
-                    self._ask_cut(*wanted[0])
+                    begun, self._ahead = self._ahead, None
+                    if begun != (path, list(cuts)):
+                        if begun is not None:
+                            self.close()
+                        self._ask_cut(path, index, cuts)
                 result: DecodedClip | DataError
                 if lost is not None:
                     result = lost
@@ -112,12 +119,14 @@ class ClipDecoder:
                         result = error
                         # A child that was lost knows nothing of the file's other cuts.
                         lost = error if self._child is None else None
-                following = wanted[number + 1] if number + 1 < len(wanted) else None
+                following = next(iter([*wanted[number + 1 : number + 2], *after]), None)
                 if following is not None and (lost is None or following[1] == 0):
                     self._ask_cut(*following)
+                    if number + 1 == len(wanted):
+                        self._ahead = following[0], list(following[2])
                 yield path, index, result
         finally:
-            if self._asked is not None:
+            if self._asked is not None and self._ahead is None:
                 self.close()
 
     def _ask_cut(self, path: Path, index: int, cuts: Sequence[Cut]) -> None:

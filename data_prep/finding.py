@@ -51,4 +51,6 @@ def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if not path.name.startswith(".") and not path.is_dir())
+    found = (path for path in folder.rglob("*") if not path.name.startswith(".") and not path.is_dir())
+    # In the order of paths, whose own comparison takes them apart each time.
+    return sorted(found, key=lambda path: path.parts)

@@ -1,7 +1,6 @@
 """What there is to encode: the files of all sources, their captions, and the clips that are cut from them."""
 
 import json
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,16 +8,18 @@ from tqdm import tqdm
 
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.sources import Source, read_sources
+from mochi_tune.data.cache import PARTS_FOLDER
 from mochi_tune.data.rows import CacheSettings, Row, make_row
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.finding import find_unused, find_videos
+from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, Signature, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts, decisive
 from mochi_tune.errors import DataError
-from mochi_tune.files import file_sha256, parse_object, write_atomic
+from mochi_tune.files import parse_object, write_atomic
 
 # An error or a summary names this many clips and counts the rest.
 MAX_LISTED = 10
@@ -72,7 +73,7 @@ class Inputs:
     files: dict[str, MediaFile] = field(default_factory=dict)
     clips: list[Clip] = field(default_factory=list)
     scans: dict[str, Scan] = field(default_factory=dict)
-    signatures: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    signatures: dict[str, Signature] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
 
@@ -144,20 +145,30 @@ def _check_captions(data: DataConfig, without: list[str], orphans: list[str], nu
         tqdm.write(f"captions without a video of that name, not used: {listed(orphans)}")
 
 
-def cut_inputs(inputs: Inputs, data: DataConfig, settings: CacheSettings, decoder: ClipDecoder) -> None:
+def cut_inputs(
+    inputs: Inputs, data: DataConfig, settings: CacheSettings, decoder: ClipDecoder, share: str = ""
+) -> None:
     """Reads each file's hash and what it holds, and adds the clips that are cut from it, or why there are none.
 
-    What a file holds is kept in the cache's folder, so that a second run opens new files alone.
+    Both are kept in the cache's folder, so that a second run opens new and changed files alone; of a share of the work,
+    in the folder of its parts.
     """
-    kept = Path(data.cache) / SCANS_FILE
+    parts = Path(data.cache) / PARTS_FOLDER
+    kept = (parts / share if share else Path(data.cache)) / SCANS_FILE
     before = _kept_scans(kept)
+    known = before | {
+        sha256: scan
+        for file in (Path(data.cache) / SCANS_FILE, *sorted(parts.glob(f"*/{SCANS_FILE}")))
+        for sha256, scan in _kept_scans(file).items()
+    }
+    hashes = FileHashes(kept.with_name(HASHES_FILE), [Path(data.cache) / HASHES_FILE, *parts.glob(f"*/{HASHES_FILE}")])
     scans: dict[str, Scan] = {}
     files = [file for name, file in inputs.files.items() if name not in inputs.refused]
     for file in tqdm(files, desc="files", unit="file"):
         try:
             inputs.signatures[file.name] = signature(file.path)
-            sha256 = _fingerprint(file.path)
-            scan = before[sha256] if sha256 in before else decoder.scan(file.path)
+            sha256 = hashes.sha256(file.path, inputs.signatures[file.name])
+            scan = known[sha256] if sha256 in known else decoder.scan(file.path)
             scans[sha256] = inputs.scans[file.name] = scan
             cuts = _choose_cuts(file, scan, data)
         except DataError as error:
@@ -166,6 +177,7 @@ def cut_inputs(inputs: Inputs, data: DataConfig, settings: CacheSettings, decode
         for cut in cuts:
             row = make_row(file.relative, file.captions, sha256, decisive(cut), settings, file.source.name)
             inputs.clips.append(Clip(row, file, cut))
+    hashes.save()
     if scans != before:
         # `inspect` may read it while `prepare` writes it.
         values = {sha256: scan.to_json() for sha256, scan in scans.items()}
@@ -188,29 +200,6 @@ def _kept_scans(path: Path) -> dict[str, Scan]:
     except (LookupError, TypeError, AttributeError):
         # Written by another program: the files are read again.
         return {}
-
-
-def signature(path: Path) -> tuple[int, int, int]:
-    """Returns a file's size, number and time of change, which no program can set; one differs once it was written.
-
-    Raises:
-        DataError: it cannot be opened.
-    """
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}): copy it again or remove it.") from None
-    return found.st_size, found.st_ino, found.st_ctime_ns
-
-
-def _fingerprint(path: Path) -> str:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            # Opening a pipe would wait for its other end for ever.
-            raise DataError(f"{path}: is no file but a pipe, a socket or a device: remove it.")
-        return file_sha256(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}): copy it again or remove it.") from None
 
 
 def listed(names) -> str:

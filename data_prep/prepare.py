@@ -3,9 +3,8 @@
 It may be run again at any time: it finds what is encoded already by a hash of all that the encoding depends on.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,18 +12,20 @@ from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.config.sources import buckets_by_source, prepared_settings, read_sources
-from mochi_tune.data.cache import REPORT_NAME
+from mochi_tune.data.cache import DATA_FOLDER, REPORT_NAME
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import CacheSettings, Row
 from mochi_tune.data_prep import report
-from mochi_tune.data_prep.clips import TRANSFORM_VERSION, DecodedClip
+from mochi_tune.data_prep.clips import TRANSFORM_VERSION
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.encode import encode_caption, encode_frames
-from mochi_tune.data_prep.gather import Clip, Inputs, cut_inputs, find_inputs, signature
-from mochi_tune.data_prep.preview import check_preview_folder, preview_paths, write_preview
-from mochi_tune.errors import DataError
-from mochi_tune.files import file_sha256, write_atomic
-from mochi_tune.models.device import DTYPES, find_device, free_memory
+from mochi_tune.data_prep.gather import Inputs, cut_inputs, find_inputs
+from mochi_tune.data_prep.pools import Pool, ProcessPool
+from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
+from mochi_tune.data_prep.shares import RECORD_FILE, Share, keep_share, merge_shares, write_record
+from mochi_tune.data_prep.tasks import CaptionTask, ClipTask, Job, Worker, WorkHere
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.files import write_atomic
+from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import measure_caption
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -42,7 +43,7 @@ class Prepared:
 
 
 def main(config: RunConfig) -> int:
-    """Prepares the cache and writes a summary line.
+    """Prepares the cache, or a share of what it needs, and writes a summary line.
 
     Returns:
         The exit code: 0, or 1 when a clip was refused; the cache then holds the others.
@@ -51,12 +52,19 @@ def main(config: RunConfig) -> int:
         MochiTuneError: As `prepare`.
     """
     done = prepare(config)
+    encoded = (
+        f"{done.kept} clips kept, {done.refused} refused; encoded now: {done.clips_encoded} clips and "
+        f"{done.captions_encoded} captions, reused: {done.kept - done.clips_encoded} clips"
+    )
+    if (share := _share(config)) is not None:
+        what = f"{config.data.cache}: share {share.number} of {share.count}: {encoded}. "
+        tqdm.write(f"{what}When all shares have ended, parallel.shard=merge makes the cache")
+        return 1 if done.refused else 0
     if ";" in done.buckets:
         tqdm.write(f"clips in buckets of [frames, height, width]: {done.buckets}")
     tqdm.write(
-        f"{config.data.cache}: {done.kept} clips kept, {done.refused} refused; encoded now: {done.clips_encoded} clips "
-        f"and {done.captions_encoded} captions, reused: {done.kept - done.clips_encoded} clips; "
-        f"{done.cache_gib:.3g} GiB. Each input is listed in {Path(config.data.cache) / REPORT_NAME}"
+        f"{config.data.cache}: {encoded}; {done.cache_gib:.3g} GiB. "
+        f"Each input is listed in {Path(config.data.cache) / REPORT_NAME}"
     )
     return 1 if done.refused else 0
 
@@ -64,130 +72,154 @@ def main(config: RunConfig) -> int:
 def prepare(config: RunConfig) -> Prepared:
     """Brings the cache up to date with the videos, the captions and the settings; encodes only what is missing.
 
+    With parallel.shard=3/16 it encodes a share of that and makes no cache; with merge it makes the cache of all shares.
+
     Raises:
         DataError: No clips, a clip without a caption, none that can be used, or a model that gave NaN or infinity.
         CheckpointError: Weights that are missing or of another model.
         ConfigError: The device is not there.
+        ParallelError: A Ray cluster that does not fit, or workers that die again and again.
     """
-    data, weights = config.data, WeightsFolder(weights_paths(config))
+    data, weights, share = config.data, WeightsFolder(weights_paths(config)), _share(config)
     device, folder = find_device(config.device), Path(data.cache)
     if data.preview:
         check_preview_folder(Path(data.preview), [source.folder for source in read_sources(data)])
+        if config.parallel.shard is not None:
+            raise ConfigError("data.preview does not fit parallel.shard, which sees a part of the clips: leave it out.")
     inputs = find_inputs(data, config.seed)
+    if share is not None:
+        keep_share(inputs, share)
     weights.check(["encoder", "text_encoder"])
-    buckets = {name: [list(astuple(bucket)) for bucket in sizes] for name, sizes in buckets_by_source(data).items()}
-    settings = CacheSettings(
-        transform={"version": TRANSFORM_VERSION, "buckets": buckets, "settings": prepared_settings(data)},
+    settings = _cache_settings(config, weights)
+    label = share.label if share else ""
+    with CacheWriter(folder, label) as cache, ClipDecoder(data.decode_timeout_seconds) as decoder:
+        if not cache.is_locked:
+            tqdm.write(f"{folder}: its disk has no locks: see that no other `mochi-tune prepare` writes there")
+        with _open_workers(config, settings, cache, decoder, device) as workers:
+            (cache.parts.folder / RECORD_FILE).unlink(missing_ok=True)
+            cut_inputs(inputs, data, settings, decoder, label)
+            if config.parallel.shard == "merge":
+                clips_encoded, bad = 0, merge_shares(cache, inputs.clips, settings)
+            else:
+                clips_encoded, bad = _encode_clips(cache, inputs, decoder, workers, data.preview)
+            # Captions come second: those of refused clips are not encoded, as no row of the cache would hold them.
+            kept = [clip.row for clip in inputs.clips if clip.row.sample_id not in bad]
+            captions_encoded = _encode_captions(cache, kept, workers)
+        done = Prepared(len(kept), len(inputs.refused) + len(bad), clips_encoded, captions_encoded, 0.0, "")
+        if share is not None:
+            write_record(cache, share, inputs.clips, bad, settings)
+            for reason in [*inputs.refused.values(), *bad.values()]:
+                tqdm.write(f"refused: {reason}")
+            return done
+        records = report.make_records(cache, inputs, kept, bad, _lost_tails(cache, kept, weights))
+        write_atomic(folder / REPORT_NAME, report.as_csv(records).encode(), durable=True)
+        if not kept:
+            first = next(iter([*inputs.refused.values(), *bad.values()]))
+            where = ", ".join(str(source.folder) for source in read_sources(data))
+            raise DataError(
+                f"none of the {done.refused} clips in {where} can be used, see {folder / REPORT_NAME}; {first}"
+            )
+        cache.commit(kept, settings)
+    for line in report.notes(records, inputs, kept):
+        tqdm.write(line)
+    num_bytes = sum(file.stat().st_size for file in (folder / DATA_FOLDER).iterdir())
+    return replace(done, cache_gib=num_bytes / 2**30, buckets=report.count_buckets(kept))
+
+
+def _cache_settings(config: RunConfig, weights: WeightsFolder) -> CacheSettings:
+    sizes = buckets_by_source(config.data)
+    buckets = {name: [list(astuple(bucket)) for bucket in those] for name, those in sizes.items()}
+    return CacheSettings(
+        transform={"version": TRANSFORM_VERSION, "buckets": buckets, "settings": prepared_settings(config.data)},
         vae=weights.fingerprint("encoder"),
         vae_dtype=config.model.dtype,
         t5=weights.fingerprint("text_encoder"),
         t5_dtype=config.memory.t5_dtype,
     )
-    with CacheWriter(folder) as cache, ClipDecoder(data.decode_timeout_seconds) as decoder:
-        cut_inputs(inputs, data, settings, decoder)
-        clips_encoded, bad = _encode_clips(cache, inputs, decoder, config, device)
-        # Captions come second: those of refused clips are not encoded, as no row of the cache would hold them.
-        kept = [clip.row for clip in inputs.clips if clip.row.sample_id not in bad]
-        captions_encoded = _encode_captions(cache, kept, config, device)
-        records = report.make_records(cache, inputs, kept, bad, _lost_tails(cache, kept, weights))
-        write_atomic(folder / REPORT_NAME, report.as_csv(records).encode(), durable=True)
-        if not kept:
-            first = next(iter([*inputs.refused.values(), *bad.values()]))
-            count = len(inputs.refused) + len(bad)
-            where = ", ".join(str(source.folder) for source in read_sources(data))
-            raise DataError(f"none of the {count} clips in {where} can be used, see {folder / REPORT_NAME}; {first}")
-        cache.commit(kept, settings)
-    for line in report.notes(records, inputs, kept):
-        tqdm.write(line)
-    num_bytes = sum(file.stat().st_size for file in (folder / "data").iterdir())
-    num_refused = len(inputs.refused) + len(bad)
-    sizes = report.count_buckets(kept)
-    return Prepared(len(kept), num_refused, clips_encoded, captions_encoded, num_bytes / 2**30, sizes)
+
+
+def _share(config: RunConfig) -> Share | None:
+    """Returns the share that this run encodes; None: all, or it merges."""
+    return None if config.parallel.shard in (None, "merge") else Share.parse(config.parallel.shard)
+
+
+def _open_workers(
+    config: RunConfig, settings: CacheSettings, cache: CacheWriter, decoder: ClipDecoder, device: torch.device
+) -> "WorkHere | Pool":
+    """Returns what encodes: this process, several ones, or those of a Ray cluster."""
+    parallel = config.parallel
+    job = Job(
+        weights=weights_paths(config),
+        settings=settings,
+        parts=cache.parts.folder,
+        device=device.type,
+        decode_timeout_seconds=config.data.decode_timeout_seconds,
+        num_threads=torch.get_num_threads(),
+    )
+    if parallel.engine == "ray":
+        from mochi_tune.data_prep.ray_pool import RayPool
+
+        return RayPool(job, parallel.num_processes, parallel.ray_address)
+    if parallel.num_processes > 1:
+        return ProcessPool(job, parallel.num_processes)
+    return WorkHere(Worker(job, cache, decoder, checks_weights=False))
 
 
 def _encode_clips(
-    cache: CacheWriter, inputs: Inputs, decoder: ClipDecoder, config: RunConfig, device: torch.device
+    cache: CacheWriter, inputs: Inputs, decoder: ClipDecoder, workers: "WorkHere | Pool", preview: str | None
 ) -> tuple[int, dict[str, str]]:
     """Encodes the clips that the cache lacks; returns their number, and the reason for each sample_id that failed."""
-    previews: dict[str, Path] = {}
-    if config.data.preview:
-        videos = [(clip.file.name, clip.row.start) for clip in inputs.clips]
-        paths = preview_paths(Path(config.data.preview), videos)
-        previews = {clip.row.sample_id: path for clip, path in zip(inputs.clips, paths, strict=True)}
-    wanted, keys = [], set()
-    for clip in inputs.clips:
-        # Two files with the same bytes have the same keys, and are encoded once.
-        is_new = clip.row.clip_key not in keys and not cache.has_latents(clip.row.clip_key)
-        keys.add(clip.row.clip_key)
-        # A preview of an earlier run may be of other settings.
-        if is_new or previews:
-            wanted.append(clip)
-    num_encoded, bad, encoder, saving = 0, {}, None, None
-    with ThreadPoolExecutor(1) as saver, tqdm(total=len(wanted), desc="clips", unit="clip", disable=not wanted) as bar:
-        for clip, decoded in _decode(wanted, decoder):
-            if isinstance(decoded, DataError):
-                bad[clip.row.clip_key] = str(decoded)
-            elif not _is_unchanged(clip, inputs.signatures[clip.file.name]):
-                bad[clip.row.clip_key] = f"{clip.file.path}: was changed while it was read: run this again."
-            else:
-                if previews:
-                    write_preview(previews[clip.row.sample_id], decoded.frames)
-                if not cache.has_latents(clip.row.clip_key):
-                    # Loaded only when a clip is there to be encoded: a second run over a bad clip reads no weights.
-                    weights = WeightsFolder(weights_paths(config))
-                    encoder = encoder or weights.load_encoder(device, DTYPES[config.model.dtype])
-                    mean, logvar = encode_frames(encoder, decoded.frames, clip.row.sample_id)
-                    # A sync takes as long as a part of a clip's encoding: one is saved while the next one is encoded.
-                    if saving is not None:
-                        saving.result()
-                    saving = saver.submit(cache.put_latents, clip.row.clip_key, mean, logvar, decoded.report)
+    tasks, num_encoded, bad = _clip_tasks(cache, inputs, preview), 0, {}
+    if isinstance(workers, Pool):
+        # Each worker has its own.
+        decoder.close()
+    total = sum(len(task.clips) for task in tasks)
+    with tqdm(total=total, desc="clips", unit="clip", disable=not tasks) as bar:
+        for task, reasons in workers.run(tasks, bar.update):
+            for clip, is_missing, reason in zip(task.clips, task.is_missing, reasons, strict=True):
+                if reason:
+                    bad[clip.row.clip_key] = reason
+                elif is_missing:
                     num_encoded += 1
-            bar.update()
-        if saving is not None:
-            saving.result()
-    del encoder
-    free_memory()
+                    if isinstance(workers, Pool):
+                        cache.take_part(cache.parts.find(f"latents-{clip.row.clip_key}"))
     return num_encoded, {
         clip.row.sample_id: bad[clip.row.clip_key] for clip in inputs.clips if clip.row.clip_key in bad
     }
 
 
-def _decode(clips: Sequence[Clip], decoder: ClipDecoder) -> Iterator[tuple[Clip, DecodedClip | DataError]]:
-    """Yields each clip decoded, or the error that refuses it; a file is decoded once for all its clips."""
-    by_file: dict[str, list[Clip]] = {}
-    for clip in clips:
-        # By name: a folder may lie in another one, and both be sources.
-        by_file.setdefault(clip.file.name, []).append(clip)
-    jobs = [(those[0].file.path, [clip.cut for clip in those]) for those in by_file.values()]
-    in_order = (clip for those in by_file.values() for clip in those)
-    for clip, (_, _, decoded) in zip(in_order, decoder.cut_all(jobs), strict=True):
-        yield clip, decoded
+def _clip_tasks(cache: CacheWriter, inputs: Inputs, preview: str | None) -> list[ClipTask]:
+    """Returns what is to be decoded, by file."""
+    previews: dict[str, Path] = {}
+    if preview:
+        paths = preview_paths(Path(preview), [(clip.file.name, clip.row.start) for clip in inputs.clips])
+        previews = {clip.row.sample_id: path for clip, path in zip(inputs.clips, paths, strict=True)}
+    # By name: a folder may lie in another one, and both be sources.
+    wanted, keys = {}, set()
+    for clip in inputs.clips:
+        # Two files with the same bytes have the same keys, and are encoded once.
+        is_missing = clip.row.clip_key not in keys and not cache.has_latents(clip.row.clip_key)
+        keys.add(clip.row.clip_key)
+        # A preview of an earlier run may be of other settings.
+        if is_missing or previews:
+            wanted.setdefault(clip.file.name, []).append((clip, is_missing, previews.get(clip.row.sample_id)))
+    return [
+        ClipTask(clips, inputs.signatures[name], is_missing, paths)
+        for name, (clips, is_missing, paths) in ((name, zip(*those, strict=True)) for name, those in wanted.items())
+    ]
 
 
-def _is_unchanged(clip: Clip, before: tuple[int, int, int]) -> bool:
-    """Whether a video still has the content that its latents' key was computed from."""
-    try:
-        # A long file with many clips is not read for each of them.
-        return signature(clip.file.path) == before or file_sha256(clip.file.path) == clip.row.source_sha256
-    except (OSError, DataError):
-        return False
-
-
-def _encode_captions(cache: CacheWriter, rows: Sequence[Row], config: RunConfig, device: torch.device) -> int:
-    """Encodes the captions that the cache lacks, each text once, and frees the text encoder; returns how many."""
-    missing: dict[str, tuple[str, str]] = {}
+def _encode_captions(cache: CacheWriter, rows: Sequence[Row], workers: "WorkHere | Pool") -> int:
+    """Encodes the captions that the cache lacks, each text once; returns how many."""
+    missing: dict[str, CaptionTask] = {}
     for row in rows:
         for key, caption in zip(row.text_keys, row.captions, strict=True):
             if not cache.has_text(key):
-                missing.setdefault(key, (caption, row.sample_id))
-    if not missing:
-        return 0
-    # Not in model.dtype: features are computed once, and T5's rounding affects all of training.
-    text_encoder = WeightsFolder(weights_paths(config)).load_text_encoder(device, DTYPES[config.memory.t5_dtype])
-    for key, (caption, name) in tqdm(missing.items(), desc="captions", unit="caption"):
-        cache.put_text(key, *encode_caption(text_encoder, caption, name))
-    del text_encoder
-    free_memory()
+                missing.setdefault(key, CaptionTask(key, caption, row.sample_id))
+    with tqdm(total=len(missing), desc="captions", unit="caption", disable=not missing) as bar:
+        for task, _ in workers.run(list(missing.values()), bar.update):
+            if isinstance(workers, Pool):
+                cache.take_part(cache.parts.find(f"text-{task.key}"))
     return len(missing)
 
 

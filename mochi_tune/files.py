@@ -8,8 +8,10 @@ import json
 import math
 import os
 import shutil
+import socket
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +84,8 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yields a name in the folder of `path` that no other process uses; an error removes what was written to it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # On a disk of several machines, a process's number is that of others too.
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
     try:
         yield temporary
     except BaseException:
@@ -91,6 +94,11 @@ def temporary_file(path: Path) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+@cache
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def copy_atomic(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -284,8 +285,8 @@ def _hook(disturbance: Disturbance, log: int) -> Callable[[str, tuple], None]:
                 return
         if not path.startswith(under):
             return
-        # The process's number in a temporary file's name is another one each time.
-        path = path.replace(f".{os.getpid()}.tmp", ".tmp")
+        # The machine and the process's number in a temporary file's name are others each time.
+        path = re.sub(r"\.(\w+-)?\d+\.tmp$", ".tmp", path)
         count += 1
         is_matching = disturbance.signal_before is not None and path.endswith(disturbance.signal_before)
         matching += is_matching

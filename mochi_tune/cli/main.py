@@ -16,12 +16,14 @@ from mochi_tune.cli.launch import (
     INTERRUPTED,
     STARTED_HERE,
     USERS_MISTAKE,
+    check_gpus,
     end_with_the_starter,
     joined,
     keep_compiled_code,
     num_processes_here,
     prepare_deepspeed,
     start_processes,
+    uses_gpus,
 )
 from mochi_tune.cli.lora import run_lora
 from mochi_tune.cli.options import (
@@ -146,6 +148,13 @@ def run_prepare(arguments: list[str]) -> int:
     """Makes the cache."""
     if (config := load("prepare", arguments)) is None:
         return 0
+    parallel = config.parallel
+    if parallel.engine == "ray":
+        # What Ray reads when it starts: nothing is reported, and workers do not stand back behind other programs.
+        ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
+        os.environ |= {name: value for name, value in ray.items() if name not in os.environ}
+    elif parallel.num_processes > 1 and uses_gpus(config.device):
+        check_gpus(parallel.num_processes)
     from mochi_tune.data_prep.prepare import main as prepare
 
     return prepare(config)

@@ -281,6 +281,14 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
         if {"sample.prompt", "sample.prompts"} <= {setting.partition("=")[0] for setting in settings}:
             raise ConfigError("prompt= and prompts= are both given: leave one out.")
     config = load_config(names[0], settings)
+    for key, value, default in (
+        ("engine", config.parallel.engine, "processes"),
+        ("shard", config.parallel.shard, None),
+    ):
+        if verb != "prepare" and value != default:
+            raise ConfigError(
+                f"parallel.{key}={value} is of `prepare`, and `{verb}` does nothing with it: leave it out."
+            )
     if flags:
         print(config_yaml(config), end="")
         return None

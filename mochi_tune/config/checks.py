@@ -27,6 +27,7 @@ def check_config(config: RunConfig) -> None:
         )
     _check_optimizer(config.train, config.parallel, config.lora)
     _check_precision(config)
+    _check_engine(config.parallel)
     if config.lora.dora and config.parallel.strategy == "zero3":
         raise ConfigError(
             "lora.dora=true measures complete rows of the base, which parallel.strategy=zero3 cuts up: "
@@ -49,6 +50,17 @@ def _check_precision(config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.strategy=zero3 cuts up matrices that model.precision={precision} holds in one piece: "
             "use parallel.strategy=data or zero2."
+        )
+
+
+def _check_engine(parallel: ParallelConfig) -> None:
+    """Refuses two ways of sharing the work of `prepare` at once."""
+    if parallel.engine == "ray" and parallel.shard is not None:
+        raise ConfigError(f"parallel.shard={parallel.shard} and parallel.engine=ray are both given: leave one out.")
+    if parallel.engine != "ray" and parallel.ray_address is not None:
+        raise ConfigError(
+            f"parallel.ray_address={parallel.ray_address} does nothing with parallel.engine={parallel.engine}: use "
+            "parallel.engine=ray, or leave it out."
         )
 
 

@@ -20,6 +20,7 @@ from mochi_tune.config.values import (
     Positive,
     Repo,
     Section,
+    Shard,
     Share,
     Text,
     Whole,
@@ -244,11 +245,22 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How many processes work together, and how they share a rendering or a training."""
+    """How many processes work together, and how they share a rendering, a training or an encoding."""
 
     RESUME = "free"
 
-    num_processes: Count = setting(1, "processes of `train` and `sample` on this machine, one per GPU")
+    num_processes: Count = setting(
+        1, "processes of `prepare`, `train` and `sample` on this machine, one per GPU; with Ray, its workers"
+    )
+    engine: Literal["processes", "ray"] = setting(
+        "processes", "of `prepare`: what starts the workers; ray: pip install 'mochi-tune[ray]'"
+    )
+    ray_address: FileText | None = setting(
+        None, "of parallel.engine=ray: a cluster, as auto, HOST:PORT or ray://HOST:PORT; null: one is started here"
+    )
+    shard: Shard | None = setting(
+        None, "of `prepare`: 3/16 encodes the third of 16 shares and makes no cache; merge makes it; null: all at once"
+    )
     strategy: Literal["data", "zero2", "zero3"] = setting(
         "data",
         "of `train`; data: every process has the model; zero2: DeepSpeed shards the update; zero3: the model too",

@@ -51,6 +51,14 @@ def _check_repo(value: str) -> str:
     return value
 
 
+def _check_shard(value: str) -> str:
+    number, _, count = value.partition("/")
+    is_share = all(part.isascii() and part.isdigit() for part in (number, count)) and 1 <= int(number) <= int(count)
+    if value != "merge" and not is_share:
+        raise PydanticCustomError("not_possible", "1/16 to 16/16, of any number, or merge")
+    return value
+
+
 def refuse_bool(value: Any) -> Any:
     """Refuses true and false, which pydantic takes for 1 and 0."""
     if isinstance(value, bool):
@@ -77,6 +85,7 @@ Name = Annotated[Text, AfterValidator(_check_not_blank)]
 FileText = Annotated[Text, AfterValidator(os.path.expanduser)]
 FileName = Annotated[Name, AfterValidator(os.path.expanduser)]
 Repo = Annotated[Text, AfterValidator(_check_repo)]
+Shard = Annotated[Text, AfterValidator(_check_shard)]
 Whole = Annotated[int, BeforeValidator(_refuse_bool_and_float)]
 Count = Annotated[Whole, Field(ge=1)]
 CountOrZero = Annotated[Whole, Field(ge=0)]

@@ -5,6 +5,7 @@ shards beside the old ones, puts them in place, and writes the manifest last. Bo
 commit needs twice the cache's size on disk. Shards whose rows did not change are linked, not written again.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -12,11 +13,12 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, fields
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from mochi_tune.data.cache import (
     DATA_FOLDER,
@@ -26,6 +28,7 @@ from mochi_tune.data.cache import (
     manifest_of,
     read_manifest,
 )
+from mochi_tune.data.parts import Part, PartsFolder, read_part
 from mochi_tune.data.rows import (
     SCHEMA_VERSION,
     CacheSettings,
@@ -36,10 +39,12 @@ from mochi_tune.data.rows import (
     shard_schema,
 )
 from mochi_tune.errors import DataError
-from mochi_tune.files import atomic_file, file_sha256, save_tensors, write_atomic
+from mochi_tune.files import atomic_file, file_sha256, write_atomic
 
 STAGING_FOLDER = "data.new"
 TRASH_FOLDER = "trash"
+# What network disks without locks answer.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class _Location:
     place: int = 0
 
 
+def _location(part: Part) -> _Location:
+    return _Location(part.file, None, part.num_bytes, part.info)
+
+
 @dataclass
 class _Shard:
     file: Path
@@ -66,14 +75,23 @@ class _Shard:
 class CacheWriter:
     """Finds all that was encoded for a cache before, committed or not, and adds what is missing.
 
-    A context manager; holds the cache's lock, which ends with the process.
+    A context manager; holds the cache's lock, which ends with the process. On a disk that has no locks it goes on
+    without, and `is_locked` is False.
+
+    Args:
+        folder: The cache.
+        share: Name of a share of the work. Its parts go to a folder of their own. Writers of different shares may work
+            at the same time, and none of them commits.
 
     Raises:
         DataError: Another `prepare` is writing to the cache, or one of its files is damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, share: str = ""):
         self.folder = Path(folder)
+        self.share = share
+        self.parts = PartsFolder(self.folder / PARTS_FOLDER / share)
+        self.is_locked = True
         self._latents: dict[str, _Location] = {}
         self._texts: dict[str, _Location] = {}
         self._shards: list[_Shard] = []
@@ -81,15 +99,12 @@ class CacheWriter:
     def __enter__(self) -> "CacheWriter":
         if self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"data.cache={self.folder} is a file: name a folder.")
-        (self.folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise DataError(
-                f"another `mochi-tune prepare` is writing to the cache {self.folder}: wait for it, or stop it."
-            ) from None
+        self.parts.folder.mkdir(parents=True, exist_ok=True)
+        whose = f"another `mochi-tune prepare` is writing to the cache {self.folder}"
+        self._locks = [self._lock(self.folder, fcntl.LOCK_SH if self.share else fcntl.LOCK_EX, whose)]
+        if self.share:
+            whose = f"another `mochi-tune prepare` is writing the share {self.share} of the cache {self.folder}"
+            self._locks.append(self._lock(self.parts.folder, fcntl.LOCK_EX, whose))
         self._clear_leftovers()
         self._find_parts()
         self._find_shards()
@@ -97,35 +112,53 @@ class CacheWriter:
 
     def __exit__(self, *_: object) -> None:
         parts = self.folder / PARTS_FOLDER
-        if parts.is_dir() and not any(parts.iterdir()):
+        if not self.share and parts.is_dir() and not any(parts.iterdir()):
             parts.rmdir()
-        self._lock.close()
+        for lock in self._locks:
+            lock.close()
+
+    def _lock(self, folder: Path, kind: int, whose: str) -> TextIOWrapper:
+        # NFS grants a shared lock to readers alone, an exclusive one to writers.
+        lock = (folder / ".lock").open("a+")
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise DataError(f"{whose}: wait for it, or stop it.") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self.is_locked = False
+        return lock
 
     def _clear_leftovers(self) -> None:
-        data, trash = self.folder / DATA_FOLDER, self.folder / TRASH_FOLDER
-        if (trash / DATA_FOLDER).is_dir() and not data.exists():
-            # Killed between the two renames of a commit: the old shards are still the only ones.
-            os.rename(trash / DATA_FOLDER, data)
-        for folder in (trash, self.folder / STAGING_FOLDER):
-            if folder.exists():
-                shutil.rmtree(folder)
-        for folder in (self.folder, self.folder / PARTS_FOLDER):
+        folders = [self.parts.folder]
+        if not self.share:
+            data, trash = self.folder / DATA_FOLDER, self.folder / TRASH_FOLDER
+            if (trash / DATA_FOLDER).is_dir() and not data.exists():
+                # Killed between the two renames of a commit: the old shards are still the only ones.
+                os.rename(trash / DATA_FOLDER, data)
+            for folder in (trash, self.folder / STAGING_FOLDER):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            folders += [self.folder, *(folder for folder in self.parts.folder.iterdir() if folder.is_dir())]
+        for folder in folders:
             for file in folder.glob("*.tmp"):
                 file.unlink()
 
     def _find_parts(self) -> None:
-        for file in sorted((self.folder / PARTS_FOLDER).glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as part:
-                    info = json.loads(part.metadata()["info"])
-            except SafetensorError as error:
-                raise DataError(
-                    f"{file} is damaged ({error}): delete it and run `mochi-tune prepare` again."
-                ) from error
-            kind, key = file.stem.split("-")
-            (self._latents if kind == "latents" else self._texts)[key] = _Location(
-                file, None, file.stat().st_size, info
-            )
+        parts = self.folder / PARTS_FOLDER
+        for file in sorted([*parts.glob("*.safetensors"), *parts.glob("*/*.safetensors")]):
+            self.take_part(file)
+
+    def take_part(self, file: Path) -> None:
+        """Counts a part as encoded that another process has made.
+
+        Raises:
+            DataError: It is damaged.
+        """
+        kind, key = file.stem.split("-")
+        (self._latents if kind == "latents" else self._texts)[key] = _location(read_part(file))
 
     def _find_shards(self) -> None:
         import pyarrow as pa
@@ -179,19 +212,11 @@ class CacheWriter:
 
     def put_latents(self, clip_key: str, mean: torch.Tensor, logvar: torch.Tensor, clip_report: dict[str, Any]) -> None:
         """Saves a clip's posterior, fp32 (C, T, h, w) on the CPU, and how the clip was cut; it is synced to disk."""
-        self._latents[clip_key] = self._put(f"latents-{clip_key}", {"mean": mean, "logvar": logvar}, clip_report)
+        self._latents[clip_key] = _location(self.parts.put_latents(clip_key, mean, logvar, clip_report))
 
     def put_text(self, text_key: str, prompt_embeds: torch.Tensor, caption_tokens: int) -> None:
         """Saves a caption's features, fp32 (num_tokens, text_width), and its number of tokens before the cut."""
-        info = {"num_tokens": len(prompt_embeds), "caption_tokens": caption_tokens}
-        self._texts[text_key] = self._put(f"text-{text_key}", {"prompt_embeds": prompt_embeds}, info)
-
-    def _put(self, name: str, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> _Location:
-        assert all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in tensors.values())
-        file = self.folder / PARTS_FOLDER / f"{name}.safetensors"
-        metadata = {"info": json.dumps(info)}
-        save_tensors(file, tensors, metadata, durable=True)
-        return _Location(file, None, file.stat().st_size, info)
+        self._texts[text_key] = _location(self.parts.put_text(text_key, prompt_embeds, caption_tokens))
 
     def commit(self, rows: Iterable[Row], settings: CacheSettings, shard_bytes: int = SHARD_BYTES) -> bool:
         """Makes these rows the cache, from what was encoded; leaves a cache that has them already as it is.
@@ -205,7 +230,7 @@ class CacheWriter:
             Whether anything was written.
         """
         rows = sorted(rows)
-        assert rows
+        assert rows and not self.share
         parts, data, trash = (self.folder / name for name in (PARTS_FOLDER, DATA_FOLDER, TRASH_FOLDER))
         if self._is_committed(rows, settings):
             shutil.rmtree(parts)

@@ -43,7 +43,7 @@ def state(folder: Path) -> dict[str, tuple[str, int]]:
     return {
         str(file.relative_to(folder)): (file_sha256(file), file.stat().st_mtime_ns)
         for file in sorted((folder / "cache").rglob("*"))
-        if file.is_file() and file.name not in (".lock", "report.csv")
+        if file.is_file() and file.name not in (".lock", ".files.json", "report.csv")
     }
 
 
@@ -325,6 +325,7 @@ def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"encoded now: {num_clips - found} clips and {num_clips} captions, reused: {found} clips" in out
     assert sorted(os.listdir(tmp_path / "cache")) == [
+        ".files.json",
         ".lock",
         ".scans.json",
         "data",
@@ -353,7 +354,7 @@ def test_a_clip_is_saved_while_the_next_one_is_encoded(tmp_path, monkeypatch):
         assert is_next.wait(60), "the next clip was not begun"
         put(cache, *args)
 
-    monkeypatch.setattr("mochi_tune.data_prep.prepare.encode_frames", encode_noted)
+    monkeypatch.setattr("mochi_tune.data_prep.tasks.encode_frames", encode_noted)
     monkeypatch.setattr(CacheWriter, "put_latents", put_later)
     for i, name in enumerate(("a.mp4", "b.mp4")):
         add_clip(tmp_path, name, "a red bird", first_number=40 * i)

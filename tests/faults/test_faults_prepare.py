@@ -41,7 +41,9 @@ def prepare(videos: Path, cache: Path, *more: str, log: str = "", **options) -> 
 
 
 def tree(cache: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
+    """Returns all files, except the one that says when the videos were changed."""
+    files = [path for path in sorted(cache.rglob("*")) if path.is_file() and path.name != ".files.json"]
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
 def report_of(cache: Path) -> dict[str, dict[str, str]]:

@@ -1,0 +1,89 @@
+"""Hashes of videos, read once: a file with the size, number and time of change of an earlier run is not read again."""
+
+import json
+import os
+import stat
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from mochi_tune.errors import DataError
+from mochi_tune.files import file_sha256, parse_object, write_atomic
+
+HASHES_FILE = ".files.json"
+# A file that was changed so shortly before may be changed again without another time: disks keep time in steps.
+SETTLED_SECONDS = 2.5
+# Size in bytes, number on its disk, time of change in nanoseconds.
+Signature = tuple[int, int, int]
+
+
+class FileHashes:
+    """The hashes that earlier runs have kept.
+
+    Args:
+        path: where they are kept.
+        others: further files of that kind, which are read.
+    """
+
+    def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
+        self._path = path
+        self._before = _read(path)
+        self._known = {name: entry for file in others for name, entry in _read(file).items()} | self._before
+        self._now: dict[str, list[int | str]] = {}
+
+    def sha256(self, path: Path, found: Signature) -> str:
+        """Returns a file's hash, which is read from it unless its signature is the one that is known.
+
+        Raises:
+            DataError: it cannot be read, or is no file.
+        """
+        name, begun = os.path.abspath(path), time.time_ns()
+        entry = self._known.get(name)
+        if entry is not None and entry[:3] == list(found):
+            self._now[name] = entry
+            return str(entry[3])
+        sha256 = _read_hash(path)
+        is_settled = begun - found[2] > SETTLED_SECONDS * 1e9
+        if is_settled and signature(path) == found:
+            self._now[name] = [*found, sha256]
+        return sha256
+
+    def save(self) -> None:
+        """Keeps the hashes of the files that were asked for."""
+        if self._now != self._before or not self._path.exists():
+            write_atomic(self._path, json.dumps({"version": 1, "files": self._now}).encode())
+
+
+def signature(path: Path) -> Signature:
+    """Returns a file's size, number and time of change, which no program can set; one differs once it was written.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}): copy it again or remove it.") from None
+    return found.st_size, found.st_ino, found.st_ctime_ns
+
+
+def _read_hash(path: Path) -> str:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # Opening a pipe would wait for its other end for ever.
+            raise DataError(f"{path}: is no file but a pipe, a socket or a device: remove it.")
+        return file_sha256(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}): copy it again or remove it.") from None
+
+
+def _read(path: Path) -> dict[str, list[int | str]]:
+    """Returns the entries of a file; none where it is missing or of another program."""
+    kept = (parse_object(path.read_bytes()) or {}) if path.is_file() else {}
+    files = kept.get("files") if kept.get("version") == 1 else None
+    return {name: entry for name, entry in files.items() if _is_entry(entry)} if isinstance(files, dict) else {}
+
+
+def _is_entry(entry: object) -> bool:
+    kinds = (int, int, int, str)
+    return isinstance(entry, list) and len(entry) == 4 and all(map(isinstance, entry, kinds))

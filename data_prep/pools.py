@@ -1,0 +1,191 @@
+"""Several processes that encode the tasks of one `prepare`: each takes the next task when it has done one."""
+
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import traceback
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from mochi_tune.data.parts import PartsFolder
+from mochi_tune.data_prep.decoder import ClipDecoder
+from mochi_tune.data_prep.tasks import AnyTask, ClipTask, Job, Task, Worker
+from mochi_tune.errors import ParallelError
+from mochi_tune.models.device import find_device
+
+# So many processes may die on one task, one after the other.
+MAX_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Death:
+    """A worker is gone, with the task that it had: how."""
+
+    how: str
+
+
+class Pool(ABC):
+    """Gives tasks to workers, one at a time, and the next one to whichever is free; tasks of the dead go to others.
+
+    Args:
+        count: workers at most.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def run(self, tasks: Sequence[AnyTask], update: Callable[[int], object]) -> Iterator[tuple[AnyTask, list[str]]]:
+        """Yields each task when what it encodes is on disk, in any order, with what `Worker.run` returns.
+
+        Args:
+            tasks: all of one kind.
+            update: called with the number of clips or captions that were done.
+
+        Raises:
+            MochiTuneError: a worker's own error; or ParallelError, several workers have died on one task.
+            OSError: a worker's.
+        """
+        waiting: deque[AnyTask] = deque(tasks)
+        in_hand: dict[int, AnyTask] = {}
+        ahead: dict[int, AnyTask] = {}
+        deaths: Counter[int] = Counter()
+
+        def give(slot: int) -> None:
+            task = ahead.pop(slot, None) or (waiting.popleft() if waiting else None)
+            if task is not None:
+                # Not of the last ones: a slow worker would keep one that others have time for.
+                if len(waiting) > self.count and isinstance(waiting[0], ClipTask):
+                    ahead[slot] = waiting.popleft()
+                in_hand[slot] = task
+                self._submit(slot, task, ahead.get(slot))
+
+        for slot in range(min(self.count, len(waiting))):
+            give(slot)
+        while in_hand:
+            slot, outcome = self._wait()
+            task = in_hand.pop(slot)
+            if isinstance(outcome, Death):
+                deaths[id(task)] += 1
+                if deaths[id(task)] == MAX_TRIES:
+                    raise ParallelError(
+                        f"{MAX_TRIES} workers died on {task.name}, the last one was {outcome.how}: if memory ran out, "
+                        "use fewer parallel.num_processes; if not, remove it. The same command goes on from here."
+                    )
+                waiting.appendleft(task)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                update(len(outcome) or 1)
+                yield task, outcome
+            give(slot)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None:
+        """Ends the workers, whatever they are doing."""
+
+    @abstractmethod
+    def _submit(self, slot: int, task: Task, ahead: Task | None) -> None:
+        """Gives a task to a worker, which is started where there is none."""
+
+    @abstractmethod
+    def _wait(self) -> tuple[int, list[str] | Exception | Death]:
+        """Waits for any worker; returns its number, and what `Worker.run` returned or raised."""
+
+
+class ProcessPool(Pool):
+    """Workers that are processes on this machine, one a GPU; a context manager.
+
+    Args:
+        job: of the run.
+        count: processes.
+    """
+
+    def __init__(self, job: Job, count: int) -> None:
+        super().__init__(count)
+        self._job = job
+        self._workers: dict[int, tuple[Any, Connection]] = {}
+
+    def __exit__(self, *_: object) -> None:
+        for process, connection in self._workers.values():
+            process.kill()
+            process.join(5)
+            connection.close()
+
+    def _submit(self, slot: int, task: Task, ahead: Task | None) -> None:
+        if slot not in self._workers:
+            # Spawned, not forked: that works beside CUDA and threads.
+            context = multiprocessing.get_context("spawn")
+            ours, theirs = context.Pipe()
+            arguments = (theirs, self._job, slot, os.getpid())
+            process = context.Process(target=_serve, args=arguments, name=f"encoder-{slot}")
+            process.start()
+            theirs.close()
+            self._workers[slot] = process, ours
+        # If it has just died, the missing answer will say so.
+        with contextlib.suppress(ConnectionError):
+            self._workers[slot][1].send((task, ahead))
+
+    def _wait(self) -> tuple[int, list[str] | Exception | Death]:
+        ready = wait([connection for _, connection in self._workers.values()])[0]
+        slot = next(slot for slot, (_, connection) in self._workers.items() if connection is ready)
+        process, connection = self._workers[slot]
+        try:
+            return slot, connection.recv()
+        except (EOFError, ConnectionError):
+            process.join(5)
+            process.kill()
+            connection.close()
+            del self._workers[slot]
+            code = process.exitcode
+            return slot, Death(f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}")
+
+
+def _serve(connection: Connection, job: Job, slot: int, parent: int) -> None:
+    """Runs in a worker: does one task after the other until the main process hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        return
+    if job.device == "cuda":
+        torch.cuda.set_device(slot)
+    with ClipDecoder(job.decode_timeout_seconds) as decoder:
+        worker = make_worker(job, decoder)
+        while True:
+            try:
+                task, ahead = connection.recv()
+            except (EOFError, ConnectionError):
+                return
+            connection.send(run_caught(worker, task, ahead))
+
+
+def make_worker(job: Job, decoder: ClipDecoder) -> Worker:
+    """Returns the worker of a process that is not the main one."""
+    # As in the main process: kernels that torchao was built without are no news.
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    torch.set_num_threads(job.num_threads)
+    find_device(job.device)
+    return Worker(job, PartsFolder(job.parts), decoder, checks_weights=True)
+
+
+def run_caught(worker: Worker, task: Task, ahead: Task | None) -> list[str] | Exception:
+    """Runs a task until it is on disk; returns what it raises, for the main process to raise."""
+    try:
+        refused = worker.run(task, ahead)
+        worker.finish()
+        return refused
+    except Exception as error:  # noqa: BLE001  (raised again in the main process)
+        error.add_note(f"In a worker:\n{traceback.format_exc()}")
+        return error

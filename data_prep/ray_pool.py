@@ -1,0 +1,157 @@
+"""The workers of a `prepare` on a Ray cluster, one started here or one that is there."""
+
+import logging
+import os
+import socket
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mochi_tune.data_prep.decoder import ClipDecoder
+from mochi_tune.data_prep.pools import MAX_TRIES, Death, Pool, make_worker, run_caught
+from mochi_tune.data_prep.tasks import Job, Task
+from mochi_tune.errors import ConfigError, ParallelError
+
+# How long an address has to answer.
+CONNECT_SECONDS = 10.0
+# For a machine of a cluster to start a process and import this.
+START_SECONDS = 300.0
+# Results are a few words; the encoded tensors go straight to the disk.
+STORE_BYTES = 100 * 2**20
+
+
+class RayPool(Pool):
+    """Workers that are actors of a Ray cluster, one a GPU or a CPU; a context manager.
+
+    Ray starts a worker again that was killed, on another machine if need be, and gives it its task again. All machines
+    see the videos, the weights and the cache under the same paths.
+
+    Args:
+        job: of the run.
+        count: workers.
+        address: "auto", HOST:PORT or ray://HOST:PORT; None starts a cluster on this machine.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        ParallelError: the cluster cannot be reached, is too small, or has another version of mochi-tune.
+    """
+
+    def __init__(self, job: Job, count: int, address: str | None) -> None:
+        super().__init__(count)
+        self._job, self._address = job, address
+        self._actors: dict[int, Any] = {}
+        self._pending: dict[Any, int] = {}
+
+    def __enter__(self) -> "RayPool":
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise ConfigError('parallel.engine=ray needs Ray: pip install "mochi-tune[ray]".') from None
+        self._ray: Any = ray
+        self._connect()
+        try:
+            self._check_machines()
+        except BaseException:
+            self._ray.shutdown()
+            raise
+        gpus = self._job.device == "cuda"
+        options = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0}
+        actor = self._ray.remote(**options, max_restarts=-1, max_task_retries=MAX_TRIES - 1)(RayWorker)
+        self._actors = {slot: actor.remote(self._job, Path.cwd()) for slot in range(self.count)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+        self._ray.shutdown()
+
+    def _connect(self) -> None:
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if self._address is None:
+            here = {"num_cpus": self.count, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+            self._ray.init("local", **here, **quiet)
+            return
+        host, _, port = self._address.removeprefix("ray://").rpartition(":")
+        try:
+            if port.isdigit():
+                # Ray itself tries for minutes.
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            self._ray.init(self._address, **quiet)
+        except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+            text = str(error.__cause__ or error).strip() or type(error).__name__
+            why = text.splitlines()[-1].strip()[:200]
+            if "authentication token" in text.lower():
+                why = "it asks for a token that Ray has not got here"
+            raise ParallelError(
+                f"the Ray cluster of parallel.ray_address={self._address} cannot be reached ({why}): see that it runs, "
+                "or leave parallel.ray_address out to start one here."
+            ) from None
+
+    def _check_machines(self) -> None:
+        """Refuses a cluster that is too small, and one with other versions on a machine that may get a worker."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        kind = "GPU" if self._job.device == "cuda" else "CPU"
+        nodes = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get(kind)]
+        there = int(sum(node["Resources"][kind] for node in nodes))
+        if there < self.count:
+            raise ParallelError(
+                f"parallel.num_processes={self.count} workers want a {kind} each, and the Ray cluster has {there}: use "
+                f"parallel.num_processes={max(there, 1)}, or device=cpu on a cluster without GPUs."
+            )
+        asked = {
+            node["NodeManagerHostname"]: self._ray.remote(num_cpus=0)(versions)
+            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote()
+            for node in nodes
+        }
+        ours = versions()
+        for host, answer in asked.items():
+            try:
+                theirs = self._ray.get(answer, timeout=START_SECONDS)
+            except (self._ray.exceptions.RayError, TimeoutError) as error:
+                why = [line.strip() for line in str(error).splitlines() if line.strip()]
+                raise ParallelError(
+                    f"{host} of the Ray cluster does not answer ({(why or [type(error).__name__])[-1]}): install "
+                    f"mochi-tune {ours['mochi-tune']} there, or take it out of the cluster."
+                ) from None
+            for name in [name for name in ours if theirs.get(name) != ours[name]][:1]:
+                raise ParallelError(
+                    f"{host} of the Ray cluster has {name} {theirs.get(name)}, this process has {ours[name]}: install "
+                    "the same on all machines."
+                )
+
+    def _submit(self, slot: int, task: Task, ahead: Task | None) -> None:
+        self._pending[self._actors[slot].run.remote(task, ahead)] = slot
+
+    def _wait(self) -> tuple[int, list[str] | Exception | Death]:
+        [ready], _ = self._ray.wait(list(self._pending), num_returns=1)
+        slot = self._pending.pop(ready)
+        try:
+            return slot, self._ray.get(ready)
+        except self._ray.exceptions.RayError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise ParallelError(
+                f"a worker of the Ray cluster was lost {MAX_TRIES} times on one task, the last time by "
+                f"{type(error).__name__} ({lines[0] if lines else ''}). The same command goes on from here."
+            ) from None
+
+
+class RayWorker:
+    """What runs in a Ray actor."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        # Paths of the settings are relative to it.
+        os.chdir(folder)
+        self._worker = make_worker(job, ClipDecoder(job.decode_timeout_seconds))
+
+    def run(self, task: Task, ahead: Task | None) -> list[str] | Exception:
+        """Does a task, as `run_caught`."""
+        return run_caught(self._worker, task, ahead)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this process that decide what is encoded."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return {"mochi-tune": version("mochi-tune"), "torch": version("torch"), "Python": python}

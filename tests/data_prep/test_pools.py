@@ -1,0 +1,75 @@
+"""How tasks are given to workers, and what a worker refuses; the processes themselves are in tests/faults."""
+
+from pathlib import Path
+
+import pytest
+from helpers_prepare import TINY
+
+from mochi_tune.data.parts import PartsFolder
+from mochi_tune.data.rows import CacheSettings
+from mochi_tune.data_prep.decoder import ClipDecoder
+from mochi_tune.data_prep.pools import Death, Pool, make_worker, run_caught
+from mochi_tune.data_prep.tasks import CaptionTask, Job, Worker
+from mochi_tune.errors import ParallelError
+from mochi_tune.weights.paths import WeightsPaths
+
+TASKS = [CaptionTask(str(number), f"caption {number}", f"{number}.mp4") for number in range(7)]
+
+
+class Workers(Pool):
+    """Workers without processes, of which the newest one is done first; some die on some tasks."""
+
+    def __init__(self, count: int, deaths: dict[str, int]) -> None:
+        super().__init__(count)
+        self.deaths, self.in_hand, self.given = dict(deaths), {}, []
+
+    def __exit__(self, *_: object) -> None:
+        self.in_hand.clear()
+
+    def _submit(self, slot, task, ahead) -> None:
+        assert slot not in self.in_hand and slot < self.count
+        self.in_hand[slot] = task
+        self.given.append(task.key)
+
+    def _wait(self):
+        slot, task = self.in_hand.popitem()
+        if self.deaths.get(task.key, 0):
+            self.deaths[task.key] -= 1
+            return slot, Death("killed by SIGKILL")
+        return slot, []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_every_task_is_done_once_whoever_dies(count):
+    counted = []
+    with Workers(count, {"0": 2, "3": 1, "6": 2}) as pool:
+        done = [task.key for task, _ in pool.run(TASKS, counted.append)]
+    assert sorted(done) == [task.key for task in TASKS] and sum(counted) == len(TASKS)
+    assert sorted(pool.given) == sorted([*done, "0", "0", "3", "6", "6"])
+
+
+def test_a_task_that_three_workers_died_on_ends_the_run_and_is_named():
+    with Workers(2, {"5": 3}) as pool, pytest.raises(ParallelError, match=r"3 workers died on 5\.mp4, .* by SIGKILL"):
+        list(pool.run(TASKS, lambda _: None))
+
+
+def job_for(folder: Path, t5: str) -> Job:
+    settings = CacheSettings(transform={}, vae="v" * 64, vae_dtype="fp32", t5=t5, t5_dtype="fp32")
+    return Job(WeightsPaths(TINY), settings, folder, "cpu", 600, 1)
+
+
+def test_a_worker_with_other_weights_than_the_main_process_refuses_and_encodes_nothing(tmp_path):
+    with ClipDecoder(600) as decoder:
+        worker = make_worker(job_for(tmp_path, "f" * 64), decoder)
+        error = run_caught(worker, TASKS[0], None)
+        worker.close()
+    assert isinstance(error, ParallelError) and "the weights of the text_encoder" in str(error)
+    assert "ffffffffffffffff… in the main process" in str(error) and not list(tmp_path.iterdir())
+
+
+def test_what_a_worker_has_encoded_before_it_does_not_encode_again(tmp_path):
+    (tmp_path / f"text-{TASKS[0].key}.safetensors").write_bytes(b"")
+    with ClipDecoder(600) as decoder:
+        worker = Worker(job_for(tmp_path, ""), PartsFolder(tmp_path), decoder, checks_weights=True)
+        assert worker.run(TASKS[0]) == []
+        worker.close()
