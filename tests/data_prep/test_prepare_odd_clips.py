@@ -55,7 +55,7 @@ def test_clips_that_are_easily_read_wrong_go_right_through_the_command_line(tmp_
         seen[name] = [frame_number(frame) for frame in frames]
         return encode_frames(encoder, frames, name)
 
-    monkeypatch.setattr("mochi_tune.data_prep.prepare.encode_frames", encode_seen)
+    monkeypatch.setattr("mochi_tune.data_prep.tasks.encode_frames", encode_seen)
     paths = [f"data.videos={tmp_path / 'videos'}", f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
     assert main(load_config("my_lora", [*SIZES, *paths, "data.allow_empty_captions=true", "data.frame_rate=auto"])) == 0
     assert seen == expected

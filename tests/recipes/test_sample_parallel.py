@@ -50,8 +50,8 @@ def folder(tmp_path_factory) -> Path:
     }
     metadata = {"num_blocks": "4", "base_fingerprint": WeightsFolder(TOY).base_identity()}
     save_adapter(folder / "adapter.safetensors", Adapter(layers, metadata))
-    # Modulation is computed once for all steps, so that no schedule changes an adapter of it.
-    steady = {name: layer for name, layer in layers.items() if ".mod_" not in name}
+    # Modulation and what it is made of are computed once for all steps, so that no schedule changes an adapter of them.
+    steady = {name: layer for name, layer in layers.items() if ".attn." in name or ".mlp_" in name}
     save_adapter(folder / "steady.safetensors", Adapter(steady, metadata))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     for name in ("without", "with"):
