@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers_prepare import GEOMETRY, TINY, add_clip
-from helpers_process import Program, wait_for_end
+from helpers_process import PATIENCE, Program, wait_for_end
 from helpers_road import SIZES, command
 
 from mochi_tune.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
@@ -197,7 +197,9 @@ def test_on_ray_a_killed_worker_is_replaced_and_other_versions_are_refused(base,
             for name, more, path in (("version", [], "site"), ("size", ["parallel.num_processes=9"], "none")):
                 joining = command("prepare", *settings(base, tmp_path / name), "parallel.engine=ray", address, *more)
                 environment = os.environ | {"PYTHONPATH": str(tmp_path / path)}
-                seen[name] = subprocess.run(joining, capture_output=True, text=True, check=False, env=environment)
+                # Not where the tests run: the metadata of the program itself lies there, and would go before.
+                options = {"capture_output": True, "text": True, "check": False, "env": environment, "cwd": tmp_path}
+                seen[name] = subprocess.run(joining, timeout=PATIENCE, **options)
         finally:
             os.kill(stopped.pid, signal.SIGKILL)
 
