@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.pools import MAX_TRIES, Death, Pool, make_worker, run_caught
 from mochi_tune.data_prep.tasks import Job, Task
@@ -17,6 +19,8 @@ from mochi_tune.errors import ConfigError, ParallelError
 CONNECT_SECONDS = 10.0
 # For a machine of a cluster to start a process and import this.
 START_SECONDS = 300.0
+# A wait without any answer is told after this.
+QUIET_SECONDS = 60.0
 # Results are a few words; the encoded tensors go straight to the disk.
 STORE_BYTES = 100 * 2**20
 
@@ -42,6 +46,7 @@ class RayPool(Pool):
         self._job, self._address = job, address
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, int] = {}
+        self._has_answered = False
 
     def __enter__(self) -> "RayPool":
         try:
@@ -126,7 +131,7 @@ class RayPool(Pool):
         self._pending[self._actors[slot].run.remote(task, ahead)] = slot
 
     def _wait(self) -> tuple[int, list[str] | Exception | Death]:
-        [ready], _ = self._ray.wait(list(self._pending), num_returns=1)
+        ready = self._wait_for_any()
         slot = self._pending.pop(ready)
         try:
             return slot, self._ray.get(ready)
@@ -136,6 +141,16 @@ class RayPool(Pool):
                 f"a worker of the Ray cluster was lost {MAX_TRIES} times on one task, the last time by "
                 f"{type(error).__name__} ({lines[0] if lines else ''}). The same command goes on from here."
             ) from None
+
+    def _wait_for_any(self) -> Any:
+        """Waits for a worker's answer; says so where the cluster gives none of them a place to run."""
+        if not self._has_answered:
+            found, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=QUIET_SECONDS)
+            if not found:
+                tqdm.write("no worker of the Ray cluster has answered yet: it starts them, or has no CPU or GPU free")
+        [ready], _ = self._ray.wait(list(self._pending), num_returns=1)
+        self._has_answered = True
+        return ready
 
 
 class RayWorker:

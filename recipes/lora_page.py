@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-from mochi_tune.adapters.tools import LayerFacts, place_of
+from mochi_tune.adapters.tools import LayerFacts, block_and_kind
 from mochi_tune.data_prep.html_page import Head, document, section
 from mochi_tune.recipes.lora_tools import Inspection
 
@@ -28,7 +28,7 @@ def make_page(found: Inspection) -> str:
     name = found.adapter.path.name if found.adapter.path else "adapter"
     kinds: dict[str, dict[int, LayerFacts]] = {}
     for layer, facts in found.layers.items():
-        block, kind = place_of(layer)
+        block, kind = block_and_kind(layer)
         if block is not None:
             kinds.setdefault(kind, {})[block] = facts
     highest = max(facts.norm for facts in found.layers.values())
@@ -36,7 +36,7 @@ def make_page(found: Inspection) -> str:
     charts = "".join(_chart(kind, kinds[kind], num_blocks, highest) for kind in sorted(kinds))
     what = "the change before a DoRA gives the rows their lengths" if found.adapter.is_dora else "the change ΔW"
     note = f"The Frobenius norm of {what} in each block, on one scale for all kinds of layers."
-    if outside := [layer for layer in found.layers if place_of(layer)[0] is None]:
+    if outside := [layer for layer in found.layers if block_and_kind(layer)[0] is None]:
         note += f" {len(outside)} layers outside the blocks are in the table below only."
     content = [
         section("Change by block and kind of layer", note, f'<div class="charts">{charts}</div>'),

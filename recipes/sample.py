@@ -136,12 +136,13 @@ def main(config: RunConfig) -> Iterator[Path]:
                 assert not list(chunks), "only the writer has frames"
                 continue
             # Another process may have taken the name since it was chosen; what goes beside the video follows it.
-            metadata = file_metadata(request, plan.common) if config.sample.metadata else {}
+            common = plan.common | describe_start(request, plan, encoded)
+            metadata = file_metadata(request, common) if config.sample.metadata else {}
             video = write_video(request.video, chunks, may_replace=False, encoding=request.encoding, metadata=metadata)
             request = replace(request, video=video)
             if config.sample.save_latents:
                 save_latents(request, states)
-            save_settings(request, plan.common | describe_start(request, plan, encoded), usage)
+            save_settings(request, common, usage)
             yield request.video
     if len(finished) < len(mine):
         raise KeyboardInterrupt

@@ -3,32 +3,19 @@
 import base64
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from helpers_server import LocalServer
 
 
-class UploadHub:
+class UploadHub(LocalServer):
     """Attributes: `files` by repository and name, `visibility` by repository, and faults to inject."""
 
     def __init__(self):
         self.files, self.visibility, self.objects = {}, {}, {}
         self.tokens, self.operations = set(), []
         self.refuses_objects = False
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def close(self):
-        """Ends it; a second time does nothing."""
-        if not self.thread.is_alive():
-            return
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+        super().__init__(self.handler())
 
     def handler(hub):
         class Handler(BaseHTTPRequestHandler):

@@ -54,8 +54,8 @@ from mochi_tune.adapters.layers import (
     split_layers,
 )
 from mochi_tune.adapters.modelspec import COMPUTED_KEYS, kohya_metadata, modelspec, tensors_sha256
-from mochi_tune.adapters.places import find_adapter_file
 from mochi_tune.adapters.reading import read_layers
+from mochi_tune.adapters.resolve import find_adapter_file
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import save_tensors
 

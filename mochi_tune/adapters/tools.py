@@ -101,7 +101,7 @@ class Comparison:
         return not (self.only_first or self.only_second) and max(self.differences.values()) <= SAME
 
 
-def place_of(name: str) -> tuple[int | None, str]:
+def block_and_kind(name: str) -> tuple[int | None, str]:
     """Returns a layer's block and kind, (0, "attn.qkv_x"); outside the blocks None and the whole name."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (None, name)
@@ -122,7 +122,7 @@ def kind_norms(layers: Mapping[str, LayerFacts]) -> dict[str, float]:
     """Returns the norm of the change of all layers of each kind."""
     norms: dict[str, float] = {}
     for name, facts in layers.items():
-        kind = place_of(name)[1]
+        kind = block_and_kind(name)[1]
         norms[kind] = math.hypot(norms.get(kind, 0.0), facts.norm)
     return norms
 
@@ -276,7 +276,7 @@ def _refuse_dora(adapter: Adapter, what: str) -> None:
 
 
 def _order(name: str) -> tuple[float, str]:
-    block, kind = place_of(name)
+    block, kind = block_and_kind(name)
     return (math.inf if block is None else block), kind
 
 

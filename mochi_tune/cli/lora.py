@@ -171,9 +171,9 @@ def run_extract(_: list[str], options: dict[str, str]) -> int:
 
 def _print_table(cells: Mapping[str, str], totals: Mapping[str, str] | None = None) -> None:
     """Prints a text of each layer: a row for each block, a column for each kind of layer, and a row of totals."""
-    from mochi_tune.adapters.tools import place_of
+    from mochi_tune.adapters.tools import block_and_kind
 
-    places = {place_of(name): text for name, text in cells.items()}
+    places = {block_and_kind(name): text for name, text in cells.items()}
     kinds = sorted({kind for block, kind in places if block is not None})
     widths = [max(len(kind), *(len(text) for (_, k), text in places.items() if k == kind)) for kind in kinds]
     if kinds:
@@ -222,10 +222,10 @@ def _path(text: str) -> Path:
 
 
 def _weights(key: str, text: str) -> Path:
-    """Returns a weights folder by the rules of the setting model.weights."""
+    """Returns a weights folder or file by the rules of the setting model.weights."""
     from mochi_tune.config.load import load_config, weights_folder
 
     folder = weights_folder(load_config("base", [f"model.weights={text}"]))
-    if not folder.is_dir():
-        raise ConfigError(f"{key}={text} is no folder: name a weights folder, such as that of `weights pull`.")
+    if not folder.exists():
+        raise ConfigError(f"{key}={text} does not exist: name weights, such as the folder of `weights pull`.")
     return folder

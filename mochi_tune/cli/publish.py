@@ -42,7 +42,7 @@ def run_export(arguments: list[str]) -> int:
         print(summary.source_note, file=sys.stderr)
         print(summary)
         return 0
-    from mochi_tune.adapters.places import find_adapter_file
+    from mochi_tune.adapters.resolve import find_adapter_file
     from mochi_tune.recipes.publish import Publication, default_folder
     from mochi_tune.weights.push import check_login
 

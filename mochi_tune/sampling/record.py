@@ -61,11 +61,13 @@ def describe(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
 def file_metadata(request: Request, common: Mapping[str, Any]) -> dict[str, str]:
     """Returns what a video file says of itself: its prompt as title, and what determines it as JSON in the comment.
 
-    Adapters go by their file's name: a path may tell who rendered it.
+    Files go by their names: a path may tell who rendered it.
     """
     record = describe(request, common)
-    adapters = [adapter | {"file": Path(adapter["file"]).name} for adapter in record.get("adapters", [])]
-    comment = json.dumps(record | {"adapters": adapters}, ensure_ascii=False)
+    record["adapters"] = [adapter | {"file": Path(adapter["file"]).name} for adapter in record.get("adapters", [])]
+    if start := record.get("init_video"):
+        record["init_video"] = start | {"file": Path(start["file"]).name}
+    comment = json.dumps(record, ensure_ascii=False)
     return {"title": " ".join(request.prompt.split()), "comment": comment}
 
 

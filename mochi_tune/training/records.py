@@ -127,7 +127,10 @@ def _rendered_videos(run_dir: Path, adapter: Path) -> list[SampleVideo]:
         record = path.with_suffix(".json")
         facts = parse_object(record.read_bytes()) if record.is_file() else None
         used = (facts or {}).get("adapters") or []
-        if facts and len(used) == 1 and used[0].get("sha256") == sha256 and used[0].get("strength") == 1:
+        # Not with strengths by step or block, nor of another video: neither would show what the adapter does.
+        is_plain = facts is not None and "init_video" not in facts
+        is_whole = len(used) == 1 and not {"strength_schedule", "block_strength"} & used[0].keys()
+        if facts and is_plain and is_whole and used[0].get("sha256") == sha256 and used[0].get("strength") == 1:
             videos.append(
                 SampleVideo(path, str(facts.get("prompt", "")), facts.get("side_by_side") == ["base", "adapted"])
             )

@@ -195,6 +195,15 @@ def find_shards(folder: Path, stem: str, variant: str | None = None) -> list[Pat
     raise problem
 
 
+def is_other_index(path: Path, shards: Sequence[Path]) -> bool:
+    """Whether a file is the index of other shards than these."""
+    if ".safetensors.index." not in path.name:
+        return False
+    weight_map = (parse_object(path.read_bytes()) or {}).get("weight_map")
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return not names & {shard.name for shard in shards}
+
+
 def _shards_of(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -25,6 +25,7 @@ from mochi_tune.weights.files import (
     find_tokenizer,
     fingerprint_files,
     has_part,
+    is_other_index,
     require_tokenizer,
 )
 from mochi_tune.weights.fill import build_meta_model, fill_model
@@ -100,9 +101,11 @@ class WeightsFolder:
             return fingerprint_files(self._root, files.existing)
         # Features of a T5 that is not the model would be noise, and go into a cache under this name.
         plan, tokenizer = self._plan(part), require_tokenizer(self.paths)
-        folders = [tokenizer] if files.is_single else [files.config.parent, tokenizer]
-        beside = [p for folder in folders for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
-        return fingerprint_files(self._root, [*(files.existing if files.is_single else []), *beside], plan.reading)
+        folders = {tokenizer} if files.is_single else {files.config.parent, tokenizer}
+        beside = {p for folder in folders for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")}
+        # Other variants, and other models in a folder of single files, are not read.
+        read = {path for path in beside if path.suffix != ".safetensors" and not is_other_index(path, files.shards)}
+        return fingerprint_files(self._root, sorted(read | set(files.existing)), plan.reading)
 
     def dit_skeleton(self) -> AsymmDiT:
         """Builds the AsymmDiT on the meta device, for its names and shapes; raises as `load_dit`."""

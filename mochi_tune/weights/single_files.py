@@ -37,25 +37,25 @@ COMFYUI_FOLDERS = {
 }
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a part's tensors are in a file: whose names they have, behind which prefix."""
 
     naming: Literal["official", "diffusers"]
     prefix: str
 
 
-def find_prefixes(names: Iterable[str]) -> dict[str, Place]:
+def find_prefixes(names: Iterable[str]) -> dict[str, Location]:
     """Returns where each part is that has its tensors among these names.
 
     Diffusers' prefix of the VAE's halves is what stands before "encoder." and "decoder.", which the names keep.
     """
     names = set(names)
-    found: dict[str, Place] = {}
+    found: dict[str, Location] = {}
     for part, anchors in _ANCHORS.items():
         for naming, anchor in anchors.items():
             prefixes = [name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")]
             if len(prefixes) == 1:
-                found[part] = Place(naming, prefixes[0])
+                found[part] = Location(naming, prefixes[0])
     return found
 
 
@@ -85,9 +85,9 @@ def take_part(headers: Mapping[str, TensorHeader], part: str, is_shared: bool) -
         is_shared: whether other parts may be among them. What no part has is returned under its full name, so that
             the comparison with the model refuses it.
     """
-    places = find_prefixes(headers)
-    prefix = places[part].prefix if part in places else ""
-    others = {place.prefix for place in places.values()} - {prefix} if is_shared else set()
+    locations = find_prefixes(headers)
+    prefix = locations[part].prefix if part in locations else ""
+    others = {location.prefix for location in locations.values()} - {prefix} if is_shared else set()
     found = {}
     for name, header in headers.items():
         if is_shared and name.endswith(_NOT_USED):

@@ -8,10 +8,10 @@ from helpers_adapters import ALL, ATTENTION, MIXED, MLPS, delta64, random_adapte
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.adapters.low_rank import Limit
 from mochi_tune.adapters.tools import (
+    block_and_kind,
     compare_adapters,
     measure_layers,
     merge_adapters,
-    place_of,
     resize_adapter,
 )
 from mochi_tune.errors import CheckpointError, ConfigError
@@ -44,7 +44,7 @@ def test_layers_come_in_the_order_of_the_blocks():
     one = LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0)
     names = ["blocks.0.attn.proj_x", "blocks.2.attn.proj_x", "blocks.10.attn.proj_x", "t5_y_embedder.to_q"]
     assert list(measure_layers(Adapter(dict.fromkeys(sorted(names), one)))) == names
-    assert place_of(names[2]) == (10, "attn.proj_x") and place_of(names[3]) == (None, "t5_y_embedder.to_q")
+    assert block_and_kind(names[2]) == (10, "attn.proj_x") and block_and_kind(names[3]) == (None, "t5_y_embedder.to_q")
 
 
 def test_a_merge_is_the_sum_of_the_changes():

@@ -3,6 +3,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from helpers_adapters import ALL, GOLDEN, MIXED, adapted64, base_weights, random_adapter, with_magnitudes
 from helpers_dit import random_dit, relative_error, run_dit
 from helpers_memory import HeldMemory
+from helpers_weights import small_configs
 from safetensors.torch import load_file
 
 from mochi_tune import assets
 from mochi_tune.adapters.files import Adapter, LoraLayer, save_adapter
+from mochi_tune.cli.lora import run_lora
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.recipes import lora_bake
@@ -54,6 +57,17 @@ def test_the_baked_model_is_the_base_with_the_adapter(tmp_path, loras, kind, str
     beside = run_dit(GOLDEN, adapter, strength)
     assert relative_error(run_dit(tmp_path / "baked"), beside) <= 2e-5
     assert relative_error(run_dit(GOLDEN), beside) > 1e-2
+
+
+def test_a_base_may_be_one_file(tmp_path, loras):
+    _, path = loras["lora"]
+    base = small_configs(tmp_path / "models") / "mochi.safetensors"
+    shutil.copy(GOLDEN / "dit.safetensors", base)
+    command = ["bake", str(path), f"model.weights={base}", f"out={tmp_path / 'baked'}", "dtype=fp32"]
+    assert run_lora(command) == 0
+    lora_bake.main(path, GOLDEN, tmp_path / "other", Settings(dtype="fp32"))
+    one, other = (load_file(tmp_path / name / "dit.safetensors") for name in ("baked", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
 
 def test_diffusers_loads_what_was_baked(tmp_path, loras):

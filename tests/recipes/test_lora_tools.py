@@ -119,7 +119,7 @@ OUT = "out=NEW/out.safetensors"
         ("resize first rank=2 out=NEW/out.pt", "must end in .safetensors: use out.safetensors."),
         ("compare first", "lora compare takes 2 adapter files without a key"),
         ("compare first dora", "is a DoRA and the other adapter is not"),
-        ("bake first model.weights=nowhere out=NEW", "model.weights=nowhere is no folder"),
+        ("bake first model.weights=nowhere out=NEW", "model.weights=nowhere does not exist"),
         ("bake other model.weights=package:tiny out=NEW", "was trained on another base: base_fingerprint is efef"),
         ("bake first model.weights=package:tiny out=NEW to=comfyui", "to=comfyui is not possible: use official or"),
         ("bake first model.weights=package:tiny out=NEW dtype=int8", "dtype=int8 is not possible: use bf16 or fp16"),

@@ -21,6 +21,7 @@ from mochi_tune.cli.options import EXPORT_OPTIONS, load, plain_options
 from mochi_tune.cli.publish import push_trained, run_export
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.files import file_sha256
 from mochi_tune.recipes.export import main as export
 from mochi_tune.recipes.publish import Publication, main
 from mochi_tune.training.records import read_run
@@ -83,6 +84,25 @@ def test_the_folder_has_what_the_card_shows(run_dir, tmp_path):
         assert row in text
     # No name of a clip, no caption and no path of this machine.
     assert "clip_0" not in text and "hill" not in text and str(run_dir) not in text and str(tmp_path) not in text
+
+
+def test_the_card_shows_what_was_rendered_with_this_adapter_as_it_is(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    ours = {"sha256": file_sha256(run / "adapter.safetensors"), "strength": 1.0}
+    facts = {
+        "plain": {"adapters": [ours]},
+        "weaker": {"adapters": [ours | {"strength": 0.5}]},
+        "other": {"adapters": [ours | {"sha256": "0" * 64}]},
+        "two": {"adapters": [ours, ours]},
+        "fading": {"adapters": [ours | {"strength_schedule": [1.0, 0.0]}]},
+        "in part": {"adapters": [ours | {"block_strength": {"0": 0.5}}]},
+        "begun": {"adapters": [ours], "init_video": {"file": "a.mp4"}},
+    }
+    for name, record in facts.items():
+        (run / "samples" / f"{name}.mp4").write_bytes(b"a video")
+        (run / "samples" / f"{name}.json").write_text(json.dumps({"prompt": name} | record))
+    records = read_run(run, run / "adapter.safetensors", 3)
+    assert [video.prompt for video in records.videos if not video.file.name.startswith("step_")] == ["plain"]
 
 
 def test_the_commands_of_the_card_are_understood(run_dir, tmp_path):

@@ -162,7 +162,11 @@ def test_the_first_complete_variant_is_read_or_the_one_that_is_named(tmp_path):
     assert_t5(weights, half)
     shutil.copy(tmp_path / "plain.safetensors", folder / "model-00001-of-00001.safetensors")
     assert_t5(WeightsFolder(tmp_path / "weights"), tensors)
-    assert_t5(WeightsFolder(WeightsPaths(tmp_path / "weights", variant="bf16")), half)
+    chosen = WeightsFolder(WeightsPaths(tmp_path / "weights", variant="bf16"))
+    assert_t5(chosen, half)
+    # Features of one variant are not taken for those of another one.
+    assert len({each.fingerprint("text_encoder") for each in (chosen, WeightsFolder(tmp_path / "weights"))}) == 2
+    assert chosen.fingerprint("text_encoder") == weights.fingerprint("text_encoder")
     with pytest.raises(CheckpointError, match=r"neither model\.fp16\.safetensors"):
         WeightsFolder(WeightsPaths(tmp_path / "weights", variant="fp16")).check(["text_encoder"])
 

@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from helpers_server import LocalServer
 from safetensors.torch import save
 
 from mochi_tune.adapters.files import load_adapter
-from mochi_tune.adapters.places import find_adapter_file
+from mochi_tune.adapters.resolve import find_adapter_file
 from mochi_tune.errors import CheckpointError
 
 COMMIT = "c" * 40
@@ -29,18 +29,10 @@ REPOS = {
 }  # fmt: skip
 
 
-class Hub:
+class Hub(LocalServer):
     def __init__(self):
         self.fetched = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+        super().__init__(self.handler())
 
     def handler(hub):
         class Handler(BaseHTTPRequestHandler):
