@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mochi_tune.data_prep.captioning import Cost
 from mochi_tune.errors import DataError
+from mochi_tune.files import lock_file
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,11 @@ def open_log(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yields a function that adds a line to the log, which one process has at a time."""
     with open(path, "a+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                # Captions are never replaced, only asked for twice.
+                tqdm.write(f"{path}: its disk has no locks: see that no other `mochi-tune describe` runs there")
         except BlockingIOError:
             raise DataError(f"{path}: is written by another `mochi-tune describe`: wait for its end.") from None
-        except OSError:
-            # A network disk without locks: captions are never replaced, only asked for twice.
-            tqdm.write(f"{path}: cannot be locked here; run one `mochi-tune describe` at a time")
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         if file.read(1) not in (b"", b"\n"):
             # A process was killed in the middle of a line.

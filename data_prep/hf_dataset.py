@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mochi_tune.data_prep.caption_tables import CAPTION_KEYS
 from mochi_tune.data_prep.finding import VIDEO_SUFFIXES
 from mochi_tune.errors import DataError
-from mochi_tune.files import file_sha256, parse_object, read_json, remove_temporary_files, write_atomic
+from mochi_tune.files import file_sha256, lock_file, parse_object, read_json, remove_temporary_files, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,7 +72,7 @@ def materialise_dataset(folder: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         # A second process waits, and then finds all videos written.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, fcntl.LOCK_EX)
         remove_temporary_files(out)
         captions = _write_videos(folder, out)
         rows = [{"file_name": name, "caption": texts} for name, texts in captions.items()]

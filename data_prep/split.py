@@ -33,6 +33,7 @@ from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import (
     fsync,
+    lock_file,
     make_writable_folder,
     read_json,
     remove_temporary_files,
@@ -129,7 +130,8 @@ def only_process(folder: Path, verb: str) -> Iterator[None]:
     """
     with open(folder / ".lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                tqdm.write(f"{folder}: its disk has no locks: see that no other {verb} writes there")
         except BlockingIOError:
             raise DataError(f"{folder} is in use by another {verb}: wait for it, or use another out=.") from None
         yield

@@ -3,27 +3,28 @@
 import codecs
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import socket
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mochi_tune.errors import CheckpointError, MochiTuneError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # The full-size models and adapters need a twentieth of it.
 MAX_HEADER_BYTES = 4 * 2**20
+# What a disk without locks answers.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # What `name_stand_in` needs of a file.
 STAND_IN_BYTES = 256
 _BYTE_ORDER_MARKS = (
@@ -132,6 +133,24 @@ def remove_temporary_files(folder: Path) -> None:
     """Removes the temporary files that killed processes have left in a folder to which no process writes now."""
     for path in folder.glob(".*.tmp"):
         path.unlink()
+
+
+def lock_file(file: IO, operation: int) -> bool:
+    """Locks an open file until it is closed, as `fcntl.flock` does.
+
+    Returns:
+        Whether it is locked: some network disks have no locks.
+
+    Raises:
+        BlockingIOError: the operation does not wait, and another process has the lock.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def fsync(path: Path) -> None:
@@ -317,42 +336,6 @@ def _with_sorted_metadata(content: bytes) -> bytes:
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return b"".join([len(header).to_bytes(8, "little"), header, memoryview(content)[start:]])
-
-
-def stream_tensors(
-    path: Path, layout: Mapping[str, tuple["torch.dtype", tuple[int, ...]]], tensors: Iterable[tuple[str, "Tensor"]]
-) -> None:
-    """Writes a safetensors file of any size while one tensor is in memory at a time; complete or not there.
-
-    Source: huggingface/safetensors@v0.8.0 README.md (Format).
-
-    Args:
-        path: the file.
-        layout: dtype (fp32, bf16 or fp16) and shape of each tensor, in the file's order; those of fp32 come first, so
-            that each one begins at a multiple of its elements' size.
-        tensors: names and tensors in that order, of those dtypes and shapes.
-
-    Raises:
-        OSError: the disk is full, or refuses.
-    """
-    import torch
-
-    codes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        assert begin % dtype.itemsize == 0, "tensors of fp32 come first"
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_file(path, durable=True) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        expected = iter(layout.items())
-        for name, tensor in tensors:
-            assert (name, (tensor.dtype, tuple(tensor.shape))) == next(expected), f"{name} is not what the header says"
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        assert next(expected, None) is None, "the header has more tensors"
 
 
 def check_header(path: Path) -> None:

@@ -15,12 +15,13 @@ from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import all_linear_shapes
 from mochi_tune.adapters.tools import assumed_note, source_of
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.files import stream_tensors, write_json
+from mochi_tune.files import write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import hidden_width
 from mochi_tune.weights.fill import fp32_parameters
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import Pieces, diffusers_map
+from mochi_tune.weights.writing import stream_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("official", "diffusers")

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from mochi_tune.files import find_lone_surrogate, load_tensors, read_text, save_tensors, stream_tensors, write_new
+from mochi_tune.files import find_lone_surrogate, load_tensors, read_text, save_tensors, write_new
 
 
 @pytest.mark.parametrize(
@@ -47,34 +46,10 @@ def test_half_of_a_character_is_found():
     assert find_lone_surrogate("a \udc00 \ud83d") == "\\udc00"
 
 
-LAYOUT = {"norm": (torch.float32, (3,)), "x": (torch.bfloat16, (2, 5)), "y": (torch.float16, (1, 1, 7))}
-
-
-def test_tensors_are_written_one_by_one_in_the_librarys_format(tmp_path):
-    tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in LAYOUT.items()}
-    # Rows that are not next to each other in memory.
-    tensors["x"] = tensors["x"].T.contiguous().T
-    stream_tensors(tmp_path / "x.safetensors", LAYOUT, iter(tensors.items()))
-    loaded = load_file(tmp_path / "x.safetensors")
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
-
-
-def test_a_stream_that_breaks_off_leaves_no_file(tmp_path):
-    def broken():
-        yield "norm", torch.zeros(3)
-        raise OSError(28, "no space")
-
-    with pytest.raises(OSError):
-        stream_tensors(tmp_path / "x.safetensors", LAYOUT, broken())
-    assert list(tmp_path.iterdir()) == []
-
-
 SAVE = """
 import sys, torch
 from pathlib import Path
-from mochi_tune.files import find_lone_surrogate, load_tensors, read_text, save_tensors, stream_tensors, write_new
+from mochi_tune.files import save_tensors
 dtypes = (torch.float32, torch.bfloat16, torch.uint8)
 tensors = {f"t{i}": torch.arange(i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)}
 metadata = {f"key {i}": 'ü "\\\\n\\n\\x01' * i for i in range(20)}

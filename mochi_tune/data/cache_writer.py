@@ -5,7 +5,6 @@ shards beside the old ones, puts them in place, and writes the manifest last. Bo
 commit needs twice the cache's size on disk. Shards whose rows did not change are linked, not written again.
 """
 
-import errno
 import fcntl
 import json
 import math
@@ -39,12 +38,10 @@ from mochi_tune.data.rows import (
     shard_schema,
 )
 from mochi_tune.errors import DataError
-from mochi_tune.files import atomic_file, file_sha256, write_atomic
+from mochi_tune.files import atomic_file, file_sha256, lock_file, write_atomic
 
 STAGING_FOLDER = "data.new"
 TRASH_FOLDER = "trash"
-# What network disks without locks answer.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -121,14 +118,10 @@ class CacheWriter:
         # NFS grants a shared lock to readers alone, an exclusive one to writers.
         lock = (folder / ".lock").open("a+")
         try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            self.is_locked &= lock_file(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
             raise DataError(f"{whose}: wait for it, or stop it.") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            self.is_locked = False
         return lock
 
     def _clear_leftovers(self) -> None:

@@ -1,4 +1,6 @@
 import csv
+import errno
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from helpers_film import NUMBERS, numbers_of, write_film
 from helpers_process import Disturbance, Program, run
 from helpers_video import write_bad_video
 from PIL import Image
+
+from mochi_tune.data_prep.split import only_process
 
 SETTINGS = ["min_seconds=1", "margin_seconds=0"]
 CLIPS = [f"film_scene_{number:03d}.mp4" for number in range(1, 6)]
@@ -143,6 +147,15 @@ def test_a_clip_that_was_moved_away_is_not_cut_again(copy):
     rows[1]["status"] = ""
     write_rows(copy, rows)
     assert split(copy).returncode == 0 and numbers_of(copy / "videos" / CLIPS[1]) == NUMBERS["black"]
+
+
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_process(tmp_path, "split"):
+        assert "its disk has no locks: see that no other split writes there" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_line(made, tmp_path):
