@@ -100,7 +100,8 @@ def main(bench: Bench) -> dict[str, Any]:
         bench = replace(bench, depth=CPU_DEPTH)
     if bench.limit_gib and device.type == "cuda":
         total_bytes = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, bench.limit_gib * 2**30 / total_bytes), device)
+        share = min(1.0, bench.limit_gib * 2**30 / total_bytes)
+        torch.cuda.set_per_process_memory_fraction(share, torch.cuda.current_device())
     stories = {"sample": bench_sample, "decode": bench_decode, "encode": bench_encode, "train": bench_train}
     measure = stories[bench.what]
     figures = measure(bench, device, num_ranks)
@@ -147,10 +148,11 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
         adapters = {"adapter": (random_layers(AsymmDiT(config), bench.lora_rank), 1.0, {})} if bench.lora_rank else {}
     dit = prepare_dit(functools.partial(build_random_model, config), adapters, setup)
     prompt, negative_prompt = torch.randn(2, PROMPT_TOKENS, config.t5_feat_dim, dtype=setup.dtype)
-    settings = replace(PRESETS["quality"], steps=bench.repeats + 1, guidance=4.0)
+    settings = replace(PRESETS["quality"], steps=bench.repeats + 2, guidance=4.0)
     noise = draw_noise(0, bench.num_frames, bench.height, bench.width)
     steps = sample_latents(dit, noise, prompt, negative_prompt, settings, choose_guide(setup))
-    seconds, peak = timed(lambda: next(steps), bench.repeats, device)
+    first, _ = timed(lambda: next(steps), 1, device, num_warm_up=0)
+    seconds, peak = timed(lambda: next(steps), bench.repeats, device, num_warm_up=0)
     # Two passes a step.
     matrix, attention = (2 * flops for flops in dit_flops(config, num_tokens, PROMPT_TOKENS))
     matrix_rate, attention_rate = measure_rates(config, num_tokens, device, setup.dtype, bench.dit == "fp8")
@@ -161,6 +163,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
         "layout": asdict(layout),
         "num_tokens": num_tokens,
         "seconds_per_step": seconds,
+        "first_step_seconds": first,
         "peak_gib": peak,
         **shares(matrix + attention, seconds, floor, num_ranks),
         "matrix_tflops_per_s": round(matrix_rate / 1e12, 3),
@@ -199,7 +202,7 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
 
     counters.clear()
     first, _ = timed(step, 1, device, num_warm_up=0)
-    seconds, peak = timed(step, bench.repeats, device)
+    seconds, peak = timed(step, bench.repeats, device, num_warm_up=0)
     matrix, attention = dit_flops(config, num_tokens, CAPTION_TOKENS)
     matrix_rate, attention_rate = measure_rates(config, num_tokens, device, dtype, bench.precision == "fp8")
     backward_rate = measure_attention_backward(config, num_tokens, device, dtype)

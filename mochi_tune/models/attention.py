@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mochi_tune.models.device import has_kernels
 from mochi_tune.models.layers import RMSNorm, at_least_fp32
 
 
@@ -50,6 +51,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/temporal_rope.py (apply_rotary_emb_qk_real).
     """
+    if has_kernels(x) and x.shape[-1].bit_count() == 1:
+        from mochi_tune.models import dit_kernels
+
+        return dit_kernels.apply_rope(x, cos, sin)
     wide = at_least_fp32(x)
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():

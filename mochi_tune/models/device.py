@@ -1,9 +1,12 @@
 """Device and dtype names of the settings, and giving memory back."""
 
+import functools
 import gc
 import resource
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from mochi_tune.errors import ConfigError
 
@@ -23,6 +26,25 @@ def find_device(name: str) -> torch.device:
     # cuDNN rounds fp32 convolutions to TF32 by default: a thousandth of error where fp32 was asked for.
     torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether our CUDA kernels compute what is done to x: without gradients, and where torch has brought Triton.
+
+    Compiled blocks have kernels of the compiler's.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cuda
+        and x.dtype != torch.float64
+        and not torch.is_grad_enabled()
+        and _has_triton()
+    )
 
 
 def free_memory() -> None:

@@ -196,11 +196,14 @@ def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Te
         Embeddings (B, L', D) with the valid tokens first, their mask (B, L'), and the number of valid tokens a row, or
         None where all rows have L'.
     """
-    mask = prompt_mask.bool()
+    mask, device = prompt_mask.bool(), prompt_embeds.device
     text_lengths = mask.sum(1).tolist()
     length = max(text_lengths)
+    if sum(text_lengths) == mask.numel():
+        return prompt_embeds, torch.ones(mask.shape, dtype=torch.bool, device=device), None
     front, order = mask.sort(dim=1, descending=True, stable=True)
-    order = order[:, :length].to(prompt_embeds.device)
+    # The host need not wait until the device has a few numbers.
+    order = order[:, :length].to(device, non_blocking=True)
     packed = prompt_embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, prompt_embeds.shape[-1]))
     is_even = min(text_lengths) == length
-    return packed, front[:, :length].to(prompt_embeds.device), None if is_even else text_lengths
+    return packed, front[:, :length].to(device, non_blocking=True), None if is_even else text_lengths

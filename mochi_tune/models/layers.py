@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mochi_tune.models.device import has_kernels
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """Returns x in fp32; in fp64 where it is, in which tests compare."""
@@ -22,6 +24,10 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     Without gradients, products go where their first factor was, so that less memory is touched; the same numbers.
     Source: genmoai/mochi@0c86aeb dit/joint_model/mod_rmsnorm.py (x * rsqrt(mean(x^2) + eps)).
     """
+    if has_kernels(x):
+        from mochi_tune.models import dit_kernels
+
+        return dit_kernels.rms_norm(x, scale, eps)
     wide, scale = at_least_fp32(x), at_least_fp32(scale)
     factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if torch.is_grad_enabled():
@@ -79,7 +85,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to (..., D)."""
-        a, b = self.w1(x).chunk(2, dim=-1)
+        inside = self.w1(x)
+        if has_kernels(inside):
+            from mochi_tune.models import dit_kernels
+
+            return self.w2(dit_kernels.swiglu(inside))
+        a, b = inside.chunk(2, dim=-1)
         return self.w2(F.silu(a) * b)
 
 

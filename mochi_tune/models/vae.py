@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mochi_tune.models.device import has_kernels
 from mochi_tune.models.vae_layers import CausalConv, Downsample, FrameCache, FrameNorm, PointwiseConv, pointwise
 
 HEAD_DIM = 32
@@ -88,14 +89,24 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, T, H, W) to the same shape."""
-        batch, _, _, height, width = x.shape
-        qkv = self.qkv(x.movedim(1, -1)).unflatten(-1, (3, -1, HEAD_DIM))  # (B, T, H, W, 3, heads, 32)
+        batch, _, num_frames, height, width = x.shape
+        qkv = self.qkv(x.movedim(1, -1))
+        if has_kernels(qkv):
+            from mochi_tune.models.vae_kernels import join_heads, split_heads
+
+            attended = _attend_causally(*split_heads(qkv, HEAD_DIM))
+            return self.out(join_heads(attended, (batch, num_frames, height, width))).movedim(-1, 1)
+        qkv = qkv.unflatten(-1, (3, -1, HEAD_DIM))  # (B, T, H, W, 3, heads, 32)
         q, k, v = qkv.permute(4, 0, 2, 3, 5, 1, 6).flatten(1, 3)  # (rows, heads, T, 32) each
         q, k = (F.normalize(t.float(), dim=-1).to(t.dtype) for t in (q, k))
-        parts = zip(*(t.split(MAX_ATTENTION_ROWS) for t in (q, k, v)), strict=True)
-        attended = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts])
-        attended = attended.unflatten(0, (batch, height, width)).permute(0, 4, 1, 2, 3, 5).flatten(4)
-        return self.out(attended).movedim(-1, 1)
+        attended = _attend_causally(q, k, v).unflatten(0, (batch, height, width))
+        return self.out(attended.permute(0, 4, 1, 2, 3, 5).flatten(4)).movedim(-1, 1)
+
+
+def _attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attends each row of (rows, heads, T, 32) by itself, some rows at a time."""
+    parts = zip(*(t.split(MAX_ATTENTION_ROWS) for t in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts])
 
 
 class AttentionBlock(nn.Module):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mochi_tune.models.device import has_kernels
 from mochi_tune.models.layers import at_least_fp32
 
 # Of the features that are normed at a time, at least a frame: 4 MB in fp32, which stay in a processor's cache; on a GPU
@@ -31,7 +32,8 @@ class FrameCache:
         """
         past = self._past[layer] if layer in self._past else x[:, :, :1].expand(-1, -1, 2, -1, -1)
         # A copy, as a view would hold the whole chunk.
-        self._past[layer] = torch.cat([past, x[:, :, -2:]], dim=2)[:, :, -2:].clone()
+        newest = x[:, :, -2:] if x.shape[2] > 1 else torch.cat([past[:, :, -1:], x], dim=2)
+        self._past[layer] = newest.clone()
         return past
 
     def is_first_chunk(self, layer: nn.Module) -> bool:
@@ -71,21 +73,32 @@ class FrameNorm(nn.GroupNorm):
         frames = x.movedim(1, -1)
         if torch.is_grad_enabled():
             return self._norm(frames).to(x.dtype).movedim(-1, 1)
-        out = torch.empty_like(frames)
+        out = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
         self.write(frames, out)
         return out.movedim(-1, 1)
 
     def write(self, frames: Tensor, out: Tensor) -> None:
         """Norms (B, T, H, W, C) into `out`, some frames at a time: the whole in fp32 would cost memory."""
+        if has_kernels(frames):
+            self._write_by_kernels(frames, out)
+            return
         num_frames = max(1, NORM_ELEMENTS.get(frames.device.type, 2**20) // frames[:, 0].numel())
         for part, normed in zip(frames.split(num_frames, 1), out.split(num_frames, 1), strict=True):
             normed.copy_(self._norm(part))
 
     def write_padded(self, x: Tensor, out: Tensor) -> None:
         """Norms x (B, C, T, H, W) into `out`, (B, C, T, H + 2, W + 2), and repeats the outermost rows and columns."""
+        if has_kernels(x):
+            self._write_by_kernels(x.movedim(1, -1), out.movedim(1, -1))
+            return
         self.write(x.movedim(1, -1), out[..., 1:-1, 1:-1].movedim(1, -1))
         out[..., 0, :], out[..., -1, :] = out[..., 1, :], out[..., -2, :]
         out[..., 0], out[..., -1] = out[..., 1], out[..., -2]
+
+    def _write_by_kernels(self, frames: Tensor, out: Tensor) -> None:
+        from mochi_tune.models.vae_kernels import norm_frames
+
+        norm_frames(frames, out, self.weight, self.bias, self.num_groups, self.eps, self.silu)
 
     def _norm(self, frames: Tensor) -> Tensor:
         """Norms frames (..., H, W, C); at least fp32.

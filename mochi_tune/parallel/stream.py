@@ -110,7 +110,9 @@ class BlockRing:
             self.parameters.append(list(frozen.values()))
             # Only from pinned memory does a copy run beside the arithmetic.
             pin = device.type == "cuda"
-            self.home.append([p.data.pin_memory() if pin else p.data for p in frozen.values()])
+            for parameter in frozen.values():
+                parameter.data = parameter.data.pin_memory() if pin else parameter.data
+            self.home.append([parameter.data for parameter in frozen.values()])
         size = max(_offsets(tensors)[-1] for tensors in self.home)
         num_buffers = min(NUM_BUFFERS, len(blocks))
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_buffers)]

@@ -1,0 +1,42 @@
+"""The DiT's CUDA kernels, run by Triton's interpreter on a CPU: the arithmetic and the strides."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Triton interprets its kernels where this is set before it is imported: a process of its own.
+CHECK = """
+import torch
+import torch.nn.functional as F
+from mochi_tune.models import attention, dit_kernels, layers
+
+torch.manual_seed(0)
+
+
+def check(got, wanted):
+    assert got.shape == wanted.shape and (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+wide = lambda *tensors: [tensor.double() for tensor in tensors]
+# Streams of two rows with a scale each; q of a joint projection, with one scale; a width that is no power of 2.
+x, scale = torch.randn(2, 37, 192), torch.randn(2, 1, 192)
+check(dit_kernels.rms_norm(x, scale, 1e-6), layers.rms_norm(*wide(x, scale), 1e-6))
+check(dit_kernels.rms_norm(x[:, 3:20], scale[:1, 0][0], 1e-6), layers.rms_norm(*wide(x[:, 3:20], scale[0, 0]), 1e-6))
+q, weight = torch.randn(2, 37, 3 * 5 * 32).unflatten(-1, (3, 5, 32)).unbind(2)[1], torch.randn(32)
+check(dit_kernels.rms_norm(q, weight, 1e-5), layers.rms_norm(*wide(q, weight), 1e-5))
+cos, sin = torch.randn(2, 37, 5, 16)
+check(dit_kernels.apply_rope(q, cos, sin), attention.apply_rope(*wide(q, cos, sin)))
+ab = torch.randn(2, 41, 2 * 80)
+a, b = ab.double().chunk(2, -1)
+check(dit_kernels.swiglu(ab), F.silu(a) * b)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux alone")
+def test_they_compute_what_torch_computes():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stdout.strip() == "equal", result.stderr[-2000:]
