@@ -1,5 +1,6 @@
 """Measures sampling, the VAE and training on random weights: seconds, memory, and how near the arithmetic they are."""
 
+import contextlib
 import functools
 import statistics
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.forecast import ATTENTION_BACKWARD, Step, free_bytes
+from mochi_tune.parallel.kernels import attention_by, time_attention
 from mochi_tune.parallel.mesh import Mesh, choose_layout
 from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import NEEDS, apply_precision, check_precision
@@ -197,12 +199,16 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
     memory.apply(dit, device, tqdm.write)
     step = make_step(dit, modulate, prompt, (bench.num_frames, bench.height, bench.width), device)
+    shape = config.num_heads, num_tokens + CAPTION_TOKENS, config.hidden_size_x // config.num_heads
+    kernels = time_attention(shape, device, dtype) if device.type == "cuda" else {}
+    kernel = min(kernels, key=lambda name: kernels[name]) if kernels else None
     # Imported by now wherever blocks are compiled; a second of every start otherwise.
     from torch._dynamo.utils import counters
 
     counters.clear()
-    first, _ = timed(step, 1, device, num_warm_up=0)
-    seconds, peak = timed(step, bench.repeats, device, num_warm_up=0)
+    with attention_by(kernel) if kernel else contextlib.nullcontext():
+        first, _ = timed(step, 1, device, num_warm_up=0)
+        seconds, peak = timed(step, bench.repeats, device, num_warm_up=0)
     matrix, attention = dit_flops(config, num_tokens, CAPTION_TOKENS)
     matrix_rate, attention_rate = measure_rates(config, num_tokens, device, dtype, bench.precision == "fp8")
     backward_rate = measure_attention_backward(config, num_tokens, device, dtype)
@@ -220,6 +226,7 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
         "num_tokens": num_tokens,
         "lora_rank": settings.rank,
         "compile": is_compiled,
+        "attention": kernel,
         "blocks_recomputed_whole": policies.count("block"),
         "blocks_that_keep_attention": policies.count("attention"),
         "seconds_per_step": seconds,

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.models.layers import FeedForward
 from mochi_tune.parallel import ring  # noqa: F401  It defines an operation.
 
 # Takes a block and what its forward takes.
@@ -46,6 +47,21 @@ def apply_activation_checkpointing(dit: AsymmDiT, policies: Sequence[str], input
         block.forward = functools.partial(checkpointed, block)
 
 
+class SlicedFeedForward(FeedForward):
+    """A feed-forward layer that works on `num_tokens` at a time, in its backward pass, too."""
+
+    num_tokens: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, n, D) to (B, n, D)."""
+        if x.shape[1] <= self.num_tokens:
+            return super().forward(x)
+        parts = x.split(self.num_tokens, dim=1)
+        if not torch.is_grad_enabled():
+            return torch.cat([super(SlicedFeedForward, self).forward(part) for part in parts], dim=1)
+        return torch.cat([checkpoint(FeedForward.forward, self, part, use_reentrant=False) for part in parts], dim=1)
+
+
 def apply_mlp_slices(dit: AsymmDiT, num_tokens: int) -> None:
     """Makes the visual feed-forward layers work on some tokens at a time, in their backward pass, too.
 
@@ -54,24 +70,21 @@ def apply_mlp_slices(dit: AsymmDiT, num_tokens: int) -> None:
     """
     for block in dit.blocks:
         mlp = block.get_submodule("mlp_x")
-        mlp.forward = functools.partial(_in_slices, mlp, num_tokens)
-
-
-def _in_slices(mlp: nn.Module, num_tokens: int, x: Tensor) -> Tensor:
-    forward = type(mlp).forward
-    if x.shape[1] <= num_tokens:
-        return forward(mlp, x)
-    parts = x.split(num_tokens, dim=1)
-    if not torch.is_grad_enabled():
-        return torch.cat([forward(mlp, part) for part in parts], dim=1)
-    return torch.cat([checkpoint(forward, mlp, part, use_reentrant=False) for part in parts], dim=1)
+        assert isinstance(mlp, FeedForward)
+        # By its class: a forward of its own would be compiled for each block anew.
+        mlp.__class__ = SlicedFeedForward
+        mlp.num_tokens = num_tokens
 
 
 @functools.cache
 def _checkpointed(function: BlockFunction, policy: str) -> BlockFunction:
-    more: Any = {"context_fn": _keep_attention} if policy == "attention" else {}
-
     def checkpointed(block: nn.Module, *inputs: Any) -> Any:
+        more: Any = {}
+        if policy == "attention":
+            more = {"context_fn": _keep_attention}
+        elif torch.compiler.is_compiling():
+            # Without one, torch 2.11 keeps what an `autograd.Function` has computed, as 8-bit products are.
+            more = {"context_fn": _keep_nothing}
         return checkpoint(function, block, *inputs, use_reentrant=False, **more)
 
     return checkpointed
@@ -159,6 +172,10 @@ class HostInputs:
 
 def _keep_attention() -> Any:
     return create_selective_checkpoint_contexts(_policy)
+
+
+def _keep_nothing() -> Any:
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:

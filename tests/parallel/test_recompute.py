@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers_golden import GRADIENT_TOLERANCE, TOLERANCE, relative_error
 from helpers_memory import TensorMemory
-from helpers_step import CONFIG, build, step
+from helpers_step import CONFIG, adapt, build, step
 from torch._dynamo.utils import counters
 
 from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import apply_adapter, linear_shapes, switch_adapters
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
+from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.parallel.recompute import POLICIES, HostInputs, apply_activation_checkpointing, apply_mlp_slices
 
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -134,6 +135,32 @@ def test_compiled_blocks_take_prompts_of_any_length_and_share_their_graphs(polic
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_compiled_blocks_keep_what_their_policy_says(precision):
+    kept = {}
+    for policy in ("block", "attention"):
+        dit = AsymmDiT(CONFIG).requires_grad_(False)
+        for block in dit.blocks:
+            apply_precision(block, precision)
+        adapt(dit, layers=".attn.")
+        apply_activation_checkpointing(dit, [policy] * 3)
+        apply_compilation(dit, pytest.fail, backend="aot_eager_decomp_partition")
+        storages: dict[int, int] = {}
+
+        def note(tensor, storages=storages):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            dit(torch.randn(1, 12, 5, 8, 12), torch.tensor([0.3]), torch.randn(1, 5, 16), torch.ones(1, 5)).sum()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in dit.parameters()}
+        streams = 3 * 5 * 4 * 6 * CONFIG.hidden_size_x * 4
+        kept[policy] = sum(size for where, size in storages.items() if where not in weights) / streams
+    # Of each block its input, and of the whole model what is in front of and behind the blocks; attention's output too.
+    assert kept["block"] < 3.5 and kept["attention"] < kept["block"] + 1.6, kept
+
+
 def test_a_compiled_dora_is_what_it_is_uncompiled():
     shapes = {name: shape for name, shape in linear_shapes(AsymmDiT(CONFIG)).items() if ".attn." in name}
     generator = torch.Generator().manual_seed(3)

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers_step import CONFIG, adapt, build, step
+from torch._dynamo.utils import counters
 
 from mochi_tune.adapters.lora import lora_parameters
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.precision import apply_precision
-from mochi_tune.parallel.recompute import apply_activation_checkpointing
+from mochi_tune.parallel.recompute import apply_activation_checkpointing, apply_mlp_slices
 from mochi_tune.parallel.stream import NUM_BUFFERS, ThreadCopier, apply_streaming, streamed_bytes
 
 CPU = torch.device("cpu")
@@ -114,11 +115,19 @@ def test_rounded_blocks_are_streamed_too(precision):
 
 def test_streamed_blocks_may_be_compiled():
     plain, dit, lines = build(layers=".attn.", depth=DEPTH), build(layers=".attn.", depth=DEPTH), []
-    apply_compilation(dit, lines.append, backend="aot_eager")
-    apply_compilation(plain, lines.append, backend="aot_eager")
-    apply_streaming(dit, CPU, SlowCopier(0.001))
     for model in (plain, dit):
-        apply_activation_checkpointing(model, ["block"] * DEPTH)
+        # Fewer tokens than a clip has: a layer's slices are a part of its graph.
+        apply_mlp_slices(model, 5)
+    apply_compilation(plain, lines.append, backend="aot_eager")
+    apply_activation_checkpointing(plain, ["block"] * DEPTH)
+    # Nothing that another test has compiled.
+    torch._dynamo.reset()
+    counters.clear()
+    apply_compilation(dit, lines.append, backend="aot_eager")
+    apply_streaming(dit, CPU, SlowCopier(0.001))
+    apply_activation_checkpointing(dit, ["block"] * DEPTH)
+    step(dit)
+    assert counters["stats"]["unique_graphs"] == 2, "one of the last block, and one of all others"
     for case in ({}, {"text_length": 3}):
         assert_same(dit, plain, **case)
     assert lines == [] and lora_parameters(dit)
