@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -182,24 +184,35 @@ def is_done(cell: Cell) -> bool:
 def claimed(cell: Cell) -> Iterator[bool]:
     """Takes a cell while the block lasts; yields whether it is this process's, and not that of another one now.
 
-    The claim is a lock, which the disk takes back from a process that dies. A disk without locks gives every claim.
+    The claim is a lock, which the disk takes back from a process that dies; what such a process has left half-written
+    is removed. A disk without locks gives every claim.
     """
-    path = cell.request.video.with_name(f".{cell.request.video.name}.claim")
+    video = cell.request.video
+    path = video.with_name(f".{video.name}.claim")
     while True:
         with open(path, "ab") as file:
             try:
-                lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_locked = lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
             if not _is_still(path, file.fileno()):
                 # The process that had it has ended, and removed the file, since it was opened.
                 continue
+            if is_locked:
+                for left in video.parent.glob(f".{glob.escape(video.stem)}.*.tmp"):
+                    left.unlink()
             try:
                 yield True
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether a folder's disk has the locks that claims are made of."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_still(path: Path, handle: int) -> bool:

@@ -15,7 +15,7 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.files import make_writable_folder
 from mochi_tune.recipes.grid_page import GridCell, write_grid_page
 from mochi_tune.recipes.sample import lost_tails, write_line
-from mochi_tune.recipes.sample_cells import Cell, check_cells, is_done, is_farm, render_here
+from mochi_tune.recipes.sample_cells import Cell, check_cells, has_locks, is_done, is_farm, render_here
 from mochi_tune.sampling.grid_video import Tile, write_grid_video
 from mochi_tune.sampling.requests import Request
 
@@ -30,6 +30,8 @@ def main(config: RunConfig) -> Iterator[Path]:
     folder = cells[0].request.video.parent
     for needed in (Path(config.sample.prompt_cache).expanduser(), folder):
         make_writable_folder(needed)
+    if is_farm(config) and not has_locks(folder):
+        write_line(f"{folder}: its disk has no locks: see that no other `mochi-tune sample` renders the same videos")
     for line in lost_tails(cells[0].plan):
         write_line(line)
     distinct = list({cell.request.video: cell for cell in cells}.values())

@@ -126,7 +126,9 @@ class RenderWorker:
             if task.stage == "decode":
                 if not cell.latents.exists():
                     return False
-                renderer.decode(cell)
+                # Of sampling nothing is said: another worker may have done that.
+                with renderer.usage.stage("decode"):
+                    renderer.decode(cell)
         return True
 
     def _open(self) -> CellRenderer:
