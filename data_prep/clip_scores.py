@@ -13,7 +13,7 @@ from mochi_tune.data_prep.orientation import turn_upright
 from mochi_tune.data_prep.probe import Source, read_source
 
 # Raise it whenever the same clip would get other scores.
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 # A pixel darker than this, of 255, is black; a picture or a line is black when nearly all of its pixels are.
 # Source: FFmpeg n7.1 libavfilter/vf_blackdetect.c, pixel_black_th 0.10 and picture_black_ratio_th 0.98.
 DARK, DARK_SHARE = 25.5, 0.98
@@ -31,6 +31,8 @@ NUM_SAMPLES, SHARPNESS_PIXELS = 8, 480
 HASH_PICTURE, HASH_SIDE = 32, 8
 # A picture of less contrast (standard deviation, of 255) has no hash: it would be one of noise.
 MIN_CONTRAST = 4.0
+# Pictures along a clip, MOTION_SECONDS apart, whose hashes are kept, and what stands for one without contrast.
+MAX_TIMELINE, NO_HASH = 300, "-" * 16
 FULL_RANGE = 2
 
 
@@ -53,6 +55,7 @@ class Scores:
         right: of the same.
         bottom: of the same.
         hashes: 16 hex digits of each of eight pictures; "" of one without contrast.
+        timeline: 16 hex digits, or NO_HASH, of each of the pictures 0.1 s apart, of the first 30 s.
     """
 
     width: int
@@ -68,6 +71,7 @@ class Scores:
     right: int
     bottom: int
     hashes: tuple[str, ...]
+    timeline: str = ""
 
     @property
     def border(self) -> int:
@@ -132,6 +136,7 @@ class _Neighbours:
         self.last: np.ndarray | None = None
         self.compared: tuple[np.ndarray, Fraction] | None = None
         self.differences: list[float] = []
+        self.timeline: list[str] = []
 
     def add(self, grey: np.ndarray, time: Fraction) -> None:
         self.num_pictures += 1
@@ -144,18 +149,24 @@ class _Neighbours:
         self.longest = max(self.longest, self.run)
         self.last = grey
         if self.compared is None or self.compared[0].shape != grey.shape:
-            self.compared = grey, time
+            self.compare_from(grey, time)
         elif time - self.compared[1] >= MOTION_SECONDS - Fraction(1, 1000):
             self.differences.append(float(np.abs(grey.astype(np.int16) - self.compared[0]).mean()))
-            self.compared = grey, time
+            self.compare_from(grey, time)
 
-    def scores(self) -> dict[str, float]:
+    def compare_from(self, grey: np.ndarray, time: Fraction) -> None:
+        self.compared = grey, time
+        if len(self.timeline) < MAX_TIMELINE:
+            self.timeline.append(hash_picture(grey) or NO_HASH)
+
+    def scores(self) -> dict[str, Any]:
         pairs = max(self.num_pictures - 1, 1)
         motion = float(np.mean(self.differences)) if self.differences else 0.0
         return {
             "black": round(self.num_black / max(self.num_pictures, 1), 4),
             "frozen": round(self.longest / pairs, 4),
             "motion": round(motion, 3),
+            "timeline": "".join(self.timeline),
         }
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mochi_tune.data_prep.clip_scores import SCORES_VERSION, Scores, measure_clip
 from mochi_tune.data_prep.contact_sheet import read_thumbnails
-from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest
+from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest, shifted_distance
 from mochi_tune.data_prep.filter_page import MAX_PICTURES, make_page
 from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.html_page import write_png
@@ -210,7 +210,10 @@ def judge(measured: Mapping[str, Scores | str], limits: Limits) -> list[Judged]:
     hashes = {name: scores[name].hashes for name in sorted(scores, key=rank)}
     nearest = find_nearest(hashes)
     limit = limits.duplicate_distance
-    duplicates = {} if limit is None else find_duplicates(hashes, limit)
+    timelines = {name: scores[name].timeline for name in hashes}
+    duplicates = {} if limit is None else find_duplicates(hashes, limit, timelines)
+    for name, other in duplicates.items():
+        nearest[name] = min(nearest[name], round(shifted_distance(timelines[name], timelines[other]), 4))
     judged = []
     for name, value in measured.items():
         if isinstance(value, str):

@@ -12,18 +12,30 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from mochi_tune.data.parts import PartsFolder
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.tasks import AnyTask, ClipTask, Job, Task, Worker
+from mochi_tune.data_prep.tasks import ClipTask, Job, Task, Worker
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.device import find_device
 
 # So many processes may die on one task, one after the other.
 MAX_TRIES = 3
+
+
+class Named(Protocol):
+    """A task of any kind; it can be sent to other processes."""
+
+    @property
+    def name(self) -> str:
+        """Of the task, for errors."""
+        ...
+
+
+AnyTask = TypeVar("AnyTask", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class Pool(ABC):
         """Ends the workers, whatever they are doing."""
 
     @abstractmethod
-    def _submit(self, slot: int, task: Task, ahead: Task | None) -> None:
+    def _submit(self, slot: int, task: Any, ahead: Any) -> None:
         """Gives a task to a worker, which is started where there is none."""
 
     @abstractmethod
@@ -123,7 +135,7 @@ class ProcessPool(Pool):
             process.join(5)
             connection.close()
 
-    def _submit(self, slot: int, task: Task, ahead: Task | None) -> None:
+    def _submit(self, slot: int, task: Any, ahead: Any) -> None:
         if slot not in self._workers:
             # Spawned, not forked: that works beside CUDA and threads.
             context = multiprocessing.get_context("spawn")

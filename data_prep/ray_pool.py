@@ -1,4 +1,4 @@
-"""The workers of a `prepare` on a Ray cluster, one started here or one that is there."""
+"""Workers on a Ray cluster, one started here or one that is there: those of a `prepare`, or of a farm of `sample`."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -25,25 +25,36 @@ QUIET_SECONDS = 60.0
 STORE_BYTES = 100 * 2**20
 
 
+class PoolJob(Protocol):
+    """What the workers of a pool are told."""
+
+    @property
+    def device(self) -> str:
+        """Of each worker, cpu or cuda."""
+        ...
+
+
 class RayPool(Pool):
     """Workers that are actors of a Ray cluster, one a GPU or a CPU; a context manager.
 
     Ray starts a worker again that was killed, on another machine if need be, and gives it its task again. All machines
-    see the videos, the weights and the cache under the same paths.
+    see the files of the run under the same paths.
 
     Args:
         job: of the run.
         count: workers.
         address: "auto", HOST:PORT or ray://HOST:PORT; None starts a cluster on this machine.
+        worker: what runs in an actor: a class that is made of a job and the working directory, with a method `run` as
+            that of `RayWorker`.
 
     Raises:
         ConfigError: Ray is not installed.
         ParallelError: the cluster cannot be reached, is too small, or has another version of mochi-tune.
     """
 
-    def __init__(self, job: Job, count: int, address: str | None) -> None:
+    def __init__(self, job: PoolJob, count: int, address: str | None, worker: type | None = None) -> None:
         super().__init__(count)
-        self._job, self._address = job, address
+        self._job, self._address, self._worker = job, address, worker or RayWorker
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, int] = {}
         self._has_answered = False
@@ -62,7 +73,7 @@ class RayPool(Pool):
             raise
         gpus = self._job.device == "cuda"
         options = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0}
-        actor = self._ray.remote(**options, max_restarts=-1, max_task_retries=MAX_TRIES - 1)(RayWorker)
+        actor = self._ray.remote(**options, max_restarts=-1, max_task_retries=MAX_TRIES - 1)(self._worker)
         self._actors = {slot: actor.remote(self._job, Path.cwd()) for slot in range(self.count)}
         return self
 
@@ -127,7 +138,7 @@ class RayPool(Pool):
                     "the same on all machines."
                 )
 
-    def _submit(self, slot: int, task: Task, ahead: Task | None) -> None:
+    def _submit(self, slot: int, task: Any, ahead: Any) -> None:
         self._pending[self._actors[slot].run.remote(task, ahead)] = slot
 
     def _wait(self) -> tuple[int, list[str] | Exception | Death]:

@@ -135,6 +135,19 @@ def remove_temporary_files(folder: Path) -> None:
         path.unlink()
 
 
+def remove_tree(path: Path) -> None:
+    """Removes a folder with all that is in it; of a link only the link, and not what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def is_elsewhere(path: Path) -> bool:
+    """Whether a path is a link, or another disk is mounted there: it cannot be renamed like what lies beside it."""
+    return path.is_symlink() or os.path.ismount(path)
+
+
 def lock_file(file: IO, operation: int) -> bool:
     """Locks an open file until it is closed, as `fcntl.flock` does.
 

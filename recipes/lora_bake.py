@@ -97,7 +97,7 @@ def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Bake
         CheckpointError: the base or the adapter cannot be read, they do not belong together, or a value is too large
             for the dtype.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ConfigError(f"out={out} exists, and is never overwritten: choose another folder or remove it.")
     weights = WeightsFolder(base)
     dit = weights.dit_skeleton()

@@ -11,6 +11,7 @@ from mochi_tune.adapters.layers import kind_of
 from mochi_tune.adapters.modelspec import official_base
 from mochi_tune.config.values import is_repo
 from mochi_tune.errors import ConfigError
+from mochi_tune.files import is_elsewhere
 from mochi_tune.recipes.export import ExportSummary, check_dtype, read_source, write
 from mochi_tune.training.card import CURVE_FILE, DIFFUSERS_FILE, Card, card_text
 from mochi_tune.training.curve import draw_losses
@@ -83,6 +84,8 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
         raise ConfigError(
             f"out={out} exists, and an export never overwrites: choose another name or remove it.{upload}"
         )
+    if is_elsewhere(out):
+        raise ConfigError(f"out={out} is a link or another disk, which an export cannot replace: name a folder in it.")
     source = read_source(publication.adapter, publication.about, publication.adapter_alpha)
     run_dir, step = find_run_dir(publication.adapter), source.metadata.get("step", "")
     records = read_run(run_dir, publication.adapter, int(step)) if run_dir and step.isdecimal() else None

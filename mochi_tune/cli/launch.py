@@ -57,6 +57,12 @@ def prepare_deepspeed(device: str) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+def prepare_ray() -> None:
+    """Sets what Ray reads when it starts: nothing is reported, and workers do not stand back behind other programs."""
+    ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
+    os.environ |= {name: value for name, value in ray.items() if name not in os.environ}
+
+
 def keep_compiled_code() -> None:
     """Keeps what torch compiles between runs, apart for each torch and each instruction set that it was compiled for.
 

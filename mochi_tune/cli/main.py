@@ -22,6 +22,7 @@ from mochi_tune.cli.launch import (
     keep_compiled_code,
     num_processes_here,
     prepare_deepspeed,
+    prepare_ray,
     start_processes,
     uses_gpus,
 )
@@ -150,9 +151,7 @@ def run_prepare(arguments: list[str]) -> int:
         return 0
     parallel = config.parallel
     if parallel.engine == "ray":
-        # What Ray reads when it starts: nothing is reported, and workers do not stand back behind other programs.
-        ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
-        os.environ |= {name: value for name, value in ray.items() if name not in os.environ}
+        prepare_ray()
     elif parallel.num_processes > 1 and uses_gpus(config.device):
         check_gpus(parallel.num_processes)
     from mochi_tune.data_prep.prepare import main as prepare
@@ -229,14 +228,14 @@ def run_sample(arguments: list[str]) -> int:
         return 0
     from mochi_tune.recipes.sample import check
     from mochi_tune.recipes.sample import main as sample
-    from mochi_tune.recipes.sample_grid import is_grid
     from mochi_tune.recipes.sample_grid import main as sample_grid
+    from mochi_tune.recipes.sample_grid import renders_cells
 
     # SVT-AV1 writes forty lines of its settings.
     os.environ.setdefault("SVT_LOG", "1")
-    if is_grid(config.sample):
-        if config.parallel.num_processes > 1:
-            raise ConfigError("sample.grid=true renders in one process: leave out parallel.num_processes.")
+    if renders_cells(config):
+        if config.parallel.engine == "ray":
+            prepare_ray()
         for path in sample_grid(config):
             print(path, flush=True)
         return 0

@@ -285,10 +285,15 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
         ("engine", config.parallel.engine, "processes"),
         ("shard", config.parallel.shard, None),
     ):
-        if verb != "prepare" and value != default:
+        if verb not in ("prepare", "sample") and value != default:
             raise ConfigError(
-                f"parallel.{key}={value} is of `prepare`, and `{verb}` does nothing with it: leave it out."
+                f"parallel.{key}={value} is of `prepare` and `sample`, and `{verb}` does nothing with it: leave it out."
             )
+    if verb == "sample" and config.parallel.shard == "merge":
+        raise ConfigError(
+            "parallel.shard=merge is of `prepare`: each video of `sample` is a file of its own, and there is nothing "
+            "to merge; leave it out."
+        )
     if flags:
         print(config_yaml(config), end="")
         return None

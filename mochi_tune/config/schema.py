@@ -253,13 +253,15 @@ class ParallelConfig(Section):
         1, "processes of `prepare`, `train` and `sample` on this machine, one per GPU; with Ray, its workers"
     )
     engine: Literal["processes", "ray"] = setting(
-        "processes", "of `prepare`: what starts the workers; ray: pip install 'mochi-tune[ray]'"
+        "processes", "of `prepare` and `sample`: what starts the workers; ray: pip install 'mochi-tune[ray]'"
     )
     ray_address: FileText | None = setting(
         None, "of parallel.engine=ray: a cluster, as auto, HOST:PORT or ray://HOST:PORT; null: one is started here"
     )
     shard: Shard | None = setting(
-        None, "of `prepare`: 3/16 encodes the third of 16 shares and makes no cache; merge makes it; null: all at once"
+        None,
+        "3/16: `prepare` encodes the third of 16 shares and makes no cache, `sample` renders the third of 16 shares of "
+        "the videos; merge, of `prepare`: makes the cache; null: all at once",
     )
     strategy: Literal["data", "zero2", "zero3"] = setting(
         "data",

@@ -38,7 +38,7 @@ from mochi_tune.data.rows import (
     shard_schema,
 )
 from mochi_tune.errors import DataError
-from mochi_tune.files import atomic_file, file_sha256, lock_file, write_atomic
+from mochi_tune.files import atomic_file, file_sha256, is_elsewhere, lock_file, write_atomic
 
 STAGING_FOLDER = "data.new"
 TRASH_FOLDER = "trash"
@@ -96,6 +96,12 @@ class CacheWriter:
     def __enter__(self) -> "CacheWriter":
         if self.folder.exists() and not self.folder.is_dir():
             raise DataError(f"data.cache={self.folder} is a file: name a folder.")
+        for name in (PARTS_FOLDER, DATA_FOLDER):
+            if is_elsewhere(self.folder / name):
+                raise DataError(
+                    f"{self.folder / name} is a link or another disk, and `prepare` renames and removes this folder: "
+                    f"put the whole cache on one disk; data.cache={self.folder} itself may be a link."
+                )
         self.parts.folder.mkdir(parents=True, exist_ok=True)
         whose = f"another `mochi-tune prepare` is writing to the cache {self.folder}"
         self._locks = [self._lock(self.folder, fcntl.LOCK_SH if self.share else fcntl.LOCK_EX, whose)]

@@ -37,8 +37,8 @@ def save_latents(request: Request, states: Mapping[str, Tensor]) -> None:
     save_tensors(request.video.with_suffix(".safetensors"), named, {"space": "dit", "layout": "B C T h w"})
 
 
-def describe(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns all that determines a video, as JSON values.
+def determinants(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that determine a video, as JSON values.
 
     Args:
         request: of the video.
@@ -53,6 +53,13 @@ def describe(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
         "fps": FPS,
         "sampler": sampler,
         **common,
+    }
+
+
+def describe(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that determine a video, its noise and the versions; takes what `determinants` takes."""
+    return {
+        **determinants(request, common),
         "noise_sha256": tensor_sha256(noise_of(request)),
         "versions": {name: version(name) for name in ("mochi-tune", "torch")},
     }

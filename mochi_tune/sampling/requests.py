@@ -237,7 +237,9 @@ class _VideoPaths:
         is_file = is_file_name(path)
         self.single = path if is_file else None
         self.folder = path
-        self.taken: set[Path] = set()
+        # Listed once: a farm's folder has thousands of files, and as many are asked for.
+        entries = path.iterdir() if not is_file and path.is_dir() else ()
+        self.taken = {entry.name.partition(".")[0] for entry in entries}
         if is_file and num_videos > 1:
             raise ConfigError(f"out={path} is a file, and {num_videos} videos are asked for: name a folder.")
         if is_file:
@@ -249,10 +251,10 @@ class _VideoPaths:
         words = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:40]
         stem, number = f"{words or 'prompt'}_seed_{seed}", 1
         while True:
-            name = self.folder / f"{stem}_{number:03d}"
-            if name not in self.taken and not name.exists() and not any(self.folder.glob(f"{name.name}.*")):
+            name = f"{stem}_{number:03d}"
+            if name not in self.taken:
                 self.taken.add(name)
-                return name.with_suffix(suffix)
+                return self.folder / f"{name}{suffix}"
             number += 1
 
 

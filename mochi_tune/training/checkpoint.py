@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import file_sha256, fsync, load_tensors, read_json, save_tensors, write_json
+from mochi_tune.files import file_sha256, fsync, load_tensors, read_json, remove_tree, save_tensors, write_json
 
 MANIFEST = "manifest.json"
 # The names of folders that an interrupted save or removal leaves behind.
@@ -61,7 +61,8 @@ def clear_leftovers(folder: Path) -> list[str]:
     """Removes what an interrupted save or removal has left; returns the names."""
     stale = [path for pattern in LEFTOVERS for path in folder.glob(pattern)]
     for path in stale:
-        shutil.rmtree(path)
+        # A checkpoint may be a link to an archive, which is left alone.
+        remove_tree(path)
     return sorted(path.name for path in stale)
 
 

@@ -10,9 +10,16 @@ from helpers_video import write_bad_video
 from PIL import Image, ImageFilter
 
 from mochi_tune.data_prep import filter as filter_story
-from mochi_tune.data_prep.clip_scores import count_border, hash_picture, laplacian_variance, largest_change
-from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest
-from mochi_tune.data_prep.filter import Filter, main
+from mochi_tune.data_prep.clip_scores import (
+    Scores,
+    count_border,
+    hash_picture,
+    laplacian_variance,
+    largest_change,
+    measure_clip,
+)
+from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest, shifted_distance
+from mochi_tune.data_prep.filter import Filter, Limits, judge, main
 from mochi_tune.data_prep.moving import Moved, move_file, read_moved
 from mochi_tune.errors import DataError
 
@@ -218,3 +225,29 @@ def test_hashes_survive_size_and_light_and_tell_pictures_apart():
     flat = {"a": [hash_picture(np.zeros((40, 40), np.uint8))] * 8, "b": [""] * 8, "c": []}
     assert find_nearest(flat) == {"a": 1, "b": 1, "c": 1} and find_duplicates(flat, 0.5) == {}
     assert find_nearest({}) == {} == find_duplicates({}, 0.1)
+
+
+def pan(first: int, seed: int = 0) -> list[np.ndarray]:
+    """Returns pictures of a pattern that a camera pans over, from a number of the picture on."""
+    world = np.random.default_rng(seed).integers(0, 255, (4, 20), dtype=np.uint8).repeat(32, 0).repeat(32, 1)
+    return [np.repeat(world[:, i : i + 192, None], 3, 2) for i in range(first, first + 60)]
+
+
+def test_a_copy_that_begins_later_is_found_where_much_moves(tmp_path):
+    clips = {"a": pan(0), "b": pan(13), "c": pan(0, seed=1), "d": pan(150)}
+    found = {}
+    for name, frames in clips.items():
+        write_frames(tmp_path / f"{name}.mp4", frames)
+        *_, values = measure_clip(tmp_path / f"{name}.mp4")
+        found[f"{name}.mp4"] = Scores(**{**values, "hashes": tuple(values["hashes"])})
+    hashes, timelines = ({name: getattr(each, key) for name, each in found.items()} for key in ("hashes", "timeline"))
+    # The eight pictures of each lie at other places of what they show.
+    assert 0.1 < find_nearest({name: hashes[name] for name in ("a.mp4", "b.mp4")})["b.mp4"] < 0.35
+    assert shifted_distance(timelines["a.mp4"], timelines["b.mp4"]) < 0.1
+    assert shifted_distance(timelines["b.mp4"], timelines["a.mp4"]) < 0.1
+    assert shifted_distance(timelines["a.mp4"], "") == 1
+    for name in ("c.mp4", "d.mp4"):
+        assert shifted_distance(timelines["a.mp4"], timelines[name]) > 0.2
+    judged = {each.name: each for each in judge(found, Limits())}
+    [copy] = [each for each in judged.values() if each.duplicate_of]
+    assert {copy.name, copy.duplicate_of} == {"a.mp4", "b.mp4"} and copy.nearest < 0.1

@@ -158,9 +158,9 @@ def test_the_tiles_of_the_video_stand_in_rows_and_columns_and_the_shorter_wait(t
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["sample.compare=base"], "renders in one process, uncompiled, and has strength 0 for the base"),
-        (["sample.compile=true"], "renders in one process, uncompiled"),
-        (["sample.out=x.mp4"], r"out=x\.mp4 is a file, and a grid is a folder"),
+        (["sample.compare=base"], "renders a video in one process, uncompiled, and has strength 0 for the base"),
+        (["sample.compile=true"], "renders a video in one process, uncompiled"),
+        (["sample.out=x.mp4"], r"out=x\.mp4 is a file, and sample\.grid=true fills a folder"),
         (["sample.out=x.gif"], r"out=x\.gif is a file"),
         (["sample.format=gif"], r"sample\.format=gif is not for a grid: use mp4 or webm"),
         (["sample.strengths=[0,1]"], r"strengths=\[0\.0, 1\.0\] has no adapter"),

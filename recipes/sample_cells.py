@@ -1,0 +1,352 @@
+"""The videos of a grid or of a farm: each is named by all that determines it, taken by one process, and rendered."""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from mochi_tune.adapters.lora import change_adapters, switch_adapters
+from mochi_tune.config.load import RunConfig
+from mochi_tune.errors import ConfigError
+from mochi_tune.files import load_tensors, lock_file
+from mochi_tune.models.device import DTYPES, find_device, free_memory
+from mochi_tune.models.vae_streaming import WHOLE
+from mochi_tune.recipes.sample import RenderPlan, check, check_latents, choose_residency, encode_prompts, write_line
+from mochi_tune.sampling.formats import is_file_name
+from mochi_tune.sampling.prompt_cache import PromptCache
+from mochi_tune.sampling.record import Usage, determinants, file_metadata, noise_of, save_latents, save_settings
+from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, prepare_dit
+from mochi_tune.sampling.requests import Request
+from mochi_tune.sampling.sampler import sample_latents
+from mochi_tune.sampling.video import write_video
+from mochi_tune.training.checkpoint import damage_of, find_checkpoints, published_file, step_of
+from mochi_tune.training.interrupts import Interrupted, StopSignal
+
+# Of settings that determine a video, these do not change what is seen.
+NOT_OF_A_CELL = ("memory", "layout")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One video of a grid.
+
+    Attributes:
+        request: prompt, seed and settings; its video is a file of the grid's folder.
+        plan: with the adapters of its checkpoint.
+        checkpoint: the step of the adapter; None where it is none of the run's checkpoints.
+        strength: a factor on the adapters' own.
+        common: what it has in common with the other cells of its plan and strength.
+    """
+
+    request: Request
+    plan: RenderPlan
+    checkpoint: int | None
+    strength: float
+    common: dict[str, Any]
+
+    @property
+    def latents(self) -> Path:
+        """The file of its latents, which are there until it is decoded, or for good with `save_latents`."""
+        return self.request.video.with_suffix(".safetensors")
+
+    @property
+    def adapters(self) -> dict[str, tuple[Any, float]]:
+        """Layers and strength of each adapter, as `sample` applies them; empty for the base."""
+        pairs = [(each.adapter.layers, self.strength * each.strength) for each in self.plan.adapters if each.strength]
+        return {f"adapter_{i}": pair for i, pair in enumerate(pairs)} if self.strength else {}
+
+
+def check_cells(config: RunConfig) -> list[Cell]:
+    """Returns the cells in the order in which they are rendered, checked before a weight is read.
+
+    Raises:
+        MochiTuneError: of any kind, in one line.
+    """
+    sample, parallel = config.sample, config.parallel
+    asked = "sample.grid=true" if sample.grid else _name_farm(config)
+    several = PartialState(cpu=config.device == "cpu").num_processes > 1
+    if sample.compare or sample.compile or several or (parallel.engine != "ray" and parallel.num_processes > 1):
+        raise ConfigError(
+            f"{asked} renders a video in one process, uncompiled, and has strength 0 for the base: leave out "
+            "sample.compare, sample.compile and parallel.num_processes, and use strengths=[0,1]."
+        )
+    if sample.strength_schedule or sample.block_strength or sample.init_video:
+        raise ConfigError(
+            f"{asked} has one strength for all steps and blocks of a video, and starts from noise: leave out "
+            "sample.strength_schedule, sample.block_strength and sample.init_video."
+        )
+    if sample.out and is_file_name(Path(sample.out)):
+        raise ConfigError(f"out={sample.out} is a file, and {asked} fills a folder: name a folder.")
+    if sample.grid and sample.format not in (None, "mp4", "webm"):
+        raise ConfigError(f"sample.format={sample.format} is not for a grid: use mp4 or webm.")
+    plans = {step: _check_plan(config, adapter) for step, adapter in _adapters(config).items()}
+    requests = [request for plan in plans.values() for request in plan.requests]
+    if any(request.init_video for request in requests):
+        raise ConfigError(f"sample.prompts has rows with init_video, and {asked} starts from noise: leave them out.")
+    if any(request.encoding.format == "png" and request.num_frames > 1 for request in requests):
+        raise ConfigError(f"sample.format=png makes a folder of each video, and {asked} files: use webp or mp4.")
+    strengths = list(dict.fromkeys(sample.strengths or [1.0]))
+    if any(strengths) and sample.strengths and not any(each.adapters for each in plans.values()):
+        raise ConfigError(f"sample.strengths={strengths} has no adapter: name adapter=FILE, or checkpoints=.")
+    shapes = [[(len(a.adapter.layers), *(v.a.shape for v in a.adapter.layers.values())) for a in p.adapters]
+              for p in plans.values()]  # fmt: skip
+    if any(shape != shapes[0] for shape in shapes):
+        raise ConfigError(f"checkpoints {', '.join(map(str, plans))} have other layers or ranks: render two grids.")
+    cells = []
+    for (step, plan), strength in itertools.product(plans.items(), strengths):
+        entries = [entry | {"strength": strength * entry["strength"]} for entry in plan.common["adapters"]]
+        common = plan.common | {"adapters": [entry for entry in entries if entry["strength"]]}
+        common["side_by_side"] = ["adapted" if common["adapters"] else "base"]
+        cells += [Cell(request, plan, step, strength, common) for request in plan.requests]
+    return _with_files(cells, config)
+
+
+def is_farm(config: RunConfig) -> bool:
+    """Whether several workers, or several runs, are to share the videos."""
+    return config.parallel.engine == "ray" or config.parallel.shard is not None
+
+
+def _name_farm(config: RunConfig) -> str:
+    parallel = config.parallel
+    return "parallel.engine=ray" if parallel.engine == "ray" else f"parallel.shard={parallel.shard}"
+
+
+def _check_plan(config: RunConfig, adapter: str | None) -> RenderPlan:
+    """Checks the videos of one checkpoint as `sample` does."""
+    changes: dict[str, Any] = {"out": None, "grid": False, "strengths": None, "checkpoints": None}
+    changes |= {} if adapter is None else {"adapter": adapter}
+    return check(config.model_copy(update={"sample": config.sample.model_copy(update=changes)}), 1)
+
+
+def _adapters(config: RunConfig) -> dict[int | None, str | None]:
+    """Returns the adapter file of each checkpoint that is asked for, by step; {None: None} without."""
+    sample, folder = config.sample, Path(config.run_dir) / "checkpoints"
+    if sample.checkpoints is None:
+        return {None: None}
+    if sample.adapter is not None:
+        raise ConfigError("sample.checkpoints are adapters of the run, and sample.adapter names others: leave one out.")
+    found = {step_of(path): path for path in find_checkpoints(folder)}
+    steps = list(found) if sample.checkpoints == "all" else list(dict.fromkeys(sample.checkpoints))
+    if unknown := [step for step in steps if step not in found] or ([] if steps else ["all"]):
+        there = f"those of steps {', '.join(map(str, found))}" if found else "none"
+        raise ConfigError(f"sample.checkpoints: {unknown[0]} is not in {folder}, which has {there}.")
+    if damage := [text for step in steps if (text := damage_of(found[step]))]:
+        raise ConfigError(f"{damage[0]}: leave this step out of sample.checkpoints.")
+    return {step: str(published_file(found[step])) for step in steps}
+
+
+def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
+    """Names each cell's file by all that determines it, so that an equal cell is found again and no other one is."""
+    digests, out, run_dir = [_digest(cell) for cell in cells], config.sample.out, Path(config.run_dir)
+    if config.sample.grid:
+        of_all = hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
+        folder = (Path(out) if out else run_dir / "grids" / f"grid_{of_all}") / "cells"
+    else:
+        folder = Path(out) if out else run_dir / "samples"
+    named = []
+    for cell, digest in zip(cells, digests, strict=True):
+        # NAME_seed_0_001 says the seed again, and a number that the digest stands for.
+        words = cell.request.video.stem.rpartition("_")[0]
+        of_step = "" if cell.checkpoint is None or not cell.strength else f"_step_{cell.checkpoint}"
+        name = f"{words}{of_step}_strength_{cell.strength:g}_{digest[:10]}.{cell.request.encoding.format}"
+        named.append(replace(cell, request=replace(cell.request, video=folder / name)))
+    return named
+
+
+def _digest(cell: Cell) -> str:
+    record = determinants(cell.request, cell.common)
+    record = {key: value for key, value in record.items() if key not in NOT_OF_A_CELL}
+    # The same bytes under another name are the same adapter.
+    record["adapters"] = [{k: v for k, v in each.items() if k != "file"} for each in record["adapters"]]
+    content = json.dumps([record, asdict(cell.request.encoding)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether a cell's video is there, with its settings, which are written last."""
+    return cell.request.video.exists() and cell.request.video.with_suffix(".json").exists()
+
+
+@contextlib.contextmanager
+def claimed(cell: Cell) -> Iterator[bool]:
+    """Takes a cell while the block lasts; yields whether it is this process's, and not that of another one now.
+
+    The claim is a lock, which the disk takes back from a process that dies; what such a process has left half-written
+    is removed. A disk without locks gives every claim.
+    """
+    video = cell.request.video
+    path = video.with_name(f".{video.name}.claim")
+    while True:
+        with open(path, "ab") as file:
+            try:
+                is_locked = lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            if not _is_still(path, file.fileno()):
+                # The process that had it has ended, and removed the file, since it was opened.
+                continue
+            if is_locked:
+                for left in video.parent.glob(f".{glob.escape(video.stem)}.*.tmp"):
+                    left.unlink()
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether a folder's disk has the locks that claims are made of."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+class CellRenderer:
+    """Samples and decodes cells one after the other; holds one model at a time, loaded when a cell needs it.
+
+    Args:
+        config: of the run.
+        cells: all that may be rendered.
+        usage: what the settings beside each video say of seconds and memory.
+    """
+
+    def __init__(self, config: RunConfig, cells: Sequence[Cell], usage: Usage) -> None:
+        self._config, self._plan, self.usage = config, cells[0].plan, usage
+        self._device, self._dtype = usage.device, DTYPES[config.model.dtype]
+        self._prompts = Path(config.sample.prompt_cache).expanduser()
+        # Adapters of the right layers and ranks, for the numbers of every cell.
+        self._start = next((cell.adapters for cell in cells if cell.adapters), {})
+        self._residency = ""
+        self._part, self._model, self._applied = "", None, None
+
+    def encode(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        """Returns the features of the prompts of requests, from the prompt cache or by T5."""
+        plan = replace(self._plan, requests=list(requests))
+        cache = PromptCache(self._prompts, plan.weights.fingerprint("text_encoder"), self._dtype)
+        if not all(cache.path(prompt).exists() for prompt in plan.prompts):
+            self.free()
+        return encode_prompts(plan, self._device, self._dtype, self._prompts)
+
+    def choose_residency(self) -> str:
+        """Returns where the DiT's weights are while it samples; raises as `sample.choose_residency`."""
+        if not self._residency:
+            self._residency = choose_residency(self._config, self._plan, self._device)
+        return self._residency
+
+    def sample(
+        self, cell: Cell, features: dict[str, Tensor], label: str, is_stopped: Callable[[], object] = bool
+    ) -> None:
+        """Samples a cell and saves its latents.
+
+        Args:
+            cell: to sample.
+            features: of its prompts.
+            label: of the progress bar.
+            is_stopped: asked after each step.
+
+        Raises:
+            Interrupted: it was stopped.
+        """
+        request, dit = cell.request, self._load("dit")
+        if self._applied != (applied := (cell.checkpoint, cell.strength)):
+            change_adapters(dit, cell.adapters)
+            switch_adapters(dit, bool(cell.adapters))
+            self._applied = applied
+        prompts = features[request.prompt], features[request.negative_prompt]
+        guide = choose_guide(self._setup())
+        latents = torch.empty(0)
+        steps = sample_latents(dit, noise_of(request), *prompts, request.settings, guide)
+        for state in tqdm(steps, label, request.settings.steps, unit="step", leave=False, disable=not label):
+            latents = state
+            if is_stopped():
+                raise Interrupted
+        check_latents(request, {"adapted": latents})
+        save_latents(request, {"adapted": latents.cpu()})
+
+    def decode(self, cell: Cell) -> None:
+        """Decodes the latents of a cell; its video appears when it is complete, and its settings after that."""
+        request, tiles = cell.request, self._config.memory.tiles or WHOLE
+        latents = load_tensors(cell.latents)["latents"]
+        metadata = file_metadata(request, cell.common) if self._config.sample.metadata else {}
+        frames = decoded_frames(self._load("decoder"), latents, None, (tiles[0], tiles[1]))
+        write_video(request.video, frames, encoding=request.encoding, metadata=metadata)
+        save_settings(request, cell.common, self.usage)
+        if not self._config.sample.save_latents:
+            cell.latents.unlink()
+
+    def free(self) -> None:
+        """Frees the model."""
+        self._part, self._model, self._applied = "", None, None
+        free_memory()
+
+    def _setup(self) -> Setup:
+        return Setup(self._device, self._dtype, self.choose_residency())
+
+    def _load(self, part: str) -> Any:
+        """Returns the model of a part, and frees the other one."""
+        if self._part != part:
+            self.free()
+            weights = self._plan.weights
+            if part == "dit":
+                named = {name: (*pair, {}) for name, pair in self._start.items()}
+                self._model = prepare_dit(weights.load_dit, named, self._setup(), weights.read_fp8)
+            else:
+                self._model = weights.load_decoder(self._device, self._dtype)
+            self._part = part
+        return self._model
+
+
+def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
+    """Renders cells in this process, yielding each video when it is written.
+
+    Cells that another process has in hand are passed over.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop; latents and videos that are finished are kept.
+    """
+    usage = Usage(find_device(config.device), write_line)
+    renderer, plan = CellRenderer(config, cells, usage), cells[0].plan
+    if unsampled := [cell for cell in cells if not cell.latents.exists()]:
+        held = plan.held(renderer.choose_residency(), DTYPES[config.model.dtype].itemsize)
+        with usage.stage("text"):
+            features = renderer.encode([cell.request for cell in unsampled])
+        with usage.stage("sample", held), StopSignal() as stop:
+            for number, cell in enumerate(unsampled, 1):
+                try:
+                    with claimed(cell) as is_mine:
+                        if is_mine and not (is_done(cell) or cell.latents.exists()):
+                            renderer.sample(cell, features, f"{number}/{len(unsampled)}", lambda: stop.received)
+                except Interrupted:
+                    write_line(f"stopped: {number - 1} of {len(unsampled)} are kept; the same command goes on")
+                    raise KeyboardInterrupt from None
+    with usage.stage("decode"):
+        for cell in tqdm(cells, "decode", leave=False):
+            with claimed(cell) as is_mine:
+                is_due = is_mine and not is_done(cell) and cell.latents.exists()
+                if is_due:
+                    renderer.decode(cell)
+            if is_due:
+                yield cell.request.video
+    renderer.free()
