@@ -62,9 +62,10 @@ def walk(folder: Path) -> Iterator[tuple[str, str]]:
             entries = os.scandir(parent or ".")
         except PermissionError:
             continue
+        start = os.path.join(parent, "")
         with entries:
             for entry in entries:
-                path = os.path.join(parent, entry.name)
+                path = start + entry.name
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(path)
                 elif not (entry.is_symlink() and Path(path).is_dir()):

@@ -32,12 +32,11 @@ class RowTable(Sequence[Row]):
 
     def sorted(self) -> "tuple[RowTable, np.ndarray]":
         """Returns the same rows by ascending sample_id, and the number that each had before."""
-        import pyarrow.compute as pc
-
-        order = pc.sort_indices(self.table["sample_id"])
+        names = self.column("sample_id")
+        order = np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
         # Most are sorted, and a copy of all takes time and memory.
-        is_sorted = pc.all(pc.equal(order, np.arange(len(self), dtype=np.uint64))).as_py() is not False
-        return self if is_sorted else RowTable(self.table.take(order)), order.to_numpy()
+        is_sorted = np.array_equal(order, np.arange(len(names)))
+        return self if is_sorted else RowTable(self.table.take(order)), order
 
     def column(self, name: str) -> list[Any]:
         """Returns a field of all rows, as JSON values."""
