@@ -80,7 +80,7 @@ def test_many_shards_keep_no_file_open_and_few_tables(tmp_path, monkeypatch):
     for index, row in enumerate(cache.rows):
         assert (cache.read(index)["mean"] == tensors_of(row)["mean"]).all()
         assert len(os.listdir("/proc/self/fd")) <= before + 2
-    assert len(cache._shards._open) == shards.MIN_OPEN  # noqa: SLF001 - nothing else tells
+    assert len(cache._shards._open) == shards.MIN_OPEN
 
 
 def test_a_shard_has_so_many_clips_at_most_and_a_full_one_is_kept(tmp_path, monkeypatch):
