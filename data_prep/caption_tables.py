@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mochi_tune.data_prep.finding import walk
 from mochi_tune.errors import DataError
 from mochi_tune.files import read_text
 
@@ -104,7 +105,8 @@ def printable(text: str) -> str:
 def _find_named(folder: Path, wanted: set[str]) -> dict[Path, dict[str, Path]]:
     """Returns the files of the names that are wanted, in lower case, by folder and name."""
     found: dict[Path, dict[str, Path]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.name.lower() in wanted and path.is_file()):
+    named = (Path(path) for path, name in walk(folder) if name.lower() in wanted)
+    for path in sorted(path for path in named if path.is_file()):
         found.setdefault(path.parent, {}).setdefault(path.name.lower(), path)
     return found
 

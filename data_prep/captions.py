@@ -1,11 +1,13 @@
 """A clip's captions come from the text file beside it, else from a table in its folder or above."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mochi_tune.data_prep.caption_tables import TableRow, find_lists, printable, read_tables
+from mochi_tune.data_prep.finding import suffix_of, walk
 from mochi_tune.errors import DataError
 from mochi_tune.files import find_lone_surrogate, read_text
 
@@ -92,17 +94,14 @@ def load_captions(folder: Path, videos: list[Path], rules: CaptionRules) -> Capt
 
 def find_orphans(folder: Path, videos: list[Path]) -> list[str]:
     """Lists the caption files in `folder` and below it that have no video of their name, as paths in it, sorted."""
-    stems = {video.with_suffix("") for video in videos}
+    stems = {_stem(video) for video in videos}
     lists = {path for pair in find_lists(folder).values() for path in pair}
-    orphans = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SIDECAR_SUFFIXES
-        and not path.name.startswith(".")
-        and path.with_suffix("") not in stems
-        and path not in lists
-        and path.is_file()
+    alone = (
+        Path(path)
+        for path, name in walk(folder)
+        if suffix_of(name) in SIDECAR_SUFFIXES and not name.startswith(".") and _stem(path) not in stems
     )
+    orphans = sorted(path for path in alone if path not in lists and path.is_file())
     # They are printed, which a name that is not UTF-8 would refuse.
     return [path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode() for path in orphans]
 
@@ -151,17 +150,21 @@ def _surround(caption: str, prefix: str, suffix: str) -> str:
 
 def _find_sidecars(videos: list[Path]) -> dict[Path, Path]:
     """Returns the caption file of each video that has one."""
-    by_stem: dict[Path, list[Path]] = {}
+    by_stem: dict[str, list[Path]] = {}
     for parent in sorted({video.parent for video in videos}):
-        for path in sorted(parent.iterdir(), key=lambda path: path.name):
-            if path.suffix.lower() in SIDECAR_SUFFIXES and path.is_file():
-                by_stem.setdefault(path.with_suffix(""), []).append(path)
+        for name in sorted(os.listdir(parent)):
+            if suffix_of(name) in SIDECAR_SUFFIXES and (path := parent / name).is_file():
+                by_stem.setdefault(_stem(path), []).append(path)
 
     def rank(path: Path) -> tuple[int, bool]:
         return SIDECAR_SUFFIXES.index(path.suffix.lower()), path.suffix != path.suffix.lower()
 
-    found = {video: by_stem.get(video.with_suffix("")) for video in videos}
+    found = {video: by_stem.get(_stem(video)) for video in videos}
     return {video: min(paths, key=rank) for video, paths in found.items() if paths}
+
+
+def _stem(path: Path | str) -> str:
+    return os.path.splitext(path)[0]
 
 
 def _read_sidecar(path: Path, video: Path, split: Literal["one", "lines"]) -> tuple[list[str], str]:

@@ -146,7 +146,7 @@ def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list
     """
     cache = open_cache(Path(config.data.cache), buckets_by_source(config.data))
     dataset = LatentDataset(cache)
-    numbers = {row.sample_id: number for number, row in enumerate(dataset.cache.rows)}
+    numbers = {name: number for number, name in enumerate(dataset.cache.rows.column("sample_id"))}
     if gone := sorted(set(paths) - numbers.keys()):
         raise DataError(
             f"the cache {config.data.cache} has no clip {gone[0]} any more: put it back to replay its step."

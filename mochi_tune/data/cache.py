@@ -12,67 +12,36 @@ import errno
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mochi_tune.data.buckets import Bucket
+from mochi_tune.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mochi_tune.data.rows import (
     SCHEMA_VERSION,
     CacheSettings,
     Row,
     content_sha256,
     digest,
-    has_fields,
-    is_row,
+    digest_list,
     read_latents,
     read_texts,
-    shard_schema,
 )
+from mochi_tune.data.shards import Shards, damaged_shard
 from mochi_tune.errors import DataError
-from mochi_tune.files import parse_object
 from mochi_tune.models.latents import latent_shape
 
 # Large enough to read at disk speed, small enough that a changed caption rewrites little.
 SHARD_BYTES = 256 * 2**20
 DATA_FOLDER = "data"
 PARTS_FOLDER = "parts"
-MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.csv"
 # A manifest that names any other file was not written by `prepare`, and may point anywhere.
 _SHARD_FILE = re.compile(rf"{DATA_FOLDER}/train-\d{{5,}}-of-\d{{5,}}\.parquet")
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns the manifest of a committed cache, or None where it is missing or incomplete."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        return None
-    manifest = parse_object(path.read_bytes())
-    return manifest if manifest is not None and manifest.get("complete") is True and _fits(manifest) else None
-
-
-def _fits(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest has what this version reads, or is another version's."""
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        return "schema_version" in manifest
-    settings, shards = manifest.get("settings"), manifest.get("shards")
-    return (
-        has_fields(settings, CacheSettings)
-        and isinstance(settings["transform"], dict)
-        and isinstance(shards, list)
-        and all(
-            isinstance(shard, dict)
-            and isinstance(shard.get("file"), str)
-            and isinstance(shard.get("bytes"), int)
-            and isinstance(shard.get("sha256"), str)
-            and isinstance(shard.get("rows"), list)
-            and all(is_row(row) for row in shard["rows"])
-            for shard in shards
-        )
-    )
 
 
 class Cache:
@@ -81,37 +50,34 @@ class Cache:
     Can be used by several data loading processes: each opens the shards for itself.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
-        self.settings = CacheSettings(**manifest["settings"])
-        located = [
-            (Row.from_json(row), shard["file"], number)
-            for shard in manifest["shards"]
-            for number, row in enumerate(shard["rows"])
-        ]
-        located.sort(key=lambda item: item[0].sample_id)
-        self.rows = [row for row, _, _ in located]
-        self._locations = [(file, number) for _, file, number in located]
-        self._open: dict[str, Any] = {}
+        self.settings = CacheSettings(**manifest.settings)
+        self.rows, self._places = manifest.rows.sorted()
+        self._files = [shard.file for shard in manifest.shards]
+        # The number of each shard's first row, before they were sorted.
+        self._starts = np.cumsum([0, *(shard.num_rows for shard in manifest.shards)])
+        self._shards = Shards(folder, self._files)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_open", "_lock")}
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_open": {}, "_lock": threading.Lock()}
+        self.__dict__ = state | {"_lock": threading.Lock()}
 
     def contents(self) -> dict[str, str]:
         """Returns what each clip's latents and features are, as a short hash by its sample_id."""
-        return {row.sample_id: digest(row.clip_key, row.text_keys)[:12] for row in self.rows}
+        rows = self.rows.tuples("sample_id", "clip_key", "text_keys")
+        return {sample_id: digest(clip_key, text_keys)[:12] for sample_id, clip_key, text_keys in rows}
 
     @property
     def fingerprint(self) -> str:
         """Changes when any clip, caption, transform or encoder of this cache does."""
-        return digest([(row.sample_id, row.clip_key, row.text_keys) for row in self.rows])
+        return digest_list(self.rows.tuples("sample_id", "clip_key", "text_keys"))
 
     def read(self, index: int, caption: int = 0) -> dict[str, torch.Tensor]:
         """Reads one clip: mean and logvar fp32 (C, T, h, w), prompt_embeds fp32 (num_tokens, text_width).
@@ -124,26 +90,18 @@ class Cache:
             DataError: A shard is damaged, the clip's row is not what was written, or it is no posterior and features
                 of these settings.
         """
-        file, number = self._locations[index]
+        file, number = self._locate(index)
         row = self.rows[index]
         path = row.sample_id
         try:
             with self._lock:  # A shard's reader must not be used by two threads at once.
                 mean, logvar, texts, written = self._read(file, number)
         except (OSError, ValueError, RuntimeError, LookupError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise
-            raise self._damaged(file, f"{path}: {error}") from error
-        expected = latent_shape(*astuple(row.bucket))
-        if not mean.shape == logvar.shape == expected:
-            raise self._damaged(file, f"{path} has latents {tuple(mean.shape)}, not {expected}")
-        if len(texts) != len(row.captions):
-            raise self._damaged(file, f"{path} has {len(texts)} captions, not {len(row.captions)}")
-        for name, tensor in (("mean", mean), ("logvar", logvar), *(("prompt_embeds", text) for text in texts)):
-            if not bool(tensor.isfinite().all()):
-                raise self._damaged(file, f"the {name} of {path} holds NaN or infinity")
-        if content_sha256(mean, logvar, texts) != written:
-            raise self._damaged(file, f"{path} is not what was written")
+            raise damaged_shard(self.folder / file, f"{path}: {error}") from error
+        if why := _find_damage(row, mean, logvar, texts, written):
+            raise damaged_shard(self.folder / file, why)
         return {"mean": mean, "logvar": logvar, "prompt_embeds": texts[caption]}
 
     def text_width(self) -> int:
@@ -152,44 +110,44 @@ class Cache:
         Raises:
             DataError: The first clip's shard is damaged.
         """
-        file, number = self._locations[0]
+        file, number = self._locate(0)
         try:
-            return self._shard(file).read_row_group(number, columns=["text_width"])["text_width"][0].as_py()
+            return self._shards.open(file).read_row_group(number, columns=["text_width"])["text_width"][0].as_py()
         except (ValueError, RuntimeError, LookupError) as error:
-            raise self._damaged(file, str(error)) from error
+            raise damaged_shard(self.folder / file, str(error)) from error
 
-    def _read(self, file: str, number: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], str]:
-        shard = self._shard(file)
+    def _read(self, file: str, number: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], dict[str, Any]]:
+        shard = self._shards.open(file)
         mean, logvar = read_latents(shard, number)
-        written = shard.read_row_group(number, columns=["content_sha256"], use_threads=False)["content_sha256"][0]
-        return mean, logvar, read_texts(shard, number), written.as_py()
+        names = ["clip_key", "text_keys", "content_sha256"]
+        written = shard.read_row_group(number, columns=names, use_threads=False).to_pylist()[0]
+        return mean, logvar, read_texts(shard, number), written
 
-    def _shard(self, file: str) -> Any:
-        if not self._open:
-            # All at once: should `prepare` replace the cache meanwhile, the old files stay readable through these.
-            self._open = {file: self._open_shard(file) for file in {file for file, _ in self._locations}}
-        return self._open[file]
+    def _locate(self, index: int) -> tuple[str, int]:
+        """Returns a clip's shard, and its row there."""
+        place = self._places[index]
+        shard = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self._files[shard], int(place - self._starts[shard])
 
-    def _open_shard(self, file: str) -> Any:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        try:
-            shard = pq.ParquetFile(self.folder / file, memory_map=True)
-            is_ours = shard.schema_arrow.equals(shard_schema())
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise  # The disk or this process failed; the file's content may be right.
-            raise self._damaged(file, str(error)) from error
-        if not is_ours:
-            raise self._damaged(file, "its columns are others than those of a shard")
-        return shard
-
-    def _damaged(self, file: str, why: str) -> DataError:
-        return DataError(
-            f"{self.folder / file} is damaged ({' '.join(why.split())}): delete it and run `mochi-tune prepare` again, "
-            "which encodes its clips anew; data.damaged=quarantine goes on without such clips."
-        )
+def _find_damage(
+    row: Row, mean: torch.Tensor, logvar: torch.Tensor, texts: list[torch.Tensor], written: Mapping[str, Any]
+) -> str:
+    """Says why what was read is not the clip of a row; "" where it is."""
+    path, expected = row.sample_id, latent_shape(*astuple(row.bucket))
+    if not mean.shape == logvar.shape == expected:
+        return f"{path} has latents {tuple(mean.shape)}, not {expected}"
+    if len(texts) != len(row.captions):
+        return f"{path} has {len(texts)} captions, not {len(row.captions)}"
+    for name, tensor in (("mean", mean), ("logvar", logvar), *(("prompt_embeds", text) for text in texts)):
+        if not bool(tensor.isfinite().all()):
+            return f"the {name} of {path} holds NaN or infinity"
+    if content_sha256(mean, logvar, texts) != written["content_sha256"]:
+        return f"{path} is not what was written"
+    if (row.clip_key, list(row.text_keys)) != (written["clip_key"], written["text_keys"]):
+        # `prepare` has replaced the cache since its manifest was read.
+        return f"another clip is in the place of {path}"
+    return ""
 
 
 def open_cache(
@@ -259,7 +217,7 @@ def _in_words(sizes: Mapping[str, Any]) -> str:
     return " and ".join(f"{len(buckets)} {name}" for name, buckets in sizes.items())
 
 
-def _complete_manifest(folder: Path) -> dict[str, Any]:
+def _complete_manifest(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     again = "run `mochi-tune prepare` again, it goes on from there"
     parts = folder / PARTS_FOLDER
@@ -269,29 +227,24 @@ def _complete_manifest(folder: Path) -> dict[str, Any]:
         if (folder / DATA_FOLDER).is_dir():
             raise DataError(f"the cache {folder} is incomplete, it has no complete {MANIFEST_NAME}: {again}.")
         raise DataError(f"there is no cache in {folder}: run `mochi-tune prepare` first.")
-    if manifest["schema_version"] != SCHEMA_VERSION:
+    if manifest.schema_version != SCHEMA_VERSION:
         raise DataError(
-            f"the cache {folder} has schema version {manifest['schema_version']}, this version reads "
+            f"the cache {folder} has schema version {manifest.schema_version}, this version reads "
             f"{SCHEMA_VERSION}: run `mochi-tune prepare` again."
         )
     missing = []
-    for shard in manifest["shards"]:
-        if not _SHARD_FILE.fullmatch(shard["file"]):
+    for shard in manifest.shards:
+        if not _SHARD_FILE.fullmatch(shard.file):
             raise DataError(
-                f"the cache {folder} is not one of `mochi-tune prepare`: its {MANIFEST_NAME} names {shard['file']!a}, "
+                f"the cache {folder} is not one of `mochi-tune prepare`: its {MANIFEST_NAME} names {shard.file!a}, "
                 f"which is no shard in {DATA_FOLDER}/: make the cache again, from the videos."
             )
-        path = folder / shard["file"]
+        path = folder / shard.file
         size = path.stat().st_size if path.is_file() else None
         if size is None:
-            missing.append(f"{shard['file']} is missing")
-        elif size != shard["bytes"]:
-            missing.append(f"{shard['file']} has {size} of {shard['bytes']} bytes")
+            missing.append(f"{shard.file} is missing")
+        elif size != shard.num_bytes:
+            missing.append(f"{shard.file} has {size} of {shard.num_bytes} bytes")
     if missing:
         raise DataError(f"the cache {folder} is incomplete ({'; '.join(missing)}): {again}.")
     return manifest
-
-
-def manifest_of(settings: CacheSettings, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Builds the manifest of a cache; `shards` hold file, bytes, sha256 and rows each."""
-    return {"schema_version": SCHEMA_VERSION, "complete": True, "settings": asdict(settings), "shards": shards}

@@ -10,9 +10,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass
 from io import TextIOWrapper
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from safetensors import safe_open
 
 from mochi_tune.data.cache import (
     DATA_FOLDER,
-    MANIFEST_NAME,
     PARTS_FOLDER,
     SHARD_BYTES,
-    manifest_of,
-    read_manifest,
 )
+from mochi_tune.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, write_manifest
 from mochi_tune.data.parts import Part, PartsFolder, read_part
+from mochi_tune.data.row_table import RowTable, row_schema
 from mochi_tune.data.rows import (
     SCHEMA_VERSION,
     CacheSettings,
@@ -38,35 +38,38 @@ from mochi_tune.data.rows import (
     shard_schema,
 )
 from mochi_tune.errors import DataError
-from mochi_tune.files import atomic_file, file_sha256, is_elsewhere, lock_file, write_atomic
+from mochi_tune.files import atomic_file, file_sha256, is_elsewhere, lock_file
 
+# Of clips as small as a toy's: a shard's table has a part for each clip, which takes 20 kB where it is open. Shards of
+# clips of Mochi's own sizes have less than 300.
+SHARD_ROWS = 512
 STAGING_FOLDER = "data.new"
 TRASH_FOLDER = "trash"
 
 
 @dataclass(frozen=True)
-class _Location:
-    """Where something encoded is stored: in a part of its own, or in a row of a shard; `info` is saved with it.
-
-    Of a caption, `place` is its number among those of its row.
-    """
-
-    file: Path
-    row: int | None
-    num_bytes: int
-    info: dict[str, Any]
-    place: int = 0
-
-
-def _location(part: Part) -> _Location:
-    return _Location(part.file, None, part.num_bytes, part.info)
-
-
-@dataclass
 class _Shard:
+    """A shard that is there: `small` is the arrow table of all its columns but the tensors and their checksums."""
+
     file: Path
     sha256: str
-    rows: list[Row]
+    small: Any
+
+    @property
+    def rows(self) -> RowTable:
+        return RowTable(self.small.select(row_schema().names))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What is encoded in a row of a shard; of a caption, `place` is its number among those of its row."""
+
+    shard: _Shard
+    row: int
+    place: int = 0
+
+    def value(self, column: str) -> Any:
+        return self.shard.small[column][self.row].as_py()
 
 
 class CacheWriter:
@@ -89,8 +92,9 @@ class CacheWriter:
         self.share = share
         self.parts = PartsFolder(self.folder / PARTS_FOLDER / share)
         self.is_locked = True
-        self._latents: dict[str, _Location] = {}
-        self._texts: dict[str, _Location] = {}
+        self._latents: dict[str, Part | _Stored] = {}
+        self._texts: dict[str, Part | _Stored] = {}
+        self._manifest: Manifest | None = None
         self._shards: list[_Shard] = []
 
     def __enter__(self) -> "CacheWriter":
@@ -157,14 +161,15 @@ class CacheWriter:
             DataError: It is damaged.
         """
         kind, key = file.stem.split("-")
-        (self._latents if kind == "latents" else self._texts)[key] = _location(read_part(file))
+        (self._latents if kind == "latents" else self._texts)[key] = read_part(file)
 
     def _find_shards(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        manifest = read_manifest(self.folder)
-        recorded = {shard["file"]: shard["sha256"] for shard in manifest["shards"]} if manifest else {}
+        self._manifest = manifest = read_manifest(self.folder)
+        recorded = {shard.file: shard.sha256 for shard in manifest.shards} if manifest else {}
+        columns = [*row_schema().names, "latent_shape", "num_tokens", "text_width", "caption_tokens", "clip_report"]
         for file in sorted((self.folder / DATA_FOLDER).glob("*.parquet")):
             sha256 = file_sha256(file)
             # Without a manifest (killed in a commit) a shard is complete all the same: it was synced before its rename.
@@ -174,23 +179,18 @@ class CacheWriter:
                 with pq.ParquetFile(file) as shard:
                     if not shard.schema_arrow.equals(shard_schema()):
                         continue
-                    small = ["latent_shape", "num_tokens", "text_width", "caption_tokens", "clip_report"]
-                    table = shard.read(columns=[field.name for field in fields(Row)] + small)
+                    # A row group has one row, and is a chunk of its own until they are combined.
+                    small = shard.read(columns=columns).combine_chunks()
             except pa.ArrowInvalid:
                 continue
-            self._add_shard(file, sha256, table.to_pylist())
+            self._add_shard(_Shard(file, sha256, small))
 
-    def _add_shard(self, file: Path, sha256: str, records: list[dict[str, Any]]) -> None:
-        rows = [Row.from_json({field.name: record[field.name] for field in fields(Row)}) for record in records]
-        self._shards.append(_Shard(file, sha256, rows))
-        for number, (row, record) in enumerate(zip(rows, records, strict=True)):
-            latents_bytes = 2 * 4 * math.prod(record["latent_shape"])
-            clip_report = json.loads(record["clip_report"])
-            self._latents.setdefault(row.clip_key, _Location(file, number, latents_bytes, clip_report))
-            for place, key in enumerate(row.text_keys):
-                tokens = {name: record[name][place] for name in ("num_tokens", "caption_tokens")}
-                num_bytes = 4 * tokens["num_tokens"] * record["text_width"]
-                self._texts.setdefault(key, _Location(file, number, num_bytes, tokens, place))
+    def _add_shard(self, shard: _Shard) -> None:
+        self._shards.append(shard)
+        for number, (clip_key, text_keys) in enumerate(shard.rows.tuples("clip_key", "text_keys")):
+            self._latents.setdefault(clip_key, _Stored(shard, number))
+            for place, key in enumerate(text_keys):
+                self._texts.setdefault(key, _Stored(shard, number, place))
 
     def has_latents(self, clip_key: str) -> bool:
         """Whether a clip's latents were encoded before."""
@@ -202,20 +202,34 @@ class CacheWriter:
 
     def clip_report(self, clip_key: str) -> dict[str, Any]:
         """Returns how the clip was cut: the report that `put_latents` was given."""
-        return self._latents[clip_key].info
+        where = self._latents[clip_key]
+        return where.info if isinstance(where, Part) else json.loads(where.value("clip_report"))
 
     def token_counts(self, text_key: str) -> tuple[int, int]:
         """Returns a caption's number of tokens after and before it was cut to the longest prompt."""
-        info = self._texts[text_key].info
-        return info["num_tokens"], info["caption_tokens"]
+        where = self._texts[text_key]
+        if isinstance(where, Part):
+            return where.info["num_tokens"], where.info["caption_tokens"]
+        return where.value("num_tokens")[where.place], where.value("caption_tokens")[where.place]
+
+    def _num_bytes(self, row: Row) -> int:
+        """Returns the size of a row's tensors."""
+        where = self._latents[row.clip_key]
+        size = where.num_bytes if isinstance(where, Part) else 2 * 4 * math.prod(where.value("latent_shape"))
+        for text in map(self._texts.__getitem__, row.text_keys):
+            if isinstance(text, Part):
+                size += text.num_bytes
+            else:
+                size += 4 * text.value("num_tokens")[text.place] * text.value("text_width")
+        return size
 
     def put_latents(self, clip_key: str, mean: torch.Tensor, logvar: torch.Tensor, clip_report: dict[str, Any]) -> None:
         """Saves a clip's posterior, fp32 (C, T, h, w) on the CPU, and how the clip was cut; it is synced to disk."""
-        self._latents[clip_key] = _location(self.parts.put_latents(clip_key, mean, logvar, clip_report))
+        self._latents[clip_key] = self.parts.put_latents(clip_key, mean, logvar, clip_report)
 
     def put_text(self, text_key: str, prompt_embeds: torch.Tensor, caption_tokens: int) -> None:
         """Saves a caption's features, fp32 (num_tokens, text_width), and its number of tokens before the cut."""
-        self._texts[text_key] = _location(self.parts.put_text(text_key, prompt_embeds, caption_tokens))
+        self._texts[text_key] = self.parts.put_text(text_key, prompt_embeds, caption_tokens)
 
     def commit(self, rows: Iterable[Row], settings: CacheSettings, shard_bytes: int = SHARD_BYTES) -> bool:
         """Makes these rows the cache, from what was encoded; leaves a cache that has them already as it is.
@@ -228,7 +242,7 @@ class CacheWriter:
         Returns:
             Whether anything was written.
         """
-        rows = sorted(rows)
+        rows = sorted(rows, key=attrgetter("sample_id"))
         assert rows and not self.share
         parts, data, trash = (self.folder / name for name in (PARTS_FOLDER, DATA_FOLDER, TRASH_FOLDER))
         if self._is_committed(rows, settings):
@@ -242,51 +256,55 @@ class CacheWriter:
         os.rename(self.folder / STAGING_FOLDER, data)
         # Before the manifest says complete: parts beside one mean an unfinished prepare.
         shutil.rmtree(parts)
-        manifest = json.dumps(manifest_of(settings, shards), indent=1)
-        write_atomic(self.folder / MANIFEST_NAME, manifest.encode(), durable=True)
+        write_manifest(self.folder, settings, shards)
         shutil.rmtree(trash)
         return True
 
     def _is_committed(self, rows: list[Row], settings: CacheSettings) -> bool:
-        manifest = read_manifest(self.folder)
-        if manifest is None:
+        manifest = self._manifest
+        if manifest is None or manifest.schema_version != SCHEMA_VERSION or manifest.settings != asdict(settings):
             return False
-        is_complete = len(self._shards) == len(manifest["shards"]) and manifest["schema_version"] == SCHEMA_VERSION
-        found = sorted(row for shard in self._shards for row in shard.rows)
-        return is_complete and found == rows and manifest["settings"] == asdict(settings)
+        return len(self._shards) == len(manifest.shards) and self._holds(rows)
 
-    def _stage(self, rows: list[Row], shard_bytes: int) -> list[dict[str, Any]]:
-        """Builds all shards in the staging folder and returns their entries for the manifest."""
+    def _holds(self, rows: Sequence[Row]) -> bool:
+        """Whether the shards hold these rows, which are sorted, and no others."""
+        import pyarrow as pa
+
+        if sum(len(shard.rows) for shard in self._shards) != len(rows):
+            return False
+        found, _ = RowTable(pa.concat_tables([shard.rows.table for shard in self._shards])).sorted()
+        return found == RowTable.from_rows(rows)
+
+    def _stage(self, rows: list[Row], shard_bytes: int) -> list[tuple[ShardEntry, Sequence[Row]]]:
+        """Builds all shards in the staging folder and returns them with their rows, for the manifest."""
         staging = self.folder / STAGING_FOLDER
         staging.mkdir()
         open_rows = set(rows)
-        done: list[_Shard] = []
+        done: list[tuple[Path, str, Sequence[Row]]] = []
         for shard in self._shards:
             # A small one is packed anew with the rest, or adding clips one by one would leave a shard for each.
-            if shard.file.stat().st_size >= shard_bytes // 2 and open_rows.issuperset(shard.rows):
+            is_large = shard.file.stat().st_size >= shard_bytes // 2 or len(shard.rows) >= SHARD_ROWS
+            if is_large and open_rows.issuperset(shard.rows):
                 open_rows.difference_update(shard.rows)
-                done.append(_Shard(_link(shard.file, staging / f"{len(done)}.parquet"), shard.sha256, shard.rows))
+                done.append((_link(shard.file, staging / f"{len(done)}.parquet"), shard.sha256, shard.rows))
         for batch in self._batches([row for row in rows if row in open_rows], shard_bytes):
             file = staging / f"{len(done)}.parquet"
             with atomic_file(file, durable=True) as temporary:
                 self._write_shard(temporary, batch)
-            done.append(_Shard(file, file_sha256(file), batch))
+            done.append((file, file_sha256(file), RowTable.from_rows(batch)))
         entries = []
-        for number, shard in enumerate(done):
+        for number, (file, sha256, shard_rows) in enumerate(done):
             name = f"train-{number:05d}-of-{len(done):05d}.parquet"
-            file = shard.file.rename(staging / name)
-            shard_rows = [row.to_json() for row in shard.rows]
-            size = file.stat().st_size
-            entries.append({"file": f"{DATA_FOLDER}/{name}", "bytes": size, "sha256": shard.sha256, "rows": shard_rows})
+            size = file.rename(staging / name).stat().st_size
+            entries.append((ShardEntry(f"{DATA_FOLDER}/{name}", size, sha256, len(shard_rows)), shard_rows))
         return entries
 
     def _batches(self, rows: list[Row], shard_bytes: int) -> Iterable[list[Row]]:
         batch: list[Row] = []
         size = 0
         for row in rows:
-            row_bytes = self._latents[row.clip_key].num_bytes
-            row_bytes += sum(self._texts[key].num_bytes for key in row.text_keys)
-            if batch and size + row_bytes > shard_bytes:
+            row_bytes = self._num_bytes(row)
+            if batch and (size + row_bytes > shard_bytes or len(batch) == SHARD_ROWS):
                 yield batch
                 batch, size = [], 0
             batch.append(row)
@@ -299,10 +317,10 @@ class CacheWriter:
         import pyarrow.parquet as pq
 
         where = self._latents[row.clip_key]
-        if where.row is None:
+        if isinstance(where, Part):
             with safe_open(where.file, framework="pt") as part:
                 return part.get_tensor("mean"), part.get_tensor("logvar")
-        with pq.ParquetFile(where.file, memory_map=True) as shard:
+        with pq.ParquetFile(where.shard.file, memory_map=True) as shard:
             return read_latents(shard, where.row)
 
     def _read_text(self, key: str) -> torch.Tensor:
@@ -310,10 +328,10 @@ class CacheWriter:
         import pyarrow.parquet as pq
 
         where = self._texts[key]
-        if where.row is None:
+        if isinstance(where, Part):
             with safe_open(where.file, framework="pt") as part:
                 return part.get_tensor("prompt_embeds")
-        with pq.ParquetFile(where.file, memory_map=True) as shard:
+        with pq.ParquetFile(where.shard.file, memory_map=True) as shard:
             return read_texts(shard, where.row)[where.place]
 
     def _write_shard(self, file: Path, rows: list[Row]) -> None:
@@ -326,9 +344,9 @@ class CacheWriter:
                 mean, logvar = self._read_latents(row)
                 texts = [self._read_text(key) for key in row.text_keys]
                 values = asdict(row) | {"bucket": list(astuple(row.bucket))}
-                for name in ("num_tokens", "caption_tokens"):
-                    values[name] = [self._texts[key].info[name] for key in row.text_keys]
-                values["clip_report"] = json.dumps(self._latents[row.clip_key].info)
+                counts = [self.token_counts(key) for key in row.text_keys]
+                values["num_tokens"], values["caption_tokens"] = zip(*counts, strict=True)
+                values["clip_report"] = json.dumps(self.clip_report(row.clip_key))
                 values["text_width"] = texts[0].shape[1]
                 values["content_sha256"] = content_sha256(mean, logvar, texts)
                 values["latent_shape"] = list(mean.shape)

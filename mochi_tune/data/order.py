@@ -7,6 +7,7 @@ pool gives as many clips as it is asked for, and which pool comes next is shuffl
 
 import hashlib
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,7 +54,8 @@ class ClipOrder:
             return self._clips(self.pools[0], number, "")
         num_draws = tuple(pool.num_draws for pool in self.pools)
         cycle, place = divmod(number, sum(num_draws))
-        which, before = shuffled_pools(num_draws, self.seed, cycle)[place]
+        pools, so_far = shuffled_pools(num_draws, self.seed, cycle)
+        which, before = pools[place], so_far[place]
         return self._clips(self.pools[which], cycle * num_draws[which] + before, f"/{self.pools[which].name}")
 
     def fingerprint(self, names: Sequence[str]) -> str:
@@ -74,26 +76,28 @@ class ClipOrder:
 
 
 @lru_cache(maxsize=64)
-def epoch_order(num_clips: int, seed: int, epoch: int, key: str = "") -> tuple[int, ...]:
+def epoch_order(num_clips: int, seed: int, epoch: int, key: str = "") -> "array[int]":
     """Returns the shuffled clip numbers of one epoch, a function of its arguments alone."""
     return _permutation(num_clips, f"order/{seed}/{epoch}{key}")
 
 
 @lru_cache(maxsize=4)
-def shuffled_pools(num_draws: tuple[int, ...], seed: int, cycle: int) -> list[tuple[int, int]]:
-    """Returns, for each batch of a cycle, its pool and how many batches of that pool came before it in the cycle."""
+def shuffled_pools(num_draws: tuple[int, ...], seed: int, cycle: int) -> "tuple[array[int], array[int]]":
+    """Returns, for each batch of a cycle, its pool, and how many batches of that pool came before it in the cycle."""
     pools = [pool for pool, count in enumerate(num_draws) for _ in range(count)]
-    so_far, found = [0] * len(num_draws), []
+    so_far, chosen, before = [0] * len(num_draws), array("i"), array("i")
     for place in _permutation(len(pools), f"pools/{seed}/{cycle}"):
-        found.append((pools[place], so_far[pools[place]]))
+        chosen.append(pools[place])
+        before.append(so_far[pools[place]])
         so_far[pools[place]] += 1
-    return found
+    return chosen, before
 
 
-def _permutation(count: int, key: str) -> tuple[int, ...]:
+def _permutation(count: int, key: str) -> "array[int]":
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return tuple(torch.randperm(count, generator=generator).tolist())
+    # Four bytes a clip, where a tuple has 36: many epochs of many pools are kept.
+    return array("i", torch.randperm(count, generator=generator).tolist())
 
 
 def make_pools(

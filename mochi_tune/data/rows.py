@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any, TypeGuard
 
@@ -103,6 +103,15 @@ def make_row(
 def digest(*values: Any) -> str:
     """Returns the hex sha256 of JSON values, which changes with the schema too."""
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, *values], sort_keys=True).encode()).hexdigest()
+
+
+def digest_list(values: Iterable[Any]) -> str:
+    """Returns `digest` of a list of JSON values, of which it holds one at a time."""
+    found = hashlib.sha256(f"[{SCHEMA_VERSION}, [".encode())
+    for number, value in enumerate(values):
+        found.update((", " * (number > 0) + json.dumps(value, sort_keys=True)).encode())
+    found.update(b"]]")
+    return found.hexdigest()
 
 
 def shard_schema() -> Any:

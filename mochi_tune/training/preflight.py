@@ -24,6 +24,7 @@ from mochi_tune.config.sources import (
     read_sources,
     share_of_buckets,
 )
+from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
 from mochi_tune.data.order import ClipOrder, make_pools
@@ -207,7 +208,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
         check_adapter(start_adapter, all_linear_shapes(skeleton), base)
         check_start(start_adapter.layers, layers, config.lora.dora, str(start_adapter))
     count = train.validation_clips if train.validate_every else 0
-    held = held_out([f"{row.source}/{row.path}" if row.source else row.path for row in cache.rows], count, config.seed)
+    held = held_out([f"{s}/{p}" if s else p for s, p in cache.rows.tuples("source", "path")], count, config.seed)
     order = clip_order(config, cache, held)
     # The number of samples of a step decides what is learnt, not how processes share them.
     global_batch = train.batch_size * draws.num_micro_batches
@@ -216,7 +217,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
         settings["model.precision"] = None
     fingerprint = generator_fingerprint(config.seed)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
-    identity["order"] = order.fingerprint([row.sample_id for row in cache.rows])
+    identity["order"] = order.fingerprint(cache.rows.column("sample_id"))
     _check_streaming(config)
     return TrainPlan(config, device, weights, dataset, held, order, layers, start_adapter, draws, identity, layout)
 
@@ -224,7 +225,9 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
 def clip_order(config: RunConfig, cache: Cache, held: Sequence[int]) -> ClipOrder:
     """Returns the order in which the clips of a cache are trained on, without those that are held out."""
     sources = {source.name: (source.repeats, source.weight) for source in read_sources(config.data)}
-    clips = {number: (row.source, row.bucket) for number, row in enumerate(cache.rows) if number not in held}
+    rows = enumerate(cache.rows.tuples("source", "bucket"))
+    are_held = frozenset(held)
+    clips = {number: (source, Bucket(*bucket)) for number, (source, bucket) in rows if number not in are_held}
     pools = make_pools(clips, sources, share_of_buckets(config.data))
     return ClipOrder(pools, config.train.batch_size, config.seed)
 

@@ -41,7 +41,7 @@ def test_resuming_gives_the_batches_of_a_straight_run():
 
 
 def test_epochs_and_seeds_and_pools_are_shuffled_differently():
-    orders = {epoch_order(20, seed, epoch, key) for seed in range(3) for epoch in range(3) for key in ("", "/a")}
+    orders = {tuple(epoch_order(20, seed, epoch, key)) for seed in range(3) for epoch in range(3) for key in ("", "/a")}
     assert len(orders) == 18
     assert tuple(range(20)) not in orders
 
