@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
 PROMPTS = ("sample.prompt", "sample.negative_prompt")
 MAX_YAML_DEPTH = 20
+# Hydra keeps what it composes from in one place for all threads.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def packaged_folder() -> Path:
@@ -82,7 +85,7 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
     overrides = [_hydra_override(key, value) for key, value in given.items() if key not in patterns]
     searchpath = f"hydra.searchpath=[{quote(f'file://{packaged_folder()}')}]"
     try:
-        with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+        with _ONE_AT_A_TIME, initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
             composed = compose(path.stem, overrides=[searchpath, *overrides])
         written = OmegaConf.to_container(composed)
         assert isinstance(written, dict)

@@ -147,7 +147,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     gr.on([field.change for field in own], form.message, form.inputs, message, trigger_mode="always_last", **quiet)
     # Another folder or size gives other cards; typing alone does not draw them at every key.
     gr.on([field.blur for field in own], lambda number: number + 1, version, version, **quiet)
-    form.name.change(lambda number: number + 1, version, version, **quiet)
+    form.filled_times.change(lambda number: number + 1, version, version, **quiet)
     many = [find, replacement, prefix, version, *form.inputs]
     count.click(change_all(False), many, [said, version], **quiet)
     change.click(change_all(True), many, [said, version], **quiet)
@@ -214,6 +214,6 @@ def card_html(folder: Path, card: ClipCard) -> str:
     facts = " · ".join(filter(None, (card.length, card.size, card.bucket)))
     flags = "".join(f'<span class="flag {flag.weight}">{escape(flag.text)}</span>' for flag in card.flags)
     return (
-        f"{picture}<h3>{escape(card.name)}</h3><p class='facts'>{escape(facts)}</p>{flags}"
+        f"{picture}<h3>{escape(card.name).replace('_', '_<wbr>')}</h3><p class='facts'>{escape(facts)}</p>{flags}"
         f"{html.note(card.refused, 'error')}"
     )

@@ -36,6 +36,12 @@ TITLES = {
 }
 # As conf/base.yaml chooses.
 GROUP_DEFAULTS = {"model": "mochi_1", "lora": "attention", "memory": "80gb"}
+# Of the packaged files; docs/settings.md says what each sets.
+GROUP_MEANINGS = {
+    "model": "mochi_1: Genmo's, 480p; toy and tiny are shipped, to try everything on any machine",
+    "lora": "attention: what every program reads; attention_mlp: the MLPs too, learns more and is larger",
+    "memory": "what the GPU has: less memory trains slower; auto: the fastest that fits",
+}
 
 
 class SettingsForm:
@@ -53,6 +59,8 @@ class SettingsForm:
             label="Other settings, key=value, one a line", lines=4, max_lines=14, elem_id="more", render=False,
             placeholder="train.warmup_steps=20",
         )  # fmt: skip
+        # Another value whenever the fields were filled, be it for a page that opens or for another conf.
+        self.filled_times = gr.State(0)
         self.replaces = gr.Checkbox(label="replace it, if conf/NAME.yaml has other settings", render=False)
 
     @property
@@ -87,11 +95,15 @@ class SettingsForm:
         """Returns the one line that the command line would say of the form."""
         form = self.form_of(values)
         try:
-            check_form(self.folder, form)
+            data = check_form(self.folder, form).data
         except MochiTuneError as error:
             return html.note(str(error), "error")
         is_new = not conf_path(self.folder, form.name).exists()
-        return html.note(f"conf/{form.name}.yaml {'will be written' if is_new else 'is there'}: every setting fits")
+        clips = f"{data.num_frames} frames, {data.width} x {data.height}"
+        return html.note(
+            f"Every setting fits{f', conf/{form.name}.yaml will be written' if is_new else ''}. Clips: "
+            f"{'of several sizes' if data.buckets else clips}."
+        )
 
     def filled(self, name: str) -> Iterator[Any]:
         """Yields the values of all inputs but the name: of the conf, or as they are where there is none of the name."""
@@ -110,17 +122,17 @@ class SettingsForm:
     def wire(self, blocks: gr.Blocks) -> None:
         """Fills the form when a conf is chosen, and when a page opens."""
 
-        def fill(name: str) -> list[Any]:
-            return list(self.filled(name))
-
         def open_page() -> Any:
             confs = list_confs(self.folder)
             return gr.Dropdown(confs, value=confs[0] if confs else "my_lora")
 
-        targets = [*self.fields.values(), self.more]
-        self.name.change(fill, self.name, targets, show_progress="hidden")
-        blocks.load(open_page, None, self.name, show_progress="hidden").then(
-            fill, self.name, targets, show_progress="hidden"
+        def fill_and_tell(name: str, times: int) -> list[Any]:
+            return [*self.filled(name), times + 1]
+
+        targets, quiet = [*self.fields.values(), self.more, self.filled_times], "hidden"
+        self.name.change(fill_and_tell, [self.name, self.filled_times], targets, show_progress=quiet)
+        blocks.load(open_page, None, self.name, show_progress=quiet).then(
+            fill_and_tell, [self.name, self.filled_times], targets, show_progress=quiet
         )
 
 
@@ -128,9 +140,8 @@ def _field(key: str) -> Any:
     shown = {"label": TITLES[key], "elem_id": key.replace(".", "_"), "render": False}
     if key in GROUP_DEFAULTS:
         files = packaged_files()[key]
-        meaning = "; ".join(f"{name}: {text.rstrip('.')}" for name, text in files.items())
         default = f"as by default: {GROUP_DEFAULTS[key]}"
-        return gr.Dropdown([(default, ""), *((name, name) for name in files)], value="", info=meaning, **shown)
+        return gr.Dropdown([(default, ""), *((name, name) for name in files)], value="", info=GROUP_MEANINGS[key], **shown)
     setting = known_keys()[key]
     default = "" if key == "train.sample_prompts" else as_text(setting.default)
     if setting.choices:

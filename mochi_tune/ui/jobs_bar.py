@@ -19,14 +19,14 @@ WORDS = {"partly": "done but for some clips", "failed": "failed", "stopped": "st
 
 def build_bar(folder: Path) -> None:
     """Builds the bar; it looks at the files every two seconds."""
-    with gr.Group(elem_id="jobs"):
-        gr.HTML("<h2>Jobs</h2>", padding=True)
-        table = gr.HTML(elem_id="jobs_table", padding=True)
-        with gr.Row():
-            chosen = gr.Dropdown([], label="Job", elem_id="job", scale=3)
-            stop = gr.Button("Stop", variant="stop", elem_id="job_stop", min_width=100)
-            again = gr.Button("Go on (the same command)", elem_id="job_again", min_width=100)
-        said = gr.HTML(elem_id="job_said", padding=True)
+    with gr.Column(elem_id="jobs"):
+        gr.HTML("<h2>Jobs</h2>")
+        table = gr.HTML(elem_id="jobs_table")
+        with gr.Row(equal_height=False, elem_id="job_row"):
+            chosen = gr.Dropdown([], label="Job", elem_id="job", scale=4, show_label=False, min_width=220)
+            stop = gr.Button("Stop", elem_id="job_stop", min_width=90, scale=1)
+            again = gr.Button("Go on", elem_id="job_again", min_width=90, scale=1)
+        said = gr.HTML(elem_id="job_said")
         with gr.Accordion("Log", open=False):
             log = gr.HTML(elem_id="job_log")
 

@@ -42,9 +42,17 @@ def looks() -> dict[str, Any]:
     """Returns theme, style and head of the page; none of them fetches anything from elsewhere."""
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.teal, neutral_hue=gr.themes.colors.slate, font=FONTS, font_mono=MONO,
-        text_size=gr.themes.sizes.text_md, radius_size=gr.themes.sizes.radius_md,
+        text_size=gr.themes.sizes.text_md, spacing_size=gr.themes.sizes.spacing_md, radius_size=gr.themes.sizes.radius_md,
     ).set(
         body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400",
+        input_background_fill="white", input_background_fill_dark="*neutral_800",
+        input_border_width="1px", input_border_color="*neutral_300", input_border_color_dark="*neutral_600",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+        button_large_text_size="*text_md", button_large_text_weight="600", button_large_padding="8px 16px",
+        button_secondary_border_color="*neutral_300", button_secondary_border_color_dark="*neutral_600",
+        button_border_width="1px",
         block_background_fill="white", block_background_fill_dark="*neutral_900",
         block_border_width="1px", block_label_background_fill="transparent",
         block_label_background_fill_dark="transparent", block_label_border_width="0px",

@@ -93,7 +93,7 @@ def build_runs(folder: Path) -> None:
     with gr.Row():
         validation = _chart("validation loss", "line")
         charts["seconds"] = _chart(runs.NUMBERS["seconds"], "run")
-    charts["memory_gib"] = _chart(runs.NUMBERS["memory_gib"], "run", visible=False)
+    charts["memory_gib"] = _chart(runs.NUMBERS["memory_gib"], "run")
     play = gr.Button("Play all from the start", size="sm", elem_id="play_all", visible=False)
     samples = gr.HTML(elem_id="samples")
     shown = gr.State({})
@@ -118,7 +118,7 @@ def build_runs(folder: Path) -> None:
             return any(now[key] != shown.get(key) for key in keys)
 
         frames = [
-            gr.LinePlot(_frame(points[key], "run"), visible=bool(points[key]) or key != "memory_gib")
+            gr.LinePlot(_frame(points[key], "run"), visible=bool(points[key]))
             if changed("charts", "runs") else gr.skip()
             for key in charts
         ]  # fmt: skip
@@ -127,7 +127,7 @@ def build_runs(folder: Path) -> None:
             gr.Dropdown([(f"step {each}", each) for each in steps], value=wanted) if changed("steps") else gr.skip(),
             now["figures"] if changed("figures") else gr.skip(),
             *frames,
-            _frame(checked, "line") if changed("validation", "runs") else gr.skip(),
+            gr.LinePlot(_frame(checked, "line"), visible=bool(checked)) if changed("validation", "runs") else gr.skip(),
             samples_html(folder, names, now["videos"]) if changed("videos", "runs") else gr.skip(),
             gr.Button(visible=bool(now["videos"])) if changed("videos") else gr.skip(),
             now,
@@ -141,10 +141,11 @@ def build_runs(folder: Path) -> None:
     play.click(None, js=PLAY_ALL)
 
 
-def _chart(title: str, color: str, visible: bool = True) -> Any:
+def _chart(title: str, color: str) -> Any:
+    # Shown once it has points: an empty one is an error to the library that draws it.
     return gr.LinePlot(
         _frame([], color), x="step", y="value", color=color, title=title, x_title="step", y_title=title,
-        color_title="", height=260, visible=visible, min_width=300, sort="x",
+        color_title="", height=260, visible=False, min_width=300, sort="x",
     )  # fmt: skip
 
 
