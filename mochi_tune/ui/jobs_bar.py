@@ -93,11 +93,12 @@ def _row(folder: Path, job: Job) -> str:
     words = WORDS.get(job.state, job.state)
     if job.state == "running" and job.is_asked_to_stop:
         words = "saves and stops"
-    seconds = (job.ended or time.time()) - job.began if job.began else 0
+    seconds = (job.ended or time.time()) - job.began
+    took = "" if not job.began else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return (
         f"<tr><td class='number'>{job.number}</td><td><code>{escape(job.command)}</code></td>"
         f"<td><span class='state {job.state}'>{words}</span>{html.note(last[:300])}</td>"
-        f"<td>{f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min' if seconds else ''}</td></tr>"
+        f"<td>{took}</td></tr>"
     )
 
 
