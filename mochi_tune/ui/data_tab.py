@@ -21,7 +21,7 @@ from mochi_tune.ui.clips import (
     write_caption,
 )
 from mochi_tune.ui.confs import check_form
-from mochi_tune.ui.folder import inside
+from mochi_tune.ui.folder import inside, relative
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
 from mochi_tune.ui.jobs_bar import said_of
@@ -65,25 +65,29 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         where = gr.HTML(elem_id="page_where")
         forward = gr.Button("next →", size="sm", elem_id="page_forward")
 
-    @gr.render(inputs=[*form.inputs, page, version], triggers=[version.change, page.change], show_progress="hidden")
-    def draw(*values: Any) -> None:
-        *settings, number, _ = values
-        data, root, videos, trouble = look_at(folder, form, tuple(settings))
-        if trouble or data is None:
-            gr.HTML(trouble, elem_id="gallery_empty")
-            return
-        shown = videos[number * NUM_CARDS :][:NUM_CARDS]
-        texts = read_captions(root, shown, data)
-        with gr.Row(elem_classes="clips", elem_id="gallery"):
-            for card in gallery.cards(root, shown, data):
-                with gr.Column(elem_classes="card", min_width=240):
-                    gr.HTML(card_html(folder, card))
-                    box = gr.Textbox(
-                        texts[card.path], label=f"Caption of {card.name}", lines=3, max_lines=8, show_label=False,
-                        placeholder="What is seen, in a sentence or two", elem_classes="caption",
-                    )  # fmt: skip
-                    # Bound to the file as it is named now.
-                    box.blur(_saver(folder, card.path), [box], said, show_progress="hidden")
+    empty = gr.HTML(elem_id="gallery_empty")
+    with gr.Row(elem_classes="clips", elem_id="gallery"):
+        slots = [_Slot() for _ in range(NUM_CARDS)]
+
+    def draw(number: int, *values: Any) -> list[Any]:
+        data, root, videos, trouble = look_at(folder, form, values)
+        shown = videos[number * NUM_CARDS :][:NUM_CARDS] if data and not trouble else []
+        texts = read_captions(root, shown, data) if data else {}
+        cards = gallery.cards(root, shown, data) if data and shown else []
+        updates: list[Any] = [gr.HTML(trouble, visible=bool(trouble))]
+        for card in cards:
+            name = relative(folder, card.path)
+            label = f"Caption of {card.name}"
+            updates += [gr.Column(visible=True), card_html(folder, card), gr.Textbox(texts[card.path], label=label), name]
+        for _ in slots[len(cards) :]:
+            updates += [gr.Column(visible=False), "", "", ""]
+        return updates
+
+    for slot in slots:
+        # The name comes with the text from the browser, so that no caption ever goes to another clip.
+        slot.caption.blur(
+            lambda text, name: _save(folder, text, name), [slot.caption, slot.name], said, show_progress="hidden"
+        )
 
     def tell_where(number: int, *values: Any) -> str:
         _, _, videos, _ = look_at(folder, form, values)
@@ -142,6 +146,11 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     inspect.click(start("inspect"), [form.replaces, *form.inputs], said, **quiet)
     back.click(turn(-1), [page, *form.inputs], page, **quiet)
     forward.click(turn(1), [page, *form.inputs], page, **quiet)
+    targets = [empty, *(part for slot in slots for part in slot.parts)]
+    gr.on(
+        [page.change, version.change], draw, [page, *form.inputs], targets,
+        trigger_mode="always_last", concurrency_limit=4, **quiet,
+    )  # fmt: skip
     gr.on([page.change, version.change], tell_where, [page, *form.inputs], where, **quiet)
     own = [form.fields[key] for key in form.fields if key.startswith("data.")]
     gr.on([field.change for field in own], form.message, form.inputs, message, trigger_mode="always_last", **quiet)
@@ -156,18 +165,33 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     gr.on([version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet)
 
 
-def _saver(folder: Path, video: Path) -> Any:
-    def save(text: str) -> str:
-        def act() -> str:
-            # A card that is left without a change writes nothing.
-            if read_captions(video.parent, [video], DataConfig())[video] == text.strip():
-                return ""
-            write_caption(folder, video, text)
-            return f"the caption of {video.name} is saved"
+class _Slot:
+    """The place of a card: its picture and facts, its caption, and, hidden, the file that both belong to."""
 
-        return said_of(act)
+    def __init__(self) -> None:
+        with gr.Column(elem_classes="card", min_width=240, visible=False) as self.column:
+            self.card = gr.HTML()
+            self.caption = gr.Textbox(
+                lines=3, max_lines=8, show_label=False, elem_classes="caption",
+                placeholder="What is seen, in a sentence or two",
+            )  # fmt: skip
+            self.name = gr.Textbox(visible="hidden")
 
-    return save
+    @property
+    def parts(self) -> list[Any]:
+        return [self.column, self.card, self.caption, self.name]
+
+
+def _save(folder: Path, text: str, name: str) -> str:
+    def act() -> str:
+        # A card that is left without a change writes nothing.
+        video = inside(folder, name)
+        if not name or read_captions(video.parent, [video], DataConfig())[video] == text.strip():
+            return ""
+        write_caption(folder, video, text)
+        return f"the caption of {video.name} is saved"
+
+    return said_of(act)
 
 
 def look_at(

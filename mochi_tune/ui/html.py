@@ -16,7 +16,9 @@ def address(folder: Path, path: Path) -> str:
 def video(folder: Path, path: Path, poster: Path | None = None) -> str:
     """Returns a video with controls; before it is played it loads nothing where it has a poster, else its beginning."""
     picture = f' poster="{address(folder, poster)}"' if poster else ""
-    return f'<video controls loop muted playsinline preload="{'none' if poster else 'metadata'}"{picture} src="{address(folder, path)}"></video>'
+    preload = "none" if poster else "metadata"
+    source = address(folder, path)
+    return f'<video controls loop muted playsinline preload="{preload}"{picture} src="{source}"></video>'
 
 
 def note(text: str, kind: str = "quiet") -> str:
