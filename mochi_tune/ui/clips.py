@@ -111,9 +111,7 @@ class Gallery:
         many = f"{len(cuts)} clips: " if len(cuts) > 1 else ""
         return ClipCard(path, name, length, size, many + bucket, flags, thumbnail=thumbnail)
 
-    def _thumbnail(
-        self, decoder: ClipDecoder, key: tuple[str, int, int], scan: Scan, data: DataConfig
-    ) -> Path | None:
+    def _thumbnail(self, decoder: ClipDecoder, key: tuple[str, int, int], scan: Scan, data: DataConfig) -> Path | None:
         path = self.folder / OWN_FOLDER / "thumbnails" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.jpg"
         if path.exists():
             return path
@@ -201,5 +199,3 @@ def take_upload(folder: Path, videos: str, uploaded: Path, name: str) -> Path:
     clean = clean_name(name, UPLOADED)
     root.mkdir(parents=True, exist_ok=True)
     return move_to_free_name(uploaded, root / clean)
-
-

@@ -1,4 +1,4 @@
-"""The form of a LoRA's settings: checked by the schema of the command line, and kept as the conf/NAME.yaml that it takes."""
+"""The form of a LoRA's settings: checked as the command line checks them, and kept as a conf/NAME.yaml."""
 
 import json
 import re

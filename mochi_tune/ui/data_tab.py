@@ -78,7 +78,12 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         for card in cards:
             name = relative(folder, card.path)
             label = f"Caption of {card.name}"
-            updates += [gr.Column(visible=True), card_html(folder, card), gr.Textbox(texts[card.path], label=label), name]
+            updates += [
+                gr.Column(visible=True),
+                card_html(folder, card),
+                gr.Textbox(texts[card.path], label=label),
+                name,
+            ]
         for _ in slots[len(cards) :]:
             updates += [gr.Column(visible=False), "", "", ""]
         return updates
@@ -162,7 +167,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     change.click(change_all(True), many, [said, version], **quiet)
     with gr.Accordion("The page of `inspect`", open=False):
         link = gr.HTML(elem_id="inspect_link")
-    gr.on([version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet)
+    gr.on(
+        [version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet
+    )
 
 
 class _Slot:

@@ -141,7 +141,9 @@ def _field(key: str) -> Any:
     if key in GROUP_DEFAULTS:
         files = packaged_files()[key]
         default = f"as by default: {GROUP_DEFAULTS[key]}"
-        return gr.Dropdown([(default, ""), *((name, name) for name in files)], value="", info=GROUP_MEANINGS[key], **shown)
+        return gr.Dropdown(
+            [(default, ""), *((name, name) for name in files)], value="", info=GROUP_MEANINGS[key], **shown
+        )
     setting = known_keys()[key]
     default = "" if key == "train.sample_prompts" else as_text(setting.default)
     if setting.choices:

@@ -42,7 +42,7 @@ def looks() -> dict[str, Any]:
     """Returns theme, style and head of the page; none of them fetches anything from elsewhere."""
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.teal, neutral_hue=gr.themes.colors.slate, font=FONTS, font_mono=MONO,
-        text_size=gr.themes.sizes.text_md, spacing_size=gr.themes.sizes.spacing_md, radius_size=gr.themes.sizes.radius_md,
+        text_size=gr.themes.sizes.text_md, radius_size=gr.themes.sizes.radius_md,
     ).set(
         body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",

@@ -44,7 +44,9 @@ def foretell(config: RunConfig, card: str) -> str:
         f"<td>{'' if stage.seconds is None else f'{stage.seconds:.2g} s {stage.per}'}</td></tr>"
         for stage in made.stages
     )
-    hours = "" if made.run_seconds is None else f"; all {config.train.steps} steps in about {_in_words(made.run_seconds)}"
+    hours = (
+        "" if made.run_seconds is None else f"; all {config.train.steps} steps in about {_in_words(made.run_seconds)}"
+    )
     cache_text = f"the cache up to {made.cache_bytes / GIB:.2g} GiB, " if made.cache_bytes else ""
     return (
         f"<p>{escape(made.clips)}{escape(hours)}</p>"

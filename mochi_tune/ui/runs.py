@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 
-from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object, read_json_lines
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.jobs import is_alive
@@ -43,7 +42,7 @@ class RunState:
         step: last one with a row in metrics.jsonl; 0 without any.
         owner_pid: process that trains it on this machine; 0 for none.
         checkpoints: steps of the checkpoints that are there.
-        is_finished: whether the adapter is there.
+        is_finished: whether the last of its steps is saved.
     """
 
     step: int
@@ -70,9 +69,8 @@ def read_state(run_dir: Path) -> RunState:
         for path in (run_dir / "checkpoints").glob("step_*")
         if path.is_dir() and path.name.rpartition("_")[2].isdecimal()
     )
-    return RunState(
-        rows[-1]["step"] if rows else 0, owner(run_dir), tuple(steps), (run_dir / "adapter.safetensors").exists()
-    )
+    is_finished = bool(steps) and recorded_settings(run_dir).get("train.steps") == steps[-1]
+    return RunState(rows[-1]["step"] if rows else 0, owner(run_dir), tuple(steps), is_finished)
 
 
 def owner(run_dir: Path) -> int:
@@ -149,7 +147,9 @@ def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]
 
 def best_step(run_dir: Path) -> tuple[int, float] | None:
     """Returns the step of the lowest validation loss, and that; None before there is one."""
-    rows = [row for row in read_rows(run_dir / "validation.jsonl") if isinstance(row.get("validation_loss"), int | float)]
+    rows = [
+        row for row in read_rows(run_dir / "validation.jsonl") if isinstance(row.get("validation_loss"), int | float)
+    ]
     best = min(rows, key=lambda row: row["validation_loss"], default=None)
     return None if best is None else (best["step"], best["validation_loss"])
 
@@ -167,10 +167,16 @@ def list_samples(run_dir: Path) -> list[Sample]:
 
 def prompts_of(run_dir: Path) -> list[str]:
     """Returns the prompts of the eval videos as the run's newest checkpoint records them; [] where none does."""
+    return [str(prompt) for prompt in recorded_settings(run_dir).get("train.sample_prompts") or []]
+
+
+def recorded_settings(run_dir: Path) -> dict[str, Any]:
+    """Returns the settings that the run's newest checkpoint records, by dotted key; {} where none does."""
     newest = max((run_dir / "checkpoints").glob("step_*/state.json"), default=None)
     try:
         found = (parse_object(newest.read_bytes()) or {}) if newest else {}
-    except OSError as error:
-        raise DataError(f"{newest}: {error.strerror}.") from None
-    prompts = (found.get("settings") or {}).get("train.sample_prompts") or []
-    return [str(prompt) for prompt in prompts]
+    except OSError:
+        # It was removed meanwhile, as old checkpoints are.
+        found = {}
+    settings = found.get("settings")
+    return settings if isinstance(settings, dict) else {}

@@ -21,7 +21,7 @@ SERVED = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".gif", ".png", ".jpg",
     ".jpeg", ".webp", ".bmp", ".html", ".json", ".jsonl", ".csv", ".txt", ".yaml", ".log", ".safetensors",
 )  # fmt: skip
-# A page of a run is one file with all in it. In a sandbox its scripts are of no origin, and can ask this server nothing.
+# A page of a run is one file with all in it. In a sandbox its scripts are of no origin and can ask for nothing here.
 SANDBOX = "sandbox allow-scripts; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
 SANDBOX += "script-src 'unsafe-inline'"
 # Of the page itself: nothing is fetched from elsewhere, and nobody puts it into a frame.
@@ -129,7 +129,9 @@ class Guard:
             return 403, f"{origin!r} is another page, whose requests are refused.\n"
         site = headers.get("sec-fetch-site", "same-origin")
         if site not in ("same-origin", "none") and not (
-            method == "GET" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+            method == "GET"
+            and headers.get("sec-fetch-mode") == "navigate"
+            and headers.get("sec-fetch-dest") == "document"
         ):
             return 403, "another page asks for this, which is refused.\n"
         if self.password and not _has_password(headers.get("authorization", ""), self.password):

@@ -9,7 +9,13 @@ from mochi_tune.ui.confs import Form, as_text, check_form, list_confs, read_form
 PROMPTS = ['it\'s "so" \\ and', "b, [c]"]
 FORM = Form(
     "cats",
-    {"model": "tiny", "lora": "attention_mlp", "lora.rank": "4", "train.sample_prompts": as_text(PROMPTS), "memory": ""},
+    {
+        "model": "tiny",
+        "lora": "attention_mlp",
+        "lora.rank": "4",
+        "train.sample_prompts": as_text(PROMPTS),
+        "memory": "",
+    },
     "train.warmup_steps=3\n# a remark\nlora.rank_pattern={'blocks\\.0\\..*': 8}\n"
     "data.sources=[{folder: 'a b', repeats: 2}]\nparallel=data",
 )
@@ -66,7 +72,10 @@ def test_a_conf_over_another_conf_is_not_flattened(tmp_path):
         (Form("cats", {"lora.rank": "0"}), "lora.rank=0 is not possible: it must be at least 1."),
         (Form("cats", {"train.steps": "many"}), "train.steps=many does not fit: it takes a whole number."),
         (Form("cats", {}, "train.stepps=3"), "train.stepps is not a setting; did you mean train.steps?"),
-        (Form("cats", {"lora.rank": "4"}, "lora.rank=8"), "lora.rank is there twice: leave it out of the other settings."),
+        (
+            Form("cats", {"lora.rank": "4"}, "lora.rank=8"),
+            "lora.rank is there twice: leave it out of the other settings.",
+        ),
         (Form("../cats"), "name=../cats is not possible: use letters, digits, - _ and ., at most 64."),
         (Form(""), "name= is not possible: use letters, digits, - _ and ., at most 64."),
         (Form("cats", {"model": "huge"}), "model=huge does not exist: use one of mochi_1, tiny, toy."),
@@ -91,5 +100,7 @@ def test_many_threads_check_at_once(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(8) as pool:
-        ranks = list(pool.map(lambda rank: check_form(tmp_path, Form("a", {"lora.rank": str(rank)})).lora.rank, range(1, 17)))
+        ranks = list(
+            pool.map(lambda rank: check_form(tmp_path, Form("a", {"lora.rank": str(rank)})).lora.rank, range(1, 17))
+        )
     assert ranks == list(range(1, 17))

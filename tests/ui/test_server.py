@@ -120,7 +120,13 @@ def judge(host="127.0.0.1", password="", method="GET", **headers):
 def test_other_origins_are_refused():
     assert judge() == 0
     assert judge(origin=f"http://{HOST}", method="POST") == 0
-    for origin in ("http://evil.example", "http://127.0.0.1:8000", "null", "http://127.0.0.1", f"http://{HOST}.evil.example"):
+    for origin in (
+        "http://evil.example",
+        "http://127.0.0.1:8000",
+        "null",
+        "http://127.0.0.1",
+        f"http://{HOST}.evil.example",
+    ):
         assert judge(origin=origin, method="POST") == 403
         assert judge(origin=origin) == 403
     # A name of somebody else's that leads to this machine.
@@ -131,7 +137,9 @@ def test_other_origins_are_refused():
     assert judge(sec_fetch_site="cross-site", sec_fetch_mode="no-cors", sec_fetch_dest="image") == 403
     assert judge(sec_fetch_site="same-site", sec_fetch_mode="navigate", sec_fetch_dest="iframe") == 403
     assert judge(sec_fetch_site="cross-site", sec_fetch_mode="navigate", sec_fetch_dest="document") == 0
-    assert judge(sec_fetch_site="cross-site", sec_fetch_mode="navigate", sec_fetch_dest="document", method="POST") == 403
+    assert (
+        judge(sec_fetch_site="cross-site", sec_fetch_mode="navigate", sec_fetch_dest="document", method="POST") == 403
+    )
 
 
 def test_a_request_of_another_page_does_nothing(address):
