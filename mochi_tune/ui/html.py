@@ -17,7 +17,8 @@ def video(folder: Path, path: Path, poster: Path | None = None) -> str:
     """Returns a video with controls; before it is played it loads nothing where it has a poster, else its beginning."""
     picture = f' poster="{address(folder, poster)}"' if poster else ""
     preload = "none" if poster else "metadata"
-    source = address(folder, path)
+    # Without a poster, the picture at a tenth of a second is what stands there.
+    source = address(folder, path) + ("" if poster else "#t=0.1")
     return f'<video controls loop muted playsinline preload="{preload}"{picture} src="{source}"></video>'
 
 

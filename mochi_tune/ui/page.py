@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import themes
 
 from mochi_tune.ui import data_tab, jobs_bar, train_tab
 from mochi_tune.ui.folder import OWN_FOLDER
@@ -40,9 +41,9 @@ HEAD = """
 
 def looks() -> dict[str, Any]:
     """Returns theme, style and head of the page; none of them fetches anything from elsewhere."""
-    theme = gr.themes.Base(
-        primary_hue=gr.themes.colors.teal, neutral_hue=gr.themes.colors.slate, font=FONTS, font_mono=MONO,
-        text_size=gr.themes.sizes.text_md, radius_size=gr.themes.sizes.radius_md,
+    theme = themes.Base(
+        primary_hue=themes.colors.teal, neutral_hue=themes.colors.slate, font=FONTS, font_mono=MONO,
+        text_size=themes.sizes.text_md, radius_size=themes.sizes.radius_md,
     ).set(
         body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
