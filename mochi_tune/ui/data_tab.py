@@ -182,7 +182,7 @@ class _Slot:
                 lines=3, max_lines=8, show_label=False, elem_classes="caption",
                 placeholder="What is seen, in a sentence or two",
             )  # fmt: skip
-            self.name = gr.Textbox(visible="hidden")
+            self.name = gr.Textbox(elem_classes="file_name", show_label=False)
 
     @property
     def parts(self) -> list[Any]:
