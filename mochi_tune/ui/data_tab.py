@@ -60,10 +60,10 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     page = gr.State(0)
     # Another value whenever the gallery is to be drawn again.
     version = gr.State(0)
-    with gr.Row():
-        back = gr.Button("← before", size="sm", elem_id="page_back")
-        where = gr.HTML(elem_id="page_where")
-        forward = gr.Button("next →", size="sm", elem_id="page_forward")
+    with gr.Row(elem_id="pager"):
+        back = gr.Button("← before", size="sm", elem_id="page_back", scale=0, min_width=90)
+        where = gr.HTML(elem_id="page_where", min_width=80)
+        forward = gr.Button("next →", size="sm", elem_id="page_forward", scale=0, min_width=90)
 
     empty = gr.HTML(elem_id="gallery_empty")
     with gr.Row(elem_classes="clips", elem_id="gallery"):
