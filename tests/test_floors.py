@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("errors", "files", "assets", "conf"), 1),
 }
 # The order of rooms that share a floor, where there is one: the first may import the second.
-ORDER = {("toy", "recipes"), ("config", "data"), ("config", "weights"), ("files", "errors")}
+ORDER = {("cli", "ui"), ("toy", "recipes"), ("config", "data"), ("config", "weights"), ("files", "errors")}
 FILES = sorted(p for folder in ("mochi_tune", "recipes", "data_prep") for p in (ROOT / folder).rglob("*.py"))
 
 

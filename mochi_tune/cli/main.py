@@ -40,6 +40,7 @@ from mochi_tune.cli.plan import run_plan
 from mochi_tune.cli.publish import check_push, push_trained, run_export
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
+from mochi_tune.cli.ui import run_ui
 from mochi_tune.cli.weights import run_weights
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
 
@@ -112,6 +113,7 @@ def run(arguments: list[str]) -> int:
         "demo": run_demo,
         "experiment": run_experiment,
         "toy": run_toy,
+        "ui": run_ui,
     }
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(USAGE, end="")

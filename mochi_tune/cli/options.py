@@ -32,6 +32,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune lora    inspect FILE [out=FILE.html] | compare FILE FILE | merge FILE FILE [strengths=[0.8,0.5]] out=FILE
                      | resize FILE rank=R|energy=0.99 out=FILE | bake FILE model.weights=DIR out=DIR
                      | extract base=DIR tuned=DIR rank=R out=FILE
+  mochi-tune ui      [folder=.] [port=7860] [host=127.0.0.1 password=...]      the whole road as a page in the browser
   mochi-tune weights pull [source=official|diffusers|comfyui to=DIR]        fetch the weights, checked by sha256
                      | check [model.weights=DIR|FILE]         what is there, and what each verb lacks
   mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
@@ -195,6 +196,12 @@ EXPERIMENT_OPTIONS = {
     ),
     "seeds": ("3", "runs of each"),
     "out": ("experiments", "folder; the same command goes on where it was stopped"),
+}
+UI_OPTIONS = {
+    "folder": (".", "the folder of conf, videos and runs; the page reads and writes nothing outside of it"),
+    "host": ("127.0.0.1", "address to listen on; another than this machine's own needs a password"),
+    "port": ("7860", "0: any that is free"),
+    "password": ("", "asked of everybody; or the variable MOCHI_TUNE_UI_PASSWORD, which other users cannot see"),
 }
 TOY_OPTIONS = {
     "clips": {"out": ("toy_videos", "folder of the clips"), "seed": ("1", "of place, size and light")},

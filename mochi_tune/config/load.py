@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
 PROMPTS = ("sample.prompt", "sample.negative_prompt")
 MAX_YAML_DEPTH = 20
+# Hydra keeps what it composes from in one place for all threads.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def packaged_folder() -> Path:
@@ -80,9 +83,9 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
 
     patterns = {key: _read_patterns(key, value) for key, value in given.items() if _is_by_pattern(key)}
     overrides = [_hydra_override(key, value) for key, value in given.items() if key not in patterns]
-    searchpath = f"hydra.searchpath=[{_quote(f'file://{packaged_folder()}')}]"
+    searchpath = f"hydra.searchpath=[{quote(f'file://{packaged_folder()}')}]"
     try:
-        with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+        with _ONE_AT_A_TIME, initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
             composed = compose(path.stem, overrides=[searchpath, *overrides])
         written = OmegaConf.to_container(composed)
         assert isinstance(written, dict)
@@ -211,10 +214,11 @@ def _hydra_override(key: str, value: str) -> str:
     if key in PROMPTS:
         value = escape_references(value)
     is_list = value.startswith("[") and known_keys()[key].takes_list
-    return f"++{key}={value if is_list or value == 'null' else _quote(value)}"
+    return f"++{key}={value if is_list or value == 'null' else quote(value)}"
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """Returns a text in quotes, as Hydra's grammar reads it back."""
     # A backslash is special to Hydra only in front of a quote.
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 

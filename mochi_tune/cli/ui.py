@@ -1,0 +1,51 @@
+"""The verb `ui`: opens the web page."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from mochi_tune.cli.options import UI_OPTIONS, plain_options, whole_number
+from mochi_tune.errors import ConfigError
+
+# What gradio and its libraries read when they are imported: nothing is reported, looked up or fetched.
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_RUN_HISTORY": "False",
+    "GRADIO_SSR_MODE": "False",
+    "GRADIO_MCP_SERVER": "False",
+    "GRADIO_SHARE": "False",
+}
+
+
+def run_ui(arguments: list[str]) -> int:
+    """Serves the page of a folder until it is stopped; what it has started goes on."""
+    options = plain_options("ui", arguments, UI_OPTIONS)
+    if options is None:
+        return 0
+    if missing := [name for name in ("gradio", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"`ui` needs {missing[0]}, which is not installed: pip install 'mochi-tune[ui]'.")
+    from mochi_tune.ui.server import bind, build_app, check_host, serve
+
+    folder = Path(options["folder"]).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"folder={options['folder']} is not a folder: name the one that holds conf, videos and runs.")
+    password = options["password"] or os.environ.get("MOCHI_TUNE_UI_PASSWORD", "")
+    host = options["host"]
+    check_host(host, password)
+    bound = bind(host, whole_number("port", options["port"], 0))
+    # Settings name their files relative to the folder, as on a command line that is given there.
+    os.chdir(folder)
+    folder = Path.cwd()
+    # The programs that the page starts need none of its secrets.
+    os.environ.pop("MOCHI_TUNE_UI_PASSWORD", None)
+    # Beside the videos, so that an upload is not copied from another disk.
+    os.environ.update(QUIET | {"GRADIO_TEMP_DIR": str(folder / ".mochi_tune" / "uploads")})
+    from mochi_tune.ui.page import build_page, looks
+
+    app = build_app(folder, host, password, build_page(folder), looks())
+    address = f"[{host}]" if ":" in host else host
+    print(f"the page of {folder}: http://{address}:{bound.getsockname()[1]}/ (Ctrl-C ends it, not what it has started)")
+    print(end="", flush=True)
+    serve(app, bound)
+    return 0

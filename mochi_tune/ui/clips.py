@@ -1,0 +1,201 @@
+"""The clips of a folder as the page shows them: what each is, its picture, and its caption, which can be edited."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mochi_tune.config.schema import DataConfig
+from mochi_tune.config.sources import read_sources
+from mochi_tune.data_prep.captions import MAX_CAPTION_CHARACTERS, CaptionRules, load_captions
+from mochi_tune.data_prep.decoder import ClipDecoder
+from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, find_videos
+from mochi_tune.data_prep.inspection import Flag, as_jpeg, find_flags, whole_frame
+from mochi_tune.data_prep.probe import Scan
+from mochi_tune.data_prep.windows import choose_cuts
+from mochi_tune.errors import DataError
+from mochi_tune.files import find_lone_surrogate, move_to_free_name, read_text, write_atomic
+from mochi_tune.models.text_encoder import measure_caption
+from mochi_tune.ui.folder import OWN_FOLDER, clean_name, inside
+
+UPLOADED = (*MEDIA_SUFFIXES, ".txt")
+# A file that a browser plays; others are shown as a picture alone.
+PLAYED = (".mp4", ".m4v", ".webm", ".mov")
+SCAN_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class ClipCard:
+    """What the gallery says of a video.
+
+    Attributes:
+        path: of the video.
+        name: in the folder of videos.
+        length: in words.
+        size: in words.
+        bucket: the clips that are cut from it, in words; "" where it is refused.
+        flags: what to mind.
+        refused: why it cannot be used; "" where it can.
+        thumbnail: JPEG; None where it cannot be decoded.
+    """
+
+    path: Path
+    name: str
+    length: str = ""
+    size: str = ""
+    bucket: str = ""
+    flags: tuple[Flag, ...] = ()
+    refused: str = ""
+    thumbnail: Path | None = None
+
+
+def list_videos(folder: Path, videos: str) -> list[Path]:
+    """Returns the videos in a folder of videos, by path; a link that leads out of the page's folder is left out.
+
+    Raises:
+        DataError: the folder is none, holds no video, or is outside of the page's folder.
+    """
+    root = inside(folder, videos)
+    found = find_videos(root, with_stills=False)
+    return [path for path in found if path.resolve().is_relative_to(folder.resolve())]
+
+
+class Gallery:
+    """Looks at videos in a child process, which a damaged one cannot take down with it; remembers what it saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._scans: dict[tuple[str, int, int], Scan | str] = {}
+
+    def cards(self, root: Path, videos: Sequence[Path], data: DataConfig) -> list[ClipCard]:
+        """Returns the cards of some videos.
+
+        Args:
+            root: the folder of videos, which the names begin in.
+            videos: in it.
+            data: the settings that decide the clips.
+        """
+        texts = read_captions(root, videos, data)
+        # One decoder answers one question at a time.
+        with self._lock, ClipDecoder(SCAN_SECONDS) as decoder:
+            return [self._card(decoder, root, path, texts[path], data) for path in videos]
+
+    def _card(self, decoder: ClipDecoder, root: Path, path: Path, caption: str, data: DataConfig) -> ClipCard:
+        name = path.relative_to(root).as_posix()
+        try:
+            facts = path.stat()
+        except OSError:
+            return ClipCard(path, name, refused="it has vanished: look again.")
+        key = (os.fspath(path), facts.st_mtime_ns, facts.st_size)
+        if key not in self._scans:
+            try:
+                self._scans[key] = decoder.scan(path)
+            except DataError as error:
+                self._scans[key] = str(error)
+        scan = self._scans[key]
+        if isinstance(scan, str):
+            return ClipCard(path, name, refused=scan)
+        thumbnail = self._thumbnail(decoder, key, scan, data)
+        length, size = f"{scan.source_seconds:.1f} s at {scan.source_fps:.3g} fps", f"{scan.width} x {scan.height}"
+        source = read_sources(data)[0]
+        try:
+            cuts = choose_cuts(scan, source.buckets, source.clips, data)
+        except DataError as error:
+            return ClipCard(path, name, length, size, refused=str(error), thumbnail=thumbnail)
+        captions = [measure_caption(text, None) for text in (caption.split("\n") if caption else [""])]
+        flags = find_flags(scan, cuts[0], captions)
+        bucket = f"{cuts[0].num_frames} frames, {cuts[0].width} x {cuts[0].height}"
+        many = f"{len(cuts)} clips: " if len(cuts) > 1 else ""
+        return ClipCard(path, name, length, size, many + bucket, flags, thumbnail=thumbnail)
+
+    def _thumbnail(self, decoder: ClipDecoder, key: tuple[str, int, int], scan: Scan, data: DataConfig) -> Path | None:
+        path = self.folder / OWN_FOLDER / "thumbnails" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.jpg"
+        if path.exists():
+            return path
+        try:
+            cuts = choose_cuts(scan, read_sources(data)[0].buckets, "head", data.model_copy(update={"clips": "head"}))
+            frame = whole_frame(scan, cuts[0])
+            decoded = decoder.cut(Path(key[0]), frame)
+        except DataError:
+            # The card says why.
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, as_jpeg(decoded.frames[0], 320))
+        return path
+
+
+def read_captions(root: Path, videos: Sequence[Path], data: DataConfig) -> dict[Path, str]:
+    """Returns the caption of each video as it stands in its file or table, several one a line; "" for none."""
+    try:
+        tables = load_captions(root, list(videos), CaptionRules(data.captions)).texts
+    except DataError:
+        # A damaged table is `prepare`'s to refuse; captions beside the videos can be edited all the same.
+        tables = {}
+    found = {}
+    for video in videos:
+        path = caption_path(video)
+        text = "\n".join(tables.get(video, ()))
+        if path.is_file():
+            try:
+                text = read_text(path, fallback="cp1252")[0].strip() or text
+            except (OSError, UnicodeDecodeError):
+                text = ""
+        found[video] = text
+    return found
+
+
+def caption_path(video: Path) -> Path:
+    """Returns the file that a video's caption is written to, which goes before tables and other files."""
+    for suffix in (".txt", ".TXT"):
+        if video.with_suffix(suffix).is_file():
+            return video.with_suffix(suffix)
+    return video.with_suffix(".txt")
+
+
+def write_caption(folder: Path, video: Path, text: str) -> None:
+    """Writes a caption beside its video, complete or not at all.
+
+    Raises:
+        DataError: the video has vanished, or the text is none that can be trained.
+    """
+    path = inside(folder, caption_path(video))
+    if not video.is_file():
+        raise DataError(f"{video.name} has vanished: look again.")
+    if len(text) > MAX_CAPTION_CHARACTERS or "\0" in text or find_lone_surrogate(text):
+        raise DataError(f"{video.name}: this is no caption: at most {MAX_CAPTION_CHARACTERS} characters of text.")
+    write_atomic(path, (text.strip() + "\n").encode() if text.strip() else b"")
+
+
+def changed_captions(texts: dict[Path, str], find: str, replacement: str, prefix: str) -> dict[Path, str]:
+    """Returns the captions that `find and replace` and a prefix change, by video.
+
+    Args:
+        texts: of each video.
+        find: text to replace everywhere; "" for none.
+        replacement: what comes in its place.
+        prefix: put before each caption that is not empty and does not begin with it.
+    """
+    changed = {}
+    for video, text in texts.items():
+        new = text.replace(find, replacement) if find else text
+        if prefix and new:
+            lines = [line if line.startswith(prefix) or not line else prefix + line for line in new.split("\n")]
+            new = "\n".join(lines)
+        if new != text:
+            changed[video] = new
+    return changed
+
+
+def take_upload(folder: Path, videos: str, uploaded: Path, name: str) -> Path:
+    """Moves an uploaded file into the folder of videos, under a clean name that none has; returns the path.
+
+    Raises:
+        DataError: it is of no kind that is taken, or the folder is outside of the page's folder.
+    """
+    root = inside(folder, videos)
+    clean = clean_name(name, UPLOADED)
+    root.mkdir(parents=True, exist_ok=True)
+    return move_to_free_name(uploaded, root / clean)

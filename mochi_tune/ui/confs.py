@@ -1,0 +1,202 @@
+"""The form of a LoRA's settings: checked as the command line checks them, and kept as a conf/NAME.yaml."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from mochi_tune.config.explain import as_yaml
+from mochi_tune.config.load import check_override, escape_references, load_config, quote
+from mochi_tune.config.schema import RunConfig
+from mochi_tune.config.settings import GROUPS, known_keys, value_of
+from mochi_tune.errors import ConfigError
+from mochi_tune.files import write_atomic
+from mochi_tune.ui.folder import inside
+
+# What a conf begins with; one that begins with other files is not rewritten.
+PLAIN_DEFAULTS = ("base", "_self_")
+# The settings that have a field of their own; groups are files of their own. All others are lines of text.
+MAIN_KEYS = (
+    "model", "data.videos", "data.num_frames", "data.height", "data.width", "data.caption_prefix",
+    "lora", "lora.rank", "memory", "train.steps", "train.learning_rate", "train.batch_size", "train.caption_dropout",
+    "train.checkpoint_every", "train.validate_every", "train.sample_every", "train.sample_prompts",
+)  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What somebody has filled in.
+
+    Attributes:
+        name: of the LoRA and its file.
+        main: text by key of MAIN_KEYS; "" leaves a setting as it is by default.
+        more: other settings, `key=value`, one a line.
+        prompts: train.sample_prompts, where the form was read from a file.
+    """
+
+    name: str
+    main: Mapping[str, str] = field(default_factory=dict)
+    more: str = ""
+    prompts: tuple[str, ...] = ()
+
+    def overrides(self) -> list[str]:
+        """Returns the settings as the command line takes them.
+
+        Raises:
+            ConfigError: the name is none, a line is no setting, or a setting is there twice.
+        """
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"name={self.name} is not possible: use letters, digits, - _ and ., at most 64.")
+        given = {"name": self.name} | {key: value for key, value in self.main.items() if value}
+        lines = [line.strip() for line in self.more.splitlines()]
+        for line in [line for line in lines if line and not line.startswith("#")]:
+            check_override(line)
+            key, _, value = line.partition("=")
+            if key in given:
+                raise ConfigError(f"{key} is there twice: leave it out of the other settings.")
+            given[key] = value
+        return [f"{key}={value}" for key, value in given.items()]
+
+
+def check_form(folder: Path, form: Form) -> RunConfig:
+    """Returns the settings of a form, checked as the command line checks them.
+
+    Raises:
+        MochiTuneError: a setting is unknown or does not fit; the run folder or the cache leads out of the folder.
+    """
+    config = load_config("base", form.overrides())
+    for path in (config.run_dir, config.data.cache, *([] if config.data.sources else [config.data.videos])):
+        inside(folder, path)
+    return config
+
+
+def conf_path(folder: Path, name: str) -> Path:
+    """Returns where the conf of a name is."""
+    return inside(folder, Path("conf") / f"{name}.yaml")
+
+
+def list_confs(folder: Path) -> list[str]:
+    """Returns the names of the confs of a folder."""
+    return sorted(path.stem for path in (folder / "conf").glob("*.yaml") if path.is_file())
+
+
+def conf_text(folder: Path, form: Form) -> str:
+    """Returns the YAML of a form: what was filled in, and no copy of the defaults.
+
+    Raises:
+        MochiTuneError: as `check_form`.
+    """
+    import yaml
+
+    config = check_form(folder, form)
+    keys = [override.partition("=") for override in form.overrides()]
+    groups = [f"override {key}: {value}" for key, _, value in keys if key in GROUPS]
+    tree: dict[str, Any] = {}
+    for key, _, _ in keys:
+        if key not in GROUPS:
+            section, _, name = key.rpartition(".")
+            value = value_of(config, key)
+            plain = [each.model_dump(exclude_defaults=True) for each in value] if key == "data.sources" else value
+            (tree.setdefault(section, {}) if section else tree)[name] = escape_references(plain)
+    defaults = ["base", *groups, "_self_"]
+    head = "# Written by the page of `mochi-tune ui`; every verb takes it as conf=" + form.name + ".\n"
+    lines = "".join(f"  - {entry}\n" for entry in defaults)
+    return f"{head}defaults:\n{lines}{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
+
+
+def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
+    """Writes conf/NAME.yaml, complete or not at all.
+
+    Args:
+        folder: of the page.
+        form: what to write.
+        replaces: whether another content that is there may go.
+
+    Raises:
+        MochiTuneError: as `check_form`; there is one with other settings, and it is not to be replaced.
+    """
+    path, text = conf_path(folder, form.name), conf_text(folder, form)
+    if path.exists() and not replaces and not _says_the_same(path, folder, form):
+        raise ConfigError(f"conf/{form.name}.yaml has other settings: tick `replace it`, or choose another name.")
+    if path.exists() and _says_the_same(path, folder, form):
+        return path
+    if path.exists() and (others := _other_defaults(path)):
+        raise ConfigError(
+            f"conf/{form.name}.yaml begins with {', '.join(others)}, which the page would lose: choose another name."
+        )
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, text.encode(), durable=True)
+    return path
+
+
+def _says_the_same(path: Path, folder: Path, form: Form) -> bool:
+    return load_config(str(path), []) == check_form(folder, form)
+
+
+def read_form(folder: Path, name: str) -> Form:
+    """Returns the form of a conf that is there.
+
+    Raises:
+        MochiTuneError: there is none, or it holds a mistake.
+    """
+    import yaml
+
+    path = conf_path(folder, name)
+    if not path.is_file():
+        raise ConfigError(f"conf/{name}.yaml is not there any more: choose another one.")
+    config = load_config(str(path), [])
+    written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    given = _flat({key: value for key, value in written.items() if key != "defaults"})
+    groups = {key: value for key, value in _groups(written.get("defaults") or []).items() if key in GROUPS}
+    main = {key: groups[key] for key in MAIN_KEYS if key in groups}
+    main |= {key: as_text(value_of(config, key)) for key in MAIN_KEYS if key in given}
+    rest = [key for key in given if key not in MAIN_KEYS and key != "name"]
+    more = [f"{key}={groups[key]}" for key in groups if key not in MAIN_KEYS]
+    more += [f"{key}={as_text(value_of(config, key))}" for key in rest]
+    return Form(name, main, "\n".join(more), tuple(config.train.sample_prompts))
+
+
+def as_text(value: Any) -> str:
+    """Returns a value as `key=value` takes it back."""
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return _in_list(value) if isinstance(value, list) else as_yaml(value)
+
+
+def _in_list(value: Any) -> str:
+    """Returns a list, or what is in one, in Hydra's grammar."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_defaults=True)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_in_list, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_in_list(each)}' for key, each in value.items())}}}"
+    return quote(value) if isinstance(value, str) else as_yaml(value)
+
+
+def _flat(written: Mapping[str, Any]) -> list[str]:
+    keys = []
+    for key, value in written.items():
+        if key in known_keys():
+            keys.append(key)
+        elif isinstance(value, dict):
+            keys += [f"{key}.{name}" for name in value]
+    return keys
+
+
+def _groups(defaults: list[Any]) -> dict[str, str]:
+    """Returns the files that `defaults` of a conf chooses, by group."""
+    pairs = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]
+    return {str(key).removeprefix("override ").strip(): str(value) for key, value in pairs}
+
+
+def _other_defaults(path: Path) -> list[str]:
+    import yaml
+
+    defaults = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults") or []
+    return [entry for entry in defaults if isinstance(entry, str) and entry not in PLAIN_DEFAULTS]

@@ -1,0 +1,250 @@
+"""The tab Data: clips are put in, looked at, captioned and prepared."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mochi_tune.config.schema import DataConfig
+from mochi_tune.errors import MochiTuneError
+from mochi_tune.ui import html
+from mochi_tune.ui.clips import (
+    PLAYED,
+    UPLOADED,
+    ClipCard,
+    Gallery,
+    changed_captions,
+    list_videos,
+    read_captions,
+    take_upload,
+    write_caption,
+)
+from mochi_tune.ui.confs import check_form
+from mochi_tune.ui.folder import inside, relative
+from mochi_tune.ui.form import SettingsForm
+from mochi_tune.ui.jobs import add_job
+from mochi_tune.ui.jobs_bar import said_of
+
+# Cards of a page; each is decoded once.
+NUM_CARDS = 12
+
+
+def build_tab(folder: Path, form: SettingsForm) -> None:
+    """Builds the tab.
+
+    Args:
+        folder: of the page.
+        form: the settings, of which it shows those of the data.
+    """
+    gallery = Gallery(folder)
+    with gr.Row():
+        form.show("data.videos", "data.num_frames", "data.height", "data.width", "data.caption_prefix")
+    with gr.Row():
+        upload = gr.UploadButton(
+            "Put in clips and captions", file_count="multiple", file_types=list(UPLOADED), elem_id="upload"
+        )
+        look = gr.Button("Look again", elem_id="look")
+        inspect = gr.Button("Inspect", elem_id="inspect")
+        prepare = gr.Button("Prepare", variant="primary", elem_id="prepare")
+    said = gr.HTML(elem_id="data_said")
+    message = gr.HTML(elem_id="data_message")
+    with gr.Accordion("Change many captions at once", open=False):
+        with gr.Row():
+            find = gr.Textbox(label="Find", elem_id="find")
+            replacement = gr.Textbox(label="Replace by", elem_id="replacement")
+            prefix = gr.Textbox(label="Put before each", elem_id="prefix", placeholder="a phrase and a space")
+        with gr.Row():
+            count = gr.Button("How many would change?", elem_id="count_changes")
+            change = gr.Button("Change them", elem_id="change_captions")
+    page = gr.State(0)
+    # Another value whenever the gallery is to be drawn again.
+    version = gr.State(0)
+    with gr.Row(elem_id="pager"):
+        back = gr.Button("← before", size="sm", elem_id="page_back", scale=0, min_width=90)
+        where = gr.HTML(elem_id="page_where", min_width=80)
+        forward = gr.Button("next →", size="sm", elem_id="page_forward", scale=0, min_width=90)
+
+    empty = gr.HTML(elem_id="gallery_empty")
+    with gr.Row(elem_classes="clips", elem_id="gallery"):
+        slots = [_Slot() for _ in range(NUM_CARDS)]
+
+    def draw(number: int, *values: Any) -> list[Any]:
+        data, root, videos, trouble = look_at(folder, form, values)
+        shown = videos[number * NUM_CARDS :][:NUM_CARDS] if data and not trouble else []
+        texts = read_captions(root, shown, data) if data else {}
+        cards = gallery.cards(root, shown, data) if data and shown else []
+        updates: list[Any] = [gr.HTML(trouble, visible=bool(trouble))]
+        for card in cards:
+            name = relative(folder, card.path)
+            label = f"Caption of {card.name}"
+            updates += [
+                gr.Column(visible=True),
+                card_html(folder, card),
+                gr.Textbox(texts[card.path], label=label),
+                name,
+            ]
+        for _ in slots[len(cards) :]:
+            updates += [gr.Column(visible=False), "", "", ""]
+        return updates
+
+    for slot in slots:
+        # The name comes with the text from the browser, so that no caption ever goes to another clip.
+        slot.caption.blur(
+            lambda text, name: _save(folder, text, name), [slot.caption, slot.name], said, show_progress="hidden"
+        )
+
+    def tell_where(number: int, *values: Any) -> str:
+        _, _, videos, _ = look_at(folder, form, values)
+        first = number * NUM_CARDS + 1
+        return html.note(f"{first} to {min(first + NUM_CARDS - 1, len(videos))} of {len(videos)}") if videos else ""
+
+    def turn(by: int) -> Any:
+        def turned(number: int, *values: Any) -> int:
+            _, _, videos, _ = look_at(folder, form, values)
+            return min(max(number + by, 0), max(len(videos) - 1, 0) // NUM_CARDS)
+
+        return turned
+
+    def put_in(files: list[str] | None, number: int, *values: Any) -> Any:
+        videos = form.form_of(values).main["data.videos"] or "videos"
+        taken, refused = [], []
+        for file in files or []:
+            try:
+                taken.append(take_upload(folder, videos, Path(file), Path(file).name).name)
+            except MochiTuneError as error:
+                refused.append(str(error))
+        lines = [html.note(f"put in: {', '.join(taken)}", "good")] if taken else []
+        return "".join([*lines, *(html.note(text, "error") for text in refused)]), number + 1
+
+    def start(verb: str) -> Any:
+        def started(replaces: bool, *values: Any) -> str:
+            def add() -> str:
+                name = form.save(values, replaces)
+                job = add_job(folder, verb, [f"conf={name}"])
+                return f"job {job.number}, {job.title}, is in the queue: see below"
+
+            return said_of(add)
+
+        return started
+
+    def change_all(writes: bool) -> Any:
+        def changed(find: str, replacement: str, prefix: str, number: int, *values: Any) -> Any:
+            def act() -> str:
+                data, root, videos, trouble = look_at(folder, form, values)
+                if trouble or data is None:
+                    return "there are no clips to caption"
+                new = changed_captions(read_captions(root, videos, data), find, replacement, prefix)
+                if writes:
+                    for video, text in new.items():
+                        write_caption(folder, video, text)
+                return f"{len(new)} of {len(videos)} captions {'were' if writes else 'would be'} changed"
+
+            return said_of(act), number + writes
+
+        return changed
+
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    upload.upload(put_in, [upload, version, *form.inputs], [said, version])
+    look.click(lambda number: number + 1, version, version, **quiet)
+    prepare.click(start("prepare"), [form.replaces, *form.inputs], said, **quiet)
+    inspect.click(start("inspect"), [form.replaces, *form.inputs], said, **quiet)
+    back.click(turn(-1), [page, *form.inputs], page, **quiet)
+    forward.click(turn(1), [page, *form.inputs], page, **quiet)
+    targets = [empty, *(part for slot in slots for part in slot.parts)]
+    gr.on(
+        [page.change, version.change], draw, [page, *form.inputs], targets,
+        trigger_mode="always_last", concurrency_limit=4, **quiet,
+    )  # fmt: skip
+    gr.on([page.change, version.change], tell_where, [page, *form.inputs], where, **quiet)
+    own = [form.fields[key] for key in form.fields if key.startswith("data.")]
+    gr.on([field.change for field in own], form.message, form.inputs, message, trigger_mode="always_last", **quiet)
+    # Another folder or size gives other cards; typing alone does not draw them at every key.
+    gr.on([field.blur for field in own], lambda number: number + 1, version, version, **quiet)
+    form.filled_times.change(lambda number: number + 1, version, version, **quiet)
+    many = [find, replacement, prefix, version, *form.inputs]
+    count.click(change_all(False), many, [said, version], **quiet)
+    change.click(change_all(True), many, [said, version], **quiet)
+    with gr.Accordion("The page of `inspect`", open=False):
+        link = gr.HTML(elem_id="inspect_link")
+    gr.on(
+        [version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet
+    )
+
+
+class _Slot:
+    """The place of a card: its picture and facts, its caption, and, hidden, the file that both belong to."""
+
+    def __init__(self) -> None:
+        with gr.Column(elem_classes="card", min_width=240, visible=False) as self.column:
+            self.card = gr.HTML()
+            self.caption = gr.Textbox(
+                lines=3, max_lines=8, show_label=False, elem_classes="caption",
+                placeholder="What is seen, in a sentence or two",
+            )  # fmt: skip
+            self.name = gr.Textbox(elem_classes="file_name", show_label=False)
+
+    @property
+    def parts(self) -> list[Any]:
+        return [self.column, self.card, self.caption, self.name]
+
+
+def _save(folder: Path, text: str, name: str) -> str:
+    def act() -> str:
+        # A card that is left without a change writes nothing.
+        video = inside(folder, name)
+        if not name or read_captions(video.parent, [video], DataConfig())[video] == text.strip():
+            return ""
+        write_caption(folder, video, text)
+        return f"the caption of {video.name} is saved"
+
+    return said_of(act)
+
+
+def look_at(
+    folder: Path, form: SettingsForm, values: tuple[Any, ...]
+) -> tuple[DataConfig | None, Path, list[Path], str]:
+    """Returns the settings of the data, the folder of videos, the videos, and what to show where there is none."""
+    filled = form.form_of(values)
+    try:
+        data = check_form(folder, filled).data
+    except MochiTuneError as error:
+        return None, folder, [], html.note(str(error), "error")
+    try:
+        root = inside(folder, data.videos)
+        return data, root, list_videos(folder, data.videos), ""
+    except MochiTuneError as error:
+        title = "No clips yet"
+        hint = (
+            f"Put in clips with the button above, or copy them to {data.videos} and look again. "
+            "Three to thirty of a few seconds each are a good start; each gets a caption in a .txt file of its name."
+        )
+        known = html.empty_state(title, hint) if "holds no video" in str(error) or "not exist" in str(error) else ""
+        return data, folder, [], known or html.note(str(error), "error")
+
+
+def inspect_link(folder: Path, form: SettingsForm, values: tuple[Any, ...]) -> str:
+    """Returns the link to the page of `inspect`, where there is one."""
+    try:
+        path = inside(folder, Path(check_form(folder, form.form_of(values)).run_dir) / "inspect" / "inspect.html")
+    except MochiTuneError as error:
+        return html.note(str(error), "error")
+    if not path.is_file():
+        return html.note("`Inspect` makes a page of the clips as the model will see them.")
+    return f'<a href="{html.address(folder, path)}" target="_blank" rel="noopener">open the page</a>'
+
+
+def card_html(folder: Path, card: ClipCard) -> str:
+    """Returns picture or video, name, facts and flags of a clip."""
+    if card.path.suffix.lower() in PLAYED and not (card.refused and card.thumbnail is None) and card.path.exists():
+        picture = html.video(folder, card.path, card.thumbnail)
+    elif card.thumbnail is not None:
+        picture = f'<img src="{html.address(folder, card.thumbnail)}" alt="" loading="lazy">'
+    else:
+        picture = '<div class="missing">no picture of it</div>'
+    facts = " · ".join(filter(None, (card.length, card.size, card.bucket)))
+    flags = "".join(f'<span class="flag {flag.weight}">{escape(flag.text)}</span>' for flag in card.flags)
+    return (
+        f"{picture}<h3>{escape(card.name).replace('_', '_<wbr>')}</h3><p class='facts'>{escape(facts)}</p>{flags}"
+        f"{html.note(card.refused, 'error')}"
+    )

@@ -1,0 +1,66 @@
+"""The folder that a page serves: what lies in it may be read and written, and nothing else."""
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from mochi_tune.errors import DataError
+
+# The page's own files: jobs, thumbnails and uploads on their way.
+OWN_FOLDER = ".mochi_tune"
+MAX_NAME_BYTES = 200
+
+
+def inside(folder: Path, name: str | Path) -> Path:
+    """Returns the path of a file or folder in `folder`, which need not exist.
+
+    Args:
+        folder: the page's folder.
+        name: relative to it, or absolute.
+
+    Raises:
+        DataError: it leads out of the folder, be it by `..`, by an absolute path or by a symbolic link.
+    """
+    text = os.fspath(name)
+    if "\0" in text:
+        raise DataError(f"{text!r} holds NUL: no file has such a name.")
+    root = folder.resolve()
+    try:
+        path = (root / Path(text).expanduser()).resolve()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{text}: {error}: name another path.") from None
+    if not path.is_relative_to(root):
+        raise DataError(f"{text} is outside of {root}, the folder of this page: start `mochi-tune ui` on another one.")
+    return path
+
+
+def relative(folder: Path, path: Path) -> str:
+    """Returns a path in the folder as it is written in an address: relative, with slashes.
+
+    Raises:
+        DataError: as `inside`.
+    """
+    return inside(folder, path).relative_to(folder.resolve()).as_posix()
+
+
+def clean_name(name: str, suffixes: tuple[str, ...]) -> str:
+    """Returns the file name that an uploaded file gets: the last part alone, of plain characters.
+
+    Args:
+        name: as the browser sent it, which may be anything.
+        suffixes: that are taken, in lower case.
+
+    Raises:
+        DataError: its suffix is none of them, or nothing is left of the name.
+    """
+    last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
+    plain = "".join(c if c.isalnum() or c in " ._-()" else "_" for c in last).strip(" .")
+    stem, suffix = os.path.splitext(plain)
+    if suffix.lower() not in suffixes:
+        raise DataError(f"{last[:80]!r} is not taken: its name must end in one of {' '.join(suffixes)}.")
+    while len(stem.encode()) > MAX_NAME_BYTES:
+        stem = stem[:-1]
+    if not stem.strip(" ._"):
+        raise DataError(f"{last[:80]!r} is no name for a file: rename it.")
+    return stem + suffix

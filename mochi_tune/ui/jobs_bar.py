@@ -1,0 +1,106 @@
+"""The bar below the tabs: what runs, what waits, what has ended, with stop, go on, and the log of each."""
+
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mochi_tune.errors import MochiTuneError
+from mochi_tune.ui import html
+from mochi_tune.ui.jobs import Job, add_job, find_job, list_jobs, log_path, message_of, read_tail, stop_job
+
+POLL_SECONDS = 2
+NUM_SHOWN = 8
+WORDS = {"partly": "done but for some clips", "failed": "failed", "stopped": "stopped, saved"}
+
+
+def build_bar(folder: Path) -> None:
+    """Builds the bar; it looks at the files every two seconds."""
+    with gr.Column(elem_id="jobs"):
+        gr.HTML("<h2>Jobs</h2>")
+        table = gr.HTML(elem_id="jobs_table")
+        with gr.Row(equal_height=False, elem_id="job_row"):
+            chosen = gr.Dropdown([], label="Job", elem_id="job", scale=4, show_label=False, min_width=220)
+            stop = gr.Button("Stop", elem_id="job_stop", min_width=90, scale=1)
+            again = gr.Button("Go on", elem_id="job_again", min_width=90, scale=1)
+        said = gr.HTML(elem_id="job_said")
+        with gr.Accordion("Log", open=False):
+            log = gr.HTML(elem_id="job_log")
+
+    def refresh(number: int | None, shown: list) -> Any:
+        jobs = list_jobs(folder)
+        choices = [(f"{job.number}: {job.title}", job.number) for job in reversed(jobs)]
+        numbers = [job.number for job in jobs]
+        if number not in numbers:
+            number = next((job.number for job in jobs if job.state == "running"), numbers[-1] if numbers else None)
+        now = [jobs_table(folder, jobs), html.log_lines(read_tail(log_path(folder, number))) if number else ""]
+        menu = gr.Dropdown(choices, value=number)
+        state = [*now, choices, number]
+        return [
+            now[0] if shown[:1] != now[:1] else gr.skip(), now[1] if shown[1:2] != now[1:] else gr.skip(),
+            menu if shown[2:] != state[2:] else gr.skip(), state,
+        ]  # fmt: skip
+
+    def ask_to_stop(number: int | None) -> str:
+        return said_of(lambda: f"{_name(stop_job(folder, number or 0))}: asked to save and stop")
+
+    def go_on(number: int | None) -> str:
+        def add() -> str:
+            old = find_job(folder, number or 0)
+            return f"{_name(add_job(folder, old.verb, old.arguments, old.title))} is in the queue"
+
+        return said_of(add)
+
+    state = gr.State([])
+    outputs = [table, log, chosen, state]
+    timer = gr.Timer(POLL_SECONDS)
+    timer.tick(refresh, [chosen, state], outputs, show_progress="hidden")
+    chosen.input(refresh, [chosen, state], outputs, show_progress="hidden")
+    for button, act in ((stop, ask_to_stop), (again, go_on)):
+        button.click(act, chosen, said, show_progress="hidden").then(
+            refresh, [chosen, state], outputs, show_progress="hidden"
+        )
+
+
+def said_of(act: Any) -> str:
+    """Returns what an act says, or the one line with which it is refused."""
+    try:
+        return html.note(act(), "good")
+    except MochiTuneError as error:
+        return html.note(str(error), "error")
+    except OSError as error:
+        return html.note(f"{error.filename or 'the file'}: {error.strerror}.", "error")
+
+
+def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:
+    """Returns the newest jobs as a table, the one that runs with its last line."""
+    if not jobs:
+        return html.empty_state("Nothing has been started yet", "Prepare the clips in Data, then start in Train.")
+    waiting = sum(job.state == "waiting" for job in jobs)
+    rows = "".join(_row(folder, job) for job in reversed(jobs[-NUM_SHOWN - waiting :]))
+    head = "<tr><th class='number'>#</th><th>command</th><th>state</th><th>time</th></tr>"
+    return f'<div class="scroll"><table class="plain">{head}{rows}</table></div>'
+
+
+def _row(folder: Path, job: Job) -> str:
+    lines = read_tail(log_path(folder, job.number), 12) if job.state in ("running", "failed", "partly") else []
+    last = message_of(lines) if job.state == "failed" else lines[-1] if lines else ""
+    if job.state == "failed" and not last:
+        last = lines[-1] if lines else "it left no word: see the log"
+    words = WORDS.get(job.state, job.state)
+    if job.state == "running" and job.is_asked_to_stop:
+        words = "saves and stops"
+    seconds = (job.ended or time.time()) - job.began
+    took = "" if not job.began else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return (
+        f"<tr><td class='number'>{job.number}</td><td><code>{escape(job.command)}</code></td>"
+        f"<td><span class='state {job.state}'>{words}</span>{html.note(last[:300])}</td>"
+        f"<td>{took}</td></tr>"
+    )
+
+
+def _name(job: Job) -> str:
+    return f"job {job.number}, {job.title}"

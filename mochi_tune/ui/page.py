@@ -1,0 +1,92 @@
+"""The frame of the page: its looks, its tabs, and the bar of jobs below them.
+
+A tab is a file with a function `build_tab(folder, form)`, which is called inside its `gr.Tab`, and a line in `TABS`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio import themes
+
+from mochi_tune.ui import data_tab, jobs_bar, train_tab
+from mochi_tune.ui.folder import OWN_FOLDER
+from mochi_tune.ui.form import SettingsForm
+from mochi_tune.ui.jobs import start_runner
+
+TABS: dict[str, Callable[[Path, SettingsForm], None]] = {"Data": data_tab.build_tab, "Train": train_tab.build_tab}
+FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+# Old uploads that nobody took are looked for each hour, and removed after a day.
+DELETE_CACHE = (3600, 86400)
+SWITCH_THEME = """
+() => {
+  const dark = document.body.classList.toggle("dark");
+  try { localStorage.setItem("mochi_tune_theme", dark ? "dark" : "light"); } catch {}
+}
+"""
+# Before anything is drawn: the theme that was chosen last, else the browser's.
+HEAD = """
+<script>
+  addEventListener("DOMContentLoaded", () => {
+    let kept = null;
+    try { kept = localStorage.getItem("mochi_tune_theme"); } catch {}
+    const dark = kept ? kept === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    document.body.classList.toggle("dark", dark);
+  });
+</script>
+"""
+
+
+def looks() -> dict[str, Any]:
+    """Returns theme, style and head of the page; none of them fetches anything from elsewhere."""
+    theme = themes.Base(
+        primary_hue=themes.colors.teal, neutral_hue=themes.colors.slate, font=FONTS, font_mono=MONO,
+        text_size=themes.sizes.text_md, radius_size=themes.sizes.radius_md,
+    ).set(
+        body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400",
+        input_background_fill="white", input_background_fill_dark="*neutral_800",
+        input_border_width="1px", input_border_color="*neutral_300", input_border_color_dark="*neutral_600",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+        button_large_text_size="*text_md", button_large_text_weight="600", button_large_padding="8px 16px",
+        button_secondary_border_color="*neutral_300", button_secondary_border_color_dark="*neutral_600",
+        button_border_width="1px",
+        block_background_fill="white", block_background_fill_dark="*neutral_900",
+        block_border_width="1px", block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent", block_label_border_width="0px",
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700", button_primary_text_color="white",
+    )  # fmt: skip
+    return {"theme": theme, "css": (Path(__file__).parent / "page.css").read_text(encoding="utf-8"), "head": HEAD}
+
+
+def build_page(folder: Path) -> gr.Blocks:
+    """Returns the page over a folder. Its state is in files: any number of pages may be open."""
+    (folder / OWN_FOLDER).mkdir(exist_ok=True)
+    with gr.Blocks(title="mochi-tune", analytics_enabled=False, delete_cache=DELETE_CACHE, fill_width=True) as blocks:
+        with gr.Row(elem_id="top"):
+            gr.HTML(f"<h1>mochi-tune</h1><p class='quiet'>{_escaped(folder)}</p>", elem_id="title")
+            theme = gr.Button("Light / dark", size="sm", elem_id="theme", scale=0, min_width=120)
+        theme.click(None, js=SWITCH_THEME)
+        form = SettingsForm(folder)
+        with gr.Row(elem_id="which"):
+            form.name.render()
+            form.show("model")
+        with gr.Tabs(elem_id="tabs"):
+            for name, build_tab in TABS.items():
+                with gr.Tab(name, id=name.lower()):
+                    build_tab(folder, form)
+        jobs_bar.build_bar(folder)
+        form.wire(blocks)
+        # What was waiting when the machine went down goes on.
+        blocks.load(lambda: start_runner(folder), show_progress="hidden")
+    return blocks
+
+
+def _escaped(folder: Path) -> str:
+    from html import escape
+
+    return escape(str(folder))

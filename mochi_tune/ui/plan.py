@@ -1,0 +1,62 @@
+"""The plan beside the settings: memory, time and disk of a run, as `mochi-tune plan` foretells them."""
+
+import shutil
+import subprocess
+from functools import cache
+from html import escape
+
+from mochi_tune.config.schema import RunConfig
+from mochi_tune.errors import MochiTuneError
+from mochi_tune.ui import html
+
+GIB = 2**30
+
+
+@cache
+def known_cards() -> list[str]:
+    """Returns the GPUs whose speeds are known."""
+    from mochi_tune.parallel.forecast import CARDS
+
+    return list(CARDS)
+
+
+@cache
+def likely_card() -> str:
+    """Returns the card that is here, asked of the driver's own program: CUDA would hold memory that a run needs."""
+    name = ""
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.lower().replace(" ", "")
+    return next((card for card in known_cards() if card.partition("-")[0] in name), "4090")
+
+
+def foretell(config: RunConfig, card: str) -> str:
+    """Returns the plan of a run on a card as HTML, or the one line that says why there is none."""
+    from mochi_tune.recipes.plan import main as plan
+
+    try:
+        made = plan(config, card or "4090")
+    except MochiTuneError as error:
+        return html.note(str(error), "error")
+    rows = "".join(
+        f"<tr><td>{escape(stage.name)}</td><td class='number'>{stage.total / GIB:.1f}</td>"
+        f"<td>{'fits' if stage.total <= made.gib * GIB else '<strong>does not fit</strong>'}</td>"
+        f"<td>{'' if stage.seconds is None else f'{stage.seconds:.2g} s {stage.per}'}</td></tr>"
+        for stage in made.stages
+    )
+    hours = (
+        "" if made.run_seconds is None else f"; all {config.train.steps} steps in about {_in_words(made.run_seconds)}"
+    )
+    cache_text = f"the cache up to {made.cache_bytes / GIB:.2g} GiB, " if made.cache_bytes else ""
+    return (
+        f"<p>{escape(made.clips)}{escape(hours)}</p>"
+        "<div class='scroll'><table class='plain'><tr><th></th><th class='number'>GiB</th><th></th><th>time</th></tr>"
+        f"{rows}</table></div>"
+        f"<p class='quiet'>Of {made.gib:.1f} GiB. On disk: {cache_text}checkpoints "
+        f"{made.checkpoint_bytes / GIB:.2g} GiB.</p>" + "".join(html.note(line) for line in made.advice)
+    )
+
+
+def _in_words(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

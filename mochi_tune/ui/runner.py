@@ -1,0 +1,89 @@
+"""Works the jobs of a folder off, one at a time; a process of its own that ends when none is left.
+
+Nothing but the files connects it with a page. Where it is killed, the job under way goes on, and the next runner waits
+for its end.
+"""
+
+import contextlib
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from mochi_tune.ui.jobs import Job, State, changing, is_alive, jobs_folder, list_jobs, log_path, read_tail, save_job
+
+POLL_SECONDS = 0.5
+
+
+def main(folder: Path) -> None:
+    """Runs every job that waits, also those that come meanwhile."""
+    with open(jobs_folder(folder) / ".runner", "a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            for job in [job for job in list_jobs(folder) if job.state == "running"]:
+                wait_for_stranger(folder, job)
+            while (started := start_next(folder)) is not None:
+                job, process = started
+                finish(folder, job, process.wait())
+            fcntl.flock(file, fcntl.LOCK_UN)
+            # One that was added between the last look and here found this runner still at work.
+            if not any(job.state == "waiting" for job in list_jobs(folder)):
+                return
+
+
+def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
+    """Starts the first job that waits; returns it with its process, None where none waits."""
+    with changing(folder):
+        job = next((job for job in list_jobs(folder) if job.state == "waiting"), None)
+        if job is None:
+            return None
+        with open(log_path(folder, job.number), "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mochi_tune.cli", job.verb, *job.arguments],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
+            )  # fmt: skip
+        started = 0.0
+        with contextlib.suppress(psutil.Error):
+            started = psutil.Process(process.pid).create_time()
+        job = replace(job, state="running", pid=process.pid, pid_started=started, began=time.time())
+        save_job(folder, job)
+    return job, process
+
+
+def wait_for_stranger(folder: Path, job: Job) -> None:
+    """Waits for the end of a job that another runner has started, whose exit code nobody can read any more."""
+    while is_alive(job.pid, job.pid_started):
+        time.sleep(POLL_SECONDS)
+    finish(folder, job, None)
+
+
+def finish(folder: Path, job: Job, code: int | None) -> None:
+    """Records how a job ended."""
+    with changing(folder):
+        now = next((each for each in list_jobs(folder) if each.number == job.number), job)
+        state = state_of(code, now.is_asked_to_stop)
+        if state == "partly" and any(line.startswith("Traceback") for line in read_tail(log_path(folder, job.number))):
+            # Python's own exit code for a bug is 1, too.
+            state = "failed"
+        save_job(folder, replace(now, state=state, code=code, ended=time.time()))
+
+
+def state_of(code: int | None, is_asked_to_stop: bool) -> State:
+    """Returns what an exit code says of a job, see `cli.main`; None: nobody saw it."""
+    if code == 0:
+        return "done"
+    if is_asked_to_stop or code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
+        return "stopped"
+    return "partly" if code == 1 else "failed"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

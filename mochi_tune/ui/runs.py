@@ -1,0 +1,182 @@
+"""Run folders as the page shows them: who trains, how far it is, its numbers, its videos. Only read, never written."""
+
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mochi_tune.files import parse_object, read_json_lines
+from mochi_tune.ui.folder import inside
+from mochi_tune.ui.jobs import is_alive
+
+# More points than a chart has pixels tell nothing.
+MAX_POINTS = 600
+# The keys of metrics.jsonl that charts show, and their titles.
+NUMBERS = {"loss": "loss", "lr": "learning rate", "seconds": "seconds a step", "memory_gib": "GPU memory, GiB"}
+_SAMPLE = re.compile(r"step_(\d+)_prompt_(\d+)\.(mp4|png|webm|gif)")
+# `started` in .lock has whole seconds.
+LOCK_SECONDS = 1.5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An eval video: base on the left, with the LoRA on the right."""
+
+    step: int
+    prompt: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        step: last one with a row in metrics.jsonl; 0 without any.
+        owner_pid: process that trains it on this machine; 0 for none.
+        checkpoints: steps of the checkpoints that are there.
+        is_finished: whether the last of its steps is saved.
+    """
+
+    step: int
+    owner_pid: int
+    checkpoints: tuple[int, ...]
+    is_finished: bool
+
+
+def list_runs(folder: Path) -> list[str]:
+    """Returns the run folders below `runs`, as paths in the page's folder, the newest first."""
+    runs = folder / "runs"
+    found = [path for path in runs.iterdir() if path.is_dir() and not path.is_symlink()] if runs.is_dir() else []
+    marks = ("metrics.jsonl", ".lock", "history.jsonl")
+    found = [path for path in found if any((path / mark).exists() for mark in marks)]
+    found.sort(key=lambda path: max((path / mark).stat().st_mtime for mark in marks if (path / mark).exists()))
+    return [path.relative_to(folder).as_posix() for path in reversed(found)]
+
+
+def read_state(run_dir: Path) -> RunState:
+    """Returns how far a run is, and whether a process of this machine trains it, wherever that was started."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    steps = sorted(
+        int(path.name.rpartition("_")[2])
+        for path in (run_dir / "checkpoints").glob("step_*")
+        if path.is_dir() and path.name.rpartition("_")[2].isdecimal()
+    )
+    is_finished = bool(steps) and recorded_settings(run_dir).get("train.steps") == steps[-1]
+    return RunState(rows[-1]["step"] if rows else 0, owner(run_dir), tuple(steps), is_finished)
+
+
+def owner(run_dir: Path) -> int:
+    """Returns the process of this machine that trains in a run folder; 0 for none.
+
+    It asks the file and not the lock: a trainer that begins meanwhile would find the lock taken.
+    """
+    path = run_dir / ".lock"
+    try:
+        who = parse_object(path.read_bytes()) or {}
+        started = datetime.fromisoformat(who["started"]).astimezone(UTC).timestamp()
+        pid = int(who["pid"])
+        # The start in the file is cut to whole seconds.
+        if who["host"] != socket.gethostname() or not 0 <= psutil.Process(pid).create_time() - started < LOCK_SECONDS:
+            return 0
+        return pid if is_alive(pid, psutil.Process(pid).create_time()) else 0
+    except (OSError, KeyError, TypeError, ValueError, psutil.Error):
+        return 0
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of metrics.jsonl or validation.jsonl; read again only where the file has changed."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return []
+    return _read_rows(os.fspath(path), facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=32)
+def _read_rows(path: str, _modified: int, _size: int) -> list[dict[str, Any]]:
+    return [row for row in read_json_lines(Path(path)) if isinstance(row.get("step"), int)]
+
+
+def thin(rows: Sequence[Mapping[str, Any]], most: int = MAX_POINTS) -> list[Mapping[str, Any]]:
+    """Returns rows evenly spread over all, the first and the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
+
+
+def curves(folder: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Returns what the charts show, by key of NUMBERS: points with step, value and run.
+
+    Raises:
+        DataError: a run is outside of the folder.
+    """
+    found: dict[str, list[dict[str, Any]]] = {key: [] for key in NUMBERS}
+    for name in names:
+        for row in thin(read_rows(inside(folder, name) / "metrics.jsonl")):
+            for key in NUMBERS:
+                if isinstance(row.get(key), int | float):
+                    found[key].append({"step": row["step"], "value": row[key], "run": Path(name).name})
+    return found
+
+
+def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the points of the validation loss: step, value and line, which is "mean" or a noise level.
+
+    Of several runs only the means are drawn, each line by its run's name.
+    """
+    points = []
+    for name in names:
+        for row in read_rows(inside(folder, name) / "validation.jsonl"):
+            title = Path(name).name
+            if isinstance(row.get("validation_loss"), int | float):
+                line = "mean" if len(names) == 1 else title
+                points.append({"step": row["step"], "value": row["validation_loss"], "line": line})
+            if len(names) == 1:
+                bins = row.get("bins") or {}
+                points += [{"step": row["step"], "value": v, "line": f"noise {k}"} for k, v in bins.items()]
+    return points
+
+
+def best_step(run_dir: Path) -> tuple[int, float] | None:
+    """Returns the step of the lowest validation loss, and that; None before there is one."""
+    rows = [
+        row for row in read_rows(run_dir / "validation.jsonl") if isinstance(row.get("validation_loss"), int | float)
+    ]
+    best = min(rows, key=lambda row: row["validation_loss"], default=None)
+    return None if best is None else (best["step"], best["validation_loss"])
+
+
+def list_samples(run_dir: Path) -> list[Sample]:
+    """Returns the eval videos of a run by step and prompt."""
+    folder = run_dir / "samples"
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    found = [(match, name) for name in names if (match := _SAMPLE.fullmatch(name))]
+    return sorted(
+        (Sample(int(match[1]), int(match[2]), folder / name) for match, name in found),
+        key=lambda sample: (sample.step, sample.prompt),
+    )
+
+
+def prompts_of(run_dir: Path) -> list[str]:
+    """Returns the prompts of the eval videos as the run's newest checkpoint records them; [] where none does."""
+    return [str(prompt) for prompt in recorded_settings(run_dir).get("train.sample_prompts") or []]
+
+
+def recorded_settings(run_dir: Path) -> dict[str, Any]:
+    """Returns the settings that the run's newest checkpoint records, by dotted key; {} where none does."""
+    newest = max((run_dir / "checkpoints").glob("step_*/state.json"), default=None)
+    try:
+        found = (parse_object(newest.read_bytes()) or {}) if newest else {}
+    except OSError:
+        # It was removed meanwhile, as old checkpoints are.
+        found = {}
+    settings = found.get("settings")
+    return settings if isinstance(settings, dict) else {}

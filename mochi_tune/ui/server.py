@@ -1,0 +1,232 @@
+"""The server of the page: who may ask, which files it gives out, and the socket that it listens on."""
+
+import asyncio
+import base64
+import binascii
+import errno
+import hmac
+import ipaddress
+import mimetypes
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.ui.folder import OWN_FOLDER, inside
+
+# What the page shows or hands out; anything else in the folder stays there.
+SERVED = (
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".gif", ".png", ".jpg",
+    ".jpeg", ".webp", ".bmp", ".html", ".json", ".jsonl", ".csv", ".txt", ".yaml", ".log", ".safetensors",
+)  # fmt: skip
+# A page of a run is one file with all in it. In a sandbox its scripts are of no origin and can ask for nothing here.
+SANDBOX = "sandbox allow-scripts; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
+SANDBOX += "script-src 'unsafe-inline'"
+# Of the page itself: nothing is fetched from elsewhere, and nobody puts it into a frame.
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; form-action 'self'; base-uri 'self'; object-src 'none'"
+)
+WRONG_PASSWORD_SECONDS = 1.0
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_host(host: str, password: str) -> None:
+    """Refuses to listen to other machines without a password.
+
+    Raises:
+        ConfigError: the host is not this machine alone, and there is no password.
+    """
+    if not is_loopback(host) and not password:
+        raise ConfigError(
+            f"host={host} lets other machines in, who could start programs here: set password=... too, or leave it out."
+        )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound; nothing connects before it listens.
+
+    Raises:
+        ConfigError: the port is taken, or the address is not one of this machine.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port={port} does not fit: use 1024 to 65535, or 0 for any that is free.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"host={host} is no address of this machine ({error.strerror}): use 127.0.0.1.") from None
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+        bound.listen(128)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port={port} is taken, perhaps by another page: use port={port + 1}, or 0.") from None
+        raise ConfigError(f"host={host} port={port} cannot be listened on: {error.strerror}.") from None
+    return bound
+
+
+class Guard:
+    """Stands before the whole application: the right address, the same origin, the password.
+
+    Args:
+        app: the application.
+        host: that it listens on.
+        password: "" for none.
+    """
+
+    def __init__(self, app: Any, host: str, password: str) -> None:
+        self.app = app
+        self.host = host
+        self.password = password
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request by itself where it refuses it."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        status, text = self.judge(headers, scope.get("method", "GET"))
+        if not status:
+            await self.app(scope, receive, _with_policy(send))
+            return
+        if status == 401 and "authorization" in headers:
+            await asyncio.sleep(WRONG_PASSWORD_SECONDS)
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        answer = [(b"content-type", b"text/plain; charset=utf-8")]
+        if status == 401:
+            answer.append((b"www-authenticate", b'Basic realm="mochi-tune", charset="UTF-8"'))
+        await send({"type": "http.response.start", "status": status, "headers": answer})
+        await send({"type": "http.response.body", "body": text.encode()})
+
+    def judge(self, headers: dict[str, str], method: str) -> tuple[int, str]:
+        """Returns the status and the line with which a request is refused; 0 where it is let in.
+
+        Args:
+            headers: with lower-case names.
+            method: of HTTP.
+        """
+        host = headers.get("host", "")
+        # A name of somebody else's that is made to lead here would give his pages this origin.
+        if is_loopback(self.host) and not is_loopback(_host_name(host)):
+            return 403, f"{host!r} is not the address of this page: use http://{self.host}.\n"
+        origin = headers.get("origin", "")
+        if origin and urlsplit(origin).netloc != host:
+            return 403, f"{origin!r} is another page, whose requests are refused.\n"
+        site = headers.get("sec-fetch-site", "same-origin")
+        if site not in ("same-origin", "none") and not (
+            method == "GET"
+            and headers.get("sec-fetch-mode") == "navigate"
+            and headers.get("sec-fetch-dest") == "document"
+        ):
+            return 403, "another page asks for this, which is refused.\n"
+        if self.password and not _has_password(headers.get("authorization", ""), self.password):
+            return 401, "the page asks for its password; the user name may be anything.\n"
+        return 0, ""
+
+
+def _host_name(host: str) -> str:
+    return urlsplit(f"//{host}").hostname or ""
+
+
+def _has_password(authorization: str, password: str) -> bool:
+    kind, _, encoded = authorization.partition(" ")
+    try:
+        given = base64.b64decode(encoded, validate=True).partition(b":")[2] if kind.lower() == "basic" else b""
+    except (binascii.Error, ValueError):
+        return False
+    return hmac.compare_digest(given, password.encode())
+
+
+def _with_policy(send: Send) -> Send:
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", []))
+            if not any(key.lower() == b"content-security-policy" for key, _ in headers):
+                headers.append((b"content-security-policy", POLICY.encode()))
+            headers += [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return sending
+
+
+def served_file(folder: Path, name: str) -> Path:
+    """Returns a file that may be given out.
+
+    Raises:
+        DataError: it is outside of the folder, of another kind, hidden or not there.
+    """
+    path = inside(folder, unquote(name))
+    parts = path.relative_to(folder.resolve()).parts
+    is_hidden = any(part.startswith(".") for part in parts)
+    if is_hidden and parts[:2] not in ((OWN_FOLDER, "thumbnails"), (OWN_FOLDER, "jobs")):
+        raise DataError(f"{name} is hidden: it is not given out.")
+    if path.suffix.lower() not in SERVED or not path.is_file():
+        raise DataError(f"{name} is not there, or of no kind that is given out.")
+    return path
+
+
+def build_app(folder: Path, host: str, password: str, blocks: Any, looks: dict[str, Any]) -> Guard:
+    """Returns the application: the page at /, the folder's files at /files, behind the guard.
+
+    Args:
+        folder: of the page.
+        host: that it listens on.
+        password: "" for none.
+        blocks: the page, a `gradio.Blocks`.
+        looks: theme, css and so on, for `gradio.mount_gradio_app`.
+    """
+    import gradio as gr
+    from fastapi import FastAPI
+    from fastapi.responses import FileResponse, PlainTextResponse
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/files/{name:path}")
+    def give(name: str, download: bool = False) -> Any:
+        try:
+            path = served_file(folder, name)
+        except DataError as error:
+            return PlainTextResponse(f"{error}\n", 404)
+        headers = {"cache-control": "no-cache"}
+        if path.suffix.lower() == ".html":
+            headers["content-security-policy"] = SANDBOX
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        shown = "text/plain" if path.suffix.lower() in (".log", ".yaml", ".jsonl") else kind
+        return FileResponse(path, media_type=shown, headers=headers, filename=path.name if download else None)
+
+    mounted = gr.mount_gradio_app(
+        app, blocks, path="/", server_name=host, footer_links=[], run_history=False, max_file_size=MAX_UPLOAD,
+        show_error=True, ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, **looks,
+    )  # fmt: skip
+    return Guard(mounted, host, password)
+
+
+# A clip of some seconds in the best quality that cameras give.
+MAX_UPLOAD = "2gb"
+
+
+def serve(app: Any, bound: socket.socket) -> None:
+    """Answers requests until SIGINT or SIGTERM."""
+    import uvicorn
+
+    # Streams of events would hold the end back for as long as a page is open.
+    config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=2, ws="none")
+    uvicorn.Server(config).run(sockets=[bound])

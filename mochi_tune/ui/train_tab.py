@@ -1,0 +1,206 @@
+"""The tab Train: the settings that matter, what they cost, start and stop, and what the runs show."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mochi_tune.errors import MochiTuneError
+from mochi_tune.ui import html, runs
+from mochi_tune.ui.confs import check_form
+from mochi_tune.ui.folder import inside
+from mochi_tune.ui.form import SettingsForm, settings_reference
+from mochi_tune.ui.jobs import add_job
+from mochi_tune.ui.jobs_bar import said_of
+from mochi_tune.ui.plan import foretell, known_cards, likely_card
+
+POLL_SECONDS = 3
+PLAY_ALL = """
+() => document.querySelectorAll("#samples video").forEach((v) => { v.pause(); v.currentTime = 0; v.play(); })
+"""
+
+
+def build_tab(folder: Path, form: SettingsForm) -> None:
+    """Builds the tab.
+
+    Args:
+        folder: of the page.
+        form: the settings.
+    """
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row():
+                form.show("lora", "lora.rank")
+            with gr.Row():
+                form.show("train.steps", "train.learning_rate", "train.batch_size")
+            with gr.Row():
+                form.show("memory", "train.caption_dropout")
+            with gr.Row():
+                form.show("train.checkpoint_every", "train.validate_every", "train.sample_every")
+            form.show("train.sample_prompts")
+            with gr.Accordion("All other settings", open=False):
+                form.more.render()
+                gr.HTML(settings_reference(), elem_id="reference", padding=True)
+        with gr.Column(scale=2, min_width=300):
+            card = gr.Dropdown(known_cards(), value=likely_card(), label="Foretold for", elem_id="card")
+            plan = gr.HTML(html.note("Memory, time and disk are foretold as you type."), elem_id="plan", padding=True)
+            message = gr.HTML(elem_id="train_message")
+            form.replaces.render()
+            with gr.Row():
+                save = gr.Button("Save", elem_id="save")
+                start = gr.Button("Train", variant="primary", elem_id="train")
+            said = gr.HTML(elem_id="train_said")
+
+    def check(card: str, *values: Any) -> Any:
+        text = form.message(*values)
+        yield text, gr.skip()
+        if "note error" not in text:
+            yield text, foretell(check_form(folder, form.form_of(values)), card)
+
+    def save_only(replaces: bool, *values: Any) -> str:
+        return said_of(lambda: f"conf/{form.save(values, replaces)}.yaml is saved")
+
+    def train(replaces: bool, *values: Any) -> str:
+        def add() -> str:
+            job = add_job(folder, "train", [f"conf={form.save(values, replaces)}"])
+            return f"job {job.number}, {job.title}, is in the queue; a run that was stopped goes on where it was"
+
+        return said_of(add)
+
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    gr.on(
+        [each.change for each in (*form.inputs, card)], check, [card, *form.inputs], [message, plan],
+        trigger_mode="always_last", concurrency_limit=1, **quiet,
+    )  # fmt: skip
+    save.click(save_only, [form.replaces, *form.inputs], said, **quiet)
+    start.click(train, [form.replaces, *form.inputs], said, **quiet)
+    build_runs(folder)
+
+
+def build_runs(folder: Path) -> None:
+    """Builds what the runs show; it looks at their files every three seconds."""
+    gr.HTML("<h2>Runs</h2>")
+    with gr.Row():
+        chosen = gr.Dropdown([], multiselect=True, label="Runs, one over the other", elem_id="runs", scale=3)
+        step = gr.Dropdown([], label="Videos of step", elem_id="sample_step", scale=1)
+    figures = gr.HTML(elem_id="figures")
+    charts = {}
+    with gr.Row():
+        for key in ("loss", "lr"):
+            charts[key] = _chart(runs.NUMBERS[key], "run")
+    with gr.Row():
+        validation = _chart("validation loss", "line")
+        charts["seconds"] = _chart(runs.NUMBERS["seconds"], "run")
+    charts["memory_gib"] = _chart(runs.NUMBERS["memory_gib"], "run")
+    play = gr.Button("Play all from the start", size="sm", elem_id="play_all", visible=False)
+    samples = gr.HTML(elem_id="samples")
+    shown = gr.State({})
+    outputs = [chosen, step, figures, *charts.values(), validation, samples, play, shown]
+
+    def refresh(names: list[str] | None, wanted: int | None, shown: dict[str, Any]) -> list[Any]:
+        there = runs.list_runs(folder)
+        names = [name for name in names or [] if name in there] or there[:1]
+        now: dict[str, Any] = {"runs": (there, names)}
+        points = runs.curves(folder, names)
+        now |= {"charts": [(key, len(rows), rows[-1:]) for key, rows in points.items()]}
+        checked = runs.validation_curves(folder, names)
+        now |= {"validation": (len(checked), checked[-1:])}
+        now["figures"] = figures_html(folder, names)
+        videos = runs.list_samples(inside(folder, names[0])) if names else []
+        steps = sorted({video.step for video in videos}, reverse=True)
+        was_newest = not shown.get("steps") or wanted == shown["steps"][0] or wanted not in steps
+        wanted = (steps[0] if steps else None) if was_newest else wanted
+        now |= {"steps": steps, "wanted": wanted, "videos": [video for video in videos if video.step == wanted]}
+
+        def changed(*keys: str) -> bool:
+            return any(now[key] != shown.get(key) for key in keys)
+
+        frames = [
+            gr.LinePlot(_frame(points[key], "run"), visible=bool(points[key]))
+            if changed("charts", "runs") else gr.skip()
+            for key in charts
+        ]  # fmt: skip
+        return [
+            gr.Dropdown(there, value=names) if changed("runs") else gr.skip(),
+            gr.Dropdown([(f"step {each}", each) for each in steps], value=wanted) if changed("steps") else gr.skip(),
+            now["figures"] if changed("figures") else gr.skip(),
+            *frames,
+            gr.LinePlot(_frame(checked, "line"), visible=bool(checked)) if changed("validation", "runs") else gr.skip(),
+            samples_html(folder, names, now["videos"]) if changed("videos", "runs") else gr.skip(),
+            gr.Button(visible=bool(now["videos"])) if changed("videos") else gr.skip(),
+            now,
+        ]
+
+    timer = gr.Timer(POLL_SECONDS)
+    gr.on(
+        [timer.tick, chosen.input, step.input], refresh, [chosen, step, shown], outputs,
+        show_progress="hidden", concurrency_limit=4,
+    )  # fmt: skip
+    play.click(None, js=PLAY_ALL)
+
+
+def _chart(title: str, color: str) -> Any:
+    # Shown once it has points: an empty one is an error to the library that draws it.
+    return gr.LinePlot(
+        _frame([], color), x="step", y="value", color=color, title=title, x_title="step", y_title=title,
+        color_title="", height=260, visible=False, min_width=300, sort="x",
+    )  # fmt: skip
+
+
+def _frame(points: Sequence[dict[str, Any]], color: str) -> Any:
+    import pandas
+
+    return pandas.DataFrame(list(points), columns=["step", "value", color])
+
+
+def figures_html(folder: Path, names: Sequence[str]) -> str:
+    """Returns how far each run is."""
+    if not names:
+        return html.empty_state("No run yet", "Prepare the clips in Data, choose settings above, then press Train.")
+    parts = []
+    for name in names:
+        try:
+            run_dir = inside(folder, name)
+        except MochiTuneError as error:
+            parts.append(html.note(str(error), "error"))
+            continue
+        state, rows, best = runs.read_state(run_dir), runs.read_rows(run_dir / "metrics.jsonl"), runs.best_step(run_dir)
+        last = rows[-1] if rows else {}
+        word = "trains" if state.owner_pid else "is complete" if state.is_finished else "rests"
+        figures = {
+            "run": f"{Path(name).name} {word}",
+            "step": str(state.step),
+            "loss": f"{last['loss']:.4f}" if "loss" in last else "",
+            "seconds a step": f"{last['seconds']:.2f}" if "seconds" in last else "",
+            "best validation": f"{best[1]:.4f} at step {best[0]}" if best else "",
+            "checkpoints": ", ".join(map(str, state.checkpoints[-4:])),
+        }
+        parts.append(
+            '<dl class="figures">'
+            + "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in figures.items() if value)
+            + "</dl>"
+        )
+        if (run_dir / "report.html").is_file():
+            parts.append(f'<a href="{html.address(folder, run_dir / "report.html")}" target="_blank">its report</a>')
+    return "".join(parts)
+
+
+def samples_html(folder: Path, names: Sequence[str], videos: Sequence[runs.Sample]) -> str:
+    """Returns the eval videos of a step: base on the left, with the LoRA on the right, in one file and so in step."""
+    if not videos:
+        return html.note("Eval videos come here once train.sample_prompts names prompts.") if names else ""
+    prompts = runs.prompts_of(inside(folder, names[0]))
+    figures = []
+    for video in videos:
+        is_still = video.path.suffix == ".png"
+        picture = (
+            f'<img src="{html.address(folder, video.path)}" alt="">' if is_still else html.video(folder, video.path)
+        )
+        prompt = prompts[video.prompt] if video.prompt < len(prompts) else f"prompt {video.prompt}"
+        figures.append(
+            f'<figure><div class="halves"><span>base</span><span>LoRA</span></div>{picture}'
+            f"<figcaption>{escape(prompt)}</figcaption></figure>"
+        )
+    return f'<div class="samples">{"".join(figures)}</div>'

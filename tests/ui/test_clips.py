@@ -1,0 +1,84 @@
+"""The gallery: what it says of clips, and captions that are written beside them."""
+
+import pytest
+from helpers_video import write_video
+
+from mochi_tune.config.schema import DataConfig
+from mochi_tune.errors import DataError
+from mochi_tune.ui.clips import (
+    Gallery,
+    changed_captions,
+    list_videos,
+    read_captions,
+    take_upload,
+    write_caption,
+)
+
+DATA = DataConfig(num_frames=7, height=32, width=48)
+
+
+def test_cards_say_what_each_file_is(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "good.mp4", 15, width=96, height=64)
+    write_video(videos / "small.mp4", 15, width=32, height=32)
+    (videos / "broken.mp4").write_bytes(b"no video")
+    (videos / "good.txt").write_text("a cat\n")
+    (tmp_path / "elsewhere.mp4").write_bytes(b"")
+    found = list_videos(tmp_path, "videos")
+    broken, good, small = Gallery(tmp_path).cards(videos, found, DATA)
+    assert (good.name, good.length, good.size, good.refused) == ("good.mp4", "0.5 s at 30 fps", "96 x 64", "")
+    assert good.bucket == "7 frames, 48 x 32" and good.thumbnail.read_bytes()[:2] == b"\xff\xd8"
+    assert "no caption" not in [flag.text for flag in good.flags]
+    assert broken.refused and broken.thumbnail is None
+    assert "32" in small.refused and small.size == "32 x 32"
+    with pytest.raises(DataError, match="outside of"):
+        list_videos(tmp_path, "..")
+
+
+def test_a_link_out_of_the_folder_is_no_clip(tmp_path):
+    (tmp_path / "outside").mkdir()
+    write_video(tmp_path / "outside" / "a.mp4", 8)
+    (tmp_path / "page" / "videos").mkdir(parents=True)
+    write_video(tmp_path / "page" / "videos" / "b.mp4", 8)
+    (tmp_path / "page" / "videos" / "a.mp4").symlink_to(tmp_path / "outside" / "a.mp4")
+    assert [path.name for path in list_videos(tmp_path / "page", "videos")] == ["b.mp4"]
+
+
+def test_captions_are_read_and_written_beside_the_clips(tmp_path):
+    video, other = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    video.touch()
+    other.touch()
+    (tmp_path / "captions.csv").write_text("file_name,caption\na.mp4,from the table\n")
+    assert read_captions(tmp_path, [video, other], DATA) == {video: "from the table", other: ""}
+    write_caption(tmp_path, video, "  a ‹new› one \n")
+    assert (tmp_path / "a.txt").read_text() == "a ‹new› one\n"
+    assert read_captions(tmp_path, [video], DATA) == {video: "a ‹new› one"}
+    for text in ("x" * 60_000, "a\0b", "half \ud800"):
+        with pytest.raises(DataError, match="no caption"):
+            write_caption(tmp_path, video, text)
+    video.unlink()
+    with pytest.raises(DataError, match="vanished"):
+        write_caption(tmp_path, video, "x")
+
+
+def test_find_and_replace_and_prefix(tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    texts = {a: "a cat", b: "zap, a dog", c: ""}
+    assert changed_captions(texts, "a ", "the ", "") == {a: "the cat", b: "zap, the dog"}
+    assert changed_captions(texts, "", "", "zap, ") == {a: "zap, a cat"}
+    assert changed_captions({a: "one\ntwo"}, "", "", "x ") == {a: "x one\nx two"}
+    assert changed_captions(texts, "none of it", "x", "") == {}
+
+
+def test_uploads_go_to_the_videos_under_a_free_clean_name(tmp_path):
+    for expected in ("a.mp4", "a_2.mp4"):
+        (tmp_path / "up").write_bytes(b"film")
+        assert (
+            take_upload(tmp_path, "videos", tmp_path / "up", "../../a.mp4") == tmp_path.resolve() / "videos" / expected
+        )
+    (tmp_path / "up").write_bytes(b"film")
+    for folder, name in (("..", "a.mp4"), ("videos", "a.sh"), ("/tmp", "a.mp4")):
+        with pytest.raises(DataError):
+            take_upload(tmp_path, folder, tmp_path / "up", name)
+    assert (tmp_path / "up").exists()

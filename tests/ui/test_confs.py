@@ -1,0 +1,106 @@
+"""The form says what the command line says, and writes files that the command line takes."""
+
+import pytest
+
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.ui.confs import Form, as_text, check_form, list_confs, read_form, save_conf
+
+PROMPTS = ['it\'s "so" \\ and', "b, [c]"]
+FORM = Form(
+    "cats",
+    {
+        "model": "tiny",
+        "lora": "attention_mlp",
+        "lora.rank": "4",
+        "train.sample_prompts": as_text(PROMPTS),
+        "memory": "",
+    },
+    "train.warmup_steps=3\n# a remark\nlora.rank_pattern={'blocks\\.0\\..*': 8}\n"
+    "data.sources=[{folder: 'a b', repeats: 2}]\nparallel=data",
+)
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_conf_says_what_the_form_says(tmp_path):
+    path = save_conf(tmp_path, FORM, replaces=False)
+    assert path == tmp_path.resolve() / "conf" / "cats.yaml"
+    assert load_config("cats", []) == check_form(tmp_path, FORM)
+    config = load_config("cats", [])
+    assert config.train.sample_prompts == PROMPTS
+    assert (config.model.name, config.lora.rank, config.train.warmup_steps) == ("tiny", 4, 3)
+    assert config.run_dir == "runs/cats" and config.data.sources[0].folder == "a b"
+    assert list_confs(tmp_path) == ["cats"]
+
+
+def test_a_form_is_read_back_from_its_conf(tmp_path):
+    save_conf(tmp_path, FORM, replaces=False)
+    again = read_form(tmp_path, "cats")
+    assert again.prompts == tuple(PROMPTS)
+    assert check_form(tmp_path, again) == check_form(tmp_path, FORM)
+    # Nothing has changed, so that nothing is to be replaced.
+    before = (tmp_path / "conf" / "cats.yaml").read_bytes()
+    save_conf(tmp_path, again, replaces=False)
+    assert (tmp_path / "conf" / "cats.yaml").read_bytes() == before
+
+
+def test_a_conf_with_other_settings_stays_unless_asked(tmp_path):
+    (tmp_path / "conf").mkdir()
+    mine = tmp_path / "conf" / "cats.yaml"
+    mine.write_text("defaults: [base, _self_]\nname: cats # mine\ntrain: {steps: 7}\n")
+    with pytest.raises(ConfigError, match="other settings"):
+        save_conf(tmp_path, FORM, replaces=False)
+    assert "# mine" in mine.read_text()
+    save_conf(tmp_path, FORM, replaces=True)
+    assert load_config("cats", []) == check_form(tmp_path, FORM)
+
+
+def test_a_conf_over_another_conf_is_not_flattened(tmp_path):
+    save_conf(tmp_path, Form("own"), replaces=False)
+    (tmp_path / "conf" / "cats.yaml").write_text("defaults: [own, _self_]\nname: cats\n")
+    with pytest.raises(ConfigError, match="begins with own"):
+        save_conf(tmp_path, FORM, replaces=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "line"),
+    [
+        (Form("cats", {"lora.rank": "0"}), "lora.rank=0 is not possible: it must be at least 1."),
+        (Form("cats", {"train.steps": "many"}), "train.steps=many does not fit: it takes a whole number."),
+        (Form("cats", {}, "train.stepps=3"), "train.stepps is not a setting; did you mean train.steps?"),
+        (
+            Form("cats", {"lora.rank": "4"}, "lora.rank=8"),
+            "lora.rank is there twice: leave it out of the other settings.",
+        ),
+        (Form("../cats"), "name=../cats is not possible: use letters, digits, - _ and ., at most 64."),
+        (Form(""), "name= is not possible: use letters, digits, - _ and ., at most 64."),
+        (Form("cats", {"model": "huge"}), "model=huge does not exist: use one of mochi_1, tiny, toy."),
+    ],
+)
+def test_a_mistake_is_the_line_of_the_command_line(tmp_path, form, line):
+    with pytest.raises(ConfigError) as error:
+        check_form(tmp_path, form)
+    assert str(error.value) == line
+    with pytest.raises(ConfigError):
+        save_conf(tmp_path, form, replaces=True)
+    assert not (tmp_path / "conf").exists()
+
+
+@pytest.mark.parametrize("more", ["run_dir=/tmp/elsewhere", "data.cache=../cache", "data.videos=/etc"])
+def test_a_run_does_not_leave_the_folder(tmp_path, more):
+    with pytest.raises(DataError, match="outside of"):
+        check_form(tmp_path, Form("cats", {}, more))
+
+
+def test_many_threads_check_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        ranks = list(
+            pool.map(lambda rank: check_form(tmp_path, Form("a", {"lora.rank": str(rank)})).lora.rank, range(1, 17))
+        )
+    assert ranks == list(range(1, 17))

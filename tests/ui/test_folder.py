@@ -1,0 +1,47 @@
+"""What lies outside of the page's folder is neither read nor written, whatever it is called by."""
+
+import pytest
+
+from mochi_tune.errors import DataError
+from mochi_tune.ui.folder import clean_name, inside, relative
+
+
+def test_paths_in_the_folder_are_found(tmp_path):
+    assert inside(tmp_path, "videos/a.mp4") == tmp_path.resolve() / "videos" / "a.mp4"
+    assert inside(tmp_path, tmp_path / "runs") == tmp_path.resolve() / "runs"
+    assert inside(tmp_path, "videos/../runs") == tmp_path.resolve() / "runs"
+    assert relative(tmp_path, tmp_path / "a" / "b.txt") == "a/b.txt"
+
+
+@pytest.mark.parametrize("name", ["..", "../other", "videos/../../x", "/etc/passwd", "~", "link/secret.txt", "a\0b"])
+def test_paths_that_lead_out_are_refused(tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("secret")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link").symlink_to(outside)
+    with pytest.raises(DataError, match=r"outside of|NUL"):
+        inside(folder, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("clip.mp4", "clip.mp4"),
+        ("../../etc/clip.mp4", "clip.mp4"),
+        (r"C:\films\clip.MP4", "clip.MP4"),
+        ("<img src=x onerror=alert(1)>.mp4", "_img src_x onerror_alert(1)_.mp4"),
+        ("..hidden.mp4", "hidden.mp4"),
+        ("Küche №1.txt", "Küche _1.txt"),
+        ("a" * 5000 + ".mp4", "a" * 200 + ".mp4"),
+    ],
+)
+def test_names_of_uploads_are_cleaned(name, clean):
+    assert clean_name(name, (".mp4", ".txt")) == clean
+
+
+@pytest.mark.parametrize("name", ["", ".mp4", "...", "clip.exe", "clip.mp4/", "clip.mp4\n.sh", "___.mp4"])
+def test_names_of_nothing_that_is_taken_are_refused(name):
+    with pytest.raises(DataError, match=r"is not taken|is no name"):
+        clean_name(name, (".mp4", ".txt"))

@@ -1,0 +1,138 @@
+"""Jobs are files and processes: they run one at a time, outlive whoever started them, stop and go on."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from mochi_tune.errors import DataError
+from mochi_tune.ui import runner
+from mochi_tune.ui.jobs import (
+    Job,
+    add_job,
+    changing,
+    find_job,
+    is_alive,
+    jobs_folder,
+    list_jobs,
+    log_path,
+    message_of,
+    read_tail,
+    save_job,
+    stop_job,
+)
+
+PATIENCE = 300
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def put(folder, *jobs):
+    with changing(folder):
+        for job in jobs:
+            save_job(folder, job)
+
+
+def test_a_job_runs_to_its_end_without_its_page(tmp_path):
+    # Verbs that end at once: one with help, one with a mistake.
+    add_job(tmp_path, "toy", ["--help"])
+    add_job(tmp_path, "train", ["conf=nothing_like_it"])
+    wait_until(lambda: all(job.ended for job in list_jobs(tmp_path)))
+    first, second = list_jobs(tmp_path)
+    assert (first.number, first.state, first.code) == (1, "done", 0)
+    assert (second.number, second.state, second.code) == (2, "failed", 2)
+    assert second.began >= first.ended
+    assert "nothing_like_it" in message_of(read_tail(log_path(tmp_path, 2)))
+    assert second.command == "mochi-tune train conf=nothing_like_it"
+
+
+def test_two_runners_do_not_run_a_job_twice(tmp_path):
+    put(tmp_path, Job(1, "toy", ["--help"]), Job(2, "toy", ["--help"]))
+    command = [sys.executable, "-m", "mochi_tune.ui.runner", str(tmp_path)]
+    for process in [subprocess.Popen(command) for _ in range(2)]:
+        assert process.wait(PATIENCE) == 0
+    # Each log has the help once.
+    alone = subprocess.run([sys.executable, "-m", "mochi_tune.cli", "toy", "--help"], capture_output=True, check=True)
+    for number in (1, 2):
+        assert find_job(tmp_path, number).state == "done"
+        assert log_path(tmp_path, number).read_bytes() == alone.stdout
+
+
+def test_a_waiting_job_leaves_the_queue_when_it_is_stopped(tmp_path):
+    put(tmp_path, Job(1, "toy", ["--help"]))
+    assert stop_job(tmp_path, 1).state == "stopped"
+    assert runner.start_next(tmp_path) is None
+    with pytest.raises(DataError, match="ended already"):
+        stop_job(tmp_path, 1)
+    with pytest.raises(DataError, match="is gone"):
+        stop_job(tmp_path, 7)
+
+
+def test_a_running_job_gets_sigterm_and_counts_as_stopped(tmp_path):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    started = psutil.Process(sleeper.pid).create_time()
+    put(tmp_path, Job(1, "train", state="running", pid=sleeper.pid, pid_started=started, began=1.0))
+    assert stop_job(tmp_path, 1).is_asked_to_stop
+    assert sleeper.wait(PATIENCE) == -15
+    # The next runner, which did not start it, sees that it has ended.
+    runner.main(tmp_path)
+    assert find_job(tmp_path, 1).state == "stopped"
+
+
+def test_a_process_of_the_same_number_is_another_one(tmp_path):
+    mine = psutil.Process().create_time()
+    assert is_alive(os.getpid(), mine)
+    assert not is_alive(os.getpid(), mine - 60)
+    put(tmp_path, Job(1, "train", state="running", pid=os.getpid(), pid_started=mine - 60))
+    with pytest.raises(DataError, match="ended already"):
+        stop_job(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "state"),
+    [(0, False, "done"), (0, True, "done"), (1, False, "partly"), (2, False, "failed"), (143, False, "stopped"),
+     (-15, False, "stopped"), (-9, False, "failed"), (-9, True, "stopped"), (None, False, "failed")],
+)  # fmt: skip
+def test_an_exit_code_says_how_a_job_ended(code, asked, state):
+    assert runner.state_of(code, asked) == state
+
+
+def test_a_bug_is_no_success_but_for_some_clips(tmp_path):
+    put(tmp_path, Job(1, "prepare", state="running"))
+    log_path(tmp_path, 1).write_text("Traceback (most recent call last):\n  ...\nKeyError: 'x'\n")
+    runner.finish(tmp_path, find_job(tmp_path, 1), 1)
+    assert find_job(tmp_path, 1).state == "failed"
+
+
+def test_a_record_that_is_damaged_is_left_out(tmp_path):
+    put(tmp_path, Job(1, "toy"))
+    (jobs_folder(tmp_path) / "00002.json").write_text("{")
+    (jobs_folder(tmp_path) / "00003.json").write_text(json.dumps({"number": 3, "verb": "toy", "unknown": 1}))
+    assert [job.number for job in list_jobs(tmp_path)] == [1]
+
+
+def test_a_new_job_never_gets_the_log_of_an_old_one(tmp_path):
+    put(tmp_path, replace(Job(1, "toy"), state="done"))
+    log_path(tmp_path, 4).write_text("of a job whose record is gone")
+    assert add_job(tmp_path, "toy", ["--help"]).number == 5
+    wait_until(lambda: find_job(tmp_path, 5).ended)
+
+
+def test_a_log_shows_the_last_state_of_its_bars(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("begins\nclips: 10%\rclips: 50%\rclips: 100%\n\nmochi-tune: it is so: do this.\n")
+    assert read_tail(path) == ["begins", "clips: 100%", "mochi-tune: it is so: do this."]
+    assert message_of(read_tail(path)) == "it is so: do this."
+    assert read_tail(tmp_path / "none") == []
+    path.write_bytes(b"x" * 200_000 + b"\nlast \xff\n")
+    assert read_tail(path, 1) == ["last \ufffd"]
