@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from mochi_tune.data_prep.html_page import Head, data_uri, document
 from mochi_tune.files import write_atomic
+from mochi_tune.pages.html_page import Head, data_uri, document
 from mochi_tune.sampling.grid_video import frames_of
 
 POSTER_SIZE = 320
