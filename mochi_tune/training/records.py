@@ -110,13 +110,23 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
     )
 
 
+def find_eval_videos(run_dir: Path) -> list[tuple[int, int, Path]]:
+    """Returns the step, the number of the prompt, and the file of each eval video or picture, in this order."""
+    found = []
+    for path in (run_dir / "samples").glob("step_*_prompt_*.*"):
+        parts = path.stem.split("_")
+        if path.suffix in (".mp4", ".png") and len(parts) == 4 and parts[1].isdecimal() and parts[3].isdecimal():
+            found.append((int(parts[1]), int(parts[3]), path))
+    return sorted(found)
+
+
 def _eval_videos(run_dir: Path, prompts: list[str], step: int) -> list[SampleVideo]:
     """Returns the newest eval videos up to a step, but not those of step 0, which show the base."""
-    found: dict[int, Path] = {}
-    for path in sorted((run_dir / "samples").glob("step_*_prompt_*.mp4")):
-        _, at, _, number = path.stem.split("_")
-        if at.isdecimal() and number.isdecimal() and 0 < int(at) <= step and int(number) < len(prompts):
-            found[int(number)] = path
+    found = {
+        number: path
+        for at, number, path in find_eval_videos(run_dir)
+        if 0 < at <= step and number < len(prompts) and path.suffix == ".mp4"
+    }
     return [SampleVideo(path, prompts[number], True) for number, path in sorted(found.items())]
 
 
