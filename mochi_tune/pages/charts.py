@@ -21,9 +21,10 @@ svg line.mark{stroke:var(--soft);stroke-dasharray:2 3}svg circle.mark{fill:none;
 svg text.mark{fill:var(--ink);font-weight:600}
 .accent{color:var(--accent)}.plain{color:var(--soft)}
 .thin{color:color-mix(in srgb,var(--accent) 38%,var(--back))}
-.level1{color:color-mix(in srgb,var(--accent) 62%,var(--other))}
-.level2{color:color-mix(in srgb,var(--accent) 28%,var(--other))}.level3{color:var(--other)}
-:root{--other:#c0392b}@media(prefers-color-scheme:dark){:root{--other:#ff9d8a}}
+.level1{color:var(--level1)}.level2{color:var(--level2)}.level3{color:var(--level3)}
+svg{overflow:visible}
+:root{--level1:#7a4fb5;--level2:#b83280;--level3:#c2410c}
+@media(prefers-color-scheme:dark){:root{--level1:#b79cf0;--level2:#f28bc4;--level3:#ffab7a}}
 """
 
 

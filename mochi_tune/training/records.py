@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mochi_tune.config.load import load_config
 from mochi_tune.files import file_sha256, parse_object, read_json, read_json_lines
+from mochi_tune.training.eval_files import find_eval_videos
 from mochi_tune.training.metrics import FILES
 from mochi_tune.training.resume import CLIPS_FILE
 from mochi_tune.training.run_folder import read_history
@@ -108,16 +109,6 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
         videos=_eval_videos(run_dir, config.train.sample_prompts, step) + _rendered_videos(run_dir, adapter),
         environment=(read_history(run_dir) or [{}])[-1],
     )
-
-
-def find_eval_videos(run_dir: Path) -> list[tuple[int, int, Path]]:
-    """Returns the step, the number of the prompt, and the file of each eval video or picture, in this order."""
-    found = []
-    for path in (run_dir / "samples").glob("step_*_prompt_*.*"):
-        parts = path.stem.split("_")
-        if path.suffix in (".mp4", ".png") and len(parts) == 4 and parts[1].isdecimal() and parts[3].isdecimal():
-            found.append((int(parts[1]), int(parts[3]), path))
-    return sorted(found)
 
 
 def _eval_videos(run_dir: Path, prompts: list[str], step: int) -> list[SampleVideo]:

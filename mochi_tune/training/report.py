@@ -21,8 +21,8 @@ from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
 from mochi_tune.pages.html_page import Head, document, section
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
+from mochi_tune.training.eval_files import find_eval_videos
 from mochi_tune.training.metrics import FILES, write_line
-from mochi_tune.training.records import find_eval_videos
 from mochi_tune.training.resume import CLIPS_FILE
 from mochi_tune.training.run_folder import read_history
 
@@ -48,7 +48,7 @@ overflow-wrap:anywhere}
 pre{margin:.3rem 0 1.2rem;padding:.8rem 1rem;border:1px solid var(--rule);border-radius:6px;
 font:.82rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
 overflow-wrap:anywhere}
-details summary{cursor:pointer;color:var(--soft)}details pre{columns:3 17rem;column-gap:2rem}
+details{margin-top:1.2rem}details summary{cursor:pointer;color:var(--soft)}details pre{columns:3 17rem;column-gap:2rem}
 @media(max-width:30rem){.figures{grid-template-columns:1fr 1fr}.figures .value{font-size:1.6rem}}
 @media print{section,figure{break-inside:avoid}.scroll{overflow:visible}}
 """
@@ -310,7 +310,7 @@ def _settings(run: RunFiles) -> str:
     kind = "".join([" DoRA" if lora.dora else "", " rsLoRA" if lora.rslora else ""])
     resumed = [start["from_step"] for start in run.starts if start.get("from_step")]
     facts = {
-        "Clips": f"{num_clips}, {held_out} of them held out for validation" if num_clips else "",
+        "Clips": f"{num_clips}, {held_out or 'none'} of them held out for validation" if num_clips else "",
         "Sizes": sizes,
         "Cache": config.data.cache,
         "Model": f"{config.model.name}, {config.model.precision or config.model.dtype}",
@@ -321,7 +321,7 @@ def _settings(run: RunFiles) -> str:
         "Layers": ", ".join(lora.targets),
         "Optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g}, {train.schedule} after "
         f"{train.warmup_steps} steps of warm-up",
-        "A step": f"{samples} samples" if samples else "",
+        "A step": f"{samples} sample{'s' * (samples > 1)}" if samples else "",
         "Objective": f"{train.objective}, noise levels {train.sigma_distribution}",
         "Seed": str(config.seed),
         "Started": ", ".join(start["date"] for start in run.starts[:1] if start.get("date")),

@@ -38,8 +38,8 @@ def opening_lines(plan: TrainPlan, step: int) -> list[str]:
     return [
         f"device: {environment['device']}{count}; {config.model.name} in {precision}",
         f"adapter: {kind} with {plan.adapter_bytes // 4:,} parameters in {len(plan.layers)} layers",
-        f"data: {len(plan.training_clips)} clips to train on, {largest}; {left} steps of {num_samples} samples are "
-        f"{num_epochs:.3g} epochs",
+        f"data: {len(plan.training_clips)} clips to train on, {largest}; {left} steps of {num_samples} "
+        f"{'sample' if num_samples == 1 else 'samples'} are {num_epochs:.3g} epochs",
         *_forecast(plan, plan.memory, left),
         *doubtful_settings(train),
     ]
