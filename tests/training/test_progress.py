@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import sys
+import termios
 
 from mochi_tune.training.progress import NUM_LINES, Progress
 from mochi_tune.training.step_result import StepResult
@@ -35,6 +36,8 @@ def test_a_resumed_run_tells_of_its_first_step(monkeypatch):
 
 def test_on_a_terminal_there_is_a_bar_and_no_lines(monkeypatch):
     master, slave = pty.openpty()
+    # Of no size as it is made.
+    termios.tcsetwinsize(slave, (24, 120))
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", terminal)
         walk(0, 5, 5)

@@ -113,7 +113,7 @@ def test_wandb_and_tensorboard_have_every_eval_video_once_at_its_step(tmp_path):
     rows = [row for f in sorted(run_dir.glob("trackers/wandb/offline-run-*/run-*.wandb")) for row in wandb_history(f)]
     shown = [(row["_step"], row["samples/step"]) for row in rows if "samples/step" in row]
     assert shown == [(0, 0), (2, 2), (4, 4), (6, 6)]
-    assert rows[0]["samples/prompt_0"]["_type"] == "video-file" and rows[0]["samples/prompt_1"]["caption"] == "a cat"
+    assert rows[0]["samples/prompt_0/_type"] == "video-file" and rows[0]["samples/prompt_1/caption"] == "a cat"
     assert json.loads((run_dir / "trackers" / "wandb.json").read_text())["metrics"] == 6
 
 
