@@ -102,7 +102,7 @@ class _TensorBoard:
 
         Source: pytorch/pytorch@v2.9.0 torch/utils/tensorboard/summary.py (video, make_video), which needs moviepy.
         """
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         content, (width, height) = _as_gif(path)
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
