@@ -21,12 +21,12 @@ from mochi_tune.data_prep.contact_sheet import read_thumbnails
 from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest, shifted_distance
 from mochi_tune.data_prep.filter_page import MAX_PICTURES, make_page
 from mochi_tune.data_prep.finding import find_videos
-from mochi_tune.data_prep.html_page import write_png
 from mochi_tune.data_prep.moving import files_of_clip, finish_moves, move_clip, read_moved, undo_moves
 from mochi_tune.data_prep.split import only_process
 from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import make_writable_folder, read_json_lines, write_atomic
+from mochi_tune.pages.html_page import write_png
 
 TABLE, PAGE, PICTURE, MEASURED, MOVED = "filter.csv", "filter.html", "filter.png", "scores.jsonl", "moved.csv"
 SCORE_COLUMNS = ("black", "frozen", "motion", "sharpness", "left", "top", "right", "bottom")

@@ -5,7 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from mochi_tune.data_prep.histograms import Axis, histogram
-from mochi_tune.data_prep.html_page import Head, data_uri, document, section
+from mochi_tune.pages.html_page import Head, data_uri, document, section
 
 if TYPE_CHECKING:
     from mochi_tune.data_prep.filter import Judged

@@ -6,10 +6,10 @@ from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.data_prep.gather import listed
-from mochi_tune.data_prep.html_page import write_png
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
 from mochi_tune.files import make_writable_folder, write_atomic
+from mochi_tune.pages.html_page import write_png
 from mochi_tune.weights.folder import WeightsFolder
 
 PAGE_NAME, PICTURE_NAME = "inspect.html", "inspect.png"

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from mochi_tune.data_prep.bar_charts import bar_chart, count_names, count_numbers
-from mochi_tune.data_prep.html_page import Head, data_uri, document, section
 from mochi_tune.data_prep.inspection import PICTURE_SIZE, Inspection, SeenClip
 from mochi_tune.data_prep.report import count_footage, describe_kept, notes
 from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS, MeasuredCaption
+from mochi_tune.pages.html_page import Head, data_uri, document, section
 
 # Of a caption that is far longer than what is read, and of a clip with many captions, the rest is counted.
 MAX_CHARACTERS, MAX_LOST_CHARACTERS, MAX_CAPTIONS = 1500, 400, 6

@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from mochi_tune.data_prep.html_page import Head, data_uri, document
 from mochi_tune.files import write_atomic
+from mochi_tune.pages import video_tables
+from mochi_tune.pages.html_page import Head, data_uri, document
 from mochi_tune.sampling.grid_video import frames_of
 
 POSTER_SIZE = 320
@@ -17,24 +18,10 @@ STYLE = """
 body{max-width:none;width:fit-content;min-width:min(100%,1148px)}
 header,.figures{max-width:1100px}
 section{margin-top:2.6rem}section>h2{max-width:70ch;font-size:1.1rem;overflow-wrap:anywhere}
-.scroll{overflow-x:auto;max-width:calc(100vw - 3rem);margin-top:.8rem}
-table{border-spacing:.6rem;margin:0 -.6rem}
-th{font-weight:600;font-size:.85rem;color:var(--soft);text-align:left;vertical-align:top}
 tbody th{position:sticky;left:0;z-index:1;min-width:5rem;max-width:9rem;padding:.2rem .8rem .2rem 0;
 background:var(--back);font-variant-numeric:tabular-nums}
-td{padding:0}
-video,td img{display:block;width:clamp(min(11rem,58vw),(min(100vw,1500px) - 14rem)/var(--n),22rem);
-height:auto;border-radius:6px;outline:1px solid var(--rule);
-background:var(--rule)}
+video,td img{width:clamp(min(11rem,58vw),(min(100vw,1500px) - 14rem)/var(--n),22rem)}
 @media(max-width:600px){tbody th{min-width:3.6rem;max-width:4.6rem}}
-"""
-# Only what is on the screen plays, and all of a table begin together each time its first one begins again.
-SCRIPT = """
-const seen=new IntersectionObserver(es=>es.forEach(e=>e.isIntersecting?e.target.play().catch(()=>{}):e.target.pause()));
-document.querySelectorAll("table").forEach(t=>{const all=[...t.querySelectorAll("video")];
-all.forEach(v=>seen.observe(v));
-if(all.length)all[0].addEventListener("seeked",()=>all.forEach(v=>{
-if(Math.abs(v.currentTime-all[0].currentTime)>.05)v.currentTime=all[0].currentTime}))})
 """
 
 
@@ -71,7 +58,7 @@ def write_grid_page(folder: Path, cells: Sequence[GridCell], columns: Sequence[s
         },
     )
     path = folder / "index.html"
-    write_atomic(path, document(head, STYLE, "\n".join(sections) + f"\n<script>{SCRIPT}</script>").encode())
+    write_atomic(path, document(head, video_tables.STYLE + STYLE, "\n".join(sections) + video_tables.SCRIPT).encode())
     return path
 
 

@@ -4,7 +4,7 @@ import math
 from html import escape
 
 from mochi_tune.adapters.tools import LayerFacts, block_and_kind
-from mochi_tune.data_prep.html_page import Head, document, section
+from mochi_tune.pages.html_page import Head, document, section
 from mochi_tune.recipes.lora_tools import Inspection
 
 # All in pixels of a chart: its size, and the room for the numbers of its axes.

@@ -1,7 +1,7 @@
 """Says what a run will take before anything is loaded: memory by stage, time, disk, and which settings fit the GPU."""
 
 import math
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from mochi_tune.parallel.forecast import (
     decoding_seconds,
     encoding_held,
     encoding_seconds,
+    known_card,
     sampling_held,
     sampling_seconds,
     text_held,
@@ -44,7 +45,15 @@ from mochi_tune.recipes.bench import make_step
 from mochi_tune.recipes.measuring import timed
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, fits
-from mochi_tune.training.preflight import adapter_bytes, check, clip_order, num_tokens, step_sizes
+from mochi_tune.training.preflight import (
+    adapter_bytes,
+    bucket_shares,
+    check,
+    clip_order,
+    num_tokens,
+    step_seconds,
+    step_sizes,
+)
 from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -139,15 +148,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     if residency == "auto":
         residency = "resident" if fits(sampling_held(dit, tokens, "resident", step.dtype_bytes), free) else "offload"
     count, clips, shares = count_clips(config)
-    seconds = (
-        None
-        if speed is None
-        else train.accumulation_steps
-        * sum(
-            share * sized(step, config, bucket).seconds(policies, speed, arrangement[0])
-            for bucket, share in shares.items()
-        )
-    )
+    seconds = None if speed is None else step_seconds(config, step, shares, policies, speed, arrangement[0])
     stages = [
         Stage("train", step.held(policies, *arrangement), seconds, "a step"),
         Stage(
@@ -255,11 +256,7 @@ def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
         if not torch.cuda.is_available():
             raise ConfigError(f"there is no GPU here: name one, as card=4090; known are {', '.join(CARDS)}.")
         properties = torch.cuda.get_device_properties(0)
-        words = properties.name.lower().replace(" ", "")
-        # The longest name that stands in what the driver calls it.
-        fitting = [key for key in CARDS if key.partition("-")[0] in words]
-        speed = CARDS[max(fitting, key=len)] if fitting else None
-        return properties.name, torch.cuda.mem_get_info(0)[0] / GIB, speed
+        return properties.name, torch.cuda.mem_get_info(0)[0] / GIB, known_card(properties.name)
     known = CARDS.get(name.lower())
     if known is None and not gib:
         raise ConfigError(
@@ -285,11 +282,6 @@ def training_step(config: RunConfig, dit: DiTConfig) -> Step:
     return step_sizes(config, dit, size, layout, is_gpu=True)
 
 
-def sized(step: Step, config: RunConfig, bucket: Bucket) -> Step:
-    """Returns a micro-batch of the clips of one bucket, in the place of the largest one."""
-    return replace(step, num_tokens=step.num_tokens * bucket.num_tokens // num_tokens(config))
-
-
 def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float]]:
     """Returns the number of clips, 0 where there are none yet; what is known in words; the share of each bucket.
 
@@ -299,13 +291,9 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float]]:
     largest = largest_bucket(data)
     if (cache / "data").exists():
         found = open_cache(cache, buckets_by_source(data), settings=prepared_settings(data))
-        order = clip_order(config, found, [])
-        draws = {found.rows[pool.clips[0]].bucket: 0 for pool in order.pools}
-        for pool in order.pools:
-            draws[found.rows[pool.clips[0]].bucket] += pool.num_draws
-        total = sum(draws.values())
-        sizes = f"each {largest}" if len(draws) == 1 else f"in {len(draws)} buckets, the largest {largest}"
-        return len(found), f"{len(found)} in {cache}, {sizes}", {key: value / total for key, value in draws.items()}
+        shares = bucket_shares(clip_order(config, found, []), found)
+        sizes = f"each {largest}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {largest}"
+        return len(found), f"{len(found)} in {cache}, {sizes}", shares
     folders = [source.folder for source in read_sources(data)]
     where = ", ".join(map(str, folders))
     if any(folder.is_dir() and is_dataset(folder) for folder in folders):

@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(("training",), 5),
     **dict.fromkeys(("sampling", "data_prep"), 4),
     **dict.fromkeys(("config", "weights", "data", "parallel"), 3),
-    **dict.fromkeys(("models", "adapters"), 2),
+    **dict.fromkeys(("models", "adapters", "pages"), 2),
     **dict.fromkeys(("errors", "files", "assets", "conf"), 1),
 }
 # The order of rooms that share a floor, where there is one: the first may import the second.

@@ -8,6 +8,7 @@ def run_plan(arguments: list[str]) -> int:
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("card", "card_gib")}
     if (config := load("plan", [a for a in arguments if a.partition("=")[0] not in own])) is None:
         return 0
+    from mochi_tune.parallel.forecast import in_words
     from mochi_tune.recipes.plan import can_measure, measure
     from mochi_tune.recipes.plan import main as plan
 
@@ -43,11 +44,3 @@ def run_plan(arguments: list[str]) -> int:
             f"and {found.peak_gib:.1f} GiB; foretold were the figures of `train` above, less 1 GiB"
         )
     return 0
-
-
-def in_words(seconds: float) -> str:
-    """Returns a duration as a reader wants it."""
-    hours = seconds / 3600
-    return (
-        f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
-    )

@@ -252,3 +252,18 @@ def bytes_on_device(weights: dict[str, int], config: DiTConfig, is_streamed: boo
     """Returns what `weight_bytes` has on the device: no modulation, and of streamed blocks the buffers."""
     blocks = weights["blocks"] * min(NUM_BUFFERS, config.depth) // config.depth if is_streamed else weights["blocks"]
     return blocks + weights["rest"]
+
+
+def known_card(name: str) -> Card | None:
+    """Returns the card of which the longest name stands in what the driver calls it, None if there is none."""
+    words = name.lower().replace(" ", "")
+    fitting = [key for key in CARDS if key.partition("-")[0] in words]
+    return CARDS[max(fitting, key=len)] if fitting else None
+
+
+def in_words(seconds: float) -> str:
+    """Returns a duration as a reader wants it."""
+    hours = seconds / 3600
+    return (
+        f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
+    )

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from mochi_tune.adapters.files import Adapter, load_adapter
 from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.config.load import RunConfig, config_yaml, load_config, weights_paths
-from mochi_tune.data_prep.html_page import write_png
 from mochi_tune.files import read_json_lines, write_json
+from mochi_tune.pages.html_page import write_png
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.video import write_video
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson

@@ -1,8 +1,9 @@
 """Draws the validation losses of a run as a picture, for a page that cannot draw them itself."""
 
 import io
-import math
 from collections.abc import Sequence
+
+from mochi_tune.pages.charts import round_ticks
 
 # Drawn at twice the size and made smaller, which smooths the lines.
 _SCALE = 2
@@ -22,8 +23,8 @@ def draw_losses(losses: Sequence[tuple[int, float]], title: str) -> bytes:
 
     image = Image.new("RGB", (_SCALE * _WIDTH, _SCALE * _HEIGHT), _PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13 * _SCALE)
-    steps = nice_ticks(losses[0][0], losses[-1][0], whole=True)
-    heights = nice_ticks(min(loss for _, loss in losses), max(loss for _, loss in losses))
+    steps = round_ticks(losses[0][0], losses[-1][0], is_whole=True)
+    heights = round_ticks(min(loss for _, loss in losses), max(loss for _, loss in losses))
 
     def place(step: float, loss: float) -> tuple[float, float]:
         x = (step - steps[0]) / (steps[-1] - steps[0]) * (_WIDTH - _LEFT - _RIGHT) + _LEFT
@@ -50,14 +51,3 @@ def draw_losses(losses: Sequence[tuple[int, float]], title: str) -> bytes:
     file = io.BytesIO()
     small.save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-def nice_ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """Returns 3 to 8 round values, evenly spaced, the first at or below `low` and the last at or above `high`."""
-    if high <= low:
-        low, high = low - (0.5 if whole else 0.05 * abs(low) or 1), high + (0.5 if whole else 0.05 * abs(high) or 1)
-    power = 10 ** math.floor(math.log10((high - low) / 5))
-    spacing = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 5)
-    spacing = max(spacing, 1) if whole else spacing
-    first, last = math.floor(low / spacing), math.ceil(high / spacing)
-    return [number * spacing for number in range(first, last + 1)]

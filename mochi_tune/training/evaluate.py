@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from mochi_tune.training.draws import keyed_generator
 from mochi_tune.training.interrupts import Interrupted
 from mochi_tune.training.objective import noisy_and_target, velocity_loss
 from mochi_tune.training.preflight import TrainPlan
+from mochi_tune.training.progress import hides_bars
 from mochi_tune.training.run import Run, is_due
 
 # The middles of four bins of noise levels.
@@ -58,9 +59,21 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
                 row = {"step": run.step, "validation_loss": sum(losses.values()) / len(losses), "bins": losses}
                 row |= {"held_out": bool(plan.held_out), "sigmas_drawn": run.metrics.sigma_histogram()}
                 run.metrics.log_validation(row)
+                tqdm.write(validation_line(row, run.metrics.best_validation()))
         if renders and videos is not None:
             videos.render(dit, run.step)
+    if run.report is not None:
+        run.report.write()
     run.check_signals()
+
+
+def validation_line(row: Mapping, best: tuple[int, float] | None) -> str:
+    """Returns what a validation found, and the best one so far, in a line."""
+    levels = ", ".join(f"{level}: {loss:.4f}" for level, loss in row["bins"].items())
+    line = f"step {row['step']}: validation loss {row['validation_loss']:.4f} (by noise level {levels})"
+    if best is None:
+        return line
+    return f"{line}, the best so far" if best[0] == row["step"] else f"{line}, best {best[1]:.4f} at step {best[0]}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ def validation_losses(
     """
     dit.eval()
     losses = torch.zeros(len(clips.indices), len(SIGMAS))
-    is_quiet = not PartialState().is_main_process
+    is_quiet = hides_bars()
     try:
         for row, index in enumerate(tqdm(clips.indices, "validation", unit="clip", leave=False, disable=is_quiet)):
             on_clip()
@@ -187,7 +200,7 @@ class EvalVideos:
         was_training = dit.training
         dit.eval()
         latents = self.noise
-        is_quiet = not PartialState().is_main_process
+        is_quiet = hides_bars()
         try:
             steps = sample_latents(dit, self.noise, prompt, self.negative_prompt, self.settings)
             for state in tqdm(steps, name, self.settings.steps, unit="step", leave=False, disable=is_quiet):

@@ -1,4 +1,4 @@
-"""The follower of a run: a process that reads the run's JSONL files and sends their numbers to its trackers.
+"""The follower of a run: a process that sends the numbers of the run's JSONL files, and its eval videos, to trackers.
 
 Each tracker has a thread, so that one that fails or hangs does not stop the others. run_dir/trackers/KIND.json says
 which steps are safe in a tracker, and the next start goes on from them.
@@ -7,6 +7,7 @@ which steps are safe in a tracker, and the next start goes on from them.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import signal
@@ -20,21 +21,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mochi_tune.files import parse_object, write_atomic
+from mochi_tune.training.eval_files import find_eval_videos
 from mochi_tune.training.metrics import FILES
 
 # How often it reads new rows.
 POLL_SECONDS = 0.5
+GIF_WIDTH = 640
 
 
-# A tracker takes rows in the order of their steps: `send` hands over a row's numbers, `flush` returns whether all that
-# was sent is known to be safe, and `finish` waits until it is. It is built when there is a first row for it.
+# A tracker takes rows in the order of their steps: `send` hands over a row's numbers, `show` an eval video or picture,
+# `flush` returns whether all that was sent is known to be safe, and `finish` waits until it is. It is built when there
+# is a first row for it.
 
 
 class _Wandb:
     """A run in W&B, which takes no number for a step that it has closed, neither now nor when the run goes on.
 
-    So a validation goes into its step's row, which is still open. A validation that a stopped run did not reach, and
-    that is made up for later, goes into the next step's row, with its own step as its x axis.
+    So a validation goes into its step's row, which is still open, and so does a video. What a stopped run did not
+    reach, and makes up for later, goes into the next step's row, with its own step as its x axis.
     """
 
     def __init__(self, folder: Path, run_id: str, options: Mapping, last_step: int) -> None:
@@ -44,18 +48,32 @@ class _Wandb:
             project=options["project"], name=options["name"], id=run_id, resume="allow", mode=options["wandb"],
             dir=folder, config=options["settings"], settings=wandb.Settings(console="off"),
         )  # fmt: skip
-        self.run.define_metric("validation/*", step_metric="validation/step")
+        for part in ("validation", "samples"):
+            self.run.define_metric(f"{part}/*", step_metric=f"{part}/step")
         self.open_step = 0 if last_step < 0 else None
-        self.late: dict[str, float] = {}
+        self.late: dict[str, Any] = {}
 
     def send(self, file: str, step: int, numbers: dict[str, float]) -> None:
         if file == "validation":
-            numbers = {**numbers, "validation/step": step}
-            if step != self.open_step:
-                self.late = numbers
-                return
+            self._add({**numbers, "validation/step": step}, step)
+            return
         self.run.log({**self.late, **numbers}, step=step)
         self.open_step, self.late = step, {}
+
+    def show(self, name: str, step: int, path: Path, prompt: str) -> None:
+        import wandb
+
+        # Told the format, it copies the file as it is.
+        kind = wandb.Image(str(path), caption=prompt) if path.suffix == ".png" else None
+        media = kind or wandb.Video(str(path), caption=prompt, format="mp4")
+        self._add({name: media, "samples/step": step}, step)
+
+    def _add(self, values: dict[str, Any], step: int) -> None:
+        if step == self.open_step:
+            self.run.log({**self.late, **values}, step=step)
+            self.late = {}
+        else:
+            self.late |= values
 
     def flush(self) -> bool:
         # Only `finish` reports success. W&B ignores a step that it gets once more because of that.
@@ -78,6 +96,18 @@ class _TensorBoard:
     def send(self, _file: str, step: int, numbers: dict[str, float]) -> None:
         for name, number in numbers.items():
             self.writer.add_scalar(name, number, step)
+
+    def show(self, name: str, step: int, path: Path, _prompt: str) -> None:
+        """Adds a video as a GIF, which is how TensorBoard plays one.
+
+        Source: pytorch/pytorch@v2.9.0 torch/utils/tensorboard/summary.py (video, make_video), which needs moviepy.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        content, (width, height) = _as_gif(path)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+        value = Summary.Value(tag=name, image=image)
+        self.writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
     def flush(self) -> bool:
         self.writer.flush()
@@ -105,6 +135,9 @@ class _Trackio:
 
     def send(self, _file: str, step: int, numbers: dict[str, float]) -> None:
         self.run.log(numbers, step=step)
+
+    def show(self, *_: object) -> None:
+        """Sends none: W&B and TensorBoard alone get videos."""
 
     def flush(self) -> bool:
         time.sleep(1)  # trackio writes twice a second.
@@ -150,15 +183,25 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
         while True:
             steps = _new_rows(files["metrics"])
             validations += _new_rows(files["validation"])
+            # Looked for after the rows: of a step that was not read yet they wait for the next time.
+            videos = [video for video in find_eval_videos(run_dir) if video[2].name not in state["samples"]]
             # A validation's row is written after its step's and before the next one's, but may be read before both.
             reached = steps[-1]["step"] if steps else reached
             rows = [("metrics", row) for row in steps]
             rows += [("validation", row) for row in validations if row["step"] <= reached]
             validations = [row for row in validations if row["step"] > reached]
+            # A step's validation and videos come after its own row, and before the next one's.
+            rows += [("samples", {"step": at, "number": i, "path": p}) for at, i, p in videos if at <= reached]
             for file, row in sorted(rows, key=lambda named: named[1]["step"]):
                 step = row.pop("step")
-                if step > state[file]:
-                    tracker = tracker or TRACKERS[kind](folder, state["id"], options, state["metrics"])
+                if file != "samples" and step <= state[file]:
+                    continue
+                tracker = tracker or TRACKERS[kind](folder, state["id"], options, state["metrics"])
+                if file == "samples":
+                    prompt = options["prompts"].get(str(row["number"]), "")
+                    tracker.show(f"samples/prompt_{row['number']}", step, row["path"], prompt)
+                    state[file].append(row["path"].name)
+                else:
                     tracker.send(file, step, dict(_numbers(row, file)))
                     state[file] = step
             if rows and tracker and tracker.flush():
@@ -195,8 +238,22 @@ def _read_state(path: Path, run_dir: Path, begun: str | None) -> dict:
     begun = begun or known.get("begun", "")
     run_id = hashlib.sha256(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:16]
     if known.get("id") == run_id:
-        return known
-    return {"id": run_id, "begun": begun, **dict.fromkeys(FILES, -1)}
+        return {"samples": [], **known}
+    return {"id": run_id, "begun": begun, **dict.fromkeys(FILES, -1), "samples": []}
+
+
+def _as_gif(path: Path) -> tuple[bytes, tuple[int, int]]:
+    """Returns an eval video or picture as a GIF, and its size; at most GIF_WIDTH wide, as it is sent whole."""
+    from mochi_tune.models.latents import FPS
+    from mochi_tune.sampling.video import read_frames
+
+    frames = read_frames(path)
+    for frame in frames:
+        frame.thumbnail((GIF_WIDTH, GIF_WIDTH))
+    content = io.BytesIO()
+    # A GIF counts in 10 ms.
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=round(100 / FPS) * 10, loop=0)
+    return content.getvalue(), frames[0].size
 
 
 def main() -> None:

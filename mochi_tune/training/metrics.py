@@ -75,6 +75,12 @@ class Metrics:
         losses = {s: loss for s, loss in self._validation_losses.items() if s in steps and loss is not None}
         return min(losses, key=losses.__getitem__, default=None)
 
+    def best_validation(self) -> tuple[int, float] | None:
+        """Returns the step of the lowest validation loss, and that loss."""
+        best = self.best_validated(self._validation_losses)
+        loss = None if best is None else self._validation_losses[best]
+        return None if best is None or loss is None else (best, loss)
+
     def sigma_histogram(self) -> list[int]:
         """Returns how many samples so far were drawn in each tenth of the noise levels."""
         return list(self._sigma_counts)

@@ -3,8 +3,8 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
-from mochi_tune.parallel.forecast import Step, free_bytes
+from mochi_tune.parallel.forecast import Card, Step, free_bytes
 from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision, check_precision
@@ -259,6 +259,38 @@ def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout
         holds_modulation=is_zero3,
         num_shards=layout.num_ranks if is_zero3 else 1,
     )
+
+
+def bucket_shares(order: ClipOrder, cache: Cache) -> dict[Bucket, float]:
+    """Returns the share of the samples that each size of clips has."""
+    draws: dict[Bucket, int] = {}
+    for pool in order.pools:
+        bucket = cache.rows[pool.clips[0]].bucket
+        draws[bucket] = draws.get(bucket, 0) + pool.num_draws
+    return {bucket: count / sum(draws.values()) for bucket, count in draws.items()}
+
+
+def step_seconds(
+    config: RunConfig,
+    step: Step,
+    shares: Mapping[Bucket, float],
+    policies: Sequence[str],
+    card: Card,
+    is_streamed: bool,
+) -> float:
+    """Returns the foretold seconds of a training step.
+
+    Args:
+        config: of the run.
+        step: a micro-batch of the largest clips.
+        shares: of each size among the samples.
+        policies: what each block recomputes.
+        card: the GPU.
+        is_streamed: whether the blocks' weights are in host memory.
+    """
+    sized = {b: replace(step, num_tokens=step.num_tokens * b.num_tokens // num_tokens(config)) for b in shares}
+    mean = sum(share * sized[bucket].seconds(policies, card, is_streamed) for bucket, share in shares.items())
+    return config.train.accumulation_steps * mean
 
 
 def _check_streaming(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mochi_tune.config.load import load_config
 from mochi_tune.files import file_sha256, parse_object, read_json, read_json_lines
+from mochi_tune.training.eval_files import find_eval_videos
 from mochi_tune.training.metrics import FILES
 from mochi_tune.training.resume import CLIPS_FILE
 from mochi_tune.training.run_folder import read_history
@@ -112,11 +113,11 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
 
 def _eval_videos(run_dir: Path, prompts: list[str], step: int) -> list[SampleVideo]:
     """Returns the newest eval videos up to a step, but not those of step 0, which show the base."""
-    found: dict[int, Path] = {}
-    for path in sorted((run_dir / "samples").glob("step_*_prompt_*.mp4")):
-        _, at, _, number = path.stem.split("_")
-        if at.isdecimal() and number.isdecimal() and 0 < int(at) <= step and int(number) < len(prompts):
-            found[int(number)] = path
+    found = {
+        number: path
+        for at, number, path in find_eval_videos(run_dir)
+        if 0 < at <= step and number < len(prompts) and path.suffix == ".mp4"
+    }
     return [SampleVideo(path, prompts[number], True) for number, path in sorted(found.items())]
 
 

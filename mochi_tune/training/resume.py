@@ -6,6 +6,7 @@
 import datetime
 import filecmp
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,7 +258,9 @@ def resume(plan: TrainPlan) -> ResumePoint:
     elif plan.validation_clips and config.train.validate_every:
         tqdm.write(f"{num_clips} clips are too few to hold any out: validation is on clips that are trained on")
     (run_dir / "config.yaml").write_text(config_yaml(config))
-    clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents()}
+    rows = plan.dataset.cache.rows
+    clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents(), "held_out": len(plan.held_out)}
+    clips["buckets"] = Counter(str(row.bucket) for row in rows)
     write_json(run_dir / CLIPS_FILE, clips)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     facts = {"date": date, "from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}

@@ -19,22 +19,25 @@ from mochi_tune.adapters.lora import settings_metadata, trained_layers
 from mochi_tune.config.load import config_yaml
 from mochi_tune.errors import ParallelError, TrainingError
 from mochi_tune.files import make_writable_folder
-from mochi_tune.models.device import DTYPES
-from mochi_tune.parallel.context import heads_and_ring
-from mochi_tune.parallel.kernels import KERNELS, attention_by, time_attention
+from mochi_tune.models.device import peak_gib, reset_peak
+from mochi_tune.parallel.kernels import attention_by
 from mochi_tune.training import checkpoint
 from mochi_tune.training.accelerator import AdapterOptimizer, ZeroOptimizer, broadcast
 from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot, check_free_space, copy_to_cpu
+from mochi_tune.training.choose_attention import choose_attention
 from mochi_tune.training.draws import Draws
 from mochi_tune.training.ema import EMA
 from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
 from mochi_tune.training.interrupts import Interrupted, StopAndSaveSignals
 from mochi_tune.training.loader import ClipLoader, Inputs, Prefetcher
 from mochi_tune.training.metrics import Metrics
-from mochi_tune.training.preflight import TrainPlan, adapter_metadata, num_tokens
+from mochi_tune.training.preflight import TrainPlan, adapter_metadata
+from mochi_tune.training.progress import Progress
+from mochi_tune.training.report import ReportWriter
 from mochi_tune.training.resume import ResumePoint, check_rows, resume
 from mochi_tune.training.run_folder import RunLock
 from mochi_tune.training.step_result import MicroBatchResult, StepResult, merge_parts
+from mochi_tune.training.summary import opening_lines
 from mochi_tune.training.trackers import Trackers
 
 
@@ -68,6 +71,9 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
             )
         run = Run(plan, accelerator, start, metrics, trackers)
         run.attention = attention
+        lines = [] if run.is_complete else opening_lines(plan, start.step)
+        for line in lines if is_main else ():
+            tqdm.write(line)
         with run:
             yield run
         run.finish()
@@ -95,6 +101,7 @@ class Run:
         self.plan, self.accelerator, self.start = plan, accelerator, start
         self.metrics, self.trackers = metrics, trackers
         self.run_dir = Path(plan.config.run_dir)
+        self.report = ReportWriter(self.run_dir) if accelerator.is_main_process else None
         self.step = self._saved_step = start.step
         self.exit_code = 0
         layout = plan.layout
@@ -165,6 +172,9 @@ class Run:
             self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
         is_strict = plan.config.data.damaged == "strict"
         loader = ClipLoader(plan.dataset, plan.order, plan.draws, is_strict, tqdm.write)
+        if self.report is not None:
+            # However the run ends.
+            self._resources.callback(self.report.write)
         remaining = range(self.step + 1, train.steps + 1)
         keys = ((step, number) for step in remaining for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
@@ -175,13 +185,13 @@ class Run:
             return make_inputs(*loader.load(step, number))
 
         self._prefetcher = self._resources.enter_context(Prefetcher(load, keys, plan.device))
-        bar = tqdm(total=train.steps, initial=self.step, desc="train", unit="step", disable=not is_main)
-        self._progress = self._resources.enter_context(bar)
+        self._progress = self._resources.enter_context(Progress(train.steps, self.step, is_main))
 
     def steps(self) -> Iterator[int]:
         """Yields the number of each step that is left to make."""
         while not self.is_complete:
             self._started = time.perf_counter()
+            reset_peak(self.plan.device)
             yield self.step + 1
 
     def micro_batches(self) -> Iterator[Inputs]:
@@ -229,15 +239,14 @@ class Run:
             self._guard.made(result.loss)
         seconds = round(time.perf_counter() - self._started, 4)
         spike = {"spike": self._verdict} if self._verdict else {}
+        memory = {"memory_gib": peak_gib(self.plan.device)} if self.plan.device.type == "cuda" else {}
         if self.metrics is not None and self.trackers is not None:
             drawn = {"clips": result.clips, "sigmas": result.sigmas}
-            self.metrics.log(result.numbers | {"seconds": seconds} | spike | drawn)
+            self.metrics.log(result.numbers | {"seconds": seconds} | memory | spike | drawn)
             self.trackers.check()
         if spike:
-            self._progress.write(f"step {self.step}: a loss of {result.loss:.4f}, far above the usual: {self._verdict}")
-        rate = f"lr {result.learning_rate:.1e}, {seconds:.2f} s/step"
-        self._progress.set_postfix_str(f"loss {result.loss:.4f}, norm {result.grad_norm:.3f}, {rate}", refresh=False)
-        self._progress.update()
+            tqdm.write(f"step {self.step}: a loss of {result.loss:.4f}, far above the usual: {self._verdict}")
+        self._progress.show(result, seconds)
 
     def save_if_due(self, result: StepResult) -> None:
         """Saves where the settings or a signal ask for it.
@@ -308,6 +317,11 @@ class Run:
             self._checkpointer.check_saved(self.step)
             stopped = f"stopped after step {self.step} of {self.plan.config.train.steps}"
             tqdm.write(f"adapter: {self.run_dir / 'adapter.safetensors'}" if self.is_complete else stopped)
+        if self.report is not None:
+            if self.report.run is None:  # There was no step left: a page of an older version is made anew.
+                self.report.write()
+            for line in self.report.closing_lines() if self.is_complete else ():
+                tqdm.write(line)
 
     def _exchange(self, own: object) -> tuple[int, bool, list]:
         """Returns the signal that stops the run, whether to save, and what each process passed as `own`."""
@@ -371,28 +385,6 @@ class Run:
             f"update was not made and {last}: `mochi-tune replay {bundle}` tells which sample it was. The same command "
             f"comes here again; {way_on} go past it, or a lower train.learning_rate in another run_dir."
         )
-
-
-def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
-    """Returns the kernel that attention runs: the one that a resumed run had, else the fastest at the run's shape.
-
-    None on a CPU, which has one.
-    """
-    if plan.device.type != "cuda":
-        return None
-    known = start.state.get("environment", {}).get("attention")
-    if known in KERNELS:
-        return known
-    config = plan.weights.dit_skeleton().config
-    heads, ring = heads_and_ring(plan.layout.context, config.num_heads)
-    shape = (config.num_heads // heads, num_tokens(plan.config) // ring, config.hidden_size_x // config.num_heads)
-    seconds = time_attention(shape, plan.device, DTYPES[plan.config.model.dtype])
-    if not seconds:
-        return None
-    fastest = min(seconds, key=lambda name: seconds[name])
-    measured = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
-    tqdm.write(f"attention by {fastest}: forward and backward {measured}")
-    return fastest
 
 
 def is_due(step: int, every: int, num_steps: int) -> bool:

@@ -71,7 +71,9 @@ def fill_model(
     parameters = list(model.named_parameters())
     blocks = [_block_of(name) for name, _ in parameters]
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    bar = tqdm(parameters, type(model).__name__, leave=False, delay=SHOWN_AFTER_SECONDS, disable=not is_main)
+    bar = tqdm(
+        parameters, type(model).__name__, leave=False, delay=SHOWN_AFTER_SECONDS, disable=None if is_main else True
+    )
     for i, (name, parameter) in enumerate(bar):
         tensor = torch.empty(parameter.shape, dtype=torch.float32 if name in fp32 else dtype, device=device)
         if tensor.ndim == 5:

@@ -6,7 +6,7 @@ from helpers_process import run
 from helpers_video import write_video
 
 import mochi_tune
-from mochi_tune.data_prep import html_page
+from mochi_tune.pages import html_page
 
 TOKENIZERS = Path(mochi_tune.__file__).parent / "assets"
 

@@ -47,7 +47,7 @@ def straight(tmp_path_factory):
 def test_the_run_folder_holds_what_scripts_rely_on(straight):
     assert sorted(path.name for path in straight.iterdir()) == [
         ".lock", "adapter.safetensors", "checkpoints", "clips.json", "config.yaml", "history.jsonl", "metrics.jsonl",
-        "samples", "validation.jsonl",
+        "report.html", "samples", "validation.jsonl",
     ]  # fmt: skip
     rows = read_rows(straight / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 41))

@@ -2,16 +2,14 @@ import base64
 import io
 import shutil
 from html.parser import HTMLParser
-from xml.etree import ElementTree
 
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageStat
 
-from mochi_tune.data_prep.html_page import BROWSERS, write_png
+from mochi_tune.pages.html_page import BROWSERS, write_png
 from mochi_tune.sampling.video import read_frames, write_video
-from mochi_tune.toy import page
-from mochi_tune.toy.page import Line, Report, Row, line_chart, round_ticks, running_mean, write_report
+from mochi_tune.toy.page import Report, Row, write_report
 
 PROMPT = """a <b>"wug"</b> & 'friends' over </body> a black background"""
 
@@ -111,48 +109,6 @@ def test_a_report_that_breaks_off_leaves_the_old_page(report, tmp_path):
     with pytest.raises(FileNotFoundError):
         write_report(tmp_path / "report.html", report)
     assert (tmp_path / "report.html").read_bytes() == old
-
-
-def test_a_chart_puts_points_and_ticks_where_their_values_are():
-    lines = [Line("a", "accent", [(0, 3.0), (50, 0.0), (200, 4.0)]), Line("b", "plain", [(100, 1.0)])]
-    chart = ElementTree.fromstring(line_chart("a < b", lines, "steps", "dB"))
-    first, second = (
-        [tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in chart.iter("polyline")
-    )
-    left, right, top, bottom = page.PLOT_LEFT, page.PLOT_RIGHT, page.PLOT_TOP, page.PLOT_BOTTOM
-    assert first == [(left, top + (bottom - top) / 4), (left + (right - left) / 4, bottom), (right, top)]
-    assert second == [((left + right) / 2, top + (bottom - top) * 3 / 4)]
-    assert len(list(chart.iter("circle"))) == 4
-    texts = {text.text: text for text in chart.find("svg").iter("text") if "end" not in text.get("class", "")}
-    assert list(texts) == ["0", "1", "2", "3", "4", "50", "100", "150", "200", "dB", "steps"]
-    assert (float(texts["4"].get("y")), float(texts["200"].get("x"))) == (top + 4, right)
-    assert chart.find("h3").text == "a < b"
-
-
-def test_last_values_stand_apart():
-    lines = [Line("a", "accent", [(0, 0), (1, 92)]), Line("b", "plain", [(0, 0), (1, 93)]), Line("c", "thin", [(1, 9)])]
-    chart = ElementTree.fromstring(line_chart("x", lines, "", "", y_range=(0, 100)))
-    ends = [(text.text, float(text.get("y"))) for text in chart.iter("text") if "end" in text.get("class", "")]
-    assert [value for value, _ in ends] == ["93", "92"]
-    assert ends[1][1] - ends[0][1] >= page.MIN_GAP
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0, 100, [0, 25, 50, 75, 100]),
-        (0.172, 0.301, [0.15, 0.2, 0.25, 0.3, 0.35]),
-        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
-        (0, 400, [0, 100, 200, 300, 400]),
-        (2, 2, [1, 1.5, 2, 2.5, 3]),
-    ],
-)
-def test_ticks_are_round(low, high, ticks):
-    assert round_ticks(low, high) == ticks
-
-
-def test_the_mean_runs_behind():
-    assert running_mean([(1, 2.0), (2, 4.0), (3, 9.0), (4, 2.0)], 3) == [(1, 2.0), (2, 3.0), (3, 5.0), (4, 5.0)]
 
 
 def test_the_picture_holds_the_whole_page_where_a_browser_is(report, tmp_path):

@@ -1,13 +1,16 @@
 """Trackers as processes: each step is there once, and what befalls them does not befall the run."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_process import PATIENCE, wait_for_end
 from helpers_trackers import (
     RECORDER,
@@ -20,8 +23,10 @@ from helpers_trackers import (
     wait_until,
     wandb_history,
 )
+from PIL import Image
 
 from mochi_tune.config.schema import LogConfig
+from mochi_tune.sampling.video import write_video
 from mochi_tune.training.trackers import check_trackers
 
 
@@ -77,6 +82,39 @@ def test_tensorboard_has_every_step_once_after_a_resume_and_a_loss_of_memory(tmp
     assert set(events.Tags()["scalars"]) == {
         *("metrics/loss", "metrics/lr", "validation/validation_loss", "validation/bins/0.125")
     }
+
+
+def write_videos(run_dir: Path, steps: Sequence[int]) -> None:
+    """Writes eval videos of two prompts."""
+    (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        for prompt in range(2):
+            frames = torch.full((7, 32, 96, 3), 40 * step % 250 + prompt, dtype=torch.uint8)
+            write_video(run_dir / "samples" / f"step_{step:06d}_prompt_{prompt}.mp4", [frames])
+
+
+def test_wandb_and_tensorboard_have_every_eval_video_once_at_its_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = tmp_path / "run"
+    write_videos(run_dir, [0, 2, 4])
+    assert "stopped" not in "".join(run(run_dir, 0, 4, wandb="offline", tensorboard=True))
+    # A video of a step to come waits for that.
+    write_videos(run_dir, [6, 99])
+    assert "stopped" not in "".join(run(run_dir, 4, 6, wandb="offline", tensorboard=True))
+    events = EventAccumulator(str(run_dir / "trackers" / "tensorboard"), {"images": 0})
+    events.Reload()
+    for prompt in range(2):
+        images = events.Images(f"samples/prompt_{prompt}")
+        assert [image.step for image in images] == [0, 2, 4, 6]
+        with Image.open(io.BytesIO(images[1].encoded_image_string)) as gif:
+            assert (gif.format, gif.size) == ("GIF", (96, 32))
+            assert abs(gif.convert("RGB").getpixel((40, 16))[0] - 80 - prompt) < 8
+    rows = [row for f in sorted(run_dir.glob("trackers/wandb/offline-run-*/run-*.wandb")) for row in wandb_history(f)]
+    shown = [(row["_step"], row["samples/step"]) for row in rows if "samples/step" in row]
+    assert shown == [(0, 0), (2, 2), (4, 4), (6, 6)]
+    assert rows[0]["samples/prompt_0/_type"] == "video-file" and rows[0]["samples/prompt_1/caption"] == "a cat"
+    assert json.loads((run_dir / "trackers" / "wandb.json").read_text())["metrics"] == 6
 
 
 def test_trackio_has_every_step_once_after_a_resume(tmp_path):

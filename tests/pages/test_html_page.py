@@ -4,9 +4,9 @@ import time
 import pytest
 from PIL import Image
 
-from mochi_tune.data_prep import html_page
-from mochi_tune.data_prep.html_page import Head, document, section, write_png
 from mochi_tune.errors import MochiTuneError
+from mochi_tune.pages import html_page
+from mochi_tune.pages.html_page import Head, document, section, write_png
 
 HEAD = Head("<b>", "'\"&", {"<i>": ("1 < 2", "<u>")})
 PAGE = document(HEAD, "p{color:red}", section("</h2>", "</p>", "<p>content</p>"))

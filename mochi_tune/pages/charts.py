@@ -1,0 +1,171 @@
+"""Line charts as SVG, in the colours of a page."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import accumulate
+
+# The chart's picture, its plot area inside, and how near to each other two numbers may be; all in pixels.
+CHART_WIDTH, CHART_HEIGHT = 354, 220
+PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 38, 306, 24, 184
+MIN_GAP = 14
+STYLE = """
+.legend{display:flex;flex-wrap:wrap;gap:0 1rem;min-height:1.5em;color:var(--soft);font-size:.85rem}
+.legend i{display:inline-block;width:1.2em;margin-right:.4em;vertical-align:.28em;border-top:2px solid}
+.legend .thin{border-top-width:1px}
+svg .grid{stroke:var(--rule)}svg .axis{stroke:var(--soft)}
+polyline{fill:none;stroke-width:2;stroke-linejoin:round;stroke:currentColor}polyline.thin{stroke-width:.8}
+circle{fill:currentColor}svg .end{fill:currentColor;font-weight:600}
+svg line.mark{stroke:var(--soft);stroke-dasharray:2 3}svg circle.mark{fill:none;stroke:var(--ink);stroke-width:1.5}
+svg text.mark{fill:var(--ink);font-weight:600}
+.accent{color:var(--accent)}.plain{color:var(--soft)}
+.thin{color:color-mix(in srgb,var(--accent) 38%,var(--back))}
+.level1{color:var(--level1)}.level2{color:var(--level2)}.level3{color:var(--level3)}
+svg{overflow:visible}
+:root{--level1:#7a4fb5;--level2:#b83280;--level3:#c2410c}
+@media(prefers-color-scheme:dark){:root{--level1:#b79cf0;--level2:#f28bc4;--level3:#ffab7a}}
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart, at least one point; its style is `accent`, `plain`, `thin` or `level1` to `level3`."""
+
+    label: str
+    style: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a chart that has a name."""
+
+    label: str
+    point: tuple[float, float]
+
+
+def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """Returns at each point the mean of the last `window` values, of fewer where fewer came before."""
+    sums = [0.0, *accumulate(y for _, y in points)]
+    return [(x, (sums[i] - sums[max(0, i - window)]) / min(i, window)) for i, (x, _) in enumerate(points, 1)]
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    x_unit: str,
+    y_unit: str,
+    y_range: tuple[float, float] | None = None,
+    mark: Mark | None = None,
+) -> str:
+    """Returns an HTML figure with the lines over round tick values; the x axis goes from 0 to the largest x.
+
+    Args:
+        title: what the chart shows.
+        lines: drawn in order; at the end of each, unless it is thin, stands its last value.
+        x_unit: what x counts.
+        y_unit: what y counts.
+        y_range: of the y axis, where not all points lie in it; those beyond are drawn at its end.
+        mark: a point to show.
+    """
+    everything = [point for line in lines for point in line.points]
+    x_high = max(x for x, _ in everything) or 1
+    low, high = y_range or (min(y for _, y in everything), max(y for _, y in everything))
+    y_ticks = round_ticks(low, high)
+    low, high = y_ticks[0], y_ticks[-1]
+
+    def to_pixels(point: tuple[float, float]) -> tuple[float, float]:
+        across, up = point[0] / x_high, min(max((point[1] - low) / (high - low), 0), 1)
+        return PLOT_LEFT + across * (PLOT_RIGHT - PLOT_LEFT), PLOT_BOTTOM - up * (PLOT_BOTTOM - PLOT_TOP)
+
+    is_whole = all(x == int(x) for x, _ in everything)
+    x_ticks = [x for x in round_ticks(0, x_high, is_whole) if x <= x_high]
+    drawn = _axes(
+        [(to_pixels((x, low))[0], f"{x:g}") for x in x_ticks], [(to_pixels((0, y))[1], f"{y:g}") for y in y_ticks]
+    )
+    drawn += f'<text x="0" y="11">{escape(y_unit)}</text>'
+    drawn += f'<text x="{PLOT_RIGHT}" y="{CHART_HEIGHT - 4}" text-anchor="end">{escape(x_unit)}</text>'
+    drawn += "".join(_line(line, [to_pixels(point) for point in line.points]) for line in lines)
+    drawn += _mark(mark, *to_pixels(mark.point)) if mark is not None else ""
+    drawn += _ends([(line, to_pixels(line.points[-1])[1]) for line in lines if line.style != "thin"])
+    legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.label)}</span>' for line in lines)
+    return (
+        f'<figure><h3>{escape(title)}</h3><div class="legend">{legend}</div>'
+        f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{escape(title)}">{drawn}</svg>'
+        "</figure>"
+    )
+
+
+def round_ticks(low: float, high: float, is_whole: bool = False) -> list[float]:
+    """Returns about five round values, evenly spaced, the first not above `low` and the last not below `high`.
+
+    Args:
+        low: the smallest value.
+        high: the largest one.
+        is_whole: whether there is nothing between whole numbers.
+    """
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    power = 10 ** math.floor(math.log10((high - low) / 4))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= (high - low) / 4 * (1 - 1e-9))
+    step = math.ceil(step) if is_whole else step
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _axes(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]]) -> str:
+    """Grid lines and tick values; a tick is its pixel and its text."""
+    across = "".join(
+        f'<line class="grid" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{PLOT_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        for y, text in y_ticks
+    )
+    down = "".join(
+        f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM + 4}"/>'
+        f'<text x="{x:.1f}" y="{PLOT_BOTTOM + 17}" text-anchor="middle">{text}</text>'
+        for x, text in x_ticks
+    )
+    return (
+        f'{across}{down}<line class="axis" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{PLOT_BOTTOM}" y2="{PLOT_BOTTOM}"/>'
+    )
+
+
+def _line(line: Line, pixels: Sequence[tuple[float, float]]) -> str:
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in _thinned(pixels))
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in pixels) if len(pixels) <= 12 else ""
+    return f'<g class="{line.style}"><polyline class="{line.style}" points="{points}"/>{dots}</g>'
+
+
+def _thinned(pixels: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """Leaves out what no eye can tell apart: of many points to a pixel, the highest and the lowest stay."""
+    if len(pixels) <= 2 * CHART_WIDTH:
+        return pixels
+    columns: dict[int, list[tuple[float, float]]] = {}
+    for pixel in pixels:
+        columns.setdefault(int(pixel[0]), []).append(pixel)
+    kept = []
+    for column in columns.values():
+        kept += sorted({min(column, key=lambda p: p[1]), max(column, key=lambda p: p[1])})
+    return kept
+
+
+def _mark(mark: Mark, x: float, y: float) -> str:
+    """A ring around a point, with its name above or, at the top, below it."""
+    anchor = "start" if x < PLOT_LEFT + 40 else "end" if x > PLOT_RIGHT - 40 else "middle"
+    height = y - 9 if y > PLOT_TOP + 16 else y + 18
+    return (
+        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{PLOT_TOP}" y2="{PLOT_BOTTOM}"/>'
+        f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
+        f'<text class="mark" x="{x:.1f}" y="{height:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+    )
+
+
+def _ends(lines: Sequence[tuple[Line, float]]) -> str:
+    """The last value of each line, at its height and far enough from the next one to be read."""
+    texts, lowest = "", -math.inf
+    for line, y in sorted(lines, key=lambda pair: pair[1]):
+        lowest = max(y, lowest + MIN_GAP)
+        value = f"{line.points[-1][1]:.3g}"
+        texts += f'<text class="end {line.style}" x="{PLOT_RIGHT + 8}" y="{lowest + 4:.1f}">{value}</text>'
+    return texts

@@ -1,0 +1,31 @@
+"""Which kernel a run's attention has."""
+
+from tqdm import tqdm
+
+from mochi_tune.models.device import DTYPES
+from mochi_tune.parallel.context import heads_and_ring
+from mochi_tune.parallel.kernels import KERNELS, time_attention
+from mochi_tune.training.preflight import TrainPlan, num_tokens
+from mochi_tune.training.resume import ResumePoint
+
+
+def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
+    """Returns the kernel that attention runs: the one that a resumed run had, else the fastest at the run's shape.
+
+    None on a CPU, which has one.
+    """
+    if plan.device.type != "cuda":
+        return None
+    known = start.state.get("environment", {}).get("attention")
+    if known in KERNELS:
+        return known
+    config = plan.weights.dit_skeleton().config
+    heads, ring = heads_and_ring(plan.layout.context, config.num_heads)
+    shape = (config.num_heads // heads, num_tokens(plan.config) // ring, config.hidden_size_x // config.num_heads)
+    seconds = time_attention(shape, plan.device, DTYPES[plan.config.model.dtype])
+    if not seconds:
+        return None
+    fastest = min(seconds, key=lambda name: seconds[name])
+    measured = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
+    tqdm.write(f"attention by {fastest}: forward and backward {measured}")
+    return fastest

@@ -1,0 +1,340 @@
+"""The page of a run, RUN_DIR/report.html: its curves, its eval videos and what to do next, from the run's own files.
+
+The page needs no network. The videos are too large to be inside: it names them by their place in the run folder, which
+can be copied or moved as a whole.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import floor, isfinite, log10
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from mochi_tune.config.load import config_yaml, load_config
+from mochi_tune.files import read_json, read_json_lines, write_atomic
+from mochi_tune.pages import charts, video_tables
+from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
+from mochi_tune.pages.html_page import Head, document, section
+from mochi_tune.parallel.forecast import in_words
+from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
+from mochi_tune.training.eval_files import find_eval_videos
+from mochi_tune.training.metrics import FILES, write_line
+from mochi_tune.training.resume import CLIPS_FILE
+from mochi_tune.training.run_folder import read_history
+
+if TYPE_CHECKING:
+    from mochi_tune.config.schema import RunConfig
+
+PAGE = "report.html"
+STYLE = """
+h1{overflow-wrap:anywhere}header p{overflow-wrap:anywhere}
+.facts{display:grid;gap:.9rem 2rem;margin:0;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
+.facts dt{color:var(--soft);font-size:.85rem}.facts dd{margin:0;overflow-wrap:anywhere}
+.samples{table-layout:fixed}
+.samples thead th{padding-bottom:0;font-variant-numeric:tabular-nums}
+.samples tbody th{padding-top:.7rem;color:var(--ink);font-weight:600;font-size:.95rem}
+.samples tbody th span{position:sticky;left:0;display:block;max-width:min(70ch,calc(100vw - 3.5rem));
+overflow-wrap:anywhere}
+.samples .best{color:var(--accent)}
+.pair{position:relative;width:clamp(min(19rem,100vw - 4.5rem),(min(100vw,1148px) - 4.5rem)/var(--n) - .6rem,36rem)}
+.pair video,.pair img{width:100%}
+.pair::after{content:"";position:absolute;left:calc(50% - 1px);top:0;bottom:1.5rem;width:2px;background:var(--back)}
+.pair div{display:grid;grid-template-columns:1fr 1fr;height:1.5rem;padding-top:.15rem;color:var(--soft);font-size:.8rem}
+.pair div span{padding:0 .4rem}
+pre{margin:.3rem 0 1.2rem;padding:.8rem 1rem;border:1px solid var(--rule);border-radius:6px;
+font:.82rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
+overflow-wrap:anywhere}
+details{margin-top:1.2rem}details summary{cursor:pointer;color:var(--soft)}details pre{columns:3 17rem;column-gap:2rem}
+@media(max-width:30rem){.figures{grid-template-columns:1fr 1fr}.figures .value{font-size:1.6rem}}
+@media print{section,figure{break-inside:avoid}.scroll{overflow:visible}}
+"""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the files of a run folder hold.
+
+    Attributes:
+        run_dir: the folder.
+        config: the settings.
+        steps: rows of metrics.jsonl.
+        validations: rows of validation.jsonl with a finite loss, by step.
+        starts: of the processes that trained, oldest first.
+        clips: what clips.json has.
+    """
+
+    run_dir: Path
+    config: "RunConfig"
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    clips: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The last finished step."""
+        return self.steps[-1]["step"] if self.steps else 0
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step of the lowest validation loss, and that loss."""
+        losses = [(row["step"], row["validation_loss"]) for row in self.validations]
+        return min(losses, key=lambda pair: pair[1], default=None)
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Returns a number of each step that has it."""
+        rows = [(row["step"], row[name]) for row in self.steps if name in row]
+        return [(step, value) for step, value in rows if isfinite(value)]
+
+
+class ReportWriter:
+    """Keeps the page of a run up to date; a page that cannot be written costs the run a line."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.has_failed = False
+        self.run: RunFiles | None = None
+
+    def write(self) -> None:
+        """Writes the page anew, which takes a part of a second; raises nothing."""
+        try:
+            self.run = read_files(self.run_dir)
+            write_atomic(self.run_dir / PAGE, make_report(self.run).encode())
+        except Exception as error:  # noqa: BLE001  (said in a line: no page is worth a run)
+            if not self.has_failed:
+                write_line(f"{self.run_dir / PAGE} cannot be written ({error}): the run goes on without it")
+            self.has_failed = True
+
+    def closing_lines(self) -> list[str]:
+        """Returns what a finished run says of itself, as far as its files could be read for the page."""
+        if self.run is None:
+            return []
+        lines = (
+            [] if self.run.best is None else [f"best: step {self.run.best[0]}, validation loss {self.run.best[1]:.4f}"]
+        )
+        last = f"last: step {self.run.step}"
+        if self.run.validations and self.run.validations[-1]["step"] == self.run.step:
+            last += f", validation loss {self.run.validations[-1]['validation_loss']:.4f}"
+        lines += [last] if self.has_failed else [last, f"report: {self.run_dir / PAGE}"]
+        return lines + [f"next: {command}" for _, command in next_steps(self.run)[:1]]
+
+
+def read_files(run_dir: Path) -> RunFiles:
+    """Reads the files of a run folder.
+
+    Raises:
+        ConfigError: its config.yaml is not one of this version's.
+    """
+    steps, validations = (read_json_lines(run_dir / f"{name}.jsonl") for name in FILES)
+    clips = run_dir / CLIPS_FILE
+    return RunFiles(
+        run_dir,
+        load_config(str(run_dir / "config.yaml"), []),
+        steps,
+        sorted(
+            (row for row in validations if isfinite(row.get("validation_loss") or float("nan"))),
+            key=lambda row: row["step"],
+        ),
+        read_history(run_dir),
+        read_json(clips) if clips.exists() else {},
+    )
+
+
+def make_report(run: RunFiles) -> str:
+    """Returns the page."""
+    parts = [_samples(run), _curves(run), _next_steps(run), _settings(run)]
+    style = charts.STYLE + video_tables.STYLE + STYLE
+    return document(_head(run), style, "\n".join(filter(None, parts)) + video_tables.SCRIPT)
+
+
+def _head(run: RunFiles) -> Head:
+    train, clips = run.config.train, run.clips.get("clips", {})
+    count = f"{len(clips)} clips" if len(clips) != 1 else "one clip"
+    summary = f"A LoRA of {run.config.model.name}, trained on {count if clips else 'clips'}."
+    summary += " It is finished." if run.step >= train.steps else f" It is at step {run.step} of {train.steps}."
+    figures = {"steps": (f"{run.step}", f"of {train.steps}")}
+    if losses := run.curve("loss"):
+        window = _window(losses)
+        mean = running_mean(losses, window)[-1][1]
+        figures["training loss"] = (f"{mean:.3g}", f"mean of the last {min(window, len(losses))} steps")
+    if run.best is not None:
+        held_out = all(row.get("held_out") for row in run.validations)
+        whose = "clips that are held out" if held_out else "clips that are trained on"
+        figures["best validation loss"] = (f"{run.best[1]:.3g}", f"at step {run.best[0]}, on {whose}")
+    if seconds := run.curve("seconds"):
+        figures["seconds a step"] = (f"{median(s for _, s in seconds[-100:]):.3g}", "median of the last 100")
+        figures["training time"] = (in_words(sum(s for _, s in seconds)), "of all steps, without evaluations")
+    if memory := run.curve("memory_gib"):
+        figures["GiB of the GPU"] = (f"{max(gib for _, gib in memory):.3g}", "the most that a step took")
+    return Head(run.config.name, summary, figures)
+
+
+def _curves(run: RunFiles) -> str:
+    losses, seconds = run.curve("loss"), run.curve("seconds")
+    if not losses:
+        return section("Curves", "They begin with the first step.", "")
+    window = _window(losses)
+    drawn = [
+        line_chart("Training loss", _raw_and_smooth(losses, window), "step", "mean squared error", _usual_range(losses))
+    ]
+    if run.validations and run.best is not None:
+        means = [(row["step"], row["validation_loss"]) for row in run.validations]
+        mark = Mark(f"best: step {run.best[0]}", run.best)
+        lines = [Line("all noise levels", "accent", means)]
+        drawn.append(line_chart("Validation loss", lines, "step", "mean squared error", mark=mark))
+        if lines := _by_noise_level(run.validations):
+            drawn.append(line_chart("Validation loss by noise level", lines, "step", "mean squared error"))
+    rates = run.curve("lr")
+    power = floor(log10(highest)) if (highest := max((rate for _, rate in rates), default=0)) > 0 else 0
+    rates = [(step, rate / 10**power) for step, rate in rates]
+    drawn.append(line_chart("Learning rate", [Line("of the optimizer", "accent", rates)], "step", f"× 1e{power}"))
+    drawn.append(
+        line_chart("Seconds a step", _raw_and_smooth(seconds, window), "step", "seconds", _usual_range(seconds))
+    )
+    if memory := run.curve("memory_gib"):
+        drawn.append(line_chart("Memory", [Line("most of each step", "accent", memory)], "step", "GiB of the GPU"))
+    note = "The loss of one step depends mostly on the noise that it drew. Validation has the same noise every time."
+    return section("Curves", note, f'<div class="charts">{"".join(drawn)}</div>')
+
+
+def _raw_and_smooth(points: list[tuple[int, float]], window: int) -> list[Line]:
+    smooth = Line(f"mean of {window} steps", "accent", running_mean(points, window))
+    return [Line("each step", "thin", points), smooth]
+
+
+def _window(points: Sequence) -> int:
+    return max(1, min(100, len(points) // 10))
+
+
+def _usual_range(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """The range of all values but a hundredth at each end, so that a spike does not flatten the rest."""
+    values = sorted(value for _, value in points)
+    out = len(values) // 100 or int(len(values) >= 20)
+    return values[out], values[-1 - out]
+
+
+def _by_noise_level(validations: Sequence[Mapping[str, Any]]) -> list[Line]:
+    levels = list(dict.fromkeys(level for row in validations for level in row.get("bins", {})))
+    styles = ("accent", "level1", "level2", "level3")
+    lines = []
+    for style, level in zip(styles, levels, strict=False):
+        points = [(row["step"], row["bins"][level]) for row in validations if level in row.get("bins", {})]
+        lines.append(Line(f"σ {level}", style, [(step, loss) for step, loss in points if isfinite(loss)]))
+    return [line for line in lines if line.points]
+
+
+def _samples(run: RunFiles) -> str:
+    prompts, found = run.config.train.sample_prompts, find_eval_videos(run.run_dir)
+    by_place = {(number, step): path for step, number, path in found}
+    steps = sorted({step for step, _, _ in found})
+    if not steps:
+        return ""
+    best = run.best[0] if run.best else None
+    head = "".join(
+        f'<th scope="col"{" class=best" if step == best else ""}>step {step}{" · best" if step == best else ""}</th>'
+        for step in steps
+    )
+    body = ""
+    for number in sorted({number for number, _ in by_place}):
+        prompt = prompts[number] if number < len(prompts) else f"prompt {number}"
+        cells = "".join(f"<td>{_pair(run.run_dir, by_place.get((number, step)))}</td>" for step in steps)
+        body += f'<tr><th scope="rowgroup" colspan="{len(steps)}"><span>{escape(prompt)}</span></th></tr>'
+        body += f"<tr>{cells}</tr>"
+    body = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    table = f'<table class="samples" style="--n:{len(steps)}">{body}</table>'
+    note = "Every video starts from the same noise: on the left the base, on the right with the LoRA as it was then."
+    return section("Samples", note, f'<div class="scroll" tabindex="0">{table}</div>')
+
+
+def _pair(run_dir: Path, path: Path | None) -> str:
+    if path is None:
+        return ""
+    source = quote(path.relative_to(run_dir).as_posix())
+    shown = f'<img src="{source}" alt="base and LoRA">'
+    if path.suffix != ".png":
+        shown = f'<video loop muted playsinline preload="metadata" src="{source}"></video>'
+    return f'<div class="pair">{shown}<div><span>base</span><span>LoRA</span></div></div>'
+
+
+def next_steps(run: RunFiles) -> list[tuple[str, str]]:
+    """Returns what there is to do with the run: in words, and as a command."""
+    conf, commands = f"conf={run.config.run_dir}/config.yaml", []
+    if run.step < run.config.train.steps:
+        commands.append(("Go on, if it is not running", ["mochi-tune", "train", conf]))
+    adapter = run.run_dir / "adapter.safetensors"
+    if not adapter.is_file():
+        return [(words, shlex.join(command)) for words, command in commands]
+    kept = {step_of(folder): folder for folder in find_checkpoints(run.run_dir / "checkpoints")}
+    prompts = run.config.train.sample_prompts
+    prompt = f"prompt={prompts[0] if prompts else run.config.sample.prompt or 'a prompt'}"
+    best = run.best[0] if run.best else 0
+    chosen, whose = Path(run.config.run_dir) / adapter.name, f"the last checkpoint, step {max(kept, default=run.step)}"
+    if best in kept:
+        name = published_file(kept[best]).relative_to(run.run_dir)
+        if best != max(kept):
+            chosen, whose = Path(run.config.run_dir) / name, f"the best checkpoint, step {best}"
+        else:
+            whose = f"the best checkpoint, step {best}, which is the last one"
+    commands += [
+        (f"Render with {whose}", ["mochi-tune", "sample", conf, f"adapter={chosen}", prompt]),
+        (
+            "Write it for diffusers and ComfyUI",
+            ["mochi-tune", "export", f"adapter={chosen}", "to=diffusers", f"out={run.config.name}.safetensors"],
+        ),
+    ]
+    return [(words, shlex.join(command)) for words, command in commands]
+
+
+def _next_steps(run: RunFiles) -> str:
+    commands = "".join(f"<h3>{escape(words)}</h3><pre>{escape(command)}</pre>" for words, command in next_steps(run))
+    kept = [step_of(folder) for folder in find_checkpoints(run.run_dir / "checkpoints")]
+    note = "The commands run in the folder that the training was started in."
+    if run.best and run.best[0] not in (0, *kept) and kept:
+        note += f" The checkpoint of step {run.best[0]}, the best, is not kept: train.keep_best=true would keep it."
+    if run.best and run.best[0] == 0 and len(run.validations) > 1:
+        note += " No step has a lower validation loss than the start: judge by the samples, or train with a lower rate."
+    return section("What to do next", note, commands)
+
+
+def _settings(run: RunFiles) -> str:
+    config, train, lora = run.config, run.config.train, run.config.lora
+    last = run.starts[-1] if run.starts else {}
+    samples = max((len(row.get("clips", ())) for row in run.steps), default=0)
+    buckets = run.clips.get("buckets", {})
+    sizes = ", ".join(f"{count} of {size}" for size, count in buckets.items())
+    num_clips, held_out = len(run.clips.get("clips", ())), run.clips.get("held_out", 0)
+    kind = "".join([" DoRA" if lora.dora else "", " rsLoRA" if lora.rslora else ""])
+    resumed = [start["from_step"] for start in run.starts if start.get("from_step")]
+    facts = {
+        "Clips": f"{num_clips}, {held_out or 'none'} of them held out for validation" if num_clips else "",
+        "Sizes": sizes,
+        "Cache": config.data.cache,
+        "Model": f"{config.model.name}, {config.model.precision or config.model.dtype}",
+        "Device": ", ".join(
+            filter(None, [last.get("device", ""), _processes(last), f"torch {last['torch']}" if last else ""])
+        ),
+        "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{kind}",
+        "Layers": ", ".join(lora.targets),
+        "Optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g}, {train.schedule} after "
+        f"{train.warmup_steps} steps of warm-up",
+        "A step": f"{samples} sample{'s' * (samples > 1)}" if samples else "",
+        "Objective": f"{train.objective}, noise levels {train.sigma_distribution}",
+        "Seed": str(config.seed),
+        "Started": ", ".join(start["date"] for start in run.starts[:1] if start.get("date")),
+        "Resumed from steps": ", ".join(map(str, resumed)),
+    }
+    listed = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value
+    )
+    everything = f"<details><summary>All settings</summary><pre>{escape(config_yaml(config).strip())}</pre></details>"
+    listed = f'<dl class="facts">{listed}</dl>'
+    return section("Data, model and settings", "What the run is made of.", listed + everything)
+
+
+def _processes(start: Mapping[str, Any]) -> str:
+    count = start.get("processes", 1)
+    return f"{count} processes ({start.get('strategy')})" if count > 1 else ""

@@ -1,0 +1,77 @@
+"""What `train` says before its first step: what it runs on, what it will take, and which settings are doubtful."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from mochi_tune.parallel.forecast import GIB, in_words, known_card
+from mochi_tune.training.memory_plan import MemoryPlan, describe, held_by
+from mochi_tune.training.preflight import TrainPlan, bucket_shares, step_seconds
+
+if TYPE_CHECKING:
+    from mochi_tune.config.schema import TrainConfig
+
+# The highest learning rate that is usual for a LoRA, by optimizer; prodigy finds its own, as a multiple of 1.
+USUAL_RATES = {
+    "adamw": 1e-3, "adamw_8bit": 1e-3, "adafactor": 1e-3, "prodigy": 1.0, "muon": 2e-2, "schedule_free": 2.5e-3,
+}  # fmt: skip
+FAR = 5
+
+
+def opening_lines(plan: TrainPlan, step: int) -> list[str]:
+    """Returns what a run works with and what it will take; every process calls it, as memory is planned together.
+
+    Args:
+        plan: of the run.
+        step: the last one that is finished.
+    """
+    config, train = plan.config, plan.config.train
+    environment, left = plan.environment, train.steps - step
+    count = f", {environment['processes']} processes ({environment['strategy']})" if plan.layout.num_ranks > 1 else ""
+    precision = plan.precision if config.model.precision else config.model.dtype
+    kind = "DoRA" if config.lora.dora else "LoRA"
+    num_samples = train.batch_size * plan.draws.num_micro_batches
+    num_epochs = left * num_samples / sum(pool.num_draws for pool in plan.order.pools)
+    sizes = Counter(str(row.bucket) for row in plan.dataset.cache.rows)
+    largest = f"{', '.join(sizes)}" if len(sizes) <= 2 else f"{len(sizes)} sizes"
+    return [
+        f"device: {environment['device']}{count}; {config.model.name} in {precision}",
+        f"adapter: {kind} with {plan.adapter_bytes // 4:,} parameters in {len(plan.layers)} layers",
+        f"data: {len(plan.training_clips)} clips to train on, {largest}; {left} steps of {num_samples} "
+        f"{'sample' if num_samples == 1 else 'samples'} are {num_epochs:.3g} epochs",
+        *_forecast(plan, plan.memory, left),
+        *doubtful_settings(train),
+    ]
+
+
+def _forecast(plan: TrainPlan, memory: MemoryPlan, num_steps: int) -> list[str]:
+    """What is to come in memory and time, which is foretold for GPUs alone."""
+    if plan.device.type != "cuda":
+        return ["memory and time are not foretold for a CPU: the first steps show the time"]
+    card = known_card(torch.cuda.get_device_name(plan.device))
+    total = torch.cuda.get_device_properties(plan.device).total_memory / GIB
+    lines = [f"memory to come: {describe(held_by(plan.step, memory))}, which has {total:.1f} GiB"]
+    if card is None:
+        return [*lines, "time to come: not foretold for this GPU, the first steps show it"]
+    shares = bucket_shares(plan.order, plan.dataset.cache)
+    seconds = step_seconds(plan.config, plan.step, shares, memory.recompute, card, memory.is_streamed)
+    about = f"about {in_words(seconds * num_steps)}, {seconds:.2g} s a step, without evaluations"
+    return [*lines, f"time to come: {about}"]
+
+
+def doubtful_settings(train: "TrainConfig") -> list[str]:
+    """Returns a line for each setting with which a run can hardly work."""
+    lines = []
+    if train.warmup_steps >= train.steps:
+        lines.append(
+            f"warning: train.warmup_steps={train.warmup_steps} is no less than train.steps={train.steps}: the learning "
+            f"rate never reaches its peak; use train.warmup_steps={train.steps // 10} or more steps"
+        )
+    usual = USUAL_RATES[train.optimizer]
+    if train.learning_rate > FAR * usual:
+        lines.append(
+            f"warning: train.learning_rate={train.learning_rate:g} is far above the usual with {train.optimizer}, up "
+            f"to {usual:g}: the loss may grow instead of fall"
+        )
+    return lines

@@ -1,0 +1,52 @@
+"""Progress: a bar on a terminal, plain lines elsewhere."""
+
+import io
+import os
+import pty
+import sys
+import termios
+
+from mochi_tune.training.progress import NUM_LINES, Progress
+from mochi_tune.training.step_result import StepResult
+
+
+def walk(first: int, last: int, num_steps: int, is_main: bool = True) -> None:
+    with Progress(num_steps, first, is_main) as progress:
+        for step in range(first + 1, last + 1):
+            progress.show(StepResult(step, 0.5, 1.25, 2e-4, [], [], 0, False), 0.75)
+
+
+def test_without_a_terminal_there_are_plain_lines_and_no_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", text := io.StringIO())
+    walk(0, 1000, 1000)
+    lines = text.getvalue().splitlines()
+    assert lines[0].startswith("step 1/1000: loss 0.5000, norm 1.250, lr 2.0e-04, 0.75 s/step, ")
+    assert (
+        lines[0].endswith(" left") and lines[-1] == "step 1000/1000: loss 0.5000, norm 1.250, lr 2.0e-04, 0.75 s/step"
+    )
+    assert [line.split("/")[0] for line in lines[1:]] == [f"step {step}" for step in range(10, 1001, 1000 // NUM_LINES)]
+    assert "\r" not in text.getvalue() and "%" not in text.getvalue()
+
+
+def test_a_resumed_run_tells_of_its_first_step(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", text := io.StringIO())
+    walk(503, 507, 1000)
+    assert [line.split("/")[0] for line in text.getvalue().splitlines()] == ["step 504"]
+
+
+def test_on_a_terminal_there_is_a_bar_and_no_lines(monkeypatch):
+    master, slave = pty.openpty()
+    # Of no size as it is made.
+    termios.tcsetwinsize(slave, (24, 120))
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        walk(0, 5, 5)
+        shown = screen.read(1 << 16).decode()
+        monkeypatch.undo()
+    assert "train:" in shown and "5/5" in shown and "loss 0.5000" in shown and "step 1/5" not in shown
+
+
+def test_other_processes_write_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", text := io.StringIO())
+    walk(0, 5, 5, is_main=False)
+    assert text.getvalue() == ""
