@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mochi_tune.cli.first_words import check_form, short_help
 from mochi_tune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares ways of training on the toy model
   mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
 
-conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists its settings, and
+conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists the first settings of a verb,
+--help all every one, and
 `inspect`, `prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
 """
 
@@ -266,11 +268,10 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
     from mochi_tune.config.load import SAMPLE_ALIASES, config_yaml, load_config
 
     if "--help" in arguments or "-h" in arguments:
-        print_help(verb)
+        print_help(verb, is_complete="all" in arguments)
         return None
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if unknown := [flag for flag in flags if flag != "--cfg"]:
-        raise ConfigError(f"{unknown[0]} is not an option: use --help or --cfg; settings are written key=value.")
+    check_form(verb, arguments)
+    flags = [argument for argument in arguments if argument == "--cfg"]
     settings = [argument for argument in arguments if argument not in flags]
     names = [setting.removeprefix("conf=") for setting in settings if setting.startswith("conf=")]
     if len(names) != 1:
@@ -295,13 +296,16 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
     return config
 
 
-def print_help(verb: str) -> None:
-    """Prints the usage of a verb that has a configuration file, and every setting."""
+def print_help(verb: str, is_complete: bool) -> None:
+    """Prints the usage of a verb that has a configuration file, and its first settings or all."""
     from mochi_tune.config.docs import settings_help
 
     lines = USAGE.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
     more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
     print("\n".join([lines[first], *more]))
+    if not is_complete:
+        print(f"\n{short_help(verb)}", end="")
+        return
     print("\nEvery setting: its default, what it takes, what it means. Give it as key=value or in conf/NAME.yaml.\n")
     print(settings_help(), end="")

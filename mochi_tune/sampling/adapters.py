@@ -104,7 +104,13 @@ def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[str, float]
     named, strengths = sample.adapter, sample.adapter_strength
     if named is None:
         own = run_dir / "adapter.safetensors"
-        named = [own] if own.exists() else []
+        if not own.exists():
+            there = "has no adapter.safetensors" if run_dir.is_dir() else "does not exist"
+            raise ConfigError(
+                f"run_dir={run_dir} {there}: train first, name the run by run_dir= or a file by adapter=FILE, or render "
+                "the base by adapter=[]."
+            )
+        named = [own]
     names = [str(name) for name in (named if isinstance(named, list) else [named])]
     for strength in strengths if isinstance(strengths, list) else [strengths]:
         if isinstance(strength, bool) or not isinstance(strength, int | float):
