@@ -252,8 +252,12 @@ def run_sample(arguments: list[str]) -> int:
         return code
     with joined(config.device, config.parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
         try:
+            from tqdm import tqdm
+
             for video in sample(config):
-                print(video, flush=True)
+                # A line of its own, past the bars: they end without a line break.
+                with tqdm.external_write_mode(sys.stdout):
+                    print(f"video: {video}", flush=True)
         except KeyboardInterrupt:
             # The program that started this process says so once, and its exit code is that one's.
             if STARTED_HERE not in os.environ:

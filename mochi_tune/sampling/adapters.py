@@ -99,18 +99,20 @@ def load_render_adapters(
     return adapters
 
 
+def missing_adapter(sample: SampleConfig, run_dir: Path) -> str:
+    """Returns why a rendering has no adapter, and what to do where one was meant."""
+    if sample.adapter is not None:
+        return "no adapter: the base"
+    missing = f"{run_dir} has no adapter.safetensors" if run_dir.is_dir() else f"there is no folder {run_dir}"
+    return f"no adapter: the base, as {missing}: train first, or name the run by run_dir= or a file by adapter="
+
+
 def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[str, float]]:
     """Returns the adapters' names and their strengths; raises as `load_render_adapters`."""
     named, strengths = sample.adapter, sample.adapter_strength
     if named is None:
         own = run_dir / "adapter.safetensors"
-        if not own.exists():
-            there = "has no adapter.safetensors" if run_dir.is_dir() else "does not exist"
-            raise ConfigError(
-                f"run_dir={run_dir} {there}: train first, name the run by run_dir= or a file by adapter=FILE, or render "
-                "the base by adapter=[]."
-            )
-        named = [own]
+        named = [own] if own.exists() else []
     names = [str(name) for name in (named if isinstance(named, list) else [named])]
     for strength in strengths if isinstance(strengths, list) else [strengths]:
         if isinstance(strength, bool) or not isinstance(strength, int | float):
