@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mochi_tune.cli.describe import run_describe
 from mochi_tune.cli.footage import run_filter, run_split
+from mochi_tune.cli.init import run_init
 from mochi_tune.cli.launch import (
     INTERRUPTED,
     STARTED_HERE,
@@ -97,6 +98,7 @@ def run(arguments: list[str]) -> int:
         "split": run_split,
         "filter": run_filter,
         "plan": run_plan,
+        "init": run_init,
         "inspect": run_inspect,
         "describe": run_describe,
         "prepare": run_prepare,

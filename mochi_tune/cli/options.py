@@ -20,6 +20,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
                      black, frozen, blurred, still, framed and doubled clips -> a table and a page; moved when asked
   mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
                      memory, time and disk of a run, foretold before anything is loaded
+  mochi-tune init    NAME                         writes conf/NAME.yaml, with comments, and videos/ with a README
   mochi-tune inspect conf=NAME [out=DIR] [key=value ...]      the clips as the model will see them -> a page
   mochi-tune describe videos=DIR endpoint=http://localhost:8000/v1 model=NAME [dry_run=true]
                      captions for clips that have none, by a model that sees pictures; endpoint=local model=DIR
@@ -27,7 +28,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
   mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
-                     or prompts=FILE [seeds=[0,1] grid=true compare=base parallel.num_processes=N memory=24gb]
+                     or prompts=FILE [seeds=0,1 grid=true compare=base parallel.num_processes=N memory=24gb]
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui|kohya out=FILE [dtype=bf16]
                      or push=OWNER/NAME, to the Hugging Face hub with a model card; dry_run=true makes the folder only
   mochi-tune lora    inspect FILE [out=FILE.html] | compare FILE FILE | merge FILE FILE [strengths=[0.8,0.5]] out=FILE

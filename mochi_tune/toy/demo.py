@@ -43,7 +43,8 @@ def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str,
     """Draws clips, prepares, trains, renders, measures and reports; returns what it made by its label.
 
     Args:
-        out: folder of the newest report.html, report.png and figures.json; each run goes to a new folder in it, with its page.
+        out: folder of the newest report.html, report.png and figures.json; each run goes to a new
+            folder in it, with its page.
         settings: of the training, in the place of those of conf/toy_lora.yaml.
         num_samples: how many samples each share is taken of.
     """
