@@ -26,10 +26,10 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 clips, 0 refused" in done.stdout + done.stderr
-    page = (tmp_path / "runs/my_lora_tiny/inspect/inspect.html").read_text()
+    page = (tmp_path / "runs/my_lora/inspect/inspect.html").read_text()
     assert "the caption of good.mp4" in page and "is not known" in page
     has_browser = any(map(shutil.which, html_page.BROWSERS))
-    assert (tmp_path / "runs/my_lora_tiny/inspect/inspect.png").exists() == has_browser
+    assert (tmp_path / "runs/my_lora/inspect/inspect.png").exists() == has_browser
     # A refused file gives 1, and a page of the others.
     add_clip(videos, "short.mp4", 3)
     done = run(*command, "out=else where", "model=tiny", "model.weights=package:tiny", cwd=tmp_path)
