@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mochi_tune.cli.describe import run_describe
 from mochi_tune.cli.footage import run_filter, run_split
+from mochi_tune.cli.init import run_init
 from mochi_tune.cli.launch import (
     INTERRUPTED,
     STARTED_HERE,
@@ -99,6 +100,7 @@ def run(arguments: list[str]) -> int:
         "split": run_split,
         "filter": run_filter,
         "plan": run_plan,
+        "init": run_init,
         "inspect": run_inspect,
         "describe": run_describe,
         "prepare": run_prepare,
@@ -253,8 +255,12 @@ def run_sample(arguments: list[str]) -> int:
         return code
     with joined(config.device, config.parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
         try:
+            from tqdm import tqdm
+
             for video in sample(config):
-                print(video, flush=True)
+                # A line of its own, past the bars: they end without a line break.
+                with tqdm.external_write_mode(sys.stdout):
+                    print(f"video: {video}", flush=True)
         except KeyboardInterrupt:
             # The program that started this process says so once, and its exit code is that one's.
             if STARTED_HERE not in os.environ:

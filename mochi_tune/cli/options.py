@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mochi_tune.cli.first_words import check_form, short_help
 from mochi_tune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
                      black, frozen, blurred, still, framed and doubled clips -> a table and a page; moved when asked
   mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
                      memory, time and disk of a run, foretold before anything is loaded
+  mochi-tune init    NAME                         writes conf/NAME.yaml, with comments, and videos/ with a README
   mochi-tune inspect conf=NAME [out=DIR] [key=value ...]      the clips as the model will see them -> a page
   mochi-tune describe videos=DIR endpoint=http://localhost:8000/v1 model=NAME [dry_run=true]
                      captions for clips that have none, by a model that sees pictures; endpoint=local model=DIR
@@ -26,7 +28,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
   mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
-                     or prompts=FILE [seeds=[0,1] grid=true compare=base parallel.num_processes=N memory=24gb]
+                     or prompts=FILE [seeds=0,1 grid=true compare=base parallel.num_processes=N memory=24gb]
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui|kohya out=FILE [dtype=bf16]
                      or push=OWNER/NAME, to the Hugging Face hub with a model card; dry_run=true makes the folder only
   mochi-tune lora    inspect FILE [out=FILE.html] | compare FILE FILE | merge FILE FILE [strengths=[0.8,0.5]] out=FILE
@@ -41,7 +43,8 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares ways of training on the toy model
   mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
 
-conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists its settings, and
+conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists the first settings of a verb,
+--help all every one, and
 `inspect`, `prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
 """
 
@@ -273,11 +276,10 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
     from mochi_tune.config.load import SAMPLE_ALIASES, config_yaml, load_config
 
     if "--help" in arguments or "-h" in arguments:
-        print_help(verb)
+        print_help(verb, is_complete="all" in arguments)
         return None
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if unknown := [flag for flag in flags if flag != "--cfg"]:
-        raise ConfigError(f"{unknown[0]} is not an option: use --help or --cfg; settings are written key=value.")
+    check_form(verb, arguments)
+    flags = [argument for argument in arguments if argument == "--cfg"]
     settings = [argument for argument in arguments if argument not in flags]
     names = [setting.removeprefix("conf=") for setting in settings if setting.startswith("conf=")]
     if len(names) != 1:
@@ -307,13 +309,16 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
     return config
 
 
-def print_help(verb: str) -> None:
-    """Prints the usage of a verb that has a configuration file, and every setting."""
+def print_help(verb: str, is_complete: bool) -> None:
+    """Prints the usage of a verb that has a configuration file, and its first settings or all."""
     from mochi_tune.config.docs import settings_help
 
     lines = USAGE.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(f"  mochi-tune {verb}"))
     more = [line for line in lines[first + 1 : first + 2] if not line.startswith("  mochi-tune")]
     print("\n".join([lines[first], *more]))
+    if not is_complete:
+        print(f"\n{short_help(verb)}", end="")
+        return
     print("\nEvery setting: its default, what it takes, what it means. Give it as key=value or in conf/NAME.yaml.\n")
     print(settings_help(), end="")

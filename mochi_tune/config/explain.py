@@ -37,6 +37,48 @@ TYPE_NAMES = {
     dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
     dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
 }
+# What other trainers call a setting -> what it is here.
+SYNONYMS = {
+    "lr": ["train.learning_rate"],
+    "learning-rate": ["train.learning_rate"],
+    "rate": ["train.learning_rate"],
+    "epochs": ["train.steps"],
+    "num_epochs": ["train.steps"],
+    "max_steps": ["train.steps"],
+    "max_train_steps": ["train.steps"],
+    "steps": ["train.steps"],
+    "batch": ["train.batch_size"],
+    "train_batch_size": ["train.batch_size"],
+    "gradient_accumulation_steps": ["train.accumulation_steps"],
+    "grad_accum": ["train.accumulation_steps"],
+    "scheduler": ["train.schedule"],
+    "lr_scheduler": ["train.schedule"],
+    "warmup": ["train.warmup_steps"],
+    "network_dim": ["lora.rank"],
+    "r": ["lora.rank"],
+    "dim": ["lora.rank"],
+    "network_alpha": ["lora.alpha"],
+    "lora_alpha": ["lora.alpha"],
+    "target_modules": ["lora.targets"],
+    "resolution": ["data.height", "data.width"],
+    "size": ["data.height", "data.width"],
+    "frames": ["data.num_frames"],
+    "dataset": ["data.videos"],
+    "trigger": ["data.caption_prefix"],
+    "trigger_word": ["data.caption_prefix"],
+    "output_dir": ["run_dir"],
+    "out_dir": ["run_dir"],
+    "mixed_precision": ["model.dtype"],
+    "gpus": ["parallel.num_processes"],
+    "num_gpus": ["parallel.num_processes"],
+    "cfg": ["sample.guidance"],
+    "cfg_scale": ["sample.guidance"],
+    "guidance_scale": ["sample.guidance"],
+    "num_inference_steps": ["sample.steps"],
+    "lora": ["sample.adapter"],
+    "lora_path": ["sample.adapter"],
+    "lora_scale": ["sample.adapter_strength"],
+}
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 # Of several errors of one setting, which may be of several types, the kind that says most comes first.
 ORDER = ("extra_forbidden", "invalid_key", "missing", *OUT_OF_RANGE, "literal_error", "not_possible", "empty")
@@ -59,7 +101,7 @@ def explain(error: ValidationError, source: str, given: Mapping[str, str], secti
         return _explain_source(path[2], path[3:], details)
     if details["type"] == "missing":
         missing = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing"]
-        return f"{source} sets no {', '.join(missing)}: begin it with `defaults: [base, _self_]`."
+        return f"{source} sets no {', '.join(missing)}: put base into its defaults, `defaults: [base, _self_]`."
     if details["type"] in ("extra_forbidden", "invalid_key"):
         below = f"; write it as {dotted.replace('.', ': {')}: ...}}." if dotted in known_keys() else ""
         return f"{source}: {dotted} is not a setting{below or nearest(dotted, known_keys())}"
@@ -171,6 +213,11 @@ def as_yaml(value: Any) -> str:
 def nearest(key: str, known: Iterable[str]) -> str:
     """Returns a hint at the known key that is most like `key`, or at where to find them all."""
     known = list(known)
+    section, _, word = key.rpartition(".")
+    if word in SYNONYMS and section in ("", *{other.partition(".")[0] for other in SYNONYMS[word]}):
+        return f"; did you mean {' and '.join(SYNONYMS[word])}?"
+    if not section and (same := [k for k in known if k.rpartition(".")[2] == key]):
+        return f"; did you mean {' or '.join(same)}?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
-    return f"; did you mean {near[0]}?" if near else "; --help lists them."
+    return f"; did you mean {near[0]}?" if near else "; --help all lists them."

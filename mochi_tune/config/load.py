@@ -1,9 +1,12 @@
 """Loading the settings of a run: Hydra composes the files, the schema checks what comes of them."""
 
+import contextlib
 import difflib
 import re
+import shutil
+import tempfile
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ PROMPTS = ("sample.prompt", "sample.negative_prompt")
 MAX_YAML_DEPTH = 20
 # Hydra keeps what it composes from in one place for all threads.
 _ONE_AT_A_TIME = threading.Lock()
+# A list as a shell takes it without quotes: 0,1.
+_NUMBERS = re.compile(r"[-+.\de]+(\s*,\s*[-+.\de]+)*")
 
 
 def packaged_folder() -> Path:
@@ -41,12 +46,17 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         ConfigError: there is no such file, a key is unknown, or a value does not fit.
     """
     path = find_config(name)
-    _check_yaml(path)
+    content = _check_yaml(path)
+    # A file without `defaults` says what differs from base.
+    implies_base = isinstance(content, dict | None) and "defaults" not in (content or {}) and path.stem != "base"
+    for section in (content or {}).keys() & sections().keys() if implies_base else ():
+        if not isinstance((content or {})[section], dict):
+            raise ConfigError(f"{path}: {explain_section(str(section))}")
     for override in overrides:
         check_override(override)
     given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     reset = _reset_by_preset([key.removeprefix("sample.") for key in given if key.startswith("sample.")])
-    settings = _compose(path, {f"sample.{key}": "null" for key in reset} | given)
+    settings = _compose(path, implies_base, {f"sample.{key}": "null" for key in reset} | given)
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
@@ -73,7 +83,20 @@ def _reset_by_preset(given: Collection[str]) -> dict[str, None]:
     return {key: None for key in PRESET_KEYS if key not in given} if "preset" in given else {}
 
 
-def _compose(path: Path, given: Mapping[str, str]) -> Any:
+@contextlib.contextmanager
+def _file_on_base(path: Path, implies_base: bool) -> Iterator[Path]:
+    """Yields the file that Hydra composes: this one, or one that puts its content on top of base."""
+    if not implies_base:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(path, Path(folder) / "own.yaml")
+        whole = Path(folder) / "whole.yaml"
+        whole.write_text("defaults: [base, own, _self_]\n")
+        yield whole
+
+
+def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
     """Returns the defaults, replaced by what the file sets, replaced by what is given, as a tree of plain values."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException, OverrideParseException
@@ -83,10 +106,15 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
 
     patterns = {key: _read_patterns(key, value) for key, value in given.items() if _is_by_pattern(key)}
     overrides = [_hydra_override(key, value) for key, value in given.items() if key not in patterns]
-    searchpath = f"hydra.searchpath=[{quote(f'file://{packaged_folder()}')}]"
+    folders = ", ".join(quote(f"file://{folder}") for folder in (path.parent.resolve(), packaged_folder()))
+    searchpath = f"hydra.searchpath=[{folders}]"
     try:
-        with _ONE_AT_A_TIME, initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            composed = compose(path.stem, overrides=[searchpath, *overrides])
+        with (
+            _ONE_AT_A_TIME,
+            _file_on_base(path, implies_base) as file,
+            initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
+        ):
+            composed = compose(file.stem, overrides=[searchpath, *overrides])
         written = OmegaConf.to_container(composed)
         assert isinstance(written, dict)
         for section in written.keys() & sections().keys():
@@ -107,7 +135,7 @@ def _compose(path: Path, given: Mapping[str, str]) -> Any:
         raise ConfigError(f"{path} is not YAML: {_describe_yaml_error(error)}.") from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         what = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"{path}: {what}: `mochi-tune train --help` shows every setting.") from None
+        raise ConfigError(f"{path}: {what}: docs/settings.md and --help all list every setting.") from None
 
 
 def _defaults() -> dict[str, Any]:
@@ -124,11 +152,14 @@ def _describe_yaml_error(error: Any) -> str:
     return f"line {error.problem_mark.line + 1}: {error.problem}" if error.problem_mark else str(error.problem)
 
 
-def _check_yaml(path: Path) -> None:
+def _check_yaml(path: Path) -> Any:
     """Refuses what no setting needs and a file from elsewhere could use, before anything is made of the file.
 
     Those are references to other things than settings, such as ${oc.env:HOME}; aliases, of which a few lines make
     billions of values; deep nesting; numbers of thousands of digits; and Hydra's own settings, which load code.
+
+    Returns:
+        What the file says.
     """
     import yaml
 
@@ -154,7 +185,8 @@ def _check_yaml(path: Path) -> None:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if isinstance(settings, dict) and "hydra" in settings:
-        raise ConfigError(f"{path}: hydra is not a setting; --help lists them.")
+        raise ConfigError(f"{path}: hydra is not a setting; --help all lists them.")
+    return settings
 
 
 def find_config(name: str) -> Path:
@@ -213,7 +245,10 @@ def _hydra_override(key: str, value: str) -> str:
         return f"{key}={value}"
     if key in PROMPTS:
         value = escape_references(value)
-    is_list = value.startswith("[") and known_keys()[key].takes_list
+    setting = known_keys()[key]
+    if setting.takes_numbers and _NUMBERS.fullmatch(value) and ("," in value or not setting.takes_one):
+        value = f"[{value}]"
+    is_list = value.startswith("[") and setting.takes_list
     return f"++{key}={value if is_list or value == 'null' else quote(value)}"
 
 

@@ -97,7 +97,8 @@ class DataConfig(Section):
     )
     cache: FileName = setting(
         "cache/${name}",
-        "folder that `prepare` writes and `train` reads; a 37-frame 480p clip takes 4.3 MB, its caption up to 4.2 MB",
+        "folder that `prepare` writes and `train` reads, with model=toy cache/${name}_toy; a 37-frame 480p clip takes "
+        "4.3 MB, its caption up to 4.2 MB",
     )
     num_frames: Whole = setting(37, "frames of a clip, 6k+1, at 30 per second; memory and time grow with it")
     height: Whole = setting(480, "pixels, a multiple of 16")
@@ -337,7 +338,11 @@ class RunConfig(Section):
     """What stands outside of the sections."""
 
     name: Name = setting("my_lora", "names the run folder, the cache and the adapter", "free")
-    run_dir: FileName = setting("runs/${name}", "folder of checkpoints, adapter, metrics and samples", "free")
+    run_dir: FileName = setting(
+        "runs/${name}",
+        "folder of checkpoints, adapter, metrics and samples; with model=toy runs/${name}_toy",
+        "free",
+    )
     seed: Annotated[Whole, Field(ge=0, lt=SEED_LIMIT)] = setting(0, "of every random number: adapter, noise, order")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one", "free")
     resume: Literal["auto", "force"] = setting(

@@ -44,6 +44,17 @@ class Setting:
         """Whether a list is an allowed value."""
         return any(get_origin(part) is list for part in (self.type, *get_args(self.type)))
 
+    @property
+    def takes_numbers(self) -> bool:
+        """Whether a list of numbers is an allowed value, and text is not."""
+        parts = (self.type, *get_args(self.type))
+        return str not in parts and any(part in (list[int], list[float]) for part in parts)
+
+    @property
+    def takes_one(self) -> bool:
+        """Whether a number by itself is an allowed value."""
+        return bool({int, float} & {self.type, *get_args(self.type)})
+
 
 @cache
 def known_keys() -> dict[str, Setting]:

@@ -99,6 +99,14 @@ def load_render_adapters(
     return adapters
 
 
+def missing_adapter(sample: SampleConfig, run_dir: Path) -> str:
+    """Returns why a rendering has no adapter, and what to do where one was meant."""
+    if sample.adapter is not None:
+        return "no adapter: the base"
+    missing = f"{run_dir} has no adapter.safetensors" if run_dir.is_dir() else f"there is no folder {run_dir}"
+    return f"no adapter: the base, as {missing}: train first, or name the run by run_dir= or a file by adapter="
+
+
 def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[str, float]]:
     """Returns the adapters' names and their strengths; raises as `load_render_adapters`."""
     named, strengths = sample.adapter, sample.adapter_strength

@@ -1,5 +1,6 @@
 """Teaches the toy model a new thing by the commands that a user would type, and measures what it has learnt."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str,
     """Draws clips, prepares, trains, renders, measures and reports; returns what it made by its label.
 
     Args:
-        out: folder of report.html, report.png and figures.json; the run goes to a new folder in it.
+        out: folder of the newest report.html, report.png and figures.json; each run goes to a new
+            folder in it, with its page.
         settings: of the training, in the place of those of conf/toy_lora.yaml.
         num_samples: how many samples each share is taken of.
     """
@@ -68,7 +70,9 @@ def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str,
     figures |= {"total_seconds": round(time.perf_counter() - started, 1)}
     figures = {name: figures[name] for name in (*FIGURES, "by_strength")}
     write_json(out / "figures.json", figures)
-    write_report(out / "report.html", build_report(config, folder, videos, figures, samples))
+    write_report(folder / "report.html", build_report(config, folder, videos, figures, samples))
+    # The newest page stands in `out` too; that of each demo stays beside its run.
+    shutil.copyfile(folder / "report.html", out / "report.html")
     made = {name: f"{figures[name]:g}" for name in FIGURES}
     made |= {"figures": str(out / "figures.json"), "report": str(out / "report.html"), "adapter": str(adapter)}
     if write_png(out / "report.html", out / "report.png"):

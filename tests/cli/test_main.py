@@ -34,7 +34,10 @@ def test_help_names_every_verb(arguments):
 
 @pytest.mark.parametrize("verb", ["inspect", "prepare", "train", "sample"])
 def test_a_verbs_help_lists_every_setting(verb):
-    done = run(verb, "--help")
+    short = run(verb, "--help")
+    assert short.returncode == 0 and f"For example: mochi-tune {verb} conf=" in short.stdout
+    assert len(re.findall(r"^  [\w.]+=", short.stdout, re.MULTILINE)) == 10
+    done = run(verb, "--help", "all")
     assert done.returncode == 0 and f"mochi-tune {verb}" in done.stdout
     for key in known_keys():
         assert re.search(rf"^  {re.escape(key)}=", done.stdout, re.MULTILINE), key
@@ -64,6 +67,19 @@ def test_cfg_prints_the_settings_that_would_run():
     [
         (["tarin"], "tarin is not a verb; did you mean train?"),
         (["train"], "train takes one conf=NAME, got 0"),
+        (
+            ["train", "my_lora"],
+            "'my_lora' is not a setting: settings are written key=value; did you mean conf=my_lora?",
+        ),
+        (["sample", "conf=my_lora", "prompt", "a cat"], "did you mean 'prompt=a cat'?"),
+        (["sample", "conf=my_lora", "a cat"], "did you mean 'prompt=a cat'?"),
+        (["train", "conf=my_lora", "--train.steps=5"], "did you mean train.steps=5?"),
+        (["train", "--conf", "my_lora"], "did you mean conf=my_lora?"),
+        (["train", "conf=my_lora", "lr=1e-4"], "lr is not a setting; did you mean train.learning_rate?"),
+        (["train", "conf=my_lora", "train.epochs=3"], "did you mean train.steps?"),
+        (["train", "conf=my_lora", "batch=3"], "did you mean train.batch_size?"),
+        (["train", "conf=my_lora", "rank=3"], "did you mean lora.rank?"),
+        (["train", "conf=my_lora", "resolution=480"], "did you mean data.height and data.width?"),
         (["train", "conf=my_lora", "--verbose"], "--verbose is not an option"),
         (["train", "conf=my_lora", "train.stesp=3"], "did you mean train.steps?"),
         (["train", "conf=nothing_here"], "conf=nothing_here is neither"),

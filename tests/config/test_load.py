@@ -39,6 +39,39 @@ def test_a_file_here_goes_before_the_packaged_one_and_a_path_works(tmp_path, mon
     assert load_config(str(elsewhere), []).train.steps == 8
 
 
+@pytest.mark.parametrize("content", ["name: mine\ntrain: {steps: 7}\n", "---\nname: mine\ntrain:\n  steps: 7\n"])
+def test_a_file_without_defaults_says_what_differs_from_base(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "lora").mkdir(parents=True)
+    (tmp_path / "conf" / "mine.yaml").write_text(content)
+    (tmp_path / "conf" / "lora" / "queries.yaml").write_text("targets: ['blocks\\.0\\.attn\\.qkv_x']\nrank: 2\n")
+    config = load_config("mine", ["model=toy", "lora=queries", "train.batch_size=3"])
+    assert (config.name, config.train.steps, config.train.batch_size, config.lora.rank) == ("mine", 7, 3, 2)
+    assert config.model.name == "toy"
+
+
+def test_a_model_to_try_things_on_has_folders_of_its_own():
+    folders = {model: load_config("my_lora", [f"model={model}"]) for model in ("mochi_1", "toy", "tiny")}
+    found = {model: (config.run_dir, config.data.cache) for model, config in folders.items()}
+    assert found == {
+        "mochi_1": ("runs/my_lora", "cache/my_lora"),
+        "toy": ("runs/my_lora_toy", "cache/my_lora_toy"),
+        "tiny": ("runs/my_lora_tiny", "cache/my_lora_tiny"),
+    }
+    assert load_config("toy_lora", []).run_dir == "runs/toy_lora"
+    assert load_config("my_lora", ["model=toy", "run_dir=runs/x"]).run_dir == "runs/x"
+
+
+@pytest.mark.parametrize(("given", "read"), [("0,1", [0, 1]), ("3", [3]), ("[0,1]", [0, 1]), ("null", None)])
+def test_a_list_of_numbers_needs_no_brackets(given, read):
+    assert load_config("my_lora", [f"sample.seeds={given}"]).sample.seeds == read
+
+
+def test_numbers_stay_numbers_where_one_is_allowed():
+    sample = load_config("my_lora", ["sample.guidance=3", "sample.adapter_strength=0.5,1", "sample.adapter=1,2"]).sample
+    assert (sample.guidance, sample.adapter_strength, sample.adapter) == (3, [0.5, 1], "1,2")
+
+
 def test_a_group_of_the_users_own_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf" / "lora").mkdir(parents=True)
@@ -125,7 +158,7 @@ def test_several_adapters_are_a_list():
     [
         ("trian.steps=3", "trian.steps is not a setting; did you mean train.steps?"),
         ("steps=3", "steps is not a setting; did you mean train.steps?"),
-        ("zzz=3", "zzz is not a setting; --help lists them."),
+        ("zzz=3", "zzz is not a setting; --help all lists them."),
         ("train.steps=x", "train.steps=x does not fit: it takes a whole number."),
         ("train.steps=true", "train.steps=true does not fit: it takes a whole number."),
         ("train.steps=5.0", "train.steps=5.0 does not fit: it takes a whole number."),
@@ -251,10 +284,10 @@ def test_an_optimizer_that_cannot_be_sharded_is_refused():
         ("defaults: [base, _self_]\nlora: {rank_pattern: {1: 4}}\n", "lora.rank_pattern: 1 does not fit"),
         ("defaults: [base, _self_]\n1: x\n", "1 is not a setting"),
         ("defaults: 5\n", "defaults must be a list"),
-        ("name: x\n", "sets no model.name, model.weights: begin it with"),
-        ("- a\n- b\n", "shows every setting"),
+        ("defaults: [_self_]\nname: x\n", "sets no model.name, model.weights: put base"),
+        ("- a\n- b\n", "list every setting"),
         ("defaults: [bass, _self_]\n", "Could not load 'bass'"),
-        ("train: {steps: 4}\n", "begin it with `defaults: [base, _self_]`"),
+        ("model: toy\n", "model is a section: choose its file by model=NAME"),
         ("train:\n  steps: 4\n :", "is not YAML: line 3"),
         ("defaults: [base, {override model: toyy}, _self_]\n", "Could not find 'model/toyy'"),
     ],

@@ -189,7 +189,7 @@ def test_the_command_prints_the_path_and_takes_the_short_keys(tmp_path):
         "sample", "conf=my_lora", *road(tmp_path), "sample.steps=2", "prompt=a cat, (running)", "seed=3",
         f"adapter={adapter}", "adapter_strength=0.5", f"out={out}", "save_latents=true",
     )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.strip() == str(out)
+    assert done.returncode == 0 and done.stdout.strip() == f"video: {out}"
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["prompt"] == "a cat, (running)" and record["seed"] == 3
     assert record["adapters"][0]["strength"] == 0.5 and out.with_suffix(".safetensors").exists()

@@ -188,7 +188,7 @@ def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise
     more = [s for s in settings(folder, "own", {}, "with") if "sample.out" not in s and "prompts=" not in s]
     out = folder / "own.mp4"
     done = run("sample", "conf=toy_lora", *more, f"prompt={PROMPTS[0]}", f"out={out}", "parallel.num_processes=2")
-    assert done.returncode == 0 and done.stdout == f"{out}\n", done.stderr
+    assert done.returncode == 0 and done.stdout == f"video: {out}\n", done.stderr
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["layout"] == {"data": 1, "guidance": 2, "context": 1}
     assert "2 processes: parallel.data=1 parallel.guidance=2 parallel.context=1" in done.stderr

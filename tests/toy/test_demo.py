@@ -136,6 +136,7 @@ def test_it_makes_a_page_and_names_what_it_made(lesson):
     assert set(made) == {*FIGURES, "figures", "report", "adapter", "picture"}
     assert figures.keys() == {*FIGURES, "by_strength"}
     page = (out / "report.html").read_text()
+    assert [path.read_text() == page for path in out.glob("*/report.html")] == [True]
     assert page.count("<video") >= 30 and "wugs" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     if made["picture"].endswith(".png"):

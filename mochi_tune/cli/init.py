@@ -1,0 +1,34 @@
+"""The verb `init`: the files that a first LoRA begins with."""
+
+from pathlib import Path
+
+from mochi_tune.errors import ConfigError
+
+README = """\
+Put each clip here as NAME.mp4 and its caption beside it as NAME.txt, one line of English that says what is seen.
+`mochi-tune inspect conf={name}` makes a page of the clips as the model will see them.
+"""
+
+
+def run_init(arguments: list[str]) -> int:
+    """Writes conf/NAME.yaml and videos/README.txt; replaces nothing."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        print("mochi-tune init NAME: writes conf/NAME.yaml, with comments, and videos/ with a README")
+        return 0
+    name = arguments[0].removeprefix("name=") if len(arguments) == 1 else ""
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"init takes one NAME of letters, digits, - and _, got {' '.join(arguments) or 'none'}.")
+    from mochi_tune.config.load import packaged_folder
+    from mochi_tune.files import make_writable_folder
+
+    path, readme = Path("conf") / f"{name}.yaml", Path("videos") / "README.txt"
+    if path.exists():
+        raise ConfigError(f"{path} exists and is never replaced: choose another name, or edit it.")
+    for folder in (path.parent, readme.parent):
+        make_writable_folder(folder)
+    content = (packaged_folder() / "my_lora.yaml").read_text().replace("name: my_lora ", f"name: {name} ")
+    path.write_text(content)
+    if not readme.exists():
+        readme.write_text(README.format(name=name))
+    print(f"{path}\n{readme}\nPut clips and captions into videos/, then: mochi-tune inspect conf={name}")
+    return 0

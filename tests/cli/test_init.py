@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import pytest
+
+from mochi_tune.cli.main import run
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import ConfigError
+
+
+def test_init_writes_files_that_load_and_replaces_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["init", "teacups"]) == 0
+    assert "mochi-tune inspect conf=teacups" in capsys.readouterr().out
+    config = load_config("teacups", [])
+    assert (config.name, config.data.videos) == ("teacups", "videos")
+    assert "conf=teacups" in Path("videos/README.txt").read_text()
+    before = Path("conf/teacups.yaml").read_text()
+    with pytest.raises(ConfigError, match="never replaced"):
+        run(["init", "teacups"])
+    assert Path("conf/teacups.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["../x"]])
+def test_init_takes_one_name(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="takes one NAME"):
+        run(["init", *arguments])
+    assert not list(tmp_path.iterdir())
