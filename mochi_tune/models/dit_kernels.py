@@ -4,6 +4,9 @@ For passes without gradients that are not compiled; torch.compile makes such ker
 writes memory once, where one operation at a time does so six times, and computes in fp32.
 """
 
+# Triton takes other arguments than its functions declare.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 from torch import Tensor

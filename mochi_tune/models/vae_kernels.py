@@ -4,6 +4,9 @@ One operation at a time, the same arithmetic touches memory eight times as often
 H W rows and columns, C channels, which are neighbours in memory.
 """
 
+# Triton takes other arguments than its functions declare.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 from torch import Tensor, empty, float32

@@ -69,8 +69,8 @@ def apply_mlp_slices(dit: AsymmDiT, num_tokens: int) -> None:
     sums over tokens, as gradients of adapters are, have another order.
     """
     for block in dit.blocks:
-        mlp = block.get_submodule("mlp_x")
-        assert isinstance(mlp, FeedForward)
+        mlp: Any = block.get_submodule("mlp_x")
+        assert type(mlp) in (FeedForward, SlicedFeedForward), type(mlp)
         # By its class: a forward of its own would be compiled for each block anew.
         mlp.__class__ = SlicedFeedForward
         mlp.num_tokens = num_tokens
