@@ -181,6 +181,9 @@ def run_train(arguments: list[str]) -> int:
     if STARTED_HERE not in os.environ:
         config = with_accelerate(config, os.environ)
     parallel, started = config.parallel, num_processes_here(os.environ)
+    if config.train.deterministic:
+        # Read when cuBLAS is first used, in the processes that are started from here, too.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if parallel.strategy != "data":
         prepare_deepspeed(config.device)
     # A second request to stop ends this process and, with it, those that it started.

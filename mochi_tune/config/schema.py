@@ -221,6 +221,12 @@ class TrainConfig(Section):
         "block: all of each block; auto: attention, and block in as many blocks as memory asks for",
         "free",
     )
+    deterministic: bool = setting(
+        False,
+        "asks torch for kernels whose sums have the same order each time, so that on a GPU, too, a resumed run is bit for "
+        "bit one that was not stopped; slower",
+        "free",
+    )
     compile: bool | None = setting(
         None, "true: compiles the blocks, which makes steps faster after the first; null: on a GPU", "free"
     )

@@ -21,17 +21,19 @@ LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
 # Bytes that one block holds at a time, for each visual token and each number of its width: forward and backward of a
 # training, and one pass of the sampler.
 INSIDE_BYTES = {"compiled": 50, "eager": 83, "sample": 32}
+# What a block that recomputes nothing keeps for its backward pass, by the same count.
+KEPT_BYTES = {"compiled": 33, "eager": 83}
 # Bytes that go to and from memory between the matrix products of one block, by the same count.
-MOVED_BYTES = {"compiled": 620, "eager": 3250, "sample": 720}
+MOVED_BYTES = {"compiled": 620, "eager": 3250, "sample": 130}
 # What torch, its kernels and the embedders hold beside that; left to fragments between tensors and other programs.
 BASE_BYTES, SPARE_BYTES = GIB // 4, GIB
 # Products of attention's backward pass, of which it computes the scores again, over the two of its forward pass.
 ATTENTION_BACKWARD = 2.5
 # Of a pixel, what a decoder in chunks of time holds, and the encoder: for any number of frames, and for each of them.
-DECODER_PIXEL_BYTES, ENCODER_PIXEL_BYTES, ENCODER_FRAME_BYTES = 20400, 5100, 154
-# FLOPs of a pixel of one frame, and the share of the rate of matrix products that convolutions reach today.
-DECODER_PIXEL_FLOPS, DECODER_SHARE = 243e12 / (37 * 480 * 848), 0.21
-ENCODER_PIXEL_FLOPS, ENCODER_SHARE = 63.9e12 / (37 * 480 * 848), 0.085
+DECODER_PIXEL_BYTES, ENCODER_PIXEL_BYTES, ENCODER_FRAME_BYTES = 12700, 1850, 154
+# FLOPs of a pixel of one frame, and the share of the rate of matrix products that convolutions reach with all that is between them.
+DECODER_PIXEL_FLOPS, DECODER_SHARE = 243e12 / (37 * 480 * 848), 0.59
+ENCODER_PIXEL_FLOPS, ENCODER_SHARE = 63.9e12 / (37 * 480 * 848), 0.25
 T5_PARAMETERS, DECODER_PARAMETERS, ENCODER_PARAMETERS = 4.76e9, 0.362e9, 0.098e9
 
 
@@ -128,10 +130,11 @@ class Step:
         weights = bytes_on_device(self.weights, self.config, is_streamed)
         weights += self.weights["modulation"] if self.holds_modulation else 0
         one_input = 2 * self.num_tokens * self.config.hidden_size_x
-        inside = INSIDE_BYTES["compiled" if self.is_compiled else "eager"] * self.num_tokens * self.config.hidden_size_x
+        kind, numbers = "compiled" if self.is_compiled else "eager", self.num_tokens * self.config.hidden_size_x
+        inside = INSIDE_BYTES[kind] * numbers
         # On their way to host memory and back are two.
         kept = one_input * (min(2, len(policies)) if is_offloaded else len(policies))
-        kept += self._attention_bytes * policies.count("attention") + inside * policies.count("none")
+        kept += self._attention_bytes * policies.count("attention") + KEPT_BYTES[kind] * numbers * policies.count("none")
         return {
             "weights": weights // self.num_shards,
             # With its gradient and AdamW's two moments.
@@ -182,7 +185,7 @@ def sampling_held(config: DiTConfig, num_tokens: int, dit: str, dtype_bytes: int
 
 
 def sampling_seconds(config: DiTConfig, num_tokens: int, card: Card, text_tokens: int = 256) -> float:
-    """Returns the seconds of a step with guidance, uncompiled, of resident weights in bf16."""
+    """Returns the seconds of a step with guidance, compiled, of resident weights in bf16."""
     matrix, attention = dit_flops(config, num_tokens, text_tokens)
     moved = MOVED_BYTES["sample"] * num_tokens * config.hidden_size_x * config.depth
     one_pass = matrix / (card.matrix * MATRIX_SHARE) + attention / (card.matrix * ATTENTION_SHARE)

@@ -51,12 +51,11 @@ def foretold(work: str, frames: int) -> tuple[float, dict[str, int]]:
         return decoding_seconds(frames, HEIGHT, WIDTH, card), decoding_held(HEIGHT, WIDTH)
     if work == "encode":
         return encoding_seconds(frames, HEIGHT, WIDTH, card), encoding_held(frames, HEIGHT, WIDTH)
-    train, kind, policy, precision = work.split(", ")
-    assert train == "train", work
-    # When these were measured, the modulation layers were on the GPU.
+    train, kind, policy, precision, *where = work.split(", ")
+    assert train == "train" and where in ([], ["modulation on the GPU"]), work
     step = Step(
         FULL, tokens, int(ADAPTER_BYTES), precision=precision, recompute=policy, is_compiled=kind == "compiled",
-        holds_modulation=True,
+        holds_modulation=bool(where),
     )  # fmt: skip
     policies = step.policies(None)
     return step.seconds(policies, card), step.held(policies)

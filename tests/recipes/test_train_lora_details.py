@@ -279,3 +279,18 @@ def test_a_run_does_not_go_on_with_another_order_of_clips_or_base(one_step, tmp_
     with pytest.raises(TrainingError, match=f"{text}.*run_dir=DIR"):
         train(run_dir, "train.steps=2")
     assert len(read_rows(run_dir / "metrics.jsonl")) == 1
+
+
+def test_deterministic_kernels_are_asked_for_while_it_trains_and_not_after(tmp_path):
+    asked = set()
+
+    def note(module, inputs, output):
+        asked.add(torch.are_deterministic_algorithms_enabled())
+
+    for value in (True, False):
+        asked.clear()
+        with watching(note):
+            settings = ("train.steps=1", f"train.deterministic={str(value).lower()}", "train.sample_every=0")
+            assert train(tmp_path / str(value), *settings) == 0
+        assert True in asked if value else asked == {False}
+        assert not torch.are_deterministic_algorithms_enabled()
