@@ -134,7 +134,9 @@ class Step:
         inside = INSIDE_BYTES[kind] * numbers
         # On their way to host memory and back are two.
         kept = one_input * (min(2, len(policies)) if is_offloaded else len(policies))
-        kept += self._attention_bytes * policies.count("attention") + KEPT_BYTES[kind] * numbers * policies.count("none")
+        kept += self._attention_bytes * policies.count("attention") + KEPT_BYTES[kind] * numbers * policies.count(
+            "none"
+        )
         return {
             "weights": weights // self.num_shards,
             # With its gradient and AdamW's two moments.

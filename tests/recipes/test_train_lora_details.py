@@ -14,6 +14,7 @@ from helpers_golden import TOLERANCE, relative_error
 from helpers_road import prepared, read_rows, road
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
@@ -294,3 +295,25 @@ def test_deterministic_kernels_are_asked_for_while_it_trains_and_not_after(tmp_p
             assert train(tmp_path / str(value), *settings) == 0
         assert True in asked if value else asked == {False}
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_loop_reads_its_numbers_once_a_step_however_many_micro_batches_it_has(tmp_path):
+    class Reads(TorchDispatchMode):
+        """Counts where the host waits for a number of the device."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    counts = {}
+    # The first run prepares what the others share.
+    for name, steps, accumulation in (("first", 1, 1), ("a", 1, 1), ("b", 3, 1), ("c", 1, 4), ("d", 3, 4)):
+        settings = (f"train.steps={steps}", f"train.accumulation_steps={accumulation}", "train.validate_every=0")
+        with Reads() as reads:
+            assert train(tmp_path / name, *settings, "train.sample_every=0") == 0
+        counts[name] = reads.calls
+    assert 0 < counts["b"] - counts["a"] == counts["d"] - counts["c"], counts
