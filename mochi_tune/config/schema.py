@@ -223,8 +223,8 @@ class TrainConfig(Section):
     )
     deterministic: bool = setting(
         False,
-        "asks torch for kernels whose sums have the same order each time, so that on a GPU, too, a resumed run is bit for "
-        "bit one that was not stopped; slower",
+        "asks torch for kernels whose sums have the same order each time, so that on a GPU, too, a resumed run is one "
+        "that was not stopped, bit for bit; slower",
         "free",
     )
     compile: bool | None = setting(

@@ -31,7 +31,7 @@ BASE_BYTES, SPARE_BYTES = GIB // 4, GIB
 ATTENTION_BACKWARD = 2.5
 # Of a pixel, what a decoder in chunks of time holds, and the encoder: for any number of frames, and for each of them.
 DECODER_PIXEL_BYTES, ENCODER_PIXEL_BYTES, ENCODER_FRAME_BYTES = 12700, 1850, 154
-# FLOPs of a pixel of one frame, and the share of the rate of matrix products that convolutions reach with all that is between them.
+# FLOPs of a pixel of one frame, and the share of the rate of matrix products that the VAE reaches.
 DECODER_PIXEL_FLOPS, DECODER_SHARE = 243e12 / (37 * 480 * 848), 0.59
 ENCODER_PIXEL_FLOPS, ENCODER_SHARE = 63.9e12 / (37 * 480 * 848), 0.25
 T5_PARAMETERS, DECODER_PARAMETERS, ENCODER_PARAMETERS = 4.76e9, 0.362e9, 0.098e9
