@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults lint types bench gpu setup clean
+.PHONY: demo test faults lint types bench gpu docs setup clean
 
 demo: setup
 	$(BIN)/mochi-tune demo
@@ -24,6 +24,15 @@ bench: setup
 # What a GPU is asked when one is at hand, in under 8 minutes: lines of gpu.jsonl.
 gpu: setup
 	$(BIN)/python -m mochi_tune.recipes.gpu_check gpu.jsonl
+
+# The site of the pages, into site/, in an environment of its own. A broken link or a page that is not listed ends it.
+docs: build/docs_venv/.installed
+	NO_MKDOCS_2_WARNING=1 build/docs_venv/bin/mkdocs build
+
+build/docs_venv/.installed: docs/requirements.txt
+	$(PYTHON) -m venv build/docs_venv
+	build/docs_venv/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
 
 lint: types
 	$(BIN)/ruff check .

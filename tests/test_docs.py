@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )
 
@@ -35,6 +36,15 @@ def test_links_lead_somewhere(page):
 def test_the_readme_leads_to_every_page():
     linked = {(ROOT / link).resolve() for link in links(ROOT / "README.md") if not link.startswith("https://")}
     assert {page.resolve() for page in PAGES} - linked == {(ROOT / "README.md").resolve()}
+
+
+def test_the_site_lists_every_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    parts = [[part] if isinstance(part, str) else next(iter(part.values())) for part in site["nav"]]
+    listed = [name for part in parts for name in part]
+    made_when_built = {"index.md", "api.md", "changelog.md"}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {page.name for page in (ROOT / "docs").glob("*.md")} | made_when_built
 
 
 def test_the_code_that_contributing_names_exists():

@@ -85,6 +85,8 @@ def test_the_commands_of_the_docs_are_understood(page):
             assert Path(arguments[0]).parent.name == "bundles"
         elif verb == "lora":
             assert parse(arguments[0], arguments[1:])
+        elif verb == "init":
+            assert len(arguments) == 1 and arguments[0].isidentifier()
         elif verb == "toy":
             assert plain_options(verb, arguments[1:], TOY_OPTIONS[arguments[0]])
         elif verb == "weights":

@@ -1,0 +1,36 @@
+# mochi-tune on NVIDIA GPUs. The wheels of torch bring CUDA and cuDNN; the host needs its driver and the NVIDIA
+# Container Toolkit. Build: docker build -t mochi-tune .
+FROM python:3.12-slim-bookworm
+
+# A compiler for the blocks that train compiles; tini passes SIGTERM on, so that a stopped container saves its step.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev tini \
+    && rm -rf /var/lib/apt/lists/*
+
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1
+
+# The pinned versions first: this layer is made anew only when they change.
+WORKDIR /opt/mochi-tune
+COPY constraints.txt ./
+RUN pip install --constraint constraints.txt torch==2.13.0
+COPY pyproject.toml README.md LICENSE ./
+COPY mochi_tune mochi_tune
+COPY recipes recipes
+COPY data_prep data_prep
+COPY conf conf
+RUN pip install --constraint constraints.txt '.[ui,footage,bitsandbytes]'
+
+# Files on the volumes belong to this user: build with the ids of yours, --build-arg UID=$(id -u).
+ARG UID=1000
+RUN useradd --create-home --uid "${UID}" mochi \
+    && mkdir -p /work/conf /work/videos /work/weights /work/cache /work/runs /work/.mochi_tune /home/mochi/.cache \
+    && chown -R mochi /work /home/mochi
+USER mochi
+WORKDIR /work
+VOLUME ["/work/videos", "/work/weights", "/work/cache", "/work/runs", "/work/.mochi_tune", "/home/mochi/.cache"]
+EXPOSE 7860
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["tini", "-g", "--", "mochi-tune"]
+CMD ["--help"]
