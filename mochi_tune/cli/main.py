@@ -234,7 +234,9 @@ def run_sample(arguments: list[str]) -> int:
     from mochi_tune.recipes.sample import main as sample
     from mochi_tune.recipes.sample_grid import main as sample_grid
     from mochi_tune.recipes.sample_grid import renders_cells
+    from mochi_tune.sampling.adapters import check_has_adapter
 
+    check_has_adapter(config.sample, Path(config.run_dir))
     # SVT-AV1 writes forty lines of its settings.
     os.environ.setdefault("SVT_LOG", "1")
     if renders_cells(config):
