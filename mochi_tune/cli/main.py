@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mochi_tune.cli.describe import run_describe
+from mochi_tune.cli.doctor import run_doctor
 from mochi_tune.cli.footage import run_filter, run_split
 from mochi_tune.cli.init import run_init
 from mochi_tune.cli.launch import (
@@ -100,6 +101,7 @@ def run(arguments: list[str]) -> int:
         "split": run_split,
         "filter": run_filter,
         "plan": run_plan,
+        "doctor": run_doctor,
         "init": run_init,
         "inspect": run_inspect,
         "describe": run_describe,

@@ -20,6 +20,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
                      black, frozen, blurred, still, framed and doubled clips -> a table and a page; moved when asked
   mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
                      memory, time and disk of a run, foretold before anything is loaded
+  mochi-tune doctor  [device=auto]                what this machine has and lacks, and what to do
   mochi-tune init    NAME                         writes conf/NAME.yaml, with comments, and videos/ with a README
   mochi-tune inspect conf=NAME [out=DIR] [key=value ...]      the clips as the model will see them -> a page
   mochi-tune describe videos=DIR endpoint=http://localhost:8000/v1 model=NAME [dry_run=true]
@@ -170,6 +171,10 @@ VERIFY_OPTIONS = {
     "device": ("cpu", "cpu, cuda or auto"),
     "dtype": ("fp32", "fp32 or bf16"),
     "parallel.num_processes": ("1", "2, 3, 4 or 6: the paths of several processes too"),
+}
+DOCTOR_OPTIONS = {
+    "device": ("auto", "of the self-test of numbers: cpu, cuda or auto"),
+    "model.weights": ("~/.cache/mochi_tune/mochi-1-preview", "folder of Mochi's weights"),
 }
 BENCH_OPTIONS = {
     "what": (None, "sample (a step with guidance), decode, encode or train (a step)"),

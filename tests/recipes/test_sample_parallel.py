@@ -203,16 +203,13 @@ def test_impossible_layouts_are_refused_in_one_line(folder):
         ({"parallel.context": 2}, "parallel.context=2 wants 2 processes: use parallel.num_processes=2."),
         ({"memory.dit": "shard"}, "use parallel.num_processes=2 parallel.context=2, or memory.dit=offload."),
     ):
-        done = run("sample", "conf=toy_lora", *settings(folder, "never", layout, "without"), "adapter=none")
+        done = run("sample", "conf=toy_lora", *settings(folder, "never", layout, "without"))
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_processes_that_torchrun_or_srun_starts_just_run(folder, latents_error):
     one = {p.name: load_file(p)["latents"] for p in (folder / "one_without").glob("*.safetensors")}
-    arguments = {
-        name: ["sample", "conf=toy_lora", *settings(folder, name, {}, "without"), "adapter=none"]
-        for name in ("run", "srun")
-    }
+    arguments = {name: ["sample", "conf=toy_lora", *settings(folder, name, {}, "without")] for name in ("run", "srun")}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*torchrun, "-m", "mochi_tune.cli", *arguments["run"]], env=ENVIRONMENT, check=True)
     step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
