@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mochi_tune.cli.completion import run_completion
 from mochi_tune.cli.describe import run_describe
 from mochi_tune.cli.doctor import run_doctor
 from mochi_tune.cli.footage import run_filter, run_split
@@ -102,6 +103,7 @@ def run(arguments: list[str]) -> int:
         "filter": run_filter,
         "plan": run_plan,
         "doctor": run_doctor,
+        "completion": run_completion,
         "init": run_init,
         "inspect": run_inspect,
         "describe": run_describe,

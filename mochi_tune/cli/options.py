@@ -43,6 +43,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
   mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares ways of training on the toy model
   mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
+  mochi-tune completion bash|zsh|fish             a script that completes verbs, settings and values in a shell
 
 conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists the first settings of a verb,
 --help all every one, and
