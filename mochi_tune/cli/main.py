@@ -285,7 +285,7 @@ def run_verify(arguments: list[str]) -> int:
     if whole_number("parallel.num_processes", options["parallel.num_processes"], 1) > 1:
         from mochi_tune.recipes.verify import check_reference
 
-        check_reference(Path(options["reference"]))
+        check_reference(Path(options["reference"]) if options["reference"] else None)
     return run_in_processes("verify", arguments, options, lambda is_first: verify_here(options, is_first))
 
 
@@ -293,7 +293,8 @@ def verify_here(options: dict[str, str], is_first: bool) -> int:
     """Runs the checks of one process; the first process prints them."""
     from mochi_tune.recipes.verify import main as verify
 
-    checks = verify(Path(options["reference"]), options["device"], options["dtype"])
+    reference = Path(options["reference"]) if options["reference"] else None
+    checks = verify(reference, options["device"], options["dtype"])
     if is_first:
         print(f"{'check':<66} {'max relative error':>18} {'tolerance':>9}")
     failed = 0

@@ -38,7 +38,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune ui      [folder=.] [port=7860] [host=127.0.0.1 password=...]      the whole road as a page in the browser
   mochi-tune weights pull [source=official|diffusers|comfyui to=DIR]        fetch the weights, checked by sha256
                      | check [model.weights=DIR|FILE]         what is there, and what each verb lacks
-  mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
+  mochi-tune verify  [reference=DIR] [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
   mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
   mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
   mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares ways of training on the toy model
@@ -168,7 +168,10 @@ DESCRIBE_OPTIONS = {
     "frames_out": ("", "with dry_run=true: new folder for the pictures of the first clip"),
 }
 VERIFY_OPTIONS = {
-    "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),
+    "reference": (
+        "",
+        "folder of vectors of the official implementation, such as tests/golden; default: those in the package",
+    ),
     "device": ("cpu", "cpu, cuda or auto"),
     "dtype": ("fp32", "fp32 or bf16"),
     "parallel.num_processes": ("1", "2, 3, 4 or 6: the paths of several processes too"),
