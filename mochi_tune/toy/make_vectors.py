@@ -90,7 +90,9 @@ def _dit_vectors(tiny: WeightsFolder, lora: Path) -> dict[str, Tensor]:
         io[output_key] = adapted(io[noisy_key], io["sigma"], io["y_feat"], mask)
         io[loss_key] = velocity_loss(io[output_key], target)
         io[loss_key].mean().backward()
-        io |= {gradient_key + name: parameter.grad for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
+            io[gradient_key + name] = parameter.grad
     return {name: _stored(tensor) for name, tensor in io.items()}
 
 
