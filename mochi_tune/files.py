@@ -378,3 +378,11 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) < len(pairs):
         raise ValueError("its header has a name twice")
     return entries
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Returns a size as people read it: in GiB, MiB or kB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.4g} {unit}"
+    return f"{num_bytes / 1000:.3g} kB"

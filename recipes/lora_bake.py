@@ -15,7 +15,7 @@ from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import all_linear_shapes
 from mochi_tune.adapters.tools import assumed_note, source_of
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.files import write_json
+from mochi_tune.files import format_bytes, write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import hidden_width
 from mochi_tune.weights.fill import fp32_parameters
@@ -77,7 +77,7 @@ class Baked:
 
     def __str__(self) -> str:
         others = f", with the base's {', '.join(self.others)}" if self.others else ""
-        size = f"DiT of {self.num_bytes / 2**30:.3g} GiB"
+        size = f"DiT of {format_bytes(self.num_bytes)}"
         return f"{self.folder}: {self.num_changed} layers changed, {size}{others}{self.note}"
 
 

@@ -24,7 +24,7 @@ from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, encoding_held, free_bytes, sampling_held
 from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
 from mochi_tune.recipes.start_video import Start, check_starts, encode_starts, start_of, starts_of
-from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters, missing_adapter
+from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
 from mochi_tune.sampling.record import Usage, file_metadata, noise_of, save_latents, save_settings, tensor_sha256
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, follow_schedules, prepare_dit
@@ -116,7 +116,7 @@ def main(config: RunConfig) -> Iterator[Path]:
         compiles = device.type == "cuda" and pays_to_compile(mine, len(plan.variants))
     setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, compiles)
     usage = Usage(device, write_line)
-    write_line("; ".join(map(str, plan.adapters)) or missing_adapter(config.sample, Path(config.run_dir)))
+    write_line("; ".join(map(str, plan.adapters)) or "no adapter: the base")
     if mesh is not None:
         write_line(f"{num_processes} processes: {plan.layout}")
 

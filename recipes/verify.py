@@ -40,6 +40,7 @@ from mochi_tune.sampling.sampler import (
 )
 from mochi_tune.training.objective import noisy_and_target, sample_posterior, velocity_loss
 from mochi_tune.weights.folder import WeightsFolder
+from mochi_tune.weights.paths import WeightsPaths
 
 FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
 # The largest error allowed, relative to the largest value of the reference. In fp32, independent implementations of
@@ -65,11 +66,12 @@ class Check:
         return self.error <= self.tolerance
 
 
-def main(reference: Path, device: str, dtype: str) -> Iterator[Check]:
+def main(reference: Path | None, device: str, dtype: str) -> Iterator[Check]:
     """Runs every check on a folder laid out like the reference vectors, of any sizes; yields each when it is done.
 
     Args:
-        reference: holds dit, encoder and decoder.safetensors with their configs, and FILES.
+        reference: holds dit, encoder and decoder.safetensors with their configs, and FILES; None: the packaged vectors,
+            of the embedded tiny model.
         device: "cpu", "cuda" or "auto".
         dtype: "fp32" or "bf16".
 
@@ -78,12 +80,24 @@ def main(reference: Path, device: str, dtype: str) -> Iterator[Check]:
     Raises:
         CheckpointError: a file is missing or is not what it should be.
     """
-    missing = [name for name in FILES if not (reference / name).is_file()]
+    weights = _reference_weights(reference)
+    missing = [name for name in FILES if not (weights.path / name).is_file()]
     if missing:
         raise CheckpointError(f"reference={reference} lacks {', '.join(missing)}: name the folder of the vectors.")
-    weights = WeightsFolder(reference)
     weights.check(["dit", "encoder", "decoder"])
     return _checks(weights, find_device(device), dtype)
+
+
+def _reference_weights(reference: Path | None) -> WeightsFolder:
+    """Returns the weights that the vectors are of; their `path` is the vectors' folder."""
+    if reference is not None:
+        return WeightsFolder(reference)
+    from mochi_tune import assets
+
+    packaged = Path(next(iter(assets.__path__)))
+    return WeightsFolder(
+        WeightsPaths(packaged / "vectors", transformer=packaged / "tiny" / "dit.safetensors", vae=packaged / "tiny")
+    )
 
 
 def _checks(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
@@ -196,13 +210,13 @@ def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) 
         yield Check("decoder: split over processes", over_ranks(error), TOLERANCE[dtype])
 
 
-def check_reference(reference: Path) -> None:
+def check_reference(reference: Path | None) -> None:
     """Refuses a folder without a model before processes are started for it.
 
     Raises:
         CheckpointError: as `main`.
     """
-    WeightsFolder(reference).check(["dit"])
+    _reference_weights(reference).check(["dit"])
 
 
 def over_ranks(error: float) -> float:

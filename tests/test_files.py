@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mochi_tune.files import find_lone_surrogate, load_tensors, read_text, save_tensors, write_new
+from mochi_tune.files import find_lone_surrogate, format_bytes, load_tensors, read_text, save_tensors, write_new
 
 
 @pytest.mark.parametrize(
@@ -97,3 +97,11 @@ def test_a_new_file_replaces_none(tmp_path, monkeypatch, has_links):
         write_new(path, b"second")
     assert caught.value.filename == str(path) and path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 kB"), (1234, "1.23 kB"), (999_000, "999 kB"), (3 * 2**20, "3 MiB"), (5 * 2**29, "2.5 GiB")],
+)
+def test_a_size_has_the_unit_that_fits(num_bytes, text):
+    assert format_bytes(num_bytes) == text

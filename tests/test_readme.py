@@ -11,6 +11,7 @@ from mochi_tune.cli.lora import parse
 from mochi_tune.cli.options import (
     BENCH_OPTIONS,
     DESCRIBE_OPTIONS,
+    DOCTOR_OPTIONS,
     EXPERIMENT_OPTIONS,
     EXPORT_OPTIONS,
     FILTER_OPTIONS,
@@ -28,6 +29,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 OPTIONS = {
     "bench": BENCH_OPTIONS,
     "describe": DESCRIBE_OPTIONS,
+    "doctor": DOCTOR_OPTIONS,
     "experiment": EXPERIMENT_OPTIONS,
     "export": EXPORT_OPTIONS,
     "filter": FILTER_OPTIONS,

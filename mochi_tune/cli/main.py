@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mochi_tune.cli.completion import run_completion
 from mochi_tune.cli.describe import run_describe
+from mochi_tune.cli.doctor import run_doctor
 from mochi_tune.cli.footage import run_filter, run_split
 from mochi_tune.cli.init import run_init
 from mochi_tune.cli.launch import (
@@ -100,6 +102,8 @@ def run(arguments: list[str]) -> int:
         "split": run_split,
         "filter": run_filter,
         "plan": run_plan,
+        "doctor": run_doctor,
+        "completion": run_completion,
         "init": run_init,
         "inspect": run_inspect,
         "describe": run_describe,
@@ -237,7 +241,9 @@ def run_sample(arguments: list[str]) -> int:
     from mochi_tune.recipes.sample import main as sample
     from mochi_tune.recipes.sample_grid import main as sample_grid
     from mochi_tune.recipes.sample_grid import renders_cells
+    from mochi_tune.sampling.adapters import check_has_adapter
 
+    check_has_adapter(config.sample, Path(config.run_dir))
     # SVT-AV1 writes forty lines of its settings.
     os.environ.setdefault("SVT_LOG", "1")
     if renders_cells(config):
@@ -282,7 +288,7 @@ def run_verify(arguments: list[str]) -> int:
     if whole_number("parallel.num_processes", options["parallel.num_processes"], 1) > 1:
         from mochi_tune.recipes.verify import check_reference
 
-        check_reference(Path(options["reference"]))
+        check_reference(Path(options["reference"]) if options["reference"] else None)
     return run_in_processes("verify", arguments, options, lambda is_first: verify_here(options, is_first))
 
 
@@ -290,7 +296,8 @@ def verify_here(options: dict[str, str], is_first: bool) -> int:
     """Runs the checks of one process; the first process prints them."""
     from mochi_tune.recipes.verify import main as verify
 
-    checks = verify(Path(options["reference"]), options["device"], options["dtype"])
+    reference = Path(options["reference"]) if options["reference"] else None
+    checks = verify(reference, options["device"], options["dtype"])
     if is_first:
         print(f"{'check':<66} {'max relative error':>18} {'tolerance':>9}")
     failed = 0

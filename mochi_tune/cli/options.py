@@ -20,6 +20,7 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
                      black, frozen, blurred, still, framed and doubled clips -> a table and a page; moved when asked
   mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
                      memory, time and disk of a run, foretold before anything is loaded
+  mochi-tune doctor  [device=auto]                what this machine has and lacks, and what to do
   mochi-tune init    NAME                         writes conf/NAME.yaml, with comments, and videos/ with a README
   mochi-tune inspect conf=NAME [out=DIR] [key=value ...]      the clips as the model will see them -> a page
   mochi-tune describe videos=DIR endpoint=http://localhost:8000/v1 model=NAME [dry_run=true]
@@ -37,11 +38,12 @@ mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywher
   mochi-tune ui      [folder=.] [port=7860] [host=127.0.0.1 password=...]      the whole road as a page in the browser
   mochi-tune weights pull [source=official|diffusers|comfyui to=DIR]        fetch the weights, checked by sha256
                      | check [model.weights=DIR|FILE]         what is there, and what each verb lacks
-  mochi-tune verify  reference=DIR [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
+  mochi-tune verify  [reference=DIR] [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
   mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
   mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
   mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares ways of training on the toy model
   mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
+  mochi-tune completion bash|zsh|fish             a script that completes verbs, settings and values in a shell
 
 conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists the first settings of a verb,
 --help all every one, and
@@ -166,10 +168,17 @@ DESCRIBE_OPTIONS = {
     "frames_out": ("", "with dry_run=true: new folder for the pictures of the first clip"),
 }
 VERIFY_OPTIONS = {
-    "reference": (None, "folder of vectors of the official implementation, such as tests/golden"),
+    "reference": (
+        "",
+        "folder of vectors of the official implementation, such as tests/golden; default: those in the package",
+    ),
     "device": ("cpu", "cpu, cuda or auto"),
     "dtype": ("fp32", "fp32 or bf16"),
     "parallel.num_processes": ("1", "2, 3, 4 or 6: the paths of several processes too"),
+}
+DOCTOR_OPTIONS = {
+    "device": ("auto", "of the self-test of numbers: cpu, cuda or auto"),
+    "model.weights": ("~/.cache/mochi_tune/mochi-1-preview", "folder of Mochi's weights"),
 }
 BENCH_OPTIONS = {
     "what": (None, "sample (a step with guidance), decode, encode or train (a step)"),

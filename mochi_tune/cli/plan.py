@@ -8,6 +8,7 @@ def run_plan(arguments: list[str]) -> int:
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("card", "card_gib")}
     if (config := load("plan", [a for a in arguments if a.partition("=")[0] not in own])) is None:
         return 0
+    from mochi_tune.files import format_bytes
     from mochi_tune.parallel.forecast import in_words
     from mochi_tune.recipes.plan import can_measure, measure
     from mochi_tune.recipes.plan import main as plan
@@ -16,8 +17,8 @@ def run_plan(arguments: list[str]) -> int:
     gib = 2**30
     print(f"clips       {made.clips}: {made.num_tokens:,} tokens")
     print(f"GPU         {made.card}, {made.gib:.1f} GiB")
-    disk = f"checkpoints {made.checkpoint_bytes / gib:.2g} GiB"
-    print(f"disk        {f'cache up to {made.cache_bytes / gib:.2g} GiB, ' if made.cache_bytes else ''}{disk}")
+    disk = f"checkpoints {format_bytes(made.checkpoint_bytes)}"
+    print(f"disk        {f'cache up to {format_bytes(made.cache_bytes)}, ' if made.cache_bytes else ''}{disk}")
     parts = max((list(stage.held) for stage in made.stages), key=len)
     print(f"\n{'GiB':<18}{''.join(f'{part:>15}' for part in parts)}{'total':>8}  {'':<6} time")
     for stage in made.stages:

@@ -1,8 +1,8 @@
 """The settings of `sample` and of a run's eval videos."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mochi_tune.config.values import (
     Count,
@@ -19,6 +19,11 @@ from mochi_tune.config.values import (
 
 if TYPE_CHECKING:
     from mochi_tune.config.schema import DataConfig
+
+
+def _read_none(value: Any) -> Any:
+    # In a shell without quotes, as [] is not.
+    return [] if value == "none" else value
 
 
 class SampleConfig(Section):
@@ -42,10 +47,10 @@ class SampleConfig(Section):
     compare: Literal["base"] | None = setting(
         None, "base: renders without and with the adapter, side by side in one video"
     )
-    adapter: FileText | list[FileText] | None = setting(
+    adapter: Annotated[FileText | list[FileText] | None, BeforeValidator(_read_none)] = setting(
         None,
-        "file, folder or hub:OWNER/NAME[/FILE][@REVISION], or a list of such; null: the run's adapter.safetensors, "
-        "if there is one",
+        "file, folder or hub:OWNER/NAME[/FILE][@REVISION], or a list of such; none: the base; null: the run's "
+        "adapter.safetensors",
     )
     adapter_alpha: Positive | list[Positive] | None = setting(
         None, "alpha of an adapter that does not state its own, or [x, y] for several; null: taken to be its rank"

@@ -8,7 +8,7 @@ from typing import Any
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.adapters.layers import some
 from mochi_tune.config.sample import SampleConfig
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import file_sha256
 from mochi_tune.sampling.strengths import as_ranges, read_block_strengths, read_schedules
 
@@ -99,12 +99,18 @@ def load_render_adapters(
     return adapters
 
 
-def missing_adapter(sample: SampleConfig, run_dir: Path) -> str:
-    """Returns why a rendering has no adapter, and what to do where one was meant."""
-    if sample.adapter is not None:
-        return "no adapter: the base"
+def check_has_adapter(sample: SampleConfig, run_dir: Path) -> None:
+    """Refuses a rendering that names no adapter and whose run has none.
+
+    Raises:
+        CheckpointError: what is missing, and how to render the base.
+    """
+    if sample.adapter is not None or sample.checkpoints is not None or (run_dir / "adapter.safetensors").exists():
+        return
     missing = f"{run_dir} has no adapter.safetensors" if run_dir.is_dir() else f"there is no folder {run_dir}"
-    return f"no adapter: the base, as {missing}: train first, or name the run by run_dir= or a file by adapter="
+    raise CheckpointError(
+        f"{missing}: train first, name the run by run_dir= or a file by adapter=, or render the base by adapter=none."
+    )
 
 
 def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[str, float]]:

@@ -182,7 +182,7 @@ class EvalVideos:
         """Returns the latents of a prompt without the adapter; they are sampled once a run."""
         inputs = [self.noise, self.prompts[i], self.negative_prompt]
         digest = hashlib.sha256(repr(self.settings).encode() + b"".join(t.numpy().tobytes() for t in inputs))
-        path = self.folder / f"base_prompt_{i}_{digest.hexdigest()[:12]}.safetensors"
+        path = self.folder.parent / "base_latents" / f"base_prompt_{i}_{digest.hexdigest()[:12]}.safetensors"
         is_saved = PartialState().is_main_process and path.exists()
         saved = broadcast(load_tensors(path)["latents"] if is_saved else None)
         if saved is not None:
@@ -193,6 +193,7 @@ class EvalVideos:
         finally:
             switch_adapters(dit, True)
         if PartialState().is_main_process:
+            path.parent.mkdir(exist_ok=True)
             save_tensors(path, {"latents": latents})
         return latents
 

@@ -32,7 +32,8 @@ def check_installed(name: str) -> None:
     """
     library = LIBRARIES.get(name)
     if library and importlib.util.find_spec(library) is None:
-        raise ConfigError(f"train.optimizer={name} needs {library}, which is not installed: pip install {library}")
+        package = "'mochi-tune[bitsandbytes]'" if library == "bitsandbytes" else library
+        raise ConfigError(f"train.optimizer={name} needs {library}, which is not installed: pip install {package}.")
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         raise ConfigError(
             f"train.optimizer=muon needs torch 2.9 or newer, this is {torch.__version__}: pip install --upgrade torch"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
+from mochi_tune.files import format_bytes
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.text_encoder import TextEncoder, load_tokenizer
 from mochi_tune.models.vae import Decoder, Encoder
@@ -86,7 +87,7 @@ class WeightsFolder:
         scaled = ", scaled" if any(header.scale for header in plan.headers.values()) else ""
         num_bytes = sum(header.num_bytes for header in plan.headers.values())
         beside = f", tokenizer in {require_tokenizer(self.paths)}" if part == TEXT_ENCODER else ""
-        return f"{files.where}: {stored}{scaled}, {num_bytes / 2**30:.3g} GiB{beside}"
+        return f"{files.where}: {stored}{scaled}, {format_bytes(num_bytes)}{beside}"
 
     def fingerprint(self, part: str) -> str:
         """Identifies a part's weights by their content, as `fingerprint_files` hashes it, wherever the folder is.

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.errors import CheckpointError
+from mochi_tune.files import format_bytes
 from mochi_tune.weights.download import AGAIN, CHUNK_BYTES, TIMEOUT_SECONDS, fetch, one_line
 from mochi_tune.weights.pull_record import HubFile, Listing, Record, check_same_files, read_record, write_record
 from mochi_tune.weights.sources import PRECISIONS, RepoFiles, source_files
@@ -63,12 +64,10 @@ class PullPlan:
         lines = [f"{listing.repo}, commit {listing.commit}" for listing in self.record.listings]
         for file in self.files:
             state = "there" if (self.folder / file.name).exists() else "to fetch"
-            lines.append(f"{file.num_bytes / 2**30:9.3f} GiB  {state:<8}  {file.name}")
+            lines.append(f"{format_bytes(file.num_bytes):>13}  {state:<8}  {file.name}")
         total, missing = sum(file.num_bytes for file in self.files), missing_bytes(self.folder, self.files)
         free = shutil.disk_usage(existing_parent(self.folder)).free
-        lines.append(
-            f"{total / 2**30:9.3f} GiB in all, {missing / 2**30:.3f} GiB to fetch, {free / 2**30:.1f} GiB free"
-        )
+        lines.append(f"{format_bytes(total):>13} in all, {format_bytes(missing)} to fetch, {free / 2**30:.1f} GiB free")
         return lines
 
 

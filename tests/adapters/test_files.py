@@ -317,6 +317,9 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
         CheckpointError, match=r"mine\.safetensors was trained on another base: base_fingerprint is abc"
     ):
         check_adapter(adapter, base_shapes(), "xyz")
+    adapter.metadata["base_fingerprint"] = "F8_E4M3:" + "a" * 64
+    with pytest.raises(CheckpointError, match=f"is F8_E4M3:{'a' * 12}, this base's is F8_E4M3:{'b' * 12}:"):
+        check_adapter(adapter, base_shapes(), "F8_E4M3:" + "b" * 64)
     shapes = base_shapes()
     shapes["blocks.0.attn.qkv_x"] = (9216, 3072)
     del shapes["blocks.1.attn.qkv_y"]

@@ -49,7 +49,7 @@ def test_a_port_that_is_in_use_is_reported_in_one_line():
         taken.listen()
         port = taken.getsockname()[1]
         meeting = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        done = run("sample", "conf=toy_lora", "prompt=x", "run_dir=nowhere", env=meeting)
+        done = run("sample", "conf=toy_lora", "prompt=x", "adapter=none", env=meeting)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert f"could not meet the others at 127.0.0.1:{port}" in last and "set MASTER_PORT to a free one" in last

@@ -89,10 +89,14 @@ def test_cfg_prints_the_settings_that_would_run():
         (["verify", "reference=nowhere"], "reference=nowhere lacks dit_io.safetensors"),
         (["verify", "reference=nowhere", "dtype=fp16"], "dtype=fp16 is not possible: use fp32 or bf16."),
         (["weights", "push"], "use `mochi-tune weights pull`"),
-        (["sample", "conf=my_lora", "model=tiny", "prompt="], "sample.prompt is empty"),
+        (["sample", "conf=my_lora", "model=tiny", "prompt=", "adapter=none"], "sample.prompt is empty"),
         (["train", "conf=my_lora", "model=tiny", "sample.linear_steps=64"], "does not fit sample.steps=64"),
-        (["sample", "conf=my_lora", "model=tiny", "prompt=x", "linear_steps=64"], "does not fit sample.steps=64"),
-        (["sample", "conf=my_lora", "device=cuda", "prompt=x", "model=tiny"], "device=cuda"),
+        (
+            ["sample", "conf=my_lora", "model=tiny", "prompt=x", "linear_steps=64", "adapter=none"],
+            "does not fit sample.steps=64",
+        ),
+        (["sample", "conf=my_lora", "prompt=x", "model=tiny"], "is no folder runs/my_lora_tiny: train first"),
+        (["sample", "conf=my_lora", "device=cuda", "prompt=x", "model=tiny", "adapter=none"], "device=cuda"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, text):
@@ -108,7 +112,8 @@ def test_missing_weights_name_the_command_that_fetches_them(tmp_path, verb):
     videos.mkdir()
     (videos / "a.mp4").write_bytes(b"")
     (videos / "a.txt").write_text("a")
-    done = run(verb, "conf=my_lora", "prompt=x" if verb == "sample" else "seed=1", "model.weights=none", cwd=tmp_path)
+    more = ["prompt=x", "adapter=none"] if verb == "sample" else []
+    done = run(verb, "conf=my_lora", *more, "model.weights=none", cwd=tmp_path)
     assert done.returncode == 2
     assert "mochi-tune weights pull" in done.stderr and done.stderr.count("\n") == 1
 
@@ -117,6 +122,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     arguments = [
         "prompt=x",
+        "adapter=none",
         "model=tiny",
         "sample.steps=2",
         "sample.num_frames=1",

@@ -67,7 +67,13 @@ def test_pickled_weights_are_not_opened(tmp_path, verb, file, text):
     if file.endswith((".bin", ".pt")):
         (weights / file).with_stem(Path(file).stem.removeprefix("pytorch_")).with_suffix(".safetensors").unlink()
     plant(weights / file, tmp_path / "exploded")
-    more = ["prompt=x"] if verb == "sample" else [f"data.cache={tmp_path / 'cache'}"] if verb == "prepare" else []
+    more = (
+        ["prompt=x", "adapter=none"]
+        if verb == "sample"
+        else [f"data.cache={tmp_path / 'cache'}"]
+        if verb == "prepare"
+        else []
+    )
     arguments = [*road(tmp_path / "run"), f"model.weights={weights}", *more]
     assert text in Program([verb, "conf=my_lora", *arguments], tmp_path / "log").refusal
     assert not (tmp_path / "exploded").exists()

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 def settings(folder: Path, name: str, layout: dict) -> list[str]:
     given = [f"{key}={value}" for key, value in layout.items()]
-    given += ["sample.num_frames=37", "sample.guidance=2", "sample.save_latents=true"]
+    given += ["sample.adapter=none", "sample.num_frames=37", "sample.guidance=2", "sample.save_latents=true"]
     given += [f"sample.prompts={folder / 'prompts.txt'}", f"sample.prompt_cache={folder / 'cache'}"]
     return [*given, f"sample.out={folder / name}", f"run_dir={folder}"]
 

@@ -19,13 +19,14 @@ from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.sampling.video import read_frames
 
 RENDER = ["sample.steps=2", "sample.num_frames=7", "prompt=a red ball"]
+BASE = [*RENDER, "adapter=none"]
 TWO = ["parallel.num_processes=2", "parallel.context=2"]
 
 
 @pytest.mark.parametrize("out", [None, "mine.mp4"])
 def test_two_renderings_that_choose_one_name_at_once_are_two_videos(tmp_path, out):
     samples = tmp_path / "samples"
-    arguments = [*road(tmp_path), *RENDER, "save_latents=true", *([f"out={samples / out}"] if out else [])]
+    arguments = [*road(tmp_path), *BASE, "save_latents=true", *([f"out={samples / out}"] if out else [])]
     both = [
         Program(
             ["sample", "conf=my_lora", *arguments],
@@ -43,7 +44,7 @@ def test_two_renderings_that_choose_one_name_at_once_are_two_videos(tmp_path, ou
     videos = sorted(samples.glob("*.mp4"))
     stem = "mine" if out else "a_red_ball_seed_0_001"
     assert [video.name for video in videos] == [f"{stem}.mp4", f"{stem}_2.mp4"]
-    assert {one.out.strip() for one in both} == {str(video) for video in videos}
+    assert {one.out.strip() for one in both} == {f"video: {video}" for video in videos}
     assert sorted(path.name for path in samples.iterdir()) == sorted(
         f"{stem}{number}.{suffix}" for number in ("", "_2") for suffix in ("json", "mp4", "safetensors")
     )
@@ -60,9 +61,9 @@ def test_a_taken_port_29500_is_not_needed(tmp_path):
             with contextlib.suppress(OSError):
                 server.bind((address, 29500))
                 server.listen()
-        done = Program(["sample", "conf=my_lora", *road(tmp_path), *RENDER, *TWO], tmp_path / "log")
+        done = Program(["sample", "conf=my_lora", *road(tmp_path), *BASE, *TWO], tmp_path / "log")
         assert done.wait() == 0, done.text()
-    assert Path(done.out.strip()).exists()
+    assert Path(done.out.strip().removeprefix("video: ")).exists()
 
 
 IPV6_ONLY = """
@@ -77,13 +78,13 @@ def test_a_host_with_ipv6_alone_will_do(tmp_path):
     # A network and a table of names of its own, which takes a privilege.
     done = subprocess.run(
         ["unshare", "--net", "--mount", "sh", "-c", IPV6_ONLY, "sh", str(tmp_path / "hosts"),
-         *command("sample", "conf=my_lora", *road(tmp_path), *RENDER, *TWO)],
+         *command("sample", "conf=my_lora", *road(tmp_path), *BASE, *TWO)],
         env=ENVIRONMENT, capture_output=True, text=True, check=False,
     ) if shutil.which("unshare") and shutil.which("ip") else None  # fmt: skip
     if done is None or (done.returncode in (1, 77) and "mochi-tune" not in done.stderr):
         pytest.skip("no network namespace can be made here")
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).exists()
+    assert Path(done.stdout.strip().removeprefix("video: ")).exists()
 
 
 # Closed stdin, no terminal, a home that nothing can be written to, a strict umask and few files.
@@ -118,7 +119,7 @@ def test_every_verb_works_without_stdin_terminal_home_and_with_few_files(tmp_pat
 
 
 def test_a_home_that_cannot_be_written_is_one_line(tmp_path):
-    done = bare("sample", "conf=my_lora", "model=tiny", *RENDER, "device=cpu", f"run_dir={tmp_path}")
+    done = bare("sample", "conf=my_lora", "model=tiny", *BASE, "device=cpu", f"run_dir={tmp_path}")
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("mochi-tune: /proc/nowhere"), done.stderr
     assert "choose another path" in last and not list(tmp_path.rglob("*.mp4"))

@@ -76,7 +76,14 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused_and_nobody_is_asked(weig
     add_code(weights / "tokenizer", tmp_path / "exploded")
     auto_map = {"AutoTokenizer": ["evil.Tok", "evil.Tok"]}
     change_json(weights / "tokenizer" / "tokenizer_config.json", auto_map=auto_map, tokenizer_class="EvilTok")
-    arguments = ["sample", "conf=my_lora", *road(tmp_path / "run"), f"model.weights={weights}", "prompt=x"]
+    arguments = [
+        "sample",
+        "conf=my_lora",
+        *road(tmp_path / "run"),
+        f"model.weights={weights}",
+        "prompt=x",
+        "adapter=none",
+    ]
     sampling = Program([*arguments, f"sample.prompt_cache={tmp_path / 'prompts'}"], tmp_path / "log")
     assert "contains custom code" in sampling.refusal and "y/N" not in sampling.text()
     assert not (tmp_path / "exploded").exists()
@@ -213,7 +220,13 @@ def test_processes_of_a_training_with_another_start_adapter_are_named(tmp_path):
 
 def test_processes_of_a_rendering_with_other_weights_are_named(weights, tmp_path):
     def arguments(folder: Path) -> list[str]:
-        more = ["prompt=x", "sample.steps=1", "sample.num_frames=7", f"sample.out={tmp_path / 'out'}"]
+        more = [
+            "prompt=x",
+            "sample.adapter=none",
+            "sample.steps=1",
+            "sample.num_frames=7",
+            f"sample.out={tmp_path / 'out'}",
+        ]
         return ["sample", "conf=my_lora", *road(tmp_path / "run", *more), f"model.weights={folder}"]
 
     change_weights(weights / "decoder.safetensors", "output_proj.weight")

@@ -258,7 +258,7 @@ def test_rows_of_a_file_have_settings_of_their_own_and_t5_runs_once_a_prompt(tmp
     # Three distinct prompts, the empty one among them.
     assert len(list((tmp_path / "cache").iterdir())) == 3
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b", "step": 3}\n')
-    done = run("sample", "conf=my_lora", *road(tmp_path), f"prompts={tmp_path / 'p.jsonl'}")
+    done = run("sample", "conf=my_lora", *road(tmp_path), f"prompts={tmp_path / 'p.jsonl'}", "adapter=none")
     assert done.returncode == 2 and "p.jsonl row 3: step is not a key" in done.stderr
 
 
@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path):
     sample(tmp_path, *arguments[:-1])  # The prompt is cached, and the adapter found.
     # Files of 2000 bytes at most: what a full disk does, in the midst of writing.
     done = run(
-        "sample", "conf=my_lora", *arguments, "prompt=a red ball", f"out={out}",
+        "sample", "conf=my_lora", *arguments, "prompt=a red ball", f"out={out}", "adapter=none",
         disturbance=Disturbance(file_bytes=2000),
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -377,7 +377,7 @@ def test_the_tail_of_a_prompt_that_is_too_long_is_told_before_any_weight_is_read
 
 def test_rows_end_at_a_newline_alone(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt":"raw\u2028sep"}\n', encoding="utf-8")
-    more = [f"out={tmp_path / 'out'}", "sample.steps=1", "num_frames=1"]
+    more = [f"out={tmp_path / 'out'}", "sample.steps=1", "num_frames=1", "adapter=none"]
     done = run("sample", "conf=my_lora", *road(tmp_path), f"prompts={tmp_path / 'p.jsonl'}", *more)
     assert done.returncode == 0, done.stderr
     [record] = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json"))

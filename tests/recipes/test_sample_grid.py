@@ -174,7 +174,7 @@ def test_what_cannot_be_a_grid_is_refused(tmp_path, settings, said):
 
 
 def test_the_command_prints_what_it_writes_and_an_axis_asks_for_the_grid(tmp_path):
-    arguments = ["sample", "conf=my_lora", *road(tmp_path, *FAST), "prompt=a cat"]
+    arguments = ["sample", "conf=my_lora", *road(tmp_path, *FAST), "prompt=a cat", "adapter=none"]
     done = run(*arguments, "grid=true", "seeds=[1,2]", f"out={tmp_path / 'g'}")
     assert done.returncode == 0, done.stderr
     assert [Path(line).suffix for line in done.stdout.splitlines()] == [".mp4", ".mp4", ".mp4", ".html"]

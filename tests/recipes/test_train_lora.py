@@ -221,7 +221,7 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     share += rounding_share(lambda: decode(saved["latents"]), list(decoder.parameters()))
     assert_same_frames(frames["step_000002_prompt_0"], again, share)
     # The base is sampled once a run; at step 0 the adapter, which changes nothing yet, is rendered beside it, the same.
-    [kept] = (tmp_path / "samples").glob("base_prompt_0_*.safetensors")
+    [kept] = (tmp_path / "base_latents").glob("base_prompt_0_*.safetensors")
     base = load_file(kept)["latents"]
     assert (base - saved["base"]).abs().max() <= error
     twice = torch.cat([decode(base)] * 2, dim=2)

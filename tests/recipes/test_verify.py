@@ -1,12 +1,17 @@
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from helpers_golden import GOLDEN
 from helpers_process import run, run_in_two
 from safetensors.torch import load_file, save_file
 
+from mochi_tune import assets
 from mochi_tune.recipes.verify import GRADIENT_TOLERANCE, TOLERANCE, main
+from mochi_tune.toy.make_vectors import main as make_vectors
+
+VECTORS = Path(next(iter(assets.__path__))) / "vectors"
 
 # What a folder of vectors is held against, one word of each kind of check.
 KINDS = (
@@ -28,6 +33,27 @@ def test_every_vector_is_checked_and_ok():
     assert "FAIL" not in done.stdout and done.stdout.endswith("every check is ok\n")
     # The 28 gradients: 2 objectives x 7 layers x 2 halves.
     assert done.stdout.count(" gradient: ") == 28
+
+
+def test_without_a_folder_the_packaged_vectors_are_checked():
+    checks = list(main(None, "cpu", "fp32"))
+    assert [check.name for check in checks if not check.ok] == []
+    assert {kind for kind in KINDS if not any(check.name.startswith(kind) for check in checks)} == set()
+    assert sum(path.stat().st_size for path in VECTORS.iterdir()) < 2e6
+
+
+def test_the_packaged_vectors_are_what_their_recipe_makes(tmp_path):
+    make_vectors(GOLDEN, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in VECTORS.iterdir()}
+    for name in ("lora.safetensors", "schedules.json", "full_size_keys.json"):
+        assert (tmp_path / name).read_bytes() == (VECTORS / name).read_bytes()
+    for name in ("dit_io", "vae_io"):
+        made, packaged = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, VECTORS))
+        assert made.keys() == packaged.keys()
+        for key, tensor in packaged.items():
+            # Computed in fp64 of numbers that other machines draw alike to a few roundings of fp32.
+            rounding = TOLERANCE["bf16" if tensor.dtype == torch.bfloat16 else "fp32"]
+            assert (made[key].double() - tensor.double()).abs().max() <= rounding * tensor.double().abs().max(), key
 
 
 def test_several_processes_check_every_layout_too():

@@ -192,8 +192,8 @@ def test_the_command_line_offline_and_a_dry_run(hub, tmp_path):
     assert done.returncode == 0 and not folder.exists(), done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"{REPO}, commit {COMMIT}" and len(lines) == 9
-    assert lines[1] == "    0.003 GiB  to fetch  dit.safetensors"
-    assert re.fullmatch(r"    0\.003 GiB in all, 0\.003 GiB to fetch, [\d.]+ GiB free", lines[-1])
+    assert lines[1] == "    2.861 MiB  to fetch  dit.safetensors"
+    assert re.fullmatch(r" +[\d.]+ MiB in all, [\d.]+ MiB to fetch, [\d.]+ GiB free", lines[-1])
     done = run(HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"repo={REPO} cannot be listed (HF_HUB_OFFLINE is set): unset it for the first pull" in done.stderr

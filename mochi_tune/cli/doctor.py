@@ -1,0 +1,26 @@
+"""The verb `doctor`: says what this machine has and lacks, and what to do."""
+
+from pathlib import Path
+
+from mochi_tune.cli.options import DOCTOR_OPTIONS, plain_options
+from mochi_tune.errors import ConfigError
+
+
+def run_doctor(arguments: list[str]) -> int:
+    """Prints a line on each thing that is examined; returns 1 where a run would fail."""
+    options = plain_options("doctor", arguments, DOCTOR_OPTIONS)
+    if options is None:
+        return 0
+    if options["device"] not in ("cpu", "cuda", "auto"):
+        raise ConfigError(f"device={options['device']} is not possible: use cpu, cuda or auto.")
+    from mochi_tune.recipes.doctor import FAIL, NOTE, main
+
+    failed = noted = 0
+    for finding in main(Path(options["model.weights"]).expanduser(), options["device"]):
+        failed, noted = failed + (finding.verdict == FAIL), noted + (finding.verdict == NOTE)
+        print(f"{finding.verdict:<5} {finding.name:<10} {finding.says}", flush=True)
+        if finding.advice:
+            print(f"{'':<16} {finding.advice}", flush=True)
+    notes = f"; {noted} notes, on what not every run needs" if noted else ""
+    print(f"{failed} FAILED: do what stands below each" if failed else f"nothing failed{notes}")
+    return 1 if failed else 0

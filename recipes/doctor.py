@@ -1,0 +1,244 @@
+"""What this machine has and lacks for a fine-tuning; nothing is downloaded and no weights are read but headers."""
+
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Of pyproject.toml.
+PYTHON, TORCH = ((3, 11), (3, 14)), (2, 7)
+# The modules of each extra, and what it is for.
+EXTRAS = {
+    "bitsandbytes": (("bitsandbytes",), "train.optimizer=adamw_8bit"),
+    "trackio": (("trackio",), "log.trackio=true"),
+    "footage": (("scenedetect",), "split"),
+    "ray": (("ray",), "parallel.engine=ray"),
+    "ui": (("gradio", "uvicorn"), "ui"),
+}
+DECODERS = ("h264", "hevc", "vp9", "av1", "prores", "mjpeg")
+GIB = 2**30
+# What a run writes besides the weights, and the smallest official weights.
+LEAST_FREE_GIB, WEIGHTS_GIB = 2, 16
+# T5-XXL in bf16 and what runs beside it.
+LEAST_MEMORY_GIB = 12
+# fp32 rounds by 6e-8; of a sum of some hundred products a few times as much is left.
+TOLERANCE = 2e-5
+OK, NOTE, FAIL = "ok", "note", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one thing.
+
+    Attributes:
+        name: of the thing.
+        says: what is there.
+        advice: what to do; "" where nothing is to be done.
+        verdict: OK; NOTE where something is missing that not every run needs; FAIL where a run would fail.
+    """
+
+    name: str
+    says: str
+    advice: str = ""
+    verdict: str = OK
+
+
+def main(weights: Path, device: str) -> Iterator[Finding]:
+    """Examines one thing after the other; yields what it finds of each.
+
+    Args:
+        weights: folder of the real model's weights, which need not be there.
+        device: of the self-test, "cpu", "cuda" or "auto".
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    yield check_python(sys.version_info[:3])
+    torch_finding = check_torch()
+    yield torch_finding
+    if torch_finding.verdict != FAIL:
+        yield from check_gpus()
+        yield check_attention()
+    yield check_memory()
+    yield check_disk(Path.cwd(), weights)
+    yield check_video()
+    yield check_extras()
+    if torch_finding.verdict != FAIL:
+        yield check_weights_at(weights)
+        yield check_numbers(device)
+
+
+def check_python(version: tuple[int, ...]) -> Finding:
+    """The version of Python."""
+    says = ".".join(map(str, version)) + f", {platform.system()} {platform.machine()}"
+    if PYTHON[0] <= version[:2] < PYTHON[1]:
+        return Finding("Python", says)
+    return Finding("Python", says, "install Python 3.11, 3.12 or 3.13", FAIL)
+
+
+def check_torch() -> Finding:
+    """The version of torch, and whether it is one for CUDA where there is a GPU."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        return Finding("torch", f"cannot be imported: {reason}", "pip install --force-reinstall torch", FAIL)
+    says = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH:
+        return Finding("torch", says, "pip install --upgrade torch", FAIL)
+    if has_nvidia_driver() and not torch.cuda.is_available():
+        advice = "the driver is too old for it, or the GPU is hidden: compare `nvidia-smi` with pytorch.org/get-started"
+        if not torch.version.cuda:
+            advice = "this torch uses no GPU, and there is one: install torch for CUDA, see pytorch.org/get-started"
+        return Finding("torch", says, advice, FAIL)
+    return Finding("torch", says)
+
+
+def has_nvidia_driver() -> bool:
+    """Whether the machine has a driver of NVIDIA, which a torch without CUDA does not see."""
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def check_gpus() -> Iterator[Finding]:
+    """Each GPU with its memory, or that there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("GPU", "none", "Mochi 1 needs a CUDA GPU; `demo`, model=toy and model=tiny do not", NOTE)
+        return
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        free, total = (each / GIB for each in torch.cuda.mem_get_info(number))
+        says = f"{facts.name}, {total:.1f} GiB, {free:.1f} free, compute capability {facts.major}.{facts.minor}"
+        if free < total / 2:
+            yield Finding(f"GPU {number}", says, "another program holds its memory: see `nvidia-smi`", NOTE)
+        else:
+            yield Finding(f"GPU {number}", says)
+
+
+def check_attention() -> Finding:
+    """The attention kernels that run on the GPU at the width of Mochi's heads."""
+    import torch
+
+    from mochi_tune.parallel.kernels import time_attention
+
+    if not torch.cuda.is_available():
+        return Finding("attention", "PyTorch's own, on the CPU")
+    seconds = time_attention((24, 2048, 128), torch.device("cuda"), torch.bfloat16)
+    if not seconds:
+        advice = "training is slow and takes much memory without one: update torch and the driver"
+        return Finding("attention", "no fused kernel runs here", advice, FAIL)
+    fastest_first = sorted(seconds, key=lambda name: seconds[name])
+    return Finding("attention", ", ".join(f"{name} {1000 * seconds[name]:.2g} ms" for name in fastest_first))
+
+
+def check_memory() -> Finding:
+    """The machine's memory."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    says = f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} available"
+    if memory.available < LEAST_MEMORY_GIB * GIB:
+        advice = f"`prepare` and `sample` of Mochi 1 read T5 through it: close programs, or use {LEAST_MEMORY_GIB} GiB"
+        return Finding("memory", says, advice, NOTE)
+    return Finding("memory", says)
+
+
+def check_disk(folder: Path, weights: Path) -> Finding:
+    """The free space of this folder, where the runs go, and of the weights' disk."""
+    here, there = (shutil.disk_usage(_existing(path)).free / GIB for path in (folder, weights))
+    says = f"{here:.1f} GiB free here, {there:.1f} at {weights}"
+    if here < LEAST_FREE_GIB:
+        return Finding("disk", says, f"a run needs {LEAST_FREE_GIB} GiB: free some, or work in another folder", FAIL)
+    if not weights.exists() and there < WEIGHTS_GIB:
+        return Finding("disk", says, f"the weights take {WEIGHTS_GIB} to 61 GiB: `weights pull to=DIR` elsewhere", NOTE)
+    return Finding("disk", says)
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+
+
+def check_video() -> Finding:
+    """PyAV, and the codecs of the FFmpeg in it."""
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        return Finding("video", f"PyAV cannot be imported: {reason}", "pip install --force-reinstall av", FAIL)
+    from mochi_tune.sampling.formats import CODECS
+
+    says = f"PyAV {av.__version__}"
+    wanted = [(codec.encoder, "w") for codec in CODECS.values()] + [(name, "r") for name in DECODERS]
+    missing = [f"{name} ({'written' if mode == 'w' else 'read'})" for name, mode in wanted if not _has(name, mode)]
+    if not missing:
+        written, read = (", ".join(name for name, mode in wanted if mode == each) for each in "wr")
+        return Finding("video", f"{says}: writes {written}; reads {read}")
+    advice = "take PyAV's own wheel: pip install --only-binary av --force-reinstall av"
+    verdict = FAIL if any(name.startswith(("libx264", "h264")) for name in missing) else NOTE
+    return Finding("video", f"{says} lacks {', '.join(missing)}", advice, verdict)
+
+
+def _has(name: str, mode: str) -> bool:
+    from av.codec import Codec
+    from av.codec.codec import UnknownCodecError
+
+    try:
+        Codec(name, "w" if mode == "w" else "r")
+    except UnknownCodecError:
+        return False
+    return True
+
+
+def check_extras() -> Finding:
+    """The extras of the package."""
+    lacking = [extra for extra, (modules, _) in EXTRAS.items() if not all(map(importlib.util.find_spec, modules))]
+    there = [extra for extra in EXTRAS if extra not in lacking]
+    says = f"installed: {', '.join(there) or 'none'}"
+    if not lacking:
+        return Finding("extras", says)
+    wanted = "; ".join(f"{extra} for {EXTRAS[extra][1]}" for extra in lacking)
+    return Finding("extras", says, f"if wanted, pip install 'mochi-tune[EXTRA]': {wanted}", NOTE)
+
+
+def check_weights_at(weights: Path) -> Finding:
+    """What is there of the weights, by the headers of their files."""
+    from mochi_tune.weights.check import check_weights
+    from mochi_tune.weights.folder import WeightsFolder
+
+    if not weights.exists():
+        advice = "`mochi-tune weights pull` fetches them; `demo` and model=toy need none"
+        return Finding("weights", f"none in {weights}", advice, NOTE)
+    report = check_weights(WeightsFolder(weights))
+    says = f"{weights}: {'; '.join(report.verbs)}"
+    if report.is_complete:
+        return Finding("weights", says)
+    return Finding("weights", says, "`mochi-tune weights check` says what is wrong with each part", FAIL)
+
+
+def check_numbers(device: str) -> Finding:
+    """The embedded tiny DiT in fp32 on the device against the same in fp64 on the CPU."""
+    import torch
+
+    from mochi_tune import assets
+    from mochi_tune.models.device import find_device
+    from mochi_tune.weights.folder import WeightsFolder
+
+    chosen, folder = find_device(device), WeightsFolder(Path(next(iter(assets.__path__))) / "tiny")
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 12, 3, 8, 12, generator=generator)
+    prompt, mask = torch.randn(1, 16, 64, generator=generator), torch.ones(1, 16, dtype=torch.uint8)
+    sigma = torch.tensor([0.7])
+    with torch.no_grad():
+        exact = folder.load_dit("cpu", torch.float32).double()(latents.double(), sigma.double(), prompt.double(), mask)
+        dit = folder.load_dit(chosen, torch.float32)
+        got = dit(*(each.to(chosen) for each in (latents, sigma, prompt, mask))).cpu().double()
+    error = ((got - exact).abs().max() / exact.abs().max()).item()
+    says = f"the tiny DiT in fp32 on {chosen.type} is within {error:.1e} of fp64; allowed are {TOLERANCE:.0e}"
+    # A NaN is not within the tolerance.
+    if error <= TOLERANCE:
+        return Finding("numbers", says)
+    return Finding("numbers", says, "`mochi-tune verify` says which part is wrong; update torch and the driver", FAIL)

@@ -1,0 +1,74 @@
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from helpers_process import run
+from helpers_road import ENVIRONMENT, command
+
+from mochi_tune import assets
+from mochi_tune.recipes import doctor
+
+TINY = Path(next(iter(assets.__path__))) / "tiny"
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def test_it_examines_everything_and_a_machine_that_passes_exits_with_0(tmp_path):
+    done = run("doctor", "device=cpu", f"model.weights={TINY}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = dict(re.findall(r"^(?:ok|note|FAIL) +(\S+).*?$()", done.stdout, re.MULTILINE))
+    expected = {"Python", "torch", "GPU", "attention", "memory", "disk", "video", "extras", "weights", "numbers"}
+    assert expected <= verdicts.keys() | {name.rstrip("0123456789") for name in verdicts}
+    assert "nothing failed" in done.stdout and "sample: ready" in done.stdout
+
+
+def test_what_fails_says_what_to_do_and_exits_with_1(tmp_path):
+    # A torch that does not load, as one whose libraries are gone.
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    # A fresh process: that of `run` has torch.
+    env = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command("doctor"), env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"FAIL +torch +cannot be imported: libcudart\.so\.12.*\n +pip install", done.stdout)
+    assert "1 FAILED" in done.stdout and "numbers" not in done.stdout
+
+
+@pytest.mark.parametrize(("version", "fits"), [((3, 10, 9), 0), ((3, 11, 0), 1), ((3, 13, 5), 1), ((3, 14, 0), 0)])
+def test_the_versions_of_python(version, fits):
+    finding = doctor.check_python(version)
+    assert (finding.verdict == doctor.OK) == bool(fits) and bool(finding.advice) != bool(fits)
+
+
+def test_what_it_knows_is_what_the_package_declares():
+    lowest, highest = (".".join(map(str, version)) for version in doctor.PYTHON)
+    assert PROJECT["requires-python"] == f">={lowest},<{highest}"
+    assert f"torch>={'.'.join(map(str, doctor.TORCH))}" in PROJECT["dependencies"]
+    assert doctor.EXTRAS.keys() == PROJECT["optional-dependencies"].keys() - {"dev"}
+
+
+def test_incomplete_weights_fail_and_absent_ones_are_a_note(tmp_path):
+    assert doctor.check_weights_at(tmp_path / "nowhere").verdict == doctor.NOTE
+    finding = doctor.check_weights_at(tmp_path)
+    assert finding.verdict == doctor.FAIL and "sample: lacks DiT" in finding.says and "weights check" in finding.advice
+
+
+def test_a_codec_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "DECODERS", ("h264", "no_such_codec"))
+    finding = doctor.check_video()
+    assert finding.verdict == doctor.NOTE and "lacks no_such_codec (read)" in finding.says
+
+
+def test_an_extra_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(doctor.EXTRAS, "zebra", (("no_such_module",), "stripes"))
+    finding = doctor.check_extras()
+    assert finding.verdict == doctor.NOTE and "zebra for stripes" in finding.advice
+
+
+def test_numbers_that_are_off_fail(monkeypatch):
+    assert doctor.check_numbers("cpu").verdict == doctor.OK
+    # Below what fp32 can do.
+    monkeypatch.setattr(doctor, "TOLERANCE", sys.float_info.epsilon)
+    finding = doctor.check_numbers("cpu")
+    assert finding.verdict == doctor.FAIL and "mochi-tune verify" in finding.advice
