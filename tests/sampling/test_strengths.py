@@ -51,6 +51,7 @@ def test_factors_of_no_block_are_refused(given, said):
 
 def test_a_schedule_is_for_all_adapters_or_one_for_each():
     assert read_schedules(sample_config(), 2) == [(), ()]
+    assert read_schedules(sample_config("strength_schedule=1"), 1) == [(1.0,)]
     assert read_schedules(sample_config("strength_schedule=[1,0.5]"), 2) == [(1.0, 0.5)] * 2
     assert read_schedules(sample_config("strength_schedule=[[1,0.5],[0]]"), 2) == [(1.0, 0.5), (0.0,)]
 
@@ -63,7 +64,6 @@ def test_a_schedule_is_for_all_adapters_or_one_for_each():
         ("[[1],[]]", 2, r"\[\[1.0\], \[\]\] has no value for a step"),
         ("[[1]]", 2, "has 1 values for 2 adapters"),
         ("[1]", 0, r"strength_schedule=\[1.0\] has no adapter"),
-        ("1", 1, "does not fit: it takes a list of numbers"),
         ("[1,[1]]", 2, "does not fit: it takes a list of numbers"),
     ],
 )

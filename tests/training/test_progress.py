@@ -41,7 +41,11 @@ def test_on_a_terminal_there_is_a_bar_and_no_lines(monkeypatch):
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", terminal)
         walk(0, 5, 5)
-        shown = screen.read(1 << 16).decode()
+        terminal.flush()
+        shown = ""
+        while "5/5" not in shown:
+            # What a terminal has so far: a part of it at a time.
+            shown += screen.read(1 << 16).decode()
         monkeypatch.undo()
     assert "train:" in shown and "5/5" in shown and "loss 0.5000" in shown and "step 1/5" not in shown
 
