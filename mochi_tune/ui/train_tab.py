@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.errors import DataError, MochiTuneError
 from mochi_tune.ui import html, runs
 from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside
@@ -15,6 +15,7 @@ from mochi_tune.ui.form import SettingsForm, settings_reference
 from mochi_tune.ui.jobs import add_job
 from mochi_tune.ui.jobs_bar import said_of
 from mochi_tune.ui.plan import foretell, known_cards, likely_card
+from mochi_tune.ui.posters import posters
 
 POLL_SECONDS = 3
 PLAY_ALL = """
@@ -86,6 +87,8 @@ def build_runs(folder: Path) -> None:
         chosen = gr.Dropdown([], multiselect=True, label="Runs, one over the other", elem_id="runs", scale=3)
         step = gr.Dropdown([], label="Videos of step", elem_id="sample_step", scale=1)
     figures = gr.HTML(elem_id="figures")
+    stop = gr.Button("Stop the run: it saves first", size="sm", elem_id="run_stop", visible=False)
+    stop_said = gr.HTML(elem_id="run_stop_said")
     charts = {}
     with gr.Row():
         for key in ("loss", "lr"):
@@ -97,7 +100,7 @@ def build_runs(folder: Path) -> None:
     play = gr.Button("Play all from the start", size="sm", elem_id="play_all", visible=False)
     samples = gr.HTML(elem_id="samples")
     shown = gr.State({})
-    outputs = [chosen, step, figures, *charts.values(), validation, samples, play, shown]
+    outputs = [chosen, step, figures, stop, *charts.values(), validation, samples, play, shown]
 
     def refresh(names: list[str] | None, wanted: int | None, shown: dict[str, Any]) -> list[Any]:
         there = runs.list_runs(folder)
@@ -108,6 +111,7 @@ def build_runs(folder: Path) -> None:
         checked = runs.validation_curves(folder, names)
         now |= {"validation": (len(checked), checked[-1:])}
         now["figures"] = figures_html(folder, names)
+        now["trains"] = bool(names) and runs.owner(inside(folder, names[0])) != 0
         videos = runs.list_samples(inside(folder, names[0])) if names else []
         steps = sorted({video.step for video in videos}, reverse=True)
         was_newest = not shown.get("steps") or wanted == shown["steps"][0] or wanted not in steps
@@ -126,6 +130,9 @@ def build_runs(folder: Path) -> None:
             gr.Dropdown(there, value=names) if changed("runs") else gr.skip(),
             gr.Dropdown([(f"step {each}", each) for each in steps], value=wanted) if changed("steps") else gr.skip(),
             now["figures"] if changed("figures") else gr.skip(),
+            gr.Button(f"Stop {Path(names[0]).name}: it saves first", visible=True)
+            if now["trains"]
+            else gr.Button(visible=False),
             *frames,
             gr.LinePlot(_frame(checked, "line"), visible=bool(checked)) if changed("validation", "runs") else gr.skip(),
             samples_html(folder, names, now["videos"]) if changed("videos", "runs") else gr.skip(),
@@ -133,6 +140,17 @@ def build_runs(folder: Path) -> None:
             now,
         ]
 
+    def ask_to_stop(shown: dict[str, Any]) -> str:
+        def act() -> str:
+            _, names = shown.get("runs") or ((), [])
+            if not names:
+                raise DataError("no run is chosen: choose the one to stop.")
+            pid = runs.stop_run(inside(folder, names[0]))
+            return f"{Path(names[0]).name}: process {pid} was asked to save and stop"
+
+        return said_of(act)
+
+    stop.click(ask_to_stop, shown, stop_said, show_progress="hidden")
     timer = gr.Timer(POLL_SECONDS)
     gr.on(
         [timer.tick, chosen.input, step.input], refresh, [chosen, step, shown], outputs,
@@ -193,10 +211,14 @@ def samples_html(folder: Path, names: Sequence[str], videos: Sequence[runs.Sampl
         return html.note("Eval videos come here once train.sample_prompts names prompts.") if names else ""
     prompts = runs.prompts_of(inside(folder, names[0]))
     figures = []
+    paths = [video.path for video in videos if video.path.suffix != ".png"]
+    pictures = dict(zip(paths, posters(folder, paths), strict=True))
     for video in videos:
         is_still = video.path.suffix == ".png"
         picture = (
-            f'<img src="{html.address(folder, video.path)}" alt="">' if is_still else html.video(folder, video.path)
+            f'<img src="{html.address(folder, video.path)}" alt="">'
+            if is_still
+            else html.video(folder, video.path, pictures[video.path])
         )
         prompt = prompts[video.prompt] if video.prompt < len(prompts) else f"prompt {video.prompt}"
         figures.append(
