@@ -21,11 +21,7 @@ SPLIT = {
     "min_seconds": ("Shortest clip, seconds", "1.25", "shorter scenes give no clip; 37 frames are 1.23 s"),
     "threshold": ("Threshold of cuts", "", "lower finds more cuts; empty: the detector's own"),
 }
-DETECTORS = {
-    "adaptive": "adaptive: also with a fast camera",
-    "content": "content: frames that differ",
-    "threshold": "threshold: fades to black",
-}
+DETECTORS = ("adaptive", "content", "threshold")
 FILTER = {
     "max_black": ("Black", "0.1", "most black frames, as a share; off: no limit, as for all of these"),
     "max_frozen": ("Frozen", "0.2", "longest run of equal frames, as a share"),
@@ -54,8 +50,8 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         with gr.Row():
             split = _fields("split", SPLIT)
             split["detector"] = gr.Dropdown(
-                [(text, name) for name, text in DETECTORS.items()], value="adaptive", label="Detector",
-                info="what counts as a cut", elem_id="split_detector", min_width=180,
+                DETECTORS, value="adaptive", label="Detector",
+                info="threshold: the film fades to black", elem_id="split_detector", min_width=180,
             )  # fmt: skip
         run_split = gr.Button("Split into the folder of videos", elem_id="split")
         gr.HTML("<h3>Find clips that are not worth a caption</h3>")

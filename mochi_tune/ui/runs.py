@@ -179,7 +179,7 @@ def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]
                 points.append({"step": row["step"], "value": row["validation_loss"], "line": line})
             if len(names) == 1:
                 bins = row.get("bins") or {}
-                points += [{"step": row["step"], "value": v, "line": f"noise {k}"} for k, v in bins.items()]
+                points += [{"step": row["step"], "value": v, "line": f"σ {k}"} for k, v in bins.items()]
     return points
 
 

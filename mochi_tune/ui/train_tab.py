@@ -18,6 +18,8 @@ from mochi_tune.ui.plan import foretell, known_cards, likely_card
 from mochi_tune.ui.posters import posters
 
 POLL_SECONDS = 3
+# Of lines in a chart, to be told apart on white and on black.
+LINE_COLORS = ("#0d9488", "#ea580c", "#8b5cf6", "#e11d48", "#0284c7", "#ca8a04", "#65a30d", "#94a3b8")
 PLAY_ALL = """
 () => document.querySelectorAll("#samples video").forEach((v) => { v.pause(); v.currentTime = 0; v.play(); })
 """
@@ -122,7 +124,7 @@ def build_runs(folder: Path) -> None:
             return any(now[key] != shown.get(key) for key in keys)
 
         frames = [
-            gr.LinePlot(_frame(points[key], "run"), visible=bool(points[key]))
+            _lines(points[key], "run")
             if changed("charts", "runs") else gr.skip()
             for key in charts
         ]  # fmt: skip
@@ -134,7 +136,7 @@ def build_runs(folder: Path) -> None:
             if now["trains"]
             else gr.Button(visible=False),
             *frames,
-            gr.LinePlot(_frame(checked, "line"), visible=bool(checked)) if changed("validation", "runs") else gr.skip(),
+            _lines(checked, "line") if changed("validation", "runs") else gr.skip(),
             samples_html(folder, names, now["videos"]) if changed("videos", "runs") else gr.skip(),
             gr.Button(visible=bool(now["videos"])) if changed("videos") else gr.skip(),
             now,
@@ -165,6 +167,13 @@ def _chart(title: str, color: str) -> Any:
         _frame([], color), x="step", y="value", color=color, title=title, x_title="step", y_title=title,
         color_title="", height=260, visible=False, min_width=300, sort="x",
     )  # fmt: skip
+
+
+def _lines(points: Sequence[dict[str, Any]], color: str) -> Any:
+    # Gradio draws the axes and the legend anew where the colours change, and not for other lines in the data alone.
+    names = dict.fromkeys(point[color] for point in points)
+    colors = {name: LINE_COLORS[i % len(LINE_COLORS)] for i, name in enumerate(names)}
+    return gr.LinePlot(_frame(points, color), color_map=colors, visible=bool(points))
 
 
 def _frame(points: Sequence[dict[str, Any]], color: str) -> Any:

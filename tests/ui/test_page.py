@@ -139,7 +139,7 @@ def test_the_road_by_clicks(address, browser, tmp_path):
     assert list_runs(work) == ["runs/my_lora"]
     points = curves(work, ["runs/my_lora"])
     assert points["loss"][-1]["step"] == stopped.step + 3 and points["lr"] and points["seconds"]
-    assert {"mean", "noise 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora"])}
+    assert {"mean", "σ 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora"])}
     wait_until(lambda: list_jobs(work)[-1].ended)
     assert [job.state for job in list_jobs(work)] == ["done", "stopped", "done"]
     foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
