@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from mochi_tune.errors import DataError, MochiTuneError
+from mochi_tune.pages.charts import Line, line_chart
 from mochi_tune.ui import html, runs
 from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside
@@ -18,8 +19,8 @@ from mochi_tune.ui.plan import foretell, known_cards, likely_card
 from mochi_tune.ui.posters import posters
 
 POLL_SECONDS = 3
-# Of lines in a chart, to be told apart on white and on black.
-LINE_COLORS = ("#0d9488", "#ea580c", "#8b5cf6", "#e11d48", "#0284c7", "#ca8a04", "#65a30d", "#94a3b8")
+# Of lines in a chart, in their order.
+LINE_STYLES = ("accent", "level1", "level2", "level3", "plain")
 PLAY_ALL = """
 () => document.querySelectorAll("#samples video").forEach((v) => { v.pause(); v.currentTime = 0; v.play(); })
 """
@@ -91,27 +92,17 @@ def build_runs(folder: Path) -> None:
     figures = gr.HTML(elem_id="figures")
     stop = gr.Button("Stop the run: it saves first", size="sm", elem_id="run_stop", visible=False)
     stop_said = gr.HTML(elem_id="run_stop_said")
-    charts = {}
-    with gr.Row():
-        for key in ("loss", "lr"):
-            charts[key] = _chart(runs.NUMBERS[key], "run")
-    with gr.Row():
-        validation = _chart("validation loss", "line")
-        charts["seconds"] = _chart(runs.NUMBERS["seconds"], "run")
-    charts["memory_gib"] = _chart(runs.NUMBERS["memory_gib"], "run")
+    charts = gr.HTML(elem_id="charts")
     play = gr.Button("Play all from the start", size="sm", elem_id="play_all", visible=False)
     samples = gr.HTML(elem_id="samples")
     shown = gr.State({})
-    outputs = [chosen, step, figures, stop, *charts.values(), validation, samples, play, shown]
+    outputs = [chosen, step, figures, stop, charts, samples, play, shown]
 
     def refresh(names: list[str] | None, wanted: int | None, shown: dict[str, Any]) -> list[Any]:
         there = runs.list_runs(folder)
         names = [name for name in names or [] if name in there] or there[:1]
         now: dict[str, Any] = {"runs": (there, names)}
-        points = runs.curves(folder, names)
-        now |= {"charts": [(key, len(rows), rows[-1:]) for key, rows in points.items()]}
-        checked = runs.validation_curves(folder, names)
-        now |= {"validation": (len(checked), checked[-1:])}
+        now["charts"] = charts_html(folder, names)
         now["figures"] = figures_html(folder, names)
         now["trains"] = bool(names) and runs.owner(inside(folder, names[0])) != 0
         videos = runs.list_samples(inside(folder, names[0])) if names else []
@@ -123,11 +114,6 @@ def build_runs(folder: Path) -> None:
         def changed(*keys: str) -> bool:
             return any(now[key] != shown.get(key) for key in keys)
 
-        frames = [
-            _lines(points[key], "run")
-            if changed("charts", "runs") else gr.skip()
-            for key in charts
-        ]  # fmt: skip
         return [
             gr.Dropdown(there, value=names) if changed("runs") else gr.skip(),
             gr.Dropdown([(f"step {each}", each) for each in steps], value=wanted) if changed("steps") else gr.skip(),
@@ -135,8 +121,7 @@ def build_runs(folder: Path) -> None:
             gr.Button(f"Stop {Path(names[0]).name}: it saves first", visible=True)
             if now["trains"]
             else gr.Button(visible=False),
-            *frames,
-            _lines(checked, "line") if changed("validation", "runs") else gr.skip(),
+            now["charts"] if changed("charts") else gr.skip(),
             samples_html(folder, names, now["videos"]) if changed("videos", "runs") else gr.skip(),
             gr.Button(visible=bool(now["videos"])) if changed("videos") else gr.skip(),
             now,
@@ -161,25 +146,21 @@ def build_runs(folder: Path) -> None:
     play.click(None, js=PLAY_ALL)
 
 
-def _chart(title: str, color: str) -> Any:
-    # Shown once it has points: an empty one is an error to the library that draws it.
-    return gr.LinePlot(
-        _frame([], color), x="step", y="value", color=color, title=title, x_title="step", y_title=title,
-        color_title="", height=260, visible=False, min_width=300, sort="x",
-    )  # fmt: skip
+def charts_html(folder: Path, names: Sequence[str]) -> str:
+    """Returns the charts of some runs, one over the other; of one run, the validation loss by noise level too."""
+    points = runs.curves(folder, names)
+    found = {runs.NUMBERS[key]: (points[key], "run") for key in ("loss", "lr")}
+    found["validation loss"] = (runs.validation_curves(folder, names), "line")
+    found |= {runs.NUMBERS[key]: (points[key], "run") for key in ("seconds", "memory_gib")}
+    made = [line_chart(title, _lines(rows, by), "step", "") for title, (rows, by) in found.items() if rows]
+    return f'<div class="charts">{"".join(made)}</div>' if made else ""
 
 
-def _lines(points: Sequence[dict[str, Any]], color: str) -> Any:
-    # Gradio draws the axes and the legend anew where the colours change, and not for other lines in the data alone.
-    names = dict.fromkeys(point[color] for point in points)
-    colors = {name: LINE_COLORS[i % len(LINE_COLORS)] for i, name in enumerate(names)}
-    return gr.LinePlot(_frame(points, color), color_map=colors, visible=bool(points))
-
-
-def _frame(points: Sequence[dict[str, Any]], color: str) -> Any:
-    import pandas
-
-    return pandas.DataFrame(list(points), columns=["step", "value", color])
+def _lines(points: Sequence[dict[str, Any]], by: str) -> list[Line]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        lines.setdefault(point[by], []).append((point["step"], point["value"]))
+    return [Line(name, LINE_STYLES[i % len(LINE_STYLES)], rows) for i, (name, rows) in enumerate(lines.items())]
 
 
 def figures_html(folder: Path, names: Sequence[str]) -> str:
