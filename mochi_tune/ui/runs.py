@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def curves(folder: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]
     for name in names:
         for row in thin(read_rows(inside(folder, name) / "metrics.jsonl")):
             for key in NUMBERS:
-                if isinstance(row.get(key), int | float):
+                if isinstance(row.get(key), int | float) and isfinite(row[key]):
                     found[key].append({"step": row["step"], "value": row[key], "run": Path(name).name})
     return found
 
@@ -174,12 +175,12 @@ def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]
     for name in names:
         for row in read_rows(inside(folder, name) / "validation.jsonl"):
             title = Path(name).name
-            if isinstance(row.get("validation_loss"), int | float):
+            if isfinite(row.get("validation_loss") or float("nan")):
                 line = "mean" if len(names) == 1 else title
                 points.append({"step": row["step"], "value": row["validation_loss"], "line": line})
             if len(names) == 1:
                 bins = row.get("bins") or {}
-                points += [{"step": row["step"], "value": v, "line": f"σ {k}"} for k, v in bins.items()]
+                points += [{"step": row["step"], "value": v, "line": f"σ {k}"} for k, v in bins.items() if isfinite(v)]
     return points
 
 
