@@ -71,7 +71,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         said = gr.HTML(elem_id="footage_said")
         links = gr.HTML(elem_id="footage_links")
 
-    def start(verb: str, keys: list[str], extra: Mapping[str, str]) -> Any:
+    def start(verb: str, keys: list[str], extra: dict[str, str]) -> Any:
         def started(*values: Any) -> str:
             given, form_values = values[: len(keys)], values[len(keys) :]
 
