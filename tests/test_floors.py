@@ -78,6 +78,16 @@ def test_only_the_command_line_prints_and_reads_the_environment():
         assert not (prints or environment), path
 
 
+def test_only_the_page_imports_gradio():
+    """The verb `ui` imports the page when it runs, so that no other verb waits for gradio or needs it."""
+    for path in FILES:
+        if room_of(module_name(path)) != "ui":
+            assert not {name.partition(".")[0] for name in imports(path)} & {"gradio", "gradio_client"}, path
+        if room_of(module_name(path)) == "cli":
+            at_import = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+            assert not [node for node in at_import if node.module and node.module.startswith("mochi_tune.ui")], path
+
+
 def test_no_file_is_long():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 400, path

@@ -25,6 +25,7 @@ def run_ui(arguments: list[str]) -> int:
         return 0
     if missing := [name for name in ("gradio", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"`ui` needs {missing[0]}, which is not installed: pip install 'mochi-tune[ui]'.")
+    from mochi_tune.ui.folder import open_page_file
     from mochi_tune.ui.server import bind, build_app, check_host, serve
 
     folder = Path(options["folder"]).expanduser()
@@ -34,6 +35,7 @@ def run_ui(arguments: list[str]) -> int:
     host = options["host"]
     check_host(host, password)
     bound = bind(host, whole_number("port", options["port"], 0))
+    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
     # Settings name their files relative to the folder, as on a command line that is given there.
     os.chdir(folder)
     folder = Path.cwd()
@@ -44,8 +46,9 @@ def run_ui(arguments: list[str]) -> int:
     from mochi_tune.ui.page import build_page, looks
 
     app = build_app(folder, host, password, build_page(folder), looks())
-    address = f"[{host}]" if ":" in host else host
-    print(f"the page of {folder}: http://{address}:{bound.getsockname()[1]}/ (Ctrl-C ends it, not what it has started)")
-    print(end="", flush=True)
-    serve(app, bound)
+    with open_page_file(folder, address) as other:
+        if other:
+            print(f"{folder} has another page at {other}: both may be used, and show the same jobs and files")
+        print(f"the page of {folder}: {address} (Ctrl-C ends it, not what it has started)", flush=True)
+        serve(app, bound)
     return 0

@@ -1,6 +1,5 @@
 """The clips of a folder as the page shows them: what each is, its picture, and its caption, which can be edited."""
 
-import hashlib
 import os
 import threading
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from mochi_tune.data_prep.windows import choose_cuts
 from mochi_tune.errors import DataError
 from mochi_tune.files import find_lone_surrogate, move_to_free_name, read_text, write_atomic
 from mochi_tune.models.text_encoder import measure_caption
-from mochi_tune.ui.folder import OWN_FOLDER, clean_name, inside
+from mochi_tune.ui.folder import clean_name, inside
+from mochi_tune.ui.posters import thumbnail_path
 
 UPLOADED = (*MEDIA_SUFFIXES, ".txt")
 # A file that a browser plays; others are shown as a picture alone.
@@ -98,7 +98,7 @@ class Gallery:
         scan = self._scans[key]
         if isinstance(scan, str):
             return ClipCard(path, name, refused=scan)
-        thumbnail = self._thumbnail(decoder, key, scan, data)
+        thumbnail = self._thumbnail(decoder, path, facts, scan, data)
         length, size = f"{scan.source_seconds:.1f} s at {scan.source_fps:.3g} fps", f"{scan.width} x {scan.height}"
         source = read_sources(data)[0]
         try:
@@ -111,14 +111,16 @@ class Gallery:
         many = f"{len(cuts)} clips: " if len(cuts) > 1 else ""
         return ClipCard(path, name, length, size, many + bucket, flags, thumbnail=thumbnail)
 
-    def _thumbnail(self, decoder: ClipDecoder, key: tuple[str, int, int], scan: Scan, data: DataConfig) -> Path | None:
-        path = self.folder / OWN_FOLDER / "thumbnails" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.jpg"
+    def _thumbnail(
+        self, decoder: ClipDecoder, video: Path, facts: os.stat_result, scan: Scan, data: DataConfig
+    ) -> Path | None:
+        path = thumbnail_path(self.folder, video, facts)
         if path.exists():
             return path
         try:
             cuts = choose_cuts(scan, read_sources(data)[0].buckets, "head", data.model_copy(update={"clips": "head"}))
             frame = whole_frame(scan, cuts[0])
-            decoded = decoder.cut(Path(key[0]), frame)
+            decoded = decoder.cut(video, frame)
         except DataError:
             # The card says why.
             return None

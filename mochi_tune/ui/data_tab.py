@@ -7,13 +7,14 @@ from typing import Any
 import gradio as gr
 
 from mochi_tune.config.schema import DataConfig
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.errors import DataError, MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.clips import (
     PLAYED,
     UPLOADED,
     ClipCard,
     Gallery,
+    caption_path,
     changed_captions,
     list_videos,
     read_captions,
@@ -22,6 +23,7 @@ from mochi_tune.ui.clips import (
 )
 from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside, relative
+from mochi_tune.ui.footage_tab import build_footage
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
 from mochi_tune.ui.jobs_bar import said_of
@@ -49,6 +51,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         prepare = gr.Button("Prepare", variant="primary", elem_id="prepare")
     said = gr.HTML(elem_id="data_said")
     message = gr.HTML(elem_id="data_message")
+    build_footage(folder, form)
     with gr.Accordion("Change many captions at once", open=False):
         with gr.Row():
             find = gr.Textbox(label="Find", elem_id="find")
@@ -83,16 +86,18 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
                 card_html(folder, card),
                 gr.Textbox(texts[card.path], label=label),
                 name,
+                texts[card.path],
             ]
         for _ in slots[len(cards) :]:
-            updates += [gr.Column(visible=False), "", "", ""]
+            updates += [gr.Column(visible=False), "", "", "", ""]
         return updates
 
     for slot in slots:
         # The name comes with the text from the browser, so that no caption ever goes to another clip.
         slot.caption.blur(
-            lambda text, name: _save(folder, text, name), [slot.caption, slot.name], said, show_progress="hidden"
-        )
+            lambda *values: save_caption(folder, *values), [slot.caption, slot.name, slot.drawn], [said, slot.drawn],
+            show_progress="hidden",
+        )  # fmt: skip
 
     def tell_where(number: int, *values: Any) -> str:
         _, _, videos, _ = look_at(folder, form, values)
@@ -183,22 +188,45 @@ class _Slot:
                 placeholder="What is seen, in a sentence or two",
             )  # fmt: skip
             self.name = gr.Textbox(elem_classes="file_name", show_label=False)
+            # What the box began with: another text in the file now is somebody else's.
+            self.drawn = gr.Textbox(elem_classes="file_name", show_label=False, lines=2)
 
     @property
     def parts(self) -> list[Any]:
-        return [self.column, self.card, self.caption, self.name]
+        return [self.column, self.card, self.caption, self.name, self.drawn]
 
 
-def _save(folder: Path, text: str, name: str) -> str:
+def save_caption(folder: Path, text: str, name: str, drawn: str) -> tuple[str, str]:
+    """Writes the caption of a card that is left, unless it has not changed here or has changed elsewhere.
+
+    Args:
+        folder: of the page.
+        text: of the box.
+        name: of the video, in the folder; "" for a card that is empty.
+        drawn: what the box began with.
+
+    Returns:
+        What is said, and what the box begins with from now on.
+    """
+    begins, text = drawn, text.strip()
+
     def act() -> str:
-        # A card that is left without a change writes nothing.
-        video = inside(folder, name)
-        if not name or read_captions(video.parent, [video], DataConfig())[video] == text.strip():
+        nonlocal begins
+        if not name or text == drawn.strip():
             return ""
+        video = inside(folder, name)
+        there = read_captions(video.parent, [video], DataConfig())[video]
+        # Without a file of its own, the caption is of a table, which the new one goes before.
+        if caption_path(video).is_file() and there not in (drawn.strip(), text):
+            raise DataError(
+                f"the caption of {video.name} was changed elsewhere meanwhile, to {there[:200]!r}, and stays so: copy "
+                "yours, look again, and put it in."
+            )
         write_caption(folder, video, text)
+        begins = text
         return f"the caption of {video.name} is saved"
 
-    return said_of(act)
+    return said_of(act), begins
 
 
 def look_at(

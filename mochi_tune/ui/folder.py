@@ -1,8 +1,11 @@
 """The folder that a page serves: what lies in it may be read and written, and nothing else."""
 
+import contextlib
+import fcntl
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 from mochi_tune.errors import DataError
@@ -42,6 +45,25 @@ def relative(folder: Path, path: Path) -> str:
         DataError: as `inside`.
     """
     return inside(folder, path).relative_to(folder.resolve()).as_posix()
+
+
+@contextlib.contextmanager
+def open_page_file(folder: Path, address: str) -> Iterator[str]:
+    """Notes that a folder has a page; yields the address of the one that it has already, "" for none.
+
+    The operating system drops the lock when the page's process ends, however it ends.
+    """
+    with open(folder / OWN_FOLDER / "page", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            yield file.read().strip() or "another address"
+            return
+        file.truncate(0)
+        file.write(address)
+        file.flush()
+        yield ""
 
 
 def clean_name(name: str, suffixes: tuple[str, ...]) -> str:

@@ -9,7 +9,11 @@ from mochi_tune.ui.folder import relative
 
 def address(folder: Path, path: Path) -> str:
     """Returns the address of a file of the folder on this server; another one after each change of the file."""
-    stamp = int(path.stat().st_mtime) if path.exists() else 0
+    try:
+        stamp = int(path.stat().st_mtime)
+    except OSError:
+        # It has vanished since it was listed: the server says so.
+        stamp = 0
     return f"/files/{quote(relative(folder, path))}?v={stamp}"
 
 

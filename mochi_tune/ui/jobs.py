@@ -85,9 +85,9 @@ def list_jobs(folder: Path) -> list[Job]:
     """Returns all jobs in their order; a record that cannot be read is left out."""
     found = []
     for path in sorted(jobs_folder(folder).glob("[0-9]*.json")):
-        values = parse_object(path.read_bytes()) if path.is_file() else None
-        with contextlib.suppress(TypeError):
-            found.append(Job(**(values or {})))
+        # Removed meanwhile, or of another version.
+        with contextlib.suppress(OSError, TypeError):
+            found.append(Job(**(parse_object(path.read_bytes()) or {})))
     return found
 
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object, read_json_lines
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.jobs import is_alive
@@ -21,6 +23,8 @@ MAX_POINTS = 600
 # The keys of metrics.jsonl that charts show, and their titles.
 NUMBERS = {"loss": "loss", "lr": "learning rate", "seconds": "seconds a step", "memory_gib": "GPU memory, GiB"}
 _SAMPLE = re.compile(r"step_(\d+)_prompt_(\d+)\.(mp4|png|webm|gif)")
+# Files that make a folder a run.
+RUN_MARKS = ("metrics.jsonl", ".lock", "history.jsonl")
 # `started` in .lock has whole seconds.
 LOCK_SECONDS = 1.5
 
@@ -55,10 +59,17 @@ def list_runs(folder: Path) -> list[str]:
     """Returns the run folders below `runs`, as paths in the page's folder, the newest first."""
     runs = folder / "runs"
     found = [path for path in runs.iterdir() if path.is_dir() and not path.is_symlink()] if runs.is_dir() else []
-    marks = ("metrics.jsonl", ".lock", "history.jsonl")
-    found = [path for path in found if any((path / mark).exists() for mark in marks)]
-    found.sort(key=lambda path: max((path / mark).stat().st_mtime for mark in marks if (path / mark).exists()))
-    return [path.relative_to(folder).as_posix() for path in reversed(found)]
+    changed = {path: max(map(_changed, (path / mark for mark in RUN_MARKS))) for path in found}
+    newest = sorted((path for path in found if changed[path]), key=lambda path: changed[path], reverse=True)
+    return [path.relative_to(folder).as_posix() for path in newest]
+
+
+def _changed(path: Path) -> float:
+    """Returns when a file was changed; 0 where it is not there, or not any more."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def read_state(run_dir: Path) -> RunState:
@@ -89,6 +100,34 @@ def owner(run_dir: Path) -> int:
         return pid if is_alive(pid, psutil.Process(pid).create_time()) else 0
     except (OSError, KeyError, TypeError, ValueError, psutil.Error):
         return 0
+
+
+def stop_run(run_dir: Path) -> int:
+    """Asks whoever trains in a run folder to save and end, by SIGTERM, as Ctrl-C in its terminal would.
+
+    Returns:
+        The process that was asked.
+
+    Raises:
+        DataError: no process of this machine trains in it, or it is another user's.
+    """
+    name = run_dir.name
+    pid = owner(run_dir)
+    if not pid:
+        raise DataError(f"{name} is not being trained on this machine: nothing is left to stop.")
+    try:
+        process = psutil.Process(pid)
+        # The lock is held by who has the file open; a copied folder has the text of a lock and no holder.
+        lock = os.fspath((run_dir / ".lock").resolve())
+        if lock not in [file.path for file in process.open_files()]:
+            raise DataError(f"{name}: process {pid} does not hold its lock: stop the run where it was started.")
+        # Refused by psutil where the process has ended meanwhile and another one has its number.
+        process.terminate()
+    except psutil.AccessDenied:
+        raise DataError(f"{name} is trained by process {pid} of another user: ask that one to stop it.") from None
+    except psutil.NoSuchProcess:
+        raise DataError(f"{name} has just ended: nothing is left to stop.") from None
+    return pid
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -122,7 +161,7 @@ def curves(folder: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]
     for name in names:
         for row in thin(read_rows(inside(folder, name) / "metrics.jsonl")):
             for key in NUMBERS:
-                if isinstance(row.get(key), int | float):
+                if isinstance(row.get(key), int | float) and isfinite(row[key]):
                     found[key].append({"step": row["step"], "value": row[key], "run": Path(name).name})
     return found
 
@@ -136,12 +175,12 @@ def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]
     for name in names:
         for row in read_rows(inside(folder, name) / "validation.jsonl"):
             title = Path(name).name
-            if isinstance(row.get("validation_loss"), int | float):
+            if isfinite(row.get("validation_loss") or float("nan")):
                 line = "mean" if len(names) == 1 else title
                 points.append({"step": row["step"], "value": row["validation_loss"], "line": line})
             if len(names) == 1:
                 bins = row.get("bins") or {}
-                points += [{"step": row["step"], "value": v, "line": f"noise {k}"} for k, v in bins.items()]
+                points += [{"step": row["step"], "value": v, "line": f"σ {k}"} for k, v in bins.items() if isfinite(v)]
     return points
 
 
@@ -157,7 +196,10 @@ def best_step(run_dir: Path) -> tuple[int, float] | None:
 def list_samples(run_dir: Path) -> list[Sample]:
     """Returns the eval videos of a run by step and prompt."""
     folder = run_dir / "samples"
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        names = []
     found = [(match, name) for name in names if (match := _SAMPLE.fullmatch(name))]
     return sorted(
         (Sample(int(match[1]), int(match[2]), folder / name) for match, name in found),

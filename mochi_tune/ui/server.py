@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import errno
+import hashlib
 import hmac
 import ipaddress
 import mimetypes
@@ -14,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.pages import video_tables
 from mochi_tune.ui.folder import OWN_FOLDER, inside
 
 # What the page shows or hands out; anything else in the folder stays there.
@@ -24,6 +26,11 @@ SERVED = (
 # A page of a run is one file with all in it. In a sandbox its scripts are of no origin and can ask for nothing here.
 SANDBOX = "sandbox allow-scripts; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
 SANDBOX += "script-src 'unsafe-inline'"
+# The report of a run shows the videos beside it, which a page of no origin would not get. It runs its own script alone.
+_REPORT_SCRIPT = hashlib.sha256(video_tables.SCRIPT.strip().removeprefix("<script>").removesuffix("</script>").encode())
+REPORT = "default-src 'none'; img-src 'self' data:; media-src 'self' data:; style-src 'unsafe-inline'; "
+REPORT += f"script-src 'sha256-{base64.b64encode(_REPORT_SCRIPT.digest()).decode()}'; "
+REPORT += "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 # Of the page itself: nothing is fetched from elsewhere, and nobody puts it into a frame.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -203,14 +210,18 @@ def build_app(folder: Path, host: str, password: str, blocks: Any, looks: dict[s
     def give(name: str, download: bool = False) -> Any:
         try:
             path = served_file(folder, name)
+            facts = path.stat()
+        except FileNotFoundError:
+            return PlainTextResponse(f"{name} has vanished: look again.\n", 404)
         except DataError as error:
             return PlainTextResponse(f"{error}\n", 404)
         headers = {"cache-control": "no-cache"}
         if path.suffix.lower() == ".html":
-            headers["content-security-policy"] = SANDBOX
+            headers["content-security-policy"] = REPORT if path.name == "report.html" else SANDBOX
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         shown = "text/plain" if path.suffix.lower() in (".log", ".yaml", ".jsonl") else kind
-        return FileResponse(path, media_type=shown, headers=headers, filename=path.name if download else None)
+        given = path.name if download else None
+        return FileResponse(path, media_type=shown, headers=headers, stat_result=facts, filename=given)
 
     mounted = gr.mount_gradio_app(
         app, blocks, path="/", server_name=host, footer_links=[], run_history=False, max_file_size=MAX_UPLOAD,

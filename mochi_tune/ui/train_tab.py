@@ -7,7 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.errors import DataError, MochiTuneError
+from mochi_tune.pages.charts import Line, line_chart
 from mochi_tune.ui import html, runs
 from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside
@@ -15,8 +16,11 @@ from mochi_tune.ui.form import SettingsForm, settings_reference
 from mochi_tune.ui.jobs import add_job
 from mochi_tune.ui.jobs_bar import said_of
 from mochi_tune.ui.plan import foretell, known_cards, likely_card
+from mochi_tune.ui.posters import posters
 
 POLL_SECONDS = 3
+# Of lines in a chart, in their order.
+LINE_STYLES = ("accent", "level1", "level2", "level3", "plain")
 PLAY_ALL = """
 () => document.querySelectorAll("#samples video").forEach((v) => { v.pause(); v.currentTime = 0; v.play(); })
 """
@@ -86,28 +90,21 @@ def build_runs(folder: Path) -> None:
         chosen = gr.Dropdown([], multiselect=True, label="Runs, one over the other", elem_id="runs", scale=3)
         step = gr.Dropdown([], label="Videos of step", elem_id="sample_step", scale=1)
     figures = gr.HTML(elem_id="figures")
-    charts = {}
-    with gr.Row():
-        for key in ("loss", "lr"):
-            charts[key] = _chart(runs.NUMBERS[key], "run")
-    with gr.Row():
-        validation = _chart("validation loss", "line")
-        charts["seconds"] = _chart(runs.NUMBERS["seconds"], "run")
-    charts["memory_gib"] = _chart(runs.NUMBERS["memory_gib"], "run")
+    stop = gr.Button("Stop the run: it saves first", size="sm", elem_id="run_stop", visible=False)
+    stop_said = gr.HTML(elem_id="run_stop_said")
+    charts = gr.HTML(elem_id="charts")
     play = gr.Button("Play all from the start", size="sm", elem_id="play_all", visible=False)
     samples = gr.HTML(elem_id="samples")
     shown = gr.State({})
-    outputs = [chosen, step, figures, *charts.values(), validation, samples, play, shown]
+    outputs = [chosen, step, figures, stop, charts, samples, play, shown]
 
     def refresh(names: list[str] | None, wanted: int | None, shown: dict[str, Any]) -> list[Any]:
         there = runs.list_runs(folder)
         names = [name for name in names or [] if name in there] or there[:1]
         now: dict[str, Any] = {"runs": (there, names)}
-        points = runs.curves(folder, names)
-        now |= {"charts": [(key, len(rows), rows[-1:]) for key, rows in points.items()]}
-        checked = runs.validation_curves(folder, names)
-        now |= {"validation": (len(checked), checked[-1:])}
+        now["charts"] = charts_html(folder, names)
         now["figures"] = figures_html(folder, names)
+        now["trains"] = bool(names) and runs.owner(inside(folder, names[0])) != 0
         videos = runs.list_samples(inside(folder, names[0])) if names else []
         steps = sorted({video.step for video in videos}, reverse=True)
         was_newest = not shown.get("steps") or wanted == shown["steps"][0] or wanted not in steps
@@ -117,22 +114,30 @@ def build_runs(folder: Path) -> None:
         def changed(*keys: str) -> bool:
             return any(now[key] != shown.get(key) for key in keys)
 
-        frames = [
-            gr.LinePlot(_frame(points[key], "run"), visible=bool(points[key]))
-            if changed("charts", "runs") else gr.skip()
-            for key in charts
-        ]  # fmt: skip
         return [
             gr.Dropdown(there, value=names) if changed("runs") else gr.skip(),
             gr.Dropdown([(f"step {each}", each) for each in steps], value=wanted) if changed("steps") else gr.skip(),
             now["figures"] if changed("figures") else gr.skip(),
-            *frames,
-            gr.LinePlot(_frame(checked, "line"), visible=bool(checked)) if changed("validation", "runs") else gr.skip(),
+            gr.Button(f"Stop {Path(names[0]).name}: it saves first", visible=True)
+            if now["trains"]
+            else gr.Button(visible=False),
+            now["charts"] if changed("charts") else gr.skip(),
             samples_html(folder, names, now["videos"]) if changed("videos", "runs") else gr.skip(),
             gr.Button(visible=bool(now["videos"])) if changed("videos") else gr.skip(),
             now,
         ]
 
+    def ask_to_stop(shown: dict[str, Any]) -> str:
+        def act() -> str:
+            _, names = shown.get("runs") or ((), [])
+            if not names:
+                raise DataError("no run is chosen: choose the one to stop.")
+            pid = runs.stop_run(inside(folder, names[0]))
+            return f"{Path(names[0]).name}: process {pid} was asked to save and stop"
+
+        return said_of(act)
+
+    stop.click(ask_to_stop, shown, stop_said, show_progress="hidden")
     timer = gr.Timer(POLL_SECONDS)
     gr.on(
         [timer.tick, chosen.input, step.input], refresh, [chosen, step, shown], outputs,
@@ -141,18 +146,21 @@ def build_runs(folder: Path) -> None:
     play.click(None, js=PLAY_ALL)
 
 
-def _chart(title: str, color: str) -> Any:
-    # Shown once it has points: an empty one is an error to the library that draws it.
-    return gr.LinePlot(
-        _frame([], color), x="step", y="value", color=color, title=title, x_title="step", y_title=title,
-        color_title="", height=260, visible=False, min_width=300, sort="x",
-    )  # fmt: skip
+def charts_html(folder: Path, names: Sequence[str]) -> str:
+    """Returns the charts of some runs, one over the other; of one run, the validation loss by noise level too."""
+    points = runs.curves(folder, names)
+    found = {runs.NUMBERS[key]: (points[key], "run") for key in ("loss", "lr")}
+    found["validation loss"] = (runs.validation_curves(folder, names), "line")
+    found |= {runs.NUMBERS[key]: (points[key], "run") for key in ("seconds", "memory_gib")}
+    made = [line_chart(title, _lines(rows, by), "step", "") for title, (rows, by) in found.items() if rows]
+    return f'<div class="charts">{"".join(made)}</div>' if made else ""
 
 
-def _frame(points: Sequence[dict[str, Any]], color: str) -> Any:
-    import pandas
-
-    return pandas.DataFrame(list(points), columns=["step", "value", color])
+def _lines(points: Sequence[dict[str, Any]], by: str) -> list[Line]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        lines.setdefault(point[by], []).append((point["step"], point["value"]))
+    return [Line(name, LINE_STYLES[i % len(LINE_STYLES)], rows) for i, (name, rows) in enumerate(lines.items())]
 
 
 def figures_html(folder: Path, names: Sequence[str]) -> str:
@@ -193,10 +201,14 @@ def samples_html(folder: Path, names: Sequence[str], videos: Sequence[runs.Sampl
         return html.note("Eval videos come here once train.sample_prompts names prompts.") if names else ""
     prompts = runs.prompts_of(inside(folder, names[0]))
     figures = []
+    paths = [video.path for video in videos if video.path.suffix != ".png"]
+    pictures = dict(zip(paths, posters(folder, paths), strict=True))
     for video in videos:
         is_still = video.path.suffix == ".png"
         picture = (
-            f'<img src="{html.address(folder, video.path)}" alt="">' if is_still else html.video(folder, video.path)
+            f'<img src="{html.address(folder, video.path)}" alt="">'
+            if is_still
+            else html.video(folder, video.path, pictures[video.path])
         )
         prompt = prompts[video.prompt] if video.prompt < len(prompts) else f"prompt {video.prompt}"
         figures.append(

@@ -5,6 +5,7 @@ from helpers_video import write_video
 
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.errors import DataError
+from mochi_tune.ui import html
 from mochi_tune.ui.clips import (
     Gallery,
     changed_captions,
@@ -13,6 +14,7 @@ from mochi_tune.ui.clips import (
     take_upload,
     write_caption,
 )
+from mochi_tune.ui.posters import posters
 
 DATA = DataConfig(num_frames=7, height=32, width=48)
 
@@ -82,3 +84,25 @@ def test_uploads_go_to_the_videos_under_a_free_clean_name(tmp_path):
         with pytest.raises(DataError):
             take_upload(tmp_path, folder, tmp_path / "up", name)
     assert (tmp_path / "up").exists()
+
+
+def test_a_video_that_vanishes_after_it_was_listed_is_one_line(tmp_path):
+    (tmp_path / "videos").mkdir()
+    video = tmp_path / "videos" / "a.mp4"
+    write_video(video, 8)
+    found = list_videos(tmp_path, "videos")
+    video.unlink()
+    (card,) = Gallery(tmp_path).cards(tmp_path / "videos", found, DATA)
+    assert card.refused == "it has vanished: look again."
+    assert html.address(tmp_path, video) == "/files/videos/a.mp4?v=0"
+    assert posters(tmp_path, [video]) == [None]
+
+
+def test_a_poster_is_a_frame_of_the_middle(tmp_path):
+    from PIL import Image
+
+    write_video(tmp_path / "a.mp4", 9, width=96, height=64)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    poster, nothing = posters(tmp_path, [tmp_path / "a.mp4", tmp_path / "broken.mp4"])
+    assert nothing is None and Image.open(poster).size == (96, 64)
+    assert posters(tmp_path, [tmp_path / "a.mp4"]) == [poster]

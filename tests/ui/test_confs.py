@@ -33,7 +33,7 @@ def test_a_conf_says_what_the_form_says(tmp_path):
     config = load_config("cats", [])
     assert config.train.sample_prompts == PROMPTS
     assert (config.model.name, config.lora.rank, config.train.warmup_steps) == ("tiny", 4, 3)
-    assert config.run_dir == "runs/cats" and config.data.sources[0].folder == "a b"
+    assert config.run_dir == "runs/cats_tiny" and config.data.sources[0].folder == "a b"
     assert list_confs(tmp_path) == ["cats"]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from mochi_tune.errors import DataError
-from mochi_tune.ui.folder import clean_name, inside, relative
+from mochi_tune.ui.folder import OWN_FOLDER, clean_name, inside, open_page_file, relative
 
 
 def test_paths_in_the_folder_are_found(tmp_path):
@@ -45,3 +45,13 @@ def test_names_of_uploads_are_cleaned(name, clean):
 def test_names_of_nothing_that_is_taken_are_refused(name):
     with pytest.raises(DataError, match=r"is not taken|is no name"):
         clean_name(name, (".mp4", ".txt"))
+
+
+def test_a_second_page_of_a_folder_hears_of_the_first(tmp_path):
+    (tmp_path / OWN_FOLDER).mkdir()
+    with open_page_file(tmp_path, "http://127.0.0.1:1/") as other:
+        assert other == ""
+        with open_page_file(tmp_path, "http://127.0.0.1:2/") as second:
+            assert second == "http://127.0.0.1:1/"
+    with open_page_file(tmp_path, "http://127.0.0.1:3/") as other:
+        assert other == ""

@@ -94,7 +94,7 @@ def test_the_road_by_clicks(address, browser, tmp_path):
 
     page.locator("#prepare").click()
     expect(page.locator("#jobs_table")).to_contain_text("done")
-    assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora").is_dir()
+    assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora_tiny").is_dir()
 
     # A mistake is told as it is typed, and nothing starts.
     page.get_by_role("tab", name="Train").click()
@@ -116,11 +116,11 @@ def test_the_road_by_clicks(address, browser, tmp_path):
 
     # The browser leaves; the run goes on, and another page finds it.
     page.close()
-    run_dir = work / "runs" / "my_lora"
+    run_dir = work / "runs" / "my_lora_tiny"
     wait_until(lambda: read_state(run_dir).step >= 3)
     page = open_page()
     page.get_by_role("tab", name="Train").click()
-    expect(page.locator("#figures")).to_contain_text("my_lora trains")
+    expect(page.locator("#figures")).to_contain_text("my_lora_tiny trains")
     second = open_page()
     expect(second.locator("#jobs_table")).to_contain_text("running")
     second.close()
@@ -134,12 +134,12 @@ def test_the_road_by_clicks(address, browser, tmp_path):
     page.locator("#train_steps input, #train_steps textarea").fill(str(stopped.step + 3))
     page.get_by_label("replace it").check()
     page.locator("#train").click()
-    expect(page.locator("#figures")).to_contain_text("my_lora is complete")
+    expect(page.locator("#figures")).to_contain_text("my_lora_tiny is complete")
     assert read_state(run_dir).step == stopped.step + 3
-    assert list_runs(work) == ["runs/my_lora"]
-    points = curves(work, ["runs/my_lora"])
+    assert list_runs(work) == ["runs/my_lora_tiny"]
+    points = curves(work, ["runs/my_lora_tiny"])
     assert points["loss"][-1]["step"] == stopped.step + 3 and points["lr"] and points["seconds"]
-    assert {"mean", "noise 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora"])}
+    assert {"mean", "σ 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora_tiny"])}
     wait_until(lambda: list_jobs(work)[-1].ended)
     assert [job.state for job in list_jobs(work)] == ["done", "stopped", "done"]
     foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -48,3 +49,40 @@ def test_samples_are_found_by_step_and_prompt(tmp_path):
         (tmp_path / "samples" / name).touch()
     found = [(sample.step, sample.prompt) for sample in runs.list_samples(tmp_path)]
     assert found == [(0, 0), (20, 0), (20, 1)]
+
+
+def test_a_run_of_a_terminal_is_stopped_by_its_lock(tmp_path):
+    run_dir = tmp_path / "cats"
+    run_dir.mkdir()
+    code = (
+        "import sys, time; from pathlib import Path; from mochi_tune.training.run_folder import RunLock\n"
+        "with RunLock(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, run_dir], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None and trainer.stdout.readline() == "locked\n"
+        # A copy of the folder names the same process, which does not train there.
+        copy = tmp_path / "copy"
+        copy.mkdir()
+        (copy / ".lock").write_bytes((run_dir / ".lock").read_bytes())
+        with pytest.raises(DataError, match="does not hold its lock"):
+            runs.stop_run(copy)
+        assert runs.stop_run(run_dir) == trainer.pid
+        assert trainer.wait(60) == -signal.SIGTERM
+    for folder in (run_dir, tmp_path / "none"):
+        with pytest.raises(DataError, match="nothing is left to stop"):
+            runs.stop_run(folder)
+
+
+def test_a_run_on_a_gpu_has_a_curve_of_its_memory(tmp_path):
+    run_dir = tmp_path / "runs" / "gpu"
+    run_dir.mkdir(parents=True)
+    row = {"step": 1, "loss": 1.5, "lr": 1e-4, "seconds": 0.5, "memory_gib": 20.25}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert runs.curves(tmp_path, ["runs/gpu"])["memory_gib"] == [{"step": 1, "value": 20.25, "run": "gpu"}]
+
+
+def test_runs_and_samples_that_vanish_are_left_out(tmp_path):
+    assert runs.list_runs(tmp_path) == [] and runs.list_samples(tmp_path / "gone") == []
+    (tmp_path / "runs" / "dead").mkdir(parents=True)
+    (tmp_path / "runs" / "dead" / ".lock").symlink_to(tmp_path / "gone")
+    assert runs.list_runs(tmp_path) == []

@@ -1,17 +1,22 @@
 """Who may ask the server, and what it gives out: through the real application, without a browser."""
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import httpx
 import pytest
 
 from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.pages import video_tables
 from mochi_tune.ui.server import Guard, bind, build_app, check_host, serve, served_file
 
 PASSWORD = "pass: wörd"
@@ -110,6 +115,48 @@ def test_a_file_of_the_folder_is_given_out_and_a_page_in_a_sandbox(address):
     assert text.text == "a cat" and (part.status_code, part.text) == (206, "cat")
     assert page.headers["content-security-policy"].startswith("sandbox allow-scripts;")
     assert "default-src 'self'" in front.headers["content-security-policy"]
+
+
+def test_the_report_of_a_run_shows_its_videos_and_runs_its_own_script_alone(address, folder):
+    run_dir = folder / "runs" / "a"
+    run_dir.mkdir(parents=True)
+    (run_dir / "report.html").write_text(f"<p>a</p>{video_tables.SCRIPT}")
+    with httpx.Client(auth=("", PASSWORD)) as client:
+        answer = client.get(f"{address}/files/runs/a/report.html")
+    policy = answer.headers["content-security-policy"]
+    script = re.search("<script>(.*)</script>", answer.text, re.DOTALL)
+    assert script
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy and "media-src 'self'" in policy
+    assert "unsafe-inline" not in policy.partition("script-src")[2]
+
+
+def test_a_file_that_vanishes_is_one_line(address, folder):
+    (folder / "videos" / "gone.txt").write_text("x")
+    with httpx.Client(auth=("", PASSWORD)) as client:
+        assert client.get(f"{address}/files/videos/gone.txt").status_code == 200
+        (folder / "videos" / "gone.txt").unlink()
+        answer = client.get(f"{address}/files/videos/gone.txt")
+    assert answer.status_code == 404 and len(answer.text.splitlines()) == 1
+
+
+def test_an_upload_that_is_too_large_is_refused_and_leaves_nothing(address, folder, blocks):
+    """As with 5 GB, whose bytes beyond the limit are not read either."""
+    limit, uploads = blocks.max_file_size, folder / ".mochi_tune" / "uploads"
+    assert limit == 2 * 1024**3
+    blocks.max_file_size = 100_000
+    try:
+        with httpx.Client(auth=("", PASSWORD)) as client:
+            send = partial(client.post, f"{address}/gradio_api/upload")
+            refused = send(files={"files": ("large.mp4", b"x" * 5_000_000)})
+            taken = send(files={"files": ("../../<b>.mp4", b"x" * 1000)})
+    finally:
+        blocks.max_file_size = limit
+    assert refused.status_code == 413 and "maximum allowed size" in refused.text
+    assert taken.status_code == 200
+    # Whatever it is called, it lies below the folder of uploads.
+    left = [path for path in uploads.rglob("*") if path.is_file()]
+    assert [path.stat().st_size for path in left] == [1000]
 
 
 def judge(host="127.0.0.1", password="", method="GET", **headers):

@@ -1,0 +1,46 @@
+"""A caption that two pages edit: nothing is lost, and the second hears of it."""
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from mochi_tune.ui.data_tab import save_caption
+
+
+@pytest.fixture
+def clip(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    (tmp_path / "videos" / "a.txt").write_text("a cat\n")
+    return tmp_path / "videos" / "a.txt"
+
+
+def test_a_box_that_is_left_writes_what_has_changed_here(clip, tmp_path):
+    name = "videos/a.mp4"
+    assert save_caption(tmp_path, "a cat", name, "a cat") == ("", "a cat")
+    said, begins = save_caption(tmp_path, "a dog ", name, "a cat")
+    assert "is saved" in said and begins == "a dog" and clip.read_text() == "a dog\n"
+    # Again from there.
+    assert save_caption(tmp_path, "", name, begins)[1] == "" and clip.read_text() == ""
+    assert save_caption(tmp_path, "", "", "") == ("", "")
+
+
+def test_a_caption_that_changed_elsewhere_stays(clip, tmp_path):
+    clip.write_text("of another page\n")
+    # A box that was only looked at writes nothing back.
+    assert save_caption(tmp_path, "a cat", "videos/a.mp4", "a cat") == ("", "a cat")
+    said, begins = save_caption(tmp_path, "mine", "videos/a.mp4", "a cat")
+    assert "changed elsewhere" in said and "of another page" in said and begins == "a cat"
+    assert clip.read_text() == "of another page\n"
+
+
+def test_a_caption_of_a_table_gets_a_file(clip, tmp_path):
+    clip.unlink()
+    assert "is saved" in save_caption(tmp_path, "mine", "videos/a.mp4", "from the table")[0]
+    assert clip.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(("name", "line"), [("../a.mp4", "outside of"), ("videos/gone.mp4", "has vanished")])
+def test_a_clip_outside_or_gone_is_one_line(clip, tmp_path, name, line):
+    said, begins = save_caption(tmp_path, "mine", name, "")
+    assert line in said and begins == "" and "note error" in said
