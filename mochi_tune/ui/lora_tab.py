@@ -181,8 +181,8 @@ def _build_push(folder: Path, adapter: Any, said: Any) -> None:
         )
         dtype = gr.Dropdown(DTYPES, value="fp32", label="Numbers", elem_id="push_dtype", scale=1, min_width=100)
     with gr.Row():
-        license = gr.Textbox(label="License", placeholder="as the adapter states", elem_id="license", min_width=120)
-        trigger = gr.Textbox(label="Trigger", placeholder="as the adapter states", elem_id="trigger", min_width=120)
+        license = gr.Textbox(label="License", placeholder="as it states", elem_id="license", min_width=120)
+        trigger = gr.Textbox(label="Trigger", placeholder="as it states", elem_id="trigger", min_width=120)
     private = gr.Checkbox(True, label="private, where the repository is made", elem_id="push_private")
     told = gr.HTML(elem_id="push_told")
     with gr.Row():

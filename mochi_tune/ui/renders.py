@@ -1,5 +1,6 @@
 """What `sample` has rendered and what it is asked to render: the history of videos, and the form of new ones."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,14 +95,11 @@ def adapters_of(folder: Path, record: Mapping[str, Any]) -> list[tuple[str, str]
     """Returns the adapters of a video with their strengths, as the form has them."""
     found = []
     for adapter in record.get("adapters") or []:
-        name = str(adapter.get("file", ""))
-        try:
+        name, strength = str(adapter.get("file", "")), adapter.get("strength", 1)
+        # A file from elsewhere keeps its name, and the form refuses it when it is started.
+        with contextlib.suppress(MochiTuneError):
             name = relative(folder, inside(folder, name))
-        except MochiTuneError:
-            # It was rendered with a file from elsewhere, which the form refuses when it is started.
-            found.append((name, as_text(adapter.get("strength", 1))))
-            continue
-        found.append((name, as_text(adapter.get("strength", 1))))
+        found.append((name, as_text(int(strength) if strength == int(strength) else strength)))
     return found
 
 

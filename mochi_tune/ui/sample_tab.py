@@ -80,7 +80,7 @@ class SampleFields:
         """Returns what somebody has filled in."""
         texts = [str(value or "") for value in values]
         prompts, negative, seeds = texts[:3]
-        sizes = dict(zip(SIZES, texts[3:], strict=False))
+        sizes: dict[str, str] = {key: text for key, text in zip(SIZES, texts[3:], strict=False)}  # noqa: C416
         pairs = texts[3 + len(SIZES) : -4]
         kind, strengths, checkpoints, more = texts[-4:]
         adapters = tuple((name, strength) for name, strength in zip(pairs[::2], pairs[1::2], strict=True) if name)
@@ -123,7 +123,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     fields = SampleFields()
     with gr.Row(elem_classes="acts"):
         start = gr.Button("Sample", variant="primary", elem_id="sample", scale=0, min_width=160)
-        gr.HTML(html.note("Its conf is saved first, as in Train. An empty field leaves what the conf says."))
+        gr.HTML(
+            html.note("Its conf is saved first, as in Train. An empty field leaves what the conf says."), min_width=260
+        )
     said = gr.HTML(elem_id="sample_said")
 
     def sample(replaces: bool, *values: Any) -> str:
