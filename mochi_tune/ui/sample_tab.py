@@ -80,7 +80,7 @@ class SampleFields:
         """Returns what somebody has filled in."""
         texts = [str(value or "") for value in values]
         prompts, negative, seeds = texts[:3]
-        sizes: dict[str, str] = {key: text for key, text in zip(SIZES, texts[3:], strict=False)}  # noqa: C416
+        sizes: dict[str, str] = dict(zip(SIZES, texts[3:], strict=False))
         pairs = texts[3 + len(SIZES) : -4]
         kind, strengths, checkpoints, more = texts[-4:]
         adapters = tuple((name, strength) for name, strength in zip(pairs[::2], pairs[1::2], strict=True) if name)

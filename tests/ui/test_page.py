@@ -94,7 +94,7 @@ def test_the_road_by_clicks(address, browser, tmp_path):
 
     page.locator("#prepare").click()
     expect(page.locator("#jobs_table")).to_contain_text("done")
-    assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora").is_dir()
+    assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora_tiny").is_dir()
 
     # A mistake is told as it is typed, and nothing starts.
     page.get_by_role("tab", name="Train").click()
@@ -116,11 +116,11 @@ def test_the_road_by_clicks(address, browser, tmp_path):
 
     # The browser leaves; the run goes on, and another page finds it.
     page.close()
-    run_dir = work / "runs" / "my_lora"
+    run_dir = work / "runs" / "my_lora_tiny"
     wait_until(lambda: read_state(run_dir).step >= 3)
     page = open_page()
     page.get_by_role("tab", name="Train").click()
-    expect(page.locator("#figures")).to_contain_text("my_lora trains")
+    expect(page.locator("#figures")).to_contain_text("my_lora_tiny trains")
     second = open_page()
     expect(second.locator("#jobs_table")).to_contain_text("running")
     second.close()
@@ -134,12 +134,12 @@ def test_the_road_by_clicks(address, browser, tmp_path):
     page.locator("#train_steps input, #train_steps textarea").fill(str(stopped.step + 3))
     page.get_by_label("replace it").check()
     page.locator("#train").click()
-    expect(page.locator("#figures")).to_contain_text("my_lora is complete")
+    expect(page.locator("#figures")).to_contain_text("my_lora_tiny is complete")
     assert read_state(run_dir).step == stopped.step + 3
-    assert list_runs(work) == ["runs/my_lora"]
-    points = curves(work, ["runs/my_lora"])
+    assert list_runs(work) == ["runs/my_lora_tiny"]
+    points = curves(work, ["runs/my_lora_tiny"])
     assert points["loss"][-1]["step"] == stopped.step + 3 and points["lr"] and points["seconds"]
-    assert {"mean", "noise 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora"])}
+    assert {"mean", "noise 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora_tiny"])}
     wait_until(lambda: list_jobs(work)[-1].ended)
     assert [job.state for job in list_jobs(work)] == ["done", "stopped", "done"]
 
@@ -156,8 +156,8 @@ def test_the_road_by_clicks(address, browser, tmp_path):
     expect(page.locator("#sample_said")).to_contain_text("is in the queue")
     cards = page.locator("#renders .card:visible")
     expect(cards).to_have_count(2)
-    expect(page.locator("#renders")).to_contain_text("my_lora × 0.5")
-    half = cards.filter(has_text="my_lora × 0.5")
+    expect(page.locator("#renders")).to_contain_text("my_lora_tiny × 0.5")
+    half = cards.filter(has_text="my_lora_tiny × 0.5")
     page.locator("#prompt textarea").fill("")
     half.get_by_role("button", name="Do it again").click()
     expect(page.locator("#prompt textarea")).to_have_value("a red ball")
@@ -167,11 +167,11 @@ def test_the_road_by_clicks(address, browser, tmp_path):
     assert download.value.suggested_filename.endswith(".mp4")
 
     page.get_by_role("tab", name="LoRA").click()
-    expect(page.locator("#lora_file input")).to_have_value("my_lora, the result")
+    expect(page.locator("#lora_file input")).to_have_value("my_lora_tiny, the result")
     page.locator("#export").click()
-    expect(page.locator("#lora_said")).to_contain_text("it writes loras/my_lora_diffusers.safetensors")
-    expect(page.locator("#lora_made")).to_contain_text("my_lora_diffusers.safetensors")
-    assert (work / "loras" / "my_lora_diffusers.safetensors").is_file()
+    expect(page.locator("#lora_said")).to_contain_text("it writes loras/my_lora_tiny_diffusers.safetensors")
+    expect(page.locator("#lora_made")).to_contain_text("my_lora_tiny_diffusers.safetensors")
+    assert (work / "loras" / "my_lora_tiny_diffusers.safetensors").is_file()
     wait_until(lambda: list_jobs(work)[-1].ended)
     assert [job.state for job in list_jobs(work)][3:] == ["done", "done"]
     foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
