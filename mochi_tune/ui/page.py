@@ -10,12 +10,17 @@ from typing import Any
 import gradio as gr
 from gradio import themes
 
-from mochi_tune.ui import data_tab, jobs_bar, train_tab
+from mochi_tune.ui import data_tab, jobs_bar, lora_tab, sample_tab, train_tab
 from mochi_tune.ui.folder import OWN_FOLDER
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import start_runner
 
-TABS: dict[str, Callable[[Path, SettingsForm], None]] = {"Data": data_tab.build_tab, "Train": train_tab.build_tab}
+TABS: dict[str, Callable[[Path, SettingsForm], None]] = {
+    "Data": data_tab.build_tab,
+    "Train": train_tab.build_tab,
+    "Sample": sample_tab.build_tab,
+    "LoRA": lora_tab.build_tab,
+}
 FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 # Old uploads that nobody took are looked for each hour, and removed after a day.

@@ -1,4 +1,4 @@
-"""The road by clicks in headless Chromium: clips, captions, prepare, train with a stop and a going on."""
+"""The road by clicks in headless Chromium: clips, captions, prepare, train with a stop, going on, sample, export."""
 
 import re
 import signal
@@ -142,5 +142,37 @@ def test_the_road_by_clicks(address, browser, tmp_path):
     assert {"mean", "σ 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora_tiny"])}
     wait_until(lambda: list_jobs(work)[-1].ended)
     assert [job.state for job in list_jobs(work)] == ["done", "stopped", "done"]
+
+    # Two strengths in a grid, and the history fills the form again.
+    page.get_by_role("tab", name="Sample").click()
+    expect(page.locator("#renders_empty")).to_contain_text("No videos yet")
+    page.locator("#sample").click()
+    expect(page.locator("#sample_said")).to_contain_text("prompt is empty")
+    page.locator("#prompt textarea").fill("a red ball")
+    page.locator("#sample_steps input, #sample_steps textarea").fill("2")
+    page.get_by_label("grid", exact=True).check()
+    page.locator("#strengths input, #strengths textarea").fill("0.5, 1")
+    page.locator("#sample").click()
+    expect(page.locator("#sample_said")).to_contain_text("is in the queue")
+    cards = page.locator("#renders .card:visible")
+    expect(cards).to_have_count(2)
+    expect(page.locator("#renders")).to_contain_text("my_lora_tiny × 0.5")
+    half = cards.filter(has_text="my_lora_tiny × 0.5")
+    page.locator("#prompt textarea").fill("")
+    half.get_by_role("button", name="Do it again").click()
+    expect(page.locator("#prompt textarea")).to_have_value("a red ball")
+    expect(page.locator("#strength_0 input, #strength_0 textarea")).to_have_value("0.5")
+    with page.expect_download() as download:
+        half.get_by_text("Download").click()
+    assert download.value.suggested_filename.endswith(".mp4")
+
+    page.get_by_role("tab", name="LoRA").click()
+    expect(page.locator("#lora_file input")).to_have_value("my_lora_tiny, the result")
+    page.locator("#export").click()
+    expect(page.locator("#lora_said")).to_contain_text("it writes loras/my_lora_tiny_diffusers.safetensors")
+    expect(page.locator("#lora_made")).to_contain_text("my_lora_tiny_diffusers.safetensors")
+    assert (work / "loras" / "my_lora_tiny_diffusers.safetensors").is_file()
+    wait_until(lambda: list_jobs(work)[-1].ended)
+    assert [job.state for job in list_jobs(work)][3:] == ["done", "done"]
     foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert not foreign

@@ -1,0 +1,242 @@
+"""Adapter files of the folder, and the arguments with which the verbs `lora` and `export` are started on them."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mochi_tune.adapters.files import check_format
+from mochi_tune.adapters.low_rank import Limit
+from mochi_tune.config.values import is_repo
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.training.card import DIFFUSERS_FILE
+from mochi_tune.training.checkpoint import find_checkpoints, published_file
+from mochi_tune.training.records import find_run_dir
+from mochi_tune.ui.folder import inside, relative
+from mochi_tune.ui.runs import list_runs
+
+# What the page makes goes here; files that are copied here are found too.
+MADE_FOLDER = "loras"
+HUB = "hub:"
+
+
+def list_adapters(folder: Path) -> list[tuple[str, str]]:
+    """Returns the adapters of the folder, as (what it is, path in the folder): of each run, its checkpoints, others."""
+    found = []
+    for run in list_runs(folder):
+        run_dir = folder / run
+        if (run_dir / "adapter.safetensors").is_file():
+            found.append((f"{run_dir.name}, the result", f"{run}/adapter.safetensors"))
+        for checkpoint in reversed(find_checkpoints(run_dir / "checkpoints")):
+            path = published_file(checkpoint)
+            if path.is_file():
+                step = int(checkpoint.name.rpartition("_")[2])
+                found.append((f"{run_dir.name}, step {step}", path.relative_to(folder).as_posix()))
+    others = sorted((folder / MADE_FOLDER).glob("*.safetensors"))
+    return found + [(path.name, path.relative_to(folder).as_posix()) for path in others if path.is_file()]
+
+
+def check_adapter(folder: Path, name: str) -> str:
+    """Returns an adapter as an argument: a path in the folder, or `hub:OWNER/NAME`.
+
+    Raises:
+        MochiTuneError: none is named, it is not there, or it is outside of the folder.
+    """
+    name = name.strip()
+    if not name:
+        raise ConfigError("no adapter is chosen: choose one from the list.")
+    if name.startswith(HUB):
+        return name
+    path = inside(folder, name)
+    if not path.exists():
+        raise DataError(f"{name} is not there: choose an adapter from the list, or write hub:OWNER/NAME.")
+    return relative(folder, path)
+
+
+def plain_name(adapter: str) -> str:
+    """Returns what an adapter is called in the names of files that are made of it."""
+    path = Path(adapter.removeprefix(HUB).partition("@")[0])
+    if path.parent.parent.name == "checkpoints":
+        return f"{path.parent.parent.parent.name}_{path.parent.name}"
+    return path.parent.name if path.name == "adapter.safetensors" and path.parent.name else path.stem
+
+
+def new_file(folder: Path, wanted: str, default: str, suffix: str = ".safetensors") -> str:
+    """Returns the path of a new file or folder, in the folder.
+
+    Args:
+        folder: of the page.
+        wanted: as somebody wrote it; "": the first name like `default` that is free.
+        default: without its suffix.
+        suffix: that the file has; "" for a folder.
+
+    Raises:
+        MochiTuneError: it is there already, ends otherwise, or is outside of the folder.
+    """
+    if wanted := wanted.strip():
+        path = inside(folder, wanted if "/" in wanted else f"{MADE_FOLDER}/{wanted}")
+        if suffix and path.suffix != suffix:
+            raise ConfigError(f"{wanted} must end in {suffix}, as the files that are read: add it.")
+        if path.exists():
+            raise ConfigError(f"{wanted} is there already, and nothing is ever replaced: choose another name.")
+        return relative(folder, path)
+    number = 1
+    while True:
+        name = f"{default}{'' if number == 1 else f'_{number}'}{suffix}"
+        if not inside(folder, name).exists():
+            return name
+        number += 1
+
+
+def inspect_page(folder: Path, adapter: str) -> str:
+    """Returns where the page of `lora inspect` on a file is or will be; another path for each change of the file."""
+    facts = inside(folder, adapter).stat()
+    digest = hashlib.sha256(os.fsencode(adapter) + f"{facts.st_mtime_ns} {facts.st_size}".encode()).hexdigest()[:8]
+    return f"{MADE_FOLDER}/inspect/{plain_name(adapter)}_{digest}.html"
+
+
+def limit_arguments(rank: str, energy: str) -> list[str]:
+    """Returns `rank=` or `energy=` as an argument; [] for neither.
+
+    Raises:
+        ConfigError: both are given, or one does not fit.
+    """
+    given = {key: text.strip() for key, text in (("rank", rank), ("energy", energy)) if text.strip()}
+    if given:
+        # It refuses what does not fit.
+        numbers = {key: number_of(key, text) for key, text in given.items()}
+        if "rank" in numbers and numbers["rank"] != int(numbers["rank"]):
+            raise ConfigError(f"rank={rank} does not fit: it takes a whole number of at least 1.")
+        Limit(int(numbers["rank"]) if "rank" in numbers else None, numbers.get("energy"))
+    return [f"{key}={text}" for key, text in given.items()]
+
+
+def number_of(key: str, text: str) -> float:
+    """Returns a number.
+
+    Raises:
+        ConfigError: the text is none.
+    """
+    import math
+
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{key}={text} does not fit: use a number such as 0.8.")
+    return number
+
+
+def merge_arguments(
+    folder: Path, adapters: Sequence[str], strengths: str, limit: tuple[str, str], out: str
+) -> list[str]:
+    """Returns the arguments of `lora merge`.
+
+    Raises:
+        MochiTuneError: fewer than two adapters, another number of strengths, or what the other functions refuse.
+    """
+    files = [check_adapter(folder, name) for name in adapters]
+    if len(files) < 2:
+        raise ConfigError(f"a merge takes two adapters or more, and {len(files)} is chosen: choose another one.")
+    if hub := [file for file in files if file.startswith(HUB)]:
+        raise ConfigError(f"{hub[0]} is no file of this folder: export it first, to=native, and merge that.")
+    texts = strengths.replace(",", " ").split()
+    if texts and len(texts) != len(files):
+        raise ConfigError(f"there are {len(texts)} strengths for {len(files)} adapters: give one for each, or none.")
+    for text in texts:
+        number_of("strengths", text)
+    given = [f"strengths=[{','.join(texts)}]"] if texts else []
+    default = f"{MADE_FOLDER}/{'_and_'.join(map(plain_name, files))[:100]}"
+    return ["merge", *files, *given, *limit_arguments(*limit), f"out={new_file(folder, out, default)}"]
+
+
+def resize_arguments(folder: Path, adapter: str, limit: tuple[str, str], out: str) -> list[str]:
+    """Returns the arguments of `lora resize`.
+
+    Raises:
+        MochiTuneError: neither or both of rank and energy are given, or what the other functions refuse.
+    """
+    file = check_adapter(folder, adapter)
+    given = limit_arguments(*limit)
+    if not given:
+        Limit(None, None)
+    word = given[0].replace("=", "_").replace(".", "_")
+    return ["resize", file, *given, f"out={new_file(folder, out, f'{MADE_FOLDER}/{plain_name(file)}_{word}')}"]
+
+
+def export_arguments(folder: Path, adapter: str, to: str, dtype: str, out: str) -> list[str]:
+    """Returns the arguments of `export` into a file.
+
+    Raises:
+        MochiTuneError: as the other functions.
+    """
+    file = check_adapter(folder, adapter)
+    check_format(to)
+    default = f"{MADE_FOLDER}/{plain_name(file)}_{to}{'' if dtype == 'fp32' else f'_{dtype}'}"
+    return [f"adapter={file}", f"to={to}", f"dtype={dtype}", f"out={new_file(folder, out, default)}"]
+
+
+@dataclass(frozen=True)
+class Push:
+    """What somebody wants to publish.
+
+    Attributes:
+        adapter: path in the folder, or `hub:OWNER/NAME`.
+        repo: owner/name on the hub.
+        formats: of the files.
+        dtype: of the files.
+        is_private: whether a repository that is made is private.
+        license: identifier of the hub; "" for what the adapter states.
+        trigger: words that a prompt needs; "" for what the adapter states.
+    """
+
+    adapter: str
+    repo: str
+    formats: tuple[str, ...] = ("diffusers",)
+    dtype: str = "fp32"
+    is_private: bool = True
+    license: str = ""
+    trigger: str = ""
+
+    def arguments(self, folder: Path, is_dry: bool) -> list[str]:
+        """Returns the arguments of `export`: a new folder below `loras/hub`, uploaded unless it is dry.
+
+        Raises:
+            MochiTuneError: the repository's name is not possible, no format is chosen, or the adapter is not there.
+        """
+        file = check_adapter(folder, self.adapter)
+        repo = self.repo.strip()
+        if not is_repo(repo):
+            raise ConfigError(f"push={repo} is not possible: use owner/name, of letters, digits, - _ and .")
+        if not self.formats:
+            raise ConfigError("no format is chosen: choose diffusers, which most programs read.")
+        for to in self.formats:
+            check_format(to)
+        about = {"license": self.license.strip(), "trigger": self.trigger.strip()}
+        return [
+            f"adapter={file}", f"push={repo}", f"to={','.join(self.formats)}", f"dtype={self.dtype}",
+            f"private={'true' if self.is_private else 'false'}", *(f"{k}={v}" for k, v in about.items() if v),
+            *(["dry_run=true"] if is_dry else []),
+            f"out={new_file(folder, '', f'{MADE_FOLDER}/hub/{plain_name(file)}', '')}",
+        ]  # fmt: skip
+
+    def explain(self, folder: Path) -> list[str]:
+        """Returns what an upload would send, in lines; it makes nothing and asks nobody.
+
+        Raises:
+            MochiTuneError: as `arguments`.
+        """
+        self.arguments(folder, is_dry=False)
+        files = [DIFFUSERS_FILE if to == "diffusers" else f"NAME_{to}.safetensors" for to in self.formats]
+        run_dir = None if self.adapter.startswith(HUB) else find_run_dir(inside(folder, self.adapter))
+        extra = "; from the run: its last eval videos, eight at most, the curve and a table of the training"
+        made = "private" if self.is_private else "open to everybody"
+        return [
+            f"{', '.join(files)}, in {self.dtype}",
+            f"README.md, the model card, with license and trigger words{extra if run_dir else ''}",
+            "no names of clips, no captions and no paths; the prompts of the videos are on the card",
+            f"to {self.repo.strip()}: it is made {made} where it does not exist, and files of the same names are "
+            "replaced; others stay",
+        ]

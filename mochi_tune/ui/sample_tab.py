@@ -1,0 +1,244 @@
+"""The tab Sample: prompts are rendered with adapters, and every video is kept with its settings."""
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from mochi_tune.errors import MochiTuneError
+from mochi_tune.ui import html
+from mochi_tune.ui.adapters import list_adapters, plain_name
+from mochi_tune.ui.folder import inside, relative
+from mochi_tune.ui.form import SettingsForm
+from mochi_tune.ui.jobs import add_job
+from mochi_tune.ui.jobs_bar import said_of
+from mochi_tune.ui.renders import BASE, SIZES, Render, SampleForm, adapters_of, arguments_of, facts_of, form_of
+from mochi_tune.ui.renders import list_renders as list_all
+
+POLL_SECONDS = 3
+NUM_CARDS = 12
+# More than four at a time have no use that we know of; the command line takes any number.
+NUM_ADAPTERS = 4
+OWN = ("the run's own, where it has one", "")
+KINDS = [("videos", "videos"), ("each beside the base", "compare"), ("grid", "grid")]
+TITLES = {"num_frames": "Frames", "height": "Height", "width": "Width", "steps": "Steps"}
+MEANINGS = {"num_frames": "6k+1", "height": "pixels, 16k", "width": "pixels, 16k", "steps": "time grows with it"}
+
+
+class SampleFields:
+    """The components of a `SampleForm`, in the order of `inputs`."""
+
+    def __init__(self) -> None:
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=300):
+                self.prompts = gr.Textbox(
+                    label="Prompt", info="several, one a line", lines=3, max_lines=8, elem_id="prompt",
+                    placeholder="a teacup shatters on a stone floor",
+                )  # fmt: skip
+                self.negative = gr.Textbox(label="Negative prompt", info="what guidance leads away from", elem_id="not")
+                with gr.Row():
+                    self.seeds = gr.Textbox(
+                        label="Seeds", info="one or several", placeholder="0, 1, 2", elem_id="seeds", min_width=110
+                    )
+                    self.sizes = [
+                        gr.Textbox(label=TITLES[key], info=MEANINGS[key], elem_id=f"sample_{key}", min_width=110)
+                        for key in SIZES
+                    ]
+            with gr.Column(scale=2, min_width=300):
+                self.slots = [_adapter_slot(number) for number in range(NUM_ADAPTERS)]
+                self.kind = gr.Radio(KINDS, value="videos", label="Render", elem_id="kind")
+                with gr.Row(visible=False) as self.grid:
+                    self.strengths = gr.Textbox(
+                        label="Strengths of the grid", info="0 is the base", placeholder="0, 0.5, 1",
+                        elem_id="strengths", min_width=130,
+                    )  # fmt: skip
+                    self.checkpoints = gr.Textbox(
+                        label="Checkpoints of the grid", info="steps, or all", elem_id="checkpoints", min_width=130
+                    )
+                with gr.Accordion("Other settings of `sample`", open=False):
+                    self.more = gr.Textbox(
+                        label="key=value, one a line", lines=3, max_lines=10, elem_id="sample_more",
+                        placeholder="preset=balanced\nguidance=4.5",
+                    )  # fmt: skip
+        self.kind.change(lambda kind: gr.Row(visible=kind == "grid"), self.kind, self.grid, show_progress="hidden")
+        for (_, adapter, _), (following, *_) in zip(self.slots, self.slots[1:], strict=False):
+            # There is always one empty place below the last adapter.
+            adapter.change(_row_after, adapter, following, show_progress="hidden")
+
+    @property
+    def inputs(self) -> list[Any]:
+        """All components that hold a value."""
+        pairs = [part for _, *pair in self.slots for part in pair]
+        parts = [self.prompts, self.negative, self.seeds, *self.sizes, *pairs]
+        return [*parts, self.kind, self.strengths, self.checkpoints, self.more]
+
+    @staticmethod
+    def form_of(values: Sequence[Any]) -> SampleForm:
+        """Returns what somebody has filled in."""
+        texts = [str(value or "") for value in values]
+        prompts, negative, seeds = texts[:3]
+        sizes: dict[str, str] = dict(zip(SIZES, texts[3:], strict=False))
+        pairs = texts[3 + len(SIZES) : -4]
+        kind, strengths, checkpoints, more = texts[-4:]
+        adapters = tuple((name, strength) for name, strength in zip(pairs[::2], pairs[1::2], strict=True) if name)
+        assert kind in ("videos", "compare", "grid"), f"the page has no kind {kind}"
+        return SampleForm(prompts, negative, seeds, sizes, adapters, kind, strengths, checkpoints, more)
+
+    @staticmethod
+    def values_of(form: SampleForm) -> list[Any]:
+        """Returns the values of `inputs` for a form."""
+        pairs = [*form.adapters[:NUM_ADAPTERS], *[("", "1")] * max(NUM_ADAPTERS - len(form.adapters), 0)]
+        sizes = [form.sizes.get(key, "") for key in SIZES]
+        return [
+            form.prompts, form.negative_prompt, form.seeds, *sizes, *(part for pair in pairs for part in pair),
+            form.kind, form.strengths, form.checkpoints, form.more,
+        ]  # fmt: skip
+
+
+def _adapter_slot(number: int) -> tuple[Any, Any, Any]:
+    with gr.Row(visible=number == 0, equal_height=True) as row:
+        choices = [OWN, ("none: the base", BASE)] if number == 0 else [("none", "")]
+        adapter = gr.Dropdown(
+            choices, value="", label="Adapter" if number == 0 else f"Adapter {number + 1}", allow_custom_value=True,
+            elem_id=f"adapter_{number}", scale=3, min_width=190,
+        )  # fmt: skip
+        strength = gr.Textbox("1", label="Strength", elem_id=f"strength_{number}", scale=1, min_width=80)
+    return row, adapter, strength
+
+
+def _row_after(adapter: str | None) -> Any:
+    return gr.Row(visible=True) if adapter and adapter != BASE else gr.skip()
+
+
+def build_tab(folder: Path, form: SettingsForm) -> None:
+    """Builds the tab.
+
+    Args:
+        folder: of the page.
+        form: the settings; its conf is what is sampled with.
+    """
+    fields = SampleFields()
+    with gr.Row(elem_classes="acts"):
+        start = gr.Button("Sample", variant="primary", elem_id="sample", scale=0, min_width=160)
+        gr.HTML(
+            html.note("Its conf is saved first, as in Train. An empty field leaves what the conf says."), min_width=260
+        )
+    said = gr.HTML(elem_id="sample_said")
+
+    def sample(replaces: bool, *values: Any) -> str:
+        own, settings = values[: len(fields.inputs)], values[len(fields.inputs) :]
+
+        def add() -> str:
+            conf = form.save(settings, replaces)
+            asked = fields.form_of(own)
+            arguments = arguments_of(folder, conf, asked)
+            job = add_job(folder, "sample", arguments, f"sample {asked.prompts.strip().splitlines()[0][:60]}")
+            return f"job {job.number}, {job.title}, is in the queue; its videos come here"
+
+        return said_of(add)
+
+    start.click(sample, [form.replaces, *fields.inputs, *form.inputs], said, show_progress="hidden")
+    _keep_choices(folder, fields)
+    build_history(folder, fields, said)
+
+
+def _keep_choices(folder: Path, fields: SampleFields) -> None:
+    """Brings new checkpoints into the lists of adapters."""
+
+    def look(seen: list | None) -> list[Any]:
+        there = [list(pair) for pair in list_adapters(folder)]
+        if there == seen:
+            return [gr.skip()] * (NUM_ADAPTERS + 1)
+        pairs = [(title, name) for title, name in there]
+        first = gr.Dropdown([OWN, ("none: the base", BASE), *pairs])
+        return [first, *[gr.Dropdown([("none", ""), *pairs]) for _ in fields.slots[1:]], there]
+
+    seen = gr.State(None)
+    gr.Timer(POLL_SECONDS).tick(look, seen, [*(slot[1] for slot in fields.slots), seen], show_progress="hidden")
+
+
+class _Card:
+    """The place of a video: the video with its settings, the file that it is, and its button."""
+
+    def __init__(self) -> None:
+        with gr.Column(elem_classes="card", min_width=240, visible=False) as self.column:
+            self.shown = gr.HTML()
+            self.again = gr.Button("Do it again", size="sm", elem_classes="again")
+            self.name = gr.Textbox(elem_classes="file_name", show_label=False)
+
+    @property
+    def parts(self) -> list[Any]:
+        return [self.column, self.shown, self.name]
+
+
+def build_history(folder: Path, fields: SampleFields, said: Any) -> None:
+    """Builds the gallery of all videos; it looks for new ones every three seconds."""
+    gr.HTML("<h2>Videos</h2>")
+    page = gr.State(0)
+    with gr.Row(elem_id="render_pager", elem_classes="pager"):
+        back = gr.Button("← newer", size="sm", scale=0, min_width=90)
+        where = gr.HTML(min_width=80)
+        forward = gr.Button("older →", size="sm", scale=0, min_width=90)
+    empty = gr.HTML(elem_id="renders_empty")
+    with gr.Row(elem_classes="clips", elem_id="renders"):
+        cards = [_Card() for _ in range(NUM_CARDS)]
+    seen = gr.State(None)
+
+    def draw(number: int, seen: list | None) -> list[Any]:
+        renders = list_all(folder)
+        number = min(number, max(len(renders) - 1, 0) // NUM_CARDS)
+        shown = renders[number * NUM_CARDS :][:NUM_CARDS]
+        now = [number, len(renders), [(str(each.video), each.modified) for each in shown]]
+        # What plays is not drawn anew.
+        if now == seen:
+            return [gr.skip()] * (4 + 3 * NUM_CARDS)
+        hint = "Fill in a prompt above and press Sample. Each video stays here, with the settings that made it."
+        first = number * NUM_CARDS + 1
+        place = f"{first} to {first + len(shown) - 1} of {len(renders)}" if shown else ""
+        updates: list[Any] = ["" if shown else html.empty_state("No videos yet", hint), html.note(place), number, now]
+        for render in shown:
+            updates += [gr.Column(visible=True), card_html(folder, render), relative(folder, render.video)]
+        return updates + [gr.Column(visible=False), "", ""] * (NUM_CARDS - len(shown))
+
+    def again(name: str) -> list[Any]:
+        try:
+            video = inside(folder, name)
+            render = next((each for each in list_all(folder) if inside(folder, each.video) == video), None)
+        except MochiTuneError as error:
+            return [html.note(str(error), "error"), *[gr.skip()] * (len(fields.inputs))]
+        if render is None:
+            return [html.note(f"{name} is gone: choose another video.", "error"), *[gr.skip()] * len(fields.inputs)]
+        note = f"the settings of {video.name} are filled in; it was made on the weights {render.record.get('model')}"
+        return [html.note(note, "good"), *fields.values_of(form_of(folder, render.record))]
+
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    targets = [empty, where, page, seen, *(part for card in cards for part in card.parts)]
+    gr.Timer(POLL_SECONDS).tick(draw, [page, seen], targets, **quiet)
+    back.click(lambda number, seen: draw(max(number - 1, 0), seen), [page, seen], targets, **quiet)
+    forward.click(lambda number, seen: draw(number + 1, seen), [page, seen], targets, **quiet)
+    for card in cards:
+        card.again.click(again, card.name, [said, *fields.inputs], **quiet)
+
+
+def card_html(folder: Path, render: Render) -> str:
+    """Returns a video with what matters most, its adapters, all its settings folded, and its download."""
+    video, record = render.video, render.record
+    is_still = video.suffix in (".png", ".gif", ".webp")
+    address = html.address(folder, video)
+    picture = f'<img src="{address}" alt="" loading="lazy">' if is_still else html.video(folder, video)
+    adapters = "".join(
+        f'<span class="flag">{escape(plain_name(name))} × {escape(strength)}</span>'
+        for name, strength in adapters_of(folder, record)
+    )
+    negative = record.get("negative_prompt")
+    settings = escape(json.dumps(record, indent=1, ensure_ascii=False))
+    return (
+        f"{picture}<h3>{escape(str(record['prompt']))}</h3>"
+        f"{html.note(f'not: {negative}') if negative else ''}"
+        f"<p class='facts'>{escape(facts_of(record))}</p>{adapters}"
+        f'<details><summary>All settings</summary><pre class="log" tabindex="0">{settings}</pre></details>'
+        f'<a class="download" href="{address}&amp;download=true" download>Download {escape(video.suffix[1:])}</a>'
+    )

@@ -1,0 +1,115 @@
+"""The form of `sample` says what the command line says; a video's record gives the form that renders it again."""
+
+import json
+
+import pytest
+from helpers_renders import write_adapter
+
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.recipes.sample import main as sample
+from mochi_tune.ui.confs import Form, save_conf
+from mochi_tune.ui.renders import BASE, SampleForm, arguments_of, form_of, list_renders
+
+FORM = SampleForm(
+    'it\'s a "cup" \\ for $x',
+    "blur",
+    "3 5",
+    {"num_frames": "7", "height": "32", "width": "48", "steps": "2"},
+    (("loras/a b.safetensors", "0.5"), ("loras/c.safetensors", "")),
+    more="guidance=2.5\n# a remark",
+)
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_conf(tmp_path, Form("cups", {"model": "tiny"}, "device=cpu"), replaces=False)
+    (tmp_path / "loras").mkdir()
+    write_adapter(tmp_path / "loras" / "a b.safetensors", 1)
+    write_adapter(tmp_path / "loras" / "c.safetensors", 2)
+
+
+def config_of(arguments):
+    assert arguments[0] == "conf=cups"
+    return load_config("cups", [f"sample.{each}" for each in arguments[1:]])
+
+
+def test_a_video_is_rendered_again_by_its_record(tmp_path):
+    arguments = arguments_of(tmp_path, "cups", FORM)
+    asked = config_of(arguments).sample
+    assert (asked.prompt, asked.negative_prompt, asked.seeds) == ('it\'s a "cup" \\ for $x', "blur", [3, 5])
+    assert asked.adapter == ["loras/a b.safetensors", "loras/c.safetensors"] and asked.adapter_strength == [0.5, 1]
+    list(sample(config_of(arguments)))
+    renders = list_renders(tmp_path)
+    assert {render.record["seed"] for render in renders} == {3, 5}
+    once = renders[0]
+    list(sample(config_of(arguments_of(tmp_path, "cups", form_of(tmp_path, once.record)))))
+    newest = list_renders(tmp_path)[0]
+    assert newest.video != once.video and newest.video.with_suffix(".json").exists()
+    of_time = ("seconds", "peak_gib")
+    assert {k: v for k, v in newest.record.items() if k not in of_time} == {
+        k: v for k, v in once.record.items() if k not in of_time
+    }
+
+
+def test_every_kind_of_render_is_as_the_command_line_takes_it(tmp_path):
+    grid = SampleForm("a\nb", kind="grid", strengths="0 1", checkpoints="all", seeds="0,1")
+    asked = config_of(arguments_of(tmp_path, "cups", grid)).sample
+    assert asked.grid and (asked.strengths, asked.checkpoints, asked.seeds) == ([0, 1], "all", [0, 1])
+    assert (tmp_path / asked.prompts).read_text() == "a\nb\n"
+    one = SampleForm("a", adapters=(("loras/c.safetensors", "0.8"),), kind="compare")
+    asked = config_of(arguments_of(tmp_path, "cups", one)).sample
+    assert (asked.compare, asked.adapter, asked.adapter_strength) == ("base", "loras/c.safetensors", 0.8)
+    base = config_of(arguments_of(tmp_path, "cups", SampleForm("a", adapters=((BASE, ""),)))).sample
+    assert base.adapter is None and base.adapter_strength == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": " \n"}, "prompt is empty"),
+        ({"seeds": "x"}, "seeds=x does not fit"),
+        ({"sizes": {"num_frames": "8"}}, "8"),
+        ({"adapters": (("gone.safetensors", "1"),)}, "gone.safetensors is not there"),
+        ({"adapters": (("../a.safetensors", "1"),)}, "outside of"),
+        ({"adapters": (("loras/c.safetensors", "strong"),)}, "adapter_strength=strong does not fit"),
+        ({"kind": "grid", "checkpoints": "last"}, "checkpoints=last does not fit"),
+        ({"more": "steps=3"}, "steps has a field of its own"),
+        ({"more": "guidence=3"}, "did you mean guidance"),
+        ({"more": "init_video=../film.mp4"}, "outside of"),
+        ({"more": "train.steps=3"}, "is no setting of `sample`"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_queued(tmp_path, change, message):
+    values = {"prompts": "a"} | change
+    with pytest.raises(MochiTuneError, match=message):
+        arguments_of(tmp_path, "cups", SampleForm(**values))
+    assert not (tmp_path / ".mochi_tune").exists()
+
+
+def test_what_is_no_video_with_settings_is_left_out(tmp_path):
+    folder = tmp_path / "runs" / "x" / "samples"
+    folder.mkdir(parents=True)
+    (folder / "a.mp4").touch()
+    (folder / "b.json").write_text(json.dumps({"prompt": "b"}))
+    for name, text in (("c", "{"), ("d", "[]"), ("e", json.dumps({"prompt": 1}))):
+        (folder / f"{name}.mp4").touch()
+        (folder / f"{name}.json").write_text(text)
+    assert list_renders(tmp_path) == []
+    with pytest.raises(ConfigError, match="no setting"):
+        arguments_of(tmp_path, "cups", SampleForm("a", more="nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "more"),
+    [
+        ({"steps": 4, "guidance": [1.0, 2.0, 3.0, 4.0], "threshold": 0.2}, "guidance=[1.0, 2.0, 3.0, 4.0]"),
+        ({"steps": 64, "guidance": 6.0, "threshold": 0.025, "guided": [0.0, 0.75]}, "preset=balanced"),
+        ({"steps": 2, "guidance": 1.5, "own_sigmas": [1.0, 0.5, 0.0]}, "sigmas=[1.0, 0.5, 0.0]"),
+    ],
+)
+def test_a_schedule_of_its_own_comes_back(tmp_path, sampler, more):
+    form = form_of(tmp_path, {"prompt": "a", "seed": 1, "sampler": sampler})
+    assert more in form.more.splitlines() and form.adapters == ((BASE, ""),)
+    arguments_of(tmp_path, "cups", form)
