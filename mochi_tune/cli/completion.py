@@ -92,7 +92,9 @@ def collect() -> Words:
 
 
 def _plain_values(verb: str, known: Mapping[str, tuple[str | None, str]]) -> dict[str, tuple[str, ...]]:
-    values = {f"{verb}:{key}": BOOL for key, (default, _) in known.items() if default in BOOL}
+    values: dict[str, tuple[str, ...]] = {
+        f"{verb}:{key}": BOOL for key, (default, _) in known.items() if default in BOOL
+    }
     return values | ({f"{verb}:device": ("cpu", "cuda", "auto")} if "device" in known else {})
 
 

@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_cache import encode, rows_of
 from helpers_process import Disturbance, Program
 from helpers_road import ENVIRONMENT, LORA, command, prepared, road
 
-from mochi_tune.data.cache import CacheSettings
-from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.sampling.video import read_frames
 
 RENDER = ["sample.steps=2", "sample.num_frames=7", "prompt=a red ball"]
@@ -123,18 +120,6 @@ def test_a_home_that_cannot_be_written_is_one_line(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("mochi-tune: /proc/nowhere"), done.stderr
     assert "choose another path" in last and not list(tmp_path.rglob("*.mp4"))
-
-
-def test_more_shards_than_files_may_be_open_is_one_line(tmp_path):
-    settings = CacheSettings(**json.loads((prepared() / "cache" / "manifest.json").read_text())["settings"])
-    rows = rows_of({f"{number:03}.mp4": f"clip {number}" for number in range(100)}, settings)
-    with CacheWriter(tmp_path / "cache") as writer:
-        encode(writer, rows)
-        writer.commit(rows, settings, shard_bytes=1)
-    assert len(list((tmp_path / "cache" / "data").iterdir())) == 100
-    arguments = [*road(tmp_path / "run", *LORA), f"data.cache={tmp_path / 'cache'}"]
-    trainer = Program(["train", "conf=my_lora", *arguments], tmp_path / "log", Disturbance(max_files=64))
-    assert "Too many open files: raise `ulimit -n`." in trainer.refusal
 
 
 def shell(script: str) -> subprocess.CompletedProcess:
