@@ -140,9 +140,13 @@ def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fin
             wrong.append(f"{name} is {_size(layer.shape)}, in the base {_size(shapes[name])}")
     trained_on = adapter.metadata.get("base_fingerprint")
     # A base in fp8 or fp16 is known by its rounded numbers, "F8_E4M3:...", which others cannot be compared with.
-    if trained_on and base_fingerprint and trained_on != base_fingerprint:
-        if _dtype_of(trained_on) == _dtype_of(base_fingerprint):
-            wrong.insert(0, f"base_fingerprint is {_short(trained_on)}, this base's is {_short(base_fingerprint)}")
+    if (
+        trained_on
+        and base_fingerprint
+        and trained_on != base_fingerprint
+        and _dtype_of(trained_on) == _dtype_of(base_fingerprint)
+    ):
+        wrong.insert(0, f"base_fingerprint is {_short(trained_on)}, this base's is {_short(base_fingerprint)}")
     if wrong:
         raise CheckpointError(
             f"{adapter} was trained on another base: {some(wrong, '; ')}: use the weights that it was trained on."
