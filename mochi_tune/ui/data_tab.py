@@ -73,21 +73,20 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         slots = [_Slot() for _ in range(NUM_CARDS)]
 
     def draw(number: int, *values: Any) -> list[Any]:
+        names, drawn, values = values[:NUM_CARDS], values[NUM_CARDS : 2 * NUM_CARDS], values[2 * NUM_CARDS :]
         data, root, videos, trouble = look_at(folder, form, values)
         shown = videos[number * NUM_CARDS :][:NUM_CARDS] if data and not trouble else []
         texts = read_captions(root, shown, data) if data else {}
         cards = gallery.cards(root, shown, data) if data and shown else []
         updates: list[Any] = [gr.HTML(trouble, visible=bool(trouble))]
-        for card in cards:
-            name = relative(folder, card.path)
-            label = f"Caption of {card.name}"
-            updates += [
-                gr.Column(visible=True),
-                card_html(folder, card),
-                gr.Textbox(texts[card.path], label=label),
-                name,
-                texts[card.path],
-            ]
+        for i, card in enumerate(cards):
+            name, text = relative(folder, card.path), texts[card.path]
+            updates += [gr.Column(visible=True), card_html(folder, card)]
+            if (names[i], drawn[i]) == (name, text):
+                # Left as they are: somebody may type there meanwhile.
+                updates += [gr.skip(), gr.skip(), gr.skip()]
+            else:
+                updates += [gr.Textbox(text, label=f"Caption of {card.name}"), name, text]
         for _ in slots[len(cards) :]:
             updates += [gr.Column(visible=False), "", "", "", ""]
         return updates
@@ -158,7 +157,8 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     forward.click(turn(1), [page, *form.inputs], page, **quiet)
     targets = [empty, *(part for slot in slots for part in slot.parts)]
     gr.on(
-        [page.change, version.change], draw, [page, *form.inputs], targets,
+        [page.change, version.change], draw,
+        [page, *(slot.name for slot in slots), *(slot.drawn for slot in slots), *form.inputs], targets,
         trigger_mode="always_last", concurrency_limit=4, **quiet,
     )  # fmt: skip
     gr.on([page.change, version.change], tell_where, [page, *form.inputs], where, **quiet)
