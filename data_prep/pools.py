@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from mochi_tune.data.parts import PartsFolder
 from mochi_tune.data_prep.decoder import ClipDecoder
@@ -24,6 +26,8 @@ from mochi_tune.models.device import find_device
 
 # So many processes may die on one task, one after the other.
 MAX_TRIES = 3
+# After which a task that is in hand is told.
+PATIENCE_SECONDS = 600.0
 
 
 class Named(Protocol):
@@ -54,6 +58,7 @@ class Pool(ABC):
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.patience = PATIENCE_SECONDS
 
     def run(self, tasks: Sequence[AnyTask], update: Callable[[int], object]) -> Iterator[tuple[AnyTask, list[str]]]:
         """Yields each task when what it encodes is on disk, in any order, with what `Worker.run` returns.
@@ -70,6 +75,7 @@ class Pool(ABC):
         in_hand: dict[int, AnyTask] = {}
         ahead: dict[int, AnyTask] = {}
         deaths: Counter[int] = Counter()
+        begun: dict[int, float] = {}
 
         def give(slot: int) -> None:
             task = ahead.pop(slot, None) or (waiting.popleft() if waiting else None)
@@ -77,14 +83,23 @@ class Pool(ABC):
                 # Not of the last ones: a slow worker would keep one that others have time for.
                 if len(waiting) > self.count and isinstance(waiting[0], ClipTask):
                     ahead[slot] = waiting.popleft()
-                in_hand[slot] = task
+                in_hand[slot], begun[slot] = task, time.monotonic()
                 self._submit(slot, task, ahead.get(slot))
 
         for slot in range(min(self.count, len(waiting))):
             give(slot)
         while in_hand:
-            slot, outcome = self._wait()
+            answer = self._wait(self.patience)
+            for slot, since in list(begun.items()):
+                if time.monotonic() - since >= self.patience and (answer is None or slot != answer[0]):
+                    minutes = f"{self.patience / 60:.0f} minutes"
+                    tqdm.write(f"{in_hand[slot].name} has been in hand for {minutes}, by {self._name_of(slot)}")
+                    del begun[slot]
+            if answer is None:
+                continue
+            slot, outcome = answer
             task = in_hand.pop(slot)
+            begun.pop(slot, None)
             if isinstance(outcome, Death):
                 deaths[id(task)] += 1
                 if deaths[id(task)] == MAX_TRIES:
@@ -112,8 +127,12 @@ class Pool(ABC):
         """Gives a task to a worker, which is started where there is none."""
 
     @abstractmethod
-    def _wait(self) -> tuple[int, list[str] | Exception | Death]:
-        """Waits for any worker; returns its number, and what `Worker.run` returned or raised."""
+    def _wait(self, seconds: float) -> tuple[int, list[str] | Exception | Death] | None:
+        """Waits for any worker; returns its number, and what `Worker.run` returned or raised; None after so long."""
+
+    def _name_of(self, slot: int) -> str:
+        """Returns what a person may call a worker."""
+        return f"worker {slot}"
 
 
 class ProcessPool(Pool):
@@ -149,8 +168,14 @@ class ProcessPool(Pool):
         with contextlib.suppress(ConnectionError):
             self._workers[slot][1].send((task, ahead))
 
-    def _wait(self) -> tuple[int, list[str] | Exception | Death]:
-        ready = wait([connection for _, connection in self._workers.values()])[0]
+    def _name_of(self, slot: int) -> str:
+        return f"process {self._workers[slot][0].pid}; if that is killed, another one takes it"
+
+    def _wait(self, seconds: float) -> tuple[int, list[str] | Exception | Death] | None:
+        answered = wait([connection for _, connection in self._workers.values()], seconds)
+        if not answered:
+            return None
+        ready = answered[0]
         slot = next(slot for slot, (_, connection) in self._workers.items() if connection is ready)
         process, connection = self._workers[slot]
         try:

@@ -141,8 +141,10 @@ class RayPool(Pool):
     def _submit(self, slot: int, task: Any, ahead: Any) -> None:
         self._pending[self._actors[slot].run.remote(task, ahead)] = slot
 
-    def _wait(self) -> tuple[int, list[str] | Exception | Death]:
-        ready = self._wait_for_any()
+    def _wait(self, seconds: float) -> tuple[int, list[str] | Exception | Death] | None:
+        ready = self._wait_for_any(seconds)
+        if ready is None:
+            return None
         slot = self._pending.pop(ready)
         try:
             return slot, self._ray.get(ready)
@@ -153,15 +155,15 @@ class RayPool(Pool):
                 f"{type(error).__name__} ({lines[0] if lines else ''}). The same command goes on from here."
             ) from None
 
-    def _wait_for_any(self) -> Any:
-        """Waits for a worker's answer; says so where the cluster gives none of them a place to run."""
+    def _wait_for_any(self, seconds: float) -> Any:
+        """Waits for a worker's answer, None after so long; says so where the cluster has no place for any of them."""
         if not self._has_answered:
             found, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=QUIET_SECONDS)
             if not found:
                 tqdm.write("no worker of the Ray cluster has answered yet: it starts them, or has no CPU or GPU free")
-        [ready], _ = self._ray.wait(list(self._pending), num_returns=1)
-        self._has_answered = True
-        return ready
+        found, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=seconds)
+        self._has_answered |= bool(found)
+        return found[0] if found else None
 
 
 class RayWorker:

@@ -31,7 +31,7 @@ class Workers(Pool):
         self.in_hand[slot] = task
         self.given.append(task.key)
 
-    def _wait(self):
+    def _wait(self, seconds):
         slot, task = self.in_hand.popitem()
         if self.deaths.get(task.key, 0):
             self.deaths[task.key] -= 1
@@ -51,6 +51,18 @@ def test_every_task_is_done_once_whoever_dies(count):
 def test_a_task_that_three_workers_died_on_ends_the_run_and_is_named():
     with Workers(2, {"5": 3}) as pool, pytest.raises(ParallelError, match=r"3 workers died on 5\.mp4, .* by SIGKILL"):
         list(pool.run(TASKS, lambda _: None))
+
+
+def test_a_task_that_is_long_in_hand_is_told_once(capsys):
+    with Workers(3, {}) as pool:
+        pool.patience = 0.0
+        list(pool.run(TASKS, lambda _: None))
+    told = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
+    # The newest is done first: those in hand the longest are the first two.
+    assert told == ["1.mp4", "0.mp4"] or told == ["0.mp4", "1.mp4"]
+    with Workers(3, {}) as pool:
+        list(pool.run(TASKS, lambda _: None))
+    assert not capsys.readouterr().out
 
 
 def job_for(folder: Path, t5: str) -> Job:
