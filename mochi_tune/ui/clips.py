@@ -11,14 +11,14 @@ from mochi_tune.config.sources import read_sources
 from mochi_tune.data_prep.captions import MAX_CAPTION_CHARACTERS, CaptionRules, load_captions
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, find_videos
-from mochi_tune.data_prep.inspection import Flag, as_jpeg, find_flags, whole_frame
+from mochi_tune.data_prep.inspection import Flag, find_flags
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts
 from mochi_tune.errors import DataError
 from mochi_tune.files import find_lone_surrogate, move_to_free_name, read_text, write_atomic
 from mochi_tune.models.text_encoder import measure_caption
 from mochi_tune.ui.folder import clean_name, inside
-from mochi_tune.ui.posters import thumbnail_path
+from mochi_tune.ui.posters import poster
 
 UPLOADED = (*MEDIA_SUFFIXES, ".txt")
 # A file that a browser plays; others are shown as a picture alone.
@@ -98,7 +98,7 @@ class Gallery:
         scan = self._scans[key]
         if isinstance(scan, str):
             return ClipCard(path, name, refused=scan)
-        thumbnail = self._thumbnail(decoder, path, facts, scan, data)
+        thumbnail = poster(self.folder, decoder, path)
         length, size = f"{scan.source_seconds:.1f} s at {scan.source_fps:.3g} fps", f"{scan.width} x {scan.height}"
         source = read_sources(data)[0]
         try:
@@ -110,23 +110,6 @@ class Gallery:
         bucket = f"{cuts[0].num_frames} frames, {cuts[0].width} x {cuts[0].height}"
         many = f"{len(cuts)} clips: " if len(cuts) > 1 else ""
         return ClipCard(path, name, length, size, many + bucket, flags, thumbnail=thumbnail)
-
-    def _thumbnail(
-        self, decoder: ClipDecoder, video: Path, facts: os.stat_result, scan: Scan, data: DataConfig
-    ) -> Path | None:
-        path = thumbnail_path(self.folder, video, facts)
-        if path.exists():
-            return path
-        try:
-            cuts = choose_cuts(scan, read_sources(data)[0].buckets, "head", data.model_copy(update={"clips": "head"}))
-            frame = whole_frame(scan, cuts[0])
-            decoded = decoder.cut(video, frame)
-        except DataError:
-            # The card says why.
-            return None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, as_jpeg(decoded.frames[0], 320))
-        return path
 
 
 def read_captions(root: Path, videos: Sequence[Path], data: DataConfig) -> dict[Path, str]:

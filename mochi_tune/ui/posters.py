@@ -32,10 +32,11 @@ def posters(folder: Path, videos: Sequence[Path]) -> list[Path | None]:
     """
     # The child process is started by the first video that has no picture yet.
     with ClipDecoder(DECODE_SECONDS) as decoder:
-        return [_poster(folder, decoder, video) for video in videos]
+        return [poster(folder, decoder, video) for video in videos]
 
 
-def _poster(folder: Path, decoder: ClipDecoder, video: Path) -> Path | None:
+def poster(folder: Path, decoder: ClipDecoder, video: Path) -> Path | None:
+    """Returns a JPEG of the middle of one video, see `posters`."""
     try:
         path = thumbnail_path(folder, video, video.stat())
         if path.exists():

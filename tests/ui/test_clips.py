@@ -33,7 +33,7 @@ def test_cards_say_what_each_file_is(tmp_path):
     assert good.bucket == "7 frames, 48 x 32" and good.thumbnail.read_bytes()[:2] == b"\xff\xd8"
     assert "no caption" not in [flag.text for flag in good.flags]
     assert broken.refused and broken.thumbnail is None
-    assert "32" in small.refused and small.size == "32 x 32"
+    assert "32" in small.refused and small.size == "32 x 32" and small.thumbnail is not None
     with pytest.raises(DataError, match="outside of"):
         list_videos(tmp_path, "..")
 
