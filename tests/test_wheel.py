@@ -81,6 +81,6 @@ def test_the_first_commands_run_in_an_empty_folder(python, tmp_path):
 
 
 def test_the_wheel_renders_with_the_models_that_it_holds(python, tmp_path):
-    sample = "sample conf=toy_lora model=tiny prompt=x steps=1 num_frames=1 height=16 width=16 out=x.png".split()
-    run(python, tmp_path, "-m", "mochi_tune.cli", *sample)
+    sample = "sample conf=toy_lora model=tiny adapter=none prompt=x steps=1 num_frames=1 height=16 width=16 out=x.png"
+    run(python, tmp_path, "-m", "mochi_tune.cli", *sample.split())
     assert (tmp_path / "x.png").is_file()

@@ -45,7 +45,7 @@ def test_what_it_knows_is_what_the_package_declares():
     lowest, highest = (".".join(map(str, version)) for version in doctor.PYTHON)
     assert PROJECT["requires-python"] == f">={lowest},<{highest}"
     assert f"torch>={'.'.join(map(str, doctor.TORCH))}" in PROJECT["dependencies"]
-    assert doctor.EXTRAS.keys() == PROJECT["optional-dependencies"].keys() - {"dev"}
+    assert doctor.EXTRAS.keys() == PROJECT["optional-dependencies"].keys() - {"dev", "docs"}
 
 
 def test_incomplete_weights_fail_and_absent_ones_are_a_note(tmp_path):
