@@ -25,11 +25,11 @@ RUN pip install --constraint constraints.txt '.[ui,footage,bitsandbytes]'
 # Files on the volumes belong to this user: build with the ids of yours, --build-arg UID=$(id -u).
 ARG UID=1000
 RUN useradd --create-home --uid "${UID}" mochi \
-    && mkdir -p /work/conf /work/videos /work/weights /work/cache /work/runs /work/.mochi_tune /home/mochi/.cache \
-    && chown -R mochi /work /home/mochi
+    && mkdir -p /project/conf /project/videos /project/weights /project/cache /project/runs /project/.mochi_tune /home/mochi/.cache \
+    && chown -R mochi /project /home/mochi
 USER mochi
-WORKDIR /work
-VOLUME ["/work/videos", "/work/weights", "/work/cache", "/work/runs", "/work/.mochi_tune", "/home/mochi/.cache"]
+WORKDIR /project
+VOLUME ["/project/videos", "/project/weights", "/project/cache", "/project/runs", "/project/.mochi_tune", "/home/mochi/.cache"]
 EXPOSE 7860
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tini", "-g", "--", "mochi-tune"]

@@ -1,12 +1,7 @@
 """The VAE's CUDA kernels, run by Triton's interpreter on a CPU: the arithmetic, the borders and the strides."""
 
-import os
-import subprocess
-import sys
+from helpers_triton import run_interpreted
 
-import pytest
-
-# Triton interprets its kernels where this is set before it is imported: a process of its own.
 CHECK = """
 import torch
 import torch.nn.functional as F
@@ -42,8 +37,5 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux alone")
 def test_they_compute_what_torch_computes():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.stdout.strip() == "equal", result.stderr[-2000:]
+    assert run_interpreted(CHECK) == "equal"
