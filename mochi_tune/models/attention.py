@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.models.device import has_kernels
+from mochi_tune.models.device import uses_triton
 from mochi_tune.models.layers import RMSNorm, at_least_fp32
 
 
@@ -51,7 +51,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/temporal_rope.py (apply_rotary_emb_qk_real).
     """
-    if has_kernels(x) and x.shape[-1].bit_count() == 1:
+    if uses_triton(x) and x.shape[-1].bit_count() == 1:
         from mochi_tune.models import dit_kernels
 
         return dit_kernels.apply_rope(x, cos, sin)

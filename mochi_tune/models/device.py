@@ -33,7 +33,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def has_kernels(x: Tensor) -> bool:
+def uses_triton(x: Tensor) -> bool:
     """Whether our CUDA kernels compute what is done to x: without gradients, and where torch has brought Triton.
 
     Compiled blocks have kernels of the compiler's.

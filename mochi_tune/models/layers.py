@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.models.device import has_kernels
+from mochi_tune.models.device import uses_triton
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     Without gradients, products go where their first factor was, so that less memory is touched; the same numbers.
     Source: genmoai/mochi@0c86aeb dit/joint_model/mod_rmsnorm.py (x * rsqrt(mean(x^2) + eps)).
     """
-    if has_kernels(x):
+    if uses_triton(x):
         from mochi_tune.models import dit_kernels
 
         return dit_kernels.rms_norm(x, scale, eps)
@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to (..., D)."""
         inside = self.w1(x)
-        if has_kernels(inside):
+        if uses_triton(inside):
             from mochi_tune.models import dit_kernels
 
             return self.w2(dit_kernels.swiglu(inside))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.models.device import has_kernels
+from mochi_tune.models.device import uses_triton
 from mochi_tune.models.vae_layers import CausalConv, Downsample, FrameCache, FrameNorm, PointwiseConv, pointwise
 
 HEAD_DIM = 32
@@ -91,7 +91,7 @@ class TemporalAttention(nn.Module):
         """Maps (B, C, T, H, W) to the same shape."""
         batch, _, num_frames, height, width = x.shape
         qkv = self.qkv(x.movedim(1, -1))
-        if has_kernels(qkv):
+        if uses_triton(qkv):
             from mochi_tune.models.vae_kernels import join_heads, split_heads
 
             attended = _attend_causally(*split_heads(qkv, HEAD_DIM))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.models.device import has_kernels
+from mochi_tune.models.device import uses_triton
 from mochi_tune.models.layers import at_least_fp32
 
 # Of the features that are normed at a time, at least a frame: 4 MB in fp32, which stay in a processor's cache; on a GPU
@@ -79,7 +79,7 @@ class FrameNorm(nn.GroupNorm):
 
     def write(self, frames: Tensor, out: Tensor) -> None:
         """Norms (B, T, H, W, C) into `out`, some frames at a time: the whole in fp32 would cost memory."""
-        if has_kernels(frames):
+        if uses_triton(frames):
             self._write_by_kernels(frames, out)
             return
         num_frames = max(1, NORM_ELEMENTS.get(frames.device.type, 2**20) // frames[:, 0].numel())
@@ -88,7 +88,7 @@ class FrameNorm(nn.GroupNorm):
 
     def write_padded(self, x: Tensor, out: Tensor) -> None:
         """Norms x (B, C, T, H, W) into `out`, (B, C, T, H + 2, W + 2), and repeats the outermost rows and columns."""
-        if has_kernels(x):
+        if uses_triton(x):
             self._write_by_kernels(x.movedim(1, -1), out.movedim(1, -1))
             return
         self.write(x.movedim(1, -1), out[..., 1:-1, 1:-1].movedim(1, -1))
