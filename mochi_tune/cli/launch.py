@@ -76,6 +76,18 @@ def keep_compiled_code() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
+def let_segments_grow() -> None:
+    """Has torch's allocator grow its segments of GPU memory, unless the user has set how it works.
+
+    Otherwise streamed blocks and the inputs that come back from host memory leave gaps that no large tensor fits into:
+    a training of 163 frames under a limit of 23 GiB ran out of memory with 7.5 GiB of it reserved and unused.
+    """
+    # Since torch 2.9 and before it.
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
+
+
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables that torchrun would have set, from those of srun: the rank, and the address of rank 0."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1:

@@ -23,6 +23,7 @@ from mochi_tune.cli.launch import (
     end_with_the_starter,
     joined,
     keep_compiled_code,
+    let_segments_grow,
     num_processes_here,
     prepare_deepspeed,
     prepare_ray,
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Imports make a million objects that stay: looking through them at every 700th takes a second of each start.
     gc.set_threshold(10_000)
     keep_compiled_code()
+    let_segments_grow()
     open_missing_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     # Other libraries import torchao, which then warns of every kernel that it was built without.

@@ -36,7 +36,11 @@ def apply_compilation(
     """
     # Not at the top: it takes a second, which a typo in a setting should not wait for.
     import torch._dynamo
+    import torch._inductor.config
 
+    if hasattr(torch._inductor.config, "deterministic"):
+        # Kernels are then not chosen by their times, which differ from run to run, and round in another order.
+        torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     compiler = _Compiler(log, only_training, before_each or (lambda: None), backend)
     for block in dit.blocks:

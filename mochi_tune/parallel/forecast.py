@@ -22,7 +22,9 @@ LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
 # training, and one pass of the sampler.
 INSIDE_BYTES = {"compiled": 50, "eager": 83, "sample": 32}
 # What a block that recomputes nothing keeps for its backward pass, by the same count.
-KEPT_BYTES = {"compiled": 33, "eager": 83}
+KEPT_BYTES = {"compiled": 31, "eager": 83}
+# `auto` believes that it may be more: an adapter with dropout keeps what it has dropped from.
+KEPT_MARGIN = 1.1
 # Bytes that go to and from memory between the matrix products of one block, by the same count.
 MOVED_BYTES = {"compiled": 620, "eager": 3250, "sample": 130}
 # What torch, its kernels and the embedders hold beside that; left to fragments between tensors and other programs.
@@ -123,7 +125,14 @@ class Step:
             return ["attention"] * depth
         left = free - sum(self.held(["block"] * depth, is_streamed, is_offloaded).values()) - SPARE_BYTES
         num_kept = min(depth, max(0, int(left // self._attention_bytes)))
-        return ["block"] * (depth - num_kept) + ["attention"] * num_kept
+        policies = ["block"] * (depth - num_kept) + ["attention"] * num_kept
+        # Streamed weights are gone by the backward pass, and nothing else can wait in host memory than an input.
+        if num_kept < depth or is_streamed or is_offloaded or not self.is_compiled or self.num_shards > 1:
+            return policies
+        left -= depth * self._attention_bytes
+        num_whole = min(depth, int(left // (KEPT_MARGIN * self._kept_bytes - self._attention_bytes)))
+        # Another policy is another graph to compile, which a few blocks do not pay for.
+        return policies[num_whole:] + ["none"] * num_whole if num_whole >= depth / 4 else policies
 
     def held(self, policies: Sequence[str], is_streamed: bool = False, is_offloaded: bool = False) -> dict[str, int]:
         """Returns the bytes on the device at the step's peak, by what they are for."""
@@ -134,9 +143,7 @@ class Step:
         inside = INSIDE_BYTES[kind] * numbers
         # On their way to host memory and back are two.
         kept = one_input * (min(2, len(policies)) if is_offloaded else len(policies))
-        kept += self._attention_bytes * policies.count("attention") + KEPT_BYTES[kind] * numbers * policies.count(
-            "none"
-        )
+        kept += self._attention_bytes * policies.count("attention") + self._kept_bytes * policies.count("none")
         return {
             "weights": weights // self.num_shards,
             # With its gradient and AdamW's two moments.
@@ -150,6 +157,11 @@ class Step:
     def _attention_bytes(self) -> int:
         """Of one block's attention: the output in 16 bits, and the log-sum-exp in 32."""
         return self.num_tokens * (2 * self.config.hidden_size_x + 4 * self.config.num_heads)
+
+    @property
+    def _kept_bytes(self) -> int:
+        """Of one block that recomputes nothing, beside its input."""
+        return KEPT_BYTES["compiled" if self.is_compiled else "eager"] * self.num_tokens * self.config.hidden_size_x
 
     def seconds(self, policies: Sequence[str], card: Card, is_streamed: bool = False) -> float:
         """Returns the seconds of the step's forward and backward pass, updates being nothing beside them."""

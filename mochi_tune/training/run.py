@@ -61,8 +61,8 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
             stack.enter_context(RunLock(run_dir))
         if config.train.deterministic:
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-            # A kernel that has no such form is warned of.
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            # Where it only warned, attention would run kernels that sum in another order each time.
+            torch.use_deterministic_algorithms(True)
         start = broadcast(resume(plan) if is_main else None)
         attention = broadcast(choose_attention(plan, start) if is_main else None)
         metrics = trackers = None

@@ -78,14 +78,27 @@ def test_blocks_keep_their_attention_as_far_as_memory_goes():
     resident, streamed = (bytes_on_device(step.weights, FULL, is_streamed) for is_streamed in (False, True))
     assert streamed < 0.08 * resident + step.weights["rest"]
     assert weight_bytes(FULL, 2, "fp8")["blocks"] < 0.65 * step.weights["blocks"]
-    kept = []
-    for gib in (12, 16, 19, 20, 24, 48, 80):
+    seen = []
+    for gib in (12, 16, 19, 20, 24, 28, 48, 80):
         policies = step.policies(gib * GIB)
-        assert policies == sorted(policies, reverse=True) and len(policies) == 48
-        if "attention" in policies:
+        assert len(policies) == 48
+        if set(policies) != {"block"}:
             assert sum(step.held(policies).values()) + SPARE_BYTES <= gib * GIB
-        kept.append(policies.count("attention"))
-    assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == 48 and any(0 < count < 48 for count in kept), kept
+        seen.append([policies.count(policy) for policy in ("block", "attention", "none")])
+    # The more memory, the less is computed again, and nothing is kept whole while a block's attention is not.
+    assert seen == sorted(seen, key=lambda count: (-count[0], count[2])), seen
+    assert seen[0] == [48, 0, 0] and seen[-1] == [0, 0, 48] and [0, 48, 0] in seen, seen
+    assert any(block and attention for block, attention, _ in seen) and any(0 < whole < 48 for *_, whole in seen)
+    assert not any(block and whole for block, _, whole in seen), seen
+
+
+def test_nothing_is_kept_whole_where_that_cannot_be_or_was_not_measured():
+    step, free = Step(FULL, 7 * 1590), 500 * GIB
+    assert set(step.policies(free)) == {"none"}
+    for arrangement in ((True, False), (False, True)):
+        assert set(step.policies(free, *arrangement)) == {"attention"}
+    assert set(replace(step, is_compiled=False).policies(free)) == {"attention"}
+    assert set(replace(step, num_shards=2).policies(free)) == {"attention"}
     assert replace(step, recompute="block").policies(0) == ["block"] * 48
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config
 from helpers_golden import GOLDEN, vectors
 from helpers_memory import TensorMemory
 
@@ -65,7 +66,10 @@ def test_at_most_two_blocks_are_away_from_home():
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("fp8", 0.08)])
 def test_eight_bits_stay_near_and_take_adapters(precision, tolerance, adapted):
+    compiler = torch._inductor.config.get_config_copy()
     dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16, lambda _, block: apply_quantization(block, precision))
+    # torchao would have every kernel tuned for minutes, here and in all that is compiled afterwards.
+    assert torch._inductor.config.get_config_copy() == compiler
     half = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16)
     for model in (dit, half):
         adapt(model)
