@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import signal
 import socket
 import time
@@ -14,6 +13,7 @@ import torch
 
 from mochi_tune.data_prep.clips import Cut, DecodedClip, try_clips
 from mochi_tune.data_prep.probe import Scan, scan_video
+from mochi_tune.data_prep.watched import child_context
 from mochi_tune.errors import DataError
 
 # For the child to import torch and PyAV from a slow disk.
@@ -23,9 +23,8 @@ START_SECONDS = 120.0
 class ClipDecoder:
     """Scans and decodes files in a child process, which may hang or die on one of them without ending the run.
 
-    Native code can loop for ever on a damaged file, so only another process can stop it. The child is spawned, not
-    forked: that works beside CUDA and threads. Frames travel through a socket straight into the tensor that the
-    caller gets. Whatever goes wrong with one file, a bug included, is a DataError for that file.
+    Native code can loop for ever on a damaged file, so only another process can stop it, see `child_context`.
+    Frames travel through a socket straight into the tensor that the caller gets. Whatever goes wrong with one file, a bug included, is a DataError for that file.
 
     Use as a context manager:
         with ClipDecoder(timeout_seconds=120) as decoder:
@@ -184,9 +183,7 @@ class _Child:
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
-        self.process = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(theirs,), name="clip-decoder", daemon=True
-        )
+        self.process = child_context().Process(target=_serve, args=(theirs,), name="clip-decoder", daemon=True)
         self.process.start()
         theirs.close()
         self.is_ready = False

@@ -18,6 +18,18 @@ START_SECONDS = 120.0
 Job = Callable[..., Iterator[dict[str, Any]]]
 
 
+def child_context() -> Any:
+    """Returns how children that read files start: forked from a process that has imported torch and PyAV once.
+
+    That process is spawned, not forked, which works beside CUDA and threads; a child that takes the place of one that
+    was lost is there at once, and does not import for two seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # PyAV before decord, which brings libraries of other versions under the same names.
+    context.set_forkserver_preload(["av", "mochi_tune.data_prep.clips"])
+    return context
+
+
 class WatchedProcess:
     """A child process for jobs that read a file: native code may loop for ever on a damaged one.
 
@@ -84,9 +96,8 @@ class WatchedProcess:
     def _start(self, path: Path) -> Connection:
         if self._connection is None or not self._process.is_alive():
             self.close()
-            context = multiprocessing.get_context("spawn")
+            context = child_context()
             self._connection, theirs = context.Pipe()
-            # Spawned, not forked: that works beside threads.
             self._process = context.Process(target=_serve, args=(theirs,), name="watched", daemon=True)
             self._process.start()
             theirs.close()

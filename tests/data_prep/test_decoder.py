@@ -111,7 +111,7 @@ def test_an_unexpected_exception_refuses_its_file_and_no_other(tmp_path, monkeyp
 
     monkeypatch.setattr(decoder_module, "try_clips", broken)
     monkeypatch.setattr(decoder_module, "scan_video", broken_scan)
-    monkeypatch.setattr(decoder_module.multiprocessing, "get_context", lambda _: Context())
+    monkeypatch.setattr(decoder_module, "child_context", Context)
     monkeypatch.setattr(decoder_module.signal, "signal", lambda *_: None)
     cuts = [Cut(7, 64, 64), Cut(7, 64, 64, start=7), Cut(7, 64, 64, start=7)]
     with ClipDecoder(timeout_seconds=600) as decoder:
