@@ -23,8 +23,9 @@ START_SECONDS = 120.0
 class ClipDecoder:
     """Scans and decodes files in a child process, which may hang or die on one of them without ending the run.
 
-    Native code can loop for ever on a damaged file, so only another process can stop it, see `child_context`.
-    Frames travel through a socket straight into the tensor that the caller gets. Whatever goes wrong with one file, a bug included, is a DataError for that file.
+    Native code can loop for ever on a damaged file, so only another process can stop it, see `child_context`. Frames
+    travel through a socket straight into the tensor that the caller gets. Whatever goes wrong with one file, a bug
+    included, is a DataError for that file.
 
     Use as a context manager:
         with ClipDecoder(timeout_seconds=120) as decoder:
