@@ -204,8 +204,8 @@ EXPERIMENT_OPTIONS = {
     "what": (
         None,
         "objective (of the training), layers (that are adapted), precision (of the base), frame_rate (of films), rate "
-        "(of learning), rank, clips (how many), steps, caption_dropout, sigma (distribution), adapter_dtype or guidance "
-        "(of which steps)",
+        "(of learning), rank, clips (how many), steps, caption_dropout, sigma (distribution), adapter_dtype or "
+        "guidance (of which steps)",
     ),
     "seeds": ("3", "runs of each"),
     "out": ("experiments", "folder; the same command goes on where it was stopped"),
