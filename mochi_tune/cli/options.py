@@ -203,7 +203,8 @@ DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each de
 EXPERIMENT_OPTIONS = {
     "what": (
         None,
-        "objective (of the training), layers (that are adapted), precision (of the base), frame_rate (of films) or "
+        "objective (of the training), layers (that are adapted), precision (of the base), frame_rate (of films), rate "
+        "(of learning), rank, clips (how many), steps, caption_dropout, sigma (distribution), adapter_dtype or "
         "guidance (of which steps)",
     ),
     "seeds": ("3", "runs of each"),

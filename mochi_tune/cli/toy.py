@@ -29,7 +29,8 @@ def run_experiment(arguments: list[str]) -> int:
     options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
     if options is None:
         return 0
-    known = ("objective", "layers", "precision", "frame_rate", "guidance")
+    known = ("objective", "layers", "precision", "frame_rate", "guidance", "rate", "rank", "clips", "steps")
+    known += ("caption_dropout", "sigma", "adapter_dtype")
     if options["what"] not in known:
         raise ConfigError(f"what={options['what']} is not an experiment: use one of {', '.join(known)}.")
     seeds, out = whole_number("seeds", options["seeds"], 1), Path(options["out"])

@@ -1,25 +1,29 @@
 """Compares ways of training on the toy model: the same lesson, the same everything else, several seeds each."""
 
+import contextlib
 import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter, load_adapter
-from mochi_tune.adapters.lora import apply_adapter, linear_shapes, select_layers
+from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.config.load import load_config, weights_paths
 from mochi_tune.config.settings import flat_settings
 from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import read_json, write_json
+from mochi_tune.models.device import find_device
 from mochi_tune.models.dit import AsymmDiT
-from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.recipes.train_lora import main as train
 from mochi_tune.sampling.requests import sampler_settings
+from mochi_tune.toy.arms import DEFAULT, Arm, arms, run_names
 from mochi_tune.toy.lesson import asked_words, write_lesson
 from mochi_tune.toy.measure import colour_error
 from mochi_tune.toy.samples import render_words, share_new, share_shown
@@ -40,17 +44,17 @@ COLUMNS = {
     "colour_error": "colour error",
     "unevenness": "unevenness",
 }
-# Frames a second that the clips of an experiment are drawn at, where it is not 30.
-DRAWN_AT = {"frame_rate": 24}
 
 
 def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> str:
     """Trains each arm with each seed where that is not done yet, and returns the table as Markdown.
 
+    An arm that another experiment has too is trained once for both.
+
     Args:
         what: a key of `arms()`.
         num_seeds: runs of each arm.
-        out: folder of the clips, the cache, the runs and their results; the same folder resumes the experiment.
+        out: folder of the clips, the caches, the runs and their results; the same folder resumes the experiment.
         settings: of every training.
         num_samples: how many samples each share is taken of.
 
@@ -59,7 +63,7 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
     """
     # The measured clips are others, so that all of the lesson's can be trained on.
     settings = ("train.validation_clips=0", *settings)
-    results, config = out / f"{what}.json", load_config("toy_lora", list(settings))
+    results, config = out / "results.json", load_config("toy_lora", list(settings))
     made_with = {
         "settings": flat_settings(config),
         "base": WeightsFolder(weights_paths(config)).base_identity(),
@@ -68,55 +72,77 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
     earlier = read_json(results) if results.exists() else {"made_with": made_with, "rows": []}
     if earlier.get("made_with") != made_with:
         raise ConfigError(f"{results} was made with other weights or settings: use another out=, or remove it.")
-    rows = earlier["rows"]
-    fps = DRAWN_AT.get(what, FPS)
-    videos = out / ("videos" if fps == FPS else f"videos_{fps}_fps")
-    if not videos.exists():
-        write_lesson(videos, 1, fps)
+    rows, names = earlier["rows"], run_names()
     for seed in range(num_seeds):
-        for arm, own in arms()[what].items():
-            if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
+        for label, arm in arms()[what].items():
+            if any((row["run"], row["seed"]) == (names[arm], seed) for row in rows):
                 continue
-            run_dir = out / what / f"{arm.replace(' ', '_')}_seed_{seed}"
-            tqdm.write(f"\n{what}: {arm}, seed {seed}")
-            # Arms that cut the clips in another way have caches of their own.
-            cuts = [setting for setting in own if setting.startswith("data.")]
-            paths = [f"data.videos={videos}", f"data.cache={out / (f'cache_{arm}' if cuts else 'cache')}"]
-            # In this process, which has imported everything already.
-            if code := prepare(load_config("toy_lora", [*paths, *cuts])):
-                raise MochiTuneError(f"the clips were not encoded, exit code {code}: the same command goes on.")
-            if code := train(load_config("toy_lora", [*paths, *settings, *own, f"seed={seed}", f"run_dir={run_dir}"])):
-                raise MochiTuneError(f"{run_dir} ended with exit code {code}: the same command goes on from there.")
-            adapter = load_adapter(run_dir / "adapter.safetensors")
-            rows.append({"arm": arm, "seed": seed, **measure(adapter, seed, num_samples)})
-            write_json(results, {"what": what, "made_with": made_with, "rows": rows})
+            tqdm.write(f"\n{what}: {label}, seed {seed}")
+            run_dir = train_arm(arm, seed, out, *settings)
+            measured = measure(load_adapter(run_dir / "adapter.safetensors"), seed, num_samples, config.device)
+            rows.append({"run": names[arm], "seed": seed, **measured})
+            write_json(results, {"made_with": made_with, "rows": rows})
     return table(arms()[what], [row for row in rows if row["seed"] < num_seeds])
 
 
-def arms() -> dict[str, dict[str, list[str]]]:
-    """Returns the experiments: what is compared -> name of the arm -> its settings."""
-    shapes = linear_shapes(WeightsFolder(weights_paths(load_config("toy_lora", []))).dit_skeleton())
-    wide, narrow = (load_config("toy_lora", [f"lora={name}"]).lora for name in ("attention_mlp", "attention"))
-    size, small = (sum(sum(shapes[n]) for n in select_layers(shapes, lora.targets)) for lora in (wide, narrow))
-    # As many parameters in fewer layers: a higher rank.
-    rank = round(wide.rank * size / small)
-    return {
-        "objective": {name: [f"train.objective={name}"] for name in ("sampler", "official", "unnormalised")},
-        "precision": {name: ["model.dtype=bf16", f"model.precision={name}"] for name in ("bf16", "fp8", "int8", "nf4")},
-        "layers": {
-            f"attention rank {rank}": ["lora=attention", f"lora.rank={rank}", f"lora.alpha={2 * rank}"],
-            f"attention and MLP rank {wide.rank}": ["lora=attention_mlp"],
-        },
-        "frame_rate": {name: [f"data.frame_rate={name}"] for name in ("retime", "resample")},
-    }
+def train_arm(arm: Arm, seed: int, out: Path, *settings: str) -> Path:
+    """Trains an arm, in this process, which has imported everything already; returns the run folder."""
+    run_dir, data = out / f"{run_names()[arm]}_seed_{seed}", prepare_clips(arm, out)
+    config = load_config("toy_lora", [*data, *settings, *arm.settings, f"seed={seed}", f"run_dir={run_dir}"])
+    with rounded_to_bf16() if arm.rounds_to_bf16 else contextlib.nullcontext():
+        code = train(config)
+    if code:
+        raise MochiTuneError(f"{run_dir} ended with exit code {code}: the same command goes on from there.")
+    return run_dir
 
 
-def measure(adapter: Adapter, seed: int, num_samples: int) -> dict[str, float]:
+def prepare_clips(arm: Arm, out: Path) -> list[str]:
+    """Draws and encodes an arm's clips, unless that is done; returns the settings that say where they are."""
+    videos = draw_lesson(arm, out)
+    # Arms that cut the clips in another way have caches of their own.
+    cuts = [setting for setting in arm.settings if setting.startswith("data.")]
+    cache = out / "_".join(["cache", videos.name, *(setting.partition("=")[2] for setting in cuts)])
+    data = [f"data.videos={videos}", f"data.cache={cache}", *cuts]
+    if code := prepare(load_config("toy_lora", data)):
+        raise MochiTuneError(f"the clips were not encoded, exit code {code}: the same command goes on.")
+    return data
+
+
+def draw_lesson(arm: Arm, out: Path) -> Path:
+    """Draws an arm's clips, unless that is done; returns their folder."""
+    name = "clips" if arm.num_clips == DEFAULT.num_clips else f"clips_{arm.num_clips}"
+    videos = out / (name if arm.fps == DEFAULT.fps else f"{name}_{arm.fps}_fps")
+    if not videos.exists():
+        unfinished = out / f"{videos.name}.unfinished"
+        for video in write_lesson(unfinished, 1, arm.fps)[arm.num_clips :]:
+            video.unlink()
+            video.with_suffix(".txt").unlink()
+        unfinished.rename(videos)
+    return videos
+
+
+@contextlib.contextmanager
+def rounded_to_bf16() -> Iterator[None]:
+    """Rounds what optimizers update, and the moments that they keep of it, to bf16 after every step."""
+
+    def round_all(optimizer: torch.optim.Optimizer, *_) -> None:
+        moments = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.dim()]
+        for tensor in [*moments, *(x for group in optimizer.param_groups for x in group["params"])]:
+            tensor.data.copy_(tensor.data.to(torch.bfloat16))
+
+    handle = register_optimizer_step_post_hook(round_all)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def measure(adapter: Adapter, seed: int, num_samples: int, device_name: str = "cpu") -> dict[str, float]:
     """Measures an adapter, always in the sampler's space: losses on unseen clips, and what its samples show."""
-    config = load_config("toy_lora", [])
+    config, device = load_config("toy_lora", []), find_device(device_name)
     weights, settings = WeightsFolder(weights_paths(config)), sampler_settings(config.sample)
-    text = weights.load_text_encoder("cpu", torch.float32)
-    dit, decoder = weights.load_dit("cpu", torch.float32), weights.load_decoder("cpu", torch.float32)
+    text = weights.load_text_encoder(device, torch.float32)
+    dit, decoder = weights.load_dit(device, torch.float32), weights.load_decoder(device, torch.float32)
     apply_adapter(dit, adapter.layers, "lesson")
     new, base = asked_words(num_samples)
     new_frames, base_frames = (render_words(words, dit, text, decoder, settings, seed) for words in (new, base))
@@ -146,25 +172,28 @@ def unevenness(clips: Tensor) -> float:
 @torch.no_grad()
 def loss_on(words: list[Words], dit: AsymmDiT, text: TextEncoder, weights: WeightsFolder) -> float:
     """Returns the loss in the sampler's space on clips that were not trained on, at fixed noise and sigmas."""
-    encoder = weights.load_encoder("cpu", torch.float32)
-    vae_latents, _ = encoder(frames_to_pixels(draw_clips(words, keyed_generator(0, "held-out clips"))))
+    device = next(dit.parameters()).device
+    encoder = weights.load_encoder(device, torch.float32)
+    clips = draw_clips(words, keyed_generator(0, "held-out clips")).to(device)
+    vae_latents, _ = encoder(frames_to_pixels(clips))
     embeds = torch.stack(text.encode([w.caption for w in words]))
     mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
-    noise = torch.randn(vae_latents.shape, generator=keyed_generator(0, "held-out noise"))
+    noise = torch.randn(vae_latents.shape, generator=keyed_generator(0, "held-out noise")).to(device)
     losses = []
     for value in tqdm(SIGMAS, desc="held-out loss", leave=False):
-        sigma = torch.full((len(words),), value)
+        sigma = torch.full((len(words),), value, device=device)
         noisy, target = noisy_and_target("sampler", vae_latents, noise, sigma)
         losses.append(velocity_loss(dit(noisy, sigma, embeds, mask), target).mean())
     return torch.stack(losses).mean().item()
 
 
-def table(names: dict[str, list[str]], rows: list[dict]) -> str:
+def table(compared: dict[str, Arm], rows: Iterable[dict]) -> str:
     """Returns mean and standard deviation over the seeds of each arm as a Markdown table."""
     lines = [f"| arm | parameters | seeds | {' | '.join(COLUMNS.values())} |", "| --- " * (len(COLUMNS) + 3) + "|"]
-    for name in names:
-        mine = [row for row in rows if row["arm"] == name]
-        cells = [name, f"{mine[0]['parameters']:,}", str(len(mine))]
+    names, rows = run_names(), list(rows)
+    for label, arm in compared.items():
+        mine = [row for row in rows if row["run"] == names[arm]]
+        cells = [label, f"{mine[0]['parameters']:,}", str(len(mine))]
         for column in COLUMNS:
             values = [row[column] for row in mine]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0

@@ -39,12 +39,12 @@ def render_words(
         mask = torch.arange(embeds.shape[1]) < torch.tensor([len(f) for f in group])[:, None]
         noise = torch.cat(
             [draw_noise(key_seed(seed, "toy", i + j), NUM_FRAMES, HEIGHT, WIDTH) for j in range(len(group))]
-        )
+        ).to(embeds.device)
         nothing = (torch.zeros_like(embeds), torch.zeros_like(mask))
         states = euler_steps(Denoiser(dit, (embeds, mask), nothing), noise, settings.sigmas, settings.scales)
         bar = tqdm(states, f"render {i + len(group)} of {len(words)}", settings.steps, leave=False, unit="step")
         [latents] = deque(bar, maxlen=1)
-        parts.append(pixels_to_frames(decoder(to_vae_latents(latents))))
+        parts.append(pixels_to_frames(decoder(to_vae_latents(latents))).cpu())
     dit.train(training)
     return torch.cat(parts)
 

@@ -3,31 +3,19 @@ import json
 import pytest
 import torch
 
-from mochi_tune.adapters.lora import linear_shapes, select_layers
-from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import ConfigError
-from mochi_tune.toy.experiment import COLUMNS, arms, main, table, unevenness
+from mochi_tune.toy.arms import DEFAULT, Arm
+from mochi_tune.toy.experiment import COLUMNS, draw_lesson, main, rounded_to_bf16, table, unevenness
 from mochi_tune.toy.lesson import lesson_words
 from mochi_tune.toy.world import draw_clips
-from mochi_tune.weights.folder import WeightsFolder
-
-
-def test_the_layers_are_compared_at_equal_parameter_counts():
-    shapes = linear_shapes(WeightsFolder(weights_folder(load_config("toy_lora", []))).dit_skeleton())
-    counts = []
-    for settings in arms()["layers"].values():
-        lora = load_config("toy_lora", settings).lora
-        counts.append(lora.rank * sum(sum(shapes[name]) for name in select_layers(shapes, lora.targets)))
-        assert lora.alpha == 2 * lora.rank
-    assert len(counts) == 2 and abs(counts[0] / counts[1] - 1) < 0.02, counts
 
 
 def test_the_table_has_mean_and_spread_over_the_seeds():
     rows = [
-        {"arm": "a", "seed": seed, "parameters": 1000, **dict.fromkeys(COLUMNS, value)}
+        {"run": "default", "seed": seed, "parameters": 1000, **dict.fromkeys(COLUMNS, value)}
         for seed, value in enumerate((0.2, 0.4, 0.6))
     ]
-    lines = table({"a": []}, rows).splitlines()
+    lines = table({"a": DEFAULT}, rows).splitlines()
     assert lines[2].startswith("| a | 1,000 | 3 | 0.4000 ± 0.2000 |")
     assert lines[2].count("0.400 ± 0.200") == len(COLUMNS) - 2
 
@@ -48,16 +36,38 @@ def test_a_film_shows_the_same_motion_less_often():
 def test_every_arm_is_run_once_and_results_are_kept(tmp_path):
     settings = ("train.steps=1", "train.validate_every=0", "sample.steps=2")
     printed = main("objective", 1, tmp_path, *settings, num_samples=1)
-    results = json.loads((tmp_path / "objective.json").read_text())["rows"]
-    assert [row["arm"] for row in results] == ["sampler", "official", "unnormalised"]
+    results = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["run"] for row in results] == ["default", "objective/official", "objective/unnormalised"]
     # One step of the same size from the same start: the arms differ by their objective alone.
-    losses = {row["arm"]: row["loss_new"] for row in results}
-    assert len(set(losses.values())) == 3
-    for arm in losses:
-        metrics = (tmp_path / "objective" / f"{arm}_seed_0" / "metrics.jsonl").read_text().splitlines()
+    assert len({row["loss_new"] for row in results}) == 3
+    for row in results:
+        metrics = (tmp_path / f"{row['run']}_seed_0" / "metrics.jsonl").read_text().splitlines()
         assert len(metrics) == 1
-    before = (tmp_path / "objective.json").read_bytes()
+    before = (tmp_path / "results.json").read_bytes()
     assert main("objective", 1, tmp_path, *settings, num_samples=1) == printed
-    assert (tmp_path / "objective.json").read_bytes() == before
+    assert (tmp_path / "results.json").read_bytes() == before
     with pytest.raises(ConfigError, match="was made with other weights or settings: use another out="):
         main("objective", 1, tmp_path, "train.steps=2", "sample.steps=2", num_samples=1)
+
+
+def test_an_arm_of_fewer_clips_gets_the_first_ones_as_they_are(tmp_path):
+    few, all_of_them = (draw_lesson(arm, tmp_path) for arm in (Arm(num_clips=4), DEFAULT))
+    first = {f"{w.colour}_{w.shape}_{w.motion}_{w.background}" for w in lesson_words()[0][:4]}
+    assert {path.stem for path in few.iterdir()} == first
+    assert len(list(few.iterdir())) == 8 and len(list(all_of_them.iterdir())) == 48
+    for path in few.glob("*.mp4"):
+        assert path.read_bytes() == (all_of_them / path.name).read_bytes()
+
+
+def test_adapters_and_their_moments_are_rounded_after_each_step():
+    weight = torch.nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.AdamW([weight], lr=1e-3)
+
+    def step() -> list[torch.Tensor]:
+        weight.square().sum().backward()
+        optimizer.step()
+        return [weight.data, *(x for x in optimizer.state[weight].values() if x.dim())]
+
+    with rounded_to_bf16():
+        assert [bool((x == x.bfloat16()).all()) for x in step()] == [True, True, True]
+    assert not any((x == x.bfloat16()).all() for x in step())

@@ -1,0 +1,109 @@
+"""What the experiments compare: each is a few ways, the arms, of training the toy model."""
+
+from dataclasses import dataclass
+
+from mochi_tune.adapters.lora import linear_shapes, select_layers
+from mochi_tune.config.load import load_config, weights_paths
+from mochi_tune.models.latents import FPS
+from mochi_tune.toy.lesson import NUM_CLIPS
+from mochi_tune.weights.folder import WeightsFolder
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training; as it is, the way of the demo.
+
+    Attributes:
+        settings: `key=value`, in the place of those of conf/toy_lora.yaml.
+        num_clips: the first clips of the lesson; they have all shapes.
+        fps: frames a second that the clips are drawn at.
+        rounds_to_bf16: whether the adapter and its optimizer's moments are rounded to bf16 after every step, as if they
+            were held in bf16. There is no such setting: `train` holds them in fp32.
+    """
+
+    settings: tuple[str, ...] = ()
+    num_clips: int = NUM_CLIPS
+    fps: int = FPS
+    rounds_to_bf16: bool = False
+
+
+DEFAULT = Arm()
+SLOW = Arm(("train.learning_rate=2e-4",))
+
+
+def arms() -> dict[str, dict[str, Arm]]:
+    """Returns the experiments: what is compared -> name of the arm -> the arm."""
+    return {
+        "objective": {
+            "sampler": DEFAULT,
+            "official": Arm(("train.objective=official",)),
+            "unnormalised": Arm(("train.objective=unnormalised",)),
+        },
+        "layers": _layers(),
+        "precision": {
+            name: Arm(("model.dtype=bf16", f"model.precision={name}")) for name in ("bf16", "fp8", "int8", "nf4")
+        },
+        "frame_rate": {"retime": Arm(("data.frame_rate=retime",), fps=24), "resample": Arm(fps=24)},
+        "rate": {
+            "2e-4": SLOW,
+            "5e-4": Arm(("train.learning_rate=5e-4",)),
+            "1e-3": DEFAULT,
+            "2e-3": Arm(("train.learning_rate=2e-3",)),
+            "5e-3": Arm(("train.learning_rate=5e-3",)),
+        },
+        # Twice the rank is the alpha of all.
+        "rank": {
+            "1": Arm(("lora.rank=1", "lora.alpha=2")),
+            "4": Arm(("lora.rank=4", "lora.alpha=8")),
+            "16": DEFAULT,
+            "64": Arm(("lora.rank=64", "lora.alpha=128")),
+        },
+        # As many steps for all: fewer clips are seen more often.
+        "clips": {"4": Arm(num_clips=4), "8": Arm(num_clips=8), "16": Arm(num_clips=16), "24": DEFAULT},
+        # Runs of their own, not checkpoints of one: the schedule falls to 0 at the last step of each.
+        "steps": {
+            "100": Arm(("train.steps=100",)),
+            "200": Arm(("train.steps=200",)),
+            "400": Arm(("train.steps=400",)),
+            "600": DEFAULT,
+            "1200": Arm(("train.steps=1200",)),
+        },
+        "caption_dropout": {
+            "0": Arm(("train.caption_dropout=0",)),
+            "0.1": DEFAULT,
+            "0.3": Arm(("train.caption_dropout=0.3",)),
+        },
+        "sigma": {
+            "uniform": DEFAULT,
+            "logit_normal": Arm(("train.sigma_distribution=logit_normal",)),
+            "shifted by 3": Arm(("train.sigma_distribution=shifted", "train.sigma_shift=3")),
+        },
+        "adapter_dtype": {
+            "fp32, rate 1e-3": DEFAULT,
+            "bf16, rate 1e-3": Arm(rounds_to_bf16=True),
+            "fp32, rate 2e-4": SLOW,
+            "bf16, rate 2e-4": Arm(SLOW.settings, rounds_to_bf16=True),
+        },
+    }
+
+
+def run_names() -> dict[Arm, str]:
+    """Returns a name for each arm, as a relative path: arms of several experiments that are the same have one."""
+    names = {DEFAULT: "default"}
+    for what, those in arms().items():
+        for name, arm in those.items():
+            names.setdefault(arm, f"{what}/{name.replace(', ', '_').replace(' ', '_')}")
+    return names
+
+
+def _layers() -> dict[str, Arm]:
+    """Returns attention alone, and attention with MLPs, at nearly the same number of parameters."""
+    shapes = linear_shapes(WeightsFolder(weights_paths(load_config("toy_lora", []))).dit_skeleton())
+    wide, narrow = (load_config("toy_lora", [f"lora={name}"]).lora for name in ("attention_mlp", "attention"))
+    size, small = (sum(sum(shapes[n]) for n in select_layers(shapes, lora.targets)) for lora in (wide, narrow))
+    # As many parameters in fewer layers: a higher rank.
+    rank = round(wide.rank * size / small)
+    return {
+        f"attention rank {rank}": Arm(("lora=attention", f"lora.rank={rank}", f"lora.alpha={2 * rank}")),
+        f"attention and MLP rank {wide.rank}": DEFAULT,
+    }
