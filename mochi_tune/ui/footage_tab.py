@@ -37,8 +37,8 @@ DESCRIBE = {
 }
 POLL_SECONDS = 3
 KEY_WORDS = (
-    "OPENAI_API_KEY of the terminal in which the page was started is sent to https://api.openai.com/v1 alone, or to the "
-    "address in OPENAI_BASE_URL there; other endpoints are asked without a key."
+    "OPENAI_API_KEY of the terminal in which the page was started is sent to https://api.openai.com/v1 alone, or to "
+    "what OPENAI_BASE_URL names there; other endpoints are asked without a key."
 )
 
 
