@@ -104,7 +104,8 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         now = links_html(folder, videos_of(form, values))
         return gr.skip() if now == shown else now
 
-    gr.Timer(POLL_SECONDS).tick(refresh, [links, *form.inputs], links, show_progress="hidden")
+    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change]
+    gr.on(events, refresh, [links, *form.inputs], links, show_progress="hidden")
 
 
 def _fields(verb: str, settings: Mapping[str, tuple[str, str, str]]) -> dict[str, Any]:

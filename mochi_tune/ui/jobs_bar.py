@@ -10,6 +10,7 @@ import gradio as gr
 
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
+from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import Job, add_job, find_job, list_jobs, log_path, message_of, read_tail, stop_job
 
 POLL_SECONDS = 2
@@ -17,8 +18,8 @@ NUM_SHOWN = 8
 WORDS = {"partly": "done but for some clips", "failed": "failed", "stopped": "stopped, saved"}
 
 
-def build_bar(folder: Path) -> None:
-    """Builds the bar; it looks at the files every two seconds."""
+def build_bar(folder: Path, form: SettingsForm) -> None:
+    """Builds the bar; it looks at the files when the page opens, which fills the form, and every two seconds."""
     with gr.Column(elem_id="jobs"):
         gr.HTML("<h2>Jobs</h2>")
         table = gr.HTML(elem_id="jobs_table")
@@ -56,9 +57,8 @@ def build_bar(folder: Path) -> None:
 
     state = gr.State([])
     outputs = [table, log, chosen, state]
-    timer = gr.Timer(POLL_SECONDS)
-    timer.tick(refresh, [chosen, state], outputs, show_progress="hidden")
-    chosen.input(refresh, [chosen, state], outputs, show_progress="hidden")
+    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change, chosen.input]
+    gr.on(events, refresh, [chosen, state], outputs, show_progress="hidden")
     for button, act in ((stop, ask_to_stop), (again, go_on)):
         button.click(act, chosen, said, show_progress="hidden").then(
             refresh, [chosen, state], outputs, show_progress="hidden"

@@ -73,7 +73,7 @@ class SampleFields:
                     self.checkpoints = gr.Textbox(
                         label="Checkpoints of the grid", info="steps, or all", elem_id="checkpoints", min_width=130
                     )
-                with gr.Accordion("Other settings of `sample`", open=False):
+                with gr.Accordion("Other settings of sample", open=False):
                     self.more = gr.Textbox(
                         label="key=value, one a line", lines=3, max_lines=10, elem_id="sample_more",
                         placeholder="preset=balanced\nguidance=4.5",
@@ -156,11 +156,11 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         return said_of(add)
 
     start.click(sample, [form.replaces, *fields.inputs, *form.inputs], said, show_progress="hidden")
-    _keep_choices(folder, fields)
+    _keep_choices(folder, fields, form)
     build_history(folder, fields, form, said)
 
 
-def _keep_choices(folder: Path, fields: SampleFields) -> None:
+def _keep_choices(folder: Path, fields: SampleFields, form: SettingsForm) -> None:
     """Brings new checkpoints into the lists of adapters."""
 
     def look(seen: list | None) -> list[Any]:
@@ -172,7 +172,8 @@ def _keep_choices(folder: Path, fields: SampleFields) -> None:
         return [first, *[gr.Dropdown([("none", ""), *pairs]) for _ in fields.slots[1:]], there]
 
     seen = gr.State(None)
-    gr.Timer(POLL_SECONDS).tick(look, seen, [*(slot[1] for slot in fields.slots), seen], show_progress="hidden")
+    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change]
+    gr.on(events, look, seen, [*(slot[1] for slot in fields.slots), seen], show_progress="hidden")
 
 
 class _Card:
@@ -236,7 +237,7 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     targets = [empty, where, grids, page, seen, *(part for card in cards for part in card.parts)]
-    gr.Timer(POLL_SECONDS).tick(draw, [page, seen], targets, **quiet)
+    gr.on([gr.Timer(POLL_SECONDS).tick, form.filled_times.change], draw, [page, seen], targets, **quiet)
     back.click(lambda number, seen: draw(max(number - 1, 0), seen), [page, seen], targets, **quiet)
     forward.click(lambda number, seen: draw(number + 1, seen), [page, seen], targets, **quiet)
     for card in cards:
@@ -289,7 +290,8 @@ def card_html(folder: Path, render: Render) -> str:
     return (
         f"{picture}<h3>{escape(str(record['prompt']))}</h3>"
         f"{html.note(f'not: {negative}') if negative else ''}"
-        f"<p class='facts'>{escape(facts_of(record))}</p>{adapters}"
-        f'<details><summary>All settings</summary><pre class="log" tabindex="0">{settings}</pre></details>'
+        f"<p class='facts'>{html.facts(facts_of(record))}</p>{adapters}"
+        f"<details><summary>All settings</summary>"
+        f'<pre class="log" tabindex="0" aria-label="all settings">{settings}</pre></details>'
         f'<a class="download" href="{address}&amp;download=true" download>Download {escape(video.suffix[1:])}</a>'
     )
