@@ -35,15 +35,15 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
         jobs = list_jobs(folder)
         choices = [(f"{job.number}: {job.title}", job.number) for job in reversed(jobs)]
         numbers = [job.number for job in jobs]
-        if number not in numbers:
+        # It goes with what runs, until somebody chooses another one.
+        follows = number not in numbers or number == (shown[-1] if shown else None)
+        if follows:
             number = next((job.number for job in jobs if job.state == "running"), numbers[-1] if numbers else None)
         now = [jobs_table(folder, jobs), html.log_lines(read_tail(log_path(folder, number))) if number else ""]
-        menu = gr.Dropdown(choices, value=number)
-        state = [*now, choices, number]
-        return [
-            now[0] if shown[:1] != now[:1] else gr.skip(), now[1] if shown[1:2] != now[1:] else gr.skip(),
-            menu if shown[2:] != state[2:] else gr.skip(), state,
-        ]  # fmt: skip
+        now += [(choices, number), number if follows else None]
+        parts = [*now[:2], gr.Dropdown(choices, value=number)]
+        changed = [not shown or new != old for new, old in zip(now[:3], shown or now, strict=False)]
+        return [*(part if each else gr.skip() for part, each in zip(parts, changed, strict=True)), now]
 
     def ask_to_stop(number: int | None) -> str:
         return said_of(lambda: f"{_name(stop_job(folder, number or 0))}: asked to save and stop")

@@ -19,16 +19,6 @@ from mochi_tune.ui.runs import curves, list_runs, read_rows, read_state, validat
 BROWSERS = [path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser")) if path.exists()]
 # A bound on hanging and nothing else.
 PATIENCE = 120_000
-# The verb as it is, but for a page that looks at the files more often.
-SERVER = """
-import os, sys
-from mochi_tune.cli import main, ui
-os.environ.update(ui.QUIET)
-from mochi_tune.ui import footage_tab, jobs_bar, lora_tab, sample_tab, train_tab
-for tab in (footage_tab, jobs_bar, lora_tab, sample_tab, train_tab):
-    tab.POLL_SECONDS = 0.5
-sys.exit(main.main(sys.argv[1:]))
-"""
 
 pytestmark = pytest.mark.skipif(not BROWSERS, reason="no Chromium")
 
@@ -37,7 +27,7 @@ pytestmark = pytest.mark.skipif(not BROWSERS, reason="no Chromium")
 def server(tmp_path):
     """The process of the page, which begins while the browser does."""
     (tmp_path / "work").mkdir()
-    command = [sys.executable, "-c", SERVER, "ui", f"folder={tmp_path / 'work'}", "port=0"]
+    command = [sys.executable, "-m", "mochi_tune.cli", "ui", f"folder={tmp_path / 'work'}", "port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         yield server
         server.send_signal(signal.SIGINT)
@@ -101,15 +91,15 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     # The training is filled in while the clips are prepared, and waits for that.
     fill_in_training(page, work)
 
-    # The browser leaves; the run goes on, and two other pages find it.
-    page.close()
-    page, second = open_page(), open_page()
+    # A second page sees what the first one started; that one leaves in the middle, and the run goes on.
+    first, page = page, open_page()
     wait_until(lambda: read_state(run_dir).step >= 3)
     assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora_tiny").is_dir()
+    for each in (first, page):
+        says(each, "#jobs_table", "running")
+    first.close()
     show(page, "Train")
     says(page, "#figures", "my_lora_tiny trains")
-    says(second, "#jobs_table", "running")
-    second.close()
     page.locator("#job_stop").click()
     says(page, "#job_said", "asked to save and stop")
     says(page, "#jobs_table", "stopped, saved")
