@@ -117,7 +117,7 @@ class Endpoint:
     def _refusal(self, status: int, content: bytes) -> ConfigError | DataError:
         said = f"({status}{self._quoted(content)})"
         if status in FATAL:
-            advice = "set OPENAI_API_KEY or key_file=" if status in (401, 402) else "correct endpoint= or model="
+            advice = "give another key, see key_file=" if status in (401, 402) else "correct endpoint= or model="
             return ConfigError(f"{self._at}, model={self.model}, {FATAL[status]} {said}: {advice}.")
         if 300 <= status < 400:
             return ConfigError(f"{self._at} sends to another address {said}: give that one.")

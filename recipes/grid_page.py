@@ -20,7 +20,7 @@ header,.figures{max-width:1100px}
 section{margin-top:2.6rem}section>h2{max-width:70ch;font-size:1.1rem;overflow-wrap:anywhere}
 tbody th{position:sticky;left:0;z-index:1;min-width:5rem;max-width:9rem;padding:.2rem .8rem .2rem 0;
 background:var(--back);font-variant-numeric:tabular-nums}
-video,td img{width:clamp(min(11rem,58vw),(min(100vw,1500px) - 14rem)/var(--n),22rem)}
+video,td img{width:clamp(min(11rem,58vw),(min(100vw,1500px) - 16rem)/var(--n) - .6rem,22rem)}
 @media(max-width:600px){tbody th{min-width:3.6rem;max-width:4.6rem}}
 """
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mochi_tune.data_prep.describe_tally import Prices
 
 LOCAL = "local"
+# Where OPENAI_API_KEY is meant for, unless OPENAI_BASE_URL names another address; openai's own packages read both.
+OPENAI_URL = "https://api.openai.com/v1"
 # Text of a prompt; more is another file under its name.
 MAX_TEMPLATE_BYTES = 100_000
 
@@ -67,12 +69,25 @@ def _captioner(options: dict[str, str], is_local: bool) -> "Captioner":
         return LocalCaptioner(Path(options["model"]).expanduser(), options["device"], max_tokens)
     from mochi_tune.data_prep.endpoint import Endpoint
 
-    return Endpoint(options["endpoint"], options["model"], _key(options["key_file"]), max_tokens)
+    return Endpoint(options["endpoint"], options["model"], _key(options["key_file"], options["endpoint"]), max_tokens)
 
 
-def _key(path: str) -> str:
+def _key(path: str, endpoint: str) -> str:
+    """Returns the key of the file, else that of the environment where the environment names this endpoint too.
+
+    The endpoint may come from somebody else, such as a user of the page, to whom the key does not belong.
+    """
     if not path:
-        return os.environ.get("OPENAI_API_KEY", "").strip()
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        named = os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL
+        if key and _plain(endpoint) != _plain(named):
+            print(
+                f"OPENAI_API_KEY is the key of {named}, and not sent to endpoint={endpoint}: where it is meant, set "
+                "OPENAI_BASE_URL to that address, or give key_file=",
+                flush=True,
+            )
+            return ""
+        return key
     try:
         key = Path(path).expanduser().read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -81,6 +96,10 @@ def _key(path: str) -> str:
     if not key:
         raise ConfigError(f"key_file={path} is empty: write the API key there.")
     return key
+
+
+def _plain(url: str) -> str:
+    return url.rstrip("/").removesuffix("/chat/completions")
 
 
 def _wording(options: dict[str, str]) -> "Wording":

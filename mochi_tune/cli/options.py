@@ -143,7 +143,11 @@ DESCRIBE_OPTIONS = {
     "videos": (None, "folder of clips; captions go beside them, NAME.txt; nothing is ever replaced"),
     "endpoint": (None, "OpenAI-compatible address, up to /v1; local: a model of transformers in a folder"),
     "model": (None, "name at the endpoint; for endpoint=local the folder"),
-    "key_file": ("", "file with the API key; default: the environment variable OPENAI_API_KEY, if it is set"),
+    "key_file": (
+        "",
+        "file with the API key; default: OPENAI_API_KEY of the environment, sent to https://api.openai.com/v1 or "
+        "OPENAI_BASE_URL alone",
+    ),
     "trigger": (
         "",
         "word that each caption gets: put first, or where the answer has it if the template asks for {trigger}",

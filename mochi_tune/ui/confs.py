@@ -13,7 +13,7 @@ from mochi_tune.config.explain import as_yaml
 from mochi_tune.config.load import check_override, escape_references, load_config, quote
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, value_of
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import write_atomic
 from mochi_tune.ui.folder import inside
 
@@ -83,6 +83,23 @@ def conf_path(folder: Path, name: str) -> Path:
 def list_confs(folder: Path) -> list[str]:
     """Returns the names of the confs of a folder."""
     return sorted(path.stem for path in (folder / "conf").glob("*.yaml") if path.is_file())
+
+
+def conf_of_run(folder: Path, run_dir: str) -> str:
+    """Returns the name of the conf whose run folder this is; "" for none. One that holds a mistake is passed by.
+
+    Args:
+        folder: of the page.
+        run_dir: path in it.
+    """
+    for name in list_confs(folder):
+        try:
+            config = load_config(str(conf_path(folder, name)), [])
+            if inside(folder, config.run_dir) == inside(folder, run_dir):
+                return name
+        except MochiTuneError:
+            continue
+    return ""
 
 
 def conf_text(folder: Path, form: Form) -> str:

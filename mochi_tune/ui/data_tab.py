@@ -170,7 +170,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     many = [find, replacement, prefix, version, *form.inputs]
     count.click(change_all(False), many, [said, version], **quiet)
     change.click(change_all(True), many, [said, version], **quiet)
-    with gr.Accordion("The page of `inspect`", open=False):
+    with gr.Accordion("The page of Inspect", open=False):
         link = gr.HTML(elem_id="inspect_link")
     gr.on(
         [version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet
@@ -273,6 +273,6 @@ def card_html(folder: Path, card: ClipCard) -> str:
     facts = " · ".join(filter(None, (card.length, card.size, card.bucket)))
     flags = "".join(f'<span class="flag {flag.weight}">{escape(flag.text)}</span>' for flag in card.flags)
     return (
-        f"{picture}<h3>{escape(card.name).replace('_', '_<wbr>')}</h3><p class='facts'>{escape(facts)}</p>{flags}"
+        f"{picture}<h3>{escape(card.name).replace('_', '_<wbr>')}</h3><p class='facts'>{html.facts(facts)}</p>{flags}"
         f"{html.note(card.refused, 'error')}"
     )

@@ -36,6 +36,10 @@ DESCRIBE = {
     "trigger": ("Trigger word", "", "put before each caption; empty: none"),
 }
 POLL_SECONDS = 3
+KEY_WORDS = (
+    "OPENAI_API_KEY of the terminal in which the page was started is sent to https://api.openai.com/v1 alone, or to "
+    "what OPENAI_BASE_URL names there; other endpoints are asked without a key."
+)
 
 
 def build_footage(folder: Path, form: SettingsForm) -> None:
@@ -67,7 +71,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         with gr.Row():
             dry = gr.Button("Show the prompt, ask nobody", elem_id="describe_dry")
             run_describe = gr.Button("Describe", elem_id="describe")
-        gr.HTML(html.note("An API key is read from OPENAI_API_KEY of the terminal in which the page was started."))
+        gr.HTML(html.note(KEY_WORDS))
         said = gr.HTML(elem_id="footage_said")
         links = gr.HTML(elem_id="footage_links")
 
@@ -100,7 +104,8 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         now = links_html(folder, videos_of(form, values))
         return gr.skip() if now == shown else now
 
-    gr.Timer(POLL_SECONDS).tick(refresh, [links, *form.inputs], links, show_progress="hidden")
+    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change]
+    gr.on(events, refresh, [links, *form.inputs], links, show_progress="hidden")
 
 
 def _fields(verb: str, settings: Mapping[str, tuple[str, str, str]]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import gradio as gr
 
 from mochi_tune.config.docs import packaged_files
 from mochi_tune.config.explain import as_yaml, describe_type
-from mochi_tune.config.load import quote
-from mochi_tune.config.settings import known_keys, sections
+from mochi_tune.config.load import load_config, quote
+from mochi_tune.config.settings import known_keys, sections, value_of
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.confs import MAIN_KEYS, Form, as_text, check_form, conf_path, list_confs, read_form, save_conf
@@ -42,6 +42,13 @@ GROUP_MEANINGS = {
     "lora": "attention: what every program reads; attention_mlp: the MLPs too, learns more and is larger",
     "memory": "what the GPU has: less memory trains slower; auto: the fastest that fits",
 }
+
+
+# Fields that show their default.
+_TEXT_KEYS = [
+    key for key in MAIN_KEYS
+    if key not in (*GROUP_DEFAULTS, "train.sample_prompts") and not known_keys()[key].choices
+]  # fmt: skip
 
 
 class SettingsForm:
@@ -129,11 +136,27 @@ class SettingsForm:
         def fill_and_tell(name: str, times: int) -> list[Any]:
             return [*self.filled(name), times + 1]
 
+        groups = [self.fields[key] for key in GROUP_DEFAULTS]
+        gr.on(
+            [group.change for group in groups], _placeholders, groups, [self.fields[key] for key in _TEXT_KEYS],
+            trigger_mode="always_last", show_progress="hidden",
+        )  # fmt: skip
         targets, quiet = [*self.fields.values(), self.more, self.filled_times], "hidden"
         self.name.change(fill_and_tell, [self.name, self.filled_times], targets, show_progress=quiet)
         blocks.load(open_page, None, self.name, show_progress=quiet).then(
             fill_and_tell, [self.name, self.filled_times], targets, show_progress=quiet
         )
+
+
+def _placeholders(*groups: str | None) -> list[Any]:
+    """Returns the fields with what they are by default under the chosen groups, in the order of GROUP_DEFAULTS."""
+    chosen = [f"{key}={name}" for key, name in zip(GROUP_DEFAULTS, groups, strict=True) if name]
+    try:
+        config = load_config("base", ["name=x", *chosen])
+    except MochiTuneError:
+        # The line below the settings says it.
+        return [gr.skip()] * len(_TEXT_KEYS)
+    return [gr.Textbox(placeholder=as_text(value_of(config, key))) for key in _TEXT_KEYS]
 
 
 def _field(key: str) -> Any:

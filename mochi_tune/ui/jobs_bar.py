@@ -10,6 +10,7 @@ import gradio as gr
 
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
+from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import Job, add_job, find_job, list_jobs, log_path, message_of, read_tail, stop_job
 
 POLL_SECONDS = 2
@@ -17,8 +18,8 @@ NUM_SHOWN = 8
 WORDS = {"partly": "done but for some clips", "failed": "failed", "stopped": "stopped, saved"}
 
 
-def build_bar(folder: Path) -> None:
-    """Builds the bar; it looks at the files every two seconds."""
+def build_bar(folder: Path, form: SettingsForm) -> None:
+    """Builds the bar; it looks at the files when the page opens, which fills the form, and every two seconds."""
     with gr.Column(elem_id="jobs"):
         gr.HTML("<h2>Jobs</h2>")
         table = gr.HTML(elem_id="jobs_table")
@@ -34,15 +35,15 @@ def build_bar(folder: Path) -> None:
         jobs = list_jobs(folder)
         choices = [(f"{job.number}: {job.title}", job.number) for job in reversed(jobs)]
         numbers = [job.number for job in jobs]
-        if number not in numbers:
+        # It goes with what runs, until somebody chooses another one.
+        follows = number not in numbers or number == (shown[-1] if shown else None)
+        if follows:
             number = next((job.number for job in jobs if job.state == "running"), numbers[-1] if numbers else None)
         now = [jobs_table(folder, jobs), html.log_lines(read_tail(log_path(folder, number))) if number else ""]
-        menu = gr.Dropdown(choices, value=number)
-        state = [*now, choices, number]
-        return [
-            now[0] if shown[:1] != now[:1] else gr.skip(), now[1] if shown[1:2] != now[1:] else gr.skip(),
-            menu if shown[2:] != state[2:] else gr.skip(), state,
-        ]  # fmt: skip
+        now += [(choices, number), number if follows else None]
+        parts = [*now[:2], gr.Dropdown(choices, value=number)]
+        changed = [not shown or new != old for new, old in zip(now[:3], shown or now, strict=False)]
+        return [*(part if each else gr.skip() for part, each in zip(parts, changed, strict=True)), now]
 
     def ask_to_stop(number: int | None) -> str:
         return said_of(lambda: f"{_name(stop_job(folder, number or 0))}: asked to save and stop")
@@ -56,9 +57,8 @@ def build_bar(folder: Path) -> None:
 
     state = gr.State([])
     outputs = [table, log, chosen, state]
-    timer = gr.Timer(POLL_SECONDS)
-    timer.tick(refresh, [chosen, state], outputs, show_progress="hidden")
-    chosen.input(refresh, [chosen, state], outputs, show_progress="hidden")
+    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change, chosen.input]
+    gr.on(events, refresh, [chosen, state], outputs, show_progress="hidden")
     for button, act in ((stop, ask_to_stop), (again, go_on)):
         button.click(act, chosen, said, show_progress="hidden").then(
             refresh, [chosen, state], outputs, show_progress="hidden"

@@ -39,11 +39,12 @@ READERS = {
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 
 
-def build_tab(folder: Path, _: SettingsForm) -> None:
+def build_tab(folder: Path, form: SettingsForm) -> None:
     """Builds the tab.
 
     Args:
         folder: of the page.
+        form: the settings, of which it asks only when the page opens.
     """
     with gr.Row(elem_id="lora_top", equal_height=False):
         adapter = gr.Dropdown(
@@ -86,7 +87,8 @@ def build_tab(folder: Path, _: SettingsForm) -> None:
 
     seen = gr.State(None)
     timer = gr.Timer(POLL_SECONDS)
-    gr.on([timer.tick, adapter.change], look, [adapter, seen], [adapter, merged, shown, made, seen], **QUIET)
+    events = [timer.tick, adapter.change, form.filled_times.change]
+    gr.on(events, look, [adapter, seen], [adapter, merged, shown, made, seen], **QUIET)
     inspect.click(start_inspect, adapter, said, **QUIET)
 
 

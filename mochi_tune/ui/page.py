@@ -84,7 +84,7 @@ def build_page(folder: Path) -> gr.Blocks:
             for name, build_tab in TABS.items():
                 with gr.Tab(name, id=name.lower()):
                     build_tab(folder, form)
-        jobs_bar.build_bar(folder)
+        jobs_bar.build_bar(folder, form)
         form.wire(blocks)
         # What was waiting when the machine went down goes on.
         blocks.load(lambda: start_runner(folder), show_progress="hidden")

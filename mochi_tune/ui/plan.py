@@ -59,4 +59,6 @@ def foretell(config: RunConfig, card: str) -> str:
 
 def _in_words(seconds: float) -> str:
     hours = seconds / 3600
+    if seconds < 1:
+        return "a second"
     return f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

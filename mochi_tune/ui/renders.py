@@ -18,6 +18,7 @@ from mochi_tune.ui.folder import OWN_FOLDER, inside, relative
 
 # Where `sample` writes by itself: single videos, and the cells of grids.
 PLACES = ("runs/*/samples/*.json", "runs/*/grids/*/cells/*.json")
+GRIDS = "runs/*/grids/*/index.html"
 SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
 Kind = Literal["videos", "compare", "grid"]
 # In the place of an adapter: none, not even the run's own.
@@ -36,6 +37,16 @@ class Render:
 
     video: Path
     record: Mapping[str, Any]
+    modified: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid whose cells are all there: its page, which plays them, and the one video of all."""
+
+    page: Path
+    video: Path
+    num_cells: int
     modified: float
 
 
@@ -79,6 +90,22 @@ def list_renders(folder: Path) -> list[Render]:
             # It was removed meanwhile.
             continue
     return sorted(found, key=lambda render: (-render.modified, str(render.video)))
+
+
+def list_grids(folder: Path) -> list[Grid]:
+    """Returns the finished grids of the folder's runs, the newest first."""
+    found = []
+    for page in folder.glob(GRIDS):
+        num_cells = len(list((page.parent / "cells").glob("*.json")))
+        # One that is removed meanwhile is left out.
+        with contextlib.suppress(OSError):
+            found.append(Grid(page, page.with_name("grid.mp4"), num_cells, page.stat().st_mtime))
+    return sorted(found, key=lambda grid: -grid.modified)
+
+
+def run_of(folder: Path, video: Path) -> str:
+    """Returns the run folder that a video of PLACES lies in, as a path in the folder."""
+    return "/".join(relative(folder, video).split("/")[:2])
 
 
 def facts_of(record: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The tab Sample: prompts are rendered with adapters, and every video is kept with its settings."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from html import escape
@@ -8,18 +9,32 @@ from typing import Any
 
 import gradio as gr
 
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.errors import DataError, MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.adapters import list_adapters, plain_name
+from mochi_tune.ui.confs import Form, check_form, conf_of_run
 from mochi_tune.ui.folder import inside, relative
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
 from mochi_tune.ui.jobs_bar import said_of
-from mochi_tune.ui.renders import BASE, SIZES, Render, SampleForm, adapters_of, arguments_of, facts_of, form_of
+from mochi_tune.ui.renders import (
+    BASE,
+    SIZES,
+    Grid,
+    Render,
+    SampleForm,
+    adapters_of,
+    arguments_of,
+    facts_of,
+    form_of,
+    list_grids,
+    run_of,
+)
 from mochi_tune.ui.renders import list_renders as list_all
 
 POLL_SECONDS = 3
 NUM_CARDS = 12
+NUM_GRIDS = 6
 # More than four at a time have no use that we know of; the command line takes any number.
 NUM_ADAPTERS = 4
 OWN = ("the run's own, where it has one", "")
@@ -58,7 +73,7 @@ class SampleFields:
                     self.checkpoints = gr.Textbox(
                         label="Checkpoints of the grid", info="steps, or all", elem_id="checkpoints", min_width=130
                     )
-                with gr.Accordion("Other settings of `sample`", open=False):
+                with gr.Accordion("Other settings of sample", open=False):
                     self.more = gr.Textbox(
                         label="key=value, one a line", lines=3, max_lines=10, elem_id="sample_more",
                         placeholder="preset=balanced\nguidance=4.5",
@@ -141,11 +156,11 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         return said_of(add)
 
     start.click(sample, [form.replaces, *fields.inputs, *form.inputs], said, show_progress="hidden")
-    _keep_choices(folder, fields)
-    build_history(folder, fields, said)
+    _keep_choices(folder, fields, form)
+    build_history(folder, fields, form, said)
 
 
-def _keep_choices(folder: Path, fields: SampleFields) -> None:
+def _keep_choices(folder: Path, fields: SampleFields, form: SettingsForm) -> None:
     """Brings new checkpoints into the lists of adapters."""
 
     def look(seen: list | None) -> list[Any]:
@@ -157,7 +172,8 @@ def _keep_choices(folder: Path, fields: SampleFields) -> None:
         return [first, *[gr.Dropdown([("none", ""), *pairs]) for _ in fields.slots[1:]], there]
 
     seen = gr.State(None)
-    gr.Timer(POLL_SECONDS).tick(look, seen, [*(slot[1] for slot in fields.slots), seen], show_progress="hidden")
+    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change]
+    gr.on(events, look, seen, [*(slot[1] for slot in fields.slots), seen], show_progress="hidden")
 
 
 class _Card:
@@ -174,9 +190,10 @@ class _Card:
         return [self.column, self.shown, self.name]
 
 
-def build_history(folder: Path, fields: SampleFields, said: Any) -> None:
-    """Builds the gallery of all videos; it looks for new ones every three seconds."""
+def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: Any) -> None:
+    """Builds the gallery of all videos and the links to grids; it looks for new ones every three seconds."""
     gr.HTML("<h2>Videos</h2>")
+    grids = gr.HTML(elem_id="grids")
     page = gr.State(0)
     with gr.Row(elem_id="render_pager", elem_classes="pager"):
         back = gr.Button("← newer", size="sm", scale=0, min_width=90)
@@ -191,36 +208,71 @@ def build_history(folder: Path, fields: SampleFields, said: Any) -> None:
         renders = list_all(folder)
         number = min(number, max(len(renders) - 1, 0) // NUM_CARDS)
         shown = renders[number * NUM_CARDS :][:NUM_CARDS]
-        now = [number, len(renders), [(str(each.video), each.modified) for each in shown]]
+        links = grids_html(folder, list_grids(folder))
+        now = [number, len(renders), [(str(each.video), each.modified) for each in shown], links]
         # What plays is not drawn anew.
         if now == seen:
-            return [gr.skip()] * (4 + 3 * NUM_CARDS)
+            return [gr.skip()] * (5 + 3 * NUM_CARDS)
         hint = "Fill in a prompt above and press Sample. Each video stays here, with the settings that made it."
         first = number * NUM_CARDS + 1
         place = f"{first} to {first + len(shown) - 1} of {len(renders)}" if shown else ""
-        updates: list[Any] = ["" if shown else html.empty_state("No videos yet", hint), html.note(place), number, now]
+        updates: list[Any] = ["" if shown else html.empty_state("No videos yet", hint), html.note(place)]
+        updates += [links, number, now]
         for render in shown:
             updates += [gr.Column(visible=True), card_html(folder, render), relative(folder, render.video)]
         return updates + [gr.Column(visible=False), "", ""] * (NUM_CARDS - len(shown))
 
-    def again(name: str) -> list[Any]:
+    def again(name: str, *settings: Any) -> list[Any]:
         try:
             video = inside(folder, name)
             render = next((each for each in list_all(folder) if inside(folder, each.video) == video), None)
+            if render is None:
+                raise DataError(f"{name} is gone: choose another video.")
+            conf, words = conf_to_choose(folder, form.form_of(settings), run_of(folder, video))
         except MochiTuneError as error:
-            return [html.note(str(error), "error"), *[gr.skip()] * (len(fields.inputs))]
-        if render is None:
-            return [html.note(f"{name} is gone: choose another video.", "error"), *[gr.skip()] * len(fields.inputs)]
-        note = f"the settings of {video.name} are filled in; it was made on the weights {render.record.get('model')}"
-        return [html.note(note, "good"), *fields.values_of(form_of(folder, render.record))]
+            return [html.note(str(error), "error"), *[gr.skip()] * (len(fields.inputs) + 1)]
+        note = f"the settings of {video.name} are filled in{words}; it was made on the weights "
+        note = html.note(note + str(render.record.get("model")), "good" if conf else "warning")
+        return [note, conf or gr.skip(), *fields.values_of(form_of(folder, render.record))]
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    targets = [empty, where, page, seen, *(part for card in cards for part in card.parts)]
-    gr.Timer(POLL_SECONDS).tick(draw, [page, seen], targets, **quiet)
+    targets = [empty, where, grids, page, seen, *(part for card in cards for part in card.parts)]
+    gr.on([gr.Timer(POLL_SECONDS).tick, form.filled_times.change], draw, [page, seen], targets, **quiet)
     back.click(lambda number, seen: draw(max(number - 1, 0), seen), [page, seen], targets, **quiet)
     forward.click(lambda number, seen: draw(number + 1, seen), [page, seen], targets, **quiet)
     for card in cards:
-        card.again.click(again, card.name, [said, *fields.inputs], **quiet)
+        card.again.click(again, [card.name, *form.inputs], [said, form.name, *fields.inputs], **quiet)
+
+
+def conf_to_choose(folder: Path, form: Form, run_dir: str) -> tuple[str, str]:
+    """Returns the conf that a video of a run is made again with, and what is said of it; "" where none has that run.
+
+    Args:
+        folder: of the page.
+        form: the settings that are chosen; they stay where they are those of the run.
+        run_dir: of the video.
+    """
+    with contextlib.suppress(MochiTuneError):
+        if inside(folder, check_form(folder, form).run_dir) == inside(folder, run_dir):
+            return form.name, ""
+    name = conf_of_run(folder, run_dir)
+    if name:
+        return name, f", and conf/{name}.yaml is chosen"
+    return "", f", and the conf stays, as none here has run_dir={run_dir}"
+
+
+def grids_html(folder: Path, grids: Sequence[Grid]) -> str:
+    """Returns the newest grids, each with its page and its video; "" without any."""
+    rows = []
+    for grid in grids[:NUM_GRIDS]:
+        page, name = html.address(folder, grid.page), f"{Path(run_of(folder, grid.page)).name}, {grid.page.parent.name}"
+        links = [f'<a href="{page}" target="_blank" rel="noopener">open its page</a>']
+        if grid.video.is_file():
+            links.append(f'<a href="{html.address(folder, grid.video)}&amp;download=true" download>grid.mp4</a>')
+        rows.append(f"<li>{escape(name)}, {grid.num_cells} videos: {' · '.join(links)}</li>")
+    more = f"<li>{len(grids) - NUM_GRIDS} older ones are in the grids folders of their runs</li>"
+    rows += [more] if len(grids) > NUM_GRIDS else []
+    return f'<p class="quiet">Grids</p><ul class="plain">{"".join(rows)}</ul>' if rows else ""
 
 
 def card_html(folder: Path, render: Render) -> str:
@@ -238,7 +290,8 @@ def card_html(folder: Path, render: Render) -> str:
     return (
         f"{picture}<h3>{escape(str(record['prompt']))}</h3>"
         f"{html.note(f'not: {negative}') if negative else ''}"
-        f"<p class='facts'>{escape(facts_of(record))}</p>{adapters}"
-        f'<details><summary>All settings</summary><pre class="log" tabindex="0">{settings}</pre></details>'
+        f"<p class='facts'>{html.facts(facts_of(record))}</p>{adapters}"
+        f"<details><summary>All settings</summary>"
+        f'<pre class="log" tabindex="0" aria-label="all settings">{settings}</pre></details>'
         f'<a class="download" href="{address}&amp;download=true" download>Download {escape(video.suffix[1:])}</a>'
     )

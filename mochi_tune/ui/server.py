@@ -26,7 +26,8 @@ SERVED = (
 # A page of a run is one file with all in it. In a sandbox its scripts are of no origin and can ask for nothing here.
 SANDBOX = "sandbox allow-scripts; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
 SANDBOX += "script-src 'unsafe-inline'"
-# The report of a run shows the videos beside it, which a page of no origin would not get. It runs its own script alone.
+# The report of a run and the page of a grid show the videos beside them, which a page of no origin would not get. They
+# run their own script alone.
 _REPORT_SCRIPT = hashlib.sha256(video_tables.SCRIPT.strip().removeprefix("<script>").removesuffix("</script>").encode())
 REPORT = "default-src 'none'; img-src 'self' data:; media-src 'self' data:; style-src 'unsafe-inline'; "
 REPORT += f"script-src 'sha256-{base64.b64encode(_REPORT_SCRIPT.digest()).decode()}'; "
@@ -130,7 +131,8 @@ class Guard:
             method: of HTTP.
         """
         host = headers.get("host", "")
-        # A name of somebody else's that is made to lead here would give his pages this origin.
+        # A name of somebody else's that is made to lead here would give his pages this origin. Under which names other
+        # machines reach this one is not known; there the password stops it, which a browser keeps for each name.
         if is_loopback(self.host) and not is_loopback(_host_name(host)):
             return 403, f"{host!r} is not the address of this page: use http://{self.host}.\n"
         origin = headers.get("origin", "")
@@ -190,6 +192,12 @@ def served_file(folder: Path, name: str) -> Path:
     return path
 
 
+def policy_of(page: Path) -> str:
+    """Returns what a page that lies in the folder may do in a browser."""
+    shows_videos = page.name == "report.html" or page.match("runs/*/grids/*/index.html")
+    return REPORT if shows_videos else SANDBOX
+
+
 def build_app(folder: Path, host: str, password: str, blocks: Any, looks: dict[str, Any]) -> Guard:
     """Returns the application: the page at /, the folder's files at /files, behind the guard.
 
@@ -217,7 +225,7 @@ def build_app(folder: Path, host: str, password: str, blocks: Any, looks: dict[s
             return PlainTextResponse(f"{error}\n", 404)
         headers = {"cache-control": "no-cache"}
         if path.suffix.lower() == ".html":
-            headers["content-security-policy"] = REPORT if path.name == "report.html" else SANDBOX
+            headers["content-security-policy"] = policy_of(path)
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         shown = "text/plain" if path.suffix.lower() in (".log", ".yaml", ".jsonl") else kind
         given = path.name if download else None

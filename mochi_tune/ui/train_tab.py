@@ -80,11 +80,11 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     )  # fmt: skip
     save.click(save_only, [form.replaces, *form.inputs], said, **quiet)
     start.click(train, [form.replaces, *form.inputs], said, **quiet)
-    build_runs(folder)
+    build_runs(folder, form)
 
 
-def build_runs(folder: Path) -> None:
-    """Builds what the runs show; it looks at their files every three seconds."""
+def build_runs(folder: Path, form: SettingsForm) -> None:
+    """Builds what the runs show; it looks at their files when the page opens, and every three seconds."""
     gr.HTML("<h2>Runs</h2>")
     with gr.Row():
         chosen = gr.Dropdown([], multiselect=True, label="Runs, one over the other", elem_id="runs", scale=3)
@@ -118,9 +118,7 @@ def build_runs(folder: Path) -> None:
             gr.Dropdown(there, value=names) if changed("runs") else gr.skip(),
             gr.Dropdown([(f"step {each}", each) for each in steps], value=wanted) if changed("steps") else gr.skip(),
             now["figures"] if changed("figures") else gr.skip(),
-            gr.Button(f"Stop {Path(names[0]).name}: it saves first", visible=True)
-            if now["trains"]
-            else gr.Button(visible=False),
+            _stop_button(names, now["trains"]) if changed("trains", "runs") else gr.skip(),
             now["charts"] if changed("charts") else gr.skip(),
             samples_html(folder, names, now["videos"]) if changed("videos", "runs") else gr.skip(),
             gr.Button(visible=bool(now["videos"])) if changed("videos") else gr.skip(),
@@ -140,10 +138,14 @@ def build_runs(folder: Path) -> None:
     stop.click(ask_to_stop, shown, stop_said, show_progress="hidden")
     timer = gr.Timer(POLL_SECONDS)
     gr.on(
-        [timer.tick, chosen.input, step.input], refresh, [chosen, step, shown], outputs,
+        [timer.tick, form.filled_times.change, chosen.input, step.input], refresh, [chosen, step, shown], outputs,
         show_progress="hidden", concurrency_limit=4,
     )  # fmt: skip
     play.click(None, js=PLAY_ALL)
+
+
+def _stop_button(names: Sequence[str], trains: bool) -> Any:
+    return gr.Button(f"Stop {Path(names[0]).name}: it saves first" if trains else "Stop", visible=trains)
 
 
 def charts_html(folder: Path, names: Sequence[str]) -> str:

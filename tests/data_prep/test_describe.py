@@ -143,10 +143,22 @@ def test_a_key_that_is_refused_on_the_way_ends_the_run(tmp_path):
     for number in range(3):
         write_video(tmp_path / f"{number}.mp4", 1, first_number=number)
     with ChatServer(lambda request, number: Reply() if number == 0 else Reply({}, 401)) as server:
-        done = run(*describe(tmp_path, server.url, "workers=1"), env={"OPENAI_API_KEY": "sk-1"})
+        env = {"OPENAI_API_KEY": "sk-1", "OPENAI_BASE_URL": server.url + "/"}
+        done = run(*describe(tmp_path, server.url, "workers=1"), env=env)
     assert done.returncode == 2 and "refuses the key (401" in done.stderr.splitlines()[-1]
     assert len(server.chats) == 2 and {request.key for request in server.requests} == {"sk-1"}
     assert [path.name for path in tmp_path.glob("*.txt")] == ["0.txt"]
+
+
+@pytest.mark.parametrize("named", ["", "{url}/other"])
+def test_the_key_of_the_environment_goes_to_no_endpoint_that_it_does_not_name(tmp_path, monkeypatch, capsys, named):
+    write_video(tmp_path / "a.mp4", 1)
+    with ChatServer(lambda request, number: Reply()) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+        monkeypatch.setenv("OPENAI_BASE_URL", named.format(url=server.url))
+        assert run_here(describe(tmp_path, server.url)) == 0
+    assert {request.key for request in server.requests} == {""} and (tmp_path / "a.txt").is_file()
+    assert f"not sent to endpoint={server.url}" in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_the_prompt_and_the_pictures_and_asks_nobody(tmp_path, capsys):

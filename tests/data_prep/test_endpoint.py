@@ -99,7 +99,7 @@ def test_a_request_that_is_refused_is_the_clips_own_trouble():
 @pytest.mark.parametrize(
     ("status", "text"),
     [
-        (401, r"refuses the key \(401: key \*\*\* is wrong\): set OPENAI_API_KEY or key_file="),
+        (401, r"refuses the key \(401: key \*\*\* is wrong\): give another key, see key_file="),
         (402, "wants to be paid"),
         (404, "knows no such address or model"),
         (307, "sends to another address"),

@@ -1,4 +1,7 @@
-"""The road by clicks in headless Chromium: clips, captions, prepare, train with a stop, going on, sample, export."""
+"""The road by clicks in headless Chromium: clips, captions, prepare, train, stop, terminal, go on, sample, export.
+
+What takes long are the processes that the page starts, so that one is filled in or read while another one works.
+"""
 
 import re
 import signal
@@ -11,7 +14,7 @@ import pytest
 from helpers_video import write_video
 
 from mochi_tune.ui.jobs import list_jobs
-from mochi_tune.ui.runs import curves, list_runs, read_state, validation_curves
+from mochi_tune.ui.runs import curves, list_runs, read_rows, read_state, validation_curves
 
 BROWSERS = [path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser")) if path.exists()]
 # A bound on hanging and nothing else.
@@ -21,14 +24,12 @@ pytestmark = pytest.mark.skipif(not BROWSERS, reason="no Chromium")
 
 
 @pytest.fixture
-def address(tmp_path):
+def server(tmp_path):
+    """The process of the page, which begins while the browser does."""
     (tmp_path / "work").mkdir()
     command = [sys.executable, "-m", "mochi_tune.cli", "ui", f"folder={tmp_path / 'work'}", "port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        found = re.search(r"http://\S+/", server.stdout.readline())
-        assert found
-        yield found[0]
+        yield server
         server.send_signal(signal.SIGINT)
         server.wait(60)
     # What a failed test has left at work.
@@ -38,7 +39,7 @@ def address(tmp_path):
 
 
 @pytest.fixture
-def browser():
+def browser(server):
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(BROWSERS[0]), args=["--no-sandbox"])
@@ -53,126 +54,186 @@ def wait_until(condition):
     deadline = time.monotonic() + PATIENCE / 1000
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
-def test_the_road_by_clicks(address, browser, tmp_path):
+def says(page, selector, text):
     from playwright.sync_api import expect
 
-    work, clips = tmp_path / "work", tmp_path / "clips"
+    expect(page.locator(selector)).to_contain_text(text)
+
+
+def field(page, name):
+    return page.locator(f"#{name} input, #{name} textarea")
+
+
+def show(page, tab):
+    page.get_by_role("tab", name=tab).click()
+
+
+def test_the_road_by_clicks(server, browser, tmp_path):
+    work, asked = tmp_path / "work", []
+    run_dir = work / "runs" / "my_lora_tiny"
+    browser.on("request", lambda request: asked.append(request.url))
+    assert server.stdout is not None
+    found = re.search(r"http://\S+/", server.stdout.readline())
+    assert found
+
+    def open_page():
+        page = browser.new_page()
+        page.goto(found[0])
+        return page
+
+    page = open_page()
+    put_in_clips(page, work, tmp_path / "clips")
+    page.locator("#prepare").click()
+    says(page, "#data_said", "is in the queue")
+    # The training is filled in while the clips are prepared, and waits for that.
+    fill_in_training(page, work)
+
+    # A second page sees what the first one started; that one leaves in the middle, and the run goes on.
+    first, page = page, open_page()
+    wait_until(lambda: read_state(run_dir).step >= 3)
+    assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora_tiny").is_dir()
+    for each in (first, page):
+        says(each, "#jobs_table", "running")
+    first.close()
+    show(page, "Train")
+    says(page, "#figures", "my_lora_tiny trains")
+    page.locator("#job_stop").click()
+    says(page, "#job_said", "asked to save and stop")
+    says(page, "#jobs_table", "stopped, saved")
+    stopped = read_state(run_dir)
+    assert stopped.checkpoints[-1] == stopped.step and stopped.owner_pid == 0
+
+    # It goes on in a terminal by its conf, where it was; the page shows that, samples meanwhile, and stops it.
+    command = ["nice", sys.executable, "-m", "mochi_tune.cli", "train", "conf=my_lora"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=work, text=True, **pipes) as terminal:
+        try:
+            sample_a_grid(page, stopped.step)
+            show(page, "Train")
+            wait_until(lambda: read_state(run_dir).step >= stopped.step + 2)
+            says(page, "#figures", "my_lora_tiny trains")
+            page.get_by_role("button", name="Stop my_lora_tiny: it saves first").click()
+            says(page, "#run_stop_said", f"process {terminal.pid} was asked to save and stop")
+            words = terminal.communicate(timeout=60)[0]
+            assert terminal.returncode == 128 + signal.SIGTERM, words
+        finally:
+            terminal.kill()
+    assert f"resuming runs/my_lora_tiny from step {stopped.step}\n" in words
+    says(page, "#figures", "my_lora_tiny rests")
+    there = read_state(run_dir)
+    assert there.checkpoints[-1] == there.step >= stopped.step + 2 and len(list_jobs(work)) == 3
+
+    # The page takes it to its end, while the grid is looked at.
+    field(page, "train_steps").fill(str(there.step + 3))
+    page.get_by_label("replace it").check()
+    page.locator("#train").click()
+    says(page, "#train_said", "is in the queue")
+    look_at_grid(page)
+    show(page, "Train")
+    says(page, "#figures", "my_lora_tiny is complete")
+    assert read_state(run_dir).step == there.step + 3 and list_runs(work) == ["runs/my_lora_tiny"]
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == list(range(1, there.step + 4))
+    points = curves(work, ["runs/my_lora_tiny"])
+    assert points["loss"][-1]["step"] == there.step + 3 and points["lr"] and points["seconds"]
+    assert {"mean", "σ 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora_tiny"])}
+
+    show(page, "LoRA")
+    page.locator("#lora_file input").click()
+    page.get_by_role("option", name="my_lora_tiny, the result").click()
+    page.locator("#export").click()
+    says(page, "#lora_said", "it writes loras/my_lora_tiny_diffusers.safetensors")
+    says(page, "#lora_made", "my_lora_tiny_diffusers.safetensors")
+    assert (work / "loras" / "my_lora_tiny_diffusers.safetensors").is_file()
+    wait_until(lambda: all(job.ended for job in list_jobs(work)))
+    assert [job.state for job in list_jobs(work)] == ["done", "stopped", "done", "done", "done"]
+    foreign = [url for url in asked if not url.startswith((found[0], "data:", "blob:"))]
+    assert not foreign
+
+
+def put_in_clips(page, work, clips):
+    """Three clips and two captions; the third caption is written here."""
+    from playwright.sync_api import expect
+
     clips.mkdir()
     for number in range(3):
         write_video(clips / f"clip {number}.mp4", 8, width=48, height=32, first_number=10 * number)
     for number in range(2):
         (clips / f"clip {number}.txt").write_text(f"a red ball {number}")
-    asked = []
-    browser.on("request", lambda request: asked.append(request.url))
-
-    def open_page():
-        page = browser.new_page()
-        page.goto(address)
-        return page
-
-    page = open_page()
-    expect(page.locator("#gallery_empty")).to_contain_text("No clips yet")
+    says(page, "#gallery_empty", "No clips yet")
     page.locator("#model input").fill("tiny")
     page.locator("#model input").press("Enter")
     for key, value in (("num_frames", "7"), ("height", "32"), ("width", "48")):
-        page.locator(f"#data_{key} textarea, #data_{key} input").fill(value)
-    expect(page.locator("#data_message")).to_contain_text("7 frames, 48 x 32")
-    page.locator("#data_width input, #data_width textarea").press("Tab")
-
-    # Three clips and two captions; the third caption is written here.
+        field(page, f"data_{key}").fill(value)
+    says(page, "#data_message", "7 frames, 48 x 32")
     page.locator("input[type=file]").set_input_files(sorted(map(str, clips.glob("clip*"))))
     boxes = page.locator("#gallery .caption textarea")
     expect(page.locator("#gallery .card:visible")).to_have_count(3)
     expect(boxes.nth(1)).to_have_value("a red ball 1")
     boxes.nth(2).fill("a <b>blue</b> ball")
     boxes.nth(2).press("Tab")
-    expect(page.locator("#data_said")).to_contain_text("clip 2.mp4 is saved")
+    says(page, "#data_said", "clip 2.mp4 is saved")
     assert (work / "videos" / "clip 2.txt").read_text() == "a <b>blue</b> ball\n"
 
-    page.locator("#prepare").click()
-    expect(page.locator("#jobs_table")).to_contain_text("done")
-    assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora_tiny").is_dir()
 
-    # A mistake is told as it is typed, and nothing starts.
-    page.get_by_role("tab", name="Train").click()
-    rank = page.locator("#lora_rank input, #lora_rank textarea")
-    rank.fill("0")
-    expect(page.locator("#train_message")).to_contain_text("lora.rank=0 is not possible: it must be at least 1.")
+def fill_in_training(page, work):
+    """A mistake is told as it is typed, and nothing starts; what fits is started."""
+    show(page, "Train")
+    field(page, "lora_rank").fill("0")
+    says(page, "#train_message", "lora.rank=0 is not possible: it must be at least 1.")
     page.locator("#train").click()
-    expect(page.locator("#train_said")).to_contain_text("lora.rank=0 is not possible")
+    says(page, "#train_said", "lora.rank=0 is not possible")
     assert len(list_jobs(work)) == 1
-    rank.fill("2")
+    field(page, "lora_rank").fill("2")
     for key, value in (("steps", "100000"), ("sample_every", "0")):
-        page.locator(f"#train_{key} input, #train_{key} textarea").fill(value)
+        field(page, f"train_{key}").fill(value)
     page.get_by_text("All other settings").click()
     page.locator("#more textarea").fill("device=cpu\ntrain.recompute=none")
-    expect(page.locator("#plan")).to_contain_text("fits")
+    says(page, "#plan", "fits")
     page.get_by_label("replace it").check()
     page.locator("#train").click()
-    expect(page.locator("#train_said")).to_contain_text("is in the queue")
+    says(page, "#train_said", "is in the queue")
 
-    # The browser leaves; the run goes on, and another page finds it.
-    page.close()
-    run_dir = work / "runs" / "my_lora_tiny"
-    wait_until(lambda: read_state(run_dir).step >= 3)
-    page = open_page()
-    page.get_by_role("tab", name="Train").click()
-    expect(page.locator("#figures")).to_contain_text("my_lora_tiny trains")
-    second = open_page()
-    expect(second.locator("#jobs_table")).to_contain_text("running")
-    second.close()
-    page.locator("#job_stop").click()
-    expect(page.locator("#job_said")).to_contain_text("asked to save and stop")
-    expect(page.locator("#jobs_table")).to_contain_text("stopped, saved")
-    stopped = read_state(run_dir)
-    assert stopped.checkpoints[-1] == stopped.step and stopped.owner_pid == 0
 
-    # It goes on where it was.
-    page.locator("#train_steps input, #train_steps textarea").fill(str(stopped.step + 3))
-    page.get_by_label("replace it").check()
-    page.locator("#train").click()
-    expect(page.locator("#figures")).to_contain_text("my_lora_tiny is complete")
-    assert read_state(run_dir).step == stopped.step + 3
-    assert list_runs(work) == ["runs/my_lora_tiny"]
-    points = curves(work, ["runs/my_lora_tiny"])
-    assert points["loss"][-1]["step"] == stopped.step + 3 and points["lr"] and points["seconds"]
-    assert {"mean", "σ 0.125"} <= {point["line"] for point in validation_curves(work, ["runs/my_lora_tiny"])}
-    wait_until(lambda: list_jobs(work)[-1].ended)
-    assert [job.state for job in list_jobs(work)] == ["done", "stopped", "done"]
-
-    # Two strengths in a grid, and the history fills the form again.
-    page.get_by_role("tab", name="Sample").click()
-    expect(page.locator("#renders_empty")).to_contain_text("No videos yet")
+def sample_a_grid(page, step):
+    """Two strengths of a checkpoint, while the run goes on."""
+    show(page, "Sample")
+    says(page, "#renders_empty", "No videos yet")
     page.locator("#sample").click()
-    expect(page.locator("#sample_said")).to_contain_text("prompt is empty")
+    says(page, "#sample_said", "prompt is empty")
     page.locator("#prompt textarea").fill("a red ball")
-    page.locator("#sample_steps input, #sample_steps textarea").fill("2")
+    field(page, "sample_steps").fill("2")
+    page.locator("#adapter_0 input").click()
+    page.get_by_role("option", name=f"my_lora_tiny, step {step}").click()
     page.get_by_label("grid", exact=True).check()
-    page.locator("#strengths input, #strengths textarea").fill("0.5, 1")
+    field(page, "strengths").fill("0.5, 1")
     page.locator("#sample").click()
-    expect(page.locator("#sample_said")).to_contain_text("is in the queue")
+    says(page, "#sample_said", "is in the queue")
+
+
+def look_at_grid(page):
+    """The history fills the form again and chooses the conf of the run; videos and the grid's page are given out."""
+    from playwright.sync_api import expect
+
+    show(page, "Sample")
     cards = page.locator("#renders .card:visible")
     expect(cards).to_have_count(2)
-    expect(page.locator("#renders")).to_contain_text("my_lora_tiny × 0.5")
-    half = cards.filter(has_text="my_lora_tiny × 0.5")
+    half = cards.filter(has_text="× 0.5")
     page.locator("#prompt textarea").fill("")
+    page.locator("#conf input").fill("another")
+    page.locator("#conf input").press("Enter")
     half.get_by_role("button", name="Do it again").click()
+    says(page, "#sample_said", "conf/my_lora.yaml is chosen")
     expect(page.locator("#prompt textarea")).to_have_value("a red ball")
-    expect(page.locator("#strength_0 input, #strength_0 textarea")).to_have_value("0.5")
+    expect(field(page, "strength_0")).to_have_value("0.5")
+    expect(page.locator("#conf input")).to_have_value("my_lora")
     with page.expect_download() as download:
         half.get_by_text("Download").click()
     assert download.value.suggested_filename.endswith(".mp4")
-
-    page.get_by_role("tab", name="LoRA").click()
-    expect(page.locator("#lora_file input")).to_have_value("my_lora_tiny, the result")
-    page.locator("#export").click()
-    expect(page.locator("#lora_said")).to_contain_text("it writes loras/my_lora_tiny_diffusers.safetensors")
-    expect(page.locator("#lora_made")).to_contain_text("my_lora_tiny_diffusers.safetensors")
-    assert (work / "loras" / "my_lora_tiny_diffusers.safetensors").is_file()
-    wait_until(lambda: list_jobs(work)[-1].ended)
-    assert [job.state for job in list_jobs(work)][3:] == ["done", "done"]
-    foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
-    assert not foreign
+    with page.expect_popup() as grid:
+        page.locator("#grids").get_by_text("open its page").click()
+    expect(grid.value.locator("video")).to_have_count(2)
+    grid.value.wait_for_function("[...document.querySelectorAll('video')].every((video) => video.readyState > 0)")
+    grid.value.close()

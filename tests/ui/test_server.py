@@ -64,12 +64,15 @@ PATHS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_nobody_gets_in_without_the_password(address, path):
-    for auth in (None, ("", "")):
-        with httpx.Client(auth=auth) as client:
-            answer = client.get(address + path)
-        assert answer.status_code == 401 and "Basic" in answer.headers["www-authenticate"]
+def test_nobody_gets_in_without_the_password(address):
+    async def ask() -> list[httpx.Response]:
+        # A wrong password is answered late: all are asked at once.
+        async with httpx.AsyncClient() as client:
+            tries = [client.get(address + path, auth=auth) for path in PATHS for auth in (None, ("", ""))]
+            return await asyncio.gather(*tries)
+
+    for answer in asyncio.run(ask()):
+        assert answer.status_code == 401 and "Basic" in answer.headers["www-authenticate"], answer.url
 
 
 def test_the_password_lets_in_and_a_wrong_one_does_not(address):
@@ -117,12 +120,13 @@ def test_a_file_of_the_folder_is_given_out_and_a_page_in_a_sandbox(address):
     assert "default-src 'self'" in front.headers["content-security-policy"]
 
 
-def test_the_report_of_a_run_shows_its_videos_and_runs_its_own_script_alone(address, folder):
-    run_dir = folder / "runs" / "a"
-    run_dir.mkdir(parents=True)
-    (run_dir / "report.html").write_text(f"<p>a</p>{video_tables.SCRIPT}")
+@pytest.mark.parametrize("name", ["runs/a/report.html", "runs/a/grids/grid_1/index.html"])
+def test_a_page_with_videos_beside_it_shows_them_and_runs_its_own_script_alone(address, folder, name):
+    page = folder / name
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(f"<p>a</p>{video_tables.SCRIPT}")
     with httpx.Client(auth=("", PASSWORD)) as client:
-        answer = client.get(f"{address}/files/runs/a/report.html")
+        answer = client.get(f"{address}/files/{name}")
     policy = answer.headers["content-security-policy"]
     script = re.search("<script>(.*)</script>", answer.text, re.DOTALL)
     assert script
@@ -187,6 +191,21 @@ def test_other_origins_are_refused():
     assert (
         judge(sec_fetch_site="cross-site", sec_fetch_mode="navigate", sec_fetch_dest="document", method="POST") == 403
     )
+
+
+def test_beyond_this_machine_the_password_stops_a_foreign_name_that_leads_here():
+    """A browser keeps a password for the name that asked for it, so that the pages of another name do not have it."""
+    foreign = {"host": "evil.example:7860", "origin": "http://evil.example:7860", "sec-fetch-site": "same-origin"}
+    right = {"authorization": "Basic " + base64.b64encode(f"any:{PASSWORD}".encode()).decode()}
+    wrong = {"authorization": "Basic " + base64.b64encode(b"any:x").decode()}
+    for host in ("0.0.0.0", "192.168.1.7"):
+        guard = Guard(None, host, PASSWORD)
+        assert [guard.judge(foreign | more, "POST")[0] for more in ({}, wrong, right)] == [401, 401, 0]
+        # The password alone is not enough: another page's request has it too.
+        another = right | {"host": "studio.example:7860", "origin": "http://evil.example"}
+        assert guard.judge(another, "POST")[0] == 403
+    # On this machine the name is refused, whoever asks.
+    assert Guard(None, "127.0.0.1", PASSWORD).judge(foreign | right, "GET")[0] == 403
 
 
 def test_a_request_of_another_page_does_nothing(address):

@@ -1,0 +1,46 @@
+"""The history of videos: the conf that makes one again, and the grids that are linked."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from mochi_tune.ui.confs import Form, save_conf
+from mochi_tune.ui.renders import list_grids, run_of
+from mochi_tune.ui.sample_tab import conf_to_choose, grids_html
+from mochi_tune.ui.server import served_file
+
+
+def test_a_video_is_made_again_with_the_conf_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cups, form = "runs/cups_tiny", Form("cups", {"model": "tiny"}, "device=cpu")
+    save_conf(tmp_path, form, replaces=False)
+    save_conf(tmp_path, Form("a_first", {"model": "tiny"}), replaces=False)
+    (tmp_path / "conf" / "a_broken.yaml").write_text("train: {stepps: 1}\n")
+    assert run_of(tmp_path, tmp_path / cups / "grids" / "g" / "cells" / "a.mp4") == cups
+    # Settings of that run stay, also unsaved ones.
+    assert conf_to_choose(tmp_path, replace(form, more="seed=7"), cups) == ("cups", "")
+    for other in (Form("a_first", {"model": "tiny"}), Form("cups", {"model": "toy"}), Form("no name!")):
+        assert conf_to_choose(tmp_path, other, cups) == ("cups", ", and conf/cups.yaml is chosen")
+    assert conf_to_choose(tmp_path, form, "runs/gone")[0] == ""
+    assert "run_dir=runs/gone" in conf_to_choose(tmp_path, form, "runs/gone")[1]
+
+
+def test_finished_grids_are_linked(tmp_path):
+    assert list_grids(tmp_path) == [] and grids_html(tmp_path, []) == ""
+    for number in range(8):
+        grid = tmp_path / "runs" / "cups_tiny" / "grids" / f"grid_{number}"
+        (grid / "cells").mkdir(parents=True)
+        (grid / "cells" / "a.json").touch()
+        if number:
+            (grid / "index.html").touch()
+            os.utime(grid / "index.html", (number, number))
+    (tmp_path / "runs" / "cups_tiny" / "grids" / "grid_7" / "grid.mp4").touch()
+    found = list_grids(tmp_path)
+    assert [grid.page.parent.name[-1] for grid in found] == list("7654321") and found[0].num_cells == 1
+    made = grids_html(tmp_path, found)
+    assert '<a href="/files/runs/cups_tiny/grids/grid_7/index.html?v=7"' in made and made.count(">grid.mp4<") == 1
+    assert "grid_1" not in made and "1 older ones" in made
+    assert served_file(tmp_path, "runs/cups_tiny/grids/grid_7/index.html") == found[0].page.resolve()
