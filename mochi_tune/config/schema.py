@@ -218,7 +218,8 @@ class TrainConfig(Section):
     recompute: Literal["auto", "none", "attention", "block"] = setting(
         "auto",
         "what a step computes again instead of keeping it; none: nothing; attention: all but the attention; "
-        "block: all of each block; auto: attention, and block in as many blocks as memory asks for",
+        "block: all of each block; auto: attention, and block in as many blocks as memory asks for, in all if it runs "
+        "out in a step",
         "free",
     )
     deterministic: bool = setting(
