@@ -1,5 +1,6 @@
 """A step that ran out of memory is made again with blocks that keep less, and the run is the undisturbed one."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import TrainingError
 from mochi_tune.recipes import train_lora
+from mochi_tune.training import memory_plan
 
 MORE = ["train.steps=3", "train.warmup_steps=0", "train.learning_rate=1e-2", "train.recompute=auto"]
 # Two micro-batches a step: the first one's gradients are there when the second one fails.
@@ -97,4 +99,15 @@ def test_of_two_processes_one_makes_its_part_of_a_step_again(tmp_path):
         arguments = road(tmp_path / name, *LORA, *MORE)
         counts.append(run_ranks(2, train_in_a_rank, tmp_path / f"ranks_{name}", arguments, failing_rank))
     assert counts == [[3, 3], [3, 4]]
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+def test_compiled_blocks_are_compiled_anew(tmp_path, monkeypatch):
+    # Graphs of which torch runs the operations as they are; it draws dropout otherwise then.
+    compiled = functools.partial(memory_plan.apply_compilation, backend="eager")
+    monkeypatch.setattr(memory_plan, "apply_compilation", compiled)
+    assert train(tmp_path / "alone", *MORE, "lora.dropout=0", "train.compile=true") == 0
+    made = fail_at(monkeypatch, {1})
+    assert train(tmp_path / "run", *MORE, "lora.dropout=0", "train.compile=true") == 0
+    assert len(made) == 4
     assert_same_run(tmp_path / "run", tmp_path / "alone")
