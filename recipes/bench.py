@@ -26,8 +26,9 @@ from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.forecast import ATTENTION_BACKWARD, Step, free_bytes
+from mochi_tune.parallel.forecast_context import card_here
 from mochi_tune.parallel.kernels import attention_by, time_attention
-from mochi_tune.parallel.mesh import Mesh, choose_layout
+from mochi_tune.parallel.mesh import Mesh, Videos, choose_layout
 from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import NEEDS, apply_precision, check_precision
 from mochi_tune.parallel.recompute import POLICIES
@@ -141,7 +142,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     """One step with guidance, of a prompt and a negative prompt of 256 tokens."""
     config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
     num_tokens = num_visual_tokens(bench)
-    layout = choose_layout(num_ranks, config, 1, num_tokens, True, {"data": 1})
+    layout = choose_layout(num_ranks, config, Videos(1, num_tokens, True), {"data": 1}, card_here())
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
     setup = Setup(
         device, DTYPES[bench.dtype], "offload" if bench.dit == "stream" else bench.dit, mesh, bool(bench.compile)
@@ -281,7 +282,7 @@ def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     config, full_depth = reduced(sizes(bench.model, "decoder"), bench.depth)
     decoder = build_random_model(config, device, DTYPES[bench.dtype])
     latents = draw_noise(0, bench.num_frames, bench.height, bench.width)
-    layout = choose_layout(num_ranks, sizes(bench.model, "dit"), 1, 1, True, {"data": 1})
+    layout = choose_layout(num_ranks, sizes(bench.model, "dit"), Videos(1, 1, True), {"data": 1}, card_here())
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
 
     def decode() -> None:

@@ -39,7 +39,7 @@ from mochi_tune.parallel.forecast import (
     sampling_seconds,
     text_held,
 )
-from mochi_tune.parallel.mesh import training_layout
+from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import HostModulation
 from mochi_tune.recipes.bench import make_step
 from mochi_tune.recipes.measuring import timed
@@ -96,6 +96,7 @@ class RunForecast:
         presets: for each value of memory=, the bytes that `train` and `sample` hold with it; None where it is not for
             one of them.
         advice: the settings to use, a line each.
+        processes: how they share a training step, in words; "" for one.
         cache_bytes, checkpoint_bytes: on disk; the cache's is 0 while the number of clips is not known.
     """
 
@@ -107,6 +108,7 @@ class RunForecast:
     run_seconds: float | None
     presets: dict[str, tuple[int | None, int | None]]
     advice: list[str]
+    processes: str
     cache_bytes: int
     checkpoint_bytes: int
 
@@ -135,7 +137,11 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     sampler_settings(config.sample)
     words, gib, speed = find_card(card, card_gib)
     dit, free = dit_sizes(config), int(gib * GIB)
-    step, video = training_step(config, dit), sample_size(config.sample, data)
+    processes = config.parallel
+    layout = training_layout(
+        processes.num_processes, processes.context or 1, dit, num_tokens(config), speed or CARDS["h100"]
+    )
+    step, video = training_step(config, dit, layout), sample_size(config.sample, data)
     arrangement = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
     policies, advice = step.policies(free, *arrangement), []
     try:
@@ -172,6 +178,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         run_seconds=None if seconds is None else seconds * train.steps,
         presets=presets,
         advice=advice or ["every stage fits as it is set"],
+        processes=layout.in_words if layout.num_ranks > 1 else "",
         cache_bytes=int(count * sum(share * clip_bytes(bucket, dit) for bucket, share in shares.items())),
         checkpoint_bytes=checkpoint_bytes(config, step.adapter_bytes),
     )
@@ -273,12 +280,11 @@ def dit_sizes(config: RunConfig) -> DiTConfig:
     return read_official_config(Path(assets.__path__[0]) / config.model.name / "dit_config.json", "dit")
 
 
-def training_step(config: RunConfig, dit: DiTConfig) -> Step:
+def training_step(config: RunConfig, dit: DiTConfig, layout: Layout) -> Step:
     """Returns the sizes of a micro-batch on a GPU, of the processes that the settings name."""
     with torch.device("meta"):
         shapes = linear_shapes(AsymmDiT(dit))
     size = adapter_bytes(shapes, lora_settings(config.lora, shapes), config.lora.dora)
-    layout = training_layout(config.parallel.num_processes, config.parallel.context or 1)
     return step_sizes(config, dit, size, layout, is_gpu=True)
 
 

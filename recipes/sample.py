@@ -22,7 +22,8 @@ from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, encoding_held, free_bytes, sampling_held
-from mochi_tune.parallel.mesh import Layout, Mesh, choose_layout
+from mochi_tune.parallel.forecast_context import card_here
+from mochi_tune.parallel.mesh import Layout, Mesh, Videos, choose_layout
 from mochi_tune.recipes.start_video import Start, check_starts, encode_starts, start_of, starts_of
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
@@ -118,7 +119,7 @@ def main(config: RunConfig) -> Iterator[Path]:
     usage = Usage(device, write_line)
     write_line("; ".join(map(str, plan.adapters)) or "no adapter: the base")
     if mesh is not None:
-        write_line(f"{num_processes} processes: {plan.layout}")
+        write_line(f"{num_processes} processes: {plan.layout.in_words}")
 
     with usage.stage("text"):
         features = encode_prompts(plan, device, dtype, prompt_cache)
@@ -168,8 +169,8 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     tokens = max(map(num_tokens, requests))
     parallel = config.parallel
     asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
-    is_guided = any(r.is_guided for r in requests)
-    layout = choose_layout(num_processes, skeleton.config, len(requests), tokens, is_guided, asked)
+    videos = Videos(len(requests), tokens, any(r.is_guided for r in requests))
+    layout = choose_layout(num_processes, skeleton.config, videos, asked, card_here())
     if config.memory.dit == "shard" and layout.guidance * layout.context == 1:
         raise ConfigError(
             "memory.dit=shard splits the weights over the processes of one video, and here each has a video of its "

@@ -32,6 +32,7 @@ from mochi_tune.training.objective import (
 )
 from mochi_tune.training.optim import build_optimizer
 from mochi_tune.training.preflight import TrainPlan, check
+from mochi_tune.training.retry import MemoryRetry
 from mochi_tune.training.run import Run, open_run
 from mochi_tune.training.schedule import learning_rate_at
 from mochi_tune.training.step_result import MicroBatchResult
@@ -77,8 +78,9 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     # Parallelism and memory.
     if plan.layout.context > 1:
         mesh = Mesh(plan.layout, device, config.parallel.timeout_seconds)
-        apply_context_parallel(dit, mesh.context_group, config.parallel.check_inputs)
+        apply_context_parallel(dit, mesh.context_group, mesh.layout.heads, config.parallel.check_inputs)
     memory.apply(dit, device, tqdm.write, run.check_before_compiling)
+    with_retry = MemoryRetry(parameters.values(), memory.keep_less if plan.may_recompute_more else None, tqdm.write)
 
     # Optimizer.
     optimizer = build_optimizer(
@@ -99,6 +101,15 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         modulation = modulate(sigma, prompt, mask)
         return Inputs(batch["sample_ids"], sigma, mask, drawn.dropout_seed, noisy, target, prompt, weight, modulation)
 
+    def add_gradients(inputs: Inputs) -> torch.Tensor:
+        """Adds a micro-batch's gradients to the adapter's; returns its loss. Called again where memory ran out."""
+        torch.manual_seed(inputs.dropout_seed)
+        velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
+        losses = velocity_loss(velocity, inputs.target)
+        loss = (losses * inputs.weight).mean()
+        accelerator.backward(loss)
+        return loss.detach()
+
     run.restore_and_start(optimizer, ema, make_inputs)
     videos = EvalVideos(run, eval_prompts) if eval_prompts else None
     dit.train()
@@ -111,12 +122,8 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         results = []
         for inputs in run.micro_batches():
             with accelerator.accumulate(dit):
-                torch.manual_seed(inputs.dropout_seed)
-                velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
-                losses = velocity_loss(velocity, inputs.target)
-                loss = (losses * inputs.weight).mean()
-                accelerator.backward(loss)
-            results.append(MicroBatchResult(loss.detach(), inputs.clips, inputs.sigma))
+                loss = with_retry(add_gradients, inputs)
+            results.append(MicroBatchResult(loss, inputs.clips, inputs.sigma))
 
         grad_norm = optimizer.clip_grad_norm()
         result = run.gather_step(results, grad_norm, learning_rate)

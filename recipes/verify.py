@@ -1,7 +1,7 @@
 """Compares this machine's numbers with saved inputs and outputs of the official implementation, one line a check."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from mochi_tune.models.vae_streaming import decode_tiled, encode
 from mochi_tune.parallel.collectives import even_shares
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.decode import decode_share
+from mochi_tune.parallel.forecast_context import possible_splits
 from mochi_tune.parallel.mesh import Layout, Mesh, possible_layouts
 from mochi_tune.sampling.render import Setup, choose_guide, prepare_dit
 from mochi_tune.sampling.sampler import (
@@ -193,12 +194,15 @@ def check_rendering(reference: WeightsFolder, device: torch.device, dtype: str, 
 
 def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
     """What several processes compute together: rendering in every layout, gradients, the split decoding."""
-    num_ranks = dist.get_world_size()
+    num_ranks, num_heads = dist.get_world_size(), reference.dit_skeleton().config.num_heads
     for layout in possible_layouts(num_ranks, is_guided=True):
         if layout.data == 1:
-            yield from check_rendering(reference, device, dtype, Mesh(layout, device, TIMEOUT_SECONDS))
-    mesh = Mesh(Layout(context=num_ranks), device, TIMEOUT_SECONDS)
-    yield from check_training(reference, device, dtype, mesh)
+            heads = possible_splits(layout.context, num_heads)[-1][0]
+            mesh = Mesh(replace(layout, heads=heads), device, TIMEOUT_SECONDS)
+            yield from check_rendering(reference, device, dtype, mesh)
+    for heads, _ in possible_splits(num_ranks, num_heads):
+        mesh = Mesh(Layout(context=num_ranks, heads=heads), device, TIMEOUT_SECONDS)
+        yield from check_training(reference, device, dtype, mesh)
     io = load_file(reference.path / "vae_io.safetensors")
     if num_ranks <= io["lat"].shape[2]:
         assert dist.group.WORLD is not None, "called as one of several processes"
@@ -252,8 +256,8 @@ def check_training(
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         if mesh is not None:
-            apply_context_parallel(dit, mesh.context_group)
-            objective = f"context={mesh.layout.context}, {objective}"
+            apply_context_parallel(dit, mesh.context_group, mesh.layout.heads)
+            objective = f"context={mesh.layout.context}{mesh.layout.split_in_words}, {objective}"
         prediction = dit(noisy, io["sigma"], io["y_feat"], io["y_mask"])
         error = over_ranks(relative_error(prediction, io[output_key].cpu()))
         yield Check(f"{objective} objective: output", error, tolerance)

@@ -32,4 +32,5 @@ def _run_rank(rank: int, num_ranks: int, function: Callable[..., Any], folder: P
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", **{key: str(value) for key, value in of_all.items()}}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=num_ranks)
     torch.save(function(*arguments), folder / f"rank_{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():  # A training leaves it by itself.
+        dist.destroy_process_group()

@@ -17,6 +17,8 @@ def run_plan(arguments: list[str]) -> int:
     gib = 2**30
     print(f"clips       {made.clips}: {made.num_tokens:,} tokens")
     print(f"GPU         {made.card}, {made.gib:.1f} GiB")
+    if made.processes:
+        print(f"processes   {made.processes}")
     disk = f"checkpoints {format_bytes(made.checkpoint_bytes)}"
     print(f"disk        {f'cache up to {format_bytes(made.cache_bytes)}, ' if made.cache_bytes else ''}{disk}")
     parts = max((list(stage.held) for stage in made.stages), key=len)

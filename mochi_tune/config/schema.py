@@ -218,13 +218,14 @@ class TrainConfig(Section):
     recompute: Literal["auto", "none", "attention", "block"] = setting(
         "auto",
         "what a step computes again instead of keeping it; none: nothing; attention: all but the attention; "
-        "block: all of each block; auto: the least that the free memory of the GPU allows, block by block",
+        "block: all of each block; auto: the least that the free memory of the GPU allows, block by block, and all of "
+        "each if it runs out in a step",
         "free",
     )
     deterministic: bool = setting(
         False,
-        "asks torch for kernels whose sums have the same order each time, so that on a GPU, too, a resumed run is one "
-        "that was not stopped, bit for bit; slower",
+        "asks torch for kernels whose sums have the same order each time; slower, and in bf16 on a GPU not enough yet "
+        "for a resumed run to be one that was not stopped bit for bit",
         "free",
     )
     compile: bool | None = setting(

@@ -1,8 +1,8 @@
 """Context parallelism: the visual tokens are split over processes, heads x ring of them.
 
-Those that stand side by side exchange tokens for heads, so that each attends with some of the heads. Where there are
-more processes than heads, or a number that does not divide them, several such rows form rings, in which keys and values
-travel from row to row.
+Those that stand side by side exchange tokens for heads, so that each attends with some of the heads. Several such rows
+form rings, in which keys and values travel from row to row: where there are more processes than heads, or a number that
+does not divide them, or where that is cheaper, see `parallel.forecast_context`.
 
 It changes a model at three seams: the outputs of its embedder and its rotary tables, the attention's core, and the
 output of its last Linear. Text tokens are few; every rank has them all. Every rank gets the complete velocity.
@@ -10,7 +10,6 @@ Source: Ulysses, arXiv 2309.14509, in rings, arXiv 2405.07719; here with shares 
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,15 +27,6 @@ from mochi_tune.parallel.ring import ring_attention
 INPUTS = ("the noisy latents", "the noise level", "the prompt", "the prompt's mask")
 
 
-def heads_and_ring(num_ranks: int, num_heads: int) -> tuple[int, int]:
-    """Returns how many ranks share the heads, and how many such rows form a ring; any number of ranks will do.
-
-    As many as can share the heads do: for that each rank sends what it has, in a ring also what all others have.
-    """
-    heads = math.gcd(num_ranks, num_heads)
-    return heads, num_ranks // heads
-
-
 class TokenShares:
     """How many visual tokens each rank of a group has; settled anew when a forward pass embeds its latents.
 
@@ -46,10 +36,9 @@ class TokenShares:
         ring: the ranks that have the same heads, one of each row.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_heads: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, heads: int) -> None:
         self.group = group
         self.context_rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        heads, _ = heads_and_ring(self.num_ranks, num_heads)
         first = self.context_rank // heads * heads
         self.row = range(first, first + heads)
         self.ring = range(self.context_rank % heads, self.num_ranks, heads)
@@ -137,7 +126,7 @@ def check_inputs(inputs: Sequence[Any], group: dist.ProcessGroup) -> None:
             )
 
 
-def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup, checks_inputs: bool = False) -> None:
+def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup, heads: int, checks_inputs: bool = False) -> None:
     """Splits the work on visual tokens over the ranks of a group: any number, with adapters or without, for any video.
 
     All ranks call the model with the same inputs and get the same complete output. Gradients are each rank's share of
@@ -146,9 +135,11 @@ def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup, checks_input
     Args:
         dit: the model.
         group: its ranks.
+        heads: how many of them share the heads, a divisor of both; the others form a ring. See `choose_split`.
         checks_inputs: whether each call compares the inputs of all ranks, which takes a copy of them to the CPU.
     """
-    shares = TokenShares(group, dit.config.num_heads)
+    assert dist.get_world_size(group) % heads == 0 and dit.config.num_heads % heads == 0, heads
+    shares = TokenShares(group, heads)
 
     def take_tokens(_module: nn.Module, _inputs: Any, x: Tensor) -> Tensor:
         return shares.take(x, 1)

@@ -49,6 +49,7 @@ class Card:
         bandwidth: bytes a second to and from its memory, by the sheet.
         host: bytes a second to and from the host, about.
         has_fp8: whether it multiplies fp8, twice as fast.
+        nvlink: bytes a second to the other GPUs of its machine and back, each way; 0: they go by the host.
     """
 
     gib: float
@@ -56,14 +57,20 @@ class Card:
     bandwidth: float
     host: float
     has_fp8: bool = False
+    nvlink: float = 0.0
+
+    @property
+    def link(self) -> float:
+        """Bytes a second to the other GPUs of its machine."""
+        return self.nvlink or self.host
 
 
 # Source: the makers' data sheets. Of these, only an H200 was measured.
 CARDS = {
-    "h200": Card(139.8, 989e12, 4.8e12, 50e9, True),
-    "h100": Card(79.2, 989e12, 3.35e12, 50e9, True),
-    "a100": Card(79.3, 312e12, 2.04e12, 25e9),
-    "a100-40": Card(39.4, 312e12, 1.56e12, 25e9),
+    "h200": Card(139.8, 989e12, 4.8e12, 50e9, True, 450e9),
+    "h100": Card(79.2, 989e12, 3.35e12, 50e9, True, 450e9),
+    "a100": Card(79.3, 312e12, 2.04e12, 25e9, nvlink=300e9),
+    "a100-40": Card(39.4, 312e12, 1.56e12, 25e9, nvlink=300e9),
     "l40s": Card(44.4, 362e12, 0.864e12, 25e9, True),
     "a6000": Card(47.5, 155e12, 0.768e12, 25e9),
     "5090": Card(31.4, 209e12, 1.79e12, 50e9, True),
@@ -93,6 +100,7 @@ class Step:
         is_compiled: whether the blocks are compiled.
         holds_modulation: whether the modulation layers are on the device; not so in `train`, but with ZeRO-3.
         num_shards: over how many processes ZeRO-3 splits the weights.
+        split: how many processes share the tokens, of which `num_tokens` are one's: (heads, ring).
     """
 
     config: DiTConfig
@@ -105,6 +113,7 @@ class Step:
     is_compiled: bool = True
     holds_modulation: bool = False
     num_shards: int = 1
+    split: tuple[int, int] = (1, 1)
     weights: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,7 +174,10 @@ class Step:
 
     def seconds(self, policies: Sequence[str], card: Card, is_streamed: bool = False) -> float:
         """Returns the seconds of the step's forward and backward pass, updates being nothing beside them."""
-        matrix, attention = dit_flops(self.config, self.num_tokens, self.text_tokens)
+        matrix, _ = dit_flops(self.config, self.num_tokens, self.text_tokens)
+        # Each process's tokens attend to those of all.
+        num_ranks = self.split[0] * self.split[1]
+        attention = dit_flops(self.config, self.num_tokens * num_ranks, self.text_tokens)[1] / num_ranks
         # Frozen weights have no gradient: of a product, the backward pass is one more, and so is what is recomputed.
         products = 3 - policies.count("none") / len(policies)
         attentions = 1 + policies.count("block") / len(policies)

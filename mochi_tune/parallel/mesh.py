@@ -3,7 +3,7 @@
 import datetime
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -12,29 +12,64 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.dit import DiTConfig
-from mochi_tune.models.flops import dit_flops
-from mochi_tune.parallel.context import heads_and_ring
-
-# What one H100 does a second in bf16: matrix products, attention; and bytes to the other GPUs of its machine. Their
-# proportions decide which layout is the fastest.
-MATRIX_FLOPS, ATTENTION_FLOPS, LINK_BYTES = 790e12, 600e12, 370e9
+from mochi_tune.parallel.forecast import Card
+from mochi_tune.parallel.forecast_context import TRAINING, choose_split, pass_seconds
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The number of ranks along each axis."""
+    """The number of ranks along each axis.
+
+    Attributes:
+        data, guidance, context: along the axes.
+        heads: ranks of the context axis that share the heads of attention; rows of them form a ring.
+    """
 
     data: int = 1
     guidance: int = 1
     context: int = 1
+    heads: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.context % self.heads == 0, self
 
     @property
     def num_ranks(self) -> int:
         """Ranks in all."""
         return self.data * self.guidance * self.context
 
+    @property
+    def split(self) -> tuple[int, int]:
+        """Ranks that share the heads, and rows of them in the ring."""
+        return self.heads, self.context // self.heads
+
     def __str__(self) -> str:
         return f"parallel.data={self.data} parallel.guidance={self.guidance} parallel.context={self.context}"
+
+    @property
+    def in_words(self) -> str:
+        """The layout and how its context axis is split."""
+        return f"{self}{self.split_in_words}"
+
+    @property
+    def split_in_words(self) -> str:
+        """How the context axis is split, behind what names it; nothing where it is not."""
+        return f", {self.heads} heads x {self.context // self.heads} ring" if self.context > 1 else ""
+
+
+@dataclass(frozen=True)
+class Videos:
+    """What is to be rendered.
+
+    Attributes:
+        count: how many.
+        num_tokens: visual tokens of one.
+        is_guided: whether any step has a guidance other than 1.
+    """
+
+    count: int
+    num_tokens: int
+    is_guided: bool
 
 
 def possible_layouts(num_ranks: int, is_guided: bool) -> list[Layout]:
@@ -48,17 +83,16 @@ def possible_layouts(num_ranks: int, is_guided: bool) -> list[Layout]:
 
 
 def choose_layout(
-    num_ranks: int, config: DiTConfig, num_videos: int, num_tokens: int, is_guided: bool, asked: dict[str, int | None]
+    num_ranks: int, config: DiTConfig, videos: Videos, asked: dict[str, int | None], card: Card
 ) -> Layout:
-    """Returns the layout that is estimated to be the fastest of those that fit the settings.
+    """Returns the layout that is foretold to be the fastest of those that fit the settings.
 
     Args:
         num_ranks: processes.
         config: of the DiT.
-        num_videos: to render.
-        num_tokens: visual tokens of one video.
-        is_guided: whether any step has a guidance other than 1.
+        videos: to render.
         asked: a number for "data", "guidance" or "context", or None where any will do.
+        card: of each process.
 
     Raises:
         ParallelError: none is possible; those that are, are named.
@@ -66,10 +100,10 @@ def choose_layout(
     if num_ranks == 1 and (more := [f"parallel.{axis}={n}" for axis, n in asked.items() if n not in (None, 1)]):
         needed = math.prod(n for n in asked.values() if n is not None)
         raise ParallelError(f"{' '.join(more)} wants {needed} processes: use parallel.num_processes={needed}.")
-    possible = possible_layouts(num_ranks, is_guided)
+    possible = possible_layouts(num_ranks, videos.is_guided)
     if asked.get("data") is None:
         # A rank without a video would do nothing.
-        possible = [layout for layout in possible if layout.data <= num_videos]
+        possible = [layout for layout in possible if layout.data <= videos.count]
     fitting = [
         layout for layout in possible if all(n is None or getattr(layout, axis) == n for axis, n in asked.items())
     ]
@@ -77,30 +111,29 @@ def choose_layout(
         wanted = " ".join(f"parallel.{axis}={n}" for axis, n in asked.items() if n is not None)
         raise ParallelError(
             f"{wanted} is not possible with {num_ranks} processes"
-            f"{'' if is_guided else ' and no guidance'}: use {' or '.join(map(str, possible))}."
+            f"{'' if videos.is_guided else ' and no guidance'}: use {' or '.join(map(str, possible))}."
         )
-    return min(fitting, key=lambda layout: estimate_seconds(layout, config, num_videos, num_tokens, is_guided))
+    split = [
+        replace(layout, heads=choose_split(layout.context, config, videos.num_tokens, card)[0]) for layout in fitting
+    ]
+    return min(split, key=lambda layout: estimate_seconds(layout, config, videos, card))
 
 
-def estimate_seconds(layout: Layout, config: DiTConfig, num_videos: int, num_tokens: int, is_guided: bool) -> float:
-    """Estimates the seconds a step of all videos on H100s: arithmetic, and what goes between the GPUs.
-
-    Exchanged for heads are q, k, v and the output of attention, 2 bytes each. The tokens of the fullest rank count.
-    In a ring the keys and values of all others come in, 2 bytes each, while attention computes.
-    """
-    mine = -(-num_tokens // layout.context)
-    heads, ring = heads_and_ring(layout.context, config.num_heads)
-    matrices, attention = (flops * mine / num_tokens for flops in dit_flops(config, num_tokens, 0))
-    exchanged = config.depth * 2 * 4 * config.hidden_size_x * mine * (heads - 1) / heads
-    travelled = config.depth * 2 * 2 * config.hidden_size_x / heads * num_tokens * (ring - 1) / ring
-    attending = max(attention / ATTENTION_FLOPS, travelled / LINK_BYTES)
-    forward = matrices / MATRIX_FLOPS + attending + exchanged / LINK_BYTES
-    turns = (2 if is_guided else 1) / layout.guidance
-    return -(-num_videos // layout.data) * turns * forward
+def estimate_seconds(layout: Layout, config: DiTConfig, videos: Videos, card: Card) -> float:
+    """Estimates the seconds of a step of all videos: arithmetic, and what goes between the GPUs."""
+    turns = (2 if videos.is_guided else 1) / layout.guidance
+    return -(-videos.count // layout.data) * turns * pass_seconds(layout.split, config, videos.num_tokens, card)
 
 
-def training_layout(num_ranks: int, context: int) -> Layout:
+def training_layout(num_ranks: int, context: int, config: DiTConfig, num_tokens: int, card: Card) -> Layout:
     """Returns how the ranks of a training share a step: samples, and with `context` the tokens of each.
+
+    Args:
+        num_ranks: processes.
+        context: `parallel.context`.
+        config: of the DiT.
+        num_tokens: visual tokens of a sample.
+        card: of each process.
 
     Raises:
         ParallelError: the context ranks do not divide all ranks.
@@ -110,7 +143,8 @@ def training_layout(num_ranks: int, context: int) -> Layout:
             f"parallel.context={context} does not divide {num_ranks} processes: "
             f"use parallel.num_processes={max(1, num_ranks // context) * context}."
         )
-    return Layout(data=num_ranks // context, context=context)
+    heads, _ = choose_split(context, config, num_tokens, card, TRAINING)
+    return Layout(data=num_ranks // context, context=context, heads=heads)
 
 
 class Mesh:

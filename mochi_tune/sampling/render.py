@@ -107,7 +107,7 @@ def prepare_dit(
     if residency == "offload":
         apply_block_offload(dit, device)
     if mesh is not None and mesh.layout.context > 1:
-        apply_context_parallel(dit, mesh.context_group, mesh.checks_inputs)
+        apply_context_parallel(dit, mesh.context_group, mesh.layout.heads, mesh.checks_inputs)
     if setup.is_compiled:
         apply_compilation(dit, tqdm.write)
     return dit

@@ -3,7 +3,6 @@
 from tqdm import tqdm
 
 from mochi_tune.models.device import DTYPES
-from mochi_tune.parallel.context import heads_and_ring
 from mochi_tune.parallel.kernels import KERNELS, time_attention
 from mochi_tune.training.preflight import TrainPlan, num_tokens
 from mochi_tune.training.resume import ResumePoint
@@ -20,7 +19,7 @@ def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
     if known in KERNELS:
         return known
     config = plan.weights.dit_skeleton().config
-    heads, ring = heads_and_ring(plan.layout.context, config.num_heads)
+    heads, ring = plan.layout.split
     shape = (config.num_heads // heads, num_tokens(plan.config) // ring, config.hidden_size_x // config.num_heads)
     seconds = time_attention(shape, plan.device, DTYPES[plan.config.model.dtype])
     if not seconds:

@@ -3,7 +3,7 @@
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,12 +18,12 @@ from mochi_tune.parallel.stream import apply_streaming
 MLP_TOKENS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class MemoryPlan:
     """Where a training has its blocks, and what it keeps of them for the backward pass; none of it changes a result.
 
     Attributes:
-        recompute: what each block computes again, one of `parallel.recompute.POLICIES`.
+        recompute: what each block computes again, one of `parallel.recompute.POLICIES`; `keep_less` changes it.
         is_compiled: whether the blocks are compiled.
         is_streamed: whether the blocks' weights are in host memory.
         offloads_inputs: whether the blocks' inputs wait in host memory for the backward pass; their feed-forward layers
@@ -34,6 +34,7 @@ class MemoryPlan:
     is_compiled: bool
     is_streamed: bool
     offloads_inputs: bool
+    _checkpoint: Callable[[], None] | None = field(default=None, init=False, repr=False, compare=False)
 
     def apply(
         self,
@@ -57,9 +58,31 @@ class MemoryPlan:
             apply_compilation(dit, log, True, before_compiling)
         if self.is_streamed:
             apply_streaming(dit, device)
-        apply_activation_checkpointing(dit, self.recompute, HostInputs(device) if self.offloads_inputs else None)
-        if self.is_compiled and not self.is_streamed:
-            apply_compilation(dit, log, True, before_compiling)
+        inputs = HostInputs(device) if self.offloads_inputs else None
+        forwards = [block.__dict__.get("forward") for block in dit.blocks]
+
+        def checkpoint() -> None:
+            for block, forward in zip(dit.blocks, forwards, strict=True):
+                block.__dict__.pop("forward", None)
+                if forward is not None:
+                    block.forward = forward
+            apply_activation_checkpointing(dit, self.recompute, inputs)
+            if self.is_compiled and not self.is_streamed:
+                apply_compilation(dit, log, True, before_compiling)
+
+        checkpoint()
+        self._checkpoint = checkpoint
+
+    @property
+    def can_keep_less(self) -> bool:
+        """Whether a block keeps more than its input."""
+        return set(self.recompute) != {"block"}
+
+    def keep_less(self) -> None:
+        """Makes all blocks of the model that the plan was applied to keep their inputs alone."""
+        assert self._checkpoint is not None, "the plan was not applied"
+        self.recompute[:] = ["block"] * len(self.recompute)
+        self._checkpoint()
 
 
 def check_host_memory(needed: int, available: int, num_processes: int = 1) -> None:
@@ -146,7 +169,7 @@ def ways_out(step: Step, free: int, failed: MemoryPlan | None = None) -> str:
         free: bytes of the device.
         failed: the plan that ran out of memory, if one did.
     """
-    found = ["train.recompute=block"] if failed is not None and set(failed.recompute) != {"block"} else []
+    found = ["train.recompute=block"] if failed is not None and failed.can_keep_less else []
     smaller = replace(step, recompute="block" if step.recompute == "none" else step.recompute)
     for name, is_streamed, is_offloaded in ARRANGEMENTS:
         is_failed = failed is not None and (is_streamed, is_offloaded) == (failed.is_streamed, failed.offloads_inputs)

@@ -33,6 +33,7 @@ from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
 from mochi_tune.parallel.forecast import Card, Step, free_bytes
+from mochi_tune.parallel.forecast_context import TRAINING, card_here, sharing_seconds
 from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision, check_precision
@@ -142,6 +143,15 @@ class TrainPlan:
             check_host_memory(needed, available, num_sharing)
         return plan
 
+    @property
+    def may_recompute_more(self) -> bool:
+        """Whether a step that ran out of memory is made again: train.recompute=auto, and nothing exchanged within it.
+
+        All processes plan their memory together, as in `memory`.
+        """
+        is_alone = self.layout.context == 1 and self.config.parallel.strategy == "data"
+        return is_alone and self.config.train.recompute == "auto" and self.memory.can_keep_less
+
     def check_agreement(self) -> None:
         """Refuses processes that were started with other settings, weights or clips; all call it together.
 
@@ -156,6 +166,8 @@ class TrainPlan:
         facts = {f"the setting {key}": settings[key] for key in bound_settings(settings)}
         facts |= {"the cache": identity["cache"], "the order of the clips": identity["order"]}
         facts |= {"the random numbers of torch": identity["draws"], "the base": identity["base"]}
+        # Which split is the cheapest depends on the GPU.
+        facts["how processes share a step"] = self.layout.in_words
         # T5's and the encoder's are compared with the cache's, and only the main process decodes.
         facts["the files of the dit in model.weights"] = self.weights.fingerprint("dit")
         if self.start_adapter is not None:
@@ -196,7 +208,8 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
             f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "
             "use parallel.num_processes=2 or more, or parallel=single."
         )
-    layout = training_layout(num_processes, config.parallel.context or 1)
+    context = config.parallel.context or 1
+    layout = training_layout(num_processes, context, skeleton.config, num_tokens(config), card_here())
     draws = KeyedDraws(
         config.seed, train.batch_size, train.accumulation_steps * layout.data, train.caption_dropout,
         train.sigma_stratified,
@@ -258,6 +271,7 @@ def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout
         is_compiled=is_compiled and not is_zero3,
         holds_modulation=is_zero3,
         num_shards=layout.num_ranks if is_zero3 else 1,
+        split=layout.split,
     )
 
 
@@ -289,7 +303,11 @@ def step_seconds(
         is_streamed: whether the blocks' weights are in host memory.
     """
     sized = {b: replace(step, num_tokens=step.num_tokens * b.num_tokens // num_tokens(config)) for b in shares}
-    mean = sum(share * sized[bucket].seconds(policies, card, is_streamed) for bucket, share in shares.items())
+    mean = 0.0
+    for bucket, share in shares.items():
+        mean += share * sized[bucket].seconds(policies, card, is_streamed)
+        if step.split != (1, 1):
+            mean += share * sharing_seconds(step.split, step.config, bucket.num_tokens, card, TRAINING)
     return config.train.accumulation_steps * mean
 
 

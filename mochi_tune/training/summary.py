@@ -29,6 +29,8 @@ def opening_lines(plan: TrainPlan, step: int) -> list[str]:
     config, train = plan.config, plan.config.train
     environment, left = plan.environment, train.steps - step
     count = f", {environment['processes']} processes ({environment['strategy']})" if plan.layout.num_ranks > 1 else ""
+    if plan.layout.context > 1:
+        count += f", {plan.layout.context} of them share a sample{plan.layout.split_in_words}"
     precision = plan.precision if config.model.precision else config.model.dtype
     kind = "DoRA" if config.lora.dora else "LoRA"
     num_samples = train.batch_size * plan.draws.num_micro_batches

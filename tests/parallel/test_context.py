@@ -13,7 +13,7 @@ from helpers_parallel import run_ranks
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
-from mochi_tune.parallel.context import INPUTS, apply_context_parallel, heads_and_ring
+from mochi_tune.parallel.context import INPUTS, apply_context_parallel
 
 CONFIG = DiTConfig(depth=3, num_heads=12, hidden_size_x=96, hidden_size_y=48, t5_feat_dim=32)
 # In fp64 nothing but a mistake is of this size; of fp32, outputs and gradients, see models/test_rounding.py.
@@ -46,14 +46,14 @@ def inputs(lengths: list[int], dtype: torch.dtype):
     return (latents, torch.linspace(0.2, 0.9, len(lengths)), embeds, mask), target
 
 
-def outputs_and_gradients(group, num_heads: int) -> dict[str, torch.Tensor]:
+def outputs_and_gradients(group, num_heads: int, heads: int = 1) -> dict[str, torch.Tensor]:
     """Everything that one rank computes; gradients are summed over the ranks."""
     results = {}
     for dtype in DTYPES:
         for adapter in ADAPTERS[num_heads]:
             dit = build(dtype, adapter, num_heads)
             if group is not None:
-                apply_context_parallel(dit, group)
+                apply_context_parallel(dit, group, heads)
             for name, lengths in TEXT_LENGTHS.items():
                 arguments, target = inputs(lengths, dtype)
                 out = dit(*arguments)
@@ -72,8 +72,8 @@ def outputs_and_gradients(group, num_heads: int) -> dict[str, torch.Tensor]:
     return results
 
 
-def in_a_rank(num_heads: int) -> dict[str, torch.Tensor]:
-    return outputs_and_gradients(dist.group.WORLD, num_heads)
+def in_a_rank(num_heads: int, heads: int) -> dict[str, torch.Tensor]:
+    return outputs_and_gradients(dist.group.WORLD, num_heads, heads)
 
 
 @pytest.fixture(scope="module")
@@ -86,24 +86,18 @@ def alone():
     [(12, 2, 1), (12, 3, 1), (12, 4, 1), (3, 1, 2), (6, 1, 5), (6, 2, 2), (3, 3, 2), (4, 1, 3)],
 )
 def test_several_ranks_compute_what_one_does(num_heads, heads, ring, alone, tmp_path):
-    assert heads_and_ring(heads * ring, num_heads) == (heads, ring)
     expected_results = alone(num_heads)
-    for results in run_ranks(heads * ring, in_a_rank, tmp_path, num_heads):
+    for results in run_ranks(heads * ring, in_a_rank, tmp_path, num_heads, heads):
         assert results.keys() == expected_results.keys()
         for key, expected in expected_results.items():
             error = (results[key] - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
             assert error <= DTYPES[expected.dtype]["gradient" in key], f"{key}: {error}"
 
 
-def test_any_number_of_ranks_is_split_and_as_many_as_can_share_the_heads():
-    split = {1: (1, 1), 5: (1, 5), 8: (8, 1), 16: (8, 2), 24: (24, 1), 36: (12, 3), 48: (24, 2)}
-    assert {num_ranks: heads_and_ring(num_ranks, 24) for num_ranks in split} == split
-
-
 def drift(num_ranks: int) -> list[str]:
     """Calls the model with inputs that are the same, and then with one of each that is not on the last rank."""
     dit, said = build(torch.float32, "none", 6), []
-    apply_context_parallel(dit, dist.group.WORLD, checks_inputs=True)
+    apply_context_parallel(dit, dist.group.WORLD, heads=3, checks_inputs=True)
     is_last = dist.get_rank() == num_ranks - 1
     for changed in (None, 0, 1, 2, 3):
         arguments, _ = inputs([5], torch.float32)

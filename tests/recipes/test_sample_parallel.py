@@ -190,7 +190,7 @@ def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise
     done = run("sample", "conf=toy_lora", *more, f"prompt={PROMPTS[0]}", f"out={out}", "parallel.num_processes=2")
     assert done.returncode == 0 and done.stdout == f"video: {out}\n", done.stderr
     record = json.loads(out.with_suffix(".json").read_text())
-    assert record["layout"] == {"data": 1, "guidance": 2, "context": 1}
+    assert record["layout"] == {"data": 1, "guidance": 2, "context": 1, "heads": 1}
     assert "2 processes: parallel.data=1 parallel.guidance=2 parallel.context=1" in done.stderr
     assert f"own.mp4: noise {record['noise_sha256']}" in done.stderr
     assert set(record["seconds"]) == set(record["peak_gib"]) == {"text", "sample", "decode"}

@@ -60,9 +60,11 @@ def test_several_processes_check_every_layout_too():
     done = run_in_two("verify", f"reference={GOLDEN}", "parallel.num_processes=2")
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("guidance=1 context=2, resident", "guidance=1 context=2, shard", "guidance=2 context=1, offload",
-                 "context=2, official objective: output", "decoder: split over processes"):  # fmt: skip
+                 "context=2, 1 heads x 2 ring, official objective: output",
+                 "context=2, 2 heads x 1 ring, official objective: output",
+                 "decoder: split over processes"):  # fmt: skip
         assert name in done.stdout
-    assert done.stdout.count(" gradient: ") == 56 and done.stdout.count("every check is ok") == 1
+    assert done.stdout.count(" gradient: ") == 84 and done.stdout.count("every check is ok") == 1
     done = run("verify", "reference=nowhere", "parallel.num_processes=5")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
 
