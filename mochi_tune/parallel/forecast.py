@@ -210,11 +210,14 @@ def sampling_held(config: DiTConfig, num_tokens: int, dit: str, dtype_bytes: int
     }
 
 
-def sampling_seconds(config: DiTConfig, num_tokens: int, card: Card, text_tokens: int = 256) -> float:
-    """Returns the seconds of a step with guidance, compiled, of resident weights in bf16."""
+def sampling_seconds(
+    config: DiTConfig, num_tokens: int, card: Card, text_tokens: int = 256, dit: str = "resident"
+) -> float:
+    """Returns the seconds of a step with guidance of weights that stay on the GPU; `dit` is `memory.dit`."""
     matrix, attention = dit_flops(config, num_tokens, text_tokens)
     moved = MOVED_BYTES["sample"] * num_tokens * config.hidden_size_x * config.depth
-    one_pass = matrix / (card.matrix * MATRIX_SHARE) + attention / (card.matrix * ATTENTION_SHARE)
+    rate = card.matrix * MATRIX_SHARE * (2 if dit == "fp8" and card.has_fp8 else 1)
+    one_pass = matrix / rate + attention / (card.matrix * ATTENTION_SHARE)
     return 2 * (one_pass + moved / card.bandwidth)
 
 
