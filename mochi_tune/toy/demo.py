@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mochi_tune.adapters.files import Adapter, load_adapter
+from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_adapter
-from mochi_tune.config.load import RunConfig, load_config, weights_paths
+from mochi_tune.config.load import load_config, weights_paths
 from mochi_tune.files import read_json_lines, write_json
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
@@ -18,7 +19,7 @@ from mochi_tune.toy.picture import write_picture
 from mochi_tune.toy.progress import StageBar
 from mochi_tune.toy.retelling import FIGURES, Lesson, Samples, build_report, build_story
 from mochi_tune.toy.samples import num_batches, reconstruct, render_batches, share_new, share_shown
-from mochi_tune.toy.world import all_words, draw_clips
+from mochi_tune.toy.world import Words, all_words, draw_clips
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
 from mochi_tune.training.draws import keyed_generator
 from mochi_tune.training.report import RunFiles, read_files
@@ -27,13 +28,14 @@ from mochi_tune.weights.folder import WeightsFolder
 NUM_SAMPLES = 50
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 1
+# A checkpoint of each validation, and the one of the lowest loss stays.
+SETTINGS = ("train.checkpoint_every=50", "train.keep_best=true")
 EXAMPLE = "a red circle wugs over a grey background"
-DRAW, PREPARE, TRAIN, SAMPLE, EXPORT, RENDER, WRITE = STAGES = (
-    "drawing clips", "preparing them", "training", "sampling an example", "exporting", "rendering samples",
-    "writing the page",
+DRAW, PREPARE, TRAIN, RENDER, SAMPLE, WRITE = STAGES = (
+    "drawing clips", "preparing them", "training", "rendering samples", "sampling an example", "writing the page",
 )  # fmt: skip
 # About which part of the time each stage takes.
-SHARES = dict(zip(STAGES, (2, 12, 35, 5, 4, 40, 2), strict=True))
+SHARES = dict(zip(STAGES, (2, 12, 35, 44, 5, 2), strict=True))
 
 
 def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str, str]:
@@ -48,11 +50,14 @@ def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str,
     folder = new_folder(out)
     with contextlib.closing(StageBar(SHARES)) as bar:
         lesson = teach(folder, settings, bar)
-        figures, samples = measure(lesson.config, load_adapter(lesson.adapter), num_samples, bar)
-        figures["best_step"] = lesson.best_step
+        figures, samples = measure(lesson, num_samples, bar)
+        adapter = lesson.adapters[figures["taken_step"]]
+        bar.begin(SAMPLE)
+        example = [f"adapter={adapter}", f"prompt={EXAMPLE}", "seed=1", f"out={folder / 'example.mp4'}"]
+        run_verb("sample", "conf=toy_lora", *lesson.settings, *example, log=folder / "log.txt")
         figures["train_seconds"] = round(lesson.train_seconds, 1)
         figures["total_seconds"] = round(time.perf_counter() - started, 1)
-        figures = {name: figures[name] for name in (*FIGURES, "by_strength")}
+        figures = {name: figures[name] for name in (*FIGURES, "by_step", "by_strength")}
         bar.begin(WRITE)
         paths = {
             "figures": folder / "figures.json",
@@ -62,7 +67,7 @@ def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str,
         write_json(paths["figures"], figures)
         write_report(paths["report"], build_report(lesson, figures, samples))
         write_picture(paths["picture"], build_story(lesson, figures, samples))
-    made = {name: f"{figures[name]:g}" for name in FIGURES} | {"adapter": str(lesson.adapter)}
+    made = {name: f"{figures[name]:g}" for name in FIGURES} | {"adapter": str(adapter)}
     return made | {name: str(path) for name, path in paths.items()}
 
 
@@ -82,7 +87,8 @@ def teach(folder: Path, settings: tuple[str, ...], bar: StageBar) -> Lesson:
     log, run_dir = folder / "log.txt", folder / "run"
     bar.begin(DRAW)
     videos = write_lesson(folder / "videos", SEED)
-    paths = [f"run_dir={run_dir}", f"data.videos={folder / 'videos'}", f"data.cache={folder / 'cache'}", *settings]
+    paths = [f"run_dir={run_dir}", f"data.videos={folder / 'videos'}", f"data.cache={folder / 'cache'}"]
+    paths += [*SETTINGS, *settings]
     config = load_config("toy_lora", paths)
     bar.begin(PREPARE)
     run_verb("prepare", "conf=toy_lora", *paths, log=log)
@@ -95,49 +101,55 @@ def teach(folder: Path, settings: tuple[str, ...], bar: StageBar) -> Lesson:
     run_verb("train", "conf=toy_lora", *paths, log=log, meanwhile=show_step)
     train_seconds = time.perf_counter() - started
     run = read_files(run_dir)
-    best_step, adapter = best_checkpoint(run)
-    bar.begin(SAMPLE)
-    example = [f"adapter={adapter}", f"prompt={EXAMPLE}", "seed=1", f"out={folder / 'example.mp4'}"]
-    run_verb("sample", "conf=toy_lora", *paths, *example, log=log)
-    bar.begin(EXPORT)
-    exported = folder / "adapter_diffusers.safetensors"
-    run_verb("export", f"adapter={adapter}", "to=diffusers", f"out={exported}", log=log)
-    return Lesson(folder, videos, config, run, best_step, adapter, train_seconds)
+    return Lesson(folder, videos, paths, config, run, best_and_last(run), train_seconds)
 
 
-def best_checkpoint(run: RunFiles) -> tuple[int, Path]:
-    """Returns the step of the lowest validation loss among the checkpoints that are kept, and its adapter."""
+def best_and_last(run: RunFiles) -> dict[int, Path]:
+    """Returns by its step the adapter of the lowest validation loss, of those that are kept, and the last one."""
     losses = {row["step"]: row["validation_loss"] for row in run.validations}
     kept = {step_of(path): path for path in find_checkpoints(run.run_dir / "checkpoints")}
-    # Where none of them was validated, the last one.
-    step = min(kept.keys() & losses.keys() or {max(kept)}, key=lambda step: losses.get(step, 0))
-    return step, published_file(kept[step])
+    last = max(kept)
+    best = min(kept.keys() & losses.keys() or {last}, key=lambda step: losses.get(step, 0))
+    return {step: published_file(kept[step]) for step in (best, last)}
 
 
-def measure(config: RunConfig, adapter: Adapter, num_samples: int, bar: StageBar) -> tuple[dict, Samples]:
-    """Renders new and old captions at several strengths, always from the same noise, and counts what is seen."""
+def measure(lesson: Lesson, num_samples: int, bar: StageBar) -> tuple[dict, Samples]:
+    """Renders new and old captions, always from the same noise, and counts what is seen.
+
+    First the new ones with each of the lesson's adapters; then all at several strengths, with the adapter that does
+    best, which of equal ones is the first.
+    """
+    config, half = lesson.config, num_samples // 2
     weights, settings = WeightsFolder(weights_paths(config)), sampler_settings(config.sample)
     text = weights.load_text_encoder("cpu", torch.float32)
     decoder = weights.load_decoder("cpu", torch.float32)
     asked = dict(zip(("new", "base"), asked_words(num_samples), strict=True))
-    half = num_samples // 2
     # Of the strengths between, half as many.
     counts = {strength: num_samples if strength in (0, 1) else half for strength in STRENGTHS}
     total = sum(len(asked) * num_batches(count) for count in counts.values())
-    samples: Samples = {}
+    total += (len(lesson.adapters) - 1) * num_batches(num_samples)
     done = itertools.count(1)
     bar.begin(RENDER)
-    for strength, count in counts.items():
+
+    def render(words: list[Words], adapter: Path, strength: float) -> Tensor:
         dit = weights.load_dit("cpu", torch.float32)
         if strength:
-            apply_adapter(dit, adapter.layers, "lesson", strength)
-        samples[strength] = {}
-        for kind, words in asked.items():
-            parts = []
-            for part in render_batches(words[:count], dit, text, decoder, settings, SEED):
-                parts.append(part)
-                bar.reach(next(done), total, "batch")
-            samples[strength][kind] = words[:count], torch.cat(parts)
+            apply_adapter(dit, load_adapter(adapter).layers, "lesson", strength)
+        parts = []
+        for part in render_batches(words, dit, text, decoder, settings, SEED):
+            parts.append(part)
+            bar.reach(next(done), total, "batch")
+        return torch.cat(parts)
+
+    by_step = {step: render(asked["new"], adapter, 1.0) for step, adapter in lesson.adapters.items()}
+    shares = {step: share_new(frames) for step, frames in by_step.items()}
+    taken = max(shares, key=shares.__getitem__)
+    samples: Samples = {strength: {} for strength in STRENGTHS}
+    for strength, kind in itertools.product(STRENGTHS, asked):
+        words = asked[kind][: counts[strength]]
+        is_done = (strength, kind) == (1.0, "new")
+        frames = by_step[taken] if is_done else render(words, lesson.adapters[taken], strength)
+        samples[strength][kind] = words, frames
     unseen = draw_clips(all_words()[::12][:num_samples], keyed_generator(SEED, "demo"))
     _, psnr = reconstruct(unseen, weights.load_encoder("cpu", torch.float32), decoder)
     new, base = (lambda strength: samples[strength]["new"]), (lambda strength: samples[strength]["base"])
@@ -148,6 +160,8 @@ def measure(config: RunConfig, adapter: Adapter, num_samples: int, bar: StageBar
         "base_before": share_shown(base(0.0)[1], base(0.0)[0]),
         "base_after": share_shown(base(1.0)[1], base(1.0)[0]),
         "vae_psnr_db": round(sum(psnr) / len(psnr), 2),
+        "taken_step": taken,
+        "by_step": [{"step": step, "new": share} for step, share in shares.items()],
         "by_strength": [
             {
                 "strength": strength,

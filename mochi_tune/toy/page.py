@@ -27,7 +27,7 @@ color:var(--ink);font:inherit;font-size:.85rem;cursor:pointer}
 .clip img,.clip canvas{display:block;width:100%;height:100%;image-rendering:pixelated}
 .clip img{object-fit:cover;object-position:bottom}
 .clip svg{position:absolute;inset:0;margin:0;height:100%}
-.trail polyline,.trail polygon{fill:none;stroke:#333;stroke-width:inherit;stroke-linejoin:round;stroke-linecap:round}
+.trail polyline,.trail polygon{fill:none;stroke:#333;stroke-linejoin:round;stroke-linecap:round}
 .trail polygon{fill:#fff}.trail .inner{stroke:#fff}
 .clips{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(max(8.5rem,100%/(var(--n) + .9)),1fr))}
 .rows{display:grid;gap:2rem 2.5rem}
@@ -86,7 +86,7 @@ class Report:
         taught: some of the training clips, each under its caption.
         stopping: which step was taken, and why.
         validation: validation loss by step.
-        taken: that step.
+        lowest: the step of the lowest validation loss, of those that are kept.
         samples: pairs of before and after.
         strengths: each prompt at growing strengths of the LoRA.
         success_by_strength: strength, share of samples that show the new thing, share of base captions obeyed.
@@ -103,7 +103,7 @@ class Report:
     taught: Row
     stopping: str
     validation: list[tuple[int, float]]
-    taken: int
+    lowest: int
     samples: list[Row]
     strengths: list[Row]
     success_by_strength: list[tuple[float, float, float]]
@@ -183,7 +183,11 @@ def _clip(frames: Tensor, label: str) -> str:
 
 def _validation(report: Report) -> str:
     losses = dict(report.validation)
-    mark = Mark(f"step {report.taken}", (report.taken, losses[report.taken])) if report.taken in losses else None
+    mark = (
+        Mark(f"lowest: step {report.lowest}", (report.lowest, losses[report.lowest]))
+        if report.lowest in losses
+        else None
+    )
     line = Line("clips that it was not trained on", "accent", report.validation)
     chart = line_chart("Validation loss", [line], "step", "mean squared error", mark=mark)
     return f'<div class="alone">{chart}</div>'

@@ -1,5 +1,6 @@
 """What the demo tells of its lesson: the words and the choice of clips of its page and of its picture."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ FIGURES = {
     "base_before": ("Old captions, before", "of samples of unseen captions whose colour, shape and motion are right"),
     "base_after": ("Old captions, after", "of the same samples after the lesson: how much is kept"),
     "vae_psnr_db": ("Autoencoder, dB", "PSNR of unseen clips, encoded and decoded"),
-    "best_step": ("Step taken", "the one of the lowest validation loss, of those that were kept"),
+    "taken_step": ("Step taken", "of the lowest validation loss and the last, the one whose samples are best"),
     "train_seconds": ("Training, seconds", "on this machine, starting up and validating included"),
     "total_seconds": ("In all, seconds", "from drawing the clips to the last measurement"),
 }
@@ -42,19 +43,19 @@ class Lesson:
     Attributes:
         folder: of this demo.
         videos: the clips of the lesson.
+        settings: of the commands, besides conf=toy_lora.
         config: the settings of the training.
         run: what the files of its run folder hold.
-        best_step: of the checkpoint that is taken.
-        adapter: its file.
+        adapters: by step, the file of the lowest validation loss and then the last one; they may be the same.
         train_seconds: how long the command took.
     """
 
     folder: Path
     videos: list[Path]
+    settings: list[str]
     config: RunConfig
     run: RunFiles
-    best_step: int
-    adapter: Path
+    adapters: dict[int, Path]
     train_seconds: float
 
 
@@ -80,20 +81,20 @@ def build_report(lesson: Lesson, figures: Mapping[str, Any], samples: Samples) -
         ),
         pair=Row(f"“{caption}”", dict(zip(labels, clips, strict=True))),
         results={
-            f"of {count} new captions with the word": (f"{before} → {after}", "move in that way, before and after"),
-            "of old captions are kept": (kept, f"still right in colour, shape and motion; {old_before} before"),
+            f"of {count} samples of new captions": (f"{before} → {after}", "move in that way, before and after"),
+            "of old captions are kept": (kept, f"right in colour, shape and motion; {old_before} before"),
         },
         taught=Row(
             f"{NUM_CLIPS_SHOWN} of the lesson's clips, each with the caption that it came with. "
             "The captions of the samples are none of these.",
             {p.with_suffix(".txt").read_text().strip(): clip_of(p) for p in lesson.videos[:NUM_CLIPS_SHOWN]},
         ),
-        stopping=stopping_words(lesson),
+        stopping=stopping_words(lesson, figures),
         validation=[(row["step"], row["validation_loss"]) for row in run.validations],
-        taken=lesson.best_step,
+        lowest=min(lesson.adapters, key=lambda step: loss_at(lesson, step)),
         samples=[row("new", i, before_after) for i in range(min(NUM_SHOWN, count))]
         + [row("base", i, before_after) for i in range(min(NUM_SHOWN // 2, count))],
-        strengths=[row("new", i, strengths) for i in range(2)],
+        strengths=[row("new", i, strengths) for i in range(min(2, count // 2))],
         success_by_strength=[(row["strength"], row["new"], row["base"]) for row in figures["by_strength"]],
         losses=run.curve("loss"),
         figures={label: (percent(name, figures[name]), meaning) for name, (label, meaning) in FIGURES.items()},
@@ -112,12 +113,15 @@ def build_story(lesson: Lesson, figures: Mapping[str, Any], samples: Samples) ->
     count = len(samples[1.0]["new"][0])
     before_share, after_share = (f"{figures[name]:.0%}" for name in ("new_before", "new_after"))
     return Story(
-        title=f"{num_taught(lesson)} clips teach a small text-to-video model a made-up word",
+        title=f"A small video model learns a made-up word, “{NEW_WORD}”, from {num_taught(lesson)} clips",
         taught=[clip_of(path) for path in lesson.videos],
-        taught_label=f"“{NEW_WORD}”",
+        taught_label="it was shown",
         prompt=f"“{caption}”",
         pair={"before": before, f"after {figures['train_seconds']:.0f} seconds of training": after},
-        result=f"Of {count} new captions, this many samples move that way: {before_share} before, {after_share} after.",
+        result=(
+            f"“{NEW_WORD.capitalize()}” means “{NEW_MOTION}”. Of {count} samples, {before_share} do before, "
+            f"{after_share} after."
+        ),
     )
 
 
@@ -141,15 +145,24 @@ def motion_words(clip: Tensor) -> str:
     return NEW_MOTION if motion == NEW_WORD else motion or "no clear motion"
 
 
-def stopping_words(lesson: Lesson) -> str:
-    """Returns which step was taken, and what the validation loss says of it."""
-    held_out, best = lesson.config.train.validation_clips, lesson.best_step
-    last = lesson.run.step
+def loss_at(lesson: Lesson, step: int) -> float:
+    """Returns the validation loss of a step, infinity where it was not validated."""
+    return {row["step"]: row["validation_loss"] for row in lesson.run.validations}.get(step, math.inf)
+
+
+def stopping_words(lesson: Lesson, figures: Mapping[str, Any]) -> str:
+    """Returns which step was taken, and what the validation loss and the samples say of it."""
+    held_out, taken = lesson.config.train.validation_clips, figures["taken_step"]
+    best, last = min(lesson.adapters), max(lesson.adapters)
     if best == last:
-        return f"On the {held_out} clips that were kept aside the loss falls to the end, so the last step is taken."
+        return f"On the {held_out} clips that were kept aside the loss is lowest at the end, so step {last} is taken."
+    shares = {row["step"]: f"{row['new']:.0%}" for row in figures["by_step"]}
+    ends = "The samples agree" if taken == best else "The samples say otherwise"
     return (
-        f"On the {held_out} clips that were kept aside the loss falls until step {best} and rises after it: from there "
-        f"on the model learns its clips by heart. All that this page shows is rendered with step {best} of {last}."
+        f"On the {held_out} clips that were kept aside the loss is lowest at step {best}, {loss_at(lesson, best):.3f}, "
+        f"and {loss_at(lesson, last):.3f} at the end, as if the clips were learnt by heart. {ends}: of those of step "
+        f"{best} {shares[best]} move in the new way, of those of step {last} {shares[last]}. The loss does not see "
+        f"what you want, so look at both: this page shows step {taken}."
     )
 
 
@@ -167,6 +180,6 @@ def clip_of(video: Path) -> Tensor:
 
 def percent(name: str, value: float) -> str:
     """Returns a figure as a reader wants it."""
-    if name == "best_step":
+    if name == "taken_step":
         return f"{value:.0f}"
     return f"{value:.0%}" if name.startswith(("new", "base")) else f"{value:.1f}"

@@ -47,10 +47,10 @@ def trail_svg(frames: Tensor) -> str:
         return ""
     _, height, width, _ = frames.shape
     line, head = (" ".join(f"{x:.1f},{y:.1f}" for x, y in points) for points in (trail.line, trail.head))
-    edge, white = LINE_WIDTH + 2 * EDGE_WIDTH, LINE_WIDTH
+    edge = LINE_WIDTH + 2 * EDGE_WIDTH
     return (
         f'<svg class="trail" viewBox="0 0 {width} {height}" aria-hidden="true">'
-        f'<polyline points="{line}" stroke-width="{edge}"/>'
-        f'<polygon points="{head}" stroke-width="{2 * EDGE_WIDTH}"/>'
-        f'<polyline class="inner" points="{line}" stroke-width="{white}"/></svg>'
+        f'<polyline points="{line}" style="stroke-width:{edge}"/>'
+        f'<polygon points="{head}" style="stroke-width:{2 * EDGE_WIDTH}"/>'
+        f'<polyline class="inner" points="{line}" style="stroke-width:{LINE_WIDTH}"/></svg>'
     )
