@@ -107,7 +107,7 @@ def test_nothing_is_fetched_and_nothing_is_left_beside(report, tmp_path):
 def test_a_report_that_breaks_off_leaves_the_old_page(report, tmp_path):
     write_report(tmp_path / "report.html", report)
     old = (tmp_path / "report.html").read_bytes()
-    report.strengths[0].clips["1"] = torch.zeros(13, 64, 96)
+    report.strengths[0].clips["1"] = torch.zeros(13, 64, 96, 5, dtype=torch.uint8)
     with pytest.raises(TypeError):
         write_report(tmp_path / "report.html", report)
     assert (tmp_path / "report.html").read_bytes() == old
@@ -137,16 +137,19 @@ def test_a_shape_that_vanishes_has_a_trail_as_far_as_it_is_seen(clips):
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser")
 def test_a_browser_shows_the_pair_first_and_blurs_nothing(report, clips, tmp_path):
-    """The left corner of the first clip is away from its shape; every square of a pixel's size has one colour."""
-    steep = clips[2].clone()
-    steep[:, :8, :8] = torch.tensor([0, 255], dtype=torch.uint8).repeat(4)[None, None, :, None]
-    pair = Row(PROMPT, {"before": steep, "after": clips[3]})
+    """The first pixels of the first clip are columns of two colours: on the screen there is none between them."""
+    columns = clips[2].clone()
+    pink, lime = (255, 0, 255), (0, 255, 0)
+    columns[:, :8, :8] = torch.tensor([pink, lime] * 4, dtype=torch.uint8)
+    pair = Row(PROMPT, {"before": columns, "after": clips[3]})
     write_report(tmp_path / "report.html", Report(**{**vars(report), "pair": pair}))
     assert write_png(tmp_path / "report.html", tmp_path / "report.png")
     image = Image.open(tmp_path / "report.png").convert("RGB")
-    row = next(y for y in range(400) if len({image.getpixel((x, y)) for x in range(40, 60)} & {(0, 0, 0)}))
-    colours = {image.getpixel((x, row + 8)) for x in range(34, 54)}
-    assert colours == {(0, 0, 0), (255, 255, 255)}
+    # Below the round corner.
+    top = next(y for y in range(600) if pink in {image.getpixel((x, y)) for x in range(100)}) + 10
+    left = next(x for x in range(100) if image.getpixel((x, top)) == pink)
+    # At 500 pixels for 96, eight columns are 41.
+    assert {image.getpixel((left + x, top)) for x in range(38)} == {pink, lime}
 
 
 @pytest.fixture
