@@ -60,7 +60,7 @@ def write_picture(path: Path, story: Story) -> None:
     _write(card, (lefts[0], top - TEXT_SIZE - SPACE), story.prompt, TEXT_SIZE, SOFT)
     for left, label in zip(lefts, story.pair, strict=True):
         _write(card, (left, bottom + SPACE), label, TEXT_SIZE, INK)
-    _write(card, (lefts[0], bottom + TEXT_SIZE + 2 * GAP), story.result, TEXT_SIZE, ACCENT)
+    _write(card, (MARGIN, bottom + TEXT_SIZE + 2 * GAP), story.result, TEXT_SIZE, ACCENT)
     trails = [_trail(clip) for clip in clips]
 
     frames = []
