@@ -35,7 +35,7 @@ DRAW, PREPARE, TRAIN, RENDER, SAMPLE, WRITE = STAGES = (
     "drawing clips", "preparing them", "training", "rendering samples", "sampling an example", "writing the page",
 )  # fmt: skip
 # About which part of the time each stage takes.
-SHARES = dict(zip(STAGES, (2, 12, 35, 44, 5, 2), strict=True))
+SHARES: dict[str, float] = dict(zip(STAGES, (2, 12, 35, 44, 5, 2), strict=True))
 
 
 def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str, str]:
