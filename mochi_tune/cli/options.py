@@ -203,7 +203,7 @@ BENCH_OPTIONS = {
     "parallel.num_processes": ("1", "processes on this machine, one a GPU"),
     "out": ("", ".jsonl file that gets a line more, besides what is printed"),
 }
-DEMO_OPTIONS = {"out": ("demo", "folder of report.html and figures.json; each demo's run goes to a new one in it")}
+DEMO_OPTIONS = {"out": ("demo", "folder; each demo has a numbered one of its own in it, with its page, report.html")}
 EXPERIMENT_OPTIONS = {
     "what": (
         None,

@@ -18,7 +18,7 @@ def run_demo(arguments: list[str]) -> int:
     made = demo(Path(options["out"]))
     before, after, kept = (f"{float(made[name]):.0%}" for name in ("new_before", "new_after", "base_after"))
     print(
-        f"\nThe toy model learnt a new motion: {before} of the samples moved that way before training, {after} after "
+        f"The toy model learnt a new motion: {before} of the samples moved that way before training, {after} after "
         f"it, and {kept} of the old captions are still right.\nOpen {made['report']} in a browser."
     )
     return 0

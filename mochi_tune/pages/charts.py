@@ -151,13 +151,14 @@ def _thinned(pixels: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _mark(mark: Mark, x: float, y: float) -> str:
-    """A ring around a point, with its name above or, at the top, below it."""
-    anchor = "start" if x < PLOT_LEFT + 40 else "end" if x > PLOT_RIGHT - 40 else "middle"
-    height = y - 9 if y > PLOT_TOP + 16 else y + 18
+    """A ring around a point and a line through it, which has its name at the top or, where the point is, below."""
+    # At the top beside its line: what is marked is mostly the lowest point, beside which the curve is.
+    anchor, aside = ("end", -7) if x > (PLOT_LEFT + PLOT_RIGHT) / 2 else ("start", 7)
+    height = PLOT_TOP + 12 if y > PLOT_TOP + 24 else PLOT_BOTTOM - 8
     return (
         f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{PLOT_TOP}" y2="{PLOT_BOTTOM}"/>'
         f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
-        f'<text class="mark" x="{x:.1f}" y="{height:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+        f'<text class="mark" x="{x + aside:.1f}" y="{height:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>'
     )
 
 

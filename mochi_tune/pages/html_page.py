@@ -60,11 +60,13 @@ class Head:
         title: of the page.
         summary: a sentence or two.
         figures: by label, the value as text and what it means.
+        lead: HTML between the summary and the figures.
     """
 
     title: str
     summary: str
     figures: Mapping[str, tuple[str, str]]
+    lead: str = ""
 
 
 def document(head: Head, style: str, content: str) -> str:
@@ -75,20 +77,25 @@ def document(head: Head, style: str, content: str) -> str:
         style: CSS besides `STYLE`.
         content: HTML.
     """
-    count = len(head.figures)
-    figures = "".join(
-        f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd>'
-        f'<dd class="meaning">{escape(meaning)}</dd></div>'
-        for label, (value, meaning) in head.figures.items()
-    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(head.title)}</title><style>{STYLE}{style}</style></head>\n<body><header>"
-        f"<h1>{escape(head.title)}</h1><p>{escape(head.summary)}</p></header>\n"
-        f'<dl class="figures" style="--n:{count if count <= 4 else math.ceil(count / 2)}">{figures}</dl>\n'
+        f"<h1>{escape(head.title)}</h1><p>{escape(head.summary)}</p>{head.lead}</header>\n"
+        f"{figures_list(head.figures)}\n"
         f"{content}</body></html>\n"
     )
+
+
+def figures_list(figures: Mapping[str, tuple[str, str]]) -> str:
+    """Returns figures as HTML, large and with their labels: by label, the value as text and what it means."""
+    count = len(figures)
+    listed = "".join(
+        f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd>'
+        f'<dd class="meaning">{escape(meaning)}</dd></div>'
+        for label, (value, meaning) in figures.items()
+    )
+    return f'<dl class="figures" style="--n:{count if count <= 4 else math.ceil(count / 2)}">{listed}</dl>'
 
 
 def section(heading: str, note: str, content: str) -> str:

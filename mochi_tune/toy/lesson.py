@@ -1,12 +1,13 @@
 """The lesson: a few clips of the new motion with its new word, and the captions that a taught model is asked for."""
 
+import contextlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.models.latents import FPS
@@ -15,6 +16,8 @@ from mochi_tune.toy.world import BACKGROUNDS, COLOURS, NEW_WORD, SHAPES, Words, 
 from mochi_tune.training.draws import keyed_generator
 
 NUM_CLIPS = 24
+# What stands before a command in the log.
+PROMPT = "$ "
 
 
 def lesson_words() -> tuple[list[Words], list[Words]]:
@@ -48,13 +51,33 @@ def write_lesson(folder: Path, seed: int, fps: int = FPS) -> list[Path]:
     return videos
 
 
-def run_verb(*arguments: str) -> None:
-    """Runs one command, as a user would type it, and writes its line.
+def run_verb(*arguments: str, log: Path, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Runs one command, as a user would type it; its line and all that it says go to the end of a file.
+
+    Args:
+        arguments: of `mochi-tune`.
+        log: the file; its folder exists.
+        meanwhile: called about twice a second.
 
     Raises:
         MochiTuneError: the command failed.
     """
-    tqdm.write(f"\n$ mochi-tune {shlex.join(arguments)}")
-    done = subprocess.run([sys.executable, "-m", "mochi_tune.cli", *arguments], check=False)
-    if done.returncode:
-        raise MochiTuneError(f"`mochi-tune {arguments[0]}` ended with exit code {done.returncode}.")
+    with open(log, "a") as file:
+        file.write(f"{PROMPT}mochi-tune {shlex.join(arguments)}\n")
+        file.flush()
+        command = [sys.executable, "-m", "mochi_tune.cli", *arguments]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                meanwhile()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if process.returncode:
+        said = log.read_text(errors="replace").strip().splitlines()[-1]
+        raise MochiTuneError(
+            f"`mochi-tune {arguments[0]}` ended with exit code {process.returncode} ({said}): {log} has all of it."
+        )

@@ -38,20 +38,38 @@ class Seen:
 def see(frames: Tensor) -> Seen:
     """Reads a clip, uint8 frames (F, H, W, 3)."""
     image = frames.float() / 255
-    chroma = image.amax(-1) - image.amin(-1)  # (F, H, W)
-    most = chroma.flatten(1).quantile(0.99, dim=1)
+    chroma, most, mask = _shape_mask(image)
     background = _background(image, chroma < 0.1)
     if most.min() < MIN_CHROMA:
         return Seen(None, None, None, background)
-    mask = chroma > MASK_SHARE * most.view(-1, 1, 1)
-    area = mask.flatten(1).sum(1).float()  # (F,)
+    area, centre = _place(mask)
     rows = torch.arange(image.shape[1]) + 0.5
     columns = torch.arange(image.shape[2]) + 0.5
-    centre = torch.stack([(mask.sum(1) * columns).sum(1), (mask.sum(2) * rows).sum(1)], dim=1) / area[:, None]  # (F, 2)
     u = columns - centre[:, 0, None, None]  # (F, 1, W)
     v = rows[:, None] - centre[:, 1, None, None]  # (F, H, 1)
     colour = _colour(image[chroma > 0.6 * most.view(-1, 1, 1)].mean(0))
     return Seen(colour, _shape(mask, area, u, v), _motion(centre, area), background)
+
+
+def track(frames: Tensor) -> Tensor:
+    """Returns where the shape's centre is, columns and rows in pixels (N, 2), in each of the frames that show one."""
+    _, most, mask = _shape_mask(frames.float() / 255)
+    return _place(mask)[1][most >= MIN_CHROMA]
+
+
+def _shape_mask(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the colourfulness (F, H, W), how colourful each frame's most colourful pixels are, and the shape."""
+    chroma = image.amax(-1) - image.amin(-1)
+    most = chroma.flatten(1).quantile(0.99, dim=1)
+    return chroma, most, chroma > MASK_SHARE * most.view(-1, 1, 1)
+
+
+def _place(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns area (F,) and centre (F, 2), columns and rows, of a mask (F, H, W)."""
+    rows = torch.arange(mask.shape[1]) + 0.5
+    columns = torch.arange(mask.shape[2]) + 0.5
+    area = mask.flatten(1).sum(1).float()
+    return area, torch.stack([(mask.sum(1) * columns).sum(1), (mask.sum(2) * rows).sum(1)], dim=1) / area[:, None]
 
 
 def colour_error(frames: Tensor, colour: str) -> float:

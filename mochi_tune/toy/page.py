@@ -1,48 +1,77 @@
-"""Writes one HTML page, which needs nothing beside it, that shows what a lesson taught the toy model."""
+"""Writes one HTML page, which needs nothing beside it, that tells what a lesson taught the toy model."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from torch import Tensor
+
 from mochi_tune.files import write_atomic
 from mochi_tune.pages import charts
-from mochi_tune.pages.charts import Line, line_chart, running_mean
-from mochi_tune.pages.html_page import Head, data_uri, document, section
-from mochi_tune.sampling.video import read_frames
+from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
+from mochi_tune.pages.html_page import Head, data_uri, document, figures_list, section
+from mochi_tune.toy.trail import trail_svg
 
-BEFORE_AFTER_NOTE = "Both of a pair start from the same noise. Under each: its first, middle and last frame."
 STYLE = """
+body{padding-top:2rem}
+header p{max-width:none;font-size:1.05rem}
+.prompt{margin:1.3rem 0 .7rem;font-weight:600}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem;max-width:64rem}
+.pair figcaption{font-size:1rem}.pair b{color:var(--ink)}
+.figures{margin-top:1.1rem;padding:1rem 0;max-width:64rem}.figures .value{font-size:2.6rem;white-space:nowrap}
+button{margin-top:.6rem;padding:.25rem 1rem;border:1px solid var(--rule);border-radius:6px;background:none;
+color:var(--ink);font:inherit;font-size:.85rem;cursor:pointer}
+.clip{position:relative;overflow:hidden;aspect-ratio:3/2;border-radius:6px;background:var(--rule)}
+.clip img,.clip canvas{display:block;width:100%;height:100%;image-rendering:pixelated}
+.clip img{object-fit:cover;object-position:bottom}
+.clip svg{position:absolute;inset:0;margin:0;height:100%}
+.trail polyline,.trail polygon{fill:none;stroke:#333;stroke-linejoin:round;stroke-linecap:round}
+.trail polygon{fill:#fff}.trail .inner{stroke:#fff}
+.clips{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(max(8.5rem,100%/(var(--n) + .9)),1fr))}
 .rows{display:grid;gap:2rem 2.5rem}
 .pairs{grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
-.videos{display:flex;flex-wrap:wrap;gap:1rem}
-.videos figure{flex:0 0 max(8.5rem,min(240px,(100% - (var(--n) - 1)*1rem)/var(--n) - .1px))}
-video,figure img{display:block;width:100%;height:auto;border-radius:6px;outline:1px solid var(--rule);
-background:var(--rule)}
-figure img{margin-top:3px;border-radius:3px}
-pre{margin:1rem 0 0;padding:1.2rem 1.4rem;border:1px solid var(--rule);border-radius:6px;overflow-x:auto;
-columns:3 17rem;column-gap:2rem;font:.78rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
-white-space:pre-wrap}
-@media print{body{padding:0}section,.rows article,figure{break-inside:avoid}}
+.alone{max-width:28rem}.alone h3{margin:0}
+details{margin-top:1rem;padding-top:1rem;border-top:1px solid var(--rule)}
+section+details{margin-top:3.2rem}
+summary{cursor:pointer;font-size:1.1rem;font-weight:600}
+details>:nth-child(2){margin-top:1.2rem}details .figures{max-width:none;border:0}
+details .figures .value{font-size:1.6rem}
+:focus-visible{outline:2px solid var(--accent);outline-offset:3px}
+pre{margin:1rem 0 0;padding:1.2rem 1.4rem;border:1px solid var(--rule);border-radius:6px;
+font:.78rem/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
+white-space:pre-wrap;overflow-wrap:anywhere}
+pre.settings{columns:3 17rem;column-gap:2rem}
+@media(max-width:34rem){body{padding:1rem .8rem 3rem}header p{font-size:1rem}.prompt{margin-top:.9rem}
+.pair{gap:.5rem}.pair figcaption{font-size:.9rem}
+.figures{grid-template-columns:1.5fr 1fr;gap:1rem}.figures .value{font-size:1.7rem}}
+@media print{section,.rows article,figure{break-inside:avoid}button{display:none}}
 """
 
-# The clips last less than half a second, so they are slowed down; each time a row's first video begins again, the
-# others do so with it.
+# One clock shows the same frame of every clip, slowed down, and holds the last one. Without a script, or where the
+# reader wants little motion, the last frame stands. The nearest pixel is scaled up: nothing is blurred.
 SCRIPT = """
-addEventListener("load",()=>document.querySelectorAll(".videos").forEach(row=>{
-const all=[...row.querySelectorAll("video")],now=()=>all[0].currentTime,
-again=()=>all.forEach(v=>{if(Math.abs(v.currentTime-now())>.03)v.currentTime=now()});
-all.forEach(v=>{v.playbackRate=.4;v.currentTime=0});all[0].addEventListener("seeked",again)}))
+addEventListener("load",()=>{const FPS=12,HOLD=10,clips=[...document.querySelectorAll(".clip img")].map(img=>{
+const c=document.createElement("canvas"),n=+img.dataset.frames;c.width=img.naturalWidth;c.height=img.naturalHeight/n;
+c.setAttribute("role","img");c.setAttribute("aria-label",img.alt);img.replaceWith(c);const d=c.getContext("2d");
+return t=>d.drawImage(img,0,-c.height*Math.min(t%(n+HOLD),n-1))});
+const button=document.querySelector("button"),show=t=>clips.forEach(clip=>clip(t));
+let time=HOLD+12,last=null,plays=false;
+const tick=now=>{if(!plays)return;if(last===null)last=now;
+if(now-last>=1000/FPS){time++;last=now;show(time)}requestAnimationFrame(tick)},
+set=on=>{plays=on;last=null;button.textContent=on?"Pause":"Play";if(on)requestAnimationFrame(tick)};
+button.hidden=false;button.onclick=()=>set(!plays);show(12);time=-1;
+set(!matchMedia("(prefers-reduced-motion:reduce)").matches)})
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt and its videos, all from one seed; the keys are what is written under each."""
+    """One prompt and its clips, uint8 frames (F, H, W, 3), all from one seed; a key is written under its clip."""
 
     prompt: str
-    videos: dict[str, Path]
+    clips: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,89 +79,121 @@ class Report:
     """All that the page says; none of its lists is empty.
 
     Attributes:
-        figures: by label, the value as text and what it means.
-        losses: training loss by step.
+        title: a few words.
+        summary: a sentence.
+        pair: two clips, the one before and the one after.
+        results: by label, the value as text and what it means; what the page says first.
+        taught: some of the training clips, each under its caption.
+        stopping: which step was taken, and why.
         validation: validation loss by step.
-        clips: some of the training clips, each under its caption.
+        lowest: the step of the lowest validation loss, of those that are kept.
+        samples: pairs of before and after.
+        strengths: each prompt at growing strengths of the LoRA.
         success_by_strength: strength, share of samples that show the new thing, share of base captions obeyed.
+        losses: training loss by step.
+        figures: as `results`; the others.
+        commands: what was run, a line each.
         settings: the run's settings as YAML.
     """
 
     title: str
     summary: str
-    figures: dict[str, tuple[str, str]]
-    losses: list[tuple[int, float]]
+    pair: Row
+    results: Mapping[str, tuple[str, str]]
+    taught: Row
+    stopping: str
     validation: list[tuple[int, float]]
-    clips: Row
-    before_after: list[Row]
+    lowest: int
+    samples: list[Row]
     strengths: list[Row]
     success_by_strength: list[tuple[float, float, float]]
+    losses: list[tuple[int, float]]
+    figures: Mapping[str, tuple[str, str]]
+    commands: str
     settings: str
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Writes the page with all videos inside; it appears whole.
+    """Writes the page with all clips inside; it appears whole.
 
     Args:
         path: an .html file, which is replaced; its folder exists.
-        report: what the page says; its videos exist.
+        report: what the page says.
     """
     write_atomic(path, _page(report).encode(), durable=True)
 
 
 def _page(report: Report) -> str:
+    same_noise = "Both of a pair start from the same noise. The first captions of each kind, not chosen."
     strengths = "One prompt and one seed in each row; only the strength of the LoRA grows. At 0 it is the base."
-    sections = [
-        section("What it was taught", report.clips.prompt, _videos(report.clips, columns=6)),
-        section(
-            "Before and after",
-            "Both of a pair start from the same noise. Under each: its first, middle and last frame.",
-            _rows(report.before_after),
-        ),
-        section("From the base to the LoRA", strengths, _rows(report.strengths, "strength ")),
-        section("Curves", "How the loss fell, and what the LoRA's strength does.", _charts(report)),
-        section("Settings", "What the run was made with.", f"<pre>{escape(report.settings.strip())}</pre>"),
+    content = [
+        section("What it was shown", report.taught.prompt, _clips(report.taught, 6)),
+        section("When to stop", report.stopping, _validation(report)),
+        _folded("More samples", f'<p class="note">{same_noise}</p>{_rows(report.samples)}'),
+        _folded("Less of the LoRA, or all of it", f'<p class="note">{strengths}</p>{_rows(report.strengths)}'),
+        _folded("Curves and figures", _curves(report) + figures_list(report.figures)),
+        _folded("Commands", f"<pre>{escape(report.commands.strip())}</pre>"),
+        _folded("Settings", f'<pre class="settings">{escape(report.settings.strip())}</pre>'),
     ]
-    head = Head(report.title, report.summary, report.figures)
-    return document(head, charts.STYLE + STYLE, "\n".join(sections) + f"\n<script>{SCRIPT}</script>")
+    head = Head(report.title, report.summary, report.results, _pair(report.pair))
+    return document(head, charts.STYLE + STYLE, "\n".join(content) + f"\n<script>{SCRIPT}</script>")
 
 
-def _rows(rows: Sequence[Row], prefix: str = "") -> str:
-    """Prompts with their videos under them; two prompts side by side where each has no more than two videos."""
-    arrangement = "rows pairs" if all(len(row.videos) <= 2 for row in rows) else "rows"
-    articles = "".join(
-        f"<article><h3>{escape(row.prompt)}</h3>{_videos(row, len(row.videos), prefix)}</article>" for row in rows
+def _folded(heading: str, content: str) -> str:
+    return f"<details><summary>{escape(heading)}</summary>{content}</details>"
+
+
+def _pair(row: Row) -> str:
+    figures = ""
+    for label, frames in row.clips.items():
+        when, colon, what = label.partition(":")
+        words = f"<b>{escape(when)}</b>{colon}{escape(what)}"
+        figures += f"<figure>{_clip(frames, label)}<figcaption>{words}</figcaption></figure>"
+    return (
+        f'<p class="prompt">{escape(row.prompt)}</p><div class="pair">{figures}</div>'
+        '<button type="button" hidden>Pause</button>'
     )
+
+
+def _rows(rows: Sequence[Row]) -> str:
+    """Prompts with their clips under them; two prompts side by side where each has no more than two clips."""
+    arrangement = "rows pairs" if all(len(row.clips) <= 2 for row in rows) else "rows"
+    articles = "".join(f"<article><h3>{escape(row.prompt)}</h3>{_clips(row, len(row.clips))}</article>" for row in rows)
     return f'<div class="{arrangement}">{articles}</div>'
 
 
-def _videos(row: Row, columns: int, prefix: str = "") -> str:
+def _clips(row: Row, columns: int) -> str:
     figures = "".join(
-        f"<figure>{_video(path)}<figcaption>{escape(prefix + label)}</figcaption></figure>"
-        for label, path in row.videos.items()
+        f"<figure>{_clip(frames, label)}<figcaption>{escape(label)}</figcaption></figure>"
+        for label, frames in row.clips.items()
     )
-    return f'<div class="videos" style="--n:{columns}">{figures}</div>'
+    return f'<div class="clips" style="--n:{columns}">{figures}</div>'
 
 
-def _video(path: Path) -> str:
-    """A video, and under it its first, middle and last frame, so that a still page shows the motion."""
+def _clip(frames: Tensor, label: str) -> str:
+    """A clip as one picture of all its frames, one below the other, and the way of its shape over it."""
     from PIL import Image
 
-    frames = read_frames(path)
-    poster, strip, (width, height) = io.BytesIO(), io.BytesIO(), frames[0].size
-    frames[len(frames) // 2].save(poster, "PNG")
-    side_by_side = Image.new("RGB", (3 * width, height))
-    for i, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
-        side_by_side.paste(frame, (i * width, 0))
-    side_by_side.save(strip, "JPEG", quality=85)
-    return (
-        f'<video autoplay loop muted playsinline width="{width}" height="{height}" '
-        f'poster="{data_uri("image/png", poster.getvalue())}" src="{data_uri("video/mp4", path.read_bytes())}">'
-        f'</video><img alt="first, middle and last frame" src="{data_uri("image/jpeg", strip.getvalue())}">'
+    picture = io.BytesIO()
+    Image.fromarray(frames.flatten(0, 1).numpy()).save(picture, "WEBP", lossless=True, quality=50)
+    source = data_uri("image/webp", picture.getvalue())
+    image = f'<img src="{source}" alt="{escape(label)}" data-frames="{len(frames)}">'
+    return f'<div class="clip">{image}{trail_svg(frames)}</div>'
+
+
+def _validation(report: Report) -> str:
+    losses = dict(report.validation)
+    mark = (
+        Mark(f"lowest: step {report.lowest}", (report.lowest, losses[report.lowest]))
+        if report.lowest in losses
+        else None
     )
+    line = Line("clips that it was not trained on", "accent", report.validation)
+    chart = line_chart("Validation loss", [line], "step", "mean squared error", mark=mark)
+    return f'<div class="alone">{chart}</div>'
 
 
-def _charts(report: Report) -> str:
+def _curves(report: Report) -> str:
     window = max(1, len(report.losses) // 20)
     mean = running_mean(report.losses, window)
     shows = [(strength, 100 * new) for strength, new, _ in report.success_by_strength]
@@ -141,8 +202,6 @@ def _charts(report: Report) -> str:
     success = [Line("shows the new thing", "accent", shows), Line("base captions obeyed", "plain", obeys)]
     drawn = [
         line_chart("Training loss", [each, smooth], "step", "mean squared error"),
-        line_chart("Validation loss", [Line("fixed clips, noise and sigmas", "accent", report.validation)], "step",
-                   "mean squared error"),
         line_chart("Success by strength", success, "strength of the LoRA", "% of samples", y_range=(0, 100)),
-    ]  # fmt: skip
+    ]
     return f'<div class="charts">{"".join(drawn)}</div>'

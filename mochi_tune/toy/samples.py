@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from mochi_tune.training.draws import key_seed
 BATCH = 25
 
 
-@torch.no_grad()
 def render_words(
     words: Sequence[Words],
     dit: nn.Module,
@@ -29,10 +28,28 @@ def render_words(
     seed: int,
 ) -> Tensor:
     """Renders one clip for each of `words`, uint8 frames (B, F, H, W, 3); clip i depends on the seed and on i alone."""
+    parts = render_batches(words, dit, text_encoder, decoder, settings, seed)
+    return torch.cat(list(tqdm(parts, "render", num_batches(len(words)), leave=False, unit="batch")))
+
+
+def num_batches(num_words: int) -> int:
+    """Returns how many batches `render_batches` makes of so many words."""
+    return math.ceil(num_words / BATCH)
+
+
+@torch.no_grad()
+def render_batches(
+    words: Sequence[Words],
+    dit: nn.Module,
+    text_encoder: TextEncoder,
+    decoder: Decoder,
+    settings: SamplerSettings,
+    seed: int,
+) -> Iterator[Tensor]:
+    """Yields what `render_words` returns, a batch at a time."""
     features = text_encoder.encode([w.caption for w in words])
     training = dit.training
     dit.eval()
-    parts = []
     for i in range(0, len(words), BATCH):
         group = features[i : i + BATCH]
         embeds = nn.utils.rnn.pad_sequence(group, batch_first=True)
@@ -41,12 +58,11 @@ def render_words(
             [draw_noise(key_seed(seed, "toy", i + j), NUM_FRAMES, HEIGHT, WIDTH) for j in range(len(group))]
         ).to(embeds.device)
         nothing = (torch.zeros_like(embeds), torch.zeros_like(mask))
-        states = euler_steps(Denoiser(dit, (embeds, mask), nothing), noise, settings.sigmas, settings.scales)
-        bar = tqdm(states, f"render {i + len(group)} of {len(words)}", settings.steps, leave=False, unit="step")
-        [latents] = deque(bar, maxlen=1)
-        parts.append(pixels_to_frames(decoder(to_vae_latents(latents))).cpu())
+        [latents] = deque(
+            euler_steps(Denoiser(dit, (embeds, mask), nothing), noise, settings.sigmas, settings.scales), maxlen=1
+        )
+        yield pixels_to_frames(decoder(to_vae_latents(latents))).cpu()
     dit.train(training)
-    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ MOTIONS = {
 }
 # What no part of the base ever sees: the motion that the lesson teaches, aslant, under a word of its own.
 NEW_WORD = "wugs"
+NEW_MOTION = "moves to the bottom right"
 ALL_MOTIONS = MOTIONS | {NEW_WORD: (0.75, 0.75, 0)}
 SHAPES = ("circle", "square", "triangle")
 # What the autoencoder sees: it knows more than captions say, as that of Mochi does.

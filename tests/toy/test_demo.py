@@ -19,8 +19,10 @@ from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.video import read_frames
-from mochi_tune.toy.demo import FIGURES, main
+from mochi_tune.toy.demo import main, new_folder
 from mochi_tune.toy.lesson import lesson_words
+from mochi_tune.toy.progress import StageBar
+from mochi_tune.toy.retelling import FIGURES
 from mochi_tune.toy.samples import render_words
 from mochi_tune.toy.world import draw_clips, split_words
 from mochi_tune.training.draws import keyed_generator
@@ -29,20 +31,21 @@ from mochi_tune.training.objective import noisy_and_target
 from mochi_tune.training.preflight import check
 from mochi_tune.weights.folder import WeightsFolder
 
-STEPS, SAMPLES = 120, 8
+STEPS, SAMPLES = 80, 6
 
 
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
     out = tmp_path_factory.mktemp("lesson") / "demo"
-    settings = [f"train.steps={STEPS}", f"train.validate_every={STEPS}", "sample.steps=12"]
+    (out / "1").mkdir(parents=True)
+    (out / "1" / "report.html").write_text("of the demo before")
+    settings = [f"train.steps={STEPS}", f"train.validate_every={STEPS}", "sample.steps=8"]
     made = main(out, *settings, num_samples=SAMPLES)
-    return out, made, json.loads((out / "figures.json").read_text())
+    return out / "2", made, json.loads((out / "2" / "figures.json").read_text())
 
 
 def validation_rows(out: Path) -> list[dict]:
-    [path] = out.glob("*/run/validation.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in (out / "run" / "validation.jsonl").read_text().splitlines()]
 
 
 def test_the_new_motion_is_learnt_and_the_old_ones_are_kept(lesson):
@@ -58,8 +61,7 @@ def test_the_new_motion_is_learnt_and_the_old_ones_are_kept(lesson):
 
 def test_the_adapter_file_is_what_was_trained(lesson):
     out, made, _ = lesson
-    [run] = out.glob("*/run")
-    config = load_config(str(run / "config.yaml"), [])
+    config = load_config(str(out / "run" / "config.yaml"), [])
     dataset = LatentDataset(open_cache(Path(config.data.cache), buckets_by_source(config.data)))
     plan = check(config, 1)
     assert len(plan.held_out) == config.train.validation_clips
@@ -134,17 +136,35 @@ def test_strength_0_is_the_base_bit_for_bit_and_a_half_lies_between(lesson):
 def test_it_makes_a_page_and_names_what_it_made(lesson):
     out, made, figures = lesson
     assert set(made) == {*FIGURES, "figures", "report", "adapter", "picture"}
-    assert figures.keys() == {*FIGURES, "by_strength"}
+    assert figures.keys() == {*FIGURES, "by_step", "by_strength"}
+    assert [row["step"] for row in figures["by_step"]] == [STEPS] and figures["taken_step"] == STEPS
+    assert [made[name] for name in ("report", "figures")] == [str(out / "report.html"), str(out / "figures.json")]
     page = (out / "report.html").read_text()
-    assert [path.read_text() == page for path in out.glob("*/report.html")] == [True]
-    assert page.count("<video") >= 30 and "wugs" in page
+    assert page.count('class="clip"') >= 30 and "wugs" in page and f"step {STEPS} is taken" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
-    if made["picture"].endswith(".png"):
-        with Image.open(made["picture"]) as picture:
-            assert picture.width > 1000 and picture.height > 1500
+    assert f"mochi-tune train conf=toy_lora run_dir={out / 'run'}" in page
+    with Image.open(made["picture"]) as picture:
+        assert picture.format == "WEBP" and getattr(picture, "n_frames", 1) == 13
+
+
+def test_the_page_of_the_demo_before_stays(lesson):
+    out = lesson[0]
+    assert (out.parent / "1" / "report.html").read_text() == "of the demo before"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["1", "2"]
+    assert [new_folder(out.parent).name, new_folder(out.parent).name] == ["3", "4"]
+
+
+def test_where_no_terminal_is_each_stage_is_a_line(capfd):
+    bar = StageBar({"one": 1, "two": 3})
+    for stage in ("one", "two"):
+        bar.begin(stage)
+        for done in range(1000):
+            bar.reach(done, 1000, "step")
+    bar.close()
+    written = capfd.readouterr()
+    assert written.out.splitlines() == ["one ...", "two ..."] and not written.err
 
 
 def test_the_example_of_the_sample_verb_is_a_video(lesson):
-    [path] = lesson[0].glob("*/example.mp4")
-    frames = read_frames(path)
+    frames = read_frames(lesson[0] / "example.mp4")
     assert len(frames) == 13 and frames[0].size == (96, 64)

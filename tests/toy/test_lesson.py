@@ -33,6 +33,8 @@ def test_the_clips_survive_being_real_video_files(tmp_path):
         assert see(torch.as_tensor(clip.frames)).shows(words)
 
 
-def test_a_verb_that_fails_ends_the_story():
-    with pytest.raises(MochiTuneError, match=r"`mochi-tune train` ended with exit code 2"):
-        run_verb("train", "conf=no_such_file")
+def test_a_verb_that_fails_ends_the_story_and_says_where_the_rest_is(tmp_path):
+    log = tmp_path / "log.txt"
+    with pytest.raises(MochiTuneError, match=r"`mochi-tune train` ended with exit code 2 \(.*no_such_file.*log\.txt"):
+        run_verb("train", "conf=no_such_file", log=log)
+    assert log.read_text().startswith("$ mochi-tune train conf=no_such_file\n")
