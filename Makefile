@@ -3,13 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults lint types bench gpu docs setup clean
+.PHONY: demo test versions faults lint types bench gpu docs setup clean
 
 demo: setup
 	$(BIN)/mochi-tune demo
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/faults
+
+# The tests of models, adapters and training with other versions of torch, each in an environment of its own; the
+# lowest and the newest are those of docs/limits.md.
+TORCH ?= 2.10.0 2.15.0
+VERSIONED := tests/models tests/adapters tests/sampling tests/parallel tests/training tests/toy/test_train_toy.py \
+	tests/recipes/test_train_lora.py tests/recipes/test_train_lora_details.py tests/recipes/test_train_lora_memory.py \
+	tests/recipes/test_sample.py tests/recipes/test_export.py tests/recipes/test_verify.py
+versions:
+	mkdir -p build && grep -vE '^(torch|triton)==' constraints.txt > build/constraints.txt
+	for torch in $(TORCH); do \
+		$(PYTHON) -m venv build/torch_$$torch && \
+		build/torch_$$torch/bin/python -m pip install --quiet --constraint build/constraints.txt torch==$$torch \
+			--editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout && \
+		build/torch_$$torch/bin/python -m pytest $(VERSIONED) || exit 1; done
 
 # What docs/reliability.md promises: faults put into real processes and files, some minutes of them.
 faults: setup

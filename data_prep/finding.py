@@ -29,11 +29,17 @@ def find_videos(folder: Path, with_stills: bool = False, setting: str = "data.vi
         raise DataError(f"{setting}={folder} is not a folder: name the folder that holds your clips.")
     if not folder.is_dir():
         raise DataError(f"{setting}={folder} does not exist: name the folder that holds your clips.")
-    suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
-    videos = _files(folder, lambda suffix: suffix in suffixes)
+    videos = list_videos(folder, with_stills)
     if not videos:
+        suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
         raise DataError(f"{setting}={folder} holds no video: put clips in it ({' '.join(suffixes)}).")
     return videos
+
+
+def list_videos(folder: Path, with_stills: bool = False) -> list[Path]:
+    """Lists the videos as `find_videos`, of a folder that may hold none."""
+    suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
+    return _files(folder, lambda suffix: suffix in suffixes)
 
 
 def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:

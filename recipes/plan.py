@@ -16,7 +16,7 @@ from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.sources import buckets_by_source, largest_bucket, prepared_settings, read_sources
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache
-from mochi_tune.data_prep.finding import find_videos
+from mochi_tune.data_prep.finding import list_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
@@ -300,14 +300,19 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float]]:
         shares = bucket_shares(clip_order(config, found, []), found)
         sizes = f"each {largest}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {largest}"
         return len(found), f"{len(found)} in {cache}, {sizes}", shares
-    folders = [source.folder for source in read_sources(data)]
-    where = ", ".join(map(str, folders))
-    if any(folder.is_dir() and is_dataset(folder) for folder in folders):
+    sources = read_sources(data)
+    where = ", ".join(str(source.folder) for source in sources)
+    if any(source.folder.is_dir() and is_dataset(source.folder) for source in sources):
         return 0, f"in the dataset {where}, not prepared yet, each {largest}", {largest: 1.0}
-    if all(folder.is_dir() for folder in folders):
-        count = sum(len(find_videos(folder)) for folder in folders)
-        return count, f"{count} videos in {where}, not prepared yet, each {largest}", {largest: 1.0}
-    return 0, f"none yet in {where}, each {largest}", {largest: 1.0}
+    # As `prepare` finds them.
+    count = sum(
+        len(list_videos(source.folder, any(bucket.num_frames == 1 for bucket in source.buckets)))
+        for source in sources
+        if source.folder.is_dir()
+    )
+    if count:
+        return count, f"{count} in {where}, not prepared yet, each {largest}", {largest: 1.0}
+    return 0, f"none yet in {where}, so assumed, for sizes and times alone: each {largest}", {largest: 1.0}
 
 
 def clip_bytes(bucket: Bucket, dit: DiTConfig) -> int:

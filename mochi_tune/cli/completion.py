@@ -150,11 +150,12 @@ complete -o default -F _mochi_tune mochi-tune
 
 
 def zsh(words: Words) -> str:
-    """Returns the script for zsh, which needs its `compinit`."""
+    """Returns the script for zsh, which starts zsh's completion where that is off."""
     keys = _cases(((f"({verb}", f"keys=({' '.join(own)})") for verb, own in words.verbs.items()), " " * 8)
     values = _cases(((f"({keys}", f"values=({' '.join(own)})") for keys, own in _by_value(words.values)), " " * 8)
     return f"""\
-# mochi-tune's completion for zsh, behind `autoload -U compinit && compinit`: source <(mochi-tune completion zsh)
+# mochi-tune's completion for zsh: source <(mochi-tune completion zsh)
+(( $+functions[compdef] )) || {{ autoload -U compinit && compinit }}
 _mochi_tune() {{
     local verb="$words[2]" family="$words[2]" key
     local -a keys values

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 # How many files each verb takes, without a key: the least, and whether more are possible.
 FILES = {"inspect": (1, False), "merge": (2, True), "resize": (1, False), "compare": (2, False), "bake": (1, False)}
-# Of metadata, a longer value is cut in the terminal; `json=true` has all of it.
+# In the terminal a longer value of the metadata is cut, and a hash has 12 digits; `json=true` has all of both.
 MAX_VALUE = 160
 
 
@@ -76,14 +77,14 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
         return 0
     layers, adapter = found.layers, found.adapter
     print(f"file     {files[0]}")
-    print(f"sha256   {found.sha256}")
+    print(f"sha256   {_short(found.sha256)}")
     print(f"layers   {len(layers)}{', a DoRA: norms are those before its rows get their lengths' * adapter.is_dora}")
     print(f"rank     {_listed({each.rank for each in layers.values()})}")
     print(f"alpha    {_listed({each.alpha for each in layers.values()})}, {found.alpha_words}")
     print(f"norm     {math.hypot(*(each.norm for each in layers.values())):.4g}")
     print("metadata")
     for key, value in sorted(adapter.metadata.items()):
-        text = " ".join(value.split())
+        text = _short(" ".join(value.split()))
         print(f"  {key:<18} {text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + ' …'}")
     print("\nnorm of ΔW, and the ranks that hold 90 % and 99 % of its energy")
     cells = {name: f"{each.norm:.3g} {each.rank_90}/{each.rank_99}" for name, each in layers.items()}
@@ -187,6 +188,10 @@ def _print_table(cells: Mapping[str, str], totals: Mapping[str, str] | None = No
     for (block, name), text in places.items():
         if block is None:
             print(f"{name}  {text}")
+
+
+def _short(text: str) -> str:
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", text)
 
 
 def _listed(values: set) -> str:

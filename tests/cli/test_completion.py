@@ -1,4 +1,7 @@
 import contextlib
+import itertools
+import os
+import shutil
 import subprocess
 
 import pytest
@@ -76,6 +79,69 @@ def test_each_shell_has_a_script_that_names_verbs_and_values(shell, capsys):
     assert run(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert "train.learning_rate=" in script and "fastmochi" in script and "experiment" in script
+
+
+# What Tab leaves of each line, in a zsh that runs in a terminal of its own.
+ASK_ZSH = """
+zmodload zsh/zpty
+script=$1; shift
+zpty child zsh -f -i
+zpty -w child "source $script"
+zpty -w child 'told() { print -r -- "$BUFFER" >> told; zle kill-whole-line }; zle -N told; bindkey "^O" told'
+for line in "$@"; do zpty -n -w child "$line"$'\\t\\x0f'; done
+zpty -w child exit
+while zpty -r child _; do :; done
+"""
+TAB = {
+    "mochi-tune pre": "mochi-tune prepare ",
+    "mochi-tune train train.batch": "mochi-tune train train.batch_size=",
+    "mochi-tune sample conf=te": "mochi-tune sample conf=teacups ",
+    "mochi-tune sample preset=fas": "mochi-tune sample preset=fast",
+    "mochi-tune lora me": "mochi-tune lora merge ",
+    "mochi-tune weights pull dry_run=f": "mochi-tune weights pull dry_run=false ",
+    "mochi-tune export adapter=te": "mochi-tune export adapter=teacups.safetensors ",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "conf").mkdir()
+    for file in ("conf/teacups.yaml", "teacups.safetensors"):
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="CI installs zsh")
+def test_zsh_completes(folder, capsys):
+    run(["completion", "zsh"])
+    (folder / ".script").write_text(capsys.readouterr().out)
+    asked = subprocess.run(
+        ["zsh", "-f", "-c", ASK_ZSH, "zsh", ".script", *TAB], cwd=folder, env={**os.environ, "ZDOTDIR": str(folder)},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    assert dict(zip(TAB, (folder / "told").read_text().splitlines(), strict=True)) == TAB
+
+
+def common_start(words: list[str]) -> str:
+    letters = itertools.takewhile(lambda those: len(set(those)) == 1, zip(*words, strict=False))
+    return "".join(each[0] for each in letters)
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="CI installs fish")
+def test_fish_completes(folder, capsys):
+    run(["completion", "fish"])
+    (folder / ".script").write_text(capsys.readouterr().out)
+    # fish gives all that fits; Tab takes what they have in common.
+    ask = "source .script; for line in $argv; complete -C $line | string split -f 1 \\t | string join ' '; end"
+    asked = subprocess.run(
+        ["fish", "--no-config", "-c", ask, *TAB], cwd=folder, env={**os.environ, "HOME": str(folder)},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert not asked.stderr
+    for (line, after), found in zip(TAB.items(), asked.stdout.splitlines(), strict=True):
+        whole = line.rpartition(" ")[0]
+        assert f"{whole} {common_start(found.split())}" == after.rstrip(), found
 
 
 def test_another_shell_is_refused():

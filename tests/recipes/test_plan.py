@@ -32,6 +32,16 @@ def test_a_plan_needs_neither_weights_nor_clips_nor_a_gpu():
     assert made.checkpoint_bytes > 4 * 3 * 71e6
 
 
+def test_an_empty_folder_is_planned_for_as_none(tmp_path):
+    """As `init` leaves it."""
+    (tmp_path / "README.txt").write_text("Put each clip here")
+    made = main(load_config("my_lora", [*FULL, f"data.videos={tmp_path}"]), "4090")
+    assert made.cache_bytes == 0 and f"none yet in {tmp_path}, so assumed" in made.clips
+    (tmp_path / "still.png").touch()
+    made = main(load_config("my_lora", [*FULL, f"data.videos={tmp_path}", "data.buckets=auto"]), "4090")
+    assert f"1 in {tmp_path}, not prepared yet" in made.clips
+
+
 def test_buckets_are_planned_for_by_the_largest_and_timed_by_their_shares(tmp_path):
     config = load_config("my_lora", [*FULL, "data.buckets=[[37,480,848],[1,480,848]]"])
     made = main(config, "4090")

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ EVALS = [
 ]
 SETTINGS = ["train.steps=3", *EVALS, "publish.author=Ada", "publish.license=apache-2.0"]
 REPO = "ada/balls"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,28 @@ def test_the_code_for_diffusers_runs(run_dir, tmp_path):
     for key, tensor in load_file(out / "pytorch_lora_weights.safetensors").items():
         name = key.removeprefix("transformer.").replace(".weight", ".default_0.weight")
         assert torch.equal(loaded[name], tensor.bfloat16()), key
+
+
+def test_the_code_of_the_page_for_diffusers_runs(run_dir, tmp_path):
+    """As it stands, but for the base, the size and number of frames and steps, the GPU, and the video's writer."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "other_programs.md").read_text(), re.DOTALL)
+    save_pipeline(tmp_path / "base")
+    export(run_dir / "adapter.safetensors", "diffusers", tmp_path / "my_lora.safetensors")
+    for old, new in (
+        ('"genmo/mochi-1-preview"', repr(str(tmp_path / "base"))),
+        ('"my_lora.safetensors"', repr(str(tmp_path / "my_lora.safetensors"))),
+        ("num_frames=37", "num_frames=7"),
+        ("height=480", "height=32"),
+        ("width=848", "width=48"),
+        ("num_inference_steps=64", "num_inference_steps=2"),
+        ("pipe.enable_model_cpu_offload()\n", ""),
+        ('export_to_video(frames, "teacup.mp4", fps=30)\n', ""),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    names = {}
+    exec(compile(code, "page", "exec"), names)
+    assert len(names["frames"]) == 7 and names["pipe"].get_active_adapters() == ["my_lora"]
 
 
 def save_pipeline(folder):

@@ -189,12 +189,16 @@ def _break_latents(shard: Path, place: int) -> None:
 
 def test_another_caption_needs_no_force_and_is_told(mixed, tmp_path, capsys):
     assert train(mixed, tmp_path, "train.steps=2") == 0
+    assert "have changed since" not in capsys.readouterr().out
     (mixed / "videos" / "wide_0.txt").write_text("other words")
+    assert train(mixed, tmp_path, "train.steps=3") == 0
+    assert "captions of 1 clips have changed since `prepare` (wide_0.mp4)" in capsys.readouterr().out
     assert prepare(load_config("my_lora", settings(mixed, tmp_path))) == 0
     capsys.readouterr()
     assert train(mixed, tmp_path, "train.steps=4") == 0
     out = capsys.readouterr().out
-    assert "since step 2: 1 clips have another caption or cut (wide_0.mp4); their order is the same" in out
+    assert "have changed since `prepare`" not in out
+    assert "since step 3: 1 clips have another caption or cut (wide_0.mp4); their order is the same" in out
 
 
 @pytest.mark.parametrize("change", ["grown", "shrunk", "batch"])
