@@ -160,7 +160,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         Stage(
             "sample: denoise",
             sampling_held(dit, tokens, residency, step.dtype_bytes),
-            None if speed is None else sampling_seconds(dit, tokens, speed),
+            None if speed is None else sampling_seconds(dit, tokens, speed, dit=residency),
             "a step",
         ),
     ]

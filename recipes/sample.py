@@ -23,6 +23,7 @@ from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_capti
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, encoding_held, free_bytes, sampling_held
 from mochi_tune.parallel.forecast_context import card_here
+from mochi_tune.parallel.memory import PRECISIONS
 from mochi_tune.parallel.mesh import Layout, Mesh, Videos, choose_layout
 from mochi_tune.recipes.start_video import Start, check_starts, encode_starts, start_of, starts_of
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
@@ -42,7 +43,7 @@ from mochi_tune.weights.folder import WeightsFolder
 PARTS, COMMON = ("dit", "decoder"), ("adapters", "dtype", "memory", "layout")
 # Latents that a video starts from, and how its file was cut.
 Encoded = tuple[Tensor, dict[str, Any]]
-# Seconds that a pass of compiled blocks is shorter by, for each visual token, and that compiling takes.
+# Seconds that a pass of compiled blocks in 8 bits is shorter by, for each visual token; and that compiling takes.
 COMPILED_SAVES, COMPILE_SECONDS = 15e-6, 40.0
 
 
@@ -112,10 +113,11 @@ def main(config: RunConfig) -> Iterator[Path]:
     if num_processes > 1:
         mesh = Mesh(plan.layout, device, parallel.timeout_seconds, parallel.check_inputs)
     mine = plan.requests if mesh is None else plan.requests[mesh.data_rank :: plan.layout.data]
-    compiles = config.sample.compile
+    residency, compiles = choose_residency(config, plan, device), config.sample.compile
     if compiles is None:
-        compiles = device.type == "cuda" and pays_to_compile(mine, len(plan.variants))
-    setup = Setup(device, dtype, choose_residency(config, plan, device), mesh, compiles)
+        # In the model's own dtype, kernels of ours fuse as much.
+        compiles = device.type == "cuda" and residency in PRECISIONS and pays_to_compile(mine, len(plan.variants))
+    setup = Setup(device, dtype, residency, mesh, compiles)
     usage = Usage(device, write_line)
     write_line("; ".join(map(str, plan.adapters)) or "no adapter: the base")
     if mesh is not None:
@@ -206,7 +208,7 @@ def lost_tails(plan: RenderPlan) -> list[str]:
 
 
 def pays_to_compile(requests: list[Request], num_variants: int) -> bool:
-    """Whether the steps to come save more time than compiling takes; foretold of an H200, see `forecast`."""
+    """Whether the steps to come, in 8 bits, save more time than compiling takes; estimated for an H200."""
     saved = 0.0
     for request in requests:
         passes = sum(1 + (scale != 1) for scale in request.settings.scales)

@@ -23,11 +23,12 @@ def number_of_threads():
 
 # Files that take longest; the others fill what is left of each worker's time.
 LONGEST = (
-    "toy/test_demo.py", "recipes/test_train_lora_parallel.py", "recipes/test_sample.py",
-    "recipes/test_sample_parallel.py", "toy/test_train_toy.py", "toy/test_experiment.py", "recipes/test_verify.py",
-    "ui/test_page.py", "parallel/test_recompute.py", "parallel/test_context.py", "toy/test_demo_buckets.py",
-    "training/test_trackers.py", "toy/test_measure.py", "data_prep/test_prepare_buckets.py", "faults/test_faults_kill.py", "faults/test_faults_ranks.py",
-    "faults/test_faults_signals.py", "faults/test_faults_sample.py",
+    "recipes/test_train_lora_parallel.py", "recipes/test_sample_parallel.py", "ui/test_page.py", "toy/test_demo.py",
+    "parallel/test_recompute.py", "toy/test_experiment.py", "recipes/test_sample.py", "parallel/test_context.py",
+    "training/test_trackers.py", "toy/test_train_toy.py", "training/test_retry.py", "recipes/test_verify.py",
+    "toy/test_demo_buckets.py", "data_prep/test_prepare_buckets.py", "toy/test_measure.py",
+    "faults/test_faults_kill.py", "faults/test_faults_ranks.py", "faults/test_faults_signals.py",
+    "faults/test_faults_sample.py",
 )  # fmt: skip
 
 

@@ -42,7 +42,9 @@ def apply_quantization(
         from torchao import quantization
     # torchao would have the compiler tune every kernel in all directions: the first step is not there after 110 s.
     if precision == "int8":
-        quantization.quantize_(block, quantization.Int8WeightOnlyConfig(set_inductor_config=False), _is_unquantized_linear)
+        quantization.quantize_(
+            block, quantization.Int8WeightOnlyConfig(set_inductor_config=False), _is_unquantized_linear
+        )
         return
     weight = next(block.parameters())
     if weight.is_cuda and weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (8, 9):
@@ -52,7 +54,9 @@ def apply_quantization(
         quantization.quantize_(
             block, dynamic, lambda module, name: _is_unquantized_linear(module, name) and "_x" in name
         )
-    quantization.quantize_(block, quantization.Float8WeightOnlyConfig(set_inductor_config=False), _is_unquantized_linear)
+    quantization.quantize_(
+        block, quantization.Float8WeightOnlyConfig(set_inductor_config=False), _is_unquantized_linear
+    )
     for name, module in block.named_modules():
         rounded: Any = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear) or not hasattr(rounded, "qdata"):
