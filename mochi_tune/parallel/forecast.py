@@ -20,7 +20,7 @@ GIB = 2**30
 LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
 # Bytes that one block holds at a time, for each visual token and each number of its width: forward and backward of a
 # training, and one pass of the sampler.
-INSIDE_BYTES = {"compiled": 50, "eager": 83, "sample": 32}
+INSIDE_BYTES = {"compiled": 50, "eager": 83, "sample": 27}
 # What a block that recomputes nothing keeps for its backward pass, by the same count.
 KEPT_BYTES = {"compiled": 31, "eager": 83}
 # `auto` believes that it may be more: an adapter with dropout keeps what it has dropped from.
