@@ -24,7 +24,7 @@ from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
 from mochi_tune.data_prep.shares import RECORD_FILE, Share, keep_share, merge_shares, write_record
 from mochi_tune.data_prep.tasks import CaptionTask, ClipTask, Job, Worker, WorkHere
 from mochi_tune.errors import ConfigError, DataError
-from mochi_tune.files import write_atomic
+from mochi_tune.files import format_bytes, write_atomic
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import measure_caption
 from mochi_tune.weights.folder import WeightsFolder
@@ -38,7 +38,7 @@ class Prepared:
     refused: int
     clips_encoded: int
     captions_encoded: int
-    cache_gib: float
+    cache_bytes: int
     buckets: str
 
 
@@ -63,7 +63,7 @@ def main(config: RunConfig) -> int:
     if ";" in done.buckets:
         tqdm.write(f"clips in buckets of [frames, height, width]: {done.buckets}")
     tqdm.write(
-        f"{config.data.cache}: {encoded}; {done.cache_gib:.3g} GiB. "
+        f"{config.data.cache}: {encoded}; {format_bytes(done.cache_bytes)}. "
         f"Each input is listed in {Path(config.data.cache) / REPORT_NAME}"
     )
     return 1 if done.refused else 0
@@ -105,7 +105,7 @@ def prepare(config: RunConfig) -> Prepared:
             # Captions come second: those of refused clips are not encoded, as no row of the cache would hold them.
             kept = [clip.row for clip in inputs.clips if clip.row.sample_id not in bad]
             captions_encoded = _encode_captions(cache, kept, workers)
-        done = Prepared(len(kept), len(inputs.refused) + len(bad), clips_encoded, captions_encoded, 0.0, "")
+        done = Prepared(len(kept), len(inputs.refused) + len(bad), clips_encoded, captions_encoded, 0, "")
         if share is not None:
             write_record(cache, share, inputs.clips, bad, settings)
             for reason in [*inputs.refused.values(), *bad.values()]:
@@ -123,7 +123,7 @@ def prepare(config: RunConfig) -> Prepared:
     for line in report.notes(records, inputs, kept):
         tqdm.write(line)
     num_bytes = sum(file.stat().st_size for file in (folder / DATA_FOLDER).iterdir())
-    return replace(done, cache_gib=num_bytes / 2**30, buckets=report.count_buckets(kept))
+    return replace(done, cache_bytes=num_bytes, buckets=report.count_buckets(kept))
 
 
 def _cache_settings(config: RunConfig, weights: WeightsFolder) -> CacheSettings:

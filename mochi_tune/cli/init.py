@@ -11,7 +11,7 @@ Put each clip here as NAME.mp4 and its caption beside it as NAME.txt, one line o
 
 
 def run_init(arguments: list[str]) -> int:
-    """Writes conf/NAME.yaml and videos/README.txt; replaces nothing."""
+    """Writes conf/NAME.yaml and videos/README.md; replaces nothing."""
     if arguments[:1] in (["--help"], ["-h"]):
         print("mochi-tune init NAME: writes conf/NAME.yaml, with comments, and videos/ with a README")
         return 0
@@ -21,7 +21,7 @@ def run_init(arguments: list[str]) -> int:
     from mochi_tune.config.load import packaged_folder
     from mochi_tune.files import make_writable_folder
 
-    path, readme = Path("conf") / f"{name}.yaml", Path("videos") / "README.txt"
+    path, readme = Path("conf") / f"{name}.yaml", Path("videos") / "README.md"
     if path.exists():
         raise ConfigError(f"{path} exists and is never replaced: choose another name, or edit it.")
     for folder in (path.parent, readme.parent):

@@ -13,7 +13,7 @@ def test_init_writes_files_that_load_and_replaces_nothing(tmp_path, monkeypatch,
     assert "mochi-tune inspect conf=teacups" in capsys.readouterr().out
     config = load_config("teacups", [])
     assert (config.name, config.data.videos) == ("teacups", "videos")
-    assert "conf=teacups" in Path("videos/README.txt").read_text()
+    assert "conf=teacups" in Path("videos/README.md").read_text()
     before = Path("conf/teacups.yaml").read_text()
     with pytest.raises(ConfigError, match="never replaced"):
         run(["init", "teacups"])

@@ -34,7 +34,7 @@ def test_a_plan_needs_neither_weights_nor_clips_nor_a_gpu():
 
 def test_an_empty_folder_is_planned_for_as_none(tmp_path):
     """As `init` leaves it."""
-    (tmp_path / "README.txt").write_text("Put each clip here")
+    (tmp_path / "README.md").write_text("Put each clip here")
     made = main(load_config("my_lora", [*FULL, f"data.videos={tmp_path}"]), "4090")
     assert made.cache_bytes == 0 and f"none yet in {tmp_path}, so assumed" in made.clips
     (tmp_path / "still.png").touch()
