@@ -331,7 +331,7 @@ def test_what_cannot_fit_is_refused_and_auto_chooses_what_does(tmp_path, monkeyp
     assert [residency(gib, "auto") for gib in (None, 16, 8)] == ["resident", "resident", "offload"]
     assert [residency(12, memory) for memory in ("24gb", "16gb")] == ["fp8", "offload"]
     with pytest.raises(
-        ConfigError, match=r"sampling needs 15\.9 GiB .* and 12\.0 GiB .* use memory=24gb or memory=16gb"
+        ConfigError, match=r"sampling needs 15\.7 GiB .* and 12\.0 GiB .* use memory=24gb or memory=16gb"
     ):
         residency(12, "80gb")
     with pytest.raises(
