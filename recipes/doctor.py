@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Of pyproject.toml.
-PYTHON, TORCH = ((3, 11), (3, 14)), (2, 7)
+PYTHON, TORCH = ((3, 11), (3, 14)), (2, 10)
 # The modules of each extra, and what it is for.
 EXTRAS = {
     "bitsandbytes": (("bitsandbytes",), "train.optimizer=adamw_8bit"),
