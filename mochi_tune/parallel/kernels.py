@@ -2,12 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import synchronize
 
 KERNELS = {
@@ -49,6 +50,30 @@ def time_attention(
 def has_kernel(name: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device runs a kernel of this name at this shape, see `time_attention`; a CPU has none of them."""
     return device.type == "cuda" and name in time_attention(shape, device, dtype, [name])
+
+
+@contextlib.contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """Has torch run only kernels that sum in the same order each time.
+
+    A warning in the place of an error would not do: attention then runs kernels that sum in any order.
+
+    Raises:
+        ConfigError: the run needs an operation that has no such kernel on the device.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_deterministic_algorithms" not in str(error):
+            raise
+        operation = str(error).partition(" does not have")[0]
+        raise ConfigError(
+            f"train.deterministic=true is not possible here: {operation} has no kernel that repeats: set it to false."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def attention_by(name: str) -> contextlib.AbstractContextManager[object]:

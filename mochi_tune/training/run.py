@@ -21,7 +21,7 @@ from mochi_tune.data_prep.changes import tell_changed_captions
 from mochi_tune.errors import ParallelError, TrainingError
 from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import peak_gib, reset_peak
-from mochi_tune.parallel.kernels import attention_by
+from mochi_tune.parallel.kernels import attention_by, deterministic_kernels
 from mochi_tune.training import checkpoint
 from mochi_tune.training.accelerator import AdapterOptimizer, ZeroOptimizer, broadcast
 from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot, check_free_space, copy_to_cpu
@@ -61,9 +61,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
             make_writable_folder(run_dir / "samples")
             stack.enter_context(RunLock(run_dir))
         if config.train.deterministic:
-            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-            # Where it only warned, attention would run kernels that sum in another order each time.
-            torch.use_deterministic_algorithms(True)
+            stack.enter_context(deterministic_kernels())
         start = broadcast(resume(plan) if is_main else None)
         attention = broadcast(choose_attention(plan, start) if is_main else None)
         metrics = trackers = None

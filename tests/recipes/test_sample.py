@@ -26,7 +26,6 @@ from mochi_tune.parallel.forecast import GIB, sampling_held
 from mochi_tune.recipes import sample as recipe
 from mochi_tune.recipes.sample import main
 from mochi_tune.recipes.verify import TOLERANCE
-from mochi_tune.sampling.requests import read_requests
 from mochi_tune.sampling.sampler import (
     Denoiser,
     SamplerSettings,
@@ -338,19 +337,6 @@ def test_what_cannot_fit_is_refused_and_auto_chooses_what_does(tmp_path, monkeyp
         ConfigError, match=r"sampling needs .* use fewer frames, a smaller height and width, or more GPUs"
     ):
         residency(2, "auto")
-
-
-def test_blocks_are_compiled_where_the_steps_pay_for_it(tmp_path):
-    def pays(*more, num_variants=1):
-        settings = ["prompt=a cat", "height=480", "width=848", *more]
-        config = load_config("my_lora", road(tmp_path, *(f"sample.{s}" for s in settings)))
-        requests = read_requests(config.sample, config.data, 0, tmp_path)
-        return recipe.pays_to_compile(requests, num_variants)
-
-    assert pays("num_frames=163") and not pays("num_frames=37")
-    # Two videos side by side, or several, pay for it too.
-    assert pays("num_frames=37", num_variants=2) and pays("num_frames=37", "seeds=[0,1]")
-    assert not pays("num_frames=163", "preset=fast")
 
 
 def test_the_tail_of_a_prompt_that_is_too_long_is_told_before_any_weight_is_read(tmp_path, capsys):

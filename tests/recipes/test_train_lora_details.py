@@ -21,7 +21,7 @@ from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
-from mochi_tune.errors import TrainingError
+from mochi_tune.errors import ConfigError, TrainingError
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.latents import to_latents
 from mochi_tune.recipes import train_lora
@@ -295,6 +295,17 @@ def test_deterministic_kernels_are_asked_for_while_it_trains_and_not_after(tmp_p
             assert train(tmp_path / str(value), *settings) == 0
         assert True in asked if value else asked == {False}
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named_in_one_line(tmp_path):
+    def put(module, inputs, output):
+        # Of the operations that torch has no such kernel for on a CPU.
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+    match = r"^train\.deterministic=true is not possible here: put_.*false"
+    with watching(put), pytest.raises(ConfigError, match=match):
+        train(tmp_path, "train.steps=1", "train.deterministic=true", "train.sample_every=0")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_loop_reads_its_numbers_once_a_step_however_many_micro_batches_it_has(tmp_path):
