@@ -17,6 +17,7 @@ from mochi_tune.data_prep.preview import write_preview
 from mochi_tune.errors import DataError, ParallelError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES, free_memory
+from mochi_tune.models.text_encoder import T5_DTYPES
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.paths import WeightsPaths
 
@@ -199,7 +200,7 @@ class Worker:
         if part == "encoder":
             self._model = weights.load_encoder(torch.device(self.job.device), DTYPES[settings.vae_dtype])
         else:
-            self._model = weights.load_text_encoder(torch.device(self.job.device), DTYPES[settings.t5_dtype])
+            self._model = weights.load_text_encoder(torch.device(self.job.device), T5_DTYPES[settings.t5_dtype])
         self._part = part
         return self._model
 

@@ -22,7 +22,7 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS, latent_shape, num_latent_frames
-from mochi_tune.models.text_encoder import MAX_TOKENS
+from mochi_tune.models.text_encoder import MAX_TOKENS, T5_DTYPES
 from mochi_tune.parallel.forecast import (
     CARDS,
     GIB,
@@ -60,7 +60,7 @@ from mochi_tune.weights.folder import WeightsFolder
 OFFICIAL = DiTConfig()
 # For a stage that does not fit.
 ADVICE = {
-    "prepare: captions": "prepare: use memory.t5_dtype=bf16",
+    "prepare: captions": "prepare: use memory.t5_dtype=bf16 or int8",
     "prepare: clips": "prepare: lower data.num_frames, data.height or data.width, or prepare on a GPU with more memory",
     "sample: denoise": "sample: use memory=24gb, memory=16gb or memory=auto, see below, or more GPUs",
     "sample: decode": "sample: use memory.tiles=[2,2]",
@@ -189,7 +189,7 @@ def stages_of_encoding(config: RunConfig, speed: Card | None) -> list[Stage]:
     bucket = largest_bucket(config.data)
     clip = (bucket.num_frames, bucket.height, bucket.width)
     return [
-        Stage("prepare: captions", text_held(DTYPES[config.memory.t5_dtype].itemsize)),
+        Stage("prepare: captions", text_held(T5_DTYPES[config.memory.t5_dtype].itemsize)),
         Stage(
             "prepare: clips",
             encoding_held(*clip, DTYPES[config.model.dtype].itemsize),

@@ -302,8 +302,8 @@ class MemoryConfig(Section):
     activations: Literal["keep", "offload"] = setting(
         "keep", "of `train`; offload: what the backward pass needs of each block waits in host memory"
     )
-    t5_dtype: Literal["fp32", "bf16"] = setting(
-        "fp32", "of T5 in `prepare`; bf16 takes 9 GiB of the GPU instead of 18, and rounds the captions' features"
+    t5_dtype: Literal["fp32", "bf16", "int8"] = setting(
+        "fp32", "of T5 in `prepare`; fp32 takes 18 GiB of the GPU, bf16 9, int8 5; the last two round the features"
     )
     tiles: list[Whole] | None = setting(
         None, "[rows, columns]: the decoder works on tiles, in less memory, with faint seams; null: exact"

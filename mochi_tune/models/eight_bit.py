@@ -92,3 +92,22 @@ class EightBitLinear(nn.Linear):
     def dequantized(self) -> Tensor:
         """Returns the weight that the products see, fp32 (out, in)."""
         return self.weight.view(self.dtype_of_weight).float() * self.weight_scale[:, None]
+
+
+class Int8WeightLinear(nn.Linear):
+    """A Linear with its weight held in int8, which is widened to the dtype of x for each product; without a gradient.
+
+    For T5: a few of its activations are hundreds of times the others, which one scale a row would round to nothing.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        rows, scale = quantize_rows(linear.weight.detach(), torch.int8)
+        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., in) to (..., out) in the dtype of x."""
+        out = nn.functional.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
+        return out if self.bias is None else out + self.bias

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 MAX_TOKENS = 256
+# Of `memory.t5_dtype`.
+T5_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def load_tokenizer(folder: Path) -> Any:

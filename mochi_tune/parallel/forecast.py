@@ -37,6 +37,8 @@ DECODER_PIXEL_BYTES, ENCODER_PIXEL_BYTES, ENCODER_FRAME_BYTES = 12700, 1850, 154
 DECODER_PIXEL_FLOPS, DECODER_SHARE = 243e12 / (37 * 480 * 848), 0.59
 ENCODER_PIXEL_FLOPS, ENCODER_SHARE = 63.9e12 / (37 * 480 * 848), 0.25
 T5_PARAMETERS, DECODER_PARAMETERS, ENCODER_PARAMETERS = 4.76e9, 0.362e9, 0.098e9
+# Of T5's, which are never in 8 bits.
+T5_EMBEDDING = 32128 * 4096
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,8 @@ def encoding_seconds(num_frames: int, height: int, width: int, card: Card) -> fl
 
 def text_held(dtype_bytes: int) -> dict[str, int]:
     """Returns the bytes on the device while T5-XXL encodes one prompt."""
-    return {"weights": int(T5_PARAMETERS * dtype_bytes), "other": BASE_BYTES}
+    embedding = T5_EMBEDDING if dtype_bytes == 1 else 0
+    return {"weights": int(T5_PARAMETERS * dtype_bytes + embedding), "other": BASE_BYTES}
 
 
 def free_bytes(device: torch.device) -> int | None:

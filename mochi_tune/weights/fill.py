@@ -1,5 +1,6 @@
 """Fills a model on the meta device, one tensor at a time, straight on its device and in its dtype."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -100,5 +101,6 @@ def fp32_parameters(model: nn.Module) -> set[str]:
 
 
 def _block_of(name: str) -> str:
-    """Returns the block that a parameter of the DiT belongs to, "blocks.3", or "" if it belongs to none."""
-    return ".".join(name.split(".")[:2]) if name.startswith("blocks.") else ""
+    """Returns the block that a parameter of the DiT or of T5 belongs to, "blocks.3", or "" if it belongs to none."""
+    block = re.match(r"(blocks|encoder\.block)\.\d+", name)
+    return block[0] if block else ""

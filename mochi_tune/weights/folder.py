@@ -172,12 +172,12 @@ class WeightsFolder:
 
         Args:
             device: of the encoder.
-            dtype: torch.float32 or torch.bfloat16.
+            dtype: torch.float32 or torch.bfloat16; torch.int8 holds the matrices in 8 bits and computes in bfloat16.
 
         Raises:
             CheckpointError: as `check`.
         """
-        assert dtype in (torch.float32, torch.bfloat16), dtype
+        assert dtype in (torch.float32, torch.bfloat16, torch.int8), dtype
         plan = self._plan(TEXT_ENCODER)
         model = build_t5(plan.config, plan.write, device, dtype)
         return TextEncoder(self.load_tokenizer(), model)

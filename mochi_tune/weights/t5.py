@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import read_json
+from mochi_tune.models.eight_bit import Int8WeightLinear
 from mochi_tune.weights.fill import fill_model
 
 # T5 v1.1 XXL, which Mochi 1 was trained with. Source: its config.json, as far as it is about the encoder.
@@ -93,7 +94,7 @@ def build_t5(config: dict[str, Any], write: Callable[[str, Tensor], object], dev
         config: as `read_t5_config` gives it.
         write: fills the empty tensor of a parameter's name.
         device: of the weights.
-        dtype: of the weights.
+        dtype: of the weights; torch.int8 holds the blocks' matrices in 8 bits, and computes in bf16.
     """
     from transformers import T5Config, T5EncoderModel
     from transformers.utils import logging
@@ -103,7 +104,16 @@ def build_t5(config: dict[str, Any], write: Callable[[str, Tensor], object], dev
         model: Any = T5EncoderModel(T5Config(**config, use_cache=False, is_encoder_decoder=False, dropout_rate=0.0))
     names = {name for name, _ in model.named_parameters()}
     assert names == t5_shapes(config).keys(), "transformers names the tensors of T5 as they are checked"
-    fill_model(model, write, device, dtype)
+    if dtype == torch.int8:
+        fill_model(model, write, device, torch.bfloat16, lambda _, block: _hold_in_int8(block))
+    else:
+        fill_model(model, write, device, dtype)
     assert isinstance(model.shared, nn.Embedding)
     model.encoder.embed_tokens.weight = model.shared.weight
     return model.requires_grad_(False)
+
+
+def _hold_in_int8(block: nn.Module) -> None:
+    for name, linear in list(block.named_modules()):
+        if isinstance(linear, nn.Linear):
+            block.set_submodule(name, Int8WeightLinear(linear))

@@ -27,6 +27,7 @@ from mochi_tune.data_prep.prepare import Prepared, main, prepare
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.device import find_device
+from mochi_tune.models.text_encoder import T5_DTYPES
 from mochi_tune.models.vae import PointwiseConv, frames_to_pixels
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -270,15 +271,16 @@ def test_t5_runs_in_fp32_whatever_the_models_run_in_and_no_model_outlives_its_st
         assert torch.equal(cache.read(index)["prompt_embeds"], with_t5.read(index)["prompt_embeds"])
 
 
-def test_t5_may_run_in_bf16_which_encodes_the_captions_anew_and_no_clip(good):
-    shutil.copytree(good / "cache", good / "rounded")
-    config = config_for(good, cache=str(good / "rounded"))
-    config = config.model_copy(update={"memory": MemoryConfig(t5_dtype="bf16")})
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_t5_may_run_in_bf16_or_int8_which_encodes_the_captions_anew_and_no_clip(good, dtype):
+    shutil.copytree(good / "cache", good / f"rounded_{dtype}")
+    config = config_for(good, cache=str(good / f"rounded_{dtype}"))
+    config = config.model_copy(update={"memory": MemoryConfig(t5_dtype=dtype)})
     done = prepare(config)
-    exact, rounded = (open_cache(good / name, BUCKETS) for name in ("cache", "rounded"))
-    assert done.clips_encoded == 0 and done.captions_encoded > 0 and rounded.settings.t5_dtype == "bf16"
+    exact, rounded = (open_cache(good / name, BUCKETS) for name in ("cache", f"rounded_{dtype}"))
+    assert done.clips_encoded == 0 and done.captions_encoded > 0 and rounded.settings.t5_dtype == dtype
     assert exact.fingerprint != rounded.fingerprint
-    encoder = WeightsFolder(TINY).load_text_encoder("cpu", torch.bfloat16)
+    encoder = WeightsFolder(TINY).load_text_encoder("cpu", T5_DTYPES[dtype])
     for index in range(len(exact)):
         ours, theirs = (cache.read(index)["prompt_embeds"] for cache in (rounded, exact))
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs) == (not rounded.rows[index].captions[0])

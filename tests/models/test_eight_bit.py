@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers_golden import TOLERANCE, relative_error
 
-from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear, quantize_rows
+from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear, Int8WeightLinear, quantize_rows
 
 # Half of the distance of two numbers, over the larger one or over the largest of the row.
 STEP = {"fp8": 2**-4, "int8": 0.5 / 127}
@@ -63,3 +63,17 @@ def test_the_weight_takes_a_byte_a_number_and_the_dtype_stays(precision):
     made(x).sum().backward()
     assert made(x).dtype == x.grad.dtype == torch.bfloat16
     assert made(x[:0]).shape == (0, 512), "an empty prompt has no rows"
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_weight_that_is_only_held_in_int8_multiplies_what_comes_unrounded(has_bias):
+    generator = torch.Generator().manual_seed(3)
+    linear = torch.nn.Linear(96, 64, bias=has_bias)
+    linear.weight.data = torch.randn(64, 96, generator=generator) * torch.logspace(-2, 2, 64)[:, None]
+    # As T5's activations are: a row's largest number would round the others to nothing.
+    x = torch.randn(2, 5, 96, generator=generator)
+    x[..., 7] *= 1000
+    expected = x.double() @ rounded(linear.weight.detach(), "int8").t()
+    if has_bias:
+        expected = expected + linear.bias.detach()
+    assert relative_error(Int8WeightLinear(linear)(x).detach(), expected) <= TOLERANCE

@@ -1,3 +1,4 @@
+import weakref
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from helpers_golden import TOLERANCE, relative_error
 from mochi_tune import assets
 from mochi_tune.models.text_encoder import MAX_TOKENS
 from mochi_tune.weights.folder import WeightsFolder
+from mochi_tune.weights.t5 import build_t5, read_t5_config
 
 TINY = Path(assets.__path__[0]) / "tiny"
 
@@ -46,9 +48,27 @@ def test_long_prompts_are_cut_and_counted_whole(encoder):
     assert relative_error(features, encoder.model(kept).last_hidden_state[0]) <= TOLERANCE
 
 
-def test_features_are_fp32_whatever_t5_computes_in(encoder):
-    half = WeightsFolder(TINY).load_text_encoder("cpu", torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_features_are_fp32_whatever_t5_computes_in(encoder, dtype):
+    half = WeightsFolder(TINY).load_text_encoder("cpu", dtype)
     assert half.model.dtype == torch.bfloat16
+    matrices = [module for module in half.model.encoder.block.modules() if isinstance(module, torch.nn.Linear)]
+    assert {matrix.weight.dtype for matrix in matrices} == {dtype}
     for ours, exact in zip(half.encode(["a cat", ""]), encoder.encode(["a cat", ""]), strict=True):
         assert ours.dtype == torch.float32 and ours.shape == exact.shape
         assert torch.allclose(ours, exact, atol=0.05 * exact.abs().max().item() if len(exact) else 0.0)
+
+
+def test_in_8_bits_a_block_is_rounded_before_the_next_one_is_read():
+    config = read_t5_config(TINY / "text_encoder" / "config.json")
+    read: dict[str, weakref.ref] = {}
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        if name.startswith("encoder.block.1."):
+            wide = [other for other, ref in read.items() if other.startswith("encoder.block.0.") and ref() is not None]
+            assert all(other.endswith(("layer_norm.weight", "relative_attention_bias.weight")) for other in wide), wide
+        tensor.normal_()
+        read[name] = weakref.ref(tensor)
+
+    build_t5(config, write, "cpu", torch.int8)
+    assert any(name.startswith("encoder.block.1.") for name in read)

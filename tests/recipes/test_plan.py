@@ -12,6 +12,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.errors import ConfigError
+from mochi_tune.models.text_encoder import T5_DTYPES
 from mochi_tune.parallel.forecast import CARDS, GIB
 from mochi_tune.recipes.plan import count_clips, main, measure
 from mochi_tune.training import preflight
@@ -68,6 +69,10 @@ def test_what_does_not_fit_has_a_way_out_that_fits():
     assert {name: train is not None and train <= 11.8 * GIB for name, (train, _) in made.presets.items()} == {
         "80gb": False, "24gb": False, "16gb": False, "12gb": True,
     }  # fmt: skip
+    held = {name: main(load_config("my_lora", [*FULL, f"memory.t5_dtype={name}"]), "3060").stages[0].held for name in T5_DTYPES}
+    assert held["bf16"]["weights"] == held["fp32"]["weights"] / 2
+    # The embedding stays in bf16.
+    assert held["bf16"]["weights"] / 2 < held["int8"]["weights"] < held["bf16"]["weights"] * 0.52
     with_way_out = main(load_config("my_lora", [*FULL, "data.num_frames=163", "memory=12gb"]), "3060")
     assert [line for line in with_way_out.advice if line.startswith(("train", "sample"))] == []
 
