@@ -69,7 +69,8 @@ def test_what_does_not_fit_has_a_way_out_that_fits():
     assert {name: train is not None and train <= 11.8 * GIB for name, (train, _) in made.presets.items()} == {
         "80gb": False, "24gb": False, "16gb": False, "12gb": True,
     }  # fmt: skip
-    held = {name: main(load_config("my_lora", [*FULL, f"memory.t5_dtype={name}"]), "3060").stages[0].held for name in T5_DTYPES}
+    configs = {name: load_config("my_lora", [*FULL, f"memory.t5_dtype={name}"]) for name in T5_DTYPES}
+    held = {name: main(config, "3060").stages[0].held for name, config in configs.items()}
     assert held["bf16"]["weights"] == held["fp32"]["weights"] / 2
     # The embedding stays in bf16.
     assert held["bf16"]["weights"] / 2 < held["int8"]["weights"] < held["bf16"]["weights"] * 0.52
