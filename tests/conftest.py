@@ -1,5 +1,7 @@
 import gc
+import multiprocessing
 import os
+from multiprocessing import forkserver
 
 # Small models gain nothing from threads, and bit-for-bit comparisons need the same number in all processes of a test.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("MOCHI_TUNE_TEST_THREADS", "1")
@@ -8,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("MOCHI_TUNE_TEST_THREADS", "1")
 import av  # noqa: F401
 import pytest
 import torch
+from helpers_parallel import PRELOADED
 
 from mochi_tune.cli.launch import keep_compiled_code
 
@@ -19,6 +22,17 @@ gc.set_threshold(10_000)
 @pytest.fixture(autouse=True, scope="session")
 def number_of_threads():
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def preloaded():
+    """Starts what children are forked from, with all that the tests need: a process has one such for all of them.
+
+    Otherwise the first child would choose, which may be one that decodes videos and needs little: the others would
+    import for seconds each.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
 
 
 # Files that take longest; the others fill what is left of each worker's time.

@@ -1,6 +1,5 @@
 """Runs a function in several processes that talk to one another, as it would run on several GPUs."""
 
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Imported once, in the process that the ranks are forked from.
+# Imported once, in the process that children are forked from, see conftest.
 PRELOADED = ["peft", "mochi_tune.cli.main", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora"]
 PRELOADED += ["mochi_tune.recipes.export", "mochi_tune.data_prep.prepare", "mochi_tune.models.text_encoder"]
-PRELOADED += ["mochi_tune.config.load", "hydra", "omegaconf", "psutil", "pyarrow.parquet", "transformers"]
+PRELOADED += ["mochi_tune.config.load", "hydra", "omegaconf", "psutil", "pyarrow.parquet", "pandas", "transformers"]
 # What conftest has chosen for the tests and all that they start; its number decides about bits.
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """Calls `function(*arguments)` in each of `num_ranks` new processes; returns what each rank returned, in order."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
     mp.start_processes(_run_rank, (num_ranks, function, folder, arguments), nprocs=num_ranks, start_method="forkserver")
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 

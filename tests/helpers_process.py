@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 from helpers_hold import hold
-from helpers_parallel import PRELOADED, THREADS
+from helpers_parallel import THREADS
 
 HERE = Path(__file__).parent
 CHANGES = {
@@ -85,7 +85,6 @@ class Program:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
-        multiprocessing.set_forkserver_preload(PRELOADED)
         context = multiprocessing.get_context("forkserver")
         self.log, self._releases, number = log, itertools.count(1), next(_NUMBERS)
         pipes, self._copiers = [], []

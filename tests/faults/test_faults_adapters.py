@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_adapters import ALL, ATTENTION, random_adapter, write
-from helpers_parallel import PRELOADED
 from helpers_process import PATIENCE, Program
 from helpers_road import road
 from safetensors import safe_open
@@ -138,9 +137,7 @@ def _load(path: Path) -> str:
 
 def test_hostile_headers_and_random_damage_are_refused_in_one_line_and_in_little_memory(tmp_path):
     save_adapter(tmp_path / "good.safetensors", random_adapter(ALL))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_load_all, args=(tmp_path,))
+    process = multiprocessing.get_context("forkserver").Process(target=_load_all, args=(tmp_path,))
     process.start()
     process.join(PATIENCE)
     assert process.exitcode == 0
