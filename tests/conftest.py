@@ -35,6 +35,14 @@ def preloaded():
     forkserver.ensure_running()
 
 
+@pytest.fixture(autouse=True)
+def frozen():
+    """Leaves what is imported out of the garbage that is collected: the stories do that after each of their stages."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 # Files that take longest; the others fill what is left of each worker's time.
 LONGEST = (
     "recipes/test_train_lora_parallel.py", "recipes/test_sample_parallel.py", "ui/test_page.py", "toy/test_demo.py",

@@ -1,5 +1,6 @@
 """Runs a function in several processes that talk to one another, as it would run on several GPUs."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *argum
 
 
 def _run_rank(rank: int, num_ranks: int, function: Callable[..., Any], folder: Path, arguments: tuple) -> None:
+    gc.freeze()
     torch.set_num_threads(THREADS)
     # What a launcher sets, and accelerate reads.
     of_all = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}

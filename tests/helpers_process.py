@@ -6,6 +6,7 @@ a signal. Nothing in the product knows of this.
 """
 
 import atexit
+import gc
 import itertools
 import json
 import multiprocessing
@@ -245,6 +246,8 @@ def _run(
 
     from mochi_tune.cli import main as cli
 
+    # What was imported before the fork is not looked through, which would copy it.
+    gc.freeze()
     for number, pipe in enumerate(pipes, 1):
         handle = os.open(pipe, os.O_WRONLY)
         os.dup2(handle, number)
