@@ -54,6 +54,11 @@ LONGEST = (
 )  # fmt: skip
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Half as many again as there are processors: many tests wait for processes that they started."""
+    return (os.cpu_count() or 2) * 3 // 2
+
+
 def pytest_collection_modifyitems(items):
     """Puts the longest files first: with --no-loadscope-reorder, xdist gives the files out in this order."""
     ranks = {name: number for number, name in enumerate(LONGEST)}

@@ -161,6 +161,18 @@ def test_compiled_blocks_keep_what_their_policy_says(precision):
     assert kept["block"] < 3.5 and kept["attention"] < kept["block"] + 1.6, kept
 
 
+def test_compiled_blocks_compute_again_with_the_dropout_that_they_had():
+    kept, *others = (build(dropout=0.3, depth=1) for _ in POLICIES)
+    for dit, policy in zip((kept, *others), POLICIES, strict=True):
+        apply_activation_checkpointing(dit, [policy])
+        apply_compilation(dit, print)
+    expected, without = step(kept), step(build(depth=1))
+    assert relative_error(expected[0], without[0]) > 0.01, "dropout is on"
+    for dit in others:
+        for ours, theirs in zip(step(dit), expected, strict=True):
+            assert relative_error(ours, theirs) <= GRADIENT_TOLERANCE
+
+
 def test_a_compiled_dora_is_what_it_is_uncompiled():
     shapes = {name: shape for name, shape in linear_shapes(AsymmDiT(CONFIG)).items() if ".attn." in name}
     generator = torch.Generator().manual_seed(3)
