@@ -100,7 +100,8 @@ class JointAttention(nn.Module):
             for i, length in enumerate(text_lengths):
                 visual = (t[i : i + 1] for t in (q_x, k_x, v_x))
                 text = (None if t is None else t[i : i + 1, :length] for t in (q_y, k_y, v_y))
-                out_x, out_y = self(*visual, *text, None)
+                # No call of the module: DeepSpeed's ZeRO-3 counts them, and they must be as many in all processes.
+                out_x, out_y = self.forward(*visual, *text, None)
                 rows.append((out_x, None if out_y is None else F.pad(out_y, (0, 0, 0, k_y.shape[1] - length))))
             x = torch.cat([row[0] for row in rows])
             return x, None if q_y is None else torch.cat([row[1] for row in rows])

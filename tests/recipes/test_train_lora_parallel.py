@@ -114,6 +114,24 @@ def test_several_processes_make_the_run_of_one(alone, tmp_path, name):
     assert json.loads(state.read_text())["settings"]["global_batch"] == 4
 
 
+@pytest.mark.parametrize(
+    "more",
+    [["train.batch_size=2"], ["parallel.context=2", "train.accumulation_steps=2"], ["memory.activations=offload"]],
+    ids=["rows", "context", "offload"],
+)
+def test_zero3_goes_with_unlike_prompts_with_context_and_with_inputs_in_host_memory(tmp_path, more):
+    common = ["train.steps=4", "train.caption_dropout=0.5", "train.spike_policy=off"]
+    ours, theirs = tmp_path / "zero3", tmp_path / "alone"
+    train_as(ours, *common, "train.batch_size=1", *more, "parallel.strategy=zero3", "parallel.num_processes=2")
+    train_as(theirs, *common, *(more if "train.batch_size=2" in more else []), "train.accumulation_steps=2")
+    rows = [read_rows(folder / "metrics.jsonl") for folder in (ours, theirs)]
+    assert len({row["clips"][0] for row in rows[0]}) > 1
+    for mine, its in zip(*rows, strict=True):
+        assert mine["clips"] == its["clips"]
+        assert mine["loss"] == pytest.approx(its["loss"], rel=TOLERANCE)
+        assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=GRADIENT_TOLERANCE)
+
+
 def test_a_run_goes_on_with_another_number_of_processes_and_strategy(alone, tmp_path):
     """Two, one, and two by ZeRO: each takes the checkpoint of the one before."""
     train_as(tmp_path, *LAYOUTS["data"], "train.checkpoint_every=2", "train.keep_checkpoints=9")
