@@ -103,6 +103,7 @@ class Step:
         holds_modulation: whether the modulation layers are on the device; not so in `train`, but with ZeRO-3.
         num_shards: over how many processes ZeRO-3 splits the weights.
         split: how many processes share the tokens, of which `num_tokens` are one's: (heads, ring).
+        num_clips: of the micro-batch, which share `num_tokens` and attend each to itself.
     """
 
     config: DiTConfig
@@ -116,6 +117,7 @@ class Step:
     holds_modulation: bool = False
     num_shards: int = 1
     split: tuple[int, int] = (1, 1)
+    num_clips: int = 1
     weights: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -177,9 +179,9 @@ class Step:
     def seconds(self, policies: Sequence[str], card: Card, is_streamed: bool = False) -> float:
         """Returns the seconds of the step's forward and backward pass, updates being nothing beside them."""
         matrix, _ = dit_flops(self.config, self.num_tokens, self.text_tokens)
-        # Each process's tokens attend to those of all.
-        num_ranks = self.split[0] * self.split[1]
-        attention = dit_flops(self.config, self.num_tokens * num_ranks, self.text_tokens)[1] / num_ranks
+        # Each process's tokens attend to those of all, and those of a clip to its own.
+        num_parts = self.num_clips / (self.split[0] * self.split[1])
+        attention = dit_flops(self.config, round(self.num_tokens / num_parts), self.text_tokens)[1] * num_parts
         # Frozen weights have no gradient: of a product, the backward pass is one more, and so is what is recomputed.
         products = 3 - policies.count("none") / len(policies)
         attentions = 1 + policies.count("block") / len(policies)

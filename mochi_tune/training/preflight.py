@@ -272,6 +272,7 @@ def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout
         holds_modulation=is_zero3,
         num_shards=layout.num_ranks if is_zero3 else 1,
         split=layout.split,
+        num_clips=train.batch_size,
     )
 
 

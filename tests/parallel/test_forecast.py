@@ -118,6 +118,10 @@ def test_less_is_held_and_more_time_is_taken_by_what_saves_memory():
     assert totals == sorted(totals, reverse=True)
     assert step.seconds(block, card) > step.seconds(attention, card)
     assert replace(step, precision="fp8").seconds(block, card) < step.seconds(block, card)
+    # Two clips of a batch attend each to itself: twice the time of one, and less than one of twice the length.
+    one, two = replace(step, num_tokens=step.num_tokens // 2), replace(step, num_clips=2)
+    assert two.seconds(block, card) == pytest.approx(2 * one.seconds(block, card), rel=0.01)
+    assert two.seconds(block, card) < 0.9 * step.seconds(block, card)
     # A few tokens are computed sooner than the weights come.
     short = replace(step, num_tokens=64)
     assert short.seconds(block, card, is_streamed=True) == 2 * step.weights["blocks"] / card.host
