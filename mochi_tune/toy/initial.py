@@ -145,8 +145,12 @@ def _begin_level(down: Downsample, up: PointwiseConv, x: Tensor, latent_dim: int
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Writes a sentencepiece unigram model of the world's words; other words are split into letters."""
+    """Writes a unigram model of the world's words, as sentencepiece and as tokenizers have it.
+
+    Other words are split into letters. transformers 5.17 reads no sentencepiece model without a normalizer.
+    """
     from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     words = sorted({word for words in all_words() for word in words.caption.split()})
     module: Any = sentencepiece_model_pb2  # generated code without annotations
@@ -163,6 +167,12 @@ def make_tokenizer(folder: Path) -> None:
         model.pieces.add(piece=piece, score=score, type=type_)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.SerializeToString(deterministic=True))
+    tokenizer = Tokenizer(models.Unigram([piece[:2] for piece in pieces], unk_id=2, byte_fallback=False))
+    metaspace = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
+    tokenizer.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 256}
     config |= {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(folder / "tokenizer_config.json", config)

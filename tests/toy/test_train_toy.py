@@ -2,10 +2,13 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 
+from mochi_tune import assets
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.vae import frames_to_pixels
@@ -15,6 +18,7 @@ from mochi_tune.toy.world import ALL_SHAPES, all_words, draw_clips
 from mochi_tune.training.draws import keyed_generator
 from mochi_tune.weights.folder import WeightsFolder
 
+TOY = Path(assets.__path__[0]) / "toy"
 SHORT = Plan(
     vae_steps=2,
     vae_batch=1,
@@ -87,6 +91,11 @@ def test_the_tokenizer_has_one_token_a_word_and_letters_for_the_rest(tmp_path):
     assert {len(tokenizer(w.caption).input_ids) for w in all_words()} == {10}
     assert tokenizer.tokenize("a circle wugs") == ["▁a", "▁circle", "▁", "w", "u", "g", "s"]
     assert tokenizer("a red").input_ids[-1] == tokenizer.eos_token_id == 1 and tokenizer.pad_token_id == 0
+    pieces = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer" / "spiece.model"))
+    for caption in ["a circle wugs", " two  words?", *(words.caption for words in all_words())]:
+        assert tokenizer(caption).input_ids == [*pieces.encode(caption), 1]
+    for file in (tmp_path / "tokenizer").iterdir():
+        assert file.read_bytes() == (TOY / "tokenizer" / file.name).read_bytes()
 
 
 def test_a_stage_that_is_interrupted_goes_on_to_the_same_weights(tmp_path):
