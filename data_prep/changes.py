@@ -47,7 +47,7 @@ def tell_changed_captions(data: DataConfig, seed: int, cache: Cache) -> list[str
         return []
     names = ", ".join(changed[:MAX_LISTED]) + ", …" * (len(changed) > MAX_LISTED)
     return [
-        f"captions of {len(changed)} clips have changed since `prepare` ({names}), and this run trains on the old "
-        "ones: to use the new ones, stop, run `mochi-tune prepare` with these settings, which encodes those captions "
-        "alone, and train again"
+        f"captions of {len(changed)} clips have changed since `prepare` ({names}), and this run has the old ones: to "
+        "use the new ones, stop, run `mochi-tune prepare` with these settings, which encodes those captions alone, and "
+        "train again"
     ]

@@ -273,6 +273,14 @@ def _too_short(path: Path, have: int, cut: Cut, changed: str = "") -> DataError:
     )
 
 
+def _ways_out(scan: Scan, cut: Cut) -> str:
+    """Returns the settings that would take a clip which is too small."""
+    smaller = "a smaller data.height and data.width, or data.allow_upscale=true"
+    if (scan.height > scan.width) != (cut.height > cut.width):
+        return f"data.buckets=auto, which takes upright clips and wide ones as they are, {smaller}"
+    return smaller
+
+
 def _open_window(path: Path, scan: Scan, cut: Cut) -> _Window | DataError:
     """Returns an empty window for a cut, or why the file has no such clip."""
     have = scan.num_source_frames if cut.frame_rate == "retime" else scan.num_frames
@@ -282,7 +290,7 @@ def _open_window(path: Path, scan: Scan, cut: Cut) -> _Window | DataError:
     if scale > 1 and not cut.allow_upscale:
         return DataError(
             f"{path}: is {scan.width}x{scan.height} pixels, too small for {cut.width}x{cut.height}: "
-            "set a smaller data.height and data.width, or data.allow_upscale=true."
+            f"set {_ways_out(scan, cut)}."
         )
     rows, columns = round(scan.height * scale), round(scan.width * scale)
     top, left = (rows - cut.height) // 2, (columns - cut.width) // 2

@@ -1,5 +1,6 @@
 """What a newcomer meets first: a verb's short help, and the command that was meant."""
 
+import itertools
 import shlex
 from collections.abc import Sequence
 
@@ -33,6 +34,24 @@ SHORT = {
         'mochi-tune sample conf=my_lora prompt="a teacup shatters" seeds=0,1',
     ),
 }
+
+
+def _full_key(verb: str, key: str) -> str:
+    """Returns the setting that a word without its section means for a verb; the word itself where it means none."""
+    from mochi_tune.config.explain import SYNONYMS
+    from mochi_tune.config.settings import known_keys
+
+    if key in known_keys() or (verb == "sample" and f"sample.{key}" in known_keys()):
+        return key
+    return next((name for name in (f"{verb}.{key}", *SYNONYMS.get(key, [])) if name in known_keys()), key)
+
+
+def _is_setting(word: str) -> bool:
+    from mochi_tune.config.explain import SYNONYMS
+    from mochi_tune.config.settings import known_keys
+
+    name = word.lstrip("-")
+    return word.startswith("-") or name in SYNONYMS or any(key.split(".")[-1] == name for key in known_keys())
 
 
 def short_help(verb: str) -> str:
@@ -69,7 +88,13 @@ def check_form(verb: str, arguments: Sequence[str]) -> None:
         if argument == "--cfg" or ("=" in argument and not argument.startswith("-")):
             continue
         key, equals, value = argument.lstrip("-").partition("=")
+        key = _full_key(verb, key)
+        before = arguments[number - 1] if number else ""
         follower = arguments[number + 1] if number + 1 < len(arguments) else ""
+        if "=" in before and not before.startswith("-") and not _is_setting(argument):
+            words = itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), arguments[number:])
+            name, _, value = " ".join([before, *words]).partition("=")
+            raise ConfigError(f'{argument!r} stands alone: put quotes around a value with spaces, {name}="{value}".')
         if equals and key:
             meant, what = f"{key}={value}", "is not an option"
         elif follower and "=" not in follower and not follower.startswith("-"):

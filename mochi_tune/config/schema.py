@@ -249,7 +249,9 @@ class TrainConfig(Section):
         4, "clips held out for the validation loss, at most a fifth of all; costs 4 forwards each", "free"
     )
     sample_every: CountOrZero = setting(200, "steps; 0: never; takes the time of a `sample` for each prompt", "free")
-    sample_prompts: list[Text] = setting([], "prompts of the eval videos", "free")
+    sample_prompts: list[Text] = setting(
+        [], """prompts of the eval videos; in a shell within single quotes, 'train.sample_prompts=["a cat"]'""", "free"
+    )
 
 
 class ParallelConfig(Section):

@@ -1,5 +1,6 @@
 """The files of eval videos, by their names; a module of its own as trackers read them without torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -11,3 +12,15 @@ def find_eval_videos(run_dir: Path) -> list[tuple[int, int, Path]]:
         if path.suffix in (".mp4", ".png") and len(parts) == 4 and parts[1].isdecimal() and parts[3].isdecimal():
             found.append((int(parts[1]), int(parts[3]), path))
     return sorted(found)
+
+
+def prompt_file(video: Path) -> Path:
+    """Returns the text file that has the prompt of an eval video: a later start of the run may have other prompts."""
+    return video.with_suffix(".txt")
+
+
+def prompt_of(video: Path, number: int, prompts: Sequence[str]) -> str:
+    """Returns the prompt of an eval video; of runs that kept none, the one that has its number now."""
+    if (path := prompt_file(video)).is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    return prompts[number] if number < len(prompts) else f"prompt {number}"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import switch_adapters
 from mochi_tune.config.sample import sample_size
 from mochi_tune.data.dataset import LatentDataset, collate
-from mochi_tune.files import load_tensors, save_tensors
+from mochi_tune.files import load_tensors, save_tensors, write_atomic
 from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae import Decoder
@@ -25,6 +25,7 @@ from mochi_tune.sampling.sampler import draw_noise, sample_latents
 from mochi_tune.sampling.video import write_video
 from mochi_tune.training.accelerator import broadcast
 from mochi_tune.training.draws import keyed_generator
+from mochi_tune.training.eval_files import prompt_file
 from mochi_tune.training.interrupts import Interrupted
 from mochi_tune.training.objective import noisy_and_target, velocity_loss
 from mochi_tune.training.preflight import TrainPlan
@@ -176,6 +177,8 @@ class EvalVideos:
         # Only this process decodes; all processes check for a stop together after it.
         with contextlib.suppress(Interrupted):
             for path, pair in pairs.items():
+                prompt = plan.config.train.sample_prompts[paths.index(path)]
+                write_atomic(prompt_file(path), prompt.encode())
                 write_video(path, self._side_by_side(decoder, *pair), encoding=self.encoding)
 
     def _base(self, dit: nn.Module, i: int) -> Tensor:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mochi_tune.files import parse_object, write_atomic
-from mochi_tune.training.eval_files import find_eval_videos
+from mochi_tune.training.eval_files import find_eval_videos, prompt_of
 from mochi_tune.training.metrics import FILES
 
 # How often it reads new rows.
@@ -198,7 +198,7 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
                     continue
                 tracker = tracker or TRACKERS[kind](folder, state["id"], options, state["metrics"])
                 if file == "samples":
-                    prompt = options["prompts"].get(str(row["number"]), "")
+                    prompt = prompt_of(row["path"], row["number"], options["prompts"])[:200]
                     tracker.show(f"samples/prompt_{row['number']}", step, row["path"], prompt)
                     state[file].append(row["path"].name)
                 else:

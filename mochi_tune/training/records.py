@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mochi_tune.config.load import load_config
 from mochi_tune.files import file_sha256, parse_object, read_json, read_json_lines
-from mochi_tune.training.eval_files import find_eval_videos
+from mochi_tune.training.eval_files import find_eval_videos, prompt_of
 from mochi_tune.training.metrics import FILES
 from mochi_tune.training.resume import CLIPS_FILE
 from mochi_tune.training.run_folder import read_history
@@ -118,7 +118,7 @@ def _eval_videos(run_dir: Path, prompts: list[str], step: int) -> list[SampleVid
         for at, number, path in find_eval_videos(run_dir)
         if 0 < at <= step and number < len(prompts) and path.suffix == ".mp4"
     }
-    return [SampleVideo(path, prompts[number], True) for number, path in sorted(found.items())]
+    return [SampleVideo(path, prompt_of(path, number, prompts), True) for number, path in sorted(found.items())]
 
 
 def _rendered_videos(run_dir: Path, adapter: Path) -> list[SampleVideo]:

@@ -21,7 +21,7 @@ from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
 from mochi_tune.pages.html_page import Head, document, section
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
-from mochi_tune.training.eval_files import find_eval_videos
+from mochi_tune.training.eval_files import find_eval_videos, prompt_of
 from mochi_tune.training.metrics import FILES, write_line
 from mochi_tune.training.resume import CLIPS_FILE
 from mochi_tune.training.run_folder import read_history
@@ -229,7 +229,8 @@ def _by_noise_level(validations: Sequence[Mapping[str, Any]]) -> list[Line]:
 
 def _samples(run: RunFiles) -> str:
     prompts, found = run.config.train.sample_prompts, find_eval_videos(run.run_dir)
-    by_place = {(number, step): path for step, number, path in found}
+    # By the words, not by the number: a later start may have had other prompts.
+    by_place = {(number, prompt_of(path, number, prompts), step): path for step, number, path in found}
     steps = sorted({step for step, _, _ in found})
     if not steps:
         return ""
@@ -239,15 +240,19 @@ def _samples(run: RunFiles) -> str:
         for step in steps
     )
     body = ""
-    for number in sorted({number for number, _ in by_place}):
-        prompt = prompts[number] if number < len(prompts) else f"prompt {number}"
-        cells = "".join(f"<td>{_pair(run.run_dir, by_place.get((number, step)))}</td>" for step in steps)
+    for number, prompt in dict.fromkeys((number, prompt) for number, prompt, _ in sorted(by_place, key=_by_number)):
+        cells = "".join(f"<td>{_pair(run.run_dir, by_place.get((number, prompt, step)))}</td>" for step in steps)
         body += f'<tr><th scope="rowgroup" colspan="{len(steps)}"><span>{escape(prompt)}</span></th></tr>'
         body += f"<tr>{cells}</tr>"
     body = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     table = f'<table class="samples" style="--n:{len(steps)}">{body}</table>'
     note = "Every video starts from the same noise: on the left the base, on the right with the LoRA as it was then."
     return section("Samples", note, f'<div class="scroll" tabindex="0">{table}</div>')
+
+
+def _by_number(place: tuple[int, str, int]) -> tuple[int, int]:
+    number, _, step = place
+    return number, step
 
 
 def _pair(run_dir: Path, path: Path | None) -> str:
@@ -281,11 +286,10 @@ def next_steps(run: RunFiles) -> list[tuple[str, str]]:
             whose = f"the best checkpoint, step {best}, which is the last one"
     commands += [
         (f"Render with {whose}", ["mochi-tune", "sample", conf, f"adapter={chosen}", prompt]),
-        (
-            "Write it for diffusers and ComfyUI",
-            ["mochi-tune", "export", f"adapter={chosen}", "to=diffusers", f"out={run.config.name}.safetensors"],
-        ),
     ]
+    for program, words in (("diffusers", "diffusers"), ("comfyui", "ComfyUI")):
+        out = f"out={run.config.name}_{program}.safetensors"
+        commands.append((f"Write it for {words}", ["mochi-tune", "export", f"adapter={chosen}", f"to={program}", out]))
     return [(words, shlex.join(command)) for words, command in commands]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.config.load import config_yaml
-from mochi_tune.config.settings import resume_rule
+from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError
 from mochi_tune.files import copy_atomic, read_json, remove_temporary_files, write_json
 from mochi_tune.training import checkpoint
@@ -126,7 +126,10 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     """
     identity = this.identity
     moved, altered = changed_clips(run_dir, state["cache"], this.contents)
-    before, now = state["settings"], identity["settings"]
+    now = identity["settings"]
+    # A setting that the checkpoint's version did not have had its default.
+    before = {key: each.default for key, each in known_keys().items() if key in now and not each.is_required}
+    before |= state["settings"]
     differing = [key for key in now if before.get(key) != now[key]]
     texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing if key != "data.sources"}
     others = {}
@@ -247,6 +250,9 @@ def resume(plan: TrainPlan) -> ResumePoint:
     if start.step >= config.train.steps:
         more = f"raise train.steps={config.train.steps} to train on"
         tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
+        _, altered = changed_clips(run_dir, start.state["cache"], plan.dataset.cache.contents())
+        if altered and start.state["cache"] != plan.identity["cache"]:
+            tqdm.write(f"since then {altered}: raise train.steps to train on with them, or start another run")
         return start
     for note in start.notes:
         tqdm.write(note)
@@ -264,6 +270,7 @@ def resume(plan: TrainPlan) -> ResumePoint:
     write_json(run_dir / CLIPS_FILE, clips)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     facts = {"date": date, "from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
+    facts["notes"] = start.notes
     record_start(run_dir, {**facts, **plan.environment})
     return start
 

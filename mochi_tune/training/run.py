@@ -75,7 +75,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         run = Run(plan, accelerator, start, metrics, trackers)
         run.attention = attention
         lines = [] if run.is_complete else opening_lines(plan, start.step)
-        if is_main and not run.is_complete:
+        if is_main:
             lines += tell_changed_captions(config.data, config.seed, plan.dataset.cache)
         for line in lines if is_main else ():
             tqdm.write(line)

@@ -42,6 +42,7 @@ def opening_lines(plan: TrainPlan, step: int) -> list[str]:
         f"adapter: {kind} with {plan.adapter_bytes // 4:,} parameters in {len(plan.layers)} layers",
         f"data: {len(plan.training_clips)} clips to train on, {largest}; {left} steps of {num_samples} "
         f"{'sample' if num_samples == 1 else 'samples'} are {num_epochs:.3g} epochs",
+        *([f"eval videos: {', '.join(map(repr, train.sample_prompts))}"] if plan.renders_videos else []),
         *_forecast(plan, plan.memory, left),
         *doubtful_settings(train),
     ]

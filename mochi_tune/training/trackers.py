@@ -68,7 +68,7 @@ class Trackers:
             "begun": secrets.token_hex(8) if last_step == 0 else None,
             **{"name": name, "project": log.project, "wandb": log.wandb, "close_seconds": close_seconds},
             # An argument of a process is 128 KiB long at most.
-            "prompts": {i: text[:200] for i, text in enumerate(settings.get("train.sample_prompts", [])[:100])},
+            "prompts": [text[:200] for text in settings.get("train.sample_prompts", [])[:100]],
             "settings": {key: value if len(str(value)) < 200 else str(value)[:200] for key, value in settings.items()},
         }
         self.follower: Any = None  # A Popen, while there is one.

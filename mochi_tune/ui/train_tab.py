@@ -9,6 +9,7 @@ import gradio as gr
 
 from mochi_tune.errors import DataError, MochiTuneError
 from mochi_tune.pages.charts import Line, line_chart
+from mochi_tune.training.eval_files import prompt_of
 from mochi_tune.ui import html, runs
 from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside
@@ -212,7 +213,7 @@ def samples_html(folder: Path, names: Sequence[str], videos: Sequence[runs.Sampl
             if is_still
             else html.video(folder, video.path, pictures[video.path])
         )
-        prompt = prompts[video.prompt] if video.prompt < len(prompts) else f"prompt {video.prompt}"
+        prompt = prompt_of(video.path, video.prompt, prompts)
         figures.append(
             f'<figure><div class="halves"><span>base</span><span>LoRA</span></div>{picture}'
             f"<figcaption>{escape(prompt)}</figcaption></figure>"

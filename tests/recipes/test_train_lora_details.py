@@ -260,6 +260,26 @@ def one_step(tmp_path_factory):
     return run_dir
 
 
+def edit_state(run_dir, edit):
+    """Changes what the only checkpoint says of its run, as if another version had written it."""
+    state_file = run_dir / "checkpoints" / "step_000001" / "state.json"
+    manifest_file = state_file.with_name("manifest.json")
+    state, manifest = json.loads(state_file.read_text()), json.loads(manifest_file.read_text())
+    edit(state)
+    state_file.write_text(json.dumps(state))
+    sums = manifest["sha256"] | {"state.json": hashlib.sha256(state_file.read_bytes()).hexdigest()}
+    manifest_file.write_text(json.dumps(manifest_of(1, sums)))
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_had_its_default(one_step, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(one_step, run_dir)
+    edit_state(run_dir, lambda state: state["settings"].pop("train.caption_dropout"))
+    with pytest.raises(TrainingError, match=r"train\.caption_dropout was 0\.1, is 0\.5"):
+        train(run_dir, "train.steps=2", "train.caption_dropout=0.5")
+    assert train(run_dir, "train.steps=2") == 0
+
+
 @pytest.mark.parametrize(
     ("part", "text"),
     [("order", "the clips come in another order"), ("base", "the base is another"), ("", "of an earlier version")],
@@ -267,16 +287,7 @@ def one_step(tmp_path_factory):
 def test_a_run_does_not_go_on_with_another_order_of_clips_or_base(one_step, tmp_path, part, text):
     run_dir = tmp_path / "run"
     shutil.copytree(one_step, run_dir)
-    state_file = run_dir / "checkpoints" / "step_000001" / "state.json"
-    manifest_file = state_file.with_name("manifest.json")
-    state, manifest = json.loads(state_file.read_text()), json.loads(manifest_file.read_text())
-    if part:
-        state[part] = "0" * len(state[part])
-    else:
-        del state["order"]
-    state_file.write_text(json.dumps(state))
-    sums = manifest["sha256"] | {"state.json": hashlib.sha256(state_file.read_bytes()).hexdigest()}
-    manifest_file.write_text(json.dumps(manifest_of(1, sums)))
+    edit_state(run_dir, lambda state: state.update({part: "0" * len(state[part])}) if part else state.pop("order"))
     with pytest.raises(TrainingError, match=f"{text}.*run_dir=DIR"):
         train(run_dir, "train.steps=2")
     assert len(read_rows(run_dir / "metrics.jsonl")) == 1

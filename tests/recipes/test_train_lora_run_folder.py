@@ -116,7 +116,7 @@ def test_the_printed_line_of_progress_shows_loss_norm_rate_and_time(tmp_path):
 def test_eval_stills_are_pictures(tmp_path):
     more = ["train.steps=1", "train.sample_every=1", "train.sample_prompts=[a cat]", "sample.steps=1"]
     assert train(tmp_path, *more, "sample.num_frames=1") == 0
-    stills = sorted((tmp_path / "samples").glob("step_*"))
+    stills = sorted((tmp_path / "samples").glob("step_*.png"))
     assert [path.name for path in stills] == ["step_000000_prompt_0.png", "step_000001_prompt_0.png"]
     with Image.open(stills[0]) as picture:
         # Without an adapter yet, both halves are the base.

@@ -96,6 +96,19 @@ def test_base_and_lora_are_named_under_every_video(page):
     assert [t.strip() for t in page.texts if t.startswith("step ") and "best" not in t][:1] == ["step 0"]
 
 
+def test_a_video_stands_under_the_prompt_that_it_was_rendered_from(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert (copy / "samples" / "step_000012_prompt_0.txt").read_text() == PROMPT
+    for step in (0, 6):
+        (copy / "samples" / f"step_{step:06d}_prompt_0.txt").write_text("the prompt of an earlier start")
+    page = Reader(make_report(read_files(copy)))
+    texts = [text for text in page.texts if text in (PROMPT, "the prompt of an earlier start")]
+    assert texts[:2] == ["the prompt of an earlier start", PROMPT] and len(page.links) == 2 * 4
+    early, late = [f"samples/step_{step:06d}_prompt_0.mp4" for step in (0, 6)], "samples/step_000008_prompt_0.mp4"
+    assert page.links[:3] == [*early, late]
+
+
 def test_the_best_step_is_that_of_the_lowest_validation_loss(page, finished):
     rows = read_rows(finished / "validation.jsonl")
     best = min(rows, key=lambda row: row["validation_loss"])["step"]
@@ -115,7 +128,8 @@ def test_a_better_step_in_the_middle_is_marked_and_its_checkpoint_named(finished
     files = read_files(copy)
     text = make_report(files)
     assert files.best == (8, 2.0) and "step 8 \u00b7 best" in text and "best: step 8" in text
-    [render, _] = next_steps(files)
+    [render, *exports] = next_steps(files)
+    assert [re.findall(r"to=(\w+)", command) for _, command in exports] == [["diffusers"], ["comfyui"]]
     assert "the best checkpoint, step 8" in render[0]
     assert f"adapter={finished}/checkpoints/step_000008/adapter.safetensors" in render[1]
 
@@ -137,7 +151,7 @@ def test_a_resumed_run_goes_on_with_its_curves(finished):
 
 
 def test_the_commands_are_ones_that_work(finished):
-    [(_, sample), (_, export)] = next_steps(read_files(finished))
+    [(_, sample), (_, export), _] = next_steps(read_files(finished))
     words = shlex.split(sample)
     assert words[:2] == ["mochi-tune", "sample"] and f"prompt={PROMPT}" in words
     conf = next(word for word in words if word.startswith("conf=")).removeprefix("conf=")
