@@ -1,6 +1,10 @@
 """Signals that ask a program to stop, or to save."""
 
 import signal
+import time
+
+# Slurm and systemd signal every process of a job, and a launcher passes the signal on: it comes twice.
+REPEAT_SECONDS = 2.0
 
 
 class Interrupted(Exception):
@@ -8,15 +12,22 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Records the first SIGINT or SIGTERM, so that work under way can end in order; a second one ends the program."""
+    """Records the first SIGINT or SIGTERM, so that work under way can end in order.
+
+    One that comes more than REPEAT_SECONDS later ends the program.
+    """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._received_at = 0, 0.0
         self._former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _receive(self, number: int, _frame: object) -> None:
-        self.received = number
-        self.release()
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._received_at = number, now
+        elif now - self._received_at > REPEAT_SECONDS:
+            self.release()
+            signal.raise_signal(number)
 
     def __enter__(self) -> "StopSignal":
         return self

@@ -19,6 +19,8 @@ from helpers_faults import (
 from helpers_process import Disturbance, Program, run_program
 from helpers_road import LORA, road
 
+from mochi_tune.training.interrupts import REPEAT_SECONDS
+
 STEPS = 12
 SETTINGS = [
     *LORA, f"train.steps={STEPS}", "train.batch_size=2", "train.accumulation_steps=2", "train.checkpoint_every=5",
@@ -70,6 +72,21 @@ def test_stopped_in_a_step(straight, tmp_path, number):
     assert f"stopped after step 3 of {STEPS}" in program.text()
     assert "the same command goes on from there" in program.text()
     assert_goes_on(run_dir, straight, tmp_path)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends_the_run(tmp_path):
+    """As Slurm's, which goes to the launcher and to the processes that the launcher passes it on to."""
+    for seconds, code in ((0.05, 128 + signal.SIGTERM), (REPEAT_SECONDS + 1, -signal.SIGTERM)):
+        run_dir = tmp_path / str(seconds)
+        program = Program(command(run_dir), tmp_path / f"{seconds}.out", Disturbance(hold=STEP, hold_at=(3,)))
+        program.wait_until_held()
+        program.send(signal.SIGTERM)
+        time.sleep(seconds)
+        program.send(signal.SIGTERM)
+        time.sleep(0.2)
+        program.release()
+        assert program.wait() == code, program.text()
+        assert (run_dir / "checkpoints").is_dir() == (code > 0), "the first one saves"
 
 
 @pytest.mark.parametrize(
