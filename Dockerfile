@@ -2,9 +2,10 @@
 # Container Toolkit. Build: docker build -t mochi-tune .
 FROM python:3.12-slim-bookworm
 
-# A compiler for the blocks that train compiles; tini passes SIGTERM on, so that a stopped container saves its step.
+# A compiler for the blocks that train compiles; tini passes SIGTERM on, so that a stopped container saves its step;
+# libraries that OpenCV, which split uses, is linked with.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev tini \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev tini libgl1 libglib2.0-0 \
     && rm -rf /var/lib/apt/lists/*
 
 ENV PIP_NO_CACHE_DIR=1 \
@@ -25,11 +26,13 @@ RUN pip install --constraint constraints.txt '.[ui,footage,bitsandbytes]'
 # Files on the volumes belong to this user: build with the ids of yours, --build-arg UID=$(id -u).
 ARG UID=1000
 RUN useradd --create-home --uid "${UID}" mochi \
-    && mkdir -p /project/conf /project/videos /project/weights /project/cache /project/runs /project/.mochi_tune /home/mochi/.cache \
+    && mkdir -p /project/conf /project/videos /project/cache /project/runs /project/.mochi_tune \
+        /home/mochi/.cache/mochi_tune/mochi-1-preview /home/mochi/.cache/mochi_tune/compiled \
     && chown -R mochi /project /home/mochi
 USER mochi
 WORKDIR /project
-VOLUME ["/project/videos", "/project/weights", "/project/cache", "/project/runs", "/project/.mochi_tune", "/home/mochi/.cache"]
+VOLUME ["/project/videos", "/project/cache", "/project/runs", "/project/.mochi_tune", \
+    "/home/mochi/.cache/mochi_tune/mochi-1-preview", "/home/mochi/.cache/mochi_tune/compiled"]
 EXPOSE 7860
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tini", "-g", "--", "mochi-tune"]

@@ -1,5 +1,6 @@
 """Finds the scenes of a film: cuts by PySceneDetect, over pictures that are decoded in the order of display."""
 
+import importlib.util
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -79,13 +80,18 @@ def check_scenedetect() -> None:
     """Refuses to begin without PySceneDetect.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, or cannot be imported.
     """
+    if importlib.util.find_spec("scenedetect") is None:
+        raise ConfigError('split needs PySceneDetect, which is not installed: pip install "mochi-tune[footage]".')
     try:
         import scenedetect  # noqa: F401
-    except ImportError:
+    except ImportError as error:
+        # OpenCV, which it uses, is linked with libraries that a small system lacks.
+        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            'split needs PySceneDetect, which is not installed: pip install "mochi-tune[footage]".'
+            f"split needs PySceneDetect, which cannot be imported ({reason}): install what is missing, or "
+            "opencv-python-headless in the place of opencv-python."
         ) from None
 
 

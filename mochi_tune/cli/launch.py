@@ -71,9 +71,18 @@ def keep_compiled_code() -> None:
     """
     processor = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
     instructions = hashlib.sha256(f"{processor} {os.environ.get('ATEN_CPU_CAPABILITY')}".encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "mochi_tune" / "compiled" / f"torch-{version('torch')}-{instructions}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mochi_tune"
+    if not _can_write_below(cache):
+        # As in a container that runs with a user's number and no home.
+        cache = Path(tempfile.gettempdir()) / f"mochi_tune_{os.getuid()}"
+    folder = cache / "compiled" / f"torch-{version('torch')}-{instructions}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _can_write_below(folder: Path) -> bool:
+    """Whether a folder that need not be there yet could be written to."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def let_segments_grow() -> None:
@@ -149,7 +158,8 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         global_rank = os.environ["RANK"]
         # gloo's text starts with a line of its source and ends with a general hint: both are left out.
         why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[0]
-        sys.stderr.write(f"mochi-tune: rank {global_rank} lost contact with the others: {why}\n")
+        goes_on = "the same command goes on from what was saved last"
+        sys.stderr.write(f"mochi-tune: rank {global_rank} lost contact with the others: {why}; {goes_on}\n")
         sys.stderr.flush()
         # An orderly exit would wait for the processes that do not answer.
         os._exit(LOST_CONTACT)

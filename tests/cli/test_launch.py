@@ -1,10 +1,19 @@
+import os
 import signal
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 from helpers_process import run
 
-from mochi_tune.cli.launch import LOST_CONTACT, num_processes_here, report_failures, slurm_variables
+from mochi_tune.cli.launch import (
+    LOST_CONTACT,
+    keep_compiled_code,
+    num_processes_here,
+    report_failures,
+    slurm_variables,
+)
 from mochi_tune.errors import ParallelError
 
 SLURM = {
@@ -53,3 +62,14 @@ def test_a_port_that_is_in_use_is_reported_in_one_line():
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert f"could not meet the others at 127.0.0.1:{port}" in last and "set MASTER_PORT to a free one" in last
+
+
+def test_compiled_code_has_a_place_where_the_home_folder_cannot_be_written_to(tmp_path, monkeypatch):
+    file = tmp_path / "home"
+    file.touch()
+    for home, expected in ((tmp_path / "new", tmp_path / "new"), (file, Path(tempfile.gettempdir()))):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        keep_compiled_code()
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(expected)
+    assert not (tmp_path / "new").exists(), "nothing is made before it is needed"

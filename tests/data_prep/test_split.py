@@ -215,12 +215,23 @@ def test_a_bad_row_is_named(copy, column, value, text):
     assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_without_the_library_it_says_what_to_install(tmp_path):
+HIDDEN = """import importlib.util as u
+u.find_spec = lambda name, find=u.find_spec: None if name == "scenedetect" else find(name)"""
+
+
+@pytest.mark.parametrize(
+    ("first", "text"),
+    [
+        (HIDDEN, 'is not installed: pip install "mochi-tune[footage]"'),
+        ("pass", "cannot be imported (libGL.so.1: cannot open shared object file): install what is missing"),
+    ],
+)
+def test_without_the_library_or_what_it_needs_it_says_what_to_install(tmp_path, first, text):
     blocked = tmp_path / "scenedetect"
     blocked.mkdir()
-    (blocked / "__init__.py").write_text("raise ImportError")
+    (blocked / "__init__.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     code = "import sys; sys.path.insert(0, sys.argv[1]); from mochi_tune.cli.main import main; main(sys.argv[2:])"
-    command = [sys.executable, "-c", code, str(tmp_path), "split", f"in={tmp_path}", "out=videos"]
+    command = [sys.executable, "-c", f"{first}\n{code}", str(tmp_path), "split", f"in={tmp_path}", "out=videos"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and 'pip install "mochi-tune[footage]"' in done.stderr
+    assert done.returncode == 2 and text in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
