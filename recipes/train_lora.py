@@ -98,6 +98,7 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
         prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
         weight = loss_weight(sigma, train.loss_weighting)
+        # What the model makes of this sigma and this prompt: it reads neither of them beside it.
         modulation = modulate(sigma, prompt, mask)
         return Inputs(batch["sample_ids"], sigma, mask, drawn.dropout_seed, noisy, target, prompt, weight, modulation)
 

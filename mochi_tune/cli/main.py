@@ -52,8 +52,13 @@ from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
 TROUBLE = "EACCES EDQUOT EEXIST EFBIG EISDIR EMFILE ENAMETOOLONG ENFILE ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs a verb and exits: 0 done, 1 done but for clips, checks or an upload, 2 a user's mistake, in one line."""
+def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None = None) -> None:
+    """Runs a verb and exits: 0 done, 1 done but for clips, checks or an upload, 2 a user's mistake, in one line.
+
+    Args:
+        arguments: verb first; None: those of this program.
+        recipe: trains in the place of `recipes.train_lora.main`.
+    """
     end_with_the_starter()
     # Imports make a million objects that stay: looking through them at every 700th takes a second of each start.
     gc.set_threshold(10_000)
@@ -68,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     if num_processes_here(os.environ) > 1:
         me += f": rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID')}"
     try:
-        code = run(arguments)
+        code = run(arguments, recipe)
         sys.stdout.flush()
         sys.exit(code)
     except MochiTuneError as error:
@@ -98,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:
     """Dispatches to a verb; returns the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
         "split": run_split,
@@ -110,7 +115,7 @@ def run(arguments: list[str]) -> int:
         "inspect": run_inspect,
         "describe": run_describe,
         "prepare": run_prepare,
-        "train": run_train,
+        "train": lambda rest: run_train(rest, recipe),
         "replay": run_replay,
         "sample": run_sample,
         "export": run_export,
@@ -169,13 +174,13 @@ def run_prepare(arguments: list[str]) -> int:
     return prepare(config)
 
 
-def run_train(arguments: list[str]) -> int:
+def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:
     """Trains or resumes."""
     if (config := load("train", arguments)) is None:
         return 0
     check_push(config)
     from mochi_tune.cli.accelerate import with_accelerate
-    from mochi_tune.recipes.train_lora import main as train
+    from mochi_tune.recipes import train_lora
     from mochi_tune.training.checkpoint import last_checkpoint
     from mochi_tune.training.preflight import check
     from mochi_tune.training.resume import find_start
@@ -196,6 +201,8 @@ def run_train(arguments: list[str]) -> int:
     stops = (signal.SIGINT, signal.SIGTERM)
     last = lambda: last_checkpoint(Path(config.run_dir) / "checkpoints")  # noqa: E731
     if started == 1 and parallel.num_processes > 1:
+        if recipe is not None:
+            raise ConfigError("a recipe of one's own is started by torchrun: leave parallel.num_processes out.")
         # What can be refused is refused once, here.
         find_start(check(config, parallel.num_processes))
         command = ["train", *arguments]
@@ -205,7 +212,7 @@ def run_train(arguments: list[str]) -> int:
             raise ParallelError(f"{error} {last()}.") from None
     else:
         with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
-            code = train(config, started)
+            code = (recipe or train_lora.main)(config, started)
     if STARTED_HERE in os.environ and started > 1:
         # The exit code of a stop is that of the program that started this process.
         return code if code <= USERS_MISTAKE else 0

@@ -144,7 +144,8 @@ class AsymmDiT(nn.Module):
             sigma: (B,) in [0, 1], on any device; 1 is pure noise.
             prompt_embeds: T5 features, (B, L, t5_feat_dim).
             prompt_mask: (B, L), true where a token is valid. Kept on the CPU, it spares a device sync.
-            modulation: of the `condition` of the same sigma and prompts, where it was computed before.
+            modulation: of the `condition` of the same sigma and prompts, where it was computed before; it takes their
+                place, and sigma is not read.
 
         Returns:
             The velocity, (B, C, T, h, w), in the dtype of the matrices.

@@ -1,7 +1,9 @@
 """docs/change_the_recipe.md: each change is applied to the recipe, trained with, and does what the page says."""
 
+import functools
 import importlib.util
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import linear_shapes, select_layers
+from mochi_tune.cli.main import main
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -89,3 +92,22 @@ def test_the_pattern_for_half_of_the_layers_is_the_second_half_of_mochi():
     assert select_layers(names, [pattern]) == names[24:]
     tiny = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).dit_skeleton()
     assert "blocks.0.attn.qkv_x" in linear_shapes(tiny), "the names are those of the model"
+
+
+def test_a_recipe_of_ones_own_is_run_as_the_command_runs_its_own(tmp_path, capsys, request):
+    calls = []
+
+    def recipe(config, num_processes: int) -> int:
+        calls.append((config.train.steps, num_processes))
+        return 0
+
+    arguments = ["train", "conf=my_lora", *road(tmp_path, "train.steps=3")]
+    # The command ignores it from its start on.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGUSR1, signal.getsignal(signal.SIGUSR1)))
+    for more, code in (([], 0), (["train.stesp=3"], 2), (["parallel.num_processes=2"], 2)):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, *more], recipe)
+        assert end.value.code == code
+    typo, processes = capsys.readouterr().err.splitlines()
+    assert "did you mean train.steps?" in typo and "is started by torchrun" in processes
+    assert calls == [(3, 1)]
