@@ -239,6 +239,8 @@ def run_replay(arguments: list[str]) -> int:
     print(f"step {then['step']} then: loss {then['loss']:.6g}, gradient norm {then['grad_norm']:.6g}")
     print(f"step {then['step']} now:  loss {made.loss:.6g}, gradient norm {made.grad_norm:.6g}")
     print(f"attention by {made.attention}")
+    if made.is_finite and abs(made.loss - then["loss"]) > 0.05 * abs(then["loss"]):
+        print("the losses differ by more than rounding does: was the run made by another recipe?")
     return 0 if made.is_finite else 1
 
 
