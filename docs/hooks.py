@@ -47,11 +47,12 @@ def inside(words: str, target: str) -> str:
 def api_page() -> str:
     """Returns the page of the functions that a program may call; mkdocstrings fills it in."""
     rooms = {
-        "Models": ["models.dit", "models.vae", "models.text_encoder", "models.latents"],
+        "Settings": ["config.load"],
+        "Models": ["models.dit", "models.vae", "models.vae_streaming", "models.text_encoder", "models.latents"],
         "Adapters": ["adapters.files", "adapters.lora", "adapters.layers", "adapters.tools"],
         "Objective and draws": ["training.objective", "training.draws"],
         "Optimizers": ["training.optim"],
-        "Sampling": ["sampling.sampler", "sampling.render", "sampling.video"],
+        "Sampling": ["sampling.requests", "sampling.sampler", "sampling.render", "sampling.video"],
         "Data": ["data.cache", "data.dataset", "data.buckets"],
         "Weights": ["weights.folder"],
         "Errors": ["errors"],

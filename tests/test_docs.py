@@ -1,10 +1,17 @@
-"""Links in the README and on the pages of docs lead to files and headings that exist."""
+"""Links in the README and on the pages of docs lead to files and headings that exist; the library's example runs."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+from mochi_tune.adapters.files import Adapter, LoraLayer, save_adapter
+from mochi_tune.adapters.lora import linear_shapes, select_layers
+from mochi_tune.config.load import load_config, weights_paths
+from mochi_tune.sampling.video import read_frames
+from mochi_tune.weights.folder import WeightsFolder
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md")] + sorted(
@@ -64,3 +71,28 @@ def test_every_room_is_on_the_page():
     assert named == folders - {"mochi_tune/assets"} | {
         "recipes", "data_prep", "mochi_tune/errors.py", "mochi_tune/files.py",
     }  # fmt: skip
+
+
+def test_the_code_of_the_library_page_runs(tmp_path):
+    """As it stands, but for the files, and the number of frames and steps."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
+    config, generator = load_config("toy_lora", []), torch.Generator().manual_seed(0)
+    shapes = linear_shapes(WeightsFolder(weights_paths(config)).dit_skeleton())
+    layers = {
+        name: LoraLayer(torch.randn(2, shapes[name][1], generator=generator), torch.ones(shapes[name][0], 2), 2.0)
+        for name in select_layers(shapes, config.lora.targets)
+    }
+    save_adapter(tmp_path / "adapter.safetensors", Adapter(layers, {}))
+    for old, new in (
+        ('load_config("toy_lora", [])', 'load_config("toy_lora", ["sample.steps=2", "data.num_frames=7"])'),
+        ("runs/toy_lora/adapter.safetensors", str(tmp_path / "adapter.safetensors")),
+        ("circle.mp4", str(tmp_path / "circle.mp4")),
+    ):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    names, base = {}, {}
+    exec(compile(code, "page", "exec"), names)
+    frames = read_frames(tmp_path / "circle.mp4")
+    assert len(frames) == 7 and frames[0].size == (96, 64)
+    exec(compile(code.replace("strength=1.0", "strength=0.0"), "page", "exec"), base)
+    assert not torch.equal(names["latents"], base["latents"])

@@ -18,7 +18,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def commands(page: Path) -> list[str]:
     """Returns the commands of a page's code blocks and in its text."""
     text = page.read_text()
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fences if language in ("", "bash", "sh")]
     lines = [line.partition("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
     return [
@@ -36,6 +37,15 @@ def refusals(shell: list[str], page: Path, folder: Path) -> str:
     )
     done = subprocess.run([*shell, "-c", lines], cwd=folder, capture_output=True, text=True, check=False)
     return done.stderr
+
+
+def test_lists_and_mappings_are_quoted_wherever_a_setting_is_shown():
+    """A shell would eat the quotes within them, or take the spaces in them for ends of words."""
+    for page in PAGES:
+        # The help texts that settings.md is made of name values, and not words of a command.
+        if page.name != "settings.md":
+            assert not re.findall(r"`[\w.]+=[\[{][^`]*`", page.read_text()), page.name
+            assert not [each for each in commands(page) if re.search(r" [\w.]+=[\[{]", each)], page.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

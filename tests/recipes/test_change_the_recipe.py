@@ -15,6 +15,8 @@ from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import linear_shapes, select_layers
 from mochi_tune.cli.main import main
 from mochi_tune.config.load import load_config, weights_folder
+from mochi_tune.errors import CheckpointError, TrainingError
+from mochi_tune.recipes.replay import main as replay
 from mochi_tune.weights.folder import WeightsFolder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,6 +67,27 @@ def test_another_loss(plain, tmp_path):
     assert [row["clips"] for row in rows] == [row["clips"] for row in read_rows(expected)]
     # Of an error e the Huber loss is at most e^2 / 2, and far from 0 it is much less.
     assert all(0 < row["loss"] < 0.5 * other["loss"] for row, other in zip(rows, read_rows(expected), strict=True))
+
+
+def test_one_more_number_a_step(tmp_path):
+    rows = train_changed(changed_recipe(tmp_path, "One more number a step"), tmp_path / "run")
+    norms = read_rows(tmp_path / "run" / "weight_norm.jsonl")
+    assert [row["step"] for row in norms] == [row["step"] for row in rows] == [1, 2, 3]
+    adapter = load_file(tmp_path / "run" / "adapter.safetensors")
+    weights = [tensor for name, tensor in adapter.items() if name.endswith((".lora_A", ".lora_B"))]
+    norm = sum(tensor.double().square().sum() for tensor in weights).sqrt().item()
+    # A norm of norms in fp32.
+    assert norms[-1]["weight_norm"] == pytest.approx(norm, rel=1e-6)
+
+
+def test_replay_refuses_a_step_of_other_layers(tmp_path):
+    infinite = {"return loss.detach()": "return loss.detach() * torch.inf"}
+    recipe = changed_recipe(tmp_path, "A frozen half of the layers", **infinite)
+    with pytest.raises(TrainingError, match="replay"):
+        recipe.main(load_config("my_lora", road(tmp_path / "run", *LORA, *STEPS)))
+    [bundle] = (tmp_path / "run" / "bundles").iterdir()
+    with pytest.raises(CheckpointError, match=r"\d+ layers differ"):
+        replay(bundle, "cpu")
 
 
 def test_a_second_adapter_stays_frozen_under_the_one_that_is_trained(plain, tmp_path):
