@@ -2,7 +2,7 @@
 
 The same command resumes a stopped run.
 
-docs/change_the_recipe.md changes this file three times: another loss, a second adapter, a frozen half of the layers.
+docs/change_the_recipe.md changes this file: another loss, one more number a step, a second adapter, a frozen half.
 """
 
 from collections.abc import Mapping

@@ -98,10 +98,12 @@ class JointAttention(nn.Module):
         if text_lengths is not None:
             rows = []
             for i, length in enumerate(text_lengths):
-                visual = (t[i : i + 1] for t in (q_x, k_x, v_x))
-                text = (None if t is None else t[i : i + 1, :length] for t in (q_y, k_y, v_y))
+                row = slice(i, i + 1)
+                own_q_y = None if q_y is None else q_y[row, :length]
                 # No call of the module: DeepSpeed's ZeRO-3 counts them, and they must be as many in all processes.
-                out_x, out_y = self.forward(*visual, *text, None)
+                out_x, out_y = self.forward(
+                    q_x[row], k_x[row], v_x[row], own_q_y, k_y[row, :length], v_y[row, :length], None
+                )
                 rows.append((out_x, None if out_y is None else F.pad(out_y, (0, 0, 0, k_y.shape[1] - length))))
             x = torch.cat([row[0] for row in rows])
             return x, None if q_y is None else torch.cat([row[1] for row in rows])
