@@ -22,8 +22,8 @@ versions:
 	for torch in $(TORCH); do \
 		$(PYTHON) -m venv build/torch_$$torch && \
 		build/torch_$$torch/bin/python -m pip install --quiet --constraint build/constraints.txt torch==$$torch \
-			--editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout && \
-		build/torch_$$torch/bin/python -m pytest $(VERSIONED) || exit 1; done
+			--editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout pytest-xdist && \
+		build/torch_$$torch/bin/python -m pytest --numprocesses auto --dist loadfile $(VERSIONED) || exit 1; done
 
 # What docs/reliability.md promises: faults put into real processes and files, some minutes of them.
 faults: setup

@@ -18,7 +18,7 @@ from mochi_tune.ui.runs import curves, list_runs, read_rows, read_state, validat
 
 BROWSERS = [path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser")) if path.exists()]
 # A bound on hanging and nothing else.
-PATIENCE = 120_000
+PATIENCE = 600_000
 
 pytestmark = pytest.mark.skipif(not BROWSERS, reason="no Chromium")
 
