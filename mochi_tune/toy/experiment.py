@@ -110,7 +110,8 @@ def prepare_clips(arm: Arm, out: Path) -> list[str]:
 
 def draw_lesson(arm: Arm, out: Path) -> Path:
     """Draws an arm's clips, unless that is done; returns their folder."""
-    name = "clips" if arm.num_clips == DEFAULT.num_clips else f"clips_{arm.num_clips}"
+    # No name of an experiment, whose runs are in a folder of its name.
+    name = "videos" if arm.num_clips == DEFAULT.num_clips else f"videos_{arm.num_clips}"
     videos = out / (name if arm.fps == DEFAULT.fps else f"{name}_{arm.fps}_fps")
     if not videos.exists():
         unfinished = out / f"{videos.name}.unfinished"
@@ -196,8 +197,8 @@ def table(compared: dict[str, Arm], rows: Iterable[dict]) -> str:
         cells = [label, f"{mine[0]['parameters']:,}", str(len(mine))]
         for column in COLUMNS:
             values = [row[column] for row in mine]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
             digits = 4 if column.startswith("loss") else 3
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

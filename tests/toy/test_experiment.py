@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.toy.arms import DEFAULT, Arm
+from mochi_tune.toy.arms import DEFAULT, Arm, run_names
 from mochi_tune.toy.experiment import COLUMNS, draw_lesson, main, rounded_to_bf16, table, unevenness
 from mochi_tune.toy.lesson import lesson_words
 from mochi_tune.toy.world import draw_clips
@@ -18,6 +18,8 @@ def test_the_table_has_mean_and_spread_over_the_seeds():
     lines = table({"a": DEFAULT}, rows).splitlines()
     assert lines[2].startswith("| a | 1,000 | 3 | 0.4000 ± 0.2000 |")
     assert lines[2].count("0.400 ± 0.200") == len(COLUMNS) - 2
+    # One seed has no spread.
+    assert table({"a": DEFAULT}, rows[:1]).splitlines()[2].startswith("| a | 1,000 | 1 | 0.2000 | 0.2000 | 0.200 |")
 
 
 def test_a_motion_that_halts_now_and_then_is_uneven():
@@ -54,6 +56,9 @@ def test_an_arm_of_fewer_clips_gets_the_first_ones_as_they_are(tmp_path):
     few, all_of_them = (draw_lesson(arm, tmp_path) for arm in (Arm(num_clips=4), DEFAULT))
     first = {f"{w.colour}_{w.shape}_{w.motion}_{w.background}" for w in lesson_words()[0][:4]}
     assert {path.stem for path in few.iterdir()} == first
+    # `prepare` reads all that is in the folder of the clips.
+    runs = {(tmp_path / f"{name}_seed_0").resolve() for name in run_names().values()}
+    assert not any({few, all_of_them} & set(run.parents) for run in runs)
     assert len(list(few.iterdir())) == 8 and len(list(all_of_them.iterdir())) == 48
     for path in few.glob("*.mp4"):
         assert path.read_bytes() == (all_of_them / path.name).read_bytes()
