@@ -278,6 +278,7 @@ def test_a_setting_that_an_earlier_version_did_not_have_had_its_default(one_step
     with pytest.raises(TrainingError, match=r"train\.caption_dropout was 0\.1, is 0\.5"):
         train(run_dir, "train.steps=2", "train.caption_dropout=0.5")
     assert train(run_dir, "train.steps=2") == 0
+    assert "since step 1 train.steps was 1, is 2" in read_rows(run_dir / "history.jsonl")[-1]["notes"]
 
 
 @pytest.mark.parametrize(

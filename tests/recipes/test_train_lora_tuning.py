@@ -205,4 +205,4 @@ def test_the_file_tells_how_it_was_made(tmp_path):
         "device": f"cpu, {torch.get_num_threads()} threads",
     }
     assert history.pop("date").endswith("+00:00")
-    assert history == {"from_step": 0, "resume_from": None, "changed": [], **about}
+    assert history == {"from_step": 0, "resume_from": None, "changed": [], "notes": [], **about}
