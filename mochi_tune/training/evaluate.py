@@ -177,9 +177,8 @@ class EvalVideos:
         # Only this process decodes; all processes check for a stop together after it.
         with contextlib.suppress(Interrupted):
             for path, pair in pairs.items():
-                prompt = plan.config.train.sample_prompts[paths.index(path)]
-                write_atomic(prompt_file(path), prompt.encode())
                 write_video(path, self._side_by_side(decoder, *pair), encoding=self.encoding)
+                write_atomic(prompt_file(path), plan.config.train.sample_prompts[paths.index(path)].encode())
 
     def _base(self, dit: nn.Module, i: int) -> Tensor:
         """Returns the latents of a prompt without the adapter; they are sampled once a run."""
