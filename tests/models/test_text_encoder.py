@@ -1,9 +1,9 @@
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_golden import TOLERANCE, relative_error
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mochi_tune import assets
 from mochi_tune.models.text_encoder import MAX_TOKENS
@@ -61,14 +61,14 @@ def test_features_are_fp32_whatever_t5_computes_in(encoder, dtype):
 
 def test_in_8_bits_a_block_is_rounded_before_the_next_one_is_read():
     config = read_t5_config(TINY / "text_encoder" / "config.json")
-    read: dict[str, weakref.ref] = {}
+    read: dict[str, StorageWeakRef] = {}
 
     def write(name: str, tensor: torch.Tensor) -> None:
         if name.startswith("encoder.block.1."):
-            wide = [other for other, ref in read.items() if other.startswith("encoder.block.0.") and ref() is not None]
+            wide = [other for other, ref in read.items() if other.startswith("encoder.block.0.") and not ref.expired()]
             assert all(other.endswith(("layer_norm.weight", "relative_attention_bias.weight")) for other in wide), wide
         tensor.normal_()
-        read[name] = weakref.ref(tensor)
+        read[name] = StorageWeakRef(tensor.untyped_storage())
 
     build_t5(config, write, "cpu", torch.int8)
     assert any(name.startswith("encoder.block.1.") for name in read)
