@@ -75,6 +75,10 @@ def keep_compiled_code() -> None:
     if not _can_write_below(cache):
         # As in a container that runs with a user's number and no home.
         cache = Path(tempfile.gettempdir()) / f"mochi_tune_{os.getuid()}"
+        cache.mkdir(mode=0o700, exist_ok=True)
+        if cache.lstat().st_uid != os.getuid():
+            # Another user's: what is found there would be run.
+            cache = Path(tempfile.mkdtemp(prefix="mochi_tune_"))
     folder = cache / "compiled" / f"torch-{version('torch')}-{instructions}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 

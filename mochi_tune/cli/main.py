@@ -62,7 +62,6 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
     end_with_the_starter()
     # Imports make a million objects that stay: looking through them at every 700th takes a second of each start.
     gc.set_threshold(10_000)
-    keep_compiled_code()
     let_segments_grow()
     open_missing_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -73,6 +72,7 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
     if num_processes_here(os.environ) > 1:
         me += f": rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID')}"
     try:
+        keep_compiled_code()
         code = run(arguments, recipe)
         sys.stdout.flush()
         sys.exit(code)
