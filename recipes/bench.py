@@ -27,7 +27,7 @@ from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.forecast import ATTENTION_BACKWARD, Step, free_bytes
 from mochi_tune.parallel.forecast_context import card_here
-from mochi_tune.parallel.kernels import attention_by, time_attention
+from mochi_tune.parallel.kernels import attention_by, preferred, time_attention
 from mochi_tune.parallel.mesh import Mesh, Videos, choose_layout
 from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import NEEDS, apply_precision, check_precision
@@ -202,7 +202,7 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     step = make_step(dit, modulate, prompt, (bench.num_frames, bench.height, bench.width), device)
     shape = config.num_heads, num_tokens + CAPTION_TOKENS, config.hidden_size_x // config.num_heads
     kernels = time_attention(shape, device, dtype) if device.type == "cuda" else {}
-    kernel = min(kernels, key=lambda name: kernels[name]) if kernels else None
+    kernel = preferred(kernels, False) if kernels else None
     # Imported by now wherever blocks are compiled; a second of every start otherwise.
     from torch._dynamo.utils import counters
 

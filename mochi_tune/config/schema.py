@@ -224,8 +224,8 @@ class TrainConfig(Section):
     )
     deterministic: bool = setting(
         False,
-        "asks torch for kernels whose sums have the same order each time; slower, and in bf16 on a GPU not enough yet "
-        "for a resumed run to be one that was not stopped bit for bit",
+        "true: runs only kernels whose sums have the same order each time, so that two runs of one command are equal "
+        "bit for bit on a GPU, too; slower",
         "free",
     )
     compile: bool | None = setting(

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 REPEATS = 3
+# Kernels whose times differ by less than this are equally fast: the clock decides between them otherwise, and two runs
+# of one command would round in other places.
+NEARLY = 1.1
 
 
 def time_attention(
@@ -45,6 +48,17 @@ def time_attention(
                 times.append(time.perf_counter() - started)
             seconds[name] = min(times)
     return seconds
+
+
+def preferred(seconds: Mapping[str, float], is_deterministic: bool) -> str:
+    """Returns the kernel to run: of the fastest ones, the first in the order of KERNELS.
+
+    Args:
+        seconds: what `time_attention` returns, not empty.
+        is_deterministic: whether two runs must choose the same, whatever the clock says.
+    """
+    limit = float("inf") if is_deterministic else NEARLY * min(seconds.values())
+    return next(name for name in KERNELS if name in seconds and seconds[name] <= limit)
 
 
 def has_kernel(name: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> bool:

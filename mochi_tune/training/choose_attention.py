@@ -3,13 +3,14 @@
 from tqdm import tqdm
 
 from mochi_tune.models.device import DTYPES
-from mochi_tune.parallel.kernels import KERNELS, time_attention
+from mochi_tune.parallel.kernels import KERNELS, preferred, time_attention
 from mochi_tune.training.preflight import TrainPlan, num_tokens
 from mochi_tune.training.resume import ResumePoint
 
 
 def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
-    """Returns the kernel that attention runs: the one that a resumed run had, else the fastest at the run's shape.
+    """Returns the kernel that attention runs: the one that a resumed run had, else the fastest at the run's shape, or
+    with train.deterministic=true the first that repeats.
 
     None on a CPU, which has one.
     """
@@ -24,7 +25,7 @@ def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
     seconds = time_attention(shape, plan.device, DTYPES[plan.config.model.dtype])
     if not seconds:
         return None
-    fastest = min(seconds, key=lambda name: seconds[name])
+    chosen = preferred(seconds, plan.config.train.deterministic)
     measured = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
-    tqdm.write(f"attention by {fastest}: forward and backward {measured}")
-    return fastest
+    tqdm.write(f"attention by {chosen}: forward and backward {measured}")
+    return chosen

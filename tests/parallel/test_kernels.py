@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from helpers_golden import relative_error
 
-from mochi_tune.parallel.kernels import KERNELS, attention_by, has_kernel, time_attention
+from mochi_tune.parallel.kernels import KERNELS, attention_by, has_kernel, preferred, time_attention
 
 
 def test_kernels_that_run_here_are_measured_and_no_other():
@@ -13,6 +13,15 @@ def test_kernels_that_run_here_are_measured_and_no_other():
     assert seconds.keys() == {"flash"} and seconds["flash"] > 0
     # By that name it is another one than a GPU's.
     assert not has_kernel("flash", (2, 40, 16), torch.device("cpu"), torch.float32)
+
+
+def test_the_clock_does_not_choose_between_kernels_that_are_as_fast():
+    assert preferred({"cudnn": 9.0, "flash": 4.1, "efficient": 4.0}, False) == "flash"
+    assert preferred({"flash": 4.0, "efficient": 4.1}, False) == "flash"
+    assert preferred({"flash": 5.0, "efficient": 4.0}, False) == "efficient"
+    # Runs that must be equal choose alike, however fast the kernels were this time.
+    assert preferred({"flash": 5.0, "efficient": 4.0}, True) == "flash"
+    assert preferred({"efficient": 4.0}, True) == "efficient"
 
 
 def test_a_chosen_kernel_is_tried_first_and_what_it_cannot_do_still_runs():
