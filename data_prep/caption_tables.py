@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mochi_tune.data_prep.finding import walk
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, some
 from mochi_tune.files import read_text
 
 # By these names tables come from Hugging Face folders, finetrainers, DiffSynth, LTX-Video-Trainer and FastVideo.
@@ -27,7 +27,6 @@ VIDEO_LISTS = ("videos.txt", "video.txt")
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 DELIMITERS = (",", ";", "\t")
 # A line names this many videos and counts the rest.
-MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,8 @@ class _VideoNames:
 
 def _count_unknown(rows: list[TableRow]) -> str:
     names = list(dict.fromkeys(printable(row.file_name) for row in rows))
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     number = "1 row names a video that is" if len(rows) == 1 else f"{len(rows)} rows name videos that are"
-    return f"{number} not there: {', '.join(names[:MAX_NAMED])}{more}"
+    return f"{number} not there: {some(names)}"
 
 
 def _read_table(path: Path) -> tuple[list[TableRow], str]:

@@ -5,11 +5,10 @@ from mochi_tune.config.sources import read_sources
 from mochi_tune.data.cache import Cache
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.hf_dataset import is_dataset
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, counted, some
 
 # Of a larger cache, the captions are not read again at each start of a training: on a network disk that takes minutes.
 MAX_CLIPS = 10_000
-MAX_LISTED = 3
 
 
 def tell_changed_captions(data: DataConfig, seed: int, cache: Cache) -> list[str]:
@@ -45,9 +44,8 @@ def tell_changed_captions(data: DataConfig, seed: int, cache: Cache) -> list[str
         changed += [video.name for video, texts in videos.items() if found.texts.get(video, ("",)) != texts]
     if not changed:
         return []
-    names = ", ".join(changed[:MAX_LISTED]) + ", …" * (len(changed) > MAX_LISTED)
     return [
-        f"captions of {len(changed)} clips have changed since `prepare` ({names}), and this run has the old ones: to "
-        "use the new ones, stop, run `mochi-tune prepare` with these settings, which encodes those captions alone, and "
-        "train again"
+        f"captions of {counted(len(changed), 'clip')} have changed since `prepare` ({some(changed)}), and this "
+        "run has the old ones: to use the new ones, stop, run `mochi-tune prepare` with these settings, which encodes "
+        "those captions alone, and train again"
     ]

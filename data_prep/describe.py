@@ -21,7 +21,7 @@ from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.describe_tally import Prices, Result, Tally, open_log
 from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.inspection import as_jpeg
-from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.errors import ConfigError, DataError, counted
 from mochi_tune.files import make_writable_folder, write_new
 from mochi_tune.models.latents import FPS
 
@@ -196,7 +196,7 @@ def plan(clips: FoundClips, wording: Wording, sampling: Sampling, frames_to: Pat
         DataError: the first clip cannot be decoded.
     """
     lines = [f"no caption: {reason}" for reason in clips.refused.values()]
-    counts = f"{len(clips.without)} clips to describe, {clips.num_with} have a caption"
+    counts = f"{counted(len(clips.without), 'clip')} to describe, with a caption: {clips.num_with}"
     if not clips.without:
         return [*lines, counts]
     clip = clips.without[0]
@@ -210,7 +210,8 @@ def plan(clips: FoundClips, wording: Wording, sampling: Sampling, frames_to: Pat
     size = sum(map(len, images)) / 1024
     lines.append(f"the prompt for {clips.name(clip)}, with {len(images)} pictures of {size:.0f} KiB in all:")
     lines += ["", *wording.prompt(len(images), seconds).splitlines(), ""]
-    return [*lines, f"{counts}; {len(clips.without)} requests, and more for retries and captions that are too long"]
+    requests = counted(len(clips.without), "request")
+    return [*lines, f"{counts}; {requests}, and more for retries and captions that are too long"]
 
 
 def _keep(result: Result) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mochi_tune.data_prep.captioning import Cost
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, counted
 from mochi_tune.files import lock_file
 
 
@@ -88,12 +88,12 @@ class Tally:
     def summary(self, num_with: int, num_refused: int) -> str:
         """Returns what was done in a line; tells also of clips that had a caption, or that nobody was asked about."""
         cost, num_left = self._cost, self._total - self.num_described - self.num_failed
-        parts = [f"{self.num_described} clips described, {num_with} had a caption"]
+        parts = [f"{counted(self.num_described, 'clip')} described, {num_with} had a caption"]
         if without := self.num_failed + num_refused:
-            parts[0] += f", {without} have none"
+            parts[0] += f", {without} without one"
         if num_left:
             parts[0] += f", {num_left} not yet tried"
-        parts.append(f"{cost.requests} requests of which {cost.retries} were retries")
+        parts.append(f"{counted(cost.requests, 'request')}, retries among them: {cost.retries}")
         if cost.prompt_tokens + cost.completion_tokens:
             parts.append(f"{cost.prompt_tokens:,} + {cost.completion_tokens:,} tokens")
             if self._prices:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mochi_tune.data_prep.chat import Answer, TryAgain, Turn
-from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.errors import ConfigError, DataError, some
 from mochi_tune.files import STAND_IN_BYTES, name_stand_in, parse_object
 
 # A caption has a thousandth of it; what is longer is not read to its end.
@@ -22,7 +22,7 @@ MAX_ANSWER_BYTES = 2 * 2**20
 # For the check before the first clip, and for each connection.
 CHECK_SECONDS, CONNECT_SECONDS = 30.0, 10.0
 # Told of an endpoint's own words, and of the models that it has.
-MAX_QUOTED, MAX_NAMED = 200, 5
+MAX_QUOTED = 200
 # No clip would fare better: no right key, no money, no such address or model.
 FATAL = {401: "refuses the key", 402: "wants to be paid", 404: "knows no such address or model", 405: "takes no chats"}
 # Worth another try: timeouts, conflicts, too many requests.
@@ -73,7 +73,7 @@ class Endpoint:
                     raise ConfigError(f"{self._at} answers with {_kind(content)}: is /v1 missing at its end?")
                 raise self._refusal(status, content)
             if names is None or not {self.model, f"{self.model}:latest"} & set(names):
-                known = "" if not names else f"; it has {_listed(names)}"
+                known = "" if not names else f"; it has {some(name[:100] for name in names)}"
                 self._say_a_word(known)
                 if known:
                     return [f"{self._at} does not list model={self.model}, and answers to it{known}"]
@@ -227,11 +227,6 @@ def _model_names(content: bytes) -> list[str] | None:
     if not isinstance(models, list):
         return None
     return [str(model["id"]) for model in models if isinstance(model, dict) and "id" in model]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(name[:100] for name in names[:MAX_NAMED]) + more
 
 
 def _kind(content: bytes) -> str:

@@ -18,11 +18,10 @@ from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, Signature, sign
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts, decisive
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, counted, some
 from mochi_tune.files import parse_object, write_atomic
 
 # An error or a summary names this many clips and counts the rest.
-MAX_LISTED = 10
 # In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
 DATASET_FOLDER = ".dataset"
 SCANS_FILE = ".scans.json"
@@ -118,7 +117,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
     _check_captions(data, without, orphans, len(inputs.files))
     if inputs.refused:
         # Told before hours of encoding, and again with the others at the end.
-        tqdm.write(f"{len(inputs.refused)} clips will be refused: {listed(inputs.refused.values())}")
+        tqdm.write(f"{counted(len(inputs.refused), 'clip')} will be refused: {some(inputs.refused.values())}")
     return inputs
 
 
@@ -135,14 +134,15 @@ def _as_utf8(text: str) -> str:
 def _check_captions(data: DataConfig, without: list[str], orphans: list[str], num_clips: int) -> None:
     if without and not data.allow_empty_captions:
         # A typo in a file's name is the usual cause; both names together make it visible.
-        typos = f"; without a video there are the captions {listed(orphans)}" if orphans else ""
+        typos = f"; without a video there are the captions {some(orphans)}" if orphans else ""
         where = ", ".join(str(source.folder) for source in read_sources(data))
         raise DataError(
-            f"{len(without)} of {num_clips} clips in {where} have no caption ({listed(without)}{typos}): write each "
-            "one's caption into a .txt file of its name, or set data.allow_empty_captions=true to train them without."
+            f"without a caption: {len(without)} of {counted(num_clips, 'clip')} in {where} ({some(without)}{typos}): "
+            "write each one's caption into a .txt file of its name, or set data.allow_empty_captions=true to train "
+            "them without."
         )
     if orphans:
-        tqdm.write(f"captions without a video of that name, not used: {listed(orphans)}")
+        tqdm.write(f"captions without a video of that name, not used: {some(orphans)}")
 
 
 def cut_inputs(
@@ -200,10 +200,3 @@ def _kept_scans(path: Path) -> dict[str, Scan]:
     except (LookupError, TypeError, AttributeError):
         # Written by another program: the files are read again.
         return {}
-
-
-def listed(names) -> str:
-    """Returns names in one line, the first ones of many."""
-    names = list(names)
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more

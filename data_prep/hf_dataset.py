@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mochi_tune.data_prep.caption_tables import CAPTION_KEYS
 from mochi_tune.data_prep.finding import VIDEO_SUFFIXES
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, some
 from mochi_tune.files import file_sha256, lock_file, parse_object, read_json, remove_temporary_files, write_atomic
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ VIDEO_COLUMNS = ("video", "mp4", "video_bytes")
 TRAIN_SPLIT = "train"
 # What `_file_name` gives.
 WRITTEN_NAME = re.compile(rf"_[0-9a-f]{{16}}({'|'.join(map(re.escape, VIDEO_SUFFIXES))})$")
-MAX_NAMED = 3
 
 
 def is_dataset(folder: Path) -> bool:
@@ -97,8 +96,7 @@ def _write_videos(folder: Path, out: Path) -> dict[str, list[str]]:
     if not captions:
         raise DataError(f"{folder}: none of its {len(missing)} rows holds a video, or the path of one that is there.")
     if missing:
-        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-        tqdm.write(f"{folder}: rows without a video that is there, not used: {', '.join(missing[:MAX_NAMED])}{more}")
+        tqdm.write(f"{folder}: rows without a video that is there, not used: {some(missing)}")
     return captions
 
 

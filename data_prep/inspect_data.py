@@ -5,9 +5,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_paths
-from mochi_tune.data_prep.gather import listed
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
+from mochi_tune.errors import counted, some
 from mochi_tune.files import make_writable_folder, write_atomic
 from mochi_tune.pages.html_page import write_png
 from mochi_tune.weights.folder import WeightsFolder
@@ -39,10 +39,12 @@ def main(config: RunConfig, out: Path | None) -> int:
         tqdm.write(f"refused: {reason}")
     mute = [seen.clip.row.sample_id for seen in found.clips if not any(seen.clip.row.captions)]
     if mute and not config.data.allow_empty_captions:
-        tqdm.write(f"{len(mute)} clips have no caption ({listed(mute)}), which `prepare` refuses to begin with")
+        tqdm.write(
+            f"without a caption, which `prepare` refuses to begin with: {counted(len(mute), 'clip')} ({some(mute)})"
+        )
     # The name of a run or a folder may hold bytes that are not UTF-8.
     write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
-    tqdm.write(f"{out / PAGE_NAME}: {len(found.clips)} clips, {len(found.refused)} refused")
+    tqdm.write(f"{out / PAGE_NAME}: {counted(len(found.clips), 'clip')}, {len(found.refused)} refused")
     if write_png(out / PAGE_NAME, out / PICTURE_NAME):
         tqdm.write(f"its picture: {out / PICTURE_NAME}")
     return 1 if found.refused else 0

@@ -6,6 +6,7 @@ from html import escape
 from mochi_tune.data_prep.bar_charts import bar_chart, count_names, count_numbers
 from mochi_tune.data_prep.inspection import PICTURE_SIZE, Inspection, SeenClip
 from mochi_tune.data_prep.report import count_footage, describe_kept, notes
+from mochi_tune.errors import counted
 from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS, MeasuredCaption
 from mochi_tune.pages.html_page import Head, data_uri, document, section
@@ -82,7 +83,7 @@ def _figures(found: Inspection) -> dict[str, tuple[str, str]]:
     files = {seen.clip.file.name for seen in found.clips}
     num_stills = sum(found.inputs.scans[name].is_still for name in files)
     return {
-        "Clips": (str(len(rows)), f"of {len(files)} of {len(found.inputs.files)} files"),
+        "Clips": (str(len(rows)), f"of {len(files)} of {counted(len(found.inputs.files), 'file')}"),
         "Footage used": (f"{used / total:.0%}" if total else "–", f"{_duration(used)} of {_duration(total)}"),
         "Stills": (str(num_stills), "pictures, clips of one frame"),
         "Buckets": (str(len({row.bucket for row in rows})), "sizes that the clips have"),

@@ -23,7 +23,7 @@ from mochi_tune.data_prep.pools import Pool, ProcessPool
 from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
 from mochi_tune.data_prep.shares import RECORD_FILE, Share, keep_share, merge_shares, write_record
 from mochi_tune.data_prep.tasks import CaptionTask, ClipTask, Job, Worker, WorkHere
-from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.errors import ConfigError, DataError, counted
 from mochi_tune.files import format_bytes, write_atomic
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import measure_caption
@@ -53,8 +53,9 @@ def main(config: RunConfig) -> int:
     """
     done = prepare(config)
     encoded = (
-        f"{done.kept} clips kept, {done.refused} refused; encoded now: {done.clips_encoded} clips and "
-        f"{done.captions_encoded} captions, reused: {done.kept - done.clips_encoded} clips"
+        f"{counted(done.kept, 'clip')} kept, {done.refused} refused; "
+        f"encoded now: {counted(done.clips_encoded, 'clip')} and {counted(done.captions_encoded, 'caption')}, "
+        f"reused: {counted(done.kept - done.clips_encoded, 'clip')}"
     )
     if (share := _share(config)) is not None:
         what = f"{config.data.cache}: share {share.number} of {share.count}: {encoded}. "

@@ -10,8 +10,9 @@ from typing import Any
 
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
-from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs, listed
+from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs
 from mochi_tune.data_prep.windows import num_used_frames
+from mochi_tune.errors import counted, some
 from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS
 
@@ -102,17 +103,19 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     lines = [f"refused: {record['reason']}" for record in records if record["status"] == "refused"]
     clips = [record for record in records if record["status"] == "kept"]
     if cut := [_cut(record) for record in clips if record["lost_tokens"]]:
-        lines.append(f"captions cut to {MAX_TOKENS} tokens: {listed(cut)}")
+        lines.append(f"captions cut to {MAX_TOKENS} tokens: {some(cut)}")
     lost = {record["clip"]: record["lost_picture"] for record in clips if record["lost_picture"] > MUCH_PICTURE}
     if lost:
-        names = listed(f"{name} by {share:.0%}" for name, share in lost.items())
-        lines.append(f"{len(lost)} clips lose more than a third of their picture: {names}; {_wider(inputs)}")
+        names = some(f"{name} by {share:.0%}" for name, share in lost.items())
+        lines.append(
+            f"more than a third of the picture is cut off in {counted(len(lost), 'clip')}: {names}; {_wider(inputs)}"
+        )
     lines += _repeated(clips, inputs)
     lines += _unused_footage(inputs, kept)
     lines += _draws(inputs, kept)
     # Captions without a video were told before.
     if others := sorted(name for name, why in inputs.unused.items() if not why.endswith(NO_VIDEO)):
-        lines.append(f"{len(others)} files were not taken: {listed(others)}")
+        lines.append(f"not taken: {counted(len(others), 'file')} ({some(others)})")
     return lines
 
 
@@ -142,9 +145,9 @@ def _repeated(records: Sequence[Mapping[str, Any]], inputs: Inputs) -> list[str]
             worst[name] = min(worst.get(name, (distinct, length)), (distinct, length), key=_share_seen)
     if not worst:
         return []
-    names = listed(f"{name} {distinct} in {length}" for name, (distinct, length) in worst.items())
+    names = some(f"{name} {distinct} in {length}" for name, (distinct, length) in worst.items())
     return [
-        f"clips with repeated frames: {num_clips}, of {len(worst)} files (pictures in frames: {names}); "
+        f"clips with repeated frames: {num_clips}, of {counted(len(worst), 'file')} (pictures in frames: {names}); "
         "data.frame_rate=retime would play each picture once, at another speed"
     ]
 

@@ -30,7 +30,7 @@ from mochi_tune.data_prep.scene_table import (
 )
 from mochi_tune.data_prep.scenes import Scene, SceneRules, check_scenedetect, find_scenes
 from mochi_tune.data_prep.watched import WatchedProcess
-from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.errors import ConfigError, DataError, counted, some
 from mochi_tune.files import (
     fsync,
     lock_file,
@@ -43,7 +43,6 @@ from mochi_tune.files import (
 
 TABLE, SHEET, SETTINGS = "scenes.csv", "scenes.png", "settings.json"
 # A line names this many files and counts the rest.
-MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -328,14 +327,14 @@ def _tell(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], num_wr
     files = sorted(path.relative_to(split.out).as_posix() for path in split.out.rglob(f"*{SUFFIX}"))
     stale = [file for file in files if file not in listed and read_mark(split.out / file)]
     if stale:
-        names = ", ".join(stale[:MAX_NAMED]) + (f" and {len(stale) - MAX_NAMED} more" * (len(stale) > MAX_NAMED))
-        tqdm.write(f"{len(stale)} clips are in no row of the table now, remove those that you do not want: {names}")
+        tqdm.write(f"in no row of the table now: {some(stale)}; remove what you do not want")
     clips = [row for row in rows if row.status == CUT]
     seconds = sum(row.end_seconds - row.start_seconds for row in clips)
     num_short = sum(row.status == SHORT for row in rows)
     tqdm.write(
-        f"{split.out}: {len(clips)} clips, {seconds:.1f} s, of {len(films)} films; written now: {num_written}, "
-        f"too short: {num_short}, refused: {len(refused)}. The scenes are listed in {split.report / TABLE}"
+        f"{split.out}: {counted(len(clips), 'clip')}, {seconds:.1f} s, of {counted(len(films), 'film')}; "
+        f"written now: {num_written}, too short: {num_short}, refused: {len(refused)}. "
+        f"The scenes are listed in {split.report / TABLE}"
     )
     if clips:
         tqdm.write(f"contact sheet: {split.report / SHEET}")

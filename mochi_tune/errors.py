@@ -1,4 +1,6 @@
-"""Mistakes that a user can make. Each is one line: what, got, allowed, do this."""
+"""Mistakes that a user can make. Each is one line: what, got, allowed, do this; and what such lines are made of."""
+
+from collections.abc import Iterable
 
 
 class MochiTuneError(Exception):
@@ -23,3 +25,15 @@ class TrainingError(MochiTuneError):
 
 class ParallelError(MochiTuneError):
     """A number of processes, or a division of the work between them, that cannot be."""
+
+
+def some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    """Joins the first items for a message of one line, and counts the rest."""
+    items = list(items)
+    text = separator.join(items[:limit])
+    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 clip", "2 clips" and the like."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mochi_tune.adapters.layers import block_of, is_diffusers, official_names, some
+from mochi_tune.adapters.layers import block_of, is_diffusers, official_names
 from mochi_tune.adapters.peft_config import alphas_by_peft
-from mochi_tune.errors import CheckpointError
+from mochi_tune.errors import CheckpointError, some
 
 ASSUMED = "assumed to be the rank, as nothing states it"
 # Of the configs of peft and of FastVideo.

@@ -1,13 +1,12 @@
 """Low-rank layers under official and under diffusers' names, and the exact way from one to the other."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mochi_tune.errors import CheckpointError
+from mochi_tune.errors import CheckpointError, some
 
 # An official layer of a block, and the diffusers modules that hold its rows in order.
 DIFFUSERS_KINDS = {
@@ -298,10 +297,3 @@ def _attention_shapes(layers: dict[str, LoraLayer]) -> dict[str, tuple[int, int]
         "attn.proj_x": (dim_x, dim_x),
         "attn.proj_y": (dim_y, dim_x),
     }
-
-
-def some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
-    """Joins the first items for a message of one line, and counts the rest."""
-    items = list(items)
-    text = separator.join(items[:limit])
-    return text if len(items) <= limit else f"{text} and {len(items) - limit} more"

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.adapters.layers import LoraLayer, is_attention_or_mlp, kind_of, some
-from mochi_tune.errors import ConfigError
+from mochi_tune.adapters.layers import LoraLayer, is_attention_or_mlp, kind_of
+from mochi_tune.errors import ConfigError, some
 
 Number = TypeVar("Number", int, float)
 # A parameter of the trainable adapter, as peft names it; ours ends at the group.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG, is_ours, read_alphas
 from mochi_tune.adapters.keys import check_foreign, parse_key
-from mochi_tune.adapters.layers import LoraLayer, check_layer, is_diffusers, some
-from mochi_tune.errors import CheckpointError
+from mochi_tune.adapters.layers import LoraLayer, check_layer, is_diffusers
+from mochi_tune.errors import CheckpointError, some
 from mochi_tune.files import check_header, read_json
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

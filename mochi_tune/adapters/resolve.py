@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG
-from mochi_tune.adapters.layers import some
-from mochi_tune.errors import CheckpointError
+from mochi_tune.errors import CheckpointError, some
 
 HUB = "hub:"
 # What peft, diffusers and `train` call an adapter; a checkpoint with a moving average has two.

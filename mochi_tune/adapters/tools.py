@@ -9,7 +9,7 @@ from typing import Any
 
 from mochi_tune.adapters.alphas import ASSUMED
 from mochi_tune.adapters.files import Adapter
-from mochi_tune.adapters.layers import LoraLayer, some
+from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.low_rank import (
     Limit,
     change_norm,
@@ -20,7 +20,7 @@ from mochi_tune.adapters.low_rank import (
     stack_layers,
     truncate_layer,
 )
-from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError, some
 from mochi_tune.files import file_sha256
 
 # Two adapters whose layers differ by no more, relative to their norms, are the same: fp32 rounds to 6e-8.

@@ -28,6 +28,25 @@ NESTED: dict[str, Mapping[str, Mapping[str, tuple[str | None, str]]]] = {
     "weights": {"pull": options.PULL_OPTIONS, "check": {}},
     "toy": options.TOY_OPTIONS,
 }
+# Of the verbs without a configuration file, the settings of few values; tests compare them with what the verbs take.
+PLAIN_VALUES = {
+    "export:to": ("official", "diffusers", "comfyui", "kohya", "native"),
+    "export:dtype": ("fp32", "bf16", "fp16"),
+    "lora:to": ("official", "diffusers"),
+    "lora:dtype": ("bf16", "fp16", "fp32"),
+    "lora:targets": ("attention", "attention_mlp"),
+    "weights:source": ("official", "diffusers", "comfyui"),
+    "weights:precision": ("bf16", "fp32", "fp8"),
+    "split:detector": ("adaptive", "content", "threshold"),
+    "verify:dtype": ("fp32", "bf16"),
+    "bench:what": ("sample", "decode", "encode", "train"),
+    "bench:model": ("mochi_1", "toy", "tiny"),
+    "bench:memory": ("80gb", "48gb", "24gb", "16gb", "12gb"),
+    "bench:dtype": ("fp32", "bf16"),
+    "bench:recompute": ("auto", "none", "attention", "block"),
+    "bench:precision": ("bf16", "fp8", "int8", "nf4"),
+    "experiment:what": options.EXPERIMENTS,
+}  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 BOOL = ("true", "false")
 
@@ -88,6 +107,7 @@ def collect() -> Words:
         for known in nested.values():
             values |= _plain_values(verb, known)
     verbs |= {"init": (), "completion": SHELLS}
+    values |= PLAIN_VALUES
     return Words(verbs, values)
 
 

@@ -47,7 +47,7 @@ def run_describe(arguments: list[str]) -> int:
         print(*plan(clips, wording, sampling, frames_out), sep="\n")
         return 0
     if not clips.without:
-        print(f"{folder}: no clip to describe, {clips.num_with} have a caption")
+        print(f"{folder}: no clip to describe, with a caption: {clips.num_with}")
         for reason in clips.refused.values():
             print(f"no caption: {reason}")
         return 1 if clips.refused else 0

@@ -42,7 +42,7 @@ from mochi_tune.cli.options import (
 )
 from mochi_tune.cli.plan import run_plan
 from mochi_tune.cli.publish import check_push, push_trained, run_export
-from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams
+from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams, slow_bars
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.cli.ui import run_ui
 from mochi_tune.cli.weights import run_weights
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
     gc.set_threshold(10_000)
     let_segments_grow()
     open_missing_streams()
+    slow_bars()
     arguments = sys.argv[1:] if arguments is None else arguments
     # Other libraries import torchao, which then warns of every kernel that it was built without.
     for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes"):

@@ -204,6 +204,10 @@ BENCH_OPTIONS = {
     "out": ("", ".jsonl file that gets a line more, besides what is printed"),
 }
 DEMO_OPTIONS = {"out": ("demo", "folder; each demo has a numbered one of its own in it, with its page, report.html")}
+EXPERIMENTS = (
+    "objective", "layers", "precision", "frame_rate", "guidance", "rate", "rank", "clips", "steps", "caption_dropout",
+    "sigma", "adapter_dtype",
+)  # fmt: skip
 EXPERIMENT_OPTIONS = {
     "what": (
         None,

@@ -19,6 +19,14 @@ def open_missing_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode))
 
 
+def slow_bars() -> None:
+    """Has tqdm draw its bars every 5 seconds where it is no terminal: a log file keeps each drawing."""
+    if not sys.stderr.isatty():
+        # Read by tqdm when it is imported.
+        os.environ.setdefault("TQDM_MININTERVAL", "5")
+        os.environ.setdefault("TQDM_MAXINTERVAL", "30")
+
+
 def is_reader_gone() -> bool:
     """Whether what is written has no reader any more, as behind `| head`."""
     poll = select.poll()

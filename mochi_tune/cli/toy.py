@@ -4,7 +4,14 @@ import sys
 from pathlib import Path
 
 from mochi_tune.cli.launch import INTERRUPTED
-from mochi_tune.cli.options import DEMO_OPTIONS, EXPERIMENT_OPTIONS, TOY_OPTIONS, plain_options, whole_number
+from mochi_tune.cli.options import (
+    DEMO_OPTIONS,
+    EXPERIMENT_OPTIONS,
+    EXPERIMENTS,
+    TOY_OPTIONS,
+    plain_options,
+    whole_number,
+)
 from mochi_tune.errors import ConfigError
 
 
@@ -29,10 +36,8 @@ def run_experiment(arguments: list[str]) -> int:
     options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
     if options is None:
         return 0
-    known = ("objective", "layers", "precision", "frame_rate", "guidance", "rate", "rank", "clips", "steps")
-    known += ("caption_dropout", "sigma", "adapter_dtype")
-    if options["what"] not in known:
-        raise ConfigError(f"what={options['what']} is not an experiment: use one of {', '.join(known)}.")
+    if options["what"] not in EXPERIMENTS:
+        raise ConfigError(f"what={options['what']} is not an experiment: use one of {', '.join(EXPERIMENTS)}.")
     seeds, out = whole_number("seeds", options["seeds"], 1), Path(options["out"])
     if options["what"] == "guidance":
         from mochi_tune.toy.guidance import main as compare_guidance

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
-from mochi_tune.adapters.layers import some
 from mochi_tune.config.sample import SampleConfig
-from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError, some
 from mochi_tune.files import file_sha256
 from mochi_tune.sampling.strengths import as_ranges, read_block_strengths, read_schedules
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mochi_tune.config.load import config_yaml
 from mochi_tune.config.settings import known_keys, resume_rule
-from mochi_tune.errors import CheckpointError, TrainingError
+from mochi_tune.errors import CheckpointError, TrainingError, counted, some
 from mochi_tune.files import copy_atomic, read_json, remove_temporary_files, write_json
 from mochi_tune.training import checkpoint
 from mochi_tune.training.metrics import Metrics
@@ -172,16 +172,12 @@ def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) 
         return "", ""
     before = kept["clips"]
     parts = {"new": contents.keys() - before.keys(), "gone": before.keys() - contents.keys()}
-    texts = [f"{len(names)} {what} ({_listed(sorted(names))})" for what, names in parts.items() if names]
+    texts = [f"{len(names)} {what} ({some(sorted(names))})" for what, names in parts.items() if names]
     altered = sorted(name for name in contents.keys() & before if contents[name] != before[name])
     return (
         f": {', '.join(texts)}" if texts else "",
-        f"{len(altered)} clips have another caption or cut ({_listed(altered)})" if altered else "",
+        f"other captions or cuts of {counted(len(altered), 'clip')} ({some(altered)})" if altered else "",
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
 
 # Changes of these are not worth a line: they say where things are and how they are reported.
@@ -260,9 +256,9 @@ def resume(plan: TrainPlan) -> ResumePoint:
         tqdm.write(f"resuming {run_dir} from step {start.step}")
     num_clips = len(plan.dataset)
     if plan.held_out:
-        tqdm.write(f"{len(plan.held_out)} of {num_clips} clips are held out for validation")
+        tqdm.write(f"held out for validation: {len(plan.held_out)} of {counted(num_clips, 'clip')}")
     elif plan.validation_clips and config.train.validate_every:
-        tqdm.write(f"{num_clips} clips are too few to hold any out: validation is on clips that are trained on")
+        tqdm.write(f"none of {counted(num_clips, 'clip')} can be held out: validation is on clips that are trained on")
     (run_dir / "config.yaml").write_text(config_yaml(config))
     rows = plan.dataset.cache.rows
     clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents(), "held_out": len(plan.held_out)}

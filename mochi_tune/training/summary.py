@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mochi_tune.errors import counted
 from mochi_tune.parallel.forecast import GIB, in_words, known_card
 from mochi_tune.training.memory_plan import MemoryPlan, describe, held_by
 from mochi_tune.training.preflight import TrainPlan, bucket_shares, step_seconds
@@ -40,7 +41,7 @@ def opening_lines(plan: TrainPlan, step: int) -> list[str]:
     return [
         f"device: {environment['device']}{count}; {config.model.name} in {precision}",
         f"adapter: {kind} with {plan.adapter_bytes // 4:,} parameters in {len(plan.layers)} layers",
-        f"data: {len(plan.training_clips)} clips to train on, {largest}; {left} steps of {num_samples} "
+        f"data: {counted(len(plan.training_clips), 'clip')} to train on, {largest}; {left} steps of {num_samples} "
         f"{'sample' if num_samples == 1 else 'samples'} are {num_epochs:.3g} epochs",
         *([f"eval videos: {', '.join(map(repr, train.sample_prompts))}"] if plan.renders_videos else []),
         *_forecast(plan, plan.memory, left),

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mochi_tune.errors import CheckpointError
+from mochi_tune.errors import CheckpointError, some
 from mochi_tune.files import file_sha256, parse_object, read_json
-from mochi_tune.weights.headers import list_some, read_header
+from mochi_tune.weights.headers import read_header
 from mochi_tune.weights.paths import PART_NAMES, SETTINGS, WeightsPaths
 from mochi_tune.weights.single_files import find_prefixes, find_single_files
 
@@ -212,7 +212,7 @@ def _shards_of(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} names files that are not beside it ({alien[0]!a}): fetch it again.")
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     if absent := [path.name for path in shards if not path.exists()]:
-        raise CheckpointError(f"{index.parent} lacks {list_some(absent)}, which {index.name} names: fetch them again.")
+        raise CheckpointError(f"{index.parent} lacks {some(absent)}, which {index.name} names: fetch them again.")
     return shards
 
 
@@ -260,7 +260,7 @@ def check_sums(folder: Path) -> None:
             name for name, sha256 in sums.items() if (folder / name).is_file() and file_sha256(folder / name) != sha256
         ],
     }
-    listed = " and ".join(f"{what} {list_some(names)}" for what, names in problems.items() if names)
+    listed = " and ".join(f"{what} {some(names)}" for what, names in problems.items() if names)
     if listed:
         raise CheckpointError(
             f"{folder} {listed}, by its {SUMS}: install mochi-tune again, or make or copy these weights again."

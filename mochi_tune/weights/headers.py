@@ -2,18 +2,17 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from mochi_tune.errors import CheckpointError
+from mochi_tune.errors import CheckpointError, some
 from mochi_tune.files import check_header
 from mochi_tune.weights.unchanged import FileStamp
 
 # A listing of names in an error stops here.
-MAX_LISTED = 8
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 FLOAT_DTYPES = ("F32", "BF16", "F16", *FP8_DTYPES)
 
@@ -103,16 +102,10 @@ def check_tensors(
             if name in expected and header.dtype not in FLOAT_DTYPES
         ],
     }
-    listed = [f"{len(names)} {what} ({list_some(names)})" for what, names in problems.items() if names]
+    listed = [f"{len(names)} {what} ({some(names)})" for what, names in problems.items() if names]
     if listed:
         told = config.name if config.exists() else f"the full-size model (there is no {config.name})"
         raise CheckpointError(
             f"{where} does not fit {told}, which has {len(expected)} tensors: {'; '.join(listed)}. "
             "Use weights and a configuration of the same model."
         )
-
-
-def list_some(names: Sequence[str]) -> str:
-    """Joins the first names by commas and counts the others."""
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more

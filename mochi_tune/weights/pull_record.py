@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError, some
 from mochi_tune.files import read_json, write_atomic
 from mochi_tune.weights.sources import RepoFiles
 
 RECORD = "pulled.json"
 _HASHES = {64: "sha256", 40: "git_blob"}
 # A listing of names in an error stops here.
-_MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -133,9 +132,8 @@ def check_same_files(folder: Path, kept: Record, now: Record) -> None:
         digests = {file.name: file.digest for file in after.files}
         others = [f.name for f in before.files if digests.get(f.name) != f.digest and (folder / f.name).exists()]
         if others:
-            more = f" and {len(others) - _MAX_LISTED} more" if len(others) > _MAX_LISTED else ""
             raise CheckpointError(
                 f"{folder} holds commit {before.commit} of {before.repo}, and revision={now.revision} is commit "
-                f"{after.commit}, in which {', '.join(others[:_MAX_LISTED])}{more} are others: set to=DIR to another "
+                f"{after.commit}, in which {some(others)} are others: set to=DIR to another "
                 f"folder for it, or revision={before.commit}."
             )

@@ -6,11 +6,18 @@ import subprocess
 
 import pytest
 
-from mochi_tune.cli.completion import SHELLS, collect
+from mochi_tune.adapters.files import FORMATS
+from mochi_tune.cli.completion import PLAIN_VALUES, SHELLS, collect
 from mochi_tune.cli.main import run
 from mochi_tune.cli.options import USAGE
+from mochi_tune.config.load import load_config
 from mochi_tune.config.settings import known_keys
+from mochi_tune.data_prep.scenes import DETECTORS
 from mochi_tune.errors import ConfigError
+from mochi_tune.parallel.precision import NEEDS
+from mochi_tune.parallel.recompute import POLICIES
+from mochi_tune.recipes.bench import MODELS, WHAT
+from mochi_tune.toy.arms import arms
 
 # What readline does of a line: it divides the words at spaces and, as bash is set up by itself, at =.
 ASK = """
@@ -50,10 +57,23 @@ def completed(script, line: str, cwd=None, breaks: str = "divided") -> list[str]
         ("mochi-tune lora merge fi", []),
         ("mochi-tune weights pull dry_run=f", ["false"]),
         ("mochi-tune completion f", ["fish"]),
+        ("mochi-tune export to=", list(FORMATS)),
+        ("mochi-tune bench what=t", ["train"]),
     ],
 )
 def test_bash_completes(script, line, expected):
     assert completed(script, line) == expected
+
+
+def test_the_listed_values_are_those_that_the_verbs_take():
+    assert PLAIN_VALUES["export:to"] == FORMATS
+    assert PLAIN_VALUES["bench:what"] == WHAT and PLAIN_VALUES["bench:model"] == MODELS
+    assert PLAIN_VALUES["bench:recompute"] == ("auto", *POLICIES)
+    assert PLAIN_VALUES["bench:precision"] == ("bf16", *NEEDS)
+    assert PLAIN_VALUES["split:detector"] == DETECTORS
+    assert set(PLAIN_VALUES["experiment:what"]) == {*arms(), "guidance"}
+    for name in PLAIN_VALUES["bench:memory"]:
+        assert load_config("base", [f"memory={name}"]).memory.dit
 
 
 def test_bash_knows_the_files_in_conf(script, tmp_path):

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -143,3 +144,18 @@ def test_a_preset_on_the_command_line_stands_in_the_place_of_the_files_own_sched
     assert (settings.steps, settings.guidance, settings.threshold) == (6, 1.5, 0.1)
     with pytest.raises(ConfigError, match="both given"):
         load("sample", ["conf=toy_lora", "prompt=x", "prompts=y.txt"])
+
+
+@pytest.mark.parametrize("seconds", ["", "0.01"])
+def test_bars_in_a_log_file_are_drawn_now_and_then(tmp_path, seconds):
+    program = (
+        "import time; from mochi_tune.cli.stdio import slow_bars; slow_bars(); from tqdm import tqdm\n"
+        "for _ in tqdm(range(100)): time.sleep(0.01)"
+    )
+    with open(tmp_path / "log", "w") as log:
+        asked = {"TQDM_MININTERVAL": seconds} if seconds else {}
+        subprocess.run([sys.executable, "-c", program], stderr=log, env=os.environ | asked, check=True)
+    drawings = (tmp_path / "log").read_bytes().split(b"\r")
+    assert b"100/100" in drawings[-1]
+    # Whoever asks for more gets more.
+    assert len(drawings) > 10 if seconds else len(drawings) <= 4

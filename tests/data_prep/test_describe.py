@@ -88,7 +88,7 @@ def test_clips_get_captions_and_nothing_that_is_there_is_touched(tmp_path, capsy
     assert sum(row.get("retries", 0) for row in rows.values()) == 1
     out = capsys.readouterr().out
     # Four chats of 1000 and 50 tokens, at 2 and 4 for a million.
-    assert "2 clips described, 3 had a caption, 4 have none; 4 requests of which 1 were retries" in out
+    assert "2 clips described, 3 had a caption, 4 without one; 4 requests, retries among them: 1" in out
     assert "4,000 + 200 tokens; price 0.0088" in out
     found = load_captions(videos, find_videos(videos), CaptionRules())
     assert found.texts[videos / "sub" / "turned.mp4"] == (caption_of(72),)
@@ -99,7 +99,7 @@ def test_a_folder_that_has_all_captions_asks_nobody(tmp_path, capsys):
     write_video(tmp_path / "a.mp4", 7)
     (tmp_path / "a.txt").write_text("a ball")
     assert run_here(describe(tmp_path, "http://127.0.0.1:9/v1")) == 0
-    assert "no clip to describe, 1 have a caption" in capsys.readouterr().out
+    assert "no clip to describe, with a caption: 1" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.txt"]
 
 
@@ -136,7 +136,7 @@ def test_an_endpoint_that_is_gone_ends_the_run_and_keeps_what_is_done(tmp_path):
         assert "the endpoint gave no answer for 10 clips in a row" in done.stderr.splitlines()[-1]
         # The worker goes on until it is ended.
         assert len(server.chats) >= 12
-    assert "2 clips described, 0 had a caption, 10 have none, 2 not yet tried" in done.stdout
+    assert "2 clips described, 0 had a caption, 10 without one, 2 not yet tried" in done.stdout
 
 
 def test_a_key_that_is_refused_on_the_way_ends_the_run(tmp_path):
@@ -170,7 +170,7 @@ def test_a_dry_run_shows_the_prompt_and_the_pictures_and_asks_nobody(tmp_path, c
     more = ["dry_run=true", f"frames_out={pictures}", f"template={template}", "trigger=ohwx", "num_frames=2"]
     assert run_here(describe(videos, "http://127.0.0.1:9/v1", *more)) == 0
     out = capsys.readouterr().out
-    assert "Tell ohwx in 150 words." in out and "1 clips to describe, 0 have a caption; 1 requests" in out
+    assert "Tell ohwx in 150 words." in out and "1 clip to describe, with a caption: 0; 1 request" in out
     assert sorted(path.name for path in pictures.iterdir()) == ["a_01.jpg", "a_02.jpg"]
     assert [path.name for path in videos.iterdir()] == ["a.mp4"]
 

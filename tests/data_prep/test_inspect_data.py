@@ -25,7 +25,7 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
     command = ["inspect", "conf=my_lora", *sizes, *more]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "1 clips, 0 refused" in done.stdout + done.stderr
+    assert "1 clip, 0 refused" in done.stdout + done.stderr
     page = (tmp_path / "runs/my_lora/inspect/inspect.html").read_text()
     assert "the caption of good.mp4" in page and "is not known" in page
     has_browser = any(map(shutil.which, html_page.BROWSERS))

@@ -89,7 +89,7 @@ def test_each_clip_has_the_size_that_loses_least(mixed, capsys):
     out = capsys.readouterr().out
     assert "height, width]: 1 in [1, 32, 48]; 1 in [7, 32, 48]; 1 in [7, 48, 32]; 1 in [13, 32, 48]" in out
     assert "0.8 of 1.7 s of footage are not used; data.clips=all cuts all of it" in out
-    assert "1 files were not taken: music.mp3" in out
+    assert "not taken: 1 file (music.mp3)" in out
 
 
 def test_all_clips_of_a_video_are_cut_and_what_is_encoded_is_not_encoded_again(mixed):
@@ -165,14 +165,14 @@ def test_previews_are_kept_apart_from_videos(mixed, where):
 def test_a_still_beside_clips_of_one_size_is_not_taken_and_told(mixed, capsys):
     config = config_for(mixed, buckets=None, num_frames=7, height=32, width=48)
     assert main(config) == 0
-    assert "2 files were not taken: music.mp3, still.png" in capsys.readouterr().out
+    assert "not taken: 2 files (music.mp3, still.png)" in capsys.readouterr().out
     assert "data.buckets=auto takes" in report_of(mixed)["still.png"]["reason"]
 
 
 def test_a_portrait_clip_that_loses_most_of_its_picture_is_told(mixed, capsys):
     main(config_for(mixed, buckets=None, num_frames=7, height=32, width=48))
     out = capsys.readouterr().out
-    assert "1 clips lose more than a third of their picture: phone.mp4 by 56%; data.buckets=auto gives" in out
+    assert "more than a third of the picture is cut off in 1 clip: phone.mp4 by 56%; data.buckets=auto gives" in out
     assert float(report_of(mixed)["phone.mp4"]["lost_picture"]) == pytest.approx(1 - 4 / 9, abs=0.01)
 
 

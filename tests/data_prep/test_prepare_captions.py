@@ -51,7 +51,7 @@ def test_half_of_a_character_refuses_its_clip_before_anything_is_encoded(clips, 
     done = prepare(config_for(clips))
     assert (done.kept, done.refused, done.captions_encoded) == (1, 1, 1) and captions_in(clips) == {"b.mp4": "ok"}
     reason = f"{clips / 'videos' / 'metadata.jsonl'} row 1: holds half of a character, \\ud83d"
-    assert f"1 clips will be refused: {reason}" in capsys.readouterr().out.splitlines()[0]
+    assert f"1 clip will be refused: {reason}" in capsys.readouterr().out.splitlines()[0]
     [refused, kept] = csv.DictReader((clips / "cache" / "report.csv").open())
     assert (refused["clip"], refused["status"], kept["status"]) == ("a.mp4", "refused", "kept")
     assert refused["reason"].startswith(reason)

@@ -72,7 +72,7 @@ def test_the_frame_rate_and_hdr_settings_reach_the_clips(tmp_path, capsys):
     assert main(config_for(tmp_path, frame_rate="resample")) == 1
     out = capsys.readouterr().out
     assert (
-        "clips with repeated frames: 1, of 1 files (pictures in frames: film.mp4 6 in 7)" in out
+        "clips with repeated frames: 1, of 1 file (pictures in frames: film.mp4 6 in 7)" in out
         and "hdr.mp4: is HDR, PQ" in out
     )
     done = prepare(config_for(tmp_path, frame_rate="resample", hdr="tonemap"))

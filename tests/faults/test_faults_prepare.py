@@ -144,7 +144,7 @@ def test_a_video_that_is_replaced_under_the_same_name_and_size_is_found(videos, 
         "0.mp4": "kept", "1.mp4": "kept", "2.mp4": "refused", "3.mp4": "kept",
     }  # fmt: skip
     again = prepare(folder, cache, log="again")
-    assert again.wait() == 0 and "encoded now: 1 clips and 1 captions" in again.out, again.text()
+    assert again.wait() == 0 and "encoded now: 1 clip and 1 caption," in again.out, again.text()
     found = open_cache(cache, BUCKETS)
     assert found.rows[2].source_sha256 == file_sha256(target) and target.read_bytes() == content
     # What a run over the new video alone makes of it.
@@ -206,7 +206,7 @@ def test_names_and_captions_of_every_kind_come_out_as_they_went_in(tmp_path):
         (folder / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
     done = prepare(folder, cache)
     assert done.wait() == 0, done.text()
-    assert "encoded now: 1 clips and 13 captions" in done.out and "captions cut to 256 tokens: -rf.mp4 by" in done.out
+    assert "encoded now: 1 clip and 13 captions" in done.out and "captions cut to 256 tokens: -rf.mp4 by" in done.out
     found, report = open_cache(cache, BUCKETS), report_of(cache)
     expected = {name: text.strip().lstrip("\ufeff") for name, text in captions.items()}
     assert {row.path: row.captions[0] for row in found.rows} == expected and report.keys() == expected.keys()

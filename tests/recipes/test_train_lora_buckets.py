@@ -192,13 +192,13 @@ def test_another_caption_needs_no_force_and_is_told(mixed, tmp_path, capsys):
     assert "have changed since" not in capsys.readouterr().out
     (mixed / "videos" / "wide_0.txt").write_text("other words")
     assert train(mixed, tmp_path, "train.steps=3") == 0
-    assert "captions of 1 clips have changed since `prepare` (wide_0.mp4)" in capsys.readouterr().out
+    assert "captions of 1 clip have changed since `prepare` (wide_0.mp4)" in capsys.readouterr().out
     assert prepare(load_config("my_lora", settings(mixed, tmp_path))) == 0
     capsys.readouterr()
     assert train(mixed, tmp_path, "train.steps=4") == 0
     out = capsys.readouterr().out
     assert "have changed since `prepare`" not in out
-    assert "since step 3: 1 clips have another caption or cut (wide_0.mp4); their order is the same" in out
+    assert "since step 3: other captions or cuts of 1 clip (wide_0.mp4); their order is the same" in out
 
 
 @pytest.mark.parametrize("change", ["grown", "shrunk", "batch"])
