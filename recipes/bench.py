@@ -194,12 +194,12 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
         apply_precision(block, bench.precision)
 
     dit = build_random_model(config, "cpu" if memory.is_streamed else device, dtype, shrink)
-    prompt, modulate = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim), HostModulation(dit)
+    prompt, host_modulation = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim), HostModulation(dit)
     mask, sigma = torch.ones(1, CAPTION_TOKENS, dtype=torch.bool), torch.tensor([0.5])
-    ahead = fastest(lambda: modulate(sigma, prompt, mask), torch.device("cpu"))
+    ahead = fastest(lambda: host_modulation(sigma, prompt, mask), torch.device("cpu"))
     apply_lora(dit, {name: settings for name in linear_shapes(dit) if ".attn." in name}, seed=0)
     memory.apply(dit, device, tqdm.write)
-    step = make_step(dit, modulate, prompt, (bench.num_frames, bench.height, bench.width), device)
+    step = make_step(dit, host_modulation, prompt, (bench.num_frames, bench.height, bench.width), device)
     shape = config.num_heads, num_tokens + CAPTION_TOKENS, config.hidden_size_x // config.num_heads
     kernels = time_attention(shape, device, dtype) if device.type == "cuda" else {}
     kernel = preferred(kernels, False) if kernels else None
@@ -244,13 +244,13 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
 
 
 def make_step(
-    dit: AsymmDiT, modulate: HostModulation, prompt: Tensor, size: tuple[int, int, int], device: torch.device
+    dit: AsymmDiT, host_modulation: HostModulation, prompt: Tensor, size: tuple[int, int, int], device: torch.device
 ) -> Callable[[], None]:
     """Returns a function that makes a training step of random latents: forward, backward, clipping and update.
 
     Args:
         dit: with its adapter, arranged for the device.
-        modulate: from host memory.
+        host_modulation: from host memory.
         prompt: features of the captions (B, L, D).
         size: frames, height and width of the clips.
         device: of the step.
@@ -259,7 +259,7 @@ def make_step(
     optimizer = build_optimizer("adamw", parameters, 2e-4, 0.01, 1.0, device.type)
     noisy, target = torch.randn(2, num_clips, *latent_shape(*size))
     mask, sigma = torch.ones(prompt.shape[:2], dtype=torch.bool), torch.full((num_clips,), 0.5)
-    modulation, weight = modulate(sigma, prompt, mask), torch.ones(num_clips)
+    modulation, weight = host_modulation(sigma, prompt, mask), torch.ones(num_clips)
     inputs = Inputs([], sigma, mask, 0, noisy, target, prompt, weight, modulation).moved(lambda x: x.to(device))
 
     def step() -> None:

@@ -239,13 +239,13 @@ def measure(config: RunConfig) -> Measured:
     device = plan.device
     where = "cpu" if plan.memory.is_streamed else device
     dit = plan.weights.load_dit(where, DTYPES[config.model.dtype], plan.shrink_block)
-    modulate = HostModulation(dit)
+    host_modulation = HostModulation(dit)
     apply_lora(dit, plan.layers, 0, config.lora.dora)
     plan.memory.apply(dit, device, tqdm.write)
     dit.train()
     # Any caption: they are of about one length.
     prompt = plan.dataset[0]["prompt_embeds"][None].expand(config.train.batch_size, -1, -1)
-    step = make_step(dit, modulate, prompt, astuple(largest_bucket(config.data)), device)
+    step = make_step(dit, host_modulation, prompt, astuple(largest_bucket(config.data)), device)
     reset_peak(device)
     with plan.explains_out_of_memory():
         first, _ = timed(step, 1, device, num_warm_up=0)

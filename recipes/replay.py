@@ -110,7 +110,7 @@ def main(bundle: Path, device_name: str) -> Replay:
     parameters = lora_parameters(dit)
     watch = NonFiniteWatch(dit)
     # After the watch, which then sees the embedders that it copies, too.
-    modulate = HostModulation(dit)
+    host_modulation = HostModulation(dit)
     done, count = [], draws.num_micro_batches * draws.batch_size
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for number in range(draws.num_micro_batches):
@@ -121,7 +121,7 @@ def main(bundle: Path, device_name: str) -> Replay:
         drawn = draws.draw(recorded["step"], number, batch["mean"].shape[1:])
         watch.origin = ""
         with attention_by(kernel) if kernel else contextlib.nullcontext():
-            inputs = make_inputs(train, batch, drawn, modulate).moved(lambda tensor: tensor.to(device))
+            inputs = make_inputs(train, batch, drawn, host_modulation).moved(lambda tensor: tensor.to(device))
             torch.manual_seed(inputs.dropout_seed)
             velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
             losses = velocity_loss(velocity, inputs.target) * inputs.weight
@@ -154,7 +154,7 @@ def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list
     return dataset, [numbers[path] for path in paths]
 
 
-def make_inputs(train: TrainConfig, batch: Mapping[str, Any], drawn: Draws, modulate: HostModulation) -> Inputs:
+def make_inputs(train: TrainConfig, batch: Mapping[str, Any], drawn: Draws, host_modulation: HostModulation) -> Inputs:
     """Returns what the model gets of a micro-batch, as the recipe of training makes it."""
     sigma = sigmas_from_uniforms(
         drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
@@ -163,8 +163,11 @@ def make_inputs(train: TrainConfig, batch: Mapping[str, Any], drawn: Draws, modu
     noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
     prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
     weight = loss_weight(sigma, train.loss_weighting)
-    modulation = modulate(sigma, prompt, mask)
-    return Inputs(batch["sample_ids"], sigma, mask, drawn.dropout_seed, noisy, target, prompt, weight, modulation)
+    modulation = host_modulation(sigma, prompt, mask)
+    return Inputs(
+        clips=batch["sample_ids"], sigma=sigma, mask=mask, dropout_seed=drawn.dropout_seed, noisy=noisy, target=target,
+        prompt=prompt, weight=weight, modulation=modulation,
+    )  # fmt: skip
 
 
 def load_adapted(config: RunConfig, bundle: Path, device: torch.device, has_host_modulation: bool) -> AsymmDiT:

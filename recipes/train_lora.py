@@ -63,9 +63,9 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
 
     # Model. One large model at a time: T5 is freed before the DiT is loaded.
     eval_prompts = encode_eval_prompts(plan)
-    where = "cpu" if memory.is_streamed else device
-    dit = plan.weights.load_dit(where, DTYPES[config.model.dtype], plan.shrink_block)
-    modulate = HostModulation(dit)
+    load_device = "cpu" if memory.is_streamed else device
+    dit = plan.weights.load_dit(load_device, DTYPES[config.model.dtype], plan.shrink_block)
+    host_modulation = HostModulation(dit)
 
     # Adapter. Where the run resumes, `restore_and_start` loads its weights below.
     apply_lora(dit, plan.layers, key_seed(config.seed, "adapter"), config.lora.dora)
@@ -99,8 +99,11 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
         weight = loss_weight(sigma, train.loss_weighting)
         # What the model makes of this sigma and this prompt: it reads neither of them beside it.
-        modulation = modulate(sigma, prompt, mask)
-        return Inputs(batch["sample_ids"], sigma, mask, drawn.dropout_seed, noisy, target, prompt, weight, modulation)
+        modulation = host_modulation(sigma, prompt, mask)
+        return Inputs(
+            clips=batch["sample_ids"], sigma=sigma, mask=mask, dropout_seed=drawn.dropout_seed, noisy=noisy,
+            target=target, prompt=prompt, weight=weight, modulation=modulation,
+        )  # fmt: skip
 
     def add_gradients(inputs: Inputs) -> torch.Tensor:
         """Adds a micro-batch's gradients to the adapter's; returns its loss. Called again where memory ran out."""
