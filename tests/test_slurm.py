@@ -11,7 +11,7 @@ import pytest
 from mochi_tune.cli.options import load
 
 JOBS = sorted((Path(__file__).parent.parent / "docs" / "slurm").glob("*.sbatch"))
-STOPPABLE = ("prepare.sbatch", "train.sbatch")
+STOPPABLE = ("prepare.sbatch", "sample_array.sbatch", "train.sbatch")
 
 
 def run_job(job: Path, folder: Path, exit_code: int) -> tuple[int, list[str]]:
