@@ -1,6 +1,7 @@
 """What this machine has and lacks for a fine-tuning; nothing is downloaded and no weights are read but headers."""
 
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -148,9 +149,16 @@ def check_memory() -> Finding:
 
 
 def check_disk(folder: Path, weights: Path) -> Finding:
-    """The free space of this folder, where the runs go, and of the weights' disk."""
-    here, there = (shutil.disk_usage(_existing(path)).free / GIB for path in (folder, weights))
+    (
+        """The free space of this folder, where the runs go, and of the weights' disk, and whether both can be written."""
+        ""
+    )
+    places = [_existing(path) for path in (folder, weights)]
+    here, there = (shutil.disk_usage(place).free / GIB for place in places)
     says = f"{here:.1f} GiB free here, {there:.1f} at {weights}"
+    if closed := next((place for place in places if not os.access(place, os.W_OK)), None):
+        advice = "work in another folder" if closed == places[0] else "`weights pull to=DIR` elsewhere"
+        return Finding("disk", f"{says}; {closed} cannot be written to", advice, FAIL if closed == places[0] else NOTE)
     if here < LEAST_FREE_GIB:
         return Finding("disk", says, f"a run needs {LEAST_FREE_GIB} GiB: free some, or work in another folder", FAIL)
     if not weights.exists() and there < WEIGHTS_GIB:
@@ -194,10 +202,17 @@ def _has(name: str, mode: str) -> bool:
 
 
 def check_extras() -> Finding:
-    """The extras of the package."""
+    """The extras of the package, which are imported: some need libraries of the system, too."""
     lacking = [extra for extra, (modules, _) in EXTRAS.items() if not all(map(importlib.util.find_spec, modules))]
     there = [extra for extra in EXTRAS if extra not in lacking]
     says = f"installed: {', '.join(there) or 'none'}"
+    for name, modules, use in ((name, *EXTRAS[name]) for name in there):
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001 - other packages raise anything where the system lacks a library
+            reason = f"{name} cannot be imported: {' '.join(str(error).split())[:200]}"
+            return Finding("extras", f"{says}; {reason}", f"mend it before you use {use}", NOTE)
     if not lacking:
         return Finding("extras", says)
     wanted = "; ".join(f"{extra} for {EXTRAS[extra][1]}" for extra in lacking)

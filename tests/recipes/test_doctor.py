@@ -66,6 +66,22 @@ def test_an_extra_that_is_not_there_is_named(monkeypatch):
     assert finding.verdict == doctor.NOTE and "zebra for stripes" in finding.advice
 
 
+def test_an_extra_that_does_not_load_is_named_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "striped.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "EXTRAS", {"zebra": (("striped",), "stripes")})
+    finding = doctor.check_extras()
+    assert finding.verdict == doctor.NOTE and "zebra cannot be imported: libGL.so.1" in finding.says
+    assert finding.advice == "mend it before you use stripes"
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    # No user can write there, root neither.
+    assert doctor.check_disk(Path("/proc/self"), tmp_path).verdict == doctor.FAIL
+    finding = doctor.check_disk(tmp_path, Path("/proc/self/weights"))
+    assert finding.verdict == doctor.NOTE and "/proc/self cannot be written to" in finding.says
+
+
 def test_numbers_that_are_off_fail(monkeypatch):
     assert doctor.check_numbers("cpu").verdict == doctor.OK
     # Below what fp32 can do.
