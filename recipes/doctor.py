@@ -149,10 +149,7 @@ def check_memory() -> Finding:
 
 
 def check_disk(folder: Path, weights: Path) -> Finding:
-    (
-        """The free space of this folder, where the runs go, and of the weights' disk, and whether both can be written."""
-        ""
-    )
+    """The free space of this folder, where the runs go, and of the weights' disk, and whether both are writable."""
     places = [_existing(path) for path in (folder, weights)]
     here, there = (shutil.disk_usage(place).free / GIB for place in places)
     says = f"{here:.1f} GiB free here, {there:.1f} at {weights}"
