@@ -2,13 +2,14 @@
 
 import contextlib
 import difflib
+import functools
 import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -19,6 +20,9 @@ from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, sections
 from mochi_tune.errors import ConfigError
 from mochi_tune.weights.paths import WeightsPaths
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Keys of `sample` that stand at the top level on its command line.
 SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
@@ -98,35 +102,25 @@ def _file_on_base(path: Path, implies_base: bool) -> Iterator[Path]:
 
 def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
     """Returns the defaults, replaced by what the file sets, replaced by what is given, as a tree of plain values."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException, OverrideParseException
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
     from yaml import MarkedYAMLError, YAMLError
 
-    patterns = {key: _read_patterns(key, value) for key, value in given.items() if _is_by_pattern(key)}
-    overrides = [_hydra_override(key, value) for key, value in given.items() if key not in patterns]
-    folders = ", ".join(quote(f"file://{folder}") for folder in (path.parent.resolve(), packaged_folder()))
-    searchpath = f"hydra.searchpath=[{folders}]"
+    groups = tuple(f"{key}={value}" for key, value in given.items() if key in GROUPS)
+    values = {key: _read_value(key, value) for key, value in given.items() if key not in GROUPS}
     try:
-        with (
-            _ONE_AT_A_TIME,
-            _file_on_base(path, implies_base) as file,
-            initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
-        ):
-            composed = compose(file.stem, overrides=[searchpath, *overrides])
+        is_packaged = path.parent.resolve() == packaged_folder().resolve()
+        composed = (_compose_packaged if is_packaged else _compose_files)(path, implies_base, groups)
         written = OmegaConf.to_container(composed)
         assert isinstance(written, dict)
         for section in written.keys() & sections().keys():
             if not isinstance(written[section], dict):
                 raise ConfigError(f"{path}: {explain_section(str(section))}")
         settings = OmegaConf.merge(_defaults(), composed)
-        for key, mapping in patterns.items():
-            OmegaConf.update(settings, key, mapping, merge=False)
+        for key, value in values.items():
+            OmegaConf.update(settings, key, value, merge=False)
         return OmegaConf.to_container(settings, resolve=True)
-    except OverrideParseException as error:
-        key = error.override.lstrip("+").partition("=")[0]
-        raise ConfigError(does_not_fit(f"{key}={given[key]}", key)) from None
     except InterpolationResolutionError as error:
         key = error.full_key or ""
         where = f"{key}={given[key]}" if key in given else f"{path}: {key}"
@@ -136,6 +130,23 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         what = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(f"{path}: {what}: docs/settings.md and --help all list every setting.") from None
+
+
+def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "DictConfig":
+    """Returns what the file sets, with the files that it builds on and the chosen file of each group."""
+    from hydra import compose, initialize_config_dir
+
+    folders = ", ".join(quote(f"file://{folder}") for folder in (path.parent.resolve(), packaged_folder()))
+    with (
+        _ONE_AT_A_TIME,
+        _file_on_base(path, implies_base) as file,
+        initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
+    ):
+        return compose(file.stem, overrides=[f"hydra.searchpath=[{folders}]", *groups])
+
+
+# Packaged files stay as they are while a program runs; to compose them takes most of the time of loading settings.
+_compose_packaged = functools.cache(_compose_files)
 
 
 def _defaults() -> dict[str, Any]:
@@ -229,27 +240,31 @@ def _is_by_pattern(key: str) -> bool:
     return key in known_keys() and isinstance(known_keys()[key].default, dict)
 
 
-def _read_patterns(key: str, value: str) -> Any:
-    """Reads a setting by pattern from the command line as YAML: Hydra's grammar has no quotes in a mapping's keys."""
+def _read_value(key: str, value: str) -> Any:
+    """Returns the value of a setting on the command line: a list, a mapping, None, or text, of which the schema reads
+    numbers.
+
+    Raises:
+        ConfigError: it is a list or a mapping that cannot be read.
+    """
     import yaml
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        if _is_by_pattern(key):
+            # Hydra's grammar has no quotes in a mapping's keys.
+            return yaml.safe_load(value)
+        if key in PROMPTS:
+            value = escape_references(value)
+        setting = known_keys()[key]
+        if setting.takes_numbers and _NUMBERS.fullmatch(value) and ("," in value or not setting.takes_one):
+            value = f"[{value}]"
+        if value.startswith("[") and setting.takes_list:
+            return OverridesParser.create().parse_override(f"{key}={value}").value()
+        return None if value == "null" else value
+    except (HydraException, yaml.YAMLError):
         raise ConfigError(does_not_fit(f"{key}={value}", key)) from None
-
-
-def _hydra_override(key: str, value: str) -> str:
-    """Returns `key=value` in Hydra's grammar. All but lists and null is quoted: the schema reads numbers from text."""
-    if key in GROUPS:
-        return f"{key}={value}"
-    if key in PROMPTS:
-        value = escape_references(value)
-    setting = known_keys()[key]
-    if setting.takes_numbers and _NUMBERS.fullmatch(value) and ("," in value or not setting.takes_one):
-        value = f"[{value}]"
-    is_list = value.startswith("[") and setting.takes_list
-    return f"++{key}={value if is_list or value == 'null' else quote(value)}"
 
 
 def quote(text: str) -> str:
