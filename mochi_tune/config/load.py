@@ -50,7 +50,7 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         ConfigError: there is no such file, a key is unknown, or a value does not fit.
     """
     path = find_config(name)
-    content = _check_yaml(path)
+    content = (_check_packaged if _is_packaged(path) else _check_yaml)(path)
     # A file without `defaults` says what differs from base.
     implies_base = isinstance(content, dict | None) and "defaults" not in (content or {}) and path.stem != "base"
     for section in (content or {}).keys() & sections().keys() if implies_base else ():
@@ -110,8 +110,7 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
     groups = tuple(f"{key}={value}" for key, value in given.items() if key in GROUPS)
     values = {key: _read_value(key, value) for key, value in given.items() if key not in GROUPS}
     try:
-        is_packaged = path.parent.resolve() == packaged_folder().resolve()
-        composed = (_compose_packaged if is_packaged else _compose_files)(path, implies_base, groups)
+        composed = (_compose_packaged if _is_packaged(path) else _compose_files)(path, implies_base, groups)
         written = OmegaConf.to_container(composed)
         assert isinstance(written, dict)
         for section in written.keys() & sections().keys():
@@ -143,6 +142,10 @@ def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "
         initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
     ):
         return compose(file.stem, overrides=[f"hydra.searchpath=[{folders}]", *groups])
+
+
+def _is_packaged(path: Path) -> bool:
+    return path.parent.resolve() == packaged_folder().resolve()
 
 
 # Packaged files stay as they are while a program runs; to compose them takes most of the time of loading settings.
@@ -198,6 +201,9 @@ def _check_yaml(path: Path) -> Any:
     if isinstance(settings, dict) and "hydra" in settings:
         raise ConfigError(f"{path}: hydra is not a setting; --help all lists them.")
     return settings
+
+
+_check_packaged = functools.cache(_check_yaml)
 
 
 def find_config(name: str) -> Path:

@@ -94,15 +94,15 @@ class RunFiles:
 class ReportWriter:
     """Keeps the page of a run up to date; a page that cannot be written costs the run a line."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, config: "RunConfig") -> None:
+        self.run_dir, self.config = run_dir, config
         self.has_failed = False
         self.run: RunFiles | None = None
 
     def write(self) -> None:
         """Writes the page anew, which takes a part of a second; raises nothing."""
         try:
-            self.run = read_files(self.run_dir)
+            self.run = read_files(self.run_dir, self.config)
             write_atomic(self.run_dir / PAGE, make_report(self.run).encode())
         except Exception as error:  # noqa: BLE001  (said in a line: no page is worth a run)
             if not self.has_failed:
@@ -123,8 +123,12 @@ class ReportWriter:
         return lines + [f"next: {command}" for _, command in next_steps(self.run)[:1]]
 
 
-def read_files(run_dir: Path) -> RunFiles:
+def read_files(run_dir: Path, config: "RunConfig | None" = None) -> RunFiles:
     """Reads the files of a run folder.
+
+    Args:
+        run_dir: the folder.
+        config: the settings of the run; None: those of its config.yaml.
 
     Raises:
         ConfigError: its config.yaml is not one of this version's.
@@ -133,7 +137,7 @@ def read_files(run_dir: Path) -> RunFiles:
     clips = run_dir / CLIPS_FILE
     return RunFiles(
         run_dir,
-        load_config(str(run_dir / "config.yaml"), []),
+        config or load_config(str(run_dir / "config.yaml"), []),
         steps,
         sorted(
             (row for row in validations if isfinite(row.get("validation_loss") or float("nan"))),

@@ -106,7 +106,7 @@ class Run:
         self.plan, self.accelerator, self.start = plan, accelerator, start
         self.metrics, self.trackers = metrics, trackers
         self.run_dir = Path(plan.config.run_dir)
-        self.report = ReportWriter(self.run_dir) if accelerator.is_main_process else None
+        self.report = ReportWriter(self.run_dir, plan.config) if accelerator.is_main_process else None
         self.step = self._saved_step = start.step
         self.exit_code = 0
         layout = plan.layout

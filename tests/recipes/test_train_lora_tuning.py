@@ -173,7 +173,7 @@ def test_how_many_are_held_out_decides_what_is_learnt(twelve, tmp_path, capsys):
 
     settings = ["train.validate_every=9", *twelve]
     assert train(tmp_path, "train.steps=2", "train.validation_clips=1", *settings) == 0
-    assert "1 of 12 clips are held out" in capsys.readouterr().out
+    assert "held out for validation: 1 of 12 clips" in capsys.readouterr().out
     with pytest.raises(TrainingError, match="held_out was 1, is 2"):
         train(tmp_path, "train.steps=4", "train.validation_clips=2", *settings)
     with pytest.raises(TrainingError, match="held_out was 1, is 0"):

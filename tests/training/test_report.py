@@ -172,8 +172,8 @@ def test_a_page_that_cannot_be_written_costs_a_line_and_the_run_goes_on(tmp_path
 def test_a_damaged_file_costs_a_line(finished, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    (copy / "config.yaml").write_text("train: 5\n")
-    writer = ReportWriter(copy)
+    (copy / "clips.json").write_text("{")
+    writer = ReportWriter(copy, load_config(str(copy / "config.yaml"), []))
     writer.write()
     writer.write()
     assert capsys.readouterr().err.count("\n") == 1 and writer.closing_lines() == []
