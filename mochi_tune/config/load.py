@@ -104,7 +104,7 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
     """Returns the defaults, replaced by what the file sets, replaced by what is given, as a tree of plain values."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+    from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
     from yaml import MarkedYAMLError, YAMLError
 
     groups = tuple(f"{key}={value}" for key, value in given.items() if key in GROUPS)
@@ -118,7 +118,10 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
                 raise ConfigError(f"{path}: {explain_section(str(section))}")
         settings = OmegaConf.merge(_defaults(), composed)
         for key, value in values.items():
-            OmegaConf.update(settings, key, value, merge=False)
+            try:
+                OmegaConf.update(settings, key, value, merge=False)
+            except GrammarParseError:
+                raise ConfigError(f"{key}={given[key]} does not fit: write \\${{ for ${{, or end it with }}.") from None
         return OmegaConf.to_container(settings, resolve=True)
     except InterpolationResolutionError as error:
         key = error.full_key or ""

@@ -168,6 +168,7 @@ def test_several_adapters_are_a_list():
         ("train.learning_rate=true", "train.learning_rate=true does not fit: it takes a number."),
         ("train.spike_factor=nan", "train.spike_factor=nan is not possible: it must be above 1."),
         ("run_dir=${nam}", "run_dir=${nam} does not fit: ${...} in it is not a setting, or refers back to it."),
+        ("run_dir=a${", r"run_dir=a${ does not fit: write \${ for ${, or end it with }."),
         ("name=null", "name=null does not fit: it takes text."),
         ("lora.targets=[a", 'lora.targets=[a does not fit: it takes a list, ["a", "b"].'),
         (
