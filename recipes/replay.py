@@ -20,7 +20,7 @@ from mochi_tune.errors import CheckpointError, DataError
 from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
-from mochi_tune.parallel.kernels import KERNELS, attention_by, has_kernel
+from mochi_tune.parallel.kernels import ALL_KERNELS, attention_by, has_kernel
 from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.parallel.recompute import apply_activation_checkpointing
@@ -231,7 +231,7 @@ def choose_kernel(
         device: of the replay.
     """
     shape = (dit.num_heads, num_tokens(config), dit.hidden_size_x // dit.num_heads)
-    if of_run in KERNELS and has_kernel(of_run, shape, device, DTYPES[config.model.dtype]):
+    if of_run in ALL_KERNELS and has_kernel(of_run, shape, device, DTYPES[config.model.dtype]):
         return of_run, f"{of_run}, as in the run"
     here = "the CPU's kernel" if device.type == "cpu" else f"what torch chooses of {enabled_kernels()}"
     return None, here if of_run is None else f"{here}: the run's, {of_run}, does not run here"

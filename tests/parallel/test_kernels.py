@@ -1,10 +1,18 @@
 """The kernel of attention is measured where it runs, and what was chosen is what runs."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers_golden import relative_error
 
-from mochi_tune.parallel.kernels import KERNELS, attention_by, has_kernel, preferred, time_attention
+from mochi_tune.parallel.kernels import (
+    FLASH_VERSIONS,
+    KERNELS,
+    attention_by,
+    has_kernel,
+    preferred,
+    time_attention,
+)
 
 
 def test_kernels_that_run_here_are_measured_and_no_other():
@@ -22,6 +30,35 @@ def test_the_clock_does_not_choose_between_kernels_that_are_as_fast():
     # Runs that must be equal choose alike, however fast the kernels were this time.
     assert preferred({"flash": 5.0, "efficient": 4.0}, True) == "flash"
     assert preferred({"efficient": 4.0}, True) == "efficient"
+
+
+class Implementation:
+    """A flash attention that says when it is in torch's place, as FlashAttention's packages register theirs."""
+
+    def __init__(self):
+        self.is_active = False
+
+    def __call__(self):
+        self.is_active = True
+        return self
+
+    def remove(self):
+        self.is_active = False
+
+
+def test_another_version_of_flash_attention_runs_where_it_is_installed_and_no_longer_than_asked(monkeypatch):
+    shape, cpu = (2, 40, 16), torch.device("cpu")
+    # Neither package is installed here.
+    assert not time_attention(shape, cpu, torch.float32, FLASH_VERSIONS)
+    with pytest.raises(ImportError), attention_by("fa4"):
+        pass
+    implementation = Implementation()
+    monkeypatch.setitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, "FA4", implementation)
+    with attention_by("fa4"):
+        assert implementation.is_active and torch.nn.attention.current_flash_attention_impl() == "FA4"
+        assert torch._C._get_sdp_priority_order()[0] == int(KERNELS["flash"].value)
+    assert not implementation.is_active
+    assert time_attention(shape, cpu, torch.float32).keys() == {"fa4", "flash"} and not implementation.is_active
 
 
 def test_a_chosen_kernel_is_tried_first_and_what_it_cannot_do_still_runs():
