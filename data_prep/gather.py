@@ -142,7 +142,7 @@ def _check_captions(data: DataConfig, without: list[str], orphans: list[str], nu
             "them without."
         )
     if orphans:
-        tqdm.write(f"captions without a video of that name, not used: {some(orphans)}")
+        tqdm.write(f"captions without a video of that name, not used: {some(orphans, limit=10)}")
 
 
 def cut_inputs(

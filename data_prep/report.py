@@ -108,7 +108,7 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     if lost:
         names = some(f"{name} by {share:.0%}" for name, share in lost.items())
         lines.append(
-            f"more than a third of the picture is cut off in {counted(len(lost), 'clip')}: {names}; {_wider(inputs)}"
+            f"more than a third of the picture is lost in {counted(len(lost), 'clip')}: {names}; {_wider(inputs)}"
         )
     lines += _repeated(clips, inputs)
     lines += _unused_footage(inputs, kept)

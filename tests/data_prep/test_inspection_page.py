@@ -168,7 +168,7 @@ def test_the_head_counts_and_the_advice_is_that_of_prepare(found):
     assert values["Clips"][0] == "1" and values["Clips"][1] == "of 1 of 1 file"
     assert values["Footage used"] == ["32%", "0.4 s of 1.3 s"]
     assert values["Stills"][0] == "0" and values["Buckets"][0] == "1" and values["Refused"][0] == "0"
-    assert any(text.startswith("more than a third of the picture is cut off in 1 clip:") for text in read.texts)
+    assert any(text.startswith("more than a third of the picture is lost in 1 clip:") for text in read.texts)
     assert any("data.clips" in text or "shorter buckets" in text for text in read.texts)
 
 
