@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test versions faults lint types bench gpu docs setup clean
+.PHONY: demo test versions newest faults lint types bench gpu docs setup clean
 
 demo: setup
 	$(BIN)/mochi-tune demo
@@ -24,6 +24,20 @@ versions:
 		build/torch_$$torch/bin/python -m pip install --quiet --constraint build/constraints.txt torch==$$torch \
 			--editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout pytest-xdist && \
 		build/torch_$$torch/bin/python -m pytest --numprocesses auto --dist loadfile $(VERSIONED) || exit 1; done
+
+# The same with the newest torch that pip finds, for the tests of numbers alone: what breaks with it is known at once.
+newest: build/torch_newest/.installed
+	build/torch_newest/bin/python -c 'import torch; print("torch", torch.__version__)'
+	build/torch_newest/bin/python -m pytest --numprocesses auto --dist loadfile $(NUMBERS)
+
+NUMBERS := tests/models tests/adapters tests/sampling tests/training/test_objective.py tests/training/test_optim.py \
+	tests/recipes/test_train_lora.py
+build/torch_newest/.installed: pyproject.toml constraints.txt
+	mkdir -p build && grep -vE '^(torch|triton)==' constraints.txt > build/constraints.txt
+	$(PYTHON) -m venv build/torch_newest
+	build/torch_newest/bin/python -m pip install --quiet --constraint build/constraints.txt torch \
+		--editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout pytest-xdist
+	touch $@
 
 # What docs/reliability.md promises: faults put into real processes and files, some minutes of them.
 faults: setup
