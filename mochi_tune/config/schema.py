@@ -224,8 +224,8 @@ class TrainConfig(Section):
     )
     deterministic: bool = setting(
         False,
-        "true: runs only kernels whose sums have the same order each time, so that two runs of one command are equal "
-        "bit for bit on a GPU, too; slower",
+        "true: runs only kernels whose sums have the same order each time by torch's word, for two runs of one command "
+        "that are equal bit for bit on a GPU, too; slower",
         "free",
     )
     compile: bool | None = setting(
