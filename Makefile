@@ -14,6 +14,7 @@ test: setup
 # The tests of models, adapters and training with other versions of torch, each in an environment of its own; the
 # lowest and the newest are those of docs/limits.md.
 TORCH ?= 2.10.0 2.15.0
+WITH_TORCH := --editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout pytest-xdist
 VERSIONED := tests/models tests/adapters tests/sampling tests/parallel tests/training tests/toy/test_train_toy.py \
 	tests/recipes/test_train_lora.py tests/recipes/test_train_lora_details.py tests/recipes/test_train_lora_memory.py \
 	tests/recipes/test_sample.py tests/recipes/test_export.py tests/recipes/test_verify.py
@@ -21,8 +22,7 @@ versions:
 	mkdir -p build && grep -vE '^(torch|triton)==' constraints.txt > build/constraints.txt
 	for torch in $(TORCH); do \
 		$(PYTHON) -m venv build/torch_$$torch && \
-		build/torch_$$torch/bin/python -m pip install --quiet --constraint build/constraints.txt torch==$$torch \
-			--editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout pytest-xdist && \
+		build/torch_$$torch/bin/python -m pip install --quiet --constraint build/constraints.txt torch==$$torch $(WITH_TORCH) && \
 		build/torch_$$torch/bin/python -m pytest --numprocesses auto --dist loadfile $(VERSIONED) || exit 1; done
 
 # The same with the newest torch that pip finds, for the tests of numbers alone: what breaks with it is known at once.
@@ -35,8 +35,7 @@ NUMBERS := tests/models tests/adapters tests/sampling tests/training/test_object
 build/torch_newest/.installed: pyproject.toml constraints.txt
 	mkdir -p build && grep -vE '^(torch|triton)==' constraints.txt > build/constraints.txt
 	$(PYTHON) -m venv build/torch_newest
-	build/torch_newest/bin/python -m pip install --quiet --constraint build/constraints.txt torch \
-		--editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout pytest-xdist
+	build/torch_newest/bin/python -m pip install --quiet --constraint build/constraints.txt torch $(WITH_TORCH)
 	touch $@
 
 # What docs/reliability.md promises: faults put into real processes and files, some minutes of them.

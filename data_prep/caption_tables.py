@@ -26,7 +26,6 @@ CAPTION_KEYS = ("caption", "text", "prompt", "captions", "cap")
 VIDEO_LISTS = ("videos.txt", "video.txt")
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 DELIMITERS = (",", ";", "\t")
-# A line names this many videos and counts the rest.
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mochi_tune.files import STAND_IN_BYTES, name_stand_in, parse_object
 MAX_ANSWER_BYTES = 2 * 2**20
 # For the check before the first clip, and for each connection.
 CHECK_SECONDS, CONNECT_SECONDS = 30.0, 10.0
-# Told of an endpoint's own words, and of the models that it has.
+# Told of an endpoint's own words.
 MAX_QUOTED = 200
 # No clip would fare better: no right key, no money, no such address or model.
 FATAL = {401: "refuses the key", 402: "wants to be paid", 404: "knows no such address or model", 405: "takes no chats"}

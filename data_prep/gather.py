@@ -21,7 +21,6 @@ from mochi_tune.data_prep.windows import choose_cuts, decisive
 from mochi_tune.errors import DataError, counted, some
 from mochi_tune.files import parse_object, write_atomic
 
-# An error or a summary names this many clips and counts the rest.
 # In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
 DATASET_FOLDER = ".dataset"
 SCANS_FILE = ".scans.json"

@@ -42,7 +42,6 @@ from mochi_tune.files import (
 )
 
 TABLE, SHEET, SETTINGS = "scenes.csv", "scenes.png", "settings.json"
-# A line names this many files and counts the rest.
 
 
 @dataclass(frozen=True)

@@ -150,14 +150,16 @@ def check_memory() -> Finding:
 
 def check_disk(folder: Path, weights: Path) -> Finding:
     """The free space of this folder, where the runs go, and of the weights' disk, and whether both are writable."""
-    places = [_existing(path) for path in (folder, weights)]
-    here, there = (shutil.disk_usage(place).free / GIB for place in places)
+    here, there = (shutil.disk_usage(_existing(path)).free / GIB for path in (folder, weights))
     says = f"{here:.1f} GiB free here, {there:.1f} at {weights}"
-    if closed := next((place for place in places if not os.access(place, os.W_OK)), None):
-        advice = "work in another folder" if closed == places[0] else "`weights pull to=DIR` elsewhere"
-        return Finding("disk", f"{says}; {closed} cannot be written to", advice, FAIL if closed == places[0] else NOTE)
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", f"{says}; {folder} cannot be written to", "work in another folder", FAIL)
     if here < LEAST_FREE_GIB:
         return Finding("disk", says, f"a run needs {LEAST_FREE_GIB} GiB: free some, or work in another folder", FAIL)
+    # Weights that are there may be on a disk that is only read.
+    if not weights.exists() and not os.access(_existing(weights), os.W_OK):
+        advice = "`weights pull to=DIR` elsewhere"
+        return Finding("disk", f"{says}; {_existing(weights)} cannot be written to", advice, NOTE)
     if not weights.exists() and there < WEIGHTS_GIB:
         return Finding("disk", says, f"the weights take {WEIGHTS_GIB} to 61 GiB: `weights pull to=DIR` elsewhere", NOTE)
     return Finding("disk", says)

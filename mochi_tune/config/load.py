@@ -50,7 +50,7 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         ConfigError: there is no such file, a key is unknown, or a value does not fit.
     """
     path = find_config(name)
-    content = (_check_packaged if _is_packaged(path) else _check_yaml)(path)
+    content = _check_packaged(path, _packaged_files()) if _is_packaged(path) else _check_yaml(path)
     # A file without `defaults` says what differs from base.
     implies_base = isinstance(content, dict | None) and "defaults" not in (content or {}) and path.stem != "base"
     for section in (content or {}).keys() & sections().keys() if implies_base else ():
@@ -110,7 +110,10 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
     groups = tuple(f"{key}={value}" for key, value in given.items() if key in GROUPS)
     values = {key: _read_value(key, value) for key, value in given.items() if key not in GROUPS}
     try:
-        composed = (_compose_packaged if _is_packaged(path) else _compose_files)(path, implies_base, groups)
+        if _is_packaged(path):
+            composed = _compose_packaged(path, implies_base, groups, _packaged_files())
+        else:
+            composed = _compose_files(path, implies_base, groups)
         written = OmegaConf.to_container(composed)
         assert isinstance(written, dict)
         for section in written.keys() & sections().keys():
@@ -151,8 +154,16 @@ def _is_packaged(path: Path) -> bool:
     return path.parent.resolve() == packaged_folder().resolve()
 
 
-# Packaged files stay as they are while a program runs; to compose them takes most of the time of loading settings.
-_compose_packaged = functools.cache(_compose_files)
+def _packaged_files() -> tuple[tuple[str, int, int], ...]:
+    """Returns name, time and size of each packaged file. In a clone these are the user's own, and may change."""
+    stats = ((path.as_posix(), path.stat()) for path in sorted(packaged_folder().rglob("*.yaml")))
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+
+
+@functools.lru_cache(maxsize=64)
+def _compose_packaged(path: Path, implies_base: bool, groups: tuple[str, ...], _files: tuple) -> "DictConfig":
+    """Remembers what packaged files compose to, as this takes most of the time of loading settings."""
+    return _compose_files(path, implies_base, groups)
 
 
 def _defaults() -> dict[str, Any]:
@@ -206,7 +217,9 @@ def _check_yaml(path: Path) -> Any:
     return settings
 
 
-_check_packaged = functools.cache(_check_yaml)
+@functools.lru_cache(maxsize=64)
+def _check_packaged(path: Path, _files: tuple) -> Any:
+    return _check_yaml(path)
 
 
 def find_config(name: str) -> Path:

@@ -12,7 +12,6 @@ from mochi_tune.errors import CheckpointError, some
 from mochi_tune.files import check_header
 from mochi_tune.weights.unchanged import FileStamp
 
-# A listing of names in an error stops here.
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 FLOAT_DTYPES = ("F32", "BF16", "F16", *FP8_DTYPES)
 

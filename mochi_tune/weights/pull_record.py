@@ -15,7 +15,6 @@ from mochi_tune.weights.sources import RepoFiles
 
 RECORD = "pulled.json"
 _HASHES = {64: "sha256", 40: "git_blob"}
-# A listing of names in an error stops here.
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mochi_tune.adapters.lora import LayerSettings
+from mochi_tune.config import load
 from mochi_tune.config.load import config_yaml, find_config, load_config, packaged_folder
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.settings import value_of
@@ -347,3 +349,16 @@ def test_a_dora_needs_whole_rows_of_the_base():
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, key):
     monkeypatch.setenv("HOME", "/home/of/mine")
     assert value_of(load_config("my_lora", [f"{key}=~/some/where"]), key) == "/home/of/mine/some/where"
+
+
+def test_a_packaged_file_that_changes_is_read_anew(tmp_path, monkeypatch):
+    # In a clone, the packaged files are those that a user edits while the page in the browser runs.
+    shutil.copytree(packaged_folder(), tmp_path / "conf")
+    monkeypatch.setattr(load, "packaged_folder", lambda: tmp_path / "conf")
+    own = tmp_path / "conf" / "mine.yaml"
+    for steps in (7, 70):
+        own.write_text(f"train:\n  steps: {steps}\n")
+        assert load_config(str(own), []).train.steps == steps
+    group = tmp_path / "conf" / "lora" / "attention.yaml"
+    group.write_text(group.read_text() + "rank: 11\n")
+    assert load_config(str(own), []).lora.rank == 11
