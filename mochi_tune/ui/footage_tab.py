@@ -55,7 +55,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
             split = _fields("split", SPLIT)
             split["detector"] = gr.Dropdown(
                 DETECTORS, value="adaptive", label="Detector",
-                info="threshold: the film fades to black", elem_id="split_detector", min_width=180,
+                info="threshold: the film fades to black", elem_id="split_detector", min_width=180, filterable=False,
             )  # fmt: skip
         run_split = gr.Button("Split into the folder of videos", elem_id="split")
         gr.HTML("<h3>Find clips that are not worth a caption</h3>")

@@ -160,18 +160,20 @@ def _placeholders(*groups: str | None) -> list[Any]:
 
 
 def _field(key: str) -> Any:
+    # Short lists are not typed in: a box that one leaves before gradio has taken the text goes back without a word.
     shown = {"label": TITLES[key], "elem_id": key.replace(".", "_"), "render": False}
     if key in GROUP_DEFAULTS:
         files = packaged_files()[key]
         default = f"as by default: {GROUP_DEFAULTS[key]}"
         return gr.Dropdown(
-            [(default, ""), *((name, name) for name in files)], value="", info=GROUP_MEANINGS[key], **shown
+            [(default, ""), *((name, name) for name in files)], value="", info=GROUP_MEANINGS[key],
+            filterable=False, **shown,
         )
     setting = known_keys()[key]
     default = "" if key == "train.sample_prompts" else as_text(setting.default)
     if setting.choices:
         choices = [(f"as by default: {default}", ""), *((as_yaml(c), as_yaml(c)) for c in setting.choices)]
-        return gr.Dropdown(choices, value="", info=setting.meaning, **shown)
+        return gr.Dropdown(choices, value="", info=setting.meaning, filterable=False, **shown)
     lines = {"lines": 3, "max_lines": 8} if key == "train.sample_prompts" else {}
     return gr.Textbox(info=setting.meaning, placeholder=default, **lines, **shown)
 

@@ -130,12 +130,19 @@ def _new_file(prefix: str) -> Any:
     return gr.Textbox(label="New file", info=info, placeholder="NAME.safetensors", elem_id=f"{prefix}_out")
 
 
+def _numbers(prefix: str) -> Any:
+    elem_id = f"{prefix}_dtype"
+    return gr.Dropdown(DTYPES, value="fp32", label="Numbers", elem_id=elem_id, scale=1, min_width=100, filterable=False)
+
+
 def _build_export(folder: Path, adapter: Any, said: Any) -> None:
     gr.HTML("<h2>Export</h2>" + html.note("The same change of the weights, in the layout of another program."))
     with gr.Row():
         choices = [(READERS.get(to, to), to) for to in FORMATS]
-        to = gr.Dropdown(choices, value="diffusers", label="For", elem_id="export_to", scale=2, min_width=150)
-        dtype = gr.Dropdown(DTYPES, value="fp32", label="Numbers", elem_id="export_dtype", scale=1, min_width=100)
+        to = gr.Dropdown(
+            choices, value="diffusers", label="For", elem_id="export_to", scale=2, min_width=150, filterable=False
+        )
+        dtype = _numbers("export")
     out = _new_file("export")
     button = gr.Button("Export", variant="primary", elem_id="export")
 
@@ -181,7 +188,7 @@ def _build_push(folder: Path, adapter: Any, said: Any) -> None:
         formats = gr.Dropdown(
             list(FORMATS), value=["diffusers"], multiselect=True, label="For", elem_id="push_to", scale=2, min_width=150
         )
-        dtype = gr.Dropdown(DTYPES, value="fp32", label="Numbers", elem_id="push_dtype", scale=1, min_width=100)
+        dtype = _numbers("push")
     with gr.Row():
         license = gr.Textbox(label="License", placeholder="as it states", elem_id="license", min_width=120)
         trigger = gr.Textbox(label="Trigger", placeholder="as it states", elem_id="trigger", min_width=120)

@@ -49,7 +49,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
                 form.more.render()
                 gr.HTML(settings_reference(), elem_id="reference", padding=True)
         with gr.Column(scale=2, min_width=300):
-            card = gr.Dropdown(known_cards(), value=likely_card(), label="Foretold for", elem_id="card")
+            card = gr.Dropdown(
+                known_cards(), value=likely_card(), label="Foretold for", elem_id="card", filterable=False
+            )
             plan = gr.HTML(html.note("Memory, time and disk are foretold as you type."), elem_id="plan", padding=True)
             message = gr.HTML(elem_id="train_message")
             form.replaces.render()
@@ -89,7 +91,7 @@ def build_runs(folder: Path, form: SettingsForm) -> None:
     gr.HTML("<h2>Runs</h2>")
     with gr.Row():
         chosen = gr.Dropdown([], multiselect=True, label="Runs, one over the other", elem_id="runs", scale=3)
-        step = gr.Dropdown([], label="Videos of step", elem_id="sample_step", scale=1)
+        step = gr.Dropdown([], label="Videos of step", elem_id="sample_step", scale=1, filterable=False)
     figures = gr.HTML(elem_id="figures")
     stop = gr.Button("Stop the run: it saves first", size="sm", elem_id="run_stop", visible=False)
     stop_said = gr.HTML(elem_id="run_stop_said")

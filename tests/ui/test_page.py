@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers_video import write_video
 
-from mochi_tune.ui.jobs import list_jobs
+from mochi_tune.ui.jobs import list_jobs, log_path, read_tail
 from mochi_tune.ui.runs import curves, list_runs, read_rows, read_state, validation_curves
 
 BROWSERS = [path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser")) if path.exists()]
@@ -50,11 +50,18 @@ def browser(server):
         browser.close()
 
 
-def wait_until(condition):
+def wait_until(condition, work):
+    """Waits; where a job fails meanwhile, or the time is over, its log is what is told."""
     deadline = time.monotonic() + PATIENCE / 1000
     while not condition():
-        assert time.monotonic() < deadline
+        jobs = list_jobs(work)
+        failed = any(job.state == "failed" for job in jobs)
+        assert not failed and time.monotonic() < deadline, told(jobs, work)
         time.sleep(0.05)
+
+
+def told(jobs, work):
+    return "\n".join(f"{job}\n" + "\n".join(read_tail(log_path(work, job.number))) for job in jobs)
 
 
 def says(page, selector, text):
@@ -93,7 +100,7 @@ def test_the_road_by_clicks(server, browser, tmp_path):
 
     # A second page sees what the first one started; that one leaves in the middle, and the run goes on.
     first, page = page, open_page()
-    wait_until(lambda: read_state(run_dir).step >= 3)
+    wait_until(lambda: read_state(run_dir).step >= 3, work)
     assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora_tiny").is_dir()
     for each in (first, page):
         says(each, "#jobs_table", "running")
@@ -113,7 +120,7 @@ def test_the_road_by_clicks(server, browser, tmp_path):
         try:
             sample_a_grid(page, stopped.step)
             show(page, "Train")
-            wait_until(lambda: read_state(run_dir).step >= stopped.step + 2)
+            wait_until(lambda: read_state(run_dir).step >= stopped.step + 2, work)
             says(page, "#figures", "my_lora_tiny trains")
             page.get_by_role("button", name="Stop my_lora_tiny: it saves first").click()
             says(page, "#run_stop_said", f"process {terminal.pid} was asked to save and stop")
@@ -131,7 +138,7 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     page.get_by_label("replace it").check()
     page.locator("#train").click()
     says(page, "#train_said", "is in the queue")
-    look_at_grid(page)
+    look_at_grid(page, work)
     show(page, "Train")
     says(page, "#figures", "my_lora_tiny is complete")
     assert read_state(run_dir).step == there.step + 3 and list_runs(work) == ["runs/my_lora_tiny"]
@@ -147,7 +154,7 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     says(page, "#lora_said", "it writes loras/my_lora_tiny_diffusers.safetensors")
     says(page, "#lora_made", "my_lora_tiny_diffusers.safetensors")
     assert (work / "loras" / "my_lora_tiny_diffusers.safetensors").is_file()
-    wait_until(lambda: all(job.ended for job in list_jobs(work)))
+    wait_until(lambda: all(job.ended for job in list_jobs(work)), work)
     assert [job.state for job in list_jobs(work)] == ["done", "stopped", "done", "done", "done"]
     foreign = [url for url in asked if not url.startswith((found[0], "data:", "blob:"))]
     assert not foreign
@@ -163,8 +170,9 @@ def put_in_clips(page, work, clips):
     for number in range(2):
         (clips / f"clip {number}.txt").write_text(f"a red ball {number}")
     says(page, "#gallery_empty", "No clips yet")
-    page.locator("#model input").fill("tiny")
-    page.locator("#model input").press("Enter")
+    page.locator("#model input").click()
+    page.get_by_role("option", name="tiny", exact=True).click()
+    expect(page.locator("#model input")).to_have_value("tiny")
     for key, value in (("num_frames", "7"), ("height", "32"), ("width", "48")):
         field(page, f"data_{key}").fill(value)
     says(page, "#data_message", "7 frames, 48 x 32")
@@ -213,7 +221,7 @@ def sample_a_grid(page, step):
     says(page, "#sample_said", "is in the queue")
 
 
-def look_at_grid(page):
+def look_at_grid(page, work):
     """The history fills the form again and chooses the conf of the run; videos and the grid's page are given out."""
     from playwright.sync_api import expect
 
@@ -237,5 +245,5 @@ def look_at_grid(page):
     expect(grid.value.locator("video")).to_have_count(2)
     # Asked from outside: the page's own policy lets nothing be evaluated in it, as playwright's waiting does.
     loaded = "[...document.querySelectorAll('video')].every((video) => video.readyState > 0)"
-    wait_until(lambda: grid.value.evaluate(loaded))
+    wait_until(lambda: grid.value.evaluate(loaded), work)
     grid.value.close()
