@@ -115,8 +115,7 @@ def main(config: RunConfig) -> Iterator[Path]:
     mine = plan.requests if mesh is None else plan.requests[mesh.data_rank :: plan.layout.data]
     residency, compiles = choose_residency(config, plan, device), config.sample.compile
     if compiles is None:
-        # In the model's own dtype, kernels of ours fuse as much.
-        compiles = device.type == "cuda" and residency in PRECISIONS and pays_to_compile(mine, len(plan.variants))
+        compiles = device.type == "cuda" and pays_to_compile(residency, mine, len(plan.variants))
     setup = Setup(device, dtype, residency, mesh, compiles)
     usage = Usage(device, write_line)
     write_line("; ".join(map(str, plan.adapters)) or "no adapter: the base")
@@ -207,8 +206,11 @@ def lost_tails(plan: RenderPlan) -> list[str]:
     return lines
 
 
-def pays_to_compile(requests: list[Request], num_variants: int) -> bool:
-    """Whether the steps to come, in 8 bits, save more time than compiling takes; estimated for an H200."""
+def pays_to_compile(residency: str, requests: list[Request], num_variants: int) -> bool:
+    """Whether the steps to come save more time than compiling takes; estimated for an H200."""
+    if residency not in PRECISIONS:
+        # In the model's own dtype, kernels of ours fuse as much.
+        return False
     saved = 0.0
     for request in requests:
         passes = sum(1 + (scale != 1) for scale in request.settings.scales)

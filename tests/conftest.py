@@ -5,6 +5,15 @@ from multiprocessing import forkserver
 
 # Small models gain nothing from threads, and bit-for-bit comparisons need the same number in all processes of a test.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("MOCHI_TUNE_TEST_THREADS", "1")
+# Where there are more, those that wait for one another leave the processor to the other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What a freed tensor held is kept for the next one: giving it back and taking it anew is a tenth of the suite's time.
+# Read when a process starts, so by the workers and by all that they start.
+os.environ |= {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 # Before decord, which brings libraries of other versions under the same names: PyAV's encoders would get those.
 import av  # noqa: F401

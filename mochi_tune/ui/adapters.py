@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mochi_tune.adapters.files import check_format
 from mochi_tune.adapters.low_rank import Limit
@@ -14,7 +15,7 @@ from mochi_tune.training.card import DIFFUSERS_FILE
 from mochi_tune.training.checkpoint import find_checkpoints, published_file
 from mochi_tune.training.records import find_run_dir
 from mochi_tune.ui.folder import inside, relative
-from mochi_tune.ui.runs import list_runs
+from mochi_tune.ui.runs import changed_at, list_runs
 
 # What the page makes goes here; files that are copied here are found too.
 MADE_FOLDER = "loras"
@@ -35,6 +36,12 @@ def list_adapters(folder: Path) -> list[tuple[str, str]]:
                 found.append((f"{run_dir.name}, step {step}", path.relative_to(folder).as_posix()))
     others = sorted((folder / MADE_FOLDER).glob("*.safetensors"))
     return found + [(path.name, path.relative_to(folder).as_posix()) for path in others if path.is_file()]
+
+
+def look_at_adapters(folder: Path) -> list[Any]:
+    """Returns what tells whether there are other adapters, or other files in `loras/`, than before."""
+    made = [path for path in (folder / MADE_FOLDER).rglob("*") if path.is_file()]
+    return [list_adapters(folder), sorted((str(path), changed_at(path)) for path in made)]
 
 
 def check_adapter(folder: Path, name: str) -> str:

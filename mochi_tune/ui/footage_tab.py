@@ -11,7 +11,7 @@ from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm
-from mochi_tune.ui.jobs import add_job
+from mochi_tune.ui.jobs import add_job, list_jobs
 from mochi_tune.ui.jobs_bar import said_of
 
 # The settings that have a field, by verb: title, default and meaning. docs/footage.md has the others.
@@ -35,7 +35,6 @@ DESCRIBE = {
     "model": ("Model", "", "its name at the endpoint; for local its folder"),
     "trigger": ("Trigger word", "", "put before each caption; empty: none"),
 }
-POLL_SECONDS = 3
 KEY_WORDS = (
     "OPENAI_API_KEY of the terminal in which the page was started is sent to https://api.openai.com/v1 alone, or to "
     "what OPENAI_BASE_URL names there; other endpoints are asked without a key."
@@ -104,7 +103,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         now = links_html(folder, videos_of(form, values))
         return gr.skip() if now == shown else now
 
-    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change]
+    events = [form.news.of(look_at_footage), form.filled_times.change, form.fields["data.videos"].blur]
     gr.on(events, refresh, [links, *form.inputs], links, show_progress="hidden")
 
 
@@ -146,6 +145,13 @@ def footage_arguments(folder: Path, verb: str, videos: str, texts: Mapping[str, 
         raise ConfigError("describe needs an endpoint and the name of a model there: fill in both.")
     place = {"split": "out", "filter": "videos", "describe": "videos"}[verb]
     return [*(f"{key}={text}" for key, text in texts.items() if text), f"{place}={videos}"]
+
+
+def look_at_footage(folder: Path) -> list[Any]:
+    """Returns what tells whether the links are to be drawn anew; in deeper folders, that a job has ended."""
+    patterns = ("*_split/scenes*", "*_filter/*.*", "*/describe.jsonl")
+    files = sorted(str(path) for pattern in patterns for path in folder.glob(pattern))
+    return [files, [job.number for job in list_jobs(folder) if job.ended]]
 
 
 def links_html(folder: Path, videos: str) -> str:

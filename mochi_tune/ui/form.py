@@ -14,6 +14,7 @@ from mochi_tune.config.settings import known_keys, sections, value_of
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.confs import MAIN_KEYS, Form, as_text, check_form, conf_path, list_confs, read_form, save_conf
+from mochi_tune.ui.news import News
 
 TITLES = {
     "model": "Model",
@@ -68,6 +69,7 @@ class SettingsForm:
         )  # fmt: skip
         # Another value whenever the fields were filled, be it for a page that opens or for another conf.
         self.filled_times = gr.State(0)
+        self.news = News(folder)
         self.replaces = gr.Checkbox(label="replace it, if conf/NAME.yaml has other settings", render=False)
 
     @property
@@ -166,8 +168,11 @@ def _field(key: str) -> Any:
         files = packaged_files()[key]
         default = f"as by default: {GROUP_DEFAULTS[key]}"
         return gr.Dropdown(
-            [(default, ""), *((name, name) for name in files)], value="", info=GROUP_MEANINGS[key],
-            filterable=False, **shown,
+            [(default, ""), *((name, name) for name in files)],
+            value="",
+            info=GROUP_MEANINGS[key],
+            filterable=False,
+            **shown,
         )
     setting = known_keys()[key]
     default = "" if key == "train.sample_prompts" else as_text(setting.default)

@@ -13,13 +13,12 @@ from mochi_tune.ui import html
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import Job, add_job, find_job, list_jobs, log_path, message_of, read_tail, stop_job
 
-POLL_SECONDS = 2
 NUM_SHOWN = 8
 WORDS = {"partly": "done but for some clips", "failed": "failed", "stopped": "stopped, saved"}
 
 
 def build_bar(folder: Path, form: SettingsForm) -> None:
-    """Builds the bar; it looks at the files when the page opens, which fills the form, and every two seconds."""
+    """Builds the bar; it is drawn when the page opens, which fills the form, and when jobs have changed."""
     with gr.Column(elem_id="jobs"):
         gr.HTML("<h2>Jobs</h2>")
         table = gr.HTML(elem_id="jobs_table")
@@ -57,7 +56,7 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
 
     state = gr.State([])
     outputs = [table, log, chosen, state]
-    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change, chosen.input]
+    events = [form.news.of(look_at_jobs), form.filled_times.change, chosen.input]
     gr.on(events, refresh, [chosen, state], outputs, show_progress="hidden")
     for button, act in ((stop, ask_to_stop), (again, go_on)):
         button.click(act, chosen, said, show_progress="hidden").then(
@@ -73,6 +72,11 @@ def said_of(act: Any) -> str:
         return html.note(str(error), "error")
     except OSError as error:
         return html.note(f"{error.filename or 'the file'}: {error.strerror}.", "error")
+
+
+def look_at_jobs(folder: Path) -> str:
+    """Returns what tells whether the bar is to be drawn anew; while a job runs, its time does."""
+    return jobs_table(folder, list_jobs(folder))
 
 
 def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:

@@ -18,6 +18,7 @@ from mochi_tune.ui.adapters import (
     export_arguments,
     inspect_page,
     list_adapters,
+    look_at_adapters,
     merge_arguments,
     resize_arguments,
 )
@@ -26,7 +27,6 @@ from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
 from mochi_tune.ui.jobs_bar import said_of
 
-POLL_SECONDS = 3
 DTYPES = ["fp32", "bf16", "fp16"]
 # What reads each layout.
 READERS = {
@@ -86,8 +86,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         return said_of(lambda: _inspect(folder, name or ""))
 
     seen = gr.State(None)
-    timer = gr.Timer(POLL_SECONDS)
-    events = [timer.tick, adapter.change, form.filled_times.change]
+    events = [form.news.of(look_at_adapters), adapter.change, form.filled_times.change]
     gr.on(events, look, [adapter, seen], [adapter, merged, shown, made, seen], **QUIET)
     inspect.click(start_inspect, adapter, said, **QUIET)
 

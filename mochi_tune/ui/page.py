@@ -31,21 +31,19 @@ SWITCH_THEME = """
   try { localStorage.setItem("mochi_tune_theme", dark ? "dark" : "light"); } catch {}
 }
 """
-# Before anything is drawn: the theme that was chosen last, else the browser's.
-HEAD = """
-<script>
-  addEventListener("DOMContentLoaded", () => {
-    let kept = null;
-    try { kept = localStorage.getItem("mochi_tune_theme"); } catch {}
-    const dark = kept ? kept === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    document.body.classList.toggle("dark", dark);
-  });
-</script>
+# The theme that was chosen last, else the browser's.
+KEPT_THEME = """
+() => {
+  let kept = null;
+  try { kept = localStorage.getItem("mochi_tune_theme"); } catch {}
+  const dark = kept ? kept === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  document.body.classList.toggle("dark", dark);
+}
 """
 
 
 def looks() -> dict[str, Any]:
-    """Returns theme, style and head of the page; none of them fetches anything from elsewhere."""
+    """Returns theme and style of the page; none of them fetches anything from elsewhere."""
     theme = themes.Base(
         primary_hue=themes.colors.teal, neutral_hue=themes.colors.slate, font=FONTS, font_mono=MONO,
         text_size=themes.sizes.text_md, radius_size=themes.sizes.radius_md,
@@ -65,7 +63,7 @@ def looks() -> dict[str, Any]:
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700", button_primary_text_color="white",
     )  # fmt: skip
-    return {"theme": theme, "css": (Path(__file__).parent / "page.css").read_text(encoding="utf-8"), "head": HEAD}
+    return {"theme": theme, "css": (Path(__file__).parent / "page.css").read_text(encoding="utf-8")}
 
 
 def build_page(folder: Path) -> gr.Blocks:
@@ -76,6 +74,8 @@ def build_page(folder: Path) -> gr.Blocks:
             gr.HTML(f"<h1>mochi-tune</h1><p class='quiet'>{_escaped(folder)}</p>", elem_id="title")
             theme = gr.Button("Light / dark", size="sm", elem_id="theme", scale=0, min_width=120)
         theme.click(None, js=SWITCH_THEME)
+        # Gradio goes back to the browser's own when it begins to draw.
+        blocks.load(None, js=KEPT_THEME)
         form = SettingsForm(folder)
         with gr.Row(elem_id="which"):
             form.name.render()
@@ -86,6 +86,7 @@ def build_page(folder: Path) -> gr.Blocks:
                     build_tab(folder, form)
         jobs_bar.build_bar(folder, form)
         form.wire(blocks)
+        form.news.wire()
         # What was waiting when the machine went down goes on.
         blocks.load(lambda: start_runner(folder), show_progress="hidden")
     return blocks

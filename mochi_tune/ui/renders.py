@@ -15,6 +15,7 @@ from mochi_tune.sampling.requests import read_requests
 from mochi_tune.ui.adapters import check_adapter, number_of
 from mochi_tune.ui.confs import as_text, conf_path
 from mochi_tune.ui.folder import OWN_FOLDER, inside, relative
+from mochi_tune.ui.runs import changed_at
 
 # Where `sample` writes by itself: single videos, and the cells of grids.
 PLACES = ("runs/*/samples/*.json", "runs/*/grids/*/cells/*.json")
@@ -81,7 +82,7 @@ def list_renders(folder: Path) -> list[Render]:
     """Returns the videos of the folder's runs that have their settings beside them, the newest first."""
     found = []
     for path in [path for place in PLACES for path in folder.glob(place)]:
-        video = next((v for suffix in SUFFIXES if (v := path.with_suffix(suffix)).is_file()), None)
+        video = _video_of(path)
         try:
             record = parse_object(path.read_bytes()) if video else None
             if video and record and isinstance(record.get("prompt"), str):
@@ -101,6 +102,16 @@ def list_grids(folder: Path) -> list[Grid]:
         with contextlib.suppress(OSError):
             found.append(Grid(page, page.with_name("grid.mp4"), num_cells, page.stat().st_mtime))
     return sorted(found, key=lambda grid: -grid.modified)
+
+
+def look_at_renders(folder: Path) -> list[Any]:
+    """Returns what tells whether there are other videos or grids than before."""
+    videos = [video for place in PLACES for path in folder.glob(place) if (video := _video_of(path))]
+    return [sorted((str(video), changed_at(video)) for video in videos), list_grids(folder)]
+
+
+def _video_of(record: Path) -> Path | None:
+    return next((video for suffix in SUFFIXES if (video := record.with_suffix(suffix)).is_file()), None)
 
 
 def run_of(folder: Path, video: Path) -> str:

@@ -59,12 +59,23 @@ def list_runs(folder: Path) -> list[str]:
     """Returns the run folders below `runs`, as paths in the page's folder, the newest first."""
     runs = folder / "runs"
     found = [path for path in runs.iterdir() if path.is_dir() and not path.is_symlink()] if runs.is_dir() else []
-    changed = {path: max(map(_changed, (path / mark for mark in RUN_MARKS))) for path in found}
+    changed = {path: max(map(changed_at, (path / mark for mark in RUN_MARKS))) for path in found}
     newest = sorted((path for path in found if changed[path]), key=lambda path: changed[path], reverse=True)
     return [path.relative_to(folder).as_posix() for path in newest]
 
 
-def _changed(path: Path) -> float:
+def look_at_runs(folder: Path) -> list[Any]:
+    """Returns what tells whether the page shows other runs, or more of one, than before."""
+    found: list[Any] = []
+    for name in list_runs(folder):
+        run_dir = folder / name
+        numbers = [changed_at(run_dir / file) for file in ("metrics.jsonl", "validation.jsonl")]
+        checkpoints = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+        found.append([name, numbers, owner(run_dir), checkpoints, list_samples(run_dir)])
+    return found
+
+
+def changed_at(path: Path) -> float:
     """Returns when a file was changed; 0 where it is not there, or not any more."""
     try:
         return path.stat().st_mtime

@@ -11,7 +11,7 @@ import gradio as gr
 
 from mochi_tune.errors import DataError, MochiTuneError
 from mochi_tune.ui import html
-from mochi_tune.ui.adapters import list_adapters, plain_name
+from mochi_tune.ui.adapters import list_adapters, look_at_adapters, plain_name
 from mochi_tune.ui.confs import Form, check_form, conf_of_run
 from mochi_tune.ui.folder import inside, relative
 from mochi_tune.ui.form import SettingsForm
@@ -28,11 +28,11 @@ from mochi_tune.ui.renders import (
     facts_of,
     form_of,
     list_grids,
+    look_at_renders,
     run_of,
 )
 from mochi_tune.ui.renders import list_renders as list_all
 
-POLL_SECONDS = 3
 NUM_CARDS = 12
 NUM_GRIDS = 6
 # More than four at a time have no use that we know of; the command line takes any number.
@@ -172,7 +172,7 @@ def _keep_choices(folder: Path, fields: SampleFields, form: SettingsForm) -> Non
         return [first, *[gr.Dropdown([("none", ""), *pairs]) for _ in fields.slots[1:]], there]
 
     seen = gr.State(None)
-    events = [gr.Timer(POLL_SECONDS).tick, form.filled_times.change]
+    events = [form.news.of(look_at_adapters), form.filled_times.change]
     gr.on(events, look, seen, [*(slot[1] for slot in fields.slots), seen], show_progress="hidden")
 
 
@@ -191,7 +191,7 @@ class _Card:
 
 
 def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: Any) -> None:
-    """Builds the gallery of all videos and the links to grids; it looks for new ones every three seconds."""
+    """Builds the gallery of all videos and the links to grids; new ones come by themselves."""
     gr.HTML("<h2>Videos</h2>")
     grids = gr.HTML(elem_id="grids")
     page = gr.State(0)
@@ -237,7 +237,7 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     targets = [empty, where, grids, page, seen, *(part for card in cards for part in card.parts)]
-    gr.on([gr.Timer(POLL_SECONDS).tick, form.filled_times.change], draw, [page, seen], targets, **quiet)
+    gr.on([form.news.of(look_at_renders), form.filled_times.change], draw, [page, seen], targets, **quiet)
     back.click(lambda number, seen: draw(max(number - 1, 0), seen), [page, seen], targets, **quiet)
     forward.click(lambda number, seen: draw(number + 1, seen), [page, seen], targets, **quiet)
     for card in cards:

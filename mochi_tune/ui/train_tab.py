@@ -19,7 +19,6 @@ from mochi_tune.ui.jobs_bar import said_of
 from mochi_tune.ui.plan import foretell, known_cards, likely_card
 from mochi_tune.ui.posters import posters
 
-POLL_SECONDS = 3
 # Of lines in a chart, in their order.
 LINE_STYLES = ("accent", "level1", "level2", "level3", "plain")
 PLAY_ALL = """
@@ -87,7 +86,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
 
 def build_runs(folder: Path, form: SettingsForm) -> None:
-    """Builds what the runs show; it looks at their files when the page opens, and every three seconds."""
+    """Builds what the runs show; it is drawn when the page opens, and when their files have changed."""
     gr.HTML("<h2>Runs</h2>")
     with gr.Row():
         chosen = gr.Dropdown([], multiselect=True, label="Runs, one over the other", elem_id="runs", scale=3)
@@ -139,11 +138,8 @@ def build_runs(folder: Path, form: SettingsForm) -> None:
         return said_of(act)
 
     stop.click(ask_to_stop, shown, stop_said, show_progress="hidden")
-    timer = gr.Timer(POLL_SECONDS)
-    gr.on(
-        [timer.tick, form.filled_times.change, chosen.input, step.input], refresh, [chosen, step, shown], outputs,
-        show_progress="hidden", concurrency_limit=4,
-    )  # fmt: skip
+    events = [form.news.of(runs.look_at_runs), form.filled_times.change, chosen.input, step.input]
+    gr.on(events, refresh, [chosen, step, shown], outputs, show_progress="hidden", concurrency_limit=4)
     play.click(None, js=PLAY_ALL)
 
 

@@ -3,6 +3,7 @@
 What takes long are the processes that the page starts, so that one is filled in or read while another one works.
 """
 
+import json
 import re
 import signal
 import subprocess
@@ -92,6 +93,9 @@ def test_the_road_by_clicks(server, browser, tmp_path):
         return page
 
     page = open_page()
+    says(page, "#gallery_empty", "No clips yet")
+    choose_the_theme(page, open_page)
+    rest(page)
     put_in_clips(page, work, tmp_path / "clips")
     page.locator("#prepare").click()
     says(page, "#data_said", "is in the queue")
@@ -160,6 +164,32 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     assert not foreign
 
 
+def choose_the_theme(page, open_page):
+    """It stays as it was chosen, and other pages open with it."""
+    is_dark = "document.body.classList.contains('dark')"
+    before = page.evaluate(is_dark)
+    page.locator("#theme").click()
+    assert page.evaluate(is_dark) is not before
+    other = open_page()
+    wait_until(lambda: other.evaluate(is_dark) is not before, Path())
+    other.close()
+
+
+def rest(page):
+    """Where nothing happens, one question after another is asked, the same, and no part of the page is drawn."""
+    asked = []
+
+    def note(request):
+        if "queue/join" in request.url:
+            asked.append(json.loads(request.post_data)["fn_index"])
+
+    page.wait_for_timeout(2000)
+    page.on("request", note)
+    wait_until(lambda: page.wait_for_timeout(100) or len(asked) >= 3, Path())
+    page.remove_listener("request", note)
+    assert len(set(asked)) == 1, asked
+
+
 def put_in_clips(page, work, clips):
     """Three clips and two captions; the third caption is written here."""
     from playwright.sync_api import expect
@@ -169,7 +199,6 @@ def put_in_clips(page, work, clips):
         write_video(clips / f"clip {number}.mp4", 8, width=48, height=32, first_number=10 * number)
     for number in range(2):
         (clips / f"clip {number}.txt").write_text(f"a red ball {number}")
-    says(page, "#gallery_empty", "No clips yet")
     page.locator("#model input").click()
     page.get_by_role("option", name="tiny", exact=True).click()
     expect(page.locator("#model input")).to_have_value("tiny")
