@@ -30,7 +30,7 @@ SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
 PROMPTS = ("sample.prompt", "sample.negative_prompt")
 MAX_YAML_DEPTH = 20
-# Hydra keeps what it composes from in one place for all threads.
+# Hydra keeps what it composes from in one place for all threads, and two that import it at once get half of it.
 _ONE_AT_A_TIME = threading.Lock()
 # A list as a shell takes it without quotes: 0,1.
 _NUMBERS = re.compile(r"[-+.\de]+(\s*,\s*[-+.\de]+)*")
@@ -60,7 +60,8 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         check_override(override)
     given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     reset = _reset_by_preset([key.removeprefix("sample.") for key in given if key.startswith("sample.")])
-    settings = _compose(path, implies_base, {f"sample.{key}": "null" for key in reset} | given)
+    with _ONE_AT_A_TIME:
+        settings = _compose(path, implies_base, {f"sample.{key}": "null" for key in reset} | given)
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
@@ -143,7 +144,6 @@ def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "
 
     folders = ", ".join(quote(f"file://{folder}") for folder in (path.parent.resolve(), packaged_folder()))
     with (
-        _ONE_AT_A_TIME,
         _file_on_base(path, implies_base) as file,
         initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
     ):

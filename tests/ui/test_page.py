@@ -138,13 +138,16 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     assert there.checkpoints[-1] == there.step >= stopped.step + 2 and len(list_jobs(work)) == 3
 
     # The page takes it to its end, while the grid is looked at.
-    field(page, "train_steps").fill(str(there.step + 3))
+    for key in ("steps", "sample_every"):
+        field(page, f"train_{key}").fill(str(there.step + 3))
+    field(page, "train_sample_prompts").fill("a red ball\na blue ball")
     page.get_by_label("replace it").check()
     page.locator("#train").click()
     says(page, "#train_said", "is in the queue")
     look_at_grid(page, work)
     show(page, "Train")
     says(page, "#figures", "my_lora_tiny is complete")
+    play_all(page, work)
     assert read_state(run_dir).step == there.step + 3 and list_runs(work) == ["runs/my_lora_tiny"]
     assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == list(range(1, there.step + 4))
     points = curves(work, ["runs/my_lora_tiny"])
@@ -227,7 +230,7 @@ def fill_in_training(page, work):
     for key, value in (("steps", "100000"), ("sample_every", "0")):
         field(page, f"train_{key}").fill(value)
     page.get_by_text("All other settings").click()
-    page.locator("#more textarea").fill("device=cpu\ntrain.recompute=none")
+    page.locator("#more textarea").fill("device=cpu\ntrain.recompute=none\nsample.steps=2")
     says(page, "#plan", "fits")
     page.get_by_label("replace it").check()
     page.locator("#train").click()
@@ -248,6 +251,17 @@ def sample_a_grid(page, step):
     field(page, "strengths").fill("0.5, 1")
     page.locator("#sample").click()
     says(page, "#sample_said", "is in the queue")
+
+
+def play_all(page, work):
+    """The eval videos of the last step stand still until they are to play, all from their start."""
+    from playwright.sync_api import expect
+
+    expect(page.locator("#samples video")).not_to_have_count(0)
+    every = "[...document.querySelectorAll('#samples video')].every((video) => {})"
+    assert page.evaluate(every.format("video.paused"))
+    page.locator("#play_all").click()
+    wait_until(lambda: page.evaluate(every.format("video.played.length > 0")), work)
 
 
 def look_at_grid(page, work):
