@@ -202,6 +202,7 @@ def put_in_clips(page, work, clips):
         write_video(clips / f"clip {number}.mp4", 8, width=48, height=32, first_number=10 * number)
     for number in range(2):
         (clips / f"clip {number}.txt").write_text(f"a red ball {number}")
+    assert not page.locator("#model input").is_editable(), "what is typed in a list may be lost"
     page.locator("#model input").click()
     page.get_by_role("option", name="tiny", exact=True).click()
     expect(page.locator("#model input")).to_have_value("tiny")
