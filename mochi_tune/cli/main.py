@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import signal
@@ -27,6 +26,7 @@ from mochi_tune.cli.launch import (
     num_processes_here,
     prepare_deepspeed,
     prepare_ray,
+    spare_the_collector,
     start_processes,
     uses_gpus,
 )
@@ -60,8 +60,7 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         recipe: trains in the place of `recipes.train_lora.main`.
     """
     end_with_the_starter()
-    # Imports make a million objects that stay: looking through them at every 700th takes a second of each start.
-    gc.set_threshold(10_000)
+    spare_the_collector()
     let_segments_grow()
     open_missing_streams()
     slow_bars()
