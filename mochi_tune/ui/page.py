@@ -92,7 +92,7 @@ def build_page(folder: Path) -> gr.Blocks:
     for event in blocks.fns.values():
         if event.show_progress == "hidden":
             # Or at each step of each event the browser would look for all parts that any event has ever filled, to tell
-            # them what they do not show: two thirds of what an open page took while a run went on. A button shows none.
+            # them what they do not show: half of what an open page took while a run went on. A button shows none.
             event.show_progress_on = [theme]
     return blocks
 

@@ -104,15 +104,20 @@ def test_attention_is_computed_once_where_it_is_kept_and_twice_where_it_is_not()
 
 
 @pytest.mark.parametrize(
-    ("policy", "buckets"),
-    [("attention", {2: (5, 7, 2, 0), 3: (4,)}), ("block", {2: (5, 7)}), ("none", {2: (5, 7)})],
+    ("policy", "backend", "buckets"),
+    [
+        ("attention", "aot_eager_decomp_partition", {2: (5, 7, 2, 0), 3: (4,)}),
+        ("block", "aot_eager_decomp_partition", {2: (5, 7)}),
+        # Nothing is chosen to be computed again: what is captured is all that there is.
+        ("none", "eager", {2: (5, 7)}),
+    ],
     ids=["attention", "block", "none"],
 )
-def test_compiled_blocks_take_prompts_of_any_length_and_share_their_graphs(policy, buckets):
+def test_compiled_blocks_take_prompts_of_any_length_and_share_their_graphs(policy, backend, buckets):
     dit, plain, lines = build(layers=".attn."), build(layers=".attn."), []
     apply_activation_checkpointing(dit, [policy] * 3)
     # What torch captures and partitions is asked here, not what a backend makes of it.
-    apply_compilation(dit, lines.append, only_training=True, backend="aot_eager_decomp_partition")
+    apply_compilation(dit, lines.append, only_training=True, backend=backend)
     counters.clear()
     torch._dynamo.reset()
     graphs = 0
