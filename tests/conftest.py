@@ -21,11 +21,11 @@ import pytest
 import torch
 from helpers_parallel import PRELOADED
 
-from mochi_tune.cli.launch import keep_compiled_code
+from mochi_tune.cli.launch import keep_compiled_code, spare_the_collector
 
 # As the command line does, for the tests that call a recipe.
 keep_compiled_code()
-gc.set_threshold(10_000)
+spare_the_collector()
 
 
 @pytest.fixture(autouse=True, scope="session")

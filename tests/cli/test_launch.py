@@ -1,6 +1,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,6 +30,13 @@ def test_a_step_of_srun_is_what_torchrun_would_have_started():
     assert found["MASTER_ADDR"] == "gpu-003" and 20000 <= int(found["MASTER_PORT"]) < 40000
     assert slurm_variables(SLURM | {"SLURM_STEP_NODELIST": "node7,node8"})["MASTER_ADDR"] == "node7"
     assert slurm_variables(SLURM | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != found["MASTER_PORT"]
+
+
+def test_a_process_ends_without_a_look_through_all_that_it_has_imported():
+    ask = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 10_000 > gc.get_count()[0]));"
+    ask += "from mochi_tune.cli.launch import spare_the_collector; spare_the_collector(); print(gc.get_threshold()[0])"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["10000", "True"]
 
 
 def test_a_batch_script_and_a_single_task_stand_alone():

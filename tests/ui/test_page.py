@@ -21,8 +21,6 @@ BROWSERS = [path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-
 # A bound on hanging and nothing else.
 PATIENCE = 600_000
 
-pytestmark = pytest.mark.skipif(not BROWSERS, reason="no Chromium")
-
 
 @pytest.fixture
 def server(tmp_path):
@@ -79,6 +77,16 @@ def show(page, tab):
     page.get_by_role("tab", name=tab).click()
 
 
+def test_only_what_shows_its_progress_is_told_of_it(tmp_path):
+    pytest.importorskip("gradio")
+    from mochi_tune.ui.page import build_page
+
+    events = build_page(tmp_path).fns.values()
+    quiet = [event for event in events if event.show_progress == "hidden"]
+    assert len(quiet) > 0.9 * len(events) and all(len(event.show_progress_on or ()) == 1 for event in quiet)
+
+
+@pytest.mark.skipif(not BROWSERS, reason="no Chromium")
 def test_the_road_by_clicks(server, browser, tmp_path):
     work, asked = tmp_path / "work", []
     run_dir = work / "runs" / "my_lora_tiny"
