@@ -87,9 +87,8 @@ class RenderPlan:
 
     def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
         """Returns the bytes that sampling the largest video holds on one device, by what they are for."""
-        return sampling_held(
-            self.weights.dit_skeleton().config, -(-self.num_tokens // self.layout.context), residency, dtype_bytes
-        )
+        tokens = -(-self.num_tokens // self.layout.context)
+        return sampling_held(self.weights.dit_config, tokens, residency, dtype_bytes)
 
 
 def main(config: RunConfig) -> Iterator[Path]:

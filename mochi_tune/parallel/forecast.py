@@ -5,6 +5,7 @@ matrix products moves, at its bandwidth. The constants are fitted to the rows of
 at full size on an H200; tests/parallel/test_forecast.py holds the forecast to within 10 % of each row.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -267,8 +268,9 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free.item())
 
 
+@functools.cache
 def weight_bytes(config: DiTConfig, dtype_bytes: int, precision: str = "bf16") -> dict[str, int]:
-    """Returns the bytes of a DiT's "blocks", of their "modulation", and of the "rest".
+    """Returns the bytes of a DiT's "blocks", of their "modulation", and of the "rest"; kept, as it builds one.
 
     Args:
         config: of the DiT.

@@ -16,7 +16,7 @@ def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
     """
     if plan.device.type != "cuda":
         return None
-    config = plan.weights.dit_skeleton().config
+    config = plan.weights.dit_config
     heads, ring = plan.layout.split
     shape = (config.num_heads // heads, num_tokens(plan.config) // ring, config.hidden_size_x // config.num_heads)
     dtype, is_deterministic = DTYPES[plan.config.model.dtype], plan.config.train.deterministic

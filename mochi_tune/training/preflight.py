@@ -94,7 +94,7 @@ class TrainPlan:
         """Whether the run renders eval videos."""
         return renders_videos(self.config)
 
-    @property
+    @cached_property
     def adapter_bytes(self) -> int:
         """The size of the adapter's fp32 parameters."""
         return adapter_bytes(linear_shapes(self.weights.dit_skeleton()), self.layers, self.config.lora.dora)
@@ -120,8 +120,8 @@ class TrainPlan:
     @property
     def step(self) -> Step:
         """The sizes of a micro-batch, which decide what it takes of a device."""
-        dit = self.weights.dit_skeleton().config
-        return step_sizes(self.config, dit, self.adapter_bytes, self.layout, self.device.type == "cuda")
+        dit, on_gpu = self.weights.dit_config, self.device.type == "cuda"
+        return step_sizes(self.config, dit, self.adapter_bytes, self.layout, on_gpu)
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -356,7 +356,7 @@ def adapter_metadata(plan: TrainPlan, step: int) -> dict[str, str]:
     return {
         "base_model": config.model.name,
         "base_fingerprint": plan.identity["base"],
-        "num_blocks": str(plan.weights.dit_skeleton().config.depth),
+        "num_blocks": str(plan.weights.dit_config.depth),
         "targets": json.dumps(list(config.lora.targets)),
         "step": str(step),
         "config_hash": hashlib.sha256(learnt.encode()).hexdigest(),

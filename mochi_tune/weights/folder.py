@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import format_bytes
-from mochi_tune.models.dit import AsymmDiT
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.text_encoder import TextEncoder, load_tokenizer
 from mochi_tune.models.vae import Decoder, Encoder
 from mochi_tune.weights.configs import read_diffusers_config, read_official_config
@@ -108,9 +108,14 @@ class WeightsFolder:
         read = {path for path in beside if path.suffix != ".safetensors" and not is_other_index(path, files.shards)}
         return fingerprint_files(self._root, sorted(read | set(files.existing)), plan.reading)
 
+    @property
+    def dit_config(self) -> DiTConfig:
+        """The sizes of the DiT; raises as `load_dit`."""
+        return self._plan("dit").config
+
     def dit_skeleton(self) -> AsymmDiT:
         """Builds the AsymmDiT on the meta device, for its names and shapes; raises as `load_dit`."""
-        return build_meta_model(self._plan("dit").config)
+        return build_meta_model(self.dit_config)
 
     def read_dit_tensor(self, name: str, out: Tensor) -> None:
         """Fills `out` with one tensor of the DiT, by its official name, whatever the files' layout and dtype.
