@@ -115,12 +115,14 @@ class SettingsForm:
         )
 
     def filled(self, name: str) -> Iterator[Any]:
-        """Yields the values of all inputs but the name: of the conf, or as they are where there is none of the name."""
+        """Yields the values of all inputs but the name: of the conf, or as they are where there is none to be read."""
+        form = None
         try:
-            is_there = bool(name) and conf_path(self.folder, name).is_file()
-            form = read_form(self.folder, name) if is_there else None
+            if name and conf_path(self.folder, name).is_file():
+                form = read_form(self.folder, name)
         except MochiTuneError as error:
-            raise gr.Error(str(error)) from None
+            # It stays until it is closed; the page is drawn all the same.
+            gr.Warning(html.note(str(error), "error"), duration=None)
         for key in self.fields:
             text = form.main.get(key, "") if form else None
             if key == "train.sample_prompts" and form is not None:

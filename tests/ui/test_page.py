@@ -284,8 +284,13 @@ def look_at_grid(page, work):
     wait_until(lambda: cards.count() == 2, work)
     half = cards.filter(has_text="× 0.5")
     page.locator("#prompt textarea").fill("")
+    (work / "conf" / "another.yaml").write_text("lora: [<b>")
     page.locator("#conf input").fill("another")
     page.locator("#conf input").press("Enter")
+    # A conf that cannot be read is told of until that is closed, its text as it is; the page goes on.
+    says(page, ".toast-body", "another.yaml is not YAML")
+    says(page, ".toast-body", "<stream end>")
+    page.locator(".toast-close").click()
     half.get_by_role("button", name="Do it again").click()
     says(page, "#sample_said", "conf/my_lora.yaml is chosen")
     expect(page.locator("#prompt textarea")).to_have_value("a red ball")
