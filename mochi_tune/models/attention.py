@@ -55,17 +55,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         from mochi_tune.models import dit_kernels
 
         return dit_kernels.apply_rope(x, cos, sin)
-    wide = at_least_fp32(x)
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    pairs = at_least_fp32(x).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # One formula for both channels of a pair: two that are stacked would both be computed for each channel.
+        signs = torch.arange(-1, 2, 2, dtype=pairs.dtype, device=x.device)
+        return (pairs * cos[..., None] + pairs.flip(-1) * (sin[..., None] * signs)).flatten(-2).to(x.dtype)
+    even, odd = pairs.unbind(-1)
+    if torch.is_grad_enabled():
         rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         return rotated.flatten(-2).to(x.dtype)
-    # The same numbers, computed where they belong; compiled, that is so anyway.
-    rotated = torch.empty_like(wide, memory_format=torch.contiguous_format)
-    left, right = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+    # The same numbers, computed where they belong.
+    rotated = torch.empty_like(pairs, memory_format=torch.contiguous_format)
+    left, right = rotated.unbind(-1)
     torch.mul(even, cos, out=left).sub_(odd * sin)
     torch.mul(even, sin, out=right).add_(odd * cos)
-    return rotated.to(x.dtype)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 class JointAttention(nn.Module):

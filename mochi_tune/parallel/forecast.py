@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
+from mochi_tune.models.eight_bit import EIGHT_BIT
 from mochi_tune.models.flops import dit_flops
 from mochi_tune.parallel.precision import LARGE_LAYERS
 from mochi_tune.parallel.stream import NUM_BUFFERS
@@ -21,13 +22,16 @@ GIB = 2**30
 LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
 # Bytes that one block holds at a time, for each visual token and each number of its width: forward and backward of a
 # training, and one pass of the sampler.
-INSIDE_BYTES = {"compiled": 50, "eager": 83, "sample": 27}
+INSIDE_BYTES = {"compiled": 50, "eager": 83, "sample": 24}
 # What a block that recomputes nothing keeps for its backward pass, by the same count.
 KEPT_BYTES = {"compiled": 31, "eager": 83}
 # `auto` believes that it may be more: an adapter with dropout keeps what it has dropped from.
 KEPT_MARGIN = 1.1
-# Bytes that go to and from memory between the matrix products of one block, by the same count.
-MOVED_BYTES = {"compiled": 620, "eager": 3250, "sample": 130}
+# Bytes that go to and from memory between the matrix products of one block, by the same count: of a training that
+# keeps everything or is not compiled, and of a pass of the sampler; and what compiled blocks move beside them where
+# they are computed again, and where what is multiplied is rounded to 8 bits.
+MOVED_BYTES = {"compiled": 450, "eager": 3250, "sample": 130}
+RECOMPUTED_BYTES, ROUNDED_BYTES = 170, 170
 # What torch, its kernels and the embedders hold beside that; left to fragments between tensors and other programs.
 BASE_BYTES, SPARE_BYTES = GIB // 4, GIB
 # Products of attention's backward pass, of which it computes the scores again, over the two of its forward pass.
@@ -187,8 +191,12 @@ class Step:
         products = 3 - policies.count("none") / len(policies)
         attentions = 1 + policies.count("block") / len(policies)
         rate = card.matrix * MATRIX_SHARE
-        rate *= 2 if self.precision in ("fp8", "int8") and card.has_fp8 else 1
-        moved = MOVED_BYTES["compiled" if self.is_compiled else "eager"]
+        # Products in int8 run at no more than the rate of bf16, as torch calls cuBLAS for them.
+        rate *= 2 if self.precision == "fp8" and card.has_fp8 else 1
+        moved: float = MOVED_BYTES["compiled" if self.is_compiled else "eager"]
+        if self.is_compiled:
+            moved += RECOMPUTED_BYTES * (1 - policies.count("none") / len(policies))
+            moved += ROUNDED_BYTES if self.precision in EIGHT_BIT else 0
         moved *= self.num_tokens * self.config.hidden_size_x * self.config.depth
         computed = (
             matrix * products / rate
