@@ -50,7 +50,7 @@ def main(config: RunConfig, num_processes: int = 1) -> int:
         plan.device, config.parallel.strategy, train.accumulation_steps, train.max_grad_norm
     )
     with open_run(plan, accelerator) as run, plan.explains_out_of_memory():
-        if not run.is_complete:
+        if run.has_work:
             train_adapter(plan, run)
     accelerator.end_training()  # Leaves the process group.
     return run.exit_code

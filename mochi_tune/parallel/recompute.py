@@ -38,6 +38,9 @@ def apply_activation_checkpointing(dit: AsymmDiT, policies: Sequence[str], input
         policies: of each block, one of POLICIES.
         inputs: where the checkpointed blocks' visual inputs wait for the backward pass; None: on the device.
     """
+    if inputs is not None:
+        # What a pass that was broken off has left is dropped.
+        dit.register_forward_pre_hook(lambda *_: inputs.clear())
     for block, policy in zip(dit.blocks, policies, strict=True):
         assert policy in POLICIES, policy
         if policy == "none":
@@ -125,12 +128,13 @@ class HostInputs:
         self.fetched: dict[int, Tensor] = {}
         self.needs_grad: dict[int, bool] = {}
 
+    def clear(self) -> None:
+        """Begins a pass: the number of the next input is 0."""
+        for left in (self.given, self.waiting, self.fetched, self.needs_grad):
+            left.clear()
+
     def put(self, x: Tensor) -> int:
         """Takes an input before its block's forward pass; returns its number."""
-        if not x.requires_grad or x.is_leaf:
-            # The first block of a pass; what a pass that was broken off has left is dropped.
-            for left in (self.given, self.waiting, self.fetched, self.needs_grad):
-                left.clear()
         number = len(self.needs_grad)
         self.given[number], self.needs_grad[number] = x, x.requires_grad
         return number

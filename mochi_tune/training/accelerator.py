@@ -148,12 +148,14 @@ class AdapterOptimizer:
         parameters: of the adapter, by name.
         optimizer: over them.
         max_grad_norm: gradients above this norm are scaled down to it.
+        replaced: while other weights are in the adapter, the trained ones and those.
     """
 
     accelerator: Accelerator
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
+    replaced: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
 
     def clip_grad_norm(self) -> Tensor:
         """Averages the gradients over the processes, clips them, and returns their norm before that, a tensor ()."""
@@ -183,16 +185,22 @@ class AdapterOptimizer:
         set_learning_rate(self.optimizer, learning_rate)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Returns the trained weights, on the device; every process calls it."""
-        return self.parameters
+        """Returns the trained weights, on the device, whatever is in their place now; every process calls it."""
+        return self.parameters if self.replaced is None else self.replaced[0]
 
-    def inference_weights(self) -> dict[str, Tensor] | None:
+    def inference_weights(self) -> Mapping[str, Tensor] | None:
         """Returns the weights to use, where the optimizer says that these are not the trained ones, else None."""
-        return inference_weights(self.optimizer, self.parameters)
+        return inference_weights(self.optimizer, self.parameters) if self.replaced is None else self.replaced[1]
 
-    def temporarily(self, weights: Mapping[str, Tensor] | None) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def temporarily(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Puts other weights into the adapter while the context lasts; None changes nothing."""
-        return temporarily(self.parameters, weights)
+        with temporarily(self.parameters, weights) as trained:
+            self.replaced = None if weights is None else (trained, weights)
+            try:
+                yield
+            finally:
+                self.replaced = None
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
         """Returns each parameter's state, on the CPU, and each group's numbers; every process calls it."""

@@ -67,9 +67,12 @@ def clear_leftovers(folder: Path) -> list[str]:
 
 
 def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
-    """Removes the checkpoints of all steps but these; each disappears at once, even if this is interrupted."""
+    """Removes the checkpoints of all steps but these; each disappears at once, even if this is interrupted.
+
+    Copies under names of a user's own stay.
+    """
     for path in find_checkpoints(folder):
-        if (step := step_of(path)) not in keep:
+        if (step := step_of(path)) not in keep and path.name == f"step_{step:06d}":
             os.rename(path, folder / f".trash_{step:06d}")
     clear_leftovers(folder)
 

@@ -65,7 +65,8 @@ class Checkpointer:
         self.metrics = metrics
         self.retention = retention
         self.log = log
-        self.failure: OSError | None = None
+        # The last save that failed, if no later one succeeded.
+        self.failed: tuple[Snapshot, OSError] | None = None
 
     def save(self, snapshot: Snapshot) -> bool:
         """Writes a checkpoint, then the run's adapter, and removes old checkpoints; returns whether that succeeded.
@@ -84,23 +85,23 @@ class Checkpointer:
             copy_atomic(checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"), self.published)
             self._remove_old()
         except OSError as error:
-            self.failure = error
+            self.failed = snapshot, error
             last = checkpoint.last_checkpoint(self.folder)
             self.log(f"step {snapshot.step} could not be saved ({error}); {last}; the run goes on")
             return False
-        self.failure = None
+        self.failed = None
         return True
 
     def check_saved(self, step: int) -> None:
-        """Checks that the last step of a run is saved.
+        """Checks that the last step of a run is saved, and tries once more if it was not.
 
         Raises:
-            TrainingError: the last save failed.
+            TrainingError: it cannot be saved.
         """
-        if self.failure is not None:
+        if self.failed is not None and not self.save(self.failed[0]):
             last = checkpoint.last_checkpoint(self.folder)
             raise TrainingError(
-                f"step {step} could not be saved ({self.failure}); {last}: make room, and the same command goes on "
+                f"step {step} could not be saved ({self.failed[1]}); {last}: make room, and the same command goes on "
                 "from there."
             )
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import switch_adapters
 from mochi_tune.config.sample import sample_size
 from mochi_tune.data.dataset import LatentDataset, collate
+from mochi_tune.errors import DataError
 from mochi_tune.files import load_tensors, save_tensors, write_atomic
 from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.models.latents import to_vae_latents
@@ -30,7 +31,8 @@ from mochi_tune.training.interrupts import Interrupted
 from mochi_tune.training.objective import noisy_and_target, velocity_loss
 from mochi_tune.training.preflight import TrainPlan
 from mochi_tune.training.progress import hides_bars
-from mochi_tune.training.run import Run, is_due
+from mochi_tune.training.run import Run
+from mochi_tune.training.schedule import is_due
 
 # The middles of four bins of noise levels.
 SIGMAS = (0.125, 0.375, 0.625, 0.875)
@@ -54,7 +56,8 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
         return
     with run.optimizer.temporarily(run.published_weights()):
         if validates:
-            clips = ValidationClips(plan.dataset, plan.validation_clips, plan.config.seed, train.objective)
+            is_strict = plan.config.data.damaged == "strict"
+            clips = ValidationClips(plan.dataset, plan.validation_clips, plan.config.seed, train.objective, is_strict)
             losses = validation_losses(dit, clips, plan.device, run.check_signals)
             if run.metrics is not None:
                 row = {"step": run.step, "validation_loss": sum(losses.values()) / len(losses), "bins": losses}
@@ -86,12 +89,14 @@ class ValidationClips:
         indices: clips to measure.
         seed: of the noise.
         objective: a choice of `train.objective`.
+        is_strict: whether a damaged clip ends the validation.
     """
 
     dataset: LatentDataset
     indices: Sequence[int]
     seed: int
     objective: str
+    is_strict: bool = True
 
 
 @torch.no_grad()
@@ -105,25 +110,36 @@ def validation_losses(
         clips: to measure.
         device: of the model.
         on_clip: called before each clip; what it raises ends the validation.
+
+    Raises:
+        DataError: a clip is damaged, and they are to be whole, or all are.
     """
     dit.eval()
-    losses = torch.zeros(len(clips.indices), len(SIGMAS))
+    losses = []
     is_quiet = hides_bars()
     try:
-        for row, index in enumerate(tqdm(clips.indices, "validation", unit="clip", leave=False, disable=is_quiet)):
+        for index in tqdm(clips.indices, "validation", unit="clip", leave=False, disable=is_quiet):
             on_clip()
-            batch = collate([clips.dataset[index]])
+            try:
+                batch = collate([clips.dataset[index]])
+            except DataError as error:
+                if clips.is_strict or (not losses and index == clips.indices[-1]):
+                    raise
+                if PartialState().is_main_process:
+                    tqdm.write(f"left out of the validation: {str(error).partition('; data.damaged')[0]}")
+                continue
+            losses.append([])
             noise = torch.randn(batch["mean"].shape, generator=keyed_generator(clips.seed, "validation", index))
-            for column, value in enumerate(SIGMAS):
+            for value in SIGMAS:
                 sigma = torch.tensor([value])
                 noisy, target = noisy_and_target(clips.objective, batch["mean"], noise, sigma)
                 prediction = dit(
                     noisy.to(device), sigma.to(device), batch["prompt_embeds"].to(device), batch["prompt_mask"]
                 )
-                losses[row, column] = velocity_loss(prediction, target.to(device)).item()
+                losses[-1].append(velocity_loss(prediction, target.to(device)).item())
     finally:
         dit.train()
-    return {f"{value:g}": loss for value, loss in zip(SIGMAS, losses.mean(0).tolist(), strict=True)}
+    return {f"{value:g}": loss for value, loss in zip(SIGMAS, torch.tensor(losses).mean(0).tolist(), strict=True)}
 
 
 def encode_eval_prompts(plan: TrainPlan) -> list[Tensor]:
@@ -170,20 +186,25 @@ class EvalVideos:
         for i in [i for i, is_missing in enumerate(missing) if is_missing]:
             base = self._base(dit, i)
             pairs[paths[i]] = base, base if is_base else self._sample(dit, self.prompts[i], paths[i].stem)
-        if not pairs or not PartialState().is_main_process:
+        if not pairs:
             return
-        plan = self.run.plan
-        decoder = plan.weights.load_decoder(plan.device, DTYPES[plan.config.model.dtype])
-        # Only this process decodes; all processes check for a stop together after it.
-        with contextlib.suppress(Interrupted):
-            for path, pair in pairs.items():
-                write_video(path, self._side_by_side(decoder, *pair), encoding=self.encoding)
-                write_atomic(prompt_file(path), plan.config.train.sample_prompts[paths.index(path)].encode())
+        plan, decoder = self.run.plan, None
+        if PartialState().is_main_process:
+            decoder = plan.weights.load_decoder(plan.device, DTYPES[plan.config.model.dtype])
+        for path, pair in pairs.items():
+            # One process decodes. All check for a stop together after each video: they wait so long and no longer.
+            with contextlib.suppress(Interrupted):
+                if decoder is not None:
+                    write_video(path, self._side_by_side(decoder, *pair), encoding=self.encoding)
+                    write_atomic(prompt_file(path), plan.config.train.sample_prompts[paths.index(path)].encode())
+            self.run.check_signals()
 
     def _base(self, dit: nn.Module, i: int) -> Tensor:
         """Returns the latents of a prompt without the adapter; they are sampled once a run."""
-        inputs = [self.noise, self.prompts[i], self.negative_prompt]
-        digest = hashlib.sha256(repr(self.settings).encode() + b"".join(t.numpy().tobytes() for t in inputs))
+        plan, inputs = self.run.plan, [self.noise, self.prompts[i], self.negative_prompt]
+        # A folder may be trained in anew, on another base.
+        base = repr((self.settings, plan.identity["base"], plan.config.model.dtype, plan.config.model.precision))
+        digest = hashlib.sha256(base.encode() + b"".join(t.numpy().tobytes() for t in inputs))
         path = self.folder.parent / "base_latents" / f"base_prompt_{i}_{digest.hexdigest()[:12]}.safetensors"
         is_saved = PartialState().is_main_process and path.exists()
         saved = broadcast(load_tensors(path)["latents"] if is_saved else None)

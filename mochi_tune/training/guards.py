@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mochi_tune.files import fsync, save_tensors, write_json
+from mochi_tune.files import fsync, save_tensors, write_atomic, write_json
 
 SPIKE_POLICIES = ("off", "warn", "skip", "stop")
 # A loss is compared with the median of so many steps before it, at least of so many.
@@ -60,7 +60,7 @@ def write_bundle(folder: Path, facts: Mapping, adapter: Mapping[str, Tensor], co
     bundle = folder / f"step_{facts['step']:06d}"
     bundle.mkdir(parents=True, exist_ok=True)
     save_tensors(bundle / "adapter.safetensors", adapter)
-    (bundle / "config.yaml").write_text(config)
+    write_atomic(bundle / "config.yaml", config.encode())
     write_json(bundle / "step.json", dict(facts))
     for path in bundle.iterdir():
         fsync(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections import deque
@@ -72,7 +73,9 @@ class Metrics:
 
     def best_validated(self, steps: Collection[int]) -> int | None:
         """Returns the one of these steps that has the lowest validation loss, None if none was validated."""
-        losses = {s: loss for s, loss in self._validation_losses.items() if s in steps and loss is not None}
+        # A loss may be no number at all, and is then no best one.
+        known = self._validation_losses
+        losses = {s: loss for s, loss in known.items() if s in steps and loss is not None and math.isfinite(loss)}
         return min(losses, key=losses.__getitem__, default=None)
 
     def best_validation(self) -> tuple[int, float] | None:

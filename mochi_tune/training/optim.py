@@ -170,8 +170,9 @@ def load_optimizer_state(
     # The optimizer itself moves moments and step counters to the device that its kernel wants.
     numbered = {number: {k: _own(v) for k, v in state[name].items()} for number, name in enumerate(ordered)}
     own = optimizer.state_dict()["param_groups"]
-    merged = [{**group, **saved} for group, saved in zip(own, groups, strict=True)]
-    optimizer.load_state_dict({"state": numbered, "param_groups": merged})
+    if RUNNING.get(type(optimizer).__name__):
+        own = [{**group, **saved} for group, saved in zip(own, groups, strict=True)]
+    optimizer.load_state_dict({"state": numbered, "param_groups": own})
 
 
 def _own(value: Tensor) -> Tensor | int:
@@ -203,12 +204,15 @@ def _check_parameters(
 
 def _check_groups(optimizer: torch.optim.Optimizer, groups: list[GroupState]) -> None:
     kind, own = type(optimizer).__name__, optimizer.param_groups
-    expected = [{key: type(group[key]) for key in RUNNING.get(kind, ())} for group in own]
+    wanted = RUNNING.get(kind, ())
+    # Groups that have no numbers of their own may be others, as by another train.learning_rate_b_ratio.
+    if not wanted and groups and not any(groups):
+        return
+    expected = [{key: type(group[key]) for key in wanted} for group in own]
     if expected != [{key: type(value) for key, value in group.items()} for group in groups]:
-        wanted = ", ".join(RUNNING.get(kind, ())) or "no numbers"
         raise CheckpointError(
-            f"the checkpoint's optimizer is not this run's {kind}, which has {len(own)} groups with {wanted}: "
-            "resume with the settings that it was saved with."
+            f"the checkpoint's optimizer is not this run's {kind}, which has {len(own)} groups with "
+            f"{', '.join(wanted) or 'no numbers'}: resume with the settings that it was saved with."
         )
 
 
@@ -255,8 +259,12 @@ def inference_weights(
 
 
 @contextlib.contextmanager
-def temporarily(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+def temporarily(
+    parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor] | None
+) -> Iterator[dict[str, Tensor]]:
     """Puts other weights into the parameters while the context lasts, then their own again, bit for bit.
+
+    Yields copies of their own.
 
     Args:
         parameters: the trained ones, by name.
@@ -266,7 +274,7 @@ def temporarily(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Te
     try:
         for name, value in (weights or {}).items():
             parameters[name].data.copy_(value)
-        yield
+        yield kept
     finally:
         for name, value in kept.items():
             parameters[name].data.copy_(value)

@@ -8,7 +8,7 @@ import filecmp
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,8 +16,9 @@ from tqdm import tqdm
 from mochi_tune.config.load import config_yaml
 from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
-from mochi_tune.files import copy_atomic, read_json, remove_temporary_files, write_json
+from mochi_tune.files import copy_atomic, read_json, read_json_lines, remove_temporary_files, write_atomic, write_json
 from mochi_tune.training import checkpoint
+from mochi_tune.training.eval_files import find_eval_videos, prompt_file
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.run_folder import read_history, record_start
@@ -36,6 +37,8 @@ class ResumePoint:
         state: the checkpoint's state.json.
         notes: lines for the user.
         changed: settings that differ and were forced.
+        is_named: whether the user named the checkpoint, by resume_from.
+        owes_evaluation: whether all steps are made, and the evaluation of the last one is not.
     """
 
     step: int = 0
@@ -43,6 +46,8 @@ class ResumePoint:
     state: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    is_named: bool = False
+    owes_evaluation: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,8 @@ def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> 
     differing = [key for key, value in now.environment.items() if before.get(key, value) != value]
     if others := [f"{key} was {before.get(key)}, is {now.environment[key]}" for key in differing]:
         notes.append(f"{'; '.join(others)}: the same samples in the same order, but no longer the same bits")
-    return ResumePoint(
-        state["step"], folder, state, [f"{text}: the one before is taken" for text in wrong] + notes, changed
-    )
+    notes = [f"{text}: the one before is taken" for text in wrong] + notes
+    return ResumePoint(state["step"], folder, state, notes, changed, is_named=resume_from is not None)
 
 
 def named_checkpoint(folder: Path) -> tuple[Path, list[str]]:
@@ -199,10 +203,11 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
         for path in sorted(checkpoints.glob("step_*")):
             if path not in kept:
                 log(f"put aside: {_put_aside(path)}")
-    for video in run_dir.glob("samples/step_*"):
-        number = video.name.split("_")[1]
-        if not number.isdigit() or int(number) > start.step or start.folder is None:
+    # No other file of that folder: `sample` names its videos by their prompts.
+    for step, _, video in find_eval_videos(run_dir):
+        if step > start.step or start.folder is None:
             video.unlink()
+            prompt_file(video).unlink(missing_ok=True)
     own = run_dir / "adapter.safetensors"
     if start.folder is not None:
         published = checkpoint.published_file(start.folder)
@@ -228,9 +233,12 @@ def find_start(plan: TrainPlan) -> ResumePoint:
         MochiTuneError: the run folder holds another run, or its checkpoints are damaged.
     """
     config, run_dir = plan.config, Path(plan.config.run_dir)
-    # resume_from is followed once; after that the same command resumes from the newest checkpoint.
+    # resume_from is followed until a checkpoint is made after it; then the same command resumes from the newest one.
     starts = read_history(run_dir)
     is_followed = bool(starts) and config.resume_from == starts[-1].get("resume_from")
+    if config.resume_from and is_followed:
+        newest, _ = checkpoint.newest_valid(run_dir / "checkpoints")
+        is_followed = newest is not None and checkpoint.step_of(newest) > starts[-1]["from_step"]
     resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
     already_forced = [(start["from_step"], start["changed"]) for start in starts if "changed" in start]
     contents = plan.dataset.cache.contents()
@@ -243,6 +251,9 @@ def resume(plan: TrainPlan) -> ResumePoint:
     config, run_dir = plan.config, Path(plan.config.run_dir)
     start = find_start(plan)
     rewind(run_dir, start, tqdm.write)
+    if owes_evaluation(plan, start.step):
+        tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was broken off, is made now")
+        return replace(start, owes_evaluation=True)
     if start.step >= config.train.steps:
         more = f"raise train.steps={config.train.steps} to train on"
         tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
@@ -259,7 +270,7 @@ def resume(plan: TrainPlan) -> ResumePoint:
         tqdm.write(f"held out for validation: {len(plan.held_out)} of {counted(num_clips, 'clip')}")
     elif plan.validation_clips and config.train.validate_every:
         tqdm.write(f"none of {counted(num_clips, 'clip')} can be held out: validation is on clips that are trained on")
-    (run_dir / "config.yaml").write_text(config_yaml(config))
+    write_atomic(run_dir / "config.yaml", config_yaml(config).encode(), durable=True)
     rows = plan.dataset.cache.rows
     clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents(), "held_out": len(plan.held_out)}
     clips["buckets"] = Counter(str(row.bucket) for row in rows)
@@ -269,6 +280,18 @@ def resume(plan: TrainPlan) -> ResumePoint:
     facts["notes"] = start.notes
     record_start(run_dir, {**facts, **plan.environment})
     return start
+
+
+def owes_evaluation(plan: TrainPlan, step: int) -> bool:
+    """Whether a run made its last step and did not validate or render it, as it was interrupted there."""
+    run_dir, train = Path(plan.config.run_dir), plan.config.train
+    if step != train.steps:
+        return False
+    rows = read_json_lines(run_dir / "validation.jsonl")
+    if train.validate_every and plan.validation_clips and step not in {row.get("step") for row in rows}:
+        return True
+    rendered = [number for at, number, _ in find_eval_videos(run_dir) if at == step]
+    return plan.renders_videos and len(rendered) < len(train.sample_prompts)
 
 
 def check_rows(metrics: Metrics, start: ResumePoint) -> None:

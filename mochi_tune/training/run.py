@@ -35,8 +35,9 @@ from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, adapter_metadata
 from mochi_tune.training.progress import Progress
 from mochi_tune.training.report import ReportWriter
-from mochi_tune.training.resume import ResumePoint, check_rows, resume
+from mochi_tune.training.resume import ResumePoint, check_rows, owes_evaluation, resume
 from mochi_tune.training.run_folder import RunLock
+from mochi_tune.training.schedule import is_due
 from mochi_tune.training.step_result import MicroBatchResult, StepResult, merge_parts
 from mochi_tune.training.summary import opening_lines
 from mochi_tune.training.trackers import Trackers
@@ -65,13 +66,13 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         start = broadcast(resume(plan) if is_main else None)
         attention = broadcast(choose_attention(plan, start) if is_main else None)
         metrics = trackers = None
-        if is_main and start.step < config.train.steps:
+        if is_main and (start.step < config.train.steps or start.owes_evaluation):
             metrics = stack.enter_context(Metrics(run_dir, start.step))
             check_rows(metrics, start)
-            # They follow the files of the metrics, and end before these are closed.
-            trackers = stack.enter_context(
-                Trackers(run_dir, start.step, config.name, plan.identity["settings"], config.log)
-            )
+            # They follow the metrics' files, and end before these are closed. One that went back is a new run to them.
+            last_step = 0 if start.is_named else start.step
+            trackers = Trackers(run_dir, last_step, config.name, plan.identity["settings"], config.log)
+            stack.enter_context(trackers)
         run = Run(plan, accelerator, start, metrics, trackers)
         run.attention = attention
         lines = [] if run.is_complete else opening_lines(plan, start.step)
@@ -125,6 +126,11 @@ class Run:
         return self.step >= self.plan.config.train.steps
 
     @property
+    def has_work(self) -> bool:
+        """Whether a step is left, or the evaluation of the last one."""
+        return not self.is_complete or self.start.owes_evaluation
+
+    @property
     def is_new(self) -> bool:
         """Whether the run starts without a checkpoint."""
         return self.start.folder is None
@@ -140,7 +146,8 @@ class Run:
             signals = self._signals
             stop_signal = max(gather_object([0 if signals is None else signals.received]))
             self.save()
-            self.exit_code = 0 if self.is_complete else 128 + stop_signal
+            is_over = self.is_complete and not broadcast(bool(self.metrics) and owes_evaluation(self.plan, self.step))
+            self.exit_code = 0 if is_over else 128 + stop_signal
             return True
 
     def restore_and_start(
@@ -169,7 +176,9 @@ class Run:
             state = checkpoint.load_optimizer(folder / "optimizer.safetensors")
             optimizer.load(adapter, state, self.start.state["groups"])
             if ema is not None:
-                ema.load(checkpoint.load_adapter_tensors(folder / "averaged.safetensors"))
+                # An average that was asked for by force begins here: there may be none yet.
+                averaged = folder / "averaged.safetensors"
+                ema.load(checkpoint.load_adapter_tensors(averaged) if averaged.exists() else adapter)
         if self.metrics is not None:
             # The adapter, two moments and, where there is one, the average.
             check_free_space(self.run_dir, plan.adapter_bytes * (4 if ema is not None else 3))
@@ -178,8 +187,7 @@ class Run:
         is_strict = plan.config.data.damaged == "strict"
         loader = ClipLoader(plan.dataset, plan.order, plan.draws, is_strict, tqdm.write)
         if self.report is not None:
-            # However the run ends.
-            self._resources.callback(self.report.write)
+            self._resources.callback(self.report.write)  # However the run ends.
         remaining = range(self.step + 1, train.steps + 1)
         keys = ((step, number) for step in remaining for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
@@ -390,8 +398,3 @@ class Run:
             f"update was not made and {last}: `mochi-tune replay {bundle}` tells which sample it was. The same command "
             f"comes here again; {way_on} go past it, or a lower train.learning_rate in another run_dir."
         )
-
-
-def is_due(step: int, every: int, num_steps: int) -> bool:
-    """Whether something that is done every so many steps, and at the last one, is done at this one; 0 is never."""
-    return step == num_steps or (every > 0 and step % every == 0)

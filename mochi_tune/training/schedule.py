@@ -37,3 +37,8 @@ def learning_rate_at(
         num_falling = min(decay_share * num_steps, num_left)
         return peak * min(1.0, (num_steps + 1 - step) / num_falling)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def is_due(step: int, every: int, num_steps: int) -> bool:
+    """Whether something that is done every so many steps, and at the last one, is done at this one; 0 is never."""
+    return step == num_steps or (every > 0 and step % every == 0)

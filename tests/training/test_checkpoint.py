@@ -1,5 +1,7 @@
 """Checkpoints are whole or not there."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -30,6 +32,14 @@ def test_a_checkpoint_appears_whole_and_old_ones_go_by_the_rule(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000010"]
     assert damage_of(tmp_path / "step_000010") == ""
     assert load_tensors(tmp_path / "step_000010" / "adapter.safetensors")["a"].tolist() == [10.0] * 3
+
+
+def test_copies_under_names_of_a_users_own_stay(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000001_good")
+    remove_checkpoints(tmp_path, {2})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001_good", "step_000002"]
 
 
 def test_the_newest_every_nth_and_the_best_are_kept():

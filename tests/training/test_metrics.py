@@ -66,6 +66,13 @@ def test_sums_are_those_of_all_rows_that_are_kept(tmp_path):
         assert [metrics.is_validated(step) for step in (2, 3, 5)] == [True, False, True]
 
 
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    with Metrics(tmp_path, 0) as metrics:
+        for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.7)):
+            metrics.log_validation({"step": step, "validation_loss": loss})
+        assert metrics.best_validation() == (1, 0.5) and metrics.best_validated([2, 3]) == 3
+
+
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     with Metrics(tmp_path, last_step=0) as metrics:
         metrics.log({"step": 1, "loss": 0.5})

@@ -1,0 +1,164 @@
+"""What the same command makes up for, and what it leaves alone, after a run was broken off, went back or was ended."""
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from helpers_road import LORA, prepared, read_rows, road, train
+
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import DataError
+from mochi_tune.files import load_tensors
+from mochi_tune.training.checkpoint import load_adapter_tensors
+from mochi_tune.training.preflight import check
+
+EACH = ["train.checkpoint_every=1", "train.keep_checkpoints=9", "train.warmup_steps=0", "train.learning_rate=1e-2"]
+
+
+def same(ours, theirs) -> bool:
+    ours, theirs = load_tensors(ours), load_tensors(theirs)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_that_is_named_is_followed_until_there_is_one_after_it(tmp_path):
+    other, run_dir = tmp_path / "other", tmp_path / "run"
+    train(other, *EACH, "train.steps=4")
+    again = [*EACH, "train.steps=4", f"resume_from={other / 'checkpoints/step_000002'}"]
+    train(run_dir, *again)
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [3, 4]
+    # As if it had been killed before its first checkpoint.
+    shutil.rmtree(run_dir / "checkpoints")
+    train(run_dir, *again)
+    assert same(run_dir / "adapter.safetensors", other / "adapter.safetensors")
+    # Followed by now: nothing is made again.
+    train(run_dir, *again)
+    assert len(read_rows(run_dir / "history.jsonl")) == 2
+
+
+def test_trackers_get_what_was_made_again_after_going_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, *EACH, "train.steps=4", "log.tensorboard=true", "train.schedule=constant")
+    other = ["train.steps=4", "log.tensorboard=true", "train.schedule=constant", "train.learning_rate=5e-2"]
+    train(tmp_path, *EACH, *other, f"resume_from={tmp_path / 'checkpoints/step_000002'}", "resume=force")
+    events = EventAccumulator(str(tmp_path / "trackers" / "tensorboard"))
+    events.Reload()
+    rates = {event.step: event.value for event in events.Scalars("metrics/lr")}
+    assert rates == pytest.approx({1: 1e-2, 2: 1e-2, 3: 5e-2, 4: 5e-2})
+
+
+def test_videos_of_sample_stay_where_those_of_later_steps_go(tmp_path):
+    train(tmp_path, *EACH, "train.steps=2")
+    names = ["step_by_step_a_dancer_climbs_seed_0_001.mp4", "step_9_to_heaven.json", "step_000002_prompt_0.mp4"]
+    for name in [*names, "step_000009_prompt_0.mp4", "step_000009_prompt_0.txt"]:
+        (tmp_path / "samples" / name).touch()
+    (tmp_path / "samples" / "step_up_seed_0_001").mkdir()
+    train(tmp_path, *EACH, "train.steps=2")
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {*names, "step_up_seed_0_001"}
+
+
+def test_an_evaluation_of_the_last_step_that_was_broken_off_is_made_up_for(tmp_path, capsys):
+    settings = ["train.steps=2", "train.validate_every=2", "train.validation_clips=1", "train.sample_every=2"]
+    settings += ["train.sample_prompts=[a cat]", "sample.steps=2", "sample.num_frames=7"]
+    train(tmp_path, *settings)
+    rows, [last] = (tmp_path / "validation.jsonl").read_text(), sorted((tmp_path / "samples").glob("step_000002*.mp4"))
+    (tmp_path / "validation.jsonl").write_text(rows.splitlines(keepends=True)[0])
+    assert (
+        train(tmp_path, *settings) == 0
+        and "its evaluation, which was broken off, is made now" in capsys.readouterr().out
+    )
+    assert (tmp_path / "validation.jsonl").read_text() == rows
+    last.unlink()
+    assert train(tmp_path, *settings) == 0 and last.exists()
+    capsys.readouterr()
+    assert train(tmp_path, *settings) == 0 and "is trained to step 2 already" in capsys.readouterr().out
+
+
+def test_a_stop_in_the_last_evaluation_is_no_success(tmp_path, monkeypatch):
+    from mochi_tune.training import evaluate
+
+    measure, calls = evaluate.validation_losses, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments)
+
+    settings = ["train.steps=2", "train.validate_every=2", "train.validation_clips=1"]
+    # The signal comes at a known place; all else is the run's own.
+    monkeypatch.setattr(evaluate, "validation_losses", stopped)
+    assert train(tmp_path, *settings) == 128 + signal.SIGTERM
+    assert train(tmp_path, *settings) == 0
+    assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "more", [["train.ema_decay=0.9"], ["train.optimizer=schedule_free", "train.schedule=constant"]], ids=["ema", "x"]
+)
+def test_a_checkpoint_that_is_asked_for_in_an_evaluation_has_the_trained_weights(tmp_path, monkeypatch, more):
+    from mochi_tune.training import evaluate
+
+    measure, calls = evaluate.validation_losses, []
+
+    def saved(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return measure(*arguments)
+
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    common = [*EACH, "train.steps=3", "train.validate_every=1", "train.validation_clips=1", *more]
+    train(straight, *common)
+    monkeypatch.setattr(evaluate, "validation_losses", saved)
+    train(run_dir, *common, "train.checkpoint_every=3")
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    for name in ("adapter.safetensors", "averaged.safetensors"):
+        assert same(run_dir / "checkpoints/step_000002" / name, straight / "checkpoints/step_000002" / name), name
+
+
+def test_what_may_be_forced_can_be(tmp_path):
+    for name, before, after in (
+        ("ema", [], ["train.ema_decay=0.9"]),
+        ("ratio", [], ["train.learning_rate_b_ratio=4"]),
+        ("decay", ["lora.dora=true"], ["lora.dora=true", "train.weight_decay=0"]),
+    ):
+        train(tmp_path / name, *EACH, "train.steps=1", *before)
+        assert train(tmp_path / name, *EACH, "train.steps=2", *after, "resume=force") == 0
+    averaged = load_adapter_tensors(tmp_path / "ema/checkpoints/step_000002/averaged.safetensors")
+    trained = load_adapter_tensors(tmp_path / "ema/checkpoints/step_000002/adapter.safetensors")
+    assert any(not torch.equal(averaged[name], trained[name]) for name in trained)
+
+
+def test_a_damaged_clip_is_left_out_of_the_validation(tmp_path, capsys):
+    import pyarrow.parquet as pq
+
+    shutil.copytree(prepared() / "cache", tmp_path / "cache")
+    settings = [f"data.cache={tmp_path / 'cache'}", "train.steps=1", "train.validate_every=1"]
+    settings += ["train.validation_clips=2", "data.damaged=quarantine"]
+    plan = check(load_config("my_lora", road(tmp_path / "run", *LORA, *settings)), 1)
+    place = plan.validation_clips[0]
+    assert len(plan.validation_clips) == 2
+    [shard] = (tmp_path / "cache" / "data").iterdir()
+    name = pq.read_table(shard, columns=["sample_id"])["sample_id"][place].as_py()
+    data = bytearray(shard.read_bytes())
+    with pq.ParquetFile(shard) as file:
+        column = file.metadata.row_group(place).column(file.schema_arrow.names.index("logvar"))
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    shard.write_bytes(data)
+    assert train(tmp_path / "run", *settings) == 0
+    written = capsys.readouterr().out
+    assert "left out of the validation: " in written and name in written
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "validation.jsonl")] == [0, 1]
+    with pytest.raises(DataError, match="damaged"):
+        train(tmp_path / "strict", *settings, "data.damaged=strict")
+
+
+def test_settings_in_the_run_folder_are_replaced_whole(tmp_path):
+    train(tmp_path, *EACH, "train.steps=1")
+    before = (tmp_path / "config.yaml").read_text()
+    os.link(tmp_path / "config.yaml", tmp_path / "another_name.yaml")
+    train(tmp_path, *EACH, "train.steps=2")
+    assert (tmp_path / "another_name.yaml").read_text() == before != (tmp_path / "config.yaml").read_text()
