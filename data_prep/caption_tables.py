@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,8 @@ class _VideoNames:
         for video in videos:
             self._videos[os.path.abspath(video)] = video
             self._videos[os.path.abspath(real / video.relative_to(folder))] = video
+        # macOS writes an accent as a letter of its own, and other systems do not: both are one name.
+        self._composed = {unicodedata.normalize("NFC", path): video for path, video in self._videos.items()}
 
     def find(self, table: Path, names: list[str]) -> list[Path | None]:
         """Returns the video of each name; all names of a table are relative to one folder.
@@ -150,8 +153,10 @@ class _VideoNames:
         if "\0" in name:
             return None
         # The second is a path of Windows.
-        paths = (os.path.abspath(os.path.join(base, spelling)) for spelling in (name, name.replace("\\", "/")))
-        return next((self._videos[path] for path in paths if path in self._videos), None)
+        paths = [os.path.abspath(os.path.join(base, spelling)) for spelling in (name, name.replace("\\", "/"))]
+        exact = next((self._videos[path] for path in paths if path in self._videos), None)
+        composed = (self._composed.get(unicodedata.normalize("NFC", path)) for path in paths)
+        return exact or next(filter(None, composed), None)
 
 
 def _count_unknown(rows: list[TableRow]) -> str:

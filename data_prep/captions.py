@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -164,7 +165,8 @@ def _find_sidecars(videos: list[Path]) -> dict[Path, Path]:
 
 
 def _stem(path: Path | str) -> str:
-    return os.path.splitext(path)[0]
+    # macOS writes an accent as a letter of its own, and other systems do not: both are one name.
+    return unicodedata.normalize("NFC", os.path.splitext(path)[0])
 
 
 def _read_sidecar(path: Path, video: Path, split: Literal["one", "lines"]) -> tuple[list[str], str]:

@@ -178,6 +178,10 @@ def _measure_all(path: Path, clips: Mapping[str, Path], child: WatchedProcess) -
         for name, clip in tqdm(clips.items(), desc="measuring", unit="clip"):
             try:
                 status = clip.stat()
+            except OSError as error:
+                found[name] = f"{clip}: cannot be read ({error.strerror})"
+                continue
+            try:
                 signature = [SCORES_VERSION, status.st_size, status.st_mtime_ns]
                 values = known.get((name, *signature))
                 if values is None:

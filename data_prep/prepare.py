@@ -83,6 +83,8 @@ def prepare(config: RunConfig) -> Prepared:
     """
     data, weights, share = config.data, WeightsFolder(weights_paths(config)), _share(config)
     device, folder = find_device(config.device), Path(data.cache)
+    if overlapping := [source.folder for source in read_sources(data) if source.folder.resolve() == folder.resolve()]:
+        raise ConfigError(f"data.cache={folder} is the folder of the videos, {overlapping[0]}: use one of its own.")
     if data.preview:
         check_preview_folder(Path(data.preview), [source.folder for source in read_sources(data)])
         if config.parallel.shard is not None:
@@ -170,7 +172,9 @@ def _encode_clips(
     cache: CacheWriter, inputs: Inputs, decoder: ClipDecoder, workers: "WorkHere | Pool", preview: str | None
 ) -> tuple[int, dict[str, str]]:
     """Encodes the clips that the cache lacks; returns their number, and the reason for each sample_id that failed."""
-    tasks, num_encoded, bad = _clip_tasks(cache, inputs, preview), 0, {}
+    tasks, num_encoded = _clip_tasks(cache, inputs, preview), 0
+    # By key, with the file that was read.
+    bad: dict[str, tuple[str, str]] = {}
     if isinstance(workers, Pool):
         # Each worker has its own.
         decoder.close()
@@ -179,14 +183,18 @@ def _encode_clips(
         for task, reasons in workers.run(tasks, bar.update):
             for clip, is_missing, reason in zip(task.clips, task.is_missing, reasons, strict=True):
                 if reason:
-                    bad[clip.row.clip_key] = reason
+                    bad[clip.row.clip_key] = reason, str(clip.file.path)
                 elif is_missing:
                     num_encoded += 1
                     if isinstance(workers, Pool):
                         cache.take_part(cache.parts.find(f"latents-{clip.row.clip_key}"))
-    return num_encoded, {
-        clip.row.sample_id: bad[clip.row.clip_key] for clip in inputs.clips if clip.row.clip_key in bad
-    }
+    reasons = {}
+    for clip in inputs.clips:
+        if clip.row.clip_key in bad:
+            reason, path = bad[clip.row.clip_key]
+            # Another file may have the same bytes.
+            reasons[clip.row.sample_id] = reason.replace(path, str(clip.file.path), 1)
+    return num_encoded, reasons
 
 
 def _clip_tasks(cache: CacheWriter, inputs: Inputs, preview: str | None) -> list[ClipTask]:

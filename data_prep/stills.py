@@ -46,6 +46,8 @@ def read_still_size(path: Path, max_pixels: int) -> StillSize:
                 f"{path}: is a picture of {width}x{height} pixels, more than {max_pixels // 10**6} million: "
                 "scale it down first."
             )
+        if image.mode == "F":
+            raise DataError(f"{path}: holds 32-bit floats, and which of them is white is unknown: save it in 16 bits.")
         if image.getexif().get(ORIENTATION) in TURNED:
             width, height = height, width
         durations = [Fraction(1, FPS)]

@@ -23,6 +23,7 @@ from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS, latent_shape, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, T5_DTYPES
+from mochi_tune.models.vae_streaming import check_tiles
 from mochi_tune.parallel.forecast import (
     CARDS,
     GIB,
@@ -49,6 +50,7 @@ from mochi_tune.training.preflight import (
     adapter_bytes,
     bucket_shares,
     check,
+    check_streaming,
     clip_order,
     num_tokens,
     step_seconds,
@@ -135,6 +137,9 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     """
     data, train = config.data, config.train
     sampler_settings(config.sample)
+    check_streaming(config)
+    if config.memory.tiles is not None:
+        check_tiles(config.memory.tiles, *sample_size(config.sample, data)[1:])
     words, gib, speed = find_card(card, card_gib)
     dit, free = dit_sizes(config), int(gib * GIB)
     processes = config.parallel

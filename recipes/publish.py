@@ -84,6 +84,8 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
         raise ConfigError(
             f"out={out} exists, and an export never overwrites: choose another name or remove it.{upload}"
         )
+    if not out.name or out.resolve() == Path.cwd():
+        raise ConfigError(f"out={out} is a folder that programs are in, and is not replaced: name a new one.")
     if is_elsewhere(out):
         raise ConfigError(f"out={out} is a link or another disk, which an export cannot replace: name a folder in it.")
     source = read_source(publication.adapter, publication.about, publication.adapter_alpha)

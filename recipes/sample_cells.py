@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.files import load_tensors, lock_file
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.vae_streaming import WHOLE
+from mochi_tune.parallel.memory import PRECISIONS
 from mochi_tune.recipes.sample import RenderPlan, check, check_latents, choose_residency, encode_prompts, write_line
 from mochi_tune.sampling.formats import is_file_name
 from mochi_tune.sampling.prompt_cache import PromptCache
@@ -150,7 +151,9 @@ def _adapters(config: RunConfig) -> dict[int | None, str | None]:
 
 def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
     """Names each cell's file by all that determines it, so that an equal cell is found again and no other one is."""
-    digests, out, run_dir = [_digest(cell) for cell in cells], config.sample.out, Path(config.run_dir)
+    # Those of all plans: they differ in their adapters.
+    weights = {part: cells[0].plan.weights.fingerprint(part) for part in ("text_encoder", "dit", "decoder")}
+    digests, out, run_dir = [_digest(cell, weights) for cell in cells], config.sample.out, Path(config.run_dir)
     if config.sample.grid:
         of_all = hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
         folder = (Path(out) if out else run_dir / "grids" / f"grid_{of_all}") / "cells"
@@ -166,9 +169,13 @@ def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
     return named
 
 
-def _digest(cell: Cell) -> str:
+def _digest(cell: Cell, weights: Mapping[str, str]) -> str:
     record = determinants(cell.request, cell.common)
-    record = {key: value for key, value in record.items() if key not in NOT_OF_A_CELL}
+    memory = record["memory"]
+    record = {key: value for key, value in record.items() if key not in NOT_OF_A_CELL} | {"weights": weights}
+    # Where the weights are changes nothing; what rounds them does, and so do tiles.
+    record["precision"] = memory["dit"] if memory["dit"] in PRECISIONS else "exact"
+    record["tiles"] = memory["tiles"]
     # The same bytes under another name are the same adapter.
     record["adapters"] = [{k: v for k, v in each.items() if k != "file"} for each in record["adapters"]]
     content = json.dumps([record, asdict(cell.request.encoding)], sort_keys=True)

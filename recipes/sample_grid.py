@@ -19,6 +19,9 @@ from mochi_tune.recipes.sample_cells import Cell, check_cells, has_locks, is_don
 from mochi_tune.sampling.grid_video import Tile, write_grid_video
 from mochi_tune.sampling.requests import Request
 
+# Of which a tile is some 30 pixels high, and which may be open at once.
+MOST_IN_A_VIDEO = 400
+
 
 def main(config: RunConfig) -> Iterator[Path]:
     """Renders a grid or a farm, yielding each cell's video when it is written, then of a grid the page and the video.
@@ -69,8 +72,15 @@ def write_views(folder: Path, cells: Sequence[Cell]) -> Iterator[Path]:
         line = rows.setdefault((cell.prompt, cell.row), [None] * len(columns))
         line[columns.index(cell.column)] = cell.video
     tiles = [Tile(f"{row}\n{prompt}".strip(), videos) for (prompt, row), videos in rows.items()]
-    yield write_grid_video(folder, tiles, columns)
-    yield write_grid_page(folder, shown, columns)
+    try:
+        if len(cells) <= MOST_IN_A_VIDEO:
+            yield write_grid_video(folder, tiles, columns)
+        else:
+            write_line(f"no grid.mp4 of {len(cells)} videos, which would be too small to see; the page has them all")
+    finally:
+        # It takes any number of videos, and is there even where the video of all failed.
+        page = write_grid_page(folder, shown, columns)
+    yield page
 
 
 def _labelled(cell: Cell, cells: Sequence[Cell]) -> GridCell:

@@ -53,7 +53,13 @@ from mochi_tune.adapters.layers import (
     some,
     split_layers,
 )
-from mochi_tune.adapters.modelspec import COMPUTED_KEYS, kohya_metadata, modelspec, tensors_sha256
+from mochi_tune.adapters.modelspec import (
+    COMPUTED_KEYS,
+    has_official_shapes,
+    kohya_metadata,
+    modelspec,
+    tensors_sha256,
+)
 from mochi_tune.adapters.reading import read_layers
 from mochi_tune.adapters.resolve import find_adapter_file
 from mochi_tune.errors import CheckpointError, ConfigError
@@ -70,6 +76,8 @@ __all__ = [
     "save_adapter",
 ]
 
+# Blocks of Mochi 1.
+OFFICIAL_BLOCKS = 48
 FORMATS = ("official", "diffusers", "comfyui", "kohya", "native")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -144,16 +152,16 @@ def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fin
         trained_on
         and base_fingerprint
         and trained_on != base_fingerprint
-        and _dtype_of(trained_on) == _dtype_of(base_fingerprint)
+        and dtype_of(trained_on) == dtype_of(base_fingerprint)
     ):
-        wrong.insert(0, f"base_fingerprint is {_short(trained_on)}, this base's is {_short(base_fingerprint)}")
+        wrong.insert(0, f"base_fingerprint is {short(trained_on)}, this base's is {short(base_fingerprint)}")
     if wrong:
         raise CheckpointError(
             f"{adapter} was trained on another base: {some(wrong, '; ')}: use the weights that it was trained on."
         )
 
 
-def _short(fingerprint: str) -> str:
+def short(fingerprint: str) -> str:
     """Returns as much of a fingerprint as tells it from others; a dtype before it stays."""
     dtype, colon, digits = fingerprint.rpartition(":")
     return dtype + colon + digits[:12]
@@ -342,8 +350,14 @@ def _depth_for_names(adapter: Adapter) -> int | None:
 
 
 def _num_blocks(adapter: Adapter) -> int | None:
-    """Returns the base's depth by the metadata, else by the names; None where it has more blocks than named."""
+    """Returns the base's depth by the metadata, else Mochi 1's for layers of its sizes, else by the names.
+
+    None where it has more blocks than named.
+    """
     stated = adapter.metadata.get("num_blocks")
+    if stated is None and has_official_shapes(adapter.layers):
+        # An adapter may have a few of its blocks alone.
+        return OFFICIAL_BLOCKS
     if stated is None:
         last = max(block_of(name) for name in adapter.layers)
         updates_text = any(block_of(name) == last and kind_of(name) in TEXT_UPDATE_KINDS for name in adapter.layers)
@@ -365,7 +379,8 @@ def _describe(layers: dict[str, LoraLayer], trained: dict[str, LoraLayer]) -> di
     }
 
 
-def _dtype_of(fingerprint: str) -> str:
+def dtype_of(fingerprint: str) -> str:
+    """Returns the dtype of the file that a fingerprint was taken of, where it names one, else ""."""
     return fingerprint.rpartition(":")[0]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mochi_tune.adapters.alphas import ASSUMED
-from mochi_tune.adapters.files import Adapter
+from mochi_tune.adapters.files import Adapter, dtype_of, short
 from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.low_rank import (
     Limit,
@@ -262,8 +262,10 @@ def _truncate(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
 def _check_one_base(adapters: Sequence[Adapter]) -> None:
     for key in ("base_fingerprint", "num_blocks"):
         stated = [(each, each.metadata[key]) for each in adapters if key in each.metadata]
-        if len({value for _, value in stated}) > 1:
-            said = "; ".join(f"{each} has {value[:12]}" for each, value in stated)
+        kinds = {dtype_of(value) for _, value in stated}
+        # The same base has another fingerprint in a file of another dtype: only those of one dtype are compared.
+        if len({value for _, value in stated}) > len(kinds):
+            said = "; ".join(f"{each} has {short(value)}" for each, value in stated)
             raise CheckpointError(f"the adapters were trained on different bases, by their {key}: {said}.")
 
 

@@ -21,12 +21,14 @@ def run_init(arguments: list[str]) -> int:
     from mochi_tune.config.load import packaged_folder
     from mochi_tune.files import make_writable_folder
 
+    if name == "base":
+        raise ConfigError("init base is not possible: every conf is built on the packaged base; choose another name.")
     path, readme = Path("conf") / f"{name}.yaml", Path("videos") / "README.md"
     if path.exists():
         raise ConfigError(f"{path} exists and is never replaced: choose another name, or edit it.")
     for folder in (path.parent, readme.parent):
         make_writable_folder(folder)
-    content = (packaged_folder() / "my_lora.yaml").read_text().replace("name: my_lora ", f"name: {name} ")
+    content = (packaged_folder() / "my_lora.yaml").read_text().replace("name: my_lora ", f'name: "{name}" ')
     path.write_text(content)
     if not readme.exists():
         readme.write_text(README.format(name=name))

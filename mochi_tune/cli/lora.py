@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mochi_tune.cli.options import LORA_OPTIONS, plain_options, whole_number
+from mochi_tune.cli.options import LORA_OPTIONS, is_setting, plain_options, whole_number
 from mochi_tune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]] |
     Raises:
         ConfigError: an unknown key, another number of files, or a value that must be given is not.
     """
-    files = [os.path.expanduser(each) for each in arguments if "=" not in each and not each.startswith("-")]
-    settings = [each for each in arguments if "=" in each or each.startswith("-")]
+    files = [os.path.expanduser(each) for each in arguments if not is_setting(each)]
+    settings = [each for each in arguments if is_setting(each)]
     options = plain_options(f"lora {verb}", settings, LORA_OPTIONS[verb])
     if options is None:
         return None

@@ -36,6 +36,7 @@ from mochi_tune.cli.options import (
     REPLAY_OPTIONS,
     USAGE,
     VERIFY_OPTIONS,
+    is_setting,
     load,
     plain_options,
     whole_number,
@@ -225,7 +226,7 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
 
 def run_replay(arguments: list[str]) -> int:
     """Makes a refused step again; returns 1 if its numbers are not finite this time either."""
-    arguments = [a if "=" in a or a.startswith("-") else f"bundle={a}" for a in arguments]
+    arguments = [a if is_setting(a) else f"bundle={a}" for a in arguments]
     options = plain_options("replay", arguments, REPLAY_OPTIONS)
     if options is None:
         return 0

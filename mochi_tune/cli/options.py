@@ -2,7 +2,9 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mochi_tune.cli.first_words import check_form, short_help
@@ -257,6 +259,13 @@ def positive_number(key: str, text: str) -> float:
     if not 0 < value < math.inf:
         raise ConfigError(f"{key}={text} does not fit: it takes a number above 0.")
     return value
+
+
+def is_setting(argument: str) -> bool:
+    """Whether an argument is key=value or an option, and no file: folders of sweeps have names such as lr=1e-4."""
+    key, equals, _ = argument.partition("=")
+    is_key = bool(equals) and re.fullmatch(r"[\w.]*", key) is not None and not Path(argument).exists()
+    return is_key or argument.startswith("-")
 
 
 def plain_options(

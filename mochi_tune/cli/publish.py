@@ -1,5 +1,7 @@
 """The verb `export`, and the upload at the end of `train`."""
 
+import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +23,8 @@ def run_export(arguments: list[str]) -> int:
     options = plain_options("export", arguments, EXPORT_OPTIONS)
     if options is None:
         return 0
-    adapter, to, out, repo = (options[key] for key in ("adapter", "to", "out", "push"))
+    to, out, repo = (options[key] for key in ("to", "out", "push"))
+    adapter = os.path.expanduser(options["adapter"])
     is_dry, is_private = (_yes_or_no(key, options[key]) for key in ("dry_run", "private"))
     about = {name: options[key] for key, name in ABOUT.items()}
     alpha = positive_number("adapter_alpha", options["adapter_alpha"]) if options["adapter_alpha"] else None
@@ -42,7 +45,7 @@ def run_export(arguments: list[str]) -> int:
         print(summary.source_note, file=sys.stderr)
         print(summary)
         return 0
-    from mochi_tune.adapters.resolve import find_adapter_file
+    from mochi_tune.adapters.resolve import HUB, find_adapter_file
     from mochi_tune.recipes.publish import Publication, default_folder
     from mochi_tune.weights.push import check_login
 
@@ -52,6 +55,9 @@ def run_export(arguments: list[str]) -> int:
     if repo and not is_dry:
         check_login("push", repo)
     folder = Path(out).expanduser() if out else default_folder(source)
+    if not out and adapter.startswith(HUB):
+        # Not in the hub's cache, where the file is.
+        folder = Path("hub") / re.split(r"[/@]", adapter)[1]
     publish(publication, folder, None if is_dry or not repo else is_private, options["endpoint"] or None)
     return 0
 

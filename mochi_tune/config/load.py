@@ -91,14 +91,15 @@ def _reset_by_preset(given: Collection[str]) -> dict[str, None]:
 @contextlib.contextmanager
 def _file_on_base(path: Path, implies_base: bool) -> Iterator[Path]:
     """Yields the file that Hydra composes: this one, or one that puts its content on top of base."""
-    if not implies_base:
+    if not implies_base and path.suffix == ".yaml":
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(path, Path(folder) / "own.yaml")
-        whole = Path(folder) / "whole.yaml"
+        # Hydra reads no other suffix.
+        own, whole = Path(folder) / "own.yaml", Path(folder) / "whole.yaml"
+        shutil.copyfile(path, own)
         whole.write_text("defaults: [base, own, _self_]\n")
-        yield whole
+        yield whole if implies_base else own
 
 
 def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
@@ -131,6 +132,8 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
         key = error.full_key or ""
         where = f"{key}={given[key]}" if key in given else f"{path}: {key}"
         raise ConfigError(f"{where} does not fit: ${{...}} in it is not a setting, or refers back to it.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: its defaults lead back to itself: name another file there.") from None
     except MarkedYAMLError as error:
         raise ConfigError(f"{path} is not YAML: {_describe_yaml_error(error)}.") from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -229,7 +232,7 @@ def find_config(name: str) -> Path:
         ConfigError: there is none; the nearest name is given.
     """
     local = Path("conf")
-    for path in (local / f"{name}.yaml", packaged_folder() / f"{name}.yaml", Path(name)):
+    for path in (local / f"{name}.yaml", local / f"{name}.yml", packaged_folder() / f"{name}.yaml", Path(name)):
         if path.is_file() and path.suffix in (".yaml", ".yml"):
             return path
     known = sorted({p.stem for folder in (local, packaged_folder()) for p in folder.glob("*.yaml")})

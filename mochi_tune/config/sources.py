@@ -109,6 +109,11 @@ def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
     """
     if data.bucket_shares is None:
         return {}
+    if own := [source.folder for source in data.sources if source.buckets is not None]:
+        raise ConfigError(
+            f"data.bucket_shares are of data.buckets, and the source {own[0]} has buckets of its own: leave one of "
+            "them out."
+        )
     listed = data.buckets if isinstance(data.buckets, list) else []
     if len(listed) != len(data.bucket_shares):
         raise ConfigError(

@@ -17,8 +17,10 @@ _REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9_](?:[\w.-]*[A-
 
 
 def _read_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_possible", "text in quotes, as yes, no, on and off are true and false in YAML")
     # YAML reads `name: 123` as a number.
-    return str(value) if isinstance(value, bool | int | float) else value
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _check_text(value: str) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ ROW_KEYS: dict[str, tuple[type, ...]] = {
     "init_strength": (int, float),
 }
 MAX_VIDEO_TOKENS = 445_200
+# Bytes of a name that is given: the files beside it, and those that become it, have longer ones.
+MAX_NAME = 220
 JSON_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list of numbers"}
 
 
@@ -126,7 +129,10 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
     else:
         rows = list(_read_rows(Path(sample.prompts)))
     out = Path(sample.out) if sample.out else run_dir / "samples"
-    paths = _VideoPaths(out, num_videos=len(rows) * max(1, len(sample.seeds or [])))
+    if len(name := os.fsencode(out.name)) > MAX_NAME:
+        raise ConfigError(f"out={out}: the name has {len(name)} bytes: use at most {MAX_NAME}.")
+    num_seeds = max(1, len(sample.seeds or []))
+    paths = _VideoPaths(out, num_videos=sum(1 if "seed" in row else num_seeds for _, row in rows))
     requests: list[Request] = []
     for where, row in rows:
         own = {key: value for key, value in row.items() if key != "seed"}

@@ -231,7 +231,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     fingerprint = generator_fingerprint(config.seed)
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
     identity["order"] = order.fingerprint(cache.rows.column("sample_id"))
-    _check_streaming(config)
+    check_streaming(config)
     return TrainPlan(config, device, weights, dataset, held, order, layers, start_adapter, draws, identity, layout)
 
 
@@ -312,7 +312,7 @@ def step_seconds(
     return config.train.accumulation_steps * mean
 
 
-def _check_streaming(config: RunConfig) -> None:
+def check_streaming(config: RunConfig) -> None:
     """Refuses settings that would keep on the GPU what streaming takes from it; `sample` may have them."""
     if config.memory.dit not in ("stream", "offload"):
         return

@@ -11,6 +11,9 @@ from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 
+# A larger number in a configuration is no model's.
+MOST = 100_000
+
 
 def read_official_config(path: Path, part: str) -> Any:
     """Reads a part's sizes from a dit_config.json or vae_config.json; full size where the file is absent.
@@ -116,6 +119,9 @@ def _decoder_config(values: dict[str, Any]) -> DecoderConfig:
 
 def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
     """Returns a configuration's value in its default's type."""
+    numbers = value if isinstance(value, list) else [value]
+    if any(type(v) is int and not 0 < v <= MOST for v in numbers):
+        raise CheckpointError(f"{path}: {key}={value!r} does not fit; numbers there are 1 to {MOST}.")
     if isinstance(default, tuple):
         if isinstance(value, list) and all(type(v) is type(default[0]) for v in value):
             return tuple(value)

@@ -282,7 +282,10 @@ def _make_plan(files: PartFiles, part: str) -> _Plan:
     else:
         read = read_official_config if files.is_single or files.naming == "official" else read_diffusers_config
         config = read(files.config, part)
-        model = build_meta_model(config)
+        try:
+            model = build_meta_model(config)
+        except (ValueError, IndexError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{files.config}: its numbers do not fit each other ({error}).") from error
         is_official = files.naming == "official"
         mapping = {name: Pieces((name,)) for name in model.state_dict()} if is_official else diffusers_map(model)
         expected = {}

@@ -15,7 +15,7 @@ from helpers_adapters import (
 from helpers_diffusers import diffusers_model, merged, nothing_may_be_warned, run_diffusers
 from safetensors.torch import load_file
 
-from mochi_tune.adapters.files import delta_weight, load_adapter, save_adapter
+from mochi_tune.adapters.files import Adapter, LoraLayer, delta_weight, load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError
 
 
@@ -160,3 +160,16 @@ def test_diffusers_loads_an_export_of_16_bits(tmp_path, dtype):
     for key, tensor in load_file(path).items():
         name = key.removeprefix("transformer.").replace(".weight", ".default_0.weight")
         assert tensor.dtype == dtype and torch.equal(loaded[name], tensor)
+
+
+def test_an_adapter_of_some_blocks_of_mochi_1_is_whole_for_its_own_loader(tmp_path):
+    """Without metadata the last block that has a layer is not the model's last."""
+    shapes = {"attn.qkv_x": (9216, 3072), "attn.proj_x": (3072, 3072)}
+    layers = {
+        f"blocks.{block}.{kind}": LoraLayer(torch.ones(1, num_in), torch.ones(num_out, 1), 1.0)
+        for block in range(2)
+        for kind, (num_out, num_in) in shapes.items()
+    }
+    save_adapter(tmp_path / "official.safetensors", Adapter(layers, {}), "official")
+    names = load_file(tmp_path / "official.safetensors").keys()
+    assert {int(name.split(".")[1]) for name in names} == set(range(48))

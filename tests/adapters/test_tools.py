@@ -173,3 +173,11 @@ def test_doras_are_compared_with_their_magnitudes():
     assert not compare_adapters(one, other).is_same
     with pytest.raises(CheckpointError, match="is a DoRA and the other adapter is not"):
         compare_adapters(one, random_adapter())
+
+
+def test_adapters_of_one_base_in_two_dtypes_merge():
+    """Its file in 8 bits has a fingerprint of its own, which says nothing about the other one's."""
+    one, other = based(random_adapter()), based(random_adapter(seed=1), "F8_E4M3:xyz")
+    assert merge_adapters([one, other], [1.0, 1.0])
+    with pytest.raises(CheckpointError, match="different bases"):
+        merge_adapters([one, other, based(random_adapter(seed=2), "F8_E4M3:uvw")], [1.0, 1.0, 1.0])

@@ -26,3 +26,13 @@ def test_init_takes_one_name(tmp_path, monkeypatch, arguments):
     with pytest.raises(ConfigError, match="takes one NAME"):
         run(["init", *arguments])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_is_text_whatever_yaml_makes_of_it_and_base_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("no", "007", "1e5", "null"):
+        assert run(["init", name]) == 0
+        assert load_config(name, []).name == name
+    with pytest.raises(ConfigError, match="init base is not possible"):
+        run(["init", "base"])
+    assert not Path("conf/base.yaml").exists()

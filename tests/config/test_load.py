@@ -362,3 +362,32 @@ def test_a_packaged_file_that_changes_is_read_anew(tmp_path, monkeypatch):
     group = tmp_path / "conf" / "lora" / "attention.yaml"
     group.write_text(group.read_text() + "rank: 11\n")
     assert load_config(str(own), []).lora.rank == 11
+
+
+def test_words_that_yaml_reads_as_true_or_false_are_no_text(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("data:\n  caption_prefix: no\n")
+    with pytest.raises(ConfigError, match=r"caption_prefix=.* must be text in quotes"):
+        load_config(str(path), [])
+    path.write_text('data:\n  caption_prefix: "no"\n')
+    assert load_config(str(path), []).data.caption_prefix == "no"
+    assert load_config("my_lora", ["data.caption_prefix=no"]).data.caption_prefix == "no"
+
+
+def test_defaults_that_lead_in_a_circle_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("conf").mkdir()
+    for name, other in (("selfy", "selfy"), ("aa", "bb"), ("bb", "aa")):
+        Path(f"conf/{name}.yaml").write_text(f"defaults: [{other}, _self_]\n")
+    for name in ("selfy", "aa"):
+        with pytest.raises(ConfigError, match="its defaults lead back to itself"):
+            load_config(name, [])
+
+
+def test_a_yml_file_is_read_as_a_yaml_file_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("conf").mkdir()
+    Path("conf/mine.yml").write_text("defaults: [base, _self_]\nname: mine\n")
+    Path("plain.yml").write_text("name: plain\n")
+    assert load_config("mine", []).name == "mine"
+    assert load_config("conf/mine.yml", []).name == "mine" and load_config("plain.yml", []).name == "plain"

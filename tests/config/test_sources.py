@@ -71,3 +71,11 @@ def test_what_does_not_fit_is_one_line(settings, text):
     with pytest.raises(ConfigError, match=text) as caught:
         data(*settings)
     assert "\n" not in str(caught.value)
+
+
+def test_shares_do_not_go_with_buckets_of_a_source():
+    sources = "data.sources=[{folder: a}, {folder: b, buckets: [[1, 480, 848]]}]"
+    more = ["data.buckets=[[37,480,848],[1,480,848]]", "data.bucket_shares=[0.5,0.5]"]
+    with pytest.raises(ConfigError, match="the source b has buckets of its own"):
+        share_of_buckets(load_config("my_lora", [*more, sources]).data)
+    assert len(share_of_buckets(load_config("my_lora", more).data)) == 2

@@ -184,3 +184,17 @@ def test_a_broken_table_ends_the_run_even_where_a_sidecar_wins(tmp_path, videos)
     _write(tmp_path / "metadata.jsonl", "{")
     with pytest.raises(DataError, match="row 1: is not JSON"):
         load_captions(tmp_path, videos, RULES)
+
+
+def test_an_accent_is_the_same_however_a_system_writes_it(tmp_path):
+    apart, composed = "e\u0301.mp4", "\u00e9.txt"
+    _write(tmp_path / composed, "a cup")
+    assert load_captions(tmp_path, [tmp_path / apart], RULES).texts == {tmp_path / apart: ("a cup",)}
+    assert not find_orphans(tmp_path, [tmp_path / apart])
+    # Where both are there, each video has its own.
+    _write(tmp_path / "e\u0301.txt", "a plate")
+    assert load_captions(tmp_path, [tmp_path / apart], RULES).texts == {tmp_path / apart: ("a plate",)}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    _write(tmp_path / "metadata.csv", "file_name,text\n\u00e9.mp4,a bowl\n")
+    assert load_captions(tmp_path, [tmp_path / apart], RULES).texts == {tmp_path / apart: ("a bowl",)}

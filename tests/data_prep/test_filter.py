@@ -251,3 +251,14 @@ def test_a_copy_that_begins_later_is_found_where_much_moves(tmp_path):
     judged = {each.name: each for each in judge(found, Limits())}
     [copy] = [each for each in judged.values() if each.duplicate_of]
     assert {copy.name, copy.duplicate_of} == {"a.mp4", "b.mp4"} and copy.nearest < 0.1
+
+
+def test_a_clip_that_is_gone_has_its_verdict_and_the_others_theirs(tmp_path):
+    (tmp_path / "videos").mkdir()
+    write_frames(tmp_path / "videos" / "good.mp4", parts("first", 30), crf=8)
+    (tmp_path / "videos" / "gone.mp4").symlink_to("/nowhere.mp4")
+    done = run("filter", f"videos={tmp_path / 'videos'}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    with open(tmp_path / "videos_filter" / "filter.csv", newline="") as file:
+        verdicts = {Path(row["clip"]).name: row["verdict"] for row in csv.DictReader(file)}
+    assert verdicts == {"gone.mp4": "unreadable", "good.mp4": "good"}

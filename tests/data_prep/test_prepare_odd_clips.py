@@ -78,3 +78,16 @@ def test_the_frame_rate_and_hdr_settings_reach_the_clips(tmp_path, capsys):
     done = prepare(config_for(tmp_path, frame_rate="resample", hdr="tonemap"))
     assert (done.kept, done.refused) == (2, 0)
     assert report_of(tmp_path)["hdr.mp4"]["hdr"].startswith("PQ")
+
+
+def test_of_two_files_of_the_same_damaged_bytes_each_is_named(tmp_path):
+    add_clip(tmp_path, "whole.mp4", None)
+    data = bytearray(add_clip(tmp_path, "holiday.mp4", None, 60).read_bytes())
+    start = data.index(b"mdat") + 200
+    data[start : start + 600] = bytes(600)
+    for name in ("holiday.mp4", "party.mp4"):
+        (tmp_path / "videos" / name).write_bytes(data)
+    prepare(config_for(tmp_path))
+    reasons = {name: record["reason"] for name, record in report_of(tmp_path).items() if record["reason"]}
+    assert {"holiday.mp4", "party.mp4"} <= reasons.keys()
+    assert all(f"/{name}: " in reasons[name] for name in ("holiday.mp4", "party.mp4")), reasons

@@ -167,3 +167,14 @@ def test_an_alpha_that_is_assumed_is_told_by_every_tool(tmp_path, capsys):
         assert told in lora(*arguments, capsys=capsys)
     assert "assumed" not in lora("compare", stated, stated, capsys=capsys)
     assert ", assumed to be the rank" in lora("inspect", bare, capsys=capsys)
+
+
+def test_a_folder_of_a_sweep_is_no_setting(files, tmp_path, capsys, monkeypatch):
+    for folder in ("lr=1e-4", "deep/lr=1e-4"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.safetensors").write_bytes((files / "first.safetensors").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=1e-4/a.safetensors", "deep/lr=1e-4/a.safetensors", "./lr=1e-4/a.safetensors"):
+        assert "layers   13" in lora("inspect", name, capsys=capsys)
+    with pytest.raises(ConfigError, match="ouut"):
+        run(["lora", "inspect", "lr=1e-4/a.safetensors", "ouut=x"])

@@ -112,3 +112,16 @@ def test_the_command_prints_it(tmp_path):
     for words in (["card=gt7"], ["data.num_frames=40", "card=4090"], ["card=gt7", "card_gib=much"]):
         done = run("plan", "conf=my_lora", *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["memory.tiles=[0,2]"], "tiles"),
+        (["memory.tiles=[2]"], "tiles"),
+        (["memory=16gb", "train.recompute=none"], "train.recompute=none keeps the weights"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(more, said):
+    with pytest.raises(ConfigError, match=said):
+        main(load_config("my_lora", [*FULL, *more]), "4090")

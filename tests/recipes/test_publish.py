@@ -350,3 +350,11 @@ def test_rows_that_are_no_rows_are_left_out(run_dir, tmp_path):
     expected, found = read_run(run_dir, run_dir / "adapter.safetensors", 3), read_run(copy, adapter, 3)
     assert (found.losses, found.num_trained, found.seconds) == (expected.losses, 3, expected.seconds)
     assert [step for step, _ in found.losses] == [0, 1, 2, 3]
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", "../empty"):
+        with pytest.raises(ConfigError, match="is a folder that programs are in"):
+            main(Publication(tmp_path / "a.safetensors", ("diffusers",), "fp32", "", {}, None), Path(out))

@@ -1,15 +1,17 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers_prepare import TINY
 from helpers_process import run
 from helpers_renders import write_adapter, write_dora
 from helpers_road import road, train
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
@@ -180,3 +182,19 @@ def test_the_command_prints_what_it_writes_and_an_axis_asks_for_the_grid(tmp_pat
     assert [Path(line).suffix for line in done.stdout.splitlines()] == [".mp4", ".mp4", ".mp4", ".html"]
     done = run(*arguments, "strengths=[0,1]")
     assert done.returncode == 2 and done.stderr == "mochi-tune: sample.strengths is an axis of a grid: add grid=true.\n"
+
+
+def test_a_cell_of_other_weights_or_another_precision_is_another_one(tmp_path):
+    """A base that was tuned in its MLPs is another one, though its fingerprint for adapters is the same."""
+    tuned = tmp_path / "tuned"
+    shutil.copytree(TINY, tuned)
+    tensors = load_file(tuned / "dit.safetensors")
+    tensors["blocks.0.mlp_x.w2.weight"] = tensors["blocks.0.mlp_x.w2.weight"] * 2
+    save_file(tensors, tuned / "dit.safetensors")
+    out = f"sample.out={tmp_path / 'grid'}"
+    names = [
+        [path.name for path in render(tmp_path, "sample.prompt=a cat", out, *more)[0]]
+        for more in ([], [f"model.weights={tuned}"], ["memory.dit=int8"], ["memory.dit=offload"])
+    ]
+    # Where the weights are while it is rendered changes nothing: that one is there.
+    assert len({name for [name] in names[:3]}) == 3 and names[3] == []

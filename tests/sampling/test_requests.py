@@ -179,3 +179,14 @@ def test_a_preset_that_is_given_replaces_the_files_own_schedule():
 
 def test_the_keys_of_a_row_are_settings_of_the_sampler():
     assert ROW_KEYS.keys() - {"seed"} <= SampleConfig.model_fields.keys()
+
+
+def test_a_name_that_leaves_no_room_for_those_beside_it_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="the name has 244 bytes: use at most 220"):
+        requests_of(tmp_path, "sample.prompt=a cat", f"sample.out={tmp_path / ('n' * 240)}.mp4")
+
+
+def test_a_row_with_a_seed_of_its_own_is_one_video_whatever_the_seeds(tmp_path):
+    own = rows(tmp_path, {"prompt": "a cat", "seed": 3})
+    [request] = requests_of(tmp_path, own, "sample.seeds=[0,1]", f"sample.out={tmp_path}/one.mp4")
+    assert request.seed == 3 and request.video.name == "one.mp4"

@@ -97,3 +97,23 @@ def test_a_diffusers_configuration_gives_the_same_sizes(tmp_path):
     assert read_diffusers_config(tmp_path / "config.json", "dit") == read_official_config(
         GOLDEN / "dit_config.json", "dit"
     )
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("decoder", {"temporal_expansions": [1, 2]}),
+        ("decoder", {"channel_multipliers": [1]}),
+        ("encoder", {"has_attentions": [True]}),
+        ("dit", {"num_heads": 0}),
+        ("dit", {"depth": -1}),
+        ("dit", {"depth": 10_000_000}),
+    ],
+)
+def test_numbers_that_do_not_fit_each_other_are_one_line(tmp_path, part, change):
+    copy_golden(tmp_path, part)
+    path = tmp_path / ("dit_config.json" if part == "dit" else "vae_config.json")
+    values = json.loads(path.read_text())
+    (values if part == "dit" else values[part]).update(change)
+    path.write_text(json.dumps(values))
+    assert f"{path}: " in refused(tmp_path, part)
