@@ -170,9 +170,10 @@ def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
 
 
 def _digest(cell: Cell, weights: Mapping[str, str]) -> str:
-    record = determinants(cell.request, cell.common)
-    memory = record["memory"]
-    record = {key: value for key, value in record.items() if key not in NOT_OF_A_CELL} | {"weights": weights}
+    everything = determinants(cell.request, cell.common)
+    memory = everything["memory"]
+    record: dict[str, Any] = {key: value for key, value in everything.items() if key not in NOT_OF_A_CELL}
+    record["weights"] = weights
     # Where the weights are changes nothing; what rounds them does, and so do tiles.
     record["precision"] = memory["dit"] if memory["dit"] in PRECISIONS else "exact"
     record["tiles"] = memory["tiles"]

@@ -119,8 +119,7 @@ def _decoder_config(values: dict[str, Any]) -> DecoderConfig:
 
 def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
     """Returns a configuration's value in its default's type."""
-    numbers = value if isinstance(value, list) else [value]
-    if any(type(v) is int and not 0 < v <= MOST for v in numbers):
+    if any(type(v) is int and not 0 < v <= MOST for v in _listed(value)):
         raise CheckpointError(f"{path}: {key}={value!r} does not fit; numbers there are 1 to {MOST}.")
     if isinstance(default, tuple):
         if isinstance(value, list) and all(type(v) is type(default[0]) for v in value):
@@ -128,6 +127,10 @@ def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
     elif type(value) is type(default) or (isinstance(default, float) and type(value) is int):
         return type(default)(value)
     raise CheckpointError(f"{path}: {key}={value!r} does not fit; it is like {default!r}.")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 @dataclass(frozen=True)
