@@ -119,8 +119,8 @@ def _decoder_config(values: dict[str, Any]) -> DecoderConfig:
 
 def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
     """Returns a configuration's value in its default's type."""
-    if any(type(v) is int and not 0 < v <= MOST for v in _listed(value)):
-        raise CheckpointError(f"{path}: {key}={value!r} does not fit; numbers there are 1 to {MOST}.")
+    if any(type(v) is int and not 0 <= v <= MOST for v in _listed(value)):
+        raise CheckpointError(f"{path}: {key}={value!r} does not fit; numbers there are 0 to {MOST}.")
     if isinstance(default, tuple):
         if isinstance(value, list) and all(type(v) is type(default[0]) for v in value):
             return tuple(value)
