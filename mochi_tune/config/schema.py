@@ -244,9 +244,12 @@ class TrainConfig(Section):
     spike_factor: Annotated[float, BeforeValidator(refuse_bool), Field(gt=1)] = setting(
         10.0, "times the median of the last 50 losses is a spike"
     )
-    validate_every: CountOrZero = setting(200, "steps; 0: never", "free")
+    validate_every: CountOrZero = setting(200, "steps; 0: never, and no clip is held out", "free")
     validation_clips: CountOrZero = setting(
-        4, "clips held out for the validation loss, at most a fifth of all; costs 4 forwards each", "free"
+        4,
+        "clips held out for the validation loss, at most a fifth of all; costs 4 forwards each; where this holds out "
+        "others, the order of the clips is another one",
+        "free",
     )
     sample_every: CountOrZero = setting(200, "steps; 0: never; takes the time of a `sample` for each prompt", "free")
     sample_prompts: list[Text] = setting(
