@@ -157,11 +157,12 @@ def _find_sidecars(videos: list[Path]) -> dict[Path, Path]:
             if suffix_of(name) in SIDECAR_SUFFIXES and (path := parent / name).is_file():
                 by_stem.setdefault(_stem(path), []).append(path)
 
-    def rank(path: Path) -> tuple[int, bool]:
-        return SIDECAR_SUFFIXES.index(path.suffix.lower()), path.suffix != path.suffix.lower()
+    def rank(path: Path, video: Path) -> tuple[bool, int, bool]:
+        is_other = os.path.splitext(path)[0] != os.path.splitext(video)[0]
+        return is_other, SIDECAR_SUFFIXES.index(path.suffix.lower()), path.suffix != path.suffix.lower()
 
     found = {video: by_stem.get(_stem(video)) for video in videos}
-    return {video: min(paths, key=rank) for video, paths in found.items() if paths}
+    return {video: min(paths, key=lambda path: rank(path, video)) for video, paths in found.items() if paths}
 
 
 def _stem(path: Path | str) -> str:
