@@ -264,7 +264,7 @@ def positive_number(key: str, text: str) -> float:
 def is_setting(argument: str) -> bool:
     """Whether an argument is key=value or an option, and no file: folders of sweeps have names such as lr=1e-4."""
     key, equals, _ = argument.partition("=")
-    is_key = bool(equals) and re.fullmatch(r"[\w.]*", key) is not None and not Path(argument).exists()
+    is_key = bool(equals) and re.fullmatch(r"[\w.-]*", key) is not None and not Path(argument).exists()
     return is_key or argument.startswith("-")
 
 

@@ -5,6 +5,7 @@
 
 import datetime
 import filecmp
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -234,11 +235,12 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     """
     config, run_dir = plan.config, Path(plan.config.run_dir)
     # resume_from is followed until a checkpoint is made after it; then the same command resumes from the newest one.
-    starts = read_history(run_dir)
-    is_followed = bool(starts) and config.resume_from == starts[-1].get("resume_from")
-    if config.resume_from and is_followed:
+    starts, is_followed = read_history(run_dir), False
+    # Of the starts with this setting since it was given, the first one followed it.
+    since = list(itertools.takewhile(lambda start: start.get("resume_from") == config.resume_from, reversed(starts)))
+    if config.resume_from and since:
         newest, _ = checkpoint.newest_valid(run_dir / "checkpoints")
-        is_followed = newest is not None and checkpoint.step_of(newest) > starts[-1]["from_step"]
+        is_followed = newest is not None and checkpoint.step_of(newest) > since[-1]["from_step"]
     resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
     already_forced = [(start["from_step"], start["changed"]) for start in starts if "changed" in start]
     contents = plan.dataset.cache.contents()

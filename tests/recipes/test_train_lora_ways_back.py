@@ -1,5 +1,6 @@
 """What the same command makes up for, and what it leaves alone, after a run was broken off, went back or was ended."""
 
+import json
 import os
 import shutil
 import signal
@@ -34,7 +35,14 @@ def test_a_checkpoint_that_is_named_is_followed_until_there_is_one_after_it(tmp_
     assert same(run_dir / "adapter.safetensors", other / "adapter.safetensors")
     # Followed by now: nothing is made again.
     train(run_dir, *again)
-    assert len(read_rows(run_dir / "history.jsonl")) == 2
+    starts = read_rows(run_dir / "history.jsonl")
+    assert len(starts) == 2
+    # A start that went on from there and was killed before it saved leads to no other place.
+    with open(run_dir / "history.jsonl", "a") as file:
+        file.write(json.dumps(starts[-1] | {"from_step": 4}) + "\n")
+    train(run_dir, *again, "train.steps=5")
+    assert read_rows(run_dir / "history.jsonl")[-1]["from_step"] == 4
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [3, 4, 5]
 
 
 def test_trackers_get_what_was_made_again_after_going_back(tmp_path):
