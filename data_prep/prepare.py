@@ -188,13 +188,13 @@ def _encode_clips(
                     num_encoded += 1
                     if isinstance(workers, Pool):
                         cache.take_part(cache.parts.find(f"latents-{clip.row.clip_key}"))
-    reasons = {}
+    refused = {}
     for clip in inputs.clips:
         if clip.row.clip_key in bad:
             reason, path = bad[clip.row.clip_key]
             # Another file may have the same bytes.
-            reasons[clip.row.sample_id] = reason.replace(path, str(clip.file.path), 1)
-    return num_encoded, reasons
+            refused[clip.row.sample_id] = reason.replace(path, str(clip.file.path), 1)
+    return num_encoded, refused
 
 
 def _clip_tasks(cache: CacheWriter, inputs: Inputs, preview: str | None) -> list[ClipTask]:

@@ -3,13 +3,17 @@
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+import pytest
 from helpers_prepare import add_clip, config_for, report_of
 from helpers_road import SIZES
 from helpers_video import copy_from_keyframe, frame_number, numbers_by_fps_filter, write_video
+from PIL import Image
 
 from mochi_tune.config.load import load_config
 from mochi_tune.data_prep.encode import encode_frames
 from mochi_tune.data_prep.prepare import main, prepare
+from mochi_tune.errors import ConfigError
 
 
 def write_odd_clips(folder: Path) -> dict[str, list[int]]:
@@ -91,3 +95,13 @@ def test_of_two_files_of_the_same_damaged_bytes_each_is_named(tmp_path):
     reasons = {name: record["reason"] for name, record in report_of(tmp_path).items() if record["reason"]}
     assert {"holiday.mp4", "party.mp4"} <= reasons.keys()
     assert all(f"/{name}: " in reasons[name] for name in ("holiday.mp4", "party.mp4")), reasons
+
+
+def test_a_still_of_floats_is_refused_and_a_cache_among_the_videos_too(tmp_path):
+    add_clip(tmp_path, "whole.mp4", None)
+    Image.fromarray(np.full((72, 96), 0.5, np.float32)).save(tmp_path / "videos" / "float.tif")
+    prepare(config_for(tmp_path, buckets=[[7, 32, 48], [1, 32, 48]]))
+    assert "holds 32-bit floats" in report_of(tmp_path)["float.tif"]["reason"]
+    with pytest.raises(ConfigError, match="is the folder of the videos"):
+        prepare(config_for(tmp_path, cache=str(tmp_path / "videos")))
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["float.tif", "whole.mp4"]

@@ -358,3 +358,25 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     for out in (".", "../empty"):
         with pytest.raises(ConfigError, match="is a folder that programs are in"):
             main(Publication(tmp_path / "a.safetensors", ("diffusers",), "fp32", "", {}, None), Path(out))
+
+
+def test_a_file_in_the_home_folder_is_found_and_one_of_the_hub_leaves_its_cache_alone(tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    commit = tmp_path / "cache" / "models--ada--style" / "snapshots" / ("a" * 40)
+    commit.mkdir(parents=True)
+    save_adapter(commit / "pytorch_lora_weights.safetensors", random_adapter(ATTENTION), "diffusers")
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.joinpath("cache").rglob("*"))
+    assert run_export(["adapter=hub:ada/style", "dry_run=true", "license=mit"]) == 0
+    assert (tmp_path / "hub" / "style" / "README.md").is_file() and sorted(
+        tmp_path.joinpath("cache").rglob("*")
+    ) == before
+    save_adapter(tmp_path / "own.safetensors", random_adapter(ATTENTION))
+    assert run_export(["adapter=~/own.safetensors", "to=diffusers", "out=~/out.safetensors"]) == 0
+    assert (tmp_path / "out.safetensors").is_file()

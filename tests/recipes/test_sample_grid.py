@@ -198,3 +198,13 @@ def test_a_cell_of_other_weights_or_another_precision_is_another_one(tmp_path):
     ]
     # Where the weights are while it is rendered changes nothing: that one is there.
     assert len({name for [name] in names[:3]}) == 3 and names[3] == []
+
+
+def test_a_grid_of_too_many_videos_has_its_page(tmp_path, monkeypatch):
+    from mochi_tune.recipes import sample_grid
+
+    monkeypatch.setattr(sample_grid, "MOST_IN_A_VIDEO", 1)
+    more = ["sample.grid=true", "sample.prompt=a cat", "sample.seeds=[0,1]"]
+    *cells, page = grid(config(tmp_path, *more))
+    assert len(cells) == 2 and page.name == "index.html" and page.read_text().count("<video") == 2
+    assert not (page.parent / "grid.mp4").exists()

@@ -170,3 +170,13 @@ def test_settings_in_the_run_folder_are_replaced_whole(tmp_path):
     os.link(tmp_path / "config.yaml", tmp_path / "another_name.yaml")
     train(tmp_path, *EACH, "train.steps=2")
     assert (tmp_path / "another_name.yaml").read_text() == before != (tmp_path / "config.yaml").read_text()
+
+
+def test_a_folder_that_is_trained_in_anew_shows_the_base_that_it_has(tmp_path):
+    settings = ["train.steps=1", "train.sample_every=1", "train.sample_prompts=[a cat]", "sample.steps=2"]
+    for dtype in ("fp32", "bf16"):
+        train(tmp_path, *settings, f"model.dtype={dtype}", "sample.num_frames=7")
+        for name in ("checkpoints", "samples"):
+            shutil.rmtree(tmp_path / name)
+        (tmp_path / "adapter.safetensors").unlink()
+    assert len(list((tmp_path / "base_latents").iterdir())) == 2
