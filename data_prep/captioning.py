@@ -1,6 +1,7 @@
 """Gets one caption out of a model: the prompt, the retries, the checks, and the shortening of what is too long."""
 
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -69,9 +70,11 @@ class Wording:
 
     def with_trigger(self, caption: str) -> str:
         """Puts the trigger first, unless the caption has it already where the template asked for it."""
-        if not self.trigger or ("{trigger}" in self.template and self.trigger.lower() in caption.lower()):
+        # As a word of its own: "Red" does not begin "Redwoods".
+        word = rf"(?<!\w){re.escape(self.trigger)}(?!\w)"
+        if not self.trigger or ("{trigger}" in self.template and re.search(word, caption, re.IGNORECASE)):
             return caption
-        return caption if caption.startswith(self.trigger) else f"{self.trigger}, {caption}"
+        return caption if re.match(word, caption) else f"{self.trigger}, {caption}"
 
 
 @dataclass

@@ -95,12 +95,12 @@ def load_captions(folder: Path, videos: list[Path], rules: CaptionRules) -> Capt
 
 def find_orphans(folder: Path, videos: list[Path]) -> list[str]:
     """Lists the caption files in `folder` and below it that have no video of their name, as paths in it, sorted."""
-    stems = {_stem(video) for video in videos}
+    stems = {stem_of(video) for video in videos}
     lists = {path for pair in find_lists(folder).values() for path in pair}
     alone = (
         Path(path)
         for path, name in walk(folder)
-        if suffix_of(name) in SIDECAR_SUFFIXES and not name.startswith(".") and _stem(path) not in stems
+        if suffix_of(name) in SIDECAR_SUFFIXES and not name.startswith(".") and stem_of(path) not in stems
     )
     orphans = sorted(path for path in alone if path not in lists and path.is_file())
     # They are printed, which a name that is not UTF-8 would refuse.
@@ -155,17 +155,18 @@ def _find_sidecars(videos: list[Path]) -> dict[Path, Path]:
     for parent in sorted({video.parent for video in videos}):
         for name in sorted(os.listdir(parent)):
             if suffix_of(name) in SIDECAR_SUFFIXES and (path := parent / name).is_file():
-                by_stem.setdefault(_stem(path), []).append(path)
+                by_stem.setdefault(stem_of(path), []).append(path)
 
     def rank(path: Path, video: Path) -> tuple[bool, int, bool]:
         is_other = os.path.splitext(path)[0] != os.path.splitext(video)[0]
         return is_other, SIDECAR_SUFFIXES.index(path.suffix.lower()), path.suffix != path.suffix.lower()
 
-    found = {video: by_stem.get(_stem(video)) for video in videos}
+    found = {video: by_stem.get(stem_of(video)) for video in videos}
     return {video: min(paths, key=lambda path: rank(path, video)) for video, paths in found.items() if paths}
 
 
-def _stem(path: Path | str) -> str:
+def stem_of(path: Path | str) -> str:
+    """Returns a path without its ending, in one spelling of accents."""
     # macOS writes an accent as a letter of its own, and other systems do not: both are one name.
     return unicodedata.normalize("NFC", os.path.splitext(path)[0])
 

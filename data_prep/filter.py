@@ -24,7 +24,7 @@ from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.moving import files_of_clip, finish_moves, move_clip, read_moved, undo_moves
 from mochi_tune.data_prep.split import only_process
 from mochi_tune.data_prep.watched import WatchedProcess
-from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.errors import ConfigError, DataError, counted, some
 from mochi_tune.files import make_writable_folder, read_json_lines, write_atomic
 from mochi_tune.pages.html_page import write_png
 
@@ -152,7 +152,7 @@ def main(settings: Filter) -> int:
 
 
 def undo(settings: Filter) -> int:
-    """Moves all clips back that `filter` has moved; returns the exit code, 0.
+    """Moves all clips back that `filter` has moved; returns the exit code, 1 where some are not to be found.
 
     Raises:
         DataError: nothing was moved, or another file is at an old place.
@@ -166,8 +166,14 @@ def undo(settings: Filter) -> int:
         rows = read_moved(table)
         if not rows:
             raise DataError(f"{table} lists no moved file: there is nothing to undo.")
-        tqdm.write(f"{settings.videos}: {undo_moves(table, rows)} files were moved back")
-    return 0
+        count, absent = undo_moves(table, rows)
+        tqdm.write(f"{settings.videos}: {count} files were moved back")
+        if absent:
+            tqdm.write(
+                f"{counted(len(absent), 'file')} not found ({some(absent)}): {table} still lists them; bring them "
+                "there and run the same command again"
+            )
+    return 1 if absent else 0
 
 
 def _measure_all(path: Path, clips: Mapping[str, Path], child: WatchedProcess) -> dict[str, Scores | str]:

@@ -15,7 +15,7 @@ CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
 
 
 def find_videos(folder: Path, with_stills: bool = False, setting: str = "data.videos") -> list[Path]:
-    """Lists the videos in `folder` and below it, sorted by path; files whose name starts with a dot are left out.
+    """Lists the videos in `folder` and below it, sorted by path; names that start with a dot are left out.
 
     Args:
         folder: to look in.
@@ -45,37 +45,46 @@ def list_videos(folder: Path, with_stills: bool = False) -> list[Path]:
 def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
     """Returns why the files in `folder` and below it are not taken that are neither among `used` nor captions.
 
-    Files whose name starts with a dot are left out.
+    Files whose name starts with a dot are left out. Folders that are not looked into are told of.
     """
-    taken, unused = set(used), {}
-    for path in _files(folder, lambda suffix: suffix not in CAPTION_SUFFIXES):
+    taken, unused, closed = set(used), {}, {}
+    for path in _files(folder, lambda suffix: suffix not in CAPTION_SUFFIXES, closed):
         if path not in taken:
             is_still = path.suffix.lower() in IMAGE_SUFFIXES
             why = "is a still picture, which data.buckets=auto takes" if is_still else "is no video that is known"
             unused[path] = f"{path}: {why}"
-    return unused
+    return unused | {Path(path): f"{path}: {why}" for path, why in closed.items()}
 
 
-def walk(folder: Path) -> Iterator[tuple[str, str]]:
+def walk(folder: Path, closed: dict[str, str] | None = None) -> Iterator[tuple[str, str]]:
     """Yields the path and the name of all that lies in `folder` and below it, but of folders; follows no links to any.
 
-    In no order, and without a system call for each file: a folder may have 100,000.
+    In no order, and without a system call for each file: a folder may have 100,000. Folders below whose name starts
+    with a dot are left out: file managers keep there what was deleted.
+
+    Args:
+        folder: to look in.
+        closed: gets the folders that are not looked into, and why.
     """
+    closed = {} if closed is None else closed
     folders = ["" if str(folder) == "." else str(folder)]
     while folders:
         parent = folders.pop()
         try:
             entries = os.scandir(parent or ".")
         except PermissionError:
+            closed[parent] = "is a folder that cannot be read: change its permissions"
             continue
         start = os.path.join(parent, "")
         with entries:
             for entry in entries:
                 path = start + entry.name
                 if entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
+                    folders += [] if entry.name.startswith(".") else [path]
                 elif not (entry.is_symlink() and Path(path).is_dir()):
                     yield path, entry.name
+                elif not entry.name.startswith("."):
+                    closed[path] = "is a link to a folder, which is not followed: name that folder in data.sources"
 
 
 def suffix_of(name: str) -> str:
@@ -83,8 +92,8 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _files(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
+def _files(folder: Path, is_wanted: Callable[[str], bool], closed: dict[str, str] | None = None) -> list[Path]:
     """Lists the files whose ending is wanted, and whose name starts with no dot, in the order of paths."""
-    found = (path for path, name in walk(folder) if not name.startswith(".") and is_wanted(suffix_of(name)))
+    found = (path for path, name in walk(folder, closed) if not name.startswith(".") and is_wanted(suffix_of(name)))
     # Folder by folder, as paths are compared.
     return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]

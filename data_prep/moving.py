@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mochi_tune.data_prep.captions import SIDECAR_SUFFIXES
+from mochi_tune.data_prep.captions import SIDECAR_SUFFIXES, stem_of
 from mochi_tune.data_prep.finding import MEDIA_SUFFIXES
 from mochi_tune.errors import DataError
 from mochi_tune.files import copy_atomic, file_sha256, fsync, read_text, write_atomic
@@ -18,7 +18,11 @@ from mochi_tune.files import copy_atomic, file_sha256, fsync, read_text, write_a
 
 @dataclass(frozen=True)
 class Moved:
-    """A row of the table of what was moved: a file, where it lies now, and why."""
+    """A row of the table of what was moved: a file, where it lies now, and why.
+
+    The paths are absolute here, and in the table relative to its folder where that is beside them: a project that is
+    moved or copied takes its table along.
+    """
 
     original: str
     moved: str
@@ -39,9 +43,23 @@ def read_moved(path: Path) -> list[Moved]:
         return []
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path)[0], newline=""), strict=True))
-        return [Moved(**{name: row[name] for name in COLUMNS}) for row in rows if None not in row.values()]
+        return [_read(path, {name: row[name] for name in COLUMNS}) for row in rows if None not in row.values()]
     except (csv.Error, KeyError, UnicodeDecodeError):
         raise DataError(f"{path}: is not the table of moved files: restore it, or move it away.") from None
+
+
+def _read(table: Path, row: dict[str, str]) -> Moved:
+    paths = [os.path.normpath(table.absolute().parent / row[name]) for name in ("original", "moved")]
+    return Moved(*paths, row["reason"])
+
+
+def _written(table: Path, row: Moved) -> dict[str, str]:
+    folder = table.absolute().parent
+    paths = [
+        os.path.relpath(path, folder) if Path(path).is_relative_to(folder.parent) else path
+        for path in (row.original, row.moved)
+    ]
+    return asdict(Moved(*paths, row.reason))
 
 
 def _append(table: Path, rows: Sequence[Moved]) -> None:
@@ -51,7 +69,7 @@ def _append(table: Path, rows: Sequence[Moved]) -> None:
     writer = csv.DictWriter(text, COLUMNS)
     if not table.exists():
         writer.writeheader()
-    writer.writerows(asdict(row) for row in rows if row not in known)
+    writer.writerows(_written(table, row) for row in rows if row not in known)
     with open(table, "ab") as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
     fsync(table)
@@ -60,10 +78,17 @@ def _append(table: Path, rows: Sequence[Moved]) -> None:
 
 def files_of_clip(clip: Path) -> list[Path]:
     """Returns a clip's captions and the clip itself, which comes last; captions that another clip has too stay."""
-    beside = [path for path in clip.parent.iterdir() if path.stem == clip.stem and path != clip]
-    is_shared = any(path.suffix.lower() in MEDIA_SUFFIXES for path in beside)
-    captions = [path for path in beside if path.suffix.lower() in SIDECAR_SUFFIXES and path.is_file()]
-    return [*([] if is_shared else sorted(captions)), clip]
+    beside = [path for path in clip.parent.iterdir() if stem_of(path) == stem_of(clip) and path != clip]
+    others = [path.stem for path in beside if path.suffix.lower() in MEDIA_SUFFIXES]
+    captions = [
+        path
+        for path in beside
+        # What is spelt as the clip goes with it, and what an accent alone tells from it where no other clip is.
+        if path.suffix.lower() in SIDECAR_SUFFIXES
+        and path.is_file()
+        and (clip.stem not in others if path.stem == clip.stem else not others)
+    ]
+    return [*sorted(captions), clip]
 
 
 def move_clip(table: Path, moves: Sequence[tuple[Path, Path]], reason: str) -> None:
@@ -82,7 +107,7 @@ def move_clip(table: Path, moves: Sequence[tuple[Path, Path]], reason: str) -> N
         if target.exists():
             raise DataError(f"{target}: is there already, so that {source} stays: move it away, or use another move=.")
     rows = [Moved(str(source), str(target), reason) for source, target in moves]
-    write_atomic(_pending(table), json.dumps([asdict(row) for row in rows]).encode(), durable=True)
+    write_atomic(_pending(table), json.dumps([_written(table, row) for row in rows]).encode(), durable=True)
     finish_moves(table)
 
 
@@ -97,8 +122,8 @@ def finish_moves(table: Path) -> None:
     if not pending.exists():
         return
     try:
-        rows = [Moved(**values) for values in json.loads(pending.read_bytes())]
-    except (ValueError, TypeError):
+        rows = [_read(table, values) for values in json.loads(pending.read_bytes())]
+    except (ValueError, TypeError, KeyError):
         raise DataError(f"{pending}: is damaged: compare {table} with the folders, and remove it.") from None
     for row in rows:
         if Path(row.original).exists():
@@ -111,20 +136,35 @@ def _pending(table: Path) -> Path:
     return table.with_name(PENDING)
 
 
-def undo_moves(table: Path, rows: Sequence[Moved]) -> int:
-    """Moves all files of the table back, clips first, and removes the table; returns how many files it moved.
+def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str]]:
+    """Moves all files of the table back, clips first.
+
+    The table keeps the rows of files that are neither at their new place nor at the old one, as of a disk that is not
+    mounted; it is removed when there are none.
+
+    Returns:
+        How many files it moved, and where those should be that it has not found.
 
     Raises:
         DataError: another file is at the old place; the table is left.
         OSError: the disk is full, or refuses.
     """
-    count = 0
+    count, absent = 0, []
     for row in reversed(rows):
         if Path(row.moved).exists():
             move_file(Path(row.moved), Path(row.original))
             count += 1
-    table.unlink(missing_ok=True)
-    return count
+        elif not Path(row.original).exists():
+            absent.insert(0, row)
+    if not absent:
+        table.unlink(missing_ok=True)
+    elif len(absent) < len(rows):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(_written(table, row) for row in absent)
+        write_atomic(table, text.getvalue().encode(errors="surrogateescape"), durable=True)
+    return count, [row.moved for row in absent]
 
 
 def move_file(source: Path, target: Path) -> None:

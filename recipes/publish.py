@@ -16,6 +16,7 @@ from mochi_tune.recipes.export import ExportSummary, check_dtype, read_source, w
 from mochi_tune.training.card import CURVE_FILE, DIFFUSERS_FILE, Card, card_text
 from mochi_tune.training.curve import draw_losses
 from mochi_tune.training.records import RunRecords, SampleVideo, find_run_dir, read_run
+from mochi_tune.weights.push import upload_command
 
 # More would hide the card behind its gallery.
 MAX_VIDEOS = 8
@@ -33,6 +34,7 @@ class Publication:
         repo: owner/name on the hub; "" where none is known yet.
         about: ModelSpec's "title", "author", "license" and "trigger_phrase", in place of what the adapter states.
         adapter_alpha: of an adapter that does not state its own.
+        is_private: whether a repository that an upload makes is private.
     """
 
     adapter: Path
@@ -41,6 +43,7 @@ class Publication:
     repo: str = ""
     about: Mapping[str, str] = field(default_factory=dict)
     adapter_alpha: float | None = None
+    is_private: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
     if publication.repo and not is_repo(publication.repo):
         raise ConfigError(f"push={publication.repo} is not possible: use owner/name, of letters, digits, - _ and .")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        upload = f" `hf upload {publication.repo} {out}` sends what is there." if publication.repo else ""
+        command = upload_command(out, publication.repo, publication.is_private) if publication.repo else ""
+        upload = f" `{command}` sends what is there." if command else ""
         raise ConfigError(
             f"out={out} exists, and an export never overwrites: choose another name or remove it.{upload}"
         )

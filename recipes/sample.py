@@ -132,7 +132,11 @@ def main(config: RunConfig) -> Iterator[Path]:
         decoder = plan.weights.load_decoder(device, dtype)
         finished = list(zip(mine, latents, strict=False))
         for request, states in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
-            chunks = side_by_side([decoded_frames(decoder, state, mesh, (rows, columns)) for state in states.values()])
+            variants = [decoded_frames(decoder, state, mesh, (rows, columns)) for state in states.values()]
+            if mesh is not None and len(variants) > 1:
+                # Processes exchange each video as a whole: its parts and another's would wait for one another.
+                variants = [iter(list(frames)) for frames in variants]
+            chunks = side_by_side(variants)
             if mesh is not None and not mesh.is_writer:
                 assert not list(chunks), "only the writer has frames"
                 continue

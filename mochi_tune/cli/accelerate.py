@@ -45,13 +45,11 @@ def with_accelerate(config: RunConfig, environment: Mapping[str, str]) -> RunCon
     ):
         asked = environment.get(f"ACCELERATE_{name.upper()}", "none")
         # 1 accumulated step is what accelerate passes where none is asked for.
-        if asked not in ("none", "auto", "1") and float(asked) != value:
-            raise ConfigError(
-                f"the accelerate config has {name}={asked}, which contradicts {key}={value}: make them equal."
-            )
+        if asked != "1":
+            _check_equal(name, asked, key, value)
     if not _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return config
-    strategy = _deepspeed_strategy(environment)
+    strategy = _deepspeed_strategy(environment, config)
     if config.parallel.strategy not in ("data", strategy):
         raise ConfigError(
             f"the accelerate config asks for DeepSpeed's stage {strategy.removeprefix('zero')}, which contradicts "
@@ -63,11 +61,53 @@ def with_accelerate(config: RunConfig, environment: Mapping[str, str]) -> RunCon
     return config
 
 
-def _deepspeed_strategy(environment: Mapping[str, str]) -> str:
+def _check_equal(name: str, asked: object, key: str, value: float) -> None:
+    """Refuses a number of an accelerate config, or of its DeepSpeed file, that is another one than the setting's."""
+    if asked in (None, "none", "auto"):
+        return
+    try:
+        is_equal = float(str(asked)) == value
+    except ValueError:
+        is_equal = False
+    if not is_equal:
+        raise ConfigError(
+            f"the accelerate config has {name}={asked}, which contradicts {key}={value}: make them equal."
+        )
+
+
+def _check_deepspeed_file(content: dict[str, Any], config: RunConfig) -> None:
+    """Refuses what a DeepSpeed file asks for beside its stage where the settings say something else."""
+    train, dtype = config.train, config.model.dtype
+    for name, key, value in (
+        ("gradient_accumulation_steps", "train.accumulation_steps", train.accumulation_steps),
+        ("gradient_clipping", "train.max_grad_norm", train.max_grad_norm),
+        ("train_micro_batch_size_per_gpu", "train.batch_size", train.batch_size),
+    ):
+        _check_equal(name, content.get(name), key, value)
+    for name in ("optimizer", "scheduler"):
+        if content.get(name) is not None:
+            raise ConfigError(
+                f"the accelerate config's DeepSpeed file has {name}=..., which is not used: take it out; "
+                f"train.{'optimizer' if name == 'optimizer' else 'schedule'} decides."
+            )
+    for name in ("fp16", "bf16"):
+        section = content.get(name)
+        is_on = section.get("enabled") if isinstance(section, dict) else section
+        if is_on not in (None, False, "auto") and name != dtype:
+            raise ConfigError(
+                f"the accelerate config's DeepSpeed file enables {name}, which contradicts model.dtype={dtype}: take "
+                "it out; model.dtype decides the precision."
+            )
+
+
+def _deepspeed_strategy(environment: Mapping[str, str], config: RunConfig) -> str:
     """Returns the strategy of the DeepSpeed stage that an accelerate config names, by itself or by a DeepSpeed file."""
     zero: dict[str, Any] = {}
     if (file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
-        zero = read_json(Path(file), ConfigError).get("zero_optimization", {})
+        content = read_json(Path(file), ConfigError)
+        _check_deepspeed_file(content, config)
+        found = content.get("zero_optimization")
+        zero = found if isinstance(found, dict) else {}
         stage = str(zero.get("stage", "0"))
     else:
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
@@ -78,7 +118,8 @@ def _deepspeed_strategy(environment: Mapping[str, str]) -> str:
         )
     for what in ("optimizer", "param"):
         device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
-        device = zero.get(f"offload_{what}", {}).get("device", device)
+        offload = zero.get(f"offload_{what}")
+        device = offload.get("device", device) if isinstance(offload, dict) else device
         if device not in ("none", None):
             raise ConfigError(
                 f"the accelerate config offloads DeepSpeed's {what}s to {device}, which a training does not do: "

@@ -46,12 +46,13 @@ def _full_key(verb: str, key: str) -> str:
     return next((name for name in (f"{verb}.{key}", *SYNONYMS.get(key, [])) if name in known_keys()), key)
 
 
-def _is_setting(word: str) -> bool:
+def _is_setting(verb: str, word: str) -> bool:
     from mochi_tune.config.explain import SYNONYMS
     from mochi_tune.config.settings import known_keys
 
     name = word.lstrip("-")
-    return word.startswith("-") or name in SYNONYMS or any(key.split(".")[-1] == name for key in known_keys())
+    own = verb == "plan" and name in ("card", "card_gib")
+    return own or word.startswith("-") or name in SYNONYMS or any(key.split(".")[-1] == name for key in known_keys())
 
 
 def short_help(verb: str) -> str:
@@ -91,7 +92,7 @@ def check_form(verb: str, arguments: Sequence[str]) -> None:
         key = _full_key(verb, key)
         before = arguments[number - 1] if number else ""
         follower = arguments[number + 1] if number + 1 < len(arguments) else ""
-        if "=" in before and not before.startswith("-") and not _is_setting(argument):
+        if "=" in before and not before.startswith("-") and not _is_setting(verb, argument):
             words = itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), arguments[number:])
             name, _, value = " ".join([before, *words]).partition("=")
             raise ConfigError(f'{argument!r} stands alone: put quotes around a value with spaces, {name}="{value}".')

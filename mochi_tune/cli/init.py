@@ -16,7 +16,7 @@ def run_init(arguments: list[str]) -> int:
         print("mochi-tune init NAME: writes conf/NAME.yaml, with comments, and videos/ with a README")
         return 0
     name = arguments[0].removeprefix("name=") if len(arguments) == 1 else ""
-    if not name.replace("-", "").replace("_", "").isalnum():
+    if not name[:1].isalnum() or not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"init takes one NAME of letters, digits, - and _, got {' '.join(arguments) or 'none'}.")
     from mochi_tune.config.load import packaged_folder
     from mochi_tune.files import make_writable_folder
@@ -24,8 +24,8 @@ def run_init(arguments: list[str]) -> int:
     if name == "base":
         raise ConfigError("init base is not possible: every conf is built on the packaged base; choose another name.")
     path, readme = Path("conf") / f"{name}.yaml", Path("videos") / "README.md"
-    if path.exists():
-        raise ConfigError(f"{path} exists and is never replaced: choose another name, or edit it.")
+    if taken := next((each for each in (path, path.with_suffix(".yml")) if each.exists()), None):
+        raise ConfigError(f"{taken} exists and is never replaced: choose another name, or edit it.")
     for folder in (path.parent, readme.parent):
         make_writable_folder(folder)
     content = (packaged_folder() / "my_lora.yaml").read_text().replace("name: my_lora ", f'name: "{name}" ')

@@ -1,4 +1,4 @@
-"""Starts this program in several processes, and joins processes that another launcher has started."""
+"""Sets up this process, and joins it with the others that were started with it."""
 
 import atexit
 import contextlib
@@ -6,16 +6,13 @@ import ctypes
 import datetime
 import gc
 import hashlib
-import logging
 import os
 import re
 import signal
 import sys
 import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,15 +26,56 @@ LOST_CONTACT = 75
 INTERRUPTED = 128 + signal.SIGINT
 # Exit code after a user's mistake, which the process has reported.
 USERS_MISTAKE = 2
-# Signals that end a program.
-ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-# How long the other processes have to end when one has failed.
-GRACE_SECONDS = 10
 
 
 def num_processes_here(environment: Mapping[str, str]) -> int:
-    """Returns the number of processes that torchrun, srun or accelerate started together; 1 for a single process."""
-    return int(environment.get("WORLD_SIZE") or environment.get("SLURM_STEP_NUM_TASKS") or 1)
+    """Returns the number of processes that torchrun, srun or accelerate started together; 1 for a single process.
+
+    Raises:
+        ParallelError: a launcher's variables are not whole, as of a job whose template sets some of them.
+    """
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if not (value := environment.get(name)):
+            continue
+        if not re.fullmatch("[1-9][0-9]*", value):
+            raise ParallelError(f"the environment variable {name}={value} is no number of processes: unset it.")
+        wanted = ("RANK", "MASTER_ADDR", "MASTER_PORT") if name == "WORLD_SIZE" and int(value) > 1 else ()
+        if absent := [each for each in wanted if not environment.get(each)]:
+            raise ParallelError(
+                f"the environment variable {name}={value} says that {value} processes were started together, but "
+                f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set: start them by torchrun, or unset "
+                f"{name}."
+            )
+        return int(value)
+    return 1
+
+
+def name_process(environment: Mapping[str, str]) -> str:
+    """Returns what stands before an error: the program's name and, of several processes, the rank."""
+    with contextlib.suppress(ParallelError):
+        if num_processes_here(environment) > 1:
+            return f"mochi-tune: rank {environment.get('RANK') or environment.get('SLURM_PROCID')}"
+    return "mochi-tune"
+
+
+def check_num_processes(asked: int, environment: Mapping[str, str]) -> int:
+    """Returns the number of processes that a launcher started; 1 for a single process.
+
+    Args:
+        asked: parallel.num_processes.
+        environment: variables of this process.
+
+    Raises:
+        ParallelError: the launcher started another number than the setting asks for.
+    """
+    started = num_processes_here(environment)
+    here = environment.get("LOCAL_WORLD_SIZE") or str(started)
+    if started > 1 and asked != 1 and str(asked) not in (here, str(started)):
+        raise ParallelError(
+            f"parallel.num_processes={asked}, but {started} processes were started: leave the setting out, the "
+            "launcher decides."
+        )
+    return started
 
 
 def end_with_the_starter() -> None:
@@ -202,164 +240,3 @@ def check_gpus(count: int) -> None:
             f"{count} processes want a GPU each, and this machine has {torch.cuda.device_count()}: "
             f"use parallel.num_processes={max(1, torch.cuda.device_count())}."
         )
-
-
-def start_processes(
-    count: int,
-    arguments: list[str],
-    device: str,
-    timeout_seconds: float,
-    stops: tuple[signal.Signals, ...] = (signal.SIGINT,),
-) -> int:
-    """Runs the command line in `count` processes on this machine, on a free port; returns the exit code.
-
-    When one ends badly, the others are ended too, at the latest after 10 seconds. A first Ctrl-C asks them to stop, a
-    second one ends them. SIGUSR1 is passed on.
-
-    Args:
-        count: processes, one a GPU.
-        arguments: of the command line, verb first.
-        device: "cpu", "cuda" or "auto".
-        timeout_seconds: how long a process may stand still.
-        stops: signals of which a first one asks the processes to stop, for which they have all the time they need.
-
-    Raises:
-        ParallelError: too few GPUs; a process ended by a signal or by an error that is no user's mistake, and its rank
-            is named.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    if uses_gpus(device):
-        check_gpus(count)
-    for noisy in ("elastic", "run"):
-        logging.getLogger(f"torch.distributed.{noisy}").setLevel(logging.CRITICAL)
-    os.environ[STARTED_HERE] = str(os.getpid())
-    # A process that hangs does not end when it is asked to; the launcher would wait 30 seconds before it kills it.
-    PContext.close.__defaults__ = (None, GRACE_SECONDS)
-    # torch's launcher would leave one behind each time.
-    logs = tempfile.TemporaryDirectory(prefix="mochi_tune_")
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.5, shutdown_timeout=GRACE_SECONDS,
-        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
-        signals_to_handle=",".join(s.name for s in ENDS if s not in stops),
-    )  # fmt: skip
-    with logs, PassedOnSignals(stops) as asked, StoppedProcesses(timeout_seconds) as stopped:
-        try:
-            elastic_launch(config, sys.executable)("-m", "mochi_tune.cli", *arguments)
-        except ChildFailedError as error:
-            if not asked.received:
-                sys.stderr.write("\n")  # The progress bar of a process that is gone stands in this line.
-                failures = {r: (f.exitcode, f.timestamp) for r, f in error.failures.items()}
-                return report_failures(failures, stopped.killed)
-        except SignalException as error:
-            return 128 + error.sigval
-    return 128 + asked.received if asked.received else 0
-
-
-class PassedOnSignals:
-    """Passes a first request to stop on to the processes that were started; a second one ends this process."""
-
-    def __init__(self, stops: tuple[signal.Signals, ...]) -> None:
-        self.received = 0
-        self.stops = stops
-
-    def __enter__(self) -> "PassedOnSignals":
-        self._former = {number: signal.signal(number, self._stop) for number in self.stops}
-        self._former_save = signal.signal(signal.SIGUSR1, self._save)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._release()
-        signal.signal(signal.SIGUSR1, self._former_save)
-
-    def _release(self) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, _frame: object) -> None:
-        self.received = number
-        self._release()
-        if not self._pass_on(number):
-            # No process has been started yet that could get the signal.
-            signal.raise_signal(number)
-
-    def _save(self, number: int, _frame: object) -> None:
-        self._pass_on(number)
-
-    @staticmethod
-    def _pass_on(number: int) -> bool:
-        import psutil
-
-        children = psutil.Process().children()
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(number)
-        return bool(children)
-
-
-class StoppedProcesses:
-    """Kills a started process that has been stopped, or has waited for a disk, too long: it cannot report itself."""
-
-    def __init__(self, timeout_seconds: float) -> None:
-        self.timeout_seconds = timeout_seconds
-        self.killed: set[int] = set()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "StoppedProcesses":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        import psutil
-
-        since: dict[int, float] = {}
-        while not self._over.wait(0.5):
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    if child.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_DISK_SLEEP):
-                        since.pop(child.pid, None)
-                    elif time.monotonic() - since.setdefault(child.pid, time.monotonic()) > self.timeout_seconds:
-                        self.killed.add(int(child.environ()["RANK"]))
-                        child.kill()
-
-
-def report_failures(failures: Mapping[int, tuple[int, float]], killed: Collection[int] = ()) -> int:
-    """Returns the exit code of a user's mistake, which its process has reported.
-
-    Args:
-        failures: of each rank that ended badly: its exit code, negative for a signal, and the time when it was seen.
-            Those that were ended because of another one are among them.
-        killed: ranks that were killed as they had stopped.
-
-    Raises:
-        ParallelError: it was something else.
-    """
-    codes = {global_rank: code for global_rank, (code, _) in failures.items()}
-    # NCCL's watchdog aborts its process when another one does not answer.
-    lost = {
-        global_rank: time for global_rank, (code, time) in failures.items() if code in (LOST_CONTACT, -signal.SIGABRT)
-    }
-    silent = [r for r, (c, t) in failures.items() if c == -signal.SIGKILL and lost and t - min(lost.values()) >= 5]
-    if silent := [*killed, *silent]:
-        raise ParallelError(f"rank {min(silent)} did not answer and had to be killed, and all others with it.")
-    # Neither a process that lost contact with another one, nor one that was then asked to end, began the trouble.
-    first = [global_rank for global_rank, code in codes.items() if code not in (LOST_CONTACT, -signal.SIGTERM)]
-    global_rank = min(first or lost or codes)
-    code = codes[global_rank]
-    if code == USERS_MISTAKE:
-        return code
-    if code > 0:
-        what = "lost contact with the others" if code == LOST_CONTACT else f"ended with exit code {code}"
-        raise ParallelError(f"rank {global_rank} {what}, and all others were ended: see what it wrote above.")
-    name = signal.Signals(-code).name
-    hint = "; out of memory is the usual reason" if name == "SIGKILL" else ""
-    raise ParallelError(f"rank {global_rank} was ended by {name}, and all others with it{hint}.")

@@ -19,15 +19,16 @@ from mochi_tune.cli.launch import (
     STARTED_HERE,
     USERS_MISTAKE,
     check_gpus,
+    check_num_processes,
     end_with_the_starter,
     joined,
     keep_compiled_code,
     let_segments_grow,
+    name_process,
     num_processes_here,
     prepare_deepspeed,
     prepare_ray,
     spare_the_collector,
-    start_processes,
     uses_gpus,
 )
 from mochi_tune.cli.lora import run_lora
@@ -43,6 +44,7 @@ from mochi_tune.cli.options import (
 )
 from mochi_tune.cli.plan import run_plan
 from mochi_tune.cli.publish import check_push, push_trained, run_export
+from mochi_tune.cli.starter import start_processes, tell_the_starter
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams, slow_bars
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.cli.ui import run_ui
@@ -69,9 +71,7 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
     # Other libraries import torchao, which then warns of every kernel that it was built without.
     for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    me = "mochi-tune"
-    if num_processes_here(os.environ) > 1:
-        me += f": rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID')}"
+    me = name_process(os.environ)
     try:
         keep_compiled_code()
         code = run(arguments, recipe)
@@ -192,7 +192,8 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if STARTED_HERE not in os.environ:
         config = with_accelerate(config, os.environ)
-    parallel, started = config.parallel, num_processes_here(os.environ)
+    parallel = config.parallel
+    started = check_num_processes(parallel.num_processes, os.environ)
     if config.train.deterministic:
         # Read when cuBLAS is first used, in the processes that are started from here, too.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -215,8 +216,7 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
         with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
             code = (recipe or train_lora.main)(config, started)
     if STARTED_HERE in os.environ and started > 1:
-        # The exit code of a stop is that of the program that started this process.
-        return code if code <= USERS_MISTAKE else 0
+        return tell_the_starter(code)
     if code == 0 and (started == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0"):
         return push_trained(config)
     if code > USERS_MISTAKE:
@@ -264,7 +264,7 @@ def run_sample(arguments: list[str]) -> int:
         for path in sample_grid(config):
             print(path, flush=True)
         return 0
-    started = num_processes_here(os.environ)
+    started = check_num_processes(config.parallel.num_processes, os.environ)
     if started == 1 and config.parallel.num_processes > 1:
         # What can be refused is refused once, here.
         check(config, config.parallel.num_processes)

@@ -2,12 +2,14 @@
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mochi_tune.cli.first_words import check_form, short_help
+from mochi_tune.cli.launch import num_processes_here
 from mochi_tune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -180,7 +182,7 @@ VERIFY_OPTIONS = {
     ),
     "device": ("cpu", "cpu, cuda or auto"),
     "dtype": ("fp32", "fp32 or bf16"),
-    "parallel.num_processes": ("1", "2, 3, 4 or 6: the paths of several processes too"),
+    "parallel.num_processes": ("1", "2 or more: the paths of several processes too"),
 }
 DOCTOR_OPTIONS = {
     "device": ("auto", "of the self-test of numbers: cpu, cuda or auto"),
@@ -292,7 +294,10 @@ def plain_options(
             raise ConfigError(
                 f"{argument!r} is not a setting of {verb}, which are {', '.join(f'{k}=' for k in known)}{hint}"
             )
-        options[key] = value
+        if not value and known[key][0]:
+            raise ConfigError(f"{argument} is empty: give a value, or leave it out for {key}={known[key][0]}.")
+        # A shell leaves it in words that are not KEY=~/DIR by its own rules.
+        options[key] = os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
     if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
         raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
     return {key: value for key, value in options.items() if value is not None}
@@ -317,6 +322,10 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
         if {"sample.prompt", "sample.prompts"} <= {setting.partition("=")[0] for setting in settings}:
             raise ConfigError("prompt= and prompts= are both given: leave one out.")
     config = load_config(names[0], settings)
+    started = num_processes_here(os.environ)
+    if verb in ("train", "sample") and started > 1 and config.parallel.num_processes == 1:
+        # As with processes that are started here: parallel=context means all of them.
+        config = load_config(names[0], [*settings, f"parallel.num_processes={started}"])
     for key, value, default in (
         ("engine", config.parallel.engine, "processes"),
         ("shard", config.parallel.shard, None),

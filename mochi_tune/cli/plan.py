@@ -2,11 +2,13 @@
 
 from mochi_tune.cli.options import load, whole_number
 
+CARD = ("card", "card_gib")
+
 
 def run_plan(arguments: list[str]) -> int:
     """Foretells memory, time and disk of a run."""
-    own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("card", "card_gib")}
-    if (config := load("plan", [a for a in arguments if a.partition("=")[0] not in own])) is None:
+    own = {key: value for key, _, value in (a.partition("=") for a in arguments if "=" in a) if key in CARD}
+    if (config := load("plan", [a for a in arguments if "=" not in a or a.partition("=")[0] not in own])) is None:
         return 0
     from mochi_tune.files import format_bytes
     from mochi_tune.parallel.forecast import in_words

@@ -51,7 +51,7 @@ def run_export(arguments: list[str]) -> int:
 
     formats = tuple(dict.fromkeys((to or "diffusers").split(",")))
     source = find_adapter_file(adapter)
-    publication = Publication(source, formats, options["dtype"], repo, about, alpha)
+    publication = Publication(source, formats, options["dtype"], repo, about, alpha, is_private)
     if repo and not is_dry:
         check_login("push", repo)
     folder = Path(out).expanduser() if out else default_folder(source)
@@ -65,7 +65,6 @@ def run_export(arguments: list[str]) -> int:
 def publish(publication: "Publication", folder: Path, is_private: bool | None, endpoint: str | None = None) -> None:
     """Makes the folder and says what is in it; uploads it unless `is_private` is None."""
     from mochi_tune.recipes.publish import main
-    from mochi_tune.weights.push import upload
 
     made = main(publication, folder)
     for note in dict.fromkeys(summary.source_note for summary in made.files):
@@ -74,7 +73,19 @@ def publish(publication: "Publication", folder: Path, is_private: bool | None, e
         print(line)
     print(made.path / "README.md", flush=True)
     if is_private is not None:
-        print(upload(folder, publication.repo, is_private, endpoint))
+        _send(folder, publication.repo, is_private, endpoint)
+
+
+def _send(folder: Path, repo: str, is_private: bool, endpoint: str | None = None) -> None:
+    """Uploads a folder, and notes beside it where it went."""
+    from mochi_tune.weights.push import upload
+
+    print(upload(folder, repo, is_private, endpoint))
+    _sent_note(folder).write_text(f"{repo}\n")
+
+
+def _sent_note(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.uploaded")
 
 
 def check_push(config: "RunConfig") -> None:
@@ -104,9 +115,17 @@ def push_trained(config: "RunConfig") -> int:
     try:
         folder = default_folder(adapter)
         if folder.exists():
-            print(f"{folder} is there already, so nothing is uploaded: `hf upload {settings.push} {folder}` sends it")
+            # It takes its name when it is complete: only an upload that failed is made up for, as what is on the hub
+            # may have been edited there.
+            note = _sent_note(folder)
+            if note.exists() and note.read_text().strip() == settings.push:
+                print(f"{folder} has been uploaded to {settings.push}, so nothing is now")
+            else:
+                _send(folder, settings.push, settings.private)
             return 0
-        publish(Publication(adapter, repo=settings.push, about=about), folder, settings.private)
+        publish(
+            Publication(adapter, repo=settings.push, about=about, is_private=settings.private), folder, settings.private
+        )
     except (MochiTuneError, OSError) as error:
         again = shlex.join(["mochi-tune", "export", f"adapter={adapter}", f"push={settings.push}"])
         # Where the folder is made, the error tells how to send it.

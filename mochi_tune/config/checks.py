@@ -26,12 +26,28 @@ def check_config(config: RunConfig) -> None:
             "data.tag_dropout above 0, or leave it out."
         )
     _check_optimizer(config.train, config.parallel, config.lora)
+    _check_recompute(config)
     _check_precision(config)
     _check_engine(config.parallel)
     if config.lora.dora and config.parallel.strategy == "zero3":
         raise ConfigError(
             "lora.dora=true measures complete rows of the base, which parallel.strategy=zero3 cuts up: "
             "use parallel.strategy=zero2."
+        )
+
+
+def _check_recompute(config: RunConfig) -> None:
+    """Refuses a policy of what is kept of a block that does not fit the other settings."""
+    recompute = config.train.recompute
+    if recompute == "attention" and config.parallel.strategy == "zero3":
+        raise ConfigError(
+            "train.recompute=attention keeps what attention gave, which parallel.strategy=zero3 cannot tell from what "
+            "it gathers: use train.recompute=block or none, or leave it out."
+        )
+    if recompute == "none" and config.memory.activations == "offload":
+        raise ConfigError(
+            "memory.activations=offload lets the inputs of blocks wait in host memory, and train.recompute=none keeps "
+            "all of each block on the device: leave one of them out."
         )
 
 
@@ -77,6 +93,14 @@ def _check_unused(config: RunConfig) -> None:
             raise ConfigError(
                 f"{key}={value} does nothing with {owner}={chosen}: use {owner}={choice}, or leave it out."
             )
+
+    train = config.train
+    if train.keep_best and not (train.validate_every and train.validation_clips):
+        nothing = "validate_every" if not train.validate_every else "validation_clips"
+        raise ConfigError(
+            f"train.keep_best=true does nothing with train.{nothing}=0, as there is no validation: set it above 0, or "
+            "leave keep_best out."
+        )
 
 
 def _check_optimizer(train: TrainConfig, parallel: ParallelConfig, lora: LoraConfig) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
 # What a preset of the sampler sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
-PROMPTS = ("sample.prompt", "sample.negative_prompt")
+PROMPTS = ("sample.prompt", "sample.negative_prompt", "train.sample_prompts")
 MAX_YAML_DEPTH = 20
 # Hydra keeps what it composes from in one place for all threads, and two that import it at once get half of it.
 _ONE_AT_A_TIME = threading.Lock()

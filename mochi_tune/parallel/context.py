@@ -10,12 +10,14 @@ Source: Ulysses, arXiv 2309.14509, in rings, arXiv 2405.07719; here with shares 
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.attention import JointAttention
@@ -23,6 +25,8 @@ from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.collectives import even_shares, gather, heads_to_tokens, tokens_to_heads
 from mochi_tune.parallel.ring import ring_attention
 
+# What lies in a layer of the visual stream; those of the modulation have no tokens.
+_VISUAL = re.compile(r"\.(attn\.(qkv|proj)_x|mlp_x)\.")
 # Of `AsymmDiT.forward`.
 INPUTS = ("the noisy latents", "the noise level", "the prompt", "the prompt's mask")
 
@@ -59,6 +63,31 @@ class TokenShares:
         """Returns this rank's share of x along `dim`, which holds all visual tokens."""
         self.counts = even_shares(x.shape[dim], self.num_ranks)
         return x.narrow(dim, sum(self.counts[: self.context_rank]), self.counts[self.context_rank])
+
+
+class SharedDropout(nn.Dropout):
+    """Dropout of visual tokens, of which this rank has a share: its mask is cut from one that all ranks draw alike.
+
+    So every token has the mask that it has in one process, and all ranks' generators stay together: text tokens, which
+    every rank has, are dropped alike on all of them.
+    """
+
+    def __init__(self, p: float, shares: TokenShares) -> None:
+        super().__init__(p)
+        self.shares = shares
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes and returns (B, n, C), n being this rank's share of the tokens."""
+        if not self.training or not self.p:
+            return x
+        counts, rank = self.shares.counts, self.shares.context_rank
+        assert x.shape[1] == counts[rank], (x.shape, counts)
+        rows, num_tokens, width = x.shape[0], sum(counts), x.shape[2]
+        # A mask is drawn in the order of memory, and tokens of one latent frame lie behind their channels.
+        is_turned = x.stride(2) != 1
+        ones = x.new_ones((rows, width, num_tokens) if is_turned else (rows, num_tokens, width))
+        mask = dropout(ones.transpose(1, 2) if is_turned else ones, self.p)
+        return x * mask.narrow(1, sum(counts[:rank]), counts[rank])
 
 
 class RingAttention(JointAttention):
@@ -105,7 +134,8 @@ class ContextParallelAttention(nn.Module):
         width = q_x.shape[-1]
         out_x = heads_to_tokens(out_x.unflatten(-1, (-1, width)), *of_row).flatten(2)
         if out_y is not None:
-            out_y = gather(out_y, [out_y.shape[-1]] * len(row), -1, self.shares.group, row.start)
+            # In the order of memory that it has in one process: a dropout draws its mask in that.
+            out_y = gather(out_y, [out_y.shape[-1]] * len(row), -1, self.shares.group, row.start).contiguous()
         return out_x, out_y
 
 
@@ -159,3 +189,6 @@ def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup, heads: int, 
         core = RingAttention(shares) if len(shares.ring) > 1 else attention.get_submodule("core")
         attention.set_submodule("core", ContextParallelAttention(core, shares))
     dit.final_layer.linear.register_forward_hook(gather_tokens)
+    for name, module in list(dit.named_modules()):
+        if type(module) is nn.Dropout and _VISUAL.search(name):
+            dit.set_submodule(name, SharedDropout(module.p, shares))

@@ -139,13 +139,16 @@ class Step:
         depth = self.config.depth
         if self.recompute != "auto":
             return [self.recompute] * depth
+        if self.num_shards > 1:
+            # ZeRO-3 gathers weights inside a block, and what is kept by its operation's name would be counted wrongly.
+            return ["block"] * depth
         if free is None:
             return ["attention"] * depth
         left = free - sum(self.held(["block"] * depth, is_streamed, is_offloaded).values()) - SPARE_BYTES
         num_kept = min(depth, max(0, int(left // self._attention_bytes)))
         policies = ["block"] * (depth - num_kept) + ["attention"] * num_kept
         # Streamed weights are gone by the backward pass, and nothing else can wait in host memory than an input.
-        if num_kept < depth or is_streamed or is_offloaded or not self.is_compiled or self.num_shards > 1:
+        if num_kept < depth or is_streamed or is_offloaded or not self.is_compiled:
             return policies
         left -= depth * self._attention_bytes
         num_whole = min(depth, int(left // (KEPT_MARGIN * self._kept_bytes - self._attention_bytes)))

@@ -87,6 +87,8 @@ class ModulationTable:
         self.all: Modulation | None = None
         if not any(isinstance(module, HostLinear) for module in dit.modules()):
             return
+        # DeepSpeed's engine has the model inside.
+        dit = getattr(dit, "module", dit)
         assert isinstance(dit, AsymmDiT)
         device = dit.pos_frequencies.device
         sigma = torch.tensor(levels, device=device)

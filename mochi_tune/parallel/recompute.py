@@ -51,13 +51,17 @@ def apply_activation_checkpointing(dit: AsymmDiT, policies: Sequence[str], input
 
 
 class SlicedFeedForward(FeedForward):
-    """A feed-forward layer that works on `num_tokens` at a time, in its backward pass, too."""
+    """A feed-forward layer that works on `num_tokens` at a time, in its backward pass, too.
+
+    With a dropout in it, it works on all at once: slices would draw other masks.
+    """
 
     num_tokens: int
+    has_dropout: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, n, D) to (B, n, D)."""
-        if x.shape[1] <= self.num_tokens:
+        if x.shape[1] <= self.num_tokens or (self.has_dropout and self.training):
             return super().forward(x)
         parts = x.split(self.num_tokens, dim=1)
         if not torch.is_grad_enabled():
@@ -77,6 +81,7 @@ def apply_mlp_slices(dit: AsymmDiT, num_tokens: int) -> None:
         # By its class: a forward of its own would be compiled for each block anew.
         mlp.__class__ = SlicedFeedForward
         mlp.num_tokens = num_tokens
+        mlp.has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in mlp.modules())
 
 
 @functools.cache

@@ -112,6 +112,9 @@ class BlockRing:
             pin = device.type == "cuda"
             for parameter in frozen.values():
                 parameter.data = parameter.data.pin_memory() if pin else parameter.data
+                if (scales := getattr(parameter, "quant_state", None)) is not None:
+                    # bitsandbytes keeps them beside the parameter, and its kernels read them on the device.
+                    scales.to(device)
             self.home.append([parameter.data for parameter in frozen.values()])
         size = max(_offsets(tensors)[-1] for tensors in self.home)
         num_buffers = min(NUM_BUFFERS, len(blocks))

@@ -225,6 +225,7 @@ class ZeroOptimizer:
         self.engine = engine
         self.parameters = dict(parameters)
         self.optimizer = optimizer
+        self._is_linked = False
 
     def clip_grad_norm(self) -> Tensor:
         """Returns the norm of the averaged gradients; DeepSpeed clips them in `step`."""
@@ -236,6 +237,12 @@ class ZeroOptimizer:
     def step(self) -> None:
         """Updates the adapter."""
         self.engine.step()
+        zero = self.engine.optimizer
+        if not self._is_linked and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            # Stage 2 looks for the states of all groups when the first one is updated: the others have none yet.
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+        self._is_linked = True
 
     def skip_step(self) -> None:
         """Drops the gradients of a step: DeepSpeed drops them only in an update, which is made and undone."""

@@ -171,7 +171,7 @@ class TrainPlan:
         # T5's and the encoder's are compared with the cache's, and only the main process decodes.
         facts["the files of the dit in model.weights"] = self.weights.fingerprint("dit")
         if self.start_adapter is not None:
-            facts["the adapter lora.init_from"] = file_sha256(Path(str(self.config.lora.init_from)))
+            facts["the adapter lora.init_from"] = file_sha256(self.start_adapter.path)
         return facts
 
     def explains_out_of_memory(self) -> contextlib.AbstractContextManager:

@@ -1,5 +1,6 @@
 """Uploads a folder to the hub: makes the repository where there is none, and adds or replaces files by one commit."""
 
+import shlex
 from pathlib import Path
 
 from mochi_tune.errors import CheckpointError, ConfigError
@@ -19,6 +20,11 @@ def check_login(key: str, repo: str) -> None:
 
     if get_token() is None:
         raise ConfigError(f"{key}={repo} needs a login on the hub, and there is none: run `hf auth login` first.")
+
+
+def upload_command(folder: Path, repo: str, is_private: bool) -> str:
+    """Returns the command by which a user uploads a folder by hand."""
+    return shlex.join(["hf", "upload", repo, str(folder), *(["--private"] if is_private else [])])
 
 
 def upload(folder: Path, repo: str, is_private: bool, endpoint: str | None = None) -> str:
@@ -48,9 +54,8 @@ def upload(folder: Path, repo: str, is_private: bool, endpoint: str | None = Non
     # A transfer that breaks off is a RuntimeError, and an answer that is not the hub's a ValueError.
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        private = " --private" if is_private else ""
         raise CheckpointError(
             f"{folder} is complete, and was not uploaded to {repo} ({reason}): "
-            f"`hf upload {repo} {folder}{private}` sends it."
+            f"`{upload_command(folder, repo, is_private)}` sends it."
         ) from error
     return str(url)

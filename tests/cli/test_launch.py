@@ -1,5 +1,4 @@
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -9,13 +8,7 @@ from pathlib import Path
 import pytest
 from helpers_process import run
 
-from mochi_tune.cli.launch import (
-    LOST_CONTACT,
-    keep_compiled_code,
-    num_processes_here,
-    report_failures,
-    slurm_variables,
-)
+from mochi_tune.cli.launch import check_num_processes, keep_compiled_code, num_processes_here, slurm_variables
 from mochi_tune.errors import ParallelError
 
 SLURM = {
@@ -44,21 +37,25 @@ def test_a_batch_script_and_a_single_task_stand_alone():
     assert slurm_variables(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
     assert slurm_variables(SLURM | {"RANK": "3"}) == {}
     assert num_processes_here({}) == 1 and num_processes_here(SLURM) == 8
-    assert num_processes_here({"WORLD_SIZE": "4"}) == 4
+    whole = {"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert num_processes_here(whole) == 4 and num_processes_here({"WORLD_SIZE": "1"}) == 1
 
 
-def test_the_rank_that_failed_is_named_and_not_those_that_lost_it():
-    lost, killed, asked = (LOST_CONTACT, 101), (-signal.SIGKILL, 100), (-signal.SIGTERM, 101)
-    with pytest.raises(ParallelError, match=r"rank 2 was ended by SIGKILL, and all others with it; out of memory"):
-        report_failures({0: asked, 1: lost, 2: killed, 3: lost})
-    with pytest.raises(ParallelError, match=r"rank 2 lost contact"):
-        report_failures({1: asked, 2: lost, 3: lost})
-    assert report_failures({0: lost, 1: asked, 3: (2, 100)}) == 2
+def test_variables_that_a_launcher_did_not_set_are_one_line():
+    with pytest.raises(ParallelError, match="WORLD_SIZE=abc is no number of processes: unset it"):
+        num_processes_here({"WORLD_SIZE": "abc"})
+    with pytest.raises(ParallelError, match="RANK, MASTER_ADDR, MASTER_PORT are not set: start them by torchrun, or"):
+        num_processes_here({"WORLD_SIZE": "2"})
+    done = run("train", "conf=my_lora", "model=tiny", env={"WORLD_SIZE": "2", "RANK": "1"})
+    assert done.returncode == 2 and done.stderr.startswith("mochi-tune: the environment variable WORLD_SIZE=2 says")
 
 
-def test_a_rank_that_had_to_be_killed_after_the_others_is_the_one_that_hung():
-    with pytest.raises(ParallelError, match=r"rank 1 did not answer and had to be killed"):
-        report_failures({0: (LOST_CONTACT, 100), 1: (-signal.SIGKILL, 110), 2: (-signal.SIGTERM, 100)})
+def test_a_setting_does_not_say_another_number_of_processes_than_the_launcher():
+    two = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert [check_num_processes(asked, two) for asked in (1, 2, 4)] == [4, 4, 4]
+    assert check_num_processes(8, {}) == 1
+    with pytest.raises(ParallelError, match=r"parallel\.num_processes=3, but 4 processes were started: leave the"):
+        check_num_processes(3, two)
 
 
 def test_a_port_that_is_in_use_is_reported_in_one_line():

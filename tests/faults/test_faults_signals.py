@@ -1,7 +1,10 @@
 """Asked to stop or to save, wherever it is, a run does so within seconds and loses nothing."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -236,3 +239,29 @@ def test_stopped_while_it_compiles(tmp_path):
     assert rows_of(tmp_path / "run") == []
     code, text = run_program([*arguments, "train.compile=false"], tmp_path / "again")
     assert code == 0 and [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2], text
+
+
+def test_under_nohup_a_hangup_ends_nothing_and_a_stop_of_one_process_is_one_of_the_run(tmp_path):
+    """By real starts: the launcher keeps what its own parent ignores, and hears of a stop that only a rank got."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    more = ["train.steps=100000", "train.checkpoint_every=90000", "train.ema_decay=0", "train.validate_every=0"]
+    settings = road(run_dir, *LORA, *more, "parallel=data", "parallel.num_processes=2")
+    program = ["nohup", sys.executable, "-m", "mochi_tune.cli", "train", "conf=my_lora", *settings]
+    with open(log, "wb") as out:
+        launcher = subprocess.Popen(program, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    num_rows = lambda: len(rows_of(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0  # noqa: E731
+    wait_for(lambda: num_rows() > 2 or launcher.poll() is not None)
+    assert launcher.poll() is None, log.read_text()
+    os.killpg(launcher.pid, signal.SIGHUP)
+    before = num_rows()
+    wait_for(lambda: num_rows() > before + 20 or launcher.poll() is not None)
+    os.kill(json.loads((run_dir / ".lock").read_text())["pid"], signal.SIGTERM)
+    assert launcher.wait(600) == 128 + signal.SIGTERM, log.read_text()
+    assert "the same command goes on from there" in log.read_text() and newest_checkpoint(run_dir).is_dir()
+
+
+def wait_for(is_so) -> None:
+    end = time.monotonic() + 600
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -100,7 +100,8 @@ def test_nothing_is_kept_whole_where_that_cannot_be_or_was_not_measured():
     for arrangement in ((True, False), (False, True)):
         assert set(step.policies(free, *arrangement)) == {"attention"}
     assert set(replace(step, is_compiled=False).policies(free)) == {"attention"}
-    assert set(replace(step, num_shards=2).policies(free)) == {"attention"}
+    for some in (None, free):
+        assert set(replace(step, num_shards=2).policies(some)) == {"block"}
     assert replace(step, recompute="block").policies(0) == ["block"] * 48
 
 

@@ -289,7 +289,7 @@ def test_a_finished_run_is_uploaded_once(run_dir, hub, capsys):
     assert hub.files[REPO] == contents(run_dir / "hub" / "step_000003")
     number = len(hub.operations)
     assert push_trained(config) == 0 and len(hub.operations) == number
-    assert "is there already, so nothing is uploaded" in capsys.readouterr().out
+    assert "has been uploaded to ada/balls, so nothing is now" in capsys.readouterr().out
 
 
 def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, tmp_path, hub):

@@ -221,3 +221,25 @@ def test_processes_that_torchrun_or_srun_starts_just_run(folder, latents_error):
         made = {p.name: load_file(p)["latents"] for p in (folder / name).glob("*.safetensors")}
         assert made.keys() == one.keys()
         assert all((made[key] - one[key]).abs().max() <= latents_error for key in one)
+
+
+def render_side_by_side(folder: Path, name: str) -> None:
+    """Renders base and adapter as one video."""
+    more = ["sample.compare=base", "sample.num_frames=13", "sample.steps=1", "sample.guidance=1"]
+    given = [*settings(folder, name, {}, "with"), *more]
+    with keeping_frames(sample, folder / f"frames_{name}"):
+        list(sample.main(load_config("toy_lora", given)))
+
+
+def test_a_comparison_by_two_processes_is_that_of_one(folder, tmp_path, decoded):
+    """Both share one prompt's video, and each has the base's parts and the adapter's to give to the other."""
+    (folder / "prompts.txt").write_text(PROMPTS[0])
+    render_side_by_side(folder, "compared_one")
+    run_ranks(2, render_side_by_side, tmp_path, folder, "compared_two")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    ours, theirs = (
+        [torch.load(path, weights_only=True) for path in sorted((folder / f"frames_compared_{each}").iterdir())]
+        for each in ("two", "one")
+    )
+    [ours], [theirs] = ours, theirs
+    assert_same_frames(ours, theirs, decoded[2])

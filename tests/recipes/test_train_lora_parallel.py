@@ -116,7 +116,11 @@ def test_several_processes_make_the_run_of_one(alone, tmp_path, name):
 
 @pytest.mark.parametrize(
     "more",
-    [["train.batch_size=2"], ["parallel.context=2", "train.accumulation_steps=2"], ["memory.activations=offload"]],
+    [
+        ["train.batch_size=2"],
+        ["parallel.context=2", "train.accumulation_steps=2"],
+        ["memory.activations=offload", "train.recompute=block"],
+    ],
     ids=["rows", "context", "offload"],
 )
 def test_zero3_goes_with_unlike_prompts_with_context_and_with_inputs_in_host_memory(tmp_path, more):
@@ -130,6 +134,34 @@ def test_zero3_goes_with_unlike_prompts_with_context_and_with_inputs_in_host_mem
         assert mine["clips"] == its["clips"]
         assert mine["loss"] == pytest.approx(its["loss"], rel=TOLERANCE)
         assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        (["parallel=context"], ["lora.dropout=0.2"]),
+        (["parallel=zero3"], ["train.recompute=auto", "train.validate_every=2"]),
+        (["parallel=zero2"], ["lora.dora=true", "train.sample_every=2", "train.sample_prompts=[a red ball]"]),
+        (["parallel=zero2"], ["train.learning_rate_b_ratio=4"]),
+    ],
+    ids=["dropout", "defaults", "evaluations", "groups"],
+)
+def test_what_else_a_run_may_have_goes_in_two_processes_as_in_one(tmp_path, layout, more):
+    """The launcher alone says how many processes there are: all share the tokens, or each has its samples."""
+    ours, theirs = tmp_path / "two", tmp_path / "one"
+    more = [*more, "train.steps=3", "train.spike_policy=off", "sample.steps=2"]
+    shared = [] if layout == ["parallel=context"] else TWO[:2]
+    done = run_in(2, "train", "conf=my_lora", *road(ours, *COMMON, *(shared or ONE), *layout, *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    train_as(theirs, *ONE, *more)
+    rows = [read_rows(folder / "metrics.jsonl") for folder in (ours, theirs)]
+    for mine, its in zip(*rows, strict=True):
+        assert mine["loss"] == pytest.approx(its["loss"], rel=TOLERANCE)
+        assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=GRADIENT_TOLERANCE)
+    names = [sorted(path.name for path in (folder / "samples").iterdir()) for folder in (ours, theirs)]
+    assert names[0] == names[1] and bool(names[0]) == ("train.sample_every=2" in more)
+    states = [load_file(folder / "checkpoints/step_000003/optimizer.safetensors") for folder in (ours, theirs)]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 20
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_strategy(alone, tmp_path):
