@@ -45,11 +45,13 @@ from mochi_tune.parallel.modulation import HostModulation
 from mochi_tune.recipes.bench import make_step
 from mochi_tune.recipes.measuring import timed
 from mochi_tune.sampling.requests import sampler_settings
+from mochi_tune.training.checkpoint import steps_to_keep
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, fits
 from mochi_tune.training.preflight import (
     adapter_bytes,
     bucket_shares,
     check,
+    check_strategy,
     check_streaming,
     clip_order,
     num_tokens,
@@ -138,6 +140,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     data, train = config.data, config.train
     sampler_settings(config.sample)
     check_streaming(config)
+    check_strategy(config, config.parallel.num_processes)
     if config.memory.tiles is not None:
         check_tiles(config.memory.tiles, *sample_size(config.sample, data)[1:])
     words, gib, speed = find_card(card, card_gib)
@@ -315,6 +318,8 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float]]:
         for source in sources
         if source.folder.is_dir()
     )
+    if count and any(source.clips != "head" for source in sources):
+        return 0, f"of {count} videos in {where}, not prepared yet, each {largest}", {largest: 1.0}
     if count:
         return count, f"{count} in {where}, not prepared yet, each {largest}", {largest: 1.0}
     return 0, f"none yet in {where}, so assumed, for sizes and times alone: each {largest}", {largest: 1.0}
@@ -329,6 +334,7 @@ def checkpoint_bytes(config: RunConfig, adapter_bytes: int) -> int:
     """Returns the bytes of all checkpoints that are kept: the adapter, AdamW's two moments, and the average."""
     train = config.train
     each = adapter_bytes * (3 + bool(train.ema_decay))
-    kept = train.keep_checkpoints + (train.steps // train.keep_every if train.keep_every else 0)
+    saved = {*range(train.checkpoint_every, train.steps + 1, train.checkpoint_every), train.steps}
+    kept = len(steps_to_keep(saved, train.keep_checkpoints, train.keep_every, None)) + train.keep_best
     # One more is there while it is written.
-    return each * (kept + 1) + adapter_bytes
+    return each * (min(kept, len(saved)) + 1) + adapter_bytes

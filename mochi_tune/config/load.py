@@ -18,6 +18,7 @@ from mochi_tune.config.explain import as_yaml, does_not_fit, explain, explain_se
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, sections
+from mochi_tune.config.yaml_files import check_yaml, describe_yaml_error, included_files
 from mochi_tune.errors import ConfigError
 from mochi_tune.weights.paths import WeightsPaths
 
@@ -29,7 +30,6 @@ SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
 # What a preset of the sampler sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
 PROMPTS = ("sample.prompt", "sample.negative_prompt", "train.sample_prompts")
-MAX_YAML_DEPTH = 20
 # Hydra keeps what it composes from in one place for all threads, and two that import it at once get half of it.
 _ONE_AT_A_TIME = threading.Lock()
 # A list as a shell takes it without quotes: 0,1.
@@ -50,15 +50,15 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         ConfigError: there is no such file, a key is unknown, or a value does not fit.
     """
     path = find_config(name)
-    content = _check_packaged(path, _packaged_files()) if _is_packaged(path) else _check_yaml(path)
+    for override in overrides:
+        check_override(override)
+    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    content = _check_all(path, {key: value for key, value in given.items() if key in GROUPS})
     # A file without `defaults` says what differs from base.
     implies_base = isinstance(content, dict | None) and "defaults" not in (content or {}) and path.stem != "base"
     for section in (content or {}).keys() & sections().keys() if implies_base else ():
         if not isinstance((content or {})[section], dict):
             raise ConfigError(f"{path}: {explain_section(str(section))}")
-    for override in overrides:
-        check_override(override)
-    given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     reset = _reset_by_preset([key.removeprefix("sample.") for key in given if key.startswith("sample.")])
     with _ONE_AT_A_TIME:
         settings = _compose(path, implies_base, {f"sample.{key}": "null" for key in reset} | given)
@@ -91,7 +91,8 @@ def _reset_by_preset(given: Collection[str]) -> dict[str, None]:
 @contextlib.contextmanager
 def _file_on_base(path: Path, implies_base: bool) -> Iterator[Path]:
     """Yields the file that Hydra composes: this one, or one that puts its content on top of base."""
-    if not implies_base and path.suffix == ".yaml":
+    # Hydra looks beside the file first, and a packaged one has the packaged groups there.
+    if not implies_base and path.suffix == ".yaml" and not (_is_packaged(path) and _has_own_groups()):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +113,7 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
     groups = tuple(f"{key}={value}" for key, value in given.items() if key in GROUPS)
     values = {key: _read_value(key, value) for key, value in given.items() if key not in GROUPS}
     try:
-        if _is_packaged(path):
+        if _is_packaged(path) and not _has_own_groups():
             composed = _compose_packaged(path, implies_base, groups, _packaged_files())
         else:
             composed = _compose_files(path, implies_base, groups)
@@ -135,7 +136,7 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
     except RecursionError:
         raise ConfigError(f"{path}: its defaults lead back to itself: name another file there.") from None
     except MarkedYAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_describe_yaml_error(error)}.") from None
+        raise ConfigError(f"{path} is not YAML: {describe_yaml_error(error)}.") from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         what = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(f"{path}: {what}: docs/settings.md and --help all list every setting.") from None
@@ -145,7 +146,7 @@ def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "
     """Returns what the file sets, with the files that it builds on and the chosen file of each group."""
     from hydra import compose, initialize_config_dir
 
-    folders = ", ".join(quote(f"file://{folder}") for folder in (path.parent.resolve(), packaged_folder()))
+    folders = ", ".join(quote(f"file://{folder}") for folder in dict.fromkeys(_folders(path)) if folder.is_dir())
     with (
         _file_on_base(path, implies_base) as file,
         initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
@@ -153,8 +154,19 @@ def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "
         return compose(file.stem, overrides=[f"hydra.searchpath=[{folders}]", *groups])
 
 
+def _folders(path: Path) -> list[Path]:
+    """Returns where files that a conf builds on are looked for: beside it, in conf/, and among the packaged ones."""
+    own = [] if _is_packaged(path) else [path.parent]
+    return [folder.resolve() for folder in (*own, Path("conf"), packaged_folder())]
+
+
 def _is_packaged(path: Path) -> bool:
-    return path.parent.resolve() == packaged_folder().resolve()
+    return packaged_folder().resolve() in path.resolve().parents
+
+
+def _has_own_groups() -> bool:
+    """Whether conf/ has files of groups, which go before the packaged ones of their names."""
+    return not _is_packaged(Path("conf") / "base.yaml") and any((Path("conf") / group).is_dir() for group in GROUPS)
 
 
 def _packaged_files() -> tuple[tuple[str, int, int], ...]:
@@ -179,50 +191,27 @@ def _defaults() -> dict[str, Any]:
     return tree
 
 
-def _describe_yaml_error(error: Any) -> str:
-    return f"line {error.problem_mark.line + 1}: {error.problem}" if error.problem_mark else str(error.problem)
-
-
-def _check_yaml(path: Path) -> Any:
-    """Refuses what no setting needs and a file from elsewhere could use, before anything is made of the file.
-
-    Those are references to other things than settings, such as ${oc.env:HOME}; aliases, of which a few lines make
-    billions of values; deep nesting; numbers of thousands of digits; and Hydra's own settings, which load code.
-
-    Returns:
-        What the file says.
-    """
-    import yaml
-
-    depth = 0
-    try:
-        content = path.read_text(encoding="utf-8")
-        for event in yaml.parse(content):
-            line = f"{path} line {event.start_mark.line + 1}"
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
-                raise ConfigError(f"{line}: aliases (*name) and deep nesting are not read: write the value itself.")
-            text = event.value if isinstance(event, yaml.ScalarEvent) else ""
-            # An odd number of backslashes in front makes it text.
-            if found := re.search(r"(?<!\\)(?:\\\\)*(\$\{\s*[\w.]+\s*:)", text):
-                raise ConfigError(f"{line}: {found[1]}...}} is not read, only settings can be referred to, ${{name}}.")
-        settings = yaml.safe_load(content)
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_describe_yaml_error(error)}.") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if isinstance(settings, dict) and "hydra" in settings:
-        raise ConfigError(f"{path}: hydra is not a setting; --help all lists them.")
-    return settings
-
-
 @functools.lru_cache(maxsize=64)
 def _check_packaged(path: Path, _files: tuple) -> Any:
-    return _check_yaml(path)
+    return check_yaml(path)
+
+
+def _check_all(path: Path, groups: Mapping[str, str]) -> Any:
+    """Checks a file and all that it builds on; returns what the file itself says."""
+
+    def check(file: Path) -> Any:
+        return _check_packaged(file, _packaged_files()) if _is_packaged(file) else check_yaml(file)
+
+    content = check(path)
+    folders, seen = _folders(path), {path}
+    # A file without `defaults` is on top of base.
+    waiting = [*included_files(content, groups, folders), *included_files({"defaults": ["base"]}, {}, folders)]
+    while waiting:
+        if (file := waiting.pop()) not in seen:
+            seen.add(file)
+            # A group's own file names its neighbours.
+            waiting += included_files(check(file), {}, [*folders, file.parent])
+    return content
 
 
 def find_config(name: str) -> Path:

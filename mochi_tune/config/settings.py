@@ -45,6 +45,11 @@ class Setting:
         return any(get_origin(part) is list for part in (self.type, *get_args(self.type)))
 
     @property
+    def takes_text(self) -> bool:
+        """Whether any text is an allowed value, or a list of texts."""
+        return bool({str, list[str]} & {self.type, *get_args(self.type)})
+
+    @property
     def takes_numbers(self) -> bool:
         """Whether a list of numbers is an allowed value, and text is not."""
         parts = (self.type, *get_args(self.type))

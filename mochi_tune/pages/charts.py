@@ -74,9 +74,11 @@ def line_chart(
     low, high = y_range or (min(y for _, y in everything), max(y for _, y in everything))
     y_ticks = round_ticks(low, high)
     low, high = y_ticks[0], y_ticks[-1]
+    # Values that are all but equal have one tick.
+    span = (high - low) or 1
 
     def to_pixels(point: tuple[float, float]) -> tuple[float, float]:
-        across, up = point[0] / x_high, min(max((point[1] - low) / (high - low), 0), 1)
+        across, up = point[0] / x_high, min(max((point[1] - low) / span, 0), 1)
         return PLOT_LEFT + across * (PLOT_RIGHT - PLOT_LEFT), PLOT_BOTTOM - up * (PLOT_BOTTOM - PLOT_TOP)
 
     is_whole = all(x == int(x) for x, _ in everything)

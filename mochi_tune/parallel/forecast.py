@@ -109,6 +109,7 @@ class Step:
         num_shards: over how many processes ZeRO-3 splits the weights.
         split: how many processes share the tokens, of which `num_tokens` are one's: (heads, ring).
         num_clips: of the micro-batch, which share `num_tokens` and attend each to itself.
+        needs_exact: whether the base's matrices must stay as they are, as a DoRA measures their rows.
     """
 
     config: DiTConfig
@@ -123,6 +124,7 @@ class Step:
     num_shards: int = 1
     split: tuple[int, int] = (1, 1)
     num_clips: int = 1
+    needs_exact: bool = False
     weights: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:

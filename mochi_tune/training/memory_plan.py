@@ -171,9 +171,12 @@ def ways_out(step: Step, free: int, failed: MemoryPlan | None = None) -> str:
     """
     found = ["train.recompute=block"] if failed is not None and failed.can_keep_less else []
     smaller = replace(step, recompute="block" if step.recompute == "none" else step.recompute)
-    for name, is_streamed, is_offloaded in ARRANGEMENTS:
+    # ZeRO-3 splits the weights: none of them can wait in host memory, or be held in 8 bits.
+    is_split = step.num_shards > 1
+    precisions = (step.precision,) if is_split or step.needs_exact else (step.precision, "int8")
+    for name, is_streamed, is_offloaded in ARRANGEMENTS[:1] if is_split else ARRANGEMENTS:
         is_failed = failed is not None and (is_streamed, is_offloaded) == (failed.is_streamed, failed.offloads_inputs)
-        for precision in dict.fromkeys((step.precision, "int8")):
+        for precision in dict.fromkeys(precisions):
             if is_failed and precision == step.precision:
                 continue
             candidate = replace(smaller, precision=precision)

@@ -203,11 +203,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     check_trackers(config.log)
     shapes = linear_shapes(skeleton)
     layers = lora_settings(config.lora, shapes)
-    if config.parallel.strategy != "data" and num_processes == 1:
-        raise ConfigError(
-            f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "
-            "use parallel.num_processes=2 or more, or parallel=single."
-        )
+    check_strategy(config, num_processes)
     context = config.parallel.context or 1
     layout = training_layout(num_processes, context, skeleton.config, num_tokens(config), card_here())
     draws = KeyedDraws(
@@ -273,6 +269,7 @@ def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout
         num_shards=layout.num_ranks if is_zero3 else 1,
         split=layout.split,
         num_clips=train.batch_size,
+        needs_exact=config.lora.dora,
     )
 
 
@@ -310,6 +307,15 @@ def step_seconds(
         if step.split != (1, 1):
             mean += share * sharing_seconds(step.split, step.config, bucket.num_tokens, card, TRAINING)
     return config.train.accumulation_steps * mean
+
+
+def check_strategy(config: RunConfig, num_processes: int) -> None:
+    """Refuses a strategy of several processes where there is one."""
+    if config.parallel.strategy != "data" and num_processes == 1:
+        raise ConfigError(
+            f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "
+            "use parallel.num_processes=2 or more, or parallel=single."
+        )
 
 
 def check_streaming(config: RunConfig) -> None:

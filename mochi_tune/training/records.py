@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mochi_tune.config.load import load_config
-from mochi_tune.files import file_sha256, parse_object, read_json, read_json_lines
+from mochi_tune.files import file_sha256, parse_object, read_json_lines
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
 from mochi_tune.training.metrics import FILES
-from mochi_tune.training.resume import CLIPS_FILE
+from mochi_tune.training.resume import read_clips
 from mochi_tune.training.run_folder import read_history
 
 if TYPE_CHECKING:
@@ -95,12 +95,11 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
     )
     clips = [row.get("clips", []) for row in rows]
     losses = [(row["step"], row.get("validation_loss")) for row in validations]
-    clips_file = run_dir / CLIPS_FILE
     return RunRecords(
         config=config,
         step=step,
         date=run_date(run_dir),
-        num_clips=len(read_json(clips_file)["clips"]) if clips_file.exists() else 0,
+        num_clips=len(read_clips(run_dir).get("clips", {})),
         num_trained=len({clip for each in clips for clip in each}),
         global_batch=max((len(each) for each in clips), default=0),
         seconds=sum(row.get("seconds", 0) for row in rows),

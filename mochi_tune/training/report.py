@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mochi_tune.config.load import config_yaml, load_config
-from mochi_tune.files import read_json, read_json_lines, write_atomic
+from mochi_tune.files import read_json_lines, write_atomic
 from mochi_tune.pages import charts, video_tables
 from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
 from mochi_tune.pages.html_page import Head, document, section
@@ -23,7 +23,7 @@ from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
 from mochi_tune.training.metrics import FILES, write_line
-from mochi_tune.training.resume import CLIPS_FILE
+from mochi_tune.training.resume import read_clips
 from mochi_tune.training.run_folder import read_history
 
 if TYPE_CHECKING:
@@ -134,17 +134,16 @@ def read_files(run_dir: Path, config: "RunConfig | None" = None) -> RunFiles:
         ConfigError: its config.yaml is not one of this version's.
     """
     steps, validations = (read_json_lines(run_dir / f"{name}.jsonl") for name in FILES)
-    clips = run_dir / CLIPS_FILE
     return RunFiles(
         run_dir,
         config or load_config(str(run_dir / "config.yaml"), []),
-        steps,
+        [row for row in steps if isinstance(row.get("step"), int)],
         sorted(
             (row for row in validations if isfinite(row.get("validation_loss") or float("nan"))),
             key=lambda row: row["step"],
         ),
         read_history(run_dir),
-        read_json(clips) if clips.exists() else {},
+        read_clips(run_dir),
     )
 
 

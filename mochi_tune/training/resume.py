@@ -6,6 +6,7 @@
 import datetime
 import filecmp
 import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from mochi_tune.config.load import config_yaml
 from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
-from mochi_tune.files import copy_atomic, read_json, read_json_lines, remove_temporary_files, write_atomic, write_json
+from mochi_tune.files import copy_atomic, parse_object, read_json, read_json_lines, remove_temporary_files, write_atomic
 from mochi_tune.training import checkpoint
 from mochi_tune.training.eval_files import find_eval_videos, prompt_file
 from mochi_tune.training.metrics import Metrics
@@ -170,9 +171,16 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     return changed, notes
 
 
+def read_clips(run_dir: Path) -> dict:
+    """Returns the clips of a run's last start; {} where the file is missing or damaged, as it serves notes alone."""
+    path = run_dir / CLIPS_FILE
+    found = parse_object(path.read_bytes()) if path.exists() else None
+    return found if found is not None and isinstance(found.get("clips"), dict) else {}
+
+
 def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) -> tuple[str, str]:
     """Returns in words which clips came or went, and which are others, since the run started with another cache."""
-    kept = read_json(run_dir / CLIPS_FILE) if (run_dir / CLIPS_FILE).exists() else {}
+    kept = read_clips(run_dir)
     if kept.get("cache") != fingerprint:
         return "", ""
     before = kept["clips"]
@@ -276,7 +284,7 @@ def resume(plan: TrainPlan) -> ResumePoint:
     rows = plan.dataset.cache.rows
     clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents(), "held_out": len(plan.held_out)}
     clips["buckets"] = Counter(str(row.bucket) for row in rows)
-    write_json(run_dir / CLIPS_FILE, clips)
+    write_atomic(run_dir / CLIPS_FILE, json.dumps(clips).encode(), durable=True)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     facts = {"date": date, "from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
     facts["notes"] = start.notes

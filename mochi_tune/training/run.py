@@ -69,8 +69,8 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         if is_main and (start.step < config.train.steps or start.owes_evaluation):
             metrics = stack.enter_context(Metrics(run_dir, start.step))
             check_rows(metrics, start)
-            # They follow the metrics' files, and end before these are closed. One that went back is a new run to them.
-            last_step = 0 if start.is_named else start.step
+            # They follow the metrics' files, and end before these do. Gone back or forced, it is a new run to them.
+            last_step = 0 if start.is_named or start.changed else start.step
             trackers = Trackers(run_dir, last_step, config.name, plan.identity["settings"], config.log)
             stack.enter_context(trackers)
         run = Run(plan, accelerator, start, metrics, trackers)

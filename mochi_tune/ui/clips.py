@@ -1,5 +1,6 @@
 """The clips of a folder as the page shows them: what each is, its picture, and its caption, which can be edited."""
 
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, find_videos
 from mochi_tune.data_prep.inspection import Flag, find_flags
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, MochiTuneError
 from mochi_tune.files import find_lone_surrogate, move_to_free_name, read_text, write_atomic
 from mochi_tune.models.text_encoder import measure_caption
 from mochi_tune.ui.folder import clean_name, inside
@@ -174,13 +175,37 @@ def changed_captions(texts: dict[Path, str], find: str, replacement: str, prefix
     return changed
 
 
-def take_upload(folder: Path, videos: str, uploaded: Path, name: str) -> Path:
-    """Moves an uploaded file into the folder of videos, under a clean name that none has; returns the path.
+def take_uploads(folder: Path, videos: str, files: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """Moves uploaded files into the folder of videos, under clean names that none has.
 
-    Raises:
-        DataError: it is of no kind that is taken, or the folder is outside of the page's folder.
+    Those of one name, a clip and its caption, keep one name: where a clip has it already, both get another.
+
+    Returns:
+        The names, and why files were not taken.
     """
-    root = inside(folder, videos)
-    clean = clean_name(name, UPLOADED)
-    root.mkdir(parents=True, exist_ok=True)
-    return move_to_free_name(uploaded, root / clean)
+    taken, refused, groups = [], [], {}
+    for file in files:
+        try:
+            clean = Path(clean_name(file.name, UPLOADED))
+            groups.setdefault(clean.stem, []).append((file, clean.suffix))
+        except MochiTuneError as error:
+            refused.append(str(error))
+    for stem, members in groups.items():
+        try:
+            root = inside(folder, videos)
+            root.mkdir(parents=True, exist_ok=True)
+            free = _free_stem(root, stem, [suffix.lower() for _, suffix in members])
+            taken += [move_to_free_name(file, root / f"{free}{suffix}").name for file, suffix in members]
+        except MochiTuneError as error:
+            refused.append(str(error))
+    return taken, refused
+
+
+def _free_stem(root: Path, stem: str, suffixes: Sequence[str]) -> str:
+    """Returns a name without its ending that no clip there has, and no file of these endings, if a clip is to come."""
+    if not set(suffixes) & set(MEDIA_SUFFIXES):
+        return stem
+    there = {(path.stem, path.suffix.lower()) for path in root.iterdir()}
+    wanted = {*suffixes, *MEDIA_SUFFIXES}
+    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+    return next(name for name in names if not any((name, suffix) in there for suffix in wanted))

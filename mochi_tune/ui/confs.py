@@ -16,6 +16,7 @@ from mochi_tune.config.settings import GROUPS, known_keys, value_of
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import write_atomic
 from mochi_tune.ui.folder import inside
+from mochi_tune.ui.jobs import list_jobs
 
 # What a conf begins with; one that begins with other files is not rewritten.
 PLAIN_DEFAULTS = ("base", "_self_")
@@ -52,6 +53,11 @@ class Form:
         """
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name={self.name} is not possible: use letters, digits, - _ and ., at most 64.")
+        if self.name == "base" or self.name.endswith((".yaml", ".yml")):
+            raise ConfigError(
+                f"name={self.name} is not possible: every conf is built on base, and its file is NAME.yaml: choose "
+                "another name."
+            )
         given = {"name": self.name} | {key: value for key, value in self.main.items() if value}
         lines = [line.strip() for line in self.more.splitlines()]
         for line in [line for line in lines if line and not line.startswith("#")]:
@@ -108,7 +114,7 @@ def conf_text(folder: Path, form: Form) -> str:
     Raises:
         MochiTuneError: as `check_form`.
     """
-    import yaml
+    from omegaconf import OmegaConf
 
     config = check_form(folder, form)
     keys = [override.partition("=") for override in form.overrides()]
@@ -123,7 +129,7 @@ def conf_text(folder: Path, form: Form) -> str:
     defaults = ["base", *groups, "_self_"]
     head = "# Written by the page of `mochi-tune ui`; every verb takes it as conf=" + form.name + ".\n"
     lines = "".join(f"  - {entry}\n" for entry in defaults)
-    return f"{head}defaults:\n{lines}{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
+    return f"{head}defaults:\n{lines}{OmegaConf.to_yaml(OmegaConf.create(tree))}"
 
 
 def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
@@ -138,6 +144,12 @@ def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
         MochiTuneError: as `check_form`; there is one with other settings, and it is not to be replaced.
     """
     path, text = conf_path(folder, form.name), conf_text(folder, form)
+    waiting = [job for job in list_jobs(folder) if job.state == "waiting" and f"conf={form.name}" in job.arguments]
+    if waiting and path.exists() and not _says_the_same(path, folder, form):
+        raise ConfigError(
+            f"job {waiting[0].number}, which waits, is to run conf/{form.name}.yaml as it is: stop that job, or choose "
+            "another name."
+        )
     if path.exists() and not replaces and not _says_the_same(path, folder, form):
         raise ConfigError(f"conf/{form.name}.yaml has other settings: tick `replace it`, or choose another name.")
     if path.exists() and _says_the_same(path, folder, form):
@@ -152,7 +164,11 @@ def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
 
 
 def _says_the_same(path: Path, folder: Path, form: Form) -> bool:
-    return load_config(str(path), []) == check_form(folder, form)
+    try:
+        return load_config(str(path), []) == check_form(folder, form)
+    except MochiTuneError:
+        # Damaged, or of another version.
+        return False
 
 
 def read_form(folder: Path, name: str) -> Form:
@@ -215,5 +231,9 @@ def _groups(defaults: list[Any]) -> dict[str, str]:
 def _other_defaults(path: Path) -> list[str]:
     import yaml
 
-    defaults = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("defaults") or []
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return []
+    defaults = content.get("defaults") or [] if isinstance(content, dict) else []
     return [entry for entry in defaults if isinstance(entry, str) and entry not in PLAIN_DEFAULTS]

@@ -1,5 +1,6 @@
 """The tab Data: clips are put in, looked at, captioned and prepared."""
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mochi_tune.ui.clips import (
     changed_captions,
     list_videos,
     read_captions,
-    take_upload,
+    take_uploads,
     write_caption,
 )
 from mochi_tune.ui.confs import check_form
@@ -75,7 +76,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     def draw(number: int, *values: Any) -> list[Any]:
         names, drawn, values = values[:NUM_CARDS], values[NUM_CARDS : 2 * NUM_CARDS], values[2 * NUM_CARDS :]
         data, root, videos, trouble = look_at(folder, form, values)
-        shown = videos[number * NUM_CARDS :][:NUM_CARDS] if data and not trouble else []
+        shown = videos[_page(number, videos) * NUM_CARDS :][:NUM_CARDS] if data and not trouble else []
         texts = read_captions(root, shown, data) if data else {}
         cards = gallery.cards(root, shown, data) if data and shown else []
         updates: list[Any] = [gr.HTML(trouble, visible=bool(trouble))]
@@ -100,24 +101,19 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
     def tell_where(number: int, *values: Any) -> str:
         _, _, videos, _ = look_at(folder, form, values)
-        first = number * NUM_CARDS + 1
+        first = _page(number, videos) * NUM_CARDS + 1
         return html.note(f"{first} to {min(first + NUM_CARDS - 1, len(videos))} of {len(videos)}") if videos else ""
 
     def turn(by: int) -> Any:
         def turned(number: int, *values: Any) -> int:
             _, _, videos, _ = look_at(folder, form, values)
-            return min(max(number + by, 0), max(len(videos) - 1, 0) // NUM_CARDS)
+            return _page(max(_page(number, videos) + by, 0), videos)
 
         return turned
 
     def put_in(files: list[str] | None, number: int, *values: Any) -> Any:
         videos = form.form_of(values).main["data.videos"] or "videos"
-        taken, refused = [], []
-        for file in files or []:
-            try:
-                taken.append(take_upload(folder, videos, Path(file), Path(file).name).name)
-            except MochiTuneError as error:
-                refused.append(str(error))
+        taken, refused = take_uploads(folder, videos, [Path(file) for file in files or []])
         lines = [html.note(f"put in: {', '.join(taken)}", "good")] if taken else []
         return "".join([*lines, *(html.note(text, "error") for text in refused)]), number + 1
 
@@ -175,6 +171,11 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     gr.on(
         [version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet
     )
+
+
+def _page(number: int, videos: Sequence[Path]) -> int:
+    """Returns the page that is shown: the last one where there are fewer by now."""
+    return min(number, max(len(videos) - 1, 0) // NUM_CARDS)
 
 
 class _Slot:

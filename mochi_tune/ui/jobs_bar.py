@@ -1,5 +1,6 @@
 """The bar below the tabs: what runs, what waits, what has ended, with stop, go on, and the log of each."""
 
+import signal
 import time
 from collections.abc import Sequence
 from html import escape
@@ -14,7 +15,7 @@ from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import Job, add_job, find_job, list_jobs, log_path, message_of, read_tail, stop_job
 
 NUM_SHOWN = 8
-WORDS = {"partly": "done but for some clips", "failed": "failed", "stopped": "stopped, saved"}
+WORDS = {"partly": "done but for some clips"}
 
 
 def build_bar(folder: Path, form: SettingsForm) -> None:
@@ -83,8 +84,9 @@ def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:
     """Returns the newest jobs as a table, the one that runs with its last line."""
     if not jobs:
         return html.empty_state("Nothing has been started yet", "Prepare the clips in Data, then start in Train.")
-    waiting = sum(job.state == "waiting" for job in jobs)
-    rows = "".join(_row(folder, job) for job in reversed(jobs[-NUM_SHOWN - waiting :]))
+    ended = [job.number for job in jobs if job.state not in ("waiting", "running")]
+    hidden = set(ended[:-NUM_SHOWN])
+    rows = "".join(_row(folder, job) for job in reversed(jobs) if job.number not in hidden)
     head = "<tr><th class='number'>#</th><th>command</th><th>state</th><th>time</th></tr>"
     return f'<div class="scroll"><table class="plain">{head}{rows}</table></div>'
 
@@ -92,11 +94,15 @@ def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:
 def _row(folder: Path, job: Job) -> str:
     lines = read_tail(log_path(folder, job.number), 12) if job.state in ("running", "failed", "partly") else []
     last = message_of(lines) if job.state == "failed" else lines[-1] if lines else ""
-    if job.state == "failed" and not last:
-        last = lines[-1] if lines else "it left no word: see the log"
+    if job.state == "failed":
+        last = last or _how_it_ended(job) or (lines[-1] if lines else "it left no word: see the log")
     words = WORDS.get(job.state, job.state)
     if job.state == "running" and job.is_asked_to_stop:
         words = "saves and stops"
+    elif job.state == "stopped" and not job.began:
+        words = "taken out of the queue"
+    elif job.state == "stopped" and job.verb == "train" and (job.code or 0) > 128:
+        words = "stopped, saved"
     seconds = (job.ended or time.time()) - job.began
     took = "" if not job.began else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return (
@@ -104,6 +110,15 @@ def _row(folder: Path, job: Job) -> str:
         f"<td><span class='state {job.state}'>{words}</span>{html.note(last[:300])}</td>"
         f"<td>{took}</td></tr>"
     )
+
+
+def _how_it_ended(job: Job) -> str:
+    if job.code is None:
+        return "nobody saw how it ended: see the log"
+    if job.code >= 0:
+        return ""
+    name = signal.Signals(-job.code).name
+    return f"it was ended by {name}{', often for want of memory' if name == 'SIGKILL' else ''}"
 
 
 def _name(job: Job) -> str:

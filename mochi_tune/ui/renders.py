@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mochi_tune.config.explain import nearest
 from mochi_tune.config.load import SAMPLE_ALIASES, load_config, quote
-from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.errors import ConfigError, DataError, MochiTuneError
 from mochi_tune.files import parse_object, write_atomic
 from mochi_tune.sampling.requests import read_requests
 from mochi_tune.ui.adapters import check_adapter, number_of
@@ -85,12 +85,25 @@ def list_renders(folder: Path) -> list[Render]:
         video = _video_of(path)
         try:
             record = parse_object(path.read_bytes()) if video else None
-            if video and record and isinstance(record.get("prompt"), str):
+            if video and record and _is_record(record):
+                relative(folder, video)
                 found.append(Render(video, record, video.stat().st_mtime))
-        except OSError:
-            # It was removed meanwhile.
+        except (OSError, DataError):
+            # It was removed meanwhile, or lies behind a link that leads out of the folder.
             continue
     return sorted(found, key=lambda render: (-render.modified, str(render.video)))
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    """Whether a JSON file beside a video is what `sample` writes there, and not another program's."""
+    adapters = record.get("adapters") or []
+    return (
+        isinstance(record.get("prompt"), str)
+        and isinstance(record.get("sampler") or {}, dict)
+        and isinstance(record.get("init_video") or {}, dict)
+        and isinstance(adapters, list)
+        and all(isinstance(each, dict) and isinstance(each.get("strength", 1), int | float) for each in adapters)
+    )
 
 
 def list_grids(folder: Path) -> list[Grid]:

@@ -40,22 +40,29 @@ def main(folder: Path) -> None:
 
 
 def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
-    """Starts the first job that waits; returns it with its process, None where none waits."""
+    """Starts the first job that waits and can be started; returns it with its process, None where none is left."""
     with changing(folder):
-        job = next((job for job in list_jobs(folder) if job.state == "waiting"), None)
-        if job is None:
-            return None
-        with open(log_path(folder, job.number), "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mochi_tune.cli", job.verb, *job.arguments],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
-            )  # fmt: skip
-        started = 0.0
-        with contextlib.suppress(psutil.Error):
-            started = psutil.Process(process.pid).create_time()
-        job = replace(job, state="running", pid=process.pid, pid_started=started, began=time.time())
-        save_job(folder, job)
-    return job, process
+        for job in [job for job in list_jobs(folder) if job.state == "waiting"]:
+            with open(log_path(folder, job.number), "ab") as log:
+                try:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "mochi_tune.cli", job.verb, *job.arguments],
+                        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+                        start_new_session=True,
+                    )  # fmt: skip
+                except (OSError, ValueError) as error:
+                    # An argument that is too long, or that is no text.
+                    log.write(f"mochi-tune: it cannot be started: {error}\n".encode(errors="backslashreplace"))
+                    now = time.time()
+                    save_job(folder, replace(job, state="failed", began=now, ended=now))
+                    continue
+            started = 0.0
+            with contextlib.suppress(psutil.Error):
+                started = psutil.Process(process.pid).create_time()
+            job = replace(job, state="running", pid=process.pid, pid_started=started, began=time.time())
+            save_job(folder, job)
+            return job, process
+    return None
 
 
 def wait_for_stranger(folder: Path, job: Job) -> None:
@@ -80,7 +87,9 @@ def state_of(code: int | None, is_asked_to_stop: bool) -> State:
     """Returns what an exit code says of a job, see `cli.main`; None: nobody saw it."""
     if code == 0:
         return "done"
-    if is_asked_to_stop or code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
+        return "stopped"
+    if code is None and is_asked_to_stop:
         return "stopped"
     return "partly" if code == 1 else "failed"
 

@@ -1,5 +1,6 @@
 """Run folders as the page shows them: who trains, how far it is, its numbers, its videos. Only read, never written."""
 
+import math
 import os
 import re
 import socket
@@ -22,6 +23,8 @@ from mochi_tune.ui.jobs import is_alive
 MAX_POINTS = 600
 # The keys of metrics.jsonl that charts show, and their titles.
 NUMBERS = {"loss": "loss", "lr": "learning rate", "seconds": "seconds a step", "memory_gib": "GPU memory, GiB"}
+# What is drawn or shown of a row as a number.
+DRAWN = {*NUMBERS, "validation_loss"}
 _SAMPLE = re.compile(r"step_(\d+)_prompt_(\d+)\.(mp4|png|webm|gif)")
 # Files that make a folder a run.
 RUN_MARKS = ("metrics.jsonl", ".lock", "history.jsonl")
@@ -152,7 +155,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=32)
 def _read_rows(path: str, _modified: int, _size: int) -> list[dict[str, Any]]:
-    return [row for row in read_json_lines(Path(path)) if isinstance(row.get("step"), int)]
+    return [_of_known_types(row) for row in read_json_lines(Path(path)) if isinstance(row.get("step"), int)]
+
+
+def _of_known_types(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row without what is no number where one is drawn, as of a file that somebody has edited."""
+    bins = row.get("bins")
+    known = {key: value for key, value in row.items() if key not in DRAWN or isinstance(value, int | float)}
+    if isinstance(bins, dict):
+        known["bins"] = {name: value for name, value in bins.items() if isinstance(value, int | float)}
+    return known
 
 
 def thin(rows: Sequence[Mapping[str, Any]], most: int = MAX_POINTS) -> list[Mapping[str, Any]]:
@@ -197,9 +209,7 @@ def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]
 
 def best_step(run_dir: Path) -> tuple[int, float] | None:
     """Returns the step of the lowest validation loss, and that; None before there is one."""
-    rows = [
-        row for row in read_rows(run_dir / "validation.jsonl") if isinstance(row.get("validation_loss"), int | float)
-    ]
+    rows = [row for row in read_rows(run_dir / "validation.jsonl") if isfinite(row.get("validation_loss", math.nan))]
     best = min(rows, key=lambda row: row["validation_loss"], default=None)
     return None if best is None else (best["step"], best["validation_loss"])
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.pages import video_tables
@@ -182,7 +182,7 @@ def served_file(folder: Path, name: str) -> Path:
     Raises:
         DataError: it is outside of the folder, of another kind, hidden or not there.
     """
-    path = inside(folder, unquote(name))
+    path = inside(folder, name)
     parts = path.relative_to(folder.resolve()).parts
     is_hidden = any(part.startswith(".") for part in parts)
     if is_hidden and parts[:2] not in ((OWN_FOLDER, "thumbnails"), (OWN_FOLDER, "jobs")):

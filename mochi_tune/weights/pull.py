@@ -3,9 +3,13 @@
 `sources` says which files these are, and `pull_record` what was pulled into a folder: that decides later pulls.
 """
 
+import contextlib
+import fcntl
 import hashlib
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -106,6 +110,43 @@ def main(to: Path, settings: PullSettings) -> list[str]:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"to={to} cannot be made a folder ({error}): set another one.") from error
+    with only_process(to):
+        fill_folder(to, plan)
+    return plan.notes
+
+
+@contextlib.contextmanager
+def only_process(to: Path) -> Iterator[None]:
+    """Refuses a second pull into the folder: both would append to one file, and each would throw away what it got.
+
+    Raises:
+        CheckpointError: another process pulls into it.
+    """
+    path = to / ".pull.lock"
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # It is removed in the end: another process may hold a new one of that name.
+            is_ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            is_ours = False
+        if not is_ours:
+            raise CheckpointError(
+                f"another `weights pull` into {to} is at work: wait for its end, and then run this one, which checks "
+                "what is there."
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def fill_folder(to: Path, plan: PullPlan) -> None:
+    """Fetches what is missing, and checks what is there.
+
+    Raises:
+        CheckpointError: as `main`.
+    """
     check_space(to, plan.files)
     # Before the files, so that a pull that is broken off goes on with the same commit.
     write_record(to, plan.record)
@@ -124,7 +165,6 @@ def main(to: Path, settings: PullSettings) -> list[str]:
                 f"{file.name} arrived with hash {found}, not {file.digest}, and was removed: run the command again."
             )
         partial.replace(target)
-    return plan.notes
 
 
 def plan_pull(to: Path, settings: PullSettings) -> PullPlan:

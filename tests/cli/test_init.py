@@ -20,7 +20,7 @@ def test_init_writes_files_that_load_and_replaces_nothing(tmp_path, monkeypatch,
     assert Path("conf/teacups.yaml").read_text() == before
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["../x"]])
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["../x"], ["--force"]])
 def test_init_takes_one_name(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="takes one NAME"):
@@ -36,3 +36,6 @@ def test_a_name_is_text_whatever_yaml_makes_of_it_and_base_is_taken(tmp_path, mo
     with pytest.raises(ConfigError, match="init base is not possible"):
         run(["init", "base"])
     assert not Path("conf/base.yaml").exists()
+    Path("conf/keep.yml").write_text("name: keep")
+    with pytest.raises(ConfigError, match=r"conf/keep.yml exists and is never replaced"):
+        run(["init", "keep"])

@@ -79,3 +79,7 @@ def test_a_mark_is_at_its_point_and_what_lies_beyond_a_range_is_at_its_end():
     assert "best <5>" in [each.text for each in chart.iter("text")]
     first = next(chart.iter("polyline")).get("points").split()[0]
     assert first == f"{charts.PLOT_LEFT:.1f},{charts.PLOT_TOP:.1f}"
+
+
+def test_values_that_are_all_but_equal_are_drawn():
+    assert "<svg" in line_chart("rate", [Line("a", "main", [(1, 1e-14), (2, 1.0000001e-14)])], "step", "")

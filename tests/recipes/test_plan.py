@@ -125,3 +125,27 @@ def test_the_command_prints_it(tmp_path):
 def test_what_the_run_would_refuse_is_refused(more, said):
     with pytest.raises(ConfigError, match=said):
         main(load_config("my_lora", [*FULL, *more]), "4090")
+
+
+def test_what_fits_is_what_a_run_may_have(tmp_path):
+    """ZeRO-3 splits the weights and a DoRA measures them: neither goes with 8 bits, nor the former with streaming."""
+    for more, free_of in (
+        (["parallel=zero3", "parallel.num_processes=4"], ("int8", "memory=16gb", "memory=12gb")),
+        (["lora.dora=true"], ("int8",)),
+    ):
+        made = main(load_config("my_lora", [*more, f"data.cache={tmp_path}"]), "3060", 0)
+        said = next(line for line in made.advice if "this training needs" in line)
+        assert "or train.batch_size" in said and not any(each in said for each in free_of), said
+    with pytest.raises(ConfigError, match="zero3 shares a run among processes, and there is one"):
+        main(load_config("my_lora", ["parallel=zero3", f"data.cache={tmp_path}"]), "h100", 0)
+
+
+def test_checkpoints_are_counted_where_one_is_saved(tmp_path):
+    every, none, best = (
+        main(load_config("my_lora", [*more, f"data.cache={tmp_path}"]), "h100", 0).checkpoint_bytes
+        for more in (["train.keep_every=1"], [], ["train.keep_best=true"])
+    )
+    steps = load_config("my_lora", []).train
+    saved = -(-steps.steps // steps.checkpoint_every)
+    one = (none - every) / (steps.keep_checkpoints - saved)
+    assert every > none and one == pytest.approx(best - none) and every < one * (saved + 2)

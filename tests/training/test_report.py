@@ -13,6 +13,7 @@ from helpers_road import LORA, read_rows, road, train
 from mochi_tune.config.load import load_config
 from mochi_tune.recipes.train_lora import main as train_lora
 from mochi_tune.training.report import ReportWriter, make_report, next_steps, read_files
+from mochi_tune.training.resume import read_clips
 
 PROMPT = """a <b>"red" ball</b> & </table> 'rolls'"""
 VOID = {"meta", "img", "link", "br", "source"}
@@ -172,12 +173,26 @@ def test_a_page_that_cannot_be_written_costs_a_line_and_the_run_goes_on(tmp_path
 def test_a_damaged_file_costs_a_line(finished, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    (copy / "clips.json").write_text("{")
+    (copy / "validation.jsonl").write_text('{"validation_loss": 1}\n')
     writer = ReportWriter(copy, load_config(str(copy / "config.yaml"), []))
     writer.write()
     writer.write()
     assert capsys.readouterr().err.count("\n") == 1 and writer.closing_lines() == []
     assert (copy / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+
+
+def test_a_report_is_made_without_the_clips_of_the_last_start(finished, tmp_path):
+    """The file serves notes alone, and a crash may have left half of it."""
+    for text in ("", "{", "[]", '{"cache": "x", "clips": 3}'):
+        (tmp_path / "clips.json").write_text(text)
+        assert read_clips(tmp_path) == {}
+    assert read_clips(finished)["clips"]
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "clips.json").write_text("{")
+    (copy / "report.html").unlink()
+    ReportWriter(copy, load_config(str(copy / "config.yaml"), [])).write()
+    assert (copy / "report.html").exists()
 
 
 def test_train_begins_and_ends_with_what_one_wants_to_know(tmp_path, capsys):

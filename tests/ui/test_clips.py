@@ -1,5 +1,7 @@
 """The gallery: what it says of clips, and captions that are written beside them."""
 
+from pathlib import Path
+
 import pytest
 from helpers_video import write_video
 
@@ -11,7 +13,7 @@ from mochi_tune.ui.clips import (
     changed_captions,
     list_videos,
     read_captions,
-    take_upload,
+    take_uploads,
     write_caption,
 )
 from mochi_tune.ui.posters import posters
@@ -73,17 +75,35 @@ def test_find_and_replace_and_prefix(tmp_path):
     assert changed_captions(texts, "none of it", "x", "") == {}
 
 
+def upload(folder: Path, *names: str) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text(f"of {folder.name}/{name}")
+    return [folder / name for name in names]
+
+
 def test_uploads_go_to_the_videos_under_a_free_clean_name(tmp_path):
     for expected in ("a.mp4", "a_2.mp4"):
-        (tmp_path / "up").write_bytes(b"film")
-        assert (
-            take_upload(tmp_path, "videos", tmp_path / "up", "../../a.mp4") == tmp_path.resolve() / "videos" / expected
-        )
-    (tmp_path / "up").write_bytes(b"film")
+        assert take_uploads(tmp_path, "videos", upload(tmp_path / "up", "a.mp4")) == ([expected], [])
     for folder, name in (("..", "a.mp4"), ("videos", "a.sh"), ("/tmp", "a.mp4")):
-        with pytest.raises(DataError):
-            take_upload(tmp_path, folder, tmp_path / "up", name)
-    assert (tmp_path / "up").exists()
+        files = upload(tmp_path / "up", name)
+        taken, [why] = take_uploads(tmp_path, folder, files)
+        assert not taken and files[0].exists() and ("is outside of" in why or "is not taken" in why)
+
+
+def test_a_clip_and_its_caption_keep_one_name(tmp_path):
+    """Where another clip has it, the caption goes with its own clip, and never to the other."""
+    videos = tmp_path / "videos"
+    upload(videos, "clip.mp4")
+    taken, _ = take_uploads(tmp_path, "videos", upload(tmp_path / "up", "clip.mp4", "clip.txt", "dog.mov", "dog.txt"))
+    assert sorted(taken) == ["clip_2.mp4", "clip_2.txt", "dog.mov", "dog.txt"]
+    assert (videos / "clip_2.txt").read_text() == "of up/clip.txt" and not (videos / "clip.txt").exists()
+    # A caption alone is for the clip that is there.
+    assert take_uploads(tmp_path, "videos", upload(tmp_path / "up", "clip.txt")) == (["clip.txt"], [])
+    assert sorted(take_uploads(tmp_path, "videos", upload(tmp_path / "up", "dog.mp4", "dog.txt"))[0]) == [
+        "dog_2.mp4",
+        "dog_2.txt",
+    ]
 
 
 def test_a_video_that_vanishes_after_it_was_listed_is_one_line(tmp_path):

@@ -1,10 +1,13 @@
 """The form says what the command line says, and writes files that the command line takes."""
 
+from dataclasses import replace
+
 import pytest
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.ui.confs import Form, as_text, check_form, list_confs, read_form, save_conf
+from mochi_tune.ui.jobs import Job, changing, save_job
 
 PROMPTS = ['it\'s "so" \\ and', "b, [c]"]
 FORM = Form(
@@ -104,3 +107,36 @@ def test_many_threads_check_at_once(tmp_path):
             pool.map(lambda rank: check_form(tmp_path, Form("a", {"lora.rank": str(rank)})).lora.rank, range(1, 17))
         )
     assert ranks == list(range(1, 17))
+
+
+def test_a_name_is_no_file_that_others_build_on(tmp_path):
+    for name in ("base", "x.yaml", "x.yml"):
+        with pytest.raises(ConfigError, match=f"name={name} is not possible: every conf is built on base"):
+            save_conf(tmp_path, Form(name), replaces=True)
+    save_conf(tmp_path, Form("1e3", {"data.caption_prefix": "007"}), replaces=True)
+    config = load_config("1e3", [])
+    assert (config.name, config.data.caption_prefix) == ("1e3", "007")
+
+
+def test_a_conf_that_cannot_be_read_can_be_replaced(tmp_path):
+    (tmp_path / "conf").mkdir()
+    for text in ("defaults: [", "train: {steps: x}", "[]"):
+        (tmp_path / "conf" / "cats.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="other settings"):
+            save_conf(tmp_path, FORM, replaces=False)
+        save_conf(tmp_path, FORM, replaces=True)
+        assert load_config("cats", []) == check_form(tmp_path, FORM)
+
+
+def test_a_conf_that_a_waiting_job_is_to_run_stays(tmp_path):
+    save_conf(tmp_path, FORM, replaces=False)
+    with changing(tmp_path):
+        save_job(tmp_path, Job(7, "train", ["conf=cats"]))
+    other = replace(FORM, main={**FORM.main, "lora.rank": "8"})
+    with pytest.raises(ConfigError, match=r"job 7, which waits, is to run conf/cats.yaml as it is"):
+        save_conf(tmp_path, other, replaces=True)
+    save_conf(tmp_path, FORM, replaces=True)
+    with changing(tmp_path):
+        save_job(tmp_path, Job(7, "train", ["conf=cats"], state="running"))
+    save_conf(tmp_path, other, replaces=True)
+    assert load_config("cats", []).lora.rank == 8

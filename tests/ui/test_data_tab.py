@@ -1,10 +1,12 @@
 """A caption that two pages edit: nothing is lost, and the second hears of it."""
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("gradio")
 
-from mochi_tune.ui.data_tab import save_caption
+from mochi_tune.ui.data_tab import _page, save_caption
 
 
 @pytest.fixture
@@ -44,3 +46,9 @@ def test_a_caption_of_a_table_gets_a_file(clip, tmp_path):
 def test_a_clip_outside_or_gone_is_one_line(clip, tmp_path, name, line):
     said, begins = save_caption(tmp_path, "mine", name, "")
     assert line in said and begins == "" and "note error" in said
+
+
+def test_a_page_that_is_no_more_is_the_last_one():
+    videos = [Path(str(number)) for number in range(30)]
+    assert [_page(number, videos) for number in (0, 2, 3)] == [0, 2, 2]
+    assert _page(2, videos[:3]) == 0 == _page(1, [])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from mochi_tune.ui.jobs import (
     save_job,
     stop_job,
 )
+from mochi_tune.ui.jobs_bar import jobs_table
 
 PATIENCE = 300
 
@@ -101,7 +103,8 @@ def test_a_process_of_the_same_number_is_another_one(tmp_path):
 @pytest.mark.parametrize(
     ("code", "asked", "state"),
     [(0, False, "done"), (0, True, "done"), (1, False, "partly"), (2, False, "failed"), (143, False, "stopped"),
-     (-15, False, "stopped"), (-9, False, "failed"), (-9, True, "stopped"), (None, False, "failed")],
+     (-15, False, "stopped"), (-9, False, "failed"), (-9, True, "failed"), (2, True, "failed"),
+     (None, False, "failed"), (None, True, "stopped")],
 )  # fmt: skip
 def test_an_exit_code_says_how_a_job_ended(code, asked, state):
     assert runner.state_of(code, asked) == state
@@ -136,3 +139,28 @@ def test_a_log_shows_the_last_state_of_its_bars(tmp_path):
     assert read_tail(tmp_path / "none") == []
     path.write_bytes(b"x" * 200_000 + b"\nlast \xff\n")
     assert read_tail(path, 1) == ["last \ufffd"]
+
+
+def test_a_job_that_cannot_be_started_does_not_stop_the_next_one(tmp_path):
+    (tmp_path / ".mochi_tune" / "jobs").mkdir(parents=True)
+    put(tmp_path, Job(1, "sample", ["x" * 200_000]), Job(2, "sample", ["\ud83d"]), Job(3, "toy", ["--help"]))
+    runner.main(tmp_path)
+    assert [find_job(tmp_path, number).state for number in (1, 2, 3)] == ["failed", "failed", "done"]
+    assert message_of(read_tail(log_path(tmp_path, 1))).startswith("it cannot be started: ")
+
+
+def test_the_table_says_what_was_so(tmp_path):
+    jobs = [Job(number, "train", state="done", began=1, ended=2, code=0) for number in range(2, 12)]
+    jobs += [
+        Job(20, "train", state="stopped"),
+        Job(21, "train", state="stopped", began=1, ended=2, code=143),
+        Job(22, "train", state="stopped", began=1, ended=2, code=-15),
+        Job(23, "train", state="failed", began=1, ended=2, code=-9),
+        Job(24, "train", state="failed", began=1, ended=2),
+    ]
+    page = jobs_table(tmp_path, [Job(1, "train", state="running", pid=1, began=1), *jobs])
+    rows = dict(re.findall(r"class='number'>(\d+)<.*?state \w+'>(.*?)</td>", page))
+    assert rows["1"].startswith("running"), "what runs is there, however many have ended since"
+    assert "2" not in rows and {"20", "24"} < rows.keys()
+    said = {"20": "taken out of the queue", "21": "stopped, saved", "22": "stopped<", "23": "ended by SIGKILL"}
+    assert all(words in rows[number] for number, words in (said | {"24": "nobody saw how it ended"}).items()), rows

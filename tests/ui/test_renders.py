@@ -96,6 +96,14 @@ def test_what_is_no_video_with_settings_is_left_out(tmp_path):
     for name, text in (("c", "{"), ("d", "[]"), ("e", json.dumps({"prompt": 1}))):
         (folder / f"{name}.mp4").touch()
         (folder / f"{name}.json").write_text(text)
+    for number, more in enumerate(({"adapters": ["a"]}, {"sampler": "euler"}, {"adapters": [{"strength": None}]})):
+        (folder / f"foreign_{number}.mp4").touch()
+        (folder / f"foreign_{number}.json").write_text(json.dumps({"prompt": "z", **more}))
+    elsewhere = tmp_path.parent / f"{tmp_path.name}_elsewhere" / "samples"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "a.mp4").touch()
+    (elsewhere / "a.json").write_text(json.dumps({"prompt": "a"}))
+    (tmp_path / "runs" / "linked").symlink_to(elsewhere.parent)
     assert list_renders(tmp_path) == []
     with pytest.raises(ConfigError, match="no setting"):
         arguments_of(tmp_path, "cups", SampleForm("a", more="nonsense"))

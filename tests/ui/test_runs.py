@@ -86,3 +86,14 @@ def test_runs_and_samples_that_vanish_are_left_out(tmp_path):
     (tmp_path / "runs" / "dead").mkdir(parents=True)
     (tmp_path / "runs" / "dead" / ".lock").symlink_to(tmp_path / "gone")
     assert runs.list_runs(tmp_path) == []
+
+
+def test_what_is_no_number_is_not_drawn(tmp_path):
+    run_dir = tmp_path / "runs" / "odd"
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": null, "lr": "x"}\n{"step": 2, "loss": 0.5}\n')
+    rows = ['{"step": 0, "validation_loss": NaN}', '{"step": 10, "validation_loss": 0.4, "bins": {"0.1": null}}']
+    (run_dir / "validation.jsonl").write_text("\n".join([*rows, '{"step": 20, "validation_loss": "x"}', ""]))
+    assert [point["step"] for point in runs.curves(tmp_path, ["runs/odd"])["loss"]] == [2]
+    assert [point["value"] for point in runs.validation_curves(tmp_path, ["runs/odd"])] == [0.4]
+    assert runs.best_step(run_dir) == (10, 0.4)

@@ -7,7 +7,7 @@ import pytest
 from helpers_pull import LARGE, PAGE, REPO, SMALL, contents, listing, pull, refused, serving, wanted
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.weights.pull import PullSettings, main
+from mochi_tune.weights.pull import PullSettings, main, only_process
 
 
 @pytest.fixture
@@ -222,3 +222,14 @@ def test_a_listing_that_is_not_the_hubs_is_one_line(hub, tmp_path, answer, text)
 def test_a_listing_without_sizes_and_hashes_is_one_line(hub, tmp_path, change):
     hub.listed["dit.safetensors"] |= {"blobId": None} | change
     assert "gives no size and hash of someone/mochi's dit.safetensors" in refused(hub, tmp_path)
+
+
+def test_a_second_pull_into_a_folder_waits_for_its_turn(hub, tmp_path):
+    """Both would append to one file, and throw away what they have."""
+    to = tmp_path / "weights"
+    to.mkdir()
+    with only_process(to):
+        with pytest.raises(CheckpointError, match=r"another `weights pull` into .* is at work: wait for its end"):
+            pull(hub, to)
+        assert [path.name for path in to.iterdir()] == [".pull.lock"]
+    assert not list(to.iterdir())
