@@ -25,7 +25,7 @@ def tell_changed_captions(data: DataConfig, seed: int, cache: Cache) -> list[str
     """
     if len(cache.rows) > MAX_CLIPS:
         return []
-    changed = []
+    changed, gone = [], []
     for source in read_sources(data):
         if not source.folder.is_dir() or is_dataset(source.folder):
             continue
@@ -41,11 +41,20 @@ def tell_changed_captions(data: DataConfig, seed: int, cache: Cache) -> list[str
             found = load_captions(source.folder, list(videos), rules)
         except DataError as error:
             return [f"whether captions have changed since `prepare` cannot be told: {error}"]
+        gone += [path.name for path in own if path not in videos]
         changed += [video.name for video, texts in videos.items() if found.texts.get(video, ("",)) != texts]
+    lines = []
+    if gone:
+        lines.append(
+            f"{counted(len(gone), 'clip')} of the cache {'is' if len(gone) == 1 else 'are'} not in the folder any more "
+            f"({some(gone)}), and this run trains on {'it' if len(gone) == 1 else 'them'}: to leave "
+            f"{'it' if len(gone) == 1 else 'them'} out, stop, run `mochi-tune prepare`, and train again"
+        )
     if not changed:
-        return []
+        return lines
     return [
+        *lines,
         f"captions of {counted(len(changed), 'clip')} have changed since `prepare` ({some(changed)}), and this "
         "run has the old ones: to use the new ones, stop, run `mochi-tune prepare` with these settings, which encodes "
-        "those captions alone, and train again"
+        "those captions alone, and train again",
     ]

@@ -23,6 +23,8 @@ from mochi_tune.files import parse_object, write_atomic
 
 # In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
 DATASET_FOLDER = ".dataset"
+# In it, of the one that data.videos names; those of data.sources have their names.
+ALONE = "_"
 SCANS_FILE = ".scans.json"
 NO_VIDEO = "is a caption of no video"
 
@@ -88,7 +90,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         folder = source.folder
         setting = f"data.sources[{number}].folder" if data.sources else "data.videos"
         if folder.is_dir() and is_dataset(folder):
-            folder = materialise_dataset(folder, Path(data.cache) / DATASET_FOLDER / source.name)
+            folder = materialise_dataset(folder, Path(data.cache) / DATASET_FOLDER / (source.name or ALONE))
         has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
         videos = find_videos(folder, has_stills, setting)
         names = {video: _name(source, folder, video) for video in videos}

@@ -223,7 +223,8 @@ def _cut_all(
             done.append(replace(row, status=PLANNED) if row.status == CUT else row)
         elif row.source not in films:
             # It stays as it is until its film is there.
-            done.append(row)
+            is_gone = row.status == CUT and not (split.out / row.file).exists()
+            done.append(replace(row, status=REMOVED) if is_gone else row)
         else:
             row = _look(split, films[row.source], row)
             (wanted[row.source] if row.status == PLANNED else done).append(row)
@@ -235,7 +236,8 @@ def _cut_all(
                 done.append(row)
                 num_written += row.status == CUT
                 bar.update()
-            write_scenes(split.report / TABLE, sorted([*done, *_left(wanted, done)], key=_place))
+                # After each, so that what is moved away after a stop in the middle is known as cut.
+                write_scenes(split.report / TABLE, sorted([*done, *_left(wanted, done)], key=_place))
     done.sort(key=_place)
     write_scenes(split.report / TABLE, done)
     return done, num_written

@@ -72,4 +72,5 @@ def decisive(cut: Cut) -> dict[str, Any]:
     values = asdict(cut)
     # The same pictures, whichever library reads them.
     del values["decoder"]
-    return values
+    # These refuse a file or take it, and decide nothing of its pixels.
+    return values | {"allow_upscale": False, "hdr": "refuse"}

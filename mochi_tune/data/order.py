@@ -16,6 +16,9 @@ import torch
 
 from mochi_tune.data.buckets import Bucket
 
+# A pool of which less than one clip is drawn in so many epochs is drawn from once in them.
+MAX_EPOCHS = 1000
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -24,12 +27,14 @@ class Pool:
     Attributes:
         name: keys the order of its clips, which other pools do not change.
         clips: their numbers, at least one.
-        num_draws: clips that an epoch takes of it; len(clips) takes each once.
+        num_draws: clips that `num_epochs` take of it; len(clips) in one takes each once.
+        num_epochs: how many epochs are shuffled as one, so that every pool has its share; the same for all pools.
     """
 
     name: str
     clips: tuple[int, ...]
     num_draws: int
+    num_epochs: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class ClipOrder:
         pools, so_far = shuffled_pools(num_draws, self.seed, cycle)
         which, before = pools[place], so_far[place]
         return self._clips(self.pools[which], cycle * num_draws[which] + before, f"/{self.pools[which].name}")
+
+    @property
+    def epoch_length(self) -> float:
+        """Clips of an epoch."""
+        return sum(pool.num_draws for pool in self.pools) / self.pools[0].num_epochs
 
     def fingerprint(self, names: Sequence[str]) -> str:
         """Returns a hash that changes when a batch would hold other clips; `names` are those of all clips."""
@@ -117,16 +127,33 @@ def make_pools(
         members.setdefault(source, {}).setdefault(bucket, []).append(number)
     counts = {source: sum(map(len, buckets.values())) for source, buckets in members.items()}
     weights = [sources[source][1] for source in members]
-    if None in weights:
-        totals = [round(count * sources[source][0]) for source, count in counts.items()]
-    else:
-        totals = apportion(len(clips), [weight or 1.0 for weight in weights])
-    pools = []
-    for (source, buckets), total in zip(members.items(), totals, strict=True):
-        wanted = [shares.get(bucket, 0.0) if shares else float(len(those)) for bucket, those in buckets.items()]
-        for (bucket, those), num_draws in zip(buckets.items(), apportion(total, wanted), strict=True):
-            pools.append(Pool(f"{source}/{bucket}", tuple(those), max(num_draws, 1)))
-    return tuple(pools)
+    wanted = {
+        source: [shares.get(bucket, 0.0) if shares else float(len(those)) for bucket, those in buckets.items()]
+        for source, buckets in members.items()
+    }
+
+    def draws(scale: int) -> list[list[int]]:
+        if None in weights:
+            totals = [round(scale * count * sources[source][0]) for source, count in counts.items()]
+        else:
+            totals = apportion(scale * len(clips), [weight or 1.0 for weight in weights])
+        return [apportion(total, wanted[source]) for source, total in zip(members, totals, strict=True)]
+
+    # Each pool is drawn from: where an epoch is too short for that, several make one, so that the shares stay.
+    scales = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, MAX_EPOCHS)
+    for scale in scales:
+        found = draws(scale)
+        if all(
+            count or not share
+            for source, each in zip(members, found, strict=True)
+            for count, share in zip(each, wanted[source], strict=True)
+        ):
+            break
+    return tuple(
+        Pool(f"{source}/{bucket}", tuple(those), max(num_draws, 1), scale)
+        for (source, buckets), counted in zip(members.items(), found, strict=True)
+        for (bucket, those), num_draws in zip(buckets.items(), counted, strict=True)
+    )
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

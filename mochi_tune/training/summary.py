@@ -35,7 +35,7 @@ def opening_lines(plan: TrainPlan, step: int) -> list[str]:
     precision = plan.precision if config.model.precision else config.model.dtype
     kind = "DoRA" if config.lora.dora else "LoRA"
     num_samples = train.batch_size * plan.draws.num_micro_batches
-    num_epochs = left * num_samples / sum(pool.num_draws for pool in plan.order.pools)
+    num_epochs = left * num_samples / plan.order.epoch_length
     sizes = Counter(str(row.bucket) for row in plan.dataset.cache.rows)
     largest = f"{', '.join(sizes)}" if len(sizes) <= 2 else f"{len(sizes)} sizes"
     return [

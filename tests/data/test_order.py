@@ -87,8 +87,9 @@ def test_repeats_are_exact_over_an_epoch():
 
 def test_weights_divide_an_epoch():
     order, clips = mixed({"cats": (1.0, 1.0), "dogs": (1.0, 2.0)})
-    drawn = Counter(clips[clip][0] for clip in stream(order, 9))
-    assert drawn == {"cats": 3, "dogs": 6}
+    # Of a third of nine clips, the one upright cat is half a draw: two epochs are shuffled as one.
+    drawn = Counter(clips[clip][0] for clip in stream(order, 18))
+    assert drawn == {"cats": 6, "dogs": 12} and order.epoch_length == 9
 
 
 def test_shares_of_buckets_are_those_that_are_asked_for():
@@ -128,3 +129,22 @@ def test_apportion_adds_up_and_stays_within_one_of_the_exact_share():
         parts = apportion(total, weights)
         assert sum(parts) == total
         assert all(abs(part - total * w / sum(weights)) < 1 for part, w in zip(parts, weights, strict=True))
+
+
+def test_shares_stay_where_a_source_has_many_buckets():
+    """Ten clips of ten sizes, of which one is drawn for nine of the other source: each has its pool."""
+    clips = {number: ("film", Bucket(7, 32, 16 * (number + 1))) for number in range(10)}
+    clips |= {10 + number: ("cats", Bucket(7, 32, 32)) for number in range(10)}
+    for sources, share in (
+        ({"film": (1, 1.0), "cats": (1, 9.0)}, 0.1),
+        ({"film": (0.1, None), "cats": (1, None)}, 1 / 11),
+    ):
+        order = ClipOrder(make_pools(clips, sources, {}), 1, 0)
+        total = sum(pool.num_draws for pool in order.pools)
+        film = sum(pool.num_draws for pool in order.pools if pool.name.startswith("film"))
+        assert film / total == pytest.approx(share) and len(order.pools) == 11
+        assert order.epoch_length == pytest.approx(20 if share == 0.1 else 11)
+        drawn = Counter(clips[clip][0] for number in range(total) for clip in order.batch(number))
+        assert drawn["film"] == film
+    [one] = ClipOrder(make_pools({0: ("a", Bucket(7, 32, 32))}, {"a": (1, None)}, {}), 1, 0).pools
+    assert (one.num_draws, one.num_epochs) == (1, 1)

@@ -229,3 +229,17 @@ def test_clocks_that_jump_change_nothing(monkeypatch):
     assert caption == CAPTION and len(server.chats) == 3 and server.chats[2].time - server.chats[1].time >= 0.2
     # The timeout, two pauses and three requests are what the clip is charged with, and within what has passed.
     assert 0.3 + 0.025 + 0.2 <= cost.seconds <= took
+
+
+@pytest.mark.parametrize(
+    ("trigger", "template", "caption", "expected"),
+    [
+        ("Red", "", "Redwood trees sway", "Red, Redwood trees sway"),
+        ("Red", "", "Red, a ball", "Red, a ball"),
+        ("cat", "use {trigger}", "The location changes", "cat, The location changes"),
+        ("cat", "use {trigger}", "A Cat sits", "A Cat sits"),
+        ("c++", "", "c++ code", "c++ code"),
+    ],
+)
+def test_a_trigger_is_a_word_of_its_own(trigger, template, caption, expected):
+    assert Wording(trigger=trigger, template=template).with_trigger(caption) == expected

@@ -1,5 +1,6 @@
 import csv
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from mochi_tune.data_prep.clip_scores import (
     measure_clip,
 )
 from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest, shifted_distance
-from mochi_tune.data_prep.filter import Filter, Limits, judge, main
-from mochi_tune.data_prep.moving import Moved, move_file, read_moved
+from mochi_tune.data_prep.filter import Filter, Limits, judge, main, undo
+from mochi_tune.data_prep.moving import Moved, files_of_clip, move_clip, move_file, read_moved, undo_moves
 from mochi_tune.errors import DataError
 
 
@@ -262,3 +263,48 @@ def test_a_clip_that_is_gone_has_its_verdict_and_the_others_theirs(tmp_path):
     with open(tmp_path / "videos_filter" / "filter.csv", newline="") as file:
         verdicts = {Path(row["clip"]).name: row["verdict"] for row in csv.DictReader(file)}
     assert verdicts == {"gone.mp4": "unreadable", "good.mp4": "good"}
+
+
+def moved(root: Path, text: str = "a") -> Path:
+    """Returns the table of a project whose clip and caption were moved by hand of `move_clip`."""
+    (root / "videos").mkdir(parents=True)
+    table = root / "videos_filter" / "moved.csv"
+    table.parent.mkdir()
+    for name in ("clip.mp4", "clip.txt"):
+        (root / "videos" / name).write_text(f"{text} {name}")
+    pairs = [(root / "videos" / name, root / "videos_filter" / "moved" / name) for name in ("clip.txt", "clip.mp4")]
+    move_clip(table, pairs, "black")
+    return table
+
+
+def test_a_project_that_was_moved_or_copied_takes_its_table_along(tmp_path):
+    moved(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    (tmp_path / "first").rename(tmp_path / "second")
+    for root in (tmp_path / "copy", tmp_path / "second"):
+        table = root / "videos_filter" / "moved.csv"
+        assert undo_moves(table, read_moved(table)) == (2, [])
+        assert sorted(path.name for path in (root / "videos").iterdir()) == ["clip.mp4", "clip.txt"]
+        assert not table.exists()
+
+
+def test_what_is_not_to_be_found_stays_in_the_table(tmp_path, capsys):
+    table = moved(tmp_path)
+    (tmp_path / "videos_filter" / "moved" / "clip.mp4").rename(tmp_path / "elsewhere.mp4")
+    settings = Filter(tmp_path / "videos", tmp_path / "videos_filter")
+    assert undo(settings) == 1 and "1 file not found" in capsys.readouterr().err
+    [row] = read_moved(table)
+    assert row.original == str(tmp_path / "videos" / "clip.mp4") and (tmp_path / "videos" / "clip.txt").exists()
+    (tmp_path / "elsewhere.mp4").rename(row.moved)
+    assert undo(settings) == 0 and not table.exists() and (tmp_path / "videos" / "clip.mp4").exists()
+
+
+def test_a_caption_goes_with_its_clip_however_an_accent_is_written(tmp_path):
+    clip, caption = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    for name in (f"{clip}.mp4", f"{caption}.txt"):
+        (tmp_path / name).touch()
+    assert files_of_clip(tmp_path / f"{clip}.mp4") == [tmp_path / f"{caption}.txt", tmp_path / f"{clip}.mp4"]
+    # Twins keep what is spelt as they are.
+    (tmp_path / f"{caption}.mp4").touch()
+    assert files_of_clip(tmp_path / f"{clip}.mp4") == [tmp_path / f"{clip}.mp4"]
+    assert files_of_clip(tmp_path / f"{caption}.mp4") == [tmp_path / f"{caption}.txt", tmp_path / f"{caption}.mp4"]

@@ -63,6 +63,8 @@ def test_shape_and_rate_decide_the_cut():
 def test_the_library_that_decodes_does_not_decide_the_pixels():
     cuts = [Cut(7, 32, 48, decoder=decoder) for decoder in ("auto", "pyav", "decord")]
     assert decisive(cuts[0]) == decisive(cuts[1]) == decisive(cuts[2])
+    # Nor does what refuses a file or takes it.
+    assert decisive(Cut(7, 32, 48, allow_upscale=True, hdr="tonemap")) == decisive(cuts[0])
     assert decisive(Cut(7, 32, 48, start=1)) != decisive(cuts[0])
 
 
