@@ -49,17 +49,17 @@ def read_moved(path: Path) -> list[Moved]:
 
 
 def _read(table: Path, row: dict[str, str]) -> Moved:
-    paths = [os.path.normpath(table.absolute().parent / row[name]) for name in ("original", "moved")]
-    return Moved(*paths, row["reason"])
+    original, moved = (os.path.normpath(table.absolute().parent / row[name]) for name in ("original", "moved"))
+    return Moved(original, moved, row["reason"])
 
 
 def _written(table: Path, row: Moved) -> dict[str, str]:
     folder = table.absolute().parent
-    paths = [
+    original, moved = (
         os.path.relpath(path, folder) if Path(path).is_relative_to(folder.parent) else path
         for path in (row.original, row.moved)
-    ]
-    return asdict(Moved(*paths, row.reason))
+    )
+    return asdict(Moved(original, moved, row.reason))
 
 
 def _append(table: Path, rows: Sequence[Moved]) -> None:

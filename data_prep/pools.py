@@ -148,10 +148,10 @@ class ProcessPool(Pool):
         self._job = job
         self._workers: dict[int, tuple[Any, Connection]] = {}
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for _, connection in self._workers.values():
-            connection.close()
-        for process, _ in self._workers.values():
+    def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
+        for worker in self._workers.values():
+            worker[1].close()
+        for process, _connection in self._workers.values():
             # One that has nothing to do ends by itself then, and in order.
             process.join(5 if kind is None else 0)
             process.kill()

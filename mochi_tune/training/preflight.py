@@ -171,6 +171,7 @@ class TrainPlan:
         # T5's and the encoder's are compared with the cache's, and only the main process decodes.
         facts["the files of the dit in model.weights"] = self.weights.fingerprint("dit")
         if self.start_adapter is not None:
+            assert self.start_adapter.path is not None, "it was read from a file"
             facts["the adapter lora.init_from"] = file_sha256(self.start_adapter.path)
         return facts
 

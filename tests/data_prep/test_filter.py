@@ -292,7 +292,7 @@ def test_what_is_not_to_be_found_stays_in_the_table(tmp_path, capsys):
     table = moved(tmp_path)
     (tmp_path / "videos_filter" / "moved" / "clip.mp4").rename(tmp_path / "elsewhere.mp4")
     settings = Filter(tmp_path / "videos", tmp_path / "videos_filter")
-    assert undo(settings) == 1 and "1 file not found" in capsys.readouterr().err
+    assert undo(settings) == 1 and "1 file not found" in capsys.readouterr().out
     [row] = read_moved(table)
     assert row.original == str(tmp_path / "videos" / "clip.mp4") and (tmp_path / "videos" / "clip.txt").exists()
     (tmp_path / "elsewhere.mp4").rename(row.moved)
