@@ -309,7 +309,8 @@ def bytes_on_device(weights: dict[str, int], config: DiTConfig, is_streamed: boo
 def known_card(name: str) -> Card | None:
     """Returns the card of which the longest name stands in what the driver calls it, None if there is none."""
     words = name.lower().replace(" ", "")
-    fitting = [key for key in CARDS if key.partition("-")[0] in words]
+    # Of two sizes, the driver says which.
+    fitting = [key for key in CARDS if all(part in words for part in key.split("-"))]
     return CARDS[max(fitting, key=len)] if fitting else None
 
 

@@ -159,6 +159,18 @@ def start_runner(folder: Path) -> None:
         _reap_later(process)
 
 
+def revive_runner(folder: Path) -> None:
+    """Starts a runner where jobs wait or run and none is at work any more, as after it was killed."""
+    if not any(job.state in ("waiting", "running") for job in list_jobs(folder)):
+        return
+    with open(jobs_folder(folder) / ".runner", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+    start_runner(folder)
+
+
 def _reap_later(process: subprocess.Popen) -> None:
     """Reads the exit code of a process when it ends, which else stays in the table of processes."""
     import threading

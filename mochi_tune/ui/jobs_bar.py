@@ -12,7 +12,17 @@ import gradio as gr
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.form import SettingsForm
-from mochi_tune.ui.jobs import Job, add_job, find_job, list_jobs, log_path, message_of, read_tail, stop_job
+from mochi_tune.ui.jobs import (
+    Job,
+    add_job,
+    find_job,
+    list_jobs,
+    log_path,
+    message_of,
+    read_tail,
+    revive_runner,
+    stop_job,
+)
 
 NUM_SHOWN = 8
 WORDS = {"partly": "done but for some clips"}
@@ -77,6 +87,7 @@ def said_of(act: Any) -> str:
 
 def look_at_jobs(folder: Path) -> str:
     """Returns what tells whether the bar is to be drawn anew; while a job runs, its time does."""
+    revive_runner(folder)
     return jobs_table(folder, list_jobs(folder))
 
 

@@ -13,7 +13,7 @@ from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.text_encoder import T5_DTYPES
-from mochi_tune.parallel.forecast import CARDS, GIB
+from mochi_tune.parallel.forecast import CARDS, GIB, known_card
 from mochi_tune.recipes.plan import count_clips, main, measure
 from mochi_tune.training import preflight
 
@@ -76,6 +76,12 @@ def test_what_does_not_fit_has_a_way_out_that_fits():
     assert held["bf16"]["weights"] / 2 < held["int8"]["weights"] < held["bf16"]["weights"] * 0.52
     with_way_out = main(load_config("my_lora", [*FULL, "data.num_frames=163", "memory=12gb"]), "3060")
     assert [line for line in with_way_out.advice if line.startswith(("train", "sample"))] == []
+
+
+def test_a_card_is_known_by_what_the_driver_calls_it():
+    cards = {"a100": "NVIDIA A100-SXM4-80GB", "a100-40": "NVIDIA A100-PCIE-40GB", "h100": "NVIDIA H100 80GB HBM3"}
+    cards |= {"4090": "NVIDIA GeForce RTX 4090", "a6000": "NVIDIA RTX A6000", "l40s": "NVIDIA L40S"}
+    assert all(known_card(name) is CARDS[card] for card, name in cards.items()) and known_card("NVIDIA T4") is None
 
 
 def test_an_unknown_card_is_asked_for_its_memory():

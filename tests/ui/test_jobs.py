@@ -24,6 +24,7 @@ from mochi_tune.ui.jobs import (
     log_path,
     message_of,
     read_tail,
+    revive_runner,
     save_job,
     stop_job,
 )
@@ -164,3 +165,10 @@ def test_the_table_says_what_was_so(tmp_path):
     assert "2" not in rows and {"20", "24"} < rows.keys()
     said = {"20": "taken out of the queue", "21": "stopped, saved", "22": "stopped<", "23": "ended by SIGKILL"}
     assert all(words in rows[number] for number, words in (said | {"24": "nobody saw how it ended"}).items()), rows
+
+
+def test_a_queue_whose_runner_was_killed_goes_on(tmp_path):
+    with changing(tmp_path):
+        save_job(tmp_path, Job(1, "toy", ["--help"]))
+    revive_runner(tmp_path)
+    wait_until(lambda: find_job(tmp_path, 1).state == "done")
