@@ -34,20 +34,26 @@ def num_processes_here(environment: Mapping[str, str]) -> int:
     Raises:
         ParallelError: a launcher's variables are not whole, as of a job whose template sets some of them.
     """
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if not (value := environment.get(name)):
-            continue
-        if not re.fullmatch("[1-9][0-9]*", value):
-            raise ParallelError(f"the environment variable {name}={value} is no number of processes: unset it.")
-        wanted = ("RANK", "MASTER_ADDR", "MASTER_PORT") if name == "WORLD_SIZE" and int(value) > 1 else ()
-        if absent := [each for each in wanted if not environment.get(each)]:
-            raise ParallelError(
-                f"the environment variable {name}={value} says that {value} processes were started together, but "
-                f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set: start them by torchrun, or unset "
-                f"{name}."
-            )
-        return int(value)
-    return 1
+    world, tasks = (_count(environment, name) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if tasks > 1 and "RANK" not in environment:
+        # srun's own variables are whole, whatever a job script has set beside them.
+        return tasks
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if world > 1 and absent:
+        raise ParallelError(
+            f"the environment variable WORLD_SIZE={world} says that {world} processes were started together, but "
+            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set: start them by torchrun, or unset "
+            "WORLD_SIZE."
+        )
+    return world or tasks or 1
+
+
+def _count(environment: Mapping[str, str], name: str) -> int:
+    """Returns a number of processes; 0 where the variable is not set."""
+    value = environment.get(name) or "0"
+    if not re.fullmatch("[0-9]+", value):
+        raise ParallelError(f"the environment variable {name}={value} is no number of processes: unset it.")
+    return int(value)
 
 
 def name_process(environment: Mapping[str, str]) -> str:

@@ -42,6 +42,9 @@ def test_a_batch_script_and_a_single_task_stand_alone():
 
 
 def test_variables_that_a_launcher_did_not_set_are_one_line():
+    # A job script may set some of them for srun, which has its own.
+    assert num_processes_here(SLURM | {"WORLD_SIZE": "8", "MASTER_ADDR": "a"}) == 8
+    assert slurm_variables(SLURM | {"WORLD_SIZE": "8", "MASTER_ADDR": "a"})["RANK"] == "5"
     with pytest.raises(ParallelError, match="WORLD_SIZE=abc is no number of processes: unset it"):
         num_processes_here({"WORLD_SIZE": "abc"})
     with pytest.raises(ParallelError, match="RANK, MASTER_ADDR, MASTER_PORT are not set: start them by torchrun, or"):
