@@ -48,3 +48,30 @@ def test_an_accelerate_config_that_contradicts_the_run_is_refused(environment, s
     with pytest.raises(ConfigError) as error:
         strategy(environment, *settings)
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (
+            {"gradient_accumulation_steps": 8},
+            "gradient_accumulation_steps=8, which contradicts train.accumulation_steps=1",
+        ),
+        ({"gradient_clipping": 0.0001}, "gradient_clipping=0.0001, which contradicts train.max_grad_norm=1.0"),
+        ({"train_micro_batch_size_per_gpu": 4}, "which contradicts train.batch_size=1"),
+        ({"gradient_clipping": "x"}, "gradient_clipping=x, which contradicts"),
+        ({"optimizer": {"type": "Adam"}}, "has optimizer=..., which is not used"),
+        ({"fp16": {"enabled": True}}, "enables fp16, which contradicts model.dtype=bf16"),
+        ({"zero_optimization": None}, "stage 0: use 2 or 3"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_run_is_refused(tmp_path, content, text):
+    file = tmp_path / "deepspeed.json"
+    environment = DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **content}))
+    with pytest.raises(ConfigError) as error:
+        strategy(environment)
+    assert text in str(error.value) and "\n" not in str(error.value)
+    same = {"gradient_accumulation_steps": "auto", "gradient_clipping": 1.0, "bf16": {"enabled": True}, "fp16": None}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": None}, **same}))
+    assert strategy(environment) == "zero2"

@@ -7,6 +7,8 @@ import pytest
 from helpers_process import run
 
 from mochi_tune.cli.main import load
+from mochi_tune.cli.main import run as run_here
+from mochi_tune.cli.options import TOY_OPTIONS, plain_options
 from mochi_tune.config.settings import known_keys
 from mochi_tune.errors import ConfigError
 from mochi_tune.sampling.requests import sampler_settings
@@ -108,6 +110,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, text):
     assert done.returncode == 2
     assert text in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("mochi-tune: ")
     assert not done.stdout and not list(tmp_path.iterdir())
+
+
+def test_plain_values_are_read_as_a_shell_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = lambda *words: plain_options("toy clips", list(words), TOY_OPTIONS["clips"])  # noqa: E731
+    assert (read("out=~/q") or {})["out"] == f"{tmp_path}/q" and (read("out=a~b") or {})["out"] == "a~b"
+    with pytest.raises(ConfigError, match="out= is empty: give a value, or leave it out for out=toy_videos"):
+        read("out=")
+    with pytest.raises(ConfigError, match=r"'card' has no value: .* did you mean card=4090"):
+        run_here(["plan", "conf=my_lora", "card", "4090"])
 
 
 @pytest.mark.parametrize("verb", ["prepare", "train", "sample"])

@@ -102,6 +102,8 @@ def test_a_split_that_is_killed_goes_on(made, tmp_path):
     assert program.wait() == -9, program.text()
     there = sorted(path.name for path in (tmp_path / "videos").glob("*.mp4"))
     assert there == CLIPS[:2]
+    # What is moved away now is known as cut.
+    assert [row["status"] for row in rows_of(tmp_path)][:3] == ["cut", "cut", ""]
     first = (tmp_path / "videos" / CLIPS[0]).stat().st_mtime_ns
     done = split(tmp_path)
     assert done.returncode == 0 and "written now: 3" in done.stdout + done.stderr, done.stderr

@@ -292,7 +292,7 @@ def test_a_finished_run_is_uploaded_once(run_dir, hub, capsys):
     assert "has been uploaded to ada/balls, so nothing is now" in capsys.readouterr().out
 
 
-def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, tmp_path, hub):
+def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, tmp_path, hub, monkeypatch):
     """`train` as a process of its own, on a finished run; the command that it names is run as it stands."""
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("hub"))
     hub.refuses_objects = True
@@ -303,12 +303,17 @@ def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, 
     assert done.returncode == 1, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("mochi-tune: ")]
     assert "is trained and saved, not uploaded" in line and "403" in line
+    with monkeypatch.context() as same_machine:
+        same_machine.setenv("HF_ENDPOINT", hub.address)
+        assert push_trained(load_config("my_lora", settings)) == 1, "the same command tries again"
     hub.refuses_objects = False
     told = shlex.split(line.split("`")[1])
     assert told[:2] == ["hf", "upload"]
     program = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()"]
     subprocess.run([*program, *told[1:]], check=True, capture_output=True, env=env)
     assert hub.files[REPO] == contents(folder) and hub.visibility == {REPO: "private"}
+    hub.files.clear()
+    assert push_trained(load_config("my_lora", settings)) == 0 and hub.files[REPO] == contents(folder)
 
 
 def test_a_run_that_is_to_be_uploaded_needs_a_login_at_its_start(tmp_path):

@@ -199,6 +199,9 @@ def test_another_caption_needs_no_force_and_is_told(mixed, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "have changed since `prepare`" not in out
     assert "since step 3: other captions or cuts of 1 clip (wide_0.mp4); their order is the same" in out
+    (mixed / "videos" / "wide_1.mp4").unlink()
+    assert train(mixed, tmp_path, "train.steps=5") == 0
+    assert "1 clip of the cache is not in the folder any more (wide_1.mp4)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["grown", "shrunk", "batch"])
