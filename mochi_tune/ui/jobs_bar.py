@@ -128,7 +128,8 @@ def _how_it_ended(job: Job) -> str:
         return "nobody saw how it ended: see the log"
     if job.code >= 0:
         return ""
-    name = signal.Signals(-job.code).name
+    known = {number.value: number.name for number in signal.Signals}
+    name = known.get(-job.code, f"signal {-job.code}")
     return f"it was ended by {name}{', often for want of memory' if name == 'SIGKILL' else ''}"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import format_bytes
+from mochi_tune.files import format_bytes, lock_file
 from mochi_tune.weights.download import AGAIN, CHUNK_BYTES, TIMEOUT_SECONDS, fetch, one_line
 from mochi_tune.weights.pull_record import HubFile, Listing, Record, check_same_files, read_record, write_record
 from mochi_tune.weights.sources import PRECISIONS, RepoFiles, source_files
@@ -125,7 +125,8 @@ def only_process(to: Path) -> Iterator[None]:
     path = to / ".pull.lock"
     with open(path, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # On a disk without locks, nobody is refused.
+            lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # It is removed in the end: another process may hold a new one of that name.
             is_ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
         except BlockingIOError:

@@ -33,3 +33,19 @@ def test_zero_shards_adamw_only(name):
         assert load_config("my_lora", [f"parallel={strategy}"]).parallel.strategy == strategy
         with pytest.raises(ConfigError, match=r"use train.optimizer=adamw, or parallel.strategy=data\."):
             load_config("my_lora", [f"parallel={strategy}", *settings])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["train.keep_best=true", "train.validate_every=0"], "keep_best=true does nothing with train.validate_every=0"),
+        (
+            ["parallel=zero3", "train.recompute=attention"],
+            "cannot tell from what it gathers: use train",
+        ),
+        (["memory.activations=offload", "train.recompute=none"], "keeps all of each block on the device"),
+    ],
+)
+def test_settings_that_do_nothing_beside_others_are_refused(more, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config("my_lora", more)

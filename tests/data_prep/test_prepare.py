@@ -23,7 +23,6 @@ from mochi_tune.data.cache import open_cache
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.data_prep.encode import encode_frames
-from mochi_tune.data_prep.finding import find_unused, find_videos
 from mochi_tune.data_prep.prepare import Prepared, main, prepare
 from mochi_tune.errors import CheckpointError, ConfigError, DataError
 from mochi_tune.files import file_sha256
@@ -397,18 +396,3 @@ class FullEncoder(torch.nn.Module):
 def test_a_clip_that_does_not_fit_the_gpu_is_named():
     with pytest.raises(DataError, match=r"a\.mp4: encoding 7 frames of 48x32 needs more memory"):
         encode_frames(FullEncoder(), torch.zeros(7, 32, 48, 3, dtype=torch.uint8), "a.mp4")
-
-
-def test_hidden_folders_are_left_out_and_linked_ones_told_of(tmp_path):
-    """File managers keep what was deleted in a hidden folder of the disk."""
-    videos, real = tmp_path / "videos", tmp_path / "real"
-    for folder in (videos / ".Trash-1000" / "files", videos / "more", real):
-        folder.mkdir(parents=True)
-        (folder / "clip.mp4").touch()
-    (videos / "linked").symlink_to(real)
-    assert find_videos(videos) == [videos / "more" / "clip.mp4"]
-    unused = find_unused(videos, find_videos(videos))
-    assert (
-        list(unused) == [videos / "linked"]
-        and "is a link to a folder, which is not followed" in unused[videos / "linked"]
-    )

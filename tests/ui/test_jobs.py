@@ -158,13 +158,16 @@ def test_the_table_says_what_was_so(tmp_path):
         Job(22, "train", state="stopped", began=1, ended=2, code=-15),
         Job(23, "train", state="failed", began=1, ended=2, code=-9),
         Job(24, "train", state="failed", began=1, ended=2),
+        Job(25, "train", state="failed", began=1, ended=2, code=-35),
     ]
     page = jobs_table(tmp_path, [Job(1, "train", state="running", pid=1, began=1), *jobs])
     rows = dict(re.findall(r"class='number'>(\d+)<.*?state \w+'>(.*?)</td>", page))
     assert rows["1"].startswith("running"), "what runs is there, however many have ended since"
     assert "2" not in rows and {"20", "24"} < rows.keys()
     said = {"20": "taken out of the queue", "21": "stopped, saved", "22": "stopped<", "23": "ended by SIGKILL"}
-    assert all(words in rows[number] for number, words in (said | {"24": "nobody saw how it ended"}).items()), rows
+    assert all(
+        words in rows[number] for number, words in (said | {"24": "nobody saw how it ended", "25": "signal 35"}).items()
+    ), rows
 
 
 def test_a_queue_whose_runner_was_killed_goes_on(tmp_path):

@@ -1,5 +1,7 @@
 """`weights pull` against a real HTTP server on localhost: what is fetched, broken off, and sent wrongly."""
 
+import errno
+import fcntl
 import re
 import socket
 
@@ -233,3 +235,12 @@ def test_a_second_pull_into_a_folder_waits_for_its_turn(hub, tmp_path):
             pull(hub, to)
         assert [path.name for path in to.iterdir()] == [".pull.lock"]
     assert not list(to.iterdir())
+
+
+def test_a_disk_without_locks_takes_weights(hub, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    pull(hub, tmp_path)
+    assert contents(tmp_path) == wanted(hub)
