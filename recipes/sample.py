@@ -1,6 +1,7 @@
 """Renders prompts to videos, with or without adapters, on one device or many: T5, DiT and VAE in turn."""
 
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -124,8 +125,20 @@ def main(config: RunConfig) -> Iterator[Path]:
     with usage.stage("text"):
         features = encode_prompts(plan, device, dtype, prompt_cache)
     encoded = encode_init_videos(plan, config, device, usage)
-    with usage.stage("sample", plan.held(setup.residency, dtype.itemsize)):
-        latents = render(plan, mine, (features, encoded), setup)
+    latents: list[dict[str, Tensor]] = []
+    trouble: Exception | None = None
+    try:
+        with usage.stage("sample", plan.held(setup.residency, dtype.itemsize)):
+            render(plan, mine, (features, encoded), setup, latents)
+    except Exception as error:
+        # Of several processes, the others would wait for this one in the decoder.
+        if mesh is not None or not latents:
+            raise
+        trouble = error
+        write_line(f"video {len(latents) + 1} of {len(mine)} failed; those before it are written, then the error follows")
+        # The model is in the error's frames.
+        traceback.clear_frames(error.__traceback__)
+        free_memory()
     rows, columns = config.memory.tiles or WHOLE
     largest = max(plan.requests, key=lambda request: request.height * request.width)
     with usage.stage("decode", decoding_held(largest.height, largest.width, rows * columns, dtype.itemsize)):
@@ -149,6 +162,8 @@ def main(config: RunConfig) -> Iterator[Path]:
                 save_latents(request, states)
             save_settings(request, common, usage)
             yield request.video
+    if trouble is not None:
+        raise trouble
     if len(finished) < len(mine):
         raise KeyboardInterrupt
 
@@ -290,14 +305,16 @@ def render(
     requests: list[Request],
     inputs: tuple[dict[str, Tensor], dict[Start, Encoded]],
     setup: Setup,
-) -> list[dict[str, Tensor]]:
-    """Renders requests to latents on the CPU, by their variant; after a Ctrl-C, those that are finished.
+    finished: list[dict[str, Tensor]],
+) -> None:
+    """Renders requests to latents on the CPU, by their variant; a Ctrl-C ends it between two steps.
 
     Args:
         plan: of all processes.
         requests: of this process.
         inputs: the features of the prompts, and what videos start from.
         setup: of this process.
+        finished: gets those of each request when it is rendered, so that an error leaves those before it.
     """
     features, encoded = inputs
     named = {f"adapter_{i}": a for i, a in enumerate(plan.adapters) if a.strength}
@@ -306,7 +323,6 @@ def render(
     guide, mesh = choose_guide(setup), setup.mesh
     schedules = {name: a.schedule for name, a in named.items() if a.schedule}
     scaling = AdapterScaling(dit, schedules)
-    finished = []
     with StopSignal() as stop:
         for number, request in enumerate(requests, 1):
             noise = noise_of(request)
@@ -340,12 +356,11 @@ def render(
                         of_process = "" if mesh is None or mesh.layout.data == 1 else " of this process"
                         counts = f"of {len(requests)} videos{of_process}, {len(finished)} are finished and kept"
                         write_line(f"stopped: {counts}")
-                        return finished
+                        return
             check_latents(request, states)
             finished.append({variant: state.cpu() for variant, state in states.items()})
     del dit
     free_memory()
-    return finished
 
 
 def check_latents(request: Request, states: Mapping[str, Tensor]) -> None:

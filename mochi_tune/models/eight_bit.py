@@ -19,7 +19,8 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rounds the rows of x (n, k) to 8 bits; returns them and their scales (n,), fp32: x is about rows * scale."""
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     x = x.float()
-    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / info.max
+    # Only so that nothing is divided by 0: gradients of a loss over millions of numbers are tiny.
+    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / info.max
     rows = x / scale
     rows = rows.clamp(-info.max, info.max) if dtype.is_floating_point else rows.round()
     return rows.to(dtype), scale.squeeze(1)

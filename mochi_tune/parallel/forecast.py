@@ -6,6 +6,7 @@ at full size on an H200; tests/parallel/test_forecast.py holds the forecast to w
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -176,6 +177,18 @@ class Step:
             "other": BASE_BYTES,
         }
 
+    def host_bytes(self, is_streamed: bool, is_offloaded: bool) -> int:
+        """Returns the bytes of host memory for the blocks' weights and for their inputs, as a GPU reads them there.
+
+        torch takes pinned memory by powers of two, for each tensor.
+        Source: pytorch/pytorch@v2.11.0 aten/src/ATen/core/CachingHostAllocator.h (allocate).
+        """
+        sizes = parameter_bytes(self.config, self.dtype_bytes, self.precision)
+        tensors = [size for part, size in sizes if part == "blocks"] if is_streamed else []
+        one_input = self.dtype_bytes * self.num_tokens * self.config.hidden_size_x
+        tensors += [one_input] * self.config.depth if is_offloaded else []
+        return sum(1 << (math.ceil(size) - 1).bit_length() for size in tensors)
+
     @property
     def _attention_bytes(self) -> int:
         """Of one block's attention: the output in 16 bits, and the log-sum-exp in 32."""
@@ -281,9 +294,17 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free.item())
 
 
-@functools.cache
 def weight_bytes(config: DiTConfig, dtype_bytes: int, precision: str = "bf16") -> dict[str, int]:
-    """Returns the bytes of a DiT's "blocks", of their "modulation", and of the "rest"; kept, as it builds one.
+    """Returns the bytes of a DiT's "blocks", of their "modulation", and of the "rest"; see `parameter_bytes`."""
+    sizes = {"blocks": 0.0, "modulation": 0.0, "rest": 0.0}
+    for part, size in parameter_bytes(config, dtype_bytes, precision):
+        sizes[part] += size
+    return {part: int(size) for part, size in sizes.items()}
+
+
+@functools.cache
+def parameter_bytes(config: DiTConfig, dtype_bytes: int, precision: str) -> tuple[tuple[str, float], ...]:
+    """Returns of each parameter of a DiT the part, as in `weight_bytes`, and the bytes; kept, as it builds one.
 
     Args:
         config: of the DiT.
@@ -292,12 +313,11 @@ def weight_bytes(config: DiTConfig, dtype_bytes: int, precision: str = "bf16") -
     """
     with torch.device("meta"):
         dit = AsymmDiT(config)
-    rounded = {"fp8": 1.0, "int8": 1.0, "nf4": 0.57}.get(precision, dtype_bytes)
-    sizes = {"blocks": 0.0, "modulation": 0.0, "rest": 0.0}
+    rounded, sizes = {"fp8": 1.0, "int8": 1.0, "nf4": 0.57}.get(precision, dtype_bytes), []
     for name, parameter in dit.named_parameters():
         part = "rest" if not name.startswith("blocks.") else "modulation" if ".mod_" in name else "blocks"
-        sizes[part] += parameter.numel() * (rounded if name.endswith(LARGE_WEIGHTS) else dtype_bytes)
-    return {part: int(size) for part, size in sizes.items()}
+        sizes.append((part, parameter.numel() * (rounded if name.endswith(LARGE_WEIGHTS) else dtype_bytes)))
+    return tuple(sizes)
 
 
 def bytes_on_device(weights: dict[str, int], config: DiTConfig, is_streamed: bool) -> int:

@@ -84,7 +84,6 @@ def apply_mlp_slices(dit: AsymmDiT, num_tokens: int) -> None:
         mlp.has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in mlp.modules())
 
 
-@functools.cache
 def _checkpointed(function: BlockFunction, policy: str) -> BlockFunction:
     def checkpointed(block: nn.Module, *inputs: Any) -> Any:
         more: Any = {}
@@ -95,10 +94,10 @@ def _checkpointed(function: BlockFunction, policy: str) -> BlockFunction:
             more = {"context_fn": _keep_nothing}
         return checkpoint(function, block, *inputs, use_reentrant=False, **more)
 
-    return checkpointed
+    # Kept with the function, so that equal blocks share it and it ends with the model whose weights it streams.
+    return vars(function).setdefault(f"checkpointed_{policy}", checkpointed)
 
 
-@functools.cache
 def _waiting(function: BlockFunction, policy: str, inputs: "HostInputs") -> BlockFunction:
     def from_host(block: nn.Module, number: int, *others: Any) -> Any:
         # Selective checkpointing counts operations; those of a copy are none of the block's.
@@ -115,7 +114,7 @@ def _waiting(function: BlockFunction, policy: str, inputs: "HostInputs") -> Bloc
         inputs.send(number)
         return out
 
-    return waiting
+    return inputs.functions.setdefault((function, policy), waiting)
 
 
 class HostInputs:
@@ -132,6 +131,8 @@ class HostInputs:
         self.waiting: dict[int, Tensor] = {}
         self.fetched: dict[int, Tensor] = {}
         self.needs_grad: dict[int, bool] = {}
+        # What computes a block, by what computed it and its policy; here, so that it ends with the inputs.
+        self.functions: dict[tuple[BlockFunction, str], BlockFunction] = {}
 
     def clear(self) -> None:
         """Begins a pass: the number of the next input is 0."""

@@ -124,6 +124,8 @@ class BlockRing:
         self.entered = [0] * num_buffers
         self.copies: dict[int, Any] = {}
         self.current, self.direction, self.clock = -1, 1, 0
+        # What computes a block, by what computed it without the ring; here, so that it ends with the ring.
+        self.functions: dict[BlockFunction, BlockFunction] = {}
 
     def enter(self, number: int) -> None:
         """Gives a block its weights on the device, and starts to copy those of the block that comes next."""
@@ -178,7 +180,6 @@ def _copier(device: torch.device) -> Copier:
     return CudaCopier(device) if device.type == "cuda" else ThreadCopier()
 
 
-@functools.cache
 def _streamed(function: BlockFunction, ring: BlockRing) -> BlockFunction:
     def streamed(block: nn.Module, *inputs: Any) -> Any:
         # Selective checkpointing counts operations; those of a copy are none of the block's.
@@ -186,4 +187,4 @@ def _streamed(function: BlockFunction, ring: BlockRing) -> BlockFunction:
             ring.enter(ring.numbers[block])
         return function(block, *inputs)
 
-    return streamed
+    return ring.functions.setdefault(function, streamed)

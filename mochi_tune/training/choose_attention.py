@@ -2,7 +2,7 @@
 
 from tqdm import tqdm
 
-from mochi_tune.models.device import DTYPES
+from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.parallel.kernels import ALL_KERNELS, KERNELS, has_kernel, preferred, time_attention
 from mochi_tune.training.preflight import TrainPlan, num_tokens
 from mochi_tune.training.resume import ResumePoint
@@ -25,6 +25,8 @@ def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
         return known
     # Of the packages that bring other versions, nothing is known of the order of their sums.
     seconds = time_attention(shape, plan.device, dtype, KERNELS if is_deterministic else ALL_KERNELS)
+    # What torch keeps of it would not count as free when the memory of the run is planned.
+    free_memory()
     if not seconds:
         return None
     chosen = preferred(seconds, is_deterministic)

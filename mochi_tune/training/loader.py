@@ -151,6 +151,15 @@ class DeviceCopier:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def enter_thread(self) -> None:
+        """Makes the GPU the current one of this thread; called first of all.
+
+        A thread begins with the first GPU, and goes back to it after each use of the stream: each process would take
+        memory there.
+        """
+        if self.stream is not None:
+            torch.cuda.set_device(self.stream.device)
+
     def send(self, inputs: Inputs) -> tuple[Inputs, Any]:
         """Starts to copy; returns the copies and the event that says that they have arrived."""
         if self.stream is None:
@@ -225,6 +234,7 @@ class Prefetcher:
             yield self._copier.receive(*item)
 
     def _run(self) -> None:
+        self._copier.enter_thread()
         for step, micro_batch in self._keys:
             try:
                 item: tuple[Inputs, Any] | Exception = self._copier.send(self._load(step, micro_batch))

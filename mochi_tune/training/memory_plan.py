@@ -86,12 +86,12 @@ class MemoryPlan:
 
 
 def check_host_memory(needed: int, available: int, num_processes: int = 1) -> None:
-    """Refuses weights in host memory that does not have them.
+    """Refuses weights and blocks' inputs in host memory that does not suffice for them.
 
     Args:
         needed: bytes of each process.
         available: bytes that are free on this host.
-        num_processes: of the run on this host; each has weights of its own.
+        num_processes: of the run on this host; each has its own.
 
     Raises:
         ConfigError: naming what is needed.
@@ -100,8 +100,8 @@ def check_host_memory(needed: int, available: int, num_processes: int = 1) -> No
         each = f", {needed / GIB:.1f} for each of {num_processes} processes" if num_processes > 1 else ""
         raise ConfigError(
             f"host memory has {available / GIB:.1f} GiB free, and {num_processes * needed / GIB:.1f} GiB of weights "
-            f"are to stay there{each}: free some, or use memory.dit=resident"
-            f"{', fewer processes a machine' if num_processes > 1 else ''} or model.precision=int8."
+            f"and blocks' inputs are to stay there{each}: free some, or use memory.dit=resident, "
+            f"fewer frames{', fewer processes a machine' if num_processes > 1 else ''} or model.precision=int8."
         )
 
 

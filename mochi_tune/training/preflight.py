@@ -139,7 +139,7 @@ class TrainPlan:
         plan = arrange(step, memory.dit, memory.activations, free_bytes(self.device))
         if is_gpu:
             needed = step.weights["modulation"] if self.has_host_modulation else 0
-            needed += step.weights["blocks"] if plan.is_streamed else 0
+            needed += step.host_bytes(plan.is_streamed, plan.offloads_inputs)
             check_host_memory(needed, available, num_sharing)
         return plan
 

@@ -357,10 +357,10 @@ class Run:
             ParallelError: one of several was; it cannot reach the others, which wait for it, and ends for all of them.
         """
         assert self._signals is not None
-        stop_signal, save_requested = self._signals.take()
         is_alone = self.accelerator.num_processes == 1
-        # Between two steps the main process can save by itself, unless the weights are sharded.
+        # Between two steps the main process can save by itself, unless the weights are sharded; others after the step.
         can_save = self.accelerator.is_main_process and (is_alone or isinstance(self.optimizer, AdapterOptimizer))
+        stop_signal, save_requested = self._signals.take() if can_save else (self._signals.received, False)
         if (stop_signal or save_requested) and can_save:
             self.save()
         if stop_signal and is_alone:

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers_faults import STARTED_STEP, STEP, assert_same_end, newest_checkpoint, rows_of
+from helpers_faults import READING, STARTED_STEP, STEP, assert_same_end, newest_checkpoint, rows_of
 from helpers_process import Disturbance, Program, run_program, wait_for_end
 from helpers_road import LORA, road
 
@@ -92,6 +93,27 @@ def test_asked_to_stop_all_ranks_save_one_step_and_the_same_command_goes_on(stra
     assert newest_checkpoint(tmp_path / "run").name == f"step_{done:06d}" and done < 40
     run_to_the_end(tmp_path / "run", layout)
     assert_same_end(tmp_path / "run", whole)
+
+
+def test_a_process_that_waits_for_its_data_passes_on_that_it_was_asked_to_save(tmp_path):
+    """It is not the one that writes: all save together, after the step."""
+    run_dir, more = tmp_path / "run", ["train.steps=5", "train.checkpoint_every=100", "train.keep_checkpoints=9"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "lo"}
+        env["MASTER_PORT"] = str(free.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):
+        slow = Disturbance(hold=READING, hold_at=(8,)) if rank == "1" else None
+        task = ["train", "conf=my_lora", *road(run_dir, *SETTINGS, *more, "parallel=data")]
+        ranks.append(Program(task, tmp_path / rank, slow, env | {"RANK": rank, "LOCAL_RANK": rank}))
+    ranks[1].wait_until_held()
+    ranks[1].wait_until(lambda: len(rows_of(run_dir)) == 2)
+    ranks[1].send(signal.SIGUSR1)
+    time.sleep(1)  # It looks for signals five times a second.
+    ranks[1].release()
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[1].text()
+    assert sorted(folder.name for folder in (run_dir / "checkpoints").iterdir()) == ["step_000003", "step_000005"]
 
 
 def test_a_slurm_job_that_is_requeued_goes_on(tmp_path):

@@ -32,6 +32,16 @@ def test_rows_are_off_by_half_a_step_and_keep_their_largest_number(precision):
     assert not rounded(torch.zeros(2, 3), precision).any()
 
 
+def test_tiny_gradients_are_rounded_as_large_ones(precision):
+    generator = torch.Generator().manual_seed(2)
+    made = EightBitLinear(torch.nn.Linear(96, 64, bias=False), precision)
+    x = torch.randn(5, 96, generator=generator, requires_grad=True)
+    gradient = torch.randn(5, 64, generator=generator)
+    # A power of two, which changes no rounding: a loss over millions of numbers has such gradients.
+    usual, tiny = (torch.autograd.grad(made(x), x, gradient * scale)[0] for scale in (1, 2**-50))
+    assert torch.equal(tiny * 2**50, usual)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_products_and_gradients_are_those_of_the_rounded_numbers(precision, has_bias):
     generator = torch.Generator().manual_seed(1)

@@ -131,3 +131,16 @@ def test_less_is_held_and_more_time_is_taken_by_what_saves_memory():
     shares = [sum(sampling_held(FULL, 1590, dit).values()) for dit in ("resident", "fp8", "offload")]
     assert shares == sorted(shares, reverse=True)
     assert sum(decoding_held(HEIGHT, WIDTH, 4).values()) < 0.5 * sum(decoding_held(HEIGHT, WIDTH).values())
+
+
+def test_pinned_host_memory_is_counted_by_powers_of_two():
+    config = DiTConfig(depth=4, hidden_size_x=96, hidden_size_y=48, num_heads=4)
+    with torch.device("meta"):
+        blocks = AsymmDiT(config).blocks
+    sizes = [2 * p.numel() for name, p in blocks.named_parameters() if ".mod_" not in name]
+    pinned = sum(next(2**n for n in range(40) if 2**n >= size) for size in sizes)
+    step = Step(config, 1000, 0)
+    assert step.host_bytes(is_streamed=True, is_offloaded=False) == pinned > sum(sizes) == step.weights["blocks"]
+    # An input has 1000 x 96 numbers of 2 bytes.
+    assert step.host_bytes(is_streamed=True, is_offloaded=True) == pinned + 4 * 2**18
+    assert step.host_bytes(is_streamed=False, is_offloaded=False) == 0

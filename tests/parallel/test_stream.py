@@ -1,6 +1,8 @@
 """Blocks that live in host memory train as those on the device do, bit for bit, however slow copies or blocks are."""
 
+import gc
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from mochi_tune.adapters.lora import lora_parameters
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.precision import apply_precision
-from mochi_tune.parallel.recompute import apply_activation_checkpointing, apply_mlp_slices
+from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpointing, apply_mlp_slices
 from mochi_tune.parallel.stream import NUM_BUFFERS, ThreadCopier, apply_streaming, streamed_bytes
 
 CPU = torch.device("cpu")
@@ -131,3 +133,17 @@ def test_streamed_blocks_may_be_compiled():
     for case in ({}, {"text_length": 3}):
         assert_same(dit, plain, **case)
     assert lines == [] and lora_parameters(dit)
+
+
+@pytest.mark.parametrize("policy", ["block", "attention"])
+@pytest.mark.parametrize("is_offloaded", [False, True])
+def test_a_model_that_is_gone_leaves_nothing_in_memory(policy, is_offloaded):
+    dit, device = build(), torch.device("cpu")
+    apply_streaming(dit, device)
+    apply_activation_checkpointing(dit, [policy] * 3, HostInputs(device) if is_offloaded else None)
+    step(dit)
+    weight = weakref.ref(dit.blocks[1].get_parameter("attn.qkv_x.base_layer.weight"))
+    assert weight() is not None
+    del dit
+    gc.collect()
+    assert weight() is None

@@ -67,7 +67,7 @@ def test_two_processes_stream_the_same_run(tmp_path):
 
 def test_weights_that_host_memory_cannot_take_are_refused():
     check_host_memory(2**30, 2**30)
-    with pytest.raises(ConfigError, match=r"5\.0 GiB free, and 18\.7 GiB of weights are to stay there: free some"):
+    with pytest.raises(ConfigError, match=r"5\.0 GiB free, and 18\.7 GiB of weights and blocks' inputs are to stay"):
         check_host_memory(int(18.7 * 2**30), 5 * 2**30)
 
 
@@ -83,7 +83,7 @@ def test_each_process_of_a_machine_has_weights_of_its_own_in_host_memory(tmp_pat
     more = ["memory=16gb", "train.recompute=block"]
     plan = preflight.check(load_config("my_lora", road(tmp_path / "run", *LORA, *more)), 1)
     plan = replace(plan, device=torch.device("cuda"))
-    room = plan.step.weights["modulation"] + plan.step.weights["blocks"]
+    room = plan.step.weights["modulation"] + plan.step.host_bytes(is_streamed=True, is_offloaded=False)
     monkeypatch.setattr(preflight, "free_bytes", lambda _device: 80 * 2**30)
     monkeypatch.setattr(preflight, "host_memory", lambda: (room, 2))
     with pytest.raises(ConfigError, match=r"for each of 2 processes: free some, .* fewer processes a machine"):
