@@ -135,7 +135,7 @@ def main(config: RunConfig) -> Iterator[Path]:
         if mesh is not None or not latents:
             raise
         trouble = error
-        write_line(f"video {len(latents) + 1} of {len(mine)} failed; those before it are written, then the error follows")
+        write_line(f"video {len(latents) + 1} of {len(mine)} failed; those before it are written, then comes the error")
         # The model is in the error's frames.
         traceback.clear_frames(error.__traceback__)
         free_memory()

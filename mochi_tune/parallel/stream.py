@@ -90,11 +90,6 @@ def apply_streaming(dit: AsymmDiT, device: torch.device, copier: Copier | None =
         ring.numbers[block] = number
 
 
-def streamed_bytes(dit: AsymmDiT) -> int:
-    """Returns what the frozen weights of all blocks take in host memory."""
-    return sum(tensor.nbytes for block in dit.blocks for tensor in _frozen(block).values())
-
-
 class BlockRing:
     """The buffers on the device, and which block is in which."""
 

@@ -163,23 +163,3 @@ def read_frames(path: Path) -> list:
 
     with av.open(str(path)) as container:
         return [frame.to_image() for frame in container.decode(video=0)]
-
-
-def write_contact_sheet(path: Path, videos: dict[str, Path], columns: int = 6) -> None:
-    """Writes a PNG with one labelled row of evenly spaced frames for each video, first and last included."""
-    from PIL import Image, ImageDraw
-
-    rows = {}
-    for label, video in videos.items():
-        frames = read_frames(video)
-        rows[label] = [frames[round(i * (len(frames) - 1) / (columns - 1))] for i in range(columns)]
-    width, height = next(iter(rows.values()))[0].size
-    label_height, gap = 18, 2
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + label_height)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (label, frames) in enumerate(rows.items()):
-        top = i * (height + label_height)
-        draw.text((2, top + 3), label, fill="black")
-        for j, frame in enumerate(frames):
-            sheet.paste(frame, (j * (width + gap), top + label_height))
-    sheet.save(path)

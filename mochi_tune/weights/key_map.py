@@ -65,16 +65,6 @@ def to_diffusers(tensors: Mapping[str, Tensor], mapping: Mapping[str, Pieces]) -
     return {name: piece for key, tensor in tensors.items() for name, piece in mapping[key].split(tensor).items()}
 
 
-def to_official(tensors: Mapping[str, Tensor], mapping: Mapping[str, Pieces]) -> dict[str, Tensor]:
-    """Converts diffusers' tensors to the official names and layouts; inverse of `to_diffusers`."""
-    official = {}
-    for key, pieces in mapping.items():
-        first = tensors[pieces.names[0]]
-        official[key] = first.new_empty(first.shape[0] * len(pieces.names), *first.shape[1:])
-        pieces.join(tensors.__getitem__, official[key])
-    return official
-
-
 def _dit_modules(config: DiTConfig) -> dict[str, Pieces]:
     modules = {
         "": Pieces(("",)),  # pos_frequencies, which belongs to no module

@@ -4,10 +4,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mochi_tune.sampling import video
-from mochi_tune.sampling.video import read_frames, write_contact_sheet, write_video
+from mochi_tune.sampling.video import read_frames, write_video
 
 
 def moving_frames(count):
@@ -83,15 +82,6 @@ def test_a_video_can_stand_beside_the_one_that_has_its_name(tmp_path):
     assert [len(read_frames(path)) for path in written] == [1, 2, 3] and len(list(tmp_path.iterdir())) == 3
     write_video(written[0], [moving_frames(4)])
     assert len(read_frames(written[0])) == 4
-
-
-def test_the_contact_sheet_shows_first_and_last_frame(tmp_path):
-    write_video(tmp_path / "x.mp4", [moving_frames(13)])
-    write_contact_sheet(tmp_path / "sheet.png", {"one": tmp_path / "x.mp4", "two": tmp_path / "x.mp4"}, columns=3)
-    sheet = np.array(Image.open(tmp_path / "sheet.png"))
-    first, last = (np.array(read_frames(tmp_path / "x.mp4")[i]) for i in (0, -1))
-    assert np.array_equal(sheet[18:50, :48], first) and np.array_equal(sheet[18:50, -48:], last)
-    assert np.array_equal(sheet[68:100, :48], first)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (480, 848), (720, 1280)])
