@@ -5,7 +5,7 @@ Both optimizers save and load the same state under the same names, so that a run
 
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,7 @@ def prepare(
     engine, _ = accelerator.prepare(dit, optimizer)
     # Accelerate's own wrapper makes DeepSpeed's update inside `backward`, before anyone has seen that the loss and the
     # gradients are finite.
-    accelerator.deepspeed_engine_wrapped = _BackwardOnly(engine)
+    accelerator.deepspeed_engine_wrapped = _BackwardOnly(engine, parameters.values())
     return engine, ZeroOptimizer(engine, parameters, optimizer)
 
 
@@ -347,12 +347,35 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
+class _InOrder(torch.autograd.Function):
+    """A loss whose gradients reach the parameters in the order of these, in whatever order they are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: list[Tensor], *parameters: Tensor) -> Tensor:
+        # In a list, or autograd would pass on to it what `backward` returns.
+        ctx.loss, ctx.parameters = losses[0], parameters
+        return losses[0].detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch.autograd.grad(ctx.loss, ctx.parameters, gradients, allow_unused=True)
+        ctx.loss = None
+        return None, *found
+
+
 class _BackwardOnly(DeepSpeedEngineWrapper):
     """What `accelerator.backward` calls under DeepSpeed: the backward pass, without the update."""
 
+    def __init__(self, engine: Any, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(engine)
+        self.parameters = tuple(parameters)
+
     def backward(self, loss: Tensor, sync_gradients: bool = True, **_: Any) -> None:
         self.engine.set_gradient_accumulation_boundary(sync_gradients)
-        self.engine.backward(loss)
+        # Stage 2 packs gradients in the order in which they come, and adds up what each process has packed. Where one
+        # of them runs compiled and another one does not, they come in different orders.
+        is_packed = self.engine.zero_optimization_stage() == 2
+        self.engine.backward(_InOrder.apply([loss], *self.parameters) if is_packed else loss)
         if not sync_gradients:
             self.engine.step()  # Between micro-batches this only counts them.
 

@@ -1,0 +1,52 @@
+"""The backward pass under DeepSpeed: what processes compute in different orders is added up parameter by parameter."""
+
+import os
+
+import pytest
+import torch
+from helpers_parallel import run_ranks
+from torch import nn
+
+from mochi_tune.cli.launch import prepare_deepspeed
+
+
+class Branches(nn.Module):
+    """A sum of layers, whose gradients come in the order in which it was told to compute them, the last one first."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+        self.order = order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((i + 1) * self.layers[i](x) for i in self.order)
+
+
+def gradients(strategy: str, accumulation_steps: int) -> list[torch.Tensor]:
+    prepare_deepspeed("cpu")
+    from deepspeed.utils import safe_get_full_grad
+
+    from mochi_tune.training.accelerator import build_accelerator, prepare
+
+    torch.manual_seed(0)
+    rank = int(os.environ["RANK"])
+    model = Branches([0, 1, 2] if rank == 0 else [2, 0, 1])
+    parameters = dict(model.named_parameters())
+    accelerator = build_accelerator(torch.device("cpu"), strategy, accumulation_steps, 1e9)
+    model, optimizer = prepare(accelerator, model, parameters, torch.optim.AdamW(model.parameters()), 1e9)
+    for number in range(accumulation_steps):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.full((1, 4), 1.0 + rank + number)).sum())
+    norm = optimizer.clip_grad_norm()
+    found = [safe_get_full_grad(p) if strategy == "zero2" else p.grad for p in parameters.values()]
+    return [norm, *(gradient.clone() for gradient in found)]
+
+
+@pytest.mark.parametrize("strategy", ["data", "zero2"])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_gradients_of_another_order_are_averaged_by_parameter(tmp_path, strategy, accumulation_steps):
+    mean = 1.5 if accumulation_steps == 1 else 2.0
+    for norm, *found in run_ranks(2, gradients, tmp_path, strategy, accumulation_steps):
+        expected = [torch.full((4, 4), mean * (i + 1)) for i in range(3)]
+        assert all(torch.allclose(ours, its) for ours, its in zip(found, expected, strict=True)), found
+        assert norm.item() == pytest.approx(torch.stack(expected).norm().item())
