@@ -64,4 +64,7 @@ def _four_bit(linear: nn.Linear, precision: str) -> nn.Module:
     weight: Any = Params4bit
     made.weight = weight(linear.weight.data, requires_grad=False, quant_type=precision)
     made.bias = linear.bias
+    # On a CPU that multiplies bf16, a pass without gradients would turn the weight into another layout for good, which
+    # has no backward pass.
+    made.support_avx512bf16_for_cpu = False
     return made.to(linear.weight.device)
