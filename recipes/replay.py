@@ -215,7 +215,8 @@ class NonFiniteWatch:
                     tensor.register_hook(lambda gradient: self._note(f"the gradient of the output of {name}", gradient))
 
     def _note(self, where: str, tensor: torch.Tensor) -> None:
-        if not self.origin and not bool(tensor.isfinite().all()):
+        # Detached: a checkpointed block counts what is kept for the backward pass, and this is no part of it.
+        if not self.origin and not bool(tensor.detach().isfinite().all()):
             self.origin = where
 
 

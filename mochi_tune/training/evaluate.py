@@ -62,6 +62,7 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
             if run.metrics is not None:
                 row = {"step": run.step, "validation_loss": sum(losses.values()) / len(losses), "bins": losses}
                 row |= {"held_out": bool(plan.held_out), "sigmas_drawn": run.metrics.sigma_histogram()}
+                row |= {"measured_on": clips.digest()}
                 run.metrics.log_validation(row)
                 tqdm.write(validation_line(row, run.metrics.best_validation()))
         if renders and videos is not None:
@@ -97,6 +98,12 @@ class ValidationClips:
     seed: int
     objective: str
     is_strict: bool = True
+
+    def digest(self) -> str:
+        """Returns what the losses hang on beside the adapter, as a short hash: noise is drawn by a clip's index."""
+        rows = self.dataset.cache.rows
+        clips = [(index, rows[index].clip_key, rows[index].text_keys) for index in self.indices]
+        return hashlib.sha256(repr((self.seed, self.objective, clips)).encode()).hexdigest()[:12]
 
 
 @torch.no_grad()
@@ -146,9 +153,10 @@ def encode_eval_prompts(plan: TrainPlan) -> list[Tensor]:
     """Returns the features (n, D) of the eval prompts and, last, of the negative prompt; [] where none is rendered."""
     if not plan.renders_videos:
         return []
-    encoder = plan.weights.load_text_encoder(plan.device, torch.float32)
+    # As `sample` does: in fp32, T5 alone would not fit a small GPU.
+    encoder = plan.weights.load_text_encoder(plan.device, DTYPES[plan.config.model.dtype])
     prompts = [*plan.config.train.sample_prompts, plan.config.sample.negative_prompt]
-    features = [features.cpu() for features in encoder.encode(prompts)]
+    features = [features.float().cpu() for features in encoder.encode(prompts)]
     del encoder
     free_memory()
     return features

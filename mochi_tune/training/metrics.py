@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +15,15 @@ from mochi_tune.errors import TrainingError
 from mochi_tune.files import fsync, write_atomic
 
 FILES: tuple[str, ...] = ("metrics", "validation")
+
+
+def comparable(validations: Sequence[Mapping]) -> list[Mapping]:
+    """Returns the rows of validation.jsonl that measured what the last one did, or that do not say what they measured.
+
+    A run that went on with other clips, or with clips in another order, has other losses for the same adapter.
+    """
+    last = validations[-1].get("measured_on") if validations else None
+    return [row for row in validations if row.get("measured_on") in (None, last)]
 
 
 class Metrics:
@@ -36,7 +45,7 @@ class Metrics:
         """
         self.paths = {name: run_dir / f"{name}.jsonl" for name in FILES}
         self._num_rows = dict.fromkeys(FILES, 0)
-        self._validation_losses: dict[int, float | None] = {}
+        self._validations: dict[int, Mapping] = {}
         self._sigma_counts = [0] * 10
         for name, path in self.paths.items():
             for row in _cut_after(path, last_step):
@@ -69,20 +78,19 @@ class Metrics:
 
     def is_validated(self, step: int) -> bool:
         """Whether there is a row of a step's validation already."""
-        return step in self._validation_losses
+        return step in self._validations
 
     def best_validated(self, steps: Collection[int]) -> int | None:
         """Returns the one of these steps that has the lowest validation loss, None if none was validated."""
         # A loss may be no number at all, and is then no best one.
-        known = self._validation_losses
+        known = {row["step"]: row.get("validation_loss") for row in comparable(list(self._validations.values()))}
         losses = {s: loss for s, loss in known.items() if s in steps and loss is not None and math.isfinite(loss)}
         return min(losses, key=losses.__getitem__, default=None)
 
     def best_validation(self) -> tuple[int, float] | None:
         """Returns the step of the lowest validation loss, and that loss."""
-        best = self.best_validated(self._validation_losses)
-        loss = None if best is None else self._validation_losses[best]
-        return None if best is None or loss is None else (best, loss)
+        best = self.best_validated(self._validations)
+        return None if best is None else (best, self._validations[best]["validation_loss"])
 
     def sigma_histogram(self) -> list[int]:
         """Returns how many samples so far were drawn in each tenth of the noise levels."""
@@ -101,7 +109,9 @@ class Metrics:
     def _count(self, name: str, row: Mapping) -> None:
         self._num_rows[name] += 1
         if name == "validation":
-            self._validation_losses[row["step"]] = row.get("validation_loss")
+            self._validations[row["step"]] = {
+                key: row.get(key) for key in ("step", "validation_loss", "measured_on")
+            }
         for sigma in row.get("sigmas", ()):
             self._sigma_counts[min(int(10 * sigma), 9)] += 1
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mochi_tune.config.load import load_config
 from mochi_tune.files import file_sha256, parse_object, read_json_lines
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
-from mochi_tune.training.metrics import FILES
+from mochi_tune.training.metrics import FILES, comparable
 from mochi_tune.training.resume import read_clips
 from mochi_tune.training.run_folder import read_history
 
@@ -94,7 +94,7 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
         for name in FILES
     )
     clips = [row.get("clips", []) for row in rows]
-    losses = [(row["step"], row.get("validation_loss")) for row in validations]
+    losses = [(row["step"], row.get("validation_loss")) for row in comparable(validations)]
     return RunRecords(
         config=config,
         step=step,

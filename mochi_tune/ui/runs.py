@@ -16,6 +16,7 @@ import psutil
 
 from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object, read_json_lines
+from mochi_tune.training.metrics import comparable
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.jobs import is_alive
 
@@ -210,7 +211,7 @@ def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]
 def best_step(run_dir: Path) -> tuple[int, float] | None:
     """Returns the step of the lowest validation loss, and that; None before there is one."""
     rows = [row for row in read_rows(run_dir / "validation.jsonl") if isfinite(row.get("validation_loss", math.nan))]
-    best = min(rows, key=lambda row: row["validation_loss"], default=None)
+    best = min(comparable(rows), key=lambda row: row["validation_loss"], default=None)
     return None if best is None else (best["step"], best["validation_loss"])
 
 

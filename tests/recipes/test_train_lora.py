@@ -23,7 +23,7 @@ from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.sampler import draw_noise, sample_latents
 from mochi_tune.training import evaluate
 from mochi_tune.training.draws import KeyedDraws
-from mochi_tune.training.preflight import check_text_width
+from mochi_tune.training.preflight import check, check_text_width
 from mochi_tune.weights.folder import WeightsFolder
 
 # Long enough for a signal to come while it is under way.
@@ -227,6 +227,19 @@ def test_eval_videos_are_those_of_the_sample_command(tmp_path):
     twice = torch.cat([decode(base)] * 2, dim=2)
     assert_same_frames(frames["step_000000_prompt_0"], twice, share)
     assert again.ne(twice).float().mean() > 10 * share, "the adapter does something"
+
+
+def test_prompts_of_eval_videos_are_encoded_as_sample_encodes_them(tmp_path):
+    """In the model's dtype: T5 in fp32 would need a larger GPU than the training does."""
+    more = ["model.dtype=bf16", "train.sample_every=2", "train.sample_prompts=[a red ball]"]
+    config = load_config("my_lora", road(tmp_path, *LORA, *more))
+    features = evaluate.encode_eval_prompts(check(config, 1))
+    weights = WeightsFolder(weights_folder(config))
+    in_bf16, in_fp32 = (
+        weights.load_text_encoder("cpu", dtype).encode(["a red ball", ""]) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert all(torch.equal(ours, its.float()) for ours, its in zip(features, in_bf16, strict=True))
+    assert not torch.equal(features[0], in_fp32[0])
 
 
 def test_draws_are_keyed_by_seed_step_and_sample():

@@ -6,6 +6,7 @@ import pytest
 
 from mochi_tune.errors import TrainingError
 from mochi_tune.training.metrics import Metrics
+from mochi_tune.ui.runs import best_step
 
 # No file may grow beyond a limit, which is lifted later: a disk that is full for a while, half rows and all.
 FULL_FOR_A_WHILE = """
@@ -71,6 +72,18 @@ def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
         for step, loss in ((1, 0.5), (2, float("nan")), (3, 0.7)):
             metrics.log_validation({"step": step, "validation_loss": loss})
         assert metrics.best_validation() == (1, 0.5) and metrics.best_validated([2, 3]) == 3
+
+
+def test_losses_of_other_clips_are_not_compared(tmp_path):
+    with Metrics(tmp_path, 0) as metrics:
+        for step, loss, clips in ((1, 0.2, None), (2, 0.1, "old"), (3, 0.5, "new"), (4, 0.6, "new")):
+            metrics.log_validation({"step": step, "validation_loss": loss, "measured_on": clips})
+        # A row of a version that did not write it down is taken.
+        assert metrics.best_validation() == (1, 0.2) and metrics.best_validated([2, 3, 4]) == 3
+        assert metrics.is_validated(2)
+    with Metrics(tmp_path, 4) as metrics:
+        assert metrics.best_validated([2, 3, 4]) == 3
+    assert best_step(tmp_path) == (1, 0.2)
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
