@@ -16,7 +16,7 @@ from mochi_tune.config.schema import TrainConfig
 from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
-from mochi_tune.errors import CheckpointError, DataError
+from mochi_tune.errors import CheckpointError, DataError, some
 from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
@@ -95,16 +95,22 @@ def main(bundle: Path, device_name: str) -> Replay:
     Raises:
         MochiTuneError: the bundle is not whole, or its clips or weights are not there any more.
     """
+    if not (bundle / "step.json").is_file():
+        others = sorted(str(path.parent) for path in bundle.parent.glob("*/step.json"))
+        there = f"those there are {some(others)}" if others else "a run writes RUN/bundles/step_NUMBER"
+        raise CheckpointError(f"{bundle} is no bundle of a refused step, which has a step.json: {there}.")
     recorded = read_json(bundle / "step.json")
     needed = ("step", "draws", "clips", "loss", "grad_norm")
-    if missing := [key for key in needed if key not in recorded]:
+    if missing := [key for key in needed if not recorded.get(key) and recorded.get(key) != 0]:
         raise CheckpointError(f"{bundle / 'step.json'} has no {', '.join(missing)}: it is no bundle of a run.")
     config = load_config(str(bundle / "config.yaml"), [])
     train, num_micro_batches = config.train, recorded["draws"]["num_micro_batches"]
     draws = KeyedDraws(config.seed, train.batch_size, num_micro_batches, train.caption_dropout, train.sigma_stratified)
     device = find_device(device_name)
-    dataset, places = find_clips(config, recorded["clips"])
-    # Bundles of before these were recorded have neither.
+    # Bundles of before these were recorded have none of them.
+    identity = recorded.get("identity", {})
+    dataset, places = find_clips(config, recorded["clips"], identity.get("cache"))
+    check_base(config, identity.get("base"))
     dit = load_adapted(config, bundle, device, recorded.get("host_modulation", False))
     kernel, attention = choose_kernel(recorded.get("attention"), config, dit.config, device)
     parameters = lora_parameters(dit)
@@ -138,8 +144,27 @@ def main(bundle: Path, device_name: str) -> Replay:
     return Replay(recorded, done, loss, grad_norm, attention)
 
 
-def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list[int]]:
+def check_base(config: RunConfig, of_run: str | None) -> None:
+    """Refuses another base than that of the run.
+
+    Raises:
+        CheckpointError: the weights are others by now.
+    """
+    here = WeightsFolder(weights_paths(config)).base_identity()
+    if of_run not in (None, here):
+        raise CheckpointError(
+            f"{config.model.weights} has another base than the run's: the base is {here[:12]} here, {of_run[:12]} "
+            "there: put the run's weights back to replay its step."
+        )
+
+
+def find_clips(config: RunConfig, paths: list[str], of_run: str | None) -> tuple[LatentDataset, list[int]]:
     """Returns the cache's clips and the numbers of those of a step.
+
+    Args:
+        config: of the run.
+        paths: the clips.
+        of_run: fingerprint of the run's cache; None: none was recorded.
 
     Raises:
         DataError: the cache is another one by now.
@@ -150,6 +175,11 @@ def find_clips(config: RunConfig, paths: list[str]) -> tuple[LatentDataset, list
     if gone := sorted(set(paths) - numbers.keys()):
         raise DataError(
             f"the cache {config.data.cache} has no clip {gone[0]} any more: put it back to replay its step."
+        )
+    if of_run not in (None, cache.fingerprint):
+        raise DataError(
+            f"the cache {config.data.cache} has other clips or captions than the run's: prepare it with the run's "
+            "settings to replay its step."
         )
     return dataset, [numbers[path] for path in paths]
 

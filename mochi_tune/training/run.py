@@ -385,8 +385,8 @@ class Run:
             way_on = "resume=force and train.spike_policy=skip"
         facts = {
             **result.numbers, "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
-            "seed": self.plan.config.seed, "draws": asdict(self.plan.draws),
-            "attention": self.attention, "host_modulation": self.plan.has_host_modulation,
+            "seed": self.plan.config.seed, "draws": asdict(self.plan.draws), "attention": self.attention,
+            "host_modulation": self.plan.has_host_modulation, "identity": self.plan.identity,
         }  # fmt: skip
         bundle = write_bundle(self.run_dir / "bundles", facts, weights, config_yaml(self.plan.config))
         drawn = zip(result.clips, result.sigmas, strict=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from mochi_tune.config.load import load_config
 from mochi_tune.data.cache import open_cache
-from mochi_tune.errors import DataError, TrainingError
+from mochi_tune.errors import DataError, MochiTuneError, TrainingError
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.kernels import KERNELS
 from mochi_tune.recipes import replay as replaying
@@ -63,6 +63,23 @@ def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(tmp_path,
     assert all(
         f"{clip} (sigma {sigma:.3f})" in text for clip, sigma in zip(facts["clips"], facts["sigmas"], strict=True)
     )
+
+
+def test_a_step_is_not_replayed_on_another_base_or_cache_and_a_missing_bundle_is_named(tmp_path):
+    code, text = run_program(["train", "conf=my_lora", *road(tmp_path / "run", *LORA, *WILD)], tmp_path / "out")
+    assert code == 2, text
+    [bundle] = (tmp_path / "run" / "bundles").iterdir()
+    whole = json.loads((bundle / "step.json").read_text())
+    for key, message in (("cache", "has other clips or captions than the run's"), ("base", "another base than the")):
+        changed = whole | {"identity": whole["identity"] | {key: "0" * 64}}
+        (bundle / "step.json").write_text(json.dumps(changed))
+        with pytest.raises(MochiTuneError, match=message):
+            replay(bundle, "cpu")
+    (bundle / "step.json").write_text(json.dumps(whole | {"draws": {}}))
+    with pytest.raises(MochiTuneError, match=r"has no draws: it is no bundle of a run"):
+        replay(bundle, "cpu")
+    with pytest.raises(MochiTuneError, match=rf"step_9 is no bundle .* those there are {bundle}"):
+        replay(bundle.with_name("step_9"), "cpu")
 
 
 @pytest.mark.parametrize("more", [[], ["train.recompute=block"]], ids=["plain", "checkpointed"])
