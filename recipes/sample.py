@@ -1,5 +1,6 @@
 """Renders prompts to videos, with or without adapters, on one device or many: T5, DiT and VAE in turn."""
 
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -127,9 +128,10 @@ def main(config: RunConfig) -> Iterator[Path]:
     encoded = encode_init_videos(plan, config, device, usage)
     latents: list[dict[str, Tensor]] = []
     trouble: Exception | None = None
+    stopped_by = 0
     try:
         with usage.stage("sample", plan.held(setup.residency, dtype.itemsize)):
-            render(plan, mine, (features, encoded), setup, latents)
+            stopped_by = render(plan, mine, (features, encoded), setup, latents)
     except Exception as error:
         # Of several processes, the others would wait for this one in the decoder.
         if mesh is not None or not latents:
@@ -165,7 +167,8 @@ def main(config: RunConfig) -> Iterator[Path]:
     if trouble is not None:
         raise trouble
     if len(finished) < len(mine):
-        raise KeyboardInterrupt
+        # With the exit code, which of another process's signal is that of Ctrl-C.
+        raise KeyboardInterrupt(128 + (stopped_by or signal.SIGINT))
 
 
 def check(config: RunConfig, num_processes: int) -> RenderPlan:
@@ -306,8 +309,8 @@ def render(
     inputs: tuple[dict[str, Tensor], dict[Start, Encoded]],
     setup: Setup,
     finished: list[dict[str, Tensor]],
-) -> None:
-    """Renders requests to latents on the CPU, by their variant; a Ctrl-C ends it between two steps.
+) -> int:
+    """Renders requests to latents on the CPU, by their variant; returns the signal that ended it between two steps.
 
     Args:
         plan: of all processes.
@@ -328,11 +331,8 @@ def render(
             noise = noise_of(request)
             if mesh is None or mesh.is_writer:
                 tqdm.write(f"{request.video.name}: noise {tensor_sha256(noise)}", file=sys.stderr)
-            prompt, negative_prompt, settings = (
-                features[request.prompt],
-                features[request.negative_prompt],
-                request.settings,
-            )
+            prompt, negative_prompt = features[request.prompt], features[request.negative_prompt]
+            settings = request.settings
             if (start := start_of(request)) is not None:
                 noise = add_noise(encoded[start][0], noise, settings.start_sigma)
             scheduled = follow_schedules(guide, scaling, settings, schedules)
@@ -356,11 +356,12 @@ def render(
                         of_process = "" if mesh is None or mesh.layout.data == 1 else " of this process"
                         counts = f"of {len(requests)} videos{of_process}, {len(finished)} are finished and kept"
                         write_line(f"stopped: {counts}")
-                        return
+                        return stop.received
             check_latents(request, states)
             finished.append({variant: state.cpu() for variant, state in states.items()})
     del dit
     free_memory()
+    return 0
 
 
 def check_latents(request: Request, states: Mapping[str, Tensor]) -> None:

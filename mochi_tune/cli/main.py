@@ -99,9 +99,9 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         advice = "use memory=16gb or memory=12gb, or lower data.num_frames, data.height, data.width or train.batch_size"
         print(f"{me}: the GPU's memory does not suffice ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
         sys.exit(USERS_MISTAKE)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"{me}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(stop.args[0] if stop.args else INTERRUPTED)
 
 
 def run(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:

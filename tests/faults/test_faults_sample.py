@@ -53,7 +53,7 @@ class Rendering(Program):
         return code, self.err.splitlines()[-1]
 
 
-LONG = ("sample.steps=20000",)
+LONG = ("sample.steps=10000",)
 
 
 def test_a_rank_that_is_killed_ends_all_and_is_named(folder):
@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_ends_all_and_is_named(folder):
 
 def test_a_ctrl_c_keeps_what_is_finished(folder):
     # As a terminal sends it: to the process that was started, while the second video is under way.
-    rows = [{"prompt": PROMPTS[0], "steps": 2}, {"prompt": PROMPTS[1], "steps": 20000}]
+    rows = [{"prompt": PROMPTS[0], "steps": 2}, {"prompt": PROMPTS[1], "steps": 10000}]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rendering = Rendering(folder, "stopped", f"sample.prompts={folder / 'rows.jsonl'}")
     rendering.wait_until(lambda: rendering.err.count("noise") >= 2)
@@ -85,6 +85,15 @@ def test_a_ctrl_c_keeps_what_is_finished(folder):
     assert sorted(p.suffix for p in rendering.folder.iterdir()) == [".json", ".mp4", ".safetensors"]
     [video] = rendering.folder.glob("a_red_circle*.mp4")
     assert len(read_frames(video)) == 37
+
+
+def test_one_process_that_is_asked_to_stop_says_by_which_signal(folder):
+    arguments = [a for a in settings(folder, "terminated", {}) if "num_processes" not in a]
+    program = Program(["sample", "conf=toy_lora", *arguments, *LONG], folder / "terminated.log")
+    program.wait_until(lambda: "noise" in program.err)
+    time.sleep(0.5)
+    program.send(signal.SIGTERM)
+    assert program.wait() == 128 + signal.SIGTERM and program.err.splitlines()[-1] == "mochi-tune: interrupted"
 
 
 def test_a_rank_that_is_stopped_with_a_video_of_its_own_is_named(folder):
