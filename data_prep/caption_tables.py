@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,12 +22,17 @@ from mochi_tune.files import read_text
 TABLE_STEMS = ("metadata", "captions", "dataset", "videos2caption")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
 # What people call the two columns; the first one that is there counts.
-FILE_KEYS = ("file_name", "video", "path", "media_path", "video_path", "file")
+FILE_KEYS = (
+    "file_name", "video", "path", "media_path", "video_path", "file", "filename", "file_path", "filepath", "video_name",
+    "file name",
+)  # fmt: skip
 CAPTION_KEYS = ("caption", "text", "prompt", "captions", "cap")
 # Two lists of the same length, as finetrainers and the CogVideoX scripts read them.
 VIDEO_LISTS = ("videos.txt", "video.txt")
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 DELIMITERS = (",", ";", "\t")
+_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?\s*', re.IGNORECASE)
+BARE_UTF16 = "holds NUL characters, as UTF-16 without its mark at the begin does: save it as UTF-8."
 
 
 @dataclass(frozen=True)
@@ -179,8 +185,14 @@ def _read_table(path: Path) -> tuple[list[TableRow], str]:
 
 def _read(path: Path) -> tuple[str, str]:
     try:
-        return read_text(path, fallback="cp1252")
+        text, encoding = read_text(path, fallback="cp1252")
+        # One further down is of a single row.
+        if "\0" in text[:4]:
+            raise DataError(f"{path}: {BARE_UTF16}")
+        return text, encoding
     except UnicodeDecodeError as error:
+        if b"\0" in error.object[:4] and error.object[:1].isascii():
+            raise DataError(f"{path}: {BARE_UTF16}") from None
         raise DataError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
@@ -215,8 +227,12 @@ def _read_lists(video_list: Path, caption_list: Path) -> tuple[list[TableRow], s
 
 
 def _csv_rows(path: Path, text: str, delimiters: tuple[str, ...]) -> Iterator[TableRow]:
-    """Yields the rows of a CSV; a row is numbered by its last line, and the header is row 1."""
-    reader = csv.reader(io.StringIO(text), strict=True, delimiter=_sniff_delimiter(text, delimiters))
+    """Yields the rows of a CSV; a row is numbered by its last line in the file."""
+    text, num_skipped, delimiters = _skip_to_header(text, delimiters)
+    delimiter = _sniff_delimiter(text, delimiters)
+    # Some write a space behind the separator, before a quote too; a tab may be followed by one that counts.
+    is_spaced = delimiter != "\t"
+    reader = csv.reader(io.StringIO(text), strict=True, delimiter=delimiter, skipinitialspace=is_spaced)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         file_key, caption_key = _first_of(FILE_KEYS, header), _first_of(CAPTION_KEYS, header)
@@ -228,16 +244,32 @@ def _csv_rows(path: Path, text: str, delimiters: tuple[str, ...]) -> Iterator[Ta
         for row in reader:
             if not any(value.strip() for value in row):
                 continue
+            where = f"{path} row {num_skipped + reader.line_num}"
             if len(row) != len(header):
                 raise DataError(
-                    f"{path} row {reader.line_num}: has {len(row)} fields where the header has {len(header)}: "
+                    f"{where}: has {len(row)} fields where the header has {len(header)}: "
                     'put a caption that holds the separator into "double quotes".'
                 )
             fields = dict(zip(header, row, strict=True))
-            where = f"{path} row {reader.line_num}"
             yield TableRow(where, _file_name(path, where, fields[file_key]), (fields[caption_key],))
     except csv.Error as error:
-        raise DataError(f"{path} row {reader.line_num}: is not CSV ({error}): correct the row.") from None
+        raise DataError(f"{path} row {num_skipped + reader.line_num}: is not CSV ({error}): correct the row.") from None
+
+
+def _skip_to_header(text: str, delimiters: tuple[str, ...]) -> tuple[str, int, tuple[str, ...]]:
+    """Returns a CSV from its header on, the number of lines before it, and what may separate its columns.
+
+    Excel writes, and reads, a first line `sep=;` that names the separator.
+    """
+    number = 0
+    while text:
+        line, _, rest = text.partition("\n")
+        named = _SEPARATOR.fullmatch(line)
+        if line.strip(" \t,;") and not named:
+            break
+        delimiters = (named[1],) if named else delimiters
+        text, number = rest, number + 1
+    return text, number, delimiters
 
 
 def _sniff_delimiter(text: str, delimiters: tuple[str, ...]) -> str:

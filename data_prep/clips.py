@@ -269,7 +269,7 @@ def _too_short(path: Path, have: int, cut: Cut, changed: str = "") -> DataError:
     start = f" from frame {cut.start} on" if cut.start else ""
     return DataError(
         f"{path}: is too short: have {have} {rate}{changed}, need {cut.num_frames}{start}: "
-        "use a longer clip or a smaller data.num_frames."
+        "use a longer clip, or a smaller data.num_frames or shorter data.buckets, whichever is set."
     )
 
 

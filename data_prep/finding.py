@@ -1,17 +1,21 @@
 """Finds the videos and stills of a folder, and what else lies there."""
 
+import contextlib
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mochi_tune.data_prep.stills import STILL_SUFFIXES
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, some
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".gif")
 IMAGE_SUFFIXES = STILL_SUFFIXES
 MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 # Captions, which are read by other code.
 CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
+# What this program has made: the videos of a run are no clips.
+MADE_HERE = ("is a run of mochi-tune", "is a cache of mochi-tune")
 
 
 def find_videos(folder: Path, with_stills: bool = False, setting: str = "data.videos") -> list[Path]:
@@ -29,17 +33,20 @@ def find_videos(folder: Path, with_stills: bool = False, setting: str = "data.vi
         raise DataError(f"{setting}={folder} is not a folder: name the folder that holds your clips.")
     if not folder.is_dir():
         raise DataError(f"{setting}={folder} does not exist: name the folder that holds your clips.")
-    videos = list_videos(folder, with_stills)
+    closed: dict[str, str] = {}
+    videos = list_videos(folder, with_stills, closed)
     if not videos:
         suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
-        raise DataError(f"{setting}={folder} holds no video: put clips in it ({' '.join(suffixes)}).")
+        made = [f"{path} {why}" for path, why in sorted(closed.items()) if why in MADE_HERE]
+        but = f" but what was made of clips ({some(made)})" if made else ""
+        raise DataError(f"{setting}={folder} holds no video{but}: put clips in it ({' '.join(suffixes)}).")
     return videos
 
 
-def list_videos(folder: Path, with_stills: bool = False) -> list[Path]:
-    """Lists the videos as `find_videos`, of a folder that may hold none."""
+def list_videos(folder: Path, with_stills: bool = False, closed: dict[str, str] | None = None) -> list[Path]:
+    """Lists the videos as `find_videos`, of a folder that may hold none; `closed` is that of `walk`."""
     suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
-    return _files(folder, lambda suffix: suffix in suffixes)
+    return _files(folder, lambda suffix: suffix in suffixes, closed)
 
 
 def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
@@ -60,31 +67,54 @@ def walk(folder: Path, closed: dict[str, str] | None = None) -> Iterator[tuple[s
     """Yields the path and the name of all that lies in `folder` and below it, but of folders; follows no links to any.
 
     In no order, and without a system call for each file: a folder may have 100,000. Folders below whose name starts
-    with a dot are left out: file managers keep there what was deleted.
+    with a dot are left out: file managers keep there what was deleted. Runs and caches of this program are passed over,
+    unless `folder` itself is one.
 
     Args:
         folder: to look in.
         closed: gets the folders that are not looked into, and why.
     """
     closed = {} if closed is None else closed
-    folders = ["" if str(folder) == "." else str(folder)]
+    folders, is_top = ["" if str(folder) == "." else str(folder)], True
     while folders:
         parent = folders.pop()
         try:
-            entries = os.scandir(parent or ".")
+            with os.scandir(parent or ".") as found:
+                entries = list(found)
         except PermissionError:
             closed[parent] = "is a folder that cannot be read: change its permissions"
             continue
         start = os.path.join(parent, "")
-        with entries:
-            for entry in entries:
-                path = start + entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    folders += [] if entry.name.startswith(".") else [path]
-                elif not (entry.is_symlink() and Path(path).is_dir()):
-                    yield path, entry.name
-                elif not entry.name.startswith("."):
-                    closed[path] = "is a link to a folder, which is not followed: name that folder in data.sources"
+        if not is_top and (made := _made_here(start, {entry.name for entry in entries})):
+            closed[parent] = made
+            continue
+        is_top = False
+        for entry in entries:
+            path = start + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                folders += [] if entry.name.startswith(".") else [path]
+            elif not (entry.is_symlink() and Path(path).is_dir()):
+                yield path, entry.name
+            elif not entry.name.startswith("."):
+                closed[path] = "is a link to a folder, which is not followed: name that folder in data.sources"
+
+
+def _made_here(start: str, names: set[str]) -> str:
+    """Returns what a folder is whose path with a slash and whose names are given: one of MADE_HERE, or ""."""
+    if "config.yaml" in names and ("metrics.jsonl" in names or os.path.isdir(f"{start}checkpoints")):
+        return MADE_HERE[0]
+    # Others write files of this name too, beside clips.
+    if {"manifest.json", "data"} <= names and os.path.isdir(f"{start}data"):
+        with contextlib.suppress(PermissionError):
+            if any(name.startswith("train-") and name.endswith(".parquet") for name in os.listdir(f"{start}data")):
+                return MADE_HERE[1]
+    return ""
+
+
+def one_line(text: str) -> str:
+    """Returns a text with escapes for what would break its line, or move the cursor: the name of a file may hold it."""
+    breaking = {c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp")}
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in breaking})
 
 
 def suffix_of(name: str) -> str:

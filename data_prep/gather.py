@@ -1,6 +1,7 @@
 """What there is to encode: the files of all sources, their captions, and the clips that are cut from them."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mochi_tune.data.rows import CacheSettings, Row, make_row
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import find_unused, find_videos
+from mochi_tune.data_prep.finding import find_unused, find_videos, one_line
 from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, Signature, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
@@ -99,7 +100,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         )
         found = load_captions(folder, videos, rules)
         for note in found.notes:
-            tqdm.write(note)
+            tqdm.write(one_line(note))
         for video, name in names.items():
             captions, relative = found.texts.get(video, ("",)), video.relative_to(folder).as_posix()
             inputs.files[name] = MediaFile(name, video, relative, source, captions)
@@ -118,7 +119,8 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
     _check_captions(data, without, orphans, len(inputs.files))
     if inputs.refused:
         # Told before hours of encoding, and again with the others at the end.
-        tqdm.write(f"{counted(len(inputs.refused), 'clip')} will be refused: {some(inputs.refused.values())}")
+        refused = f"{counted(len(inputs.refused), 'clip')} will be refused: {some(inputs.refused.values())}"
+        tqdm.write(one_line(refused))
     return inputs
 
 
@@ -137,13 +139,13 @@ def _check_captions(data: DataConfig, without: list[str], orphans: list[str], nu
         # A typo in a file's name is the usual cause; both names together make it visible.
         typos = f"; without a video there are the captions {some(orphans)}" if orphans else ""
         where = ", ".join(str(source.folder) for source in read_sources(data))
+        found = one_line(f"{counted(num_clips, 'clip')} in {where} ({some(without)}{typos})")
         raise DataError(
-            f"without a caption: {len(without)} of {counted(num_clips, 'clip')} in {where} ({some(without)}{typos}): "
-            "write each one's caption into a .txt file of its name, or set data.allow_empty_captions=true to train "
-            "them without."
+            f"without a caption: {len(without)} of {found}: write each one's caption into a .txt file of its name, or "
+            "set data.allow_empty_captions=true to train them without."
         )
     if orphans:
-        tqdm.write(f"captions without a video of that name, not used: {some(orphans, limit=10)}")
+        tqdm.write(one_line(f"captions without a video of that name, not used: {some(orphans, limit=10)}"))
 
 
 def cut_inputs(
@@ -175,8 +177,11 @@ def cut_inputs(
         except DataError as error:
             inputs.refused[file.name] = str(error)
             continue
+        # Not of the others, so that what is encoded of them keeps its key.
+        colours = {"from_profile": True} if scan.has_profile else {}
         for cut in cuts:
-            row = make_row(file.relative, file.captions, sha256, decisive(cut), settings, file.source.name)
+            values = decisive(cut) | colours
+            row = make_row(file.relative, file.captions, sha256, values, settings, file.source.name)
             inputs.clips.append(Clip(row, file, cut))
     hashes.save()
     if scans != before:
@@ -189,7 +194,9 @@ def _choose_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]:
     try:
         return choose_cuts(scan, file.source.buckets, file.source.clips, data)
     except DataError as error:
-        raise DataError(f"{file.path}: {error}") from None
+        # Which setting the sizes are of is not known where one of them is chosen.
+        advice = r"a smaller data\.num_frames|shorter buckets in data\.buckets"
+        raise DataError(f"{file.path}: {re.sub(advice, lambda _: file.source.shorter, str(error))}") from None
 
 
 def _kept_scans(path: Path) -> dict[str, Scan]:
@@ -197,7 +204,12 @@ def _kept_scans(path: Path) -> dict[str, Scan]:
     kept = (parse_object(path.read_bytes()) or {}) if path.is_file() else {}
     try:
         scans = kept["scans"] if kept.get("version") == TRANSFORM_VERSION else {}
-        return {sha256: Scan.from_json(values) for sha256, values in scans.items()}
+        # Pictures are read again that were before their profiles counted.
+        return {
+            sha256: Scan.from_json(values)
+            for sha256, values in scans.items()
+            if values["codec"] or "has_profile" in values
+        }
     except (LookupError, TypeError, AttributeError):
         # Written by another program: the files are read again.
         return {}

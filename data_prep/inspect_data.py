@@ -5,6 +5,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_paths
+from mochi_tune.data_prep.finding import one_line
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
 from mochi_tune.errors import counted, some
@@ -36,12 +37,11 @@ def main(config: RunConfig, out: Path | None) -> int:
     tokenizer = weights.load_tokenizer() if weights.has_tokenizer() else None
     found = inspect_clips(config.data, config.seed, tokenizer)
     for reason in found.refused.values():
-        tqdm.write(f"refused: {reason}")
+        tqdm.write(one_line(f"refused: {reason}"))
     mute = [seen.clip.row.sample_id for seen in found.clips if not any(seen.clip.row.captions)]
     if mute and not config.data.allow_empty_captions:
-        tqdm.write(
-            f"without a caption, which `prepare` refuses to begin with: {counted(len(mute), 'clip')} ({some(mute)})"
-        )
+        names = one_line(f"{counted(len(mute), 'clip')} ({some(mute)})")
+        tqdm.write(f"without a caption, which `prepare` refuses to begin with: {names}")
     # The name of a run or a folder may hold bytes that are not UTF-8.
     write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
     tqdm.write(f"{out / PAGE_NAME}: {counted(len(found.clips), 'clip')}, {len(found.refused)} refused")

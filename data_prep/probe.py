@@ -57,6 +57,7 @@ class Scan:
         has_discontinuity: its clock jumps, as in joined recordings.
         codec: the decoder's name; "" for a still.
         container: the format's name; "" for a still.
+        has_profile: it is a picture with a colour profile that is not sRGB's.
     """
 
     width: int
@@ -78,6 +79,7 @@ class Scan:
     has_discontinuity: bool = False
     codec: str = ""
     container: str = ""
+    has_profile: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Returns the values as a dict that JSON can hold."""
@@ -138,7 +140,7 @@ def read_source(path: Path) -> Source:
     if path.suffix.lower() in STILL_SUFFIXES:
         still = read_still_size(path, MAX_PIXELS)
         if still.num_frames == 1:
-            return Source(Scan(still.width, still.height, is_still=True, is_30_fps=True))
+            return Source(Scan(still.width, still.height, is_still=True, is_30_fps=True, has_profile=still.has_profile))
         return _source_of_animation(still)
     with open_video(path) as (container, stream):
         return _read_stream(path, container, stream)
@@ -345,7 +347,7 @@ def _source_of_animation(still: StillSize) -> Source:
     """Returns the source of an animated picture that Pillow reads."""
     # Its durations are in milliseconds.
     ends = list(accumulate(int(duration * 1000) for duration in still.durations))
-    source = Source(Scan(still.width, still.height), 1000, [0, *ends[:-1]], ends[-1])
+    source = Source(Scan(still.width, still.height, has_profile=still.has_profile), 1000, [0, *ends[:-1]], ends[-1])
     return replace(source, scan=_count(source.scan, source))
 
 

@@ -86,7 +86,17 @@ class RayPool(Pool):
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self._address is None:
             here = {"num_cpus": self.count, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-            self._ray.init("local", **here, **quiet)
+            try:
+                self._ray.init("local", **here, **quiet)
+            except OSError as error:
+                if "AF_UNIX" not in str(error):
+                    raise
+                # "... cannot exceed 107 bytes: TMPDIR/ray/session_DATE/sockets/NAME"
+                folder = str(error).rpartition(": ")[2].partition("/ray/session_")[0]
+                raise ParallelError(
+                    f"Ray makes sockets in its folder of temporary files, {folder}, whose name is too long for that: "
+                    "set TMPDIR, and RAY_TMPDIR where it is set, to a short one, for example TMPDIR=/tmp."
+                ) from None
             return
         host, _, port = self._address.removeprefix("ray://").rpartition(":")
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
+from mochi_tune.data_prep.finding import MADE_HERE, one_line
 from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs
 from mochi_tune.data_prep.windows import num_used_frames
 from mochi_tune.errors import counted, some
@@ -114,9 +115,11 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     lines += _unused_footage(inputs, kept)
     lines += _draws(inputs, kept)
     # Captions without a video were told before.
-    if others := sorted(name for name, why in inputs.unused.items() if not why.endswith(NO_VIDEO)):
+    if made := sorted(" is ".join(why.rsplit(": is ", 1)) for why in inputs.unused.values() if why.endswith(MADE_HERE)):
+        lines.append(f"not taken: {some(made)}")
+    if others := sorted(name for name, why in inputs.unused.items() if not why.endswith((NO_VIDEO, *MADE_HERE))):
         lines.append(f"not taken: {counted(len(others), 'file')} ({some(others)})")
-    return lines
+    return [one_line(line) for line in lines]
 
 
 def _cut(record: Mapping[str, Any]) -> str:
@@ -175,26 +178,47 @@ def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
     total, used = count_footage(inputs, kept)
     if total - used <= MUCH_FOOTAGE * total:
         return []
-    modes = {file.source.clips for file in inputs.files.values()}
-    change = "data.clips=all cuts all of it" if modes != {"all"} else "shorter buckets in data.buckets would take it"
-    return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {change}"]
+    by_name = _footage_by_source(inputs, kept)
+    sources = {file.source.name: file.source for file in inputs.files.values()}
+    left = {name: whole - taken for name, (whole, taken) in by_name.items() if round(whole - taken, 1) > 0}
+    # What clips=all leaves over is shorter than a clip.
+    rests = {name: seconds for name, seconds in left.items() if sources[name].clips == "all"}
+    uncut = {name: seconds for name, seconds in left.items() if name not in rests}
+    changes = []
+    if uncut:
+        where = f"clips: all of {some(uncut)} in data.sources" if any(uncut) else "data.clips=all"
+        changes.append(f"{where} cuts {f'{sum(uncut.values()):.1f} s' if rests else 'all'} of it")
+    if rests:
+        # A bucket for the rests, beside the size that the clips have.
+        advice = [sources[name].shorter for name in rests]
+        settings = dict.fromkeys(each if "buckets" in each else "shorter buckets in data.buckets" for each in advice)
+        amount = f"{sum(rests.values()):.1f} s of it" if uncut else "it"
+        changes.append(f"{' and '.join(settings)} would take {amount}")
+    return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {', '.join(changes)}"]
 
 
 def count_footage(inputs: Inputs, kept: Sequence[Row]) -> tuple[float, float]:
     """Returns the seconds, as they are played to the model, of all videos with a kept clip, and of them those used."""
+    by_source = _footage_by_source(inputs, kept).values()
+    return sum(total for total, _ in by_source), sum(used for _, used in by_source)
+
+
+def _footage_by_source(inputs: Inputs, kept: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Returns what `count_footage` counts, by the name of the source."""
     names = {row.sample_id for row in kept}
     by_file: dict[str, list[Clip]] = {}
     for clip in inputs.clips:
         if clip.row.sample_id in names:
             by_file.setdefault(clip.file.name, []).append(clip)
-    total = used = 0.0
+    found: dict[str, tuple[float, float]] = {}
     for name, clips in by_file.items():
-        scan = inputs.scans[name]
+        scan, source = inputs.scans[name], clips[0].file.source.name
         if not scan.is_still:
             frames = scan.num_source_frames if clips[0].cut.frame_rate == "retime" else scan.num_frames
-            total += frames / FPS
-            used += min(num_used_frames([clip.cut for clip in clips]), frames) / FPS
-    return total, used
+            total, used = found.get(source, (0.0, 0.0))
+            own = min(num_used_frames([clip.cut for clip in clips]), frames)
+            found[source] = total + frames / FPS, used + own / FPS
+    return found
 
 
 def count_buckets(kept: Sequence[Row]) -> str:

@@ -5,13 +5,12 @@ A share leaves a folder in the cache's parts: what it has encoded, what its file
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mochi_tune.data.cache import PARTS_FOLDER
+from mochi_tune.data.cache import PARTS_FOLDER, SHARE_LABEL
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.parts import PartsFolder
 from mochi_tune.data.rows import CacheSettings, has_fields
@@ -20,7 +19,6 @@ from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object, write_atomic
 
 RECORD_FILE = "record.json"
-_LABEL = re.compile(r"\d+-of-\d+")
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def merge_shares(cache: CacheWriter, clips: Sequence[Clip], settings: CacheSetti
 
 def _name_missing(missing: Mapping[str, set[str]], parts: Path) -> str:
     """Says which shares lack what, and what to do."""
-    names = [folder.name for folder in parts.iterdir() if _LABEL.fullmatch(folder.name)]
+    names = [folder.name for folder in parts.iterdir() if SHARE_LABEL.fullmatch(folder.name)]
     if not names:
         return (
             f"no share of {parts.parent} was prepared, {len(missing)} files are missing: run this command with "

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mochi_tune.data_prep.contact_sheet import NUM_PICTURES, SheetClip, read_thumbnails, write_sheets
 from mochi_tune.data_prep.cutting import Mark, cut_clips, read_mark
-from mochi_tune.data_prep.finding import VIDEO_SUFFIXES, find_videos
+from mochi_tune.data_prep.finding import VIDEO_SUFFIXES, find_videos, one_line
 from mochi_tune.data_prep.scene_table import (
     CUT,
     PLANNED,
@@ -65,7 +65,7 @@ class Split:
     @property
     def report(self) -> Path:
         """The folder of the table and the contact sheet: beside the clips, where it is not trained on."""
-        return self.out.with_name(f"{self.out.name}_split")
+        return folder_beside(self.out, "_split", "out")
 
 
 def main(split: Split) -> int:
@@ -117,6 +117,19 @@ def find_films(split: Split) -> dict[str, Path]:
     if footage.resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"out={out} is in the footage, in={footage}, and would be split again: use another folder.")
     return {path.relative_to(footage).as_posix(): path for path in find_videos(footage, setting="in")}
+
+
+def folder_beside(folder: Path, ending: str, setting: str) -> Path:
+    """Returns the folder beside another one whose name is that one's and `ending`.
+
+    Raises:
+        ConfigError: there is none beside it, as it is the whole disk.
+    """
+    # "." and ".." are other folders' names.
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    if not folder.name:
+        raise ConfigError(f"{setting}={folder} is the whole disk, beside which nothing can be: use out=DIR.")
+    return folder.with_name(f"{folder.name}{ending}")
 
 
 @contextlib.contextmanager
@@ -323,12 +336,12 @@ def _tell(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], num_wr
     """Writes what was done; returns the exit code."""
     refused = [row for row in rows if row.status == REFUSED]
     for reason in dict.fromkeys(row.reason for row in refused):
-        tqdm.write(f"refused: {reason}")
+        tqdm.write(one_line(f"refused: {reason}"))
     listed = {row.file for row in rows}
     files = sorted(path.relative_to(split.out).as_posix() for path in split.out.rglob(f"*{SUFFIX}"))
     stale = [file for file in files if file not in listed and read_mark(split.out / file)]
     if stale:
-        tqdm.write(f"in no row of the table now: {some(stale)}; remove what you do not want")
+        tqdm.write(one_line(f"in no row of the table now: {some(stale)}; remove what you do not want"))
     clips = [row for row in rows if row.status == CUT]
     seconds = sum(row.end_seconds - row.start_seconds for row in clips)
     num_short = sum(row.status == SHORT for row in rows)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,25 @@ from mochi_tune.models.latents import FPS
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # The Exif tag of the orientation, and its values that swap width and height.
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+# By a picture's mode: the one of its colours alone, and what a profile of it calls them.
+_COLOURS = {
+    **dict.fromkeys(("RGB", "RGBA", "P", "PA"), ("RGB", "RGB")),
+    **dict.fromkeys(("L", "LA"), ("L", "GRAY")),
+    "CMYK": ("CMYK", "CMYK"),
+}
+# By so many of 255 levels profiles of sRGB differ.
+MAX_ROUNDING = 2
 
 
 @dataclass(frozen=True)
 class StillSize:
-    """A still's upright size in pixels, and how long each of its frames is shown, in seconds."""
+    """A still's upright size in pixels, how long each of its frames is shown, in seconds, and whether its colours are
+    converted from a profile that is not sRGB's."""
 
     width: int
     height: int
     durations: list[Fraction]
+    has_profile: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -53,7 +64,7 @@ def read_still_size(path: Path, max_pixels: int) -> StillSize:
         durations = [Fraction(1, FPS)]
         if image.format == "WEBP" and getattr(image, "n_frames", 1) > 1:
             durations = [_duration(image, number) for number in range(image.n_frames)]
-        return StillSize(width, height, durations)
+        return StillSize(width, height, durations, _foreign_profile(image) is not None)
 
 
 def read_still(path: Path) -> Iterator[Picture]:
@@ -111,7 +122,40 @@ def _to_rgb(image) -> np.ndarray:
         # 16 bits a pixel, which Pillow would clip instead of scaling it.
         grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, 2)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    alpha = image.convert("RGBA").getchannel("A") if has_alpha else None
+    profile = _foreign_profile(image)
+    image = image.convert("RGB") if profile is None else _to_srgb(image.convert(_COLOURS[image.mode][0]), profile)
+    if alpha is not None:
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def _foreign_profile(image) -> Any | None:
+    """Returns the colour profile of a picture; None where it has none, one of sRGB, or one that it cannot be of."""
+    from PIL import Image, ImageCms
+
+    content, (mode, space) = image.info.get("icc_profile"), _COLOURS.get(image.mode, ("", ""))
+    if not content or not mode:
+        return None
+    try:
+        profile: Any = ImageCms.getOpenProfile(BytesIO(content))
+        if profile.profile.xcolor_space.strip() != space:
+            return None
+        if mode == "CMYK":
+            return profile
+        # By what it does, as profiles of sRGB have many names.
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+        sample = Image.fromarray(colours if mode == "RGB" else levels[None])
+        change = np.asarray(_to_srgb(sample, profile)).astype(int) - np.asarray(sample.convert("RGB"))
+    except ImageCms.PyCMSError:
+        return None
+    return profile if np.abs(change).max() > MAX_ROUNDING else None
+
+
+def _to_srgb(image, profile) -> Any:
+    from PIL import ImageCms
+
+    return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ def child_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     # PyAV before decord, which brings libraries of other versions under the same names.
     context.set_forkserver_preload(["av", "mochi_tune.data_prep.clips"])
+    # While it imports, a Ctrl-C would end it with a traceback: it inherits that this signal waits, as its children do,
+    # who ignore it. The tracker is started first, as it lets the signal through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 

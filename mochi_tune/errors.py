@@ -6,6 +6,9 @@ from collections.abc import Iterable
 class MochiTuneError(Exception):
     """A user's mistake in one line; the command line prints it without a traceback and exits with 2."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class ConfigError(MochiTuneError):
     """A setting that is unknown, of the wrong type, or does not fit another one."""
@@ -27,10 +30,15 @@ class ParallelError(MochiTuneError):
     """A number of processes, or a division of the work between them, that cannot be."""
 
 
+def printable(text: str) -> str:
+    """Returns a text of a foreign file as a terminal may have it: escape sequences are written out, as "\\x1b"."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
+
 def some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
     """Joins the first items for a message of one line, and counts the rest."""
     items = list(items)
-    text = separator.join(items[:limit])
+    text = printable(separator.join(items[:limit]))
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
 
 

@@ -133,6 +133,18 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
         raise ConfigError(f"precision={bench.precision} is not possible: use {', '.join(('bf16', *NEEDS))}.")
     if bench.dit == "auto":
         raise ConfigError("memory=auto measures whatever fits: use a memory= by its name, and limit_gib=.")
+    if bench.what == "train" and bench.recompute == "none" and bench.activations == "offload":
+        raise ConfigError(
+            "memory=12gb lets the inputs of blocks wait in host memory, and recompute=none keeps all of each block on "
+            "the device: leave one of them out."
+        )
+    part = {"encode": "encoder", "decode": "decoder"}.get(bench.what, "dit")
+    full_depth = reduced(sizes(bench.model, part), None)[1]
+    most_blocks = max(full_depth) if isinstance(full_depth, tuple) else full_depth
+    if bench.depth is not None and bench.depth > most_blocks:
+        raise ConfigError(
+            f"depth={bench.depth} is more than model={bench.model} has in its {part}: use at most {most_blocks}."
+        )
     device = find_device(bench.device)
     check_precision(bench.precision, device)
     return device

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mochi_tune.adapters.files import DTYPES, Adapter, LoraLayer, check_format, load_adapter, save_adapter
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import ConfigError, printable
 from mochi_tune.training.records import find_run_dir, run_date
 
 
@@ -72,7 +72,7 @@ def main(
     check_dtype(dtype)
     if out.suffix != ".safetensors":
         raise ConfigError(f"out={out} must end in .safetensors: use {out.stem or 'adapter'}.safetensors.")
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ConfigError(f"out={out} exists, and an export never overwrites: choose another name or remove it.")
     source = read_source(adapter, about or {}, adapter_alpha)
     try:
@@ -127,7 +127,7 @@ def write(source: Adapter, to: str, out: Path, dtype: str) -> ExportSummary:
         file=out,
         to=to,
         num_layers=len(layers),
-        trained_rank=source.metadata["rank"],
+        trained_rank=printable(source.metadata["rank"]),
         rank=",".join(map(str, ranks)),
         alpha=",".join(f"{alpha:g}" for alpha in alphas),
         source_note=f"{source}, {source.alpha_note}",

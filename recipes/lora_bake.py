@@ -217,13 +217,22 @@ def _tensors(
     for name, shape in plan.shapes.items():
         weight = torch.empty(shape)
         weights.read_dit_tensor(name, weight)
-        if layer := layers.get(name.removesuffix(".weight")):
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is not None:
             weight = bake_weight(weight, layer, strength)
         for piece, part in plan.mapping[name].split(weight).items():
             rounded = part.to(plan.layout[piece][0])
             if not torch.isfinite(rounded).all():
-                raise CheckpointError(f"{name}: a value is too large for the dtype, or not finite: use dtype=bf16.")
+                raise CheckpointError(f"{name}: {_why_not_finite(part, rounded.dtype, layer, strength)}.")
             yield piece, rounded
+
+
+def _why_not_finite(part: Tensor, dtype: torch.dtype, layer: LoraLayer | None, strength: float) -> str:
+    if torch.isfinite(part.to(torch.bfloat16)).all():
+        return f"a value is too large for the dtype {str(dtype)[6:]}: use dtype=bf16"
+    if layer is None:
+        return "the base has a value that is not finite: fetch it again"
+    return f"a value is too large for any dtype: the adapter or its strength={strength:g} is, use a smaller one"
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:

@@ -129,7 +129,7 @@ def check_out(out: Path, suffix: str) -> None:
     """
     if out.suffix != suffix:
         raise ConfigError(f"out={out} must end in {suffix}: use {out.stem or 'adapter'}{suffix}.")
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ConfigError(f"out={out} exists, and is never overwritten: choose another name or remove it.")
 
 

@@ -13,17 +13,19 @@ from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.sample import sample_size
 from mochi_tune.config.schema import RunConfig
-from mochi_tune.config.sources import buckets_by_source, largest_bucket, prepared_settings, read_sources
+from mochi_tune.config.sources import Source, buckets_by_source, largest_bucket, prepared_settings, read_sources
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache
+from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.finding import list_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import ConfigError, ParallelError
 from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import TOKEN_PIXELS, latent_shape, num_latent_frames
 from mochi_tune.models.text_encoder import MAX_TOKENS, T5_DTYPES
 from mochi_tune.models.vae_streaming import check_tiles
+from mochi_tune.parallel import forecast_advice
 from mochi_tune.parallel.forecast import (
     CARDS,
     GIB,
@@ -35,18 +37,19 @@ from mochi_tune.parallel.forecast import (
     decoding_seconds,
     encoding_held,
     encoding_seconds,
-    known_card,
+    fits,
     sampling_held,
     sampling_seconds,
     text_held,
 )
-from mochi_tune.parallel.mesh import Layout, training_layout
+from mochi_tune.parallel.forecast_context import find_card, sharing_seconds
+from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_layout
 from mochi_tune.parallel.modulation import HostModulation
 from mochi_tune.recipes.bench import make_step
 from mochi_tune.recipes.measuring import timed
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.checkpoint import steps_to_keep
-from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, fits
+from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream
 from mochi_tune.training.preflight import (
     adapter_bytes,
     bucket_shares,
@@ -62,13 +65,6 @@ from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.folder import WeightsFolder
 
 OFFICIAL = DiTConfig()
-# For a stage that does not fit.
-ADVICE = {
-    "prepare: captions": "prepare: use memory.t5_dtype=bf16 or int8",
-    "prepare: clips": "prepare: lower data.num_frames, data.height or data.width, or prepare on a GPU with more memory",
-    "sample: denoise": "sample: use memory=24gb, memory=16gb or memory=auto, see below, or more GPUs",
-    "sample: decode": "sample: use memory.tiles=[2,2]",
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class RunForecast:
         stages: of prepare, train and sample.
         run_seconds: of all steps of the training; None where the card's speed is not known.
         presets: for each value of memory=, the bytes that `train` and `sample` hold with it; None where it is not for
-            one of them.
+            one of them, or refused.
         advice: the settings to use, a line each.
         processes: how they share a training step, in words; "" for one.
         cache_bytes, checkpoint_bytes: on disk; the cache's is 0 while the number of clips is not known.
@@ -158,25 +154,42 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     except ConfigError as error:
         advice.append(f"train: {error}")
     tokens = num_latent_frames(video[0]) * video[1] * video[2] // TOKEN_PIXELS**2
+    rendering, refused = rendering_layout(config, dit, tokens, speed or CARDS["h100"])
+    if refused:
+        advice.append(f"sample: {refused}")
+    # Of one process.
+    own_tokens = -(-tokens // rendering.context)
     residency = config.memory.dit
     if residency == "auto":
-        residency = "resident" if fits(sampling_held(dit, tokens, "resident", step.dtype_bytes), free) else "offload"
-    count, clips, shares = count_clips(config)
+        is_resident = fits(sampling_held(dit, own_tokens, "resident", step.dtype_bytes), free)
+        residency = "resident" if is_resident else "offload"
+    count, clips, shares, num_captions = count_clips(config)
     seconds = None if speed is None else step_seconds(config, step, shares, policies, speed, arrangement[0])
     stages = [
         Stage("train", step.held(policies, *arrangement), seconds, "a step"),
         Stage(
             "sample: denoise",
-            sampling_held(dit, tokens, residency, step.dtype_bytes),
-            None if speed is None else sampling_seconds(dit, tokens, speed, dit=residency),
+            sampling_held(dit, own_tokens, residency, step.dtype_bytes, rendering.guidance * rendering.context),
+            None if speed is None else rendering_seconds(config, dit, tokens, speed, rendering, residency),
             "a step",
         ),
     ]
     # T5 and the VAE are foretold at their official sizes alone.
     if dit.t5_feat_dim == OFFICIAL.t5_feat_dim:
         stages = [*stages_of_encoding(config, speed), *stages, *stages_of_decoding(config, video, speed)]
-    advice += [ADVICE[stage.name] for stage in stages if stage.name in ADVICE and not fits(stage.held, free)]
-    presets = {name: preset_bytes(name, step, dit, tokens, free) for name in ("80gb", "24gb", "16gb", "12gb")}
+    largest = largest_bucket(data)
+    advise = {
+        "prepare: captions": lambda: forecast_advice.for_captions(free),
+        "prepare: clips": lambda: forecast_advice.for_clips(
+            largest.num_frames, largest.height, largest.width, step.dtype_bytes, free
+        ),
+        "sample: prompts": lambda: forecast_advice.for_prompts(step.dtype_bytes, free),
+        "sample: denoise": lambda: forecast_advice.for_denoising(dit, own_tokens, step.dtype_bytes, free),
+        "sample: decode": lambda: forecast_advice.for_decoding(*video[1:], step.dtype_bytes, free),
+    }
+    # `arrange` has said it of the training.
+    advice += [advise[stage.name]() for stage in stages if stage.name in advise and not fits(stage.held, free)]
+    presets = {name: preset_bytes(name, step, dit, own_tokens, free) for name in ("80gb", "24gb", "16gb", "12gb")}
     return RunForecast(
         clips=clips,
         num_tokens=num_tokens(config),
@@ -187,8 +200,8 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         presets=presets,
         advice=advice or ["every stage fits as it is set"],
         processes=layout.in_words if layout.num_ranks > 1 else "",
-        cache_bytes=int(count * sum(share * clip_bytes(bucket, dit) for bucket, share in shares.items())),
-        checkpoint_bytes=checkpoint_bytes(config, step.adapter_bytes),
+        cache_bytes=int(count * sum(share * clip_bytes(bucket, dit, num_captions) for bucket, share in shares.items())),
+        checkpoint_bytes=checkpoint_bytes(config, step),
     )
 
 
@@ -221,9 +234,50 @@ def stages_of_decoding(config: RunConfig, video: tuple[int, int, int], speed: Ca
     ]
 
 
+def rendering_layout(config: RunConfig, dit: DiTConfig, num_tokens: int, card: Card) -> tuple[Layout, str]:
+    """Returns how the processes of a `sample` share its videos, and why it would be refused; "" where it would not."""
+    parallel, sample = config.parallel, config.sample
+    asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
+    is_guided = any(scale != 1 for scale in sampler_settings(sample).scales)
+    # A file of prompts may not be there yet.
+    prompts = Path(sample.prompts) if sample.prompts else None
+    count = 1 if prompts is None or not prompts.is_file() else len(prompts.read_bytes().split(b"\n"))
+    videos = Videos(count * len(sample.seeds or [0]), num_tokens, is_guided)
+    try:
+        layout = choose_layout(parallel.num_processes, dit, videos, asked, card)
+    except ParallelError as error:
+        return Layout(), str(error)
+    if config.memory.dit == "shard" and layout.guidance * layout.context == 1:
+        return layout, (
+            "memory.dit=shard splits the weights over the processes of one video, and here each has a video of its "
+            "own: use parallel.num_processes=2 parallel.context=2, or memory.dit=offload"
+        )
+    return layout, ""
+
+
+def rendering_seconds(
+    config: RunConfig, dit: DiTConfig, num_tokens: int, card: Card, layout: Layout, residency: str
+) -> float:
+    """Returns the seconds of a step of the sampler, in the mean: without guidance it is one pass."""
+    scales = sampler_settings(config.sample).scales
+    passes = 1 + (sum(scale != 1 for scale in scales) / len(scales) if layout.guidance == 1 else 0)
+    seconds = sampling_seconds(
+        dit,
+        num_tokens,
+        card,
+        dit=residency,
+        passes=passes,
+        num_sharing=layout.context,
+        dtype_bytes=DTYPES[config.model.dtype].itemsize,
+    )
+    return seconds + passes * sharing_seconds(layout.split, dit, num_tokens, card)
+
+
 def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) -> tuple[int | None, int | None]:
     """Returns the bytes of `train` and of `sample` with memory=NAME, with what is to be spare; None: not for that."""
     train = next((flags for known, *flags in ARRANGEMENTS if known == name), None)
+    if train is not None and any(train) and not can_stream(step):
+        train = None
     sample = SAMPLING.get(name)
     return (
         None if train is None else sum(step.held(step.policies(free, *train), *train).values()) + SPARE_BYTES,
@@ -261,25 +315,6 @@ def measure(config: RunConfig) -> Measured:
     return Measured(seconds, first, max(peak, peak_gib(device)))
 
 
-def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
-    """Returns a card's name in words, its memory in GiB and its speeds, if they are known.
-
-    Raises:
-        ConfigError: as `main`.
-    """
-    if not name and not gib:
-        if not torch.cuda.is_available():
-            raise ConfigError(f"there is no GPU here: name one, as card=4090; known are {', '.join(CARDS)}.")
-        properties = torch.cuda.get_device_properties(0)
-        return properties.name, torch.cuda.mem_get_info(0)[0] / GIB, known_card(properties.name)
-    known = CARDS.get(name.lower())
-    if known is None and not gib:
-        raise ConfigError(
-            f"card={name} is not known: use one of {', '.join(CARDS)}, or give its memory too, as card_gib=24."
-        )
-    return f"{name or 'a GPU'} (not here: foretold)", float(gib or (known.gib if known else 0)), known
-
-
 def dit_sizes(config: RunConfig) -> DiTConfig:
     """Returns the sizes of the DiT: of the weights where they are, else of the model that is shipped or official."""
     weights = WeightsFolder(weights_paths(config))
@@ -296,45 +331,66 @@ def training_step(config: RunConfig, dit: DiTConfig, layout: Layout) -> Step:
     return step_sizes(config, dit, size, layout, is_gpu=True)
 
 
-def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float]]:
-    """Returns the number of clips, 0 where there are none yet; what is known in words; the share of each bucket.
+def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float]:
+    """Returns the number of clips, what is known of them in words, the share of each bucket, and captions of a clip.
 
-    Before `prepare` all clips are taken to be of the largest bucket.
+    The number is 0 where there are none yet. Before `prepare` all clips are taken to be of the largest bucket. The
+    captions are a mean.
     """
     data, cache = config.data, Path(config.data.cache)
     largest = largest_bucket(data)
+    size = str(largest).replace("1 frames", "1 frame") if largest.num_frames == 1 else str(largest)
     if (cache / "data").exists():
         found = open_cache(cache, buckets_by_source(data), settings=prepared_settings(data))
         shares = bucket_shares(clip_order(config, found, []), found)
-        sizes = f"each {largest}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {largest}"
-        return len(found), f"{len(found)} in {cache}, {sizes}", shares
-    sources = read_sources(data)
+        sizes = f"each {size}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {size}"
+        num_captions = sum(len(captions) for (captions,) in found.rows.tuples("captions")) / len(found)
+        return len(found), f"{len(found)} in {cache}, {sizes}", shares, num_captions
+    sources, shares = read_sources(data), {largest: 1.0}
     where = ", ".join(str(source.folder) for source in sources)
     if any(source.folder.is_dir() and is_dataset(source.folder) for source in sources):
-        return 0, f"in the dataset {where}, not prepared yet, each {largest}", {largest: 1.0}
+        return 0, f"in the dataset {where}, not prepared yet, each {size}", shares, 1.0
     # As `prepare` finds them.
-    count = sum(
-        len(list_videos(source.folder, any(bucket.num_frames == 1 for bucket in source.buckets)))
+    videos = {
+        source.name: list_videos(source.folder, any(bucket.num_frames == 1 for bucket in source.buckets))
         for source in sources
         if source.folder.is_dir()
+    }
+    count = sum(map(len, videos.values()))
+    if not count:
+        return 0, f"none yet in {where}, so assumed, for sizes and times alone: each {size}", shares, 1.0
+    if any(source.clips != "head" for source in sources):
+        return 0, f"of {count} videos in {where}, not prepared yet, each {size}", shares, 1.0
+    num_captions = 1.0
+    # Texts are read only where a clip may have several.
+    if data.captions == "lines" or data.caption_variants > 1:
+        num_captions = sum(
+            num_captions_of(config, source, videos[source.name]) for source in sources if source.name in videos
+        )
+        num_captions /= count
+    return count, f"{count} in {where}, not prepared yet, each {size}", shares, num_captions
+
+
+def num_captions_of(config: RunConfig, source: Source, videos: list[Path]) -> int:
+    """Returns the captions that a source's videos will have; one for each that has none yet."""
+    data = config.data
+    rules = CaptionRules(
+        data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, config.seed
     )
-    if count and any(source.clips != "head" for source in sources):
-        return 0, f"of {count} videos in {where}, not prepared yet, each {largest}", {largest: 1.0}
-    if count:
-        return count, f"{count} in {where}, not prepared yet, each {largest}", {largest: 1.0}
-    return 0, f"none yet in {where}, so assumed, for sizes and times alone: each {largest}", {largest: 1.0}
+    texts = load_captions(source.folder, videos, rules).texts
+    return sum(len(texts.get(video, ("",))) for video in videos)
 
 
-def clip_bytes(bucket: Bucket, dit: DiTConfig) -> int:
-    """Returns the bytes that a clip takes in the cache at most: mean, log variance and a caption's features, fp32."""
-    return 4 * (2 * math.prod(latent_shape(*astuple(bucket))) + MAX_TOKENS * dit.t5_feat_dim)
+def clip_bytes(bucket: Bucket, dit: DiTConfig, num_captions: float) -> float:
+    """Returns the bytes that a clip takes in the cache at most: mean, log variance, each caption's features, fp32."""
+    return 4 * (2 * math.prod(latent_shape(*astuple(bucket))) + num_captions * MAX_TOKENS * dit.t5_feat_dim)
 
 
-def checkpoint_bytes(config: RunConfig, adapter_bytes: int) -> int:
-    """Returns the bytes of all checkpoints that are kept: the adapter, AdamW's two moments, and the average."""
+def checkpoint_bytes(config: RunConfig, step: Step) -> int:
+    """Returns the bytes of all checkpoints that are kept, and of the finished adapter."""
     train = config.train
-    each = adapter_bytes * (3 + bool(train.ema_decay))
-    saved = {*range(train.checkpoint_every, train.steps + 1, train.checkpoint_every), train.steps}
+    every = train.checkpoint_every or train.steps
+    saved = {*range(every, train.steps + 1, every), train.steps}
     kept = len(steps_to_keep(saved, train.keep_checkpoints, train.keep_every, None)) + train.keep_best
     # One more is there while it is written.
-    return each * (min(kept, len(saved)) + 1) + adapter_bytes
+    return step.checkpoint_bytes * (min(kept, len(saved)) + 1) + step.adapter_bytes

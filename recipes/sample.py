@@ -36,7 +36,7 @@ from mochi_tune.sampling.requests import Request, read_requests
 from mochi_tune.sampling.sampler import add_noise, sample_latents
 from mochi_tune.sampling.strengths import check_schedules
 from mochi_tune.sampling.video import write_video
-from mochi_tune.training.accelerator import check_agreement
+from mochi_tune.training.agreement import check_agreement
 from mochi_tune.training.interrupts import StopSignal
 from mochi_tune.training.memory_plan import describe, fits
 from mochi_tune.weights.folder import WeightsFolder

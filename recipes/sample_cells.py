@@ -50,6 +50,7 @@ class Cell:
         checkpoint: the step of the adapter; None where it is none of the run's checkpoints.
         strength: a factor on the adapters' own.
         common: what it has in common with the other cells of its plan and strength.
+        keeps_latents: whether its latents are a part of what is asked for.
     """
 
     request: Request
@@ -57,6 +58,7 @@ class Cell:
     checkpoint: int | None
     strength: float
     common: dict[str, Any]
+    keeps_latents: bool
 
     @property
     def latents(self) -> Path:
@@ -111,7 +113,7 @@ def check_cells(config: RunConfig) -> list[Cell]:
         entries = [entry | {"strength": strength * entry["strength"]} for entry in plan.common["adapters"]]
         common = plan.common | {"adapters": [entry for entry in entries if entry["strength"]]}
         common["side_by_side"] = ["adapted" if common["adapters"] else "base"]
-        cells += [Cell(request, plan, step, strength, common) for request in plan.requests]
+        cells += [Cell(request, plan, step, strength, common, sample.save_latents) for request in plan.requests]
     return _with_files(cells, config)
 
 
@@ -153,7 +155,8 @@ def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
     """Names each cell's file by all that determines it, so that an equal cell is found again and no other one is."""
     # Those of all plans: they differ in their adapters.
     weights = {part: cells[0].plan.weights.fingerprint(part) for part in ("text_encoder", "dit", "decoder")}
-    digests, out, run_dir = [_digest(cell, weights) for cell in cells], config.sample.out, Path(config.run_dir)
+    out, run_dir, metadata = config.sample.out, Path(config.run_dir), config.sample.metadata
+    digests = [_digest(cell, weights, metadata) for cell in cells]
     if config.sample.grid:
         of_all = hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
         folder = (Path(out) if out else run_dir / "grids" / f"grid_{of_all}") / "cells"
@@ -169,7 +172,7 @@ def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
     return named
 
 
-def _digest(cell: Cell, weights: Mapping[str, str]) -> str:
+def _digest(cell: Cell, weights: Mapping[str, str], metadata: bool) -> str:
     everything = determinants(cell.request, cell.common)
     memory = everything["memory"]
     record: dict[str, Any] = {key: value for key, value in everything.items() if key not in NOT_OF_A_CELL}
@@ -179,13 +182,17 @@ def _digest(cell: Cell, weights: Mapping[str, str]) -> str:
     record["tiles"] = memory["tiles"]
     # The same bytes under another name are the same adapter.
     record["adapters"] = [{k: v for k, v in each.items() if k != "file"} for each in record["adapters"]]
-    content = json.dumps([record, asdict(cell.request.encoding)], sort_keys=True)
+    # A file with its prompt in it does not stand for one without.
+    parts = [record, asdict(cell.request.encoding), *([] if metadata else ["no metadata"])]
+    content = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell's video is there, with its settings, which are written last."""
-    return cell.request.video.exists() and cell.request.video.with_suffix(".json").exists()
+    """Whether a cell's video is there, with its settings, which are written last, and its latents where they stay."""
+    video = cell.request.video
+    needed = [video, video.with_suffix(".json"), *([cell.latents] if cell.keeps_latents else [])]
+    return all(path.exists() for path in needed)
 
 
 @contextlib.contextmanager
@@ -301,7 +308,7 @@ class CellRenderer:
         frames = decoded_frames(self._load("decoder"), latents, None, (tiles[0], tiles[1]))
         write_video(request.video, frames, encoding=request.encoding, metadata=metadata)
         save_settings(request, cell.common, self.usage)
-        if not self._config.sample.save_latents:
+        if not cell.keeps_latents:
             cell.latents.unlink()
 
     def free(self) -> None:

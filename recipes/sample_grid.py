@@ -115,5 +115,8 @@ def renders_cells(config: RunConfig) -> bool:
     """
     for key in ("strengths", "checkpoints"):
         if getattr(config.sample, key) is not None and not (config.sample.grid or is_farm(config)):
-            raise ConfigError(f"sample.{key} is an axis of a grid: add grid=true.")
+            raise ConfigError(
+                f"sample.{key} is an axis of a grid: add grid=true, or parallel.shard= or "
+                "parallel.engine=ray for its videos alone."
+            )
     return config.sample.grid or is_farm(config)

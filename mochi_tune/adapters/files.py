@@ -62,7 +62,7 @@ from mochi_tune.adapters.modelspec import (
 )
 from mochi_tune.adapters.reading import read_layers
 from mochi_tune.adapters.resolve import find_adapter_file
-from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError, printable
 from mochi_tune.files import save_tensors
 
 __all__ = [
@@ -112,7 +112,7 @@ class Adapter:
     @property
     def alpha_note(self) -> str:
         """Its alpha and where that was found, for the user to read."""
-        alpha = f"alpha {self.metadata['alpha']} by {self.alpha_source}"
+        alpha = f"alpha {printable(self.metadata['alpha'])} by {self.alpha_source}"
         if self.alpha_source != ASSUMED:
             return alpha
         return f"alpha is {ASSUMED}: adapter_alpha=N of `sample` and `export` sets another one"

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.adapters.layers import LoraLayer, is_attention_or_mlp, kind_of
-from mochi_tune.errors import ConfigError, some
+from mochi_tune.adapters.layers import LoraLayer, check_layer, is_attention_or_mlp, kind_of
+from mochi_tune.adapters.linears import CastLinear, StretchedLinear
+from mochi_tune.errors import CheckpointError, ConfigError, some
 
 Number = TypeVar("Number", int, float)
 # A parameter of the trainable adapter, as peft names it; ours ends at the group.
@@ -195,41 +195,6 @@ def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
             _measure_magnitude(module)
 
 
-class CastLinear(nn.Linear):
-    """A Linear that multiplies in the dtype of its input; its weight and its gradient stay fp32, as under autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., in) to (..., out)."""
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class StretchedLinear(nn.Module):
-    """A base's Linear whose rows are scaled while a DoRA is on.
-
-    Other code depends on its names: peft looks for `base_layer`; what moves or shards a base leaves `.lora_` in place.
-    A hook instead would be missed by compiled code, which does not check for hooks.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = linear
-        self.lora_stretch = nn.Parameter(torch.ones(linear.out_features, device=linear.weight.device), False)
-        self.is_on = True
-        # What each adapter adds to `lora_stretch`, by its name.
-        self.changes: dict[str, Tensor] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the Linear's output, everything but the bias scaled by row, in the output's dtype."""
-        output = self.base_layer(x)
-        if not self.is_on:
-            return output
-        stretched = output * self.lora_stretch
-        if self.base_layer.bias is not None:
-            # The base's weights, its bias among them, may be in host memory.
-            stretched = stretched + (1 - self.lora_stretch) * self.base_layer.bias.to(output.device)
-        return stretched.to(output.dtype)
-
-
 def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: float = 1.0) -> None:
     """Freezes the model and adds an adapter's layers beside those already there; the base weights stay as they are.
 
@@ -240,11 +205,36 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
         layers: of the adapter.
         name: of the adapter, unique in the model.
         strength: 1 is as trained.
+
+    Raises:
+        ConfigError: torch cannot take the name.
+        CheckpointError: a layer is not in the model, has other sizes there or is damaged; the model is as it was.
     """
+    _check_fit(dit, layers, name)
     dit.requires_grad_(False)
     _inject(dit, name, {layer: (each.rank, strength * each.alpha) for layer, each in layers.items()}, dora=False)
     _fill(dit, layers, name, strength)
     _activate_all(dit)
+
+
+def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str) -> None:
+    """Refuses what `apply_adapter` cannot add; layers that other adapters change already are as wide as before."""
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(f"an adapter cannot have the name {name!r}: use another word without dots, such as style.")
+    shapes = {
+        layer: (module.out_features, module.in_features)
+        for layer, module in dit.named_modules()
+        if layer in layers and hasattr(module, "in_features")
+    }
+    if unknown := [layer for layer in layers if layer not in shapes]:
+        raise CheckpointError(f"the model has no Linear {some(unknown)}: use an adapter that was trained on it.")
+    for layer, each in layers.items():
+        check_layer(layer, each)
+        if each.shape != shapes[layer]:
+            raise CheckpointError(
+                f"{layer} is {each.shape} in the adapter and {shapes[layer]} in the model: use an adapter that was "
+                "trained on it."
+            )
 
 
 def change_adapters(dit: nn.Module, adapters: Mapping[str, tuple[Mapping[str, LoraLayer], float]]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mochi_tune.adapters.lora import StretchedLinear
+from mochi_tune.adapters.linears import StretchedLinear
 
 
 class AdapterScaling:

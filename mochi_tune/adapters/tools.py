@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mochi_tune.adapters.alphas import ASSUMED
 from mochi_tune.adapters.files import Adapter, dtype_of, short
 from mochi_tune.adapters.layers import LoraLayer
@@ -138,10 +140,12 @@ def merge_adapters(
         limit: None adds the ranks up, which is exact; else each layer is reduced by SVD.
 
     Returns:
-        The merged adapter and, where ranks were reduced, how far it is off.
+        The merged adapter, without layers in which the changes cancel out, and, where ranks were reduced, how far it is
+        off.
 
     Raises:
-        ConfigError: not one strength an adapter, or a strength that is 0 or no finite number.
+        ConfigError: not one strength an adapter, a strength that is 0, too large or no finite number, or the changes
+            cancel out.
         CheckpointError: the adapters belong to different bases, differ in a layer's size, or one is a DoRA.
     """
     if len(adapters) < 2 or len(strengths) != len(adapters):
@@ -159,7 +163,17 @@ def merge_adapters(
         holders = [(each.layers[name], x) for each, x in zip(adapters, strengths, strict=True) if name in each.layers]
         if len({layer.shape for layer, _ in holders}) > 1:
             raise CheckpointError(f"{name} has another size in each of {_names(adapters)}: merge adapters of one base.")
-        merged[name] = stack_layers([layer for layer, _ in holders], [strength for _, strength in holders])
+        whole = stack_layers([layer for layer, _ in holders], [strength for _, strength in holders])
+        if not torch.isfinite(whole.b).all():
+            largest = max((strength for _, strength in holders), key=abs)
+            raise ConfigError(f"strengths: {largest:g} is too large for {name}, in fp32: use a smaller number.")
+        # Where changes cancel out, only their rounding is left.
+        if change_norm(whole) > SAME * math.hypot(*(strength * change_norm(layer) for layer, strength in holders)):
+            merged[name] = whole
+    if not merged:
+        raise ConfigError(
+            f"strengths={list(strengths)}: {_names(adapters)} cancel out, so that nothing is left: use other strengths."
+        )
     sources = [source_of(each, strength) for each, strength in zip(adapters, strengths, strict=True)]
     result = Adapter(merged, common_metadata(adapters) | {"tool": "lora merge", "sources": json.dumps(sources)})
     return (result, None) if limit is None else _truncate(result, limit)

@@ -5,7 +5,7 @@ from pathlib import Path
 from mochi_tune.errors import ConfigError
 
 README = """\
-Put each clip here as NAME.mp4 and its caption beside it as NAME.txt, one line of English that says what is seen.
+Put each clip here as NAME.mp4 and its caption beside it as NAME.txt: a few sentences, as you would prompt for it.
 `mochi-tune inspect conf={name}` makes a page of the clips as the model will see them.
 """
 

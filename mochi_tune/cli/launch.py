@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from mochi_tune.errors import ParallelError
 
 # An environment variable of the processes that this program starts: its own process number.
 STARTED_HERE = "MOCHI_TUNE_STARTED_HERE"
+# Environment variables that say which GPUs a process sees.
+VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 # Exit code of a process that lost the connection to another one.
 LOST_CONTACT = 75
 # Exit code after a Ctrl-C.
@@ -32,28 +34,61 @@ def num_processes_here(environment: Mapping[str, str]) -> int:
     """Returns the number of processes that torchrun, srun or accelerate started together; 1 for a single process.
 
     Raises:
-        ParallelError: a launcher's variables are not whole, as of a job whose template sets some of them.
+        ParallelError: a launcher's variables are not whole, as of a job whose template sets some of them, or one of
+            them cannot be.
     """
-    world, tasks = (_count(environment, name) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
-    if tasks > 1 and "RANK" not in environment:
+    world, tasks = (_number(environment, name, "processes") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if tasks > 1 and not environment.get("RANK"):
         # srun's own variables are whole, whatever a job script has set beside them.
+        slurm_variables(environment)
         return tasks
-    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    if world > 1 and absent:
+    if world > 1:
+        _check_whole(environment, "WORLD_SIZE", ("RANK", "MASTER_ADDR", "MASTER_PORT"), "torchrun")
+        _check_rank(environment, "RANK", world)
+        _number(environment, "LOCAL_RANK", "a process")
+        port = environment["MASTER_PORT"]
+        if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+            raise ParallelError(
+                f"the environment variable MASTER_PORT={port} is no port: set it to one from 1 to 65535."
+            )
+    elif tasks > 1 and not world:
         raise ParallelError(
-            f"the environment variable WORLD_SIZE={world} says that {world} processes were started together, but "
-            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set: start them by torchrun, or unset "
-            "WORLD_SIZE."
+            f"srun started {tasks} processes, and the environment variable RANK={environment['RANK']} is set without "
+            "WORLD_SIZE: unset RANK."
         )
     return world or tasks or 1
 
 
-def _count(environment: Mapping[str, str], name: str) -> int:
-    """Returns a number of processes; 0 where the variable is not set."""
+def _number(environment: Mapping[str, str], name: str, what: str) -> int:
+    """Returns the number that a variable has; 0 where it is not set.
+
+    Raises:
+        ParallelError: it is none of `what`.
+    """
     value = environment.get(name) or "0"
-    if not re.fullmatch("[0-9]+", value):
-        raise ParallelError(f"the environment variable {name}={value} is no number of processes: unset it.")
+    if not re.fullmatch("[0-9]{1,18}", value):
+        raise ParallelError(f"the environment variable {name}={value} is no number of {what}: unset it.")
     return int(value)
+
+
+def _check_whole(environment: Mapping[str, str], count: str, names: Iterable[str], launcher: str) -> None:
+    """Refuses a launcher's number of processes without the other variables that it sets."""
+    if absent := [name for name in names if not environment.get(name)]:
+        raise ParallelError(
+            f"the environment variable {count}={environment[count]} says that {environment[count]} processes were "
+            f"started together, but {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set: start them by "
+            f"{launcher}, or unset {count}."
+        )
+
+
+def _check_rank(environment: Mapping[str, str], name: str, count: int) -> None:
+    """Refuses a rank that none of so many processes has: the others would wait for the one that is missing."""
+    value = environment[name]
+    if not re.fullmatch("[0-9]{1,18}", value) or int(value) >= count:
+        raise ParallelError(
+            f"the environment variable {name}={value} is no rank of {count} processes: it is from 0 to {count - 1}, "
+            "let the launcher set it."
+        )
 
 
 def name_process(environment: Mapping[str, str]) -> str:
@@ -158,12 +193,26 @@ def let_segments_grow() -> None:
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables that torchrun would have set, from those of srun: the rank, and the address of rank 0."""
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+    """Returns the variables that torchrun would have set, from those of srun: the rank, and the address of rank 0.
+
+    Raises:
+        ParallelError: srun's variables are not whole, or one of them cannot be.
+    """
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", "processes")
+    if environment.get("RANK") or tasks <= 1:
         return {}
+    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    _check_whole(environment, "SLURM_STEP_NUM_TASKS", names, "srun")
+    for name in ("SLURM_PROCID", "SLURM_LOCALID"):
+        _check_rank(environment, name, tasks)
+    job, step = _number(environment, "SLURM_JOB_ID", "a job"), _number(environment, "SLURM_STEP_ID", "a step")
     # "node[003-005,007],other": the first host is node003.
-    first = re.match(r"([^\[,]+)(?:\[(\d*))?", environment["SLURM_STEP_NODELIST"])
-    assert first is not None, "Slurm names at least one node"
+    first = re.match(r"([^\[\],\s]+)(?:\[(\d*))?", environment["SLURM_STEP_NODELIST"])
+    if first is None:
+        raise ParallelError(
+            f"the environment variable SLURM_STEP_NODELIST={environment['SLURM_STEP_NODELIST']} names no machine: "
+            "start the processes by srun, or unset SLURM_STEP_NUM_TASKS."
+        )
     host, numbers = first.groups()
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -171,7 +220,7 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "MASTER_ADDR": host + (numbers or ""),
         # Each job step has its own port, so that two steps on one node do not connect to each other.
-        "MASTER_PORT": str(20000 + (int(environment["SLURM_JOB_ID"]) * 7 + int(environment["SLURM_STEP_ID"])) % 20000),
+        "MASTER_PORT": str(20000 + (job * 7 + step) % 20000),
     }
 
 
@@ -184,7 +233,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         timeout_seconds: how long a process waits for another one before it takes it for dead.
 
     Raises:
-        ParallelError: this machine has fewer GPUs than processes.
+        ParallelError: this process has no GPU of its own, or could not meet the others.
     """
     import torch
     import torch.distributed as dist
@@ -193,9 +242,9 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "gloo"
     if uses_gpus(device):
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        check_gpus(local_rank + 1)
-        torch.cuda.set_device(local_rank)
+        # accelerate and DeepSpeed take the GPU of this number, too.
+        os.environ["LOCAL_RANK"] = str(own_gpu(os.environ, torch.cuda.device_count()))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # gloo beside nccl, for small things on the CPU.
         backend = "cpu:gloo,cuda:nccl"
     try:
@@ -203,7 +252,7 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     except RuntimeError as error:  # DistError is one, and gloo raises plain ones.
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ParallelError(
-            f"rank {os.environ['RANK']} could not meet the others at {meeting} ({str(error).splitlines()[0]}): "
+            f"could not meet the others at {meeting} ({str(error).splitlines()[0]}): "
             "if another program has that port, set MASTER_PORT to a free one; if not, see that all ranks were started."
         ) from None
     from accelerate import PartialState
@@ -231,6 +280,48 @@ def uses_gpus(device: str) -> bool:
     import torch
 
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def own_gpu(environment: Mapping[str, str], num_visible: int) -> int:
+    """Returns the number, of the GPUs that this process sees, of the one that no other process uses.
+
+    It is the process's number on its machine; 0 where the launcher shows each process a GPU of its own alone, as
+    `srun --gpus-per-task=1` does.
+
+    Args:
+        environment: variables of this process, with those of `slurm_variables`.
+        num_visible: GPUs that this process sees.
+
+    Raises:
+        ParallelError: there is no such GPU.
+    """
+    number = _number(environment, "LOCAL_RANK", "a process")
+    here = max(number + 1, _number(environment, "LOCAL_WORLD_SIZE", "processes"))
+    if here <= num_visible:
+        return number
+    if num_visible == 1 and _sees_its_own(environment, str(number)):
+        return 0
+    raise ParallelError(
+        f"process {number} of this machine, counted from 0, wants a GPU of its own, and sees {num_visible}: start as "
+        "many processes a machine as it has GPUs, with srun by --gpus-per-node and without --gpus-per-task."
+    )
+
+
+def _sees_its_own(environment: Mapping[str, str], number: str) -> bool:
+    """Whether the one GPU that the process of this number on its machine sees is shown to it alone."""
+    # As a script around the program sets it. The first process sees to it that not all have the same one.
+    if environment.get("LOCAL_WORLD_SIZE") and number in map(environment.get, VISIBLE_GPUS):
+        return True
+    # torchrun in a job of one task inherits what was asked of Slurm for that task.
+    if environment.get("SLURM_LOCALID") != number:
+        return False
+    # Older and newer Slurm; a kind of GPU may stand before the number.
+    if environment.get("SLURM_NTASKS_PER_GPU") == "1":
+        return True
+    if re.fullmatch(r"([\w.-]+[:=])?1", environment.get("SLURM_GPUS_PER_TASK", "")):
+        return True
+    asked = f"{environment.get('SLURM_TRES_PER_TASK', '')},{environment.get('SLURM_GPU_BIND', '')}"
+    return re.search(r"(gpu(:[\w.-]+)?[:=]|single:|per_task:)1(,|$)", asked) is not None
 
 
 def check_gpus(count: int) -> None:

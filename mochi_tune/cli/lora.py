@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mochi_tune.cli.options import LORA_OPTIONS, is_setting, plain_options, whole_number
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from mochi_tune.adapters.low_rank import Limit
@@ -84,8 +84,8 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
     print(f"norm     {math.hypot(*(each.norm for each in layers.values())):.4g}")
     print("metadata")
     for key, value in sorted(adapter.metadata.items()):
-        text = _short(" ".join(value.split()))
-        print(f"  {key:<18} {text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + ' …'}")
+        text = _short(printable(" ".join(value.split())))
+        print(f"  {printable(key):<18} {text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + ' …'}")
     print("\nnorm of ΔW, and the ranks that hold 90 % and 99 % of its energy")
     cells = {name: f"{each.norm:.3g} {each.rank_90}/{each.rank_99}" for name, each in layers.items()}
     _print_table(cells, {kind: f"{norm:.3g}" for kind, norm in kind_norms(layers).items()})

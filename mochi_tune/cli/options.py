@@ -87,7 +87,11 @@ EXPORT_OPTIONS = {
         "",
         "official (attention only), diffusers, comfyui, kohya, native (as `train`); a folder: one or more, a,b",
     ),
-    "out": ("", "new .safetensors file, or new folder for the adapter and a model card; default: hub/STEP of the run"),
+    "out": (
+        "",
+        "new .safetensors file, or new folder for the adapter and a model card; default with push=: hub/STEP of the "
+        "run; needed otherwise",
+    ),
     "dtype": ("fp32", "fp32, bf16 or fp16"),
     "adapter_alpha": ("", "alpha of an adapter that does not state its own; else it is taken to be the rank"),
     "push": ("", "owner/name on the Hugging Face hub: uploads the folder"),
@@ -305,7 +309,7 @@ def plain_options(
 
 def load(verb: str, arguments: list[str]) -> "RunConfig | None":
     """Loads the settings of a verb; prints them, or the verb's help, and returns None where that is asked for."""
-    from mochi_tune.config.load import SAMPLE_ALIASES, config_yaml, load_config
+    from mochi_tune.config.load import SAMPLE_ALIASES, check_run_folder, config_yaml, load_config
 
     if "--help" in arguments or "-h" in arguments:
         print_help(verb, is_complete="all" in arguments)
@@ -322,6 +326,7 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
         if {"sample.prompt", "sample.prompts"} <= {setting.partition("=")[0] for setting in settings}:
             raise ConfigError("prompt= and prompts= are both given: leave one out.")
     config = load_config(names[0], settings)
+    check_run_folder(names[0], settings, config)
     started = num_processes_here(os.environ)
     if verb in ("train", "sample") and started > 1 and config.parallel.num_processes == 1:
         # As with processes that are started here: parallel=context means all of them.

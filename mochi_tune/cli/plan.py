@@ -11,7 +11,7 @@ def run_plan(arguments: list[str]) -> int:
     if (config := load("plan", [a for a in arguments if "=" not in a or a.partition("=")[0] not in own])) is None:
         return 0
     from mochi_tune.files import format_bytes
-    from mochi_tune.parallel.forecast import in_words
+    from mochi_tune.parallel.forecast import in_words, short_seconds
     from mochi_tune.recipes.plan import can_measure, measure
     from mochi_tune.recipes.plan import main as plan
 
@@ -28,19 +28,19 @@ def run_plan(arguments: list[str]) -> int:
     for stage in made.stages:
         held = "".join(f"{stage.held.get(part, 0) / gib:>15.1f}" for part in parts)
         verdict = "fits" if stage.total <= made.gib * gib else "NOT"
-        time = "" if stage.seconds is None else f"{stage.seconds:.2g} s {stage.per}"
+        time = "" if stage.seconds is None else f"{short_seconds(stage.seconds)} {stage.per}"
         print(f"{stage.name:<18}{held}{stage.total / gib:>8.1f}  {verdict:<6} {time}".rstrip())
     print(
         "The total has 1 GiB to spare. All is foretold; on an H200 the same sums were within 10 % of what was measured."
     )
     if made.run_seconds is not None:
         print(f"\ntraining: {config.train.steps} steps in about {in_words(made.run_seconds)}")
-    print(f"\n{'memory=':<10}{'train':>12}{'sample':>12}")
+    print(f"\n{'memory=':<10}{'train':>16}{'sample':>16}")
     for name, sizes in made.presets.items():
         cells = (
             "" if size is None else f"{size / gib:.1f} {'fits' if size <= made.gib * gib else 'NOT '}" for size in sizes
         )
-        print(f"{name:<10}{''.join(f'{cell:>12}' for cell in cells)}".rstrip())
+        print(f"{name:<10}{''.join(f'{cell:>16}' for cell in cells)}".rstrip())
     print("\n" + "\n".join(made.advice))
     if not own and can_measure(config):
         found = measure(config)

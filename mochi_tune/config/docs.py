@@ -23,7 +23,7 @@ train:
   steps: 500
 ```
 
-The command line goes before the file, the file before the packaged files below, and those before the defaults.
+The command line overrides the file, the file the packaged files below, and those the defaults.
 `${name}` in a value is the value of another setting; in a prompt on the command line it is text.
 
 The last column says whether a run may go on from a checkpoint with another value. `by resume=force` means that it goes

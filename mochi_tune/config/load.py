@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
 # What a preset of the sampler sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
+# What lies beside the config.yaml of a run.
+RECORDS = ("checkpoints", "metrics.jsonl")
 PROMPTS = ("sample.prompt", "sample.negative_prompt", "train.sample_prompts")
 # Hydra keeps what it composes from in one place for all threads, and two that import it at once get half of it.
 _ONE_AT_A_TIME = threading.Lock()
@@ -68,6 +70,29 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         raise ConfigError(explain(error, str(path), given)) from None
     check_config(config)
     return config
+
+
+def check_run_folder(name: str, given: Collection[str], config: RunConfig) -> None:
+    """Refuses a run's config.yaml that names another folder than the one that it lies in, as after a move.
+
+    Args:
+        name: of the conf, as in `load_config`.
+        given: the `key=value` overrides.
+        config: what they were loaded to.
+
+    Raises:
+        ConfigError: it does, and no run_dir is given.
+    """
+    path, run_dir = find_config(name), Path(config.run_dir)
+    folder = path.parent
+    is_of_a_run = path.name == "config.yaml" and any((folder / each).exists() for each in RECORDS)
+    if not is_of_a_run or any(override.startswith("run_dir=") for override in given):
+        return
+    if not run_dir.exists() or not run_dir.samefile(folder):
+        raise ConfigError(
+            f"{path} is of a run in {folder} and has run_dir={config.run_dir}, another folder: give "
+            f"run_dir={folder}, or the folder that is meant."
+        )
 
 
 def change_sample(sample: SampleConfig, values: dict[str, Any]) -> SampleConfig:

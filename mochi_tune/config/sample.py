@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from mochi_tune.config.schema import DataConfig
 
 
+# All noise levels of a rendering are listed; 64 steps are usual.
+Steps = Annotated[Count, Field(le=10_000)]
+
+
 def _read_none(value: Any) -> Any:
     # In a shell without quotes, as [] is not.
     return [] if value == "none" else value
@@ -40,9 +44,14 @@ class SampleConfig(Section):
     grid: bool = setting(
         False, "true: a page and a video of every prompt with every seed, checkpoint and strength, in the folder out"
     )
-    strengths: list[Number] | None = setting(None, "grid: factors on adapter_strength; 0 is exactly the base; null: 1")
+    strengths: list[Number] | None = setting(
+        None,
+        "grid, parallel.shard or parallel.engine=ray: factors on adapter_strength; 0 is exactly the base; null: 1",
+    )
     checkpoints: list[Count] | Literal["all"] | None = setting(
-        None, "grid: steps of the run's checkpoints, whose adapters are used; null: adapter"
+        None,
+        "grid, parallel.shard or parallel.engine=ray: steps of the run's checkpoints, whose adapters are used; null: "
+        "adapter",
     )
     compare: Literal["base"] | None = setting(
         None, "base: renders without and with the adapter, side by side in one video"
@@ -102,7 +111,7 @@ class SampleConfig(Section):
         "quality: 64 steps, guidance 6; balanced: without guidance in the last quarter, which takes an eighth of the "
         "time off; fast: 8 steps, guidance 1.5, for distilled weights; fastmochi: the 8 noise levels of FastMochi",
     )
-    steps: Count | None = setting(None, "Euler steps; time grows with it; null: the preset's")
+    steps: Steps | None = setting(None, "Euler steps; time grows with it; null: the preset's")
     guidance: NotNegative | list[NotNegative] | None = setting(
         None, "weight of the prompt, or a list with one per step; 1 halves the time; null: the preset's"
     )
@@ -110,7 +119,7 @@ class SampleConfig(Section):
     threshold: Annotated[Number, Field(gt=0, lt=1)] | None = setting(
         None, "how far below 1 the linear part of the schedule goes; null: the preset's"
     )
-    linear_steps: Count | None = setting(None, "steps of the linear part; null: half of them")
+    linear_steps: Steps | None = setting(None, "steps of the linear part; null: half of them")
 
 
 def sample_size(sample: SampleConfig, data: "DataConfig") -> tuple[int, int, int]:

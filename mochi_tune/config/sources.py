@@ -28,6 +28,7 @@ class Source:
         caption_prefix: put before each caption.
         repeats: how often an epoch takes each clip.
         weight: share of the draws relative to the other sources' weights; None: by `repeats`.
+        shorter: what in the settings makes its clips shorter.
     """
 
     name: str
@@ -37,28 +38,32 @@ class Source:
     caption_prefix: str
     repeats: float = 1.0
     weight: float | None = None
+    shorter: str = "a smaller data.num_frames"
 
 
 def read_sources(data: DataConfig) -> list[Source]:
     """Returns the sources that the settings name.
 
     Raises:
-        ConfigError: buckets that do not fit the models; two sources with one name; some with weights and some without.
+        ConfigError: buckets that do not fit the models; two sources with one name, or one without; some with weights
+            and some without.
     """
     _check_windows(data)
     if not data.sources:
-        return [Source("", Path(data.videos), _buckets(data, data.buckets), data.clips, data.caption_prefix)]
+        buckets, shorter = _buckets(data, data.buckets), _shorter(data, None, 0)
+        return [Source("", Path(data.videos), buckets, data.clips, data.caption_prefix, shorter=shorter)]
     sources = [
         Source(
-            Path(own.folder).name,
+            _name(Path(own.folder), len(data.sources) == 1),
             Path(own.folder),
             _buckets(data, data.buckets if own.buckets is None else own.buckets),
             own.clips or data.clips,
             data.caption_prefix if own.caption_prefix is None else own.caption_prefix,
             own.repeats,
             own.weight,
+            _shorter(data, own.buckets, number),
         )
-        for own in data.sources
+        for number, own in enumerate(data.sources)
     ]
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -121,6 +126,22 @@ def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
             "give each size its share."
         )
     return dict(zip(read_buckets(listed, "data.buckets"), data.bucket_shares, strict=True))
+
+
+def _name(folder: Path, is_alone: bool) -> str:
+    """Returns the name that the clips of a folder go by."""
+    # One source's clips have no others to be told from: those of caches that are there keep their names.
+    name = folder.name if is_alone or folder.name not in ("", "..") else folder.resolve().name
+    if not (name or is_alone):
+        raise ConfigError(f"data.sources: the folder {folder} has no name for its clips to go by: name those in it.")
+    return name
+
+
+def _shorter(data: DataConfig, own: Buckets | None, number: int) -> str:
+    """Returns what in the settings makes the clips of source `number`, whose own buckets are `own`, shorter."""
+    if own is None and data.buckets is None:
+        return "a smaller data.num_frames"
+    return f"shorter buckets in {'data.buckets' if own is None else f'data.sources[{number}].buckets'}"
 
 
 def _buckets(data: DataConfig, asked: Buckets | None) -> list[Bucket]:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 # "held": no, the saved weights and optimizer state would not fit.
 Resume = Literal["free", "bound", "held"]
 SEED_LIMIT = 2**63
+_DIGITS = re.compile(r"[+-]?[0-9]+")
 # A repository of the hub. Source: huggingface/huggingface_hub@2.4 utils/_validators.py (validate_repo_id).
 _REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?(?<!\.git)", re.ASCII)
 
@@ -68,9 +69,9 @@ def refuse_bool(value: Any) -> Any:
     return value
 
 
-def _refuse_bool_and_float(value: Any) -> Any:
-    # pydantic takes 4.0 and "4.0" for 4.
-    if isinstance(value, bool | float) or (isinstance(value, str) and "." in value):
+def _check_whole(value: Any) -> Any:
+    # pydantic takes 4.0 and "4.0" for 4, and "0-3" for -3.
+    if isinstance(value, bool | float) or (isinstance(value, str) and not _DIGITS.fullmatch(value)):
         raise PydanticCustomError("not_a_whole_number", "not a whole number")
     return value
 
@@ -88,7 +89,7 @@ FileText = Annotated[Text, AfterValidator(os.path.expanduser)]
 FileName = Annotated[Name, AfterValidator(os.path.expanduser)]
 Repo = Annotated[Text, AfterValidator(_check_repo)]
 Shard = Annotated[Text, AfterValidator(_check_shard)]
-Whole = Annotated[int, BeforeValidator(_refuse_bool_and_float)]
+Whole = Annotated[int, BeforeValidator(_check_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 CountOrZero = Annotated[Whole, Field(ge=0)]
 Number = Annotated[float, BeforeValidator(refuse_bool), Field(allow_inf_nan=False)]

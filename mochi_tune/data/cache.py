@@ -40,6 +40,8 @@ SHARD_BYTES = 256 * 2**20
 DATA_FOLDER = "data"
 PARTS_FOLDER = "parts"
 REPORT_NAME = "report.csv"
+# The folder of a share, in that of the parts.
+SHARE_LABEL = re.compile(r"\d+-of-\d+")
 # A manifest that names any other file was not written by `prepare`, and may point anywhere.
 _SHARD_FILE = re.compile(rf"{DATA_FOLDER}/train-\d{{5,}}-of-\d{{5,}}\.parquet")
 
@@ -180,7 +182,7 @@ def open_cache(
     written = cache.settings.transform.get("settings")
     if settings and written:
         for name in sorted(settings.keys() | written.keys()):
-            wanted[name], found[name] = settings.get(name), written.get(name)
+            wanted[name], found[name] = _quoted(settings.get(name)), _quoted(written.get(name))
     for name, fingerprint in (("vae", vae_fingerprint), ("t5", t5_fingerprint)):
         if fingerprint is not None:
             wanted[f"{name} weights"] = fingerprint[:12]
@@ -217,11 +219,22 @@ def _in_words(sizes: Mapping[str, Any]) -> str:
     return " and ".join(f"{len(buckets)} {name}" for name, buckets in sizes.items())
 
 
+def _quoted(value: Any) -> Any:
+    """Returns a setting's value as a difference is told: a text that is no plain word in quotes."""
+    return repr(value) if isinstance(value, str) and not value.isalnum() else value
+
+
 def _complete_manifest(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     again = "run `mochi-tune prepare` again, it goes on from there"
     parts = folder / PARTS_FOLDER
-    if parts.is_dir() and any(parts.iterdir()):
+    names = [path.name for path in parts.iterdir()] if parts.is_dir() else []
+    if any(map(SHARE_LABEL.fullmatch, names)):
+        raise DataError(
+            f"the cache {folder} is incomplete, its shares were not merged: run `mochi-tune prepare` with "
+            "parallel.shard=merge."
+        )
+    if names:
         raise DataError(f"the cache {folder} is incomplete: `mochi-tune prepare` was stopped before its end: {again}.")
     if manifest is None:
         if (folder / DATA_FOLDER).is_dir():

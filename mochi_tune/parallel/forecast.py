@@ -45,6 +45,8 @@ ENCODER_PIXEL_FLOPS, ENCODER_SHARE = 63.9e12 / (37 * 480 * 848), 0.25
 T5_PARAMETERS, DECODER_PARAMETERS, ENCODER_PARAMETERS = 4.76e9, 0.362e9, 0.098e9
 # Of T5's, which are never in 8 bits.
 T5_EMBEDDING = 32128 * 4096
+# fp32 numbers that each optimizer of `train.optimizer` keeps of a number that it trains.
+OPTIMIZER_STATES = {"adamw": 2, "schedule_free": 2, "prodigy": 4, "muon": 1, "adamw_8bit": 0.57, "adafactor": 0.07}
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Step:
         split: how many processes share the tokens, of which `num_tokens` are one's: (heads, ring).
         num_clips: of the micro-batch, which share `num_tokens` and attend each to itself.
         needs_exact: whether the base's matrices must stay as they are, as a DoRA measures their rows.
+        optimizer: `train.optimizer`.
+        has_average: whether there is a moving average of the adapter.
     """
 
     config: DiTConfig
@@ -126,6 +130,8 @@ class Step:
     split: tuple[int, int] = (1, 1)
     num_clips: int = 1
     needs_exact: bool = False
+    optimizer: str = "adamw"
+    has_average: bool = False
     weights: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -170,12 +176,18 @@ class Step:
         kept += self._attention_bytes * policies.count("attention") + self._kept_bytes * policies.count("none")
         return {
             "weights": weights // self.num_shards,
-            # With its gradient and AdamW's two moments.
-            "adapter": 4 * self.adapter_bytes,
+            # With its gradient, and what the optimizer and the average keep.
+            "adapter": int((2 + OPTIMIZER_STATES[self.optimizer] + self.has_average) * self.adapter_bytes),
             "kept": kept,
             "largest block": inside,
             "other": BASE_BYTES,
         }
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint: the adapter, the optimizer's state, and the average, which "schedule_free" always has."""
+        has_average = self.has_average or self.optimizer == "schedule_free"
+        return int((1 + OPTIMIZER_STATES[self.optimizer] + has_average) * self.adapter_bytes)
 
     def host_bytes(self, is_streamed: bool, is_offloaded: bool) -> int:
         """Returns the bytes of host memory for the blocks' weights and for their inputs, as a GPU reads them there.
@@ -226,14 +238,23 @@ class Step:
         return max(computed, 2 * self.weights["blocks"] / card.host) if is_streamed else computed
 
 
-def sampling_held(config: DiTConfig, num_tokens: int, dit: str, dtype_bytes: int = 2) -> dict[str, int]:
-    """Returns the bytes on the device while the DiT samples; `dit` is `memory.dit`."""
+def sampling_held(
+    config: DiTConfig, num_tokens: int, dit: str, dtype_bytes: int = 2, num_sharing: int = 2
+) -> dict[str, int]:
+    """Returns the bytes on the device while the DiT samples.
+
+    Args:
+        config: of the DiT.
+        num_tokens: visual tokens that this process has of a video.
+        dit: `memory.dit`.
+        dtype_bytes: of a number of the DiT.
+        num_sharing: processes of one video, over which "shard" splits the weights.
+    """
     weights = weight_bytes(config, dtype_bytes, "bf16")
     blocks = weights["blocks"] // (2 if dit in ("int8", "fp8") and dtype_bytes == 2 else 1)
-    # Of offloaded blocks two are there, of those shared by two processes a half.
-    blocks = {"offload": 2 * blocks // config.depth, "stream": 2 * blocks // config.depth, "shard": blocks // 2}.get(
-        dit, blocks
-    )
+    # Of offloaded blocks two are there.
+    two = 2 * blocks // config.depth
+    blocks = {"offload": two, "stream": two, "shard": blocks // num_sharing}.get(dit, blocks)
     return {
         "weights": blocks + weights["rest"],
         "largest block": INSIDE_BYTES["sample"] * num_tokens * config.hidden_size_x,
@@ -242,14 +263,34 @@ def sampling_held(config: DiTConfig, num_tokens: int, dit: str, dtype_bytes: int
 
 
 def sampling_seconds(
-    config: DiTConfig, num_tokens: int, card: Card, text_tokens: int = 256, dit: str = "resident"
+    config: DiTConfig,
+    num_tokens: int,
+    card: Card,
+    text_tokens: int = 256,
+    dit: str = "resident",
+    passes: float = 2,
+    num_sharing: int = 1,
+    dtype_bytes: int = 2,
 ) -> float:
-    """Returns the seconds of a step with guidance of weights that stay on the GPU; `dit` is `memory.dit`."""
+    """Returns the seconds of a step of the sampler.
+
+    Args:
+        config: of the DiT.
+        num_tokens: visual tokens of the video.
+        card: the GPU.
+        text_tokens: of the prompt.
+        dit: `memory.dit`.
+        passes: of a step, 2 with guidance.
+        num_sharing: processes that share the tokens; what they exchange is not counted.
+        dtype_bytes: of a number of the DiT.
+    """
     matrix, attention = dit_flops(config, num_tokens, text_tokens)
     moved = MOVED_BYTES["sample"] * num_tokens * config.hidden_size_x * config.depth
     rate = card.matrix * MATRIX_SHARE * (2 if dit == "fp8" and card.has_fp8 else 1)
-    one_pass = matrix / rate + attention / (card.matrix * ATTENTION_SHARE)
-    return 2 * (one_pass + moved / card.bandwidth)
+    one_pass = matrix / rate + attention / (card.matrix * ATTENTION_SHARE) + moved / card.bandwidth
+    # Offloaded weights come once in each pass, beside the arithmetic, to each process.
+    copied = weight_bytes(config, dtype_bytes)["blocks"] / card.host if dit in ("offload", "stream") else 0
+    return passes * max(one_pass / num_sharing, copied)
 
 
 def decoding_held(height: int, width: int, tiles: int = 1, dtype_bytes: int = 2) -> dict[str, int]:
@@ -279,6 +320,11 @@ def text_held(dtype_bytes: int) -> dict[str, int]:
     """Returns the bytes on the device while T5-XXL encodes one prompt."""
     embedding = T5_EMBEDDING if dtype_bytes == 1 else 0
     return {"weights": int(T5_PARAMETERS * dtype_bytes + embedding), "other": BASE_BYTES}
+
+
+def fits(held: dict[str, int], free: int) -> bool:
+    """Whether a device with so many free bytes can hold this, with some to spare."""
+    return sum(held.values()) + SPARE_BYTES <= free
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -332,6 +378,11 @@ def known_card(name: str) -> Card | None:
     # Of two sizes, the driver says which.
     fitting = [key for key in CARDS if all(part in words for part in key.split("-"))]
     return CARDS[max(fitting, key=len)] if fitting else None
+
+
+def short_seconds(seconds: float) -> str:
+    """Returns a few seconds, or many, without an exponent."""
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s" if seconds >= 0.01 else f"{seconds:.4f} s"
 
 
 def in_words(seconds: float) -> str:

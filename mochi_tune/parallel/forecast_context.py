@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mochi_tune.errors import ConfigError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.flops import dit_flops
 from mochi_tune.parallel.forecast import (
@@ -17,6 +18,7 @@ from mochi_tune.parallel.forecast import (
     ATTENTION_SHARE,
     BACKWARD_SHARE,
     CARDS,
+    GIB,
     MATRIX_SHARE,
     Card,
     known_card,
@@ -128,3 +130,22 @@ def card_here() -> Card:
     """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return known_card(name) or CARDS["h100"]
+
+
+def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
+    """Returns a card's name in words, its memory in GiB and its speeds, if they are known.
+
+    Raises:
+        ConfigError: there is no GPU and no card is named, or one that is not known without its memory.
+    """
+    if not name and not gib:
+        if not torch.cuda.is_available():
+            raise ConfigError(f"there is no GPU here: name one, as card=4090; known are {', '.join(CARDS)}.")
+        properties = torch.cuda.get_device_properties(0)
+        return properties.name, torch.cuda.mem_get_info(0)[0] / GIB, known_card(properties.name)
+    known = CARDS.get(name.lower())
+    if known is None and not gib:
+        raise ConfigError(
+            f"card={name} is not known: use one of {', '.join(CARDS)}, or give its memory too, as card_gib=24."
+        )
+    return f"{name or 'a GPU'} (not here: foretold)", float(gib or (known.gib if known else 0)), known

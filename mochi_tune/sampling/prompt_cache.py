@@ -32,7 +32,8 @@ class PromptCache:
     def get(self, prompt: str) -> Tensor | None:
         """Returns the features (n, D) of a prompt on the CPU; None if they are not there, or damaged."""
         try:
-            features = load_file(self.path(prompt))["features"]
+            # In the file they begin at any address, and a CPU's kernels round by where their input begins.
+            features = load_file(self.path(prompt))["features"].clone()
         except (FileNotFoundError, SafetensorError, KeyError):
             return None
         return features if bool(features.isfinite().all()) else None

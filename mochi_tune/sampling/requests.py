@@ -36,6 +36,8 @@ ROW_KEYS: dict[str, tuple[type, ...]] = {
     "init_video": (str,),
     "init_strength": (int, float),
 }
+# What a schedule is made of where its noise levels are not given by `sigmas`.
+SCHEDULE_KEYS = ("steps", "threshold", "linear_steps")
 MAX_VIDEO_TOKENS = 445_200
 # Bytes of a name that is given: the files beside it, and those that become it, have longer ones.
 MAX_NAME = 220
@@ -70,7 +72,7 @@ def sampler_settings(sample: SampleConfig) -> SamplerSettings:
         ConfigError: the schedule or the guidance does not fit the number of steps.
     """
     settings = PRESETS[sample.preset]
-    for name in ("steps", "threshold", "linear_steps"):
+    for name in SCHEDULE_KEYS:
         if settings.own_sigmas is not None and getattr(sample, name) is not None:
             raise ConfigError(
                 f"sample.{name}={getattr(sample, name)} does not fit sample.preset={sample.preset}, whose "
@@ -90,15 +92,22 @@ def sampler_settings(sample: SampleConfig) -> SamplerSettings:
         sigmas = tuple(sample.sigmas)
         if len(sigmas) < 2 or (sigmas[0], sigmas[-1]) != (1, 0) or any(a <= b for a, b in itertools.pairwise(sigmas)):
             raise ConfigError(f"sample.sigmas={list(sigmas)} is no schedule: give falling numbers from 1 to 0.")
-        if sample.steps not in (None, len(sigmas) - 1):
+        others = {name: getattr(sample, name) for name in SCHEDULE_KEYS if getattr(sample, name) is not None}
+        if others.get("steps") == len(sigmas) - 1:
+            del others["steps"]
+        if others:
+            given = " and ".join(f"sample.{name}={value}" for name, value in others.items())
+            verb, nulls = "does" if len(others) == 1 else "do", " ".join(f"{name}=null" for name in others)
             raise ConfigError(
-                f"sample.steps={sample.steps} does not fit sample.sigmas of {len(sigmas) - 1} steps: leave steps out."
+                f"{given} {verb} not fit sample.sigmas of {len(sigmas) - 1} steps: leave {' and '.join(others)} out, "
+                f"or write {nulls} where a conf sets {'it' if len(others) == 1 else 'them'}."
             )
         settings = replace(settings, steps=len(sigmas) - 1, linear_steps=None, own_sigmas=sigmas)
     if settings.linear_steps is not None and settings.linear_steps >= settings.steps:
+        advice = f"use 1 to {settings.steps - 1}, or leave it out for half of them"
         raise ConfigError(
             f"sample.linear_steps={settings.linear_steps} does not fit sample.steps={settings.steps}: "
-            f"use 1 to {settings.steps - 1}, or leave it out for half of them."
+            f"{advice if settings.steps > 1 else 'leave it out'}."
         )
     if isinstance(settings.guidance, tuple) and len(settings.guidance) != settings.steps:
         raise ConfigError(
@@ -137,9 +146,10 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
     for where, row in rows:
         own = {key: value for key, value in row.items() if key != "seed"}
         # A row's schedule replaces the one that is set for all.
-        for schedule, other in (("sigmas", "steps"), ("steps", "sigmas")):
-            if schedule in row and other not in row:
-                own[other] = None
+        if "sigmas" in row:
+            own = dict.fromkeys(SCHEDULE_KEYS) | own
+        elif any(key in row for key in SCHEDULE_KEYS):
+            own["sigmas"] = None
         try:
             mine = change_sample(sample, own)
             settings, size = sampler_settings(mine), sample_size(mine, data)
@@ -165,7 +175,11 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
 def _start_of(sample: SampleConfig) -> tuple[Path | None, float]:
     """Returns what a video starts from, and the noise level that it is given."""
     if sample.init_video is not None:
-        return Path(sample.init_video), sample.init_strength
+        path = Path(sample.init_video)
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise ConfigError(f"sample.init_video={path} {what}: name a video or an image.")
+        return path, sample.init_strength
     if sample.init_strength != SampleConfig.model_fields["init_strength"].default:
         raise ConfigError(
             f"sample.init_strength={sample.init_strength} does nothing without sample.init_video: name a video or an "
@@ -197,8 +211,16 @@ def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_object(where: str, line: str) -> dict[str, Any]:
+    def read_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in row:
+                raise ConfigError(f"{where}{key} stands there twice: leave one out.")
+            row[key] = value
+        return row
+
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=read_pairs)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}not JSON ({error.msg} at column {error.colno}).") from None
     except (ValueError, RecursionError) as error:
@@ -248,11 +270,10 @@ class _VideoPaths:
         self.taken = {entry.name.partition(".")[0] for entry in entries}
         if is_file and num_videos > 1:
             raise ConfigError(f"out={path} is a file, and {num_videos} videos are asked for: name a folder.")
-        if is_file:
-            _check_free(path)
 
     def take(self, prompt: str, seed: int, suffix: str) -> Path:
         if self.single is not None:
+            _check_free(self.single)
             return self.single
         words = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:40]
         stem, number = f"{words or 'prompt'}_seed_{seed}", 1

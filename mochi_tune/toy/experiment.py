@@ -2,6 +2,7 @@
 
 import contextlib
 import statistics
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
 
     Raises:
         ConfigError: the folder's results were made with other weights or settings.
+        SystemExit: a training was stopped, with its exit code.
     """
     # The measured clips are others, so that all of the lesson's can be trained on.
     settings = ("train.validation_clips=0", *settings)
@@ -86,13 +88,19 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
 
 
 def train_arm(arm: Arm, seed: int, out: Path, *settings: str) -> Path:
-    """Trains an arm, in this process, which has imported everything already; returns the run folder."""
+    """Trains an arm, in this process, which has imported everything already; returns the run folder.
+
+    Raises:
+        SystemExit: the training was stopped, with its exit code.
+    """
     run_dir, data = out / f"{run_names()[arm]}_seed_{seed}", prepare_clips(arm, out)
     config = load_config("toy_lora", [*data, *settings, *arm.settings, f"seed={seed}", f"run_dir={run_dir}"])
     with rounded_to_bf16() if arm.rounds_to_bf16 else contextlib.nullcontext():
         code = train(config)
     if code:
-        raise MochiTuneError(f"{run_dir} ended with exit code {code}: the same command goes on from there.")
+        # A story ends well, by a mistake of the user's, or asked to stop: only the last one has a code.
+        tqdm.write(f"{run_dir} was stopped: the same command goes on from there", file=sys.stderr)
+        raise SystemExit(code)
     return run_dir
 
 
@@ -115,7 +123,7 @@ def draw_lesson(arm: Arm, out: Path) -> Path:
     videos = out / (name if arm.fps == DEFAULT.fps else f"{name}_{arm.fps}_fps")
     if not videos.exists():
         unfinished = out / f"{videos.name}.unfinished"
-        for video in write_lesson(unfinished, 1, arm.fps)[arm.num_clips :]:
+        for video in write_lesson(unfinished, 1, arm.fps, replaces=True)[arm.num_clips :]:
             video.unlink()
             video.with_suffix(".txt").unlink()
         unfinished.rename(videos)

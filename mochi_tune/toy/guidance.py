@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import torch
 
 from mochi_tune.config.load import load_config, weights_paths
-from mochi_tune.files import write_json
+from mochi_tune.files import make_writable_folder, write_json
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.toy.lesson import asked_words
 from mochi_tune.toy.samples import render_words, share_shown
@@ -32,6 +32,7 @@ def main(num_seeds: int, out: Path, *given: str, num_samples: int = NUM_SAMPLES)
     Obeyed is the share of samples whose colour, shape and motion are those of the caption. Changed is the root mean
     square difference to the frames with guidance in all steps, of 255.
     """
+    make_writable_folder(out)
     config = load_config("toy_lora", list(given))
     weights, settings = WeightsFolder(weights_paths(config)), sampler_settings(config.sample)
     assert isinstance(settings.guidance, float)
@@ -46,7 +47,6 @@ def main(num_seeds: int, out: Path, *given: str, num_samples: int = NUM_SAMPLES)
             whole = frames if whole is None else whole
             changed = (frames - whole).square().mean().sqrt().item()
             rows[name].append((share_shown(frames.to(torch.uint8), words), changed))
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "guidance.json", rows)
     lines = ["| guidance in | passes | obeyed | changed |", "| --- | --- | --- | --- |"]
     for name, measured in rows.items():

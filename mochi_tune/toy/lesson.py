@@ -1,6 +1,7 @@
 """The lesson: a few clips of the new motion with its new word, and the captions that a taught model is asked for."""
 
 import contextlib
+import os
 import shlex
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.files import write_atomic
 from mochi_tune.models.latents import FPS
 from mochi_tune.sampling.video import write_video
 from mochi_tune.toy.world import BACKGROUNDS, COLOURS, NEW_WORD, SHAPES, Words, all_words, draw_clips, split_words
@@ -39,15 +41,29 @@ def asked_words(count: int) -> tuple[list[Words], list[Words]]:
     return [others[i % len(others)] for i in range(count)], split_words()[1][:count]
 
 
-def write_lesson(folder: Path, seed: int, fps: int = FPS) -> list[Path]:
-    """Draws the lesson's clips as NAME.mp4 with NAME.txt beside each, in a folder that is made; returns the videos."""
+def write_lesson(folder: Path, seed: int, fps: int = FPS, replaces: bool = False) -> list[Path]:
+    """Draws the lesson's clips as NAME.mp4 with NAME.txt beside each, in a folder that is made; returns the videos.
+
+    Args:
+        folder: the folder.
+        seed: of place, size and light.
+        fps: frames a second.
+        replaces: whether files of these names may be replaced, as those of an unfinished folder.
+
+    Raises:
+        ConfigError: one of the files is there already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     taught, _ = lesson_words()
-    videos = []
-    for words, frames in zip(taught, draw_clips(taught, keyed_generator(seed, "lesson"), fps), strict=True):
-        videos.append(folder / f"{'_'.join((words.colour, words.shape, *words.motion.split(), words.background))}.mp4")
-        write_video(videos[-1], [frames], fps=fps)
-        videos[-1].with_suffix(".txt").write_text(words.caption + "\n")
+    names = ("_".join((w.colour, w.shape, *w.motion.split(), w.background)) for w in taught)
+    videos = [folder / f"{name}.mp4" for name in names]
+    there = [path for video in videos for path in (video, video.with_suffix(".txt")) if os.path.lexists(path)]
+    if there and not replaces:
+        raise ConfigError(f"{there[0]} is there already: use the clips of {folder} as they are, or another out=.")
+    drawn = draw_clips(taught, keyed_generator(seed, "lesson"), fps)
+    for video, words, frames in zip(videos, taught, drawn, strict=True):
+        write_video(video, [frames], fps=fps)
+        write_atomic(video.with_suffix(".txt"), f"{words.caption}\n".encode())
     return videos
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 
-from mochi_tune.errors import CheckpointError, ParallelError
+from mochi_tune.errors import CheckpointError
 from mochi_tune.training.optim import (
     inference_weights,
     load_optimizer_state,
@@ -70,36 +70,6 @@ def broadcast(value: Any) -> Any:
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
-
-
-def check_agreement(facts: Mapping[str, object]) -> None:
-    """Refuses processes that were started with other files or settings; all processes call it together.
-
-    Args:
-        facts: what must be the same everywhere, by its name in an error.
-
-    Raises:
-        ParallelError: on the main process, naming the first difference and its ranks.
-        SystemExit: on the others, with 2.
-    """
-    everyones = gather_object([dict(facts)])
-    absent = "nothing"
-    for name in dict.fromkeys(name for each in everyones for name in each):
-        first, *others = (each.get(name, absent) for each in everyones)
-        differing = {rank: value for rank, value in enumerate(others, 1) if value != first}
-        if not differing:
-            continue
-        if not PartialState().is_main_process:
-            raise SystemExit(2)  # The main process reports it.
-        ranks = f"rank{'s' if len(differing) > 1 else ''} {', '.join(map(str, differing))}"
-        raise ParallelError(
-            f"{name}: {_shortened(next(iter(differing.values())))} on {ranks}, {_shortened(first)} on rank 0: start "
-            "all processes with the same settings, and give each machine the same files."
-        )
-
-
-def _shortened(value: object) -> str:
-    return str(value) if len(str(value)) <= 32 else f"{str(value)[:16]}…"
 
 
 def host_memory() -> tuple[int, int]:

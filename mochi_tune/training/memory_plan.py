@@ -10,7 +10,7 @@ import torch
 from mochi_tune.errors import ConfigError, TrainingError
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.compilation import apply_compilation
-from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step
+from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step, fits
 from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpointing, apply_mlp_slices
 from mochi_tune.parallel.stream import apply_streaming
 
@@ -130,8 +130,7 @@ def arrange(step: Step, dit: str, activations: str, free: int | None) -> MemoryP
         ConfigError: it does not fit; the error names settings that do.
     """
     asked = [("", dit in ("stream", "offload"), activations == "offload")]
-    can_stream = step.recompute != "none" and step.num_shards == 1
-    candidates = asked if dit != "auto" else list(ARRANGEMENTS if can_stream else ARRANGEMENTS[:1])
+    candidates = asked if dit != "auto" else list(ARRANGEMENTS if can_stream(step) else ARRANGEMENTS[:1])
     plans = [
         MemoryPlan(step.policies(free, is_streamed, is_offloaded), step.is_compiled, is_streamed, is_offloaded)
         for _, is_streamed, is_offloaded in candidates
@@ -145,14 +144,14 @@ def arrange(step: Step, dit: str, activations: str, free: int | None) -> MemoryP
     raise ConfigError(f"this training needs {needed}, and {free / GIB:.1f} GiB are free: {ways_out(step, free)}.")
 
 
+def can_stream(step: Step) -> bool:
+    """Whether a block's weights may leave the device: not where it keeps them, nor where ZeRO-3 splits them."""
+    return step.recompute != "none" and step.num_shards == 1
+
+
 def held_by(step: Step, plan: MemoryPlan) -> dict[str, int]:
     """Returns the bytes on the device at a step's peak, by what they are for."""
     return step.held(plan.recompute, plan.is_streamed, plan.offloads_inputs)
-
-
-def fits(held: dict[str, int], free: int) -> bool:
-    """Whether a device with so many free bytes can hold this, with some to spare."""
-    return sum(held.values()) + SPARE_BYTES <= free
 
 
 def describe(held: dict[str, int]) -> str:
@@ -185,7 +184,8 @@ def ways_out(step: Step, free: int, failed: MemoryPlan | None = None) -> str:
                 settings = [f"memory={name}"] if is_streamed else []
                 settings += [f"model.precision={precision}"] if precision != step.precision else []
                 settings += ["train.recompute=auto"] if step.recompute == "none" else []
-                found.append(f"{' '.join(settings) or f'memory={name}'} ({sum(held.values()) / GIB:.1f} GiB)")
+                needed = (sum(held.values()) + SPARE_BYTES) / GIB
+                found.append(f"{' '.join(settings) or f'memory={name}'} ({needed:.1f} GiB)")
                 break
     lower = "lower data.num_frames, data.height, data.width or train.batch_size"
     return f"use {' or '.join(found)}, or {lower}" if found else f"{lower}, or use a GPU with more memory"
@@ -203,10 +203,16 @@ def explain_out_of_memory(step: Step, plan: MemoryPlan) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         where = next((words for name, words in PLACES.items() if name in functions), "in a step")
+        reason = str(error).split(". ")[0]
+        if "encode_eval_prompts" in functions:
+            # No DiT is there yet, and nothing that the plan counts.
+            raise TrainingError(
+                f"the GPU's memory does not suffice {where} ({reason}): use train.sample_every=0, and render with "
+                "`sample` after the run."
+            ) from error
         held = held_by(step, plan)
         # Any that holds clearly less: what was foretold is not what was free.
         smaller = ways_out(step, int(0.9 * sum(held.values())) + SPARE_BYTES, plan)
-        reason = str(error).split(". ")[0]
         raise TrainingError(
             f"the GPU's memory does not suffice {where} ({reason}); held are {describe(held)}: {smaller}."
         ) from error

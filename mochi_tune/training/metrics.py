@@ -109,9 +109,7 @@ class Metrics:
     def _count(self, name: str, row: Mapping) -> None:
         self._num_rows[name] += 1
         if name == "validation":
-            self._validations[row["step"]] = {
-                key: row.get(key) for key in ("step", "validation_loss", "measured_on")
-            }
+            self._validations[row["step"]] = {key: row.get(key) for key in ("step", "validation_loss", "measured_on")}
         for sigma in row.get("sigmas", ()):
             self._sigma_counts[min(int(10 * sigma), 9)] += 1
 

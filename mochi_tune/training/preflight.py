@@ -38,7 +38,8 @@ from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.modulation import apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision, check_precision
 from mochi_tune.sampling.requests import sampler_settings
-from mochi_tune.training.accelerator import check_agreement, host_memory
+from mochi_tune.training.accelerator import host_memory
+from mochi_tune.training.agreement import check_agreement
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
 from mochi_tune.training.loader import held_out
@@ -271,6 +272,8 @@ def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout
         split=layout.split,
         num_clips=train.batch_size,
         needs_exact=config.lora.dora,
+        optimizer=train.optimizer,
+        has_average=bool(train.ema_decay),
     )
 
 

@@ -180,8 +180,8 @@ class Run:
                 averaged = folder / "averaged.safetensors"
                 ema.load(checkpoint.load_adapter_tensors(averaged) if averaged.exists() else adapter)
         if self.metrics is not None:
-            # The adapter, two moments and, where there is one, the average.
-            check_free_space(self.run_dir, plan.adapter_bytes * (4 if ema is not None else 3))
+            # The adapter, the optimizer's state and, where there is one, the average.
+            check_free_space(self.run_dir, plan.step.checkpoint_bytes)
             retention = Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
             self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
         is_strict = plan.config.data.damaged == "strict"

@@ -110,6 +110,24 @@ def test_what_does_not_merge_is_refused():
             merge_adapters([one, one], strengths)
 
 
+def test_a_strength_that_fp32_cannot_hold_is_named():
+    with pytest.raises(ConfigError, match=r"strengths: 1e\+300 is too large for blocks\.0\.attn\.proj_x, in fp32"):
+        merge_adapters([random_adapter(), random_adapter(seed=1)], [1e300, 1.0])
+
+
+@pytest.mark.parametrize("limit", [None, Limit(rank=2)])
+def test_a_sum_that_cancels_out_is_refused(limit):
+    one, two, rest = random_adapter(), random_adapter(), random_adapter(("attn.qkv_x",), seed=1)
+    for layer in two.layers.values():
+        # The same change with the scale elsewhere, so that what is left is rounding.
+        layer.b, layer.alpha = layer.b * 3, layer.alpha / 3
+    with pytest.raises(ConfigError, match=r"strengths=\[1.0, -1.0\]: .* cancel out, so that nothing is left"):
+        merge_adapters([one, two], [1.0, -1.0], limit)
+    merged, errors = merge_adapters([one, two, rest], [1.0, -1.0, 1.0], limit)
+    assert merged.layers.keys() == rest.layers.keys()
+    assert errors is None or errors.total < 1
+
+
 @pytest.mark.parametrize("limit", [Limit(rank=4), Limit(energy=0.9)], ids=["rank", "energy"])
 def test_a_resize_tells_the_tail_of_each_layer(limit):
     adapter = based(random_adapter(ALL, MIXED), step="7", tool="lora merge")

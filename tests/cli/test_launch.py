@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 from helpers_process import run
 
-from mochi_tune.cli.launch import check_num_processes, keep_compiled_code, num_processes_here, slurm_variables
+from mochi_tune.cli.launch import (
+    check_num_processes,
+    keep_compiled_code,
+    name_process,
+    num_processes_here,
+    own_gpu,
+    slurm_variables,
+)
 from mochi_tune.errors import ParallelError
 
 SLURM = {
     "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu-[003-004,009],login",
 }  # fmt: skip
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 def test_a_step_of_srun_is_what_torchrun_would_have_started():
@@ -53,6 +61,73 @@ def test_variables_that_a_launcher_did_not_set_are_one_line():
     assert done.returncode == 2 and done.stderr.startswith("mochi-tune: the environment variable WORLD_SIZE=2 says")
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+            "SLURM_STEP_NUM_TASKS=2 says that 2 processes were started together, but SLURM_LOCALID, "
+            "SLURM_STEP_NODELIST, SLURM_JOB_ID, SLURM_STEP_ID are not set: start them by srun, or unset SLURM_STEP_NUM",
+        ),
+        (SLURM | {"SLURM_PROCID": "8"}, "SLURM_PROCID=8 is no rank of 8 processes: it is from 0 to 7, let the"),
+        (SLURM | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID=x is no rank of 8 processes"),
+        (SLURM | {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x is no number of a job: unset it"),
+        (SLURM | {"SLURM_STEP_NODELIST": "["}, "SLURM_STEP_NODELIST=[ names no machine: start the processes by srun"),
+        (SLURM | {"RANK": "3"}, "srun started 8 processes, and the environment variable RANK=3 is set without WORLD_S"),
+        (TORCHRUN | {"MASTER_PORT": "abc"}, "MASTER_PORT=abc is no port: set it to one from 1 to 65535"),
+        (TORCHRUN | {"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999 is no port"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+        (TORCHRUN | {"RANK": "x"}, "RANK=x is no rank of 2 processes: it is from 0 to 1, let the launcher set it"),
+        (TORCHRUN | {"RANK": "5"}, "RANK=5 is no rank of 2 processes"),
+        (TORCHRUN | {"LOCAL_RANK": "x"}, "LOCAL_RANK=x is no number of a process: unset it"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_one_line_at_once(variables, said):
+    with pytest.raises(ParallelError) as error:
+        num_processes_here(variables)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert name_process(variables) == "mochi-tune"
+
+
+def test_the_program_ends_at_once_where_a_rank_is_none_of_the_processes():
+    for broken in ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, TORCHRUN | {"RANK": "5"}):
+        done = run("train", "conf=my_lora", "model=tiny", env=broken)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.startswith("mochi-tune: the environment variable ") and done.stderr.count("\n") == 1
+
+
+def test_a_gpu_that_the_launcher_shows_to_one_process_alone_is_that_ones():
+    assert [own_gpu({"LOCAL_RANK": str(number)}, 4) for number in range(4)] == [0, 1, 2, 3]
+    assert own_gpu({}, 1) == 0
+    task = {"LOCAL_RANK": "3", "SLURM_LOCALID": "3"}
+    for asked in (
+        {"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_GPUS_PER_TASK": "a100:1"}, {"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu:1"},
+        {"SLURM_TRES_PER_TASK": "gres/gpu:a100=1"}, {"SLURM_NTASKS_PER_GPU": "1"}, {"SLURM_GPU_BIND": "single:1"},
+    ):  # fmt: skip
+        assert own_gpu(task | asked, 1) == 0, asked
+    script = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}
+    assert own_gpu(script, 1) == own_gpu(script | {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "0"}, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_visible"),
+    [
+        ({"LOCAL_RANK": "3", "SLURM_LOCALID": "3"}, 1),
+        ({"LOCAL_RANK": "3", "SLURM_LOCALID": "3", "SLURM_GPUS_PER_TASK": "2"}, 2),
+        ({"LOCAL_RANK": "3", "SLURM_LOCALID": "3", "SLURM_TRES_PER_TASK": "gres/gpu:16"}, 1),
+        # torchrun in a job of one task with one GPU.
+        ({"LOCAL_RANK": "3", "SLURM_LOCALID": "0", "SLURM_GPUS_PER_TASK": "1"}, 1),
+        # The same GPU for all: one of two processes is refused, whichever it is.
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}, 1),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0"}, 1),
+        ({"LOCAL_RANK": "0"}, 0),
+    ],
+)
+def test_processes_that_may_share_a_gpu_are_refused(environment, num_visible):
+    with pytest.raises(ParallelError, match=r"wants a GPU of its own, and sees \d: .* with srun by --gpus-per-node"):
+        own_gpu(environment, num_visible)
+
+
 def test_a_setting_does_not_say_another_number_of_processes_than_the_launcher():
     two = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert [check_num_processes(asked, two) for asked in (1, 2, 4)] == [4, 4, 4]
@@ -70,7 +145,8 @@ def test_a_port_that_is_in_use_is_reported_in_one_line():
         done = run("sample", "conf=toy_lora", "prompt=x", "adapter=none", env=meeting)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert f"could not meet the others at 127.0.0.1:{port}" in last and "set MASTER_PORT to a free one" in last
+    assert last.startswith(f"mochi-tune: rank 0: could not meet the others at 127.0.0.1:{port}")
+    assert "set MASTER_PORT to a free one" in last
 
 
 def test_compiled_code_has_a_place_where_the_home_folder_cannot_be_written_to(tmp_path, monkeypatch):

@@ -79,3 +79,18 @@ def test_shares_do_not_go_with_buckets_of_a_source():
     with pytest.raises(ConfigError, match="the source b has buckets of its own"):
         share_of_buckets(load_config("my_lora", [*more, sources]).data)
     assert len(share_of_buckets(load_config("my_lora", more).data)) == 2
+
+
+def test_a_source_of_the_working_folder_has_that_folders_name(tmp_path, monkeypatch):
+    for name in ("cats", "dogs", "cats/kittens"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "dogs")
+    monkeypatch.chdir(tmp_path / "cats" / "kittens")
+    found = read_sources(data("data.sources=[{folder: .}, {folder: ..}, {folder: ../../linked}]"))
+    assert [source.name for source in found] == ["kittens", "cats", "linked"]
+    # The clips of caches that were made of it alone have no name before theirs.
+    assert read_sources(data("data.sources=[{folder: .}]"))[0].name == ""
+    with pytest.raises(ConfigError, match="the folder / has no name"):
+        data("data.sources=[{folder: /}, {folder: .}]")
+    with pytest.raises(ConfigError, match="two folders with the name kittens"):
+        data("data.sources=[{folder: .}, {folder: ../../x/kittens}]")

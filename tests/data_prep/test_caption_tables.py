@@ -252,3 +252,41 @@ def test_no_file_is_opened_by_a_name_in_a_table(folder, videos):
     os.mkfifo(pipe)  # Opening it would wait for ever.
     _write(folder / "metadata.jsonl", _lines({"path": str(pipe), "text": "x"}, {"path": "a.mp4", "text": "x"}))
     assert load_captions(folder, videos, RULES).texts == {videos[0]: ("x",)}
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_a_space_behind_the_separator_is_none_of_the_caption(folder, videos, separator):
+    rows = 'file_name, text\na.mp4, "a cat, a ""dog""; both"\nsub/c.mkv, Käse\n'
+    _write(folder / "metadata.csv", "\n".join(row.replace(", ", f"{separator} ", 1) for row in rows.split("\n")))
+    assert _texts(folder, videos) == {"a.mp4": ('a cat, a "dog"; both',), "sub/c.mkv": ("Käse",)}
+
+
+def test_an_empty_field_between_tabs_stays_one(folder, videos):
+    _write(folder / "metadata.csv", "file_name\tnote\ttext\na.mp4\t\ta cat\n")
+    assert _texts(folder, videos) == {"a.mp4": ("a cat",)}
+
+
+@pytest.mark.parametrize("key", ["filename", "file_path", "filepath", "video_name", "File Name", "FileName"])
+def test_further_names_of_the_column_of_files(folder, videos, key):
+    _write(folder / "metadata.csv", f"{key},Caption\na.mp4,a cat\n")
+    assert _texts(folder, videos) == {"a.mp4": ("a cat",)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["a cat", "ein Käse", "猫"])
+def test_utf16_without_its_mark_is_named(folder, videos, encoding, text):
+    _write(folder / "metadata.csv", f"file_name,text\na.mp4,{text}\n".encode(encoding))
+    assert "as UTF-16 without its mark at the begin does: save it as UTF-8" in _error(folder, videos)
+
+
+@pytest.mark.parametrize("start", ["\n", " \n\n", "sep=;\r\n", '"sep=;"\n', "sep=;\n\n", ";;\n"])
+def test_a_blank_line_and_that_of_excel_before_the_header_are_skipped(folder, videos, start):
+    _write(folder / "metadata.csv", f"{start}file_name;text;a,b,c\na.mp4;a cat;\n")
+    assert _texts(folder, videos) == {"a.mp4": ("a cat",)}
+    path = _write(folder / "metadata.csv", f"{start}file_name;text\na.mp4;a cat;x\n")
+    assert f"{path} row {start.count(chr(10)) + 2}: has 3 fields" in _error(folder, videos)
+
+
+def test_excels_line_names_a_separator_that_would_not_be_found(folder, videos):
+    _write(folder / "metadata.csv", "sep=|\nfile_name|text\na.mp4|a cat, asleep; on a mat\n")
+    assert _texts(folder, videos) == {"a.mp4": ("a cat, asleep; on a mat",)}

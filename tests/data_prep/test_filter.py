@@ -308,3 +308,20 @@ def test_a_caption_goes_with_its_clip_however_an_accent_is_written(tmp_path):
     (tmp_path / f"{caption}.mp4").touch()
     assert files_of_clip(tmp_path / f"{clip}.mp4") == [tmp_path / f"{clip}.mp4"]
     assert files_of_clip(tmp_path / f"{caption}.mp4") == [tmp_path / f"{caption}.txt", tmp_path / f"{caption}.mp4"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "../sub/.."])
+def test_the_report_of_the_working_folder_lies_beside_it(tmp_path, name):
+    (tmp_path / "videos" / "sub").mkdir(parents=True)
+    write_frames(tmp_path / "videos" / "good.mp4", parts("first", 30), crf=8)
+    cwd = tmp_path / "videos" if name == "." else tmp_path / "videos" / "sub"
+    done = run("filter", f"videos={name}", cwd=cwd, env={"PATH": "/nowhere"})
+    assert done.returncode == 0, done.stderr
+    assert rows_of(tmp_path)["good.mp4"]["verdict"] == "good"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["videos", "videos_filter"]
+
+
+def test_beside_the_whole_disk_is_no_place_for_a_report(tmp_path):
+    for more in ([], ["move=true"], ["undo=true"]):
+        done = run("filter", "videos=/", *more, cwd=tmp_path)
+        assert done.returncode == 2 and "use out=DIR" in done.stderr and done.stderr.count("\n") == 1, done.stderr

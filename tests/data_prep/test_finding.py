@@ -1,4 +1,9 @@
-from mochi_tune.data_prep.finding import find_unused, find_videos
+from pathlib import Path
+
+import pytest
+
+from mochi_tune.data_prep.finding import find_unused, find_videos, one_line
+from mochi_tune.errors import DataError
 
 
 def test_hidden_folders_are_left_out_and_linked_ones_told_of(tmp_path):
@@ -14,3 +19,44 @@ def test_hidden_folders_are_left_out_and_linked_ones_told_of(tmp_path):
         list(unused) == [videos / "linked"]
         and "is a link to a folder, which is not followed" in unused[videos / "linked"]
     )
+
+
+def test_runs_and_caches_of_the_program_are_passed_over_unless_they_are_named(tmp_path, monkeypatch):
+    runs = {
+        "runs/one": "metrics.jsonl",
+        "runs/two": "checkpoints/step_1/x",
+        "cache": "data/train-00000-of-00001.parquet",
+    }
+    for folder, mark in runs.items():
+        (tmp_path / folder / mark).parent.mkdir(parents=True)
+        (tmp_path / folder / mark).touch()
+        (tmp_path / folder / ("manifest.json" if folder == "cache" else "config.yaml")).touch()
+    for name in ("runs/one/samples/step_1.mp4", "runs/two/samples/step_1.mp4", "cache/x.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(
+        DataError, match=r"holds no video but what was made of clips \(.*cache is a cache of mochi-tune"
+    ):
+        find_videos(tmp_path)
+    # The files of another program that have these names.
+    others = ["set/data/a.mp4", "lesson/b.mp4"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "set/manifest.json").touch()
+    (tmp_path / "lesson/config.yaml").touch()
+    assert find_videos(tmp_path) == sorted(tmp_path / name for name in others)
+    monkeypatch.chdir(tmp_path)
+    unused = find_unused(Path("."), find_videos(Path(".")))
+    made = {path.as_posix(): why for path, why in unused.items() if "mochi-tune" in why}
+    assert made == {
+        "cache": "cache: is a cache of mochi-tune",
+        "runs/one": "runs/one: is a run of mochi-tune",
+        "runs/two": "runs/two: is a run of mochi-tune",
+    }
+    assert find_videos(tmp_path / "runs/one") == [tmp_path / "runs/one/samples/step_1.mp4"]
+
+
+def test_what_breaks_a_line_is_escaped_and_nothing_else():
+    assert one_line("a\nb\r\x1b[1m\u2028 ü\u00a0\t") == "a\\nb\\r\\x1b[1m\\u2028 ü\u00a0\\t"
+    assert one_line("x" * 999) == "x" * 999

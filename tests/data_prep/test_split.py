@@ -237,3 +237,11 @@ def test_without_the_library_or_what_it_needs_it_says_what_to_install(tmp_path, 
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and text in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_clips_may_go_to_the_working_folder_and_their_table_beside_it(copy):
+    done = run("split", "in=../footage", "out=.", *SETTINGS, cwd=copy / "videos")
+    assert done.returncode == 0 and "written now: 0" in done.stdout + done.stderr, done.stderr
+    assert sorted(path.name for path in copy.iterdir()) == ["footage", "videos", "videos_split"]
+    done = run("split", "in=footage", "out=/", *SETTINGS, cwd=copy)
+    assert done.returncode == 2 and "use out=DIR" in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,35 @@ def test_a_job_that_is_left_ends_with_its_process(child):
     child.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+INTERRUPTED = """
+import os, signal, threading, time
+from multiprocessing import forkserver
+from pathlib import Path
+from helpers_jobs import count
+from mochi_tune.data_prep.watched import WatchedProcess
+
+def interrupt():
+    server = forkserver._forkserver
+    while server._forkserver_pid is None:
+        time.sleep(0.001)
+    os.kill(server._forkserver_pid, signal.SIGINT)
+
+if __name__ == "__main__":
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with WatchedProcess(60.0) as child:
+        print([message["number"] for message in child.run(count, Path("a.mp4"), {"number": 3})])
+    thread.join()
+"""
+
+
+def test_a_ctrl_c_while_the_server_of_children_imports_is_not_its_own(tmp_path):
+    """A terminal sends it to all processes: the main one tells of it, and no other does."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "interrupted.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1, 2]\n", "")

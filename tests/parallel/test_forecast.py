@@ -1,5 +1,6 @@
 """The forecast against every full-size row that was measured, as docs/benchmarks.md has them."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
 from mochi_tune.parallel.forecast import (
     CARDS,
     GIB,
+    OPTIMIZER_STATES,
     SPARE_BYTES,
     Step,
     bytes_on_device,
@@ -20,8 +22,10 @@ from mochi_tune.parallel.forecast import (
     encoding_seconds,
     sampling_held,
     sampling_seconds,
+    short_seconds,
     weight_bytes,
 )
+from mochi_tune.training.optim import LIBRARIES, OPTIMIZERS, build_optimizer, optimizer_state
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 HEIGHT, WIDTH = 480, 848
@@ -144,3 +148,52 @@ def test_pinned_host_memory_is_counted_by_powers_of_two():
     # An input has 1000 x 96 numbers of 2 bytes.
     assert step.host_bytes(is_streamed=True, is_offloaded=True) == pinned + 4 * 2**18
     assert step.host_bytes(is_streamed=False, is_offloaded=False) == 0
+
+
+def is_here(optimizer: str) -> bool:
+    """Whether it is installed, and runs on a CPU."""
+    library = LIBRARIES.get(optimizer)
+    return optimizer != "adamw_8bit" and (library is None or importlib.util.find_spec(library) is not None)
+
+
+def test_an_adapter_is_held_with_what_its_optimizer_keeps():
+    assert OPTIMIZER_STATES.keys() == {*OPTIMIZERS}
+    policies, shapes = ["block"] * FULL.depth, {"A": (16, 3072), "B": (3072, 16)}
+    for optimizer in filter(is_here, OPTIMIZERS):
+        parameters = {f"{n}.lora_{n}": torch.nn.Parameter(torch.randn(size)) for n, size in shapes.items()}
+        built = build_optimizer(optimizer, parameters, 1e-3, 0.01, 1, "cpu")
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        built.step()
+        state, _ = optimizer_state(built, parameters)
+        kept = sum(t.numel() * t.itemsize for tensors in state.values() for t in tensors.values())
+        size = sum(4 * parameter.numel() for parameter in parameters.values())
+        step = Step(FULL, 1590, size, optimizer=optimizer)
+        # The most: Prodigy keeps no start that is 0, and Adafactor less of wider layers.
+        assert step.held(policies)["adapter"] == pytest.approx(2 * size + kept, rel=0.02), optimizer
+        # That trains other weights than it is used with, which are saved too.
+        kept += size if optimizer == "schedule_free" else 0
+        assert step.checkpoint_bytes == pytest.approx(size + kept, rel=0.02), optimizer
+    step = Step(FULL, 1590, 1000)
+    assert replace(step, has_average=True).held(policies)["adapter"] == 5000 == step.held(policies)["adapter"] + 1000
+    assert replace(step, has_average=True).checkpoint_bytes == 4000
+    assert replace(step, optimizer="schedule_free").checkpoint_bytes == 4000
+    assert replace(step, optimizer="schedule_free").held(policies)["adapter"] == 4000
+
+
+def test_a_pass_takes_as_long_as_its_weights_need_to_come():
+    card = CARDS["4090"]
+    resident, blocks = sampling_seconds(FULL, 64, card), Step(FULL, 64).weights["blocks"]
+    for dit in ("offload", "stream"):
+        assert sampling_seconds(FULL, 64, card, dit=dit) == 2 * blocks / card.host > resident
+        assert sampling_seconds(FULL, 64, card, dit=dit, passes=1) == blocks / card.host
+        # Many tokens hide it, and processes that share them do not.
+        whole = sampling_seconds(FULL, 44520, card)
+        assert sampling_seconds(FULL, 44520, card, dit=dit) == whole
+    assert sampling_seconds(FULL, 44520, card, passes=1, num_sharing=2) == pytest.approx(whole / 4)
+
+
+def test_seconds_have_no_exponent():
+    assert [short_seconds(each) for each in (2654.3, 12.34, 3.94, 0.56, 0.00123)] == [
+        "2654 s", "12 s", "3.9 s", "0.56 s", "0.0012 s",
+    ]  # fmt: skip

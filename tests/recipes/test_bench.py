@@ -25,7 +25,7 @@ def test_a_step_is_measured_and_what_is_reduced_is_said(tmp_path):
 
 @pytest.mark.parametrize("what", ["decode", "encode"])
 def test_passes_of_the_vae_are_measured(what):
-    figures = main(Bench(what, **SMALL, dtype="fp32", depth=9))
+    figures = main(Bench(what, **SMALL, dtype="fp32", depth=1))
     assert figures["seconds"] > 0 and figures["latent_shape"] == [12, 3, 4, 6]
     # Counted by torch while it ran: all of the layers' convolutions.
     assert figures["tflop"] > 0 and figures["share_of_floor"] > 0
@@ -72,6 +72,13 @@ def test_what_cannot_be_measured_is_refused():
         ({"recompute": "some"}, "recompute=some is not possible: use auto, none, attention, block"),
         ({"model": "wan"}, "model=wan is not possible"),
         ({"num_frames": 40}, "use 37 or 43"),
+        ({"depth": 3}, "depth=3 is more than model=tiny has in its dit: use at most 2"),
+        ({"what": "train", "depth": 100}, "depth=100 is more than model=tiny has in its dit: use at most 2"),
+        ({"what": "decode", "depth": 2}, "depth=2 is more than model=tiny has in its decoder: use at most 1"),
+        (
+            {"what": "train", "activations": "offload", "recompute": "none"},
+            "memory=12gb lets the inputs of blocks wait in host memory, and recompute=none keeps all",
+        ),
     ):
         with pytest.raises(ConfigError, match=said):
             main(Bench(**({"what": "sample"} | SMALL | change)))

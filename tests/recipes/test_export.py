@@ -49,6 +49,14 @@ def test_an_existing_file_is_never_overwritten(tmp_path, trained):
     assert trained.read_bytes() == before
 
 
+def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path, trained):
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="exists, and an export never overwrites"):
+        export.main(trained, "comfyui", link)
+    assert link.is_symlink()
+
+
 @pytest.mark.parametrize(
     ("to", "nearest"), [("difusers", "diffusers"), ("comfy", "comfyui"), ("natif", "native"), ("kohja", "kohya")]
 )

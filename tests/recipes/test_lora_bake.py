@@ -147,6 +147,11 @@ def test_what_cannot_be_baked_leaves_nothing(tmp_path, loras):
     out = tmp_path / "new" / "baked"
     with pytest.raises(CheckpointError, match="too large for the dtype"):
         lora_bake.main(path, GOLDEN, out, Settings(1e8, dtype="fp16"))
+    for dtype in ("bf16", "fp32"):
+        with pytest.raises(
+            CheckpointError, match=r"^blocks\.0\..*weight: .* its strength=1e\+39 is, use a smaller one"
+        ):
+            lora_bake.main(path, GOLDEN, out, Settings(1e39, dtype=dtype))
     (tmp_path / "other").mkdir()
     wide = Adapter({"blocks.5.attn.proj_x": LoraLayer(torch.ones(1, 192), torch.ones(192, 1), 1.0)})
     with pytest.raises(CheckpointError, match=r"the base has no blocks\.5\.attn\.proj_x"):

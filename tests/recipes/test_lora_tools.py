@@ -3,13 +3,14 @@ import math
 import re
 
 import pytest
+import torch
 from helpers_adapters import ALL, ATTENTION, GOLDEN, MIXED, random_adapter, with_magnitudes
 from safetensors.torch import load_file, save_file
 
 from mochi_tune.adapters.files import load_adapter, save_adapter
 from mochi_tune.cli.main import run
 from mochi_tune.cli.options import LORA_OPTIONS
-from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.errors import ConfigError, MochiTuneError, some
 from mochi_tune.recipes.lora_tools import inspect
 
 
@@ -107,6 +108,8 @@ OUT = "out=NEW/out.safetensors"
         (f"merge first second strengths=[1] {OUT}", "one strength each, got 2 and 1"),
         (f"merge first second strengths=[1,x] {OUT}", "strengths=x does not fit: use a number"),
         (f"merge first second strengths=[1,0] {OUT}", "strengths: 0 does not fit"),
+        (f"merge first second strengths=[1e300,1] {OUT}", "strengths: 1e+300 is too large for blocks.0.attn"),
+        (f"merge first first strengths=[1,-1] rank=2 {OUT}", "cancel out, so that nothing is left"),
         (f"merge first other {OUT}", "trained on different bases, by their base_fingerprint"),
         (f"merge first dora {OUT}", "dora.safetensors is a DoRA and cannot be merged"),
         (f"merge first second rank=0 {OUT}", "rank=0 does not fit"),
@@ -167,6 +170,31 @@ def test_an_alpha_that_is_assumed_is_told_by_every_tool(tmp_path, capsys):
         assert told in lora(*arguments, capsys=capsys)
     assert "assumed" not in lora("compare", stated, stated, capsys=capsys)
     assert ", assumed to be the rank" in lora("inspect", bare, capsys=capsys)
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced(files, tmp_path):
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "gone")
+    first, second = (str(files / f"{name}.safetensors") for name in ("first", "second"))
+    for arguments in (["merge", first, second], ["resize", first, "rank=2"]):
+        with pytest.raises(ConfigError, match="exists, and is never overwritten"):
+            run(["lora", *arguments, f"out={link}"])
+    assert link.is_symlink()
+
+
+def test_a_foreign_file_sends_nothing_to_the_terminal(tmp_path, capsys):
+    foreign, adapter = "\x1b[2J\x07\u202e\x9b1m", random_adapter()
+    adapter.metadata |= {foreign: foreign, "base_fingerprint": f"{foreign}{'ab' * 32}"}
+    save_adapter(tmp_path / "a.safetensors", adapter)
+    text = lora("inspect", tmp_path / "a.safetensors", capsys=capsys)
+    assert r"\x1b[2J\x07\u202e\x9b1m" in text and text.replace("\n", "").isprintable()
+    save_file({f"blocks.0.{foreign}": torch.ones(1)}, tmp_path / "b.safetensors")
+    bake = ["bake", str(tmp_path / "a.safetensors"), f"model.weights={GOLDEN}", f"out={tmp_path / 'baked'}"]
+    for arguments in (["inspect", str(tmp_path / "b.safetensors")], bake):
+        with pytest.raises(MochiTuneError, match=r"\\x1b\[2J") as caught:
+            run(["lora", *arguments])
+        assert str(caught.value).isprintable()
+    assert some([foreign]).isprintable()
 
 
 def test_a_folder_of_a_sweep_is_no_setting(files, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.text_encoder import T5_DTYPES
-from mochi_tune.parallel.forecast import CARDS, GIB, known_card
+from mochi_tune.parallel.forecast import CARDS, GIB, SPARE_BYTES, known_card
 from mochi_tune.recipes.plan import count_clips, main, measure
 from mochi_tune.training import preflight
 
@@ -54,7 +54,7 @@ def test_buckets_are_planned_for_by_the_largest_and_timed_by_their_shares(tmp_pa
         encode(writer, rows)
         writer.commit(rows, settings)
     sizes = [f"data.cache={tmp_path}", "data.buckets=[[1,32,48],[7,32,48]]"]
-    count, words, shares = count_clips(load_config("my_lora", [*FULL, *sizes]))
+    count, words, shares, _ = count_clips(load_config("my_lora", [*FULL, *sizes]))
     assert count == 8 and "in 2 buckets, the largest 7 frames of 32x48" in words
     assert shares == {small: 0.75, large: 0.25}
     mixed, longest = (main(load_config("my_lora", [*FULL, *more]), "4090") for more in (sizes, [*sizes[1:]]))
@@ -65,7 +65,7 @@ def test_what_does_not_fit_has_a_way_out_that_fits():
     config = load_config("my_lora", [*FULL, "data.num_frames=163"])
     made = main(config, "3060")
     assert [line.partition(":")[0] for line in made.advice] == ["train", "prepare", "sample"]
-    assert "use memory=12gb (" in made.advice[0] and "memory.t5_dtype=bf16" in made.advice[1]
+    assert "use memory=12gb (" in made.advice[0] and made.advice[1] == "prepare: use memory.t5_dtype=bf16 or int8"
     assert {name: train is not None and train <= 11.8 * GIB for name, (train, _) in made.presets.items()} == {
         "80gb": False, "24gb": False, "16gb": False, "12gb": True,
     }  # fmt: skip
@@ -155,3 +155,144 @@ def test_checkpoints_are_counted_where_one_is_saved(tmp_path):
     saved = -(-steps.steps // steps.checkpoint_every)
     one = (none - every) / (steps.keep_checkpoints - saved)
     assert every > none and one == pytest.approx(best - none) and every < one * (saved + 2)
+
+
+# What any optimizer goes with.
+FREE = ["train.learning_rate=1", "train.schedule=constant"]
+
+
+def test_checkpoints_are_as_large_as_the_optimizer_makes_them(tmp_path):
+    def size(*more: str) -> int:
+        return main(load_config("my_lora", [*FULL, *FREE, *more]), "h100").checkpoint_bytes
+
+    adamw, last = size(), size("train.checkpoint_every=0")
+    # Three checkpoints and one that is written, or one and one; and the finished adapter.
+    assert (adamw, last) == (pytest.approx(13 / 7 * last), size("train.checkpoint_every=1000"))
+    for optimizer, saved in (("muon", 2), ("prodigy", 5), ("schedule_free", 4), ("adamw_8bit", 1.57)):
+        assert size(f"train.optimizer={optimizer}") == pytest.approx((4 * saved + 1) / 13 * adamw, rel=1e-3), optimizer
+    assert size("train.ema_decay=0.99") == pytest.approx(17 / 13 * adamw)
+
+
+@pytest.mark.parametrize(
+    ("more", "gib", "advice"),
+    [
+        (["memory=12gb", "memory.t5_dtype=int8"], 8, ["sample: T5 takes 10.1 GiB in bf16: use a GPU with more memory"]),
+        (["memory=12gb"], 8, ["prepare: use memory.t5_dtype=int8", "sample: T5 takes 10.1"]),
+        (
+            ["memory=12gb"],
+            5,
+            ["prepare: T5 takes 5.8 GiB even with", "sample: T5", "sample: use memory.tiles=["],
+        ),
+        (
+            ["sample.height=4096", "sample.width=4096"],
+            23,
+            ["sample: lower sample.num_frames, sample.height or", "sample: use memory.tiles=["],
+        ),
+        (["sample.height=4096", "sample.width=4096"], 40, ["sample: use memory=24gb or memory=16gb or memory=auto"]),
+        (["data.height=2048", "data.width=2048"], 30, ["train", "prepare: use clips of at most 31 frames, or lower"]),
+    ],
+)
+def test_what_is_advised_fits(more, gib, advice):
+    made = main(load_config("my_lora", [*FULL, *more]), "a card", gib)
+    for said in advice:
+        assert any(line.startswith(said) for line in made.advice), made.advice
+    assert "every stage fits as it is set" not in made.advice
+    for line in made.advice:
+        for setting in [word for word in line.split() if word.startswith("memory") and line.startswith("sample: use")]:
+            again = main(load_config("my_lora", [*FULL, *more, setting]), "a card", gib)
+            stage = "sample: decode" if "tiles" in setting else "sample: denoise"
+            assert next(s.total for s in again.stages if s.name == stage) <= gib * GIB, setting
+
+
+def test_the_longest_clips_that_can_be_prepared_are_named():
+    size = [*FULL, "data.height=2048", "data.width=2048"]
+    fitting = [
+        next(s.total for s in main(load_config("my_lora", [*size, frames]), "a card", 30).stages if "clips" in s.name)
+        <= 30 * GIB
+        for frames in ("data.num_frames=31", "data.num_frames=37")
+    ]
+    assert fitting == [True, False]
+
+
+def test_every_stage_that_does_not_fit_is_advised_on():
+    for gib in (2, 4, 6, 8, 10, 12, 16, 20, 24):
+        for more in ([], ["memory=12gb"], ["memory=auto", "data.num_frames=163"], ["model.dtype=fp32"]):
+            made = main(load_config("my_lora", [*FULL, *more]), "a card", gib)
+            parts = {stage.name.partition(":")[0] for stage in made.stages if stage.total > gib * GIB}
+            said = {line.partition(":")[0] for line in made.advice}
+            assert said == (parts or {"every stage fits as it is set"}), (gib, more, made.advice)
+
+
+def test_presets_that_a_training_refuses_are_not_offered():
+    for more in (["train.recompute=none"], ["parallel=zero3", "parallel.num_processes=2"]):
+        presets = main(load_config("my_lora", [*FULL, *more]), "4090").presets
+        assert {name: train is not None for name, (train, _) in presets.items()} == {
+            "80gb": True, "24gb": False, "16gb": False, "12gb": False,
+        }, more  # fmt: skip
+        assert all(sample is not None for _, sample in presets.values())
+
+
+def denoise(more: list[str], card: str = "h100"):
+    made = main(load_config("my_lora", [*FULL, *more]), card)
+    return next(stage for stage in made.stages if stage.name == "sample: denoise"), made.advice
+
+
+def test_a_step_without_guidance_is_one_pass():
+    guided, _ = denoise(["sample.guidance=6"])
+    assert denoise(["sample.guidance=1"])[0].seconds == pytest.approx(guided.seconds / 2)
+    half, _ = denoise(["sample.steps=4", "sample.guidance=[6,6,1,1]"])
+    assert half.seconds == pytest.approx(0.75 * guided.seconds)
+
+
+def test_processes_share_a_video_as_sample_has_them():
+    alone, advice = denoise(["memory.dit=shard"])
+    assert any("memory.dit=shard splits the weights over the processes of one video" in line for line in advice)
+    assert alone.held == denoise([])[0].held
+    weights = []
+    for count in (2, 4):
+        stage, advice = denoise(["memory.dit=shard", f"parallel.num_processes={count}", f"parallel.context={count}"])
+        assert advice == ["every stage fits as it is set"]
+        # Each computes its tokens, too.
+        assert stage.held["largest block"] == pytest.approx(alone.held["largest block"] / count, rel=1e-3)
+        assert alone.seconds / count < stage.seconds < alone.seconds
+        weights.append(stage.held["weights"])
+    assert weights[1] < 0.6 * weights[0] < 0.6 * 0.6 * alone.held["weights"]
+    _, advice = denoise(["parallel.num_processes=3", "parallel.data=2"])
+    assert any(line.startswith("sample: parallel.data=2 is not possible with 3") for line in advice)
+
+
+def test_several_captions_of_a_clip_are_counted(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mp4").touch()
+    (tmp_path / "a.txt").write_text("one, x, y\ntwo, x, y\n\nthree\n")
+
+    def counted(*more: str) -> float:
+        return count_clips(load_config("my_lora", [*FULL, f"data.videos={tmp_path}", *more]))[3]
+
+    # A clip without a caption gets one.
+    assert (counted(), counted("data.captions=lines")) == (1, 2)
+    both = ["data.captions=lines", "data.caption_variants=50", "data.tag_dropout=0.5"]
+    # Of x and y each subset is drawn, and "three" has no tags.
+    assert counted(*both) == (4 + 4 + 1 + 1) / 2
+    single, several = (
+        main(load_config("my_lora", [*FULL, f"data.videos={tmp_path}", *more]), "h100").cache_bytes
+        for more in ([], both)
+    )
+    assert several - single == 2 * 4 * 4 * 256 * 4096
+    rows = [row_of(f"{i}.mp4", ("a", "b", "c")[: i + 1], f"sha{i}") for i in range(3)]
+    with CacheWriter(tmp_path / "cache") as writer:
+        encode(writer, rows)
+        writer.commit(rows, SETTINGS)
+    sizes = [f"data.{name}={size}" for name, size in (("num_frames", 7), ("height", 32), ("width", 48))]
+    assert counted(f"data.cache={tmp_path / 'cache'}", *sizes) == 2
+
+
+def test_one_frame_is_not_called_frames():
+    assert "each 1 frame of 480x848" in main(load_config("my_lora", [*FULL, "data.num_frames=1"]), "4090").clips
+
+
+def test_ways_out_are_counted_as_the_table_counts_them():
+    made = main(load_config("my_lora", [*FULL, "data.num_frames=163"]), "3060")
+    train, _ = made.presets["12gb"]
+    assert train is not None and f"memory=12gb ({train / GIB:.1f} GiB)" in made.advice[0]
+    assert f"to spare {SPARE_BYTES / GIB:.1f}" in made.advice[0]

@@ -181,7 +181,10 @@ def test_the_command_prints_what_it_writes_and_an_axis_asks_for_the_grid(tmp_pat
     assert done.returncode == 0, done.stderr
     assert [Path(line).suffix for line in done.stdout.splitlines()] == [".mp4", ".mp4", ".mp4", ".html"]
     done = run(*arguments, "strengths=[0,1]")
-    assert done.returncode == 2 and done.stderr == "mochi-tune: sample.strengths is an axis of a grid: add grid=true.\n"
+    said = (
+        "sample.strengths is an axis of a grid: add grid=true, or parallel.shard= or parallel.engine=ray for its videos"
+    )
+    assert done.returncode == 2 and done.stderr == f"mochi-tune: {said} alone.\n"
 
 
 def test_a_cell_of_other_weights_or_another_precision_is_another_one(tmp_path):

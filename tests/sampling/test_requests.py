@@ -59,6 +59,16 @@ def test_a_row_has_settings_of_its_own(tmp_path):
             {"prompt": "a", "init_strength": 0.5},
             r"row 2: sample.init_strength=0.5 does nothing without sample.init_video",
         ),
+        (
+            {"prompt": "a", "init_video": "nope.mp4"},
+            r"row 2: sample.init_video=nope.mp4 does not exist: name a video or an image",
+        ),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', r"row 2: seed stands there twice: leave one out"),
+        ({"prompt": "a", "steps": 10**12}, r"row 2: sample.steps=1000000000000 is not possible: .* from 1 to 10000"),
+        (
+            {"prompt": "a", "sigmas": [1, 0.5, 0], "threshold": 0.9, "linear_steps": 40},
+            r"row 2: sample.threshold=0.9 and sample.linear_steps=40 do not fit sample.sigmas of 2 steps",
+        ),
         ({"prompt": "a", "init_video": 3}, r"row 2: init_video=3 does not fit: it takes text"),
         ({"prompt": "a", "sigmas": [1, 0.5, 0.6, 0]}, r"row 2: sample.sigmas=.* give falling numbers from 1 to 0"),
     ],
@@ -161,7 +171,12 @@ def test_sampler_settings_come_from_the_preset_and_the_samples_own():
         (["linear_steps=64"], "sample.linear_steps=64 does not fit sample.steps=64: use 1 to 63, or leave it out"),
         (["sigmas=[0,1]"], r"sample.sigmas=\[0.0, 1.0\] is no schedule: give falling numbers from 1 to 0"),
         (["sigmas=[1]"], "is no schedule"),
-        (["sigmas=[1,0]", "steps=2"], "sample.steps=2 does not fit sample.sigmas of 1 steps: leave steps out"),
+        (
+            ["sigmas=[1,0]", "steps=2"],
+            "sample.steps=2 does not fit sample.sigmas of 1 steps: leave steps out, or write steps=null where a conf",
+        ),
+        (["sigmas=[1,0.5,0]", "threshold=0.9"], "sample.threshold=0.9 does not fit sample.sigmas of 2 steps"),
+        (["steps=1", "linear_steps=1"], r"linear_steps=1 does not fit sample.steps=1: leave it out\.$"),
         (["guidance=[1,2]"], "sample.guidance has 2 numbers for 64 steps: give one, or one for each step"),
     ],
 )
@@ -175,6 +190,32 @@ def test_a_preset_that_is_given_replaces_the_files_own_schedule():
     assert (toy.steps, toy.threshold) == (24, 0.2)
     fast = load_config("toy_lora", ["sample.guidance=2", "sample.preset=fast"]).sample
     assert (fast.preset, fast.steps, fast.threshold, fast.guidance) == ("fast", None, None, 2)
+
+
+def test_what_is_said_of_a_conf_with_steps_can_be_done():
+    own = ["sample.sigmas=[1,0.5,0]"]
+    with pytest.raises(ConfigError, match="leave steps and threshold out, or write steps=null threshold=null where"):
+        sampler_settings(load_config("toy_lora", own).sample)
+    nulls = ["sample.steps=null", "sample.threshold=null"]
+    assert sampler_settings(load_config("toy_lora", [*own, *nulls]).sample).sigmas == [1, 0.5, 0]
+
+
+def test_a_rows_sigmas_stand_in_the_place_of_the_commands_schedule_and_the_other_way(tmp_path):
+    file = rows(tmp_path, {"prompt": "a", "sigmas": [1, 0.5, 0]}, {"prompt": "b"})
+    own, common = requests_of(tmp_path, file, "sample.steps=9", "sample.threshold=0.2", "sample.linear_steps=3")
+    assert own.settings.sigmas == [1, 0.5, 0]
+    assert (common.settings.steps, common.settings.threshold, common.settings.linear_steps) == (9, 0.2, 3)
+    file = rows(tmp_path, {"prompt": "a", "threshold": 0.2}, {"prompt": "b"})
+    own, common = requests_of(tmp_path, file, "sample.sigmas=[1,0.5,0]")
+    assert (own.settings.steps, own.settings.threshold, common.settings.sigmas) == (64, 0.2, [1, 0.5, 0])
+
+
+def test_a_suffix_that_is_unknown_is_said_before_what_is_taken(tmp_path):
+    (tmp_path / "circle.json").touch()
+    with pytest.raises(ConfigError, match=r"circle\.avi has an unknown suffix"):
+        requests_of(tmp_path, "sample.prompt=a", f"sample.out={tmp_path / 'circle.avi'}")
+    with pytest.raises(ConfigError, match=r"circle\.json exists and is never overwritten"):
+        requests_of(tmp_path, "sample.prompt=a", f"sample.out={tmp_path / 'circle.mp4'}")
 
 
 def test_the_keys_of_a_row_are_settings_of_the_sampler():

@@ -1,7 +1,10 @@
 import json
+import signal
 
 import pytest
 import torch
+from helpers_faults import STEP
+from helpers_process import Disturbance, Program
 
 from mochi_tune.errors import ConfigError
 from mochi_tune.toy.arms import DEFAULT, Arm, run_names
@@ -50,6 +53,29 @@ def test_every_arm_is_run_once_and_results_are_kept(tmp_path):
     assert (tmp_path / "results.json").read_bytes() == before
     with pytest.raises(ConfigError, match="was made with other weights or settings: use another out="):
         main("objective", 1, tmp_path, "train.steps=2", "sample.steps=2", num_samples=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_experiment_that_is_stopped_ends_as_its_training_and_goes_on(tmp_path, number):
+    out = tmp_path / "out"
+    held = Disturbance(hold=STEP, hold_at=(3,))
+    started = Program(["experiment", "what=objective", "seeds=1", f"out={out}"], tmp_path / "log", held)
+    started.wait_until_held()
+    started.send(number)
+    started.release()
+    assert started.wait() == 128 + number, started.text()
+    assert started.err.splitlines()[-1] == f"{out / 'default_seed_0'} was stopped: the same command goes on from there"
+    assert "Traceback" not in started.text() and (out / "default_seed_0" / "checkpoints").is_dir()
+
+
+def test_an_unfinished_folder_of_clips_is_finished(tmp_path):
+    unfinished = tmp_path / "videos.unfinished"
+    unfinished.mkdir()
+    for path in (left := draw_lesson(Arm(num_clips=1), tmp_path)).iterdir():
+        (unfinished / path.name).write_text("half")
+    videos = draw_lesson(DEFAULT, tmp_path)
+    assert len(list(videos.iterdir())) == 48 and not unfinished.exists()
+    assert all((videos / path.name).read_bytes() == path.read_bytes() for path in left.iterdir())
 
 
 def test_an_arm_of_fewer_clips_gets_the_first_ones_as_they_are(tmp_path):

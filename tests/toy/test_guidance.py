@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from mochi_tune.toy.guidance import WINDOWS, main
 
 
@@ -9,3 +11,10 @@ def test_every_window_is_rendered_and_no_guidance_takes_half_the_passes(tmp_path
     rows = json.loads((tmp_path / "guidance.json").read_text())
     changed = {name: measured[0][1] for name, measured in rows.items()}
     assert changed["all steps"] == 0 and all(value > 0 for name, value in changed.items() if name != "all steps")
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_anything_is_rendered(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("mochi_tune.toy.guidance.render_words", lambda *_: pytest.fail("it rendered"))
+    with pytest.raises(OSError, match="file"):
+        main(1, tmp_path / "file", num_samples=1)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers_process import run
 
 from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.errors import MochiTuneError
@@ -31,6 +32,22 @@ def test_the_clips_survive_being_real_video_files(tmp_path):
         clip = decode_clip(path, transform)
         assert clip.frames.shape == (NUM_FRAMES, HEIGHT, WIDTH, 3)
         assert see(torch.as_tensor(clip.frames)).shows(words)
+
+
+def test_clips_and_captions_that_are_there_are_not_replaced(tmp_path):
+    videos = write_lesson(tmp_path, seed=1)
+    before = videos[3].read_bytes()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    for mine in (videos[3], videos[3].with_suffix(".txt")):
+        mine.write_text("mine")
+        done = run("toy", "clips", f"out={tmp_path}")
+        assert done.returncode == 2 and f"{mine} is there already" in done.stderr and "another out=" in done.stderr
+        assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine]
+        mine.unlink()
+    videos[3].write_text("half a video")
+    write_lesson(tmp_path, seed=1, replaces=True)
+    assert videos[3].read_bytes() == before and len(list(tmp_path.iterdir())) == 48
 
 
 def test_a_verb_that_fails_ends_the_story_and_says_where_the_rest_is(tmp_path):

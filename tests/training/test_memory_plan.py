@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers_road import LORA, road
+from helpers_road import LORA, road, train
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, TrainingError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step
-from mochi_tune.training import preflight
+from mochi_tune.training import preflight, run
 from mochi_tune.training.memory_plan import arrange, explain_out_of_memory
 
 STEP = Step(DiTConfig(), 7 * 1590, 71_000_000)
@@ -21,6 +21,10 @@ def arrangement(gib: float, dit: str = "auto", step: Step = STEP) -> tuple[bool,
     held = step.held(plan.recompute, plan.is_streamed, plan.offloads_inputs)
     assert sum(held.values()) + SPARE_BYTES <= gib * GIB
     return plan.is_streamed, plan.offloads_inputs
+
+
+def needed(step: Step, gib: float) -> float:
+    return (sum(step.held(step.policies(int(gib * GIB), True), True).values()) + SPARE_BYTES) / GIB
 
 
 def test_auto_takes_the_fastest_that_fits():
@@ -42,6 +46,8 @@ def test_what_does_not_fit_is_refused_with_what_does():
     # The way out is one: what it names fits.
     assert arrangement(16, "resident", replace(STEP, precision="int8")) == (False, False)
     assert arrangement(16, "stream") == (True, False)
+    # All sums have the same to spare.
+    assert f"memory=16gb ({needed(STEP, 16):.1f} GiB)" in text
     with pytest.raises(ConfigError, match=r"lower data\.num_frames, .* or train\.batch_size, or use a GPU"):
         arrangement(2, "stream")
 
@@ -56,6 +62,17 @@ def test_a_run_that_is_too_large_is_refused_before_a_weight_is_read(tmp_path, mo
     assert plan.memory.recompute == ["none"] * 2 and not plan.memory.is_streamed
 
 
+def test_out_of_memory_of_the_eval_prompts_is_not_laid_on_the_step():
+    def encode_eval_prompts() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB. More is said here")
+
+    with pytest.raises(TrainingError) as explained, explain_out_of_memory(STEP, arrange(STEP, "auto", "keep", None)):
+        encode_eval_prompts()
+    text = str(explained.value)
+    assert "while T5 encoded the eval prompts" in text and "train.sample_every=0" in text
+    assert "recompute" not in text and "held are" not in text
+
+
 def test_out_of_memory_says_where_what_was_held_and_what_to_change():
     def backward():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB. More is said here")
@@ -66,3 +83,16 @@ def test_out_of_memory_says_where_what_was_held_and_what_to_change():
     text = str(explained.value)
     assert "in the backward pass of a step (CUDA out of memory)" in text and "adapter 0.3" in text
     assert "use train.recompute=block or model.precision=int8 (" in text and "or memory=16gb (" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "saved"),
+    [([], 3), (["train.optimizer=muon"], 2), (["train.ema_decay=0.9"], 4), (["train.optimizer=adafactor"], 1.07)],
+)
+def test_space_is_looked_for_as_a_checkpoint_takes_it(tmp_path, monkeypatch, more, saved):
+    asked = []
+    monkeypatch.setattr(run, "check_free_space", lambda _folder, size: asked.append(size))
+    more = [*LORA, "train.steps=1", "train.warmup_steps=0", *more]
+    plan = preflight.check(load_config("my_lora", road(tmp_path, *more)), 1)
+    assert train(tmp_path, *more[len(LORA) :]) == 0
+    assert asked == [int(saved * plan.adapter_bytes)]

@@ -1,0 +1,80 @@
+"""What to set where a stage of a run does not fit a GPU: only what fits it by the same sums, else what to make smaller.
+
+Of `train`, `training.memory_plan` says so.
+"""
+
+from itertools import product
+
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.dit import DiTConfig
+from mochi_tune.models.latents import TEMPORAL_FACTOR
+from mochi_tune.models.text_encoder import T5_DTYPES
+from mochi_tune.models.vae_streaming import check_tiles
+from mochi_tune.parallel.forecast import (
+    GIB,
+    SAMPLING,
+    SPARE_BYTES,
+    decoding_held,
+    encoding_held,
+    fits,
+    sampling_held,
+    text_held,
+)
+
+# Of tiles over rows, and over columns: those of more would be mostly what they share.
+MOST_TILES = 8
+LARGER = "a GPU with more memory"
+
+
+def for_captions(free: int) -> str:
+    """Returns what to set where T5 does not fit in `prepare`.
+
+    Args:
+        free: bytes of the device, here and below.
+    """
+    if names := [name for name, dtype in T5_DTYPES.items() if fits(text_held(dtype.itemsize), free)]:
+        return f"prepare: use memory.t5_dtype={' or '.join(names)}"
+    least = (sum(text_held(1).values()) + SPARE_BYTES) / GIB
+    return f"prepare: T5 takes {least:.1f} GiB even with memory.t5_dtype=int8: prepare on {LARGER}, or with device=cpu"
+
+
+def for_clips(num_frames: int, height: int, width: int, dtype_bytes: int, free: int) -> str:
+    """Returns what to set where clips of this size do not fit in `prepare`."""
+    lengths = range(1, num_frames, TEMPORAL_FACTOR)
+    fitting = [frames for frames in lengths if fits(encoding_held(frames, height, width, dtype_bytes), free)]
+    fewer = f"use clips of at most {fitting[-1]} frames, or " if fitting else ""
+    return f"prepare: {fewer}lower data.height or data.width, or prepare on {LARGER}"
+
+
+def for_prompts(dtype_bytes: int, free: int) -> str:
+    """Returns what to set where T5 does not fit in `sample`, which has it in model.dtype."""
+    if dtype_bytes > 2 and fits(text_held(2), free):
+        return "sample: use model.dtype=bf16"
+    needed = (sum(text_held(2).values()) + SPARE_BYTES) / GIB
+    return f"sample: T5 takes {needed:.1f} GiB in bf16: use {LARGER}, or a sample.prompt_cache that one has filled"
+
+
+def for_denoising(config: DiTConfig, num_tokens: int, dtype_bytes: int, free: int) -> str:
+    """Returns what to set where the DiT does not fit in `sample`."""
+    held = {name: sampling_held(config, num_tokens, dit, dtype_bytes) for name, dit in SAMPLING.items()}
+    fitting = [name for name in held if fits(held[name], free)]
+    if not fitting:
+        return f"sample: lower sample.num_frames, sample.height or sample.width, or use more GPUs or {LARGER}"
+    # Of those that do the same, the first. `auto` is the fastest of two that change no number.
+    chosen = [name for name in fitting if SAMPLING[name] not in [SAMPLING[n] for n in fitting[: fitting.index(name)]]]
+    if any(SAMPLING[name] in ("resident", "offload") for name in fitting):
+        chosen.append("auto")
+    return f"sample: use {' or '.join(f'memory={name}' for name in chosen)}"
+
+
+def for_decoding(height: int, width: int, dtype_bytes: int, free: int) -> str:
+    """Returns what to set where the decoder does not fit: the fewest tiles that do."""
+    counts = sorted(product(range(1, MOST_TILES + 1), repeat=2), key=lambda tiles: (tiles[0] * tiles[1], -min(tiles)))
+    for tiles in counts:
+        try:
+            check_tiles(tiles, height, width)
+        except ConfigError:
+            continue
+        if fits(decoding_held(height, width, tiles[0] * tiles[1], dtype_bytes), free):
+            return f"sample: use memory.tiles=[{tiles[0]},{tiles[1]}]"
+    return f"sample: lower sample.height or sample.width, or decode on {LARGER}"

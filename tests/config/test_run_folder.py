@@ -1,0 +1,51 @@
+"""A run's own config.yaml as conf=, in the folder that it names and in another one."""
+
+from pathlib import Path
+
+import pytest
+from helpers_process import run
+
+from mochi_tune.config.load import check_run_folder, config_yaml, load_config
+from mochi_tune.errors import ConfigError
+
+
+def make_run(folder: Path, run_dir: Path | str, record: str = "metrics.jsonl") -> str:
+    """Makes a run folder whose config.yaml names `run_dir`; returns the path of that file."""
+    folder.mkdir()
+    (folder / record).touch()
+    (folder / "config.yaml").write_text(config_yaml(load_config("my_lora", [f"run_dir={run_dir}"])))
+    return str(folder / "config.yaml")
+
+
+def check(conf: str, *given: str) -> None:
+    check_run_folder(conf, given, load_config(conf, list(given)))
+
+
+@pytest.mark.parametrize("record", ["metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_moved_run_is_refused_and_the_folder_is_named(tmp_path, record, is_there):
+    if is_there:
+        (tmp_path / "old").mkdir()
+    conf = make_run(tmp_path / "moved", tmp_path / "old", record)
+    with pytest.raises(ConfigError) as error:
+        check(conf)
+    assert f"give run_dir={tmp_path / 'moved'}, or" in str(error.value) and "\n" not in str(error.value)
+    check(conf, f"run_dir={tmp_path / 'moved'}")
+    check(conf, f"run_dir={tmp_path / 'old'}")
+
+
+def test_a_run_where_it_was_and_a_conf_of_no_run_are_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(make_run(tmp_path / "run", "run"))
+    (tmp_path / "link").symlink_to("run")
+    check("link/config.yaml")
+    check(make_run(tmp_path / "conf", "elsewhere", "other.jsonl"))
+    check("my_lora")
+
+
+def test_the_command_line_refuses_it_before_anything_is_made(tmp_path):
+    conf = make_run(tmp_path / "moved", tmp_path / "old")
+    for verb in ("train", "sample"):
+        done = run(verb, f"conf={conf}", "sample.prompt=a cat" if verb == "sample" else "device=cpu")
+        assert done.returncode == 2 and f"give run_dir={tmp_path / 'moved'}" in done.stderr, done.stderr
+    assert not (tmp_path / "old").exists()

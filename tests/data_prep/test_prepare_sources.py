@@ -1,0 +1,93 @@
+"""Which folders and files are taken as clips, what they are called, and what is told of them, through `prepare`."""
+
+import os
+
+import pytest
+from helpers_prepare import add_clip, config_for, report_of
+from helpers_video import write_video
+
+from mochi_tune.data_prep.prepare import main, prepare
+from mochi_tune.errors import DataError
+
+SIZE = {"width": 96, "height": 72}
+
+
+def write_clip(path, num_frames=7):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, num_frames, **SIZE)
+    path.with_suffix(".txt").write_text(f"a clip, {path.stem}")
+
+
+def test_the_videos_of_a_run_below_the_clips_are_not_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "clips" / "a.mp4")
+    write_clip(tmp_path / "runs" / "my_lora" / "samples" / "step_00010.mp4")
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / "runs" / "my_lora" / name).touch()
+    config = config_for(tmp_path, videos=".", cache="cache")
+    assert main(config) == 0 and main(config) == 0
+    kept = [name for name, record in report_of(tmp_path).items() if record["status"] == "kept"]
+    assert kept == ["clips/a.mp4"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "not taken: cache is a cache of mochi-tune, runs/my_lora is a run of mochi-tune" in lines
+    # What `train` wrote there is no table of captions either.
+    assert not [line for line in lines if "without a video" in line]
+
+
+def test_clips_of_the_working_folder_keep_apart_from_those_of_another_source(tmp_path, monkeypatch):
+    write_clip(tmp_path / "cats" / "dogs" / "a.mp4")
+    write_clip(tmp_path / "dogs" / "a.mp4", 8)
+    monkeypatch.chdir(tmp_path / "cats")
+    done = prepare(config_for(tmp_path, sources=[{"folder": "."}, {"folder": "../dogs"}]))
+    assert (done.kept, done.clips_encoded) == (2, 2)
+    assert set(report_of(tmp_path)) == {"cats/dogs/a.mp4", "dogs/a.mp4"}
+
+
+def test_a_name_with_a_line_break_stays_on_the_line_of_its_note(tmp_path, capsys):
+    add_clip(tmp_path, "whole.mp4", "a whole clip")
+    add_clip(tmp_path, "short\nbroken.mp4", "a short clip", 3)
+    whole = (tmp_path / "videos" / "whole.mp4").read_bytes()
+    for name, content in ((b"odd\nbroken\xff.mp4", whole), (b"song\nbroken.mp3", b""), (b"alone\nbroken.txt", b"x")):
+        with open(os.path.join(os.fsencode(tmp_path / "videos"), name), "wb") as file:
+            file.write(content)
+    assert main(config_for(tmp_path)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("broken")]
+    told = ("refused: ", "will be refused: ", "not taken: ", "captions without a video")
+    assert all(any(start in line and "broken" in line for line in lines) for start in told), lines
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "a smaller data.num_frames"),
+        ({"buckets": [[13, 32, 48]]}, "shorter buckets in data.buckets"),
+        ({"buckets": [[13, 32, 48], [19, 32, 48]]}, "shorter buckets in data.buckets"),
+        ({"sources": [{"folder": "videos", "buckets": [[13, 32, 48]]}]}, "shorter buckets in data.sources[0].buckets"),
+    ],
+)
+def test_a_clip_that_is_too_short_names_the_setting_that_decides(tmp_path, monkeypatch, settings, advice):
+    monkeypatch.chdir(tmp_path)
+    add_clip(tmp_path, "short.mp4", "a short clip", 5)
+    with pytest.raises(DataError) as caught:
+        prepare(config_for(tmp_path, **settings))
+    assert str(caught.value).endswith(f"use a longer clip or {advice}.")
+
+
+@pytest.mark.parametrize(
+    ("modes", "advice"),
+    [
+        (
+            ("all", "head"),
+            "clips: all of b in data.sources cuts 0.9 s of it, shorter buckets in data.buckets would take 0.2 s of it",
+        ),
+        (("all", "all"), "shorter buckets in data.buckets would take it"),
+        (("head", "head"), "clips: all of a, b in data.sources cuts all of it"),
+    ],
+)
+def test_what_would_use_the_footage_is_told_by_source(tmp_path, capsys, modes, advice):
+    write_clip(tmp_path / "a" / "one.mp4", 33)
+    write_clip(tmp_path / "b" / "two.mp4", 40)
+    sources = [{"folder": str(tmp_path / name), "clips": mode} for name, mode in zip("ab", modes, strict=True)]
+    assert main(config_for(tmp_path, sources=sources, buckets=[[13, 32, 48]])) == 0
+    assert f"s of footage are not used; {advice}\n" in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""The page's plan is of the GPU that is here, or says that it does not know it."""
+
+import pytest
+
+from mochi_tune.config.load import load_config
+from mochi_tune.ui.plan import foretell, likely_card, name_here
+
+FULL = ["model.weights=nowhere", "data.videos=nowhere", "data.cache=nowhere"]
+
+
+@pytest.fixture
+def put_gpu(tmp_path, monkeypatch):
+    """Returns a function that puts a driver's program here, which names GPUs."""
+
+    def put(*names: str) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\n" + "".join(f"echo '{name}'\n" for name in names))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        name_here.cache_clear()
+
+    yield put
+    name_here.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("names", "card"),
+    [
+        (["NVIDIA A100-PCIE-40GB"], "a100-40"),
+        (["NVIDIA A100-SXM4-80GB"] * 2, "a100"),
+        (["NVIDIA RTX A6000", "NVIDIA GeForce RTX 4090"], "a6000"),
+        (["NVIDIA H200"], "h200"),
+    ],
+)
+def test_a_card_is_known_by_the_first_line(put_gpu, names, card):
+    put_gpu(*names)
+    assert likely_card() == card
+    assert "is not known" not in foretell(load_config("my_lora", FULL), card)
+
+
+def test_an_unknown_card_is_said_to_be_unknown(put_gpu):
+    put_gpu("NVIDIA T4 <2>", "NVIDIA H200")
+    assert likely_card() == "4090"
+    text = foretell(load_config("my_lora", FULL), likely_card())
+    assert "The GPU that is here, NVIDIA T4 &lt;2&gt;, is not known: this is foretold for a 4090." in text
+    assert "fits" in text
+
+
+def test_long_times_are_plain_numbers():
+    text = foretell(load_config("my_lora", [*FULL, "sample.height=4096", "sample.width=4096"]), "4090")
+    assert "e+0" not in text and " s a video" in text
