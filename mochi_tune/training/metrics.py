@@ -22,8 +22,8 @@ def comparable(validations: Sequence[Mapping]) -> list[Mapping]:
 
     A run that went on with other clips, or with clips in another order, has other losses for the same adapter.
     """
-    last = validations[-1].get("measured_on") if validations else None
-    return [row for row in validations if row.get("measured_on") in (None, last)]
+    said = [row["measured_on"] for row in validations if row.get("measured_on")]
+    return [row for row in validations if row.get("measured_on") in (None, *said[-1:])]
 
 
 class Metrics:
