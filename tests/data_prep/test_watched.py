@@ -7,7 +7,7 @@ import pytest
 from helpers_jobs import count, fail
 
 from mochi_tune.data_prep.watched import WatchedProcess
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, printable
 
 PATH = Path("a\udcff.mp4")
 
@@ -30,7 +30,7 @@ def child():
 def test_what_goes_wrong_is_the_files(child, how, text):
     with pytest.raises(DataError) as error:
         list(child.run(fail, PATH, {"how": how}))
-    assert text in str(error.value) and str(error.value).startswith(f"{PATH}: ")
+    assert text in str(error.value) and str(error.value).startswith(f"{printable(str(PATH))}: ")
     assert [message["number"] for message in child.run(count, PATH, {"number": 3})] == [0, 1, 2]
 
 
