@@ -24,7 +24,7 @@ from mochi_tune.data_prep.pools import Pool, ProcessPool
 from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
 from mochi_tune.data_prep.shares import RECORD_FILE, Share, keep_share, merge_shares, write_record
 from mochi_tune.data_prep.tasks import CaptionTask, ClipTask, Job, Worker, WorkHere
-from mochi_tune.errors import ConfigError, DataError, counted
+from mochi_tune.errors import ConfigError, DataError, counted, printable
 from mochi_tune.files import format_bytes, write_atomic
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import measure_caption
@@ -194,7 +194,7 @@ def _encode_clips(
         if clip.row.clip_key in bad:
             reason, path = bad[clip.row.clip_key]
             # Another file may have the same bytes.
-            refused[clip.row.sample_id] = reason.replace(path, str(clip.file.path), 1)
+            refused[clip.row.sample_id] = reason.replace(printable(path), printable(str(clip.file.path)), 1)
     return num_encoded, refused
 
 
