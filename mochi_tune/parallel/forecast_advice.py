@@ -47,11 +47,14 @@ def for_clips(num_frames: int, height: int, width: int, dtype_bytes: int, free: 
 
 
 def for_prompts(dtype_bytes: int, free: int) -> str:
-    """Returns what to set where T5 does not fit in `sample`, which has it in model.dtype."""
+    """Returns what to set where T5 does not fit in model.dtype: in `sample`, and for the eval prompts of `train`."""
     if dtype_bytes > 2 and fits(text_held(2), free):
         return "sample: use model.dtype=bf16"
     needed = (sum(text_held(2).values()) + SPARE_BYTES) / GIB
-    return f"sample: T5 takes {needed:.1f} GiB in bf16: use {LARGER}, or a sample.prompt_cache that one has filled"
+    return (
+        f"sample: T5 takes {needed:.1f} GiB in bf16: use {LARGER}, or a sample.prompt_cache that one has filled; "
+        "train: the same for eval prompts, use train.sample_every=0"
+    )
 
 
 def for_denoising(config: DiTConfig, num_tokens: int, dtype_bytes: int, free: int) -> str:
