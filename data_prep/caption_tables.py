@@ -31,6 +31,8 @@ CAPTION_KEYS = ("caption", "text", "prompt", "captions", "cap")
 VIDEO_LISTS = ("videos.txt", "video.txt")
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 DELIMITERS = (",", ";", "\t")
+# Characters of a name or a header in an error.
+MAX_SHOWN = 200
 _SEPARATOR = re.compile(r'"?sep=([,;\t|])"?\s*', re.IGNORECASE)
 BARE_UTF16 = "holds NUL characters, as UTF-16 without its mark at the begin does: save it as UTF-8."
 
@@ -84,7 +86,7 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
             where, example = rows[0].where.removeprefix(f"{path} "), os.path.relpath(videos[0], path.parent)
             raise DataError(
                 f"{path}: none of its {len(rows)} rows names a video in {folder}: {where} names "
-                f"{printable(rows[0].file_name)}, a video is {printable(example)}: write the names relative to "
+                f"{rows[0].file_name[:MAX_SHOWN]}, a video is {example[:MAX_SHOWN]}: write the names relative to "
                 f"{path.parent}."
             )
         if unknown:
@@ -100,11 +102,6 @@ def find_lists(folder: Path) -> dict[Path, tuple[Path, Path]]:
         if pair[0] is not None and pair[1] is not None:
             lists[parent] = (pair[0], pair[1])
     return lists
-
-
-def printable(text: str) -> str:
-    """Returns a text for an error: on one line, and without what a terminal or a file refuses."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:200])
 
 
 def _find_named(folder: Path, wanted: set[str]) -> dict[Path, dict[str, Path]]:
@@ -166,7 +163,7 @@ class _VideoNames:
 
 
 def _count_unknown(rows: list[TableRow]) -> str:
-    names = list(dict.fromkeys(printable(row.file_name) for row in rows))
+    names = list(dict.fromkeys(row.file_name[:MAX_SHOWN] for row in rows))
     number = "1 row names a video that is" if len(rows) == 1 else f"{len(rows)} rows name videos that are"
     return f"{number} not there: {some(names)}"
 
@@ -238,7 +235,7 @@ def _csv_rows(path: Path, text: str, delimiters: tuple[str, ...]) -> Iterator[Ta
         file_key, caption_key = _first_of(FILE_KEYS, header), _first_of(CAPTION_KEYS, header)
         if file_key is None or caption_key is None or len(set(header)) < len(header):
             raise DataError(
-                f"{path}: its columns are {printable(', '.join(header)) or 'none'}, each to be named once: one of "
+                f"{path}: its columns are {', '.join(header)[:MAX_SHOWN] or 'none'}, each to be named once: one of "
                 f"{', '.join(FILE_KEYS)} and one of {', '.join(CAPTION_KEYS)} are needed."
             )
         for row in reader:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mochi_tune.data_prep.caption_tables import TableRow, find_lists, printable, read_tables
+from mochi_tune.data_prep.caption_tables import TableRow, find_lists, read_tables
 from mochi_tune.data_prep.finding import suffix_of, walk
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, printable
 from mochi_tune.files import find_lone_surrogate, read_text
 
 # In upper case too; .caption is the default of kohya's scripts. The first one that is there counts.

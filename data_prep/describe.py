@@ -19,9 +19,9 @@ from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.clips import Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.describe_tally import Prices, Result, Tally, open_log
-from mochi_tune.data_prep.finding import find_videos, one_line
+from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.inspection import as_jpeg
-from mochi_tune.errors import ConfigError, DataError, counted
+from mochi_tune.errors import ConfigError, DataError, counted, printable
 from mochi_tune.files import make_writable_folder, write_new
 from mochi_tune.models.latents import FPS
 
@@ -162,7 +162,7 @@ def describe(
             for leftover in folder.glob(".write_new.*.tmp"):
                 leftover.unlink(missing_ok=True)
         for name, reason in clips.refused.items():
-            tqdm.write(one_line(f"no caption: {reason}"))
+            tqdm.write(printable(f"no caption: {reason}"))
             write_row({"clip": name, "status": "refused", "error": reason})
         tally = Tally(len(clips.without), prices)
         try:

@@ -13,8 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mochi_tune.data_prep.captioning import Cost
-from mochi_tune.data_prep.finding import one_line
-from mochi_tune.errors import DataError, counted
+from mochi_tune.errors import DataError, counted, printable
 from mochi_tune.files import lock_file
 
 
@@ -80,7 +79,7 @@ class Tally:
 
     def say(self, line: str) -> None:
         """Writes a line above the bar."""
-        tqdm.write(one_line(line))
+        tqdm.write(printable(line))
 
     def close(self) -> None:
         """Ends the bar."""

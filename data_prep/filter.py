@@ -20,11 +20,11 @@ from mochi_tune.data_prep.clip_scores import SCORES_VERSION, Scores, measure_cli
 from mochi_tune.data_prep.contact_sheet import read_thumbnails
 from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest, shifted_distance
 from mochi_tune.data_prep.filter_page import MAX_PICTURES, make_page
-from mochi_tune.data_prep.finding import find_videos, one_line
+from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.moving import files_of_clip, finish_moves, move_clip, read_moved, undo_moves
 from mochi_tune.data_prep.split import folder_beside, only_process
 from mochi_tune.data_prep.watched import WatchedProcess
-from mochi_tune.errors import ConfigError, DataError, counted, some
+from mochi_tune.errors import ConfigError, DataError, counted, printable, some
 from mochi_tune.files import make_writable_folder, read_json_lines, write_atomic
 from mochi_tune.pages.html_page import write_png
 
@@ -169,7 +169,7 @@ def undo(settings: Filter) -> int:
         count, absent = undo_moves(table, rows)
         tqdm.write(f"{settings.videos}: {count} files were moved back")
         if absent:
-            lost = one_line(f"{counted(len(absent), 'file')} not found ({some(absent)})")
+            lost = printable(f"{counted(len(absent), 'file')} not found ({some(absent)})")
             tqdm.write(f"{lost}: {table} still lists them; bring them there and run the same command again")
     return 1 if absent else 0
 
@@ -295,7 +295,7 @@ def _tell(settings: Filter, judged: Sequence[Judged], not_moved: Sequence[str]) 
     """Writes what was found; returns the exit code."""
     unreadable = [each for each in judged if each.scores is None]
     for reason in [*(each.reason for each in unreadable), *not_moved]:
-        tqdm.write(one_line(f"refused: {reason}"))
+        tqdm.write(printable(f"refused: {reason}"))
     counts: dict[str, int] = {}
     for each in judged:
         for flag in each.flags:

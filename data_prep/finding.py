@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -109,12 +108,6 @@ def _made_here(start: str, names: set[str]) -> str:
             if any(name.startswith("train-") and name.endswith(".parquet") for name in os.listdir(f"{start}data")):
                 return MADE_HERE[1]
     return ""
-
-
-def one_line(text: str) -> str:
-    """Returns a text with escapes for what would break its line, or move the cursor: the name of a file may hold it."""
-    breaking = {c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp")}
-    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in breaking})
 
 
 def suffix_of(name: str) -> str:

@@ -1,7 +1,6 @@
 """What there is to encode: the files of all sources, their captions, and the clips that are cut from them."""
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from mochi_tune.data.rows import CacheSettings, Row, make_row
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import find_unused, find_videos, one_line
+from mochi_tune.data_prep.finding import find_unused, find_videos
 from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, Signature, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts, decisive
-from mochi_tune.errors import DataError, counted, some
+from mochi_tune.errors import DataError, counted, printable, some
 from mochi_tune.files import parse_object, write_atomic
 
 # In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
@@ -100,7 +99,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         )
         found = load_captions(folder, videos, rules)
         for note in found.notes:
-            tqdm.write(one_line(note))
+            tqdm.write(printable(note))
         for video, name in names.items():
             captions, relative = found.texts.get(video, ("",)), video.relative_to(folder).as_posix()
             inputs.files[name] = MediaFile(name, video, relative, source, captions)
@@ -120,7 +119,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
     if inputs.refused:
         # Told before hours of encoding, and again with the others at the end.
         refused = f"{counted(len(inputs.refused), 'clip')} will be refused: {some(inputs.refused.values())}"
-        tqdm.write(one_line(refused))
+        tqdm.write(printable(refused))
     return inputs
 
 
@@ -139,13 +138,13 @@ def _check_captions(data: DataConfig, without: list[str], orphans: list[str], nu
         # A typo in a file's name is the usual cause; both names together make it visible.
         typos = f"; without a video there are the captions {some(orphans)}" if orphans else ""
         where = ", ".join(str(source.folder) for source in read_sources(data))
-        found = one_line(f"{counted(num_clips, 'clip')} in {where} ({some(without)}{typos})")
+        found = printable(f"{counted(num_clips, 'clip')} in {where} ({some(without)}{typos})")
         raise DataError(
             f"without a caption: {len(without)} of {found}: write each one's caption into a .txt file of its name, or "
             "set data.allow_empty_captions=true to train them without."
         )
     if orphans:
-        tqdm.write(one_line(f"captions without a video of that name, not used: {some(orphans, limit=10)}"))
+        tqdm.write(printable(f"captions without a video of that name, not used: {some(orphans, limit=10)}"))
 
 
 def cut_inputs(
@@ -192,11 +191,9 @@ def cut_inputs(
 
 def _choose_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]:
     try:
-        return choose_cuts(scan, file.source.buckets, file.source.clips, data)
+        return choose_cuts(scan, file.source.buckets, file.source.clips, data, file.source.shorter)
     except DataError as error:
-        # Which setting the sizes are of is not known where one of them is chosen.
-        advice = r"a smaller data\.num_frames|shorter buckets in data\.buckets"
-        raise DataError(f"{file.path}: {re.sub(advice, lambda _: file.source.shorter, str(error))}") from None
+        raise DataError(f"{file.path}: {error}") from None
 
 
 def _kept_scans(path: Path) -> dict[str, Scan]:

@@ -5,10 +5,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_paths
-from mochi_tune.data_prep.finding import one_line
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
-from mochi_tune.errors import counted, some
+from mochi_tune.errors import counted, printable, some
 from mochi_tune.files import make_writable_folder, write_atomic
 from mochi_tune.pages.html_page import write_png
 from mochi_tune.weights.folder import WeightsFolder
@@ -37,10 +36,10 @@ def main(config: RunConfig, out: Path | None) -> int:
     tokenizer = weights.load_tokenizer() if weights.has_tokenizer() else None
     found = inspect_clips(config.data, config.seed, tokenizer)
     for reason in found.refused.values():
-        tqdm.write(one_line(f"refused: {reason}"))
+        tqdm.write(printable(f"refused: {reason}"))
     mute = [seen.clip.row.sample_id for seen in found.clips if not any(seen.clip.row.captions)]
     if mute and not config.data.allow_empty_captions:
-        names = one_line(f"{counted(len(mute), 'clip')} ({some(mute)})")
+        names = printable(f"{counted(len(mute), 'clip')} ({some(mute)})")
         tqdm.write(f"without a caption, which `prepare` refuses to begin with: {names}")
     # The name of a run or a folder may hold bytes that are not UTF-8.
     write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)

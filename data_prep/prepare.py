@@ -18,7 +18,6 @@ from mochi_tune.data.rows import CacheSettings, Row
 from mochi_tune.data_prep import report
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import one_line
 from mochi_tune.data_prep.gather import Inputs, cut_inputs, find_inputs
 from mochi_tune.data_prep.pools import Pool, ProcessPool
 from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
@@ -113,12 +112,12 @@ def prepare(config: RunConfig) -> Prepared:
         if share is not None:
             write_record(cache, share, inputs.clips, bad, settings)
             for reason in [*inputs.refused.values(), *bad.values()]:
-                tqdm.write(one_line(f"refused: {reason}"))
+                tqdm.write(printable(f"refused: {reason}"))
             return done
         records = report.make_records(cache, inputs, kept, bad, _lost_tails(cache, kept, weights))
         write_atomic(folder / REPORT_NAME, report.as_csv(records).encode(), durable=True)
         if not kept:
-            first = one_line(next(iter([*inputs.refused.values(), *bad.values()])))
+            first = printable(next(iter([*inputs.refused.values(), *bad.values()])))
             where = ", ".join(str(source.folder) for source in read_sources(data))
             raise DataError(
                 f"none of the {done.refused} clips in {where} can be used, see {folder / REPORT_NAME}; {first}"

@@ -10,10 +10,10 @@ from typing import Any
 
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
-from mochi_tune.data_prep.finding import MADE_HERE, one_line
+from mochi_tune.data_prep.finding import MADE_HERE
 from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs
 from mochi_tune.data_prep.windows import num_used_frames
-from mochi_tune.errors import counted, some
+from mochi_tune.errors import counted, printable, some
 from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS
 
@@ -119,7 +119,7 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
         lines.append(f"not taken: {some(made)}")
     if others := sorted(name for name, why in inputs.unused.items() if not why.endswith((NO_VIDEO, *MADE_HERE))):
         lines.append(f"not taken: {counted(len(others), 'file')} ({some(others)})")
-    return [one_line(line) for line in lines]
+    return [printable(line) for line in lines]
 
 
 def _cut(record: Mapping[str, Any]) -> str:

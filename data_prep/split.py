@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mochi_tune.data_prep.contact_sheet import NUM_PICTURES, SheetClip, read_thumbnails, write_sheets
 from mochi_tune.data_prep.cutting import Mark, cut_clips, read_mark
-from mochi_tune.data_prep.finding import VIDEO_SUFFIXES, find_videos, one_line
+from mochi_tune.data_prep.finding import VIDEO_SUFFIXES, find_videos
 from mochi_tune.data_prep.scene_table import (
     CUT,
     PLANNED,
@@ -30,7 +30,7 @@ from mochi_tune.data_prep.scene_table import (
 )
 from mochi_tune.data_prep.scenes import Scene, SceneRules, check_scenedetect, find_scenes
 from mochi_tune.data_prep.watched import WatchedProcess
-from mochi_tune.errors import ConfigError, DataError, counted, some
+from mochi_tune.errors import ConfigError, DataError, counted, printable, some
 from mochi_tune.files import (
     fsync,
     lock_file,
@@ -336,12 +336,12 @@ def _tell(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], num_wr
     """Writes what was done; returns the exit code."""
     refused = [row for row in rows if row.status == REFUSED]
     for reason in dict.fromkeys(row.reason for row in refused):
-        tqdm.write(one_line(f"refused: {reason}"))
+        tqdm.write(printable(f"refused: {reason}"))
     listed = {row.file for row in rows}
     files = sorted(path.relative_to(split.out).as_posix() for path in split.out.rglob(f"*{SUFFIX}"))
     stale = [file for file in files if file not in listed and read_mark(split.out / file)]
     if stale:
-        tqdm.write(one_line(f"in no row of the table now: {some(stale)}; remove what you do not want"))
+        tqdm.write(printable(f"in no row of the table now: {some(stale)}; remove what you do not want"))
     clips = [row for row in rows if row.status == CUT]
     seconds = sum(row.end_seconds - row.start_seconds for row in clips)
     num_short = sum(row.status == SHORT for row in rows)

@@ -10,7 +10,13 @@ from mochi_tune.data_prep.clips import Cut, choose_frame_rate
 from mochi_tune.data_prep.probe import Scan
 
 
-def choose_cuts(scan: Scan, buckets: Sequence[Bucket], mode: ClipMode, data: DataConfig) -> list[Cut]:
+def choose_cuts(
+    scan: Scan,
+    buckets: Sequence[Bucket],
+    mode: ClipMode,
+    data: DataConfig,
+    shorter: str = "a smaller data.num_frames",
+) -> list[Cut]:
     """Returns the clips of a file, by ascending start, each in the bucket that loses least.
 
     Args:
@@ -18,6 +24,7 @@ def choose_cuts(scan: Scan, buckets: Sequence[Bucket], mode: ClipMode, data: Dat
         buckets: sizes to choose from.
         mode: which clips are cut; the rest of a video that is shorter than a clip of `all` goes to a shorter bucket.
         data: the other settings of the clips.
+        shorter: what in the settings makes clips shorter.
 
     Raises:
         DataError: no bucket fits the file; the text lacks the file's name.
@@ -25,7 +32,7 @@ def choose_cuts(scan: Scan, buckets: Sequence[Bucket], mode: ClipMode, data: Dat
     rate = choose_frame_rate(scan, data.frame_rate)
     num_frames = scan.num_source_frames if rate == "retime" else scan.num_frames
     footage = Footage(num_frames, scan.height, scan.width, scan.is_still)
-    bucket = choose_bucket(footage, buckets, data.allow_upscale)
+    bucket = choose_bucket(footage, buckets, data.allow_upscale, shorter)
     windows = [(start, bucket) for start in starts(num_frames, bucket.num_frames, mode, data)]
     if mode == "all" and len(windows) != data.max_clips:
         end = windows[-1][0] + bucket.num_frames

@@ -43,6 +43,7 @@ from mochi_tune.parallel.forecast import (
     text_held,
 )
 from mochi_tune.parallel.forecast_context import find_card, sharing_seconds
+from mochi_tune.parallel.memory import SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_layout
 from mochi_tune.parallel.modulation import HostModulation
 from mochi_tune.recipes.bench import make_step
@@ -248,10 +249,7 @@ def rendering_layout(config: RunConfig, dit: DiTConfig, num_tokens: int, card: C
     except ParallelError as error:
         return Layout(), str(error)
     if config.memory.dit == "shard" and layout.guidance * layout.context == 1:
-        return layout, (
-            "memory.dit=shard splits the weights over the processes of one video, and here each has a video of its "
-            "own: use parallel.num_processes=2 parallel.context=2, or memory.dit=offload"
-        )
+        return layout, SHARD_ALONE
     return layout, ""
 
 
@@ -339,17 +337,16 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
     """
     data, cache = config.data, Path(config.data.cache)
     largest = largest_bucket(data)
-    size = str(largest).replace("1 frames", "1 frame") if largest.num_frames == 1 else str(largest)
     if (cache / "data").exists():
         found = open_cache(cache, buckets_by_source(data), settings=prepared_settings(data))
         shares = bucket_shares(clip_order(config, found, []), found)
-        sizes = f"each {size}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {size}"
+        sizes = f"each {largest}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {largest}"
         num_captions = sum(len(captions) for (captions,) in found.rows.tuples("captions")) / len(found)
         return len(found), f"{len(found)} in {cache}, {sizes}", shares, num_captions
     sources, shares = read_sources(data), {largest: 1.0}
     where = ", ".join(str(source.folder) for source in sources)
     if any(source.folder.is_dir() and is_dataset(source.folder) for source in sources):
-        return 0, f"in the dataset {where}, not prepared yet, each {size}", shares, 1.0
+        return 0, f"in the dataset {where}, not prepared yet, each {largest}", shares, 1.0
     # As `prepare` finds them.
     videos = {
         source.name: list_videos(source.folder, any(bucket.num_frames == 1 for bucket in source.buckets))
@@ -358,9 +355,9 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
     }
     count = sum(map(len, videos.values()))
     if not count:
-        return 0, f"none yet in {where}, so assumed, for sizes and times alone: each {size}", shares, 1.0
+        return 0, f"none yet in {where}, so assumed, for sizes and times alone: each {largest}", shares, 1.0
     if any(source.clips != "head" for source in sources):
-        return 0, f"of {count} videos in {where}, not prepared yet, each {size}", shares, 1.0
+        return 0, f"of {count} videos in {where}, not prepared yet, each {largest}", shares, 1.0
     num_captions = 1.0
     # Texts are read only where a clip may have several.
     if data.captions == "lines" or data.caption_variants > 1:
@@ -368,7 +365,7 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
             num_captions_of(config, source, videos[source.name]) for source in sources if source.name in videos
         )
         num_captions /= count
-    return count, f"{count} in {where}, not prepared yet, each {size}", shares, num_captions
+    return count, f"{count} in {where}, not prepared yet, each {largest}", shares, num_captions
 
 
 def num_captions_of(config: RunConfig, source: Source, videos: list[Path]) -> int:

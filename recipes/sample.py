@@ -25,7 +25,7 @@ from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_capti
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, encoding_held, free_bytes, sampling_held
 from mochi_tune.parallel.forecast_context import card_here
-from mochi_tune.parallel.memory import PRECISIONS
+from mochi_tune.parallel.memory import PRECISIONS, SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Mesh, Videos, choose_layout
 from mochi_tune.recipes.start_video import Start, check_starts, encode_starts, start_of, starts_of
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
@@ -194,10 +194,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     videos = Videos(len(requests), tokens, any(r.is_guided for r in requests))
     layout = choose_layout(num_processes, skeleton.config, videos, asked, card_here())
     if config.memory.dit == "shard" and layout.guidance * layout.context == 1:
-        raise ConfigError(
-            "memory.dit=shard splits the weights over the processes of one video, and here each has a video of its "
-            "own: use parallel.num_processes=2 parallel.context=2, or memory.dit=offload."
-        )
+        raise ConfigError(f"{SHARD_ALONE}.")
     is_adapted = any(adapter.strength for adapter in adapters)
     variants = (["base"] if config.sample.compare or not is_adapted else []) + (["adapted"] if is_adapted else [])
     common = {

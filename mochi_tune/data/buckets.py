@@ -27,7 +27,7 @@ class Bucket:
         return num_latent_frames(self.num_frames) * self.height * self.width // TOKEN_PIXELS**2
 
     def __str__(self) -> str:
-        return f"{self.num_frames} frames of {self.height}x{self.width}"
+        return f"{self.num_frames} frame{'s' * (self.num_frames > 1)} of {self.height}x{self.width}"
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,16 @@ def scale_to(footage: Footage, bucket: Bucket) -> float:
     return max(bucket.height / footage.height, bucket.width / footage.width)
 
 
-def choose_bucket(footage: Footage, buckets: Sequence[Bucket], may_enlarge: bool) -> Bucket:
+def choose_bucket(
+    footage: Footage, buckets: Sequence[Bucket], may_enlarge: bool, shorter: str = "a smaller data.num_frames"
+) -> Bucket:
     """Returns the bucket that loses least of the footage; of those that lose the same, the one of the most pixels.
 
     Args:
         footage: of one file.
         buckets: to choose from.
         may_enlarge: whether a picture that is smaller than the bucket fits too.
+        shorter: what in the settings makes clips shorter.
 
     Raises:
         DataError: no bucket fits; the text lacks the file's name.
@@ -119,10 +122,9 @@ def choose_bucket(footage: Footage, buckets: Sequence[Bucket], may_enlarge: bool
     long_enough = [bucket for bucket in of_its_kind if bucket.num_frames <= footage.num_frames]
     if not long_enough:
         fewest = min(bucket.num_frames for bucket in of_its_kind)
-        advice = "a smaller data.num_frames" if len(buckets) == 1 else "shorter buckets in data.buckets"
         raise DataError(
             f"is too short: have {footage.num_frames} frames at {FPS} fps, need {fewest}: "
-            f"use a longer clip or {advice}."
+            f"use a longer clip or {shorter}."
         )
     large_enough = [bucket for bucket in long_enough if may_enlarge or scale_to(footage, bucket) <= 1]
     if not large_enough:

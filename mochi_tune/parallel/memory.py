@@ -15,6 +15,11 @@ PRECISIONS = ("int8", "fp8")
 # Where the DiT's weights are: on the device; there in 8 bits; on the CPU, with two blocks at a time on the device; a
 # share of them on each of the devices that render one video together.
 RESIDENCIES = ("resident", *PRECISIONS, "offload", "shard")
+# Why "shard" is refused where a video is rendered by one process.
+SHARD_ALONE = (
+    "memory.dit=shard splits the weights over the processes of one video, and here each has a video of its own: use "
+    "parallel.num_processes=2 parallel.context=2, or memory.dit=offload"
+)
 
 
 def apply_quantization(

@@ -103,7 +103,7 @@ class Gallery:
         length, size = f"{scan.source_seconds:.1f} s at {scan.source_fps:.3g} fps", f"{scan.width} x {scan.height}"
         source = read_sources(data)[0]
         try:
-            cuts = choose_cuts(scan, source.buckets, source.clips, data)
+            cuts = choose_cuts(scan, source.buckets, source.clips, data, source.shorter)
         except DataError as error:
             return ClipCard(path, name, length, size, refused=str(error), thumbnail=thumbnail)
         captions = [measure_caption(text, None) for text in (caption.split("\n") if caption else [""])]

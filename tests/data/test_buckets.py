@@ -60,6 +60,8 @@ def test_what_fits_nowhere_is_refused_with_what_to_do():
         choose_bucket(Footage(1, 64, 64, is_still=True), only, False)
     with pytest.raises(DataError, match=r"have 6 frames at 30 fps, need 7: use a longer clip or a smaller data.num_fr"):
         choose_bucket(Footage(6, 64, 64), only, False)
+    with pytest.raises(DataError, match=r"use a longer clip or shorter buckets in data.sources\[1\]"):
+        choose_bucket(Footage(6, 64, 64), only, False, "shorter buckets in data.sources[1]")
     with pytest.raises(DataError, match=r"is 47x64 pixels, too small for 48x32: .*data.allow_upscale=true"):
         choose_bucket(Footage(7, 64, 47), only, False)
 

@@ -151,7 +151,7 @@ def test_rows_without_a_video_are_counted_and_named(folder, videos):
     path = _write(folder / "metadata.jsonl", "\n".join(json.dumps({"path": name, "text": "x"}) for name in names))
     found = load_captions(folder, videos, RULES)
     assert found.texts == {videos[0]: ("x",)} and not found.refused
-    listed = r"x.mp4, y\n\x00.mp4, \ud800.mp4, ../a.mp4 and 1 more"
+    listed = r"x.mp4, y \x00.mp4, \ud800.mp4, ../a.mp4 and 1 more"
     assert found.notes == (f"{path}: 6 rows name videos that are not there: {listed}",)
 
 

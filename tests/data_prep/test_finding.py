@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi_tune.data_prep.finding import find_unused, find_videos, one_line
+from mochi_tune.data_prep.finding import find_unused, find_videos
 from mochi_tune.errors import DataError
 
 
@@ -55,8 +55,3 @@ def test_runs_and_caches_of_the_program_are_passed_over_unless_they_are_named(tm
         "runs/two": "runs/two: is a run of mochi-tune",
     }
     assert find_videos(tmp_path / "runs/one") == [tmp_path / "runs/one/samples/step_1.mp4"]
-
-
-def test_what_breaks_a_line_is_escaped_and_nothing_else():
-    assert one_line("a\nb\r\x1b[1m\u2028 ü\u00a0\t") == "a\\nb\\r\\x1b[1m\\u2028 ü\u00a0\\t"
-    assert one_line("x" * 999) == "x" * 999
