@@ -1,18 +1,35 @@
-"""What was edited beside the videos since `prepare`, which training does not read."""
+"""What has changed beside the cache since `prepare`, which training does not read."""
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from mochi_tune.config.schema import DataConfig
-from mochi_tune.config.sources import read_sources
-from mochi_tune.data.cache import Cache
+from mochi_tune.config.sources import Source, read_sources
+from mochi_tune.data.cache import REPORT_NAME, Cache
+from mochi_tune.data.manifest import MANIFEST_NAME
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
+from mochi_tune.data_prep.finding import clip_name, list_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import DataError, counted, some
+from mochi_tune.files import file_sha256
 
 # Of a larger cache, the captions are not read again at each start of a training: on a network disk that takes minutes.
 MAX_CLIPS = 10_000
 
 
-def tell_changed_captions(data: DataConfig, seed: int, cache: Cache) -> list[str]:
-    """Compares the captions of a cache with the files that they were read from.
+@dataclass
+class Changes:
+    """Names of files that are not as `prepare` found them."""
+
+    gone: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+
+
+def tell_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
+    """Compares a cache with the files that it was made from.
 
     Args:
         data: settings that the cache was prepared with.
@@ -20,41 +37,82 @@ def tell_changed_captions(data: DataConfig, seed: int, cache: Cache) -> list[str
         cache: of the run.
 
     Returns:
-        A line that says what has changed and what to do; nothing where all is as it was, or where the files are
-        elsewhere.
+        Lines that say what has changed and what to do; none where all is as it was, or where the files are elsewhere.
     """
     if len(cache.rows) > MAX_CLIPS:
         return []
-    changed, gone = [], []
-    for source in read_sources(data):
-        if not source.folder.is_dir() or is_dataset(source.folder):
-            continue
-        rows = cache.rows.tuples("source", "path", "captions")
-        own = {source.folder / path: tuple(texts) for name, path, texts in rows if name == source.name}
-        videos = {path: texts for path, texts in own.items() if path.exists()}
-        if not videos:
-            continue
-        rules = CaptionRules(
-            data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
-        )
-        try:
-            found = load_captions(source.folder, list(videos), rules)
-        except DataError as error:
-            return [f"whether captions have changed since `prepare` cannot be told: {error}"]
-        gone += [path.name for path in own if path not in videos]
-        changed += [video.name for video, texts in videos.items() if found.texts.get(video, ("",)) != texts]
-    lines = []
-    if gone:
+    changes, report = Changes(), cache.folder / REPORT_NAME
+    seen = _names_of(report) if report.is_file() else None
+    try:
+        for source in read_sources(data):
+            if source.folder.is_dir() and not is_dataset(source.folder):
+                _compare(source, data, seed, cache, changes)
+                if seen is not None:
+                    changes.new += _new_files(source, seen)
+    except DataError as error:
+        return [f"whether clips or captions have changed since `prepare` cannot be told: {error}"]
+    return _lines(changes)
+
+
+def _compare(source: Source, data: DataConfig, seed: int, cache: Cache, changes: Changes) -> None:
+    """Adds which clips of a source are gone, and which have other bytes or captions."""
+    rows = cache.rows.tuples("source", "path", "captions", "source_sha256")
+    own = {source.folder / path: (tuple(texts), sha256) for name, path, texts, sha256 in rows if name == source.name}
+    videos = [path for path in own if path.exists()]
+    if not videos:  # They are on another machine.
+        return
+    rules = CaptionRules(
+        data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
+    )
+    found = load_captions(source.folder, videos, rules)
+    changes.gone += [path.name for path in own if not path.exists()]
+    changes.captions += [path.name for path in videos if found.texts.get(path, ("",)) != own[path][0]]
+    # Only what was written since is read, or a start would take as long as reading all videos.
+    prepared = (cache.folder / MANIFEST_NAME).stat().st_mtime
+    later = [path for path in videos if path.stat().st_mtime > prepared]
+    changes.replaced += [path.name for path in later if file_sha256(path) != own[path][1]]
+
+
+def _names_of(report: Path) -> set[str]:
+    """Returns the names of all files that a `prepare` found, whether it could use them or not."""
+    with report.open(encoding="utf-8", newline="") as file:
+        clips = [row["clip"] for row in csv.DictReader(file)]
+    # Behind the "@" is where in a video a clip begins; a file may have one in its name.
+    return {*clips, *(clip.rpartition("@")[0] for clip in clips)}
+
+
+def _new_files(source: Source, seen: set[str]) -> list[str]:
+    has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
+    videos = list_videos(source.folder, has_stills)
+    names = {path.name: clip_name(source.name, source.folder, path) for path in videos}
+    # Where none was seen, they are another machine's, or `prepare` has not had this source.
+    return [name for name, clip in names.items() if clip not in seen] if seen & set(names.values()) else []
+
+
+def _lines(changes: Changes) -> list[str]:
+    prepare, lines = "stop, run `mochi-tune prepare` with these settings, and train again", []
+    if gone := changes.gone:
+        is_are, it = ("is", "it") if len(gone) == 1 else ("are", "them")
         lines.append(
-            f"{counted(len(gone), 'clip')} of the cache {'is' if len(gone) == 1 else 'are'} not in the folder any more "
-            f"({some(gone)}), and this run trains on {'it' if len(gone) == 1 else 'them'}: to leave "
-            f"{'it' if len(gone) == 1 else 'them'} out, stop, run `mochi-tune prepare`, and train again"
+            f"{counted(len(gone), 'clip')} of the cache {is_are} not in the folder any more ({some(gone)}), and this "
+            f"run trains on {it}: to leave {it} out, {prepare}"
         )
-    if not changed:
-        return lines
-    return [
-        *lines,
-        f"captions of {counted(len(changed), 'clip')} have changed since `prepare` ({some(changed)}), and this "
-        "run has the old ones: to use the new ones, stop, run `mochi-tune prepare` with these settings, which encodes "
-        "those captions alone, and train again",
-    ]
+    if new := changes.new:
+        has, it = ("has", "it") if len(new) == 1 else ("have", "them")
+        lines.append(
+            f"{counted(len(new), 'file')} of the folder {has} come since `prepare` ({some(new)}), and this run does "
+            f"not train on {it}: to take {it} in, {prepare}"
+        )
+    if replaced := changes.replaced:
+        has = "has" if len(replaced) == 1 else "have"
+        lines.append(
+            f"{counted(len(replaced), 'clip')} {has} other bytes since `prepare` ({some(replaced)}), and this run "
+            f"trains on the old: to use the new, {prepare}"
+        )
+    if changes.captions:
+        lines.append(
+            f"captions of {counted(len(changes.captions), 'clip')} have changed since `prepare` "
+            f"({some(changes.captions)}), and this run has the old ones: to use the new ones, stop, run `mochi-tune "
+            "prepare` with these settings, which encodes those captions alone, and train again"
+        )
+    return lines

@@ -62,6 +62,20 @@ def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
     return unused | {Path(path): f"{path}: {why}" for path, why in closed.items()}
 
 
+def clip_name(source: str, folder: Path, path: Path) -> str:
+    """Returns what the cache and its report call a file of the folder of a source: its path there, behind the source's.
+
+    The name of the only source is "".
+    """
+    name = as_utf8(path.relative_to(folder).as_posix())
+    return f"{source}/{name}" if source else name
+
+
+def as_utf8(text: str) -> str:
+    """Returns a text with escapes for the bytes of a file's name that are not UTF-8, which no report could hold."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def walk(folder: Path, closed: dict[str, str] | None = None) -> Iterator[tuple[str, str]]:
     """Yields the path and the name of all that lies in `folder` and below it, but of folders; follows no links to any.
 

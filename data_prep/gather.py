@@ -13,7 +13,7 @@ from mochi_tune.data.rows import CacheSettings, Row, make_row
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import find_unused, find_videos
+from mochi_tune.data_prep.finding import as_utf8, clip_name, find_unused, find_videos
 from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, Signature, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
@@ -93,7 +93,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
             folder = materialise_dataset(folder, Path(data.cache) / DATASET_FOLDER / (source.name or ALONE))
         has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
         videos = find_videos(folder, has_stills, setting)
-        names = {video: _name(source, folder, video) for video in videos}
+        names = {video: clip_name(source.name, folder, video) for video in videos}
         rules = CaptionRules(
             data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
         )
@@ -103,34 +103,24 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         for video, name in names.items():
             captions, relative = found.texts.get(video, ("",)), video.relative_to(folder).as_posix()
             inputs.files[name] = MediaFile(name, video, relative, source, captions)
-            if _as_utf8(relative) != relative:
-                inputs.refused[name] = f"{_as_utf8(str(video))}: its name is not valid UTF-8: rename it."
+            if as_utf8(relative) != relative:
+                inputs.refused[name] = f"{as_utf8(str(video))}: its name is not valid UTF-8: rename it."
             elif video in found.refused:
                 inputs.refused[name] = found.refused[video]
             elif captions == ("",):
                 without.append(name)
         alone = find_orphans(folder, videos)
         for path in [folder / name for name in alone]:
-            inputs.unused[_name(source, folder, path)] = f"{path}: {NO_VIDEO}"
+            inputs.unused[clip_name(source.name, folder, path)] = f"{path}: {NO_VIDEO}"
         orphans += alone
         for path, why in find_unused(folder, videos).items():
-            inputs.unused[_name(source, folder, path)] = _as_utf8(why)
+            inputs.unused[clip_name(source.name, folder, path)] = as_utf8(why)
     _check_captions(data, without, orphans, len(inputs.files))
     if inputs.refused:
         # Told before hours of encoding, and again with the others at the end.
         refused = f"{counted(len(inputs.refused), 'clip')} will be refused: {some(inputs.refused.values())}"
         tqdm.write(printable(refused))
     return inputs
-
-
-def _name(source: Source, folder: Path, path: Path) -> str:
-    name = _as_utf8(path.relative_to(folder).as_posix())
-    return f"{source.name}/{name}" if source.name else name
-
-
-def _as_utf8(text: str) -> str:
-    """Returns a text with escapes for the bytes of a file's name that are not UTF-8, which no report could hold."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _check_captions(data: DataConfig, without: list[str], orphans: list[str], num_clips: int) -> None:

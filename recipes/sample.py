@@ -89,8 +89,9 @@ class RenderPlan:
 
     def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
         """Returns the bytes that sampling the largest video holds on one device, by what they are for."""
-        tokens = -(-self.num_tokens // self.layout.context)
-        return sampling_held(self.weights.dit_config, tokens, residency, dtype_bytes)
+        layout = self.layout
+        tokens = -(-self.num_tokens // layout.context)
+        return sampling_held(self.weights.dit_config, tokens, residency, dtype_bytes, layout.guidance * layout.context)
 
 
 def main(config: RunConfig) -> Iterator[Path]:

@@ -132,7 +132,7 @@ def run(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
-    if arguments[0] == "--version":
+    if arguments[0] in ("--version", "-V", "version"):
         from importlib.metadata import version
 
         print(version("mochi-tune"))

@@ -200,8 +200,23 @@ def test_another_caption_needs_no_force_and_is_told(mixed, tmp_path, capsys):
     assert "have changed since `prepare`" not in out
     assert "since step 3: other captions or cuts of 1 clip (wide_0.mp4); their order is the same" in out
     (mixed / "videos" / "wide_1.mp4").unlink()
+    write_video(mixed / "videos" / "tall_0.mp4", 8, width=32, height=48, first_number=170)
+    write_video(mixed / "videos" / "later@2.mp4", 8, width=48, height=32, first_number=80)
+    (mixed / "videos" / "later@2.txt").write_text("a later one")
     assert train(mixed, tmp_path, "train.steps=5") == 0
-    assert "1 clip of the cache is not in the folder any more (wide_1.mp4)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 clip of the cache is not in the folder any more (wide_1.mp4)" in out
+    assert "1 file of the folder has come since `prepare` (later@2.mp4), and this run does not train on it" in out
+    assert "1 clip has other bytes since `prepare` (tall_0.mp4), and this run trains on the old" in out
+
+
+def test_a_clip_that_was_refused_is_no_new_one(mixed, tmp_path, capsys):
+    (mixed / "videos" / "broken.mp4").write_bytes(b"no video")
+    (mixed / "videos" / "broken.txt").write_text("a broken one")
+    assert prepare(load_config("my_lora", settings(mixed, tmp_path))) == 1
+    capsys.readouterr()
+    assert train(mixed, tmp_path, "train.steps=1") == 0
+    assert "since `prepare`" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["grown", "shrunk", "batch"])
