@@ -386,8 +386,7 @@ def clip_bytes(bucket: Bucket, dit: DiTConfig, num_captions: float) -> float:
 def checkpoint_bytes(config: RunConfig, step: Step) -> int:
     """Returns the bytes of all checkpoints that are kept, and of the finished adapter."""
     train = config.train
-    every = train.checkpoint_every or train.steps
-    saved = {*range(every, train.steps + 1, every), train.steps}
-    kept = len(steps_to_keep(saved, train.keep_checkpoints, train.keep_every, None)) + train.keep_best
+    saved = {at for every in (train.checkpoint_every, train.keep_every) if every for at in range(0, train.steps, every)}
+    kept = steps_to_keep(saved - {0} | {train.steps}, train.keep_checkpoints, train.keep_every, None)
     # One more is there while it is written.
-    return step.checkpoint_bytes * (min(kept, len(saved)) + 1) + step.adapter_bytes
+    return step.checkpoint_bytes * (len(kept) + train.keep_best + 1) + step.adapter_bytes

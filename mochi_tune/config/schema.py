@@ -233,8 +233,8 @@ class TrainConfig(Section):
     )
     checkpoint_every: CountOrZero = setting(200, "steps; 0: only after the last one", "free")
     keep_checkpoints: Count = setting(3, "newest checkpoints to keep", "free")
-    keep_every: CountOrZero = setting(0, "steps; the checkpoints of its multiples are kept too; 0: none", "free")
-    keep_best: bool = setting(False, "true: keeps the checkpoint of the lowest validation loss too", "free")
+    keep_every: CountOrZero = setting(0, "steps; its multiples are saved and kept too; 0: none", "free")
+    keep_best: bool = setting(False, "true: saves and keeps the step of the lowest validation loss too", "free")
     ema_decay: Share = setting(
         0.0, "0.999: validates, renders and publishes a moving average of the adapter (EMA); 0: none"
     )

@@ -58,15 +58,19 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
         if validates:
             is_strict = plan.config.data.damaged == "strict"
             clips = ValidationClips(plan.dataset, plan.validation_clips, plan.config.seed, train.objective, is_strict)
-            losses = validation_losses(dit, clips, plan.device, run.check_signals)
+            losses, measured = validation_losses(dit, clips, plan.device, run.check_signals)
             if run.metrics is not None:
                 row = {"step": run.step, "validation_loss": sum(losses.values()) / len(losses), "bins": losses}
                 row |= {"held_out": bool(plan.held_out), "sigmas_drawn": run.metrics.sigma_histogram()}
-                row |= {"measured_on": clips.digest()}
+                row |= {"measured_on": clips.digest(measured)}
                 run.metrics.log_validation(row)
                 tqdm.write(validation_line(row, run.metrics.best_validation()))
         if renders and videos is not None:
             videos.render(dit, run.step)
+    if validates and train.keep_best and run.step > 0:
+        best = None if run.metrics is None else run.metrics.best_validation()
+        if broadcast(best is not None and best[0] == run.step):
+            run.save()  # Unless it was a step to save: no later one would have it.
     if run.report is not None:
         run.report.write()
     run.check_signals()
@@ -99,18 +103,20 @@ class ValidationClips:
     objective: str
     is_strict: bool = True
 
-    def digest(self) -> str:
-        """Returns what the losses hang on beside the adapter, as a short hash: noise is drawn by a clip's index."""
+    def digest(self, measured: Sequence[int]) -> str:
+        """Returns what the losses of these clips hang on beside the adapter: noise is drawn by a clip's index."""
         rows = self.dataset.cache.rows
-        clips = [(index, rows[index].clip_key, rows[index].text_keys) for index in self.indices]
+        clips = [(index, rows[index].clip_key, rows[index].text_keys) for index in measured]
         return hashlib.sha256(repr((self.seed, self.objective, clips)).encode()).hexdigest()[:12]
 
 
 @torch.no_grad()
 def validation_losses(
     dit: nn.Module, clips: ValidationClips, device: torch.device, on_clip: Callable[[], None] = lambda: None
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[int]]:
     """Returns the mean loss at each of SIGMAS on fixed clips and noise, which the training loss's noise would hide.
+
+    Second come the indices of the clips that were measured, as damaged ones may be left out.
 
     Args:
         dit: in training mode again when this returns.
@@ -122,7 +128,7 @@ def validation_losses(
         DataError: a clip is damaged, and they are to be whole, or all are.
     """
     dit.eval()
-    losses = []
+    losses, measured = [], []
     is_quiet = hides_bars()
     try:
         for index in tqdm(clips.indices, "validation", unit="clip", leave=False, disable=is_quiet):
@@ -135,6 +141,7 @@ def validation_losses(
                 if PartialState().is_main_process:
                     tqdm.write(f"left out of the validation: {str(error).partition('; data.damaged')[0]}")
                 continue
+            measured.append(index)
             losses.append([])
             noise = torch.randn(batch["mean"].shape, generator=keyed_generator(clips.seed, "validation", index))
             for value in SIGMAS:
@@ -146,7 +153,8 @@ def validation_losses(
                 losses[-1].append(velocity_loss(prediction, target.to(device)).item())
     finally:
         dit.train()
-    return {f"{value:g}": loss for value, loss in zip(SIGMAS, torch.tensor(losses).mean(0).tolist(), strict=True)}
+    means = torch.tensor(losses).mean(0).tolist()
+    return {f"{value:g}": loss for value, loss in zip(SIGMAS, means, strict=True)}, measured
 
 
 def encode_eval_prompts(plan: TrainPlan) -> list[Tensor]:

@@ -7,7 +7,6 @@ import datetime
 import filecmp
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,10 +15,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.config.load import config_yaml
+from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
 from mochi_tune.files import copy_atomic, parse_object, read_json, read_json_lines, remove_temporary_files, write_atomic
 from mochi_tune.training import checkpoint
+from mochi_tune.training.branches import enter_branch, next_number, put_aside
 from mochi_tune.training.eval_files import find_eval_videos, prompt_file
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, bound_settings
@@ -194,7 +195,7 @@ def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) 
 
 
 # Changes of these are not worth a line: they say where things are and how they are reported.
-_UNMENTIONED = ("name", "run_dir", "resume", "sample.", "log.", "publish.", "data.videos", "data.cache")
+_UNMENTIONED = ("run_dir", "resume", "sample.", "log.", "publish.", "data.videos", "data.cache")
 
 
 def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> None:
@@ -205,13 +206,15 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
     """
     checkpoints = run_dir / "checkpoints"
     remove_temporary_files(run_dir)
-    if checkpoints.is_dir():
-        if stale := checkpoint.clear_leftovers(checkpoints):
-            log(f"removed what an interrupted save left: {', '.join(stale)}")
-        kept = [path for path in checkpoint.find_checkpoints(checkpoints) if checkpoint.step_of(path) <= start.step]
-        for path in sorted(checkpoints.glob("step_*")):
-            if path not in kept:
-                log(f"put aside: {_put_aside(path)}")
+    if checkpoints.is_dir() and (stale := checkpoint.clear_leftovers(checkpoints)):
+        log(f"removed what an interrupted save left: {', '.join(stale)}")
+    number = next_number(checkpoints)
+    if start.is_named and start.folder is not None:
+        enter_branch(run_dir, start.folder, start.state, number, log)
+    kept = [path for path in checkpoint.find_checkpoints(checkpoints) if checkpoint.step_of(path) <= start.step]
+    for path in sorted(checkpoints.glob("step_*")):
+        if path not in kept:
+            log(f"put aside: {put_aside(path, number)}")
     # No other file of that folder: `sample` names its videos by their prompts.
     for step, _, video in find_eval_videos(run_dir):
         if step > start.step or start.folder is None:
@@ -227,14 +230,6 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
         (run_dir / "validation.jsonl").unlink(missing_ok=True)
 
 
-def _put_aside(path: Path) -> Path:
-    number = 0
-    while (target := path.with_name(f"aside_{number}_{path.name}")).exists():
-        number += 1
-    os.rename(path, target)
-    return target
-
-
 def find_start(plan: TrainPlan) -> ResumePoint:
     """Finds where the run resumes; changes nothing on the disk.
 
@@ -245,7 +240,7 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     # resume_from is followed until a checkpoint is made after it; then the same command resumes from the newest one.
     starts, is_followed = read_history(run_dir), False
     # Of the starts with this setting since it was given, the first one followed it.
-    since = list(itertools.takewhile(lambda start: start.get("resume_from") == config.resume_from, reversed(starts)))
+    since = list(itertools.takewhile(lambda start: _is_same(start.get("resume_from"), config), reversed(starts)))
     if config.resume_from and since:
         newest, _ = checkpoint.newest_valid(run_dir / "checkpoints")
         is_followed = newest is not None and checkpoint.step_of(newest) > since[-1]["from_step"]
@@ -254,6 +249,13 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     contents = plan.dataset.cache.contents()
     now = ThisRun(plan.identity, config.resume == "force", plan.environment, already_forced, contents)
     return find_resume_point(run_dir, now, resume_from)
+
+
+def _is_same(resume_from: str | None, config: RunConfig) -> bool:
+    """Whether an earlier start named the checkpoint that this one names, however either is spelt."""
+    if resume_from is None or config.resume_from is None:
+        return resume_from is config.resume_from
+    return Path(resume_from).resolve() == Path(config.resume_from).resolve()
 
 
 def resume(plan: TrainPlan) -> ResumePoint:

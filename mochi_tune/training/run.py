@@ -188,8 +188,7 @@ class Run:
         loader = ClipLoader(plan.dataset, plan.order, plan.draws, is_strict, tqdm.write)
         if self.report is not None:
             self._resources.callback(self.report.write)  # However the run ends.
-        remaining = range(self.step + 1, train.steps + 1)
-        keys = ((step, number) for step in remaining for number in self._own_micro_batches)
+        keys = ((step, number) for step in range(self.step + 1, train.steps + 1) for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
         if self.attention is not None:
             self._resources.enter_context(attention_by(self.attention))
@@ -268,7 +267,8 @@ class Run:
             Interrupted: a process was asked to stop.
         """
         train = self.plan.config.train
-        if result.stop_signal or result.save_requested or is_due(self.step, train.checkpoint_every, train.steps):
+        is_due_here = any(is_due(self.step, every, train.steps) for every in (train.checkpoint_every, train.keep_every))
+        if result.stop_signal or result.save_requested or is_due_here:
             self.save()
         if result.stop_signal and not self.is_complete:
             raise Interrupted

@@ -147,14 +147,17 @@ def test_what_fits_is_what_a_run_may_have(tmp_path):
 
 
 def test_checkpoints_are_counted_where_one_is_saved(tmp_path):
-    every, none, best = (
-        main(load_config("my_lora", [*more, f"data.cache={tmp_path}"]), "h100", 0).checkpoint_bytes
-        for more in (["train.keep_every=1"], [], ["train.keep_best=true"])
-    )
     steps = load_config("my_lora", []).train
+    every, each, none, best = (
+        main(load_config("my_lora", [*more, f"data.cache={tmp_path}"]), "h100", 0).checkpoint_bytes
+        for more in (
+            [f"train.keep_every={steps.checkpoint_every}"], ["train.keep_every=1"], [], ["train.keep_best=true"]
+        )
+    )  # fmt: skip
     saved = -(-steps.steps // steps.checkpoint_every)
     one = (none - every) / (steps.keep_checkpoints - saved)
     assert every > none and one == pytest.approx(best - none) and every < one * (saved + 2)
+    assert each - every == pytest.approx(one * (steps.steps - saved)), "each step is saved, and kept"
 
 
 # What any optimizer goes with.

@@ -190,7 +190,7 @@ def test_validation_is_the_loss_on_fixed_noise_at_fixed_sigmas(dataset, objectiv
             calls.append((inputs[0], inputs[1], output))
 
     with watching(keep):
-        got = validation_losses(adapted_dit(0.0), ValidationClips(dataset, [0, 1], 0, objective), CPU)
+        got, _ = validation_losses(adapted_dit(0.0), ValidationClips(dataset, [0, 1], 0, objective), CPU)
     noisy, sigma, prediction = (torch.cat(parts) for parts in zip(*calls, strict=True))
     assert sigma.tolist() == [*SIGMAS, *SIGMAS]
     losses = []

@@ -45,6 +45,77 @@ def test_a_checkpoint_that_is_named_is_followed_until_there_is_one_after_it(tmp_
     assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [3, 4, 5]
 
 
+def rows_of(run_dir, name="metrics"):
+    """The rows of a run, but for its times."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(run_dir / name)]
+
+
+def checkpoints_of(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+BRANCHED = [
+    *EACH, "train.schedule=constant", "train.validate_every=2", "train.validation_clips=1", "train.keep_best=true",
+]  # fmt: skip
+
+
+def test_going_back_to_a_branch_brings_its_rows_and_checkpoints_alone(tmp_path, capsys):
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    train(straight, *BRANCHED, "train.steps=6")
+    train(run_dir, *BRANCHED, "train.steps=4")
+    back = f"resume_from={run_dir / 'checkpoints/step_000002'}"
+    train(run_dir, *BRANCHED, "train.steps=5", "train.learning_rate=5e-2", back, "resume=force")
+    other = rows_of(run_dir, "metrics.jsonl")
+    assert other[2]["loss"] == rows_of(straight, "metrics.jsonl")[2]["loss"] != other[3]["loss"]
+    capsys.readouterr()
+    train(run_dir, *BRANCHED, "train.steps=6", f"resume_from={run_dir / 'checkpoints/aside_0_step_000004'}")
+    assert "did not lead to" in (out := capsys.readouterr().out)
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert rows_of(run_dir, name) == rows_of(straight, name), name
+    assert checkpoints_of(run_dir) == [f"step_00000{step}" for step in (1, 2, 5, 6)], out
+    assert same(run_dir / "adapter.safetensors", straight / "adapter.safetensors")
+    # Nothing of the other branch is lost.
+    kept = run_dir / "checkpoints"
+    assert rows_of(kept, "aside_1_metrics.jsonl") == other
+    assert {f"aside_1_step_00000{step}" for step in (3, 4, 5)} <= {path.name for path in kept.iterdir()}
+
+
+def test_another_runs_checkpoint_brings_the_rows_of_that_run(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(first, *BRANCHED, "train.steps=4", "train.learning_rate=5e-2")
+    train(second, *BRANCHED, "train.steps=4")
+    train(first, *BRANCHED, "train.steps=5", f"resume_from={second / 'checkpoints/step_000004'}")
+    assert rows_of(first, "metrics.jsonl")[:4] == rows_of(second, "metrics.jsonl")
+    assert checkpoints_of(first) == ["step_000005"]
+    assert checkpoints_of(second) == [f"step_00000{step}" for step in (1, 2, 3, 4)]
+
+
+def test_a_checkpoint_is_the_same_however_its_path_is_spelt(tmp_path, capsys, monkeypatch):
+    train(tmp_path, *EACH, "train.steps=3")
+    train(tmp_path, *EACH, "train.steps=3", f"resume_from={tmp_path / 'checkpoints/step_000002'}")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for again in (f"{tmp_path}/checkpoints/step_000002/", "checkpoints/step_000002"):
+        train(tmp_path, *EACH, "train.steps=3", f"resume_from={again}")
+        assert "is trained to step 3 already" in capsys.readouterr().out
+
+
+def test_the_best_step_is_kept_though_no_checkpoint_was_due(tmp_path):
+    # At this rate it learns at first and is then ruined.
+    more = ["train.validate_every=1", "train.checkpoint_every=0", "train.learning_rate=3e-2", "train.warmup_steps=0"]
+    more += ["train.validation_clips=1", "train.schedule=constant", "train.keep_checkpoints=1", "train.keep_best=true"]
+    train(tmp_path, *more, "train.steps=8")
+    losses = {row["step"]: row["validation_loss"] for row in read_rows(tmp_path / "validation.jsonl") if row["step"]}
+    best = min(losses, key=losses.get)
+    assert best < 8
+    assert checkpoints_of(tmp_path) == [f"step_{best:06d}", "step_000008"]
+
+
+def test_every_nth_step_is_kept_though_no_checkpoint_was_due(tmp_path):
+    train(tmp_path, "train.steps=7", "train.keep_every=3", "train.checkpoint_every=4", "train.keep_checkpoints=1")
+    assert checkpoints_of(tmp_path) == ["step_000003", "step_000006", "step_000007"]
+
+
 def test_trackers_get_what_was_made_again_after_going_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -155,11 +226,16 @@ def test_a_damaged_clip_is_left_out_of_the_validation(tmp_path, capsys):
     with pq.ParquetFile(shard) as file:
         column = file.metadata.row_group(place).column(file.schema_arrow.names.index("logvar"))
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
-    shard.write_bytes(data)
     assert train(tmp_path / "run", *settings) == 0
+    shard.write_bytes(data)
+    assert train(tmp_path / "run", *settings, "train.steps=2") == 0
     written = capsys.readouterr().out
     assert "left out of the validation: " in written and name in written
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "validation.jsonl")] == [0, 1]
+    rows = read_rows(tmp_path / "run" / "validation.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    # The loss of one clip is not compared with that of two.
+    assert rows[0]["measured_on"] == rows[1]["measured_on"] != rows[2]["measured_on"]
+    assert "best: step 2" in written
     with pytest.raises(DataError, match="damaged"):
         train(tmp_path / "strict", *settings, "data.damaged=strict")
 

@@ -68,7 +68,7 @@ def test_the_adapter_file_is_what_was_trained(lesson):
 
     def validation_loss(dit):
         clips = ValidationClips(dataset, plan.validation_clips, config.seed, config.train.objective)
-        losses = validation_losses(dit, clips, torch.device("cpu"))
+        losses, _ = validation_losses(dit, clips, torch.device("cpu"))
         return sum(losses.values()) / len(losses)
 
     dit = WeightsFolder(weights_folder(config)).load_dit("cpu", torch.float32)
