@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mochi_tune.config.explain import as_yaml
-from mochi_tune.config.load import check_override, escape_references, load_config, quote
+from mochi_tune.config.load import PROMPTS, check_override, escape_references, load_config, quote
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, value_of
 from mochi_tune.errors import ConfigError, MochiTuneError
@@ -120,16 +120,36 @@ def conf_text(folder: Path, form: Form) -> str:
     keys = [override.partition("=") for override in form.overrides()]
     groups = [f"override {key}: {value}" for key, _, value in keys if key in GROUPS]
     tree: dict[str, Any] = {}
-    for key, _, _ in keys:
+    for key, _, text in keys:
         if key not in GROUPS:
             section, _, name = key.rpartition(".")
-            value = value_of(config, key)
-            plain = [each.model_dump(exclude_defaults=True) for each in value] if key == "data.sources" else value
-            (tree.setdefault(section, {}) if section else tree)[name] = escape_references(plain)
+            (tree.setdefault(section, {}) if section else tree)[name] = _in_file(config, key, text)
     defaults = ["base", *groups, "_self_"]
     head = "# Written by the page of `mochi-tune ui`; every verb takes it as conf=" + form.name + ".\n"
     lines = "".join(f"  - {entry}\n" for entry in defaults)
     return f"{head}defaults:\n{lines}{OmegaConf.to_yaml(OmegaConf.create(tree))}"
+
+
+def _in_file(config: RunConfig, key: str, text: str) -> Any:
+    """Returns what a conf holds for a setting: its value, or the text where that refers to others, as by ${name}."""
+    value = value_of(config, key)
+    if not _refers(key, text):
+        plain = [each.model_dump(exclude_defaults=True) for each in value] if key == "data.sources" else value
+        return escape_references(plain)
+    if isinstance(value, list) and text.startswith("["):
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        return OverridesParser.create().parse_override(f"{key}={text}").value()
+    if isinstance(value, dict):
+        import yaml
+
+        return yaml.safe_load(text)
+    return text
+
+
+def _refers(key: str, written: Any) -> bool:
+    """Whether what is written for a setting refers to others; prompts on the command line say what they say."""
+    return key not in PROMPTS and "${" in str(written)
 
 
 def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
@@ -157,6 +177,11 @@ def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
     if path.exists() and (others := _other_defaults(path)):
         raise ConfigError(
             f"conf/{form.name}.yaml begins with {', '.join(others)}, which the page would lose: choose another name."
+        )
+    if not path.exists() and (other := conf_of_run(folder, run_dir := check_form(folder, form).run_dir)):
+        raise ConfigError(
+            f"run_dir={run_dir} is that of conf/{other}.yaml, whose run would go on: leave run_dir out of the other "
+            f"settings, or write run_dir=runs/{form.name}."
         )
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, text.encode(), durable=True)
@@ -187,11 +212,16 @@ def read_form(folder: Path, name: str) -> Form:
     given = _flat({key: value for key, value in written.items() if key != "defaults"})
     groups = {key: value for key, value in _groups(written.get("defaults") or []).items() if key in GROUPS}
     main = {key: groups[key] for key in MAIN_KEYS if key in groups}
-    main |= {key: as_text(value_of(config, key)) for key in MAIN_KEYS if key in given}
+    main |= {key: _on_page(config, key, given[key]) for key in MAIN_KEYS if key in given}
     rest = [key for key in given if key not in MAIN_KEYS and key != "name"]
     more = [f"{key}={groups[key]}" for key in groups if key not in MAIN_KEYS]
-    more += [f"{key}={as_text(value_of(config, key))}" for key in rest]
+    more += [f"{key}={_on_page(config, key, given[key])}" for key in rest]
     return Form(name, main, "\n".join(more), tuple(config.train.sample_prompts))
+
+
+def _on_page(config: RunConfig, key: str, written: Any) -> str:
+    """Returns the text of a setting of a conf; one that refers to others stays so, and follows another name."""
+    return as_text(written if _refers(key, written) else value_of(config, key))
 
 
 def as_text(value: Any) -> str:
@@ -212,14 +242,14 @@ def _in_list(value: Any) -> str:
     return quote(value) if isinstance(value, str) else as_yaml(value)
 
 
-def _flat(written: Mapping[str, Any]) -> list[str]:
-    keys = []
+def _flat(written: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
     for key, value in written.items():
         if key in known_keys():
-            keys.append(key)
+            found[key] = value
         elif isinstance(value, dict):
-            keys += [f"{key}.{name}" for name in value]
-    return keys
+            found |= {f"{key}.{name}": each for name, each in value.items()}
+    return found
 
 
 def _groups(defaults: list[Any]) -> dict[str, str]:

@@ -140,3 +140,47 @@ def test_a_conf_that_a_waiting_job_is_to_run_stays(tmp_path):
         save_job(tmp_path, Job(7, "train", ["conf=cats"], state="running"))
     save_conf(tmp_path, other, replaces=True)
     assert load_config("cats", []).lora.rank == 8
+
+
+REFERRING = """defaults:
+  - base
+  - override model: tiny
+  - _self_
+name: first
+run_dir: runs/${name}
+data:
+  cache: cache/${name}
+  sources: [{folder: "clips/${name}"}]
+  caption_suffix: ', \\${x}'
+lora:
+  rank: ${train.warmup_steps}
+sample:
+  prompt: 'it costs \\${x}'
+train: {warmup_steps: 3}
+"""
+
+
+def test_another_name_gets_a_run_and_a_cache_of_its_own(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "first.yaml").write_text(REFERRING)
+    form = read_form(tmp_path, "first")
+    save_conf(tmp_path, form, replaces=False)
+    assert (tmp_path / "conf" / "first.yaml").read_text() == REFERRING, "nothing has changed"
+    for name in ("second", "third"):
+        save_conf(tmp_path, replace(form, name=name), replaces=False)
+        config = load_config(name, [])
+        assert (config.run_dir, config.data.cache) == (f"runs/{name}", f"cache/{name}")
+        assert config.data.sources[0].folder == f"clips/{name}" and config.lora.rank == 3
+        assert (config.data.caption_suffix, config.sample.prompt) == (", ${x}", "it costs ${x}")
+        assert "run_dir: runs/${name}" in (tmp_path / "conf" / f"{name}.yaml").read_text()
+        form = read_form(tmp_path, name)
+
+
+def test_a_new_name_does_not_go_on_with_the_run_of_another(tmp_path):
+    save_conf(tmp_path, Form("first", {}, "run_dir=runs/mine"), replaces=False)
+    for run_dir in ("runs/mine", "./runs/../runs/mine"):
+        with pytest.raises(ConfigError, match=r"is that of conf/first.yaml, whose run would go on: leave run_dir out"):
+            save_conf(tmp_path, Form("second", {}, f"run_dir={run_dir}"), replaces=True)
+    assert not (tmp_path / "conf" / "second.yaml").exists()
+    save_conf(tmp_path, Form("first", {"lora.rank": "4"}, "run_dir=runs/mine"), replaces=True)
+    save_conf(tmp_path, Form("second"), replaces=False)
