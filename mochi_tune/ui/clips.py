@@ -3,7 +3,8 @@
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,34 +179,53 @@ def changed_captions(texts: dict[Path, str], find: str, replacement: str, prefix
 def take_uploads(folder: Path, videos: str, files: Sequence[Path]) -> tuple[list[str], list[str]]:
     """Moves uploaded files into the folder of videos, under clean names that none has.
 
-    Those of one name, a clip and its caption, keep one name: where a clip has it already, both get another.
+    Those of one name, a clip and its caption, keep one name: where a clip has it already, both get another. Those of
+    two names that are one when they are clean get two.
 
     Returns:
         The names, and why files were not taken.
     """
-    taken, refused, groups = [], [], {}
+    taken, refused = [], []
+    groups: dict[str, list[tuple[Path, Path]]] = {}
     for file in files:
         try:
             clean = Path(clean_name(file.name, UPLOADED))
-            groups.setdefault(clean.stem, []).append((file, clean.suffix))
+            groups.setdefault(unicodedata.normalize("NFC", file.stem), []).append((file, clean))
         except MochiTuneError as error:
             refused.append(str(error))
-    for stem, members in groups.items():
+    given: set[str] = set()
+    for members in groups.values():
         try:
+            _check_pairs([file.name for file, _ in members])
             root = inside(folder, videos)
             root.mkdir(parents=True, exist_ok=True)
-            free = _free_stem(root, stem, [suffix.lower() for _, suffix in members])
-            taken += [move_to_free_name(file, root / f"{free}{suffix}").name for file, suffix in members]
+            free = _free_stem(root, members[0][1].stem, [clean.suffix.lower() for _, clean in members], given)
+            given.add(free)
+            taken += [move_to_free_name(file, root / f"{free}{clean.suffix}").name for file, clean in members]
         except MochiTuneError as error:
             refused.append(str(error))
     return taken, refused
 
 
-def _free_stem(root: Path, stem: str, suffixes: Sequence[str]) -> str:
-    """Returns a name without its ending that no clip there has, and no file of these endings, if a clip is to come."""
-    if not set(suffixes) & set(MEDIA_SUFFIXES):
-        return stem
+def _check_pairs(names: Sequence[str]) -> None:
+    """Refuses clips and captions of one name of which nobody can tell which caption is of which clip."""
+    twice = [name for name in names if names.count(name) > 1]
+    if twice and {os.path.splitext(name)[1].lower() for name in names} - set(MEDIA_SUFFIXES):
+        raise DataError(f"{twice[0]} was put in twice, and no caption can tell its clip: put them in one by one.")
+
+
+def _free_stem(root: Path, stem: str, suffixes: Sequence[str], given: Collection[str]) -> str:
+    """Returns a name without its ending for files that belong together.
+
+    Args:
+        root: of the videos. If a clip is to come, no clip there has the name, and no file of these endings.
+        stem: that they would have.
+        suffixes: their endings, in lower case.
+        given: names that others have got, which were put in with them.
+    """
     there = {(path.stem, path.suffix.lower()) for path in root.iterdir()}
-    wanted = {*suffixes, *MEDIA_SUFFIXES}
+    has_clip = not set(suffixes).isdisjoint(MEDIA_SUFFIXES)
+    # A caption by itself is for the clip that is there.
+    wanted = {*suffixes, *MEDIA_SUFFIXES} if has_clip else set()
     names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
-    return next(name for name in names if not any((name, suffix) in there for suffix in wanted))
+    return next(name for name in names if name not in given and not any((name, suffix) in there for suffix in wanted))

@@ -77,7 +77,7 @@ def clean_name(name: str, suffixes: tuple[str, ...]) -> str:
         DataError: its suffix is none of them, or nothing is left of the name.
     """
     last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
-    plain = "".join(c if c.isalnum() or c in " ._-()" else "_" for c in last).strip(" .")
+    plain = "".join(c if _is_plain(c) else "_" for c in last).strip(" .")
     stem, suffix = os.path.splitext(plain)
     if suffix.lower() not in suffixes:
         raise DataError(f"{last[:80]!r} is not taken: its name must end in one of {' '.join(suffixes)}.")
@@ -86,3 +86,8 @@ def clean_name(name: str, suffixes: tuple[str, ...]) -> str:
     if not stem.strip(" ._"):
         raise DataError(f"{last[:80]!r} is no name for a file: rename it.")
     return stem + suffix
+
+
+def _is_plain(character: str) -> bool:
+    # Marks are the vowels of many scripts: names that differ in them alone are to stay different.
+    return character.isalnum() or unicodedata.category(character).startswith("M") or character in " ._-()"

@@ -106,6 +106,37 @@ def test_a_clip_and_its_caption_keep_one_name(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("का.mp4", "की.mp4", "की.txt"),
+        ("a+.mp4", "a=.mp4", "a=.txt"),
+        ("a=.txt", "a+.mp4", "a=.mp4"),
+        ("x" * 220 + "1.mp4", "x" * 220 + "2.mp4", "x" * 220 + "2.txt"),
+        # Of a clip that was not put in.
+        ("a+.mp4", "a=.txt"),
+        ("a=.txt", "a+.mp4"),
+    ],
+)
+def test_names_that_are_one_when_they_are_clean_stay_apart(tmp_path, names):
+    files = upload(tmp_path / "up", *names)
+    taken, refused = take_uploads(tmp_path, "videos", files)
+    assert len(taken) == len(names) and not refused
+    origins = {}
+    for path in (tmp_path / "videos").iterdir():
+        origins.setdefault(path.stem, set()).add(Path(path.read_text()).stem)
+    assert all(len(stems) == 1 for stems in origins.values()), origins
+    assert len(origins) == len({file.stem for file in files})
+
+
+def test_a_caption_of_one_of_two_clips_of_one_name_is_refused(tmp_path):
+    twice = [upload(tmp_path / folder, "a.mp4")[0] for folder in ("one", "two")]
+    caption = upload(tmp_path / "one", "a.txt")
+    taken, [why] = take_uploads(tmp_path, "videos", [*twice, *caption])
+    assert not taken and "a.mp4 was put in twice" in why and caption[0].exists()
+    assert take_uploads(tmp_path, "videos", twice) == (["a.mp4", "a_2.mp4"], [])
+
+
 def test_a_video_that_vanishes_after_it_was_listed_is_one_line(tmp_path):
     (tmp_path / "videos").mkdir()
     video = tmp_path / "videos" / "a.mp4"

@@ -34,6 +34,7 @@ def test_paths_that_lead_out_are_refused(tmp_path, name):
         ("<img src=x onerror=alert(1)>.mp4", "_img src_x onerror_alert(1)_.mp4"),
         ("..hidden.mp4", "hidden.mp4"),
         ("Küche №1.txt", "Küche _1.txt"),
+        ("का.mp4", "का.mp4"),
         ("a" * 5000 + ".mp4", "a" * 200 + ".mp4"),
     ],
 )
