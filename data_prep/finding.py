@@ -13,6 +13,8 @@ IMAGE_SUFFIXES = STILL_SUFFIXES
 MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 # Captions, which are read by other code.
 CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
+# Why a still is not taken where no bucket has one frame.
+STILL = "is a still picture, which data.buckets=auto takes"
 # What this program has made: the videos of a run are no clips.
 MADE_HERE = ("is a run of mochi-tune", "is a cache of mochi-tune")
 
@@ -57,8 +59,7 @@ def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
     for path in _files(folder, lambda suffix: suffix not in CAPTION_SUFFIXES, closed):
         if path not in taken:
             is_still = path.suffix.lower() in IMAGE_SUFFIXES
-            why = "is a still picture, which data.buckets=auto takes" if is_still else "is no video that is known"
-            unused[path] = f"{path}: {why}"
+            unused[path] = f"{path}: {STILL if is_still else 'is no video that is known'}"
     return unused | {Path(path): f"{path}: {why}" for path, why in closed.items()}
 
 

@@ -13,7 +13,7 @@ from mochi_tune.data.rows import CacheSettings, Row, make_row
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import as_utf8, clip_name, find_unused, find_videos
+from mochi_tune.data_prep.finding import STILL, as_utf8, clip_name, find_unused, find_videos
 from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, Signature, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
@@ -109,11 +109,13 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
                 inputs.refused[name] = found.refused[video]
             elif captions == ("",):
                 without.append(name)
-        alone = find_orphans(folder, videos)
+        unused = find_unused(folder, videos)
+        # The captions of stills that are not taken have a picture: it is the one to tell of.
+        alone = find_orphans(folder, [*videos, *(path for path, why in unused.items() if why.endswith(STILL))])
         for path in [folder / name for name in alone]:
             inputs.unused[clip_name(source.name, folder, path)] = f"{path}: {NO_VIDEO}"
         orphans += alone
-        for path, why in find_unused(folder, videos).items():
+        for path, why in unused.items():
             inputs.unused[clip_name(source.name, folder, path)] = as_utf8(why)
     _check_captions(data, without, orphans, len(inputs.files))
     if inputs.refused:

@@ -7,6 +7,7 @@ from tqdm import tqdm
 from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
+from mochi_tune.data_prep.report import not_taken
 from mochi_tune.errors import counted, printable, some
 from mochi_tune.files import make_writable_folder, write_atomic
 from mochi_tune.pages.html_page import write_png
@@ -41,6 +42,8 @@ def main(config: RunConfig, out: Path | None) -> int:
     if mute and not config.data.allow_empty_captions:
         names = printable(f"{counted(len(mute), 'clip')} ({some(mute)})")
         tqdm.write(f"without a caption, which `prepare` refuses to begin with: {names}")
+    for line in not_taken(found.inputs):
+        tqdm.write(line)
     # The name of a run or a folder may hold bytes that are not UTF-8.
     write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
     tqdm.write(f"{out / PAGE_NAME}: {counted(len(found.clips), 'clip')}, {len(found.refused)} refused")

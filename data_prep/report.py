@@ -10,7 +10,7 @@ from typing import Any
 
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
-from mochi_tune.data_prep.finding import MADE_HERE
+from mochi_tune.data_prep.finding import MADE_HERE, STILL
 from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs
 from mochi_tune.data_prep.windows import num_used_frames
 from mochi_tune.errors import counted, printable, some
@@ -114,10 +114,19 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     lines += _repeated(clips, inputs)
     lines += _unused_footage(inputs, kept)
     lines += _draws(inputs, kept)
-    # Captions without a video were told before.
+    return [printable(line) for line in lines] + not_taken(inputs)
+
+
+def not_taken(inputs: Inputs) -> list[str]:
+    """Returns what lies in the folders and is not taken; captions without a video are told before."""
+    lines = []
     if made := sorted(" is ".join(why.rsplit(": is ", 1)) for why in inputs.unused.values() if why.endswith(MADE_HERE)):
         lines.append(f"not taken: {some(made)}")
-    if others := sorted(name for name, why in inputs.unused.items() if not why.endswith((NO_VIDEO, *MADE_HERE))):
+    if stills := sorted(name for name, why in inputs.unused.items() if why.endswith(STILL)):
+        takes = "data.buckets=auto, or a bucket of one frame, takes them"
+        lines.append(f"not taken: {counted(len(stills), 'still')} ({some(stills)}): {takes}")
+    known = (NO_VIDEO, STILL, *MADE_HERE)
+    if others := sorted(name for name, why in inputs.unused.items() if not why.endswith(known)):
         lines.append(f"not taken: {counted(len(others), 'file')} ({some(others)})")
     return [printable(line) for line in lines]
 

@@ -22,9 +22,13 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
     add_clip(videos, "good.mp4", 13)
     sizes = ["data.num_frames=7", "data.height=32", "data.width=48"]
     more = ["model.weights=nowhere", "data.videos=videos", "data.cache=cache"]
+    (videos / "still.png").touch()
+    (videos / "notes.pdf").touch()
     command = ["inspect", "conf=my_lora", *sizes, *more]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "not taken: 1 still (still.png): data.buckets=auto, or a bucket of one frame, takes them" in done.stdout
+    assert "not taken: 1 file (notes.pdf)" in done.stdout
     assert "1 clip, 0 refused" in done.stdout + done.stderr
     page = (tmp_path / "runs/my_lora/inspect/inspect.html").read_text()
     assert "the caption of good.mp4" in page and "is not known" in page

@@ -165,7 +165,11 @@ def test_previews_are_kept_apart_from_videos(mixed, where):
 def test_a_still_beside_clips_of_one_size_is_not_taken_and_told(mixed, capsys):
     config = config_for(mixed, buckets=None, num_frames=7, height=32, width=48)
     assert main(config) == 0
-    assert "not taken: 2 files (music.mp3, still.png)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not taken: 1 still (still.png): data.buckets=auto, or a bucket of one frame, takes them\n" in out
+    assert "not taken: 1 file (music.mp3)\n" in out
+    # The still's caption has a picture.
+    assert "without a video of that name, not used: alone.txt\n" in out and "still.txt" not in report_of(mixed)
     assert "data.buckets=auto takes" in report_of(mixed)["still.png"]["reason"]
 
 
