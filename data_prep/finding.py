@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mochi_tune.data_prep.stills import STILL_SUFFIXES
-from mochi_tune.errors import DataError, some
+from mochi_tune.errors import DataError, counted, some
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".gif")
 IMAGE_SUFFIXES = STILL_SUFFIXES
@@ -39,8 +39,14 @@ def find_videos(folder: Path, with_stills: bool = False, setting: str = "data.vi
     if not videos:
         suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
         made = [f"{path} {why}" for path, why in sorted(closed.items()) if why in MADE_HERE]
-        but = f" but what was made of clips ({some(made)})" if made else ""
-        raise DataError(f"{setting}={folder} holds no video{but}: put clips in it ({' '.join(suffixes)}).")
+        stills = [clip_name("", folder, path) for path in _files(folder, lambda suffix: suffix in IMAGE_SUFFIXES)]
+        others = [f"what was made of clips ({some(made)})"] if made else []
+        others += [f"{counted(len(stills), 'still')} ({some(stills)})"] if stills else []
+        but = f" but {' and '.join(others)}" if others else ""
+        # Of the verbs that read clips alone the setting has another name.
+        takes = stills and setting.startswith("data.")
+        or_take = ", or take the stills by data.buckets=auto or a bucket of one frame" if takes else ""
+        raise DataError(f"{setting}={folder} holds no video{but}: put clips in it ({' '.join(suffixes)}){or_take}.")
     return videos
 
 

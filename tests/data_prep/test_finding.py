@@ -21,6 +21,19 @@ def test_hidden_folders_are_left_out_and_linked_ones_told_of(tmp_path):
     )
 
 
+def test_a_folder_of_stills_alone_names_them_and_what_takes_them(tmp_path):
+    for number in range(9):
+        (tmp_path / f"{number}.jpg").touch()
+    with pytest.raises(DataError) as caught:
+        find_videos(tmp_path)
+    assert f"={tmp_path} holds no video but 9 stills (0.jpg, 1.jpg, 2.jpg, 3.jpg and 5 more): put" in str(caught.value)
+    assert str(caught.value).endswith(", or take the stills by data.buckets=auto or a bucket of one frame.")
+    # Verbs that cut films take none.
+    with pytest.raises(DataError, match=r"^in=\S+ holds no video but 9 stills .*: put clips in it \([^)]*\)\.$"):
+        find_videos(tmp_path, setting="in")
+    assert len(find_videos(tmp_path, with_stills=True)) == 9
+
+
 def test_runs_and_caches_of_the_program_are_passed_over_unless_they_are_named(tmp_path, monkeypatch):
     runs = {
         "runs/one": "metrics.jsonl",
