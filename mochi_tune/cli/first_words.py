@@ -3,6 +3,7 @@
 import itertools
 import shlex
 from collections.abc import Sequence
+from typing import get_origin
 
 from mochi_tune.errors import ConfigError
 
@@ -36,14 +37,37 @@ SHORT = {
 }
 
 
+# Words of a verb that are no settings.
+OWN = {"plan": ("card", "card_gib"), "inspect": ("out",)}
+
+
 def _full_key(verb: str, key: str) -> str:
     """Returns the setting that a word without its section means for a verb; the word itself where it means none."""
     from mochi_tune.config.explain import SYNONYMS
     from mochi_tune.config.settings import known_keys
 
-    if key in known_keys() or (verb == "sample" and f"sample.{key}" in known_keys()):
+    if key in OWN.get(verb, ()) or key in known_keys() or (verb == "sample" and f"sample.{key}" in known_keys()):
         return key
-    return next((name for name in (f"{verb}.{key}", *SYNONYMS.get(key, [])) if name in known_keys()), key)
+    # A word for two settings, or for a value, is none of a single one.
+    meant = SYNONYMS.get(key) or [name for name in known_keys() if name.rpartition(".")[2] == key]
+    names = [f"{verb}.{key}", *(meant if len(meant) == 1 else [])]
+    return next((name for name in names if name in known_keys()), key)
+
+
+def _hint(verb: str, key: str, value: str) -> str:
+    """Returns the end of the refusal of a word and its value that are no key=value: what can be given instead."""
+    from mochi_tune.config.explain import nearest
+    from mochi_tune.config.settings import GROUPS, known_keys
+
+    full = _full_key(verb, key)
+    setting = known_keys().get(f"sample.{full}" if verb == "sample" and full not in known_keys() else full)
+    if setting is None and full not in ("conf", *GROUPS, *OWN.get(verb, ())):
+        return f"{key} is not a setting{nearest(key, [*known_keys(), *GROUPS])}"
+    # The name may be another trainer's, and the value, too.
+    fits = setting is None or not setting.choices or value in setting.choices
+    if setting is not None and get_origin(setting.type) is list and not setting.takes_numbers:
+        fits = value.startswith("[")
+    return f"settings are written key=value; did you mean {shlex.quote(f'{full}={value}' if fits and value else full)}?"
 
 
 def _is_setting(verb: str, word: str) -> bool:
@@ -51,8 +75,12 @@ def _is_setting(verb: str, word: str) -> bool:
     from mochi_tune.config.settings import known_keys
 
     name = word.lstrip("-")
-    own = verb == "plan" and name in ("card", "card_gib")
-    return own or word.startswith("-") or name in SYNONYMS or any(key.split(".")[-1] == name for key in known_keys())
+    return (
+        name in OWN.get(verb, ())
+        or word.startswith("-")
+        or name in SYNONYMS
+        or any(key.split(".")[-1] == name for key in known_keys())
+    )
 
 
 def short_help(verb: str) -> str:
@@ -89,23 +117,28 @@ def check_form(verb: str, arguments: Sequence[str]) -> None:
         if argument == "--cfg" or ("=" in argument and not argument.startswith("-")):
             continue
         key, equals, value = argument.lstrip("-").partition("=")
-        key = _full_key(verb, key)
         before = arguments[number - 1] if number else ""
         follower = arguments[number + 1] if number + 1 < len(arguments) else ""
         if "=" in before and not before.startswith("-") and not _is_setting(verb, argument):
             words = itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), arguments[number:])
             name, _, value = " ".join([before, *words]).partition("=")
             raise ConfigError(f'{argument!r} stands alone: put quotes around a value with spaces, {name}="{value}".')
+        has_follower = follower and "=" not in follower and not follower.startswith("-")
         if equals and key:
-            meant, what = f"{key}={value}", "is not an option"
-        elif follower and "=" not in follower and not follower.startswith("-"):
-            meant, what = f"{key}={follower}", "has no value"
-        elif argument.startswith("-"):
+            raise ConfigError(f"{argument!r} is not an option: {_hint(verb, key, value)}")
+        if has_follower and _is_setting(verb, argument):
+            raise ConfigError(f"{argument!r} has no value: {_hint(verb, key, follower)}")
+        if argument.startswith("-"):
+            from mochi_tune.config.explain import SYNONYMS, UNNEEDED
+
+            if key in (*SYNONYMS, *UNNEEDED):
+                raise ConfigError(f"{argument} is not an option: {_hint(verb, key, '')}")
             raise ConfigError(f"{argument} is not an option: use --help or --cfg; settings are written key=value.")
-        elif not has_conf:
-            meant, what = f"conf={argument}", "is not a setting"
+        if not has_conf:
+            meant = f"conf={argument}"
         elif verb == "sample":
-            meant, what = f"prompt={argument}", "is not a setting"
+            meant = f"prompt={argument}"
         else:
             continue
-        raise ConfigError(f"{argument!r} {what}: settings are written key=value; did you mean {shlex.quote(meant)}?")
+        meant = shlex.quote(meant)
+        raise ConfigError(f"{argument!r} is not a setting: settings are written key=value; did you mean {meant}?")

@@ -37,7 +37,7 @@ TYPE_NAMES = {
     dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
     dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
 }
-# What other trainers call a setting -> what it is here.
+# What other trainers call a setting -> what it is here, with a value where the word itself says one.
 SYNONYMS = {
     "lr": ["train.learning_rate"],
     "learning-rate": ["train.learning_rate"],
@@ -46,6 +46,7 @@ SYNONYMS = {
     "num_epochs": ["train.steps"],
     "max_steps": ["train.steps"],
     "max_train_steps": ["train.steps"],
+    "max_train_epochs": ["train.steps"],
     "steps": ["train.steps"],
     "batch": ["train.batch_size"],
     "train_batch_size": ["train.batch_size"],
@@ -63,12 +64,32 @@ SYNONYMS = {
     "resolution": ["data.height", "data.width"],
     "size": ["data.height", "data.width"],
     "frames": ["data.num_frames"],
+    "frame_extraction": ["data.clips"],
     "dataset": ["data.videos"],
+    "train_data_dir": ["data.videos"],
+    "instance_data_root": ["data.videos"],
+    "dataset_config": ["data.sources"],
+    "num_repeats": ["data.sources"],
     "trigger": ["data.caption_prefix"],
     "trigger_word": ["data.caption_prefix"],
+    "id_token": ["data.caption_prefix"],
     "output_dir": ["run_dir"],
     "out_dir": ["run_dir"],
     "mixed_precision": ["model.dtype"],
+    "fp8_base": ["model.precision=fp8"],
+    "blocks_to_swap": ["memory=16gb"],
+    "gradient_checkpointing": ["train.recompute"],
+    "activation_checkpointing": ["train.recompute"],
+    "save_every": ["train.checkpoint_every"],
+    "save_every_n_steps": ["train.checkpoint_every"],
+    "checkpointing_steps": ["train.checkpoint_every"],
+    "validation_steps": ["train.validate_every"],
+    "validation_prompts": ["train.sample_prompts"],
+    "sample_every_n_steps": ["train.sample_every"],
+    "timestep_sampling": ["train.sigma_distribution"],
+    "weighting_scheme": ["train.sigma_distribution"],
+    "discrete_flow_shift": ["train.sigma_shift"],
+    "report_to": ["log.wandb, log.tensorboard or log.trackio"],
     "gpus": ["parallel.num_processes"],
     "num_gpus": ["parallel.num_processes"],
     "cfg": ["sample.guidance"],
@@ -79,6 +100,8 @@ SYNONYMS = {
     "lora_path": ["sample.adapter"],
     "lora_scale": ["sample.adapter_strength"],
 }
+# What other trainers are told to do, and `prepare` does unasked.
+UNNEEDED = ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs")
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 # Of several errors of one setting, which may be of several types, the kind that says most comes first.
 ORDER = ("extra_forbidden", "invalid_key", "missing", *OUT_OF_RANGE, "literal_error", "not_possible", "empty")
@@ -216,8 +239,10 @@ def nearest(key: str, known: Iterable[str]) -> str:
     section, _, word = key.rpartition(".")
     if word in SYNONYMS and section in ("", *{other.partition(".")[0] for other in SYNONYMS[word]}):
         return f"; did you mean {' and '.join(SYNONYMS[word])}?"
+    if word in UNNEEDED:
+        return "; leave it out: `prepare` caches latents and captions."
     if not section and (same := [k for k in known if k.rpartition(".")[2] == key]):
         return f"; did you mean {' or '.join(same)}?"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     return f"; did you mean {near[0]}?" if near else "; --help all lists them."

@@ -1,0 +1,54 @@
+import re
+
+import pytest
+
+from mochi_tune.config.explain import SYNONYMS, nearest
+from mochi_tune.config.load import packaged_folder
+from mochi_tune.config.settings import GROUPS, known_keys
+
+KNOWN = [*known_keys(), *GROUPS]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("gradient_checkpointing", "train.recompute"),
+        ("activation_checkpointing", "train.recompute"),
+        ("validation_prompts", "train.sample_prompts"),
+        ("validation_steps", "train.validate_every"),
+        ("frame_extraction", "data.clips"),
+        ("num_repeats", "data.sources"),
+        ("save_every", "train.checkpoint_every"),
+        ("save_every_n_steps", "train.checkpoint_every"),
+        ("checkpointing_steps", "train.checkpoint_every"),
+        ("train.checkpointing_steps", "train.checkpoint_every"),
+        ("timestep_sampling", "train.sigma_distribution"),
+        ("weighting_scheme", "train.sigma_distribution"),
+        ("discrete_flow_shift", "train.sigma_shift"),
+        ("report_to", "log.wandb, log.tensorboard or log.trackio"),
+        ("train_data_dir", "data.videos"),
+        ("instance_data_root", "data.videos"),
+        ("dataset_config", "data.sources"),
+        ("id_token", "data.caption_prefix"),
+        ("blocks_to_swap", "memory=16gb"),
+        ("fp8_base", "model.precision=fp8"),
+    ],
+)
+def test_words_of_other_trainers_lead_to_the_setting_that_does_it(word, meant):
+    assert nearest(word, KNOWN) == f"; did you mean {meant}?"
+
+
+def test_what_other_trainers_must_be_told_is_left_out():
+    assert nearest("cache_latents", KNOWN) == "; leave it out: `prepare` caches latents and captions."
+
+
+@pytest.mark.parametrize("word", ["num_workers", "network_module", "optimizer_args", "train.foo", "max_data_loader"])
+def test_a_word_that_is_like_no_setting_gets_no_guess(word):
+    assert nearest(word, KNOWN) == "; --help all lists them."
+
+
+def test_each_synonym_is_of_a_setting_that_there_is():
+    for name in re.split(r", | or ", ", ".join(name for names in SYNONYMS.values() for name in names)):
+        key, equals, value = name.partition("=")
+        known = key in known_keys() and (not equals or value in known_keys()[key].choices)
+        assert known or (key in GROUPS and (packaged_folder() / key / f"{value}.yaml").exists()), name
