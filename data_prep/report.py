@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
@@ -11,7 +12,7 @@ from typing import Any
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
 from mochi_tune.data_prep.finding import MADE_HERE, STILL
-from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs
+from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs, MediaFile
 from mochi_tune.data_prep.windows import num_used_frames
 from mochi_tune.errors import counted, printable, some
 from mochi_tune.models.latents import FPS
@@ -29,6 +30,8 @@ BETWEEN_CAPTIONS = " | "
 MUCH_PICTURE = 1 / 3
 # A line shows this many characters of what is cut off; the table shows all.
 MAX_TAIL = 60
+# A folder `5_ohwx`, and what is below it.
+_REPEATS = re.compile(r"(\d+)_[^/]*/", re.ASCII)
 # Footage that is not used is told above this share of all.
 MUCH_FOOTAGE = 0.1
 
@@ -114,6 +117,7 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
     lines += _repeated(clips, inputs)
     lines += _unused_footage(inputs, kept)
     lines += _draws(inputs, kept)
+    lines += _repeats_in_names(inputs)
     return [printable(line) for line in lines] + not_taken(inputs)
 
 
@@ -181,6 +185,23 @@ def _draws(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
         return [f"by the weights of data.sources, of the clips drawn come {', '.join(shares)}"]
     times = [f"{source.repeats:g} x {clips[source.name]} of {source.name}" for source in present]
     return [f"by the repeats of data.sources, an epoch takes the clips {', '.join(times)}"]
+
+
+def _repeats_in_names(inputs: Inputs) -> list[str]:
+    """Tells where all clips of a source lie in folders named as kohya's scripts read repeats from, `5_ohwx`."""
+    by_source: dict[str, list[MediaFile]] = {}
+    for file in inputs.files.values():
+        by_source.setdefault(file.source.name, []).append(file)
+    lost: dict[str, None] = {}
+    for files in by_source.values():
+        source, named = files[0].source, [_REPEATS.match(file.relative) for file in files]
+        if all(named) and source.repeats == 1 and source.weight is None:
+            # 1_NAME is what happens anyway.
+            lost |= dict.fromkeys(each[0].rstrip("/") for each in named if each and int(each[1]) != 1)
+    if not lost:
+        return []
+    names = f"folder names such as {next(iter(lost))} are not read as repeats"
+    return [f"{names}: give each folder in data.sources its repeats"]
 
 
 def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:

@@ -57,6 +57,21 @@ def test_a_name_with_a_line_break_stays_on_the_line_of_its_note(tmp_path, capsys
     assert all(any(start in line and "broken" in line for line in lines) for start in told), lines
 
 
+def test_numbers_in_the_names_of_folders_are_told_not_to_be_repeats(tmp_path, capsys):
+    for name in ("1_cat", "2_bg", "5_ohwx/more"):
+        write_clip(tmp_path / "videos" / name / "a.mp4")
+    note = "folder names such as 2_bg are not read as repeats: give each folder in data.sources its repeats\n"
+    assert main(config_for(tmp_path)) == 0
+    assert note in capsys.readouterr().out
+    # As it says; and a clip beside them makes them names like others.
+    sources = [{"folder": str(tmp_path / "videos" / name), "repeats": name[0]} for name in ("2_bg", "5_ohwx")]
+    assert main(config_for(tmp_path, sources=sources)) == 0
+    assert "not read as repeats" not in capsys.readouterr().out
+    write_clip(tmp_path / "videos" / "b.mp4", 8)
+    assert main(config_for(tmp_path)) == 0
+    assert "not read as repeats" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
