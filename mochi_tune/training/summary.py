@@ -68,9 +68,11 @@ def doubtful_settings(train: "TrainConfig") -> list[str]:
     """Returns a line for each setting with which a run can hardly work."""
     lines = []
     if train.warmup_steps >= train.steps:
+        # At least one where there is room for it.
+        shorter = max(train.steps // 10, min(train.steps - 1, 1))
         lines.append(
             f"warning: train.warmup_steps={train.warmup_steps} is no less than train.steps={train.steps}: the learning "
-            f"rate never reaches its peak; use train.warmup_steps={train.steps // 10} or more steps"
+            f"rate never reaches its peak; use train.warmup_steps={shorter}, or train.steps above {train.warmup_steps}"
         )
     usual = USUAL_RATES[train.optimizer]
     if train.learning_rate > FAR * usual:
