@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from mochi_tune.config.explain import as_yaml
 from mochi_tune.config.load import PROMPTS, check_override, escape_references, load_config, quote
-from mochi_tune.config.schema import RunConfig
+from mochi_tune.config.schema import DataConfig, RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, value_of
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import write_atomic
@@ -79,6 +79,34 @@ def check_form(folder: Path, form: Form) -> RunConfig:
     for path in (config.run_dir, config.data.cache, *([] if config.data.sources else [config.data.videos])):
         inside(folder, path)
     return config
+
+
+def sources_note(data: DataConfig) -> str:
+    """Returns what to say of settings with data.sources, which take the place of the folder of videos."""
+    names = ", ".join(source.folder for source in data.sources)
+    return (
+        f"this conf takes its clips from {names}; {data.videos} is not used: change the files of those folders by "
+        "hand, or take data.sources out of the other settings."
+    )
+
+
+def videos_of(folder: Path, form: Form) -> str:
+    """Returns the folder of videos that a form names.
+
+    Raises:
+        MochiTuneError: the form has data.sources in its place, or it cannot be told.
+    """
+    try:
+        data = check_form(folder, form).data
+    except MochiTuneError:
+        videos = form.main.get("data.videos") or "videos"
+        if "data.sources" in form.more or "${" in videos:
+            raise
+        # A mistake elsewhere, which the form tells of, is no reason to refuse clips.
+        return videos
+    if data.sources:
+        raise ConfigError(sources_note(data))
+    return data.videos
 
 
 def conf_path(folder: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from mochi_tune.config.schema import DataConfig
-from mochi_tune.errors import DataError, MochiTuneError
+from mochi_tune.errors import ConfigError, DataError, MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.clips import (
     PLAYED,
@@ -22,7 +22,7 @@ from mochi_tune.ui.clips import (
     take_uploads,
     write_caption,
 )
-from mochi_tune.ui.confs import check_form
+from mochi_tune.ui.confs import check_form, sources_note, videos_of
 from mochi_tune.ui.folder import inside, relative
 from mochi_tune.ui.footage_tab import build_footage
 from mochi_tune.ui.form import SettingsForm
@@ -77,7 +77,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         names, drawn, values = values[:NUM_CARDS], values[NUM_CARDS : 2 * NUM_CARDS], values[2 * NUM_CARDS :]
         data, root, videos, trouble = look_at(folder, form, values)
         shown = videos[_page(number, videos) * NUM_CARDS :][:NUM_CARDS] if data and not trouble else []
-        texts = read_captions(root, shown, data) if data else {}
+        texts = read_captions(root, shown, data) if data and shown else {}
         cards = gallery.cards(root, shown, data) if data and shown else []
         updates: list[Any] = [gr.HTML(trouble, visible=bool(trouble))]
         for i, card in enumerate(cards):
@@ -112,7 +112,10 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         return turned
 
     def put_in(files: list[str] | None, number: int, *values: Any) -> Any:
-        videos = form.form_of(values).main["data.videos"] or "videos"
+        try:
+            videos = videos_of(folder, form.form_of(values))
+        except MochiTuneError as error:
+            return html.note(str(error), "error"), number
         taken, refused = take_uploads(folder, videos, [Path(file) for file in files or []])
         lines = [html.note(f"put in: {', '.join(taken)}", "good")] if taken else []
         return "".join([*lines, *(html.note(text, "error") for text in refused)]), number + 1
@@ -132,6 +135,8 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         def changed(find: str, replacement: str, prefix: str, number: int, *values: Any) -> Any:
             def act() -> str:
                 data, root, videos, trouble = look_at(folder, form, values)
+                if data and data.sources:
+                    raise ConfigError(sources_note(data))
                 if trouble or data is None:
                     return "there are no clips to caption"
                 new = changed_captions(read_captions(root, videos, data), find, replacement, prefix)
@@ -161,7 +166,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     own = [form.fields[key] for key in form.fields if key.startswith("data.")]
     gr.on([field.change for field in own], form.message, form.inputs, message, trigger_mode="always_last", **quiet)
     # Another folder or size gives other cards; typing alone does not draw them at every key.
-    gr.on([field.blur for field in own], lambda number: number + 1, version, version, **quiet)
+    gr.on([field.blur for field in (*own, form.more)], lambda number: number + 1, version, version, **quiet)
     form.filled_times.change(lambda number: number + 1, version, version, **quiet)
     many = [find, replacement, prefix, version, *form.inputs]
     count.click(change_all(False), many, [said, version], **quiet)
@@ -239,6 +244,8 @@ def look_at(
         data = check_form(folder, filled).data
     except MochiTuneError as error:
         return None, folder, [], html.note(str(error), "error")
+    if data.sources:
+        return data, folder, [], html.note(sources_note(data), "warning")
     try:
         root = inside(folder, data.videos)
         return data, root, list_videos(folder, data.videos), ""

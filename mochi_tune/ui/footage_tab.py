@@ -9,6 +9,7 @@ import gradio as gr
 
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.ui import html
+from mochi_tune.ui.confs import Form, videos_of
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job, list_jobs
@@ -80,7 +81,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
 
             def add() -> str:
                 texts = dict(zip(keys, map(_text, given), strict=True)) | extra
-                arguments = footage_arguments(folder, verb, videos_of(form, form_values), texts)
+                arguments = footage_arguments(folder, verb, videos_of(folder, form.form_of(form_values)), texts)
                 job = add_job(folder, verb, arguments)
                 return f"job {job.number}, {verb}, is in the queue: see below"
 
@@ -100,7 +101,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         button.click(start(verb, list(fields), extra), inputs, said, show_progress="hidden")
 
     def refresh(shown: str, *values: Any) -> Any:
-        now = links_html(folder, videos_of(form, values))
+        now = links_html(folder, form.form_of(values))
         return gr.skip() if now == shown else now
 
     events = [form.news.of(look_at_footage), form.filled_times.change, form.fields["data.videos"].blur]
@@ -116,11 +117,6 @@ def _fields(verb: str, settings: Mapping[str, tuple[str, str, str]]) -> dict[str
 
 def _text(value: Any) -> str:
     return str(value or "").strip()
-
-
-def videos_of(form: SettingsForm, values: tuple[Any, ...]) -> str:
-    """Returns the folder of videos that the form names."""
-    return form.form_of(values).main["data.videos"] or "videos"
 
 
 def footage_arguments(folder: Path, verb: str, videos: str, texts: Mapping[str, str]) -> list[str]:
@@ -154,10 +150,10 @@ def look_at_footage(folder: Path) -> list[Any]:
     return [files, [job.number for job in list_jobs(folder) if job.ended]]
 
 
-def links_html(folder: Path, videos: str) -> str:
+def links_html(folder: Path, form: Form) -> str:
     """Returns links to the tables and pages that the verbs have left; "" where there are none."""
     try:
-        root = inside(folder, videos)
+        root = inside(folder, videos_of(folder, form))
     except MochiTuneError:
         # The form says it.
         return ""

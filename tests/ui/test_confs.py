@@ -6,7 +6,7 @@ import pytest
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, DataError
-from mochi_tune.ui.confs import Form, as_text, check_form, list_confs, read_form, save_conf
+from mochi_tune.ui.confs import Form, as_text, check_form, list_confs, read_form, save_conf, videos_of
 from mochi_tune.ui.jobs import Job, changing, save_job
 
 PROMPTS = ['it\'s "so" \\ and', "b, [c]"]
@@ -184,3 +184,15 @@ def test_a_new_name_does_not_go_on_with_the_run_of_another(tmp_path):
     assert not (tmp_path / "conf" / "second.yaml").exists()
     save_conf(tmp_path, Form("first", {"lora.rank": "4"}, "run_dir=runs/mine"), replaces=True)
     save_conf(tmp_path, Form("second"), replaces=False)
+
+
+def test_the_folder_of_videos_is_none_where_sources_take_its_place(tmp_path):
+    assert videos_of(tmp_path, Form("cats")) == "videos"
+    assert videos_of(tmp_path, Form("cats", {"data.videos": "clips/${name}"})) == "clips/cats"
+    with pytest.raises(ConfigError, match=r"takes its clips from a b; videos is not used: change the files of those"):
+        videos_of(tmp_path, FORM)
+    # A mistake elsewhere leaves it as it is, unless it cannot be told.
+    assert videos_of(tmp_path, Form("cats", {"data.videos": "v", "lora.rank": "0"})) == "v"
+    for form in (replace(FORM, main={"lora.rank": "0"}), Form("cats", {"data.videos": "${name}", "lora.rank": "0"})):
+        with pytest.raises(ConfigError, match=r"lora\.rank=0 is not possible"):
+            videos_of(tmp_path, form)

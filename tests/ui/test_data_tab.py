@@ -6,7 +6,10 @@ import pytest
 
 pytest.importorskip("gradio")
 
+from mochi_tune.ui.confs import MAIN_KEYS, Form, save_conf
 from mochi_tune.ui.data_tab import _page, save_caption
+from mochi_tune.ui.jobs import list_jobs
+from mochi_tune.ui.page import build_page
 
 
 @pytest.fixture
@@ -52,3 +55,26 @@ def test_a_page_that_is_no_more_is_the_last_one():
     videos = [Path(str(number)) for number in range(30)]
     assert [_page(number, videos) for number in (0, 2, 3)] == [0, 2, 2]
     assert _page(2, videos[:3]) == 0 == _page(1, [])
+
+
+@pytest.fixture
+def fields(clip, tmp_path, monkeypatch):
+    """The values of all fields, as a page of a conf with data.sources sends them."""
+    monkeypatch.chdir(tmp_path)
+    save_conf(tmp_path, Form("cats", {}, "data.sources=[{folder: cats}, {folder: dogs}]"), replaces=False)
+    return ["cats", *[""] * len(MAIN_KEYS), "data.sources=[{folder: cats}, {folder: dogs}]"]
+
+
+def test_a_conf_with_sources_leaves_the_folder_of_videos_alone(fields, tmp_path):
+    """Its gallery, uploads, captions of many clips, and jobs of footage, by the events of the page."""
+    (tmp_path / "b.mp4").touch()
+    (tmp_path / "films").mkdir()
+    acts = {each.api_name: each.fn for each in build_page(tmp_path).fns.values() if each.fn}
+    line = "takes its clips from cats, dogs; videos is not used"
+    drawn = acts["draw"](0, *[""] * 24, *fields)
+    assert line in drawn[0].value and not any(column.visible for column in drawn[1::5])
+    assert line in acts["put_in"]([str(tmp_path / "b.mp4")], 0, *fields)[0]
+    assert line in acts["changed"]("cat", "dog", "", 0, *fields)[0]
+    assert line in acts["started"]("films", "6", "1.25", "", "adaptive", *fields)
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["a.mp4", "a.txt"]
+    assert (tmp_path / "videos" / "a.txt").read_text() == "a cat\n" and not list_jobs(tmp_path)

@@ -6,6 +6,7 @@ from helpers_video import write_video
 from mochi_tune.cli.footage import run_filter
 from mochi_tune.cli.options import DESCRIBE_OPTIONS, FILTER_OPTIONS, SPLIT_OPTIONS
 from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.ui.confs import Form
 from mochi_tune.ui.footage_tab import DESCRIBE, FILTER, SPLIT, footage_arguments, links_html
 
 
@@ -46,8 +47,9 @@ def test_what_filter_has_left_is_linked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "a.mp4", 15, width=96, height=64)
-    assert links_html(tmp_path, "videos") == "" and links_html(tmp_path, "../videos") == ""
+    outside = Form("a", {"data.videos": "../videos"})
+    assert links_html(tmp_path, Form("a")) == "" and links_html(tmp_path, outside) == ""
     assert run_filter(footage_arguments(tmp_path, "filter", "videos", {"max_black": "0.5"})) == 0
-    made = links_html(tmp_path, "videos")
+    made = links_html(tmp_path, Form("a"))
     assert "/files/videos_filter/filter.html?v=" in made and "/files/videos_filter/filter.csv?v=" in made
     assert "scenes.csv" not in made
