@@ -1,5 +1,6 @@
 """The form of a LoRA's settings: checked as the command line checks them, and kept as a conf/NAME.yaml."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import write_atomic
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.jobs import list_jobs
+from mochi_tune.ui.runs import changed_at
 
 # What a conf begins with; one that begins with other files is not rewritten.
 PLAIN_DEFAULTS = ("base", "_self_")
@@ -26,6 +28,8 @@ MAIN_KEYS = (
     "lora", "lora.rank", "memory", "train.steps", "train.learning_rate", "train.batch_size", "train.caption_dropout",
     "train.checkpoint_every", "train.validate_every", "train.sample_every", "train.sample_prompts",
 )  # fmt: skip
+# Words in whose text a blank at the end is meant, as in a prefix; elsewhere one is a slip.
+WORDS = ("data.caption_prefix", "data.caption_suffix", *PROMPTS)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
@@ -51,22 +55,27 @@ class Form:
         Raises:
             ConfigError: the name is none, a line is no setting, or a setting is there twice.
         """
-        if not _NAME.fullmatch(self.name):
-            raise ConfigError(f"name={self.name} is not possible: use letters, digits, - _ and ., at most 64.")
-        if self.name == "base" or self.name.endswith((".yaml", ".yml")):
-            raise ConfigError(
-                f"name={self.name} is not possible: every conf is built on base, and its file is NAME.yaml: choose "
-                "another name."
-            )
+        _check_name(self.name)
         given = {"name": self.name} | {key: value for key, value in self.main.items() if value}
-        lines = [line.strip() for line in self.more.splitlines()]
+        lines = [line.lstrip() for line in self.more.splitlines()]
         for line in [line for line in lines if line and not line.startswith("#")]:
+            key = line.partition("=")[0]
+            line = line if key in WORDS else line.rstrip()
             check_override(line)
-            key, _, value = line.partition("=")
+            value = line.partition("=")[2]
             if key in given:
                 raise ConfigError(f"{key} is there twice: leave it out of the other settings.")
             given[key] = value
         return [f"{key}={value}" for key, value in given.items()]
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"name={name} is not possible: use letters, digits, - _ and ., at most 64.")
+    if name == "base" or name.endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f"name={name} is not possible: every conf is built on base, and its file is NAME.yaml: choose another name."
+        )
 
 
 def check_form(folder: Path, form: Form) -> RunConfig:
@@ -115,8 +124,19 @@ def conf_path(folder: Path, name: str) -> Path:
 
 
 def list_confs(folder: Path) -> list[str]:
-    """Returns the names of the confs of a folder."""
-    return sorted(path.stem for path in (folder / "conf").glob("*.yaml") if path.is_file())
+    """Returns the names of the confs of a folder, those that a form can have."""
+    found = []
+    for path in (folder / "conf").glob("*.yaml"):
+        with contextlib.suppress(ConfigError):
+            _check_name(path.stem)
+            found += [path.stem] if path.is_file() else []
+    return sorted(found)
+
+
+def newest_conf(folder: Path) -> str:
+    """Returns the name of the conf that was changed last, to begin with; one to be written where there is none."""
+    names = list_confs(folder)
+    return max(names, key=lambda name: changed_at(folder / "conf" / f"{name}.yaml"), default="my_lora")
 
 
 def conf_of_run(folder: Path, run_dir: str) -> str:

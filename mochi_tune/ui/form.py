@@ -13,7 +13,18 @@ from mochi_tune.config.load import load_config, quote
 from mochi_tune.config.settings import known_keys, sections, value_of
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
-from mochi_tune.ui.confs import MAIN_KEYS, Form, as_text, check_form, conf_path, list_confs, read_form, save_conf
+from mochi_tune.ui.confs import (
+    MAIN_KEYS,
+    WORDS,
+    Form,
+    as_text,
+    check_form,
+    conf_path,
+    list_confs,
+    newest_conf,
+    read_form,
+    save_conf,
+)
 from mochi_tune.ui.news import News
 
 TITLES = {
@@ -57,9 +68,8 @@ class SettingsForm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        confs = list_confs(folder)
         self.name = gr.Dropdown(
-            confs, value=confs[0] if confs else "my_lora", allow_custom_value=True, label="LoRA",
+            list_confs(folder), value=newest_conf(folder), allow_custom_value=True, label="LoRA",
             info="a name: its settings are conf/NAME.yaml", elem_id="conf", render=False,
         )  # fmt: skip
         self.fields = {key: _field(key) for key in MAIN_KEYS}
@@ -85,8 +95,10 @@ class SettingsForm:
     def form_of(self, values: tuple[Any, ...]) -> Form:
         """Returns what somebody has filled in."""
         name, *main, more = values
-        texts = {key: str(value or "").strip() for key, value in zip(self.fields, main, strict=True)}
-        if prompts := [line.strip() for line in texts["train.sample_prompts"].splitlines() if line.strip()]:
+        texts = {key: str(value or "") for key, value in zip(self.fields, main, strict=True)}
+        # Blanks alone are nothing; after words they may be meant.
+        texts = {key: text if key in WORDS and text.strip() else text.strip() for key, text in texts.items()}
+        if prompts := [line for line in texts["train.sample_prompts"].splitlines() if line.strip()]:
             texts["train.sample_prompts"] = f"[{', '.join(map(quote, prompts))}]"
         return Form(str(name or "").strip(), texts, str(more or ""))
 
@@ -134,8 +146,7 @@ class SettingsForm:
         """Fills the form when a conf is chosen, and when a page opens."""
 
         def open_page() -> Any:
-            confs = list_confs(self.folder)
-            return gr.Dropdown(confs, value=confs[0] if confs else "my_lora")
+            return gr.Dropdown(list_confs(self.folder), value=newest_conf(self.folder))
 
         def fill_and_tell(name: str, times: int) -> list[Any]:
             return [*self.filled(name), times + 1]

@@ -1,12 +1,13 @@
 """The form says what the command line says, and writes files that the command line takes."""
 
+import os
 from dataclasses import replace
 
 import pytest
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, DataError
-from mochi_tune.ui.confs import Form, as_text, check_form, list_confs, read_form, save_conf, videos_of
+from mochi_tune.ui.confs import Form, as_text, check_form, list_confs, newest_conf, read_form, save_conf, videos_of
 from mochi_tune.ui.jobs import Job, changing, save_job
 
 PROMPTS = ['it\'s "so" \\ and', "b, [c]"]
@@ -116,6 +117,18 @@ def test_a_name_is_no_file_that_others_build_on(tmp_path):
     save_conf(tmp_path, Form("1e3", {"data.caption_prefix": "007"}), replaces=True)
     config = load_config("1e3", [])
     assert (config.name, config.data.caption_prefix) == ("1e3", "007")
+
+
+def test_the_page_opens_on_the_conf_that_was_changed_last_and_on_none_that_it_refuses(tmp_path):
+    assert newest_conf(tmp_path) == "my_lora"
+    (tmp_path / "conf").mkdir()
+    for seconds, name in enumerate(("cats", "ants", "base", "of a clone", "x.yml")):
+        path = tmp_path / "conf" / f"{name}.yaml"
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert list_confs(tmp_path) == ["ants", "cats"] and newest_conf(tmp_path) == "ants"
+    os.utime(tmp_path / "conf" / "cats.yaml", (9, 9))
+    assert newest_conf(tmp_path) == "cats"
 
 
 def test_a_conf_that_cannot_be_read_can_be_replaced(tmp_path):

@@ -1,0 +1,40 @@
+"""What the fields of a conf say is the conf, by the functions that the page's events call."""
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from mochi_tune.config.load import load_config
+from mochi_tune.ui.form import SettingsForm
+
+WITH_BLANKS = """defaults: [base, _self_]
+name: cats
+data: {caption_prefix: "TOK, ", caption_suffix: " in rain "}
+train: {sample_prompts: ["a cup ", " b"]}
+sample: {prompt: "a cup "}
+"""
+
+
+@pytest.fixture
+def form(tmp_path, monkeypatch):
+    import gradio as gr
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    with gr.Blocks(analytics_enabled=False):
+        return SettingsForm(tmp_path)
+
+
+def test_a_conf_that_nobody_touched_stays_though_its_words_end_in_blanks(form, tmp_path):
+    (tmp_path / "conf" / "cats.yaml").write_text(WITH_BLANKS)
+    form.save(("cats", *form.filled("cats")), replaces=False)
+    assert (tmp_path / "conf" / "cats.yaml").read_text() == WITH_BLANKS
+
+
+def test_blanks_alone_are_nothing_and_blanks_after_a_number_a_slip(form):
+    texts = {"data.caption_prefix": "  ", "train.steps": " 7 ", "data.videos": "clips "}
+    values = ["cats", *(texts.get(key, "") for key in form.fields), "  train.warmup_steps=3 \n  "]
+    form.save(tuple(values), replaces=False)
+    config = load_config("cats", [])
+    assert (config.data.caption_prefix, config.data.videos) == ("", "clips")
+    assert (config.train.steps, config.train.warmup_steps) == (7, 3)
