@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -215,6 +216,8 @@ def make_worker(job: Job, decoder: ClipDecoder) -> Worker:
     # As in the main process: kernels that torchao was built without are no news.
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # tqdm's own lock is for several processes: its semaphore stays, and Python warns of it, when this one is killed.
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(job.num_threads)
     find_device(job.device)
     return Worker(job, PartsFolder(job.parts), decoder, checks_weights=True)
