@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mochi_tune.config.explain import nearest
 from mochi_tune.config.load import SAMPLE_ALIASES, load_config, quote
 from mochi_tune.errors import ConfigError, DataError, MochiTuneError
-from mochi_tune.files import parse_object, write_atomic
+from mochi_tune.files import file_sha256, parse_object, write_atomic
 from mochi_tune.sampling.requests import read_requests
 from mochi_tune.ui.adapters import check_adapter, number_of
 from mochi_tune.ui.confs import as_text, conf_path
@@ -151,6 +151,18 @@ def adapters_of(folder: Path, record: Mapping[str, Any]) -> list[tuple[str, str]
         with contextlib.suppress(MochiTuneError):
             name = relative(folder, inside(folder, name))
         found.append((name, as_text(int(strength) if strength == int(strength) else strength)))
+    return found
+
+
+def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Returns the adapters and the start video of a video that hold another content than when it was made."""
+    found = []
+    for each in (*(record.get("adapters") or []), record.get("init_video") or {}):
+        # What is gone or outside is refused when it is started.
+        with contextlib.suppress(MochiTuneError, OSError):
+            path = inside(folder, str(each.get("file", "")))
+            if "sha256" in each and file_sha256(path) != each["sha256"]:
+                found.append(relative(folder, path))
     return found
 
 

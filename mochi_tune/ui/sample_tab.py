@@ -25,6 +25,7 @@ from mochi_tune.ui.renders import (
     SampleForm,
     adapters_of,
     arguments_of,
+    changed_files,
     facts_of,
     form_of,
     list_grids,
@@ -233,6 +234,12 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
             return [html.note(str(error), "error"), *[gr.skip()] * (len(fields.inputs) + 1)]
         note = f"the settings of {video.name} are filled in{words}; it was made on the weights "
         note = html.note(note + str(render.record.get("model")), "good" if conf else "warning")
+        if changed := changed_files(folder, render.record):
+            note += html.note(
+                f"changed since this video was made: {', '.join(changed)}: Sample renders another video, unless you "
+                "choose a file with the old content, such as a checkpoint.",
+                "warning",
+            )
         return [note, conf or gr.skip(), *fields.values_of(form_of(folder, render.record))]
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}

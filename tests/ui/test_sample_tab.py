@@ -1,5 +1,6 @@
 """The history of videos: the conf that makes one again, and the grids that are linked."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -7,7 +8,9 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from mochi_tune.ui.confs import Form, save_conf
+from mochi_tune.files import file_sha256
+from mochi_tune.ui.confs import MAIN_KEYS, Form, save_conf
+from mochi_tune.ui.page import build_page
 from mochi_tune.ui.renders import list_grids, run_of
 from mochi_tune.ui.sample_tab import conf_to_choose, grids_html
 from mochi_tune.ui.server import served_file
@@ -26,6 +29,26 @@ def test_a_video_is_made_again_with_the_conf_of_its_run(tmp_path, monkeypatch):
         assert conf_to_choose(tmp_path, other, cups) == ("cups", ", and conf/cups.yaml is chosen")
     assert conf_to_choose(tmp_path, form, "runs/gone")[0] == ""
     assert "run_dir=runs/gone" in conf_to_choose(tmp_path, form, "runs/gone")[1]
+
+
+def test_a_video_whose_adapter_has_changed_is_not_made_again_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, video = tmp_path / "runs" / "cups", "runs/cups/samples/a.mp4"
+    (run / "samples").mkdir(parents=True)
+    (tmp_path / video).touch()
+    for name in ("adapter.safetensors", "start.mp4"):
+        (run / name).write_text("old")
+    old = {"sha256": file_sha256(run / "adapter.safetensors")}
+    adapters = [{"file": "runs/cups/adapter.safetensors", **old}, {"file": "gone", **old}, {"file": "/etc/passwd"}]
+    record = {"prompt": "a", "adapters": adapters, "init_video": {"file": str(run / "start.mp4"), **old}}
+    (run / "samples" / "a.json").write_text(json.dumps(record))
+    again = next(each.fn for each in build_page(tmp_path).fns.values() if each.api_name == "again")
+    settings = ("cups", *[""] * len(MAIN_KEYS), "")
+    assert again and "filled in" in again(video, *settings)[0] and "changed" not in again(video, *settings)[0]
+    (run / "adapter.safetensors").write_text("new")
+    assert "changed since this video was made: runs/cups/adapter.safetensors: " in again(video, *settings)[0]
+    (run / "start.mp4").write_text("new")
+    assert "adapter.safetensors, runs/cups/start.mp4: " in again(video, *settings)[0]
 
 
 def test_finished_grids_are_linked(tmp_path):
