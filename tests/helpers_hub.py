@@ -1,11 +1,20 @@
-"""A hub on localhost that takes uploads: it makes repositories, takes large files by LFS, and commits."""
+"""Hubs on localhost: one that takes uploads, with repositories, large files by LFS and commits, and one that hangs."""
 
 import base64
+import contextlib
 import hashlib
 import json
+import socket
 from http.server import BaseHTTPRequestHandler
 
 from helpers_server import LocalServer
+
+
+@contextlib.contextmanager
+def silent_hub():
+    """Gives the address of a hub that takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 class UploadHub(LocalServer):

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG
+from mochi_tune.adapters.hub import TIMEOUT_SECONDS, one_line
 from mochi_tune.errors import CheckpointError, some
 
 HUB = "hub:"
@@ -68,7 +69,8 @@ def _fetch(name: str, endpoint: str | None) -> Path:
     repo, inner, revision = match[1], match[2] or "", match[3] or "main"
     api = HfApi(endpoint=endpoint)
     try:
-        listed = [entry.rfilename for entry in api.model_info(repo, revision=revision).siblings or []]
+        info = api.model_info(repo, revision=revision, timeout=TIMEOUT_SECONDS)
+        listed = [entry.rfilename for entry in info.siblings or []]
         file = _file_in_repo(name, inner, listed)
         folder = Path(file).parent
         configs = [(folder / config).as_posix() for config in (PEFT_CONFIG, FASTVIDEO_CONFIG)]
@@ -77,7 +79,7 @@ def _fetch(name: str, endpoint: str | None) -> Path:
         paths = [api.hf_hub_download(repo, each, revision=revision) for each in wanted]
     except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
-            f"adapter {name}: the hub has no such repository, revision or file that you may read ({_one_line(error)}): "
+            f"adapter {name}: the hub has no such repository, revision or file that you may read ({one_line(error)}): "
             "check the name, or log in with `hf auth login`."
         ) from None
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -85,7 +87,7 @@ def _fetch(name: str, endpoint: str | None) -> Path:
             cached = Path(api.snapshot_download(repo, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, OSError):
             raise CheckpointError(
-                f"adapter {name}: the hub is not reached ({_one_line(error)}) and its cache has no such repository: "
+                f"adapter {name}: the hub is not reached ({one_line(error)}) and its cache has no such repository: "
                 "check the network connection, or name a file."
             ) from None
         listed = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
@@ -104,8 +106,3 @@ def _file_in_repo(name: str, inner: str, listed: list[str]) -> str:
         return inner
     folder = Path(inner)
     return (folder / _choose(name, [Path(file).name for file in listed if Path(file).parent == folder])).as_posix()
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

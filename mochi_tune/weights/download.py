@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from mochi_tune.adapters.hub import TIMEOUT_SECONDS, one_line
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import STAND_IN_BYTES, fsync, name_stand_in
 from mochi_tune.weights.pull_record import HubFile
 
 CHUNK_BYTES = 2**20
-TIMEOUT_SECONDS = 30
 AGAIN = "run the same command again, it goes on from what is there."
 
 
@@ -116,8 +116,3 @@ class SameHostHeaders(urllib.request.HTTPRedirectHandler):
             for name, value in req.unredirected_hdrs.items():
                 new.add_unredirected_header(name, value)
         return new
-
-
-def one_line(error: BaseException) -> str:
-    """Returns an error's text without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

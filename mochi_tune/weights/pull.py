@@ -16,9 +16,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mochi_tune.adapters.hub import TIMEOUT_SECONDS, one_line
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import format_bytes, lock_file
-from mochi_tune.weights.download import AGAIN, CHUNK_BYTES, TIMEOUT_SECONDS, fetch, one_line
+from mochi_tune.weights.download import AGAIN, CHUNK_BYTES, fetch
 from mochi_tune.weights.pull_record import HubFile, Listing, Record, check_same_files, read_record, write_record
 from mochi_tune.weights.sources import PRECISIONS, RepoFiles, source_files
 
@@ -238,7 +239,7 @@ def list_files(part: RepoFiles, endpoint: str | None) -> Listing:
     except (HTTPError, OSError) as error:
         is_refused = getattr(getattr(error, "response", None), "status_code", 0) in (401, 403)
         advice = "log in with `hf auth login`, or check the proxy" if is_refused else "check the network connection"
-        raise HubUnreachableError(repo, one_line(error).partition(" For more information")[0], advice) from error
+        raise HubUnreachableError(repo, one_line(error), advice) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = "the answer is not the hub's, but what a login page or a proxy may send"
         raise HubUnreachableError(repo, reason, "log in to the network, or check the proxy") from error

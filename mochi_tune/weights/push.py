@@ -3,7 +3,11 @@
 import shlex
 from pathlib import Path
 
+from mochi_tune.adapters.hub import TIMEOUT_SECONDS, answered_within
 from mochi_tune.errors import CheckpointError, ConfigError
+
+# The hub may take its time over what was sent. Its library asks again, some times, where no answer comes.
+UPLOAD_TIMEOUT_SECONDS = 60
 
 
 def check_login(key: str, repo: str) -> None:
@@ -40,7 +44,7 @@ def upload(folder: Path, repo: str, is_private: bool, endpoint: str | None = Non
         The address of the repository.
 
     Raises:
-        CheckpointError: the hub refuses, or cannot be reached; the folder stays.
+        CheckpointError: the hub refuses, does not answer, or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
 
@@ -49,8 +53,10 @@ def upload(folder: Path, repo: str, is_private: bool, endpoint: str | None = Non
 
     api = HfApi(endpoint=endpoint, library_name="mochi-tune")
     try:
-        url = api.create_repo(repo, private=is_private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by mochi-tune")
+        with answered_within(TIMEOUT_SECONDS):
+            url = api.create_repo(repo, private=is_private, exist_ok=True)
+        with answered_within(UPLOAD_TIMEOUT_SECONDS):
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by mochi-tune")
     # A transfer that breaks off is a RuntimeError, and an answer that is not the hub's a ValueError.
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__

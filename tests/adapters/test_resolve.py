@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from helpers_hub import silent_hub
 from helpers_server import LocalServer
 from safetensors.torch import save
 
@@ -136,6 +137,15 @@ def test_what_the_hub_lacks_is_told_in_one_line(hub, monkeypatch):
     monkeypatch.setattr(hub, "close", lambda: None)
     assert "the hub is not reached" in refused("hub:someone/one", hub)
     assert "its cache has no such repository" in refused("hub:someone/one", hub)
+
+
+def test_a_hub_that_takes_a_connection_and_never_answers_is_as_one_that_is_not_reached(hub, monkeypatch):
+    monkeypatch.setattr("mochi_tune.adapters.resolve.TIMEOUT_SECONDS", 0.2)
+    cached = find_adapter_file("hub:someone/one", hub.address)
+    with silent_hub() as address:
+        assert find_adapter_file("hub:someone/one", address) == cached
+        with pytest.raises(CheckpointError, match=r"the hub is not reached \(.*timed out.*its cache has no such"):
+            find_adapter_file("hub:someone/peft", address)
 
 
 def test_a_folder(tmp_path):

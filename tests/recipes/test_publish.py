@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers_adapters import ATTENTION, random_adapter, with_magnitudes
-from helpers_hub import UploadHub
+from helpers_hub import UploadHub, silent_hub
 from helpers_road import LORA, command, road, train
 from safetensors.torch import load_file
 
@@ -246,6 +246,15 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(run_dir, 
     arguments = [f"adapter={run_dir / 'adapter.safetensors'}", f"push={REPO}", f"out={tmp_path / 'hub'}"]
     with pytest.raises(CheckpointError, match=r"hub is complete, and was not uploaded .*refused.*`hf upload ada/balls"):
         run_export([*arguments, f"endpoint={hub.address}", "private=false"])
+    assert (tmp_path / "hub" / "README.md").exists()
+
+
+def test_a_hub_that_never_answers_is_one_line_and_the_folder_stays(run_dir, tmp_path, hub, monkeypatch):
+    monkeypatch.setattr("mochi_tune.weights.push.TIMEOUT_SECONDS", 0.2)
+    arguments = [f"adapter={run_dir / 'adapter.safetensors'}", f"push={REPO}", f"out={tmp_path / 'hub'}"]
+    refusal = r"hub is complete, and was not uploaded to ada/balls \(.*timed out"
+    with silent_hub() as address, pytest.raises(CheckpointError, match=refusal):
+        run_export([*arguments, f"endpoint={address}"])
     assert (tmp_path / "hub" / "README.md").exists()
 
 
