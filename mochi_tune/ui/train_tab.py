@@ -19,8 +19,9 @@ from mochi_tune.ui.jobs_bar import said_of
 from mochi_tune.ui.plan import foretell, known_cards, likely_card
 from mochi_tune.ui.posters import posters
 
-# Of lines in a chart, in their order.
-LINE_STYLES = ("accent", "level1", "level2", "level3", "plain")
+# Of lines in a chart, in their order: five colours, each solid, then dashed and so on, as page.css draws them.
+COLOURS = ("accent", "level1", "level2", "level3", "plain")
+LINE_STYLES = tuple(f"{colour}{dash}" for dash in ("", " dashed", " dotted", " dashdot") for colour in COLOURS)
 PLAY_ALL = """
 () => document.querySelectorAll("#samples video").forEach((v) => { v.pause(); v.currentTime = 0; v.play(); })
 """
@@ -153,15 +154,18 @@ def charts_html(folder: Path, names: Sequence[str]) -> str:
     found = {runs.NUMBERS[key]: (points[key], "run") for key in ("loss", "lr")}
     found["validation loss"] = (runs.validation_curves(folder, names), "line")
     found |= {runs.NUMBERS[key]: (points[key], "run") for key in ("seconds", "memory_gib")}
-    made = [line_chart(title, _lines(rows, by), "step", "") for title, (rows, by) in found.items() if rows]
+    # A run has one style in all charts, also where another one has nothing to draw.
+    order = [Path(name).name for name in names] if len(names) > 1 else []
+    made = [line_chart(title, _lines(rows, by, order), "step", "") for title, (rows, by) in found.items() if rows]
     return f'<div class="charts">{"".join(made)}</div>' if made else ""
 
 
-def _lines(points: Sequence[dict[str, Any]], by: str) -> list[Line]:
+def _lines(points: Sequence[dict[str, Any]], by: str, order: Sequence[str]) -> list[Line]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         lines.setdefault(point[by], []).append((point["step"], point["value"]))
-    return [Line(name, LINE_STYLES[i % len(LINE_STYLES)], rows) for i, (name, rows) in enumerate(lines.items())]
+    places = {name: place for place, name in enumerate(order or lines)}
+    return [Line(name, LINE_STYLES[places[name] % len(LINE_STYLES)], rows) for name, rows in lines.items()]
 
 
 def figures_html(folder: Path, names: Sequence[str]) -> str:
