@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mochi_tune.data.parts import PartsFolder
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.tasks import ClipTask, Job, Task, Worker
+from mochi_tune.data_prep.watched import interrupts_wait
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.device import find_device
 
@@ -165,9 +166,10 @@ class ProcessPool(Pool):
             ours, theirs = context.Pipe()
             arguments = (theirs, self._job, slot, os.getpid())
             process = context.Process(target=_serve, args=arguments, name=f"encoder-{slot}")
-            process.start()
-            theirs.close()
-            self._workers[slot] = process, ours
+            with interrupts_wait():
+                process.start()
+                theirs.close()
+                self._workers[slot] = process, ours
         # If it has just died, the missing answer will say so.
         with contextlib.suppress(ConnectionError):
             self._workers[slot][1].send((task, ahead))

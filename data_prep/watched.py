@@ -28,15 +28,24 @@ def child_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     # PyAV before decord, which brings libraries of other versions under the same names.
     context.set_forkserver_preload(["av", "mochi_tune.data_prep.clips"])
-    # While it imports, a Ctrl-C would end it with a traceback: it inherits that this signal waits, as its children do,
-    # who ignore it. The tracker is started first, as it lets the signal through again.
+    with interrupts_wait():
+        forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Makes a Ctrl-C wait, here and in processes that are started within, and in their children, for good.
+
+    While such a process imports, it would end it with a traceback; then it ignores it.
+    """
+    # Started first, as it lets the signal through again.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
 
 
 class WatchedProcess:
