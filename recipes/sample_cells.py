@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -343,6 +344,7 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
     """
     usage = Usage(find_device(config.device), write_line)
     renderer, plan = CellRenderer(config, cells, usage), cells[0].plan
+    trouble: Exception | None = None
     if unsampled := [cell for cell in cells if not cell.latents.exists()]:
         held = plan.held(renderer.choose_residency(), DTYPES[config.model.dtype].itemsize)
         with usage.stage("text"):
@@ -355,7 +357,16 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
                             renderer.sample(cell, features, f"{number}/{len(unsampled)}", lambda: stop.received)
                 except Interrupted:
                     write_line(f"stopped: {number - 1} of {len(unsampled)} are kept; the same command goes on")
-                    raise KeyboardInterrupt from None
+                    # With the exit code: a job that its scheduler ended is put back into the queue.
+                    raise KeyboardInterrupt(128 + stop.received) from None
+                except Exception as error:
+                    if number == 1:
+                        raise
+                    trouble = error
+                    write_line(f"video {number} of {len(unsampled)} failed; those before it come, then the error")
+                    # The model is in the error's frames.
+                    traceback.clear_frames(error.__traceback__)
+                    break
     with usage.stage("decode"):
         for cell in tqdm(cells, "decode", leave=False):
             with claimed(cell) as is_mine:
@@ -365,3 +376,5 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
             if is_due:
                 yield cell.request.video
     renderer.free()
+    if trouble is not None:
+        raise trouble

@@ -105,12 +105,15 @@ def _waiting(function: BlockFunction, policy: str, inputs: "HostInputs") -> Bloc
             x = inputs.get(number)
         return function(block, x, *others)
 
+    # Here, and not at each call: a compiled block could not be traced through what is kept with a function.
+    checkpointed = _checkpointed(from_host, policy)
+
     def waiting(block: nn.Module, x: Tensor, *others: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(block, x, *others)
         number = inputs.put(x)
         # The graph of this pass hangs on x; the recomputation gets a copy that only takes its place.
-        out = _checkpointed(from_host, policy)(block, number, *others)
+        out = checkpointed(block, number, *others)
         inputs.send(number)
         return out
 

@@ -87,10 +87,12 @@ def test_a_ctrl_c_keeps_what_is_finished(folder):
     assert len(read_frames(video)) == 37
 
 
-def test_one_process_that_is_asked_to_stop_says_by_which_signal(folder):
-    arguments = [a for a in settings(folder, "terminated", {}) if "num_processes" not in a]
-    program = Program(["sample", "conf=toy_lora", *arguments, *LONG], folder / "terminated.log")
-    program.wait_until(lambda: "noise" in program.err)
+@pytest.mark.parametrize(("more", "bar"), [((), "noise"), (("parallel.shard=1/1",), "1/2:")])
+def test_one_process_that_is_asked_to_stop_says_by_which_signal(folder, more, bar):
+    name = f"terminated_{len(more)}"
+    arguments = [a for a in settings(folder, name, {}) if "num_processes" not in a]
+    program = Program(["sample", "conf=toy_lora", *arguments, *LONG, *more], folder / f"{name}.log")
+    program.wait_until(lambda: bar in program.err)
     time.sleep(0.5)
     program.send(signal.SIGTERM)
     assert program.wait() == 128 + signal.SIGTERM and program.err.splitlines()[-1] == "mochi-tune: interrupted"

@@ -75,6 +75,17 @@ def test_inputs_wait_for_blocks_that_train_nothing_of_the_visual_stream():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("policy", ["block", "attention"])
+def test_inputs_wait_for_blocks_that_stay_on_the_device_and_are_compiled(policy):
+    plain, dit, lines = build(), build(), []
+    apply_activation_checkpointing(dit, [policy] * 3, HostInputs(torch.device("cpu")))
+    apply_compilation(dit, lines.append, backend="aot_eager")
+    for case in ({}, {"text_length": 0}, {"lengths": [5, 2]}):
+        for ours, theirs in zip(step(dit, **case), step(plain, **case), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    assert lines == []
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_feed_forward_layers_in_slices_give_the_same_numbers(policy):
     plain, dit = build(dropout=0.0), build(dropout=0.0)

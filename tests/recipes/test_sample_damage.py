@@ -43,15 +43,16 @@ def test_numbers_that_are_not_finite_become_no_video(tmp_path, recipe, path, nam
     assert not list(tmp_path.rglob("*.mp4")) and not list((tmp_path / "run").rglob("*.safetensors"))
 
 
-def test_an_error_in_a_later_video_leaves_those_before_it(tmp_path, capsys):
+@pytest.mark.parametrize("more", [(), ("sample.grid=true",), ("parallel.shard=1/1",)])
+def test_an_error_in_a_later_video_leaves_those_before_it(tmp_path, capsys, more):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a red ball"}\n{"prompt": "a cat", "guidance": 1e38}\n')
-    config = load_config("my_lora", road(tmp_path / "run", f"sample.prompts={tmp_path / 'p.jsonl'}", "sample.steps=2"))
+    settings = (f"sample.prompts={tmp_path / 'p.jsonl'}", "sample.steps=2", *more)
     videos = []
     with pytest.raises(CheckpointError, match="the latents are not finite"):
-        for video in sample.main(config):
+        for video in (sample_grid if more else sample).main(load_config("my_lora", road(tmp_path / "run", *settings))):
             videos.append(video)
     assert len(videos) == 1 and len(read_frames(videos[0])) == 7 and videos[0].with_suffix(".json").exists()
-    assert "video 2 of 2 failed; those before it are written" in capsys.readouterr().err
+    assert "video 2 of 2 failed; those before it " in capsys.readouterr().err
 
 
 def test_features_that_are_not_finite_are_not_taken_from_the_cache(tmp_path):
