@@ -164,6 +164,9 @@ def undo(settings: Filter) -> int:
     with only_process(settings.report, "filter"):
         finish_moves(table)
         rows = read_moved(table)
+        if not rows and table.exists():
+            tqdm.write(f"{table} lists no moved file any more: all are back")
+            return 0
         if not rows:
             raise DataError(f"{table} lists no moved file: there is nothing to undo.")
         count, absent = undo_moves(table, rows)
@@ -287,7 +290,9 @@ def _move_all(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judg
             num_moved += 1
         except DataError as error:
             problems.append(str(error))
-    tqdm.write(f"{settings.move}: {num_moved} clips were moved there; {table} lists them, undo=true moves them back")
+    if num_moved:
+        were = "clip was" if num_moved == 1 else "clips were"
+        tqdm.write(f"{settings.move}: {num_moved} {were} moved there; {table} lists what was, undo=true moves it back")
     return problems
 
 

@@ -140,7 +140,7 @@ def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str]]:
     """Moves all files of the table back, clips first.
 
     The table keeps the rows of files that are neither at their new place nor at the old one, as of a disk that is not
-    mounted; it is removed when there are none.
+    mounted. It stays when it has no more, and tells that all is undone.
 
     Returns:
         How many files it moved, and where those should be that it has not found.
@@ -156,9 +156,7 @@ def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str]]:
             count += 1
         elif not Path(row.original).exists():
             absent.insert(0, row)
-    if not absent:
-        table.unlink(missing_ok=True)
-    elif len(absent) < len(rows):
+    if len(absent) < len(rows):
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()

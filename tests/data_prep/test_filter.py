@@ -122,8 +122,16 @@ def test_flagged_clips_move_with_their_captions_and_back(copy):
     assert {row.reason for row in read_moved(copy / "videos_filter/moved.csv")} == {
         "border", "black", "blurred", "duplicate", "frozen",
     }  # fmt: skip
-    done = run("filter", "videos=videos", "undo=true", cwd=copy)
-    assert done.returncode == 0 and names_in(copy / "videos") == before
+    for text in ("files were moved back", "all are back"):
+        done = run("filter", "videos=videos", "undo=true", cwd=copy)
+        assert done.returncode == 0 and text in done.stdout and names_in(copy / "videos") == before
+
+
+def test_where_nothing_was_moved_no_move_is_told_and_none_undone(copy):
+    off = [f"{key}=off" for key in ("max_black", "max_frozen", "min_sharpness", "min_motion", "max_border")]
+    arguments = ["filter", "videos=videos", "duplicate_distance=off", *off, "move=true"]
+    done = run(*arguments, cwd=copy, env={"PATH": "/nowhere"})
+    assert done.returncode == 0 and "were moved" not in done.stdout and "undo" not in done.stdout, done.stderr
     done = run("filter", "videos=videos", "undo=true", cwd=copy)
     assert done.returncode == 2 and "there is nothing to undo" in done.stderr and done.stderr.count("\n") == 1
 
@@ -285,7 +293,7 @@ def test_a_project_that_was_moved_or_copied_takes_its_table_along(tmp_path):
         table = root / "videos_filter" / "moved.csv"
         assert undo_moves(table, read_moved(table)) == (2, [])
         assert sorted(path.name for path in (root / "videos").iterdir()) == ["clip.mp4", "clip.txt"]
-        assert not table.exists()
+        assert read_moved(table) == []
 
 
 def test_what_is_not_to_be_found_stays_in_the_table(tmp_path, capsys):
@@ -296,7 +304,7 @@ def test_what_is_not_to_be_found_stays_in_the_table(tmp_path, capsys):
     [row] = read_moved(table)
     assert row.original == str(tmp_path / "videos" / "clip.mp4") and (tmp_path / "videos" / "clip.txt").exists()
     (tmp_path / "elsewhere.mp4").rename(row.moved)
-    assert undo(settings) == 0 and not table.exists() and (tmp_path / "videos" / "clip.mp4").exists()
+    assert undo(settings) == 0 and read_moved(table) == [] and (tmp_path / "videos" / "clip.mp4").exists()
 
 
 def test_a_caption_goes_with_its_clip_however_an_accent_is_written(tmp_path):
