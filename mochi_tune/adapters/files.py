@@ -60,6 +60,7 @@ from mochi_tune.adapters.modelspec import (
     modelspec,
     tensors_sha256,
 )
+from mochi_tune.adapters.other_bases import check_base, note_lookalike, stated_bases
 from mochi_tune.adapters.reading import read_layers
 from mochi_tune.adapters.resolve import find_adapter_file
 from mochi_tune.errors import CheckpointError, ConfigError, printable
@@ -178,11 +179,12 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
         alpha: of all layers of a file that does not state it; without it such a file has alpha = rank.
 
     Raises:
-        CheckpointError: no such file, not safetensors (a pickle is never opened), another kind of adapter, unknown or
+        CheckpointError: no such file, not safetensors (a pickle is never opened), of another model or kind, unknown or
             missing keys, alphas that contradict each other or do not fit, non-finite weights, or nothing but zeros.
     """
     path = find_adapter_file(path)
     trained, metadata, source = read_layers(path, alpha)
+    check_base(f"adapter {path}", stated_bases(metadata, path.parent))
     # What other programs say of a rank and an alpha need not be those of the layers.
     foreign = () if is_ours(metadata) else ("rank", "alpha", "targets")
     carried = {key: value for key, value in metadata.items() if key not in (*_LAYOUT_METADATA, *foreign)}
@@ -194,6 +196,7 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
     layers = {name: kept for name, layer in layers.items() if (kept := drop_padding(layer)).rank}
     if not layers:
         raise CheckpointError(f"adapter {path} holds nothing but zeros, so it changes nothing: use another file.")
+    note_lookalike(f"adapter {path}", metadata, layers)
     used = trained if is_split(trained) else layers
     return Adapter(layers, {**_describe(layers, used), **carried}, path, source)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG
 from mochi_tune.adapters.hub import TIMEOUT_SECONDS, one_line
+from mochi_tune.adapters.other_bases import check_base, hub_bases
 from mochi_tune.errors import CheckpointError, some
 
 HUB = "hub:"
@@ -24,7 +25,8 @@ def find_adapter_file(name: Path | str, endpoint: str | None = None) -> Path:
         endpoint: address of the hub; huggingface_hub's default where it is None.
 
     Raises:
-        CheckpointError: a folder has no adapter or several, or the hub has no such file or is not reached.
+        CheckpointError: a folder has no adapter or several, or the hub has no such file or is not reached, or says that
+            the file is another model's.
     """
     if str(name).startswith(HUB):
         return _fetch(str(name), endpoint)
@@ -70,6 +72,7 @@ def _fetch(name: str, endpoint: str | None) -> Path:
     api = HfApi(endpoint=endpoint)
     try:
         info = api.model_info(repo, revision=revision, timeout=TIMEOUT_SECONDS)
+        check_base(f"adapter {name}", hub_bases(info.tags))
         listed = [entry.rfilename for entry in info.siblings or []]
         file = _file_in_repo(name, inner, listed)
         folder = Path(file).parent

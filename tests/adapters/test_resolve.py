@@ -27,6 +27,7 @@ REPOS = {
         "peft/adapter_config.json": CONFIG,
     },
     "someone/none": {"README.md": b"x"},
+    "someone/cog": {"pytorch_lora_weights.safetensors": WEIGHTS},
 }  # fmt: skip
 
 
@@ -60,8 +61,9 @@ class Hub(LocalServer):
                     hub.fetched += [file] if self.command == "GET" else []
                     etag = hashlib.sha256(content).hexdigest()
                     return self.answer(200, content, **{"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-                entries = [{"rfilename": name} for name in REPOS[repo]]
-                return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": entries}).encode())
+                listed = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in REPOS[repo]]}
+                listed["tags"] = ["lora", "base_model:THUDM/CogVideoX-5b"] if repo == "someone/cog" else ["lora"]
+                return self.answer(200, json.dumps(listed).encode())
 
             def answer(self, status, body=b"", **headers):
                 self.send_response(status)
@@ -130,6 +132,9 @@ def test_what_the_hub_lacks_is_told_in_one_line(hub, monkeypatch):
     )
     assert "has no .safetensors file" in refused("hub:someone/none", hub)
     assert "has no .safetensors file" in refused("hub:someone/one/folder", hub)
+    assert "is one of CogVideoX, its page on the hub, of THUDM/CogVideoX-5b, says CogVideoX-5b: use" in refused(
+        "hub:someone/cog", hub
+    )
     for name in ("hub:", "hub:one", "hub:someone/one@", "hub:some one/x"):
         assert "write hub:OWNER/NAME" in refused(name, hub)
     assert hub.fetched == []
