@@ -12,7 +12,7 @@ from mochi_tune.ui import html
 from mochi_tune.ui.confs import Form, videos_of
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm
-from mochi_tune.ui.jobs import add_job, list_jobs
+from mochi_tune.ui.jobs import add_job, ended_jobs
 from mochi_tune.ui.jobs_bar import said_of
 
 # The settings that have a field, by verb: title, default and meaning. docs/footage.md has the others.
@@ -147,7 +147,7 @@ def look_at_footage(folder: Path) -> list[Any]:
     """Returns what tells whether the links are to be drawn anew; in deeper folders, that a job has ended."""
     patterns = ("*_split/scenes*", "*_filter/*.*", "*/describe.jsonl")
     files = sorted(str(path) for pattern in patterns for path in folder.glob(pattern))
-    return [files, [job.number for job in list_jobs(folder) if job.ended]]
+    return [files, ended_jobs(folder)]
 
 
 def links_html(folder: Path, form: Form) -> str:

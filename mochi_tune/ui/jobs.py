@@ -91,6 +91,11 @@ def list_jobs(folder: Path) -> list[Job]:
     return found
 
 
+def ended_jobs(folder: Path) -> list[int]:
+    """Returns the numbers of the jobs that have ended, which tells whether there may be other files than before."""
+    return [job.number for job in list_jobs(folder) if job.ended]
+
+
 def find_job(folder: Path, number: int) -> Job:
     """Returns a job.
 

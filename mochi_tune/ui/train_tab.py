@@ -14,7 +14,7 @@ from mochi_tune.ui import html, runs
 from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm, settings_reference
-from mochi_tune.ui.jobs import add_job
+from mochi_tune.ui.jobs import add_job, ended_jobs
 from mochi_tune.ui.jobs_bar import said_of
 from mochi_tune.ui.plan import foretell, known_cards, likely_card
 from mochi_tune.ui.posters import posters
@@ -77,8 +77,10 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         return said_of(add)
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
+    # The plan counts the clips, which `prepare` and others change.
+    events = [*(each.change for each in (*form.inputs, card)), form.news.of(ended_jobs)]
     gr.on(
-        [each.change for each in (*form.inputs, card)], check, [card, *form.inputs], [message, plan],
+        events, check, [card, *form.inputs], [message, plan],
         trigger_mode="always_last", concurrency_limit=1, **quiet,
     )  # fmt: skip
     save.click(save_only, [form.replaces, *form.inputs], said, **quiet)

@@ -116,6 +116,8 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora_tiny").is_dir()
     for each in (first, page):
         says(each, "#jobs_table", "running")
+    # It was filled in while the clips were prepared.
+    says(first, "#plan", "3 in cache/my_lora_tiny")
     first.close()
     show(page, "Train")
     says(page, "#figures", "my_lora_tiny trains")

@@ -1,4 +1,4 @@
-"""The charts of runs that are drawn over one another: each run can be told from the others."""
+"""What the tab Train draws, and when: the charts of runs that can be told apart, and the plan."""
 
 import json
 import re
@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("gradio")
 
 from mochi_tune.ui import train_tab
+from mochi_tune.ui.jobs import Job, changing, save_job
+from mochi_tune.ui.page import build_page
 from mochi_tune.ui.train_tab import charts_html
 
 
@@ -30,3 +32,22 @@ def test_runs_over_one_another_look_different_and_each_the_same_in_all_charts(tm
     looks = (Path(train_tab.__file__).parent / "page.css").read_text()
     for word in {word for style in styles for word in style.split()[1:]}:
         assert f".charts polyline.{word} {{" in looks and f".charts .legend .{word} {{" in looks
+
+
+def test_the_plan_is_drawn_anew_when_a_job_has_ended(tmp_path):
+    events = list(build_page(tmp_path).fns.values())
+    look = next(each for each in events if each.targets[0][1] == "tick")
+    plan = next(each for each in events if each.api_name == "check")
+    assert look.fn
+
+    def changed(before, after):
+        parts = zip(look.outputs, before, after, strict=True)
+        return {part._id for part, old, new in parts if old != new} & {target for target, _ in plan.targets}
+
+    seen = [look.fn()]
+    for job in (Job(1, "prepare", state="running", began=1.0), Job(1, "prepare", state="done", began=1.0, ended=2.0)):
+        with changing(tmp_path):
+            save_job(tmp_path, job)
+        seen.append(look.fn())
+    # While it runs, nothing is foretold again and again.
+    assert not changed(*seen[:2]) and len(changed(*seen[1:])) == 1
