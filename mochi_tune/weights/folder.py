@@ -129,19 +129,22 @@ class WeightsFolder:
         """Identifies the DiT that an adapter belongs to, in every layout and float dtype of its weights.
 
         It is the sha256 of the first row of each block's visual queries, rounded to bf16, so that no large file is
-        read. What a file has rounded to fp16 or fp8 is another number, and has its dtype in front: such identities are
-        compared among themselves alone, see `check_adapter`.
+        read. What a file has rounded to fp16 or fp8 is another number, and has its dtype in front, "F8_E4M3", or
+        "F8_E4M3x40" where so many blocks are: such identities are compared among themselves alone, see
+        `check_adapter`.
 
         Raises:
             CheckpointError: as `load_dit`.
         """
         plan = self._plan("dit")
-        digest, dtype = hashlib.sha256(), ""
+        digest, rounded = hashlib.sha256(), Counter[str]()
         for block in range(plan.config.depth):
             header = plan.headers[plan.mapping[f"blocks.{block}.attn.qkv_x.weight"].names[0]]
-            dtype = dtype or header.dtype
+            rounded[header.dtype] += header.dtype not in ("F32", "BF16")
             digest.update(_first_row(header).view(torch.int16).numpy().tobytes())
-        return digest.hexdigest() if dtype in ("F32", "BF16") else f"{dtype}:{digest.hexdigest()}"
+        # Files of fp8 may have some blocks in bf16, and so other numbers than those that have none.
+        dtypes = [name if n == plan.config.depth else f"{name}x{n}" for name, n in sorted(rounded.items()) if n]
+        return ":".join(["+".join(dtypes), digest.hexdigest()] if dtypes else [digest.hexdigest()])
 
     def load_dit(
         self,
