@@ -104,7 +104,7 @@ def find_films(split: Split) -> dict[str, Path]:
     """Returns the films by their path in the folder of footage, or by their name.
 
     Raises:
-        ConfigError: the clips would lie in the footage, and be split again.
+        ConfigError: the clips would lie in the footage, and be split again; or a film among them, and be taken as one.
         DataError: there is no footage.
     """
     footage, out = split.footage, split.out
@@ -113,6 +113,10 @@ def find_films(split: Split) -> dict[str, Path]:
             raise DataError(f"in={footage} does not exist: name a film or a folder of films.")
         if footage.suffix.lower() not in VIDEO_SUFFIXES:
             raise DataError(f"in={footage} is no video that is known: use {' '.join(VIDEO_SUFFIXES)}.")
+        if out.resolve() in (folder := footage.parent.resolve(), *folder.parents):
+            raise ConfigError(
+                f"in={footage} is in the folder of the clips, out={out}, and would be taken as one: use another folder."
+            )
         return {footage.name: footage}
     if footage.resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"out={out} is in the footage, in={footage}, and would be split again: use another folder.")

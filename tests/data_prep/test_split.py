@@ -183,6 +183,8 @@ def test_a_film_that_was_changed_is_refused(copy):
         (["in=text.txt"], "in=text.txt is no video that is known"),
         (["in=videos_split"], "in=videos_split holds no video"),
         (["out=footage/below"], "is in the footage"),
+        (["in=footage/film.mp4", "out=footage"], "in=footage/film.mp4 is in the folder of the clips, out=footage"),
+        (["in=footage/film.mp4", "out=."], "in=footage/film.mp4 is in the folder of the clips, out=."),
         (["margin_seconds=0.5"], "scenes.csv was made with margin_seconds=0.0, now margin_seconds=0.5"),
         (["detector=neural"], "detector=neural is not possible"),
         (["min_seconds=9"], "max_seconds=6 is less than min_seconds=9"),
