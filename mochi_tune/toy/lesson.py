@@ -59,7 +59,12 @@ def write_lesson(folder: Path, seed: int, fps: int = FPS, replaces: bool = False
     videos = [folder / f"{name}.mp4" for name in names]
     there = [path for video in videos for path in (video, video.with_suffix(".txt")) if os.path.lexists(path)]
     if there and not replaces:
-        raise ConfigError(f"{there[0]} is there already: use the clips of {folder} as they are, or another out=.")
+        advice = f": use the clips of {folder} as they are, or another out=."
+        if len(there) < 2 * len(videos):
+            # It was broken off, or these are other files of these names.
+            lacks = f"{2 * len(videos) - len(there)} of {2 * len(videos)} files"
+            advice = f", and {folder} is incomplete, it lacks {lacks}: use another out=, or remove that folder."
+        raise ConfigError(f"{there[0]} is there already{advice}")
     drawn = draw_clips(taught, keyed_generator(seed, "lesson"), fps)
     for video, words, frames in zip(videos, taught, drawn, strict=True):
         write_video(video, [frames], fps=fps)

@@ -3,7 +3,7 @@ import torch
 from helpers_process import run
 
 from mochi_tune.data_prep.clips import Cut, decode_clip
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.toy.lesson import asked_words, lesson_words, run_verb, write_lesson
 from mochi_tune.toy.measure import see
 from mochi_tune.toy.world import BACKGROUNDS, COLOURS, HEIGHT, NEW_WORD, NUM_FRAMES, SHAPES, WIDTH, split_words
@@ -48,6 +48,18 @@ def test_clips_and_captions_that_are_there_are_not_replaced(tmp_path):
     videos[3].write_text("half a video")
     write_lesson(tmp_path, seed=1, replaces=True)
     assert videos[3].read_bytes() == before and len(list(tmp_path.iterdir())) == 48
+
+
+def test_a_folder_that_was_broken_off_is_not_told_to_be_used_as_it_is(tmp_path):
+    videos = write_lesson(tmp_path, seed=1)
+    with pytest.raises(ConfigError, match=r"is there already: use the clips of \S+ as they are, or another out=\.$"):
+        write_lesson(tmp_path, seed=1)
+    for path in [videos[-1].with_suffix(".txt"), *videos[9:]]:
+        path.unlink()
+    with pytest.raises(ConfigError) as caught:
+        write_lesson(tmp_path, seed=1)
+    rest = f"{tmp_path} is incomplete, it lacks 16 of 48 files: use another out=, or remove that folder."
+    assert str(caught.value) == f"{videos[0]} is there already, and {rest}"
 
 
 def test_a_verb_that_fails_ends_the_story_and_says_where_the_rest_is(tmp_path):
