@@ -33,7 +33,9 @@ REPOS = {
 
 class Hub(LocalServer):
     def __init__(self):
-        self.fetched = []
+        self.fetched, self.commit = [], COMMIT
+        # Of "resolve", for files, or "revision", for their list: what it answers instead.
+        self.failures = {}
         super().__init__(self.handler())
 
     def handler(hub):
@@ -52,6 +54,8 @@ class Hub(LocalServer):
                     return self.answer(404, **{"X-Error-Code": "RepoNotFound"})
                 kind, _, inner = rest.partition("/")
                 revision, _, file = inner.partition("/")
+                if kind in hub.failures:
+                    return self.answer(*hub.failures[kind])
                 if revision not in ("main", "v1", COMMIT):
                     return self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
                 if kind == "resolve":
@@ -60,8 +64,8 @@ class Hub(LocalServer):
                     content = REPOS[repo][file]
                     hub.fetched += [file] if self.command == "GET" else []
                     etag = hashlib.sha256(content).hexdigest()
-                    return self.answer(200, content, **{"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-                listed = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in REPOS[repo]]}
+                    return self.answer(200, content, **{"ETag": f'"{etag}"', "X-Repo-Commit": hub.commit})
+                listed = {"id": repo, "sha": hub.commit, "siblings": [{"rfilename": name} for name in REPOS[repo]]}
                 listed["tags"] = ["lora", "base_model:THUDM/CogVideoX-5b"] if repo == "someone/cog" else ["lora"]
                 return self.answer(200, json.dumps(listed).encode())
 
@@ -126,7 +130,9 @@ def test_the_adapter_and_the_config_beside_it_are_fetched_once_and_work_offline(
 def test_what_the_hub_lacks_is_told_in_one_line(hub, monkeypatch):
     assert "no such repository" in refused("hub:someone/nowhere", hub)
     assert "no such repository, revision" in refused("hub:someone/one@v9", hub)
-    assert "there is no x.safetensors, there is pytorch_lora" in refused("hub:someone/one/x.safetensors", hub)
+    assert "has no x.safetensors, it has pytorch_lora_weights.safetensors: name one that it has" in refused(
+        "hub:someone/one/x.safetensors", hub
+    )
     assert "has several adapters, step_100.safetensors, step_200.safetensors: name the file" in refused(
         "hub:someone/many", hub
     )
@@ -151,6 +157,50 @@ def test_a_hub_that_takes_a_connection_and_never_answers_is_as_one_that_is_not_r
         assert find_adapter_file("hub:someone/one", address) == cached
         with pytest.raises(CheckpointError, match=r"the hub is not reached \(.*timed out.*its cache has no such"):
             find_adapter_file("hub:someone/peft", address)
+
+
+@pytest.mark.parametrize("answer", [(500,), (503,), (429,), (200, b"<html>Log in</html>")])
+def test_the_cached_commit_is_told_where_the_hub_fails(hub, capsys, answer):
+    cached = find_adapter_file("hub:someone/peft", hub.address)
+    hub.commit, hub.failures = "d" * 40, {"revision": answer}
+    assert find_adapter_file("hub:someone/peft", hub.address) == cached
+    [line] = capsys.readouterr().err.splitlines()
+    assert "adapter hub:someone/peft: the hub is not reached (" in line
+    assert line.endswith("): the cached commit cccccccccccc is used")
+    assert f"{answer[0]}" in line or "what a login page or a proxy may send" in line
+    missing = refused("hub:someone/peft/other.safetensors", hub)
+    assert "the hub is not reached (" in missing
+    assert "and its cache has no other.safetensors, it has adapter_model.safetensors: name one" in missing
+    # A commit cannot have changed.
+    find_adapter_file(f"hub:someone/peft@{COMMIT}", hub.address)
+    assert not capsys.readouterr().err
+
+
+def test_a_hub_that_lists_a_new_commit_and_fails_to_send_it_is_told(hub, capsys):
+    cached = find_adapter_file("hub:someone/one", hub.address)
+    hub.commit, hub.failures = "d" * 40, {"resolve": (500,)}
+    assert find_adapter_file("hub:someone/one", hub.address) == cached
+    [line] = capsys.readouterr().err.splitlines()
+    assert "the hub has the commit dddddddddddd, and does not give its files now: the cached commit cccc" in line
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_hub_that_refuses_is_not_answered_from_the_cache(hub, status):
+    find_adapter_file("hub:someone/one", hub.address)
+    hub.failures = {"revision": (status,)}
+    assert "log in with `hf auth login`" in refused("hub:someone/one", hub)
+
+
+def test_a_config_that_the_cache_may_lack_is_told(hub, capsys):
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download("someone/peft", "adapter_model.safetensors", endpoint=hub.address)
+    hub.failures = {"revision": (503,)}
+    assert load_adapter(find_adapter_file("hub:someone/peft", hub.address)).layers["blocks.0.attn.proj_x"].alpha == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert (
+        "is used without adapter_config.json, and whether the hub has one, which states its alpha, is not known" in line
+    )
 
 
 def test_a_folder(tmp_path):
