@@ -68,6 +68,7 @@ class Inputs:
         signatures: what tells that a file was changed, by its name.
         refused: why a file cannot be used, by its name.
         unused: why a file is not taken, by its name.
+        max_clips: of one video at most; None: any number.
     """
 
     files: dict[str, MediaFile] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class Inputs:
     signatures: dict[str, Signature] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
+    max_clips: int | None = None
 
 
 def find_inputs(data: DataConfig, seed: int) -> Inputs:
@@ -84,7 +86,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
     Raises:
         DataError: a source has no video; clips have no caption; tables that cannot be read.
     """
-    inputs, without, orphans = Inputs(), [], []
+    inputs, without, orphans = Inputs(max_clips=data.max_clips), [], []
     sources = read_sources(data)
     for number, source in enumerate(sources):
         folder = source.folder

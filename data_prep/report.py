@@ -11,6 +11,7 @@ from typing import Any
 
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
+from mochi_tune.data_prep.clips import Cut
 from mochi_tune.data_prep.finding import MADE_HERE, STILL
 from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs, MediaFile
 from mochi_tune.data_prep.windows import num_used_frames
@@ -208,33 +209,57 @@ def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
     total, used = count_footage(inputs, kept)
     if total - used <= MUCH_FOOTAGE * total:
         return []
-    by_name = _footage_by_source(inputs, kept)
-    sources = {file.source.name: file.source for file in inputs.files.values()}
-    left = {name: whole - taken for name, (whole, taken) in by_name.items() if round(whole - taken, 1) > 0}
     # What clips=all leaves over is shorter than a clip.
-    rests = {name: seconds for name, seconds in left.items() if sources[name].clips == "all"}
-    uncut = {name: seconds for name, seconds in left.items() if name not in rests}
+    uncut, rests, most = (_left_by_source(inputs, kept, group) for group in ("uncut", "rest", "most"))
+    sources = {file.source.name: file.source for file in inputs.files.values()}
+    is_one = bool(uncut) + bool(rests) + bool(most) == 1
     changes = []
     if uncut:
         where = f"clips: all of {some(uncut)} in data.sources" if any(uncut) else "data.clips=all"
-        changes.append(f"{where} cuts {f'{sum(uncut.values()):.1f} s' if rests else 'all'} of it")
+        where += " without data.max_clips" if inputs.max_clips else ""
+        changes.append(f"{where} cuts {'all' if is_one else f'{sum(uncut.values()):.1f} s'} of it")
+    if most:
+        amount = "it" if is_one else f"{sum(most.values()):.1f} s of it"
+        changes.append(f"data.max_clips={inputs.max_clips} leaves {amount} out, a higher one cuts more")
     if rests:
         # A bucket for the rests, beside the size that the clips have.
         advice = [sources[name].shorter for name in rests]
         settings = dict.fromkeys(each if "buckets" in each else "shorter buckets in data.buckets" for each in advice)
-        amount = f"{sum(rests.values()):.1f} s of it" if uncut else "it"
+        amount = "it" if is_one else f"{sum(rests.values()):.1f} s of it"
         changes.append(f"{' and '.join(settings)} would take {amount}")
     return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {', '.join(changes)}"]
 
 
+def _left_by_source(inputs: Inputs, kept: Sequence[Row], group: str) -> dict[str, float]:
+    """Returns the seconds that are not used of each source, of the files whose footage is left for one reason.
+
+    Args:
+        inputs: of the run.
+        kept: rows of the clips that are in the cache.
+        group: "most": data.max_clips clips were cut, and there is room for another one; "rest": data.clips=all has cut
+            all others; "uncut": neither.
+    """
+    cuts: dict[str, list[Cut]] = {}
+    for clip in inputs.clips:
+        cuts.setdefault(clip.file.name, []).append(clip.cut)
+    left: dict[str, float] = {}
+    for name, (total, used) in _footage_by_file(inputs, kept).items():
+        source = inputs.files[name].source
+        has_room = round((total - used) * FPS) >= cuts[name][-1].num_frames
+        is_most = source.clips != "head" and len(cuts[name]) == inputs.max_clips and has_room
+        if group == ("most" if is_most else "rest" if source.clips == "all" else "uncut"):
+            left[source.name] = left.get(source.name, 0.0) + total - used
+    return {name: seconds for name, seconds in left.items() if round(seconds, 1) > 0}
+
+
 def count_footage(inputs: Inputs, kept: Sequence[Row]) -> tuple[float, float]:
     """Returns the seconds, as they are played to the model, of all videos with a kept clip, and of them those used."""
-    by_source = _footage_by_source(inputs, kept).values()
-    return sum(total for total, _ in by_source), sum(used for _, used in by_source)
+    by_file = _footage_by_file(inputs, kept).values()
+    return sum(total for total, _ in by_file), sum(used for _, used in by_file)
 
 
-def _footage_by_source(inputs: Inputs, kept: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Returns what `count_footage` counts, by the name of the source."""
+def _footage_by_file(inputs: Inputs, kept: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Returns what `count_footage` counts, by the name of the video."""
     names = {row.sample_id for row in kept}
     by_file: dict[str, list[Clip]] = {}
     for clip in inputs.clips:
@@ -242,12 +267,10 @@ def _footage_by_source(inputs: Inputs, kept: Sequence[Row]) -> dict[str, tuple[f
             by_file.setdefault(clip.file.name, []).append(clip)
     found: dict[str, tuple[float, float]] = {}
     for name, clips in by_file.items():
-        scan, source = inputs.scans[name], clips[0].file.source.name
+        scan = inputs.scans[name]
         if not scan.is_still:
             frames = scan.num_source_frames if clips[0].cut.frame_rate == "retime" else scan.num_frames
-            total, used = found.get(source, (0.0, 0.0))
-            own = min(num_used_frames([clip.cut for clip in clips]), frames)
-            found[source] = total + frames / FPS, used + own / FPS
+            found[name] = frames / FPS, min(num_used_frames([clip.cut for clip in clips]), frames) / FPS
     return found
 
 

@@ -90,19 +90,29 @@ def test_a_clip_that_is_too_short_names_the_setting_that_decides(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("modes", "advice"),
+    ("modes", "most", "advice"),
     [
         (
             ("all", "head"),
+            None,
             "clips: all of b in data.sources cuts 0.9 s of it, shorter buckets in data.buckets would take 0.2 s of it",
         ),
-        (("all", "all"), "shorter buckets in data.buckets would take it"),
-        (("head", "head"), "clips: all of a, b in data.sources cuts all of it"),
+        (("all", "all"), None, "shorter buckets in data.buckets would take it"),
+        (("head", "head"), None, "clips: all of a, b in data.sources cuts all of it"),
+        (("head", "head"), 9, "clips: all of a, b in data.sources without data.max_clips cuts all of it"),
+        (("all", "all"), 1, "data.max_clips=1 leaves it out, a higher one cuts more"),
+        # Two of them fill a but for 7 frames, and b but for 14.
+        (
+            ("uniform", "all"),
+            2,
+            "clips: all of a in data.sources without data.max_clips cuts 0.2 s of it, data.max_clips=2 leaves 0.5 s of "
+            "it out, a higher one cuts more",
+        ),
     ],
 )
-def test_what_would_use_the_footage_is_told_by_source(tmp_path, capsys, modes, advice):
+def test_what_would_use_the_footage_is_told_by_source(tmp_path, capsys, modes, most, advice):
     write_clip(tmp_path / "a" / "one.mp4", 33)
     write_clip(tmp_path / "b" / "two.mp4", 40)
     sources = [{"folder": str(tmp_path / name), "clips": mode} for name, mode in zip("ab", modes, strict=True)]
-    assert main(config_for(tmp_path, sources=sources, buckets=[[13, 32, 48]])) == 0
+    assert main(config_for(tmp_path, sources=sources, buckets=[[13, 32, 48]], max_clips=most)) == 0
     assert f"s of footage are not used; {advice}\n" in capsys.readouterr().out
