@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import format_bytes
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
-from mochi_tune.models.text_encoder import TextEncoder, load_tokenizer
+from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder, Encoder
 from mochi_tune.weights.configs import read_diffusers_config, read_official_config
 from mochi_tune.weights.files import (
@@ -36,7 +36,7 @@ from mochi_tune.weights.paths import WeightsPaths
 from mochi_tune.weights.quantized import read_formats, read_scale, read_tensor, take_scales
 from mochi_tune.weights.single_files import take_part
 from mochi_tune.weights.t5 import build_t5, keep_encoder, read_t5_config, t5_shapes
-from mochi_tune.weights.tokenizer import check_tokenizer
+from mochi_tune.weights.tokenizer import check_tokenizer, open_tokenizer
 
 
 class WeightsFolder:
@@ -198,7 +198,7 @@ class WeightsFolder:
         """
         folder = require_tokenizer(self.paths)
         try:
-            return load_tokenizer(folder)
+            return open_tokenizer(folder)
         # The tokenizers' library raises Exception itself.
         except Exception as error:
             reason = " ".join(str(error).split())[:200]

@@ -1,9 +1,11 @@
 """The tokenizer's files: checked without the library that reads them, which takes any of them in silence."""
 
 from pathlib import Path
+from typing import Any
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import name_stand_in, read_json
+from mochi_tune.models.text_encoder import load_tokenizer
 
 # The ids 0, 1 and 2 of every T5.
 FIRST_TOKENS = ["<pad>", "</s>", "<unk>"]
@@ -36,6 +38,15 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
                 f"{path} is not this T5's tokenizer: it has {has}, and T5 has at most {vocab_size}, from "
                 f"{' '.join(FIRST_TOKENS)} on. Use the tokenizer that belongs to the T5."
             )
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Loads T5's tokenizer, also of spiece.model alone, in which transformers does not know it for T5's."""
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return load_tokenizer(folder)
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _unigram_tokens(values: dict) -> list[str]:
