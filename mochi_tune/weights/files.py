@@ -21,7 +21,7 @@ from typing import Literal
 
 from mochi_tune.errors import CheckpointError, some
 from mochi_tune.files import file_sha256, parse_object, read_json
-from mochi_tune.weights.headers import read_header
+from mochi_tune.weights.headers import PICKLES, read_header
 from mochi_tune.weights.paths import PART_NAMES, SETTINGS, WeightsPaths
 from mochi_tune.weights.single_files import find_prefixes, find_single_files
 
@@ -67,7 +67,8 @@ class PartFiles:
     @property
     def where(self) -> Path:
         """The file, or the folder of the shards, for errors."""
-        return self.shards[0] if self.naming == "official" and len(self.shards) == 1 else self.config.parent
+        is_file = self.is_single or (self.naming == "official" and len(self.shards) == 1)
+        return self.shards[0] if is_file else self.config.parent
 
 
 def find_part(paths: WeightsPaths, part: str, fits: Callable[[PartFiles], bool]) -> PartFiles:
@@ -184,6 +185,10 @@ def find_shards(folder: Path, stem: str, variant: str | None = None) -> list[Pat
     if not heads:
         names = f"{stem}.safetensors" if variant is None else candidates[0].name
         advice = "run `mochi-tune weights pull`, or copy it again" if variant is None else "leave model.variant out"
+        beside = sorted(path.name for path in folder.glob("*") if path.suffix in (*PICKLES, ".gguf", ".h5", ".msgpack"))
+        if beside and variant is None:
+            advice = "name the folder of the same model as safetensors, or run `mochi-tune weights pull`"
+            raise CheckpointError(f"{folder} has {some(beside)}, and safetensors files alone are read: {advice}.")
         raise CheckpointError(f"{folder} has neither {names} nor its shards' index: {advice}.")
     problem = None
     for head in heads:

@@ -14,6 +14,8 @@ from mochi_tune.weights.unchanged import FileStamp
 
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 FLOAT_DTYPES = ("F32", "BF16", "F16", *FP8_DTYPES)
+# How files that can run code when they are opened are named.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class TensorHeader(NamedTuple):
@@ -56,7 +58,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     """Returns a file's tensors by name; opening it checks that it is as long as its header says.
 
     Raises:
-        CheckpointError: not a complete safetensors file.
+        CheckpointError: not a complete safetensors file, or one of another format.
     """
     try:
         stamp = FileStamp.of(path)
@@ -67,10 +69,29 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
                 name: TensorHeader(path, name, tuple(s.get_shape()), s.get_dtype(), stamp) for name, s in slices.items()
             }
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if kind := _name_other_format(path):
+            raise CheckpointError(
+                f"{path} is {kind}, which is not read: name the same weights as safetensors, or fetch them by "
+                "`mochi-tune weights pull`."
+            ) from error
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} is not a complete safetensors file ({reason}): delete it and fetch it again."
         ) from error
+
+
+def _name_other_format(path: Path) -> str:
+    """Says what a good file of another format is, with an article; "" where it is none that is known."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"GGUF":
+        return "a GGUF file"
+    # PyTorch's are zip archives of a pickle, its old ones begin with the pickle itself.
+    if start == b"PK\x03\x04" or (path.suffix in PICKLES and start[:1] == b"\x80"):
+        return "a pickle of PyTorch"
+    return ""
 
 
 def check_tensors(
