@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 
+# Tabs, and what may end a line.
+BREAKS = "\t\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"
+
 
 class MochiTuneError(Exception):
     """A user's mistake in one line; the command line prints it without a traceback and exits with 2."""
@@ -31,8 +34,11 @@ class ParallelError(MochiTuneError):
 
 
 def printable(text: str) -> str:
-    """Returns a text of a foreign file as a terminal may have it: escape sequences are written out, as "\\x1b"."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+    """Returns a text of a foreign file in a line, as a terminal may have it.
+
+    Escape sequences are written out, as "\\x1b", and spaces that look like the common one, as "\\u202f".
+    """
+    return "".join(c if c.isprintable() else " " if c in BREAKS else ascii(c)[1:-1] for c in text)
 
 
 def some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:

@@ -48,7 +48,7 @@ from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_lay
 from mochi_tune.parallel.modulation import HostModulation
 from mochi_tune.recipes.bench import make_step
 from mochi_tune.recipes.measuring import timed
-from mochi_tune.sampling.requests import sampler_settings
+from mochi_tune.sampling.requests import read_rows, sampler_settings
 from mochi_tune.training.checkpoint import steps_to_keep
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream
 from mochi_tune.training.preflight import (
@@ -242,8 +242,9 @@ def rendering_layout(config: RunConfig, dit: DiTConfig, num_tokens: int, card: C
     is_guided = any(scale != 1 for scale in sampler_settings(sample).scales)
     # A file of prompts may not be there yet.
     prompts = Path(sample.prompts) if sample.prompts else None
-    count = 1 if prompts is None or not prompts.is_file() else len(prompts.read_bytes().split(b"\n"))
-    videos = Videos(count * len(sample.seeds or [0]), num_tokens, is_guided)
+    rows = [row for _, row in read_rows(prompts)] if prompts is not None and prompts.is_file() else [{}]
+    count = sum(1 if "seed" in row else len(sample.seeds or [0]) for row in rows)
+    videos = Videos(count, num_tokens, is_guided)
     try:
         layout = choose_layout(parallel.num_processes, dit, videos, asked, card)
     except ParallelError as error:
@@ -358,13 +359,8 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
         return 0, f"none yet in {where}, so assumed, for sizes and times alone: each {largest}", shares, 1.0
     if any(source.clips != "head" for source in sources):
         return 0, f"of {count} videos in {where}, not prepared yet, each {largest}", shares, 1.0
-    num_captions = 1.0
-    # Texts are read only where a clip may have several.
-    if data.captions == "lines" or data.caption_variants > 1:
-        num_captions = sum(
-            num_captions_of(config, source, videos[source.name]) for source in sources if source.name in videos
-        )
-        num_captions /= count
+    num_captions = sum(num_captions_of(config, each, videos[each.name]) for each in sources if each.name in videos)
+    num_captions /= count
     return count, f"{count} in {where}, not prepared yet, each {largest}", shares, num_captions
 
 

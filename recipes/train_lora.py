@@ -65,7 +65,6 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     eval_prompts = encode_eval_prompts(plan)
     load_device = "cpu" if memory.is_streamed else device
     dit = plan.weights.load_dit(load_device, DTYPES[config.model.dtype], plan.shrink_block)
-    host_modulation = HostModulation(dit)
 
     # Adapter. Where the run resumes, `restore_and_start` loads its weights below.
     apply_lora(dit, plan.layers, key_seed(config.seed, "adapter"), config.lora.dora)
@@ -73,7 +72,7 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         load_start_adapter(dit, plan.start_adapter.layers)
         if accelerator.is_main_process:
             tqdm.write(f"starts from {plan.start_adapter}, {plan.start_adapter.alpha_note}")
-    parameters = lora_parameters(dit)
+    parameters, host_modulation = lora_parameters(dit), HostModulation(dit)
 
     # Parallelism and memory.
     if plan.layout.context > 1:

@@ -21,6 +21,7 @@ from mochi_tune.errors import CheckpointError, ConfigError, some
 
 Number = TypeVar("Number", int, float)
 # A parameter of the trainable adapter, as peft names it; ours ends at the group.
+TRAINED = "default"  # The name of the adapter that is trained.
 _PARAMETER = re.compile(r"(.+\.lora_(?:A|B|magnitude))(?:_vector)?\.default\.weight")
 
 
@@ -123,16 +124,21 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
         settings: of each layer that is adapted.
         seed: of the A's.
         dora: whether the length of each row of an adapted weight is trained too, starting at its length now.
+
+    Raises:
+        ConfigError: the model has a trainable adapter already.
     """
+    if any(TRAINED in module.lora_A for module in _peft_layers(dit)):
+        raise ConfigError("the model has a trainable adapter already: load the model anew for another one.")
     dit.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _inject(dit, "default", {layer: (each.rank, each.plain_alpha) for layer, each in settings.items()}, dora)
+        _inject(dit, TRAINED, {layer: (each.rank, each.plain_alpha) for layer, each in settings.items()}, dora)
     for layer, each in settings.items():
         module = _peft_layer(dit, layer)
         if each.dropout:
             # peft knows one dropout for all layers.
-            module.lora_dropout["default"] = nn.Dropout(each.dropout)
+            module.lora_dropout[TRAINED] = nn.Dropout(each.dropout).train(dit.training)
         if dora:
             _measure_magnitude(module)
     _activate_all(dit)
@@ -186,11 +192,11 @@ def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """
     for name, layer in layers.items():
         module = _peft_layer(dit, name)
-        module.lora_A["default"].weight[: layer.rank] = layer.a
-        b = layer.b.double() * (layer.scale / module.scaling["default"])
-        module.lora_B["default"].weight[:, : layer.rank] = b.to(layer.b.dtype)
+        module.lora_A[TRAINED].weight[: layer.rank] = layer.a
+        b = layer.b.double() * (layer.scale / module.scaling[TRAINED])
+        module.lora_B[TRAINED].weight[:, : layer.rank] = b.to(layer.b.dtype)
         if layer.magnitude is not None:
-            module.lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
+            module.lora_magnitude_vector[TRAINED].weight.copy_(layer.magnitude)
         elif module.lora_magnitude_vector:
             _measure_magnitude(module)
 
@@ -207,7 +213,7 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
         strength: 1 is as trained.
 
     Raises:
-        ConfigError: torch cannot take the name.
+        ConfigError: torch cannot take the name, or a layer has an adapter of this name.
         CheckpointError: a layer is not in the model, has other sizes there or is damaged; the model is as it was.
     """
     _check_fit(dit, layers, name)
@@ -227,7 +233,12 @@ def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str) -> No
         if layer in layers and hasattr(module, "in_features")
     }
     if unknown := [layer for layer in layers if layer not in shapes]:
-        raise CheckpointError(f"the model has no Linear {some(unknown)}: use an adapter that was trained on it.")
+        raise CheckpointError(
+            f"the model has no Linear {some(unknown)}: use an adapter that was trained on it; mod_x and mod_y take one "
+            "only before their weights leave for host memory."
+        )
+    if taken := [layer for layer in layers if name in getattr(dit.get_submodule(layer), "lora_A", ())]:
+        raise ConfigError(f"the model has an adapter {name!r} in {some(taken)} already: use another name.")
     for layer, each in layers.items():
         check_layer(layer, each)
         if each.shape != shapes[layer]:
@@ -251,6 +262,7 @@ def change_adapters(dit: nn.Module, adapters: Mapping[str, tuple[Mapping[str, Lo
         _fill(dit, layers, name, strength)
 
 
+@torch.no_grad()  # What a DoRA's change is worked out from, an fp32 weight, would be kept with the change.
 def _fill(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: float) -> None:
     """Copies an adapter's layers into those that were injected by its name."""
     for layer, each in layers.items():
@@ -361,9 +373,7 @@ def _activate_all(dit: nn.Module) -> None:
     dit.requires_grad_(False)
 
 
-# Typed Any below: peft keeps the parts of its layers in dictionaries of modules of any kind.
-
-
+# Typed Any, here and below: peft keeps the parts of its layers in dictionaries of modules of any kind.
 def _peft_layer(dit: nn.Module, name: str) -> Any:
     return dit.get_submodule(name)
 
@@ -385,6 +395,6 @@ def _measure_magnitude(module: Any) -> None:
     Measured in fp32 by the code that measures them in each forward pass: peft starts from lengths rounded to bf16.
     Source: huggingface/peft@0.21.2 tuners/lora/dora.py (update_layer, forward).
     """
-    dora = module.lora_magnitude_vector["default"]
-    change = dora.get_lora_weight(module.lora_A["default"], module.lora_B["default"])
-    dora.weight.copy_(dora.get_weight_norm(_base_weight(module), change, module.scaling["default"]))
+    dora = module.lora_magnitude_vector[TRAINED]
+    change = dora.get_lora_weight(module.lora_A[TRAINED], module.lora_B[TRAINED])
+    dora.weight.copy_(dora.get_weight_norm(_base_weight(module), change, module.scaling[TRAINED]))

@@ -41,7 +41,11 @@ class AdapterScaling:
 
     @torch.no_grad()
     def set(self, factors: Mapping[str, float]) -> None:
-        """Scales each named adapter by a factor on its strength: 1 is as applied, 0 leaves the base, exactly."""
+        """Scales each named adapter by a factor on its strength: 1 is as applied, 0 leaves the base, exactly.
+
+        Those that are not named keep the factor that they have.
+        """
+        factors = {**self.factors, **factors}
         for name, factor in factors.items():
             if factor != self.factors[name]:
                 for b, original in self.halves[name]:
@@ -51,4 +55,4 @@ class AdapterScaling:
                 stretch.fill_(1)
                 for name, change in changes.items():
                     stretch += factors.get(name, 1.0) * change
-        self.factors |= factors
+        self.factors = factors

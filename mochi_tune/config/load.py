@@ -30,7 +30,7 @@ SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
 # What a preset of the sampler sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
 # What lies beside the config.yaml of a run.
-RECORDS = ("checkpoints", "metrics.jsonl")
+RECORDS = ("checkpoints/step_*", "metrics.jsonl", "history.jsonl")
 PROMPTS = ("sample.prompt", "sample.negative_prompt", "train.sample_prompts")
 # Hydra keeps what it composes from in one place for all threads, and two that import it at once get half of it.
 _ONE_AT_A_TIME = threading.Lock()
@@ -85,7 +85,7 @@ def check_run_folder(name: str, given: Collection[str], config: RunConfig) -> No
     """
     path, run_dir = find_config(name), Path(config.run_dir)
     folder = path.parent
-    is_of_a_run = path.name == "config.yaml" and any((folder / each).exists() for each in RECORDS)
+    is_of_a_run = path.name == "config.yaml" and any(any(folder.glob(each)) for each in RECORDS)
     if not is_of_a_run or any(override.startswith("run_dir=") for override in given):
         return
     if not run_dir.exists() or not run_dir.samefile(folder):

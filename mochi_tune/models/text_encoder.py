@@ -84,6 +84,7 @@ class TextEncoder:
 
         Prompts are encoded one by one without padding, so that a prompt's features do not depend on its company.
         """
+        assert not isinstance(prompts, str), "a list of prompts: each letter would be one"
         features = []
         for prompt in prompts:
             if not prompt:

@@ -70,7 +70,7 @@ def fourier_features(pixels: Tensor) -> Tensor:
     Source: genmoai/mochi@0c86aeb vae/models.py (add_fourier_features).
     """
     assert pixels.dtype == torch.float32, f"the sines amplify rounding: pixels must be fp32, not {pixels.dtype}"
-    angular = torch.tensor([2 * math.pi * 2**f for f in (6, 7)], device=pixels.device)
+    angular = torch.tensor([2 * math.pi * 2**f for f in (6, 7)], dtype=torch.float32, device=pixels.device)
     colours = pixels.movedim(1, -1).contiguous()
     angles = (colours.unsqueeze(-1) * angular).flatten(-2)
     return torch.cat([colours, angles.sin(), angles.cos()], dim=-1).movedim(-1, 1)

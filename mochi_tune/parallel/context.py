@@ -163,7 +163,7 @@ def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup, heads: int, 
     the gradient of the sum of the ranks' losses.
 
     Args:
-        dit: the model.
+        dit: the model; `apply_lora` came before, or dropout would draw masks of each rank's own.
         group: its ranks.
         heads: how many of them share the heads, a divisor of both; the others form a ring. See `choose_split`.
         checks_inputs: whether each call compares the inputs of all ranks, which takes a copy of them to the CPU.

@@ -136,7 +136,7 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
             raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')
         rows = [("", {"prompt": sample.prompt})]
     else:
-        rows = list(_read_rows(Path(sample.prompts)))
+        rows = list(read_rows(Path(sample.prompts)))
     out = Path(sample.out) if sample.out else run_dir / "samples"
     if len(name := os.fsencode(out.name)) > MAX_NAME:
         raise ConfigError(f"out={out}: the name has {len(name)} bytes: use at most {MAX_NAME}.")
@@ -188,8 +188,8 @@ def _start_of(sample: SampleConfig) -> tuple[Path | None, float]:
     return None, 1.0
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields where each row stands, for errors, and what it says; rows that are blank are passed over."""
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields where each row of a file of prompts stands, for errors, and what it says; blank ones are passed over."""
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"sample.prompts={path} is no .txt or .jsonl file: write one prompt, or one object, a line.")
     try:

@@ -119,7 +119,7 @@ PRESETS = {
 def draw_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
     """Draws the latents that sampling starts from, (1, C, T, h, w) fp32; on the CPU, so that all devices agree."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, *latent_shape(num_frames, height, width), generator=generator)
+    return torch.randn(1, *latent_shape(num_frames, height, width), generator=generator, dtype=torch.float32)
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:

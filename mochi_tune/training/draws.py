@@ -7,6 +7,7 @@ one seed a micro-batch.
 The samples of a step are numbered across all processes: sample i is row i % batch_size of micro-batch i // batch_size.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(key_seed(seed, *key))
 
 
+# Whatever torch's default is: another dtype draws other numbers.
+_rand, _randn = functools.partial(torch.rand, dtype=torch.float32), functools.partial(torch.randn, dtype=torch.float32)
+
+
 def generator_fingerprint(seed: int) -> str:
     """Returns the sha256 of one draw of each kind; it changes when a torch release draws other numbers."""
     # Checkpoints store this fingerprint: with another key than "proof" none of them could be resumed.
     generator = keyed_generator(seed, "proof")
-    drawn = (torch.rand(17, generator=generator), torch.randn(999, generator=generator))
+    drawn = (_rand(17, generator=generator), _randn(999, generator=generator))
     order = torch.randperm(99, generator=generator)
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in (*drawn, order))).hexdigest()
 
@@ -88,7 +93,7 @@ class KeyedDraws:
     def uniforms(self, step: int) -> Tensor:
         """Returns a number in [0, 1) for each sample of a step, fp32 (S,)."""
         count = self.batch_size * self.num_micro_batches
-        uniforms = torch.stack([torch.rand((), generator=self._generator(step, i)) for i in range(count)])
+        uniforms = torch.stack([_rand((), generator=self._generator(step, i)) for i in range(count)])
         if not self.stratified:
             return uniforms
         return stratify(uniforms, torch.randperm(count, generator=keyed_generator(self.seed, "strata", step)))
@@ -99,10 +104,10 @@ class KeyedDraws:
         drops_caption, posterior_noise, noise = [], [], []
         for sample in range(rows.start, rows.stop):
             generator = self._generator(step, sample)
-            torch.rand((), generator=generator)  # Skips the number that `uniforms` takes from this generator.
-            drops_caption.append(torch.rand((), generator=generator) < self.caption_dropout)
-            posterior_noise.append(torch.randn(shape, generator=generator))
-            noise.append(torch.randn(shape, generator=generator))
+            _rand((), generator=generator)  # Skips the number that `uniforms` takes from this generator.
+            drops_caption.append(_rand((), generator=generator) < self.caption_dropout)
+            posterior_noise.append(_randn(shape, generator=generator))
+            noise.append(_randn(shape, generator=generator))
         return Draws(
             self.uniforms(step), rows, torch.stack(drops_caption), torch.stack(posterior_noise), torch.stack(noise),
             dropout_seed=key_seed(self.seed, "dropout", step, micro_batch),

@@ -143,7 +143,8 @@ def validation_losses(
                 continue
             measured.append(index)
             losses.append([])
-            noise = torch.randn(batch["mean"].shape, generator=keyed_generator(clips.seed, "validation", index))
+            generator = keyed_generator(clips.seed, "validation", index)
+            noise = torch.randn(batch["mean"].shape, generator=generator, dtype=torch.float32)
             for value in SIGMAS:
                 sigma = torch.tensor([value])
                 noisy, target = noisy_and_target(clips.objective, batch["mean"], noise, sigma)

@@ -381,7 +381,7 @@ class Run:
             raise SystemExit(2)  # The main process reports it.
         excess, way_on = "", "an older checkpoint by resume_from, resume=force and a lower train.learning_rate"
         if self._verdict == "stop":
-            excess = f", a loss of {self._guard.excess(result.loss):.3g} times the usual"
+            excess = f", a loss of {self._guard.excess(result.loss):,.1f} times the usual"
             way_on = "resume=force and train.spike_policy=skip"
         facts = {
             **result.numbers, "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,

@@ -85,7 +85,8 @@ def check_form(folder: Path, form: Form) -> RunConfig:
         MochiTuneError: a setting is unknown or does not fit; the run folder or the cache leads out of the folder.
     """
     config = load_config("base", form.overrides())
-    for path in (config.run_dir, config.data.cache, *([] if config.data.sources else [config.data.videos])):
+    sources = [source.folder for source in config.data.sources]
+    for path in (config.run_dir, config.data.cache, *(sources or [config.data.videos])):
         inside(folder, path)
     return config
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers_adapters import random_adapter
+from helpers_adapters import random_adapter, settings_of
 from helpers_golden import golden_dit
 
 from mochi_tune.adapters.files import LoraLayer
-from mochi_tune.adapters.lora import apply_adapter
+from mochi_tune.adapters.lora import apply_adapter, apply_lora
 from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.parallel.modulation import apply_host_modulation
 
 LAYER = "blocks.0.attn.qkv_x"
 ONE = LoraLayer(torch.ones(1, 192), torch.ones(576, 1), 1.0)
@@ -44,3 +45,28 @@ def test_a_name_that_torch_cannot_take_is_refused(name):
     with pytest.raises(ConfigError, match=f"an adapter cannot have the name '{name}': use another word"):
         apply_adapter(dit, {LAYER: ONE}, name)
     assert list(dit.state_dict()) == before
+
+
+def test_an_adapter_is_not_added_twice_by_one_name():
+    dit, layers = golden_dit(), random_adapter().layers
+    apply_adapter(dit, layers, "style")
+    before = list(dit.state_dict())
+    with pytest.raises(ConfigError, match=r"has an adapter 'style' in blocks\.0\.attn.* already: use another name"):
+        apply_adapter(dit, layers, "style")
+    assert list(dit.state_dict()) == before
+    apply_adapter(dit, layers, "another")
+
+
+def test_a_model_has_one_trainable_adapter():
+    dit = golden_dit()
+    apply_lora(dit, settings_of([LAYER], 2, 2.0, 0.0), seed=0)
+    with pytest.raises(ConfigError, match="has a trainable adapter already: load the model anew"):
+        apply_lora(dit, settings_of(["blocks.1.attn.qkv_x"], 2, 2.0, 0.0), seed=0)
+
+
+def test_a_modulation_that_has_left_for_host_memory_is_named_as_the_reason():
+    dit = golden_dit()
+    for block in dit.blocks:
+        apply_host_modulation(block)
+    with pytest.raises(CheckpointError, match=r"no Linear blocks\.0\.mod_x.* before their weights leave for host"):
+        apply_adapter(dit, {"blocks.0.mod_x": LoraLayer(torch.ones(1, 192), torch.ones(768, 1), 1.0)}, "style")

@@ -273,3 +273,13 @@ def test_an_adapter_multiplies_in_the_dtype_of_the_base_and_its_gradients_are_fp
         assert got.dtype == torch.float32
         # bf16 rounds each of some factors by 2^-9.
         assert relative_error(got, exact) <= 4 * 2**-9, half
+
+
+def test_dropout_is_off_in_a_model_that_is_in_eval_mode(dit):
+    apply_lora(dit.eval(), settings_of(list(linear_shapes(dit)), 2, 2.0, 0.5), seed=0)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(dit).items():
+            parameter.fill_(0.1 if name.endswith("lora_B") else 0.2)
+        assert torch.equal(dit(*INPUTS), dit(*INPUTS))
+        dit.train()
+        assert not torch.equal(dit(*INPUTS), dit(*INPUTS))

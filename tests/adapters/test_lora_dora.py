@@ -6,6 +6,7 @@ from helpers_adapters import adapted64, settings_of
 from helpers_golden import GOLDEN, TOLERANCE, golden_dit, relative_error, vectors
 
 from mochi_tune.adapters.files import Adapter, load_adapter, save_adapter
+from mochi_tune.adapters.linears import StretchedLinear
 from mochi_tune.adapters.lora import (
     apply_adapter,
     apply_lora,
@@ -187,3 +188,13 @@ def test_strengths_and_other_adapters_add_up_as_changes_of_the_weights():
         assert relative_error(dit(*INPUTS), expected) <= 2e-5
         switch_adapters(dit, on=False)
         assert torch.equal(dit(*INPUTS), golden_dit()(*INPUTS))
+
+
+def test_an_applied_dora_keeps_no_weight_that_it_was_worked_out_from():
+    dit, settings = disturbed(golden_dit())
+    applied = golden_dit()
+    apply_adapter(applied, adapter_of(dit, settings).layers, "style")
+    stretched = [module for module in applied.modules() if isinstance(module, StretchedLinear)]
+    assert stretched
+    for module in stretched:
+        assert module.changes["style"].grad_fn is None and not module.lora_stretch.requires_grad

@@ -96,3 +96,18 @@ def test_a_factor_of_a_block_scales_what_the_adapter_adds_there(name):
             expected += bias.double()
         # A DoRA's factors were rounded to fp32; all else is computed in fp64 here.
         assert relative_error(dit.get_submodule(layer).double()(x), expected) <= (1e-12 if name == "lora" else 1e-6)
+
+
+@torch.no_grad()
+def test_factors_that_are_set_one_by_one_are_those_that_are_set_together():
+    doras = {name: with_magnitudes(random_adapter(seed=seed)).layers for seed, name in enumerate(("a", "b"))}
+    outs = []
+    for calls in ([{"a": 0.5}, {"b": 0.25}], [{"a": 0.5, "b": 0.25}]):
+        dit = golden_dit()
+        for name, layers in doras.items():
+            apply_adapter(dit, layers, name)
+        scaling = AdapterScaling(dit, list(doras))
+        for factors in calls:
+            scaling.set(factors)
+        outs.append(dit(*INPUTS))
+    assert torch.equal(*outs)

@@ -12,6 +12,7 @@ from mochi_tune.errors import ConfigError
 def make_run(folder: Path, run_dir: Path | str, record: str = "metrics.jsonl") -> str:
     """Makes a run folder whose config.yaml names `run_dir`; returns the path of that file."""
     folder.mkdir()
+    (folder / record).parent.mkdir(exist_ok=True)
     (folder / record).touch()
     (folder / "config.yaml").write_text(config_yaml(load_config("my_lora", [f"run_dir={run_dir}"])))
     return str(folder / "config.yaml")
@@ -21,7 +22,7 @@ def check(conf: str, *given: str) -> None:
     check_run_folder(conf, given, load_config(conf, list(given)))
 
 
-@pytest.mark.parametrize("record", ["metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("record", ["metrics.jsonl", "history.jsonl", "checkpoints/step_000004"])
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_moved_run_is_refused_and_the_folder_is_named(tmp_path, record, is_there):
     if is_there:
@@ -32,6 +33,11 @@ def test_a_moved_run_is_refused_and_the_folder_is_named(tmp_path, record, is_the
     assert f"give run_dir={tmp_path / 'moved'}, or" in str(error.value) and "\n" not in str(error.value)
     check(conf, f"run_dir={tmp_path / 'moved'}")
     check(conf, f"run_dir={tmp_path / 'old'}")
+
+
+def test_a_projects_own_conf_beside_a_folder_of_checkpoints_is_of_no_run(tmp_path):
+    conf = make_run(tmp_path / "project", "runs/my_lora", "checkpoints/flux.safetensors")
+    check(conf)
 
 
 def test_a_run_where_it_was_and_a_conf_of_no_run_are_taken(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from helpers_road import LORA, read_rows, road, train
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import load_adapter
-from mochi_tune.adapters.lora import linear_shapes, select_layers
+from mochi_tune.adapters.lora import all_linear_shapes, linear_shapes, select_layers
 from mochi_tune.cli.main import main
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, TrainingError
@@ -99,6 +99,18 @@ def test_a_second_adapter_stays_frozen_under_the_one_that_is_trained(plain, tmp_
     adapter, other = load_file(tmp_path / "run" / "adapter.safetensors"), load_file(style)
     assert adapter.keys() == other.keys() and style.read_bytes() == before
     assert any(not torch.equal(adapter[name], other[name]) for name in adapter)
+
+
+def test_a_second_adapter_of_the_embedders_plays_its_part(plain, tmp_path):
+    from mochi_tune.adapters.files import Adapter, LoraLayer, save_adapter
+
+    skeleton = WeightsFolder(weights_folder(load_config("my_lora", ["model=tiny"]))).dit_skeleton()
+    out, wide = all_linear_shapes(skeleton)["t_embedder.mlp.0"]
+    layer = LoraLayer(torch.full((1, wide), 0.1), torch.ones(out, 1), 1.0)
+    save_adapter(tmp_path / "style.safetensors", Adapter({"t_embedder.mlp.0": layer}, {}))
+    style = {"style.safetensors": str(tmp_path / "style.safetensors")}
+    rows = train_changed(changed_recipe(tmp_path, "A second adapter", **style), tmp_path / "run")
+    assert rows[0]["loss"] != read_rows(plain / "metrics.jsonl")[0]["loss"]
 
 
 def test_a_frozen_half_of_the_layers(tmp_path):

@@ -15,6 +15,7 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.models.text_encoder import T5_DTYPES
 from mochi_tune.parallel.forecast import CARDS, GIB, SPARE_BYTES, known_card
 from mochi_tune.recipes.plan import count_clips, main, measure
+from mochi_tune.recipes.sample import check as check_sample
 from mochi_tune.training import preflight
 
 FULL = ["model.weights=nowhere", "data.videos=nowhere", "data.cache=nowhere"]
@@ -264,6 +265,23 @@ def test_processes_share_a_video_as_sample_has_them():
     assert any(line.startswith("sample: parallel.data=2 is not possible with 3") for line in advice)
 
 
+def test_sample_and_plan_split_the_weights_over_as_many(tmp_path):
+    weights = []
+    for count in (2, 4):
+        more = ["sample.prompt=a cat", "memory.dit=shard", f"parallel.num_processes={count}", "sample.adapter=none"]
+        rendering = check_sample(load_config("my_lora", road(tmp_path, *more, f"parallel.context={count}")), count)
+        weights.append(rendering.held("shard", 2)["weights"])
+    assert weights[1] < weights[0]
+
+
+@pytest.mark.parametrize("text", ["a cat", "a cat\n", "\na cat\n\n"])
+def test_prompts_are_counted_as_sample_reads_them(tmp_path, text):
+    (tmp_path / "p.txt").write_text(text)
+    stage, advice = denoise([f"sample.prompts={tmp_path / 'p.txt'}", "parallel.num_processes=2", "memory.dit=shard"])
+    assert advice == ["every stage fits as it is set"], "the two share the one video"
+    assert stage.held == denoise(["parallel.num_processes=2", "memory.dit=shard"])[0].held
+
+
 def test_several_captions_of_a_clip_are_counted(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.mp4").touch()
@@ -274,6 +292,9 @@ def test_several_captions_of_a_clip_are_counted(tmp_path):
 
     # A clip without a caption gets one.
     assert (counted(), counted("data.captions=lines")) == (1, 2)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nb.mp4,one\nb.mp4,two\nb.mp4,three\n")
+    assert counted() == 2
+    (tmp_path / "metadata.csv").unlink()
     both = ["data.captions=lines", "data.caption_variants=50", "data.tag_dropout=0.5"]
     # Of x and y each subset is drawn, and "three" has no tags.
     assert counted(*both) == (4 + 4 + 1 + 1) / 2

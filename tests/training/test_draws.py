@@ -1,6 +1,8 @@
 import torch
 
-from mochi_tune.training.draws import key_seed, keyed_generator
+from mochi_tune.models.vae import fourier_features
+from mochi_tune.sampling.sampler import draw_noise
+from mochi_tune.training.draws import KeyedDraws, key_seed, keyed_generator
 
 
 def test_a_key_is_a_stream_of_its_own():
@@ -15,3 +17,19 @@ def test_a_key_is_a_stream_of_its_own():
 
 def test_the_numbers_are_the_same_everywhere():
     assert key_seed(0, "train", 1) == 6167778989611334222
+
+
+def test_the_numbers_are_the_same_whatever_torchs_default_dtype_is():
+    def numbers():
+        draws = KeyedDraws(0, 2, 1, 0.1, stratified=False).draw(1, 0, (2, 3))
+        pixels = torch.linspace(-1, 1, 24, dtype=torch.float32).reshape(1, 3, 2, 2, 2)
+        return draws.uniforms, draws.posterior_noise, draws.noise, draw_noise(0, 7, 32, 48), fourier_features(pixels)
+
+    usual = numbers()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = numbers()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(map(torch.equal, found, usual))
