@@ -243,6 +243,8 @@ def nearest(key: str, known: Iterable[str]) -> str:
         return "; leave it out: `prepare` caches latents and captions."
     if not section and (same := [k for k in known if k.rpartition(".")[2] == key]):
         return f"; did you mean {' or '.join(same)}?"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    # A file names sections by themselves.
+    own_sections = [] if section else dict.fromkeys(k.partition(".")[0] for k in known if "." in k)
+    near = difflib.get_close_matches(key, [*known, *own_sections], n=1, cutoff=0.7)
     near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     return f"; did you mean {near[0]}?" if near else "; --help all lists them."

@@ -47,6 +47,10 @@ def test_a_word_that_is_like_no_setting_gets_no_guess(word):
     assert nearest(word, KNOWN) == "; --help all lists them."
 
 
+def test_a_typo_in_the_name_of_a_section_leads_to_it():
+    assert nearest("trian", KNOWN) == "; did you mean train?"
+
+
 def test_each_synonym_is_of_a_setting_that_there_is():
     for name in re.split(r", | or ", ", ".join(name for names in SYNONYMS.values() for name in names)):
         key, equals, value = name.partition("=")
