@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mochi_tune.errors import CheckpointError
+from mochi_tune.errors import CheckpointError, printable
 
-# peft takes any regular expression for a module's name; some of those would not end in a lifetime.
-_PLAIN_PATTERN = re.compile(r"\^?(\.\*)?[\w.\\]*\$?")
+# peft takes any regular expression for a module's name; some of those would not end in a lifetime. A name may have
+# numbers as \d+ and a few choices as (a|b), which nothing repeats.
+_PLAIN_PATTERN = re.compile(r"\^?(\.\*)?([\w.\\]|\\d\+|\((\?:)?[\w.\\|]+\)(?![+*?{]))*\$?")
+_MAX_LENGTH, _MAX_CHOICES, _MAX_BARS = 500, 3, 30
 # Kinds whose arithmetic is not W + scale * B A.
 _OTHER_KINDS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication")
 # Ways to begin that take a part out of the base's weights.
@@ -39,8 +41,8 @@ def alphas_by_peft(
     for name, parts in modules.items():
         rank = len(parts["lora_A"])
         try:
-            stated = _by_pattern(name, config.get("rank_pattern"), config.get("r"))
-            alpha = _by_pattern(name, config.get("alpha_pattern"), config.get("lora_alpha"))
+            stated = _by_pattern(where, name, config.get("rank_pattern"), config.get("r"))
+            alpha = _by_pattern(where, name, config.get("alpha_pattern"), config.get("lora_alpha"))
             alphas[name] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
         except (re.error, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"the alphas in {where} are damaged: {error}.") from error
@@ -67,11 +69,16 @@ def _check_kind(where: str, config: Mapping[str, Any], has_magnitudes: bool) -> 
         )
 
 
-def _by_pattern(name: str, patterns: Any, default: Any) -> Any:
-    return next((value for pattern, value in (patterns or {}).items() if _ends_in(name, pattern)), default)
+def _by_pattern(where: str, name: str, patterns: Any, default: Any) -> Any:
+    return next((value for pattern, value in (patterns or {}).items() if _ends_in(where, name, pattern)), default)
 
 
-def _ends_in(name: str, pattern: str) -> bool:
-    if not _PLAIN_PATTERN.fullmatch(pattern):
-        raise re.error(f"{pattern[:40]!a} is more than the end of a module's name")
+def _ends_in(where: str, name: str, pattern: str) -> bool:
+    re.compile(pattern)
+    is_short = len(pattern) <= _MAX_LENGTH and pattern.count("(") <= _MAX_CHOICES and pattern.count("|") <= _MAX_BARS
+    if not is_short or not _PLAIN_PATTERN.fullmatch(pattern):
+        raise CheckpointError(
+            f"{where} has the pattern {printable(pattern)[:80]}, and patterns are read with \\d+ for a number and "
+            f"up to {_MAX_CHOICES} choices as (to_q|to_k) in the end of a name: write the modules' names out in it."
+        )
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

@@ -82,6 +82,17 @@ def test_a_rounded_tensor_agrees_with_the_number_that_it_rounds(tmp_path):
         ("adapter_config.json", PEFT | {"alpha_pattern": {"attn1.to_out.0": 6}, "use_dora": False}, 6),
         (
             "adapter_config.json",
+            PEFT
+            | {
+                "alpha_pattern": {
+                    r"blocks\.\d+\.attn1\.(to_q|to_k)": 5,
+                    r"transformer_blocks\.\d+\.(?:attn1|ff)\.(to_q|to_out\.0)": 6,
+                }
+            },
+            6,
+        ),
+        (
+            "adapter_config.json",
             PEFT | {"r": 64, "rank_pattern": {r"transformer_blocks\.0\.attn1\.to_out\.0": RANK}},
             32,
         ),
@@ -97,6 +108,17 @@ def test_the_config_beside_it(tmp_path, file, config, alpha):
     # An export of this program is complete, whatever lies in its folder.
     save_adapter(tmp_path / "mine.safetensors", load_adapter(path), "diffusers")
     assert load_adapter(tmp_path / "mine.safetensors").alpha_source.startswith("this program's export")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+b", r".*\.(to_q|to_k).*", "(a|a)(a|a)(a|a)(a|a)", "(to_q|to_k)*", "attn[12]"]
+)
+def test_a_pattern_that_might_never_end_is_told_as_such_and_not_as_damage(tmp_path, pattern):
+    config = PEFT | {"alpha_pattern": {pattern: 6}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"beside it has the pattern .*write the modules' names out") as error:
+        load_adapter(write(tmp_path / "a.safetensors", halves(prefix="base_model.model.")))
+    assert pattern in str(error.value) and "damaged" not in str(error.value)
 
 
 def test_nothing_states_it(tmp_path):
