@@ -217,6 +217,9 @@ def _tensors(
     for name, shape in plan.shapes.items():
         weight = torch.empty(shape)
         weights.read_dit_tensor(name, weight)
+        # Before the change, which is not to blame.
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{name}: the base has a value that is not finite: fetch it again.")
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
             weight = bake_weight(weight, layer, strength)
@@ -231,7 +234,7 @@ def _why_not_finite(part: Tensor, dtype: torch.dtype, layer: LoraLayer | None, s
     if torch.isfinite(part.to(torch.bfloat16)).all():
         return f"a value is too large for the dtype {str(dtype)[6:]}: use dtype=bf16"
     if layer is None:
-        return "the base has a value that is not finite: fetch it again"
+        return "the base has a value that is too large for any dtype but fp32: use dtype=fp32"
     return f"a value is too large for any dtype: the adapter or its strength={strength:g} is, use a smaller one"
 
 

@@ -12,7 +12,7 @@ from helpers_adapters import ALL, GOLDEN, MIXED, adapted64, base_weights, random
 from helpers_dit import random_dit, relative_error, run_dit
 from helpers_memory import HeldMemory
 from helpers_weights import small_configs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mochi_tune import assets
 from mochi_tune.adapters.files import Adapter, LoraLayer, save_adapter
@@ -160,6 +160,15 @@ def test_what_cannot_be_baked_leaves_nothing(tmp_path, loras):
     out.mkdir(parents=True)
     with pytest.raises(ConfigError, match="exists, and is never overwritten"):
         lora_bake.main(path, GOLDEN, out, Settings())
+
+
+def test_a_base_that_is_not_finite_is_named_and_not_the_adapter(tmp_path, loras):
+    base = shutil.copytree(GOLDEN, tmp_path / "base")
+    tensors = load_file(base / "dit.safetensors")
+    tensors["blocks.1.attn.qkv_x.weight"][3, 5] = torch.nan
+    save_file(tensors, base / "dit.safetensors")
+    with pytest.raises(CheckpointError, match=r"^blocks\.1\.attn\.qkv_x\.weight: the base has a value that is not"):
+        lora_bake.main(loras["lora"][1], base, tmp_path / "baked", Settings())
 
 
 def test_where_no_links_can_be_made_files_are_copied(tmp_path, loras, monkeypatch):
