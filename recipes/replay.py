@@ -1,10 +1,8 @@
 """Recomputes one step of a run, without its update: the step that a run refused to make, sample by sample."""
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +10,6 @@ from torch import nn
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.config.load import RunConfig, load_config, weights_paths
 from mochi_tune.config.lora import lora_settings
-from mochi_tune.config.schema import TrainConfig
 from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
@@ -24,18 +21,11 @@ from mochi_tune.parallel.kernels import ALL_KERNELS, attention_by, has_kernel
 from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
 from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.parallel.recompute import apply_activation_checkpointing
+from mochi_tune.recipes.train_lora import make_inputs
 from mochi_tune.training.accelerator import check_adapter_fits
-from mochi_tune.training.draws import Draws, KeyedDraws, key_seed
+from mochi_tune.training.draws import KeyedDraws, key_seed
 from mochi_tune.training.guards import is_finite
-from mochi_tune.training.loader import Inputs
-from mochi_tune.training.objective import (
-    drop_captions,
-    loss_weight,
-    noisy_and_target,
-    sample_posterior,
-    sigmas_from_uniforms,
-    velocity_loss,
-)
+from mochi_tune.training.objective import velocity_loss
 from mochi_tune.training.preflight import num_tokens
 from mochi_tune.weights.folder import WeightsFolder
 
@@ -127,7 +117,7 @@ def main(bundle: Path, device_name: str) -> Replay:
         drawn = draws.draw(recorded["step"], number, batch["mean"].shape[1:])
         watch.origin = ""
         with attention_by(kernel) if kernel else contextlib.nullcontext():
-            inputs = make_inputs(train, batch, drawn, host_modulation).moved(lambda tensor: tensor.to(device))
+            inputs = make_inputs(train, host_modulation, batch, drawn).moved(lambda tensor: tensor.to(device))
             torch.manual_seed(inputs.dropout_seed)
             velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
             losses = velocity_loss(velocity, inputs.target) * inputs.weight
@@ -182,22 +172,6 @@ def find_clips(config: RunConfig, paths: list[str], of_run: str | None) -> tuple
             "settings to replay its step."
         )
     return dataset, [numbers[path] for path in paths]
-
-
-def make_inputs(train: TrainConfig, batch: Mapping[str, Any], drawn: Draws, host_modulation: HostModulation) -> Inputs:
-    """Returns what the model gets of a micro-batch, as the recipe of training makes it."""
-    sigma = sigmas_from_uniforms(
-        drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
-    )[drawn.rows]
-    vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
-    noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
-    prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
-    weight = loss_weight(sigma, train.loss_weighting)
-    modulation = host_modulation(sigma, prompt, mask)
-    return Inputs(
-        clips=batch["sample_ids"], sigma=sigma, mask=mask, dropout_seed=drawn.dropout_seed, noisy=noisy, target=target,
-        prompt=prompt, weight=weight, modulation=modulation,
-    )  # fmt: skip
 
 
 def load_adapted(config: RunConfig, bundle: Path, device: torch.device, has_host_modulation: bool) -> AsymmDiT:

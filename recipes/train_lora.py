@@ -5,6 +5,7 @@ The same command resumes a stopped run.
 docs/change_the_recipe.md changes this file: another loss, one more number a step, a second adapter, a frozen half.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from mochi_tune.adapters.lora import apply_lora, load_start_adapter, lora_parameters
-from mochi_tune.config.schema import RunConfig
+from mochi_tune.config.schema import RunConfig, TrainConfig
 from mochi_tune.models.device import DTYPES
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.mesh import Mesh
@@ -88,22 +89,6 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     dit, optimizer = prepare(accelerator, dit, parameters, optimizer, train.max_grad_norm)
     ema = EMA(optimizer.weights(), train.ema_decay) if train.ema_decay else None
 
-    def make_inputs(batch: Mapping[str, Any], drawn: Draws) -> Inputs:
-        """Runs in the background, a micro-batch ahead of the step."""
-        sigma = sigmas_from_uniforms(
-            drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
-        )[drawn.rows]
-        vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
-        noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
-        prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
-        weight = loss_weight(sigma, train.loss_weighting)
-        # What the model makes of this sigma and this prompt: it reads neither of them beside it.
-        modulation = host_modulation(sigma, prompt, mask)
-        return Inputs(
-            clips=batch["sample_ids"], sigma=sigma, mask=mask, dropout_seed=drawn.dropout_seed, noisy=noisy,
-            target=target, prompt=prompt, weight=weight, modulation=modulation,
-        )  # fmt: skip
-
     def add_gradients(inputs: Inputs) -> torch.Tensor:
         """Adds a micro-batch's gradients to the adapter's; returns its loss. Called again where memory ran out."""
         torch.manual_seed(inputs.dropout_seed)
@@ -113,7 +98,7 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         accelerator.backward(loss)
         return loss.detach()
 
-    run.restore_and_start(optimizer, ema, make_inputs)
+    run.restore_and_start(optimizer, ema, functools.partial(make_inputs, train, host_modulation))
     videos = EvalVideos(run, eval_prompts) if eval_prompts else None
     dit.train()
     evaluate_if_due(run, dit, videos)
@@ -140,3 +125,20 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         # Saved before it is evaluated: evaluation takes long, and may fail.
         run.save_if_due(result)
         evaluate_if_due(run, dit, videos)
+
+
+def make_inputs(train: TrainConfig, host_modulation: HostModulation, batch: Mapping[str, Any], drawn: Draws) -> Inputs:
+    """Returns what the model gets of a micro-batch; runs in the background, a micro-batch ahead of the step."""
+    sigma = sigmas_from_uniforms(
+        drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
+    )[drawn.rows]
+    vae_latents = sample_posterior(batch["mean"], batch["logvar"], drawn.posterior_noise)
+    noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
+    prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
+    weight = loss_weight(sigma, train.loss_weighting)
+    # What the model makes of this sigma and this prompt: it reads neither of them beside it.
+    modulation = host_modulation(sigma, prompt, mask)
+    return Inputs(
+        clips=batch["sample_ids"], sigma=sigma, mask=mask, dropout_seed=drawn.dropout_seed, noisy=noisy, target=target,
+        prompt=prompt, weight=weight, modulation=modulation,
+    )  # fmt: skip

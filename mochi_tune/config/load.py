@@ -170,13 +170,19 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
 def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "DictConfig":
     """Returns what the file sets, with the files that it builds on and the chosen file of each group."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
+    # Of a program that calls this one and is Hydra's, too.
+    theirs, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     folders = ", ".join(quote(f"file://{folder}") for folder in dict.fromkeys(_folders(path)) if folder.is_dir())
-    with (
-        _file_on_base(path, implies_base) as file,
-        initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
-    ):
-        return compose(file.stem, overrides=[f"hydra.searchpath=[{folders}]", *groups])
+    try:
+        with (
+            _file_on_base(path, implies_base) as file,
+            initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
+        ):
+            return compose(file.stem, overrides=[f"hydra.searchpath=[{folders}]", *groups])
+    finally:
+        GlobalHydra.instance().hydra = theirs
 
 
 def _folders(path: Path) -> list[Path]:

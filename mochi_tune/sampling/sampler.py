@@ -54,13 +54,12 @@ class SamplerSettings:
         They are spread evenly over all `steps`, the first one at the first step and the last one at the last, linear
         in between; as many as steps are one for each.
         """
-        last = max(1, self.steps - 1)
-        positions = [step * (len(values) - 1) / last for step in range(self._first_step, self.steps)]
-        return [
-            values[i] if position == i else values[i] + (position - i) * (values[i + 1] - values[i])
-            for position in positions
-            for i in (int(position),)
-        ]
+        last, found = max(1, self.steps - 1), []
+        for step in range(self._first_step, self.steps):
+            i, rest = divmod(step * (len(values) - 1) / last, 1)
+            here = values[int(i)]
+            found.append(here + rest * (values[int(i) + 1] - here) if rest else here)
+        return found
 
     @property
     def _all_sigmas(self) -> list[float]:

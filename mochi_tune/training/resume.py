@@ -15,7 +15,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.config.load import config_yaml
-from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
 from mochi_tune.files import copy_atomic, parse_object, read_json, read_json_lines, remove_temporary_files, write_atomic
@@ -240,7 +239,9 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     # resume_from is followed until a checkpoint is made after it; then the same command resumes from the newest one.
     starts, is_followed = read_history(run_dir), False
     # Of the starts with this setting since it was given, the first one followed it.
-    since = list(itertools.takewhile(lambda start: _is_same(start.get("resume_from"), config), reversed(starts)))
+    since = list(
+        itertools.takewhile(lambda start: _is_same(start.get("resume_from"), config.resume_from), reversed(starts))
+    )
     if config.resume_from and since:
         newest, _ = checkpoint.newest_valid(run_dir / "checkpoints")
         is_followed = newest is not None and checkpoint.step_of(newest) > since[-1]["from_step"]
@@ -251,11 +252,11 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     return find_resume_point(run_dir, now, resume_from)
 
 
-def _is_same(resume_from: str | None, config: RunConfig) -> bool:
-    """Whether an earlier start named the checkpoint that this one names, however either is spelt."""
-    if resume_from is None or config.resume_from is None:
-        return resume_from is config.resume_from
-    return Path(resume_from).resolve() == Path(config.resume_from).resolve()
+def _is_same(before: str | None, now: str | None) -> bool:
+    """Whether two starts named one checkpoint, however each is spelt, or both none."""
+    if before is None or now is None:
+        return before is now
+    return Path(before).resolve() == Path(now).resolve()
 
 
 def resume(plan: TrainPlan) -> ResumePoint:
