@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from mochi_tune.config.load import RECORDS
 from mochi_tune.data_prep.stills import STILL_SUFFIXES
 from mochi_tune.errors import DataError, counted, some
 
@@ -121,7 +122,7 @@ def walk(folder: Path, closed: dict[str, str] | None = None) -> Iterator[tuple[s
 
 def _made_here(start: str, names: set[str]) -> str:
     """Returns what a folder is whose path with a slash and whose names are given: one of MADE_HERE, or ""."""
-    if "config.yaml" in names and ("metrics.jsonl" in names or os.path.isdir(f"{start}checkpoints")):
+    if "config.yaml" in names and any(any(Path(start).glob(record)) for record in RECORDS):
         return MADE_HERE[0]
     # Others write files of this name too, beside clips.
     if {"manifest.json", "data"} <= names and os.path.isdir(f"{start}data"):

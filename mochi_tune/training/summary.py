@@ -45,7 +45,7 @@ def opening_lines(plan: TrainPlan, step: int) -> list[str]:
         f"{'sample' if num_samples == 1 else 'samples'} are {num_epochs:.3g} epochs",
         *([f"eval videos: {', '.join(map(repr, train.sample_prompts))}"] if plan.renders_videos else []),
         *_forecast(plan, plan.memory, left),
-        *doubtful_settings(train),
+        *doubtful_settings(train, num_samples),
     ]
 
 
@@ -64,8 +64,8 @@ def _forecast(plan: TrainPlan, memory: MemoryPlan, num_steps: int) -> list[str]:
     return [*lines, f"time to come: {about}"]
 
 
-def doubtful_settings(train: "TrainConfig") -> list[str]:
-    """Returns a line for each setting with which a run can hardly work."""
+def doubtful_settings(train: "TrainConfig", num_samples: int) -> list[str]:
+    """Returns a line for each setting that does nothing, or with which a run of so many samples a step hardly works."""
     lines = []
     if train.warmup_steps >= train.steps:
         # At least one where there is room for it.
@@ -79,5 +79,15 @@ def doubtful_settings(train: "TrainConfig") -> list[str]:
         lines.append(
             f"warning: train.learning_rate={train.learning_rate:g} is far above the usual with {train.optimizer}, up "
             f"to {usual:g}: the loss may grow instead of fall"
+        )
+    if train.sigma_stratified and num_samples == 1:
+        lines.append(
+            "warning: train.sigma_stratified=true does nothing with one sample a step: raise train.batch_size or "
+            "train.accumulation_steps, or leave it out"
+        )
+    if train.spike_policy == "off" and train.spike_factor != type(train)().spike_factor:
+        lines.append(
+            f"warning: train.spike_factor={train.spike_factor:g} does nothing with train.spike_policy=off: choose a "
+            "policy, or leave it out"
         )
     return lines
