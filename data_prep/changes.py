@@ -1,6 +1,7 @@
 """What has changed beside the cache since `prepare`, which training does not read."""
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,12 +11,15 @@ from mochi_tune.data.cache import REPORT_NAME, Cache
 from mochi_tune.data.manifest import MANIFEST_NAME
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.finding import clip_name, list_videos
+from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import DataError, counted, some
 from mochi_tune.files import file_sha256
 
 # Of a larger cache, the captions are not read again at each start of a training: on a network disk that takes minutes.
 MAX_CLIPS = 10_000
+# Of videos that may have been replaced, so many bytes are read.
+MAX_BYTES = 2**30
 
 
 @dataclass
@@ -41,15 +45,15 @@ def tell_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
     """
     if len(cache.rows) > MAX_CLIPS:
         return []
-    changes, report = Changes(), cache.folder / REPORT_NAME
-    seen = _names_of(report) if report.is_file() else None
+    changes = Changes()
     try:
+        seen = _names_of(cache.folder / REPORT_NAME)
         for source in read_sources(data):
             if source.folder.is_dir() and not is_dataset(source.folder):
                 _compare(source, data, seed, cache, changes)
                 if seen is not None:
                     changes.new += _new_files(source, seen)
-    except DataError as error:
+    except (DataError, OSError) as error:  # Training reads the cache alone: none of these files is needed for it.
         return [f"whether clips or captions have changed since `prepare` cannot be told: {error}"]
     return _lines(changes)
 
@@ -67,26 +71,41 @@ def _compare(source: Source, data: DataConfig, seed: int, cache: Cache, changes:
     found = load_captions(source.folder, videos, rules)
     changes.gone += [path.name for path in own if not path.exists()]
     changes.captions += [path.name for path in videos if found.texts.get(path, ("",)) != own[path][0]]
-    # Only what was written since is read, or a start would take as long as reading all videos.
-    prepared = (cache.folder / MANIFEST_NAME).stat().st_mtime
-    later = [path for path in videos if path.stat().st_mtime > prepared]
-    changes.replaced += [path.name for path in later if file_sha256(path) != own[path][1]]
+    changes.replaced += _replaced(cache, {path: own[path][1] for path in videos})
 
 
-def _names_of(report: Path) -> set[str]:
-    """Returns the names of all files that a `prepare` found, whether it could use them or not."""
-    with report.open(encoding="utf-8", newline="") as file:
-        clips = [row["clip"] for row in csv.DictReader(file)]
+def _replaced(cache: Cache, hashes: Mapping[Path, str]) -> list[str]:
+    """Returns the names of videos that have other bytes than their hashes say; what looks as it was is not read."""
+    kept, prepared = FileHashes(cache.folder / HASHES_FILE), (cache.folder / MANIFEST_NAME).stat().st_mtime
+    found, in_doubt, num_bytes = [], [], 0
+    for path in hashes:
+        now, before = signature(path), kept.signature_of(path)
+        if before and before[0] != now[0]:
+            found.append(path.name)
+        elif before != now if before else path.stat().st_mtime > prepared:
+            in_doubt.append(path)
+            num_bytes += now[0]
+    # Of a folder that was copied or moved all are in doubt: reading all of it would take minutes at each start.
+    return found + [path.name for path in in_doubt if num_bytes <= MAX_BYTES and file_sha256(path) != hashes[path]]
+
+
+def _names_of(report: Path) -> set[str] | None:
+    """Returns the names of all files that a `prepare` found, usable or not; None where its report cannot tell."""
+    if not report.is_file():
+        return None
+    with report.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.DictReader(file)
+        # A spreadsheet may have saved it with other separators.
+        clips = [row["clip"] for row in rows] if "clip" in (rows.fieldnames or ()) else None
     # Behind the "@" is where in a video a clip begins; a file may have one in its name.
-    return {*clips, *(clip.rpartition("@")[0] for clip in clips)}
+    return None if clips is None else {*clips, *(clip.rpartition("@")[0] for clip in clips)}
 
 
 def _new_files(source: Source, seen: set[str]) -> list[str]:
     has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
-    videos = list_videos(source.folder, has_stills)
-    names = {path.name: clip_name(source.name, source.folder, path) for path in videos}
+    names = {clip_name(source.name, source.folder, path) for path in list_videos(source.folder, has_stills)}
     # Where none was seen, they are another machine's, or `prepare` has not had this source.
-    return [name for name, clip in names.items() if clip not in seen] if seen & set(names.values()) else []
+    return [name.rpartition("/")[2] for name in sorted(names - seen)] if names & seen else []
 
 
 def _lines(changes: Changes) -> list[str]:

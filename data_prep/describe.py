@@ -19,7 +19,7 @@ from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.clips import Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.describe_tally import Prices, Result, Tally, open_log
-from mochi_tune.data_prep.finding import find_videos
+from mochi_tune.data_prep.finding import find_videos, list_videos
 from mochi_tune.data_prep.inspection import as_jpeg
 from mochi_tune.errors import ConfigError, DataError, counted, printable
 from mochi_tune.files import make_writable_folder, write_new
@@ -69,11 +69,11 @@ def find_clips(folder: Path, with_stills: bool) -> FoundClips:
     Raises:
         DataError: the folder is not there or holds no clip; a table cannot be read.
     """
-    clips = find_videos(folder, with_stills, "videos")
+    clips = find_videos(folder, with_stills, "videos", "stills=true")
     found = load_captions(folder, clips, CaptionRules())
     result, targets = FoundClips(folder, [], len(found.texts), {}, list(found.notes)), set()
     if not with_stills:
-        everything = find_videos(folder, True, "videos")
+        everything = list_videos(folder, with_stills=True)
         if len(everything) > len(clips):
             result.notes.append(f"{len(everything) - len(clips)} stills are not described: stills=true describes them")
     for clip in clips:

@@ -16,17 +16,22 @@ MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
 # Why a still is not taken where no bucket has one frame.
 STILL = "is a still picture, which data.buckets=auto takes"
+# What makes a training take stills.
+TAKES_STILLS = "data.buckets=auto or a bucket of one frame"
 # What this program has made: the videos of a run are no clips.
 MADE_HERE = ("is a run of mochi-tune", "is a cache of mochi-tune")
 
 
-def find_videos(folder: Path, with_stills: bool = False, setting: str = "data.videos") -> list[Path]:
+def find_videos(
+    folder: Path, with_stills: bool = False, setting: str = "data.videos", takes_stills: str = ""
+) -> list[Path]:
     """Lists the videos in `folder` and below it, sorted by path; names that start with a dot are left out.
 
     Args:
         folder: to look in.
         with_stills: whether still pictures count too.
         setting: that names the folder.
+        takes_stills: what would make them count; "" where nothing would.
 
     Raises:
         DataError: the folder does not exist, is a file, or holds no video.
@@ -44,9 +49,7 @@ def find_videos(folder: Path, with_stills: bool = False, setting: str = "data.vi
         others = [f"what was made of clips ({some(made)})"] if made else []
         others += [f"{counted(len(stills), 'still')} ({some(stills)})"] if stills else []
         but = f" but {' and '.join(others)}" if others else ""
-        # Of the verbs that read clips alone the setting has another name.
-        takes = stills and setting.startswith("data.")
-        or_take = ", or take the stills by data.buckets=auto or a bucket of one frame" if takes else ""
+        or_take = f", or take the stills by {takes_stills}" if stills and takes_stills else ""
         raise DataError(f"{setting}={folder} holds no video{but}: put clips in it ({' '.join(suffixes)}){or_take}.")
     return videos
 

@@ -13,7 +13,7 @@ from mochi_tune.data.rows import CacheSettings, Row, make_row
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import STILL, as_utf8, clip_name, find_unused, find_videos
+from mochi_tune.data_prep.finding import STILL, TAKES_STILLS, as_utf8, clip_name, find_unused, find_videos
 from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, Signature, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
@@ -94,7 +94,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         if folder.is_dir() and is_dataset(folder):
             folder = materialise_dataset(folder, Path(data.cache) / DATASET_FOLDER / (source.name or ALONE))
         has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
-        videos = find_videos(folder, has_stills, setting)
+        videos = find_videos(folder, has_stills, setting, TAKES_STILLS)
         names = {video: clip_name(source.name, folder, video) for video in videos}
         rules = CaptionRules(
             data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed

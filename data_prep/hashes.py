@@ -48,6 +48,11 @@ class FileHashes:
             self._now[name] = [*found, sha256]
         return sha256
 
+    def signature_of(self, path: Path) -> Signature | None:
+        """Returns the signature that a file had when it was read last; None for one that is not kept."""
+        entry = self._known.get(os.path.abspath(path))
+        return None if entry is None else (int(entry[0]), int(entry[1]), int(entry[2]))
+
     def save(self) -> None:
         """Keeps the hashes of the files that were asked for."""
         if self._now != self._before or not self._path.exists():

@@ -31,8 +31,8 @@ BETWEEN_CAPTIONS = " | "
 MUCH_PICTURE = 1 / 3
 # A line shows this many characters of what is cut off; the table shows all.
 MAX_TAIL = 60
-# A folder `5_ohwx`, and what is below it.
-_REPEATS = re.compile(r"(\d+)_[^/]*/", re.ASCII)
+# A folder `5_ohwx`, and what is below it; four digits are a year.
+_REPEATS = re.compile(r"(\d{1,3})_[^/]*/", re.ASCII)
 # Footage that is not used is told above this share of all.
 MUCH_FOOTAGE = 0.1
 

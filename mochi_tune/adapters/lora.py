@@ -20,8 +20,8 @@ from mochi_tune.adapters.linears import CastLinear, StretchedLinear
 from mochi_tune.errors import CheckpointError, ConfigError, some
 
 Number = TypeVar("Number", int, float)
-# A parameter of the trainable adapter, as peft names it; ours ends at the group.
 TRAINED = "default"  # The name of the adapter that is trained.
+# A parameter of the trainable adapter, as peft names it; ours ends at the group.
 _PARAMETER = re.compile(r"(.+\.lora_(?:A|B|magnitude))(?:_vector)?\.default\.weight")
 
 

@@ -129,9 +129,9 @@ def check_form(verb: str, arguments: Sequence[str]) -> None:
         if has_follower and _is_setting(verb, argument):
             raise ConfigError(f"{argument!r} has no value: {_hint(verb, key, follower)}")
         if argument.startswith("-"):
-            from mochi_tune.config.explain import SYNONYMS, UNNEEDED
+            from mochi_tune.config.explain import EPOCHS, SYNONYMS, UNNEEDED
 
-            if key in (*SYNONYMS, *UNNEEDED):
+            if key in (*SYNONYMS, *UNNEEDED, *EPOCHS):
                 raise ConfigError(f"{argument} is not an option: {_hint(verb, key, '')}")
             raise ConfigError(f"{argument} is not an option: use --help or --cfg; settings are written key=value.")
         if not has_conf:

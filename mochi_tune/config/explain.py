@@ -37,16 +37,15 @@ TYPE_NAMES = {
     dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
     dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
 }
+# Lengths of a run in passes over the clips.
+EPOCHS = ("epochs", "num_epochs", "num_train_epochs", "max_train_epochs")
 # What other trainers call a setting -> what it is here, with a value where the word itself says one.
 SYNONYMS = {
     "lr": ["train.learning_rate"],
     "learning-rate": ["train.learning_rate"],
     "rate": ["train.learning_rate"],
-    "epochs": ["train.steps"],
-    "num_epochs": ["train.steps"],
     "max_steps": ["train.steps"],
     "max_train_steps": ["train.steps"],
-    "max_train_epochs": ["train.steps"],
     "steps": ["train.steps"],
     "batch": ["train.batch_size"],
     "train_batch_size": ["train.batch_size"],
@@ -67,6 +66,9 @@ SYNONYMS = {
     "frame_extraction": ["data.clips"],
     "dataset": ["data.videos"],
     "train_data_dir": ["data.videos"],
+    "data": ["data.videos"],
+    "data_dir": ["data.videos"],
+    "data_root": ["data.videos"],
     "instance_data_root": ["data.videos"],
     "dataset_config": ["data.sources"],
     "num_repeats": ["data.sources"],
@@ -241,10 +243,13 @@ def nearest(key: str, known: Iterable[str]) -> str:
         return f"; did you mean {' and '.join(SYNONYMS[word])}?"
     if word in UNNEEDED:
         return "; leave it out: `prepare` caches latents and captions."
+    if word in EPOCHS:
+        return "; set train.steps: the epochs times the clips, divided by the samples of a step."
     if not section and (same := [k for k in known if k.rpartition(".")[2] == key]):
         return f"; did you mean {' or '.join(same)}?"
     # A file names sections by themselves.
-    own_sections = [] if section else dict.fromkeys(k.partition(".")[0] for k in known if "." in k)
+    own_sections = {} if section else dict.fromkeys(k.partition(".")[0] for k in known if "." in k)
+    own_sections.pop(key, None)
     near = difflib.get_close_matches(key, [*known, *own_sections], n=1, cutoff=0.7)
     near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     return f"; did you mean {near[0]}?" if near else "; --help all lists them."

@@ -65,14 +65,21 @@ class Checkpointer:
         self.metrics = metrics
         self.retention = retention
         self.log = log
+        # Steps that were saved for their validation loss: they take no place of the newest ones.
+        self._bests: set[int] = set()
         # The last save that failed, if no later one succeeded.
         self.failed: tuple[Snapshot, OSError] | None = None
 
-    def save(self, snapshot: Snapshot) -> bool:
+    def save(self, snapshot: Snapshot, is_best: bool = False) -> bool:
         """Writes a checkpoint, then the run's adapter, and removes old checkpoints; returns whether that succeeded.
 
         A full or read-only disk does not end the run: the old checkpoints stay, and the next save tries again.
+
+        Args:
+            snapshot: of the last finished step.
+            is_best: whether it is saved for its validation loss alone.
         """
+        self._bests |= {snapshot.step} if is_best else set()
         try:
             # A resumed run finds the rows of all steps up to its checkpoint.
             self.metrics.flush_to_disk()
@@ -109,7 +116,9 @@ class Checkpointer:
         steps = [checkpoint.step_of(path) for path in checkpoint.find_checkpoints(self.folder)]
         keep = self.retention
         best = self.metrics.best_validated(steps) if keep.best else None
-        checkpoint.remove_checkpoints(self.folder, checkpoint.steps_to_keep(steps, keep.newest, keep.every, best))
+        in_turn = [step for step in steps if step not in self._bests]
+        kept = checkpoint.steps_to_keep(in_turn, keep.newest, keep.every, best)
+        checkpoint.remove_checkpoints(self.folder, kept | {step for step in self._bests if step == best})
 
 
 def check_free_space(run_dir: Path, num_bytes: int) -> None:

@@ -70,7 +70,7 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
     if validates and train.keep_best and run.step > 0:
         best = None if run.metrics is None else run.metrics.best_validation()
         if broadcast(best is not None and best[0] == run.step):
-            run.save()  # Unless it was a step to save: no later one would have it.
+            run.save(is_best=True)  # Unless it was a step to save: no later one would have it.
     if run.report is not None:
         run.report.write()
     run.check_signals()

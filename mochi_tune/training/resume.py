@@ -5,6 +5,7 @@
 
 import datetime
 import filecmp
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -19,7 +20,7 @@ from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
 from mochi_tune.files import copy_atomic, parse_object, read_json, read_json_lines, remove_temporary_files, write_atomic
 from mochi_tune.training import checkpoint
-from mochi_tune.training.branches import enter_branch, next_number, put_aside
+from mochi_tune.training.branches import enter_branch, next_number, put_aside, put_videos_aside
 from mochi_tune.training.eval_files import find_eval_videos, prompt_file
 from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, bound_settings
@@ -201,7 +202,7 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
     """Resets the run folder to its state at the step that the run resumes from.
 
     Checkpoints of later steps are renamed: they are damaged, or the user named an older one. Eval videos of later
-    steps are removed, as they are rendered again.
+    steps are removed, as they are rendered again; where the user went back, they are renamed, too.
     """
     checkpoints = run_dir / "checkpoints"
     remove_temporary_files(run_dir)
@@ -209,7 +210,8 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
         log(f"removed what an interrupted save left: {', '.join(stale)}")
     number = next_number(checkpoints)
     if start.is_named and start.folder is not None:
-        enter_branch(run_dir, start.folder, start.state, number, log)
+        enter_branch(run_dir, start.folder, number, log)
+        put_videos_aside(run_dir, start.step, number)
     kept = [path for path in checkpoint.find_checkpoints(checkpoints) if checkpoint.step_of(path) <= start.step]
     for path in sorted(checkpoints.glob("step_*")):
         if path not in kept:
@@ -237,11 +239,13 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     """
     config, run_dir = plan.config, Path(plan.config.run_dir)
     # resume_from is followed until a checkpoint is made after it; then the same command resumes from the newest one.
-    starts, is_followed = read_history(run_dir), False
-    # Of the starts with this setting since it was given, the first one followed it.
-    since = list(
-        itertools.takewhile(lambda start: _is_same(start.get("resume_from"), config.resume_from), reversed(starts))
-    )
+    starts, is_followed, learnt = read_history(run_dir), False, _learnt(plan)
+
+    def is_this(start: Mapping) -> bool:
+        return _is_same(start.get("resume_from"), config.resume_from) and start.get("learnt", learnt) == learnt
+
+    # Of the starts of this command since it was given, the first one followed it.
+    since = list(itertools.takewhile(is_this, reversed(starts)))
     if config.resume_from and since:
         newest, _ = checkpoint.newest_valid(run_dir / "checkpoints")
         is_followed = newest is not None and checkpoint.step_of(newest) > since[-1]["from_step"]
@@ -250,6 +254,13 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     contents = plan.dataset.cache.contents()
     now = ThisRun(plan.identity, config.resume == "force", plan.environment, already_forced, contents)
     return find_resume_point(run_dir, now, resume_from)
+
+
+def _learnt(plan: TrainPlan) -> str:
+    """Returns a hash of the settings that decide what is learnt: with others, going back is another try."""
+    settings = plan.identity["settings"]
+    bound = json.dumps({key: settings[key] for key in bound_settings(settings)}, sort_keys=True)
+    return hashlib.sha256(bound.encode()).hexdigest()[:12]
 
 
 def _is_same(before: str | None, now: str | None) -> bool:
@@ -264,6 +275,8 @@ def resume(plan: TrainPlan) -> ResumePoint:
     config, run_dir = plan.config, Path(plan.config.run_dir)
     start = find_start(plan)
     rewind(run_dir, start, tqdm.write)
+    if config.resume_from and not start.is_named:
+        tqdm.write(f"resume_from={config.resume_from} was followed before: the run goes on from what came of it")
     if owes_evaluation(plan, start.step):
         tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was broken off, is made now")
         return replace(start, owes_evaluation=True)
@@ -290,7 +303,7 @@ def resume(plan: TrainPlan) -> ResumePoint:
     write_atomic(run_dir / CLIPS_FILE, json.dumps(clips).encode(), durable=True)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     facts = {"date": date, "from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
-    facts["notes"] = start.notes
+    facts |= {"notes": start.notes, "learnt": _learnt(plan)}
     record_start(run_dir, {**facts, **plan.environment})
     return start
 

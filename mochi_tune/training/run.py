@@ -273,7 +273,7 @@ class Run:
         if result.stop_signal and not self.is_complete:
             raise Interrupted
 
-    def save(self) -> None:
+    def save(self, is_best: bool = False) -> None:
         """Writes a checkpoint of the last finished step, unless there is one; every process calls it."""
         if self._saved_step == self.step:
             return
@@ -284,7 +284,7 @@ class Run:
             averaged = None if published is None else self._adapter(published)
             environment = self.plan.environment | {"attention": self.attention}
             everything = {"step": self.step, **self.plan.identity, "environment": environment, **rows}
-            self._checkpointer.save(Snapshot(self.step, self._adapter(weights), averaged, state, everything))
+            self._checkpointer.save(Snapshot(self.step, self._adapter(weights), averaged, state, everything), is_best)
         self._saved_step = self.step
 
     def published_weights(self) -> Mapping[str, Tensor] | None:

@@ -12,7 +12,7 @@ from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.sources import read_sources
 from mochi_tune.data_prep.captions import MAX_CAPTION_CHARACTERS, CaptionRules, load_captions
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, find_videos
+from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, TAKES_STILLS, find_videos
 from mochi_tune.data_prep.inspection import Flag, find_flags
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts
@@ -60,7 +60,7 @@ def list_videos(folder: Path, videos: str) -> list[Path]:
         DataError: the folder is none, holds no video, or is outside of the page's folder.
     """
     root = inside(folder, videos)
-    found = find_videos(root, with_stills=False)
+    found = find_videos(root, takes_stills=TAKES_STILLS)
     return [path for path in found if path.resolve().is_relative_to(folder.resolve())]
 
 
@@ -194,7 +194,8 @@ def take_uploads(folder: Path, videos: str, files: Sequence[Path]) -> tuple[list
         except MochiTuneError as error:
             refused.append(str(error))
     given: set[str] = set()
-    for members in groups.values():
+    # Names that are clean already come first: they keep theirs, as the clip and the caption that are there have it.
+    for _, members in sorted(groups.items(), key=lambda group: group[0] != group[1][0][1].stem):
         try:
             _check_pairs([file.name for file, _ in members])
             root = inside(folder, videos)

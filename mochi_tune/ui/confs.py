@@ -140,14 +140,15 @@ def newest_conf(folder: Path) -> str:
     return max(names, key=lambda name: changed_at(folder / "conf" / f"{name}.yaml"), default="my_lora")
 
 
-def conf_of_run(folder: Path, run_dir: str) -> str:
+def conf_of_run(folder: Path, run_dir: str, but: str = "") -> str:
     """Returns the name of the conf whose run folder this is; "" for none. One that holds a mistake is passed by.
 
     Args:
         folder: of the page.
         run_dir: path in it.
+        but: name of a conf that is not looked at.
     """
-    for name in list_confs(folder):
+    for name in [name for name in list_confs(folder) if name != but]:
         try:
             config = load_config(str(conf_path(folder, name)), [])
             if inside(folder, config.run_dir) == inside(folder, run_dir):
@@ -227,14 +228,23 @@ def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
         raise ConfigError(
             f"conf/{form.name}.yaml begins with {', '.join(others)}, which the page would lose: choose another name."
         )
-    if not path.exists() and (other := conf_of_run(folder, run_dir := check_form(folder, form).run_dir)):
+    run_dir = check_form(folder, form).run_dir
+    if run_dir != _run_dir_of(path) and (other := conf_of_run(folder, run_dir, but=form.name)):
         raise ConfigError(
-            f"run_dir={run_dir} is that of conf/{other}.yaml, whose run would go on: leave run_dir out of the other "
-            f"settings, or write run_dir=runs/{form.name}."
+            f"run_dir={run_dir} is that of conf/{other}.yaml, whose run would go on: choose another name, or write "
+            "another run_dir into the other settings."
         )
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, text.encode(), durable=True)
     return path
+
+
+def _run_dir_of(path: Path) -> str:
+    """Returns the run folder of a conf that is there; "" where it cannot be told."""
+    try:
+        return load_config(str(path), []).run_dir
+    except MochiTuneError:
+        return ""
 
 
 def _says_the_same(path: Path, folder: Path, form: Form) -> bool:

@@ -82,7 +82,7 @@ def test_cfg_prints_the_settings_that_would_run():
         (["train", "conf=my_lora", "--train.steps=5"], "did you mean train.steps=5?"),
         (["train", "--conf", "my_lora"], "did you mean conf=my_lora?"),
         (["train", "conf=my_lora", "lr=1e-4"], "lr is not a setting; did you mean train.learning_rate?"),
-        (["train", "conf=my_lora", "train.epochs=3"], "did you mean train.steps?"),
+        (["train", "conf=my_lora", "train.epochs=3"], "set train.steps: the epochs times the clips"),
         (["train", "conf=my_lora", "batch=3"], "did you mean train.batch_size?"),
         (["train", "conf=my_lora", "rank=3"], "did you mean lora.rank?"),
         (["train", "conf=my_lora", "resolution=480"], "did you mean data.height and data.width?"),

@@ -27,6 +27,7 @@ KNOWN = [*known_keys(), *GROUPS]
         ("discrete_flow_shift", "train.sigma_shift"),
         ("report_to", "log.wandb, log.tensorboard or log.trackio"),
         ("train_data_dir", "data.videos"),
+        ("data_dir", "data.videos"),
         ("instance_data_root", "data.videos"),
         ("dataset_config", "data.sources"),
         ("id_token", "data.caption_prefix"),

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi_tune.data_prep.finding import find_unused, find_videos
+from mochi_tune.data_prep.finding import TAKES_STILLS, find_unused, find_videos
 from mochi_tune.errors import DataError
 
 
@@ -25,7 +25,7 @@ def test_a_folder_of_stills_alone_names_them_and_what_takes_them(tmp_path):
     for number in range(9):
         (tmp_path / f"{number}.jpg").touch()
     with pytest.raises(DataError) as caught:
-        find_videos(tmp_path)
+        find_videos(tmp_path, takes_stills=TAKES_STILLS)
     assert f"={tmp_path} holds no video but 9 stills (0.jpg, 1.jpg, 2.jpg, 3.jpg and 5 more): put" in str(caught.value)
     assert str(caught.value).endswith(", or take the stills by data.buckets=auto or a bucket of one frame.")
     # Verbs that cut films take none.

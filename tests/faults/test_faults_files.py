@@ -52,12 +52,16 @@ def test_a_pickled_adapter_is_not_opened_by_any_verb(tmp_path):
 @pytest.mark.parametrize(
     ("verb", "file", "text"),
     [
-        ("sample", "dit.safetensors", "is not a complete safetensors file"),
-        ("train", "dit.safetensors", "is not a complete safetensors file"),
-        ("sample", "decoder.safetensors", "is not a complete safetensors file"),
-        ("prepare", "encoder.safetensors", "is not a complete safetensors file"),
-        ("prepare", "text_encoder/model.safetensors", "is not a complete safetensors file"),
-        ("sample", "text_encoder/pytorch_model.bin", "text_encoder has neither model.safetensors nor"),
+        ("sample", "dit.safetensors", "is a pickle of PyTorch, which is not read"),
+        ("train", "dit.safetensors", "is a pickle of PyTorch, which is not read"),
+        ("sample", "decoder.safetensors", "is a pickle of PyTorch, which is not read"),
+        ("prepare", "encoder.safetensors", "is a pickle of PyTorch, which is not read"),
+        ("prepare", "text_encoder/model.safetensors", "is a pickle of PyTorch, which is not read"),
+        (
+            "sample",
+            "text_encoder/pytorch_model.bin",
+            "text_encoder has pytorch_model.bin, and safetensors files alone are read",
+        ),
         ("train", "dit.pt", "has no dit.safetensors"),
     ],
 )

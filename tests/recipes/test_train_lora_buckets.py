@@ -16,6 +16,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset
+from mochi_tune.data_prep import changes
 from mochi_tune.data_prep.prepare import main as prepare
 from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.recipes.train_lora import main
@@ -208,6 +209,31 @@ def test_another_caption_needs_no_force_and_is_told(mixed, tmp_path, capsys):
     assert "1 clip of the cache is not in the folder any more (wide_1.mp4)" in out
     assert "1 file of the folder has come since `prepare` (later@2.mp4), and this run does not train on it" in out
     assert "1 clip has other bytes since `prepare` (tall_0.mp4), and this run trains on the old" in out
+
+
+def test_a_new_clip_of_a_name_that_another_folder_has_is_told(mixed, tmp_path, capsys):
+    for folder in ("a", "b"):
+        (mixed / "videos" / folder).mkdir()
+        for suffix in (".mp4", ".txt"):
+            shutil.copy(mixed / "videos" / f"wide_0{suffix}", mixed / "videos" / folder / f"wide_0{suffix}")
+    assert train(mixed, tmp_path, "train.steps=1") == 0
+    assert "2 files of the folder have come since `prepare` (wide_0.mp4, wide_0.mp4)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfclip;status\nwide_0.mp4;kept\n", b"clip,status\nw\xe9.mp4,kept\n"])
+def test_a_report_that_another_program_has_saved_stops_no_training(mixed, tmp_path, capsys, content):
+    (mixed / "cache" / "report.csv").write_bytes(content)
+    (mixed / "videos" / "wide_0.mp4").unlink()
+    (mixed / "videos" / "wide_0.mp4").mkdir()
+    assert train(mixed, tmp_path, "train.steps=1") == 0
+    assert "cannot be told" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_quickly_is_not_read(mixed, tmp_path, monkeypatch, capsys):
+    write_video(mixed / "videos" / "tall_0.mp4", 8, width=32, height=48, first_number=170)
+    monkeypatch.setattr(changes, "MAX_BYTES", 0)
+    assert train(mixed, tmp_path, "train.steps=1") == 0
+    assert "other bytes" not in capsys.readouterr().out
 
 
 def test_a_clip_that_was_refused_is_no_new_one(mixed, tmp_path, capsys):

@@ -204,5 +204,5 @@ def test_the_file_tells_how_it_was_made(tmp_path):
         "strategy": "data",
         "device": f"cpu, {torch.get_num_threads()} threads",
     }
-    assert history.pop("date").endswith("+00:00")
+    assert history.pop("date").endswith("+00:00") and len(history.pop("learnt")) == 12
     assert history == {"from_step": 0, "resume_from": None, "changed": [], "notes": [], **about}

@@ -10,7 +10,7 @@ import torch
 from helpers_road import LORA, prepared, read_rows, road, train
 
 from mochi_tune.config.load import load_config
-from mochi_tune.errors import DataError
+from mochi_tune.errors import DataError, TrainingError
 from mochi_tune.files import load_tensors
 from mochi_tune.training.checkpoint import load_adapter_tensors
 from mochi_tune.training.preflight import check
@@ -28,7 +28,8 @@ def test_a_checkpoint_that_is_named_is_followed_until_there_is_one_after_it(tmp_
     train(other, *EACH, "train.steps=4")
     again = [*EACH, "train.steps=4", f"resume_from={other / 'checkpoints/step_000002'}"]
     train(run_dir, *again)
-    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [3, 4]
+    # With the rows that led to it.
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
     # As if it had been killed before its first checkpoint.
     shutil.rmtree(run_dir / "checkpoints")
     train(run_dir, *again)
@@ -42,7 +43,7 @@ def test_a_checkpoint_that_is_named_is_followed_until_there_is_one_after_it(tmp_
         file.write(json.dumps(starts[-1] | {"from_step": 4}) + "\n")
     train(run_dir, *again, "train.steps=5")
     assert read_rows(run_dir / "history.jsonl")[-1]["from_step"] == 4
-    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [3, 4, 5]
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def rows_of(run_dir, name="metrics"):
@@ -69,7 +70,7 @@ def test_going_back_to_a_branch_brings_its_rows_and_checkpoints_alone(tmp_path, 
     assert other[2]["loss"] == rows_of(straight, "metrics.jsonl")[2]["loss"] != other[3]["loss"]
     capsys.readouterr()
     train(run_dir, *BRANCHED, "train.steps=6", f"resume_from={run_dir / 'checkpoints/aside_0_step_000004'}")
-    assert "did not lead to" in (out := capsys.readouterr().out)
+    assert "is of another branch" in (out := capsys.readouterr().out)
     for name in ("metrics.jsonl", "validation.jsonl"):
         assert rows_of(run_dir, name) == rows_of(straight, name), name
     assert checkpoints_of(run_dir) == [f"step_00000{step}" for step in (1, 2, 5, 6)], out
@@ -88,6 +89,49 @@ def test_another_runs_checkpoint_brings_the_rows_of_that_run(tmp_path):
     assert rows_of(first, "metrics.jsonl")[:4] == rows_of(second, "metrics.jsonl")
     assert checkpoints_of(first) == ["step_000005"]
     assert checkpoints_of(second) == [f"step_00000{step}" for step in (1, 2, 3, 4)]
+
+
+def test_a_branch_that_parts_where_the_losses_are_the_same_is_another(tmp_path):
+    """The loss of a step is that of the weights before its update, which another rate changes."""
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    for folder in (straight, run_dir):
+        train(folder, *BRANCHED, "train.steps=3")
+    back = f"resume_from={run_dir / 'checkpoints/step_000002'}"
+    train(run_dir, *BRANCHED, "train.steps=3", "train.learning_rate=5e-2", back, "resume=force")
+    train(run_dir, *BRANCHED, "train.steps=4", f"resume_from={run_dir / 'checkpoints/aside_0_step_000003'}")
+    assert rows_of(run_dir, "metrics.jsonl")[:3] == rows_of(straight, "metrics.jsonl")
+    assert checkpoints_of(run_dir) == [f"step_00000{step}" for step in (1, 2, 4)]
+
+
+def test_a_named_checkpoint_of_the_run_itself_leaves_what_led_to_it(tmp_path):
+    train(tmp_path, *BRANCHED, "train.steps=4")
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], b"{bad\n", *lines[2:]]))
+    with pytest.raises(TrainingError, match="line 2 is no row of a run"):
+        train(tmp_path, *BRANCHED, "train.steps=4", f"resume_from={tmp_path / 'checkpoints/step_000003'}")
+    assert checkpoints_of(tmp_path)[:3] == [f"step_00000{step}" for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_the_rows_of_a_checkpoint_are_found_by_a_relative_path_and_through_a_link(tmp_path, monkeypatch, is_link):
+    train(tmp_path / "other", *BRANCHED, "train.steps=2")
+    monkeypatch.chdir(tmp_path / "other" / "checkpoints")
+    if is_link:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "step_000002").symlink_to("other/checkpoints/step_000002")
+    train(tmp_path / "run", *BRANCHED, "train.steps=3", "resume_from=step_000002")
+    assert rows_of(tmp_path / "run", "metrics.jsonl")[:2] == rows_of(tmp_path / "other", "metrics.jsonl")
+
+
+def test_another_try_from_one_checkpoint_is_made_and_the_same_one_goes_on(tmp_path, capsys):
+    train(tmp_path, *BRANCHED, "train.steps=3")
+    back = ["train.steps=3", f"resume_from={tmp_path / 'checkpoints/step_000002'}", "resume=force"]
+    for rate in ("5e-2", "1e-3"):
+        train(tmp_path, *BRANCHED, f"train.learning_rate={rate}", *back)
+        assert read_rows(tmp_path / "metrics.jsonl")[-1]["lr"] == float(rate)
+    capsys.readouterr()
+    train(tmp_path, *BRANCHED, "train.learning_rate=1e-3", *back)
+    assert "was followed before: the run goes on from what came of it" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_the_same_however_its_path_is_spelt(tmp_path, capsys, monkeypatch):
@@ -109,6 +153,19 @@ def test_the_best_step_is_kept_though_no_checkpoint_was_due(tmp_path):
     best = min(losses, key=losses.get)
     assert best < 8
     assert checkpoints_of(tmp_path) == [f"step_{best:06d}", "step_000008"]
+
+
+def test_best_steps_take_no_place_of_the_newest(tmp_path):
+    more = [
+        "train.validate_every=1",
+        "train.validation_clips=1",
+        "train.checkpoint_every=4",
+        "train.keep_checkpoints=2",
+    ]
+    more += ["train.steps=12", "train.learning_rate=1e-3", "train.warmup_steps=0", "train.keep_best=true"]
+    train(tmp_path, *more)
+    assert {"step_000008", "step_000012"} <= set(checkpoints_of(tmp_path))
+    assert len(checkpoints_of(tmp_path)) <= 3
 
 
 def test_every_nth_step_is_kept_though_no_checkpoint_was_due(tmp_path):

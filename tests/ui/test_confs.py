@@ -192,11 +192,16 @@ def test_another_name_gets_a_run_and_a_cache_of_its_own(tmp_path):
 def test_a_new_name_does_not_go_on_with_the_run_of_another(tmp_path):
     save_conf(tmp_path, Form("first", {}, "run_dir=runs/mine"), replaces=False)
     for run_dir in ("runs/mine", "./runs/../runs/mine"):
-        with pytest.raises(ConfigError, match=r"is that of conf/first.yaml, whose run would go on: leave run_dir out"):
+        with pytest.raises(
+            ConfigError, match=r"is that of conf/first.yaml, whose run would go on: choose another name"
+        ):
             save_conf(tmp_path, Form("second", {}, f"run_dir={run_dir}"), replaces=True)
     assert not (tmp_path / "conf" / "second.yaml").exists()
     save_conf(tmp_path, Form("first", {"lora.rank": "4"}, "run_dir=runs/mine"), replaces=True)
     save_conf(tmp_path, Form("second"), replaces=False)
+    # Nor does one that is there already.
+    with pytest.raises(ConfigError, match=r"is that of conf/first\.yaml"):
+        save_conf(tmp_path, Form("second", {}, "run_dir=runs/mine"), replaces=True)
 
 
 def test_the_folder_of_videos_is_none_where_sources_take_its_place(tmp_path):
