@@ -7,7 +7,7 @@ number, with a copy of its rows. Where a checkpoint lies thus says which rows le
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mochi_tune.files import copy_atomic, read_json_lines
@@ -37,7 +37,7 @@ def put_videos_aside(run_dir: Path, after: int, number: int) -> None:
                     put_aside(file, number)
 
 
-def enter_branch(run_dir: Path, folder: Path, number: int, log: Callable[[str], None]) -> None:
+def enter_branch(run_dir: Path, folder: Path, state: Mapping, number: int, log: Callable[[str], None]) -> None:
     """Gives a run the rows that led to a checkpoint; the rows, checkpoints and videos of another branch are put aside.
 
     Metrics are replaced last: where this is cut off, the same command does it again.
@@ -45,18 +45,23 @@ def enter_branch(run_dir: Path, folder: Path, number: int, log: Callable[[str], 
     Args:
         run_dir: of the run.
         folder: the checkpoint that is gone back to, of this run or of another one.
+        state: of the checkpoint, its state.json.
         number: under which this is put aside.
         log: takes lines for the user.
     """
     checkpoints, own = run_dir / "checkpoints", {name: run_dir / f"{name}.jsonl" for name in FILES}
-    checkpoints.mkdir(exist_ok=True)
-    for name, file in own.items():
-        if file.exists():
-            copy_atomic(file, checkpoints / f"aside_{number}_{name}.jsonl")
-    if folder.name.startswith("step_") and folder.parent.resolve() == checkpoints.resolve():
+    rows, theirs = read_json_lines(own["metrics"]), {name: _rows_file(folder, name) for name in FILES}
+    is_own = folder.name.startswith("step_") and folder.parent.resolve() == checkpoints.resolve()
+    # A copy that was kept elsewhere has no rows beside it.
+    is_own = is_own or (not theirs["metrics"].exists() and _end_alike(rows, state))
+    if rows and (not is_own or rows[-1].get("step", 0) > state["step"]):
+        checkpoints.mkdir(exist_ok=True)
+        for name, file in own.items():
+            if file.exists():
+                copy_atomic(file, checkpoints / f"aside_{number}_{name}.jsonl")
+    if is_own:
         return
-    theirs = {name: _rows_file(folder, name) for name in FILES}
-    if own["metrics"].exists():
+    if rows:
         found = f"those of {theirs['metrics']} are taken" if theirs["metrics"].exists() else "its own are not there"
         log(f"{folder} is of another branch; rows put aside as aside_{number}_metrics.jsonl: {found}")
     parting = _parting(own["metrics"], theirs["metrics"])
@@ -80,6 +85,12 @@ def _rows_file(folder: Path, name: str) -> Path:
     homes = [Path(os.path.abspath(folder)).parent, folder.resolve().parent]
     files = [home / f"{aside[0]}{name}.jsonl" if aside else home.parent / f"{name}.jsonl" for home in homes]
     return next((file for file in files if file.exists()), files[0])
+
+
+def _end_alike(rows: Sequence[Mapping], state: Mapping) -> bool:
+    """Whether the last update up to a checkpoint's step has the loss that the checkpoint has saved."""
+    losses = [row.get("loss") for row in rows if row.get("step", 0) <= state["step"] and row.get("spike") != "skip"]
+    return losses[-1:] == state["losses"][-1:] != []
 
 
 def _parting(before: Path, now: Path) -> int:

@@ -210,7 +210,7 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
         log(f"removed what an interrupted save left: {', '.join(stale)}")
     number = next_number(checkpoints)
     if start.is_named and start.folder is not None:
-        enter_branch(run_dir, start.folder, number, log)
+        enter_branch(run_dir, start.folder, start.state, number, log)
         put_videos_aside(run_dir, start.step, number)
     kept = [path for path in checkpoint.find_checkpoints(checkpoints) if checkpoint.step_of(path) <= start.step]
     for path in sorted(checkpoints.glob("step_*")):

@@ -112,6 +112,16 @@ def test_a_named_checkpoint_of_the_run_itself_leaves_what_led_to_it(tmp_path):
     assert checkpoints_of(tmp_path)[:3] == [f"step_00000{step}" for step in (1, 2, 3)]
 
 
+def test_a_copy_of_a_checkpoint_that_was_kept_elsewhere_is_the_runs_own(tmp_path):
+    run_dir = tmp_path / "run"
+    train(run_dir, *BRANCHED, "train.steps=3")
+    before = rows_of(run_dir, "metrics.jsonl")
+    shutil.copytree(run_dir / "checkpoints" / "step_000002", tmp_path / "kept" / "good" / "step_000002")
+    train(run_dir, *BRANCHED, "train.steps=3", f"resume_from={tmp_path / 'kept/good/step_000002'}")
+    assert rows_of(run_dir, "metrics.jsonl") == before
+    assert checkpoints_of(run_dir) == [f"step_00000{step}" for step in (1, 2, 3)]
+
+
 @pytest.mark.parametrize("is_link", [False, True])
 def test_the_rows_of_a_checkpoint_are_found_by_a_relative_path_and_through_a_link(tmp_path, monkeypatch, is_link):
     train(tmp_path / "other", *BRANCHED, "train.steps=2")
