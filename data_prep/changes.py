@@ -53,7 +53,11 @@ def tell_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
                 _compare(source, data, seed, cache, changes)
                 if seen is not None:
                     changes.new += _new_files(source, seen)
-    except (DataError, OSError) as error:  # Training reads the cache alone: none of these files is needed for it.
+    except (
+        DataError,
+        OSError,
+        csv.Error,
+    ) as error:  # Training reads the cache alone: none of these files is needed for it.
         return [f"whether clips or captions have changed since `prepare` cannot be told: {error}"]
     return _lines(changes)
 
@@ -96,7 +100,7 @@ def _names_of(report: Path) -> set[str] | None:
     with report.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = csv.DictReader(file)
         # A spreadsheet may have saved it with other separators.
-        clips = [row["clip"] for row in rows] if "clip" in (rows.fieldnames or ()) else None
+        clips = [row["clip"] or "" for row in rows] if "clip" in (rows.fieldnames or ()) else None
     # Behind the "@" is where in a video a clip begins; a file may have one in its name.
     return None if clips is None else {*clips, *(clip.rpartition("@")[0] for clip in clips)}
 

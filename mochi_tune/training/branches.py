@@ -1,16 +1,17 @@
 """Going back to a checkpoint that the user names: the rows, checkpoints and videos that belong to it, and no others.
 
-A run's own checkpoints, `step_NNNNNN`, are all of one branch: what is given up at a going back is put aside under a
-number, with a copy of its rows. Where a checkpoint lies thus says which rows led to it.
+What is given up at a going back is put aside under a number, with a copy of its rows. A checkpoint has the hash of the
+rows that led to it, which have their seconds and thus are of one execution alone.
 """
 
+import hashlib
 import itertools
+import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mochi_tune.files import copy_atomic, read_json_lines
+from mochi_tune.files import copy_atomic, parse_object, read_json_lines
 from mochi_tune.training import checkpoint
 from mochi_tune.training.eval_files import find_eval_videos, prompt_file
 from mochi_tune.training.metrics import FILES
@@ -50,10 +51,10 @@ def enter_branch(run_dir: Path, folder: Path, state: Mapping, number: int, log: 
         log: takes lines for the user.
     """
     checkpoints, own = run_dir / "checkpoints", {name: run_dir / f"{name}.jsonl" for name in FILES}
-    rows, theirs = read_json_lines(own["metrics"]), {name: _rows_file(folder, name) for name in FILES}
-    is_own = folder.name.startswith("step_") and folder.parent.resolve() == checkpoints.resolve()
-    # A copy that was kept elsewhere has no rows beside it.
-    is_own = is_own or (not theirs["metrics"].exists() and _end_alike(rows, state))
+    rows, source = read_json_lines(own["metrics"]), _find_rows(run_dir, folder, state)
+    # One of the run whose rows were edited since, or which an earlier version saved, is its own all the same.
+    is_in_place = folder.name.startswith("step_") and folder.parent.resolve() == checkpoints.resolve()
+    is_own = source == own["metrics"] or (source is None and is_in_place)
     if rows and (not is_own or rows[-1].get("step", 0) > state["step"]):
         checkpoints.mkdir(exist_ok=True)
         for name, file in own.items():
@@ -62,35 +63,37 @@ def enter_branch(run_dir: Path, folder: Path, state: Mapping, number: int, log: 
     if is_own:
         return
     if rows:
-        found = f"those of {theirs['metrics']} are taken" if theirs["metrics"].exists() else "its own are not there"
+        found = f"those of {source} are taken" if source else "its own are not there"
         log(f"{folder} is of another branch; rows put aside as aside_{number}_metrics.jsonl: {found}")
-    parting = _parting(own["metrics"], theirs["metrics"])
+    parting = _parting(own["metrics"], source) if source else 0
     for path in checkpoint.find_checkpoints(checkpoints):
-        if checkpoint.step_of(path) > parting:
+        if checkpoint.step_of(path) > parting and path.resolve() != folder.resolve():
             log(f"put aside: {put_aside(path, number)}")
     put_videos_aside(run_dir, parting, number)
     for name in reversed(FILES):
-        if theirs[name].exists():
-            copy_atomic(theirs[name], own[name])
+        theirs = source and source.with_name(source.name.replace("metrics", name))
+        if theirs and theirs.exists():
+            copy_atomic(theirs, own[name])
         else:
             own[name].unlink(missing_ok=True)
 
 
-def _rows_file(folder: Path, name: str) -> Path:
-    """Returns the file of the rows that led to a checkpoint, beside what was put aside with it or in its run's folder.
+def _find_rows(run_dir: Path, folder: Path, state: Mapping) -> Path | None:
+    """Returns the file of the rows that led to a checkpoint: the run's, or one beside the checkpoint or put aside."""
+    homes = [run_dir / "checkpoints", Path(os.path.abspath(folder)).parent, folder.resolve().parent]
+    files = [run_dir / "metrics.jsonl"]
+    for home in homes:
+        files += [home.parent / "metrics.jsonl", *sorted(home.glob("aside_*_metrics.jsonl"))]
+    return next(
+        (file for file in files if "branch" in state and _branch_of(file, state["step"]) == state["branch"]), None
+    )
 
-    A checkpoint may be a link to an archive, or the folder that holds it.
-    """
-    aside = re.match(r"aside_\d+_", folder.name)
-    homes = [Path(os.path.abspath(folder)).parent, folder.resolve().parent]
-    files = [home / f"{aside[0]}{name}.jsonl" if aside else home.parent / f"{name}.jsonl" for home in homes]
-    return next((file for file in files if file.exists()), files[0])
 
-
-def _end_alike(rows: Sequence[Mapping], state: Mapping) -> bool:
-    """Whether the last update up to a checkpoint's step has the loss that the checkpoint has saved."""
-    losses = [row.get("loss") for row in rows if row.get("step", 0) <= state["step"] and row.get("spike") != "skip"]
-    return losses[-1:] == state["losses"][-1:] != []
+def _branch_of(file: Path, step: int) -> str:
+    """Returns the hash of the rows of a file up to a step, as `Metrics.state` has it."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if (parse_object(line) or {}).get("step", math.inf) <= step]
+    return hashlib.sha256(b"".join(kept)).hexdigest()
 
 
 def _parting(before: Path, now: Path) -> int:

@@ -1,6 +1,7 @@
 """A run's numbers: metrics.jsonl and validation.jsonl. These files are the record; trackers only follow them."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -50,6 +51,8 @@ class Metrics:
         for name, path in self.paths.items():
             for row in _cut_after(path, last_step):
                 self._count(name, row)
+        own = self.paths["metrics"]
+        self._branch = hashlib.sha256(own.read_bytes() if own.exists() else b"")
         self._files = {name: open(path, "ab", buffering=0) for name, path in self.paths.items()}  # noqa: SIM115
         self._pending: deque[tuple[str, bytes]] = deque()
         # Complete bytes of files that may end with a part of a row.
@@ -75,6 +78,10 @@ class Metrics:
     def num_rows(self) -> dict[str, int]:
         """Returns how many rows "metrics" and "validation" have, with those that could not be written yet."""
         return dict(self._num_rows)
+
+    def state(self) -> dict[str, object]:
+        """Returns what a checkpoint keeps: the numbers of rows, and a hash of those of "metrics", see `branches`."""
+        return {"rows": self.num_rows(), "branch": self._branch.hexdigest()}
 
     def is_validated(self, step: int) -> bool:
         """Whether there is a row of a step's validation already."""
@@ -115,7 +122,8 @@ class Metrics:
 
     def _write(self, name: str, row: Mapping) -> None:
         self._count(name, row)
-        self._pending.append((name, json.dumps(row).encode() + b"\n"))
+        self._pending.append((name, line := json.dumps(row).encode() + b"\n"))
+        self._branch.update(line if name == "metrics" else b"")
         self._try_to_write()
 
     def _try_to_write(self) -> None:

@@ -118,7 +118,11 @@ def named_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     """
     if not (folder / checkpoint.MANIFEST).exists():
         near = [*checkpoint.find_checkpoints(folder / "checkpoints"), *checkpoint.find_checkpoints(folder.parent)]
-        there = f"use one of {', '.join(map(str, near))}" if near else "name a folder RUN_DIR/checkpoints/step_NNNNNN"
+        there = (
+            f"use one of {', '.join(map(str, near))}, or leave it out for the newest"
+            if near
+            else "name a folder RUN_DIR/checkpoints/step_NNNNNN"
+        )
         raise CheckpointError(f"resume_from={folder} is no checkpoint: {there}.")
     if damage := checkpoint.damage_of(folder):
         raise CheckpointError(f"{damage}: name another one in resume_from, or leave it out for the newest whole one.")
@@ -258,8 +262,9 @@ def find_start(plan: TrainPlan) -> ResumePoint:
 
 def _learnt(plan: TrainPlan) -> str:
     """Returns a hash of the settings that decide what is learnt: with others, going back is another try."""
-    settings = plan.identity["settings"]
-    bound = json.dumps({key: settings[key] for key in bound_settings(settings)}, sort_keys=True)
+    settings, own = plan.identity["settings"], known_keys()
+    # But for what follows from others, as the samples of a step from the number of processes.
+    bound = json.dumps({key: settings[key] for key in bound_settings(settings) if key in own}, sort_keys=True)
     return hashlib.sha256(bound.encode()).hexdigest()[:12]
 
 
@@ -281,11 +286,14 @@ def resume(plan: TrainPlan) -> ResumePoint:
         tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was broken off, is made now")
         return replace(start, owes_evaluation=True)
     if start.step >= config.train.steps:
-        more = f"raise train.steps={config.train.steps} to train on"
+        which = " with this resume_from" if start.is_named else ""
+        more = f"raise train.steps={config.train.steps}{which} to train on"
         tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
         _, altered = changed_clips(run_dir, start.state["cache"], plan.dataset.cache.contents())
         if altered and start.state["cache"] != plan.identity["cache"]:
             tqdm.write(f"since then {altered}: raise train.steps to train on with them, or start another run")
+        if start.is_named:  # It was gone back to.
+            record_in_folder(plan, start)
         return start
     for note in start.notes:
         tqdm.write(note)
@@ -296,6 +304,13 @@ def resume(plan: TrainPlan) -> ResumePoint:
         tqdm.write(f"held out for validation: {len(plan.held_out)} of {counted(num_clips, 'clip')}")
     elif plan.validation_clips and config.train.validate_every:
         tqdm.write(f"none of {counted(num_clips, 'clip')} can be held out: validation is on clips that are trained on")
+    record_in_folder(plan, start)
+    return start
+
+
+def record_in_folder(plan: TrainPlan, start: ResumePoint) -> None:
+    """Writes what this start of a run is into its folder: the settings, the clips and a row of the history."""
+    config, run_dir = plan.config, Path(plan.config.run_dir)
     write_atomic(run_dir / "config.yaml", config_yaml(config).encode(), durable=True)
     rows = plan.dataset.cache.rows
     clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents(), "held_out": len(plan.held_out)}
@@ -305,7 +320,6 @@ def resume(plan: TrainPlan) -> ResumePoint:
     facts = {"date": date, "from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
     facts |= {"notes": start.notes, "learnt": _learnt(plan)}
     record_start(run_dir, {**facts, **plan.environment})
-    return start
 
 
 def owes_evaluation(plan: TrainPlan, step: int) -> bool:

@@ -280,7 +280,7 @@ class Run:
         weights, published = self.optimizer.weights(), self.published_weights()
         state, groups = self.optimizer.state()
         if self._checkpointer is not None and self.metrics is not None:
-            rows = {"groups": groups, "losses": self._guard.losses, "rows": self.metrics.num_rows()}
+            rows = {"groups": groups, "losses": self._guard.losses, **self.metrics.state()}
             averaged = None if published is None else self._adapter(published)
             environment = self.plan.environment | {"attention": self.attention}
             everything = {"step": self.step, **self.plan.identity, "environment": environment, **rows}

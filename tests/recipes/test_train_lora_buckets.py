@@ -220,7 +220,9 @@ def test_a_new_clip_of_a_name_that_another_folder_has_is_told(mixed, tmp_path, c
     assert "2 files of the folder have come since `prepare` (wide_0.mp4, wide_0.mp4)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [b"\xef\xbb\xbfclip;status\nwide_0.mp4;kept\n", b"clip,status\nw\xe9.mp4,kept\n"])
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbfclip;status\nwide_0.mp4;kept\n", b"clip,status\nw\xe9.mp4,kept\n", b"status,clip\nkept\n"]
+)
 def test_a_report_that_another_program_has_saved_stops_no_training(mixed, tmp_path, capsys, content):
     (mixed / "cache" / "report.csv").write_bytes(content)
     (mixed / "videos" / "wide_0.mp4").unlink()

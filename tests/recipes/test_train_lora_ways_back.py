@@ -103,6 +103,27 @@ def test_a_branch_that_parts_where_the_losses_are_the_same_is_another(tmp_path):
     assert checkpoints_of(run_dir) == [f"step_00000{step}" for step in (1, 2, 4)]
 
 
+@pytest.mark.parametrize("name", ["good", "step_000004"])
+def test_a_checkpoint_of_another_branch_is_known_wherever_it_lies(tmp_path, name):
+    """A copy in the run's own folder, and one that was put aside and got its name back."""
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    for folder in (straight, run_dir):
+        train(folder, *BRANCHED, "train.steps=4")
+    kept = run_dir / "checkpoints"
+    shutil.copytree(kept / "step_000004", kept / "good")
+    back = f"resume_from={kept / 'step_000002'}"
+    train(run_dir, *BRANCHED, "train.steps=3", "train.learning_rate=5e-2", back, "resume=force")
+    if name != "good":
+        (kept / "aside_0_step_000004").rename(kept / name)
+    train(run_dir, *BRANCHED, "train.steps=5", f"resume_from={kept / name}")
+    for file in ("metrics.jsonl", "validation.jsonl"):
+        assert (
+            rows_of(run_dir, file)[: 4 if file[0] == "m" else 3]
+            == rows_of(straight, file)[: 4 if file[0] == "m" else 3]
+        )
+    assert "step_000003" not in checkpoints_of(run_dir)
+
+
 def test_a_named_checkpoint_of_the_run_itself_leaves_what_led_to_it(tmp_path):
     train(tmp_path, *BRANCHED, "train.steps=4")
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -131,6 +152,16 @@ def test_the_rows_of_a_checkpoint_are_found_by_a_relative_path_and_through_a_lin
         (tmp_path / "step_000002").symlink_to("other/checkpoints/step_000002")
     train(tmp_path / "run", *BRANCHED, "train.steps=3", "resume_from=step_000002")
     assert rows_of(tmp_path / "run", "metrics.jsonl")[:2] == rows_of(tmp_path / "other", "metrics.jsonl")
+
+
+def test_a_run_that_goes_back_to_its_end_has_the_settings_of_that(tmp_path, capsys):
+    train(tmp_path, *BRANCHED, "train.steps=3", "train.weight_decay=0.02")
+    back = [f"resume_from={tmp_path / 'checkpoints/step_000001'}", "resume=force"]
+    train(tmp_path, *BRANCHED, "train.steps=3", "train.weight_decay=0.3", *back)
+    again = f"resume_from={tmp_path / 'checkpoints/aside_0_step_000003'}"
+    train(tmp_path, *BRANCHED, "train.steps=3", "train.weight_decay=0.02", again)
+    assert "raise train.steps=3 with this resume_from to train on" in capsys.readouterr().out
+    assert load_config(str(tmp_path / "config.yaml"), []).train.weight_decay == 0.02
 
 
 def test_another_try_from_one_checkpoint_is_made_and_the_same_one_goes_on(tmp_path, capsys):
