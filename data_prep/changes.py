@@ -53,11 +53,8 @@ def tell_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
                 _compare(source, data, seed, cache, changes)
                 if seen is not None:
                     changes.new += _new_files(source, seen)
-    except (
-        DataError,
-        OSError,
-        csv.Error,
-    ) as error:  # Training reads the cache alone: none of these files is needed for it.
+    # Training reads the cache alone: none of these files is needed for it.
+    except (DataError, OSError, csv.Error) as error:
         return [f"whether clips or captions have changed since `prepare` cannot be told: {error}"]
     return _lines(changes)
 
