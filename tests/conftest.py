@@ -1,5 +1,4 @@
 import gc
-import multiprocessing
 import os
 from multiprocessing import forkserver
 
@@ -19,7 +18,7 @@ os.environ |= {
 import av  # noqa: F401
 import pytest
 import torch
-from helpers_parallel import PRELOADED
+from helpers_parallel import start_forkserver, use_forkserver
 
 from mochi_tune.cli.launch import keep_compiled_code, spare_the_collector
 
@@ -33,15 +32,21 @@ def number_of_threads():
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def preloaded():
-    """Starts what children are forked from, with all that the tests need: a process has one such for all of them.
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Gives a worker of xdist the process that children are forked from, of which there is one for all workers."""
+    start_forkserver()
+    node.workerinput["forkserver"] = forkserver._forkserver._forkserver_address
 
-    Otherwise the first child would choose, which may be one that decodes videos and needs little: the others would
-    import for seconds each.
-    """
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+
+@pytest.fixture(autouse=True, scope="session")
+def preloaded(request):
+    """Starts what children are forked from where no controller of xdist has."""
+    address = getattr(request.config, "workerinput", {}).get("forkserver")
+    if address is None:
+        start_forkserver()
+    else:
+        use_forkserver(address)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,10 @@
 """Runs a function in several processes that talk to one another, as it would run on several GPUs."""
 
 import gc
+import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,30 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Imported once, in the process that children are forked from, see conftest.
+# Imported once, in the process that children are forked from.
 PRELOADED = ["peft", "mochi_tune.cli.main", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora"]
 PRELOADED += ["mochi_tune.recipes.export", "mochi_tune.data_prep.prepare", "mochi_tune.models.text_encoder"]
 PRELOADED += ["mochi_tune.config.load", "hydra", "omegaconf", "psutil", "pyarrow.parquet", "pandas", "transformers"]
 # What conftest has chosen for the tests and all that they start; its number decides about bits.
 THREADS = int(os.environ["OMP_NUM_THREADS"])
+
+
+def start_forkserver() -> None:
+    """Starts what children are forked from, with all that the tests need, if it is not there.
+
+    Otherwise the first child would choose, which may be one that decodes videos and needs little: the others would
+    import for seconds each.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+
+
+def use_forkserver(address: str) -> None:
+    """Has this process fork its children from a process that another one has started, and ends."""
+    server = forkserver._forkserver
+    server._forkserver_address, server._forkserver_alive_fd = address, os.open(os.devnull, os.O_WRONLY)
+    # The module has a name of its own for the method.
+    server.ensure_running = forkserver.ensure_running = lambda: None
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:

@@ -21,12 +21,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 from helpers_hold import hold
-from helpers_parallel import THREADS
+from helpers_parallel import THREADS, use_forkserver
 
 HERE = Path(__file__).parent
 CHANGES = {
@@ -258,6 +259,9 @@ def _run(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(env)
     torch.set_num_threads(THREADS)
+    if disturbance == Disturbance():
+        # Its own children come from the process that it comes from, which has imported all that they need.
+        use_forkserver(forkserver._forkserver._forkserver_address)
     if cwd is not None:
         os.chdir(cwd)
     if disturbance.under:
