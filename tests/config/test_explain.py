@@ -12,7 +12,7 @@ KNOWN = [*known_keys(), *GROUPS]
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
-        ("gradient_checkpointing", "train.recompute"),
+        ("gradient_checkpointing", "train.recompute=block"),
         ("activation_checkpointing", "train.recompute"),
         ("validation_prompts", "train.sample_prompts"),
         ("validation_steps", "train.validate_every"),
