@@ -13,7 +13,7 @@ KNOWN = [*known_keys(), *GROUPS]
     ("word", "meant"),
     [
         ("gradient_checkpointing", "train.recompute=block"),
-        ("activation_checkpointing", "train.recompute"),
+        ("activation_checkpointing", "train.recompute=block"),
         ("validation_prompts", "train.sample_prompts"),
         ("validation_steps", "train.validate_every"),
         ("frame_extraction", "data.clips"),
