@@ -51,6 +51,24 @@ def read_scenes(path: Path) -> list[SceneRow]:
     Raises:
         DataError: it is no such table, a number is none, a scene ends before it begins, or two rows name one file.
     """
+    rows, files = _read_rows(path), {}
+    for number, row in enumerate(rows, start=2):
+        if row.file and row.file in files:
+            raise DataError(f"{path} row {number}: names {row.file}, as row {files[row.file]} does: change one.")
+        files[row.file] = number
+    return rows
+
+
+def read_written(path: Path) -> set[SceneRow]:
+    """Reads the rows of a table as it was written last, whatever they name; none where that is not known.
+
+    Raises:
+        DataError: its copy is damaged.
+    """
+    return set(_read_rows(_copy_of(path)))
+
+
+def _read_rows(path: Path) -> list[SceneRow]:
     if not path.exists():
         return []
     try:
@@ -61,22 +79,14 @@ def read_scenes(path: Path) -> list[SceneRow]:
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[SceneRow] = []
-    files: dict[str, int] = {}
     try:
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise DataError(
                 f"{path}: lacks the column {missing[0]}: restore it, or delete the table to find scenes anew."
             )
-        for number, values in enumerate(reader, start=2):
-            row = _read_row(f"{path} row {number}", values)
-            if row.file and row.file in files:
-                raise DataError(f"{path} row {number}: names {row.file}, as row {files[row.file]} does: change one.")
-            files[row.file] = number
-            rows.append(row)
+        return [_read_row(f"{path} row {number}", values) for number, values in enumerate(reader, start=2)]
     except csv.Error as error:
         raise DataError(f"{path}: is no CSV ({error}): restore it, or delete it to find the scenes anew.") from None
-    return rows
 
 
 def _read_row(where: str, values: dict[str, str | None]) -> SceneRow:
@@ -114,11 +124,11 @@ def write_scenes(path: Path, rows: Sequence[SceneRow]) -> None:
     writer.writerows(asdict(row) for row in rows)
     content = text.getvalue().encode(errors="surrogateescape")
     # The copy first: a row of the table that is not in it was edited.
-    for file in (copy_of(path), path):
+    for file in (_copy_of(path), path):
         if not file.exists() or file.read_bytes() != content:
             write_atomic(file, content, durable=True)
 
 
-def copy_of(path: Path) -> Path:
+def _copy_of(path: Path) -> Path:
     """Returns the file that holds a table as it was written, before a person edited it."""
     return path.with_name(f".{path.name}")

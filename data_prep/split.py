@@ -9,6 +9,7 @@ import fcntl
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,8 +25,8 @@ from mochi_tune.data_prep.scene_table import (
     SHORT,
     SUFFIX,
     SceneRow,
-    copy_of,
     read_scenes,
+    read_written,
     write_scenes,
 )
 from mochi_tune.data_prep.scenes import Scene, SceneRules, check_scenedetect, find_scenes
@@ -173,11 +174,14 @@ def check_settings(split: Split, has_table: bool) -> None:
 
 def _read_table(table: Path) -> list[SceneRow]:
     """Reads the table; a row that was edited since it was written has not been cut as it is now."""
-    written = set(read_scenes(copy_of(table)))
-    return [
-        row if row in written or row.status not in (CUT, REMOVED) else replace(row, status=PLANNED)
-        for row in read_scenes(table)
-    ]
+    rows = read_scenes(table)
+    try:
+        # Where the table was deleted, what it was says nothing of the new one.
+        written = read_written(table) if rows else set()
+    except DataError as error:
+        written = set()
+        tqdm.write(printable(f"all rows of the table count as edited, and removed clips are cut again: {error}"))
+    return [row if row in written or row.status not in (CUT, REMOVED) else replace(row, status=PLANNED) for row in rows]
 
 
 def _folders(films: dict[str, Path]) -> set[str]:
@@ -195,10 +199,8 @@ def _find_all(split: Split, films: dict[str, Path], rows: list[SceneRow], child:
         for name, path in wanted.items():
             try:
                 scenes = _find(path, split.rules, child, bar)
-                stem = Path(name).with_suffix("")
-                if stems[str(stem)] > 1:
-                    stem = stem.with_name(f"{stem.name}_{path.suffix[1:]}")
-                new = [_row(name, stem, scene, path.stat().st_size) for scene in scenes]
+                is_alone = stems[str(Path(name).with_suffix(""))] == 1
+                new = _new_rows(name, is_alone, scenes, path.stat().st_size, {row.file for row in rows if row.file})
             except DataError as error:
                 new = [SceneRow(name, status=REFUSED, reason=str(error))]
             rows = sorted([*rows, *new], key=_place)
@@ -218,6 +220,30 @@ def _find(path: Path, rules: SceneRules, child: WatchedProcess, bar: tqdm) -> li
         if "scenes" in message:
             return [Scene(**values) for values in message["scenes"]]
     raise AssertionError("the job ends with the scenes")
+
+
+def _new_rows(source: str, is_alone: bool, scenes: Sequence[Scene], num_bytes: int, taken: set[str]) -> list[SceneRow]:
+    """Returns the rows of a film's scenes.
+
+    Args:
+        source: the film, as its path in the folder of footage.
+        is_alone: no other film there differs from it in the suffix alone.
+        scenes: of the film.
+        num_bytes: size of the film.
+        taken: files of the other rows, which may be of films that are gone; none of them is named again.
+    """
+    tries = ([_row(source, stem, scene, num_bytes) for scene in scenes] for stem in _stems(Path(source), is_alone))
+    return next(rows for rows in tries if taken.isdisjoint(row.file for row in rows))
+
+
+def _stems(film: Path, is_alone: bool) -> Iterator[Path]:
+    """Yields what the clips of a film may be called, without what tells its scenes apart."""
+    if is_alone:
+        yield film.with_suffix("")
+    longer = film.with_name(f"{film.stem}_{film.suffix[1:]}")
+    yield longer
+    for number in count(2):
+        yield longer.with_name(f"{longer.name}_{number}")
 
 
 def _row(source: str, stem: Path, scene: Scene, num_bytes: int) -> SceneRow:

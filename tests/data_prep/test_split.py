@@ -151,6 +151,29 @@ def test_a_clip_that_was_moved_away_is_not_cut_again(copy):
     assert split(copy).returncode == 0 and numbers_of(copy / "videos" / CLIPS[1]) == NUMBERS["black"]
 
 
+def test_the_clips_of_a_film_that_got_another_ending_have_names_of_their_own(copy):
+    (copy / "footage/film.mp4").rename(copy / "footage/film.mov")
+    # The name that they would have is a row's already, too.
+    rows = rows_of(copy)
+    rows[1]["file"] = "film_mov_scene_005.mp4"
+    write_rows(copy, rows)
+    # Of a table with two rows of one name, one of which was changed since.
+    hidden = copy / "videos_split/.scenes.csv"
+    hidden.write_text(hidden.read_text().replace(CLIPS[1], CLIPS[0]))
+    done = split(copy)
+    assert done.returncode == 0 and "written now: 5" in done.stdout + done.stderr, done.stderr
+    assert "count as edited" not in done.stdout + done.stderr
+    names = [row["file"] for row in rows_of(copy)]
+    assert names == [f"film_mov_2_scene_{number:03d}.mp4" for number in range(1, 6)] + [
+        CLIPS[0], rows[1]["file"], *CLIPS[2:],
+    ]  # fmt: skip
+    # A second run takes the table, and one whose copy is damaged says so.
+    hidden.write_text("no table")
+    done = split(copy)
+    assert done.returncode == 0 and "written now: 0" in done.stdout + done.stderr, done.stderr
+    assert "and removed clips are cut again: videos_split/.scenes.csv: lacks the column" in done.stdout + done.stderr
+
+
 def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
