@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.files import find_lone_surrogate, read_lines
 from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
 from mochi_tune.sampling.formats import MP4, Encoding, choose_encoding, is_file_name
-from mochi_tune.sampling.sampler import PRESETS, SamplerSettings
+from mochi_tune.sampling.sampler import PRESETS, SamplerSettings, threshold_limit
 
 # The keys that a row of a .jsonl file may have, all of `sample` but `seed`, and their JSON types.
 ROW_KEYS: dict[str, tuple[type, ...]] = {
@@ -103,18 +104,35 @@ def sampler_settings(sample: SampleConfig) -> SamplerSettings:
                 f"or write {nulls} where a conf sets {'it' if len(others) == 1 else 'them'}."
             )
         settings = replace(settings, steps=len(sigmas) - 1, linear_steps=None, own_sigmas=sigmas)
-    if settings.linear_steps is not None and settings.linear_steps >= settings.steps:
-        advice = f"use 1 to {settings.steps - 1}, or leave it out for half of them"
-        raise ConfigError(
-            f"sample.linear_steps={settings.linear_steps} does not fit sample.steps={settings.steps}: "
-            f"{advice if settings.steps > 1 else 'leave it out'}."
-        )
+    _check_schedule(settings)
     if isinstance(settings.guidance, tuple) and len(settings.guidance) != settings.steps:
         raise ConfigError(
             f"sample.guidance has {len(settings.guidance)} numbers for {settings.steps} steps: "
             "give one, or one for each step."
         )
     return settings
+
+
+def _check_schedule(settings: SamplerSettings) -> None:
+    """Refuses a linear-quadratic schedule whose noise levels do not fall from 1 to 0."""
+    steps, linear_steps, threshold = settings.steps, settings.linear_steps, settings.threshold
+    if linear_steps is not None and linear_steps >= steps:
+        advice = f"use 1 to {steps - 1}, or leave it out for half of them" if steps > 1 else "leave it out"
+        raise ConfigError(f"sample.linear_steps={linear_steps} does not fit sample.steps={steps}: {advice}.")
+    # Levels that are given are checked where they are read, and one step goes from 1 to 0 by itself.
+    if settings.own_sigmas is not None or steps == 1:
+        return
+    linear = steps // 2 if linear_steps is None else linear_steps
+    limit = threshold_limit(steps, linear)
+    if threshold >= limit:
+        enough = next(more for more in range(linear + 1, steps) if threshold < threshold_limit(steps, more))
+        # Three digits, rounded down to below the limit.
+        unit = 10 ** (math.floor(math.log10(limit)) - 2)
+        raise ConfigError(
+            f"sample.threshold={threshold:g} does not fit sample.steps={steps}, {linear} of them linear: noise levels "
+            f"would fall below 0 and rise again; use sample.linear_steps={enough} or more, or a sample.threshold of at "
+            f"most {(math.ceil(limit / unit) - 1) * unit:.3g}."
+        )
 
 
 def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Path) -> list[Request]:

@@ -80,7 +80,7 @@ def linear_quadratic_sigmas(steps: int, threshold: float, linear_steps: int | No
 
     Args:
         steps: Euler steps, at least 1.
-        threshold: how far the linear part goes, in (0, 1).
+        threshold: how far the linear part goes, above 0 and below `threshold_limit`.
         linear_steps: steps of the linear part, below `steps`; half of them by default.
     """
     if steps == 1:
@@ -92,6 +92,22 @@ def linear_quadratic_sigmas(steps: int, threshold: float, linear_steps: int | No
     rise = [i * slope for i in range(linear)]
     rise += [threshold + slope * j + curvature * j * j for j in range(quadratic)]
     return [1 - s for s in rise] + [0.0]
+
+
+def threshold_limit(steps: int, linear_steps: int) -> float:
+    """Returns what the threshold of `linear_quadratic_sigmas` must be below, or its last steps run below 0 and back up.
+
+    Of n quadratic steps the last one is threshold / linear_steps + (2n - 1) * curvature long, which is to be above 0.
+
+    Args:
+        steps: Euler steps, at least 2.
+        linear_steps: steps of the linear part, 1 to steps - 1.
+    """
+    quadratic = steps - linear_steps
+    if quadratic == 1:
+        return 1.0
+    ratio = linear_steps * (2 * quadratic - 1) / (quadratic * (quadratic - 1))
+    return ratio / (1 + ratio)
 
 
 def _fastmochi_sigmas() -> tuple[float, ...]:

@@ -1,4 +1,6 @@
+import itertools
 import json
+import re
 
 import pytest
 
@@ -6,6 +8,8 @@ from mochi_tune.config.load import load_config
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
 from mochi_tune.sampling.requests import ROW_KEYS, read_requests, sampler_settings
+from mochi_tune.sampling.sampler import linear_quadratic_sigmas
+from mochi_tune.training.preflight import check as check_training
 
 
 def requests_of(folder, *settings):
@@ -178,11 +182,51 @@ def test_sampler_settings_come_from_the_preset_and_the_samples_own():
         (["sigmas=[1,0.5,0]", "threshold=0.9"], "sample.threshold=0.9 does not fit sample.sigmas of 2 steps"),
         (["steps=1", "linear_steps=1"], r"linear_steps=1 does not fit sample.steps=1: leave it out\.$"),
         (["guidance=[1,2]"], "sample.guidance has 2 numbers for 64 steps: give one, or one for each step"),
+        (
+            ["threshold=0.2", "linear_steps=2"],
+            r"sample.threshold=0.2 does not fit sample.steps=64, 2 of them linear: .* below 0 and rise again; use "
+            r"sample.linear_steps=8 or more, or a sample.threshold of at most 0\.061\.$",
+        ),
+        (["steps=4", "threshold=0.9"], r"2 of them linear: .*linear_steps=3 or more, or .* at most 0\.749\.$"),
+        (["preset=fast", "threshold=0.95"], r"6 of them .*linear_steps=7 or more, or .* at most 0\.899\.$"),
     ],
 )
 def test_a_schedule_that_does_not_fit_its_steps_is_refused(settings, text):
     with pytest.raises(ConfigError, match=text):
         settings_of(*settings)
+
+
+def test_a_schedule_is_refused_exactly_where_its_levels_do_not_fall():
+    for steps, linear, threshold in itertools.product(range(2, 14), range(1, 13), (0.03, 0.2, 0.45, 0.6, 0.77, 0.9)):
+        if linear < steps:
+            levels = linear_quadratic_sigmas(steps, threshold, linear)
+            sample = SampleConfig(steps=steps, linear_steps=linear, threshold=threshold)
+            if all(a > b for a, b in itertools.pairwise(levels)):
+                assert sampler_settings(sample).sigmas == levels
+                continue
+            with pytest.raises(ConfigError) as refusal:
+                sampler_settings(sample)
+            # Both ways out lead out, and the first one by as little as it can.
+            more, less = re.findall(r"linear_steps=(\d+) or more, or .* at most (\S+)\.$", str(refusal.value))[0]
+            for change in ({"linear_steps": int(more)}, {"threshold": float(less)}):
+                assert sampler_settings(sample.model_copy(update=change))
+            with pytest.raises(ConfigError):
+                sampler_settings(sample.model_copy(update={"linear_steps": int(more) - 1}))
+
+
+def test_each_preset_takes_any_usual_number_of_steps():
+    for preset in ("quality", "balanced", "fast"):
+        assert sampler_settings(SampleConfig(preset=preset))
+        for steps in range(2, 201):
+            sigmas = sampler_settings(SampleConfig(preset=preset, steps=steps)).sigmas
+            assert len(sigmas) == steps + 1 and all(a > b for a, b in itertools.pairwise(sigmas))
+    assert sampler_settings(SampleConfig(preset="fastmochi"))
+
+
+def test_train_refuses_the_schedule_of_its_eval_videos_before_it_looks_for_weights(tmp_path):
+    own = [f"model.weights={tmp_path / 'none'}", "device=cpu", "sample.threshold=0.9", "sample.steps=4"]
+    with pytest.raises(ConfigError, match=r"threshold=0\.9 does not fit"):
+        check_training(load_config("my_lora", own), 1)
 
 
 def test_a_preset_that_is_given_replaces_the_files_own_schedule():
