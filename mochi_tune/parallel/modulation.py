@@ -24,6 +24,11 @@ class HostLinear(nn.Module):
         self.linear = (linear.to("cpu"),)
 
     @property
+    def weight(self) -> nn.Parameter:
+        """The weight, in host memory; what a DoRA does to its rows is worked out from it."""
+        return self.linear[0].weight
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias, in host memory."""
         return self.linear[0].bias

@@ -13,6 +13,7 @@ from helpers_road import road, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mochi_tune.adapters.files import LoraLayer, load_adapter, save_adapter
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
 from mochi_tune.recipes.sample import main as sample
@@ -45,8 +46,22 @@ def latents_by(cells, key):
     return {key(record): load_file(cell.with_suffix(".safetensors"))["latents"] for cell, record in records.items()}
 
 
+def with_modulation(path):
+    """Adds a layer of modulation, whose weights stay in host memory, to a DoRA."""
+    adapter, name = load_adapter(path), "blocks.0.mod_x"
+    weight = load_file(TINY / "dit.safetensors")[f"{name}.weight"].float()
+    a, b = (
+        torch.randn(size, generator=torch.Generator().manual_seed(5))
+        for size in ((2, weight.shape[1]), (len(weight), 2))
+    )
+    adapter.layers[name] = LoraLayer(a, b / 8, 2.0, 1.3 * weight.norm(dim=1))
+    save_adapter(path, adapter)
+    return path
+
+
 def test_a_cell_is_what_sample_renders_with_the_same_settings(tmp_path):
-    plain, dora = write_adapter(tmp_path / "a.safetensors", 1, 0.3), write_dora(tmp_path / "d.safetensors", 2)
+    plain = write_adapter(tmp_path / "a.safetensors", 1, 0.3)
+    dora = with_modulation(write_dora(tmp_path / "d.safetensors", 2))
     common = [f"sample.adapter=[{plain},{dora}]", "sample.prompt=a red ball"]
     more = ["sample.adapter_strength=[1,0.7]", "sample.strengths=[0.5,0,1]", "sample.seeds=[4]"]
     cells, _ = render(tmp_path, *common, *more, "sample.save_latents=true")
