@@ -5,18 +5,19 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import Any, Literal
 
+from mochi_tune.config.schema import DataConfig
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
 from mochi_tune.data_prep.clips import Cut
 from mochi_tune.data_prep.finding import MADE_HERE, STILL
 from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs, MediaFile
-from mochi_tune.data_prep.windows import num_used_frames
+from mochi_tune.data_prep.windows import choose_cuts, num_used_frames
 from mochi_tune.errors import counted, printable, some
-from mochi_tune.models.latents import FPS
+from mochi_tune.models.latents import FPS, TEMPORAL_FACTOR
 from mochi_tune.models.text_encoder import MAX_TOKENS
 
 COLUMNS: tuple[str, ...] = (
@@ -209,35 +210,47 @@ def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
     total, used = count_footage(inputs, kept)
     if total - used <= MUCH_FOOTAGE * total:
         return []
-    # What clips=all leaves over is shorter than a clip.
     uncut, rests, most = (_left_by_source(inputs, kept, group) for group in ("uncut", "rest", "most"))
     sources = {file.source.name: file.source for file in inputs.files.values()}
-    is_one = bool(uncut) + bool(rests) + bool(most) == 1
     changes = []
     if uncut:
-        where = f"clips: all of {some(uncut)} in data.sources" if any(uncut) else "data.clips=all"
-        where += " without data.max_clips" if inputs.max_clips else ""
-        changes.append(f"{where} cuts {'all' if is_one else f'{sum(uncut.values()):.1f} s'} of it")
+        changes.append(f"{_cut_all(inputs, uncut)} cuts {_amount(uncut, total - used) or 'all of '}it")
     if most:
-        amount = "it" if is_one else f"{sum(most.values()):.1f} s of it"
-        changes.append(f"data.max_clips={inputs.max_clips} leaves {amount} out, a higher one cuts more")
+        amount = _amount(most, total - used)
+        changes.append(f"data.max_clips={inputs.max_clips} leaves {amount}it out, a higher one cuts more")
     if rests:
+        # Other ways to cut clips cut no rests.
+        others = [name for name in rests if sources[name].clips != "all" and name not in uncut]
         # A bucket for the rests, beside the size that the clips have.
         advice = [sources[name].shorter for name in rests]
-        settings = dict.fromkeys(each if "buckets" in each else "shorter buckets in data.buckets" for each in advice)
-        amount = "it" if is_one else f"{sum(rests.values()):.1f} s of it"
-        changes.append(f"{' and '.join(settings)} would take {amount}")
+        settings = [_cut_all(inputs, others)] if others else []
+        settings += dict.fromkeys(each if "buckets" in each else "shorter buckets in data.buckets" for each in advice)
+        changes.append(f"{' and '.join(settings)} would take {_amount(rests, total - used)}it")
+    changes = changes or [f"no clip is as short as what is left of a video, at most {TEMPORAL_FACTOR} frames"]
     return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {', '.join(changes)}"]
 
 
-def _left_by_source(inputs: Inputs, kept: Sequence[Row], group: str) -> dict[str, float]:
-    """Returns the seconds that are not used of each source, of the files whose footage is left for one reason.
+def _amount(group: Mapping[str, float], left: float) -> str:
+    """Returns how many of the seconds that are left a group has; "" where it has all."""
+    seconds = sum(group.values())
+    return "" if round(seconds, 1) == round(left, 1) else f"{seconds:.1f} s of "
+
+
+def _cut_all(inputs: Inputs, names: Iterable[str]) -> str:
+    """Returns the setting that cuts one clip after the other from the videos of sources, "" the only one."""
+    where = f"clips: all of {some(names)} in data.sources" if any(names) else "data.clips=all"
+    return f"{where} without data.max_clips" if inputs.max_clips else where
+
+
+def _left_by_source(inputs: Inputs, kept: Sequence[Row], group: Literal["most", "uncut", "rest"]) -> dict[str, float]:
+    """Returns the seconds that are not used of each source for one reason.
 
     Args:
         inputs: of the run.
         kept: rows of the clips that are in the cache.
-        group: "most": data.max_clips clips were cut, and there is room for another one; "rest": data.clips=all has cut
-            all others; "uncut": neither.
+        group: "most": data.max_clips clips were cut of a file, and there is room for another one; of the other files
+            "uncut": what data.clips=all would cut besides, and "rest": what it leaves over, but for what is shorter
+            than any clip.
     """
     cuts: dict[str, list[Cut]] = {}
     for clip in inputs.clips:
@@ -246,10 +259,20 @@ def _left_by_source(inputs: Inputs, kept: Sequence[Row], group: str) -> dict[str
     for name, (total, used) in _footage_by_file(inputs, kept).items():
         source = inputs.files[name].source
         has_room = round((total - used) * FPS) >= cuts[name][-1].num_frames
-        is_most = source.clips != "head" and len(cuts[name]) == inputs.max_clips and has_room
-        if group == ("most" if is_most else "rest" if source.clips == "all" else "uncut"):
-            left[source.name] = left.get(source.name, 0.0) + total - used
+        if source.clips != "head" and len(cuts[name]) == inputs.max_clips and has_room:
+            seconds = {"most": total - used}
+        else:
+            more = max(_seconds_of_all(inputs, name, cuts[name][0]) - used, 0.0) if source.clips != "all" else 0.0
+            rest = total - used - more
+            seconds = {"uncut": more, "rest": rest if round(rest * FPS) > TEMPORAL_FACTOR else 0.0}
+        left[source.name] = left.get(source.name, 0.0) + seconds.get(group, 0.0)
     return {name: seconds for name, seconds in left.items() if round(seconds, 1) > 0}
+
+
+def _seconds_of_all(inputs: Inputs, name: str, cut: Cut) -> float:
+    """Returns how many seconds of a file data.clips=all would use, with the other settings of a cut."""
+    data = DataConfig(frame_rate=cut.frame_rate, allow_upscale=cut.allow_upscale)
+    return num_used_frames(choose_cuts(inputs.scans[name], inputs.files[name].source.buckets, "all", data)) / FPS
 
 
 def count_footage(inputs: Inputs, kept: Sequence[Row]) -> tuple[float, float]:

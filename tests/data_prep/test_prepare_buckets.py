@@ -88,7 +88,7 @@ def test_each_clip_has_the_size_that_loses_least(mixed, capsys):
     assert "is no video that is known" in report["music.mp3"]["reason"]
     out = capsys.readouterr().out
     assert "height, width]: 1 in [1, 32, 48]; 1 in [7, 32, 48]; 1 in [7, 48, 32]; 1 in [13, 32, 48]" in out
-    assert "0.8 of 1.7 s of footage are not used; data.clips=all cuts all of it" in out
+    assert "0.8 of 1.7 s of footage are not used; data.clips=all cuts 0.7 s of it\n" in out
     assert "not taken: 1 file (music.mp3)" in out
 
 

@@ -10,6 +10,8 @@ from mochi_tune.data_prep.prepare import main, prepare
 from mochi_tune.errors import DataError
 
 SIZE = {"width": 96, "height": 72}
+# What takes footage that is not used.
+ALL, SHORTER = "clips: all of a, b in data.sources", "shorter buckets in data.buckets"
 
 
 def write_clip(path, num_frames=7):
@@ -90,29 +92,35 @@ def test_a_clip_that_is_too_short_names_the_setting_that_decides(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("modes", "most", "advice"),
+    ("modes", "length", "most", "advice"),
     [
         (
             ("all", "head"),
+            13,
             None,
-            "clips: all of b in data.sources cuts 0.9 s of it, shorter buckets in data.buckets would take 0.2 s of it",
+            f"clips: all of b in data.sources cuts 0.9 s of it, {SHORTER} would take 0.2 s of it",
         ),
-        (("all", "all"), None, "shorter buckets in data.buckets would take it"),
-        (("head", "head"), None, "clips: all of a, b in data.sources cuts all of it"),
-        (("head", "head"), 9, "clips: all of a, b in data.sources without data.max_clips cuts all of it"),
-        (("all", "all"), 1, "data.max_clips=1 leaves it out, a higher one cuts more"),
+        # A rest of one frame is shorter than any clip.
+        (("all", "all"), 13, None, f"{SHORTER} would take 0.2 s of it"),
+        (("all", "all"), 7, None, "no clip is as short as what is left of a video, at most 6 frames"),
+        (("head", "head"), 13, None, f"{ALL} cuts 1.3 s of it, {SHORTER} would take 0.2 s of it"),
+        (("head", "head"), 13, 9, f"{ALL} without data.max_clips cuts 1.3 s of it, {SHORTER} would take 0.2 s of it"),
+        # The rests of 2 and of 9 frames are shorter than another clip.
+        (("head", "head"), 31, None, f"clips: all of b in data.sources and {SHORTER} would take 0.3 s of it"),
+        (("all", "all"), 13, 1, "data.max_clips=1 leaves it out, a higher one cuts more"),
         # Two of them fill a but for 7 frames, and b but for 14.
         (
             ("uniform", "all"),
+            13,
             2,
-            "clips: all of a in data.sources without data.max_clips cuts 0.2 s of it, data.max_clips=2 leaves 0.5 s of "
-            "it out, a higher one cuts more",
+            "data.max_clips=2 leaves 0.5 s of it out, a higher one cuts more, clips: all of a in data.sources without "
+            f"data.max_clips and {SHORTER} would take 0.2 s of it",
         ),
     ],
 )
-def test_what_would_use_the_footage_is_told_by_source(tmp_path, capsys, modes, most, advice):
+def test_what_would_use_the_footage_is_told_by_source(tmp_path, capsys, modes, length, most, advice):
     write_clip(tmp_path / "a" / "one.mp4", 33)
     write_clip(tmp_path / "b" / "two.mp4", 40)
     sources = [{"folder": str(tmp_path / name), "clips": mode} for name, mode in zip("ab", modes, strict=True)]
-    assert main(config_for(tmp_path, sources=sources, buckets=[[13, 32, 48]], max_clips=most)) == 0
+    assert main(config_for(tmp_path, sources=sources, buckets=[[length, 32, 48]], max_clips=most)) == 0
     assert f"s of footage are not used; {advice}\n" in capsys.readouterr().out
