@@ -7,7 +7,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,15 @@ from typing import Any
 import psutil
 
 from mochi_tune.errors import DataError
-from mochi_tune.files import parse_object, read_json_lines
+from mochi_tune.files import parse_object
 from mochi_tune.training.metrics import comparable
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.jobs import is_alive
+from mochi_tune.ui.rows import NUMBERS, RowReader
 
 # More points than a chart has pixels tell nothing.
 MAX_POINTS = 600
-# The keys of metrics.jsonl that charts show, and their titles.
-NUMBERS = {"loss": "loss", "lr": "learning rate", "seconds": "seconds a step", "memory_gib": "GPU memory, GiB"}
-# What is drawn or shown of a row as a number.
-DRAWN = {*NUMBERS, "validation_loss"}
+_ROWS = RowReader()
 _SAMPLE = re.compile(r"step_(\d+)_prompt_(\d+)\.(mp4|png|webm|gif)")
 # Files that make a folder a run.
 RUN_MARKS = ("metrics.jsonl", ".lock", "history.jsonl")
@@ -146,26 +143,8 @@ def stop_run(run_dir: Path) -> int:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl or validation.jsonl; read again only where the file has changed."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return []
-    return _read_rows(os.fspath(path), facts.st_mtime_ns, facts.st_size)
-
-
-@lru_cache(maxsize=32)
-def _read_rows(path: str, _modified: int, _size: int) -> list[dict[str, Any]]:
-    return [_of_known_types(row) for row in read_json_lines(Path(path)) if isinstance(row.get("step"), int)]
-
-
-def _of_known_types(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row without what is no number where one is drawn, as of a file that somebody has edited."""
-    bins = row.get("bins")
-    known = {key: value for key, value in row.items() if key not in DRAWN or isinstance(value, int | float)}
-    if isinstance(bins, dict):
-        known["bins"] = {name: value for name, value in bins.items() if isinstance(value, int | float)}
-    return known
+    """Returns the rows of metrics.jsonl or validation.jsonl: step, numbers that are shown, and what was measured."""
+    return _ROWS.read(path)
 
 
 def thin(rows: Sequence[Mapping[str, Any]], most: int = MAX_POINTS) -> list[Mapping[str, Any]]:

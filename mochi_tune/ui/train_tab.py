@@ -18,6 +18,7 @@ from mochi_tune.ui.jobs import add_job, ended_jobs
 from mochi_tune.ui.jobs_bar import said_of
 from mochi_tune.ui.plan import foretell, known_cards, likely_card
 from mochi_tune.ui.posters import posters
+from mochi_tune.ui.rows import NUMBERS
 
 # Of lines in a chart, in their order: five colours, each solid, then dashed and so on, as page.css draws them.
 COLOURS = ("accent", "level1", "level2", "level3", "plain")
@@ -153,9 +154,9 @@ def _stop_button(names: Sequence[str], trains: bool) -> Any:
 def charts_html(folder: Path, names: Sequence[str]) -> str:
     """Returns the charts of some runs, one over the other; of one run, the validation loss by noise level too."""
     points = runs.curves(folder, names)
-    found = {runs.NUMBERS[key]: (points[key], "run") for key in ("loss", "lr")}
+    found = {NUMBERS[key]: (points[key], "run") for key in ("loss", "lr")}
     found["validation loss"] = (runs.validation_curves(folder, names), "line")
-    found |= {runs.NUMBERS[key]: (points[key], "run") for key in ("seconds", "memory_gib")}
+    found |= {NUMBERS[key]: (points[key], "run") for key in ("seconds", "memory_gib")}
     # A run has one style in all charts, also where another one has nothing to draw.
     order = [Path(name).name for name in names] if len(names) > 1 else []
     made = [line_chart(title, _lines(rows, by, order), "step", "") for title, (rows, by) in found.items() if rows]
