@@ -24,7 +24,7 @@ def main(config: RunConfig, out: Path | None) -> int:
         out: folder of both; None: `inspect` in the run folder.
 
     Returns:
-        The exit code: 0, or 1 when a file or a clip was refused.
+        The exit code: 0, or 1 when `prepare` would refuse a file or a clip, or refuse to begin.
 
     Raises:
         DataError: no video.
@@ -38,8 +38,9 @@ def main(config: RunConfig, out: Path | None) -> int:
     found = inspect_clips(config.data, config.seed, tokenizer)
     for reason in found.refused.values():
         tqdm.write(printable(f"refused: {reason}"))
-    mute = [seen.clip.row.sample_id for seen in found.clips if not any(seen.clip.row.captions)]
-    if mute and not config.data.allow_empty_captions:
+    is_mute_refused = not config.data.allow_empty_captions
+    mute = [seen.clip.row.sample_id for seen in found.clips if is_mute_refused and not any(seen.clip.row.captions)]
+    if mute:
         names = printable(f"{counted(len(mute), 'clip')} ({some(mute)})")
         tqdm.write(f"without a caption, which `prepare` refuses to begin with: {names}")
     for line in not_taken(found.inputs):
@@ -49,4 +50,4 @@ def main(config: RunConfig, out: Path | None) -> int:
     tqdm.write(f"{out / PAGE_NAME}: {counted(len(found.clips), 'clip')}, {len(found.refused)} refused")
     if write_png(out / PAGE_NAME, out / PICTURE_NAME):
         tqdm.write(f"its picture: {out / PICTURE_NAME}")
-    return 1 if found.refused else 0
+    return 1 if found.refused or mute else 0

@@ -2,10 +2,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers_prepare import config_for
 from helpers_process import run
 from helpers_video import write_video
 
 import mochi_tune
+from mochi_tune.data_prep.inspect_data import main
 from mochi_tune.pages import html_page
 
 TOKENIZERS = Path(mochi_tune.__file__).parent / "assets"
@@ -40,6 +42,18 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
     assert done.returncode == 1, done.stderr
     page = (tmp_path / "else where/inspect.html").read_text()
     assert "the caption of good.mp4" in page and "short.mp4: is too short" in page and "tokens)" in page
+
+
+def test_clips_without_a_caption_are_refused_unless_that_is_allowed(tmp_path, monkeypatch, capsys):
+    """As `prepare` refuses to begin."""
+    # Without a browser, whose picture takes seconds.
+    monkeypatch.setenv("PATH", "/nowhere")
+    add_clip(tmp_path / "videos", "mute.mp4", 7)
+    (tmp_path / "videos/mute.txt").unlink()
+    assert main(config_for(tmp_path, allow_empty_captions=False), tmp_path / "page") == 1
+    assert "without a caption, which `prepare` refuses to begin with: 1 clip (mute.mp4)" in capsys.readouterr().out
+    assert (tmp_path / "page/inspect.html").exists()
+    assert main(config_for(tmp_path), tmp_path / "page") == 0
 
 
 @pytest.mark.parametrize(
