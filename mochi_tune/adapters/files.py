@@ -63,7 +63,7 @@ from mochi_tune.adapters.modelspec import (
 from mochi_tune.adapters.other_bases import check_base, note_lookalike, stated_bases
 from mochi_tune.adapters.reading import read_layers
 from mochi_tune.adapters.resolve import find_adapter_file
-from mochi_tune.errors import CheckpointError, ConfigError, printable
+from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import save_tensors
 
 __all__ = [
@@ -92,14 +92,17 @@ class Adapter:
 
     Attributes:
         layers: by official module name, such as "blocks.0.attn.qkv_x".
-        metadata: about its origin; carried through every conversion. `rank` and `alpha` are as trained.
+        metadata: about its origin; carried through every conversion. `rank` is as trained, and so are `alpha` and
+            `rslora` until an export multiplies them into the weights.
         path: the file that it was read from, if any.
-        alpha_source: where its alphas were found, in words; "" for one that was not read from a file.
+        alpha: its alphas as the file states them, "4,8" where they differ; "" for one that was not read from a file.
+        alpha_source: where these were found, in words; likewise.
     """
 
     layers: dict[str, LoraLayer]
     metadata: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
+    alpha: str = ""
     alpha_source: str = ""
 
     def __str__(self) -> str:
@@ -113,7 +116,7 @@ class Adapter:
     @property
     def alpha_note(self) -> str:
         """Its alpha and where that was found, for the user to read."""
-        alpha = f"alpha {printable(self.metadata['alpha'])} by {self.alpha_source}"
+        alpha = f"alpha {self.alpha} by {self.alpha_source}"
         if self.alpha_source != ASSUMED:
             return alpha
         return f"alpha is {ASSUMED}: adapter_alpha=N of `sample` and `export` sets another one"
@@ -197,8 +200,8 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
     if not layers:
         raise CheckpointError(f"adapter {path} holds nothing but zeros, so it changes nothing: use another file.")
     note_lookalike(f"adapter {path}", metadata, layers)
-    used = trained if is_split(trained) else layers
-    return Adapter(layers, {**_describe(layers, used), **carried}, path, source)
+    described = _describe(layers, trained if is_split(trained) else layers)
+    return Adapter(layers, {**described, **carried}, path, described["alpha"], source)
 
 
 def _depth_by_names(trained: dict[str, LoraLayer], metadata: dict[str, str]) -> dict[str, str]:
@@ -254,6 +257,9 @@ def save_adapter(
         if to in ("kohya", "native"):
             tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
     carried = {key: value for key, value in adapter.metadata.items() if key not in _LAYOUT_METADATA}
+    if to != "native":
+        carried = {key: value for key, value in carried.items() if key != "rslora"}
+        layout_metadata["alpha"] = _describe(layers, layers)["alpha"]
     metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
     metadata |= modelspec(metadata, adapter.layers, to) | {"modelspec.hash_sha256": tensors_sha256(tensors)}
     metadata |= {"format": "mochi-tune" if to == "native" else to, "created_by": f"mochi-tune {version('mochi-tune')}"}

@@ -53,7 +53,7 @@ class RenderAdapter:
             "file": str(self.path),
             "sha256": file_sha256(self.path),
             "strength": self.strength,
-            "alpha": self.adapter.metadata["alpha"],
+            "alpha": self.adapter.alpha,
             "alpha_source": self.adapter.alpha_source,
             **self.further,
         }

@@ -118,7 +118,8 @@ def test_metadata_survives_every_conversion(tmp_path):
             save_adapter(tmp_path / "a.safetensors", current, to)
             current = load_adapter(tmp_path / "a.safetensors")
         given = {"created_by": current.metadata["created_by"], "modelspec.title": "LoRA"}
-        assert current.metadata == {**known, **given}
+        # The layouts but the native one have alpha in the weights, and say so.
+        assert current.metadata == {**known, **given, "alpha": "16"}
         written = read_metadata(tmp_path / "a.safetensors")
         assert written["created_by"].startswith("mochi-tune ")
         assert written["format"] == {"native": "mochi-tune"}.get(order[-1], order[-1])

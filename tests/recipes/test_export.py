@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from helpers_adapters import (
@@ -86,7 +88,27 @@ def test_ranks_by_pattern_are_reported_as_they_were_trained(tmp_path):
     assert (summary.trained_rank, summary.rank, summary.alpha) == ("3,4,5,16", "16", "16")
     exported = load_adapter(tmp_path / "lora.safetensors")
     assert_same_change(exported, adapter)
-    assert exported.metadata["rslora"] == "true" and exported.metadata["alpha"] == "8"
+    assert exported.metadata["rank"] == "3,4,5,16"
+
+
+@pytest.mark.parametrize(("to", "where"), [("comfyui", "this program's export"), ("kohya", r"its \.alpha tensors")])
+def test_the_alpha_of_an_export_is_that_of_its_layers_and_not_the_trained_one(tmp_path, trained, to, where):
+    out, again = tmp_path / "baked.safetensors", tmp_path / "native.safetensors"
+    assert "alpha 64 by its" in export.main(trained, to, out).source_note
+    adapter = load_adapter(out)
+    assert {layer.alpha for layer in adapter.layers.values()} == {16} and adapter.metadata["alpha"] == "16"
+    assert re.search(f"alpha 16 by {where}", export.main(out, "native", again).source_note)
+    assert load_adapter(again).metadata["alpha"] == "16"
+
+
+def test_an_export_says_nothing_of_a_scale_that_is_in_its_weights(tmp_path):
+    adapter = random_adapter(ATTENTION)
+    # The trained layers have alpha * sqrt(rank): what is found there is shown, and not the setting.
+    adapter.metadata |= {"rank": "16", "alpha": "16", "rslora": "true"}
+    save_adapter(tmp_path / "adapter.safetensors", adapter)
+    assert "alpha 64 by" in load_adapter(tmp_path / "adapter.safetensors").alpha_note
+    save_adapter(tmp_path / "baked.safetensors", adapter, "comfyui")
+    assert "rslora" not in load_adapter(tmp_path / "baked.safetensors").metadata
 
 
 @pytest.mark.parametrize("to", ["official", "comfyui"])
