@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Imported once, in the process that children are forked from.
-PRELOADED = ["peft", "mochi_tune.cli.main", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora"]
+# Imported once, in the process that children are forked from; the last one reads the settings that most of them have.
+# PyAV is first, as decord brings libraries of other versions; accelerate asks in every training for models of DeepSpeed.
+PRELOADED = ["av", "peft", "deepspeed", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora"]
 PRELOADED += ["mochi_tune.recipes.export", "mochi_tune.data_prep.prepare", "mochi_tune.models.text_encoder"]
-PRELOADED += ["mochi_tune.config.load", "hydra", "omegaconf", "psutil", "pyarrow.parquet", "pandas", "transformers"]
+PRELOADED += ["psutil", "pyarrow.parquet", "pyarrow.pandas_compat", "pandas", "transformers", "helpers_warm"]
 # What conftest has chosen for the tests and all that they start; its number decides about bits.
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 
@@ -27,7 +28,17 @@ def start_forkserver() -> None:
     import for seconds each.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     forkserver.ensure_running()
+    restore_path()
+
+
+def restore_path() -> None:
+    """Takes the folder of the tests from PYTHONPATH again: what children start is not to find it."""
+    own, _, others = os.environ.pop("PYTHONPATH").partition(os.pathsep)
+    assert own == str(Path(__file__).parent)
+    if others:
+        os.environ["PYTHONPATH"] = others
 
 
 def use_forkserver(address: str) -> None:

@@ -1,0 +1,9 @@
+"""What children of the tests need before they do anything: imported once, in the process that they are forked from."""
+
+import mochi_tune.cli.main  # noqa: F401
+from helpers_parallel import restore_path
+from mochi_tune.config.load import load_config
+
+restore_path()
+for name, groups in (("my_lora", []), ("my_lora", ["model=tiny"]), ("toy_lora", [])):
+    load_config(name, groups)
