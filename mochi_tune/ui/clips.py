@@ -4,7 +4,7 @@ import itertools
 import os
 import threading
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ UPLOADED = (*MEDIA_SUFFIXES, ".txt")
 # A file that a browser plays; others are shown as a picture alone.
 PLAYED = (".mp4", ".m4v", ".webm", ".mov")
 SCAN_SECONDS = 30.0
+_UPLOADS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -193,18 +194,21 @@ def take_uploads(folder: Path, videos: str, files: Sequence[Path]) -> tuple[list
             groups.setdefault(unicodedata.normalize("NFC", file.stem), []).append((file, clean))
         except MochiTuneError as error:
             refused.append(str(error))
-    given: set[str] = set()
-    # Names that are clean already come first: they keep theirs, as the clip and the caption that are there have it.
-    for _, members in sorted(groups.items(), key=lambda group: group[0] != group[1][0][1].stem):
+    if not groups:
+        return taken, refused
+    # One page's files at a time, as the names that are there are listed once.
+    with _UPLOADS:
         try:
-            _check_pairs([file.name for file, _ in members])
-            root = inside(folder, videos)
-            root.mkdir(parents=True, exist_ok=True)
-            free = _free_stem(root, members[0][1].stem, [clean.suffix.lower() for _, clean in members], given)
-            given.add(free)
-            taken += [move_to_free_name(file, root / f"{free}{clean.suffix}").name for file, clean in members]
+            names = _Names(inside(folder, videos))
         except MochiTuneError as error:
-            refused.append(str(error))
+            return taken, [*refused, str(error)]
+        # Names that are clean already come first: they keep theirs, as the clip and the caption that are there have it.
+        for _, members in sorted(groups.items(), key=lambda group: group[0] != group[1][0][1].stem):
+            try:
+                _check_pairs([file.name for file, _ in members])
+                taken += names.take(members)
+            except MochiTuneError as error:
+                refused.append(str(error))
     return taken, refused
 
 
@@ -215,18 +219,36 @@ def _check_pairs(names: Sequence[str]) -> None:
         raise DataError(f"{twice[0]} was put in twice, and no caption can tell its clip: put them in one by one.")
 
 
-def _free_stem(root: Path, stem: str, suffixes: Sequence[str], given: Collection[str]) -> str:
-    """Returns a name without its ending for files that belong together.
+class _Names:
+    """The names that files in a folder of videos have, or get."""
 
-    Args:
-        root: of the videos. If a clip is to come, no clip there has the name, and no file of these endings.
-        stem: that they would have.
-        suffixes: their endings, in lower case.
-        given: names that others have got, which were put in with them.
-    """
-    there = {(path.stem, path.suffix.lower()) for path in root.iterdir()}
-    has_clip = not set(suffixes).isdisjoint(MEDIA_SUFFIXES)
-    # A caption by itself is for the clip that is there.
-    wanted = {*suffixes, *MEDIA_SUFFIXES} if has_clip else set()
-    names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
-    return next(name for name in names if name not in given and not any((name, suffix) in there for suffix in wanted))
+    def __init__(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self._root = root
+        self._there = {(path.stem, path.suffix.lower()) for path in root.iterdir()}
+        # To others that were put in with them.
+        self._given: set[str] = set()
+
+    def take(self, members: Sequence[tuple[Path, Path]]) -> list[str]:
+        """Moves files that belong together into the folder, under one free name; returns their names.
+
+        Args:
+            members: each with the name that it would have.
+        """
+        free = self._free_stem(members[0][1].stem, [clean.suffix.lower() for _, clean in members])
+        self._given.add(free)
+        moved = [move_to_free_name(file, self._root / f"{free}{clean.suffix}") for file, clean in members]
+        self._there |= {(path.stem, path.suffix.lower()) for path in moved}
+        return [path.name for path in moved]
+
+    def _free_stem(self, stem: str, suffixes: Sequence[str]) -> str:
+        """Returns a name without its ending: where a clip is to come, one that no clip there and none of these has."""
+        has_clip = not set(suffixes).isdisjoint(MEDIA_SUFFIXES)
+        # A caption by itself is for the clip that is there.
+        wanted = {*suffixes, *MEDIA_SUFFIXES} if has_clip else set()
+        names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        return next(
+            name
+            for name in names
+            if name not in self._given and not any((name, suffix) in self._there for suffix in wanted)
+        )

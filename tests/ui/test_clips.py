@@ -1,8 +1,10 @@
 """The gallery: what it says of clips, and captions that are written beside them."""
 
+import os
 from pathlib import Path
 
 import pytest
+from helpers_calls import count_calls
 from helpers_video import write_video
 
 from mochi_tune.config.schema import DataConfig
@@ -104,6 +106,16 @@ def test_a_clip_and_its_caption_keep_one_name(tmp_path):
         "dog_2.mp4",
         "dog_2.txt",
     ]
+
+
+def test_many_files_are_put_in_by_one_look_at_the_folder(tmp_path):
+    files = upload(tmp_path / "up", *(f"{n}{suffix}" for n in range(20) for suffix in (".mp4", ".txt")), "no.sh")
+    with count_calls(os.listdir, os.scandir) as calls:
+        taken, [why] = take_uploads(tmp_path, "videos", files)
+    assert calls.total() == 1 and len(taken) == 40 and "no.sh" in why
+    # A folder that is none is one line for all.
+    taken, [why] = take_uploads(tmp_path, "..", upload(tmp_path / "up", "a.mp4", "b.mp4"))
+    assert not taken and "is outside of" in why
 
 
 @pytest.mark.parametrize(
