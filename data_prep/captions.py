@@ -9,7 +9,7 @@ from typing import Literal
 
 from mochi_tune.data_prep.caption_tables import TableRow, find_lists, read_tables
 from mochi_tune.data_prep.finding import suffix_of, walk
-from mochi_tune.errors import DataError, printable
+from mochi_tune.errors import DataError, some
 from mochi_tune.files import find_lone_surrogate, read_text
 
 # In upper case too; .caption is the default of kohya's scripts. The first one that is there counts.
@@ -88,7 +88,7 @@ def load_captions(folder: Path, videos: list[Path], rules: CaptionRules) -> Capt
             texts[video] = captions
     notes = list(tables.notes)
     if read_as_cp1252:
-        names = ", ".join(map(printable, read_as_cp1252))
+        names = some(read_as_cp1252, limit=10)
         notes.append(f"captions that are not UTF-8, read as cp1252; save them as UTF-8 if letters are wrong: {names}")
     return Captions(texts, refused, tuple(notes))
 

@@ -1,7 +1,7 @@
 """Cuts clips out of videos and stills: upright, square pixels, resized and cropped; no model is involved."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, pairwise
@@ -188,8 +188,7 @@ def _fill(
             changed = f", where its pictures change from {size[0]}x{size[1]} to {shape[0]}x{shape[1]} pixels"
             break
         size, have = shape, span.end
-        takers = [w for w in windows if isinstance(w, _Window) and w.cut.start < span.end and span.begin < w.stop]
-        _put(span, takers, converter)
+        _put(span, list(_takers(windows, span)), converter)
         yield from _pop_done(source, windows, have)
         if not windows:
             return
@@ -208,6 +207,17 @@ def _pop_done(source: Source, windows: deque[_Window | DataError], reached: int)
         else:
             return
         windows.popleft()
+
+
+def _takers(windows: Iterable[_Window | DataError], span: Span) -> Iterator[_Window]:
+    """Yields the windows that a span is shown in; of the thousands of a long film it looks at those that have begun."""
+    for window in windows:
+        if isinstance(window, DataError):
+            continue
+        if window.cut.start >= span.end:
+            return
+        if span.begin < window.stop:
+            yield window
 
 
 def _put(span: Span, takers: list[_Window], converter: RgbConverter) -> None:

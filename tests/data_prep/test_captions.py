@@ -92,6 +92,14 @@ def test_a_sidecar_is_read_in_the_encoding_it_is_in(tmp_path, videos, encoding):
     )
 
 
+def test_of_many_captions_in_cp1252_the_first_ones_are_named_and_the_rest_counted(tmp_path):
+    videos = [tmp_path / f"{number:02}.mp4" for number in range(30)]
+    for video in videos:
+        _write(video.with_suffix(".txt"), "Käse".encode("cp1252"))
+    [note] = load_captions(tmp_path, videos, RULES).notes
+    assert "00.txt, 01.txt, " in note and note.endswith(", 09.txt and 20 more")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

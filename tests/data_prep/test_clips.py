@@ -8,8 +8,9 @@ import torch
 from helpers_video import frame_number, is_upright, paint_frame, write_video
 from PIL import Image
 
-from mochi_tune.data_prep.clips import Cut, DecodedClip, _Fit, _resize_and_crop, decode_clip
+from mochi_tune.data_prep.clips import Cut, DecodedClip, _Fit, _resize_and_crop, _takers, _Window, decode_clip
 from mochi_tune.data_prep.finding import find_unused, find_videos
+from mochi_tune.data_prep.timeline import Picture, Span
 from mochi_tune.errors import DataError
 
 CONTAINERS = ["mp4", "mov", "m4v", "mkv", "webm", "avi"]
@@ -119,6 +120,16 @@ def test_a_single_frame_is_a_clip_of_one(tmp_path):
     path = write_video(tmp_path / "clip.mp4", 1)
     assert _numbers(decode_clip(path, Cut(1, 64, 64))) == [0]
     assert "have 1 frames" in _error(path)
+
+
+def test_a_picture_of_a_long_film_looks_at_no_clip_that_begins_later():
+    fit = _Fit(1.0, 64, 64, 0, 0, 64, 64)
+    starts = iter([0, 2, 5, 6, 7, 8])
+    # One of them is refused.
+    windows = (_Window(Cut(4, 64, 64, start), fit) if start != 6 else DataError("") for start in starts)
+    picture = Picture(Fraction(0), Fraction(1, 30), np.zeros((64, 64, 3), np.uint8))
+    assert [window.cut.start for window in _takers(windows, Span(picture, 5, 6))] == [2, 5]
+    assert list(starts) == [8]
 
 
 def test_a_clip_without_a_frame_rate_tag_decodes(tmp_path):
