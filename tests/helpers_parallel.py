@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Imported once, in the process that children are forked from; the last one reads the settings that most of them have.
-# PyAV is first, as decord brings libraries of other versions; accelerate asks in every training for models of DeepSpeed.
+# PyAV is first, as decord brings libraries of other versions; accelerate asks for DeepSpeed in every training.
 PRELOADED = ["av", "peft", "deepspeed", "mochi_tune.recipes.sample", "mochi_tune.recipes.train_lora"]
 PRELOADED += ["mochi_tune.recipes.export", "mochi_tune.data_prep.prepare", "mochi_tune.models.text_encoder"]
 PRELOADED += ["psutil", "pyarrow.parquet", "pyarrow.pandas_compat", "pandas", "transformers", "helpers_warm"]

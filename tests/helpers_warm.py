@@ -1,7 +1,8 @@
 """What children of the tests need before they do anything: imported once, in the process that they are forked from."""
 
-import mochi_tune.cli.main  # noqa: F401
 from helpers_parallel import restore_path
+
+import mochi_tune.cli.main  # noqa: F401
 from mochi_tune.config.load import load_config
 
 restore_path()
