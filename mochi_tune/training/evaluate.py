@@ -28,9 +28,11 @@ from mochi_tune.training.accelerator import broadcast
 from mochi_tune.training.draws import keyed_generator
 from mochi_tune.training.eval_files import prompt_file
 from mochi_tune.training.interrupts import Interrupted
+from mochi_tune.training.metrics import write_line
 from mochi_tune.training.objective import noisy_and_target, velocity_loss
 from mochi_tune.training.preflight import TrainPlan
 from mochi_tune.training.progress import hides_bars
+from mochi_tune.training.resume import owes_evaluation
 from mochi_tune.training.run import Run
 from mochi_tune.training.schedule import is_due
 
@@ -41,6 +43,7 @@ SIGMAS = (0.125, 0.375, 0.625, 0.875)
 def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> None:
     """Validates and renders the adapter, where this step asks for it and it was not done before an interruption.
 
+    A full disk does not end the run. It ends with exit code 2 where the evaluation of the last step is not on the disk.
     Every process calls it.
 
     Raises:
@@ -74,6 +77,10 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
     if run.report is not None:
         run.report.write()
     run.check_signals()
+    if run.is_complete and run.metrics is not None and owes_evaluation(plan, run.step):
+        # The others end with 0: a launcher would stop this process, which may have a checkpoint to write, at a failure.
+        run.exit_code = 2
+        write_line(f"the evaluation of step {run.step} could not be written: make room, and the same command makes it")
 
 
 def validation_line(row: Mapping, best: tuple[int, float] | None) -> str:
@@ -212,9 +219,18 @@ class EvalVideos:
             # One process decodes. All check for a stop together after each video: they wait so long and no longer.
             with contextlib.suppress(Interrupted):
                 if decoder is not None:
-                    write_video(path, self._side_by_side(decoder, *pair), encoding=self.encoding)
-                    write_atomic(prompt_file(path), plan.config.train.sample_prompts[paths.index(path)].encode())
+                    prompt = plan.config.train.sample_prompts[paths.index(path)]
+                    self._write(path, prompt, self._side_by_side(decoder, *pair))
             self.run.check_signals()
+
+    def _write(self, path: Path, prompt: str, frames: Iterator[Tensor]) -> None:
+        """Writes a video and its prompt; one that cannot be written costs the run a line."""
+        try:
+            # The prompt comes first: a video that is there is not rendered again, and would stay without its prompt.
+            write_atomic(prompt_file(path), prompt.encode())
+            write_video(path, frames, encoding=self.encoding)
+        except OSError as error:
+            write_line(f"{path} could not be written ({error.strerror}): the run goes on without it")
 
     def _base(self, dit: nn.Module, i: int) -> Tensor:
         """Returns the latents of a prompt without the adapter; they are sampled once a run."""
@@ -233,8 +249,11 @@ class EvalVideos:
         finally:
             switch_adapters(dit, True)
         if PartialState().is_main_process:
-            path.parent.mkdir(exist_ok=True)
-            save_tensors(path, {"latents": latents})
+            try:
+                path.parent.mkdir(exist_ok=True)
+                save_tensors(path, {"latents": latents})
+            except OSError as error:
+                write_line(f"{path} could not be written ({error.strerror}): the base is sampled again next time")
         return latents
 
     def _sample(self, dit: nn.Module, prompt: Tensor, name: str) -> Tensor:

@@ -104,6 +104,7 @@ class ReportWriter:
         try:
             self.run = read_files(self.run_dir, self.config)
             write_atomic(self.run_dir / PAGE, make_report(self.run).encode())
+            self.has_failed = False
         except Exception as error:  # noqa: BLE001  (said in a line: no page is worth a run)
             if not self.has_failed:
                 write_line(f"{self.run_dir / PAGE} cannot be written ({error}): the run goes on without it")

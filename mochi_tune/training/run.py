@@ -90,7 +90,7 @@ class Run:
 
     Attributes:
         step: the last finished step.
-        exit_code: 0, or 128 + the signal that stopped the run.
+        exit_code: 0, 2 where the last evaluation could not be written, or 128 + the signal that stopped the run.
         attention: the kernel that attention runs, one of `parallel.kernels.ALL_KERNELS`; None: what torch chooses.
     """
 

@@ -246,7 +246,8 @@ def limit_files(pid: int, num_bytes: int) -> None:
 @pytest.mark.parametrize("num_bytes", [0, 3000, 40000])
 def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_saves(tmp_path, num_bytes):
     run_dir = tmp_path / "run"
-    settings = ["train.steps=40", "train.checkpoint_every=4", "train.keep_checkpoints=2"]
+    settings = ["train.steps=20", "train.checkpoint_every=4", "train.keep_checkpoints=2", "train.validate_every=10"]
+    settings += ["train.validation_clips=1", "train.sample_every=10", "train.sample_prompts=[a cat]", "sample.steps=1"]
     arguments = ["train", "conf=my_lora", *road(run_dir, *LORA, *settings)]
     program = Program(arguments, tmp_path / "out", Disturbance(hold=STEP, hold_at=(6, 14)))
     program.wait_until_held()
@@ -257,11 +258,17 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_saves(tmp_path, n
     whole = newest_checkpoint(run_dir)
     assert damage_of(whole) == "" and f"the last checkpoint is {whole}" in program.text(), "the old one is whole"
     assert not list((run_dir / "checkpoints").glob(".tmp*")), "nothing is left of the ones that failed"
+    video = run_dir / "samples/step_000010_prompt_0.mp4"
+    is_lost = f"{video} could not be written (File too large): the run goes on without it" in program.err
+    assert is_lost == (not video.exists()) == (num_bytes < 40000), program.text()
+    assert not list((run_dir / "samples").glob(".*")), "nothing is left of the video either"
     limit_files(program.pid, resource.RLIM_INFINITY)
     program.release()
     assert program.wait() == 0, program.text()
+    assert f"report: {run_dir / 'report.html'}" in program.out, "it could be written again"
     assert train(tmp_path / "straight", *settings) == 0
     assert_same_end(run_dir, tmp_path / "straight")
+    assert (run_dir / "samples/step_000020_prompt_0.mp4").exists()
 
 
 def test_a_disk_that_stays_full_is_an_error_in_the_end(tmp_path):

@@ -239,13 +239,23 @@ def test_videos_of_sample_stay_where_those_of_later_steps_go(tmp_path):
 def test_an_evaluation_of_the_last_step_that_was_broken_off_is_made_up_for(tmp_path, capsys):
     settings = ["train.steps=2", "train.validate_every=2", "train.validation_clips=1", "train.sample_every=2"]
     settings += ["train.sample_prompts=[a cat]", "sample.steps=2", "sample.num_frames=7"]
-    train(tmp_path, *settings)
+    # Nobody can write a file in a folder's place, or a folder in a file's; not even root, who may run this.
+    (tmp_path / "samples" / "step_000002_prompt_0.txt").mkdir(parents=True)
+    (tmp_path / "base_latents").touch()
+    assert train(tmp_path, *settings) == 2
+    said = capsys.readouterr().err
+    assert said.count("step_000002_prompt_0.mp4 could not be written (Is a directory): the run goes on") == 1
+    assert said.count("the base is sampled again next time") == 2
+    assert "the evaluation of step 2 could not be written: make room, and the same command makes it" in said
+    assert [path.name for path in (tmp_path / "samples").glob("*.mp4")] == ["step_000000_prompt_0.mp4"]
+    (tmp_path / "samples" / "step_000002_prompt_0.txt").rmdir()
+    (tmp_path / "base_latents").unlink()
+    assert train(tmp_path, *settings) == 0
     rows, [last] = (tmp_path / "validation.jsonl").read_text(), sorted((tmp_path / "samples").glob("step_000002*.mp4"))
     (tmp_path / "validation.jsonl").write_text(rows.splitlines(keepends=True)[0])
-    assert (
-        train(tmp_path, *settings) == 0
-        and "its evaluation, which was broken off, is made now" in capsys.readouterr().out
-    )
+    capsys.readouterr()
+    assert train(tmp_path, *settings) == 0
+    assert "its evaluation, which was broken off, is made now" in capsys.readouterr().out
     assert (tmp_path / "validation.jsonl").read_text() == rows
     last.unlink()
     assert train(tmp_path, *settings) == 0 and last.exists()
