@@ -50,10 +50,11 @@ def test_clips_without_a_caption_are_refused_unless_that_is_allowed(tmp_path, mo
     monkeypatch.setenv("PATH", "/nowhere")
     add_clip(tmp_path / "videos", "mute.mp4", 7)
     (tmp_path / "videos/mute.txt").unlink()
-    assert main(config_for(tmp_path, allow_empty_captions=False), tmp_path / "page") == 1
+    nowhere = tmp_path / "weights"
+    assert main(config_for(tmp_path, nowhere, allow_empty_captions=False), tmp_path / "page") == 1
     assert "without a caption, which `prepare` refuses to begin with: 1 clip (mute.mp4)" in capsys.readouterr().out
     assert (tmp_path / "page/inspect.html").exists()
-    assert main(config_for(tmp_path), tmp_path / "page") == 0
+    assert main(config_for(tmp_path, nowhere), tmp_path / "page") == 0
 
 
 @pytest.mark.parametrize(
