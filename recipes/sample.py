@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,17 @@ class RenderPlan:
     def shared_facts(self) -> dict[str, object]:
         """Returns what must be the same on every process, by its name in an error; reads samples of the weights."""
         facts: dict[str, object] = {
-            f"the files of the {part} in model.weights": self.weights.fingerprint(part) for part in PARTS
+            f"the files of the {part} in model.weights": self.fingerprints[part] for part in PARTS
         }
         facts |= {f"the adapter {each['file']}": each["sha256"] for each in self.common["adapters"]}
         requests = [asdict(replace(request, video=Path())) for request in self.requests]
         return facts | {f"the setting {key}": str(self.common[key]) for key in COMMON} | {"the requests": str(requests)}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """That of each part of the weights which decides what a video is; reads samples of large files, once."""
+        parts = ["text_encoder", "dit", "decoder", *(["encoder"] if self.start_sums else [])]
+        return {part: self.weights.fingerprint(part) for part in parts}
 
     @property
     def prompts(self) -> list[str]:
@@ -157,7 +164,7 @@ def main(config: RunConfig) -> Iterator[Path]:
                 assert not list(chunks), "only the writer has frames"
                 continue
             # Another process may have taken the name since it was chosen; what goes beside the video follows it.
-            common = plan.common | describe_start(request, plan, encoded)
+            common = plan.common | {"weights": plan.fingerprints} | describe_start(request, plan, encoded)
             metadata = file_metadata(request, common) if config.sample.metadata else {}
             video = write_video(request.video, chunks, may_replace=False, encoding=request.encoding, metadata=metadata)
             request = replace(request, video=video)
@@ -321,7 +328,7 @@ def render(
     named = {f"adapter_{i}": a for i, a in enumerate(plan.adapters) if a.strength}
     layers = {name: (a.adapter.layers, a.strength, a.block_strengths) for name, a in named.items()}
     dit = prepare_dit(plan.weights.load_dit, layers, setup, plan.weights.read_fp8)
-    guide, mesh = choose_guide(setup), setup.mesh
+    guide, mesh, is_quiet = choose_guide(setup), setup.mesh, not PartialState().is_main_process
     schedules = {name: a.schedule for name, a in named.items() if a.schedule}
     scaling = AdapterScaling(dit, schedules)
     with StopSignal() as stop:
@@ -340,14 +347,7 @@ def render(
                 switch_adapters(dit, variant == "adapted")
                 steps = sample_latents(dit, noise, prompt, negative_prompt, settings, scheduled)
                 label = f"{number}/{len(requests)}" + (f" {variant}" if len(plan.variants) > 1 else "")
-                bar = tqdm(
-                    steps,
-                    label,
-                    len(settings.scales),
-                    unit="step",
-                    leave=False,
-                    disable=not PartialState().is_main_process,
-                )
+                bar = tqdm(steps, label, len(settings.scales), unit="step", leave=False, disable=is_quiet)
                 for state in bar:
                     states[variant] = state
                     if stop.received if mesh is None else mesh.is_any(bool(stop.received)):

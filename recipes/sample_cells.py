@@ -155,7 +155,7 @@ def _adapters(config: RunConfig) -> dict[int | None, str | None]:
 def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
     """Names each cell's file by all that determines it, so that an equal cell is found again and no other one is."""
     # Those of all plans: they differ in their adapters.
-    weights = {part: cells[0].plan.weights.fingerprint(part) for part in ("text_encoder", "dit", "decoder")}
+    weights = cells[0].plan.fingerprints
     out, run_dir, metadata = config.sample.out, Path(config.run_dir), config.sample.metadata
     digests = [_digest(cell, weights, metadata) for cell in cells]
     if config.sample.grid:
@@ -169,7 +169,8 @@ def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
         words = cell.request.video.stem.rpartition("_")[0]
         of_step = "" if cell.checkpoint is None or not cell.strength else f"_step_{cell.checkpoint}"
         name = f"{words}{of_step}_strength_{cell.strength:g}_{digest[:10]}.{cell.request.encoding.format}"
-        named.append(replace(cell, request=replace(cell.request, video=folder / name)))
+        common = cell.common | {"weights": weights}
+        named.append(replace(cell, request=replace(cell.request, video=folder / name), common=common))
     return named
 
 

@@ -68,6 +68,8 @@ def test_a_cell_is_what_sample_renders_with_the_same_settings(tmp_path):
     found = latents_by(cells, lambda r: (r["seed"], *(a["strength"] for a in r["adapters"])))
     assert found.keys() == {(4, 0.5, 0.35), (4,), (4, 1, 0.7)}
     assert not torch.allclose(found[4, 1, 0.7], found[4, 0.5, 0.35], atol=1e-3)
+    record = json.loads(cells[0].with_suffix(".json").read_text())
+    assert record["weights"].keys() == {"text_encoder", "dit", "decoder"}
     for strengths in ("[0.5,0.35]", "[0,0]", "[1,0.7]"):
         key = tuple(json.loads(strengths)) if strengths != "[0,0]" else ()
         alone = single(tmp_path, *common, f"sample.adapter_strength={strengths}", "seed=4")

@@ -104,6 +104,7 @@ def test_a_part_of_the_noise_goes_on_through_the_rest_of_the_schedule(tmp_path, 
     expected = by_hand(start, sigmas, [WeightsFolder(TINY).load_dit("cpu", torch.float32)] * (len(sigmas) - 1))
     assert (latents_of(video) - expected).abs().max() <= latents_error(expected)
     assert record_of(video)["init_video"]["sigma"] == record_of(video)["sampler"]["start_sigma"] == 0.9
+    assert record_of(video)["weights"]["encoder"] == WeightsFolder(TINY).fingerprint("encoder")
     with av.open(str(video)) as container:
         told = json.loads(container.metadata["comment"])["init_video"]
     assert told == record_of(video)["init_video"] | {"file": clip.name}
