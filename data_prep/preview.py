@@ -6,10 +6,14 @@ from fractions import Fraction
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import ConfigError, printable
 from mochi_tune.files import temporary_file
 from mochi_tune.models.latents import FPS
+
+# In the file's metadata, by the name that Matroska gives it.
+MARK, MARKED_BY = "mochi-tune preview", "COMMENT"
 
 
 def preview_paths(folder: Path, clips: Sequence[tuple[str, int]]) -> list[Path]:
@@ -46,12 +50,19 @@ def check_preview_folder(folder: Path, sources: Sequence[Path]) -> None:
 
 
 def write_preview(path: Path, frames: Tensor) -> None:
-    """Writes uint8 frames (F, H, W, 3) as lossless FFV1 in RGB at 30 fps; the file appears when it is complete."""
+    """Writes uint8 frames (F, H, W, 3) as lossless FFV1 in RGB at 30 fps; the file appears when it is complete.
+
+    It takes the place of another preview; any other file of the name stays, and is told.
+    """
     import av
 
+    if path.exists() and not _is_preview(path):
+        tqdm.write(printable(f"no preview is written: {path} is there and has no mark of one: move it away"))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(path) as temporary:
         with av.open(str(temporary), "w", format="matroska") as container:
+            container.metadata[MARKED_BY] = MARK
             stream = container.add_stream("ffv1", rate=FPS)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "bgr0"
@@ -62,3 +73,15 @@ def write_preview(path: Path, frames: Tensor) -> None:
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())
         temporary.replace(path)
+
+
+def _is_preview(path: Path) -> bool:
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            return container.metadata.get(MARKED_BY) == MARK
+    except (FFmpegError, OSError):
+        # It is no video, or not to be read: so it is no preview either.
+        return False

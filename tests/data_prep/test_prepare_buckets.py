@@ -142,16 +142,25 @@ def test_the_preview_is_frame_for_frame_what_is_encoded(mixed):
     assert torch.equal(torch.from_numpy(np.stack(frames)), clip.frames)
 
 
-def test_previews_of_other_settings_are_written_anew_and_names_do_not_collide(mixed):
+def test_previews_of_other_settings_are_written_anew_and_other_files_stay(mixed, capsys):
     add(mixed / "videos" / "long.webm", 9, 96, 64, first_number=50)
     prepare(config_for(mixed, preview=str(mixed / "preview")))
+    # Names do not collide; two are of files that a person has put there.
+    video = write_video(mixed / "other.mkv", 3, width=96, height=64).read_bytes()
+    foreign = {mixed / "preview" / "long.webm.mkv": b"mine", mixed / "preview" / "phone.mkv": video}
+    for path, content in foreign.items():
+        path.write_bytes(content)
     config = config_for(mixed, preview=str(mixed / "preview"), buckets=[[7, 48, 32], [1, 32, 48]])
     prepare(config)
     sizes = {}
-    for path in (mixed / "preview").iterdir():
+    told = capsys.readouterr().out
+    for path, content in foreign.items():
+        assert path.read_bytes() == content
+        assert f"no preview is written: {path} is there and has no mark of one: move it away\n" in told
+    for path in {*(mixed / "preview").iterdir()} - {*foreign}:
         with av.open(str(path)) as container:
             sizes[path.name] = next(container.decode(video=0)).width
-    assert sizes == dict.fromkeys(("long.mp4.mkv", "long.webm.mkv", "phone.mkv", "screen.mkv"), 32) | {"still.mkv": 48}
+    assert sizes == dict.fromkeys(("long.mp4.mkv", "screen.mkv"), 32) | {"still.mkv": 48}
 
 
 @pytest.mark.parametrize("where", ["videos", "videos/preview", "."])
