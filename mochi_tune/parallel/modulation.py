@@ -24,7 +24,7 @@ class HostLinear(nn.Module):
         self.linear = (linear.to("cpu"),)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The weight, in host memory; what a DoRA does to its rows is worked out from it."""
         return self.linear[0].weight
 
