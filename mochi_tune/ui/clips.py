@@ -4,7 +4,7 @@ import itertools
 import os
 import threading
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,8 @@ def list_videos(folder: Path, videos: str) -> list[Path]:
     """
     root = inside(folder, videos)
     found = find_videos(root, takes_stills=TAKES_STILLS)
-    return [path for path in found if path.resolve().is_relative_to(folder.resolve())]
+    # No link to a folder is followed, so that only a file that is one can lie elsewhere.
+    return [path for path in found if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve())]
 
 
 class Gallery:
@@ -73,18 +74,17 @@ class Gallery:
         self._lock = threading.Lock()
         self._scans: dict[tuple[str, int, int], Scan | str] = {}
 
-    def cards(self, root: Path, videos: Sequence[Path], data: DataConfig) -> list[ClipCard]:
+    def cards(self, root: Path, texts: Mapping[Path, str], data: DataConfig) -> list[ClipCard]:
         """Returns the cards of some videos.
 
         Args:
             root: the folder of videos, which the names begin in.
-            videos: in it.
+            texts: the caption of each video, see `read_captions`.
             data: the settings that decide the clips.
         """
-        texts = read_captions(root, videos, data)
         # One decoder answers one question at a time.
         with self._lock, ClipDecoder(SCAN_SECONDS) as decoder:
-            return [self._card(decoder, root, path, texts[path], data) for path in videos]
+            return [self._card(decoder, root, path, text, data) for path, text in texts.items()]
 
     def _card(self, decoder: ClipDecoder, root: Path, path: Path, caption: str, data: DataConfig) -> ClipCard:
         name = path.relative_to(root).as_posix()

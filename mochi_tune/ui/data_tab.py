@@ -53,17 +53,10 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     said = gr.HTML(elem_id="data_said")
     message = gr.HTML(elem_id="data_message")
     build_footage(folder, form)
-    with gr.Accordion("Change many captions at once", open=False):
-        with gr.Row():
-            find = gr.Textbox(label="Find", elem_id="find")
-            replacement = gr.Textbox(label="Replace by", elem_id="replacement")
-            prefix = gr.Textbox(label="Put before each", elem_id="prefix", placeholder="a phrase and a space")
-        with gr.Row():
-            count = gr.Button("How many would change?", elem_id="count_changes")
-            change = gr.Button("Change them", elem_id="change_captions")
-    page = gr.State(0)
     # Another value whenever the gallery is to be drawn again.
     version = gr.State(0)
+    _build_changes(folder, form, said, version)
+    page, last = gr.State(0), gr.State(0)
     with gr.Row(elem_id="pager"):
         back = gr.Button("← before", size="sm", elem_id="page_back", scale=0, min_width=90)
         where = gr.HTML(elem_id="page_where", min_width=80)
@@ -76,21 +69,16 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     def draw(number: int, *values: Any) -> list[Any]:
         names, drawn, values = values[:NUM_CARDS], values[NUM_CARDS : 2 * NUM_CARDS], values[2 * NUM_CARDS :]
         data, root, videos, trouble = look_at(folder, form, values)
-        shown = videos[_page(number, videos) * NUM_CARDS :][:NUM_CARDS] if data and not trouble else []
+        first = _page(number, videos) * NUM_CARDS
+        shown = videos[first:][:NUM_CARDS] if data else []
         texts = read_captions(root, shown, data) if data and shown else {}
-        cards = gallery.cards(root, shown, data) if data and shown else []
+        cards = gallery.cards(root, texts, data) if data and shown else []
         updates: list[Any] = [gr.HTML(trouble, visible=bool(trouble))]
-        for i, card in enumerate(cards):
-            name, text = relative(folder, card.path), texts[card.path]
-            updates += [gr.Column(visible=True), card_html(folder, card)]
-            if (names[i], drawn[i]) == (name, text):
-                # Left as they are: somebody may type there meanwhile.
-                updates += [gr.skip(), gr.skip(), gr.skip()]
-            else:
-                updates += [gr.Textbox(text, label=f"Caption of {card.name}"), name, text]
-        for _ in slots[len(cards) :]:
-            updates += [gr.Column(visible=False), "", "", "", ""]
-        return updates
+        for card, name, text in zip(cards, names, drawn, strict=False):
+            updates += _drawn(folder, card, texts[card.path], (name, text))
+        updates += [gr.Column(visible=False), "", "", "", ""] * (NUM_CARDS - len(cards))
+        place = html.note(f"{first + 1} to {first + len(shown)} of {len(videos)}") if shown else ""
+        return [*updates, place, _page(len(videos), videos)]
 
     for slot in slots:
         # The name comes with the text from the browser, so that no caption ever goes to another clip.
@@ -98,18 +86,6 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
             lambda *values: save_caption(folder, *values), [slot.caption, slot.name, slot.drawn], [said, slot.drawn],
             show_progress="hidden",
         )  # fmt: skip
-
-    def tell_where(number: int, *values: Any) -> str:
-        _, _, videos, _ = look_at(folder, form, values)
-        first = _page(number, videos) * NUM_CARDS + 1
-        return html.note(f"{first} to {min(first + NUM_CARDS - 1, len(videos))} of {len(videos)}") if videos else ""
-
-    def turn(by: int) -> Any:
-        def turned(number: int, *values: Any) -> int:
-            _, _, videos, _ = look_at(folder, form, values)
-            return _page(max(_page(number, videos) + by, 0), videos)
-
-        return turned
 
     def put_in(files: list[str] | None, number: int, *values: Any) -> Any:
         try:
@@ -131,6 +107,42 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
         return started
 
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    upload.upload(put_in, [upload, version, *form.inputs], [said, version])
+    look.click(lambda number: number + 1, version, version, **quiet)
+    prepare.click(start("prepare"), [form.replaces, *form.inputs], said, **quiet)
+    inspect.click(start("inspect"), [form.replaces, *form.inputs], said, **quiet)
+    back.click(lambda number, last: max(min(number, last) - 1, 0), [page, last], page, **quiet)
+    forward.click(lambda number, last: min(number + 1, last), [page, last], page, **quiet)
+    targets = [empty, *(part for slot in slots for part in slot.parts), where, last]
+    gr.on(
+        [page.change, version.change], draw,
+        [page, *(slot.name for slot in slots), *(slot.drawn for slot in slots), *form.inputs], targets,
+        trigger_mode="always_last", concurrency_limit=4, **quiet,
+    )  # fmt: skip
+    own = [form.fields[key] for key in form.fields if key.startswith("data.")]
+    gr.on([field.change for field in own], form.message, form.inputs, message, trigger_mode="always_last", **quiet)
+    # Another folder or size gives other cards; typing alone does not draw them at every key.
+    gr.on([field.blur for field in (*own, form.more)], lambda number: number + 1, version, version, **quiet)
+    form.filled_times.change(lambda number: number + 1, version, version, **quiet)
+    with gr.Accordion("The page of Inspect", open=False):
+        link = gr.HTML(elem_id="inspect_link")
+    gr.on(
+        [version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet
+    )
+
+
+def _build_changes(folder: Path, form: SettingsForm, said: Any, version: Any) -> None:
+    """Builds what changes the captions of all videos."""
+    with gr.Accordion("Change many captions at once", open=False):
+        with gr.Row():
+            find = gr.Textbox(label="Find", elem_id="find")
+            replacement = gr.Textbox(label="Replace by", elem_id="replacement")
+            prefix = gr.Textbox(label="Put before each", elem_id="prefix", placeholder="a phrase and a space")
+        with gr.Row():
+            count = gr.Button("How many would change?", elem_id="count_changes")
+            change = gr.Button("Change them", elem_id="change_captions")
+
     def change_all(writes: bool) -> Any:
         def changed(find: str, replacement: str, prefix: str, number: int, *values: Any) -> Any:
             def act() -> str:
@@ -149,33 +161,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
         return changed
 
-    quiet: dict[str, Any] = {"show_progress": "hidden"}
-    upload.upload(put_in, [upload, version, *form.inputs], [said, version])
-    look.click(lambda number: number + 1, version, version, **quiet)
-    prepare.click(start("prepare"), [form.replaces, *form.inputs], said, **quiet)
-    inspect.click(start("inspect"), [form.replaces, *form.inputs], said, **quiet)
-    back.click(turn(-1), [page, *form.inputs], page, **quiet)
-    forward.click(turn(1), [page, *form.inputs], page, **quiet)
-    targets = [empty, *(part for slot in slots for part in slot.parts)]
-    gr.on(
-        [page.change, version.change], draw,
-        [page, *(slot.name for slot in slots), *(slot.drawn for slot in slots), *form.inputs], targets,
-        trigger_mode="always_last", concurrency_limit=4, **quiet,
-    )  # fmt: skip
-    gr.on([page.change, version.change], tell_where, [page, *form.inputs], where, **quiet)
-    own = [form.fields[key] for key in form.fields if key.startswith("data.")]
-    gr.on([field.change for field in own], form.message, form.inputs, message, trigger_mode="always_last", **quiet)
-    # Another folder or size gives other cards; typing alone does not draw them at every key.
-    gr.on([field.blur for field in (*own, form.more)], lambda number: number + 1, version, version, **quiet)
-    form.filled_times.change(lambda number: number + 1, version, version, **quiet)
     many = [find, replacement, prefix, version, *form.inputs]
-    count.click(change_all(False), many, [said, version], **quiet)
-    change.click(change_all(True), many, [said, version], **quiet)
-    with gr.Accordion("The page of Inspect", open=False):
-        link = gr.HTML(elem_id="inspect_link")
-    gr.on(
-        [version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet
-    )
+    count.click(change_all(False), many, [said, version], show_progress="hidden")
+    change.click(change_all(True), many, [said, version], show_progress="hidden")
 
 
 def _page(number: int, videos: Sequence[Path]) -> int:
@@ -200,6 +188,23 @@ class _Slot:
     @property
     def parts(self) -> list[Any]:
         return [self.column, self.card, self.caption, self.name, self.drawn]
+
+
+def _drawn(folder: Path, card: ClipCard, text: str, before: tuple[str, str]) -> list[Any]:
+    """Returns the updates of a slot.
+
+    Args:
+        folder: of the page.
+        card: that it shows.
+        text: the caption.
+        before: the file and the caption that it shows already.
+    """
+    name = relative(folder, card.path)
+    updates: list[Any] = [gr.Column(visible=True), card_html(folder, card)]
+    if before == (name, text):
+        # Left as they are: somebody may type there meanwhile.
+        return [*updates, gr.skip(), gr.skip(), gr.skip()]
+    return [*updates, gr.Textbox(text, label=f"Caption of {card.name}"), name, text]
 
 
 def save_caption(folder: Path, text: str, name: str, drawn: str) -> tuple[str, str]:

@@ -32,7 +32,7 @@ def test_cards_say_what_each_file_is(tmp_path):
     (videos / "good.txt").write_text("a cat\n")
     (tmp_path / "elsewhere.mp4").write_bytes(b"")
     found = list_videos(tmp_path, "videos")
-    broken, good, small = Gallery(tmp_path).cards(videos, found, DATA)
+    broken, good, small = Gallery(tmp_path).cards(videos, read_captions(videos, found, DATA), DATA)
     assert (good.name, good.length, good.size, good.refused) == ("good.mp4", "0.5 s at 30 fps", "96 x 64", "")
     assert good.bucket == "7 frames, 48 x 32" and good.thumbnail.read_bytes()[:2] == b"\xff\xd8"
     assert "no caption" not in [flag.text for flag in good.flags]
@@ -155,7 +155,7 @@ def test_a_video_that_vanishes_after_it_was_listed_is_one_line(tmp_path):
     write_video(video, 8)
     found = list_videos(tmp_path, "videos")
     video.unlink()
-    (card,) = Gallery(tmp_path).cards(tmp_path / "videos", found, DATA)
+    (card,) = Gallery(tmp_path).cards(tmp_path / "videos", dict.fromkeys(found, ""), DATA)
     assert card.refused == "it has vanished: look again."
     assert html.address(tmp_path, video) == "/files/videos/a.mp4?v=0"
     assert posters(tmp_path, [video]) == [None]

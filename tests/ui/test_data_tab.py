@@ -1,13 +1,17 @@
 """A caption that two pages edit: nothing is lost, and the second hears of it."""
 
+import os
 from pathlib import Path
 
 import pytest
+from helpers_calls import count_calls
 
 pytest.importorskip("gradio")
 
-from mochi_tune.ui.confs import MAIN_KEYS, Form, save_conf
-from mochi_tune.ui.data_tab import _page, save_caption
+from mochi_tune.config.schema import DataConfig
+from mochi_tune.ui.clips import list_videos, read_captions
+from mochi_tune.ui.confs import MAIN_KEYS, Form, check_form, save_conf
+from mochi_tune.ui.data_tab import NUM_CARDS, _page, save_caption
 from mochi_tune.ui.jobs import list_jobs
 from mochi_tune.ui.page import build_page
 
@@ -57,6 +61,11 @@ def test_a_page_that_is_no_more_is_the_last_one():
     assert _page(2, videos[:3]) == 0 == _page(1, [])
 
 
+def acts_of(folder):
+    """The functions of the page's events, by their names."""
+    return {each.api_name: each.fn for each in build_page(folder).fns.values() if each.fn}
+
+
 @pytest.fixture
 def fields(clip, tmp_path, monkeypatch):
     """The values of all fields, as a page of a conf with data.sources sends them."""
@@ -69,12 +78,32 @@ def test_a_conf_with_sources_leaves_the_folder_of_videos_alone(fields, tmp_path)
     """Its gallery, uploads, captions of many clips, and jobs of footage, by the events of the page."""
     (tmp_path / "b.mp4").touch()
     (tmp_path / "films").mkdir()
-    acts = {each.api_name: each.fn for each in build_page(tmp_path).fns.values() if each.fn}
+    acts = acts_of(tmp_path)
     line = "takes its clips from cats, dogs; videos is not used"
     drawn = acts["draw"](0, *[""] * 24, *fields)
-    assert line in drawn[0].value and not any(column.visible for column in drawn[1::5])
+    assert line in drawn[0].value and not any(column.visible for column in drawn[1:-2:5])
     assert line in acts["put_in"]([str(tmp_path / "b.mp4")], 0, *fields)[0]
     assert line in acts["changed"]("cat", "dog", "", 0, *fields)[0]
     assert line in acts["started"]("films", "6", "1.25", "", "adaptive", *fields)
     assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["a.mp4", "a.txt"]
     assert (tmp_path / "videos" / "a.txt").read_text() == "a cat\n" and not list_jobs(tmp_path)
+
+
+def test_a_page_is_drawn_by_one_look_at_the_folder_and_its_tables(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    names = [f"{number:02d}.mp4" for number in range(NUM_CARDS + 2)]
+    for name in names:
+        (videos / name).touch()
+    (videos / "captions.csv").write_text("file_name,caption\n" + "".join(f"{name},of {name}\n" for name in names))
+    with count_calls(os.scandir) as once:
+        check_form(tmp_path, Form("cats", {}, ""))
+        shown = list_videos(tmp_path, "videos")[NUM_CARDS:]
+        read_captions(videos, shown, DataConfig())
+    draw = acts_of(tmp_path)["draw"]
+    with count_calls(os.scandir) as calls:
+        drawn = draw(1, *[""] * 2 * NUM_CARDS, "cats", *[""] * len(MAIN_KEYS), "")
+    assert calls == once and [column.visible for column in drawn[1:-2:5]] == [True] * 2 + [False] * (NUM_CARDS - 2)
+    assert [box.value for box in drawn[3:12:5]] == ["of 12.mp4", "of 13.mp4"]
+    assert "13 to 14 of 14" in drawn[-2] and drawn[-1] == 1
