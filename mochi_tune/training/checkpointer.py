@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mochi_tune.adapters.files import Adapter, save_adapter
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import copy_atomic, write_json
+from mochi_tune.files import copy_atomic, parse_object, write_json
 from mochi_tune.training import checkpoint
 from mochi_tune.training.metrics import Metrics
 
@@ -65,8 +65,6 @@ class Checkpointer:
         self.metrics = metrics
         self.retention = retention
         self.log = log
-        # Steps that were saved for their validation loss: they take no place of the newest ones.
-        self._bests: set[int] = set()
         # The last save that failed, if no later one succeeded.
         self.failed: tuple[Snapshot, OSError] | None = None
 
@@ -79,7 +77,8 @@ class Checkpointer:
             snapshot: of the last finished step.
             is_best: whether it is saved for its validation loss alone.
         """
-        self._bests |= {snapshot.step} if is_best else set()
+        # Read by `_remove_old`, of a later process too.
+        mark = {"best": True} if is_best else {}
         try:
             # A resumed run finds the rows of all steps up to its checkpoint.
             self.metrics.flush_to_disk()
@@ -88,7 +87,7 @@ class Checkpointer:
                 if snapshot.averaged is not None:
                     save_adapter(new / "averaged.safetensors", snapshot.averaged)
                 checkpoint.save_optimizer(new / "optimizer.safetensors", snapshot.optimizer)
-                write_json(new / "state.json", snapshot.state)
+                write_json(new / "state.json", {**snapshot.state, **mark})
             copy_atomic(checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"), self.published)
             self._remove_old()
         except OSError as error:
@@ -113,12 +112,21 @@ class Checkpointer:
             )
 
     def _remove_old(self) -> None:
-        steps = [checkpoint.step_of(path) for path in checkpoint.find_checkpoints(self.folder)]
-        keep = self.retention
+        found = checkpoint.find_checkpoints(self.folder)
+        steps, keep = [checkpoint.step_of(path) for path in found], self.retention
         best = self.metrics.best_validated(steps) if keep.best else None
-        in_turn = [step for step in steps if step not in self._bests]
+        # One that was saved for its validation loss alone takes no place of the newest ones.
+        in_turn = [step for step, path in zip(steps, found, strict=True) if not _is_best_alone(path)]
         kept = checkpoint.steps_to_keep(in_turn, keep.newest, keep.every, best)
-        checkpoint.remove_checkpoints(self.folder, kept | {step for step in self._bests if step == best})
+        checkpoint.remove_checkpoints(self.folder, kept | {step for step in steps if step == best})
+
+
+def _is_best_alone(folder: Path) -> bool:
+    """Whether a checkpoint was saved for its validation loss alone; one of a version that does not say so was not."""
+    path = folder / "state.json"
+    # Damage of an old checkpoint is found when it is gone on from.
+    state = parse_object(path.read_bytes()) if path.is_file() else None
+    return state is not None and "best" in state
 
 
 def check_free_space(run_dir: Path, num_bytes: int) -> None:

@@ -30,3 +30,23 @@ def test_no_checkpoint_is_committed_while_a_row_waits_for_room(tmp_path):
         checkpointer.check_saved(2)
         assert (tmp_path / "checkpoints/step_000002/manifest.json").exists()
         assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_best_step_takes_no_place_of_the_newest_after_a_restart_either(tmp_path):
+    def save(last_step: int, losses: dict[int, float], saves: dict[int, bool]) -> None:
+        with Metrics(tmp_path, last_step) as metrics:
+            checkpointer = Checkpointer(tmp_path, metrics, Retention(newest=2, every=0, best=True), print)
+            for step, is_best in saves.items():
+                metrics.log({"step": step})
+                metrics.log_validation({"step": step, "validation_loss": losses[step]})
+                layer = LoraLayer(torch.ones(2, 4), torch.ones(4, 2), 2.0)
+                adapter = Adapter({"blocks.0.attn.proj_x": layer})
+                assert checkpointer.save(Snapshot(step, adapter, None, {}, {"step": step}), is_best)
+
+    save(0, {4: 0.9, 8: 0.8, 9: 0.5}, {4: False, 8: False, 9: True})
+    # Damage of an old one is no reason to lose a new one.
+    (tmp_path / "checkpoints/step_000004/state.json").write_text("{")
+    save(9, {11: 0.3, 12: 0.4}, {11: True, 12: False})
+    assert sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir()) == ["08", "11", "12"]
+    save(12, {16: 0.6}, {16: False})
+    assert sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir()) == ["11", "12", "16"]
