@@ -55,6 +55,7 @@ from mochi_tune.adapters.layers import (
 )
 from mochi_tune.adapters.modelspec import (
     COMPUTED_KEYS,
+    HASH_KEY,
     has_official_shapes,
     kohya_metadata,
     modelspec,
@@ -261,7 +262,7 @@ def save_adapter(
         carried = {key: value for key, value in carried.items() if key != "rslora"}
         layout_metadata["alpha"] = _describe(layers, layers)["alpha"]
     metadata = {**_describe(adapter.layers, adapter.layers), **carried, **layout_metadata}
-    metadata |= modelspec(metadata, adapter.layers, to) | {"modelspec.hash_sha256": tensors_sha256(tensors)}
+    metadata |= modelspec(metadata, adapter.layers, to) | {HASH_KEY: tensors_sha256(tensors)}
     metadata |= {"format": "mochi-tune" if to == "native" else to, "created_by": f"mochi-tune {version('mochi-tune')}"}
     save_tensors(path, tensors, metadata, durable=True)
     return layers

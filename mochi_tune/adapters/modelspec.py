@@ -12,11 +12,13 @@ from torch import Tensor
 from mochi_tune.adapters.layers import LoraLayer, kind_of
 
 PREFIX = "modelspec."
+HASH_KEY = f"{PREFIX}hash_sha256"
 # What a user or a run says; every conversion carries these on.
 GIVEN_KEYS = ("title", "author", "description", "license", "trigger_phrase", "resolution", "date", "tags")
 # What depends on the file, and is never carried into another one.
 COMPUTED_KEYS = (
-    *(f"{PREFIX}{key}" for key in ("sai_model_spec", "architecture", "implementation", "hash_sha256")),
+    *(f"{PREFIX}{key}" for key in ("sai_model_spec", "architecture", "implementation")),
+    HASH_KEY,
     *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_base_model_version"),
     *("sshs_model_hash", "sshs_legacy_hash"),
 )

@@ -3,6 +3,8 @@
 `files.load_adapter` calls this, and gives the layers their official names.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG, is_ours, read_alphas
 from mochi_tune.adapters.keys import check_foreign, parse_key
 from mochi_tune.adapters.layers import LoraLayer, check_layer, is_diffusers
+from mochi_tune.adapters.modelspec import HASH_KEY
+from mochi_tune.adapters.notes import tell
 from mochi_tune.errors import CheckpointError, some
 from mochi_tune.files import check_header, read_json
 
@@ -32,10 +36,13 @@ def read_layers(path: Path, alpha: float | None = None) -> tuple[dict[str, LoraL
 
     Raises:
         CheckpointError: no such file, not safetensors (a pickle is never opened), another kind of adapter, unknown or
-            missing keys, alphas that are missing, do not fit or contradict each other, or non-finite weights.
+            missing keys, alphas that are missing, do not fit or contradict each other, non-finite weights, or other
+            numbers than those that this program wrote into it.
     """
     tensors, metadata = _read(path)
     try:
+        if is_ours(metadata) and HASH_KEY in metadata:
+            _check_hash(path, metadata[HASH_KEY])
         modules = _group_keys(tensors)
         alphas, source = read_alphas(modules, metadata, {} if is_ours(metadata) else _read_configs(path.parent), alpha)
         layers = {}
@@ -62,6 +69,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{refusal}, or it is damaged ({error}): convert it, or fetch it again.") from error
+
+
+def _check_hash(path: Path, stated: str) -> None:
+    """Compares the bytes behind the header with ModelSpec's hash of them, a block at a time.
+
+    Other programs copy the metadata, with the hash in it, into a file whose weights they have changed. Their files are
+    taken, and a line says so: the library by which they write puts the metadata in another order in each process, and
+    this program in order, so that a file with ordered metadata and other bytes was not written but damaged.
+    """
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        actual = f"0x{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    if actual == stated:
+        return
+    metadata = list(header["__metadata__"])
+    if metadata == sorted(metadata):
+        raise CheckpointError("damaged, its numbers are not those that were written: fetch or export it again.")
+    tell(f"adapter {path}: another program has changed its weights since mochi-tune wrote them")
 
 
 def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:

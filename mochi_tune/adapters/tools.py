@@ -22,13 +22,14 @@ from mochi_tune.adapters.low_rank import (
     stack_layers,
     truncate_layer,
 )
+from mochi_tune.adapters.modelspec import HASH_KEY
 from mochi_tune.errors import CheckpointError, ConfigError, some
 from mochi_tune.files import file_sha256
 
 # Two adapters whose layers differ by no more, relative to their norms, are the same: fp32 rounds to 6e-8.
 SAME = 1e-6
 # Metadata of a file that is not true of another one made from it.
-_OWN = ("rank", "alpha", "rslora", "targets", "tool", "sources", "relative_error", "modelspec.hash_sha256")
+_OWN = ("rank", "alpha", "rslora", "targets", "tool", "sources", "relative_error", HASH_KEY)
 
 
 @dataclass(frozen=True)

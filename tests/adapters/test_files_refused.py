@@ -4,6 +4,8 @@ import pickle
 import pytest
 import torch
 from helpers_adapters import random_adapter, write
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError, ConfigError
@@ -43,6 +45,34 @@ def test_a_missing_or_truncated_file_is_refused(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="damaged"):
         load_adapter(path)
+
+
+@pytest.mark.parametrize("to", ["native", "comfyui"])
+def test_a_file_of_ours_with_a_changed_bit_is_refused(tmp_path, to):
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, random_adapter(), to)
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged, its numbers are not those that were written: fetch or export"):
+        load_adapter(path)
+
+
+def test_a_file_of_ours_whose_weights_another_program_has_changed_is_taken_with_a_line(tmp_path, capsys):
+    path, adapter = tmp_path / "a.safetensors", random_adapter()
+    save_adapter(path, adapter)
+    load_adapter(path)
+    assert capsys.readouterr().err == ""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {key: 2 * tensor if key.endswith("lora_B") else tensor for key, tensor in load_file(path).items()}
+    # As scripts do it, by the library, which puts the metadata in an order of its own.
+    assert list(metadata) != sorted(metadata)
+    save_file(tensors, path, metadata)
+    name = "blocks.0.attn.qkv_x"
+    assert torch.equal(load_adapter(path).layers[name].b, 2 * adapter.layers[name].b)
+    said = f"mochi-tune: adapter {path}: another program has changed its weights since mochi-tune wrote them\n"
+    assert capsys.readouterr().err == said
 
 
 def pair(name, rank=2, num_in=192, num_out=192, suffix=""):
