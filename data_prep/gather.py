@@ -1,6 +1,7 @@
 """What there is to encode: the files of all sources, their captions, and the clips that are cut from them."""
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ DATASET_FOLDER = ".dataset"
 # In it, of the one that data.videos names; those of data.sources have their names.
 ALONE = "_"
 SCANS_FILE = ".scans.json"
+# Between two times at which what was read of files is kept.
+SAVE_SECONDS = 30.0
 NO_VIDEO = "is a caption of no video"
 
 
@@ -147,40 +150,80 @@ def cut_inputs(
     """Reads each file's hash and what it holds, and adds the clips that are cut from it, or why there are none.
 
     Both are kept in the cache's folder, so that a second run opens new and changed files alone; of a share of the work,
-    in the folder of its parts.
+    in the folder of its parts. A run that is stopped keeps what it has read.
     """
-    parts = Path(data.cache) / PARTS_FOLDER
-    kept = (parts / share if share else Path(data.cache)) / SCANS_FILE
-    before = _kept_scans(kept)
-    known = before | {
-        sha256: scan
-        for file in (Path(data.cache) / SCANS_FILE, *sorted(parts.glob(f"*/{SCANS_FILE}")))
-        for sha256, scan in _kept_scans(file).items()
-    }
-    hashes = FileHashes(kept.with_name(HASHES_FILE), [Path(data.cache) / HASHES_FILE, *parts.glob(f"*/{HASHES_FILE}")])
-    scans: dict[str, Scan] = {}
     files = [file for name, file in inputs.files.items() if name not in inputs.refused]
-    for file in tqdm(files, desc="files", unit="file"):
-        try:
-            inputs.signatures[file.name] = signature(file.path)
-            sha256 = hashes.sha256(file.path, inputs.signatures[file.name])
-            scan = known[sha256] if sha256 in known else decoder.scan(file.path)
-            scans[sha256] = inputs.scans[file.name] = scan
-            cuts = _choose_cuts(file, scan, data)
-        except DataError as error:
-            inputs.refused[file.name] = str(error)
-            continue
-        # Not of the others, so that what is encoded of them keeps its key.
-        colours = {"from_profile": True} if scan.has_profile else {}
-        for cut in cuts:
-            values = decisive(cut) | colours
-            row = make_row(file.relative, file.captions, sha256, values, settings, file.source.name)
-            inputs.clips.append(Clip(row, file, cut))
-    hashes.save()
-    if scans != before:
-        # `inspect` may read it while `prepare` writes it.
-        values = {sha256: scan.to_json() for sha256, scan in scans.items()}
-        write_atomic(kept, json.dumps({"version": TRANSFORM_VERSION, "scans": values}).encode())
+    with _KnownFiles(Path(data.cache), share) as known:
+        for file in tqdm(files, desc="files", unit="file"):
+            try:
+                inputs.signatures[file.name] = signature(file.path)
+                sha256, scan = known.read(file.path, inputs.signatures[file.name], decoder)
+                inputs.scans[file.name] = scan
+                cuts = _choose_cuts(file, scan, data)
+            except DataError as error:
+                inputs.refused[file.name] = str(error)
+                continue
+            # Not of the others, so that what is encoded of them keeps its key.
+            colours = {"from_profile": True} if scan.has_profile else {}
+            for cut in cuts:
+                values = decisive(cut) | colours
+                row = make_row(file.relative, file.captions, sha256, values, settings, file.source.name)
+                inputs.clips.append(Clip(row, file, cut))
+
+
+class _KnownFiles:
+    """Hashes of files and what they hold, kept in the cache's folder: now and then, and when the block ends or fails.
+
+    Args:
+        cache: the folder.
+        share: of the work, whose folder keeps them; "": the cache's.
+    """
+
+    def __init__(self, cache: Path, share: str) -> None:
+        parts = cache / PARTS_FOLDER
+        self._kept = (parts / share if share else cache) / SCANS_FILE
+        self._before = _kept_scans(self._kept)
+        self._known = self._before | {
+            sha256: scan
+            for file in (cache / SCANS_FILE, *sorted(parts.glob(f"*/{SCANS_FILE}")))
+            for sha256, scan in _kept_scans(file).items()
+        }
+        others = [cache / HASHES_FILE, *parts.glob(f"*/{HASHES_FILE}")]
+        self._hashes = FileHashes(self._kept.with_name(HASHES_FILE), others)
+        self._now: dict[str, Scan] = {}
+        self._next_save = time.monotonic() + SAVE_SECONDS
+
+    def __enter__(self) -> "_KnownFiles":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._save(is_whole=kind is None)
+
+    def read(self, path: Path, found: Signature, decoder: ClipDecoder) -> tuple[str, Scan]:
+        """Returns the hash of a file with this signature, and what the file holds; opens it only if it is not known.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        if time.monotonic() >= self._next_save:
+            begun = time.monotonic()
+            self._save(is_whole=False)
+            # All of it is written each time: that it takes a small part of the time, however much it grows.
+            self._next_save = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - begun))
+        sha256 = self._hashes.sha256(path, found)
+        scan = self._known[sha256] if sha256 in self._known else decoder.scan(path)
+        self._now[sha256] = scan
+        return sha256, scan
+
+    def _save(self, is_whole: bool) -> None:
+        """Keeps what was read; where files are still to be read, also what was known of them."""
+        self._hashes.save(is_whole)
+        scans = self._now if is_whole else self._before | self._now
+        if scans != self._before:
+            # `inspect` may read it while `prepare` writes it.
+            values = {sha256: scan.to_json() for sha256, scan in scans.items()}
+            write_atomic(self._kept, json.dumps({"version": TRANSFORM_VERSION, "scans": values}).encode())
+            self._before = dict(scans)
 
 
 def _choose_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]:

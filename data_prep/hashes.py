@@ -53,10 +53,12 @@ class FileHashes:
         entry = self._known.get(os.path.abspath(path))
         return None if entry is None else (int(entry[0]), int(entry[1]), int(entry[2]))
 
-    def save(self) -> None:
-        """Keeps the hashes of the files that were asked for."""
-        if self._now != self._before or not self._path.exists():
-            write_atomic(self._path, json.dumps({"version": 1, "files": self._now}).encode())
+    def save(self, is_whole: bool = True) -> None:
+        """Keeps the hashes of the files that were asked for; where others are still to be asked for, also theirs."""
+        files = self._now if is_whole else self._before | self._now
+        if files != self._before or not self._path.exists():
+            write_atomic(self._path, json.dumps({"version": 1, "files": files}).encode())
+            self._before = dict(files)
 
 
 def signature(path: Path) -> Signature:
