@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mochi_tune.adapters.lora import switch_adapters
+from mochi_tune.adapters.lora import TRAINED, switch_adapters
 from mochi_tune.config.sample import sample_size
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import DataError
@@ -204,8 +204,9 @@ class EvalVideos:
         """Renders the videos of a step that are not there yet; `dit` has the adapter of that step."""
         paths = [self.folder / f"step_{step:06d}_prompt_{i}.{self.encoding.format}" for i in range(len(self.prompts))]
         missing = broadcast([not path.exists() for path in paths])
-        # A fresh adapter changes nothing.
-        is_base = step == 0 and self.run.plan.config.lora.init_from is None
+        # A fresh adapter changes nothing; a recipe of one's own may have others beside it.
+        adapters = {name for module in dit.modules() for name in getattr(module, "lora_A", ())}
+        is_base = step == 0 and self.run.plan.config.lora.init_from is None and adapters <= {TRAINED}
         pairs = {}
         for i in [i for i, is_missing in enumerate(missing) if is_missing]:
             base = self._base(dit, i)

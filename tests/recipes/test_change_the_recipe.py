@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_road import LORA, read_rows, road, train
+from PIL import Image
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import load_adapter
@@ -55,10 +56,10 @@ def plain(tmp_path_factory) -> Path:
     return run_dir
 
 
-def train_changed(recipe, run_dir: Path) -> list[dict]:
+def train_changed(recipe, run_dir: Path, *more: str) -> list[dict]:
     """Trains two steps, resumes for the third, and returns the rows."""
     for steps in ("train.steps=2", "train.steps=3"):
-        assert recipe.main(load_config("my_lora", road(run_dir, *LORA, *STEPS, steps))) == 0
+        assert recipe.main(load_config("my_lora", road(run_dir, *LORA, *STEPS, steps, *more))) == 0
     return read_rows(run_dir / "metrics.jsonl")
 
 
@@ -94,8 +95,12 @@ def test_a_second_adapter_stays_frozen_under_the_one_that_is_trained(plain, tmp_
     style = plain / "adapter.safetensors"
     before = style.read_bytes()
     recipe = changed_recipe(tmp_path, "A second adapter", **{"style.safetensors": str(style)})
-    rows = train_changed(recipe, tmp_path / "run")
+    shown = ["train.sample_every=9", "train.sample_prompts=[a cat]", "sample.steps=1", "sample.num_frames=1"]
+    rows = train_changed(recipe, tmp_path / "run", *shown)
     assert rows[0]["loss"] != read_rows(plain / "metrics.jsonl")[0]["loss"], "the first adapter plays its part"
+    with Image.open(tmp_path / "run" / "samples" / "step_000000_prompt_0.png") as picture:
+        halves = [picture.crop((x, 0, x + picture.width // 2, picture.height)) for x in (0, picture.width // 2)]
+    assert halves[0].tobytes() != halves[1].tobytes(), "and is seen on the right before the second one has learnt"
     adapter, other = load_file(tmp_path / "run" / "adapter.safetensors"), load_file(style)
     assert adapter.keys() == other.keys() and style.read_bytes() == before
     assert any(not torch.equal(adapter[name], other[name]) for name in adapter)
