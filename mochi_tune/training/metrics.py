@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import fsync, write_atomic
+from mochi_tune.files import fsync, parse_object, write_atomic
 
 FILES: tuple[str, ...] = ("metrics", "validation")
 
@@ -25,6 +25,23 @@ def comparable(validations: Sequence[Mapping]) -> list[Mapping]:
     """
     said = [row["measured_on"] for row in validations if row.get("measured_on")]
     return [row for row in validations if row.get("measured_on") in (None, *said[-1:])]
+
+
+def tell_apart(validations: Path) -> None:
+    """Marks the rows of validation.jsonl that do not say what they measured, as later ones measure something else.
+
+    Rows of versions before 0.2 say nothing. They measured what the first one after them did that does, as they would
+    have been marked before it otherwise.
+    """
+    lines = validations.read_bytes().splitlines(keepends=True) if validations.exists() else []
+    rows = [parse_object(line) for line in lines]
+    first = next((row["measured_on"] for row in rows if row and row.get("measured_on")), "other clips")
+    marked = [
+        json.dumps({**row, "measured_on": first}).encode() + b"\n" if row and not row.get("measured_on") else line
+        for line, row in zip(lines, rows, strict=True)
+    ]
+    if marked != lines:
+        write_atomic(validations, b"".join(marked), durable=True)
 
 
 class Metrics:

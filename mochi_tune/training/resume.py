@@ -5,6 +5,7 @@
 
 import datetime
 import filecmp
+import functools
 import hashlib
 import itertools
 import json
@@ -20,9 +21,15 @@ from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
 from mochi_tune.files import copy_atomic, parse_object, read_json, read_json_lines, remove_temporary_files, write_atomic
 from mochi_tune.training import checkpoint
-from mochi_tune.training.branches import enter_branch, next_number, put_aside, put_videos_aside
+from mochi_tune.training.branches import (
+    enter_branch,
+    next_number,
+    number_of_going_back,
+    put_aside,
+    put_videos_aside,
+)
 from mochi_tune.training.eval_files import find_eval_videos, prompt_file
-from mochi_tune.training.metrics import Metrics
+from mochi_tune.training.metrics import Metrics, tell_apart
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.run_folder import read_history, record_start
 
@@ -42,6 +49,7 @@ class ResumePoint:
         changed: settings that differ and were forced.
         is_named: whether the user named the checkpoint, by resume_from.
         owes_evaluation: whether all steps are made, and the evaluation of the last one is not.
+        validates_on_others: whether a validation measures something else than those before the checkpoint did.
     """
 
     step: int = 0
@@ -51,6 +59,7 @@ class ResumePoint:
     changed: list[str] = field(default_factory=list)
     is_named: bool = False
     owes_evaluation: bool = False
+    validates_on_others: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class ThisRun:
         environment: what this process computes with, see `describe_environment`.
         already_forced: steps and the changes that were forced there before; they need not be forced again.
         contents: what each clip of the cache is, see `Cache.contents`.
+        has_made: whether the run's rows are those of its order of clips, up to a step.
     """
 
     identity: dict
@@ -70,6 +80,7 @@ class ThisRun:
     environment: Mapping[str, object]
     already_forced: Collection[tuple[int, list[str]]]
     contents: Mapping[str, str]
+    has_made: Callable[[int], bool]
 
 
 def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> ResumePoint:
@@ -98,6 +109,8 @@ def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> 
     needed = ("step", "settings", "cache", "base", "draws", "groups", "rows", "losses")
     if missing := [key for key in needed if key not in state]:
         raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}: a run cannot go on without.")
+    if "order" not in state and state["cache"] == now.identity["cache"] and now.has_made(state["step"]):
+        state["order"] = now.identity["order"]
     try:
         changed, notes = differences(run_dir, state, now)
     except TrainingError as error:
@@ -107,7 +120,8 @@ def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> 
     if others := [f"{key} was {before.get(key)}, is {now.environment[key]}" for key in differing]:
         notes.append(f"{'; '.join(others)}: the same samples in the same order, but no longer the same bits")
     notes = [f"{text}: the one before is taken" for text in wrong] + notes
-    return ResumePoint(state["step"], folder, state, notes, changed, is_named=resume_from is not None)
+    is_named, on_others = resume_from is not None, _validates_on_others(state, now.identity)
+    return ResumePoint(state["step"], folder, state, notes, changed, is_named, validates_on_others=on_others)
 
 
 def named_checkpoint(folder: Path) -> tuple[Path, list[str]]:
@@ -144,9 +158,11 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     differing = [key for key in now if before.get(key) != now[key]]
     texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing if key != "data.sources"}
     others = {}
-    if "order" not in state:
+    # A run that has made all of its steps needs no order of clips.
+    lacks_order = "order" not in state and state["step"] < now["train.steps"]
+    if lacks_order:
         others["order"] = "its checkpoint is of an earlier version, which did not keep the order of the clips"
-    elif state["order"] != identity["order"]:
+    elif "order" in state and state["order"] != identity["order"]:
         why = moved or ": repeats, weights, shares, held-out clips or the batch size are others"
         others["order"] = f"the clips come in another order than in the {state['step']} steps so far{why}"
     if state["base"] != identity["base"]:
@@ -159,10 +175,11 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     changed = [texts[key] for key in decisive] + list(others.values())
     is_forced = this.is_forced or (state["step"], changed) in this.already_forced
     if changed and (fixed or not is_forced):
+        undo = "" if lacks_order and len(changed) == 1 else "undo that, or "
         force = "" if fixed else ", or resume all the same with resume=force, as a run that cannot be repeated"
         raise TrainingError(
             f"{run_dir} cannot go on from step {state['step']}: {'; '.join(fixed or changed)}: "
-            f"put that back, or start another run with run_dir=DIR{force}."
+            f"{undo}start another run with run_dir=DIR{force}."
         )
     notes = [f"since step {state['step']} {text}" for key, text in texts.items() if not key.startswith(_UNMENTIONED)]
     notes += [f"since step {state['step']} {text}" for text in others.values()]
@@ -174,6 +191,14 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     if before.get("train.steps") != now["train.steps"] and now.get("train.schedule", "cosine") != "constant":
         notes.append("the learning rate's schedule is stretched to the new number of steps from here")
     return changed, notes
+
+
+def _validates_on_others(state: Mapping, identity: Mapping) -> bool:
+    """Whether a validation measures other clips, or with other noise, than those before a checkpoint did."""
+    before, now = state["settings"], identity["settings"]
+    settings = ("seed", "train.objective", "train.validation_clips")
+    are_same_clips = state["cache"] == identity["cache"] and state.get("order") == identity["order"]
+    return not are_same_clips or any(before.get(key, known_keys()[key].default) != now[key] for key in settings)
 
 
 def read_clips(run_dir: Path) -> dict:
@@ -210,9 +235,10 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
     """
     checkpoints = run_dir / "checkpoints"
     remove_temporary_files(run_dir)
+    remove_temporary_files(checkpoints)
     if checkpoints.is_dir() and (stale := checkpoint.clear_leftovers(checkpoints)):
         log(f"removed what an interrupted save left: {', '.join(stale)}")
-    number = next_number(checkpoints)
+    number = number_of_going_back(run_dir) if start.is_named else next_number(checkpoints)
     if start.is_named and start.folder is not None:
         enter_branch(run_dir, start.folder, start.state, number, log)
         put_videos_aside(run_dir, start.step, number)
@@ -223,8 +249,8 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
     # No other file of that folder: `sample` names its videos by their prompts.
     for step, _, video in find_eval_videos(run_dir):
         if step > start.step or start.folder is None:
-            video.unlink()
             prompt_file(video).unlink(missing_ok=True)
+            video.unlink()
     own = run_dir / "adapter.safetensors"
     if start.folder is not None:
         published = checkpoint.published_file(start.folder)
@@ -256,8 +282,21 @@ def find_start(plan: TrainPlan) -> ResumePoint:
     resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
     already_forced = [(start["from_step"], start["changed"]) for start in starts if "changed" in start]
     contents = plan.dataset.cache.contents()
-    now = ThisRun(plan.identity, config.resume == "force", plan.environment, already_forced, contents)
+    is_forced, has_made = config.resume == "force", functools.partial(_has_made, plan)
+    now = ThisRun(plan.identity, is_forced, plan.environment, already_forced, contents, has_made)
     return find_resume_point(run_dir, now, resume_from)
+
+
+def _has_made(plan: TrainPlan, step: int) -> bool:
+    """Whether the rows of a run up to a step have the clips that a plan's order gives."""
+    rows = [row for row in read_json_lines(Path(plan.config.run_dir) / "metrics.jsonl") if row.get("step", 0) <= step]
+    names, draws = plan.dataset.cache.rows.column("sample_id"), plan.draws
+
+    def clips_of(step: int) -> list[str]:
+        batches = (draws.batch_number(step, number) for number in range(draws.num_micro_batches))
+        return [names[clip] for batch in batches for clip in plan.order.batch(batch)]
+
+    return len(rows) == step and all(row.get("clips") == clips_of(row["step"]) for row in rows)
 
 
 def _learnt(plan: TrainPlan) -> str:
@@ -282,7 +321,10 @@ def resume(plan: TrainPlan) -> ResumePoint:
     rewind(run_dir, start, tqdm.write)
     if config.resume_from and not start.is_named:
         tqdm.write(f"resume_from={config.resume_from} was followed before: the run goes on from what came of it")
-    if owes_evaluation(plan, start.step):
+    owes = owes_evaluation(plan, start.step)
+    if start.validates_on_others and (owes or start.step < config.train.steps):
+        tell_apart(run_dir / "validation.jsonl")
+    if owes:
         tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was broken off, is made now")
         return replace(start, owes_evaluation=True)
     if start.step >= config.train.steps:

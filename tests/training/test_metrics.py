@@ -5,14 +5,14 @@ import sys
 import pytest
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.training.metrics import Metrics
+from mochi_tune.training.metrics import Metrics, comparable, tell_apart
 from mochi_tune.ui.runs import best_step
 
 # No file may grow beyond a limit, which is lifted later: a disk that is full for a while, half rows and all.
 FULL_FOR_A_WHILE = """
 import resource, sys
 from pathlib import Path
-from mochi_tune.training.metrics import Metrics
+from mochi_tune.training.metrics import Metrics, comparable, tell_apart
 
 def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -84,6 +84,23 @@ def test_losses_of_other_clips_are_not_compared(tmp_path):
     with Metrics(tmp_path, 4) as metrics:
         assert metrics.best_validated([2, 3, 4]) == 3
     assert best_step(tmp_path) == (1, 0.2)
+
+
+def test_rows_that_do_not_say_what_they_measured_are_told_apart_from_those_of_other_clips(tmp_path):
+    path = tmp_path / "validation.jsonl"
+    tell_apart(path)
+    assert not path.exists()
+    rows = [{"step": 1}, {"step": 2}, {"step": 3, "measured_on": "old"}]
+    for before, after in ((rows[:2], ["other clips"] * 2), (rows, ["old"] * 3)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in before))
+        tell_apart(path)
+        marked = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row["measured_on"] for row in marked] == after
+        assert comparable(marked) == marked, "before anything else is measured, they are compared with each other"
+        assert comparable([*marked, {"step": 4, "measured_on": "new"}]) == [{"step": 4, "measured_on": "new"}]
+    path.write_text('{"step": 1}\nhello\n{"step": 2, "st')
+    tell_apart(path)
+    assert path.read_text() == '{"step": 1, "measured_on": "other clips"}\nhello\n{"step": 2, "st'
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):

@@ -1,0 +1,59 @@
+"""Going on with runs of versions before 0.2, whose checkpoints and rows say less."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers_checkpoints import edit_state
+from helpers_road import read_rows, train
+
+from mochi_tune.errors import TrainingError
+from mochi_tune.training.metrics import comparable
+
+MORE = ["train.validate_every=1", "train.validation_clips=1", "train.schedule=constant"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("older") / "run"
+    assert train(run_dir, *MORE, "train.steps=2") == 0
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(made, tmp_path) -> Path:
+    """A run of two steps, whose validations do not say what they measured."""
+    shutil.copytree(made, tmp_path / "run")
+    rows = (tmp_path / "run" / "validation.jsonl").read_text()
+    (tmp_path / "run" / "validation.jsonl").write_text(rows.replace('"measured_on"', '"of_later_versions"'))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("cache", [None, "another"])
+def test_validations_that_say_nothing_are_compared_where_the_cache_is_the_same(run_dir, cache):
+    if cache:
+        edit_state(run_dir / "checkpoints" / "step_000002", cache=cache)
+    assert train(run_dir, *MORE, "train.steps=3") == 0
+    steps = [row["step"] for row in comparable(read_rows(run_dir / "validation.jsonl"))]
+    assert steps == ([3] if cache else [0, 1, 2, 3])
+
+
+def test_other_validation_clips_are_others_though_the_cache_is_the_same(run_dir):
+    assert train(run_dir, *MORE, "train.steps=3", "train.validation_clips=2", "resume=force") == 0
+    assert [row["step"] for row in comparable(read_rows(run_dir / "validation.jsonl"))] == [3]
+
+
+def test_a_run_that_kept_no_order_goes_on_where_its_rows_show_that_it_is_the_same(run_dir, capsys):
+    edit_state(run_dir / "checkpoints" / "step_000002", order=None)
+    path = run_dir / "metrics.jsonl"
+    rows = path.read_text()
+    [clip] = read_rows(path)[-1]["clips"]
+    path.write_text(rows.replace(f'"clips": ["{clip}"]', '"clips": ["another.mp4"]'))
+    with pytest.raises(TrainingError, match=r"did not keep the order of the clips: start another run.*resume=force"):
+        train(run_dir, *MORE, "train.steps=3")
+    # All of its steps are made: it needs no order.
+    assert train(run_dir, *MORE, "train.steps=2") == 0
+    assert "is trained to step 2 already" in capsys.readouterr().out
+    path.write_text(rows)
+    assert train(run_dir, *MORE, "train.steps=3") == 0
+    assert [row["step"] for row in comparable(read_rows(run_dir / "validation.jsonl"))] == [0, 1, 2, 3]
