@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from mochi_tune.config.load import RECORDS
-from mochi_tune.data_prep.stills import STILL_SUFFIXES
+from mochi_tune.data_prep.stills import STILL_SUFFIXES, is_animation
 from mochi_tune.errors import DataError, counted, some
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".gif")
 IMAGE_SUFFIXES = STILL_SUFFIXES
+ANIMATED_SUFFIX = ".webp"
 MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 # Captions, which are read by other code.
 CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
@@ -31,7 +32,8 @@ def find_videos(
         folder: to look in.
         with_stills: whether still pictures count too.
         setting: that names the folder.
-        takes_stills: what would make them count; "" where nothing would.
+        takes_stills: what would make them count; "" where nothing would, as of verbs that read no file of a picture,
+            an animated one neither.
 
     Raises:
         DataError: the folder does not exist, is a file, or holds no video.
@@ -41,11 +43,13 @@ def find_videos(
     if not folder.is_dir():
         raise DataError(f"{setting}={folder} does not exist: name the folder that holds your clips.")
     closed: dict[str, str] = {}
-    videos = list_videos(folder, with_stills, closed)
+    videos = list_videos(folder, with_stills, closed, with_animations=bool(takes_stills))
     if not videos:
         suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
         made = [f"{path} {why}" for path, why in sorted(closed.items()) if why in MADE_HERE]
-        stills = [clip_name("", folder, path) for path in _files(folder, lambda suffix: suffix in IMAGE_SUFFIXES)]
+        stills = [
+            clip_name("", folder, path) for path in _files(folder, lambda path: suffix_of(path) in IMAGE_SUFFIXES)
+        ]
         others = [f"what was made of clips ({some(made)})"] if made else []
         others += [f"{counted(len(stills), 'still')} ({some(stills)})"] if stills else []
         but = f" but {' and '.join(others)}" if others else ""
@@ -54,10 +58,25 @@ def find_videos(
     return videos
 
 
-def list_videos(folder: Path, with_stills: bool = False, closed: dict[str, str] | None = None) -> list[Path]:
-    """Lists the videos as `find_videos`, of a folder that may hold none; `closed` is that of `walk`."""
+def list_videos(
+    folder: Path, with_stills: bool = False, closed: dict[str, str] | None = None, with_animations: bool = True
+) -> list[Path]:
+    """Lists the videos as `find_videos`, of a folder that may hold none.
+
+    Args:
+        folder: to look in.
+        with_stills: whether still pictures count too.
+        closed: that of `walk`.
+        with_animations: whether animated WebP counts too.
+    """
     suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
-    return _files(folder, lambda suffix: suffix in suffixes, closed)
+
+    def is_wanted(path: str) -> bool:
+        suffix = suffix_of(path)
+        # A WebP may be a video or a still: its header is read, where that decides.
+        return suffix in suffixes or (with_animations and suffix == ANIMATED_SUFFIX and is_animation(path))
+
+    return _files(folder, is_wanted, closed)
 
 
 def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
@@ -66,7 +85,7 @@ def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
     Files whose name starts with a dot are left out. Folders that are not looked into are told of.
     """
     taken, unused, closed = set(used), {}, {}
-    for path in _files(folder, lambda suffix: suffix not in CAPTION_SUFFIXES, closed):
+    for path in _files(folder, lambda path: suffix_of(path) not in CAPTION_SUFFIXES, closed):
         if path not in taken:
             is_still = path.suffix.lower() in IMAGE_SUFFIXES
             unused[path] = f"{path}: {STILL if is_still else 'is no video that is known'}"
@@ -141,7 +160,7 @@ def suffix_of(name: str) -> str:
 
 
 def _files(folder: Path, is_wanted: Callable[[str], bool], closed: dict[str, str] | None = None) -> list[Path]:
-    """Lists the files whose ending is wanted, and whose name starts with no dot, in the order of paths."""
-    found = (path for path, name in walk(folder, closed) if not name.startswith(".") and is_wanted(suffix_of(name)))
+    """Lists the files whose path is wanted, and whose name starts with no dot, in the order of paths."""
+    found = (path for path, name in walk(folder, closed) if not name.startswith(".") and is_wanted(path))
     # Folder by folder, as paths are compared.
     return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]

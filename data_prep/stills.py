@@ -1,5 +1,6 @@
 """Reads stills and animated WebP with Pillow."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
 
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Where in a WebP file with an extended header its flags are, and the one of an animation.
+FLAGS_AT, ANIMATION_FLAG = 20, 0x02
 # The Exif tag of the orientation, and its values that swap width and height.
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
 # By a picture's mode: the one of its colours alone, and what a profile of it calls them.
@@ -42,6 +45,24 @@ class StillSize:
     def num_frames(self) -> int:
         """How many frames it has; only an animated WebP has more than one."""
         return len(self.durations)
+
+
+def is_animation(path: str | Path) -> bool:
+    """Returns whether the header of a file is that of an animated WebP; one that cannot be read is none.
+
+    Source: developers.google.com/speed/webp/docs/riff_container, "Extended File Format".
+    """
+    # Opening a pipe would wait for whoever writes into it.
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            head = file.read(FLAGS_AT + 1)
+    except OSError:
+        # Whoever reads its pictures says what is wrong.
+        return False
+    is_extended = len(head) > FLAGS_AT and head.startswith(b"RIFF") and head[8:16] == b"WEBPVP8X"
+    return is_extended and bool(head[FLAGS_AT] & ANIMATION_FLAG)
 
 
 def read_still_size(path: Path, max_pixels: int) -> StillSize:

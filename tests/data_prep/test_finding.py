@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mochi_tune.data_prep.finding import TAKES_STILLS, find_unused, find_videos
+from mochi_tune.data_prep.finding import STILL, TAKES_STILLS, find_unused, find_videos, list_videos
 from mochi_tune.errors import DataError
 
 
@@ -32,6 +33,27 @@ def test_a_folder_of_stills_alone_names_them_and_what_takes_them(tmp_path):
     with pytest.raises(DataError, match=r"^in=\S+ holds no video but 9 stills .*: put clips in it \([^)]*\)\.$"):
         find_videos(tmp_path, setting="in")
     assert len(find_videos(tmp_path, with_stills=True)) == 9
+
+
+def test_an_animated_webp_is_a_video_and_a_plain_one_a_still(tmp_path):
+    one, other = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    one.save(tmp_path / "plain.webp")
+    one.save(tmp_path / "turned.webp", exif=exif)  # Of an extended header.
+    (tmp_path / "empty.webp").touch()
+    (tmp_path / "gone.webp").symlink_to("nowhere")
+    stills = ["empty.webp", "gone.webp", "plain.webp", "turned.webp"]
+    with pytest.raises(DataError, match=r"no video but 4 stills"):
+        find_videos(tmp_path, takes_stills=TAKES_STILLS)
+    one.save(tmp_path / "moving.WebP", save_all=True, append_images=[other])
+    found = find_videos(tmp_path, takes_stills=TAKES_STILLS)
+    assert found == list_videos(tmp_path) == [tmp_path / "moving.WebP"]
+    unused = find_unused(tmp_path, found)
+    assert [path.name for path in unused] == stills and all(why.endswith(STILL) for why in unused.values())
+    # Verbs that cut films read no files of pictures.
+    with pytest.raises(DataError, match=r"no video but 5 stills"):
+        find_videos(tmp_path, setting="in")
 
 
 def test_runs_and_caches_of_the_program_are_passed_over_unless_they_are_named(tmp_path, monkeypatch):
