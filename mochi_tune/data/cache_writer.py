@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from io import TextIOWrapper
 from operator import attrgetter
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
 from mochi_tune.data.cache import (
     DATA_FOLDER,
@@ -43,6 +44,8 @@ from mochi_tune.files import atomic_file, file_sha256, is_elsewhere, lock_file
 # Of clips as small as a toy's: a shard's table has a part for each clip, which takes 20 kB where it is open. Shards of
 # clips of Mochi's own sizes have less than 300.
 SHARD_ROWS = 512
+# Seconds before a bar is drawn: reading and writing a small cache takes less.
+BAR_DELAY = 1
 STAGING_FOLDER = "data.new"
 TRASH_FOLDER = "trash"
 
@@ -151,7 +154,8 @@ class CacheWriter:
 
     def _find_parts(self) -> None:
         parts = self.folder / PARTS_FOLDER
-        for file in sorted([*parts.glob("*.safetensors"), *parts.glob("*/*.safetensors")]):
+        files = sorted([*parts.glob("*.safetensors"), *parts.glob("*/*.safetensors")])
+        for file in tqdm(files, desc="reading the parts", unit="part", delay=BAR_DELAY):
             self.take_part(file)
 
     def take_part(self, file: Path) -> None:
@@ -170,8 +174,8 @@ class CacheWriter:
         self._manifest = manifest = read_manifest(self.folder)
         recorded = {shard.file: shard.sha256 for shard in manifest.shards} if manifest else {}
         columns = [*row_schema().names, "latent_shape", "num_tokens", "text_width", "caption_tokens", "clip_report"]
-        for file in sorted((self.folder / DATA_FOLDER).glob("*.parquet")):
-            sha256 = file_sha256(file)
+        files = sorted((self.folder / DATA_FOLDER).glob("*.parquet"))
+        for file, sha256 in zip(files, _hash_all(files), strict=True):
             # Without a manifest (killed in a commit) a shard is complete all the same: it was synced before its rename.
             if manifest is not None and recorded.get(f"{DATA_FOLDER}/{file.name}") != sha256:
                 continue
@@ -287,11 +291,12 @@ class CacheWriter:
             if is_large and open_rows.issuperset(shard.rows):
                 open_rows.difference_update(shard.rows)
                 done.append((_link(shard.file, staging / f"{len(done)}.parquet"), shard.sha256, shard.rows))
-        for batch in self._batches([row for row in rows if row in open_rows], shard_bytes):
-            file = staging / f"{len(done)}.parquet"
-            with atomic_file(file, durable=True) as temporary:
-                self._write_shard(temporary, batch)
-            done.append((file, file_sha256(file), RowTable.from_rows(batch)))
+        with tqdm(total=len(open_rows), desc="writing the cache", unit="clip", delay=BAR_DELAY) as bar:
+            for batch in self._batches([row for row in rows if row in open_rows], shard_bytes):
+                file = staging / f"{len(done)}.parquet"
+                with atomic_file(file, durable=True) as temporary:
+                    self._write_shard(temporary, batch, bar)
+                done.append((file, file_sha256(file), RowTable.from_rows(batch)))
         entries = []
         for number, (file, sha256, shard_rows) in enumerate(done):
             name = f"train-{number:05d}-of-{len(done):05d}.parquet"
@@ -334,7 +339,7 @@ class CacheWriter:
         with pq.ParquetFile(where.shard.file, memory_map=True) as shard:
             return read_texts(shard, where.row)[where.place]
 
-    def _write_shard(self, file: Path, rows: list[Row]) -> None:
+    def _write_shard(self, file: Path, rows: list[Row], bar: tqdm) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -355,6 +360,17 @@ class CacheWriter:
                     columns[name] = _list_of_floats(tensor)
                 arrays = [columns[field.name] for field in shard_schema()]
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=shard_schema()))
+                bar.update()
+
+
+def _hash_all(files: list[Path]) -> Iterator[str]:
+    """Yields the sha256 of each file; shows how many bytes of all it has read, where that takes a while."""
+    sizes = [file.stat().st_size for file in files]
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": BAR_DELAY}
+    with tqdm(total=sum(sizes), desc="checking the cache", **options) as bar:
+        for file, size in zip(files, sizes, strict=True):
+            yield file_sha256(file)
+            bar.update(size)
 
 
 def _list_of_floats(tensor: torch.Tensor) -> Any:
