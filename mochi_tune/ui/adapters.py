@@ -15,7 +15,7 @@ from mochi_tune.training.card import DIFFUSERS_FILE
 from mochi_tune.training.checkpoint import find_checkpoints, published_file
 from mochi_tune.training.records import find_run_dir
 from mochi_tune.ui.folder import inside, relative
-from mochi_tune.ui.runs import changed_at, list_runs
+from mochi_tune.ui.runs import changed_at, list_runs, look_at_folder
 
 # What the page makes goes here; files that are copied here are found too.
 MADE_FOLDER = "loras"
@@ -41,7 +41,11 @@ def list_adapters(folder: Path) -> list[tuple[str, str]]:
 def look_at_adapters(folder: Path) -> list[Any]:
     """Returns what tells whether there are other adapters, or other files in `loras/`, than before."""
     made = [path for path in (folder / MADE_FOLDER).rglob("*") if path.is_file()]
-    return [list_adapters(folder), sorted((str(path), changed_at(path)) for path in made)]
+    results = [
+        (run, (folder / run / "adapter.safetensors").is_file(), look_at_folder(folder / run / "checkpoints"))
+        for run in list_runs(folder)
+    ]
+    return [results, sorted((str(path), changed_at(path)) for path in made)]
 
 
 def check_adapter(folder: Path, name: str) -> str:

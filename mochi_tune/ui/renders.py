@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +17,10 @@ from mochi_tune.sampling.requests import read_requests
 from mochi_tune.ui.adapters import check_adapter, number_of
 from mochi_tune.ui.confs import as_text, conf_path
 from mochi_tune.ui.folder import OWN_FOLDER, inside, relative
-from mochi_tune.ui.runs import changed_at
+from mochi_tune.ui.runs import look_at_folder
 
 # Where `sample` writes by itself: single videos, and the cells of grids.
-PLACES = ("runs/*/samples/*.json", "runs/*/grids/*/cells/*.json")
+PLACES = ("runs/*/samples", "runs/*/grids/*/cells")
 GRIDS = "runs/*/grids/*/index.html"
 SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
 Kind = Literal["videos", "compare", "grid"]
@@ -34,11 +36,19 @@ OWN_KEYS = (
 
 @dataclass(frozen=True)
 class Render:
-    """A video that was rendered, with what the .json beside it says."""
+    """A video that was rendered."""
 
     video: Path
-    record: Mapping[str, Any]
     modified: float
+
+    @cached_property
+    def record(self) -> Mapping[str, Any]:
+        """What the .json beside it says, read when it is asked for; {} where that was removed meanwhile."""
+        try:
+            record = parse_object(self.video.with_suffix(".json").read_bytes())
+        except OSError:
+            return {}
+        return record if record and _is_record(record) else {}
 
 
 @dataclass(frozen=True)
@@ -81,17 +91,60 @@ class SampleForm:
 def list_renders(folder: Path) -> list[Render]:
     """Returns the videos of the folder's runs that have their settings beside them, the newest first."""
     found = []
-    for path in [path for place in PLACES for path in folder.glob(place)]:
-        video = _video_of(path)
-        try:
-            record = parse_object(path.read_bytes()) if video else None
-            if video and record and _is_record(record):
-                relative(folder, video)
-                found.append(Render(video, record, video.stat().st_mtime))
-        except (OSError, DataError):
-            # It was removed meanwhile, or lies behind a link that leads out of the folder.
-            continue
-    return sorted(found, key=lambda render: (-render.modified, str(render.video)))
+    for place in _places(folder):
+        files = _files(place)
+        for record in [record for name, record in files.items() if name.endswith(".json")]:
+            names = (record.name.removesuffix(".json") + suffix for suffix in SUFFIXES)
+            video = next((files[name] for name in names if name in files), None)
+            # What was removed meanwhile, or is a link that leads out of the folder, is left out.
+            with contextlib.suppress(OSError, DataError):
+                if video and _belong_together(folder, record, video):
+                    found.append((-video.stat().st_mtime, video.path))
+    return [Render(Path(path), -modified) for modified, path in sorted(found)]
+
+
+def _files(place: Path) -> dict[str, os.DirEntry[str]]:
+    try:
+        with os.scandir(place) as entries:
+            return {entry.name: entry for entry in entries if entry.is_file()}
+    except OSError:
+        # It was removed meanwhile, or is somebody else's.
+        return {}
+
+
+def _belong_together(folder: Path, record: os.DirEntry[str], video: os.DirEntry[str]) -> bool:
+    for link in (each for each in (record, video) if each.is_symlink()):
+        inside(folder, link.path)
+    facts = record.stat()
+    return _has_record(record.path, facts.st_mtime_ns, facts.st_size)
+
+
+def find_render(folder: Path, name: str) -> Render:
+    """Returns the video of a path in the folder.
+
+    Raises:
+        DataError: it is not among those of `list_renders`, or the path leads out of the folder.
+    """
+    path = inside(folder, name)
+    same = (each for each in list_renders(folder) if each.video.name == path.name)
+    render = next((each for each in same if inside(folder, each.video) == path), None)
+    if render is None or not render.record:
+        raise DataError(f"{name} is gone: choose another video.")
+    return render
+
+
+def _places(folder: Path) -> list[Path]:
+    """Returns the folders of PLACES, without those behind a link that leads out of the page's folder."""
+    root = folder.resolve()
+    found = [path for place in PLACES for path in folder.glob(place) if path.is_dir()]
+    return [path for path in found if path.resolve().is_relative_to(root)]
+
+
+@lru_cache(maxsize=2**16)
+def _has_record(path: str, _modified: int, _size: int) -> bool:
+    """Whether a file holds a record; each is read once, as there may be thousands, of which a page shows twelve."""
+    record = parse_object(Path(path).read_bytes())
+    return record is not None and _is_record(record)
 
 
 def _is_record(record: Mapping[str, Any]) -> bool:
@@ -119,12 +172,7 @@ def list_grids(folder: Path) -> list[Grid]:
 
 def look_at_renders(folder: Path) -> list[Any]:
     """Returns what tells whether there are other videos or grids than before."""
-    videos = [video for place in PLACES for path in folder.glob(place) if (video := _video_of(path))]
-    return [sorted((str(video), changed_at(video)) for video in videos), list_grids(folder)]
-
-
-def _video_of(record: Path) -> Path | None:
-    return next((video for suffix in SUFFIXES if (video := record.with_suffix(suffix)).is_file()), None)
+    return [sorted((str(path), look_at_folder(path)) for path in _places(folder)), list_grids(folder)]
 
 
 def run_of(folder: Path, video: Path) -> str:

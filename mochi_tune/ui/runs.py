@@ -71,9 +71,20 @@ def look_at_runs(folder: Path) -> list[Any]:
     for name in list_runs(folder):
         run_dir = folder / name
         numbers = [changed_at(run_dir / file) for file in ("metrics.jsonl", "validation.jsonl")]
-        checkpoints = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
-        found.append([name, numbers, owner(run_dir), checkpoints, list_samples(run_dir)])
+        folders = [look_at_folder(run_dir / file) for file in ("checkpoints", "samples")]
+        found.append([name, numbers, owner(run_dir), folders])
     return found
+
+
+def look_at_folder(path: Path) -> tuple[int, int]:
+    """Returns what a file changes that comes to a folder, leaves it or takes another's place; (0, 0) for no folder.
+
+    A run may have hundreds of files, and is looked at every two seconds. Their number is for disks with a slow clock.
+    """
+    try:
+        return path.stat().st_mtime_ns, len(os.listdir(path))
+    except OSError:
+        return 0, 0
 
 
 def changed_at(path: Path) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mochi_tune.errors import DataError, MochiTuneError
+from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.adapters import list_adapters, look_at_adapters, plain_name
 from mochi_tune.ui.confs import Form, check_form, conf_of_run
@@ -27,12 +27,13 @@ from mochi_tune.ui.renders import (
     arguments_of,
     changed_files,
     facts_of,
+    find_render,
     form_of,
     list_grids,
+    list_renders,
     look_at_renders,
     run_of,
 )
-from mochi_tune.ui.renders import list_renders as list_all
 
 NUM_CARDS = 12
 NUM_GRIDS = 6
@@ -206,9 +207,9 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
     seen = gr.State(None)
 
     def draw(number: int, seen: list | None) -> list[Any]:
-        renders = list_all(folder)
+        renders = list_renders(folder)
         number = min(number, max(len(renders) - 1, 0) // NUM_CARDS)
-        shown = renders[number * NUM_CARDS :][:NUM_CARDS]
+        shown = [render for render in renders[number * NUM_CARDS :][:NUM_CARDS] if render.record]
         links = grids_html(folder, list_grids(folder))
         now = [number, len(renders), [(str(each.video), each.modified) for each in shown], links]
         # What plays is not drawn anew.
@@ -225,14 +226,11 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
 
     def again(name: str, *settings: Any) -> list[Any]:
         try:
-            video = inside(folder, name)
-            render = next((each for each in list_all(folder) if inside(folder, each.video) == video), None)
-            if render is None:
-                raise DataError(f"{name} is gone: choose another video.")
-            conf, words = conf_to_choose(folder, form.form_of(settings), run_of(folder, video))
+            render = find_render(folder, name)
+            conf, words = conf_to_choose(folder, form.form_of(settings), run_of(folder, render.video))
         except MochiTuneError as error:
             return [html.note(str(error), "error"), *[gr.skip()] * (len(fields.inputs) + 1)]
-        note = f"the settings of {video.name} are filled in{words}; it was made on the weights "
+        note = f"the settings of {render.video.name} are filled in{words}; it was made on the weights "
         note = html.note(note + str(render.record.get("model")), "good" if conf else "warning")
         if changed := changed_files(folder, render.record):
             note += html.note(

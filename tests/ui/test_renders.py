@@ -3,13 +3,14 @@
 import json
 
 import pytest
+from helpers_calls import count_calls
 from helpers_renders import write_adapter
 
 from mochi_tune.config.load import load_config
-from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.errors import ConfigError, DataError, MochiTuneError
 from mochi_tune.recipes.sample import main as sample
 from mochi_tune.ui.confs import Form, save_conf
-from mochi_tune.ui.renders import BASE, SampleForm, arguments_of, form_of, list_renders
+from mochi_tune.ui.renders import BASE, SampleForm, arguments_of, find_render, form_of, list_renders
 
 FORM = SampleForm(
     'it\'s a "cup" \\ for $x',
@@ -107,6 +108,35 @@ def test_what_is_no_video_with_settings_is_left_out(tmp_path):
     assert list_renders(tmp_path) == []
     with pytest.raises(ConfigError, match="no setting"):
         arguments_of(tmp_path, "cups", SampleForm("a", more="nonsense"))
+
+
+def test_the_records_of_many_videos_are_read_once(tmp_path):
+    samples = tmp_path / "runs" / "x" / "samples"
+    samples.mkdir(parents=True)
+
+    def write(name, record):
+        (samples / f"{name}.mp4").touch()
+        (samples / f"{name}.json").write_text(json.dumps(record))
+
+    def found():
+        with count_calls(open) as calls:
+            names = {render.video.stem for render in list_renders(tmp_path)}
+        return names, calls["open"]
+
+    for name in "abc":
+        write(name, {"prompt": name})
+    assert found() == ({"a", "b", "c"}, 3) and found() == ({"a", "b", "c"}, 0)
+    write("d", {"prompt": "d"})
+    write("a", {"prompt": ["of another program"]})
+    assert found() == ({"b", "c", "d"}, 2)
+    render = find_render(tmp_path, "runs/x/samples/d.mp4")
+    assert render.record == {"prompt": "d"}
+    again = list_renders(tmp_path)[0]
+    again.video.with_suffix(".json").unlink()
+    assert again.record == {}
+    for name, why in (("a", "is gone"), ("e", "is gone"), ("../../../../e", "outside of")):
+        with pytest.raises(DataError, match=why):
+            find_render(tmp_path, f"runs/x/samples/{name}.mp4")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from helpers_calls import count_calls
 
 from mochi_tune.errors import DataError
 from mochi_tune.training.run_folder import RunLock
 from mochi_tune.ui import runs
+from mochi_tune.ui.adapters import look_at_adapters
+from mochi_tune.ui.renders import look_at_renders
 
 
 def test_the_owner_is_whoever_holds_the_lock(tmp_path):
@@ -86,6 +89,50 @@ def test_runs_and_samples_that_vanish_are_left_out(tmp_path):
     (tmp_path / "runs" / "dead").mkdir(parents=True)
     (tmp_path / "runs" / "dead" / ".lock").symlink_to(tmp_path / "gone")
     assert runs.list_runs(tmp_path) == []
+
+
+def add_files(run_dir, numbers):
+    (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+    (run_dir / "metrics.jsonl").touch()
+    os.utime(run_dir / "metrics.jsonl", (1e9, 1e9))
+    for number in numbers:
+        (run_dir / "checkpoints" / f"step_{number:06d}").mkdir(parents=True)
+        for name in (f"a_{number}.mp4", f"a_{number}.json", f"step_{number:06d}_prompt_0.mp4"):
+            (run_dir / "samples" / name).touch()
+
+
+@pytest.mark.parametrize("look", [runs.look_at_runs, look_at_renders, look_at_adapters])
+def test_a_look_takes_no_longer_for_a_run_of_many_files(tmp_path, look):
+    costs = []
+    for folder, numbers in ((tmp_path / "few", range(34)), (tmp_path / "all", range(90))):
+        add_files(folder / "runs" / "cats", numbers)
+        with count_calls(os.stat, open) as calls:
+            costs.append((calls, len(repr(look(folder)))))
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize(
+    ("look", "new"),
+    [
+        (runs.look_at_runs, "checkpoints/step_000002"),
+        (runs.look_at_runs, "samples/step_000002_prompt_0.mp4"),
+        (look_at_renders, "samples/b.json"),
+        (look_at_renders, "samples/a_1.mp4"),
+        (look_at_adapters, "checkpoints/step_000002"),
+        (look_at_adapters, "adapter.safetensors"),
+    ],
+)
+def test_a_look_sees_what_is_new(tmp_path, look, new):
+    run_dir = tmp_path / "runs" / "cats"
+    add_files(run_dir, [1])
+    for folder in ("checkpoints", "samples"):
+        # A disk's clock may not have moved on since.
+        os.utime(run_dir / folder, (1e9, 1e9))
+    before = repr(look(tmp_path))
+    assert repr(look(tmp_path)) == before
+    (tmp_path / "new").touch()
+    os.replace(tmp_path / "new", run_dir / new)
+    assert repr(look(tmp_path)) != before
 
 
 def test_what_is_no_number_is_not_drawn(tmp_path):
