@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mochi_tune.config.load import config_yaml, load_config
-from mochi_tune.files import read_json_lines, write_atomic
+from mochi_tune.files import parse_object, read_json_lines, write_atomic
 from mochi_tune.pages import charts, video_tables
 from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
 from mochi_tune.pages.html_page import Head, document, section
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
-from mochi_tune.training.metrics import FILES, comparable, write_line
+from mochi_tune.training.metrics import comparable, write_line
 from mochi_tune.training.resume import read_clips
 from mochi_tune.training.run_folder import read_history
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mochi_tune.config.schema import RunConfig
 
 PAGE = "report.html"
+# What is drawn or summed up of the rows of metrics.jsonl.
+CURVES = ("loss", "lr", "seconds", "memory_gib")
 STYLE = """
 h1{overflow-wrap:anywhere}header p{overflow-wrap:anywhere}
 .facts{display:grid;gap:.9rem 2rem;margin:0;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
@@ -54,6 +56,39 @@ details{margin-top:1.2rem}details summary{cursor:pointer;color:var(--soft)}detai
 """
 
 
+class StepRows:
+    """The numbers of metrics.jsonl, each row read once: a page is made anew after each validation.
+
+    While a run trains, its rows are only added to: those after the checkpoint that it goes on from are dropped before.
+
+    Attributes:
+        step: of the last row, 0 without one.
+        most_clips: of a step.
+        curves: the finite numbers of each step that has them, by name, as (step, value).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._num_bytes = path, 0
+        self.step = self.most_clips = 0
+        self.curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVES}
+
+    def read_on(self) -> None:
+        """Reads the rows that have come since the last call; the part of one at the end, once it is complete."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._num_bytes)
+            lines = file.read().split(b"\n")[:-1]
+        for line in lines:
+            self._num_bytes += len(line) + 1
+            row = parse_object(line) or {}
+            if isinstance(step := row.get("step"), int):
+                self.step, self.most_clips = step, max(self.most_clips, len(row.get("clips", ())))
+                for name, points in self.curves.items():
+                    if name in row and isfinite(row[name]):
+                        points.append((step, row[name]))
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """What the files of a run folder hold.
@@ -61,7 +96,7 @@ class RunFiles:
     Attributes:
         run_dir: the folder.
         config: the settings.
-        steps: rows of metrics.jsonl.
+        steps: the numbers of metrics.jsonl.
         validations: rows of validation.jsonl with a finite loss, by step.
         starts: of the processes that trained, oldest first.
         clips: what clips.json has.
@@ -69,7 +104,7 @@ class RunFiles:
 
     run_dir: Path
     config: "RunConfig"
-    steps: list[dict[str, Any]]
+    steps: StepRows
     validations: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     clips: dict[str, Any]
@@ -77,7 +112,7 @@ class RunFiles:
     @property
     def step(self) -> int:
         """The last finished step."""
-        return self.steps[-1]["step"] if self.steps else 0
+        return self.steps.step
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -86,9 +121,8 @@ class RunFiles:
         return min(losses, key=lambda pair: pair[1], default=None)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """Returns a number of each step that has it."""
-        rows = [(row["step"], row[name]) for row in self.steps if name in row]
-        return [(step, value) for step, value in rows if isfinite(value)]
+        """Returns a number of each step that has it, one of CURVES."""
+        return self.steps.curves[name]
 
 
 class ReportWriter:
@@ -98,11 +132,12 @@ class ReportWriter:
         self.run_dir, self.config = run_dir, config
         self.has_failed = False
         self.run: RunFiles | None = None
+        self._steps = StepRows(run_dir / "metrics.jsonl")
 
     def write(self) -> None:
         """Writes the page anew, which takes a part of a second; raises nothing."""
         try:
-            self.run = read_files(self.run_dir, self.config)
+            self.run = read_files(self.run_dir, self.config, self._steps)
             write_atomic(self.run_dir / PAGE, make_report(self.run).encode())
             self.has_failed = False
         except Exception as error:  # noqa: BLE001  (said in a line: no page is worth a run)
@@ -124,23 +159,29 @@ class ReportWriter:
         return lines + [f"next: {command}" for _, command in next_steps(self.run)[:1]]
 
 
-def read_files(run_dir: Path, config: "RunConfig | None" = None) -> RunFiles:
+def read_files(run_dir: Path, config: "RunConfig | None" = None, steps: StepRows | None = None) -> RunFiles:
     """Reads the files of a run folder.
 
     Args:
         run_dir: the folder.
         config: the settings of the run; None: those of its config.yaml.
+        steps: of the folder, as they were read before; None: none were.
 
     Raises:
         ConfigError: its config.yaml is not one of this version's.
     """
-    steps, validations = (read_json_lines(run_dir / f"{name}.jsonl") for name in FILES)
+    steps = steps or StepRows(run_dir / "metrics.jsonl")
+    steps.read_on()
     return RunFiles(
         run_dir,
         config or load_config(str(run_dir / "config.yaml"), []),
-        [row for row in steps if isinstance(row.get("step"), int)],
+        steps,
         sorted(
-            (row for row in validations if isfinite(row.get("validation_loss") or float("nan"))),
+            (
+                row
+                for row in read_json_lines(run_dir / "validation.jsonl")
+                if isfinite(row.get("validation_loss") or float("nan"))
+            ),
             key=lambda row: row["step"],
         ),
         read_history(run_dir),
@@ -311,7 +352,7 @@ def _next_steps(run: RunFiles) -> str:
 def _settings(run: RunFiles) -> str:
     config, train, lora = run.config, run.config.train, run.config.lora
     last = run.starts[-1] if run.starts else {}
-    samples = max((len(row.get("clips", ())) for row in run.steps), default=0)
+    samples = run.steps.most_clips
     buckets = run.clips.get("buckets", {})
     sizes = ", ".join(f"{count} of {size}" for size, count in buckets.items())
     num_clips, held_out = len(run.clips.get("clips", ())), run.clips.get("held_out", 0)

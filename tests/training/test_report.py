@@ -181,6 +181,24 @@ def test_a_damaged_file_costs_a_line(finished, tmp_path, capsys):
     assert (copy / "report.html").read_bytes() == (finished / "report.html").read_bytes()
 
 
+def test_a_page_that_is_made_again_reads_the_rows_that_are_new_alone(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    config, rows = load_config(str(copy / "config.yaml"), []), (copy / "metrics.jsonl").read_bytes()
+    read = rows.index(b"\n", len(rows) // 2) + 1
+    writer = ReportWriter(copy, config)
+    # A full disk leaves the part of a row, for a while.
+    (copy / "metrics.jsonl").write_bytes(rows[: read + 9])
+    writer.write()
+    assert writer.closing_lines()[1] == f"last: step {rows[:read].count(10)}"
+    (copy / "metrics.jsonl").write_bytes(b"x" * read + rows[read:])
+    writer.write()
+    again = (copy / "report.html").read_bytes()
+    (copy / "metrics.jsonl").write_bytes(rows)
+    ReportWriter(copy, config).write()
+    assert again == (copy / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+
+
 def test_a_report_is_made_without_the_clips_of_the_last_start(finished, tmp_path):
     """The file serves notes alone, and a crash may have left half of it."""
     for text in ("", "{", "[]", '{"cache": "x", "clips": 3}'):
