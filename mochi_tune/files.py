@@ -332,23 +332,27 @@ def save_tensors(
     """
     from safetensors.torch import save
 
-    content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata)
+    content = memoryview(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = _with_sorted_metadata(content[8:start]) if metadata else content[:start]
     # Written by Python, whose error names the disk's reason, and not by the library.
-    write_atomic(path, _with_sorted_metadata(content) if metadata else content, durable)
+    with atomic_file(path, durable) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        file.write(content[start:])
 
 
-def _with_sorted_metadata(content: bytes) -> bytes:
-    """Returns a safetensors file whose metadata is in order; the library writes it in another order in each process.
+def _with_sorted_metadata(header: memoryview) -> bytes:
+    """Returns a safetensors header, and its length before it, with the metadata in order.
 
-    The header is JSON, after its length in 8 bytes, and ends in spaces so that the tensors start at a multiple of 8.
+    The library writes it in another order in each process. The header is JSON, after its length in 8 bytes, and ends in
+    spaces so that the tensors start at a multiple of 8.
     Source: huggingface/safetensors@0.8 README.md (Format), safetensors/src/tensor.rs (prepare).
     """
-    start = 8 + int.from_bytes(content[:8], "little")
-    entries = json.loads(content[8:start])
+    entries = json.loads(bytes(header))
     entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(content)[start:]])
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_header(path: Path) -> None:

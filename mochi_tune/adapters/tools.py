@@ -3,11 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from mochi_tune.adapters.alphas import ASSUMED
 from mochi_tune.adapters.files import Adapter, dtype_of, short
@@ -136,7 +137,7 @@ def merge_adapters(
     """Adds adapters up, each times its strength, to one that changes the weights as all of them together.
 
     Args:
-        adapters: of one base.
+        adapters: of one base. Each layer is taken out of them when it is merged: memory holds it and the sum once.
         strengths: as many.
         limit: None adds the ranks up, which is exact; else each layer is reduced by SVD.
 
@@ -159,25 +160,19 @@ def merge_adapters(
     for adapter in adapters:
         _refuse_dora(adapter, "merged")
     _check_one_base(adapters)
-    merged = {}
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
-        holders = [(each.layers[name], x) for each, x in zip(adapters, strengths, strict=True) if name in each.layers]
-        if len({layer.shape for layer, _ in holders}) > 1:
-            raise CheckpointError(f"{name} has another size in each of {_names(adapters)}: merge adapters of one base.")
-        whole = stack_layers([layer for layer, _ in holders], [strength for _, strength in holders])
-        if not torch.isfinite(whole.b).all():
-            largest = max((strength for _, strength in holders), key=abs)
-            raise ConfigError(f"strengths: {largest:g} is too large for {name}, in fp32: use a smaller number.")
-        # Where changes cancel out, only their rounding is left.
-        if change_norm(whole) > SAME * math.hypot(*(strength * change_norm(layer) for layer, strength in holders)):
-            merged[name] = whole
-    if not merged:
+    layers, left_out, norms = {}, {}, {}
+    for name in _bar("merge", (name for adapter in adapters for name in adapter.layers)):
+        whole, norm = _take_sum(name, adapters, strengths)
+        if norm:
+            layers[name], left_out[name] = (whole, 0.0) if limit is None else truncate_layer(whole, limit)
+            norms[name] = norm
+    if not layers:
         raise ConfigError(
             f"strengths={list(strengths)}: {_names(adapters)} cancel out, so that nothing is left: use other strengths."
         )
     sources = [source_of(each, strength) for each, strength in zip(adapters, strengths, strict=True)]
-    result = Adapter(merged, common_metadata(adapters) | {"tool": "lora merge", "sources": json.dumps(sources)})
-    return (result, None) if limit is None else _truncate(result, limit)
+    metadata = common_metadata(adapters) | {"tool": "lora merge", "sources": json.dumps(sources)}
+    return (Adapter(layers, metadata), None) if limit is None else _reduced(layers, metadata, left_out, norms)
 
 
 def resize_adapter(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
@@ -196,7 +191,12 @@ def resize_adapter(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
         )
     metadata = {key: value for key, value in adapter.metadata.items() if key not in _OWN}
     metadata |= {"tool": "lora resize", "sources": json.dumps([source_of(adapter)])}
-    return _truncate(Adapter(adapter.layers, metadata), limit)
+    layers, left_out, norms = {}, {}, {}
+    for name in _bar("resize", adapter.layers):
+        layer = adapter.layers[name]
+        layers[name], left_out[name] = truncate_layer(layer, limit)
+        norms[name] = change_norm(layer)
+    return _reduced(layers, metadata, left_out, norms)
 
 
 def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
@@ -217,16 +217,21 @@ def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
     if wrong := [name for name in common if first.layers[name].shape != second.layers[name].shape]:
         raise CheckpointError(f"{some(wrong)}: other sizes in {second}: compare adapters of one base.")
     differences, cosines = {}, {}
-    norms = [{name: change_norm(layer) for name, layer in each.layers.items()} for each in (first, second)]
-    whole = math.hypot(*norms[0].values()), math.hypot(*norms[1].values())
+    norms: tuple[dict[str, float], dict[str, float]] = {}, {}
     apart, product = 0.0, 0.0
-    for name in common:
+    for name in _bar("compare", (*first.layers, *second.layers)):
+        for adapter, norm in zip((first, second), norms, strict=True):
+            if name in adapter.layers:
+                norm[name] = change_norm(adapter.layers[name])
+        if name not in common:
+            continue
         pair = first.layers[name], second.layers[name]
         inner = inner_product(*pair)
         gap = math.sqrt(max(norms[0][name] ** 2 + norms[1][name] ** 2 - 2 * inner, 0.0))
         differences[name] = max(relative(gap, max(norms[0][name], norms[1][name])), _magnitude_difference(*pair))
         cosines[name] = _cosine(inner, norms[0][name], norms[1][name])
         apart, product = apart + gap**2, product + inner
+    whole = math.hypot(*norms[0].values()), math.hypot(*norms[1].values())
     only = [
         [name for name in one.layers if name not in other.layers] for one, other in ((first, second), (second, first))
     ]
@@ -265,13 +270,32 @@ def assumed_note(*adapters: Adapter) -> str:
     return f"; the alpha of {files} is {ASSUMED}" if files else ""
 
 
-def _truncate(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
-    layers, left_out, norms = {}, {}, {}
-    for name, layer in adapter.layers.items():
-        layers[name], left_out[name] = truncate_layer(layer, limit)
-        norms[name] = change_norm(layer)
+def _bar(what: str, names: Iterable[str]) -> Iterable[str]:
+    """Yields each name once, behind a bar where stderr is a terminal."""
+    return tqdm(dict.fromkeys(names), what, unit="layer", leave=False, disable=None)
+
+
+def _take_sum(name: str, adapters: Sequence[Adapter], strengths: Sequence[float]) -> tuple[LoraLayer, float]:
+    """Takes a layer out of the adapters that have it; returns the sum of the changes and its norm, 0 if they cancel."""
+    held = [(each.layers.pop(name), x) for each, x in zip(adapters, strengths, strict=True) if name in each.layers]
+    if len({layer.shape for layer, _ in held}) > 1:
+        raise CheckpointError(f"{name} has another size in each of {_names(adapters)}: merge adapters of one base.")
+    whole = stack_layers([layer for layer, _ in held], [strength for _, strength in held])
+    if not torch.isfinite(whole.b).all():
+        largest = max((strength for _, strength in held), key=abs)
+        raise ConfigError(f"strengths: {largest:g} is too large for {name}, in fp32: use a smaller number.")
+    norm = change_norm(whole)
+    # Where changes cancel out, only their rounding is left.
+    is_left = norm > SAME * math.hypot(*(strength * change_norm(layer) for layer, strength in held))
+    return whole, norm if is_left else 0.0
+
+
+def _reduced(
+    layers: dict[str, LoraLayer], metadata: dict[str, str], left_out: dict[str, float], norms: dict[str, float]
+) -> tuple[Adapter, Errors]:
+    """Returns an adapter of layers of lower ranks, and how far it is off by the norms of what was left out."""
     errors = Errors.of(left_out, norms)
-    return Adapter(layers, adapter.metadata | {"relative_error": f"{errors.total:.3g}"}), errors
+    return Adapter(layers, metadata | {"relative_error": f"{errors.total:.3g}"}), errors
 
 
 def _check_one_base(adapters: Sequence[Adapter]) -> None:
