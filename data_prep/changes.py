@@ -110,24 +110,25 @@ def _new_files(source: Source, seen: set[str]) -> list[str]:
 
 
 def _lines(changes: Changes) -> list[str]:
-    prepare, lines = "stop, run `mochi-tune prepare` with these settings, and train again", []
+    prepare, lines = "stop, run `mochi-tune prepare` with these settings, and train", []
+    anew = f"{prepare} in another run_dir=DIR; this run goes on with other clips by resume=force alone"
     if gone := changes.gone:
         is_are, it = ("is", "it") if len(gone) == 1 else ("are", "them")
         lines.append(
             f"{counted(len(gone), 'clip')} of the cache {is_are} not in the folder any more ({some(gone)}), and this "
-            f"run trains on {it}: to leave {it} out, {prepare}"
+            f"run trains on {it}: to leave {it} out, {anew}"
         )
     if new := changes.new:
         has, it = ("has", "it") if len(new) == 1 else ("have", "them")
         lines.append(
             f"{counted(len(new), 'file')} of the folder {has} come since `prepare` ({some(new)}), and this run does "
-            f"not train on {it}: to take {it} in, {prepare}"
+            f"not train on {it}: to take {it} in, {anew}"
         )
     if replaced := changes.replaced:
         has = "has" if len(replaced) == 1 else "have"
         lines.append(
             f"{counted(len(replaced), 'clip')} {has} other bytes since `prepare` ({some(replaced)}), and this run "
-            f"trains on the old: to use the new, {prepare}"
+            f"trains on the old: to use the new, {prepare} again"
         )
     if changes.captions:
         lines.append(

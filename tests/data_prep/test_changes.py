@@ -1,0 +1,32 @@
+"""What `train` says of files that are not as `prepare` found them; test_train_lora_buckets.py has more."""
+
+import shutil
+
+import pytest
+from helpers_road import SIZES, prepared
+from helpers_video import write_video
+
+from mochi_tune.config.load import load_config
+from mochi_tune.config.sources import buckets_by_source
+from mochi_tune.data.cache import open_cache
+from mochi_tune.data_prep.changes import tell_changes
+
+
+@pytest.mark.parametrize(("change", "goes_on"), [("new", False), ("gone", False), ("replaced", True), ("words", True)])
+def test_that_a_run_cannot_go_on_is_said_of_clips_that_came_or_went_alone(tmp_path, change, goes_on):
+    for name in ("videos", "cache"):
+        shutil.copytree(prepared() / name, tmp_path / name)
+    clip = tmp_path / "videos" / ("new.mp4" if change == "new" else "clip_0.mp4")
+    if change == "gone":
+        clip.unlink()
+    elif change == "words":
+        clip.with_suffix(".txt").write_text("other words")
+    else:
+        write_video(clip, 9, width=48, height=32, first_number=90)
+        clip.with_suffix(".txt").write_text("a red ball rolls slowly over the hill")
+    config = load_config("my_lora", [*SIZES, f"data.videos={tmp_path / 'videos'}", f"data.cache={tmp_path / 'cache'}"])
+    cache = open_cache(tmp_path / "cache", buckets_by_source(config.data))
+    [line] = tell_changes(config.data, config.seed, cache)
+    assert clip.name in line and "stop, run `mochi-tune prepare` with these settings" in line
+    assert line.endswith("train again") == goes_on
+    assert ("train in another run_dir=DIR; this run goes on with other clips by resume=force alone" in line) != goes_on
