@@ -27,6 +27,11 @@ MAX_HEADER_BYTES = 4 * 2**20
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # What `name_stand_in` needs of a file.
 STAND_IN_BYTES = 256
+# Codes of dtypes in the library's order: of two tensors, the one of the later dtype comes first in a file.
+_CODES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3", "int16": "I16",
+    "float16": "F16", "bfloat16": "BF16", "int32": "I32", "float32": "F32", "float64": "F64", "int64": "I64",
+}  # fmt: skip
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -323,36 +328,39 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None, durable: bool = False
+    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None, durable: bool = False
 ) -> None:
     """Writes a safetensors file as `write_atomic` does; the same tensors and metadata make the same bytes.
 
     Raises:
         OSError: the disk is full, or refuses.
     """
-    from safetensors.torch import save
-
-    content = memoryview(save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata))
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = _with_sorted_metadata(content[8:start]) if metadata else content[:start]
-    # Written by Python, whose error names the disk's reason, and not by the library.
     with atomic_file(path, durable) as temporary, open(temporary, "wb") as file:
-        file.write(header)
-        file.write(content[start:])
+        for part in safetensors_parts(tensors, metadata):
+            file.write(part)
 
 
-def _with_sorted_metadata(header: memoryview) -> bytes:
-    """Returns a safetensors header, and its length before it, with the metadata in order.
+def safetensors_parts(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None) -> Iterator[Any]:
+    """Yields the bytes of a safetensors file, its header and each tensor; the library makes two copies of all of them.
 
-    The library writes it in another order in each process. The header is JSON, after its length in 8 bytes, and ends in
-    spaces so that the tensors start at a multiple of 8.
+    It is what the library writes, but that the metadata is in order, and not in another one in each process. The header
+    is JSON, after its length in 8 bytes, and ends in spaces so that the tensors start at a multiple of 8.
     Source: huggingface/safetensors@0.8 README.md (Format), safetensors/src/tensor.rs (prepare).
     """
-    entries = json.loads(bytes(header))
-    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    import torch
+
+    codes, order = {name: _CODES[str(tensor.dtype)[6:]] for name, tensor in tensors.items()}, list(_CODES.values())
+    names = sorted(tensors, key=lambda name: (-order.index(codes[name]), name))
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        entries[name] = {"dtype": codes[name], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    for name in names:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def check_header(path: Path) -> None:

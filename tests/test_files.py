@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 from mochi_tune.files import find_lone_surrogate, format_bytes, load_tensors, read_text, save_tensors, write_new
 
@@ -73,6 +74,22 @@ def test_the_same_tensors_and_metadata_are_the_same_file_in_every_process(tmp_pa
     assert num_bytes % 8 == 0, "tensors start at a multiple of 8, as the format asks"
     header = json.loads(contents[0][8 : 8 + num_bytes])
     assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
+def test_a_file_is_what_the_library_writes(tmp_path):
+    dtypes = [
+        *(torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16, torch.float16),
+        *(torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64),
+    ]
+    whole = torch.arange(12).reshape(3, 4)
+    tensors = {
+        f"{name}{i}": whole.to(dtype, copy=True) for i, dtype in enumerate(dtypes) for name in ("ü", "a.b", 'q"')
+    }
+    tensors |= {"turned": whole.float().T, "empty": torch.zeros(0, 3), "one": torch.tensor(2.0), "part": whole[:, 1:3]}
+    for metadata in (None, {}, {"a key": 'ü "\\n\n\x01'}):
+        save_tensors(tmp_path / "a", tensors, metadata)
+        expected = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+        assert (tmp_path / "a").read_bytes() == expected
 
 
 def test_a_file_without_metadata_has_none(tmp_path):

@@ -269,12 +269,12 @@ def save_adapter(
 
 
 def round_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a copy of a layer's tensor on the CPU, rounded once.
+    """Returns a layer's tensor on the CPU, rounded once; itself where it is so already.
 
     Raises:
         CheckpointError: a number is larger than any of the dtype.
     """
-    rounded = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    rounded = tensor.detach().to("cpu", dtype).contiguous()
     if not torch.isfinite(rounded).all():
         raise CheckpointError(
             f"{name} holds {tensor.abs().max().item():.3g}, and the largest number of {str(dtype)[6:]} is "

@@ -5,11 +5,13 @@ kohya-ss/sd-scripts@48d368f library/train_util.py (SS_METADATA_KEY_*), networks/
 """
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from mochi_tune.adapters.layers import LoraLayer, kind_of
+from mochi_tune.files import safetensors_parts
 
 PREFIX = "modelspec."
 HASH_KEY = f"{PREFIX}hash_sha256"
@@ -99,8 +101,7 @@ def kohya_metadata(
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Returns ModelSpec's hash of a file's content: 0x, and the sha256 of all bytes behind its header."""
-    from safetensors.torch import save
-
-    content = memoryview(save(dict(tensors)))
-    num_header_bytes = int.from_bytes(content[:8], "little")
-    return f"0x{hashlib.sha256(content[8 + num_header_bytes :]).hexdigest()}"
+    digest = hashlib.sha256()
+    for part in itertools.islice(safetensors_parts(tensors, None), 1, None):
+        digest.update(part)
+    return f"0x{digest.hexdigest()}"
