@@ -15,7 +15,7 @@ from mochi_tune.adapters.lora import TRAINED, switch_adapters
 from mochi_tune.config.sample import sample_size
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import DataError
-from mochi_tune.files import load_tensors, save_tensors, write_atomic
+from mochi_tune.files import atomic_file, load_tensors, save_tensors, write_atomic
 from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae import Decoder
@@ -227,9 +227,10 @@ class EvalVideos:
     def _write(self, path: Path, prompt: str, frames: Iterator[Tensor]) -> None:
         """Writes a video and its prompt; one that cannot be written costs the run a line."""
         try:
-            # The prompt comes first: a video that is there is not rendered again, and would stay without its prompt.
-            write_atomic(prompt_file(path), prompt.encode())
-            write_video(path, frames, encoding=self.encoding)
+            with atomic_file(path) as temporary:
+                write_video(temporary, frames, encoding=self.encoding)
+                # Before the video takes its name: one that is there is not made again, and would stay without a prompt.
+                write_atomic(prompt_file(path), prompt.encode())
         except OSError as error:
             write_line(f"{path} could not be written ({error.strerror}): the run goes on without it")
 
