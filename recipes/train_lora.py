@@ -42,7 +42,7 @@ from mochi_tune.training.step_result import MicroBatchResult
 def main(config: RunConfig, num_processes: int = 1) -> int:
     """Trains, or resumes, in each of `num_processes` processes that were started together.
 
-    Returns the exit code: 0, or 128 + the signal that stopped the run.
+    Returns the exit code: 0, 128 + the signal that stopped the run, or 2 if its last evaluation could not be written.
     """
     # Settings, data and files are checked here, before any weight is read.
     plan = check(config, num_processes)
