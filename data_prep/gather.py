@@ -27,8 +27,9 @@ DATASET_FOLDER = ".dataset"
 # In it, of the one that data.videos names; those of data.sources have their names.
 ALONE = "_"
 SCANS_FILE = ".scans.json"
-# Between two times at which what was read of files is kept.
-SAVE_SECONDS = 30.0
+# Between two times at which what was read of files is kept, and at least so many times what the last time took: all of
+# it is written each time, which is to take a small part of the time however much it grows.
+SAVE_SECONDS, SAVE_TIMES = 30.0, 20
 NO_VIDEO = "is a caption of no video"
 
 
@@ -208,8 +209,7 @@ class _KnownFiles:
         if time.monotonic() >= self._next_save:
             begun = time.monotonic()
             self._save(is_whole=False)
-            # All of it is written each time: that it takes a small part of the time, however much it grows.
-            self._next_save = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - begun))
+            self._next_save = time.monotonic() + max(SAVE_SECONDS, SAVE_TIMES * (time.monotonic() - begun))
         sha256 = self._hashes.sha256(path, found)
         scan = self._known[sha256] if sha256 in self._known else decoder.scan(path)
         self._now[sha256] = scan

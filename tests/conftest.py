@@ -69,8 +69,8 @@ LONGEST = (
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Half as many again as there are processors: many tests wait for processes that they started."""
-    return (os.cpu_count() or 2) * 3 // 2
+    """Twice as many as there are processors: many tests wait for processes that they started."""
+    return (os.cpu_count() or 2) * 2
 
 
 def pytest_collection_modifyitems(items):

@@ -248,7 +248,9 @@ def keeping_frames(module, folder: Path) -> Iterator[None]:
     def keep(path: Path, chunks, *more, **options):
         chunks = list(chunks)
         folder.mkdir(exist_ok=True)
-        torch.save(torch.cat(chunks), folder / f"{path.stem}.pt")
+        # A video that takes its name later is written under .NAME.PROCESS.tmp.
+        name = path.name[1:].rsplit(".", 2)[0] if path.suffix == ".tmp" else path.name
+        torch.save(torch.cat(chunks), folder / f"{Path(name).stem}.pt")
         return write(path, chunks, *more, **options)
 
     module.write_video = keep

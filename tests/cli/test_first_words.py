@@ -14,14 +14,14 @@ from mochi_tune.errors import ConfigError
         ("inspect", ["--out", "page"], "did you mean out=page?"),
         ("sample", ["--adapter", "x.safetensors"], "did you mean adapter=x.safetensors?"),
         # What would be refused next is not suggested: a value that is the other trainer's, and unknown words.
-        ("train", ["--gradient_checkpointing", "true"], "did you mean train.recompute?"),
+        ("train", ["--gradient_checkpointing", "true"], "did you mean train.recompute=block?"),
         ("train", ["--validation_prompts", "a cat"], "did you mean train.sample_prompts?"),
         ("train", ["--resolution", "480"], "did you mean data.height and data.width?"),
         ("train", ["--blocks_to_swap", "20"], "did you mean memory=16gb?"),
         ("train", ["--no_such_word", "3"], "no_such_word is not a setting; --help all lists them."),
         ("train", ["--no_such_word=3"], "no_such_word is not a setting; --help all lists them."),
         # Options that have no value there.
-        ("train", ["--gradient_checkpointing", "--lr", "1e-4"], "did you mean train.recompute?"),
+        ("train", ["--gradient_checkpointing", "--lr", "1e-4"], "did you mean train.recompute=block?"),
         ("train", ["--cache_latents"], "leave it out: `prepare` caches latents and captions."),
         ("train", ["--verbose"], "--verbose is not an option: use --help or --cfg"),
     ],

@@ -14,7 +14,8 @@ from mochi_tune.files import file_sha256
 def test_a_run_that_is_stopped_while_it_reads_files_keeps_what_it_has_read(tmp_path, monkeypatch):
     # A video that was written a moment ago counts as well.
     monkeypatch.setattr(hashes, "SETTLED_SECONDS", -60.0)
-    monkeypatch.setattr(gather, "SAVE_SECONDS", 0.0)
+    for name in ("SAVE_SECONDS", "SAVE_TIMES"):
+        monkeypatch.setattr(gather, name, 0)
     # In this process, which needs no time to start.
     decoder = SimpleNamespace(scan=scan_video)
     videos = [write_video(tmp_path / f"{number}.mp4", 3, first_number=number) for number in range(3)]
