@@ -69,8 +69,8 @@ LONGEST = (
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Twice as many as there are processors: many tests wait for processes that they started."""
-    return (os.cpu_count() or 2) * 2
+    """Twice as many as there are processors, as many tests wait for processes; 12 at most, of up to 3 GiB each."""
+    return min((os.cpu_count() or 2) * 2, 12)
 
 
 def pytest_collection_modifyitems(items):
