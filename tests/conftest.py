@@ -69,8 +69,8 @@ LONGEST = (
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Twice as many as there are processors, as many tests wait for processes; 12 at most, of up to 3 GiB each."""
-    return min((os.cpu_count() or 2) * 2, 12)
+    """Half as many again as there are processors, as tests wait for processes; 12 at most, of up to 3 GiB each."""
+    return min((os.cpu_count() or 2) * 3 // 2, 12)
 
 
 def pytest_collection_modifyitems(items):
