@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers_cache import BUCKETS, SETTINGS, encode, make_cache, row_of, rows_of, tensors_of
 
-from mochi_tune.data import cache_writer
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.cache_writer import CacheWriter
@@ -106,20 +105,6 @@ def test_a_changed_caption_encodes_that_caption_alone_and_rewrites_its_shard_alo
     shards = [value for name, value in state(tmp_path).items() if name.startswith("data/")]
     assert sum(inode not in inodes for _, _, inode in shards) == 1
     assert len(shards) == sum(name.startswith("data/") for name in before)
-
-
-def test_reading_and_writing_a_cache_have_bars(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cache_writer, "BAR_DELAY", 0)
-    make_cache(tmp_path, CAPTIONS, shard_bytes=SMALL)
-    num_bytes = sum(file.stat().st_size for file in (tmp_path / "data").iterdir())
-    assert "writing the cache: 100%|██████████| 8/8" in capsys.readouterr().err
-    with CacheWriter(tmp_path) as writer:
-        encode(writer, rows_of({"new.mp4": "a new one"}))
-    make_cache(tmp_path, CAPTIONS, shard_bytes=SMALL)
-    shown = capsys.readouterr().err
-    assert f"checking the cache: 100%|██████████| {num_bytes / 1000:.1f}k" in shown, shown
-    # A clip and its caption, which the cache does not need.
-    assert "reading the parts: 100%|██████████| 2/2" in shown and "writing" not in shown
 
 
 def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):

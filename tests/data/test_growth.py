@@ -1,4 +1,4 @@
-"""What a cache of many clips takes, by the clip: memory, and open files. No test here measures time."""
+"""What a cache of many clips takes, by the clip: memory, and open files, and bars. No test here measures time."""
 
 import gc
 import json
@@ -7,7 +7,7 @@ import tracemalloc
 
 import pyarrow as pa
 import pytest
-from helpers_cache import BUCKETS, SETTINGS, make_cache, row_of, rows_of, tensors_of
+from helpers_cache import BUCKETS, SETTINGS, encode, make_cache, row_of, rows_of, tensors_of
 
 from mochi_tune.data import cache_writer, shards
 from mochi_tune.data.cache import open_cache
@@ -113,3 +113,18 @@ def test_an_open_writer_takes_little_for_a_clip(tmp_path):
             assert writer.clip_report(rows_of(captions)[3].clip_key) == {"scale": 0.5, "name": "clip0003.mp4"}
     # Two keys with their places in Python, the rest in columns; as objects it was 4 kB and more.
     assert min(taken) < 2000, taken
+
+
+def test_reading_and_writing_a_cache_have_bars(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache_writer, "BAR_DELAY", 0)
+    captions = {f"clip{i}.mp4": f"caption number {i}" for i in range(8)}
+    make_cache(tmp_path, captions)
+    num_bytes = sum(file.stat().st_size for file in (tmp_path / "data").iterdir())
+    assert "writing the cache: 100%|██████████| 8/8" in capsys.readouterr().err
+    with CacheWriter(tmp_path) as writer:
+        encode(writer, rows_of({"new.mp4": "a new one"}))
+    make_cache(tmp_path, captions)
+    shown = capsys.readouterr().err
+    assert f"checking the cache: 100%|██████████| {num_bytes / 1000:.1f}k" in shown, shown
+    # A clip and its caption, which the cache does not need.
+    assert "reading the parts: 100%|██████████| 2/2" in shown and "writing" not in shown

@@ -1,8 +1,5 @@
 import csv
-import itertools
-import random
 import shutil
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -13,10 +10,8 @@ from helpers_process import Disturbance, Program, run
 from helpers_video import write_bad_video
 from PIL import Image, ImageFilter
 
-from mochi_tune.data_prep import duplicates
 from mochi_tune.data_prep import filter as filter_story
 from mochi_tune.data_prep.clip_scores import (
-    NO_HASH,
     Scores,
     count_border,
     hash_picture,
@@ -265,70 +260,6 @@ def test_a_copy_that_begins_later_is_found_where_much_moves(tmp_path):
     judged = {each.name: each for each in judge(found, Limits())}
     [copy] = [each for each in judged.values() if each.duplicate_of]
     assert {copy.name, copy.duplicate_of} == {"a.mp4", "b.mp4"} and copy.nearest < 0.1
-
-
-def random_clips(num_clips: int, seed: int) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Returns hashes and timelines of clips that begin at random in one film of a camera that stands nearly still."""
-    draw = random.Random(seed)
-
-    def hash_of(picture: int) -> str:
-        flipped = sum(1 << bit for bit in range(64) if draw.random() < 0.06)
-        return "" if draw.random() < 0.1 else f"{film[picture] ^ flipped:016x}"
-
-    still = draw.getrandbits(64)
-    film = [still ^ sum(1 << draw.randrange(64) for _ in range(6)) for _ in range(60)]
-    hashes, timelines = {}, {}
-    for number in range(num_clips):
-        first, length = draw.randrange(20), draw.choice([0, 7, 8, 15, 31, 40])
-        hashes[str(number)] = [hash_of(first + i) for i in range(8)]
-        timelines[str(number)] = "".join(hash_of(first + i) or NO_HASH for i in range(length))
-    return hashes, timelines
-
-
-def least_distance(one: str, other: str) -> float:
-    """Returns what `shifted_distance` does, a pair of pictures after the other."""
-    ours, theirs = ([text[i : i + 16] for i in range(0, len(text), 16)] for text in (one, other))
-    shares = [1.0]
-    for shift in range(-len(theirs), len(ours) + 1):
-        pairs = [(a, theirs[i - shift]) for i, a in enumerate(ours) if 0 <= i - shift < len(theirs)]
-        both = [(int(a, 16), int(b, 16)) for a, b in pairs if NO_HASH not in (a, b)]
-        if len(both) >= max(8, min(len(ours), len(theirs)) / 2):
-            shares.append(sum((a ^ b).bit_count() for a, b in both) / len(both) / 64)
-    return min(shares)
-
-
-def test_clips_compared_at_once_have_the_verdicts_of_each_pair(monkeypatch, capsys):
-    hashes, timelines = random_clips(18, seed=2)
-    monkeypatch.setattr(duplicates, "BAR_DELAY", 0)
-    # More than one block, and the last one of fewer clips.
-    monkeypatch.setattr(duplicates, "BLOCK_PICTURES", 200)
-    expected: dict[str, str] = {}
-    for one, other in itertools.combinations(hashes, 2):
-        distance = shifted_distance(timelines[one], timelines[other])
-        assert distance == least_distance(timelines[one], timelines[other])
-        near = find_nearest({"": hashes[one], "other": hashes[other]})[""]
-        if {one, other}.isdisjoint(expected) and (near < 0.17 or (near < 0.35 and distance < 0.17)):
-            expected[other] = one
-    assert find_duplicates(hashes, 0.17, timelines) == expected and len(expected) == 8
-    # Of thousands of clips it takes minutes, so it is shown.
-    shown = capsys.readouterr().err
-    assert "nearest: 100%" in shown and "duplicates: 100%" in shown
-
-
-def test_the_search_for_duplicates_takes_python_by_the_clip_and_not_by_the_pair():
-    taken = []
-    for num_clips in (10, 40):
-        hashes, timelines = random_clips(num_clips, seed=3)
-        calls = itertools.count()
-        sys.setprofile(lambda *_, calls=calls: next(calls))
-        try:
-            find_nearest(hashes)
-            find_duplicates(hashes, 0.01, timelines)
-        finally:
-            sys.setprofile(None)
-        taken.append(next(calls))
-    # Of pairs there are 17 times as many.
-    assert taken[1] < 6 * taken[0], taken
 
 
 def test_a_clip_that_is_gone_has_its_verdict_and_the_others_theirs(tmp_path):

@@ -77,8 +77,7 @@ def test_the_video_has_the_frames_and_its_settings_beside_it(tmp_path):
     assert record["prompt"] == "a red ball" and record["seed"] == 7 and record["num_frames"] == 13
     assert record["sampler"] == {"steps": 3, "guidance": 6.0, "threshold": 0.025, "linear_steps": None}
     assert record["adapters"] == [] and len(record["noise_sha256"]) == 64
-    parts = ("text_encoder", "dit", "decoder")
-    assert record["weights"] == {part: WeightsFolder(TINY).fingerprint(part) for part in parts}
+    assert record["weights"] == {p: WeightsFolder(TINY).fingerprint(p) for p in ("text_encoder", "dit", "decoder")}
     assert latents_of(video).shape == (1, 12, 3, 4, 6)
 
 
