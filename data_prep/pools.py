@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mochi_tune.data.parts import PartsFolder
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.tasks import ClipTask, Job, Task, Worker
-from mochi_tune.data_prep.watched import interrupts_wait
+from mochi_tune.data_prep.watched import delay_interrupts
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.device import find_device
 
@@ -166,7 +166,7 @@ class ProcessPool(Pool):
             ours, theirs = context.Pipe()
             arguments = (theirs, self._job, slot, os.getpid())
             process = context.Process(target=_serve, args=arguments, name=f"encoder-{slot}")
-            with interrupts_wait():
+            with delay_interrupts():
                 process.start()
                 theirs.close()
                 self._workers[slot] = process, ours

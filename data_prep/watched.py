@@ -6,40 +6,43 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from mochi_tune.errors import DataError
 
-# For the child to import torch and PyAV from a slow disk.
-START_SECONDS = 120.0
-Job = Callable[..., Iterator[dict[str, Any]]]
+# Time for the child to import torch and PyAV from a slow disk.
+_START_SECONDS = 120.0
+Job = Callable[..., Iterator[Any]]
 
 
 def child_context() -> Any:
-    """Returns how children that read files start: forked from a process that has imported torch and PyAV once.
+    """Returns the multiprocessing context that starts children: forked from a server that has imported torch and PyAV.
 
-    That process is spawned, not forked, which works beside CUDA and threads; a child that takes the place of one that
-    was lost is there at once, and does not import for two seconds.
+    The server is spawned, not forked, which works with CUDA and threads. Forking from it replaces a lost child at once,
+    without two seconds of imports.
     """
     context = multiprocessing.get_context("forkserver")
     # PyAV before decord, which brings libraries of other versions under the same names.
     context.set_forkserver_preload(["av", "mochi_tune.data_prep.clips"])
-    with interrupts_wait():
+    with delay_interrupts():
         forkserver.ensure_running()
     return context
 
 
 @contextlib.contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Makes a Ctrl-C wait, here and in processes that are started within, and in their children, for good.
+def delay_interrupts() -> Iterator[None]:
+    """Delays Ctrl-C in this process until the block ends, and blocks it for good in processes that the block starts.
 
-    While such a process imports, it would end it with a traceback; then it ignores it.
+    Ctrl-C would end such a process with a traceback while it imports. Its own children inherit the blocked signal.
     """
-    # Started first, as it lets the signal through again.
+    # The resource tracker unblocks the signal when it starts, so start it first.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -49,128 +52,205 @@ def interrupts_wait() -> Iterator[None]:
 
 
 class WatchedProcess:
-    """A child process for jobs that read a file: native code may loop for ever on a damaged one.
+    """A child process for jobs that read a file: native code may loop forever on a damaged one.
 
-    A job is a generator function of a module: it takes the file's path and values that JSON can hold, and yields
-    objects that JSON can hold. Each of them shows that it is alive. Use as a context manager:
+    A job is a generator function at the top level of a module. It takes the path of a file and JSON values, and yields
+    results: JSON objects, or pairs of a JSON object and a uint8 array. The child computes one result ahead while the
+    caller works on the last one. Use as a context manager:
         with WatchedProcess(timeout_seconds=120) as child:
-            for message in child.run(measure, path, {}): ...
+            for result in child.run(measure, path, {}): ...
 
     Args:
-        timeout_seconds: the longest time between two messages of a job before the child is killed.
+        timeout_seconds: maximum time for one result; then the child is killed.
+        setting: the user's name for `timeout_seconds`, for errors.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
+    def __init__(self, timeout_seconds: float, setting: str = "timeout_seconds") -> None:
         self.timeout_seconds = timeout_seconds
-        self._process: Any = None
-        self._connection: Connection | None = None
+        self._setting = setting
+        self._child: _Child | None = None
+        self._pending: Path | None = None
+        self._requested_at = 0.0
 
-    def __enter__(self) -> "WatchedProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Ends the child, whatever it is doing; a later job starts another one."""
-        if self._connection is not None:
-            self._process.kill()
-            # A process that waits for a dead network disk cannot even be killed; leave it behind.
-            self._process.join(5)
-            self._connection.close()
-        self._process = self._connection = None
+        """Kills the child, even in the middle of a job; a later job starts another child.
+
+        Safe to call while another thread waits for a result; that thread then gets none.
+        """
+        child, self._child, self._pending = self._child, None, None
+        if child is not None:
+            child.process.kill()
+            # A process that waits for a dead network disk cannot be killed: leave it behind.
+            child.process.join(5)
+            child.socket.close()
 
     def run(self, job: Job, path: Path, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yields what `job(path, **arguments)` yields in the child.
+        """Yields the JSON results of `job(path, **arguments)`.
 
         Raises:
-            DataError: the job raised it, or an error that it does not expect; it was silent for `timeout_seconds`, or
-                the child died on it.
+            DataError: the job raised it or an unexpected error, a result took longer than `timeout_seconds`, or the
+                child died.
             OSError: the job could not write.
         """
-        connection = self._start(path)
-        message = {"job": f"{job.__module__}:{job.__name__}", "path": str(path), "arguments": arguments}
-        is_done = False
+        self._request_job(job, path, arguments)
         try:
-            # If the child has just died, the missing answer will say so.
-            with contextlib.suppress(ConnectionError):
-                connection.send_bytes(json.dumps(message).encode())
             while True:
-                reply = self._receive(path, self.timeout_seconds)
-                if "message" in reply:
-                    yield reply["message"]
-                    continue
-                is_done = True
-                if "refused" in reply:
-                    raise DataError(reply["refused"])
-                if "errno" in reply:
-                    raise OSError(reply["errno"], reply["strerror"], reply["filename"])
-                return
+                result, _ = self._receive_result()
+                if result is None:
+                    return
+                self._request_next(path)
+                yield result
         finally:
-            # The caller has left a job in the middle, or the child is gone.
-            if not is_done:
+            # The caller left the job before its end.
+            if self._pending is not None:
                 self.close()
 
-    def _start(self, path: Path) -> Connection:
-        if self._connection is None or not self._process.is_alive():
+    def _request_job(self, job: Job, path: Path, arguments: dict[str, Any]) -> None:
+        """Starts a job, in a new child where none is alive, and requests its first result."""
+        if self._child is None or not self._child.process.is_alive():
             self.close()
-            context = child_context()
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), name="watched", daemon=True)
-            self._process.start()
-            theirs.close()
-            self._receive(path, START_SECONDS, is_ready=False)
-        assert self._connection is not None
-        return self._connection
+            self._child = _Child()
+        name = f"{job.__module__}:{job.__name__}"
+        self._request(path, {"job": name, "path": str(path), "arguments": arguments})
 
-    def _receive(self, path: Path, seconds: float, is_ready: bool = True) -> dict[str, Any]:
-        assert self._connection is not None
+    def _request_next(self, path: Path) -> None:
+        """Requests the next result of the job that the child runs."""
+        self._request(path, {"next": True})
+
+    def _request(self, path: Path, request: dict[str, Any]) -> None:
+        assert self._pending is None, f"{self._pending} is still being processed"
+        assert self._child is not None
+        self._pending, self._requested_at = path, time.monotonic()
+        # If the child has just died, `_receive_result` reports it.
+        with contextlib.suppress(ConnectionError):
+            _send(self._child.socket, request)
+
+    def _receive_result(self) -> tuple[dict[str, Any] | None, np.ndarray]:
+        """Waits for the result that was requested, with its array; (None, empty array) after the job's last result.
+
+        Raises:
+            DataError: as `run`.
+            OSError: as `run`.
+        """
+        path, child = self._pending, self._child
+        assert child is not None
         try:
-            if not self._connection.poll(seconds):
-                raise DataError(
-                    f"{path}: nothing was decoded of it for {seconds:g} s: re-encode it, remove it, or raise "
-                    "timeout_seconds."
-                )
-            return json.loads(self._connection.recv_bytes())
+            if not child.is_ready:
+                _receive(child.socket, time.monotonic() + _START_SECONDS, _START_SECONDS)
+                child.is_ready, self._requested_at = True, time.monotonic()
+            # A late caller still gets a result that is already there.
+            reply = _receive(child.socket, self._requested_at + self.timeout_seconds, self.timeout_seconds)
+            array = np.empty(reply.get("shape", 0), np.uint8)
+            _fill(child.socket, array.data, time.monotonic() + self.timeout_seconds)
+        except TimeoutError as error:
+            self.close()
+            raise DataError(
+                f"{path}: the decoder did not answer within {self.timeout_seconds:g} s: re-encode the file, remove it, "
+                f"or raise {self._setting}."
+            ) from error
         except (EOFError, ConnectionError) as error:
-            self._process.join(5)
-            code = self._process.exitcode
-            if not is_ready and (code is None or code >= 0):
-                # It ended by itself before it got a file, and wrote the reason to stderr.
+            child.process.join(5)
+            code = child.process.exitcode
+            self.close()
+            if not child.is_ready and (code is None or code >= 0):
+                # It exited before its first job, and wrote the reason to stderr.
                 raise RuntimeError(f"the decoder process did not start, exit code {code}") from error
             how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-            raise DataError(f"{path}: the decoder died on it, {how}: re-encode it or remove it.") from None
+            raise DataError(f"{path}: the decoder process died ({how}): re-encode the file or remove it.") from error
+        self._pending = None
+        if "refused" in reply:
+            raise DataError(reply["refused"])
+        if "errno" in reply:
+            raise OSError(reply["errno"], reply["strerror"], reply["filename"])
+        return reply.get("result"), array
 
 
-def _serve(connection: Connection) -> None:
-    """Runs in the child: does one job after the other until the parent hangs up."""
+class _Child:
+    """A child process and the parent's end of the socket between them."""
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.process = child_context().Process(target=_serve, args=(theirs,), name="decoder", daemon=True)
+        self.process.start()
+        theirs.close()
+        self.is_ready = False
+
+
+def _serve(parent: socket.socket) -> None:
+    """Runs in the child: answers one request after the other until the parent closes its end of the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Before decord, which brings libraries of other versions under the same names.
+    # Imported now, so that its time does not count for the first file. Before decord, see `child_context`.
     import av  # noqa: F401
 
-    # The other side is gone: nobody is left to answer.
+    replies: Iterator[tuple[dict[str, Any], Any]] = iter(())
+    # Raised when the parent has closed the socket.
     with contextlib.suppress(EOFError, ConnectionError):
-        _send(connection, {"ready": True})
+        _send(parent, {"ready": True})
         while True:
-            asked = json.loads(connection.recv_bytes())
-            module, _, name = asked["job"].partition(":")
-            path = Path(asked["path"])
-            try:
-                for message in getattr(importlib.import_module(module), name)(path, **asked["arguments"]):
-                    _send(connection, {"message": message})
-                _send(connection, {"done": True})
-            except ConnectionError:
-                raise
-            except DataError as error:
-                _send(connection, {"refused": str(error)})
-            except OSError as error:
-                reason = error.strerror or os.strerror(error.errno or 0)
-                _send(connection, {"errno": error.errno, "strerror": reason, "filename": str(error.filename or path)})
-            except Exception as error:  # noqa: BLE001  (one file's trouble, a bug included, is that file's)
-                text = " ".join(str(error).split())[:300]
-                refused = f"{path}: cannot be used ({type(error).__name__}: {text}): re-encode it or remove it."
-                _send(connection, {"refused": refused})
+            request = _receive(parent, None, None)
+            if "job" in request:
+                replies = _replies(request["job"], Path(request["path"]), request["arguments"])
+            reply, array = next(replies)
+            _send(parent, reply)
+            if array is not None:
+                parent.sendall(array.data.cast("B"))
 
 
-def _send(connection: Connection, message: dict[str, Any]) -> None:
-    connection.send_bytes(json.dumps(message).encode())
+def _replies(job: str, path: Path, arguments: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yields the reply to each request for a result of a job, with an array or None."""
+    module, _, name = job.partition(":")
+    try:
+        for result in getattr(importlib.import_module(module), name)(path, **arguments):
+            values, array = result if isinstance(result, tuple) else (result, None)
+            yield {"result": values} | ({} if array is None else {"shape": list(array.shape)}), array
+        yield {"done": True}, None
+    except DataError as error:
+        yield {"refused": str(error)}, None
+    except OSError as error:
+        reason = error.strerror or os.strerror(error.errno or 0)
+        yield {"errno": error.errno, "strerror": reason, "filename": str(error.filename or path)}, None
+    except Exception as error:  # noqa: BLE001  (any error, a bug included, refuses this file only)
+        yield {"refused": str(unexpected_error(path, error))}, None
+
+
+def unexpected_error(path: Path, error: Exception) -> DataError:
+    """Builds the error that refuses a file on which unexpected code failed."""
+    text = " ".join(str(error).split())[:300]
+    return DataError(f"{path}: cannot be decoded ({type(error).__name__}: {text}): re-encode it or remove it.")
+
+
+def _send(to: socket.socket, message: dict[str, Any]) -> None:
+    """Sends a message: its length in 8 bytes, then JSON."""
+    text = json.dumps(message).encode()
+    to.sendall(len(text).to_bytes(8, "big") + text)
+
+
+def _receive(source: socket.socket, deadline: float | None, text_seconds: float | None) -> dict[str, Any]:
+    """Receives a message that begins before `deadline` (monotonic) and whose text takes at most `text_seconds`."""
+    length = bytearray(8)
+    _fill(source, memoryview(length), deadline)
+    text = bytearray(int.from_bytes(length, "big"))
+    _fill(source, memoryview(text), None if text_seconds is None else time.monotonic() + text_seconds)
+    return json.loads(text)
+
+
+def _fill(source: socket.socket, view: memoryview, deadline: float | None) -> None:
+    """Reads until `view` is full.
+
+    Raises:
+        EOFError: the other end is closed.
+        TimeoutError: `deadline` (monotonic) has passed and no data is there.
+    """
+    view = view.cast("B")
+    while view:
+        source.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-3))
+        count = source.recv_into(view)
+        if not count:
+            raise EOFError
+        view = view[count:]

@@ -13,6 +13,7 @@ import torch
 from helpers_video import frame_number, write_bad_video, write_video
 
 from mochi_tune.data_prep import decoder as decoder_module
+from mochi_tune.data_prep import watched
 from mochi_tune.data_prep.clips import Cut, DecodedClip, decode_clip
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.probe import scan_video
@@ -30,7 +31,7 @@ def _error(path: Path, cut: Cut) -> str:
 
 
 def _child() -> multiprocessing.Process:
-    (child,) = [child for child in multiprocessing.active_children() if child.name == "clip-decoder"]
+    (child,) = [child for child in multiprocessing.active_children() if child.name == "decoder"]
     return child
 
 
@@ -111,8 +112,8 @@ def test_an_unexpected_exception_refuses_its_file_and_no_other(tmp_path, monkeyp
 
     monkeypatch.setattr(decoder_module, "try_clips", broken)
     monkeypatch.setattr(decoder_module, "scan_video", broken_scan)
-    monkeypatch.setattr(decoder_module, "child_context", Context)
-    monkeypatch.setattr(decoder_module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(watched, "child_context", Context)
+    monkeypatch.setattr(watched.signal, "signal", lambda *_: None)
     cuts = [Cut(7, 64, 64), Cut(7, 64, 64, start=7), Cut(7, 64, 64, start=7)]
     with ClipDecoder(timeout_seconds=600) as decoder:
         results = [clip for _, _, clip in decoder.cut_all([(bad, cuts), (good, cuts[:2])])]
@@ -135,9 +136,9 @@ def test_a_clip_that_hangs_is_refused_and_the_next_one_decodes(tmp_path):
         first = _child()
         results = decoder.cut_all([(hanging, [cut, cut]), (good, [cut])])
         decoder.timeout_seconds = 1.5
-        assert str(next(results)[2]).startswith(f"{hanging}: was not decoded within 1.5 s")
+        assert str(next(results)[2]).startswith(f"{hanging}: the decoder did not answer within 1.5 s")
         # The rest of its file is refused with it.
-        assert str(next(results)[2]).startswith(f"{hanging}: was not decoded within 1.5 s")
+        assert str(next(results)[2]).startswith(f"{hanging}: the decoder did not answer within 1.5 s")
         decoder.timeout_seconds = 600
         assert _numbers(next(results)[2]) == list(range(37))
         assert not first.is_alive()
@@ -151,7 +152,7 @@ def test_a_clip_that_hangs_is_refused_and_the_next_one_decodes(tmp_path):
             time.sleep(0.01)
         decoder.timeout_seconds = 1.5
         _, _, result = next(ahead)
-        assert str(result).startswith(f"{good}: was not decoded within 1.5 s")
+        assert str(result).startswith(f"{good}: the decoder did not answer within 1.5 s")
 
 
 def _kill_when_it_reads(pid: int, fifo: Path) -> None:
@@ -168,7 +169,7 @@ def test_a_clip_that_kills_the_child_is_refused_and_the_next_one_decodes(tmp_pat
     with ClipDecoder(timeout_seconds=600) as decoder:
         decoder.cut(good, cut)
         threading.Thread(target=_kill_when_it_reads, args=(_child().pid, hanging), daemon=True).start()
-        with pytest.raises(DataError, match=f"^{hanging}: the decoder died on it, killed by SIGKILL"):
+        with pytest.raises(DataError, match=rf"^{hanging}: the decoder process died \(killed by SIGKILL\)"):
             decoder.cut(hanging, cut)
         assert _numbers(decoder.cut(good, cut)) == list(range(7))
         # Killed between two clips, the next one is not to blame.
@@ -209,6 +210,6 @@ def test_exactly_one_clip_is_decoded_ahead_and_waits_for_a_late_caller(tmp_path)
         next(late)
         # The second one is there, and was asked for longer ago than a clip may take.
         decoder._child.socket.recv(1, socket.MSG_PEEK | socket.MSG_WAITALL)
-        decoder._asked_at -= 1000
+        decoder._requested_at -= 1000
         path, _, clip = next(late)
         assert path == good[1] and _numbers(clip) == list(range(1, 8))

@@ -112,7 +112,7 @@ def test_a_second_run_opens_no_video(mixed, monkeypatch):
     def opened(*_):
         raise AssertionError("a file was opened")
 
-    monkeypatch.setattr(gather.ClipDecoder, "_ask", opened)
+    monkeypatch.setattr(gather.ClipDecoder, "_request", opened)
     assert prepare(config_for(mixed, clips="all")).clips_encoded == 0
 
 

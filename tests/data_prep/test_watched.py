@@ -22,9 +22,9 @@ def child():
     ("how", "text"),
     [
         ("data", "is damaged"),
-        ("bug", "cannot be used (KeyError: 'unexpected')"),
-        ("die", "the decoder died on it, killed by SIGSEGV"),
-        ("hang", "nothing was decoded of it for 1 s"),
+        ("bug", "cannot be decoded (KeyError: 'unexpected')"),
+        ("die", "the decoder process died (killed by SIGSEGV)"),
+        ("hang", "the decoder did not answer within 1 s"),
     ],
 )
 def test_what_goes_wrong_is_the_files(child, how, text):
@@ -43,7 +43,7 @@ def test_the_disks_trouble_is_the_callers(child):
 def test_a_job_that_is_left_ends_with_its_process(child):
     for message in child.run(count, PATH, {"number": 10**9}):
         assert message == {"path": str(PATH), "number": 0}
-        pid = child._process.pid
+        pid = child._child.process.pid
         break
     child.close()
     with pytest.raises(ProcessLookupError):
