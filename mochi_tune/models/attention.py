@@ -14,7 +14,7 @@ from mochi_tune.models.layers import RMSNorm, at_least_fp32
 
 
 def token_positions(grid: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Returns each visual token's position (N, 3) on the axes t, row, column.
+    """Returns the position (N, 3) of each visual token on the axes t, row, column.
 
     Rows and columns are centred and scaled so that the frame's area is that of 192 x 192 tokens.
     Source: genmoai/mochi@0c86aeb dit/joint_model/rope_mixed.py (create_position_matrix).
@@ -39,7 +39,7 @@ def rope_tables(frequencies: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor
 
 
 class RotaryTables(nn.Module):
-    """`rope_tables` as a module; without parameters, so that its output can be changed from outside."""
+    """`rope_tables` as a module without parameters, so that a forward hook can change its output."""
 
     def forward(self, frequencies: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Returns cos and sin (N, H, K/2), fp32."""
@@ -57,14 +57,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return dit_kernels.apply_rope(x, cos, sin)
     pairs = at_least_fp32(x).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        # One formula for both channels of a pair: two that are stacked would both be computed for each channel.
+        # One formula for both channels of a pair: with a stack of two formulas, the compiler computes both per channel.
         signs = torch.arange(-1, 2, 2, dtype=pairs.dtype, device=x.device)
         return (pairs * cos[..., None] + pairs.flip(-1) * (sin[..., None] * signs)).flatten(-2).to(x.dtype)
     even, odd = pairs.unbind(-1)
     if torch.is_grad_enabled():
         rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         return rotated.flatten(-2).to(x.dtype)
-    # The same numbers, computed where they belong.
+    # The same arithmetic, written directly into the output.
     rotated = torch.empty_like(pairs, memory_format=torch.contiguous_format)
     left, right = rotated.unbind(-1)
     torch.mul(even, cos, out=left).sub_(odd * sin)
@@ -73,7 +73,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class JointAttention(nn.Module):
-    """Softmax attention over [visual | valid text tokens]; without parameters, so that it can be replaced."""
+    """Softmax attention over [visual | valid text tokens], without parameters, so that it can be replaced."""
 
     def forward(
         self,
@@ -85,26 +85,27 @@ class JointAttention(nn.Module):
         v_y: Tensor,
         text_lengths: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends every query to all visual tokens and to its own row's valid text tokens.
+        """Attends every query to all visual tokens and to the valid text tokens of the same row.
 
-        Padding takes no part: row i has N + text_lengths[i] keys. Rows are attended one by one when their lengths
-        differ, which needs no mask, so that every row runs the fastest kernel and equals the row alone.
+        Padding is left out: row i has N + text_lengths[i] keys. If the lengths differ, rows are attended one by one.
+        This needs no mask, so every row runs the fastest kernel, and its result is that of the row alone.
 
         Args:
             q_x, k_x, v_x: visual, (B, N, H, K).
-            q_y: text, (B, L, H, K), or None where the text stream is not updated.
+            q_y: text, (B, L, H, K), or None if the text stream is not updated.
             k_y, v_y: text, (B, L, H, K).
-            text_lengths: the number of valid tokens of each row, at most L; they stand in front. None: L in all.
+            text_lengths: number of valid tokens of each row, at most L. Valid tokens come first. None: all L are valid.
 
         Returns:
-            The visual (B, N, H * K) and text (B, L, H * K) outputs; padding text rows are zero; None without q_y.
+            The visual output (B, N, H * K) and the text output (B, L, H * K), which is zero for padding, or None
+            without q_y.
         """
         if text_lengths is not None:
             rows = []
             for i, length in enumerate(text_lengths):
                 row = slice(i, i + 1)
                 own_q_y = None if q_y is None else q_y[row, :length]
-                # No call of the module: DeepSpeed's ZeRO-3 counts them, and they must be as many in all processes.
+                # Not a call of the module: DeepSpeed's ZeRO-3 requires the same number of calls in all processes.
                 out_x, out_y = self.forward(
                     q_x[row], k_x[row], v_x[row], own_q_y, k_y[row, :length], v_y[row, :length], None
                 )
@@ -122,12 +123,12 @@ class JointAttention(nn.Module):
         return out[:, :num_visual], out[:, num_visual:]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, num_visual: int) -> Tensor:
-        """Attends all queries (B, H, ., K) to all keys, the first `num_visual` of which are visual."""
+        """Attends all queries (B, H, ., K) to all keys. The first `num_visual` of both are visual."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
 class AsymmetricAttention(nn.Module):
-    """Self-attention of both streams at once, each with its own projections and width.
+    """Joint self-attention of both streams, each with its own projections and width.
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/asymm_models_joint.py (AsymmetricAttention).
     """
@@ -138,7 +139,7 @@ class AsymmetricAttention(nn.Module):
         self.update_y = update_y
         head_dim = dim_x // num_heads
         self.qkv_x = nn.Linear(dim_x, 3 * dim_x, bias=qkv_bias)
-        # The text tokens meet the visual ones at the visual width.
+        # Text tokens are projected to the visual width, in which both streams attend.
         self.qkv_y = nn.Linear(dim_y, 3 * dim_x, bias=qkv_bias)
         self.q_norm_x = RMSNorm(head_dim)
         self.k_norm_x = RMSNorm(head_dim)

@@ -1,4 +1,4 @@
-"""Device and dtype names of the settings, and giving memory back."""
+"""Device and dtype names of the settings, memory statistics and synchronization."""
 
 import functools
 import gc
@@ -14,16 +14,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def find_device(name: str) -> torch.device:
-    """Returns the device of a setting; "auto" is CUDA where there is one.
+    """Returns the device of a setting; "auto" is CUDA if available, else the CPU.
 
     Raises:
-        ConfigError: CUDA is asked for and there is none.
+        ConfigError: `name` is "cuda" and CUDA is not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: this machine has no CUDA device that torch can use: use device=cpu or auto.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    # cuDNN rounds fp32 convolutions to TF32 by default: a thousandth of error where fp32 was asked for.
+    # By default cuDNN rounds fp32 convolutions to TF32, which has a relative error of about 1e-3.
     torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
@@ -34,9 +34,9 @@ def _has_triton() -> bool:
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether our CUDA kernels compute what is done to x: without gradients, and where torch has brought Triton.
+    """Whether our Triton kernels process x: only on CUDA, without gradients, and if Triton is installed.
 
-    Compiled blocks have kernels of the compiler's.
+    Compiled blocks use the compiler's own kernels instead.
     """
     return (
         not torch.compiler.is_compiling()
@@ -48,20 +48,20 @@ def uses_triton(x: Tensor) -> bool:
 
 
 def free_memory() -> None:
-    """Gives back what deleted models held: some have reference cycles, so that `del` alone does not free them."""
+    """Frees the memory of deleted models. Some have reference cycles, so `del` alone does not free them."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begins to note anew how much of a GPU's memory tensors take."""
+    """Resets the peak memory statistics of a GPU; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> float:
-    """Returns the most that tensors took since `reset_peak`; on a CPU, the most that this process ever took."""
+    """Returns the peak memory of tensors since `reset_peak`, in GiB; on a CPU, the process's peak since its start."""
     if device.type == "cuda":
         num_bytes = torch.cuda.max_memory_allocated(device)
     else:
@@ -70,6 +70,6 @@ def peak_gib(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished all work that was queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

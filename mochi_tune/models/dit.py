@@ -45,11 +45,11 @@ class DiTConfig:
 
 
 class Modulation(NamedTuple):
-    """All that noise levels and prompts do to the visual and text streams; nothing that is trained here changes it.
+    """The effect of noise levels and pooled prompts on the blocks; it does not depend on the tokens.
 
     Attributes:
         c: the conditioning of each sample, (B, Dx).
-        blocks: what mod_x and mod_y of each block make of it, (B, 4 Dx) and (B, 4 Dy), (B, Dy) in the last block.
+        blocks: the outputs of mod_x and mod_y of each block, (B, 4 Dx) and (B, 4 Dy), or (B, Dy) in the last block.
     """
 
     c: Tensor
@@ -57,7 +57,7 @@ class Modulation(NamedTuple):
 
 
 class AsymmetricJointBlock(nn.Module):
-    """One transformer block over both streams; the last block leaves the text stream as it is.
+    """One transformer block over both streams. The last block does not update the text stream.
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/asymm_models_joint.py (AsymmetricJointBlock).
     """
@@ -81,7 +81,7 @@ class AsymmetricJointBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
         text_lengths: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor]:
-        """Maps x (B, N, Dx), y (B, L, Dy) to the next block's; `modulation` is the block's own of `Modulation`."""
+        """Maps x (B, N, Dx), y (B, L, Dy) to the next block's inputs; `modulation` is one of `Modulation.blocks`."""
         mod_x, mod_y = modulation
         scale_msa_x, gate_msa_x, scale_mlp_x, gate_mlp_x = mod_x.chunk(4, dim=-1)
         scale_msa_y, *mods_y = mod_y.chunk(4, dim=-1) if self.update_y else (mod_y,)
@@ -98,7 +98,7 @@ class AsymmetricJointBlock(nn.Module):
 
 
 class AsymmDiT(nn.Module):
-    """Predicts the velocity, latents - noise, of noisy latents under a prompt.
+    """Predicts the velocity, latents - noise, of noisy latents with a prompt.
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/asymm_models_joint.py (AsymmDiTJoint).
     """
@@ -114,7 +114,7 @@ class AsymmDiT(nn.Module):
         head_dim = dim_x // config.num_heads
         self.pos_frequencies = nn.Parameter(torch.empty(3, config.num_heads, head_dim // 2))
         if not self.pos_frequencies.is_meta:
-            # On the meta device torch would import its compiler, to draw nothing.
+            # On the meta device the draw has no effect, but makes torch import its compiler.
             nn.init.normal_(self.pos_frequencies)
         self.rope = RotaryTables()
         self.blocks = nn.ModuleList(
@@ -137,15 +137,15 @@ class AsymmDiT(nn.Module):
     ) -> Tensor:
         """Predicts the velocity at the noise level sigma.
 
-        A row's result does not depend on the other rows, nor on how far its prompt is padded.
+        The result of a row depends neither on the other rows nor on the padding of its prompt.
 
         Args:
             latents: noisy, DiT space, (B, C, T, h, w).
             sigma: (B,) in [0, 1], on any device; 1 is pure noise.
             prompt_embeds: T5 features, (B, L, t5_feat_dim).
-            prompt_mask: (B, L), true where a token is valid. Kept on the CPU, it spares a device sync.
-            modulation: of the `condition` of the same sigma and prompts, where it was computed before; it takes their
-                place, and sigma is not read.
+            prompt_mask: (B, L), true where a token is valid. A mask on the CPU avoids a device synchronization.
+            modulation: precomputed by `modulation_of` from the `condition` of the same sigma and prompts. If given,
+                sigma is not read.
 
         Returns:
             The velocity, (B, C, T, h, w), in the dtype of the matrices.
@@ -164,12 +164,12 @@ class AsymmDiT(nn.Module):
         return self.final_layer(x, modulation.c, grid)
 
     def condition(self, sigma: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Returns the conditioning (B, D) that the modulation is made of; arguments as for `forward`."""
+        """Returns the conditioning (B, D), the input of `modulation_of`; arguments as for `forward`."""
         prompt_embeds, mask, _ = pack_prompts(prompt_embeds, prompt_mask)
         return self._condition(sigma, prompt_embeds.to(self.dtype), mask)
 
     def modulation_of(self, c: Tensor) -> Modulation:
-        """Returns the modulation that a conditioning (B, D) makes in every block."""
+        """Computes the modulation of every block from the conditioning (B, D)."""
         layers = ((block.get_submodule("mod_x"), block.get_submodule("mod_y")) for block in self.blocks)
         return Modulation(c, tuple((mod_x(c), mod_y(c)) for mod_x, mod_y in layers))
 
@@ -180,22 +180,22 @@ class AsymmDiT(nn.Module):
 def condition(
     t_embedder: nn.Module, t5_y_embedder: nn.Module, sigma: Tensor, prompt_embeds: Tensor, mask: Tensor
 ) -> Tensor:
-    """Returns the conditioning (B, D) of noise levels and packed prompts, by the two embedders of a model."""
+    """Computes the conditioning (B, D) of noise levels and packed prompts with the two embedders of a model."""
     return F.silu(t_embedder(sigma) + t5_y_embedder(prompt_embeds, mask))
 
 
 def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, list[int] | None]:
-    """Drops the padding that no row needs, so that the text stream is as long as the longest prompt.
+    """Drops padding so that the text stream is as long as the longest prompt.
 
-    Text tokens carry no position, so each row's valid tokens may be moved to its front.
+    Text tokens have no position, so the valid tokens of each row can be moved to its front.
 
     Args:
         prompt_embeds: (B, L, D), any finite values where padded.
         prompt_mask: (B, L).
 
     Returns:
-        Embeddings (B, L', D) with the valid tokens first, their mask (B, L'), and the number of valid tokens a row, or
-        None where all rows have L'.
+        Embeddings (B, L', D) with the valid tokens first, their mask (B, L'), and the number of valid tokens of each
+        row, or None if all rows have L'.
     """
     mask, device = prompt_mask.bool(), prompt_embeds.device
     text_lengths = mask.sum(1).tolist()
@@ -203,7 +203,7 @@ def pack_prompts(prompt_embeds: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Te
     if sum(text_lengths) == mask.numel():
         return prompt_embeds, torch.ones(mask.shape, dtype=torch.bool, device=device), None
     front, order = mask.sort(dim=1, descending=True, stable=True)
-    # The host need not wait until the device has a few numbers.
+    # Without blocking: the host does not wait for this small copy.
     order = order[:, :length].to(device, non_blocking=True)
     packed = prompt_embeds.gather(1, order.unsqueeze(-1).expand(-1, -1, prompt_embeds.shape[-1]))
     is_even = min(text_lengths) == length

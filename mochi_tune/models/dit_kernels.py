@@ -1,24 +1,24 @@
-"""What a block of the DiT does between its matrix products and its attention, as CUDA kernels, written with Triton.
+"""Triton kernels for the DiT's operations between matrix products and attention: RMSNorm, rotary embedding, SwiGLU.
 
-For passes without gradients that are not compiled; torch.compile makes such kernels itself. Every one of them reads and
-writes memory once, where one operation at a time does so six times, and computes in fp32.
+They are used in passes without gradients that are not compiled; torch.compile generates such kernels itself. Each one
+reads and writes memory once, instead of six times as separate operations do, and computes in fp32.
 """
 
-# Triton takes other arguments than its functions declare.
+# The arguments of a Triton launch differ from the signature of the function.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers that a program holds at a time.
+# Elements that one program processes at a time.
 BLOCK = 4096
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Divides x (B, ..., D) by the root mean square of the last axis and multiplies by scale (D,) or (B, 1, D).
 
-    Rows of x are contiguous and at equal distances along each of its other axes, of which there are at most three.
+    x has at most three axes before the last one.
     """
     out, x = x.new_empty(x.shape), _four(x)
     (batch, rows, heads, dim), strides = x.shape, x.stride()
@@ -55,7 +55,7 @@ def swiglu(ab: Tensor) -> Tensor:
 
 
 def _four(x: Tensor) -> Tensor:
-    """Views x (B, D), (B, n, D) or (B, n, h, D) with four axes."""
+    """Returns x (B, D), (B, n, D) or (B, n, h, D) with four axes and a contiguous last axis."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     while x.ndim < 4:
         x = x.unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""Latent geometry and the two latent spaces: the only module with the factors 6 and 8 and the channel statistics.
+"""Latent geometry and the two latent spaces. Only this module has the VAE's factors 6 and 8 and channel statistics.
 
 Shape letters: B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent rows and columns.
 """
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 LATENT_CHANNELS = 12
 TEMPORAL_FACTOR = 6
 SPATIAL_FACTOR = 8
-# Pixels a side of one DiT token: 8 by the VAE, 2 by the patch.
+# Height and width of one DiT token in pixels: 8 of the VAE times 2 of the patch.
 TOKEN_PIXELS = 16
-# Frames a second that Mochi was trained on.
+# Frames per second of Mochi's training videos.
 FPS = 30
 
 # Source: genmoai/mochi@0c86aeb vae/vae_stats.py (channel statistics of the AsymmVAE's latents).
@@ -41,8 +41,13 @@ def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, in
     return LATENT_CHANNELS, num_latent_frames(num_frames), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
+def num_visual_tokens(num_frames: int, height: int, width: int) -> int:
+    """Returns the number of the DiT's visual tokens of a clip of `num_frames` frames of `height` x `width` pixels."""
+    return num_latent_frames(num_frames) * height * width // TOKEN_PIXELS**2
+
+
 def check_geometry(num_frames: int, height: int, width: int) -> None:
-    """Refuses frame counts and sizes that the models cannot take, naming the nearest ones that they can.
+    """Refuses frame counts and sizes that do not fit the models, and names the nearest ones that do.
 
     Raises:
         ConfigError: `num_frames` is not 6k+1, or `height` or `width` is not a positive multiple of 16.
@@ -64,17 +69,17 @@ def check_geometry(num_frames: int, height: int, width: int) -> None:
 
 
 def _channel(values: tuple[float, ...], like: "torch.Tensor") -> "torch.Tensor":
-    # Imported here, so that those who read a constant of this module need not wait for torch.
+    # Imported here, so that reading a constant of this module does not import torch.
     import torch
 
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1, 1)
 
 
 def to_latents(vae_latents: "torch.Tensor") -> "torch.Tensor":
-    """Converts the VAE's latents to the DiT's space, unit variance in each channel; fp32 (..., C, T, h, w)."""
+    """Converts VAE latents (..., C, T, h, w) to the DiT's space, in which each channel has unit variance; fp32."""
     return (vae_latents.float() - _channel(VAE_MEAN, vae_latents)) / _channel(VAE_STD, vae_latents)
 
 
 def to_vae_latents(latents: "torch.Tensor") -> "torch.Tensor":
-    """Converts the DiT's latents back to the VAE's space; fp32 (..., C, T, h, w)."""
+    """Converts DiT latents (..., C, T, h, w) to the VAE's space; fp32."""
     return latents.float() * _channel(VAE_STD, latents) + _channel(VAE_MEAN, latents)

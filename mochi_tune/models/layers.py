@@ -1,7 +1,7 @@
 """Norms, feed-forward and embedders of the AsymmDiT.
 
 Shape letters: B batch, N visual tokens, L text tokens, D width, T latent frames, h w latent rows and columns.
-Every norm, the sinusoid and the softmax weights' scale are computed in fp32, whatever the matrices' dtype.
+Norms and the sinusoid are computed in fp32, whatever the dtype of the matrices.
 """
 
 import math
@@ -14,14 +14,14 @@ from mochi_tune.models.device import uses_triton
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Returns x in fp32; in fp64 where it is, in which tests compare."""
+    """Returns x in fp32, or unchanged if it is in fp64, which tests use."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Divides by the root mean square of the last axis and scales, in fp32; returned in the dtype of `x`.
+    """Divides x by the root mean square of its last axis and scales it, in fp32; the output has the dtype of x.
 
-    Without gradients, products go where their first factor was, so that less memory is touched; the same numbers.
+    Without gradients it multiplies in place, which uses less memory and gives the same numbers.
     Source: genmoai/mochi@0c86aeb dit/joint_model/mod_rmsnorm.py (x * rsqrt(mean(x^2) + eps)).
     """
     if uses_triton(x):
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def modulated_rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """Norms tokens (B, n, D) and scales them by 1 + scale (B, D); returned in the dtype of `x`.
+    """Norms tokens x (B, n, D) and scales them by 1 + scale (B, D); the output has the dtype of x.
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/mod_rmsnorm.py.
     """
@@ -54,7 +54,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learned weight, held and computed in fp32; the output keeps the input's dtype."""
+    """RMSNorm with a learned weight, stored and computed in fp32; the output has the dtype of the input."""
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norms the last axis."""
+        """Norms the last axis of x (..., D)."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -119,14 +119,14 @@ class TimestepEmbedder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the matrices; that of an adapter's is another one."""
+        """The dtype of the base's matrices, which an adapter's may differ from."""
         weight = self.mlp[0].weight
         assert isinstance(weight, Tensor)
         return weight.dtype
 
 
 class PatchEmbed(nn.Module):
-    """Turns latents into visual tokens, 2x2 latents each, frame by frame, in the order (T, row, column)."""
+    """Turns patches of latents into visual tokens, frame by frame, in the order (T, row, column)."""
 
     def __init__(self, in_channels: int, dim: int, patch_size: int, bias: bool) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class PatchEmbed(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Pools a prompt's features to one vector: attention from their mean over the mean and the features.
+    """Pools the features of a prompt to one vector: their mean attends to itself and to the features.
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/utils.py (AttentionPool, pool_tokens).
     """
@@ -170,7 +170,7 @@ class AttentionPool(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Turns visual tokens back into latents: modulated LayerNorm, Linear, 2x2 patches with the channel fastest.
+    """Turns visual tokens back into latents: modulated LayerNorm, Linear, patches with the channel as the last axis.
 
     Source: genmoai/mochi@0c86aeb dit/joint_model/asymm_models_joint.py (FinalLayer).
     """
@@ -182,7 +182,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Maps tokens (B, N, D) to (B, C, T, h, w); c (B, D) has passed its SiLU; grid = (T, R, C) in tokens."""
+        """Maps tokens x (B, N, D) of a grid (T, R, C) to latents (B, C, T, h, w); c is the conditioning (B, D)."""
         shift, scale = at_least_fp32(self.mod(c)).unsqueeze(1).chunk(2, dim=-1)
         normed = F.layer_norm(at_least_fp32(x), x.shape[-1:], eps=1e-6)
         patches = self.linear((normed * (1 + scale) + shift).to(x.dtype))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 MAX_TOKENS = 256
-# Of `memory.t5_dtype`.
+# The values of `memory.t5_dtype`.
 T5_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads T5's tokenizer from its folder, without any code of the folder."""
+    """Loads T5's tokenizer from its folder, without running code from the folder."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -27,9 +27,9 @@ class MeasuredCaption:
     """A caption or prompt, and how much of it the text encoder reads.
 
     Attributes:
-        text: all of it.
-        num_tokens: its length with the end token; None where the tokenizer is not there.
-        num_read: characters of `text` that are read.
+        text: the complete text.
+        num_tokens: number of tokens, with the end token; None if the tokenizer is not available.
+        num_read: number of characters of `text` that are read.
     """
 
     text: str
@@ -38,32 +38,32 @@ class MeasuredCaption:
 
     @property
     def lost_tokens(self) -> int:
-        """How many tokens are cut off."""
+        """Number of tokens that are cut off."""
         return max((self.num_tokens or 0) - MAX_TOKENS, 0)
 
 
 def measure_caption(text: str, tokenizer: Any | None) -> MeasuredCaption:
-    """Counts a caption's tokens and finds where it is cut."""
+    """Counts the tokens of a caption and finds where it is cut."""
     if tokenizer is None or not text:
         return MeasuredCaption(text, None if tokenizer is None else 0, len(text))
     tokens = tokenizer(text, verbose=False, return_offsets_mapping=True)
     num_tokens = len(tokens.input_ids)
-    # The end token takes the last place.
+    # The last token that is read is the end token.
     num_read = len(text) if num_tokens <= MAX_TOKENS else tokens.offset_mapping[MAX_TOKENS - 2][1]
     return MeasuredCaption(text, num_tokens, num_read)
 
 
 def may_be_cut(text: str) -> bool:
-    """Whether a text could have too many tokens; False needs no tokenizer.
+    """Whether a text could have more than MAX_TOKENS tokens, by an upper bound that needs no tokenizer.
 
-    T5 normalizes a text by NFKC and puts a space in front. Each token then covers a character or more, and the end
-    token is one more.
+    T5 normalizes a text by NFKC and prepends a space. Each token covers at least one of these characters, and the end
+    token is added.
     """
     return len(unicodedata.normalize("NFKC", text)) + 2 > MAX_TOKENS
 
 
 class TextEncoder:
-    """A T5 encoder and its tokenizer, as `WeightsFolder.load_text_encoder` loads them."""
+    """A T5 encoder and its tokenizer; `WeightsFolder.load_text_encoder` loads them."""
 
     def __init__(self, tokenizer, model) -> None:
         self.tokenizer = tokenizer
@@ -75,16 +75,16 @@ class TextEncoder:
         return self.model.config.d_model
 
     def count_tokens(self, prompt: str) -> int:
-        """Returns how many tokens the prompt has, its end token included, however long."""
+        """Returns the number of tokens of the prompt, with its end token, before it is cut."""
         return len(self.tokenizer(prompt, verbose=False).input_ids)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:
-        """Returns each prompt's features of its valid tokens, fp32 (n, width), n at most 256; (0, width) for "".
+        """Returns the features of each prompt's valid tokens, fp32 (n, width) with n at most 256; (0, width) for "".
 
-        Prompts are encoded one by one without padding, so that a prompt's features do not depend on its company.
+        Prompts are encoded one by one without padding, so the features of a prompt do not depend on the others.
         """
-        assert not isinstance(prompts, str), "a list of prompts: each letter would be one"
+        assert not isinstance(prompts, str), "prompts must be a list, not one string"
         features = []
         for prompt in prompts:
             if not prompt:

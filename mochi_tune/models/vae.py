@@ -1,9 +1,9 @@
-"""AsymmVAE, the causal video autoencoder of Mochi 1, in the official checkpoints' parameter names.
+"""AsymmVAE, the causal video autoencoder of Mochi 1, with the parameter names of the official checkpoints.
 
 Shape letters: B batch, C channels, F pixel frames, T frames inside the network, H W rows and columns inside it.
 
-Convolutions are causal in time, so a clip may go through them in chunks: a `cache` knows the frames before a chunk, and
-the result is that of the whole clip. Without a cache, the input is the whole clip. Attention takes whole clips only.
+Convolutions are causal in time, so they can process a clip in chunks: a `cache` holds the frames before a chunk, and
+the result is that of the whole clip. Without a cache, the input is the whole clip. Attention needs the whole clip.
 """
 
 import math
@@ -17,7 +17,7 @@ from mochi_tune.models.device import uses_triton
 from mochi_tune.models.vae_layers import CausalConv, Downsample, FrameCache, FrameNorm, PointwiseConv, pointwise
 
 HEAD_DIM = 32
-# CUDA attention kernels put rows on a grid axis of 65535 at most.
+# Maximum rows of one attention call: CUDA kernels put them on a grid axis, which has at most 65535.
 MAX_ATTENTION_ROWS = 32768
 
 
@@ -51,9 +51,9 @@ class DecoderConfig:
 def frames_to_pixels(frames: Tensor) -> Tensor:
     """Turns uint8 frames (B, F, H, W, 3) into fp32 pixels (B, 3, F, H, W) in [-1, 1].
 
-    Divided in fp32, exactly so: the encoder's sines amplify the rounding of any other form.
+    The formula must not change: the encoder's sines amplify the different rounding of an equivalent one.
     """
-    # A tensor on the same device: by a Python number, CUDA would multiply by its rounded reciprocal.
+    # A tensor on the same device: CUDA multiplies by the rounded reciprocal of a Python number instead of dividing.
     half = torch.tensor(127.5, device=frames.device)
     return frames.permute(0, 4, 1, 2, 3).float() / half - 1.0
 
@@ -65,7 +65,7 @@ def pixels_to_frames(pixels: Tensor) -> Tensor:
 
 
 def fourier_features(pixels: Tensor) -> Tensor:
-    """Appends the sines and cosines of 2 pi 2^f times each colour, f = 6, 7; (B, 3, ...) to (B, 15, ...).
+    """Appends the sines and cosines of 2 pi 2^f times each colour, f = 6, 7; maps (B, 3, ...) to (B, 15, ...).
 
     Source: genmoai/mochi@0c86aeb vae/models.py (add_fourier_features).
     """
@@ -77,7 +77,7 @@ def fourier_features(pixels: Tensor) -> Tensor:
 
 
 class TemporalAttention(nn.Module):
-    """Causal attention over time alone, at each pixel, with L2-normed queries and keys.
+    """Causal attention over time at each pixel, with L2-normed queries and keys.
 
     Source: genmoai/mochi@0c86aeb vae/models.py (Attention, AttentionBlock).
     """
@@ -104,7 +104,7 @@ class TemporalAttention(nn.Module):
 
 
 def _attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attends each row of (rows, heads, T, 32) by itself, some rows at a time."""
+    """Causal attention within each row of (rows, heads, T, 32), at most MAX_ATTENTION_ROWS rows at a time."""
     parts = zip(*(t.split(MAX_ATTENTION_ROWS) for t in (q, k, v)), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*part, is_causal=True) for part in parts])
 
@@ -123,14 +123,14 @@ class AttentionBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A residual block of two causal convolutions, each after its norm, then attention where the level has it.
+    """A residual block of two causal convolutions, each after a norm, followed by attention if the level has it.
 
     Source: genmoai/mochi@0c86aeb vae/models.py (ResBlock).
     """
 
     def __init__(self, channels: int, attention: bool = False) -> None:
         super().__init__()
-        # The official names are those of a Sequential of norm, SiLU, conv, norm, SiLU, conv.
+        # The official names come from a Sequential of norm, SiLU, conv, norm, SiLU, conv.
         self.stack = nn.ModuleDict(
             {"0": FrameNorm(channels), "2": CausalConv(channels), "3": FrameNorm(channels), "5": CausalConv(channels)}
         )
@@ -144,7 +144,7 @@ class ResBlock(nn.Module):
         return self.attn_block(x) if self.attention else x
 
     def convolve(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """The block without its attention."""
+        """Applies the block without its attention."""
         h = self.stack["2"](x, self.stack["0"], cache)
         h = self.stack["5"](h, self.stack["3"], cache)
         return h.add_(x)
@@ -187,7 +187,7 @@ class UpsampleBlock(nn.Module):
             # On a small grid the weight is larger than the features.
             x = F.linear(tokens, weight, bias).unflatten(-1, parts).movedim(4, -1)
         else:
-            # The weight's rows are put in the order that leaves a pixel's channels side by side: faster to move below.
+            # The weight's rows are reordered so that a pixel's channels are contiguous: the copy below is then faster.
             weight, bias = (tensor.unflatten(0, parts).movedim(0, 3) for tensor in (weight, bias))  # (t, s, s, C', ...)
             x = F.linear(tokens, weight.flatten(0, 3), bias.flatten()).unflatten(-1, bias.shape)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
@@ -225,11 +225,11 @@ class Encoder(nn.Module):
         return self.posterior(x)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Maps fp32 pixels (B, 3, F, H, W) to what the first residual block takes."""
+        """Maps fp32 pixels (B, 3, F, H, W) to the input of the first residual block."""
         return self.layers[0](fourier_features(pixels).to(self.output_proj.weight.dtype))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps what the last layer gave to mean and log-variance, fp32."""
+        """Maps the output of the last layer to mean and log-variance, fp32."""
         mean, logvar = self.output_proj(self.output_norm(x)).float().chunk(2, dim=1)
         return mean, logvar
 

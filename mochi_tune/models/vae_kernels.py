@@ -1,22 +1,22 @@
-"""What the AsymmVAE does between its convolutions and matrix products, as CUDA kernels, written with Triton.
+"""Triton kernels for the AsymmVAE's operations between convolutions and matrix products: norms and moving of heads.
 
-One operation at a time, the same arithmetic touches memory eight times as often. Shape letters: B batch, T frames,
-H W rows and columns, C channels, which are neighbours in memory.
+As separate operations, the same arithmetic accesses memory eight times as often. Shape letters: B batch, T frames,
+H W rows and columns, C channels, which are contiguous in memory.
 """
 
-# Triton takes other arguments than its functions declare.
+# The arguments of a Triton launch differ from the signature of the function.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 from torch import Tensor, empty, float32
 
-# Numbers that a program holds at a time, in `_moments` and in `_normalize`.
+# Elements that one program of `_moments` and of `_normalize` processes at a time.
 MOMENTS_BLOCK, NORMALIZE_BLOCK = 4096, 8192
-# Heads of pixels that a program moves.
+# Rows that one program moves; a row is one head of one pixel.
 ROWS_BLOCK = 128
-# Programs that share the moments of all frames: several for each of a GPU's multiprocessors, of which there are some
-# hundred. None of them has fewer pixels than MIN_PIXELS.
+# Target number of programs of `_moments` for all frames together: several for each of a GPU's multiprocessors, of which
+# it has about a hundred. Each program has at least MIN_PIXELS pixels.
 NUM_PROGRAMS, MIN_PIXELS = 1024, 64
 
 
@@ -26,11 +26,11 @@ def norm_frames(
     """Norms each frame of x (B, T, H, W, C) by groups of channels, in fp32, into `out` (B, T, H + 2p, W + 2p, C).
 
     Args:
-        x: fastest where a frame is contiguous.
-        out: its frames are contiguous; where it is larger, the outermost rows and columns are repeated p times.
+        x: copied first if its frames are not contiguous.
+        out: its frames are contiguous. If it is larger than x, the outermost rows and columns are repeated p times.
         weight: (C,).
         bias: (C,).
-        num_groups: of neighbouring channels.
+        num_groups: number of groups of neighbouring channels.
         eps: added to the variance.
         has_silu: whether a SiLU follows.
     """
@@ -63,9 +63,9 @@ def norm_frames(
 
 
 def split_heads(qkv: Tensor, head_dim: int) -> Tensor:
-    """Returns what temporal attention takes of qkv (B, T, H, W, 3 C): (3, B H W, heads, T, head_dim).
+    """Splits qkv (B, T, H, W, 3 C) into the inputs of temporal attention, (3, B H W, heads, T, head_dim).
 
-    Queries and keys are divided by their length, in fp32.
+    Queries and keys are divided by their L2 norm, in fp32.
     Source: genmoai/mochi@0c86aeb vae/models.py (Attention, qk_norm).
     """
     batch, num_frames, height, width, channels = qkv.shape
@@ -78,7 +78,7 @@ def split_heads(qkv: Tensor, head_dim: int) -> Tensor:
 
 
 def join_heads(attended: Tensor, size: tuple[int, int, int, int]) -> Tensor:
-    """Returns attention's output (B H W, heads, T, head_dim) as (B, T, H, W, C); `size` is (B, T, H, W)."""
+    """Rearranges the output of attention (B H W, heads, T, head_dim) to (B, T, H, W, C); `size` is (B, T, H, W)."""
     batch, num_frames, height, width = size
     num_heads, head_dim = attended.shape[1], attended.shape[-1]
     num_rows = height * width * num_heads
@@ -127,7 +127,7 @@ def _affine(
     moments, affine, weight, bias, pixels, share, num_parts, eps, C: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Joins the moments of a group of a frame; writes the factor and the summand that norm each of its channels."""
+    """Combines the moments of one group of a frame; writes the factor and the summand that norm each channel of it."""
     group, frame = tl.program_id(0), tl.program_id(1)
     part, within = tl.arange(0, PARTS), tl.arange(0, WIDTH)
     channel = group * GROUP + within
@@ -152,7 +152,7 @@ def _normalize(
     x, affine, out, num_frames, stride_b, stride_t, out_stride_b, out_stride_t, height, width, padding,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_SILU: tl.constexpr,
 ):  # fmt: skip
-    """Writes some pixels of a padded frame, each from the pixel that it repeats."""
+    """Norms a block of pixels of a padded frame; border pixels repeat the nearest pixel of x."""
     frame = tl.program_id(1)
     row, number = (frame // num_frames).to(tl.int64), (frame % num_frames).to(tl.int64)
     channel = tl.arange(0, WIDTH)
@@ -176,7 +176,7 @@ def _normalize(
 def _split_heads(
     qkv, out, num_rows, num_frames, stride, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Moves the q, k and v of some rows, the heads of pixels, of a frame."""
+    """Moves q, k and v of a block of rows of one frame; a row is one head of one pixel."""
     frame = tl.program_id(1)
     batch, number = (frame // num_frames).to(tl.int64), frame % num_frames
     row, within = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
@@ -195,7 +195,7 @@ def _split_heads(
 
 @triton.jit
 def _join_heads(attended, out, num_rows, num_frames, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Moves some rows, the heads of pixels, of a frame."""
+    """Moves a block of rows of one frame; a row is one head of one pixel."""
     frame = tl.program_id(1)
     batch, number = (frame // num_frames).to(tl.int64), frame % num_frames
     row, within = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)

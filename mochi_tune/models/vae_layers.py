@@ -1,9 +1,9 @@
-"""Layers of the AsymmVAE between which features stay channels last: a pixel's channels are neighbours in memory.
+"""Layers of the AsymmVAE. Features stay in the channels-last layout: the channels of a pixel are contiguous in memory.
 
-Convolutions and matrix products take that layout as it is. By their shape, features are (B, C, T, H, W) all the same.
+Convolutions and matrix products read this layout without a copy. The shape of features is (B, C, T, H, W) nevertheless.
 Shape letters: B batch, C channels, T frames, H W rows and columns.
 
-With gradients enabled, layers make new tensors; without, they write into the padded tensor that a convolution reads.
+With gradients enabled, layers create new tensors; without, norms write into the padded tensor that a convolution reads.
 """
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from mochi_tune.models.device import uses_triton
 from mochi_tune.models.layers import at_least_fp32
 
-# Of the features that are normed at a time, at least a frame: 4 MB in fp32, which stay in a processor's cache; on a GPU
-# as many as cost little memory, as each operation there is a launch.
+# Maximum elements that are normed at a time, but at least one frame. On a CPU: 4 MB in fp32, which fit its cache. On a
+# GPU: more, because each operation is a kernel launch, but still little memory.
 NORM_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 
 
 class FrameCache:
-    """The last two frames of the previous chunk, layer by layer; a new one for each clip."""
+    """Holds the last two frames of the previous chunk for each layer. Each clip needs a new cache."""
 
     def __init__(self) -> None:
         self._past: dict[nn.Module, Tensor] = {}
@@ -28,41 +28,41 @@ class FrameCache:
     def previous_frames(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Returns the two frames before the chunk x (B, C, T, H, W), and keeps the last two of x for the next call.
 
-        Before a clip's first chunk its first frame is repeated.
+        For the first chunk of a clip, it returns the first frame twice.
         """
         past = self._past[layer] if layer in self._past else x[:, :, :1].expand(-1, -1, 2, -1, -1)
-        # A copy, as a view would hold the whole chunk.
+        # A copy, because a view would keep the whole chunk in memory.
         newest = x[:, :, -2:] if x.shape[2] > 1 else torch.cat([past[:, :, -1:], x], dim=2)
         self._past[layer] = newest.clone()
         return past
 
     def is_first_chunk(self, layer: nn.Module) -> bool:
-        """Whether the chunk is the clip's first; each layer asks once a chunk."""
+        """Whether the chunk is the first of the clip. Each layer must call this once per chunk."""
         first = layer not in self._begun
         self._begun.add(layer)
         return first
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...] = (1, 1, 1)) -> Tensor:
-    """Convolves x (B, C, T, H, W) without padding, in its layout.
+    """Convolves x (B, C, T, H, W) without padding; the output is channels last.
 
-    On a CPU, torch gives oneDNN only large inputs in fp32, and small ones to a loop that is several times slower:
-    oneDNN is called directly.
+    On a CPU, torch uses oneDNN only for large fp32 inputs, and a loop that is several times slower for small ones. So
+    this calls oneDNN directly.
     """
     is_onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if is_onednn and not torch.is_grad_enabled():
         return torch.mkldnn_convolution(x, weight, bias, (0, 0, 0), stride, (1, 1, 1), 1)
-    # A processor without convolutions in bf16 gives them channels first.
+    # A CPU without bf16 convolutions returns a channels-first output.
     return F.conv3d(x, weight, bias, stride).contiguous(memory_format=torch.channels_last_3d)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Maps the channels of x (B, C, T, H, W) by weight (C', C); the result is channels last, whatever x is."""
+    """Maps the channels of x (B, C, T, H, W), of any layout, by weight (C', C); the output is channels last."""
     return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 class FrameNorm(nn.GroupNorm):
-    """GroupNorm of 32 groups over each frame by itself, computed in fp32 and followed by a SiLU where asked."""
+    """GroupNorm with 32 groups over each frame separately, computed in fp32; a SiLU follows unless `silu` is False."""
 
     def __init__(self, channels: int, silu: bool = True) -> None:
         super().__init__(32, channels, eps=1e-5)
@@ -78,7 +78,7 @@ class FrameNorm(nn.GroupNorm):
         return out.movedim(-1, 1)
 
     def write(self, frames: Tensor, out: Tensor) -> None:
-        """Norms (B, T, H, W, C) into `out`, some frames at a time: the whole in fp32 would cost memory."""
+        """Norms frames (B, T, H, W, C) into `out`, a few frames at a time to limit the memory of the fp32 copies."""
         if uses_triton(frames):
             self._write_by_kernels(frames, out)
             return
@@ -87,7 +87,7 @@ class FrameNorm(nn.GroupNorm):
             normed.copy_(self._norm(part))
 
     def write_padded(self, x: Tensor, out: Tensor) -> None:
-        """Norms x (B, C, T, H, W) into `out`, (B, C, T, H + 2, W + 2), and repeats the outermost rows and columns."""
+        """Norms x (B, C, T, H, W) into `out` (B, C, T, H + 2, W + 2), and repeats the outermost rows and columns."""
         if uses_triton(x):
             self._write_by_kernels(x.movedim(1, -1), out.movedim(1, -1))
             return
@@ -101,10 +101,10 @@ class FrameNorm(nn.GroupNorm):
         norm_frames(frames, out, self.weight, self.bias, self.num_groups, self.eps, self.silu)
 
     def _norm(self, frames: Tensor) -> Tensor:
-        """Norms frames (..., H, W, C); at least fp32.
+        """Norms frames (..., H, W, C) in at least fp32.
 
-        Squares are summed of what is left without the mean: torch's own kernel for channels last does not, and loses
-        digits. On CUDA, it would change the layout.
+        The mean is subtracted before squares are summed. torch's kernel for channels last does not do this, and loses
+        digits. On CUDA, it also changes the layout.
         """
         frames = at_least_fp32(frames)
         centred = frames - self._of_groups(frames.mean((-3, -2), keepdim=True))
@@ -114,7 +114,7 @@ class FrameNorm(nn.GroupNorm):
         return F.silu(normed, inplace=not torch.is_grad_enabled()) if self.silu else normed
 
     def _of_groups(self, x: Tensor) -> Tensor:
-        """Replaces each channel of (..., C) by the mean over the channels of its group."""
+        """Replaces each channel of x (..., C) by the mean over the channels of its group."""
         groups = x.unflatten(-1, (self.num_groups, -1))
         return groups.mean(-1, keepdim=True).expand_as(groups).flatten(-2)
 
@@ -128,13 +128,13 @@ class PointwiseConv(nn.Linear):
 
 
 class CausalConv(nn.Conv3d):
-    """A 3x3x3 convolution that sees two frames of the past and none of the future; replicated at every border."""
+    """A 3x3x3 convolution, causal in time: it sees two past frames and no future one. Borders are replicated."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3)
 
     def forward(self, x: Tensor, norm: FrameNorm, cache: FrameCache | None = None) -> Tensor:
-        """Norms and convolves (B, C, T, H, W) to the same shape."""
+        """Norms and convolves x (B, C, T, H, W); the shape stays the same."""
         if torch.is_grad_enabled():
             padded = F.pad(norm(x), (1, 1, 1, 1, 0, 0), mode="replicate")
             return conv3d(torch.cat([self._past(padded, cache), padded], dim=2), self.weight, self.bias)
@@ -145,12 +145,12 @@ class CausalConv(nn.Conv3d):
         return conv3d(padded, self.weight, self.bias)
 
     def _past(self, padded: Tensor, cache: FrameCache | None) -> Tensor:
-        """Returns the two frames before normed and padded ones."""
+        """Returns the two frames before the normed and padded ones."""
         return padded[:, :, :1].expand(-1, -1, 2, -1, -1) if cache is None else cache.previous_frames(self, padded)
 
 
 class Downsample(nn.Conv3d):
-    """A strided convolution that shrinks time by `temporal` and space by `spatial`, causal in time."""
+    """A strided convolution that reduces time by `temporal` and space by `spatial`; causal in time."""
 
     def __init__(self, in_channels: int, out_channels: int, temporal: int, spatial: int) -> None:
         kernel = (temporal, spatial, spatial)

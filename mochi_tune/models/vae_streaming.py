@@ -1,4 +1,4 @@
-"""Running the AsymmVAE on clips of any length in little memory: in chunks of time, exactly, or in spatial tiles.
+"""Runs the AsymmVAE on clips of any length in little memory: in chunks of time, which is exact, or in spatial tiles.
 
 Shape letters: B batch, C channels, F pixel frames, T latent frames, H W pixels, h w latent rows and columns.
 """
@@ -22,27 +22,26 @@ from mochi_tune.models.vae import (
     pixels_to_frames,
 )
 
-# Tiles over rows, over columns.
+# Number of tiles over rows and over columns.
 Tiles = tuple[int, int]
 WHOLE: Tiles = (1, 1)
-# Latents that neighbouring tiles share: twice the official decoder's, for half the error.
+# Latents that neighbouring tiles share: twice the overlap of the official decoder, for half the error.
 OVERLAP = 8
-# Pixels times frames that attention takes at a time.
+# Maximum tokens (feature pixels times frames) of one call of attention.
 ATTENTION_TOKENS = 2**18
 
 
 @torch.no_grad()
 def encode(encoder: Encoder, pixels: Tensor, chunk_latent_frames: int = 1) -> tuple[Tensor, Tensor]:
-    """Encodes a clip of 6k+1 frames; exact. Convolutions go chunk by chunk, attention after them over the whole clip.
+    """Encodes clips of 6k+1 frames exactly: convolutions chunk by chunk, attention over the whole clip.
 
-    Each attention needs the whole clip: its input and the norm of that are in memory at once, at most at the size after
-    the first downsampling. No other memory grows with the clip's length. Mochi's encoder takes 3.5 GB for 37 frames
-    of 480x848 in bf16.
+    Attention needs its complete input and the norm of it in memory, at most at the size after the first downsampling.
+    No other memory grows with the length of the clip. Mochi's encoder takes 3.5 GB for 37 frames of 480x848 in bf16.
 
     Args:
-        encoder: on the device of the work.
+        encoder: the encoder; its device computes.
         pixels: fp32 in [-1, 1], (B, 3, F, H, W), on any device.
-        chunk_latent_frames: latent frames to convolve at a time.
+        chunk_latent_frames: number of latent frames to convolve at a time.
 
     Returns:
         The mean and the log-variance of the VAE latents, fp32 (B, 12, T, h, w), on the encoder's device.
@@ -68,7 +67,7 @@ Convolve = Callable[[Tensor, FrameCache], Tensor]
 
 
 def _stages(encoder: Encoder) -> list[tuple[list[Convolve], AttentionBlock | None]]:
-    """The encoder's layers in order: runs of convolutions, each with the attention that follows it."""
+    """Returns the encoder's layers in order: runs of convolutions, each with the attention that follows it."""
     stages: list[tuple[list[Convolve], AttentionBlock | None]] = []
     run: list[Convolve] = [lambda pixels, _cache: encoder.embed(pixels)]
     for layer in encoder.layers[1:]:
@@ -82,7 +81,7 @@ def _stages(encoder: Encoder) -> list[tuple[list[Convolve], AttentionBlock | Non
 
 
 def _attend(block: AttentionBlock, chunks: list[Tensor]) -> None:
-    """Adds a block's attention to a clip's chunks of features (B, C, frames, rows, columns), in place, by rows."""
+    """Adds a block's attention to the chunks (B, C, frames, rows, columns) of a clip in place, a few rows at a time."""
     normed = [block.norm(chunk) for chunk in chunks]
     lengths = [chunk.shape[2] for chunk in chunks]
     batch, _, _, height, width = chunks[0].shape
@@ -98,13 +97,13 @@ def _attend(block: AttentionBlock, chunks: list[Tensor]) -> None:
 def decode_chunks(
     decoder: Decoder, vae_latents: Tensor, chunk_latent_frames: int = 1, tiles: Tiles = WHOLE
 ) -> Iterator[Tensor]:
-    """Decodes in chunks of time, yielding uint8 frames (B, F', H, W, 3) on the CPU; exact, at a flat peak memory.
+    """Decodes in chunks of time and yields uint8 frames (B, F', H, W, 3) on the CPU; peak memory is independent of T.
 
     Args:
-        decoder: on the device of the work.
+        decoder: the decoder; its device computes.
         vae_latents: (B, 12, T, h, w).
-        chunk_latent_frames: latent frames to decode at a time.
-        tiles: as for `decode_tiled`; only one is exact.
+        chunk_latent_frames: number of latent frames to decode at a time.
+        tiles: as for `decode_tiled`; only WHOLE is exact.
     """
     device = decoder.output_proj.weight.device
     caches = new_frame_caches(tiles)
@@ -113,24 +112,24 @@ def decode_chunks(
 
 
 def new_frame_caches(tiles: Tiles) -> list[FrameCache]:
-    """Returns a cache for each tile."""
+    """Returns one empty cache for each tile."""
     return [FrameCache() for _ in range(math.prod(tiles))]
 
 
 def decode_tiled(
     decoder: Decoder, vae_latents: Tensor, tiles: Tiles, caches: Sequence[Any] | None = None, overlap: int = OVERLAP
 ) -> Tensor:
-    """Decodes spatial tiles and blends their overlaps: an approximation, as each tile is normed by itself.
+    """Decodes spatial tiles and blends their overlaps: an approximation, because each tile is normed separately.
 
-    Over n pixels of overlap, pixel i weights the later tile (i + 1) / (n + 1).
+    Over n pixels of overlap, the later tile has the weight (i + 1) / (n + 1) at pixel i.
     Source: genmoai/mochi@0c86aeb vae/models.py (decode_latents_tiled_spatial).
 
     Args:
         decoder: on the device of the latents.
-        vae_latents: (B, 12, T, h, w), which `check_tiles` lets pass.
-        tiles: their number over rows and over columns; WHOLE is the decoder itself.
-        caches: one for each tile, what the decoder takes; none where the latents are the whole clip.
-        overlap: latents that neighbouring tiles share.
+        vae_latents: (B, 12, T, h, w), of a size that `check_tiles` accepts.
+        tiles: number of tiles over rows and over columns; WHOLE runs the decoder once, without tiles.
+        caches: one cache for each tile, passed to the decoder; None if the latents are the whole clip.
+        overlap: number of latents that neighbouring tiles share.
 
     Returns:
         Pixels (B, 3, F, H, W), not clamped.
@@ -150,14 +149,13 @@ def check_tiles(tiles: Sequence[int], height: int, width: int) -> None:
     """Refuses tiles that would be shorter than one and a half times their overlap.
 
     Args:
-        tiles: over rows and over columns.
-        height: pixels.
-        width: pixels.
+        tiles: number of tiles over rows and over columns.
+        height: in pixels.
+        width: in pixels.
 
     Raises:
-        ConfigError: naming the most tiles that fit.
+        ConfigError: there are too many tiles; names the most that fit.
     """
-    # A tile is at least one and a half times as long as what it shares.
     possible = [max(1, (size // SPATIAL_FACTOR - OVERLAP) // (OVERLAP // 2)) for size in (height, width)]
     if len(tiles) != 2 or any(not 1 <= n <= most for n, most in zip(tiles, possible, strict=True)):
         raise ConfigError(

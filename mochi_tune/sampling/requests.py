@@ -16,7 +16,7 @@ from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.values import SEED_LIMIT
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import find_lone_surrogate, read_lines
-from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, num_latent_frames
+from mochi_tune.models.latents import check_geometry, num_visual_tokens
 from mochi_tune.sampling.formats import MP4, Encoding, choose_encoding, is_file_name
 from mochi_tune.sampling.sampler import PRESETS, SamplerSettings, threshold_limit
 
@@ -268,11 +268,11 @@ def check_size(num_frames: int, height: int, width: int) -> None:
     Raises:
         ConfigError: more tokens than ten times those of 163 frames of 480x848.
     """
-    tokens = num_latent_frames(num_frames) * height * width // TOKEN_PIXELS**2
+    tokens = num_visual_tokens(num_frames, height, width)
     if tokens > MAX_VIDEO_TOKENS:
         raise ConfigError(
-            f"{num_frames} frames of {height}x{width} are {tokens} tokens, the most is {MAX_VIDEO_TOKENS}: use fewer "
-            "frames, or a smaller sample.height and sample.width; Mochi knows 480x848."
+            f"{num_frames} frames of {height}x{width} are {tokens} visual tokens, the maximum is {MAX_VIDEO_TOKENS}: "
+            "use fewer frames, or a smaller sample.height and sample.width; Mochi's native size is 480x848."
         )
 
 

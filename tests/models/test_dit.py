@@ -55,7 +55,7 @@ def test_bf16_is_the_official_one():
 
 
 @torch.no_grad()
-def test_a_row_is_the_same_alone_at_any_padding_and_in_any_company(dit):
+def test_a_row_is_the_same_alone_or_in_a_batch_and_at_any_padding(dit):
     latents, sigma = IO["batch_z"], IO["batch_sigma"]
     embeds, mask = IO["batch_y_feat"], IO["batch_y_mask"].bool()
     lengths = mask.sum(1).tolist()
@@ -82,7 +82,7 @@ def test_an_empty_prompt_beside_a_long_one_is_the_empty_prompt_alone(dit):
 
 
 @torch.no_grad()
-def test_what_lies_in_the_padding_does_not_matter(dit):
+def test_the_values_of_the_padding_do_not_matter(dit):
     embeds = IO["y_feat"].clone()
     embeds[~IO["y_mask"].bool()] = 1e4
     assert torch.equal(
@@ -100,7 +100,7 @@ def test_pack_prompts_moves_valid_tokens_to_the_front():
 
 @torch.no_grad()
 def test_bf16_keeps_norms_and_rope_in_fp32(dit):
-    """bf16 matrices cost little over 28 latent frames, which only holds while the rest is computed in fp32."""
+    """Over 28 latent frames, the error of bf16 matrices is only small if norms and RoPE are computed in fp32."""
     half = golden_dit(torch.bfloat16)
     assert half.pos_frequencies.dtype == torch.float32
     assert all(m.weight.dtype == torch.float32 for m in half.modules() if isinstance(m, RMSNorm))
@@ -147,7 +147,7 @@ def test_the_last_block_gives_its_text_queries_no_gradient():
 
 
 def test_the_noise_level_and_the_mask_may_be_on_the_cpu():
-    """As a training has them, whose device is another one."""
+    """Training keeps both on the CPU while the model is on a GPU."""
     with torch.device("meta"):
         dit = AsymmDiT(DiTConfig(depth=1, num_heads=2, hidden_size_x=64, hidden_size_y=32, t5_feat_dim=16))
         prompt = torch.empty(1, 3, 16)
@@ -155,7 +155,7 @@ def test_the_noise_level_and_the_mask_may_be_on_the_cpu():
 
 
 class Copies(TorchDispatchMode):
-    """Counts the operations that only copy, round or join tensors of some size."""
+    """Counts the operations that only copy, cast or join tensors of at least `at_least` elements."""
 
     def __init__(self, at_least: int) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Copies(TorchDispatchMode):
 
 
 def block_and_inputs(dtype: torch.dtype) -> tuple[torch.nn.Module, list[torch.Tensor]]:
-    """Returns a block with its matrices in a dtype; and x, y, both modulations, cos and sin."""
+    """Returns a block with its matrices in a dtype, and its inputs: x, y, both modulations, cos and sin."""
     block = AsymmDiT(DiTConfig(depth=2, num_heads=2, hidden_size_x=64, hidden_size_y=32)).blocks[0]
     for module in block.modules():
         if isinstance(module, torch.nn.Linear):
@@ -187,10 +187,10 @@ def test_a_block_copies_visual_tokens_no_more_than_it_must(dtype, has_grad):
     # Queries, keys and values are joined with those of the text.
     expected = {"cat": 3}
     if has_grad:
-        # Rotated pairs are put side by side, of queries and of keys.
+        # The rotated pairs of queries and of keys are each stacked.
         expected["stack"] = 2
     if dtype == torch.bfloat16:
-        # Each of six norms and two rotations computes in fp32 and rounds.
+        # Six norms and two rotations each convert to fp32 and back.
         expected["_to_copy"] = 16
     assert copies.counts == expected
 

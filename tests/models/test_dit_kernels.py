@@ -1,4 +1,4 @@
-"""The DiT's CUDA kernels, run by Triton's interpreter on a CPU: the arithmetic and the strides."""
+"""The DiT's Triton kernels in Triton's interpreter on a CPU: arithmetic and strides."""
 
 from helpers_triton import run_interpreted
 
@@ -15,7 +15,7 @@ def check(got, wanted):
 
 
 wide = lambda *tensors: [tensor.double() for tensor in tensors]
-# Streams of two rows with a scale each; q of a joint projection, with one scale; a width that is no power of 2.
+# Two rows of tokens with one scale each, of a width that is no power of 2; q of a joint projection, with one scale.
 x, scale = torch.randn(2, 37, 192), torch.randn(2, 1, 192)
 check(dit_kernels.rms_norm(x, scale, 1e-6), layers.rms_norm(*wide(x, scale), 1e-6))
 check(dit_kernels.rms_norm(x[:, 3:20], scale[:1, 0][0], 1e-6), layers.rms_norm(*wide(x[:, 3:20], scale[0, 0]), 1e-6))

@@ -1,12 +1,13 @@
-"""Linear layers in 8 bits: the rounded numbers are multiplied exactly, forward and backward; nothing else is lost."""
+"""8-bit Linear layers: rounding to 8 bits is the only error, in the forward and the backward pass."""
 
 import pytest
 import torch
+from helpers_eight_bit import dequantized
 from helpers_golden import TOLERANCE, relative_error
 
 from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear, Int8WeightLinear, quantize_rows
 
-# Half of the distance of two numbers, over the larger one or over the largest of the row.
+# Half the distance of neighbouring numbers, relative to the larger one (fp8) or to the largest of the row (int8).
 STEP = {"fp8": 2**-4, "int8": 0.5 / 127}
 
 
@@ -16,7 +17,7 @@ def precision(request) -> str:
 
 
 def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
-    """Returns x as its rows are after rounding, fp64."""
+    """Returns x with its rows rounded, fp64."""
     rows, scale = quantize_rows(x, EIGHT_BIT[precision])
     return rows.double() * scale.double()[:, None]
 
@@ -24,7 +25,7 @@ def rounded(x: torch.Tensor, precision: str) -> torch.Tensor:
 def test_rows_are_off_by_half_a_step_and_keep_their_largest_number(precision):
     x = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
     error, largest = (rounded(x, precision) - x).abs(), x.abs().amax(1, keepdim=True)
-    # e4m3 has steps of their own below 2^-6 of its range of 448.
+    # Numbers of e4m3 below 2^-6 (its maximum is 448) are evenly spaced.
     bound = (x.abs() if precision == "fp8" else largest) * STEP[precision] + largest * 2**-10 / 448
     assert (error <= bound * (1 + 1e-6)).all()
     at_largest = error.gather(1, x.abs().argmax(1, keepdim=True))
@@ -37,7 +38,7 @@ def test_tiny_gradients_are_rounded_as_large_ones(precision):
     made = EightBitLinear(torch.nn.Linear(96, 64, bias=False), precision)
     x = torch.randn(5, 96, generator=generator, requires_grad=True)
     gradient = torch.randn(5, 64, generator=generator)
-    # A power of two, which changes no rounding: a loss over millions of numbers has such gradients.
+    # A loss over millions of numbers has such small gradients. A power of two changes no rounding.
     usual, tiny = (torch.autograd.grad(made(x), x, gradient * scale)[0] for scale in (1, 2**-50))
     assert torch.equal(tiny * 2**50, usual)
 
@@ -53,12 +54,12 @@ def test_products_and_gradients_are_those_of_the_rounded_numbers(precision, has_
     out = made(x)
     out.backward(gradient)
     weight = rounded(linear.weight.detach(), precision)
-    assert relative_error(made.dequantized(), weight) <= 1e-6
+    assert relative_error(dequantized(made), weight) <= 1e-6
     expected = rounded(x.detach().flatten(0, 1), precision) @ weight.t()
     if has_bias:
         expected = expected + linear.bias.detach()
     assert relative_error(out.detach().flatten(0, 1), expected) <= TOLERANCE
-    # The scales of the weight's rows are in the gradient before it is rounded.
+    # The gradient is multiplied by the scales of the weight's rows before it is rounded.
     rows, scale = quantize_rows(linear.weight.detach(), EIGHT_BIT[precision])
     expected = rounded(gradient.flatten(0, 1) * scale, precision) @ rows.double()
     assert relative_error(x.grad.flatten(0, 1), expected) <= TOLERANCE
@@ -80,7 +81,7 @@ def test_a_weight_that_is_only_held_in_int8_multiplies_what_comes_unrounded(has_
     generator = torch.Generator().manual_seed(3)
     linear = torch.nn.Linear(96, 64, bias=has_bias)
     linear.weight.data = torch.randn(64, 96, generator=generator) * torch.logspace(-2, 2, 64)[:, None]
-    # As T5's activations are: a row's largest number would round the others to nothing.
+    # As in T5, one activation is so large that the others of its row would be rounded to 0.
     x = torch.randn(2, 5, 96, generator=generator)
     x[..., 7] *= 1000
     expected = x.double() @ rounded(linear.weight.detach(), "int8").t()

@@ -3,17 +3,25 @@ import torch
 from helpers_golden import relative_error, vectors
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.models.latents import check_geometry, latent_shape, num_latent_frames, to_latents, to_vae_latents
+from mochi_tune.models.latents import (
+    check_geometry,
+    latent_shape,
+    num_latent_frames,
+    num_visual_tokens,
+    to_latents,
+    to_vae_latents,
+)
 
 
 @pytest.mark.parametrize(("frames", "latent"), [(1, 1), (7, 2), (37, 7), (85, 15), (163, 28)])
-def test_six_frames_make_a_latent_frame_and_the_first_its_own(frames, latent):
+def test_the_first_frame_is_a_latent_frame_and_so_is_each_group_of_six(frames, latent):
     assert num_latent_frames(frames) == latent
     check_geometry(frames, 480, 848)
 
 
-def test_latent_shape():
+def test_the_shape_and_the_number_of_tokens():
     assert latent_shape(163, 480, 848) == (12, 28, 60, 106)
+    assert num_visual_tokens(163, 480, 848) == 28 * 30 * 53
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_the_final_norm_is_computed_in_fp32_and_rounded_once():
 
 
 def test_small_values_show_the_official_eps():
-    """At 1e-3 the mean square is as large as the eps of the unweighted norms, so that no other one passes."""
+    """At 1e-3 the mean square is as large as the eps of the unweighted norms, so any other eps fails."""
     x, gate = 1e-3 * random(2, 5, 64), random(2, 64, seed=1)
     exact, wide = x.double(), gate.double().unsqueeze(1)
     mean_square = exact.square().mean(-1, keepdim=True)
@@ -40,7 +40,7 @@ def test_sigma_becomes_cosines_then_sines_of_a_thousand_times_what_is_clean():
     steps = ((1 - sigma) * 1000).double()
     angles = steps[:, None] * 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
     expected = torch.cat([angles.cos(), angles.sin()], dim=1)
-    # In bf16 the sinusoid itself is rounded to 8 bits, its angles are not.
+    # In bf16 the sinusoid is rounded to 8 bits, but its angles are not.
     for dtype, tolerance in ((torch.float32, 2e-4), (torch.bfloat16, 2.2e-3)):
         embedder = TimestepEmbedder(32, scale=1000.0, bias=True).to(dtype)
         seen = []

@@ -1,8 +1,8 @@
-"""The tolerances of fp32 leave room for every order of sums: fp32's own error is a tenth of them.
+"""The error of fp32 is at most a tenth of the tolerances, so they hold for any order of summation.
 
-Other tests hold one fp32 computation of these models against another one, on any processor, by TOLERANCE and
-GRADIENT_TOLERANCE of helpers_golden, relative to the largest number; `verify` promises the same. Each of the two is off
-the exact result by what is measured here.
+Other tests compare two fp32 computations of these models, on any processor, with TOLERANCE and GRADIENT_TOLERANCE of
+helpers_golden, relative to the largest number; `verify` uses the same ones. These tests measure the error of one such
+computation against fp64.
 """
 
 import torch
@@ -45,7 +45,7 @@ def test_the_decoder():
 @torch.no_grad()
 def test_the_encoder():
     pixels = frames_to_pixels(VAE["video"].permute(0, 2, 3, 4, 1))
-    # Its first features, and what it gives, are fp32 in any dtype.
+    # The encoder's first features and its outputs are fp32 whatever its dtype.
     exact = golden_encoder().double()(pixels)
     for got, expected in zip(golden_encoder()(pixels), exact, strict=True):
         assert relative_error(got, expected) <= 0.1 * TOLERANCE

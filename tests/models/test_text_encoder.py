@@ -42,7 +42,7 @@ def test_long_prompts_are_cut_and_counted_whole(encoder):
     assert encoder.count_tokens(prompt) == 401
     [features] = encoder.encode([prompt])
     assert features.shape[0] == MAX_TOKENS
-    # What is left is a whole prompt: its last token is the end token.
+    # A cut prompt still ends with the end token.
     tokens = encoder.tokenizer(prompt, verbose=False).input_ids
     kept = torch.tensor([[*tokens[: MAX_TOKENS - 1], encoder.tokenizer.eos_token_id]])
     assert relative_error(features, encoder.model(kept).last_hidden_state[0]) <= TOLERANCE

@@ -51,13 +51,13 @@ def test_full_size_has_the_official_names_shapes_and_count(part, model, config, 
 
 
 def test_fourier_features_are_the_official_ones_to_the_last_bits():
-    """Sines of pixels that are one rounding off would be 2 pi 2^7 of these off; a processor's own sines are two."""
+    """Different rounding of the pixels would cause an error of 2 pi 2^7 eps; the sines of a processor cause 2 eps."""
     pixels = frames_to_pixels(FRAMES[:, :1])
     assert (fourier_features(pixels) - IO["fourier"]).abs().max() <= 2 * torch.finfo(torch.float32).eps
 
 
 class Divisors(TorchDispatchMode):
-    """Notes what tensors are divided by."""
+    """Records the divisors of all divisions."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ class Divisors(TorchDispatchMode):
 
 
 def test_frames_are_divided_by_a_tensor_on_their_device():
-    # By a number, or by a tensor on the CPU, CUDA multiplies by the reciprocal; only what is divided by shows here.
+    # CUDA multiplies by the reciprocal of a number or of a CPU tensor. Without a GPU, only the divisor can be checked.
     with Divisors() as divisors:
         frames_to_pixels(torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8, device="meta"))
     assert [(d.device.type, d.ndim) for d in divisors.seen] == [("meta", 0)]
@@ -153,7 +153,7 @@ def test_attention_in_parts_of_its_rows_is_the_whole(monkeypatch):
 
 
 class Clones(TorchDispatchMode):
-    """Notes the shapes of what is copied into another layout."""
+    """Records the shapes of tensors that are copied into another layout."""
 
     def __init__(self):
         super().__init__()
@@ -202,7 +202,7 @@ def test_an_upsample_of_a_small_grid_does_not_copy_its_weight_and_is_that_of_a_l
     large = torch.cat([small, torch.randn(3, 64, 2, 3, 4)])
     with Clones() as clones:
         got = block(small)
-    # The features' one copy.
+    # The only copy is that of the features.
     assert [math.prod(shape) for shape in clones.shapes] == [small[:, 0].numel() * 32 * 12] and got.shape[2] == 4
     with Clones() as clones:
         expected = block(large)[:1]
@@ -213,7 +213,7 @@ def test_an_upsample_of_a_small_grid_does_not_copy_its_weight_and_is_that_of_a_l
 @torch.no_grad()
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_layers_without_gradients_are_those_with_them(encoder, decoder, channels_last):
-    """Without, they write into padded tensors and call oneDNN; and weights may have either layout."""
+    """Without gradients, layers write into padded tensors and call oneDNN. Weights may have either layout."""
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     for model, x in ((encoder, frames_to_pixels(FRAMES)), (decoder, IO["lat"])):
         expected = model(x)
@@ -227,8 +227,8 @@ def test_layers_without_gradients_are_those_with_them(encoder, decoder, channels
 
 
 @torch.no_grad()
-def test_a_norm_is_groupnorm_where_the_mean_outweighs_the_rest():
-    """Of the sum of squares alone, one digit would be left."""
+def test_a_norm_is_groupnorm_where_the_mean_is_much_larger_than_the_variance():
+    """A variance computed from the sum of squares would keep one digit."""
     x = 300 + torch.randn(2, 64, 3, 20, 30, generator=torch.Generator().manual_seed(0))
     frames = x.double().transpose(1, 2).flatten(0, 1)
     exact = torch.nn.functional.group_norm(frames, 32).unflatten(0, (2, 3)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The VAE's CUDA kernels, run by Triton's interpreter on a CPU: the arithmetic, the borders and the strides."""
+"""The VAE's Triton kernels in Triton's interpreter on a CPU: arithmetic, borders and strides."""
 
 from helpers_triton import run_interpreted
 
@@ -19,7 +19,7 @@ for batch, frames, rows, columns, channels, padding, silu in (
     wide = F.group_norm(x.double().flatten(0, 1).movedim(-1, 1), 32, weight.double(), bias.double(), 1e-5)
     wide = F.pad(F.silu(wide) if silu else wide, (padding,) * 4, mode="replicate")
     wide = wide.movedim(1, -1).unflatten(0, (batch, -1))
-    # Numbers near 50 with a spread of 3: fp32 rounds them, and their mean, to 2**-19 of that spread.
+    # Numbers near 50 with a standard deviation of 3: fp32 rounds them, and their mean, to 2**-19 of it.
     error = (out[:, 2:].double() - wide).abs().max() / wide.abs().max()
     assert error < 2e-5, (error, batch, frames, rows, columns, channels)
     assert out[:, :2].isnan().all(), "written beyond its frames"

@@ -42,7 +42,7 @@ def test_chunks_of_time_are_the_whole(encoder, decoder, chunk):
     for got, whole in zip(encode(encoder, pixels, chunk), (mean, logvar), strict=True):
         assert relative_error(got, whole) <= TOLERANCE
     decoded = torch.cat(list(decode_chunks(decoder, mean, chunk)), dim=1)
-    # A value next to a rounding border may fall on its other side.
+    # A value close to a rounding boundary may be rounded to the other side.
     share = rounding_share(lambda: pixels_to_frames(decoder(mean)), list(decoder.parameters()))
     assert decoded.shape == frames.shape
     assert_same_frames(decoded, pixels_to_frames(decoder(mean)), share)
@@ -59,19 +59,19 @@ def test_tiled_decoder_is_the_official_one(decoder):
 @torch.no_grad()
 @pytest.mark.parametrize("tiles", [(1, 2), (2, 3)])
 def test_tiles_in_chunks_are_the_tiles_of_the_whole_clip(decoder, tiles):
-    """Of sizes that do not split evenly, too."""
+    """Includes sizes that do not split evenly."""
     latents = torch.randn(1, 12, 2, 13, 22, generator=torch.Generator().manual_seed(1))
     pixels = decode_tiled(decoder, latents, tiles)
     assert pixels.shape == (1, 3, 7, 104, 176)
     decoded = torch.cat(list(decode_chunks(decoder, latents, tiles=tiles)), dim=1)
-    # TOLERANCE, in levels of 127.5 a unit, is the share of values that are so near to a border on either side.
+    # TOLERANCE, in levels (127.5 per unit), is the share of values that are this close to a boundary on either side.
     share = 2 * 127.5 * TOLERANCE * pixels.abs().max().item()
     assert_same_frames(decoded, pixels_to_frames(pixels), share)
 
 
 @torch.no_grad()
 def test_tiles_of_a_trained_decoder_are_off_by_what_the_docs_say():
-    """Measured on the toy's decoder, which has learnt to draw, over six of its clips side by side."""
+    """Measures the trained decoder of the toy model on six of its clips, placed side by side."""
     clips = draw_clips(split_words()[1][:6], keyed_generator(5, "seam"))
     frames = torch.cat([torch.cat(list(clips[i : i + 3]), dim=2) for i in (0, 3)], dim=1)[None]  # 128 x 288
     mean, _ = encode(WeightsFolder(TOY).load_encoder("cpu", torch.float32), frames_to_pixels(frames))

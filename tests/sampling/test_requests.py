@@ -149,7 +149,7 @@ def test_a_prompt_is_taken_word_by_word(tmp_path):
 
 
 def test_videos_that_no_machine_will_render_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"13 frames of 100000x100000 are 117187500 tokens, the most is 445200"):
+    with pytest.raises(ConfigError, match="13 frames of 100000x100000 are 117187500 visual tokens, the maximum is"):
         requests_of(tmp_path, "sample.prompt=x", "sample.height=100000", "sample.width=100000")
 
 

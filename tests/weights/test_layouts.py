@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_eight_bit import dequantized
 from helpers_golden import GOLDEN
 from helpers_process import run
 from helpers_weights import TINY, make_comfyui, official, prefixed, small_configs
@@ -367,11 +368,11 @@ def test_weights_stored_in_fp8_are_used_as_they_are_by_training_and_sampling(tmp
         expected = exact[f"blocks.1.{name}.weight"]
         eight_bit, quantized = (model.blocks[1].get_submodule(name) for model in (trained, sampled))
         # Multiplied in fp32 in both: a rounding apart.
-        assert torch.allclose(eight_bit.dequantized(), expected, rtol=2**-22, atol=0)
+        assert torch.allclose(dequantized(eight_bit), expected, rtol=2**-22, atol=0)
         weight = quantized.weight
         assert torch.allclose(weight.qdata.float() * weight.scale, expected, rtol=2**-22, atol=0)
         again = weights.load_dit("cpu", torch.bfloat16, lambda _, block: apply_precision(block, "fp8"))
-        assert not torch.allclose(again.blocks[1].get_submodule(name).dequantized(), expected, rtol=2**-8, atol=0)
+        assert not torch.allclose(dequantized(again.blocks[1].get_submodule(name)), expected, rtol=2**-8, atol=0)
 
 
 def test_weights_check_says_what_is_there_and_what_each_verb_lacks(comfyui, tmp_path):
