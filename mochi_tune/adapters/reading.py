@@ -72,20 +72,26 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_hash(path: Path, stated: str) -> None:
-    """Compares the bytes behind the header with ModelSpec's hash of them, a block at a time.
+    """Compares the bytes after the header with the ModelSpec hash in the metadata, in blocks.
 
-    Other programs copy the metadata, with the hash in it, into a file whose weights they have changed. Their files are
-    taken, and a line says so: the library by which they write puts the metadata in another order in each process, and
-    this program in order, so that a file with ordered metadata and other bytes was not written but damaged.
+    Other programs copy the metadata, including the hash, into a file whose weights they have changed. Such a file is
+    accepted with a notice. Only a header that is byte for byte one of `save_tensors` proves that nobody rewrote the
+    file, so that its other bytes are damage: the safetensors library orders the metadata at random, and programs that
+    keep the order format the JSON differently.
+
+    Raises:
+        CheckpointError: the bytes differ under a header of `save_tensors`.
     """
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        raw = file.read(int.from_bytes(file.read(8), "little"))
         actual = f"0x{hashlib.file_digest(file, 'sha256').hexdigest()}"
     if actual == stated:
         return
-    metadata = list(header["__metadata__"])
-    if metadata == sorted(metadata):
-        raise CheckpointError("damaged, its numbers are not those that were written: fetch or export it again.")
+    header = json.loads(raw)
+    names = list(header["__metadata__"])
+    as_we_write = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if names == sorted(names) and raw.rstrip(b" ") == as_we_write:
+        raise CheckpointError("damaged, its weights are not those that were written: fetch or export it again.")
     tell(f"adapter {path}: another program has changed its weights since mochi-tune wrote them")
 
 
