@@ -99,7 +99,7 @@ def merge(files: Sequence[Path | str], strengths: Sequence[float], out: Path, li
     """Merges adapter files, each times its strength, into the new native file `out`; see `merge_adapters`."""
     check_out(out, ".safetensors")
     adapters = [load_adapter(file) for file in files]
-    merged, errors = merge_adapters(adapters, strengths, limit)
+    merged, errors = merge_adapters(adapters, strengths, limit, release_layers=True)
     unnamed = [str(each.path) for each in adapters if "base_fingerprint" not in each.metadata]
     note = f"; bases not compared, as {', '.join(unnamed)} names none" if unnamed else ""
     return _save(out, merged, errors, note + assumed_note(*adapters))

@@ -132,14 +132,19 @@ def kind_norms(layers: Mapping[str, LayerFacts]) -> dict[str, float]:
 
 
 def merge_adapters(
-    adapters: Sequence[Adapter], strengths: Sequence[float], limit: Limit | None = None
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float],
+    limit: Limit | None = None,
+    release_layers: bool = False,
 ) -> tuple[Adapter, Errors | None]:
-    """Adds adapters up, each times its strength, to one that changes the weights as all of them together.
+    """Merges adapters into one that changes the weights by the sum of their changes, each times its strength.
 
     Args:
-        adapters: of one base. Each layer is taken out of them when it is merged: memory holds it and the sum once.
-        strengths: as many.
-        limit: None adds the ranks up, which is exact; else each layer is reduced by SVD.
+        adapters: two or more, of one base.
+        strengths: one for each adapter.
+        limit: reduces each merged layer by SVD; None adds up the ranks, which is exact.
+        release_layers: whether to remove each layer from `adapters` once it is merged, so that memory does not hold
+            the inputs and the sum at the same time. It leaves the adapters without layers.
 
     Returns:
         The merged adapter, without layers in which the changes cancel out, and, where ranks were reduced, how far it is
@@ -160,9 +165,16 @@ def merge_adapters(
     for adapter in adapters:
         _refuse_dora(adapter, "merged")
     _check_one_base(adapters)
+    remaining = [dict(adapter.layers) for adapter in adapters]
+    if release_layers:
+        for adapter in adapters:
+            adapter.layers.clear()
     layers, left_out, norms = {}, {}, {}
-    for name in _bar("merge", (name for adapter in adapters for name in adapter.layers)):
-        whole, norm = _take_sum(name, adapters, strengths)
+    for name in _bar("merge", [name for each in remaining for name in each]):
+        held = [(each.pop(name), x) for each, x in zip(remaining, strengths, strict=True) if name in each]
+        if len({layer.shape for layer, _ in held}) > 1:
+            raise CheckpointError(f"{name} has another size in each of {_names(adapters)}: merge adapters of one base.")
+        whole, norm = _sum(name, held)
         if norm:
             layers[name], left_out[name] = (whole, 0.0) if limit is None else truncate_layer(whole, limit)
             norms[name] = norm
@@ -275,11 +287,8 @@ def _bar(what: str, names: Iterable[str]) -> Iterable[str]:
     return tqdm(dict.fromkeys(names), what, unit="layer", leave=False, disable=None)
 
 
-def _take_sum(name: str, adapters: Sequence[Adapter], strengths: Sequence[float]) -> tuple[LoraLayer, float]:
-    """Takes a layer out of the adapters that have it; returns the sum of the changes and its norm, 0 if they cancel."""
-    held = [(each.layers.pop(name), x) for each, x in zip(adapters, strengths, strict=True) if name in each.layers]
-    if len({layer.shape for layer, _ in held}) > 1:
-        raise CheckpointError(f"{name} has another size in each of {_names(adapters)}: merge adapters of one base.")
+def _sum(name: str, held: Sequence[tuple[LoraLayer, float]]) -> tuple[LoraLayer, float]:
+    """Returns the sum of layers, each times its strength, and its norm, which is 0 where the changes cancel out."""
     whole = stack_layers([layer for layer, _ in held], [strength for _, strength in held])
     if not torch.isfinite(whole.b).all():
         largest = max((strength for _, strength in held), key=abs)

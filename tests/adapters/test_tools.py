@@ -2,12 +2,13 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
+import weakref
 
 import pytest
 import torch
 from helpers_adapters import ALL, ATTENTION, MIXED, MLPS, delta64, random_adapter, with_magnitudes
 
+from mochi_tune.adapters import tools
 from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.adapters.low_rank import Limit
 from mochi_tune.adapters.tools import (
@@ -28,11 +29,6 @@ def based(adapter, fingerprint="abc", **metadata):
 
 def total_norm(changes):
     return math.sqrt(sum(float(change.square().sum()) for change in changes))
-
-
-def merge(adapters, *more):
-    """Merges copies, as a merge takes the layers out of what it is given."""
-    return merge_adapters([replace(each, layers=dict(each.layers)) for each in adapters], *more)
 
 
 class Terminal(io.StringIO):
@@ -65,7 +61,7 @@ def test_layers_come_in_the_order_of_the_blocks():
 def test_a_merge_is_the_sum_of_the_changes():
     """One has layers that the other lacks."""
     one, other = based(random_adapter(ATTENTION, MIXED)), random_adapter(ALL, seed=1)
-    merged, errors = merge([one, other], [0.8, -0.5])
+    merged, errors = merge_adapters([one, other], [0.8, -0.5])
     assert errors is None and merged.layers.keys() == other.layers.keys()
     for name, layer in merged.layers.items():
         expected = -0.5 * delta64(other.layers[name])
@@ -74,17 +70,44 @@ def test_a_merge_is_the_sum_of_the_changes():
         torch.testing.assert_close(delta64(layer), expected, rtol=0, atol=2e-7 * float(expected.abs().max()))
 
 
-def test_a_layer_that_is_merged_is_held_no_longer():
+def test_a_merge_leaves_its_inputs_as_they_are():
+    """One adapter may be given twice, and a merge that fails takes nothing away."""
+    one, narrow = random_adapter(), random_adapter()
+    names = list(one.layers)
+    merged, _ = merge_adapters([one, one], [1.0, 0.5])
+    for name, layer in merged.layers.items():
+        torch.testing.assert_close(delta64(layer), 1.5 * delta64(one.layers[name]), rtol=0, atol=1e-6)
+    last = narrow.layers[names[-1]]
+    narrow.layers[names[-1]] = LoraLayer(last.a[:, :9], last.b, last.alpha)
+    with pytest.raises(CheckpointError, match="has another size"):
+        merge_adapters([one, narrow], [1.0, 1.0])
+    assert list(one.layers) == names and list(narrow.layers) == names
+
+
+@pytest.mark.parametrize("limit", [None, Limit(rank=2)])
+def test_a_merge_holds_no_layer_that_is_already_merged(limit):
     adapters = [random_adapter(ATTENTION, MIXED), random_adapter(ALL, seed=1)]
-    merged, _ = merge_adapters(adapters, [0.8, -0.5])
-    assert not any(each.layers for each in adapters) and len(merged.layers) == len(random_adapter(ALL).layers)
+    alive = [weakref.ref(layer.a) for each in adapters for layer in each.layers.values()]
+    num_alive = []
+
+    def count(names, *_, **__):
+        for name in names:
+            num_alive.append(sum(reference() is not None for reference in alive))
+            yield name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools, "tqdm", count)
+        merged, _ = merge_adapters(adapters, [0.8, -0.5], limit, release_layers=True)
+    assert len(merged.layers) == len(random_adapter(ALL).layers) and not any(each.layers for each in adapters)
+    # The layer that was merged last may be alive until the next one replaces it.
+    assert num_alive[0] == len(alive) and num_alive[-1] <= 2 + 2
 
 
 def test_a_terminal_shows_how_many_layers_are_done(monkeypatch, capsys):
     one, other = random_adapter(), random_adapter(seed=1)
 
     def do_all():
-        merge([one, other], [1.0, 1.0])
+        merge_adapters([one, other], [1.0, 1.0])
         compare_adapters(one, other)
         resize_adapter(one, Limit(rank=2))
 
@@ -102,7 +125,7 @@ def test_a_merge_says_what_it_was_made_of_and_keeps_the_base(tmp_path):
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     for path, adapter in zip(paths, (one, other), strict=True):
         save_adapter(path, adapter)
-    merged, _ = merge([load_adapter(path) for path in paths], [1.0, 0.5])
+    merged, _ = merge_adapters([load_adapter(path) for path in paths], [1.0, 0.5])
     assert json.loads(merged.metadata.pop("sources")) == [
         {"file": path.name, "sha256": file_sha256(path), "strength": strength}
         for path, strength in zip(paths, (1.0, 0.5), strict=True)
@@ -113,8 +136,8 @@ def test_a_merge_says_what_it_was_made_of_and_keeps_the_base(tmp_path):
 
 def test_a_reduced_merge_tells_its_error():
     adapters = [random_adapter(sizes=((4, 4.0),), seed=seed) for seed in (0, 1)]
-    exact, _ = merge(adapters, [1.0, 1.0])
-    merged, errors = merge(adapters, [1.0, 1.0], Limit(rank=5))
+    exact, _ = merge_adapters(adapters, [1.0, 1.0])
+    merged, errors = merge_adapters(adapters, [1.0, 1.0], Limit(rank=5))
     assert {layer.rank for layer in merged.layers.values()} == {5} and errors is not None
     gaps = {name: delta64(layer) - delta64(exact.layers[name]) for name, layer in merged.layers.items()}
     for name, gap in gaps.items():
@@ -131,25 +154,25 @@ def test_a_reduced_merge_tells_its_error():
 def test_what_does_not_merge_is_refused():
     one, other = based(random_adapter()), based(random_adapter(seed=1), "xyz")
     with pytest.raises(CheckpointError, match=r"different bases, by their base_fingerprint: .* abc; .* xyz"):
-        merge([one, other], [1.0, 1.0])
+        merge_adapters([one, other], [1.0, 1.0])
     other.metadata |= {"base_fingerprint": "abc", "num_blocks": "48"}
     with pytest.raises(CheckpointError, match="different bases, by their num_blocks"):
-        merge([one, other], [1.0, 1.0])
+        merge_adapters([one, other], [1.0, 1.0])
     with pytest.raises(CheckpointError, match="is a DoRA and cannot be merged"):
-        merge([one, with_magnitudes(random_adapter())], [1.0, 1.0])
+        merge_adapters([one, with_magnitudes(random_adapter())], [1.0, 1.0])
     narrow = random_adapter()
     layer = narrow.layers["blocks.0.attn.qkv_x"]
     narrow.layers["blocks.0.attn.qkv_x"] = LoraLayer(layer.a[:, :9], layer.b, layer.alpha)
     with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv_x has another size"):
-        merge([one, narrow], [1.0, 1.0])
+        merge_adapters([one, narrow], [1.0, 1.0])
     for strengths in ([1.0], [1.0, 0.0], [1.0, math.inf]):
         with pytest.raises(ConfigError, match="strengths"):
-            merge([one, one], strengths)
+            merge_adapters([one, one], strengths)
 
 
 def test_a_strength_that_fp32_cannot_hold_is_named():
     with pytest.raises(ConfigError, match=r"strengths: 1e\+300 is too large for blocks\.0\.attn\.proj_x, in fp32"):
-        merge([random_adapter(), random_adapter(seed=1)], [1e300, 1.0])
+        merge_adapters([random_adapter(), random_adapter(seed=1)], [1e300, 1.0])
 
 
 @pytest.mark.parametrize("limit", [None, Limit(rank=2)])
@@ -159,8 +182,8 @@ def test_a_sum_that_cancels_out_is_refused(limit):
         # The same change with the scale elsewhere, so that what is left is rounding.
         layer.b, layer.alpha = layer.b * 3, layer.alpha / 3
     with pytest.raises(ConfigError, match=r"strengths=\[1.0, -1.0\]: .* cancel out, so that nothing is left"):
-        merge([one, two], [1.0, -1.0], limit)
-    merged, errors = merge([one, two, rest], [1.0, -1.0, 1.0], limit)
+        merge_adapters([one, two], [1.0, -1.0], limit)
+    merged, errors = merge_adapters([one, two, rest], [1.0, -1.0, 1.0], limit)
     assert merged.layers.keys() == rest.layers.keys()
     assert errors is None or errors.total < 1
 
@@ -233,6 +256,6 @@ def test_doras_are_compared_with_their_magnitudes():
 def test_adapters_of_one_base_in_two_dtypes_merge():
     """Its file in 8 bits has a fingerprint of its own, which says nothing about the other one's."""
     one, other = based(random_adapter()), based(random_adapter(seed=1), "F8_E4M3:xyz")
-    assert merge([one, other], [1.0, 1.0])
+    assert merge_adapters([one, other], [1.0, 1.0])
     with pytest.raises(CheckpointError, match="different bases"):
-        merge([one, other, based(random_adapter(seed=2), "F8_E4M3:uvw")], [1.0, 1.0, 1.0])
+        merge_adapters([one, other, based(random_adapter(seed=2), "F8_E4M3:uvw")], [1.0, 1.0, 1.0])
