@@ -32,6 +32,7 @@ from mochi_tune.parallel.forecast import (
     SAMPLING,
     SPARE_BYTES,
     Card,
+    SamplingStep,
     Step,
     decoding_held,
     decoding_seconds,
@@ -260,16 +261,8 @@ def rendering_seconds(
     """Returns the seconds of a step of the sampler, in the mean: without guidance it is one pass."""
     scales = sampler_settings(config.sample).scales
     passes = 1 + (sum(scale != 1 for scale in scales) / len(scales) if layout.guidance == 1 else 0)
-    seconds = sampling_seconds(
-        dit,
-        num_tokens,
-        card,
-        dit=residency,
-        passes=passes,
-        num_sharing=layout.context,
-        dtype_bytes=DTYPES[config.model.dtype].itemsize,
-    )
-    return seconds + passes * sharing_seconds(layout.split, dit, num_tokens, card)
+    step = SamplingStep(dit, num_tokens, residency, passes, layout.context, DTYPES[config.model.dtype].itemsize)
+    return sampling_seconds(step, card) + passes * sharing_seconds(layout.split, dit, num_tokens, card)
 
 
 def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) -> tuple[int | None, int | None]:

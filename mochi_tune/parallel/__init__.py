@@ -1,1 +1,1 @@
-"""Functions over models that know nothing of them: less memory, several processes."""
+"""Functions that save memory or use several processes; the models need no code for them."""

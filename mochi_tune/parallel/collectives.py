@@ -1,8 +1,8 @@
-"""Exchanges between the ranks of a group. Their backward pass is the exact adjoint of their forward pass.
+"""Differentiable exchanges between the ranks of a group. Each backward pass is the exact adjoint of its forward pass.
 
-The ranks together are one function, whose output is the sum of theirs: a gradient that a rank computes is its share and
-the sum over the ranks is the gradient. All of them use one collective, the all-to-all; its adjoint is the
-all-to-all back. Shares may be uneven.
+The loss is the sum of the losses of all ranks. Each rank computes its share of a gradient; the sum over the ranks is
+the gradient. All exchanges use one collective, the all-to-all, whose adjoint is the reverse all-to-all. Ranks may have
+different numbers of rows.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def even_shares(count: int, parts: int) -> list[int]:
-    """Splits `count` items as evenly as possible; the first shares are the larger ones."""
+    """Splits `count` items into `parts` shares as evenly as possible; larger shares come first."""
     each, more = divmod(count, parts)
     return [each + (i < more) for i in range(parts)]
 
@@ -34,14 +34,14 @@ class _AllToAll(torch.autograd.Function):
 def all_to_all(
     x: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup, first: int = 0
 ) -> Tensor:
-    """Sends rows of x to each rank and returns those that each rank sent here, in the order of the ranks.
+    """Sends rows of x to consecutive ranks and returns the rows received from them, in the order of the ranks.
 
     Args:
         x: (sum of `sent`, ...), the rows for the first rank first.
-        sent: the number of rows for each rank.
-        received: the number of rows from each rank.
-        group: all of its ranks call this together.
-        first: of the consecutive ranks that `sent` and `received` are about; the others' rows go elsewhere.
+        sent: number of rows for each of the ranks.
+        received: number of rows from each of the ranks.
+        group: the group; all of its ranks must call this together.
+        first: the first of the ranks that `sent` and `received` describe. Nothing is exchanged with others.
     """
     if len(sent) == 1:
         return x
@@ -50,16 +50,16 @@ def all_to_all(
 
 
 def gather(x: Tensor, shares: Sequence[int], dim: int, group: dist.ProcessGroup, first: int = 0) -> Tensor:
-    """Returns the shares of all ranks, from the first one, joined along `dim`, at every one of them."""
+    """Returns the shares of the ranks from `first` on, concatenated along `dim`, on each of these ranks."""
     rows = x.movedim(dim, 0)
     out = all_to_all(rows.repeat(len(shares), *[1] * (rows.ndim - 1)), [len(rows)] * len(shares), shares, group, first)
     return out.movedim(0, dim)
 
 
 def tokens_to_heads(x: Tensor, shares: Sequence[int], group: dist.ProcessGroup, first: int = 0) -> Tensor:
-    """Turns this rank's tokens of all heads (B, n, H, K) into all tokens of this rank's heads (B, N, H / G, K).
+    """Exchanges this rank's tokens with all heads (B, n, H, K) for all tokens with this rank's heads (B, N, H / G, K).
 
-    N are those of G ranks of the group, from the first one.
+    N is the number of tokens of G ranks of the group, from `first` on.
     """
     num_tokens, ranks = x.shape[1], len(shares)
     rows = x.unflatten(2, (ranks, -1)).permute(2, 1, 0, 3, 4)  # (G, n, B, H / G, K): a rank's heads together
@@ -68,7 +68,7 @@ def tokens_to_heads(x: Tensor, shares: Sequence[int], group: dist.ProcessGroup, 
 
 
 def heads_to_tokens(x: Tensor, shares: Sequence[int], group: dist.ProcessGroup, first: int = 0) -> Tensor:
-    """Turns all tokens of this rank's heads (B, N, H / G, K) back into this rank's tokens of all heads (B, n, H, K)."""
+    """Reverses `tokens_to_heads`: exchanges (B, N, H / G, K) for this rank's tokens with all heads (B, n, H, K)."""
     ranks, num_tokens = len(shares), shares[dist.get_rank(group) - first]
     rows = all_to_all(x.transpose(0, 1), shares, [num_tokens] * ranks, group, first)
     return rows.unflatten(0, (ranks, num_tokens)).permute(2, 1, 0, 3, 4).flatten(2, 3)

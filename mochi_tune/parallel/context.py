@@ -1,11 +1,11 @@
-"""Context parallelism: the visual tokens are split over processes, heads x ring of them.
+"""Context parallelism: the visual tokens are split over heads x ring processes.
 
-Those that stand side by side exchange tokens for heads, so that each attends with some of the heads. Several such rows
-form rings, in which keys and values travel from row to row: where there are more processes than heads, or a number that
-does not divide them, or where that is cheaper, see `parallel.forecast_context`.
+The processes of a row exchange tokens for heads, so that each attends with some of the heads. Several rows form rings,
+in which keys and values are passed from row to row. Rings are used if there are more processes than heads, if their
+number does not divide the heads, or if a ring is faster, see `parallel.forecast_context`.
 
-It changes a model at three seams: the outputs of its embedder and its rotary tables, the attention's core, and the
-output of its last Linear. Text tokens are few; every rank has them all. Every rank gets the complete velocity.
+The model is changed in three places: the outputs of its embedder and its rotary tables, the attention's core, and the
+output of its last Linear. Text tokens are few, so every rank has all of them. Every rank returns the complete velocity.
 Source: Ulysses, arXiv 2309.14509, in rings, arXiv 2405.07719; here with shares of any size.
 """
 
@@ -25,19 +25,19 @@ from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.collectives import even_shares, gather, heads_to_tokens, tokens_to_heads
 from mochi_tune.parallel.ring import ring_attention
 
-# What lies in a layer of the visual stream; those of the modulation have no tokens.
+# Modules inside a layer of the visual stream. Modulation layers are not included: they process no tokens.
 _VISUAL = re.compile(r"\.(attn\.(qkv|proj)_x|mlp_x)\.")
-# Of `AsymmDiT.forward`.
+# The arguments of `AsymmDiT.forward`, for errors.
 INPUTS = ("the noisy latents", "the noise level", "the prompt", "the prompt's mask")
 
 
 class TokenShares:
-    """How many visual tokens each rank of a group has; settled anew when a forward pass embeds its latents.
+    """The number of visual tokens of each rank of a group; each forward pass sets it when it embeds its latents.
 
     Attributes:
         counts: visual tokens of each rank.
-        row: the ranks that share the heads with this one, consecutive.
-        ring: the ranks that have the same heads, one of each row.
+        row: the consecutive ranks, with this one, that share the heads.
+        ring: the ranks that have the same heads as this one, one from each row.
     """
 
     def __init__(self, group: dist.ProcessGroup, heads: int) -> None:
@@ -50,26 +50,26 @@ class TokenShares:
 
     @property
     def in_row(self) -> list[int]:
-        """Visual tokens of each rank of this row."""
+        """The number of visual tokens of each rank of this row."""
         return [self.counts[rank] for rank in self.row]
 
     @property
     def in_rows(self) -> list[int]:
-        """Visual tokens of each row."""
+        """The number of visual tokens of each row."""
         heads = len(self.row)
         return [sum(self.counts[first : first + heads]) for first in range(0, self.num_ranks, heads)]
 
     def take(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's share of x along `dim`, which holds all visual tokens."""
+        """Sets `counts` and returns this rank's share of x along `dim`, the axis of all visual tokens."""
         self.counts = even_shares(x.shape[dim], self.num_ranks)
         return x.narrow(dim, sum(self.counts[: self.context_rank]), self.counts[self.context_rank])
 
 
 class SharedDropout(nn.Dropout):
-    """Dropout of visual tokens, of which this rank has a share: its mask is cut from one that all ranks draw alike.
+    """Dropout for this rank's share of the visual tokens. All ranks draw the same full mask and use their part of it.
 
-    So every token has the mask that it has in one process, and all ranks' generators stay together: text tokens, which
-    every rank has, are dropped alike on all of them.
+    So each token has the same mask as in one process, and the generators of all ranks stay in the same state. The
+    dropout of text tokens, which every rank has, is then the same on all ranks.
     """
 
     def __init__(self, p: float, shares: TokenShares) -> None:
@@ -83,7 +83,7 @@ class SharedDropout(nn.Dropout):
         counts, rank = self.shares.counts, self.shares.context_rank
         assert x.shape[1] == counts[rank], (x.shape, counts)
         rows, num_tokens, width = x.shape[0], sum(counts), x.shape[2]
-        # A mask is drawn in the order of memory, and tokens of one latent frame lie behind their channels.
+        # A mask is drawn in the order of memory. For clips of one latent frame, tokens may be the last axis in memory.
         is_turned = x.stride(2) != 1
         ones = x.new_ones((rows, width, num_tokens) if is_turned else (rows, num_tokens, width))
         mask = dropout(ones.transpose(1, 2) if is_turned else ones, self.p)
@@ -91,9 +91,9 @@ class SharedDropout(nn.Dropout):
 
 
 class RingAttention(JointAttention):
-    """`JointAttention` of a row's visual tokens, where other rows have others: all visual keys go round the ring.
+    """`JointAttention` for the visual tokens of one row; the visual keys of all rows are passed around the ring.
 
-    Text tokens are everywhere: their keys stay, and every row computes all of their outputs.
+    Every rank has all text tokens, so their keys are not passed, and every row computes all of their outputs.
     """
 
     def __init__(self, shares: TokenShares) -> None:
@@ -101,13 +101,13 @@ class RingAttention(JointAttention):
         self.shares = shares
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, num_visual: int) -> Tensor:
-        """Attends this row's queries (B, H, ., K) to the keys of all rows; the first `num_visual` here travel."""
+        """Attends this row's queries (B, H, ., K) to the keys of all rows; the first `num_visual` keys travel."""
         assert num_visual == sum(self.shares.in_row)
         return ring_attention(q, k, v, self.shares.group, self.shares.ring, self.shares.in_rows)
 
 
 class ContextParallelAttention(nn.Module):
-    """Attention of all ranks' tokens: to heads, the core over a row or a ring of rows, and back."""
+    """Attention over the tokens of all ranks: exchanges tokens for heads, runs the core, and exchanges back."""
 
     def __init__(self, core: nn.Module, shares: TokenShares) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class ContextParallelAttention(nn.Module):
         v_y: Tensor,
         text_lengths: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Takes and returns what `JointAttention` does, of this rank's visual tokens and of all text tokens."""
+        """As `JointAttention.forward`, with this rank's visual tokens and all text tokens."""
         row = self.shares.row
         of_row = self.shares.in_row, self.shares.group, row.start
         x = (tokens_to_heads(t, *of_row) for t in (q_x, k_x, v_x))
@@ -134,39 +134,39 @@ class ContextParallelAttention(nn.Module):
         width = q_x.shape[-1]
         out_x = heads_to_tokens(out_x.unflatten(-1, (-1, width)), *of_row).flatten(2)
         if out_y is not None:
-            # In the order of memory that it has in one process: a dropout draws its mask in that.
+            # Contiguous, as in one process, because a dropout draws its mask in the order of memory.
             out_y = gather(out_y, [out_y.shape[-1]] * len(row), -1, self.shares.group, row.start).contiguous()
         return out_x, out_y
 
 
 def check_inputs(inputs: Sequence[Any], group: dist.ProcessGroup) -> None:
-    """Refuses inputs of `AsymmDiT.forward` that are not the same bits on all ranks; all call it.
+    """Refuses inputs of `AsymmDiT.forward` that are not bitwise equal on all ranks. All ranks must call it.
 
     Raises:
-        ParallelError: naming the inputs that differ, and the ranks.
+        ParallelError: some inputs differ; names one of them and the ranks.
     """
     sums = [hashlib.sha256(x.detach().contiguous().cpu().view(torch.uint8).numpy()).hexdigest() for x in inputs[:4]]
-    everyones: list[list[str]] = [[]] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, sums, group=group)
-    for name, of_ranks in zip(INPUTS, zip(*everyones, strict=True), strict=False):
+    gathered: list[list[str]] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, sums, group=group)
+    for name, of_ranks in zip(INPUTS, zip(*gathered, strict=True), strict=False):
         if other := [str(rank) for rank, found in enumerate(of_ranks) if found != of_ranks[0]]:
             raise ParallelError(
-                f"the processes of one video have drifted apart: {name} is not the same on context rank 0 and "
-                f"{', '.join(other)}: they must draw the same noise and be given the same prompts and weights."
+                f"the processes of one video have diverged in {name}: context ranks 0 and {', '.join(other)} differ: "
+                "all ranks must draw the same noise and get the same prompts and weights."
             )
 
 
 def apply_context_parallel(dit: AsymmDiT, group: dist.ProcessGroup, heads: int, checks_inputs: bool = False) -> None:
-    """Splits the work on visual tokens over the ranks of a group: any number, with adapters or without, for any video.
+    """Splits the work on visual tokens over the ranks of a group, for any number of ranks and any video size.
 
-    All ranks call the model with the same inputs and get the same complete output. Gradients are each rank's share of
-    the gradient of the sum of the ranks' losses.
+    All ranks must call the model with the same inputs, and all get the same complete output. Gradients are each rank's
+    share of the gradient of the sum of the ranks' losses.
 
     Args:
-        dit: the model; `apply_lora` came before, or dropout would draw masks of each rank's own.
-        group: its ranks.
-        heads: how many of them share the heads, a divisor of both; the others form a ring. See `choose_split`.
-        checks_inputs: whether each call compares the inputs of all ranks, which takes a copy of them to the CPU.
+        dit: the model. Adapters must be added before, or each rank would draw a different dropout mask.
+        group: the ranks.
+        heads: number of ranks that share the heads, a divisor of the number of ranks and of heads. See `choose_split`.
+        checks_inputs: whether each call compares the inputs of all ranks, which copies them to the CPU.
     """
     assert dist.get_world_size(group) % heads == 0 and dit.config.num_heads % heads == 0, heads
     shares = TokenShares(group, heads)

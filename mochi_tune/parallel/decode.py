@@ -1,4 +1,4 @@
-"""Decoding a clip on several ranks at once, each a part of its time.
+"""Decodes a clip on several ranks in parallel; each rank decodes a range of latent frames.
 
 Shape letters: B batch, C channels, T latent frames, F pixel frames, H W rows and columns.
 """
@@ -14,24 +14,24 @@ from mochi_tune.models.vae import Decoder, UpsampleBlock
 from mochi_tune.models.vae_streaming import WHOLE, Tiles, decode_tiled
 from mochi_tune.parallel.collectives import even_shares
 
-# Frames that a convolution sees of those before.
+# Number of past frames that a convolution sees.
 HALO = 2
 
 
 class HaloFrameCache:
-    """Takes the two frames before a rank's part from the ranks that hold them, at each layer, all ranks at once.
+    """At each layer, gets the two frames before this rank's part from the ranks that have them.
 
-    Stands in for `FrameCache`: the parts are worked on side by side instead of one after the other.
+    Used instead of `FrameCache`: the parts of a clip are processed in parallel instead of one after the other.
     """
 
     def __init__(self, group: dist.ProcessGroup, counts: list[int]) -> None:
         self.group = group
         self.group_rank = dist.get_rank(group)
-        self.counts = list(counts)  # frames of each rank's part, at the layer that runs
+        self.counts = list(counts)  # frames of each rank's part at the current layer
 
     def previous_frames(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Returns the two frames before the part x (B, C, n, H, W); before the clip, its first frame twice."""
-        frames = x.movedim(1, -1)  # (B, n, H, W, C), as they are in memory
+        """Returns the two frames before the part x (B, C, n, H, W), or its first frame twice if x begins the clip."""
+        frames = x.movedim(1, -1)  # (B, n, H, W, C), the order in memory
         received, operations, kept_alive = {}, [], []
         for receiver in range(len(self.counts)):
             for owner, part, first in self._halo(receiver):
@@ -51,14 +51,14 @@ class HaloFrameCache:
         return past.movedim(-1, 1)
 
     def is_first_chunk(self, layer: nn.Module) -> bool:
-        """Whether this rank's part begins the clip; called by each upsample, after which the parts are longer."""
+        """Whether this rank's part is the first. Each upsample calls this once, which updates the parts' lengths."""
         assert isinstance(layer, UpsampleBlock), layer
         self.counts = [n * layer.temporal for n in self.counts]
         self.counts[0] -= layer.temporal - 1
         return self.group_rank == 0
 
     def _halo(self, receiver: int) -> list[tuple[int, slice, int]]:
-        """Finds the two frames before a rank's part: the rank that has them, their slice there, the first's number."""
+        """Returns where the two frames before a rank's part are: (owner, slice of its part, number of the first)."""
         starts = [sum(self.counts[:i]) for i in range(len(self.counts))]
         wanted = range(max(0, starts[receiver] - HALO), starts[receiver])
         found = []
@@ -73,7 +73,7 @@ def check_decode_ranks(num_ranks: int, num_latent_frames: int) -> None:
     """Refuses more ranks than there are latent frames to decode.
 
     Raises:
-        ParallelError: naming how many there may be.
+        ParallelError: there are more ranks; names the maximum.
     """
     if num_ranks > num_latent_frames:
         raise ParallelError(
@@ -84,19 +84,19 @@ def check_decode_ranks(num_ranks: int, num_latent_frames: int) -> None:
 
 @torch.no_grad()
 def decode_share(decoder: Decoder, vae_latents: Tensor, group: dist.ProcessGroup, tiles: Tiles = WHOLE) -> Tensor:
-    """Decodes this rank's part of the time of a clip, exactly as in one pass over the clip.
+    """Decodes this rank's part of a clip in time, exactly as in one pass over the clip.
 
     Args:
-        decoder: on this rank's device; all ranks have the same one.
+        decoder: the same model on all ranks, on this rank's device.
         vae_latents: of the complete clip, (B, 12, T, h, w), the same on all ranks.
-        group: of the ranks; one after the other, their parts are the clip.
-        tiles: as for `decode_tiled`; the same on all ranks.
+        group: the ranks; their parts in order are the clip.
+        tiles: as for `decode_tiled`, the same on all ranks.
 
     Returns:
         Pixels (B, 3, F', H, W) on the decoder's device, not clamped.
 
     Raises:
-        ParallelError: more ranks than latent frames.
+        ParallelError: there are more ranks than latent frames.
     """
     num_ranks = dist.get_world_size(group)
     check_decode_ranks(num_ranks, vae_latents.shape[2])

@@ -1,8 +1,8 @@
-"""What a run will take of a GPU: bytes by what they are for, and seconds, foretold from sizes alone.
+"""Estimates the GPU memory, by purpose, and the seconds of a run from sizes alone.
 
-Memory is the sum of what is held. Time is the arithmetic at the card's rates, and the bytes that the work between
-matrix products moves, at its bandwidth. The constants are fitted to the rows of docs/benchmarks.md that were measured
-at full size on an H200; tests/parallel/test_forecast.py holds the forecast to within 10 % of each row.
+Memory is the sum of all that is held. Time is the arithmetic at the GPU's rates, plus the bytes that operations between
+matrix products move at its bandwidth. The constants are fitted to the rows of docs/benchmarks.md that were measured
+at full size on an H200; tests/parallel/test_forecast.py requires that the estimate is within 10 % of each row.
 """
 
 import functools
@@ -16,36 +16,37 @@ import torch.distributed as dist
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.eight_bit import EIGHT_BIT
 from mochi_tune.models.flops import dit_flops
+from mochi_tune.models.text_encoder import MAX_TOKENS
 from mochi_tune.parallel.precision import LARGE_LAYERS
 from mochi_tune.parallel.stream import NUM_BUFFERS
 
 GIB = 2**30
 LARGE_WEIGHTS = tuple(f"{name}.weight" for name in LARGE_LAYERS)
-# Bytes that one block holds at a time, for each visual token and each number of its width: forward and backward of a
-# training, and one pass of the sampler.
+# Peak bytes of one block per visual token and unit of the visual width: forward and backward in training, compiled or
+# not, and one forward pass of the sampler. The constants down to ROUNDED_BYTES have the same unit.
 INSIDE_BYTES = {"compiled": 50, "eager": 83, "sample": 24}
-# What a block that recomputes nothing keeps for its backward pass, by the same count.
+# Bytes that a block which recomputes nothing keeps for its backward pass.
 KEPT_BYTES = {"compiled": 31, "eager": 83}
-# `auto` believes that it may be more: an adapter with dropout keeps what it has dropped from.
+# Safety factor of `auto` on KEPT_BYTES: an adapter with dropout also keeps the input of the dropout.
 KEPT_MARGIN = 1.1
-# Bytes that go to and from memory between the matrix products of one block, by the same count: of a training that
-# keeps everything or is not compiled, and of a pass of the sampler; and what compiled blocks move beside them where
-# they are computed again, and where what is multiplied is rounded to 8 bits.
+# Memory traffic between the matrix products of one block: in training that keeps everything or is not compiled, and in
+# a pass of the sampler.
 MOVED_BYTES = {"compiled": 450, "eager": 3250, "sample": 130}
+# Additional memory traffic of compiled blocks: for recomputing, and for rounding the factors of products to 8 bits.
 RECOMPUTED_BYTES, ROUNDED_BYTES = 170, 170
-# What torch, its kernels and the embedders hold beside that; left to fragments between tensors and other programs.
+# Bytes of torch, its kernels and the embedders; bytes left free for fragmentation and other programs.
 BASE_BYTES, SPARE_BYTES = GIB // 4, GIB
-# Products of attention's backward pass, of which it computes the scores again, over the two of its forward pass.
+# Arithmetic of attention's backward pass relative to its forward pass: 5 products, with the recomputed scores, to 2.
 ATTENTION_BACKWARD = 2.5
-# Of a pixel, what a decoder in chunks of time holds, and the encoder: for any number of frames, and for each of them.
+# Bytes per pixel: of the decoder in chunks of time; of the encoder for any number of frames, and for each frame.
 DECODER_PIXEL_BYTES, ENCODER_PIXEL_BYTES, ENCODER_FRAME_BYTES = 12700, 1850, 154
-# FLOPs of a pixel of one frame, and the share of the rate of matrix products that the VAE reaches.
+# FLOPs per pixel of one frame, and the rate that the VAE reaches relative to that of matrix products.
 DECODER_PIXEL_FLOPS, DECODER_SHARE = 243e12 / (37 * 480 * 848), 0.59
 ENCODER_PIXEL_FLOPS, ENCODER_SHARE = 63.9e12 / (37 * 480 * 848), 0.25
 T5_PARAMETERS, DECODER_PARAMETERS, ENCODER_PARAMETERS = 4.76e9, 0.362e9, 0.098e9
-# Of T5's, which are never in 8 bits.
+# The part of T5's parameters that is never in 8 bits.
 T5_EMBEDDING = 32128 * 4096
-# fp32 numbers that each optimizer of `train.optimizer` keeps of a number that it trains.
+# State of each `train.optimizer`, in fp32 numbers per trained number.
 OPTIMIZER_STATES = {"adamw": 2, "schedule_free": 2, "prodigy": 4, "muon": 1, "adamw_8bit": 0.57, "adafactor": 0.07}
 
 
@@ -54,12 +55,13 @@ class Card:
     """A GPU.
 
     Attributes:
-        gib: its memory, as its driver reports it.
-        matrix: FLOPs a second in bf16, dense, by its maker's sheet.
-        bandwidth: bytes a second to and from its memory, by the sheet.
-        host: bytes a second to and from the host, about.
-        has_fp8: whether it multiplies fp8, twice as fast.
-        nvlink: bytes a second to the other GPUs of its machine and back, each way; 0: they go by the host.
+        gib: memory in GiB, as its driver reports it.
+        matrix: dense bf16 FLOPs per second, from its data sheet.
+        bandwidth: bytes per second to and from its memory, from its data sheet.
+        host: approximate bytes per second to and from the host.
+        has_fp8: whether it multiplies fp8, at twice the rate of bf16.
+        nvlink: bytes per second to the other GPUs of its machine, each way; 0: there is no NVLink, transfers use the
+            host.
     """
 
     gib: float
@@ -71,11 +73,11 @@ class Card:
 
     @property
     def link(self) -> float:
-        """Bytes a second to the other GPUs of its machine."""
+        """Bytes per second to the other GPUs of its machine."""
         return self.nvlink or self.host
 
 
-# Source: the makers' data sheets. Of these, only an H200 was measured.
+# Source: the makers' data sheets. Only the H200 was measured.
 CARDS = {
     "h200": Card(139.8, 989e12, 4.8e12, 50e9, True, 450e9),
     "h100": Card(79.2, 989e12, 3.35e12, 50e9, True, 450e9),
@@ -89,9 +91,9 @@ CARDS = {
     "4080": Card(15.6, 97e12, 0.717e12, 25e9, True),
     "3060": Card(11.8, 25e12, 0.36e12, 25e9),
 }
-# What `sample` does with the weights for each memory=, the fastest first.
+# `memory.dit` of `sample` for each preset of memory=, the fastest first.
 SAMPLING = {"80gb": "resident", "24gb": "fp8", "16gb": "offload", "12gb": "offload"}
-# Shares of the sheet's rate that matrix products reach, and attention forward and backward; as measured on an H200.
+# Fractions of the data sheet's rate that matrix products and attention, forward and backward, reach on an H200.
 MATRIX_SHARE, ATTENTION_SHARE, BACKWARD_SHARE = 0.77, 0.58, 0.53
 
 
@@ -101,18 +103,18 @@ class Step:
 
     Attributes:
         config: sizes of the DiT.
-        num_tokens: visual tokens.
-        text_tokens: of the caption.
-        adapter_bytes: of the adapter's fp32 parameters.
-        dtype_bytes: of a number of the DiT.
-        precision: of its large matrices, see `parallel.precision`.
+        num_tokens: visual tokens of one process.
+        text_tokens: text tokens of the caption.
+        adapter_bytes: bytes of the adapter's fp32 parameters.
+        dtype_bytes: bytes of one number of the DiT.
+        precision: precision of the DiT's large matrices, see `parallel.precision`.
         recompute: `train.recompute`.
         is_compiled: whether the blocks are compiled.
-        holds_modulation: whether the modulation layers are on the device; not so in `train`, but with ZeRO-3.
-        num_shards: over how many processes ZeRO-3 splits the weights.
-        split: how many processes share the tokens, of which `num_tokens` are one's: (heads, ring).
-        num_clips: of the micro-batch, which share `num_tokens` and attend each to itself.
-        needs_exact: whether the base's matrices must stay as they are, as a DoRA measures their rows.
+        holds_modulation: whether the modulation layers are on the device; in `train` only with ZeRO-3.
+        num_shards: number of processes over which ZeRO-3 splits the weights.
+        split: number of processes that share the tokens, as (heads, ring).
+        num_clips: clips of the micro-batch. Together they have `num_tokens`; each attends to itself.
+        needs_exact: whether the base's matrices must not be rounded, because a DoRA measures their rows.
         optimizer: `train.optimizer`.
         has_average: whether there is a moving average of the adapter.
     """
@@ -138,45 +140,45 @@ class Step:
         object.__setattr__(self, "weights", weight_bytes(self.config, self.dtype_bytes, self.precision))
 
     def policies(self, free: int | None, is_streamed: bool = False, is_offloaded: bool = False) -> list[str]:
-        """Returns what each block recomputes, see `parallel.recompute.POLICIES`.
+        """Returns the recompute policy of each block, one of `parallel.recompute.POLICIES`.
 
         Args:
-            free: bytes of the device that are free before the weights are loaded; None: enough.
+            free: free bytes of the device before the weights are loaded; None: unlimited.
             is_streamed: whether the blocks' weights are in host memory.
-            is_offloaded: whether the blocks' inputs are.
+            is_offloaded: whether the blocks' inputs are in host memory.
         """
         depth = self.config.depth
         if self.recompute != "auto":
             return [self.recompute] * depth
         if self.num_shards > 1:
-            # ZeRO-3 gathers weights inside a block, and what is kept by its operation's name would be counted wrongly.
+            # ZeRO-3 gathers weights inside a block, so selective checkpointing would count operations wrongly.
             return ["block"] * depth
         if free is None:
             return ["attention"] * depth
         left = free - sum(self.held(["block"] * depth, is_streamed, is_offloaded).values()) - SPARE_BYTES
         num_kept = min(depth, max(0, int(left // self._attention_bytes)))
         policies = ["block"] * (depth - num_kept) + ["attention"] * num_kept
-        # Streamed weights are gone by the backward pass, and nothing else can wait in host memory than an input.
+        # Streamed weights are no longer on the device in the backward pass, and only inputs can be offloaded.
         if num_kept < depth or is_streamed or is_offloaded or not self.is_compiled:
             return policies
         left -= depth * self._attention_bytes
         num_whole = min(depth, int(left // (KEPT_MARGIN * self._kept_bytes - self._attention_bytes)))
-        # Another policy is another graph to compile, which a few blocks do not pay for.
+        # A third policy needs another compiled graph, which does not pay for a few blocks.
         return policies[num_whole:] + ["none"] * num_whole if num_whole >= depth / 4 else policies
 
     def held(self, policies: Sequence[str], is_streamed: bool = False, is_offloaded: bool = False) -> dict[str, int]:
-        """Returns the bytes on the device at the step's peak, by what they are for."""
+        """Returns the bytes on the device at the step's peak, by purpose."""
         weights = bytes_on_device(self.weights, self.config, is_streamed)
         weights += self.weights["modulation"] if self.holds_modulation else 0
         one_input = 2 * self.num_tokens * self.config.hidden_size_x
         kind, numbers = "compiled" if self.is_compiled else "eager", self.num_tokens * self.config.hidden_size_x
         inside = INSIDE_BYTES[kind] * numbers
-        # On their way to host memory and back are two.
+        # Of offloaded inputs, two are on the device at a time, on their way to host memory or back.
         kept = one_input * (min(2, len(policies)) if is_offloaded else len(policies))
         kept += self._attention_bytes * policies.count("attention") + self._kept_bytes * policies.count("none")
         return {
             "weights": weights // self.num_shards,
-            # With its gradient, and what the optimizer and the average keep.
+            # Parameters, gradients, the state of the optimizer and the average.
             "adapter": int((2 + OPTIMIZER_STATES[self.optimizer] + self.has_average) * self.adapter_bytes),
             "kept": kept,
             "largest block": inside,
@@ -185,14 +187,14 @@ class Step:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint: the adapter, the optimizer's state, and the average, which "schedule_free" always has."""
+        """Bytes of one checkpoint: adapter, optimizer state, and the average, which "schedule_free" always has."""
         has_average = self.has_average or self.optimizer == "schedule_free"
         return int((1 + OPTIMIZER_STATES[self.optimizer] + has_average) * self.adapter_bytes)
 
     def host_bytes(self, is_streamed: bool, is_offloaded: bool) -> int:
-        """Returns the bytes of host memory for the blocks' weights and for their inputs, as a GPU reads them there.
+        """Returns the bytes of pinned host memory for the blocks' weights and for their inputs.
 
-        torch takes pinned memory by powers of two, for each tensor.
+        For each tensor, torch rounds pinned memory up to a power of two.
         Source: pytorch/pytorch@v2.11.0 aten/src/ATen/core/CachingHostAllocator.h (allocate).
         """
         sizes = parameter_bytes(self.config, self.dtype_bytes, self.precision)
@@ -203,25 +205,25 @@ class Step:
 
     @property
     def _attention_bytes(self) -> int:
-        """Of one block's attention: the output in 16 bits, and the log-sum-exp in 32."""
+        """Bytes kept of one block's attention: the output in 16 bits and the log-sum-exp in 32."""
         return self.num_tokens * (2 * self.config.hidden_size_x + 4 * self.config.num_heads)
 
     @property
     def _kept_bytes(self) -> int:
-        """Of one block that recomputes nothing, beside its input."""
+        """Bytes kept of one block that recomputes nothing, besides its input."""
         return KEPT_BYTES["compiled" if self.is_compiled else "eager"] * self.num_tokens * self.config.hidden_size_x
 
     def seconds(self, policies: Sequence[str], card: Card, is_streamed: bool = False) -> float:
-        """Returns the seconds of the step's forward and backward pass, updates being nothing beside them."""
+        """Returns the seconds of the step's forward and backward pass; the optimizer's update is negligible."""
         matrix, _ = dit_flops(self.config, self.num_tokens, self.text_tokens)
-        # Each process's tokens attend to those of all, and those of a clip to its own.
+        # The tokens of a process attend to those of all processes, but only within their clip.
         num_parts = self.num_clips / (self.split[0] * self.split[1])
         attention = dit_flops(self.config, round(self.num_tokens / num_parts), self.text_tokens)[1] * num_parts
-        # Frozen weights have no gradient: of a product, the backward pass is one more, and so is what is recomputed.
+        # Frozen weights have no gradient, so the backward pass has one product per product, and recomputing another.
         products = 3 - policies.count("none") / len(policies)
         attentions = 1 + policies.count("block") / len(policies)
         rate = card.matrix * MATRIX_SHARE
-        # Products in int8 run at no more than the rate of bf16, as torch calls cuBLAS for them.
+        # int8 products, for which torch calls cuBLAS, are not faster than bf16.
         rate *= 2 if self.precision == "fp8" and card.has_fp8 else 1
         moved: float = MOVED_BYTES["compiled" if self.is_compiled else "eager"]
         if self.is_compiled:
@@ -234,7 +236,7 @@ class Step:
             + attention * ATTENTION_BACKWARD / (card.matrix * BACKWARD_SHARE)
             + moved / card.bandwidth
         )
-        # Streamed weights come once forward and once backward, beside the arithmetic.
+        # Streamed weights are copied once forward and once backward, in parallel with the arithmetic.
         return max(computed, 2 * self.weights["blocks"] / card.host) if is_streamed else computed
 
 
@@ -244,15 +246,15 @@ def sampling_held(
     """Returns the bytes on the device while the DiT samples.
 
     Args:
-        config: of the DiT.
-        num_tokens: visual tokens that this process has of a video.
+        config: sizes of the DiT.
+        num_tokens: visual tokens of one video on this process.
         dit: `memory.dit`.
-        dtype_bytes: of a number of the DiT.
-        num_sharing: processes of one video, over which "shard" splits the weights.
+        dtype_bytes: bytes of one number of the DiT.
+        num_sharing: number of processes of one video, over which "shard" splits the weights.
     """
     weights = weight_bytes(config, dtype_bytes, "bf16")
     blocks = weights["blocks"] // (2 if dit in ("int8", "fp8") and dtype_bytes == 2 else 1)
-    # Of offloaded blocks two are there.
+    # Two offloaded blocks are on the device at a time.
     two = 2 * blocks // config.depth
     blocks = {"offload": two, "stream": two, "shard": blocks // num_sharing}.get(dit, blocks)
     return {
@@ -262,39 +264,42 @@ def sampling_held(
     }
 
 
-def sampling_seconds(
-    config: DiTConfig,
-    num_tokens: int,
-    card: Card,
-    text_tokens: int = 256,
-    dit: str = "resident",
-    passes: float = 2,
-    num_sharing: int = 1,
-    dtype_bytes: int = 2,
-) -> float:
-    """Returns the seconds of a step of the sampler.
+@dataclass(frozen=True)
+class SamplingStep:
+    """A step of the sampler.
 
-    Args:
-        config: of the DiT.
+    Attributes:
+        config: sizes of the DiT.
         num_tokens: visual tokens of the video.
-        card: the GPU.
-        text_tokens: of the prompt.
         dit: `memory.dit`.
-        passes: of a step, 2 with guidance.
-        num_sharing: processes that share the tokens; what they exchange is not counted.
-        dtype_bytes: of a number of the DiT.
+        passes: forward passes; 2 with guidance, and a fraction for the mean of steps with and without it.
+        num_sharing: number of processes that share the tokens.
+        dtype_bytes: bytes of one number of the DiT.
     """
-    matrix, attention = dit_flops(config, num_tokens, text_tokens)
-    moved = MOVED_BYTES["sample"] * num_tokens * config.hidden_size_x * config.depth
-    rate = card.matrix * MATRIX_SHARE * (2 if dit == "fp8" and card.has_fp8 else 1)
+
+    config: DiTConfig
+    num_tokens: int
+    dit: str = "resident"
+    passes: float = 2
+    num_sharing: int = 1
+    dtype_bytes: int = 2
+
+
+def sampling_seconds(step: SamplingStep, card: Card) -> float:
+    """Returns the seconds of a step of the sampler with the longest prompt, without communication of processes."""
+    config, width = step.config, step.config.hidden_size_x
+    matrix, attention = dit_flops(config, step.num_tokens, MAX_TOKENS)
+    moved = MOVED_BYTES["sample"] * step.num_tokens * width * config.depth
+    rate = card.matrix * MATRIX_SHARE * (2 if step.dit == "fp8" and card.has_fp8 else 1)
     one_pass = matrix / rate + attention / (card.matrix * ATTENTION_SHARE) + moved / card.bandwidth
-    # Offloaded weights come once in each pass, beside the arithmetic, to each process.
-    copied = weight_bytes(config, dtype_bytes)["blocks"] / card.host if dit in ("offload", "stream") else 0
-    return passes * max(one_pass / num_sharing, copied)
+    # Each process copies offloaded weights once per pass, in parallel with the arithmetic.
+    is_copied = step.dit in ("offload", "stream")
+    copied = weight_bytes(config, step.dtype_bytes)["blocks"] / card.host if is_copied else 0
+    return step.passes * max(one_pass / step.num_sharing, copied)
 
 
 def decoding_held(height: int, width: int, tiles: int = 1, dtype_bytes: int = 2) -> dict[str, int]:
-    """Returns the bytes on the device while a video of any length is decoded, in so many tiles."""
+    """Returns the bytes on the device while a video of any length is decoded in this number of tiles."""
     pixels = height * width / tiles * (1.3 if tiles > 1 else 1)
     held = int(DECODER_PIXEL_BYTES * pixels * dtype_bytes / 2)
     return {"weights": int(DECODER_PARAMETERS * dtype_bytes), "largest block": held, "other": BASE_BYTES}
@@ -323,14 +328,14 @@ def text_held(dtype_bytes: int) -> dict[str, int]:
 
 
 def fits(held: dict[str, int], free: int) -> bool:
-    """Whether a device with so many free bytes can hold this, with some to spare."""
+    """Whether a device with `free` bytes can hold this with SPARE_BYTES left."""
     return sum(held.values()) + SPARE_BYTES <= free
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the free memory of the fullest process's GPU; None for a CPU, whose memory is not counted.
+    """Returns the smallest free GPU memory of all processes, in bytes; None for a CPU, whose memory is not counted.
 
-    Processes that share the tokens of a sample exchange them while they recompute: all have to do that alike.
+    Processes that share the tokens of a sample communicate while they recompute, so all must use the same policies.
     """
     if device.type != "cuda":
         return None
@@ -350,12 +355,12 @@ def weight_bytes(config: DiTConfig, dtype_bytes: int, precision: str = "bf16") -
 
 @functools.cache
 def parameter_bytes(config: DiTConfig, dtype_bytes: int, precision: str) -> tuple[tuple[str, float], ...]:
-    """Returns of each parameter of a DiT the part, as in `weight_bytes`, and the bytes; kept, as it builds one.
+    """Returns the part, as in `weight_bytes`, and the bytes of each parameter of a DiT.
 
     Args:
-        config: of the DiT.
-        dtype_bytes: of a number.
-        precision: of its large matrices, see `parallel.precision`.
+        config: sizes of the DiT.
+        dtype_bytes: bytes of one number.
+        precision: precision of the large matrices, see `parallel.precision`.
     """
     with torch.device("meta"):
         dit = AsymmDiT(config)
@@ -367,26 +372,26 @@ def parameter_bytes(config: DiTConfig, dtype_bytes: int, precision: str) -> tupl
 
 
 def bytes_on_device(weights: dict[str, int], config: DiTConfig, is_streamed: bool) -> int:
-    """Returns what `weight_bytes` has on the device: no modulation, and of streamed blocks the buffers."""
+    """Returns the bytes of `weights` on the device: not the modulation, and only the buffers of streamed blocks."""
     blocks = weights["blocks"] * min(NUM_BUFFERS, config.depth) // config.depth if is_streamed else weights["blocks"]
     return blocks + weights["rest"]
 
 
 def known_card(name: str) -> Card | None:
-    """Returns the card of which the longest name stands in what the driver calls it, None if there is none."""
+    """Returns the GPU whose key in CARDS is contained in the driver's name of it, None if there is none."""
     words = name.lower().replace(" ", "")
-    # Of two sizes, the driver says which.
+    # The longest key is the most specific: the driver's name contains the memory size of an A100.
     fitting = [key for key in CARDS if all(part in words for part in key.split("-"))]
     return CARDS[max(fitting, key=len)] if fitting else None
 
 
 def short_seconds(seconds: float) -> str:
-    """Returns a few seconds, or many, without an exponent."""
+    """Formats seconds without an exponent."""
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s" if seconds >= 0.01 else f"{seconds:.4f} s"
 
 
 def in_words(seconds: float) -> str:
-    """Returns a duration as a reader wants it."""
+    """Formats a duration in hours, minutes or seconds."""
     hours = seconds / 3600
     return (
         f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"

@@ -1,6 +1,6 @@
-"""What to set where a stage of a run does not fit a GPU: only what fits it by the same sums, else what to make smaller.
+"""Advice for a stage of a run that does not fit a GPU: settings that fit by the same estimate, else what to reduce.
 
-Of `train`, `training.memory_plan` says so.
+For `train`, `training.memory_plan` gives this advice.
 """
 
 from itertools import product
@@ -21,16 +21,16 @@ from mochi_tune.parallel.forecast import (
     text_held,
 )
 
-# Of tiles over rows, and over columns: those of more would be mostly what they share.
+# Maximum tiles over rows and over columns: more of them would consist mostly of overlap.
 MOST_TILES = 8
 LARGER = "a GPU with more memory"
 
 
 def for_captions(free: int) -> str:
-    """Returns what to set where T5 does not fit in `prepare`.
+    """Returns what to set if T5 does not fit in `prepare`.
 
     Args:
-        free: bytes of the device, here and below.
+        free: free bytes of the device, here and in the functions below.
     """
     if names := [name for name, dtype in T5_DTYPES.items() if fits(text_held(dtype.itemsize), free)]:
         return f"prepare: use memory.t5_dtype={' or '.join(names)}"
@@ -39,7 +39,7 @@ def for_captions(free: int) -> str:
 
 
 def for_clips(num_frames: int, height: int, width: int, dtype_bytes: int, free: int) -> str:
-    """Returns what to set where clips of this size do not fit in `prepare`."""
+    """Returns what to set if clips of this size do not fit in `prepare`."""
     lengths = range(1, num_frames, TEMPORAL_FACTOR)
     fitting = [frames for frames in lengths if fits(encoding_held(frames, height, width, dtype_bytes), free)]
     fewer = f"use clips of at most {fitting[-1]} frames, or " if fitting else ""
@@ -47,23 +47,23 @@ def for_clips(num_frames: int, height: int, width: int, dtype_bytes: int, free: 
 
 
 def for_prompts(dtype_bytes: int, free: int) -> str:
-    """Returns what to set where T5 does not fit in model.dtype: in `sample`, and for the eval prompts of `train`."""
+    """Returns what to set if T5 does not fit in model.dtype, in `sample` and for the eval prompts of `train`."""
     if dtype_bytes > 2 and fits(text_held(2), free):
         return "sample: use model.dtype=bf16"
     needed = (sum(text_held(2).values()) + SPARE_BYTES) / GIB
     return (
-        f"sample: T5 takes {needed:.1f} GiB in bf16: use {LARGER}, or a sample.prompt_cache that one has filled; "
-        "train: the same for eval prompts, use train.sample_every=0"
+        f"sample: T5 takes {needed:.1f} GiB in bf16: use {LARGER}, or a sample.prompt_cache filled on one; "
+        "train: the same for eval prompts, or use train.sample_every=0"
     )
 
 
 def for_denoising(config: DiTConfig, num_tokens: int, dtype_bytes: int, free: int) -> str:
-    """Returns what to set where the DiT does not fit in `sample`."""
+    """Returns what to set if the DiT does not fit in `sample`."""
     held = {name: sampling_held(config, num_tokens, dit, dtype_bytes) for name, dit in SAMPLING.items()}
     fitting = [name for name in held if fits(held[name], free)]
     if not fitting:
         return f"sample: lower sample.num_frames, sample.height or sample.width, or use more GPUs or {LARGER}"
-    # Of those that do the same, the first. `auto` is the fastest of two that change no number.
+    # Only the first of equal presets. `auto` chooses the faster of resident and offload, which give the same numbers.
     chosen = [name for name in fitting if SAMPLING[name] not in [SAMPLING[n] for n in fitting[: fitting.index(name)]]]
     if any(SAMPLING[name] in ("resident", "offload") for name in fitting):
         chosen.append("auto")
@@ -71,7 +71,7 @@ def for_denoising(config: DiTConfig, num_tokens: int, dtype_bytes: int, free: in
 
 
 def for_decoding(height: int, width: int, dtype_bytes: int, free: int) -> str:
-    """Returns what to set where the decoder does not fit: the fewest tiles that do."""
+    """Returns what to set if the decoder does not fit: the fewest tiles that do."""
     counts = sorted(product(range(1, MOST_TILES + 1), repeat=2), key=lambda tiles: (tiles[0] * tiles[1], -min(tiles)))
     for tiles in counts:
         try:

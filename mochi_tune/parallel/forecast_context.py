@@ -1,8 +1,9 @@
-"""What it costs that several GPUs share the tokens of a video, and the cheapest split of them: heads x ring.
+"""Estimates the cost of sharing the tokens of a video over several GPUs, and chooses the fastest split: heads x ring.
 
-Ranks that share the heads exchange tokens for heads, and wait for it; in a ring keys and values travel while attention
-computes, but each block of keys is joined to those before, and each row computes all text. Which is cheaper depends on
-the link between the GPUs. The terms are counted from `parallel.context` and `parallel.ring`; no link was measured.
+Ranks that share the heads exchange tokens for heads, and wait for the exchange. In a ring, keys and values are passed
+on while attention computes, but the output of each block of keys is merged with the output so far, and each row
+computes all text. Which is faster depends on the link between the GPUs. The terms are counted from `parallel.context`
+and `parallel.ring`; no link was measured.
 """
 
 from collections.abc import Sequence
@@ -24,20 +25,21 @@ from mochi_tune.parallel.forecast import (
     known_card,
 )
 
-# The share of a link's sheet that a large transfer reaches, and the seconds until any begins.
+# Fraction of a link's nominal rate that a large transfer reaches, and seconds until a transfer begins.
 LINK_SHARE, START_SECONDS = 0.8, 25e-6
-# Bytes of a number of q, k or v. Of the output that a block of keys is joined to: 2 are read and 4 written of the new
-# one, 8 read and 4 written to join. Of an exchange for heads: read and written to pack, and again to unpack.
+# Bytes of one number of q, k or v. Memory traffic per number of the output to merge a block of keys: 2 bytes read and 4
+# written of the new output, 8 read and 4 written to merge. Memory traffic per number of an exchange for heads: read and
+# written to pack, and again to unpack.
 NUMBER_BYTES, JOINED_BYTES, PLACED_BYTES = 2, 18, 8
-# Of a prompt, about: every row computes them all.
+# Typical text tokens of a prompt; every row computes all of them.
 TEXT_TOKENS = 128
-# q, k, v and the output for each rank, and the output of the text.
+# Exchanges of a block: q, k, v and the output of the visual tokens, and the output of the text.
 NUM_EXCHANGES = 5
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a pass takes of each kind of work, relative to a forward pass."""
+    """The amount of each kind of work in a pass, relative to a forward pass."""
 
     attention: float = 1.0
     exchanged: float = 1.0
@@ -46,28 +48,28 @@ class Pass:
 
 
 FORWARD = Pass()
-# Gradients go back the way that q, k, v and the output came, and q, k, v are exchanged again where they are recomputed.
-# In the ring keys and values come once more, and their gradients in fp32.
+# The gradients of q, k, v and the output are exchanged, and q, k, v once more when they are recomputed. In the ring,
+# keys and values are passed on once more, and their gradients in fp32.
 BACKWARD = Pass(ATTENTION_BACKWARD * ATTENTION_SHARE / BACKWARD_SHARE, 1.75, 3.0, 2.0)
 SAMPLING, TRAINING = (FORWARD,), (FORWARD, BACKWARD)
 
 
 def possible_splits(num_ranks: int, num_heads: int) -> list[tuple[int, int]]:
-    """Returns every (heads, ring) of so many ranks: those that share the heads have equally many each."""
+    """Returns every possible split (heads, ring) of the ranks: `heads` must divide the number of attention heads."""
     return [(n, num_ranks // n) for n in range(1, num_ranks + 1) if num_ranks % n == 0 and num_heads % n == 0]
 
 
 def choose_split(
     num_ranks: int, config: DiTConfig, num_tokens: int, card: Card, passes: Sequence[Pass] = SAMPLING
 ) -> tuple[int, int]:
-    """Returns the split (heads, ring) of ranks with the fewest foretold seconds; of equal ones, that of more heads.
+    """Returns the split (heads, ring) with the lowest estimated time; of equal ones, the one with more heads.
 
     Args:
-        num_ranks: that share the tokens of a video; any number.
-        config: of the DiT.
+        num_ranks: number of ranks that share the tokens of a video; any number.
+        config: sizes of the DiT.
         num_tokens: visual tokens of the video.
-        card: of each rank.
-        passes: that the work is made of, SAMPLING or TRAINING.
+        card: GPU of each rank.
+        passes: the passes of a step, SAMPLING or TRAINING.
     """
     splits = possible_splits(num_ranks, config.num_heads)
     return min(reversed(splits), key=lambda split: split_seconds(split, config, num_tokens, card, passes))
@@ -76,19 +78,19 @@ def choose_split(
 def split_seconds(
     split: tuple[int, int], config: DiTConfig, num_tokens: int, card: Card, passes: Sequence[Pass] = SAMPLING
 ) -> float:
-    """Returns the seconds of what depends on the split, in all blocks: attention, what is exchanged, what is joined.
+    """Returns the seconds of the work that depends on the split, in all blocks: attention, exchanging, merging.
 
     Args:
-        split: ranks that share the heads, and rows of them in the ring.
-        config: of the DiT.
+        split: number of ranks that share the heads, and of rows in the ring.
+        config: sizes of the DiT.
         num_tokens: visual tokens of the video.
-        card: of each rank.
-        passes: that the work is made of.
+        card: GPU of each rank.
+        passes: the passes of a step, SAMPLING or TRAINING.
     """
     heads, ring = split
     width, text = config.hidden_size_x, TEXT_TOKENS
     row = num_tokens / ring
-    # Numbers of this rank's tokens, and of its row's with its heads.
+    # Numbers of this rank's tokens with all heads, and of its row's tokens and the text with its heads.
     own, queries = row / heads * width, (row + text) * width / heads
     attention = 4 * queries * (num_tokens + text) / (card.matrix * ATTENTION_SHARE)
     exchanged = placed = travelled = joined = 0.0
@@ -103,7 +105,7 @@ def split_seconds(
     seconds = 0.0
     for each in passes:
         computed = each.attention * attention
-        # Nothing comes while the last block of keys is attended.
+        # No transfer runs during the attention to the last block of keys.
         attending = computed / ring + max(computed * (ring - 1) / ring, each.travelled * travelled)
         seconds += attending + each.exchanged * (exchanged + placed) + each.joined * joined
     return config.depth * seconds
@@ -112,31 +114,35 @@ def split_seconds(
 def sharing_seconds(
     split: tuple[int, int], config: DiTConfig, num_tokens: int, card: Card, passes: Sequence[Pass] = SAMPLING
 ) -> float:
-    """Returns the seconds that `split_seconds` has beyond attention that is divided by the ranks and nothing else."""
+    """Returns the overhead of a split in seconds: `split_seconds` minus attention divided evenly by the ranks."""
     alone = split_seconds((1, 1), config, num_tokens, card, passes)
     return split_seconds(split, config, num_tokens, card, passes) - alone / (split[0] * split[1])
 
 
 def pass_seconds(split: tuple[int, int], config: DiTConfig, num_tokens: int, card: Card) -> float:
-    """Returns the seconds of a forward pass: the arithmetic, and what ranks that share the tokens exchange."""
+    """Returns the seconds of a forward pass: matrix products, and what depends on the split."""
     matrix, _ = dit_flops(config, -(-num_tokens // (split[0] * split[1])), 0)
     return matrix / (card.matrix * MATRIX_SHARE) + split_seconds(split, config, num_tokens, card)
 
 
 def card_here() -> Card:
-    """Returns the card of this process; an H100 where it is not known, or where there is none.
+    """Returns the GPU of this process; an H100 if it is unknown, or if there is none.
 
-    Asked for its name, a GPU gives none of its memory to this process.
+    Reading the name of a GPU allocates none of its memory.
     """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return known_card(name) or CARDS["h100"]
 
 
 def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
-    """Returns a card's name in words, its memory in GiB and its speeds, if they are known.
+    """Returns the display name of a GPU, its memory in GiB and, if known, its speeds.
+
+    Args:
+        name: a key of CARDS, or another name if `gib` is given; empty for the GPU of this process.
+        gib: memory in GiB; 0 for that of the known GPU.
 
     Raises:
-        ConfigError: there is no GPU and no card is named, or one that is not known without its memory.
+        ConfigError: no GPU is named and there is none, or an unknown one is named without its memory.
     """
     if not name and not gib:
         if not torch.cuda.is_available():
@@ -148,4 +154,4 @@ def find_card(name: str, gib: int) -> tuple[str, float, Card | None]:
         raise ConfigError(
             f"card={name} is not known: use one of {', '.join(CARDS)}, or give its memory too, as card_gib=24."
         )
-    return f"{name or 'a GPU'} (not here: foretold)", float(gib or (known.gib if known else 0)), known
+    return f"{name or 'a GPU'} (not here: estimated)", float(gib or (known.gib if known else 0)), known

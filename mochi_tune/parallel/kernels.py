@@ -1,4 +1,4 @@
-"""Which kernel attention runs: measured once, at the shape of the run, forward and backward."""
+"""Chooses the attention kernel: times each one once at the shape of the run, forward and backward."""
 
 import contextlib
 import time
@@ -16,30 +16,30 @@ KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# FlashAttention 3 and 4 take the place of torch's own flash attention, where their packages are installed.
+# FlashAttention 3 and 4 replace torch's own flash attention if their packages are installed.
 FLASH_VERSIONS = {"fa4": "FA4", "fa3": "FA3"}
 ALL_KERNELS = ("cudnn", *FLASH_VERSIONS, "flash", "efficient")
 REPEATS = 3
-# Kernels whose times differ by less than this are equally fast: the clock decides between them otherwise, and two runs
-# of one command would round in other places.
+# Kernels whose times differ by less than this factor count as equally fast. Otherwise timing noise would choose, and
+# two runs of one command would round differently.
 NEARLY = 1.1
 
 
 def time_attention(
     shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, names: Iterable[str] = ALL_KERNELS
 ) -> dict[str, float]:
-    """Returns the seconds of a forward and a backward pass by kernel, the fastest of some; of those that run here.
+    """Returns the seconds of a forward and backward pass for each kernel that runs here, the fastest of REPEATS.
 
     Args:
-        shape: heads, tokens and the width of a head, of one row.
-        device: of the run.
-        dtype: of the run.
-        names: of the kernels to try.
+        shape: (heads, tokens, width of a head) of one row.
+        device: the device of the run.
+        dtype: the dtype of the run.
+        names: the kernels to try.
     """
     seconds = {}
     q, k, v = (torch.randn(1, *shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     for name in names:
-        # What is not installed, or that the device has not for the shape, raises.
+        # A kernel that is not installed, or that does not support the device or the shape, raises.
         with contextlib.suppress(RuntimeError, ImportError, AssertionError), _flash_version(name), _only(name):
             times = []
             for _ in range(REPEATS):
@@ -59,16 +59,16 @@ def _only(name: str) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _flash_version(name: str) -> Iterator[None]:
-    """Has torch's flash attention run one of FLASH_VERSIONS; does nothing for other kernels.
+    """Makes torch's flash attention run one of FLASH_VERSIONS; does nothing for other kernels.
 
     Raises:
-        ImportError: its package is not installed, or torch does not know it.
+        ImportError: its package is not installed, or torch does not support it.
     """
     if name not in FLASH_VERSIONS:
         yield
         return
     if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
-        raise ImportError(f"torch {torch.__version__} runs no other flash attention than its own")
+        raise ImportError(f"torch {torch.__version__} cannot replace its flash attention")
     torch.nn.attention.activate_flash_attention_impl(FLASH_VERSIONS[name])
     try:
         yield
@@ -77,29 +77,29 @@ def _flash_version(name: str) -> Iterator[None]:
 
 
 def preferred(seconds: Mapping[str, float], is_deterministic: bool) -> str:
-    """Returns the kernel to run: of the fastest ones, the first in the order of ALL_KERNELS.
+    """Returns the kernel to run: the first of ALL_KERNELS among the fastest ones.
 
     Args:
-        seconds: what `time_attention` returns, not empty.
-        is_deterministic: whether two runs must choose the same, whatever the clock says.
+        seconds: the result of `time_attention`, not empty.
+        is_deterministic: whether two runs must choose the same kernel, regardless of the measured times.
     """
     limit = float("inf") if is_deterministic else NEARLY * min(seconds.values())
     return next(name for name in ALL_KERNELS if name in seconds and seconds[name] <= limit)
 
 
 def has_kernel(name: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device runs a kernel of this name at this shape, see `time_attention`; a CPU has none of them."""
+    """Whether a device runs this kernel at this shape; arguments as for `time_attention`. Always False on a CPU."""
     return device.type == "cuda" and name in time_attention(shape, device, dtype, [name])
 
 
 @contextlib.contextmanager
 def deterministic_kernels() -> Iterator[None]:
-    """Has torch run only kernels that sum in the same order each time.
+    """Makes torch run only deterministic kernels.
 
-    A warning in the place of an error would not do: attention then runs kernels that sum in any order.
+    torch's option to warn instead of raising is not used: with it, attention runs nondeterministic kernels.
 
     Raises:
-        ConfigError: the run needs an operation that has no such kernel on the device.
+        ConfigError: the run needs an operation that has no deterministic kernel on the device.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -110,7 +110,7 @@ def deterministic_kernels() -> Iterator[None]:
             raise
         operation = str(error).partition(" does not have")[0]
         raise ConfigError(
-            f"train.deterministic=true is not possible here: {operation} has no kernel that repeats: set it to false."
+            f"train.deterministic=true is not possible here: {operation} has no deterministic kernel: set it to false."
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)
@@ -118,10 +118,10 @@ def deterministic_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def attention_by(name: str) -> Iterator[None]:
-    """Makes attention run one kernel wherever it can; the prompt's pooling, which has a mask, runs what takes one.
+    """Makes attention prefer one kernel. Where it is not supported, as with the mask of `AttentionPool`, another runs.
 
     Raises:
-        ImportError: it is one of FLASH_VERSIONS, and not installed.
+        ImportError: the kernel is one of FLASH_VERSIONS, and its package is not installed.
     """
     first = KERNELS.get(name, SDPBackend.FLASH_ATTENTION)
     others = [kernel for kernel in (*KERNELS.values(), SDPBackend.MATH) if kernel != first]

@@ -1,4 +1,4 @@
-"""How processes share the work: data (videos) x guidance (prompt, negative prompt) x context (tokens)."""
+"""Layouts and groups of the processes: data (videos) x guidance (prompt, negative prompt) x context (tokens)."""
 
 import datetime
 import math
@@ -21,8 +21,8 @@ class Layout:
     """The number of ranks along each axis.
 
     Attributes:
-        data, guidance, context: along the axes.
-        heads: ranks of the context axis that share the heads of attention; rows of them form a ring.
+        data, guidance, context: number of ranks along this axis.
+        heads: number of ranks of a row of the context axis, which share the heads of attention. The rows form a ring.
     """
 
     data: int = 1
@@ -35,12 +35,12 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks in all."""
+        """The total number of ranks."""
         return self.data * self.guidance * self.context
 
     @property
     def split(self) -> tuple[int, int]:
-        """Ranks that share the heads, and rows of them in the ring."""
+        """The number of ranks that share the heads, and of rows in the ring."""
         return self.heads, self.context // self.heads
 
     def __str__(self) -> str:
@@ -48,22 +48,22 @@ class Layout:
 
     @property
     def in_words(self) -> str:
-        """The layout and how its context axis is split."""
+        """The layout with the split of its context axis, for messages."""
         return f"{self}{self.split_in_words}"
 
     @property
     def split_in_words(self) -> str:
-        """How the context axis is split, behind what names it; nothing where it is not."""
+        """The split of the context axis, to append to a message; empty if there is one context rank."""
         return f", {self.heads} heads x {self.context // self.heads} ring" if self.context > 1 else ""
 
 
 @dataclass(frozen=True)
 class Videos:
-    """What is to be rendered.
+    """The videos to render.
 
     Attributes:
-        count: how many.
-        num_tokens: visual tokens of one.
+        count: number of videos.
+        num_tokens: visual tokens of one video.
         is_guided: whether any step has a guidance other than 1.
     """
 
@@ -73,7 +73,7 @@ class Videos:
 
 
 def possible_layouts(num_ranks: int, is_guided: bool) -> list[Layout]:
-    """Returns every way to use all ranks: two for guidance where there is any, and any number for context."""
+    """Returns all layouts that use all ranks: one or, with guidance, two for guidance, and any number for context."""
     return [
         Layout(num_ranks // (guidance * context), guidance, context)
         for guidance in ((1, 2) if is_guided else (1,))
@@ -85,21 +85,21 @@ def possible_layouts(num_ranks: int, is_guided: bool) -> list[Layout]:
 def choose_layout(
     num_ranks: int, config: DiTConfig, videos: Videos, asked: dict[str, int | None], card: Card
 ) -> Layout:
-    """Returns the layout that is foretold to be the fastest of those that fit the settings.
+    """Returns the layout with the lowest estimated time among those that fit the settings.
 
     Args:
-        num_ranks: processes.
-        config: of the DiT.
-        videos: to render.
-        asked: a number for "data", "guidance" or "context", or None where any will do.
-        card: of each process.
+        num_ranks: number of processes.
+        config: sizes of the DiT.
+        videos: the videos to render.
+        asked: the required number of ranks for "data", "guidance" and "context"; None: any number.
+        card: GPU of each process.
 
     Raises:
-        ParallelError: none is possible; those that are, are named.
+        ParallelError: no layout fits; names the possible ones.
     """
     if num_ranks == 1 and (more := [f"parallel.{axis}={n}" for axis, n in asked.items() if n not in (None, 1)]):
         needed = math.prod(n for n in asked.values() if n is not None)
-        raise ParallelError(f"{' '.join(more)} wants {needed} processes: use parallel.num_processes={needed}.")
+        raise ParallelError(f"{' '.join(more)} needs {needed} processes: use parallel.num_processes={needed}.")
     possible = possible_layouts(num_ranks, videos.is_guided)
     if asked.get("data") is None:
         # A rank without a video would do nothing.
@@ -120,23 +120,23 @@ def choose_layout(
 
 
 def estimate_seconds(layout: Layout, config: DiTConfig, videos: Videos, card: Card) -> float:
-    """Estimates the seconds of a step of all videos: arithmetic, and what goes between the GPUs."""
+    """Estimates the seconds of one step of all videos, with the communication between GPUs."""
     turns = (2 if videos.is_guided else 1) / layout.guidance
     return -(-videos.count // layout.data) * turns * pass_seconds(layout.split, config, videos.num_tokens, card)
 
 
 def training_layout(num_ranks: int, context: int, config: DiTConfig, num_tokens: int, card: Card) -> Layout:
-    """Returns how the ranks of a training share a step: samples, and with `context` the tokens of each.
+    """Returns the layout of a training: the data axis shares samples, the context axis the tokens of each.
 
     Args:
-        num_ranks: processes.
+        num_ranks: number of processes.
         context: `parallel.context`.
-        config: of the DiT.
+        config: sizes of the DiT.
         num_tokens: visual tokens of a sample.
-        card: of each process.
+        card: GPU of each process.
 
     Raises:
-        ParallelError: the context ranks do not divide all ranks.
+        ParallelError: `context` does not divide the number of processes.
     """
     if num_ranks % context:
         raise ParallelError(
@@ -148,13 +148,13 @@ def training_layout(num_ranks: int, context: int, config: DiTConfig, num_tokens:
 
 
 class Mesh:
-    """This process's ranks in a layout, and its groups; all processes build it together.
+    """The ranks and the groups of this process in a layout. All processes must build it together.
 
     Args:
-        layout: of all processes.
-        device: of this one.
-        timeout_seconds: that a process waits for another.
-        checks_inputs: whether the context ranks compare what they give the DiT, see `apply_context_parallel`.
+        layout: the layout of all processes.
+        device: the device of this process.
+        timeout_seconds: seconds that a process waits for another.
+        checks_inputs: whether the context ranks compare their inputs of the DiT, see `apply_context_parallel`.
     """
 
     def __init__(
@@ -162,11 +162,11 @@ class Mesh:
     ) -> None:
         self.layout, self.checks_inputs = layout, checks_inputs
         grid = torch.arange(layout.num_ranks).view(layout.data, layout.guidance, layout.context)
-        self.data_rank, self.guidance_rank, self.context_rank = (grid == dist.get_rank()).nonzero()[0].tolist()
+        self.data_rank, _, self.context_rank = (grid == dist.get_rank()).nonzero()[0].tolist()
         timeout = datetime.timedelta(seconds=timeout_seconds)
 
         def group_of(rows: Tensor) -> dist.ProcessGroup:
-            # Every rank takes part in making every group.
+            # `new_group` requires that every rank takes part in creating every group.
             groups = {tuple(row): dist.new_group(row, timeout=timeout) for row in rows.tolist()}
             mine = next(group for ranks, group in groups.items() if dist.get_rank() in ranks)
             assert isinstance(mine, dist.ProcessGroup), "a group of this process"
@@ -174,23 +174,23 @@ class Mesh:
 
         self.context_group = group_of(grid.flatten(0, 1))
         self.guidance_group = group_of(grid.transpose(1, 2).flatten(0, 1))
-        # The ranks that make one video together.
+        # The ranks that render one video together.
         self.video_group = group_of(grid.flatten(1))
         self.video_mesh = DeviceMesh.from_group(self.video_group, device.type)
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes the videos that it makes together with others."""
+        """Whether this rank writes the videos of its `video_group`."""
         return dist.get_rank(self.video_group) == 0
 
     def is_any(self, flag: bool) -> bool:
-        """Whether a flag is set in any process of this video, so that all of them stop at the same step."""
+        """Whether a flag is set in any process of this video. With it, they all stop at the same step."""
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.video_group)
         return bool(flags.item())
 
     def gather_parts(self, part: Tensor) -> Iterator[Tensor]:
-        """Yields the parts (F', H, W, 3) of a video's ranks in order on the rank that writes it; none on the others."""
+        """Yields the parts (F', H, W, 3) of all ranks of a video in order on the rank that writes it; else nothing."""
         group = self.video_group
         counts = [0] * dist.get_world_size(group)
         dist.all_gather_object(counts, len(part), group=group)

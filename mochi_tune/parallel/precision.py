@@ -1,4 +1,4 @@
-"""The precision of a training's frozen base: its large matrices in 8 bits, or in 4 for the smallest cards."""
+"""The precision of the frozen base in training: its large matrices in 8 bits, or in 4 bits for the smallest GPUs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear
 
-# The visual stream's: 5.4 of the 7.2 billion numbers besides modulation. The few text tokens multiply as they are.
+# Matrices of the visual stream: 5.4 of the 7.2 billion parameters besides modulation. The text stream, which has few
+# tokens, keeps its dtype.
 LARGE_LAYERS = ("attn.qkv_x", "attn.proj_x", "mlp_x.w1", "mlp_x.w2")
-# Compute capability that each needs.
+# Minimum compute capability of each precision.
 NEEDS = {"fp8": (8, 9), "int8": (8, 0), "nf4": (7, 5)}
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuses a precision that a GPU cannot multiply in; a CPU emulates all of them.
+    """Refuses a precision that the GPU does not support; a CPU emulates all of them.
 
     Raises:
-        ConfigError: naming those that it can.
+        ConfigError: the GPU's compute capability is too low; names the precisions that it supports.
     """
     if precision == "bf16" or device.type != "cuda":
         return
@@ -28,19 +29,19 @@ def check_precision(precision: str, device: torch.device) -> None:
         possible = ["bf16", *(name for name, need in NEEDS.items() if have >= need)]
         raise ConfigError(
             f"model.precision={precision} needs a GPU of compute capability {'.'.join(map(str, NEEDS[precision]))}, "
-            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}: use {' or '.join(possible)}."
+            f"but {torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}: use {' or '.join(possible)}."
         )
 
 
 def apply_precision(
     block: nn.Module, precision: str, read_stored: Callable[[str], tuple[Tensor, Tensor] | None] = lambda _: None
 ) -> None:
-    """Rounds the large matrices of a block, which is on its device; adapters are added afterwards.
+    """Quantizes the large matrices of a block. Adapters must be added afterwards.
 
     Args:
-        block: of the DiT.
+        block: a block of the DiT, on its device.
         precision: "fp8", "int8", "nf4", or "bf16", which changes nothing.
-        read_stored: returns the weight of this name as the file has it in fp8, with its scale, or None.
+        read_stored: returns the fp8 weight of this name in the checkpoint with its scale, or None.
     """
     if precision == "bf16":
         return
@@ -64,7 +65,7 @@ def _four_bit(linear: nn.Linear, precision: str) -> nn.Module:
     weight: Any = Params4bit
     made.weight = weight(linear.weight.data, requires_grad=False, quant_type=precision)
     made.bias = linear.bias
-    # On a CPU that multiplies bf16, a pass without gradients would turn the weight into another layout for good, which
-    # has no backward pass.
+    # On a CPU that multiplies bf16, a pass without gradients would permanently convert the weight to a layout without
+    # a backward pass.
     made.support_avx512bf16_for_cpu = False
     return made.to(linear.weight.device)

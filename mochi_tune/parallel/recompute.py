@@ -1,4 +1,4 @@
-"""What a training step keeps of each block for its backward pass, and what it computes again; the same gradients."""
+"""Activation checkpointing: what each block keeps for its backward pass and what it recomputes; gradients are equal."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.models.layers import FeedForward
-from mochi_tune.parallel import ring  # noqa: F401  It defines an operation.
+from mochi_tune.parallel import ring  # noqa: F401  It registers torch.ops.mochi_tune.ring_attention.
 
-# Takes a block and what its forward takes.
+# Called with a block and the arguments of its forward.
 BlockFunction = Callable[..., Any]
-# What is kept: everything; the block's input, and the attention's output and log-sum-exp; the block's input alone.
+# What a block keeps: everything; its input, and the output and log-sum-exp of attention; only its input.
 POLICIES = ("none", "attention", "block")
 _aten = torch.ops.aten
 _ATTENTION = {
@@ -25,35 +25,35 @@ _ATTENTION = {
 
 
 def block_function(block: nn.Module) -> BlockFunction:
-    """Returns what a block computes now, as a function of the block: equal blocks have the same one."""
+    """Returns the current forward of a block as a function of the block; equal blocks have the same function."""
     forward: Any = block.forward
     return forward.func if isinstance(forward, functools.partial) else type(block).forward
 
 
 def apply_activation_checkpointing(dit: AsymmDiT, policies: Sequence[str], inputs: "HostInputs | None" = None) -> None:
-    """Makes each block keep for the backward pass what its policy says.
+    """Makes each block keep for the backward pass what its policy says, and recompute the rest.
 
     Args:
         dit: the model.
-        policies: of each block, one of POLICIES.
-        inputs: where the checkpointed blocks' visual inputs wait for the backward pass; None: on the device.
+        policies: the policy of each block, one of POLICIES.
+        inputs: holds the visual inputs of checkpointed blocks in host memory; None: they stay on the device.
     """
     if inputs is not None:
-        # What a pass that was broken off has left is dropped.
+        # An interrupted pass may have left inputs.
         dit.register_forward_pre_hook(lambda *_: inputs.clear())
     for block, policy in zip(dit.blocks, policies, strict=True):
         assert policy in POLICIES, policy
         if policy == "none":
             continue
         function = block_function(block)
-        checkpointed = _checkpointed(function, policy) if inputs is None else _waiting(function, policy, inputs)
+        checkpointed = _checkpointed(function, policy) if inputs is None else _offloaded(function, policy, inputs)
         block.forward = functools.partial(checkpointed, block)
 
 
 class SlicedFeedForward(FeedForward):
-    """A feed-forward layer that works on `num_tokens` at a time, in its backward pass, too.
+    """A feed-forward layer that processes `num_tokens` at a time, forward and backward.
 
-    With a dropout in it, it works on all at once: slices would draw other masks.
+    With active dropout, it processes all tokens at once, because slices would draw different masks.
     """
 
     num_tokens: int
@@ -70,15 +70,15 @@ class SlicedFeedForward(FeedForward):
 
 
 def apply_mlp_slices(dit: AsymmDiT, num_tokens: int) -> None:
-    """Makes the visual feed-forward layers work on some tokens at a time, in their backward pass, too.
+    """Makes the visual feed-forward layers process `num_tokens` at a time, forward and backward, to save memory.
 
-    Inside they are five times as wide as the stream. Every token has the numbers that it would have among all others;
-    sums over tokens, as gradients of adapters are, have another order.
+    Inside they are five times as wide as the stream. The results of each token do not change; sums over tokens, such
+    as the gradients of adapters, have a different order.
     """
     for block in dit.blocks:
         mlp: Any = block.get_submodule("mlp_x")
         assert type(mlp) in (FeedForward, SlicedFeedForward), type(mlp)
-        # By its class: a forward of its own would be compiled for each block anew.
+        # The class is changed, because a forward set on each instance would be compiled separately for each block.
         mlp.__class__ = SlicedFeedForward
         mlp.num_tokens = num_tokens
         mlp.has_dropout = any(isinstance(module, nn.Dropout) and module.p for module in mlp.modules())
@@ -90,66 +90,66 @@ def _checkpointed(function: BlockFunction, policy: str) -> BlockFunction:
         if policy == "attention":
             more = {"context_fn": _keep_attention}
         elif torch.compiler.is_compiling():
-            # Without one, torch 2.11 keeps what an `autograd.Function` has computed, as 8-bit products are.
+            # Without a context, torch 2.11 keeps the outputs of `autograd.Function`s, such as 8-bit products.
             more = {"context_fn": _keep_nothing}
         return checkpoint(function, block, *inputs, use_reentrant=False, **more)
 
-    # Kept with the function, so that equal blocks share it and it ends with the model whose weights it streams.
+    # Stored on the function, so that equal blocks share it and it is freed with the model whose weights it streams.
     return vars(function).setdefault(f"checkpointed_{policy}", checkpointed)
 
 
-def _waiting(function: BlockFunction, policy: str, inputs: "HostInputs") -> BlockFunction:
+def _offloaded(function: BlockFunction, policy: str, inputs: "HostInputs") -> BlockFunction:
     def from_host(block: nn.Module, number: int, *others: Any) -> Any:
-        # Selective checkpointing counts operations; those of a copy are none of the block's.
+        # Selective checkpointing counts operations, and must not count those of the copy.
         with _disable_current_modes():
             x = inputs.get(number)
         return function(block, x, *others)
 
-    # Here, and not at each call: a compiled block could not be traced through what is kept with a function.
+    # Not at each call, because the compiler cannot trace the attributes of a function.
     checkpointed = _checkpointed(from_host, policy)
 
-    def waiting(block: nn.Module, x: Tensor, *others: Any) -> Any:
+    def offloaded(block: nn.Module, x: Tensor, *others: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(block, x, *others)
         number = inputs.put(x)
-        # The graph of this pass hangs on x; the recomputation gets a copy that only takes its place.
+        # The graph of the forward pass depends on x itself; only the recomputation uses a copy.
         out = checkpointed(block, number, *others)
         inputs.send(number)
         return out
 
-    return inputs.functions.setdefault((function, policy), waiting)
+    return inputs.functions.setdefault((function, policy), offloaded)
 
 
 class HostInputs:
-    """Visual inputs of blocks, which wait in host memory from a block's forward to its backward pass.
+    """Holds the visual inputs of blocks in host memory from the forward to the backward pass of each block.
 
-    On the way back, the input of the block that comes next is fetched while a block computes.
+    In the backward pass, the input of the next block is fetched while a block computes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.device = device
-        # By number, from 0 in each pass: on the device, in host memory, and on the device again.
+        # Inputs by number, from 0 in each pass: not sent yet, in host memory, and back on the device.
         self.given: dict[int, Tensor] = {}
         self.waiting: dict[int, Tensor] = {}
         self.fetched: dict[int, Tensor] = {}
         self.needs_grad: dict[int, bool] = {}
-        # What computes a block, by what computed it and its policy; here, so that it ends with the inputs.
+        # The new function of a block by its old one and its policy; stored here, so that it is freed with the inputs.
         self.functions: dict[tuple[BlockFunction, str], BlockFunction] = {}
 
     def clear(self) -> None:
-        """Begins a pass: the number of the next input is 0."""
+        """Drops all inputs and starts a new pass, whose first input has the number 0."""
         for left in (self.given, self.waiting, self.fetched, self.needs_grad):
             left.clear()
 
     def put(self, x: Tensor) -> int:
-        """Takes an input before its block's forward pass; returns its number."""
+        """Registers an input before the forward pass of its block; returns its number."""
         number = len(self.needs_grad)
         self.given[number], self.needs_grad[number] = x, x.requires_grad
         return number
 
     def get(self, number: int) -> Tensor:
-        """Returns an input: itself in the forward pass, a copy from the host in the backward pass."""
+        """Returns the input itself in the forward pass, and a copy from the host in the backward pass."""
         if number in self.given:
             return self.given[number]
         if number not in self.fetched:
@@ -164,7 +164,7 @@ class HostInputs:
         return x.requires_grad_(self.needs_grad[number])
 
     def send(self, number: int) -> None:
-        """Sends an input to the host after its block's forward pass."""
+        """Copies an input to the host after the forward pass of its block."""
         x = self.given.pop(number).detach()
         if self.stream is None:
             self.waiting[number] = x.clone()

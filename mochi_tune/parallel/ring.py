@@ -1,7 +1,7 @@
-"""Ring attention: each rank has some of the tokens; keys and values go round a ring of ranks while attention computes.
+"""Ring attention: each rank has some of the tokens, and keys and values are passed around a ring during attention.
 
-Every rank attends its queries to one block of keys after the other and joins the results by their log-sum-exp. In the
-backward pass the blocks go round once more, and the gradients of their keys and values with them, home to their owner.
+Every rank attends its queries to one block of keys after the other and merges the results by their log-sum-exp. In the
+backward pass the blocks are passed around once more, with the gradients of their keys and values, back to their owner.
 Source: Ring Attention, arXiv 2310.01889; the backward pass of a block, FlashAttention, arXiv 2205.14135, algorithm 4.
 
 Shape letters: B batch, H heads, N queries, M keys, K width of a head.
@@ -20,12 +20,12 @@ from mochi_tune.models.layers import at_least_fp32
 from mochi_tune.parallel.kernels import KERNELS
 
 _aten = torch.ops.aten
-# The log-sum-exp of the efficient kernel has a multiple of this many rows; those too many are infinite.
+# The efficient kernel pads its log-sum-exp to a multiple of this many rows with infinity.
 _LSE_ROWS = 32
 
 
 def choose_kernel(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Returns the kernel that torch would choose for these (B, H, N or M, K), here and now: see `sdpa_kernel`.
+    """Returns the kernel that torch would choose for these tensors (B, H, N or M, K) in the current `sdpa_kernel`.
 
     It is one of KERNELS on CUDA, or "cpu", or "plain": attention by its definition, with all scores in memory.
     """
@@ -37,10 +37,10 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """Attends queries (B, H, N, K) to keys and values (B, H, M, K), of which there are some.
+    """Attends queries (B, H, N, K) to keys and values (B, H, M, K), with M > 0.
 
     Returns:
-        The output (B, H, N, K), and the log-sum-exp (B, H, N) of the scaled scores in fp32, of fp64 in fp64.
+        The output (B, H, N, K), and the log-sum-exp (B, H, N) of the scaled scores in fp32, or in fp64 for fp64.
     """
     if not q.numel():
         return torch.zeros_like(q), at_least_fp32(q).sum(-1)
@@ -62,14 +62,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor
 def attend_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, result: tuple[Tensor, Tensor], kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of q, k and v by one block of keys.
+    """Returns the gradients of q, k and v from one block of keys.
 
     Args:
-        gradient: of the output over all blocks, (B, H, N, K).
-        q: (B, H, N, K).
-        k, v: of the block, (B, H, M, K).
-        result: the output and the log-sum-exp over all blocks, which make the block's scores into its probabilities.
-        kernel: that `attend` ran.
+        gradient: gradient of the output over all blocks, (B, H, N, K).
+        q: queries, (B, H, N, K).
+        k, v: keys and values of the block, (B, H, M, K).
+        result: output and log-sum-exp over all blocks; with them, the scores of the block become probabilities.
+        kernel: the kernel that `attend` ran.
     """
     if not (q.numel() and k.numel()):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -78,7 +78,7 @@ def attend_backward(
     if kernel == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(gradient, q, k, v, out, lse, 0.0, False)
     if kernel == "flash":
-        # Of the random numbers of a dropout that there is not, as the forward pass would give them.
+        # The kernel requires the random state of dropout, although there is no dropout.
         seed, offset = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
         return _aten._scaled_dot_product_flash_attention_backward(
             gradient, q, k, v, out, lse, *sizes, 0.0, False, seed, offset
@@ -107,7 +107,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 class _Ring:
-    """This rank's place among the ranks of a group that form a ring, and how many tokens each of them owns."""
+    """The position of this rank in a ring of ranks of a group, and the number of tokens that each of them owns."""
 
     def __init__(self, group_name: str, members: Sequence[int], counts: Sequence[int]) -> None:
         self.group = _resolve_process_group(group_name)  # pyright: ignore[reportArgumentType]
@@ -116,24 +116,24 @@ class _Ring:
         self.following, self.preceding = members[(self.place + 1) % len(members)], members[self.place - 1]
 
     def count(self, step: int) -> int:
-        """Returns the tokens of the block that is here at a step; at step 0 it is this rank's own."""
+        """Returns the number of tokens of the block that this rank holds at a step; at step 0, its own block."""
         return self.counts[(self.place - step) % len(self.counts)]
 
     def pass_on(self, *blocks: tuple[Tensor, int]) -> Callable[[], list[Tensor]]:
-        """Starts to send blocks to the following rank and to receive as many from the preceding one.
+        """Starts sending blocks to the following rank and receiving as many from the preceding one.
 
         Args:
-            blocks: what is sent, contiguous (..., tokens, K), and the number of tokens of what is received for it.
+            blocks: pairs of a contiguous block to send (..., tokens, K) and the number of tokens of the one to receive.
 
         Returns:
-            A function that waits for both and returns what was received.
+            A function that waits for both transfers and returns the received blocks.
         """
         received = [sent.new_empty(*sent.shape[:-2], count, sent.shape[-1]) for sent, count in blocks]
         operations = []
         for tag, (sent, _) in enumerate(blocks):
             operations.append(dist.P2POp(dist.isend, sent, None, self.group, tag, self.following))
             operations.append(dist.P2POp(dist.irecv, received[tag], None, self.group, tag, self.preceding))
-        # Both ends know which blocks are empty.
+        # Empty blocks are not transferred; both ends know which are empty.
         operations = [operation for operation in operations if operation.tensor.numel()]
         works = dist.batch_isend_irecv(operations) if operations else []
 
@@ -145,7 +145,7 @@ class _Ring:
         return wait
 
 
-# An operation of its own, so that selective checkpointing can keep its result and need not send anything again.
+# A custom operation, so that selective checkpointing can keep its result and nothing is sent again.
 @torch.library.custom_op("mochi_tune::ring_attention", mutates_args=())
 def _ring_attention(
     q: Tensor, k: Tensor, v: Tensor, group_name: str, members: Sequence[int], counts: Sequence[int], kernel: str
@@ -155,7 +155,7 @@ def _ring_attention(
     travelling = block[..., : ring.count(0), :].contiguous()
     out = lse = None
     for step in range(last + 1):
-        # The next block comes while this one is attended.
+        # The next block is received while this one is attended.
         wait = ring.pass_on((travelling, ring.count(step + 1))) if step < last else None
         if block.shape[-2]:
             part, part_lse = attend(q, block[0], block[1], kernel)
@@ -167,7 +167,7 @@ def _ring_attention(
         if wait is not None:
             [travelling] = wait()
             block = travelling
-    assert out is not None and lse is not None, "some rank has a token"
+    assert out is not None and lse is not None, "no rank of the ring has a token"
     return out.to(q.dtype), lse.contiguous()
 
 
@@ -186,7 +186,7 @@ def _ring_attention_backward(ctx, gradient: Tensor, _of_lse: None):
     grad_q = at_least_fp32(torch.zeros_like(q))
     grad_block = grad_travelling = at_least_fp32(torch.zeros_like(block))
     for step in range(last + 1):
-        # While a block is computed with, the next one comes, and what other ranks have found for this one's gradient.
+        # During the computation, the next block is received, and the gradient of this one from the ranks before.
         passed = [(travelling, ring.count(step + 1))] if step < last else []
         passed += [(grad_travelling, ring.count(step))] if step else []
         wait = ring.pass_on(*passed)
@@ -210,18 +210,18 @@ _ring_attention.register_autograd(_ring_attention_backward, setup_context=_keep)
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, members: Sequence[int], counts: Sequence[int]
 ) -> Tensor:
-    """Attends this rank's queries to the keys that travel, of all members of a ring, and to those that stay here.
+    """Attends this rank's queries to the keys that all members of a ring pass on, and to its local keys.
 
-    The backward pass is the adjoint of all members' forward passes together. All of them call both alike.
+    The backward pass is the adjoint of the forward passes of all members together. All members must call both.
 
     Args:
         q: this rank's queries, (B, H, N, K).
-        k, v: this rank's keys and values, (B, H, counts[its place] + M, K); the M last ones stay.
-        group: that the members belong to.
-        members: their ranks in the group, in the order of the ring; two or more.
-        counts: how many keys of each member travel.
+        k, v: this rank's keys and values, (B, H, counts[its position] + M, K). The last M are local: not passed on.
+        group: the group of the members.
+        members: their ranks in the group, in the order of the ring; at least two.
+        counts: number of keys that each member passes on.
 
     Returns:
-        The output (B, H, N, K), joined in fp32, of fp64 in fp64.
+        The output (B, H, N, K), merged in fp32, or in fp64 for fp64.
     """
     return _ring_attention(q, k, v, group.group_name, list(members), list(counts), choose_kernel(q, k, v))[0]

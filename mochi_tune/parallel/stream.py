@@ -1,7 +1,7 @@
-"""Frozen blocks that live in host memory and visit the device, for training: forward, and again on the way back.
+"""Weight streaming for training: frozen blocks stay in host memory and are copied to the device in each pass.
 
-The blocks go through a ring of buffers on the device. While one computes, the next one in the direction of the pass is
-copied into the buffer whose block was left longest ago. Nothing is written back.
+The device has a few buffers. While a block computes, the next one, in the direction of the pass, is copied into the
+least recently used buffer. Nothing is written back.
 """
 
 import functools
@@ -17,28 +17,28 @@ from mochi_tune.models.dit import AsymmDiT
 from mochi_tune.parallel.recompute import BlockFunction, block_function
 
 NUM_BUFFERS = 3
-# Of a tensor's first byte in a buffer: what kernels may count on.
+# Alignment of tensors in a buffer in bytes, which kernels rely on.
 ALIGNMENT = 256
 
 
 class Copier(Protocol):
-    """Copies beside the arithmetic."""
+    """Copies tensors in parallel with the arithmetic."""
 
     def start(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
-        """Starts to copy when the device has done what it was asked for until now; returns what to wait for."""
+        """Starts a copy after all work queued so far; returns a handle for `wait`."""
 
     def wait(self, copy: Any) -> None:
-        """Makes the arithmetic that is asked for from now on wait for a copy."""
+        """Makes all work queued from now on wait for a copy."""
 
 
 class CudaCopier:
-    """Copies on a stream of its own."""
+    """Copies on a separate CUDA stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
 
     def start(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
-        """Starts to copy, after the kernels that still read the targets."""
+        """Starts a copy after the kernels that still read the targets."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for target, source in zip(targets, sources, strict=True):
@@ -46,39 +46,40 @@ class CudaCopier:
             return self.stream.record_event()
 
     def wait(self, copy: Any) -> None:
-        """Makes the current stream wait."""
+        """Makes the current stream wait for the copy."""
         torch.cuda.current_stream().wait_event(copy)
 
 
 class ThreadCopier:
-    """Copies in a thread: what a CPU has beside its arithmetic."""
+    """Copies in a thread, on a CPU."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)
 
     def start(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Future:
-        """Starts to copy; a CPU has done already what it was asked for."""
+        """Starts a copy in the thread. On a CPU, all work so far is already done."""
         return self.thread.submit(self.copy, targets, sources)
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Copies now."""
+        """Copies synchronously."""
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
     def wait(self, copy: Future) -> None:
-        """Waits for the thread."""
+        """Waits until the copy is done."""
         copy.result()
 
 
 def apply_streaming(dit: AsymmDiT, device: torch.device, copier: Copier | None = None) -> None:
-    """Keeps the blocks' frozen weights in host memory; adapters and all other modules move to the device for good.
+    """Streams the blocks' frozen weights from host memory; adapters and all other modules are moved to the device.
 
-    The blocks must be checkpointed after this: what is kept of a forward pass would be kept with its weights.
+    Checkpointing must be applied to all blocks after this. Otherwise autograd saves weights in a buffer, which later
+    blocks overwrite.
 
     Args:
-        dit: on the CPU, frozen but for its adapters.
-        device: where it computes.
-        copier: copies beside the arithmetic; None: that of the device.
+        dit: the model on the CPU, frozen except for its adapters.
+        device: the device that computes.
+        copier: copies the weights; None: the default of the device.
     """
     for name, child in dit.named_children():
         if name != "blocks":
@@ -91,7 +92,7 @@ def apply_streaming(dit: AsymmDiT, device: torch.device, copier: Copier | None =
 
 
 class BlockRing:
-    """The buffers on the device, and which block is in which."""
+    """The buffers on the device and the blocks that they hold."""
 
     def __init__(self, blocks: list[nn.Module], device: torch.device, copier: Copier) -> None:
         self.copier = copier
@@ -103,27 +104,27 @@ class BlockRing:
                     parameter.data = parameter.data.to(device)
             frozen = _frozen(block)
             self.parameters.append(list(frozen.values()))
-            # Only from pinned memory does a copy run beside the arithmetic.
+            # Only copies from pinned memory run in parallel with the arithmetic.
             pin = device.type == "cuda"
             for parameter in frozen.values():
                 parameter.data = parameter.data.pin_memory() if pin else parameter.data
                 if (scales := getattr(parameter, "quant_state", None)) is not None:
-                    # bitsandbytes keeps them beside the parameter, and its kernels read them on the device.
+                    # bitsandbytes stores scales as an attribute of the parameter; its kernels need them on the device.
                     scales.to(device)
             self.home.append([parameter.data for parameter in frozen.values()])
         size = max(_offsets(tensors)[-1] for tensors in self.home)
         num_buffers = min(NUM_BUFFERS, len(blocks))
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_buffers)]
-        # Of each buffer, its block, and when it was entered last.
+        # For each buffer, its block and the time (`clock`) of its last use.
         self.block_of: list[int | None] = [None] * num_buffers
         self.entered = [0] * num_buffers
         self.copies: dict[int, Any] = {}
         self.current, self.direction, self.clock = -1, 1, 0
-        # What computes a block, by what computed it without the ring; here, so that it ends with the ring.
+        # The streamed function of a block by its original one; stored here, so that it is freed with the ring.
         self.functions: dict[BlockFunction, BlockFunction] = {}
 
     def enter(self, number: int) -> None:
-        """Gives a block its weights on the device, and starts to copy those of the block that comes next."""
+        """Gives a block its weights on the device, and starts the copy of the next block."""
         if number != self.current:
             self.direction = 1 if number > self.current else -1
         elif number == len(self.home) - 1:
@@ -148,7 +149,7 @@ class BlockRing:
         if (before := self.block_of[buffer]) is not None:
             for parameter, home in zip(self.parameters[before], self.home[before], strict=True):
                 parameter.data = home
-            if before in self.copies:  # It was copied for a pass that turned round.
+            if before in self.copies:  # It was prefetched, but the pass changed its direction.
                 self.copier.wait(self.copies.pop(before))
         self.block_of[buffer] = number
         self.copies[number] = self.copier.start(self._views(number, buffer), self.home[number])
@@ -164,7 +165,7 @@ def _frozen(block: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _offsets(tensors: Sequence[Tensor]) -> list[int]:
-    """Returns where each tensor begins in a buffer, and last where the buffer ends."""
+    """Returns the offset of each tensor in a buffer, followed by the size of the buffer."""
     offsets = [0]
     for tensor in tensors:
         offsets.append(offsets[-1] + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
@@ -177,7 +178,7 @@ def _copier(device: torch.device) -> Copier:
 
 def _streamed(function: BlockFunction, ring: BlockRing) -> BlockFunction:
     def streamed(block: nn.Module, *inputs: Any) -> Any:
-        # Selective checkpointing counts operations; those of a copy are none of the block's.
+        # Selective checkpointing counts operations, and must not count those of the copy.
         with _disable_current_modes():
             ring.enter(ring.numbers[block])
         return function(block, *inputs)

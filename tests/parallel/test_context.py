@@ -1,4 +1,4 @@
-"""Several ranks together compute what one does: outputs and gradients, in real processes."""
+"""Several ranks, in real processes, compute the same outputs and gradients as one."""
 
 import functools
 from dataclasses import replace
@@ -49,7 +49,7 @@ def inputs(lengths: list[int], dtype: torch.dtype):
 
 
 def outputs_and_gradients(group, num_heads: int, heads: int = 1) -> dict[str, torch.Tensor]:
-    """Everything that one rank computes; the ranks' gradients together are those of the whole."""
+    """Returns everything that one rank computes; the sum of the ranks' gradients is the complete gradient."""
     results = {}
     for dtype in DTYPES:
         for adapter in ADAPTERS[num_heads]:
@@ -97,7 +97,7 @@ def test_several_ranks_compute_what_one_does(num_heads, heads, ring, alone, tmp_
 
 
 def drift(num_ranks: int) -> list[str]:
-    """Calls the model with inputs that are the same, and then with one of each that is not on the last rank."""
+    """Calls the model with equal inputs on all ranks, and then with each input changed on the last rank."""
     dit, said = build(torch.float32, "none", 6), []
     apply_context_parallel(dit, dist.group.WORLD, heads=3, checks_inputs=True)
     is_last = dist.get_rank() == num_ranks - 1
@@ -118,4 +118,4 @@ def test_ranks_that_drift_apart_are_found_and_named(tmp_path):
     for same, *others in run_ranks(3, drift, tmp_path, 3):
         assert same == ""
         for name, text in zip(INPUTS, others, strict=True):
-            assert f"{name} is not the same on context rank 0 and 2: they must" in text and text.count("\n") == 0
+            assert f"diverged in {name}: context ranks 0 and 2 differ: all ranks must" in text and "\n" not in text

@@ -1,4 +1,4 @@
-"""A clip that is decoded by several ranks, each a part of its time, is the clip that one decodes."""
+"""Several ranks, each decoding a part of the clip in time, give the same clip as one."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from helpers_parallel import run_ranks
 from mochi_tune.errors import ParallelError
 from mochi_tune.parallel.decode import check_decode_ranks, decode_share
 
-# Latent frames: one for each rank, a rank with one beside ranks with two, an odd number.
+# Latent frames: one for each rank; one rank with one and others with two; an odd number.
 LENGTHS = (4, 5, 7)
 
 

@@ -1,4 +1,4 @@
-"""The forecast against every full-size row that was measured, as docs/benchmarks.md has them."""
+"""Compares the forecast with every measured full-size row of docs/benchmarks.md."""
 
 import importlib.util
 from dataclasses import replace
@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
-from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
+from mochi_tune.models.latents import num_visual_tokens
 from mochi_tune.parallel.forecast import (
     CARDS,
     GIB,
     OPTIMIZER_STATES,
     SPARE_BYTES,
+    SamplingStep,
     Step,
     bytes_on_device,
     decoding_held,
@@ -30,12 +31,12 @@ from mochi_tune.training.optim import LIBRARIES, OPTIMIZERS, build_optimizer, op
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 HEIGHT, WIDTH = 480, 848
 FULL = DiTConfig()
-# fp32 numbers of a LoRA of rank 16 on the attention layers.
+# The fp32 parameters of a LoRA of rank 16 on the attention layers.
 ADAPTER_BYTES = 71e6
 
 
 def measured() -> list[list[str]]:
-    """The rows of the table that begins with "| work |"."""
+    """Returns the rows of the table that begins with "| work |"."""
     lines = PAGE.read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| work |"))
     rows = []
@@ -46,12 +47,12 @@ def measured() -> list[list[str]]:
     raise AssertionError("the page ends with the table")
 
 
-def foretold(work: str, frames: int) -> tuple[float, dict[str, int]]:
-    """Returns the seconds and the bytes of a row's work on an H200."""
-    card, tokens = CARDS["h200"], num_latent_frames(frames) * HEIGHT * WIDTH // TOKEN_PIXELS**2
+def estimated(work: str, frames: int) -> tuple[float, dict[str, int]]:
+    """Returns the estimated seconds and bytes of a row's work on an H200."""
+    card, tokens = CARDS["h200"], num_visual_tokens(frames, HEIGHT, WIDTH)
     if work.startswith("sample"):
         dit = work.removeprefix("sample").removeprefix(", ") or "resident"
-        return sampling_seconds(FULL, tokens, card, dit=dit), sampling_held(FULL, tokens, dit)
+        return sampling_seconds(SamplingStep(FULL, tokens, dit), card), sampling_held(FULL, tokens, dit)
     if work == "decode":
         return decoding_seconds(frames, HEIGHT, WIDTH, card), decoding_held(HEIGHT, WIDTH)
     if work == "encode":
@@ -67,18 +68,18 @@ def foretold(work: str, frames: int) -> tuple[float, dict[str, int]]:
     return step.seconds(policies, card, is_streamed), step.held(policies, is_streamed, is_offloaded)
 
 
-def test_every_measured_row_is_foretold_within_a_tenth():
+def test_every_measured_row_is_estimated_within_a_tenth():
     rows = measured()
     assert len(rows) >= 30
     for work, frames, seconds, gib in rows:
-        ours_seconds, held = foretold(work, int(frames))
+        ours_seconds, held = estimated(work, int(frames))
         assert ours_seconds == pytest.approx(float(seconds), rel=0.1), (work, frames)
         assert sum(held.values()) / GIB == pytest.approx(float(gib), rel=0.1), (work, frames)
 
 
 def test_blocks_keep_their_attention_as_far_as_memory_goes():
     step = Step(FULL, 7 * 1590)
-    # Measured at full size: docs/benchmarks.md.
+    # Measured at full size, see docs/benchmarks.md.
     assert sum(step.weights.values()) / GIB == pytest.approx(18.7, abs=0.1)
     assert step.weights["modulation"] / GIB == pytest.approx(5.1, abs=0.1)
     resident, streamed = (bytes_on_device(step.weights, FULL, is_streamed) for is_streamed in (False, True))
@@ -91,7 +92,7 @@ def test_blocks_keep_their_attention_as_far_as_memory_goes():
         if set(policies) != {"block"}:
             assert sum(step.held(policies).values()) + SPARE_BYTES <= gib * GIB
         seen.append([policies.count(policy) for policy in ("block", "attention", "none")])
-    # The more memory, the less is computed again, and nothing is kept whole while a block's attention is not.
+    # More memory means less recomputation. A block keeps everything only if all blocks keep their attention.
     assert seen == sorted(seen, key=lambda count: (-count[0], count[2])), seen
     assert seen[0] == [48, 0, 0] and seen[-1] == [0, 0, 48] and [0, 48, 0] in seen, seen
     assert any(block and attention for block, attention, _ in seen) and any(0 < whole < 48 for *_, whole in seen)
@@ -124,11 +125,11 @@ def test_less_is_held_and_more_time_is_taken_by_what_saves_memory():
     assert totals == sorted(totals, reverse=True)
     assert step.seconds(block, card) > step.seconds(attention, card)
     assert replace(step, precision="fp8").seconds(block, card) < step.seconds(block, card)
-    # Two clips of a batch attend each to itself: twice the time of one, and less than one of twice the length.
+    # Each clip of a batch attends only to itself: two take twice the time of one, less than one of twice the length.
     one, two = replace(step, num_tokens=step.num_tokens // 2), replace(step, num_clips=2)
     assert two.seconds(block, card) == pytest.approx(2 * one.seconds(block, card), rel=0.01)
     assert two.seconds(block, card) < 0.9 * step.seconds(block, card)
-    # A few tokens are computed sooner than the weights come.
+    # With few tokens, copying the weights takes longer than the arithmetic.
     short = replace(step, num_tokens=64)
     assert short.seconds(block, card, is_streamed=True) == 2 * step.weights["blocks"] / card.host
     assert step.seconds(block, card, is_streamed=True) == step.seconds(block, card)
@@ -151,7 +152,7 @@ def test_pinned_host_memory_is_counted_by_powers_of_two():
 
 
 def is_here(optimizer: str) -> bool:
-    """Whether it is installed, and runs on a CPU."""
+    """Whether the optimizer is installed and runs on a CPU."""
     library = LIBRARIES.get(optimizer)
     return optimizer != "adamw_8bit" and (library is None or importlib.util.find_spec(library) is not None)
 
@@ -169,9 +170,9 @@ def test_an_adapter_is_held_with_what_its_optimizer_keeps():
         kept = sum(t.numel() * t.itemsize for tensors in state.values() for t in tensors.values())
         size = sum(4 * parameter.numel() for parameter in parameters.values())
         step = Step(FULL, 1590, size, optimizer=optimizer)
-        # The most: Prodigy keeps no start that is 0, and Adafactor less of wider layers.
+        # An upper bound: Prodigy does not store a start that is 0, and Adafactor stores less for wider layers.
         assert step.held(policies)["adapter"] == pytest.approx(2 * size + kept, rel=0.02), optimizer
-        # That trains other weights than it is used with, which are saved too.
+        # Schedule-free trains other weights than those used for evaluation; both are saved.
         kept += size if optimizer == "schedule_free" else 0
         assert step.checkpoint_bytes == pytest.approx(size + kept, rel=0.02), optimizer
     step = Step(FULL, 1590, 1000)
@@ -181,16 +182,15 @@ def test_an_adapter_is_held_with_what_its_optimizer_keeps():
     assert replace(step, optimizer="schedule_free").held(policies)["adapter"] == 4000
 
 
-def test_a_pass_takes_as_long_as_its_weights_need_to_come():
-    card = CARDS["4090"]
-    resident, blocks = sampling_seconds(FULL, 64, card), Step(FULL, 64).weights["blocks"]
+def test_a_pass_takes_at_least_as_long_as_the_copy_of_its_weights():
+    card, few, many = CARDS["4090"], SamplingStep(FULL, 64), SamplingStep(FULL, 44520)
+    blocks, whole = Step(FULL, 64).weights["blocks"], sampling_seconds(many, card)
     for dit in ("offload", "stream"):
-        assert sampling_seconds(FULL, 64, card, dit=dit) == 2 * blocks / card.host > resident
-        assert sampling_seconds(FULL, 64, card, dit=dit, passes=1) == blocks / card.host
-        # Many tokens hide it, and processes that share them do not.
-        whole = sampling_seconds(FULL, 44520, card)
-        assert sampling_seconds(FULL, 44520, card, dit=dit) == whole
-    assert sampling_seconds(FULL, 44520, card, passes=1, num_sharing=2) == pytest.approx(whole / 4)
+        assert sampling_seconds(replace(few, dit=dit), card) == 2 * blocks / card.host > sampling_seconds(few, card)
+        assert sampling_seconds(replace(few, dit=dit, passes=1), card) == blocks / card.host
+        # With many tokens, the arithmetic takes longer than the copy.
+        assert sampling_seconds(replace(many, dit=dit), card) == whole
+    assert sampling_seconds(replace(many, passes=1, num_sharing=2), card) == pytest.approx(whole / 4)
 
 
 def test_seconds_have_no_exponent():

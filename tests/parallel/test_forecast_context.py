@@ -1,4 +1,4 @@
-"""What a split of ranks into heads x ring costs, and that the cheapest is taken; no link was measured."""
+"""The estimated cost of splits of ranks into heads x ring, and the choice of the fastest; no link was measured."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def test_a_fast_link_shares_heads_and_a_slow_one_hides_what_travels_behind_atten
     assert choose_split(8, FULL, TOKENS, FAST) == (8, 1) and choose_split(5, FULL, TOKENS, FAST) == (1, 5)
     heads, ring = choose_split(8, FULL, TOKENS, SLOW)
     assert ring > 1 and heads * ring == 8
-    # Nothing to hide behind: a few tokens, and a link on which all is slow.
+    # With few tokens, or a link that is slow for everything, a ring has no computation to hide its transfers.
     assert choose_split(8, FULL, 200, replace(SLOW, host=1e9)) == (8, 1)
 
 
@@ -52,15 +52,15 @@ def test_seconds_are_what_is_computed_exchanged_and_not_hidden():
     attention = 4 * FULL.hidden_size_x * (TOKENS + TEXT_TOKENS) ** 2 / (FAST.matrix * ATTENTION_SHARE)
     assert split_seconds((1, 1), FULL, TOKENS, FAST) == pytest.approx(FULL.depth * attention)
     assert sharing_seconds((1, 1), FULL, TOKENS, FAST) == 0
-    # A memory and a link without end leave the text, which every row computes.
+    # With infinite bandwidth of memory and link, only the text remains, which every row computes.
     endless = Card(80, FAST.matrix, 1e30, 1e30)
     for heads, ring in ((1, 4), (2, 2)):
         shared = attention / heads * (TOKENS / ring + TEXT_TOKENS) / (TOKENS + TEXT_TOKENS)
         waited = 5 * 25e-6 if heads > 1 else 0
         found = split_seconds((heads, ring), FULL, TOKENS, endless)
         assert found == pytest.approx(FULL.depth * (shared + waited), rel=1e-9)
-    # On a slow link a ring takes what travels, while all but the last block of keys is attended; q, k, v and the output
-    # are exchanged while nothing is. 2 bytes a number.
+    # On a slow link, the time of a ring is that of its transfers, which overlap all but the last block of keys. The
+    # exchanges of q, k, v and the output overlap nothing. 2 bytes per number.
     slow = Card(80, FAST.matrix, 1e30, 1e9)
     numbers = 2 * FULL.hidden_size_x * TOKENS / (1e9 * LINK_SHARE)
     last = attention / 4 * (TOKENS / 4 + TEXT_TOKENS) / (TOKENS + TEXT_TOKENS)

@@ -1,4 +1,4 @@
-"""The kernel of attention is measured where it runs, and what was chosen is what runs."""
+"""Attention kernels are timed on the device of the run, and the chosen one runs."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ from mochi_tune.parallel.kernels import (
 
 def test_kernels_that_run_here_are_measured_and_no_other():
     seconds = time_attention((2, 40, 16), torch.device("cpu"), torch.float32)
-    # A CPU has this one; cuDNN's and the memory-efficient one are CUDA's.
+    # A CPU has only flash attention; cuDNN's and the memory-efficient kernel need CUDA.
     assert seconds.keys() == {"flash"} and seconds["flash"] > 0
-    # By that name it is another one than a GPU's.
+    # The CPU's kernel has the same name as a GPU's, but is a different one.
     assert not has_kernel("flash", (2, 40, 16), torch.device("cpu"), torch.float32)
 
 
@@ -27,13 +27,13 @@ def test_the_clock_does_not_choose_between_kernels_that_are_as_fast():
     assert preferred({"cudnn": 9.0, "flash": 4.1, "efficient": 4.0}, False) == "flash"
     assert preferred({"flash": 4.0, "efficient": 4.1}, False) == "flash"
     assert preferred({"flash": 5.0, "efficient": 4.0}, False) == "efficient"
-    # Runs that must be equal choose alike, however fast the kernels were this time.
+    # Deterministic runs choose the same kernel, whatever the measured times.
     assert preferred({"flash": 5.0, "efficient": 4.0}, True) == "flash"
     assert preferred({"efficient": 4.0}, True) == "efficient"
 
 
 class Implementation:
-    """A flash attention that says when it is in torch's place, as FlashAttention's packages register theirs."""
+    """A replacement of torch's flash attention, registered as FlashAttention's packages do; knows if it is active."""
 
     def __init__(self):
         self.is_active = False

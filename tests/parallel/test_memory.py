@@ -1,4 +1,4 @@
-"""What is done for memory leaves the numbers as they are."""
+"""Functions that save memory do not change the results."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_at_most_two_blocks_are_away_from_home():
             lambda *_: away.append([b.mlp_x.w1.weight.data_ptr() != p for b, p in zip(dit.blocks, home, strict=True)])
         )
     size = sum(p.nbytes for p in dit.blocks[0].parameters())
-    # What is under way is counted here; what has arrived belongs to a parameter, and is known by its address.
+    # Copies in progress are counted here. Finished ones belong to a parameter and are recognized by their address.
     with TensorMemory() as offloaded:
         dit(*arguments)
     assert offloaded.peak - plain.peak <= size
@@ -68,7 +68,7 @@ def test_at_most_two_blocks_are_away_from_home():
 def test_eight_bits_stay_near_and_take_adapters(precision, tolerance, adapted):
     compiler = torch._inductor.config.get_config_copy()
     dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16, lambda _, block: apply_quantization(block, precision))
-    # torchao would have every kernel tuned for minutes, here and in all that is compiled afterwards.
+    # torchao's settings would tune every kernel for minutes, here and in all later compilations.
     assert torch._inductor.config.get_config_copy() == compiler
     half = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16)
     for model in (dit, half):
@@ -81,7 +81,7 @@ def test_eight_bits_stay_near_and_take_adapters(precision, tolerance, adapted):
 
 
 class NoScores(torch.nn.Module):
-    """Attention that makes what a fused kernel makes: its inputs in one piece, and its output."""
+    """Attention with the memory of a fused kernel: contiguous inputs and an output."""
 
     def forward(self, q_x, k_x, v_x, q_y, k_y, v_y, text_lengths):
         q, _k, _v = (torch.cat(pair, dim=1) for pair in ((q_x, q_y), (k_x, k_y), (v_x, v_y)))
@@ -91,7 +91,7 @@ class NoScores(torch.nn.Module):
 
 @torch.no_grad()
 def test_a_pass_over_163_frames_of_480p_takes_less_than_five_gib_besides_the_weights():
-    """Counted at full size: what docs/sampling.md adds up for a preset."""
+    """Counted at full size, for the sums in docs/sampling.md."""
     num_tokens = 28 * 30 * 53
     with torch.device("meta"):
         block = AsymmDiT(DiTConfig(depth=2)).to(torch.bfloat16).blocks[0]

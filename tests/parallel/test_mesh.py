@@ -1,4 +1,4 @@
-"""How processes share the work: which layouts there are, and which one is foretold to be the fastest."""
+"""The possible layouts of processes, and the choice of the one with the lowest estimated time."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Modulation that is looked up is what the layers compute; a row that nothing computed is an error."""
+"""Precomputed modulation equals the output of the layers; a row that was not computed is an error."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_renderings_that_take_turns_keep_their_own_tables():
 def test_compiled_blocks_read_the_rows_of_every_step_and_prompt():
     plain, compiled = tabulated_dit(), tabulated_dit()
     for block in compiled.blocks:
-        # What torch captures and guards is asked here, not what a backend makes of it.
+        # This tests what torch captures and guards; the backend does not matter.
         block.forward = torch.compile(block.forward, dynamic=True, backend="eager")
     for prompt in (VALID, VALID[:3]):
         for guide in (guide_in_turn, guide_in_one_batch):

@@ -1,4 +1,4 @@
-"""Recomputing and compiling leave a training step's numbers as they are, and compile few graphs."""
+"""Recomputing and compiling do not change the results of a training step; few graphs are compiled."""
 
 import weakref
 from dataclasses import replace
@@ -57,7 +57,7 @@ def test_inputs_that_wait_in_host_memory_give_the_same_bits_and_leave_the_device
     assert len(given) == 5 and not any(reference() is not None for reference in given)
     velocity.sum().backward()
     assert not inputs.given and not inputs.waiting and not inputs.fetched
-    # A pass that is broken off leaves nothing that the next one would take for its own.
+    # Inputs that an interrupted pass leaves are not used by the next one.
     handle = dit.blocks[2].attn.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dit(*arguments)
@@ -126,7 +126,7 @@ def test_attention_is_computed_once_where_it_is_kept_and_twice_where_it_is_not()
     [
         ("attention", "aot_eager_decomp_partition", {2: (5, 7, 2)}),
         ("block", "aot_eager_decomp_partition", {2: (5, 7)}),
-        # Nothing is chosen to be computed again: what is captured is all that there is, and is there in little time.
+        # Nothing is recomputed, so the fast "eager" backend, which only captures, suffices.
         ("none", "eager", {2: (5, 7, 2, 0), 3: (4,)}),
     ],
     ids=["attention", "block", "none"],
@@ -134,7 +134,7 @@ def test_attention_is_computed_once_where_it_is_kept_and_twice_where_it_is_not()
 def test_compiled_blocks_take_prompts_of_any_length_and_share_their_graphs(policy, backend, buckets):
     dit, plain, lines = build(layers=".attn."), build(layers=".attn."), []
     apply_activation_checkpointing(dit, [policy] * 3)
-    # What torch captures and partitions is asked here, not what a backend makes of it.
+    # This tests what torch captures and partitions; the backend does not matter.
     apply_compilation(dit, lines.append, only_training=True, backend=backend)
     counters.clear()
     torch._dynamo.reset()
@@ -153,7 +153,7 @@ def test_compiled_blocks_take_prompts_of_any_length_and_share_their_graphs(polic
     with torch.no_grad():
         dit(torch.zeros(1, 12, 5, 4, 6), torch.tensor([0.3]), torch.zeros(1, 3, 16), torch.ones(1, 3))
     step(dit, lengths=[5, 2])
-    assert counters["stats"]["unique_graphs"] == graphs, "neither evaluation nor rows that differ compile anything"
+    assert counters["stats"]["unique_graphs"] == graphs, "evaluation and prompts of different lengths compile nothing"
     assert not [name for name, _ in dit.named_parameters() if "_orig_mod" in name or "module." in name]
 
 
@@ -180,12 +180,12 @@ def test_compiled_blocks_keep_what_their_policy_says(precision):
         weights = {parameter.untyped_storage().data_ptr() for parameter in dit.parameters()}
         streams = 3 * 5 * 4 * 6 * CONFIG.hidden_size_x * 4
         kept[policy] = sum(size for where, size in storages.items() if where not in weights) / streams
-    # Of each block its input, and of the whole model what is in front of and behind the blocks; attention's output too.
+    # In units of one stream: the inputs of the blocks and of the layers around them, and the outputs of attention.
     assert kept["block"] < 3.5 and kept["attention"] < kept["block"] + 1.6, kept
 
 
-def test_compiled_blocks_compute_again_with_the_dropout_that_they_had():
-    # One layer with an adapter: what is compiled here takes seconds a kernel.
+def test_compiled_blocks_recompute_with_the_same_dropout():
+    # An adapter on one layer only, because compiling takes seconds per kernel.
     kept, *others = (build(dropout=0.3, layers=".attn.qkv_x", depth=1) for _ in POLICIES)
     for dit, policy in zip((kept, *others), POLICIES, strict=True):
         apply_activation_checkpointing(dit, [policy])
@@ -197,7 +197,7 @@ def test_compiled_blocks_compute_again_with_the_dropout_that_they_had():
             assert relative_error(ours, theirs) <= GRADIENT_TOLERANCE
 
 
-def test_a_compiled_dora_is_what_it_is_uncompiled():
+def test_a_compiled_dora_equals_an_uncompiled_one():
     shapes = {name: shape for name, shape in linear_shapes(AsymmDiT(CONFIG)).items() if ".attn." in name}
     generator = torch.Generator().manual_seed(3)
     layers = {

@@ -1,4 +1,4 @@
-"""Ring attention: its kernels, what is sent when, shares of any size, and what recomputing sends again."""
+"""Ring attention: its kernels, the order of transfers, uneven shares, and transfers when it is recomputed."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from mochi_tune.parallel import ring
 from mochi_tune.parallel.context import apply_context_parallel
 from mochi_tune.parallel.recompute import apply_activation_checkpointing
 
-# Tokens of each rank; keys that stay where they are; dtype; largest error.
+# Tokens of each rank; local keys, which are not passed on; dtype; tolerance.
 CASES = (
     ([4, 3, 3], 2, torch.float64, 1e-13),
     ([1, 1, 0], 0, torch.float64, 1e-13),
@@ -48,7 +48,7 @@ def errors_of_a_ring() -> torch.Tensor:
     for counts, staying, dtype, _ in CASES:
         q, k, v = (randoms([(2, 3, n + staying, 16) for n in counts], dtype, seed) for seed in range(3))
         weights = randoms([t.shape for t in q], dtype, 3)
-        # All ranks in one process; the loss is the sum of theirs.
+        # The reference computes all ranks in one process; its loss is the sum of their losses.
         outs = [
             F.scaled_dot_product_attention(
                 *(t.double() for t in (q[i], *(torch.cat([*visual(x, counts), x[i][:, :, n:]], 2) for x in (k, v))))
@@ -70,7 +70,7 @@ def visual(x: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
 
 
 def calls_of_a_ring() -> list[str]:
-    """Returns in which order a forward and a backward pass start copies, wait for them, and compute."""
+    """Returns the order in which a forward and a backward pass start transfers, wait for them, and compute."""
     calls = []
     starts, forward, backward = dist.batch_isend_irecv, ring.attend, ring.attend_backward
 
@@ -98,7 +98,7 @@ def calls_of_a_ring() -> list[str]:
 
 
 class Count(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the rings that are run, not those that selective checkpointing has kept."""
+    """Counts the rings that run, without those whose results selective checkpointing has kept."""
 
     calls = 0
 
@@ -129,9 +129,9 @@ def test_three_ranks_in_a_ring(tmp_path):
     for errors, calls, (counted, same) in run_ranks(3, in_a_rank, tmp_path):
         for (*case, tolerance), of_case in zip(CASES, errors.tolist(), strict=True):
             assert max(of_case) <= tolerance, f"{case}: {of_case}"
-        # The last block of the forward pass is followed by none; gradients make one way more, home.
+        # No transfer follows the last block of the forward pass. Gradients need one more, back to their owner.
         copied, both = ["start 2", "attend", "wait", "wait"], ["start 4", "backward", *["wait"] * 4]
         expected = [*copied, *copied, "attend", "start 2", "backward", "wait", "wait", *both]
         assert calls == [*expected, "start 2", "backward", "wait", "wait", "start 2", "wait", "wait"]
-        # A step of one prompt has one ring a block, one of two prompts of different lengths has two.
+        # A step with one prompt runs one ring per block; with two prompts of different lengths, two.
         assert counted == [9, 9, 18] and same

@@ -1,4 +1,4 @@
-"""Blocks that live in host memory train as those on the device do, bit for bit, however slow copies or blocks are."""
+"""Training with streamed blocks is bitwise equal to training with resident ones, however slow copies or blocks are."""
 
 import gc
 import time
@@ -30,7 +30,7 @@ class SlowCopier(ThreadCopier):
     def copy(self, targets, sources) -> None:
         self.count += 1
         for target, source in zip(targets, sources, strict=True):
-            # What is there while it is copied is no weight.
+            # During a copy, the buffer holds no valid weights.
             target.view(torch.uint8).fill_(255)
             time.sleep(self.pause)
             super().copy([target], [source])
@@ -57,7 +57,7 @@ def assert_same(ours: AsymmDiT, plain: AsymmDiT, **case) -> None:
 def test_streamed_blocks_train_bit_for_bit_as_resident_ones(policy, pauses):
     plain, dit = build(dropout=0.3, depth=DEPTH), streamed(SlowCopier(pauses[0]), policy, dropout=0.3)
     for block in dit.blocks:
-        # In the middle of its work, when some of its weights have been read and some have not.
+        # In the middle of a block, when it has read only some of its weights.
         block.attn.core.register_forward_hook(lambda *_: time.sleep(pauses[1]))
     for case in ({}, {"text_length": 0}, {"lengths": [5, 2]}):
         assert_same(dit, plain, **case)
@@ -83,7 +83,7 @@ def test_each_block_comes_once_a_pass_and_the_turn_needs_no_copy():
     for _ in range(3):
         step(dit)
         counts.append(copier.count)
-    # Forward each of the 7 once, backward all but those that are in a buffer at the turn; then from the first again.
+    # Forward, each of the 7 is copied once; backward, all but those in a buffer at the turn; then from the first again.
     assert counts[0] <= 2 * 7 - 2 and counts[2] - counts[1] == counts[1] - counts[0] <= 2 * 7 - NUM_BUFFERS
 
 
@@ -118,18 +118,18 @@ def test_rounded_blocks_are_streamed_too(precision):
 def test_streamed_blocks_may_be_compiled():
     plain, dit, lines = build(layers=".attn.", depth=DEPTH), build(layers=".attn.", depth=DEPTH), []
     for model in (plain, dit):
-        # Fewer tokens than a clip has: a layer's slices are a part of its graph.
+        # Fewer tokens than a clip has, so that the graphs contain slices of the layers.
         apply_mlp_slices(model, 5)
     apply_compilation(plain, lines.append, backend="aot_eager")
     apply_activation_checkpointing(plain, ["block"] * DEPTH)
-    # Nothing that another test has compiled.
+    # Drop the graphs that other tests compiled.
     torch._dynamo.reset()
     counters.clear()
     apply_compilation(dit, lines.append, backend="aot_eager")
     apply_streaming(dit, CPU, SlowCopier(0.001))
     apply_activation_checkpointing(dit, ["block"] * DEPTH)
     step(dit)
-    assert counters["stats"]["unique_graphs"] == 2, "one of the last block, and one of all others"
+    assert counters["stats"]["unique_graphs"] == 2, "one for the last block, and one for all others"
     for case in ({}, {"text_length": 3}):
         assert_same(dit, plain, **case)
     assert lines == [] and lora_parameters(dit)

@@ -115,7 +115,7 @@ def test_a_real_step_is_measured_and_foretold_sizes_are_those_of_the_training(tm
 def test_the_command_prints_it(tmp_path):
     done = run("plan", "conf=my_lora", *road(tmp_path, *LORA), "card=4090")
     assert done.returncode == 0, done.stderr
-    assert "4090 (not here: foretold), 23.6 GiB" in done.stdout and "every stage fits" in done.stdout
+    assert "4090 (not here: estimated), 23.6 GiB" in done.stdout and "every stage fits" in done.stdout
     for words in (["card=gt7"], ["data.num_frames=40", "card=4090"], ["card=gt7", "card_gib=much"]):
         done = run("plan", "conf=my_lora", *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr

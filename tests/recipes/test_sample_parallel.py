@@ -200,7 +200,7 @@ def test_impossible_layouts_are_refused_in_one_line(folder):
     for layout, said in (
         ({"parallel.num_processes": 4, "parallel.context": 3}, "is not possible with 4 processes: use parallel.data=2"),
         ({"parallel.num_processes": 2, "parallel.data": 3}, "is not possible with 2 processes: use parallel.data=2"),
-        ({"parallel.context": 2}, "parallel.context=2 wants 2 processes: use parallel.num_processes=2."),
+        ({"parallel.context": 2}, "parallel.context=2 needs 2 processes: use parallel.num_processes=2."),
         ({"memory.dit": "shard"}, "use parallel.num_processes=2 parallel.context=2, or memory.dit=offload."),
     ):
         done = run("sample", "conf=toy_lora", *settings(folder, "never", layout, "without"))
