@@ -89,7 +89,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RetryLimits:
     """How long and how often a clip is tried.
 
     Attributes:
@@ -162,7 +162,7 @@ class Writer:
 
     captioner: Captioner
     wording: Wording
-    limits: Limits
+    limits: RetryLimits
     pace: Pace
     length: CaptionLength
     # A tokenizer is no tool for many threads.

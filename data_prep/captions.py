@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mochi_tune.config.schema import DataConfig
+from mochi_tune.config.sources import Source
 from mochi_tune.data_prep.caption_tables import TableRow, find_lists, read_tables
 from mochi_tune.data_prep.finding import suffix_of, walk
 from mochi_tune.errors import DataError, some
@@ -39,6 +41,13 @@ class CaptionRules:
     tag_dropout: float = 0.0
     variants: int = 1
     seed: int = 0
+
+    @classmethod
+    def from_config(cls, data: DataConfig, source: Source, seed: int) -> "CaptionRules":
+        """Returns the rules that the settings give for a source."""
+        return cls(
+            data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
+        )
 
 
 @dataclass(frozen=True)

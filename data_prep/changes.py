@@ -66,10 +66,7 @@ def _compare(source: Source, data: DataConfig, seed: int, cache: Cache, changes:
     videos = [path for path in own if path.exists()]
     if not videos:  # They are on another machine.
         return
-    rules = CaptionRules(
-        data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
-    )
-    found = load_captions(source.folder, videos, rules)
+    found = load_captions(source.folder, videos, CaptionRules.from_config(data, source, seed))
     changes.gone += [path.name for path in own if not path.exists()]
     changes.captions += [path.name for path in videos if found.texts.get(path, ("",)) != own[path][0]]
     changes.replaced += _replaced(cache, {path: own[path][1] for path in videos})
@@ -103,8 +100,7 @@ def _names_of(report: Path) -> set[str] | None:
 
 
 def _new_files(source: Source, seen: set[str]) -> list[str]:
-    has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
-    names = {clip_name(source.name, source.folder, path) for path in list_videos(source.folder, has_stills)}
+    names = {clip_name(source.name, source.folder, path) for path in list_videos(source.folder, source.takes_stills)}
     # Where none was seen, they are another machine's, or `prepare` has not had this source.
     return [name.rpartition("/")[2] for name in sorted(names - seen)] if names & seen else []
 

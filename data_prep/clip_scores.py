@@ -10,7 +10,7 @@ import numpy as np
 
 from mochi_tune.data_prep.frames import image_matrix, read_pictures
 from mochi_tune.data_prep.orientation import turn_upright
-from mochi_tune.data_prep.probe import Source, read_source
+from mochi_tune.data_prep.probe import VideoIndex, read_index
 
 # Raise it whenever the same clip would get other scores.
 SCORES_VERSION = 2
@@ -88,11 +88,11 @@ def measure_clip(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: the clip cannot be read.
     """
-    source = read_source(path)
-    count = len(source.ticks)
+    video = read_index(path)
+    count = len(video.ticks)
     wanted = {(2 * i + 1) * count // (2 * NUM_SAMPLES) for i in range(NUM_SAMPLES)}
     pictures, neighbours = _Pictures(), _Neighbours()
-    for number, picture in enumerate(read_pictures(path, source)):
+    for number, picture in enumerate(read_pictures(path, video)):
         image, matrix = picture.image, image_matrix(picture)
         neighbours.add(_grey(image, SMALL, is_longer=True), picture.time)
         if number in wanted:
@@ -102,11 +102,11 @@ def measure_clip(path: Path) -> Iterator[dict[str, Any]]:
             )
         if number % 20 == 0:
             yield {}
-    yield {**_described(source), **neighbours.scores(), **pictures.scores(source)}
+    yield {**_described(video), **neighbours.scores(), **pictures.scores(video)}
 
 
-def _described(source: Source) -> dict[str, Any]:
-    scan = source.scan
+def _described(video: VideoIndex) -> dict[str, Any]:
+    scan = video.scan
     return {
         "width": scan.width,
         "height": scan.height,
@@ -192,7 +192,7 @@ class _Pictures:
             self.whole.append(whole)
             self.scaled.append(scaled)
 
-    def scores(self, source: Source) -> dict[str, Any]:
+    def scores(self, video: VideoIndex) -> dict[str, Any]:
         if not self.whole:
             return {"sharpness": 0.0, "left": 0, "top": 0, "right": 0, "bottom": 0, "hashes": []}
         top, bottom = count_border(self.whole, 0)
@@ -208,7 +208,7 @@ class _Pictures:
             ]
             sharpness.append(laplacian_variance(inner))
             hashes.append(hash_picture(inner))
-        wide, high = source.scan.width / columns, source.scan.height / rows
+        wide, high = video.scan.width / columns, video.scan.height / rows
         return {
             "sharpness": round(float(np.median(sharpness)), 2),
             "left": round(left * wide),

@@ -20,7 +20,7 @@ from mochi_tune.data_prep.frames import (
     read_pictures_from,
 )
 from mochi_tune.data_prep.orientation import turn_upright
-from mochi_tune.data_prep.probe import Scan, Source, read_source
+from mochi_tune.data_prep.probe import Scan, VideoIndex, read_index
 from mochi_tune.data_prep.timeline import FrameRate, Picture, Span, place_pictures
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
@@ -164,8 +164,8 @@ def try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataErr
 
 
 def _try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataError]:
-    source = read_source(path)
-    scan, cut = source.scan, cuts[0]
+    video = read_index(path)
+    scan, cut = video.scan, cuts[0]
     assert all(one.start <= other.start for one, other in pairwise(cuts)), "cuts are sorted"
     assert {(one.frame_rate, one.hdr, one.decoder) for one in cuts} == {(cut.frame_rate, cut.hdr, cut.decoder)}
     if scan.hdr and cut.hdr == "refuse":
@@ -173,37 +173,39 @@ def _try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataEr
             f"{path}: is HDR, {scan.hdr}, but the models take SDR: set data.hdr=tonemap, or convert it to BT.709 first."
         )
     windows = deque(_open_window(path, scan, one) for one in cuts)
-    yield from _fill(path, source, windows, RgbConverter(path, scan.hdr))
+    yield from _fill(path, video, windows, RgbConverter(path, scan.hdr))
 
 
 def _fill(
-    path: Path, source: Source, windows: deque[_Window | DataError], converter: RgbConverter
+    path: Path, video: VideoIndex, windows: deque[_Window | DataError], converter: RgbConverter
 ) -> Iterator[DecodedClip | DataError]:
     """Yields the windows in order, each when the pictures have reached its end."""
     have, size, changed = 0, None, ""
-    yield from _pop_done(source, windows, have)
-    for span in _spans(path, source, windows) if windows else ():
+    yield from _pop_done(video, windows, have)
+    for span in _spans(path, video, windows) if windows else ():
         shape = _image_size(span.picture)
         if size not in (None, shape):
             changed = f", where its pictures change from {size[0]}x{size[1]} to {shape[0]}x{shape[1]} pixels"
             break
         size, have = shape, span.end
         _put(span, list(_takers(windows, span)), converter)
-        yield from _pop_done(source, windows, have)
+        yield from _pop_done(video, windows, have)
         if not windows:
             return
     for window in windows:
         yield window if isinstance(window, DataError) else _too_short(path, have, window.cut, changed)
 
 
-def _pop_done(source: Source, windows: deque[_Window | DataError], reached: int) -> Iterator[DecodedClip | DataError]:
+def _pop_done(
+    video: VideoIndex, windows: deque[_Window | DataError], reached: int
+) -> Iterator[DecodedClip | DataError]:
     while windows:
         first = windows[0]
         if isinstance(first, DataError):
             yield first
         elif first.stop <= reached:
             assert first.frames is not None
-            yield DecodedClip(first.frames, _report(source, first))
+            yield DecodedClip(first.frames, _report(video, first))
         else:
             return
         windows.popleft()
@@ -235,37 +237,37 @@ def _put(span: Span, takers: list[_Window], converter: RgbConverter) -> None:
         window.put(span, resized[window.fit])
 
 
-def _spans(path: Path, source: Source, windows: deque[_Window | DataError]) -> Iterator[Span]:
+def _spans(path: Path, video: VideoIndex, windows: deque[_Window | DataError]) -> Iterator[Span]:
     """Yields the spans from the first window's start on, at the latest; skips what lies before if it can."""
     cuts = [window.cut for window in windows if isinstance(window, _Window)]
     frame_rate = cuts[0].frame_rate
-    for number, pictures in _readers(path, source, cuts):
+    for number, pictures in _readers(path, video, cuts):
         first = next(pictures, None)
         if first is not None:
-            first_time = first.time if number == 0 else source.time(0)
+            first_time = first.time if number == 0 else video.time(0)
             return place_pictures(chain([first], pictures), first_time, frame_rate, number)
     raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
 
 
-def _readers(path: Path, source: Source, cuts: Sequence[Cut]) -> Iterator[tuple[int, Iterator[Picture]]]:
+def _readers(path: Path, video: VideoIndex, cuts: Sequence[Cut]) -> Iterator[tuple[int, Iterator[Picture]]]:
     """Yields ways to read a file, the best one first, each with its first picture's number; one may give nothing."""
     first, last = cuts[0].start, max(cut.start + cut.num_frames for cut in cuts) - 1
-    if source.scan.codec:
-        begin, end = (_picture_at(source, frame, cuts[0].frame_rate) for frame in (first, last))
-        if cuts[0].decoder == "decord" and is_plain(source):
+    if video.scan.codec:
+        begin, end = (_picture_at(video, frame, cuts[0].frame_rate) for frame in (first, last))
+        if cuts[0].decoder == "decord" and is_plain(video):
             # One more tells how long the last one is shown, another may begin half a frame early.
-            yield 0, read_with_decord(path, source, end + 3)
-        key_time = find_seek_time(source, begin)
+            yield 0, read_with_decord(path, video, end + 3)
+        key_time = find_seek_time(video, begin)
         if key_time is not None:
-            yield source.picture_at(key_time), read_pictures_from(path, source, key_time)
-    yield 0, read_pictures(path, source)
+            yield video.picture_at(key_time), read_pictures_from(path, video, key_time)
+    yield 0, read_pictures(path, video)
 
 
-def _picture_at(source: Source, frame: int, frame_rate: FrameRate) -> int:
+def _picture_at(video: VideoIndex, frame: int, frame_rate: FrameRate) -> int:
     """Returns the number of the picture that has begun by an output frame."""
     if frame_rate == "retime":
         return frame
-    return source.picture_at(source.time(0) + Fraction(frame, FPS))
+    return video.picture_at(video.time(0) + Fraction(frame, FPS))
 
 
 def _image_size(picture: Picture) -> tuple[int, int]:
@@ -318,10 +320,10 @@ def _resize_and_crop(image: torch.Tensor, fit: _Fit) -> torch.Tensor:
     return image[fit.top : fit.top + fit.height, fit.left : fit.left + fit.width]
 
 
-def _report(source: Source, window: _Window) -> dict:
-    scan, fit, cut = source.scan, window.fit, window.cut
+def _report(video: VideoIndex, window: _Window) -> dict:
+    scan, fit, cut = video.scan, window.fit, window.cut
     x, y = scan.width / fit.columns, scan.height / fit.rows
-    start = source.time(0) + Fraction(cut.start, FPS)
+    start = video.time(0) + Fraction(cut.start, FPS)
     if cut.frame_rate == "retime":
         assert window.first_time is not None
         start = window.first_time

@@ -12,7 +12,7 @@ import numpy as np
 from mochi_tune.data_prep.colour import RgbConverter
 from mochi_tune.data_prep.frames import image_matrix, read_pictures
 from mochi_tune.data_prep.orientation import turn_upright
-from mochi_tune.data_prep.probe import read_source
+from mochi_tune.data_prep.probe import read_index
 from mochi_tune.files import write_atomic
 
 # Of one picture in pixels; how many of a clip; clips beside each other and on one sheet.
@@ -42,17 +42,17 @@ def read_thumbnails(path: Path, count: int) -> Iterator[dict[str, Any]]:
     """
     from PIL import Image
 
-    source = read_source(path)
-    last = len(source.ticks) - 1
+    video = read_index(path)
+    last = len(video.ticks) - 1
     wanted = {round(i * last / max(count - 1, 1)) for i in range(count)} if count > 1 else {last // 2}
-    converter, jpegs = RgbConverter(path, source.scan.hdr), []
-    for number, picture in enumerate(read_pictures(path, source)):
+    converter, jpegs = RgbConverter(path, video.scan.hdr), []
+    for number, picture in enumerate(read_pictures(path, video)):
         if number in wanted:
             rgb = picture.image
             if not isinstance(rgb, np.ndarray):
                 rgb = turn_upright(converter.convert(rgb), image_matrix(picture))
-            scale = min(BOX_WIDTH / source.scan.width, BOX_HEIGHT / source.scan.height)
-            size = max(round(source.scan.width * scale), 1), max(round(source.scan.height * scale), 1)
+            scale = min(BOX_WIDTH / video.scan.width, BOX_HEIGHT / video.scan.height)
+            size = max(round(video.scan.width * scale), 1), max(round(video.scan.height * scale), 1)
             file = io.BytesIO()
             Image.fromarray(np.ascontiguousarray(rgb)).resize(size, Image.Resampling.BOX).save(file, "JPEG", quality=85)
             jpegs.append(base64.b64encode(file.getvalue()).decode())

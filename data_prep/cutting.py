@@ -9,7 +9,7 @@ from typing import Any
 
 from mochi_tune.data_prep.colour import FULL_RANGE, HDR_TRANSFERS, LIMITED_RANGE, MATRICES, is_rgb
 from mochi_tune.data_prep.frames import find_seek_time, read_pictures, read_pictures_from
-from mochi_tune.data_prep.probe import Scan, Source, read_source
+from mochi_tune.data_prep.probe import Scan, VideoIndex, read_index
 from mochi_tune.data_prep.scenes import REPORT_EVERY
 from mochi_tune.data_prep.timeline import Picture
 from mochi_tune.errors import DataError
@@ -72,17 +72,17 @@ def cut_clips(path: Path, pieces: list[dict[str, Any]]) -> Iterator[dict[str, An
         DataError: the film cannot be decoded so far, or has no picture at a piece's time.
         OSError: the disk is full, or refuses.
     """
-    source = read_source(path)
+    video = read_index(path)
     marks = [Mark(**piece["mark"]) for piece in pieces]
     waiting = list(enumerate(zip(marks, (Path(piece["file"]) for piece in pieces), strict=True)))
     writers: list[tuple[int, Mark, _ClipWriter]] = []
     count = 0
     try:
-        for picture, time, end in _timed(path, source, marks[0].start_seconds):
+        for picture, time, end in _timed(path, video, marks[0].start_seconds):
             count += 1
             while waiting and time >= _seconds(waiting[0][1][0].start_seconds):
                 index, (mark, file) = waiting.pop(0)
-                writers.append((index, mark, _ClipWriter(file, picture, source, mark)))
+                writers.append((index, mark, _ClipWriter(file, picture, video, mark)))
             for index, mark, writer in [*writers]:
                 if time >= _seconds(mark.end_seconds):
                     writers.remove((index, mark, writer))
@@ -108,15 +108,15 @@ def _seconds(seconds: float) -> Fraction:
     return Fraction(seconds) - NEAR
 
 
-def _timed(path: Path, source: Source, start: float) -> Iterator[tuple[Picture, Fraction, Fraction]]:
+def _timed(path: Path, video: VideoIndex, start: float) -> Iterator[tuple[Picture, Fraction, Fraction]]:
     """Yields pictures, from `start` on at the latest, with the begin and end of each from the film's first one on."""
-    number = source.picture_at(source.time(0) + Fraction(start) + NEAR)
-    key_time = find_seek_time(source, number)
-    pictures = iter(read_pictures_from(path, source, key_time)) if key_time is not None else iter(())
+    number = video.picture_at(video.time(0) + Fraction(start) + NEAR)
+    key_time = find_seek_time(video, number)
+    pictures = iter(read_pictures_from(path, video, key_time)) if key_time is not None else iter(())
     held = next(pictures, None)
-    first_time = source.time(0)
+    first_time = video.time(0)
     if held is None:
-        pictures = iter(read_pictures(path, source))
+        pictures = iter(read_pictures(path, video))
         held = next(pictures, None)
         if held is None:
             raise DataError(f"{path}: not one frame of it can be decoded: it is damaged; remove it.")
@@ -130,11 +130,11 @@ def _timed(path: Path, source: Source, start: float) -> Iterator[tuple[Picture, 
 class _ClipWriter:
     """Encodes pictures as H.264 in MP4, with the times, orientation, shape of pixels and colours of the film."""
 
-    def __init__(self, file: Path, picture: Picture, source: Source, mark: Mark) -> None:
+    def __init__(self, file: Path, picture: Picture, video: VideoIndex, mark: Mark) -> None:
         import av
 
         self.file = file
-        self.second = source.second if source.second <= MAX_SECOND else 90_000
+        self.second = video.second if video.second <= MAX_SECOND else 90_000
         self.first_time: Fraction | None = None
         self.durations: dict[int, int] = {}
         frame = picture.image
@@ -142,15 +142,15 @@ class _ClipWriter:
         # Without the flag the file holds the time and the version of the library.
         self.container = av.open(str(file), "w", format="mp4", options={"fflags": "+bitexact"})
         self.container.metadata["comment"] = json.dumps({MARK: asdict(mark)})
-        rate = Fraction(source.scan.source_fps).limit_denominator(1001)
+        rate = Fraction(video.scan.source_fps).limit_denominator(1001)
         quality = {"crf": str(mark.crf)} if mark.crf else {"qp": "0"}
         # Without B-frames the packets are in the order of display, which every reader counts right.
         stream = self.container.add_stream("libx264", rate=rate, options=quality | {"preset": "fast", "bf": "0"})
         stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, self.layout
         stream.codec_context.time_base = Fraction(1, self.second)
-        stream.codec_context.sample_aspect_ratio = Fraction(source.scan.pixel_aspect).limit_denominator(1000)
-        self._tag(stream.codec_context, frame, source.scan)
-        rotation, is_mirrored = source.scan.rotation, source.scan.is_mirrored
+        stream.codec_context.sample_aspect_ratio = Fraction(video.scan.pixel_aspect).limit_denominator(1000)
+        self._tag(stream.codec_context, frame, video.scan)
+        rotation, is_mirrored = video.scan.rotation, video.scan.is_mirrored
         if rotation or is_mirrored:
             # The scan reads a picture that is mirrored from left to right as turned by 180 and mirrored top to bottom.
             rotation += 180 if is_mirrored and rotation % 180 == 0 else 0
@@ -208,7 +208,7 @@ class _ClipWriter:
         try:
             self._write(self.stream.encode())
             self.container.close()
-            written = read_source(self.file).scan.num_source_frames
+            written = read_index(self.file).scan.num_source_frames
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.file)) from None
         if written != len(self.durations):

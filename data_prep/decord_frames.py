@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mochi_tune.data_prep.probe import Source
+from mochi_tune.data_prep.probe import VideoIndex
 from mochi_tune.data_prep.timeline import Picture
 from mochi_tune.errors import DataError
 
@@ -22,9 +22,9 @@ PLAIN_CODECS = ("h264", "hevc", "vp9", "mpeg4")
 MAX_DEVIATION = 0.002
 
 
-def is_plain(source: Source) -> bool:
+def is_plain(video: VideoIndex) -> bool:
     """Whether decord reads a file right: progressive SDR of one rate, upright, square pixels, nothing hidden."""
-    scan = source.scan
+    scan = video.scan
     return (
         scan.codec in PLAIN_CODECS
         and scan.container.startswith(("mov", "matroska"))
@@ -35,7 +35,7 @@ def is_plain(source: Source) -> bool:
     )
 
 
-def read_with_decord(path: Path, source: Source, stop: int) -> Iterator[Picture]:
+def read_with_decord(path: Path, video: VideoIndex, stop: int) -> Iterator[Picture]:
     """Yields the pictures from the first one on, up to number `stop`; none if decord counts others than PyAV.
 
     Raises:
@@ -47,23 +47,23 @@ def read_with_decord(path: Path, source: Source, stop: int) -> Iterator[Picture]
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path))
-        if len(reader) != len(source.ticks) or not _has_times(reader, source):
+        if len(reader) != len(video.ticks) or not _has_times(reader, video):
             return
-        for begin, end in pairwise([*source.ticks, source.end_tick][: stop + 1]):
+        for begin, end in pairwise([*video.ticks, video.end_tick][: stop + 1]):
             frame = reader.next().asnumpy()
-            if frame.shape[:2] != (source.scan.height, source.scan.width):
+            if frame.shape[:2] != (video.scan.height, video.scan.width):
                 raise RuntimeError("its pictures change their size")
             # decord takes the padding at the end of narrow rows for more channels.
-            frame = frame.reshape(frame.shape[0], -1)[:, : 3 * source.scan.width].reshape(*frame.shape[:2], 3)
-            yield Picture(Fraction(begin, source.second), Fraction(end - begin, source.second), frame, "decord")
+            frame = frame.reshape(frame.shape[0], -1)[:, : 3 * video.scan.width].reshape(*frame.shape[:2], 3)
+            yield Picture(Fraction(begin, video.second), Fraction(end - begin, video.second), frame, "decord")
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration) as error:
         raise DataError(
-            f"{path}: decord cannot decode it (codec {source.scan.codec}): use data.decoder=auto, or re-encode it."
+            f"{path}: decord cannot decode it (codec {video.scan.codec}): use data.decoder=auto, or re-encode it."
         ) from error
 
 
-def _has_times(reader, source: Source) -> bool:
+def _has_times(reader, video: VideoIndex) -> bool:
     """Whether the reader's frames are shown at the times that the packets tell, counted from the first one."""
     begins = np.array(reader.get_frame_timestamp(range(len(reader))))[:, 0]
-    times = np.array(source.ticks) / source.second
+    times = np.array(video.ticks) / video.second
     return bool(np.abs((begins - begins[0]) - (times - times[0])).max() <= MAX_DEVIATION)

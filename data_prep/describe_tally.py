@@ -125,7 +125,7 @@ def open_log(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         try:
             if not lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 # Captions are never replaced, only asked for twice.
-                tqdm.write(f"{path}: its disk has no locks: see that no other `mochi-tune describe` runs there")
+                tqdm.write(f"{path}: its disk has no locks: make sure that no other `mochi-tune describe` runs there")
         except BlockingIOError:
             raise DataError(f"{path}: is written by another `mochi-tune describe`: wait for its end.") from None
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))

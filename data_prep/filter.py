@@ -22,7 +22,7 @@ from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest, shift
 from mochi_tune.data_prep.filter_page import MAX_PICTURES, make_page
 from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.data_prep.moving import files_of_clip, finish_moves, move_clip, read_moved, undo_moves
-from mochi_tune.data_prep.split import folder_beside, only_process
+from mochi_tune.data_prep.output_folder import lock_folder, sibling_folder
 from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import ConfigError, DataError, counted, printable, some
 from mochi_tune.files import make_writable_folder, read_json_lines, write_atomic
@@ -45,7 +45,7 @@ COLUMNS: tuple[str, ...] = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class FilterLimits:
     """When a clip is flagged; None: never by this.
 
     Attributes:
@@ -96,14 +96,14 @@ class Filter:
 
     videos: Path
     out: Path | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: FilterLimits = field(default_factory=FilterLimits)
     move: Path | None = None
     timeout_seconds: float = 120.0
 
     @property
     def report(self) -> Path:
         """The folder of the table and the page."""
-        return self.out or folder_beside(self.videos, "_filter", "videos")
+        return self.out or sibling_folder(self.videos, "_filter", "videos")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def main(settings: Filter) -> int:
         find_videos(settings.videos, setting="videos")
     report = settings.report
     make_writable_folder(report)
-    with only_process(report, "filter"), WatchedProcess(settings.timeout_seconds) as child:
+    with lock_folder(report, "filter"), WatchedProcess(settings.timeout_seconds) as child:
         # Before the clips are listed: what a stopped run has left would be judged without its captions.
         finish_moves(report / MOVED)
         clips = {
@@ -161,7 +161,7 @@ def undo(settings: Filter) -> int:
     table = settings.report / MOVED
     if not settings.report.is_dir():
         raise DataError(f"{settings.report} does not exist: give the out= of the `filter` that moved clips.")
-    with only_process(settings.report, "filter"):
+    with lock_folder(settings.report, "filter"):
         finish_moves(table)
         rows = read_moved(table)
         if not rows and table.exists():
@@ -203,7 +203,7 @@ def _measure_all(path: Path, clips: Mapping[str, Path], child: WatchedProcess) -
     return found
 
 
-def judge(measured: Mapping[str, Scores | str], limits: Limits) -> list[Judged]:
+def judge(measured: Mapping[str, Scores | str], limits: FilterLimits) -> list[Judged]:
     """Returns each clip with its verdict, in the order given.
 
     Of clips that show the same, the one stays that has no other flag, then most pixels, then most pictures, then the

@@ -33,7 +33,7 @@ def make_page(
 
     Args:
         judged: the clips.
-        limits: the values of `Limits`.
+        limits: the values of `FilterLimits`.
         name: of the folder.
         pictures: JPEG of clips, by name.
     """

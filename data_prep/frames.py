@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mochi_tune.data_prep.orientation import read_matrix
-from mochi_tune.data_prep.probe import Source, decode_packet, open_video
+from mochi_tune.data_prep.probe import VideoIndex, decode_packet, open_video
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still
 from mochi_tune.data_prep.timeline import Clock, Picture
 
@@ -25,7 +25,7 @@ SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "
 MAX_THREADS, MAX_THREADED_PIXELS = 8, 10_000_000
 
 
-def read_pictures(path: Path, source: Source) -> Iterator[Picture]:
+def read_pictures(path: Path, video: VideoIndex) -> Iterator[Picture]:
     """Yields all pictures of a video or still from the first one on; interlaced ones are deinterlaced.
 
     Raises:
@@ -35,23 +35,23 @@ def read_pictures(path: Path, source: Source) -> Iterator[Picture]:
         yield from read_still(path)
         return
     with open_video(path) as (container, stream):
-        yield from _deinterlace(_decode(path, container, stream, source))
+        yield from _deinterlace(_decode(path, container, stream, video))
 
 
-def find_seek_time(source: Source, number: int) -> Fraction | None:
+def find_seek_time(video: VideoIndex, number: int) -> Fraction | None:
     """Returns the time of the keyframe at which decoding may begin to show a picture; None for the first one."""
-    scan = source.scan
+    scan = video.scan
     is_safe = scan.container.startswith(SEEKABLE_FORMATS) and scan.codec in SEEKABLE_CODECS
     if not is_safe or scan.has_discontinuity:
         return None
     # The picture before is wanted too: a deinterlacer looks at it.
-    place = bisect_right(source.key_ticks, source.ticks[max(number - 1, 0)]) - 1
-    if place < 1 or source.key_ticks[place] - source.ticks[0] < SEEK_SECONDS * source.second:
+    place = bisect_right(video.key_ticks, video.ticks[max(number - 1, 0)]) - 1
+    if place < 1 or video.key_ticks[place] - video.ticks[0] < SEEK_SECONDS * video.second:
         return None
-    return Fraction(source.key_ticks[place], source.second)
+    return Fraction(video.key_ticks[place], video.second)
 
 
-def read_pictures_from(path: Path, source: Source, key_time: Fraction) -> Iterator[Picture]:
+def read_pictures_from(path: Path, video: VideoIndex, key_time: Fraction) -> Iterator[Picture]:
     """Yields the pictures from a keyframe on; none if decoding does not begin exactly there.
 
     Raises:
@@ -59,7 +59,7 @@ def read_pictures_from(path: Path, source: Source, key_time: Fraction) -> Iterat
     """
     with open_video(path) as (container, stream):
         container.seek(round(key_time / stream.time_base), stream=stream)
-        pictures = _decode(path, container, stream, source)
+        pictures = _decode(path, container, stream, video)
         # Pictures before the keyframe refer to what was not decoded.
         first = next((picture for picture in pictures if picture.time >= key_time), None)
         if first is None or first.time != key_time:
@@ -72,13 +72,13 @@ def _chain(first: Picture, rest: Iterator[Picture]) -> Iterator[Picture]:
     yield from rest
 
 
-def _decode(path: Path, container, stream, source: Source) -> Iterator[Picture]:
+def _decode(path: Path, container, stream, video: VideoIndex) -> Iterator[Picture]:
     context = stream.codec_context
     is_large = context.width * context.height > MAX_THREADED_PIXELS
     stream.thread_type = "SLICE" if is_large else "AUTO"
     context.thread_count = min(os.cpu_count() or 1, MAX_THREADS)
-    clock, is_avi = Clock(source.period, source.may_jump), container.format.name == "avi"
-    has_key = not source.may_jump
+    clock, is_avi = Clock(video.period, video.may_jump), container.format.name == "avi"
+    has_key = not video.may_jump
     for packet in container.demux(stream):
         has_key = has_key or packet.is_keyframe
         frames = decode_packet(path, packet, has_key, float(clock.last or 0))

@@ -97,13 +97,9 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         setting = f"data.sources[{number}].folder" if data.sources else "data.videos"
         if folder.is_dir() and is_dataset(folder):
             folder = materialise_dataset(folder, Path(data.cache) / DATASET_FOLDER / (source.name or ALONE))
-        has_stills = any(bucket.num_frames == 1 for bucket in source.buckets)
-        videos = find_videos(folder, has_stills, setting, TAKES_STILLS)
+        videos = find_videos(folder, source.takes_stills, setting, TAKES_STILLS)
         names = {video: clip_name(source.name, folder, video) for video in videos}
-        rules = CaptionRules(
-            data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, seed
-        )
-        found = load_captions(folder, videos, rules)
+        found = load_captions(folder, videos, CaptionRules.from_config(data, source, seed))
         for note in found.notes:
             tqdm.write(printable(note))
         for video, name in names.items():

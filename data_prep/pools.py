@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mochi_tune.data.parts import PartsFolder
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.tasks import ClipTask, Job, Task, Worker
+from mochi_tune.data_prep.tasks import ClipTask, Task, Worker, WorkerSettings
 from mochi_tune.data_prep.watched import delay_interrupts
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.device import find_device
@@ -51,7 +51,7 @@ class Death:
     how: str
 
 
-class Pool(ABC):
+class WorkerPool(ABC):
     """Gives tasks to workers, one at a time, and the next one to whichever is free; tasks of the dead go to others.
 
     Args:
@@ -117,7 +117,7 @@ class Pool(ABC):
                 yield task, outcome
             give(slot)
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     @abstractmethod
@@ -137,17 +137,17 @@ class Pool(ABC):
         return f"worker {slot}"
 
 
-class ProcessPool(Pool):
+class ProcessPool(WorkerPool):
     """Workers that are processes on this machine, one a GPU; a context manager.
 
     Args:
-        job: of the run.
+        settings: of the run.
         count: processes.
     """
 
-    def __init__(self, job: Job, count: int) -> None:
+    def __init__(self, settings: WorkerSettings, count: int) -> None:
         super().__init__(count)
-        self._job = job
+        self._settings = settings
         self._workers: dict[int, tuple[Any, Connection]] = {}
 
     def __exit__(self, kind: type[BaseException] | None, *more: object) -> None:
@@ -164,7 +164,7 @@ class ProcessPool(Pool):
             # Spawned, not forked: that works beside CUDA and threads.
             context = multiprocessing.get_context("spawn")
             ours, theirs = context.Pipe()
-            arguments = (theirs, self._job, slot, os.getpid())
+            arguments = (theirs, self._settings, slot, os.getpid())
             process = context.Process(target=_serve, args=arguments, name=f"encoder-{slot}")
             with delay_interrupts():
                 process.start()
@@ -195,16 +195,16 @@ class ProcessPool(Pool):
             return slot, Death(f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}")
 
 
-def _serve(connection: Connection, job: Job, slot: int, parent: int) -> None:
+def _serve(connection: Connection, settings: WorkerSettings, slot: int, parent: int) -> None:
     """Runs in a worker: does one task after the other until the main process hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         return
-    if job.device == "cuda":
+    if settings.device == "cuda":
         torch.cuda.set_device(slot)
-    with ClipDecoder(job.decode_timeout_seconds) as decoder:
-        worker = make_worker(job, decoder)
+    with ClipDecoder(settings.decode_timeout_seconds) as decoder:
+        worker = make_worker(settings, decoder)
         while True:
             try:
                 task, ahead = connection.recv()
@@ -213,16 +213,16 @@ def _serve(connection: Connection, job: Job, slot: int, parent: int) -> None:
             connection.send(run_caught(worker, task, ahead))
 
 
-def make_worker(job: Job, decoder: ClipDecoder) -> Worker:
+def make_worker(settings: WorkerSettings, decoder: ClipDecoder) -> Worker:
     """Returns the worker of a process that is not the main one."""
     # As in the main process: kernels that torchao was built without are no news.
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # tqdm's own lock is for several processes: its semaphore stays, and Python warns of it, when this one is killed.
     tqdm.set_lock(threading.RLock())
-    torch.set_num_threads(job.num_threads)
-    find_device(job.device)
-    return Worker(job, PartsFolder(job.parts), decoder, checks_weights=True)
+    torch.set_num_threads(settings.num_threads)
+    find_device(settings.device)
+    return Worker(settings, PartsFolder(settings.parts), decoder, checks_weights=True)
 
 
 def run_caught(worker: Worker, task: Task, ahead: Task | None) -> list[str] | Exception:

@@ -19,10 +19,10 @@ from mochi_tune.data_prep import report
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.gather import Inputs, cut_inputs, find_inputs
-from mochi_tune.data_prep.pools import Pool, ProcessPool
+from mochi_tune.data_prep.pools import ProcessPool, WorkerPool
 from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
 from mochi_tune.data_prep.shares import RECORD_FILE, Share, keep_share, merge_shares, write_record
-from mochi_tune.data_prep.tasks import CaptionTask, ClipTask, Job, Worker, WorkHere
+from mochi_tune.data_prep.tasks import CaptionTask, ClipTask, Worker, WorkerSettings, WorkHere
 from mochi_tune.errors import ConfigError, DataError, counted, printable
 from mochi_tune.files import format_bytes, write_atomic
 from mochi_tune.models.device import find_device
@@ -97,7 +97,7 @@ def prepare(config: RunConfig) -> Prepared:
     label = share.label if share else ""
     with CacheWriter(folder, label) as cache, ClipDecoder(data.decode_timeout_seconds) as decoder:
         if not cache.is_locked:
-            tqdm.write(f"{folder}: its disk has no locks: see that no other `mochi-tune prepare` writes there")
+            tqdm.write(f"{folder}: its disk has no locks: make sure that no other `mochi-tune prepare` writes there")
         with _open_workers(config, settings, cache, decoder, device) as workers:
             (cache.parts.folder / RECORD_FILE).unlink(missing_ok=True)
             cut_inputs(inputs, data, settings, decoder, label)
@@ -148,12 +148,12 @@ def _share(config: RunConfig) -> Share | None:
 
 def _open_workers(
     config: RunConfig, settings: CacheSettings, cache: CacheWriter, decoder: ClipDecoder, device: torch.device
-) -> "WorkHere | Pool":
+) -> "WorkHere | WorkerPool":
     """Returns what encodes: this process, several ones, or those of a Ray cluster."""
     parallel = config.parallel
-    job = Job(
+    worker_settings = WorkerSettings(
         weights=weights_paths(config),
-        settings=settings,
+        cache=settings,
         parts=cache.parts.folder,
         device=device.type,
         decode_timeout_seconds=config.data.decode_timeout_seconds,
@@ -162,20 +162,20 @@ def _open_workers(
     if parallel.engine == "ray":
         from mochi_tune.data_prep.ray_pool import RayPool
 
-        return RayPool(job, parallel.num_processes, parallel.ray_address)
+        return RayPool(worker_settings, parallel.num_processes, parallel.ray_address)
     if parallel.num_processes > 1:
-        return ProcessPool(job, parallel.num_processes)
-    return WorkHere(Worker(job, cache, decoder, checks_weights=False))
+        return ProcessPool(worker_settings, parallel.num_processes)
+    return WorkHere(Worker(worker_settings, cache, decoder, checks_weights=False))
 
 
 def _encode_clips(
-    cache: CacheWriter, inputs: Inputs, decoder: ClipDecoder, workers: "WorkHere | Pool", preview: str | None
+    cache: CacheWriter, inputs: Inputs, decoder: ClipDecoder, workers: "WorkHere | WorkerPool", preview: str | None
 ) -> tuple[int, dict[str, str]]:
     """Encodes the clips that the cache lacks; returns their number, and the reason for each sample_id that failed."""
     tasks, num_encoded = _clip_tasks(cache, inputs, preview), 0
     # By key, with the file that was read.
     bad: dict[str, tuple[str, str]] = {}
-    if isinstance(workers, Pool):
+    if isinstance(workers, WorkerPool):
         # Each worker has its own.
         decoder.close()
     total = sum(len(task.clips) for task in tasks)
@@ -186,7 +186,7 @@ def _encode_clips(
                     bad[clip.row.clip_key] = reason, str(clip.file.path)
                 elif is_missing:
                     num_encoded += 1
-                    if isinstance(workers, Pool):
+                    if isinstance(workers, WorkerPool):
                         cache.take_part(cache.parts.find(f"latents-{clip.row.clip_key}"))
     refused = {}
     for clip in inputs.clips:
@@ -218,7 +218,7 @@ def _clip_tasks(cache: CacheWriter, inputs: Inputs, preview: str | None) -> list
     ]
 
 
-def _encode_captions(cache: CacheWriter, rows: Sequence[Row], workers: "WorkHere | Pool") -> int:
+def _encode_captions(cache: CacheWriter, rows: Sequence[Row], workers: "WorkHere | WorkerPool") -> int:
     """Encodes the captions that the cache lacks, each text once; returns how many."""
     missing: dict[str, CaptionTask] = {}
     for row in rows:
@@ -227,7 +227,7 @@ def _encode_captions(cache: CacheWriter, rows: Sequence[Row], workers: "WorkHere
                 missing.setdefault(key, CaptionTask(key, caption, row.sample_id))
     with tqdm(total=len(missing), desc="captions", unit="caption", disable=not missing) as bar:
         for task, _ in workers.run(list(missing.values()), bar.update):
-            if isinstance(workers, Pool):
+            if isinstance(workers, WorkerPool):
                 cache.take_part(cache.parts.find(f"text-{task.key}"))
     return len(missing)
 

@@ -92,7 +92,7 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Source:
+class VideoIndex:
     """A scan with what only decoding needs.
 
     Attributes:
@@ -128,10 +128,10 @@ def scan_video(path: Path) -> Scan:
     Raises:
         DataError: the file is unreadable, truncated, without pictures, too large, or displayed askew.
     """
-    return read_source(path).scan
+    return read_index(path).scan
 
 
-def read_source(path: Path) -> Source:
+def read_index(path: Path) -> VideoIndex:
     """Reads what `cut_clips` needs to know of a file.
 
     Raises:
@@ -140,8 +140,9 @@ def read_source(path: Path) -> Source:
     if path.suffix.lower() in STILL_SUFFIXES:
         still = read_still_size(path, MAX_PIXELS)
         if still.num_frames == 1:
-            return Source(Scan(still.width, still.height, is_still=True, is_30_fps=True, has_profile=still.has_profile))
-        return _source_of_animation(still)
+            scan = Scan(still.width, still.height, is_still=True, is_30_fps=True, has_profile=still.has_profile)
+            return VideoIndex(scan)
+        return _index_animation(still)
     with open_video(path) as (container, stream):
         return _read_stream(path, container, stream)
 
@@ -198,7 +199,7 @@ class _Packet(NamedTuple):
     key: bool
 
 
-def _read_stream(path: Path, container, stream) -> Source:
+def _read_stream(path: Path, container, stream) -> VideoIndex:
     packets, first = _read_packets(path, container, stream)
     may_jump = container.format.name in CUT_FORMATS
     rate = stream.guessed_rate or stream.average_rate
@@ -215,11 +216,11 @@ def _read_stream(path: Path, container, stream) -> Source:
     missing = _missing_part(path, container, stream, len(packets), float(clock.end / second))
     if missing:
         raise DataError(f"{path}: is cut short, {missing}: copy it again or remove it.")
-    source = Source(
+    video = VideoIndex(
         _describe(path, container, stream, first),
         second, ticks, int(clock.end), keys, period, may_jump,
     )  # fmt: skip
-    return replace(source, scan=_count(replace(source.scan, has_discontinuity=clock.has_jumped), source))
+    return replace(video, scan=_count(replace(video.scan, has_discontinuity=clock.has_jumped), video))
 
 
 def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
@@ -299,12 +300,12 @@ def _order(packets: list[_Packet], unit: int, clock: Clock) -> tuple[list[int], 
     return ticks, keys, clock
 
 
-def _count(scan: Scan, source: Source) -> Scan:
+def _count(scan: Scan, video: VideoIndex) -> Scan:
     """Returns the scan with what the times of its pictures tell."""
-    ticks, second = source.ticks, source.second
-    duration = source.end_tick - ticks[0]
+    ticks, second = video.ticks, video.second
+    duration = video.end_tick - ticks[0]
     gaps = [(after - before) / second for before, after in pairwise(ticks)]
-    mean = (ticks[-1] - ticks[0]) / second / len(gaps) if gaps else (source.end_tick - ticks[-1]) / second
+    mean = (ticks[-1] - ticks[0]) / second / len(gaps) if gaps else (video.end_tick - ticks[-1]) / second
     num_frames = max(1, frame_number(Fraction(duration, second)))
     # `frame_number` of each, in whole numbers.
     begins = [(2 * FPS * (tick - ticks[0]) + second) // (2 * second) for tick in ticks]
@@ -343,12 +344,12 @@ def _describe(path: Path, container, stream, first) -> Scan:
     )
 
 
-def _source_of_animation(still: StillSize) -> Source:
-    """Returns the source of an animated picture that Pillow reads."""
+def _index_animation(still: StillSize) -> VideoIndex:
+    """Returns the index of an animated picture that Pillow reads."""
     # Its durations are in milliseconds.
     ends = list(accumulate(int(duration * 1000) for duration in still.durations))
-    source = Source(Scan(still.width, still.height, has_profile=still.has_profile), 1000, [0, *ends[:-1]], ends[-1])
-    return replace(source, scan=_count(source.scan, source))
+    video = VideoIndex(Scan(still.width, still.height, has_profile=still.has_profile), 1000, [0, *ends[:-1]], ends[-1])
+    return replace(video, scan=_count(video.scan, video))
 
 
 def _missing_part(path: Path, container, stream, num_packets: int, end: float) -> str:

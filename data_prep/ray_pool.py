@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.pools import MAX_TRIES, Death, Pool, make_worker, run_caught
-from mochi_tune.data_prep.tasks import Job, Task
+from mochi_tune.data_prep.pools import MAX_TRIES, Death, WorkerPool, make_worker, run_caught
+from mochi_tune.data_prep.tasks import Task, WorkerSettings
 from mochi_tune.errors import ConfigError, ParallelError
 
 # How long an address has to answer.
@@ -25,7 +25,7 @@ QUIET_SECONDS = 60.0
 STORE_BYTES = 100 * 2**20
 
 
-class PoolJob(Protocol):
+class PoolSettings(Protocol):
     """What the workers of a pool are told."""
 
     @property
@@ -34,27 +34,27 @@ class PoolJob(Protocol):
         ...
 
 
-class RayPool(Pool):
+class RayPool(WorkerPool):
     """Workers that are actors of a Ray cluster, one a GPU or a CPU; a context manager.
 
     Ray starts a worker again that was killed, on another machine if need be, and gives it its task again. All machines
     see the files of the run under the same paths.
 
     Args:
-        job: of the run.
+        settings: of the run.
         count: workers.
         address: "auto", HOST:PORT or ray://HOST:PORT; None starts a cluster on this machine.
-        worker: what runs in an actor: a class that is made of a job and the working directory, with a method `run` as
-            that of `RayWorker`.
+        worker: class of the actors: built from the settings and the working directory, with a method `run` as that of
+            `RayWorker`.
 
     Raises:
         ConfigError: Ray is not installed.
         ParallelError: the cluster cannot be reached, is too small, or has another version of mochi-tune.
     """
 
-    def __init__(self, job: PoolJob, count: int, address: str | None, worker: type | None = None) -> None:
+    def __init__(self, settings: PoolSettings, count: int, address: str | None, worker: type | None = None) -> None:
         super().__init__(count)
-        self._job, self._address, self._worker = job, address, worker or RayWorker
+        self._settings, self._address, self._worker = settings, address, worker or RayWorker
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, int] = {}
         self._has_answered = False
@@ -71,10 +71,10 @@ class RayPool(Pool):
         except BaseException:
             self._ray.shutdown()
             raise
-        gpus = self._job.device == "cuda"
+        gpus = self._settings.device == "cuda"
         options = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0}
         actor = self._ray.remote(**options, max_restarts=-1, max_task_retries=MAX_TRIES - 1)(self._worker)
-        self._actors = {slot: actor.remote(self._job, Path.cwd()) for slot in range(self.count)}
+        self._actors = {slot: actor.remote(self._settings, Path.cwd()) for slot in range(self.count)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,7 +118,7 @@ class RayPool(Pool):
         """Refuses a cluster that is too small, and one with other versions on a machine that may get a worker."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        kind = "GPU" if self._job.device == "cuda" else "CPU"
+        kind = "GPU" if self._settings.device == "cuda" else "CPU"
         nodes = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get(kind)]
         there = int(sum(node["Resources"][kind] for node in nodes))
         if there < self.count:
@@ -179,10 +179,10 @@ class RayPool(Pool):
 class RayWorker:
     """What runs in a Ray actor."""
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    def __init__(self, settings: WorkerSettings, folder: Path) -> None:
         # Paths of the settings are relative to it.
         os.chdir(folder)
-        self._worker = make_worker(job, ClipDecoder(job.decode_timeout_seconds))
+        self._worker = make_worker(settings, ClipDecoder(settings.decode_timeout_seconds))
 
     def run(self, task: Task, ahead: Task | None) -> list[str] | Exception:
         """Does a task, as `run_caught`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mochi_tune.data_prep.frames import read_pictures
-from mochi_tune.data_prep.probe import ROUNDING, read_source
+from mochi_tune.data_prep.probe import ROUNDING, read_index
 from mochi_tune.data_prep.timeline import Picture
 from mochi_tune.errors import ConfigError, DataError
 
@@ -110,12 +110,12 @@ def find_scenes(path: Path, rules: dict[str, Any]) -> Iterator[dict[str, Any]]:
         DataError: the film cannot be read, or its pictures change their size.
     """
     wanted = SceneRules(**rules)
-    source = read_source(path)
-    yield {"total": source.scan.num_source_frames}
-    detector = _Detector(wanted, Fraction(source.scan.source_fps).limit_denominator(1001))
+    video = read_index(path)
+    yield {"total": video.scan.num_source_frames}
+    detector = _Detector(wanted, Fraction(video.scan.source_fps).limit_denominator(1001))
     times: list[Fraction] = []
     last: Picture | None = None
-    for picture in read_pictures(path, source):
+    for picture in read_pictures(path, video):
         _check_same_size(path, last, picture)
         detector.look_at(len(times), picture)
         times.append(picture.time)

@@ -45,7 +45,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Record:
+class ShareRecord:
     """What a share says of itself when it has ended.
 
     Attributes:
@@ -92,7 +92,7 @@ def write_record(
     names = {f"latents-{row.clip_key}" for row in rows} | {f"text-{key}" for row in rows for key in row.text_keys}
     made = sorted(name for name in names if cache.parts.path(name).exists())
     refused = {row.sample_id: (row.clip_key, bad[row.sample_id]) for row in rows if row.sample_id in bad}
-    record = Record(share.label, settings.vae, settings.t5, refused, made)
+    record = ShareRecord(share.label, settings.vae, settings.t5, refused, made)
     write_atomic(cache.parts.folder / RECORD_FILE, json.dumps(asdict(record)).encode(), durable=True)
 
 
@@ -163,17 +163,17 @@ def _name_missing(missing: Mapping[str, set[str]], parts: Path) -> str:
     )
 
 
-def _read_records(parts: Path) -> list[Record]:
+def _read_records(parts: Path) -> list[ShareRecord]:
     records = []
     for file in sorted(parts.glob(f"*/{RECORD_FILE}")):
         values = parse_object(file.read_bytes())
         # One of another program says nothing; what is missing is found all the same.
-        if values is not None and has_fields(values, Record):
-            records.append(Record(**values))
+        if values is not None and has_fields(values, ShareRecord):
+            records.append(ShareRecord(**values))
     return records
 
 
-def _await_parts(cache: CacheWriter, records: Sequence[Record]) -> None:
+def _await_parts(cache: CacheWriter, records: Sequence[ShareRecord]) -> None:
     """Waits for parts that a record names and a network disk does not list yet."""
     for record in records:
         folder = PartsFolder(cache.folder / PARTS_FOLDER / record.label)

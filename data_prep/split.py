@@ -5,7 +5,6 @@ It may be run again at any time: it finds no scenes anew that the table has, and
 
 import base64
 import contextlib
-import fcntl
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from mochi_tune.data_prep.contact_sheet import NUM_PICTURES, SheetClip, read_thumbnails, write_sheets
 from mochi_tune.data_prep.cutting import Mark, cut_clips, read_mark
 from mochi_tune.data_prep.finding import VIDEO_SUFFIXES, find_videos
+from mochi_tune.data_prep.output_folder import lock_folder, sibling_folder
 from mochi_tune.data_prep.scene_table import (
     CUT,
     PLANNED,
@@ -34,7 +34,6 @@ from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import ConfigError, DataError, counted, printable, some
 from mochi_tune.files import (
     fsync,
-    lock_file,
     make_writable_folder,
     read_json,
     remove_temporary_files,
@@ -66,7 +65,7 @@ class Split:
     @property
     def report(self) -> Path:
         """The folder of the table and the contact sheet: beside the clips, where it is not trained on."""
-        return folder_beside(self.out, "_split", "out")
+        return sibling_folder(self.out, "_split", "out")
 
 
 def main(split: Split) -> int:
@@ -85,7 +84,7 @@ def main(split: Split) -> int:
     films = find_films(split)
     for folder in (split.out, split.report):
         make_writable_folder(folder)
-    with only_process(split.report, "split"):
+    with lock_folder(split.report, "split"):
         for folder in {split.out, *(split.out / name for name in map(Path, _folders(films)))}:
             if folder.is_dir():
                 remove_temporary_files(folder)
@@ -122,35 +121,6 @@ def find_films(split: Split) -> dict[str, Path]:
     if footage.resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError(f"out={out} is in the footage, in={footage}, and would be split again: use another folder.")
     return {path.relative_to(footage).as_posix(): path for path in find_videos(footage, setting="in")}
-
-
-def folder_beside(folder: Path, ending: str, setting: str) -> Path:
-    """Returns the folder beside another one whose name is that one's and `ending`.
-
-    Raises:
-        ConfigError: there is none beside it, as it is the whole disk.
-    """
-    # "." and ".." are other folders' names.
-    folder = folder if folder.name not in ("", "..") else folder.resolve()
-    if not folder.name:
-        raise ConfigError(f"{setting}={folder} is the whole disk, beside which nothing can be: use out=DIR.")
-    return folder.with_name(f"{folder.name}{ending}")
-
-
-@contextlib.contextmanager
-def only_process(folder: Path, verb: str) -> Iterator[None]:
-    """Refuses a second process with the same folder; the lock ends with the process.
-
-    Raises:
-        DataError: another process has it.
-    """
-    with open(folder / ".lock", "w") as lock:
-        try:
-            if not lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                tqdm.write(f"{folder}: its disk has no locks: see that no other {verb} writes there")
-        except BlockingIOError:
-            raise DataError(f"{folder} is in use by another {verb}: wait for it, or use another out=.") from None
-        yield
 
 
 def check_settings(split: Split, has_table: bool) -> None:

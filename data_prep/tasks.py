@@ -23,12 +23,12 @@ from mochi_tune.weights.paths import WeightsPaths
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerSettings:
     """What every worker of a `prepare` is told; it can be sent to other processes.
 
     Attributes:
         weights: where they are.
-        settings: of the cache, with the fingerprints that the weights must have.
+        cache: settings of the cache, with the fingerprints that the weights must have.
         parts: folder for what is encoded.
         device: "cpu" or "cuda".
         decode_timeout_seconds: as of `ClipDecoder`.
@@ -36,7 +36,7 @@ class Job:
     """
 
     weights: WeightsPaths
-    settings: CacheSettings
+    cache: CacheSettings
     parts: Path
     device: str
     decode_timeout_seconds: float
@@ -107,14 +107,14 @@ class Worker:
     """Encodes tasks one after the other; holds one model at a time, loaded when the first task needs it.
 
     Args:
-        job: of the run.
+        settings: of the run.
         store: where the tensors go.
         decoder: to use.
         checks_weights: whether the weights' fingerprints are compared with the main process's.
     """
 
-    def __init__(self, job: Job, store: Store, decoder: ClipDecoder, checks_weights: bool) -> None:
-        self.job, self.store, self._decoder, self._checks_weights = job, store, decoder, checks_weights
+    def __init__(self, settings: WorkerSettings, store: Store, decoder: ClipDecoder, checks_weights: bool) -> None:
+        self.settings, self.store, self._decoder, self._checks_weights = settings, store, decoder, checks_weights
         self._saver, self._saving = ThreadPoolExecutor(1), None
         self._part, self._model = "", None
 
@@ -189,18 +189,18 @@ class Worker:
             return self._model
         self._part, self._model = "", None
         free_memory()
-        weights, settings = WeightsFolder(self.job.weights), self.job.settings
+        weights, settings = WeightsFolder(self.settings.weights), self.settings.cache
         if self._checks_weights:
             expected, found = settings.vae if part == "encoder" else settings.t5, weights.fingerprint(part)
             if found != expected:
                 raise ParallelError(
-                    f"the weights of the {part} in {self.job.weights.root} are {found[:16]}… in a worker and "
+                    f"the weights of the {part} in {self.settings.weights.root} are {found[:16]}… in a worker and "
                     f"{expected[:16]}… in the main process: give each process and machine the same files."
                 )
         if part == "encoder":
-            self._model = weights.load_encoder(torch.device(self.job.device), DTYPES[settings.vae_dtype])
+            self._model = weights.load_encoder(torch.device(self.settings.device), DTYPES[settings.vae_dtype])
         else:
-            self._model = weights.load_text_encoder(torch.device(self.job.device), T5_DTYPES[settings.t5_dtype])
+            self._model = weights.load_text_encoder(torch.device(self.settings.device), T5_DTYPES[settings.t5_dtype])
         self._part = part
         return self._model
 

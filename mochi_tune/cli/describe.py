@@ -25,7 +25,7 @@ def run_describe(arguments: list[str]) -> int:
     options = plain_options("describe", arguments, DESCRIBE_OPTIONS)
     if options is None:
         return 0
-    from mochi_tune.data_prep.captioning import Limits, Pace, Writer
+    from mochi_tune.data_prep.captioning import Pace, RetryLimits, Writer
     from mochi_tune.data_prep.describe import LOG_NAME, Sampling, describe, find_clips, plan
 
     is_local = options["endpoint"] == LOCAL
@@ -34,7 +34,7 @@ def run_describe(arguments: list[str]) -> int:
     workers = whole_number("workers", options["workers"], 1)
     per_minute = _number_or_zero(options, "requests_per_minute")
     seconds = [positive_number(key, options[key]) for key in ("timeout_seconds", "clip_seconds", "backoff_seconds")]
-    limits = Limits(whole_number("retries", options["retries"], 0), *seconds)
+    limits = RetryLimits(whole_number("retries", options["retries"], 0), *seconds)
     is_dry, with_stills = _yes_or_no(options, "dry_run"), _yes_or_no(options, "stills")
     if options["frames_out"] and not is_dry:
         raise ConfigError(f"frames_out={options['frames_out']} goes with dry_run=true: add it, or leave this out.")

@@ -41,13 +41,13 @@ def run_filter(arguments: list[str]) -> int:
     options = plain_options("filter", arguments, FILTER_OPTIONS)
     if options is None:
         return 0
-    from mochi_tune.data_prep.filter import Filter, Limits, undo
+    from mochi_tune.data_prep.filter import Filter, FilterLimits, undo
     from mochi_tune.data_prep.filter import main as filter_clips
 
     def limit(key: str, highest: float) -> float | None:
         return None if options[key] == "off" else number(key, options[key], 0, highest)
 
-    limits = Limits(
+    limits = FilterLimits(
         limit("max_black", 1),
         limit("max_frozen", 1),
         limit("min_sharpness", math.inf),

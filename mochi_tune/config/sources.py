@@ -40,6 +40,11 @@ class Source:
     weight: float | None = None
     shorter: str = "a smaller data.num_frames"
 
+    @property
+    def takes_stills(self) -> bool:
+        """Whether still pictures are clips too: a bucket has one frame."""
+        return any(bucket.num_frames == 1 for bucket in self.buckets)
+
 
 def read_sources(data: DataConfig) -> list[Source]:
     """Returns the sources that the settings name.
@@ -50,13 +55,13 @@ def read_sources(data: DataConfig) -> list[Source]:
     """
     _check_windows(data)
     if not data.sources:
-        buckets, shorter = _buckets(data, data.buckets), _shorter(data, None, 0)
+        buckets, shorter = _buckets(data, None, 0), _shorter(data, None, 0)
         return [Source("", Path(data.videos), buckets, data.clips, data.caption_prefix, shorter=shorter)]
     sources = [
         Source(
             _name(Path(own.folder), len(data.sources) == 1),
             Path(own.folder),
-            _buckets(data, data.buckets if own.buckets is None else own.buckets),
+            _buckets(data, own.buckets, number),
             own.clips or data.clips,
             data.caption_prefix if own.caption_prefix is None else own.caption_prefix,
             own.repeats,
@@ -141,15 +146,21 @@ def _shorter(data: DataConfig, own: Buckets | None, number: int) -> str:
     """Returns what in the settings makes the clips of source `number`, whose own buckets are `own`, shorter."""
     if own is None and data.buckets is None:
         return "a smaller data.num_frames"
-    return f"shorter buckets in {'data.buckets' if own is None else f'data.sources[{number}].buckets'}"
+    return f"shorter buckets in {_buckets_setting(own, number)}"
 
 
-def _buckets(data: DataConfig, asked: Buckets | None) -> list[Bucket]:
+def _buckets_setting(own: Buckets | None, number: int) -> str:
+    return "data.buckets" if own is None else f"data.sources[{number}].buckets"
+
+
+def _buckets(data: DataConfig, own: Buckets | None, number: int) -> list[Bucket]:
+    """Returns the buckets of source `number`, whose own ones are `own`."""
+    asked = data.buckets if own is None else own
     if asked is None:
         check_geometry(data.num_frames, data.height, data.width)
         return [Bucket(data.num_frames, data.height, data.width)]
     if asked != "auto":
-        return read_buckets(asked, "data.buckets")
+        return read_buckets(asked, _buckets_setting(own, number))
     longest = data.num_frames if data.max_frames is None else data.max_frames
     check_geometry(longest, data.height, data.width)
     if data.resolution is None:

@@ -1,21 +1,21 @@
-"""Buckets: the sizes that clips are cut to, and which of them loses least of a video or a still picture."""
+"""Buckets, the sizes that clips are cut to, and the choice of the one that loses least of a video or a still."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
 from mochi_tune.errors import ConfigError, DataError
-from mochi_tune.models.latents import FPS, TEMPORAL_FACTOR, TOKEN_PIXELS, check_geometry, num_latent_frames
+from mochi_tune.models.latents import FPS, TEMPORAL_FACTOR, TOKEN_PIXELS, check_geometry, num_visual_tokens
 
-# Width to height of what `auto` makes, and the inverse of each: screens, cameras, phones.
+# Aspect ratios (width / height) of `auto` buckets; the inverse of each is used too. Screens, cameras, phones.
 ASPECTS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 21 / 9)
-# Losses of less than this are alike: the larger bucket is taken.
+# Kept shares that differ by less than this count as equal; then the larger bucket is chosen.
 ALIKE = 0.005
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """The size of a clip: frames (6k+1), and pixels (multiples of 16)."""
+    """The size of a clip: frames (6k+1), height and width in pixels (multiples of 16)."""
 
     num_frames: int
     height: int
@@ -23,8 +23,8 @@ class Bucket:
 
     @property
     def num_tokens(self) -> int:
-        """The visual tokens of a clip."""
-        return num_latent_frames(self.num_frames) * self.height * self.width // TOKEN_PIXELS**2
+        """Number of visual tokens of a clip."""
+        return num_visual_tokens(self.num_frames, self.height, self.width)
 
     def __str__(self) -> str:
         return f"{self.num_frames} frame{'s' * (self.num_frames > 1)} of {self.height}x{self.width}"
@@ -32,13 +32,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Footage:
-    """What there is to cut from.
+    """The size of a video or a still that clips are cut from.
 
     Attributes:
-        num_frames: frames at the rate that clips have.
+        num_frames: frames at the clips' frame rate.
         height: of the upright picture, in square pixels.
         width: of the upright picture, in square pixels.
-        is_still: whether it is one picture, which makes clips of one frame alone.
+        is_still: whether it is a single picture, which only fits buckets of one frame.
     """
 
     num_frames: int
@@ -48,12 +48,12 @@ class Footage:
 
 
 def auto_buckets(max_frames: int, height: int, width: int) -> list[Bucket]:
-    """Returns buckets of many aspect ratios and lengths, each of about as many pixels as height x width.
+    """Returns buckets of several aspect ratios and lengths, each with about height x width pixels.
 
     The lengths are `max_frames`, about a half, a quarter and so on of it, and one frame for stills.
 
     Args:
-        max_frames: the most frames, 6k+1.
+        max_frames: maximum number of frames, 6k+1.
         height: pixels; height x width itself is one of the sizes.
         width: pixels.
     """
@@ -72,10 +72,14 @@ def _whole_tokens(pixels: float) -> int:
 
 
 def read_buckets(sizes: Sequence[Sequence[int]], name: str) -> list[Bucket]:
-    """Returns the buckets that a setting lists as [frames, height, width].
+    """Returns the buckets that a setting lists.
+
+    Args:
+        sizes: [frames, height, width] of each bucket.
+        name: of the setting, for errors.
 
     Raises:
-        ConfigError: there is none, one is no three numbers or does not fit the models, or one is there twice.
+        ConfigError: the list is empty, an entry has not three numbers or does not fit the models, or is listed twice.
     """
     buckets = []
     for size in sizes:
@@ -84,37 +88,37 @@ def read_buckets(sizes: Sequence[Sequence[int]], name: str) -> list[Bucket]:
         check_geometry(*size)
         buckets.append(Bucket(*size))
     if not buckets or len(set(buckets)) < len(buckets):
-        raise ConfigError(f"{name}={[list(size) for size in sizes]}: name one bucket or more, each once.")
+        raise ConfigError(f"{name}={[list(size) for size in sizes]}: list one or more buckets, each once.")
     return buckets
 
 
 def kept_share(footage: Footage, bucket: Bucket, max_frames: int) -> float:
-    """Returns the share of the picture, times that of the frames up to `max_frames`, which a clip of a bucket keeps."""
+    """Returns the share of the picture that a clip of a bucket keeps, times the share of the first `max_frames`."""
     scale = scale_to(footage, bucket)
     picture = bucket.height * bucket.width / (scale**2 * footage.height * footage.width)
     return picture * bucket.num_frames / min(footage.num_frames, max_frames)
 
 
 def scale_to(footage: Footage, bucket: Bucket) -> float:
-    """Returns by how much a picture is scaled to cover a bucket."""
+    """Returns the factor by which a picture is scaled to cover a bucket."""
     return max(bucket.height / footage.height, bucket.width / footage.width)
 
 
 def choose_bucket(
     footage: Footage, buckets: Sequence[Bucket], may_enlarge: bool, shorter: str = "a smaller data.num_frames"
 ) -> Bucket:
-    """Returns the bucket that loses least of the footage; of those that lose the same, the one of the most pixels.
+    """Returns the bucket that keeps most of the footage; of equal ones, the one with the most pixels.
 
     Args:
         footage: of one file.
         buckets: to choose from.
-        may_enlarge: whether a picture that is smaller than the bucket fits too.
-        shorter: what in the settings makes clips shorter.
+        may_enlarge: whether pictures smaller than the bucket fit too.
+        shorter: the setting that makes clips shorter, for errors.
 
     Raises:
-        DataError: no bucket fits; the text lacks the file's name.
+        DataError: no bucket fits. The message lacks the file's name.
     """
-    # A video is cut to a single frame only where nothing else is asked for.
+    # Videos are cut to a single frame only where no bucket has more frames.
     moving = [bucket for bucket in buckets if bucket.num_frames > 1] or buckets
     of_its_kind = [bucket for bucket in buckets if bucket.num_frames == 1] if footage.is_still else moving
     if not of_its_kind:
@@ -123,7 +127,7 @@ def choose_bucket(
     if not long_enough:
         fewest = min(bucket.num_frames for bucket in of_its_kind)
         raise DataError(
-            f"is too short: have {footage.num_frames} frames at {FPS} fps, need {fewest}: "
+            f"is too short: has {footage.num_frames} frames at {FPS} fps, needs {fewest}: "
             f"use a longer clip or {shorter}."
         )
     large_enough = [bucket for bucket in long_enough if may_enlarge or scale_to(footage, bucket) <= 1]

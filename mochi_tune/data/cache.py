@@ -1,10 +1,10 @@
-"""The on-disk contract between `prepare` and `train`: what a cache holds, and reading it.
+"""Reading a cache, the files that `prepare` writes and `train` reads.
 
 A cache is one folder:
 
-- `data/train-00000-of-0000N.parquet`: one row a clip, one row a row group; `datasets.load_dataset(folder)` reads it.
+- `data/train-00000-of-0000N.parquet`: one row per clip and row group; `datasets.load_dataset(folder)` reads it.
 - `manifest.json`: the settings, and each shard's size, checksum and rows. It is written last: no manifest, no cache.
-- `report.csv`: for every input, whether it was kept, and why not.
+- `report.csv`: whether each input was kept, and if not, why.
 - `parts/`: what a running or killed `prepare` has encoded and not yet committed.
 """
 
@@ -35,21 +35,21 @@ from mochi_tune.data.shards import Shards, damaged_shard
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import latent_shape
 
-# Large enough to read at disk speed, small enough that a changed caption rewrites little.
+# Maximum size of a shard. Large enough to read at disk speed, small enough that a changed caption rewrites little.
 SHARD_BYTES = 256 * 2**20
 DATA_FOLDER = "data"
 PARTS_FOLDER = "parts"
 REPORT_NAME = "report.csv"
-# The folder of a share, in that of the parts.
+# Name of a share's folder in PARTS_FOLDER.
 SHARE_LABEL = re.compile(r"\d+-of-\d+")
-# A manifest that names any other file was not written by `prepare`, and may point anywhere.
+# `prepare` names only such files; another manifest may point anywhere.
 _SHARD_FILE = re.compile(rf"{DATA_FOLDER}/train-\d{{5,}}-of-\d{{5,}}\.parquet")
 
 
 class Cache:
-    """A committed cache, open for reading; its clips are sorted by sample_id, whatever shard they are in.
+    """A committed cache, open for reading. Clips are sorted by sample_id across all shards.
 
-    Can be used by several data loading processes: each opens the shards for itself.
+    Safe to pass to several data loading processes: each opens the shards itself.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -57,7 +57,7 @@ class Cache:
         self.settings = CacheSettings(**manifest.settings)
         self.rows, self._places = manifest.rows.sorted()
         self._files = [shard.file for shard in manifest.shards]
-        # The number of each shard's first row, before they were sorted.
+        # Number of each shard's first row, in the order of the manifest.
         self._starts = np.cumsum([0, *(shard.num_rows for shard in manifest.shards)])
         self._shards = Shards(folder, self._files)
         self._lock = threading.Lock()
@@ -72,13 +72,13 @@ class Cache:
         self.__dict__ = state | {"_lock": threading.Lock()}
 
     def contents(self) -> dict[str, str]:
-        """Returns what each clip's latents and features are, as a short hash by its sample_id."""
+        """Returns a short hash of each clip's latents and features, by sample_id."""
         rows = self.rows.tuples("sample_id", "clip_key", "text_keys")
         return {sample_id: digest(clip_key, text_keys)[:12] for sample_id, clip_key, text_keys in rows}
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any clip, caption, transform or encoder of this cache does."""
+        """Hash that changes when a clip, a caption, the transform or an encoder of the cache changes."""
         return digest_list(self.rows.tuples("sample_id", "clip_key", "text_keys"))
 
     def read(self, index: int, caption: int = 0) -> dict[str, torch.Tensor]:
@@ -86,17 +86,16 @@ class Cache:
 
         Args:
             index: Number of the clip.
-            caption: Which of its captions the features are of.
+            caption: Number of the caption whose features are returned.
 
         Raises:
-            DataError: A shard is damaged, the clip's row is not what was written, or it is no posterior and features
-                of these settings.
+            DataError: A shard is damaged, or the clip's row differs from what was written.
         """
         file, number = self._locate(index)
         row = self.rows[index]
         path = row.sample_id
         try:
-            with self._lock:  # A shard's reader must not be used by two threads at once.
+            with self._lock:  # Two threads must not use a shard's reader at once.
                 mean, logvar, texts, written = self._read(file, number)
         except (OSError, ValueError, RuntimeError, LookupError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -126,7 +125,7 @@ class Cache:
         return mean, logvar, read_texts(shard, number), written
 
     def _locate(self, index: int) -> tuple[str, int]:
-        """Returns a clip's shard, and its row there."""
+        """Returns the file of a clip's shard and the clip's row in it."""
         place = self._places[index]
         shard = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self._files[shard], int(place - self._starts[shard])
@@ -135,7 +134,7 @@ class Cache:
 def _find_damage(
     row: Row, mean: torch.Tensor, logvar: torch.Tensor, texts: list[torch.Tensor], written: Mapping[str, Any]
 ) -> str:
-    """Says why what was read is not the clip of a row; "" where it is."""
+    """Returns why the values that were read are not the clip of a row; "" if they are."""
     path, expected = row.sample_id, latent_shape(*astuple(row.bucket))
     if not mean.shape == logvar.shape == expected:
         return f"{path} has latents {tuple(mean.shape)}, not {expected}"
@@ -147,7 +146,7 @@ def _find_damage(
     if content_sha256(mean, logvar, texts) != written["content_sha256"]:
         return f"{path} is not what was written"
     if (row.clip_key, list(row.text_keys)) != (written["clip_key"], written["text_keys"]):
-        # `prepare` has replaced the cache since its manifest was read.
+        # `prepare` has replaced the cache since the manifest was read.
         return f"another clip is in the place of {path}"
     return ""
 
@@ -159,26 +158,26 @@ def open_cache(
     t5_fingerprint: str | None = None,
     settings: Mapping[str, Any] = {},
 ) -> Cache:
-    """Opens a cache for training; refuses one that is incomplete or was made for other settings.
+    """Opens a cache for training; refuses one that is incomplete or was made with other settings.
 
     Args:
         folder: The cache.
-        buckets: The sizes of clips that the settings ask for, by the name of their source.
-        vae_fingerprint: Of the encoder that the DiT belongs to; None where its weights are not available.
-        t5_fingerprint: Of the text encoder for prompts; None where its weights are not available.
-        settings: What `prepared_settings` gives, of the cut and the captions; {} where any will do.
+        buckets: Buckets in the settings, by the name of their source.
+        vae_fingerprint: Of the VAE encoder that belongs to the DiT; None if its weights are not available.
+        t5_fingerprint: Of the text encoder for prompts; None if its weights are not available.
+        settings: Result of `prepared_settings`; {} accepts a cache made with any.
 
     Raises:
-        DataError: No cache there, one that `prepare` has not finished, a shard that is missing or cut off,
-            or a cache made for other settings.
+        DataError: There is no cache, `prepare` has not finished it, a shard is missing or truncated, or it was made
+            with other settings.
     """
     folder = Path(folder)
     cache = Cache(folder, _complete_manifest(folder))
     wanted: dict[str, Any] = _sizes({name: [astuple(bucket) for bucket in sizes] for name, sizes in buckets.items()})
     found = _sizes(cache.settings.transform["buckets"])
     if wanted.keys() != found.keys():
-        wanted, found = ({"buckets": _in_words(sizes)} for sizes in (wanted, found))
-    # A cache made before they were written down is taken as it is.
+        wanted, found = ({"buckets": _summarize(sizes)} for sizes in (wanted, found))
+    # Caches of earlier versions do not have the settings; accept them.
     written = cache.settings.transform.get("settings")
     if settings and written:
         for name in sorted(settings.keys() | written.keys()):
@@ -196,7 +195,7 @@ def open_cache(
     ]
     if differences:
         raise DataError(
-            f"the cache {folder} was made for other settings ({'; '.join(differences)}): "
+            f"the cache {folder} was made with other settings ({'; '.join(differences)}): "
             "give the data settings that it was prepared with, run `mochi-tune prepare` with this config, or name "
             "another folder in data.cache."
         )
@@ -204,7 +203,7 @@ def open_cache(
 
 
 def _sizes(buckets: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
-    """Returns the sizes of clips by name, as a difference is told: of one bucket each number, of several their list."""
+    """Returns the buckets by name, for an error: the three numbers of a single bucket, the list of several."""
     if len(buckets) == 1:
         [sizes] = buckets.values()
         if len(sizes) == 1:
@@ -212,21 +211,21 @@ def _sizes(buckets: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
     return {f"buckets of {name}" if name else "buckets": [list(size) for size in s] for name, s in buckets.items()}
 
 
-def _in_words(sizes: Mapping[str, Any]) -> str:
-    """Returns what `_sizes` gave, short enough for a line."""
+def _summarize(sizes: Mapping[str, Any]) -> str:
+    """Returns a short text for the result of `_sizes`."""
     if "num_frames" in sizes:
         return f"{sizes['num_frames']} frames of {sizes['height']}x{sizes['width']}"
     return " and ".join(f"{len(buckets)} {name}" for name, buckets in sizes.items())
 
 
 def _quoted(value: Any) -> Any:
-    """Returns a setting's value as a difference is told: a text that is no plain word in quotes."""
+    """Returns a setting's value for an error; text other than a plain word is quoted."""
     return repr(value) if isinstance(value, str) and not value.isalnum() else value
 
 
 def _complete_manifest(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
-    again = "run `mochi-tune prepare` again, it goes on from there"
+    again = "run `mochi-tune prepare` again, which continues from there"
     parts = folder / PARTS_FOLDER
     names = [path.name for path in parts.iterdir()] if parts.is_dir() else []
     if any(map(SHARE_LABEL.fullmatch, names)):
@@ -249,8 +248,8 @@ def _complete_manifest(folder: Path) -> Manifest:
     for shard in manifest.shards:
         if not _SHARD_FILE.fullmatch(shard.file):
             raise DataError(
-                f"the cache {folder} is not one of `mochi-tune prepare`: its {MANIFEST_NAME} names {shard.file!a}, "
-                f"which is no shard in {DATA_FOLDER}/: make the cache again, from the videos."
+                f"the cache {folder} was not written by `mochi-tune prepare`: its {MANIFEST_NAME} names "
+                f"{shard.file!a}, which is not a shard in {DATA_FOLDER}/: prepare the videos into an empty folder."
             )
         path = folder / shard.file
         size = path.stat().st_size if path.is_file() else None

@@ -1,8 +1,8 @@
 """Writing a cache: each encoded clip or caption is saved at once, and committed into shards at the end.
 
-Each goes to a file of its own in `parts/`, so a killed `prepare` loses only those in progress. `commit` builds all
-shards beside the old ones, puts them in place, and writes the manifest last. Both copies exist until then, so the first
-commit needs twice the cache's size on disk. Shards whose rows did not change are linked, not written again.
+Each is saved as a separate file in `parts/`, so a killed `prepare` loses only those in progress. `commit` builds all
+shards in a new folder next to the old one, swaps the folders, and writes the manifest last. Both copies exist until
+then, so the first commit needs twice the cache's size on disk. Unchanged shards are linked, not written again.
 """
 
 import fcntl
@@ -41,10 +41,10 @@ from mochi_tune.data.rows import (
 from mochi_tune.errors import DataError
 from mochi_tune.files import atomic_file, file_sha256, is_elsewhere, lock_file
 
-# Of clips as small as a toy's: a shard's table has a part for each clip, which takes 20 kB where it is open. Shards of
-# clips of Mochi's own sizes have less than 300.
+# Maximum rows of a shard, which matters for tiny clips only: shards of Mochi's own clip sizes have fewer than 300. The
+# metadata of an open shard takes 20 kB per row.
 SHARD_ROWS = 512
-# Seconds before a bar is drawn: reading and writing a small cache takes less.
+# Seconds until a progress bar is shown: reading and writing a small cache takes less.
 BAR_DELAY = 1
 STAGING_FOLDER = "data.new"
 TRASH_FOLDER = "trash"
@@ -52,7 +52,7 @@ TRASH_FOLDER = "trash"
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard that is there: `small` is the arrow table of all its columns but the tensors and their checksums."""
+    """A shard on disk; `small` is the arrow table of its columns without the tensors and their checksums."""
 
     file: Path
     sha256: str
@@ -65,7 +65,7 @@ class _Shard:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """What is encoded in a row of a shard; of a caption, `place` is its number among those of its row."""
+    """Where a clip or a caption is stored: a row of a shard, and a caption's number `place` in that row."""
 
     shard: _Shard
     row: int
@@ -76,15 +76,15 @@ class _Stored:
 
 
 class CacheWriter:
-    """Finds all that was encoded for a cache before, committed or not, and adds what is missing.
+    """Finds everything that was encoded for a cache before, committed or not, and adds what is missing.
 
-    A context manager; holds the cache's lock, which ends with the process. On a disk that has no locks it goes on
-    without, and `is_locked` is False.
+    A context manager; holds the cache's lock, which ends with the process. On a disk without locks it continues without
+    one, and `is_locked` is False.
 
     Args:
         folder: The cache.
-        share: Name of a share of the work. Its parts go to a folder of their own. Writers of different shares may work
-            at the same time, and none of them commits.
+        share: Name of a share of the work, whose parts go to a separate folder. Writers of different shares may run at
+            the same time; none of them commits.
 
     Raises:
         DataError: Another `prepare` is writing to the cache, or one of its files is damaged.
@@ -106,7 +106,7 @@ class CacheWriter:
         for name in (PARTS_FOLDER, DATA_FOLDER):
             if is_elsewhere(self.folder / name):
                 raise DataError(
-                    f"{self.folder / name} is a link or another disk, and `prepare` renames and removes this folder: "
+                    f"{self.folder / name} is a link or a mount point, but `prepare` renames and removes this folder: "
                     f"put the whole cache on one disk; data.cache={self.folder} itself may be a link."
                 )
         self.parts.folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class CacheWriter:
             lock.close()
 
     def _lock(self, folder: Path, kind: int, whose: str) -> TextIOWrapper:
-        # NFS grants a shared lock to readers alone, an exclusive one to writers.
+        # NFS needs a readable file for a shared lock and a writable one for an exclusive lock.
         lock = (folder / ".lock").open("a+")
         try:
             self.is_locked &= lock_file(lock, kind | fcntl.LOCK_NB)
@@ -142,7 +142,7 @@ class CacheWriter:
         if not self.share:
             data, trash = self.folder / DATA_FOLDER, self.folder / TRASH_FOLDER
             if (trash / DATA_FOLDER).is_dir() and not data.exists():
-                # Killed between the two renames of a commit: the old shards are still the only ones.
+                # `commit` was killed between its two renames: the old shards are the only ones.
                 os.rename(trash / DATA_FOLDER, data)
             for folder in (trash, self.folder / STAGING_FOLDER):
                 if folder.exists():
@@ -159,7 +159,7 @@ class CacheWriter:
             self.take_part(file)
 
     def take_part(self, file: Path) -> None:
-        """Counts a part as encoded that another process has made.
+        """Adds a part that another process has encoded.
 
         Raises:
             DataError: It is damaged.
@@ -176,14 +176,14 @@ class CacheWriter:
         columns = [*row_schema().names, "latent_shape", "num_tokens", "text_width", "caption_tokens", "clip_report"]
         files = sorted((self.folder / DATA_FOLDER).glob("*.parquet"))
         for file, sha256 in zip(files, _hash_all(files), strict=True):
-            # Without a manifest (killed in a commit) a shard is complete all the same: it was synced before its rename.
+            # Without a manifest (killed during a commit) a shard is still complete: it was synced before its rename.
             if manifest is not None and recorded.get(f"{DATA_FOLDER}/{file.name}") != sha256:
                 continue
             try:
                 with pq.ParquetFile(file) as shard:
                     if not shard.schema_arrow.equals(shard_schema()):
                         continue
-                    # A row group has one row, and is a chunk of its own until they are combined.
+                    # Each row group is a chunk of one row until the chunks are combined.
                     small = shard.read(columns=columns).combine_chunks()
             except pa.ArrowInvalid:
                 continue
@@ -205,12 +205,12 @@ class CacheWriter:
         return text_key in self._texts
 
     def clip_report(self, clip_key: str) -> dict[str, Any]:
-        """Returns how the clip was cut: the report that `put_latents` was given."""
+        """Returns the `clip_report` that was passed to `put_latents`."""
         where = self._latents[clip_key]
         return where.info if isinstance(where, Part) else json.loads(where.value("clip_report"))
 
     def token_counts(self, text_key: str) -> tuple[int, int]:
-        """Returns a caption's number of tokens after and before it was cut to the longest prompt."""
+        """Returns a caption's number of tokens after and before truncation to the maximum prompt length."""
         where = self._texts[text_key]
         if isinstance(where, Part):
             return where.info["num_tokens"], where.info["caption_tokens"]
@@ -228,20 +228,20 @@ class CacheWriter:
         return size
 
     def put_latents(self, clip_key: str, mean: torch.Tensor, logvar: torch.Tensor, clip_report: dict[str, Any]) -> None:
-        """Saves a clip's posterior, fp32 (C, T, h, w) on the CPU, and how the clip was cut; it is synced to disk."""
+        """Saves a clip's posterior, fp32 (C, T, h, w) on the CPU, and its report, and syncs them to disk."""
         self._latents[clip_key] = self.parts.put_latents(clip_key, mean, logvar, clip_report)
 
     def put_text(self, text_key: str, prompt_embeds: torch.Tensor, caption_tokens: int) -> None:
-        """Saves a caption's features, fp32 (num_tokens, text_width), and its number of tokens before the cut."""
+        """Saves a caption's features, fp32 (num_tokens, text_width), and its token count before truncation."""
         self._texts[text_key] = self.parts.put_text(text_key, prompt_embeds, caption_tokens)
 
     def commit(self, rows: Iterable[Row], settings: CacheSettings, shard_bytes: int = SHARD_BYTES) -> bool:
-        """Makes these rows the cache, from what was encoded; leaves a cache that has them already as it is.
+        """Replaces the content of the cache by these rows; does nothing if the cache has exactly them.
 
         Args:
-            rows: One for each clip, at least one; their latents and features were encoded.
+            rows: At least one; their latents and features are encoded.
             settings: With which they were encoded.
-            shard_bytes: A shard is closed before it would grow larger.
+            shard_bytes: Maximum size of a shard of several clips.
 
         Returns:
             Whether anything was written.
@@ -258,7 +258,7 @@ class CacheWriter:
         if data.exists():
             os.rename(data, trash / DATA_FOLDER)
         os.rename(self.folder / STAGING_FOLDER, data)
-        # Before the manifest says complete: parts beside one mean an unfinished prepare.
+        # Remove the parts before the manifest is written: both together mean an unfinished prepare.
         shutil.rmtree(parts)
         write_manifest(self.folder, settings, shards)
         shutil.rmtree(trash)
@@ -271,7 +271,7 @@ class CacheWriter:
         return len(self._shards) == len(manifest.shards) and self._holds(rows)
 
     def _holds(self, rows: Sequence[Row]) -> bool:
-        """Whether the shards hold these rows, which are sorted, and no others."""
+        """Whether the shards hold exactly these rows, which are sorted."""
         import pyarrow as pa
 
         if sum(len(shard.rows) for shard in self._shards) != len(rows):
@@ -286,7 +286,7 @@ class CacheWriter:
         open_rows = set(rows)
         done: list[tuple[Path, str, Sequence[Row]]] = []
         for shard in self._shards:
-            # A small one is packed anew with the rest, or adding clips one by one would leave a shard for each.
+            # Small shards are packed again: adding clips one by one would leave a shard for each.
             is_large = shard.file.stat().st_size >= shard_bytes // 2 or len(shard.rows) >= SHARD_ROWS
             if is_large and open_rows.issuperset(shard.rows):
                 open_rows.difference_update(shard.rows)
@@ -343,7 +343,7 @@ class CacheWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        # Latents are noise to a compressor, and a row group each makes one clip one read.
+        # Latents do not compress. One row group per clip makes each clip one read.
         with pq.ParquetWriter(file, shard_schema(), compression="none", use_dictionary=False) as writer:
             for row in rows:
                 mean, logvar = self._read_latents(row)
@@ -364,7 +364,7 @@ class CacheWriter:
 
 
 def _hash_all(files: list[Path]) -> Iterator[str]:
-    """Yields the sha256 of each file; shows how many bytes of all it has read, where that takes a while."""
+    """Yields the sha256 of each file; shows a progress bar if that takes a while."""
     sizes = [file.stat().st_size for file in files]
     options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": BAR_DELAY}
     with tqdm(total=sum(sizes), desc="checking the cache", **options) as bar:
@@ -384,6 +384,6 @@ def _link(source: Path, target: Path) -> Path:
     try:
         os.link(source, target)
     except OSError:
-        # A file system without hard links.
+        # The file system has no hard links.
         shutil.copy2(source, target)
     return target

@@ -1,4 +1,4 @@
-"""The clips of a cache as training batches; `order` says which clips a batch holds.
+"""Loads clips of a cache and collates them into batches; `order` chooses the clips of a batch.
 
 Shape letters: B batch, C channels, T latent frames, h w latent rows and columns, L text tokens, D text width.
 """
@@ -11,7 +11,7 @@ from mochi_tune.data.cache import Cache
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """Gives item i of a cache; items are sorted by sample_id, so their numbers depend on the clips alone."""
+    """The clips of a cache, sorted by sample_id, so that an index depends on the clips only."""
 
     def __init__(self, cache: Cache):
         self.cache = cache
@@ -20,11 +20,11 @@ class LatentDataset(torch.utils.data.Dataset):
         return len(self.cache)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns what `load` does, with the first caption."""
+        """Returns `load` of the clip with its first caption."""
         return self.load(index, 0)
 
     def num_captions(self, index: int) -> int:
-        """Returns how many captions a clip has, at least 1."""
+        """Returns the number of captions of a clip, at least 1."""
         return len(self.cache.rows[index].captions)
 
     def load(self, index: int, caption: int) -> dict[str, Any]:
@@ -33,17 +33,17 @@ class LatentDataset(torch.utils.data.Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks items of one size into a batch, padding the prompts with zeros.
+    """Stacks items of one size into a batch, and pads the prompts with zeros.
 
     Args:
-        items: What `LatentDataset` gives; B >= 1 of one latent shape.
+        items: B >= 1 items of `LatentDataset`, of one latent shape.
 
     Returns:
         mean and logvar fp32 (B, C, T, h, w); prompt_embeds fp32 (B, L, D) and prompt_mask bool (B, L), true where a
         token is valid, L the longest prompt's length and at least 1; sample_ids, B strings.
     """
     lengths = [len(item["prompt_embeds"]) for item in items]
-    # One padding token is kept when all prompts are empty: attention kernels do not all take a length of 0.
+    # Keep one padding token when all prompts are empty: some attention kernels refuse a length of 0.
     longest = max(1, *lengths)
     prompt_embeds = torch.zeros(len(items), longest, items[0]["prompt_embeds"].shape[1])
     prompt_mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]

@@ -1,4 +1,4 @@
-"""`manifest.json` of a cache: its settings, and each shard's file, size, checksum and rows."""
+"""Reads and writes `manifest.json` of a cache: its settings, and each shard's file, size, checksum and rows."""
 
 import json
 import textwrap
@@ -16,7 +16,7 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of a shard: its path in the cache, size, hex sha256 and number of rows."""
+    """A shard in the manifest: its path in the cache, size, hex sha256 and number of rows."""
 
     file: str
     num_bytes: int
@@ -26,13 +26,13 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was read.
+    """The content of a manifest.
 
     Attributes:
-        schema_version: of the version that wrote it; of another one than this, nothing else is read.
+        schema_version: of the program that wrote it. If it is not SCHEMA_VERSION, the other attributes are empty.
         settings: as JSON values.
         shards: in order.
-        rows: of all shards, one shard's after the other's.
+        rows: of all shards, in the order of the shards.
     """
 
     schema_version: Any
@@ -42,11 +42,11 @@ class Manifest:
 
 
 class _RowNumber(int):
-    """Stands for a row where its JSON was."""
+    """Placeholder for a row in the parsed JSON."""
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Returns the manifest of a committed cache, or None where it is missing or incomplete."""
+    """Returns the manifest of a committed cache, or None if it is missing or incomplete."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return _RowNumber(builder.num_rows - 1)
 
     try:
-        # A row's values are put into columns while the next one's are parsed: all at once would take much memory.
+        # Move each row into columns while parsing: the JSON objects of all rows would take much memory.
         values = json.loads(path.read_bytes(), object_hook=keep_row)
         rows = builder.table()
     except (ValueError, RecursionError):
@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _fits(values: dict[str, Any], num_rows: int) -> bool:
-    """Whether a manifest has what this version reads, each row in its shard."""
+    """Whether a manifest has the fields and types that this version reads, and its rows are inside shards."""
     settings, shards = values.get("settings"), values.get("shards")
     return (
         has_fields(settings, CacheSettings)
@@ -95,7 +95,7 @@ def _fits(values: dict[str, Any], num_rows: int) -> bool:
 
 
 def write_manifest(folder: Path, settings: CacheSettings, shards: Iterable[tuple[ShardEntry, Sequence[Row]]]) -> None:
-    """Writes the manifest of a cache, one shard after the other; it is on disk and complete, or not there."""
+    """Writes the manifest of a cache atomically, one shard at a time."""
     values = {"schema_version": SCHEMA_VERSION, "complete": True, "settings": asdict(settings), "shards": []}
     head, tail = json.dumps(values, indent=1).rsplit("[]", 1)
     with atomic_file(folder / MANIFEST_NAME, durable=True) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -103,6 +103,6 @@ def write_manifest(folder: Path, settings: CacheSettings, shards: Iterable[tuple
         for number, (shard, rows) in enumerate(shards):
             entry = {"file": shard.file, "bytes": shard.num_bytes, "sha256": shard.sha256}
             text = json.dumps(entry | {"rows": [row.to_json() for row in rows]}, indent=1)
-            # No line of it is inside a text, whose line ends are escaped.
+            # Indenting is safe: JSON escapes line ends inside strings.
             file.write(("," if number else "") + "\n" + textwrap.indent(text, "  "))
         file.write("\n ]" + tail)

@@ -1,8 +1,8 @@
-"""The order in which clips are trained on: a function of the seed and the number of the batch, with no saved state.
+"""The order of clips in training: a function of the seed and the number of the batch, with no saved state.
 
-Clips that may share a batch form a pool: those of one bucket and one source. Each pool is shuffled anew in each of its
-epochs, and its clips follow each other without a gap. A batch takes clips of one pool. In an epoch of the whole, each
-pool gives as many clips as it is asked for, and which pool comes next is shuffled.
+The clips of one bucket and one source form a pool, and a batch takes clips of one pool. Each pool is shuffled again in
+each of its epochs; its batches run through these epochs without a gap. An epoch of the whole data set takes
+`num_draws` clips of each pool, and the order of the pools is shuffled.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ import torch
 
 from mochi_tune.data.buckets import Bucket
 
-# A pool of which less than one clip is drawn in so many epochs is drawn from once in them.
+# Maximum number of epochs that are shuffled as one. A pool with less than one draw in them gets one.
 MAX_EPOCHS = 1000
 
 
 @dataclass(frozen=True)
-class Pool:
+class ClipPool:
     """Clips of one bucket and one source.
 
     Attributes:
-        name: keys the order of its clips, which other pools do not change.
-        clips: their numbers, at least one.
-        num_draws: clips that `num_epochs` take of it; len(clips) in one takes each once.
-        num_epochs: how many epochs are shuffled as one, so that every pool has its share; the same for all pools.
+        name: keys the random order of its clips, so that other pools do not change it.
+        clips: numbers of its clips, at least one.
+        num_draws: number of clips drawn from the pool in `num_epochs`.
+        num_epochs: number of epochs that are shuffled as one, so that every pool gets its share; equal for all pools.
     """
 
     name: str
@@ -39,22 +39,23 @@ class Pool:
 
 @dataclass(frozen=True)
 class ClipOrder:
-    """Which clips each batch holds.
+    """Chooses the clips of each batch.
 
-    `batch_size` epochs together have a whole number of batches of each pool: that many are shuffled at a time.
+    `batch_size` times `num_epochs` epochs have a whole number of batches of each pool. They form a cycle, in which the
+    order of the pools is shuffled.
 
     Attributes:
-        pools: at least one, with at least one draw together.
-        batch_size: clips of a batch.
+        pools: at least one, with at least one draw in total.
+        batch_size: number of clips in a batch.
         seed: of the run.
     """
 
-    pools: tuple[Pool, ...]
+    pools: tuple[ClipPool, ...]
     batch_size: int
     seed: int
 
     def batch(self, number: int) -> list[int]:
-        """Returns the clips of a batch; batches count from 0 at the start of training, over all processes."""
+        """Returns the clips of batch `number`, counted from 0 at the start of training over all processes."""
         if len(self.pools) == 1:
             return self._clips(self.pools[0], number, "")
         num_draws = tuple(pool.num_draws for pool in self.pools)
@@ -65,21 +66,21 @@ class ClipOrder:
 
     @property
     def epoch_length(self) -> float:
-        """Clips of an epoch."""
+        """Number of clips in an epoch."""
         return sum(pool.num_draws for pool in self.pools) / self.pools[0].num_epochs
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        """Returns a hash that changes when a batch would hold other clips; `names` are those of all clips."""
+        """Returns a hash that changes when a batch would hold other clips; `names` are the names of all clips."""
         pools = [[pool.name, pool.num_draws, [names[clip] for clip in pool.clips]] for pool in self.pools]
         decisive = [pools[0][2]] if len(pools) == 1 else [self.batch_size, *pools]
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
-    def pool_of(self, clip: int) -> Pool:
+    def pool_of(self, clip: int) -> ClipPool:
         """Returns the pool of a clip."""
         return next(pool for pool in self.pools if clip in pool.clips)
 
-    def _clips(self, pool: Pool, number: int, key: str) -> list[int]:
-        """Returns the clips of a pool's own batch of this number."""
+    def _clips(self, pool: ClipPool, number: int, key: str) -> list[int]:
+        """Returns the clips of batch `number` among the batches of one pool."""
         first, count = number * self.batch_size, len(pool.clips)
         places = (divmod(position, count) for position in range(first, first + self.batch_size))
         return [pool.clips[epoch_order(count, self.seed, epoch, key)[i]] for epoch, i in places]
@@ -87,13 +88,13 @@ class ClipOrder:
 
 @lru_cache(maxsize=64)
 def epoch_order(num_clips: int, seed: int, epoch: int, key: str = "") -> "array[int]":
-    """Returns the shuffled clip numbers of one epoch, a function of its arguments alone."""
+    """Returns the shuffled clip numbers of one epoch, a pure function of the arguments."""
     return _permutation(num_clips, f"order/{seed}/{epoch}{key}")
 
 
 @lru_cache(maxsize=4)
 def shuffled_pools(num_draws: tuple[int, ...], seed: int, cycle: int) -> "tuple[array[int], array[int]]":
-    """Returns, for each batch of a cycle, its pool, and how many batches of that pool came before it in the cycle."""
+    """Returns the pool of each batch of a cycle, and the number of earlier batches of that pool in the cycle."""
     pools = [pool for pool, count in enumerate(num_draws) for _ in range(count)]
     so_far, chosen, before = [0] * len(num_draws), array("i"), array("i")
     for place in _permutation(len(pools), f"pools/{seed}/{cycle}"):
@@ -106,7 +107,7 @@ def shuffled_pools(num_draws: tuple[int, ...], seed: int, cycle: int) -> "tuple[
 def _permutation(count: int, key: str) -> "array[int]":
     digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    # Four bytes a clip, where a tuple has 36: many epochs of many pools are kept.
+    # An array takes 4 bytes per clip, a tuple 36; many epochs of many pools are cached.
     return array("i", torch.randperm(count, generator=generator).tolist())
 
 
@@ -114,13 +115,13 @@ def make_pools(
     clips: Mapping[int, tuple[str, Bucket]],
     sources: Mapping[str, tuple[float, float | None]],
     shares: Mapping[Bucket, float],
-) -> tuple[Pool, ...]:
-    """Groups clips by source and bucket, and says how many of each an epoch takes.
+) -> tuple[ClipPool, ...]:
+    """Groups clips by source and bucket, and computes the number of draws from each group.
 
     Args:
         clips: source and bucket of each clip, by its number.
-        sources: of each source, how often an epoch takes each of its clips, and its weight, which counts instead.
-        shares: of a source's draws, the share of each bucket; {} where each clip is taken as often as any other.
+        sources: repeats of each source in an epoch, and its weight, which replaces the repeats unless it is None.
+        shares: share of each bucket in a source's draws; {} draws all clips of a source equally often.
     """
     members: dict[str, dict[Bucket, list[int]]] = {}
     for number, (source, bucket) in sorted(clips.items()):
@@ -139,7 +140,7 @@ def make_pools(
             totals = apportion(scale * len(clips), [weight or 1.0 for weight in weights])
         return [apportion(total, wanted[source]) for source, total in zip(members, totals, strict=True)]
 
-    # Each pool is drawn from: where an epoch is too short for that, several make one, so that the shares stay.
+    # Every pool gets at least one draw: if one epoch is too short, several are shuffled as one.
     scales = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, MAX_EPOCHS)
     for scale in scales:
         found = draws(scale)
@@ -150,14 +151,14 @@ def make_pools(
         ):
             break
     return tuple(
-        Pool(f"{source}/{bucket}", tuple(those), max(num_draws, 1), scale)
+        ClipPool(f"{source}/{bucket}", tuple(those), max(num_draws, 1), scale)
         for (source, buckets), counted in zip(members.items(), found, strict=True)
         for (bucket, those), num_draws in zip(buckets.items(), counted, strict=True)
     )
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Divides a whole number by weights: parts that add up to it, each within 1 of its exact share.
+    """Divides an integer in proportion to weights. The parts add up to it; each is within 1 of its exact share.
 
     Args:
         total: 0 or more.

@@ -1,6 +1,6 @@
-"""Parts: what `prepare` has encoded and not yet committed, a file for each clip's latents and each caption's features.
+"""Parts: files of latents and caption features that `prepare` has encoded and not yet committed.
 
-A part is complete or not there. Its name is the key of what it holds: whichever process makes it, it is the same.
+Parts are written atomically. A part is named by the key of its content, so any process writes the same part.
 """
 
 import json
@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from mochi_tune.errors import DataError
 from mochi_tune.files import save_tensors
 
-# So long a network disk may hide what another machine has written. Linux's NFS: acdirmax, 60 s unless it is set.
+# Seconds for which a network disk may hide files of another machine. Linux's NFS: acdirmax, 60 s by default.
 VISIBLE_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part on disk; `info` was saved with it."""
+    """A part on disk; `info` is its metadata."""
 
     file: Path
     num_bytes: int
@@ -29,17 +29,17 @@ class Part:
 
 
 class PartsFolder:
-    """A folder of parts; takes no lock, so several processes may write different ones into it."""
+    """A folder of parts. It takes no lock: several processes may write different parts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def put_latents(self, clip_key: str, mean: torch.Tensor, logvar: torch.Tensor, clip_report: dict[str, Any]) -> Part:
-        """Saves a clip's posterior, fp32 (C, T, h, w) on the CPU, and how the clip was cut; it is synced to disk."""
+        """Saves a clip's posterior, fp32 (C, T, h, w) on the CPU, and its report, and syncs them to disk."""
         return self._put(f"latents-{clip_key}", {"mean": mean, "logvar": logvar}, clip_report)
 
     def put_text(self, text_key: str, prompt_embeds: torch.Tensor, caption_tokens: int) -> Part:
-        """Saves a caption's features, fp32 (num_tokens, text_width), and its number of tokens before the cut."""
+        """Saves a caption's features, fp32 (num_tokens, text_width), and its token count before truncation."""
         info = {"num_tokens": len(prompt_embeds), "caption_tokens": caption_tokens}
         return self._put(f"text-{text_key}", {"prompt_embeds": prompt_embeds}, info)
 
@@ -52,9 +52,9 @@ class PartsFolder:
         return self.path(f"text-{text_key}").exists()
 
     def find(self, name: str) -> Path:
-        """Returns the file of a part that is there; waits where a network disk does not show it yet."""
+        """Returns the file of a part that another process wrote; waits until a network disk shows it."""
         deadline = time.monotonic() + VISIBLE_SECONDS
-        # By its name: a file may be there that a listing leaves out.
+        # Check by name: the listing of the folder may be older.
         while not self.path(name).exists() and time.monotonic() < deadline:
             time.sleep(0.5)
         return self.path(name)
@@ -71,10 +71,10 @@ class PartsFolder:
 
 
 def read_part(file: Path) -> Part:
-    """Reads a part's header.
+    """Reads a part's metadata.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the file is damaged.
     """
     try:
         with safe_open(file, framework="pt") as part:

@@ -1,4 +1,4 @@
-"""Many rows in arrow columns, a third of what their Python objects take; a row's object is made when it is read."""
+"""Rows in arrow columns, in a third of the memory of Python objects; `Row` objects are built when they are read."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -8,7 +8,7 @@ import numpy as np
 
 from mochi_tune.data.rows import Row, shard_schema
 
-# Objects of so many rows are there at once where all are read.
+# Number of rows that are converted to objects at a time.
 BLOCK_ROWS = 1024
 
 
@@ -24,26 +24,26 @@ class RowTable(Sequence[Row]):
 
     @classmethod
     def from_rows(cls, rows: Iterable[Row]) -> "RowTable":
-        """Returns the table of these rows."""
+        """Builds a table of rows."""
         builder = RowBuilder()
         for row in rows:
             builder.append(row.to_json())
         return builder.table()
 
     def sorted(self) -> "tuple[RowTable, np.ndarray]":
-        """Returns the same rows by ascending sample_id, and the number that each had before."""
+        """Returns the rows by ascending sample_id, and the index of each in this table."""
         names = self.column("sample_id")
         order = np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
-        # Most are sorted, and a copy of all takes time and memory.
+        # Most tables are sorted already; a copy takes time and memory.
         is_sorted = np.array_equal(order, np.arange(len(names)))
         return self if is_sorted else RowTable(self.table.take(order)), order
 
     def column(self, name: str) -> list[Any]:
-        """Returns a field of all rows, as JSON values."""
+        """Returns one field of all rows, as JSON values."""
         return self.table[name].to_pylist()
 
     def tuples(self, *names: str) -> Iterator[tuple[Any, ...]]:
-        """Yields some fields of each row, as JSON values; holds few of them at a time."""
+        """Yields fields of each row, as JSON values; converts BLOCK_ROWS rows at a time."""
         for block in self._blocks():
             yield from zip(*(block[name].to_pylist() for name in names), strict=True)
 
@@ -77,7 +77,7 @@ class RowTable(Sequence[Row]):
 
 
 class RowBuilder:
-    """Collects rows as JSON values."""
+    """Builds a `RowTable` from rows in JSON values."""
 
     def __init__(self) -> None:
         self.num_rows = 0
@@ -85,10 +85,10 @@ class RowBuilder:
         self._batches: list[Any] = []
 
     def append(self, values: dict[str, Any]) -> None:
-        """Adds a row, of which `is_row` is true.
+        """Adds a row for which `is_row` is true.
 
         Raises:
-            ValueError: a number or a text is one that no column can hold.
+            ValueError: a column cannot hold a number or a text.
         """
         self._values.append(values)
         self.num_rows += 1
@@ -96,7 +96,7 @@ class RowBuilder:
             self._flush()
 
     def table(self) -> RowTable:
-        """Returns the rows so far.
+        """Returns the table of all rows that were added.
 
         Raises:
             ValueError: as `append`.
@@ -117,7 +117,7 @@ class RowBuilder:
 
 
 def row_schema() -> Any:
-    """Returns the arrow schema of rows: those columns of a shard that hold no tensors."""
+    """Returns the arrow schema of rows: the columns of a shard that are fields of `Row`."""
     import pyarrow as pa
 
     whole = shard_schema()

@@ -1,4 +1,4 @@
-"""One clip of a cache: its row, the keys that say what was encoded, and the columns that hold it."""
+"""One clip of a cache: its row, the keys of its latents and features, and the columns of a shard."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ SCHEMA_VERSION = 3
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Everything besides videos and captions that decides what is encoded.
+    """Everything except videos and captions that determines what is encoded.
 
     Args:
-        transform: How clips are cut out of the videos: JSON values, including `version`; `buckets`, the lists
-            [frames, height, width] of each source of clips by its name; `settings`, those of the cut and the captions.
+        transform: How clips are cut from the videos, as JSON values: `version`; `buckets`, the lists
+            [frames, height, width] of each source by its name; `settings`, the settings of cuts and captions.
         vae: Fingerprint of the VAE encoder's weights.
-        vae_dtype: Precision that it runs in, "bf16" or "fp32".
+        vae_dtype: Precision of the VAE encoder, "bf16" or "fp32".
         t5: Fingerprint of the text encoder's weights.
-        t5_dtype: Precision that it runs in.
+        t5_dtype: Precision of the text encoder.
     """
 
     transform: dict[str, Any]
@@ -35,18 +35,18 @@ class CacheSettings:
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """One clip of a cache: where it was cut from, and the keys of its latents and text features.
+    """One clip of a cache: where it comes from, and the keys of its latents and text features.
 
     Args:
-        sample_id: Names the clip in the whole cache; random numbers are drawn by it.
+        sample_id: Unique name of the clip in the cache; also keys random numbers.
         path: Path of the video, relative to the folder of its source.
-        source: Name of the source; "" where there is but one.
+        source: Name of the source; "" if there is only one.
         start: First frame, at 30 fps from the video's first picture.
-        bucket: Its size.
-        captions: Texts as they were encoded, one or more, of which training draws one each time.
+        bucket: Size of the clip.
+        captions: Texts as they were encoded, one or more. Training draws one each time.
         source_sha256: Hash of the video's bytes.
-        clip_key: Hash of all that the latents depend on: source, cut and VAE.
-        text_keys: Of each caption, hash of all that the text features depend on: caption and T5.
+        clip_key: Hash of everything that the latents depend on: source, cut and VAE.
+        text_keys: For each caption, hash of everything that its features depend on: caption and T5.
     """
 
     sample_id: str
@@ -65,7 +65,7 @@ class Row:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Row":
-        """Returns the row of what `to_json` gave."""
+        """Builds a row from the result of `to_json`."""
         lists = {name: tuple(values[name]) for name in ("captions", "text_keys")}
         return cls(**{**values, **lists, "bucket": Bucket(*values["bucket"])})
 
@@ -78,13 +78,14 @@ def make_row(
     settings: CacheSettings,
     source: str = "",
 ) -> Row:
-    """Builds a clip's row; a key changes exactly when its latents or its features would.
+    """Builds a clip's row. A key changes exactly when the latents or the features would.
 
     Args:
         path: Of the video, relative to the folder of its source.
-        captions: One or more; "" trains without.
+        captions: One or more; "" trains without a caption.
         source_sha256: Hash of the video's bytes.
-        cut: All that decides the pixels besides the file: JSON values, with `start`, `num_frames`, `height`, `width`.
+        cut: Everything except the file that determines the pixels: JSON values with `start`, `num_frames`, `height`,
+            `width`.
         settings: Of the cache.
         source: Name of the source.
     """
@@ -101,12 +102,12 @@ def make_row(
 
 
 def digest(*values: Any) -> str:
-    """Returns the hex sha256 of JSON values, which changes with the schema too."""
+    """Returns the hex sha256 of JSON values and the schema version."""
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, *values], sort_keys=True).encode()).hexdigest()
 
 
 def digest_list(values: Iterable[Any]) -> str:
-    """Returns `digest` of a list of JSON values, of which it holds one at a time."""
+    """Returns `digest` of a list of JSON values, read one at a time."""
     found = hashlib.sha256(f"[{SCHEMA_VERSION}, [".encode())
     for number, value in enumerate(values):
         found.update((", " * (number > 0) + json.dumps(value, sort_keys=True)).encode())
@@ -115,7 +116,7 @@ def digest_list(values: Iterable[Any]) -> str:
 
 
 def shard_schema() -> Any:
-    """Returns the arrow schema of a shard; a change to it needs a new SCHEMA_VERSION."""
+    """Returns the arrow schema of a shard. A change needs a new SCHEMA_VERSION."""
     import pyarrow as pa
 
     floats = pa.list_(pa.float32())
@@ -136,9 +137,9 @@ def shard_schema() -> Any:
             ("prompt_embeds", floats),  # flattened (tokens, text_width): the valid tokens of one caption after another
             ("num_tokens", pa.list_(pa.int32())),  # of each caption
             ("text_width", pa.int32()),
-            ("caption_tokens", pa.list_(pa.int32())),  # before the cut to num_tokens
+            ("caption_tokens", pa.list_(pa.int32())),  # before truncation to num_tokens
             ("clip_report", pa.string()),  # JSON: how the clip was cut
-            ("content_sha256", pa.string()),  # of mean, logvar and prompt_embeds; compared at every reading
+            ("content_sha256", pa.string()),  # of mean, logvar and prompt_embeds; compared at every read
         ]
     )
 
@@ -166,7 +167,7 @@ def read_texts(shard: Any, row: int) -> list[torch.Tensor]:
 
 
 def content_sha256(mean: torch.Tensor, logvar: torch.Tensor, texts: Sequence[torch.Tensor]) -> str:
-    """Returns the hex sha256 of what a clip's row holds, fp32 tensors on the CPU."""
+    """Returns the hex sha256 of a clip's tensors, fp32 on the CPU."""
     found = hashlib.sha256()
     for tensor in (mean, logvar, *texts):
         found.update(repr(tuple(tensor.shape)).encode())
@@ -175,12 +176,12 @@ def content_sha256(mean: torch.Tensor, logvar: torch.Tensor, texts: Sequence[tor
 
 
 def _floats(table: Any, column: str) -> torch.Tensor:
-    # Copied once, straight out of the arrow buffer: that one is read-only, which torch does not take.
+    # One copy: the arrow buffer is read-only, and torch needs a writable one.
     return torch.from_numpy(table.column(column).chunk(0).values.to_numpy(zero_copy_only=True).copy())
 
 
 def is_row(value: Any) -> bool:
-    """Whether JSON values are what `Row.to_json` gives."""
+    """Whether JSON values are a result of `Row.to_json`."""
     if not has_fields(value, Row):
         return False
     texts = [value[name] for name in ("sample_id", "path", "source", "source_sha256", "clip_key")]
@@ -197,5 +198,5 @@ def is_row(value: Any) -> bool:
 
 
 def has_fields(value: Any, kind: type) -> TypeGuard[dict[str, Any]]:
-    """Whether JSON values are an object with the fields of a dataclass, and no others."""
+    """Whether JSON values are an object with exactly the fields of a dataclass."""
     return isinstance(value, dict) and value.keys() == {field.name for field in fields(kind)}

@@ -1,4 +1,4 @@
-"""The shards of a cache, open for reading: however many there are, few files are open and few tables in memory."""
+"""Reads the shards of a cache, with few files open and few tables in memory however many there are."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ import torch
 from mochi_tune.data.rows import shard_schema
 from mochi_tune.errors import DataError
 
-# A shard's own table takes 19 kB for each row, and 30 µs to read it again where it was dropped.
+# Maximum rows of the tables in memory. A shard's table takes 19 kB per row; reading it again takes 30 µs per row.
 MAX_TABLE_ROWS = 4096
-# Few large ones, which earlier versions made of tiny clips, would take seconds to read again.
+# Minimum number of tables in memory: earlier versions made large shards of tiny clips, which take seconds to read.
 MIN_OPEN = 8
 
 
 class Shards:
-    """Shards that are mapped into memory, all at once when the first one is read.
+    """The shards of a cache, all mapped into memory when the first one is read.
 
-    Should `prepare` replace the cache meanwhile, the old files stay readable through the maps.
+    If `prepare` replaces the cache meanwhile, the maps still read the old files.
 
     Args:
         folder: the cache.
-        files: of the shards, in it.
+        files: paths of the shards in it.
     """
 
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
@@ -32,15 +32,15 @@ class Shards:
         self._open: OrderedDict[str, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Maps belong to a process.
+        # Memory maps cannot be sent to another process.
         return self.__dict__ | {"_maps": {}, "_open": OrderedDict()}
 
     def open(self, file: str) -> Any:
-        """Returns a shard's `pyarrow.parquet.ParquetFile`; those that were asked for last stay open.
+        """Returns a shard's `pyarrow.parquet.ParquetFile`; the most recently used ones stay open.
 
         Raises:
-            DataError: it is damaged.
-            OSError: the disk, or this process, refuses.
+            DataError: the shard is damaged.
+            OSError: a disk error, or too many open files.
         """
         if not self._maps:
             self._maps = {each: _map(self._folder / each) for each in self._files}
@@ -60,10 +60,10 @@ class Shards:
             is_ours = shard.schema_arrow.equals(shard_schema())
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:
-                raise  # The disk or this process failed; the file's content may be right.
+                raise  # The disk or this process failed; the content of the file may be intact.
             raise damaged_shard(self._folder / file, str(error)) from error
         if not is_ours:
-            raise damaged_shard(self._folder / file, "its columns are others than those of a shard")
+            raise damaged_shard(self._folder / file, "its columns are not those of a shard")
         return shard
 
 
@@ -72,10 +72,10 @@ def _num_rows(shard: Any) -> int:
 
 
 def damaged_shard(path: Path, why: str) -> DataError:
-    """Builds the error of a shard that is damaged."""
+    """Builds the error for a damaged shard."""
     return DataError(
         f"{path} is damaged ({' '.join(why.split())}): delete it and run `mochi-tune prepare` again, "
-        "which encodes its clips anew; data.damaged=quarantine goes on without such clips."
+        "which encodes its clips again; data.damaged=quarantine continues without such clips."
     )
 
 
@@ -84,8 +84,8 @@ def _map(path: Path) -> Any:
     import pyarrow as pa
 
     try:
-        # Unlike Python's and arrow's own maps this one keeps no file open: a process may have 1024 of them.
+        # Unlike Python's and arrow's maps, this one keeps no file open: a process may have 1024 open files.
         return pa.py_buffer(torch.from_file(str(path), False, path.stat().st_size, dtype=torch.uint8).numpy())
     except RuntimeError:
-        # Empty, unreadable, or on a machine that does not grant private maps: arrow's map works, or says why not.
+        # The file is empty or unreadable, or private maps are not allowed: arrow's map works or reports the reason.
         return pa.memory_map(str(path)).read_buffer()

@@ -52,6 +52,7 @@ def test_shares_belong_to_listed_buckets():
             r"data.sources\[0\]: foo is not known: it takes folder, repeats, weight",
         ),
         (["data.sources=[{repeats: 1}]"], r"data.sources\[0\] names no folder"),
+        (["data.sources=[{folder: x, buckets: [[37, 480]]}]"], r"data.sources\[0\].buckets has \[37, 480\]"),
         (["data.sources=[{foldr: x}]"], r"foldr is not known; did you mean folder\?"),
         (["data.sources=[{folder: x, clips: al}]"], r"clips=al is not possible: it must be 'head', 'uniform'"),
         (

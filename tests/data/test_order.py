@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from mochi_tune.data.buckets import Bucket
-from mochi_tune.data.order import ClipOrder, Pool, apportion, epoch_order, make_pools, shuffled_pools
+from mochi_tune.data.order import ClipOrder, ClipPool, apportion, epoch_order, make_pools, shuffled_pools
 
 WIDE, TALL, STILL = Bucket(13, 48, 80), Bucket(13, 80, 48), Bucket(1, 64, 64)
 
 
 def one_pool(num_clips: int, batch_size: int, seed: int = 0) -> ClipOrder:
-    return ClipOrder((Pool("/a", tuple(range(num_clips)), num_clips),), batch_size, seed)
+    return ClipOrder((ClipPool("/a", tuple(range(num_clips)), num_clips),), batch_size, seed)
 
 
 def stream(order: ClipOrder, count: int) -> list[int]:

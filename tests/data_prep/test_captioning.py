@@ -10,13 +10,13 @@ from helpers_chat import CAPTION, ChatServer, Reply
 from helpers_prepare import TINY
 
 from mochi_tune.data_prep.answers import CaptionLength
-from mochi_tune.data_prep.captioning import Cost, Limits, LostClip, Pace, Stopped, Wording, Writer
+from mochi_tune.data_prep.captioning import Cost, LostClip, Pace, RetryLimits, Stopped, Wording, Writer
 from mochi_tune.data_prep.describe_tally import Result, Tally
 from mochi_tune.data_prep.endpoint import Endpoint
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.text_encoder import load_tokenizer
 
-QUICK = Limits(retries=3, timeout_seconds=5, clip_seconds=20, backoff_seconds=0.01)
+QUICK = RetryLimits(retries=3, timeout_seconds=5, clip_seconds=20, backoff_seconds=0.01)
 LONG = " ".join(f"The ball{number} rolls over the table{number} slowly." for number in range(80))
 SAD = Reply({"error": {"message": "out of order"}}, 500)
 
@@ -105,7 +105,7 @@ def test_what_is_refused_for_good_is_not_asked_again():
 
 
 def test_a_server_that_stalls_costs_its_time_and_no_more():
-    limits = Limits(retries=9, timeout_seconds=0.2, clip_seconds=0.5, backoff_seconds=0.01)
+    limits = RetryLimits(retries=9, timeout_seconds=0.2, clip_seconds=0.5, backoff_seconds=0.01)
     with (
         writing(lambda request, number: Reply(wait_seconds=1.5), limits=limits) as (server, write),
         pytest.raises(LostClip, match=r"no caption within clip_seconds=0.5: no answer within 0.\d+ s"),
@@ -126,7 +126,7 @@ def test_the_server_is_left_alone_for_as_long_as_it_asks():
 
 
 def test_pauses_become_longer():
-    limits = Limits(retries=4, timeout_seconds=5, clip_seconds=20, backoff_seconds=0.05)
+    limits = RetryLimits(retries=4, timeout_seconds=5, clip_seconds=20, backoff_seconds=0.05)
     with writing(script(SAD, SAD, SAD), limits=limits) as (server, write):
         write()
     times = [chat.time for chat in server.chats]
@@ -214,7 +214,7 @@ def test_clocks_that_jump_change_nothing(monkeypatch):
         return true_time() + (3.2e8 if len(reads) % 2 else -3600)
 
     monkeypatch.setattr(time, "time", jumping)
-    limits = Limits(retries=3, timeout_seconds=0.3, clip_seconds=20, backoff_seconds=0.05)
+    limits = RetryLimits(retries=3, timeout_seconds=0.3, clip_seconds=20, backoff_seconds=0.05)
     replies = script(Reply(wait_seconds=1), Reply({}, 429, {"Retry-After": "0.2"}))
     started = time.monotonic()
     tally = Tally(2, None)

@@ -9,7 +9,7 @@ from helpers_video import write_interlaced, write_planes, write_video
 from mochi_tune.data_prep.clips import Cut, decode_clip
 from mochi_tune.data_prep.cutting import Mark, cut_clips, read_mark
 from mochi_tune.data_prep.frames import find_seek_time
-from mochi_tune.data_prep.probe import read_source
+from mochi_tune.data_prep.probe import read_index
 from mochi_tune.errors import DataError
 
 FIRST, STOP = 4, 17
@@ -48,10 +48,10 @@ def cut(film, spans, crf=0):
 @pytest.mark.parametrize("kind", FILMS)
 def test_a_lossless_clip_is_decoded_as_its_part_of_the_film_is(kind, tmp_path):
     film = FILMS[kind](tmp_path)
-    source = read_source(film)
+    source = read_index(film)
     start, end = (round(float(source.time(n) - source.time(0)), 4) for n in (FIRST, STOP))
     (clip,) = cut(film, [(start, end)])
-    made = read_source(clip)
+    made = read_index(clip)
     times = [round(float(source.time(n) - source.time(FIRST)), 3) for n in range(FIRST, STOP)]
     assert [round(float(made.time(n)), 3) for n in range(len(made.ticks))] == pytest.approx(times, abs=0.002)
     # The last frame is shown as long as in the film.
@@ -74,7 +74,7 @@ def test_clips_may_touch_overlap_and_lie_behind_a_seek(tmp_path):
     files = cut(film, [(0.0, 0.5), (0.5, 1.0), (0.8, 1.2), (5.0, 5.5)], crf=12)
     whole = numbers_of(film)
     assert [numbers_of(file) for file in files] == [whole[:15], whole[15:30], whole[24:36], whole[150:165]]
-    assert find_seek_time(read_source(film), 210) is not None
+    assert find_seek_time(read_index(film), 210) is not None
     (late,) = cut(film, [(7.0, 9.0)], crf=12)
     assert numbers_of(late) == whole[210:]
     assert read_mark(late) == Mark("a", 1, 7.0, 9.0, 12) and read_mark(film) is None

@@ -20,7 +20,7 @@ from mochi_tune.data_prep.clip_scores import (
     measure_clip,
 )
 from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest, shifted_distance
-from mochi_tune.data_prep.filter import Filter, Limits, judge, main, undo
+from mochi_tune.data_prep.filter import Filter, FilterLimits, judge, main, undo
 from mochi_tune.data_prep.moving import Moved, files_of_clip, move_clip, move_file, read_moved, undo_moves
 from mochi_tune.errors import DataError
 
@@ -257,7 +257,7 @@ def test_a_copy_that_begins_later_is_found_where_much_moves(tmp_path):
     assert shifted_distance(timelines["a.mp4"], "") == 1
     for name in ("c.mp4", "d.mp4"):
         assert shifted_distance(timelines["a.mp4"], timelines[name]) > 0.2
-    judged = {each.name: each for each in judge(found, Limits())}
+    judged = {each.name: each for each in judge(found, FilterLimits())}
     [copy] = [each for each in judged.values() if each.duplicate_of]
     assert {copy.name, copy.duplicate_of} == {"a.mp4", "b.mp4"} and copy.nearest < 0.1
 

@@ -11,15 +11,15 @@ from helpers_prepare import TINY
 from mochi_tune.data.parts import PartsFolder
 from mochi_tune.data.rows import CacheSettings
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.pools import Death, Pool, make_worker, run_caught
-from mochi_tune.data_prep.tasks import CaptionTask, Job, Worker
+from mochi_tune.data_prep.pools import Death, WorkerPool, make_worker, run_caught
+from mochi_tune.data_prep.tasks import CaptionTask, Worker, WorkerSettings
 from mochi_tune.errors import ParallelError
 from mochi_tune.weights.paths import WeightsPaths
 
 TASKS = [CaptionTask(str(number), f"caption {number}", f"{number}.mp4") for number in range(7)]
 
 
-class Workers(Pool):
+class Workers(WorkerPool):
     """Workers without processes, of which the newest one is done first; some die on some tasks."""
 
     def __init__(self, count: int, deaths: dict[str, int]) -> None:
@@ -68,14 +68,14 @@ def test_a_task_that_is_long_in_hand_is_told_once(capsys):
     assert not capsys.readouterr().out
 
 
-def job_for(folder: Path, t5: str) -> Job:
+def settings_for(folder: Path, t5: str) -> WorkerSettings:
     settings = CacheSettings(transform={}, vae="v" * 64, vae_dtype="fp32", t5=t5, t5_dtype="fp32")
-    return Job(WeightsPaths(TINY), settings, folder, "cpu", 600, 1)
+    return WorkerSettings(WeightsPaths(TINY), settings, folder, "cpu", 600, 1)
 
 
 def test_a_worker_with_other_weights_than_the_main_process_refuses_and_encodes_nothing(tmp_path):
     with ClipDecoder(600) as decoder:
-        worker = make_worker(job_for(tmp_path, "f" * 64), decoder)
+        worker = make_worker(settings_for(tmp_path, "f" * 64), decoder)
         error = run_caught(worker, TASKS[0], None)
         worker.close()
     assert isinstance(error, ParallelError) and "the weights of the text_encoder" in str(error)
@@ -88,7 +88,7 @@ import signal, threading
 from test_pools import *
 from mochi_tune.data_prep.pools import ProcessPool
 from mochi_tune.weights.folder import WeightsFolder
-with ProcessPool(job_for(Path("parts"), WeightsFolder(WeightsPaths(TINY)).fingerprint("text_encoder")), 1) as pool:
+with ProcessPool(settings_for(Path("parts"), WeightsFolder(WeightsPaths(TINY)).fingerprint("text_encoder")), 1) as pool:
     signal.signal(signal.SIGINT, lambda *_: None)
     threading.Timer(1, os.killpg, (0, signal.SIGINT)).start()
     for task, _ in pool.run(TASKS, lambda _: None):
@@ -112,6 +112,6 @@ def test_a_stopped_worker_says_nothing_and_leaves_nothing_that_python_warns_of(t
 def test_what_a_worker_has_encoded_before_it_does_not_encode_again(tmp_path):
     (tmp_path / f"text-{TASKS[0].key}.safetensors").write_bytes(b"")
     with ClipDecoder(600) as decoder:
-        worker = Worker(job_for(tmp_path, ""), PartsFolder(tmp_path), decoder, checks_weights=True)
+        worker = Worker(settings_for(tmp_path, ""), PartsFolder(tmp_path), decoder, checks_weights=True)
         assert worker.run(TASKS[0]) == []
         worker.close()

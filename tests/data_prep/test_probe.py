@@ -7,7 +7,7 @@ import pytest
 from helpers_video import frame_number, write_bad_video, write_video
 
 from mochi_tune.data_prep.clips import Cut, decode_clip
-from mochi_tune.data_prep.probe import Scan, read_source, scan_video
+from mochi_tune.data_prep.probe import Scan, read_index, scan_video
 from mochi_tune.errors import DataError
 
 
@@ -21,7 +21,7 @@ def _error(path: Path, transform: Cut | None = None) -> str:
 
 def test_the_times_are_exact_ascending_and_those_of_the_frames(tmp_path):
     times = [Fraction(5), Fraction(51, 10), Fraction(26, 5), Fraction(59, 10)]
-    source = read_source(write_video(tmp_path / "clip.mp4", timestamps=times))
+    source = read_index(write_video(tmp_path / "clip.mp4", timestamps=times))
     assert [source.time(number) for number in range(4)] == times
     scan = source.scan
     assert (scan.width, scan.height, scan.rotation, scan.codec, scan.pixel_aspect) == (64, 64, 0, "h264", 1.0)

@@ -12,7 +12,7 @@ from helpers_process import Disturbance, Program, run
 from helpers_video import write_bad_video
 from PIL import Image
 
-from mochi_tune.data_prep.split import only_process
+from mochi_tune.data_prep.output_folder import lock_folder
 
 SETTINGS = ["min_seconds=1", "margin_seconds=0"]
 CLIPS = [f"film_scene_{number:03d}.mp4" for number in range(1, 6)]
@@ -179,8 +179,8 @@ def test_a_disk_without_locks_is_told(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with only_process(tmp_path, "split"):
-        assert "its disk has no locks: see that no other split writes there" in capsys.readouterr().out
+    with lock_folder(tmp_path, "split"):
+        assert "its disk has no locks: make sure that no other split writes there" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_line(made, tmp_path):

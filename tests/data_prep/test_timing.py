@@ -9,7 +9,7 @@ from helpers_video import copy_from_keyframe, frame_number, numbers_by_fps_filte
 
 from mochi_tune.data_prep.clips import Cut, choose_frame_rate, cut_clips, decode_clip
 from mochi_tune.data_prep.frames import find_seek_time
-from mochi_tune.data_prep.probe import read_source, scan_video
+from mochi_tune.data_prep.probe import read_index, scan_video
 from mochi_tune.errors import DataError
 
 CLOSED = {"g": "12", "x264-params": "bframes=3:scenecut=0"}
@@ -177,7 +177,7 @@ def test_windows_of_a_long_file_are_those_of_the_whole(tmp_path, name, codec, op
         assert [frame_number(frame) for frame in clip.frames] == whole[cut.start : cut.start + cut.num_frames]
         alone = decode_clip(path, cut)
         assert alone.frames.equal(clip.frames) and alone.report == clip.report
-    assert (find_seek_time(read_source(path), 160) is not None) == name.endswith(("mp4", "mkv", "webm"))
+    assert (find_seek_time(read_index(path), 160) is not None) == name.endswith(("mp4", "mkv", "webm"))
 
 
 def test_frames_before_time_0(tmp_path):
