@@ -280,7 +280,7 @@ def _too_short(path: Path, have: int, cut: Cut, changed: str = "") -> DataError:
     rate = "frames, each played once," if cut.frame_rate == "retime" else f"frames at {FPS} fps"
     start = f" from frame {cut.start} on" if cut.start else ""
     return DataError(
-        f"{path}: is too short: have {have} {rate}{changed}, need {cut.num_frames}{start}: "
+        f"{path}: is too short: has {have} {rate}{changed}, needs {cut.num_frames}{start}: "
         "use a longer clip, or a smaller data.num_frames or shorter data.buckets, whichever is set."
     )
 

@@ -49,7 +49,7 @@ def test_frames_count_as_pixels_do():
 
 
 def test_a_video_becomes_a_still_only_where_nothing_else_is_asked_for():
-    with pytest.raises(DataError, match=r"is too short: have 5 frames at 30 fps, need 7"):
+    with pytest.raises(DataError, match=r"is too short: has 5 frames at 30 fps, needs 7"):
         choose_bucket(Footage(5, 600, 900), AUTO, False)
     assert choose_bucket(Footage(5, 64, 64), [Bucket(1, 64, 64)], False) == Bucket(1, 64, 64)
 
@@ -58,7 +58,7 @@ def test_what_fits_nowhere_is_refused_with_what_to_do():
     only = [Bucket(7, 32, 48)]
     with pytest.raises(DataError, match=r"is a still picture, and no bucket has one frame: use data.buckets=auto"):
         choose_bucket(Footage(1, 64, 64, is_still=True), only, False)
-    with pytest.raises(DataError, match=r"have 6 frames at 30 fps, need 7: use a longer clip or a smaller data.num_fr"):
+    with pytest.raises(DataError, match=r"has 6 frames at 30 fps, needs 7: use a longer clip or a smaller data.num_fr"):
         choose_bucket(Footage(6, 64, 64), only, False)
     with pytest.raises(DataError, match=r"use a longer clip or shorter buckets in data.sources\[1\]"):
         choose_bucket(Footage(6, 64, 64), only, False, "shorter buckets in data.sources[1]")
@@ -73,5 +73,5 @@ def test_lists_of_buckets_are_checked():
     with pytest.raises(ConfigError, match=r"num_frames=8 does not fit"):
         read_buckets([[8, 32, 48]], "data.buckets")
     for wrong in ([], [[7, 32, 48], [7, 32, 48]]):
-        with pytest.raises(ConfigError, match=r"name one bucket or more, each once"):
+        with pytest.raises(ConfigError, match=r"list one or more buckets, each once"):
             read_buckets(wrong, "data.buckets")

@@ -83,7 +83,7 @@ def test_a_30_fps_clip_needs_exactly_its_frames(tmp_path, container):
     assert clip.report["source_frames"] == 37
     assert clip.report["source_seconds"] == pytest.approx(37 / 30, abs=2e-3)
     short = write_video(tmp_path / f"short.{container}", 36)
-    assert "have 36 frames at 30 fps, need 37" in _error(short, Cut(37, 64, 64))
+    assert "has 36 frames at 30 fps, needs 37" in _error(short, Cut(37, 64, 64))
 
 
 @pytest.mark.parametrize("rate", [12, 15, 24, Fraction(24000, 1001), 25, Fraction(30000, 1001), 48, 60, 120])
@@ -113,13 +113,13 @@ def test_a_variable_frame_rate_keeps_its_speed(tmp_path, container):
 def test_the_count_that_is_refused_is_the_count_at_30_fps(tmp_path, rate, num_frames, have):
     path = write_video(tmp_path / "clip.mp4", num_frames, rate=rate)
     assert len(decode_clip(path, Cut(have, 64, 64)).frames) == have
-    assert f"have {have} frames at 30 fps, need 61" in _error(path, Cut(61, 64, 64))
+    assert f"has {have} frames at 30 fps, needs 61" in _error(path, Cut(61, 64, 64))
 
 
 def test_a_single_frame_is_a_clip_of_one(tmp_path):
     path = write_video(tmp_path / "clip.mp4", 1)
     assert _numbers(decode_clip(path, Cut(1, 64, 64))) == [0]
-    assert "have 1 frames" in _error(path)
+    assert "has 1 frames" in _error(path)
 
 
 def test_a_picture_of_a_long_film_looks_at_no_clip_that_begins_later():

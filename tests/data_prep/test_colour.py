@@ -154,7 +154,7 @@ def test_stills_are_clips_of_one_frame(tmp_path, suffix):
     assert (scan.width, scan.height, scan.num_frames, scan.is_still) == (96, 64, 1, True)
     clip = decode_clip(tmp_path / f"a{suffix}", Cut(1, 64, 96))
     assert (clip.frames[0].int() - torch.from_numpy(picture).int()).abs().max() <= (3 if suffix == ".jpg" else 0)
-    with pytest.raises(DataError, match="have 1 frames at 30 fps, need 7"):
+    with pytest.raises(DataError, match="has 1 frames at 30 fps, needs 7"):
         decode_clip(tmp_path / f"a{suffix}", Cut(7, 64, 96))
 
 

@@ -79,10 +79,10 @@ def test_the_cuts_of_a_file_come_in_order_and_each_has_its_own_error(tmp_path):
         (long, 0), (long, 1), (long, 2), (long, 3), (long, 4), (short, 0), (short, 0)
     ]  # fmt: skip
     clips = [clip for _, _, clip in results]
-    assert "have 40 frames at 30 fps, need 99 from frame 4 on" in str(clips[2])
+    assert "has 40 frames at 30 fps, needs 99 from frame 4 on" in str(clips[2])
     assert "too small for 64x80" in str(clips[3])
     begins = [_numbers(clip)[0] for clip in clips if isinstance(clip, DecodedClip)]
-    assert begins == [0, 4, 33, 0] and "have 10 frames" in str(clips[6])
+    assert begins == [0, 4, 33, 0] and "has 10 frames" in str(clips[6])
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, MemoryError])

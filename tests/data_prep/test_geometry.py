@@ -83,7 +83,7 @@ def test_where_the_size_changes_the_video_ends(tmp_path):
     assert [frame_number(frame) for frame in decode_clip(path, Cut(20, 64, 96)).frames] == list(range(20))
     with pytest.raises(DataError) as caught:
         decode_clip(path, Cut(21, 64, 96))
-    assert "have 20 frames at 30 fps, where its pictures change from 96x64 to 128x96 pixels, need 21" in str(
+    assert "has 20 frames at 30 fps, where its pictures change from 96x64 to 128x96 pixels, needs 21" in str(
         caught.value
     )
 

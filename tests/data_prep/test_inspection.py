@@ -86,7 +86,7 @@ def test_the_source_is_whole_and_upright_and_the_crop_lies_in_it(seen):
 
 def test_what_is_refused_or_not_taken_has_its_reason(seen):
     assert sorted(seen.refused) == ["broken.mp4", "odd\\udce4.mp4", "short.mp4"]
-    assert "have 5 frames" in seen.refused["short.mp4"] and "not valid UTF-8" in seen.refused["odd\\udce4.mp4"]
+    assert "has 5 frames" in seen.refused["short.mp4"] and "not valid UTF-8" in seen.refused["odd\\udce4.mp4"]
     assert sorted(seen.inputs.unused) == ["alone.txt", "notes.pdf", "odd\\udce4.zip"]
     for text in (*seen.refused.values(), *seen.inputs.unused.values()):
         text.encode()

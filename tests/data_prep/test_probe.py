@@ -40,7 +40,7 @@ def test_what_an_edit_list_hides_is_not_shown(tmp_path):
     clip = decode_clip(path, Cut(25, 64, 64))
     assert [frame_number(frame) for frame in clip.frames] == list(range(20, 45))
     assert clip.report["source_frames"] == 30
-    assert "have 30 frames" in _error(path, Cut(31, 64, 64))
+    assert "has 30 frames" in _error(path, Cut(31, 64, 64))
 
 
 def test_a_clip_that_is_askew_is_refused(tmp_path):

@@ -56,7 +56,7 @@ def test_shape_and_rate_decide_the_cut():
     assert [(cut.start, cut.num_frames) for cut in resampled] == [(0, 13), (13, 7)]
     [still] = choose_cuts(Scan(96, 64, 1, 1, 0.0, 30.0, is_still=True), BUCKETS, "all", DataConfig())
     assert still.num_frames == 1
-    with pytest.raises(DataError, match="too short: have 6 frames"):
+    with pytest.raises(DataError, match="too short: has 6 frames"):
         choose_cuts(scan(6), BUCKETS, "head", DataConfig())
 
 

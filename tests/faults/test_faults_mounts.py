@@ -102,7 +102,7 @@ def test_a_cache_in_pieces_and_an_output_that_is_a_link_are_refused_before_any_w
         cache = tmp_path / f"cache_{name}"
         cache.mkdir()
         (cache / name).symlink_to(other)
-        with pytest.raises(DataError, match=rf"cache_{name}/{name} is a link or another disk, .* on one disk"):
+        with pytest.raises(DataError, match=rf"cache_{name}/{name} is a link or a mount point, .* on one disk"):
             CacheWriter(cache).__enter__()
         assert [path.name for path in cache.iterdir()] == [name]
     whole = tmp_path / "cache"

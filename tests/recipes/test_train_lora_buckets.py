@@ -169,7 +169,7 @@ def test_a_size_without_a_whole_clip_ends_the_run(mixed, tmp_path):
 def test_settings_of_the_cut_and_the_captions_are_those_of_the_cache(mixed, tmp_path):
     for own in ("data.clips=all", "data.caption_prefix=TOK", "data.captions=one", "data.frame_rate=retime"):
         name, value = own.split("=")
-        with pytest.raises(DataError, match=f"made for other settings.*{name}: .* the config wants {value}"):
+        with pytest.raises(DataError, match=f"made with other settings.*{name}: .* the config wants {value}"):
             train(mixed, tmp_path, own)
     manifest = mixed / "cache" / "manifest.json"
     written = json.loads(manifest.read_text())
