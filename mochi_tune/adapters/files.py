@@ -189,9 +189,10 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
     path = find_adapter_file(path)
     trained, metadata, source = read_layers(path, alpha)
     check_base(f"adapter {path}", stated_bases(metadata, path.parent))
-    # What other programs say of a rank and an alpha need not be those of the layers.
-    foreign = () if is_ours(metadata) else ("rank", "alpha", "targets")
-    carried = {key: value for key, value in metadata.items() if key not in (*_LAYOUT_METADATA, *foreign)}
+    is_export = is_ours(metadata) and metadata.get("format") != "mochi-tune"
+    # An export has alpha / rank in its weights, and metadata of other programs need not describe the layers.
+    untrue = ("alpha", "rslora") if is_export else () if is_ours(metadata) else ("rank", "alpha", "targets")
+    carried = {key: value for key, value in metadata.items() if key not in (*_LAYOUT_METADATA, *untrue)}
     try:
         layers = fuse_layers(trained) if is_split(trained) else trained
         carried |= _depth_by_names(trained, metadata)
@@ -202,7 +203,9 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
         raise CheckpointError(f"adapter {path} holds nothing but zeros, so it changes nothing: use another file.")
     note_lookalike(f"adapter {path}", metadata, layers)
     described = _describe(layers, trained if is_split(trained) else layers)
-    return Adapter(layers, {**described, **carried}, path, described["alpha"], source)
+    # The padding of an export has been dropped, and its alpha with it.
+    own = _describe(layers, layers) if is_export else described
+    return Adapter(layers, {**own, **carried}, path, described["alpha"], source)
 
 
 def _depth_by_names(trained: dict[str, LoraLayer], metadata: dict[str, str]) -> dict[str, str]:

@@ -99,6 +99,19 @@ def test_delta_weight():
     assert delta_weight(LoraLayer(layer.a.bfloat16(), layer.b.bfloat16(), 4.0)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("to", ["official", "diffusers", "comfyui", "kohya"])
+def test_what_is_made_from_an_export_states_the_alpha_of_its_layers(tmp_path, to):
+    """Exports of earlier versions state the alpha of the training, and exports of mixed ranks that of the padding."""
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, random_adapter(ATTENTION, MIXED), to)
+    write(path, load_file(path), read_metadata(path) | {"alpha": "8", "rslora": "true"})
+    save_adapter(tmp_path / "native.safetensors", load_adapter(path))
+    adapter = load_adapter(tmp_path / "native.safetensors")
+    alphas = sorted({layer.alpha for layer in adapter.layers.values()})
+    assert adapter.alpha == adapter.metadata["alpha"] == ",".join(f"{alpha:g}" for alpha in alphas)
+    assert len(alphas) == 4 and "rslora" not in adapter.metadata and adapter.metadata["rank"] == "3,4,5,16"
+
+
 def test_metadata_survives_every_conversion(tmp_path):
     adapter = random_adapter()
     known = {
