@@ -68,6 +68,12 @@ def delta64(layer: LoraLayer) -> torch.Tensor:
     return layer.alpha / layer.a.shape[0] * layer.b.double() @ layer.a.double()
 
 
+def delta_weight(layer: LoraLayer) -> torch.Tensor:
+    """What a layer that is no DoRA adds to its Linear's weight, in fp32, or in fp64 where a or b is fp64."""
+    dtype = torch.promote_types(torch.promote_types(layer.a.dtype, layer.b.dtype), torch.float32)
+    return layer.scale * (layer.b.to(dtype) @ layer.a.to(dtype))
+
+
 def assert_same_change(actual: Adapter, expected: Adapter, tolerance=1e-6) -> None:
     assert actual.layers.keys() == expected.layers.keys()
     for name, layer in expected.layers.items():

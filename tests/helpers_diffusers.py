@@ -8,7 +8,12 @@ import torch
 from helpers_adapters import CONFIG, GOLDEN, adapted64, build_dit
 from safetensors.torch import load_file
 
-from mochi_tune.weights.key_map import diffusers_map, to_diffusers
+from mochi_tune.weights.key_map import Pieces, diffusers_map
+
+
+def to_diffusers(tensors: dict[str, torch.Tensor], mapping: dict[str, Pieces]) -> dict[str, torch.Tensor]:
+    """Returns official tensors in the names and layouts of diffusers."""
+    return {name: piece for key, tensor in tensors.items() for name, piece in mapping[key].split(tensor).items()}
 
 
 def diffusers_model(weights):

@@ -42,7 +42,6 @@ from mochi_tune.adapters.layers import (
     block_of,
     check_layer,
     complete_layers,
-    delta_weight,
     drop_padding,
     fuse_layers,
     is_attention_or_mlp,
@@ -73,7 +72,6 @@ __all__ = [
     "LoraLayer",
     "check_adapter",
     "check_format",
-    "delta_weight",
     "load_adapter",
     "save_adapter",
 ]

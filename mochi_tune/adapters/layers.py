@@ -79,13 +79,6 @@ class LoraLayer:
         return self.b.shape[0], self.a.shape[1]
 
 
-def delta_weight(layer: LoraLayer) -> Tensor:
-    """Returns what the layer adds to its Linear's weight, (out, in), in fp32, or in fp64 where a or b is fp64."""
-    assert layer.magnitude is None, "what a DoRA changes depends on the base's weights"
-    dtype = torch.promote_types(torch.promote_types(layer.a.dtype, layer.b.dtype), torch.float32)
-    return layer.scale * (layer.b.to(dtype) @ layer.a.to(dtype))
-
-
 def block_of(name: str) -> int:
     """Returns N of "blocks.N.attn.qkv_x" or "transformer_blocks.N.attn1.to_q"; -1 outside of the blocks."""
     match = _BLOCK.fullmatch(name)

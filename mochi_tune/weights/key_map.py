@@ -4,7 +4,7 @@ diffusers splits q, k and v, and swaps the halves of a SwiGLU's w1 (gate, value)
 (shift, scale). The VAE differs by its names and by split q, k, v alone. Every map is exact in both directions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +58,6 @@ def diffusers_map(model: AsymmDiT | Encoder | Decoder) -> dict[str, Pieces]:
         pieces = modules[module]
         mapping[name] = Pieces(tuple(f"{p}.{leaf}" if p else leaf for p in pieces.names), pieces.swap_halves)
     return mapping
-
-
-def to_diffusers(tensors: Mapping[str, Tensor], mapping: Mapping[str, Pieces]) -> dict[str, Tensor]:
-    """Converts official tensors to diffusers' names and layouts."""
-    return {name: piece for key, tensor in tensors.items() for name, piece in mapping[key].split(tensor).items()}
 
 
 def _dit_modules(config: DiTConfig) -> dict[str, Pieces]:

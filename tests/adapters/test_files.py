@@ -15,6 +15,7 @@ from helpers_adapters import (
     base_weights,
     build_dit,
     delta64,
+    delta_weight,
     random_adapter,
     with_magnitudes,
     write,
@@ -23,9 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import (
-    LoraLayer,
     check_adapter,
-    delta_weight,
     load_adapter,
     save_adapter,
 )
@@ -89,14 +88,6 @@ def test_loaded_layers_are_fp32(tmp_path, dtype):
         assert layer.a.dtype == layer.b.dtype == torch.float32
         assert torch.equal(layer.a, tensors[f"{name}.lora_A"].float())
         assert torch.equal(layer.b, tensors[f"{name}.lora_B"].float())
-
-
-def test_delta_weight():
-    layer = LoraLayer(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]]), 4.0)
-    assert torch.equal(delta_weight(layer), torch.tensor([[2.0, 4.0], [4.0, 10.0], [0.0, 6.0]]))
-    wide = LoraLayer(layer.a.double(), layer.b.double(), 4.0)
-    assert delta_weight(wide).dtype == torch.float64
-    assert delta_weight(LoraLayer(layer.a.bfloat16(), layer.b.bfloat16(), 4.0)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("to", ["official", "diffusers", "comfyui", "kohya"])

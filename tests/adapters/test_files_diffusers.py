@@ -8,6 +8,7 @@ from helpers_adapters import (
     base_shapes,
     base_weights,
     delta64,
+    delta_weight,
     random_adapter,
     with_magnitudes,
     write,
@@ -15,7 +16,7 @@ from helpers_adapters import (
 from helpers_diffusers import diffusers_model, merged, nothing_may_be_warned, run_diffusers
 from safetensors.torch import load_file
 
-from mochi_tune.adapters.files import Adapter, LoraLayer, delta_weight, load_adapter, save_adapter
+from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.errors import CheckpointError
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_adapters import ALL, ATTENTION, random_adapter, write
+from helpers_adapters import ALL, ATTENTION, delta_weight, random_adapter, write
 from helpers_process import PATIENCE, Program
 from helpers_road import road
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mochi_tune.adapters.files import LoraLayer, delta_weight, load_adapter, save_adapter
+from mochi_tune.adapters.files import LoraLayer, load_adapter, save_adapter
 from mochi_tune.adapters.layers import block_of
 from mochi_tune.adapters.lora import linear_shapes
 from mochi_tune.config.load import load_config, weights_folder

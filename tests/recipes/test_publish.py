@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers_adapters import ATTENTION, random_adapter, with_magnitudes
+from helpers_diffusers import to_diffusers
 from helpers_hub import UploadHub, silent_hub
 from helpers_road import LORA, command, road, train
 from safetensors.torch import load_file
@@ -199,7 +200,7 @@ def save_pipeline(folder):
 
     from mochi_tune.config.load import weights_folder
     from mochi_tune.weights.folder import WeightsFolder
-    from mochi_tune.weights.key_map import diffusers_map, to_diffusers
+    from mochi_tune.weights.key_map import diffusers_map
 
     tiny = weights_folder(load_config("my_lora", ["model=tiny"]))
     dit = WeightsFolder(tiny).load_dit("cpu", torch.float32)

@@ -1,15 +1,16 @@
-"""Adapters of a rendering, by name, in every residency: `sample` computes with the changed weights."""
+"""Adapters of a rendering, by name and in every residency: `sample` computes with the adapted weights."""
 
 import json
 
 import pytest
 import torch
+from helpers_adapters import delta_weight
 from helpers_road import road
 from helpers_video import keeping_frames
 from safetensors.torch import load_file, save_file
 
 from mochi_tune.adapters.alphas import ASSUMED
-from mochi_tune.adapters.files import Adapter, LoraLayer, delta_weight, save_adapter
+from mochi_tune.adapters.files import Adapter, LoraLayer, save_adapter
 from mochi_tune.adapters.lora import all_linear_shapes, switch_adapters
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
@@ -46,7 +47,7 @@ def render(dit) -> torch.Tensor:
 
 
 def changed(adapter, strength) -> torch.nn.Module:
-    """The model whose weights are W + strength * dW."""
+    """Returns the model with the weights W + strength * dW."""
     dit = TINY.load_dit("cpu", torch.float32)
     for name, layer in adapter.layers.items():
         dit.get_submodule(name).weight.data += strength * delta_weight(layer)
@@ -54,7 +55,7 @@ def changed(adapter, strength) -> torch.nn.Module:
 
 
 def bound(latents) -> float:
-    # Two forwards are TOLERANCE apart, and a guidance of 2 makes that three times as much.
+    # Two forward passes differ by TOLERANCE, and a guidance of 2 triples the difference.
     return 3 * TOLERANCE["fp32"] * latents.abs().max()
 
 
@@ -87,7 +88,7 @@ def test_a_base_in_8_bits_leaves_the_adapters_as_they_are(residency):
         module = dit.get_submodule(name)
         assert type(module.lora_A["one"].weight.data) is torch.Tensor
         assert torch.equal(module.lora_A["one"].weight, layer.a) and torch.equal(module.lora_B["one"].weight, layer.b)
-    # The base of this model in 8 bits is about 2 % away.
+    # Quantizing this base to 8 bits changes it by about 2 %.
     expected = render(changed(adapter, 1.0))
     assert (render(dit) - expected).norm() <= 0.1 * expected.norm()
 
@@ -101,7 +102,7 @@ def sample(tmp_path, *more):
 
 
 def peft_folder(folder, alpha):
-    """A folder as peft saves it, of the pooler and a block's projection."""
+    """Writes a folder as peft saves it, with the pooler and the projection of a block."""
     folder.mkdir()
     generator, tensors = torch.Generator().manual_seed(0), {}
     shapes = all_linear_shapes(TINY.dit_skeleton())
@@ -120,7 +121,7 @@ def peft_folder(folder, alpha):
     return folder
 
 
-def test_a_folder_is_named_and_what_was_assumed_is_told(tmp_path, capsys):
+def test_an_adapter_can_be_a_folder_and_an_assumed_alpha_is_reported(tmp_path, capsys):
     stated, bare = peft_folder(tmp_path / "stated", 8), peft_folder(tmp_path / "bare", None)
     right, [record] = sample(tmp_path, f"sample.adapter={stated}")
     assert record["file"] == str(stated / "adapter_model.safetensors")
@@ -166,18 +167,18 @@ def test_sample_computes_with_the_changed_weights(tmp_path):
         ("t5_yproj", True),
         ("final_layer.linear", True),
         ("blocks.0.mod_x", False),
-        # What a training of every `to_q` in diffusers holds.
+        # Part of an adapter that diffusers trains on every `to_q`.
         ("t5_y_embedder.to_q", False),
         ("t_embedder.mlp.0", False),
     ],
 )
-def test_a_schedule_is_refused_for_what_is_computed_ahead_of_the_steps(tmp_path, name, fits):
+def test_a_schedule_is_refused_for_layers_that_are_computed_before_the_steps(tmp_path, name, fits):
     whole = every_layer()
     adapter = Adapter({name: whole.layers[name]}, whole.metadata)
     save_adapter(tmp_path / "one.safetensors", adapter)
     settings = (f"sample.adapter={tmp_path / 'one.safetensors'}", "sample.strength_schedule=[0,0]")
     if not fits:
-        with pytest.raises(ConfigError, match=rf"which adapts modulation \({name}\), and that is computed once"):
+        with pytest.raises(ConfigError, match=rf"adapts modulation \({name}\)\. Modulation is computed once"):
             sample(tmp_path, *settings)
         return
     faded, _ = sample(tmp_path, *settings)

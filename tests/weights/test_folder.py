@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_diffusers import to_diffusers
 from helpers_golden import GOLDEN
 from helpers_weights import LOADERS, changes, copy_golden, official, refused
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from mochi_tune import assets
 from mochi_tune.errors import CheckpointError
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.weights.folder import WeightsFolder
-from mochi_tune.weights.key_map import diffusers_map, to_diffusers
+from mochi_tune.weights.key_map import diffusers_map
 from mochi_tune.weights.t5 import t5_shapes
 
 FP32_NAMES = re.compile(

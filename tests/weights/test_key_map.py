@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from helpers_diffusers import to_diffusers
 from helpers_golden import GOLDEN, relative_error
 from helpers_weights import LOADERS, TINY, changes, official, refused
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig, frames_to_pixels
 from mochi_tune.weights.folder import WeightsFolder
-from mochi_tune.weights.key_map import diffusers_map, to_diffusers
+from mochi_tune.weights.key_map import diffusers_map
 
 TINY_WEIGHTS = WeightsFolder(TINY)
 DIT_SIZES = {

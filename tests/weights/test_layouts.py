@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_diffusers import to_diffusers
 from helpers_eight_bit import dequantized
 from helpers_golden import GOLDEN
 from helpers_process import run
@@ -18,7 +19,7 @@ from mochi_tune.parallel.memory import apply_quantization
 from mochi_tune.parallel.precision import apply_precision
 from mochi_tune.weights.fill import build_meta_model
 from mochi_tune.weights.folder import WeightsFolder
-from mochi_tune.weights.key_map import diffusers_map, to_diffusers
+from mochi_tune.weights.key_map import diffusers_map
 from mochi_tune.weights.paths import WeightsPaths
 
 FP8 = torch.float8_e4m3fn

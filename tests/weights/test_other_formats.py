@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+from helpers_diffusers import to_diffusers
 from helpers_weights import TINY, refused, small_configs
 from safetensors.torch import save_file
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.weights.folder import WeightsFolder
-from mochi_tune.weights.key_map import diffusers_map, to_diffusers
+from mochi_tune.weights.key_map import diffusers_map
 from mochi_tune.weights.paths import WeightsPaths
 
 
