@@ -1,1 +1,1 @@
-"""From prompts to videos: requests, the sampler, rendering and video files."""
+"""Rendering videos from prompts: requests, the sampler, rendering and video files."""

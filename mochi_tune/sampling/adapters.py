@@ -1,4 +1,4 @@
-"""The adapters of a rendering: which files, how strong, and whether they fit the base."""
+"""The adapters of a rendering: finds their files and strengths, and checks that they fit the base."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from mochi_tune.errors import CheckpointError, ConfigError, some
 from mochi_tune.files import file_sha256
 from mochi_tune.sampling.strengths import as_ranges, read_block_strengths, read_schedules
 
-# Besides the blocks' modulation layers, what a noise level and a prompt become before the first step.
+# Layers that, like the blocks' modulation layers, are computed once before the first step.
 EMBEDDERS = ("t_embedder.", "t5_y_embedder.")
 
 
@@ -20,11 +20,11 @@ class RenderAdapter:
     """An adapter file and its strength.
 
     Attributes:
-        path: of the file.
-        strength: of all of it.
+        path: the adapter's file.
+        strength: factor of the whole adapter.
         adapter: its layers.
-        block_strengths: further factors, by the number of the block; 1 where there is none.
-        schedule: further factors, spread over the steps as by `SamplerSettings.spread`; none is 1.
+        block_strengths: additional factors by the number of the block; blocks that are not listed have 1.
+        schedule: additional factors, spread over the steps by `SamplerSettings.spread`; empty for 1.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class RenderAdapter:
 
     @property
     def further(self) -> dict[str, Any]:
-        """The further factors that are set, by their settings' names, as JSON holds them."""
+        """The additional factors that are set, as JSON values by the names of their settings."""
         further: dict[str, Any] = {}
         if self.block_strengths:
             further["block_strength"] = as_ranges(self.block_strengths)
@@ -48,7 +48,7 @@ class RenderAdapter:
         return f"adapter {self.path} x {self.strength}{further}, {self.adapter.alpha_note}"
 
     def record(self) -> dict[str, Any]:
-        """Returns what is stored of it beside each video."""
+        """Returns the entry of this adapter in the settings file of each video."""
         return {
             "file": str(self.path),
             "sha256": file_sha256(self.path),
@@ -65,15 +65,15 @@ def load_render_adapters(
     """Loads the adapters of a rendering and checks that they fit the base.
 
     Args:
-        sample: names the adapters, as `find_adapter_file` takes them, and their strengths.
-        run_dir: the run whose adapter is used where none is named and there is one.
-        shapes: of the base's Linear layers.
-        identity: of the base, from `WeightsFolder.base_identity`.
+        sample: names the adapters, as accepted by `find_adapter_file`, and their strengths.
+        run_dir: the run whose adapter, if it has one, is used when none is named.
+        shapes: shapes of the base's Linear layers.
+        identity: identity of the base, from `WeightsFolder.base_identity`.
 
     Raises:
-        ConfigError: not one strength an adapter, a strength that is no number, a block that the base does not have, or
-            nothing to compare the base with.
-        CheckpointError: a file is no adapter, or one of another base.
+        ConfigError: the number of strengths is not that of the adapters, a strength is not a number, the base does not
+            have a block, or there is nothing to compare the base with.
+        CheckpointError: a file is not an adapter, or is one for another base.
     """
     named = find_adapters(sample, run_dir)
     alphas = _given_alphas(sample, len(named))
@@ -87,13 +87,13 @@ def load_render_adapters(
         ahead = [layer for layer in adapter.layers if ".mod_" in layer or layer.startswith(EMBEDDERS)]
         if schedule and ahead:
             raise ConfigError(
-                f"sample.strength_schedule does not fit {adapter}, which adapts modulation ({some(ahead)}), and that "
+                f"sample.strength_schedule does not fit {adapter}, which adapts modulation ({some(ahead)}). Modulation "
                 "is computed once for all steps: leave the schedule out."
             )
         adapters.append(RenderAdapter(adapter.path, strength, adapter, block_strengths, schedule))
     if sample.compare and not any(adapter.strength for adapter in adapters):
         raise ConfigError(
-            "sample.compare=base has no adapter to compare with: name adapter=FILE, of a strength other than 0."
+            "sample.compare=base has no adapter to compare with: name adapter=FILE, with a strength other than 0."
         )
     return adapters
 
@@ -102,7 +102,7 @@ def check_has_adapter(sample: SampleConfig, run_dir: Path) -> None:
     """Refuses a rendering that names no adapter and whose run has none.
 
     Raises:
-        CheckpointError: what is missing, and how to render the base.
+        CheckpointError: there is no adapter; the message says how to render the base.
     """
     if sample.adapter is not None or sample.checkpoints is not None or (run_dir / "adapter.safetensors").exists():
         return
@@ -113,7 +113,11 @@ def check_has_adapter(sample: SampleConfig, run_dir: Path) -> None:
 
 
 def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[str, float]]:
-    """Returns the adapters' names and their strengths; raises as `load_render_adapters`."""
+    """Returns the names and strengths of the adapters.
+
+    Raises:
+        ConfigError: the number of strengths is not that of the adapters, or a strength is not a number.
+    """
     named, strengths = sample.adapter, sample.adapter_strength
     if named is None:
         own = run_dir / "adapter.safetensors"
@@ -134,7 +138,7 @@ def find_adapters(sample: SampleConfig, run_dir: Path) -> list[tuple[str, float]
 
 
 def _given_alphas(sample: SampleConfig, num_adapters: int) -> Sequence[float | None]:
-    """Returns the alpha that is given for each adapter that does not state its own; None where it is not given."""
+    """Returns the value of `sample.adapter_alpha` for each adapter; None where it is not given."""
     given = sample.adapter_alpha
     if given is not None and not num_adapters:
         raise ConfigError(f"adapter_alpha={given} has no adapter: name one with adapter=FILE, or train first.")

@@ -1,4 +1,4 @@
-"""The formats that a video can be written in: which codec, how well, and what a user may ask for."""
+"""The formats of video files: their codecs and qualities, and the checks of the settings that choose them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
 
-# The codecs of each format, the one that is taken by itself first; the others are written by Pillow, without one.
+# The codecs of each format, the default first. Formats without a codec are written by Pillow.
 FORMATS = {"mp4": ("h264", "hevc", "av1"), "webm": ("vp9", "av1"), "gif": (), "webp": (), "png": ()}
 
 
@@ -15,9 +15,9 @@ class Codec:
     """A video codec.
 
     Attributes:
-        encoder: FFmpeg's name.
-        crf: the range of its quality, best first.
-        default_crf: taken by itself. On the tests' clip all have the PSNR of H.264 at 17, to 0.3 dB.
+        encoder: name in FFmpeg.
+        crf: range of the constant rate factor, best quality first.
+        default_crf: default. On the tests' clip, the PSNR of all codecs is within 0.3 dB of H.264 at 17.
     """
 
     encoder: str
@@ -36,12 +36,12 @@ CODECS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a video is written.
+    """The format and codec of a video file.
 
     Attributes:
         format: one of FORMATS.
-        codec: one of CODECS; None where Pillow writes the format.
-        crf: the codec's quality; 0 is lossless, in 4:4:4.
+        codec: one of CODECS; None if Pillow writes the format.
+        crf: constant rate factor of the codec; 0 is lossless, in 4:4:4.
     """
 
     format: str = "mp4"
@@ -50,7 +50,7 @@ class Encoding:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the codec loses nothing but the rounding of its colours."""
+        """Whether the codec is lossless, except for the rounding of the colour conversion."""
         return self.crf == 0
 
 
@@ -58,19 +58,19 @@ MP4, PNG = Encoding(), Encoding("png", None, None)
 
 
 def choose_encoding(sample: SampleConfig, num_frames: int) -> Encoding:
-    """Returns how a video is written: as `format` or the suffix of `out` says, else PNG for one frame, MP4 for more.
+    """Returns the encoding of a video: by `format` or the suffix of `out`, else PNG for one frame and MP4 for more.
 
     Raises:
-        ConfigError: the settings contradict each other, or this PyAV has no such encoder.
+        ConfigError: the settings contradict each other, or the installed PyAV lacks the encoder.
     """
     suffix = _suffix_of(sample.out)
     if sample.format and suffix and suffix != sample.format:
-        raise ConfigError(f"out={sample.out} is no {sample.format} file: leave sample.format out, or change the name.")
+        raise ConfigError(f"out={sample.out} is not a {sample.format} file: leave sample.format out, or rename out.")
     name = sample.format or suffix or ("png" if num_frames == 1 else "mp4")
     if suffix == "png" and num_frames > 1:
         raise ConfigError(
-            f"out={sample.out} is one picture, and {num_frames} frames are asked for: use num_frames=1, or "
-            "format=png and a folder as out=."
+            f"out={sample.out} is one picture, but {num_frames} frames are requested: use num_frames=1, or "
+            "format=png with a folder as out=."
         )
     if not FORMATS[name]:
         for key in ("codec", "crf"):
@@ -90,12 +90,12 @@ def choose_encoding(sample: SampleConfig, num_frames: int) -> Encoding:
 
 
 def is_file_name(path: Path) -> bool:
-    """Whether `out` names a file and not a folder; "v1.5" is a folder."""
+    """Whether a path names a file and not a folder; "v1.5" is a folder."""
     return not path.is_dir() and path.suffix[1:2].isalpha()
 
 
 def _suffix_of(out: str | None) -> str | None:
-    """Returns the format that a file's name says, None where `out` is a folder or not set."""
+    """Returns the format by the suffix of a file's name; None if `out` is a folder or not set."""
     path = Path(out or "")
     if not is_file_name(path):
         return None

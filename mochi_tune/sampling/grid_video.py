@@ -1,4 +1,4 @@
-"""One video, or one picture, of many: labelled tiles that play at the same time."""
+"""Combines many videos into one video or picture: a labelled grid whose tiles play at the same time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 from mochi_tune.sampling.formats import MP4, PNG
 from mochi_tune.sampling.video import write_video
 
-# Pixels; what graphics chips decode.
+# Maximum size in pixels that hardware decoders support.
 MAX_WIDTH, MAX_HEIGHT = 3840, 2160
 GAP, HEADER, MIN_LABEL = 8, 44, 120
 BACK, INK, SOFT = (20, 23, 27), (230, 232, 234), (152, 160, 170)
@@ -19,21 +19,26 @@ BACK, INK, SOFT = (20, 23, 27), (230, 232, 234), (152, 160, 170)
 
 @dataclass(frozen=True)
 class Tile:
-    """A row of tiles: what is written in front of it, and the files of its videos, None where there is none."""
+    """A row of the grid.
+
+    Attributes:
+        label: text at the left of the row.
+        videos: files of the videos, one for each column; None for an empty tile.
+    """
 
     label: str
     videos: Sequence[Path | None]
 
 
 def write_grid_video(folder: Path, rows: Sequence[Tile], columns: Sequence[str]) -> Path:
-    """Writes grid.mp4, or grid.png where no video has a second frame; the file of before is replaced.
+    """Writes grid.mp4, or grid.png if no video has a second frame; an existing file is replaced.
 
-    Shorter videos stay at their last frame. Large grids are made smaller, so that players can decode them.
+    Shorter videos stay at their last frame. Large grids are scaled down, so that players can decode them.
 
     Args:
-        folder: of the file.
-        rows: from top to bottom, each with a video or None for each column.
-        columns: what is written above the tiles.
+        folder: folder of the new file.
+        rows: the rows from top to bottom.
+        columns: texts above the columns.
     """
     from PIL import Image
 
@@ -78,9 +83,9 @@ def frames_of(path: Path) -> Iterator[Any]:
 
 
 def write_text(image: Any, text: str, box: tuple[int, int, int, int], colour: tuple[int, int, int]) -> None:
-    """Writes text into a box (left, top, width, height), in as many lines as fit; what is left is cut with "…".
+    """Draws text into a box (left, top, width, height), in as many lines as fit; longer text is cut with "…".
 
-    Pillow's own font has Latin letters only; other scripts are shown as boxes.
+    Pillow's default font has only Latin letters; other scripts are shown as boxes.
     """
     from PIL import ImageDraw, ImageFont
 
@@ -105,20 +110,20 @@ def write_text(image: Any, text: str, box: tuple[int, int, int, int], colour: tu
 
 
 def _tile_size(width: int, height: int, num_columns: int, num_rows: int) -> tuple[int, int]:
-    """Returns the size of a tile, with which the whole is not too large."""
+    """Returns the size of a tile, scaled down so that the grid has at most MAX_WIDTH x MAX_HEIGHT pixels."""
     share = min(
         1.0,
         ((MAX_WIDTH - MIN_LABEL) / num_columns - GAP) / width,
         ((MAX_HEIGHT - HEADER) / num_rows - GAP) / height,
     )
-    # The label in front of a row is as wide as a tile, up to 280 pixels.
+    # The label of a row is as wide as a tile, up to 280 pixels.
     while share < 1 and min(280, width * share) + num_columns * (width * share + GAP) > MAX_WIDTH:
         share *= 0.99
     return max(2, int(width * share) // 2 * 2), max(2, int(height * share) // 2 * 2)
 
 
 def _composed(background: Any, places: dict[tuple[int, int], Path], tile: tuple[int, int]) -> Iterator[Tensor]:
-    """Yields the frames (1, H, W, 3) of the whole, until the longest video ends."""
+    """Yields the frames (1, H, W, 3) of the grid until the longest video ends."""
     import numpy as np
 
     running, shown = {place: frames_of(video) for place, video in places.items()}, {}

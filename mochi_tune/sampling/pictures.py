@@ -1,19 +1,19 @@
-"""What Pillow writes: PNG, animated GIF and animated WebP."""
+"""Writes PNG, animated GIF and animated WebP with Pillow."""
 
 import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 from torch import Tensor
 
-# The colours of a GIF are chosen from so many frames, evenly spaced.
+# Number of evenly spaced frames that the colours of a GIF are chosen from.
 PALETTE_FRAMES = 16
-# One index stays free, for pixels that do not change from a frame to the next.
+# Colours of a GIF: one index stays free for pixels that do not change between frames.
 PALETTE_COLOURS = 255
 
 
@@ -21,11 +21,11 @@ def write_pictures(path: Path, frames: Iterable[Tensor], kind: str, fps: int, me
     """Writes uint8 frames (H, W, 3).
 
     Args:
-        path: a file; for PNG of more than one frame it becomes a folder of 0001.png, 0002.png and so on.
-        frames: in order.
-        kind: png, gif or webp.
-        fps: frames a second; GIF rounds each frame's end to 10 ms, WebP to 1 ms.
-        metadata: texts by "title" and "comment".
+        path: the file. For more than one frame as PNG, it becomes a folder of 0001.png, 0002.png and so on.
+        frames: the frames in order.
+        kind: "png", "gif" or "webp".
+        fps: frames per second. GIF rounds the end of each frame to 10 ms, WebP to 1 ms.
+        metadata: texts for the keys "title" and "comment".
     """
     if kind == "png":
         _write_png(path, frames, metadata)
@@ -46,7 +46,7 @@ def write_pictures(path: Path, frames: Iterable[Tensor], kind: str, fps: int, me
 
 
 def durations(num_frames: int, fps: int, tick: int) -> list[int]:
-    """Returns how many milliseconds each frame is shown, in multiples of `tick`, so that no error adds up."""
+    """Returns the duration of each frame in milliseconds, in multiples of `tick`; rounding errors do not accumulate."""
     ends = [round(1000 * number / (fps * tick)) * tick for number in range(num_frames + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
 
@@ -59,32 +59,19 @@ def _write_png(path: Path, frames: Iterable[Tensor], metadata: Mapping[str, str]
     for key, text in metadata.items():
         # Keys begin with a capital letter. Source: the PNG specification, 11.3.3.1 (keywords).
         info.add_itxt(key.capitalize(), text)
-    several = _Peek(iter(frames))
-    if several:
-        # Of a process that was killed.
+    remaining = iter(frames)
+    first = list(itertools.islice(remaining, 2))
+    has_several = len(first) > 1
+    if has_several:
+        # A killed process may have left a folder.
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
-    for number, frame in enumerate(several, 1):
-        Image.fromarray(frame.numpy()).save(path / f"{number:04d}.png" if several else path, "PNG", pnginfo=info)
-
-
-class _Peek:
-    """Frames, of which it is known whether there are several before any is taken."""
-
-    def __init__(self, frames: Iterator[Tensor]) -> None:
-        self.first = [frame for _, frame in zip(range(2), frames, strict=False)]
-        self.rest = frames
-
-    def __bool__(self) -> bool:
-        return len(self.first) > 1
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from self.first
-        yield from self.rest
+    for number, frame in enumerate(itertools.chain(first, remaining), 1):
+        Image.fromarray(frame.numpy()).save(path / f"{number:04d}.png" if has_several else path, "PNG", pnginfo=info)
 
 
 def _with_one_palette(images: Sequence[Any]) -> list[Any]:
-    """Returns pictures of one palette, dithered; colours jump where each frame has its own."""
+    """Converts pictures to one common palette, with dithering; a palette for each frame would make colours flicker."""
     from PIL import Image
 
     chosen = sorted({i * (len(images) - 1) // (PALETTE_FRAMES - 1) for i in range(PALETTE_FRAMES)})
@@ -97,7 +84,7 @@ def _with_one_palette(images: Sequence[Any]) -> list[Any]:
 
 
 def _xmp(metadata: Mapping[str, str]) -> bytes:
-    """Returns an XMP packet. Source: ISO 16684-1 and the Dublin Core names that it uses."""
+    """Returns the metadata as an XMP packet. Source: ISO 16684-1 and the Dublin Core names that it uses."""
     names = {"title": "dc:title", "comment": "dc:description"}
     texts = "".join(
         f'<{tag}><rdf:Alt><rdf:li xml:lang="x-default">{escape(_xml_text(metadata[key]))}</rdf:li></rdf:Alt></{tag}>'
@@ -112,5 +99,5 @@ def _xmp(metadata: Mapping[str, str]) -> bytes:
 
 
 def _xml_text(text: str) -> str:
-    """Returns a text without the characters that XML cannot hold."""
+    """Removes the characters that XML does not allow."""
     return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text)

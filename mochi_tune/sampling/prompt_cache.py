@@ -1,4 +1,4 @@
-"""Features of prompts that were encoded before, kept on disk: T5 is loaded only for a prompt that is new."""
+"""A cache of prompt features on disk, so that T5 is loaded only for new prompts."""
 
 import hashlib
 from pathlib import Path
@@ -12,27 +12,28 @@ from mochi_tune.files import save_tensors
 
 
 class PromptCache:
-    """A folder of features, by the content of T5's weights, their dtype and the prompt."""
+    """A folder of features, keyed by the fingerprint of T5's weights, their dtype and the prompt."""
 
     def __init__(self, folder: Path, text_encoder: str, dtype: torch.dtype) -> None:
-        """Opens a folder, which need not exist.
+        """Initializes the cache without reading or creating the folder.
 
         Args:
-            folder: of the cache; may be shared by runs and processes.
-            text_encoder: the fingerprint of T5's weights.
-            dtype: that T5 runs in.
+            folder: the folder of the cache; runs and processes can share it.
+            text_encoder: fingerprint of T5's weights.
+            dtype: dtype of T5.
         """
         self.folder = folder
         self.kind = f"{text_encoder} {dtype}"
 
     def path(self, prompt: str) -> Path:
-        """Returns the file of a prompt's features, which need not exist."""
+        """Returns the path of a prompt's features, whether or not they are cached."""
         return self.folder / f"{hashlib.sha256(f'{self.kind} {prompt}'.encode()).hexdigest()}.safetensors"
 
     def get(self, prompt: str) -> Tensor | None:
-        """Returns the features (n, D) of a prompt on the CPU; None if they are not there, or damaged."""
+        """Returns the features (n, D) of a prompt on the CPU, or None if they are not cached or are damaged."""
         try:
-            # In the file they begin at any address, and a CPU's kernels round by where their input begins.
+            # A copy with aligned memory: the rounding of CPU kernels depends on the alignment of their input, which is
+            # arbitrary in the file.
             features = load_file(self.path(prompt))["features"].clone()
         except (FileNotFoundError, SafetensorError, KeyError):
             return None

@@ -1,4 +1,4 @@
-"""What is written beside a video: its settings, its latents, and what rendering it took."""
+"""Files next to a video: its settings, its latents, and the time and memory of rendering it."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from mochi_tune.sampling.sampler import draw_noise
 
 
 def noise_of(request: Request) -> Tensor:
-    """Draws the noise that a video's sampling starts from."""
+    """Draws the initial noise of a video."""
     return draw_noise(request.seed, request.num_frames, request.height, request.width)
 
 
@@ -31,8 +31,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def save_latents(request: Request, states: Mapping[str, Tensor]) -> None:
-    """Writes a video's latents beside it: "latents", and "base" when the base is compared with."""
-
+    """Writes the latents of a video next to it: "latents", and "base" if it is compared with the base."""
     named = {"latents": states[list(states)[-1]]} | ({"base": states["base"]} if len(states) > 1 else {})
     save_tensors(request.video.with_suffix(".safetensors"), named, {"space": "dit", "layout": "B C T h w"})
 
@@ -41,10 +40,10 @@ def determinants(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that determine a video, as JSON values.
 
     Args:
-        request: of the video.
+        request: the request of the video.
         common: settings of all videos that are rendered with it.
     """
-    # The schedule of steps is what most videos have; what few have is left out where it is not used.
+    # Rarely used settings of the sampler are left out if they have their defaults.
     unused = {"own_sigmas": None, "guided": (0.0, 1.0), "start_sigma": 1.0}
     sampler = {key: value for key, value in asdict(request.settings).items() if unused.get(key, ...) != value}
     return {
@@ -57,7 +56,7 @@ def determinants(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that determine a video, its noise and the versions; takes what `determinants` takes."""
+    """Returns `determinants`, the checksum of the noise and the versions; arguments as for `determinants`."""
     return {
         **determinants(request, common),
         "noise_sha256": tensor_sha256(noise_of(request)),
@@ -66,9 +65,9 @@ def describe(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def file_metadata(request: Request, common: Mapping[str, Any]) -> dict[str, str]:
-    """Returns what a video file says of itself: its prompt as title, and what determines it as JSON in the comment.
+    """Returns the metadata of a video file: its prompt as "title", and `describe` as JSON in "comment".
 
-    Files go by their names: a path may tell who rendered it.
+    Files are recorded by name without folder, because a path can reveal who rendered the video.
     """
     record = describe(request, common)
     record["adapters"] = [adapter | {"file": Path(adapter["file"]).name} for adapter in record.get("adapters", [])]
@@ -79,12 +78,12 @@ def file_metadata(request: Request, common: Mapping[str, Any]) -> dict[str, str]
 
 
 def save_settings(request: Request, common: Mapping[str, Any], usage: "Usage") -> None:
-    """Writes a video's settings as .json beside it.
+    """Writes the settings of a video as .json next to it.
 
     Args:
-        request: of the video.
+        request: the request of the video.
         common: settings of all videos that are rendered with it.
-        usage: of the stages until now.
+        usage: time and memory of the stages so far.
     """
     device = torch.cuda.get_device_name() if usage.device.type == "cuda" else "cpu"
     record = {**describe(request, common), "encoding": asdict(request.encoding), "device": device, **usage.so_far()}
@@ -92,7 +91,7 @@ def save_settings(request: Request, common: Mapping[str, Any], usage: "Usage") -
 
 
 class Usage:
-    """Measures the seconds and the peak memory of each stage: of the GPU's, or of the process on a CPU."""
+    """Measures the seconds and the peak memory of each stage: memory of the GPU, or of the process on a CPU."""
 
     def __init__(self, device: torch.device, write_line: Callable[[str], object]) -> None:
         self.device = device
@@ -102,17 +101,18 @@ class Usage:
         self.peak_gib: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def stage(self, name: str, foretold: Mapping[str, int] | None = None) -> Iterator[None]:
-        """Measures what runs inside, and writes a line about it, with the bytes that were foretold of a GPU."""
+    def stage(self, name: str, estimate: Mapping[str, int] | None = None) -> Iterator[None]:
+        """Measures the code inside the context and writes a line with the result; on a GPU also the estimated bytes."""
         reset_peak(self.device)
         self.started = {name: time.perf_counter()}
         yield
         self.so_far()
-        expected = f", foretold {sum(foretold.values()) / 2**30:.2f}" if foretold and self.device.type == "cuda" else ""
+        is_gpu = self.device.type == "cuda"
+        expected = f", estimated {sum(estimate.values()) / 2**30:.2f}" if estimate and is_gpu else ""
         self.write_line(f"{name}: {self.seconds[name]:.1f} s, peak {self.peak_gib[name]} GiB{expected}")
 
     def so_far(self) -> dict[str, dict[str, float]]:
-        """Returns the seconds and the peak of each stage, the one under way included."""
+        """Returns the seconds and the peak memory of each stage, including the current one."""
         for name, started in self.started.items():
             self.seconds[name] = round(time.perf_counter() - started, 3)
             self.peak_gib[name] = peak_gib(self.device)

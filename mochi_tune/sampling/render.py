@@ -1,4 +1,4 @@
-"""Rendering on one device or many, in little memory: what `sample`, `bench` and `verify` have in common."""
+"""Rendering on one or more devices, in little memory; shared by `sample`, `bench` and `verify`."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,15 +38,15 @@ from mochi_tune.sampling.sampler import (
     guided,
 )
 
-# The order in which torch tries them: cuDNN's attention is the fastest on Hopper.
+# Attention kernels in the order of preference: cuDNN's is the fastest on Hopper.
 ATTENTION_KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-# Elements of one channel of the latents, four to a token. Below these a pass is over before the next one's weights have
-# come over PCIe.
+# Latents per channel, four per token, below which copying offloaded weights over PCIe takes longer than a pass. The two
+# passes of guidance then run as one batch.
 MAX_ONE_BATCH_SIZE = 4 * 16000
 
 
@@ -55,11 +55,11 @@ class Setup:
     """How a process renders.
 
     Attributes:
-        device: where it computes.
-        dtype: of the DiT's matrices.
+        device: the device that computes.
+        dtype: dtype of the DiT's matrices.
         residency: where the DiT's weights are, one of RESIDENCIES.
-        mesh: of the processes; None for one process.
-        is_compiled: whether the arithmetic between matrix products is fused.
+        mesh: the mesh of the processes; None for one process.
+        is_compiled: whether the blocks are compiled.
     """
 
     device: torch.device
@@ -78,22 +78,22 @@ def prepare_dit(
     setup: Setup,
     read_fp8: Callable[[str], tuple[Tensor, Tensor] | None] = lambda _: None,
 ) -> AsymmDiT:
-    """Loads the DiT for rendering; each block is made small and gets its adapters as soon as it is read.
+    """Loads the DiT for rendering. Each block is quantized or sharded, and gets its adapters, as soon as it is read.
 
     Args:
-        load: `WeightsFolder.load_dit`, or `build_random_model` of a configuration; called with a device, a dtype and
+        load: `WeightsFolder.load_dit`, or `build_random_model` with a configuration; called with a device, a dtype and
             `each_block`.
-        adapters: of each adapter, by a name of its own: its layers, its strength, and further factors on this by the
-            number of the block, 1 where there is none.
-        setup: of this process.
-        read_fp8: `WeightsFolder.read_fp8`, of the base.
+        adapters: for each adapter, by a unique name: its layers, its strength, and additional factors by the number of
+            the block; blocks that are not listed have 1.
+        setup: the setup of this process.
+        read_fp8: `WeightsFolder.read_fp8` of the base.
     """
     device, residency, mesh = setup.device, setup.residency, setup.mesh
 
     def prepare_block(dit: AsymmDiT, block: nn.Module) -> None:
         assert isinstance(block, AsymmetricJointBlock)
         prefix = f"blocks.{list(dit.blocks).index(block)}."
-        # An adapter goes onto a Linear: before a modulation's weights leave for host memory, and as peft wraps 8 bits.
+        # Modulation layers need their adapters first: moved to host memory, they are no Linear that peft can wrap.
         _apply_adapters(dit, adapters, lambda layer: layer.startswith(f"{prefix}mod_"))
         apply_host_modulation(block)
         if residency in PRECISIONS:
@@ -118,7 +118,7 @@ def _apply_adapters(
     adapters: Mapping[str, tuple[dict[str, LoraLayer], float, Mapping[int, float]]],
     is_wanted: Callable[[str], bool],
 ) -> None:
-    """Applies the layers of each adapter whose names are wanted."""
+    """Applies the layers of each adapter for whose names `is_wanted` is true."""
     for name, (layers, strength, by_block) in adapters.items():
         for block, wanted in itertools.groupby(filter(is_wanted, sorted(layers, key=block_of)), block_of):
             own = {layer: layers[layer] for layer in wanted}
@@ -126,7 +126,7 @@ def _apply_adapters(
 
 
 def choose_guide(setup: Setup) -> Guide:
-    """Returns how both prompts are evaluated: on two processes, in one batch where weights travel, or in turn."""
+    """Returns the guide of a setup: two processes, one batch for short videos with offloaded weights, or in turn."""
     guide: Guide = guide_in_turn
     if setup.mesh is not None and setup.mesh.layout.guidance > 1:
         guide = SplitGuidance(setup.mesh.guidance_group)
@@ -143,16 +143,16 @@ def choose_guide(setup: Setup) -> Guide:
 def follow_schedules(
     guide: Guide, scaling: AdapterScaling, settings: SamplerSettings, schedules: Mapping[str, Sequence[float]]
 ) -> Guide:
-    """Returns a guide that gives the adapters the strengths of a step before it computes the step.
+    """Returns a guide that sets the strengths of the adapters before each step.
 
     Args:
         guide: computes the step.
-        scaling: of the model.
-        settings: of the rendering.
-        schedules: by the adapter's name, the factors that `settings` spreads over the steps.
+        scaling: sets the strengths of the model's adapters.
+        settings: settings of the sampler.
+        schedules: for each adapter, by name, the factors that `settings.spread` spreads over the steps.
     """
     by_step = {name: settings.spread(values) for name, values in schedules.items()}
-    # No two steps begin at one noise level.
+    # Each step begins at a different noise level.
     by_sigma = {sigma: {n: v[i] for n, v in by_step.items()} for i, sigma in enumerate(settings.sigmas[:-1])}
 
     def guide_with_strengths(denoiser: Denoiser, latents: Tensor, sigma: float, scale: float) -> Tensor:
@@ -168,7 +168,7 @@ def _guide_in_one_batch_if_short(denoiser: Denoiser, latents: Tensor, sigma: flo
 
 
 class SplitGuidance:
-    """A `sampler.Guide`: one process of two evaluates the prompt, the other one the negative prompt."""
+    """A `sampler.Guide` for two processes: one evaluates the prompt, the other the negative prompt."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -184,16 +184,16 @@ class SplitGuidance:
 
 
 def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None, tiles: Tiles = WHOLE) -> Iterator[Tensor]:
-    """Decodes one video, yielding uint8 frames (F', H, W, 3) in order in the process that writes it, none elsewhere.
+    """Decodes one video; yields uint8 frames (F', H, W, 3) in order in the process that writes it, else nothing.
 
-    Processes that render a video together share its time; one alone, or more than latent frames, decodes chunk by
-    chunk.
+    The processes of a video each decode a part of its time. If there is one process, or if there are more processes
+    than latent frames, one process decodes chunk by chunk.
 
     Args:
-        decoder: on this process's device.
-        latents: DiT space, (1, 12, T, h, w), the same in all processes of the video.
-        mesh: of the processes; None for one process.
-        tiles: spatial ones that are decoded one by one; only WHOLE is exact.
+        decoder: the decoder on this process's device.
+        latents: DiT space, (1, 12, T, h, w), equal in all processes of the video.
+        mesh: the mesh of the processes; None for one process.
+        tiles: number of spatial tiles, as for `decode_tiled`; only WHOLE is exact.
     """
     vae_latents = to_vae_latents(latents)
     if mesh is None or not 1 < dist.get_world_size(mesh.video_group) <= latents.shape[2]:

@@ -1,4 +1,4 @@
-"""What `sample` is asked to render: one prompt, or a file of them, each with its own settings and seeds."""
+"""The requests of `sample`: one prompt or a file of prompts, each with its settings and seeds."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from mochi_tune.models.latents import check_geometry, num_visual_tokens
 from mochi_tune.sampling.formats import MP4, Encoding, choose_encoding, is_file_name
 from mochi_tune.sampling.sampler import PRESETS, SamplerSettings, threshold_limit
 
-# The keys that a row of a .jsonl file may have, all of `sample` but `seed`, and their JSON types.
+# The keys of a row of a .jsonl file and their JSON types. Except for `seed`, they are settings of `sample`.
 ROW_KEYS: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "negative_prompt": (str,),
@@ -37,10 +37,11 @@ ROW_KEYS: dict[str, tuple[type, ...]] = {
     "init_video": (str,),
     "init_strength": (int, float),
 }
-# What a schedule is made of where its noise levels are not given by `sigmas`.
+# Settings of the schedule if its noise levels are not given by `sigmas`.
 SCHEDULE_KEYS = ("steps", "threshold", "linear_steps")
+# Maximum visual tokens of a video: ten times those of 163 frames of 480x848.
 MAX_VIDEO_TOKENS = 445_200
-# Bytes of a name that is given: the files beside it, and those that become it, have longer ones.
+# Maximum bytes of the name of a video: the files next to it, and temporary files, have longer names.
 MAX_NAME = 220
 JSON_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list of numbers"}
 
@@ -62,12 +63,12 @@ class Request:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the negative prompt plays a part in any step."""
+        """Whether any step uses the negative prompt."""
         return any(scale != 1 for scale in self.settings.scales)
 
 
 def sampler_settings(sample: SampleConfig) -> SamplerSettings:
-    """Returns the preset's settings, replaced by those that are set.
+    """Returns the settings of the preset, overridden by those that are set.
 
     Raises:
         ConfigError: the schedule or the guidance does not fit the number of steps.
@@ -80,7 +81,7 @@ def sampler_settings(sample: SampleConfig) -> SamplerSettings:
                 f"{settings.steps} steps are given: leave it out, or use preset=fast."
             )
     if sample.steps is not None:
-        # A preset's linear steps belong to the preset's number of steps.
+        # The linear steps of a preset only fit its number of steps.
         settings = replace(settings, steps=sample.steps, linear_steps=None)
     if sample.threshold is not None:
         settings = replace(settings, threshold=sample.threshold)
@@ -92,7 +93,7 @@ def sampler_settings(sample: SampleConfig) -> SamplerSettings:
     if sample.sigmas is not None:
         sigmas = tuple(sample.sigmas)
         if len(sigmas) < 2 or (sigmas[0], sigmas[-1]) != (1, 0) or any(a <= b for a, b in itertools.pairwise(sigmas)):
-            raise ConfigError(f"sample.sigmas={list(sigmas)} is no schedule: give falling numbers from 1 to 0.")
+            raise ConfigError(f"sample.sigmas={list(sigmas)} is not a schedule: give falling numbers from 1 to 0.")
         others = {name: getattr(sample, name) for name in SCHEDULE_KEYS if getattr(sample, name) is not None}
         if others.get("steps") == len(sigmas) - 1:
             del others["steps"]
@@ -119,14 +120,14 @@ def _check_schedule(settings: SamplerSettings) -> None:
     if linear_steps is not None and linear_steps >= steps:
         advice = f"use 1 to {steps - 1}, or leave it out for half of them" if steps > 1 else "leave it out"
         raise ConfigError(f"sample.linear_steps={linear_steps} does not fit sample.steps={steps}: {advice}.")
-    # Levels that are given are checked where they are read, and one step goes from 1 to 0 by itself.
+    # Given levels are checked in `sampler_settings`, and a single step always goes from 1 to 0.
     if settings.own_sigmas is not None or steps == 1:
         return
     linear = steps // 2 if linear_steps is None else linear_steps
     limit = threshold_limit(steps, linear)
     if threshold >= limit:
         enough = next(more for more in range(linear + 1, steps) if threshold < threshold_limit(steps, more))
-        # Three digits, rounded down to below the limit.
+        # The largest number with three digits below the limit.
         unit = 10 ** (math.floor(math.log10(limit)) - 2)
         raise ConfigError(
             f"sample.threshold={threshold:g} does not fit sample.steps={steps}, {linear} of them linear: noise levels "
@@ -136,22 +137,21 @@ def _check_schedule(settings: SamplerSettings) -> None:
 
 
 def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Path) -> list[Request]:
-    """Returns every video that is asked for, in order, each with a path where no file is yet.
+    """Returns the requested videos in order, each with the path of a file that does not exist yet.
 
     Args:
-        sample: the prompt or the file of prompts, and the settings of all of them.
-        data: the size where `sample` sets none.
-        seed: where neither the row nor `sample.seeds` gives one.
-        run_dir: folder whose samples/ takes the videos where `sample.out` is not set.
+        sample: the prompt or the file of prompts, and their common settings.
+        data: gives the size if `sample` does not.
+        seed: used if neither the row nor `sample.seeds` gives one.
+        run_dir: videos go to its folder samples/ if `sample.out` is not set.
 
     Raises:
-        ConfigError: no prompt, a file that cannot be read, a row that is wrong (its number is given), a path that is
-            taken.
+        ConfigError: there is no prompt, a file cannot be read, a row is invalid (names its number), or a path exists.
     """
     rows: list[tuple[str, dict[str, Any]]]
     if sample.prompts is None:
         if not sample.prompt.strip():
-            raise ConfigError('sample.prompt is empty: say what to render, prompt="a teacup shatters".')
+            raise ConfigError('sample.prompt is empty: describe the video, such as prompt="a teacup shatters".')
         rows = [("", {"prompt": sample.prompt})]
     else:
         rows = list(read_rows(Path(sample.prompts)))
@@ -163,7 +163,7 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
     requests: list[Request] = []
     for where, row in rows:
         own = {key: value for key, value in row.items() if key != "seed"}
-        # A row's schedule replaces the one that is set for all.
+        # The schedule of a row replaces that of the command.
         if "sigmas" in row:
             own = dict.fromkeys(SCHEDULE_KEYS) | own
         elif any(key in row for key in SCHEDULE_KEYS):
@@ -181,7 +181,7 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
         for number in [row["seed"]] if "seed" in row else sample.seeds or [seed]:
             if not 0 <= number < SEED_LIMIT:
                 raise ConfigError(f"{where}seed={number} is not possible: it must be from 0 to below 2**63.")
-            # Several pictures are a folder.
+            # Several PNG pictures are written to a folder.
             suffix = "" if encoding.format == "png" and size[0] > 1 else f".{encoding.format}"
             video = paths.take(mine.prompt, number, suffix)
             requests.append(
@@ -191,7 +191,7 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
 
 
 def _start_of(sample: SampleConfig) -> tuple[Path | None, float]:
-    """Returns what a video starts from, and the noise level that it is given."""
+    """Returns the video or image that sampling starts from, if any, and the initial noise level."""
     if sample.init_video is not None:
         path = Path(sample.init_video)
         if not path.is_file():
@@ -207,9 +207,15 @@ def _start_of(sample: SampleConfig) -> tuple[Path | None, float]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields where each row of a file of prompts stands, for errors, and what it says; blank ones are passed over."""
+    """Yields the location, a prefix for errors, and the content of each row of a file of prompts, except blank ones.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row is invalid.
+    """
     if path.suffix not in (".txt", ".jsonl"):
-        raise ConfigError(f"sample.prompts={path} is no .txt or .jsonl file: write one prompt, or one object, a line.")
+        raise ConfigError(
+            f"sample.prompts={path} is not a .txt or .jsonl file: write one prompt, or one object, per line."
+        )
     try:
         lines = read_lines(path)
     except FileNotFoundError:
@@ -222,7 +228,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ConfigError(f"sample.prompts={path} cannot be read ({error.strerror}).") from None
     rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
-        raise ConfigError(f"sample.prompts={path} has no prompts: write one a line.")
+        raise ConfigError(f"sample.prompts={path} has no prompts: write one per line.")
     for number, line in rows:
         where = f"{path} row {number}: "
         yield where, {"prompt": line} if path.suffix == ".txt" else _read_object(where, line)
@@ -233,7 +239,7 @@ def _read_object(where: str, line: str) -> dict[str, Any]:
         row: dict[str, Any] = {}
         for key, value in pairs:
             if key in row:
-                raise ConfigError(f"{where}{key} stands there twice: leave one out.")
+                raise ConfigError(f"{where}{key} is given twice: leave one out.")
             row[key] = value
         return row
 
@@ -247,12 +253,12 @@ def _read_object(where: str, line: str) -> dict[str, Any]:
     if half is not None:
         raise ConfigError(f"{where}it holds half of a character, {half}: write the whole character.")
     if not isinstance(row, dict):
-        raise ConfigError(f'{where}{line[:40]} is no object: write {{"prompt": "a teacup shatters"}}.')
+        raise ConfigError(f'{where}{line[:40]} is not an object: write {{"prompt": "a teacup shatters"}}.')
     if not str(row.get("prompt", "")).strip():
         raise ConfigError(f'{where}it has no prompt: write {{"prompt": "a teacup shatters"}}.')
     for key, value in row.items():
         if key not in ROW_KEYS:
-            raise ConfigError(f"{where}{key} is not a key of a row, which are {', '.join(ROW_KEYS)}.")
+            raise ConfigError(f"{where}{key} is not a key of a row: use {', '.join(ROW_KEYS)}.")
         fits = isinstance(value, ROW_KEYS[key]) and not isinstance(value, bool)
         if isinstance(value, list):
             fits = fits and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
@@ -263,10 +269,10 @@ def _read_object(where: str, line: str) -> dict[str, Any]:
 
 
 def check_size(num_frames: int, height: int, width: int) -> None:
-    """Refuses videos that no machine will render, before one tries.
+    """Refuses videos that are too large to render.
 
     Raises:
-        ConfigError: more tokens than ten times those of 163 frames of 480x848.
+        ConfigError: the video has more than MAX_VIDEO_TOKENS visual tokens.
     """
     tokens = num_visual_tokens(num_frames, height, width)
     if tokens > MAX_VIDEO_TOKENS:
@@ -277,17 +283,17 @@ def check_size(num_frames: int, height: int, width: int) -> None:
 
 
 class _VideoPaths:
-    """Finds a path for each video: the one asked for, or new ones in a folder."""
+    """Chooses a path for each video: the given file, or a new name in a folder."""
 
     def __init__(self, path: Path, num_videos: int) -> None:
         is_file = is_file_name(path)
         self.single = path if is_file else None
         self.folder = path
-        # Listed once: a farm's folder has thousands of files, and as many are asked for.
+        # Listed once, because there may be thousands of files and as many requests.
         entries = path.iterdir() if not is_file and path.is_dir() else ()
         self.taken = {entry.name.partition(".")[0] for entry in entries}
         if is_file and num_videos > 1:
-            raise ConfigError(f"out={path} is a file, and {num_videos} videos are asked for: name a folder.")
+            raise ConfigError(f"out={path} is a file, but {num_videos} videos are requested: name a folder.")
 
     def take(self, prompt: str, seed: int, suffix: str) -> Path:
         if self.single is not None:

@@ -16,15 +16,15 @@ class SamplerSettings:
     """The Euler steps of a rendering.
 
     Attributes:
-        steps: how many.
-        guidance: the scale of classifier-free guidance, one for all steps or one for each.
-        threshold: of `linear_quadratic_sigmas`.
-        linear_steps: of `linear_quadratic_sigmas`.
-        own_sigmas: noise levels from 1 to 0, `steps` + 1 of them, instead of the linear-quadratic ones.
-        start_sigma: the noise level at which the walk begins; below 1 it begins with latents that are not all noise,
-            and only the steps below it are walked, the first one from there on.
-        guided: from which to which share of the steps one scale for all is used; the others have no guidance, which
-            takes one pass of two. Source of the idea: arXiv 2404.07724.
+        steps: number of steps.
+        guidance: scale of classifier-free guidance, one for all steps or one for each.
+        threshold: see `linear_quadratic_sigmas`.
+        linear_steps: see `linear_quadratic_sigmas`.
+        own_sigmas: `steps` + 1 noise levels from 1 to 0, which replace the linear-quadratic ones.
+        start_sigma: noise level at which sampling starts. Below 1, it starts from partly noisy latents and runs only
+            the steps below this level, the first of them shortened.
+        guided: range of steps, as fractions, in which a single guidance scale is used. The other steps have no
+            guidance, and so one pass instead of two. Source of the idea: arXiv 2404.07724.
     """
 
     steps: int
@@ -37,22 +37,21 @@ class SamplerSettings:
 
     @property
     def sigmas(self) -> list[float]:
-        """The noise levels from `start_sigma` to 0, one more than the steps that are walked."""
+        """The noise levels from `start_sigma` to 0, one more than the steps that run."""
         return [self.start_sigma, *self._all_sigmas[self._first_step + 1 :]]
 
     @property
     def scales(self) -> list[float]:
-        """The guidance of each step that is walked."""
+        """The guidance scale of each step that runs."""
         if isinstance(self.guidance, tuple):
             return list(self.guidance[self._first_step :])
         first, last = (round(share * self.steps) for share in self.guided)
         return [self.guidance if first <= step < last else 1.0 for step in range(self._first_step, self.steps)]
 
     def spread(self, values: Sequence[float]) -> list[float]:
-        """Returns one of `values` for each step that is walked.
+        """Returns a value for each step that runs, by linear interpolation of `values` over all `steps`.
 
-        They are spread evenly over all `steps`, the first one at the first step and the last one at the last, linear
-        in between; as many as steps are one for each.
+        The first value is that of the first step and the last value that of the last step.
         """
         last, found = max(1, self.steps - 1), []
         for step in range(self._first_step, self.steps):
@@ -69,19 +68,19 @@ class SamplerSettings:
 
     @property
     def _first_step(self) -> int:
-        """The step that `start_sigma` lies in: not above its first noise level, and above its last one."""
+        """The number of the step that contains `start_sigma`: at most its first noise level, and above its last one."""
         return sum(sigma >= self.start_sigma for sigma in self._all_sigmas[1:])
 
 
 def linear_quadratic_sigmas(steps: int, threshold: float, linear_steps: int | None = None) -> list[float]:
-    """Returns `steps` + 1 noise levels from 1 to 0: small equal steps down to 1 - threshold, then quadratic ones.
+    """Returns `steps` + 1 noise levels from 1 to 0: linear down to 1 - threshold, then quadratic.
 
     Source: genmoai/mochi@0c86aeb pipelines.py (linear_quadratic_schedule).
 
     Args:
-        steps: Euler steps, at least 1.
-        threshold: how far the linear part goes, above 0 and below `threshold_limit`.
-        linear_steps: steps of the linear part, below `steps`; half of them by default.
+        steps: number of Euler steps, at least 1.
+        threshold: length of the linear part, above 0 and below `threshold_limit`.
+        linear_steps: number of steps of the linear part, below `steps`; half of them by default.
     """
     if steps == 1:
         return [1.0, 0.0]
@@ -95,13 +94,14 @@ def linear_quadratic_sigmas(steps: int, threshold: float, linear_steps: int | No
 
 
 def threshold_limit(steps: int, linear_steps: int) -> float:
-    """Returns what the threshold of `linear_quadratic_sigmas` must be below, or its last steps run below 0 and back up.
+    """Returns the exclusive upper bound of the threshold of `linear_quadratic_sigmas`.
 
-    Of n quadratic steps the last one is threshold / linear_steps + (2n - 1) * curvature long, which is to be above 0.
+    At or above it, the noise levels fall below 0 and rise again. The last of n quadratic steps has the length
+    threshold / linear_steps + (2n - 1) * curvature, which must be above 0.
 
     Args:
-        steps: Euler steps, at least 2.
-        linear_steps: steps of the linear part, 1 to steps - 1.
+        steps: number of Euler steps, at least 2.
+        linear_steps: number of steps of the linear part, from 1 to steps - 1.
     """
     quadratic = steps - linear_steps
     if quadratic == 1:
@@ -111,7 +111,7 @@ def threshold_limit(steps: int, linear_steps: int) -> float:
 
 
 def _fastmochi_sigmas() -> tuple[float, ...]:
-    """Returns the noise levels that FastMochi was distilled for: every 12th or 13th of 100, taken of 1,000.
+    """Returns the noise levels that FastMochi was distilled for: every 12th or 13th of 100, which are taken from 1,000.
 
     Source: hao-ai-lab/FastVideo v0.1.1 fastvideo/distill/solver.py (PCMFMScheduler), with the settings of
     scripts/inference/inference_mochi_sp.sh: 8 steps, threshold 0.1, a linear part of 0.75, guidance 1.5.
@@ -121,7 +121,7 @@ def _fastmochi_sigmas() -> tuple[float, ...]:
 
 
 # Source: genmoai/mochi@0c86aeb demos/cli.py ("quality"); "fast" are the settings of the distilled checkpoints, and
-# "fastmochi" the levels of those of FastVideo. "balanced" leaves guidance out where that changes least: see
+# "fastmochi" the levels of those of FastVideo. "balanced" omits guidance in the steps where this changes least, see
 # docs/experiments.md.
 PRESETS = {
     "quality": SamplerSettings(steps=64, guidance=6.0, threshold=0.025),
@@ -132,13 +132,13 @@ PRESETS = {
 
 
 def draw_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
-    """Draws the latents that sampling starts from, (1, C, T, h, w) fp32; on the CPU, so that all devices agree."""
+    """Draws the initial noise (1, C, T, h, w), fp32, on the CPU, so that it is the same for all devices."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, *latent_shape(num_frames, height, width), generator=generator, dtype=torch.float32)
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """Returns latents at a noise level: (1 - sigma) * latents + sigma * noise; exactly one of them at 0 and 1."""
+    """Returns noisy latents (1 - sigma) * latents + sigma * noise; exactly `latents` at 0 and `noise` at 1."""
     return (1 - sigma) * latents + sigma * noise
 
 
@@ -150,20 +150,20 @@ class Denoiser:
     """Predicts velocities under the prompt "cond" and the negative prompt "uncond"."""
 
     def __init__(self, dit: nn.Module, cond: Prompt, uncond: Prompt, modulation: ModulationTable | None = None) -> None:
-        """Joins a model and the prompts of a rendering.
+        """Combines a model and the prompts of a rendering.
 
         Args:
             dit: predicts the velocity.
             cond: the prompt of each row.
-            uncond: the negative prompt of each row; the empty one has no valid token.
-            modulation: of the rendering, under the prompts' names.
+            uncond: the negative prompt of each row; the empty prompt has no valid token.
+            modulation: precomputed modulation for the prompts "cond" and "uncond".
         """
         self.dit = dit
         self.prompts = {"cond": cond, "uncond": uncond}
         self.modulation = modulation
 
     def __call__(self, latents: Tensor, sigma: float, names: Sequence[str]) -> Tensor:
-        """Returns the velocities (len(names) * B, C, T, h, w), fp32, of latents (B, C, T, h, w) under each prompt."""
+        """Returns the velocities (len(names) * B, C, T, h, w), fp32, of latents (B, C, T, h, w) for each prompt."""
         embeds, mask = _as_one_batch([self.prompts[name] for name in names])
         latents = latents.repeat(len(names), 1, 1, 1, 1)
         level = torch.full((len(latents),), sigma, device=latents.device)
@@ -171,18 +171,18 @@ class Denoiser:
         return self.dit(latents, level, embeds, mask, modulation).float()
 
 
-# Gives the velocity of latents at a noise level sigma, with a guidance scale.
+# Returns the guided velocity, called with a denoiser, latents, the noise level sigma and the guidance scale.
 Guide = Callable[[Denoiser, Tensor, float, float], Tensor]
 
 
 def guide_in_turn(denoiser: Denoiser, latents: Tensor, sigma: float, scale: float) -> Tensor:
-    """Evaluates the prompt and the negative prompt one after the other; at scale 1 the prompt alone."""
+    """Evaluates the prompt and the negative prompt one after the other; at scale 1 only the prompt."""
     cond = denoiser(latents, sigma, ["cond"])
     return cond if scale == 1 else guided(cond, denoiser(latents, sigma, ["uncond"]), scale)
 
 
 def guide_in_one_batch(denoiser: Denoiser, latents: Tensor, sigma: float, scale: float) -> Tensor:
-    """Evaluates both prompts as one batch: each weight is read once a step, activations are twice as large."""
+    """Evaluates both prompts as one batch: weights are read once per step, but activations are twice as large."""
     if scale == 1:
         return denoiser(latents, sigma, ["cond"])
     cond, uncond = denoiser(latents, sigma, ["cond", "uncond"]).chunk(2)
@@ -202,17 +202,17 @@ def euler_steps(
     guidance: Sequence[float],
     guide: Guide = guide_in_turn,
 ) -> Iterator[Tensor]:
-    """Walks from noise, all or in part, to latents; yields the latents after each step; the last ones are the result.
+    """Integrates from noise, or partly noisy latents, to latents; yields the latents after each step, fp32.
 
-    They are fp32: z <- z + (sigma_i - sigma_{i+1}) * v with v = u + g_i * (c - u).
+    z <- z + (sigma_i - sigma_{i+1}) * v with v = u + g_i * (c - u).
     Source: genmoai/mochi@0c86aeb pipelines.py (sample_model).
 
     Args:
         denoiser: the model and its prompts.
-        noise: (B, C, T, h, w), on the model's device; at a first noise level below 1, that of `add_noise`.
+        noise: (B, C, T, h, w), on the model's device. If the first noise level is below 1: the output of `add_noise`.
         sigmas: noise levels, falling to 0, one more than steps.
-        guidance: one scale a step; at 1 the negative prompt is not evaluated.
-        guide: how the two prompts' velocities are evaluated.
+        guidance: scale of each step; at 1 the negative prompt is not evaluated.
+        guide: evaluates the velocities of the two prompts.
     """
     latents = noise.float()
     for sigma, next_sigma, scale in zip(sigmas[:-1], sigmas[1:], guidance, strict=True):
@@ -228,15 +228,15 @@ def sample_latents(
     settings: SamplerSettings,
     guide: Guide = guide_in_turn,
 ) -> Iterator[Tensor]:
-    """Renders one prompt, yielding the latents after each step, fp32 (1, C, T, h, w); the last ones are the result.
+    """Renders one prompt; yields the latents (1, C, T, h, w), fp32, after each step. The last ones are the result.
 
     Args:
-        dit: in eval mode, with or without adapters.
-        noise: (1, C, T, h, w), on any device; below `settings.start_sigma` = 1, what `add_noise` gives there.
+        dit: the model in eval mode, with or without adapters.
+        noise: (1, C, T, h, w), on any device. If `settings.start_sigma` is below 1: the output of `add_noise`.
         prompt: features of the prompt's valid tokens, (n, D).
-        negative_prompt: the same of the negative prompt; none (0, D) for the empty one.
+        negative_prompt: features of the negative prompt's valid tokens; (0, D) for the empty prompt.
         settings: steps, schedule and guidance.
-        guide: how the two prompts' velocities are evaluated.
+        guide: evaluates the velocities of the two prompts.
     """
     if not settings.scales:
         return iter(())
@@ -251,7 +251,7 @@ def sample_latents(
 
 
 def _as_one_batch(prompts: Sequence[Prompt]) -> Prompt:
-    """Joins prompts along the batch axis, padded to the longest."""
+    """Concatenates prompts along the batch axis, padded to the longest."""
     if len(prompts) == 1:
         return prompts[0]
     length = max(embeds.shape[1] for embeds, _ in prompts)

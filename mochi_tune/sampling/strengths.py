@@ -1,4 +1,4 @@
-"""The strengths of a rendering's adapters by block and by step, read and checked before a weight is read."""
+"""Reads and checks the strengths of a rendering's adapters by block and by step, before any weight is read."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,23 +11,23 @@ from mochi_tune.sampling.sampler import SamplerSettings
 
 
 def read_block_strengths(sample: SampleConfig, num_adapters: int, depth: int) -> list[dict[int, float]]:
-    """Returns for each adapter the factors of the blocks that `sample.block_strength` names.
+    """Returns, for each adapter, the factors of the blocks that `sample.block_strength` names.
 
     Args:
         sample: the settings.
-        num_adapters: that are rendered with.
-        depth: blocks of the base.
+        num_adapters: number of adapters of the rendering.
+        depth: number of blocks of the base.
 
     Raises:
-        ConfigError: a key that is no block or range of blocks, a block that is named twice, or not one mapping for all
-            adapters or for each.
+        ConfigError: a key is not a block or range of blocks, a block is named twice, or the number of mappings is
+            neither one nor that of the adapters.
     """
     mappings = _one_each("block_strength", sample.block_strength, num_adapters, dict)
     return [_factors_by_block(mapping, depth) for mapping in mappings]
 
 
 def as_ranges(factors: Mapping[int, float]) -> dict[str, float]:
-    """Returns factors of blocks as `sample.block_strength` takes them, by the longest ranges."""
+    """Returns factors of blocks in the form of `sample.block_strength`, with the longest possible ranges."""
     ranges: list[tuple[int, int, float]] = []
     for block, factor in sorted(factors.items()):
         if ranges and (ranges[-1][1] + 1, ranges[-1][2]) == (block, factor):
@@ -38,10 +38,10 @@ def as_ranges(factors: Mapping[int, float]) -> dict[str, float]:
 
 
 def read_schedules(sample: SampleConfig, num_adapters: int) -> list[tuple[float, ...]]:
-    """Returns for each adapter the values of `sample.strength_schedule`; none where it is not set.
+    """Returns, for each adapter, the values of `sample.strength_schedule`; empty if it is not set.
 
     Raises:
-        ConfigError: a schedule without values, or not one for all adapters or for each.
+        ConfigError: a schedule has no values, or the number of schedules is neither one nor that of the adapters.
     """
     given = sample.strength_schedule
     if given is None:
@@ -55,10 +55,10 @@ def read_schedules(sample: SampleConfig, num_adapters: int) -> list[tuple[float,
 
 
 def check_schedules(schedules: Iterable[Sequence[float]], settings: Iterable[SamplerSettings]) -> None:
-    """Refuses schedules that have more values than a rendering has steps.
+    """Refuses schedules with more values than a rendering has steps.
 
     Raises:
-        ConfigError: naming both numbers.
+        ConfigError: a schedule is longer than the number of steps; names both numbers.
     """
     longest, steps = max(map(len, schedules), default=0), min(each.steps for each in settings)
     if longest > steps:
@@ -93,10 +93,10 @@ def _factors_by_block(mapping: Mapping[str, float], depth: int) -> dict[int, flo
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if not 0 <= first <= last < depth:
             raise ConfigError(
-                f"sample.block_strength: {key!r} is no block of the base: use a number from 0 to {depth - 1}, or a "
+                f"sample.block_strength: {key!r} is not a block of the base: use a number from 0 to {depth - 1}, or a "
                 f"range such as 0-{depth - 1}."
             )
         if twice := factors.keys() & set(range(first, last + 1)):
-            raise ConfigError(f"sample.block_strength names block {min(twice)} twice: let the ranges not overlap.")
+            raise ConfigError(f"sample.block_strength names block {min(twice)} twice: use ranges that do not overlap.")
         factors |= dict.fromkeys(range(first, last + 1), factor)
     return factors

@@ -1,4 +1,4 @@
-"""Writing videos and contact sheets."""
+"""Writes and reads video files."""
 
 import contextlib
 import os
@@ -16,9 +16,10 @@ from mochi_tune.models.latents import FPS
 from mochi_tune.sampling.formats import CODECS, MP4, Encoding
 from mochi_tune.sampling.pictures import write_pictures
 
-# Without a tag players guess the colours by the size. By their numbers in ITU-T H.273: matrix, primaries and transfer.
+# Colour tags, without which players guess the colours by the size. ITU-T H.273 has the same number 1 for the matrix,
+# primaries and transfer of BT.709.
 BT709, LIMITED_RANGE, FULL_RANGE = 1, 1, 2
-# libswscale's bicubic filter with exact rounding and all of the source's colours.
+# libswscale flags: bicubic filter, accurate rounding, full chroma interpolation and full chroma input.
 EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
 
 
@@ -30,18 +31,18 @@ def write_video(
     encoding: Encoding = MP4,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Writes uint8 frames (F, H, W, 3), given in chunks; the file appears only when it is complete.
+    """Writes a video from chunks of uint8 frames (F, H, W, 3); the file appears only when it is complete.
 
     Args:
-        path: of the format's suffix; for several frames as PNG a folder. The folder that it is in exists.
-        frame_chunks: frames in order; sides are even.
-        may_replace: what to do when `path` is there by then: put this video in its place, or beside it.
-        fps: frames a second.
-        encoding: the format, the codec and its quality.
-        metadata: texts by "title" and "comment", which the file holds.
+        path: the file, with the suffix of the format, or a folder for several frames as PNG. Its parent must exist.
+        frame_chunks: frames in order, with even height and width.
+        may_replace: whether to replace an existing `path`; if False, the video gets a new name next to it.
+        fps: frames per second.
+        encoding: format, codec and quality.
+        metadata: texts for the keys "title" and "comment", stored in the file.
 
     Returns:
-        The video's path.
+        The path of the video.
     """
     try:
         with temporary_file(path) as temporary:
@@ -52,47 +53,47 @@ def write_video(
                 _encode(temporary, frame_chunks, fps, encoding, metadata)
             return temporary.replace(path) if may_replace else move_to_free_name(temporary, path)
     except OSError as error:
-        # PyAV names neither the file nor, in every case, the reason.
+        # PyAV's errors do not name the file.
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _encode(
     path: Path, frame_chunks: Iterable[Tensor], fps: int, encoding: Encoding, metadata: Mapping[str, str]
 ) -> None:
-    """Encodes each chunk in a thread, while the next one is being made."""
+    """Encodes each chunk in a thread while the next one is computed."""
     import av
 
-    # Without the flag Matroska has a random identity in each file.
+    # Without the flag, Matroska files contain a random identifier.
     options = {"fflags": "+bitexact"}
     with (
         av.open(str(path), "w", format=encoding.format, options=options) as container,
         ThreadPoolExecutor(1) as thread,
     ):
-        # A C string ends at a zero.
+        # FFmpeg's strings end at a null character.
         container.metadata.update({key: text.replace("\0", " ") for key, text in metadata.items()})
         stream, writing, count = None, None, 0
         for chunk in frame_chunks:
             if stream is None:
                 stream = _open_stream(container, encoding, fps, chunk)
             if writing is not None:
-                # One at a time: raises here what failed there, and no more than two chunks are in memory.
+                # Raises the errors of the thread, and keeps at most two chunks in memory.
                 writing.result()
             writing = thread.submit(_encode_chunk, container, stream, chunk, count)
             count += len(chunk)
-        assert stream is not None and writing is not None, "a video has a frame"
+        assert stream is not None and writing is not None, "the video has no frames"
         writing.result()
         container.mux(stream.encode())
 
 
 def _open_stream(container: Any, encoding: Encoding, fps: int, chunk: Tensor) -> Any:
-    """Adds the stream of an encoding to a file, for frames as large as those of a chunk."""
+    """Adds a video stream to a file, for frames of the size of `chunk`."""
     assert encoding.codec is not None
     stream = container.add_stream(CODECS[encoding.codec].encoder, rate=fps, options=_codec_options(encoding))
     stream.height, stream.width = chunk.shape[1:3]
-    # Every player reads 4:2:0; where nothing may be lost, each pixel keeps its own colour.
+    # Every player supports 4:2:0; lossless video keeps the colour of every pixel.
     stream.pix_fmt = "yuv444p" if encoding.is_lossless else "yuv420p"
     if (encoding.format, encoding.codec) == ("mp4", "hevc"):
-        # QuickTime knows no other tag.
+        # QuickTime supports no other tag of HEVC.
         stream.codec_context.codec_tag = "hvc1"
     _tag(stream.codec_context)
     stream.time_base = Fraction(1, fps)
@@ -102,13 +103,13 @@ def _open_stream(container: Any, encoding: Encoding, fps: int, chunk: Tensor) ->
 
 
 def _codec_options(encoding: Encoding) -> dict[str, str]:
-    """Returns the options of an encoder. With one thread, or as here, it makes the same file of the same frames."""
+    """Returns encoder options with which equal frames always give equal files."""
     crf = {"crf": str(encoding.crf)}
     if encoding.codec == "h264":
-        # With several threads or its macroblock tree x264 does not always make the same file of the same frames.
+        # With several threads or with macroblock tree, the output of x264 varies.
         return crf | {"preset": "medium", "threads": "1", "x264-params": "mbtree=0"}
     if encoding.codec == "hevc":
-        # With B-frames x265 gives the packets of one or two frames no time.
+        # With B-frames, x265 sets no timestamps for videos of one or two frames.
         parameters = "log-level=none:frame-threads=1:pools=none:bframes=0"
         parameters += ":lossless=1" if encoding.is_lossless else ""
         return crf | {"preset": "medium", "x265-params": parameters}
@@ -120,7 +121,7 @@ def _codec_options(encoding: Encoding) -> dict[str, str]:
 
 @contextlib.contextmanager
 def keep_scheduling() -> Iterator[None]:
-    """Gives the calling thread back its scheduling: as root, SVT-AV1 makes the thread that opens it a real-time one."""
+    """Restores the scheduling of the calling thread, which SVT-AV1, as root, changes to real-time when it is opened."""
     if not hasattr(os, "sched_getscheduler"):
         yield
         return
@@ -133,11 +134,11 @@ def keep_scheduling() -> Iterator[None]:
 
 
 def _encode_chunk(container: Any, stream: Any, chunk: Tensor, start: int) -> None:
-    """Encodes frames (F, H, W, 3), of which the first one has the number `start`."""
+    """Encodes frames (F, H, W, 3); `start` is the number of the first one."""
     import av
 
     for number, frame in enumerate(chunk.numpy(), start):
-        # Converted here and not by the encoder, whose own conversion does not always give the same bits.
+        # Converted here, because the implicit conversion before encoding does not always give the same bits.
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
             format=stream.pix_fmt,
             src_colorspace=BT709,
@@ -152,7 +153,7 @@ def _encode_chunk(container: Any, stream: Any, chunk: Tensor, start: int) -> Non
 
 
 def _tag(target: Any) -> None:
-    """Tags an encoder or a frame as BT.709 in limited range, which every player takes."""
+    """Tags an encoder or a frame as BT.709 in limited range, which every player supports."""
     target.colorspace = target.color_primaries = target.color_trc = BT709
     target.color_range = LIMITED_RANGE
 

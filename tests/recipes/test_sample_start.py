@@ -196,7 +196,7 @@ def test_blocks_have_strengths_of_their_own(tmp_path, adapter):
     assert record_of(video)["adapters"][0]["block_strength"] == {"0": 0.25}
     silent = sample(tmp_path, f"adapter={adapter}", "block_strength={0-1: 0}")
     assert torch.equal(latents_of(silent), latents_of(sample(tmp_path)))
-    with pytest.raises(ConfigError, match="'2' is no block of the base: use a number from 0 to 1"):
+    with pytest.raises(ConfigError, match="'2' is not a block of the base: use a number from 0 to 1"):
         sample(tmp_path, f"adapter={adapter}", "block_strength={2: 0}")
     with pytest.raises(ConfigError, match="strength_schedule has 5 numbers for 4 steps"):
         sample(tmp_path, f"adapter={adapter}", "strength_schedule=[1,1,1,1,0]")

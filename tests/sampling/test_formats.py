@@ -28,7 +28,7 @@ def ids(encoding):
 
 
 def flat_frames(count=3, size=64):
-    """Four flat colours a frame, of which the upper left one changes."""
+    """Returns frames of four flat colours; the upper left one changes in the second frame."""
     frames = torch.empty(count, size, size, 3, dtype=torch.uint8)
     half = size // 2
     for y, x, colour in ((0, 0, (220, 20, 30)), (0, 1, (20, 200, 40)), (1, 0, (30, 40, 210)), (1, 1, (128, 128, 128))):
@@ -38,7 +38,7 @@ def flat_frames(count=3, size=64):
 
 
 def real_frames(count=6, height=96, width=160, noise=2.0):
-    """Clouds of all sizes, as in pictures of nature (amplitude falls with frequency), that move, with some grain."""
+    """Returns frames of moving clouds of all sizes, whose amplitude falls with frequency as in photos, with grain."""
     rng = np.random.default_rng(0)
     large = (height + count, width + 2 * count)
     fy, fx = np.fft.fftfreq(large[0])[:, None], np.fft.rfftfreq(large[1])[None]
@@ -51,7 +51,7 @@ def real_frames(count=6, height=96, width=160, noise=2.0):
 
 
 def shown(frame):
-    """Returns what a player shows that believes the tags: (H, W, 3) of 0 to 255, each chroma sample for its pixels.
+    """Returns the colours (H, W, 3), 0 to 255, that a player shows by the tags, without interpolating chroma samples.
 
     Source: ITU-R BT.709-6, section 3, for 8 bits.
     """
@@ -89,7 +89,7 @@ def test_flat_colours_are_shown_as_they_are(tmp_path, encoding):
     path = write_video(tmp_path / f"x.{encoding.format}", frames.split([1, 2]), encoding=encoding)
     back = np.stack([shown(frame) for frame in decoded(path)])
     assert back.shape == frames.shape
-    # Away from the edges, whose colours halved chroma and compression mix; a wrong matrix is off by 20 and more.
+    # Away from edges, where subsampled chroma and compression mix colours. A wrong matrix causes errors of at least 20.
     inner = np.r_[8:24, 40:56]
     difference = np.abs(back - frames.numpy())[:, inner][:, :, inner]
     assert difference.max() <= (2 if encoding.crf == 0 else 5)
@@ -112,7 +112,8 @@ def test_without_loss_every_pixel_is_within_2_of_255(tmp_path, encoding):
     for frames in (colours, real_frames(2)):
         path = write_video(tmp_path / f"x.{encoding.format}", [frames], encoding=encoding)
         back = np.rint(np.stack([shown(frame) for frame in decoded(path)]).clip(0, 255))
-        # Three samples rounded to 8 bits in limited range: 255 * (0.5 / 219 + 1.8556 * 0.5 / 224) is 1.64 in blue.
+        # Samples are rounded to 8 bits in limited range: the error of blue is up to 255 * (0.5 / 219 + 1.8556 * 0.5 /
+        # 224) = 1.64.
         assert np.abs(back - frames.numpy()).max() <= 2
 
 
@@ -127,7 +128,7 @@ def test_pictures_are_exact_and_gif_is_where_its_palette_suffices(tmp_path):
     assert write_video(folder, [frames[:2]], encoding=PNG, may_replace=False) == tmp_path / "frames_2"
     flat, _ = read_pictures(write_video(tmp_path / "x.gif", [flat_frames()], encoding=PICTURES[0]))
     assert np.abs(flat.astype(int) - flat_frames().numpy()).max() <= 4
-    # A palette of 255 colours: most pixels are some levels off, and dithering keeps the mean.
+    # With a palette of 255 colours, most pixels have an error of a few levels, but dithering keeps the mean.
     back, _ = read_pictures(write_video(tmp_path / "y.gif", [frames], encoding=PICTURES[0]))
     assert np.abs(back.mean((0, 1, 2)) - frames.numpy().mean((0, 1, 2))).max() < 2
     assert 1 < np.abs(back.astype(int) - frames.numpy()).mean() < 12
@@ -142,7 +143,7 @@ def test_animations_last_as_long_as_the_video(tmp_path, encoding):
 
 
 @pytest.mark.parametrize("encoding", [MP4, *PICTURES, PNG], ids=ids)
-def test_what_breaks_off_is_not_there(tmp_path, encoding):
+def test_a_failed_write_leaves_no_file(tmp_path, encoding):
     def broken():
         yield flat_frames(3)
         raise RuntimeError("the device is gone")
@@ -152,7 +153,7 @@ def test_what_breaks_off_is_not_there(tmp_path, encoding):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_error_of_a_frames_time_adds_up():
+def test_rounding_errors_of_frame_durations_do_not_accumulate():
     assert sum(durations(163, 30, 10)) == 5430 and sum(durations(163, 30, 1)) == 5433
 
 
@@ -165,17 +166,17 @@ def test_the_same_frames_are_the_same_file_in_every_format(tmp_path, encoding):
 
 
 @pytest.mark.parametrize("encoding", [*CODED, *PICTURES, PNG], ids=ids)
-def test_a_file_says_what_it_was_made_of_unless_told_not_to(tmp_path, encoding):
+def test_a_file_contains_its_metadata_if_there_is_any(tmp_path, encoding):
     frames = flat_frames(1 if encoding == PNG else 2)
-    told = write_video(tmp_path / f"x.{encoding.format}", [frames], encoding=encoding, metadata=METADATA)
-    silent = write_video(tmp_path / f"y.{encoding.format}", [frames], encoding=encoding)
-    assert b"wine" in told.read_bytes() and b"wine" not in silent.read_bytes()
+    tagged = write_video(tmp_path / f"x.{encoding.format}", [frames], encoding=encoding, metadata=METADATA)
+    plain = write_video(tmp_path / f"y.{encoding.format}", [frames], encoding=encoding)
+    assert b"wine" in tagged.read_bytes() and b"wine" not in plain.read_bytes()
     if encoding.codec:
-        with av.open(str(told)) as container:
+        with av.open(str(tagged)) as container:
             tags = {key.lower(): value for key, value in container.metadata.items()}
         title, comment = tags["title"], tags["comment"]
     else:
-        info = Image.open(told).info
+        info = Image.open(tagged).info
         if encoding.format == "png":
             title, comment = info["Title"], info["Comment"]
         elif encoding.format == "gif":
@@ -218,8 +219,8 @@ def test_the_suffix_or_the_setting_chooses(tmp_path):
     ("settings", "said"),
     [
         ({"out": "x.avi"}, r"out=x\.avi has an unknown suffix: use \.mp4, \.webm, \.gif, \.webp or \.png"),
-        ({"out": "x.mp4", "format": "webm"}, r"out=x\.mp4 is no webm file"),
-        ({"out": "x.png"}, r"out=x\.png is one picture, and 13 frames are asked for"),
+        ({"out": "x.mp4", "format": "webm"}, r"out=x\.mp4 is not a webm file"),
+        ({"out": "x.png"}, r"out=x\.png is one picture, but 13 frames are requested"),
         ({"codec": "vp9"}, r"sample\.codec=vp9 is not for mp4: use h264 or hevc or av1"),
         ({"format": "webm", "codec": "h264"}, r"codec=h264 is not for webm: use vp9 or av1"),
         ({"format": "gif", "crf": 3}, r"sample\.crf=3 has no meaning for gif"),

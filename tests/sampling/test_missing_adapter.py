@@ -18,7 +18,7 @@ def test_none_is_the_base(tmp_path):
     assert find_adapters(base, tmp_path / "nowhere") == []
 
 
-def test_what_is_named_or_is_there_is_taken(tmp_path):
+def test_an_adapter_that_is_named_or_in_the_run_is_accepted(tmp_path):
     check_has_adapter(SampleConfig(adapter="a.safetensors"), tmp_path)
     check_has_adapter(SampleConfig(checkpoints=[1]), tmp_path)
     (tmp_path / "adapter.safetensors").touch()

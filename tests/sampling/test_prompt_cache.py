@@ -1,12 +1,12 @@
-"""Features that come from the cache are those that were put there, where a CPU's kernels round them alike."""
+"""Cached features equal the original ones, and are aligned like them, so that CPU kernels round them equally."""
 
 import torch
 
 from mochi_tune.sampling.prompt_cache import PromptCache
 
 
-def test_features_begin_where_those_of_a_fresh_prompt_do(tmp_path):
-    """The header before them in the file, which holds the prompt, is of another length each time."""
+def test_cached_features_are_aligned_in_memory(tmp_path):
+    """The header before the features in the file contains the prompt, so its length varies."""
     cache, fresh = PromptCache(tmp_path, "a T5", torch.float32), torch.randn(5, 37)
     for length in range(1, 70, 3):
         cache.put("a" * length, fresh)

@@ -49,7 +49,7 @@ def test_a_row_has_settings_of_its_own(tmp_path):
         ('{"prompt": "a cat \\ud83d"}', r"row 2: it holds half of a character, \\ud83d: write the whole character"),
         ('{"prompt": "a", "\\ud83d": 1}', r"row 2: it holds half of a character"),
         ({"seed": 1}, r"row 2: it has no prompt"),
-        ({"prompt": "a", "colour": 1}, r"row 2: colour is not a key of a row, which are prompt, negative_prompt, seed"),
+        ({"prompt": "a", "colour": 1}, r"row 2: colour is not a key of a row: use prompt, negative_prompt, seed"),
         ({"prompt": "a", "steps": "4"}, r'row 2: steps="4" does not fit: it takes a whole number'),
         ({"prompt": "a", "num_frames": 8}, r"row 2: num_frames=8 does not fit the VAE"),
         ({"prompt": "a", "guidance": [1, 2]}, r"row 2: sample.guidance has 2 numbers for 64 steps"),
@@ -67,7 +67,7 @@ def test_a_row_has_settings_of_its_own(tmp_path):
             {"prompt": "a", "init_video": "nope.mp4"},
             r"row 2: sample.init_video=nope.mp4 does not exist: name a video or an image",
         ),
-        ('{"prompt": "a", "seed": 1, "seed": 2}', r"row 2: seed stands there twice: leave one out"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', r"row 2: seed is given twice: leave one out"),
         ({"prompt": "a", "steps": 10**12}, r"row 2: sample.steps=1000000000000 is not possible: .* from 1 to 10000"),
         (
             {"prompt": "a", "sigmas": [1, 0.5, 0], "threshold": 0.9, "linear_steps": 40},
@@ -82,22 +82,22 @@ def test_a_bad_row_is_named_by_its_number(tmp_path, row, said):
         requests_of(tmp_path, rows(tmp_path, {"prompt": "fine"}, row))
 
 
-def test_files_that_cannot_be_are_refused(tmp_path):
+def test_files_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "p.csv").write_text("a")
     for name, said in (
         ("no.txt", "does not exist"),
         ("empty.txt", "has no prompts"),
-        ("p.csv", r"no \.txt or \.jsonl"),
+        ("p.csv", r"not a \.txt or \.jsonl"),
     ):
         with pytest.raises(ConfigError, match=said):
             requests_of(tmp_path, f"sample.prompts={tmp_path / name}")
-    with pytest.raises(ConfigError, match="2 videos are asked for: name a folder"):
+    with pytest.raises(ConfigError, match="2 videos are requested: name a folder"):
         requests_of(tmp_path, "sample.prompt=a", "sample.seeds=[1,2]", f"sample.out={tmp_path / 'x.mp4'}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_mark_of_byte_order_is_no_part_of_a_prompt(tmp_path, encoding):
+def test_a_byte_order_mark_is_not_part_of_a_prompt(tmp_path, encoding):
     (tmp_path / "p.txt").write_text("a cat\r\nKäse\r\n", encoding=encoding)
     assert [r.prompt for r in requests_of(tmp_path, f"sample.prompts={tmp_path / 'p.txt'}")] == ["a cat", "Käse"]
 
@@ -123,7 +123,7 @@ def test_a_character_that_json_allows_in_a_string_ends_no_row(tmp_path, characte
     assert [r.prompt for r in requests_of(tmp_path, file)] == [f"a{character}cat", "b"]
 
 
-def test_a_rows_preset_stands_in_the_place_of_the_commands_schedule(tmp_path):
+def test_the_preset_of_a_row_replaces_the_schedule_of_the_command(tmp_path):
     file = rows(
         tmp_path, {"prompt": "a"}, {"prompt": "b", "preset": "fast"}, {"prompt": "c", "preset": "fast", "steps": 9}
     )
@@ -143,7 +143,7 @@ def test_a_folder_may_have_a_dot_and_a_single_video(tmp_path):
         requests_of(tmp_path, file, f"sample.out={tmp_path / 'x.avi'}")
 
 
-def test_a_prompt_is_taken_word_by_word(tmp_path):
+def test_a_prompt_is_not_interpolated(tmp_path):
     [request] = requests_of(tmp_path, "sample.prompt=a ${seed} 'quoted' ${oc.env:HOME} cat")
     assert request.prompt == "a ${seed} 'quoted' ${oc.env:HOME} cat"
 
@@ -157,7 +157,7 @@ def settings_of(*settings):
     return sampler_settings(load_config("my_lora", [f"sample.{setting}" for setting in settings]).sample)
 
 
-def test_sampler_settings_come_from_the_preset_and_the_samples_own():
+def test_sampler_settings_come_from_the_preset_and_override_it():
     assert settings_of().steps == 64
     fast = settings_of("preset=fast")
     assert (fast.steps, fast.guidance, fast.threshold, fast.linear_steps) == (8, 1.5, 0.1, 6)
@@ -173,8 +173,8 @@ def test_sampler_settings_come_from_the_preset_and_the_samples_own():
     ("settings", "text"),
     [
         (["linear_steps=64"], "sample.linear_steps=64 does not fit sample.steps=64: use 1 to 63, or leave it out"),
-        (["sigmas=[0,1]"], r"sample.sigmas=\[0.0, 1.0\] is no schedule: give falling numbers from 1 to 0"),
-        (["sigmas=[1]"], "is no schedule"),
+        (["sigmas=[0,1]"], r"sample.sigmas=\[0.0, 1.0\] is not a schedule: give falling numbers from 1 to 0"),
+        (["sigmas=[1]"], "is not a schedule"),
         (
             ["sigmas=[1,0]", "steps=2"],
             "sample.steps=2 does not fit sample.sigmas of 1 steps: leave steps out, or write steps=null where a conf",
@@ -206,7 +206,7 @@ def test_a_schedule_is_refused_exactly_where_its_levels_do_not_fall():
                 continue
             with pytest.raises(ConfigError) as refusal:
                 sampler_settings(sample)
-            # Both ways out lead out, and the first one by as little as it can.
+            # Both suggested settings are accepted, and the number of linear steps is the smallest possible.
             more, less = re.findall(r"linear_steps=(\d+) or more, or .* at most (\S+)\.$", str(refusal.value))[0]
             for change in ({"linear_steps": int(more)}, {"threshold": float(less)}):
                 assert sampler_settings(sample.model_copy(update=change))
@@ -236,7 +236,7 @@ def test_a_preset_that_is_given_replaces_the_files_own_schedule():
     assert (fast.preset, fast.steps, fast.threshold, fast.guidance) == ("fast", None, None, 2)
 
 
-def test_what_is_said_of_a_conf_with_steps_can_be_done():
+def test_the_advice_for_a_conf_with_steps_works():
     own = ["sample.sigmas=[1,0.5,0]"]
     with pytest.raises(ConfigError, match="leave steps and threshold out, or write steps=null threshold=null where"):
         sampler_settings(load_config("toy_lora", own).sample)
@@ -244,7 +244,7 @@ def test_what_is_said_of_a_conf_with_steps_can_be_done():
     assert sampler_settings(load_config("toy_lora", [*own, *nulls]).sample).sigmas == [1, 0.5, 0]
 
 
-def test_a_rows_sigmas_stand_in_the_place_of_the_commands_schedule_and_the_other_way(tmp_path):
+def test_the_sigmas_of_a_row_replace_the_schedule_of_the_command_and_vice_versa(tmp_path):
     file = rows(tmp_path, {"prompt": "a", "sigmas": [1, 0.5, 0]}, {"prompt": "b"})
     own, common = requests_of(tmp_path, file, "sample.steps=9", "sample.threshold=0.2", "sample.linear_steps=3")
     assert own.settings.sigmas == [1, 0.5, 0]
@@ -254,7 +254,7 @@ def test_a_rows_sigmas_stand_in_the_place_of_the_commands_schedule_and_the_other
     assert (own.settings.steps, own.settings.threshold, common.settings.sigmas) == (64, 0.2, [1, 0.5, 0])
 
 
-def test_a_suffix_that_is_unknown_is_said_before_what_is_taken(tmp_path):
+def test_an_unknown_suffix_is_reported_before_an_existing_file(tmp_path):
     (tmp_path / "circle.json").touch()
     with pytest.raises(ConfigError, match=r"circle\.avi has an unknown suffix"):
         requests_of(tmp_path, "sample.prompt=a", f"sample.out={tmp_path / 'circle.avi'}")
@@ -266,7 +266,7 @@ def test_the_keys_of_a_row_are_settings_of_the_sampler():
     assert ROW_KEYS.keys() - {"seed"} <= SampleConfig.model_fields.keys()
 
 
-def test_a_name_that_leaves_no_room_for_those_beside_it_is_refused(tmp_path):
+def test_a_name_that_is_too_long_for_the_files_next_to_it_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="the name has 244 bytes: use at most 220"):
         requests_of(tmp_path, "sample.prompt=a cat", f"sample.out={tmp_path / ('n' * 240)}.mp4")
 

@@ -39,10 +39,10 @@ def test_presets_are_the_official_ones():
     assert PRESETS["fast"].sigmas == pytest.approx(schedules["8,0.1,6"]) and PRESETS["fast"].guidance == 1.5
 
 
-def test_fastmochi_walks_the_levels_that_it_was_distilled_for():
-    """By the rules of FastVideo's scheduler: every 10th of 1,000 levels, from the end on, and of these 8."""
+def test_fastmochi_uses_the_levels_that_it_was_distilled_for():
+    """Follows the rules of FastVideo's scheduler: every 10th of 1,000 levels, from the end, and 8 of these."""
     levels = [1 - 0.1 * i / 750 for i in range(750)]
-    # The quadratic part goes on with the slope of the linear one, and ends at 0 after 1,000.
+    # The quadratic part starts with the slope of the linear one, and ends at 0 after 1,000.
     slope, curvature = 0.1 / 750, (0.9 - 0.1 / 750 * 250) / 250**2
     levels += [0.9 - slope * j - curvature * j * j for j in range(250)]
     euler = np.arange(1, 101) * 10 - 1
@@ -115,15 +115,15 @@ def test_noise_is_a_function_of_the_seed_and_the_size():
 def test_balanced_is_quality_without_guidance_in_the_last_quarter():
     quality, balanced = PRESETS["quality"], PRESETS["balanced"]
     assert balanced.sigmas == quality.sigmas and balanced.scales == [6.0] * 48 + [1.0] * 16
-    # Of a number of steps or a guidance that is given, too; a list is taken as it is.
+    # This also holds for other numbers of steps and another scale; a list of scales is used unchanged.
     assert replace(balanced, steps=8, guidance=3.0).scales == [3.0] * 6 + [1.0] * 2
     assert replace(balanced, steps=2, guidance=(3.0, 2.0)).scales == [3.0, 2.0]
 
 
-# Latents that are not all noise
+# Sampling that starts from partly noisy latents
 
 
-def test_a_walk_from_below_1_takes_the_steps_below_it_with_their_own_guidance():
+def test_sampling_from_below_1_runs_the_steps_below_it_with_their_guidance():
     settings = SamplerSettings(4, (4.0, 3.0, 2.0, 1.0), 0.1, own_sigmas=(1.0, 0.75, 0.5, 0.25, 0.0))
     for start, sigmas, scales in (
         (1.0, [1.0, 0.75, 0.5, 0.25, 0.0], [4, 3, 2, 1]),
@@ -137,7 +137,7 @@ def test_a_walk_from_below_1_takes_the_steps_below_it_with_their_own_guidance():
         assert (walked.sigmas, walked.scales) == (sigmas, scales)
     quality = replace(PRESETS["quality"], start_sigma=0.5)
     assert quality.sigmas[1:] == [sigma for sigma in PRESETS["quality"].sigmas if sigma < 0.5]
-    # The last quarter without guidance stays the last quarter of all steps.
+    # The last quarter, without guidance, is that of all steps, not of those that run.
     assert replace(PRESETS["balanced"], start_sigma=0.5).scales == [1.0] * len(quality.scales)
 
 
@@ -148,7 +148,7 @@ def test_noise_is_added_along_the_line_that_velocities_follow():
     assert relative_error(add_noise(latents, noise, 0.3), expected) <= 1e-6
 
 
-def test_a_walk_from_a_part_of_the_noise_is_eulers():
+def test_sampling_from_partly_noisy_latents_follows_eulers_method():
     generator = torch.Generator().manual_seed(0)
     latents, noise, slope = torch.randn(3, *IO["z"].shape, generator=generator)
     settings = SamplerSettings(4, (4.0, 3.0, 2.0, 1.0), 0.1, own_sigmas=(1.0, 0.75, 0.5, 0.25, 0.0), start_sigma=0.6)
@@ -179,7 +179,7 @@ def test_a_walk_from_a_part_of_the_noise_is_eulers():
         ((1.0, 0.0), 1.0, [1.0, 0.75, 0.5, 0.25, 0.0]),
         ((1.0, 0.0, 1.0), 1.0, [1.0, 0.5, 0.0, 0.5, 1.0]),
         ((0.1, 0.7, 0.2, 0.9, 0.3), 1.0, [0.1, 0.7, 0.2, 0.9, 0.3]),
-        # The values belong to all steps, also to those that are not walked.
+        # The values are spread over all steps, including those that do not run.
         ((1.0, 0.0), 0.5, [0.5, 0.25, 0.0]),
         ((1.0, 1.0, 1.0), 1.0, [1.0] * 5),
     ],

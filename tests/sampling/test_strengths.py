@@ -31,12 +31,12 @@ def test_factors_are_recorded_as_they_are_given():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("{40-48: 0.5}", "'40-48' is no block of the base: use a number from 0 to 47, or a range such as 0-47"),
-        ("{5-3: 0.5}", "'5-3' is no block of the base"),
-        ("{attn: 0.5}", "'attn' is no block of the base"),
-        ("{-1: 0.5}", "'-1' is no block of the base"),
-        ("{99999999999: 0.5}", "is no block of the base"),
-        ("{0-9: 1, 9-11: 0.5}", "names block 9 twice: let the ranges not overlap"),
+        ("{40-48: 0.5}", "'40-48' is not a block of the base: use a number from 0 to 47, or a range such as 0-47"),
+        ("{5-3: 0.5}", "'5-3' is not a block of the base"),
+        ("{attn: 0.5}", "'attn' is not a block of the base"),
+        ("{-1: 0.5}", "'-1' is not a block of the base"),
+        ("{99999999999: 0.5}", "is not a block of the base"),
+        ("{0-9: 1, 9-11: 0.5}", "names block 9 twice: use ranges that do not overlap"),
         ("[{0: 0.5}]", "has 1 values for 2 adapters: give one for all or one each"),
         ("{0: x}", "does not fit: it takes numbers by block"),
         ("0.5", "does not fit: it takes numbers by block"),

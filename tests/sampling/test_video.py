@@ -38,7 +38,7 @@ def test_a_single_frame_is_a_video(tmp_path):
     assert len(read_frames(tmp_path / "x.mp4")) == 1
 
 
-def test_a_video_that_breaks_off_is_not_there(tmp_path):
+def test_a_failed_write_leaves_no_video(tmp_path):
     def broken():
         yield moving_frames(2)
         raise RuntimeError("the device is gone")
@@ -52,7 +52,7 @@ def test_a_chunk_is_encoded_while_the_next_one_is_made(tmp_path, monkeypatch):
     is_asked, encode = threading.Event(), video._encode_chunk
 
     def encode_later(container, stream, chunk, start):
-        assert start > 0 or is_asked.wait(30), "the next chunk was not asked for"
+        assert start > 0 or is_asked.wait(30), "the next chunk was not requested"
         encode(container, stream, chunk, start)
 
     def chunks():
@@ -76,7 +76,7 @@ def test_a_failure_in_the_thread_is_raised(tmp_path, monkeypatch, num_chunks):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_video_can_stand_beside_the_one_that_has_its_name(tmp_path):
+def test_a_video_whose_name_exists_gets_a_new_name(tmp_path):
     written = [write_video(tmp_path / "x.mp4", [moving_frames(n)], may_replace=False) for n in (1, 2, 3)]
     assert [path.name for path in written] == ["x.mp4", "x_2.mp4", "x_3.mp4"]
     assert [len(read_frames(path)) for path in written] == [1, 2, 3] and len(list(tmp_path.iterdir())) == 3
@@ -107,12 +107,12 @@ def test_the_colours_are_tagged_and_what_the_tags_say_is_the_frame(tmp_path, siz
     r, b = luma + 1.5748 * red, luma + 1.8556 * blue
     shown = np.stack([r, (luma - 0.2126 * r - 0.0722 * b) / 0.7152, b], -1) * 255
     original = frames[0].double().unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2)).numpy()
-    # Without the rim of the red corner, whose colours the halved chroma mixes.
+    # Without the border of the red corner, where subsampled chroma mixes colours.
     inner = np.ones(shown.shape[:2], bool)
     inner[: height // 8 + 4, : width // 8 + 4] = False
     inner[: height // 8 - 4, : width // 8 - 4] = True
     inner[:2], inner[:, :2], inner[-2:], inner[:, -2:] = False, False, False, False
     difference = np.abs(shown - original)[inner]
-    # Rounding three samples and their compression; a wrong matrix is off by 40.
+    # The tolerance covers rounding of three samples and compression; a wrong matrix causes errors of 40.
     assert np.quantile(difference, 0.95) <= 2 and difference.max() <= 4
     assert np.abs(shown[inner].mean(0) - original[inner].mean(0)).max() < 0.5
