@@ -1,4 +1,4 @@
-"""Files: complete or not there (temporary name, then rename), synced, hashed; text, JSON and safetensors."""
+"""Files: atomic writes through a temporary name, fsync, locks and hashes; text, JSON and safetensors."""
 
 import codecs
 import contextlib
@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -19,67 +20,63 @@ from typing import IO, TYPE_CHECKING, Any
 from mochi_tune.errors import CheckpointError, MochiTuneError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
-# The full-size models and adapters need a twentieth of it.
-MAX_HEADER_BYTES = 4 * 2**20
-# What a disk without locks answers.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-# What `name_stand_in` needs of a file.
+# Number of leading bytes that `name_stand_in` needs.
 STAND_IN_BYTES = 256
-# Codes of dtypes in the library's order: of two tensors, the one of the later dtype comes first in a file.
+# Errors of a disk without locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# safetensors' codes of torch's dtypes, in the library's order. A file holds the tensors of later dtypes first.
 _CODES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3", "int16": "I16",
-    "float16": "F16", "bfloat16": "BF16", "int32": "I32", "float32": "F32", "float64": "F64", "int64": "I64",
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "int16": "I16",
+    "uint16": "U16", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32",
+    "complex64": "C64", "float64": "F64", "int64": "I64", "uint64": "U64",
 }  # fmt: skip
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def write_atomic(path: Path, content: bytes, durable: bool = False) -> None:
-    """Writes a file that appears under its name only when it is complete; it replaces an old one.
+    """Writes a file atomically: readers see the old file or the complete new one.
 
     Args:
         path: the file; its folder exists.
         content: all of its bytes.
-        durable: whether the content is on disk before it takes its name, so that not even a crash leaves half a file.
+        durable: whether to sync the content before the rename, so that not even a crash leaves an incomplete file.
 
     Raises:
-        OSError: the disk is full, or refuses; an old file stays as it is.
+        OSError: the disk is full or refuses; an existing file stays as it is.
     """
     with atomic_file(path, durable) as temporary:
         temporary.write_bytes(content)
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Writes a file that appears under its name complete and on disk, and replaces none.
+    """Writes a new file atomically and durably; never replaces one.
 
-    Until then it has the same temporary name in the folder for every `path`, which may be as long as a name can be.
+    The temporary name does not depend on that of `path`, which may be as long as the file system allows.
 
     Raises:
-        FileExistsError: there is one, which stays as it is.
-        OSError: the disk is full, or refuses.
+        FileExistsError: the file exists; it stays as it is.
+        OSError: the disk is full or refuses.
     """
     with temporary_file(path.with_name("write_new")) as temporary:
         temporary.write_bytes(content)
         fsync(temporary)
         try:
-            # Unlike a rename, a link never replaces what another process has put there.
+            # Unlike a rename, a link never replaces a file that another process has just written.
             os.link(temporary, path)
         except OSError as error:
             if isinstance(error, FileExistsError) or os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-            # A file system without hard links, unless the rename fails too.
+            # The file system has no hard links, or the rename fails too.
             os.rename(temporary, path)
     temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Yields a temporary path to write to; when the block ends without an error, the file is renamed to `path`."""
+    """Yields a temporary path to write to; renames it to `path` when the block ends without an error."""
     with temporary_file(path) as temporary:
         yield temporary
         if durable:
@@ -89,8 +86,8 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Yields a name in the folder of `path` that no other process uses; an error removes what was written to it."""
-    # On a disk of several machines, a process's number is that of others too.
+    """Yields a path in the folder of `path` that no other process uses; an error removes what was written there."""
+    # Machines that share a disk can have the same process id.
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
     try:
         yield temporary
@@ -108,23 +105,23 @@ def _host() -> str:
 
 
 def copy_atomic(source: Path, target: Path) -> None:
-    """Copies a file over another; readers see the old or the new one, and the new one is on disk at the end."""
+    """Copies a file atomically and durably, over an existing one if there is one."""
     with atomic_file(target, durable=True) as temporary:
         shutil.copyfile(source, temporary)
     fsync(target.parent)
 
 
 def move_to_free_name(source: Path, target: Path) -> Path:
-    """Renames a file to `target`, or to NAME_2, NAME_3 and so on where that is taken by now; returns the name."""
+    """Renames a file to `target`, or to NAME_2, NAME_3 and so on if that name is taken; returns the new path."""
     for number in count(1):
         free = target if number == 1 else target.with_stem(f"{target.stem}_{number}")
         try:
-            # Unlike a rename, a link never replaces what another process has put there.
+            # Unlike a rename, a link never replaces a file that another process has just written.
             os.link(source, free)
         except FileExistsError:
             continue
         except OSError:
-            # A file system without hard links.
+            # The file system has no hard links.
             if free.exists():
                 continue
             os.rename(source, free)
@@ -135,13 +132,13 @@ def move_to_free_name(source: Path, target: Path) -> Path:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes the temporary files that killed processes have left in a folder to which no process writes now."""
+    """Removes the temporary files that killed processes left in a folder; no process may be writing to it."""
     for path in folder.glob(".*.tmp"):
         path.unlink()
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder with all that is in it; of a link only the link, and not what it leads to."""
+    """Removes a folder and its content; if `path` is a link, removes only the link."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -149,30 +146,30 @@ def remove_tree(path: Path) -> None:
 
 
 def is_elsewhere(path: Path) -> bool:
-    """Whether a path is a link, or another disk is mounted there: it cannot be renamed like what lies beside it."""
+    """Whether a path is a link or a mount point, which cannot be replaced by renaming a folder next to it."""
     return path.is_symlink() or os.path.ismount(path)
 
 
 def lock_file(file: IO, operation: int) -> bool:
-    """Locks an open file until it is closed, as `fcntl.flock` does.
+    """Locks an open file with `fcntl.flock` until it is closed.
 
     Returns:
-        Whether it is locked: some network disks have no locks.
+        Whether the file is locked; some network disks have no locks.
 
     Raises:
-        BlockingIOError: the operation does not wait, and another process has the lock.
+        BlockingIOError: `operation` has LOCK_NB, and another process holds the lock.
     """
     try:
         fcntl.flock(file, operation)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in _NO_LOCKS:
             raise
         return False
     return True
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's entries, are on disk."""
+    """Waits until the bytes of a file or the entries of a folder are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -181,7 +178,7 @@ def fsync(path: Path) -> None:
 
 
 def make_writable_folder(folder: Path) -> None:
-    """Makes a folder and writes a byte to it, so that one that is not writable fails before any work is done.
+    """Makes a folder and writes a byte to it, so that missing permissions show before any work is done.
 
     Raises:
         OSError: the folder cannot be made or written to.
@@ -193,39 +190,39 @@ def make_writable_folder(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the hex sha256 of a file's bytes, read in blocks."""
+    """Returns the sha256 of a file in hex, without holding the file in memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, fallback: str | None = None) -> tuple[str, str]:
-    """Reads a text that is UTF-8 or, where its byte order mark says so, UTF-16.
+    """Reads a text file in UTF-8, or in UTF-16 with a byte order mark.
 
     Args:
         path: the file.
-        fallback: a one-byte encoding for a text that is not UTF-8. It is taken only where no control characters come
-            out, which a picture or an archive would give.
+        fallback: a one-byte encoding for a file that is not UTF-8. It is used only if it gives no control characters,
+            as it would for an image or an archive.
 
     Returns:
-        The text without its byte order mark and with "\\n" at the end of each line, and the encoding.
+        The text without its byte order mark and with "\\n" as line ends, and the name of the encoding.
 
     Raises:
         OSError: the file cannot be read.
-        UnicodeDecodeError: it is in none of these encodings.
+        UnicodeDecodeError: the file has none of these encodings.
     """
     text, encoding = _read_encoded(path, fallback)
     return text.replace("\r\n", "\n").replace("\r", "\n"), encoding
 
 
 def read_lines(path: Path) -> list[str]:
-    """Returns the lines of a UTF-8 or UTF-16 text, which "\\n" and "\\r\\n" alone end; raises as `read_text`."""
+    """Returns the lines of a UTF-8 or UTF-16 file; only "\\n" and "\\r\\n" end a line. Raises as `read_text`."""
     return [line.removesuffix("\r") for line in _read_encoded(path, None)[0].split("\n")]
 
 
 def _read_encoded(path: Path, fallback: str | None) -> tuple[str, str]:
-    """Returns a text as it stands in the file, without its byte order mark, and its encoding."""
+    """Returns a text with the line ends of the file but no byte order mark, and the name of its encoding."""
     content = path.read_bytes()
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError:
@@ -237,7 +234,7 @@ def _read_encoded(path: Path, fallback: str | None) -> tuple[str, str]:
 
 
 def find_lone_surrogate(text: str) -> str | None:
-    """Returns the first half of a character in a text, escaped, or None; JSON can hold it, and no encoding can."""
+    """Returns the first lone surrogate of a text, escaped, or None; JSON can hold one, but no encoding can."""
     return next((f"\\u{ord(c):04x}" for c in text if "\ud800" <= c <= "\udfff"), None)
 
 
@@ -255,10 +252,10 @@ def read_json(path: Path, error: type[MochiTuneError] = CheckpointError) -> dict
 
     Args:
         path: the file.
-        error: what to raise where that is not possible.
+        error: class of the error to raise.
 
     Raises:
-        MochiTuneError: the file is missing or holds no JSON object; of the class `error`.
+        MochiTuneError: the file is missing or is not a JSON object; an instance of `error`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -272,12 +269,12 @@ def read_json(path: Path, error: type[MochiTuneError] = CheckpointError) -> dict
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a value as readable JSON, straight to its name."""
+    """Writes a value as indented JSON, not atomically."""
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_object(text: str | bytes) -> dict[str, Any] | None:
-    """Returns the JSON object that a text holds, or None where it holds none."""
+    """Returns the JSON object of a text, or None if the text is not one."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -286,13 +283,13 @@ def parse_object(text: str | bytes) -> dict[str, Any] | None:
 
 
 def name_stand_in(start: bytes) -> str:
-    """Says what stands in the place of a file: a web page, which a failed download leaves, or a Git LFS pointer.
+    """Recognises what a failed download leaves instead of a file: a web page or a Git LFS pointer.
 
     Args:
         start: the first STAND_IN_BYTES of the file.
 
     Returns:
-        What it is, with an article; "" where it is neither.
+        What the file is, with an article, or "" if it is neither.
     """
     text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<script")):
@@ -303,17 +300,17 @@ def name_stand_in(start: bytes) -> str:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads one JSON object a line; [] where there is no file.
+    """Reads a file with one JSON object per line; returns [] if there is no file.
 
-    A line that holds none is left out: a killed process may have left a part of one.
+    Other lines are skipped, because a killed process may have left an incomplete one.
     """
-    # Not splitlines(), which also breaks at characters that JSON allows inside a string.
+    # Not splitlines(), which also splits at characters that JSON allows inside a string.
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     return [value for value in map(parse_object, lines) if value is not None]
 
 
 def load_tensors(path: Path) -> dict[str, "Tensor"]:
-    """Reads all tensors of a safetensors file to the CPU.
+    """Loads all tensors of a safetensors file to the CPU.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -330,10 +327,11 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 def save_tensors(
     path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None, durable: bool = False
 ) -> None:
-    """Writes a safetensors file as `write_atomic` does; the same tensors and metadata make the same bytes.
+    """Writes a safetensors file atomically; the same tensors and metadata give the same bytes.
 
     Raises:
-        OSError: the disk is full, or refuses.
+        OSError: the disk is full or refuses; an existing file stays as it is, also after the other errors.
+        TypeError, ValueError, CheckpointError: as `safetensors_header`.
     """
     with atomic_file(path, durable) as temporary, open(temporary, "wb") as file:
         for part in safetensors_parts(tensors, metadata):
@@ -341,59 +339,60 @@ def save_tensors(
 
 
 def safetensors_parts(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None) -> Iterator[Any]:
-    """Yields the bytes of a safetensors file, its header and each tensor; the library makes two copies of all of them.
+    """Yields the bytes of a safetensors file: the header, then each tensor.
 
-    It is what the library writes, but that the metadata is in order, and not in another one in each process. The header
-    is JSON, after its length in 8 bytes, and ends in spaces so that the tensors start at a multiple of 8.
-    Source: huggingface/safetensors@0.8 README.md (Format), safetensors/src/tensor.rs (prepare).
+    They are the bytes of the library, except that the metadata is sorted, which the library orders at random. The
+    library would hold two copies of all tensors. Raises as `safetensors_header`.
     """
     import torch
 
-    codes, order = {name: _CODES[str(tensor.dtype)[6:]] for name, tensor in tensors.items()}, list(_CODES.values())
-    names = sorted(tensors, key=lambda name: (-order.index(codes[name]), name))
-    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for name in names:
-        begin, end = end, end + tensors[name].nbytes
-        entries[name] = {"dtype": codes[name], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    yield len(header).to_bytes(8, "little") + header
+    order = list(_CODES.values())
+    names = sorted(tensors, key=lambda name: (-order.index(_code(name, tensors[name].dtype)), name))
+    yield safetensors_header({name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}, metadata)
     for name in names:
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def check_header(path: Path) -> None:
-    """Refuses a safetensors header that no model needs, before the library parses it: over-long, or a name in it twice.
+def safetensors_header(
+    layout: Mapping[str, tuple["dtype", tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> bytes:
+    """Returns the bytes before the tensors: the length of the header in 8 bytes, and the header as JSON.
 
-    The library itself checks offsets, sizes and dtypes; but it reads a header of a million tensors, for half a minute.
+    Spaces pad the header, so that the tensors start at a multiple of 8.
+    Source: huggingface/safetensors@0.8 README.md (Format), safetensors/src/tensor.rs (prepare).
+
+    Args:
+        layout: dtype and shape of each tensor by name, in the order of the file.
+        metadata: strings by name; None for a file without metadata.
 
     Raises:
-        ValueError: saying what is wrong with the header.
+        TypeError: a name or a value in `metadata` is not a string.
+        ValueError: a tensor has the name of the metadata.
+        CheckpointError: the format has no code for a dtype.
     """
-    with open(path, "rb") as file:
-        if kind := name_stand_in(file.read(STAND_IN_BYTES)):
-            raise ValueError(f"it is {kind}")
-        file.seek(0)
-        num_bytes = int.from_bytes(file.read(8), "little")
-        if num_bytes > MAX_HEADER_BYTES:
-            raise ValueError(f"its header says it is {num_bytes} bytes long, and {MAX_HEADER_BYTES} are the most")
-        header = file.read(num_bytes)
-    try:
-        json.loads(header, object_pairs_hook=_refuse_twice)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError("its header is no JSON, or cut short") from None
+    if wrong := [item for item in (metadata or {}).items() if not all(isinstance(text, str) for text in item)]:
+        raise TypeError(f"the metadata of a safetensors file takes strings, got {wrong[0]!r}")
+    if "__metadata__" in layout:
+        raise ValueError("a tensor cannot have the name __metadata__, which is that of the file's metadata")
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": _code(name, dtype), "shape": list(shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("its header has a name twice")
-    return entries
+def _code(name: str, dtype: "dtype") -> str:
+    code = _CODES.get(str(dtype).removeprefix("torch."))
+    if code is None:
+        raise CheckpointError(f"{name} is {dtype}, which cannot be saved: use one of {', '.join(_CODES)}.")
+    return code
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Returns a size as people read it: in GiB, MiB or kB."""
+    """Returns a size in GiB, MiB or kB, with its unit."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= size:
             return f"{num_bytes / size:.4g} {unit}"

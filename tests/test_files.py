@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from mochi_tune.errors import CheckpointError
 from mochi_tune.files import find_lone_surrogate, format_bytes, load_tensors, read_text, save_tensors, write_new
 
 
@@ -42,7 +43,7 @@ def test_without_a_fallback_only_unicode_is_read(tmp_path):
     assert info.value.start == 1
 
 
-def test_half_of_a_character_is_found():
+def test_a_lone_surrogate_is_found():
     assert find_lone_surrogate("a 🎬 cat") is None
     assert find_lone_surrogate("a \udc00 \ud83d") == "\\udc00"
 
@@ -59,7 +60,7 @@ save_tensors(Path(sys.argv[1]), tensors, metadata)
 
 
 def test_the_same_tensors_and_metadata_are_the_same_file_in_every_process(tmp_path):
-    # Rust draws the order of a map anew in each process, Python that of a set by this seed.
+    # Rust orders a map at random in each process; this seed orders Python's sets.
     runs = [
         subprocess.Popen([sys.executable, "-c", SAVE, tmp_path / seed], env=os.environ | {"PYTHONHASHSEED": seed})
         for seed in ("0", "1", "2")
@@ -71,15 +72,16 @@ def test_the_same_tensors_and_metadata_are_the_same_file_in_every_process(tmp_pa
         assert file.metadata() == {f"key {i}": 'ü "\\n\n\x01' * i for i in range(20)}
         assert list(file.metadata()) and file.get_tensor("t1").tolist() == [0, 1]
     num_bytes = int.from_bytes(contents[0][:8], "little")
-    assert num_bytes % 8 == 0, "tensors start at a multiple of 8, as the format asks"
+    assert num_bytes % 8 == 0, "the format requires tensors to start at a multiple of 8"
     header = json.loads(contents[0][8 : 8 + num_bytes])
     assert list(header["__metadata__"]) == sorted(header["__metadata__"])
 
 
 def test_a_file_is_what_the_library_writes(tmp_path):
     dtypes = [
-        *(torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16, torch.float16),
-        *(torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64),
+        *(torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.float8_e8m0fnu),
+        *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.int16, torch.uint16, torch.float16, torch.bfloat16),
+        *(torch.int32, torch.uint32, torch.float32, torch.complex64, torch.float64, torch.int64, torch.uint64),
     ]
     whole = torch.arange(12).reshape(3, 4)
     tensors = {
@@ -90,6 +92,21 @@ def test_a_file_is_what_the_library_writes(tmp_path):
         save_tensors(tmp_path / "a", tensors, metadata)
         expected = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
         assert (tmp_path / "a").read_bytes() == expected
+
+
+def test_what_the_format_cannot_hold_is_refused_and_the_old_file_stays(tmp_path):
+    save_tensors(tmp_path / "a", {"a": torch.zeros(3)})
+    old = (tmp_path / "a").read_bytes()
+    packed = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    for tensors, metadata, error, said in (
+        ({"a": packed}, None, CheckpointError, "a is torch.float4_e2m1fn_x2, which cannot be saved: use one of bool, "),
+        ({"a": torch.zeros(1)}, {"step": 300}, TypeError, r"takes strings, got \('step', 300\)"),
+        ({"a": torch.zeros(1)}, {3: "x"}, TypeError, r"takes strings, got \(3, 'x'\)"),
+        ({"__metadata__": torch.zeros(1)}, {}, ValueError, "a tensor cannot have the name __metadata__"),
+    ):
+        with pytest.raises(error, match=said):
+            save_tensors(tmp_path / "a", tensors, metadata)
+        assert (tmp_path / "a").read_bytes() == old and list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
 def test_a_file_without_metadata_has_none(tmp_path):
@@ -107,7 +124,7 @@ def test_a_new_file_replaces_none(tmp_path, monkeypatch, has_links):
             raise OSError(errno.EPERM, "Operation not permitted")
 
         monkeypatch.setattr(os, "link", refuse)
-    # As long as a name can be.
+    # The maximum length of a file name.
     path = tmp_path / f"{'n' * 251}.txt"
     write_new(path, b"first")
     with pytest.raises(FileExistsError) as caught:

@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG, is_ours, read_alphas
+from mochi_tune.adapters.header import check_header
 from mochi_tune.adapters.keys import check_foreign, parse_key
 from mochi_tune.adapters.layers import LoraLayer, check_layer, is_diffusers
 from mochi_tune.adapters.modelspec import HASH_KEY
 from mochi_tune.adapters.notes import tell
 from mochi_tune.errors import CheckpointError, some
-from mochi_tune.files import check_header, read_json
+from mochi_tune.files import read_json
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

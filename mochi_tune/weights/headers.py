@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from mochi_tune.adapters.header import check_header
 from mochi_tune.errors import CheckpointError, some
-from mochi_tune.files import check_header
 from mochi_tune.weights.unchanged import FileStamp
 
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")

@@ -1,44 +1,32 @@
-"""Writing weights of any size."""
+"""Writes weights of any size."""
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mochi_tune.files import atomic_file
+from mochi_tune.files import atomic_file, safetensors_header
 
 
 def stream_tensors(
     path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Writes a safetensors file of any size while one tensor is in memory at a time; complete or not there.
-
-    Source: huggingface/safetensors@v0.8.0 README.md (Format).
+    """Writes a safetensors file atomically while memory holds one tensor at a time.
 
     Args:
         path: the file.
-        layout: dtype (fp32, bf16 or fp16) and shape of each tensor, in the file's order; those of fp32 come first, so
-            that each one begins at a multiple of its elements' size.
-        tensors: names and tensors in that order, of those dtypes and shapes.
+        layout: dtype (fp32, bf16 or fp16) and shape of each tensor, in the order of the file. The fp32 tensors come
+            first, so that each tensor starts at a multiple of its element size.
+        tensors: names and tensors in that order, with those dtypes and shapes.
 
     Raises:
-        OSError: the disk is full, or refuses.
+        OSError: the disk is full or refuses.
     """
-    codes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
-        assert begin % dtype.itemsize == 0, "tensors of fp32 come first"
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    sizes = [dtype.itemsize for dtype, _ in layout.values()]
+    assert sizes == sorted(sizes, reverse=True), "tensors of fp32 come first"
     with atomic_file(path, durable=True) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(layout, {"format": "pt"}))
         expected = iter(layout.items())
         for name, tensor in tensors:
             assert (name, (tensor.dtype, tuple(tensor.shape))) == next(expected), f"{name} is not what the header says"
