@@ -1,48 +1,60 @@
-"""Mistakes that a user can make. Each is one line: what, got, allowed, do this; and what such lines are made of."""
+"""Errors that a user can cause, and functions that format their messages.
+
+Each message is one line that says what is wrong, what was given, what is allowed and what to do.
+"""
 
 from collections.abc import Iterable
 
-# Tabs, and what may end a line.
-BREAKS = "\t\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"
+# Tabs and all characters that end a line.
+_BREAKS = "\t\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"
 
 
 class MochiTuneError(Exception):
-    """A user's mistake in one line; the command line prints it without a traceback and exits with 2."""
+    """An error that a user can cause; the command line prints its one line without a traceback and exits with 2."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class ConfigError(MochiTuneError):
-    """A setting that is unknown, of the wrong type, or does not fit another one."""
+    """A setting is unknown, has the wrong type or does not fit another one."""
 
 
 class DataError(MochiTuneError):
-    """A video, a caption or a cache that cannot be used."""
+    """A video, a caption or a cache cannot be used."""
 
 
 class CheckpointError(MochiTuneError):
-    """Weights, an adapter or a checkpoint that is missing, damaged or made for another model."""
+    """Weights, an adapter or a checkpoint are missing, damaged or made for another model."""
 
 
 class TrainingError(MochiTuneError):
-    """A run that must not go on: its loss is no number, or it would resume as another run."""
+    """A run cannot continue: its loss is not a number, or it would resume as a different run."""
 
 
 class ParallelError(MochiTuneError):
-    """A number of processes, or a division of the work between them, that cannot be."""
+    """A number of processes, or a division of the work between them, is not possible."""
 
 
 def printable(text: str) -> str:
-    """Returns a text of a foreign file in a line, as a terminal may have it.
+    """Returns a text from elsewhere as one line that is safe to print to a terminal.
 
-    Escape sequences are written out, as "\\x1b", and spaces that look like the common one, as "\\u202f".
+    Control characters are escaped, as "\\x1b", and so are unusual spaces, as "\\u202f".
     """
-    return "".join(c if c.isprintable() else " " if c in BREAKS else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else " " if c in _BREAKS else ascii(c)[1:-1] for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the message of another library's error in one line of at most 200 characters.
+
+    The advice of HTTP libraries is left out; an error without a message gives the name of its class.
+    """
+    text = " ".join(str(error).split()).partition(" For more information")[0]
+    return text[:200] or type(error).__name__
 
 
 def some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
-    """Joins the first items for a message of one line, and counts the rest."""
+    """Joins the first `limit` items for a message and counts the rest."""
     items = list(items)
     text = printable(separator.join(items[:limit]))
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG
-from mochi_tune.adapters.hub import TIMEOUT_SECONDS, answered_within, one_line
+from mochi_tune.adapters.hub import TIMEOUT_SECONDS, answered_within
 from mochi_tune.adapters.notes import tell
 from mochi_tune.adapters.other_bases import check_base, hub_bases
-from mochi_tune.errors import CheckpointError, some
+from mochi_tune.errors import CheckpointError, one_line, some
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

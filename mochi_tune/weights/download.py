@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from mochi_tune.adapters.hub import TIMEOUT_SECONDS, one_line
-from mochi_tune.errors import CheckpointError
+from mochi_tune.adapters.hub import TIMEOUT_SECONDS
+from mochi_tune.errors import CheckpointError, one_line
 from mochi_tune.files import STAND_IN_BYTES, fsync, name_stand_in
 from mochi_tune.weights.pull_record import HubFile
 
