@@ -48,7 +48,10 @@ def api_page() -> str:
     """Returns the page of the functions that a program may call; mkdocstrings fills it in."""
     rooms = {
         "Settings": ["config.load"],
-        "Models": ["models.dit", "models.vae", "models.vae_streaming", "models.text_encoder", "models.latents"],
+        "Models": [
+            *("models.dit", "models.vae", "models.vae_streaming", "models.text_encoder"),
+            *("models.latents", "models.device"),
+        ],
         "Adapters": ["adapters.files", "adapters.lora", "adapters.layers", "adapters.tools"],
         "Objective and draws": ["training.objective", "training.draws"],
         "Optimizers": ["training.optim"],
