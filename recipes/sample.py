@@ -1,6 +1,5 @@
 """Renders prompts to videos, with or without adapters, on one device or many: T5, DiT and VAE in turn."""
 
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import all_linear_shapes, switch_adapters
 from mochi_tune.adapters.scaling import AdapterScaling
 from mochi_tune.config.load import RunConfig, weights_paths
-from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError, counted
 from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
@@ -175,8 +174,7 @@ def main(config: RunConfig) -> Iterator[Path]:
     if trouble is not None:
         raise trouble
     if len(finished) < len(mine):
-        # With the exit code, which of another process's signal is that of Ctrl-C.
-        raise KeyboardInterrupt(128 + (stopped_by or signal.SIGINT))
+        raise KeyboardInterrupt(128 + stopped_by)
 
 
 def check(config: RunConfig, num_processes: int) -> RenderPlan:
@@ -329,12 +327,13 @@ def render(
     layers = {name: (a.adapter.layers, a.strength, a.block_strengths) for name, a in named.items()}
     dit = prepare_dit(plan.weights.load_dit, layers, setup, plan.weights.read_fp8)
     guide, mesh, is_quiet = choose_guide(setup), setup.mesh, not PartialState().is_main_process
+    is_writer = mesh is None or mesh.is_writer
     schedules = {name: a.schedule for name, a in named.items() if a.schedule}
     scaling = AdapterScaling(dit, schedules)
     with StopSignal() as stop:
         for number, request in enumerate(requests, 1):
             noise = noise_of(request)
-            if mesh is None or mesh.is_writer:
+            if is_writer:
                 tqdm.write(f"{request.video.name}: noise {tensor_sha256(noise)}", file=sys.stderr)
             prompt, negative_prompt = features[request.prompt], features[request.negative_prompt]
             settings = request.settings
@@ -350,11 +349,12 @@ def render(
                 bar = tqdm(steps, label, len(settings.scales), unit="step", leave=False, disable=is_quiet)
                 for state in bar:
                     states[variant] = state
-                    if stop.received if mesh is None else mesh.is_any(bool(stop.received)):
-                        of_process = "" if mesh is None or mesh.layout.data == 1 else " of this process"
-                        counts = f"of {len(requests)} videos{of_process}, {len(finished)} are finished and kept"
-                        write_line(f"stopped: {counts}")
-                        return stop.received
+                    if stop_signal := stop.received if mesh is None else mesh.largest(stop.received):
+                        by = "" if mesh is None else f" by rank {PartialState().process_index}"
+                        if is_writer:
+                            kept = f"{len(finished)} of {counted(len(requests), 'video')} finished and kept{by}"
+                            tqdm.write(f"stopped: {kept}", file=sys.stderr)
+                        return stop_signal
             check_latents(request, states)
             finished.append({variant: state.cpu() for variant, state in states.items()})
     del dit

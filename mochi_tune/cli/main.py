@@ -271,8 +271,8 @@ def run_sample(arguments: list[str]) -> int:
         code = start_processes(
             config.parallel.num_processes, ["sample", *arguments], config.device, config.parallel.timeout_seconds
         )
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
+        if code > USERS_MISTAKE:
+            raise KeyboardInterrupt(code)
         return code
     with joined(config.device, config.parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
         try:
@@ -282,10 +282,11 @@ def run_sample(arguments: list[str]) -> int:
                 # A line of its own, past the bars: they end without a line break.
                 with tqdm.external_write_mode(sys.stdout):
                     print(f"video: {video}", flush=True)
-        except KeyboardInterrupt:
-            # The program that started this process says so once, and its exit code is that one's.
+        except KeyboardInterrupt as stop:
             if STARTED_HERE not in os.environ:
                 raise
+            # The program that started this process reports the stop once, and exits with this code.
+            return tell_the_starter(stop.args[0] if stop.args else INTERRUPTED)
     return 0
 
 

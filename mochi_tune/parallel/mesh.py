@@ -183,11 +183,11 @@ class Mesh:
         """Whether this rank writes the videos of its `video_group`."""
         return dist.get_rank(self.video_group) == 0
 
-    def is_any(self, flag: bool) -> bool:
-        """Whether a flag is set in any process of this video. With it, they all stop at the same step."""
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.video_group)
-        return bool(flags.item())
+    def largest(self, number: int) -> int:
+        """Returns the largest number that a process of this video has. With it, they all stop at the same step."""
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.video_group)
+        return int(numbers.item())
 
     def gather_parts(self, part: Tensor) -> Iterator[Tensor]:
         """Yields the parts (F', H, W, 3) of all ranks of a video in order on the rank that writes it; else nothing."""

@@ -87,6 +87,24 @@ def test_a_ctrl_c_keeps_what_is_finished(folder):
     assert len(read_frames(video)) == 37
 
 
+@pytest.mark.parametrize(("layout", "kept"), [("data", "0 of 1 video"), ("context", "1 of 2 videos")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_alone_is_the_exit_code_of_all(folder, layout, kept, number):
+    """Rank 1 gets it while it samples the second video; finished videos are counted and kept."""
+    rows = [{"prompt": PROMPTS[0], "steps": 2}, {"prompt": PROMPTS[1], "steps": 10000}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = [] if layout == "context" else ["parallel.context=1", "parallel.guidance=1", "parallel.data=2"]
+    rendering = Rendering(folder, f"{layout}_{number}", f"sample.prompts={folder / 'rows.jsonl'}", *more)
+    rendering.wait_until(lambda: rendering.err.count("noise") >= 2)
+    time.sleep(0.5)
+    rendering.ranks[1].send_signal(number)
+    code, line = rendering.end()
+    assert code == 128 + number and line == "mochi-tune: interrupted", rendering.err
+    rank = {"data": 1, "context": 0}[layout]
+    assert f"stopped: {kept} finished and kept by rank {rank}\n" in rendering.err
+    assert [path.name[:12] for path in rendering.folder.glob("*.mp4")] == ["a_red_circle"]
+
+
 @pytest.mark.parametrize(("more", "bar"), [((), "noise"), (("parallel.shard=1/1",), "1/2:")])
 def test_one_process_that_is_asked_to_stop_says_by_which_signal(folder, more, bar):
     name = f"terminated_{len(more)}"
