@@ -211,9 +211,11 @@ def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
         replaces: whether another content that is there may go.
 
     Raises:
-        MochiTuneError: as `check_form`; there is one with other settings, and it is not to be replaced.
+        MochiTuneError: as `check_form`; the file has other settings and `replaces` is False; it cannot be read.
     """
     path, text = conf_path(folder, form.name), conf_text(folder, form)
+    if mistake := conf_mistake(folder, form.name):
+        raise ConfigError(mistake)
     waiting = [job for job in list_jobs(folder) if job.state == "waiting" and f"conf={form.name}" in job.arguments]
     if waiting and path.exists() and not _says_the_same(path, folder, form):
         raise ConfigError(
@@ -248,11 +250,17 @@ def _run_dir_of(path: Path) -> str:
 
 
 def _says_the_same(path: Path, folder: Path, form: Form) -> bool:
+    return load_config(str(path), []) == check_form(folder, form)
+
+
+def conf_mistake(folder: Path, name: str) -> str:
+    """Returns why conf/NAME.yaml cannot be read, in one line; "" if it can, or if there is no such file."""
     try:
-        return load_config(str(path), []) == check_form(folder, form)
-    except MochiTuneError:
-        # Damaged, or of another version.
-        return False
+        if conf_path(folder, name).is_file():
+            read_form(folder, name)
+    except MochiTuneError as error:
+        return f"{error} The page does not replace this file: correct it, or choose another name."
+    return ""
 
 
 def read_form(folder: Path, name: str) -> Form:

@@ -19,6 +19,7 @@ from mochi_tune.ui.confs import (
     Form,
     as_text,
     check_form,
+    conf_mistake,
     conf_path,
     list_confs,
     newest_conf,
@@ -77,8 +78,10 @@ class SettingsForm:
             label="Other settings, key=value, one a line", lines=4, max_lines=14, elem_id="more", render=False,
             placeholder="train.warmup_steps=20",
         )  # fmt: skip
-        # Another value whenever the fields were filled, be it for a page that opens or for another conf.
+        # Changes whenever the fields were filled, both when a page opens and when another conf is chosen.
         self.filled_times = gr.State(0)
+        # The mistake that the last notice reported: opening a page fills the fields twice.
+        self.reported = gr.State("")
         self.news = News(folder)
         self.replaces = gr.Checkbox(label="replace it, if conf/NAME.yaml has other settings", render=False)
 
@@ -115,6 +118,8 @@ class SettingsForm:
     def message(self, *values: Any) -> str:
         """Returns the one line that the command line would say of the form."""
         form = self.form_of(values)
+        if mistake := conf_mistake(self.folder, form.name):
+            return html.note(mistake, "error")
         try:
             data = check_form(self.folder, form).data
         except MochiTuneError as error:
@@ -127,20 +132,28 @@ class SettingsForm:
         )
 
     def filled(self, name: str) -> Iterator[Any]:
-        """Yields the values of all inputs but the name: of the conf, or as they are where there is none to be read."""
-        form = None
+        """Yields the values of all inputs except the name.
+
+        A name without a conf leaves the inputs as they are. A conf that cannot be read empties them, so that they do
+        not show the settings of another LoRA.
+        """
+        if not self._is_there(name):
+            yield from [gr.skip()] * (len(self.fields) + 1)
+            return
         try:
-            if name and conf_path(self.folder, name).is_file():
-                form = read_form(self.folder, name)
-        except MochiTuneError as error:
-            # It stays until it is closed; the page is drawn all the same.
-            gr.Warning(html.note(str(error), "error"), duration=None)
+            form = read_form(self.folder, name)
+        except MochiTuneError:
+            form = Form(name)
         for key in self.fields:
-            text = form.main.get(key, "") if form else None
-            if key == "train.sample_prompts" and form is not None:
-                text = "\n".join(form.prompts)
-            yield gr.skip() if text is None else text
-        yield form.more if form else gr.skip()
+            yield "\n".join(form.prompts) if key == "train.sample_prompts" else form.main.get(key, "")
+        yield form.more
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            return bool(name) and conf_path(self.folder, name).is_file()
+        except MochiTuneError:
+            # The line below the settings reports the name.
+            return False
 
     def wire(self, blocks: gr.Blocks) -> None:
         """Fills the form when a conf is chosen, and when a page opens."""
@@ -148,19 +161,24 @@ class SettingsForm:
         def open_page() -> Any:
             return gr.Dropdown(list_confs(self.folder), value=newest_conf(self.folder))
 
-        def fill_and_tell(name: str, times: int) -> list[Any]:
-            return [*self.filled(name), times + 1]
+        def fill(name: str, times: int, reported: str) -> list[Any]:
+            mistake = conf_mistake(self.folder, name) if name else ""
+            if mistake and mistake != reported:
+                # The notice stays until the user closes it.
+                gr.Warning(html.note(mistake, "error"), duration=None)
+            return [*self.filled(name), times + 1, mistake]
 
         groups = [self.fields[key] for key in GROUP_DEFAULTS]
         gr.on(
             [group.change for group in groups], _placeholders, groups, [self.fields[key] for key in _TEXT_KEYS],
             trigger_mode="always_last", show_progress="hidden",
         )  # fmt: skip
-        targets, quiet = [*self.fields.values(), self.more, self.filled_times], "hidden"
-        self.name.change(fill_and_tell, [self.name, self.filled_times], targets, show_progress=quiet)
-        blocks.load(open_page, None, self.name, show_progress=quiet).then(
-            fill_and_tell, [self.name, self.filled_times], targets, show_progress=quiet
-        )
+        inputs, quiet = [self.name, self.filled_times, self.reported], "hidden"
+        targets = [*self.fields.values(), self.more, self.filled_times, self.reported]
+        self.name.change(fill, inputs, targets, show_progress=quiet)
+        # Consent to replace one file is none for another.
+        self.name.change(lambda: False, None, self.replaces, show_progress=quiet)
+        blocks.load(open_page, None, self.name, show_progress=quiet).then(fill, inputs, targets, show_progress=quiet)
 
 
 def _placeholders(*groups: str | None) -> list[Any]:

@@ -38,3 +38,10 @@ def test_blanks_alone_are_nothing_and_blanks_after_a_number_a_slip(form):
     config = load_config("cats", [])
     assert (config.data.caption_prefix, config.data.videos) == ("", "clips")
     assert (config.train.steps, config.train.warmup_steps) == (7, 3)
+
+
+def test_a_conf_that_cannot_be_read_shows_its_mistake_and_no_settings_of_another_lora(form, tmp_path):
+    (tmp_path / "conf" / "typo.yaml").write_text("train: {stepz: 3}")
+    assert list(form.filled("typo")) == [""] * (len(form.fields) + 1)
+    line = form.message("typo", *form.filled("typo"))
+    assert "note error" in line and "train.stepz is not a setting; did you mean train.steps?" in line

@@ -289,8 +289,9 @@ def look_at_grid(page, work):
     (work / "conf" / "another.yaml").write_text("lora: [<b>")
     page.locator("#conf input").fill("another")
     page.locator("#conf input").press("Enter")
-    # A conf that cannot be read is told of until that is closed, its text as it is; the page goes on.
+    # The notice of a conf that cannot be read stays until it is closed, and quotes the file; the page goes on.
     says(page, ".toast-body", "another.yaml is not YAML")
+    expect(page.get_by_label("replace it")).not_to_be_checked()
     says(page, ".toast-body", "<stream end>")
     page.locator(".toast-close").click()
     half.get_by_role("button", name="Do it again").click()
