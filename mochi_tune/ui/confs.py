@@ -128,9 +128,10 @@ def list_confs(folder: Path) -> list[str]:
     """Returns the names of the confs of a folder, those that a form can have."""
     found = []
     for path in (folder / "conf").glob("*.yaml"):
-        with contextlib.suppress(ConfigError):
+        # Names that the form refuses, and links that lead out of the folder.
+        with contextlib.suppress(MochiTuneError):
             _check_name(path.stem)
-            found += [path.stem] if path.is_file() else []
+            found += [path.stem] if conf_path(folder, path.stem).is_file() else []
     return sorted(found)
 
 

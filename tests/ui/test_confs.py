@@ -127,6 +127,10 @@ def test_the_page_opens_on_the_conf_that_was_changed_last_and_on_none_that_it_re
         path.touch()
         os.utime(path, (seconds, seconds))
     assert list_confs(tmp_path) == ["ants", "cats"] and newest_conf(tmp_path) == "ants"
+    # A link that leads out of the folder is left out.
+    (tmp_path / "conf" / "zebra.yaml").symlink_to(tmp_path.parent / "elsewhere.yaml")
+    (tmp_path.parent / "elsewhere.yaml").touch()
+    assert list_confs(tmp_path) == ["ants", "cats"]
     os.utime(tmp_path / "conf" / "cats.yaml", (9, 9))
     assert newest_conf(tmp_path) == "cats"
 
