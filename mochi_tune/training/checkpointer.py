@@ -60,13 +60,17 @@ class Checkpointer:
             retention: which checkpoints are kept.
             log: writes a line for the user.
         """
-        self.folder = run_dir / "checkpoints"
-        self.published = run_dir / "adapter.safetensors"
+        self.run_dir = run_dir
         self.metrics = metrics
         self.retention = retention
         self.log = log
         # The last save that failed, if no later one succeeded.
         self.failed: tuple[Snapshot, OSError] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.run_dir / "checkpoints"
 
     def save(self, snapshot: Snapshot, is_best: bool = False) -> bool:
         """Writes a checkpoint, then the run's adapter, and removes old checkpoints; returns whether that succeeded.
@@ -88,7 +92,10 @@ class Checkpointer:
                     save_adapter(new / "averaged.safetensors", snapshot.averaged)
                 checkpoint.save_optimizer(new / "optimizer.safetensors", snapshot.optimizer)
                 write_json(new / "state.json", {**snapshot.state, **mark})
-            copy_atomic(checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"), self.published)
+            copy_atomic(
+                checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"),
+                self.run_dir / "adapter.safetensors",
+            )
             self._remove_old()
         except OSError as error:
             self.failed = snapshot, error

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mochi_tune.files import fsync, save_tensors, write_atomic, write_json
+from mochi_tune.training.step_result import StepResult
 
 SPIKE_POLICIES = ("off", "warn", "skip", "stop")
 # A loss is compared with the median of so many steps before it, at least of so many.
@@ -46,6 +47,31 @@ class SpikeGuard:
 def is_finite(*values: float) -> bool:
     """Whether all numbers are finite."""
     return all(map(math.isfinite, values))
+
+
+def refusal(step: StepResult, verdict: str, excess: float, attention: str | None, bundle: Path, last: str) -> str:
+    """Returns the error of a step whose update would harm the adapter.
+
+    Args:
+        step: the step.
+        verdict: "not finite" or "stop".
+        excess: the loss as a multiple of the usual one, for "stop".
+        attention: the kernel that computed the attention, if the run chose one.
+        bundle: what `write_bundle` returned.
+        last: text that names the last checkpoint.
+    """
+    usual, way_on = "", "an older checkpoint by resume_from, resume=force and a lower train.learning_rate"
+    if verdict == "stop":
+        usual = f", a loss of {excess:,.1f} times the usual"
+        way_on = "resume=force and train.spike_policy=skip"
+    drawn = zip(step.clips, step.sigmas, strict=True)
+    samples = ", ".join(f"{clip} (sigma {sigma:.3f})" for clip, sigma in drawn)
+    return (
+        f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}{usual}, on {samples}"
+        f"{f', attention by {attention}' if attention else ''}; the "
+        f"update was not made and {last}: `mochi-tune replay {bundle}` tells which sample it was. The same command "
+        f"comes here again; {way_on} go past it, or a lower train.learning_rate in another run_dir."
+    )
 
 
 def write_bundle(folder: Path, facts: Mapping, adapter: Mapping[str, Tensor], config: str) -> Path:

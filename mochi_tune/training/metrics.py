@@ -71,6 +71,7 @@ class Metrics:
         own = self.paths["metrics"]
         self._branch = hashlib.sha256(own.read_bytes() if own.exists() else b"")
         self._files = {name: open(path, "ab", buffering=0) for name, path in self.paths.items()}  # noqa: SIM115
+        fsync(run_dir)  # The entries of new files.
         self._pending: deque[tuple[str, bytes]] = deque()
         # Complete bytes of files that may end with a part of a row.
         self._torn: dict[str, int] = {}
@@ -127,8 +128,8 @@ class Metrics:
             OSError: a row cannot be written.
         """
         self._write_pending()
-        for path in [*self.paths.values(), self.paths["metrics"].parent]:
-            fsync(path)
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
     def _count(self, name: str, row: Mapping) -> None:
         self._num_rows[name] += 1

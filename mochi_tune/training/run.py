@@ -28,7 +28,7 @@ from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot, 
 from mochi_tune.training.choose_attention import choose_attention
 from mochi_tune.training.draws import Draws
 from mochi_tune.training.ema import EMA
-from mochi_tune.training.guards import SpikeGuard, is_finite, write_bundle
+from mochi_tune.training.guards import SpikeGuard, is_finite, refusal, write_bundle
 from mochi_tune.training.interrupts import Interrupted, StopAndSaveSignals
 from mochi_tune.training.loader import ClipLoader, Inputs, Prefetcher
 from mochi_tune.training.metrics import Metrics
@@ -58,9 +58,10 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
     config, is_main = plan.config, accelerator.is_main_process
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as stack:
+        lock = None
         if is_main:
             make_writable_folder(run_dir / "samples")
-            stack.enter_context(RunLock(run_dir))
+            lock = stack.enter_context(RunLock(run_dir))
         if config.train.deterministic:
             stack.enter_context(deterministic_kernels())
         start = broadcast(resume(plan) if is_main else None)
@@ -74,7 +75,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
             trackers = Trackers(run_dir, last_step, config.name, plan.identity["settings"], config.log)
             stack.enter_context(trackers)
         run = Run(plan, accelerator, start, metrics, trackers)
-        run.attention = attention
+        run.attention, run.lock = attention, lock
         lines = [] if run.is_complete else opening_lines(plan, start.step)
         if is_main:
             lines += tell_changes(config.data, config.seed, plan.dataset.cache)
@@ -92,27 +93,24 @@ class Run:
         step: the last finished step.
         exit_code: 0, 2 where the last evaluation could not be written, or 128 + the signal that stopped the run.
         attention: the kernel that attention runs, one of `parallel.kernels.ALL_KERNELS`; None: what torch chooses.
+        lock: of the run folder; the main process has it.
     """
 
     attention: str | None = None
+    lock: RunLock | None = None
 
     def __init__(
-        self,
-        plan: TrainPlan,
-        accelerator: Accelerator,
-        start: ResumePoint,
-        metrics: Metrics | None,
+        self, plan: TrainPlan, accelerator: Accelerator, start: ResumePoint, metrics: Metrics | None,
         trackers: Trackers | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.plan, self.accelerator, self.start = plan, accelerator, start
         self.metrics, self.trackers = metrics, trackers
         self.run_dir = Path(plan.config.run_dir)
         self.report = ReportWriter(self.run_dir, plan.config) if accelerator.is_main_process else None
         self.step = self._saved_step = start.step
         self.exit_code = 0
-        layout = plan.layout
-        self._data_rank = accelerator.process_index // layout.context
-        self._own_micro_batches = list(range(self._data_rank, plan.draws.num_micro_batches, layout.data))
+        data_rank = accelerator.process_index // plan.layout.context
+        self._own_micro_batches = list(range(data_rank, plan.draws.num_micro_batches, plan.layout.data))
         train = plan.config.train
         self._guard = SpikeGuard(train.spike_policy, train.spike_factor, list(start.state.get("losses", ())))
         self._resources = contextlib.ExitStack()
@@ -186,8 +184,7 @@ class Run:
             self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
         is_strict = plan.config.data.damaged == "strict"
         loader = ClipLoader(plan.dataset, plan.order, plan.draws, is_strict, tqdm.write)
-        if self.report is not None:
-            self._resources.callback(self.report.write)  # However the run ends.
+        self._resources.callback(self._write_report)  # However the run ends.
         keys = ((step, number) for step in range(self.step + 1, train.steps + 1) for number in self._own_micro_batches)
         self._signals = self._resources.enter_context(StopAndSaveSignals())
         if self.attention is not None:
@@ -224,10 +221,8 @@ class Run:
             learning_rate: of the update.
         """
         *losses, norm = torch.stack([*(part.loss for part in parts), grad_norm]).tolist()
-        own = {
-            number: (loss, part.clips, part.sigma.tolist())
-            for number, loss, part in zip(self._own_micro_batches, losses, parts, strict=True)
-        }
+        micro_batches = zip(self._own_micro_batches, losses, parts, strict=True)
+        own = {number: (loss, part.clips, part.sigma.tolist()) for number, loss, part in micro_batches}
         stop_signal, save_requested, gathered = self._exchange(own)
         loss, clips, sigmas = merge_parts(gathered)
         return StepResult(self.step + 1, loss, norm, learning_rate, clips, sigmas, stop_signal, save_requested)
@@ -274,18 +269,30 @@ class Run:
             raise Interrupted
 
     def save(self, is_best: bool = False) -> None:
-        """Writes a checkpoint of the last finished step, unless there is one; every process calls it."""
-        if self._saved_step == self.step:
-            return
-        weights, published = self.optimizer.weights(), self.published_weights()
-        state, groups = self.optimizer.state()
-        if self._checkpointer is not None and self.metrics is not None:
-            rows = {"groups": groups, "losses": self._guard.losses, **self.metrics.state()}
-            averaged = None if published is None else self._adapter(published)
-            environment = self.plan.environment | {"attention": self.attention}
-            everything = {"step": self.step, **self.plan.identity, "environment": environment, **rows}
-            self._checkpointer.save(Snapshot(self.step, self._adapter(weights), averaged, state, everything), is_best)
-        self._saved_step = self.step
+        """Writes a checkpoint of the last finished step, unless there is one; every process calls it.
+
+        Raises:
+            TrainingError: the run folder was moved or removed. If it was moved, the step is saved where the folder is.
+        """
+        if self._saved_step != self.step:
+            weights, published = self.optimizer.weights(), self.published_weights()
+            state, groups = self.optimizer.state()
+            folder = None if self.lock is None else self.lock.find_folder()
+            if self._checkpointer is not None and self.metrics is not None and folder is not None:
+                rows = {"groups": groups, "losses": self._guard.losses, **self.metrics.state()}
+                averaged = None if published is None else self._adapter(published)
+                environment = self.plan.environment | {"attention": self.attention}
+                facts = {"step": self.step, **self.plan.identity, "environment": environment, **rows}
+                self._checkpointer.run_dir = folder
+                self._checkpointer.save(Snapshot(self.step, self._adapter(weights), averaged, state, facts), is_best)
+            self._saved_step = self.step
+        if self.lock is not None:
+            self.lock.check_in_place()
+
+    def _write_report(self) -> None:
+        # At the path of a folder that was moved, another run may have begun.
+        if self.report is not None and self.lock is not None and self.lock.is_in_place():
+            self.report.write()
 
     def published_weights(self) -> Mapping[str, Tensor] | None:
         """Returns the weights that are validated, rendered and published; None where these are the trained ones."""
@@ -326,7 +333,8 @@ class Run:
             TrainingError: the last step could not be saved.
         """
         self.accelerator.wait_for_everyone()
-        if self._checkpointer is not None:
+        if self._checkpointer is not None and self.lock is not None:
+            self.lock.check_in_place()
             self._checkpointer.check_saved(self.step)
             stopped = f"stopped after step {self.step} of {self.plan.config.train.steps}"
             tqdm.write(f"adapter: {self.run_dir / 'adapter.safetensors'}" if self.is_complete else stopped)
@@ -342,12 +350,12 @@ class Run:
         if self.accelerator.num_processes > 1:
             # Where a process hangs is written to stderr before the others give up waiting for it.
             faulthandler.dump_traceback_later(0.9 * self.plan.config.parallel.timeout_seconds)
-        gathered = gather_object([(*self._signals.take(), own)])
-        return (
-            max(stop for stop, _, _ in gathered),
-            any(save for _, save, _ in gathered),
-            [each for _, _, each in gathered],
-        )
+        stop_signal, save_requested = self._signals.take()
+        # If the run folder was moved, a save ends the run.
+        save_requested |= self.lock is not None and not self.lock.is_in_place()
+        gathered = gather_object([(stop_signal, save_requested, own)])
+        stops, saves, others = zip(*gathered, strict=True)
+        return max(stops), any(saves), list(others)
 
     def _check_while_waiting(self) -> None:
         """Ends the wait for a slow disk when the run is asked to stop; saves where that is asked for.
@@ -379,22 +387,12 @@ class Run:
         self.save()
         if not self.accelerator.is_main_process:
             raise SystemExit(2)  # The main process reports it.
-        excess, way_on = "", "an older checkpoint by resume_from, resume=force and a lower train.learning_rate"
-        if self._verdict == "stop":
-            excess = f", a loss of {self._guard.excess(result.loss):,.1f} times the usual"
-            way_on = "resume=force and train.spike_policy=skip"
         facts = {
             **result.numbers, "clips": result.clips, "sigmas": result.sigmas, "why": self._verdict,
             "seed": self.plan.config.seed, "draws": asdict(self.plan.draws), "attention": self.attention,
             "host_modulation": self.plan.has_host_modulation, "identity": self.plan.identity,
         }  # fmt: skip
         bundle = write_bundle(self.run_dir / "bundles", facts, weights, config_yaml(self.plan.config))
-        drawn = zip(result.clips, result.sigmas, strict=True)
-        samples = ", ".join(f"{clip} (sigma {sigma:.3f})" for clip, sigma in drawn)
         last = checkpoint.last_checkpoint(self.run_dir / "checkpoints")
-        raise TrainingError(
-            f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}{excess}, on {samples}"
-            f"{f', attention by {self.attention}' if self.attention else ''}; the "
-            f"update was not made and {last}: `mochi-tune replay {bundle}` tells which sample it was. The same command "
-            f"comes here again; {way_on} go past it, or a lower train.learning_rate in another run_dir."
-        )
+        excess = self._guard.excess(result.loss) if self._verdict == "stop" else 0.0
+        raise TrainingError(refusal(result, self._verdict, excess, self.attention, bundle, last))

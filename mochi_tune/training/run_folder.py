@@ -1,5 +1,6 @@
 """The run folder: its lock, and the history of the processes that trained in it."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -11,6 +12,7 @@ import torch
 
 from mochi_tune.errors import TrainingError
 from mochi_tune.files import read_json_lines
+from mochi_tune.training import checkpoint
 
 
 class RunLock:
@@ -45,6 +47,42 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def find_folder(self) -> Path | None:
+        """Returns the folder that holds this lock now, which differs from the run folder once someone moved it.
+
+        Returns None if the folder cannot be found, or if the lock file was removed or replaced.
+        """
+        descriptor = self._file.fileno()
+        for find in (lambda: self.path, lambda: Path(os.readlink(f"/proc/self/fd/{descriptor}"))):
+            # Each path may be gone, and not every system has /proc.
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), (path := find()).stat()):
+                    return path.parent
+        return None
+
+    def is_in_place(self) -> bool:
+        """Whether the run folder is still at its path."""
+        return self.find_folder() == self.path.parent
+
+    def check_in_place(self) -> None:
+        """Checks that the run folder is still at its path; otherwise another run may have begun there.
+
+        Raises:
+            TrainingError: it was moved or removed, or its lock file was.
+        """
+        run_dir, folder = self.path.parent, self.find_folder()
+        if folder is None:
+            raise TrainingError(
+                f"{run_dir} was moved or removed while this run trained in it, or its file {self.path.name} was: put "
+                "the folder back, and the same command resumes from its last checkpoint."
+            )
+        if folder != run_dir:
+            last = checkpoint.last_checkpoint(folder / "checkpoints")
+            raise TrainingError(
+                f"{run_dir} was moved to {folder} while this run trained in it; {last}: move the folder back and the "
+                f"same command resumes from there, or use run_dir={folder}."
+            )
 
 
 def this_process() -> dict[str, object]:

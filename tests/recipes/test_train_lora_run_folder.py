@@ -15,6 +15,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.errors import TrainingError
 from mochi_tune.recipes.train_lora import main
 from mochi_tune.training.evaluate import EvalVideos
+from mochi_tune.training.run import Run
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -122,3 +123,55 @@ def test_eval_stills_are_pictures(tmp_path):
         # Without an adapter yet, both halves are the base.
         left, right = (picture.crop((x, 0, x + 48, 32)).tobytes() for x in (0, 48))
         assert picture.size == (96, 32) and left == right
+
+
+MOVED = ["train.checkpoint_every=2", "train.keep_checkpoints=9", "train.schedule=constant", "train.warmup_steps=0"]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_run_whose_folder_is_moved_saves_its_step_there_and_ends(tmp_path, monkeypatch, is_replaced):
+    """Another run may have begun at its path: it keeps its files."""
+    run_dir, moved, straight = tmp_path / "run", tmp_path / "moved", tmp_path / "straight"
+    other = [b"another run's adapter", b"another run's report"]
+
+    def move_at_step_3(self, result):
+        finish_step(self, result)
+        if self.step == 3:
+            run_dir.rename(moved)
+            if is_replaced:
+                (run_dir / "checkpoints" / "step_000001").mkdir(parents=True)
+                for name, content in zip(("adapter.safetensors", "report.html"), other, strict=True):
+                    (run_dir / name).write_bytes(content)
+
+    finish_step = Run.finish_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish_step", move_at_step_3)
+        with pytest.raises(TrainingError) as error:
+            train(run_dir, *MOVED, "train.steps=6")
+    assert f"{run_dir} was moved to {moved}" in str(error.value)
+    assert f"the last checkpoint is {moved / 'checkpoints/step_000004'}" in str(error.value)
+    if is_replaced:
+        assert [(run_dir / name).read_bytes() for name in ("adapter.safetensors", "report.html")] == other
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000001"]
+        shutil.rmtree(run_dir)
+    else:
+        assert not run_dir.exists()
+    moved.rename(run_dir)
+    assert train(run_dir, *MOVED, "train.steps=6") == train(straight, *MOVED, "train.steps=6") == 0
+    assert [row["loss"] for row in read_rows(run_dir / "metrics.jsonl")] == [
+        row["loss"] for row in read_rows(straight / "metrics.jsonl")
+    ]
+
+
+def test_a_run_whose_folder_is_removed_ends_at_the_next_step(tmp_path, monkeypatch):
+    finish_step = Run.finish_step
+
+    def remove_at_step_1(self, result):
+        finish_step(self, result)
+        if self.step == 1:
+            shutil.rmtree(tmp_path / "run")
+
+    monkeypatch.setattr(Run, "finish_step", remove_at_step_1)
+    with pytest.raises(TrainingError, match="was moved or removed while this run trained in it"):
+        train(tmp_path / "run", *MOVED, "train.steps=6")
+    assert not (tmp_path / "run").exists()
