@@ -38,7 +38,7 @@ class Form:
     """What somebody has filled in.
 
     Attributes:
-        name: of the LoRA and its file.
+        name: of the file, and of the LoRA unless `more` sets another one.
         main: text by key of MAIN_KEYS; "" leaves a setting as it is by default.
         more: other settings, `key=value`, one a line.
         prompts: train.sample_prompts, where the form was read from a file.
@@ -56,7 +56,7 @@ class Form:
             ConfigError: the name is none, a line is no setting, or a setting is there twice.
         """
         _check_name(self.name)
-        given = {"name": self.name} | {key: value for key, value in self.main.items() if value}
+        given = {key: value for key, value in self.main.items() if value}
         lines = [line.lstrip() for line in self.more.splitlines()]
         for line in [line for line in lines if line and not line.startswith("#")]:
             key = line.partition("=")[0]
@@ -66,7 +66,8 @@ class Form:
             if key in given:
                 raise ConfigError(f"{key} is there twice: leave it out of the other settings.")
             given[key] = value
-        return [f"{key}={value}" for key, value in given.items()]
+        # A file may set another name than its own among the other settings.
+        return [f"{key}={value}" for key, value in ({"name": self.name} | given).items()]
 
 
 def _check_name(name: str) -> None:
@@ -284,6 +285,8 @@ def read_form(folder: Path, name: str) -> Form:
     rest = [key for key in given if key not in MAIN_KEYS and key != "name"]
     more = [f"{key}={groups[key]}" for key in groups if key not in MAIN_KEYS]
     more += [f"{key}={_on_page(config, key, given[key])}" for key in rest]
+    if config.name != name:
+        more.insert(0, f"name={_on_page(config, 'name', given.get('name', ''))}")
     return Form(name, main, "\n".join(more), tuple(config.train.sample_prompts))
 
 

@@ -121,12 +121,19 @@ class SettingsForm:
         if mistake := conf_mistake(self.folder, form.name):
             return html.note(mistake, "error")
         try:
-            data = check_form(self.folder, form).data
+            config = check_form(self.folder, form)
         except MochiTuneError as error:
             return html.note(str(error), "error")
         is_new = not conf_path(self.folder, form.name).exists()
+        data = config.data
         clips = f"{data.num_frames} frames, {data.width} x {data.height}"
-        return html.note(
+        other = ""
+        if config.name != form.name:
+            other = (
+                f"conf/{form.name}.yaml has name={config.name}: its run folder, cache and adapter take that name. "
+                f"Remove name= from the other settings to call them {form.name}."
+            )
+        return html.note(other, "warning") + html.note(
             f"Every setting fits{f', conf/{form.name}.yaml will be written' if is_new else ''}. Clips: "
             f"{'of several sizes' if data.buckets else clips}."
         )

@@ -63,6 +63,21 @@ def test_a_conf_with_other_settings_stays_unless_asked(tmp_path):
     assert load_config("cats", []) == check_form(tmp_path, FORM)
 
 
+@pytest.mark.parametrize(("text", "name"), [("name: dogs\n", "dogs"), ("", "my_lora")])
+def test_a_conf_with_another_name_than_its_file_is_trained_as_it_is(tmp_path, text, name):
+    (tmp_path / "conf").mkdir()
+    mine = tmp_path / "conf" / "cats.yaml"
+    mine.write_text(f"defaults: [base, _self_]\n{text}train: {{steps: 7}}\n")
+    form = read_form(tmp_path, "cats")
+    assert form.more == f"name={name}" and check_form(tmp_path, form).run_dir == f"runs/{name}"
+    save_conf(tmp_path, form, replaces=False)
+    assert mine.read_text().endswith("train: {steps: 7}\n")
+    save_conf(tmp_path, replace(form, more=""), replaces=True)
+    assert load_config("cats", []).name == "cats"
+    with pytest.raises(ConfigError, match="name is there twice"):
+        check_form(tmp_path, Form("cats", {}, "name=a\nname=b"))
+
+
 def test_a_conf_over_another_conf_is_not_flattened(tmp_path):
     save_conf(tmp_path, Form("own"), replaces=False)
     (tmp_path / "conf" / "cats.yaml").write_text("defaults: [own, _self_]\nname: cats\n")

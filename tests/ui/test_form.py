@@ -45,3 +45,10 @@ def test_a_conf_that_cannot_be_read_shows_its_mistake_and_no_settings_of_another
     assert list(form.filled("typo")) == [""] * (len(form.fields) + 1)
     line = form.message("typo", *form.filled("typo"))
     assert "note error" in line and "train.stepz is not a setting; did you mean train.steps?" in line
+
+
+def test_the_line_names_what_is_called_by_another_name(form, tmp_path):
+    (tmp_path / "conf" / "cats.yaml").write_text("name: dogs\n")
+    line = form.message("cats", *form.filled("cats"))
+    assert "conf/cats.yaml has name=dogs: its run folder, cache and adapter take that name" in line
+    assert "Every setting fits" in line
