@@ -81,12 +81,23 @@ def check_cells(config: RunConfig) -> list[Cell]:
     """
     sample, parallel = config.sample, config.parallel
     asked = "sample.grid=true" if sample.grid else _name_farm(config)
-    several = PartialState(cpu=config.device == "cpu").num_processes > 1
-    if sample.compare or sample.compile or several or (parallel.engine != "ray" and parallel.num_processes > 1):
+    started = PartialState(cpu=config.device == "cpu").num_processes
+    if started > 1:
         raise ConfigError(
-            f"{asked} renders a video in one process, uncompiled, and has strength 0 for the base: leave out "
-            "sample.compare, sample.compile and parallel.num_processes, and use strengths=[0,1]."
+            f"{asked} runs as one process, and {started} were started together: start it as one process, or start "
+            "several of them with parallel.shard=1/N to N/N."
         )
+    for key, is_given, reason in (
+        ("sample.compare", sample.compare, "compares by strengths=[0,1], with 0 for the base"),
+        ("sample.compile", sample.compile, "does not compile the model"),
+        (
+            "parallel.num_processes",
+            parallel.engine != "ray" and parallel.num_processes > 1,
+            "renders each video in one process",
+        ),
+    ):
+        if is_given:
+            raise ConfigError(f"{asked} {reason}: leave out {key}.")
     if sample.strength_schedule or sample.block_strength or sample.init_video:
         raise ConfigError(
             f"{asked} has one strength for all steps and blocks of a video, and starts from noise: leave out "

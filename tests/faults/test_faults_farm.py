@@ -137,8 +137,8 @@ def test_a_cluster_that_cannot_be_reached_is_named_before_anything_is_rendered(b
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ([share(1), "parallel.num_processes=2"], r"parallel\.shard=1/4 renders a video in one process, uncompiled"),
-        (["parallel.engine=ray", "sample.compare=base"], r"parallel\.engine=ray renders a video in one process"),
+        ([share(1), "parallel.num_processes=2"], r"parallel\.shard=1/4 renders each video in one process"),
+        (["parallel.engine=ray", "sample.compare=base"], r"parallel\.engine=ray compares by strengths"),
         ([share(1), "sample.init_video=a.mp4"], r"parallel\.shard=1/4 has one strength .* and starts from noise"),
         ([share(1), "sample.format=png"], r"format=png makes a folder of each video, and parallel\.shard=1/4 files"),
         ([share(1), "sample.out=a.mp4"], r"out=a\.mp4 is a file, and parallel\.shard=1/4 fills a folder"),

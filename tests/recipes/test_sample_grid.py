@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_prepare import TINY
-from helpers_process import run
+from helpers_process import run, run_in_two
 from helpers_renders import write_adapter, write_dora
 from helpers_road import road, train
 from PIL import Image
@@ -177,8 +177,9 @@ def test_the_tiles_of_the_video_stand_in_rows_and_columns_and_the_shorter_wait(t
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["sample.compare=base"], "renders a video in one process, uncompiled, and has strength 0 for the base"),
-        (["sample.compile=true"], "renders a video in one process, uncompiled"),
+        (["sample.compare=base"], r"grid=true compares by strengths=\[0,1\], with 0 for the base: leave out sample\.compare\.$"),
+        (["sample.compile=true"], r"grid=true does not compile the model: leave out sample\.compile\.$"),
+        (["parallel.num_processes=2"], r"renders each video in one process: leave out parallel\.num_processes\.$"),
         (["sample.out=x.mp4"], r"out=x\.mp4 is a file, and sample\.grid=true fills a folder"),
         (["sample.out=x.gif"], r"out=x\.gif is a file"),
         (["sample.format=gif"], r"sample\.format=gif is not for a grid: use mp4 or webm"),
@@ -190,6 +191,12 @@ def test_the_tiles_of_the_video_stand_in_rows_and_columns_and_the_shorter_wait(t
 def test_what_cannot_be_a_grid_is_refused(tmp_path, settings, said):
     with pytest.raises(ConfigError, match=said):
         render(tmp_path, "sample.prompt=a cat", *settings)
+
+
+def test_a_grid_that_a_launcher_started_as_two_processes_is_refused(tmp_path):
+    done = run_in_two("sample", "conf=my_lora", *road(tmp_path, *FAST), "prompt=a cat", "adapter=none", "grid=true")
+    said = "sample.grid=true runs as one process, and 2 were started together: start it as one process, or start several"
+    assert done.returncode == 2 and said in done.stderr and "leave out" not in done.stderr, done.stderr
 
 
 def test_the_command_prints_what_it_writes_and_an_axis_asks_for_the_grid(tmp_path):
