@@ -8,6 +8,7 @@ import torch
 
 from mochi_tune.adapters.files import DTYPES, Adapter, LoraLayer, check_format, load_adapter, save_adapter
 from mochi_tune.errors import ConfigError, printable
+from mochi_tune.recipes.new_output import check_new_file, make_parent
 from mochi_tune.training.records import find_run_dir, run_date
 
 
@@ -18,13 +19,13 @@ class ExportSummary:
     Attributes:
         file: the new file.
         to: its format.
-        num_layers: adapted modules in the file, zeros that the format demands included.
-        trained_rank: as in the source; "4,8" where layers differ.
-        rank: in the new file; larger than trained where ranks were padded, or where split q, k, v were fused.
-        alpha: in the new file.
+        num_layers: number of adapted modules in the file, including zeros that the format requires.
+        trained_rank: rank of the source; "4,8" if layers differ.
+        rank: rank in the new file; higher than the trained one if ranks were padded or separate q, k, v were fused.
+        alpha: alpha in the new file.
+        source_note: the source, its alpha and where the alpha was found.
         dtype: "fp32", "bf16" or "fp16".
-        error: what the rounding to the dtype changed, see `rounding_error`.
-        source_note: the source, its alpha, and where that was found.
+        error: relative error of the rounding to `dtype`, see `rounding_error`.
     """
 
     file: Path
@@ -53,51 +54,46 @@ def main(
     about: Mapping[str, str] | None = None,
     adapter_alpha: float | None = None,
 ) -> ExportSummary:
-    """Converts the adapter file `adapter` to the format `to` and writes it to the new file `out`.
+    """Converts an adapter file to another format.
 
     Args:
-        adapter: a file, a folder or hub:OWNER/NAME, as `find_adapter_file` takes it.
+        adapter: a file, a folder or hub:OWNER/NAME, see `find_adapter_file`.
         to: one of `adapters.files.FORMATS`.
-        out: the new file, *.safetensors.
-        dtype: of its tensors: "fp32", "bf16" or "fp16".
-        about: ModelSpec's "title", "author", "license" and "trigger_phrase", in place of those that the adapter states.
-        adapter_alpha: of a source that does not state its own.
+        out: new .safetensors file.
+        dtype: dtype of the tensors: "fp32", "bf16" or "fp16".
+        about: ModelSpec's "title", "author", "license" and "trigger_phrase", which replace those of the adapter.
+        adapter_alpha: alpha of a source that states none.
 
     Raises:
-        ConfigError: `to` or `dtype` is unknown, or `out` exists, is no .safetensors name or has no possible folder.
-        CheckpointError: the adapter cannot be read, or has no place in the format or the dtype.
+        ConfigError: `to` or `dtype` is unknown, or `out` exists, has another suffix or its folder cannot be made.
+        CheckpointError: the adapter cannot be read, or does not fit the format or the dtype.
     """
     out = Path(out)
     check_format(to)
     check_dtype(dtype)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"out={out} must end in .safetensors: use {out.stem or 'adapter'}.safetensors.")
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"out={out} exists, and an export never overwrites: choose another name or remove it.")
+    check_new_file(out, ".safetensors")
     source = read_source(adapter, about or {}, adapter_alpha)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={out}: its folder cannot be made ({error.strerror}): choose another one.") from error
+    make_parent(out)
     return write(source, to, out, dtype)
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuses a dtype that no export has.
+    """Refuses a dtype that exports do not have.
 
     Raises:
-        ConfigError: it is not "fp32", "bf16" or "fp16".
+        ConfigError: `dtype` is not "fp32", "bf16" or "fp16".
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} is not possible: use {', '.join(DTYPES)}.")
 
 
 def read_source(adapter: Path | str, about: Mapping[str, str], adapter_alpha: float | None = None) -> Adapter:
-    """Loads an adapter and adds what is said about it; the date is that of its run, where that is known.
+    """Loads an adapter and sets its ModelSpec metadata; the date is that of its run, if that is known.
 
     Args:
-        adapter: in any format.
-        about: ModelSpec's keys without the prefix, and their values; empty ones are left out.
+        adapter: a file in any format, a folder or hub:OWNER/NAME.
+        about: ModelSpec's keys without the prefix, and their values; empty values are ignored.
+        adapter_alpha: alpha of a source that states none.
 
     Raises:
         CheckpointError: the adapter cannot be read.
@@ -115,10 +111,10 @@ def read_source(adapter: Path | str, about: Mapping[str, str], adapter_alpha: fl
 
 
 def write(source: Adapter, to: str, out: Path, dtype: str) -> ExportSummary:
-    """Writes a loaded adapter to `out`, whose folder exists.
+    """Writes a loaded adapter to a file; the folder of `out` exists.
 
     Raises:
-        CheckpointError: it has no place in the format or the dtype.
+        CheckpointError: the adapter does not fit the format or the dtype.
     """
     layers = save_adapter(out, source, to, DTYPES[dtype])
     ranks = sorted({layer.rank for layer in layers.values()})
@@ -137,10 +133,10 @@ def write(source: Adapter, to: str, out: Path, dtype: str) -> ExportSummary:
 
 
 def rounding_error(layers: Mapping[str, LoraLayer], dtype: torch.dtype) -> float:
-    """Returns how far rounding moves the change of the weights, relative to its size.
+    """Returns the relative error of the change of the weights after rounding to `dtype`.
 
-    It is the Frobenius norm of the difference over that of the change, both over all layers. Where there are
-    magnitudes, theirs counts if it is larger.
+    It is the Frobenius norm of the difference divided by that of the change, both over all layers. For a DoRA it is
+    the same of the magnitudes if that is larger.
     """
     squares = torch.zeros(4, dtype=torch.float64)
     for layer in layers.values():
@@ -158,5 +154,5 @@ def rounding_error(layers: Mapping[str, LoraLayer], dtype: torch.dtype) -> float
 
 
 def _squared_norm(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Returns the squared Frobenius norm of b @ a, which is not formed: it can be a thousand times larger."""
+    """Returns the squared Frobenius norm of b @ a without computing the product, which can be 1000 times larger."""
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0)

@@ -1,4 +1,4 @@
-"""Bakes an adapter into base weights: a new weights folder, written while one tensor is in memory at a time."""
+"""Bakes an adapter into the base weights and writes a new weights folder, one tensor at a time."""
 
 import math
 import os
@@ -18,15 +18,16 @@ from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.files import format_bytes, write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import hidden_width
+from mochi_tune.recipes.new_output import check_new
 from mochi_tune.weights.fill import fp32_parameters
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.key_map import Pieces, diffusers_map
 from mochi_tune.weights.writing import stream_tensors
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LAYOUTS = ("official", "diffusers")
-# What a weights folder holds beside its DiT, in either layout.
-OTHER_PARTS = (
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LAYOUTS = ("official", "diffusers")
+# Parts of a weights folder besides the DiT, in either layout.
+_OTHER_PARTS = (
     "encoder.safetensors", "decoder.safetensors", "vae_config.json", "vae", "text_encoder", "tokenizer", "scheduler",
     "model_index.json",
 )  # fmt: skip
@@ -34,15 +35,15 @@ OTHER_PARTS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a bake takes besides its folders.
+    """Settings of a bake.
 
     Attributes:
-        strength: 1 is as trained.
-        to: one of LAYOUTS, of the new DiT.
-        dtype: one of DTYPES, of the matrices; norms' weights and `pos_frequencies` are fp32, as in every run.
+        strength: factor of the adapter's change; 1 is as trained.
+        to: layout of the new DiT, "official" or "diffusers".
+        dtype: dtype of the matrices, "bf16", "fp16" or "fp32"; norms' weights and `pos_frequencies` are always fp32.
 
     Raises:
-        ConfigError: one of them does not fit.
+        ConfigError: a setting is not possible.
     """
 
     strength: float = 1.0
@@ -50,7 +51,7 @@ class Settings:
     dtype: str = "bf16"
 
     def __post_init__(self) -> None:
-        for key, value, allowed in (("to", self.to, LAYOUTS), ("dtype", self.dtype, DTYPES)):
+        for key, value, allowed in (("to", self.to, _LAYOUTS), ("dtype", self.dtype, _DTYPES)):
             if value not in allowed:
                 raise ConfigError(f"{key}={value} is not possible: use {' or '.join(allowed)}.")
         if not math.isfinite(self.strength):
@@ -59,14 +60,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Baked:
-    """A weights folder that was made.
+    """A new weights folder.
 
     Attributes:
         folder: the new folder.
-        num_changed: layers of the DiT that the adapter changed.
-        num_bytes: of the DiT's file.
-        others: what the folder has beside the DiT, from the base.
-        note: of an alpha that is assumed, see `assumed_note`.
+        num_changed: number of the DiT's layers that the adapter changed.
+        num_bytes: size of the DiT's file.
+        others: names of the base's other parts in the folder.
+        note: remark on an assumed alpha, see `assumed_note`.
     """
 
     folder: Path
@@ -82,23 +83,22 @@ class Baked:
 
 
 def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Baked:
-    """Writes base + strength * change as a new weights folder; the arithmetic is fp32, and rounded once.
+    """Writes base + strength * change as a new weights folder; computes in fp32 and rounds once.
 
-    The base's other parts are linked into the folder, or copied where that is not possible, so that it is complete.
+    The base's other parts are linked into the folder, or copied if that is not possible.
 
     Args:
-        adapter: an adapter file of any layout.
-        base: its weights folder.
-        out: the new folder.
-        settings: the strength, and the form of the new DiT.
+        adapter: an adapter file in any layout.
+        base: weights folder that the adapter was trained on.
+        out: new folder.
+        settings: strength of the adapter, layout and dtype of the new DiT.
 
     Raises:
-        ConfigError: `out` exists, diffusers has no such sizes, or the disk is too small.
-        CheckpointError: the base or the adapter cannot be read, they do not belong together, or a value is too large
-            for the dtype.
+        ConfigError: `out` exists, diffusers has no model of these sizes, or the disk is too small.
+        CheckpointError: the base or the adapter cannot be read, the adapter was trained on another base, or a value is
+            too large for the dtype.
     """
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"out={out} exists, and is never overwritten: choose another folder or remove it.")
+    check_new(out)
     weights = WeightsFolder(base)
     dit = weights.dit_skeleton()
     config = dit.config if settings.to == "official" else diffusers_config(dit.config)
@@ -106,7 +106,7 @@ def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Bake
     identity = weights.base_identity()
     check_adapter(loaded, all_linear_shapes(dit), identity)
     plan = _plan(dit, settings)
-    others = [name for name in OTHER_PARTS if (base / name).exists()]
+    others = [name for name in _OTHER_PARTS if (base / name).exists()]
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -129,7 +129,7 @@ def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Bake
 
 
 def bake_weight(weight: Tensor, layer: LoraLayer, strength: float) -> Tensor:
-    """Returns W + strength * (W' - W), in fp32, where W' is what a layer was trained to make of the weight W.
+    """Returns W + strength * (W' - W) in fp32, where W' is the weight with the adapter as trained.
 
     Source: DoRA, arXiv 2402.09353, equation 5; a row here is a column there.
     """
@@ -142,13 +142,13 @@ def bake_weight(weight: Tensor, layer: LoraLayer, strength: float) -> Tensor:
 
 
 def diffusers_config(config: DiTConfig) -> dict[str, object]:
-    """Returns the config.json of diffusers' transformer of the same sizes.
+    """Returns the config.json of a diffusers transformer of the same sizes.
 
     Source: huggingface/diffusers@v0.42.1 models/transformers/transformer_mochi.py (MochiTransformer3DModel.__init__,
     and the widths inside its feed-forward layers in MochiTransformerBlock).
 
     Raises:
-        ConfigError: diffusers cannot hold a model of these sizes.
+        ConfigError: diffusers has no model of these sizes.
     """
     theirs = {
         "_class_name": "MochiTransformer3DModel",
@@ -173,19 +173,19 @@ def diffusers_config(config: DiTConfig) -> dict[str, object]:
         if config != held or hidden_width(dim, 4.0) != 4 * dim * 2 // 3:
             raise ConfigError(
                 f"to=diffusers does not fit: it has no MLP of width {hidden_width(dim, config.mlp_ratio_x)} at "
-                f"{dim} features, or not this model's biases: use to=official."
+                f"{dim} features, or other biases than this model: use to=official."
             )
     return theirs
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is written.
+    """Content of the new DiT's file.
 
     Attributes:
-        shapes: of the DiT's tensors, in the order in which they are written, by their official names.
-        mapping: of each of these, its pieces in the new file.
-        layout: dtype and shape of each piece, in order.
+        shapes: shape of each tensor by its official name, in the order of writing.
+        mapping: pieces of each of these tensors in the new file.
+        layout: dtype and shape of each piece by name, in the order of the file.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -199,13 +199,13 @@ class _Plan:
 
 def _plan(dit: AsymmDiT, settings: Settings) -> _Plan:
     fp32, tensors = fp32_parameters(dit), dit.state_dict()
-    # Those of fp32 come first, see `stream_tensors`.
+    # `stream_tensors` needs the fp32 tensors first.
     shapes = {name: tuple(tensors[name].shape) for name in sorted(tensors, key=lambda name: name not in fp32)}
     mapping = {name: Pieces((name,)) for name in shapes} if settings.to == "official" else diffusers_map(dit)
     layout = {}
     for name, shape in shapes.items():
         pieces = mapping[name].names
-        dtype = torch.float32 if name in fp32 else DTYPES[settings.dtype]
+        dtype = torch.float32 if name in fp32 else _DTYPES[settings.dtype]
         layout |= dict.fromkeys(pieces, (dtype, (shape[0] // len(pieces), *shape[1:])))
     return _Plan(shapes, mapping, layout)
 
@@ -213,13 +213,13 @@ def _plan(dit: AsymmDiT, settings: Settings) -> _Plan:
 def _tensors(
     weights: WeightsFolder, plan: _Plan, layers: dict[str, LoraLayer], strength: float
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields the new file's tensors in order; one official tensor and its change are alive at a time."""
+    """Yields the tensors of the new file in order; memory holds one official tensor and its change at a time."""
     for name, shape in plan.shapes.items():
         weight = torch.empty(shape)
         weights.read_dit_tensor(name, weight)
-        # Before the change, which is not to blame.
+        # Checked before the adapter's change, which is not the cause.
         if not torch.isfinite(weight).all():
-            raise CheckpointError(f"{name}: the base has a value that is not finite: fetch it again.")
+            raise CheckpointError(f"{name}: the base has NaN or infinity: fetch it again.")
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
             weight = bake_weight(weight, layer, strength)
@@ -235,20 +235,20 @@ def _why_not_finite(part: Tensor, dtype: torch.dtype, layer: LoraLayer | None, s
         return f"a value is too large for the dtype {str(dtype)[6:]}: use dtype=bf16"
     if layer is None:
         return "the base has a value that is too large for any dtype but fp32: use dtype=fp32"
-    return f"a value is too large for any dtype: the adapter or its strength={strength:g} is, use a smaller one"
+    return f"a value is too large for any dtype with this adapter at strength={strength:g}: use a smaller one"
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ConfigError(
-            f"out: its disk has {free / 2**30:.1f} GiB free, and the DiT takes {num_bytes / 2**30:.1f} GiB: free some "
+            f"out: its disk has {free / 2**30:.1f} GiB free, and the DiT needs {num_bytes / 2**30:.1f} GiB: free some "
             "space, or choose another disk."
         )
 
 
 def _link(source: Path, target: Path) -> None:
-    """Puts a file or a folder of the base in the new folder, without taking space where the disk is the same."""
+    """Links a file or the files of a folder, or copies them to another disk."""
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_link_file)
     else:
@@ -256,7 +256,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _link_file(source: Path | str, target: Path | str) -> None:
-    # The hub's cache holds links to files, whose targets are meant.
+    # The hub's cache holds symbolic links; link their targets.
     real = os.path.realpath(source)
     try:
         os.link(real, target)

@@ -1,4 +1,4 @@
-"""Extracts an adapter from the difference of two checkpoints, one tensor at a time."""
+"""Extracts an adapter from the difference between two checkpoints, one tensor at a time."""
 
 import json
 import math
@@ -14,20 +14,21 @@ from mochi_tune.adapters.lora import linear_shapes
 from mochi_tune.adapters.low_rank import approximate, relative
 from mochi_tune.adapters.tools import Errors
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.recipes.lora_tools import Made, check_out, save_new
+from mochi_tune.recipes.lora_tools import Made, save_new
+from mochi_tune.recipes.new_output import check_new_file
 from mochi_tune.weights.folder import WeightsFolder
 
-# Kinds of Linears of a block, by the beginning of their names.
+# Prefixes of the names of a block's Linears.
 TARGETS = {"attention": ("attn.",), "attention_mlp": ("attn.", "mlp_x.", "mlp_y.")}
 
 
 @dataclass(frozen=True)
 class Extracted(Made):
-    """An adapter that was made of two checkpoints.
+    """An adapter made from two checkpoints.
 
     Attributes:
-        not_held: tensors that differ and that the adapter does not hold, with the norm of the difference relative to
-            that of the base's tensor.
+        not_held: tensors that differ but are not in the adapter, with the norm of the difference relative to that of
+            the base's tensor.
     """
 
     not_held: dict[str, float] = field(default_factory=dict)
@@ -35,24 +36,24 @@ class Extracted(Made):
 
 @torch.no_grad()
 def main(base: Path, tuned: Path, out: Path, rank: int, targets: str = "attention_mlp") -> Extracted:
-    """Makes an adapter of the difference of two checkpoints, each layer as well as the rank can.
+    """Approximates the difference between two checkpoints by an adapter.
 
     Args:
         base: weights folder that the adapter is for.
-        tuned: weights folder of the same sizes, in any layout.
+        tuned: weights folder of a model of the same sizes, in any layout.
         out: new .safetensors file.
-        rank: of each layer.
-        targets: one of TARGETS: which Linears of the blocks are held.
+        rank: rank of each layer, at least 1.
+        targets: Linears of the blocks to extract, one of TARGETS.
 
     Raises:
-        ConfigError: a setting does not fit, or `out` exists.
-        CheckpointError: a checkpoint cannot be read, their sizes differ, no layer differs, or a weight is not finite.
+        ConfigError: a setting is not possible, or `out` exists.
+        CheckpointError: a checkpoint cannot be read, the sizes differ, no layer differs, or a weight is not finite.
     """
     if targets not in TARGETS:
         raise ConfigError(f"targets={targets} is not possible: use {' or '.join(TARGETS)}.")
     if rank < 1:
         raise ConfigError(f"rank={rank} does not fit: it takes a whole number of at least 1.")
-    check_out(out, ".safetensors")
+    check_new_file(out, ".safetensors")
     folders = WeightsFolder(base), WeightsFolder(tuned)
     dit = folders[0].dit_skeleton()
     shapes = _shapes(dit)
@@ -94,7 +95,7 @@ def _shapes(dit: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _difference(folders: Sequence[WeightsFolder], name: str, shape: tuple[int, ...]) -> tuple[Tensor, float]:
-    """Returns a tensor of the second folder less that of the first one, in fp32, and the norm of the latter."""
+    """Returns a tensor of the second folder minus that of the first, in fp32, and the norm of the first."""
     base, tuned = torch.empty(shape), torch.empty(shape)
     for folder, out in zip(folders, (base, tuned), strict=True):
         folder.read_dit_tensor(name, out)

@@ -1,4 +1,4 @@
-"""Writes what `mochi-tune lora inspect` found as one HTML page, which needs nothing beside it."""
+"""Makes a self-contained HTML page of the result of `mochi-tune lora inspect`."""
 
 import math
 from html import escape
@@ -7,10 +7,11 @@ from mochi_tune.adapters.tools import LayerFacts, block_and_kind
 from mochi_tune.pages.html_page import Head, document, section
 from mochi_tune.recipes.lora_tools import Inspection
 
-# All in pixels of a chart: its size, and the room for the numbers of its axes.
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 354, 150, 44, 18, 8
-MAX_LABELS = 6
-STYLE = """
+# Size of a chart and space for the numbers of its axes, in pixels.
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 354, 150, 44, 18, 8
+# Maximum number of block numbers on the axis of a chart.
+_MAX_LABELS = 6
+_STYLE = """
 .bar{fill:var(--accent)}svg text{fill:var(--soft)}svg line{stroke:var(--rule)}
 .scroll{max-height:36rem;overflow:auto;border:1px solid var(--rule);border-radius:6px}
 table{width:100%;border-collapse:collapse;font-size:.85rem;line-height:1.4;font-variant-numeric:tabular-nums}
@@ -24,7 +25,7 @@ h1{overflow-wrap:anywhere}
 
 
 def make_page(found: Inspection) -> str:
-    """Returns the page: the norm of each layer's change as charts, the layers as a table, and the metadata."""
+    """Returns the page: charts of the norm of each layer's change, a table of the layers, and the metadata."""
     name = found.adapter.path.name if found.adapter.path else "adapter"
     kinds: dict[str, dict[int, LayerFacts]] = {}
     for layer, facts in found.layers.items():
@@ -49,7 +50,7 @@ def make_page(found: Inspection) -> str:
         section("Metadata", f"Alphas are {found.alpha_words}.", _metadata(found)),
     ]
     summary = f"What this adapter file changes. Its sha256 is {found.sha256[:16]}…"
-    return document(Head(name, summary, _figures(found)), STYLE, "\n".join(content))
+    return document(Head(name, summary, _figures(found)), _STYLE, "\n".join(content))
 
 
 def _figures(found: Inspection) -> dict[str, tuple[str, str]]:
@@ -72,27 +73,27 @@ def _span(values: list) -> str:
 
 
 def _chart(kind: str, blocks: dict[int, LayerFacts], num_blocks: int, highest: float) -> str:
-    """Returns a figure with a column for each block; a block without such a layer has none."""
-    pitch = (WIDTH - LEFT) / num_blocks
-    bottom = HEIGHT - BOTTOM
+    """Returns a bar chart with one bar for each block that has a layer of this kind."""
+    pitch = (_WIDTH - _LEFT) / num_blocks
+    bottom = _HEIGHT - _BOTTOM
     drawn = ""
     for value in (0.0, highest / 2, highest):
-        y = bottom - (bottom - TOP) * (value / highest if highest else 0)
-        drawn += f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        drawn += f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>'
+        y = bottom - (bottom - _TOP) * (value / highest if highest else 0)
+        drawn += f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        drawn += f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>'
     for block, facts in blocks.items():
-        height = (bottom - TOP) * (facts.norm / highest if highest else 0)
+        height = (bottom - _TOP) * (facts.norm / highest if highest else 0)
         title = f"block {block}: norm {facts.norm:.3g}, effective rank {facts.rank_90} (90 %), {facts.rank_99} (99 %)"
         drawn += (
-            f'<rect class="bar" x="{LEFT + pitch * (block + 0.1):.1f}" y="{bottom - height:.1f}" '
+            f'<rect class="bar" x="{_LEFT + pitch * (block + 0.1):.1f}" y="{bottom - height:.1f}" '
             f'width="{min(pitch * 0.8, 40):.1f}" height="{height:.1f}"><title>{title}</title></rect>'
         )
-    step = max(1, math.ceil(num_blocks / MAX_LABELS))
+    step = max(1, math.ceil(num_blocks / _MAX_LABELS))
     for block in range(0, num_blocks, step):
-        x = LEFT + pitch * (block + 0.1) + min(pitch * 0.8, 40) / 2
-        drawn += f'<text x="{x:.1f}" y="{HEIGHT - 4}" text-anchor="middle">{block}</text>'
+        x = _LEFT + pitch * (block + 0.1) + min(pitch * 0.8, 40) / 2
+        drawn += f'<text x="{x:.1f}" y="{_HEIGHT - 4}" text-anchor="middle">{block}</text>'
     return (
-        f'<figure><h3>{escape(kind)}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<figure><h3>{escape(kind)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="norm of the change of {escape(kind)} in each block">{drawn}</svg></figure>'
     )
 

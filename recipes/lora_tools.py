@@ -1,4 +1,4 @@
-"""The tools for adapter files: inspect, merge, resize and compare. None of them needs the base."""
+"""Tools for adapter files: inspect, merge, resize and compare. None of them reads the base weights."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +19,12 @@ from mochi_tune.adapters.tools import (
     resize_adapter,
     source_of,
 )
-from mochi_tune.errors import ConfigError
+from mochi_tune.recipes.new_output import check_new_file, make_parent
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `lora inspect` found: the adapter, the source of its alphas, its sha256, and facts of each layer."""
+    """Result of `lora inspect`: the adapter, the source of its alphas, its sha256 and measurements of each layer."""
 
     adapter: Adapter
     alpha_source: str
@@ -33,11 +33,11 @@ class Inspection:
 
     @property
     def alpha_words(self) -> str:
-        """Where its alphas were found, as a part of a sentence."""
+        """The source of its alphas, as part of a sentence."""
         return self.alpha_source if self.alpha_source == ASSUMED else f"from {self.alpha_source}"
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all of it as values of JSON."""
+        """Returns the result as a JSON object."""
         return {
             "file": str(self.adapter.path),
             "sha256": self.sha256,
@@ -50,13 +50,13 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Made:
-    """A file that was made of others.
+    """A new adapter file made from others.
 
     Attributes:
         file: the new file.
-        adapter: what it holds.
-        errors: how far it is off; None where it is exact.
-        note: what else should be known; "" where there is nothing.
+        adapter: its content.
+        errors: errors of the approximation; None if the result is exact.
+        note: remarks for the user, which start with "; "; "" if there are none.
     """
 
     file: Path
@@ -72,32 +72,32 @@ class Made:
 
 
 def inspect(file: Path | str, page: Path | None = None) -> Inspection:
-    """Measures every layer of an adapter file, and writes a page of it where one is named.
+    """Measures every layer of an adapter file, and optionally writes a page about it.
 
     Args:
-        file: an adapter in any of the layouts.
-        page: a new .html file, or None.
+        file: an adapter in any layout.
+        page: new .html file; None writes no page.
 
     Raises:
-        ConfigError: `page` exists or has another ending.
+        ConfigError: `page` exists or has another suffix, or its folder cannot be made.
         CheckpointError: the adapter cannot be read.
     """
     if page is not None:
-        check_out(page, ".html")
+        check_new_file(page, ".html")
     adapter = load_adapter(file)
     found = Inspection(adapter, adapter.alpha_source, source_of(adapter).get("sha256", ""), measure_layers(adapter))
     if page is not None:
         from mochi_tune.files import write_atomic
         from mochi_tune.recipes.lora_page import make_page
 
-        page.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(page)
         write_atomic(page, make_page(found).encode())
     return found
 
 
 def merge(files: Sequence[Path | str], strengths: Sequence[float], out: Path, limit: Limit | None = None) -> Made:
-    """Merges adapter files, each times its strength, into the new native file `out`; see `merge_adapters`."""
-    check_out(out, ".safetensors")
+    """Merges adapter files, each times its strength, into a new native file; see `merge_adapters`."""
+    check_new_file(out, ".safetensors")
     adapters = [load_adapter(file) for file in files]
     merged, errors = merge_adapters(adapters, strengths, limit, release_layers=True)
     unnamed = [str(each.path) for each in adapters if "base_fingerprint" not in each.metadata]
@@ -106,8 +106,8 @@ def merge(files: Sequence[Path | str], strengths: Sequence[float], out: Path, li
 
 
 def resize(file: Path | str, out: Path, limit: Limit) -> Made:
-    """Approximates an adapter file at a lower rank in the new native file `out`; see `resize_adapter`."""
-    check_out(out, ".safetensors")
+    """Approximates an adapter at a lower rank and writes it to a new native file; see `resize_adapter`."""
+    check_new_file(out, ".safetensors")
     source = load_adapter(file)
     resized, errors = resize_adapter(source, limit)
     kept = sum(resized.layers[name].rank == layer.rank for name, layer in source.layers.items())
@@ -116,21 +116,9 @@ def resize(file: Path | str, out: Path, limit: Limit) -> Made:
 
 
 def compare(first: Path | str, second: Path | str) -> Comparison:
-    """Compares the changes of two adapter files; see `compare_adapters`."""
+    """Compares two adapter files; see `compare_adapters`."""
     adapters = load_adapter(first), load_adapter(second)
     return replace(compare_adapters(*adapters), note=assumed_note(*adapters))
-
-
-def check_out(out: Path, suffix: str) -> None:
-    """Refuses the name of a new file.
-
-    Raises:
-        ConfigError: it exists, or ends in something else than `suffix`.
-    """
-    if out.suffix != suffix:
-        raise ConfigError(f"out={out} must end in {suffix}: use {out.stem or 'adapter'}{suffix}.")
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"out={out} exists, and is never overwritten: choose another name or remove it.")
 
 
 def save_new(out: Path, adapter: Adapter) -> None:
@@ -139,10 +127,7 @@ def save_new(out: Path, adapter: Adapter) -> None:
     Raises:
         ConfigError: the folder cannot be made.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={out}: its folder cannot be made ({error.strerror}): choose another one.") from error
+    make_parent(out)
     save_adapter(out, adapter, "native")
 
 

@@ -1,4 +1,4 @@
-"""Makes the folder of a published adapter, its files and its model card, and uploads it to the hub."""
+"""Makes the folder of a published adapter: adapter files, model card, sample videos and validation curve."""
 
 import re
 import shutil
@@ -13,28 +13,30 @@ from mochi_tune.config.values import is_repo
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import is_elsewhere
 from mochi_tune.recipes.export import ExportSummary, check_dtype, read_source, write
+from mochi_tune.recipes.new_output import check_new
 from mochi_tune.training.card import CURVE_FILE, DIFFUSERS_FILE, Card, card_text
 from mochi_tune.training.curve import draw_losses
 from mochi_tune.training.records import RunRecords, SampleVideo, find_run_dir, read_run
 from mochi_tune.weights.push import upload_command
 
-# More would hide the card behind its gallery.
-MAX_VIDEOS = 8
-NO_REPO = "OWNER/NAME"
+# Maximum number of sample videos; more would push the text of the card out of sight.
+_MAX_VIDEOS = 8
+# Placeholder in the card for a repository without a name.
+_NO_REPO = "OWNER/NAME"
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What is to be published.
+    """What to publish.
 
     Attributes:
-        adapter: file, in any format.
-        formats: to write, each once.
-        dtype: of the files: "fp32", "bf16" or "fp16".
-        repo: owner/name on the hub; "" where none is known yet.
-        about: ModelSpec's "title", "author", "license" and "trigger_phrase", in place of what the adapter states.
-        adapter_alpha: of an adapter that does not state its own.
-        is_private: whether a repository that an upload makes is private.
+        adapter: adapter file in any format.
+        formats: formats to write, each once.
+        dtype: dtype of the files: "fp32", "bf16" or "fp16".
+        repo: owner/name on the hub; "" if it is not known yet.
+        about: ModelSpec's "title", "author", "license" and "trigger_phrase", which replace those of the adapter.
+        adapter_alpha: alpha of an adapter that states none.
+        is_private: whether the upload makes a new repository private.
     """
 
     adapter: Path
@@ -48,12 +50,12 @@ class Publication:
 
 @dataclass(frozen=True)
 class PublishedFolder:
-    """The folder that was made.
+    """A folder that is ready for upload.
 
     Attributes:
         path: the folder.
-        files: what was exported.
-        notes: what the card lacks, for the user.
+        files: the exported adapter files.
+        notes: remarks for the user on what the card lacks.
     """
 
     path: Path
@@ -62,7 +64,7 @@ class PublishedFolder:
 
 
 def default_folder(adapter: Path) -> Path:
-    """Returns the folder of a publication where none is named: `hub/` beside the adapter or in its run, by step."""
+    """Returns the default output folder: hub/step_N or hub/NAME in the run folder, or else next to the adapter."""
     source = read_source(adapter, {})
     step = source.metadata.get("step", "")
     name = f"step_{int(step):06d}" if step.isdecimal() else adapter.stem
@@ -70,32 +72,33 @@ def default_folder(adapter: Path) -> Path:
 
 
 def main(publication: Publication, out: Path) -> PublishedFolder:
-    """Writes the new folder `out`: the adapter in each format, README.md, sample videos and the validation curve.
+    """Writes a folder with the adapter in each format, README.md, sample videos and the validation curve.
+
+    Args:
+        publication: what to publish.
+        out: new or empty folder.
 
     Raises:
-        ConfigError: a format, the dtype or the repository's name is not possible, or `out` is not new.
-        CheckpointError: the adapter cannot be read, or has no place in a format or the dtype.
-        OSError: the disk is full, or refuses.
+        ConfigError: a format, the dtype, the name of the repository or `out` is not possible.
+        CheckpointError: the adapter cannot be read, or does not fit a format or the dtype.
+        OSError: the disk is full or refuses.
     """
     for to in publication.formats:
         check_format(to)
     check_dtype(publication.dtype)
     if publication.repo and not is_repo(publication.repo):
         raise ConfigError(f"push={publication.repo} is not possible: use owner/name, of letters, digits, - _ and .")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not out.is_dir() or any(out.iterdir()):
         command = upload_command(out, publication.repo, publication.is_private) if publication.repo else ""
-        upload = f" `{command}` sends what is there." if command else ""
-        raise ConfigError(
-            f"out={out} exists, and an export never overwrites: choose another name or remove it.{upload}"
-        )
+        check_new(out, f" `{command}` uploads what is there." if command else "")
     if not out.name or out.resolve() == Path.cwd():
-        raise ConfigError(f"out={out} is a folder that programs are in, and is not replaced: name a new one.")
+        raise ConfigError(f"out={out} is the root or the working folder and cannot be replaced: name a new folder.")
     if is_elsewhere(out):
-        raise ConfigError(f"out={out} is a link or another disk, which an export cannot replace: name a folder in it.")
+        raise ConfigError(f"out={out} is a link or a mount point and cannot be replaced: name a folder in it.")
     source = read_source(publication.adapter, publication.about, publication.adapter_alpha)
     run_dir, step = find_run_dir(publication.adapter), source.metadata.get("step", "")
     records = read_run(run_dir, publication.adapter, int(step)) if run_dir and step.isdecimal() else None
-    # It takes its name when it is complete.
+    # The folder is renamed to `out` once it is complete.
     partial = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -109,30 +112,30 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
         raise
     notes = []
     if "modelspec.license" not in source.metadata:
-        notes.append("the card states no license: give one by license=, or publish.license in `train`")
+        notes.append("the card states no license: set license=, or publish.license in `train`")
     if not publication.repo:
-        notes.append(f"the card's commands say {NO_REPO}: name the repository by push= and dry_run=true")
+        notes.append(f"the commands in the card say {_NO_REPO}: name the repository with push= and dry_run=true")
     if records is None:
-        notes.append(f"{publication.adapter} lies in no run folder, so that the card has no videos and no figures")
-    elif (more := len(records.videos) - MAX_VIDEOS) > 0:
-        notes.append(f"the card shows {MAX_VIDEOS} videos, {more} others are left out")
+        notes.append(f"{publication.adapter} is in no run folder, so the card has no videos and no figures")
+    elif (more := len(records.videos) - _MAX_VIDEOS) > 0:
+        notes.append(f"the card shows {_MAX_VIDEOS} videos and leaves out {more}")
     return PublishedFolder(out, [_moved(file, out) for file in files], notes)
 
 
 def _write_files(
     publication: Publication, source: Adapter, records: RunRecords | None, folder: Path
 ) -> list[ExportSummary]:
-    """Fills the folder."""
+    """Writes all files of the publication to an empty folder; returns summaries of the adapter files."""
     title = source.metadata["modelspec.title"]
     slug = _plain(title).strip("._") or "adapter"
     names = {to: DIFFUSERS_FILE if to == "diffusers" else f"{slug}_{to}.safetensors" for to in publication.formats}
     files = [write(source, to, folder / name, publication.dtype) for to, name in names.items()]
-    videos = _copy_videos(records.videos[:MAX_VIDEOS], folder) if records else []
+    videos = _copy_videos(records.videos[:_MAX_VIDEOS], folder) if records else []
     if records and records.losses:
         (folder / CURVE_FILE).write_bytes(draw_losses(records.losses, "validation loss"))
     card = Card(
         title=title,
-        repo=publication.repo or NO_REPO,
+        repo=publication.repo or _NO_REPO,
         base=official_base(source.metadata, source.layers),
         base_name=source.metadata.get("base_model", "unknown"),
         about={key: source.metadata.get(f"modelspec.{key}", "") for key in ("author", "license", "trigger_phrase")},
@@ -152,7 +155,7 @@ def _write_files(
 
 
 def _copy_videos(videos: list[SampleVideo], folder: Path) -> list[tuple[str, SampleVideo]]:
-    """Copies videos to samples/ of the folder, under names that fit an address."""
+    """Copies videos to samples/ in the folder, under names that are valid in a URL; returns these names."""
     copied = []
     for number, video in enumerate(videos):
         name = f"samples/{number}_{_plain(video.file.name)}"
@@ -163,7 +166,7 @@ def _copy_videos(videos: list[SampleVideo], folder: Path) -> list[tuple[str, Sam
 
 
 def _plain(text: str) -> str:
-    """Returns a text as a part of an address and of a command line."""
+    """Replaces the characters that a URL or a command line would need to escape."""
     return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII)
 
 

@@ -112,7 +112,7 @@ def test_a_cache_in_pieces_and_an_output_that_is_a_link_are_refused_before_any_w
     adapter = write_adapter(tmp_path / "adapter.safetensors")
     (other / "empty").mkdir()
     (tmp_path / "hub").symlink_to(other / "empty")
-    with pytest.raises(ConfigError, match=r"hub is a link or another disk, .*: name a folder in it"):
+    with pytest.raises(ConfigError, match=r"hub is a link or a mount point .*: name a folder in it"):
         publish(Publication(adapter), tmp_path / "hub")
     publish(Publication(adapter), tmp_path / "hub" / "new")
     assert (other / "empty" / "new" / "README.md").exists()

@@ -46,7 +46,7 @@ def test_a_change_of_rank_is_reported(tmp_path):
 
 def test_an_existing_file_is_never_overwritten(tmp_path, trained):
     before = trained.read_bytes()
-    with pytest.raises(ConfigError, match="exists, and an export never overwrites"):
+    with pytest.raises(ConfigError, match="exists and is never overwritten"):
         export.main(trained, "comfyui", trained)
     assert trained.read_bytes() == before
 
@@ -54,7 +54,7 @@ def test_an_existing_file_is_never_overwritten(tmp_path, trained):
 def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path, trained):
     link = tmp_path / "link.safetensors"
     link.symlink_to(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="exists, and an export never overwrites"):
+    with pytest.raises(ConfigError, match="exists and is never overwritten"):
         export.main(trained, "comfyui", link)
     assert link.is_symlink()
 

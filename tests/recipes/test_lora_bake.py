@@ -149,7 +149,7 @@ def test_what_cannot_be_baked_leaves_nothing(tmp_path, loras):
         lora_bake.main(path, GOLDEN, out, Settings(1e8, dtype="fp16"))
     for dtype in ("bf16", "fp32"):
         with pytest.raises(
-            CheckpointError, match=r"^blocks\.0\..*weight: .* its strength=1e\+39 is, use a smaller one"
+            CheckpointError, match=r"^blocks\.0\..*weight: .* at strength=1e\+39: use a smaller one"
         ):
             lora_bake.main(path, GOLDEN, out, Settings(1e39, dtype=dtype))
     (tmp_path / "other").mkdir()
@@ -158,7 +158,7 @@ def test_what_cannot_be_baked_leaves_nothing(tmp_path, loras):
         lora_bake.main(saved(tmp_path / "other", wide), GOLDEN, out, Settings())
     assert list(tmp_path.rglob("*baked*")) == []
     out.mkdir(parents=True)
-    with pytest.raises(ConfigError, match="exists, and is never overwritten"):
+    with pytest.raises(ConfigError, match="exists and is never overwritten"):
         lora_bake.main(path, GOLDEN, out, Settings())
 
 
@@ -167,7 +167,7 @@ def test_a_base_that_is_not_finite_is_named_and_not_the_adapter(tmp_path, loras)
     tensors = load_file(base / "dit.safetensors")
     tensors["blocks.1.attn.qkv_x.weight"][3, 5] = torch.nan
     save_file(tensors, base / "dit.safetensors")
-    with pytest.raises(CheckpointError, match=r"^blocks\.1\.attn\.qkv_x\.weight: the base has a value that is not"):
+    with pytest.raises(CheckpointError, match=r"^blocks\.1\.attn\.qkv_x\.weight: the base has NaN or infinity"):
         lora_bake.main(loras["lora"][1], base, tmp_path / "baked", Settings())
 
 

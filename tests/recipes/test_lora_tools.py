@@ -60,7 +60,7 @@ def test_inspect_writes_a_page_that_needs_nothing(files, tmp_path):
     assert page.count("<figure>") == 8 and page.count('<rect class="bar"') == 13
     assert "&lt;script&gt;" in page and "<script" not in page
     assert not re.search(r"(src|href)=|url\(|https?:", page)
-    with pytest.raises(ConfigError, match="exists, and is never overwritten"):
+    with pytest.raises(ConfigError, match="exists and is never overwritten"):
         inspect(files / "first.safetensors", tmp_path / "new" / "page.html")
 
 
@@ -118,7 +118,7 @@ OUT = "out=NEW/out.safetensors"
         (f"resize first rank=16 {OUT}", "is not below that of any layer"),
         (f"resize first energy=2 {OUT}", "energy=2 does not fit"),
         (f"resize first rnak=2 {OUT}", "did you mean rank=?"),
-        ("resize first rank=2 out=first.safetensors", "exists, and is never overwritten"),
+        ("resize first rank=2 out=first.safetensors", "exists and is never overwritten"),
         ("resize first rank=2 out=first.safetensors/x.safetensors", "its folder cannot be made"),
         ("resize first rank=2 out=NEW/out.pt", "must end in .safetensors: use out.safetensors."),
         ("compare first", "lora compare takes 2 adapter files without a key"),
@@ -177,7 +177,7 @@ def test_a_link_that_leads_nowhere_is_not_replaced(files, tmp_path):
     link.symlink_to(tmp_path / "gone")
     first, second = (str(files / f"{name}.safetensors") for name in ("first", "second"))
     for arguments in (["merge", first, second], ["resize", first, "rank=2"]):
-        with pytest.raises(ConfigError, match="exists, and is never overwritten"):
+        with pytest.raises(ConfigError, match="exists and is never overwritten"):
             run(["lora", *arguments, f"out={link}"])
     assert link.is_symlink()
 

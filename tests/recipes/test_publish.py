@@ -145,7 +145,7 @@ def test_the_card_of_an_adapter_of_mochi_1_names_its_base(tmp_path):
     made = main(Publication(tmp_path / "a.safetensors"), tmp_path / "hub")
     facts = front_matter((tmp_path / "hub" / "README.md").read_text())
     assert (facts["base_model"], facts["base_model_relation"]) == ("genmo/mochi-1-preview", "adapter")
-    assert "license" not in facts and len(made.notes) == 3 and "lies in no run folder" in made.notes[2]
+    assert "license" not in facts and len(made.notes) == 3 and "is in no run folder" in made.notes[2]
 
 
 def test_the_code_for_diffusers_runs(run_dir, tmp_path):
@@ -268,7 +268,7 @@ def test_a_hub_that_never_answers_is_one_line_and_the_folder_stays(run_dir, tmp_
         (["push=ada/b", "to=diffusers,comfy"], "to=comfy is not an adapter format"),
         (["push=ada/b", "dtype=int8"], "dtype=int8 is not possible: use fp32, bf16, fp16"),
         (["push=ada/b", "out=a.safetensors"], "out=a.safetensors names a file"),
-        (["push=ada/b", "out=."], r"out=\. exists, and an export never overwrites"),
+        (["push=ada/b", "out=."], r"out=\. exists and is never overwritten"),
     ],
 )
 def test_what_cannot_be_published_is_refused_before_anything_is_made(tmp_path, hub, monkeypatch, more, text):
@@ -371,7 +371,7 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     for out in (".", "../empty"):
-        with pytest.raises(ConfigError, match="is a folder that programs are in"):
+        with pytest.raises(ConfigError, match="is the root or the working folder"):
             main(Publication(tmp_path / "a.safetensors", ("diffusers",), "fp32", "", {}, None), Path(out))
 
 
