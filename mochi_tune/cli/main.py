@@ -182,7 +182,7 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
     check_push(config)
     from mochi_tune.cli.accelerate import with_accelerate
     from mochi_tune.recipes import train_lora
-    from mochi_tune.training.checkpoint import last_checkpoint
+    from mochi_tune.training.checkpoint import find_checkpoints, last_checkpoint
     from mochi_tune.training.preflight import check
     from mochi_tune.training.resume import find_start
 
@@ -201,7 +201,7 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
         prepare_deepspeed(config.device)
     # A second request to stop ends this process and, with it, those that it started.
     stops = (signal.SIGINT, signal.SIGTERM)
-    last = lambda: last_checkpoint(Path(config.run_dir) / "checkpoints")  # noqa: E731
+    checkpoints = Path(config.run_dir) / "checkpoints"
     if started == 1 and parallel.num_processes > 1:
         if recipe is not None:
             raise ConfigError("a recipe of one's own is started by torchrun: leave parallel.num_processes out.")
@@ -211,7 +211,7 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
         try:
             code = start_processes(parallel.num_processes, command, config.device, parallel.timeout_seconds, stops)
         except ParallelError as error:
-            raise ParallelError(f"{error} {last()}.") from None
+            raise ParallelError(f"{error} {last_checkpoint(checkpoints)}.") from None
     else:
         with joined(config.device, parallel.timeout_seconds) if started > 1 else contextlib.nullcontext():
             code = (recipe or train_lora.main)(config, started)
@@ -220,7 +220,8 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
     if code == 0 and (started == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0"):
         return push_trained(config)
     if code > USERS_MISTAKE:
-        print(f"mochi-tune: {last()}; the same command goes on from there", file=sys.stderr)
+        way_on = "goes on from there" if find_checkpoints(checkpoints) else "starts over"
+        print(f"mochi-tune: {last_checkpoint(checkpoints)}; the same command {way_on}", file=sys.stderr)
     return code
 
 

@@ -180,7 +180,8 @@ def test_stopped_before_the_first_step(tmp_path):
     program = Program(command(tmp_path / "run"), tmp_path / "out", at_step_0)
     program.wait_until_held()
     stop(program)
-    assert "there is no checkpoint yet" in program.text() and not (tmp_path / "run" / "checkpoints").exists()
+    assert program.err.splitlines()[-1] == "mochi-tune: there is no checkpoint yet; the same command starts over"
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_sigusr1_saves_and_goes_on_and_sigterm_still_stops(straight, tmp_path):
