@@ -15,8 +15,8 @@ from torch import Tensor, empty, float32
 MOMENTS_BLOCK, NORMALIZE_BLOCK = 4096, 8192
 # Rows that one program moves; a row is one head of one pixel.
 ROWS_BLOCK = 128
-# Target number of programs of `_moments` for all frames together: several for each of a GPU's multiprocessors, of which
-# it has about a hundred. Each program has at least MIN_PIXELS pixels.
+# Target number of programs of `_moments` for all frames together: several for each of a GPU's about hundred
+# multiprocessors. Each program has at least MIN_PIXELS pixels.
 NUM_PROGRAMS, MIN_PIXELS = 1024, 64
 
 

@@ -93,7 +93,8 @@ def prepare_dit(
     def prepare_block(dit: AsymmDiT, block: nn.Module) -> None:
         assert isinstance(block, AsymmetricJointBlock)
         prefix = f"blocks.{list(dit.blocks).index(block)}."
-        # Modulation layers need their adapters first: moved to host memory, they are no Linear that peft can wrap.
+        # Modulation layers get their adapters before they move to host memory, where they are no Linear for peft to
+        # wrap. The other layers get them after quantization, because peft wraps 8-bit layers.
         _apply_adapters(dit, adapters, lambda layer: layer.startswith(f"{prefix}mod_"))
         apply_host_modulation(block)
         if residency in PRECISIONS:

@@ -147,7 +147,7 @@ def test_attention_in_parts_of_its_rows_is_the_whole(monkeypatch):
     attention, x = TemporalAttention(64), torch.randn(2, 64, 5, 3, 4)
 
     whole = attention(x)
-    # 24 rows: three parts of 7, and one of 3.
+    # 24 rows are split into three parts of 7 and one of 3.
     monkeypatch.setattr(vae, "MAX_ATTENTION_ROWS", 7)
     assert relative_error(attention(x), whole) <= TOLERANCE
 

@@ -16,13 +16,14 @@ from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.context import INPUTS, apply_context_parallel
 
 CONFIG = DiTConfig(depth=2, num_heads=12, hidden_size_x=96, hidden_size_y=48, t5_feat_dim=32)
-# In fp64 nothing but a mistake is of this size; of fp32, outputs and gradients, see models/test_rounding.py.
+# Tolerances of outputs and gradients. In fp64 only a bug causes errors of this size; for fp32, see
+# models/test_rounding.py.
 DTYPES = {torch.float64: (1e-10, 1e-10), torch.float32: (TOLERANCE, GRADIENT_TOLERANCE)}
 # Latent frames, rows, columns: 7 frames of 15 tokens, which neither 2 nor 4 divides.
 GRID = (7, 6, 10)
 # For each number of heads, the adapters whose gradients are compared.
 ADAPTERS = {12: ("none", "live", "dora"), 4: ("live",), 3: ("dora",), 6: ("dora",)}
-# Each token has the mask that it has in one process.
+# With dropout, each token must have the same mask as in one process.
 DROPOUT = {"live": 0.25, "dora": 0.0}
 TEXT_LENGTHS = {"one prompt": [5], "an empty prompt": [0], "different prompts": [6, 3, 0]}
 
@@ -64,7 +65,7 @@ def outputs_and_gradients(group, num_heads: int, heads: int = 1) -> dict[str, to
                 results[key] = out.detach()
                 if adapter == "none":
                     continue
-                # Every rank has the whole output: the sum of the ranks' losses is to be the loss.
+                # Every rank has the complete output, and the sum of the ranks' losses must be the loss.
                 loss = (out - target).square().mean() / (1 if group is None else dist.get_world_size(group))
                 parameters = lora_parameters(dit)
                 gradients = torch.autograd.grad(loss, list(parameters.values()))

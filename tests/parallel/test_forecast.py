@@ -117,7 +117,7 @@ def test_weights_are_counted_as_the_model_has_them():
         assert sum(weights.values()) == 4 * sum(p.numel() for p in AsymmDiT(config).parameters())
 
 
-def test_less_is_held_and_more_time_is_taken_by_what_saves_memory():
+def test_saving_memory_takes_time():
     step, card = Step(FULL, 28 * 1590), CARDS["4090"]
     attention, block = ["attention"] * 48, ["block"] * 48
     held = [step.held(attention), step.held(block), step.held(block, True), step.held(block, True, True)]

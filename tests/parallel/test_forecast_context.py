@@ -40,7 +40,7 @@ def test_the_split_is_the_cheapest_one(passes):
                 assert seconds[chosen] == min(seconds.values()) and chosen[0] * chosen[1] == num_ranks
 
 
-def test_a_fast_link_shares_heads_and_a_slow_one_hides_what_travels_behind_attention():
+def test_a_fast_link_shares_heads_and_a_slow_one_uses_a_ring():
     assert choose_split(8, FULL, TOKENS, FAST) == (8, 1) and choose_split(5, FULL, TOKENS, FAST) == (1, 5)
     heads, ring = choose_split(8, FULL, TOKENS, SLOW)
     assert ring > 1 and heads * ring == 8

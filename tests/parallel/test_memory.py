@@ -35,7 +35,7 @@ def adapted() -> torch.Tensor:
     return rendered(dit)
 
 
-def test_blocks_that_come_and_go_render_the_same(adapted):
+def test_offloaded_blocks_render_the_same(adapted):
     dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.float32)
     adapt(dit)
     apply_block_offload(dit, torch.device("cpu"))
@@ -43,7 +43,7 @@ def test_blocks_that_come_and_go_render_the_same(adapted):
 
 
 @torch.no_grad()
-def test_at_most_two_blocks_are_away_from_home():
+def test_at_most_two_offloaded_blocks_are_on_the_device():
     torch.manual_seed(0)
     dit = AsymmDiT(DiTConfig(depth=6, num_heads=6, hidden_size_x=192, hidden_size_y=96, t5_feat_dim=32)).eval()
     arguments = torch.randn(1, 12, 1, 2, 2), torch.tensor([0.5]), torch.randn(1, 3, 32), torch.ones(1, 3)
@@ -65,7 +65,7 @@ def test_at_most_two_blocks_are_away_from_home():
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("fp8", 0.08)])
-def test_eight_bits_stay_near_and_take_adapters(precision, tolerance, adapted):
+def test_eight_bit_bases_are_accurate_and_take_adapters(precision, tolerance, adapted):
     compiler = torch._inductor.config.get_config_copy()
     dit = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16, lambda _, block: apply_quantization(block, precision))
     # torchao's settings would tune every kernel for minutes, here and in all later compilations.

@@ -41,18 +41,18 @@ def test_any_number_of_processes_can_share_a_video():
     assert choose(8).in_words.endswith("parallel.context=8, 8 heads x 1 ring")
 
 
-def test_the_card_decides_the_split():
+def test_the_split_depends_on_the_gpu():
     assert choose(8).split == (8, 1) and choose(8, card=CARDS["4090"]).split[1] > 1
 
 
-def test_what_cannot_be_is_refused_with_what_can():
+def test_impossible_layouts_are_refused_and_possible_ones_named():
     with pytest.raises(ParallelError, match=r"context=3 is not possible with 4 processes and no guidance: use"):
         choose(4, context=3)
     with pytest.raises(ParallelError, match=r"context=3 does not divide 4 processes: use parallel.num_processes=3\."):
         training_layout(4, 3, FULL, TOKENS, H100)
 
 
-def test_the_fullest_rank_and_the_turns_of_guidance_count():
+def test_time_depends_on_the_rank_with_most_videos_and_on_passes():
     for count, turns in ((1, 1), (2, 1), (3, 2)):
         videos, alone = Videos(count, TOKENS, False), Videos(1, TOKENS, False)
         one = estimate_seconds(Layout(), FULL, alone, H100)

@@ -59,7 +59,7 @@ def test_each_row_is_what_the_layers_compute():
 
 
 @torch.no_grad()
-def test_what_was_not_computed_is_an_error():
+def test_a_row_that_was_not_computed_is_an_error():
     dit = tabulated_dit()
     denoiser = Denoiser(dit, PROMPT, NEGATIVE, ModulationTable(dit, SIGMAS[:-1], {"cond": PROMPT}))
     denoiser(IO["z"], SIGMAS[0], ["cond"])
@@ -67,10 +67,10 @@ def test_what_was_not_computed_is_an_error():
         denoiser(IO["z"], SIGMAS[0], ["uncond"])
     with pytest.raises(AssertionError, match=r"no row for \[\('cond', 0\.123\)\]"):
         denoiser(IO["z"], 0.123, ["cond"])
-    assert ModulationTable(golden_dit(), SIGMAS[:-1], PROMPTS).select(0.123, ["cond"]) is None, "it computes its own"
+    assert ModulationTable(golden_dit(), SIGMAS[:-1], PROMPTS).select(0.123, ["cond"]) is None, "the model computes it"
 
 
-def test_renderings_that_take_turns_keep_their_own_tables():
+def test_alternating_renderings_have_separate_tables():
     dit, settings = tabulated_dit(), SamplerSettings(len(GUIDANCE), tuple(GUIDANCE), 0.025)
     prompts = VALID, VALID[:3]
     steps = [sample_latents(dit, IO["z"], prompt, VALID[:0], settings) for prompt in prompts]

@@ -108,7 +108,7 @@ def test_slices_of_a_feed_forward_layer_hold_less():
             block.mlp_x(x).sum().backward()
         peaks.append(memory.peak)
         x.grad = None
-    # The inside of an eighth, and the stream itself some times.
+    # An eighth of the inside of the layer, and a few copies of the stream.
     assert peaks[1] < 0.5 * peaks[0], peaks
 
 

@@ -63,7 +63,7 @@ def test_streamed_blocks_train_bit_for_bit_as_resident_ones(policy, pauses):
         assert_same(dit, plain, **case)
 
 
-def test_an_evaluation_between_steps_changes_nothing_and_a_pass_may_be_broken_off():
+def test_an_evaluation_between_steps_changes_nothing_and_a_pass_may_be_interrupted():
     plain, dit = build(depth=DEPTH), streamed(SlowCopier(0.001))
     arguments = torch.randn(1, 12, 2, 4, 6), torch.tensor([0.3]), torch.randn(1, 5, 16), torch.ones(1, 5)
     for _ in range(2):
@@ -76,7 +76,7 @@ def test_an_evaluation_between_steps_changes_nothing_and_a_pass_may_be_broken_of
         handle.remove()
 
 
-def test_each_block_comes_once_a_pass_and_the_turn_needs_no_copy():
+def test_each_block_is_copied_once_a_pass_and_not_at_the_turn():
     copier = SlowCopier(0.0)
     dit = streamed(copier)
     counts = []
@@ -137,7 +137,7 @@ def test_streamed_blocks_may_be_compiled():
 
 @pytest.mark.parametrize("policy", ["block", "attention"])
 @pytest.mark.parametrize("is_offloaded", [False, True])
-def test_a_model_that_is_gone_leaves_nothing_in_memory(policy, is_offloaded):
+def test_a_deleted_model_leaves_nothing_in_memory(policy, is_offloaded):
     dit, device = build(), torch.device("cpu")
     apply_streaming(dit, device)
     apply_activation_checkpointing(dit, [policy] * 3, HostInputs(device) if is_offloaded else None)
