@@ -102,7 +102,7 @@ def _shown(line: bytes) -> list[dict[str, Any]]:
     # By keys of ours: those of the row are texts of their own in every row.
     shown = {"step": row["step"]}
     shown |= {key: row[key] for key in DRAWN if isinstance(row.get(key), int | float)}
-    shown |= {"measured_on": row["measured_on"]} if "measured_on" in row else {}
+    shown |= {key: row[key] for key in ("measured_on", "measures_anew") if key in row}
     if isinstance(bins := row.get("bins"), dict):
         shown["bins"] = {name: value for name, value in bins.items() if isinstance(value, int | float)}
     return [shown]

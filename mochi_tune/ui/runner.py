@@ -6,6 +6,7 @@ for its end.
 
 import contextlib
 import fcntl
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
             with open(log_path(folder, job.number), "ab") as log:
                 try:
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "mochi_tune.cli", job.verb, *job.arguments],
+                        [sys.executable, "-m", "mochi_tune.cli", job.verb, *with_kept_conf(folder, job)],
                         stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
                         start_new_session=True,
                     )  # fmt: skip
@@ -63,6 +64,24 @@ def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
             save_job(folder, job)
             return job, process
     return None
+
+
+def with_kept_conf(folder: Path, job: Job) -> list[str]:
+    """Returns the arguments of a job, with a copy of its conf in place of the file.
+
+    A verb reads its conf seconds after its start, and each process of a training reads it again. The page may save
+    other settings meanwhile.
+    """
+    kept = []
+    for argument in job.arguments:
+        conf = folder / "conf" / f"{argument.removeprefix('conf=')}.yaml"
+        if argument.startswith("conf=") and conf.is_file():
+            copy = jobs_folder(folder) / f"{job.number:05d}" / conf.name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(conf, copy)
+            argument = f"conf={copy.relative_to(folder)}"
+        kept.append(argument)
+    return kept
 
 
 def wait_for_stranger(folder: Path, job: Job) -> None:

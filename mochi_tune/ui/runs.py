@@ -1,6 +1,5 @@
 """Run folders as the page shows them: who trains, how far it is, its numbers, its videos. Only read, never written."""
 
-import math
 import os
 import re
 import socket
@@ -15,7 +14,7 @@ import psutil
 
 from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object
-from mochi_tune.training.metrics import comparable
+from mochi_tune.training.metrics import best_validation
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.jobs import is_alive
 from mochi_tune.ui.rows import NUMBERS, RowReader
@@ -200,9 +199,7 @@ def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]
 
 def best_step(run_dir: Path) -> tuple[int, float] | None:
     """Returns the step of the lowest validation loss, and that; None before there is one."""
-    rows = [row for row in read_rows(run_dir / "validation.jsonl") if isfinite(row.get("validation_loss", math.nan))]
-    best = min(comparable(rows), key=lambda row: row["validation_loss"], default=None)
-    return None if best is None else (best["step"], best["validation_loss"])
+    return best_validation(read_rows(run_dir / "validation.jsonl"))
 
 
 def list_samples(run_dir: Path) -> list[Sample]:

@@ -160,12 +160,12 @@ def test_a_conf_that_cannot_be_read_is_not_replaced(tmp_path, text):
     assert (tmp_path / "conf" / "cats.yaml").read_text() == text
 
 
-def test_a_conf_that_a_waiting_job_is_to_run_stays(tmp_path):
+def test_a_conf_that_a_waiting_job_will_run_is_not_changed(tmp_path):
     save_conf(tmp_path, FORM, replaces=False)
     with changing(tmp_path):
         save_job(tmp_path, Job(7, "train", ["conf=cats"]))
     other = replace(FORM, main={**FORM.main, "lora.rank": "8"})
-    with pytest.raises(ConfigError, match=r"job 7, which waits, is to run conf/cats.yaml as it is"):
+    with pytest.raises(ConfigError, match=r"job 7 is waiting to run conf/cats.yaml: save after that job"):
         save_conf(tmp_path, other, replaces=True)
     save_conf(tmp_path, FORM, replaces=True)
     with changing(tmp_path):

@@ -71,6 +71,21 @@ def test_two_runners_do_not_run_a_job_twice(tmp_path):
         assert log_path(tmp_path, number).read_bytes() == alone.stdout
 
 
+def test_a_job_runs_the_settings_that_its_conf_had_when_it_started(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "own.yaml").write_text("train: {warmup_steps: 3}\n")
+    conf = tmp_path / "conf" / "cats.yaml"
+    conf.write_text("defaults: [base, own, _self_]\nname: cats\nlora: {rank: 4}\n")
+    put(tmp_path, Job(1, "train", ["conf=cats", "--cfg"]))
+    started = runner.start_next(tmp_path)
+    # The process has not read it yet.
+    conf.write_text("defaults: [base, _self_]\nname: cats\nlora: {rank: 8}\n")
+    assert started is not None and started[1].wait(PATIENCE) == 0
+    printed = log_path(tmp_path, 1).read_text()
+    assert "rank: 4\n" in printed and "warmup_steps: 3\n" in printed
+    assert find_job(tmp_path, 1).command == "mochi-tune train conf=cats --cfg"
+
+
 def test_a_waiting_job_leaves_the_queue_when_it_is_stopped(tmp_path):
     put(tmp_path, Job(1, "toy", ["--help"]))
     assert stop_job(tmp_path, 1).state == "stopped"
