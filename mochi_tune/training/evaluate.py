@@ -66,6 +66,7 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
                 row = {"step": run.step, "validation_loss": sum(losses.values()) / len(losses), "bins": losses}
                 row |= {"held_out": bool(plan.held_out), "sigmas_drawn": run.metrics.sigma_histogram()}
                 row |= {"measured_on": clips.digest(measured)}
+                row |= {"measures_anew": True} if run.start.validates_on_others else {}
                 run.metrics.log_validation(row)
                 tqdm.write(validation_line(row, run.metrics.best_validation()))
         if renders and videos is not None:

@@ -13,35 +13,36 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import fsync, parse_object, write_atomic
+from mochi_tune.files import fsync, write_atomic
 
 FILES: tuple[str, ...] = ("metrics", "validation")
+# The keys of validation.jsonl that the best step depends on.
+KEPT_KEYS = ("step", "validation_loss", "measured_on", "measures_anew")
 
 
 def comparable(validations: Sequence[Mapping]) -> list[Mapping]:
-    """Returns the rows of validation.jsonl that measured what the last one did, or that do not say what they measured.
+    """Returns the rows of validation.jsonl that measured the same clips with the same noise as the last row.
 
-    A run that went on with other clips, or with clips in another order, has other losses for the same adapter.
+    The losses of a run that resumed with other clips, or with clips in another order, cannot be compared with its
+    earlier ones. Rows of versions before 0.2 do not say what they measured: it is what the first row measured that
+    says so, unless that row is marked as `measures_anew`.
     """
-    said = [row["measured_on"] for row in validations if row.get("measured_on")]
-    return [row for row in validations if row.get("measured_on") in (None, *said[-1:])]
+    known = [row for row in validations if row.get("measured_on")]
+    if not known:
+        return list(validations)
+    unknown = None if known[0].get("measures_anew") else known[0]["measured_on"]
+    return [row for row in validations if (row.get("measured_on") or unknown) == known[-1]["measured_on"]]
 
 
-def tell_apart(validations: Path) -> None:
-    """Marks the rows of validation.jsonl that do not say what they measured, as later ones measure something else.
+def best_validation(validations: Sequence[Mapping]) -> tuple[int, float] | None:
+    """Returns the step of the lowest finite validation loss among comparable rows, and that loss."""
+    return _lowest(comparable(validations))
 
-    Rows of versions before 0.2 say nothing. They measured what the first one after them did that does, as they would
-    have been marked before it otherwise.
-    """
-    lines = validations.read_bytes().splitlines(keepends=True) if validations.exists() else []
-    rows = [parse_object(line) for line in lines]
-    first = next((row["measured_on"] for row in rows if row and row.get("measured_on")), "other clips")
-    marked = [
-        json.dumps({**row, "measured_on": first}).encode() + b"\n" if row and not row.get("measured_on") else line
-        for line, row in zip(lines, rows, strict=True)
-    ]
-    if marked != lines:
-        write_atomic(validations, b"".join(marked), durable=True)
+
+def _lowest(rows: Sequence[Mapping]) -> tuple[int, float] | None:
+    losses = [(row["step"], row.get("validation_loss")) for row in rows]
+    finite = [(step, loss) for step, loss in losses if loss is not None and math.isfinite(loss)]
+    return min(finite, key=lambda pair: pair[1], default=None)
 
 
 class Metrics:
@@ -107,15 +108,15 @@ class Metrics:
 
     def best_validated(self, steps: Collection[int]) -> int | None:
         """Returns the one of these steps that has the lowest validation loss, None if none was validated."""
-        # A loss may be no number at all, and is then no best one.
-        known = {row["step"]: row.get("validation_loss") for row in comparable(list(self._validations.values()))}
-        losses = {s: loss for s, loss in known.items() if s in steps and loss is not None and math.isfinite(loss)}
-        return min(losses, key=losses.__getitem__, default=None)
+        best = _lowest([row for row in comparable(self._rows()) if row["step"] in steps])
+        return None if best is None else best[0]
 
     def best_validation(self) -> tuple[int, float] | None:
         """Returns the step of the lowest validation loss, and that loss."""
-        best = self.best_validated(self._validations)
-        return None if best is None else (best, self._validations[best]["validation_loss"])
+        return best_validation(self._rows())
+
+    def _rows(self) -> list[Mapping]:
+        return list(self._validations.values())
 
     def sigma_histogram(self) -> list[int]:
         """Returns how many samples so far were drawn in each tenth of the noise levels."""
@@ -134,7 +135,7 @@ class Metrics:
     def _count(self, name: str, row: Mapping) -> None:
         self._num_rows[name] += 1
         if name == "validation":
-            self._validations[row["step"]] = {key: row.get(key) for key in ("step", "validation_loss", "measured_on")}
+            self._validations[row["step"]] = {key: row.get(key) for key in KEPT_KEYS}
         for sigma in row.get("sigmas", ()):
             self._sigma_counts[min(int(10 * sigma), 9)] += 1
 

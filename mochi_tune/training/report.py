@@ -22,7 +22,7 @@ from mochi_tune.pages.html_page import Head, document, section
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
-from mochi_tune.training.metrics import comparable, write_line
+from mochi_tune.training.metrics import best_validation, write_line
 from mochi_tune.training.resume import read_clips
 from mochi_tune.training.run_folder import read_history
 
@@ -117,8 +117,7 @@ class RunFiles:
     @property
     def best(self) -> tuple[int, float] | None:
         """The step of the lowest validation loss, and that loss."""
-        losses = [(row["step"], row["validation_loss"]) for row in comparable(self.validations)]
-        return min(losses, key=lambda pair: pair[1], default=None)
+        return best_validation(self.validations)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """Returns a number of each step that has it, one of CURVES."""

@@ -29,7 +29,7 @@ from mochi_tune.training.branches import (
     put_videos_aside,
 )
 from mochi_tune.training.eval_files import find_eval_videos, prompt_file
-from mochi_tune.training.metrics import Metrics, tell_apart
+from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.run_folder import read_history, record_start
 
@@ -322,8 +322,6 @@ def resume(plan: TrainPlan) -> ResumePoint:
     if config.resume_from and not start.is_named:
         tqdm.write(f"resume_from={config.resume_from} was followed before: the run goes on from what came of it")
     owes = owes_evaluation(plan, start.step)
-    if start.validates_on_others and (owes or start.step < config.train.steps):
-        tell_apart(run_dir / "validation.jsonl")
     if owes:
         tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was broken off, is made now")
         return replace(start, owes_evaluation=True)

@@ -16,7 +16,6 @@ from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object
 from mochi_tune.training.metrics import best_validation
 from mochi_tune.ui.folder import inside
-from mochi_tune.ui.jobs import is_alive
 from mochi_tune.ui.rows import NUMBERS, RowReader
 
 # More points than a chart has pixels tell nothing.
@@ -107,19 +106,25 @@ def read_state(run_dir: Path) -> RunState:
 
 
 def owner(run_dir: Path) -> int:
-    """Returns the process of this machine that trains in a run folder; 0 for none.
+    """Returns the number of the process of this machine that trains in a run folder; 0 for none.
 
-    It asks the file and not the lock: a trainer that begins meanwhile would find the lock taken.
+    That process holds the lock of the folder as long as it has the lock file open. Trying the lock instead would make
+    a training fail that starts at that moment.
     """
     path = run_dir / ".lock"
     try:
         who = parse_object(path.read_bytes()) or {}
-        started = datetime.fromisoformat(who["started"]).astimezone(UTC).timestamp()
         pid = int(who["pid"])
-        # The start in the file is cut to whole seconds.
-        if who["host"] != socket.gethostname() or not 0 <= psutil.Process(pid).create_time() - started < LOCK_SECONDS:
+        started = datetime.fromisoformat(who["started"]).astimezone(UTC).timestamp()
+        if who["host"] != socket.gethostname():
             return 0
-        return pid if is_alive(pid, psutil.Process(pid).create_time()) else 0
+        process = psutil.Process(pid)
+        try:
+            is_owner = os.fspath(path.resolve()) in [file.path for file in process.open_files()]
+        except psutil.AccessDenied:
+            # A process of another user. The file has whole seconds.
+            is_owner = 0 <= process.create_time() - started < LOCK_SECONDS
+        return pid if is_owner and process.status() != psutil.STATUS_ZOMBIE else 0
     except (OSError, KeyError, TypeError, ValueError, psutil.Error):
         return 0
 
@@ -138,15 +143,10 @@ def stop_run(run_dir: Path) -> int:
     if not pid:
         raise DataError(f"{name} is not being trained on this machine: nothing is left to stop.")
     try:
-        process = psutil.Process(pid)
-        # The lock is held by who has the file open; a copied folder has the text of a lock and no holder.
-        lock = os.fspath((run_dir / ".lock").resolve())
-        if lock not in [file.path for file in process.open_files()]:
-            raise DataError(f"{name}: process {pid} does not hold its lock: stop the run where it was started.")
-        # Refused by psutil where the process has ended meanwhile and another one has its number.
-        process.terminate()
+        # If the process has ended and another one has its number, psutil raises NoSuchProcess.
+        psutil.Process(pid).terminate()
     except psutil.AccessDenied:
-        raise DataError(f"{name} is trained by process {pid} of another user: ask that one to stop it.") from None
+        raise DataError(f"{name} is trained by process {pid} of another user: ask that user to stop it.") from None
     except psutil.NoSuchProcess:
         raise DataError(f"{name} has just ended: nothing is left to stop.") from None
     return pid

@@ -5,14 +5,14 @@ import sys
 import pytest
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.training.metrics import Metrics, comparable, tell_apart
+from mochi_tune.training.metrics import Metrics, comparable
 from mochi_tune.ui.runs import best_step
 
 # No file may grow beyond a limit, which is lifted later: a disk that is full for a while, half rows and all.
 FULL_FOR_A_WHILE = """
 import resource, sys
 from pathlib import Path
-from mochi_tune.training.metrics import Metrics, comparable, tell_apart
+from mochi_tune.training.metrics import Metrics
 
 def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -78,29 +78,31 @@ def test_losses_of_other_clips_are_not_compared(tmp_path):
     with Metrics(tmp_path, 0) as metrics:
         for step, loss, clips in ((1, 0.2, None), (2, 0.1, "old"), (3, 0.5, "new"), (4, 0.6, "new")):
             metrics.log_validation({"step": step, "validation_loss": loss, "measured_on": clips})
-        # A row of a version that did not write it down is taken.
-        assert metrics.best_validation() == (1, 0.2) and metrics.best_validated([2, 3, 4]) == 3
+        assert metrics.best_validation() == (3, 0.5) and metrics.best_validated([1, 2, 4]) == 4
         assert metrics.is_validated(2)
     with Metrics(tmp_path, 4) as metrics:
         assert metrics.best_validated([2, 3, 4]) == 3
-    assert best_step(tmp_path) == (1, 0.2)
+    assert best_step(tmp_path) == (3, 0.5)
+    # Without the rows of step 3 and 4, those before are compared again.
+    with Metrics(tmp_path, 2) as metrics:
+        assert metrics.best_validation() == (2, 0.1)
 
 
-def test_rows_that_do_not_say_what_they_measured_are_told_apart_from_those_of_other_clips(tmp_path):
-    path = tmp_path / "validation.jsonl"
-    tell_apart(path)
-    assert not path.exists()
-    rows = [{"step": 1}, {"step": 2}, {"step": 3, "measured_on": "old"}]
-    for before, after in ((rows[:2], ["other clips"] * 2), (rows, ["old"] * 3)):
-        path.write_text("".join(json.dumps(row) + "\n" for row in before))
-        tell_apart(path)
-        marked = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [row["measured_on"] for row in marked] == after
-        assert comparable(marked) == marked, "before anything else is measured, they are compared with each other"
-        assert comparable([*marked, {"step": 4, "measured_on": "new"}]) == [{"step": 4, "measured_on": "new"}]
-    path.write_text('{"step": 1}\nhello\n{"step": 2, "st')
-    tell_apart(path)
-    assert path.read_text() == '{"step": 1, "measured_on": "other clips"}\nhello\n{"step": 2, "st'
+@pytest.mark.parametrize("is_anew", [False, True])
+def test_rows_that_do_not_say_what_they_measured_are_as_the_first_one_that_does_unless_it_measures_anew(
+    tmp_path, is_anew
+):
+    mark = {"measures_anew": True} if is_anew else {}
+    rows = [{"step": 1}, {"step": 2}, {"step": 3, "measured_on": "a"} | mark, {"step": 4, "measured_on": "b"}]
+    with Metrics(tmp_path, 0) as metrics:
+        for row in rows:
+            metrics.log_validation({"validation_loss": row["step"] / 10, **row})
+    for last, expected in ((2, [1, 2]), (3, [3] if is_anew else [1, 2, 3]), (4, [4])):
+        assert [row["step"] for row in comparable(rows[:last])] == expected
+    for last, expected in ((4, 4), (3, 3 if is_anew else 1), (2, 1)):
+        with Metrics(tmp_path, last) as metrics:
+            assert metrics.best_validated([1, 2, 3, 4]) == metrics.best_validation()[0] == expected
+        assert best_step(tmp_path)[0] == expected
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):

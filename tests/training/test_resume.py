@@ -9,6 +9,7 @@ from helpers_road import read_rows, train
 
 from mochi_tune.errors import TrainingError
 from mochi_tune.training.metrics import comparable
+from mochi_tune.training.run import Run
 
 MORE = ["train.validate_every=1", "train.validation_clips=1", "train.schedule=constant"]
 
@@ -41,6 +42,28 @@ def test_validations_that_say_nothing_are_compared_where_the_cache_is_the_same(r
 def test_other_validation_clips_are_others_though_the_cache_is_the_same(run_dir):
     assert train(run_dir, *MORE, "train.steps=3", "train.validation_clips=2", "resume=force") == 0
     assert [row["step"] for row in comparable(read_rows(run_dir / "validation.jsonl"))] == [3]
+
+
+@pytest.mark.parametrize("ends_at", [2, 3])
+def test_a_start_with_other_validation_clips_that_saves_nothing_leaves_the_losses_comparable(
+    run_dir, monkeypatch, ends_at
+):
+    """It ends before its first step, or after it has validated step 3 and before it saved that."""
+    steps = Run.steps
+
+    def end(run):
+        for step in steps(run):
+            if step == ends_at + 1:
+                raise RuntimeError("the machine is gone")
+            yield step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "steps", end)
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            train(run_dir, *MORE, "train.steps=4", "train.validation_clips=2", "train.checkpoint_every=4")
+    assert [row["step"] for row in read_rows(run_dir / "validation.jsonl")] == list(range(ends_at + 1))
+    assert train(run_dir, *MORE, "train.steps=3") == 0
+    assert [row["step"] for row in comparable(read_rows(run_dir / "validation.jsonl"))] == [0, 1, 2, 3]
 
 
 def test_a_run_that_kept_no_order_goes_on_where_its_rows_show_that_it_is_the_same(run_dir, capsys):
