@@ -217,8 +217,12 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
             code = (recipe or train_lora.main)(config, started)
     if STARTED_HERE in os.environ and started > 1:
         return tell_the_starter(code)
-    if code == 0 and (started == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0"):
+    is_first = started == 1 or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0"
+    if code == 0 and is_first:
         return push_trained(config)
+    if code == USERS_MISTAKE and is_first and (repo := config.publish.push) is not None:
+        waits = "the same command uploads the adapter when it has completed the run"
+        print(f"mochi-tune: publish.push={repo}: nothing was uploaded, {waits}", file=sys.stderr)
     if code > USERS_MISTAKE:
         way_on = "goes on from there" if find_checkpoints(checkpoints) else "starts over"
         print(f"mochi-tune: {last_checkpoint(checkpoints)}; the same command {way_on}", file=sys.stderr)
