@@ -177,7 +177,10 @@ def test_the_tiles_of_the_video_stand_in_rows_and_columns_and_the_shorter_wait(t
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["sample.compare=base"], r"grid=true compares by strengths=\[0,1\], with 0 for the base: leave out sample\.compare\.$"),
+        (
+            ["sample.compare=base"],
+            r"grid=true compares by strengths=\[0,1\], with 0 for the base: leave out sample\.compare\.$",
+        ),
         (["sample.compile=true"], r"grid=true does not compile the model: leave out sample\.compile\.$"),
         (["parallel.num_processes=2"], r"renders each video in one process: leave out parallel\.num_processes\.$"),
         (["sample.out=x.mp4"], r"out=x\.mp4 is a file, and sample\.grid=true fills a folder"),
@@ -195,7 +198,9 @@ def test_what_cannot_be_a_grid_is_refused(tmp_path, settings, said):
 
 def test_a_grid_that_a_launcher_started_as_two_processes_is_refused(tmp_path):
     done = run_in_two("sample", "conf=my_lora", *road(tmp_path, *FAST), "prompt=a cat", "adapter=none", "grid=true")
-    said = "sample.grid=true runs as one process, and 2 were started together: start it as one process, or start several"
+    said = (
+        "sample.grid=true runs as one process, and 2 were started together: start it as one process, or start several"
+    )
     assert done.returncode == 2 and said in done.stderr and "leave out" not in done.stderr, done.stderr
 
 
