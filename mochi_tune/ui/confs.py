@@ -221,8 +221,8 @@ def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
     waiting = [job for job in list_jobs(folder) if job.state == "waiting" and f"conf={form.name}" in job.arguments]
     if waiting and path.exists() and not _says_the_same(path, folder, form):
         raise ConfigError(
-            f"job {waiting[0].number} is waiting to run conf/{form.name}.yaml: save after that job has started, stop it, "
-            "or choose another name."
+            f"job {waiting[0].number} is waiting to run conf/{form.name}.yaml: save after that job has started, stop "
+            "that job, or choose another name."
         )
     if path.exists() and not replaces and not _says_the_same(path, folder, form):
         raise ConfigError(f"conf/{form.name}.yaml has other settings: tick `replace it`, or choose another name.")

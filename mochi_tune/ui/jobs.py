@@ -40,7 +40,8 @@ class Job:
         title: for the reader.
         state: "partly" is done but for some clips.
         pid: of its process, 0 before it has one.
-        pid_started: when that process began, in seconds since 1970, which tells it from a later one of the same number.
+        pid_started: start of that process in seconds since 1970, as psutil computes it.
+        pid_start: start of that process as `process_start` returns it; "" where that is unknown, and in old records.
         began: seconds since 1970; 0 before it has begun.
         ended: the same.
         code: its exit code; None where nobody saw it end.
@@ -58,6 +59,7 @@ class Job:
     ended: float = 0.0
     code: int | None = None
     is_asked_to_stop: bool = False
+    pid_start: str = ""
 
     @property
     def command(self) -> str:
@@ -129,7 +131,7 @@ def stop_job(folder: Path, number: int) -> Job:
         job = find_job(folder, number)
         if job.state == "waiting":
             job = replace(job, state="stopped", ended=time.time())
-        elif job.state == "running" and is_alive(job.pid, job.pid_started):
+        elif job.state == "running" and is_alive(job):
             job = replace(job, is_asked_to_stop=True)
         else:
             raise DataError(f"job {number} has ended already: nothing is left to stop.")
@@ -183,11 +185,32 @@ def _reap_later(process: subprocess.Popen) -> None:
     threading.Thread(target=process.wait, daemon=True).start()
 
 
-def is_alive(pid: int, started: float) -> bool:
-    """Whether the process of this number is there, is the one that began then, and has not ended."""
+def process_start(pid: int) -> str:
+    """Returns the boot and the clock ticks from it to the start of a process; "" without /proc.
+
+    Together with its number this identifies a process for good. Its start in seconds since 1970 does not: it changes
+    when the system clock is set.
+
+    Source: proc_pid_stat(5), field 22.
+    """
     try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < SAME_START_SECONDS and process.status() != psutil.STATUS_ZOMBIE
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # The name of the program, in parentheses, may contain anything.
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+    return f"{boot} {ticks}"
+
+
+def is_alive(job: Job) -> bool:
+    """Whether the process of a job runs, and is not a later one of the same number."""
+    try:
+        process = psutil.Process(job.pid)
+        if job.pid_start:
+            is_same = process_start(job.pid) == job.pid_start
+        else:
+            is_same = abs(process.create_time() - job.pid_started) < SAME_START_SECONDS
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 

@@ -16,7 +16,18 @@ from pathlib import Path
 
 import psutil
 
-from mochi_tune.ui.jobs import Job, State, changing, is_alive, jobs_folder, list_jobs, log_path, read_tail, save_job
+from mochi_tune.ui.jobs import (
+    Job,
+    State,
+    changing,
+    is_alive,
+    jobs_folder,
+    list_jobs,
+    log_path,
+    process_start,
+    read_tail,
+    save_job,
+)
 
 POLL_SECONDS = 0.5
 
@@ -60,7 +71,10 @@ def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
             started = 0.0
             with contextlib.suppress(psutil.Error):
                 started = psutil.Process(process.pid).create_time()
-            job = replace(job, state="running", pid=process.pid, pid_started=started, began=time.time())
+            start = process_start(process.pid)
+            job = replace(
+                job, state="running", pid=process.pid, pid_started=started, pid_start=start, began=time.time()
+            )
             save_job(folder, job)
             return job, process
     return None
@@ -86,7 +100,7 @@ def with_kept_conf(folder: Path, job: Job) -> list[str]:
 
 def wait_for_stranger(folder: Path, job: Job) -> None:
     """Waits for the end of a job that another runner has started, whose exit code nobody can read any more."""
-    while is_alive(job.pid, job.pid_started):
+    while is_alive(job):
         time.sleep(POLL_SECONDS)
     finish(folder, job, None)
 

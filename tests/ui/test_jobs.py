@@ -23,6 +23,7 @@ from mochi_tune.ui.jobs import (
     list_jobs,
     log_path,
     message_of,
+    process_start,
     read_tail,
     revive_runner,
     save_job,
@@ -108,12 +109,25 @@ def test_a_running_job_gets_sigterm_and_counts_as_stopped(tmp_path):
 
 
 def test_a_process_of_the_same_number_is_another_one(tmp_path):
-    mine = psutil.Process().create_time()
-    assert is_alive(os.getpid(), mine)
-    assert not is_alive(os.getpid(), mine - 60)
-    put(tmp_path, Job(1, "train", state="running", pid=os.getpid(), pid_started=mine - 60))
+    mine, start = psutil.Process().create_time(), process_start(os.getpid())
+    job = Job(1, "train", state="running", pid=os.getpid(), pid_started=mine - 60)
+    # Also after a step of the clock, which changes what psutil computes.
+    assert is_alive(replace(job, pid_start=start))
+    assert not is_alive(replace(job, pid_started=mine, pid_start=start + "0"))
+    # A record of an older version.
+    assert is_alive(replace(job, pid_started=mine)) and not is_alive(job)
+    put(tmp_path, job)
     with pytest.raises(DataError, match="ended already"):
         stop_job(tmp_path, 1)
+
+
+def test_a_job_records_the_start_of_its_process(tmp_path):
+    put(tmp_path, Job(1, "toy", ["--help"]))
+    started = runner.start_next(tmp_path)
+    assert started is not None
+    job, process = started
+    assert is_alive(job) and job.pid_start == process_start(process.pid) and len(job.pid_start.split()) == 2
+    assert process.wait(PATIENCE) == 0 and not is_alive(job)
 
 
 @pytest.mark.parametrize(
