@@ -1,4 +1,4 @@
-"""The folder that a page serves: what lies in it may be read and written, and nothing else."""
+"""The folder that a page serves: the page reads and writes files in it, and nothing else."""
 
 import contextlib
 import fcntl
@@ -7,8 +7,10 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from mochi_tune.errors import DataError
+from mochi_tune.errors import ConfigError, DataError
+from mochi_tune.files import lock_file
 
 # The page's own files: jobs, thumbnails and uploads on their way.
 OWN_FOLDER = ".mochi_tune"
@@ -47,15 +49,45 @@ def relative(folder: Path, path: Path) -> str:
     return inside(folder, path).relative_to(folder.resolve()).as_posix()
 
 
+def make_own_folder(folder: Path) -> None:
+    """Makes the folder of the page's own files.
+
+    Raises:
+        ConfigError: it cannot be written, or its disk has no file locks.
+    """
+    own = folder / OWN_FOLDER
+    try:
+        own.mkdir(exist_ok=True)
+        with open(own / ".locks", "a") as file, contextlib.suppress(BlockingIOError):
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(f"folder={folder} cannot be written: {error.strerror}: use another folder.") from None
+
+
+def lock(file: IO, operation: int) -> None:
+    """Locks a file of the page's own folder until it is closed.
+
+    Raises:
+        BlockingIOError: `operation` has LOCK_NB, and another process holds the lock.
+        ConfigError: the disk has no file locks.
+    """
+    if not lock_file(file, operation):
+        folder = str(file.name).partition(f"{os.sep}{OWN_FOLDER}{os.sep}")[0]
+        raise ConfigError(
+            f"folder={folder} is on a disk without file locks, where two pages would run the same job twice: use a "
+            "folder on another disk."
+        )
+
+
 @contextlib.contextmanager
 def open_page_file(folder: Path, address: str) -> Iterator[str]:
-    """Notes that a folder has a page; yields the address of the one that it has already, "" for none.
+    """Records the address of a folder's page; yields the address of the page that it already has, "" for none.
 
-    The operating system drops the lock when the page's process ends, however it ends.
+    The operating system releases the lock when the page's process ends, however it ends.
     """
     with open(folder / OWN_FOLDER / "page", "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             yield file.read().strip() or "another address"

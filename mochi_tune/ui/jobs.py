@@ -20,7 +20,7 @@ import psutil
 
 from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object, write_atomic
-from mochi_tune.ui.folder import OWN_FOLDER
+from mochi_tune.ui.folder import OWN_FOLDER, lock
 
 State = Literal["waiting", "running", "done", "partly", "stopped", "failed"]
 # Bytes at the end of a log that are looked at.
@@ -151,7 +151,7 @@ def changing(folder: Path) -> Iterator[None]:
     """Keeps every other process from changing the jobs of this folder meanwhile."""
     jobs_folder(folder).mkdir(parents=True, exist_ok=True)
     with open(jobs_folder(folder) / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -172,7 +172,7 @@ def revive_runner(folder: Path) -> None:
         return
     with open(jobs_folder(folder) / ".runner", "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
     start_runner(folder)

@@ -11,7 +11,7 @@ import gradio as gr
 from gradio import themes
 
 from mochi_tune.ui import data_tab, jobs_bar, lora_tab, sample_tab, train_tab
-from mochi_tune.ui.folder import OWN_FOLDER
+from mochi_tune.ui.folder import make_own_folder
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import start_runner
 
@@ -68,7 +68,7 @@ def looks() -> dict[str, Any]:
 
 def build_page(folder: Path) -> gr.Blocks:
     """Returns the page over a folder. Its state is in files: any number of pages may be open."""
-    (folder / OWN_FOLDER).mkdir(exist_ok=True)
+    make_own_folder(folder)
     with gr.Blocks(title="mochi-tune", analytics_enabled=False, delete_cache=DELETE_CACHE, fill_width=True) as blocks:
         with gr.Row(elem_id="top"):
             gr.HTML(f"<h1>mochi-tune</h1><p class='quiet'>{_escaped(folder)}</p>", elem_id="title")

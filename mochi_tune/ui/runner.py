@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from mochi_tune.ui.folder import lock
 from mochi_tune.ui.jobs import (
     Job,
     State,
@@ -37,7 +38,7 @@ def main(folder: Path) -> None:
     with open(jobs_folder(folder) / ".runner", "a") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
             for job in [job for job in list_jobs(folder) if job.state == "running"]:

@@ -1,5 +1,9 @@
 """What lies outside of the page's folder is neither read nor written, whatever it is called by."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from mochi_tune.errors import DataError
@@ -56,3 +60,24 @@ def test_a_second_page_of_a_folder_hears_of_the_first(tmp_path):
             assert second == "http://127.0.0.1:1/"
     with open_page_file(tmp_path, "http://127.0.0.1:3/") as other:
         assert other == ""
+
+
+NO_LOCKS = """
+import errno, fcntl, os
+
+def flock(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+fcntl.flock = flock
+"""
+
+
+def test_a_folder_on_a_disk_without_locks_is_refused_in_one_line(tmp_path):
+    pytest.importorskip("gradio")
+    (tmp_path / "sitecustomize.py").write_text(NO_LOCKS)
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "-m", "mochi_tune.cli", "ui", f"folder={tmp_path / 'work'}", "port=0"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    line = f"mochi-tune: folder={(tmp_path / 'work').resolve()} is on a disk without file locks, "
+    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
