@@ -1,1 +1,1 @@
-"""The story that makes the cache: everything that needs raw video or a frozen encoder."""
+"""Data preparation: everything that reads raw video or runs a frozen encoder."""

@@ -1,4 +1,4 @@
-"""Makes a caption out of a model's answer: takes away what is around it, and finds what is wrong with it."""
+"""Turns a model's answer into a caption: removes everything around it, and finds faults in it."""
 
 import re
 import unicodedata
@@ -8,21 +8,21 @@ from mochi_tune.files import parse_object
 from mochi_tune.models.text_encoder import MAX_TOKENS, measure_caption
 
 Language = Literal["en", "any"]
-# Longer is a model that does not stop, not a caption to be shortened.
+# Maximum characters, beyond which the model did not stop, and minimum words of a caption.
 MAX_CHARACTERS, MIN_WORDS = 8000, 3
-# Without T5's tokenizer: English prose has 1.3 tokens a word, names and numbers more.
+# Maximum words if T5's tokenizer is missing: English prose has 1.3 tokens per word, names and numbers more.
 MAX_WORDS_UNCOUNTED = 160
-# Share of a text's letters that are Latin, and of its words that are among the most frequent ones of English. Those
-# are a third of English prose, and more than the most frequent ones of its neighbours; short texts are too few words.
+# Minimum share of Latin letters, and of words that are among the most frequent English ones, which are a third of
+# English prose; the latter is checked from a minimum number of words.
 MIN_LATIN, MIN_COMMON, MIN_WORDS_TOLD = 0.9, 0.1, 12
 COMMON = frozenset("the a an and of in with is are to on as at its it from by while for this that over into".split())
 FOREIGN = frozenset(
     "de la le les des du et un une el los las y una con der das und ein eine den dem een het en il di che della uma o "
     "os da em para och det ett att".split()
 )
-# Of a text of this many words, less than this share differs: the model was caught in a loop.
+# A text of at least this many words with a smaller share of distinct words comes from a model in a loop.
 LOOP_WORDS, MIN_DISTINCT = 40, 0.2
-# A shorter caption is asked for than would just fit, as models count badly.
+# Factor on the words to ask for when shortening, as models count badly.
 SHORTER = 0.85
 
 _THOUGHTS = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
@@ -59,27 +59,27 @@ def clean_answer(text: str) -> str:
     if close and len(text) > 1 and text.endswith(close) and text[0] not in text[1:-1] and close not in text[1:-1]:
         text = text[1:-1]
     if len(_LIST.findall(text)) > 1:
-        # Left as it stands, for the check to see it.
+        # Keep the lines, for `find_fault` to recognize the list.
         return text
     return " ".join(text.split())
 
 
 def find_fault(text: str, language: Language) -> str:
-    """Returns what makes a cleaned answer no caption, to stand behind "it"; "" where nothing does.
+    """Returns why a cleaned answer is not a caption, as a predicate of "it"; "" if it is one.
 
     Args:
-        text: of `clean_answer`.
-        language: "en" looks at its letters and its most frequent words.
+        text: result of `clean_answer`.
+        language: "en" also checks the letters and the most frequent words.
     """
     if not text:
         return "is empty"
     if len(text) > MAX_CHARACTERS:
         return f"has {len(text)} characters"
-    # Marks that join letters are text: Cf in Unicode's tables.
+    # Not category Cf: characters that join letters are text.
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Co", "Cn") and letter not in "\n\t" for letter in text):
-        return "holds characters that are no text"
+        return "contains characters that are not text"
     if text.lower().startswith(("<think", "<!doctype", "<html")):
-        return "is nothing but thoughts" if text.lower().startswith("<think") else "is a web page"
+        return "has only thoughts" if text.lower().startswith("<think") else "is a web page"
     if parse_object(text) is not None or text.startswith(("```", "[{")):
         return "is code or JSON"
     if _REFUSAL.search(text):
@@ -98,7 +98,7 @@ def find_fault(text: str, language: Language) -> str:
 
 def _find_foreign(text: str, words: list[str]) -> str:
     letters = [letter for letter in text if letter.isalpha()]
-    # Latin letters with accents end at U+024F.
+    # U+024F is the last Latin letter with an accent.
     latin = sum(letter <= "\u024f" for letter in letters)
     if latin < MIN_LATIN * len(letters) or not letters:
         return f"is not English: {latin} of its {len(letters)} letters are Latin"
@@ -110,32 +110,32 @@ def _find_foreign(text: str, words: list[str]) -> str:
 
 
 class CaptionLength:
-    """Says whether a caption fits into what T5 reads, by its tokenizer or, without one, by words.
+    """Checks whether a caption fits the maximum length of T5, in tokens or, without a tokenizer, in words.
 
     Args:
-        tokenizer: T5's; None where it is not there.
+        tokenizer: of T5; None if it is missing.
     """
 
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
 
     def fits(self, text: str) -> bool:
-        """Whether all of a caption is read."""
+        """Whether T5 reads the whole caption."""
         return self._size(text) <= self._most
 
     def words_to_ask_for(self, text: str) -> int:
-        """Returns how many words a caption that is too long should have."""
+        """Returns the number of words to ask for when shortening a caption."""
         return max(int(len(text.split()) * self._most / self._size(text) * SHORTER), 10)
 
     def describe(self, text: str) -> str:
-        """Returns a caption's length in words for the user."""
+        """Returns a caption's length and the maximum, for messages."""
         unit = "words, counted without T5's tokenizer" if self._tokenizer is None else "tokens"
-        return f"{self._size(text)} {unit}, {self._most} are the most"
+        return f"{self._size(text)} {unit}, the maximum is {self._most}"
 
     def cut(self, text: str) -> str:
-        """Returns as many whole sentences as fit, else as many words."""
+        """Returns the longest beginning of whole sentences that fits, else of whole words."""
         ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-        # In descending order, so that the first that fits is the longest.
+        # In descending order of length: the first that fits is the longest.
         spaces = [match.start() for match in re.finditer(r"\s", text)]
         candidates = (text[:end] for end in (*reversed(ends), *reversed(spaces)))
         return next((candidate for candidate in candidates if self.fits(candidate)), "")

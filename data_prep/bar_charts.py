@@ -1,20 +1,20 @@
-"""Bar charts as SVG, and the values that are counted in them."""
+"""Bar charts as SVG, and counts of values for them."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# All in pixels: the picture's width, where the bars begin and end, the height of a bar with its space.
+# In pixels: width of the chart, left and right ends of the bars, and height of a bar with its gap.
 CHART_WIDTH, BAR_LEFT, BAR_RIGHT, BAR_HEIGHT = 354, 138, 310, 22
 MAX_BARS = 9
 
 
 def count_numbers(values: Iterable[float]) -> list[tuple[str, int]]:
-    """Counts numbers, each distinct one by itself where they are few, else in up to nine ranges of one round width.
+    """Counts numbers: each distinct value if there are few, else in up to nine ranges of equal, round width.
 
     Returns:
-        Labels and counts by ascending value; ranges hold their lower end, the last one its upper end too.
+        Labels and counts by ascending value. Ranges include their lower end; the last one also its upper end.
     """
     counts = Counter(values)
     if len(counts) <= MAX_BARS:
@@ -31,7 +31,7 @@ def count_numbers(values: Iterable[float]) -> list[tuple[str, int]]:
 
 
 def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Counts names: the most frequent ones first, and all others as one where they are many."""
+    """Counts names, the most frequent first; if there are many, the least frequent are counted together."""
     counts = Counter(names).most_common()
     if len(counts) <= MAX_BARS:
         return counts
@@ -43,8 +43,8 @@ def bar_chart(title: str, bars: Sequence[tuple[str, int]]) -> str:
     """Returns an HTML figure with a horizontal bar for each label; "" without bars.
 
     Args:
-        title: what is counted.
-        bars: labels of about 20 characters at most, and counts.
+        title: of the chart.
+        bars: labels of at most about 20 characters, and counts.
     """
     if not bars:
         return ""

@@ -1,6 +1,6 @@
-"""Reads tables that give videos their captions: metadata.csv and its kind, or videos.txt with prompts.txt.
+"""Reads tables of captions: metadata.csv and similar files, or videos.txt with prompts.txt.
 
-A table's names are only compared with the videos that are known; no file is opened by them.
+File names in a table are only compared with known videos; they are never opened.
 """
 
 import csv
@@ -18,28 +18,28 @@ from mochi_tune.data_prep.finding import walk
 from mochi_tune.errors import DataError, some
 from mochi_tune.files import read_text
 
-# By these names tables come from Hugging Face folders, finetrainers, DiffSynth, LTX-Video-Trainer and FastVideo.
+# Names of tables in Hugging Face folders, finetrainers, DiffSynth, LTX-Video-Trainer and FastVideo.
 TABLE_STEMS = ("metadata", "captions", "dataset", "videos2caption")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
-# What people call the two columns; the first one that is there counts.
+# Common names of the two columns; the first that exists is used.
 FILE_KEYS = (
     "file_name", "video", "path", "media_path", "video_path", "file", "filename", "file_path", "filepath", "video_name",
     "file name",
 )  # fmt: skip
 CAPTION_KEYS = ("caption", "text", "prompt", "captions", "cap")
-# Two lists of the same length, as finetrainers and the CogVideoX scripts read them.
+# Two lists of the same length, as in finetrainers and the CogVideoX scripts.
 VIDEO_LISTS = ("videos.txt", "video.txt")
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 DELIMITERS = (",", ";", "\t")
-# Characters of a name or a header in an error.
+# Maximum characters of a name or a header in an error.
 MAX_SHOWN = 200
 _SEPARATOR = re.compile(r'"?sep=([,;\t|])"?\s*', re.IGNORECASE)
-BARE_UTF16 = "holds NUL characters, as UTF-16 without its mark at the begin does: save it as UTF-8."
+BARE_UTF16 = "contains NUL characters, like UTF-16 without a byte order mark: save it as UTF-8."
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row: where it stands, for errors; the video that it names; its captions, or what is wrong with them."""
+    """One row: its place, for errors; the video that it names; its captions, or the problem with them."""
 
     where: str
     file_name: str
@@ -77,7 +77,7 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
         unknown = []
         for row, video in zip(rows, names.find(path, [row.file_name for row in rows]), strict=True):
             if video is None:
-                # A still that no bucket takes is there all the same.
+                # An unused still exists, and is not an unknown video.
                 if path.parent / row.file_name not in there:
                     unknown.append(row)
             else:
@@ -95,7 +95,7 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
 
 
 def find_lists(folder: Path) -> dict[Path, tuple[Path, Path]]:
-    """Finds, in `folder` and below it, the folders with a list of videos and one of captions."""
+    """Returns the list of videos and the list of captions of each folder in `folder` that has both."""
     lists = {}
     for parent, names in _find_named(folder, {*VIDEO_LISTS, *CAPTION_LISTS}).items():
         pair = [next((names[name] for name in known if name in names), None) for known in (VIDEO_LISTS, CAPTION_LISTS)]
@@ -105,7 +105,7 @@ def find_lists(folder: Path) -> dict[Path, tuple[Path, Path]]:
 
 
 def _find_named(folder: Path, wanted: set[str]) -> dict[Path, dict[str, Path]]:
-    """Returns the files of the names that are wanted, in lower case, by folder and name."""
+    """Returns the files with wanted names, by folder and name in lower case."""
     found: dict[Path, dict[str, Path]] = {}
     named = (Path(path) for path, name in walk(folder) if name.lower() in wanted)
     for path in sorted(path for path in named if path.is_file()):
@@ -120,14 +120,14 @@ def _find_tables(folder: Path) -> dict[Path, Path]:
     ).items():
         paths = list(names.values())
         if len(paths) > 1:
-            raise DataError(f"{parent} holds {' and '.join(path.name for path in paths)}: keep one of them.")
+            raise DataError(f"{parent} has {' and '.join(path.name for path in paths)}: keep one of them.")
         if paths:
             tables[parent] = paths[0]
     return tables
 
 
 class _VideoNames:
-    """Finds the video that a row means."""
+    """Finds the videos that rows name."""
 
     def __init__(self, folder: Path, videos: list[Path]) -> None:
         self._folder = folder
@@ -136,14 +136,14 @@ class _VideoNames:
         for video in videos:
             self._videos[os.path.abspath(video)] = video
             self._videos[os.path.abspath(real / video.relative_to(folder))] = video
-        # macOS writes an accent as a letter of its own, and other systems do not: both are one name.
+        # macOS stores accents decomposed, other systems composed: both are the same name.
         self._composed = {unicodedata.normalize("NFC", path): video for path, video in self._videos.items()}
 
     def find(self, table: Path, names: list[str]) -> list[Path | None]:
-        """Returns the video of each name; all names of a table are relative to one folder.
+        """Returns the video of each name; all names of a table are relative to the same folder.
 
-        That is the table's own folder, unless no name fits there: then the one above it ("videos/a.mp4" in
-        videos/metadata.csv), the folder of all videos, the working folder, or videos/ beside the table.
+        This is the first of these folders with any of the videos: the table's folder, the one above it ("videos/a.mp4"
+        in videos/metadata.csv), the folder of all videos, the working directory, or videos/ next to the table.
         """
         own = Path(os.path.abspath(table)).parent
         for base in (own, own.parent, self._folder, Path.cwd(), own / "videos"):
@@ -155,7 +155,7 @@ class _VideoNames:
     def _lookup(self, base: Path, name: str) -> Path | None:
         if "\0" in name:
             return None
-        # The second is a path of Windows.
+        # The second spelling is for Windows paths.
         paths = [os.path.abspath(os.path.join(base, spelling)) for spelling in (name, name.replace("\\", "/"))]
         exact = next((self._videos[path] for path in paths if path in self._videos), None)
         composed = (self._composed.get(unicodedata.normalize("NFC", path)) for path in paths)
@@ -183,7 +183,7 @@ def _read_table(path: Path) -> tuple[list[TableRow], str]:
 def _read(path: Path) -> tuple[str, str]:
     try:
         text, encoding = read_text(path, fallback="cp1252")
-        # One further down is of a single row.
+        # A NUL further down affects a single row only.
         if "\0" in text[:4]:
             raise DataError(f"{path}: {BARE_UTF16}")
         return text, encoding
@@ -202,7 +202,7 @@ def _read_lists(video_list: Path, caption_list: Path) -> tuple[list[TableRow], s
         encodings.append(encoding)
         lines.append([line.strip() for line in text.removesuffix("\n").split("\n")])
     names, captions = lines
-    # Blank lines at the end of either file are no rows.
+    # Ignore blank lines at the end of either file.
     while len(captions) > len(names) and not captions[-1]:
         captions.pop()
     while len(names) > len(captions) and not names[-1]:
@@ -210,7 +210,7 @@ def _read_lists(video_list: Path, caption_list: Path) -> tuple[list[TableRow], s
     if len(names) != len(captions):
         raise DataError(
             f"{video_list} has {len(names)} lines and {caption_list.name} has {len(captions)}: write one video, and "
-            "one caption, a line."
+            "one caption, per line."
         )
     rows = [
         TableRow(f"{video_list} row {number}", name, (caption,))
@@ -224,10 +224,10 @@ def _read_lists(video_list: Path, caption_list: Path) -> tuple[list[TableRow], s
 
 
 def _csv_rows(path: Path, text: str, delimiters: tuple[str, ...]) -> Iterator[TableRow]:
-    """Yields the rows of a CSV; a row is numbered by its last line in the file."""
+    """Yields the rows of a CSV file, numbered by their last line."""
     text, num_skipped, delimiters = _skip_to_header(text, delimiters)
     delimiter = _sniff_delimiter(text, delimiters)
-    # Some write a space behind the separator, before a quote too; a tab may be followed by one that counts.
+    # Some files have a space after the separator, also before a quote. After a tab, a space belongs to the value.
     is_spaced = delimiter != "\t"
     reader = csv.reader(io.StringIO(text), strict=True, delimiter=delimiter, skipinitialspace=is_spaced)
     try:
@@ -235,7 +235,7 @@ def _csv_rows(path: Path, text: str, delimiters: tuple[str, ...]) -> Iterator[Ta
         file_key, caption_key = _first_of(FILE_KEYS, header), _first_of(CAPTION_KEYS, header)
         if file_key is None or caption_key is None or len(set(header)) < len(header):
             raise DataError(
-                f"{path}: its columns are {', '.join(header)[:MAX_SHOWN] or 'none'}, each to be named once: one of "
+                f"{path}: its columns are {', '.join(header)[:MAX_SHOWN] or 'none'}, without duplicates: one of "
                 f"{', '.join(FILE_KEYS)} and one of {', '.join(CAPTION_KEYS)} are needed."
             )
         for row in reader:
@@ -254,9 +254,9 @@ def _csv_rows(path: Path, text: str, delimiters: tuple[str, ...]) -> Iterator[Ta
 
 
 def _skip_to_header(text: str, delimiters: tuple[str, ...]) -> tuple[str, int, tuple[str, ...]]:
-    """Returns a CSV from its header on, the number of lines before it, and what may separate its columns.
+    """Returns a CSV text from its header on, the number of lines before it, and the possible separators.
 
-    Excel writes, and reads, a first line `sep=;` that names the separator.
+    Excel writes and reads a first line such as `sep=;` that sets the separator.
     """
     number = 0
     while text:
@@ -270,7 +270,7 @@ def _skip_to_header(text: str, delimiters: tuple[str, ...]) -> tuple[str, int, t
 
 
 def _sniff_delimiter(text: str, delimiters: tuple[str, ...]) -> str:
-    """Returns the separator that gives the header both columns, else the one that occurs most in it."""
+    """Returns the separator with which the header has both columns, else the most frequent one in it."""
     line = text.partition("\n")[0]
     for delimiter in delimiters:
         names = [name.strip(' "').lower() for name in line.split(delimiter)]
@@ -280,13 +280,13 @@ def _sniff_delimiter(text: str, delimiters: tuple[str, ...]) -> str:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    # Not splitlines(), which also breaks at characters that JSON allows inside a string.
+    # Not splitlines(), which also splits at characters that JSON allows inside strings.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} row {number}: is not JSON ({error}): write one object a line.") from None
+                raise DataError(f"{path} row {number}: is not JSON ({error}): write one object per line.") from None
 
 
 def _json_list(path: Path, text: str) -> list[Any]:
@@ -296,8 +296,8 @@ def _json_list(path: Path, text: str) -> list[Any]:
         raise DataError(f"{path}: is not JSON ({error}): correct it.") from None
     if not isinstance(value, list):
         raise DataError(
-            f"{path}: is no list of objects, each with one of {', '.join(FILE_KEYS)} and one of "
-            f"{', '.join(CAPTION_KEYS)}: write it so, or give the file another name."
+            f"{path}: is not a list of objects, each with one of {', '.join(FILE_KEYS)} and one of "
+            f"{', '.join(CAPTION_KEYS)}: write such a list, or rename the file."
         )
     return value
 

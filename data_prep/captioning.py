@@ -1,4 +1,4 @@
-"""Gets one caption out of a model: the prompt, the retries, the checks, and the shortening of what is too long."""
+"""Gets a caption from a model: the prompt, retries, checks, and shortening of captions that are too long."""
 
 import random
 import re
@@ -11,7 +11,7 @@ from mochi_tune.data_prep.answers import CaptionLength, Language, clean_answer, 
 from mochi_tune.data_prep.chat import Answer, Captioner, TryAgain, Turn
 from mochi_tune.errors import DataError
 
-# A model that is asked for it may still write half as much again, which is then shortened.
+# Words that the prompt asks for. Models may write half as much again, which is then shortened.
 PROMPT_WORDS = 150
 PROMPT = """\
 These pictures are {num_frames} frames of one video clip of {seconds} seconds, in order. Write the caption of the clip \
@@ -27,27 +27,28 @@ seen. Do not mention frames, pictures or a video, do not guess names, and answer
 SHORTEN = "Shorten this caption to at most {words} words. Keep the subject, the motion, the camera and the light, and \
 drop details. Answer with the shorter paragraph alone."
 AGAIN = "\n\nAn earlier answer was of no use: it {fault}. Answer with the caption alone."
-# A caption that is still too long after these is cut.
+# Maximum number of requests to shorten a caption; then it is cut.
 MAX_SHORTENINGS = 2
-# The longest pause between two tries of a clip where the endpoint does not ask for one.
+# Maximum pause between two tries of a clip, unless the endpoint asks for a longer one.
 MAX_PAUSE_SECONDS = 60.0
 
 
 class Stopped(Exception):
-    """Raised in place of a wait or a request after the run was ended."""
+    """Raised instead of a wait or a request after the run was stopped."""
 
 
 class LostClip(DataError):
-    """A clip of which the endpoint gave no answer at all."""
+    """A clip for which the endpoint returned no answer at all."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """What is asked for.
+    """The prompt and the required form of captions.
 
     Attributes:
-        template: of the prompt; {num_frames}, {seconds}, {max_words} and {trigger} in it are replaced; "": our own.
-        trigger: a word that every caption gets; "": none.
+        template: of the prompt, with the placeholders {num_frames}, {seconds}, {max_words} and {trigger}; "" is the
+            default prompt.
+        trigger: a word that every caption contains; "" for none.
         language: that answers are checked for.
     """
 
@@ -69,8 +70,8 @@ class Wording:
         return text.strip()
 
     def with_trigger(self, caption: str) -> str:
-        """Puts the trigger first, unless the caption has it already where the template asked for it."""
-        # As a word of its own: "Red" does not begin "Redwoods".
+        """Puts the trigger first, unless the caption starts with it or contains it because the template asks for it."""
+        # As a whole word: "Red" does not match "Redwoods".
         word = rf"(?<!\w){re.escape(self.trigger)}(?!\w)"
         if not self.trigger or ("{trigger}" in self.template and re.search(word, caption, re.IGNORECASE)):
             return caption
@@ -79,7 +80,7 @@ class Wording:
 
 @dataclass
 class Cost:
-    """What a clip has cost so far; `seconds` are those of its requests and of the pauses between its tries."""
+    """The cost of a clip so far; `seconds` are those of its requests and of the pauses between its tries."""
 
     requests: int = 0
     retries: int = 0
@@ -93,10 +94,10 @@ class RetryLimits:
     """How long and how often a clip is tried.
 
     Attributes:
-        retries: after the first request, whatever fails.
-        timeout_seconds: of one request.
-        clip_seconds: of all requests and pauses of a clip.
-        backoff_seconds: before the first retry; twice as much before each further one.
+        retries: maximum number of retries of a clip, for any failure.
+        timeout_seconds: maximum time of one request.
+        clip_seconds: maximum time of all requests and pauses of a clip.
+        backoff_seconds: pause before the first retry; doubled before each further one.
     """
 
     retries: int = 4
@@ -106,10 +107,10 @@ class RetryLimits:
 
 
 class Pace:
-    """Lets requests of many threads begin no faster than allowed, by a clock that does not jump.
+    """Limits the rate of requests of all threads, by a monotonic clock.
 
     Args:
-        requests_per_minute: 0: as fast as they come.
+        requests_per_minute: maximum rate; 0 for no limit.
     """
 
     def __init__(self, requests_per_minute: float = 0) -> None:
@@ -127,24 +128,28 @@ class Pace:
                     self._next = now + self._gap
                     delay = 0.0
                 else:
-                    # Not one's own place in a queue: a hold may come and move all of them.
+                    # No fixed place in a queue: `hold` may delay all threads.
                     delay = self._next - now
             self.sleep(delay)
             if not delay:
                 return
 
     def hold(self, seconds: float) -> None:
-        """Lets no request begin for so long."""
+        """Delays all new requests by at least `seconds`."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
     def sleep(self, seconds: float) -> None:
-        """Waits, unless the run is ended, which raises Stopped."""
+        """Waits.
+
+        Raises:
+            Stopped: the run was stopped.
+        """
         if self._stop.wait(seconds) if seconds > 0 else self._stop.is_set():
             raise Stopped
 
     def stop(self) -> None:
-        """Ends all waits."""
+        """Ends all waits of all threads with `Stopped`."""
         self._stop.set()
 
 
@@ -154,10 +159,10 @@ class Writer:
 
     Attributes:
         captioner: the model.
-        wording: what is asked for.
+        wording: of the prompt and the captions.
         limits: of each clip.
         pace: of all requests.
-        length: what a caption must fit into.
+        length: limit of captions.
     """
 
     captioner: Captioner
@@ -165,7 +170,7 @@ class Writer:
     limits: RetryLimits
     pace: Pace
     length: CaptionLength
-    # A tokenizer is no tool for many threads.
+    # Tokenizers are not thread-safe.
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def write(self, images: Sequence[bytes], seconds: float, cost: Cost) -> tuple[str, list[str]]:
@@ -195,7 +200,7 @@ class Writer:
             self._pause(TryAgain(f"the answer {fault}", after_seconds=0), cost)
 
     def _fit(self, turns: list[Turn], text: str, is_cut_off: bool, cost: Cost) -> tuple[str, list[str]]:
-        """Shortens a caption by asking again, and cuts it where that does not help."""
+        """Shortens a caption by asking again, and cuts it if that does not help."""
         notes: list[str] = []
         for _ in range(MAX_SHORTENINGS):
             caption = self.wording.with_trigger(text)
@@ -209,7 +214,7 @@ class Writer:
             except LostClip:
                 raise
             except DataError:
-                # The longer conversation is refused, as more than the model takes.
+                # The longer conversation may not fit the model's context.
                 break
             shorter = clean_answer(answer.text)
             if not find_fault(shorter, self.wording.language) and not answer.is_cut_off:
@@ -223,7 +228,7 @@ class Writer:
             return self.length.cut(caption), [f"cut at a sentence, as {why}"]
 
     def _ask(self, turns: Sequence[Turn], cost: Cost) -> Answer:
-        """Asks until an answer comes."""
+        """Repeats a request until it succeeds or the clip's limits are reached."""
         while True:
             self.pace.wait()
             left = self.limits.clip_seconds - cost.seconds
@@ -241,14 +246,14 @@ class Writer:
             self._pause(failure, cost)
 
     def _pause(self, failure: TryAgain, cost: Cost) -> None:
-        """Waits before a retry; raises DataError where a clip has none left."""
+        """Waits before a retry; raises DataError if the clip's limits are reached."""
         limits, error = self.limits, LostClip if failure.is_lost else DataError
         if cost.retries >= limits.retries:
             raise error(f"no caption after {cost.requests} requests: {failure}")
         delay = failure.after_seconds
         if delay is None:
             delay = min(limits.backoff_seconds * 2**cost.retries, MAX_PAUSE_SECONDS)
-            # So that threads that failed together do not come back together.
+            # Jitter: threads that failed together must not retry together.
             delay *= random.uniform(0.5, 1)
         if cost.seconds + delay >= limits.clip_seconds:
             wait = f", and the endpoint asks for {delay:.0f} s more" if failure.after_seconds else ""

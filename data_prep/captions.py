@@ -1,4 +1,4 @@
-"""A clip's captions come from the text file beside it, else from a table in its folder or above."""
+"""Reads captions of clips: from the text file next to each, else from a table in its folder or above."""
 
 import hashlib
 import os
@@ -14,25 +14,25 @@ from mochi_tune.data_prep.finding import suffix_of, walk
 from mochi_tune.errors import DataError, some
 from mochi_tune.files import find_lone_surrogate, read_text
 
-# In upper case too; .caption is the default of kohya's scripts. The first one that is there counts.
+# In any case; the first that exists is used. .caption is the default of kohya's scripts.
 SIDECAR_SUFFIXES = (".txt", ".caption")
-# Many times what 256 tokens hold; more is another file under a caption's name.
+# Many times the length of 256 tokens; a longer text is not a caption.
 MAX_CAPTION_CHARACTERS = 50_000
-# A larger one is not read at all.
+# Larger caption files are not read.
 MAX_SIDECAR_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """How a clip's captions are made from what its files say.
+    """How a clip's captions are made from the texts of its files.
 
     Attributes:
-        split: "one": a .txt file is one caption; "lines": each of its lines is one.
+        split: "one": a .txt file is one caption; "lines": each line is one.
         prefix: text before each caption that is not empty.
         suffix: text after each caption that is not empty.
-        tag_dropout: the probability, in [0, 1), with which each tag but the first one is left out of a caption.
-        variants: how many times tags are drawn for each caption.
-        seed: of the drawing.
+        tag_dropout: probability, in [0, 1), of dropping each tag except the first.
+        variants: number of times that tags are drawn for each caption.
+        seed: of the draws.
     """
 
     split: Literal["one", "lines"] = "one"
@@ -55,7 +55,7 @@ class Captions:
     """The captions of a folder's videos.
 
     Attributes:
-        texts: of each video that has one: its captions, at least one, none empty, distinct, in order.
+        texts: captions of each video that has any: at least one, none empty, distinct, in order.
         refused: why a video's caption cannot be used, by video.
         notes: lines for the user.
     """
@@ -66,12 +66,12 @@ class Captions:
 
 
 def load_captions(folder: Path, videos: list[Path], rules: CaptionRules) -> Captions:
-    """Reads the captions of each video; one without a caption, or with an empty one, is absent from `texts`.
+    """Reads the captions of each video. Videos without a caption, or with an empty one, are not in `texts`.
 
-    NAME.txt beside NAME.mp4 wins over the rows of tables; several rows of one video are several captions.
+    NAME.txt next to NAME.mp4 overrides the rows of tables. Several rows for one video are several captions.
 
     Args:
-        folder: where tables may lie, and below it.
+        folder: to search for tables, with its subfolders.
         videos: paths in or below `folder`.
         rules: how captions are made from the texts.
 
@@ -103,7 +103,7 @@ def load_captions(folder: Path, videos: list[Path], rules: CaptionRules) -> Capt
 
 
 def find_orphans(folder: Path, videos: list[Path]) -> list[str]:
-    """Lists the caption files in `folder` and below it that have no video of their name, as paths in it, sorted."""
+    """Lists the caption files in `folder` and below it without a video of their name, as sorted relative paths."""
     stems = {stem_of(video) for video in videos}
     lists = {path for pair in find_lists(folder).values() for path in pair}
     alone = (
@@ -112,17 +112,17 @@ def find_orphans(folder: Path, videos: list[Path]) -> list[str]:
         if suffix_of(name) in SIDECAR_SUFFIXES and not name.startswith(".") and stem_of(path) not in stems
     )
     orphans = sorted(path for path in alone if path not in lists and path.is_file())
-    # They are printed, which a name that is not UTF-8 would refuse.
+    # They are printed, which fails for names that are not UTF-8.
     return [path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode() for path in orphans]
 
 
 def apply_rules(texts: list[str], rules: CaptionRules, name: str) -> tuple[str, ...]:
-    """Returns the captions that the rules make of a clip's texts: none empty, distinct, in order.
+    """Applies the rules to a clip's texts; returns captions that are distinct and not empty, in order.
 
     Args:
-        texts: what the clip's files say, each on one line.
+        texts: of the clip's files, each on one line.
         rules: prefix, suffix and tag dropout.
-        name: the clip's path in its folder, which keys the drawing of tags.
+        name: the clip's path in its folder, which keys the draws of tags.
     """
     captions = []
     for number, text in enumerate(filter(None, texts)):
@@ -133,7 +133,7 @@ def apply_rules(texts: list[str], rules: CaptionRules, name: str) -> tuple[str, 
 
 
 def drop_tags(caption: str, share: float, key: str) -> str:
-    """Leaves each comma-separated tag but the first one out with the probability `share`.
+    """Drops each comma-separated tag except the first with the probability `share`.
 
     The draws are hashes of `key` and the tag's number, so they are the same on every machine and in any order.
     """
@@ -145,14 +145,14 @@ def drop_tags(caption: str, share: float, key: str) -> str:
 
 
 def _uniform(key: str) -> float:
-    """Returns a number in [0, 1) that depends on `key` alone."""
+    """Returns a number in [0, 1) that is a function of `key`."""
     # A file name may hold bytes that are not UTF-8.
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _surround(caption: str, prefix: str, suffix: str) -> str:
-    """Joins with one space, except where the texts bring space or the suffix begins with punctuation."""
+    """Joins with one space, unless the texts have space there or the suffix begins with punctuation."""
     before = prefix if not prefix or prefix[-1].isspace() else f"{prefix} "
     after = suffix if not suffix or suffix[0].isspace() or suffix[0] in ",.;:!?" else f" {suffix}"
     return _one_line(before + caption + after)
@@ -175,8 +175,8 @@ def _find_sidecars(videos: list[Path]) -> dict[Path, Path]:
 
 
 def stem_of(path: Path | str) -> str:
-    """Returns a path without its ending, in one spelling of accents."""
-    # macOS writes an accent as a letter of its own, and other systems do not: both are one name.
+    """Returns a path without its suffix, with accents in NFC."""
+    # macOS stores accents decomposed, other systems composed: both are the same name.
     return unicodedata.normalize("NFC", os.path.splitext(path)[0])
 
 
@@ -185,7 +185,7 @@ def _read_sidecar(path: Path, video: Path, split: Literal["one", "lines"]) -> tu
     try:
         num_bytes = path.stat().st_size
         if num_bytes > MAX_SIDECAR_BYTES:
-            raise DataError(f"{path}: has {num_bytes / 2**20:.0f} MiB, which is no caption: write the caption there.")
+            raise DataError(f"{path}: has {num_bytes / 2**20:.0f} MiB, too much for a caption: shorten it.")
         text, encoding = read_text(path, fallback="cp1252")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
@@ -211,14 +211,14 @@ def _check(video: Path, where: str, caption: str) -> None:
     """Refuses a caption that T5 or the cache cannot take."""
     if len(caption) > MAX_CAPTION_CHARACTERS:
         raise DataError(
-            f"{video}: has a caption of {len(caption)} characters, {MAX_CAPTION_CHARACTERS} are the most, and 256 "
-            f"tokens are used: shorten it ({where})."
+            f"{video}: has a caption of {len(caption)} characters, more than {MAX_CAPTION_CHARACTERS}; 256 tokens are "
+            f"used: shorten it ({where})."
         )
     if "\0" in caption:
-        raise DataError(f"{where}: holds NUL characters, so it is no text or not UTF-8: save it as UTF-8 text.")
+        raise DataError(f"{where}: contains NUL characters, so it is not text or not UTF-8: save it as UTF-8 text.")
     half = find_lone_surrogate(caption)
     if half is not None:
-        raise DataError(f"{where}: holds half of a character, {half}: write the whole character.")
+        raise DataError(f"{where}: contains half of a character, {half}: write the whole character.")
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What has changed beside the cache since `prepare`, which training does not read."""
+"""Finds changes to videos and captions since `prepare`, which training does not read."""
 
 import csv
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import DataError, counted, some
 from mochi_tune.files import file_sha256
 
-# Of a larger cache, the captions are not read again at each start of a training: on a network disk that takes minutes.
+# Maximum clips of a cache whose captions are compared at each start of a training: a network disk takes minutes.
 MAX_CLIPS = 10_000
-# Of videos that may have been replaced, so many bytes are read.
+# Maximum bytes that are read of videos that may have been replaced.
 MAX_BYTES = 2**30
 
 
 @dataclass
 class Changes:
-    """Names of files that are not as `prepare` found them."""
+    """Names of files that have changed since `prepare`."""
 
     gone: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ def tell_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
         cache: of the run.
 
     Returns:
-        Lines that say what has changed and what to do; none where all is as it was, or where the files are elsewhere.
+        Lines about changes and what to do; [] if nothing has changed, or if the files are not on this machine.
     """
     if len(cache.rows) > MAX_CLIPS:
         return []
@@ -53,18 +53,18 @@ def tell_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
                 _compare(source, data, seed, cache, changes)
                 if seen is not None:
                     changes.new += _new_files(source, seen)
-    # Training reads the cache alone: none of these files is needed for it.
+    # Not an error: training reads only the cache.
     except (DataError, OSError, csv.Error) as error:
-        return [f"whether clips or captions have changed since `prepare` cannot be told: {error}"]
+        return [f"cannot check whether clips or captions have changed since `prepare`: {error}"]
     return _lines(changes)
 
 
 def _compare(source: Source, data: DataConfig, seed: int, cache: Cache, changes: Changes) -> None:
-    """Adds which clips of a source are gone, and which have other bytes or captions."""
+    """Adds the clips of a source that are gone, and those with other bytes or captions."""
     rows = cache.rows.tuples("source", "path", "captions", "source_sha256")
     own = {source.folder / path: (tuple(texts), sha256) for name, path, texts, sha256 in rows if name == source.name}
     videos = [path for path in own if path.exists()]
-    if not videos:  # They are on another machine.
+    if not videos:  # The videos are on another machine.
         return
     found = load_captions(source.folder, videos, CaptionRules.from_config(data, source, seed))
     changes.gone += [path.name for path in own if not path.exists()]
@@ -73,7 +73,7 @@ def _compare(source: Source, data: DataConfig, seed: int, cache: Cache, changes:
 
 
 def _replaced(cache: Cache, hashes: Mapping[Path, str]) -> list[str]:
-    """Returns the names of videos that have other bytes than their hashes say; what looks as it was is not read."""
+    """Returns the names of videos whose bytes have changed; reads only files with another signature."""
     kept, prepared = FileHashes(cache.folder / HASHES_FILE), (cache.folder / MANIFEST_NAME).stat().st_mtime
     found, in_doubt, num_bytes = [], [], 0
     for path in hashes:
@@ -83,53 +83,53 @@ def _replaced(cache: Cache, hashes: Mapping[Path, str]) -> list[str]:
         elif before != now if before else path.stat().st_mtime > prepared:
             in_doubt.append(path)
             num_bytes += now[0]
-    # Of a folder that was copied or moved all are in doubt: reading all of it would take minutes at each start.
+    # In a copied or moved folder all signatures differ; reading all files would take minutes at each start.
     return found + [path.name for path in in_doubt if num_bytes <= MAX_BYTES and file_sha256(path) != hashes[path]]
 
 
 def _names_of(report: Path) -> set[str] | None:
-    """Returns the names of all files that a `prepare` found, usable or not; None where its report cannot tell."""
+    """Returns the names of all files that `prepare` found, usable or not; None if its report does not have them."""
     if not report.is_file():
         return None
     with report.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = csv.DictReader(file)
-        # A spreadsheet may have saved it with other separators.
+        # A spreadsheet program may have saved the report with other separators.
         clips = [row["clip"] or "" for row in rows] if "clip" in (rows.fieldnames or ()) else None
-    # Behind the "@" is where in a video a clip begins; a file may have one in its name.
+    # "@" precedes a clip's start in its video, but may also be part of a file's name: keep both.
     return None if clips is None else {*clips, *(clip.rpartition("@")[0] for clip in clips)}
 
 
 def _new_files(source: Source, seen: set[str]) -> list[str]:
     names = {clip_name(source.name, source.folder, path) for path in list_videos(source.folder, source.takes_stills)}
-    # Where none was seen, they are another machine's, or `prepare` has not had this source.
+    # If `prepare` saw none of them, the folder is another one, or the source is new.
     return [name.rpartition("/")[2] for name in sorted(names - seen)] if names & seen else []
 
 
 def _lines(changes: Changes) -> list[str]:
     prepare, lines = "stop, run `mochi-tune prepare` with these settings, and train", []
-    anew = f"{prepare} in another run_dir=DIR; this run goes on with other clips by resume=force alone"
+    anew = f"{prepare} in another run_dir=DIR; this run continues with other clips only with resume=force"
     if gone := changes.gone:
         is_are, it = ("is", "it") if len(gone) == 1 else ("are", "them")
         lines.append(
-            f"{counted(len(gone), 'clip')} of the cache {is_are} not in the folder any more ({some(gone)}), and this "
+            f"{counted(len(gone), 'clip')} of the cache {is_are} no longer in the folder ({some(gone)}), and this "
             f"run trains on {it}: to leave {it} out, {anew}"
         )
     if new := changes.new:
         has, it = ("has", "it") if len(new) == 1 else ("have", "them")
         lines.append(
-            f"{counted(len(new), 'file')} of the folder {has} come since `prepare` ({some(new)}), and this run does "
-            f"not train on {it}: to take {it} in, {anew}"
+            f"{counted(len(new), 'file')} {has} been added to the folder since `prepare` ({some(new)}), and this run "
+            f"does not train on {it}: to add {it}, {anew}"
         )
     if replaced := changes.replaced:
         has = "has" if len(replaced) == 1 else "have"
         lines.append(
-            f"{counted(len(replaced), 'clip')} {has} other bytes since `prepare` ({some(replaced)}), and this run "
+            f"{counted(len(replaced), 'clip')} {has} been replaced since `prepare` ({some(replaced)}), and this run "
             f"trains on the old: to use the new, {prepare} again"
         )
     if changes.captions:
         lines.append(
             f"captions of {counted(len(changes.captions), 'clip')} have changed since `prepare` "
             f"({some(changes.captions)}), and this run has the old ones: to use the new ones, stop, run `mochi-tune "
-            "prepare` with these settings, which encodes those captions alone, and train again"
+            "prepare` with these settings, which encodes only those captions, and train again"
         )
     return lines

@@ -1,4 +1,4 @@
-"""What is said to a model that describes pictures, and what it answers."""
+"""Conversations with a model that describes pictures: turns, answers, and the interface of the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation: who speaks, the text, and pictures as JPEG, which belong in front of the text."""
+    """One message of a conversation: its role, text, and JPEG pictures, which precede the text."""
 
     role: Literal["user", "assistant"]
     text: str
@@ -16,13 +16,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered.
+    """The answer of a model.
 
     Attributes:
-        text: as it came, not yet checked.
-        prompt_tokens: of the conversation and its pictures; 0 where that is not told.
-        completion_tokens: of the answer; 0 where that is not told.
-        is_cut_off: the model had no tokens left.
+        text: unchecked.
+        prompt_tokens: of the conversation and its pictures; 0 if unknown.
+        completion_tokens: of the answer; 0 if unknown.
+        is_cut_off: whether the model reached the maximum number of tokens.
     """
 
     text: str
@@ -32,13 +32,13 @@ class Answer:
 
 
 class TryAgain(Exception):
-    """A request that may succeed when it is made again.
+    """Raised when a request failed but may succeed on a retry.
 
     Args:
-        reason: what happened, to stand behind a colon.
-        after_seconds: how long the endpoint wants to be left alone; None: it did not say.
-        is_lost: no answer came at all.
-        is_throttled: the endpoint has too many requests, whoever makes them.
+        reason: of the failure, for messages.
+        after_seconds: minimum pause that the endpoint asks for; None if it does not.
+        is_lost: whether no answer came at all.
+        is_throttled: whether the endpoint has too many requests.
     """
 
     def __init__(
@@ -51,22 +51,26 @@ class TryAgain(Exception):
 
 
 class Captioner(Protocol):
-    """A model that answers a conversation, wherever it runs."""
+    """A model that answers conversations, at an endpoint or in this process."""
 
     def check(self) -> list[str]:
-        """Returns lines for the user; raises ConfigError where no request could succeed."""
+        """Checks the model; returns lines for the user.
+
+        Raises:
+            ConfigError: no request could succeed.
+        """
         ...
 
     def ask(self, turns: Sequence[Turn], seconds: float) -> Answer:
-        """Answers a conversation within so many seconds.
+        """Answers a conversation in at most `seconds`.
 
         Raises:
-            TryAgain: the request failed and may succeed the next time.
+            TryAgain: the request failed and may succeed on a retry.
             DataError: this conversation is refused.
             ConfigError: every conversation would be refused.
         """
         ...
 
     def close(self) -> None:
-        """Frees what it holds."""
+        """Frees the model or closes the connections."""
         ...

@@ -1,4 +1,4 @@
-"""Measures a clip: black, frozen and moving pictures, sharpness, borders, and hashes of what it shows."""
+"""Measures a clip: black and frozen pictures, motion, sharpness, borders, and perceptual hashes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,50 +12,50 @@ from mochi_tune.data_prep.frames import image_matrix, read_pictures
 from mochi_tune.data_prep.orientation import turn_upright
 from mochi_tune.data_prep.probe import VideoIndex, read_index
 
-# Raise it whenever the same clip would get other scores.
+# Increase it when the same clip would get other scores.
 SCORES_VERSION = 2
 # A pixel darker than this, of 255, is black; a picture or a line is black when nearly all of its pixels are.
 # Source: FFmpeg n7.1 libavfilter/vf_blackdetect.c, pixel_black_th 0.10 and picture_black_ratio_th 0.98.
 DARK, DARK_SHARE = 25.5, 0.98
-# What lies in a border differs no more than this, of 255.
+# Maximum standard deviation of a line in a border, of 255.
 FLAT = 6
-# Pixels of the longer side at which neighbouring pictures are compared, and of the blocks that are compared.
+# Neighbouring pictures are compared in blocks at this size: pixels of the longer side, and of a block's side.
 SMALL, BLOCK = 256, 8
-# Two pictures in which no block differs more than this, of 255, are the same: compression changes a still by less.
+# Maximum difference of a block, of 255, between equal pictures; compression changes a still picture by less.
 SAME = 2.0
-# Motion is the difference of pictures that are so many seconds apart, whatever the frame rate.
+# Interval between the pictures whose difference is the motion, at any frame rate.
 MOTION_SECONDS = Fraction(1, 10)
-# Pictures of a clip that are looked at closely, and the height at which their sharpness is measured, the model's.
+# Number of sampled pictures, and pixels of their shorter side when sharpness is measured, the model's height.
 NUM_SAMPLES, SHARPNESS_PIXELS = 8, 480
-# Side of the picture that is hashed, and of the part of its spectrum that the hash is made of.
+# Side of the picture that is hashed, and of the part of its spectrum that becomes the hash.
 HASH_PICTURE, HASH_SIDE = 32, 8
-# A picture of less contrast (standard deviation, of 255) has no hash: it would be one of noise.
+# Minimum contrast (standard deviation, of 255) of a picture that is hashed; with less, the hash would be noise.
 MIN_CONTRAST = 4.0
-# Pictures along a clip, MOTION_SECONDS apart, whose hashes are kept, and what stands for one without contrast.
+# Maximum hashes of a timeline, MOTION_SECONDS apart, and the placeholder for a picture without contrast.
 MAX_TIMELINE, NO_HASH = 300, "-" * 16
 FULL_RANGE = 2
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured of a clip.
+    """The scores of a clip.
 
     Attributes:
-        width: pixels of the upright picture, were its pixels square.
-        height: of the same.
-        frames: pictures.
-        seconds: its length.
-        black: share of its pictures that are black, 0 to 1.
-        frozen: the longest run of pictures that are the same and not black, as a share of the clip, 0 to 1.
+        width: of the upright picture, in square pixels.
+        height: of the upright picture, in square pixels.
+        frames: number of pictures.
+        seconds: length of the clip.
+        black: share of black pictures, 0 to 1.
+        frozen: the longest run of equal pictures that are not black, as a share of the clip, 0 to 1.
         motion: mean difference of pictures 0.1 s apart, in grey levels of 255.
         sharpness: variance of the Laplacian of the luma (0 to 255) at 480 pixels of the shorter side, the median of
-            eight pictures; 0 where all are black.
-        left: pixels of the upright picture that are a black border.
-        top: of the same.
-        right: of the same.
-        bottom: of the same.
-        hashes: 16 hex digits of each of eight pictures; "" of one without contrast.
-        timeline: 16 hex digits, or NO_HASH, of each of the pictures 0.1 s apart, of the first 30 s.
+            eight pictures; 0 if all are black.
+        left: width of the black border of the upright picture, in pixels.
+        top: as `left`.
+        right: as `left`.
+        bottom: as `left`.
+        hashes: 16 hex digits for each of eight pictures; "" for one without contrast.
+        timeline: 16 hex digits, or NO_HASH, for each picture 0.1 s apart in the first 30 s.
     """
 
     width: int
@@ -83,7 +83,7 @@ def measure_clip(path: Path) -> Iterator[dict[str, Any]]:
     """Decodes a clip and measures it; runs in a child process.
 
     Yields:
-        {} now and then, and the values of `Scores`.
+        {} regularly, to show progress, and finally the values of `Scores`.
 
     Raises:
         DataError: the clip cannot be read.
@@ -116,7 +116,7 @@ def _described(video: VideoIndex) -> dict[str, Any]:
 
 
 def _grey(image: Any, pixels: int | None = None, is_longer: bool = True) -> np.ndarray:
-    """Returns the luma of a stored picture as uint8 (H, W), its longer or shorter side reduced to `pixels`."""
+    """Returns the luma of a stored picture, uint8 (H, W), with its longer or shorter side reduced to `pixels`."""
     side = max(image.width, image.height) if is_longer else min(image.width, image.height)
     scale = min(pixels / side, 1) if pixels else 1
     width, height = (max(round(each * scale), 1) for each in (image.width, image.height))
@@ -124,12 +124,12 @@ def _grey(image: Any, pixels: int | None = None, is_longer: bool = True) -> np.n
 
 
 def is_black(grey: np.ndarray) -> bool:
-    """Whether nearly all of a luma picture is black."""
+    """Whether nearly all pixels of a luma picture are black."""
     return float((grey < DARK).mean()) >= DARK_SHARE
 
 
 class _Neighbours:
-    """Compares each picture with the one before, and with one a little earlier."""
+    """Compares each picture with the previous one, and with one MOTION_SECONDS earlier."""
 
     def __init__(self) -> None:
         self.num_pictures = self.num_black = self.run = self.longest = 0
@@ -143,7 +143,7 @@ class _Neighbours:
         is_dark = is_black(grey)
         self.num_black += is_dark
         same = self.last is not None and self.last.shape == grey.shape and largest_change(self.last, grey) <= SAME
-        # Black is told by its own score.
+        # Black pictures have their own score.
         same = same and not is_dark
         self.run = self.run + 1 if same else 0
         self.longest = max(self.longest, self.run)
@@ -171,7 +171,7 @@ class _Neighbours:
 
 
 def largest_change(one: np.ndarray, other: np.ndarray) -> float:
-    """Returns the mean difference, of 255, of the block of 8x8 pixels that differs most."""
+    """Returns the mean difference, of 255, in the block of 8x8 pixels that differs most."""
     height, width = (max(side - side % BLOCK, 1) for side in one.shape)
     change = np.abs(one.astype(np.int16) - other)[:height, :width]
     if min(height, width) < BLOCK:
@@ -180,7 +180,7 @@ def largest_change(one: np.ndarray, other: np.ndarray) -> float:
 
 
 class _Pictures:
-    """Looks at single pictures: their borders, sharpness and hashes."""
+    """Measures the borders, the sharpness and the hashes of sampled pictures."""
 
     def __init__(self) -> None:
         self.whole: list[np.ndarray] = []
@@ -200,7 +200,7 @@ class _Pictures:
         rows, columns = self.whole[0].shape
         hashes, sharpness = [], []
         for scaled in self.scaled:
-            # Bars have a sharp edge, and are no part of what a clip shows.
+            # Without the borders, which have sharp edges and no content.
             y, x = scaled.shape[0] / rows, scaled.shape[1] / columns
             inner = scaled[
                 -int(-top * y // 1) : scaled.shape[0] - -int(-bottom * y // 1),
@@ -220,10 +220,10 @@ class _Pictures:
 
 
 def count_border(pictures: Sequence[np.ndarray], axis: int) -> tuple[int, int]:
-    """Counts the lines at both ends of all pictures that are black and flat in each of them.
+    """Counts the lines at both ends that are black and flat in all pictures.
 
     Args:
-        pictures: uint8 luma of one shape, at least one.
+        pictures: uint8 luma (H, W) of equal shape, at least one.
         axis: 0 counts rows from the top and the bottom, 1 columns from the left and the right.
     """
     is_bar = None
@@ -234,12 +234,12 @@ def count_border(pictures: Sequence[np.ndarray], axis: int) -> tuple[int, int]:
         is_bar = is_dark & is_flat if is_bar is None else is_bar & is_dark & is_flat
     assert is_bar is not None
     inside = np.flatnonzero(~is_bar)
-    # All of it is dark, which is no border.
+    # An entirely dark picture has no border.
     return (int(inside[0]), int(len(is_bar) - 1 - inside[-1])) if len(inside) else (0, 0)
 
 
 def laplacian_variance(grey: np.ndarray) -> float:
-    """Returns the variance of the four-neighbour Laplacian of uint8 luma (H, W); 0 of one that is too small."""
+    """Returns the variance of the four-neighbour Laplacian of uint8 luma (H, W); 0 if it is smaller than 3x3."""
     if min(grey.shape) < 3:
         return 0.0
     x = grey.astype(np.float32)
@@ -253,7 +253,7 @@ def hash_picture(grey: np.ndarray) -> str:
     Source: N. Krawetz, "Looks Like It" (2011), hackerfactor.com, the hash that is called pHash there.
 
     Returns:
-        16 hex digits; "" of a picture without contrast.
+        16 hex digits; "" for a picture without contrast.
     """
     from PIL import Image
 

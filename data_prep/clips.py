@@ -1,4 +1,4 @@
-"""Cuts clips out of videos and stills: upright, square pixels, resized and cropped; no model is involved."""
+"""Cuts clips from videos and stills: upright, with square pixels, resized and cropped. No model is involved."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,25 +25,25 @@ from mochi_tune.data_prep.timeline import FrameRate, Picture, Span, place_pictur
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
 
-# Part of the cache's fingerprint: raise it whenever the same file would give other frames.
+# Part of the cache's fingerprint: increase it when the same file would give other frames.
 TRANSFORM_VERSION = 2
-# Mean frames a second that "auto" plays one by one at 30.
+# Range of mean frame rates that "auto" retimes to 30 fps.
 RETIMED_FPS = (23, 33)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What to cut out of a file.
+    """A clip to cut from a file.
 
     Attributes:
         num_frames: of the clip.
         height: of the clip in pixels.
         width: of the clip in pixels.
-        start: the clip's first frame, among the file's frames at 30 fps, or among its pictures for retime.
-        allow_upscale: admits sources smaller than the clip.
+        start: the clip's first frame: among the file's frames at 30 fps, or among its pictures for retime.
+        allow_upscale: whether sources may be smaller than the clip.
         frame_rate: resample keeps the speed and repeats or drops pictures; retime shows each picture for 1/30 s.
-        hdr: refuse or tone-map PQ and HLG.
-        decoder: the library that decodes; it does not decide the pixels.
+        hdr: whether to refuse or tone-map PQ and HLG.
+        decoder: the library that decodes; the pixels do not depend on it.
     """
 
     num_frames: int
@@ -58,7 +58,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """One clip as the VAE takes it.
+    """A clip as the VAE takes it.
 
     Attributes:
         frames: uint8 (F, H, W, 3), upright, one every 1/30 s.
@@ -75,7 +75,7 @@ class DecodedClip:
 
 @dataclass(frozen=True)
 class _Fit:
-    """How an upright picture covers the target: scaled to rows x columns, then cut from (left, top)."""
+    """How an upright picture is fitted to the clip: scaled to rows x columns, then cropped from (left, top)."""
 
     scale: float
     rows: int
@@ -87,7 +87,7 @@ class _Fit:
 
 
 class _Window:
-    """A clip that is being filled, in ascending order of its frames."""
+    """A clip that is being filled with frames, in ascending order."""
 
     def __init__(self, cut: Cut, fit: _Fit) -> None:
         self.cut = cut
@@ -103,7 +103,7 @@ class _Window:
         return self.cut.start + self.cut.num_frames
 
     def put(self, span: Span, image: torch.Tensor) -> None:
-        """Puts a span's picture, resized and cropped, at the frames that it is shown at."""
+        """Copies a span's picture, resized and cropped, into its frames."""
         if self.frames is None:
             self.frames = torch.empty((self.cut.num_frames, self.cut.height, self.cut.width, 3), dtype=torch.uint8)
             self.first_time, self.decoder = span.picture.time, span.picture.decoder
@@ -114,9 +114,9 @@ class _Window:
 
 
 def choose_frame_rate(scan: Scan, setting: Literal["auto", "resample", "retime"]) -> FrameRate:
-    """Returns what data.frame_rate means for a file: "auto" retimes constant rates of 23 to 33 fps.
+    """Returns how data.frame_rate applies to a file: "auto" retimes constant rates of 23 to 33 fps.
 
-    A file of 30 fps is the same either way and counts as resampled.
+    A file of 30 fps gives the same frames either way and counts as resampled.
     """
     if scan.is_still or scan.is_30_fps:
         return "resample"
@@ -130,17 +130,17 @@ def decode_clip(path: Path, cut: Cut) -> DecodedClip:
     """Decodes one clip.
 
     Raises:
-        DataError: the file is unreadable, truncated, damaged or without pictures, HDR, too short, or too small.
+        DataError: the file is unreadable, truncated, damaged, without pictures, HDR, too short, or too small.
     """
     return next(cut_clips(path, [cut]))
 
 
 def cut_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip]:
-    """Yields clips of one file in the order given, which decodes it once from front to back.
+    """Yields clips of one file, which is decoded once from front to back.
 
     Args:
         path: a video or still.
-        cuts: by ascending start; they may overlap; all of one `frame_rate`, `hdr` and `decoder`.
+        cuts: by ascending start; they may overlap; all with the same `frame_rate`, `hdr` and `decoder`.
 
     Raises:
         DataError: as `decode_clip`, for the first clip that cannot be cut.
@@ -152,7 +152,7 @@ def cut_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip]:
 
 
 def try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataError]:
-    """Yields for each of `cuts`, in order, its clip or the error that refuses it, as `cut_clips`."""
+    """Yields for each cut, in order, its clip or the error that refuses it; see `cut_clips`."""
     num_done = 0
     try:
         for result in _try_clips(path, cuts):
@@ -179,7 +179,7 @@ def _try_clips(path: Path, cuts: Sequence[Cut]) -> Iterator[DecodedClip | DataEr
 def _fill(
     path: Path, video: VideoIndex, windows: deque[_Window | DataError], converter: RgbConverter
 ) -> Iterator[DecodedClip | DataError]:
-    """Yields the windows in order, each when the pictures have reached its end."""
+    """Yields the clips in order, each when decoding has reached its end."""
     have, size, changed = 0, None, ""
     yield from _pop_done(video, windows, have)
     for span in _spans(path, video, windows) if windows else ():
@@ -212,7 +212,7 @@ def _pop_done(
 
 
 def _takers(windows: Iterable[_Window | DataError], span: Span) -> Iterator[_Window]:
-    """Yields the windows that a span is shown in; of the thousands of a long film it looks at those that have begun."""
+    """Yields the windows that show a span; stops at the first that has not begun, as long films have thousands."""
     for window in windows:
         if isinstance(window, DataError):
             continue
@@ -223,7 +223,7 @@ def _takers(windows: Iterable[_Window | DataError], span: Span) -> Iterator[_Win
 
 
 def _put(span: Span, takers: list[_Window], converter: RgbConverter) -> None:
-    """Puts a span's picture into each window; converts it once, and resizes it once for each size."""
+    """Copies a span's picture into each window; converts it once, and resizes it once per size."""
     if not takers:
         return
     image = span.picture.image
@@ -238,7 +238,7 @@ def _put(span: Span, takers: list[_Window], converter: RgbConverter) -> None:
 
 
 def _spans(path: Path, video: VideoIndex, windows: deque[_Window | DataError]) -> Iterator[Span]:
-    """Yields the spans from the first window's start on, at the latest; skips what lies before if it can."""
+    """Yields the spans from the first window's start or earlier; seeks past earlier pictures if possible."""
     cuts = [window.cut for window in windows if isinstance(window, _Window)]
     frame_rate = cuts[0].frame_rate
     for number, pictures in _readers(path, video, cuts):
@@ -250,12 +250,12 @@ def _spans(path: Path, video: VideoIndex, windows: deque[_Window | DataError]) -
 
 
 def _readers(path: Path, video: VideoIndex, cuts: Sequence[Cut]) -> Iterator[tuple[int, Iterator[Picture]]]:
-    """Yields ways to read a file, the best one first, each with its first picture's number; one may give nothing."""
+    """Yields iterators over a file's pictures, the fastest first, with their first number; one may be empty."""
     first, last = cuts[0].start, max(cut.start + cut.num_frames for cut in cuts) - 1
     if video.scan.codec:
         begin, end = (_picture_at(video, frame, cuts[0].frame_rate) for frame in (first, last))
         if cuts[0].decoder == "decord" and is_plain(video):
-            # One more tells how long the last one is shown, another may begin half a frame early.
+            # One more picture gives the duration of the last one; another one may begin half a frame early.
             yield 0, read_with_decord(path, video, end + 3)
         key_time = find_seek_time(video, begin)
         if key_time is not None:
@@ -264,7 +264,7 @@ def _readers(path: Path, video: VideoIndex, cuts: Sequence[Cut]) -> Iterator[tup
 
 
 def _picture_at(video: VideoIndex, frame: int, frame_rate: FrameRate) -> int:
-    """Returns the number of the picture that has begun by an output frame."""
+    """Returns the number of the picture that is shown at an output frame."""
     if frame_rate == "retime":
         return frame
     return video.picture_at(video.time(0) + Fraction(frame, FPS))
@@ -286,15 +286,15 @@ def _too_short(path: Path, have: int, cut: Cut, changed: str = "") -> DataError:
 
 
 def _ways_out(scan: Scan, cut: Cut) -> str:
-    """Returns the settings that would take a clip which is too small."""
+    """Returns the settings that would accept a picture that is too small."""
     smaller = "a smaller data.height and data.width, or data.allow_upscale=true"
     if (scan.height > scan.width) != (cut.height > cut.width):
-        return f"data.buckets=auto, which takes upright clips and wide ones as they are, {smaller}"
+        return f"data.buckets=auto, which has buckets for upright and wide clips, {smaller}"
     return smaller
 
 
 def _open_window(path: Path, scan: Scan, cut: Cut) -> _Window | DataError:
-    """Returns an empty window for a cut, or why the file has no such clip."""
+    """Returns an empty window for a cut, or the error if the file has no such clip."""
     have = scan.num_source_frames if cut.frame_rate == "retime" else scan.num_frames
     if cut.start + cut.num_frames > have:
         return _too_short(path, have, cut)
@@ -310,10 +310,10 @@ def _open_window(path: Path, scan: Scan, cut: Cut) -> _Window | DataError:
 
 
 def _resize_and_crop(image: torch.Tensor, fit: _Fit) -> torch.Tensor:
-    """Scales uint8 (h, w, 3) with antialiased bicubic and cuts out the centre: uint8 (H, W, 3)."""
+    """Resizes uint8 (h, w, 3) with antialiased bicubic interpolation and crops the centre: uint8 (H, W, 3)."""
     if (fit.rows, fit.columns) != image.shape[:2]:
-        # In integers as Pillow does it, five times as fast as in fp32; but for hard edges within 1 of it.
-        # With the batch first torch sees channels last, which it resizes in place of a copy, twice as fast.
+        # In integers like Pillow: five times as fast as fp32, and within 1 of it except at hard edges.
+        # With the batch dim torch detects channels last and resizes without a copy, twice as fast.
         planes = image[None].permute(0, 3, 1, 2)
         planes = torch.nn.functional.interpolate(planes, (fit.rows, fit.columns), mode="bicubic", antialias=True)
         image = planes[0].permute(1, 2, 0)

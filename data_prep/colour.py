@@ -1,4 +1,4 @@
-"""Turns a decoded picture into 8-bit RGB by the matrix and range that it is tagged with; tone-maps HDR."""
+"""Converts decoded pictures to 8-bit RGB by their tagged matrix and range; tone-maps HDR."""
 
 from functools import cache
 from pathlib import Path
@@ -8,17 +8,17 @@ import numpy as np
 
 from mochi_tune.errors import DataError
 
-# The matrices of ITU-T H.273, table 4, by their number, as far as the conversion knows them.
+# The matrices of ITU-T H.273, table 4, that the conversion supports, by number.
 MATRICES = {1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
 UNSPECIFIED = (2, 3)
-# Transfer characteristics of the same standard that need tone mapping before they are right as SDR.
+# Transfer characteristics of the same standard that need tone mapping to SDR.
 HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
-# Players take untagged video of so many lines for HD.
+# Players treat untagged video with at least this many lines as HD.
 HD_LINES = 720
 FULL_RANGE, LIMITED_RANGE = 2, 1
 # Flags of libswscale.
 BICUBIC, ACCURATE_RND, FULL_CHR_H_INT = 0x4, 0x40000, 0x2000
-# Light in cd/m2: the white of a sheet of paper in HDR, and the brightest that HDR is taken to show.
+# Light in cd/m2: HDR reference white (diffuse white), and the assumed peak of HDR.
 # Source: ITU-R BT.2408-7, section 2.1, and BT.2100-2, table 5.
 REFERENCE_WHITE, PEAK = 203.0, 1000.0
 # Linear BT.2020 to linear BT.709. Source: ITU-R BT.2407-0, section 2.
@@ -31,7 +31,7 @@ def find_matrix(path: Path, frame) -> tuple[int, bool]:
     """Returns the number of a YUV frame's matrix, and whether it is only assumed.
 
     Raises:
-        DataError: a matrix that the conversion does not know.
+        DataError: the conversion does not support the matrix.
     """
     number = frame.colorspace
     if number in MATRICES:
@@ -46,7 +46,7 @@ def find_matrix(path: Path, frame) -> tuple[int, bool]:
 
 
 def describe_matrix(path: Path, frame) -> str:
-    """Returns the matrix's name for people; "RGB" where there is none.
+    """Returns the name of the matrix; "RGB" if there is none.
 
     Raises:
         DataError: as `find_matrix`.
@@ -67,7 +67,7 @@ class RgbConverter:
 
     Args:
         path: for messages.
-        hdr: the name of the transfer function, if the video is HDR and is to be tone-mapped; else "".
+        hdr: name of the transfer function to tone-map from; "" for SDR.
     """
 
     def __init__(self, path: Path, hdr: str) -> None:
@@ -78,7 +78,7 @@ class RgbConverter:
         self.reformatter = VideoReformatter()
 
     def convert(self, frame) -> np.ndarray:
-        """Returns uint8 RGB (H, W, 3), as stored: not yet upright."""
+        """Returns uint8 RGB (H, W, 3) in the stored orientation."""
         if not self.hdr:
             return self._convert(frame, "rgb24")
         return tone_map(self._convert(frame, "rgb48le"), self.hdr)
@@ -94,16 +94,16 @@ class RgbConverter:
                 "src_color_range": FULL_RANGE if is_full else LIMITED_RANGE,
                 "dst_color_range": FULL_RANGE,
             }
-        # At 8 bits FFmpeg's default, which is exact to 2 of 255 and fast; at more bits the default is off by 5.
+        # FFmpeg's default is fast and exact to 2 of 255 at 8 bits; at more bits it is off by 5.
         flags = BICUBIC if frame.format.components[0].bits <= 8 else BICUBIC | ACCURATE_RND | FULL_CHR_H_INT
         return self.reformatter.reformat(frame, format=layout, interpolation=flags, **options).to_ndarray()
 
 
 def tone_map(coded: np.ndarray, hdr: str) -> np.ndarray:
-    """Returns uint8 BT.709 (H, W, 3) of uint16 BT.2020 HDR (H, W, 3).
+    """Tone-maps uint16 BT.2020 HDR (H, W, 3) to uint8 BT.709 (H, W, 3).
 
-    Light up to half of paper white stays; what is brighter is compressed by the curve of BT.2390, by the brightest of
-    the three colours, so that hues stay.
+    Light up to half of the reference white is kept. Brighter light is compressed by the curve of BT.2390, computed for
+    the brightest of the three colours, so that hues are kept.
     """
     light = _light_of_codes(hdr.startswith("PQ"))[coded]
     if not hdr.startswith("PQ"):
@@ -120,7 +120,7 @@ def tone_map(coded: np.ndarray, hdr: str) -> np.ndarray:
 
 @cache
 def _light_of_codes(is_pq: bool) -> np.ndarray:
-    """Returns for each 16-bit code the light: in cd/m2 for PQ, of the scene in 0..1 for HLG."""
+    """Returns the light of each 16-bit code: in cd/m2 for PQ, scene light in 0..1 for HLG."""
     signal = np.arange(65536) / 65535
     if is_pq:
         # Source: ITU-R BT.2100-2, table 4, EOTF.
@@ -141,7 +141,7 @@ def _pq(light: np.ndarray | float) -> np.ndarray:
 
 
 def _compress(light: np.ndarray) -> np.ndarray:
-    """Maps light up to PEAK into that up to REFERENCE_WHITE, in cd/m2. Source: ITU-R BT.2390-11, section 5.4.1."""
+    """Maps light from [0, PEAK] to [0, REFERENCE_WHITE], in cd/m2. Source: ITU-R BT.2390-11, section 5.4.1."""
     e = np.minimum(_pq(light) / _pq(PEAK), 1)
     top = _pq(REFERENCE_WHITE) / _pq(PEAK)
     knee = 1.5 * top - 0.5

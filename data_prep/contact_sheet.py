@@ -1,4 +1,4 @@
-"""Contact sheets: a few pictures of each clip with its name, many clips on a page."""
+"""Contact sheets: pictures of many clips with their names."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from mochi_tune.data_prep.orientation import turn_upright
 from mochi_tune.data_prep.probe import read_index
 from mochi_tune.files import write_atomic
 
-# Of one picture in pixels; how many of a clip; clips beside each other and on one sheet.
+# Maximum size of a picture in pixels; pictures per clip; clips per row and per sheet.
 BOX_WIDTH, BOX_HEIGHT, NUM_PICTURES = 152, 86, 3
 NUM_COLUMNS, CLIPS_PER_SHEET = 3, 120
 LABEL_HEIGHT, GAP, EDGE = 34, 14, 2
@@ -24,7 +24,7 @@ PAPER, INK, SOFT, REST = "#fcfcfa", "#1c2127", "#626a75", "#e3e4de"
 
 @dataclass(frozen=True)
 class SheetClip:
-    """A clip on a sheet: its name, a line about it, and JPEG pictures of it."""
+    """A clip on a sheet: its name, a line of text, and JPEG pictures."""
 
     name: str
     note: str
@@ -32,10 +32,10 @@ class SheetClip:
 
 
 def read_thumbnails(path: Path, count: int) -> Iterator[dict[str, Any]]:
-    """Reads evenly spaced pictures of a clip, its first and last included; runs in a child process.
+    """Reads evenly spaced pictures of a clip, first and last included; a job of `WatchedProcess`.
 
     Yields:
-        {} now and then, and {"jpegs": pictures in base64, each at most BOX_WIDTH x BOX_HEIGHT}.
+        {} regularly, to show progress, and finally {"jpegs": pictures in base64, at most BOX_WIDTH x BOX_HEIGHT}.
 
     Raises:
         DataError: the clip cannot be read.
@@ -62,10 +62,10 @@ def read_thumbnails(path: Path, count: int) -> Iterator[dict[str, Any]]:
 
 
 def write_sheets(path: Path, clips: Sequence[SheetClip]) -> list[Path]:
-    """Writes PATH, and PATH with _2, _3 and so on where the clips are many; returns what it wrote.
+    """Writes the sheet PATH, and more sheets with _2, _3 and so on if there are many clips; returns the files.
 
     Raises:
-        OSError: the disk is full, or refuses.
+        OSError: writing failed.
     """
     written = []
     for number, begin in enumerate(range(0, len(clips), CLIPS_PER_SHEET), start=1):
@@ -76,7 +76,7 @@ def write_sheets(path: Path, clips: Sequence[SheetClip]) -> list[Path]:
         written.append(sheet)
     number = len(written) + 1
     while (old := path.with_stem(f"{path.stem}_{number}")).exists():
-        # Of an earlier run with more clips.
+        # Left from an earlier run with more clips.
         old.unlink()
         number += 1
     return written
@@ -107,7 +107,7 @@ def _draw(clips: Sequence[SheetClip]) -> Any:
 
 
 def _fit(draw: Any, text: str, font: Any, width: int) -> str:
-    """Returns the end of a text that fits a width."""
+    """Shortens a text at its beginning to fit a width in pixels."""
     text = text.encode(errors="backslashreplace").decode()
     if draw.textlength(text, font=font) <= width:
         return text

@@ -1,4 +1,4 @@
-"""Cuts clips out of a film exactly to the frame, by decoding and encoding anew, and marks each with its origin."""
+"""Cuts frame-exact clips from a film by decoding and re-encoding, and marks each with its origin."""
 
 import json
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from mochi_tune.data_prep.timeline import Picture
 from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object
 
-# A picture that begins so little before a clip's start, in seconds, belongs to it: tables have four decimals.
+# A picture that begins at most this many seconds before a clip's start belongs to it: tables have four decimals.
 NEAR = Fraction(1, 1000)
-# A file's unit of time may be no smaller, in parts of a second.
+# Maximum ticks per second in the written file.
 MAX_SECOND = 10_000_000
-# libswscale's bicubic filter with exact rounding and all of the source's colours.
+# Flags of libswscale: bicubic filter, exact rounding, full chroma.
 EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
 BT709 = 1
 MARK = "mochi-tune split"
@@ -27,14 +27,14 @@ MARK = "mochi-tune split"
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a clip comes from, as it is written into its file.
+    """The origin of a clip, written into the metadata of its file.
 
     Attributes:
         source: the film's path in its folder.
         source_bytes: the film's size.
-        start_seconds: of the clip, from the film's first picture on.
-        end_seconds: of the clip.
-        crf: its quality.
+        start_seconds: of the clip, from the film's first picture.
+        end_seconds: as `start_seconds`.
+        crf: quality of the clip.
     """
 
     source: str
@@ -45,7 +45,7 @@ class Mark:
 
 
 def read_mark(path: Path) -> Mark | None:
-    """Returns where a clip comes from; None where the file is not one that `cut_clips` has written."""
+    """Returns the origin of a clip; None if `cut_clips` did not write the file."""
     import av
     from av.error import FFmpegError
 
@@ -58,19 +58,19 @@ def read_mark(path: Path) -> Mark | None:
 
 
 def cut_clips(path: Path, pieces: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Decodes a film once and writes its clips; runs in a child process.
+    """Decodes a film once and writes its clips; a job of `WatchedProcess`.
 
     Args:
         path: of the film.
-        pieces: by ascending start, each with "file", where to write it, and the values of its "mark".
+        pieces: by ascending start, each with "file", the path to write to, and "mark", the values of its `Mark`.
 
     Yields:
-        {"pictures": decoded since the last report} now and then, and {"done": the piece's index, "frames": pictures in
-        it} when its file is complete.
+        {"pictures": decoded since the last report} regularly, and {"done": the piece's index, "frames": its number of
+        pictures} when its file is complete.
 
     Raises:
-        DataError: the film cannot be decoded so far, or has no picture at a piece's time.
-        OSError: the disk is full, or refuses.
+        DataError: the film cannot be decoded, or has no picture at a piece's time.
+        OSError: writing failed.
     """
     video = read_index(path)
     marks = [Mark(**piece["mark"]) for piece in pieces]
@@ -109,7 +109,7 @@ def _seconds(seconds: float) -> Fraction:
 
 
 def _timed(path: Path, video: VideoIndex, start: float) -> Iterator[tuple[Picture, Fraction, Fraction]]:
-    """Yields pictures, from `start` on at the latest, with the begin and end of each from the film's first one on."""
+    """Yields pictures from `start` or earlier, each with its begin and end in seconds from the film's first picture."""
     number = video.picture_at(video.time(0) + Fraction(start) + NEAR)
     key_time = find_seek_time(video, number)
     pictures = iter(read_pictures_from(path, video, key_time)) if key_time is not None else iter(())
@@ -128,7 +128,7 @@ def _timed(path: Path, video: VideoIndex, start: float) -> Iterator[tuple[Pictur
 
 
 class _ClipWriter:
-    """Encodes pictures as H.264 in MP4, with the times, orientation, shape of pixels and colours of the film."""
+    """Encodes pictures as H.264 in MP4, with the times, orientation, pixel aspect and colours of the film."""
 
     def __init__(self, file: Path, picture: Picture, video: VideoIndex, mark: Mark) -> None:
         import av
@@ -139,12 +139,12 @@ class _ClipWriter:
         self.durations: dict[int, int] = {}
         frame = picture.image
         self.layout = choose_layout(frame)
-        # Without the flag the file holds the time and the version of the library.
+        # Else the file would contain the time and the library's version, and differ between runs.
         self.container = av.open(str(file), "w", format="mp4", options={"fflags": "+bitexact"})
         self.container.metadata["comment"] = json.dumps({MARK: asdict(mark)})
         rate = Fraction(video.scan.source_fps).limit_denominator(1001)
         quality = {"crf": str(mark.crf)} if mark.crf else {"qp": "0"}
-        # Without B-frames the packets are in the order of display, which every reader counts right.
+        # Without B-frames the packets are in display order, which every reader handles.
         stream = self.container.add_stream("libx264", rate=rate, options=quality | {"preset": "fast", "bf": "0"})
         stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, self.layout
         stream.codec_context.time_base = Fraction(1, self.second)
@@ -152,13 +152,13 @@ class _ClipWriter:
         self._tag(stream.codec_context, frame, video.scan)
         rotation, is_mirrored = video.scan.rotation, video.scan.is_mirrored
         if rotation or is_mirrored:
-            # The scan reads a picture that is mirrored from left to right as turned by 180 and mirrored top to bottom.
+            # A scan describes a left-right mirror as a rotation by 180 and a top-bottom mirror.
             rotation += 180 if is_mirrored and rotation % 180 == 0 else 0
             stream.set_display_rotation(rotation % 360, hflip=is_mirrored)
         self.stream = stream
 
     def _tag(self, context: Any, frame: Any, scan: Scan) -> None:
-        """Gives the encoder the colours that the film is tagged with."""
+        """Sets the film's colour tags on the encoder."""
         self.matrix, self.range = frame.colorspace, LIMITED_RANGE
         primaries, transfer = frame.color_primaries, frame.color_trc
         if is_rgb(frame):
@@ -166,7 +166,7 @@ class _ClipWriter:
         else:
             if frame.color_range == FULL_RANGE or frame.format.name.startswith("yuvj"):
                 self.range = FULL_RANGE
-            # Some files say it in the header alone.
+            # Some files have the HDR transfer in the header only.
             transfer = next((n for n, name in HDR_TRANSFERS.items() if name == scan.hdr), transfer)
         context.color_primaries, context.color_trc, context.color_range = primaries, transfer, self.range
         context.colorspace = self.matrix
@@ -184,7 +184,7 @@ class _ClipWriter:
             frame = frame.reformat(
                 format=self.layout, dst_colorspace=matrix, dst_color_range=self.range, interpolation=EXACT, **source
             )
-        # What the film's encoder has chosen for a picture is no order to this one.
+        # Do not force the picture types of the film's encoder.
         frame.pict_type = PictureType.NONE
         begin, behind = (round((each - self.first_time) * self.second) for each in (time, end))
         frame.pts, frame.time_base, frame.duration = begin, Fraction(1, self.second), behind - begin
@@ -194,15 +194,15 @@ class _ClipWriter:
     def _write(self, packets: Any) -> None:
         try:
             for packet in packets:
-                # The last one's is in no other place.
+                # The encoder does not set the last packet's duration.
                 packet.duration = self.durations[packet.pts]
                 self.container.mux(packet)
         except OSError as error:
-            # PyAV names neither the file nor, in every case, the reason.
+            # PyAV's error does not name the file.
             raise OSError(error.errno, error.strerror, str(self.file)) from None
 
     def finish(self, source: Path) -> int:
-        """Completes the file; returns how many pictures it has."""
+        """Completes the file; returns its number of pictures."""
         if not self.durations:
             raise DataError(f"{source}: has no frame in a clip of the table of scenes: correct its row, or delete it.")
         try:
@@ -212,16 +212,16 @@ class _ClipWriter:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.file)) from None
         if written != len(self.durations):
-            raise DataError(f"{self.file}: has {written} frames, {len(self.durations)} were written: split it again.")
+            raise DataError(f"{self.file}: has {written} frames instead of {len(self.durations)}: split it again.")
         return written
 
     def close(self) -> None:
-        """Ends without completing the file."""
+        """Closes the file without completing it."""
         self.container.close()
 
 
 def choose_layout(frame: Any) -> str:
-    """Returns the pixel format in which a frame is encoded: its own where H.264 has it, else the next richer one."""
+    """Returns the pixel format to encode a frame in: its own if x264 supports it, else yuv444p in 8 or 10 bits."""
     import av
 
     name = frame.format.name.replace("yuvj", "yuv").replace("yuva", "yuv")

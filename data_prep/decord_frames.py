@@ -1,9 +1,9 @@
 """Reads plain videos with decord, when data.decoder=decord asks for it.
 
-decord gives the same frames as PyAV, bit for bit, when it reads from the front. `auto` never takes it, for two reasons
-that were measured with decord 0.6: a jump into HEVC with open groups gives other frames without a word (number 35 for
-61), and it decodes ahead of its reader without a limit (37 frames out of 1800 of 640x360 pixels took 1 GB). PyAV's
-seek to a keyframe is as fast and has neither fault.
+decord returns the same frames as PyAV, bit for bit, when it reads from the beginning. `auto` never uses it, for two
+reasons measured with decord 0.6: a seek into HEVC with open groups returns wrong frames without an error (number 35 for
+61), and it decodes ahead without a limit (37 of 1800 frames of 640x360 pixels took 1 GB). PyAV's seek to a keyframe is
+as fast and has neither fault.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from mochi_tune.data_prep.timeline import Picture
 from mochi_tune.errors import DataError
 
 PLAIN_CODECS = ("h264", "hevc", "vp9", "mpeg4")
-# Containers that round times to the millisecond.
+# Maximum deviation of times in seconds: some containers round to the millisecond.
 MAX_DEVIATION = 0.002
 
 
 def is_plain(video: VideoIndex) -> bool:
-    """Whether decord reads a file right: progressive SDR of one rate, upright, square pixels, nothing hidden."""
+    """Whether decord reads a file correctly: progressive SDR at a constant rate, upright, square pixels."""
     scan = video.scan
     return (
         scan.codec in PLAIN_CODECS
@@ -36,7 +36,7 @@ def is_plain(video: VideoIndex) -> bool:
 
 
 def read_with_decord(path: Path, video: VideoIndex, stop: int) -> Iterator[Picture]:
-    """Yields the pictures from the first one on, up to number `stop`; none if decord counts others than PyAV.
+    """Yields the pictures before number `stop`; none if decord's count or times differ from PyAV's.
 
     Raises:
         DataError: decord cannot decode the file.
@@ -53,7 +53,7 @@ def read_with_decord(path: Path, video: VideoIndex, stop: int) -> Iterator[Pictu
             frame = reader.next().asnumpy()
             if frame.shape[:2] != (video.scan.height, video.scan.width):
                 raise RuntimeError("its pictures change their size")
-            # decord takes the padding at the end of narrow rows for more channels.
+            # decord returns the padding of narrow rows as additional channels.
             frame = frame.reshape(frame.shape[0], -1)[:, : 3 * video.scan.width].reshape(*frame.shape[:2], 3)
             yield Picture(Fraction(begin, video.second), Fraction(end - begin, video.second), frame, "decord")
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, StopIteration) as error:
@@ -63,7 +63,7 @@ def read_with_decord(path: Path, video: VideoIndex, stop: int) -> Iterator[Pictu
 
 
 def _has_times(reader, video: VideoIndex) -> bool:
-    """Whether the reader's frames are shown at the times that the packets tell, counted from the first one."""
+    """Whether the times of the reader's frames, from the first one, match those of the packets."""
     begins = np.array(reader.get_frame_timestamp(range(len(reader))))[:, 0]
     times = np.array(video.ticks) / video.second
     return bool(np.abs((begins - begins[0]) - (times - times[0])).max() <= MAX_DEVIATION)

@@ -1,6 +1,6 @@
-"""`mochi-tune describe`: writes captions of the clips that have none, by a model that sees pictures.
+"""`mochi-tune describe`: writes captions for clips that have none, with a vision-language model.
 
-It may be run again at any time: a clip with a caption is left alone, and no file is ever replaced.
+It can run again at any time: clips with a caption are skipped, and no file is ever replaced.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from mochi_tune.files import make_writable_folder, write_new
 from mochi_tune.models.latents import FPS
 
 LOG_NAME = "describe.jsonl"
-# For a damaged file on which the decoder hangs.
+# Maximum seconds for decoding; the decoder may hang on a damaged file.
 DECODE_SECONDS = 120.0
-# After so many clips in a row without any answer, the endpoint is taken to be gone.
+# Maximum number of consecutive clips without any answer; then the run stops.
 MAX_LOST = 10
 
 
@@ -37,9 +37,9 @@ class FoundClips:
     """The clips of a folder.
 
     Attributes:
-        folder: that was looked through.
-        without: clips that are to be described, in order.
-        num_with: clips that have a caption.
+        folder: that was searched.
+        without: clips without a caption, to describe, in order.
+        num_with: number of clips with a caption.
         refused: why a clip gets none, by its name.
         notes: lines for the user.
     """
@@ -57,17 +57,17 @@ class FoundClips:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which pictures of a clip are sent: how many, evenly spaced, and the most pixels of their longer side."""
+    """Pictures of a clip that are sent: their number, evenly spaced, and the maximum pixels of their longer side."""
 
     num_frames: int = 8
     image_size: int = 512
 
 
 def find_clips(folder: Path, with_stills: bool) -> FoundClips:
-    """Finds the clips that have no caption in a text file or a table, as `prepare` reads them.
+    """Finds the clips without a caption in a text file or a table, as `prepare` reads them.
 
     Raises:
-        DataError: the folder is not there or holds no clip; a table cannot be read.
+        DataError: the folder is missing or has no clips, or a table cannot be read.
     """
     clips = find_videos(folder, with_stills, "videos", "stills=true")
     found = load_captions(folder, clips, CaptionRules())
@@ -85,9 +85,9 @@ def find_clips(folder: Path, with_stills: bool) -> FoundClips:
         elif clip in found.refused:
             result.refused[name] = found.refused[clip]
         elif os.path.lexists(target):
-            result.refused[name] = f"{target}: is there and holds no caption: write it, or remove the file."
+            result.refused[name] = f"{target}: exists but has no caption: write it, or remove the file."
         elif lists := _lists_beside(target, targets):
-            result.refused[name] = f"{clip}: {target.name} beside {lists} would be read as a list of clips: rename it."
+            result.refused[name] = f"{clip}: {target.name} next to {lists} would be read as a list of clips: rename it."
         elif target in targets:
             # A video and a still of one name share the caption.
             result.notes.append(f"{name} gets the caption of the other clip of that name")
@@ -103,25 +103,25 @@ def caption_path(clip: Path) -> Path:
 
 
 def _lists_beside(target: Path, targets: set[Path]) -> str:
-    """Returns the file that would make a list of clips and one of captions out of a caption's file, or ""."""
+    """Returns the file with which `target` would be read as a list of clips or captions, or ""."""
     lists = CAPTION_LISTS if target.name in VIDEO_LISTS else VIDEO_LISTS if target.name in CAPTION_LISTS else ()
     others = (target.with_name(name) for name in lists)
     return next((other.name for other in others if other in targets or other.exists()), "")
 
 
 def sample_frames(decoder: ClipDecoder, clip: Path, sampling: Sampling) -> tuple[list[bytes], float]:
-    """Returns frames of a clip as a viewer sees it, evenly spaced, as JPEG, and the clip's seconds.
+    """Returns evenly spaced frames of a clip as JPEG, as a viewer sees them, and the clip's seconds.
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: the clip cannot be decoded.
     """
     if not clip.is_file():
-        # Opening a pipe would wait for its other end.
-        raise DataError(f"{clip}: is no file: remove it.")
+        # Opening a pipe would block.
+        raise DataError(f"{clip}: is not a file: remove it.")
     scan = decoder.scan(clip)
     count, share = min(sampling.num_frames, scan.num_frames), min(sampling.image_size / max(scan.width, scan.height), 1)
     height, width = (max(round(side * share), 1) for side in (scan.height, scan.width))
-    # The middles of equal parts, as the ends of a clip are often those of a fade.
+    # The middles of equal parts, as clips often begin and end with a fade.
     starts = [(2 * number + 1) * scan.num_frames // (2 * count) for number in range(count)]
     cuts = [Cut(1, height, width, start, allow_upscale=True, hdr="tonemap") for start in starts]
     images = []
@@ -138,19 +138,19 @@ def describe(
     """Describes the clips that have no caption, several at a time.
 
     Args:
-        clips: of `find_clips`.
+        clips: result of `find_clips`.
         writer: of the captions; its captioner was checked.
-        sampling: which pictures it sees.
-        num_workers: clips that are in work at a time.
-        log: file that gets a line of JSON more for each clip.
-        prices: of tokens; None: not told.
+        sampling: of the pictures.
+        num_workers: number of clips that are described at a time.
+        log: file to append a line of JSON to for each clip.
+        prices: of tokens; None if unknown.
 
     Returns:
-        The exit code: 0, or 1 where clips are left without a caption.
+        The exit code: 0, or 1 if clips are left without a caption.
 
     Raises:
-        ConfigError: the endpoint refuses every request, or is gone; what is done is kept.
-        DataError: another process describes these clips.
+        ConfigError: the endpoint refuses every request or does not answer; finished captions are kept.
+        DataError: another process writes the log.
         OSError: a file cannot be written.
     """
     folders = sorted({clip.parent for clip in clips.without})
@@ -158,7 +158,7 @@ def describe(
         make_writable_folder(folder)
     with open_log(log) as write_row:
         for folder in folders:
-            # Of a process that was killed while it wrote a caption.
+            # Left from a process that was killed while it wrote a caption.
             for leftover in folder.glob(".write_new.*.tmp"):
                 leftover.unlink(missing_ok=True)
         for name, reason in clips.refused.items():
@@ -175,7 +175,7 @@ def describe(
                             tally.say(note if note.startswith(f"{result.clip}:") else f"{result.clip}: {note}")
                     tally.add(result)
         finally:
-            # Also of a run that was interrupted, whose captions stay.
+            # Also after an interrupt: the captions so far are kept.
             tally.close()
             tqdm.write(
                 f"{clips.folder}: {tally.summary(clips.num_with, len(clips.refused))}. Each clip is a line of {log}"
@@ -184,13 +184,13 @@ def describe(
 
 
 def plan(clips: FoundClips, wording: Wording, sampling: Sampling, frames_to: Path | None) -> list[str]:
-    """Returns lines about what `describe` would do; asks nobody.
+    """Returns lines about what `describe` would do; sends no request.
 
     Args:
-        clips: of `find_clips`.
+        clips: result of `find_clips`.
         wording: of the prompt.
         sampling: of the pictures.
-        frames_to: folder for the pictures of the first clip; None: they are counted only.
+        frames_to: folder to write the pictures of the first clip to; None to write none.
 
     Raises:
         DataError: the first clip cannot be decoded.
@@ -215,18 +215,18 @@ def plan(clips: FoundClips, wording: Wording, sampling: Sampling, frames_to: Pat
 
 
 def _keep(result: Result) -> None:
-    """Writes a caption beside its clip, unless there is one by now."""
+    """Writes a caption next to its clip, unless another program has written one."""
     if result.error:
         return
     target = caption_path(result.clip)
     try:
         write_new(target, f"{result.caption}\n".encode())
     except FileExistsError:
-        result.error = f"{target}: was written by another program in the meantime, and stays as it is."
+        result.error = f"{target}: was written by another program in the meantime, and is kept."
 
 
 def _run(clips: Sequence[Path], writer: Writer, sampling: Sampling, num_workers: int) -> Generator[Result, None, None]:
-    """Yields the result of each clip as it comes; ends the workers when it is closed."""
+    """Yields results in the order in which they finish; stops the workers when it is closed."""
     todo: queue.SimpleQueue[Path] = queue.SimpleQueue()
     done: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
     for clip in clips:
@@ -245,7 +245,7 @@ def _run(clips: Sequence[Path], writer: Writer, sampling: Sampling, num_workers:
                     done.put(error)
                     return
 
-    # Daemons, as a request that hangs must not keep a process that was interrupted.
+    # Daemon threads: a request that hangs must not keep an interrupted process alive.
     for _ in range(min(num_workers, len(clips))):
         threading.Thread(target=work, daemon=True).start()
     try:
@@ -259,8 +259,8 @@ def _run(clips: Sequence[Path], writer: Writer, sampling: Sampling, num_workers:
             yield result
             if num_lost >= MAX_LOST:
                 raise ConfigError(
-                    f"the endpoint gave no answer for {num_lost} clips in a row, the last time: {result.error}: the "
-                    "same command goes on when it works again."
+                    f"the endpoint did not answer for {num_lost} clips in a row, the last error: {result.error}: run "
+                    "the same command when it works again; finished captions are kept."
                 )
     finally:
         writer.pace.stop()
@@ -268,7 +268,7 @@ def _run(clips: Sequence[Path], writer: Writer, sampling: Sampling, num_workers:
 
 
 def _finished(done: "queue.SimpleQueue[Result | BaseException]") -> Iterator[Result]:
-    """Yields what other workers have finished by now, which was paid for."""
+    """Yields results that other workers have finished by now: their requests have been paid for."""
     with contextlib.suppress(queue.Empty):
         while True:
             result = done.get_nowait()
@@ -281,9 +281,9 @@ def _describe_clip(
 ) -> Result:
     result = Result(clip)
     try:
-        # One child decodes for all, as it is seldom what the others wait for.
+        # One decoder for all threads: requests take much longer than decoding.
         with lock:
-            # Not after the end, when nobody would end the decoder that this starts.
+            # Raises after a stop: a decoder that is started then would not be closed.
             writer.pace.sleep(0)
             images, seconds = sample_frames(decoder, clip, sampling)
         result.caption, result.notes = writer.write(images, seconds, result.cost)

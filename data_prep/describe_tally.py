@@ -1,4 +1,4 @@
-"""Counts what `describe` does: its progress bar, its summary and its log."""
+"""The progress bar, the summary and the log of `describe`."""
 
 import contextlib
 import fcntl
@@ -19,19 +19,19 @@ from mochi_tune.files import lock_file
 
 @dataclass(frozen=True)
 class Prices:
-    """Of a million tokens, in any currency."""
+    """Prices of a million tokens, in any currency."""
 
     prompt: float = 0.0
     completion: float = 0.0
 
     def of(self, cost: Cost) -> float:
-        """Returns what so many tokens cost."""
+        """Returns the price of a cost's tokens."""
         return (cost.prompt_tokens * self.prompt + cost.completion_tokens * self.completion) / 1e6
 
 
 @dataclass
 class Result:
-    """What became of a clip: its caption, or why it has none; and what it took."""
+    """The result of describing a clip: its caption or the error, and its cost."""
 
     clip: Path
     caption: str = ""
@@ -48,23 +48,23 @@ class Result:
 
 
 class Tally:
-    """Counts what is done, and shows it in a progress bar by a clock that does not jump.
+    """Counts results, and shows a progress bar by a monotonic clock.
 
     Args:
-        total: clips to describe.
-        prices: of tokens; None: not told.
+        total: number of clips to describe.
+        prices: of tokens; None if unknown.
     """
 
     def __init__(self, total: int, prices: Prices | None) -> None:
         self.num_described = self.num_failed = 0
         self._total, self._prices, self._cost = total, prices, Cost()
         self._started = self._shown = time.monotonic()
-        # Its own estimates are by the clock of the wall.
+        # Without tqdm's own estimates, which use the system clock.
         form = "{desc}: {n_fmt}/{total_fmt} |{bar}|{postfix}"
         self._bar = tqdm(total=total, desc="clips", disable=not total, bar_format=form)
 
     def add(self, result: Result) -> None:
-        """Counts a clip."""
+        """Adds the result of a clip."""
         self.num_failed += bool(result.error)
         self.num_described += not result.error
         for name, value in vars(result.cost).items():
@@ -74,7 +74,7 @@ class Tally:
         if now - self._shown >= 1 or num_done == self._total:
             left = (now - self._started) / num_done * (self._total - num_done)
             price = f", {self._price()}" if self._prices else ""
-            self._bar.set_postfix_str(f"{self._rate()}, {_in_words(left)} left{price}")
+            self._bar.set_postfix_str(f"{self._rate()}, {_format_seconds(left)} left{price}")
             self._shown = now
 
     def say(self, line: str) -> None:
@@ -86,21 +86,26 @@ class Tally:
         self._bar.close()
 
     def summary(self, num_with: int, num_refused: int) -> str:
-        """Returns what was done in a line; tells also of clips that had a caption, or that nobody was asked about."""
+        """Returns a summary line.
+
+        Args:
+            num_with: number of clips that had a caption before.
+            num_refused: number of clips for which no caption was requested.
+        """
         cost, num_left = self._cost, self._total - self.num_described - self.num_failed
         parts = [f"{counted(self.num_described, 'clip')} described, {num_with} had a caption"]
         if without := self.num_failed + num_refused:
             parts[0] += f", {without} without one"
         if num_left:
             parts[0] += f", {num_left} not yet tried"
-        parts.append(f"{counted(cost.requests, 'request')}, retries among them: {cost.retries}")
+        parts.append(f"{counted(cost.requests, 'request')}, including {cost.retries} retries")
         if cost.prompt_tokens + cost.completion_tokens:
             parts.append(f"{cost.prompt_tokens:,} + {cost.completion_tokens:,} tokens")
             if self._prices:
                 parts.append(f"price {self._price()}")
         elif self._prices and cost.requests:
-            parts.append("no price, as the endpoint does not tell the tokens")
-        parts.append(f"{_in_words(time.monotonic() - self._started)}, {self._rate()}")
+            parts.append("no price, as the endpoint does not report tokens")
+        parts.append(f"{_format_seconds(time.monotonic() - self._started)}, {self._rate()}")
         return "; ".join(parts)
 
     def _rate(self) -> str:
@@ -112,7 +117,7 @@ class Tally:
         return f"{self._prices.of(self._cost):.4f}"
 
 
-def _in_words(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     if seconds >= 7200:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
@@ -120,17 +125,21 @@ def _in_words(seconds: float) -> str:
 
 @contextlib.contextmanager
 def open_log(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields a function that adds a line to the log, which one process has at a time."""
+    """Locks the log; yields a function that appends a line to it.
+
+    Raises:
+        DataError: another process holds the lock.
+    """
     with open(path, "a+b") as file:
         try:
             if not lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                # Captions are never replaced, only asked for twice.
+                # Not an error: two processes only request captions twice, and never replace one.
                 tqdm.write(f"{path}: its disk has no locks: make sure that no other `mochi-tune describe` runs there")
         except BlockingIOError:
-            raise DataError(f"{path}: is written by another `mochi-tune describe`: wait for its end.") from None
+            raise DataError(f"{path}: another `mochi-tune describe` is writing it: wait for it to finish.") from None
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         if file.read(1) not in (b"", b"\n"):
-            # A process was killed in the middle of a line.
+            # A process was killed while it wrote a line.
             file.write(b"\n")
 
         def write_row(row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the frozen models make of a clip and of its caption: the VAE's posterior, T5's features."""
+"""Encodes clips and captions with the frozen models: the VAE's posterior and T5's features."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def encode_frames(encoder: Encoder, frames: Tensor, name: str) -> tuple[Tensor, 
     """Encodes one clip to the posterior of its VAE latents.
 
     Args:
-        encoder: On the device of the work.
+        encoder: On the device to use.
         frames: uint8 (F, H, W, 3), F = 6k+1.
         name: Of the clip, for errors.
 
@@ -21,7 +21,7 @@ def encode_frames(encoder: Encoder, frames: Tensor, name: str) -> tuple[Tensor, 
         mean and logvar, fp32 (12, T, h, w) on the CPU.
 
     Raises:
-        DataError: The GPU's memory does not suffice, or the encoder gave NaN or infinity.
+        DataError: The GPU ran out of memory, or the encoder returned NaN or infinity.
     """
     try:
         with torch.inference_mode():
@@ -41,15 +41,15 @@ def encode_caption(text_encoder: TextEncoder, caption: str, name: str) -> tuple[
     """Encodes one caption to the features of its valid tokens.
 
     Args:
-        text_encoder: On the device of the work.
+        text_encoder: On the device to use.
         caption: Text; "" has no tokens.
         name: Of the clip, for errors.
 
     Returns:
-        prompt_embeds, fp32 (n, width) on the CPU, n at most 256; and the number of tokens before the cut to 256.
+        prompt_embeds, fp32 (n, width) on the CPU, n at most 256; and the number of tokens before truncation to 256.
 
     Raises:
-        DataError: The text encoder gave NaN or infinity.
+        DataError: The text encoder returned NaN or infinity.
     """
     prompt_embeds = text_encoder.encode([caption])[0]
     _check_finite(f"{name}: the features of its caption", "T5's weights are damaged; fetch them again.", prompt_embeds)

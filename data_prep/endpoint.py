@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible chat endpoint about pictures, over HTTP.
+"""Sends conversations with pictures to an OpenAI-compatible chat endpoint over HTTP.
 
 Source: the fields of requests and answers are those of openai/openai-openapi openapi.yaml (createChatCompletion), which
 vLLM, Ollama and LM Studio serve.
@@ -17,29 +17,29 @@ from mochi_tune.data_prep.chat import Answer, TryAgain, Turn
 from mochi_tune.errors import ConfigError, DataError, some
 from mochi_tune.files import STAND_IN_BYTES, name_stand_in, parse_object
 
-# A caption has a thousandth of it; what is longer is not read to its end.
+# Maximum bytes that are read of an answer; a caption has a thousandth of it.
 MAX_ANSWER_BYTES = 2 * 2**20
-# For the check before the first clip, and for each connection.
+# Timeouts of the check before the first clip, and of each connection.
 CHECK_SECONDS, CONNECT_SECONDS = 30.0, 10.0
-# Told of an endpoint's own words.
+# Maximum characters of an endpoint's own error that are shown.
 MAX_QUOTED = 200
-# No clip would fare better: no right key, no money, no such address or model.
-FATAL = {401: "refuses the key", 402: "wants to be paid", 404: "knows no such address or model", 405: "takes no chats"}
-# Worth another try: timeouts, conflicts, too many requests.
+# Status codes that would be the same for every clip, with their meaning.
+FATAL = {401: "refuses the key", 402: "requires payment", 404: "has no such address or model", 405: "has no chat API"}
+# Status codes that are retried: timeouts, conflicts, too many requests.
 PASSING = (408, 409, 425, 429)
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint; any number of threads may ask it.
+    """An OpenAI-compatible endpoint; thread-safe.
 
     Args:
-        url: up to and with /v1.
+        url: including /v1.
         model: its name at the endpoint.
-        key: sent as a bearer token; "": none.
-        max_tokens: of an answer, thoughts included.
+        key: sent as a bearer token; "" for none.
+        max_tokens: maximum tokens of an answer, including reasoning.
 
     Raises:
-        ConfigError: the address or the key cannot be one.
+        ConfigError: the address or the key is malformed.
     """
 
     def __init__(self, url: str, model: str, key: str, max_tokens: int) -> None:
@@ -48,10 +48,10 @@ class Endpoint:
         self.url, self.model, self._key = _check_url(url), model, key
         self._limit = {"max_tokens": max_tokens}
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise ConfigError("the API key holds characters that no key has: check key_file= or OPENAI_API_KEY.")
+            raise ConfigError("the API key has invalid characters: check key_file= or OPENAI_API_KEY.")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # Redirects are not followed, so that the key goes to this address alone. Proxies that the environment names are
-        # for other machines than this one.
+        # Redirects are not followed, so that the key is sent to this address only. Proxies from the environment are not
+        # used for this machine.
         limits = httpx.Limits(max_connections=None)
         self._client = httpx.Client(headers=headers, limits=limits, trust_env=not _is_this_machine(self.url))
 
@@ -60,10 +60,10 @@ class Endpoint:
         self._client.close()
 
     def check(self) -> list[str]:
-        """Asks which models there are and, where that settles nothing, for a word.
+        """Lists the models; if that does not answer whether the model exists, sends a short request to it.
 
         Raises:
-            ConfigError: the endpoint cannot be reached, is none, refuses the key or has no such model.
+            ConfigError: the endpoint cannot be reached, is not one, refuses the key or does not have the model.
         """
         try:
             status, _, content = self._send("GET", "/models", None, CHECK_SECONDS)
@@ -74,9 +74,9 @@ class Endpoint:
                 raise self._refusal(status, content)
             if names is None or not {self.model, f"{self.model}:latest"} & set(names):
                 known = "" if not names else f"; it has {some(name[:100] for name in names)}"
-                self._say_a_word(known)
+                self._check_model(known)
                 if known:
-                    return [f"{self._at} does not list model={self.model}, and answers to it{known}"]
+                    return [f"{self._at} does not list model={self.model}, but it answers{known}"]
         except TryAgain as failure:
             raise ConfigError(f"{self._at} cannot be used ({failure}): start it, or correct the address.") from None
         return []
@@ -87,13 +87,13 @@ class Endpoint:
         content = self._chat({"model": self.model, "messages": messages}, seconds)
         return _read_answer(content)
 
-    def _say_a_word(self, known: str) -> None:
+    def _check_model(self, known: str) -> None:
         try:
             self._chat({"model": self.model, "messages": [{"role": "user", "content": "Say yes."}]}, CHECK_SECONDS)
         except (ConfigError, DataError) as error:
             raise ConfigError(f"{str(error).rstrip('.')}{known}.") from None
         except TryAgain as failure:
-            # Busy is there.
+            # A throttled endpoint is available.
             if not failure.is_throttled:
                 raise
 
@@ -101,7 +101,7 @@ class Endpoint:
         started, limit = time.monotonic(), self._limit
         status, headers, content = self._send("POST", "/chat/completions", body | limit, seconds)
         if status == 400 and b"max_completion_tokens" in content and "max_tokens" in limit:
-            # Newer models of OpenAI know the limit by another name.
+            # Newer models of OpenAI have another name for the limit.
             self._limit = {"max_completion_tokens": limit["max_tokens"]}
             left = max(seconds - (time.monotonic() - started), 0.1)
             status, headers, content = self._send("POST", "/chat/completions", body | self._limit, left)
@@ -109,7 +109,7 @@ class Endpoint:
             return content
         if status in PASSING or status >= 500:
             if b"insufficient_quota" in content:
-                raise ConfigError(f"{self._at} has no quota left ({self._quote(content)}): add to it, then go on.")
+                raise ConfigError(f"{self._at} has no quota left ({self._quote(content)}): add quota, then run again.")
             is_throttled = status in (429, 503)
             raise TryAgain(f"{status}{self._quoted(content)}", _wait_seconds(headers), is_throttled=is_throttled)
         raise self._refusal(status, content)
@@ -120,11 +120,15 @@ class Endpoint:
             advice = "give another key, see key_file=" if status in (401, 402) else "correct endpoint= or model="
             return ConfigError(f"{self._at}, model={self.model}, {FATAL[status]} {said}: {advice}.")
         if 300 <= status < 400:
-            return ConfigError(f"{self._at} sends to another address {said}: give that one.")
+            return ConfigError(f"{self._at} redirects to another address {said}: use that one.")
         return DataError(f"{self._at} refuses the request {said}")
 
     def _send(self, method: str, path: str, body: dict | None, seconds: float) -> tuple[int, Any, bytes]:
-        """Returns status, headers and content; raises TryAgain where they do not come whole and in time."""
+        """Returns status, headers and content.
+
+        Raises:
+            TryAgain: they did not arrive completely in time.
+        """
         import httpx
 
         deadline, content = time.monotonic() + seconds, bytearray()
@@ -136,7 +140,7 @@ class Endpoint:
                     content += piece
                     if len(content) > MAX_ANSWER_BYTES:
                         raise TryAgain(f"an answer of more than {MAX_ANSWER_BYTES // 2**20} MiB")
-                    # A server that sends a byte now and then never runs into the timeout of a single read.
+                    # httpx's timeout is for a single read, which a slow trickle of bytes never reaches.
                     if time.monotonic() > deadline:
                         raise TryAgain(late, is_lost=True)
                 return response.status_code, response.headers, bytes(content)
@@ -151,7 +155,7 @@ class Endpoint:
         return f": {quote}" if quote else ""
 
     def _quote(self, content: bytes) -> str:
-        """Returns what an endpoint says of an error, short, printable and without the key."""
+        """Returns an endpoint's error message, short, printable and without the key."""
         if kind := name_stand_in(content[:STAND_IN_BYTES]):
             return kind
         answer = parse_object(content) or {}
@@ -168,16 +172,16 @@ class Endpoint:
 
 
 def _check_url(url: str) -> str:
-    """Returns the address without what is added to it."""
+    """Checks an address; returns it without a trailing slash or /chat/completions."""
     try:
         parts = urlsplit(url)
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable() and " " not in url
-        # Reading the port checks it.
+        # `parts.port` raises if the port is invalid.
         is_one = is_one and parts.port != 0 and not (parts.query or parts.fragment or parts.username)
     except ValueError:
         is_one = False
     if not is_one:
-        raise ConfigError(f"endpoint={url} is no address: write one like http://localhost:8000/v1, or local.")
+        raise ConfigError(f"endpoint={url} is not an address: use one like http://localhost:8000/v1, or local.")
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
@@ -222,7 +226,7 @@ def _read_answer(content: bytes) -> Answer:
 
 
 def _model_names(content: bytes) -> list[str] | None:
-    """Returns the models of a listing; None where it is none."""
+    """Returns the models in a listing; None if the content is not a listing."""
     models = (parse_object(content) or {}).get("data")
     if not isinstance(models, list):
         return None
@@ -230,11 +234,11 @@ def _model_names(content: bytes) -> list[str] | None:
 
 
 def _kind(content: bytes) -> str:
-    return name_stand_in(content[:STAND_IN_BYTES]) or ("nothing" if not content.strip() else "no JSON of a chat")
+    return name_stand_in(content[:STAND_IN_BYTES]) or ("nothing" if not content.strip() else "not the JSON of a chat")
 
 
 def _wait_seconds(headers: Any) -> float | None:
-    """Reads Retry-After, which is seconds or a date; a date is compared with the server's own clock.
+    """Returns the seconds in Retry-After, a number or a date; a date is compared with the server's clock.
 
     Source: RFC 9110 section 10.2.3.
     """

@@ -1,6 +1,6 @@
-"""`mochi-tune filter`: measures clips, says which are black, frozen, blurred, still, framed or doubled, and why.
+"""`mochi-tune filter`: measures clips, and flags black, frozen, blurred, still, bordered and duplicate ones.
 
-It may be run again at any time: a clip that has not changed is not measured again. It moves nothing unless it is asked.
+It can run again at any time: unchanged clips are not measured again. It moves clips only with move=.
 """
 
 import base64
@@ -46,15 +46,15 @@ COLUMNS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class FilterLimits:
-    """When a clip is flagged; None: never by this.
+    """Limits beyond which a clip is flagged; None for no limit.
 
     Attributes:
         max_black: share of black pictures.
         max_frozen: longest run of equal pictures, as a share of the clip.
         min_sharpness: variance of the Laplacian.
         min_motion: difference of pictures 0.1 s apart, of 255.
-        max_border: pixels of a black border.
-        duplicate_distance: share of bits that differ from a better clip, below which it shows the same.
+        max_border: width of a black border in pixels.
+        duplicate_distance: share of hash bits that differ from a better clip; below it, the clip is a duplicate.
     """
 
     max_black: float | None = 0.1
@@ -65,7 +65,7 @@ class FilterLimits:
     duplicate_distance: float | None = 0.1
 
     def flags(self, scores: Scores) -> list[str]:
-        """Returns what is wrong with a clip by itself; of one that is all black, nothing else."""
+        """Returns the flags of a clip, except for duplicates; an entirely black clip has only the flag "black"."""
         if scores.black == 1 and self.max_black is not None and self.max_black < 1:
             return ["black"]
         found = {
@@ -84,14 +84,14 @@ def _is_above(value: float | None, limit: float | None) -> bool:
 
 @dataclass(frozen=True)
 class Filter:
-    """What is to be filtered.
+    """Settings of `filter`.
 
     Attributes:
         videos: the folder of clips.
-        out: the folder of the table and the page; None: VIDEOS_filter beside the clips.
+        out: the folder of the table and the page; None for VIDEOS_filter next to the clips.
         limits: of the scores.
         move: the folder that flagged clips are moved to; None moves nothing.
-        timeout_seconds: the longest time for which nothing may be decoded of a clip.
+        timeout_seconds: maximum time without progress in decoding a clip.
     """
 
     videos: Path
@@ -108,7 +108,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Judged:
-    """A clip with what was found: its scores or why it has none, its verdict, and the clip that it doubles."""
+    """A clip with its scores or the reason why it has none, its flags, and the clip that it is a duplicate of."""
 
     name: str
     scores: Scores | None
@@ -119,26 +119,26 @@ class Judged:
 
 
 def main(settings: Filter) -> int:
-    """Measures and judges the clips, writes the table and the page, moves what is asked for; writes lines about it.
+    """Measures and judges the clips, writes the table and the page, moves clips if requested, and writes a summary.
 
     Returns:
-        The exit code: 0, or 1 when a clip could not be read or moved.
+        The exit code: 0, or 1 if a clip could not be read or moved.
 
     Raises:
-        ConfigError: a folder of the settings lies in the clips.
+        ConfigError: a folder of the settings is inside the folder of clips.
         DataError: there are no clips, or a table is malformed.
-        OSError: the disk is full, or refuses.
+        OSError: writing failed.
         MochiTuneError: the browser fails.
     """
     for key, folder in (("out", settings.report), ("move", settings.move)):
         if folder is not None and settings.videos.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise ConfigError(f"{key}={folder} is in the clips, videos={settings.videos}: use a folder beside them.")
+            raise ConfigError(f"{key}={folder} is inside the clips, videos={settings.videos}: use another folder.")
     if not settings.videos.is_dir():
         find_videos(settings.videos, setting="videos")
     report = settings.report
     make_writable_folder(report)
     with lock_folder(report, "filter"), WatchedProcess(settings.timeout_seconds) as child:
-        # Before the clips are listed: what a stopped run has left would be judged without its captions.
+        # Before listing the clips, so that a clip that a stopped run has half moved is not judged.
         finish_moves(report / MOVED)
         clips = {
             path.relative_to(settings.videos).as_posix(): path
@@ -148,15 +148,15 @@ def main(settings: Filter) -> int:
         write_atomic(report / TABLE, as_csv(judged).encode(errors="surrogateescape"), durable=True)
         _make_page(settings, clips, judged, child)
         not_moved = _move_all(settings, clips, judged) if settings.move else []
-    return _tell(settings, judged, not_moved)
+    return _summarize(settings, judged, not_moved)
 
 
 def undo(settings: Filter) -> int:
-    """Moves all clips back that `filter` has moved; returns the exit code, 1 where some are not to be found.
+    """Moves all clips back that `filter` has moved; returns the exit code, 1 if some were not found.
 
     Raises:
-        DataError: nothing was moved, or another file is at an old place.
-        OSError: the disk is full, or refuses.
+        DataError: nothing was moved, or another file is at an original path.
+        OSError: writing failed.
     """
     table = settings.report / MOVED
     if not settings.report.is_dir():
@@ -165,20 +165,20 @@ def undo(settings: Filter) -> int:
         finish_moves(table)
         rows = read_moved(table)
         if not rows and table.exists():
-            tqdm.write(f"{table} lists no moved file any more: all are back")
+            tqdm.write(f"{table} lists no moved files: all are back")
             return 0
         if not rows:
-            raise DataError(f"{table} lists no moved file: there is nothing to undo.")
+            raise DataError(f"{table} lists no moved files: there is nothing to undo.")
         count, absent = undo_moves(table, rows)
         tqdm.write(f"{settings.videos}: {count} files were moved back")
         if absent:
             lost = printable(f"{counted(len(absent), 'file')} not found ({some(absent)})")
-            tqdm.write(f"{lost}: {table} still lists them; bring them there and run the same command again")
+            tqdm.write(f"{lost}: {table} still lists them; restore them and run the same command again")
     return 1 if absent else 0
 
 
 def _measure_all(path: Path, clips: Mapping[str, Path], child: WatchedProcess) -> dict[str, Scores | str]:
-    """Measures each clip that is new or changed; returns its scores, or why it has none."""
+    """Measures new and changed clips; returns the scores of each clip, or the reason why it has none."""
     known = {(each.get("clip"), *each.get("signature", ())): each.get("scores") for each in read_json_lines(path)}
     found: dict[str, Scores | str] = {}
     with open(path, "a", encoding="utf-8") as file:
@@ -196,7 +196,7 @@ def _measure_all(path: Path, clips: Mapping[str, Path], child: WatchedProcess) -
                         values = message
                     file.write(json.dumps({"clip": name, "signature": signature, "scores": values}) + "\n")
                     file.flush()
-                assert values is not None, "the job ends with the scores"
+                assert values is not None, "the last result of the job has the scores"
                 found[name] = Scores(**{**values, "hashes": tuple(values["hashes"])})
             except DataError as error:
                 found[name] = str(error)
@@ -204,17 +204,17 @@ def _measure_all(path: Path, clips: Mapping[str, Path], child: WatchedProcess) -
 
 
 def judge(measured: Mapping[str, Scores | str], limits: FilterLimits) -> list[Judged]:
-    """Returns each clip with its verdict, in the order given.
+    """Returns the verdict on each clip, in the order given.
 
-    Of clips that show the same, the one stays that has no other flag, then most pixels, then most pictures, then the
-    one that is much sharper, then the first one.
+    Of a group of duplicates, the best clip is not flagged: one without other flags, then the one with most pixels, most
+    pictures, clearly higher sharpness, and the first name.
     """
     scores = {name: value for name, value in measured.items() if isinstance(value, Scores)}
     flags = {name: limits.flags(value) for name, value in scores.items()}
 
     def rank(name: str) -> tuple:
         each = scores[name]
-        # Two encodings of the same differ a little in sharpness, which is no reason to choose.
+        # Rounded to powers of 2: two encodings of one clip differ a little in sharpness, which must not decide.
         sharpness = round(math.log2(max(each.sharpness, 1)))
         return bool(flags[name]), -each.width * each.height, -each.frames, -sharpness, name
 
@@ -249,7 +249,7 @@ def as_csv(judged: Sequence[Judged]) -> str:
 
 
 def _make_page(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judged], child: WatchedProcess) -> None:
-    """Writes the page, and a picture of it where a browser is there; not again where nothing has changed."""
+    """Writes the page, and a picture of it if a browser is installed; skips both if nothing has changed."""
     page, limits = settings.report / PAGE, asdict(settings.limits)
     made_of = hashlib.sha256(repr((judged, limits)).encode(errors="backslashreplace")).hexdigest()
     mark = f"<!-- {made_of} -->\n"
@@ -258,11 +258,11 @@ def _make_page(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Jud
     text = make_page(judged, limits, settings.videos.resolve().name, _thumbnails(clips, judged, child)) + mark
     write_atomic(page, text.encode(errors="backslashreplace"), durable=True)
     if write_png(page, settings.report / PICTURE):
-        tqdm.write(f"its picture: {settings.report / PICTURE}")
+        tqdm.write(f"picture of the page: {settings.report / PICTURE}")
 
 
 def _thumbnails(clips: Mapping[str, Path], judged: Sequence[Judged], child: WatchedProcess) -> dict[str, bytes]:
-    """Returns a JPEG of the flagged clips that the page shows, and of those that they double."""
+    """Returns a JPEG of each flagged clip on the page, and of the clips that they are duplicates of."""
     flagged = [each for each in judged if each.flags and each.scores is not None][:MAX_PICTURES]
     wanted = dict.fromkeys([name for each in flagged for name in (each.name, each.duplicate_of) if name])
     pictures = {}
@@ -272,13 +272,13 @@ def _thumbnails(clips: Mapping[str, Path], judged: Sequence[Judged], child: Watc
                 if "jpegs" in message:
                     pictures[name] = base64.b64decode(message["jpegs"][0])
         except DataError:
-            # It was removed since it was measured; the page has a row without a picture.
+            # The clip was removed after it was measured: the page shows it without a picture.
             continue
     return pictures
 
 
 def _move_all(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judged]) -> list[str]:
-    """Moves the flagged clips that can be read; returns why some were not."""
+    """Moves the flagged clips that can be read; returns the reasons why some were not moved."""
     assert settings.move is not None
     table, problems, num_moved = settings.report / MOVED, [], 0
     wanted = [each for each in judged if each.flags and each.scores is not None]
@@ -292,12 +292,12 @@ def _move_all(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judg
             problems.append(str(error))
     if num_moved:
         were = "clip was" if num_moved == 1 else "clips were"
-        tqdm.write(f"{settings.move}: {num_moved} {were} moved there; {table} lists what was, undo=true moves it back")
+        tqdm.write(f"{settings.move}: {num_moved} {were} moved there; {table} lists them, undo=true moves them back")
     return problems
 
 
-def _tell(settings: Filter, judged: Sequence[Judged], not_moved: Sequence[str]) -> int:
-    """Writes what was found; returns the exit code."""
+def _summarize(settings: Filter, judged: Sequence[Judged], not_moved: Sequence[str]) -> int:
+    """Writes a summary; returns the exit code."""
     unreadable = [each for each in judged if each.scores is None]
     for reason in [*(each.reason for each in unreadable), *not_moved]:
         tqdm.write(printable(f"refused: {reason}"))

@@ -1,4 +1,4 @@
-"""Writes what `mochi-tune filter` found as one HTML page, which needs nothing beside it."""
+"""Builds the page of `mochi-tune filter`, a single HTML file."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,7 +10,7 @@ from mochi_tune.pages.html_page import Head, data_uri, document, section
 if TYPE_CHECKING:
     from mochi_tune.data_prep.filter import Judged
 
-# Flagged clips that are drawn; the rest is in the table.
+# Maximum number of flagged clips with pictures; the rest is in the table.
 MAX_PICTURES = 200
 STYLE = """
 :root{--warn:#a3480a}@media(prefers-color-scheme:dark){:root{--warn:#f0a35e}}
@@ -29,15 +29,15 @@ ul{margin:0;padding-left:1.2rem;max-width:80ch}li{overflow-wrap:anywhere}
 def make_page(
     judged: Sequence["Judged"], limits: Mapping[str, float | None], name: str, pictures: Mapping[str, bytes]
 ) -> str:
-    """Returns the page.
+    """Returns the HTML of the page.
 
     Args:
         judged: the clips.
         limits: the values of `FilterLimits`.
         name: of the folder.
-        pictures: JPEG of clips, by name.
+        pictures: JPEG of each clip, by name.
     """
-    note = "How many clips have which score. What is beyond a dashed line is flagged; another limit is a setting."
+    note = "The distribution of each score. Clips beyond a dashed line are flagged; each limit is a setting."
     content = [section("Scores", note, f'<div class="charts">{_charts(judged, limits)}</div>')]
     if unreadable := [each for each in judged if each.scores is None]:
         reasons = "".join(f"<li>{escape(each.reason)}</li>" for each in unreadable)
@@ -45,14 +45,14 @@ def make_page(
     flagged = [each for each in judged if each.flags and each.scores is not None]
     if flagged:
         rest = len(flagged) - MAX_PICTURES
-        note = "The middle of each clip; of a duplicate, beside it the clip that stays."
+        note = "The middle frame of each clip; next to a duplicate, the clip that is kept."
         note += f" {rest} more are in the table." if rest > 0 else ""
         clips = "".join(_clip(each, pictures) for each in flagged[:MAX_PICTURES])
         content.append(section("Flagged", note, f'<div class="clips">{clips}</div>'))
     num_good = sum(not each.flags for each in judged)
     summary = (
-        f"{num_good} of {len(judged)} clips are good by these limits. The scores of each clip are in filter.csv. A "
-        "clip is moved only when move= asks for it."
+        f"{num_good} of {len(judged)} clips are good by these limits. The scores of each clip are in filter.csv. "
+        "Clips are moved only with move=."
     )
     return document(Head(f"{name}: filter", summary, _figures(judged)), STYLE, "\n".join(content))
 

@@ -1,4 +1,4 @@
-"""Finds the videos and stills of a folder, and what else lies there."""
+"""Finds videos and stills in a folder, and reports its other files."""
 
 import contextlib
 import os
@@ -13,13 +13,13 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts"
 IMAGE_SUFFIXES = STILL_SUFFIXES
 ANIMATED_SUFFIX = ".webp"
 MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
-# Captions, which are read by other code.
+# Suffixes of captions, which other modules read.
 CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
-# Why a still is not taken where no bucket has one frame.
-STILL = "is a still picture, which data.buckets=auto takes"
-# What makes a training take stills.
+# Reason why a still is not used: no bucket has one frame.
+STILL = "is a still picture, which data.buckets=auto uses"
+# Settings with which a training uses stills.
 TAKES_STILLS = "data.buckets=auto or a bucket of one frame"
-# What this program has made: the videos of a run are no clips.
+# Reasons why folders that this program has written are skipped: the videos of a run are not clips.
 MADE_HERE = ("is a run of mochi-tune", "is a cache of mochi-tune")
 
 
@@ -29,19 +29,19 @@ def find_videos(
     """Lists the videos in `folder` and below it, sorted by path; names that start with a dot are left out.
 
     Args:
-        folder: to look in.
-        with_stills: whether still pictures count too.
-        setting: that names the folder.
-        takes_stills: what would make them count; "" where nothing would, as of verbs that read no file of a picture,
-            an animated one neither.
+        folder: to search.
+        with_stills: whether to include still pictures.
+        setting: that names the folder, for errors.
+        takes_stills: settings that include stills, for errors; "" for verbs that read no picture files, not even
+            animated ones.
 
     Raises:
         DataError: the folder does not exist, is a file, or holds no video.
     """
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{setting}={folder} is not a folder: name the folder that holds your clips.")
+        raise DataError(f"{setting}={folder} is not a folder: use the folder with your clips.")
     if not folder.is_dir():
-        raise DataError(f"{setting}={folder} does not exist: name the folder that holds your clips.")
+        raise DataError(f"{setting}={folder} does not exist: use the folder with your clips.")
     closed: dict[str, str] = {}
     videos = list_videos(folder, with_stills, closed, with_animations=bool(takes_stills))
     if not videos:
@@ -50,10 +50,10 @@ def find_videos(
         stills = [
             clip_name("", folder, path) for path in _files(folder, lambda path: suffix_of(path) in IMAGE_SUFFIXES)
         ]
-        others = [f"what was made of clips ({some(made)})"] if made else []
+        others = [f"output of mochi-tune ({some(made)})"] if made else []
         others += [f"{counted(len(stills), 'still')} ({some(stills)})"] if stills else []
         but = f" but {' and '.join(others)}" if others else ""
-        or_take = f", or take the stills by {takes_stills}" if stills and takes_stills else ""
+        or_take = f", or include the stills with {takes_stills}" if stills and takes_stills else ""
         raise DataError(f"{setting}={folder} holds no video{but}: put clips in it ({' '.join(suffixes)}){or_take}.")
     return videos
 
@@ -61,61 +61,58 @@ def find_videos(
 def list_videos(
     folder: Path, with_stills: bool = False, closed: dict[str, str] | None = None, with_animations: bool = True
 ) -> list[Path]:
-    """Lists the videos as `find_videos`, of a folder that may hold none.
+    """Lists the videos like `find_videos`; the folder may have none.
 
     Args:
-        folder: to look in.
-        with_stills: whether still pictures count too.
-        closed: that of `walk`.
-        with_animations: whether animated WebP counts too.
+        folder: to search.
+        with_stills: whether to include still pictures.
+        closed: for `walk`.
+        with_animations: whether to include animated WebP.
     """
     suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
 
     def is_wanted(path: str) -> bool:
         suffix = suffix_of(path)
-        # A WebP may be a video or a still: its header is read, where that decides.
+        # WebP may be a video or a still: read the header if that decides.
         return suffix in suffixes or (with_animations and suffix == ANIMATED_SUFFIX and is_animation(path))
 
     return _files(folder, is_wanted, closed)
 
 
 def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
-    """Returns why the files in `folder` and below it are not taken that are neither among `used` nor captions.
+    """Returns the files in `folder` and below it that are neither in `used` nor captions, with the reasons.
 
-    Files whose name starts with a dot are left out. Folders that are not looked into are told of.
+    Files whose name starts with a dot are left out. Folders that were not searched are included.
     """
     taken, unused, closed = set(used), {}, {}
     for path in _files(folder, lambda path: suffix_of(path) not in CAPTION_SUFFIXES, closed):
         if path not in taken:
             is_still = path.suffix.lower() in IMAGE_SUFFIXES
-            unused[path] = f"{path}: {STILL if is_still else 'is no video that is known'}"
+            unused[path] = f"{path}: {STILL if is_still else 'is not a known video format'}"
     return unused | {Path(path): f"{path}: {why}" for path, why in closed.items()}
 
 
 def clip_name(source: str, folder: Path, path: Path) -> str:
-    """Returns what the cache and its report call a file of the folder of a source: its path there, behind the source's.
-
-    The name of the only source is "".
-    """
+    """Returns the name of a file in the cache and its report: the source's name, if any, and the path in its folder."""
     name = as_utf8(path.relative_to(folder).as_posix())
     return f"{source}/{name}" if source else name
 
 
 def as_utf8(text: str) -> str:
-    """Returns a text with escapes for the bytes of a file's name that are not UTF-8, which no report could hold."""
+    """Escapes the bytes of a file's name that are not UTF-8, which cannot be written to a report."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def walk(folder: Path, closed: dict[str, str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yields the path and the name of all that lies in `folder` and below it, but of folders; follows no links to any.
+    """Yields the path and the name of each file in `folder` and below it; does not follow links to folders.
 
-    In no order, and without a system call for each file: a folder may have 100,000. Folders below whose name starts
-    with a dot are left out: file managers keep there what was deleted. Runs and caches of this program are passed over,
-    unless `folder` itself is one.
+    The order is arbitrary, and there is no system call per file: a folder may have 100,000. Subfolders whose name
+    starts with a dot are left out, as file managers keep deleted files there. Runs and caches of this program are
+    skipped, unless `folder` itself is one.
 
     Args:
-        folder: to look in.
-        closed: gets the folders that are not looked into, and why.
+        folder: to search.
+        closed: filled with the folders that are not searched, and the reasons.
     """
     closed = {} if closed is None else closed
     folders, is_top = ["" if str(folder) == "." else str(folder)], True
@@ -139,14 +136,14 @@ def walk(folder: Path, closed: dict[str, str] | None = None) -> Iterator[tuple[s
             elif not (entry.is_symlink() and Path(path).is_dir()):
                 yield path, entry.name
             elif not entry.name.startswith("."):
-                closed[path] = "is a link to a folder, which is not followed: name that folder in data.sources"
+                closed[path] = "is a link to a folder, which is not followed: add that folder to data.sources"
 
 
 def _made_here(start: str, names: set[str]) -> str:
-    """Returns what a folder is whose path with a slash and whose names are given: one of MADE_HERE, or ""."""
+    """Returns the reason in MADE_HERE for a folder, given its path with a slash and the names in it; "" if none."""
     if "config.yaml" in names and any(any(Path(start).glob(record)) for record in RECORDS):
         return MADE_HERE[0]
-    # Others write files of this name too, beside clips.
+    # Other programs write manifest.json next to clips too.
     if {"manifest.json", "data"} <= names and os.path.isdir(f"{start}data"):
         with contextlib.suppress(PermissionError):
             if any(name.startswith("train-") and name.endswith(".parquet") for name in os.listdir(f"{start}data")):
@@ -155,12 +152,12 @@ def _made_here(start: str, names: set[str]) -> str:
 
 
 def suffix_of(name: str) -> str:
-    """Returns the ending of a file's name in lower case, with its dot."""
+    """Returns the suffix of a file's name in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
 
 
 def _files(folder: Path, is_wanted: Callable[[str], bool], closed: dict[str, str] | None = None) -> list[Path]:
-    """Lists the files whose path is wanted, and whose name starts with no dot, in the order of paths."""
+    """Lists the files whose path is wanted and whose name does not start with a dot, sorted by path."""
     found = (path for path, name in walk(folder, closed) if not name.startswith(".") and is_wanted(path))
-    # Folder by folder, as paths are compared.
+    # By path components, like `Path` objects are compared.
     return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]

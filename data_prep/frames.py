@@ -1,4 +1,4 @@
-"""Decodes a video's pictures with PyAV in the order of display, each with the time at which it is shown."""
+"""Decodes a video's pictures with PyAV in display order, each with its time."""
 
 import os
 from bisect import bisect_right
@@ -16,17 +16,17 @@ from mochi_tune.data_prep.probe import VideoIndex, decode_packet, open_video
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still
 from mochi_tune.data_prep.timeline import Clock, Picture
 
-# Seconds of decoding that a seek must save.
+# Minimum seconds of video that a seek must skip.
 SEEK_SECONDS = 2
-# Formats with an index of their keyframes, and codecs of which a keyframe is one.
+# Formats with an index of keyframes, and codecs whose keyframes are reliable.
 SEEKABLE_FORMATS = ("mov", "matroska")
 SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "prores", "dnxhd", "ffv1", "png")
-# Each thread keeps pictures of its own; those of 8K would take gigabytes.
+# Maximum threads, and maximum pixels for frame threads: each keeps its own pictures, and 8K would take gigabytes.
 MAX_THREADS, MAX_THREADED_PIXELS = 8, 10_000_000
 
 
 def read_pictures(path: Path, video: VideoIndex) -> Iterator[Picture]:
-    """Yields all pictures of a video or still from the first one on; interlaced ones are deinterlaced.
+    """Yields all pictures of a video or still from the first one; deinterlaces interlaced ones.
 
     Raises:
         DataError: a picture cannot be decoded.
@@ -39,12 +39,12 @@ def read_pictures(path: Path, video: VideoIndex) -> Iterator[Picture]:
 
 
 def find_seek_time(video: VideoIndex, number: int) -> Fraction | None:
-    """Returns the time of the keyframe at which decoding may begin to show a picture; None for the first one."""
+    """Returns the time of the keyframe to seek to for a picture; None to decode from the beginning."""
     scan = video.scan
     is_safe = scan.container.startswith(SEEKABLE_FORMATS) and scan.codec in SEEKABLE_CODECS
     if not is_safe or scan.has_discontinuity:
         return None
-    # The picture before is wanted too: a deinterlacer looks at it.
+    # The deinterlacer needs the previous picture too.
     place = bisect_right(video.key_ticks, video.ticks[max(number - 1, 0)]) - 1
     if place < 1 or video.key_ticks[place] - video.ticks[0] < SEEK_SECONDS * video.second:
         return None
@@ -52,7 +52,7 @@ def find_seek_time(video: VideoIndex, number: int) -> Fraction | None:
 
 
 def read_pictures_from(path: Path, video: VideoIndex, key_time: Fraction) -> Iterator[Picture]:
-    """Yields the pictures from a keyframe on; none if decoding does not begin exactly there.
+    """Yields the pictures from a keyframe; none if decoding does not begin exactly there.
 
     Raises:
         DataError: a picture cannot be decoded.
@@ -60,7 +60,7 @@ def read_pictures_from(path: Path, video: VideoIndex, key_time: Fraction) -> Ite
     with open_video(path) as (container, stream):
         container.seek(round(key_time / stream.time_base), stream=stream)
         pictures = _decode(path, container, stream, video)
-        # Pictures before the keyframe refer to what was not decoded.
+        # Pictures before the keyframe refer to others that were not decoded.
         first = next((picture for picture in pictures if picture.time >= key_time), None)
         if first is None or first.time != key_time:
             return
@@ -83,7 +83,7 @@ def _decode(path: Path, container, stream, video: VideoIndex) -> Iterator[Pictur
         has_key = has_key or packet.is_keyframe
         frames = decode_packet(path, packet, has_key, float(clock.last or 0))
         for frame in frames:
-            # AVI stores no times of display, only the order of decoding.
+            # AVI stores no display times, only the decoding order.
             ticks = frame.dts if is_avi else frame.pts
             duration = (frame.duration or 0) * frame.time_base
             time = clock.read(None if ticks is None else ticks * frame.time_base, duration)
@@ -92,7 +92,7 @@ def _decode(path: Path, container, stream, video: VideoIndex) -> Iterator[Pictur
 
 
 def _deinterlace(pictures: Iterator[Picture]) -> Iterator[Picture]:
-    """Passes progressive pictures on; from the first interlaced one on, all go through FFmpeg's yadif filter.
+    """Yields progressive pictures unchanged; from the first interlaced one, applies FFmpeg's yadif filter to all.
 
     The filter keeps the field that is shown first, so that each picture keeps its time.
     """
@@ -130,7 +130,7 @@ def _build_graph(frame) -> Any:
 
 
 def _drain(graph: Any, waiting: deque[Picture], is_end: bool) -> Iterator[Picture]:
-    """Yields what the filter has done; it gives one frame for each that it got, in order."""
+    """Yields the finished pictures of the filter, one for each input, in order."""
     from av.error import EOFError as EndOfFile
 
     if is_end:
@@ -146,5 +146,5 @@ def _drain(graph: Any, waiting: deque[Picture], is_end: bool) -> Iterator[Pictur
 
 
 def image_matrix(picture: Picture) -> tuple[int, int, int, int] | None:
-    """Returns the display matrix of a picture that is still as it is stored."""
+    """Returns the display matrix of a picture in its stored orientation; None if it is upright."""
     return None if isinstance(picture.image, np.ndarray) else read_matrix(picture.image)

@@ -1,4 +1,4 @@
-"""What there is to encode: the files of all sources, their captions, and the clips that are cut from them."""
+"""Finds what to encode: the files of all sources, their captions, and the clips to cut from them."""
 
 import json
 import time
@@ -22,13 +22,13 @@ from mochi_tune.data_prep.windows import choose_cuts, decisive
 from mochi_tune.errors import DataError, counted, printable, some
 from mochi_tune.files import parse_object, write_atomic
 
-# In the cache: the files of a dataset's videos. `datasets.load_dataset(cache)` passes over names with a dot.
+# Folder in the cache for the videos of Hugging Face datasets. `datasets.load_dataset(cache)` skips names with a dot.
 DATASET_FOLDER = ".dataset"
-# In it, of the one that data.videos names; those of data.sources have their names.
+# Folder in it for the dataset in data.videos; those of data.sources have the names of their sources.
 ALONE = "_"
 SCANS_FILE = ".scans.json"
-# Between two times at which what was read of files is kept, and at least so many times what the last time took: all of
-# it is written each time, which is to take a small part of the time however much it grows.
+# Minimum seconds between two saves of the scans, and minimum time as a multiple of the last save's duration: each save
+# writes all scans, and must take a small share of the time however many there are.
 SAVE_SECONDS, SAVE_TIMES = 30.0, 20
 NO_VIDEO = "is a caption of no video"
 
@@ -38,11 +38,11 @@ class MediaFile:
     """A video or a still of a source.
 
     Attributes:
-        name: its path in its source's folder, behind the source's name where there are several.
-        path: where it is.
-        relative: its path in its source's folder.
-        source: where it belongs.
-        captions: one or more; "" where it has none.
+        name: its path in the source's folder, after the source's name if there are several sources.
+        path: of the file.
+        relative: its path in the source's folder.
+        source: that it belongs to.
+        captions: one or more; ("",) if it has none.
     """
 
     name: str
@@ -54,7 +54,7 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip to encode: its row in the cache, its file, and what is cut out of it."""
+    """A clip to encode: its row in the cache, its file, and its cut."""
 
     row: Row
     file: MediaFile
@@ -67,12 +67,12 @@ class Inputs:
 
     Attributes:
         files: videos and stills, by name.
-        clips: to encode, those of a file one after the other by ascending start.
-        scans: what each file holds, by its name.
-        signatures: what tells that a file was changed, by its name.
+        clips: to encode, grouped by file, by ascending start.
+        scans: properties of each file, by its name.
+        signatures: of each file, by its name; they show whether it was changed.
         refused: why a file cannot be used, by its name.
-        unused: why a file is not taken, by its name.
-        max_clips: of one video at most; None: any number.
+        unused: why a file is not a clip or a caption, by its name.
+        max_clips: maximum number of clips from one video; None for no limit.
     """
 
     files: dict[str, MediaFile] = field(default_factory=dict)
@@ -85,10 +85,10 @@ class Inputs:
 
 
 def find_inputs(data: DataConfig, seed: int) -> Inputs:
-    """Finds the files of all sources with their captions; opens none of the videos.
+    """Finds the files of all sources with their captions; does not open the videos.
 
     Raises:
-        DataError: a source has no video; clips have no caption; tables that cannot be read.
+        DataError: a source has no video, clips have no caption, or a table cannot be read.
     """
     inputs, without, orphans = Inputs(max_clips=data.max_clips), [], []
     sources = read_sources(data)
@@ -112,7 +112,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
             elif captions == ("",):
                 without.append(name)
         unused = find_unused(folder, videos)
-        # The captions of stills that are not taken have a picture: it is the one to tell of.
+        # Captions of unused stills are not orphans: the still is reported instead.
         alone = find_orphans(folder, [*videos, *(path for path, why in unused.items() if why.endswith(STILL))])
         for path in [folder / name for name in alone]:
             inputs.unused[clip_name(source.name, folder, path)] = f"{path}: {NO_VIDEO}"
@@ -121,7 +121,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
             inputs.unused[clip_name(source.name, folder, path)] = as_utf8(why)
     _check_captions(data, without, orphans, len(inputs.files))
     if inputs.refused:
-        # Told before hours of encoding, and again with the others at the end.
+        # Reported before hours of encoding, and again at the end.
         refused = f"{counted(len(inputs.refused), 'clip')} will be refused: {some(inputs.refused.values())}"
         tqdm.write(printable(refused))
     return inputs
@@ -129,13 +129,13 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
 
 def _check_captions(data: DataConfig, without: list[str], orphans: list[str], num_clips: int) -> None:
     if without and not data.allow_empty_captions:
-        # A typo in a file's name is the usual cause; both names together make it visible.
-        typos = f"; without a video there are the captions {some(orphans)}" if orphans else ""
+        # The usual cause is a typo in a file's name; showing both names makes it visible.
+        typos = f"; captions without a video: {some(orphans)}" if orphans else ""
         where = ", ".join(str(source.folder) for source in read_sources(data))
         found = printable(f"{counted(num_clips, 'clip')} in {where} ({some(without)}{typos})")
         raise DataError(
             f"without a caption: {len(without)} of {found}: write each one's caption into a .txt file of its name, or "
-            "set data.allow_empty_captions=true to train them without."
+            "set data.allow_empty_captions=true to train without them."
         )
     if orphans:
         tqdm.write(printable(f"captions without a video of that name, not used: {some(orphans, limit=10)}"))
@@ -144,10 +144,10 @@ def _check_captions(data: DataConfig, without: list[str], orphans: list[str], nu
 def cut_inputs(
     inputs: Inputs, data: DataConfig, settings: CacheSettings, decoder: ClipDecoder, share: str = ""
 ) -> None:
-    """Reads each file's hash and what it holds, and adds the clips that are cut from it, or why there are none.
+    """Reads the hash and the properties of each file, and adds its clips or the reason why it has none.
 
-    Both are kept in the cache's folder, so that a second run opens new and changed files alone; of a share of the work,
-    in the folder of its parts. A run that is stopped keeps what it has read.
+    Hashes and properties are saved in the cache's folder, or in the folder of a share's parts, so that the next run
+    opens only new and changed files. A run that is stopped keeps what it has read.
     """
     files = [file for name, file in inputs.files.items() if name not in inputs.refused]
     with _KnownFiles(Path(data.cache), share) as known:
@@ -160,7 +160,7 @@ def cut_inputs(
             except DataError as error:
                 inputs.refused[file.name] = str(error)
                 continue
-            # Not of the others, so that what is encoded of them keeps its key.
+            # Only for these files, so that the keys of all others stay the same.
             colours = {"from_profile": True} if scan.has_profile else {}
             for cut in cuts:
                 values = decisive(cut) | colours
@@ -169,11 +169,11 @@ def cut_inputs(
 
 
 class _KnownFiles:
-    """Hashes of files and what they hold, kept in the cache's folder: now and then, and when the block ends or fails.
+    """Hashes and scans of files; a context manager that saves them regularly and when the block ends or fails.
 
     Args:
-        cache: the folder.
-        share: of the work, whose folder keeps them; "": the cache's.
+        cache: folder that they are saved in.
+        share: of the work, whose folder they are saved in instead; "" for none.
     """
 
     def __init__(self, cache: Path, share: str) -> None:
@@ -197,10 +197,10 @@ class _KnownFiles:
         self._save(is_whole=kind is None)
 
     def read(self, path: Path, found: Signature, decoder: ClipDecoder) -> tuple[str, Scan]:
-        """Returns the hash of a file with this signature, and what the file holds; opens it only if it is not known.
+        """Returns the hash and the scan of a file with this signature; opens the file only if it is not known.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the file cannot be read.
         """
         if time.monotonic() >= self._next_save:
             begun = time.monotonic()
@@ -212,11 +212,11 @@ class _KnownFiles:
         return sha256, scan
 
     def _save(self, is_whole: bool) -> None:
-        """Keeps what was read; where files are still to be read, also what was known of them."""
+        """Saves what this run has read and, until all files are read, what earlier runs have saved."""
         self._hashes.save(is_whole)
         scans = self._now if is_whole else self._before | self._now
         if scans != self._before:
-            # `inspect` may read it while `prepare` writes it.
+            # Atomically: `inspect` may read the file while `prepare` writes it.
             values = {sha256: scan.to_json() for sha256, scan in scans.items()}
             write_atomic(self._kept, json.dumps({"version": TRANSFORM_VERSION, "scans": values}).encode())
             self._before = dict(scans)
@@ -230,16 +230,16 @@ def _choose_cuts(file: MediaFile, scan: Scan, data: DataConfig) -> list[Cut]:
 
 
 def _kept_scans(path: Path) -> dict[str, Scan]:
-    """Returns what files held at the last run, by their hash; nothing where that is of another version or damaged."""
+    """Returns the scans that an earlier run saved, by hash; {} if their version differs or the file is damaged."""
     kept = (parse_object(path.read_bytes()) or {}) if path.is_file() else {}
     try:
         scans = kept["scans"] if kept.get("version") == TRANSFORM_VERSION else {}
-        # Pictures are read again that were before their profiles counted.
+        # Scans of pictures by versions that ignored colour profiles are read again.
         return {
             sha256: Scan.from_json(values)
             for sha256, values in scans.items()
             if values["codec"] or "has_profile" in values
         }
     except (LookupError, TypeError, AttributeError):
-        # Written by another program: the files are read again.
+        # Another program wrote the file: scan again.
         return {}

@@ -1,4 +1,4 @@
-"""Hashes of videos, read once: a file with the size, number and time of change of an earlier run is not read again."""
+"""Hashes of files, saved between runs: a file with the same size, inode and change time is not read again."""
 
 import json
 import os
@@ -11,18 +11,19 @@ from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256, parse_object, write_atomic
 
 HASHES_FILE = ".files.json"
-# A file that was changed so shortly before may be changed again without another time: disks keep time in steps.
+# Minimum seconds since a file's change until its hash is saved: file systems store change times in steps, so that
+# another change may follow with the same time.
 SETTLED_SECONDS = 2.5
-# Size in bytes, number on its disk, time of change in nanoseconds.
+# Size in bytes, inode, change time in nanoseconds.
 Signature = tuple[int, int, int]
 
 
 class FileHashes:
-    """The hashes that earlier runs have kept.
+    """The hashes that earlier runs have saved.
 
     Args:
-        path: where they are kept.
-        others: further files of that kind, which are read.
+        path: of the file that they are saved in.
+        others: further files of saved hashes, which are only read.
     """
 
     def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
@@ -32,10 +33,10 @@ class FileHashes:
         self._now: dict[str, list[int | str]] = {}
 
     def sha256(self, path: Path, found: Signature) -> str:
-        """Returns a file's hash, which is read from it unless its signature is the one that is known.
+        """Returns a file's hash; reads the file unless its signature is known.
 
         Raises:
-            DataError: it cannot be read, or is no file.
+            DataError: the file cannot be read, or is not a regular file.
         """
         name, begun = os.path.abspath(path), time.time_ns()
         entry = self._known.get(name)
@@ -49,12 +50,16 @@ class FileHashes:
         return sha256
 
     def signature_of(self, path: Path) -> Signature | None:
-        """Returns the signature that a file had when it was read last; None for one that is not kept."""
+        """Returns the saved signature of a file; None if there is none."""
         entry = self._known.get(os.path.abspath(path))
         return None if entry is None else (int(entry[0]), int(entry[1]), int(entry[2]))
 
     def save(self, is_whole: bool = True) -> None:
-        """Keeps the hashes of the files that were asked for; where others are still to be asked for, also theirs."""
+        """Saves the hashes of this run.
+
+        Args:
+            is_whole: whether this run has asked for all files; if not, hashes of earlier runs are kept.
+        """
         files = self._now if is_whole else self._before | self._now
         if files != self._before or not self._path.exists():
             write_atomic(self._path, json.dumps({"version": 1, "files": files}).encode())
@@ -62,10 +67,10 @@ class FileHashes:
 
 
 def signature(path: Path) -> Signature:
-    """Returns a file's size, number and time of change, which no program can set; one differs once it was written.
+    """Returns a file's size, inode and change time, which programs cannot set. A write changes at least one.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: the file cannot be opened.
     """
     try:
         found = path.stat()
@@ -77,15 +82,15 @@ def signature(path: Path) -> Signature:
 def _read_hash(path: Path) -> str:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            # Opening a pipe would wait for its other end for ever.
-            raise DataError(f"{path}: is no file but a pipe, a socket or a device: remove it.")
+            # Opening a pipe would block.
+            raise DataError(f"{path}: is a pipe, a socket or a device, not a file: remove it.")
         return file_sha256(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error.strerror}): copy it again or remove it.") from None
 
 
 def _read(path: Path) -> dict[str, list[int | str]]:
-    """Returns the entries of a file; none where it is missing or of another program."""
+    """Returns the entries of a saved file; {} if it is missing or another program wrote it."""
     kept = (parse_object(path.read_bytes()) or {}) if path.is_file() else {}
     files = kept.get("files") if kept.get("version") == 1 else None
     return {name: entry for name, entry in files.items() if _is_entry(entry)} if isinstance(files, dict) else {}

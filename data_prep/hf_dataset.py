@@ -1,7 +1,7 @@
-"""Makes a folder of videos with a table of captions out of a Hugging Face dataset on disk.
+"""Converts a Hugging Face dataset on disk to a folder of videos with a table of captions.
 
-Read are folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`, and folders of parquet files, as
-repositories of the Hub hold them.
+It reads folders of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`, and folders of parquet files like those of
+the Hub's repositories.
 """
 
 import fcntl
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TABLE_NAME = "metadata.jsonl"
-# What a column of videos is called where the dataset does not say that it is one.
+# Names of video columns, for datasets without that type.
 VIDEO_COLUMNS = ("video", "mp4", "video_bytes")
-# Where a dataset has this split, the others are left for tests.
+# The split to use if a dataset has it; the others are for tests.
 TRAIN_SPLIT = "train"
-# What `_file_name` gives.
+# End of the names that `_file_name` returns.
 WRITTEN_NAME = re.compile(rf"_[0-9a-f]{{16}}({'|'.join(map(re.escape, VIDEO_SUFFIXES))})$")
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder is a saved dataset, or holds parquet files with a column of videos."""
+    """Whether a folder is a saved dataset, or has parquet files with a column of videos."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -52,39 +52,39 @@ def _is_saved(folder: Path) -> bool:
 
 
 def materialise_dataset(folder: Path, out: Path) -> Path:
-    """Writes a dataset's videos into files and their captions into a table beside them, one row at a time.
+    """Writes a dataset's videos to files and their captions to a table next to them, one row at a time.
 
-    A file's name holds the hash of its content: what an earlier call has written is not written again, and what is no
-    longer in the dataset is removed. A row that holds a path in place of bytes becomes a link to that file.
+    A file's name contains the hash of its content: existing files are not written again, and files that are no longer
+    in the dataset are removed. A row with a path instead of bytes becomes a link to that file.
 
     Args:
-        folder: the dataset, one for which `is_dataset` is true.
-        out: the folder to write to, of this function alone; it is made where it is not there.
+        folder: of a dataset for which `is_dataset` is true.
+        out: folder to write to, created if necessary; nothing else should write there.
 
     Returns:
-        The folder to use as that of the videos.
+        The folder of the videos, `out`.
 
     Raises:
-        DataError: a file of the dataset cannot be read, it has no column of videos, or no row has a video.
-        OSError: `out` cannot be written to.
+        DataError: a file of the dataset cannot be read, the dataset has no column of videos, or no row has a video.
+        OSError: writing to `out` failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
-        # A second process waits, and then finds all videos written.
+        # A second process waits here, and then finds all videos.
         lock_file(lock, fcntl.LOCK_EX)
         remove_temporary_files(out)
         captions = _write_videos(folder, out)
         rows = [{"file_name": name, "caption": texts} for name, texts in captions.items()]
         write_atomic(out / TABLE_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         for path in out.iterdir():
-            # A user may have put caption files beside the videos, which stay.
+            # Keep other files, such as captions that the user has put next to the videos.
             if WRITTEN_NAME.search(path.name) and path.name not in captions:
                 path.unlink()
     return out
 
 
 def _write_videos(folder: Path, out: Path) -> dict[str, list[str]]:
-    """Writes the videos that are not there yet; returns the captions of each by its file's name."""
+    """Writes the missing videos; returns the captions of each video by its file's name."""
     captions: dict[str, list[str]] = {}
     missing: list[str] = []
     for number, (video, texts) in enumerate(tqdm(_read_rows(folder), desc="dataset", unit="row")):
@@ -94,14 +94,14 @@ def _write_videos(folder: Path, out: Path) -> dict[str, list[str]]:
         else:
             captions.setdefault(name, []).extend(texts)
     if not captions:
-        raise DataError(f"{folder}: none of its {len(missing)} rows holds a video, or the path of one that is there.")
+        raise DataError(f"{folder}: none of its {len(missing)} rows has a video, or the path of one that exists.")
     if missing:
-        tqdm.write(f"{folder}: rows without a video that is there, not used: {some(missing)}")
+        tqdm.write(f"{folder}: rows without a video, not used: {some(missing)}")
     return captions
 
 
 def _read_rows(folder: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Yields the video of each row, as its bytes and its path, and its captions."""
+    """Yields the video of each row, as a dict with bytes and path, and its captions."""
     for path in _data_files(folder):
         for batch in _read_batches(path):
             video_column, caption_column = _video_column(batch.schema), _caption_column(batch.schema)
@@ -114,13 +114,13 @@ def _read_rows(folder: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
                 video = batch.column(video_column)[index].as_py()
                 texts = batch.column(caption_column)[index].as_py()
                 texts = texts if isinstance(texts, list) else [texts]
-                # A column of bytes alone knows no path.
+                # A column of plain bytes has no paths.
                 file = {"bytes": video} if isinstance(video, bytes) else video
                 yield file or {}, [text for text in texts if text is not None]
 
 
 def _read_batches(path: Path) -> Iterator["pa.RecordBatch"]:
-    """Yields parts of a file; a part of a parquet has one row, as a row may have hundreds of megabytes."""
+    """Yields the record batches of a file; those of parquet have one row, which may have hundreds of megabytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -135,7 +135,7 @@ def _read_batches(path: Path) -> Iterator["pa.RecordBatch"]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """Returns the files of the training split, or of all where none is called so."""
+    """Returns the files of the training split, or of all splits if it does not exist."""
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json", DataError).get("splits")
         if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
@@ -155,7 +155,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _beside(folder: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", "..") or "\0" in name:
-        raise DataError(f"{folder}: names files that are not beside its list: save the dataset again.")
+        raise DataError(f"{folder}: names files outside its folder: save the dataset again.")
     return folder / name
 
 
@@ -164,7 +164,7 @@ def _parquet_files(folder: Path) -> list[Path]:
 
 
 def _video_column(schema: "pa.Schema") -> str | None:
-    """Finds the column that the dataset says holds videos, else one by its name that may hold them."""
+    """Finds the column with the type Video, else one with a known name and a type that can hold videos."""
     import pyarrow as pa
 
     described = parse_object((schema.metadata or {}).get(b"huggingface", b"{}")) or {}
@@ -195,7 +195,7 @@ def _caption_column(schema: "pa.Schema") -> str | None:
 
 
 def _write_video(folder: Path, out: Path, video: dict[str, Any]) -> str | None:
-    """Puts one video into `out`; returns its name there, or None where there is none."""
+    """Writes one video to `out`; returns its file name, or None if the row has no video."""
     content, source = video.get("bytes"), video.get("path") or ""
     if content:
         name = _file_name(source, content[:12], hashlib.sha256(content).hexdigest())
@@ -215,7 +215,7 @@ def _write_video(folder: Path, out: Path, video: dict[str, Any]) -> str | None:
 
 
 def _file_name(source: str, head: bytes, sha256: str) -> str:
-    """Returns a name from that of the original and the content's hash."""
+    """Returns a file name made of the original name and the hash of the content."""
     original = Path(source)
     stem = re.sub(r"[^\w.-]+", "_", original.stem).strip("._")[:40] or "video"
     suffix = original.suffix.lower()

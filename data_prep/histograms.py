@@ -1,27 +1,27 @@
-"""Histograms as SVG, with the limit beyond which values are flagged."""
+"""Histograms as SVG, with a line at the limit beyond which values are flagged."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# All in pixels: the picture, the space of its bars, and their number.
+# Size and margins of the picture in pixels, and the number of bars.
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 354, 150, 6, 22, 24
 NUM_BINS = 32
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What a histogram counts.
+    """The axis of a histogram.
 
     Attributes:
         title: of the figure.
-        note: what the values are.
-        limit: beyond which values are flagged; None: none is.
-        is_upper: whether larger values are flagged, or smaller ones.
-        is_log: whether the axis is logarithmic; values below `floor` are drawn there.
-        floor: the least value of a logarithmic axis.
-        ceiling: at least so far goes the axis.
+        note: description of the values.
+        limit: beyond which values are flagged; None flags none.
+        is_upper: whether values above the limit are flagged, or values below it.
+        is_log: whether the axis is logarithmic; values below `floor` are drawn at `floor`.
+        floor: minimum of a logarithmic axis.
+        ceiling: the axis ends at this value or a larger one.
     """
 
     title: str
@@ -55,7 +55,7 @@ def histogram(axis: Axis, values: Sequence[float]) -> str:
     for number, (inside, outside) in enumerate(zip(kept, out, strict=True)):
         x, base = LEFT + number * step, float(floor)
         for count, kind in ((inside, "bar"), (outside, "bar out")):
-            # A few among thousands are seen too.
+            # At least 2 pixels, so that a few among thousands are visible.
             height = max((floor - TOP) * count / most, 2) if count else 0
             base -= height
             if count:

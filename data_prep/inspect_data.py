@@ -1,4 +1,4 @@
-"""`mochi-tune inspect`: makes a page of the data set as the model will see it; no model is needed."""
+"""`mochi-tune inspect`: writes a page of the data set as the model will see it; needs no model."""
 
 from pathlib import Path
 
@@ -17,19 +17,19 @@ PAGE_NAME, PICTURE_NAME = "inspect.html", "inspect.png"
 
 
 def main(config: RunConfig, out: Path | None) -> int:
-    """Writes the page, a picture of it where a browser is there, and a line for each that says where it is.
+    """Writes the page and, if a browser is installed, a picture of it, and lines with their paths.
 
     Args:
         config: of the run.
-        out: folder of both; None: `inspect` in the run folder.
+        out: folder of both; None for `inspect` in the run folder.
 
     Returns:
-        The exit code: 0, or 1 when `prepare` would refuse a file or a clip, or refuse to begin.
+        The exit code: 0, or 1 if `prepare` would refuse a file or a clip, or would not start.
 
     Raises:
-        DataError: no video.
+        DataError: there are no videos.
         CheckpointError: the tokenizer is damaged.
-        MochiTuneError: the browser fails.
+        MochiTuneError: the browser failed.
     """
     out = out or Path(config.run_dir) / "inspect"
     make_writable_folder(out)
@@ -38,16 +38,16 @@ def main(config: RunConfig, out: Path | None) -> int:
     found = inspect_clips(config.data, config.seed, tokenizer)
     for reason in found.refused.values():
         tqdm.write(printable(f"refused: {reason}"))
-    is_mute_refused = not config.data.allow_empty_captions
-    mute = [seen.clip.row.sample_id for seen in found.clips if is_mute_refused and not any(seen.clip.row.captions)]
-    if mute:
-        names = printable(f"{counted(len(mute), 'clip')} ({some(mute)})")
-        tqdm.write(f"without a caption, which `prepare` refuses to begin with: {names}")
+    needs_captions = not config.data.allow_empty_captions
+    without = [seen.clip.row.sample_id for seen in found.clips if needs_captions and not any(seen.clip.row.captions)]
+    if without:
+        names = printable(f"{counted(len(without), 'clip')} ({some(without)})")
+        tqdm.write(f"without a caption, so that `prepare` would not start: {names}")
     for line in not_taken(found.inputs):
         tqdm.write(line)
-    # The name of a run or a folder may hold bytes that are not UTF-8.
+    # Names of runs and folders may contain bytes that are not UTF-8.
     write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
     tqdm.write(f"{out / PAGE_NAME}: {counted(len(found.clips), 'clip')}, {len(found.refused)} refused")
     if write_png(out / PAGE_NAME, out / PICTURE_NAME):
-        tqdm.write(f"its picture: {out / PICTURE_NAME}")
-    return 1 if found.refused or mute else 0
+        tqdm.write(f"picture of the page: {out / PICTURE_NAME}")
+    return 1 if found.refused or without else 0

@@ -1,4 +1,4 @@
-"""Looks at a data set as the model will see it, without any model: each clip's pictures, caption and what to mind."""
+"""Inspects a data set as the model will see it, without a model: each clip's pictures, captions and problems."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +19,18 @@ from mochi_tune.data_prep.report import MUCH_PICTURE, lost_picture
 from mochi_tune.errors import DataError
 from mochi_tune.models.text_encoder import MeasuredCaption, measure_caption
 
-# Of this many clips the pictures are kept; more would make a page that no browser likes.
+# Maximum number of clips with pictures; more would make the page too large for browsers.
 MAX_DRAWN = 200
-# Pictures of a clip, first and last included; the longer side of each and of the source's, in pixels.
+# Number of pictures per clip, first and last included; pixels of the longer side of a picture and of the source.
 NUM_PICTURES, PICTURE_SIZE, SOURCE_SIZE = 6, 160, 240
-# Mild flags are of so many clips that they do not make one special.
+# Mild flags are common, and do not make a clip worth showing first.
 Weight = Literal["mild", "notable", "warning"]
 WEIGHTS: tuple[Weight, ...] = ("warning", "notable", "mild")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Something about a clip that one should know."""
+    """A remark about a clip, such as a warning."""
 
     text: str
     weight: Weight
@@ -43,9 +43,9 @@ class SeenClip:
     Attributes:
         clip: its row, its file and its cut.
         report: what was done to it, as `DecodedClip.report`.
-        flags: what to mind.
-        pictures: JPEG of some of its frames, in order; () where it is one clip of too many.
-        source: JPEG of its first frame before it was cropped; b"" without pictures.
+        flags: of the clip.
+        pictures: JPEG of some of its frames, in order; () if it is not drawn.
+        source: JPEG of its first frame before cropping; b"" if it is not drawn.
     """
 
     clip: Clip
@@ -57,10 +57,10 @@ class SeenClip:
 
 @dataclass
 class Inspection:
-    """All that was seen.
+    """The result of an inspection.
 
     Attributes:
-        inputs: files with what they hold, and those that are not taken.
+        inputs: files with their properties, and unused files.
         clips: in the order of `inputs`, without refused ones.
         refused: why a file or a clip cannot be used, by its name.
         captions: of all clips, by text.
@@ -78,16 +78,16 @@ def inspect_clips(data: DataConfig, seed: int, tokenizer: Any | None) -> Inspect
     Args:
         data: the settings.
         seed: of the captions' tags.
-        tokenizer: of the text encoder; None where it is not there.
+        tokenizer: of the text encoder; None if it is missing.
 
     Raises:
-        DataError: no video.
+        DataError: there are no videos.
     """
-    # A clip without a caption is flagged, and not the end as in `prepare`.
+    # A clip without a caption is flagged, not an error as in `prepare`.
     inputs = find_inputs(data.model_copy(update={"allow_empty_captions": True}), seed)
-    # What each file holds is kept there for `prepare`.
+    # `cut_inputs` saves the scans of files there, for `prepare`.
     Path(data.cache).mkdir(parents=True, exist_ok=True)
-    # Nothing is encoded, so that no key of a row is ever looked for.
+    # Nothing is encoded, so the keys of rows do not matter.
     settings = CacheSettings({"version": TRANSFORM_VERSION, "buckets": {}}, "", "", "", "")
     with ClipDecoder(data.decode_timeout_seconds) as decoder:
         cut_inputs(inputs, data, settings, decoder)
@@ -103,25 +103,25 @@ def inspect_clips(data: DataConfig, seed: int, tokenizer: Any | None) -> Inspect
             if isinstance(decoded, DataError):
                 found.refused[clip.row.sample_id] = str(decoded)
             else:
-                found.clips.append(_see(found, clip, source, decoded))
+                found.clips.append(_inspect(found, clip, source, decoded))
     return found
 
 
 def find_flags(
     scan: Scan, cut: Cut, captions: Sequence[MeasuredCaption], report: Mapping[str, Any] | None = None
 ) -> tuple[Flag, ...]:
-    """Returns what to mind of a clip, the weightiest first.
+    """Returns the flags of a clip, warnings first.
 
     Args:
         scan: of its file.
         cut: of the clip.
         captions: of the clip.
-        report: what decoding it found; None before it.
+        report: of decoding it; None before that.
     """
     scale = max(cut.height / scan.height, cut.width / scan.width)
     lost = 1 - cut.height * cut.width / (scale**2 * scan.height * scan.width)
     if report:
-        # Of the rows and columns that it was really scaled to.
+        # The exact value, from the integer size that it was scaled to.
         lost = lost_picture(report)
     tokens = max(caption.lost_tokens for caption in captions)
     found: list[tuple[Any, str, Weight]] = [
@@ -132,7 +132,7 @@ def find_flags(
         (scan.has_discontinuity, "its clock jumps", "warning"),
         (scan.hdr, f"HDR, {scan.hdr}, tone-mapped", "notable"),
         (scan.is_interlaced, "deinterlaced", "notable"),
-        # Half a turn and a mirror from top to bottom are a mirror from left to right.
+        # A rotation by 180 and a top-bottom mirror are a left-right mirror.
         (scan.rotation and (scan.rotation, scan.is_mirrored) != (180, True), f"turned by {scan.rotation}°", "notable"),
         (scan.is_mirrored, "mirrored", "notable"),
         (scan.pixel_aspect != 1, f"pixels {scan.pixel_aspect:.3g} times as wide as high, made square", "notable"),
@@ -145,7 +145,7 @@ def find_flags(
 
 
 def choose_drawn(flags: Sequence[Sequence[Flag]], most: int) -> set[int]:
-    """Returns which of many clips to draw: warnings first, then notable flags, each evenly."""
+    """Returns the numbers of the clips to draw: those with warnings first, then notable flags; each group evenly."""
     ranks = [min((WEIGHTS.index(flag.weight) for flag in own), default=len(WEIGHTS) - 1) for own in flags]
     chosen: set[int] = set()
     for rank in range(len(WEIGHTS)):
@@ -155,7 +155,7 @@ def choose_drawn(flags: Sequence[Sequence[Flag]], most: int) -> set[int]:
 
 
 def whole_frame(scan: Scan, cut: Cut) -> Cut:
-    """Returns the cut of a clip's first frame, small and with nothing cropped."""
+    """Returns a cut of a clip's first frame, small and uncropped."""
     share = min(SOURCE_SIZE / max(scan.width, scan.height), 1)
     height, width = (max(round(side * share), 1) for side in (scan.height, scan.width))
     return replace(cut, num_frames=1, height=height, width=width, allow_upscale=True)
@@ -164,7 +164,7 @@ def whole_frame(scan: Scan, cut: Cut) -> Cut:
 def _decode(
     inputs: Inputs, drawn: set[str], decoder: ClipDecoder
 ) -> Iterator[tuple[Clip, DecodedClip | DataError | None, DecodedClip | DataError]]:
-    """Yields each clip with its source's picture, where it is drawn, and its frames; decodes a file once."""
+    """Yields each clip with its source's picture, if it is drawn, and its frames; decodes each file once."""
     by_file: dict[str, list[tuple[Clip, Cut]]] = {}
     for clip in inputs.clips:
         cuts = by_file.setdefault(clip.file.name, [])
@@ -182,7 +182,7 @@ def _decode(
             source = None
 
 
-def _see(found: Inspection, clip: Clip, source: DecodedClip | DataError | None, decoded: DecodedClip) -> SeenClip:
+def _inspect(found: Inspection, clip: Clip, source: DecodedClip | DataError | None, decoded: DecodedClip) -> SeenClip:
     captions = [found.captions[text] for text in clip.row.captions]
     flags = find_flags(found.inputs.scans[clip.file.name], clip.cut, captions, decoded.report)
     if not isinstance(source, DecodedClip):

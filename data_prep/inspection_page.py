@@ -1,4 +1,4 @@
-"""Writes what `mochi-tune inspect` saw as one HTML page, which needs nothing beside it."""
+"""Builds the page of `mochi-tune inspect`, a single HTML file."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -11,9 +11,9 @@ from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS, MeasuredCaption
 from mochi_tune.pages.html_page import Head, data_uri, document, section
 
-# Of a caption that is far longer than what is read, and of a clip with many captions, the rest is counted.
+# Maximum characters of a caption's read and lost parts, and captions of a clip; the rest is only counted.
 MAX_CHARACTERS, MAX_LOST_CHARACTERS, MAX_CAPTIONS = 1500, 400, 6
-# Of a caption in the table of the clips that are not drawn.
+# Maximum characters of a caption in the table of clips without pictures.
 MAX_TABLE_CHARACTERS = 120
 STYLE = """
 :root{--warn:#a3480a}@media(prefers-color-scheme:dark){:root{--warn:#f0a35e}}
@@ -50,10 +50,10 @@ tr:first-child>*{border-top:0}th{color:var(--soft);font-weight:600}
 
 
 def make_page(found: Inspection, name: str) -> str:
-    """Returns the page.
+    """Returns the HTML of the page.
 
     Args:
-        found: what was seen.
+        found: the inspection.
         name: of the run.
     """
     drawn = [seen for seen in found.clips if seen.pictures]
@@ -64,15 +64,15 @@ def make_page(found: Inspection, name: str) -> str:
         content.append(section("Refused", note, _reasons(found.refused)))
     if found.inputs.unused:
         note = "These files of the folder are neither clips nor captions of clips."
-        content.append(section("Not taken", note, _reasons(found.inputs.unused)))
+        content.append(section("Not used", note, _reasons(found.inputs.unused)))
     if drawn:
         clips = "".join(_clip(found, seen) for seen in drawn)
         content.append(section("Clips", _clips_note(len(drawn), len(others)), clips))
     if others:
         content.append(section("More clips", "These were read and cut as well.", _table(found, others)))
     summary = (
-        "What training will see: the frames after turning, scaling and cropping, and the part of each caption that the "
-        "text encoder reads. No model was involved."
+        "What training will see: the frames after rotation, scaling and cropping, and the part of each caption that "
+        "the text encoder reads. No model was involved."
     )
     return document(Head(f"{name}: the data set", summary, _figures(found)), STYLE, "\n".join(content))
 
@@ -88,7 +88,7 @@ def _figures(found: Inspection) -> dict[str, tuple[str, str]]:
         "Stills": (str(num_stills), "pictures, clips of one frame"),
         "Buckets": (str(len({row.bucket for row in rows})), "sizes that the clips have"),
         "Refused": (str(len(found.refused)), "files or clips, listed with the reason"),
-        "Not taken": (str(len(found.inputs.unused)), "other files of the folder"),
+        "Not used": (str(len(found.inputs.unused)), "other files of the folder"),
     }
 
 
@@ -99,7 +99,7 @@ def _duration(seconds: float) -> str:
 
 
 def _advice(found: Inspection) -> str:
-    """The lines that `prepare` will end with, but for those of what is listed here anyway."""
+    """Returns the notes of `prepare`, without those about clips that the page lists."""
     records = [
         describe_kept(seen.clip.row, seen.report, sum(caption.lost_tokens for caption in _captions(found, seen)))
         for seen in found.clips
@@ -121,8 +121,8 @@ def _numbers_note(found: Inspection) -> str:
     if _has_tokens(found):
         return f"The text encoder reads {MAX_TOKENS} tokens of a caption; the rest is struck out below."
     return (
-        "How many tokens the captions have is not known, as the text encoder's tokenizer is not there: "
-        "`mochi-tune weights pull` fetches it."
+        "The number of tokens of the captions is unknown, as the text encoder's tokenizer is missing: "
+        "`mochi-tune weights pull` downloads it."
     )
 
 
@@ -153,7 +153,7 @@ def _clips_note(num_drawn: int, num_others: int) -> str:
     if not num_others:
         return what
     return (
-        f"{num_drawn} of {num_drawn + num_others} clips, those with something to mind first; the others are in the "
+        f"{num_drawn} of {num_drawn + num_others} clips, those with flags first; the others are in the "
         f"table below. {what}"
     )
 
@@ -181,7 +181,7 @@ def _clip(found: Inspection, seen: SeenClip) -> str:
 
 
 def _source(seen: SeenClip) -> str:
-    """The source's frame with what is cut off darkened; its units are pixels of the source."""
+    """Returns an SVG of the source's frame with the cropped parts darkened; its units are pixels of the source."""
     width, height = seen.report["source_width"], seen.report["source_height"]
     left, top, kept_width, kept_height = seen.report["crop"]
     share = 240 / max(width, height)
@@ -196,7 +196,7 @@ def _source(seen: SeenClip) -> str:
 
 
 def window_seconds(found: Inspection, seen: SeenClip) -> tuple[float, float]:
-    """Returns where a clip begins and ends in its video, in seconds from the video's first picture."""
+    """Returns the begin and end of a clip in its video, in seconds from the video's first picture."""
     scan, cut = found.inputs.scans[seen.clip.file.name], seen.clip.cut
     begin = max(seen.report["start_seconds"] - scan.start_seconds, 0.0)
     length = cut.num_frames / (scan.source_fps if cut.frame_rate == "retime" else FPS)
@@ -217,7 +217,7 @@ def _window(found: Inspection, seen: SeenClip) -> str:
 
 def _caption(caption: MeasuredCaption) -> str:
     read, lost = caption.text[: caption.num_read], caption.text[caption.num_read :]
-    # A text from right to left, or one that overrides directions, keeps to itself.
+    # <bdi> isolates text from right to left and direction overrides.
     text = f"<bdi>{_shortened(read, MAX_CHARACTERS)}</bdi>" if read else "<i>no caption</i>"
     if lost:
         text += f'<bdi class="lost">{_shortened(lost, MAX_LOST_CHARACTERS)}</bdi>'
@@ -225,7 +225,7 @@ def _caption(caption: MeasuredCaption) -> str:
     if caption.num_tokens is not None:
         about = f" <small>({caption.num_tokens} tokens)</small>"
     if caption.lost_tokens:
-        about = f" <small>({caption.num_tokens} tokens, of which {caption.lost_tokens} are cut off)</small>"
+        about = f" <small>({caption.num_tokens} tokens, {caption.lost_tokens} of them cut off)</small>"
     return f'<p class="caption">{text}{about}</p>'
 
 
@@ -251,7 +251,7 @@ def _table(found: Inspection, clips: Iterable[SeenClip]) -> str:
         text = caption[:MAX_TABLE_CHARACTERS] + ("…" if len(caption) > MAX_TABLE_CHARACTERS else "")
         flags = ", ".join(flag.text for flag in seen.flags)
         rows.append((seen.clip.row.sample_id, str(seen.clip.row.bucket), f"{begin:.2f} – {end:.2f}", text, flags))
-    return _as_table(("clip", "bucket", "seconds", "caption", "to mind"), rows)
+    return _as_table(("clip", "bucket", "seconds", "caption", "flags"), rows)
 
 
 def _as_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Asks a model of transformers that is in a folder of this machine."""
+"""Runs a vision-language model of transformers from a local folder."""
 
 import io
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from mochi_tune.models.device import find_device
 
 
 class LocalCaptioner:
-    """A model that sees pictures, with its own chat template; it answers one conversation after the other.
+    """A vision-language model with its chat template; answers one conversation at a time.
 
-    Code that lies beside the weights is not run, and nothing is fetched. Weights are read from safetensors alone.
+    Code in the folder is not run, and nothing is downloaded. Weights are read only from safetensors files.
 
     Args:
-        folder: of the model, its processor and its chat template, as `save_pretrained` writes them.
+        folder: of the model, its processor and its chat template, as written by `save_pretrained`.
         device: cpu, cuda or auto.
-        max_tokens: of an answer.
+        max_tokens: maximum tokens of an answer.
     """
 
     def __init__(self, folder: Path, device: str, max_tokens: int) -> None:
@@ -32,14 +32,14 @@ class LocalCaptioner:
         """Loads the model.
 
         Raises:
-            ConfigError: the folder is not there, or its model has no chat template.
-            CheckpointError: it holds no model that sees pictures, or needs code of its own.
+            ConfigError: the folder has no config.json, or its model has no chat template.
+            CheckpointError: it has no vision-language model, or the model needs custom code.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
 
         if not (self.folder / "config.json").is_file():
-            raise ConfigError(f"model={self.folder} holds no config.json: name the folder of a model of transformers.")
+            raise ConfigError(f"model={self.folder} has no config.json: use the folder of a model of transformers.")
         logging.set_verbosity_error()
         rules = {"local_files_only": True, "trust_remote_code": False}
         try:
@@ -47,12 +47,12 @@ class LocalCaptioner:
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 self.folder, dtype="auto", use_safetensors=True, **rules
             )
-        # Each class raises its own: OSError, ValueError, KeyError, the libraries' plain Exception.
+        # Each class raises other exceptions: OSError, ValueError, KeyError, or plain Exception of the libraries.
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"model={self.folder} cannot be loaded as a model that describes pictures ({reason}): use another one, "
-                "or serve it by vLLM and give its address as endpoint=."
+                "or serve it with vLLM and set endpoint= to its address."
             ) from error
         if not getattr(self._processor, "chat_template", None):
             raise ConfigError(f"model={self.folder} has no chat template: use a model that is tuned for chats.")
@@ -61,7 +61,7 @@ class LocalCaptioner:
 
     @torch.no_grad()
     def ask(self, turns: Sequence[Turn], seconds: float) -> Answer:
-        """Answers a conversation; see `Captioner.ask`. What is not written within the time is left out."""
+        """Answers a conversation; see `Captioner.ask`. The answer is cut off after `seconds`."""
         messages = [_as_message(turn) for turn in turns]
         try:
             inputs = self._processor.apply_chat_template(
@@ -76,7 +76,7 @@ class LocalCaptioner:
                 "and image_size=, or a smaller model."
             ) from None
         except (ValueError, IndexError) as error:
-            # Such as a template that takes no pictures, or fewer of them.
+            # For example, the chat template accepts no pictures, or fewer.
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"model={self.folder} refuses the request ({reason})") from error
         ends = self._model.generation_config.eos_token_id

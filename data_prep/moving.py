@@ -1,4 +1,4 @@
-"""Moves clips with their captions to another folder and back, so that a stop in the middle loses nothing."""
+"""Moves clips with their captions to another folder and back; an interruption loses nothing."""
 
 import contextlib
 import csv
@@ -18,10 +18,10 @@ from mochi_tune.files import copy_atomic, file_sha256, fsync, read_text, write_a
 
 @dataclass(frozen=True)
 class Moved:
-    """A row of the table of what was moved: a file, where it lies now, and why.
+    """A row of the table of moved files: original and new path, and the reason.
 
-    The paths are absolute here, and in the table relative to its folder where that is beside them: a project that is
-    moved or copied takes its table along.
+    The paths are absolute here. In the table they are relative if they are in the parent of its folder, so that a
+    project may be moved or copied with its table.
     """
 
     original: str
@@ -34,10 +34,10 @@ COLUMNS = [field.name for field in fields(Moved)]
 
 
 def read_moved(path: Path) -> list[Moved]:
-    """Reads the table; [] where there is none.
+    """Reads the table; [] if it does not exist.
 
     Raises:
-        DataError: it is no such table.
+        DataError: the file is not such a table.
     """
     if not path.exists():
         return []
@@ -63,7 +63,7 @@ def _written(table: Path, row: Moved) -> dict[str, str]:
 
 
 def _append(table: Path, rows: Sequence[Moved]) -> None:
-    """Adds the rows that the table lacks, on disk when it returns."""
+    """Appends the rows that the table lacks, and syncs them to disk."""
     known = set(read_moved(table))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
@@ -77,13 +77,14 @@ def _append(table: Path, rows: Sequence[Moved]) -> None:
 
 
 def files_of_clip(clip: Path) -> list[Path]:
-    """Returns a clip's captions and the clip itself, which comes last; captions that another clip has too stay."""
+    """Returns a clip's caption files, except those shared with another clip, and the clip itself as the last."""
     beside = [path for path in clip.parent.iterdir() if stem_of(path) == stem_of(clip) and path != clip]
     others = [path.stem for path in beside if path.suffix.lower() in MEDIA_SUFFIXES]
     captions = [
         path
         for path in beside
-        # What is spelt as the clip goes with it, and what an accent alone tells from it where no other clip is.
+        # A file with exactly the clip's name belongs to it; one that spells accents differently belongs to it if no
+        # other clip has that name.
         if path.suffix.lower() in SIDECAR_SUFFIXES
         and path.is_file()
         and (clip.stem not in others if path.stem == clip.stem else not others)
@@ -92,31 +93,31 @@ def files_of_clip(clip: Path) -> list[Path]:
 
 
 def move_clip(table: Path, moves: Sequence[tuple[Path, Path]], reason: str) -> None:
-    """Moves a clip's files and adds them to the table; a file beside it says what is being moved until that is done.
+    """Moves a clip's files and adds them to the table; a journal next to it lists the moves until they are done.
 
     Args:
-        table: of what was moved.
-        moves: from where to where, of each file.
+        table: of moved files.
+        moves: original and new path of each file.
         reason: for the table.
 
     Raises:
-        DataError: another file is at the new place; nothing is moved then.
-        OSError: the disk is full, or refuses.
+        DataError: another file is at a new path; then nothing is moved.
+        OSError: writing failed.
     """
     for source, target in moves:
         if target.exists():
-            raise DataError(f"{target}: is there already, so that {source} stays: move it away, or use another move=.")
+            raise DataError(f"{target}: exists already, so {source} was not moved: move it away, or use another move=.")
     rows = [Moved(str(source), str(target), reason) for source, target in moves]
     write_atomic(_pending(table), json.dumps([_written(table, row) for row in rows]).encode(), durable=True)
     finish_moves(table)
 
 
 def finish_moves(table: Path) -> None:
-    """Moves what is being moved: of the clip at hand, or of the one that a stopped run has left.
+    """Finishes the moves in the journal, of the current clip or of a run that was stopped.
 
     Raises:
-        DataError: another file is at the new place.
-        OSError: the disk is full, or refuses.
+        DataError: another file is at a new path, or the journal is damaged.
+        OSError: writing failed.
     """
     pending = _pending(table)
     if not pending.exists():
@@ -139,15 +140,15 @@ def _pending(table: Path) -> Path:
 def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str]]:
     """Moves all files of the table back, clips first.
 
-    The table keeps the rows of files that are neither at their new place nor at the old one, as of a disk that is not
-    mounted. It stays when it has no more, and tells that all is undone.
+    The table keeps the rows of files that are neither at the new nor at the original path, for example on a disk that
+    is not mounted. An empty table is kept, and shows that everything was undone.
 
     Returns:
-        How many files it moved, and where those should be that it has not found.
+        The number of moved files, and the new paths at which files were not found.
 
     Raises:
-        DataError: another file is at the old place; the table is left.
-        OSError: the disk is full, or refuses.
+        DataError: another file is at an original path; the table is not changed.
+        OSError: writing failed.
     """
     count, absent = 0, []
     for row in reversed(rows):
@@ -166,20 +167,20 @@ def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str]]:
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Moves a file to a name that is free, to another file system too.
+    """Moves a file to a new path, also on another file system, and never replaces a file.
 
     Raises:
-        DataError: another file has the name.
-        OSError: the disk is full, or refuses.
+        DataError: another file is at the new path.
+        OSError: writing failed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Unlike a rename, a link never replaces what another process has put there.
+        # Unlike a rename, a link never replaces an existing file.
         os.link(source, target)
     except FileExistsError:
-        # A run was stopped between the two steps.
+        # The same file: an earlier run was stopped before it removed the original.
         if not os.path.samefile(source, target) and file_sha256(source) != file_sha256(target):
-            raise DataError(f"{target}: is there already, so that {source} stays: move one of them away.") from None
+            raise DataError(f"{target}: exists already, so {source} was not moved: move one of them away.") from None
     except OSError as error:
         if target.exists():
             raise
@@ -188,7 +189,7 @@ def move_file(source: Path, target: Path) -> None:
             with contextlib.suppress(OSError):
                 os.utime(target, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
         else:
-            # A file system without hard links.
+            # The file system has no hard links.
             os.rename(source, target)
             return
     fsync(target.parent)

@@ -1,4 +1,4 @@
-"""Which way up a stored picture is shown, by its display matrix."""
+"""The orientation of stored pictures, from their display matrix."""
 
 import struct
 from pathlib import Path
@@ -12,14 +12,14 @@ def read_orientation(path: Path, frame) -> tuple[int, bool]:
     """Returns the degrees counter-clockwise that turn the stored picture upright, and whether it is mirrored.
 
     Raises:
-        DataError: it is turned by something other than a multiple of 90 degrees.
+        DataError: the rotation is not a multiple of 90 degrees.
     """
     matrix = read_matrix(frame)
     if matrix is None:
         return 0, False
     a, b, c, d = matrix
     if min(max(abs(a), abs(d)), max(abs(b), abs(c))) > 0.01 * max(map(abs, matrix)):
-        raise DataError(f"{path}: is turned by {frame.rotation} degrees, not a multiple of 90: re-encode it upright.")
+        raise DataError(f"{path}: is rotated by {frame.rotation} degrees, not a multiple of 90: re-encode it upright.")
     return round(frame.rotation / 90) * 90 % 360, a * d < b * c
 
 
@@ -33,7 +33,7 @@ def read_matrix(frame) -> tuple[int, int, int, int] | None:
 
 
 def turn_upright(image: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """Applies a display matrix's a, b, c, d to a stored picture (H, W, 3): turns by 90 degrees and mirrors."""
+    """Rotates a stored picture (H, W, 3) by multiples of 90 degrees and mirrors it, by its display matrix."""
     if matrix is None:
         return image
     a, b, c, d = matrix

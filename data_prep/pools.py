@@ -1,4 +1,4 @@
-"""Several processes that encode the tasks of one `prepare`: each takes the next task when it has done one."""
+"""Pools of worker processes that encode the tasks of one `prepare`; each takes the next task when it is free."""
 
 import contextlib
 import ctypes
@@ -26,18 +26,18 @@ from mochi_tune.data_prep.watched import delay_interrupts
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.device import find_device
 
-# So many processes may die on one task, one after the other.
+# Number of workers that may die on the same task until the run fails.
 MAX_TRIES = 3
-# After which a task that is in hand is told.
+# Seconds until a task that is still running is reported.
 PATIENCE_SECONDS = 600.0
 
 
 class Named(Protocol):
-    """A task of any kind; it can be sent to other processes."""
+    """A task of any kind; can be pickled."""
 
     @property
     def name(self) -> str:
-        """Of the task, for errors."""
+        """Name of the task, for errors."""
         ...
 
 
@@ -46,16 +46,16 @@ AnyTask = TypeVar("AnyTask", bound=Named)
 
 @dataclass(frozen=True)
 class Death:
-    """A worker is gone, with the task that it had: how."""
+    """The end of a worker that died on its task: how it died."""
 
     how: str
 
 
 class WorkerPool(ABC):
-    """Gives tasks to workers, one at a time, and the next one to whichever is free; tasks of the dead go to others.
+    """Runs tasks on workers, one task per worker at a time. Tasks of workers that died go to others.
 
     Args:
-        count: workers at most.
+        count: maximum number of workers.
     """
 
     def __init__(self, count: int) -> None:
@@ -63,51 +63,51 @@ class WorkerPool(ABC):
         self.patience = PATIENCE_SECONDS
 
     def run(self, tasks: Sequence[AnyTask], update: Callable[[int], object]) -> Iterator[tuple[AnyTask, list[str]]]:
-        """Yields each task when what it encodes is on disk, in any order, with what `Worker.run` returns.
+        """Yields each task when its results are on disk, in any order, with the result of `Worker.run`.
 
         Args:
             tasks: all of one kind.
-            update: called with the number of clips or captions that were done.
+            update: called with the number of finished clips or captions.
 
         Raises:
-            MochiTuneError: a worker's own error; or ParallelError, several workers have died on one task.
-            OSError: a worker's.
+            MochiTuneError: raised by a worker; or ParallelError: several workers died on one task.
+            OSError: raised by a worker.
         """
         waiting: deque[AnyTask] = deque(tasks)
-        in_hand: dict[int, AnyTask] = {}
+        running: dict[int, AnyTask] = {}
         ahead: dict[int, AnyTask] = {}
         deaths: Counter[int] = Counter()
         begun: dict[int, float] = {}
 
-        def give(slot: int) -> None:
+        def assign(slot: int) -> None:
             task = ahead.pop(slot, None) or (waiting.popleft() if waiting else None)
             if task is not None:
-                # Not of the last ones: a slow worker would keep one that others have time for.
+                # None of the last tasks: a slow worker would hold one while others are idle.
                 if len(waiting) > self.count and isinstance(waiting[0], ClipTask):
                     ahead[slot] = waiting.popleft()
-                in_hand[slot], begun[slot] = task, time.monotonic()
+                running[slot], begun[slot] = task, time.monotonic()
                 self._submit(slot, task, ahead.get(slot))
 
         for slot in range(min(self.count, len(waiting))):
-            give(slot)
-        while in_hand:
+            assign(slot)
+        while running:
             answer = self._wait(self.patience)
             for slot, since in list(begun.items()):
                 if time.monotonic() - since >= self.patience and (answer is None or slot != answer[0]):
                     minutes = f"{self.patience / 60:.0f} minutes"
-                    tqdm.write(f"{in_hand[slot].name} has been in hand for {minutes}, by {self._name_of(slot)}")
+                    tqdm.write(f"{running[slot].name} has been running for {minutes} in {self._name_of(slot)}")
                     del begun[slot]
             if answer is None:
                 continue
             slot, outcome = answer
-            task = in_hand.pop(slot)
+            task = running.pop(slot)
             begun.pop(slot, None)
             if isinstance(outcome, Death):
                 deaths[id(task)] += 1
                 if deaths[id(task)] == MAX_TRIES:
                     raise ParallelError(
-                        f"{MAX_TRIES} workers died on {task.name}, the last one was {outcome.how}: if memory ran out, "
-                        "use fewer parallel.num_processes; if not, remove it. The same command goes on from here."
+                        f"{MAX_TRIES} workers died on {task.name}; the last one: {outcome.how}. If memory ran out, "
+                        "lower parallel.num_processes; else remove the file. The same command continues from here."
                     )
                 waiting.appendleft(task)
             elif isinstance(outcome, BaseException):
@@ -115,34 +115,34 @@ class WorkerPool(ABC):
             else:
                 update(len(outcome) or 1)
                 yield task, outcome
-            give(slot)
+            assign(slot)
 
     def __enter__(self) -> "WorkerPool":
         return self
 
     @abstractmethod
     def __exit__(self, *_: object) -> None:
-        """Ends the workers, whatever they are doing."""
+        """Ends the workers, also in the middle of a task."""
 
     @abstractmethod
     def _submit(self, slot: int, task: Any, ahead: Any) -> None:
-        """Gives a task to a worker, which is started where there is none."""
+        """Sends a task to a worker, and starts the worker if necessary."""
 
     @abstractmethod
     def _wait(self, seconds: float) -> tuple[int, list[str] | Exception | Death] | None:
-        """Waits for any worker; returns its number, and what `Worker.run` returned or raised; None after so long."""
+        """Waits for any worker; returns its slot and the result or error of `Worker.run`, or None after `seconds`."""
 
     def _name_of(self, slot: int) -> str:
-        """Returns what a person may call a worker."""
+        """Returns the name of a worker, for messages."""
         return f"worker {slot}"
 
 
 class ProcessPool(WorkerPool):
-    """Workers that are processes on this machine, one a GPU; a context manager.
+    """Workers that are processes on this machine, one per GPU; a context manager.
 
     Args:
-        settings: of the run.
-        count: processes.
+        settings: of the workers.
+        count: maximum number of processes.
     """
 
     def __init__(self, settings: WorkerSettings, count: int) -> None:
@@ -154,14 +154,14 @@ class ProcessPool(WorkerPool):
         for worker in self._workers.values():
             worker[1].close()
         for process, _connection in self._workers.values():
-            # One that has nothing to do ends by itself then, and in order.
+            # An idle worker exits by itself when its connection is closed.
             process.join(5 if kind is None else 0)
             process.kill()
             process.join(5)
 
     def _submit(self, slot: int, task: Any, ahead: Any) -> None:
         if slot not in self._workers:
-            # Spawned, not forked: that works beside CUDA and threads.
+            # Spawned, not forked, which works with CUDA and threads.
             context = multiprocessing.get_context("spawn")
             ours, theirs = context.Pipe()
             arguments = (theirs, self._settings, slot, os.getpid())
@@ -170,12 +170,12 @@ class ProcessPool(WorkerPool):
                 process.start()
                 theirs.close()
                 self._workers[slot] = process, ours
-        # If it has just died, the missing answer will say so.
+        # If the worker has just died, `_wait` reports it.
         with contextlib.suppress(ConnectionError):
             self._workers[slot][1].send((task, ahead))
 
     def _name_of(self, slot: int) -> str:
-        return f"process {self._workers[slot][0].pid}; if that is killed, another one takes it"
+        return f"process {self._workers[slot][0].pid}; kill it to run the task again in another one"
 
     def _wait(self, seconds: float) -> tuple[int, list[str] | Exception | Death] | None:
         answered = wait([connection for _, connection in self._workers.values()], seconds)
@@ -196,7 +196,7 @@ class ProcessPool(WorkerPool):
 
 
 def _serve(connection: Connection, settings: WorkerSettings, slot: int, parent: int) -> None:
-    """Runs in a worker: does one task after the other until the main process hangs up."""
+    """Runs in a worker: runs one task after the other until the main process closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -214,11 +214,11 @@ def _serve(connection: Connection, settings: WorkerSettings, slot: int, parent: 
 
 
 def make_worker(settings: WorkerSettings, decoder: ClipDecoder) -> Worker:
-    """Returns the worker of a process that is not the main one."""
-    # As in the main process: kernels that torchao was built without are no news.
+    """Builds the worker of a process other than the main one."""
+    # As in the main process: torchao's warnings about missing kernels do not matter here.
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # tqdm's own lock is for several processes: its semaphore stays, and Python warns of it, when this one is killed.
+    # tqdm's default lock has a semaphore, which leaks with a warning when this process is killed.
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(settings.num_threads)
     find_device(settings.device)
@@ -226,7 +226,7 @@ def make_worker(settings: WorkerSettings, decoder: ClipDecoder) -> Worker:
 
 
 def run_caught(worker: Worker, task: Task, ahead: Task | None) -> list[str] | Exception:
-    """Runs a task until it is on disk; returns what it raises, for the main process to raise."""
+    """Runs a task until its results are on disk; returns an exception, for the main process to raise."""
     try:
         refused = worker.run(task, ahead)
         worker.finish()

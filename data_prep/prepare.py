@@ -1,6 +1,6 @@
 """`mochi-tune prepare`: encodes folders of videos and captions into the cache that training reads.
 
-It may be run again at any time: it finds what is encoded already by a hash of all that the encoding depends on.
+It can run again at any time. A hash of everything that an encoding depends on finds what is encoded already.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from mochi_tune.weights.folder import WeightsFolder
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of a run: clips kept and inputs refused, clips and captions encoded now, the cache's size."""
+    """The result of a run: clips kept, inputs refused, clips and captions encoded now, the cache's size and buckets."""
 
     kept: int
     refused: int
@@ -43,10 +43,10 @@ class Prepared:
 
 
 def main(config: RunConfig) -> int:
-    """Prepares the cache, or a share of what it needs, and writes a summary line.
+    """Prepares the cache, or a share of it, and writes a summary line.
 
     Returns:
-        The exit code: 0, or 1 when a clip was refused; the cache then holds the others.
+        The exit code: 0, or 1 if clips were refused; the cache then holds the others.
 
     Raises:
         MochiTuneError: As `prepare`.
@@ -71,24 +71,24 @@ def main(config: RunConfig) -> int:
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Brings the cache up to date with the videos, the captions and the settings; encodes only what is missing.
+    """Updates the cache to the videos, the captions and the settings; encodes only what is missing.
 
-    With parallel.shard=3/16 it encodes a share of that and makes no cache; with merge it makes the cache of all shares.
+    With parallel.shard=3/16 it encodes that share and commits no cache; with merge it commits the cache of all shares.
 
     Raises:
-        DataError: No clips, a clip without a caption, none that can be used, or a model that gave NaN or infinity.
-        CheckpointError: Weights that are missing or of another model.
-        ConfigError: The device is not there.
-        ParallelError: A Ray cluster that does not fit, or workers that die again and again.
+        DataError: There are no clips, no usable clips, or clips without a caption; or a model returned NaN or infinity.
+        CheckpointError: Weights are missing or belong to another model.
+        ConfigError: The device is not available.
+        ParallelError: The Ray cluster does not fit, or workers die repeatedly.
     """
     data, weights, share = config.data, WeightsFolder(weights_paths(config)), _share(config)
     device, folder = find_device(config.device), Path(data.cache)
     if overlapping := [source.folder for source in read_sources(data) if source.folder.resolve() == folder.resolve()]:
-        raise ConfigError(f"data.cache={folder} is the folder of the videos, {overlapping[0]}: use one of its own.")
+        raise ConfigError(f"data.cache={folder} is the folder of the videos, {overlapping[0]}: use another folder.")
     if data.preview:
         check_preview_folder(Path(data.preview), [source.folder for source in read_sources(data)])
         if config.parallel.shard is not None:
-            raise ConfigError("data.preview does not fit parallel.shard, which sees a part of the clips: leave it out.")
+            raise ConfigError("data.preview does not work with parallel.shard: leave it out.")
     inputs = find_inputs(data, config.seed)
     if share is not None:
         keep_share(inputs, share)
@@ -105,7 +105,7 @@ def prepare(config: RunConfig) -> Prepared:
                 clips_encoded, bad = 0, merge_shares(cache, inputs.clips, settings)
             else:
                 clips_encoded, bad = _encode_clips(cache, inputs, decoder, workers, data.preview)
-            # Captions come second: those of refused clips are not encoded, as no row of the cache would hold them.
+            # After the clips, because captions of refused clips are not needed.
             kept = [clip.row for clip in inputs.clips if clip.row.sample_id not in bad]
             captions_encoded = _encode_captions(cache, kept, workers)
         done = Prepared(len(kept), len(inputs.refused) + len(bad), clips_encoded, captions_encoded, 0, "")
@@ -142,14 +142,14 @@ def _cache_settings(config: RunConfig, weights: WeightsFolder) -> CacheSettings:
 
 
 def _share(config: RunConfig) -> Share | None:
-    """Returns the share that this run encodes; None: all, or it merges."""
+    """Returns the share that this run encodes; None if it encodes everything or merges."""
     return None if config.parallel.shard in (None, "merge") else Share.parse(config.parallel.shard)
 
 
 def _open_workers(
     config: RunConfig, settings: CacheSettings, cache: CacheWriter, decoder: ClipDecoder, device: torch.device
 ) -> "WorkHere | WorkerPool":
-    """Returns what encodes: this process, several ones, or those of a Ray cluster."""
+    """Returns the workers: this process, several processes, or actors of a Ray cluster."""
     parallel = config.parallel
     worker_settings = WorkerSettings(
         weights=weights_paths(config),
@@ -173,10 +173,10 @@ def _encode_clips(
 ) -> tuple[int, dict[str, str]]:
     """Encodes the clips that the cache lacks; returns their number, and the reason for each sample_id that failed."""
     tasks, num_encoded = _clip_tasks(cache, inputs, preview), 0
-    # By key, with the file that was read.
+    # Reason and path of the file that was read, by clip_key.
     bad: dict[str, tuple[str, str]] = {}
     if isinstance(workers, WorkerPool):
-        # Each worker has its own.
+        # Each worker has its own decoder.
         decoder.close()
     total = sum(len(task.clips) for task in tasks)
     with tqdm(total=total, desc="clips", unit="clip", disable=not tasks) as bar:
@@ -192,24 +192,24 @@ def _encode_clips(
     for clip in inputs.clips:
         if clip.row.clip_key in bad:
             reason, path = bad[clip.row.clip_key]
-            # Another file may have the same bytes.
+            # The file that was read may be a copy of this one: name this one.
             refused[clip.row.sample_id] = reason.replace(printable(path), printable(str(clip.file.path)), 1)
     return num_encoded, refused
 
 
 def _clip_tasks(cache: CacheWriter, inputs: Inputs, preview: str | None) -> list[ClipTask]:
-    """Returns what is to be decoded, by file."""
+    """Returns one task for each file with clips to decode."""
     previews: dict[str, Path] = {}
     if preview:
         paths = preview_paths(Path(preview), [(clip.file.name, clip.row.start) for clip in inputs.clips])
         previews = {clip.row.sample_id: path for clip, path in zip(inputs.clips, paths, strict=True)}
-    # By name: a folder may lie in another one, and both be sources.
+    # By name, not by path: a source's folder may be inside another source's.
     wanted, keys = {}, set()
     for clip in inputs.clips:
-        # Two files with the same bytes have the same keys, and are encoded once.
+        # Files with the same bytes have the same keys, and are encoded once.
         is_missing = clip.row.clip_key not in keys and not cache.has_latents(clip.row.clip_key)
         keys.add(clip.row.clip_key)
-        # A preview of an earlier run may be of other settings.
+        # Previews are always written again: those of an earlier run may have other settings.
         if is_missing or previews:
             wanted.setdefault(clip.file.name, []).append((clip, is_missing, previews.get(clip.row.sample_id)))
     return [
@@ -219,7 +219,7 @@ def _clip_tasks(cache: CacheWriter, inputs: Inputs, preview: str | None) -> list
 
 
 def _encode_captions(cache: CacheWriter, rows: Sequence[Row], workers: "WorkHere | WorkerPool") -> int:
-    """Encodes the captions that the cache lacks, each text once; returns how many."""
+    """Encodes the captions that the cache lacks, each text once; returns their number."""
     missing: dict[str, CaptionTask] = {}
     for row in rows:
         for key, caption in zip(row.text_keys, row.captions, strict=True):
@@ -233,7 +233,7 @@ def _encode_captions(cache: CacheWriter, rows: Sequence[Row], workers: "WorkHere
 
 
 def _lost_tails(cache: CacheWriter, rows: Sequence[Row], weights: WeightsFolder) -> dict[str, str]:
-    """Returns the end of each caption that is longer than what the text encoder reads, by caption."""
+    """Returns the truncated end of each caption that is too long for the text encoder, by caption."""
     pairs = ((key, text) for row in rows for key, text in zip(row.text_keys, row.captions, strict=True))
     cut = {text for key, text in pairs if len(set(cache.token_counts(key))) > 1}
     tokenizer = weights.load_tokenizer() if cut else None

@@ -1,4 +1,4 @@
-"""Writes clips as the VAE gets them, frame for frame, for people and scripts to look at."""
+"""Writes the exact frames of clips that the VAE gets to video files, for inspection."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from mochi_tune.errors import ConfigError, printable
 from mochi_tune.files import temporary_file
 from mochi_tune.models.latents import FPS
 
-# In the file's metadata, by the name that Matroska gives it.
+# Marks previews in the file's metadata; Matroska stores the field under this name.
 MARK, MARKED_BY = "mochi-tune preview", "COMMENT"
 
 
 def preview_paths(folder: Path, clips: Sequence[tuple[str, int]]) -> list[Path]:
-    """Returns the file of each clip: its video's path as .mkv, with the clip's @START where it is not the first.
+    """Returns the file of each clip: its video's path as .mkv, with @START unless the clip starts at frame 0.
 
-    Two videos that differ in their suffix alone keep it, as in a.mp4.mkv.
+    Videos that differ only in their suffix keep it, as in a.mp4.mkv.
 
     Args:
         folder: of the previews.
@@ -38,26 +38,26 @@ def check_preview_folder(folder: Path, sources: Sequence[Path]) -> None:
     """Refuses a folder of previews that overlaps with a folder of videos.
 
     Raises:
-        ConfigError: previews would be trained on, or take the place of videos.
+        ConfigError: they overlap, so that previews would be trained on or replace videos.
     """
     for source in sources:
         ours, theirs = folder.resolve(), source.resolve()
         if ours == theirs or ours in theirs.parents or theirs in ours.parents:
             raise ConfigError(
                 f"data.preview={folder} overlaps with the videos in {source}, which would be overwritten or trained "
-                "on: use a folder of its own."
+                "on: use another folder."
             )
 
 
 def write_preview(path: Path, frames: Tensor) -> None:
-    """Writes uint8 frames (F, H, W, 3) as lossless FFV1 in RGB at 30 fps; the file appears when it is complete.
+    """Writes uint8 frames (F, H, W, 3) as lossless FFV1 in RGB at 30 fps, atomically.
 
-    It takes the place of another preview; any other file of the name stays, and is told.
+    It replaces an earlier preview. Any other file of that name is kept, with a warning.
     """
     import av
 
     if path.exists() and not _is_preview(path):
-        tqdm.write(printable(f"no preview is written: {path} is there and has no mark of one: move it away"))
+        tqdm.write(printable(f"no preview was written: {path} exists and is not a preview: move it away"))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(path) as temporary:
@@ -83,5 +83,5 @@ def _is_preview(path: Path) -> bool:
         with av.open(str(path), metadata_errors="replace") as container:
             return container.metadata.get(MARKED_BY) == MARK
     except (FFmpegError, OSError):
-        # It is no video, or not to be read: so it is no preview either.
+        # Not a readable video, so not a preview.
         return False

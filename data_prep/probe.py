@@ -1,4 +1,4 @@
-"""Reads what a video or still is: its size, times and colours, by its packets and its first picture."""
+"""Reads the properties of a video or still from its packets and first picture: size, times and colours."""
 
 import math
 import struct
@@ -20,44 +20,44 @@ from mochi_tune.data_prep.timeline import Clock, frame_number
 from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
 
-# A larger picture is refused before memory is taken for it; 8K has 33 million.
+# Maximum pixels of a picture; larger ones are refused before memory is allocated. 8K has 33 million.
 MAX_PIXELS = 64_000_000
-# The codecs refuse it too, when a picture is larger than the header says.
+# Makes the codecs refuse pictures that are larger than the header says.
 CODEC_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
-# Formats of recordings that may begin anywhere, and whose clock may jump forward.
+# Formats of recordings that may begin inside a group of pictures, and whose clock may jump forward.
 CUT_FORMATS = ("mpegts", "mpeg")
-# Pixels further from square than this are an error of the header.
+# Maximum aspect ratio of a pixel; a larger one is an error in the header.
 MAX_PIXEL_ASPECT = 8
-# Gaps between frames that lie so near their mean, as a share and in seconds, are a constant rate; Matroska rounds
-# times to the millisecond.
+# Maximum deviation of frame intervals from their mean at a constant rate: as a share, plus seconds for Matroska, which
+# rounds times to the millisecond.
 RATE_TOLERANCE, ROUNDING = 0.1, 0.0021
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a file holds, in plain values.
+    """Properties of a file, as plain values.
 
     Attributes:
-        width: pixels of the upright picture, were its pixels square.
-        height: of the same.
-        num_frames: frames that it gives at 30 fps when it is resampled.
-        num_source_frames: pictures that it holds.
-        source_seconds: from the first picture's begin to the last one's end.
-        source_fps: pictures a second on average.
-        start_seconds: the first picture's time as stored.
-        is_still: it is a picture, not a video; it has one frame.
-        is_constant_rate: all pictures are shown equally long.
-        is_30_fps: at 30 fps each picture is exactly one frame.
+        width: of the upright picture, in square pixels.
+        height: of the upright picture, in square pixels.
+        num_frames: number of frames when it is resampled to 30 fps.
+        num_source_frames: number of pictures.
+        source_seconds: from the begin of the first picture to the end of the last one.
+        source_fps: mean number of pictures per second.
+        start_seconds: stored time of the first picture.
+        is_still: whether it is a still picture, not a video.
+        is_constant_rate: whether all pictures have the same duration.
+        is_30_fps: whether each picture is exactly one frame at 30 fps.
         rotation: degrees counter-clockwise that turn the stored picture upright.
-        is_mirrored: the stored picture is shown mirrored.
-        pixel_aspect: width to height of one stored pixel.
-        is_interlaced: the first picture is made of two fields.
-        hdr: the name of its HDR transfer function; "" for SDR.
-        color_matrix: "BT.709", "BT.601 (assumed)"; "(assumed)" where the file does not tell.
-        has_discontinuity: its clock jumps, as in joined recordings.
-        codec: the decoder's name; "" for a still.
-        container: the format's name; "" for a still.
-        has_profile: it is a picture with a colour profile that is not sRGB's.
+        is_mirrored: whether the stored picture is displayed mirrored.
+        pixel_aspect: width / height of a stored pixel.
+        is_interlaced: whether the first picture is interlaced.
+        hdr: name of the HDR transfer function; "" for SDR.
+        color_matrix: such as "BT.709" or "BT.601 (assumed)", which the file does not state.
+        has_discontinuity: whether its clock jumps, as in joined recordings.
+        codec: name of the decoder; "" for a still.
+        container: name of the format; "" for a still.
+        has_profile: whether it is a picture with a colour profile other than sRGB.
     """
 
     width: int
@@ -82,27 +82,27 @@ class Scan:
     has_profile: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the values as a dict that JSON can hold."""
+        """Returns JSON values."""
         return asdict(self)
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Scan":
-        """Returns the scan that `to_json` made the values of."""
+        """Builds a scan from the result of `to_json`."""
         return Scan(**values)
 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """A scan with what only decoding needs.
+    """The properties of a file with the times of its pictures, which decoding needs.
 
     Attributes:
-        scan: the plain values.
-        second: ticks of a second.
-        ticks: when each picture that can be decoded is shown, ascending; empty for a still.
-        end_tick: when the last one ends.
-        key_ticks: of those pictures at which decoding may begin.
-        period: seconds that a picture is shown when the file does not tell.
-        may_jump: its format's clock may jump forward.
+        scan: the properties.
+        second: ticks per second.
+        ticks: time of each picture that can be decoded, ascending.
+        end_tick: end of the last picture.
+        key_ticks: times of the keyframes, at which decoding may begin.
+        period: seconds that a picture is shown if the file does not state it.
+        may_jump: whether the clock of the format may jump forward.
     """
 
     scan: Scan
@@ -114,25 +114,26 @@ class VideoIndex:
     may_jump: bool = False
 
     def time(self, number: int) -> Fraction:
-        """Returns when a picture is shown, in seconds."""
+        """Returns the time of a picture, in seconds."""
         return Fraction(self.ticks[number], self.second)
 
     def picture_at(self, time: Fraction) -> int:
-        """Returns the number of the picture that has begun last at a time."""
+        """Returns the number of the picture that is shown at a time in seconds."""
         return max(bisect_right(self.ticks, time * self.second) - 1, 0)
 
 
 def scan_video(path: Path) -> Scan:
-    """Reads a video's or still's properties; of a video it reads all packets and decodes the first picture.
+    """Reads the properties of a video or still; reads all packets of a video and decodes its first picture.
 
     Raises:
-        DataError: the file is unreadable, truncated, without pictures, too large, or displayed askew.
+        DataError: the file is unreadable, truncated, without pictures, too large, or not rotated by a multiple of 90
+            degrees.
     """
     return read_index(path).scan
 
 
 def read_index(path: Path) -> VideoIndex:
-    """Reads what `cut_clips` needs to know of a file.
+    """Reads the properties of a file and the times of its pictures.
 
     Raises:
         DataError: as `scan_video`.
@@ -152,7 +153,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Opens a file with PyAV; yields the container and its video stream.
 
     Raises:
-        DataError: the file is empty, is no video, or breaks off while it is read.
+        DataError: the file is empty, is not a video, or cannot be read to its end.
     """
     import av
     from av.error import FFmpegError
@@ -165,9 +166,9 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.best("video")
             if stream is None:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-                raise DataError(f"{path}: holds no video stream, only {kinds}: remove it.")
+                raise DataError(f"{path}: has no video stream, only {kinds}: remove it.")
             if stream.codec_context is None:
-                raise DataError(f"{path}: has a codec that is not known: re-encode it as H.264.")
+                raise DataError(f"{path}: has an unknown codec: re-encode it as H.264.")
             assert isinstance(stream, VideoStream)
             _check_pixels(path, stream.codec_context.width, stream.codec_context.height)
             stream.codec_context.options = CODEC_OPTIONS
@@ -175,7 +176,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     except (FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         if error.errno == EINVAL:
-            # What the codec says when a picture is over the limit.
+            # The error of the codec when a picture exceeds the limit.
             reason += f"; pictures of more than {MAX_PIXELS // 10**6} million pixels are not read"
         raise DataError(
             f"{path}: cannot be read as a video ({reason}): it is damaged or cut short; copy it again or remove it."
@@ -186,12 +187,12 @@ def _check_pixels(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{path}: has pictures of {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million: its header is "
-            "damaged, or scale it down first."
+            "damaged, or it must be scaled down."
         )
 
 
 class _Packet(NamedTuple):
-    """A coded picture: when it is decoded and shown, in the stream's units, and whether decoding may begin at it."""
+    """A coded picture: its decoding and display times in the stream's units, and whether decoding may begin at it."""
 
     order: int | None
     time: int | None
@@ -204,14 +205,14 @@ def _read_stream(path: Path, container, stream) -> VideoIndex:
     may_jump = container.format.name in CUT_FORMATS
     rate = stream.guessed_rate or stream.average_rate
     period = 1 / Fraction(rate) if rate else Fraction(1, FPS)
-    # Ticks of which both the stream's unit and the period are a whole number.
+    # Both the stream's unit and the period are a whole number of ticks.
     second = math.lcm(stream.time_base.denominator, period.denominator)
     unit = int(stream.time_base * second)
     ticks, keys, clock = _order(packets, unit, Clock(int(period * second), may_jump, second))
-    # AVI stores no times of display, so that this one is a guess.
+    # AVI stores no display times; PyAV only guesses this one.
     if first.pts is not None and container.format.name != "avi":
         begin = bisect_left(ticks, int(first.pts * first.time_base * second))
-        # Pictures before it are of an open group whose begin was cut off: no one can decode them.
+        # Earlier pictures belong to an open group whose beginning is missing, and cannot be decoded.
         ticks = ticks[begin:] or ticks
     missing = _missing_part(path, container, stream, len(packets), float(clock.end / second))
     if missing:
@@ -224,14 +225,14 @@ def _read_stream(path: Path, container, stream) -> VideoIndex:
 
 
 def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
-    """Returns all packets that are displayed and the first frame, decoded."""
+    """Returns all packets that are displayed, and the first decoded frame."""
     packets, first, has_key = [], None, container.format.name not in CUT_FORMATS
     has_pts = container.format.name != "avi"
     for packet in container.demux(stream):
         has_key = has_key or packet.is_keyframe
         if first is None:
             first = next(iter(decode_packet(path, packet, has_key, 0.0)), None)
-        # A packet outside the edit list is needed to decode the others but is never displayed.
+        # Packets outside the edit list are needed for decoding but never displayed.
         if packet.size and not packet.is_discard and not _is_hidden(stream.codec_context.name, packet):
             time = packet.pts if has_pts and packet.pts is not None else packet.dts
             packets.append(_Packet(packet.dts, time, packet.duration or 0, packet.is_keyframe))
@@ -241,14 +242,14 @@ def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
 
 
 def decode_packet(path: Path, packet, has_key: bool, seconds: float) -> list[Any]:
-    """Returns the frames that the decoder gives for a packet.
+    """Returns the frames that the decoder returns for a packet.
 
     Args:
         path: for messages.
         packet: of a video stream.
-        has_key: it is a keyframe, or one came before it. A recording may begin in the middle of a group, which is not
-            damage: decoding begins behind that.
-        seconds: the time of the last frame before it, for messages.
+        has_key: whether it or an earlier packet is a keyframe. A recording may begin inside a group of pictures, which
+            is not damage: decoding begins after that group.
+        seconds: time of the previous frame, for messages.
 
     Raises:
         DataError: the packet is damaged.
@@ -261,29 +262,29 @@ def decode_packet(path: Path, packet, has_key: bool, seconds: float) -> list[Any
         if not has_key:
             return []
         raise DataError(
-            f"{path}: cannot be decoded behind {seconds:.2f} s (codec {packet.stream.codec_context.name}): it is "
+            f"{path}: cannot be decoded after {seconds:.2f} s (codec {packet.stream.codec_context.name}): it is "
             "damaged; copy it again, cut it there, or remove it."
         ) from error
 
 
 def _is_hidden(codec: str, packet) -> bool:
-    """Whether a packet of VP8 is a reference that is never shown. Source: RFC 6386, section 9.1, show_frame."""
+    """Whether a packet of VP8 is a reference frame that is never shown. Source: RFC 6386, section 9.1, show_frame."""
     return codec == "vp8" and not bytes(packet)[0] & 0x10
 
 
 def _order(packets: list[_Packet], unit: int, clock: Clock) -> tuple[list[int], list[int], Clock]:
-    """Returns the ticks of all pictures in the order of display, those of the keyframes, and the clock at the end.
+    """Returns the ticks of all pictures in display order, the ticks of the keyframes, and the clock at the end.
 
     Args:
-        packets: in the order of decoding.
-        unit: ticks of one of the stream's units.
-        clock: at its begin.
+        packets: in decoding order.
+        unit: ticks per unit of the stream.
+        clock: at its start.
     """
     runs: list[list[_Packet]] = []
     orders = copy(clock)
     for packet in packets:
         before = orders.shift
-        # Matroska does not tell the order of the first ones.
+        # Matroska has no decoding times for the first packets.
         if packet.order is not None:
             orders.read(packet.order * unit, packet.duration * unit)
         if not runs or orders.shift != before:
@@ -301,13 +302,13 @@ def _order(packets: list[_Packet], unit: int, clock: Clock) -> tuple[list[int], 
 
 
 def _count(scan: Scan, video: VideoIndex) -> Scan:
-    """Returns the scan with what the times of its pictures tell."""
+    """Returns the scan with the properties that follow from the times of the pictures."""
     ticks, second = video.ticks, video.second
     duration = video.end_tick - ticks[0]
     gaps = [(after - before) / second for before, after in pairwise(ticks)]
     mean = (ticks[-1] - ticks[0]) / second / len(gaps) if gaps else (video.end_tick - ticks[-1]) / second
     num_frames = max(1, frame_number(Fraction(duration, second)))
-    # `frame_number` of each, in whole numbers.
+    # `frame_number` of each picture, in integers.
     begins = [(2 * FPS * (tick - ticks[0]) + second) // (2 * second) for tick in ticks]
     return replace(
         scan,
@@ -322,11 +323,11 @@ def _count(scan: Scan, video: VideoIndex) -> Scan:
 
 
 def _describe(path: Path, container, stream, first) -> Scan:
-    """Returns the scan of a video by its header and first picture, its times not yet counted."""
+    """Returns the scan of a video from its header and first picture, without the properties that need its times."""
     rotation, is_mirrored = read_orientation(path, first)
     aspect = Fraction(stream.sample_aspect_ratio or 1)
     if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
-        raise DataError(f"{path}: has pixels of {aspect} times their height, which cannot be right: re-encode it.")
+        raise DataError(f"{path}: has pixels {aspect} times as wide as high, which cannot be right: re-encode it.")
     width, height = round(first.width * aspect), first.height
     if rotation % 180:
         width, height = height, width
@@ -353,12 +354,12 @@ def _index_animation(still: StillSize) -> VideoIndex:
 
 
 def _missing_part(path: Path, container, stream, num_packets: int, end: float) -> str:
-    """Describes what the container announces but does not hold; "" if nothing is missing."""
+    """Describes what is missing compared with the container's header; "" if nothing is."""
     if "mp4" in container.format.name:
         missing = _missing_bytes(path)
         return f"{missing} bytes are missing" if missing else ""
     if stream.frames > num_packets:
-        return f"its header lists {stream.frames} frames and it holds {num_packets}"
+        return f"its header lists {stream.frames} frames and it has {num_packets}"
     announced = stream.metadata.get("DURATION")
     if announced:
         hours, minutes, seconds = announced.split(":")
@@ -369,9 +370,9 @@ def _missing_part(path: Path, container, stream, num_packets: int, end: float) -
 
 
 def _missing_bytes(path: Path) -> int:
-    """Counts the bytes by which the boxes of an MP4 file reach beyond its end.
+    """Returns the number of bytes by which the boxes of an MP4 file exceed its end.
 
-    Its number of frames does not show that: an edit list may rightly hide some of them.
+    The number of frames does not show that: an edit list may hide some of them.
     """
     size, position = path.stat().st_size, 0
     with path.open("rb") as file:
@@ -379,7 +380,7 @@ def _missing_bytes(path: Path) -> int:
             file.seek(position)
             length, kind, long_length = struct.unpack(">I4sQ", file.read(16))
             length = long_length if length == 1 else length
-            # 0 means "to the end"; anything else that small is no box but trailing bytes.
+            # 0 means "to the end"; other values below 8 are trailing bytes, not a box.
             if length < 8:
                 return 0
             position += length

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster, one started here or one that is there: those of a `prepare`, or of a farm of `sample`."""
+"""Workers on a Ray cluster, started here or already running, for `prepare` and for `sample` of many videos."""
 
 import logging
 import os
@@ -15,34 +15,34 @@ from mochi_tune.data_prep.pools import MAX_TRIES, Death, WorkerPool, make_worker
 from mochi_tune.data_prep.tasks import Task, WorkerSettings
 from mochi_tune.errors import ConfigError, ParallelError
 
-# How long an address has to answer.
+# Seconds until an address must accept a connection.
 CONNECT_SECONDS = 10.0
-# For a machine of a cluster to start a process and import this.
+# Seconds for a machine of the cluster to start a process and import this module.
 START_SECONDS = 300.0
-# A wait without any answer is told after this.
+# Seconds without any result until that is reported.
 QUIET_SECONDS = 60.0
-# Results are a few words; the encoded tensors go straight to the disk.
+# Size of Ray's object store. Results are small: workers write encoded tensors to the disk.
 STORE_BYTES = 100 * 2**20
 
 
 class PoolSettings(Protocol):
-    """What the workers of a pool are told."""
+    """Settings of the workers of a pool."""
 
     @property
     def device(self) -> str:
-        """Of each worker, cpu or cuda."""
+        """Device of each worker, cpu or cuda."""
         ...
 
 
 class RayPool(WorkerPool):
-    """Workers that are actors of a Ray cluster, one a GPU or a CPU; a context manager.
+    """Workers that are actors of a Ray cluster, one per GPU or CPU; a context manager.
 
-    Ray starts a worker again that was killed, on another machine if need be, and gives it its task again. All machines
-    see the files of the run under the same paths.
+    Ray restarts a worker that was killed, on another machine if necessary, and runs its task again. All machines must
+    have the files of the run under the same paths.
 
     Args:
-        settings: of the run.
-        count: workers.
+        settings: of the workers.
+        count: number of workers.
         address: "auto", HOST:PORT or ray://HOST:PORT; None starts a cluster on this machine.
         worker: class of the actors: built from the settings and the working directory, with a method `run` as that of
             `RayWorker`.
@@ -94,28 +94,28 @@ class RayPool(WorkerPool):
                 # "... cannot exceed 107 bytes: TMPDIR/ray/session_DATE/sockets/NAME"
                 folder = str(error).rpartition(": ")[2].partition("/ray/session_")[0]
                 raise ParallelError(
-                    f"Ray makes sockets in its folder of temporary files, {folder}, whose name is too long for that: "
-                    "set TMPDIR, and RAY_TMPDIR where it is set, to a short one, for example TMPDIR=/tmp."
+                    f"Ray makes sockets in its folder of temporary files, {folder}, whose path is too long for that: "
+                    "set TMPDIR, and RAY_TMPDIR if it is set, to a short path, for example TMPDIR=/tmp."
                 ) from None
             return
         host, _, port = self._address.removeprefix("ray://").rpartition(":")
         try:
             if port.isdigit():
-                # Ray itself tries for minutes.
+                # Fail fast: Ray itself retries for minutes.
                 socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
             self._ray.init(self._address, **quiet)
         except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
             text = str(error.__cause__ or error).strip() or type(error).__name__
             why = text.splitlines()[-1].strip()[:200]
             if "authentication token" in text.lower():
-                why = "it asks for a token that Ray has not got here"
+                why = "it needs a token that Ray does not have here"
             raise ParallelError(
-                f"the Ray cluster of parallel.ray_address={self._address} cannot be reached ({why}): see that it runs, "
-                "or leave parallel.ray_address out to start one here."
+                f"the Ray cluster of parallel.ray_address={self._address} cannot be reached ({why}): start it, or "
+                "leave parallel.ray_address out to start one here."
             ) from None
 
     def _check_machines(self) -> None:
-        """Refuses a cluster that is too small, and one with other versions on a machine that may get a worker."""
+        """Refuses a cluster that is too small, or that has other versions on a machine that may run a worker."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         kind = "GPU" if self._settings.device == "cuda" else "CPU"
@@ -123,7 +123,7 @@ class RayPool(WorkerPool):
         there = int(sum(node["Resources"][kind] for node in nodes))
         if there < self.count:
             raise ParallelError(
-                f"parallel.num_processes={self.count} workers want a {kind} each, and the Ray cluster has {there}: use "
+                f"parallel.num_processes={self.count} workers need a {kind} each, but the Ray cluster has {there}: use "
                 f"parallel.num_processes={max(there, 1)}, or device=cpu on a cluster without GPUs."
             )
         asked = {
@@ -162,34 +162,34 @@ class RayPool(WorkerPool):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ParallelError(
                 f"a worker of the Ray cluster was lost {MAX_TRIES} times on one task, the last time by "
-                f"{type(error).__name__} ({lines[0] if lines else ''}). The same command goes on from here."
+                f"{type(error).__name__} ({lines[0] if lines else ''}). The same command continues from here."
             ) from None
 
     def _wait_for_any(self, seconds: float) -> Any:
-        """Waits for a worker's answer, None after so long; says so where the cluster has no place for any of them."""
+        """Waits for any result, or returns None after `seconds`; reports a long wait for the first result."""
         if not self._has_answered:
             found, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=QUIET_SECONDS)
             if not found:
-                tqdm.write("no worker of the Ray cluster has answered yet: it starts them, or has no CPU or GPU free")
+                tqdm.write("no Ray worker has finished a task yet: they are starting, or no CPU or GPU is free")
         found, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=seconds)
         self._has_answered |= bool(found)
         return found[0] if found else None
 
 
 class RayWorker:
-    """What runs in a Ray actor."""
+    """The actor class of a `prepare`."""
 
     def __init__(self, settings: WorkerSettings, folder: Path) -> None:
-        # Paths of the settings are relative to it.
+        # Paths in the settings are relative to the working directory.
         os.chdir(folder)
         self._worker = make_worker(settings, ClipDecoder(settings.decode_timeout_seconds))
 
     def run(self, task: Task, ahead: Task | None) -> list[str] | Exception:
-        """Does a task, as `run_caught`."""
+        """Runs a task; see `run_caught`."""
         return run_caught(self._worker, task, ahead)
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of this process that decide what is encoded."""
+    """Returns the versions of the software that affects what is encoded."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return {"mochi-tune": version("mochi-tune"), "torch": version("torch"), "Python": python}

@@ -1,4 +1,4 @@
-"""The report of a `prepare`: a row for every input, and the lines that a user should not have to look for."""
+"""The report of a `prepare`: a row for every input, and lines about what was refused, cut off and left out."""
 
 import csv
 import io
@@ -26,29 +26,29 @@ COLUMNS: tuple[str, ...] = (
     "frame_rate", "distinct_frames", "rotation", "is_mirrored", "pixel_aspect", "deinterlaced", "hdr", "color_matrix",
     "decoder",
 )  # fmt: skip
-# Between the captions of a clip that has several.
+# Separates the captions of a clip.
 BETWEEN_CAPTIONS = " | "
-# A clip that loses more of its picture is told.
+# Clips that lose a larger share of their picture are reported.
 MUCH_PICTURE = 1 / 3
-# A line shows this many characters of what is cut off; the table shows all.
+# Maximum characters of a truncated caption's end in a line; the table has all.
 MAX_TAIL = 60
-# A folder `5_ohwx`, and what is below it; four digits are a year.
+# A folder such as `5_ohwx`, with the files below it; four digits are a year.
 _REPEATS = re.compile(r"(\d{1,3})_[^/]*/", re.ASCII)
-# Footage that is not used is told above this share of all.
+# Unused footage is reported above this share of all footage.
 MUCH_FOOTAGE = 0.1
 
 
 def make_records(
     cache: CacheWriter, inputs: Inputs, kept: Sequence[Row], bad: Mapping[str, str], tails: Mapping[str, str]
 ) -> list[dict]:
-    """Returns a record for each clip, each refused file and each file that was not taken, sorted by name.
+    """Returns a record for each clip, each refused file and each unused file, sorted by name.
 
     Args:
-        cache: with all that was encoded.
+        cache: with everything that was encoded.
         inputs: of the run.
         kept: rows of the clips that are in the cache.
         bad: why clips are refused, by their sample_id.
-        tails: what is lost of captions that are longer than the text encoder reads, by caption.
+        tails: truncated ends of captions that are too long for the text encoder, by caption.
     """
     names = {row.sample_id for row in kept}
     records = []
@@ -71,7 +71,7 @@ def make_records(
 
 
 def describe_kept(row: Row, report: Mapping[str, Any], lost_tokens: int) -> dict[str, Any]:
-    """Returns what a record of a kept clip holds besides its captions.
+    """Returns the fields of a kept clip's record, except for its captions.
 
     Args:
         row: of the clip.
@@ -89,7 +89,7 @@ def describe_kept(row: Row, report: Mapping[str, Any], lost_tokens: int) -> dict
 
 
 def lost_picture(report: Mapping[str, Any]) -> float:
-    """Returns the share of the source's picture that the crop of a clip leaves out."""
+    """Returns the share of the source's picture outside the crop of a clip."""
     _, _, width, height = report["crop"]
     whole = report["source_width"] * report["source_height"]
     return round(max(1 - width * height / whole, 0), 4)
@@ -105,7 +105,7 @@ def as_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[Row]) -> list[str]:
-    """Returns what was refused, cut off and left out, each with the setting that would change it."""
+    """Returns lines about what was refused, cut off and left out, each with the setting that would change it."""
     lines = [f"refused: {record['reason']}" for record in records if record["status"] == "refused"]
     clips = [record for record in records if record["status"] == "kept"]
     if cut := [_cut(record) for record in clips if record["lost_tokens"]]:
@@ -124,16 +124,16 @@ def notes(records: Sequence[Mapping[str, Any]], inputs: Inputs, kept: Sequence[R
 
 
 def not_taken(inputs: Inputs) -> list[str]:
-    """Returns what lies in the folders and is not taken; captions without a video are told before."""
+    """Returns lines about unused files in the folders, except captions without a video, which are reported earlier."""
     lines = []
     if made := sorted(" is ".join(why.rsplit(": is ", 1)) for why in inputs.unused.values() if why.endswith(MADE_HERE)):
-        lines.append(f"not taken: {some(made)}")
+        lines.append(f"not used: {some(made)}")
     if stills := sorted(name for name, why in inputs.unused.items() if why.endswith(STILL)):
-        takes = "data.buckets=auto, or a bucket of one frame, takes them"
-        lines.append(f"not taken: {counted(len(stills), 'still')} ({some(stills)}): {takes}")
+        takes = "data.buckets=auto or a bucket of one frame uses them"
+        lines.append(f"not used: {counted(len(stills), 'still')} ({some(stills)}): {takes}")
     known = (NO_VIDEO, STILL, *MADE_HERE)
     if others := sorted(name for name, why in inputs.unused.items() if not why.endswith(known)):
-        lines.append(f"not taken: {counted(len(others), 'file')} ({some(others)})")
+        lines.append(f"not used: {counted(len(others), 'file')} ({some(others)})")
     return [printable(line) for line in lines]
 
 
@@ -151,7 +151,7 @@ def _wider(inputs: Inputs) -> str:
 
 
 def _repeated(records: Sequence[Mapping[str, Any]], inputs: Inputs) -> list[str]:
-    """Tells of clips that show a picture twice, by file, with the pictures of the worst; stills have but one."""
+    """Reports clips with repeated pictures, by file, with the numbers of its worst clip; ignores stills."""
     files = {clip.row.sample_id: clip.file.name for clip in inputs.clips}
     worst: dict[str, tuple[int, int]] = {}
     num_clips = 0
@@ -175,7 +175,7 @@ def _share_seen(pictures: tuple[int, int]) -> float:
 
 
 def _draws(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
-    """Tells what an epoch takes of each source, where some are taken more often than others."""
+    """Reports the draws from each source in an epoch, if repeats or weights are set."""
     sources = {file.source.name: file.source for file in inputs.files.values()}.values()
     if all(source.repeats == 1 and source.weight is None for source in sources):
         return []
@@ -184,13 +184,13 @@ def _draws(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
     if any(source.weight is not None for source in present):
         total = sum(source.weight or 0 for source in present)
         shares = [f"{(source.weight or 0) / total:.0%} from {source.name} ({clips[source.name]})" for source in present]
-        return [f"by the weights of data.sources, of the clips drawn come {', '.join(shares)}"]
+        return [f"by the weights of data.sources, the clips drawn come to {', '.join(shares)}"]
     times = [f"{source.repeats:g} x {clips[source.name]} of {source.name}" for source in present]
     return [f"by the repeats of data.sources, an epoch takes the clips {', '.join(times)}"]
 
 
 def _repeats_in_names(inputs: Inputs) -> list[str]:
-    """Tells where all clips of a source lie in folders named as kohya's scripts read repeats from, `5_ohwx`."""
+    """Reports sources whose clips are all in folders like `5_ohwx`, from which kohya's scripts read repeats."""
     by_source: dict[str, list[MediaFile]] = {}
     for file in inputs.files.values():
         by_source.setdefault(file.source.name, []).append(file)
@@ -198,12 +198,12 @@ def _repeats_in_names(inputs: Inputs) -> list[str]:
     for files in by_source.values():
         source, named = files[0].source, [_REPEATS.match(file.relative) for file in files]
         if all(named) and source.repeats == 1 and source.weight is None:
-            # 1_NAME is what happens anyway.
+            # 1_NAME is the default.
             lost |= dict.fromkeys(each[0].rstrip("/") for each in named if each and int(each[1]) != 1)
     if not lost:
         return []
     names = f"folder names such as {next(iter(lost))} are not read as repeats"
-    return [f"{names}: give each folder in data.sources its repeats"]
+    return [f"{names}: set the repeats of each folder in data.sources"]
 
 
 def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
@@ -219,38 +219,37 @@ def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
         amount = _amount(most, total - used)
         changes.append(f"data.max_clips={inputs.max_clips} leaves {amount}it out, a higher one cuts more")
     if rests:
-        # Other ways to cut clips cut no rests.
+        # Only clips=all cuts the rest of a video.
         others = [name for name in rests if sources[name].clips != "all" and name not in uncut]
-        # A bucket for the rests, beside the size that the clips have.
+        # For a rest: a shorter bucket of the same size.
         advice = [sources[name].shorter for name in rests]
         settings = [_cut_all(inputs, others)] if others else []
         settings += dict.fromkeys(each if "buckets" in each else "shorter buckets in data.buckets" for each in advice)
         changes.append(f"{' and '.join(settings)} would take {_amount(rests, total - used)}it")
-    changes = changes or [f"no clip is as short as what is left of a video, at most {TEMPORAL_FACTOR} frames"]
+    changes = changes or [f"the rest of each video, at most {TEMPORAL_FACTOR} frames, is too short for a clip"]
     return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {', '.join(changes)}"]
 
 
 def _amount(group: Mapping[str, float], left: float) -> str:
-    """Returns how many of the seconds that are left a group has; "" where it has all."""
+    """Returns the seconds of a group, such as "3.0 s of "; "" if it has all unused seconds."""
     seconds = sum(group.values())
     return "" if round(seconds, 1) == round(left, 1) else f"{seconds:.1f} s of "
 
 
 def _cut_all(inputs: Inputs, names: Iterable[str]) -> str:
-    """Returns the setting that cuts one clip after the other from the videos of sources, "" the only one."""
+    """Returns the setting that cuts consecutive clips from the videos of these sources; [""] is a single source."""
     where = f"clips: all of {some(names)} in data.sources" if any(names) else "data.clips=all"
     return f"{where} without data.max_clips" if inputs.max_clips else where
 
 
 def _left_by_source(inputs: Inputs, kept: Sequence[Row], group: Literal["most", "uncut", "rest"]) -> dict[str, float]:
-    """Returns the seconds that are not used of each source for one reason.
+    """Returns the unused seconds of each source for one reason.
 
     Args:
         inputs: of the run.
         kept: rows of the clips that are in the cache.
-        group: "most": data.max_clips clips were cut of a file, and there is room for another one; of the other files
-            "uncut": what data.clips=all would cut besides, and "rest": what it leaves over, but for what is shorter
-            than any clip.
+        group: "most": files with data.max_clips clips and room for another one. For all other files, "uncut": what
+            data.clips=all would cut in addition, and "rest": what that leaves, unless it is shorter than any clip.
     """
     cuts: dict[str, list[Cut]] = {}
     for clip in inputs.clips:
@@ -270,19 +269,19 @@ def _left_by_source(inputs: Inputs, kept: Sequence[Row], group: Literal["most", 
 
 
 def _seconds_of_all(inputs: Inputs, name: str, cut: Cut) -> float:
-    """Returns how many seconds of a file data.clips=all would use, with the other settings of a cut."""
+    """Returns the seconds of a file that data.clips=all would use, with the other settings of a cut."""
     data = DataConfig(frame_rate=cut.frame_rate, allow_upscale=cut.allow_upscale)
     return num_used_frames(choose_cuts(inputs.scans[name], inputs.files[name].source.buckets, "all", data)) / FPS
 
 
 def count_footage(inputs: Inputs, kept: Sequence[Row]) -> tuple[float, float]:
-    """Returns the seconds, as they are played to the model, of all videos with a kept clip, and of them those used."""
+    """Returns the seconds of all videos with a kept clip, as played to the model, and the seconds that clips use."""
     by_file = _footage_by_file(inputs, kept).values()
     return sum(total for total, _ in by_file), sum(used for _, used in by_file)
 
 
 def _footage_by_file(inputs: Inputs, kept: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Returns what `count_footage` counts, by the name of the video."""
+    """Returns the total and used seconds of `count_footage` by the name of the video."""
     names = {row.sample_id for row in kept}
     by_file: dict[str, list[Clip]] = {}
     for clip in inputs.clips:
@@ -298,6 +297,6 @@ def _footage_by_file(inputs: Inputs, kept: Sequence[Row]) -> dict[str, tuple[flo
 
 
 def count_buckets(kept: Sequence[Row]) -> str:
-    """Returns how many clips each bucket has, in one line."""
+    """Returns a line with the number of clips in each bucket."""
     counts = sorted(Counter(row.bucket for row in kept).items())
     return "; ".join(f"{count} in {list(astuple(bucket))}" for bucket, count in counts)

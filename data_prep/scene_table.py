@@ -1,4 +1,4 @@
-"""The table of scenes, which `split` writes and a person may edit."""
+"""The table of scenes, which `split` writes and the user may edit."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from mochi_tune.errors import DataError
 from mochi_tune.files import read_text, write_atomic
 
-# What becomes of a row: nothing yet, a clip, a clip that a person has removed since, too short for one, or an error.
+# Status of a row: not cut yet, cut, cut and removed by the user since, too short for a clip, or refused with an error.
 PLANNED, CUT, REMOVED, SHORT, REFUSED = "", "cut", "removed", "short", "refused"
 SUFFIX = ".mp4"
 
@@ -20,14 +20,14 @@ class SceneRow:
     """A row of the table.
 
     Attributes:
-        source: the film, as its path in the folder of footage.
-        scene: the scene's number in its film, with its part: "3", "4.1"; "" of a film that cannot be used.
-        start_seconds: from the film's first picture on.
-        end_seconds: of the same.
-        frames: pictures of the clip.
-        file: the clip's path in the output folder; "" is not cut.
+        source: the film's path in the folder of footage.
+        scene: number of the scene in its film, with its part: "3", "4.1"; "" for a film that cannot be used.
+        start_seconds: from the film's first picture.
+        end_seconds: as `start_seconds`.
+        frames: number of pictures of the clip.
+        file: the clip's path in the output folder; "" if it is not to be cut.
         status: PLANNED, CUT, REMOVED, SHORT or REFUSED.
-        reason: why it is refused.
+        reason: why the row is REFUSED.
         source_bytes: size of the film in which the scene was found.
     """
 
@@ -46,10 +46,11 @@ COLUMNS = [field.name for field in fields(SceneRow)]
 
 
 def read_scenes(path: Path) -> list[SceneRow]:
-    """Reads the table; [] where there is none.
+    """Reads the table; [] if it does not exist.
 
     Raises:
-        DataError: it is no such table, a number is none, a scene ends before it begins, or two rows name one file.
+        DataError: the file is not such a table, a number is malformed, a scene ends before it begins, or two rows have
+            the same file.
     """
     rows, files = _read_rows(path), {}
     for number, row in enumerate(rows, start=2):
@@ -60,10 +61,10 @@ def read_scenes(path: Path) -> list[SceneRow]:
 
 
 def read_written(path: Path) -> set[SceneRow]:
-    """Reads the rows of a table as it was written last, whatever they name; none where that is not known.
+    """Reads the rows of a table as it was last written, from its copy; an empty set if there is no copy.
 
     Raises:
-        DataError: its copy is damaged.
+        DataError: the copy is damaged.
     """
     return set(_read_rows(_copy_of(path)))
 
@@ -72,7 +73,7 @@ def _read_rows(path: Path) -> list[SceneRow]:
     if not path.exists():
         return []
     try:
-        # Office programs write UTF-16, semicolons and tabs.
+        # Spreadsheet programs write UTF-16, semicolons and tabs.
         text, _ = read_text(path)
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not UTF-8: save it as CSV in UTF-8.") from None
@@ -82,11 +83,11 @@ def _read_rows(path: Path) -> list[SceneRow]:
     try:
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise DataError(
-                f"{path}: lacks the column {missing[0]}: restore it, or delete the table to find scenes anew."
+                f"{path}: lacks the column {missing[0]}: restore it, or delete the table to find scenes again."
             )
         return [_read_row(f"{path} row {number}", values) for number, values in enumerate(reader, start=2)]
     except csv.Error as error:
-        raise DataError(f"{path}: is no CSV ({error}): restore it, or delete it to find the scenes anew.") from None
+        raise DataError(f"{path}: is not CSV ({error}): restore it, or delete it to find the scenes again.") from None
 
 
 def _read_row(where: str, values: dict[str, str | None]) -> SceneRow:
@@ -98,12 +99,12 @@ def _read_row(where: str, values: dict[str, str | None]) -> SceneRow:
         except ValueError:
             numbers[name] = math.nan
         if not 0 <= numbers[name] < math.inf:
-            raise DataError(f"{where}: {name}={texts[name]} is no number from 0 on: correct it.")
+            raise DataError(f"{where}: {name}={texts[name]} is not a number of at least 0: correct it.")
     file = texts["file"]
     if file:
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or parts.suffix != SUFFIX or parts.name.startswith("."):
-            raise DataError(f"{where}: file={file} is no name in the output folder that ends in {SUFFIX}: correct it.")
+            raise DataError(f"{where}: file={file} is not a path in the output folder ending in {SUFFIX}: correct it.")
         if numbers["end_seconds"] <= numbers["start_seconds"]:
             raise DataError(f"{where}: end_seconds={texts['end_seconds']} is not after start_seconds: correct it.")
     return SceneRow(
@@ -113,22 +114,22 @@ def _read_row(where: str, values: dict[str, str | None]) -> SceneRow:
 
 
 def write_scenes(path: Path, rows: Sequence[SceneRow]) -> None:
-    """Writes the table, complete or not at all, and a copy; one that holds the same already is left alone.
+    """Writes the table and its copy atomically, unless the files are up to date.
 
     Raises:
-        OSError: the disk is full, or refuses.
+        OSError: writing failed.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     content = text.getvalue().encode(errors="surrogateescape")
-    # The copy first: a row of the table that is not in it was edited.
+    # The copy first: rows of the table that are not in it count as edited.
     for file in (_copy_of(path), path):
         if not file.exists() or file.read_bytes() != content:
             write_atomic(file, content, durable=True)
 
 
 def _copy_of(path: Path) -> Path:
-    """Returns the file that holds a table as it was written, before a person edited it."""
+    """Returns the path of the copy of a table, which shows what the user has edited."""
     return path.with_name(f".{path.name}")

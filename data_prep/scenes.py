@@ -1,4 +1,4 @@
-"""Finds the scenes of a film: cuts by PySceneDetect, over pictures that are decoded in the order of display."""
+"""Finds the scenes of a film with PySceneDetect, on pictures decoded in display order."""
 
 import importlib.util
 from bisect import bisect_left, bisect_right
@@ -15,26 +15,27 @@ from mochi_tune.data_prep.timeline import Picture
 from mochi_tune.errors import ConfigError, DataError
 
 DETECTORS = ("adaptive", "content", "threshold")
-# PySceneDetect's own. Source: Breakthrough/PySceneDetect@v0.7.2 scenedetect/detectors/*.py, the detectors' arguments.
+# PySceneDetect's defaults.
+# Source: Breakthrough/PySceneDetect@v0.7.2 scenedetect/detectors/*.py, the detectors' arguments.
 DEFAULT_THRESHOLDS = {"adaptive": 3.0, "content": 27.0, "threshold": 12.0}
-# Pixels of the longer side of what the detector sees.
+# Pixels of the longer side of pictures for the detector.
 # Source: Breakthrough/PySceneDetect@v0.7.2 scenedetect/scene_manager.py, DEFAULT_MIN_WIDTH.
 DETECTOR_PIXELS = 256
-# Pictures between two reports of how far it is.
+# Number of pictures between two progress reports.
 REPORT_EVERY = 10
 
 
 @dataclass(frozen=True)
 class SceneRules:
-    """How a film is divided.
+    """Rules for dividing a film into clips.
 
     Attributes:
-        detector: adaptive (a picture that differs much more than its neighbours), content (a picture that differs) or
-            threshold (the picture goes dark and comes back).
+        detector: adaptive (a picture changes much more than its neighbours), content (a picture changes) or threshold
+            (fades to black and back).
         threshold: of the detector.
-        margin_seconds: left out on each side of a cut that was found.
-        min_seconds: shorter scenes give no clip.
-        max_seconds: longer scenes are divided.
+        margin_seconds: left out on both sides of each cut.
+        min_seconds: minimum length of a clip; shorter scenes give none.
+        max_seconds: maximum length of a clip; longer scenes are divided.
     """
 
     detector: Literal["adaptive", "content", "threshold"] = "adaptive"
@@ -47,11 +48,11 @@ class SceneRules:
         """Refuses lengths that contradict each other.
 
         Raises:
-            ConfigError: the longest clip is shorter than the shortest one.
+            ConfigError: max_seconds is less than min_seconds.
         """
         if self.max_seconds < self.min_seconds:
             raise ConfigError(
-                f"max_seconds={self.max_seconds:g} is less than min_seconds={self.min_seconds:g}: no clip can be both."
+                f"max_seconds={self.max_seconds:g} is less than min_seconds={self.min_seconds:g}: no clip can fit both."
             )
 
 
@@ -61,11 +62,11 @@ class Scene:
 
     Attributes:
         number: of the scene in its film, from 1.
-        part: of a scene that was divided, from 1; 0 is a whole one.
-        start_seconds: when its first picture is shown, from the film's first picture on.
-        end_seconds: when its last picture ends.
-        num_frames: pictures that it has.
-        is_short: it is too short for a clip.
+        part: number of the part, from 1; 0 for an undivided scene.
+        start_seconds: begin of its first picture, from the film's first picture.
+        end_seconds: end of its last picture.
+        num_frames: number of its pictures.
+        is_short: whether it is too short for a clip.
     """
 
     number: int
@@ -77,7 +78,7 @@ class Scene:
 
 
 def check_scenedetect() -> None:
-    """Refuses to begin without PySceneDetect.
+    """Checks that PySceneDetect can be imported.
 
     Raises:
         ConfigError: it is not installed, or cannot be imported.
@@ -87,24 +88,24 @@ def check_scenedetect() -> None:
     try:
         import scenedetect  # noqa: F401
     except ImportError as error:
-        # OpenCV, which it uses, is linked with libraries that a small system lacks.
+        # It uses OpenCV, which needs libraries that small systems lack.
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"split needs PySceneDetect, which cannot be imported ({reason}): install what is missing, or "
-            "opencv-python-headless in the place of opencv-python."
+            "opencv-python-headless instead of opencv-python."
         ) from None
 
 
 def find_scenes(path: Path, rules: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Decodes a film and finds its scenes; runs in a child process.
+    """Decodes a film and finds its scenes; a job of `WatchedProcess`.
 
     Args:
         path: of the film.
         rules: the values of `SceneRules`.
 
     Yields:
-        {"total": pictures that it is expected to have}, {"pictures": decoded since the last report} now and then, and
-        {"scenes": the values of each `Scene`}.
+        {"total": expected number of pictures}, {"pictures": decoded since the last report} regularly, and finally
+        {"scenes": values of each `Scene`}.
 
     Raises:
         DataError: the film cannot be read, or its pictures change their size.
@@ -117,7 +118,7 @@ def find_scenes(path: Path, rules: dict[str, Any]) -> Iterator[dict[str, Any]]:
     last: Picture | None = None
     for picture in read_pictures(path, video):
         _check_same_size(path, last, picture)
-        detector.look_at(len(times), picture)
+        detector.process(len(times), picture)
         times.append(picture.time)
         last = picture
         if len(times) % REPORT_EVERY == 0:
@@ -131,12 +132,12 @@ def find_scenes(path: Path, rules: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def plan_scenes(times: Sequence[Fraction], end: Fraction, cuts: Sequence[int], rules: SceneRules) -> list[Scene]:
-    """Returns the scenes between the cuts, without margins and divided by their length.
+    """Returns the scenes between the cuts, without margins, and divided if they are too long.
 
     Args:
-        times: when each picture is shown, in seconds, ascending; the first one at 0.
-        end: when the last picture ends.
-        cuts: numbers of pictures that begin a scene, ascending, without the first picture.
+        times: of each picture, in seconds, ascending, the first at 0.
+        end: of the last picture, in seconds.
+        cuts: numbers of the pictures that begin a scene, ascending, without the first picture.
         rules: margins and lengths.
     """
     # Matroska rounds times to the millisecond.
@@ -167,7 +168,7 @@ def plan_scenes(times: Sequence[Fraction], end: Fraction, cuts: Sequence[int], r
 def _divide(
     times: Sequence[Fraction], ends: Sequence[Fraction], first: int, stop: int, rules: SceneRules
 ) -> list[tuple[int, int]]:
-    """Returns the parts of a scene: equal ones, or full ones without the rest where equal ones would be too short."""
+    """Returns the equal parts of a scene; if these were too short, parts of max_seconds without the rest."""
     begin, length = times[first], ends[stop - 1] - times[first]
     rounding, longest = Fraction(ROUNDING), Fraction(rules.max_seconds)
     count = max(-(-(length - rounding) // longest), 1)
@@ -181,12 +182,12 @@ def _divide(
 
 
 class _Detector:
-    """A detector of PySceneDetect that is given pictures by their numbers; `cuts` are those that begin a scene."""
+    """A detector of PySceneDetect; `cuts` has the numbers of the pictures that begin a scene."""
 
     def __init__(self, rules: SceneRules, fps: Fraction) -> None:
         from scenedetect.detectors import AdaptiveDetector, ContentDetector, ThresholdDetector
 
-        # A short scene gives no clip, and is not joined with its neighbour: that clip would have a cut inside.
+        # min_scene_len=0: else short scenes would be merged with their neighbours into clips with a cut inside.
         if rules.detector == "adaptive":
             self._detector: Any = AdaptiveDetector(adaptive_threshold=rules.threshold, min_scene_len=0)
         elif rules.detector == "content":
@@ -200,14 +201,14 @@ class _Detector:
     def cuts(self) -> list[int]:
         return sorted(self._cuts - {0})
 
-    def look_at(self, number: int, picture: Picture) -> None:
+    def process(self, number: int, picture: Picture) -> None:
         from scenedetect import FrameTimecode
 
         image = picture.image
         scale = min(DETECTOR_PIXELS / max(image.width, image.height), 1)
         width, height = (max(round(side * scale), 2) for side in (image.width, image.height))
         small = image.reformat(width=width, height=height, format="bgr24").to_ndarray()
-        # Its own readers count frames by time and rate; here each picture has its number.
+        # A timecode of the picture's number at a constant rate, whatever its real time.
         found = self._detector.process_frame(FrameTimecode(number, fps=self._fps), small)
         self._cuts |= {cut.frame_num for cut in found}
 

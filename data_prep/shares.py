@@ -1,6 +1,7 @@
-"""Shares of a `prepare`: each of several runs encodes the files of its own, and a last one makes the cache of all.
+"""Shares of a `prepare`: each of several runs encodes its share of the files, and a last run merges them.
 
-A share leaves a folder in the cache's parts: what it has encoded, what its files hold, and a record of what it refused.
+A share has a folder in the cache's parts with what it has encoded, the scans of its files, and a record of refused
+clips.
 """
 
 import hashlib
@@ -23,37 +24,37 @@ RECORD_FILE = "record.json"
 
 @dataclass(frozen=True)
 class Share:
-    """Share `number` of `count`, from 1."""
+    """Share `number` of `count`; numbers start at 1."""
 
     number: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> "Share":
-        """Reads "3/16"."""
+        """Parses a text such as "3/16"."""
         number, _, count = text.partition("/")
         return cls(int(number), int(count))
 
     @property
     def label(self) -> str:
-        """Names the share's folder."""
+        """Name of the share's folder."""
         return f"{self.number}-of-{self.count}"
 
     def has(self, name: str) -> bool:
-        """Whether a file is of this share: by its name alone, so that no other share has to read it."""
+        """Whether a file belongs to this share; depends on its name only, so that no file must be read."""
         return share_of(name, self.count) == self.number
 
 
 @dataclass(frozen=True)
 class ShareRecord:
-    """What a share says of itself when it has ended.
+    """The record that a share writes when it has finished.
 
     Attributes:
         label: of the share.
         vae: fingerprint of the VAE encoder's weights.
         t5: fingerprint of the text encoder's weights.
-        refused: of each clip that cannot be decoded its key and why, by sample_id.
-        parts: names of all parts that it needs and has made.
+        refused: clip_key and reason of each clip that cannot be decoded, by sample_id.
+        parts: names of all parts of the share.
     """
 
     label: str
@@ -64,13 +65,13 @@ class ShareRecord:
 
 
 def share_of(name: str, count: int) -> int:
-    """Returns the share of a file, from 1 to `count`."""
+    """Returns the number of a file's share, from 1 to `count`."""
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % count + 1
 
 
 def keep_share(inputs: Inputs, share: Share) -> None:
-    """Leaves the files of a share in the inputs."""
+    """Removes the files of all other shares from the inputs."""
     for files in (inputs.files, inputs.refused, inputs.unused):
         for name in [name for name in files if not share.has(name)]:
             del files[name]
@@ -79,10 +80,10 @@ def keep_share(inputs: Inputs, share: Share) -> None:
 def write_record(
     cache: CacheWriter, share: Share, clips: Sequence[Clip], bad: Mapping[str, str], settings: CacheSettings
 ) -> None:
-    """Writes a share's record: it has ended.
+    """Writes the record of a share that has finished.
 
     Args:
-        cache: with all that was encoded.
+        cache: with everything that was encoded.
         share: of the run.
         clips: of the share.
         bad: why clips are refused, by their sample_id.
@@ -97,18 +98,18 @@ def write_record(
 
 
 def merge_shares(cache: CacheWriter, clips: Sequence[Clip], settings: CacheSettings) -> dict[str, str]:
-    """Checks that the shares together have encoded all clips and their captions.
+    """Checks that the shares have encoded all clips and their captions.
 
     Args:
-        cache: of the whole.
-        clips: all.
+        cache: to commit.
+        clips: of all shares.
         settings: of the cache.
 
     Returns:
         Why clips are refused, by their sample_id.
 
     Raises:
-        DataError: what is missing, by share; or a share had other weights.
+        DataError: clips or captions are missing, or a share had other weights.
     """
     records = _read_records(cache.folder / PARTS_FOLDER)
     for record in records:
@@ -140,14 +141,14 @@ def merge_shares(cache: CacheWriter, clips: Sequence[Clip], settings: CacheSetti
 
 
 def _name_missing(missing: Mapping[str, set[str]], parts: Path) -> str:
-    """Says which shares lack what, and what to do."""
+    """Returns the error for shares that lack clips or captions."""
     names = [folder.name for folder in parts.iterdir() if SHARE_LABEL.fullmatch(folder.name)]
     if not names:
         return (
             f"no share of {parts.parent} was prepared, {len(missing)} files are missing: run this command with "
-            "parallel.shard=1/16 to parallel.shard=16/16 (or of another number) first, then with merge."
+            "parallel.shard=1/16 to parallel.shard=16/16 (or another number of shares) first, then with merge."
         )
-    # Most shares were of one number; others are of an earlier division.
+    # The most frequent count; folders with another count are left from an earlier division.
     count = Counter(int(name.partition("-of-")[2]) for name in names).most_common(1)[0][0]
     lacking: Counter[int] = Counter()
     for name, keys in missing.items():
@@ -155,7 +156,7 @@ def _name_missing(missing: Mapping[str, set[str]], parts: Path) -> str:
     lines = []
     for number in sorted(lacking):
         has_ended = (parts / Share(number, count).label / RECORD_FILE).exists()
-        state = "has ended without them" if has_ended else "has not ended"
+        state = "has finished without them" if has_ended else "has not finished"
         lines.append(f"parallel.shard={number}/{count} ({lacking[number]}, {state})")
     return (
         f"{len(lacking)} of {count} shares lack clips or captions: wait for those that run, and run this command "
@@ -167,18 +168,18 @@ def _read_records(parts: Path) -> list[ShareRecord]:
     records = []
     for file in sorted(parts.glob(f"*/{RECORD_FILE}")):
         values = parse_object(file.read_bytes())
-        # One of another program says nothing; what is missing is found all the same.
+        # Skip files of other programs: missing parts are reported anyway.
         if values is not None and has_fields(values, ShareRecord):
             records.append(ShareRecord(**values))
     return records
 
 
 def _await_parts(cache: CacheWriter, records: Sequence[ShareRecord]) -> None:
-    """Waits for parts that a record names and a network disk does not list yet."""
+    """Waits for parts in the records that a network disk does not show yet."""
     for record in records:
         folder = PartsFolder(cache.folder / PARTS_FOLDER / record.label)
         unseen = [name for name in record.parts if not _is_known(cache, name)]
-        # A part that is gone stays away; a wait for each would be long.
+        # Wait for the first one only: if parts were deleted, waiting for each would take long.
         for file in [folder.find(unseen[0]), *map(folder.path, unseen[1:])] if unseen else []:
             if file.exists():
                 cache.take_part(file)

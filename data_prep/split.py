@@ -1,6 +1,6 @@
-"""`mochi-tune split`: cuts footage into one clip a scene, and writes a table of the scenes that a person may edit.
+"""`mochi-tune split`: cuts footage into one clip per scene, and writes a table of the scenes, which a user may edit.
 
-It may be run again at any time: it finds no scenes anew that the table has, and cuts no clip that is there.
+It can run again at any time: it keeps the scenes in the table and the clips that exist.
 """
 
 import base64
@@ -46,14 +46,14 @@ TABLE, SHEET, SETTINGS = "scenes.csv", "scenes.png", "settings.json"
 
 @dataclass(frozen=True)
 class Split:
-    """What is to be split.
+    """Settings of `split`.
 
     Attributes:
         footage: a film or a folder of films.
         out: the folder of the clips.
-        rules: how films are divided.
-        crf: quality of the clips by x264, 0 is lossless.
-        timeout_seconds: the longest time for which nothing may be decoded of a film.
+        rules: of dividing films.
+        crf: quality of the clips in x264; 0 is lossless.
+        timeout_seconds: maximum time without progress in decoding a film.
     """
 
     footage: Path
@@ -64,20 +64,20 @@ class Split:
 
     @property
     def report(self) -> Path:
-        """The folder of the table and the contact sheet: beside the clips, where it is not trained on."""
+        """The folder of the table and the contact sheet: next to the clips, so that training does not read it."""
         return sibling_folder(self.out, "_split", "out")
 
 
 def main(split: Split) -> int:
-    """Splits the footage, and writes a line that says where the clips, the table and the contact sheet are.
+    """Splits the footage, and writes lines with the paths of the clips, the table and the contact sheet.
 
     Returns:
-        The exit code: 0, or 1 when a film or a clip was refused; the others are there.
+        The exit code: 0, or 1 if a film or a clip was refused; all others are written.
 
     Raises:
         ConfigError: PySceneDetect is not installed, or the settings contradict each other or those of the table.
         DataError: there is no footage, or the table is malformed.
-        OSError: the disk is full, or refuses.
+        OSError: writing failed.
     """
     split.rules.check()
     check_scenedetect()
@@ -97,14 +97,14 @@ def main(split: Split) -> int:
             clips = [row for row in rows if row.status == CUT]
             if clips and (num_written or not (split.report / SHEET).exists()):
                 write_sheets(split.report / SHEET, _sheet(split, clips, child))
-    return _tell(split, films, rows, num_written)
+    return _summarize(split, films, rows, num_written)
 
 
 def find_films(split: Split) -> dict[str, Path]:
-    """Returns the films by their path in the folder of footage, or by their name.
+    """Returns the films by their path in the folder of footage, or a single film by its name.
 
     Raises:
-        ConfigError: the clips would lie in the footage, and be split again; or a film among them, and be taken as one.
+        ConfigError: the clips' folder is in the footage, whose clips would be split again; or a film is in it.
         DataError: there is no footage.
     """
     footage, out = split.footage, split.out
@@ -112,10 +112,10 @@ def find_films(split: Split) -> dict[str, Path]:
         if not footage.exists():
             raise DataError(f"in={footage} does not exist: name a film or a folder of films.")
         if footage.suffix.lower() not in VIDEO_SUFFIXES:
-            raise DataError(f"in={footage} is no video that is known: use {' '.join(VIDEO_SUFFIXES)}.")
+            raise DataError(f"in={footage} is not a known video format: use {' '.join(VIDEO_SUFFIXES)}.")
         if out.resolve() in (folder := footage.parent.resolve(), *folder.parents):
             raise ConfigError(
-                f"in={footage} is in the folder of the clips, out={out}, and would be taken as one: use another folder."
+                f"in={footage} is in the folder of the clips, out={out}, and would count as a clip: use another folder."
             )
         return {footage.name: footage}
     if footage.resolve() in (out.resolve(), *out.resolve().parents):
@@ -124,10 +124,10 @@ def find_films(split: Split) -> dict[str, Path]:
 
 
 def check_settings(split: Split, has_table: bool) -> None:
-    """Refuses settings that are not those by which the scenes of the table were found; keeps them for a new one.
+    """Refuses settings that differ from those of the table; saves the settings of a new table.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: the settings differ.
     """
     path, settings = split.report / SETTINGS, asdict(split.rules) | {"crf": split.crf}
     if has_table and path.exists():
@@ -136,17 +136,17 @@ def check_settings(split: Split, has_table: bool) -> None:
             names = ", ".join(f"{name}={before.get(name)}" for name in changed)
             raise ConfigError(
                 f"{split.report / TABLE} was made with {names}, now {changed[0]}={settings[changed[0]]}: give the same "
-                "settings, delete the table to find the scenes anew, or use another out=."
+                "settings, delete the table to find the scenes again, or use another out=."
             )
     elif not path.exists() or read_json(path, ConfigError) != settings:
         write_json(path, settings)
 
 
 def _read_table(table: Path) -> list[SceneRow]:
-    """Reads the table; a row that was edited since it was written has not been cut as it is now."""
+    """Reads the table; rows that were edited since it was written become PLANNED, to be cut again."""
     rows = read_scenes(table)
     try:
-        # Where the table was deleted, what it was says nothing of the new one.
+        # If the table was deleted, its copy does not describe the new one.
         written = read_written(table) if rows else set()
     except DataError as error:
         written = set()
@@ -159,7 +159,7 @@ def _folders(films: dict[str, Path]) -> set[str]:
 
 
 def _find_all(split: Split, films: dict[str, Path], rows: list[SceneRow], child: WatchedProcess) -> list[SceneRow]:
-    """Finds the scenes of the films that the table lacks; the table has those of each film that is done."""
+    """Finds the scenes of films that are not in the table; writes the table after each film."""
     known = {row.source for row in rows if row.scene}
     # A film that was refused as a whole is tried again.
     rows = [row for row in rows if row.scene or row.source not in films]
@@ -189,25 +189,25 @@ def _find(path: Path, rules: SceneRules, child: WatchedProcess, bar: tqdm) -> li
         bar.update(message.get("pictures", 0))
         if "scenes" in message:
             return [Scene(**values) for values in message["scenes"]]
-    raise AssertionError("the job ends with the scenes")
+    raise AssertionError("the last result of the job has the scenes")
 
 
 def _new_rows(source: str, is_alone: bool, scenes: Sequence[Scene], num_bytes: int, taken: set[str]) -> list[SceneRow]:
-    """Returns the rows of a film's scenes.
+    """Builds the rows of a film's scenes.
 
     Args:
-        source: the film, as its path in the folder of footage.
-        is_alone: no other film there differs from it in the suffix alone.
+        source: the film's path in the folder of footage.
+        is_alone: whether no other film has the same path except for the suffix.
         scenes: of the film.
         num_bytes: size of the film.
-        taken: files of the other rows, which may be of films that are gone; none of them is named again.
+        taken: file names of all other rows, which the new rows must not use.
     """
     tries = ([_row(source, stem, scene, num_bytes) for scene in scenes] for stem in _stems(Path(source), is_alone))
     return next(rows for rows in tries if taken.isdisjoint(row.file for row in rows))
 
 
 def _stems(film: Path, is_alone: bool) -> Iterator[Path]:
-    """Yields what the clips of a film may be called, without what tells its scenes apart."""
+    """Yields candidates for the common beginning of a film's clip names."""
     if is_alone:
         yield film.with_suffix("")
     longer = film.with_name(f"{film.stem}_{film.suffix[1:]}")
@@ -229,17 +229,17 @@ def _row(source: str, stem: Path, scene: Scene, num_bytes: int) -> SceneRow:
 def _cut_all(
     split: Split, films: dict[str, Path], rows: list[SceneRow], child: WatchedProcess
 ) -> tuple[list[SceneRow], int]:
-    """Cuts the clips that are not there; returns the rows as they are then, and how many clips were written."""
+    """Cuts the missing clips; returns the updated rows and the number of clips that were written."""
     done, wanted = [], {name: [] for name in films}
     for row in rows:
         if not row.file:
             done.append(replace(row, status=PLANNED) if row.status == CUT else row)
         elif row.source not in films:
-            # It stays as it is until its film is there.
+            # The film is not there: keep the row.
             is_gone = row.status == CUT and not (split.out / row.file).exists()
             done.append(replace(row, status=REMOVED) if is_gone else row)
         else:
-            row = _look(split, films[row.source], row)
+            row = _update_status(split, films[row.source], row)
             (wanted[row.source] if row.status == PLANNED else done).append(row)
     total, num_written = sum(map(len, wanted.values())), 0
     with tqdm(total=total, desc="cutting", unit="clip", disable=not total) as bar:
@@ -249,7 +249,7 @@ def _cut_all(
                 done.append(row)
                 num_written += row.status == CUT
                 bar.update()
-                # After each, so that what is moved away after a stop in the middle is known as cut.
+                # After each clip: if the run stops, clips that are then moved away are known to have been cut.
                 write_scenes(split.report / TABLE, sorted([*done, *_left(wanted, done)], key=_place))
     done.sort(key=_place)
     write_scenes(split.report / TABLE, done)
@@ -265,17 +265,17 @@ def _mark(split: Split, row: SceneRow) -> Mark:
     return Mark(row.source, row.source_bytes, row.start_seconds, row.end_seconds, split.crf)
 
 
-def _look(split: Split, film: Path, row: SceneRow) -> SceneRow:
-    """Returns a row as it is before anything is cut: PLANNED where its clip is to be cut."""
+def _update_status(split: Split, film: Path, row: SceneRow) -> SceneRow:
+    """Returns the row with its status before cutting: PLANNED if its clip must be cut."""
     target = split.out / row.file
     if row.status in (CUT, REMOVED) and not target.exists():
-        # `filter` has moved it away, or a person has.
+        # `filter` or the user has moved it away.
         return replace(row, status=REMOVED)
     num_bytes = film.stat().st_size
     if row.source_bytes != num_bytes:
         reason = (
             f"{film}: was changed after its scenes were found (it has {num_bytes} bytes, had {row.source_bytes}): "
-            f"delete its rows in {split.report / TABLE} and its clips, and run this again."
+            f"delete its rows in {split.report / TABLE} and its clips, and run the same command again."
         )
         return replace(row, status=REFUSED, reason=reason)
     row = replace(row, status=PLANNED, reason="")
@@ -284,15 +284,15 @@ def _look(split: Split, film: Path, row: SceneRow) -> SceneRow:
     mark = read_mark(target)
     if mark == _mark(split, row):
         return replace(row, status=CUT)
-    # A clip of the same film whose row was edited is cut anew.
+    # A clip of the same film whose row was edited is cut again.
     if mark is None or mark.source != row.source:
-        reason = f"{target}: is there and was not cut from {row.source}: move it away, or change the name in the table."
+        reason = f"{target}: exists and was not cut from {row.source}: move it away, or change the name in the table."
         return replace(row, status=REFUSED, reason=reason)
     return row
 
 
 def _cut(split: Split, film: Path, rows: list[SceneRow], child: WatchedProcess) -> Iterator[SceneRow]:
-    """Cuts the clips of one film; yields each row when its clip is there, or was refused."""
+    """Cuts the clips of one film; yields each row when its clip is written or refused."""
     if not rows:
         return
     done = 0
@@ -323,7 +323,7 @@ def _sheet(split: Split, rows: Sequence[SceneRow], child: WatchedProcess) -> lis
     clips = []
     for row in tqdm(rows, desc="contact sheet", unit="clip"):
         pictures: list[bytes] = []
-        # A clip that was removed since, or damaged, has an empty place.
+        # A clip that was removed since or is damaged gets an empty place.
         with contextlib.suppress(DataError):
             for message in child.run(read_thumbnails, split.out / row.file, {"count": NUM_PICTURES}):
                 pictures = [base64.b64decode(jpeg) for jpeg in message.get("jpegs", ())]
@@ -332,8 +332,8 @@ def _sheet(split: Split, rows: Sequence[SceneRow], child: WatchedProcess) -> lis
     return clips
 
 
-def _tell(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], num_written: int) -> int:
-    """Writes what was done; returns the exit code."""
+def _summarize(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], num_written: int) -> int:
+    """Writes a summary; returns the exit code."""
     refused = [row for row in rows if row.status == REFUSED]
     for reason in dict.fromkeys(row.reason for row in refused):
         tqdm.write(printable(f"refused: {reason}"))
@@ -341,7 +341,7 @@ def _tell(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], num_wr
     files = sorted(path.relative_to(split.out).as_posix() for path in split.out.rglob(f"*{SUFFIX}"))
     stale = [file for file in files if file not in listed and read_mark(split.out / file)]
     if stale:
-        tqdm.write(printable(f"in no row of the table now: {some(stale)}; remove what you do not want"))
+        tqdm.write(printable(f"clips in no row of the table: {some(stale)}; remove those that you do not want"))
     clips = [row for row in rows if row.status == CUT]
     seconds = sum(row.end_seconds - row.start_seconds for row in clips)
     num_short = sum(row.status == SHORT for row in rows)

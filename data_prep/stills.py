@@ -17,24 +17,30 @@ from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
 
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-# Where in a WebP file with an extended header its flags are, and the one of an animation.
+# Offset of the flags in a WebP file with an extended header, and the flag of animations.
 FLAGS_AT, ANIMATION_FLAG = 20, 0x02
-# The Exif tag of the orientation, and its values that swap width and height.
+# Exif tag of the orientation, and its values that swap width and height.
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
-# By a picture's mode: the one of its colours alone, and what a profile of it calls them.
+# For each Pillow mode: the mode without alpha or palette, and the colour space of matching profiles.
 _COLOURS = {
     **dict.fromkeys(("RGB", "RGBA", "P", "PA"), ("RGB", "RGB")),
     **dict.fromkeys(("L", "LA"), ("L", "GRAY")),
     "CMYK": ("CMYK", "CMYK"),
 }
-# By so many of 255 levels profiles of sRGB differ.
+# Maximum difference, of 255, between profiles that count as sRGB.
 MAX_ROUNDING = 2
 
 
 @dataclass(frozen=True)
 class StillSize:
-    """A still's upright size in pixels, how long each of its frames is shown, in seconds, and whether its colours are
-    converted from a profile that is not sRGB's."""
+    """Properties of a picture.
+
+    Attributes:
+        width: of the upright picture, in pixels.
+        height: of the upright picture, in pixels.
+        durations: of each frame, in seconds.
+        has_profile: whether its colours are converted from a profile other than sRGB.
+    """
 
     width: int
     height: int
@@ -43,33 +49,33 @@ class StillSize:
 
     @property
     def num_frames(self) -> int:
-        """How many frames it has; only an animated WebP has more than one."""
+        """Number of frames; only an animated WebP has more than one."""
         return len(self.durations)
 
 
 def is_animation(path: str | Path) -> bool:
-    """Returns whether the header of a file is that of an animated WebP; one that cannot be read is none.
+    """Whether a file has the header of an animated WebP; False if it cannot be read.
 
     Source: developers.google.com/speed/webp/docs/riff_container, "Extended File Format".
     """
-    # Opening a pipe would wait for whoever writes into it.
+    # Opening a pipe would block.
     if not os.path.isfile(path):
         return False
     try:
         with open(path, "rb") as file:
             head = file.read(FLAGS_AT + 1)
     except OSError:
-        # Whoever reads its pictures says what is wrong.
+        # Reading its pictures will report the error.
         return False
     is_extended = len(head) > FLAGS_AT and head.startswith(b"RIFF") and head[8:16] == b"WEBPVP8X"
     return is_extended and bool(head[FLAGS_AT] & ANIMATION_FLAG)
 
 
 def read_still_size(path: Path, max_pixels: int) -> StillSize:
-    """Reads the header of a picture.
+    """Reads the properties of a picture from its header.
 
     Raises:
-        DataError: the file is no picture, or has more than `max_pixels`.
+        DataError: the file is not a picture, holds 32-bit floats, or has more than `max_pixels`.
     """
     with _open(path) as image:
         width, height = image.size
@@ -109,12 +115,12 @@ def read_still(path: Path) -> Iterator[Picture]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    """Opens a picture with Pillow; what goes wrong while it is open is a DataError."""
+    """Opens a picture with Pillow; converts errors in the block to DataError."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
-            # The size is checked, against a limit that is lower than Pillow's.
+            # `read_still_size` checks the size against a lower limit than Pillow's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         with image:
@@ -131,16 +137,16 @@ def _open(path: Path) -> Iterator[Any]:
 def _duration(image, number: int) -> Fraction:
     image.seek(number)
     image.load()
-    # Browsers show a frame without a duration for a tenth of a second.
+    # Browsers show frames without a duration for 0.1 s.
     return Fraction(int(image.info.get("duration") or 100), 1000)
 
 
 def _to_rgb(image) -> np.ndarray:
-    """Returns uint8 (H, W, 3); what is transparent is white, as viewers show it."""
+    """Converts a Pillow image to uint8 RGB (H, W, 3), on white where it is transparent, as viewers show it."""
     from PIL import Image
 
     if image.mode.startswith("I"):
-        # 16 bits a pixel, which Pillow would clip instead of scaling it.
+        # 16 bits per pixel, which Pillow would clip instead of scale.
         grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, 2)
     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
@@ -154,7 +160,7 @@ def _to_rgb(image) -> np.ndarray:
 
 
 def _foreign_profile(image) -> Any | None:
-    """Returns the colour profile of a picture; None where it has none, one of sRGB, or one that it cannot be of."""
+    """Returns the colour profile of a picture; None if it is missing, sRGB, or of another colour space."""
     from PIL import Image, ImageCms
 
     content, (mode, space) = image.info.get("icc_profile"), _COLOURS.get(image.mode, ("", ""))
@@ -166,7 +172,7 @@ def _foreign_profile(image) -> Any | None:
             return None
         if mode == "CMYK":
             return profile
-        # By what it does, as profiles of sRGB have many names.
+        # Compare results, as sRGB profiles have many names.
         levels = np.arange(0, 256, 15, dtype=np.uint8)
         colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
         sample = Image.fromarray(colours if mode == "RGB" else levels[None])

@@ -1,4 +1,4 @@
-"""The work of a `prepare`, piece by piece: a file's clips, or a caption, and what encodes them in any process."""
+"""The tasks of a `prepare`, each the clips of a file or a caption, and the worker that encodes them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,15 +24,15 @@ from mochi_tune.weights.paths import WeightsPaths
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What every worker of a `prepare` is told; it can be sent to other processes.
+    """Settings of every worker of a `prepare`; can be pickled.
 
     Attributes:
-        weights: where they are.
+        weights: paths of the weights.
         cache: settings of the cache, with the fingerprints that the weights must have.
-        parts: folder for what is encoded.
+        parts: folder of encoded clips and captions.
         device: "cpu" or "cuda".
-        decode_timeout_seconds: as of `ClipDecoder`.
-        num_threads: of torch; another number may give other bits.
+        decode_timeout_seconds: for `ClipDecoder`.
+        num_threads: of torch; results may differ in bits with another number.
     """
 
     weights: WeightsPaths
@@ -45,13 +45,13 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class ClipTask:
-    """Clips of one file, which is decoded once for all of them.
+    """The clips of one file, which is decoded once for all of them.
 
     Attributes:
-        clips: in ascending order of their start.
+        clips: by ascending start.
         before: the file's signature when it was hashed.
-        is_missing: of each clip, whether its latents are to be encoded.
-        previews: of each clip, where its preview goes; None: nowhere.
+        is_missing: of each clip, whether its latents must be encoded.
+        previews: of each clip, the file for its preview; None for no preview.
     """
 
     clips: tuple[Clip, ...]
@@ -72,7 +72,7 @@ class ClipTask:
 
 @dataclass(frozen=True)
 class CaptionTask:
-    """A caption: the key of its features, its text, and the first clip that has it."""
+    """A caption: the key of its features, its text, and the name of the first clip that has it, for errors."""
 
     key: str
     caption: str
@@ -84,14 +84,14 @@ AnyTask = TypeVar("AnyTask", ClipTask, CaptionTask)
 
 
 class Store(Protocol):
-    """Where encoded tensors go: a `CacheWriter` in the main process, a `PartsFolder` in others."""
+    """Storage of encoded tensors: a `CacheWriter` in the main process, a `PartsFolder` in others."""
 
     def has_latents(self, clip_key: str, /) -> bool:
-        """Whether a clip's latents are there."""
+        """Whether a clip's latents are stored."""
         ...
 
     def has_text(self, text_key: str, /) -> bool:
-        """Whether a caption's features are there."""
+        """Whether a caption's features are stored."""
         ...
 
     def put_latents(self, clip_key: str, mean: Any, logvar: Any, clip_report: dict[str, Any], /) -> object:
@@ -104,13 +104,13 @@ class Store(Protocol):
 
 
 class Worker:
-    """Encodes tasks one after the other; holds one model at a time, loaded when the first task needs it.
+    """Encodes tasks one after the other. Holds one model at a time, loaded when a task needs it.
 
     Args:
         settings: of the run.
         store: where the tensors go.
-        decoder: to use.
-        checks_weights: whether the weights' fingerprints are compared with the main process's.
+        decoder: of the clips.
+        checks_weights: whether to compare the weights' fingerprints with those of the main process.
     """
 
     def __init__(self, settings: WorkerSettings, store: Store, decoder: ClipDecoder, checks_weights: bool) -> None:
@@ -119,20 +119,20 @@ class Worker:
         self._part, self._model = "", None
 
     def run(self, task: Task, ahead: Task | None = None, update: Callable[[], object] | None = None) -> list[str]:
-        """Encodes a task; what it has last encoded is on disk after `finish`, or after the next clip.
+        """Encodes a task. The last clip is on disk only after `finish`, or after the next clip.
 
         Args:
-            task: of the run.
-            ahead: the task of the next call, whose decoding is begun; None where it is not known.
+            task: to encode.
+            ahead: the task of the next call, whose decoding begins early; None if unknown.
             update: called after each clip or caption.
 
         Returns:
-            Of a ClipTask why each clip is refused, "" where it is not; of a caption nothing.
+            For a ClipTask why each clip is refused, "" if it is not; for a CaptionTask an empty list.
 
         Raises:
-            DataError: the model gave NaN or infinity, or memory does not suffice.
-            ParallelError: the weights are others than those of the main process.
-            OSError: the disk is full, or refuses.
+            DataError: the model returned NaN or infinity, or ran out of memory.
+            ParallelError: the weights differ from those of the main process.
+            OSError: writing failed.
         """
         update = update or (lambda: None)
         if isinstance(task, ClipTask):
@@ -142,20 +142,20 @@ class Worker:
                 update()
             return reasons
         if not self.store.has_text(task.key):
-            # Not in model.dtype: features are computed once, and T5's rounding affects all of training.
+            # In memory.t5_dtype, not model.dtype: features are computed once, and rounding affects all of training.
             model = self._load("text_encoder")
             self.store.put_text(task.key, *encode_caption(model, task.caption, task.name))
         update()
         return []
 
     def finish(self) -> None:
-        """Waits until what was encoded is on disk."""
+        """Waits until everything that was encoded is on disk."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def close(self) -> None:
-        """Frees the model and ends the thread that saves, when that has saved."""
+        """Waits for the last save, ends the saving thread and frees the model."""
         self._saver.shutdown()
         self._part, self._model = "", None
         free_memory()
@@ -168,14 +168,14 @@ class Worker:
                 yield str(decoded)
                 continue
             if not _is_unchanged(clip, task.before):
-                yield f"{clip.file.path}: was changed while it was read: run this again."
+                yield f"{clip.file.path}: was changed while it was read: run the same command again."
                 continue
             if preview is not None:
                 write_preview(preview, decoded.frames)
             if is_missing and not self.store.has_latents(clip.row.clip_key):
-                # Loaded only when a clip is there to be encoded: a second run over a bad clip reads no weights.
+                # The model is loaded only here, so that a second run over refused clips reads no weights.
                 mean, logvar = encode_frames(self._load("encoder"), decoded.frames, clip.row.sample_id)
-                # A sync takes as long as a part of a clip's encoding: one is saved while the next one is encoded.
+                # Save one clip while the next one is encoded: a sync to disk takes a while.
                 self.finish()
                 self._saving = self._save(clip.row.clip_key, mean, logvar, decoded.report)
             yield ""
@@ -184,7 +184,7 @@ class Worker:
         return self._saver.submit(self.store.put_latents, *latents)
 
     def _load(self, part: str) -> Any:
-        """Returns the model of a part, and frees the other one."""
+        """Returns the encoder or the text encoder, and frees the other one."""
         if self._part == part:
             return self._model
         self._part, self._model = "", None
@@ -218,7 +218,7 @@ class WorkHere:
         self._worker.close()
 
     def run(self, tasks: Sequence[AnyTask], update: Callable[[], object]) -> Iterator[tuple[AnyTask, list[str]]]:
-        """Yields each task when it is done, with what `Worker.run` returns; `update` is called for each clip."""
+        """Yields each finished task with the result of `Worker.run`; calls `update` after each clip or caption."""
         for number, task in enumerate(tasks):
             ahead = tasks[number + 1] if number + 1 < len(tasks) else None
             yield task, self._worker.run(task, ahead, update)
@@ -226,9 +226,9 @@ class WorkHere:
 
 
 def _is_unchanged(clip: Clip, before: Signature) -> bool:
-    """Whether a video still has the content that its latents' key was computed from."""
+    """Whether a video still has the content from which its clip_key was computed."""
     try:
-        # A long file with many clips is not read for each of them.
+        # Compare signatures first: hashing a long file for each of its clips would be slow.
         return signature(clip.file.path) == before or file_sha256(clip.file.path) == clip.row.source_sha256
     except (OSError, DataError):
         return False

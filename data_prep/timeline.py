@@ -1,4 +1,4 @@
-"""Time in a video: when each picture is shown, and which one is on screen at each frame of 30 per second."""
+"""Times in a video: when each picture is shown, and which picture is shown at each frame at 30 fps."""
 
 import math
 from collections.abc import Iterator
@@ -10,22 +10,22 @@ from mochi_tune.models.latents import FPS
 
 Time = int | Fraction
 FrameRate = Literal["resample", "retime"]
-# A step back by so much, in seconds, is a new recording that was joined on; a smaller one is a picture out of order.
+# Maximum step back of the clock, in seconds, that is a picture out of order; a larger one is a joined recording.
 # Source: FFmpeg n7.1 fftools/ffmpeg_demux.c:300-340, ts_discontinuity_detect.
 MAX_DISORDER = Fraction(1, 10)
-# A step forward by so much is a joint too, in formats whose clock may jump (MPEG-TS, MPEG-PS).
+# Maximum step forward, in seconds, in formats whose clock may jump (MPEG-TS, MPEG-PS); a larger one is a joint too.
 MAX_GAP = 10
 
 
 class Clock:
-    """Turns a video's stored times into ascending ones; a jump backwards goes on where the picture before ended.
+    """Turns a video's stored times into ascending ones; after a jump, time continues at the end of the last picture.
 
-    Times are in seconds, or in whole ticks, which are faster to count with.
+    Times are in seconds, or in integer ticks, which are faster to compute with.
 
     Args:
-        period: how long a picture is shown if the file does not tell.
-        may_jump: the format's clock may also jump forward.
-        second: ticks of a second.
+        period: duration of a picture if the file does not state it.
+        may_jump: whether the format's clock may also jump forward.
+        second: ticks per second.
     """
 
     def __init__(self, period: Time, may_jump: bool, second: int = 1) -> None:
@@ -38,11 +38,11 @@ class Clock:
         self.has_jumped = False
 
     def read(self, stored: Time | None, duration: Time) -> Time | None:
-        """Returns when a picture is shown; None for one that comes too late to be shown.
+        """Returns the time of a picture; None if it comes too late to be shown.
 
         Args:
-            stored: the picture's own time; None follows the picture before.
-            duration: how long it is shown; 0 is unknown.
+            stored: time in the file; None continues at the end of the previous picture.
+            duration: of the picture; 0 if unknown.
         """
         time = self.end if stored is None else stored + self.shift
         if self.last is not None:
@@ -57,7 +57,7 @@ class Clock:
 
 
 def frame_number(seconds: Fraction) -> int:
-    """Returns the output frame at which a picture begins, the nearest one; of two equally near the later.
+    """Returns the output frame nearest to a picture's begin; of two equally near, the later one.
 
     Source: FFmpeg n7.1 libavfilter/vf_fps.c:180-230, with its default round=near.
     """
@@ -69,11 +69,11 @@ class Picture:
     """A decoded picture.
 
     Attributes:
-        time: when it is shown, in seconds, later than the picture before.
-        duration: how long it is shown if none follows, in seconds.
-        image: what was decoded: an `av.VideoFrame`, or an upright uint8 RGB (H, W, 3) array.
+        time: of its begin, in seconds, later than the previous picture.
+        duration: in seconds, if no other picture follows.
+        image: an `av.VideoFrame`, or an upright uint8 RGB array (H, W, 3).
         decoder: the library that decoded it.
-        was_interlaced: it was made of two fields.
+        was_interlaced: whether it consists of two fields.
     """
 
     time: Fraction
@@ -85,7 +85,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Span:
-    """A picture and the output frames that show it: from `begin` up to and without `end`, never empty."""
+    """A picture and the output frames that show it: from `begin` to `end`, exclusive; never empty."""
 
     picture: Picture
     begin: int
@@ -95,13 +95,13 @@ class Span:
 def place_pictures(
     pictures: Iterator[Picture], first_time: Fraction, frame_rate: FrameRate, first_number: int = 0
 ) -> Iterator[Span]:
-    """Yields each picture that is on screen at some output frame; the last one is held for its duration.
+    """Yields each picture that is shown at an output frame; the last picture is shown for its duration.
 
     Args:
         pictures: by ascending time.
         first_time: of the video's first picture, which begins at output frame 0.
-        frame_rate: resample shows at each 1/30 s the picture that has begun last; retime shows each picture once.
-        first_number: of the first one of `pictures` among all of the video, for retime.
+        frame_rate: resample shows, every 1/30 s, the latest picture; retime shows each picture for one frame.
+        first_number: number of the first of `pictures` in the video, for retime.
     """
     if frame_rate == "retime":
         for number, picture in enumerate(pictures, first_number):
@@ -116,7 +116,7 @@ def place_pictures(
         held = picture
     if held is not None:
         begin, end = (frame_number(time - first_time) for time in (held.time, held.time + held.duration))
-        # A lone picture is shown, however short it is.
+        # A single picture is shown for at least one frame.
         end = max(end, 1)
         if begin < end:
             yield Span(held, begin, end)

@@ -1,4 +1,4 @@
-"""Which clips are cut out of a file: their sizes and their first frames."""
+"""Chooses the clips of a file: their buckets and first frames."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,17 +17,17 @@ def choose_cuts(
     data: DataConfig,
     shorter: str = "a smaller data.num_frames",
 ) -> list[Cut]:
-    """Returns the clips of a file, by ascending start, each in the bucket that loses least.
+    """Returns the cuts of a file, by ascending start, in the bucket that loses least.
 
     Args:
-        scan: what the file holds.
+        scan: of the file.
         buckets: sizes to choose from.
-        mode: which clips are cut; the rest of a video that is shorter than a clip of `all` goes to a shorter bucket.
+        mode: which clips to cut; with `all`, the rest of a video goes to a shorter bucket of the same size.
         data: the other settings of the clips.
-        shorter: what in the settings makes clips shorter.
+        shorter: the setting that makes clips shorter, for errors.
 
     Raises:
-        DataError: no bucket fits the file; the text lacks the file's name.
+        DataError: no bucket fits the file. The message lacks the file's name.
     """
     rate = choose_frame_rate(scan, data.frame_rate)
     num_frames = scan.num_source_frames if rate == "retime" else scan.num_frames
@@ -47,7 +47,7 @@ def choose_cuts(
 
 
 def starts(num_frames: int, length: int, mode: ClipMode, data: DataConfig) -> list[int]:
-    """Returns the first frames of the clips of one length that are cut from so many frames."""
+    """Returns the first frames of the clips of `length` frames that are cut from `num_frames` frames."""
     room, most = num_frames - length, data.max_clips or num_frames
     if mode == "head":
         return [0]
@@ -59,13 +59,13 @@ def starts(num_frames: int, length: int, mode: ClipMode, data: DataConfig) -> li
 
 
 def _longest(buckets: Sequence[Bucket], num_frames: int) -> list[Bucket]:
-    """Returns the longest bucket that a rest of a video fills, if there is one of more than a single frame."""
+    """Returns the longest bucket of more than one frame that fits into `num_frames`, in a list; [] if there is none."""
     fitting = [bucket for bucket in buckets if 1 < bucket.num_frames <= num_frames]
     return [max(fitting)] if fitting else []
 
 
 def num_used_frames(cuts: Sequence[Cut]) -> int:
-    """Returns how many frames of a file are in at least one clip; `cuts` are by ascending start."""
+    """Returns the number of frames that are in at least one clip; `cuts` are by ascending start."""
     used = end = 0
     for cut in cuts:
         stop = cut.start + cut.num_frames
@@ -75,9 +75,9 @@ def num_used_frames(cuts: Sequence[Cut]) -> int:
 
 
 def decisive(cut: Cut) -> dict[str, Any]:
-    """Returns, as JSON values, all of a cut that decides the pixels."""
+    """Returns the fields of a cut that determine the pixels, as JSON values."""
     values = asdict(cut)
-    # The same pictures, whichever library reads them.
+    # All libraries decode to the same pictures.
     del values["decoder"]
-    # These refuse a file or take it, and decide nothing of its pixels.
+    # These accept or refuse a file, and do not change its pixels: use constants.
     return values | {"allow_upscale": False, "hdr": "refuse"}

@@ -42,9 +42,9 @@ def test_of_equal_losses_the_larger_bucket_is_taken_unless_it_would_enlarge():
 
 def test_frames_count_as_pixels_do():
     long, wide = Bucket(37, 64, 64), Bucket(7, 64, 128)
-    # Of 37 frames at 1:2 the long one keeps half of each, the wide one a fifth of all.
+    # From 37 frames at 1:2, the long bucket keeps half of each frame, the wide one a fifth of all.
     assert choose_bucket(Footage(37, 64, 128), [long, wide], False) == long
-    # Of 8 frames there are only 7 to lose.
+    # 8 frames only have 7 to lose.
     assert choose_bucket(Footage(8, 64, 128), [long, wide], False) == wide
 
 

@@ -17,7 +17,7 @@ from mochi_tune.errors import DataError
 from mochi_tune.files import file_sha256
 
 CAPTIONS = {f"clip{i}.mp4": f"caption number {i} " + "x " * i for i in range(7)} | {"sub/empty.mp4": ""}
-# Two rows' tensors (4608 bytes of latents each) go into a shard of this size, three do not.
+# Two rows (4608 bytes of latents each) fit into a shard of this size, three do not.
 SMALL = 11_000
 
 
@@ -30,7 +30,7 @@ def state(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 
 def damaged_shards(folder: Path) -> list[str]:
-    """The shards whose bytes are not those that were committed."""
+    """Returns the shards whose bytes differ from those that were committed."""
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
     assert shards
     return [s["file"] for s in shards if hashlib.sha256((folder / s["file"]).read_bytes()).hexdigest() != s["sha256"]]
@@ -80,7 +80,7 @@ def test_load_dataset_reads_it_as_it_is(tmp_path):
         assert record["num_tokens"].tolist() == [len(expected["prompt_embeds"])]
         assert record["caption_tokens"].tolist() == [len(row.captions[0].split()) + 1]
         assert json.loads(record["clip_report"]) == {"scale": 0.5, "name": row.path}
-        # An empty list comes back as an empty tensor of any dtype.
+        # An empty list is read as an empty tensor of any dtype.
         embeds = torch.as_tensor(record["prompt_embeds"]).float().view(-1, int(record["text_width"]))
         assert torch.equal(embeds, expected["prompt_embeds"])
 

@@ -1,4 +1,4 @@
-"""What is said of a cache that training cannot take."""
+"""Errors for caches that training cannot use."""
 
 from dataclasses import replace
 

@@ -8,7 +8,7 @@ from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 
 CAPTIONS = {f"clip{i}.mp4": f"caption number {i} " + "x " * i for i in range(7)} | {"sub/empty.mp4": ""}
-# Two rows' tensors (4608 bytes of latents each) go into a shard of this size, three do not.
+# Two rows (4608 bytes of latents each) fit into a shard of this size, three do not.
 SMALL = 11_000
 
 

@@ -1,4 +1,4 @@
-"""What a cache of many clips takes, by the clip: memory, and open files, and bars. No test here measures time."""
+"""Memory, open files and progress bars of caches with many clips. No test here measures time."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ def rows():
 
 def test_a_row_that_is_not_read_takes_a_third_of_its_python_object(tmp_path, rows):
     write_manifest(tmp_path, SETTINGS, [(ShardEntry("data/train-00000-of-00001.parquet", 0, "", len(rows)), rows)])
-    # Imports take memory once.
+    # Import before measuring memory.
     assert len(read_manifest(tmp_path).rows) == NUM_ROWS
     before = pa.total_allocated_bytes()
     tracemalloc.start()
@@ -36,7 +36,7 @@ def test_a_row_that_is_not_read_takes_a_third_of_its_python_object(tmp_path, row
     python = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert manifest.rows == rows
-    # The texts alone have 400 bytes; a number of its place is all that Python keeps. Objects take 1700.
+    # Texts take 400 bytes per row, plus a Python integer for its place. Objects would take 1700.
     assert (python + pa.total_allocated_bytes() - before) / NUM_ROWS < 700
     assert python / NUM_ROWS < 100
 
@@ -100,7 +100,7 @@ def test_an_open_writer_takes_little_for_a_clip(tmp_path):
     captions = {f"clip{i:04}.mp4": f"clip number {i} walks along the garden wall in the light" for i in range(400)}
     make_cache(tmp_path, captions)
     taken = []
-    # The least of some: other tests of this process may have left threads that read caches of theirs.
+    # The minimum of several: threads of other tests in this process may read caches.
     for _ in range(3):
         gc.collect()
         before = pa.total_allocated_bytes()
@@ -111,7 +111,7 @@ def test_an_open_writer_takes_little_for_a_clip(tmp_path):
             tracemalloc.stop()
             taken.append((python + pa.total_allocated_bytes() - before) / len(captions))
             assert writer.clip_report(rows_of(captions)[3].clip_key) == {"scale": 0.5, "name": "clip0003.mp4"}
-    # Two keys with their places in Python, the rest in columns; as objects it was 4 kB and more.
+    # Two keys with their places in Python, the rest in columns; objects would take over 4 kB.
     assert min(taken) < 2000, taken
 
 
@@ -126,5 +126,5 @@ def test_reading_and_writing_a_cache_have_bars(tmp_path, monkeypatch, capsys):
     make_cache(tmp_path, captions)
     shown = capsys.readouterr().err
     assert f"checking the cache: 100%|██████████| {num_bytes / 1000:.1f}k" in shown, shown
-    # A clip and its caption, which the cache does not need.
+    # Parts of a clip and its caption, which the cache does not need.
     assert "reading the parts: 100%|██████████| 2/2" in shown and "writing" not in shown

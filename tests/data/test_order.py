@@ -73,7 +73,7 @@ def test_a_batch_has_one_bucket_and_every_clip_comes_equally_often(batch_size):
         assert len(batch) == batch_size and len({clips[clip][1] for clip in batch}) == 1
     drawn = Counter(clip for batch in batches for clip in batch)
     assert drawn == dict.fromkeys(range(9), batch_size)
-    # Not one bucket after the other.
+    # Buckets are mixed.
     assert [clips[batch[0]][1] for batch in batches] != sorted(clips[batch[0]][1] for batch in batches)
 
 
@@ -87,7 +87,7 @@ def test_repeats_are_exact_over_an_epoch():
 
 def test_weights_divide_an_epoch():
     order, clips = mixed({"cats": (1.0, 1.0), "dogs": (1.0, 2.0)})
-    # Of a third of nine clips, the one upright cat is half a draw: two epochs are shuffled as one.
+    # In a third of nine clips, the only upright cat has half a draw: two epochs are shuffled as one.
     drawn = Counter(clips[clip][0] for clip in stream(order, 18))
     assert drawn == {"cats": 6, "dogs": 12} and order.epoch_length == 9
 
@@ -117,7 +117,7 @@ def test_the_fingerprint_is_of_what_the_batches_hold():
         order.fingerprint([*names[:3], "renamed.mp4", *names[4:]]),
     }
     assert len(prints) == 4
-    # With one pool the batch size changes nothing but how the stream is cut.
+    # With one pool, the batch size only changes where the stream is cut.
     assert one_pool(5, 1).fingerprint(names) == one_pool(5, 3).fingerprint(names)
     assert json.dumps(order.fingerprint(names))
 
@@ -132,7 +132,7 @@ def test_apportion_adds_up_and_stays_within_one_of_the_exact_share():
 
 
 def test_shares_stay_where_a_source_has_many_buckets():
-    """Ten clips of ten sizes, of which one is drawn for nine of the other source: each has its pool."""
+    """Ten clips of ten sizes, with one draw for nine of the other source: each size has a pool."""
     clips = {number: ("film", Bucket(7, 32, 16 * (number + 1))) for number in range(10)}
     clips |= {10 + number: ("cats", Bucket(7, 32, 32)) for number in range(10)}
     for sources, share in (

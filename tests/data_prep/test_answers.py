@@ -53,7 +53,7 @@ def test_a_caption_is_not_changed(caption):
     [
         ("", "is empty"),
         (" \n\t ", "is empty"),
-        ("<think>the ball", "is nothing but thoughts"),
+        ("<think>the ball", "has only thoughts"),
         ("I'm sorry, but I can't help with that.", "is a refusal"),
         ("I’m sorry, I can’t describe people.", "is a refusal"),
         ("As an AI language model, I do not see pictures.", "is a refusal"),
@@ -64,8 +64,8 @@ def test_a_caption_is_not_changed(caption):
         ("<!DOCTYPE html><html><body>Log in to the network</body></html>", "is a web page"),
         ("x" * 9000, "has 9000 characters"),
         ("the ball rolls " * 50, "repeats itself"),
-        ("a ball\0 rolls over the table", "holds characters that are no text"),
-        ("a ball \ud83d rolls over the table", "holds characters that are no text"),
+        ("a ball\0 rolls over the table", "contains characters that are not text"),
+        ("a ball \ud83d rolls over the table", "contains characters that are not text"),
         ("Ball.", "has only 1 words"),
         ("一个红色的小球在灰色的桌子上从左向右缓慢滚动，镜头保持静止。", "is not English: 0 of its"),
         ("Маленький красный мяч медленно катится по серому столу.", "is not English: 0 of its"),
@@ -114,7 +114,7 @@ def test_a_caption_is_cut_at_a_sentence_that_fits():
     length = CaptionLength(load_tokenizer(TINY / "tokenizer"))
     sentence = "A ball rolls over the table. "
     text = (sentence * 100).strip()
-    assert length.fits(sentence) and not length.fits(text) and f"{MAX_TOKENS} are the most" in length.describe(text)
+    assert length.fits(sentence) and not length.fits(text) and f"the maximum is {MAX_TOKENS}" in length.describe(text)
     cut = length.cut(text)
     assert length.fits(cut) and cut.endswith("table.") and not length.fits(f"{cut} {sentence.strip()}")
     words = "ball " * 400

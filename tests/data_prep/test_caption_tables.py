@@ -19,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def videos(folder: Path) -> list[Path]:
-    # Captions never open a video, so their names are enough here.
+    # Reading captions never opens a video, so empty files are enough.
     return [folder / "a.mp4", folder / "b.take2.mov", folder / "sub" / "c.mkv"]
 
 
@@ -34,7 +34,7 @@ def _lines(*rows: dict) -> str:
 
 
 def _texts(folder: Path, videos: list[Path]) -> dict[str, tuple[str, ...]]:
-    """The captions by the videos' names; nothing is refused and nothing is noted."""
+    """Returns the captions by the videos' names; checks that nothing is refused or noted."""
     found = load_captions(folder, videos, RULES)
     assert not found.refused and not found.notes
     return {video.relative_to(folder).as_posix(): texts for video, texts in found.texts.items()}
@@ -182,7 +182,7 @@ def test_a_table_that_names_no_video_is_an_error_that_shows_both_names(folder, v
         ("metadata.jsonl", '["a.mp4", "x"]', ["row 1", "names no video"]),
         ("metadata.jsonl", '{"text": "x"}', ["row 1", "names no video"]),
         ("metadata.jsonl", '{"file_name": 3, "text": "x"}', ["row 1", "names no video"]),
-        ("metadata.json", '{"a.mp4": "x"}', ["no list of objects", "another name"]),
+        ("metadata.json", '{"a.mp4": "x"}', ["not a list of objects", "rename the file"]),
         ("metadata.json", "[", ["not JSON"]),
     ],
 )
@@ -197,13 +197,13 @@ def test_a_broken_table_is_an_error_that_names_the_row(folder, videos, name, con
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ('{"file_name": "a.mp4", "text": "a cat \\ud83d"}', ["holds half of a character, \\ud83d"]),
-        ('{"file_name": "a.mp4", "text": "a\\u0000cat"}', ["holds NUL"]),
+        ('{"file_name": "a.mp4", "text": "a cat \\ud83d"}', ["contains half of a character, \\ud83d"]),
+        ('{"file_name": "a.mp4", "text": "a\\u0000cat"}', ["contains NUL"]),
         ('{"file_name": "a.mp4", "text": 3}', ["text must be a text, or a list of texts"]),
         ('{"file_name": "a.mp4", "text": ["x", null]}', ["text must be a text, or a list of texts"]),
         ('{"file_name": "a.mp4", "words": "x"}', ["has none of caption, text, prompt"]),
         ('{"file_name": "a.mp4", "text": "%s"}' % ("x" * 50_001), ["has a caption of 50001 characters"]),
-        ('{"file_name": "a.mp4", "text": ["fine", "a cat \\ud83d"]}', ["holds half of a character"]),
+        ('{"file_name": "a.mp4", "text": ["fine", "a cat \\ud83d"]}', ["contains half of a character"]),
     ],
 )
 def test_a_row_with_a_bad_caption_refuses_its_clip_alone(folder, videos, row, words):
@@ -249,7 +249,7 @@ def test_lists_of_different_lengths_are_an_error_that_says_both(folder, videos):
 
 def test_no_file_is_opened_by_a_name_in_a_table(folder, videos):
     pipe = folder.parent / "outside.mp4"
-    os.mkfifo(pipe)  # Opening it would wait for ever.
+    os.mkfifo(pipe)  # Opening it would block.
     _write(folder / "metadata.jsonl", _lines({"path": str(pipe), "text": "x"}, {"path": "a.mp4", "text": "x"}))
     assert load_captions(folder, videos, RULES).texts == {videos[0]: ("x",)}
 
@@ -276,7 +276,7 @@ def test_further_names_of_the_column_of_files(folder, videos, key):
 @pytest.mark.parametrize("text", ["a cat", "ein Käse", "猫"])
 def test_utf16_without_its_mark_is_named(folder, videos, encoding, text):
     _write(folder / "metadata.csv", f"file_name,text\na.mp4,{text}\n".encode(encoding))
-    assert "as UTF-16 without its mark at the begin does: save it as UTF-8" in _error(folder, videos)
+    assert "like UTF-16 without a byte order mark: save it as UTF-8" in _error(folder, videos)
 
 
 @pytest.mark.parametrize("start", ["\n", " \n\n", "sep=;\r\n", '"sep=;"\n', "sep=;\n\n", ";;\n"])

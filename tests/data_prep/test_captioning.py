@@ -23,7 +23,7 @@ SAD = Reply({"error": {"message": "out of order"}}, 500)
 
 @contextmanager
 def writing(answer, wording=Wording(), limits=QUICK, pace=None, tokenizer=None):  # noqa: B008  (it is frozen)
-    """Yields a server and a function that writes a caption by it, and returns it with its notes and its cost."""
+    """Yields a server, and a function that writes a caption with it and returns caption, notes and cost."""
     with ChatServer(answer) as server:
         endpoint = Endpoint(server.url, "seer", "", 300)
         writer = Writer(endpoint, wording, limits, pace or Pace(), CaptionLength(tokenizer))
@@ -37,7 +37,7 @@ def writing(answer, wording=Wording(), limits=QUICK, pace=None, tokenizer=None):
 
 
 def script(*replies):
-    """Answers by a list, and with a caption after its end."""
+    """Returns the answers of a list in order, and then a caption."""
     return lambda request, number: replies[number] if number < len(replies) else Reply()
 
 
@@ -130,7 +130,7 @@ def test_pauses_become_longer():
     with writing(script(SAD, SAD, SAD), limits=limits) as (server, write):
         write()
     times = [chat.time for chat in server.chats]
-    # A pause is between half of its nominal length and all of it, and a request takes longer than none.
+    # A pause is between half and all of its nominal length, and requests take time too.
     assert all(later - earlier >= 0.025 * 2**i for i, (earlier, later) in enumerate(pairwise(times)))
 
 
@@ -143,7 +143,7 @@ def test_requests_of_all_threads_keep_the_pace():
         for thread in threads:
             thread.join()
     times = sorted(chat.time for chat in server.chats)
-    # 6 requests have 5 gaps of 0.05 s; the first may be on its way for longer than the last.
+    # 6 requests have 5 gaps of 0.05 s; the first may take longer to arrive than the last.
     assert len(times) == 6 and times[-1] - times[0] >= 4 * 0.05
 
 
@@ -181,7 +181,7 @@ def test_one_that_stays_too_long_is_cut_at_a_sentence_and_told(answer):
         caption, notes, _ = write()
     assert caption.startswith("ohwx, The ball0 rolls") and caption.endswith(".")
     assert f"ohwx, {LONG}".startswith(caption) and len(caption.split()) <= 160
-    assert notes == ["cut at a sentence, as it had 561 words, counted without T5's tokenizer, 160 are the most"]
+    assert notes == ["cut at a sentence, as it had 561 words, counted without T5's tokenizer, the maximum is 160"]
 
 
 def test_one_that_was_cut_off_is_finished_by_asking_again():
@@ -206,7 +206,7 @@ def test_a_trigger_is_put_first_or_woven_in():
 
 
 def test_clocks_that_jump_change_nothing(monkeypatch):
-    """Turns the wall clock ahead by ten years and back by an hour, alternately, whenever anything reads it."""
+    """Sets the system clock ten years ahead and an hour back, alternately, at every read."""
     true_time, reads = time.time, []
 
     def jumping() -> float:
@@ -223,11 +223,11 @@ def test_clocks_that_jump_change_nothing(monkeypatch):
     for _ in range(2):
         tally.add(Result(Path("clip.mp4"), caption, cost=cost))
     tally.close()
-    # Ten years would be hours, and an hour back a time below zero.
+    # With the system clock, the summary would show hours or a negative time.
     assert reads and re.search(r"; \d+ (s|min), \d+\.\d clips/min", tally.summary(0, 0))
     took = time.monotonic() - started
     assert caption == CAPTION and len(server.chats) == 3 and server.chats[2].time - server.chats[1].time >= 0.2
-    # The timeout, two pauses and three requests are what the clip is charged with, and within what has passed.
+    # The clip's cost includes the timeout, two pauses and three requests, and is at most the elapsed time.
     assert 0.3 + 0.025 + 0.2 <= cost.seconds <= took
 
 

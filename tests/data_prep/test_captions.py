@@ -12,7 +12,7 @@ RULES = CaptionRules()
 @pytest.fixture
 def videos(tmp_path: Path) -> list[Path]:
     (tmp_path / "sub").mkdir()
-    # Captions never open a video, so their names are enough here.
+    # Reading captions never opens a video, so empty files are enough.
     return [tmp_path / "a.mp4", tmp_path / "b.take2.mov", tmp_path / "sub" / "c.mkv"]
 
 
@@ -22,7 +22,7 @@ def _write(path: Path, text: str | bytes) -> Path:
 
 
 def _refusal(found: Captions, video: Path) -> str:
-    """The reason for one refused video, on one line that a report can hold."""
+    """Returns why a video is refused; checks that it is one line in UTF-8."""
     assert found.refused.keys() == {video} and video not in found.texts
     found.refused[video].encode()
     assert "\n" not in found.refused[video] and "\0" not in found.refused[video]
@@ -107,10 +107,10 @@ def test_of_many_captions_in_cp1252_the_first_ones_are_named_and_the_rest_counte
         (b"K\xe4se \x02", ["is not UTF-8 (byte 1)"]),
         (b"a \x81 cat", ["is not UTF-8 (byte 2)"]),
         (b"\xff\xfea", ["is not UTF-8 (byte 2)"]),
-        ("a\0nul", ["holds NUL characters"]),
+        ("a\0nul", ["contains NUL characters"]),
         ("Käse".encode("utf-16-le"), ["is not UTF-8"]),
-        ("cheese".encode("utf-16-be"), ["holds NUL characters"]),
-        ("word " * 10_001, ["a.mp4: has a caption of 50004 characters, 50000 are the most"]),
+        ("cheese".encode("utf-16-be"), ["contains NUL characters"]),
+        ("word " * 10_001, ["a.mp4: has a caption of 50004 characters, more than 50000"]),
     ],
 )
 def test_a_sidecar_that_is_no_caption_refuses_its_clip_alone(tmp_path, videos, content, words):
@@ -125,7 +125,7 @@ def test_a_sidecar_that_is_no_caption_refuses_its_clip_alone(tmp_path, videos, c
 def test_a_huge_sidecar_is_not_read(tmp_path, videos):
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(2**40)
-    assert "has 1048576 MiB, which is no caption" in _refusal(load_captions(tmp_path, videos, RULES), videos[0])
+    assert "has 1048576 MiB, too much for a caption" in _refusal(load_captions(tmp_path, videos, RULES), videos[0])
 
 
 def test_a_sidecar_that_cannot_be_read_refuses_its_clip_alone(tmp_path, videos, monkeypatch):
@@ -168,7 +168,7 @@ def test_tags_are_left_out_with_their_probability_and_the_first_is_kept():
 
 
 def test_the_draw_of_tags_is_the_same_everywhere_and_keyed():
-    # What sha256 gives: another value would encode the captions of every cache again.
+    # Computed with sha256. Another value would encode the captions of every cache again.
     assert drop_tags("a, b, c, d, e, f, g, h, i, j, k, l", 0.5, "0\0b.mp4\x000\x000") == "a, b, e, f, i, j, k, l"
     text = ", ".join("abcdefghijklmnopqrstuvwxyz")
     rules = CaptionRules(tag_dropout=0.5)
@@ -199,7 +199,7 @@ def test_an_accent_is_the_same_however_a_system_writes_it(tmp_path):
     _write(tmp_path / composed, "a cup")
     assert load_captions(tmp_path, [tmp_path / apart], RULES).texts == {tmp_path / apart: ("a cup",)}
     assert not find_orphans(tmp_path, [tmp_path / apart])
-    # Where both are there, each video has its own.
+    # If both spellings exist, each video has its own file.
     _write(tmp_path / "e\u0301.txt", "a plate")
     assert load_captions(tmp_path, [tmp_path / apart], RULES).texts == {tmp_path / apart: ("a plate",)}
     for path in tmp_path.iterdir():

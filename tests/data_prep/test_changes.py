@@ -1,4 +1,4 @@
-"""What `train` says of files that are not as `prepare` found them; test_train_lora_buckets.py has more."""
+"""Messages of `train` about files that changed after `prepare`; test_train_lora_buckets.py has more."""
 
 import shutil
 
@@ -29,4 +29,6 @@ def test_that_a_run_cannot_go_on_is_said_of_clips_that_came_or_went_alone(tmp_pa
     [line] = tell_changes(config.data, config.seed, cache)
     assert clip.name in line and "stop, run `mochi-tune prepare` with these settings" in line
     assert line.endswith("train again") == goes_on
-    assert ("train in another run_dir=DIR; this run goes on with other clips by resume=force alone" in line) != goes_on
+    assert (
+        "train in another run_dir=DIR; this run continues with other clips only with resume=force" in line
+    ) != goes_on

@@ -37,7 +37,7 @@ def _decord_frames(path: Path, num_frames: int) -> torch.Tensor:
 
 
 def _shown(timestamps, num_frames: int) -> list[int]:
-    """Returns for each k/30 s the last picture that has begun by then, or begins within half of 1/30 s."""
+    """Returns for each k/30 s the latest picture that has begun, or begins within half of 1/30 s."""
     targets = (np.arange(num_frames)[:, None] + 0.5) / 30
     return ((np.asarray(timestamps, float) < targets - 1e-9).sum(1) - 1).tolist()
 
@@ -47,8 +47,8 @@ def _shown(timestamps, num_frames: int) -> list[int]:
 
 def test_videos_are_found_below_the_folder_whatever_the_case_and_sorted(tmp_path):
     names = ["b.MP4", "a.webm", "sub/deep/c.Mov", "sub/d.mkv", "e.avi", "f.M4V", "g.gif", "h.ts", "i.mpg"]
-    others = dict.fromkeys(("a.mp3", "sub/b.zip", "README"), "is no video that is known")
-    others["c.jpg"] = "is a still picture, which data.buckets=auto takes"
+    others = dict.fromkeys(("a.mp3", "sub/b.zip", "README"), "is not a known video format")
+    others["c.jpg"] = "is a still picture, which data.buckets=auto uses"
     for name in [*names, *others, "a.txt", "sub/A.TXT", "._b.mp4", "metadata.csv"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -189,11 +189,11 @@ def test_a_larger_clip_is_scaled_to_cover_and_cut_at_the_centre(tmp_path, width,
     path = write_video(tmp_path / "clip.mp4", 3, width=width, height=height, rate=15)
     clip = decode_clip(path, Cut(5, 96, 96))
     left, top = (resized[0] - 96) // 2, (resized[1] - 96) // 2
-    # Pillow's bicubic filter is antialiased too, and counts in integers.
+    # Pillow's bicubic filter is antialiased too, and uses integers.
     pictures = [Image.fromarray(picture.numpy()) for picture in _decord_frames(path, 3)[[0, 0, 1, 1, 2]]]
     expected = np.stack([np.asarray(p.resize(resized, Image.Resampling.BICUBIC), np.float32) for p in pictures])
     difference = clip.frames.numpy() - expected[:, top : top + 96, left : left + 96]
-    # A sum that ends near one half may be rounded either way.
+    # Sums near one half may be rounded up or down.
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
     assert clip.report["crop"] == pytest.approx(crop, abs=0.01)
     assert clip.report["scale"] == pytest.approx(max(96 / width, 96 / height), abs=1e-6)

@@ -1,4 +1,4 @@
-"""Colours against the formulas of the standards, computed from the samples in double precision."""
+"""Compares colours with the formulas of the standards in double precision."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def smooth_planes(pixel_format: str, height: int, width: int) -> list[np.ndarray
         0.5 + 0.12 * np.sin(4 * x * y + 1),
     ]
     columns, rows = (2 if "420" in pixel_format or "422" in pixel_format else 1), (2 if "420" in pixel_format else 1)
-    # Chroma is sited between the samples of its block, near enough for waves so slow.
+    # Chroma is sited between the samples of its block, which hardly matters for slow waves.
     waves[1:] = [wave[rows // 2 :: rows, columns // 2 :: columns] for wave in waves[1:]]
     return [np.rint(wave * (2**bits - 1)).astype(np.uint16 if bits > 8 else np.uint8) for wave in waves]
 

@@ -64,7 +64,7 @@ def test_the_child_gives_the_same_clips_and_errors_and_keeps_quiet_and_slim(tmp_
             for _ in range(25):
                 decoder.cut(good, cut)
             sizes.append(int(Path(f"/proc/{child.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-        # One clip kept by mistake is 2 MB; what the allocator holds goes up and down by some 40 MB.
+        # A leaked clip takes 2 MB; the allocator's memory varies by about 40 MB.
         assert sizes[2] - sizes[0] < 90 * 2**20
     assert not child.is_alive()
 
@@ -87,7 +87,7 @@ def test_the_cuts_of_a_file_come_in_order_and_each_has_its_own_error(tmp_path):
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, MemoryError])
 def test_an_unexpected_exception_refuses_its_file_and_no_other(tmp_path, monkeypatch, kind):
-    """Serves in a thread of this process, where the code can be broken."""
+    """Runs the server in a thread of this process, so that its code can be patched."""
     good, bad = (write_video(tmp_path / f"{name}.mp4", 14) for name in ("good", "bad"))
 
     def broken(path, cuts):
@@ -130,7 +130,7 @@ def test_a_clip_that_hangs_is_refused_and_the_next_one_decodes(tmp_path):
     hanging = tmp_path / "hanging.mp4"
     os.mkfifo(hanging)
     cut = Cut(37, 96, 96)
-    # Little time for what hangs, and all that a busy machine may need for what does not.
+    # A short timeout for the file that hangs, a long one for the others on a busy machine.
     with ClipDecoder(timeout_seconds=600) as decoder:
         assert _numbers(decoder.cut(good, cut)) == list(range(37))
         first = _child()
@@ -142,12 +142,12 @@ def test_a_clip_that_hangs_is_refused_and_the_next_one_decodes(tmp_path):
         decoder.timeout_seconds = 600
         assert _numbers(next(results)[2]) == list(range(37))
         assert not first.is_alive()
-        # Stopped halfway through handing over a clip, which is larger than the socket's buffer.
+        # The child is stopped while it sends a clip that is larger than the socket's buffer.
         ahead = decoder.cut_all([(good, [cut]), (good, [cut])])
         next(ahead)
         time.sleep(0.5)
         os.kill(_child().pid, signal.SIGSTOP)
-        # While it finds room in the socket's buffer, it goes on with what it is at.
+        # SIGSTOP takes effect only when the child blocks on the full buffer.
         while psutil.Process(_child().pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)
         decoder.timeout_seconds = 1.5
@@ -172,7 +172,7 @@ def test_a_clip_that_kills_the_child_is_refused_and_the_next_one_decodes(tmp_pat
         with pytest.raises(DataError, match=rf"^{hanging}: the decoder process died \(killed by SIGKILL\)"):
             decoder.cut(hanging, cut)
         assert _numbers(decoder.cut(good, cut)) == list(range(7))
-        # Killed between two clips, the next one is not to blame.
+        # If the child is killed between two clips, the next clip is not refused.
         child = _child()
         child.kill()
         child.join()
@@ -208,7 +208,7 @@ def test_exactly_one_clip_is_decoded_ahead_and_waits_for_a_late_caller(tmp_path)
         assert multiprocessing.active_children() == []
         late = decoder.cut_all([(path, [cut]) for path in good])
         next(late)
-        # The second one is there, and was asked for longer ago than a clip may take.
+        # The second clip has arrived, but was requested longer ago than the timeout.
         decoder._child.socket.recv(1, socket.MSG_PEEK | socket.MSG_WAITALL)
         decoder._requested_at -= 1000
         path, _, clip = next(late)

@@ -82,13 +82,13 @@ def test_clips_get_captions_and_nothing_that_is_there_is_touched(tmp_path, capsy
         "empty.mp4": "refused", "plain.mp4": "described", "sub/turned.mp4": "described",
         "raced.mp4": "failed", "broken.mp4": "failed", "pipe.mp4": "failed",
     }  # fmt: skip
-    assert "empty.txt: is there and holds no caption" in rows["empty.mp4"]["error"]
+    assert "empty.txt: exists but has no caption" in rows["empty.mp4"]["error"]
     assert "written by another program" in rows["raced.mp4"]["error"] and rows["raced.mp4"]["text"] == caption_of(42)
-    assert "broken.mp4" in rows["broken.mp4"]["error"] and "is no file" in rows["pipe.mp4"]["error"]
+    assert "broken.mp4" in rows["broken.mp4"]["error"] and "is not a file" in rows["pipe.mp4"]["error"]
     assert sum(row.get("retries", 0) for row in rows.values()) == 1
     out = capsys.readouterr().out
     # Four chats of 1000 and 50 tokens, at 2 and 4 for a million.
-    assert "2 clips described, 3 had a caption, 4 without one; 4 requests, retries among them: 1" in out
+    assert "2 clips described, 3 had a caption, 4 without one; 4 requests, including 1 retries" in out
     assert "4,000 + 200 tokens; price 0.0088" in out
     found = load_captions(videos, find_videos(videos), CaptionRules())
     assert found.texts[videos / "sub" / "turned.mp4"] == (caption_of(72),)
@@ -108,7 +108,7 @@ def test_many_at_once_lose_and_double_nothing(tmp_path):
         write_video(tmp_path / f"{number}.mp4", 1, first_number=number)
     key = tmp_path / "key"
     key.write_text("secret\n")
-    # Every third chat fails, of whatever clip it is.
+    # Every third chat fails, whichever clip it is for.
     bad = [Reply({}, 500), Reply(""), Reply(hangs_up=True), Reply(wait_seconds=0.1)]
     with ChatServer(lambda r, n: bad[n // 3 % 4] if n % 3 == 0 else Reply(caption_of(r.clip))) as server:
         done = run(*describe(tmp_path, server.url, "workers=6", "retries=9", f"key_file={key}", "trigger=ohwx"))
@@ -133,8 +133,8 @@ def test_an_endpoint_that_is_gone_ends_the_run_and_keeps_what_is_done(tmp_path):
     with ChatServer(answer) as server:
         done = run(*describe(tmp_path, server.url, "workers=1", "retries=0"))
         assert done.returncode == 2 and len(list(tmp_path.glob("*.txt"))) == 2
-        assert "the endpoint gave no answer for 10 clips in a row" in done.stderr.splitlines()[-1]
-        # The worker goes on until it is ended.
+        assert "the endpoint did not answer for 10 clips in a row" in done.stderr.splitlines()[-1]
+        # The worker continues until it is stopped.
         assert len(server.chats) >= 12
     assert "2 clips described, 0 had a caption, 10 without one, 2 not yet tried" in done.stdout
 
@@ -216,9 +216,9 @@ def test_a_caption_does_not_become_a_list_of_captions(tmp_path):
         (["key_file=nowhere.txt"], "key_file=nowhere.txt cannot be read"),
         (["frames_out=x"], "goes with dry_run=true"),
         (["price_in=cheap"], "price_in=cheap does not fit"),
-        (["endpoint=localhost:8000"], "is no address"),
+        (["endpoint=localhost:8000"], "is not an address"),
         (["endpoint=http://127.0.0.1:9/v1"], "endpoint=http://127.0.0.1:9/v1 cannot be used (no connection"),
-        (["endpoint=local"], "model=seer holds no config.json"),
+        (["endpoint=local"], "model=seer has no config.json"),
         (["videos=nowhere"], "videos=nowhere does not exist"),
         (["promt=x"], "'promt=x' is not a setting of describe"),
     ],
@@ -235,7 +235,7 @@ def test_of_two_on_one_folder_the_second_refuses(tmp_path):
     with ChatServer() as server, (tmp_path / "describe.jsonl").open("w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         done = run(*describe(tmp_path, server.url))
-    assert done.returncode == 2 and "is written by another `mochi-tune describe`" in done.stderr
+    assert done.returncode == 2 and "another `mochi-tune describe` is writing it" in done.stderr
     assert not server.chats
 
 

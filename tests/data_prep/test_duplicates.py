@@ -8,7 +8,7 @@ from mochi_tune.data_prep.duplicates import find_duplicates, find_nearest, shift
 
 
 def random_clips(num_clips: int, seed: int) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Returns hashes and timelines of clips that begin at random in one film of a camera that stands nearly still."""
+    """Returns hashes and timelines of clips with random starts in one film with hardly any motion."""
     draw = random.Random(seed)
 
     def hash_of(picture: int) -> str:
@@ -26,7 +26,7 @@ def random_clips(num_clips: int, seed: int) -> tuple[dict[str, list[str]], dict[
 
 
 def least_distance(one: str, other: str) -> float:
-    """Returns what `shifted_distance` does, a pair of pictures after the other."""
+    """Computes `shifted_distance` with a loop over pairs of pictures."""
     ours, theirs = ([text[i : i + 16] for i in range(0, len(text), 16)] for text in (one, other))
     shares = [1.0]
     for shift in range(-len(theirs), len(ours) + 1):
@@ -40,7 +40,7 @@ def least_distance(one: str, other: str) -> float:
 def test_clips_compared_at_once_have_the_verdicts_of_each_pair(monkeypatch, capsys):
     hashes, timelines = random_clips(18, seed=2)
     monkeypatch.setattr(duplicates, "BAR_DELAY", 0)
-    # More than one block, and the last one of fewer clips.
+    # Several blocks, the last one smaller.
     monkeypatch.setattr(duplicates, "BLOCK_PICTURES", 200)
     expected: dict[str, str] = {}
     for one, other in itertools.combinations(hashes, 2):
@@ -50,7 +50,7 @@ def test_clips_compared_at_once_have_the_verdicts_of_each_pair(monkeypatch, caps
         if {one, other}.isdisjoint(expected) and (near < 0.17 or (near < 0.35 and distance < 0.17)):
             expected[other] = one
     assert find_duplicates(hashes, 0.17, timelines) == expected and len(expected) == 8
-    # Of thousands of clips it takes minutes, so it is shown.
+    # A progress bar is shown: thousands of clips take minutes.
     shown = capsys.readouterr().err
     assert "nearest: 100%" in shown and "duplicates: 100%" in shown
 
@@ -67,5 +67,5 @@ def test_the_search_for_duplicates_takes_python_by_the_clip_and_not_by_the_pair(
         finally:
             sys.setprofile(None)
         taken.append(next(calls))
-    # Of pairs there are 17 times as many.
+    # There are 17 times as many pairs.
     assert taken[1] < 6 * taken[0], taken

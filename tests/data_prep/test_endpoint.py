@@ -54,8 +54,8 @@ def test_a_conversation_goes_out_as_the_field_writes_it():
         (Reply({"detail": "slow down"}, 429), "429: slow down"),
         (Reply(PAGE), "the answer is a web page"),
         (Reply(b""), "the answer is nothing"),
-        (Reply(b"\xff\xfe"), "the answer is no JSON of a chat"),
-        (Reply(b"[" * 100_000), "the answer is no JSON of a chat"),
+        (Reply(b"\xff\xfe"), "the answer is not the JSON of a chat"),
+        (Reply(b"[" * 100_000), "the answer is not the JSON of a chat"),
         (Reply({"error": {"message": "overloaded"}}), r"the answer has no text \(overloaded\)"),
         (Reply({"choices": []}), "the answer has no text"),
         (Reply({"choices": [3]}), "the answer has no text"),
@@ -83,7 +83,7 @@ def test_the_server_says_how_long_to_wait():
         ({"Retry-After": "7"}, 7),
         ({"Retry-After": "soon"}, None),
         ({"Retry-After": "-3"}, None),
-        # By the server's own clock, whatever ours says.
+        # The date is compared with the server's clock, not with the local one.
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:30 GMT", "Date": "Wed, 21 Oct 2015 07:28:00 GMT"}, 30),
     ]:
         with pytest.raises(TryAgain) as caught:
@@ -100,9 +100,9 @@ def test_a_request_that_is_refused_is_the_clips_own_trouble():
     ("status", "text"),
     [
         (401, r"refuses the key \(401: key \*\*\* is wrong\): give another key, see key_file="),
-        (402, "wants to be paid"),
-        (404, "knows no such address or model"),
-        (307, "sends to another address"),
+        (402, "requires payment"),
+        (404, "has no such address or model"),
+        (307, "redirects to another address"),
     ],
 )
 def test_what_no_clip_would_pass_ends_the_run_and_the_key_is_not_told(status, text):
@@ -143,7 +143,7 @@ def test_the_check_accepts_what_lists_or_answers():
     with ChatServer() as server:
         assert check(server.url) == [] and not server.chats
         (note,) = check(server.url, "unlisted")
-        assert "does not list model=unlisted, and answers to it; it has seer, other" in note
+        assert "does not list model=unlisted, but it answers; it has seer, other" in note
     for models in (Reply({}, 404), Reply({}, 429)):
         with ChatServer(models=models) as server:
             assert check(server.url) == [] and len(server.chats) == 1
@@ -171,7 +171,7 @@ def test_the_check_refuses_what_is_no_endpoint():
             check(f"http://127.0.0.1:{free.getsockname()[1]}/v1")
     with ChatServer(models=Reply(PAGE)) as server, pytest.raises(ConfigError, match=r"a web page.*is /v1 missing"):
         check(server.url)
-    with ChatServer() as server, pytest.raises(ConfigError, match=r"knows no such address or model \(404: Not Found\)"):
+    with ChatServer() as server, pytest.raises(ConfigError, match=r"has no such address or model \(404: Not Found\)"):
         check(server.url.removesuffix("/v1"))
     with ChatServer(models=Reply({}, 401)) as server, pytest.raises(ConfigError, match="refuses the key"):
         check(server.url)
@@ -186,16 +186,16 @@ def test_the_check_refuses_what_is_no_endpoint():
     "url", ["localhost:8000/v1", "ftp://x/v1", "http:///v1", "http://x:y/v1", "http://a b/v1", "http://x/v1?a=b", ""]
 )
 def test_what_is_no_address_is_refused(url):
-    with pytest.raises(ConfigError, match="is no address"):
+    with pytest.raises(ConfigError, match="is not an address"):
         Endpoint(url, "seer", "", 300)
 
 
 @pytest.mark.parametrize("key", ["sk\n-1", "schlüssel", "two words"])
 def test_what_is_no_key_is_refused(key):
-    with pytest.raises(ConfigError, match="holds characters that no key has"):
+    with pytest.raises(ConfigError, match="has invalid characters"):
         Endpoint("http://localhost:1/v1", "seer", key, 300)
 
 
 def test_the_limit_leaves_room_for_any_answer():
-    # Tokens have four letters on average, and a model that thinks writes some ten thousand.
+    # Tokens have about four letters; a reasoning model writes some ten thousand.
     assert MAX_ANSWER_BYTES > 10 * 4 * 10_000

@@ -38,7 +38,7 @@ def write_clips(folder: Path) -> None:
     noise = np.random.default_rng(5).integers(0, 255, (128, 192, 3), dtype=np.uint8)
     texture = np.roll(noise, 3, 0) // 2 + noise // 2
     blurred = [Image.fromarray(np.roll(texture, 4 * i, 1)).filter(ImageFilter.GaussianBlur(9)) for i in range(24)]
-    # A narrow strip of it flickers: no two pictures are the same, and nearly nothing moves.
+    # A narrow strip flickers: no two pictures are equal, but there is hardly any motion.
     still = [texture[::-1, ::-1].copy() for _ in range(24)]
     for index, picture in enumerate(still):
         picture[:, :12] = picture[:, :12] // 2 + 4 * (index % 2)
@@ -87,7 +87,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copy(made, tmp_path):
-    # With their times, by which a clip that was measured is known.
+    # With their modification times, by which measured clips are recognized.
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -98,14 +98,14 @@ def test_each_fault_is_found_and_nothing_else(made):
     assert rows["same.mp4"]["duplicate_of"] == "good.mp4"
     assert "cannot be read as a video" in rows["bad.mp4"]["reason"]
     assert float(rows["black.mp4"]["black"]) == 1
-    # Of its 30 pictures the last 14 are those before, of 29 that have one before.
+    # The last 14 of its 30 pictures equal the previous one; 29 have a previous one.
     assert float(rows["frozen.mp4"]["frozen"]) == pytest.approx(14 / 29, abs=0.04)
     assert [int(rows["bars.mp4"][side]) for side in ("left", "top", "right", "bottom")] == [0, 16, 0, 16]
     page = (made / "videos_filter/filter.html").read_text()
     assert all(f"<h3>{name}</h3>" in page for name, verdict in VERDICTS.items() if verdict != "good")
     assert "<h3>good.mp4</h3>" not in page and "bad.mp4: cannot be read" in page
     assert "http" not in page.replace("http://www.w3.org", "")
-    # Nothing is moved unsaid.
+    # Every move is reported.
     assert sorted(path.name for path in (made / "videos").glob("*.mp4")) == sorted(VERDICTS)
 
 
@@ -114,7 +114,7 @@ def test_flagged_clips_move_with_their_captions_and_back(copy):
     (copy / "videos_filter/moved").mkdir()
     (copy / "videos_filter/moved/still.txt").write_text("another")
     done = run("filter", "videos=videos", "move=true", cwd=copy, env={"PATH": "/nowhere"})
-    assert done.returncode == 1 and "moved/still.txt: is there already" in done.stdout + done.stderr, done.stderr
+    assert done.returncode == 1 and "moved/still.txt: exists already" in done.stdout + done.stderr, done.stderr
     assert names_in(copy / "videos") == ["good.mp4", "good.txt", "still.mp4", "still.txt"]
     moved = names_in(copy / "videos_filter/moved")
     assert moved == sorted({*before, "still.txt"} - {"good.mp4", "good.txt", "still.mp4"})
@@ -138,7 +138,7 @@ def test_where_nothing_was_moved_no_move_is_told_and_none_undone(copy):
 
 @pytest.mark.parametrize(
     ("ending", "nth"),
-    # Before the caption is moved; when it is moved and the clip is at both places; before the table has them.
+    # Killed before the caption is moved; with the clip at both paths; and before the table has the rows.
     [("videos/black.txt", 1), ("videos/black.mp4", 2), ("moved.csv", 1)],
 )
 def test_a_move_that_is_killed_in_the_middle_goes_on(copy, ending, nth):
@@ -146,7 +146,7 @@ def test_a_move_that_is_killed_in_the_middle_goes_on(copy, ending, nth):
     disturbance = Disturbance(under=copy, signal_before=ending, nth=nth)
     program = Program(arguments, copy / "log", disturbance, env={"PATH": "/nowhere"})
     assert program.wait() == -9, program.text()
-    # The clip at hand is the first one for the table, and the second one else.
+    # Killed at the first clip for the table, else at the second.
     assert (copy / "videos/black.mp4").exists() and not (copy / "videos/bars.mp4").exists()
     assert (copy / "videos_filter/moving.json").exists()
     done = run(*arguments, env={"PATH": "/nowhere"})
@@ -169,8 +169,8 @@ def test_limits_are_settings(copy):
     [
         (["videos=nowhere"], "videos=nowhere does not exist"),
         (["videos=empty"], "videos=empty holds no video"),
-        (["videos=videos", "out=videos/report"], "out=videos/report is in the clips"),
-        (["videos=videos", "move=videos/bad"], "move=videos/bad is in the clips"),
+        (["videos=videos", "out=videos/report"], "out=videos/report is inside the clips"),
+        (["videos=videos", "move=videos/bad"], "move=videos/bad is inside the clips"),
         (["videos=videos", "max_black=2"], "max_black=2 does not fit"),
         (["videos=videos", "min_motion=none"], "min_motion=none does not fit"),
         (["videos=videos", "undo=yes"], "undo=yes is not possible"),
@@ -185,7 +185,7 @@ def test_bad_settings_are_one_line(copy, arguments, text):
 def test_a_file_never_replaces_another_one(tmp_path):
     (tmp_path / "a").write_text("a")
     (tmp_path / "b").write_text("b")
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="exists already"):
         move_file(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "b" and (tmp_path / "a").read_text() == "a"
     move_file(tmp_path / "a", tmp_path / "below/c")
@@ -201,7 +201,7 @@ def test_borders_are_counted_where_they_are_black_in_every_picture():
     other[5:7] = 90
     assert count_border([picture], 0) == (7, 0) and count_border([picture, other], 0) == (5, 0)
     assert count_border([picture], 1) == (0, 5)
-    # All of it is dark, or a dark part that is no even bar.
+    # Entirely dark, or with a dark part that is not a uniform bar.
     assert count_border([np.zeros((60, 80), np.uint8)], 0) == (0, 0)
     picture[:7, ::2] = 0
     assert count_border([picture], 0) == (0, 0)
@@ -230,14 +230,14 @@ def test_hashes_survive_size_and_light_and_tell_pictures_apart():
     nearest = find_nearest(hashes)
     assert max(nearest[name] for name in ("one", "small", "light")) < 0.05 < 0.25 < nearest["other"]
     assert find_duplicates(hashes, 0.1) == {"small": "one", "light": "one"}
-    # A picture without contrast has no hash, and is like nothing.
+    # A picture without contrast has no hash, and no near clip.
     flat = {"a": [hash_picture(np.zeros((40, 40), np.uint8))] * 8, "b": [""] * 8, "c": []}
     assert find_nearest(flat) == {"a": 1, "b": 1, "c": 1} and find_duplicates(flat, 0.5) == {}
     assert find_nearest({}) == {} == find_duplicates({}, 0.1)
 
 
 def pan(first: int, seed: int = 0) -> list[np.ndarray]:
-    """Returns pictures of a pattern that a camera pans over, from a number of the picture on."""
+    """Returns pictures of a camera pan over a pattern, from a start picture."""
     world = np.random.default_rng(seed).integers(0, 255, (4, 20), dtype=np.uint8).repeat(32, 0).repeat(32, 1)
     return [np.repeat(world[:, i : i + 192, None], 3, 2) for i in range(first, first + 60)]
 
@@ -250,7 +250,7 @@ def test_a_copy_that_begins_later_is_found_where_much_moves(tmp_path):
         *_, values = measure_clip(tmp_path / f"{name}.mp4")
         found[f"{name}.mp4"] = Scores(**{**values, "hashes": tuple(values["hashes"])})
     hashes, timelines = ({name: getattr(each, key) for name, each in found.items()} for key in ("hashes", "timeline"))
-    # The eight pictures of each lie at other places of what they show.
+    # The eight sampled pictures of the two clips show different parts.
     assert 0.1 < find_nearest({name: hashes[name] for name in ("a.mp4", "b.mp4")})["b.mp4"] < 0.35
     assert shifted_distance(timelines["a.mp4"], timelines["b.mp4"]) < 0.1
     assert shifted_distance(timelines["b.mp4"], timelines["a.mp4"]) < 0.1
@@ -274,7 +274,7 @@ def test_a_clip_that_is_gone_has_its_verdict_and_the_others_theirs(tmp_path):
 
 
 def moved(root: Path, text: str = "a") -> Path:
-    """Returns the table of a project whose clip and caption were moved by hand of `move_clip`."""
+    """Returns the table of a project whose clip and caption were moved with `move_clip`."""
     (root / "videos").mkdir(parents=True)
     table = root / "videos_filter" / "moved.csv"
     table.parent.mkdir()
@@ -312,7 +312,7 @@ def test_a_caption_goes_with_its_clip_however_an_accent_is_written(tmp_path):
     for name in (f"{clip}.mp4", f"{caption}.txt"):
         (tmp_path / name).touch()
     assert files_of_clip(tmp_path / f"{clip}.mp4") == [tmp_path / f"{caption}.txt", tmp_path / f"{clip}.mp4"]
-    # Twins keep what is spelt as they are.
+    # Clips whose names differ only in accents keep the files with their exact name.
     (tmp_path / f"{caption}.mp4").touch()
     assert files_of_clip(tmp_path / f"{clip}.mp4") == [tmp_path / f"{clip}.mp4"]
     assert files_of_clip(tmp_path / f"{caption}.mp4") == [tmp_path / f"{caption}.txt", tmp_path / f"{caption}.mp4"]

@@ -28,8 +28,8 @@ def test_a_folder_of_stills_alone_names_them_and_what_takes_them(tmp_path):
     with pytest.raises(DataError) as caught:
         find_videos(tmp_path, takes_stills=TAKES_STILLS)
     assert f"={tmp_path} holds no video but 9 stills (0.jpg, 1.jpg, 2.jpg, 3.jpg and 5 more): put" in str(caught.value)
-    assert str(caught.value).endswith(", or take the stills by data.buckets=auto or a bucket of one frame.")
-    # Verbs that cut films take none.
+    assert str(caught.value).endswith(", or include the stills with data.buckets=auto or a bucket of one frame.")
+    # Verbs that cut films do not use stills.
     with pytest.raises(DataError, match=r"^in=\S+ holds no video but 9 stills .*: put clips in it \([^)]*\)\.$"):
         find_videos(tmp_path, setting="in")
     assert len(find_videos(tmp_path, with_stills=True)) == 9
@@ -40,7 +40,7 @@ def test_an_animated_webp_is_a_video_and_a_plain_one_a_still(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     one.save(tmp_path / "plain.webp")
-    one.save(tmp_path / "turned.webp", exif=exif)  # Of an extended header.
+    one.save(tmp_path / "turned.webp", exif=exif)  # With an extended header.
     (tmp_path / "empty.webp").touch()
     (tmp_path / "gone.webp").symlink_to("nowhere")
     stills = ["empty.webp", "gone.webp", "plain.webp", "turned.webp"]
@@ -51,7 +51,7 @@ def test_an_animated_webp_is_a_video_and_a_plain_one_a_still(tmp_path):
     assert found == list_videos(tmp_path) == [tmp_path / "moving.WebP"]
     unused = find_unused(tmp_path, found)
     assert [path.name for path in unused] == stills and all(why.endswith(STILL) for why in unused.values())
-    # Verbs that cut films read no files of pictures.
+    # Verbs that cut films read no picture files.
     with pytest.raises(DataError, match=r"no video but 5 stills"):
         find_videos(tmp_path, setting="in")
 
@@ -69,11 +69,9 @@ def test_runs_and_caches_of_the_program_are_passed_over_unless_they_are_named(tm
     for name in ("runs/one/samples/step_1.mp4", "runs/two/samples/step_1.mp4", "cache/x.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    with pytest.raises(
-        DataError, match=r"holds no video but what was made of clips \(.*cache is a cache of mochi-tune"
-    ):
+    with pytest.raises(DataError, match=r"holds no video but output of mochi-tune \(.*cache is a cache of mochi-tune"):
         find_videos(tmp_path)
-    # The files of another program that have these names.
+    # Files of another program with these names.
     others = ["set/data/a.mp4", "lesson/b.mp4"]
     for name in others:
         (tmp_path / name).parent.mkdir(parents=True)

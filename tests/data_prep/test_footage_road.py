@@ -30,7 +30,7 @@ def test_a_film_becomes_the_right_captioned_data_set(tmp_path):
             assert done.returncode == 0, (command, done.out if hasattr(done, "out") else done.stdout, done.stderr)
     clips = sorted(path for path in videos.glob("*.mp4"))
     first, third = (set(NUMBERS[part]) for part in ("first", "third"))
-    # Of the doubled scene one is left, and the black and the frozen part are moved aside.
+    # One copy of the duplicate scene is left; the black and the frozen clip are moved.
     kept = [set(numbers_of(clip)) for clip in clips]
     assert len(kept) == 2 and kept[0] <= first and kept[1] <= third
     assert all(len(numbers) > 30 for numbers in kept)

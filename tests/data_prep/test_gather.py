@@ -12,16 +12,16 @@ from mochi_tune.files import file_sha256
 
 
 def test_a_run_that_is_stopped_while_it_reads_files_keeps_what_it_has_read(tmp_path, monkeypatch):
-    # A video that was written a moment ago counts as well.
+    # Also save hashes of files that were just written.
     monkeypatch.setattr(hashes, "SETTLED_SECONDS", -60.0)
     for name in ("SAVE_SECONDS", "SAVE_TIMES"):
         monkeypatch.setattr(gather, name, 0)
-    # In this process, which needs no time to start.
+    # In this process, to avoid the child's start.
     decoder = SimpleNamespace(scan=scan_video)
     videos = [write_video(tmp_path / f"{number}.mp4", 3, first_number=number) for number in range(3)]
 
     def kept() -> list[list[str]]:
-        """Returns what is kept in the cache's folder: hashes by file, and of scans."""
+        """Returns the saved hashes of files and of scans."""
         files = json.loads((tmp_path / ".files.json").read_text())["files"]
         scans = json.loads((tmp_path / ".scans.json").read_text())["scans"]
         return [[entry[3] for entry in files.values()], list(scans)]
@@ -34,16 +34,16 @@ def test_a_run_that_is_stopped_while_it_reads_files_keeps_what_it_has_read(tmp_p
     with pytest.raises(KeyboardInterrupt), _KnownFiles(tmp_path, "") as known:
         read(known, 0)
         read(known, 1)
-        # What came before is there already, for the case that the process is killed.
+        # Earlier files are saved already, in case the process is killed.
         assert kept() == [[first]] * 2
         raise KeyboardInterrupt
     assert kept() == [[first, second]] * 2
-    # The next run is stopped before it gets to them.
+    # The next run stops before these files.
     with pytest.raises(KeyboardInterrupt), _KnownFiles(tmp_path, "") as known:
         read(known, 2)
         raise KeyboardInterrupt
     assert kept() == [[first, second, third]] * 2
-    # One that ends keeps what is there.
+    # A run that ends normally saves only the files that it has read.
     with _KnownFiles(tmp_path, "") as known:
         read(known, 1)
     assert kept() == [[second]] * 2

@@ -1,4 +1,4 @@
-"""Pictures are shown upright, with square pixels and without combs, and none is so large that memory ends."""
+"""Pictures are upright, with square pixels and deinterlaced; oversized ones are refused before memory runs out."""
 
 import struct
 import subprocess
@@ -65,7 +65,7 @@ def test_interlaced_pictures_are_deinterlaced_and_keep_their_first_field(tmp_pat
     assert scan_video(path).is_interlaced
     clip = decode_clip(path, Cut(20, 64, 64))
     for row in (10, 11, 16, 17):
-        # Rows of both parities, as if the picture had this row all over.
+        # Rows of both fields, as if all rows of the picture were equal.
         assert [frame_number(frame[row : row + 1].expand(64, -1, -1)) for frame in clip.frames] == list(range(0, 40, 2))
     assert clip.report["deinterlaced"] and scan_video(path).num_frames == 20
     late = list(cut_clips(path, [Cut(5, 64, 64, start=9), Cut(5, 64, 64, start=15)]))
@@ -102,7 +102,7 @@ def _patched_png(path: Path) -> Path:
 
 
 def _patched_avi(path: Path) -> Path:
-    """Has the header, which is all that tells HuffYUV its size, announce 12000x12000 pixels."""
+    """Makes the header announce 12000x12000 pixels; HuffYUV has no other size."""
     write_video(path, 7, codec="huffyuv")
     data = bytearray(path.read_bytes())
     struct.pack_into("<ii", data, data.find(b"strf") + 12, 12000, 12000)
@@ -111,7 +111,7 @@ def _patched_avi(path: Path) -> Path:
 
 
 def _patched_jpegs(path: Path) -> Path:
-    """Has each of an AVI's JPEGs announce 60000x60000 pixels, behind a header that announces 64x64."""
+    """Makes each JPEG of an AVI announce 60000x60000 pixels, after a header that announces 64x64."""
     write_video(path, 7, codec="mjpeg")
     data = bytearray(path.read_bytes())
     start = data.find(b"\xff\xc0")
@@ -123,7 +123,7 @@ def _patched_jpegs(path: Path) -> Path:
 
 
 def _patched_count(path: Path) -> Path:
-    """Has the header announce 200 million pictures of 8K, all of one size."""
+    """Makes the header announce 200 million pictures of 8K, all of one size."""
     write_video(path, 7)
     data = bytearray(path.read_bytes())
     struct.pack_into(">HH", data, data.find(b"stsd") + 44, 7680, 4320)
@@ -171,7 +171,7 @@ def test_a_header_that_announces_too_much_is_refused_before_memory_is_taken(tmp_
 
 
 def test_memory_does_not_grow_with_the_length_of_the_clip(tmp_path):
-    # 150 pictures of 1.5 MB, of which one small clip and the decoder's own are held.
+    # 150 pictures of 1.5 MB; only one small clip and the decoder's own pictures are in memory.
     path = write_video(tmp_path / "clip.mp4", 150, width=960, height=544, options={"preset": "ultrafast", "g": "10"})
     script = MEMORY_SCRIPT.replace("Cut(7, 64, 64)", "Cut(150, 32, 48)")
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)

@@ -33,10 +33,10 @@ def test_a_file_is_read_again_exactly_when_it_was_written_to(tmp_path, video, mo
     monkeypatch.setattr(hashes, "SETTLED_SECONDS", -60.0)
     kept, before = tmp_path / ".files.json", video.stat()
     assert hash_again(kept, video) == file_sha256(video)
-    # What is kept is what is returned: the file was not read.
+    # The saved hash is returned: the file was not read.
     kept.write_text(kept.read_text().replace(file_sha256(video), "kept"))
     assert hash_again(kept, video) == "kept"
-    # Of the same size, under the same name and with the old time.
+    # With the same size, name and modification time.
     video.write_bytes(b"others" * 100)
     os.utime(video, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (video.stat().st_size, video.stat().st_ino) == (before.st_size, before.st_ino)

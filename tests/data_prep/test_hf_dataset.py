@@ -26,7 +26,7 @@ def row(content: bytes | None, path: str | None, **caption) -> dict:
 
 
 def contents(folder: Path) -> dict[bytes, tuple[str, ...]]:
-    """The captions by the bytes of the videos, as `prepare` finds them."""
+    """Returns the captions by the bytes of the videos, as `prepare` finds them."""
     videos = find_videos(folder)
     found = load_captions(folder, videos, CaptionRules())
     assert not found.refused and not found.notes
@@ -78,7 +78,7 @@ def test_what_is_there_is_not_written_again_and_what_is_gone_is_removed(tmp_path
     save_parquet(
         dataset(row(b"new", "b.mp4", caption="n"), row(b"one", "a.mp4", caption="c")), tmp_path / "ds/x.parquet"
     )
-    # What a user has written stays, and what a killed process has left goes.
+    # Files of the user are kept; leftovers of a killed process are removed.
     kept.with_suffix(".txt").write_text("by hand")
     (out / ".b.mp4.1.tmp").write_bytes(b"half")
     materialise_dataset(tmp_path / "ds", out)
@@ -93,7 +93,7 @@ def test_a_row_with_a_path_alone_becomes_a_link(tmp_path, capsys):
     (tmp_path / "ds" / "near.mp4").write_bytes(b"near")
     rows = [row(None, str(tmp_path / "away.mkv"), caption="x"), row(None, "near.mp4", caption="y")]
     rows += [row(None, "gone.mp4", caption="z"), row(b"", None, caption="z"), {"video": None, "caption": "z"}]
-    # No folder, and no file of another kind, is taken for a video.
+    # Folders and other kinds of files are not videos.
     (tmp_path / "key").write_bytes(b"secret")
     rows += [row(None, str(tmp_path), caption="z"), row(None, str(tmp_path / "key"), caption="z")]
     save_parquet(dataset(*rows), tmp_path / "ds" / "x.parquet")
@@ -102,8 +102,8 @@ def test_a_row_with_a_path_alone_becomes_a_link(tmp_path, capsys):
         materialise_dataset(tmp_path / "ds", out)
         assert contents(out) == {b"away": ("x",), b"near": ("y",)}
         assert all(path.is_symlink() for path in find_videos(out))
-    assert "rows without a video that is there, not used: 2, 3, 4, 5 and 1 more" in capsys.readouterr().out
-    # A file that was changed in its place is another clip.
+    assert "rows without a video, not used: 2, 3, 4, 5 and 1 more" in capsys.readouterr().out
+    # A file that was changed in place is another clip.
     (tmp_path / "away.mkv").write_bytes(b"other")
     materialise_dataset(tmp_path / "ds", out)
     assert contents(out) == {b"other": ("x",), b"near": ("y",)}
@@ -153,7 +153,7 @@ def test_a_dataset_that_cannot_be_used_is_an_error_of_one_line(tmp_path):
     save_parquet(dataset(row(b"one", "a.mp4", words="x"), caption="words"), folder / "x.parquet")
     assert "its columns are id, video, words" in error(lambda: materialise_dataset(folder, out))
     save_parquet(dataset(row(None, "gone.mp4", caption="x")), folder / "x.parquet")
-    assert "none of its 1 rows holds a video" in error(lambda: materialise_dataset(folder, out))
+    assert "none of its 1 rows has a video" in error(lambda: materialise_dataset(folder, out))
     (folder / "x.parquet").write_bytes(b"PAR1")
     assert "x.parquet: cannot be read" in error(lambda: is_dataset(folder))
     assert "x.parquet: cannot be read" in error(lambda: materialise_dataset(folder, out))

@@ -29,14 +29,14 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
     command = ["inspect", "conf=my_lora", *sizes, *more]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "not taken: 1 still (still.png): data.buckets=auto, or a bucket of one frame, takes them" in done.stdout
-    assert "not taken: 1 file (notes.pdf)" in done.stdout
+    assert "not used: 1 still (still.png): data.buckets=auto or a bucket of one frame uses them" in done.stdout
+    assert "not used: 1 file (notes.pdf)" in done.stdout
     assert "1 clip, 0 refused" in done.stdout + done.stderr
     page = (tmp_path / "runs/my_lora/inspect/inspect.html").read_text()
     assert "the caption of good.mp4" in page and "is not known" in page
     has_browser = any(map(shutil.which, html_page.BROWSERS))
     assert (tmp_path / "runs/my_lora/inspect/inspect.png").exists() == has_browser
-    # A refused file gives 1, and a page of the others.
+    # A refused file gives exit code 1, and a page of the others.
     add_clip(videos, "short.mp4", 3)
     done = run(*command, "out=else where", "model=tiny", "model.weights=package:tiny", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
@@ -45,14 +45,14 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
 
 
 def test_clips_without_a_caption_are_refused_unless_that_is_allowed(tmp_path, monkeypatch, capsys):
-    """As `prepare` refuses to begin."""
-    # Without a browser, whose picture takes seconds.
+    """`prepare` would not start."""
+    # Without a browser: its picture takes seconds.
     monkeypatch.setenv("PATH", "/nowhere")
     add_clip(tmp_path / "videos", "mute.mp4", 7)
     (tmp_path / "videos/mute.txt").unlink()
     nowhere = tmp_path / "weights"
     assert main(config_for(tmp_path, nowhere, allow_empty_captions=False), tmp_path / "page") == 1
-    assert "without a caption, which `prepare` refuses to begin with: 1 clip (mute.mp4)" in capsys.readouterr().out
+    assert "without a caption, so that `prepare` would not start: 1 clip (mute.mp4)" in capsys.readouterr().out
     assert (tmp_path / "page/inspect.html").exists()
     assert main(config_for(tmp_path, nowhere), tmp_path / "page") == 0
 

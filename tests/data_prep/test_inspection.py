@@ -42,7 +42,7 @@ def settings(folder: Path, **more) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """A clip of three windows, a portrait phone clip, a still; three refused files, and three that are not taken."""
+    """A clip of three windows, a portrait phone clip, a still; three refused files, and three unused ones."""
     folder = tmp_path_factory.mktemp("inspection")
     videos = folder / "videos"
     add(videos, "wide.mp4", 40, LONG_CAPTION)
@@ -78,7 +78,7 @@ def test_the_source_is_whole_and_upright_and_the_crop_lies_in_it(seen):
     phone = next(clip for clip in seen.clips if clip.clip.row.sample_id == "phone.mov")
     source = np.asarray(Image.open(io.BytesIO(phone.source)))
     assert source.shape == (128, 64, 3) and is_upright(source)
-    # 64x128 is scaled to 48x96, of which the middle third stays.
+    # 64x128 is scaled to 48x96; the middle third is kept.
     assert phone.report["crop"] == pytest.approx([0, 128 / 3, 64, 128 / 3], abs=0.01)
     texts = {flag.text for flag in phone.flags}
     assert {"crop loses 67% of the picture", "turned by 90°"} <= texts
@@ -123,7 +123,7 @@ def test_a_caption_is_read_up_to_the_last_token_that_is_encoded(name):
     ids = tokenizer(LONG_CAPTION).input_ids
     assert measured.num_tokens == len(ids) and measured.lost_tokens == len(ids) - MAX_TOKENS > 0
     read = LONG_CAPTION[: measured.num_read]
-    # What is read is what the cut to 256 tokens gives, whose last one is the end token.
+    # The encoder reads 256 tokens, the last of which is the end token.
     assert tokenizer(read).input_ids == tokenizer(LONG_CAPTION, max_length=MAX_TOKENS, truncation=True).input_ids
     short = measure_caption("a bird", tokenizer)
     assert short.num_read == 6 and short.lost_tokens == 0 and short.num_tokens == len(tokenizer("a bird").input_ids)

@@ -98,7 +98,7 @@ def test_the_pictures_are_those_of_the_clip_and_the_crop_is_drawn_where_it_is(fo
     svg = next(own for own in read.all("svg") if own.get("class") == "source")
     (crop,) = [own for own in read.all("rect") if "class" not in own]
     assert svg["viewbox"] == "0 0 64 128" and (source["width"], source["height"]) == ("64", "128")
-    # 64x128 is scaled to 48x96, of which the middle third stays.
+    # 64x128 is scaled to 48x96; the middle third is kept.
     assert [float(crop[key]) for key in ("x", "y", "width", "height")] == pytest.approx([0, 42.67, 64, 42.67])
     assert "crop loses 67% of the picture" in read.texts
 
@@ -107,7 +107,7 @@ def test_the_window_is_drawn_where_it_lies_in_the_video(found, tmp_path):
     write_video(tmp_path / "film.mp4", 48, rate=24, width=96, height=64)
     film = see(found, tmp_path / "film.mp4", Cut(13, 32, 48, 12, frame_rate="retime"), [MeasuredCaption("b", 2, 1)])
     assert window_seconds(found, found.clips[0]) == pytest.approx((13 / 30, 26 / 30), abs=1e-3)
-    # 13 pictures of 24 a second take longer than what they are shown in.
+    # 13 pictures at 24 fps take longer than 13 frames at 30 fps.
     assert window_seconds(found, film) == pytest.approx((12 / 24, 25 / 24), abs=1e-3)
     bars = re.findall(r"left:([\d.]+)%;width:([\d.]+)%", make_page(found, "run"))
     expected = [(100 * 13 / 40, 100 * 13 / 40), (25, 100 * 13 / 48)]
@@ -120,7 +120,7 @@ def test_the_part_of_a_caption_that_is_not_read_is_marked(found):
     assert HOSTILE[:-5] in read.texts
     lost = read.texts.index(HOSTILE[-5:])
     assert read.texts[lost - 1] == HOSTILE[:-5] and '<bdi class="lost"><span>' in page
-    assert "(300 tokens, of which 44 are cut off)" in read.texts
+    assert "(300 tokens, 44 of them cut off)" in read.texts
     assert "caption loses 44 tokens" in read.texts and "Captions, tokens" in read.texts
 
 
@@ -156,7 +156,7 @@ def test_what_was_refused_and_what_was_not_taken_is_listed(found):
     found.refused = {"<z>.mp4": "is <short>"}
     found.inputs.unused = {"notes.pdf": "is no video & nothing"}
     read = Reader(make_page(found, "run"))
-    for text in ("<z>.mp4", "is <short>", "notes.pdf", "is no video & nothing", "Refused", "Not taken"):
+    for text in ("<z>.mp4", "is <short>", "notes.pdf", "is no video & nothing", "Refused", "Not used"):
         assert text in read.texts
 
 

@@ -22,7 +22,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def seer(tmp_path_factory) -> Path:
-    """A model of random weights that sees pictures, as its own classes save it."""
+    """A vision-language model with random weights, saved by its own classes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPVisionConfig,
@@ -80,7 +80,7 @@ def test_a_model_answers_a_conversation_with_pictures(seer):
     longer = captioner.ask([first, Turn("assistant", "c"), Turn("user", "d")], 60)
     assert longer.prompt_tokens == answer.prompt_tokens + 4 + 4
     assert captioner.ask([first], 60) == answer
-    # It sees the pictures: of many, not all give one answer.
+    # It uses the pictures: not all of many give the same answer.
     others = [captioner.ask([Turn("user", "a b", (picture(shade), picture(0)))], 60) for shade in range(0, 256, 15)]
     assert len({other.text for other in others}) > 1
     captioner.close()
@@ -91,12 +91,12 @@ def test_the_command_line_takes_a_local_model(seer, tmp_path):
     settings = ["retries=1", "max_tokens=5", "num_frames=2", "device=cpu", f"model.weights={TINY}", "language=any"]
     assert run_here(["describe", f"videos={tmp_path}", "endpoint=local", f"model={seer}", *settings]) == 1
     (row,) = [json.loads(line) for line in (tmp_path / "describe.jsonl").read_text().splitlines()]
-    # Random weights write no caption.
+    # A model with random weights does not write captions.
     assert row["requests"] == 2 and row["completion_tokens"] == 10 and "ends before a caption" in row["error"]
 
 
 def test_what_is_no_such_model_is_one_line(seer, tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
         LocalCaptioner(tmp_path, "cpu", 7).check()
     for name, spoil, error, text in [
         ("text", _make_text_model, CheckpointError, "cannot be loaded as a model that describes pictures"),

@@ -1,4 +1,4 @@
-"""How tasks are given to workers, and what a worker refuses; the processes themselves are in tests/faults."""
+"""How pools assign tasks, and what a worker refuses; tests/faults tests the processes."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ TASKS = [CaptionTask(str(number), f"caption {number}", f"{number}.mp4") for numb
 
 
 class Workers(WorkerPool):
-    """Workers without processes, of which the newest one is done first; some die on some tasks."""
+    """Workers without processes; the newest task finishes first, and some workers die on some tasks."""
 
     def __init__(self, count: int, deaths: dict[str, int]) -> None:
         super().__init__(count)
@@ -61,7 +61,7 @@ def test_a_task_that_is_long_in_hand_is_told_once(capsys):
         pool.patience = 0.0
         list(pool.run(TASKS, lambda _: None))
     told = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
-    # The newest is done first: those in hand the longest are the first two.
+    # The newest task finishes first: the first two run longest.
     assert told == ["1.mp4", "0.mp4"] or told == ["0.mp4", "1.mp4"]
     with Workers(3, {}) as pool:
         list(pool.run(TASKS, lambda _: None))
@@ -82,7 +82,7 @@ def test_a_worker_with_other_weights_than_the_main_process_refuses_and_encodes_n
     assert "ffffffffffffffff… in the main process" in str(error) and not list(tmp_path.iterdir())
 
 
-# A Ctrl-C while the worker imports, which the main process outlives here, and one when it has encoded something.
+# Ctrl-C while the worker imports, which the main process survives here, and after it has encoded something.
 STOPPED = """
 import signal, threading
 from test_pools import *
@@ -104,7 +104,7 @@ def test_a_stopped_worker_says_nothing_and_leaves_nothing_that_python_warns_of(t
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, start_new_session=True
     )
-    # It has read the encoder, and said how far it was.
+    # It has loaded the encoder and reported progress.
     assert list((tmp_path / "parts").iterdir()) and done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr
     assert done.stderr.count("Traceback") == 1, done.stderr
 

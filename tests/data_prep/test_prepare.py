@@ -50,7 +50,7 @@ def state(folder: Path) -> dict[str, tuple[str, int]]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Four good clips, two of the same bytes, and one that is a frame short; prepared once."""
+    """Four good clips, two with the same bytes, and one that lacks a frame; prepared once."""
     folder = tmp_path_factory.mktemp("base")
     add_clip(folder, "bird.mp4", CAPTIONS["bird.mp4"])
     shutil.copy(folder / "videos" / "bird.mp4", folder / "videos" / "copy.mp4")
@@ -107,7 +107,7 @@ def test_every_input_has_a_row_in_the_report(base):
         "0",
     )
     assert (bird["source_width"], bird["source_height"], bird["source_frames"]) == ("96", "72", "7")
-    # 96x72 is scaled to 48x36, and 2 rows are cut off above and below: 4 of the source's.
+    # 96x72 is scaled to 48x36, and 2 rows are cropped at the top and bottom: 4 rows of the source.
     assert (float(bird["scale"]), json.loads(bird["crop"]), float(bird["start_seconds"])) == (0.5, [0, 4, 96, 64], 0)
     assert (long["caption_tokens"], long["lost_tokens"]) == ("351", "95")
     assert (report["mute.mp4"]["caption"], report["mute.mp4"]["caption_tokens"]) == ("", "0")
@@ -211,7 +211,7 @@ def test_a_caption_with_a_typo_in_its_name_is_named_with_the_clip_that_lacks_one
     (tmp_path / "videos" / "brid.txt").write_text("a bird")
     with pytest.raises(DataError) as caught:
         prepare(config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False))
-    assert "(bird.mp4; without a video there are the captions brid.txt)" in str(caught.value)
+    assert "(bird.mp4; captions without a video: brid.txt)" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -229,7 +229,7 @@ def test_captions_without_a_video_are_warned_of(tmp_path, capsys):
 
 
 class Lives:
-    """Follows the models of some classes that run while it is open: how many, in what dtype, and whether they live."""
+    """Records the models of some classes that run in the block: their number, dtype, and whether they are freed."""
 
     def __init__(self, *classes):
         self.classes = classes
@@ -243,10 +243,10 @@ class Lives:
         self.handle.remove()
 
     def note(self, module, _):
-        # Of the VAE's encoder the first layer, the only one that takes Fourier features.
+        # The first layer of the VAE's encoder, the only one with Fourier features.
         if isinstance(module, self.classes) and getattr(module, "in_features", 15) == 15:
             self.models.add(module)
-            # accelerate ties such a knot into a model that it puts on a GPU, which then outlives `del`.
+            # accelerate creates a reference cycle in a model that it moves to a GPU, which `del` does not free.
             module.__dict__["knot"] = [module]
             self.dtypes.setdefault(type(module), set()).update(p.dtype for p in module.parameters() if p.ndim > 1)
             self.company.append(len(self.models))
@@ -285,7 +285,7 @@ def test_t5_may_run_in_bf16_or_int8_which_encodes_the_captions_anew_and_no_clip(
         ours, theirs = (cache.read(index)["prompt_embeds"] for cache in (rounded, exact))
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs) == (not rounded.rows[index].captions[0])
         assert torch.equal(ours, encoder.encode([rounded.rows[index].captions[0]])[0])
-        # bf16 keeps 8 bits of a number; the logits of random weights are large, and softmax multiplies what is lost.
+        # bf16 has 8 bits of precision; logits of random weights are large, and softmax amplifies the error.
         assert (ours - theirs).norm() <= 0.25 * theirs.norm()
 
 
@@ -316,7 +316,7 @@ def test_after_a_kill_the_same_command_goes_on_from_there(tmp_path, capsys):
     for number in range(num_clips):
         add_clip(tmp_path, f"{number}.mp4", f"a ball number {number}", first_number=20 * number)
     cache = tmp_path / "cache"
-    # Each file is opened, synced and renamed: before the third clip's latents are renamed.
+    # Each file is opened, synced and renamed: this is before the third clip's latents are renamed.
     paths = [f"data.videos={tmp_path / 'videos'}", f"data.cache={cache}", f"run_dir={tmp_path / 'run'}"]
     kill = Disturbance(cache, signal_before=".safetensors.tmp", nth=9)
     assert run_program(["prepare", "conf=my_lora", *SIZES, *paths], tmp_path / "log", kill)[0] == -signal.SIGKILL
@@ -382,7 +382,7 @@ def test_a_gpu_that_is_not_there_is_reported(monkeypatch):
 
 
 class FullEncoder(torch.nn.Module):
-    """An encoder for which no memory is left."""
+    """An encoder that runs out of memory."""
 
     def __init__(self):
         super().__init__()

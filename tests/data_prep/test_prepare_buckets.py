@@ -1,4 +1,4 @@
-"""Several sizes, stills, many clips of one video and several folders in one cache."""
+"""`prepare` with several sizes, stills, many clips per video and several folders in one cache."""
 
 import csv
 from collections import Counter
@@ -44,7 +44,7 @@ def add(path: Path, num_frames: int, width: int, height: int, **options) -> None
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Wide and tall clips of several lengths, a still, and what is no clip."""
+    """Wide and tall clips of several lengths, a still, and other files."""
     videos = tmp_path / "videos"
     add(videos / "long.mp4", 33, 96, 64)
     add(videos / "phone.mp4", 9, 64, 96, rotation=90)
@@ -85,18 +85,18 @@ def test_each_clip_has_the_size_that_loses_least(mixed, capsys):
         "alone.txt": "unused",
     }
     assert report["long.mp4"]["bucket"] == "13 frames of 32x48"
-    assert "is no video that is known" in report["music.mp3"]["reason"]
+    assert "is not a known video format" in report["music.mp3"]["reason"]
     out = capsys.readouterr().out
     assert "height, width]: 1 in [1, 32, 48]; 1 in [7, 32, 48]; 1 in [7, 48, 32]; 1 in [13, 32, 48]" in out
     assert "0.8 of 1.7 s of footage are not used; data.clips=all cuts 0.7 s of it\n" in out
-    assert "not taken: 1 file (music.mp3)" in out
+    assert "not used: 1 file (music.mp3)" in out
 
 
 def test_all_clips_of_a_video_are_cut_and_what_is_encoded_is_not_encoded_again(mixed):
     assert prepare(config_for(mixed)).clips_encoded == 4
     config = config_for(mixed, clips="all")
     done = prepare(config)
-    # The head of each was there; of 33 frames, 13, 13 and 7 are cut.
+    # The first clip of each is reused; 33 frames are cut into 13, 13 and 7.
     assert (done.kept, done.clips_encoded, done.captions_encoded) == (6, 2, 0)
     cache = cache_of(config)
     rows = {row.sample_id: row for row in cache.rows}
@@ -130,7 +130,7 @@ def test_what_files_held_is_read_again_where_it_was_damaged(mixed, kept):
 
 def test_the_preview_is_frame_for_frame_what_is_encoded(mixed):
     prepare(config_for(mixed))
-    # Of clips that are in the cache too.
+    # Previews also of clips that are in the cache.
     prepare(config_for(mixed, clips="all", preview=str(mixed / "preview")))
     made = {path.relative_to(mixed / "preview").as_posix() for path in (mixed / "preview").rglob("*.mkv")}
     assert made == {"long.mkv", "long@13.mkv", "long@26.mkv", "phone.mkv", "screen.mkv", "still.mkv"}
@@ -145,7 +145,7 @@ def test_the_preview_is_frame_for_frame_what_is_encoded(mixed):
 def test_previews_of_other_settings_are_written_anew_and_other_files_stay(mixed, capsys):
     add(mixed / "videos" / "long.webm", 9, 96, 64, first_number=50)
     prepare(config_for(mixed, preview=str(mixed / "preview")))
-    # Names do not collide; two are of files that a person has put there.
+    # Names do not collide; two belong to files of the user.
     video = write_video(mixed / "other.mkv", 3, width=96, height=64).read_bytes()
     foreign = {mixed / "preview" / "long.webm.mkv": b"mine", mixed / "preview" / "phone.mkv": video}
     for path, content in foreign.items():
@@ -156,7 +156,7 @@ def test_previews_of_other_settings_are_written_anew_and_other_files_stay(mixed,
     told = capsys.readouterr().out
     for path, content in foreign.items():
         assert path.read_bytes() == content
-        assert f"no preview is written: {path} is there and has no mark of one: move it away\n" in told
+        assert f"no preview was written: {path} exists and is not a preview: move it away\n" in told
     for path in {*(mixed / "preview").iterdir()} - {*foreign}:
         with av.open(str(path)) as container:
             sizes[path.name] = next(container.decode(video=0)).width
@@ -175,11 +175,11 @@ def test_a_still_beside_clips_of_one_size_is_not_taken_and_told(mixed, capsys):
     config = config_for(mixed, buckets=None, num_frames=7, height=32, width=48)
     assert main(config) == 0
     out = capsys.readouterr().out
-    assert "not taken: 1 still (still.png): data.buckets=auto, or a bucket of one frame, takes them\n" in out
-    assert "not taken: 1 file (music.mp3)\n" in out
-    # The still's caption has a picture.
+    assert "not used: 1 still (still.png): data.buckets=auto or a bucket of one frame uses them\n" in out
+    assert "not used: 1 file (music.mp3)\n" in out
+    # The still's caption is not an orphan.
     assert "without a video of that name, not used: alone.txt\n" in out and "still.txt" not in report_of(mixed)
-    assert "data.buckets=auto takes" in report_of(mixed)["still.png"]["reason"]
+    assert "data.buckets=auto uses" in report_of(mixed)["still.png"]["reason"]
 
 
 def test_a_portrait_clip_that_loses_most_of_its_picture_is_told(mixed, capsys):
@@ -206,7 +206,7 @@ def test_folders_have_settings_of_their_own(mixed, capsys):
     assert "an epoch takes the clips 1 x 4 of videos, 2 x 2 of dogs" in capsys.readouterr().out
     weighted = [sources[0] | {"weight": 3}, sources[1] | {"weight": 1, "repeats": 1}]
     main(config_for(mixed, sources=weighted))
-    assert "of the clips drawn come 75% from videos (4), 25% from dogs (2)" in capsys.readouterr().out
+    assert "the clips drawn come to 75% from videos (4), 25% from dogs (2)" in capsys.readouterr().out
 
 
 def test_a_folder_within_another_one_may_be_a_source_too(mixed):

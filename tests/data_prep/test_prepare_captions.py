@@ -1,4 +1,4 @@
-"""`prepare` over captions and datasets as people bring them."""
+"""`prepare` with common forms of captions and datasets."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def test_half_of_a_character_refuses_its_clip_before_anything_is_encoded(clips, 
     (clips / "videos" / "metadata.jsonl").write_text("\n".join(rows))
     done = prepare(config_for(clips))
     assert (done.kept, done.refused, done.captions_encoded) == (1, 1, 1) and captions_in(clips) == {"b.mp4": "ok"}
-    reason = f"{clips / 'videos' / 'metadata.jsonl'} row 1: holds half of a character, \\ud83d"
+    reason = f"{clips / 'videos' / 'metadata.jsonl'} row 1: contains half of a character, \\ud83d"
     assert f"1 clip will be refused: {reason}" in capsys.readouterr().out.splitlines()[0]
     [refused, kept] = csv.DictReader((clips / "cache" / "report.csv").open())
     assert (refused["clip"], refused["status"], kept["status"]) == ("a.mp4", "refused", "kept")
@@ -92,6 +92,6 @@ def test_a_dataset_is_prepared_and_a_second_run_encodes_nothing(clips):
         assert (done.kept, done.refused, done.clips_encoded, done.captions_encoded) == (2, 0, encoded, encoded)
     assert {name[:2]: text for name, text in captions_in(clips).items()} == {"a_": "about a.mp4", "b_": "about b.mp4"}
     assert count_clips(config)[0] == 2
-    # The files of the dataset lie in the cache, and are no part of what `datasets` finds there.
+    # The dataset's files are in the cache's folder, but `datasets` does not find them there.
     table = datasets.load_dataset(str(clips / "cache"), cache_dir=str(clips / "hf"))["train"]
     assert len(table) == 2 and "mean" in table.column_names

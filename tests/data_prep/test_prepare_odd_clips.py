@@ -1,4 +1,4 @@
-"""Clips that are easily read wrong, and the settings of how they are read, through `prepare`."""
+"""`prepare` with clips that are easily misread, and the settings for reading them."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ from mochi_tune.errors import ConfigError
 
 
 def write_odd_clips(folder: Path) -> dict[str, list[int]]:
-    """Writes clips that are easily read wrong; returns the numbers of their first 7 frames at 30 fps, by name."""
+    """Writes clips that are easily misread; returns the numbers of their first 7 frames at 30 fps, by name."""
     wide, still = {"width": 96, "height": 64}, {"width": 96, "height": 64, "options": {"bf": "2"}}
     folder.mkdir()
     first = write_video(folder.parent / "1.ts", 5, **still)

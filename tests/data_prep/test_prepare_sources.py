@@ -1,4 +1,4 @@
-"""Which folders and files are taken as clips, what they are called, and what is told of them, through `prepare`."""
+"""`prepare`: which folders and files count as clips, their names, and the messages about them."""
 
 import os
 
@@ -10,7 +10,7 @@ from mochi_tune.data_prep.prepare import main, prepare
 from mochi_tune.errors import DataError
 
 SIZE = {"width": 96, "height": 72}
-# What takes footage that is not used.
+# The settings that use more footage.
 ALL, SHORTER = "clips: all of a, b in data.sources", "shorter buckets in data.buckets"
 
 
@@ -31,8 +31,8 @@ def test_the_videos_of_a_run_below_the_clips_are_not_taken(tmp_path, monkeypatch
     kept = [name for name, record in report_of(tmp_path).items() if record["status"] == "kept"]
     assert kept == ["clips/a.mp4"]
     lines = capsys.readouterr().out.splitlines()
-    assert "not taken: cache is a cache of mochi-tune, runs/my_lora is a run of mochi-tune" in lines
-    # What `train` wrote there is no table of captions either.
+    assert "not used: cache is a cache of mochi-tune, runs/my_lora is a run of mochi-tune" in lines
+    # Files that `train` wrote there are not tables of captions either.
     assert not [line for line in lines if "without a video" in line]
 
 
@@ -55,17 +55,17 @@ def test_a_name_with_a_line_break_stays_on_the_line_of_its_note(tmp_path, capsys
     assert main(config_for(tmp_path)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert not [line for line in lines if line.startswith("broken")]
-    told = ("refused: ", "will be refused: ", "not taken: ", "captions without a video")
+    told = ("refused: ", "will be refused: ", "not used: ", "captions without a video")
     assert all(any(start in line and "broken" in line for line in lines) for start in told), lines
 
 
 def test_numbers_in_the_names_of_folders_are_told_not_to_be_repeats(tmp_path, capsys):
     for name in ("1_cat", "2_bg", "5_ohwx/more"):
         write_clip(tmp_path / "videos" / name / "a.mp4")
-    note = "folder names such as 2_bg are not read as repeats: give each folder in data.sources its repeats\n"
+    note = "folder names such as 2_bg are not read as repeats: set the repeats of each folder in data.sources\n"
     assert main(config_for(tmp_path)) == 0
     assert note in capsys.readouterr().out
-    # As it says; and a clip beside them makes them names like others.
+    # With repeats as advised, no note; and none if another clip is next to the folders.
     sources = [{"folder": str(tmp_path / "videos" / name), "repeats": name[0]} for name in ("2_bg", "5_ohwx")]
     assert main(config_for(tmp_path, sources=sources)) == 0
     assert "not read as repeats" not in capsys.readouterr().out
@@ -102,13 +102,13 @@ def test_a_clip_that_is_too_short_names_the_setting_that_decides(tmp_path, monke
         ),
         # A rest of one frame is shorter than any clip.
         (("all", "all"), 13, None, f"{SHORTER} would take 0.2 s of it"),
-        (("all", "all"), 7, None, "no clip is as short as what is left of a video, at most 6 frames"),
+        (("all", "all"), 7, None, "the rest of each video, at most 6 frames, is too short for a clip"),
         (("head", "head"), 13, None, f"{ALL} cuts 1.3 s of it, {SHORTER} would take 0.2 s of it"),
         (("head", "head"), 13, 9, f"{ALL} without data.max_clips cuts 1.3 s of it, {SHORTER} would take 0.2 s of it"),
-        # The rests of 2 and of 9 frames are shorter than another clip.
+        # The rests of 2 and 9 frames are too short for another clip.
         (("head", "head"), 31, None, f"clips: all of b in data.sources and {SHORTER} would take 0.3 s of it"),
         (("all", "all"), 13, 1, "data.max_clips=1 leaves it out, a higher one cuts more"),
-        # Two of them fill a but for 7 frames, and b but for 14.
+        # Two clips leave 7 frames of a, and 14 of b.
         (
             ("uniform", "all"),
             13,

@@ -46,7 +46,7 @@ def test_what_an_edit_list_hides_is_not_shown(tmp_path):
 def test_a_clip_that_is_askew_is_refused(tmp_path):
     path = write_video(tmp_path / "askew.mp4", 7, rotation=90)
     data = bytearray(path.read_bytes())
-    # The track header's matrix, 16.16 numbers after 40 bytes: a turn by 45 degrees.
+    # The track header's matrix, 16.16 numbers after 40 bytes: a rotation by 45 degrees.
     struct.pack_into(">iiiii", data, data.find(b"tkhd") + 44, 46341, 46341, 0, -46341, 46341)
     path.write_bytes(data)
     assert "45 degrees" in _error(path)
@@ -72,8 +72,8 @@ def test_hdr_is_refused_by_name(tmp_path, container, transfer, name):
         ("cut mdat between frames", "bytes are missing"),
         ("cut.mkv", "announces 3.00 s"),
         ("damaged", "(codec h264): it is damaged"),
-        ("damaged begin", "cannot be decoded behind 0.00 s (codec h264): it is damaged"),
-        ("over-reported", "lists 900 frames and it holds 90"),
+        ("damaged begin", "cannot be decoded after 0.00 s (codec h264): it is damaged"),
+        ("over-reported", "lists 900 frames and it has 90"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, kind, words):

@@ -27,7 +27,7 @@ def test_a_margin_is_left_out_at_cuts_and_not_at_the_films_ends():
     assert plan(120, [40, 80], margin_seconds=0.1) == [
         (1, 0, 0, 37, False), (2, 0, 43, 34, False), (3, 0, 83, 37, False),
     ]  # fmt: skip
-    # A margin that is no whole number of frames leaves out the frame that it reaches into.
+    # A margin of a fractional number of frames also leaves out the frame that it ends in.
     assert plan(80, [40], margin_seconds=0.12) == [(1, 0, 0, 36, False), (2, 0, 44, 36, False)]
 
 
@@ -41,7 +41,7 @@ def test_short_scenes_are_marked_and_may_be_empty():
 def test_a_long_scene_becomes_equal_parts():
     assert plan(100, [], max_seconds=2) == [(1, 1, 0, 50, False), (1, 2, 50, 50, False)]
     assert plan(120, [], max_seconds=2) == [(1, 1, 0, 60, False), (1, 2, 60, 60, False)]
-    # No frame is lost where the parts are no whole number of frames.
+    # No frame is lost if parts have a fractional number of frames.
     parts = plan(200, [], max_seconds=2)
     assert [part[3] for part in parts] == [50, 50, 50, 50]
     assert sum(part[3] for part in plan(199, [], max_seconds=2)) == 199

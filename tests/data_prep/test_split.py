@@ -35,14 +35,14 @@ def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Returns when each file of the output was written; the lock is opened by every run."""
+    """Returns the modification time of each output file, except the lock, which every run opens."""
     files = [path for name in ("videos", "videos_split") for path in (folder / name).rglob("*")]
     return {str(path): path.stat().st_mtime_ns for path in files if path.is_file() and path.name != ".lock"}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder in which the film was split."""
+    """A folder with a film that was split."""
     folder = tmp_path_factory.mktemp("split")
     (folder / "footage").mkdir()
     write_film(folder / "footage/film.mp4")
@@ -66,7 +66,7 @@ def test_each_scene_is_a_clip_exactly_to_the_frame(made):
     assert [int(row["frames"]) for row in rows] == [len(numbers) for numbers in NUMBERS.values()]
     assert [row["start_seconds"] for row in rows] == ["0.0", "1.5", "3.0", "4.6", "6.1"]
     sheet = Image.open(made / "videos_split/scenes.png").convert("RGB")
-    # The square of the first scene is on the first picture of the first clip, and the second clip is black.
+    # The sheet shows the first scene's square on the first clip, and the second clip black.
     first = sheet.crop((14, 14, 166, 100))
     assert any(red > 200 and green > 190 and blue < 120 for _, (red, green, blue) in first.getcolors(20000))
     second = sheet.crop((14 + 474 + 30, 14 + 10, 14 + 474 + 120, 14 + 70))
@@ -80,7 +80,7 @@ def test_filter_finds_the_black_the_frozen_and_the_doubled_clip_and_nothing_else
         verdicts = [row["verdict"] for row in csv.DictReader(file)]
     assert verdicts == ["good", "black", "frozen", "good", "duplicate"]
     assert sorted(path.name for path in (copy / "videos").iterdir()) == [CLIPS[0], CLIPS[3]]
-    # What was moved away is not cut again.
+    # Clips that were moved away are not cut again.
     done = split(copy)
     assert done.returncode == 0 and "2 clips" in done.stdout + done.stderr
 
@@ -94,7 +94,7 @@ def test_a_second_run_writes_nothing(copy):
 
 def test_a_split_that_is_killed_goes_on(made, tmp_path):
     shutil.copytree(made / "footage", tmp_path / "footage")
-    # Before the third clip gets its name.
+    # Killed before the third clip is renamed.
     program = Program(
         ["split", "in=footage", "out=videos", *SETTINGS], tmp_path / "log",
         Disturbance(under="videos/", signal_before=".film_scene_003.mp4.tmp"), cwd=tmp_path,
@@ -102,7 +102,7 @@ def test_a_split_that_is_killed_goes_on(made, tmp_path):
     assert program.wait() == -9, program.text()
     there = sorted(path.name for path in (tmp_path / "videos").glob("*.mp4"))
     assert there == CLIPS[:2]
-    # What is moved away now is known as cut.
+    # A clip that is moved away now is known to have been cut.
     assert [row["status"] for row in rows_of(tmp_path)][:3] == ["cut", "cut", ""]
     first = (tmp_path / "videos" / CLIPS[0]).stat().st_mtime_ns
     done = split(tmp_path)
@@ -129,12 +129,12 @@ def test_the_table_may_be_edited_and_no_foreign_file_is_replaced(copy):
     text = done.stdout + done.stderr
     assert numbers_of(copy / "videos" / CLIPS[0]) == list(range(30))
     assert numbers_of(copy / "videos/frozen/other.mp4") == NUMBERS["second"]
-    assert "mine.mp4: is there and was not cut from film.mp4" in text
-    # The bad film costs its own row.
+    assert "mine.mp4: exists and was not cut from film.mp4" in text
+    # Only the row of the bad film is refused.
     assert "bad.mp4: cannot be read as a video" in text
     assert [row["status"] for row in rows_of(copy)] == ["refused", "cut", "cut", "cut", "", "refused"]
-    # Clips whose rows are gone are named, and left.
-    assert f"in no row of the table now: {', '.join(CLIPS[2:])}; remove what you do not want" in text
+    # Clips without a row are reported and kept.
+    assert f"clips in no row of the table: {', '.join(CLIPS[2:])}; remove those that you do not want" in text
     same = [str(copy / "videos" / name) for name in (*CLIPS[1:], "mine.mp4")]
     assert [after[name] for name in same] == [before[name] for name in same]
 
@@ -153,11 +153,11 @@ def test_a_clip_that_was_moved_away_is_not_cut_again(copy):
 
 def test_the_clips_of_a_film_that_got_another_ending_have_names_of_their_own(copy):
     (copy / "footage/film.mp4").rename(copy / "footage/film.mov")
-    # The name that they would have is a row's already, too.
+    # Another row has the name that they would get, too.
     rows = rows_of(copy)
     rows[1]["file"] = "film_mov_scene_005.mp4"
     write_rows(copy, rows)
-    # Of a table with two rows of one name, one of which was changed since.
+    # A table with two rows of one name, one of which was edited.
     hidden = copy / "videos_split/.scenes.csv"
     hidden.write_text(hidden.read_text().replace(CLIPS[1], CLIPS[0]))
     done = split(copy)
@@ -167,7 +167,7 @@ def test_the_clips_of_a_film_that_got_another_ending_have_names_of_their_own(cop
     assert names == [f"film_mov_2_scene_{number:03d}.mp4" for number in range(1, 6)] + [
         CLIPS[0], rows[1]["file"], *CLIPS[2:],
     ]  # fmt: skip
-    # A second run takes the table, and one whose copy is damaged says so.
+    # A second run uses the table, and reports a damaged copy.
     hidden.write_text("no table")
     done = split(copy)
     assert done.returncode == 0 and "written now: 0" in done.stdout + done.stderr, done.stderr
@@ -203,7 +203,7 @@ def test_a_film_that_was_changed_is_refused(copy):
     ("arguments", "text"),
     [
         (["in=nowhere"], "in=nowhere does not exist"),
-        (["in=text.txt"], "in=text.txt is no video that is known"),
+        (["in=text.txt"], "in=text.txt is not a known video format"),
         (["in=videos_split"], "in=videos_split holds no video"),
         (["out=footage/below"], "is in the footage"),
         (["in=footage/film.mp4", "out=footage"], "in=footage/film.mp4 is in the folder of the clips, out=footage"),
@@ -227,10 +227,10 @@ def test_bad_settings_are_one_line(copy, arguments, text):
 @pytest.mark.parametrize(
     ("column", "value", "text"),
     [
-        ("file", "../out.mp4", "row 2: file=../out.mp4 is no name in the output folder"),
-        ("file", "film.mkv", "row 2: file=film.mkv is no name"),
+        ("file", "../out.mp4", "row 2: file=../out.mp4 is not a path in the output folder"),
+        ("file", "film.mkv", "row 2: file=film.mkv is not a path"),
         ("file", CLIPS[1], f"row 3: names {CLIPS[1]}, as row 2 does"),
-        ("end_seconds", "later", "row 2: end_seconds=later is no number"),
+        ("end_seconds", "later", "row 2: end_seconds=later is not a number"),
         ("end_seconds", "0", "row 2: end_seconds=0 is not after start_seconds"),
     ],
 )

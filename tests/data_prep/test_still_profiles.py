@@ -1,4 +1,4 @@
-"""Stills whose colours are of another profile than sRGB."""
+"""Stills with a colour profile other than sRGB."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_a_turned_one_and_one_with_alpha_or_a_palette_are_too(tmp_path):
         assert np.abs(np.subtract(decode(path), expected)).max() <= 2, path
     assert decode_clip(alpha, Cut(1, 32, 48)).frames[0, 16, 2].tolist() == [255, 255, 255]
     grey = write(tmp_path / "grey.png", Image.new("L", (48, 32), 20), grey_profile())
-    # 2.2 gives the shadows of sRGB less light.
+    # Gamma 2.2 has darker shadows than sRGB.
     light = (20 / 255) ** 2.2
     level = 255 * (1.055 * light ** (1 / 2.4) - 0.055 if light > 0.0031308 else 12.92 * light)
     assert np.abs(np.subtract(decode(grey), level)).max() <= 1 and scan_video(grey).has_profile
@@ -77,7 +77,7 @@ def test_only_stills_of_a_profile_are_encoded_again_where_an_older_version_took_
     config = config_for(tmp_path, buckets=[[1, 32, 48]])
     with monkeypatch.context() as older:
         older.setattr(stills, "_foreign_profile", lambda image: None)
-        # It decodes in this process, as it would be forked from one without that change.
+        # Scan in this process: a child would not have the patch.
         older.setattr(gather.ClipDecoder, "scan", lambda self, path: scan_video(path))
         assert prepare(config).clips_encoded == 3
     kept = tmp_path / "cache" / ".scans.json"

@@ -1,4 +1,4 @@
-"""Every picture is shown at its own time: compared with FFmpeg's own fps filter, which shares no code with ours."""
+"""Compares the times of pictures with FFmpeg's fps filter, which shares no code with ours."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -18,7 +18,7 @@ X265 = {"x265-params": "keyint=12:min-keyint=12:bframes=3:scenecut=0:log-level=n
 
 
 def numbers_of(path: Path, **options) -> list[int]:
-    """Returns the numbers of all frames that a file gives."""
+    """Returns the numbers of all frames of a file."""
     scan = scan_video(path)
     num_frames = scan.num_source_frames if options.get("frame_rate") == "retime" else scan.num_frames
     cut = Cut(num_frames, 64, 64, **options)
@@ -67,14 +67,14 @@ def test_groups_that_are_open_or_closed_and_cuts_out_of_them(tmp_path, codec, op
     cut = copy_from_keyframe(whole, tmp_path / f"cut{suffix}", 2)
     numbers = numbers_of(cut)
     assert numbers == numbers_by_fps_filter(cut)
-    # Pictures that were coded after the keyframe and shown before it refer to what was cut off.
+    # Pictures decoded after the keyframe and shown before it refer to missing pictures.
     assert numbers == list(range(60 - len(numbers), 60)) and 10 < len(numbers) < 50
 
 
 def test_a_stream_that_is_cut_anywhere_begins_at_its_next_keyframe(tmp_path):
     whole = write_video(tmp_path / "whole.ts", 60, options={"g": "20", "bf": "0"})
     data = whole.read_bytes()
-    # Packets of 188 bytes; a recording begins wherever it was switched on.
+    # Packets of 188 bytes; a recording may begin at any of them.
     (tmp_path / "cut.ts").write_bytes(data[len(data) // 188 // 4 * 188 :])
     numbers = numbers_of(tmp_path / "cut.ts")
     assert numbers in (list(range(20, 60)), list(range(40, 60)))
@@ -103,7 +103,7 @@ def test_codecs_and_containers(tmp_path, name, codec):
 def test_dnxhr_and_gif(tmp_path):
     path = write_video(tmp_path / "a.mov", 4, width=256, height=128, codec="dnxhd", options={"profile": "dnxhr_sq"})
     assert [frame_number(frame) for frame in decode_clip(path, Cut(4, 128, 256)).frames] == [0, 1, 2, 3]
-    # GIF counts hundredths of a second.
+    # GIF has times in hundredths of a second.
     path = write_video(tmp_path / "a.gif", 10, rate=10)
     assert numbers_of(path) == [number for number in range(10) for _ in range(3)]
 

@@ -73,7 +73,7 @@ if __name__ == "__main__":
 
 
 def test_a_ctrl_c_while_the_server_of_children_imports_is_not_its_own(tmp_path):
-    """A terminal sends it to all processes: the main one tells of it, and no other does."""
+    """A terminal sends it to all processes; only the main one may report it."""
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(

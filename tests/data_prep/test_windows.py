@@ -39,7 +39,7 @@ def test_the_windows_of_forty_frames(mode, data, expected):
 
 def test_the_rest_of_a_video_goes_to_a_shorter_bucket():
     assert windows(35, "all") == [(0, 13), (13, 13), (26, 7)]
-    # Not to a still, and not beyond the limit.
+    # Not for stills, and not beyond the limit.
     assert windows(30, "all") == [(0, 13), (13, 13)]
     assert windows(35, "all", max_clips=2) == [(0, 13), (13, 13)]
     assert windows(9, "all") == [(0, 7)]
@@ -48,7 +48,7 @@ def test_the_rest_of_a_video_goes_to_a_shorter_bucket():
 def test_shape_and_rate_decide_the_cut():
     [tall] = choose_cuts(scan(20, 64, 96), BUCKETS, "head", DataConfig())
     assert (tall.height, tall.width, tall.frame_rate) == (48, 32, "resample")
-    # A film of 20 pictures holds 25 frames at 30 fps; retimed it has its 20.
+    # A film of 20 pictures has 25 frames at 30 fps, but 20 when retimed.
     film = Scan(96, 64, 25, 20, 20 / 24, 24.0)
     retimed = choose_cuts(film, BUCKETS, "all", DataConfig(frame_rate="auto"))
     assert [(cut.start, cut.num_frames, cut.frame_rate) for cut in retimed] == [(0, 13, "retime"), (13, 7, "retime")]
@@ -63,7 +63,7 @@ def test_shape_and_rate_decide_the_cut():
 def test_the_library_that_decodes_does_not_decide_the_pixels():
     cuts = [Cut(7, 32, 48, decoder=decoder) for decoder in ("auto", "pyav", "decord")]
     assert decisive(cuts[0]) == decisive(cuts[1]) == decisive(cuts[2])
-    # Nor does what refuses a file or takes it.
+    # Settings that accept or refuse a file do not count either.
     assert decisive(Cut(7, 32, 48, allow_upscale=True, hdr="tonemap")) == decisive(cuts[0])
     assert decisive(Cut(7, 32, 48, start=1)) != decisive(cuts[0])
 

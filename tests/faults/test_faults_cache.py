@@ -128,7 +128,7 @@ def test_a_manifest_names_shards_of_its_own_folder_only(cache, tmp_path, name):
     manifest = json.loads((cache / "manifest.json").read_text())
     manifest["shards"][0]["file"] = name
     (cache / "manifest.json").write_text(json.dumps(manifest))
-    assert f"names {name!a}, which is no shard" in refusal(cache)
+    assert f"names {name!a}, which is not a shard" in refusal(cache)
 
 
 @pytest.mark.parametrize(

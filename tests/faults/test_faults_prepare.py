@@ -138,7 +138,7 @@ def test_a_video_that_is_replaced_under_the_same_name_and_size_is_found(videos, 
     assert target.stat().st_size == before.st_size
     running.send(signal.SIGCONT)
     assert running.wait() == 1, running.text()
-    assert "2.mp4: was changed while it was read: run this again." in running.out
+    assert "2.mp4: was changed while it was read: run the same command again." in running.out
     report = report_of(cache)
     assert {name: report[name]["status"] for name in report} == {
         "0.mp4": "kept", "1.mp4": "kept", "2.mp4": "refused", "3.mp4": "kept",
@@ -178,7 +178,7 @@ def test_bad_files_of_every_kind_are_reported_and_the_others_finish(tmp_path):
     for name in bad:
         reason = report[f"{name}.mp4"]["reason"]
         assert reason.startswith(f"{folder / name}.mp4: ") and f"refused: {reason}\n" in done.out
-    assert "is no file but a pipe" in report["pipe.mp4"]["reason"]
+    assert "is a pipe" in report["pipe.mp4"]["reason"]
     assert "2 clips kept, 8 refused" in done.out
     assert len(open_cache(cache, {"": [Bucket(61, 32, 48)]})) == 2
 
@@ -222,5 +222,5 @@ def test_names_and_captions_of_every_kind_come_out_as_they_went_in(tmp_path):
     assert len(open_cache(cache, BUCKETS)) == 10
     reasons = {name: row["reason"] for name, row in report_of(cache).items() if row["status"] == "refused"}
     assert reasons.keys() == {"twin.mp4", "Twin.mp4", "-rf.mp4"}
-    assert "twin.mp4: has a caption of 10485" in reasons["twin.mp4"] and "holds NUL" in reasons["Twin.mp4"]
+    assert "twin.mp4: has a caption of 10485" in reasons["twin.mp4"] and "contains NUL" in reasons["Twin.mp4"]
     assert "is not UTF-8 (byte 0)" in reasons["-rf.mp4"]

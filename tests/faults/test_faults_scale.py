@@ -123,7 +123,7 @@ def test_four_shares_are_the_cache_of_one_process_and_a_straggler_is_named(base,
     with pytest.raises(DataError) as caught:
         main(config_for(base, cache, shard="merge"))
     assert f"1 of {NUM_SHARES} shares lack clips or captions" in str(caught.value)
-    assert f"parallel.shard={late}/{NUM_SHARES} (" in str(caught.value) and "has not ended" in str(caught.value)
+    assert f"parallel.shard={late}/{NUM_SHARES} (" in str(caught.value) and "has not finished" in str(caught.value)
     capsys.readouterr()
     main(config_for(base, cache, shard=f"{late}/{NUM_SHARES}"))
     # Again: nothing is encoded twice.
@@ -143,7 +143,7 @@ def test_without_shares_there_is_nothing_to_merge(base, tmp_path):
 def test_previews_and_a_second_way_of_sharing_do_not_fit_a_share(base, tmp_path):
     config = config_for(base, tmp_path / "cache", shard="1/2")
     preview = config.model_copy(update={"data": config.data.model_copy(update={"preview": str(tmp_path / "preview")})})
-    with pytest.raises(ConfigError, match=r"data\.preview does not fit parallel\.shard"):
+    with pytest.raises(ConfigError, match=r"data\.preview does not work with parallel\.shard"):
         main(preview)
     both = start(base, tmp_path / "cache", "parallel.shard=1/2", "parallel.engine=ray")
     assert "parallel.shard=1/2 and parallel.engine=ray are both given" in both.refusal
@@ -211,7 +211,7 @@ def test_on_ray_a_killed_worker_is_replaced_and_other_versions_are_refused(base,
     assert tree(cache) == tree(base / "cache")
     assert "of the Ray cluster has mochi-tune" in seen["version"].stderr, seen["version"].stderr
     assert "this process has 99" in seen["version"].stderr and seen["version"].returncode == 2
-    assert "9 workers want a CPU each, and the Ray cluster has 2" in seen["size"].stderr, seen["size"].stderr
+    assert "9 workers need a CPU each, but the Ray cluster has 2" in seen["size"].stderr, seen["size"].stderr
     for each in seen.values():
         assert each.stderr.splitlines()[-1].startswith("mochi-tune: ") and "Traceback" not in each.stderr, each.stderr
 

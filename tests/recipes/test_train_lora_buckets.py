@@ -206,9 +206,9 @@ def test_another_caption_needs_no_force_and_is_told(mixed, tmp_path, capsys):
     (mixed / "videos" / "later@2.txt").write_text("a later one")
     assert train(mixed, tmp_path, "train.steps=5") == 0
     out = capsys.readouterr().out
-    assert "1 clip of the cache is not in the folder any more (wide_1.mp4)" in out
-    assert "1 file of the folder has come since `prepare` (later@2.mp4), and this run does not train on it" in out
-    assert "1 clip has other bytes since `prepare` (tall_0.mp4), and this run trains on the old" in out
+    assert "1 clip of the cache is no longer in the folder (wide_1.mp4)" in out
+    assert "1 file has been added to the folder since `prepare` (later@2.mp4), and this run does not train on it" in out
+    assert "1 clip has been replaced since `prepare` (tall_0.mp4), and this run trains on the old" in out
 
 
 def test_a_new_clip_of_a_name_that_another_folder_has_is_told(mixed, tmp_path, capsys):
@@ -217,7 +217,7 @@ def test_a_new_clip_of_a_name_that_another_folder_has_is_told(mixed, tmp_path, c
         for suffix in (".mp4", ".txt"):
             shutil.copy(mixed / "videos" / f"wide_0{suffix}", mixed / "videos" / folder / f"wide_0{suffix}")
     assert train(mixed, tmp_path, "train.steps=1") == 0
-    assert "2 files of the folder have come since `prepare` (wide_0.mp4, wide_0.mp4)" in capsys.readouterr().out
+    assert "2 files have been added to the folder since `prepare` (wide_0.mp4, wide_0.mp4)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -228,14 +228,14 @@ def test_a_report_that_another_program_has_saved_stops_no_training(mixed, tmp_pa
     (mixed / "videos" / "wide_0.mp4").unlink()
     (mixed / "videos" / "wide_0.mp4").mkdir()
     assert train(mixed, tmp_path, "train.steps=1") == 0
-    assert "cannot be told" in capsys.readouterr().out
+    assert "cannot check whether" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_quickly_is_not_read(mixed, tmp_path, monkeypatch, capsys):
     write_video(mixed / "videos" / "tall_0.mp4", 8, width=32, height=48, first_number=170)
     monkeypatch.setattr(changes, "MAX_BYTES", 0)
     assert train(mixed, tmp_path, "train.steps=1") == 0
-    assert "other bytes" not in capsys.readouterr().out
+    assert "been replaced" not in capsys.readouterr().out
 
 
 def test_a_clip_that_was_refused_is_no_new_one(mixed, tmp_path, capsys):
