@@ -67,7 +67,7 @@ class Metrics:
         self._validations: dict[int, Mapping] = {}
         self._sigma_counts = [0] * 10
         for name, path in self.paths.items():
-            for row in _cut_after(path, last_step):
+            for row in cut_after(path, last_step):
                 self._count(name, row)
         own = self.paths["metrics"]
         self._branch = hashlib.sha256(own.read_bytes() if own.exists() else b"")
@@ -181,7 +181,7 @@ def write_line(text: str) -> None:
     tqdm.write(f"mochi-tune: {text}", file=sys.stderr)
 
 
-def _cut_after(path: Path, last_step: int) -> list[dict]:
+def cut_after(path: Path, last_step: int) -> list[dict]:
     """Drops the rows after a step, and a last line that a killed run left unfinished; returns the other rows.
 
     Raises:

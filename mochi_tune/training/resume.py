@@ -29,7 +29,7 @@ from mochi_tune.training.branches import (
     put_videos_aside,
 )
 from mochi_tune.training.eval_files import find_eval_videos, prompt_file
-from mochi_tune.training.metrics import Metrics
+from mochi_tune.training.metrics import FILES, Metrics, cut_after
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.run_folder import read_history, record_start
 
@@ -332,7 +332,10 @@ def resume(plan: TrainPlan) -> ResumePoint:
         _, altered = changed_clips(run_dir, start.state["cache"], plan.dataset.cache.contents())
         if altered and start.state["cache"] != plan.identity["cache"]:
             tqdm.write(f"since then {altered}: raise train.steps to train on with them, or start another run")
-        if start.is_named:  # It was gone back to.
+        if start.is_named:
+            # No step is left, so nothing else removes the rows of the steps that the user gave up.
+            for name in FILES:
+                cut_after(run_dir / f"{name}.jsonl", start.step)
             record_in_folder(plan, start)
         return start
     for note in start.notes:

@@ -164,6 +164,21 @@ def test_a_run_that_goes_back_to_its_end_has_the_settings_of_that(tmp_path, caps
     assert load_config(str(tmp_path / "config.yaml"), []).train.weight_decay == 0.02
 
 
+@pytest.mark.parametrize("is_foreign", [False, True])
+def test_a_run_that_goes_back_to_its_new_end_has_the_rows_up_to_that(tmp_path, capsys, is_foreign):
+    longer = tmp_path / ("other" if is_foreign else "run")
+    train(longer, *BRANCHED, "train.steps=6")
+    train(tmp_path / "run", *BRANCHED, "train.steps=3" if is_foreign else "train.steps=6")
+    capsys.readouterr()
+    named = f"resume_from={longer / 'checkpoints/step_000004'}"
+    assert train(tmp_path / "run", *BRANCHED, "train.steps=4", named) == 0
+    said = capsys.readouterr().out
+    assert "last: step 4, validation loss" in said and "step 6" not in said
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "validation.jsonl")] == [0, 2, 4]
+    assert "step 6" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_another_try_from_one_checkpoint_is_made_and_the_same_one_goes_on(tmp_path, capsys):
     train(tmp_path, *BRANCHED, "train.steps=3")
     back = ["train.steps=3", f"resume_from={tmp_path / 'checkpoints/step_000002'}", "resume=force"]
