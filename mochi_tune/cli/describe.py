@@ -1,10 +1,10 @@
 """The verb `describe`: captions for clips that have none."""
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mochi_tune.cli.options import DESCRIBE_OPTIONS, plain_options, positive_number, whole_number
+from mochi_tune.cli.options import DESCRIBE_OPTIONS, plain_options
+from mochi_tune.cli.values import positive_number, true_or_false, user_path, whole_number
 from mochi_tune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ def run_describe(arguments: list[str]) -> int:
     per_minute = _number_or_zero(options, "requests_per_minute")
     seconds = [positive_number(key, options[key]) for key in ("timeout_seconds", "clip_seconds", "backoff_seconds")]
     limits = RetryLimits(whole_number("retries", options["retries"], 0), *seconds)
-    is_dry, with_stills = _yes_or_no(options, "dry_run"), _yes_or_no(options, "stills")
+    is_dry, with_stills = (true_or_false(key, options[key]) for key in ("dry_run", "stills"))
     if options["frames_out"] and not is_dry:
         raise ConfigError(f"frames_out={options['frames_out']} goes with dry_run=true: add it, or leave this out.")
-    folder = Path(options["videos"]).expanduser()
+    folder = user_path(options["videos"])
     clips = find_clips(folder, with_stills)
     for note in clips.notes:
         print(note, flush=True)
     if is_dry:
-        frames_out = Path(options["frames_out"]).expanduser() if options["frames_out"] else None
+        frames_out = user_path(options["frames_out"]) if options["frames_out"] else None
         print(*plan(clips, wording, sampling, frames_out), sep="\n")
         return 0
     if not clips.without:
@@ -66,7 +66,7 @@ def _captioner(options: dict[str, str], is_local: bool) -> "Captioner":
     if is_local:
         from mochi_tune.data_prep.local_captioner import LocalCaptioner
 
-        return LocalCaptioner(Path(options["model"]).expanduser(), options["device"], max_tokens)
+        return LocalCaptioner(user_path(options["model"]), options["device"], max_tokens)
     from mochi_tune.data_prep.endpoint import Endpoint
 
     return Endpoint(options["endpoint"], options["model"], _key(options["key_file"], options["endpoint"]), max_tokens)
@@ -89,7 +89,7 @@ def _key(path: str, endpoint: str) -> str:
             return ""
         return key
     try:
-        key = Path(path).expanduser().read_text().strip()
+        key = user_path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is no text"
         raise ConfigError(f"key_file={path} cannot be read ({reason}): name a file that holds the API key.") from None
@@ -111,7 +111,7 @@ def _wording(options: dict[str, str]) -> "Wording":
     trigger = " ".join(options["trigger"].split())
     if not options["template"]:
         return Wording("", trigger, language)
-    path = Path(options["template"]).expanduser()
+    path = user_path(options["template"])
     try:
         text = path.read_bytes()[: MAX_TEMPLATE_BYTES + 1].decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -135,7 +135,7 @@ def _length(weights: str) -> "CaptionLength":
     from mochi_tune.data_prep.answers import MAX_WORDS_UNCOUNTED, CaptionLength
     from mochi_tune.weights.folder import WeightsFolder
 
-    folder = WeightsFolder(Path(weights).expanduser())
+    folder = WeightsFolder(user_path(weights))
     if folder.has_tokenizer():
         return CaptionLength(folder.load_tokenizer())
     print(
@@ -148,9 +148,3 @@ def _length(weights: str) -> "CaptionLength":
 
 def _number_or_zero(options: dict[str, str], key: str) -> float:
     return 0.0 if options[key] in ("", "0") else positive_number(key, options[key])
-
-
-def _yes_or_no(options: dict[str, str], key: str) -> bool:
-    if options[key] not in ("true", "false"):
-        raise ConfigError(f"{key}={options[key]} is not possible: use true or false.")
-    return options[key] == "true"

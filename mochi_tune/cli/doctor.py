@@ -1,8 +1,7 @@
 """The verb `doctor`: says what this machine has and lacks, and what to do."""
 
-from pathlib import Path
-
 from mochi_tune.cli.options import DOCTOR_OPTIONS, plain_options
+from mochi_tune.cli.values import user_path
 from mochi_tune.errors import ConfigError
 
 
@@ -16,7 +15,7 @@ def run_doctor(arguments: list[str]) -> int:
     from mochi_tune.recipes.doctor import FAIL, NOTE, main
 
     failed = noted = 0
-    for finding in main(Path(options["model.weights"]).expanduser(), options["device"]):
+    for finding in main(user_path(options["model.weights"]), options["device"]):
         failed, noted = failed + (finding.verdict == FAIL), noted + (finding.verdict == NOTE)
         print(f"{finding.verdict:<5} {finding.name:<10} {finding.says}", flush=True)
         if finding.advice:

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from mochi_tune.cli.options import FILTER_OPTIONS, SPLIT_OPTIONS, plain_options, positive_number, whole_number
+from mochi_tune.cli.options import FILTER_OPTIONS, SPLIT_OPTIONS, plain_options
+from mochi_tune.cli.values import number, positive_number, true_or_false, user_path, whole_number
 from mochi_tune.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def run_split(arguments: list[str]) -> int:
     if crf > 51:
         raise ConfigError(f"crf={crf} does not fit: use 0 (lossless) to 51 (worst).")
     timeout_seconds = positive_number("timeout_seconds", options["timeout_seconds"])
-    return split(Split(_path(options["in"]), _path(options["out"]), rules, crf, timeout_seconds))
+    return split(Split(user_path(options["in"]), user_path(options["out"]), rules, crf, timeout_seconds))
 
 
 def run_filter(arguments: list[str]) -> int:
@@ -55,34 +55,12 @@ def run_filter(arguments: list[str]) -> int:
         limit("max_border", math.inf),
         limit("duplicate_distance", 1),
     )
-    if options["undo"] not in ("true", "false"):
-        raise ConfigError(f"undo={options['undo']} is not possible: use true or false.")
-    out = _path(options["out"]) if options["out"] else None
+    out = user_path(options["out"]) if options["out"] else None
     timeout_seconds = positive_number("timeout_seconds", options["timeout_seconds"])
-    settings = Filter(_path(options["videos"]), out, limits, timeout_seconds=timeout_seconds)
-    if options["undo"] == "true":
+    settings = Filter(user_path(options["videos"]), out, limits, timeout_seconds=timeout_seconds)
+    if true_or_false("undo", options["undo"]):
         return undo(settings)
     if options["move"] not in ("", "false"):
-        folder = settings.report / "moved" if options["move"] == "true" else _path(options["move"])
+        folder = settings.report / "moved" if options["move"] == "true" else user_path(options["move"])
         settings = replace(settings, move=folder)
     return filter_clips(settings)
-
-
-def number(key: str, text: str, lowest: float, highest: float = math.inf) -> float:
-    """Reads a number of a range.
-
-    Raises:
-        ConfigError: it is none, or out of the range.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not lowest <= value <= highest or math.isinf(value):
-        limits = f"of at least {lowest:g}" if math.isinf(highest) else f"from {lowest:g} to {highest:g}"
-        raise ConfigError(f"{key}={text} does not fit: it takes a number {limits}.")
-    return value
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()

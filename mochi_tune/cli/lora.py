@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mochi_tune.cli.options import LORA_OPTIONS, is_setting, plain_options, whole_number
+from mochi_tune.cli.options import LORA_OPTIONS, is_setting, plain_options
+from mochi_tune.cli.values import number, true_or_false, user_path, whole_number
 from mochi_tune.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ def parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]] |
 
 def run_inspect(files: list[str], options: dict[str, str]) -> int:
     """Prints what an adapter file holds, and makes a page of it."""
-    is_json = _yes(options, "json")
+    is_json = true_or_false("json", options["json"])
     from mochi_tune.adapters.tools import kind_norms
     from mochi_tune.recipes.lora_tools import inspect
 
-    found = inspect(files[0], _path(options["out"]) if options["out"] else None)
+    found = inspect(files[0], user_path(options["out"]) if options["out"] else None)
     if is_json:
         print(json.dumps(found.as_json(), indent=1))
         return 0
@@ -97,11 +98,11 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
 def run_merge(files: list[str], options: dict[str, str]) -> int:
     """Merges adapters into one."""
     texts = options["strengths"].strip("[]").split(",") if options["strengths"] else ["1"] * len(files)
-    strengths = [_number("strengths", text) for text in texts]
+    strengths = [number("strengths", text) for text in texts]
     limit = _limit(options) if options["rank"] or options["energy"] else None
     from mochi_tune.recipes.lora_tools import merge
 
-    print(merge(files, strengths, _path(options["out"]), limit))
+    print(merge(files, strengths, user_path(options["out"]), limit))
     return 0
 
 
@@ -110,7 +111,7 @@ def run_resize(files: list[str], options: dict[str, str]) -> int:
     limit = _limit(options)
     from mochi_tune.recipes.lora_tools import resize
 
-    made = resize(files[0], _path(options["out"]), limit)
+    made = resize(files[0], user_path(options["out"]), limit)
     print("rank and relative error of each layer")
     ranks, errors = {name: layer.rank for name, layer in made.adapter.layers.items()}, made.errors
     assert errors is not None, "a reduction measures its error"
@@ -121,7 +122,7 @@ def run_resize(files: list[str], options: dict[str, str]) -> int:
 
 def run_compare(files: list[str], options: dict[str, str]) -> int:
     """Compares two adapters."""
-    is_json = _yes(options, "json")
+    is_json = true_or_false("json", options["json"])
     from mochi_tune.recipes.lora_tools import compare
 
     found = compare(*files)
@@ -142,13 +143,13 @@ def run_compare(files: list[str], options: dict[str, str]) -> int:
 
 def run_bake(files: list[str], options: dict[str, str]) -> int:
     """Bakes an adapter into base weights."""
-    strength = _number("strength", options["strength"])
+    strength = number("strength", options["strength"])
     base = _weights("model.weights", options["model.weights"])
     from mochi_tune.recipes.lora_bake import Settings
     from mochi_tune.recipes.lora_bake import main as bake
 
     settings = Settings(strength, options["to"], options["dtype"])
-    print(bake(files[0], base, _path(options["out"]), settings))
+    print(bake(files[0], base, user_path(options["out"]), settings))
     return 0
 
 
@@ -158,7 +159,7 @@ def run_extract(_: list[str], options: dict[str, str]) -> int:
     base, tuned = (_weights(key, options[key]) for key in ("base", "tuned"))
     from mochi_tune.recipes.lora_extract import main as extract
 
-    made = extract(base, tuned, _path(options["out"]), rank, options["targets"])
+    made = extract(base, tuned, user_path(options["out"]), rank, options["targets"])
     assert made.errors is not None, "an approximation measures its error"
     print("relative error of each layer")
     _print_table({name: f"{error:.2g}" for name, error in made.errors.layers.items()})
@@ -203,27 +204,7 @@ def _limit(options: dict[str, str]) -> "Limit":
     from mochi_tune.adapters.low_rank import Limit
 
     rank, energy = options["rank"], options["energy"]
-    return Limit(whole_number("rank", rank, 1) if rank else None, _number("energy", energy) if energy else None)
-
-
-def _number(key: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ConfigError(f"{key}={text} does not fit: use a number such as 0.8.")
-    return value
-
-
-def _yes(options: dict[str, str], key: str) -> bool:
-    if options[key] not in ("true", "false"):
-        raise ConfigError(f"{key}={options[key]} is not possible: use true or false.")
-    return options[key] == "true"
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Limit(whole_number("rank", rank, 1) if rank else None, number("energy", energy) if energy else None)
 
 
 def _weights(key: str, text: str) -> Path:

@@ -40,7 +40,6 @@ from mochi_tune.cli.options import (
     is_setting,
     load,
     plain_options,
-    whole_number,
 )
 from mochi_tune.cli.plan import run_plan
 from mochi_tune.cli.publish import check_push, push_trained, run_export
@@ -48,6 +47,7 @@ from mochi_tune.cli.starter import start_processes, tell_the_starter
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams, slow_bars
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.cli.ui import run_ui
+from mochi_tune.cli.values import whole_number
 from mochi_tune.cli.weights import run_weights
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
 

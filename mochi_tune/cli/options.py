@@ -1,15 +1,14 @@
 """The help of the command line, and the settings of the verbs that have no configuration file."""
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mochi_tune.cli.first_words import check_form, short_help
 from mochi_tune.cli.launch import num_processes_here
+from mochi_tune.cli.short_help import check_form, short_help
 from mochi_tune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -239,32 +238,6 @@ TOY_OPTIONS = {
         "out": ("toy_weights", "folder for model.weights"),
     },
 }
-
-
-def whole_number(key: str, text: str, lowest: int) -> int:
-    """Reads a whole number of at least `lowest`.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not text.isdecimal() or int(text) < lowest:
-        raise ConfigError(f"{key}={text} does not fit: it takes a whole number of at least {lowest}.")
-    return int(text)
-
-
-def positive_number(key: str, text: str) -> float:
-    """Reads a number above 0.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{key}={text} does not fit: it takes a number above 0.")
-    return value
 
 
 def is_setting(argument: str) -> bool:

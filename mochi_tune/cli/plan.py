@@ -1,6 +1,7 @@
 """The verb `plan`: prints what a run will take, as tables of text."""
 
-from mochi_tune.cli.options import load, whole_number
+from mochi_tune.cli.options import load
+from mochi_tune.cli.values import whole_number
 
 CARD = ("card", "card_gib")
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mochi_tune.cli.options import EXPORT_OPTIONS, plain_options, positive_number
+from mochi_tune.cli.options import EXPORT_OPTIONS, plain_options
+from mochi_tune.cli.values import positive_number, true_or_false, user_path
 from mochi_tune.errors import ConfigError, MochiTuneError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def run_export(arguments: list[str]) -> int:
         return 0
     to, out, repo = (options[key] for key in ("to", "out", "push"))
     adapter = os.path.expanduser(options["adapter"])
-    is_dry, is_private = (_yes_or_no(key, options[key]) for key in ("dry_run", "private"))
+    is_dry, is_private = (true_or_false(key, options[key]) for key in ("dry_run", "private"))
     about = {name: options[key] for key, name in ABOUT.items()}
     alpha = positive_number("adapter_alpha", options["adapter_alpha"]) if options["adapter_alpha"] else None
     is_folder = bool(repo) or is_dry or (bool(out) and not Path(out).suffix)
@@ -41,7 +42,7 @@ def run_export(arguments: list[str]) -> int:
             raise ConfigError(f"{unused[0]}={options[unused[0]]} is of an upload, and there is no push=: leave it out.")
         from mochi_tune.recipes.export import main as export
 
-        summary = export(adapter, to, Path(out).expanduser(), options["dtype"], about, alpha)
+        summary = export(adapter, to, user_path(out), options["dtype"], about, alpha)
         print(summary.source_note, file=sys.stderr)
         print(summary)
         return 0
@@ -54,7 +55,7 @@ def run_export(arguments: list[str]) -> int:
     publication = Publication(source, formats, options["dtype"], repo, about, alpha, is_private)
     if repo and not is_dry:
         check_login("push", repo)
-    folder = Path(out).expanduser() if out else default_folder(source)
+    folder = user_path(out) if out else default_folder(source)
     if not out and adapter.startswith(HUB):
         # Not in the hub's cache, where the file is.
         folder = Path("hub") / re.split(r"[/@]", adapter)[1]
@@ -134,9 +135,3 @@ def push_trained(config: "RunConfig") -> int:
         print(f"mochi-tune: {adapter} is trained and saved, not uploaded: {reason}{way_on}", file=sys.stderr)
         return 1
     return 0
-
-
-def _yes_or_no(key: str, value: str) -> bool:
-    if value not in ("true", "false"):
-        raise ConfigError(f"{key}={value} is not possible: use true or false.")
-    return value == "true"

@@ -10,8 +10,8 @@ from mochi_tune.cli.options import (
     EXPERIMENTS,
     TOY_OPTIONS,
     plain_options,
-    whole_number,
 )
+from mochi_tune.cli.values import whole_number
 from mochi_tune.errors import ConfigError
 
 

@@ -4,7 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-from mochi_tune.cli.options import UI_OPTIONS, plain_options, whole_number
+from mochi_tune.cli.options import UI_OPTIONS, plain_options
+from mochi_tune.cli.values import user_path, whole_number
 from mochi_tune.errors import ConfigError
 
 # What gradio and its libraries read when they are imported: nothing is reported, looked up or fetched.
@@ -28,7 +29,7 @@ def run_ui(arguments: list[str]) -> int:
     from mochi_tune.ui.folder import open_page_file
     from mochi_tune.ui.server import bind, build_app, check_host, serve
 
-    folder = Path(options["folder"]).expanduser()
+    folder = user_path(options["folder"])
     if not folder.is_dir():
         raise ConfigError(f"folder={options['folder']} is not a folder: name the one that holds conf, videos and runs.")
     password = options["password"] or os.environ.get("MOCHI_TUNE_UI_PASSWORD", "")

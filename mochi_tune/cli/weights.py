@@ -1,9 +1,9 @@
 """`mochi-tune weights`: fetches the weights, and says what is there."""
 
 import sys
-from pathlib import Path
 
 from mochi_tune.cli.options import PULL_OPTIONS, plain_options
+from mochi_tune.cli.values import true_or_false, user_path
 from mochi_tune.errors import ConfigError
 
 
@@ -23,12 +23,10 @@ def run_weights(arguments: list[str]) -> int:
     from mochi_tune.weights.pull import PullSettings, plan_pull
     from mochi_tune.weights.pull import main as pull
 
-    folder = Path(options["to"]).expanduser()
+    folder = user_path(options["to"])
     names = ("precision", "repo", "revision", "endpoint")
     settings = PullSettings(options["source"], *(options[name] or None for name in names))
-    if options["dry_run"] not in ("true", "false"):
-        raise ConfigError(f"dry_run={options['dry_run']} is not possible: use true or false.")
-    if options["dry_run"] == "true":
+    if true_or_false("dry_run", options["dry_run"]):
         print(*plan_pull(folder, settings).describe(), sep="\n")
         return 0
     for note in pull(folder, settings):

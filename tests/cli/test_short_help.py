@@ -1,6 +1,6 @@
 import pytest
 
-from mochi_tune.cli.first_words import check_form
+from mochi_tune.cli.short_help import check_form
 from mochi_tune.errors import ConfigError
 
 
