@@ -387,6 +387,8 @@ def known_card(name: str) -> Card | None:
 
 def short_seconds(seconds: float) -> str:
     """Formats seconds without an exponent."""
+    if seconds < 0.0001:
+        return "under 0.0001 s"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s" if seconds >= 0.01 else f"{seconds:.4f} s"
 
 

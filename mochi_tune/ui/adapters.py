@@ -14,8 +14,8 @@ from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.training.card import DIFFUSERS_FILE
 from mochi_tune.training.checkpoint import find_checkpoints, published_file
 from mochi_tune.training.records import find_run_dir
-from mochi_tune.ui.folder import inside, relative
-from mochi_tune.ui.runs import changed_at, list_runs, look_at_folder
+from mochi_tune.ui.folder import changed_at, inside, relative
+from mochi_tune.ui.runs import list_runs, look_at_folder
 
 # What the page makes goes here; files that are copied here are found too.
 MADE_FOLDER = "loras"

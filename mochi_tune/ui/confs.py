@@ -16,9 +16,8 @@ from mochi_tune.config.schema import DataConfig, RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, value_of
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import write_atomic
-from mochi_tune.ui.folder import inside
+from mochi_tune.ui.folder import changed_at, inside
 from mochi_tune.ui.jobs import list_jobs
-from mochi_tune.ui.runs import changed_at
 
 # What a conf begins with; one that begins with other files is not rewritten.
 PLAIN_DEFAULTS = ("base", "_self_")

@@ -40,6 +40,14 @@ def inside(folder: Path, name: str | Path) -> Path:
     return path
 
 
+def changed_at(path: Path) -> float:
+    """Returns the modification time of a file, in seconds since 1970; 0 if it does not exist."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def relative(folder: Path, path: Path) -> str:
     """Returns a path in the folder as it is written in an address: relative, with slashes.
 

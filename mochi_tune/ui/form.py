@@ -204,7 +204,7 @@ def _field(key: str) -> Any:
     shown = {"label": TITLES[key], "elem_id": key.replace(".", "_"), "render": False}
     if key in GROUP_DEFAULTS:
         files = packaged_files()[key]
-        default = f"as by default: {GROUP_DEFAULTS[key]}"
+        default = f"{GROUP_DEFAULTS[key]} (default)"
         return gr.Dropdown(
             [(default, ""), *((name, name) for name in files)],
             value="",
@@ -215,7 +215,7 @@ def _field(key: str) -> Any:
     setting = known_keys()[key]
     default = "" if key == "train.sample_prompts" else as_text(setting.default)
     if setting.choices:
-        choices = [(f"as by default: {default}", ""), *((as_yaml(c), as_yaml(c)) for c in setting.choices)]
+        choices = [(f"{default} (default)", ""), *((as_yaml(c), as_yaml(c)) for c in setting.choices)]
         return gr.Dropdown(choices, value="", info=setting.meaning, filterable=False, **shown)
     lines = {"lines": 3, "max_lines": 8} if key == "train.sample_prompts" else {}
     return gr.Textbox(info=setting.meaning, placeholder=default, **lines, **shown)

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from mochi_tune.errors import MochiTuneError
+from mochi_tune.parallel.forecast import in_words
 from mochi_tune.ui import html
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import (
@@ -43,7 +44,7 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
 
     def refresh(number: int | None, shown: list) -> Any:
         jobs = list_jobs(folder)
-        choices = [(f"{job.number}: {job.title}", job.number) for job in reversed(jobs)]
+        choices = _choices(jobs)
         numbers = [job.number for job in jobs]
         # It goes with what runs, until somebody chooses another one.
         follows = number not in numbers or number == (shown[-1] if shown else None)
@@ -58,19 +59,24 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
     def ask_to_stop(number: int | None) -> str:
         return said_of(lambda: f"{_name(stop_job(folder, number or 0))}: asked to save and stop")
 
-    def go_on(number: int | None) -> str:
+    def go_on(number: int | None) -> tuple[str, Any]:
+        added: list[Job] = []
+
         def add() -> str:
             old = find_job(folder, number or 0)
-            return f"{_name(add_job(folder, old.verb, old.arguments, old.title))} is in the queue"
+            added.append(add_job(folder, old.verb, old.arguments, old.title))
+            return f"{_name(added[0])} is in the queue"
 
-        return said_of(add)
+        said = said_of(add)
+        # *Stop* then stops the new job.
+        return said, gr.Dropdown(_choices(list_jobs(folder)), value=added[0].number) if added else gr.skip()
 
     state = gr.State([])
     outputs = [table, log, chosen, state]
     events = [form.news.of(look_at_jobs), form.filled_times.change, chosen.input]
     gr.on(events, refresh, [chosen, state], outputs, show_progress="hidden")
-    for button, act in ((stop, ask_to_stop), (again, go_on)):
-        button.click(act, chosen, said, show_progress="hidden").then(
+    for button, act, results in ((stop, ask_to_stop, said), (again, go_on, [said, chosen])):
+        button.click(act, chosen, results, show_progress="hidden").then(
             refresh, [chosen, state], outputs, show_progress="hidden"
         )
 
@@ -115,11 +121,11 @@ def _row(folder: Path, job: Job) -> str:
     elif job.state == "stopped" and job.verb == "train" and (job.code or 0) > 128:
         words = "stopped, saved"
     seconds = (job.ended or time.time()) - job.began
-    took = "" if not job.began else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    took = in_words(seconds) if job.began else ""
     return (
         f"<tr><td class='number'>{job.number}</td><td><code>{escape(job.command)}</code></td>"
         f"<td><span class='state {job.state}'>{words}</span>{html.note(last[:300])}</td>"
-        f"<td>{took}</td></tr>"
+        f"<td class='time'>{took}</td></tr>"
     )
 
 
@@ -131,6 +137,10 @@ def _how_it_ended(job: Job) -> str:
     known = {number.value: number.name for number in signal.Signals}
     name = known.get(-job.code, f"signal {-job.code}")
     return f"it was ended by {name}{', often for want of memory' if name == 'SIGKILL' else ''}"
+
+
+def _choices(jobs: Sequence[Job]) -> list[tuple[str, int]]:
+    return [(f"{job.number}: {job.title}", job.number) for job in reversed(jobs)]
 
 
 def _name(job: Job) -> str:

@@ -42,7 +42,7 @@ def likely_card() -> str:
 
 def foretell(config: RunConfig, card: str) -> str:
     """Returns the plan of a run on a card as HTML, or the one line that says why there is none."""
-    from mochi_tune.parallel.forecast import known_card, short_seconds
+    from mochi_tune.parallel.forecast import in_words, known_card, short_seconds
     from mochi_tune.recipes.plan import main as plan
 
     try:
@@ -56,7 +56,7 @@ def foretell(config: RunConfig, card: str) -> str:
         for stage in made.stages
     )
     hours = (
-        "" if made.run_seconds is None else f"; all {config.train.steps} steps in about {_in_words(made.run_seconds)}"
+        "" if made.run_seconds is None else f"; all {config.train.steps} steps in about {in_words(made.run_seconds)}"
     )
     name, unknown = name_here(), ""
     if name and known_card(name) is None:
@@ -69,10 +69,3 @@ def foretell(config: RunConfig, card: str) -> str:
         f"<p class='quiet'>Of {made.gib:.1f} GiB. On disk: {cache_text}checkpoints "
         f"{made.checkpoint_bytes / GIB:.2g} GiB.</p>" + "".join(html.note(line) for line in made.advice)
     )
-
-
-def _in_words(seconds: float) -> str:
-    hours = seconds / 3600
-    if seconds < 1:
-        return "a second"
-    return f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from mochi_tune.ui.folder import lock
+from mochi_tune.ui.folder import changed_at, lock
 from mochi_tune.ui.jobs import (
     Job,
     State,
@@ -107,14 +107,21 @@ def wait_for_stranger(folder: Path, job: Job) -> None:
 
 
 def finish(folder: Path, job: Job, code: int | None) -> None:
-    """Records how a job ended."""
+    """Records how a job ended.
+
+    Args:
+        folder: of the page.
+        job: that has ended.
+        code: its exit code; None if nobody saw it end. The last change of its log is then the time of its end.
+    """
     with changing(folder):
+        ended = time.time() if code is not None else max(changed_at(log_path(folder, job.number)), job.began)
         now = next((each for each in list_jobs(folder) if each.number == job.number), job)
         state = state_of(code, now.is_asked_to_stop)
         if state == "partly" and any(line.startswith("Traceback") for line in read_tail(log_path(folder, job.number))):
             # Python's own exit code for a bug is 1, too.
             state = "failed"
-        save_job(folder, replace(now, state=state, code=code, ended=time.time()))
+        save_job(folder, replace(now, state=state, code=code, ended=ended or time.time()))
 
 
 def state_of(code: int | None, is_asked_to_stop: bool) -> State:

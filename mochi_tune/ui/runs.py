@@ -1,7 +1,6 @@
 """Run folders as the page shows them: who trains, how far it is, its numbers, its videos. Only read, never written."""
 
 import os
-import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ import psutil
 
 from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object
+from mochi_tune.training.eval_files import find_eval_videos
 from mochi_tune.training.metrics import best_validation
-from mochi_tune.ui.folder import inside
+from mochi_tune.ui.folder import changed_at, inside
 from mochi_tune.ui.rows import NUMBERS, RowReader
 
 # More points than a chart has pixels tell nothing.
 MAX_POINTS = 600
 _ROWS = RowReader()
-_SAMPLE = re.compile(r"step_(\d+)_prompt_(\d+)\.(mp4|png|webm|gif)")
 # Files that make a folder a run.
 RUN_MARKS = ("metrics.jsonl", ".lock", "history.jsonl")
 # `started` in .lock has whole seconds.
@@ -85,24 +84,18 @@ def look_at_folder(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def changed_at(path: Path) -> float:
-    """Returns when a file was changed; 0 where it is not there, or not any more."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
 def read_state(run_dir: Path) -> RunState:
     """Returns how far a run is, and whether a process of this machine trains it, wherever that was started."""
     rows = read_rows(run_dir / "metrics.jsonl")
-    steps = sorted(
-        int(path.name.rpartition("_")[2])
-        for path in (run_dir / "checkpoints").glob("step_*")
-        if path.is_dir() and path.name.rpartition("_")[2].isdecimal()
-    )
+    steps = tuple(_checkpoints(run_dir))
     is_finished = bool(steps) and recorded_settings(run_dir).get("train.steps") == steps[-1]
-    return RunState(rows[-1]["step"] if rows else 0, owner(run_dir), tuple(steps), is_finished)
+    return RunState(rows[-1]["step"] if rows else 0, owner(run_dir), steps, is_finished)
+
+
+def _checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Returns the folders of a run's checkpoints by step, in ascending order."""
+    found = {path.name.rpartition("_")[2]: path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir()}
+    return dict(sorted((int(step), path) for step, path in found.items() if step.isdecimal()))
 
 
 def owner(run_dir: Path) -> int:
@@ -204,16 +197,7 @@ def best_step(run_dir: Path) -> tuple[int, float] | None:
 
 def list_samples(run_dir: Path) -> list[Sample]:
     """Returns the eval videos of a run by step and prompt."""
-    folder = run_dir / "samples"
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        names = []
-    found = [(match, name) for name in names if (match := _SAMPLE.fullmatch(name))]
-    return sorted(
-        (Sample(int(match[1]), int(match[2]), folder / name) for match, name in found),
-        key=lambda sample: (sample.step, sample.prompt),
-    )
+    return [Sample(*found) for found in find_eval_videos(run_dir)]
 
 
 def prompts_of(run_dir: Path) -> list[str]:
@@ -223,11 +207,12 @@ def prompts_of(run_dir: Path) -> list[str]:
 
 def recorded_settings(run_dir: Path) -> dict[str, Any]:
     """Returns the settings that the run's newest checkpoint records, by dotted key; {} where none does."""
-    newest = max((run_dir / "checkpoints").glob("step_*/state.json"), default=None)
+    states = [path / "state.json" for path in _checkpoints(run_dir).values()]
+    newest = next((path for path in reversed(states) if path.is_file()), None)
     try:
         found = (parse_object(newest.read_bytes()) or {}) if newest else {}
     except OSError:
-        # It was removed meanwhile, as old checkpoints are.
+        # The training has removed it meanwhile, as an old checkpoint.
         found = {}
     settings = found.get("settings")
     return settings if isinstance(settings, dict) else {}

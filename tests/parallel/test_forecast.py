@@ -194,6 +194,6 @@ def test_a_pass_takes_at_least_as_long_as_the_copy_of_its_weights():
 
 
 def test_seconds_have_no_exponent():
-    assert [short_seconds(each) for each in (2654.3, 12.34, 3.94, 0.56, 0.00123)] == [
-        "2654 s", "12 s", "3.9 s", "0.56 s", "0.0012 s",
+    assert [short_seconds(each) for each in (2654.3, 12.34, 3.94, 0.56, 0.00123, 0.00002)] == [
+        "2654 s", "12 s", "3.9 s", "0.56 s", "0.0012 s", "under 0.0001 s",
     ]  # fmt: skip

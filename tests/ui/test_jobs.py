@@ -108,6 +108,17 @@ def test_a_running_job_gets_sigterm_and_counts_as_stopped(tmp_path):
     assert find_job(tmp_path, 1).state == "stopped"
 
 
+def test_a_job_that_nobody_saw_end_ended_when_its_log_was_last_written(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(PATIENCE)
+    put(tmp_path, Job(1, "train", state="running", pid=ended.pid, pid_start="an earlier boot", began=1000.0))
+    log_path(tmp_path, 1).touch()
+    os.utime(log_path(tmp_path, 1), (5000, 5000))
+    runner.main(tmp_path)
+    job = find_job(tmp_path, 1)
+    assert (job.state, job.code, job.ended) == ("failed", None, 5000.0)
+
+
 def test_a_process_of_the_same_number_is_another_one(tmp_path):
     mine, start = psutil.Process().create_time(), process_start(os.getpid())
     job = Job(1, "train", state="running", pid=os.getpid(), pid_started=mine - 60)
@@ -187,9 +198,10 @@ def test_the_table_says_what_was_so(tmp_path):
         Job(22, "train", state="stopped", began=1, ended=2, code=-15),
         Job(23, "train", state="failed", began=1, ended=2, code=-9),
         Job(24, "train", state="failed", began=1, ended=2),
-        Job(25, "train", state="failed", began=1, ended=2, code=-35),
+        Job(25, "train", state="failed", began=1, ended=121, code=-35),
     ]
     page = jobs_table(tmp_path, [Job(1, "train", state="running", pid=1, began=1), *jobs])
+    assert "<td class='time'>2 minutes</td>" in page
     rows = dict(re.findall(r"class='number'>(\d+)<.*?state \w+'>(.*?)</td>", page))
     assert rows["1"].startswith("running"), "what runs is there, however many have ended since"
     assert "2" not in rows and {"20", "24"} < rows.keys()

@@ -63,6 +63,16 @@ def test_samples_are_found_by_step_and_prompt(tmp_path):
     assert found == [(0, 0), (20, 0), (20, 1)]
 
 
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for step in (999_990, 1_000_000):
+        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"settings": {"train.steps": step}}))
+    assert runs.recorded_settings(tmp_path) == {"train.steps": 1_000_000}
+    state = runs.read_state(tmp_path)
+    assert state.checkpoints == (999_990, 1_000_000) and state.is_finished
+
+
 def test_a_run_of_a_terminal_is_stopped_by_its_lock(tmp_path):
     run_dir = tmp_path / "cats"
     run_dir.mkdir()
