@@ -96,13 +96,16 @@ class Checkpointer:
                 checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"),
                 self.run_dir / "adapter.safetensors",
             )
-            self._remove_old()
         except OSError as error:
             self.failed = snapshot, error
             last = checkpoint.last_checkpoint(self.folder)
             self.log(f"step {snapshot.step} could not be saved ({error}); {last}; the run goes on")
             return False
         self.failed = None
+        try:
+            self._remove_old()
+        except OSError as error:
+            self.log(f"step {snapshot.step} is saved, but old checkpoints could not be removed ({error})")
         return True
 
     def check_saved(self, step: int) -> None:
@@ -131,8 +134,11 @@ class Checkpointer:
 def _is_best_alone(folder: Path) -> bool:
     """Whether a checkpoint was saved for its validation loss alone; one of a version that does not say so was not."""
     path = folder / "state.json"
-    # Damage of an old checkpoint is found when it is gone on from.
-    state = parse_object(path.read_bytes()) if path.is_file() else None
+    try:
+        state = parse_object(path.read_bytes())
+    except OSError:
+        # A resume reports a checkpoint that cannot be read.
+        return False
     return state is not None and "best" in state
 
 

@@ -1,11 +1,14 @@
 """A checkpoint is written only when the rows of its steps are on disk."""
 
+import errno
 import resource
+from pathlib import Path
 
 import torch
 
 from mochi_tune.adapters.files import Adapter, LoraLayer
 from mochi_tune.files import read_json_lines
+from mochi_tune.training import checkpoint
 from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot
 from mochi_tune.training.metrics import Metrics
 
@@ -30,6 +33,30 @@ def test_no_checkpoint_is_committed_while_a_row_waits_for_room(tmp_path):
         checkpointer.check_saved(2)
         assert (tmp_path / "checkpoints/step_000002/manifest.json").exists()
         assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_step_that_is_saved_is_not_lost_where_an_old_checkpoint_cannot_be_read_or_removed(tmp_path, monkeypatch):
+    lines, layer = [], LoraLayer(torch.ones(2, 4), torch.ones(4, 2), 2.0)
+    remove, read = checkpoint.remove_checkpoints, Path.read_bytes
+
+    def cannot_read(path: Path) -> bytes:
+        if path.parent.name == "step_000001":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    def cannot_remove(folder: Path, keep: set[int]) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(folder))
+
+    with Metrics(tmp_path, 0) as metrics:
+        checkpointer = Checkpointer(tmp_path, metrics, Retention(newest=1, every=0, best=False), lines.append)
+        for step in (1, 2, 3, 4):
+            # No disk here refuses to be read, or refuses root.
+            monkeypatch.setattr(Path, "read_bytes", cannot_read if step == 2 else read)
+            monkeypatch.setattr(checkpoint, "remove_checkpoints", cannot_remove if step == 3 else remove)
+            snapshot = Snapshot(step, Adapter({"blocks.0.attn.proj_x": layer}), None, {}, {"step": step})
+            assert checkpointer.save(snapshot) and checkpointer.failed is None
+    assert len(lines) == 1 and "step 3 is saved, but old checkpoints could not be removed" in lines[0]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000004"]
 
 
 def test_a_best_step_takes_no_place_of_the_newest_after_a_restart_either(tmp_path):
