@@ -1,7 +1,11 @@
 """The files of eval videos, by their names; a module of its own as trackers read them without torch."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+# A video is written to a temporary file of a temporary file.
+_TEMPORARY = re.compile(r"\.{1,2}step_\d{6,}_prompt_\d+\.(mp4|png|txt)\..+\.tmp")
 
 
 def find_eval_videos(run_dir: Path) -> list[tuple[int, int, Path]]:
@@ -12,6 +16,11 @@ def find_eval_videos(run_dir: Path) -> list[tuple[int, int, Path]]:
         if path.suffix in (".mp4", ".png") and len(parts) == 4 and parts[1].isdecimal() and parts[3].isdecimal():
             found.append((int(parts[1]), int(parts[3]), path))
     return sorted(found)
+
+
+def find_temporary_videos(run_dir: Path) -> list[Path]:
+    """Returns the temporary files of eval videos and their prompts; `sample` writes to the same folder."""
+    return [path for path in (run_dir / "samples").glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
 
 
 def prompt_file(video: Path) -> Path:

@@ -28,7 +28,7 @@ from mochi_tune.training.branches import (
     put_aside,
     put_videos_aside,
 )
-from mochi_tune.training.eval_files import find_eval_videos, prompt_file
+from mochi_tune.training.eval_files import find_eval_videos, find_temporary_videos, prompt_file
 from mochi_tune.training.metrics import FILES, Metrics, cut_after
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.run_folder import read_history, record_start
@@ -234,8 +234,10 @@ def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> Non
     steps are removed, as they are rendered again; where the user went back, they are renamed, too.
     """
     checkpoints = run_dir / "checkpoints"
-    remove_temporary_files(run_dir)
-    remove_temporary_files(checkpoints)
+    for folder in (run_dir, checkpoints, run_dir / "base_latents"):
+        remove_temporary_files(folder)
+    for path in find_temporary_videos(run_dir):
+        path.unlink()
     if checkpoints.is_dir() and (stale := checkpoint.clear_leftovers(checkpoints)):
         log(f"removed what an interrupted save left: {', '.join(stale)}")
     number = number_of_going_back(run_dir) if start.is_named else next_number(checkpoints)

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import signal
 import time
 
 import pytest
 import torch
-from helpers_process import PATIENCE, run
+from helpers_process import PATIENCE, Disturbance, run, run_program
 from helpers_road import LORA, read_rows, road, train
 from PIL import Image
 
@@ -175,3 +176,27 @@ def test_a_run_whose_folder_is_removed_ends_at_the_next_step(tmp_path, monkeypat
     with pytest.raises(TrainingError, match="was moved or removed while this run trained in it"):
         train(tmp_path / "run", *MOVED, "train.steps=6")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "ending", "nth"),
+    [
+        ("samples", "step_000002_prompt_0.mp4.tmp", 1),
+        ("samples", "step_000002_prompt_0.txt.tmp", 2),
+        ("base_latents", ".safetensors.tmp", 2),
+    ],
+)
+def test_what_a_kill_left_of_an_evaluation_is_removed(tmp_path, folder, ending, nth):
+    run_dir = tmp_path / "run"
+    settings = ["train.steps=2", "train.sample_every=2", "train.sample_prompts=[a cat]", "sample.steps=2"]
+    # Before the temporary file takes its name.
+    kill = Disturbance(run_dir / folder, signal_before=ending, nth=nth)
+    code, out = run_program(["train", "conf=my_lora", *road(run_dir, *LORA, *settings)], tmp_path / "log", kill)
+    assert code == -signal.SIGKILL, out
+    assert list((run_dir / folder).glob(".*.tmp"))
+    (run_dir / "samples" / "..step_000002_prompt_0.mp4.abcdef-1.tmp.abcdef-1.tmp").touch()
+    # `sample` may be writing this one.
+    other = run_dir / "samples" / ".step_by_step_prompt_0.mp4.abcdef-1.tmp"
+    other.touch()
+    assert train(run_dir, *settings) == 0
+    assert list(run_dir.rglob(".*.tmp")) == [other]
