@@ -148,9 +148,11 @@ class ReportWriter:
         """Returns what a finished run says of itself, as far as its files could be read for the page."""
         if self.run is None:
             return []
-        lines = (
-            [] if self.run.best is None else [f"best: step {self.run.best[0]}, validation loss {self.run.best[1]:.4f}"]
-        )
+        lines = []
+        if self.run.best is not None:
+            step, loss = self.run.best
+            gone = "" if step in (0, *_kept_steps(self.run)) else "; its checkpoint was not kept"
+            lines.append(f"best: step {step}, validation loss {loss:.4f}{gone}")
         last = f"last: step {self.run.step}"
         if self.run.validations and self.run.validations[-1]["step"] == self.run.step:
             last += f", validation loss {self.run.validations[-1]['validation_loss']:.4f}"
@@ -339,13 +341,17 @@ def next_steps(run: RunFiles) -> list[tuple[str, str]]:
 
 def _next_steps(run: RunFiles) -> str:
     commands = "".join(f"<h3>{escape(words)}</h3><pre>{escape(command)}</pre>" for words, command in next_steps(run))
-    kept = [step_of(folder) for folder in find_checkpoints(run.run_dir / "checkpoints")]
+    kept = _kept_steps(run)
     note = "The commands run in the folder that the training was started in."
     if run.best and run.best[0] not in (0, *kept) and kept:
         note += f" The checkpoint of step {run.best[0]}, the best, is not kept: train.keep_best=true would keep it."
     if run.best and run.best[0] == 0 and len(run.validations) > 1:
         note += " No step has a lower validation loss than the start: judge by the samples, or train with a lower rate."
     return section("What to do next", note, commands)
+
+
+def _kept_steps(run: RunFiles) -> list[int]:
+    return [step_of(folder) for folder in find_checkpoints(run.run_dir / "checkpoints")]
 
 
 def _settings(run: RunFiles) -> str:

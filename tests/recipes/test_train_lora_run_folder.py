@@ -1,6 +1,7 @@
 """What a run leaves in its folder, and what it does with what it finds there."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -200,3 +201,15 @@ def test_what_a_kill_left_of_an_evaluation_is_removed(tmp_path, folder, ending, 
     other.touch()
     assert train(run_dir, *settings) == 0
     assert list(run_dir.rglob(".*.tmp")) == [other]
+
+
+def test_the_closing_lines_say_that_the_checkpoint_of_the_best_step_is_gone(tmp_path, capsys):
+    more = [*MOVED, "train.keep_checkpoints=1", "train.validate_every=1", "train.validation_clips=1"]
+    # At this rate it learns at first and is then ruined.
+    assert train(tmp_path, *more, "train.steps=8", "train.learning_rate=3e-2", "train.keep_best=true") == 0
+    step = min(read_rows(tmp_path / "validation.jsonl"), key=lambda row: row["validation_loss"])["step"]
+    assert 0 < step < 8
+    best = rf"best: step {step}, validation loss \d\.\d{{4}}"
+    assert re.search(rf"{best}$", capsys.readouterr().out, re.MULTILINE)
+    assert train(tmp_path, *more, "train.steps=9", "train.learning_rate=3e-2", "train.keep_best=false") == 0
+    assert re.search(rf"{best}; its checkpoint was not kept$", capsys.readouterr().out, re.MULTILINE)
