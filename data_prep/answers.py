@@ -9,21 +9,21 @@ from mochi_tune.models.text_encoder import MAX_TOKENS, measure_caption
 
 Language = Literal["en", "any"]
 # Maximum characters, beyond which the model did not stop, and minimum words of a caption.
-MAX_CHARACTERS, MIN_WORDS = 8000, 3
+_MAX_CHARACTERS, _MIN_WORDS = 8000, 3
 # Maximum words if T5's tokenizer is missing: English prose has 1.3 tokens per word, names and numbers more.
 MAX_WORDS_UNCOUNTED = 160
 # Minimum share of Latin letters, and of words that are among the most frequent English ones, which are a third of
 # English prose; the latter is checked from a minimum number of words.
-MIN_LATIN, MIN_COMMON, MIN_WORDS_TOLD = 0.9, 0.1, 12
-COMMON = frozenset("the a an and of in with is are to on as at its it from by while for this that over into".split())
-FOREIGN = frozenset(
+_MIN_LATIN, _MIN_COMMON, _MIN_WORDS_TOLD = 0.9, 0.1, 12
+_COMMON = frozenset("the a an and of in with is are to on as at its it from by while for this that over into".split())
+_FOREIGN = frozenset(
     "de la le les des du et un une el los las y una con der das und ein eine den dem een het en il di che della uma o "
     "os da em para och det ett att".split()
 )
 # A text of at least this many words with a smaller share of distinct words comes from a model in a loop.
-LOOP_WORDS, MIN_DISTINCT = 40, 0.2
+_LOOP_WORDS, _MIN_DISTINCT = 40, 0.2
 # Factor on the words to ask for when shortening, as models count badly.
-SHORTER = 0.85
+_SHORTER = 0.85
 
 _THOUGHTS = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^```\w*\n(.*?)\n?```$", re.DOTALL)
@@ -49,7 +49,7 @@ _SENTENCE_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
 def clean_answer(text: str) -> str:
     """Returns an answer on one line, without a model's thoughts, a code fence, a heading, a preamble or quotes."""
     text = _THOUGHTS.sub("", text).strip()
-    if len(text) > MAX_CHARACTERS:
+    if len(text) > _MAX_CHARACTERS:
         return text
     text = _FENCE.sub(r"\1", text).strip()
     text = _HEADING.sub("", text)
@@ -73,7 +73,7 @@ def find_fault(text: str, language: Language) -> str:
     """
     if not text:
         return "is empty"
-    if len(text) > MAX_CHARACTERS:
+    if len(text) > _MAX_CHARACTERS:
         return f"has {len(text)} characters"
     # Not category Cf: characters that join letters are text.
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Co", "Cn") and letter not in "\n\t" for letter in text):
@@ -87,11 +87,11 @@ def find_fault(text: str, language: Language) -> str:
     if len(_LIST.findall(text)) > 1:
         return "is a list"
     words = re.findall(r"\w+", text.lower())
-    if len(words) >= LOOP_WORDS and len(set(words)) < MIN_DISTINCT * len(words):
+    if len(words) >= _LOOP_WORDS and len(set(words)) < _MIN_DISTINCT * len(words):
         return "repeats itself"
     if language == "en" and (fault := _find_foreign(text, words)):
         return fault
-    if len(words) < MIN_WORDS:
+    if len(words) < _MIN_WORDS:
         return f"has only {len(words)} words"
     return ""
 
@@ -100,11 +100,11 @@ def _find_foreign(text: str, words: list[str]) -> str:
     letters = [letter for letter in text if letter.isalpha()]
     # U+024F is the last Latin letter with an accent.
     latin = sum(letter <= "\u024f" for letter in letters)
-    if latin < MIN_LATIN * len(letters) or not letters:
+    if latin < _MIN_LATIN * len(letters) or not letters:
         return f"is not English: {latin} of its {len(letters)} letters are Latin"
-    common = sum(word in COMMON for word in words)
-    foreign = sum(word in FOREIGN for word in words)
-    if len(words) >= MIN_WORDS_TOLD and common < max(MIN_COMMON * len(words), foreign):
+    common = sum(word in _COMMON for word in words)
+    foreign = sum(word in _FOREIGN for word in words)
+    if len(words) >= _MIN_WORDS_TOLD and common < max(_MIN_COMMON * len(words), foreign):
         return f"is not English: {common} of its {len(words)} words are frequent English ones"
     return ""
 
@@ -125,7 +125,7 @@ class CaptionLength:
 
     def words_to_ask_for(self, text: str) -> int:
         """Returns the number of words to ask for when shortening a caption."""
-        return max(int(len(text.split()) * self._most / self._size(text) * SHORTER), 10)
+        return max(int(len(text.split()) * self._most / self._size(text) * _SHORTER), 10)
 
     def describe(self, text: str) -> str:
         """Returns a caption's length and the maximum, for messages."""

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 # In pixels: width of the chart, left and right ends of the bars, and height of a bar with its gap.
-CHART_WIDTH, BAR_LEFT, BAR_RIGHT, BAR_HEIGHT = 354, 138, 310, 22
-MAX_BARS = 9
+_CHART_WIDTH, _BAR_LEFT, _BAR_RIGHT, _BAR_HEIGHT = 354, 138, 310, 22
+_MAX_BARS = 9
 
 
 def count_numbers(values: Iterable[float]) -> list[tuple[str, int]]:
@@ -17,12 +17,12 @@ def count_numbers(values: Iterable[float]) -> list[tuple[str, int]]:
         Labels and counts by ascending value. Ranges include their lower end; the last one also its upper end.
     """
     counts = Counter(values)
-    if len(counts) <= MAX_BARS:
+    if len(counts) <= _MAX_BARS:
         return [(f"{value:g}", counts[value]) for value in sorted(counts)]
     low, high = min(counts), max(counts)
-    power = 10 ** math.floor(math.log10((high - low) / MAX_BARS))
+    power = 10 ** math.floor(math.log10((high - low) / _MAX_BARS))
     sizes = (power * m for m in (1, 2, 2.5, 5, 10, 20))
-    step = next(s for s in sizes if math.ceil(high / s) - math.floor(low / s) <= MAX_BARS)
+    step = next(s for s in sizes if math.ceil(high / s) - math.floor(low / s) <= _MAX_BARS)
     first, last = math.floor(low / step), math.ceil(high / step)
     ranges = [0] * (last - first)
     for value, count in counts.items():
@@ -33,10 +33,10 @@ def count_numbers(values: Iterable[float]) -> list[tuple[str, int]]:
 def count_names(names: Iterable[str]) -> list[tuple[str, int]]:
     """Counts names, the most frequent first; if there are many, the least frequent are counted together."""
     counts = Counter(names).most_common()
-    if len(counts) <= MAX_BARS:
+    if len(counts) <= _MAX_BARS:
         return counts
-    others = counts[MAX_BARS - 1 :]
-    return [*counts[: MAX_BARS - 1], (f"{len(others)} others", sum(count for _, count in others))]
+    others = counts[_MAX_BARS - 1 :]
+    return [*counts[: _MAX_BARS - 1], (f"{len(others)} others", sum(count for _, count in others))]
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, int]]) -> str:
@@ -51,13 +51,13 @@ def bar_chart(title: str, bars: Sequence[tuple[str, int]]) -> str:
     most = max(count for _, count in bars)
     drawn = ""
     for number, (label, count) in enumerate(bars):
-        top, width = number * BAR_HEIGHT, (BAR_RIGHT - BAR_LEFT) * count / most
+        top, width = number * _BAR_HEIGHT, (_BAR_RIGHT - _BAR_LEFT) * count / most
         drawn += (
-            f'<text x="{BAR_LEFT - 8}" y="{top + 15}" text-anchor="end">{escape(label)}</text>'
-            f'<rect class="bar" x="{BAR_LEFT}" y="{top + 3}" width="{width:.1f}" height="{BAR_HEIGHT - 6}" rx="2"/>'
-            f'<text x="{BAR_LEFT + width + 6:.1f}" y="{top + 15}">{count}</text>'
+            f'<text x="{_BAR_LEFT - 8}" y="{top + 15}" text-anchor="end">{escape(label)}</text>'
+            f'<rect class="bar" x="{_BAR_LEFT}" y="{top + 3}" width="{width:.1f}" height="{_BAR_HEIGHT - 6}" rx="2"/>'
+            f'<text x="{_BAR_LEFT + width + 6:.1f}" y="{top + 15}">{count}</text>'
         )
     return (
-        f'<figure><h3>{escape(title)}</h3><svg viewBox="0 0 {CHART_WIDTH} {len(bars) * BAR_HEIGHT}" role="img" '
+        f'<figure><h3>{escape(title)}</h3><svg viewBox="0 0 {_CHART_WIDTH} {len(bars) * _BAR_HEIGHT}" role="img" '
         f'aria-label="{escape(title)}">{drawn}</svg></figure>'
     )

@@ -19,10 +19,10 @@ from mochi_tune.errors import DataError, some
 from mochi_tune.files import read_text
 
 # Names of tables in Hugging Face folders, finetrainers, DiffSynth, LTX-Video-Trainer and FastVideo.
-TABLE_STEMS = ("metadata", "captions", "dataset", "videos2caption")
-TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+_TABLE_STEMS = ("metadata", "captions", "dataset", "videos2caption")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
 # Common names of the two columns; the first that exists is used.
-FILE_KEYS = (
+_FILE_KEYS = (
     "file_name", "video", "path", "media_path", "video_path", "file", "filename", "file_path", "filepath", "video_name",
     "file name",
 )  # fmt: skip
@@ -30,11 +30,11 @@ CAPTION_KEYS = ("caption", "text", "prompt", "captions", "cap")
 # Two lists of the same length, as in finetrainers and the CogVideoX scripts.
 VIDEO_LISTS = ("videos.txt", "video.txt")
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
-DELIMITERS = (",", ";", "\t")
+_DELIMITERS = (",", ";", "\t")
 # Maximum characters of a name or a header in an error.
-MAX_SHOWN = 200
+_MAX_SHOWN = 200
 _SEPARATOR = re.compile(r'"?sep=([,;\t|])"?\s*', re.IGNORECASE)
-BARE_UTF16 = "contains NUL characters, like UTF-16 without a byte order mark: save it as UTF-8."
+_BARE_UTF16 = "contains NUL characters, like UTF-16 without a byte order mark: save it as UTF-8."
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read_tables(folder: Path, videos: list[Path]) -> TableCaptions:
             where, example = rows[0].where.removeprefix(f"{path} "), os.path.relpath(videos[0], path.parent)
             raise DataError(
                 f"{path}: none of its {len(rows)} rows names a video in {folder}: {where} names "
-                f"{rows[0].file_name[:MAX_SHOWN]}, a video is {example[:MAX_SHOWN]}: write the names relative to "
+                f"{rows[0].file_name[:_MAX_SHOWN]}, a video is {example[:_MAX_SHOWN]}: write the names relative to "
                 f"{path.parent}."
             )
         if unknown:
@@ -116,7 +116,7 @@ def _find_named(folder: Path, wanted: set[str]) -> dict[Path, dict[str, Path]]:
 def _find_tables(folder: Path) -> dict[Path, Path]:
     tables = {}
     for parent, names in _find_named(
-        folder, {stem + suffix for stem in TABLE_STEMS for suffix in TABLE_SUFFIXES}
+        folder, {stem + suffix for stem in _TABLE_STEMS for suffix in _TABLE_SUFFIXES}
     ).items():
         paths = list(names.values())
         if len(paths) > 1:
@@ -163,7 +163,7 @@ class _VideoNames:
 
 
 def _count_unknown(rows: list[TableRow]) -> str:
-    names = list(dict.fromkeys(row.file_name[:MAX_SHOWN] for row in rows))
+    names = list(dict.fromkeys(row.file_name[:_MAX_SHOWN] for row in rows))
     number = "1 row names a video that is" if len(rows) == 1 else f"{len(rows)} rows name videos that are"
     return f"{number} not there: {some(names)}"
 
@@ -176,7 +176,7 @@ def _read_table(path: Path) -> tuple[list[TableRow], str]:
     elif suffix == ".json":
         rows = (_object_row(path, number, fields) for number, fields in enumerate(_json_list(path, text), start=1))
     else:
-        rows = _csv_rows(path, text, DELIMITERS if suffix == ".csv" else ("\t",))
+        rows = _csv_rows(path, text, _DELIMITERS if suffix == ".csv" else ("\t",))
     return list(rows), encoding
 
 
@@ -185,11 +185,11 @@ def _read(path: Path) -> tuple[str, str]:
         text, encoding = read_text(path, fallback="cp1252")
         # A NUL further down affects a single row only.
         if "\0" in text[:4]:
-            raise DataError(f"{path}: {BARE_UTF16}")
+            raise DataError(f"{path}: {_BARE_UTF16}")
         return text, encoding
     except UnicodeDecodeError as error:
         if b"\0" in error.object[:4] and error.object[:1].isascii():
-            raise DataError(f"{path}: {BARE_UTF16}") from None
+            raise DataError(f"{path}: {_BARE_UTF16}") from None
         raise DataError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
@@ -232,11 +232,11 @@ def _csv_rows(path: Path, text: str, delimiters: tuple[str, ...]) -> Iterator[Ta
     reader = csv.reader(io.StringIO(text), strict=True, delimiter=delimiter, skipinitialspace=is_spaced)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
-        file_key, caption_key = _first_of(FILE_KEYS, header), _first_of(CAPTION_KEYS, header)
+        file_key, caption_key = _first_of(_FILE_KEYS, header), _first_of(CAPTION_KEYS, header)
         if file_key is None or caption_key is None or len(set(header)) < len(header):
             raise DataError(
-                f"{path}: its columns are {', '.join(header)[:MAX_SHOWN] or 'none'}, without duplicates: one of "
-                f"{', '.join(FILE_KEYS)} and one of {', '.join(CAPTION_KEYS)} are needed."
+                f"{path}: its columns are {', '.join(header)[:_MAX_SHOWN] or 'none'}, without duplicates: one of "
+                f"{', '.join(_FILE_KEYS)} and one of {', '.join(CAPTION_KEYS)} are needed."
             )
         for row in reader:
             if not any(value.strip() for value in row):
@@ -274,7 +274,7 @@ def _sniff_delimiter(text: str, delimiters: tuple[str, ...]) -> str:
     line = text.partition("\n")[0]
     for delimiter in delimiters:
         names = [name.strip(' "').lower() for name in line.split(delimiter)]
-        if _first_of(FILE_KEYS, names) and _first_of(CAPTION_KEYS, names):
+        if _first_of(_FILE_KEYS, names) and _first_of(CAPTION_KEYS, names):
             return delimiter
     return max(delimiters, key=line.count)
 
@@ -296,7 +296,7 @@ def _json_list(path: Path, text: str) -> list[Any]:
         raise DataError(f"{path}: is not JSON ({error}): correct it.") from None
     if not isinstance(value, list):
         raise DataError(
-            f"{path}: is not a list of objects, each with one of {', '.join(FILE_KEYS)} and one of "
+            f"{path}: is not a list of objects, each with one of {', '.join(_FILE_KEYS)} and one of "
             f"{', '.join(CAPTION_KEYS)}: write such a list, or rename the file."
         )
     return value
@@ -305,7 +305,7 @@ def _json_list(path: Path, text: str) -> list[Any]:
 def _object_row(path: Path, number: int, fields: Any) -> TableRow:
     where = f"{path} row {number}"
     fields = {key.lower(): value for key, value in fields.items()} if isinstance(fields, dict) else {}
-    file_key, caption_key = _first_of(FILE_KEYS, fields), _first_of(CAPTION_KEYS, fields)
+    file_key, caption_key = _first_of(_FILE_KEYS, fields), _first_of(CAPTION_KEYS, fields)
     name = _file_name(path, where, fields.get(file_key) if file_key else None)
     if caption_key is None:
         return TableRow(where, name, (), f"{where}: has none of {', '.join(CAPTION_KEYS)}: write the caption there.")
@@ -319,7 +319,7 @@ def _object_row(path: Path, number: int, fields: Any) -> TableRow:
 def _file_name(path: Path, where: str, name: Any) -> str:
     if not isinstance(name, str) or not name.strip():
         raise DataError(
-            f"{where}: names no video: write its name, relative to {path.parent}, as one of {', '.join(FILE_KEYS)}."
+            f"{where}: names no video: write its name, relative to {path.parent}, as one of {', '.join(_FILE_KEYS)}."
         )
     return name.strip()
 

@@ -12,25 +12,25 @@ from mochi_tune.data_prep.chat import Answer, Captioner, TryAgain, Turn
 from mochi_tune.errors import DataError
 
 # Words that the prompt asks for. Models may write half as much again, which is then shortened.
-PROMPT_WORDS = 150
-PROMPT = """\
+_PROMPT_WORDS = 150
+_PROMPT = """\
 These pictures are {num_frames} frames of one video clip of {seconds} seconds, in order. Write the caption of the clip \
 from which a text-to-video model learns. Say what the main subject is and what it looks like; then what moves, how and \
 where to, from the beginning of the clip to its end; then what surrounds it; then where the camera is and how it \
 moves, or that it stays still; and last the light, the colours and the style. """
-PROMPT_OF_STILL = """\
+_PROMPT_OF_STILL = """\
 Write the caption of this picture from which a text-to-video model learns. Say what the main subject is and what it \
 looks like; then what surrounds it; then where the camera is; and last the light, the colours and the style. """
-FORM = """\
+_FORM = """\
 Write one paragraph of plain English prose, at most {max_words} words, in the present tense. Describe only what can be \
 seen. Do not mention frames, pictures or a video, do not guess names, and answer with the paragraph alone."""
-SHORTEN = "Shorten this caption to at most {words} words. Keep the subject, the motion, the camera and the light, and \
+_SHORTEN = "Shorten this caption to at most {words} words. Keep the subject, the motion, the camera and the light, and \
 drop details. Answer with the shorter paragraph alone."
-AGAIN = "\n\nAn earlier answer was of no use: it {fault}. Answer with the caption alone."
+_AGAIN = "\n\nAn earlier answer was of no use: it {fault}. Answer with the caption alone."
 # Maximum number of requests to shorten a caption; then it is cut.
-MAX_SHORTENINGS = 2
+_MAX_SHORTENINGS = 2
 # Maximum pause between two tries of a clip, unless the endpoint asks for a longer one.
-MAX_PAUSE_SECONDS = 60.0
+_MAX_PAUSE_SECONDS = 60.0
 
 
 class Stopped(Exception):
@@ -61,10 +61,10 @@ class Wording:
         values = {
             "num_frames": str(num_frames),
             "seconds": f"{seconds:.1f}",
-            "max_words": str(PROMPT_WORDS),
+            "max_words": str(_PROMPT_WORDS),
             "trigger": self.trigger,
         }
-        text = self.template or (PROMPT_OF_STILL if num_frames == 1 else PROMPT) + FORM
+        text = self.template or (_PROMPT_OF_STILL if num_frames == 1 else _PROMPT) + _FORM
         for name, value in values.items():
             text = text.replace(f"{{{name}}}", value)
         return text.strip()
@@ -192,23 +192,23 @@ class Writer:
             answer = self._ask(turns, cost)
             text = clean_answer(answer.text)
             fault = find_fault(text, self.wording.language)
-            if answer.is_cut_off and (fault or len(text.split()) < PROMPT_WORDS // 2):
+            if answer.is_cut_off and (fault or len(text.split()) < _PROMPT_WORDS // 2):
                 fault = "ends before a caption is complete: raise max_tokens="
             if not fault:
                 return self._fit(turns, text, answer.is_cut_off, cost)
-            hint = AGAIN.format(fault=fault.partition(":")[0])
+            hint = _AGAIN.format(fault=fault.partition(":")[0])
             self._pause(TryAgain(f"the answer {fault}", after_seconds=0), cost)
 
     def _fit(self, turns: list[Turn], text: str, is_cut_off: bool, cost: Cost) -> tuple[str, list[str]]:
         """Shortens a caption by asking again, and cuts it if that does not help."""
         notes: list[str] = []
-        for _ in range(MAX_SHORTENINGS):
+        for _ in range(_MAX_SHORTENINGS):
             caption = self.wording.with_trigger(text)
             with self._lock:
                 if self.length.fits(caption) and not is_cut_off:
                     return caption, notes
-                words = min(self.length.words_to_ask_for(caption), PROMPT_WORDS)
-            turns = [*turns, Turn("assistant", text), Turn("user", SHORTEN.format(words=words))]
+                words = min(self.length.words_to_ask_for(caption), _PROMPT_WORDS)
+            turns = [*turns, Turn("assistant", text), Turn("user", _SHORTEN.format(words=words))]
             try:
                 answer = self._ask(turns, cost)
             except LostClip:
@@ -252,7 +252,7 @@ class Writer:
             raise error(f"no caption after {cost.requests} requests: {failure}")
         delay = failure.after_seconds
         if delay is None:
-            delay = min(limits.backoff_seconds * 2**cost.retries, MAX_PAUSE_SECONDS)
+            delay = min(limits.backoff_seconds * 2**cost.retries, _MAX_PAUSE_SECONDS)
             # Jitter: threads that failed together must not retry together.
             delay *= random.uniform(0.5, 1)
         if cost.seconds + delay >= limits.clip_seconds:

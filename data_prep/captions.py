@@ -19,7 +19,7 @@ SIDECAR_SUFFIXES = (".txt", ".caption")
 # Many times the length of 256 tokens; a longer text is not a caption.
 MAX_CAPTION_CHARACTERS = 50_000
 # Larger caption files are not read.
-MAX_SIDECAR_BYTES = 64 * 2**20
+_MAX_SIDECAR_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _read_sidecar(path: Path, video: Path, split: Literal["one", "lines"]) -> tu
     """Returns the captions of a text file, none empty, and its encoding."""
     try:
         num_bytes = path.stat().st_size
-        if num_bytes > MAX_SIDECAR_BYTES:
+        if num_bytes > _MAX_SIDECAR_BYTES:
             raise DataError(f"{path}: has {num_bytes / 2**20:.0f} MiB, too much for a caption: shorten it.")
         text, encoding = read_text(path, fallback="cp1252")
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from mochi_tune.errors import DataError, counted, some
 from mochi_tune.files import file_sha256
 
 # Maximum clips of a cache whose captions are compared at each start of a training: a network disk takes minutes.
-MAX_CLIPS = 10_000
+_MAX_CLIPS = 10_000
 # Maximum bytes that are read of videos that may have been replaced.
 MAX_BYTES = 2**30
 
@@ -43,7 +43,7 @@ def tell_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
     Returns:
         Lines about changes and what to do; [] if nothing has changed, or if the files are not on this machine.
     """
-    if len(cache.rows) > MAX_CLIPS:
+    if len(cache.rows) > _MAX_CLIPS:
         return []
     changes = Changes()
     try:

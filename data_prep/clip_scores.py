@@ -16,24 +16,24 @@ from mochi_tune.data_prep.probe import VideoIndex, read_index
 SCORES_VERSION = 2
 # A pixel darker than this, of 255, is black; a picture or a line is black when nearly all of its pixels are.
 # Source: FFmpeg n7.1 libavfilter/vf_blackdetect.c, pixel_black_th 0.10 and picture_black_ratio_th 0.98.
-DARK, DARK_SHARE = 25.5, 0.98
+_DARK, _DARK_SHARE = 25.5, 0.98
 # Maximum standard deviation of a line in a border, of 255.
-FLAT = 6
+_FLAT = 6
 # Neighbouring pictures are compared in blocks at this size: pixels of the longer side, and of a block's side.
-SMALL, BLOCK = 256, 8
+_SMALL, _BLOCK = 256, 8
 # Maximum difference of a block, of 255, between equal pictures; compression changes a still picture by less.
-SAME = 2.0
+_SAME = 2.0
 # Interval between the pictures whose difference is the motion, at any frame rate.
-MOTION_SECONDS = Fraction(1, 10)
+_MOTION_SECONDS = Fraction(1, 10)
 # Number of sampled pictures, and pixels of their shorter side when sharpness is measured, the model's height.
-NUM_SAMPLES, SHARPNESS_PIXELS = 8, 480
+NUM_SAMPLES, _SHARPNESS_PIXELS = 8, 480
 # Side of the picture that is hashed, and of the part of its spectrum that becomes the hash.
-HASH_PICTURE, HASH_SIDE = 32, 8
+_HASH_PICTURE, _HASH_SIDE = 32, 8
 # Minimum contrast (standard deviation, of 255) of a picture that is hashed; with less, the hash would be noise.
-MIN_CONTRAST = 4.0
-# Maximum hashes of a timeline, MOTION_SECONDS apart, and the placeholder for a picture without contrast.
-MAX_TIMELINE, NO_HASH = 300, "-" * 16
-FULL_RANGE = 2
+_MIN_CONTRAST = 4.0
+# Maximum hashes of a timeline, _MOTION_SECONDS apart, and the placeholder for a picture without contrast.
+_MAX_TIMELINE, NO_HASH = 300, "-" * 16
+_FULL_RANGE = 2
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ def measure_clip(path: Path) -> Iterator[dict[str, Any]]:
     pictures, neighbours = _Pictures(), _Neighbours()
     for number, picture in enumerate(read_pictures(path, video)):
         image, matrix = picture.image, image_matrix(picture)
-        neighbours.add(_grey(image, SMALL, is_longer=True), picture.time)
+        neighbours.add(_grey(image, _SMALL, is_longer=True), picture.time)
         if number in wanted:
             pictures.add(
                 turn_upright(_grey(image)[..., None], matrix)[..., 0],
-                turn_upright(_grey(image, SHARPNESS_PIXELS, is_longer=False)[..., None], matrix)[..., 0],
+                turn_upright(_grey(image, _SHARPNESS_PIXELS, is_longer=False)[..., None], matrix)[..., 0],
             )
         if number % 20 == 0:
             yield {}
@@ -120,16 +120,16 @@ def _grey(image: Any, pixels: int | None = None, is_longer: bool = True) -> np.n
     side = max(image.width, image.height) if is_longer else min(image.width, image.height)
     scale = min(pixels / side, 1) if pixels else 1
     width, height = (max(round(each * scale), 1) for each in (image.width, image.height))
-    return image.reformat(width=width, height=height, format="gray", dst_color_range=FULL_RANGE).to_ndarray()
+    return image.reformat(width=width, height=height, format="gray", dst_color_range=_FULL_RANGE).to_ndarray()
 
 
 def is_black(grey: np.ndarray) -> bool:
     """Whether nearly all pixels of a luma picture are black."""
-    return float((grey < DARK).mean()) >= DARK_SHARE
+    return float((grey < _DARK).mean()) >= _DARK_SHARE
 
 
 class _Neighbours:
-    """Compares each picture with the previous one, and with one MOTION_SECONDS earlier."""
+    """Compares each picture with the previous one, and with one _MOTION_SECONDS earlier."""
 
     def __init__(self) -> None:
         self.num_pictures = self.num_black = self.run = self.longest = 0
@@ -142,7 +142,7 @@ class _Neighbours:
         self.num_pictures += 1
         is_dark = is_black(grey)
         self.num_black += is_dark
-        same = self.last is not None and self.last.shape == grey.shape and largest_change(self.last, grey) <= SAME
+        same = self.last is not None and self.last.shape == grey.shape and largest_change(self.last, grey) <= _SAME
         # Black pictures have their own score.
         same = same and not is_dark
         self.run = self.run + 1 if same else 0
@@ -150,13 +150,13 @@ class _Neighbours:
         self.last = grey
         if self.compared is None or self.compared[0].shape != grey.shape:
             self.compare_from(grey, time)
-        elif time - self.compared[1] >= MOTION_SECONDS - Fraction(1, 1000):
+        elif time - self.compared[1] >= _MOTION_SECONDS - Fraction(1, 1000):
             self.differences.append(float(np.abs(grey.astype(np.int16) - self.compared[0]).mean()))
             self.compare_from(grey, time)
 
     def compare_from(self, grey: np.ndarray, time: Fraction) -> None:
         self.compared = grey, time
-        if len(self.timeline) < MAX_TIMELINE:
+        if len(self.timeline) < _MAX_TIMELINE:
             self.timeline.append(hash_picture(grey) or NO_HASH)
 
     def scores(self) -> dict[str, Any]:
@@ -172,11 +172,11 @@ class _Neighbours:
 
 def largest_change(one: np.ndarray, other: np.ndarray) -> float:
     """Returns the mean difference, of 255, in the block of 8x8 pixels that differs most."""
-    height, width = (max(side - side % BLOCK, 1) for side in one.shape)
+    height, width = (max(side - side % _BLOCK, 1) for side in one.shape)
     change = np.abs(one.astype(np.int16) - other)[:height, :width]
-    if min(height, width) < BLOCK:
+    if min(height, width) < _BLOCK:
         return float(change.mean())
-    return float(change.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK).mean((1, 3)).max())
+    return float(change.reshape(height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK).mean((1, 3)).max())
 
 
 class _Pictures:
@@ -229,8 +229,8 @@ def count_border(pictures: Sequence[np.ndarray], axis: int) -> tuple[int, int]:
     is_bar = None
     for picture in pictures:
         along = 1 - axis
-        is_dark = (picture < DARK).mean(along) >= DARK_SHARE
-        is_flat = picture.std(along) <= FLAT
+        is_dark = (picture < _DARK).mean(along) >= _DARK_SHARE
+        is_flat = picture.std(along) <= _FLAT
         is_bar = is_dark & is_flat if is_bar is None else is_bar & is_dark & is_flat
     assert is_bar is not None
     inside = np.flatnonzero(~is_bar)
@@ -257,11 +257,11 @@ def hash_picture(grey: np.ndarray) -> str:
     """
     from PIL import Image
 
-    if min(grey.shape) < 2 or grey.std() < MIN_CONTRAST:
+    if min(grey.shape) < 2 or grey.std() < _MIN_CONTRAST:
         return ""
-    image = Image.fromarray(np.ascontiguousarray(grey)).resize((HASH_PICTURE, HASH_PICTURE), Image.Resampling.BOX)
-    numbers = np.arange(HASH_PICTURE)
-    basis = np.cos(np.pi / HASH_PICTURE * (numbers + 0.5) * np.arange(HASH_SIDE + 1)[:, None])
+    image = Image.fromarray(np.ascontiguousarray(grey)).resize((_HASH_PICTURE, _HASH_PICTURE), Image.Resampling.BOX)
+    numbers = np.arange(_HASH_PICTURE)
+    basis = np.cos(np.pi / _HASH_PICTURE * (numbers + 0.5) * np.arange(_HASH_SIDE + 1)[:, None])
     spectrum = (basis @ np.asarray(image, np.float64) @ basis.T)[1:, 1:]
     bits = spectrum.ravel() > np.median(spectrum)
     return np.packbits(bits).tobytes().hex()

@@ -28,7 +28,7 @@ from mochi_tune.models.latents import FPS
 # Part of the cache's fingerprint: increase it when the same file would give other frames.
 TRANSFORM_VERSION = 2
 # Range of mean frame rates that "auto" retimes to 30 fps.
-RETIMED_FPS = (23, 33)
+_RETIMED_FPS = (23, 33)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def choose_frame_rate(scan: Scan, setting: Literal["auto", "resample", "retime"]
         return "resample"
     if setting != "auto":
         return setting
-    low, high = RETIMED_FPS
+    low, high = _RETIMED_FPS
     return "retime" if scan.is_constant_rate and low <= round(scan.source_fps, 1) <= high else "resample"
 
 

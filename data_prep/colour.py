@@ -10,21 +10,21 @@ from mochi_tune.errors import DataError
 
 # The matrices of ITU-T H.273, table 4, that the conversion supports, by number.
 MATRICES = {1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
-UNSPECIFIED = (2, 3)
+_UNSPECIFIED = (2, 3)
 # Transfer characteristics of the same standard that need tone mapping to SDR.
 HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 # Players treat untagged video with at least this many lines as HD.
-HD_LINES = 720
+_HD_LINES = 720
 FULL_RANGE, LIMITED_RANGE = 2, 1
 # Flags of libswscale.
-BICUBIC, ACCURATE_RND, FULL_CHR_H_INT = 0x4, 0x40000, 0x2000
+_BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT = 0x4, 0x40000, 0x2000
 # Light in cd/m2: HDR reference white (diffuse white), and the assumed peak of HDR.
 # Source: ITU-R BT.2408-7, section 2.1, and BT.2100-2, table 5.
-REFERENCE_WHITE, PEAK = 203.0, 1000.0
+_REFERENCE_WHITE, _PEAK = 203.0, 1000.0
 # Linear BT.2020 to linear BT.709. Source: ITU-R BT.2407-0, section 2.
-BT2020_TO_BT709 = ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187))
+_BT2020_TO_BT709 = ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187))
 # PQ. Source: ITU-R BT.2100-2, table 4.
-M1, M2, C1, C2, C3 = 2610 / 16384, 2523 / 4096 * 128, 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
+_M1, _M2, _C1, _C2, _C3 = 2610 / 16384, 2523 / 4096 * 128, 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 
 
 def find_matrix(path: Path, frame) -> tuple[int, bool]:
@@ -36,10 +36,10 @@ def find_matrix(path: Path, frame) -> tuple[int, bool]:
     number = frame.colorspace
     if number in MATRICES:
         return number, False
-    if number in UNSPECIFIED or number == 0:
+    if number in _UNSPECIFIED or number == 0:
         if frame.color_trc in HDR_TRANSFERS:
             return 9, True
-        return (1 if frame.height >= HD_LINES else 5), True
+        return (1 if frame.height >= _HD_LINES else 5), True
     raise DataError(
         f"{path}: has the colour matrix {number} of ITU-T H.273, which is not supported: convert it to BT.709 first."
     )
@@ -95,7 +95,7 @@ class RgbConverter:
                 "dst_color_range": FULL_RANGE,
             }
         # FFmpeg's default is fast and exact to 2 of 255 at 8 bits; at more bits it is off by 5.
-        flags = BICUBIC if frame.format.components[0].bits <= 8 else BICUBIC | ACCURATE_RND | FULL_CHR_H_INT
+        flags = _BICUBIC if frame.format.components[0].bits <= 8 else _BICUBIC | _ACCURATE_RND | _FULL_CHR_H_INT
         return self.reformatter.reformat(frame, format=layout, interpolation=flags, **options).to_ndarray()
 
 
@@ -109,12 +109,12 @@ def tone_map(coded: np.ndarray, hdr: str) -> np.ndarray:
     if not hdr.startswith("PQ"):
         # HLG's system gamma. Source: ITU-R BT.2100-2, table 5, OOTF with gamma 1.2 at 1000 cd/m2.
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
-        light *= (PEAK * np.maximum(luminance, 1e-9) ** 0.2)[..., None]
-    light = np.maximum(light @ np.array(BT2020_TO_BT709, np.float32).T, 0)
+        light *= (_PEAK * np.maximum(luminance, 1e-9) ** 0.2)[..., None]
+    light = np.maximum(light @ np.array(_BT2020_TO_BT709, np.float32).T, 0)
     brightest = np.maximum(light.max(-1), 1e-6)
     light *= (_compress(brightest) / brightest)[..., None]
     # The inverse of the display's curve. Source: ITU-R BT.1886, annex 1, with black 0.
-    signal = np.clip(light / REFERENCE_WHITE, 0, 1) ** np.float32(1 / 2.4)
+    signal = np.clip(light / _REFERENCE_WHITE, 0, 1) ** np.float32(1 / 2.4)
     return np.rint(signal * 255).astype(np.uint8)
 
 
@@ -124,8 +124,8 @@ def _light_of_codes(is_pq: bool) -> np.ndarray:
     signal = np.arange(65536) / 65535
     if is_pq:
         # Source: ITU-R BT.2100-2, table 4, EOTF.
-        power = signal ** (1 / M2)
-        light = 10000 * (np.maximum(power - C1, 0) / (C2 - C3 * power)) ** (1 / M1)
+        power = signal ** (1 / _M2)
+        light = 10000 * (np.maximum(power - _C1, 0) / (_C2 - _C3 * power)) ** (1 / _M1)
     else:
         # Source: ITU-R BT.2100-2, table 5, the inverse of the OETF.
         a = 0.17883277
@@ -136,17 +136,17 @@ def _light_of_codes(is_pq: bool) -> np.ndarray:
 
 def _pq(light: np.ndarray | float) -> np.ndarray:
     """Returns the PQ signal of light in cd/m2. Source: ITU-R BT.2100-2, table 4, inverse EOTF."""
-    power = (np.asarray(light, np.float32) / 10000) ** np.float32(M1)
-    return ((C1 + C2 * power) / (1 + C3 * power)) ** np.float32(M2)
+    power = (np.asarray(light, np.float32) / 10000) ** np.float32(_M1)
+    return ((_C1 + _C2 * power) / (1 + _C3 * power)) ** np.float32(_M2)
 
 
 def _compress(light: np.ndarray) -> np.ndarray:
-    """Maps light from [0, PEAK] to [0, REFERENCE_WHITE], in cd/m2. Source: ITU-R BT.2390-11, section 5.4.1."""
-    e = np.minimum(_pq(light) / _pq(PEAK), 1)
-    top = _pq(REFERENCE_WHITE) / _pq(PEAK)
+    """Maps light from [0, _PEAK] to [0, _REFERENCE_WHITE], in cd/m2. Source: ITU-R BT.2390-11, section 5.4.1."""
+    e = np.minimum(_pq(light) / _pq(_PEAK), 1)
+    top = _pq(_REFERENCE_WHITE) / _pq(_PEAK)
     knee = 1.5 * top - 0.5
     t = np.maximum(e - knee, 0) / (1 - knee)
     spline = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) + (3 * t**2 - 2 * t**3) * top
-    signal = np.where(e < knee, e, spline) * _pq(PEAK)
-    power = signal ** (1 / M2)
-    return 10000 * (np.maximum(power - C1, 0) / (C2 - C3 * power)) ** (1 / M1)
+    signal = np.where(e < knee, e, spline) * _pq(_PEAK)
+    power = signal ** (1 / _M2)
+    return 10000 * (np.maximum(power - _C1, 0) / (_C2 - _C3 * power)) ** (1 / _M1)

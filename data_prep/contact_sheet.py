@@ -16,10 +16,10 @@ from mochi_tune.data_prep.probe import read_index
 from mochi_tune.files import write_atomic
 
 # Maximum size of a picture in pixels; pictures per clip; clips per row and per sheet.
-BOX_WIDTH, BOX_HEIGHT, NUM_PICTURES = 152, 86, 3
-NUM_COLUMNS, CLIPS_PER_SHEET = 3, 120
-LABEL_HEIGHT, GAP, EDGE = 34, 14, 2
-PAPER, INK, SOFT, REST = "#fcfcfa", "#1c2127", "#626a75", "#e3e4de"
+_BOX_WIDTH, _BOX_HEIGHT, NUM_PICTURES = 152, 86, 3
+_NUM_COLUMNS, _CLIPS_PER_SHEET = 3, 120
+_LABEL_HEIGHT, _GAP, _EDGE = 34, 14, 2
+_PAPER, _INK, _SOFT, _REST = "#fcfcfa", "#1c2127", "#626a75", "#e3e4de"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def read_thumbnails(path: Path, count: int) -> Iterator[dict[str, Any]]:
     """Reads evenly spaced pictures of a clip, first and last included; a job of `WatchedProcess`.
 
     Yields:
-        {} regularly, to show progress, and finally {"jpegs": pictures in base64, at most BOX_WIDTH x BOX_HEIGHT}.
+        {} regularly, to show progress, and finally {"jpegs": pictures in base64, at most _BOX_WIDTH x _BOX_HEIGHT}.
 
     Raises:
         DataError: the clip cannot be read.
@@ -51,7 +51,7 @@ def read_thumbnails(path: Path, count: int) -> Iterator[dict[str, Any]]:
             rgb = picture.image
             if not isinstance(rgb, np.ndarray):
                 rgb = turn_upright(converter.convert(rgb), image_matrix(picture))
-            scale = min(BOX_WIDTH / video.scan.width, BOX_HEIGHT / video.scan.height)
+            scale = min(_BOX_WIDTH / video.scan.width, _BOX_HEIGHT / video.scan.height)
             size = max(round(video.scan.width * scale), 1), max(round(video.scan.height * scale), 1)
             file = io.BytesIO()
             Image.fromarray(np.ascontiguousarray(rgb)).resize(size, Image.Resampling.BOX).save(file, "JPEG", quality=85)
@@ -68,10 +68,10 @@ def write_sheets(path: Path, clips: Sequence[SheetClip]) -> list[Path]:
         OSError: writing failed.
     """
     written = []
-    for number, begin in enumerate(range(0, len(clips), CLIPS_PER_SHEET), start=1):
+    for number, begin in enumerate(range(0, len(clips), _CLIPS_PER_SHEET), start=1):
         sheet = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
         file = io.BytesIO()
-        _draw(clips[begin : begin + CLIPS_PER_SHEET]).save(file, "PNG")
+        _draw(clips[begin : begin + _CLIPS_PER_SHEET]).save(file, "PNG")
         write_atomic(sheet, file.getvalue())
         written.append(sheet)
     number = len(written) + 1
@@ -85,24 +85,24 @@ def write_sheets(path: Path, clips: Sequence[SheetClip]) -> list[Path]:
 def _draw(clips: Sequence[SheetClip]) -> Any:
     from PIL import Image, ImageDraw, ImageFont
 
-    cell_width = NUM_PICTURES * (BOX_WIDTH + EDGE) - EDGE
-    cell_height = BOX_HEIGHT + LABEL_HEIGHT
-    columns = min(NUM_COLUMNS, len(clips))
+    cell_width = NUM_PICTURES * (_BOX_WIDTH + _EDGE) - _EDGE
+    cell_height = _BOX_HEIGHT + _LABEL_HEIGHT
+    columns = min(_NUM_COLUMNS, len(clips))
     rows = -(-len(clips) // columns)
-    size = columns * (cell_width + GAP) + GAP, rows * (cell_height + GAP) + GAP
-    sheet = Image.new("RGB", size, PAPER)
+    size = columns * (cell_width + _GAP) + _GAP, rows * (cell_height + _GAP) + _GAP
+    sheet = Image.new("RGB", size, _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for number, clip in enumerate(clips):
-        left = GAP + number % columns * (cell_width + GAP)
-        top = GAP + number // columns * (cell_height + GAP)
+        left = _GAP + number % columns * (cell_width + _GAP)
+        top = _GAP + number // columns * (cell_height + _GAP)
         for place, jpeg in enumerate(clip.pictures):
-            x = left + place * (BOX_WIDTH + EDGE)
-            draw.rectangle((x, top, x + BOX_WIDTH - 1, top + BOX_HEIGHT - 1), fill=REST)
+            x = left + place * (_BOX_WIDTH + _EDGE)
+            draw.rectangle((x, top, x + _BOX_WIDTH - 1, top + _BOX_HEIGHT - 1), fill=_REST)
             with Image.open(io.BytesIO(jpeg)) as picture:
-                sheet.paste(picture, (x + (BOX_WIDTH - picture.width) // 2, top + (BOX_HEIGHT - picture.height) // 2))
-        for line, (text, colour) in enumerate(((clip.name, INK), (clip.note, SOFT))):
+                sheet.paste(picture, (x + (_BOX_WIDTH - picture.width) // 2, top + (_BOX_HEIGHT - picture.height) // 2))
+        for line, (text, colour) in enumerate(((clip.name, _INK), (clip.note, _SOFT))):
             fitted = _fit(draw, text, font, cell_width)
-            draw.text((left, top + BOX_HEIGHT + 3 + 15 * line), fitted, fill=colour, font=font)
+            draw.text((left, top + _BOX_HEIGHT + 3 + 15 * line), fitted, fill=colour, font=font)
     return sheet
 
 

@@ -16,13 +16,13 @@ from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object
 
 # A picture that begins at most this many seconds before a clip's start belongs to it: tables have four decimals.
-NEAR = Fraction(1, 1000)
+_NEAR = Fraction(1, 1000)
 # Maximum ticks per second in the written file.
-MAX_SECOND = 10_000_000
+_MAX_SECOND = 10_000_000
 # Flags of libswscale: bicubic filter, exact rounding, full chroma.
-EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
-BT709 = 1
-MARK = "mochi-tune split"
+_EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
+_BT709 = 1
+_MARK = "mochi-tune split"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_mark(path: Path) -> Mark | None:
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             values = parse_object(container.metadata.get("comment", ""))
-        return Mark(**values[MARK]) if values else None
+        return Mark(**values[_MARK]) if values else None
     except (FFmpegError, OSError, KeyError, TypeError):
         return None
 
@@ -105,12 +105,12 @@ def cut_clips(path: Path, pieces: list[dict[str, Any]]) -> Iterator[dict[str, An
 
 
 def _seconds(seconds: float) -> Fraction:
-    return Fraction(seconds) - NEAR
+    return Fraction(seconds) - _NEAR
 
 
 def _timed(path: Path, video: VideoIndex, start: float) -> Iterator[tuple[Picture, Fraction, Fraction]]:
     """Yields pictures from `start` or earlier, each with its begin and end in seconds from the film's first picture."""
-    number = video.picture_at(video.time(0) + Fraction(start) + NEAR)
+    number = video.picture_at(video.time(0) + Fraction(start) + _NEAR)
     key_time = find_seek_time(video, number)
     pictures = iter(read_pictures_from(path, video, key_time)) if key_time is not None else iter(())
     held = next(pictures, None)
@@ -134,14 +134,14 @@ class _ClipWriter:
         import av
 
         self.file = file
-        self.second = video.second if video.second <= MAX_SECOND else 90_000
+        self.second = video.second if video.second <= _MAX_SECOND else 90_000
         self.first_time: Fraction | None = None
         self.durations: dict[int, int] = {}
         frame = picture.image
         self.layout = choose_layout(frame)
         # Else the file would contain the time and the library's version, and differ between runs.
         self.container = av.open(str(file), "w", format="mp4", options={"fflags": "+bitexact"})
-        self.container.metadata["comment"] = json.dumps({MARK: asdict(mark)})
+        self.container.metadata["comment"] = json.dumps({_MARK: asdict(mark)})
         rate = Fraction(video.scan.source_fps).limit_denominator(1001)
         quality = {"crf": str(mark.crf)} if mark.crf else {"qp": "0"}
         # Without B-frames the packets are in display order, which every reader handles.
@@ -162,7 +162,7 @@ class _ClipWriter:
         self.matrix, self.range = frame.colorspace, LIMITED_RANGE
         primaries, transfer = frame.color_primaries, frame.color_trc
         if is_rgb(frame):
-            self.matrix = primaries = transfer = BT709
+            self.matrix = primaries = transfer = _BT709
         else:
             if frame.color_range == FULL_RANGE or frame.format.name.startswith("yuvj"):
                 self.range = FULL_RANGE
@@ -179,10 +179,10 @@ class _ClipWriter:
             self.first_time = time
         frame = picture.image
         if frame.format.name != self.layout:
-            matrix = self.matrix if self.matrix in MATRICES else BT709
+            matrix = self.matrix if self.matrix in MATRICES else _BT709
             source = {} if is_rgb(frame) else {"src_colorspace": matrix, "src_color_range": self.range}
             frame = frame.reformat(
-                format=self.layout, dst_colorspace=matrix, dst_color_range=self.range, interpolation=EXACT, **source
+                format=self.layout, dst_colorspace=matrix, dst_color_range=self.range, interpolation=_EXACT, **source
             )
         # Do not force the picture types of the film's encoder.
         frame.pict_type = PictureType.NONE

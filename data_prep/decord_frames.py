@@ -17,16 +17,16 @@ from mochi_tune.data_prep.probe import VideoIndex
 from mochi_tune.data_prep.timeline import Picture
 from mochi_tune.errors import DataError
 
-PLAIN_CODECS = ("h264", "hevc", "vp9", "mpeg4")
+_PLAIN_CODECS = ("h264", "hevc", "vp9", "mpeg4")
 # Maximum deviation of times in seconds: some containers round to the millisecond.
-MAX_DEVIATION = 0.002
+_MAX_DEVIATION = 0.002
 
 
 def is_plain(video: VideoIndex) -> bool:
     """Whether decord reads a file correctly: progressive SDR at a constant rate, upright, square pixels."""
     scan = video.scan
     return (
-        scan.codec in PLAIN_CODECS
+        scan.codec in _PLAIN_CODECS
         and scan.container.startswith(("mov", "matroska"))
         and scan.is_constant_rate
         and scan.color_matrix in ("BT.601", "BT.709", "BT.601 (assumed)")
@@ -66,4 +66,4 @@ def _has_times(reader, video: VideoIndex) -> bool:
     """Whether the times of the reader's frames, from the first one, match those of the packets."""
     begins = np.array(reader.get_frame_timestamp(range(len(reader))))[:, 0]
     times = np.array(video.ticks) / video.second
-    return bool(np.abs((begins - begins[0]) - (times - times[0])).max() <= MAX_DEVIATION)
+    return bool(np.abs((begins - begins[0]) - (times - times[0])).max() <= _MAX_DEVIATION)

@@ -27,9 +27,9 @@ from mochi_tune.models.latents import FPS
 
 LOG_NAME = "describe.jsonl"
 # Maximum seconds for decoding; the decoder may hang on a damaged file.
-DECODE_SECONDS = 120.0
+_DECODE_SECONDS = 120.0
 # Maximum number of consecutive clips without any answer; then the run stops.
-MAX_LOST = 10
+_MAX_LOST = 10
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def plan(clips: FoundClips, wording: Wording, sampling: Sampling, frames_to: Pat
     if not clips.without:
         return [*lines, counts]
     clip = clips.without[0]
-    with ClipDecoder(DECODE_SECONDS) as decoder:
+    with ClipDecoder(_DECODE_SECONDS) as decoder:
         images, seconds = sample_frames(decoder, clip, sampling)
     if frames_to is not None:
         frames_to.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def _run(clips: Sequence[Path], writer: Writer, sampling: Sampling, num_workers:
     done: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
     for clip in clips:
         todo.put(clip)
-    decoder, lock, num_lost = ClipDecoder(DECODE_SECONDS), threading.Lock(), 0
+    decoder, lock, num_lost = ClipDecoder(_DECODE_SECONDS), threading.Lock(), 0
 
     def work() -> None:
         with contextlib.suppress(queue.Empty, Stopped):
@@ -257,7 +257,7 @@ def _run(clips: Sequence[Path], writer: Writer, sampling: Sampling, num_workers:
                 raise result
             num_lost = num_lost + 1 if result.is_lost else 0
             yield result
-            if num_lost >= MAX_LOST:
+            if num_lost >= _MAX_LOST:
                 raise ConfigError(
                     f"the endpoint did not answer for {num_lost} clips in a row, the last error: {result.error}: run "
                     "the same command when it works again; finished captions are kept."

@@ -9,14 +9,14 @@ from tqdm import tqdm
 
 from mochi_tune.data_prep.clip_scores import NO_HASH, NUM_SAMPLES
 
-# Minimum number of pictures with a hash in both clips; with fewer the distance is NO_DISTANCE.
-MIN_PICTURES = 4
-NO_DISTANCE = 1.0
+# Minimum number of pictures with a hash in both clips; with fewer the distance is _NO_DISTANCE.
+_MIN_PICTURES = 4
+_NO_DISTANCE = 1.0
 # Maximum distance of clips that are compared at every shift in time: with much motion, a copy that begins later is no
 # nearer than this. Unrelated clips have a distance of about 0.5.
-CANDIDATE = 0.35
+_CANDIDATE = 0.35
 # Minimum overlap of two shifted timelines: as a share of the shorter one, and in pictures, 0.1 s apart.
-MIN_OVERLAP, MIN_SHIFTED_PICTURES = 0.5, 8
+_MIN_OVERLAP, _MIN_SHIFTED_PICTURES = 0.5, 8
 # Number of pictures that one clip is compared with at a time: about 2 MiB, which fits a processor's cache.
 BLOCK_PICTURES = 2**16
 # Seconds until a progress bar is shown. All pairs of clips are compared, which is quick for some thousand clips.
@@ -30,7 +30,7 @@ def find_nearest(hashes: Mapping[str, Sequence[str]]) -> dict[str, float]:
         hashes: of each clip, hex digits of eight pictures; "" for a picture without a hash.
     """
     bits, valid = _arrays(hashes)
-    nearest = np.full(len(hashes), NO_DISTANCE)
+    nearest = np.full(len(hashes), _NO_DISTANCE)
     for number in tqdm(range(len(hashes) - 1), desc="nearest", unit="clip", delay=BAR_DELAY):
         # Distances are symmetric.
         distances = _distances_to_later(bits, valid, number)
@@ -60,7 +60,7 @@ def find_duplicates(
         same = free & (distances < limit)
         better[number + 1 :][same] = number
         if films is not None:
-            others = np.flatnonzero(free & ~same & (distances < CANDIDATE)) + number + 1
+            others = np.flatnonzero(free & ~same & (distances < _CANDIDATE)) + number + 1
             better[others[films.distances(number, others) < limit]] = number
     # Ordered by the better clip, the best first.
     found = sorted(np.flatnonzero(better >= 0).tolist(), key=better.__getitem__)
@@ -98,7 +98,7 @@ class _Timelines:
             clip: its number.
             others: numbers of the other clips, (clips,).
         """
-        found = np.full(len(others), NO_DISTANCE)
+        found = np.full(len(others), _NO_DISTANCE)
         lengths = self._lengths[others]
         # Sorted by length, so that blocks need little padding.
         order = np.argsort(lengths, kind="stable")
@@ -121,9 +121,9 @@ class _Timelines:
         for number in np.flatnonzero(self._valid[start : start + length]):
             differing[number : number + longest] += np.bitwise_count(theirs ^ self._bits[start + number]) * there
             count[number : number + longest] += there
-        needed = np.maximum(MIN_SHIFTED_PICTURES, np.ceil(np.minimum(length, lengths) * MIN_OVERLAP))
+        needed = np.maximum(_MIN_SHIFTED_PICTURES, np.ceil(np.minimum(length, lengths) * _MIN_OVERLAP))
         shares = differing / np.maximum(count, 1) / 64
-        return np.where(count >= needed, shares, NO_DISTANCE).min(0, initial=NO_DISTANCE)
+        return np.where(count >= needed, shares, _NO_DISTANCE).min(0, initial=_NO_DISTANCE)
 
 
 def _read_timeline(timeline: str) -> tuple[Any, Any]:
@@ -153,4 +153,4 @@ def _distances_to_later(bits: Any, valid: Any, number: int) -> Any:
     count = both.sum(0, dtype=np.uint8)
     # uint16, as up to 512 bits may differ.
     shares = differing.sum(0, dtype=np.uint16) / np.maximum(count, 1).astype(np.float64) / 64
-    return np.where(count >= MIN_PICTURES, shares, NO_DISTANCE)
+    return np.where(count >= _MIN_PICTURES, shares, _NO_DISTANCE)

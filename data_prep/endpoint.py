@@ -20,13 +20,13 @@ from mochi_tune.files import STAND_IN_BYTES, name_stand_in, parse_object
 # Maximum bytes that are read of an answer; a caption has a thousandth of it.
 MAX_ANSWER_BYTES = 2 * 2**20
 # Timeouts of the check before the first clip, and of each connection.
-CHECK_SECONDS, CONNECT_SECONDS = 30.0, 10.0
+_CHECK_SECONDS, _CONNECT_SECONDS = 30.0, 10.0
 # Maximum characters of an endpoint's own error that are shown.
-MAX_QUOTED = 200
+_MAX_QUOTED = 200
 # Status codes that would be the same for every clip, with their meaning.
-FATAL = {401: "refuses the key", 402: "requires payment", 404: "has no such address or model", 405: "has no chat API"}
+_FATAL = {401: "refuses the key", 402: "requires payment", 404: "has no such address or model", 405: "has no chat API"}
 # Status codes that are retried: timeouts, conflicts, too many requests.
-PASSING = (408, 409, 425, 429)
+_PASSING = (408, 409, 425, 429)
 
 
 class Endpoint:
@@ -66,7 +66,7 @@ class Endpoint:
             ConfigError: the endpoint cannot be reached, is not one, refuses the key or does not have the model.
         """
         try:
-            status, _, content = self._send("GET", "/models", None, CHECK_SECONDS)
+            status, _, content = self._send("GET", "/models", None, _CHECK_SECONDS)
             names = _model_names(content) if status == 200 else None
             if names is None and status not in (404, 405, 429):
                 if status == 200:
@@ -89,7 +89,7 @@ class Endpoint:
 
     def _check_model(self, known: str) -> None:
         try:
-            self._chat({"model": self.model, "messages": [{"role": "user", "content": "Say yes."}]}, CHECK_SECONDS)
+            self._chat({"model": self.model, "messages": [{"role": "user", "content": "Say yes."}]}, _CHECK_SECONDS)
         except (ConfigError, DataError) as error:
             raise ConfigError(f"{str(error).rstrip('.')}{known}.") from None
         except TryAgain as failure:
@@ -107,7 +107,7 @@ class Endpoint:
             status, headers, content = self._send("POST", "/chat/completions", body | self._limit, left)
         if status == 200:
             return content
-        if status in PASSING or status >= 500:
+        if status in _PASSING or status >= 500:
             if b"insufficient_quota" in content:
                 raise ConfigError(f"{self._at} has no quota left ({self._quote(content)}): add quota, then run again.")
             is_throttled = status in (429, 503)
@@ -116,9 +116,9 @@ class Endpoint:
 
     def _refusal(self, status: int, content: bytes) -> ConfigError | DataError:
         said = f"({status}{self._quoted(content)})"
-        if status in FATAL:
+        if status in _FATAL:
             advice = "give another key, see key_file=" if status in (401, 402) else "correct endpoint= or model="
-            return ConfigError(f"{self._at}, model={self.model}, {FATAL[status]} {said}: {advice}.")
+            return ConfigError(f"{self._at}, model={self.model}, {_FATAL[status]} {said}: {advice}.")
         if 300 <= status < 400:
             return ConfigError(f"{self._at} redirects to another address {said}: use that one.")
         return DataError(f"{self._at} refuses the request {said}")
@@ -132,7 +132,7 @@ class Endpoint:
         import httpx
 
         deadline, content = time.monotonic() + seconds, bytearray()
-        timeout = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
+        timeout = httpx.Timeout(seconds, connect=min(_CONNECT_SECONDS, seconds))
         late = f"no answer within {seconds:.3g} s"
         try:
             with self._client.stream(method, self.url + path, json=body, timeout=timeout) as response:
@@ -164,7 +164,7 @@ class Endpoint:
         text = " ".join((text if isinstance(text, str) else content[:1000].decode(errors="replace")).split())
         text = "".join(letter for letter in text if letter.isprintable())
         text = text.replace(self._key, "***") if self._key else text
-        return text[:MAX_QUOTED]
+        return text[:_MAX_QUOTED]
 
     @property
     def _at(self) -> str:
@@ -211,7 +211,7 @@ def _read_answer(content: bytes) -> Answer:
     if choice is None or not isinstance(message, dict):
         error = answer.get("error")
         said = error.get("message") if isinstance(error, dict) else error
-        raise TryAgain(f"the answer has no text{f' ({str(said)[:MAX_QUOTED]})' if said else ''}")
+        raise TryAgain(f"the answer has no text{f' ({str(said)[:_MAX_QUOTED]})' if said else ''}")
     usage = answer.get("usage")
     counts = usage if isinstance(usage, dict) else {}
     text, reason = message.get("content"), choice.get("finish_reason")

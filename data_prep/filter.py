@@ -28,14 +28,14 @@ from mochi_tune.errors import ConfigError, DataError, counted, printable, some
 from mochi_tune.files import make_writable_folder, read_json_lines, write_atomic
 from mochi_tune.pages.html_page import write_png
 
-TABLE, PAGE, PICTURE, MEASURED, MOVED = "filter.csv", "filter.html", "filter.png", "scores.jsonl", "moved.csv"
-SCORE_COLUMNS = ("black", "frozen", "motion", "sharpness", "left", "top", "right", "bottom")
-COLUMNS: tuple[str, ...] = (
+TABLE, PAGE, _PICTURE, _MEASURED, _MOVED = "filter.csv", "filter.html", "filter.png", "scores.jsonl", "moved.csv"
+_SCORE_COLUMNS = ("black", "frozen", "motion", "sharpness", "left", "top", "right", "bottom")
+_COLUMNS: tuple[str, ...] = (
     "clip",
     "verdict",
     "duplicate_of",
     "nearest",
-    *SCORE_COLUMNS,
+    *_SCORE_COLUMNS,
     "width",
     "height",
     "frames",
@@ -139,12 +139,12 @@ def main(settings: Filter) -> int:
     make_writable_folder(report)
     with lock_folder(report, "filter"), WatchedProcess(settings.timeout_seconds) as child:
         # Before listing the clips, so that a clip that a stopped run has half moved is not judged.
-        finish_moves(report / MOVED)
+        finish_moves(report / _MOVED)
         clips = {
             path.relative_to(settings.videos).as_posix(): path
             for path in find_videos(settings.videos, setting="videos")
         }
-        judged = judge(_measure_all(report / MEASURED, clips, child), settings.limits)
+        judged = judge(_measure_all(report / _MEASURED, clips, child), settings.limits)
         write_atomic(report / TABLE, as_csv(judged).encode(errors="surrogateescape"), durable=True)
         _make_page(settings, clips, judged, child)
         not_moved = _move_all(settings, clips, judged) if settings.move else []
@@ -158,7 +158,7 @@ def undo(settings: Filter) -> int:
         DataError: nothing was moved, or another file is at an original path.
         OSError: writing failed.
     """
-    table = settings.report / MOVED
+    table = settings.report / _MOVED
     if not settings.report.is_dir():
         raise DataError(f"{settings.report} does not exist: give the out= of the `filter` that moved clips.")
     with lock_folder(settings.report, "filter"):
@@ -238,7 +238,7 @@ def judge(measured: Mapping[str, Scores | str], limits: FilterLimits) -> list[Ju
 def as_csv(judged: Sequence[Judged]) -> str:
     """Returns the text of filter.csv."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore")
     writer.writeheader()
     for each in judged:
         row: dict[str, Any] = {"clip": each.name, "verdict": " ".join(each.flags) or "good", "reason": each.reason}
@@ -257,8 +257,8 @@ def _make_page(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Jud
         return
     text = make_page(judged, limits, settings.videos.resolve().name, _thumbnails(clips, judged, child)) + mark
     write_atomic(page, text.encode(errors="backslashreplace"), durable=True)
-    if write_png(page, settings.report / PICTURE):
-        tqdm.write(f"picture of the page: {settings.report / PICTURE}")
+    if write_png(page, settings.report / _PICTURE):
+        tqdm.write(f"picture of the page: {settings.report / _PICTURE}")
 
 
 def _thumbnails(clips: Mapping[str, Path], judged: Sequence[Judged], child: WatchedProcess) -> dict[str, bytes]:
@@ -280,7 +280,7 @@ def _thumbnails(clips: Mapping[str, Path], judged: Sequence[Judged], child: Watc
 def _move_all(settings: Filter, clips: Mapping[str, Path], judged: Sequence[Judged]) -> list[str]:
     """Moves the flagged clips that can be read; returns the reasons why some were not moved."""
     assert settings.move is not None
-    table, problems, num_moved = settings.report / MOVED, [], 0
+    table, problems, num_moved = settings.report / _MOVED, [], 0
     wanted = [each for each in judged if each.flags and each.scores is not None]
     for each in tqdm(wanted, desc="moving", unit="clip", disable=not wanted):
         target = settings.move / Path(each.name).parent

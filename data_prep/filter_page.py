@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Maximum number of flagged clips with pictures; the rest is in the table.
 MAX_PICTURES = 200
-STYLE = """
+_STYLE = """
 :root{--warn:#a3480a}@media(prefers-color-scheme:dark){:root{--warn:#f0a35e}}
 .bar{fill:var(--accent)}.bar.out{fill:var(--warn)}svg .axis{stroke:var(--rule)}
 svg line.limit{stroke:var(--warn);stroke-width:1.5;stroke-dasharray:4 3}svg text.limit{fill:var(--warn);font-weight:600}
@@ -54,7 +54,7 @@ def make_page(
         f"{num_good} of {len(judged)} clips are good by these limits. The scores of each clip are in filter.csv. "
         "Clips are moved only with move=."
     )
-    return document(Head(f"{name}: filter", summary, _figures(judged)), STYLE, "\n".join(content))
+    return document(Head(f"{name}: filter", summary, _figures(judged)), _STYLE, "\n".join(content))
 
 
 def _figures(judged: Sequence["Judged"]) -> dict[str, tuple[str, str]]:

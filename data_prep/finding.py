@@ -10,11 +10,11 @@ from mochi_tune.data_prep.stills import STILL_SUFFIXES, is_animation
 from mochi_tune.errors import DataError, counted, some
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".gif")
-IMAGE_SUFFIXES = STILL_SUFFIXES
-ANIMATED_SUFFIX = ".webp"
-MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+_IMAGE_SUFFIXES = STILL_SUFFIXES
+_ANIMATED_SUFFIX = ".webp"
+MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *_IMAGE_SUFFIXES)
 # Suffixes of captions, which other modules read.
-CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
+_CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
 # Reason why a still is not used: no bucket has one frame.
 STILL = "is a still picture, which data.buckets=auto uses"
 # Settings with which a training uses stills.
@@ -48,7 +48,7 @@ def find_videos(
         suffixes = MEDIA_SUFFIXES if with_stills else VIDEO_SUFFIXES
         made = [f"{path} {why}" for path, why in sorted(closed.items()) if why in MADE_HERE]
         stills = [
-            clip_name("", folder, path) for path in _files(folder, lambda path: suffix_of(path) in IMAGE_SUFFIXES)
+            clip_name("", folder, path) for path in _files(folder, lambda path: suffix_of(path) in _IMAGE_SUFFIXES)
         ]
         others = [f"output of mochi-tune ({some(made)})"] if made else []
         others += [f"{counted(len(stills), 'still')} ({some(stills)})"] if stills else []
@@ -74,7 +74,7 @@ def list_videos(
     def is_wanted(path: str) -> bool:
         suffix = suffix_of(path)
         # WebP may be a video or a still: read the header if that decides.
-        return suffix in suffixes or (with_animations and suffix == ANIMATED_SUFFIX and is_animation(path))
+        return suffix in suffixes or (with_animations and suffix == _ANIMATED_SUFFIX and is_animation(path))
 
     return _files(folder, is_wanted, closed)
 
@@ -85,9 +85,9 @@ def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
     Files whose name starts with a dot are left out. Folders that were not searched are included.
     """
     taken, unused, closed = set(used), {}, {}
-    for path in _files(folder, lambda path: suffix_of(path) not in CAPTION_SUFFIXES, closed):
+    for path in _files(folder, lambda path: suffix_of(path) not in _CAPTION_SUFFIXES, closed):
         if path not in taken:
-            is_still = path.suffix.lower() in IMAGE_SUFFIXES
+            is_still = path.suffix.lower() in _IMAGE_SUFFIXES
             unused[path] = f"{path}: {STILL if is_still else 'is not a known video format'}"
     return unused | {Path(path): f"{path}: {why}" for path, why in closed.items()}
 

@@ -17,12 +17,12 @@ from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still
 from mochi_tune.data_prep.timeline import Clock, Picture
 
 # Minimum seconds of video that a seek must skip.
-SEEK_SECONDS = 2
+_SEEK_SECONDS = 2
 # Formats with an index of keyframes, and codecs whose keyframes are reliable.
-SEEKABLE_FORMATS = ("mov", "matroska")
-SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "prores", "dnxhd", "ffv1", "png")
+_SEEKABLE_FORMATS = ("mov", "matroska")
+_SEEKABLE_CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "prores", "dnxhd", "ffv1", "png")
 # Maximum threads, and maximum pixels for frame threads: each keeps its own pictures, and 8K would take gigabytes.
-MAX_THREADS, MAX_THREADED_PIXELS = 8, 10_000_000
+_MAX_THREADS, _MAX_THREADED_PIXELS = 8, 10_000_000
 
 
 def read_pictures(path: Path, video: VideoIndex) -> Iterator[Picture]:
@@ -41,12 +41,12 @@ def read_pictures(path: Path, video: VideoIndex) -> Iterator[Picture]:
 def find_seek_time(video: VideoIndex, number: int) -> Fraction | None:
     """Returns the time of the keyframe to seek to for a picture; None to decode from the beginning."""
     scan = video.scan
-    is_safe = scan.container.startswith(SEEKABLE_FORMATS) and scan.codec in SEEKABLE_CODECS
+    is_safe = scan.container.startswith(_SEEKABLE_FORMATS) and scan.codec in _SEEKABLE_CODECS
     if not is_safe or scan.has_discontinuity:
         return None
     # The deinterlacer needs the previous picture too.
     place = bisect_right(video.key_ticks, video.ticks[max(number - 1, 0)]) - 1
-    if place < 1 or video.key_ticks[place] - video.ticks[0] < SEEK_SECONDS * video.second:
+    if place < 1 or video.key_ticks[place] - video.ticks[0] < _SEEK_SECONDS * video.second:
         return None
     return Fraction(video.key_ticks[place], video.second)
 
@@ -74,9 +74,9 @@ def _chain(first: Picture, rest: Iterator[Picture]) -> Iterator[Picture]:
 
 def _decode(path: Path, container, stream, video: VideoIndex) -> Iterator[Picture]:
     context = stream.codec_context
-    is_large = context.width * context.height > MAX_THREADED_PIXELS
+    is_large = context.width * context.height > _MAX_THREADED_PIXELS
     stream.thread_type = "SLICE" if is_large else "AUTO"
-    context.thread_count = min(os.cpu_count() or 1, MAX_THREADS)
+    context.thread_count = min(os.cpu_count() or 1, _MAX_THREADS)
     clock, is_avi = Clock(video.period, video.may_jump), container.format.name == "avi"
     has_key = not video.may_jump
     for packet in container.demux(stream):

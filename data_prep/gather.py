@@ -23,10 +23,10 @@ from mochi_tune.errors import DataError, counted, printable, some
 from mochi_tune.files import parse_object, write_atomic
 
 # Folder in the cache for the videos of Hugging Face datasets. `datasets.load_dataset(cache)` skips names with a dot.
-DATASET_FOLDER = ".dataset"
+_DATASET_FOLDER = ".dataset"
 # Folder in it for the dataset in data.videos; those of data.sources have the names of their sources.
-ALONE = "_"
-SCANS_FILE = ".scans.json"
+_ALONE = "_"
+_SCANS_FILE = ".scans.json"
 # Minimum seconds between two saves of the scans, and minimum time as a multiple of the last save's duration: each save
 # writes all scans, and must take a small share of the time however many there are.
 SAVE_SECONDS, SAVE_TIMES = 30.0, 20
@@ -96,7 +96,7 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         folder = source.folder
         setting = f"data.sources[{number}].folder" if data.sources else "data.videos"
         if folder.is_dir() and is_dataset(folder):
-            folder = materialise_dataset(folder, Path(data.cache) / DATASET_FOLDER / (source.name or ALONE))
+            folder = materialise_dataset(folder, Path(data.cache) / _DATASET_FOLDER / (source.name or _ALONE))
         videos = find_videos(folder, source.takes_stills, setting, TAKES_STILLS)
         names = {video: clip_name(source.name, folder, video) for video in videos}
         found = load_captions(folder, videos, CaptionRules.from_config(data, source, seed))
@@ -178,11 +178,11 @@ class _KnownFiles:
 
     def __init__(self, cache: Path, share: str) -> None:
         parts = cache / PARTS_FOLDER
-        self._kept = (parts / share if share else cache) / SCANS_FILE
+        self._kept = (parts / share if share else cache) / _SCANS_FILE
         self._before = _kept_scans(self._kept)
         self._known = self._before | {
             sha256: scan
-            for file in (cache / SCANS_FILE, *sorted(parts.glob(f"*/{SCANS_FILE}")))
+            for file in (cache / _SCANS_FILE, *sorted(parts.glob(f"*/{_SCANS_FILE}")))
             for sha256, scan in _kept_scans(file).items()
         }
         others = [cache / HASHES_FILE, *parts.glob(f"*/{HASHES_FILE}")]

@@ -23,13 +23,13 @@ from mochi_tune.files import file_sha256, lock_file, parse_object, read_json, re
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TABLE_NAME = "metadata.jsonl"
+_TABLE_NAME = "metadata.jsonl"
 # Names of video columns, for datasets without that type.
-VIDEO_COLUMNS = ("video", "mp4", "video_bytes")
+_VIDEO_COLUMNS = ("video", "mp4", "video_bytes")
 # The split to use if a dataset has it; the others are for tests.
-TRAIN_SPLIT = "train"
+_TRAIN_SPLIT = "train"
 # End of the names that `_file_name` returns.
-WRITTEN_NAME = re.compile(rf"_[0-9a-f]{{16}}({'|'.join(map(re.escape, VIDEO_SUFFIXES))})$")
+_WRITTEN_NAME = re.compile(rf"_[0-9a-f]{{16}}({'|'.join(map(re.escape, VIDEO_SUFFIXES))})$")
 
 
 def is_dataset(folder: Path) -> bool:
@@ -75,10 +75,10 @@ def materialise_dataset(folder: Path, out: Path) -> Path:
         remove_temporary_files(out)
         captions = _write_videos(folder, out)
         rows = [{"file_name": name, "caption": texts} for name, texts in captions.items()]
-        write_atomic(out / TABLE_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        write_atomic(out / _TABLE_NAME, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         for path in out.iterdir():
             # Keep other files, such as captions that the user has put next to the videos.
-            if WRITTEN_NAME.search(path.name) and path.name not in captions:
+            if _WRITTEN_NAME.search(path.name) and path.name not in captions:
                 path.unlink()
     return out
 
@@ -140,7 +140,7 @@ def _data_files(folder: Path) -> list[Path]:
         splits = read_json(folder / "dataset_dict.json", DataError).get("splits")
         if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
             raise DataError(f"{folder / 'dataset_dict.json'}: lists no splits: save the dataset again.")
-        chosen = [TRAIN_SPLIT] if TRAIN_SPLIT in splits else splits
+        chosen = [_TRAIN_SPLIT] if _TRAIN_SPLIT in splits else splits
         return [file for split in chosen for file in _data_files(_beside(folder, split))]
     if _is_saved(folder):
         files = read_json(folder / "state.json", DataError).get("_data_files")
@@ -150,7 +150,7 @@ def _data_files(folder: Path) -> list[Path]:
             raise DataError(f"{folder / 'state.json'}: lists no files: save the dataset again.")
         return [_beside(folder, file["filename"]) for file in files]
     files = _parquet_files(folder)
-    return [path for path in files if path.name.startswith(TRAIN_SPLIT)] or files
+    return [path for path in files if path.name.startswith(_TRAIN_SPLIT)] or files
 
 
 def _beside(folder: Path, name: str) -> Path:
@@ -172,7 +172,7 @@ def _video_column(schema: "pa.Schema") -> str | None:
     features = info.get("features") if isinstance(info, dict) else None
     features = features if isinstance(features, dict) else {}
     said = [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == "Video"]
-    for name in (*said, *VIDEO_COLUMNS):
+    for name in (*said, *_VIDEO_COLUMNS):
         if name in schema.names:
             kind = schema.field(name).type
             is_file = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0

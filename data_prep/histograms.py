@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from html import escape
 
 # Size and margins of the picture in pixels, and the number of bars.
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 354, 150, 6, 22, 24
-NUM_BINS = 32
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 354, 150, 6, 22, 24
+_NUM_BINS = 32
 
 
 @dataclass(frozen=True)
@@ -43,41 +43,41 @@ def histogram(axis: Axis, values: Sequence[float]) -> str:
 
     low = place(axis.floor) if axis.is_log else 0.0
     high = max(place(value) for value in (*values, axis.ceiling, axis.limit or 0.0))
-    width = (high - low) / NUM_BINS
-    kept, out = [0] * NUM_BINS, [0] * NUM_BINS
+    width = (high - low) / _NUM_BINS
+    kept, out = [0] * _NUM_BINS, [0] * _NUM_BINS
     for value in values:
         is_out = axis.limit is not None and (value > axis.limit if axis.is_upper else value < axis.limit)
-        number = min(int((place(value) - low) / width), NUM_BINS - 1)
+        number = min(int((place(value) - low) / width), _NUM_BINS - 1)
         (out if is_out else kept)[number] += 1
-    most, floor = max(map(sum, zip(kept, out, strict=True))), HEIGHT - BOTTOM
-    step = (WIDTH - 2 * LEFT) / NUM_BINS
+    most, floor = max(map(sum, zip(kept, out, strict=True))), _HEIGHT - _BOTTOM
+    step = (_WIDTH - 2 * _LEFT) / _NUM_BINS
     drawn = ""
     for number, (inside, outside) in enumerate(zip(kept, out, strict=True)):
-        x, base = LEFT + number * step, float(floor)
+        x, base = _LEFT + number * step, float(floor)
         for count, kind in ((inside, "bar"), (outside, "bar out")):
             # At least 2 pixels, so that a few among thousands are visible.
-            height = max((floor - TOP) * count / most, 2) if count else 0
+            height = max((floor - _TOP) * count / most, 2) if count else 0
             base -= height
             if count:
                 drawn += (
                     f'<rect class="{kind}" x="{x + 0.75:.1f}" y="{base:.1f}" width="{step - 1.5:.1f}" '
                     f'height="{height:.1f}" rx="1"><title>{count} clips</title></rect>'
                 )
-    drawn += f'<line class="axis" x1="{LEFT}" y1="{floor}" x2="{WIDTH - LEFT}" y2="{floor}"/>'
-    for value, anchor, x in ((low, "start", LEFT), (high, "end", WIDTH - LEFT)):
+    drawn += f'<line class="axis" x1="{_LEFT}" y1="{floor}" x2="{_WIDTH - _LEFT}" y2="{floor}"/>'
+    for value, anchor, x in ((low, "start", _LEFT), (high, "end", _WIDTH - _LEFT)):
         shown = 10**value if axis.is_log else value
         sign = "≤ " if axis.is_log and anchor == "start" else ""
-        drawn += f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="{anchor}">{sign}{_short(shown)}</text>'
+        drawn += f'<text x="{x}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{sign}{_short(shown)}</text>'
     if axis.limit is not None:
-        x = LEFT + (place(axis.limit) - low) / (high - low) * (WIDTH - 2 * LEFT)
-        anchor, shift = ("start", 5) if x < WIDTH / 2 else ("end", -5)
+        x = _LEFT + (place(axis.limit) - low) / (high - low) * (_WIDTH - 2 * _LEFT)
+        anchor, shift = ("start", 5) if x < _WIDTH / 2 else ("end", -5)
         drawn += (
             f'<line class="limit" x1="{x:.1f}" y1="4" x2="{x:.1f}" y2="{floor + 4}"/>'
             f'<text class="limit" x="{x + shift:.1f}" y="14" text-anchor="{anchor}">'
             f"{'above' if axis.is_upper else 'below'} {axis.limit:g}: {sum(out)}</text>"
         )
     return (
-        f'<figure><h3>{escape(axis.title)}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<figure><h3>{escape(axis.title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{escape(axis.title)}">{drawn}</svg><figcaption>{escape(axis.note)}</figcaption></figure>'
     )
 

@@ -13,7 +13,7 @@ from mochi_tune.files import make_writable_folder, write_atomic
 from mochi_tune.pages.html_page import write_png
 from mochi_tune.weights.folder import WeightsFolder
 
-PAGE_NAME, PICTURE_NAME = "inspect.html", "inspect.png"
+_PAGE_NAME, _PICTURE_NAME = "inspect.html", "inspect.png"
 
 
 def main(config: RunConfig, out: Path | None) -> int:
@@ -46,8 +46,8 @@ def main(config: RunConfig, out: Path | None) -> int:
     for line in not_taken(found.inputs):
         tqdm.write(line)
     # Names of runs and folders may contain bytes that are not UTF-8.
-    write_atomic(out / PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
-    tqdm.write(f"{out / PAGE_NAME}: {counted(len(found.clips), 'clip')}, {len(found.refused)} refused")
-    if write_png(out / PAGE_NAME, out / PICTURE_NAME):
-        tqdm.write(f"picture of the page: {out / PICTURE_NAME}")
+    write_atomic(out / _PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
+    tqdm.write(f"{out / _PAGE_NAME}: {counted(len(found.clips), 'clip')}, {len(found.refused)} refused")
+    if write_png(out / _PAGE_NAME, out / _PICTURE_NAME):
+        tqdm.write(f"picture of the page: {out / _PICTURE_NAME}")
     return 1 if found.refused or without else 0

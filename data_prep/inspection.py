@@ -22,10 +22,10 @@ from mochi_tune.models.text_encoder import MeasuredCaption, measure_caption
 # Maximum number of clips with pictures; more would make the page too large for browsers.
 MAX_DRAWN = 200
 # Number of pictures per clip, first and last included; pixels of the longer side of a picture and of the source.
-NUM_PICTURES, PICTURE_SIZE, SOURCE_SIZE = 6, 160, 240
+_NUM_PICTURES, PICTURE_SIZE, _SOURCE_SIZE = 6, 160, 240
 # Mild flags are common, and do not make a clip worth showing first.
 Weight = Literal["mild", "notable", "warning"]
-WEIGHTS: tuple[Weight, ...] = ("warning", "notable", "mild")
+_WEIGHTS: tuple[Weight, ...] = ("warning", "notable", "mild")
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ def find_flags(
 
 def choose_drawn(flags: Sequence[Sequence[Flag]], most: int) -> set[int]:
     """Returns the numbers of the clips to draw: those with warnings first, then notable flags; each group evenly."""
-    ranks = [min((WEIGHTS.index(flag.weight) for flag in own), default=len(WEIGHTS) - 1) for own in flags]
+    ranks = [min((_WEIGHTS.index(flag.weight) for flag in own), default=len(_WEIGHTS) - 1) for own in flags]
     chosen: set[int] = set()
-    for rank in range(len(WEIGHTS)):
+    for rank in range(len(_WEIGHTS)):
         those, room = [index for index, own in enumerate(ranks) if own == rank], most - len(chosen)
         chosen |= set(those if len(those) <= room else (those[i * len(those) // room] for i in range(room)))
     return chosen
@@ -156,7 +156,7 @@ def choose_drawn(flags: Sequence[Sequence[Flag]], most: int) -> set[int]:
 
 def whole_frame(scan: Scan, cut: Cut) -> Cut:
     """Returns a cut of a clip's first frame, small and uncropped."""
-    share = min(SOURCE_SIZE / max(scan.width, scan.height), 1)
+    share = min(_SOURCE_SIZE / max(scan.width, scan.height), 1)
     height, width = (max(round(side * share), 1) for side in (scan.height, scan.width))
     return replace(cut, num_frames=1, height=height, width=width, allow_upscale=True)
 
@@ -188,9 +188,9 @@ def _inspect(found: Inspection, clip: Clip, source: DecodedClip | DataError | No
     if not isinstance(source, DecodedClip):
         return SeenClip(clip, decoded.report, flags)
     last = len(decoded.frames) - 1
-    numbers = sorted({round(i * last / (NUM_PICTURES - 1)) for i in range(NUM_PICTURES)})
+    numbers = sorted({round(i * last / (_NUM_PICTURES - 1)) for i in range(_NUM_PICTURES)})
     pictures = tuple(as_jpeg(decoded.frames[number], PICTURE_SIZE) for number in numbers)
-    return SeenClip(clip, decoded.report, flags, pictures, as_jpeg(source.frames[0], SOURCE_SIZE))
+    return SeenClip(clip, decoded.report, flags, pictures, as_jpeg(source.frames[0], _SOURCE_SIZE))
 
 
 def as_jpeg(frame: Tensor, size: int) -> bytes:

@@ -12,10 +12,10 @@ from mochi_tune.models.text_encoder import MAX_TOKENS, MeasuredCaption
 from mochi_tune.pages.html_page import Head, data_uri, document, section
 
 # Maximum characters of a caption's read and lost parts, and captions of a clip; the rest is only counted.
-MAX_CHARACTERS, MAX_LOST_CHARACTERS, MAX_CAPTIONS = 1500, 400, 6
+_MAX_CHARACTERS, _MAX_LOST_CHARACTERS, _MAX_CAPTIONS = 1500, 400, 6
 # Maximum characters of a caption in the table of clips without pictures.
-MAX_TABLE_CHARACTERS = 120
-STYLE = """
+_MAX_TABLE_CHARACTERS = 120
+_STYLE = """
 :root{--warn:#a3480a}@media(prefers-color-scheme:dark){:root{--warn:#f0a35e}}
 ul.advice{margin:1.6rem 0 0;padding-left:1.2rem;max-width:80ch}ul.advice li{overflow-wrap:anywhere}
 .bar{fill:var(--accent)}svg text{fill:var(--soft)}
@@ -74,7 +74,7 @@ def make_page(found: Inspection, name: str) -> str:
         "What training will see: the frames after rotation, scaling and cropping, and the part of each caption that "
         "the text encoder reads. No model was involved."
     )
-    return document(Head(f"{name}: the data set", summary, _figures(found)), STYLE, "\n".join(content))
+    return document(Head(f"{name}: the data set", summary, _figures(found)), _STYLE, "\n".join(content))
 
 
 def _figures(found: Inspection) -> dict[str, tuple[str, str]]:
@@ -169,9 +169,9 @@ def _clip(found: Inspection, seen: SeenClip) -> str:
         for picture in seen.pictures
     )
     captions = _captions(found, seen)
-    texts = "".join(_caption(caption) for caption in captions[:MAX_CAPTIONS])
-    if len(captions) > MAX_CAPTIONS:
-        texts += f'<p class="caption"><small>and {len(captions) - MAX_CAPTIONS} more captions</small></p>'
+    texts = "".join(_caption(caption) for caption in captions[:_MAX_CAPTIONS])
+    if len(captions) > _MAX_CAPTIONS:
+        texts += f'<p class="caption"><small>and {len(captions) - _MAX_CAPTIONS} more captions</small></p>'
     return (
         f'<article class="clip"><h3><bdi>{escape(row.sample_id)}</bdi> <span>{row.bucket}</span></h3>'
         f"<figure>{_source(seen)}<figcaption>{size}<br>{rate}</figcaption>"
@@ -218,9 +218,9 @@ def _window(found: Inspection, seen: SeenClip) -> str:
 def _caption(caption: MeasuredCaption) -> str:
     read, lost = caption.text[: caption.num_read], caption.text[caption.num_read :]
     # <bdi> isolates text from right to left and direction overrides.
-    text = f"<bdi>{_shortened(read, MAX_CHARACTERS)}</bdi>" if read else "<i>no caption</i>"
+    text = f"<bdi>{_shortened(read, _MAX_CHARACTERS)}</bdi>" if read else "<i>no caption</i>"
     if lost:
-        text += f'<bdi class="lost">{_shortened(lost, MAX_LOST_CHARACTERS)}</bdi>'
+        text += f'<bdi class="lost">{_shortened(lost, _MAX_LOST_CHARACTERS)}</bdi>'
     about = ""
     if caption.num_tokens is not None:
         about = f" <small>({caption.num_tokens} tokens)</small>"
@@ -248,7 +248,7 @@ def _table(found: Inspection, clips: Iterable[SeenClip]) -> str:
     for seen in clips:
         begin, end = window_seconds(found, seen)
         caption = seen.clip.row.captions[0]
-        text = caption[:MAX_TABLE_CHARACTERS] + ("…" if len(caption) > MAX_TABLE_CHARACTERS else "")
+        text = caption[:_MAX_TABLE_CHARACTERS] + ("…" if len(caption) > _MAX_TABLE_CHARACTERS else "")
         flags = ", ".join(flag.text for flag in seen.flags)
         rows.append((seen.clip.row.sample_id, str(seen.clip.row.bucket), f"{begin:.2f} – {end:.2f}", text, flags))
     return _as_table(("clip", "bucket", "seconds", "caption", "flags"), rows)

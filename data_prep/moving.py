@@ -29,7 +29,7 @@ class Moved:
     reason: str
 
 
-PENDING = "moving.json"
+_PENDING = "moving.json"
 COLUMNS = [field.name for field in fields(Moved)]
 
 
@@ -134,7 +134,7 @@ def finish_moves(table: Path) -> None:
 
 
 def _pending(table: Path) -> Path:
-    return table.with_name(PENDING)
+    return table.with_name(_PENDING)
 
 
 def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str]]:

@@ -29,7 +29,7 @@ from mochi_tune.models.device import find_device
 # Number of workers that may die on the same task until the run fails.
 MAX_TRIES = 3
 # Seconds until a task that is still running is reported.
-PATIENCE_SECONDS = 600.0
+_PATIENCE_SECONDS = 600.0
 
 
 class Named(Protocol):
@@ -60,7 +60,7 @@ class WorkerPool(ABC):
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.patience = PATIENCE_SECONDS
+        self.patience = _PATIENCE_SECONDS
 
     def run(self, tasks: Sequence[AnyTask], update: Callable[[int], object]) -> Iterator[tuple[AnyTask, list[str]]]:
         """Yields each task when its results are on disk, in any order, with the result of `Worker.run`.

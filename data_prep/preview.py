@@ -13,7 +13,7 @@ from mochi_tune.files import temporary_file
 from mochi_tune.models.latents import FPS
 
 # Marks previews in the file's metadata; Matroska stores the field under this name.
-MARK, MARKED_BY = "mochi-tune preview", "COMMENT"
+_MARK, _MARKED_BY = "mochi-tune preview", "COMMENT"
 
 
 def preview_paths(folder: Path, clips: Sequence[tuple[str, int]]) -> list[Path]:
@@ -62,7 +62,7 @@ def write_preview(path: Path, frames: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(path) as temporary:
         with av.open(str(temporary), "w", format="matroska") as container:
-            container.metadata[MARKED_BY] = MARK
+            container.metadata[_MARKED_BY] = _MARK
             stream = container.add_stream("ffv1", rate=FPS)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "bgr0"
@@ -81,7 +81,7 @@ def _is_preview(path: Path) -> bool:
 
     try:
         with av.open(str(path), metadata_errors="replace") as container:
-            return container.metadata.get(MARKED_BY) == MARK
+            return container.metadata.get(_MARKED_BY) == _MARK
     except (FFmpegError, OSError):
         # Not a readable video, so not a preview.
         return False

@@ -21,16 +21,16 @@ from mochi_tune.errors import DataError
 from mochi_tune.models.latents import FPS
 
 # Maximum pixels of a picture; larger ones are refused before memory is allocated. 8K has 33 million.
-MAX_PIXELS = 64_000_000
+_MAX_PIXELS = 64_000_000
 # Makes the codecs refuse pictures that are larger than the header says.
-CODEC_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
+_CODEC_OPTIONS = {"max_pixels": str(_MAX_PIXELS)}
 # Formats of recordings that may begin inside a group of pictures, and whose clock may jump forward.
-CUT_FORMATS = ("mpegts", "mpeg")
+_CUT_FORMATS = ("mpegts", "mpeg")
 # Maximum aspect ratio of a pixel; a larger one is an error in the header.
-MAX_PIXEL_ASPECT = 8
+_MAX_PIXEL_ASPECT = 8
 # Maximum deviation of frame intervals from their mean at a constant rate: as a share, plus seconds for Matroska, which
 # rounds times to the millisecond.
-RATE_TOLERANCE, ROUNDING = 0.1, 0.0021
+_RATE_TOLERANCE, ROUNDING = 0.1, 0.0021
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def read_index(path: Path) -> VideoIndex:
         DataError: as `scan_video`.
     """
     if path.suffix.lower() in STILL_SUFFIXES:
-        still = read_still_size(path, MAX_PIXELS)
+        still = read_still_size(path, _MAX_PIXELS)
         if still.num_frames == 1:
             scan = Scan(still.width, still.height, is_still=True, is_30_fps=True, has_profile=still.has_profile)
             return VideoIndex(scan)
@@ -162,7 +162,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{path}: is empty (0 bytes): copy it again or remove it.")
-        with av.open(str(path), metadata_errors="replace", options=CODEC_OPTIONS) as container:
+        with av.open(str(path), metadata_errors="replace", options=_CODEC_OPTIONS) as container:
             stream = container.streams.best("video")
             if stream is None:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
@@ -171,22 +171,22 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise DataError(f"{path}: has an unknown codec: re-encode it as H.264.")
             assert isinstance(stream, VideoStream)
             _check_pixels(path, stream.codec_context.width, stream.codec_context.height)
-            stream.codec_context.options = CODEC_OPTIONS
+            stream.codec_context.options = _CODEC_OPTIONS
             yield container, stream
     except (FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         if error.errno == EINVAL:
             # The error of the codec when a picture exceeds the limit.
-            reason += f"; pictures of more than {MAX_PIXELS // 10**6} million pixels are not read"
+            reason += f"; pictures of more than {_MAX_PIXELS // 10**6} million pixels are not read"
         raise DataError(
             f"{path}: cannot be read as a video ({reason}): it is damaged or cut short; copy it again or remove it."
         ) from error
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+    if width * height > _MAX_PIXELS:
         raise DataError(
-            f"{path}: has pictures of {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million: its header is "
+            f"{path}: has pictures of {width}x{height} pixels, more than {_MAX_PIXELS // 10**6} million: its header is "
             "damaged, or it must be scaled down."
         )
 
@@ -202,7 +202,7 @@ class _Packet(NamedTuple):
 
 def _read_stream(path: Path, container, stream) -> VideoIndex:
     packets, first = _read_packets(path, container, stream)
-    may_jump = container.format.name in CUT_FORMATS
+    may_jump = container.format.name in _CUT_FORMATS
     rate = stream.guessed_rate or stream.average_rate
     period = 1 / Fraction(rate) if rate else Fraction(1, FPS)
     # Both the stream's unit and the period are a whole number of ticks.
@@ -226,7 +226,7 @@ def _read_stream(path: Path, container, stream) -> VideoIndex:
 
 def _read_packets(path: Path, container, stream) -> tuple[list[_Packet], Any]:
     """Returns all packets that are displayed, and the first decoded frame."""
-    packets, first, has_key = [], None, container.format.name not in CUT_FORMATS
+    packets, first, has_key = [], None, container.format.name not in _CUT_FORMATS
     has_pts = container.format.name != "avi"
     for packet in container.demux(stream):
         has_key = has_key or packet.is_keyframe
@@ -317,7 +317,7 @@ def _count(scan: Scan, video: VideoIndex) -> Scan:
         source_seconds=duration / second,
         source_fps=1 / mean,
         start_seconds=ticks[0] / second,
-        is_constant_rate=all(abs(gap - mean) <= RATE_TOLERANCE * mean + ROUNDING for gap in gaps),
+        is_constant_rate=all(abs(gap - mean) <= _RATE_TOLERANCE * mean + ROUNDING for gap in gaps),
         is_30_fps=begins == list(range(len(ticks))) and num_frames <= len(ticks),
     )
 
@@ -326,7 +326,7 @@ def _describe(path: Path, container, stream, first) -> Scan:
     """Returns the scan of a video from its header and first picture, without the properties that need its times."""
     rotation, is_mirrored = read_orientation(path, first)
     aspect = Fraction(stream.sample_aspect_ratio or 1)
-    if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+    if not 1 / _MAX_PIXEL_ASPECT <= aspect <= _MAX_PIXEL_ASPECT:
         raise DataError(f"{path}: has pixels {aspect} times as wide as high, which cannot be right: re-encode it.")
     width, height = round(first.width * aspect), first.height
     if rotation % 180:

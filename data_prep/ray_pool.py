@@ -16,13 +16,13 @@ from mochi_tune.data_prep.tasks import Task, WorkerSettings
 from mochi_tune.errors import ConfigError, ParallelError
 
 # Seconds until an address must accept a connection.
-CONNECT_SECONDS = 10.0
+_CONNECT_SECONDS = 10.0
 # Seconds for a machine of the cluster to start a process and import this module.
-START_SECONDS = 300.0
+_START_SECONDS = 300.0
 # Seconds without any result until that is reported.
-QUIET_SECONDS = 60.0
+_QUIET_SECONDS = 60.0
 # Size of Ray's object store. Results are small: workers write encoded tensors to the disk.
-STORE_BYTES = 100 * 2**20
+_STORE_BYTES = 100 * 2**20
 
 
 class PoolSettings(Protocol):
@@ -85,7 +85,7 @@ class RayPool(WorkerPool):
     def _connect(self) -> None:
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
         if self._address is None:
-            here = {"num_cpus": self.count, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+            here = {"num_cpus": self.count, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
             try:
                 self._ray.init("local", **here, **quiet)
             except OSError as error:
@@ -102,7 +102,7 @@ class RayPool(WorkerPool):
         try:
             if port.isdigit():
                 # Fail fast: Ray itself retries for minutes.
-                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+                socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
             self._ray.init(self._address, **quiet)
         except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
             text = str(error.__cause__ or error).strip() or type(error).__name__
@@ -135,7 +135,7 @@ class RayPool(WorkerPool):
         ours = versions()
         for host, answer in asked.items():
             try:
-                theirs = self._ray.get(answer, timeout=START_SECONDS)
+                theirs = self._ray.get(answer, timeout=_START_SECONDS)
             except (self._ray.exceptions.RayError, TimeoutError) as error:
                 why = [line.strip() for line in str(error).splitlines() if line.strip()]
                 raise ParallelError(
@@ -168,7 +168,7 @@ class RayPool(WorkerPool):
     def _wait_for_any(self, seconds: float) -> Any:
         """Waits for any result, or returns None after `seconds`; reports a long wait for the first result."""
         if not self._has_answered:
-            found, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=QUIET_SECONDS)
+            found, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=_QUIET_SECONDS)
             if not found:
                 tqdm.write("no Ray worker has finished a task yet: they are starting, or no CPU or GPU is free")
         found, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=seconds)

@@ -27,15 +27,15 @@ COLUMNS: tuple[str, ...] = (
     "decoder",
 )  # fmt: skip
 # Separates the captions of a clip.
-BETWEEN_CAPTIONS = " | "
+_BETWEEN_CAPTIONS = " | "
 # Clips that lose a larger share of their picture are reported.
 MUCH_PICTURE = 1 / 3
 # Maximum characters of a truncated caption's end in a line; the table has all.
-MAX_TAIL = 60
+_MAX_TAIL = 60
 # A folder such as `5_ohwx`, with the files below it; four digits are a year.
 _REPEATS = re.compile(r"(\d{1,3})_[^/]*/", re.ASCII)
 # Unused footage is reported above this share of all footage.
-MUCH_FOOTAGE = 0.1
+_MUCH_FOOTAGE = 0.1
 
 
 def make_records(
@@ -54,17 +54,17 @@ def make_records(
     records = []
     for clip in inputs.clips:
         row = clip.row
-        record: dict[str, Any] = {"clip": row.sample_id, "caption": BETWEEN_CAPTIONS.join(row.captions)}
+        record: dict[str, Any] = {"clip": row.sample_id, "caption": _BETWEEN_CAPTIONS.join(row.captions)}
         record |= {"status": "refused", "reason": bad.get(row.sample_id, "")}
         if row.sample_id in names:
             counts = [cache.token_counts(key) for key in row.text_keys]
             lost = sum(tokens - kept for kept, tokens in counts)
             record |= {"caption_tokens": sum(tokens for _, tokens in counts)}
-            record["lost_text"] = BETWEEN_CAPTIONS.join(tails[text] for text in row.captions if text in tails)
+            record["lost_text"] = _BETWEEN_CAPTIONS.join(tails[text] for text in row.captions if text in tails)
             record |= describe_kept(row, cache.clip_report(row.clip_key), lost)
         records.append(record)
     for name, reason in inputs.refused.items():
-        captions = BETWEEN_CAPTIONS.join(inputs.files[name].captions)
+        captions = _BETWEEN_CAPTIONS.join(inputs.files[name].captions)
         records.append({"clip": name, "status": "refused", "reason": reason, "caption": captions})
     records += [{"clip": name, "status": "unused", "reason": reason} for name, reason in inputs.unused.items()]
     return sorted(records, key=lambda record: record["clip"])
@@ -139,7 +139,7 @@ def not_taken(inputs: Inputs) -> list[str]:
 
 def _cut(record: Mapping[str, Any]) -> str:
     tail = record.get("lost_text", "")
-    lost = f" ({tail if len(tail) <= MAX_TAIL else tail[:MAX_TAIL] + '...'!r} is lost)" if tail else ""
+    lost = f" ({tail if len(tail) <= _MAX_TAIL else tail[:_MAX_TAIL] + '...'!r} is lost)" if tail else ""
     return f"{record['clip']} by {record['lost_tokens']}{lost}"
 
 
@@ -208,7 +208,7 @@ def _repeats_in_names(inputs: Inputs) -> list[str]:
 
 def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
     total, used = count_footage(inputs, kept)
-    if total - used <= MUCH_FOOTAGE * total:
+    if total - used <= _MUCH_FOOTAGE * total:
         return []
     uncut, rests, most = (_left_by_source(inputs, kept, group) for group in ("uncut", "rest", "most"))
     sources = {file.source.name: file.source for file in inputs.files.values()}

@@ -42,7 +42,7 @@ class SceneRow:
     source_bytes: int = 0
 
 
-COLUMNS = [field.name for field in fields(SceneRow)]
+_COLUMNS = [field.name for field in fields(SceneRow)]
 
 
 def read_scenes(path: Path) -> list[SceneRow]:
@@ -81,7 +81,7 @@ def _read_rows(path: Path) -> list[SceneRow]:
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+        if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
             raise DataError(
                 f"{path}: lacks the column {missing[0]}: restore it, or delete the table to find scenes again."
             )
@@ -91,7 +91,7 @@ def _read_rows(path: Path) -> list[SceneRow]:
 
 
 def _read_row(where: str, values: dict[str, str | None]) -> SceneRow:
-    texts = {name: (values[name] or "").strip() for name in COLUMNS}
+    texts = {name: (values[name] or "").strip() for name in _COLUMNS}
     numbers = {}
     for name in ("start_seconds", "end_seconds", "frames", "source_bytes"):
         try:
@@ -120,7 +120,7 @@ def write_scenes(path: Path, rows: Sequence[SceneRow]) -> None:
         OSError: writing failed.
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, _COLUMNS)
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     content = text.getvalue().encode(errors="surrogateescape")

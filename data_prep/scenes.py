@@ -20,7 +20,7 @@ DETECTORS = ("adaptive", "content", "threshold")
 DEFAULT_THRESHOLDS = {"adaptive": 3.0, "content": 27.0, "threshold": 12.0}
 # Pixels of the longer side of pictures for the detector.
 # Source: Breakthrough/PySceneDetect@v0.7.2 scenedetect/scene_manager.py, DEFAULT_MIN_WIDTH.
-DETECTOR_PIXELS = 256
+_DETECTOR_PIXELS = 256
 # Number of pictures between two progress reports.
 REPORT_EVERY = 10
 
@@ -205,7 +205,7 @@ class _Detector:
         from scenedetect import FrameTimecode
 
         image = picture.image
-        scale = min(DETECTOR_PIXELS / max(image.width, image.height), 1)
+        scale = min(_DETECTOR_PIXELS / max(image.width, image.height), 1)
         width, height = (max(round(side * scale), 2) for side in (image.width, image.height))
         small = image.reformat(width=width, height=height, format="bgr24").to_ndarray()
         # A timecode of the picture's number at a constant rate, whatever its real time.

@@ -41,7 +41,7 @@ from mochi_tune.files import (
     write_json,
 )
 
-TABLE, SHEET, SETTINGS = "scenes.csv", "scenes.png", "settings.json"
+_TABLE, _SHEET, SETTINGS = "scenes.csv", "scenes.png", "settings.json"
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ def main(split: Split) -> int:
         for folder in {split.out, *(split.out / name for name in map(Path, _folders(films)))}:
             if folder.is_dir():
                 remove_temporary_files(folder)
-        table = split.report / TABLE
+        table = split.report / _TABLE
         rows = _read_table(table)
         check_settings(split, bool(rows))
         with WatchedProcess(split.timeout_seconds) as child:
             rows = _find_all(split, films, rows, child)
             rows, num_written = _cut_all(split, films, rows, child)
             clips = [row for row in rows if row.status == CUT]
-            if clips and (num_written or not (split.report / SHEET).exists()):
-                write_sheets(split.report / SHEET, _sheet(split, clips, child))
+            if clips and (num_written or not (split.report / _SHEET).exists()):
+                write_sheets(split.report / _SHEET, _sheet(split, clips, child))
     return _summarize(split, films, rows, num_written)
 
 
@@ -135,8 +135,8 @@ def check_settings(split: Split, has_table: bool) -> None:
         if changed := [name for name in settings if before.get(name) != settings[name]]:
             names = ", ".join(f"{name}={before.get(name)}" for name in changed)
             raise ConfigError(
-                f"{split.report / TABLE} was made with {names}, now {changed[0]}={settings[changed[0]]}: give the same "
-                "settings, delete the table to find the scenes again, or use another out=."
+                f"{split.report / _TABLE} was made with {names}, now {changed[0]}={settings[changed[0]]}: give the "
+                "same settings, delete the table to find the scenes again, or use another out=."
             )
     elif not path.exists() or read_json(path, ConfigError) != settings:
         write_json(path, settings)
@@ -174,7 +174,7 @@ def _find_all(split: Split, films: dict[str, Path], rows: list[SceneRow], child:
             except DataError as error:
                 new = [SceneRow(name, status=REFUSED, reason=str(error))]
             rows = sorted([*rows, *new], key=_place)
-            write_scenes(split.report / TABLE, rows)
+            write_scenes(split.report / _TABLE, rows)
     return rows
 
 
@@ -250,9 +250,9 @@ def _cut_all(
                 num_written += row.status == CUT
                 bar.update()
                 # After each clip: if the run stops, clips that are then moved away are known to have been cut.
-                write_scenes(split.report / TABLE, sorted([*done, *_left(wanted, done)], key=_place))
+                write_scenes(split.report / _TABLE, sorted([*done, *_left(wanted, done)], key=_place))
     done.sort(key=_place)
-    write_scenes(split.report / TABLE, done)
+    write_scenes(split.report / _TABLE, done)
     return done, num_written
 
 
@@ -275,7 +275,7 @@ def _update_status(split: Split, film: Path, row: SceneRow) -> SceneRow:
     if row.source_bytes != num_bytes:
         reason = (
             f"{film}: was changed after its scenes were found (it has {num_bytes} bytes, had {row.source_bytes}): "
-            f"delete its rows in {split.report / TABLE} and its clips, and run the same command again."
+            f"delete its rows in {split.report / _TABLE} and its clips, and run the same command again."
         )
         return replace(row, status=REFUSED, reason=reason)
     row = replace(row, status=PLANNED, reason="")
@@ -348,8 +348,8 @@ def _summarize(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], n
     tqdm.write(
         f"{split.out}: {counted(len(clips), 'clip')}, {seconds:.1f} s, of {counted(len(films), 'film')}; "
         f"written now: {num_written}, too short: {num_short}, refused: {len(refused)}. "
-        f"The scenes are listed in {split.report / TABLE}"
+        f"The scenes are listed in {split.report / _TABLE}"
     )
     if clips:
-        tqdm.write(f"contact sheet: {split.report / SHEET}")
+        tqdm.write(f"contact sheet: {split.report / _SHEET}")
     return 1 if refused else 0

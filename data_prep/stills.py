@@ -18,9 +18,9 @@ from mochi_tune.models.latents import FPS
 
 STILL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # Offset of the flags in a WebP file with an extended header, and the flag of animations.
-FLAGS_AT, ANIMATION_FLAG = 20, 0x02
+_FLAGS_AT, _ANIMATION_FLAG = 20, 0x02
 # Exif tag of the orientation, and its values that swap width and height.
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 # For each Pillow mode: the mode without alpha or palette, and the colour space of matching profiles.
 _COLOURS = {
     **dict.fromkeys(("RGB", "RGBA", "P", "PA"), ("RGB", "RGB")),
@@ -28,7 +28,7 @@ _COLOURS = {
     "CMYK": ("CMYK", "CMYK"),
 }
 # Maximum difference, of 255, between profiles that count as sRGB.
-MAX_ROUNDING = 2
+_MAX_ROUNDING = 2
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def is_animation(path: str | Path) -> bool:
         return False
     try:
         with open(path, "rb") as file:
-            head = file.read(FLAGS_AT + 1)
+            head = file.read(_FLAGS_AT + 1)
     except OSError:
         # Reading its pictures will report the error.
         return False
-    is_extended = len(head) > FLAGS_AT and head.startswith(b"RIFF") and head[8:16] == b"WEBPVP8X"
-    return is_extended and bool(head[FLAGS_AT] & ANIMATION_FLAG)
+    is_extended = len(head) > _FLAGS_AT and head.startswith(b"RIFF") and head[8:16] == b"WEBPVP8X"
+    return is_extended and bool(head[_FLAGS_AT] & _ANIMATION_FLAG)
 
 
 def read_still_size(path: Path, max_pixels: int) -> StillSize:
@@ -86,7 +86,7 @@ def read_still_size(path: Path, max_pixels: int) -> StillSize:
             )
         if image.mode == "F":
             raise DataError(f"{path}: holds 32-bit floats, and which of them is white is unknown: save it in 16 bits.")
-        if image.getexif().get(ORIENTATION) in TURNED:
+        if image.getexif().get(_ORIENTATION) in _TURNED:
             width, height = height, width
         durations = [Fraction(1, FPS)]
         if image.format == "WEBP" and getattr(image, "n_frames", 1) > 1:
@@ -179,7 +179,7 @@ def _foreign_profile(image) -> Any | None:
         change = np.asarray(_to_srgb(sample, profile)).astype(int) - np.asarray(sample.convert("RGB"))
     except ImageCms.PyCMSError:
         return None
-    return profile if np.abs(change).max() > MAX_ROUNDING else None
+    return profile if np.abs(change).max() > _MAX_ROUNDING else None
 
 
 def _to_srgb(image, profile) -> Any:

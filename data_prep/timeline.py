@@ -12,9 +12,9 @@ Time = int | Fraction
 FrameRate = Literal["resample", "retime"]
 # Maximum step back of the clock, in seconds, that is a picture out of order; a larger one is a joined recording.
 # Source: FFmpeg n7.1 fftools/ffmpeg_demux.c:300-340, ts_discontinuity_detect.
-MAX_DISORDER = Fraction(1, 10)
+_MAX_DISORDER = Fraction(1, 10)
 # Maximum step forward, in seconds, in formats whose clock may jump (MPEG-TS, MPEG-PS); a larger one is a joint too.
-MAX_GAP = 10
+_MAX_GAP = 10
 
 
 class Clock:
@@ -31,7 +31,7 @@ class Clock:
     def __init__(self, period: Time, may_jump: bool, second: int = 1) -> None:
         self.period = period
         self.may_jump = may_jump
-        self.max_disorder, self.max_gap = MAX_DISORDER * second, MAX_GAP * second
+        self.max_disorder, self.max_gap = _MAX_DISORDER * second, _MAX_GAP * second
         self.shift: Time = 0
         self.last: Time | None = None
         self.end: Time = 0

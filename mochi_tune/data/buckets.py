@@ -8,9 +8,9 @@ from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.models.latents import FPS, TEMPORAL_FACTOR, TOKEN_PIXELS, check_geometry, num_visual_tokens
 
 # Aspect ratios (width / height) of `auto` buckets; the inverse of each is used too. Screens, cameras, phones.
-ASPECTS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 21 / 9)
+_ASPECTS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 21 / 9)
 # Kept shares that differ by less than this count as equal; then the larger bucket is chosen.
-ALIKE = 0.005
+_ALIKE = 0.005
 
 
 @dataclass(frozen=True, order=True)
@@ -61,7 +61,7 @@ def auto_buckets(max_frames: int, height: int, width: int) -> list[Bucket]:
     while lengths[-1] > TEMPORAL_FACTOR + 1:
         lengths.append(max(lengths[-1] // 2 // TEMPORAL_FACTOR, 1) * TEMPORAL_FACTOR + 1)
     sizes = {(height, width)}
-    for aspect in ASPECTS:
+    for aspect in _ASPECTS:
         short, long = (_whole_tokens(sqrt(height * width * ratio)) for ratio in (1 / aspect, aspect))
         sizes |= {(short, long), (long, short)}
     return sorted(Bucket(length, *size) for length in {*lengths, 1} for size in sizes)
@@ -141,5 +141,5 @@ def choose_bucket(
     max_frames = max(bucket.num_frames for bucket in buckets)
     shares = {bucket: kept_share(footage, bucket, max_frames) for bucket in large_enough}
     best = max(shares.values())
-    alike = [bucket for bucket, share in shares.items() if share >= best * (1 - ALIKE)]
+    alike = [bucket for bucket, share in shares.items() if share >= best * (1 - _ALIKE)]
     return max(alike, key=lambda bucket: (bucket.height * bucket.width, bucket.num_frames, bucket))

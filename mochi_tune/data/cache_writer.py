@@ -46,8 +46,8 @@ from mochi_tune.files import atomic_file, file_sha256, is_elsewhere, lock_file
 SHARD_ROWS = 512
 # Seconds until a progress bar is shown: reading and writing a small cache takes less.
 BAR_DELAY = 1
-STAGING_FOLDER = "data.new"
-TRASH_FOLDER = "trash"
+_STAGING_FOLDER = "data.new"
+_TRASH_FOLDER = "trash"
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ class CacheWriter:
     def _clear_leftovers(self) -> None:
         folders = [self.parts.folder]
         if not self.share:
-            data, trash = self.folder / DATA_FOLDER, self.folder / TRASH_FOLDER
+            data, trash = self.folder / DATA_FOLDER, self.folder / _TRASH_FOLDER
             if (trash / DATA_FOLDER).is_dir() and not data.exists():
                 # `commit` was killed between its two renames: the old shards are the only ones.
                 os.rename(trash / DATA_FOLDER, data)
-            for folder in (trash, self.folder / STAGING_FOLDER):
+            for folder in (trash, self.folder / _STAGING_FOLDER):
                 if folder.exists():
                     shutil.rmtree(folder)
             folders += [self.folder, *(folder for folder in self.parts.folder.iterdir() if folder.is_dir())]
@@ -248,7 +248,7 @@ class CacheWriter:
         """
         rows = sorted(rows, key=attrgetter("sample_id"))
         assert rows and not self.share
-        parts, data, trash = (self.folder / name for name in (PARTS_FOLDER, DATA_FOLDER, TRASH_FOLDER))
+        parts, data, trash = (self.folder / name for name in (PARTS_FOLDER, DATA_FOLDER, _TRASH_FOLDER))
         if self._is_committed(rows, settings):
             shutil.rmtree(parts)
             return False
@@ -257,7 +257,7 @@ class CacheWriter:
         trash.mkdir()
         if data.exists():
             os.rename(data, trash / DATA_FOLDER)
-        os.rename(self.folder / STAGING_FOLDER, data)
+        os.rename(self.folder / _STAGING_FOLDER, data)
         # Remove the parts before the manifest is written: both together mean an unfinished prepare.
         shutil.rmtree(parts)
         write_manifest(self.folder, settings, shards)
@@ -281,7 +281,7 @@ class CacheWriter:
 
     def _stage(self, rows: list[Row], shard_bytes: int) -> list[tuple[ShardEntry, Sequence[Row]]]:
         """Builds all shards in the staging folder and returns them with their rows, for the manifest."""
-        staging = self.folder / STAGING_FOLDER
+        staging = self.folder / _STAGING_FOLDER
         staging.mkdir()
         open_rows = set(rows)
         done: list[tuple[Path, str, Sequence[Row]]] = []

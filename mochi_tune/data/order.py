@@ -17,7 +17,7 @@ import torch
 from mochi_tune.data.buckets import Bucket
 
 # Maximum number of epochs that are shuffled as one. A pool with less than one draw in them gets one.
-MAX_EPOCHS = 1000
+_MAX_EPOCHS = 1000
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def make_pools(
         return [apportion(total, wanted[source]) for source, total in zip(members, totals, strict=True)]
 
     # Every pool gets at least one draw: if one epoch is too short, several are shuffled as one.
-    scales = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, MAX_EPOCHS)
+    scales = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, _MAX_EPOCHS)
     for scale in scales:
         found = draws(scale)
         if all(

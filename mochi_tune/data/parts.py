@@ -16,7 +16,7 @@ from mochi_tune.errors import DataError
 from mochi_tune.files import save_tensors
 
 # Seconds for which a network disk may hide files of another machine. Linux's NFS: acdirmax, 60 s by default.
-VISIBLE_SECONDS = 90.0
+_VISIBLE_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PartsFolder:
 
     def find(self, name: str) -> Path:
         """Returns the file of a part that another process wrote; waits until a network disk shows it."""
-        deadline = time.monotonic() + VISIBLE_SECONDS
+        deadline = time.monotonic() + _VISIBLE_SECONDS
         # Check by name: the listing of the folder may be older.
         while not self.path(name).exists() and time.monotonic() < deadline:
             time.sleep(0.5)

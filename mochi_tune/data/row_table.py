@@ -9,7 +9,7 @@ import numpy as np
 from mochi_tune.data.rows import Row, shard_schema
 
 # Number of rows that are converted to objects at a time.
-BLOCK_ROWS = 1024
+_BLOCK_ROWS = 1024
 
 
 class RowTable(Sequence[Row]):
@@ -43,7 +43,7 @@ class RowTable(Sequence[Row]):
         return self.table[name].to_pylist()
 
     def tuples(self, *names: str) -> Iterator[tuple[Any, ...]]:
-        """Yields fields of each row, as JSON values; converts BLOCK_ROWS rows at a time."""
+        """Yields fields of each row, as JSON values; converts _BLOCK_ROWS rows at a time."""
         for block in self._blocks():
             yield from zip(*(block[name].to_pylist() for name in names), strict=True)
 
@@ -72,8 +72,8 @@ class RowTable(Sequence[Row]):
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def _blocks(self) -> Iterator[Any]:
-        for start in range(0, len(self), BLOCK_ROWS):
-            yield self.table.slice(start, BLOCK_ROWS)
+        for start in range(0, len(self), _BLOCK_ROWS):
+            yield self.table.slice(start, _BLOCK_ROWS)
 
 
 class RowBuilder:
@@ -92,7 +92,7 @@ class RowBuilder:
         """
         self._values.append(values)
         self.num_rows += 1
-        if len(self._values) == BLOCK_ROWS:
+        if len(self._values) == _BLOCK_ROWS:
             self._flush()
 
     def table(self) -> RowTable:
