@@ -1,6 +1,6 @@
-"""Reads the alpha of each layer of an adapter file: from its tensors, its metadata, or the config beside it.
+"""Reads the alpha of each layer of an adapter file: from its tensors, its metadata or the config next to it.
 
-Every place that states alphas is read, and all must agree. In this order:
+All places that state alphas are read and must agree:
 
 1. `.alpha` tensors: kohya's tools, ComfyUI, `train`.
 2. The file's metadata: `alphas` (`train`), `kwargs` (the reference), `lora_adapter_metadata` (diffusers),
@@ -23,22 +23,22 @@ from mochi_tune.adapters.peft_config import alphas_by_peft
 from mochi_tune.errors import CheckpointError, some
 
 ASSUMED = "assumed to be the rank, as nothing states it"
-# Of the configs of peft and of FastVideo.
+# File names of the configs of peft and FastVideo.
 PEFT_CONFIG, FASTVIDEO_CONFIG = "adapter_config.json", "lora_config.json"
-# Keys of metadata that state alphas or the ranks that they belong to. A conversion leaves them out.
+# Metadata keys for alphas and their ranks; a conversion does not carry them over.
 ALPHA_KEYS = ("alphas", "kwargs", "lora_adapter_metadata", "ss_network_alpha", "ss_network_dim", "lora_alpha",
               "lora_rank", "network_alpha", "network_dim")  # fmt: skip
 _SINGLE_ALPHAS = (("ss_network_alpha", "ss_network_dim"), ("lora_alpha", "lora_rank"), ("network_alpha", "network_dim"))
 _BAKED = ("diffusers", "comfyui")
 _MAX_ALPHA = 1e6
-# Of what is written as text, and of a number in fp32.
+# Relative tolerance of alphas written as text or in fp32.
 _TOLERANCE = 1e-6
 
 Modules = Mapping[str, Mapping[str, Tensor]]
 
 
 class Statement(NamedTuple):
-    """What one place says: its name for messages, the alpha of each module, and how exactly it is written."""
+    """The alphas that one place states: its name for messages, the alpha of each module, and their precision."""
 
     where: str
     alphas: dict[str, Any]
@@ -46,32 +46,32 @@ class Statement(NamedTuple):
 
 
 def is_split(modules: Mapping[str, Any]) -> bool:
-    """Whether modules have diffusers' names, with q, k and v apart."""
+    """Whether modules have diffusers' names, with separate q, k and v."""
     return is_diffusers(next(iter(modules)))
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:
-    """Whether this program wrote a file, which then is complete without what lies beside it."""
+    """Whether mochi-tune wrote a file; configs next to such a file are ignored."""
     return metadata.get("created_by", "").startswith("mochi-tune ")
 
 
 def read_alphas(
     modules: Modules, metadata: Mapping[str, str], configs: Mapping[str, dict[str, Any]], given: float | None = None
 ) -> tuple[dict[str, float], str]:
-    """Finds each module's alpha, and says where.
+    """Finds the alpha of each module.
 
     Args:
-        modules: of each module of the file the tensors "lora_A", "lora_B" and, in some layouts, "alpha".
-        metadata: of the file.
-        configs: those beside the file, by file name.
-        given: by the user, for a file that does not state it.
+        modules: tensors of each module by part: "lora_A", "lora_B" and, in some layouts, "alpha".
+        metadata: metadata of the file.
+        configs: configs next to the file, by file name.
+        given: alpha that the user gives for a file that states none.
 
     Returns:
-        The alphas by module, and the places that state them.
+        The alphas by module, and the places that state them in words.
 
     Raises:
-        CheckpointError: two places differ, ranks are not as stated, an alpha is missing or no number, the metadata
-            names layers that the file lacks, or it is damaged.
+        CheckpointError: two places differ, a rank is not as stated, an alpha is missing or not a number, or the
+            metadata is damaged or names layers that the file lacks.
     """
     ranks = {name: len(parts["lora_A"]) for name, parts in modules.items()}
     statements = [
@@ -91,7 +91,7 @@ def read_alphas(
     if not statements:
         return {name: float(rank) for name, rank in ranks.items()}, ASSUMED
     _check_same(statements)
-    # The same numbers; where one place rounds them more, another one's are taken.
+    # The places agree within their precision; take the most precise one.
     exact = min(statements, key=lambda statement: statement.tolerance)
     return {name: float(exact.alphas[name]) for name in ranks}, " and ".join(each.where for each in statements)
 
@@ -113,7 +113,7 @@ def _from_tensors(modules: Modules, *_: object) -> list[Statement]:
     if not own:
         return []
     alphas = {name: alpha.item() if alpha.numel() == 1 else None for name, alpha in own.items()}
-    # Half a unit in the last place of the dtype; 16-bit numbers round an alpha such as 22.627.
+    # 16-bit floats round an alpha such as 22.627.
     rounding = max(torch.finfo(alpha.dtype).eps if alpha.is_floating_point() else 0.0 for alpha in own.values())
     return [Statement("its .alpha tensors", alphas, max(rounding, 2 * _TOLERANCE))]
 
@@ -144,10 +144,10 @@ def _from_configs(
 ) -> list[Statement]:
     statements = []
     if (config := configs.get(PEFT_CONFIG)) is not None:
-        where = f"{PEFT_CONFIG} beside it"
+        where = f"{PEFT_CONFIG} next to it"
         statements.append(Statement(where, alphas_by_peft(where, modules, config)))
     if (config := configs.get(FASTVIDEO_CONFIG)) is not None:
-        where, settings = f"{FASTVIDEO_CONFIG} beside it", config.get("lora_params")
+        where, settings = f"{FASTVIDEO_CONFIG} next to it", config.get("lora_params")
         if not isinstance(settings, dict):
             raise CheckpointError(
                 f"{where} has no `lora_params`, as FastVideo writes it: remove it, or fetch it again."
@@ -173,7 +173,7 @@ def _official_alphas(ranks: dict[str, int], kwargs: dict[str, Any]) -> dict[str,
                 "fetch the file again."
             )
         alphas[name] = kwargs.get(f"{group}_lora_alpha")
-    # This format is all or nothing, so that layers that are not there have been lost.
+    # This format holds all layers of a group, so missing layers have been lost.
     groups = [ours for group, ours in (("qkv", ".qkv_"), ("out", ".proj_")) if kwargs.get(f"{group}_proj_lora_rank")]
     num_blocks = 1 + max(block_of(name) for name in ranks)
     expected = [name for name in official_names(num_blocks) if any(ours in name for ours in groups)]
@@ -190,15 +190,15 @@ def _lacks(lacking: list[str], num_expected: int) -> str:
 
 
 def _number(metadata: Mapping[str, str], key: str) -> float | None:
-    """Returns the number that a text of the metadata is; None where there is none."""
+    """Returns a value of the metadata as a number, or None if it has no such key or no single value."""
     text = metadata.get(key)
-    # kohya's tools write these where there is no one number.
+    # kohya's tools write these if layers differ.
     if text in (None, "", "None", "Dynamic"):
         return None
     try:
         return float(text)
     except ValueError:
-        raise CheckpointError(f"its metadata `{key}` is no number but {text!r:.20}: fetch the file again.") from None
+        raise CheckpointError(f"its metadata `{key}` is not a number but {text!r:.20}: fetch the file again.") from None
 
 
 def _json(metadata: Mapping[str, str], key: str) -> dict:

@@ -1,6 +1,6 @@
-"""Adapter files in and out, exactly: every layout holds the same change of the weights.
+"""Reads and writes adapter files; every layout holds the same change of the weights.
 
-| layout    | keys as they are written                                  | where alpha is                            |
+| layout    | keys                                                      | where alpha is                            |
 | --------- | --------------------------------------------------------- | ----------------------------------------- |
 | native    | blocks.0.attn.qkv_x.lora_A, blocks.0.mlp_x.w1.lora_B      | `.alpha` tensors, and metadata `alphas`   |
 | official  | the same, all attention layers and nothing else           | metadata `kwargs`: JSON, one for a group  |
@@ -8,19 +8,19 @@
 | comfyui   | native keys                                               | in the weights, alpha = rank              |
 | kohya     | lora_unet_blocks_0_attn_qkv_x.lora_down.weight, .lora_up  | `.alpha` tensors                          |
 
-`keys` says which keys are read, `alphas` where their alphas are looked for. The keys of kohya are official names with
+The module `keys` lists the keys that are read, and `alphas` the places of alpha. kohya's keys are official names with
 underscores, by which ComfyUI finds its modules.
 Source: Comfy-Org/ComfyUI@17358c8 comfy/lora.py (model_lora_keys_unet).
 
-In memory there is one form only: official names, fp32. Every export but the native one has alpha / rank multiplied
-into B, so that a runtime gets the same weights whether it reads an alpha or not. ComfyUI reads a native file's `.alpha`
-tensors, and the reference, which loads adapters with strict=False, passes them over.
+In memory, layers have official names and are fp32. Every export except the native one has alpha / rank multiplied into
+B, so that a runtime computes the same weights whether or not it reads an alpha. ComfyUI reads the `.alpha` tensors of a
+native file. The reference, which loads adapters with strict=False, ignores them.
 Source: genmoai/mochi@0c86aeb src/genmo/mochi_preview/pipelines.py (DitModelFactory), demos/cli.py (strict_load).
 
-The magnitudes of a DoRA are `LAYER.lora_magnitude` in native files, `MODULE.lora_magnitude_vector` in diffusers'. The
-official layout has none. ComfyUI's `dora_scale` divides the rows by the lengths of the base's rows and not of the
-adapted ones: magnitude * |W| / |W + scale * B A|, by rows, would render exactly what was trained. Its open pull request
-15458 divides by the adapted rows and so changes what a file means; until that is settled, none is written.
+The magnitudes of a DoRA are `LAYER.lora_magnitude` in native files and `MODULE.lora_magnitude_vector` in those of
+diffusers. The official layout has none. ComfyUI's `dora_scale` divides by the norms of the base's rows, not of the
+adapted rows: magnitude * |W| / |W + scale * B A|, by rows, would render exactly what was trained. Its open pull request
+15458 divides by the adapted rows, which changes the meaning of a file. Until this is settled, none is written.
 Source: comfyanonymous/ComfyUI@9c0cf36 comfy/weight_adapter/base.py (weight_decompose); Comfy-Org/ComfyUI pull 15458.
 """
 
@@ -76,12 +76,12 @@ __all__ = [
     "save_adapter",
 ]
 
-# Blocks of Mochi 1.
-OFFICIAL_BLOCKS = 48
+# Number of blocks of Mochi 1.
+_OFFICIAL_BLOCKS = 48
 FORMATS = ("official", "diffusers", "comfyui", "kohya", "native")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Belongs to one layout and is not carried through a conversion.
+# Metadata of one layout, which a conversion does not carry over.
 _LAYOUT_METADATA = ("format", *ALPHA_KEYS, *COMPUTED_KEYS)
 
 
@@ -90,12 +90,12 @@ class Adapter:
     """A LoRA, independent of the layout that it was read from.
 
     Attributes:
-        layers: by official module name, such as "blocks.0.attn.qkv_x".
-        metadata: about its origin; carried through every conversion. `rank` is as trained, and so are `alpha` and
-            `rslora` until an export multiplies them into the weights.
-        path: the file that it was read from, if any.
-        alpha: its alphas as the file states them, "4,8" where they differ; "" for one that was not read from a file.
-        alpha_source: where these were found, in words; likewise.
+        layers: layers by official module name, such as "blocks.0.attn.qkv_x".
+        metadata: facts about its origin, which every conversion carries over. `rank` is that of the training, and so
+            are `alpha` and `rslora` until an export multiplies them into the weights.
+        path: file that it was read from, if any.
+        alpha: alpha as the file states it, "4,8" if layers differ; "" if it was not read from a file.
+        alpha_source: where the file states alpha, in words; "" if it was not read from a file.
     """
 
     layers: dict[str, LoraLayer]
@@ -114,7 +114,7 @@ class Adapter:
 
     @property
     def alpha_note(self) -> str:
-        """Its alpha and where that was found, for the user to read."""
+        """The alpha and its source, in words for the user."""
         alpha = f"alpha {self.alpha} by {self.alpha_source}"
         if self.alpha_source != ASSUMED:
             return alpha
@@ -122,7 +122,7 @@ class Adapter:
 
 
 def check_format(to: str) -> None:
-    """Refuses a layout that does not exist, naming the nearest one.
+    """Refuses an unknown layout and names the most similar one.
 
     Raises:
         ConfigError: `to` is not one of FORMATS.
@@ -133,15 +133,15 @@ def check_format(to: str) -> None:
 
 
 def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fingerprint: str | None) -> None:
-    """Refuses an adapter that does not belong to a base.
+    """Refuses an adapter that was trained on another base.
 
     Args:
-        adapter: to be applied.
+        adapter: adapter to be applied.
         shapes: (out, in) of every Linear of the base, by official name.
-        base_fingerprint: of the base's weights; compared where the adapter names its own.
+        base_fingerprint: fingerprint of the base's weights; compared if the adapter states one.
 
     Raises:
-        CheckpointError: a layer is not in the base or has other sizes there, or the fingerprints differ.
+        CheckpointError: the base has no such layer or another size of it, or the fingerprints differ.
     """
     wrong = []
     for name, layer in adapter.layers.items():
@@ -150,7 +150,7 @@ def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fin
         elif layer.shape != tuple(shapes[name]):
             wrong.append(f"{name} is {_size(layer.shape)}, in the base {_size(shapes[name])}")
     trained_on = adapter.metadata.get("base_fingerprint")
-    # A base in fp8 or fp16 is known by its rounded numbers, "F8_E4M3:...", which others cannot be compared with.
+    # The fingerprint of a base in fp8 or fp16, "F8_E4M3:...", is that of rounded weights, unlike those of other dtypes.
     if (
         trained_on
         and base_fingerprint
@@ -165,30 +165,31 @@ def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fin
 
 
 def short(fingerprint: str) -> str:
-    """Returns as much of a fingerprint as tells it from others; a dtype before it stays."""
+    """Returns the first digits of a fingerprint, enough to tell it from others, with its dtype if it has one."""
     dtype, colon, digits = fingerprint.rpartition(":")
     return dtype + colon + digits[:12]
 
 
 def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
-    """Reads an adapter of any layout, which is found from its keys and metadata.
+    """Loads an adapter of any layout, which its keys and metadata identify.
 
-    Components that are 0 in both halves, which exports add as padding, are dropped. Diffusers' q, k and v become the
-    fused layer as `fuse_layers` says.
+    Components that are 0 in both halves, which exports add as padding, are dropped. `fuse_layers` turns the separate
+    q, k and v of diffusers into fused layers.
 
     Args:
-        path: a file, a folder, or "hub:owner/name", as `find_adapter_file` takes it.
-        alpha: of all layers of a file that does not state it; without it such a file has alpha = rank.
+        path: a file, a folder, or "hub:owner/name", see `find_adapter_file`.
+        alpha: alpha of all layers of a file that states none; None means alpha = rank.
 
     Raises:
-        CheckpointError: no such file, not safetensors (a pickle is never opened), of another model or kind, unknown or
-            missing keys, alphas that contradict each other or do not fit, non-finite weights, or nothing but zeros.
+        CheckpointError: the file does not exist, is not safetensors (pickles are never opened) or is an adapter of
+            another model or kind, keys are unknown or missing, alphas contradict each other or do not fit, weights are
+            not finite, or all weights are 0.
     """
     path = find_adapter_file(path)
     trained, metadata, source = read_layers(path, alpha)
     check_base(f"adapter {path}", stated_bases(metadata, path.parent))
     is_export = is_ours(metadata) and metadata.get("format") != "mochi-tune"
-    # An export has alpha / rank in its weights, and metadata of other programs need not describe the layers.
+    # The weights of an export include alpha / rank. The metadata of other programs need not describe the layers.
     untrue = ("alpha", "rslora") if is_export else () if is_ours(metadata) else ("rank", "alpha", "targets")
     carried = {key: value for key, value in metadata.items() if key not in (*_LAYOUT_METADATA, *untrue)}
     try:
@@ -207,33 +208,33 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
 
 
 def _depth_by_names(trained: dict[str, LoraLayer], metadata: dict[str, str]) -> dict[str, str]:
-    """Returns the base's number of blocks as metadata, where a diffusers name of the last block gives it."""
+    """Returns metadata with the base's number of blocks if a diffusers name of the last block reveals it, else {}."""
     depths = {str(block_of(name) + 1) for name in trained if kind_of(name) == LAST_MOD_Y}
     if not depths:
         return {}
     if len(depths | ({metadata["num_blocks"]} if "num_blocks" in metadata else set())) > 1:
-        raise CheckpointError(f"{LAST_MOD_Y} is the last block's, and it has it in others: fetch the file again.")
+        raise CheckpointError(f"{LAST_MOD_Y} is only in the last block, and others have it: fetch the file again.")
     return {"num_blocks": depths.pop()}
 
 
 def save_adapter(
     path: Path | str, adapter: Adapter, to: str = "native", dtype: torch.dtype = torch.float32
 ) -> dict[str, LoraLayer]:
-    """Writes an adapter file, atomically; the change of the weights is the same in every layout.
+    """Writes an adapter file atomically; the change of the weights is the same in every layout.
 
     Args:
         path: file to write or replace; its folder exists.
-        adapter: layers on any device, in any float dtype.
-        to: one of FORMATS.
-        dtype: of the tensors in the file; fp32 numbers, alpha / rank included, are rounded to it once.
+        adapter: adapter with layers on any device and in any float dtype.
+        to: layout, one of FORMATS.
+        dtype: dtype of the tensors in the file; fp32 values, which include alpha / rank, are rounded to it once.
 
     Returns:
-        The layers as written but for the rounding, by their names in the file; their number, rank and alpha can differ
-        from the adapter's.
+        The layers before rounding by their names in the file. Their number, rank and alpha can differ from those of the
+        adapter.
 
     Raises:
         ConfigError: `to` is unknown.
-        CheckpointError: a layer is damaged, has no place in the layout or does not fit the dtype, or there is none.
+        CheckpointError: a layer is damaged or does not fit the layout or the dtype, or the adapter has no layers.
     """
     check_format(to)
     path = Path(path)
@@ -270,10 +271,10 @@ def save_adapter(
 
 
 def round_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a layer's tensor on the CPU, rounded once; itself where it is so already.
+    """Returns a layer's tensor on the CPU, rounded to `dtype`; no copy if it already is.
 
     Raises:
-        CheckpointError: a number is larger than any of the dtype.
+        CheckpointError: a value is too large for the dtype.
     """
     rounded = tensor.detach().to("cpu", dtype).contiguous()
     if not torch.isfinite(rounded).all():
@@ -285,12 +286,12 @@ def round_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 
 def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """Returns the layers in a layout's names and ranks, and the layout's own metadata."""
+    """Returns the layers with the names and ranks of a layout, and the metadata of that layout."""
     if to == "native":
         layers = adapter.layers
         metadata = {"alphas": json.dumps({name: layer.alpha for name, layer in layers.items()})}
         num_blocks, kwargs = _num_blocks(adapter), _official_kwargs(layers)
-        # A file that needs no change for the official loader is given what that loader reads.
+        # If the official loader can read the layers as they are, the file has the metadata that it needs.
         if num_blocks and kwargs and layers.keys() == set(official_names(num_blocks)):
             metadata["kwargs"] = kwargs
         return layers, metadata
@@ -302,7 +303,7 @@ def _lay_out(adapter: Adapter, to: str) -> tuple[dict[str, LoraLayer], dict[str,
     if to == "official":
         return _lay_out_official(adapter)
     if to == "diffusers":
-        # One rank for all: diffusers without 0.42's remedy takes the first module's rank as every module's alpha.
+        # One rank for all modules: before 0.42, diffusers takes the rank of the first module as alpha of all.
         rank = max(layer.rank for layer in adapter.layers.values())
         modules = split_layers(adapter.layers, _depth_for_names(adapter))
         return {f"transformer.{name}": pad_rank(module, rank) for name, module in modules.items()}, {}
@@ -349,26 +350,26 @@ def _official_kwargs(layers: dict[str, LoraLayer]) -> str | None:
 
 
 def _depth_for_names(adapter: Adapter) -> int | None:
-    """Returns the base's depth where diffusers' names depend on it, which are those of text modulations."""
+    """Returns the base's depth if diffusers' names depend on it, as those of text modulations do, else None."""
     if not any(kind_of(name) == "mod_y" for name in adapter.layers):
         return None
     if "num_blocks" not in adapter.metadata:
         raise CheckpointError(
-            f"{adapter} has text modulations (mod_y), whose name in diffusers is another one in the last block, and no "
+            f"{adapter} has text modulations (mod_y), whose name in diffusers differs in the last block, but no "
             "num_blocks in its metadata: use to=comfyui."
         )
     return _num_blocks(adapter)
 
 
 def _num_blocks(adapter: Adapter) -> int | None:
-    """Returns the base's depth by the metadata, else Mochi 1's for layers of its sizes, else by the names.
+    """Returns the base's depth from the metadata, else that of Mochi 1 for layers of its sizes, else from the names.
 
-    None where it has more blocks than named.
+    It is None if the names show that the base has more blocks than the adapter.
     """
     stated = adapter.metadata.get("num_blocks")
     if stated is None and has_official_shapes(adapter.layers):
-        # An adapter may have a few of its blocks alone.
-        return OFFICIAL_BLOCKS
+        # An adapter of Mochi 1 may have only some of its blocks.
+        return _OFFICIAL_BLOCKS
     if stated is None:
         last = max(block_of(name) for name in adapter.layers)
         updates_text = any(block_of(name) == last and kind_of(name) in TEXT_UPDATE_KINDS for name in adapter.layers)
@@ -379,7 +380,7 @@ def _num_blocks(adapter: Adapter) -> int | None:
 
 
 def _describe(layers: dict[str, LoraLayer], trained: dict[str, LoraLayer]) -> dict[str, str]:
-    """Returns the metadata that the layers themselves give; an adapter's own metadata is preferred to it."""
+    """Returns metadata computed from layers; the adapter's own metadata takes precedence."""
     ranks = sorted({layer.rank for layer in trained.values()})
     alphas = sorted({layer.alpha for layer in trained.values()})
     targets = sorted({kind_of(name) for name in layers})
@@ -391,7 +392,7 @@ def _describe(layers: dict[str, LoraLayer], trained: dict[str, LoraLayer]) -> di
 
 
 def dtype_of(fingerprint: str) -> str:
-    """Returns the dtype of the file that a fingerprint was taken of, where it names one, else ""."""
+    """Returns the dtype that a fingerprint starts with, or "" if it has none."""
     return fingerprint.rpartition(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""The keys of adapter files: which layer and which part of it a tensor is, in any layout, by tables and not by guesses.
+"""Parses the keys of adapter files of any layout: which layer and which part of it a tensor is.
 
 | written by                  | key of a half                                                          |
 | --------------------------- | ---------------------------------------------------------------------- |
@@ -39,7 +39,7 @@ _SUFFIX = re.compile(
     r"|(?P<magnitude>lora_magnitude)(?:_vector(?:\.(?P<of_adapter>(?!weight$)\w+))?(?:\.weight)?)?"
     r"|(?P<alpha>alpha))"
 )
-# What other kinds of adapters are called, by what their keys hold.
+# Names of other kinds of adapters, with a pattern of their keys.
 _FOREIGN = {
     "a LoKr": r"\.lokr_",
     "a LoHa": r"\.hada_",
@@ -58,12 +58,12 @@ _CONV_NAMES = ("x_embedder.proj", "patch_embed.proj")
 
 
 class Key(NamedTuple):
-    """What a tensor of an adapter file is.
+    """The meaning of a key of an adapter file.
 
     Attributes:
-        module: the Linear, by its official or its diffusers name.
-        part: "lora_A", "lora_B", "magnitude", "alpha", or "lora_A scale" and "lora_B scale" of an fp8 half.
-        adapter: the name of one of several adapters, as peft writes it; "" where there is none.
+        module: official or diffusers name of the Linear.
+        part: "lora_A", "lora_B", "magnitude", "alpha", or "lora_A scale" and "lora_B scale" for fp8 halves.
+        adapter: peft's name of the adapter, or "" if the key has none.
     """
 
     module: str
@@ -72,7 +72,7 @@ class Key(NamedTuple):
 
 
 def parse_key(key: str) -> Key | None:
-    """Returns what a key says, or None where it is that of no Linear of Mochi."""
+    """Parses a key; returns None if it is not that of a Linear of Mochi."""
     match = _SUFFIX.fullmatch(key)
     module = _module_of(match["module"]) if match else None
     if match is None or module is None:
@@ -85,10 +85,10 @@ def parse_key(key: str) -> Key | None:
 
 
 def check_foreign(keys: list[str]) -> None:
-    """Refuses the adapters that are no LoRA of the DiT's Linear layers, by what they are.
+    """Refuses other kinds of adapters than LoRA and DoRA layers of the DiT's Linears, and whole models.
 
     Raises:
-        CheckpointError: a key belongs to one.
+        CheckpointError: a key belongs to such a file.
     """
     for kind, pattern in _FOREIGN.items():
         if found := [key for key in keys if re.search(pattern, key)]:
@@ -101,7 +101,7 @@ def check_foreign(keys: list[str]) -> None:
 
 
 def _module_of(name: str) -> str | None:
-    """Returns the official or diffusers name of a module as a file names it; None for one that Mochi has not."""
+    """Returns the official or diffusers name of a module from its name in a file, or None if Mochi lacks it."""
     if name.startswith(_KOHYA_PREFIX):
         return _dotted(name.removeprefix(_KOHYA_PREFIX))
     name = name[_prefix_length(name) :]
@@ -116,7 +116,7 @@ def _prefix_length(name: str) -> int:
 
 def _underscored(names: list[str]) -> dict[str, str]:
     table = {name.replace(".", "_"): name for name in names}
-    assert len(table) == len(names), "two modules have one name in kohya's keys"
+    assert len(table) == len(names), "two modules have the same name in kohya's keys"
     return table
 
 
@@ -128,7 +128,7 @@ _OUTER = _underscored([*OUTER_MODULES, *OFFICIAL_OUTER])
 
 
 def _dotted(name: str) -> str | None:
-    """Returns the dotted name of a module whose dots kohya has written as underscores."""
+    """Returns the name of a module from kohya's form, which has underscores instead of dots, or None."""
     if match := _KOHYA_BLOCK.fullmatch(name):
         kind = _KINDS[match[1]].get(match[3])
         return f"{match[1]}.{match[2]}.{kind}" if kind else None

@@ -1,4 +1,4 @@
-"""Low-rank layers under official and under diffusers' names, and the exact way from one to the other."""
+"""Low-rank layers by official and by diffusers' names, and exact conversions between the two."""
 
 import re
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mochi_tune.errors import CheckpointError, some
 
-# An official layer of a block, and the diffusers modules that hold its rows in order.
+# The layers of a block by official name, with the diffusers modules that hold their rows, in order.
 DIFFUSERS_KINDS = {
     "attn.qkv_x": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.qkv_y": ("attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj"),
@@ -21,12 +21,12 @@ DIFFUSERS_KINDS = {
     "mod_x": ("norm1.linear",),
     "mod_y": ("norm1_context.linear",),
 }
-# The last block's text modulation is of another class in diffusers, and its layer has another name.
+# In diffusers, the text modulation of the last block is of another class, whose layer has another name.
 LAST_MOD_Y = "norm1_context.linear_1"
-# The way back: a diffusers module's official layer, and which part of its rows it holds.
+# The official layer of each diffusers module, and the index of the part of its rows that the module holds.
 OFFICIAL_KINDS = {part: (kind, i) for kind, parts in DIFFUSERS_KINDS.items() for i, part in enumerate(parts)}
 OFFICIAL_KINDS[LAST_MOD_Y] = ("mod_y", 0)
-# The Linears outside of the blocks, and diffusers' names of them.
+# The Linears outside the blocks, with their names in diffusers.
 OUTER_MODULES = {
     "t_embedder.mlp.0": "time_embed.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_embed.timestep_embedder.linear_2",
@@ -38,22 +38,22 @@ OUTER_MODULES = {
     "final_layer.linear": "proj_out",
 }
 OFFICIAL_OUTER = {module: name for name, module in OUTER_MODULES.items()}
-# The last block does not update text, so it has none of these.
+# Layers that the last block lacks, because it does not update text.
 TEXT_UPDATE_KINDS = ("attn.proj_y", "mlp_y.w1", "mlp_y.w2")
-# Layers whose output is two halves, whatever the layout.
+# Endings of layers whose output has two halves, in both layouts.
 _OF_TWO_HALVES = (".w1", ".net.0.proj", "final_layer.mod", "norm_out.linear")
 _BLOCK = re.compile(r"(?:transformer_)?blocks\.(0|[1-9]\d{0,2})\.(.+)")
 
 
 @dataclass
 class LoraLayer:
-    """The low-rank change of one Linear: W' = W + alpha / rank * b @ a, whose rows a DoRA then gives its own lengths.
+    """The low-rank change of one Linear, W' = W + alpha / rank * b @ a; a DoRA then scales each row to its magnitude.
 
     Attributes:
-        a: (rank, in), the half next to the input.
-        b: (out, rank), the half next to the output.
-        alpha: strength; alpha = rank applies b @ a as it is.
-        magnitude: (out,), the length of each row of W' in a DoRA; None in a plain LoRA, which leaves them as they come.
+        a: (rank, in), the half at the input.
+        b: (out, rank), the half at the output.
+        alpha: strength; alpha = rank applies b @ a unscaled.
+        magnitude: (out,), norm of each row of W' in a DoRA; None in a plain LoRA.
 
     Source: DoRA, arXiv 2402.09353, equation 5; a row here is a column there.
     """
@@ -80,60 +80,60 @@ class LoraLayer:
 
 
 def block_of(name: str) -> int:
-    """Returns N of "blocks.N.attn.qkv_x" or "transformer_blocks.N.attn1.to_q"; -1 outside of the blocks."""
+    """Returns N of "blocks.N.attn.qkv_x" or "transformer_blocks.N.attn1.to_q", or -1 outside the blocks."""
     match = _BLOCK.fullmatch(name)
     return int(match[1]) if match else -1
 
 
 def kind_of(name: str) -> str:
-    """Returns what follows the block, "attn.qkv_x" of "blocks.N.attn.qkv_x"; outside of the blocks the whole name."""
+    """Returns "attn.qkv_x" of "blocks.N.attn.qkv_x", or the whole name outside the blocks."""
     match = _BLOCK.fullmatch(name)
     return match[2] if match else name
 
 
 def is_official(name: str) -> bool:
-    """Whether a name is that of a Linear in the official model, of whatever number of blocks."""
+    """Whether a Linear of the official model, with any number of blocks, has this name."""
     return name in OUTER_MODULES or (name.startswith("blocks.") and kind_of(name) in DIFFUSERS_KINDS)
 
 
 def is_diffusers(name: str) -> bool:
-    """Whether a name is that of a Linear in diffusers' model, of whatever number of blocks."""
+    """Whether a Linear of diffusers' model, with any number of blocks, has this name."""
     return name in OFFICIAL_OUTER or (name.startswith("transformer_blocks.") and kind_of(name) in OFFICIAL_KINDS)
 
 
 def is_attention_or_mlp(name: str) -> bool:
-    """Whether an official layer is one that the training adapts."""
+    """Whether training can adapt an official layer."""
     return block_of(name) >= 0 and kind_of(name).startswith(("attn.", "mlp_"))
 
 
 def check_layer(name: str, layer: LoraLayer) -> None:
-    """Refuses a layer that is no finite low-rank change of the Linear that its name says.
+    """Refuses a layer that is not a finite low-rank change of the Linear with its name.
 
     Raises:
-        CheckpointError: sizes that do not fit each other or the name, no elements, NaN or infinity.
+        CheckpointError: the sizes do not fit each other or the name, or there are no elements, NaN or infinity.
     """
     a, b = layer.a, layer.b
     row_parts = 3 if ".qkv_" in name else 2 if name.endswith(_OF_TWO_HALVES) else 1
     if a.ndim != 2 or b.ndim != 2 or not a.numel() or a.shape[0] != b.shape[1] or not len(b) or len(b) % row_parts:
         raise CheckpointError(
-            f"{name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are no pair for this layer."
+            f"{name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit each other or this layer."
         )
     magnitude = torch.ones(len(b)) if layer.magnitude is None else layer.magnitude
     if magnitude.shape != (len(b),):
-        raise CheckpointError(f"{name}: {tuple(magnitude.shape)} magnitudes are not one for each of its {len(b)} rows.")
+        raise CheckpointError(f"{name}: its magnitudes have shape {tuple(magnitude.shape)}, not ({len(b)},).")
     if not all(torch.isfinite(tensor).all() for tensor in (a, b, magnitude)):
         raise CheckpointError(
-            f"{name}: its weights hold NaN or infinity, the training had diverged: use an earlier one."
+            f"{name}: its weights have NaN or infinity, the training diverged: use an earlier checkpoint."
         )
 
 
 def bake(layer: LoraLayer) -> LoraLayer:
-    """Multiplies alpha / rank into b, so that the scale is 1; b is fp32."""
+    """Multiplies alpha / rank into b, so that the scale is 1; the new b is fp32."""
     return replace(layer, b=(layer.b.double() * layer.scale).float(), alpha=float(layer.rank))
 
 
 def pad_rank(layer: LoraLayer, rank: int) -> LoraLayer:
-    """Adds components of zeros up to `rank` (at least the layer's own), at the same scale."""
+    """Pads a layer with zeros to `rank`, which is at least its own; the scale stays the same."""
     more = rank - layer.rank
     a = torch.cat([layer.a, layer.a.new_zeros(more, layer.a.shape[1])])
     b = torch.cat([layer.b, layer.b.new_zeros(layer.b.shape[0], more)], dim=1)
@@ -141,7 +141,7 @@ def pad_rank(layer: LoraLayer, rank: int) -> LoraLayer:
 
 
 def drop_padding(layer: LoraLayer) -> LoraLayer:
-    """Takes out the components that are 0 in both halves; a layer of zeros comes back with rank 0, a DoRA's with 1."""
+    """Removes the components that are 0 in both halves; a layer of zeros gets rank 0, or 1 in a DoRA."""
     used = layer.a.any(dim=1) | layer.b.any(dim=0)
     if layer.magnitude is not None and not used.any():
         used[0] = True
@@ -151,11 +151,13 @@ def drop_padding(layer: LoraLayer) -> LoraLayer:
 
 
 def split_layers(layers: dict[str, LoraLayer], num_blocks: int | None = None) -> dict[str, LoraLayer]:
-    """Turns official layers into diffusers' modules, baked: each part has the layer's A, and its rows of the rest.
+    """Converts official layers to diffusers' modules, with the scale baked in.
+
+    Each module of a layer has its A, and its own rows of B and of the magnitudes.
 
     Args:
-        layers: by official name.
-        num_blocks: of the base, where a layer is a `mod_y`.
+        layers: layers by official name.
+        num_blocks: number of blocks of the base; needed for `mod_y` layers.
     """
     modules = {}
     for name, layer in layers.items():
@@ -176,14 +178,14 @@ def _diffusers_modules(name: str, num_blocks: int | None) -> list[str]:
 
 
 def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
-    """Turns diffusers' modules into official layers.
+    """Converts diffusers' modules to official layers.
 
-    Where q, k and v carry one and the same A, they fold into the fused layer at their own rank; otherwise it holds all
-    their components, up to three times the rank. Only some of q, k and v may be adapted, if alike in every block of the
-    stream: the others' rows are then 0.
+    If q, k and v have the same A, the fused layer has their rank. Otherwise it holds all their components, up to three
+    times the rank. A file may adapt only some of q, k and v if every block of the stream does the same; the rows of the
+    others are then 0.
 
     Raises:
-        CheckpointError: a q, k or v is missing that other blocks have, or in a DoRA any, or the three differ in size,
+        CheckpointError: a block lacks a q, k or v that others have, a DoRA lacks any of them, the three differ in size,
             or a block has a text modulation of both kinds.
     """
     groups: dict[str, list[LoraLayer | None]] = {}
@@ -193,7 +195,7 @@ def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
         official = f"blocks.{block}.{kind}" if block >= 0 else kind
         group = groups.setdefault(official, [None] * (len(DIFFUSERS_KINDS[kind]) if block >= 0 else 1))
         if group[i] is not None:
-            raise CheckpointError(f"{official} is in it twice, {name} is one of them: fetch the file again.")
+            raise CheckpointError(f"{official} is in it twice, once as {name}: fetch the file again.")
         group[i] = module
     _check_same_choice(groups)
     fused = {}
@@ -201,13 +203,13 @@ def fuse_layers(modules: dict[str, LoraLayer]) -> dict[str, LoraLayer]:
         if others:
             fused[name] = _fuse_thirds(name, [first, *others])
         else:
-            assert first is not None, "a group has the module that it was made for"
+            assert first is not None, "every group has at least one module"
             fused[name] = _swap_halves(name, first)
     return fused
 
 
 def _swap_halves(name: str, layer: LoraLayer) -> LoraLayer:
-    """Exchanges the halves of a SwiGLU's first Linear (gate, value) and of the final modulation (shift, scale)."""
+    """Swaps the output halves of a SwiGLU's first Linear (gate, value) and of the final modulation (shift, scale)."""
     if not name.endswith(_OF_TWO_HALVES):
         return layer
     half = layer.b.shape[0] // 2
@@ -216,7 +218,7 @@ def _swap_halves(name: str, layer: LoraLayer) -> LoraLayer:
 
 
 def _check_same_choice(groups: dict[str, list[LoraLayer | None]]) -> None:
-    """Refuses a module that only some blocks lack; a choice, such as to_q and to_v, is the same in every block."""
+    """Refuses modules that only some blocks have; the choice of q, k and v must be the same in every block."""
     used = {(kind_of(name), i) for name, parts in groups.items() for i, part in enumerate(parts) if part}
     missing = [
         f"transformer_blocks.{block_of(name)}.{DIFFUSERS_KINDS[kind_of(name)][i]}"
@@ -229,7 +231,7 @@ def _check_same_choice(groups: dict[str, list[LoraLayer | None]]) -> None:
 
 
 def _fuse_thirds(name: str, thirds: list[LoraLayer | None]) -> LoraLayer:
-    """Stacks q, k and v: one A when they share it, else all their A's under a block-diagonal B."""
+    """Fuses q, k and v: with their common A if they share it, else with all their A's and a block-diagonal B."""
     present = [third for third in thirds if third]
     if len({third.shape for third in present}) > 1:
         raise CheckpointError(f"{name}: its q, k and v differ in size: fetch the file again.")
@@ -240,7 +242,7 @@ def _fuse_thirds(name: str, thirds: list[LoraLayer | None]) -> LoraLayer:
     magnitude = None
     if first.magnitude is not None:
         if len(present) < 3:
-            raise CheckpointError(f"{name}: a DoRA of only some of q, k and v has no form here: adapt all three.")
+            raise CheckpointError(f"{name}: a DoRA of only some of q, k and v is not supported: adapt all three.")
         magnitude = torch.cat([third.magnitude for third in present if third.magnitude is not None])
     if all(torch.equal(third.a, first.a) for third in present):
         b = torch.cat([third.b if third else torch.zeros_like(first.b) for third in thirds])
@@ -251,18 +253,18 @@ def _fuse_thirds(name: str, thirds: list[LoraLayer | None]) -> LoraLayer:
 
 
 def official_names(num_blocks: int) -> list[str]:
-    """Lists every layer of an official adapter, which are the attention's."""
+    """Lists the layers of a complete official adapter, which are those of the attention."""
     kinds = [kind for kind in DIFFUSERS_KINDS if kind.startswith("attn.")]
     names = [f"blocks.{i}.{kind}" for i in range(num_blocks) for kind in kinds]
     return [name for name in names if block_of(name) < num_blocks - 1 or kind_of(name) not in TEXT_UPDATE_KINDS]
 
 
 def complete_layers(layers: dict[str, LoraLayer], num_blocks: int) -> dict[str, LoraLayer]:
-    """Bakes attention layers and fills in zeros, to one rank for all qkv and one for all projections.
+    """Bakes attention layers, and adds zeros so that all layers exist with one rank for qkv and one for projections.
 
     Args:
-        layers: some of official_names(num_blocks).
-        num_blocks: of the base.
+        layers: some of the layers of official_names(num_blocks).
+        num_blocks: number of blocks of the base.
     """
     shapes = _attention_shapes(layers)
     complete = {}
@@ -277,7 +279,7 @@ def complete_layers(layers: dict[str, LoraLayer], num_blocks: int) -> dict[str, 
 
 
 def _attention_shapes(layers: dict[str, LoraLayer]) -> dict[str, tuple[int, int]]:
-    """Returns (out, in) of every kind, worked out from any of them; by default text is half as wide, as in Mochi 1."""
+    """Returns (out, in) of every kind, computed from the layers; by default text is half as wide, as in Mochi 1."""
     dim_x = dim_y = 0
     for name, layer in layers.items():
         num_out, num_in = layer.shape

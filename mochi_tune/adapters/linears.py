@@ -1,4 +1,4 @@
-"""Linears that stand in for others where an adapter is: one that casts its weight, one that scales its rows."""
+"""Linears that replace others where an adapter is: one casts its weight, one scales its rows."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class CastLinear(nn.Linear):
-    """A Linear that multiplies in the dtype of its input; its weight and its gradient stay fp32, as under autocast."""
+    """A Linear that multiplies in the dtype of its input; weight and gradient stay fp32, as under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., in) to (..., out)."""
@@ -14,10 +14,10 @@ class CastLinear(nn.Linear):
 
 
 class StretchedLinear(nn.Module):
-    """A base's Linear whose rows are scaled while a DoRA is on.
+    """A Linear of the base whose rows are scaled while a DoRA is enabled.
 
-    Other code depends on its names: peft looks for `base_layer`; what moves or shards a base leaves `.lora_` in place.
-    A hook instead would be missed by compiled code, which does not check for hooks.
+    Other code depends on the names of its attributes: peft looks for `base_layer`, and offloading and sharding skip
+    names with `.lora_`. It is not a hook, because compiled code does not check for hooks.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -25,16 +25,16 @@ class StretchedLinear(nn.Module):
         self.base_layer = linear
         self.lora_stretch = nn.Parameter(torch.ones(linear.out_features, device=linear.weight.device), False)
         self.is_on = True
-        # What each adapter adds to `lora_stretch`, by its name.
+        # The term that each adapter adds to `lora_stretch`, by adapter name.
         self.changes: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the Linear's output, everything but the bias scaled by row, in the output's dtype."""
+        """Maps (..., in) to (..., out), with each output except the bias scaled by its row."""
         output = self.base_layer(x)
         if not self.is_on:
             return output
         stretched = output * self.lora_stretch
         if self.base_layer.bias is not None:
-            # The base's weights, its bias among them, may be in host memory.
+            # Offloading may keep the bias in host memory.
             stretched = stretched + (1 - self.lora_stretch) * self.base_layer.bias.to(output.device)
         return stretched.to(output.dtype)

@@ -1,7 +1,7 @@
-"""LoRA layers in a live AsymmDiT: choose, size, add, load, read back. PEFT does the arithmetic.
+"""LoRA layers in a live AsymmDiT: selection, settings, creation, loading and reading. PEFT does the arithmetic.
 
-Layers go by their official names, "blocks.0.attn.qkv_x". Adapter weights are fp32 whatever the base's dtype is,
-as in bf16 the updates of a fine-tune round to nothing; they multiply in the base's dtype.
+Layers have official names, such as "blocks.0.attn.qkv_x". Adapter weights are fp32 whatever the dtype of the base,
+because in bf16 the updates of a fine-tune would round to zero. They multiply in the dtype of the base.
 """
 
 import difflib
@@ -20,20 +20,20 @@ from mochi_tune.adapters.linears import CastLinear, StretchedLinear
 from mochi_tune.errors import CheckpointError, ConfigError, some
 
 Number = TypeVar("Number", int, float)
-TRAINED = "default"  # The name of the adapter that is trained.
-# A parameter of the trainable adapter, as peft names it; ours ends at the group.
+TRAINED = "default"  # Name of the trainable adapter.
+# peft's name of a parameter of the trainable adapter; our name is the group.
 _PARAMETER = re.compile(r"(.+\.lora_(?:A|B|magnitude))(?:_vector)?\.default\.weight")
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one layer is adapted.
+    """Settings of the adapter of one layer.
 
     Attributes:
         rank: number of components.
-        alpha: strength; the adapter is scaled by alpha / rank, by alpha / sqrt(rank) if rslora.
-        dropout: share of the adapter's inputs dropped while training.
-        rslora: whether the scale falls with the root of the rank only.
+        alpha: strength; the adapter is scaled by alpha / rank, or by alpha / sqrt(rank) with rsLoRA.
+        dropout: fraction of the adapter's inputs dropped in training, in [0, 1).
+        rslora: whether to use rsLoRA.
 
     Source: rsLoRA, arXiv 2312.03732.
     """
@@ -45,17 +45,17 @@ class LayerSettings:
 
     @property
     def plain_alpha(self) -> float:
-        """The alpha that gives the same scale by alpha / rank, which is what every runtime knows."""
+        """The alpha that gives the same scale without rsLoRA, as runtimes compute it."""
         return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
 
 
 def linear_shapes(dit: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the (out, in) shape of every Linear that training may adapt; works on the meta device."""
+    """Returns the (out, in) shape of every Linear that training can adapt; works on the meta device."""
     return {name: shape for name, shape in all_linear_shapes(dit).items() if is_attention_or_mlp(name)}
 
 
 def all_linear_shapes(dit: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the (out, in) shape of every Linear, which adapters of other trainers may change; on any device."""
+    """Returns the (out, in) shape of every Linear, which adapters of other trainers can adapt; works on any device."""
     return {
         name: (module.out_features, module.in_features)
         for name, module in dit.named_modules()
@@ -64,10 +64,10 @@ def all_linear_shapes(dit: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def select_layers(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Returns the layers whose whole name matches any of the regular expressions.
+    """Returns the layers whose full name matches one of the regular expressions.
 
     Raises:
-        ConfigError: a pattern is no regular expression, or matches no layer.
+        ConfigError: a pattern is not a regular expression or matches no layer, or there are no patterns.
     """
     names = list(names)
     chosen = {name for pattern in patterns for name in _matching("lora.targets", names, pattern)}
@@ -83,15 +83,16 @@ def layer_settings(
     alpha_pattern: Mapping[str, float] | None = None,
     dropout_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, LayerSettings]:
-    """Returns the settings of each chosen layer: a pattern's value where one matches its name, else the common one.
+    """Returns the settings of each layer: the value of the pattern that matches its name, else the common one.
 
     Args:
-        layers: from `select_layers`.
-        common: of all layers that no pattern names.
-        rank_pattern: regular expression -> rank; `alpha_pattern` and `dropout_pattern` likewise.
+        layers: layers from `select_layers`.
+        common: settings of layers that no pattern matches.
+        rank_pattern: rank by regular expression; `alpha_pattern` and `dropout_pattern` likewise.
 
     Raises:
-        ConfigError: a pattern is no regular expression or matches no chosen layer, or two differ about a layer.
+        ConfigError: a pattern is not a regular expression or matches no layer, or two patterns with different values
+            match one layer.
     """
     ranks = _by_pattern("lora.rank_pattern", layers, rank_pattern or {})
     alphas = _by_pattern("lora.alpha_pattern", layers, alpha_pattern or {})
@@ -108,7 +109,7 @@ def layer_settings(
 
 
 def settings_metadata(settings: Mapping[str, LayerSettings]) -> dict[str, str]:
-    """Returns an adapter file's metadata of its layers' settings: ranks and alphas as they were given, and rsLoRA."""
+    """Returns metadata for an adapter file: the ranks and alphas of the settings, and whether they use rsLoRA."""
     metadata = {
         "rank": ",".join(str(rank) for rank in sorted({each.rank for each in settings.values()})),
         "alpha": ",".join(f"{alpha:g}" for alpha in sorted({each.alpha for each in settings.values()})),
@@ -117,19 +118,19 @@ def settings_metadata(settings: Mapping[str, LayerSettings]) -> dict[str, str]:
 
 
 def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int, dora: bool = False) -> None:
-    """Freezes the model and adds a trainable adapter: A random from `seed`, B zero, so that nothing changes yet.
+    """Freezes the model and adds a trainable adapter, with random A and B = 0, so that the output does not change.
 
     Args:
-        dit: the model, on its device; adapters that it has already stay as they are, and are not trained.
-        settings: of each layer that is adapted.
-        seed: of the A's.
-        dora: whether the length of each row of an adapted weight is trained too, starting at its length now.
+        dit: model on its device. Adapters that it already has stay active and frozen.
+        settings: settings of each layer to adapt, by name.
+        seed: seed of the random A's.
+        dora: whether to train the norm of each row of an adapted weight too, starting from its current norm.
 
     Raises:
-        ConfigError: the model has a trainable adapter already.
+        ConfigError: the model already has a trainable adapter.
     """
     if any(TRAINED in module.lora_A for module in _peft_layers(dit)):
-        raise ConfigError("the model has a trainable adapter already: load the model anew for another one.")
+        raise ConfigError("the model already has a trainable adapter: reload the model to add another one.")
     dit.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -137,7 +138,7 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
     for layer, each in settings.items():
         module = _peft_layer(dit, layer)
         if each.dropout:
-            # peft knows one dropout for all layers.
+            # peft has one dropout for all layers.
             module.lora_dropout[TRAINED] = nn.Dropout(each.dropout).train(dit.training)
         if dora:
             _measure_magnitude(module)
@@ -147,16 +148,16 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
 
 
 def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSettings], dora: bool, file: str) -> None:
-    """Refuses an adapter that a training with these settings cannot start from, by its sizes alone.
+    """Refuses an adapter that training with these settings cannot start from; compares sizes only.
 
     Args:
-        layers: of the adapter, which belongs to the base.
-        settings: of each layer that is trained.
+        layers: layers of the adapter, which fits the base.
+        settings: settings of each layer to train, by name.
         dora: whether magnitudes are trained.
-        file: the adapter's name for the text.
+        file: name of the adapter for the message.
 
     Raises:
-        ConfigError: the layers are not the same, a rank is too small for the file's, or a DoRA goes on as a plain LoRA.
+        ConfigError: the layers differ, a rank is below that of the file, or the adapter is a DoRA and `dora` is False.
     """
     if other := [name for name in layers if not is_attention_or_mlp(name)]:
         raise ConfigError(
@@ -181,14 +182,14 @@ def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSet
 
 @torch.no_grad()
 def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Copies an adapter into the trainable one, so that the model computes what it computes with that adapter.
+    """Copies an adapter into the trainable one, so that both give the same output.
 
-    Where the trainable rank is larger, the other components stay as they are: A random, B zero. A scale that differs
-    goes into B. As a DoRA, a plain LoRA starts with the lengths that its rows have.
+    If the trainable rank is higher, the other components keep their random A and B = 0. B absorbs a different scale. If
+    a plain LoRA continues as a DoRA, the magnitudes start at the norms of its adapted rows.
 
     Args:
-        dit: with the adapter of `apply_lora`, untrained.
-        layers: that `check_start` lets pass.
+        dit: model with the untrained adapter of `apply_lora`.
+        layers: layers that passed `check_start`.
     """
     for name, layer in layers.items():
         module = _peft_layer(dit, name)
@@ -202,19 +203,19 @@ def load_start_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
 
 
 def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: float = 1.0) -> None:
-    """Freezes the model and adds an adapter's layers beside those already there; the base weights stay as they are.
+    """Freezes the model and adds an adapter to it, besides any others; the base weights do not change.
 
-    Each adapter adds strength * (W' - W) to a weight W, where W' is what it was trained to be.
+    Each adapter adds strength * (W' - W) to a weight W, where W' is the weight as trained.
 
     Args:
-        dit: the model; its weights are not sharded.
-        layers: of the adapter.
-        name: of the adapter, unique in the model.
-        strength: 1 is as trained.
+        dit: model whose weights are not sharded.
+        layers: layers of the adapter, by name.
+        name: name of the adapter, unique in the model.
+        strength: factor of the change; 1 is as trained.
 
     Raises:
-        ConfigError: torch cannot take the name, or a layer has an adapter of this name.
-        CheckpointError: a layer is not in the model, has other sizes there or is damaged; the model is as it was.
+        ConfigError: `name` is not a valid module name, or a layer already has an adapter of this name.
+        CheckpointError: a layer is not in the model, has another size there or is damaged. The model is unchanged then.
     """
     _check_fit(dit, layers, name)
     dit.requires_grad_(False)
@@ -224,7 +225,7 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
 
 
 def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str) -> None:
-    """Refuses what `apply_adapter` cannot add; layers that other adapters change already are as wide as before."""
+    """Refuses an adapter that `apply_adapter` cannot add; raises the same errors."""
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"an adapter cannot have the name {name!r}: use another word without dots, such as style.")
     shapes = {
@@ -235,10 +236,10 @@ def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str) -> No
     if unknown := [layer for layer in layers if layer not in shapes]:
         raise CheckpointError(
             f"the model has no Linear {some(unknown)}: use an adapter that was trained on it; mod_x and mod_y take one "
-            "only before their weights leave for host memory."
+            "only before their weights move to host memory."
         )
     if taken := [layer for layer in layers if name in getattr(dit.get_submodule(layer), "lora_A", ())]:
-        raise ConfigError(f"the model has an adapter {name!r} in {some(taken)} already: use another name.")
+        raise ConfigError(f"the model already has an adapter {name!r} in {some(taken)}: use another name.")
     for layer, each in layers.items():
         check_layer(layer, each)
         if each.shape != shapes[layer]:
@@ -249,11 +250,11 @@ def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str) -> No
 
 
 def change_adapters(dit: nn.Module, adapters: Mapping[str, tuple[Mapping[str, LoraLayer], float]]) -> None:
-    """Puts other numbers or strengths into the adapters of a model, which then computes what it would with them alone.
+    """Replaces the weights and strengths of a model's adapters; the modules stay the same.
 
     Args:
-        dit: with an adapter of each of these names, and no other one, from `apply_adapter`.
-        adapters: layers and strength by name; the same layers, of the same ranks, as those that are there.
+        dit: model with exactly these adapters from `apply_adapter`.
+        adapters: layers and strength by adapter name; the same layers and ranks as in the model.
     """
     for module in dit.modules():
         if isinstance(module, StretchedLinear):
@@ -262,9 +263,9 @@ def change_adapters(dit: nn.Module, adapters: Mapping[str, tuple[Mapping[str, Lo
         _fill(dit, layers, name, strength)
 
 
-@torch.no_grad()  # What a DoRA's change is worked out from, an fp32 weight, would be kept with the change.
+@torch.no_grad()  # Otherwise the graph of a DoRA's change would keep an fp32 copy of the weight.
 def _fill(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: float) -> None:
-    """Copies an adapter's layers into those that were injected by its name."""
+    """Copies an adapter's layers into the modules injected under its name."""
     for layer, each in layers.items():
         module = _peft_layer(dit, layer)
         module.scaling[name] = strength * each.alpha / each.rank
@@ -272,7 +273,7 @@ def _fill(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: 
         a.data.copy_(each.a)
         b.data.copy_(each.b)
         if each.magnitude is not None:
-            # W' = factor * (W + scale * B A): a row of B is as fixed now as the rest, and takes its factor.
+            # W' = factor * (W + scale * B A): nothing is trained here, so the factor can be multiplied into B.
             changed = _base_weight(module).to(b.device) + each.scale * b @ a
             factor = each.magnitude.to(b.device) / changed.norm(dim=1)
             b.data *= factor[:, None]
@@ -283,7 +284,7 @@ def _fill(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: 
 
 
 def switch_adapters(dit: nn.Module, on: bool) -> None:
-    """Switches all adapters on or off; without them the model computes exactly what the base does."""
+    """Enables or disables all adapters; without them the model computes exactly what the base does."""
     for module in _peft_layers(dit):
         module.enable_adapters(on)
     for module in dit.modules():
@@ -292,13 +293,13 @@ def switch_adapters(dit: nn.Module, on: bool) -> None:
 
 
 def lora_parameters(dit: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the trainable adapter's parameters by name, "blocks.0.attn.qkv_x.lora_A", .lora_B and .lora_magnitude."""
+    """Returns the trainable adapter's parameters by name: LAYER.lora_A, LAYER.lora_B and LAYER.lora_magnitude."""
     matches = ((_PARAMETER.fullmatch(name), parameter) for name, parameter in dit.named_parameters())
     return {match[1]: parameter for match, parameter in matches if match}
 
 
 def trained_layers(tensors: Mapping[str, Tensor], settings: Mapping[str, LayerSettings]) -> dict[str, LoraLayer]:
-    """Returns an adapter's layers of its tensors, which go by the names of `lora_parameters`."""
+    """Returns the layers of a trained adapter from its tensors, which have the names of `lora_parameters`."""
     return {
         name: LoraLayer(
             tensors[f"{name}.lora_A"],
@@ -347,9 +348,9 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
         use_dora=dora,
     )
     with warnings.catch_warnings():
-        # A second adapter on one model is what several LoRAs at once are; peft warns of it.
+        # peft warns of a second adapter, which is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        # Adapters on 8-bit weights cannot be merged; ours stay beside them.
+        # peft warns that adapters on 8-bit weights cannot be merged, which is never done here.
         warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
         inject_adapter_in_model(config, dit, adapter_name=name)
     for layer in layers:
@@ -358,7 +359,7 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
             if name in part:
                 part[name].to(dtype=torch.float32, device=module.get_base_layer().weight.device)
         if not dora:
-            # peft would make an fp32 copy of every input. A DoRA has one: the lengths of rows ask for it.
+            # peft would copy every input to fp32. A DoRA needs that for the norms of its rows.
             module.cast_input_dtype_enabled = False
             for part in (module.lora_A, module.lora_B):
                 cast = CastLinear(part[name].in_features, part[name].out_features, bias=False, device="meta")
@@ -367,13 +368,13 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
 
 
 def _activate_all(dit: nn.Module) -> None:
-    """Activates all adapters, frozen: injecting one makes it the only active one, in layers of other adapters too."""
+    """Activates and freezes all adapters; injecting one had made it the only active one, in all layers."""
     for module in _peft_layers(dit):
         module.set_adapter(list(module.lora_A))
     dit.requires_grad_(False)
 
 
-# Typed Any, here and below: peft keeps the parts of its layers in dictionaries of modules of any kind.
+# The return type is Any because peft keeps the parts of its layers in dictionaries of modules of any kind.
 def _peft_layer(dit: nn.Module, name: str) -> Any:
     return dit.get_submodule(name)
 
@@ -390,9 +391,9 @@ def _base_weight(module: Any) -> Tensor:
 
 @torch.no_grad()
 def _measure_magnitude(module: Any) -> None:
-    """Sets the trainable magnitudes to the lengths that the adapted rows have now, so that they change nothing.
+    """Sets the trainable magnitudes to the current norms of the adapted rows, so that the output does not change.
 
-    Measured in fp32 by the code that measures them in each forward pass: peft starts from lengths rounded to bf16.
+    They are computed in fp32 by the code of the forward pass; peft would start from norms rounded to bf16.
     Source: huggingface/peft@0.21.2 tuners/lora/dora.py (update_layer, forward).
     """
     dora = module.lora_magnitude_vector[TRAINED]

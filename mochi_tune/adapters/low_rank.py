@@ -1,4 +1,4 @@
-"""Arithmetic on low-rank changes through their small factors, in fp64: no matrix of a Linear's size is formed."""
+"""Arithmetic on low-rank changes in fp64, on their factors: no matrix of a Linear's size is computed."""
 
 import math
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from torch import Tensor
 from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.errors import ConfigError
 
-# Matrices of no more rows or columns are decomposed completely; of larger ones only the leading components are found.
+# Maximum smaller side of a matrix for a full SVD; of larger ones only the leading components are computed.
 EXACT_WIDTH = 1024
-# Of the search for leading components: more are followed than are asked for, and how often at most.
-OVERSAMPLING, MAX_ROUNDS = 16, 40
+# Power iteration: number of components in addition to the requested ones, and maximum number of rounds.
+_OVERSAMPLING, _MAX_ROUNDS = 16, 40
 
 
 class Factored(NamedTuple):
     """A change of the weights as left @ core @ right.
 
     Attributes:
-        left: (out, k), orthonormal columns.
-        core: (k, l), which has the change's norm and singular values; k and l are the rank, or a smaller side.
-        right: (l, in), orthonormal rows.
+        left: (out, k), with orthonormal columns.
+        core: (k, l), with the norm and the singular values of the change; k and l are the rank, or a side if smaller.
+        right: (l, in), with orthonormal rows.
     """
 
     left: Tensor
@@ -33,14 +33,14 @@ class Factored(NamedTuple):
 
 @dataclass(frozen=True)
 class Limit:
-    """How far ranks are reduced: to a number, or as far as a share of each layer's energy is kept.
+    """A limit for reducing ranks: a rank, or the energy that each layer keeps.
 
     Attributes:
-        rank: of each layer at most; layers of a lower rank stay as they are.
-        energy: share of the sum of the squared singular values that each layer keeps at least, in (0, 1].
+        rank: maximum rank of each layer; layers with a lower rank stay as they are.
+        energy: minimum fraction of the sum of squared singular values that each layer keeps, in (0, 1].
 
     Raises:
-        ConfigError: both or none are given, or one is out of range.
+        ConfigError: both or neither are given, or one is out of range.
     """
 
     rank: int | None = None
@@ -56,7 +56,7 @@ class Limit:
             raise ConfigError(f"energy={self.energy:g} does not fit: it takes a share above 0 and up to 1, as 0.99.")
 
     def rank_of(self, singular_values: Tensor) -> int:
-        """Returns the rank to which a layer of these singular values, largest first, is reduced."""
+        """Returns the reduced rank of a layer with these singular values, which are sorted largest first."""
         if self.rank is not None:
             return min(self.rank, len(singular_values))
         assert self.energy is not None, "one of the two is given"
@@ -64,17 +64,17 @@ class Limit:
 
 
 def factor(layer: LoraLayer) -> Factored:
-    """Factors what a layer adds to its Linear's weight; of a DoRA, what it adds before the rows get their lengths."""
+    """Factors the change of a layer; in a DoRA, the change before the rows are scaled to their magnitudes."""
     left, upper_b = torch.linalg.qr(layer.b.double())
     right, upper_a = torch.linalg.qr(layer.a.double().T)
     return Factored(left, layer.scale * upper_b @ upper_a.T, right.T)
 
 
 def singular_values(layer: LoraLayer) -> Tensor:
-    """Returns the singular values of what a layer adds, largest first, as many as its rank.
+    """Returns the singular values of a layer's change, largest first, as many as its rank.
 
-    They are the roots of the eigenvalues of B'B AA', which is small: right to 1e-8 of the largest one, and their norm,
-    which is that of the change, to fp64's rounding.
+    They are the roots of the eigenvalues of B'B AA', which is small. They are accurate to 1e-8 of the largest one, and
+    their norm, which is that of the change, to fp64 rounding.
     """
     a, b = layer.a.double(), layer.scale * layer.b.double()
     eigenvalues, vectors = torch.linalg.eigh(b.T @ b)
@@ -83,15 +83,15 @@ def singular_values(layer: LoraLayer) -> Tensor:
 
 
 def effective_rank(values: Tensor, energy: float) -> int:
-    """Returns how many of the largest singular values hold a share `energy` of the sum of all squares; at least 1."""
+    """Returns how many of the largest singular values hold a fraction `energy` of the sum of squares; at least 1."""
     held = values.double().square().cumsum(0)
     return min(int((held < energy * held[-1]).sum()) + 1, len(values))
 
 
 def truncate_layer(layer: LoraLayer, limit: Limit) -> tuple[LoraLayer, float]:
-    """Returns the closest layer of a lower rank, with alpha = rank, and the norm of the difference.
+    """Returns the closest layer within a limit, with alpha = rank, and the norm of the difference.
 
-    A layer that is not reduced comes back as it is, with a difference of 0.
+    A layer that is not reduced is returned as it is, with a difference of 0.
     """
     left, core, right = factor(layer)
     u, values, vt = torch.linalg.svd(core)
@@ -103,7 +103,7 @@ def truncate_layer(layer: LoraLayer, limit: Limit) -> tuple[LoraLayer, float]:
 
 
 def stack_layers(layers: Sequence[LoraLayer], strengths: Sequence[float]) -> LoraLayer:
-    """Returns the sum of strength times change as one layer, exactly: the ranks add up, and alpha = rank."""
+    """Returns the exact sum of the changes, each times its strength, as one layer; ranks add up, and alpha = rank."""
     assert all(layer.magnitude is None for layer in layers), "DoRAs do not add up"
     a = torch.cat([layer.a for layer in layers])
     scaled = [strength * layer.scale * layer.b.double() for layer, strength in zip(layers, strengths, strict=True)]
@@ -111,28 +111,29 @@ def stack_layers(layers: Sequence[LoraLayer], strengths: Sequence[float]) -> Lor
 
 
 def change_norm(layer: LoraLayer) -> float:
-    """Returns the Frobenius norm of what a layer adds to its Linear's weight, as `factor` means it."""
+    """Returns the Frobenius norm of the change that `factor` describes."""
     return math.sqrt(max(inner_product(layer, layer), 0.0))
 
 
 def inner_product(layer: LoraLayer, other: LoraLayer) -> float:
-    """Returns the sum of the products of two changes' elements, by tr((B'B)(AA')), whose factors are rank by rank.
+    """Returns the inner product of two changes, tr((B'B)(AA')), whose factors are rank by rank.
 
-    The norm of a difference follows from products, |x|^2 + |y|^2 - 2xy: where x and y cancel, it is right to 1e-8 |x|.
+    The norm of a difference follows from |x|^2 + |y|^2 - 2xy; where x and y cancel, it is accurate to 1e-8 |x|.
     """
     columns, rows = layer.b.double().T @ other.b.double(), layer.a.double() @ other.a.double().T
     return layer.scale * other.scale * float((columns * rows).sum())
 
 
 def approximate(change: Tensor, rank: int) -> tuple[LoraLayer, float]:
-    """Returns a layer of a rank that is closest to a full change of the weights, and the norm of what is left.
+    """Approximates a full-rank change of the weights by a layer; returns the layer and the norm of the residual.
 
-    Up to EXACT_WIDTH it is the best one. Larger changes are searched for their leading components until another round
-    would gain next to nothing; the norm is measured either way, so that it is what the layer really leaves out.
+    The approximation is the best one if a side of the change is at most EXACT_WIDTH. For larger changes, power
+    iteration finds the leading components until another round would gain almost nothing. The norm is measured in both
+    cases.
 
     Args:
-        change: (out, in), fp32, which is overwritten by what is left.
-        rank: of the layer; the change's size where that is smaller.
+        change: (out, in), fp32; overwritten by the residual.
+        rank: maximum rank of the layer.
     """
     rank = min(rank, *change.shape)
     if min(change.shape) <= EXACT_WIDTH:
@@ -145,27 +146,27 @@ def approximate(change: Tensor, rank: int) -> tuple[LoraLayer, float]:
 
 
 def _leading_components(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the first singular vectors by block power iteration, started from fixed random numbers.
+    """Computes the leading singular vectors by block power iteration from fixed random numbers.
 
     Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4.
     """
-    size = min(rank + OVERSAMPLING, *change.shape)
+    size = min(rank + _OVERSAMPLING, *change.shape)
     start = torch.randn(change.shape[1], size, generator=torch.Generator().manual_seed(0))
     right, held = torch.linalg.qr(start.to(change.device)).Q, 0.0
     total = float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-    for _ in range(MAX_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         left = torch.linalg.qr(change @ right).Q
         right, upper = torch.linalg.qr(change.T @ left)
         before, held = held, float(torch.linalg.svdvals(upper.double())[:rank].square().sum())
         if held - before <= max(1e-4 * (total - held), 1e-10 * total):
             break
-    # change is now about left @ upper.T @ right.T.
+    # change is approximately left @ upper.T @ right.T.
     u, values, vt = torch.linalg.svd(upper.T.double())
     return left.double() @ u, values, vt @ right.double().T
 
 
 def _balanced(left: Tensor, values: Tensor, right: Tensor) -> LoraLayer:
-    """Makes a layer of singular vectors and values, whose roots go into both halves."""
+    """Makes a layer from singular vectors and values; each half gets the roots of the values."""
     roots = values.sqrt()
     return LoraLayer((roots[:, None] * right).float(), (left * roots).float(), float(len(values)))
 

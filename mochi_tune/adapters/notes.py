@@ -1,10 +1,10 @@
-"""What the user should know of an adapter that is used, and is no reason to refuse it."""
+"""Notices about adapters that are used nevertheless."""
 
 import sys
 
 from tqdm import tqdm
 
 
-def tell(text: str) -> None:
-    """Writes a line to stderr, above a progress bar."""
+def notify(text: str) -> None:
+    """Writes a notice of one line to stderr, above any progress bar."""
     tqdm.write(f"mochi-tune: {' '.join(text.split())}", file=sys.stderr)

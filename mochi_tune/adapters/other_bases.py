@@ -1,6 +1,6 @@
-"""Adapters of other models: refused by the base that they name, as their keys and shapes can be those of Mochi's.
+"""Refuses adapters of other models by the base that they name; their keys and shapes can be the same as Mochi's.
 
-The layers of CogVideoX-5b's attention have the names and the sizes of Mochi's visual stream, in 42 blocks.
+The attention layers of CogVideoX-5b have the names and sizes of those of Mochi's visual stream, in 42 blocks.
 Source: huggingface/diffusers@v0.42.1 models/transformers/cogvideox_transformer_3d.py (CogVideoXBlock), and
 huggingface.co/THUDM/CogVideoX-5b transformer/config.json (48 heads of 64, 42 layers).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from mochi_tune.adapters.alphas import PEFT_CONFIG, is_ours
 from mochi_tune.adapters.layers import LoraLayer, block_of, kind_of
 from mochi_tune.adapters.modelspec import has_official_shapes
-from mochi_tune.adapters.notes import tell
+from mochi_tune.adapters.notes import notify
 from mochi_tune.errors import CheckpointError, printable
 from mochi_tune.files import read_json
 
@@ -33,20 +33,20 @@ _FAMILIES = {
 }
 _MOCHI = "mochi"
 _PEFT_KEY = "base_model_name_or_path"
-# Of ModelSpec and of kohya's tools.
+# Metadata keys of ModelSpec and of kohya's tools that name the base.
 _NAMING_KEYS = ("modelspec.architecture", "ss_base_model_version")
 _COGVIDEOX_BLOCKS = 42
 
 
 def check_base(adapter: str, names: Mapping[str, str]) -> None:
-    """Refuses an adapter if bases are named, and each is known as another model than Mochi.
+    """Refuses an adapter if all bases that it names are known to be other models than Mochi.
 
     Args:
-        adapter: its name for the message.
-        names: the bases, by the place that names each.
+        adapter: name of the adapter for the message.
+        names: names of the bases, by the place that states them.
 
     Raises:
-        CheckpointError: saying which.
+        CheckpointError: there are such bases, and all are other models.
     """
     families = {where: _family(name) for where, name in names.items()}
     if families and all(families.values()):
@@ -57,11 +57,11 @@ def check_base(adapter: str, names: Mapping[str, str]) -> None:
 
 
 def stated_bases(metadata: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Returns the bases that a file and the peft config beside it name, by place.
+    """Returns the bases that a file and the peft config next to it name, by place.
 
     Args:
-        metadata: of the file; one that this program wrote says it elsewhere.
-        folder: of the file.
+        metadata: metadata of the file. For a file of mochi-tune the result is empty.
+        folder: folder of the file.
     """
     if is_ours(metadata):
         return {}
@@ -72,10 +72,10 @@ def stated_bases(metadata: Mapping[str, str], folder: Path) -> dict[str, str]:
     except (ValueError, RecursionError):
         saved = None
     places = {f"its metadata `{_PEFT_KEY}`": metadata, "its metadata `lora_adapter_metadata`": saved}
-    for where, values in (places | {f"{PEFT_CONFIG} beside it": config}).items():
+    for where, values in (places | {f"{PEFT_CONFIG} next to it": config}).items():
         for key in (_PEFT_KEY, f"transformer.{_PEFT_KEY}") if isinstance(values, Mapping) else ():
             name = values.get(key)
-            # Of a model on a disk the path says nothing.
+            # The path of a local model does not name the base.
             if isinstance(name, str) and re.fullmatch(r"\w[^/\\:]*(/[^/\\]+)?", name):
                 stated[where] = name.rpartition("/")[2]
     return stated
@@ -88,20 +88,20 @@ def hub_bases(tags: Iterable[str] | None) -> dict[str, str]:
 
 
 def note_lookalike(adapter: str, metadata: Mapping[str, str], layers: Mapping[str, LoraLayer]) -> None:
-    """Tells of layers that are CogVideoX-5b's as well as Mochi's, where nothing names Mochi."""
+    """Gives a notice if an adapter that does not name Mochi could be one of CogVideoX-5b."""
     blocks = {block_of(name) for name in layers}
     has_text = any("_y" in kind_of(name) for name in layers)
     if blocks != set(range(_COGVIDEOX_BLOCKS)) or has_text or not has_official_shapes(layers):
         return
     if not any(_MOCHI in value.lower() for value in metadata.values()):
-        tell(
-            f"{adapter} has the blocks 0 to 41 and no layer of the text, as an adapter of CogVideoX-5b has, and "
-            "nothing in it names its base: make sure that it is one of Mochi 1"
+        notify(
+            f"{adapter} has the blocks 0 to 41 and no text layers, as an adapter of CogVideoX-5b has, and nothing "
+            "names its base: make sure that it is one of Mochi 1"
         )
 
 
 def _family(name: str) -> str | None:
-    """Returns the known family of models that a name is of, None for Mochi's and unknown names."""
+    """Returns the family of models that a name belongs to, or None for Mochi and for unknown names."""
     text = name.lower()
     if _MOCHI in text:
         return None

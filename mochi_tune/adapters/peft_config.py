@@ -1,4 +1,4 @@
-"""What a peft LoraConfig says of an adapter's layers: their alphas by peft's rules, or why they cannot be applied.
+"""Reads the alphas of layers from a peft LoraConfig by peft's rules, or says why the adapter is not supported.
 
 Source: huggingface/peft@0.21.2 tuners/lora/config.py, utils/other.py (get_pattern_key), tuners/lora/layer.py
 (update_layer).
@@ -13,28 +13,30 @@ from torch import Tensor
 
 from mochi_tune.errors import CheckpointError, printable
 
-# peft takes any regular expression for a module's name; some of those would not end in a lifetime. A name may have
-# numbers as \d+ and a few choices as (a|b), which nothing repeats.
+# peft accepts any regular expression as a module's name, and matching some of them would never end. Only numbers as \d+
+# and a few choices as (a|b) that are not repeated are allowed.
 _PLAIN_PATTERN = re.compile(r"\^?(\.\*)?([\w.\\]|\\d\+|\((\?:)?[\w.\\|]+\)(?![+*?{]))*\$?")
 _MAX_LENGTH, _MAX_CHOICES, _MAX_BARS = 500, 3, 30
-# Kinds whose arithmetic is not W + scale * B A.
+# Settings with which an adapter does not compute W + scale * B A.
 _OTHER_KINDS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication")
-# Ways to begin that take a part out of the base's weights.
+# Initialisations that change the base's weights.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def alphas_by_peft(
     where: str, modules: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the alpha of each module; a pattern that ends its name comes before lora_alpha, rsLoRA is worked in.
+    """Returns the alpha of each module, with the scale of rsLoRA included.
+
+    A pattern that matches the end of a module's name takes precedence over `lora_alpha`.
 
     Args:
-        where: the config's name for messages.
-        modules: the tensors of each module.
-        config: of peft, as it is saved.
+        where: name of the config for messages.
+        modules: tensors of each module by part.
+        config: saved config of peft.
 
     Raises:
-        CheckpointError: it is of another kind than LoRA and DoRA, or says other ranks than the tensors have.
+        CheckpointError: the adapter is not a LoRA or DoRA, or the config states other ranks than those of the tensors.
     """
     _check_kind(where, config, has_magnitudes=any("magnitude" in parts for parts in modules.values()))
     alphas = {}
@@ -53,7 +55,7 @@ def alphas_by_peft(
 
 def _check_kind(where: str, config: Mapping[str, Any], has_magnitudes: bool) -> None:
     if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise CheckpointError(f"{where} says peft_type={kind!r:.20}, and only LORA is read: use a LoRA.")
+        raise CheckpointError(f"{where} says peft_type={kind!r:.20}, and only LORA is supported: use a LoRA.")
     if other := [key for key in _OTHER_KINDS if config.get(key)]:
         raise CheckpointError(f"{where} sets {other[0]}, which changes what a LoRA computes: use a plain LoRA or DoRA.")
     begun = config.get("init_lora_weights")
@@ -65,7 +67,7 @@ def _check_kind(where: str, config: Mapping[str, Any], has_magnitudes: bool) -> 
     if "use_dora" in config and bool(config["use_dora"]) != has_magnitudes:
         has = "has" if has_magnitudes else "lacks"
         raise CheckpointError(
-            f"{where} says use_dora={bool(config['use_dora'])!s:.5}, and the file {has} magnitudes: fetch it again."
+            f"{where} says use_dora={bool(config['use_dora'])!s:.5}, but the file {has} magnitudes: fetch it again."
         )
 
 
@@ -78,7 +80,7 @@ def _ends_in(where: str, name: str, pattern: str) -> bool:
     is_short = len(pattern) <= _MAX_LENGTH and pattern.count("(") <= _MAX_CHOICES and pattern.count("|") <= _MAX_BARS
     if not is_short or not _PLAIN_PATTERN.fullmatch(pattern):
         raise CheckpointError(
-            f"{where} has the pattern {printable(pattern)[:80]}, and patterns are read with \\d+ for a number and "
-            f"up to {_MAX_CHOICES} choices as (to_q|to_k) in the end of a name: write the modules' names out in it."
+            f"{where} has the pattern {printable(pattern)[:80]}, and patterns may only have \\d+ for a number and "
+            f"up to {_MAX_CHOICES} choices as (to_q|to_k): write the names of the modules out in it."
         )
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

@@ -1,6 +1,6 @@
-"""Parses an adapter file of any layout: layers under the file's own names, its metadata, and where alpha was found.
+"""Parses an adapter file of any layout into layers with the names of the file, metadata and the source of alpha.
 
-`files.load_adapter` calls this, and gives the layers their official names.
+`files.load_adapter` calls this and converts the names to official ones.
 """
 
 import hashlib
@@ -17,28 +17,31 @@ from mochi_tune.adapters.header import check_header
 from mochi_tune.adapters.keys import check_foreign, parse_key
 from mochi_tune.adapters.layers import LoraLayer, check_layer, is_diffusers
 from mochi_tune.adapters.modelspec import HASH_KEY
-from mochi_tune.adapters.notes import tell
-from mochi_tune.errors import CheckpointError, some
+from mochi_tune.adapters.notes import notify
+from mochi_tune.errors import CheckpointError, one_line, some
 from mochi_tune.files import read_json
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _HALVES = ("lora_A", "lora_B")
-# ComfyUI's marker of files with scaled fp8 weights; it holds nothing.
+# Empty tensor by which ComfyUI marks files with scaled fp8 weights.
 _SCALED_MARKER = "scaled_fp8"
 
 
 def read_layers(path: Path, alpha: float | None = None) -> tuple[dict[str, LoraLayer], dict[str, str], str]:
-    """Returns a file's layers in fp32, by the module names of its layout, its metadata, and where alpha was found.
+    """Reads the layers of an adapter file in fp32.
 
     Args:
-        path: of the file.
-        alpha: for a file that does not state it.
+        path: the file.
+        alpha: alpha of all layers of a file that states none.
+
+    Returns:
+        The layers by the module names of the file's layout, the metadata, and the source of alpha in words.
 
     Raises:
-        CheckpointError: no such file, not safetensors (a pickle is never opened), another kind of adapter, unknown or
-            missing keys, alphas that are missing, do not fit or contradict each other, non-finite weights, or other
-            numbers than those that this program wrote into it.
+        CheckpointError: the file does not exist, is not safetensors (pickles are never opened), is another kind of
+            adapter or is damaged, keys are unknown or missing, alphas do not fit or contradict each other, or weights
+            are not finite.
     """
     tensors, metadata = _read(path)
     try:
@@ -69,7 +72,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{refusal}, or it is damaged ({error}): convert it, or fetch it again.") from error
+        raise CheckpointError(
+            f"{refusal}, or it is damaged ({one_line(error)}): convert it, or fetch it again."
+        ) from error
 
 
 def _check_hash(path: Path, stated: str) -> None:
@@ -93,18 +98,19 @@ def _check_hash(path: Path, stated: str) -> None:
     as_we_write = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     if names == sorted(names) and raw.rstrip(b" ") == as_we_write:
         raise CheckpointError("damaged, its weights are not those that were written: fetch or export it again.")
-    tell(f"adapter {path}: another program has changed its weights since mochi-tune wrote them")
+    notify(f"adapter {path}: another program has changed its weights since mochi-tune wrote them")
 
 
 def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the configs that trainers write beside an adapter, by file name."""
+    """Returns the configs that trainers write next to an adapter, by file name."""
     return {name: read_json(folder / name) for name in (PEFT_CONFIG, FASTVIDEO_CONFIG) if (folder / name).exists()}
 
 
 def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sorts the tensors by module; every key must be known, and every module has both halves.
+    """Groups the tensors by module and part.
 
-    A DoRA has magnitudes in every module: where one lacks them, its rows' lengths are not known.
+    Raises:
+        CheckpointError: a key is unknown, a module lacks a half, or only some modules have magnitudes.
     """
     check_foreign(list(tensors))
     modules: dict[str, dict[str, Tensor]] = {}
@@ -130,7 +136,7 @@ def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         raise CheckpointError(f"incomplete, it lacks {some(missing)}: fetch the file again.")
     if len({is_diffusers(name) for name in modules}) > 1:
         raise CheckpointError(f"it mixes official and diffusers names, {min(modules)} and {max(modules)}.")
-    # Files of `weight_scale` have no marker.
+    # Files with `weight_scale` tensors have no marker.
     is_scaled = _SCALED_MARKER in tensors or any(
         part.endswith(" scale") for parts in modules.values() for part in parts
     )
@@ -138,7 +144,7 @@ def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _fits(part: str, tensor: Tensor) -> bool:
-    """Whether a tensor has a dtype and a number of axes that this part of a layer can have."""
+    """Whether the dtype and the number of dims of a tensor are possible for this part of a layer."""
     if part in _HALVES:
         return tensor.dtype in (*_DTYPES, *_FP8) and tensor.ndim == 2
     if part == "magnitude":
@@ -147,7 +153,7 @@ def _fits(part: str, tensor: Tensor) -> bool:
 
 
 def _unscaled(name: str, parts: dict[str, Tensor], is_scaled: bool) -> dict[str, Tensor]:
-    """Multiplies fp8 halves by their scales, of which there is one, or one for each row.
+    """Multiplies fp8 halves by their scales; a half has one scale or one per row.
 
     Source: Comfy-Org/ComfyUI@a125cd8 comfy/ops.py (scaled_fp8_ops): weight * scale_weight.
     """
@@ -156,13 +162,13 @@ def _unscaled(name: str, parts: dict[str, Tensor], is_scaled: bool) -> dict[str,
         tensor, scale = parts[half], parts.get(f"{half} scale")
         is_fp8 = tensor.dtype in _FP8
         if scale is not None and not is_fp8:
-            raise CheckpointError(f"{name}.{half} has a scale and is no fp8: fetch the file again.")
+            raise CheckpointError(f"{name}.{half} has a scale but is not fp8: fetch the file again.")
         if scale is None and is_fp8 and is_scaled:
-            raise CheckpointError(
-                f"{name}.{half} is in fp8 without a scale, and the file has scales: fetch the file again."
-            )
+            raise CheckpointError(f"{name}.{half} is fp8 without a scale in a file with scales: fetch the file again.")
         if scale is not None:
             if scale.numel() not in (1, len(tensor)):
-                raise CheckpointError(f"{name}.{half} has {scale.numel()} scales, not 1 or one a row: fetch it again.")
+                raise CheckpointError(
+                    f"{name}.{half} has {scale.numel()} scales, not 1 or one per row: fetch it again."
+                )
             unscaled[half] = tensor.float() * scale.float().reshape(-1, 1)
     return unscaled

@@ -1,4 +1,4 @@
-"""Finds the file of an adapter that is named by its path, its folder, or a repository of the hub."""
+"""Finds the file of an adapter from a path, a folder or a repository on the hub."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mochi_tune.adapters.alphas import FASTVIDEO_CONFIG, PEFT_CONFIG
 from mochi_tune.adapters.hub import TIMEOUT_SECONDS, answered_within
-from mochi_tune.adapters.notes import tell
+from mochi_tune.adapters.notes import notify
 from mochi_tune.adapters.other_bases import check_base, hub_bases
 from mochi_tune.errors import CheckpointError, one_line, some
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 HUB = "hub:"
-# What peft, diffusers and `train` call an adapter; a checkpoint with a moving average has two.
+# File names of adapters by peft, diffusers and `train`; a checkpoint with an EMA has two of them.
 _NAMES = ("adapter_model", "pytorch_lora_weights", "adapter", "averaged")
 _HUB_NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([\w./-]+))?")
-# Of the answers that refuse, those that a later or another try may not get: of a proxy, of slowness, of a limit.
-_PASSING = (407, 408, 429)
+# HTTP statuses that are temporary: proxy login, timeout, rate limit.
+_TEMPORARY = (407, 408, 429)
 
 
 class _Wanted(NamedTuple):
-    """An adapter of the hub: its whole name, repository, file or folder in it, and revision."""
+    """An adapter on the hub: full name, repository, file or folder in it, and revision."""
 
     name: str
     repo: str
@@ -32,17 +32,17 @@ class _Wanted(NamedTuple):
 
 
 def find_adapter_file(name: Path | str, endpoint: str | None = None) -> Path:
-    """Returns the file that an adapter's name stands for.
+    """Returns the file of an adapter, and downloads it if it is on the hub.
 
     Args:
-        name: a file; a folder, in which it has a usual name or is the only .safetensors; or
-            hub:OWNER/NAME[/FILE or FOLDER][@REVISION], which is fetched into the hub's cache, with the configs beside
-            it and nothing else. Where the hub is not reached, what the cache has is taken.
-        endpoint: address of the hub; huggingface_hub's default where it is None.
+        name: a file; a folder, in which the adapter has a usual name or is the only .safetensors file; or
+            hub:OWNER/NAME[/FILE or FOLDER][@REVISION]. An adapter on the hub is downloaded to the hub's cache with the
+            configs next to it. If the hub cannot be reached, the cached file is used.
+        endpoint: URL of the hub; None for huggingface_hub's default.
 
     Raises:
-        CheckpointError: a folder has no adapter or several, or the hub has no such file or is not reached, or says that
-            the file is another model's.
+        CheckpointError: a folder has no adapter or several, or the hub lacks the file, cannot be reached, or states
+            that the adapter is one of another model.
     """
     if str(name).startswith(HUB):
         return _fetch(str(name), endpoint)
@@ -53,7 +53,7 @@ def find_adapter_file(name: Path | str, endpoint: str | None = None) -> Path:
 
 
 def _choose(where: str, files: Iterable[str]) -> str:
-    """Returns the adapter among the names of a folder's files."""
+    """Returns the name of the adapter among the file names of a folder."""
     candidates = sorted(file for file in files if file.lower().endswith(".safetensors"))
     usual = [file for file in candidates if file.removesuffix(".safetensors") in _NAMES]
     chosen = usual or candidates
@@ -65,10 +65,10 @@ def _choose(where: str, files: Iterable[str]) -> str:
 
 
 def _fetch(name: str, endpoint: str | None) -> Path:
-    """Returns an adapter of the hub in its cache, fetched where it is not there."""
+    """Returns the cached file of an adapter on the hub, and downloads it if needed."""
     from huggingface_hub import HfApi
 
-    # The base error of whichever HTTP library the installed version uses.
+    # HTTPError is the base class of the installed version's HTTP library.
     from huggingface_hub.errors import (
         HFValidationError,
         HTTPError,  # pyright: ignore[reportPrivateImportUsage]
@@ -81,7 +81,7 @@ def _fetch(name: str, endpoint: str | None) -> Path:
     match = _HUB_NAME.fullmatch(name)
     if match is None:
         raise CheckpointError(
-            f"adapter {name} is no name of the hub: write hub:OWNER/NAME, /FILE and @REVISION as needed."
+            f"adapter {name} is not a name on the hub: use hub:OWNER/NAME, with /FILE and @REVISION as needed."
         )
     wanted = _Wanted(name, match[1], match[2] or "", match[3] or "main")
     api = HfApi(endpoint=endpoint)
@@ -97,7 +97,7 @@ def _fetch(name: str, endpoint: str | None) -> Path:
         return _from_cache(api, wanted, "HF_HUB_OFFLINE is set")
     except (HTTPError, OSError) as error:
         status = next((code for each in (error, error.__cause__) if (code := _status(each))), 0)
-        if 400 <= status < 500 and status not in _PASSING:
+        if 400 <= status < 500 and status not in _TEMPORARY:
             raise CheckpointError(
                 f"adapter {name}: the hub refuses it ({one_line(error)}): check the name and the proxy, or log in with "
                 "`hf auth login`."
@@ -112,7 +112,7 @@ def _from_hub(api: "HfApi", wanted: _Wanted) -> Path:
     check_base(f"adapter {wanted.name}", hub_bases(info.tags))
     listed = [entry.rfilename for entry in info.siblings or []]
     file = _file_in_repo(f"adapter {wanted.name}", wanted.inner, listed)
-    # The adapter comes last: where the cache has it, it has what states its alpha, too.
+    # The adapter comes last, so that a cache with the adapter also has the configs that state its alpha.
     names = [*(config for config in _configs(file) if config in listed), file]
     paths = [Path(api.hf_hub_download(wanted.repo, name, revision=wanted.revision)) for name in names]
     if len({path.parent for path in paths}) > 1:
@@ -120,20 +120,20 @@ def _from_hub(api: "HfApi", wanted: _Wanted) -> Path:
             f"adapter {wanted.name} was changed on the hub while it was fetched: run the command again."
         )
     commit = paths[-1].parents[len(Path(file).parts) - 1].name
-    # Where the hub fails after its first answer, its library takes what is cached, in silence.
+    # If the hub fails after its first answer, its library silently uses the cached files.
     if info.sha and commit != info.sha:
-        tell(
-            f"adapter {wanted.name}: the hub has the commit {info.sha[:12]}, and does not give its files now: the "
+        notify(
+            f"adapter {wanted.name}: the hub has the commit {info.sha[:12]} but does not send its files now: the "
             f"cached commit {commit[:12]} is used"
         )
     return paths[-1]
 
 
 def _from_cache(api: "HfApi", wanted: _Wanted, reason: str) -> Path:
-    """Returns an adapter of the cache where the hub is not reached, and says so."""
+    """Returns the cached file of an adapter with a notice that the hub cannot be reached."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    why = f"adapter {wanted.name}: the hub is not reached ({reason})"
+    why = f"adapter {wanted.name}: the hub cannot be reached ({reason})"
     try:
         cached = Path(api.snapshot_download(wanted.repo, revision=wanted.revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
@@ -142,31 +142,31 @@ def _from_cache(api: "HfApi", wanted: _Wanted, reason: str) -> Path:
         ) from None
     listed = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
     file = _file_in_repo(f"{why}, and its cache", wanted.inner, listed)
-    # What another program has put into the cache may lack the configs that are on the hub.
+    # Another program may have cached the adapter without the configs that are on the hub.
     lacks = not any(config in listed for config in _configs(file))
     if lacks or wanted.revision != cached.name:
-        unknown = f" without {PEFT_CONFIG}, and whether the hub has one, which states its alpha, is not known"
-        tell(f"{why}: the cached commit {cached.name[:12]} is used{unknown if lacks else ''}")
+        unknown = f" without {PEFT_CONFIG}, which would state its alpha if the hub has one"
+        notify(f"{why}: the cached commit {cached.name[:12]} is used{unknown if lacks else ''}")
     return cached / file
 
 
 def _configs(file: str) -> list[str]:
-    """Returns the names in a repository that configs beside a file would have."""
+    """Returns the paths in a repository of possible configs next to a file."""
     return [(Path(file).parent / config).as_posix() for config in (PEFT_CONFIG, FASTVIDEO_CONFIG)]
 
 
 def _status(error: BaseException | None) -> int:
-    """Returns the HTTP status of an answer, 0 where there was none."""
+    """Returns the HTTP status of an error, or 0 if there was no answer."""
     return getattr(getattr(error, "response", None), "status_code", 0)
 
 
 def _file_in_repo(where: str, inner: str, listed: list[str]) -> str:
-    """Returns the adapter's path in a repository, where a file or a folder of it is named or neither.
+    """Returns the path of the adapter in a repository.
 
     Args:
         where: the repository or the cache, for messages.
-        inner: the file or the folder, or "".
-        listed: the repository's files.
+        inner: file or folder in the repository, or "".
+        listed: paths of all files in the repository.
     """
     if inner.endswith(".safetensors") or inner in listed:
         if inner not in listed:

@@ -1,4 +1,4 @@
-"""Factors on applied adapters that change while the model is in use, from one forward pass to the next."""
+"""Changes the strengths of applied adapters between forward passes."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,24 +10,24 @@ from mochi_tune.adapters.linears import StretchedLinear
 
 
 class AdapterScaling:
-    """Scales what adapters of `apply_adapter` add to the base.
+    """Scales the changes of adapters that `apply_adapter` added.
 
-    It writes to the adapters' own tensors: B, and for a DoRA the rows' stretch. So compiled code stays valid, as no
-    module, shape or Python number changes, and nothing is computed more in a forward pass. A factor of 1 gives the
-    original bits back.
+    It writes to the tensors of the adapters: B, and for a DoRA the scale of the rows. No module, shape or Python number
+    changes, so compiled code stays valid, and a forward pass computes nothing more. A factor of 1 restores the original
+    bits.
     """
 
     def __init__(self, dit: nn.Module, names: Iterable[str]) -> None:
-        """Keeps a copy of the tensors that it will write to, on their devices.
+        """Copies the tensors that it will write to, on their devices.
 
         Args:
-            dit: with its adapters, in place on its devices.
-            names: of the adapters that are to be scaled.
+            dit: model with its adapters, on its devices.
+            names: names of the adapters to scale.
         """
         self.factors = dict.fromkeys(names, 1.0)
-        # Each B with its original, by the adapter.
+        # Each B with a copy of its original, by adapter name.
         self.halves: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.factors}
-        # Each stretch with what every adapter adds to it, the unscaled ones too.
+        # Each `lora_stretch` with the terms of all adapters, including those that are not scaled.
         self.stretches: list[tuple[Tensor, dict[str, Tensor]]] = []
         for module in dit.modules():
             if isinstance(module, StretchedLinear):
@@ -41,9 +41,9 @@ class AdapterScaling:
 
     @torch.no_grad()
     def set(self, factors: Mapping[str, float]) -> None:
-        """Scales each named adapter by a factor on its strength: 1 is as applied, 0 leaves the base, exactly.
+        """Sets the factors of adapters, by name: 1 is as applied, 0 gives exactly the base.
 
-        Those that are not named keep the factor that they have.
+        Adapters that are not named keep their factor.
         """
         factors = {**self.factors, **factors}
         for name, factor in factors.items():

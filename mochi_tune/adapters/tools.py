@@ -1,4 +1,4 @@
-"""What can be done with whole adapters: measured, merged, resized and compared, one layer at a time."""
+"""Measures, merges, resizes and compares adapters, one layer at a time."""
 
 import json
 import math
@@ -27,21 +27,21 @@ from mochi_tune.adapters.modelspec import HASH_KEY
 from mochi_tune.errors import CheckpointError, ConfigError, some
 from mochi_tune.files import file_sha256
 
-# Two adapters whose layers differ by no more, relative to their norms, are the same: fp32 rounds to 6e-8.
-SAME = 1e-6
-# Metadata of a file that is not true of another one made from it.
+# Maximum relative difference of layers that count as the same; fp32 rounds to 6e-8.
+_SAME = 1e-6
+# Metadata keys that do not apply to a file made from this one.
 _OWN = ("rank", "alpha", "rslora", "targets", "tool", "sources", "relative_error", HASH_KEY)
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What was measured of one layer.
+    """Measurements of one layer.
 
     Attributes:
         rank: number of components.
-        alpha: strength; alpha = rank applies the product as it is.
-        norm: Frobenius norm of the change of the weights; of a DoRA, before the rows get their lengths.
-        rank_90: how many singular values hold 90 % of the sum of all squares; `rank_99` likewise.
+        alpha: strength; alpha = rank applies B A unscaled.
+        norm: Frobenius norm of the change of the weights; in a DoRA, before the rows are scaled to their magnitudes.
+        rank_90: number of singular values that hold 90 % of the sum of all squares; `rank_99` likewise.
     """
 
     rank: int
@@ -53,11 +53,11 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Errors:
-    """How far an approximation is off.
+    """Errors of an approximation.
 
     Attributes:
-        layers: of each layer, the norm of the difference relative to that of the change that it approximates.
-        total: likewise, of all layers together.
+        layers: relative error of each layer: norm of the difference divided by the norm of the exact change.
+        total: relative error of all layers together.
     """
 
     layers: dict[str, float]
@@ -65,13 +65,13 @@ class Errors:
 
     @classmethod
     def of(cls, left_out: Mapping[str, float], norms: Mapping[str, float]) -> "Errors":
-        """Makes them of the norms of what was left out, and of the whole changes."""
+        """Computes the errors from the norms of what was left out and of the exact changes, by layer."""
         layers = {name: relative(left_out[name], norms[name]) for name in left_out}
         return cls(layers, relative(math.hypot(*left_out.values()), math.hypot(*norms.values())))
 
     @property
     def worst(self) -> str:
-        """The layer that is furthest off."""
+        """The layer with the largest relative error."""
         return max(self.layers, key=self.layers.__getitem__)
 
     def __str__(self) -> str:
@@ -80,15 +80,15 @@ class Errors:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two adapters differ.
+    """Differences between two adapters.
 
     Attributes:
-        only_first: layers that only the first one has; `only_second` likewise.
-        differences: of each common layer, the norm of the difference of the changes, relative to the larger norm.
-        cosines: of each common layer, between the changes; 0 where one of them is 0.
-        difference: of the adapters as wholes, as `differences`, where a layer that one lacks is a change of 0.
-        cosine: of the adapters as wholes, as `cosines`.
-        note: of alphas that are assumed, see `assumed_note`.
+        only_first: layers that only the first adapter has; `only_second` likewise.
+        differences: norm of the difference between the changes of each common layer, relative to the larger norm.
+        cosines: cosine between the changes of each common layer; 0 if one of them is 0.
+        difference: as `differences`, of all layers together; a missing layer counts as a change of 0.
+        cosine: as `cosines`, of all layers together.
+        note: remark on assumed alphas, see `assumed_note`.
     """
 
     only_first: list[str]
@@ -101,18 +101,18 @@ class Comparison:
 
     @property
     def is_same(self) -> bool:
-        """Whether both make the same change of the weights, to fp32's rounding."""
-        return not (self.only_first or self.only_second) and max(self.differences.values()) <= SAME
+        """Whether both adapters make the same change of the weights, up to fp32 rounding."""
+        return not (self.only_first or self.only_second) and max(self.differences.values()) <= _SAME
 
 
 def block_and_kind(name: str) -> tuple[int | None, str]:
-    """Returns a layer's block and kind, (0, "attn.qkv_x"); outside the blocks None and the whole name."""
+    """Returns the block and the kind of a layer, (0, "attn.qkv_x"), or None and the whole name outside the blocks."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     return (int(match[1]), match[2]) if match else (None, name)
 
 
 def measure_layers(adapter: Adapter) -> dict[str, LayerFacts]:
-    """Measures each layer, in fp64; the layers come in the order of the blocks, those outside the blocks at last."""
+    """Measures each layer in fp64; returns them in the order of the blocks, with those outside the blocks last."""
     facts = {}
     for name in sorted(adapter.layers, key=_order):
         layer = adapter.layers[name]
@@ -123,7 +123,7 @@ def measure_layers(adapter: Adapter) -> dict[str, LayerFacts]:
 
 
 def kind_norms(layers: Mapping[str, LayerFacts]) -> dict[str, float]:
-    """Returns the norm of the change of all layers of each kind."""
+    """Returns the norm of the change of all layers of each kind together."""
     norms: dict[str, float] = {}
     for name, facts in layers.items():
         kind = block_and_kind(name)[1]
@@ -147,13 +147,12 @@ def merge_adapters(
             the inputs and the sum at the same time. It leaves the adapters without layers.
 
     Returns:
-        The merged adapter, without layers in which the changes cancel out, and, where ranks were reduced, how far it is
-        off.
+        The merged adapter, without layers in which the changes cancel out, and its errors if ranks were reduced.
 
     Raises:
-        ConfigError: not one strength an adapter, a strength that is 0, too large or no finite number, or the changes
-            cancel out.
-        CheckpointError: the adapters belong to different bases, differ in a layer's size, or one is a DoRA.
+        ConfigError: there are fewer than two adapters or not one strength for each, a strength is 0, not finite or too
+            large, or all changes cancel out.
+        CheckpointError: the adapters belong to different bases, differ in the size of a layer, or one is a DoRA.
     """
     if len(adapters) < 2 or len(strengths) != len(adapters):
         raise ConfigError(
@@ -188,10 +187,10 @@ def merge_adapters(
 
 
 def resize_adapter(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
-    """Approximates each layer as well as a lower rank can, by SVD.
+    """Reduces the rank of each layer by SVD, which gives the best approximation.
 
     Raises:
-        ConfigError: the rank is not lower than that of any layer.
+        ConfigError: no layer has a higher rank than the limit.
         CheckpointError: the adapter is a DoRA.
     """
     _refuse_dora(adapter, "resized")
@@ -199,7 +198,7 @@ def resize_adapter(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
     if limit.rank is not None and limit.rank >= highest:
         raise ConfigError(
             f"rank={limit.rank} is not below that of any layer of {adapter}, which has {highest} at most: "
-            "more components would add nothing, use a lower rank."
+            "use a lower rank."
         )
     metadata = {key: value for key, value in adapter.metadata.items() if key not in _OWN}
     metadata |= {"tool": "lora resize", "sources": json.dumps([source_of(adapter)])}
@@ -214,11 +213,11 @@ def resize_adapter(adapter: Adapter, limit: Limit) -> tuple[Adapter, Errors]:
 def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
     """Compares the changes that two adapters make, layer by layer.
 
-    Of two DoRAs, the changes before the rows get their lengths are compared, and the lengths: a layer's difference is
-    the larger one of the two.
+    The changes of two DoRAs are compared before the rows are scaled, and so are the magnitudes. The difference of a
+    layer is the larger of the two.
 
     Raises:
-        CheckpointError: one is a DoRA and the other is not, or a layer has two sizes.
+        CheckpointError: only one of them is a DoRA, or a layer differs in size.
     """
     if first.is_dora != second.is_dora:
         raise CheckpointError(
@@ -253,9 +252,9 @@ def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
 
 
 def common_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
-    """Returns the metadata on which those adapters agree that have it: of the base, and of their training if shared.
+    """Returns the metadata that adapters have in common.
 
-    What belongs to a base holds for all of them; anything else only if each one says it.
+    Facts about the base must not contradict each other; all other metadata must be the same in every adapter.
     """
     common = {}
     for key in dict.fromkeys(key for adapter in adapters for key in adapter.metadata):
@@ -267,7 +266,7 @@ def common_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
 
 
 def source_of(adapter: Adapter, strength: float | None = None) -> dict[str, Any]:
-    """Returns what a made file says of a source: its name, its sha256 and its strength."""
+    """Returns how a new file describes one of its sources: name, sha256 and strength."""
     source: dict[str, Any] = {}
     if adapter.path is not None:
         source["file"] = adapter.path.name
@@ -277,13 +276,13 @@ def source_of(adapter: Adapter, strength: float | None = None) -> dict[str, Any]
 
 
 def assumed_note(*adapters: Adapter) -> str:
-    """Returns which of the adapters' alphas are assumed, as a tail of a line; "" where their files state them all."""
+    """Returns the end of a line that names the adapters with an assumed alpha; "" if all files state theirs."""
     files = ", ".join(str(each.path) for each in adapters if each.alpha_source == ASSUMED)
     return f"; the alpha of {files} is {ASSUMED}" if files else ""
 
 
 def _bar(what: str, names: Iterable[str]) -> Iterable[str]:
-    """Yields each name once, behind a bar where stderr is a terminal."""
+    """Yields each name once, with a progress bar if stderr is a terminal."""
     return tqdm(dict.fromkeys(names), what, unit="layer", leave=False, disable=None)
 
 
@@ -294,15 +293,15 @@ def _sum(name: str, held: Sequence[tuple[LoraLayer, float]]) -> tuple[LoraLayer,
         largest = max((strength for _, strength in held), key=abs)
         raise ConfigError(f"strengths: {largest:g} is too large for {name}, in fp32: use a smaller number.")
     norm = change_norm(whole)
-    # Where changes cancel out, only their rounding is left.
-    is_left = norm > SAME * math.hypot(*(strength * change_norm(layer) for layer, strength in held))
+    # If the changes cancel out, only rounding is left.
+    is_left = norm > _SAME * math.hypot(*(strength * change_norm(layer) for layer, strength in held))
     return whole, norm if is_left else 0.0
 
 
 def _reduced(
     layers: dict[str, LoraLayer], metadata: dict[str, str], left_out: dict[str, float], norms: dict[str, float]
 ) -> tuple[Adapter, Errors]:
-    """Returns an adapter of layers of lower ranks, and how far it is off by the norms of what was left out."""
+    """Returns an adapter of reduced layers, and its errors from the norms of what was left out."""
     errors = Errors.of(left_out, norms)
     return Adapter(layers, metadata | {"relative_error": f"{errors.total:.3g}"}), errors
 
@@ -311,7 +310,7 @@ def _check_one_base(adapters: Sequence[Adapter]) -> None:
     for key in ("base_fingerprint", "num_blocks"):
         stated = [(each, each.metadata[key]) for each in adapters if key in each.metadata]
         kinds = {dtype_of(value) for _, value in stated}
-        # The same base has another fingerprint in a file of another dtype: only those of one dtype are compared.
+        # The fingerprint of a base depends on the dtype of its file, so only those of one dtype are compared.
         if len({value for _, value in stated}) > len(kinds):
             said = "; ".join(f"{each} has {short(value)}" for each, value in stated)
             raise CheckpointError(f"the adapters were trained on different bases, by their {key}: {said}.")
@@ -320,8 +319,8 @@ def _check_one_base(adapters: Sequence[Adapter]) -> None:
 def _refuse_dora(adapter: Adapter, what: str) -> None:
     if adapter.is_dora:
         raise CheckpointError(
-            f"{adapter} is a DoRA and cannot be {what}: the lengths that it gives to the rows of the adapted weights "
-            "are no low-rank change, and depend on the base; use a plain LoRA, or `lora bake`."
+            f"{adapter} is a DoRA and cannot be {what}: the scaling of its rows is no low-rank change and depends on "
+            "the base: use a plain LoRA, or `lora bake`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Where the alpha of an adapter is found, and what contradicts it."""
+"""Where the alpha of an adapter is found, and contradictions that are refused."""
 
 import json
 
@@ -23,7 +23,7 @@ def halves(name=NAME, prefix="", down="lora_A", up="lora_B", rank=RANK):
 
 
 def alpha_of(path, **more):
-    """The alpha of the only layer, and where it was found; the change of the weights has that scale."""
+    """Returns the alpha of the only layer and its source; checks the scale of the change."""
     adapter = load_adapter(path, **more)
     [layer] = adapter.layers.values()
     a, b = halves().values()
@@ -46,14 +46,14 @@ def alpha_of(path, **more):
         ({"network_alpha": "12", "network_dim": "4"}, 12, "its metadata `network_alpha`"),
         ({"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, RANK, ASSUMED),
         ({"ss_network_alpha": "None", "ss_network_dim": "None"}, RANK, ASSUMED),
-        # How another tool describes its training is no alpha of the file.
+        # Another tool's description of its training does not state an alpha.
         ({"alpha": "32", "rank": "8", "format": "pt"}, RANK, ASSUMED),
     ],
 )  # fmt: skip
 def test_metadata(tmp_path, metadata, alpha, source):
     path = write(tmp_path / "a.safetensors", halves(), metadata)
     assert alpha_of(path) == (alpha, source)
-    # What a conversion writes says nothing else of its own alpha.
+    # A conversion states no other alpha.
     for to in ("diffusers", "comfyui", "native"):
         save_adapter(tmp_path / "b.safetensors", load_adapter(path), to)
         [layer] = load_adapter(tmp_path / "b.safetensors").layers.values()
@@ -67,7 +67,7 @@ def test_tensors_in_any_dtype(tmp_path, dtype):
     assert alpha_of(write(tmp_path / "a.safetensors", tensors)) == (6, "its .alpha tensors")
 
 
-def test_a_rounded_tensor_agrees_with_the_number_that_it_rounds(tmp_path):
+def test_a_rounded_alpha_agrees_with_the_exact_one(tmp_path):
     alpha = 8 * 2**0.5
     tensors = halves() | {f"{NAME}.alpha": torch.tensor(alpha, dtype=torch.bfloat16)}
     found, source = alpha_of(write(tmp_path / "a.safetensors", tensors, {"lora_alpha": f"{alpha:.9f}"}))
@@ -99,13 +99,13 @@ def test_a_rounded_tensor_agrees_with_the_number_that_it_rounds(tmp_path):
         ("lora_config.json", {"step": 9, "lora_params": {"lora_rank": RANK, "lora_alpha": 8, "target_modules": []}}, 8),
     ],
 )
-def test_the_config_beside_it(tmp_path, file, config, alpha):
+def test_a_config_next_to_the_file_states_alpha(tmp_path, file, config, alpha):
     (tmp_path / file).write_text(json.dumps(config))
     path = write(tmp_path / "any_name.safetensors", halves(prefix="base_model.model."))
-    assert alpha_of(path) == (alpha, f"{file} beside it")
-    assert alpha_of(tmp_path) == (alpha, f"{file} beside it")
+    assert alpha_of(path) == (alpha, f"{file} next to it")
+    assert alpha_of(tmp_path) == (alpha, f"{file} next to it")
     assert alpha_of(path, alpha=float(alpha))[0] == alpha
-    # An export of this program is complete, whatever lies in its folder.
+    # Configs next to an export of mochi-tune are ignored.
     save_adapter(tmp_path / "mine.safetensors", load_adapter(path), "diffusers")
     assert load_adapter(tmp_path / "mine.safetensors").alpha_source.startswith("this program's export")
 
@@ -113,15 +113,15 @@ def test_the_config_beside_it(tmp_path, file, config, alpha):
 @pytest.mark.parametrize(
     "pattern", ["(a+)+b", r".*\.(to_q|to_k).*", "(a|a)(a|a)(a|a)(a|a)", "(to_q|to_k)*", "attn[12]"]
 )
-def test_a_pattern_that_might_never_end_is_told_as_such_and_not_as_damage(tmp_path, pattern):
+def test_a_pattern_that_might_never_end_is_not_reported_as_damage(tmp_path, pattern):
     config = PEFT | {"alpha_pattern": {pattern: 6}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"beside it has the pattern .*write the modules' names out") as error:
+    with pytest.raises(CheckpointError, match=r"next to it has the pattern .*write the names of the") as error:
         load_adapter(write(tmp_path / "a.safetensors", halves(prefix="base_model.model.")))
     assert pattern in str(error.value) and "damaged" not in str(error.value)
 
 
-def test_nothing_states_it(tmp_path):
+def test_an_alpha_that_nothing_states_is_assumed(tmp_path):
     path = write(tmp_path / "a.safetensors", halves())
     assert alpha_of(path) == (RANK, ASSUMED)
     assert load_adapter(path).alpha_note.endswith("adapter_alpha=N of `sample` and `export` sets another one")
@@ -135,14 +135,14 @@ TENSOR = {f"{NAME}.alpha": torch.tensor(8.0)}
     ("tensors", "metadata", "config", "message"),
     [
         (TENSOR, {"lora_alpha": "4"}, None, r"\.alpha tensors and .*`lora_alpha` differ, alpha is 8 and 4"),
-        (TENSOR, {}, PEFT, r"\.alpha tensors and adapter_config\.json beside it differ, alpha is 8 and 32"),
+        (TENSOR, {}, PEFT, r"\.alpha tensors and adapter_config\.json next to it differ, alpha is 8 and 32"),
         ({}, {"ss_network_alpha": "8", "lora_alpha": "4"}, None, "differ, alpha is 8 and 4"),
-        ({}, {"lora_alpha": "much"}, None, "`lora_alpha` is no number but 'much'"),
+        ({}, {"lora_alpha": "much"}, None, "`lora_alpha` is not a number but 'much'"),
         ({}, {"ss_network_alpha": "nan"}, None, "no usable alpha .* in its metadata `ss_network_alpha`"),
         ({}, {"ss_network_dim": "16"}, None, "rank 4, and its metadata `ss_network_dim` says 16"),
         ({}, {"lora_adapter_metadata": '{"transformer.r": 8, "transformer.lora_alpha": 8}'}, None, "rank 4.* says 8"),
-        ({}, {}, PEFT | {"r": 8}, r"rank 4, and adapter_config\.json beside it says 8"),
-        ({}, {}, PEFT | {"use_dora": True}, "says use_dora=True, and the file lacks magnitudes"),
+        ({}, {}, PEFT | {"r": 8}, r"rank 4, and adapter_config\.json next to it says 8"),
+        ({}, {}, PEFT | {"use_dora": True}, "says use_dora=True, but the file lacks magnitudes"),
         ({}, {}, PEFT | {"peft_type": "LOHA"}, "says peft_type='LOHA', and only LORA"),
         ({}, {}, PEFT | {"use_qalora": True}, "sets use_qalora"),
         ({}, {}, PEFT | {"init_lora_weights": "pissa_niter_4"}, "=pissa_niter_4, which changes the base"),
@@ -177,13 +177,13 @@ def test_native_files_have_their_alphas_as_tensors_too(tmp_path):
     for name, layer in adapter.layers.items():
         alpha = tensors[f"{name}.alpha"]
         assert alpha.dtype == torch.float32 and alpha.shape == () and alpha.item() == layer.alpha
-        # What ComfyUI computes: alpha / rows of the lower half, times the product.
+        # ComfyUI computes alpha / rank * up @ down.
         a, b = tensors[f"{name}.lora_A"].double(), tensors[f"{name}.lora_B"].double()
         assert torch.allclose(alpha.item() / len(a) * b @ a, delta64(layer), rtol=0, atol=1e-12)
     assert load_adapter(path).alpha_source == "its .alpha tensors and its metadata `alphas`"
 
 
-def test_older_native_files_have_them_in_the_metadata_alone(tmp_path):
+def test_native_files_of_earlier_versions_state_alphas_only_in_the_metadata(tmp_path):
     adapter, path = random_adapter(ATTENTION, MIXED), tmp_path / "a.safetensors"
     save_adapter(path, adapter)
     alphas = json.dumps({name: layer.alpha for name, layer in adapter.layers.items()})

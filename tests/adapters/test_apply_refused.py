@@ -1,4 +1,4 @@
-"""What cannot be applied is refused in one line, and the model stays as it was."""
+"""Adapters that cannot be applied are refused in one line, and the model does not change."""
 
 from dataclasses import replace
 
@@ -21,14 +21,14 @@ ONE = LoraLayer(torch.ones(1, 192), torch.ones(576, 1), 1.0)
     [
         ({LAYER: replace(ONE, a=torch.ones(1, 96))}, rf"{LAYER} is \(576, 96\) in the adapter and \(576, 192\) in the"),
         ({LAYER: replace(ONE, b=torch.ones(3, 1))}, rf"{LAYER} is \(3, 192\) in the adapter"),
-        ({LAYER: replace(ONE, b=torch.ones(576, 2))}, "are no pair for this layer"),
-        ({LAYER: replace(ONE, magnitude=torch.ones(5))}, "magnitudes are not one for each"),
+        ({LAYER: replace(ONE, b=torch.ones(576, 2))}, "do not fit each other or this layer"),
+        ({LAYER: replace(ONE, magnitude=torch.ones(5))}, r"its magnitudes have shape \(5,\), not"),
         ({LAYER: ONE, "blocks.9.attn.qkv_x": ONE}, r"the model has no Linear blocks\.9\.attn\.qkv_x"),
         ({"blocks.0.attn": ONE}, r"the model has no Linear blocks\.0\.attn"),
     ],
 )
 @pytest.mark.parametrize("is_second", [False, True])
-def test_layers_that_are_not_the_models_change_nothing(layers, said, is_second):
+def test_layers_that_do_not_fit_the_model_change_nothing(layers, said, is_second):
     dit = golden_dit()
     if is_second:
         apply_adapter(dit, random_adapter().layers, "first")
@@ -51,7 +51,7 @@ def test_an_adapter_is_not_added_twice_by_one_name():
     dit, layers = golden_dit(), random_adapter().layers
     apply_adapter(dit, layers, "style")
     before = list(dit.state_dict())
-    with pytest.raises(ConfigError, match=r"has an adapter 'style' in blocks\.0\.attn.* already: use another name"):
+    with pytest.raises(ConfigError, match=r"already has an adapter 'style' in blocks\.0\.attn.*: use another name"):
         apply_adapter(dit, layers, "style")
     assert list(dit.state_dict()) == before
     apply_adapter(dit, layers, "another")
@@ -60,13 +60,13 @@ def test_an_adapter_is_not_added_twice_by_one_name():
 def test_a_model_has_one_trainable_adapter():
     dit = golden_dit()
     apply_lora(dit, settings_of([LAYER], 2, 2.0, 0.0), seed=0)
-    with pytest.raises(ConfigError, match="has a trainable adapter already: load the model anew"):
+    with pytest.raises(ConfigError, match="already has a trainable adapter: reload the model"):
         apply_lora(dit, settings_of(["blocks.1.attn.qkv_x"], 2, 2.0, 0.0), seed=0)
 
 
-def test_a_modulation_that_has_left_for_host_memory_is_named_as_the_reason():
+def test_a_modulation_in_host_memory_is_named_as_the_reason():
     dit = golden_dit()
     for block in dit.blocks:
         apply_host_modulation(block)
-    with pytest.raises(CheckpointError, match=r"no Linear blocks\.0\.mod_x.* before their weights leave for host"):
+    with pytest.raises(CheckpointError, match=r"no Linear blocks\.0\.mod_x.* before their weights move to host"):
         apply_adapter(dit, {"blocks.0.mod_x": LoraLayer(torch.ones(1, 192), torch.ones(768, 1), 1.0)}, "style")

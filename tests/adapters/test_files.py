@@ -38,7 +38,7 @@ def read_metadata(path):
         return file.metadata()
 
 
-# Every pair of formats
+# Conversions between all pairs of formats
 
 
 @pytest.mark.parametrize("is_dora", [False, True], ids=["lora", "dora"])
@@ -55,7 +55,7 @@ def test_every_pair_of_formats_keeps_the_change(tmp_path, kinds, sizes, is_dora)
         save_adapter(tmp_path / "second.safetensors", middle, second)
         for result in (middle, load_adapter(tmp_path / "second.safetensors")):
             assert_same_change(result, adapter)
-            # Folding q, k, v and dropping the padding give back the rank that was trained.
+            # Fusing q, k, v and dropping the padding restore the trained rank.
             assert {n: layer.rank for n, layer in result.layers.items()} == {
                 n: layer.rank for n, layer in adapter.layers.items()
             }
@@ -122,7 +122,7 @@ def test_metadata_survives_every_conversion(tmp_path):
             save_adapter(tmp_path / "a.safetensors", current, to)
             current = load_adapter(tmp_path / "a.safetensors")
         given = {"created_by": current.metadata["created_by"], "modelspec.title": "LoRA"}
-        # The layouts but the native one have alpha in the weights, and say so.
+        # All layouts except the native one have alpha in the weights, and state that alpha.
         assert current.metadata == {**known, **given, "alpha": "16"}
         written = read_metadata(tmp_path / "a.safetensors")
         assert written["created_by"].startswith("mochi-tune ")
@@ -157,7 +157,7 @@ def test_golden_adapter_merged_gives_the_golden_output(tmp_path, to):
 
 
 def official_change(path):
-    """An independent reading by the reference trainer's rule: W' = W + alpha / r * B @ A."""
+    """Merges a file independently by the rule of the reference trainer: W' = W + alpha / r * B @ A."""
     kwargs, tensors = json.loads(read_metadata(path)["kwargs"]), load_file(path)
     change = {}
     for key in tensors:
@@ -230,7 +230,7 @@ def test_official_needs_the_number_of_blocks(tmp_path):
 
 
 def comfyui_change(path, model_keys):
-    """ComfyUI's rule for Mochi, written anew: names with and without the prefix; alpha / rank only with an `.alpha`."""
+    """Merges by ComfyUI's rule for Mochi: names with and without the prefix; alpha / rank only with an `.alpha`."""
     tensors = load_file(path)
     change, used = {}, set()
     for model_key in model_keys:
@@ -274,7 +274,7 @@ def test_comfyui_files_are_read_at_the_scale_it_gives_them(tmp_path, prefix, alp
 # Writing
 
 
-def test_a_save_replaces_the_file_whole(tmp_path):
+def test_a_save_replaces_the_file_atomically(tmp_path):
     path = tmp_path / "a.safetensors"
     save_adapter(path, random_adapter(seed=1))
     old = path.read_bytes()
@@ -285,7 +285,7 @@ def test_a_save_replaces_the_file_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_content_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
+def test_the_content_is_synced_before_the_rename(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("replace"), replace(old, new)))
@@ -301,7 +301,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-# Of which base?
+# The base of an adapter
 
 
 def test_an_adapter_of_this_base_passes():

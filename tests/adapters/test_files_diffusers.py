@@ -88,7 +88,7 @@ def test_files_that_diffusers_writes(tmp_path, how, options):
     assert adapter.is_dora == ("use_dora" in options)
     assert adapter.layers.keys() == base_shapes().keys()
     if "rank_pattern" not in options:
-        # q, k and v have an A each, so the fused layer holds the components of all three.
+        # q, k and v have their own A, so the fused layer holds the components of all three.
         assert adapter.layers["blocks.1.attn.qkv_y"].rank == 12
     expected = run_diffusers(model)
     actual = run_diffusers(diffusers_model(merged(weights, adapter)))
@@ -141,7 +141,7 @@ def test_a_dora_of_some_projections_is_refused(tmp_path):
         load_adapter(write(tmp_path / "a.safetensors", tensors))
 
 
-def test_a_hole_among_the_projections_is_refused(tmp_path):
+def test_a_projection_missing_in_one_block_is_refused(tmp_path):
     tensors = split_tensors()
     del tensors["transformer.transformer_blocks.1.attn1.to_k.lora_A.weight"]
     del tensors["transformer.transformer_blocks.1.attn1.to_k.lora_B.weight"]
@@ -151,7 +151,7 @@ def test_a_hole_among_the_projections_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_diffusers_loads_an_export_of_16_bits(tmp_path, dtype):
-    """Into a base of that dtype, bit for bit and without a warning."""
+    """The base has the same dtype; the weights are the same bits, and there is no warning."""
     path = tmp_path / "a.safetensors"
     save_adapter(path, random_adapter(ALL, MIXED), "diffusers", dtype)
     model = diffusers_model(base_weights()).to(dtype)
@@ -163,8 +163,8 @@ def test_diffusers_loads_an_export_of_16_bits(tmp_path, dtype):
         assert tensor.dtype == dtype and torch.equal(loaded[name], tensor)
 
 
-def test_an_adapter_of_some_blocks_of_mochi_1_is_whole_for_its_own_loader(tmp_path):
-    """Without metadata the last block that has a layer is not the model's last."""
+def test_an_official_export_of_some_blocks_of_mochi_1_has_all_blocks(tmp_path):
+    """Without metadata, the last block with a layer need not be the last block of the model."""
     shapes = {"attn.qkv_x": (9216, 3072), "attn.proj_x": (3072, 3072)}
     layers = {
         f"blocks.{block}.{kind}": LoraLayer(torch.ones(1, num_in), torch.ones(num_out, 1), 1.0)

@@ -1,4 +1,4 @@
-"""Adapters in every layout that other programs write: the same change of the weights, or refused in one line."""
+"""Adapters in the layouts of other programs: they give the same change of the weights, or are refused in one line."""
 
 import json
 import os
@@ -18,7 +18,7 @@ A, B = "lora_A.weight", "lora_B.weight"
 
 
 def every_layer(sizes=MIXED, seed=0) -> Adapter:
-    """An adapter of every Linear of the golden model, those outside of the blocks among them."""
+    """An adapter of every Linear of the golden model, including those outside the blocks."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for i, (name, (num_out, num_in)) in enumerate(all_linear_shapes(build_dit(base_weights())).items()):
@@ -29,7 +29,7 @@ def every_layer(sizes=MIXED, seed=0) -> Adapter:
 
 
 def official_tensors(adapter, key) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter; `key` makes a key of the layer's name and the part: A, B or alpha."""
+    """The tensors of an adapter; `key` makes a key from the name of a layer and a part: A, B or alpha."""
     tensors = {}
     for name, layer in adapter.layers.items():
         tensors |= {key(name, A): layer.a, key(name, B): layer.b, key(name, "alpha"): torch.tensor(float(layer.alpha))}
@@ -44,7 +44,7 @@ def test_the_tables_are_those_of_the_weights():
         pieces = mapping[f"{name}.weight"]
         modules = split_layers(adapter.layers, 2)
         assert [f"{module}.weight" for module in modules] == list(pieces.names)
-        # The pieces of the change are the changes of the pieces.
+        # Splitting the change of a weight gives the changes of its pieces.
         for piece, module in zip(pieces.split(delta64(adapter.layers[name])).values(), modules.values(), strict=True):
             assert (delta64(module) - piece).abs().max() <= 1e-6 * piece.abs().max()
 
@@ -84,7 +84,7 @@ def test_diffusers_names(tmp_path, layout):
     tensors = {}
     for key, tensor in load_file(tmp_path / "b.safetensors").items():
         name, half, _ = key.removeprefix("transformer.").rsplit(".", 2)
-        # Twice the alpha, and half of B.
+        # Twice the alpha and half of B give the same change.
         scale = 0.5 if half == "lora_B" else 1.0
         tensors[DIFFUSERS_KEYS[layout](name, f"{half}.weight")] = scale * tensor
         tensors[DIFFUSERS_KEYS[layout](name, "alpha")] = torch.tensor(2.0 * 16)
@@ -109,7 +109,7 @@ def test_a_text_modulation_needs_the_number_of_blocks(tmp_path):
         save_adapter(tmp_path / "a.safetensors", adapter, "diffusers")
     names = ["transformer_blocks.0.norm1_context.linear_1", "transformer_blocks.1.norm1_context.linear_1"]
     tensors = {f"{name}.{half}": torch.ones(2, 2) for name in names for half in (A, B)}
-    with pytest.raises(CheckpointError, match="linear_1 is the last block's, and it has it in others"):
+    with pytest.raises(CheckpointError, match="linear_1 is only in the last block, and others have it"):
         load_adapter(write(tmp_path / "a.safetensors", tensors))
     both = [names[0], names[0].removesuffix("_1")]
     tensors = {f"{name}.{half}": torch.ones(2, 2) for name in both for half in (A, B)}
@@ -139,14 +139,14 @@ def test_fp8(tmp_path, dtype, scales):
     if scales:
         key = next(key for key in tensors if "scale" in key and key != "scaled_fp8")
         rest = {name: tensor for name, tensor in tensors.items() if name != key}
-        # With the marker of the form that has one, and without it.
+        # With the marker of one of the two forms, and without it.
         for each in (rest, {name: tensor for name, tensor in rest.items() if name != "scaled_fp8"}):
-            with pytest.raises(CheckpointError, match="is in fp8 without a scale, and the file has scales"):
+            with pytest.raises(CheckpointError, match="is fp8 without a scale in a file with scales"):
                 load_adapter(write(tmp_path / "a.safetensors", each))
-        with pytest.raises(CheckpointError, match="3 scales, not 1 or one a row"):
+        with pytest.raises(CheckpointError, match="3 scales, not 1 or one per row"):
             load_adapter(write(tmp_path / "a.safetensors", tensors | {key: torch.ones(3)}))
         wide = {name: tensor.float() if tensor.dtype == dtype else tensor for name, tensor in tensors.items()}
-        with pytest.raises(CheckpointError, match="has a scale and is no fp8"):
+        with pytest.raises(CheckpointError, match="has a scale but is not fp8"):
             load_adapter(write(tmp_path / "a.safetensors", wide))
 
 
@@ -242,7 +242,7 @@ def test_a_training_does_not_start_from_layers_that_it_does_not_adapt(tmp_path):
     assert {kind_of(name) for name in layers} == set(OUTER_MODULES)
 
 
-# The convention of the public LoRAs
+# The layout of public LoRAs
 
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -252,7 +252,7 @@ POOLER = "transformer.time_embed.pooler.to_q"
 
 
 def public_shapes(num_blocks, width, text_width):
-    """The keys and shapes of peft's targets to_q, to_k, to_v and to_out.0, the first of which is also the pooler's."""
+    """The keys and shapes of peft's targets to_q, to_k, to_v and to_out.0; to_q is also a layer of the pooler."""
     shapes = {f"{POOLER}.{A}": (16, text_width), f"{POOLER}.{B}": (text_width, 16)}
     for i in range(num_blocks):
         for projection in PROJECTIONS:
@@ -283,7 +283,7 @@ def test_the_convention_of_the_public_files(tmp_path, dtype):
 
 
 def test_the_full_size_header_of_the_public_files(tmp_path):
-    """In fp32 they are 76.1 MB; without the pooler, which these targets name too, they would be 75.6."""
+    """In fp32 they have 76.1 MB; without the pooler, which these targets match too, they would have 75.6."""
     shapes = public_shapes(48, 3072, 4096)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for key, (rows, columns) in shapes.items():
@@ -293,7 +293,7 @@ def test_the_full_size_header_of_the_public_files(tmp_path):
     assert len(shapes) == 386 and round((8 + len(text) + end) / 1e6, 1) == 76.1
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    # The weights are a hole in the file, which takes no room.
+    # The file is sparse: its weights take no disk space.
     os.truncate(path, 8 + len(text) + end)
     with pytest.raises(CheckpointError, match="nothing but zeros"):
         load_adapter(path)

@@ -1,4 +1,4 @@
-"""Adapters that peft and diffusers write of a live model with every Linear adapted, and FastVideo's with its config."""
+"""Adapters written by peft and diffusers from a live model with every Linear adapted, and in FastVideo's layout."""
 
 import json
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mochi_tune.adapters.files import load_adapter, save_adapter
 from mochi_tune.adapters.lora import all_linear_shapes
 
-# As trainers name them. peft takes them for the ends of names, so that to_q is also the pooler's.
+# Usual targets of trainers. peft matches the ends of names, so that to_q is also a layer of the pooler.
 USUAL = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERY = (
     r"transformer_blocks\.\d+\.(attn1\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff\w*\.net\.(0\.proj|2)"
@@ -30,13 +30,13 @@ def adapted_model(**options):
         if "magnitude" in name:
             parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
         elif "lora_" in name:
-            # Of every Linear; drawn as they are, they would drown the base.
+            # Scaled down, because changes of every Linear would otherwise outweigh the base.
             parameter.data *= 0.3
     return model
 
 
 def save_peft_folder(model, folder):
-    """As peft saves it: the whole model, wrapped."""
+    """Saves as peft does, with the whole model wrapped."""
     from peft import LoraConfig, PeftModel
 
     config = model.peft_config["default"]
@@ -63,7 +63,7 @@ def save_diffusers(model, folder, with_metadata=True):
 
 
 def save_fastvideo(model, folder):
-    """As FastVideo's save_lora_checkpoint does: diffusers' file, and the numbers in a file of its own."""
+    """Saves as FastVideo's save_lora_checkpoint does: diffusers' file, and rank and alpha in another file."""
     save_diffusers(model, folder, with_metadata=False)
     config = model.peft_config["default"]
     params = {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
@@ -73,14 +73,14 @@ def save_fastvideo(model, folder):
 @pytest.mark.parametrize(
     ("save", "options", "source"),
     [
-        (save_peft_folder, {"target_modules": USUAL, "r": 8, "lora_alpha": 32}, "adapter_config.json beside it"),
+        (save_peft_folder, {"target_modules": USUAL, "r": 8, "lora_alpha": 32}, "adapter_config.json next to it"),
         (save_peft_folder, {"target_modules": EVERY, "r": 4, "lora_alpha": 6, "use_rslora": True,
                             "rank_pattern": {"to_kv": 3}, "alpha_pattern": {"norm_out.linear": 1, "proj_out": 9}},
-         "adapter_config.json beside it"),
+         "adapter_config.json next to it"),
         (save_peft_folder, {"target_modules": EVERY, "r": 4, "lora_alpha": 8, "use_dora": True},
-         "adapter_config.json beside it"),
+         "adapter_config.json next to it"),
         (save_diffusers, {"target_modules": EVERY, "r": 4, "lora_alpha": 6}, "its metadata `lora_adapter_metadata`"),
-        (save_fastvideo, {"target_modules": USUAL, "r": 4, "lora_alpha": 8}, "lora_config.json beside it"),
+        (save_fastvideo, {"target_modules": USUAL, "r": 4, "lora_alpha": 8}, "lora_config.json next to it"),
     ],
     ids=["peft", "peft_every", "peft_dora", "diffusers", "fastvideo"],
 )  # fmt: skip
@@ -115,7 +115,7 @@ def test_the_parameters_of_a_live_model_have_the_adapters_name_in_them(tmp_path)
 
 
 def test_diffusers_loads_an_export_of_every_layer(tmp_path):
-    """Also after a way through the native file, which knows the last block by the number of blocks alone."""
+    """Also after a conversion to native, where only the number of blocks identifies the last block."""
     model = adapted_model(target_modules=EVERY, r=4, lora_alpha=6)
     save_diffusers(model, tmp_path)
     save_adapter(tmp_path / "native.safetensors", load_adapter(tmp_path / "pytorch_lora_weights.safetensors"))

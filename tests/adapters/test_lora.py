@@ -75,7 +75,7 @@ def test_a_new_adapter_changes_nothing_and_is_fp32(dtype):
     assert len(trainable) == 26 and all(".lora_" in name for name in trainable)
 
 
-def test_the_seed_alone_decides_the_start():
+def test_the_seed_determines_the_initial_weights():
     starts = []
     for seed, disturbance in ((1, 0), (1, 5), (2, 0)):
         dit = golden_dit()
@@ -125,12 +125,12 @@ def test_applying_never_touches_the_base(dit):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-# Settings layer by layer
+# Settings of single layers
 
 NAMES = [f"blocks.{i}.attn.{kind}" for i in range(2) for kind in ("qkv_x", "qkv_y", "proj_x")]
 
 
-def test_a_pattern_sets_the_layers_whose_whole_name_it_matches():
+def test_a_pattern_must_match_the_whole_name():
     settings = settings_of(
         NAMES, 16, 32.0, 0.1,
         rank_pattern={r"blocks\.0\..*": 4, r".*\.proj_x": 4, r"blocks\.1\.attn\.qkv_x": 8},
@@ -187,7 +187,7 @@ def test_a_dropout_drops_in_its_layer_alone_and_only_while_training(dit):
             assert torch.equal(layer.eval()(x), layer(x))
 
 
-def test_what_is_not_of_the_rank_leaves_the_start_as_it_is():
+def test_settings_other_than_the_rank_do_not_change_the_initial_weights():
     starts = []
     for options in ({}, {"alpha_pattern": {".*": 3.0}, "dropout_pattern": {".*": 0.5}, "rslora": True}, {"dora": True}):
         dit, dora = golden_dit(), options.pop("dora", False)
@@ -197,7 +197,7 @@ def test_what_is_not_of_the_rank_leaves_the_start_as_it_is():
         assert torch.equal(parameter, starts[1][name]) and torch.equal(parameter, starts[2][name])
 
 
-# What is trained is what is saved
+# Saving and loading
 
 KINDS = {
     "plain": {},
@@ -236,7 +236,7 @@ def test_rslora_scales_by_the_root_of_the_rank():
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the dtype and the shape of every tensor that is made."""
+    """Records the dtype and the shape of every new tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ def test_an_adapter_multiplies_in_the_dtype_of_the_base_and_its_gradients_are_fp
         out = layer(x)
         out.backward(gradient)
     assert out.dtype == x.grad.dtype == torch.bfloat16
-    # No fp32 copy of anything that has a number for each token.
+    # No tensor with a token axis is copied to fp32.
     assert not [shape for dtype, shape in shapes.made if dtype == torch.float32 and num_tokens in shape]
     a, b = (parameters[f"{name}.lora_{half}"].detach().double() for half in "AB")
     x, gradient = x.detach()[0].double(), gradient[0].double()
@@ -271,7 +271,7 @@ def test_an_adapter_multiplies_in_the_dtype_of_the_base_and_its_gradients_are_fp
     for half, exact in expected.items():
         got = parameters[f"{name}.lora_{half}"].grad
         assert got.dtype == torch.float32
-        # bf16 rounds each of some factors by 2^-9.
+        # bf16 rounds each of several factors by 2^-9.
         assert relative_error(got, exact) <= 4 * 2**-9, half
 
 

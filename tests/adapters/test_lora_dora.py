@@ -1,4 +1,4 @@
-"""DoRA: the length of each row of an adapted weight is trained beside its direction."""
+"""DoRA: training of the norms of an adapted weight's rows besides their directions."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def settings_of_all(dit, **options):
 
 
 def disturbed(dit, seed=0, **options):
-    """Returns the model as a DoRA that has been trained, and its settings."""
+    """Returns a model with a trained DoRA, and the settings of its layers."""
     settings = settings_of_all(dit, **options)
     apply_lora(dit, settings, seed=1, dora=True)
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ def adapter_of(dit, settings) -> Adapter:
 
 
 def merged(dit, adapter: Adapter):
-    """The definition: every row of W + scale * B A at the length of its magnitude; its own length is a constant."""
+    """The definition: each row of W + scale * B A scaled to its magnitude; the gradient ignores its own norm."""
     weights = {}
     for name, layer in adapter.layers.items():
         weight = dit.get_submodule(name).weight.double()
@@ -76,7 +76,7 @@ def test_a_new_dora_changes_nothing_and_trains_the_length_of_each_row(dtype):
         assert bool(parameter.grad.any()) == (not name.endswith("lora_A")), name
 
 
-def test_outputs_and_gradients_are_the_definitions_with_the_length_as_a_constant():
+def test_outputs_and_gradients_are_those_of_the_definition():
     dit, settings = disturbed(golden_dit())
     plain, adapter = golden_dit(), adapter_of(dit, settings)
     weights = merged(plain, adapter)
@@ -149,7 +149,7 @@ def test_blocks_that_come_and_go_compute_the_same():
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("fp8", 0.08)])
 @torch.no_grad()
-def test_eight_bits_stay_near_and_take_a_dora(precision, tolerance):
+def test_a_dora_works_on_eight_bit_weights(precision, tolerance):
     dit, settings = disturbed(golden_dit())
     small = WeightsFolder(GOLDEN).load_dit("cpu", torch.bfloat16, lambda _, block: apply_quantization(block, precision))
     half = golden_dit(torch.bfloat16)
@@ -190,7 +190,7 @@ def test_strengths_and_other_adapters_add_up_as_changes_of_the_weights():
         assert torch.equal(dit(*INPUTS), golden_dit()(*INPUTS))
 
 
-def test_an_applied_dora_keeps_no_weight_that_it_was_worked_out_from():
+def test_an_applied_dora_keeps_no_copy_of_the_weight():
     dit, settings = disturbed(golden_dit())
     applied = golden_dit()
     apply_adapter(applied, adapter_of(dit, settings).layers, "style")

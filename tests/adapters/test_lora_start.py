@@ -1,4 +1,4 @@
-"""A training that starts from an adapter file computes what that file computes."""
+"""Training that starts from an adapter file: the first output is that of the file."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_the_start_is_the_files_change_whatever_its_format_and_alpha(tmp_path, t
 
 @pytest.mark.parametrize("to", ["native", "diffusers"])
 @torch.no_grad()
-def test_a_dora_goes_on_as_one(tmp_path, to):
+def test_a_dora_continues_as_a_dora(tmp_path, to):
     save_adapter(tmp_path / "a.safetensors", with_magnitudes(random_adapter(ALL, MIXED)), to)
     adapter, dit, sampled = load_adapter(tmp_path / "a.safetensors"), golden_dit(), golden_dit()
     settings = settings_of(of_kinds(ALL), rank=16, alpha=3.0, dropout=0.0)
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused_in_one_line(kinds, rank, options, text):
     assert "\n" not in str(error.value)
 
 
-def test_a_dora_does_not_go_on_as_a_plain_lora():
+def test_a_dora_does_not_continue_as_a_plain_lora():
     layers = with_magnitudes(random_adapter()).layers
     with pytest.raises(ConfigError, match=r"is a DoRA: use lora\.dora=true\."):
         check_start(layers, settings_of(of_kinds(ATTENTION), 16, 1.0, 0.0), False, "the adapter")

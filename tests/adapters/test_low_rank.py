@@ -25,7 +25,7 @@ def random_layer(seed, num_out=40, num_in=24, rank=6, alpha=9.0):
     )
 
 
-# The last two have a rank above a side of the matrix.
+# In the last two, the rank is larger than a side of the matrix.
 SIZES = [(40, 24, 6), (24, 40, 6), (5, 40, 8), (40, 5, 8)]
 
 
@@ -69,7 +69,7 @@ def test_a_layer_of_a_lower_rank_stays_as_it_is():
     assert truncate_layer(layer, Limit(rank=6)) == (layer, 0.0)
 
 
-def test_a_stack_is_the_sum_and_products_are_those_of_the_elements():
+def test_stack_layers_is_the_sum_and_inner_product_that_of_the_elements():
     one, other = random_layer(3), random_layer(4, rank=3, alpha=1.0)
     expected = 0.8 * delta64(one) - 0.5 * delta64(other)
     stacked = stack_layers([one, other], [0.8, -0.5])
@@ -90,8 +90,8 @@ def test_an_approximation_is_the_best_one(shape):
     assert approximate(change.clone(), 100)[0].rank == 30
 
 
-def test_a_large_change_is_searched_and_its_error_is_measured(monkeypatch):
-    """The spectrum falls slowly, which is the hard case."""
+def test_a_large_change_is_approximated_and_its_error_is_measured(monkeypatch):
+    """The singular values fall slowly, which is the hardest case for power iteration."""
     monkeypatch.setattr(low_rank, "EXACT_WIDTH", 100)
     generator = torch.Generator().manual_seed(6)
     u, v = (torch.linalg.qr(torch.randn(n, 200, generator=generator)).Q for n in (400, 300))

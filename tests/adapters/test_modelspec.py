@@ -1,4 +1,4 @@
-"""What a file says of itself, by the rules that programs read it with."""
+"""Metadata for other programs, checked by the rules with which they read it."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def test_every_format_has_the_keys_that_modelspec_asks_for(tmp_path, to):
         "date": "2026-01-02",
     }
     adapter.metadata |= {f"modelspec.{key}": value for key, value in given.items()}
-    # Another file's; it is not carried.
+    # Keys of another file, which are not carried over.
     adapter.metadata |= {"modelspec.hash_sha256": "0x0", "modelspec.implementation": "sgm", "ss_network_alpha": "999"}
     path = tmp_path / "a.safetensors"
     save_adapter(path, adapter, to)
@@ -67,7 +67,7 @@ def test_an_adapter_of_mochi_1_is_known_by_its_base_or_its_shapes(tmp_path):
     assert metadata["ss_base_model_version"] == "genmo-mochi-1"
     assert official_base({}, adapter.layers) == "genmo/mochi-1-preview"
     assert official_base({"base_model": "mochi_1"}, adapter.layers) == "genmo/mochi-1-preview"
-    # As large, and another one: distilled weights, for example.
+    # Another base of the same sizes, such as distilled weights.
     assert official_base({"base_model": "fast_mochi"}, adapter.layers) is None
     assert official_base({}, random_adapter(ATTENTION).layers) is None
     assert has_official_shapes(
@@ -76,7 +76,7 @@ def test_an_adapter_of_mochi_1_is_known_by_its_base_or_its_shapes(tmp_path):
 
 
 def test_kohyas_file_gives_the_change_by_comfyuis_rule(tmp_path):
-    """ComfyUI calls a Linear lora_unet_ and its name with underscores, and adds alpha / rank * up @ down."""
+    """ComfyUI names a Linear lora_unet_NAME with underscores, and adds alpha / rank * up @ down."""
     adapter = random_adapter(ALL, MIXED)
     save_adapter(tmp_path / "a.safetensors", adapter, "kohya")
     tensors = load_file(tmp_path / "a.safetensors")
@@ -99,7 +99,7 @@ def test_kohya_has_no_dora(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("to", FORMATS)
 def test_each_number_is_rounded_once(tmp_path, to, dtype):
-    """From fp32, alpha / rank included: a bf16 matrix times a scale would be rounded twice."""
+    """The fp32 values include alpha / rank; scaling a bf16 matrix would round twice."""
     adapter = random_adapter(ATTENTION, sizes=((3, 1.0),))
     layers = save_adapter(tmp_path / "a.safetensors", adapter, to, dtype)
     save_adapter(tmp_path / "b.safetensors", adapter, to)

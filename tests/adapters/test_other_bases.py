@@ -1,4 +1,4 @@
-"""Adapters of other models, whose keys and shapes can be those of Mochi's."""
+"""Adapters of other models, whose keys and shapes can be the same as those of Mochi."""
 
 import json
 
@@ -12,7 +12,7 @@ from mochi_tune.errors import CheckpointError
 
 
 def write(folder, metadata=None, config=None, num_blocks=1, width=192):
-    """An adapter of diffusers' names, with the config of peft beside it."""
+    """An adapter with diffusers' names, and peft's config next to it."""
     tensors = {}
     for block in range(num_blocks):
         for module in ("to_q", "to_k", "to_v", "to_out.0"):
@@ -39,7 +39,7 @@ def of_diffusers(name):
         ({"ss_base_model_version": "sdxl_base_v1-0"}, None, "Stable Diffusion"),
         ({"base_model_name_or_path": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}, None, "Wan"),
         ({"transformer.base_model_name_or_path": "Tongyi-MAI/Z-Image-Turbo"}, None, "Z-Image"),
-        ({}, {"base_model_name_or_path": "black-forest-labs/FLUX.1-dev"}, "FLUX, adapter_config.json beside it"),
+        ({}, {"base_model_name_or_path": "black-forest-labs/FLUX.1-dev"}, "FLUX, adapter_config.json next to it"),
         ({}, {"base_model_name_or_path": "Qwen/Qwen-Image"}, "Qwen-Image"),
         ({}, {"base_model_name_or_path": "LTX-Video"}, "LTX-Video"),
     ],
@@ -66,7 +66,7 @@ def test_an_adapter_that_names_another_model_is_refused(tmp_path, metadata, conf
         ({"modelspec.architecture": "genmo-mochi-1/lora"}, "THUDM/CogVideoX-5b"),
     ],
 )
-def test_an_adapter_of_mochi_of_a_path_or_of_an_unknown_model_is_taken(tmp_path, metadata, base):
+def test_an_adapter_that_names_mochi_a_path_or_an_unknown_model_is_accepted(tmp_path, metadata, base):
     write(tmp_path, metadata, {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": base})
     assert load_adapter(tmp_path).layers
 
@@ -81,11 +81,11 @@ def test_a_repository_is_known_by_its_tags():
         check_base("hub:a/b", hub_bases(tags))
 
 
-def test_the_blocks_of_cogvideox_are_told_where_nothing_says_mochi(tmp_path, capsys):
+def test_the_blocks_of_cogvideox_give_a_notice_if_nothing_names_mochi(tmp_path, capsys):
     full = {"num_blocks": 42, "width": 3072}
     load_adapter(write(tmp_path, **full))
     [line] = capsys.readouterr().err.splitlines()
-    assert "as an adapter of CogVideoX-5b has, and nothing in it names its base" in line
+    assert "as an adapter of CogVideoX-5b has, and nothing names its base" in line
     for other in (
         full | {"metadata": {"modelspec.title": "My Mochi"}},
         full | {"num_blocks": 43},

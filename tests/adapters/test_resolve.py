@@ -1,4 +1,4 @@
-"""Adapters named by a folder, or by a repository of the hub: a server on localhost that speaks its few endpoints."""
+"""Adapters in a folder or in a repository on the hub, for which a server on localhost answers."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ REPOS = {
 class Hub(LocalServer):
     def __init__(self):
         self.fetched, self.commit = [], COMMIT
-        # Of "resolve", for files, or "revision", for their list: what it answers instead.
+        # Other answers, by endpoint: "resolve" for files, "revision" for their list.
         self.failures = {}
         super().__init__(self.handler())
 
@@ -87,7 +87,7 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     hub = Hub()
-    # What HF_HUB_CACHE sets, which the library reads when it is imported.
+    # The value of HF_HUB_CACHE, which the library reads when it is imported.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "xet"))
     yield hub
@@ -127,7 +127,7 @@ def test_the_adapter_and_the_config_beside_it_are_fetched_once_and_work_offline(
     assert load_adapter(f"hub:{name}").layers["blocks.0.attn.proj_x"].alpha == alpha
 
 
-def test_what_the_hub_lacks_is_told_in_one_line(hub, monkeypatch):
+def test_what_the_hub_lacks_is_reported_in_one_line(hub, monkeypatch):
     assert "no such repository" in refused("hub:someone/nowhere", hub)
     assert "no such repository, revision" in refused("hub:someone/one@v9", hub)
     assert "has no x.safetensors, it has pytorch_lora_weights.safetensors: name one that it has" in refused(
@@ -142,46 +142,46 @@ def test_what_the_hub_lacks_is_told_in_one_line(hub, monkeypatch):
         "hub:someone/cog", hub
     )
     for name in ("hub:", "hub:one", "hub:someone/one@", "hub:some one/x"):
-        assert "write hub:OWNER/NAME" in refused(name, hub)
+        assert "use hub:OWNER/NAME" in refused(name, hub)
     assert hub.fetched == []
     hub.close()
     monkeypatch.setattr(hub, "close", lambda: None)
-    assert "the hub is not reached" in refused("hub:someone/one", hub)
+    assert "the hub cannot be reached" in refused("hub:someone/one", hub)
     assert "its cache has no such repository" in refused("hub:someone/one", hub)
 
 
-def test_a_hub_that_takes_a_connection_and_never_answers_is_as_one_that_is_not_reached(hub, monkeypatch):
+def test_a_hub_that_never_answers_counts_as_not_reached(hub, monkeypatch):
     monkeypatch.setattr("mochi_tune.adapters.resolve.TIMEOUT_SECONDS", 0.2)
     cached = find_adapter_file("hub:someone/one", hub.address)
     with silent_hub() as address:
         assert find_adapter_file("hub:someone/one", address) == cached
-        with pytest.raises(CheckpointError, match=r"the hub is not reached \(.*timed out.*its cache has no such"):
+        with pytest.raises(CheckpointError, match=r"the hub cannot be reached \(.*timed out.*its cache has no such"):
             find_adapter_file("hub:someone/peft", address)
 
 
 @pytest.mark.parametrize("answer", [(500,), (503,), (429,), (200, b"<html>Log in</html>")])
-def test_the_cached_commit_is_told_where_the_hub_fails(hub, capsys, answer):
+def test_a_hub_that_fails_gives_a_notice_with_the_cached_commit(hub, capsys, answer):
     cached = find_adapter_file("hub:someone/peft", hub.address)
     hub.commit, hub.failures = "d" * 40, {"revision": answer}
     assert find_adapter_file("hub:someone/peft", hub.address) == cached
     [line] = capsys.readouterr().err.splitlines()
-    assert "adapter hub:someone/peft: the hub is not reached (" in line
+    assert "adapter hub:someone/peft: the hub cannot be reached (" in line
     assert line.endswith("): the cached commit cccccccccccc is used")
     assert f"{answer[0]}" in line or "what a login page or a proxy may send" in line
     missing = refused("hub:someone/peft/other.safetensors", hub)
-    assert "the hub is not reached (" in missing
+    assert "the hub cannot be reached (" in missing
     assert "and its cache has no other.safetensors, it has adapter_model.safetensors: name one" in missing
-    # A commit cannot have changed.
+    # A commit cannot change, so there is no notice.
     find_adapter_file(f"hub:someone/peft@{COMMIT}", hub.address)
     assert not capsys.readouterr().err
 
 
-def test_a_hub_that_lists_a_new_commit_and_fails_to_send_it_is_told(hub, capsys):
+def test_a_hub_that_lists_a_new_commit_but_does_not_send_it_gives_a_notice(hub, capsys):
     cached = find_adapter_file("hub:someone/one", hub.address)
     hub.commit, hub.failures = "d" * 40, {"resolve": (500,)}
     assert find_adapter_file("hub:someone/one", hub.address) == cached
     [line] = capsys.readouterr().err.splitlines()
-    assert "the hub has the commit dddddddddddd, and does not give its files now: the cached commit cccc" in line
+    assert "the hub has the commit dddddddddddd but does not send its files now: the cached commit cccc" in line
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -191,16 +191,14 @@ def test_a_hub_that_refuses_is_not_answered_from_the_cache(hub, status):
     assert "log in with `hf auth login`" in refused("hub:someone/one", hub)
 
 
-def test_a_config_that_the_cache_may_lack_is_told(hub, capsys):
+def test_a_config_that_the_cache_may_lack_gives_a_notice(hub, capsys):
     from huggingface_hub import hf_hub_download
 
     hf_hub_download("someone/peft", "adapter_model.safetensors", endpoint=hub.address)
     hub.failures = {"revision": (503,)}
     assert load_adapter(find_adapter_file("hub:someone/peft", hub.address)).layers["blocks.0.attn.proj_x"].alpha == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert (
-        "is used without adapter_config.json, and whether the hub has one, which states its alpha, is not known" in line
-    )
+    assert "is used without adapter_config.json, which would state its alpha if the hub has one" in line
 
 
 def test_a_folder(tmp_path):
@@ -212,7 +210,7 @@ def test_a_folder(tmp_path):
     assert "several adapters, a.safetensors, b.safetensors: name the file" in refused(tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(WEIGHTS)
     assert find_adapter_file(tmp_path).name == "adapter.safetensors"
-    # Of a checkpoint with a moving average it would be the other one.
+    # In a checkpoint with an EMA it could be the other file.
     (tmp_path / "averaged.safetensors").write_bytes(WEIGHTS)
     assert "several adapters, adapter.safetensors, averaged.safetensors" in refused(tmp_path)
     assert find_adapter_file(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"

@@ -14,7 +14,7 @@ INPUTS = (IO["z"], IO["sigma"], IO["y_feat"], IO["y_mask"])
 
 
 def adapters():
-    """A LoRA and a DoRA of other layers, some of them the same."""
+    """A LoRA and a DoRA that have some layers in common."""
     return {
         "lora": random_adapter(seed=1).layers,
         "dora": with_magnitudes(random_adapter(("attn.qkv_x", "mlp_x.w1"), seed=2)).layers,
@@ -29,7 +29,7 @@ def adapted(strengths):
 
 
 @torch.no_grad()
-def test_a_factor_is_one_on_the_strength():
+def test_a_factor_multiplies_the_strength():
     dit = adapted({"lora": 0.8, "dora": 1.0})
     as_applied, scaling = dit(*INPUTS), AdapterScaling(dit, ["lora", "dora"])
     for factors in ({"lora": 0.5, "dora": 1.0}, {"lora": -1.0, "dora": 0.25}, {"lora": 0.0, "dora": 2.0}):
@@ -37,7 +37,7 @@ def test_a_factor_is_one_on_the_strength():
         expected = adapted({"lora": 0.8 * factors["lora"], "dora": factors["dora"]})(*INPUTS)
         assert relative_error(dit(*INPUTS), expected) <= 2e-5
         assert relative_error(dit(*INPUTS), as_applied) > 1e-2
-    # 0 is the base and 1 what it was, in every bit, whatever came before.
+    # 0 gives the bits of the base and 1 the original ones, whatever the factor was before.
     scaling.set({"lora": 0.0, "dora": 0.0})
     assert torch.equal(dit(*INPUTS), golden_dit()(*INPUTS))
     scaling.set({"lora": 1.0, "dora": 1.0})
@@ -55,7 +55,7 @@ def test_an_adapter_that_is_not_named_stays_as_it_is():
 
 
 @torch.no_grad()
-def test_compiled_blocks_take_another_factor_without_being_compiled_anew():
+def test_a_new_factor_does_not_recompile_blocks():
     dit, lines = adapted({"lora": 1.0, "dora": 1.0}), []
     scaling, inputs = AdapterScaling(dit, ["lora", "dora"]), (*INPUTS[:2], IO["y_feat"][:, :5], IO["y_mask"][:, :5])
     expected = {}
@@ -67,7 +67,7 @@ def test_compiled_blocks_take_another_factor_without_being_compiled_anew():
     for factor in expected:
         scaling.set({"lora": factor, "dora": 1.0 - factor})
         assert relative_error(dit(*inputs), expected[factor]) <= 2e-5
-        # Of the two kinds of block.
+        # One graph for each of the two kinds of blocks.
         assert counters["stats"]["unique_graphs"] == 2
     assert not lines and not counters["graph_break"]
 
@@ -94,12 +94,12 @@ def test_a_factor_of_a_block_scales_what_the_adapter_adds_there(name):
         expected = x @ (weight + strength * (changed - weight)).T
         if (bias := base.get_submodule(layer).bias) is not None:
             expected += bias.double()
-        # A DoRA's factors were rounded to fp32; all else is computed in fp64 here.
+        # The factors of a DoRA were rounded to fp32; everything else is fp64 here.
         assert relative_error(dit.get_submodule(layer).double()(x), expected) <= (1e-12 if name == "lora" else 1e-6)
 
 
 @torch.no_grad()
-def test_factors_that_are_set_one_by_one_are_those_that_are_set_together():
+def test_factors_can_be_set_one_by_one_or_together():
     doras = {name: with_magnitudes(random_adapter(seed=seed)).layers for seed, name in enumerate(("a", "b"))}
     outs = []
     for calls in ([{"a": 0.5}, {"b": 0.25}], [{"a": 0.5, "b": 0.25}]):

@@ -32,7 +32,7 @@ def total_norm(changes):
 
 
 class Terminal(io.StringIO):
-    """Takes what is written as a terminal does."""
+    """A stream that says it is a terminal."""
 
     def isatty(self):
         return True
@@ -119,7 +119,7 @@ def test_a_terminal_shows_how_many_layers_are_done(monkeypatch, capsys):
         assert re.search(rf"{verb}: .*0/{len(one.layers)} ", terminal.getvalue())
 
 
-def test_a_merge_says_what_it_was_made_of_and_keeps_the_base(tmp_path):
+def test_a_merge_states_its_sources_and_keeps_the_base(tmp_path):
     one, other = based(random_adapter(), step="7", rslora="true", base_model="m"), random_adapter(seed=1)
     other.metadata |= {"step": "9", "base_model": "m"}
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
@@ -134,7 +134,7 @@ def test_a_merge_says_what_it_was_made_of_and_keeps_the_base(tmp_path):
     assert merged.metadata == {"base_fingerprint": "abc", "num_blocks": "2", "base_model": "m", "tool": "lora merge"}
 
 
-def test_a_reduced_merge_tells_its_error():
+def test_a_reduced_merge_reports_its_errors():
     adapters = [random_adapter(sizes=((4, 4.0),), seed=seed) for seed in (0, 1)]
     exact, _ = merge_adapters(adapters, [1.0, 1.0])
     merged, errors = merge_adapters(adapters, [1.0, 1.0], Limit(rank=5))
@@ -151,7 +151,7 @@ def test_a_reduced_merge_tells_its_error():
     assert float(merged.metadata["relative_error"]) == pytest.approx(errors.total, rel=1e-2)
 
 
-def test_what_does_not_merge_is_refused():
+def test_adapters_that_cannot_be_merged_are_refused():
     one, other = based(random_adapter()), based(random_adapter(seed=1), "xyz")
     with pytest.raises(CheckpointError, match=r"different bases, by their base_fingerprint: .* abc; .* xyz"):
         merge_adapters([one, other], [1.0, 1.0])
@@ -179,7 +179,7 @@ def test_a_strength_that_fp32_cannot_hold_is_named():
 def test_a_sum_that_cancels_out_is_refused(limit):
     one, two, rest = random_adapter(), random_adapter(), random_adapter(("attn.qkv_x",), seed=1)
     for layer in two.layers.values():
-        # The same change with the scale elsewhere, so that what is left is rounding.
+        # The same change with another split of the scale, so that only rounding is left.
         layer.b, layer.alpha = layer.b * 3, layer.alpha / 3
     with pytest.raises(ConfigError, match=r"strengths=\[1.0, -1.0\]: .* cancel out, so that nothing is left"):
         merge_adapters([one, two], [1.0, -1.0], limit)
@@ -189,7 +189,7 @@ def test_a_sum_that_cancels_out_is_refused(limit):
 
 
 @pytest.mark.parametrize("limit", [Limit(rank=4), Limit(energy=0.9)], ids=["rank", "energy"])
-def test_a_resize_tells_the_tail_of_each_layer(limit):
+def test_a_resize_reports_the_tail_of_each_layer(limit):
     adapter = based(random_adapter(ALL, MIXED), step="7", tool="lora merge")
     resized, errors = resize_adapter(adapter, limit)
     for name, layer in adapter.layers.items():
@@ -234,7 +234,7 @@ def test_a_comparison_is_that_of_the_changes():
     assert found.cosine == pytest.approx(product / norms[0] / norms[1], abs=1e-12)
 
 
-def test_one_layer_that_differs_is_noticed():
+def test_one_layer_that_differs_is_found():
     one, other = random_adapter(), random_adapter()
     assert compare_adapters(one, other).is_same
     other.layers["blocks.0.attn.proj_y"].b[0, 0] *= 1.01
@@ -254,7 +254,7 @@ def test_doras_are_compared_with_their_magnitudes():
 
 
 def test_adapters_of_one_base_in_two_dtypes_merge():
-    """Its file in 8 bits has a fingerprint of its own, which says nothing about the other one's."""
+    """The fingerprint of a base depends on the dtype of its file, so the two cannot be compared."""
     one, other = based(random_adapter()), based(random_adapter(seed=1), "F8_E4M3:xyz")
     assert merge_adapters([one, other], [1.0, 1.0])
     with pytest.raises(CheckpointError, match="different bases"):
