@@ -174,17 +174,17 @@ class Writer:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def write(self, images: Sequence[bytes], seconds: float, cost: Cost) -> tuple[str, list[str]]:
-        """Returns the caption of a clip, and what a user should know of how it came about.
+        """Writes the caption of a clip; returns it with notes for the user, such as how it was shortened.
 
         Args:
             images: JPEG of its frames, in order.
-            seconds: of the clip.
-            cost: is added to, also where no caption comes out.
+            seconds: length of the clip.
+            cost: updated in place, also if there is no caption.
 
         Raises:
-            DataError: no caption within the limits; LostClip where the last try brought no answer at all.
-            ConfigError: the endpoint refuses whatever it is asked.
-            Stopped: the run was ended.
+            DataError: no caption within the limits; LostClip if the last try returned no answer at all.
+            ConfigError: the endpoint refuses every request.
+            Stopped: the run was stopped.
         """
         prompt, hint = self.wording.prompt(len(images), seconds), ""
         while True:

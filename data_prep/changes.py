@@ -32,7 +32,7 @@ class Changes:
     captions: list[str] = field(default_factory=list)
 
 
-def tell_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
+def describe_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
     """Compares a cache with the files that it was made from.
 
     Args:

@@ -33,7 +33,7 @@ def sibling_folder(folder: Path, ending: str, setting: str) -> Path:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, verb: str) -> Iterator[None]:
-    """Holds the lock of a folder, which ends with the process; goes on without on a disk that has no locks.
+    """Holds the lock of a folder, which ends with the process; continues without one on a disk that has no locks.
 
     Args:
         folder: to lock.

@@ -146,7 +146,7 @@ def _cut(record: Mapping[str, Any]) -> str:
 def _wider(inputs: Inputs) -> str:
     buckets = {bucket for file in inputs.files.values() for bucket in file.source.buckets}
     if len(buckets) == 1:
-        return "data.buckets=auto gives each shape a size of its own"
+        return "data.buckets=auto has a bucket for each shape"
     return "a bucket of their shape in data.buckets would keep it"
 
 

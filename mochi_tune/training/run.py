@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mochi_tune.adapters.files import Adapter
 from mochi_tune.adapters.lora import settings_metadata, trained_layers
 from mochi_tune.config.load import config_yaml
-from mochi_tune.data_prep.changes import tell_changes
+from mochi_tune.data_prep.changes import describe_changes
 from mochi_tune.errors import ParallelError, TrainingError
 from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import peak_gib, reset_peak
@@ -78,7 +78,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         run.attention, run.lock = attention, lock
         lines = [] if run.is_complete else opening_lines(plan, start.step)
         if is_main:
-            lines += tell_changes(config.data, config.seed, plan.dataset.cache)
+            lines += describe_changes(config.data, config.seed, plan.dataset.cache)
         for line in lines if is_main else ():
             tqdm.write(line)
         with run:

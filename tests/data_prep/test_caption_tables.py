@@ -174,7 +174,7 @@ def test_a_table_that_names_no_video_is_an_error_that_shows_both_names(folder, v
         ("metadata.csv", "file_name,text\n ,x\n", ["row 2", "names no video"]),
         ("metadata.csv", "name,text\na.mp4,x\n", ["name, text", "file_name"]),
         ("metadata.csv", "file_name;words\na.mp4;x\n", ["file_name, words", "caption, text, prompt"]),
-        ("metadata.csv", "file_name,text,text\na.mp4,x,y\n", ["file_name, text, text", "once"]),
+        ("metadata.csv", "file_name,text,text\na.mp4,x,y\n", ["file_name, text, text", "without duplicates"]),
         ("metadata.csv", "", ["none", "file_name"]),
         ("metadata.csv", b"file_name,text\na.mp4,K\xe4se\x81\n", ["not UTF-8", "byte 22"]),
         ("metadata.jsonl", '{"file_name": "a.mp4", "text": "x"}\n{"file_name": ', ["row 2", "not JSON"]),

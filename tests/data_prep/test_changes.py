@@ -9,7 +9,7 @@ from helpers_video import write_video
 from mochi_tune.config.load import load_config
 from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.data.cache import open_cache
-from mochi_tune.data_prep.changes import tell_changes
+from mochi_tune.data_prep.changes import describe_changes
 
 
 @pytest.mark.parametrize(("change", "goes_on"), [("new", False), ("gone", False), ("replaced", True), ("words", True)])
@@ -26,7 +26,7 @@ def test_that_a_run_cannot_go_on_is_said_of_clips_that_came_or_went_alone(tmp_pa
         clip.with_suffix(".txt").write_text("a red ball rolls slowly over the hill")
     config = load_config("my_lora", [*SIZES, f"data.videos={tmp_path / 'videos'}", f"data.cache={tmp_path / 'cache'}"])
     cache = open_cache(tmp_path / "cache", buckets_by_source(config.data))
-    [line] = tell_changes(config.data, config.seed, cache)
+    [line] = describe_changes(config.data, config.seed, cache)
     assert clip.name in line and "stop, run `mochi-tune prepare` with these settings" in line
     assert line.endswith("train again") == goes_on
     assert (

@@ -202,7 +202,7 @@ def test_a_caption_does_not_become_a_list_of_captions(tmp_path):
     (tmp_path / "prompts.txt").write_text("what to sample")
     found = find_clips(tmp_path, False)
     assert [path.name for path in found.without] == ["clip.mp4"]
-    assert "video.txt beside prompts.txt would be read as a list of clips" in found.refused["video.mp4"]
+    assert "video.txt next to prompts.txt would be read as a list of clips" in found.refused["video.mp4"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
     assert "not used: 1 file (notes.pdf)" in done.stdout
     assert "1 clip, 0 refused" in done.stdout + done.stderr
     page = (tmp_path / "runs/my_lora/inspect/inspect.html").read_text()
-    assert "the caption of good.mp4" in page and "is not known" in page
+    assert "the caption of good.mp4" in page and "is unknown" in page
     has_browser = any(map(shutil.which, html_page.BROWSERS))
     assert (tmp_path / "runs/my_lora/inspect/inspect.png").exists() == has_browser
     # A refused file gives exit code 1, and a page of the others.

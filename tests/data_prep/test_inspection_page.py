@@ -128,7 +128,7 @@ def test_without_a_tokenizer_words_are_counted_and_the_page_says_so(found):
     found.captions = {text: MeasuredCaption(text, None, len(text)) for text in found.captions}
     read = Reader(make_page(found, "run"))
     assert HOSTILE in read.texts and "Captions, words" in read.texts
-    assert any("is not known" in text for text in read.texts) and not any("cut off" in text for text in read.texts)
+    assert any("is unknown" in text for text in read.texts) and not any("cut off" in text for text in read.texts)
 
 
 def test_endless_and_many_captions_are_shortened(found, tmp_path):

@@ -52,7 +52,7 @@ def test_every_task_is_done_once_whoever_dies(count):
 
 
 def test_a_task_that_three_workers_died_on_ends_the_run_and_is_named():
-    with Workers(2, {"5": 3}) as pool, pytest.raises(ParallelError, match=r"3 workers died on 5\.mp4, .* by SIGKILL"):
+    with Workers(2, {"5": 3}) as pool, pytest.raises(ParallelError, match=r"3 workers died on 5\.mp4; .* by SIGKILL"):
         list(pool.run(TASKS, lambda _: None))
 
 

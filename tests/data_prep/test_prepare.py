@@ -97,7 +97,7 @@ def test_every_input_has_a_row_in_the_report(base):
     assert {name: record["status"] for name, record in report.items()} == {
         "bird.mp4": "kept", "copy.mp4": "kept", "mute.mp4": "kept", "short.mp4": "refused", "sub/long.mp4": "kept",
     }  # fmt: skip
-    assert "have 6" in report["short.mp4"]["reason"] and "need 7" in report["short.mp4"]["reason"]
+    assert "has 6" in report["short.mp4"]["reason"] and "needs 7" in report["short.mp4"]["reason"]
     assert report["short.mp4"]["caption"] == "a cat"
     bird, long = report["bird.mp4"], report["sub/long.mp4"]
     assert (bird["reason"], bird["caption"], bird["caption_tokens"], bird["lost_tokens"]) == (
