@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES, find_device
 from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
 from mochi_tune.models.flops import dit_flops
-from mochi_tune.models.latents import TOKEN_PIXELS, check_geometry, latent_shape, num_latent_frames
+from mochi_tune.models.latents import check_geometry, latent_shape, num_visual_tokens
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 from mochi_tune.models.vae_streaming import encode
 from mochi_tune.parallel.forecast import ATTENTION_BACKWARD, Step, free_bytes
@@ -153,7 +152,7 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
 def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
     """One step with guidance, of a prompt and a negative prompt of 256 tokens."""
     config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
-    num_tokens = num_visual_tokens(bench)
+    num_tokens = num_visual_tokens(bench.num_frames, bench.height, bench.width)
     layout = choose_layout(num_ranks, config, Videos(1, num_tokens, True), {"data": 1}, card_here())
     mesh = Mesh(layout, device, 600) if num_ranks > 1 else None
     setup = Setup(
@@ -189,7 +188,8 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
 def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
     """One step as `train` makes it: forward, backward, clipping and update of a LoRA, for one clip and its caption."""
     config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
-    dtype, num_tokens = DTYPES[bench.dtype], num_visual_tokens(bench)
+    dtype = DTYPES[bench.dtype]
+    num_tokens = num_visual_tokens(bench.num_frames, bench.height, bench.width)
     settings = LayerSettings(bench.lora_rank or TRAIN_RANK, float(bench.lora_rank or TRAIN_RANK))
     is_compiled = device.type == "cuda" if bench.compile is None else bench.compile
     free = free_bytes(device)
@@ -284,11 +284,6 @@ def make_step(
     return step
 
 
-def num_visual_tokens(bench: Bench) -> int:
-    """Returns the visual tokens of a clip."""
-    return num_latent_frames(bench.num_frames) * bench.height * bench.width // TOKEN_PIXELS**2
-
-
 def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
     """Decoding one video, chunk by chunk, or split over the ranks."""
     config, full_depth = reduced(sizes(bench.model, "decoder"), bench.depth)
@@ -356,7 +351,7 @@ def shares(flops: float, seconds: float, floor: float, num_ranks: int) -> dict[s
 def sizes(model: str, part: str) -> Any:
     """Returns the configuration of a part: Mochi 1's own sizes, or those of a model that is shipped."""
     name = "dit_config.json" if part == "dit" else "vae_config.json"
-    return read_official_config(Path(assets.__path__[0]) / model / name, part)
+    return read_official_config(assets.FOLDER / model / name, part)
 
 
 def reduced(config: Any, depth: int | None) -> tuple[Any, Any]:

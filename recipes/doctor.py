@@ -7,10 +7,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import metadata, requires
 from pathlib import Path
 
-# Of pyproject.toml.
-PYTHON, TORCH = ((3, 11), (3, 14)), (2, 10)
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 # The modules of each extra, and what it is for.
 EXTRAS = {
     "bitsandbytes": (("bitsandbytes",), "train.optimizer=adamw_8bit"),
@@ -75,9 +77,10 @@ def main(weights: Path, device: str) -> Iterator[Finding]:
 def check_python(version: tuple[int, ...]) -> Finding:
     """The version of Python."""
     says = ".".join(map(str, version)) + f", {platform.system()} {platform.machine()}"
-    if PYTHON[0] <= version[:2] < PYTHON[1]:
+    needed = SpecifierSet(metadata("mochi-tune")["Requires-Python"])
+    if ".".join(map(str, version)) in needed:
         return Finding("Python", says)
-    return Finding("Python", says, "install Python 3.11, 3.12 or 3.13", FAIL)
+    return Finding("Python", says, f"install Python {needed}", FAIL)
 
 
 def check_torch() -> Finding:
@@ -88,7 +91,8 @@ def check_torch() -> Finding:
         reason = " ".join(str(error).split())[:200]
         return Finding("torch", f"cannot be imported: {reason}", "pip install --force-reinstall torch", FAIL)
     says = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH:
+    [needed] = {r.specifier for r in map(Requirement, requires("mochi-tune") or ()) if r.name == "torch"}
+    if not needed.contains(torch.__version__, prereleases=True):
         return Finding("torch", says, "pip install --upgrade torch", FAIL)
     if has_nvidia_driver() and not torch.cuda.is_available():
         advice = "the driver is too old for it, or the GPU is hidden: compare `nvidia-smi` with pytorch.org/get-started"
@@ -241,7 +245,7 @@ def check_numbers(device: str) -> Finding:
     from mochi_tune.models.device import find_device
     from mochi_tune.weights.folder import WeightsFolder
 
-    chosen, folder = find_device(device), WeightsFolder(Path(next(iter(assets.__path__))) / "tiny")
+    chosen, folder = find_device(device), WeightsFolder(assets.FOLDER / "tiny")
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 12, 3, 8, 12, generator=generator)
     prompt, mask = torch.randn(1, 16, 64, generator=generator), torch.ones(1, 16, dtype=torch.uint8)

@@ -22,7 +22,7 @@ from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import ConfigError, ParallelError
 from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
-from mochi_tune.models.latents import TOKEN_PIXELS, latent_shape, num_latent_frames
+from mochi_tune.models.latents import latent_shape, num_visual_tokens
 from mochi_tune.models.text_encoder import MAX_TOKENS, T5_DTYPES
 from mochi_tune.models.vae_streaming import check_tiles
 from mochi_tune.parallel import forecast_advice
@@ -155,7 +155,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         policies, arrangement = plan.recompute, (plan.is_streamed, plan.offloads_inputs)
     except ConfigError as error:
         advice.append(f"train: {error}")
-    tokens = num_latent_frames(video[0]) * video[1] * video[2] // TOKEN_PIXELS**2
+    tokens = num_visual_tokens(*video)
     rendering, refused = rendering_layout(config, dit, tokens, speed or CARDS["h100"])
     if refused:
         advice.append(f"sample: {refused}")
@@ -312,7 +312,7 @@ def dit_sizes(config: RunConfig) -> DiTConfig:
     weights = WeightsFolder(weights_paths(config))
     if weights.has("dit"):
         return weights.dit_skeleton().config
-    return read_official_config(Path(assets.__path__[0]) / config.model.name / "dit_config.json", "dit")
+    return read_official_config(assets.FOLDER / config.model.name / "dit_config.json", "dit")
 
 
 def training_step(config: RunConfig, dit: DiTConfig, layout: Layout) -> Step:
@@ -343,9 +343,7 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
         return 0, f"in the dataset {where}, not prepared yet, each {largest}", shares, 1.0
     # As `prepare` finds them.
     videos = {
-        source.name: list_videos(source.folder, any(bucket.num_frames == 1 for bucket in source.buckets))
-        for source in sources
-        if source.folder.is_dir()
+        source.name: list_videos(source.folder, source.takes_stills) for source in sources if source.folder.is_dir()
     }
     count = sum(map(len, videos.values()))
     if not count:
@@ -359,10 +357,7 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
 
 def num_captions_of(config: RunConfig, source: Source, videos: list[Path]) -> int:
     """Returns the captions that a source's videos will have; one for each that has none yet."""
-    data = config.data
-    rules = CaptionRules(
-        data.captions, source.caption_prefix, data.caption_suffix, data.tag_dropout, data.caption_variants, config.seed
-    )
+    rules = CaptionRules.from_config(config.data, source, config.seed)
     texts = load_captions(source.folder, videos, rules).texts
     return sum(len(texts.get(video, ("",))) for video in videos)
 

@@ -20,7 +20,7 @@ from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.errors import CheckpointError, ConfigError, counted
 from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
-from mochi_tune.models.latents import TOKEN_PIXELS, num_latent_frames
+from mochi_tune.models.latents import num_visual_tokens
 from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
 from mochi_tune.models.vae_streaming import WHOLE, check_tiles
 from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, encoding_held, free_bytes, sampling_held
@@ -244,7 +244,7 @@ def pays_to_compile(residency: str, requests: list[Request], num_variants: int) 
 
 def num_tokens(request: Request) -> int:
     """Returns the visual tokens of a video."""
-    return num_latent_frames(request.num_frames) * request.height * request.width // TOKEN_PIXELS**2
+    return num_visual_tokens(request.num_frames, request.height, request.width)
 
 
 def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) -> str:

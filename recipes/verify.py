@@ -9,6 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mochi_tune import assets
 from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_adapter, lora_parameters
 from mochi_tune.errors import CheckpointError
@@ -93,12 +94,8 @@ def _reference_weights(reference: Path | None) -> WeightsFolder:
     """Returns the weights that the vectors are of; their `path` is the vectors' folder."""
     if reference is not None:
         return WeightsFolder(reference)
-    from mochi_tune import assets
-
-    packaged = Path(next(iter(assets.__path__)))
-    return WeightsFolder(
-        WeightsPaths(packaged / "vectors", transformer=packaged / "tiny" / "dit.safetensors", vae=packaged / "tiny")
-    )
+    tiny = assets.FOLDER / "tiny"
+    return WeightsFolder(WeightsPaths(assets.FOLDER / "vectors", transformer=tiny / "dit.safetensors", vae=tiny))
 
 
 def _checks(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:

@@ -347,5 +347,5 @@ def weights_folder(config: RunConfig) -> Path:
     if kind == "package" and colon:
         from mochi_tune import assets
 
-        return Path(assets.__path__[0]) / name
+        return assets.FOLDER / name
     return Path(config.model.weights)

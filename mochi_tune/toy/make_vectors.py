@@ -32,7 +32,7 @@ def main(official: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in OFFICIAL:
         shutil.copyfile(official / name, out / name)
-    tiny = WeightsFolder(Path(next(iter(assets.__path__))) / "tiny")
+    tiny = WeightsFolder(assets.FOLDER / "tiny")
     save_file(_dit_vectors(tiny, out / "lora.safetensors"), out / "dit_io.safetensors")
     save_file(_vae_vectors(tiny), out / "vae_io.safetensors")
 

@@ -11,7 +11,7 @@ from helpers_road import ENVIRONMENT, command
 from mochi_tune import assets
 from mochi_tune.recipes import doctor
 
-TINY = Path(next(iter(assets.__path__))) / "tiny"
+TINY = assets.FOLDER / "tiny"
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
 
@@ -41,10 +41,14 @@ def test_the_versions_of_python(version, fits):
     assert (finding.verdict == doctor.OK) == bool(fits) and bool(finding.advice) != bool(fits)
 
 
-def test_what_it_knows_is_what_the_package_declares():
-    lowest, highest = (".".join(map(str, version)) for version in doctor.PYTHON)
-    assert PROJECT["requires-python"] == f">={lowest},<{highest}"
-    assert f"torch>={'.'.join(map(str, doctor.TORCH))}" in PROJECT["dependencies"]
+@pytest.mark.parametrize(("version", "fits"), [("2.9.1", False), ("2.10.0", True), ("2.14.0.dev20260101+cu130", True)])
+def test_the_versions_of_torch(version, fits, monkeypatch):
+    monkeypatch.setattr("torch.__version__", version)
+    monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: False)
+    assert (doctor.check_torch().verdict == doctor.OK) == fits
+
+
+def test_the_extras_are_those_of_the_package():
     assert doctor.EXTRAS.keys() == PROJECT["optional-dependencies"].keys() - {"dev", "docs"}
 
 

@@ -16,7 +16,7 @@ from mochi_tune.recipes.lora_tools import inspect
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Returns a folder of two adapters of one base, the first one in two layouts, one of another base, and a DoRA."""
+    """Returns a folder with two adapters of one base, the first in two layouts, one of another base, and a DoRA."""
     folder = tmp_path_factory.mktemp("adapters")
     first, second, other = random_adapter(ALL, MIXED), random_adapter(ATTENTION, seed=1), random_adapter(seed=2)
     for adapter, base in ((first, "ab"), (second, "ab"), (other, "ef")):
@@ -44,7 +44,7 @@ def test_inspect_prints_a_table_and_the_metadata(files, capsys):
     assert rows[0] == ["block", *sorted(ALL)] and [row[0] for row in rows[1:]] == ["0", "1", "all"]
     norms = [float(row[1]) for row in rows[1:]]
     assert norms[2] == pytest.approx(math.hypot(*norms[:2]), rel=1e-2) and len(rows[3]) == 1 + 8
-    # Of the last block, text is not updated: one word, and not a norm and two ranks.
+    # The last block does not update text; such a cell has one word instead of a norm and two ranks.
     assert rows[2].count("-") == 3 and len(rows[1]) == 1 + 2 * 8 and len(rows[2]) == 1 + 2 * 5 + 3
 
 
@@ -54,7 +54,7 @@ def test_inspect_prints_json(files, capsys):
     assert found["layers"]["blocks.0.attn.qkv_x"].keys() == {"rank", "alpha", "norm", "rank_90", "rank_99"}
 
 
-def test_inspect_writes_a_page_that_needs_nothing(files, tmp_path):
+def test_inspect_writes_a_self_contained_page(files, tmp_path):
     inspect(files / "first.safetensors", tmp_path / "new" / "page.html")
     page = (tmp_path / "new" / "page.html").read_text()
     assert page.count("<figure>") == 8 and page.count('<rect class="bar"') == 13
@@ -82,7 +82,7 @@ def test_merge_and_resize_write_what_sample_can_check(files, tmp_path, capsys):
     assert "13 layers" in lora("merge", *names, "energy=0.9", f"out={tmp_path / 'm.safetensors'}", capsys=capsys)
 
 
-def test_compare_knows_a_conversion(files, capsys):
+def test_compare_recognises_a_conversion(files, capsys):
     both = [files / "first.safetensors", files / "first_diffusers.safetensors"]
     assert lora("compare", *both, capsys=capsys).splitlines()[-1] == "the same change of the weights"
     text = lora("compare", both[0], files / "second.safetensors", capsys=capsys)
@@ -106,7 +106,7 @@ OUT = "out=NEW/out.safetensors"
         (f"merge first {OUT}", "lora merge takes 2 or more adapter files without a key"),
         ("merge first second", "lora merge needs out=..."),
         (f"merge first second strengths=[1] {OUT}", "one strength each, got 2 and 1"),
-        (f"merge first second strengths=[1,x] {OUT}", "strengths=x does not fit: use a number"),
+        (f"merge first second strengths=[1,x] {OUT}", "strengths=x does not fit: it takes a number"),
         (f"merge first second strengths=[1,0] {OUT}", "strengths: 0 does not fit"),
         (f"merge first second strengths=[1e300,1] {OUT}", "strengths: 1e+300 is too large for blocks.0.attn"),
         (f"merge first first strengths=[1,-1] rank=2 {OUT}", "cancel out, so that nothing is left"),
@@ -156,18 +156,18 @@ def test_the_reference_trainers_file_is_inspected(capsys):
     assert "rank     2, 4" in lora("inspect", GOLDEN / "lora.safetensors", capsys=capsys)
 
 
-def test_an_alpha_that_is_assumed_is_told_by_every_tool(tmp_path, capsys):
+def test_every_tool_reports_an_assumed_alpha(tmp_path, capsys):
     stated, bare = tmp_path / "stated.safetensors", tmp_path / "bare.safetensors"
     save_adapter(stated, random_adapter(ATTENTION))
-    # In the keys of diffusers, with nothing that states an alpha.
+    # With the keys of diffusers and nothing that states alpha.
     save_adapter(tmp_path / "diffusers.safetensors", random_adapter(ATTENTION), "diffusers")
     save_file(load_file(tmp_path / "diffusers.safetensors"), bare)
-    told = f"the alpha of {bare} is assumed to be the rank, as nothing states it\n"
+    note = f"the alpha of {bare} is assumed to be the rank, as nothing states it\n"
     merge = ("merge", stated, bare, f"out={tmp_path / 'merged.safetensors'}")
     resize = ("resize", bare, "rank=1", f"out={tmp_path / 'small.safetensors'}")
     bake = ("bake", bare, f"model.weights={GOLDEN}", f"out={tmp_path / 'baked'}")
     for arguments in (merge, resize, bake, ("compare", stated, bare)):
-        assert told in lora(*arguments, capsys=capsys)
+        assert note in lora(*arguments, capsys=capsys)
     assert "assumed" not in lora("compare", stated, stated, capsys=capsys)
     assert ", assumed to be the rank" in lora("inspect", bare, capsys=capsys)
 

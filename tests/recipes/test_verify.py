@@ -1,6 +1,5 @@
 import json
 import shutil
-from pathlib import Path
 
 import torch
 from helpers_golden import GOLDEN
@@ -11,7 +10,7 @@ from mochi_tune import assets
 from mochi_tune.recipes.verify import GRADIENT_TOLERANCE, TOLERANCE, main
 from mochi_tune.toy.make_vectors import main as make_vectors
 
-VECTORS = Path(next(iter(assets.__path__))) / "vectors"
+VECTORS = assets.FOLDER / "vectors"
 
 # What a folder of vectors is held against, one word of each kind of check.
 KINDS = (
