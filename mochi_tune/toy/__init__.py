@@ -1,1 +1,1 @@
-"""The toy world: short clips that are drawn, described and measured without files or networks."""
+"""The toy world, whose clips are drawn and measured by code, and the toy model, demo and experiments on it."""

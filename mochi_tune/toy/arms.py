@@ -1,4 +1,4 @@
-"""What the experiments compare: each is a few ways, the arms, of training the toy model."""
+"""The experiments on the toy model, and the arms (ways of training) that each one compares."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from mochi_tune.weights.folder import WeightsFolder
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training; as it is, the way of the demo.
+    """One way of training. The defaults are those of the demo.
 
     Attributes:
-        settings: `key=value`, in the place of those of conf/toy_lora.yaml.
-        num_clips: the first clips of the lesson; they have all shapes.
-        fps: frames a second that the clips are drawn at.
+        settings: `key=value` overrides of conf/toy_lora.yaml.
+        num_clips: number of clips, the first ones of the lesson; they have all shapes.
+        fps: frames per second at which the clips are drawn.
         rounds_to_bf16: whether the adapter and its optimizer's moments are rounded to bf16 after every step, as if they
-            were held in bf16. There is no such setting: `train` holds them in fp32.
+            were stored in bf16. This is not a setting: `train` stores them in fp32.
     """
 
     settings: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ SLOW = Arm(("train.learning_rate=2e-4",))
 
 
 def arms() -> dict[str, dict[str, Arm]]:
-    """Returns the experiments: what is compared -> name of the arm -> the arm."""
+    """Returns the experiments: name of the experiment -> name of the arm -> arm."""
     return {
         "objective": {
             "sampler": DEFAULT,
@@ -51,16 +51,16 @@ def arms() -> dict[str, dict[str, Arm]]:
             "2e-3": Arm(("train.learning_rate=2e-3",)),
             "5e-3": Arm(("train.learning_rate=5e-3",)),
         },
-        # Twice the rank is the alpha of all.
+        # Alpha is always twice the rank.
         "rank": {
             "1": Arm(("lora.rank=1", "lora.alpha=2")),
             "4": Arm(("lora.rank=4", "lora.alpha=8")),
             "16": DEFAULT,
             "64": Arm(("lora.rank=64", "lora.alpha=128")),
         },
-        # As many steps for all: fewer clips are seen more often.
+        # The number of steps is the same: fewer clips are seen more often.
         "clips": {"4": Arm(num_clips=4), "8": Arm(num_clips=8), "16": Arm(num_clips=16), "24": DEFAULT},
-        # Runs of their own, not checkpoints of one: the schedule falls to 0 at the last step of each.
+        # Separate runs, not checkpoints of one, because the schedule falls to 0 at the last step of each.
         "steps": {
             "100": Arm(("train.steps=100",)),
             "200": Arm(("train.steps=200",)),
@@ -88,7 +88,7 @@ def arms() -> dict[str, dict[str, Arm]]:
 
 
 def run_names() -> dict[Arm, str]:
-    """Returns a name for each arm, as a relative path: arms of several experiments that are the same have one."""
+    """Returns a relative path for each arm. Equal arms of several experiments share one."""
     names = {DEFAULT: "default"}
     for what, those in arms().items():
         for name, arm in those.items():
@@ -97,11 +97,11 @@ def run_names() -> dict[Arm, str]:
 
 
 def _layers() -> dict[str, Arm]:
-    """Returns attention alone, and attention with MLPs, at nearly the same number of parameters."""
+    """Returns attention only, and attention with MLPs, at nearly the same number of parameters."""
     shapes = linear_shapes(WeightsFolder(weights_paths(load_config("toy_lora", []))).dit_skeleton())
     wide, narrow = (load_config("toy_lora", [f"lora={name}"]).lora for name in ("attention_mlp", "attention"))
     size, small = (sum(sum(shapes[n]) for n in select_layers(shapes, lora.targets)) for lora in (wide, narrow))
-    # As many parameters in fewer layers: a higher rank.
+    # Fewer layers need a higher rank for the same number of parameters.
     rank = round(wide.rank * size / small)
     return {
         f"attention rank {rank}": Arm(("lora=attention", f"lora.rank={rank}", f"lora.alpha={2 * rank}")),

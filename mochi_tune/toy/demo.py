@@ -1,4 +1,4 @@
-"""Teaches the toy model a new thing by the commands that a user would type, and measures what it has learnt."""
+"""Teaches the toy model a new motion with the commands that a user would type, and measures the result."""
 
 import contextlib
 import itertools
@@ -13,11 +13,11 @@ from mochi_tune.adapters.lora import apply_adapter
 from mochi_tune.config.load import load_config, weights_paths
 from mochi_tune.files import read_json_lines, write_json
 from mochi_tune.sampling.requests import sampler_settings
+from mochi_tune.toy.demo_report import FIGURES, Lesson, Samples, build_report, build_story
 from mochi_tune.toy.lesson import asked_words, run_verb, write_lesson
 from mochi_tune.toy.page import write_report
 from mochi_tune.toy.picture import write_picture
 from mochi_tune.toy.progress import StageBar
-from mochi_tune.toy.retelling import FIGURES, Lesson, Samples, build_report, build_story
 from mochi_tune.toy.samples import num_batches, reconstruct, render_batches, share_new, share_shown
 from mochi_tune.toy.world import Words, all_words, draw_clips
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
@@ -28,23 +28,23 @@ from mochi_tune.weights.folder import WeightsFolder
 NUM_SAMPLES = 50
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 1
-# A checkpoint of each validation, and the one of the lowest loss stays.
+# A checkpoint for each validation; the one of the lowest loss is kept.
 SETTINGS = ("train.checkpoint_every=50", "train.keep_best=true")
 EXAMPLE = "a red circle wugs over a grey background"
 DRAW, PREPARE, TRAIN, RENDER, SAMPLE, WRITE = STAGES = (
     "drawing clips", "preparing them", "training", "rendering samples", "sampling an example", "writing the page",
 )  # fmt: skip
-# About which part of the time each stage takes.
+# Approximate share of the time of each stage, in percent.
 SHARES: dict[str, float] = dict(zip(STAGES, (2, 12, 35, 44, 5, 2), strict=True))
 
 
 def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str, str]:
-    """Draws clips, prepares, trains, renders, measures and reports; returns what it made by its label.
+    """Draws clips, prepares, trains, renders, measures and reports. Returns figures and paths by label.
 
     Args:
-        out: each demo goes to a folder of its own in it, `1`, `2` and so on, so that none replaces another's page.
-        settings: of the training, in the place of those of conf/toy_lora.yaml.
-        num_samples: how many samples each share is taken of.
+        out: folder of all demos. Each demo has a new folder in it, `1`, `2` and so on.
+        settings: `key=value` overrides of conf/toy_lora.yaml.
+        num_samples: number of samples for each share.
     """
     started = time.perf_counter()
     folder = new_folder(out)
@@ -72,7 +72,7 @@ def main(out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> dict[str,
 
 
 def new_folder(out: Path) -> Path:
-    """Makes the folder of a demo, whose number follows the highest of the demos before it."""
+    """Creates the folder of a demo, numbered after the highest existing number."""
     out.mkdir(parents=True, exist_ok=True)
     numbers = [int(path.name) for path in out.iterdir() if path.name.isdecimal()]
     for number in itertools.count(max(numbers, default=0) + 1):
@@ -83,7 +83,7 @@ def new_folder(out: Path) -> Path:
 
 
 def teach(folder: Path, settings: tuple[str, ...], bar: StageBar) -> Lesson:
-    """Draws the lesson's clips and runs the commands; all that these say goes to log.txt."""
+    """Draws the lesson's clips, prepares them and trains. The output of the commands goes to log.txt."""
     log, run_dir = folder / "log.txt", folder / "run"
     bar.begin(DRAW)
     videos = write_lesson(folder / "videos", SEED)
@@ -105,7 +105,7 @@ def teach(folder: Path, settings: tuple[str, ...], bar: StageBar) -> Lesson:
 
 
 def best_and_last(run: RunFiles) -> dict[int, Path]:
-    """Returns by its step the adapter of the lowest validation loss, of those that are kept, and the last one."""
+    """Returns the adapters of the lowest validation loss (among the kept checkpoints) and of the last step, by step."""
     losses = {row["step"]: row["validation_loss"] for row in run.validations}
     kept = {step_of(path): path for path in find_checkpoints(run.run_dir / "checkpoints")}
     last = max(kept)
@@ -114,17 +114,17 @@ def best_and_last(run: RunFiles) -> dict[int, Path]:
 
 
 def measure(lesson: Lesson, num_samples: int, bar: StageBar) -> tuple[dict, Samples]:
-    """Renders new and old captions, always from the same noise, and counts what is seen.
+    """Renders new and old captions, always from the same noise, and measures the samples.
 
-    First the new ones with each of the lesson's adapters; then all at several strengths, with the adapter that does
-    best, which of equal ones is the first.
+    Renders the new captions with each of the lesson's adapters, then all captions at several strengths of the best
+    adapter, which is the first one if they are equal.
     """
     config, half = lesson.config, num_samples // 2
     weights, settings = WeightsFolder(weights_paths(config)), sampler_settings(config.sample)
     text = weights.load_text_encoder("cpu", torch.float32)
     decoder = weights.load_decoder("cpu", torch.float32)
     asked = dict(zip(("new", "base"), asked_words(num_samples), strict=True))
-    # Of the strengths between, half as many.
+    # Half as many samples at the strengths between 0 and 1.
     counts = {strength: num_samples if strength in (0, 1) else half for strength in STRENGTHS}
     total = sum(len(asked) * num_batches(count) for count in counts.values())
     total += (len(lesson.adapters) - 1) * num_batches(num_samples)

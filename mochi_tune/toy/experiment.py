@@ -1,4 +1,4 @@
-"""Compares ways of training on the toy model: the same lesson, the same everything else, several seeds each."""
+"""Compares ways of training the toy model on the same lesson, with several seeds each."""
 
 import contextlib
 import statistics
@@ -35,7 +35,7 @@ from mochi_tune.weights.folder import WeightsFolder
 
 NUM_SAMPLES = 50
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-# What is measured, in the order of the table.
+# Measured quantities, in the order of the table.
 COLUMNS = {
     "loss_new": "loss, new",
     "loss_base": "loss, old",
@@ -48,22 +48,22 @@ COLUMNS = {
 
 
 def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int = NUM_SAMPLES) -> str:
-    """Trains each arm with each seed where that is not done yet, and returns the table as Markdown.
+    """Trains each arm with each seed, unless that is done already, and returns the table as Markdown.
 
-    An arm that another experiment has too is trained once for both.
+    An arm that several experiments have is trained once.
 
     Args:
-        what: a key of `arms()`.
-        num_seeds: runs of each arm.
-        out: folder of the clips, the caches, the runs and their results; the same folder resumes the experiment.
-        settings: of every training.
-        num_samples: how many samples each share is taken of.
+        what: key of `arms()`.
+        num_seeds: number of runs of each arm.
+        out: folder of clips, caches, runs and results; the same folder resumes the experiment.
+        settings: `key=value` settings of all trainings.
+        num_samples: number of samples for each share.
 
     Raises:
         ConfigError: the folder's results were made with other weights or settings.
-        SystemExit: a training was stopped, with its exit code.
+        SystemExit: a training was stopped; has its exit code.
     """
-    # The measured clips are others, so that all of the lesson's can be trained on.
+    # Other clips are measured, so all clips of the lesson can be trained on.
     settings = ("train.validation_clips=0", *settings)
     results, config = out / "results.json", load_config("toy_lora", list(settings))
     made_with = {
@@ -88,26 +88,26 @@ def main(what: str, num_seeds: int, out: Path, *settings: str, num_samples: int 
 
 
 def train_arm(arm: Arm, seed: int, out: Path, *settings: str) -> Path:
-    """Trains an arm, in this process, which has imported everything already; returns the run folder.
+    """Trains an arm in this process, which has imported everything already. Returns the run folder.
 
     Raises:
-        SystemExit: the training was stopped, with its exit code.
+        SystemExit: the training was stopped; has its exit code.
     """
     run_dir, data = out / f"{run_names()[arm]}_seed_{seed}", prepare_clips(arm, out)
     config = load_config("toy_lora", [*data, *settings, *arm.settings, f"seed={seed}", f"run_dir={run_dir}"])
     with rounded_to_bf16() if arm.rounds_to_bf16 else contextlib.nullcontext():
         code = train(config)
     if code:
-        # A story ends well, by a mistake of the user's, or asked to stop: only the last one has a code.
+        # Mistakes are exceptions, so a training that was asked to stop is the only one that returns a code.
         tqdm.write(f"{run_dir} was stopped: the same command goes on from there", file=sys.stderr)
         raise SystemExit(code)
     return run_dir
 
 
 def prepare_clips(arm: Arm, out: Path) -> list[str]:
-    """Draws and encodes an arm's clips, unless that is done; returns the settings that say where they are."""
+    """Draws and encodes an arm's clips, unless that is done already. Returns the settings that name them."""
     videos = draw_lesson(arm, out)
-    # Arms that cut the clips in another way have caches of their own.
+    # Arms that cut the clips differently have separate caches.
     cuts = [setting for setting in arm.settings if setting.startswith("data.")]
     cache = out / "_".join(["cache", videos.name, *(setting.partition("=")[2] for setting in cuts)])
     data = [f"data.videos={videos}", f"data.cache={cache}", *cuts]
@@ -117,8 +117,8 @@ def prepare_clips(arm: Arm, out: Path) -> list[str]:
 
 
 def draw_lesson(arm: Arm, out: Path) -> Path:
-    """Draws an arm's clips, unless that is done; returns their folder."""
-    # No name of an experiment, whose runs are in a folder of its name.
+    """Draws an arm's clips, unless that is done already. Returns their folder."""
+    # This must not be the name of an experiment, which is the folder of its runs.
     name = "videos" if arm.num_clips == DEFAULT.num_clips else f"videos_{arm.num_clips}"
     videos = out / (name if arm.fps == DEFAULT.fps else f"{name}_{arm.fps}_fps")
     if not videos.exists():
@@ -132,7 +132,7 @@ def draw_lesson(arm: Arm, out: Path) -> Path:
 
 @contextlib.contextmanager
 def rounded_to_bf16() -> Iterator[None]:
-    """Rounds what optimizers update, and the moments that they keep of it, to bf16 after every step."""
+    """Rounds the parameters of all optimizers, and their moments, to bf16 after every step."""
 
     def round_all(optimizer: torch.optim.Optimizer, *_) -> None:
         moments = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x) and x.dim()]
@@ -147,7 +147,7 @@ def rounded_to_bf16() -> Iterator[None]:
 
 
 def measure(adapter: Adapter, seed: int, num_samples: int, device_name: str = "cpu") -> dict[str, float]:
-    """Measures an adapter, always in the sampler's space: losses on unseen clips, and what its samples show."""
+    """Measures an adapter: its losses on unseen clips, always in the sampler's space, and what its samples show."""
     config, device = load_config("toy_lora", []), find_device(device_name)
     weights, settings = WeightsFolder(weights_paths(config)), sampler_settings(config.sample)
     text = weights.load_text_encoder(device, torch.float32)
@@ -169,10 +169,10 @@ def measure(adapter: Adapter, seed: int, num_samples: int, device_name: str = "c
 
 
 def unevenness(clips: Tensor) -> float:
-    """Returns how much the change from frame to frame varies: its deviation over its mean, averaged over the clips.
+    """Returns how much the change between frames varies: its standard deviation over its mean, averaged over clips.
 
     Args:
-        clips: uint8 (B, F, H, W, 3); a clip that stands still now and then has 0.3 and more.
+        clips: uint8 (B, F, H, W, 3). A clip that stands still now and then has 0.3 or more.
     """
     changes = clips.float().diff(dim=1).abs().mean(dim=(2, 3, 4))
     return (changes.std(dim=1) / changes.mean(dim=1).clamp(min=1e-6)).mean().item()
@@ -180,7 +180,7 @@ def unevenness(clips: Tensor) -> float:
 
 @torch.no_grad()
 def loss_on(words: list[Words], dit: AsymmDiT, text: TextEncoder, weights: WeightsFolder) -> float:
-    """Returns the loss in the sampler's space on clips that were not trained on, at fixed noise and sigmas."""
+    """Returns the loss in the sampler's space on held-out clips, with fixed noise and sigmas."""
     device = next(dit.parameters()).device
     encoder = weights.load_encoder(device, torch.float32)
     clips = draw_clips(words, keyed_generator(0, "held-out clips")).to(device)
@@ -197,7 +197,7 @@ def loss_on(words: list[Words], dit: AsymmDiT, text: TextEncoder, weights: Weigh
 
 
 def table(compared: dict[str, Arm], rows: Iterable[dict]) -> str:
-    """Returns mean and standard deviation over the seeds of each arm as a Markdown table."""
+    """Returns the mean and the standard deviation over the seeds of each arm as a Markdown table."""
     lines = [f"| arm | parameters | seeds | {' | '.join(COLUMNS.values())} |", "| --- " * (len(COLUMNS) + 3) + "|"]
     names, rows = run_names(), list(rows)
     for label, arm in compared.items():

@@ -1,4 +1,4 @@
-"""Which steps of the sampler need guidance: the toy model renders the same captions with it in some steps alone."""
+"""Measures which sampling steps need guidance: renders the same captions with guidance in some of the steps only."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from mochi_tune.toy.samples import render_words, share_shown
 from mochi_tune.weights.folder import WeightsFolder
 
 NUM_SAMPLES = 50
-# Name -> the share of the steps at which guidance begins and ends.
+# Name -> where guidance begins and ends, as fractions of the steps.
 WINDOWS = {
     "all steps": (0.0, 1.0),
     "first three quarters": (0.0, 0.75),
@@ -27,10 +27,10 @@ WINDOWS = {
 
 
 def main(num_seeds: int, out: Path, *given: str, num_samples: int = NUM_SAMPLES) -> str:
-    """Renders with guidance in each window; returns a table as Markdown, and writes guidance.json.
+    """Renders with guidance in each window, writes guidance.json, and returns a Markdown table.
 
-    Obeyed is the share of samples whose colour, shape and motion are those of the caption. Changed is the root mean
-    square difference to the frames with guidance in all steps, of 255.
+    The column "obeyed" is the share of samples with the colour, shape and motion of the caption. "changed" is the root
+    mean square difference from the frames with guidance in all steps, in uint8 levels.
     """
     make_writable_folder(out)
     config = load_config("toy_lora", list(given))
@@ -57,6 +57,6 @@ def main(num_seeds: int, out: Path, *given: str, num_samples: int = NUM_SAMPLES)
 
 
 def with_spread(values: list[float], digits: int) -> str:
-    """Returns the mean and the standard deviation of some runs."""
+    """Formats the mean and, for two or more values, the standard deviation."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"

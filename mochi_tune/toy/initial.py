@@ -32,7 +32,7 @@ CHANNELS = {"base_channels": 32, "channel_multipliers": (1, 1, 2, 3), "num_res_b
 ENCODER = EncoderConfig(**CHANNELS, has_attentions=(False, False, False, True, True))
 DECODER = DecoderConfig(**CHANNELS)
 DIT = DiTConfig(depth=4, num_heads=6, hidden_size_x=192, hidden_size_y=96, t5_feat_dim=64)
-# Of the initial weights.
+# Constants of the initial weights.
 CONSTANT, BEGIN_LOGVAR, BEGIN_GATE = 8.0, -3.0, 0.3
 
 
@@ -45,15 +45,15 @@ class Autoencoder(nn.Module):
 
 
 def build_vae(seed: int) -> Autoencoder:
-    """Builds an autoencoder that begins as a linear one: principal components of blocks, each residual branch zero.
+    """Builds an autoencoder that is initially linear: it computes principal components, and residual branches are zero.
 
-    From random weights, the norms would remove flat colours long before the model learns them.
+    With random weights, the norms would remove flat colours long before the model learns them.
     """
     torch.manual_seed(seed)
     vae = Autoencoder()
     for name, module in vae.named_modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
-            # Read by the residual branches, which begin to matter when their last layers have left zero.
+            # The last layers of residual branches are zero; the others matter once these have changed.
             scale = 0.0 if name.endswith(("stack.5", "attn.out")) else 1.4 if isinstance(module, CausalConv) else 0.05
             nn.init.normal_(module.weight, std=scale * module.weight[0].numel() ** -0.5)
             if module.bias is not None:
@@ -68,15 +68,15 @@ def build_vae(seed: int) -> Autoencoder:
 
 
 def first_conv(decoder: Decoder) -> nn.Conv3d:
-    """Returns the decoder's first layer, which takes the latents."""
+    """Returns the decoder's first layer, whose inputs are the latents."""
     return next(module for module in decoder.modules() if isinstance(module, nn.Conv3d))
 
 
 def begin_linear(encoder: Encoder, decoder: Decoder, pixels: Tensor) -> None:
-    """Sets the layers outside of the residual branches to principal components of blocks of `pixels`, level by level.
+    """Sets all layers outside of the residual branches to principal components of blocks of `pixels`, level by level.
 
-    A SiLU passes x linearly as silu(x) - silu(-x), so the layers before one hold each feature with both signs. A group
-    of the encoder's last norm holds a feature twice and a constant that outweighs it, so the norm divides by a
+    Because x = silu(x) - silu(-x), layers in front of a SiLU output each feature with both signs. Each group of the
+    encoder's last norm has a feature with both signs and a large constant, so that the norm divides by nearly a
     constant.
     """
     first, norm, out = encoder.layers[0], encoder.output_norm, encoder.output_proj
@@ -105,14 +105,17 @@ def begin_linear(encoder: Encoder, decoder: Decoder, pixels: Tensor) -> None:
 
 
 def _begin_level(down: Downsample, up: PointwiseConv, x: Tensor, latent_dim: int | None, is_first: bool) -> Tensor:
-    """Sets a downsample, and the upsample that undoes it, to principal components; returns the features below.
+    """Sets a downsample layer and its inverse, an upsample layer, to principal components.
 
     Args:
-        down: of the encoder.
-        up: of the decoder.
-        x: features above, (B, C, T, H, W).
-        latent_dim: channels of the latents at the last level, where they get unit variance; None at the others.
-        is_first: whether a SiLU and the output layer follow the upsample.
+        down: layer of the encoder.
+        up: layer of the decoder.
+        x: input features, (B, C, T, H, W).
+        latent_dim: number of latent channels at the last level, where features get unit variance; None at the others.
+        is_first: whether a SiLU and the output layer follow the upsample layer.
+
+    Returns:
+        The output features of the downsample layer.
     """
     assert down.bias is not None
     num_features = x.shape[1]
@@ -145,9 +148,9 @@ def _begin_level(down: Downsample, up: PointwiseConv, x: Tensor, latent_dim: int
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Writes a unigram model of the world's words, as sentencepiece and as tokenizers have it.
+    """Writes a unigram model of the world's words in the formats of sentencepiece and tokenizers.
 
-    Other words are split into letters. transformers 5.17 reads no sentencepiece model without a normalizer.
+    The model splits other words into letters. transformers 5.17 cannot read a sentencepiece model without a normalizer.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -199,7 +202,7 @@ def build_text_encoder(vocabulary: int, seed: int) -> "T5EncoderModel":
 
 
 def build_dit(seed: int) -> AsymmDiT:
-    """Builds the DiT: blocks begin with small gates, and rotary positions turn by about one radian a token."""
+    """Builds the DiT. Gates are initially small, and rotary positions turn by about one radian per token."""
     torch.manual_seed(seed)
     dit = AsymmDiT(DIT)
     for block in dit.blocks:
@@ -208,12 +211,12 @@ def build_dit(seed: int) -> AsymmDiT:
             nn.init.zeros_(mod.weight)
             nn.init.zeros_(mod.bias)
             width = mod.out_features // 4
-            if mod.out_features > DIT.hidden_size_y:  # scale, gate, scale, gate; the last block's text has no gates
+            if mod.out_features > DIT.hidden_size_y:  # scale, gate, scale, gate; text of the last block has no gates
                 mod.bias.data[width : 2 * width] = mod.bias.data[3 * width :] = BEGIN_GATE
     for parameter in (dit.final_layer.mod.weight, dit.final_layer.mod.bias, dit.final_layer.linear.weight):
         nn.init.zeros_(parameter)
     nn.init.zeros_(dit.final_layer.linear.bias)
     rows, columns = HEIGHT // TOKEN_PIXELS, WIDTH // TOKEN_PIXELS
-    space = (192 * 192 / (rows * columns)) ** -0.5  # one token, in the model's positions
+    space = (192 * 192 / (rows * columns)) ** -0.5  # size of a token in the model's positions
     dit.pos_frequencies.data *= torch.tensor([1.0, space, space]).view(3, 1, 1)
     return dit

@@ -1,4 +1,4 @@
-"""The lesson: a few clips of the new motion with its new word, and the captions that a taught model is asked for."""
+"""The lesson: clips that teach a new motion and its word, and the captions that a trained model is tested with."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ from mochi_tune.toy.world import BACKGROUNDS, COLOURS, NEW_WORD, SHAPES, Words, 
 from mochi_tune.training.draws import keyed_generator
 
 NUM_CLIPS = 24
-# What stands before a command in the log.
+# Precedes a command in the log.
 PROMPT = "$ "
 
 
 def lesson_words() -> tuple[list[Words], list[Words]]:
-    """Returns the words of the lesson's clips and, shuffled, the other combinations with the new motion."""
+    """Returns the words of the lesson's clips, and all other combinations with the new motion, shuffled."""
     colours, shapes, backgrounds = list(COLOURS), list(SHAPES), list(BACKGROUNDS)
     taught = []
     for i in range(NUM_CLIPS):
@@ -36,22 +36,25 @@ def lesson_words() -> tuple[list[Words], list[Words]]:
 
 
 def asked_words(count: int) -> tuple[list[Words], list[Words]]:
-    """Returns `count` words each with the new motion, not of the lesson and repeated if need be, and with old ones."""
+    """Returns `count` words with the new motion and `count` held-out words with old ones.
+
+    The former are not in the lesson, and repeat if there are too few.
+    """
     _, others = lesson_words()
     return [others[i % len(others)] for i in range(count)], split_words()[1][:count]
 
 
 def write_lesson(folder: Path, seed: int, fps: int = FPS, replaces: bool = False) -> list[Path]:
-    """Draws the lesson's clips as NAME.mp4 with NAME.txt beside each, in a folder that is made; returns the videos.
+    """Draws the lesson's clips as NAME.mp4, each with its caption in NAME.txt, and returns the videos.
 
     Args:
-        folder: the folder.
-        seed: of place, size and light.
-        fps: frames a second.
-        replaces: whether files of these names may be replaced, as those of an unfinished folder.
+        folder: folder to write to, which is created.
+        seed: seed of position, size, speed and light.
+        fps: frames per second.
+        replaces: whether existing files are replaced, such as those of an unfinished folder.
 
     Raises:
-        ConfigError: one of the files is there already.
+        ConfigError: one of the files exists.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taught, _ = lesson_words()
@@ -61,7 +64,7 @@ def write_lesson(folder: Path, seed: int, fps: int = FPS, replaces: bool = False
     if there and not replaces:
         advice = f": use the clips of {folder} as they are, or another out=."
         if len(there) < 2 * len(videos):
-            # It was broken off, or these are other files of these names.
+            # Drawing was interrupted, or other files have these names.
             lacks = f"{2 * len(videos) - len(there)} of {2 * len(videos)} files"
             advice = f", and {folder} is incomplete, it lacks {lacks}: use another out=, or remove that folder."
         raise ConfigError(f"{there[0]} is there already{advice}")
@@ -73,12 +76,12 @@ def write_lesson(folder: Path, seed: int, fps: int = FPS, replaces: bool = False
 
 
 def run_verb(*arguments: str, log: Path, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Runs one command, as a user would type it; its line and all that it says go to the end of a file.
+    """Runs one command as a user would, and appends the command and its output to a log.
 
     Args:
-        arguments: of `mochi-tune`.
-        log: the file; its folder exists.
-        meanwhile: called about twice a second.
+        arguments: arguments of `mochi-tune`.
+        log: log file; its folder exists.
+        meanwhile: called about twice a second while the command runs.
 
     Raises:
         MochiTuneError: the command failed.

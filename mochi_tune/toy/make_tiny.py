@@ -1,7 +1,7 @@
 """Makes the embedded tiny model: random weights of every part, in the official layout, from a seed.
 
-It has the architecture of Mochi 1 and a few hundred thousand parameters, so that the whole road can be walked on a
-laptop. Its pictures are coloured noise: it proves that the road is open, not that it leads anywhere.
+It has the architecture of Mochi 1 and a few hundred thousand parameters, so that all commands run on a laptop. Its
+videos are coloured noise: it tests that the commands run, not what a model learns.
 """
 
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from mochi_tune.files import write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
 
-# Sizes that diffusers can hold too: its text MLP is not rounded up to a multiple of 256.
+# Sizes that diffusers supports too: its text MLP is not rounded up to a multiple of 256.
 DIT = DiTConfig(depth=2, num_heads=6, hidden_size_x=192, hidden_size_y=96, t5_feat_dim=64)
 ENCODER = EncoderConfig(base_channels=32, channel_multipliers=(1, 1, 1, 1), num_res_blocks=(1, 1, 1, 1, 1))
 DECODER = DecoderConfig(base_channels=32, channel_multipliers=(1, 1, 1, 1), num_res_blocks=(1, 1, 1, 1, 1))
@@ -42,7 +42,7 @@ def main(folder: Path, seed: int = 0) -> None:
 
 
 def _make_tokenizer(folder: Path) -> None:
-    """A unigram tokenizer over a small vocabulary that falls back to characters, as T5's falls back to pieces."""
+    """Writes a unigram tokenizer with a small vocabulary, which splits other words into characters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,8 +1,8 @@
-"""Makes the vectors that `verify` compares with by itself: what the embedded tiny model computes in fp64.
+"""Makes the reference vectors of `verify`: outputs of the embedded tiny model in fp64.
 
 `python -m mochi_tune.toy.make_vectors tests/golden mochi_tune/assets/vectors` writes them. The adapter, the schedules
-and the names at full size are those of the official implementation, in the first folder; the rest is this program's, at
-a state that agrees with the official vectors.
+and the parameter names at full size are copied from the first folder, and come from the official implementation. This
+program computes the rest; the tests compare it with the official vectors.
 """
 
 import shutil
@@ -28,7 +28,7 @@ LATENTS, GUIDANCE, NUM_TOKENS, FEATURES = (1, 12, 2, 4, 6), (4.0, 3.0, 1.0), 32,
 
 
 def main(official: Path, out: Path) -> None:
-    """Writes the vectors into `out`; `official` has the files OFFICIAL."""
+    """Writes the vectors to `out`; `official` contains the files OFFICIAL."""
     out.mkdir(parents=True, exist_ok=True)
     for name in OFFICIAL:
         shutil.copyfile(official / name, out / name)
@@ -41,7 +41,7 @@ def _dit_vectors(tiny: WeightsFolder, lora: Path) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        # Numbers of fp32, which are exact in fp64.
+        # fp32 numbers are exact in fp64.
         return torch.randn(shape, generator=generator).double()
 
     mask = torch.ones(1, NUM_TOKENS, dtype=torch.uint8)
@@ -99,12 +99,12 @@ def _dit_vectors(tiny: WeightsFolder, lora: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def _vae_vectors(tiny: WeightsFolder) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    # Smooth, as pictures are.
+    # Smooth like pictures.
     coarse = torch.rand(1, 3, 3, 4, 6, generator=generator)
     video = torch.nn.functional.interpolate(coarse, (13, 32, 48), mode="trilinear").mul(255).round().to(torch.uint8)
     encoder = tiny.load_encoder("cpu", torch.float32).double()
     decoder = tiny.load_decoder("cpu", torch.float32).double()
-    # The Fourier features are of fp32 by definition.
+    # The Fourier features are computed in fp32 by definition.
     pixels = frames_to_pixels(video.permute(0, 2, 3, 4, 1))
     io = {"video": video, "fourier": fourier_features(pixels[:, :, :1])}
     io["mean"], io["logvar"] = encoder(pixels)

@@ -1,6 +1,6 @@
 """Detects colour, shape, motion and background of a clip by image arithmetic.
 
-It knows what the world can draw, but no captions and no models, so it can check whether a caption was obeyed.
+It uses no captions and no models, so it can check whether a caption was obeyed.
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from mochi_tune.toy.world import ALL_MOTIONS, ALL_SHAPES, AREAS, BACKGROUNDS, COLOURS, Words, shape_distance
 
-# Colourfulness (largest minus smallest of red, green, blue in [0, 1]) that the frame's most colourful pixels must
-# have, and the share of theirs that a pixel must have to belong to the shape.
+# The chroma of a pixel is the largest minus the smallest of red, green and blue in [0, 1]. MIN_CHROMA is the minimum
+# for the most colourful pixels of a frame. Pixels above MASK_SHARE of their chroma belong to the shape.
 MIN_CHROMA, MASK_SHARE = 0.3, 0.22
-# Share of the frame that a shape may fill.
+# Maximum share of the frame that a shape fills.
 MAX_AREA = 0.4
-# Mean overlap, intersection over union, with the outline of the shape that is named.
+# Minimum mean intersection over union with the outline of the named shape.
 MIN_OVERLAP = 0.7
-# From the first to the last frame: pixels that something moves, and the logarithm of how often its area grows.
+# Minimum change from the first to the last frame: pixels of travel, and natural logarithm of the ratio of the areas.
 MIN_TRAVEL, MIN_GROWTH = 7.0, 0.6
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What is seen in a clip; None where it is nothing that the world can draw."""
+    """What a clip shows; None for anything that the world cannot draw."""
 
     colour: str | None
     shape: str | None
@@ -31,12 +31,12 @@ class Seen:
     background: str | None
 
     def shows(self, words: Words) -> bool:
-        """Whether colour, shape and motion, all three, are those of the words."""
+        """Whether colour, shape and motion are all those of the words."""
         return (self.colour, self.shape, self.motion) == (words.colour, words.shape, words.motion)
 
 
 def see(frames: Tensor) -> Seen:
-    """Reads a clip, uint8 frames (F, H, W, 3)."""
+    """Detects what a clip shows, uint8 frames (F, H, W, 3)."""
     image = frames.float() / 255
     chroma, most, mask = _shape_mask(image)
     background = _background(image, chroma < 0.1)
@@ -52,20 +52,20 @@ def see(frames: Tensor) -> Seen:
 
 
 def track(frames: Tensor) -> Tensor:
-    """Returns where the shape's centre is, columns and rows in pixels (N, 2), in each of the frames that show one."""
+    """Returns the centres of the shape, columns and rows in pixels (N, 2), for the N frames that show one."""
     _, most, mask = _shape_mask(frames.float() / 255)
     return _place(mask)[1][most >= MIN_CHROMA]
 
 
 def _shape_mask(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the colourfulness (F, H, W), how colourful each frame's most colourful pixels are, and the shape."""
+    """Returns the chroma (F, H, W), its 99th percentile in each frame (F,), and the mask of the shape (F, H, W)."""
     chroma = image.amax(-1) - image.amin(-1)
     most = chroma.flatten(1).quantile(0.99, dim=1)
     return chroma, most, chroma > MASK_SHARE * most.view(-1, 1, 1)
 
 
 def _place(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns area (F,) and centre (F, 2), columns and rows, of a mask (F, H, W)."""
+    """Returns the area (F,) and the centre (F, 2), as column and row, of a mask (F, H, W)."""
     rows = torch.arange(mask.shape[1]) + 0.5
     columns = torch.arange(mask.shape[2]) + 0.5
     area = mask.flatten(1).sum(1).float()
@@ -73,7 +73,7 @@ def _place(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def colour_error(frames: Tensor, colour: str) -> float:
-    """Returns how far, root mean square over red, green, blue in [0, 1], what is seen is from a colour's paint."""
+    """Returns the root mean square difference, over red, green, blue in [0, 1], of the shape's colour and `colour`."""
     image = frames.float() / 255
     chroma = image.amax(-1) - image.amin(-1)
     most = chroma.flatten(1).quantile(0.99, dim=1).view(-1, 1, 1)
@@ -82,7 +82,7 @@ def colour_error(frames: Tensor, colour: str) -> float:
 
 
 def _colour(rgb: Tensor) -> str | None:
-    """The paint whose hue is nearest; a hue is a direction away from grey."""
+    """Returns the colour of the nearest hue, where a hue is a direction away from grey."""
     paints = torch.tensor(list(COLOURS.values()))
     directions = torch.nn.functional.normalize(paints - paints.mean(1, keepdim=True), dim=1)
     likeness = directions @ torch.nn.functional.normalize(rgb - rgb.mean(), dim=0)
@@ -90,7 +90,7 @@ def _colour(rgb: Tensor) -> str | None:
 
 
 def _shape(mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> str | None:
-    """The shape whose outline, at the mask's place and area, overlaps the mask most."""
+    """Returns the shape whose outline, at the position and area of the mask, overlaps the mask most."""
     if area.max() > MAX_AREA * mask[0].numel():
         return None
     overlaps = {}
@@ -104,7 +104,7 @@ def _shape(mask: Tensor, area: Tensor, u: Tensor, v: Tensor) -> str | None:
 
 
 def _motion(centre: Tensor, area: Tensor) -> str | None:
-    """The motion of a straight line fitted through the frames; None where it is little or of two kinds."""
+    """Returns the motion of a line fitted to all frames; None if it is too small, or both travel and growth."""
     time = torch.linspace(-0.5, 0.5, len(area))
     across, down, growth = (
         (time @ values / time.square().sum()).item() for values in (centre[:, 0], centre[:, 1], area.log())
@@ -115,7 +115,7 @@ def _motion(centre: Tensor, area: Tensor) -> str | None:
     if travel < MIN_TRAVEL:
         found = (0, 0, _sign(growth))
     else:
-        # Of a path along an axis, the other axis has little.
+        # A path along one axis has little travel along the other.
         found = (*(_sign(moved) if abs(moved) > travel / 2 else 0 for moved in (across, down)), 0)
     return next((name for name, way in ALL_MOTIONS.items() if tuple(map(_sign, way)) == found), None)
 
@@ -125,7 +125,7 @@ def _sign(value: float) -> int:
 
 
 def _background(image: Tensor, plain: Tensor) -> str | None:
-    """The background whose tone is nearest to the median of the grey pixels."""
+    """Returns the background nearest to the median tone of the grey pixels."""
     if not plain.any():
         return None
     tone = image[plain].mean(1).median()

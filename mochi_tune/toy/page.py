@@ -1,4 +1,4 @@
-"""Writes one HTML page, which needs nothing beside it, that tells what a lesson taught the toy model."""
+"""Writes a self-contained HTML page about what a lesson taught the toy model."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -49,8 +49,8 @@ pre.settings{columns:3 17rem;column-gap:2rem}
 @media print{section,.rows article,figure{break-inside:avoid}button{display:none}}
 """
 
-# One clock shows the same frame of every clip, slowed down, and holds the last one. Without a script, or where the
-# reader wants little motion, the last frame stands. The nearest pixel is scaled up: nothing is blurred.
+# One clock plays all clips in slow motion and holds their last frame. Readers without scripts, or who prefer reduced
+# motion, see the last frame. Scaling takes the nearest pixel, so nothing is blurred.
 SCRIPT = """
 addEventListener("load",()=>{const FPS=12,HOLD=10,clips=[...document.querySelectorAll(".clip img")].map(img=>{
 const c=document.createElement("canvas"),n=+img.dataset.frames;c.width=img.naturalWidth;c.height=img.naturalHeight/n;
@@ -68,7 +68,7 @@ set(!matchMedia("(prefers-reduced-motion:reduce)").matches)})
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt and its clips, uint8 frames (F, H, W, 3), all from one seed; a key is written under its clip."""
+    """One prompt and its clips of one seed, uint8 frames (F, H, W, 3). The page shows each key under its clip."""
 
     prompt: str
     clips: Mapping[str, Tensor]
@@ -76,24 +76,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page says; none of its lists is empty.
+    """The content of the page. No list may be empty.
 
     Attributes:
         title: a few words.
-        summary: a sentence.
-        pair: two clips, the one before and the one after.
-        results: by label, the value as text and what it means; what the page says first.
-        taught: some of the training clips, each under its caption.
-        stopping: which step was taken, and why.
-        validation: validation loss by step.
-        lowest: the step of the lowest validation loss, of those that are kept.
+        summary: one sentence.
+        pair: two clips, before and after the lesson.
+        results: label -> value as text, and its meaning; at the top of the page.
+        taught: some training clips with their captions.
+        stopping: explains which step was chosen.
+        validation: (step, validation loss) pairs.
+        lowest: step of the lowest validation loss among the kept checkpoints.
         samples: pairs of before and after.
-        strengths: each prompt at growing strengths of the LoRA.
-        success_by_strength: strength, share of samples that show the new thing, share of base captions obeyed.
-        losses: training loss by step.
-        figures: as `results`; the others.
-        commands: what was run, a line each.
-        settings: the run's settings as YAML.
+        strengths: prompts, each at increasing strengths of the LoRA.
+        success_by_strength: strength, share of samples with the new motion, share of old captions obeyed.
+        losses: (step, training loss) pairs.
+        figures: other figures, as `results`.
+        commands: the commands, one per line.
+        settings: settings of the run as YAML.
     """
 
     title: str
@@ -114,11 +114,11 @@ class Report:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Writes the page with all clips inside; it appears whole.
+    """Writes the page, with all clips embedded, atomically.
 
     Args:
-        path: an .html file, which is replaced; its folder exists.
-        report: what the page says.
+        path: .html file, which is replaced; its folder exists.
+        report: content of the page.
     """
     write_atomic(path, _page(report).encode(), durable=True)
 
@@ -156,7 +156,7 @@ def _pair(row: Row) -> str:
 
 
 def _rows(rows: Sequence[Row]) -> str:
-    """Prompts with their clips under them; two prompts side by side where each has no more than two clips."""
+    """Prompts with their clips below, two prompts side by side if each has at most two clips."""
     arrangement = "rows pairs" if all(len(row.clips) <= 2 for row in rows) else "rows"
     articles = "".join(f"<article><h3>{escape(row.prompt)}</h3>{_clips(row, len(row.clips))}</article>" for row in rows)
     return f'<div class="{arrangement}">{articles}</div>'
@@ -171,7 +171,7 @@ def _clips(row: Row, columns: int) -> str:
 
 
 def _clip(frames: Tensor, label: str) -> str:
-    """A clip as one picture of all its frames, one below the other, and the way of its shape over it."""
+    """A clip as one picture with all frames below each other, and the trail of its shape on top."""
     from PIL import Image
 
     picture = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The demo as one moving picture, for a page that shows pictures only: what was shown, before, and after."""
+"""The demo as one animated picture, for pages without videos: training clips, before, and after."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from mochi_tune.toy.trail import EDGE_WIDTH, LINE_WIDTH, trail_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Each pixel of a clip becomes a square of so many; all else is in pixels of the picture.
+# Factors by which clips are enlarged, and the number of training clips. The other sizes are in pixels of the picture.
 SCALE, TAUGHT_SCALE, NUM_TAUGHT = 6, 2, 3
 MARGIN, GAP, SPACE, LINE = 40, 24, 12, 6
 TITLE_SIZE, TEXT_SIZE = 46, 32
 BACK, INK, SOFT, ACCENT, EDGE = "#fcfcfa", "#1c2127", "#59616b", "#0b6b94", "#333333"
 FRAME_MS, LAST_FRAME_MS = 83, 1000
-# Shapes with smooth edges are drawn larger, then made smaller.
+# Factor of supersampling, which smooths the edges of trails.
 SMOOTH = 4
 
 
 @dataclass(frozen=True)
 class Story:
-    """What the picture says; clips are uint8 frames (F, H, W, 3) of one size.
+    """The content of the picture. Clips are uint8 frames (F, H, W, 3) of one size.
 
     Attributes:
-        title: a sentence.
-        taught: training clips, of which the first three are shown.
-        taught_label: what stands above them.
-        prompt: what stands above the pair.
-        pair: by what stands below it, the clip before and the one after.
+        title: one sentence.
+        taught: training clips; the picture shows the first three.
+        taught_label: text above them.
+        prompt: text above the pair.
+        pair: text below a clip -> the clip; before, then after.
         result: the last line.
     """
 
@@ -45,7 +45,7 @@ class Story:
 
 
 def write_picture(path: Path, story: Story) -> None:
-    """Writes an animated WebP, lossless, that repeats for ever; it appears whole and replaces an old one."""
+    """Writes a lossless animated WebP that loops forever, atomically."""
     from PIL import Image
 
     clips = list(story.pair.values())
@@ -67,7 +67,7 @@ def write_picture(path: Path, story: Story) -> None:
     for number in range(num_frames):
         frame = card.copy()
         for i, clip in enumerate(story.taught[:NUM_TAUGHT]):
-            # Of as many as fit beside the pair, each but the last gives a line of itself to what is between them.
+            # Three clips are as high as the pair, so each is cropped by a strip for the gaps between them.
             shown = _scaled(clip[number], TAUGHT_SCALE).crop((0, 0, TAUGHT_SCALE * width, TAUGHT_SCALE * height - LINE))
             frame.paste(shown, (MARGIN, top + i * TAUGHT_SCALE * height + LINE * i // (NUM_TAUGHT - 1)))
         for left, clip, trail in zip(lefts, clips, trails, strict=True):
@@ -84,21 +84,21 @@ def write_picture(path: Path, story: Story) -> None:
 
 
 def _write(card: "Image", place: tuple[int, int], text: str, size: int, colour: str) -> None:
-    """Writes a line of text in the font that Pillow brings, so that the picture is the same on each machine."""
+    """Draws a line of text in Pillow's own font, so that the picture is the same on all machines."""
     from PIL import ImageDraw, ImageFont
 
     ImageDraw.Draw(card).text(place, text, colour, ImageFont.load_default(size))
 
 
 def _scaled(frame: Tensor, scale: int) -> "Image":
-    """Makes each pixel a square: nothing is blurred."""
+    """Enlarges a frame without interpolation."""
     from PIL import Image
 
     return Image.fromarray(frame.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy())
 
 
 def _trail(frames: Tensor) -> "Image":
-    """Returns the way of a clip's shape, to be laid over a frame of it."""
+    """Returns the trail of a clip's shape as a layer for its frames."""
     from PIL import Image, ImageDraw
 
     _, height, width, _ = frames.shape

@@ -1,4 +1,4 @@
-"""One line that says how far a program of several stages is."""
+"""Progress of a program that has several stages, in one line."""
 
 from collections.abc import Mapping
 
@@ -6,13 +6,13 @@ from tqdm import tqdm
 
 
 class StageBar:
-    """A bar over all stages, on a terminal; elsewhere, such as in a log, a line for each stage as it begins."""
+    """Shows one bar for all stages on a terminal, and one line per stage elsewhere, such as in a log."""
 
     def __init__(self, shares: Mapping[str, float]) -> None:
         """Starts the clock.
 
         Args:
-            shares: by the name of each stage, in order, about which part of the time it takes.
+            shares: name of each stage, in order -> its approximate share of the time, in any unit.
         """
         self._shares, self._total = dict(shares), sum(shares.values())
         self._begun, self._stage = 0.0, ""
@@ -20,7 +20,7 @@ class StageBar:
         self._bar = tqdm(total=100, bar_format=form, disable=None, leave=False)
 
     def begin(self, stage: str) -> None:
-        """Says that the next stage begins, and that those before it are done."""
+        """Begins a stage; the one before it is complete."""
         if self._stage:
             self._begun += self._shares[self._stage]
         self._stage = stage
@@ -29,10 +29,10 @@ class StageBar:
         self.reach(0, 1)
 
     def reach(self, done: int, total: int, unit: str = "") -> None:
-        """Says how much of the stage is done, of `total`."""
+        """Shows that `done` of `total` units of the stage are complete."""
         self._bar.n = 100 * (self._begun + self._shares[self._stage] * done / total) / self._total
         self._bar.set_description_str(f"{self._stage}, {unit} {done} of {total}" if unit else self._stage)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._bar.close()

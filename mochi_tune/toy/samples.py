@@ -1,4 +1,4 @@
-"""Renders captions with the toy model, many at a time, and measures what is seen in the renderings."""
+"""Renders captions with the toy model in batches, and measures what the clips show."""
 
 import math
 from collections import deque
@@ -27,13 +27,13 @@ def render_words(
     settings: SamplerSettings,
     seed: int,
 ) -> Tensor:
-    """Renders one clip for each of `words`, uint8 frames (B, F, H, W, 3); clip i depends on the seed and on i alone."""
+    """Renders one clip for each of `words`, uint8 frames (B, F, H, W, 3). The noise of clip i depends on seed and i."""
     parts = render_batches(words, dit, text_encoder, decoder, settings, seed)
     return torch.cat(list(tqdm(parts, "render", num_batches(len(words)), leave=False, unit="batch")))
 
 
 def num_batches(num_words: int) -> int:
-    """Returns how many batches `render_batches` makes of so many words."""
+    """Returns the number of batches that `render_batches` yields."""
     return math.ceil(num_words / BATCH)
 
 
@@ -46,7 +46,7 @@ def render_batches(
     settings: SamplerSettings,
     seed: int,
 ) -> Iterator[Tensor]:
-    """Yields what `render_words` returns, a batch at a time."""
+    """Yields the clips of `render_words` batch by batch."""
     features = text_encoder.encode([w.caption for w in words])
     training = dit.training
     dit.eval()
@@ -67,17 +67,17 @@ def render_batches(
 
 @torch.no_grad()
 def reconstruct(frames: Tensor, encoder: Encoder, decoder: Decoder) -> tuple[Tensor, list[float]]:
-    """Encodes and decodes clips, uint8 (B, F, H, W, 3); returns the decoded clips, and the PSNR of each in dB."""
+    """Encodes and decodes clips, uint8 (B, F, H, W, 3). Returns the decoded clips and their PSNRs in dB."""
     decoded = pixels_to_frames(decoder(encoder(frames_to_pixels(frames))[0]))
     errors = ((decoded.float() - frames.float()) / 255).square().mean((1, 2, 3, 4))
     return decoded, [-10 * math.log10(error) for error in errors.tolist()]
 
 
 def share_shown(frames: Tensor, words: Sequence[Words]) -> float:
-    """Returns the share of clips in which colour, shape and motion, all three, are those of their words."""
+    """Returns the share of clips with the colour, the shape and the motion of their words."""
     return sum(see(clip).shows(w) for clip, w in zip(frames, words, strict=True)) / len(words)
 
 
 def share_new(frames: Tensor) -> float:
-    """Returns the share of clips in which something moves in the new way."""
+    """Returns the share of clips that show the new motion."""
     return sum(see(clip).motion == NEW_WORD for clip in frames) / len(frames)

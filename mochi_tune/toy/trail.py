@@ -1,4 +1,4 @@
-"""The way that a shape takes through a clip, as an arrow, so that a still picture shows the motion."""
+"""The path of a shape through a clip as an arrow, so that a still picture shows the motion."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mochi_tune.toy.measure import MIN_TRAVEL, track
 
-# In pixels of the clip.
+# Sizes of the arrow, in pixels of the clip.
 HEAD_LENGTH, HEAD_WIDTH, LINE_WIDTH, EDGE_WIDTH = 7.0, 6.5, 1.5, 0.6
 
 Point = tuple[float, float]
@@ -22,7 +22,7 @@ class Trail:
 
 
 def trail_of(frames: Tensor) -> Trail | None:
-    """Returns the trail of the shape in a clip, uint8 frames (F, H, W, 3); None where it stays about where it was."""
+    """Returns the trail of the shape in a clip, uint8 frames (F, H, W, 3); None if the shape hardly moves."""
     centres: list[Point] = [(x, y) for x, y in track(frames).tolist()]
     if len(centres) < 2 or math.dist(centres[0], centres[-1]) < MIN_TRAVEL:
         return None
@@ -33,7 +33,7 @@ def trail_of(frames: Tensor) -> Trail | None:
     def corner(forward: float, aside: float) -> Point:
         return end_x + forward * along[0] - aside * along[1], end_y + forward * along[1] + aside * along[0]
 
-    # The tip lies ahead of the last centre, and the line ends in the head.
+    # The tip is ahead of the last centre, and the line ends inside the head.
     half = HEAD_LENGTH / 2
     head = [corner(half, 0), corner(-half, HEAD_WIDTH / 2), corner(-half, -HEAD_WIDTH / 2)]
     line = [centre for centre in centres[:-1] if math.dist(centre, centres[-1]) > half]
@@ -41,7 +41,7 @@ def trail_of(frames: Tensor) -> Trail | None:
 
 
 def trail_svg(frames: Tensor) -> str:
-    """Returns the trail as an SVG that lies over the clip, "" where there is none."""
+    """Returns the trail as an SVG to be placed over the clip, "" if there is none."""
     trail = trail_of(frames)
     if trail is None:
         return ""

@@ -1,6 +1,6 @@
 """Trains the toy model from scratch on the toy world: autoencoder, text encoder and diffusion transformer.
 
-An hour and a half on two cores. Each part is a stage that saves checkpoints; the same command resumes it.
+It takes an hour and a half on two cores. Each part is a stage that saves checkpoints; the same command resumes it.
 """
 
 import json
@@ -57,14 +57,14 @@ SAVE_EVERY, LOG_EVERY = 250, 25
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast each part learns."""
+    """Numbers of steps, batch sizes and learning rates of all parts."""
 
     vae_steps: int = 3000
     vae_batch: int = 4
     vae_rate: float = 1.5e-3
-    # Clips from which the channel statistics of the latents are measured, spread over all words, which are 432.
+    # Number of clips for the channel statistics of the latents, spread evenly over all 432 words.
     num_normalised: int = 432
-    # Pulls the posterior towards N(0, 1): weak enough for sharp pictures, strong enough for smooth latents.
+    # Pulls the posterior towards N(0, 1). A higher weight blurs pictures, a lower one makes latents less smooth.
     kl_weight: float = 3e-4
     text_steps: int = 600
     text_batch: int = 64
@@ -73,22 +73,22 @@ class Plan:
     dit_steps: int = 14000
     dit_batch: int = 32
     dit_rate: float = 1e-3
-    # Two and a half times as fast, after two minutes of a C++ compiler.
+    # Compiling takes two minutes, and steps are then 2.5 times as fast.
     dit_compiled: bool = True
-    # Clips, and captions, to measure the finished model on.
+    # Number of clips and of captions for measuring the finished model.
     num_measured: int = 100
 
 
 def main(work: Path, out: Path, plan: Plan) -> dict | None:
-    """Trains what is not trained yet and writes the weights folder; returns its record, or None when interrupted.
+    """Trains all parts, or resumes, and writes the weights folder. Returns its record, or None when interrupted.
 
     Args:
         work: folder of checkpoints and encoded clips, about 300 MB; the same folder resumes the training.
-        out: the weights folder, in the official layout.
-        plan: of the training.
+        out: weights folder to write, in the official layout.
+        plan: plan of the training.
 
     Raises:
-        ConfigError: the work folder was begun with another plan.
+        ConfigError: the work folder was started with another plan.
     """
     if (out / SUMS).exists():
         return read_json(out / "record.json")
@@ -146,14 +146,14 @@ def main(work: Path, out: Path, plan: Plan) -> dict | None:
 def train_stage(
     folder: Path, model: nn.Module, num_steps: int, peak: float, step_loss: Callable[[int], Tensor]
 ) -> bool:
-    """Trains a model by Adam on the loss of each step, saving as it goes; returns whether it is finished.
+    """Trains a model with Adam and saves checkpoints. Returns whether the stage is finished.
 
     Args:
-        folder: of the stage's checkpoints; training resumes from the newest one.
-        model: in fp32.
-        num_steps: of the whole stage.
+        folder: folder of the stage's checkpoints; training resumes from the newest one.
+        model: model in fp32.
+        num_steps: number of steps of the stage.
         peak: learning rate after the warm-up.
-        step_loss: builds the loss of a step, counted from 1, from draws that depend on the step alone.
+        step_loss: returns the loss of a step, counted from 1. Its random numbers depend on the step only.
     """
     parameters = dict(model.named_parameters())
     optimizer = build_adamw(parameters.values(), peak, 0.0, "cpu")
@@ -197,12 +197,12 @@ def train_stage(
 
 
 def vae_loss(vae: Autoencoder, step: int, plan: Plan) -> Tensor:
-    """Returns the loss of one step of the autoencoder, on clips and noise drawn for that step."""
+    """Returns the autoencoder's loss on clips and noise drawn for the step."""
     generator = keyed_generator(SEED, "vae", step)
     words = all_words(ALL_SHAPES)
     chosen = torch.randint(len(words), (plan.vae_batch,), generator=generator).tolist()
     frames = draw_clips([words[i] for i in chosen], generator)
-    # One clip in four is lit by moving coloured waves, so that the VAE learns more than flat colours.
+    # Coloured waves on one clip in four teach the VAE more than flat colours.
     frames[0] = ripple(frames[0], generator)
     pixels = frames_to_pixels(frames)
     with torch.autocast("cpu", torch.bfloat16):
@@ -215,7 +215,7 @@ def vae_loss(vae: Autoencoder, step: int, plan: Plan) -> Tensor:
 
 
 def text_loss(encoder: "T5EncoderModel", tokenizer, step: int, plan: Plan) -> Tensor:
-    """Returns the loss of predicting captions in which words are hidden or replaced by random letters."""
+    """Returns the masked-token loss on captions, some of which have a word replaced by random letters."""
     generator = keyed_generator(SEED, "text", step)
     words = all_words()
 
@@ -239,7 +239,7 @@ def text_loss(encoder: "T5EncoderModel", tokenizer, step: int, plan: Plan) -> Te
 
 
 def encode_world(encoder: Encoder, path: Path, num_clips: int) -> dict[str, Tensor]:
-    """Encodes the base's clips once: posteriors (clips, 12, T, h, w) and the number of each clip's words."""
+    """Encodes the base model's clips once: posteriors (clips, 12, T, h, w), and the index of each clip's words."""
     if path.exists():
         return load_tensors(path)
     seen, _ = split_words()
@@ -259,7 +259,7 @@ def encode_world(encoder: Encoder, path: Path, num_clips: int) -> dict[str, Tens
 
 
 def dit_loss(dit: AsymmDiT, world: dict[str, Tensor], features: Tensor, step: int, plan: Plan) -> Tensor:
-    """Returns the sampler's objective on a batch of clips; one clip in ten has no caption, which guidance needs."""
+    """Returns the loss of the sampler's objective on a batch. One clip in ten has no caption, as guidance needs."""
     generator = keyed_generator(SEED, "dit", step)
     rows = torch.randint(len(world["mean"]), (plan.dit_batch,), generator=generator)
     mean, logvar = world["mean"][rows], world["logvar"][rows]
@@ -271,9 +271,9 @@ def dit_loss(dit: AsymmDiT, world: dict[str, Tensor], features: Tensor, step: in
     num_captioned = plan.dit_batch - plan.dit_batch // 10
     mask[num_captioned:] = False
     losses = []
-    # Rows with and without a caption run separately: attention over rows of one length is much faster.
+    # Rows with and without captions run separately: attention over rows of equal length is much faster.
     for part in (slice(0, num_captioned), slice(num_captioned, None)):
-        # Over so few tokens the plain attention is faster than the fused one.
+        # For few tokens, plain attention is faster than fused attention.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             prediction = dit(noisy[part], sigma[part], embeds[part], mask[part])
         losses.append(velocity_loss(prediction, target[part]))
@@ -282,9 +282,9 @@ def dit_loss(dit: AsymmDiT, world: dict[str, Tensor], features: Tensor, step: in
 
 @torch.no_grad()
 def normalise_latents(encoder: Encoder, decoder: Decoder, frames: Tensor) -> None:
-    """Folds a scale and a shift into both, so that the latents of `frames` have the channel statistics of Mochi's own.
+    """Folds a scale and a shift into both models, so that latents of `frames` have Mochi's channel statistics.
 
-    The encoder's last layer has no bias: one channel of its norm is made constant to carry the shift.
+    The encoder's last layer has no bias. One channel of the norm before it becomes constant and provides the shift.
     """
     pixels = frames_to_pixels(frames)
     activations: list[Tensor] = []
@@ -315,13 +315,13 @@ def save_part(path: Path, model: nn.Module) -> None:
 
 
 def read_curve(folder: Path) -> list[dict]:
-    """Returns a finished stage's losses and seconds."""
+    """Returns the losses and seconds of a finished stage."""
     return read_json(checkpoint.find_checkpoints(folder)[-1] / "state.json")["curve"]
 
 
 @torch.no_grad()
 def measure_model(folder: Path, num_measured: int) -> dict[str, float]:
-    """Measures a weights folder on clips and captions that were not trained on."""
+    """Measures a weights folder on clips and captions outside of its training data."""
     words = all_words(ALL_SHAPES)
     words = words[:: max(1, len(words) // (4 * num_measured))]
     weights = WeightsFolder(folder)

@@ -1,6 +1,6 @@
-"""Draws the toy world: one coloured shape that moves over a plain background, and the caption that says so.
+"""Draws the toy world: one coloured shape that moves over a plain background, and a caption that describes it.
 
-Every clip is a function of its words and a seed. Shape letters: B clips, F frames, H W rows and columns.
+Every clip is a function of its words and a seed. Shape letters: B clips, F frames, H rows, W columns.
 """
 
 import itertools
@@ -24,7 +24,7 @@ COLOURS = {
     "purple": (0.74, 0.22, 0.86),
 }
 BACKGROUNDS = {"black": 0.10, "grey": 0.46, "white": 0.86}
-# A caption's words for each motion, and its direction: columns, rows, growth.
+# Motion as a caption names it -> direction: columns, rows, growth.
 MOTIONS = {
     "moves left": (-1, 0, 0),
     "moves right": (1, 0, 0),
@@ -33,22 +33,22 @@ MOTIONS = {
     "gets bigger": (0, 0, 1),
     "gets smaller": (0, 0, -1),
 }
-# What no part of the base ever sees: the motion that the lesson teaches, aslant, under a word of its own.
+# The diagonal motion that the lesson teaches, and its made-up word. The base model has never seen either.
 NEW_WORD = "wugs"
 NEW_MOTION = "moves to the bottom right"
 ALL_MOTIONS = MOTIONS | {NEW_WORD: (0.75, 0.75, 0)}
 SHAPES = ("circle", "square", "triangle")
-# What the autoencoder sees: it knows more than captions say, as that of Mochi does.
+# The autoencoder is trained on one more shape than captions name: Mochi's knows more than captions, too.
 ALL_SHAPES = (*SHAPES, "cross")
-# Area of each shape of size 1; sizes are such that the areas are much the same.
+# Area of each shape of size 1; the areas are similar.
 AREAS = {"circle": math.pi, "square": 2.89, "triangle": 2.81, "cross": 2.64}
-# How far a shape of size 1 reaches from its centre.
+# Largest distance of a point of a shape of size 1 from its centre.
 REACH = {"circle": 1.0, "square": 0.9, "triangle": 1.5, "cross": 1.1}
 
 
 @dataclass(frozen=True)
 class Words:
-    """What a caption says."""
+    """The words of a caption."""
 
     colour: str
     shape: str
@@ -62,24 +62,24 @@ class Words:
 
 
 def all_words(shapes: Iterable[str] = SHAPES, motions: Iterable[str] = MOTIONS) -> list[Words]:
-    """Returns every combination, in a fixed order; by default those that the base's captions use."""
+    """Returns all combinations in a fixed order; the defaults are those of the base model's captions."""
     return [Words(*w) for w in itertools.product(COLOURS, shapes, motions, BACKGROUNDS)]
 
 
 def split_words(num_held_out: int = 100, seed: int = 0) -> tuple[list[Words], list[Words]]:
-    """Returns the combinations that the base learns and those it never sees, of which each word is well known."""
+    """Returns the combinations that the base model trains on, and held-out ones of the same words."""
     words = all_words()
     order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
     return [words[i] for i in order[num_held_out:]], [words[i] for i in order[:num_held_out]]
 
 
 def draw_clips(words: Sequence[Words], generator: torch.Generator, fps: int = FPS) -> Tensor:
-    """Draws one clip for each of `words`, uint8 frames (B, F, H, W, 3); place, size, speed and light are drawn.
+    """Draws one clip for each of `words`, as uint8 frames (B, F, H, W, 3).
 
     Args:
-        words: what the captions say.
-        generator: of all that they leave open.
-        fps: frames a second; the same motions, seen as often.
+        words: contents of the clips.
+        generator: draws what the words do not say: position, size, speed and light.
+        fps: frames per second at which the motions are sampled.
     """
     centre, radius = _paths(words, generator, FPS / fps)
     rows = torch.arange(HEIGHT) + 0.5
@@ -87,7 +87,7 @@ def draw_clips(words: Sequence[Words], generator: torch.Generator, fps: int = FP
     u = (columns - centre[..., 0, None, None]) / radius[..., None, None]  # (B, F, 1, W)
     v = (rows[:, None] - centre[..., 1, None, None]) / radius[..., None, None]  # (B, F, H, 1)
     distance = torch.stack([shape_distance(w.shape, u[b], v[b]) for b, w in enumerate(words)])
-    coverage = (0.5 - distance * radius[..., None, None] / 1.5).clamp(0, 1)  # an edge is 1.5 pixels wide
+    coverage = (0.5 - distance * radius[..., None, None] / 1.5).clamp(0, 1)  # edges are 1.5 pixels wide
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(len(words), *shape, generator=generator)
@@ -105,9 +105,9 @@ def draw_clips(words: Sequence[Words], generator: torch.Generator, fps: int = FP
 
 
 def _paths(words: Sequence[Words], generator: torch.Generator, duration: float) -> tuple[Tensor, Tensor]:
-    """Draws the centre (B, F, 2), columns and rows, and the size (B, F) of each shape; it stays inside the frame.
+    """Draws the centres (B, F, 2), in columns and rows, and the sizes (B, F) of shapes that stay inside the frame.
 
-    `duration` is in the usual length of a clip.
+    `duration` is relative to the usual length of a clip.
     """
 
     def draw(low: float, high: float) -> Tensor:
@@ -128,7 +128,7 @@ def _paths(words: Sequence[Words], generator: torch.Generator, duration: float) 
 
 
 def shape_distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
-    """Returns how far points are outside (> 0) or inside (< 0) of a shape of size 1, v pointing down."""
+    """Returns the distance of points to the edge of a shape of size 1, negative inside; v points down."""
     if shape == "circle":
         return torch.sqrt(u * u + v * v) - 1
     if shape == "square":
@@ -141,7 +141,7 @@ def shape_distance(shape: str, u: Tensor, v: Tensor) -> Tensor:
 
 
 def ripple(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Lights a clip (F, H, W, 3) by moving coloured waves of 8 to 32 pixels; what the autoencoder learns beside."""
+    """Adds moving coloured waves of 8 to 32 pixels to a clip (F, H, W, 3), as training data of the autoencoder."""
     num_frames, height, width, _ = frames.shape
     angle, length, phase, speed, depth = torch.rand(5, 3, generator=generator)
     angle, wave = angle * 2 * math.pi, 2 * math.pi / (8 * 4**length)

@@ -20,9 +20,9 @@ from mochi_tune.models.vae import frames_to_pixels
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.sampling.video import read_frames
 from mochi_tune.toy.demo import main, new_folder
+from mochi_tune.toy.demo_report import FIGURES
 from mochi_tune.toy.lesson import lesson_words
 from mochi_tune.toy.progress import StageBar
-from mochi_tune.toy.retelling import FIGURES
 from mochi_tune.toy.samples import render_words
 from mochi_tune.toy.world import draw_clips, split_words
 from mochi_tune.training.draws import keyed_generator

@@ -1,4 +1,4 @@
-"""What the demo tells of its lesson: the words and the choice of clips of its page and of its picture."""
+"""Builds the contents of the demo's page and picture: their texts and the choice of clips."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from mochi_tune.toy.world import MOTIONS, NEW_MOTION, NEW_WORD, Words
 from mochi_tune.training.report import RunFiles
 
 NUM_SHOWN, NUM_CLIPS_SHOWN = 6, 12
-# name -> what a reader calls it, and what it is of.
+# Name of a figure -> its label and its meaning.
 FIGURES = {
     "new_before": ("New thing, before", "of samples of the new word that move in the new way before the lesson"),
     "new_after": ("New thing, after", "of the same samples after the lesson"),
@@ -32,22 +32,22 @@ FIGURES = {
     "total_seconds": ("In all, seconds", "from drawing the clips to the last measurement"),
 }
 
-# By strength, and then by "new" and "base": the words that were asked for, and what was rendered (B, F, H, W, 3).
+# Strength -> "new" or "base" -> the words of the captions, and the rendered clips (B, F, H, W, 3).
 Samples = dict[float, dict[str, tuple[list[Words], Tensor]]]
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the demo's commands made.
+    """The results of the demo's commands.
 
     Attributes:
-        folder: of this demo.
-        videos: the clips of the lesson.
-        settings: of the commands, besides conf=toy_lora.
-        config: the settings of the training.
-        run: what the files of its run folder hold.
-        adapters: by step, the file of the lowest validation loss and then the last one; they may be the same.
-        train_seconds: how long the command took.
+        folder: folder of this demo.
+        videos: clips of the lesson.
+        settings: arguments of the commands besides conf=toy_lora.
+        config: settings of the training.
+        run: contents of the run folder's files.
+        adapters: step -> file, of the lowest validation loss and of the last step, which may be the same.
+        train_seconds: duration of the command `train`.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class Lesson:
 
 
 def build_report(lesson: Lesson, figures: Mapping[str, Any], samples: Samples) -> Report:
-    """Gathers what the page shows."""
+    """Builds the content of the page."""
 
     def row(kind: str, number: int, columns: dict[str, float]) -> Row:
         words = samples[0.0][kind][0][number]
@@ -68,7 +68,7 @@ def build_report(lesson: Lesson, figures: Mapping[str, Any], samples: Samples) -
 
     count, run = len(samples[1.0]["new"][0]), lesson.run
     before_after, strengths = {"before": 0.0, "after": 1.0}, {f"strength {s:g}": s for s in samples}
-    caption, clips = telling_pair(samples)
+    caption, clips = clearest_pair(samples)
     labels = (f"{when}: {motion_words(clip)}" for when, clip in zip(before_after, clips, strict=True))
     before, after = (f"{figures[name]:.0%}" for name in ("new_before", "new_after"))
     old_before, kept = (f"{figures[name]:.0%}" for name in ("base_before", "base_after"))
@@ -108,8 +108,8 @@ def build_report(lesson: Lesson, figures: Mapping[str, Any], samples: Samples) -
 
 
 def build_story(lesson: Lesson, figures: Mapping[str, Any], samples: Samples) -> Story:
-    """Gathers what the moving picture shows."""
-    caption, (before, after) = telling_pair(samples)
+    """Builds the content of the animated picture."""
+    caption, (before, after) = clearest_pair(samples)
     count = len(samples[1.0]["new"][0])
     before_share, after_share = (f"{figures[name]:.0%}" for name in ("new_before", "new_after"))
     return Story(
@@ -125,33 +125,33 @@ def build_story(lesson: Lesson, figures: Mapping[str, Any], samples: Samples) ->
     )
 
 
-def telling_pair(samples: Samples) -> tuple[str, tuple[Tensor, Tensor]]:
-    """Returns the first new caption that is read well in both its samples, which are right only after the lesson."""
+def clearest_pair(samples: Samples) -> tuple[str, tuple[Tensor, Tensor]]:
+    """Returns the first new caption whose samples are both clear and obey it only after the lesson, and its samples."""
     words, before = samples[0.0]["new"]
     after = samples[1.0]["new"][1]
 
-    def tells(number: int) -> bool:
+    def is_clear(number: int) -> bool:
         was, asked = see(before[number]), words[number]
         is_seen = (was.colour, was.shape, was.background) == (asked.colour, asked.shape, asked.background)
         return is_seen and was.motion in MOTIONS and see(after[number]).shows(asked)
 
-    number = next(filter(tells, range(len(words))), 0)
+    number = next(filter(is_clear, range(len(words))), 0)
     return words[number].caption, (before[number], after[number])
 
 
 def motion_words(clip: Tensor) -> str:
-    """Returns what moves how in a clip, in words."""
+    """Returns the motion of a clip in words."""
     motion = see(clip).motion
     return NEW_MOTION if motion == NEW_WORD else motion or "no clear motion"
 
 
 def loss_at(lesson: Lesson, step: int) -> float:
-    """Returns the validation loss of a step, infinity where it was not validated."""
+    """Returns the validation loss of a step, infinity if it was not validated."""
     return {row["step"]: row["validation_loss"] for row in lesson.run.validations}.get(step, math.inf)
 
 
 def stopping_words(lesson: Lesson, figures: Mapping[str, Any]) -> str:
-    """Returns which step was taken, and what the validation loss and the samples say of it."""
+    """Returns which step was chosen, and its validation loss and samples, in words."""
     held_out, taken = lesson.config.train.validation_clips, figures["taken_step"]
     best, last = min(lesson.adapters), max(lesson.adapters)
     if best == last:
@@ -167,7 +167,7 @@ def stopping_words(lesson: Lesson, figures: Mapping[str, Any]) -> str:
 
 
 def num_taught(lesson: Lesson) -> int:
-    """Returns how many clips were trained on."""
+    """Returns the number of training clips."""
     return len(lesson.videos) - lesson.config.train.validation_clips
 
 
@@ -179,7 +179,7 @@ def clip_of(video: Path) -> Tensor:
 
 
 def percent(name: str, value: float) -> str:
-    """Returns a figure as a reader wants it."""
+    """Formats a figure for the page."""
     if name == "taken_step":
         return f"{value:.0f}"
     return f"{value:.0%}" if name.startswith(("new", "base")) else f"{value:.1f}"
