@@ -1,1 +1,1 @@
-"""HTML pages that need no network: their style and head, their charts, and pictures that a browser takes of them."""
+"""Self-contained HTML pages: style, head, charts, and screenshots by a browser."""

@@ -1,4 +1,4 @@
-"""Line charts as SVG, in the colours of a page."""
+"""Line charts as SVG in the colours of the page."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
 
-# The chart's picture, its plot area inside, and how near to each other two numbers may be; all in pixels.
+# Size of a chart, its plot area, and the minimum distance of two numbers, in pixels.
 CHART_WIDTH, CHART_HEIGHT = 354, 220
 PLOT_LEFT, PLOT_RIGHT, PLOT_TOP, PLOT_BOTTOM = 38, 306, 24, 184
 MIN_GAP = 14
@@ -30,7 +30,7 @@ svg{overflow:visible}
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart, at least one point; its style is `accent`, `plain`, `thin` or `level1` to `level3`."""
+    """A line of at least one point. Its style is `accent`, `plain`, `thin` or `level1` to `level3`."""
 
     label: str
     style: str
@@ -39,14 +39,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a chart that has a name."""
+    """A labelled point of a chart."""
 
     label: str
     point: tuple[float, float]
 
 
 def running_mean(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Returns at each point the mean of the last `window` values, of fewer where fewer came before."""
+    """Returns the mean of the last `window` values at each point, or of fewer values at the start."""
     sums = [0.0, *accumulate(y for _, y in points)]
     return [(x, (sums[i] - sums[max(0, i - window)]) / min(i, window)) for i, (x, _) in enumerate(points, 1)]
 
@@ -59,22 +59,22 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     mark: Mark | None = None,
 ) -> str:
-    """Returns an HTML figure with the lines over round tick values; the x axis goes from 0 to the largest x.
+    """Returns an HTML figure of the lines with round tick values. The x axis goes from 0 to the largest x.
 
     Args:
-        title: what the chart shows.
-        lines: drawn in order; at the end of each, unless it is thin, stands its last value.
-        x_unit: what x counts.
-        y_unit: what y counts.
-        y_range: of the y axis, where not all points lie in it; those beyond are drawn at its end.
-        mark: a point to show.
+        title: title of the chart.
+        lines: lines in drawing order. The last value of each is printed at its end, unless its style is `thin`.
+        x_unit: unit of x.
+        y_unit: unit of y.
+        y_range: range of the y axis; points outside are drawn at its ends. None: the range of all points.
+        mark: point to label.
     """
     everything = [point for line in lines for point in line.points]
     x_high = max(x for x, _ in everything) or 1
     low, high = y_range or (min(y for _, y in everything), max(y for _, y in everything))
     y_ticks = round_ticks(low, high)
     low, high = y_ticks[0], y_ticks[-1]
-    # Values that are all but equal have one tick.
+    # Nearly equal values have one tick.
     span = (high - low) or 1
 
     def to_pixels(point: tuple[float, float]) -> tuple[float, float]:
@@ -100,12 +100,12 @@ def line_chart(
 
 
 def round_ticks(low: float, high: float, is_whole: bool = False) -> list[float]:
-    """Returns about five round values, evenly spaced, the first not above `low` and the last not below `high`.
+    """Returns about five evenly spaced round values that include the range from `low` to `high`.
 
     Args:
-        low: the smallest value.
-        high: the largest one.
-        is_whole: whether there is nothing between whole numbers.
+        low: smallest value.
+        high: largest value.
+        is_whole: whether all ticks must be whole numbers.
     """
     if low == high:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
@@ -117,7 +117,7 @@ def round_ticks(low: float, high: float, is_whole: bool = False) -> list[float]:
 
 
 def _axes(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]]) -> str:
-    """Grid lines and tick values; a tick is its pixel and its text."""
+    """Returns the grid lines and the tick values. A tick is a position in pixels and a text."""
     across = "".join(
         f'<line class="grid" x1="{PLOT_LEFT}" x2="{PLOT_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text x="{PLOT_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
@@ -140,7 +140,7 @@ def _line(line: Line, pixels: Sequence[tuple[float, float]]) -> str:
 
 
 def _thinned(pixels: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """Leaves out what no eye can tell apart: of many points to a pixel, the highest and the lowest stay."""
+    """Keeps only the highest and the lowest point of each pixel column if there are very many points."""
     if len(pixels) <= 2 * CHART_WIDTH:
         return pixels
     columns: dict[int, list[tuple[float, float]]] = {}
@@ -153,8 +153,8 @@ def _thinned(pixels: Sequence[tuple[float, float]]) -> Sequence[tuple[float, flo
 
 
 def _mark(mark: Mark, x: float, y: float) -> str:
-    """A ring around a point and a line through it, which has its name at the top or, where the point is, below."""
-    # At the top beside its line: what is marked is mostly the lowest point, beside which the curve is.
+    """Returns a ring around a point and a vertical line through it with a label."""
+    # Marks are mostly lowest points, so the label is at the top, away from the curve, unless the point is there.
     anchor, aside = ("end", -7) if x > (PLOT_LEFT + PLOT_RIGHT) / 2 else ("start", 7)
     height = PLOT_TOP + 12 if y > PLOT_TOP + 24 else PLOT_BOTTOM - 8
     return (
@@ -165,7 +165,7 @@ def _mark(mark: Mark, x: float, y: float) -> str:
 
 
 def _ends(lines: Sequence[tuple[Line, float]]) -> str:
-    """The last value of each line, at its height and far enough from the next one to be read."""
+    """Returns the last value of each line at its height, moved down where two would overlap."""
     texts, lowest = "", -math.inf
     for line, y in sorted(lines, key=lambda pair: pair[1]):
         lowest = max(y, lowest + MIN_GAP)

@@ -1,4 +1,4 @@
-"""What the project's HTML pages have in common: their style, their head, and the picture that a browser takes."""
+"""Common parts of the project's HTML pages: style, head, and screenshots."""
 
 import base64
 import contextlib
@@ -22,7 +22,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars"
 ).split()
-# The rest of a higher page is left out: browsers draw no larger picture without a GPU.
+# Maximum height of a screenshot in pixels: browsers draw no larger picture without a GPU.
 MAX_PICTURE_HEIGHT = 16_000
 
 STYLE = """
@@ -57,9 +57,9 @@ class Head:
     """The top of a page.
 
     Attributes:
-        title: of the page.
-        summary: a sentence or two.
-        figures: by label, the value as text and what it means.
+        title: title of the page.
+        summary: one or two sentences.
+        figures: label -> value as text, and its meaning.
         lead: HTML between the summary and the figures.
     """
 
@@ -70,10 +70,10 @@ class Head:
 
 
 def document(head: Head, style: str, content: str) -> str:
-    """Returns a whole page that needs nothing beside it.
+    """Returns a self-contained page.
 
     Args:
-        head: the top of the page, as plain text.
+        head: top of the page, as plain text.
         style: CSS besides `STYLE`.
         content: HTML.
     """
@@ -88,7 +88,7 @@ def document(head: Head, style: str, content: str) -> str:
 
 
 def figures_list(figures: Mapping[str, tuple[str, str]]) -> str:
-    """Returns figures as HTML, large and with their labels: by label, the value as text and what it means."""
+    """Returns figures as HTML: large values with their labels and meanings."""
     count = len(figures)
     listed = "".join(
         f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd>'
@@ -99,32 +99,32 @@ def figures_list(figures: Mapping[str, tuple[str, str]]) -> str:
 
 
 def section(heading: str, note: str, content: str) -> str:
-    """Returns a part of a page: a heading and a note as plain text, and HTML below them."""
+    """Returns a section: a heading and a note, both plain text, and HTML content below."""
     return f'<section><h2>{escape(heading)}</h2><p class="note">{escape(note)}</p>{content}</section>'
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """Returns an address that is the content itself."""
+    """Returns content as a data: URI of a MIME type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def write_png(page: Path, png: Path) -> bool:
-    """Writes a picture of the page, of at most 16,000 pixels of its height, each video standing at its poster.
+    """Writes a screenshot of a page, of at most its first 16,000 pixels, with the poster in place of each video.
 
     Args:
-        page: an HTML file that needs nothing beside it.
-        png: the picture, which is replaced; its folder exists.
+        page: self-contained HTML file.
+        png: picture to write or replace; its folder exists.
 
     Returns:
-        False, and nothing is written, where no Chromium or Chrome is on the path.
+        Whether the picture was written. It is not if neither Chromium nor Chrome is on the path.
 
     Raises:
-        MochiTuneError: the browser fails, or has not ended after a minute.
+        MochiTuneError: the browser fails, or runs for more than a minute.
     """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         return False
-    # In the picture's folder and not among the system's temporary files, which a packaged browser may not see.
+    # A packaged browser may not see the system's temporary folder.
     with tempfile.TemporaryDirectory(prefix="screenshot_", dir=png.parent) as scratch:
         still, shot = Path(scratch).resolve() / "still.html", Path(scratch).resolve() / "shot.png"
         measure = "addEventListener('load',()=>document.body.dataset.height=document.documentElement.offsetHeight)"
@@ -142,11 +142,11 @@ def write_png(page: Path, png: Path) -> bool:
 
 
 def _browse(browser: str, page: Path, *arguments: str) -> str:
-    """Runs the browser without a window and returns what it prints."""
+    """Runs the browser without a window and returns its output."""
     profile, output, errors = (page.parent / name for name in ("profile", "output", "errors"))
     command = [browser, *FLAGS, f"--user-data-dir={profile}", *arguments, page.as_uri()]
     with open(output, "wb") as stdout, open(errors, "wb") as stderr:
-        # It starts processes of its own, which may outlive it and write to the profile.
+        # The browser starts processes that may outlive it and write to the profile.
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
         try:
             code = process.wait(TIMEOUT_SECONDS)

@@ -1,4 +1,4 @@
-"""Tables of videos that are compared: what is on the screen plays, and all of a table play together."""
+"""Style and script of tables that compare videos, which play in step."""
 
 STYLE = """
 .scroll{overflow-x:auto;max-width:calc(100vw - 3rem);margin-top:.8rem}
@@ -7,7 +7,7 @@ th{font-weight:600;font-size:.85rem;color:var(--soft);text-align:left;vertical-a
 td{padding:0;vertical-align:top}
 video,td img{display:block;height:auto;border-radius:6px;outline:1px solid var(--rule);background:var(--rule)}
 """
-# Only what is on the screen plays, and all of a table begin together each time its first one begins again.
+# Only visible videos play. All videos of a table restart whenever its first one restarts.
 SCRIPT = """
 <script>
 const play=e=>e.isIntersecting?e.target.play().catch(()=>{}):e.target.pause(),
