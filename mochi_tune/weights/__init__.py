@@ -1,1 +1,1 @@
-"""Model weights in every layout: found, checked by their headers, loaded, and downloaded."""
+"""Model weights in every layout: finds, checks, loads, downloads and uploads them."""

@@ -1,4 +1,4 @@
-"""`weights check`: what is there of each part, and what each verb lacks; nothing but headers is read."""
+"""`weights check`: which parts are there and which the verbs lack; reads only headers."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ from mochi_tune.errors import CheckpointError
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.paths import PART_NAMES
 
-# The parts that each verb reads.
-VERBS = {
+# Parts that each verb reads.
+_VERBS = {
     "prepare": ("encoder", "text_encoder"),
     "train": ("dit",),
     "train with eval videos": ("dit", "decoder", "text_encoder"),
@@ -17,11 +17,11 @@ VERBS = {
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What was found.
+    """Result of a check.
 
     Attributes:
-        parts: a line on each part: what it is, or what is wrong with it.
-        verbs: a line on each verb: ready, or what it lacks.
+        parts: one line per part that describes it or its problem.
+        verbs: one line per verb: ready, or the parts that it lacks.
         is_complete: whether every verb is ready.
     """
 
@@ -31,14 +31,14 @@ class WeightsReport:
 
 
 def check_weights(weights: WeightsFolder) -> WeightsReport:
-    """Checks all parts tensor by tensor, each by itself, so that one's trouble does not hide another's."""
+    """Checks the tensors of each part separately, so that a problem of one does not hide those of others."""
     found, problems = {}, {}
     for part in PART_NAMES:
         try:
             weights.check([part])
             found[part] = weights.describe(part)
         except CheckpointError as error:
-            problems[part] = " ".join(str(error).split())
+            problems[part] = str(error)
     if not problems:
         try:
             weights.check(list(PART_NAMES))
@@ -46,7 +46,7 @@ def check_weights(weights: WeightsFolder) -> WeightsReport:
             problems["text_encoder"] = str(error)
     parts = [f"{name}: {problems.get(part) or found[part]}" for part, name in PART_NAMES.items()]
     verbs = []
-    for verb, needed in VERBS.items():
+    for verb, needed in _VERBS.items():
         lacking = [PART_NAMES[part] for part in needed if part in problems]
         verbs.append(f"{verb}: lacks {', '.join(lacking)}" if lacking else f"{verb}: ready")
     return WeightsReport(parts, verbs, not problems)

@@ -1,4 +1,4 @@
-"""The sizes of the models in a weights folder, as its configuration files describe them."""
+"""Reads the sizes of models from the configuration files of a weights folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,22 +11,22 @@ from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.latents import VAE_MEAN, VAE_STD
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
 
-# A larger number in a configuration is no model's.
-MOST = 100_000
+# Maximum of the numbers in a configuration.
+_MOST = 100_000
 
 
 def read_official_config(path: Path, part: str) -> Any:
-    """Reads a part's sizes from a dit_config.json or vae_config.json; full size where the file is absent.
+    """Reads the sizes of a part from dit_config.json or vae_config.json; full size if there is no such file.
 
     Args:
-        path: of the file.
+        path: the file.
         part: "dit", "encoder" or "decoder".
 
     Returns:
         A DiTConfig, an EncoderConfig or a DecoderConfig.
 
     Raises:
-        CheckpointError: not JSON, an unknown key, a value of the wrong type, or one that Mochi's models do not compute.
+        CheckpointError: the file is not JSON, or has an unknown key, or a value of the wrong type or not supported.
     """
     spec = _PARTS[part]
     if not path.exists():
@@ -51,7 +51,7 @@ def read_official_config(path: Path, part: str) -> Any:
 
 
 def read_diffusers_config(path: Path, part: str) -> Any:
-    """Reads a part's sizes from the config.json of diffusers' `transformer/` or `vae/`; as `read_official_config`."""
+    """Reads the sizes of a part from the config.json of diffusers, otherwise as `read_official_config`."""
     spec = _PARTS[part]
     values = read_config(path)
     if values.get("_class_name", spec.class_name) != spec.class_name:
@@ -68,10 +68,10 @@ def read_diffusers_config(path: Path, part: str) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads a JSON object that belongs to weights.
+    """Reads a configuration file.
 
     Raises:
-        CheckpointError: the file is missing or holds no JSON object.
+        CheckpointError: the file is missing or is not a JSON object.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: fetch it again.")
@@ -118,9 +118,9 @@ def _decoder_config(values: dict[str, Any]) -> DecoderConfig:
 
 
 def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
-    """Returns a configuration's value in its default's type."""
-    if any(type(v) is int and not 0 <= v <= MOST for v in _listed(value)):
-        raise CheckpointError(f"{path}: {key}={value!r} does not fit; numbers there are 0 to {MOST}.")
+    """Returns a value of a configuration with the type of its default."""
+    if any(type(v) is int and not 0 <= v <= _MOST for v in _listed(value)):
+        raise CheckpointError(f"{path}: {key}={value!r} does not fit; numbers there are 0 to {_MOST}.")
     if isinstance(default, tuple):
         if isinstance(value, list) and all(type(v) is type(default[0]) for v in value):
             return tuple(value)
@@ -138,11 +138,11 @@ class _Part:
     config: type
     class_name: str
     from_diffusers: Callable[[dict[str, Any]], Any]
-    # What an official configuration may say besides the sizes, and the only value that the model computes.
+    # Keys of an official configuration besides the sizes, with the only value that the model supports.
     fixed: dict[str, Any]
-    # The same of diffusers' configuration.
+    # The same for diffusers' configuration.
     diffusers_fixed: dict[str, Any]
-    # What it may say that changes nothing.
+    # Keys of an official configuration that have no effect.
     ignored: tuple[str, ...] = ()
 
 

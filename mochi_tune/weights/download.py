@@ -1,4 +1,4 @@
-"""Downloads one file, going on where it stopped, and refuses what is sent in its place."""
+"""Downloads one file, resumes a partial download, and refuses other answers than the file."""
 
 import http.client
 import os
@@ -16,21 +16,22 @@ from mochi_tune.files import STAND_IN_BYTES, fsync, name_stand_in
 from mochi_tune.weights.pull_record import HubFile
 
 CHUNK_BYTES = 2**20
-AGAIN = "run the same command again, it goes on from what is there."
+# Advice at the end of messages about a download that can be resumed.
+AGAIN = "run the same command again, it continues the download."
 
 
 def fetch(file: HubFile, partial: Path) -> None:
-    """Appends to `partial` until it is complete; a broken connection is taken up again while bytes keep coming.
+    """Downloads a file to `partial`, from where it stopped; reconnects as long as each connection brings bytes.
 
     Raises:
-        CheckpointError: a connection brought nothing, or not the file. What was fetched of it stays.
+        CheckpointError: a connection brought nothing or something else than the file. The partial file stays.
     """
     try:
         with partial.open("ab") as out, tqdm(desc=file.name, total=file.num_bytes, unit="B", unit_scale=True) as bar:
             while (start := out.seek(0, os.SEEK_END)) < file.num_bytes:
                 reason = "the connection was closed"
                 try:
-                    download(file, start, out, bar)
+                    _download(file, start, out, bar)
                 except urllib.error.HTTPError as error:
                     if error.code in (401, 403):
                         raise _wrong_answer(
@@ -42,7 +43,7 @@ def fetch(file: HubFile, partial: Path) -> None:
                 if out.tell() <= start:
                     raise CheckpointError(
                         f"{file.name} stopped at {start} of {file.num_bytes} bytes ({reason}): check the network "
-                        "connection and run the same command again, it goes on from there."
+                        f"connection and {AGAIN}"
                     )
         fsync(partial)
     finally:
@@ -50,25 +51,25 @@ def fetch(file: HubFile, partial: Path) -> None:
             partial.unlink()
 
 
-def download(file: HubFile, start: int, out, bar: tqdm) -> None:
-    """Asks for the bytes from `start` on, and appends what one connection brings.
+def _download(file: HubFile, start: int, out, bar: tqdm) -> None:
+    """Requests the bytes from `start` on and appends what one connection brings.
 
     Raises:
-        CheckpointError: what it brings is not this file; nothing of that is written.
+        CheckpointError: the answer is not this file; nothing of it is kept.
     """
     from huggingface_hub.utils import build_hf_headers
 
     request = urllib.request.Request(file.url, headers={"Range": f"bytes={start}-", "Accept-Encoding": "identity"})
     for name, value in build_hf_headers(library_name="mochi-tune").items():
         request.add_unredirected_header(name, value)
-    opener = urllib.request.build_opener(SameHostHeaders)
+    opener = urllib.request.build_opener(_SameHostHeaders)
     with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-        begin = first_byte(file, start, response)
+        begin = _first_byte(file, start, response)
         chunk = response.read(CHUNK_BYTES)
         if kind := name_stand_in(chunk[:STAND_IN_BYTES]):
             raise _wrong_answer(file, kind, "log in to the network, or check the proxy")
         if begin < start:
-            # The server ignores ranges, so this is the whole file.
+            # The server ignores ranges and sends the whole file.
             out.truncate(0)
             out.seek(0)
         bar.update(begin - bar.n)
@@ -81,11 +82,11 @@ def download(file: HubFile, start: int, out, bar: tqdm) -> None:
             chunk = response.read(CHUNK_BYTES)
 
 
-def first_byte(file: HubFile, start: int, response: http.client.HTTPResponse) -> int:
-    """Returns where in the file the body of an answer begins: at `start`, or at 0 from a server that ignores ranges.
+def _first_byte(file: HubFile, start: int, response: http.client.HTTPResponse) -> int:
+    """Returns the position in the file of the first byte of an answer: `start`, or 0 if the server ignores ranges.
 
     Raises:
-        CheckpointError: by its headers, the answer is not this file.
+        CheckpointError: the headers are not those of this file.
     """
     headers, advice = response.headers, "log in to the network, or check the proxy"
     if headers.get_content_type() == "text/html":
@@ -103,14 +104,14 @@ def first_byte(file: HubFile, start: int, response: http.client.HTTPResponse) ->
 
 def _wrong_answer(file: HubFile, what: str, advice: str) -> CheckpointError:
     host = urlsplit(file.url).hostname
-    return CheckpointError(f"{file.name}: {host} answers with {what}, and not with the file: {advice}, and {AGAIN}")
+    return CheckpointError(f"{file.name}: {host} answers with {what}, not with the file: {advice}, and {AGAIN}")
 
 
-class SameHostHeaders(urllib.request.HTTPRedirectHandler):
-    """Keeps the user's token for the hub itself: a redirect to the storage host goes without it."""
+class _SameHostHeaders(urllib.request.HTTPRedirectHandler):
+    """Does not send the user's token to another host, such as the storage that the hub redirects to."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        """Hands the unredirected headers on where the host stays the same."""
+        """Keeps the unredirected headers if the host stays the same."""
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
         if new is not None and new.host == req.host:
             for name, value in req.unredirected_hdrs.items():

@@ -1,4 +1,4 @@
-"""Finds the files of each part of a user's weights, and hashes them.
+"""Finds and hashes the files of each part of a user's weights.
 
 | layout    | DiT                        | VAE                                      | T5                       |
 | --------- | -------------------------- | ---------------------------------------- | ------------------------ |
@@ -7,9 +7,9 @@
 | diffusers | transformer/ in any shards | vae/                                     | text_encoder/ tokenizer/ |
 | ComfyUI   | single files in diffusion_models/, vae/, text_encoders/ or checkpoints/, see `single_files`      |
 
-Each part may be in any layout; where several exist, the first one of the table is read. The configurations beside
-single files may be absent, which means full size. A folder may also hold the files of one part alone, as diffusers
-saves a model.
+Each part may be in any layout; if there are several, the first one in the table is read. Single files without a
+configuration next to them have the full size. A folder may also hold only the files of one part, as diffusers saves a
+model.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from mochi_tune.weights.paths import PART_NAMES, SETTINGS, WeightsPaths
 from mochi_tune.weights.single_files import find_prefixes, find_single_files
 
 TEXT_ENCODER = "text_encoder"
-# Of the folders that are shipped with mochi-tune: the sha256 of every file.
+# File in the folders shipped with mochi-tune that has the sha256 of all others.
 SUMS = "sha256.json"
-# `fingerprint_files` samples larger files.
-MAX_HASHED_BYTES = 2**30
-BLOCK_BYTES = 2**20
-NUM_BLOCKS = 64
+# Maximum size of a file that `fingerprint_files` hashes completely; of larger ones it hashes some blocks.
+_MAX_HASHED_BYTES = 2**30
+_BLOCK_BYTES = 2**20
+_NUM_BLOCKS = 64
 
 _FOLDERS = {"dit": "transformer", "encoder": "vae", "decoder": "vae", TEXT_ENCODER: TEXT_ENCODER}
 _STEMS = {TEXT_ENCODER: "model"}
@@ -40,7 +40,7 @@ _CONFIGS = {
     "dit": "dit_config.json", "encoder": "vae_config.json", "decoder": "vae_config.json",
     TEXT_ENCODER: "text_encoder_config.json",
 }  # fmt: skip
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
+_TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class PartFiles:
     """The files of a part.
 
     Attributes:
-        naming: of the tensors and of the configuration.
-        config: the configuration's path; that of single files may not exist.
+        naming: naming of the tensors and of the configuration.
+        config: path of the configuration; that of a single file may not exist.
         shards: the safetensors files.
-        is_single: whether it is a file that may hold other parts, too.
+        is_single: whether the part is in a single file, which may hold other parts too.
     """
 
     naming: Literal["official", "diffusers"]
@@ -61,12 +61,12 @@ class PartFiles:
 
     @property
     def existing(self) -> list[Path]:
-        """All files that exist."""
+        """The files of the part that exist."""
         return [*self.shards, *([self.config] if self.config.exists() else [])]
 
     @property
     def where(self) -> Path:
-        """The file, or the folder of the shards, for errors."""
+        """The file, or the folder of the shards, for messages."""
         is_file = self.is_single or (self.naming == "official" and len(self.shards) == 1)
         return self.shards[0] if is_file else self.config.parent
 
@@ -75,25 +75,25 @@ def find_part(paths: WeightsPaths, part: str, fits: Callable[[PartFiles], bool])
     """Finds the files of "dit", "encoder", "decoder" or "text_encoder".
 
     Args:
-        paths: where to look.
-        part: one of them.
-        fits: whether the tensors of a single file are the model's; asked only where several files hold such a part, or
-            one is damaged, as the text encoders of other models are T5s, too.
+        paths: paths of the weights.
+        part: one of these names.
+        fits: whether the tensors of a single file are those of the model. It is called only if several files hold such
+            a part or one is damaged, because the text encoders of other models are T5s too.
 
     Raises:
-        CheckpointError: the part or one of its shards is not there, or several files hold it.
+        CheckpointError: the part or one of its shards is missing, or several files hold the part.
     """
     place, setting = paths.of(part), paths.setting(part)
     if place.is_file():
         found = _single(place, part, paths.root)
         if found is None:
             raise CheckpointError(
-                f"{setting}={place} holds no {PART_NAMES[part]} of Mochi: name a file that does, or a folder."
+                f"{setting}={place} holds no {PART_NAMES[part]} of Mochi: use a file that does, or a folder."
             )
         return found
     if setting != "model.weights" and not place.exists():
         raise CheckpointError(
-            f"{setting}={place} does not exist: name the file or the folder that has the {PART_NAMES[part]}."
+            f"{setting}={place} does not exist: use the file or the folder that has the {PART_NAMES[part]}."
         )
     official, theirs = place / f"{part}.safetensors", place / _FOLDERS[part]
     if part != TEXT_ENCODER and official.exists():
@@ -123,7 +123,7 @@ def find_part(paths: WeightsPaths, part: str, fits: Callable[[PartFiles], bool])
 
 
 def has_part(paths: WeightsPaths, part: str) -> bool:
-    """Whether a part is there at all, complete or not."""
+    """Whether a part exists, complete or not."""
     place = paths.of(part)
     if place.is_file():
         return part in find_prefixes(read_header(place))
@@ -133,7 +133,7 @@ def has_part(paths: WeightsPaths, part: str) -> bool:
 
 
 def find_tokenizer(paths: WeightsPaths) -> Path | None:
-    """Finds the folder of T5's tokenizer: beside the weights, beside T5, or in the ComfyUI that the files lie in."""
+    """Finds the folder of T5's tokenizer: next to the weights or T5, or in the ComfyUI folder around the files."""
     if paths.tokenizer:
         candidates = [paths.tokenizer, paths.tokenizer / "tokenizer"]
     else:
@@ -141,21 +141,21 @@ def find_tokenizer(paths: WeightsPaths) -> Path | None:
         candidates = [root / "tokenizer", text_encoder, text_encoder / "tokenizer", text_encoder.parent / "tokenizer"]
         homes = dict.fromkeys([root, root.parent, root.parent.parent, *text_encoder.parents[:2]])
         candidates += [home / "comfy" / "text_encoders" / "t5_tokenizer" for home in homes]
-    return next((folder for folder in candidates if any((folder / name).is_file() for name in TOKENIZER_FILES)), None)
+    return next((folder for folder in candidates if any((folder / name).is_file() for name in _TOKENIZER_FILES)), None)
 
 
 def require_tokenizer(paths: WeightsPaths) -> Path:
     """Finds the folder of T5's tokenizer as `find_tokenizer` does.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no tokenizer.
     """
     if (folder := find_tokenizer(paths)) is not None:
         return folder
     if paths.tokenizer:
-        names = " or ".join(TOKENIZER_FILES)
+        names = " or ".join(_TOKENIZER_FILES)
         raise CheckpointError(f"model.tokenizer={paths.tokenizer} has no {names}: name the folder that has one.")
-    names = " or ".join(f"tokenizer/{name}" for name in TOKENIZER_FILES)
+    names = " or ".join(f"tokenizer/{name}" for name in _TOKENIZER_FILES)
     raise CheckpointError(
         f"model.weights={paths.root} has no {names}: run `mochi-tune weights pull to={paths.root}`, or set "
         "model.tokenizer to the folder of T5's tokenizer."
@@ -163,32 +163,30 @@ def require_tokenizer(paths: WeightsPaths) -> Path:
 
 
 def find_shards(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """Returns the files of a model saved by diffusers or transformers: the single one, or those of its index.
-
-    Where several variants lie in a folder, the first one that is complete is taken.
+    """Returns the files of a model saved by diffusers or transformers: a single file or the shards of an index.
 
     Args:
-        folder: of the model.
-        stem: of its files' names.
-        variant: the only one to take, "bf16" for `STEM.bf16.safetensors`.
+        folder: folder of the model.
+        stem: stem of the file names.
+        variant: variant to use, "bf16" for `STEM.bf16.safetensors`; None for the first complete one.
 
     Raises:
-        CheckpointError: there is none, or the index is damaged or names a file that is not there.
+        CheckpointError: there are no such files, or the index is damaged or names missing files.
     """
     if variant is None:
-        others = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]
-        others += sorted(folder.glob(f"{stem}.safetensors.index.*.json"))
-        candidates = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json", *others]
+        variants = [path for path in sorted(folder.glob(f"{stem}.*.safetensors")) if "-of-" not in path.name]
+        variants += sorted(folder.glob(f"{stem}.safetensors.index.*.json"))
+        candidates = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json", *variants]
     else:
         candidates = [folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"]
     heads = [path for path in candidates if path.exists()]
     if not heads:
         names = f"{stem}.safetensors" if variant is None else candidates[0].name
         advice = "run `mochi-tune weights pull`, or copy it again" if variant is None else "leave model.variant out"
-        beside = sorted(path.name for path in folder.glob("*") if path.suffix in (*PICKLES, ".gguf", ".h5", ".msgpack"))
-        if beside and variant is None:
-            advice = "name the folder of the same model as safetensors, or run `mochi-tune weights pull`"
-            raise CheckpointError(f"{folder} has {some(beside)}, and safetensors files alone are read: {advice}.")
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (*PICKLES, ".gguf", ".h5", ".msgpack"))
+        if others and variant is None:
+            advice = "use the same model as safetensors, or run `mochi-tune weights pull`"
+            raise CheckpointError(f"{folder} has {some(others)}, and only safetensors files are supported: {advice}.")
         raise CheckpointError(f"{folder} has neither {names} nor its shards' index: {advice}.")
     problem = None
     for head in heads:
@@ -214,7 +212,7 @@ def _shards_of(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: fetch it again.")
     if alien := [name for name in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]:
-        raise CheckpointError(f"{index} names files that are not beside it ({alien[0]!a}): fetch it again.")
+        raise CheckpointError(f"{index} names files that are not next to it ({alien[0]!a}): fetch it again.")
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     if absent := [path.name for path in shards if not path.exists()]:
         raise CheckpointError(f"{index.parent} lacks {some(absent)}, which {index.name} names: fetch them again.")
@@ -222,7 +220,7 @@ def _shards_of(index: Path) -> list[Path]:
 
 
 def _saved_model(folder: Path, part: str, variant: str | None) -> PartFiles:
-    """The files of a model that diffusers or transformers saved; T5 has the names of transformers in every layout."""
+    """Returns the files of a model saved by diffusers or transformers; T5 has the names of transformers everywhere."""
     shards = find_shards(folder, _STEMS.get(part, "diffusion_pytorch_model"), variant)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder / 'config.json'} is missing: run `mochi-tune weights pull`, or copy it again.")
@@ -230,14 +228,14 @@ def _saved_model(folder: Path, part: str, variant: str | None) -> PartFiles:
 
 
 def _is_saved_model(folder: Path, part: str) -> bool:
-    """Whether a folder itself is that of a part's model: its configuration says so."""
+    """Whether a folder is that of the part itself, by its configuration."""
     config = folder / "config.json"
     values = (parse_object(config.read_bytes()) or {}) if config.is_file() else {}
     return values.get("model_type") == "t5" if part == TEXT_ENCODER else values.get("_class_name") == _CLASSES[part]
 
 
 def _is_comfyui_folder(folder: Path, part: str) -> bool:
-    """Whether the folder `vae` is ComfyUI's, of VAEs of many models in single files."""
+    """Whether the folder `vae` is that of ComfyUI, with VAEs of many models in single files."""
     return part in ("encoder", "decoder") and not (folder / "config.json").exists() and any(
         not path.name.startswith("diffusion_pytorch_model") for path in folder.glob("*.safetensors")
     )  # fmt: skip
@@ -247,16 +245,16 @@ def _single(path: Path, part: str, root: Path) -> PartFiles | None:
     if part not in (found := find_prefixes(read_header(path))):
         return None
     folders = [path.parent, path.parent.parent, root if root.is_dir() else root.parent]
-    beside = [folder / _CONFIGS[part] for folder in folders]
-    config = next((name for name in beside if name.exists()), beside[0])
+    configs = [folder / _CONFIGS[part] for folder in folders]
+    config = next((path for path in configs if path.exists()), configs[0])
     return PartFiles(found[part].naming, config, [path], is_single=True)
 
 
 def check_sums(folder: Path) -> None:
-    """Compares a shipped folder's files with its sha256.json.
+    """Compares the files of a shipped folder with its sha256.json.
 
     Raises:
-        CheckpointError: a file is absent or has another hash.
+        CheckpointError: a file is missing or has another hash.
     """
     sums = read_json(folder / SUMS)
     problems = {
@@ -273,16 +271,16 @@ def check_sums(folder: Path) -> None:
 
 
 def fingerprint_files(root: Path, files: Sequence[Path], reading: str = "") -> str:
-    """Returns a sha256 in hex of files' content and of their names.
+    """Returns a sha256 in hex of the names and the content of files.
 
-    Files up to 1 GiB are hashed completely. Of larger ones the size and 64 evenly spaced blocks of 1 MiB are, the first
-    with the safetensors header, the last with the file's end: other weights differ there, but a few changed bytes
-    between the blocks go unseen.
+    Files up to 1 GiB are hashed completely. Of larger files, the size and 64 evenly spaced blocks of 1 MiB are hashed,
+    including the safetensors header and the end. Other weights differ there, but a few changed bytes between the blocks
+    go unnoticed.
 
     Args:
-        root: folder that the names are relative to; files elsewhere are named by their own folder.
-        files: to hash.
-        reading: how they are read, where it is not as they are.
+        root: folder that the names are relative to; files elsewhere have the name of their folder.
+        files: files to hash.
+        reading: description of a special way of reading the files, which is hashed too.
     """
     digest = hashlib.sha256(reading.encode())
     for path in sorted(files):
@@ -296,11 +294,11 @@ def _sampled_sha256(path: Path) -> bytes:
     digest = hashlib.sha256()
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= MAX_HASHED_BYTES:
-            while block := file.read(BLOCK_BYTES):
+        if size <= _MAX_HASHED_BYTES:
+            while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
             return digest.digest()
-        for i in range(NUM_BLOCKS):
-            file.seek(i * (size - BLOCK_BYTES) // (NUM_BLOCKS - 1))
-            digest.update(file.read(BLOCK_BYTES))
+        for i in range(_NUM_BLOCKS):
+            file.seek(i * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
     return digest.digest()

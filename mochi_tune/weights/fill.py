@@ -1,4 +1,4 @@
-"""Fills a model on the meta device, one tensor at a time, straight on its device and in its dtype."""
+"""Fills a model on the meta device with weights, one tensor at a time, directly on the device and in the dtype."""
 
 import re
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import RMSNorm
 from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
 
-# Small models are there at once.
-SHOWN_AFTER_SECONDS = 2.0
-# Random numbers of a model on a CPU; no row of a matrix has a length that divides it.
-NUM_DRAWN = 2**20 + 7
+# Seconds until the progress bar appears; small models load faster.
+_BAR_DELAY_SECONDS = 2.0
+# Number of random numbers drawn for a model on a CPU; no row of a matrix has a length that divides it.
+_NUM_DRAWN = 2**20 + 7
 _MODELS: dict[type, type[nn.Module]] = {DiTConfig: AsymmDiT, EncoderConfig: Encoder, DecoderConfig: Decoder}
 
 
 def build_meta_model(config: DiTConfig | EncoderConfig | DecoderConfig) -> Any:
-    """Builds the model of a configuration on the meta device: names and shapes, no weights."""
+    """Builds the model of a configuration on the meta device, without weights."""
     with torch.device("meta"):
         return _MODELS[type(config)](config)
 
@@ -32,20 +32,20 @@ def build_random_model(
     dtype: torch.dtype,
     each_block: Callable[[Any, nn.Module], None] | None = None,
 ) -> Any:
-    """Builds a model of a configuration's sizes with random weights, otherwise as the loaders do; for measuring.
+    """Builds a model with random weights as the loaders do, for benchmarks; takes the arguments of `fill_model`.
 
-    On a CPU, which would draw ten billion numbers for minutes, some are drawn and repeated.
+    On a CPU, where drawing ten billion numbers would take minutes, it repeats the first ones.
     """
     model = build_meta_model(config)
-    some = torch.randn(NUM_DRAWN, device="cpu") * 0.02
+    some = torch.randn(_NUM_DRAWN, device="cpu") * 0.02
 
     def write(_: str, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu" or tensor.numel() <= NUM_DRAWN:
+        if tensor.device.type != "cpu" or tensor.numel() <= _NUM_DRAWN:
             tensor.normal_(0, 0.02)
             return
-        # In the order of memory, whatever that of the dimensions is.
+        # In memory order, whatever the strides are.
         numbers = tensor.as_strided((tensor.numel(),), (1,))
-        for part in numbers.split(NUM_DRAWN):
+        for part in numbers.split(_NUM_DRAWN):
             part.copy_(some[: len(part)])
 
     fill_model(model, write, device, dtype, each_block)
@@ -59,13 +59,13 @@ def fill_model(
     dtype: torch.dtype,
     each_block: Callable[[Any, nn.Module], None] | None = None,
 ) -> None:
-    """Gives a model on the meta device its weights; it is frozen and in eval mode then.
+    """Fills a model on the meta device with weights; freezes it and sets it to eval mode.
 
     Args:
-        model: on the meta device.
-        write: fills the empty tensor of a parameter's name.
-        device: of the weights.
-        dtype: of the weights, except those of `fp32_parameters`.
+        model: model on the meta device.
+        write: function of a parameter's name and empty tensor that fills the tensor.
+        device: device of the weights.
+        dtype: dtype of the weights, except for `fp32_parameters`.
         each_block: called with the model and each of its blocks as soon as the block is filled.
     """
     fp32 = fp32_parameters(model)
@@ -73,12 +73,12 @@ def fill_model(
     blocks = [_block_of(name) for name, _ in parameters]
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     bar = tqdm(
-        parameters, type(model).__name__, leave=False, delay=SHOWN_AFTER_SECONDS, disable=None if is_main else True
+        parameters, type(model).__name__, leave=False, delay=_BAR_DELAY_SECONDS, disable=None if is_main else True
     )
     for i, (name, parameter) in enumerate(bar):
         tensor = torch.empty(parameter.shape, dtype=torch.float32 if name in fp32 else dtype, device=device)
         if tensor.ndim == 5:
-            # As the VAE's features are, or each convolution would change the layout of its weight.
+            # The layout of the VAE's features; otherwise each convolution would convert its weight.
             tensor = tensor.to(memory_format=torch.channels_last_3d)
         write(name, tensor)
         module, _, leaf = name.rpartition(".")
@@ -90,7 +90,7 @@ def fill_model(
 
 
 def fp32_parameters(model: nn.Module) -> set[str]:
-    """Names the parameters that are fp32 in every dtype: the norms' weights and biases, and `pos_frequencies`."""
+    """Returns the names of parameters that are always fp32: weights and biases of norms, and `pos_frequencies`."""
     norms = {
         f"{name}.{leaf}"
         for name, module in model.named_modules()
@@ -101,6 +101,6 @@ def fp32_parameters(model: nn.Module) -> set[str]:
 
 
 def _block_of(name: str) -> str:
-    """Returns the block that a parameter of the DiT or of T5 belongs to, "blocks.3", or "" if it belongs to none."""
+    """Returns the block of a parameter of the DiT or of T5, such as "blocks.3", or "" outside the blocks."""
     block = re.match(r"(blocks|encoder\.block)\.\d+", name)
     return block[0] if block else ""

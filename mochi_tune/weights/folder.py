@@ -1,4 +1,4 @@
-"""The weights of all models: checked by their files' headers alone, and loaded straight to a device and dtype."""
+"""Weights of all models: checks them by file headers only, and loads them directly to a device and dtype."""
 
 import functools
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mochi_tune.errors import CheckpointError
+from mochi_tune.errors import CheckpointError, one_line
 from mochi_tune.files import format_bytes
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.text_encoder import TextEncoder
@@ -40,9 +40,9 @@ from mochi_tune.weights.tokenizer import check_tokenizer, open_tokenizer
 
 
 class WeightsFolder:
-    """A user's weights in any layout. It finds each part once and reads each header once, when first needed.
+    """A user's weights in any layout. Each part is found, and each header is read, once when it is first needed.
 
-    Its parts are "dit", "encoder", "decoder" and "text_encoder", which has the tokenizer too.
+    The parts are "dit", "encoder", "decoder" and "text_encoder", which includes the tokenizer.
     """
 
     def __init__(self, paths: WeightsPaths | Path) -> None:
@@ -52,12 +52,11 @@ class WeightsFolder:
         self._plans: dict[str, _Plan] = {}
 
     def check(self, parts: Sequence[str]) -> None:
-        """Refuses weights that would not load, from file headers alone: seconds, at any size.
+        """Refuses weights that would not load; reads only file headers, which takes seconds at any size.
 
         Raises:
-            CheckpointError: as the loaders; when a shipped file is not what was shipped;
-                for T5, when its configuration, a shard or the tokenizer is absent or damaged,
-                or when its features do not fit the DiT, if both are asked for.
+            CheckpointError: as the loaders, or a shipped file has changed, or T5's configuration, a shard or the
+                tokenizer is missing or damaged, or T5's features do not fit the DiT if both are in `parts`.
         """
         if (self.path / SUMS).exists():
             check_sums(self.path)
@@ -72,11 +71,11 @@ class WeightsFolder:
                 )
 
     def has(self, part: str) -> bool:
-        """Whether a part is there at all, complete or not."""
+        """Whether a part exists, complete or not."""
         return has_part(self.paths, part)
 
     def describe(self, part: str) -> str:
-        """Returns in words where a part is and what it is stored as.
+        """Returns a description of a part: its path, dtypes and size.
 
         Raises:
             CheckpointError: as `check`.
@@ -86,13 +85,13 @@ class WeightsFolder:
         stored = " and ".join(f"{count} tensors in {dtype}" for dtype, count in counts.most_common())
         scaled = ", scaled" if any(header.scale for header in plan.headers.values()) else ""
         num_bytes = sum(header.num_bytes for header in plan.headers.values())
-        beside = f", tokenizer in {require_tokenizer(self.paths)}" if part == TEXT_ENCODER else ""
-        return f"{files.where}: {stored}{scaled}, {format_bytes(num_bytes)}{beside}"
+        tokenizer = f", tokenizer in {require_tokenizer(self.paths)}" if part == TEXT_ENCODER else ""
+        return f"{files.where}: {stored}{scaled}, {format_bytes(num_bytes)}{tokenizer}"
 
     def fingerprint(self, part: str) -> str:
-        """Identifies a part's weights by their content, as `fingerprint_files` hashes it, wherever the folder is.
+        """Returns a hash of a part's files by `fingerprint_files`, which does not depend on the folder's path.
 
-        The official and the diffusers form of the same weights have different fingerprints.
+        The same weights in the official and in the diffusers layout have different fingerprints.
 
         Raises:
             CheckpointError: the part is missing; for T5, as `check`.
@@ -100,25 +99,25 @@ class WeightsFolder:
         files = self._find(part)
         if part != TEXT_ENCODER:
             return fingerprint_files(self._root, files.existing)
-        # Features of a T5 that is not the model would be noise, and go into a cache under this name.
+        # Checks T5 first, because features of another model would go into a cache under this fingerprint.
         plan, tokenizer = self._plan(part), require_tokenizer(self.paths)
         folders = {tokenizer} if files.is_single else {files.config.parent, tokenizer}
-        beside = {p for folder in folders for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")}
-        # Other variants, and other models in a folder of single files, are not read.
-        read = {path for path in beside if path.suffix != ".safetensors" and not is_other_index(path, files.shards)}
+        present = {p for folder in folders for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")}
+        # Leaves out other variants, and other models in a folder of single files.
+        read = {path for path in present if path.suffix != ".safetensors" and not is_other_index(path, files.shards)}
         return fingerprint_files(self._root, sorted(read | set(files.existing)), plan.reading)
 
     @property
     def dit_config(self) -> DiTConfig:
-        """The sizes of the DiT; raises as `load_dit`."""
+        """The configuration of the DiT; raises as `load_dit`."""
         return self._plan("dit").config
 
     def dit_skeleton(self) -> AsymmDiT:
-        """Builds the AsymmDiT on the meta device, for its names and shapes; raises as `load_dit`."""
+        """Builds the AsymmDiT on the meta device, without weights; raises as `load_dit`."""
         return build_meta_model(self.dit_config)
 
     def read_dit_tensor(self, name: str, out: Tensor) -> None:
-        """Fills `out` with one tensor of the DiT, by its official name, whatever the files' layout and dtype.
+        """Fills `out` with one tensor of the DiT by its official name, from any layout and dtype.
 
         Raises:
             CheckpointError: as `load_dit`.
@@ -126,12 +125,11 @@ class WeightsFolder:
         self._plan("dit").write(name, out)
 
     def base_identity(self) -> str:
-        """Identifies the DiT that an adapter belongs to, in every layout and float dtype of its weights.
+        """Returns the fingerprint of the DiT that an adapter belongs to; it does not depend on the layout.
 
-        It is the sha256 of the first row of each block's visual queries, rounded to bf16, so that no large file is
-        read. What a file has rounded to fp16 or fp8 is another number, and has its dtype in front, "F8_E4M3", or
-        "F8_E4M3x40" where so many blocks are: such identities are compared among themselves alone, see
-        `check_adapter`.
+        It is the sha256 of the first row of each block's visual queries, rounded to bf16, so that little is read. The
+        values in an fp16 or fp8 file are rounded, so its fingerprint starts with the dtype, as "F8_E4M3:", or as
+        "F8_E4M3x40:" if 40 blocks have it. `check_adapter` compares only fingerprints with the same start.
 
         Raises:
             CheckpointError: as `load_dit`.
@@ -142,7 +140,7 @@ class WeightsFolder:
             header = plan.headers[plan.mapping[f"blocks.{block}.attn.qkv_x.weight"].names[0]]
             rounded[header.dtype] += header.dtype not in ("F32", "BF16")
             digest.update(_first_row(header).view(torch.int16).numpy().tobytes())
-        # Files of fp8 may have some blocks in bf16, and so other numbers than those that have none.
+        # fp8 files may have some blocks in bf16, whose values differ from those of files with all blocks in fp8.
         dtypes = [name if n == plan.config.depth else f"{name}x{n}" for name, n in sorted(rounded.items()) if n]
         return ":".join(["+".join(dtypes), digest.hexdigest()] if dtypes else [digest.hexdigest()])
 
@@ -154,33 +152,34 @@ class WeightsFolder:
     ) -> AsymmDiT:
         """Loads the AsymmDiT, frozen and in eval mode; norms' weights and `pos_frequencies` are fp32.
 
-        Memory holds the model and one tensor of the file, whatever the file's dtype and layout.
+        Memory holds the model and one tensor of the file, whatever the dtype and the layout of the file.
 
         Args:
-            device: of the weights.
-            dtype: of the matrices.
-            each_block: called with the model and each block as soon as the block is loaded, so that it can be made
-                smaller before the next one is read; the embedders are loaded by then.
+            device: device of the weights.
+            dtype: dtype of the matrices.
+            each_block: called with the model and each block as soon as the block is loaded, so that it can quantize or
+                offload the block before the next one is read. The embedders are loaded before.
 
         Raises:
-            CheckpointError: no such weights, not a readable safetensors file, or keys or shapes of another model.
+            CheckpointError: the weights are missing, not readable as safetensors, or those of another model.
         """
         return self._load("dit", device, dtype, each_block)
 
     def load_encoder(self, device: torch.device | str, dtype: torch.dtype) -> Encoder:
-        """Loads the VAE's encoder as `load_dit` does the DiT; norms' weights and biases are fp32."""
+        """Loads the VAE's encoder as `load_dit`; norms' weights and biases are fp32."""
         return self._load("encoder", device, dtype)
 
     def load_decoder(self, device: torch.device | str, dtype: torch.dtype) -> Decoder:
-        """Loads the VAE's decoder as `load_dit` does the DiT; norms' weights and biases are fp32."""
+        """Loads the VAE's decoder as `load_dit`; norms' weights and biases are fp32."""
         return self._load("decoder", device, dtype)
 
     def load_text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-        """Loads T5 and its tokenizer; fp16 is not offered, as T5's activations overflow it.
+        """Loads T5 and its tokenizer.
 
         Args:
-            device: of the encoder.
+            device: device of the encoder.
             dtype: torch.float32 or torch.bfloat16; torch.int8 holds the matrices in 8 bits and computes in bfloat16.
+                torch.float16 is not supported, because T5's activations overflow it.
 
         Raises:
             CheckpointError: as `check`.
@@ -191,28 +190,28 @@ class WeightsFolder:
         return TextEncoder(self.load_tokenizer(), model)
 
     def load_tokenizer(self) -> Any:
-        """Loads T5's tokenizer alone, for counting tokens before any weight is read.
+        """Loads T5's tokenizer without the encoder, for counting tokens before any weights are read.
 
         Raises:
-            CheckpointError: it is missing, or damaged.
+            CheckpointError: the tokenizer is missing or damaged.
         """
         folder = require_tokenizer(self.paths)
         try:
             return open_tokenizer(folder)
-        # The tokenizers' library raises Exception itself.
+        # The tokenizers library raises plain Exception.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise CheckpointError(f"{folder} cannot be read as a tokenizer ({reason}): fetch it again.") from error
 
     def has_tokenizer(self) -> bool:
-        """Whether T5's tokenizer is there, complete or not."""
+        """Whether T5's tokenizer exists, complete or not."""
         return find_tokenizer(self.paths) is not None
 
     def read_fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Reads a matrix of the DiT as its file has it in fp8; None where it has it in another dtype or in pieces.
+        """Reads a matrix of the DiT without conversion, if the file has it in fp8 and in one piece.
 
         Returns:
-            float8_e4m3fn (out, in) and the scale that it is multiplied with, fp32 () or (out, 1).
+            The matrix, float8_e4m3fn (out, in), and its scale, fp32 () or (out, 1). None if the file has it otherwise.
         """
         plan = self._plan("dit")
         pieces = plan.mapping[name]
@@ -252,13 +251,13 @@ class WeightsFolder:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How to load a model.
+    """A plan for loading a model.
 
     Attributes:
-        config: the model's sizes.
-        mapping: the pieces in the files of each tensor of the model, by the model's names.
-        headers: of each piece, by the names in `mapping`.
-        reading: how the files were read, where it is not name by name as they are: prefix and scales.
+        config: configuration of the model.
+        mapping: pieces in the files of each tensor of the model, by its name in the model.
+        headers: header of each piece, by the names in `mapping`.
+        reading: prefix of the names in the files and whether scales are applied; "" for neither.
     """
 
     config: Any
@@ -272,7 +271,7 @@ class _Plan:
 
 
 def _make_plan(files: PartFiles, part: str) -> _Plan:
-    """Compares the headers of a part's files with the model of its configuration."""
+    """Compares the headers of a part's files with the model of its configuration, and plans its loading."""
     stored = {name: header for path in files.shards for name, header in read_header(path).items()}
     found = take_part(stored, part, files.is_single)
     prefix = next((header.name.removesuffix(name) for name, header in found.items()), "")
@@ -296,7 +295,7 @@ def _make_plan(files: PartFiles, part: str) -> _Plan:
             pieces = mapping[name].names
             expected |= dict.fromkeys(pieces, (tensor.shape[0] // len(pieces), *tensor.shape[1:]))
         if not is_official and part != "dit":
-            # Both halves of the VAE are in one model there.
+            # In diffusers, one model holds both halves of the VAE.
             other = "decoder." if part == "encoder" else "encoder."
             found = {name: header for name, header in found.items() if not name.startswith(other)}
     check_tensors(files.where, files.config, expected, found)
@@ -305,7 +304,7 @@ def _make_plan(files: PartFiles, part: str) -> _Plan:
 
 
 def _fits(part: str, files: PartFiles) -> bool:
-    """Whether a part's files are the model of their configuration, by their headers."""
+    """Whether the headers of a part's files fit the model of their configuration."""
     try:
         _make_plan(files, part)
     except CheckpointError:
@@ -314,7 +313,7 @@ def _fits(part: str, files: PartFiles) -> bool:
 
 
 def _first_row(header: TensorHeader) -> Tensor:
-    """Reads the first row of a matrix, (1, in), in bf16."""
+    """Reads the first row of a matrix, (1, in), as bf16."""
     with header.opened() as file:
         row = file.get_slice(header.name)[:1]
     scale = read_scale(header)

@@ -1,7 +1,7 @@
 """Maps each official tensor to its pieces in the diffusers layout.
 
 diffusers splits q, k and v, and swaps the halves of a SwiGLU's w1 (gate, value) and of the final layer's modulation
-(shift, scale). The VAE differs by its names and by split q, k, v alone. Every map is exact in both directions.
+(shift, scale). The VAE differs only by its names and by separate q, k and v. Every map is exact in both directions.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from mochi_tune.models.vae import Decoder, DecoderConfig, Encoder, EncoderConfig
 
 @dataclass(frozen=True)
 class Pieces:
-    """The tensors that, stacked along their first axis, are one official tensor; its halves may be swapped first."""
+    """The tensors that give one official tensor when stacked along their first dim, with its halves swapped or not."""
 
     names: tuple[str, ...]
     swap_halves: bool = False
 
     def join(self, read: Callable[[str], Tensor], out: Tensor) -> None:
-        """Fills `out`, the official tensor, with what `read` returns for each name; one piece is alive at a time."""
+        """Fills the official tensor `out` with the pieces that `read` returns; memory holds one piece at a time."""
         if self.swap_halves:
             halves = read(self.names[0]).chunk(2)
             for slot, half in zip(out.chunk(2), reversed(halves), strict=True):
@@ -32,7 +32,7 @@ class Pieces:
                 slot.copy_(read(name))
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Returns the pieces of an official tensor by name; none shares memory with another."""
+        """Splits an official tensor into its pieces, by name; they do not share memory with each other."""
         if self.swap_halves:
             return {self.names[0]: torch.cat(tensor.chunk(2)[::-1])}
         if len(self.names) == 1:
@@ -41,7 +41,7 @@ class Pieces:
 
 
 def diffusers_map(model: AsymmDiT | Encoder | Decoder) -> dict[str, Pieces]:
-    """Maps every official parameter name of a model to its pieces in diffusers' `transformer/` or `vae/`.
+    """Maps the official name of each parameter of a model to its pieces in diffusers' `transformer/` or `vae/`.
 
     Source: huggingface/diffusers@0a54230 scripts/convert_mochi_to_diffusers.py, and the modules of
     transformer_mochi.py and autoencoder_kl_mochi.py (0.42).
@@ -62,7 +62,7 @@ def diffusers_map(model: AsymmDiT | Encoder | Decoder) -> dict[str, Pieces]:
 
 def _dit_modules(config: DiTConfig) -> dict[str, Pieces]:
     modules = {
-        "": Pieces(("",)),  # pos_frequencies, which belongs to no module
+        "": Pieces(("",)),  # pos_frequencies, a parameter of the model itself
         "x_embedder.proj": Pieces(("patch_embed.proj",)),
         "t_embedder.mlp.0": Pieces(("time_embed.timestep_embedder.linear_1",)),
         "t_embedder.mlp.2": Pieces(("time_embed.timestep_embedder.linear_2",)),
@@ -74,7 +74,7 @@ def _dit_modules(config: DiTConfig) -> dict[str, Pieces]:
         "final_layer.linear": Pieces(("proj_out",)),
     }
     for i in range(config.depth):
-        # The last block has another kind of text modulation, so diffusers gives its layer another name.
+        # The text modulation of the last block is of another class in diffusers, with another name of its layer.
         mod_y = "norm1_context.linear" if i < config.depth - 1 else "norm1_context.linear_1"
         block = {
             "mod_x": Pieces(("norm1.linear",)),

@@ -1,4 +1,4 @@
-"""Where a user's weights are."""
+"""Paths of a user's weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class WeightsPaths:
-    """The places of the weights; each is a file or a folder, of any layout that `weights.files` knows.
+    """Paths of the weights; each is a file or a folder in a layout that `weights.files` lists.
 
     Attributes:
-        root: of all parts that have no path of their own.
-        transformer: of the DiT.
-        vae: of the VAE's encoder and decoder.
-        text_encoder: of T5.
-        tokenizer: the folder of T5's tokenizer.
-        variant: of diffusers' and transformers' files, "bf16" for `model.bf16.safetensors`; None: the first one that
-            is complete.
+        root: path of all parts without a path in the other attributes.
+        transformer: path of the DiT.
+        vae: path of the VAE's encoder and decoder.
+        text_encoder: path of T5.
+        tokenizer: folder of T5's tokenizer.
+        variant: variant of diffusers' and transformers' files, "bf16" for `model.bf16.safetensors`; None for the first
+            complete one.
     """
 
     root: Path
@@ -26,16 +26,16 @@ class WeightsPaths:
     variant: str | None = None
 
     def of(self, part: str) -> Path:
-        """Returns where "dit", "encoder", "decoder" or "text_encoder" is looked for: in a ComfyUI, its `models`."""
+        """Returns the path of "dit", "encoder", "decoder" or "text_encoder"; for a ComfyUI folder, its `models`."""
         place = getattr(self, SETTINGS[part]) or self.root
         return place / "models" if (place / "comfy").is_dir() and (place / "models").is_dir() else place
 
     def setting(self, part: str) -> str:
-        """Returns the setting that says so."""
+        """Returns the setting that gives the path of a part."""
         return f"model.{SETTINGS[part]}" if getattr(self, SETTINGS[part]) else "model.weights"
 
 
-# The setting of each part, behind `model.`.
+# Setting of each part, after `model.`.
 SETTINGS = {"dit": "transformer", "encoder": "vae", "decoder": "vae", "text_encoder": "text_encoder"}
-# The parts as an error names them.
+# Names of the parts in messages.
 PART_NAMES = {"dit": "DiT", "encoder": "VAE encoder", "decoder": "VAE decoder", "text_encoder": "T5"}

@@ -1,6 +1,6 @@
-"""`weights pull`: fetches weights from the hub, going on where it stopped, and checks every file by its hash.
+"""`weights pull`: downloads weights from the hub, resumes partial downloads, and checks the hash of every file.
 
-`sources` says which files these are, and `pull_record` what was pulled into a folder: that decides later pulls.
+`sources` lists the files. `pull_record` records what was pulled into a folder, which later pulls follow.
 """
 
 import contextlib
@@ -26,14 +26,15 @@ from mochi_tune.weights.sources import PRECISIONS, RepoFiles, source_files
 
 @dataclass(frozen=True)
 class PullSettings:
-    """What to fetch.
+    """What to pull.
 
     Attributes:
         source: "official", "diffusers" or "comfyui".
-        precision: of `sources.PRECISIONS`; None for the source's first.
-        repo: of the hub, laid out as the source's own is; None for that one.
-        revision: a branch, a tag or a commit of it; None for the folder's own, else the one that is known to fit.
-        endpoint: address of the hub; None for huggingface_hub's own.
+        precision: one of `sources.PRECISIONS` of the source; None for the first.
+        repo: repository on the hub with the same layout as that of the source; None for the latter.
+        revision: branch, tag or commit of the repository; None for the commit that the folder has or, in a new folder,
+            the one that is known to fit.
+        endpoint: URL of the hub; None for huggingface_hub's default.
     """
 
     source: str = "official"
@@ -45,12 +46,12 @@ class PullSettings:
 
 @dataclass(frozen=True)
 class PullPlan:
-    """What a folder gets.
+    """The files that a pull puts into a folder.
 
     Attributes:
-        folder: of the weights.
-        record: what belongs there.
-        offline: why the hub was not asked; "" where it was.
+        folder: the weights folder.
+        record: the files that belong into it.
+        offline: reason why the hub could not be reached; "" if it was reached.
         notes: lines for the user.
     """
 
@@ -61,11 +62,11 @@ class PullPlan:
 
     @property
     def files(self) -> list[HubFile]:
-        """Every file that belongs there."""
+        """All files that belong into the folder."""
         return [file for listing in self.record.listings for file in listing.files]
 
     def describe(self) -> list[str]:
-        """Returns a line for each file, with its size and whether it is there, and a line for all of them."""
+        """Returns one line per file with its size and whether it exists, and a line with the totals."""
         lines = [f"{listing.repo}, commit {listing.commit}" for listing in self.record.listings]
         for file in self.files:
             state = "there" if (self.folder / file.name).exists() else "to fetch"
@@ -77,10 +78,10 @@ class PullPlan:
 
 
 class HubUnreachableError(CheckpointError):
-    """The hub did not answer, or something else answered in its place.
+    """The hub did not answer, or the answer was not the hub's.
 
     Attributes:
-        reason: in a few words.
+        reason: short reason.
     """
 
     def __init__(self, repo: str, reason: str, advice: str) -> None:
@@ -89,28 +90,28 @@ class HubUnreachableError(CheckpointError):
 
 
 def main(to: Path, settings: PullSettings) -> list[str]:
-    """Fills the folder `to` with verified weights; a second run fetches nothing and checks them again.
+    """Downloads weights to a folder and checks their hashes; a second run only checks them again.
 
     Args:
-        to: the weights folder, made where it is missing.
-        settings: what to fetch.
+        to: weights folder; made if it does not exist.
+        settings: what to pull.
 
     Returns:
         Lines for the user.
 
     Raises:
-        ConfigError: no such source or precision, or `to` holds another one.
-        CheckpointError: the hub cannot be reached or lacks a file, the disk is too small, or a file's hash is wrong;
-            a file that has just arrived is removed then, one that was there before is left.
+        ConfigError: the source or the precision is unknown, or `to` holds another one.
+        CheckpointError: the hub cannot be reached or lacks a file, the disk is too small, or a hash is wrong. A new
+            file with a wrong hash is removed; one that existed before stays.
     """
     plan = plan_pull(to, settings)
     if plan.offline:
         check_offline(plan)
-        return [*plan.notes, f"offline ({plan.offline}): all {len(plan.files)} files are as when they were pulled"]
+        return [*plan.notes, f"offline ({plan.offline}): all {len(plan.files)} files are as they were pulled"]
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"to={to} cannot be made a folder ({error}): set another one.") from error
+        raise CheckpointError(f"to={to}: the folder cannot be made ({error}): set another one.") from error
     with only_process(to):
         fill_folder(to, plan)
     return plan.notes
@@ -118,24 +119,24 @@ def main(to: Path, settings: PullSettings) -> list[str]:
 
 @contextlib.contextmanager
 def only_process(to: Path) -> Iterator[None]:
-    """Refuses a second pull into the folder: both would append to one file, and each would throw away what it got.
+    """Refuses a second pull into a folder at the same time, because both would append to the same files.
 
     Raises:
-        CheckpointError: another process pulls into it.
+        CheckpointError: another process is pulling into the folder.
     """
     path = to / ".pull.lock"
     with open(path, "a") as file:
         try:
-            # On a disk without locks, nobody is refused.
+            # On a disk without locks, no process is refused.
             lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # It is removed in the end: another process may hold a new one of that name.
+            # The holder removes the file in the end, so another process may have locked a new one with this name.
             is_ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
         except BlockingIOError:
             is_ours = False
         if not is_ours:
             raise CheckpointError(
-                f"another `weights pull` into {to} is at work: wait for its end, and then run this one, which checks "
-                "what is there."
+                f"another `weights pull` into {to} is running: wait until it ends, then run this command again, which "
+                "checks the files."
             )
         try:
             yield
@@ -144,13 +145,13 @@ def only_process(to: Path) -> Iterator[None]:
 
 
 def fill_folder(to: Path, plan: PullPlan) -> None:
-    """Fetches what is missing, and checks what is there.
+    """Downloads missing files and checks existing ones.
 
     Raises:
         CheckpointError: as `main`.
     """
     check_space(to, plan.files)
-    # Before the files, so that a pull that is broken off goes on with the same commit.
+    # Before the files, so that an interrupted pull continues with the same commit.
     write_record(to, plan.record)
     for file in plan.files:
         target = to / file.name
@@ -170,11 +171,11 @@ def fill_folder(to: Path, plan: PullPlan) -> None:
 
 
 def plan_pull(to: Path, settings: PullSettings) -> PullPlan:
-    """Finds out what belongs into a folder: from the hub or, where it cannot be asked, from the folder's pulled.json.
+    """Lists the files of a pull, from the hub or, if it cannot be reached, from pulled.json in the folder.
 
     Raises:
-        ConfigError: no such source or precision, or the folder holds another one.
-        CheckpointError: neither the hub nor a record says; or the folder holds other files under the same names.
+        ConfigError: the source or the precision is unknown, or the folder holds another one.
+        CheckpointError: neither the hub nor a record has the list, or the folder holds other files with these names.
     """
     parts = source_files(settings.source, settings.precision, settings.repo, settings.revision)
     precision = settings.precision or PRECISIONS[settings.source][0]
@@ -185,8 +186,8 @@ def plan_pull(to: Path, settings: PullSettings) -> PullPlan:
         if settings.revision is None:
             if kept.listings[0].commit != parts[0].revision != "main":
                 notes.append(
-                    f"{to} stays at commit {kept.listings[0].commit} of its first pull; this version of mochi-tune "
-                    f"knows revision={parts[0].revision}"
+                    f"{to} stays at commit {kept.listings[0].commit} of its first pull; the default of this version is "
+                    f"revision={parts[0].revision}"
                 )
             parts[0] = kept.pinned(parts[0])
         parts[1:] = [kept.pinned(part) for part in parts[1:]]
@@ -204,16 +205,16 @@ def plan_pull(to: Path, settings: PullSettings) -> PullPlan:
 
 
 def list_files(part: RepoFiles, endpoint: str | None) -> Listing:
-    """Asks the hub for the wanted files' sizes and hashes, at the commit that the revision stands for now.
+    """Gets the sizes and hashes of the files from the hub, at the current commit of the revision.
 
     Raises:
-        HubUnreachableError: no connection, HF_HUB_OFFLINE is set, or what answers is not the hub.
-        CheckpointError: no such repository or revision, or a needed file is not there.
+        HubUnreachableError: there is no connection, HF_HUB_OFFLINE is set, or the answer is not the hub's.
+        CheckpointError: there is no such repository or revision, or it lacks a file.
     """
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.constants import is_offline_mode
 
-    # The base error of whichever HTTP library the installed version uses.
+    # HTTPError is the base class of the installed version's HTTP library.
     from huggingface_hub.errors import (
         HFValidationError,
         HTTPError,  # pyright: ignore[reportPrivateImportUsage]
@@ -246,7 +247,9 @@ def list_files(part: RepoFiles, endpoint: str | None) -> Listing:
     chosen = part.choose([entry.rfilename for entry in info.siblings or []])
     absent = [name for name in part.needed if not any(fnmatch(target, name) for target in chosen)]
     if absent:
-        raise CheckpointError(f"repo={repo} has no {', '.join(absent)}: use one laid out as the source's own.")
+        raise CheckpointError(
+            f"repo={repo} has no {', '.join(absent)}: use one with the layout of the source's own repository."
+        )
     entries = {entry.rfilename: entry for entry in info.siblings or []}
     files = []
     for target, name in chosen.items():
@@ -257,17 +260,17 @@ def list_files(part: RepoFiles, endpoint: str | None) -> Listing:
             or entry.size < 0
             or not re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", f"{digest}")
         ):
-            raise CheckpointError(f"the hub gives no size and hash of {repo}'s {name}: use another endpoint.")
+            raise CheckpointError(f"the hub states no size and hash of {repo}'s {name}: use another endpoint.")
         url = hf_hub_url(repo, name, revision=info.sha, endpoint=endpoint)
         files.append(HubFile(target, url, entry.size, str(digest)))
     return Listing(repo, str(info.sha), files)
 
 
 def check_offline(plan: PullPlan) -> None:
-    """Compares a folder with its record, without the hub.
+    """Compares the files of a folder with its record, without the hub.
 
     Raises:
-        CheckpointError: a file is absent or another one.
+        CheckpointError: a file is missing or differs.
     """
     absent = [file.name for file in plan.files if not (plan.folder / file.name).exists()]
     if absent:
@@ -279,34 +282,33 @@ def check_offline(plan: PullPlan) -> None:
 
 
 def check_present(target: Path, file: HubFile) -> None:
-    """Refuses a file that was there before and is another one than the hub's.
+    """Refuses an existing file that is not the one on the hub.
 
     Raises:
-        CheckpointError: naming the right hash.
+        CheckpointError: the size or the hash differs.
     """
     if target.stat().st_size != file.num_bytes or file_digest(target, file) != file.digest:
         raise CheckpointError(
-            f"{target} is not the file that was asked for, whose hash is {file.digest}: "
-            "move or delete it, and run again."
+            f"{target} is not the file on the hub, whose hash is {file.digest}: move or delete it, and run again."
         )
 
 
 def check_space(to: Path, files: list[HubFile]) -> None:
-    """Refuses a download that the disk cannot hold.
+    """Refuses a download that does not fit on the disk.
 
     Raises:
-        CheckpointError: the free space is below what is still to be fetched.
+        CheckpointError: the free space is less than what is left to download.
     """
     needed, free = missing_bytes(to, files), shutil.disk_usage(to).free
     if needed > free:
         raise CheckpointError(
-            f"{to} has {free / 2**30:.1f} GiB free, and {needed / 2**30:.1f} GiB are to be fetched: "
+            f"{to} has {free / 2**30:.1f} GiB free, and {needed / 2**30:.1f} GiB are left to download: "
             "free some space, or set to=DIR on another disk."
         )
 
 
 def missing_bytes(to: Path, files: list[HubFile]) -> int:
-    """Returns how many bytes are still to be fetched."""
+    """Returns the number of bytes that are left to download."""
     missing = 0
     for file in files:
         partial = partial_path(to, file)
@@ -316,18 +318,18 @@ def missing_bytes(to: Path, files: list[HubFile]) -> int:
 
 
 def existing_parent(folder: Path) -> Path:
-    """Returns a folder, or the nearest one above it that exists."""
+    """Returns a folder, or its nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def partial_path(to: Path, file: HubFile) -> Path:
-    """Names the unfinished file after its hash, so that another revision never goes on with it."""
+    """Returns the path of a partial download; its name has the hash, so that another revision does not continue it."""
     target = to / file.name
     return target.with_name(f".{target.name}.{file.digest[:12]}.part")
 
 
 def file_digest(path: Path, file: HubFile) -> str:
-    """Hashes a file on disk as the hub hashed this one: sha256, or git's sha1 of a blob where that is given."""
+    """Hashes a file on disk as the hub hashes `file`: with sha256, or with git's sha1 of a blob."""
     size = path.stat().st_size
     digest = hashlib.sha256() if len(file.digest) == 64 else hashlib.sha1(f"blob {size}\0".encode())
     with path.open("rb") as source, tqdm(desc=f"checking {file.name}", total=size, unit="B", unit_scale=True) as bar:

@@ -1,6 +1,6 @@
-"""pulled.json in a weights folder: which commit of which repository it holds, with the size and hash of each file.
+"""Reads and writes pulled.json, which records the commit of a weights folder, and the size and hash of each file.
 
-It pins the folder to that commit, and is what a pull without a network compares the files with.
+It pins the folder to that commit. A pull without a network compares the files with it.
 """
 
 import json
@@ -19,7 +19,7 @@ _HASHES = {64: "sha256", 40: "git_blob"}
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file to fetch, and what the hub says of it."""
+    """A file to download, with its description by the hub."""
 
     name: str  # in the weights folder
     url: str
@@ -29,7 +29,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one repository at one commit that belong into a weights folder."""
+    """The files of a weights folder from one repository at one commit."""
 
     repo: str
     commit: str
@@ -38,13 +38,13 @@ class Listing:
 
 @dataclass(frozen=True)
 class Record:
-    """What belongs into a weights folder.
+    """The files of a weights folder, and where they come from.
 
     Attributes:
         source: a key of `sources.PRECISIONS`.
-        precision: of that source.
-        revision: of the first repository, as it was asked for.
-        listings: of each repository.
+        precision: precision of that source.
+        revision: requested revision of the first repository.
+        listings: files of each repository.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Record:
     listings: list[Listing]
 
     def check_fits(self, folder: Path, source: str, precision: str, repos: Sequence[str]) -> None:
-        """Refuses to mix sources in one folder, where the first layout that is found would be loaded.
+        """Refuses to mix sources in one folder, of which only the first layout would be loaded.
 
         Raises:
             ConfigError: the folder holds another source, precision or repository.
@@ -62,17 +62,17 @@ class Record:
         asked = [f"source={source}", f"precision={precision}", *repos]
         if held != asked:
             raise ConfigError(
-                f"{folder} holds {' '.join(held)}, by its {RECORD}, and {' '.join(asked)} is asked for: "
+                f"{folder} holds {' '.join(held)} by its {RECORD}, and the pull asks for {' '.join(asked)}: "
                 "set to=DIR to another folder."
             )
 
     def pinned(self, part: RepoFiles) -> RepoFiles:
-        """Returns what to list of a repository, at the commit that the folder holds."""
+        """Returns the files of a repository, pinned to the commit of the folder."""
         return replace(part, revision=next(each.commit for each in self.listings if each.repo == part.repo))
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Writes pulled.json into a weights folder, whole or not at all."""
+    """Writes pulled.json to a weights folder, atomically."""
     repositories = [
         {
             "repo": listing.repo,
@@ -91,10 +91,10 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path) -> Record | None:
-    """Reads pulled.json of a weights folder; None where there is none.
+    """Reads pulled.json of a weights folder; returns None if there is none.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     path = folder / RECORD
     if not path.exists():
@@ -108,7 +108,7 @@ def read_record(folder: Path) -> Record | None:
         record = Record(value["source"], value["precision"], value["revision"], listings)
         texts = (record.source, record.precision, record.revision, *(t for e in listings for t in (e.repo, e.commit)))
         if not listings or not all(isinstance(text, str) for text in texts):
-            raise ValueError("what should be text is not")
+            raise ValueError("a value that should be text is not")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete it, and run `weights pull` again.") from error
     return record
@@ -122,10 +122,10 @@ def _read_file(name: str, file: dict) -> HubFile:
 
 
 def check_same_files(folder: Path, kept: Record, now: Record) -> None:
-    """Refuses to take a folder to another commit under its files; one that has the same files is no other one.
+    """Refuses a commit in which files of the folder differ.
 
     Raises:
-        CheckpointError: naming the commits and files.
+        CheckpointError: a file differs.
     """
     for before, after in zip(kept.listings, now.listings, strict=True):
         digests = {file.name: file.digest for file in after.files}
@@ -133,6 +133,6 @@ def check_same_files(folder: Path, kept: Record, now: Record) -> None:
         if others:
             raise CheckpointError(
                 f"{folder} holds commit {before.commit} of {before.repo}, and revision={now.revision} is commit "
-                f"{after.commit}, in which {some(others)} are others: set to=DIR to another "
-                f"folder for it, or revision={before.commit}."
+                f"{after.commit}, in which {some(others)} differ: set to=DIR to another folder for it, or "
+                f"revision={before.commit}."
             )

@@ -1,20 +1,20 @@
-"""Uploads a folder to the hub: makes the repository where there is none, and adds or replaces files by one commit."""
+"""Uploads a folder to the hub: makes the repository if needed, and adds or replaces files in one commit."""
 
 import shlex
 from pathlib import Path
 
 from mochi_tune.adapters.hub import TIMEOUT_SECONDS, answered_within
-from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.errors import CheckpointError, ConfigError, one_line
 
-# The hub may take its time over what was sent. Its library asks again, some times, where no answer comes.
-UPLOAD_TIMEOUT_SECONDS = 60
+# Seconds without an answer until a request of an upload fails; the library retries some requests.
+_UPLOAD_TIMEOUT_SECONDS = 60
 
 
 def check_login(key: str, repo: str) -> None:
-    """Refuses an upload without a token; asks nothing of the hub.
+    """Refuses an upload without a token; sends nothing to the hub.
 
     Args:
-        key: setting that names the repository, for the text.
+        key: setting that names the repository, for the message.
         repo: owner/name.
 
     Raises:
@@ -27,41 +27,41 @@ def check_login(key: str, repo: str) -> None:
 
 
 def upload_command(folder: Path, repo: str, is_private: bool) -> str:
-    """Returns the command by which a user uploads a folder by hand."""
+    """Returns the command line for uploading a folder manually."""
     return shlex.join(["hf", "upload", repo, str(folder), *(["--private"] if is_private else [])])
 
 
 def upload(folder: Path, repo: str, is_private: bool, endpoint: str | None = None) -> str:
-    """Uploads every file of a folder; other files of the repository stay.
+    """Uploads all files of a folder; other files of the repository stay.
 
     Args:
-        folder: complete.
+        folder: folder to upload.
         repo: owner/name.
-        is_private: whether a repository that is made is private; an existing one stays as it is.
-        endpoint: address of the hub; huggingface_hub's default where it is None.
+        is_private: whether a new repository is private; an existing one keeps its visibility.
+        endpoint: URL of the hub; None for huggingface_hub's default.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        CheckpointError: the hub refuses, does not answer, or cannot be reached; the folder stays.
+        CheckpointError: the hub refuses, does not answer or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
 
-    # The base error of whichever HTTP library the installed version uses.
+    # HTTPError is the base class of the installed version's HTTP library.
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     api = HfApi(endpoint=endpoint, library_name="mochi-tune")
     try:
         with answered_within(TIMEOUT_SECONDS):
             url = api.create_repo(repo, private=is_private, exist_ok=True)
-        with answered_within(UPLOAD_TIMEOUT_SECONDS):
+        with answered_within(_UPLOAD_TIMEOUT_SECONDS):
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by mochi-tune")
-    # A transfer that breaks off is a RuntimeError, and an answer that is not the hub's a ValueError.
+    # An interrupted transfer raises RuntimeError, and an answer that is not the hub's ValueError.
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        reason = one_line(error.__cause__ or error)
         raise CheckpointError(
-            f"{folder} is complete, and was not uploaded to {repo} ({reason}): "
-            f"`{upload_command(folder, repo, is_private)}` sends it."
+            f"{folder} is complete but was not uploaded to {repo} ({reason}): "
+            f"`{upload_command(folder, repo, is_private)}` uploads it."
         ) from error
     return str(url)

@@ -1,4 +1,4 @@
-"""Weights in fp8: which tensor holds the scale of which, in the layouts of ComfyUI.
+"""Reads weights in fp8 with their scales, in the layouts of ComfyUI.
 
 | layout            | scale                 | also                                                                 |
 | ----------------- | --------------------- | -------------------------------------------------------------------- |
@@ -6,7 +6,7 @@
 | scaled            | LAYER.scale_weight    | `scaled_fp8`, an empty tensor that marks the file; LAYER.scale_input |
 | mixed             | LAYER.weight_scale    | LAYER.comfy_quant, JSON as bytes; LAYER.input_scale                  |
 
-A scale is one number, or one for each row. Scales of activations are for kernels that do not find their own.
+A scale is one number, or one per row. Scales of activations are ignored.
 Source: Comfy-Org/ComfyUI comfy/utils.py (convert_old_quants), comfy/ops.py (mixed_precision_ops).
 """
 
@@ -31,16 +31,16 @@ _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 def take_scales(found: Mapping[str, TensorHeader], formats: Mapping[str, str]) -> dict[str, TensorHeader]:
-    """Gives each fp8 tensor its scale, and returns the tensors without the entries that say how others are stored.
+    """Assigns the scales to the fp8 tensors, and removes the entries that describe how tensors are stored.
 
-    Entries that belong to no fp8 tensor stay, for the comparison with the model to refuse.
+    Such entries without an fp8 tensor stay, so that the comparison with the model refuses them.
 
     Args:
-        found: tensors by their names without the part's prefix.
-        formats: of layers, from the file's metadata or its notes.
+        found: headers by their names without the prefix of the part.
+        formats: formats of quantized layers, see `read_formats`.
 
     Raises:
-        CheckpointError: a format that is not known, or fp8 without its scale in a file that has scales.
+        CheckpointError: a format is not supported, or an fp8 tensor lacks its scale in a file with scales.
     """
     kept, scales = dict(found), {}
     is_scaled = any(header.dtype in FP8_DTYPES for name, header in found.items() if name != _MARKER)
@@ -55,7 +55,7 @@ def take_scales(found: Mapping[str, TensorHeader], formats: Mapping[str, str]) -
     for layer, named in formats.items():
         if named not in _FORMATS:
             raise CheckpointError(
-                f"{layer}.weight is stored as {named}, which is not read here: use a file in bf16, fp16, fp32 or fp8."
+                f"{layer}.weight is stored as {named}, which is not supported: use a file in bf16, fp16, fp32 or fp8."
             )
     lacking = [f"{layer}.weight" for layer in formats if f"{layer}.weight" not in scales]
     if is_scaled or scales:
@@ -69,10 +69,10 @@ def take_scales(found: Mapping[str, TensorHeader], formats: Mapping[str, str]) -
 
 
 def read_formats(path: Path, names: Mapping[str, TensorHeader]) -> dict[str, str]:
-    """Returns the format that a file notes for its quantized layers, by the names in the file.
+    """Returns the formats of a file's quantized layers from its metadata and notes, by the names in the file.
 
     Raises:
-        CheckpointError: a note is no JSON of a format.
+        CheckpointError: a note is not JSON with a format.
     """
     with safe_open(path, "pt") as file:
         notes: dict[str, Any] = {
@@ -91,7 +91,7 @@ def read_formats(path: Path, names: Mapping[str, TensorHeader]) -> dict[str, str
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
-    """Reads a tensor, fp8 times its scale in fp32, on the CPU."""
+    """Reads a tensor to the CPU; multiplies fp8 by its scale, in fp32."""
     with header.opened() as file:
         tensor = file.get_tensor(header.name)
     if header.dtype not in FP8_DTYPES:
@@ -101,7 +101,7 @@ def read_tensor(header: TensorHeader) -> Tensor:
 
 
 def read_scale(header: TensorHeader) -> Tensor | None:
-    """Reads the scale of an fp8 tensor, fp32 () or (out, 1); None where it has none."""
+    """Reads the scale of an fp8 tensor, fp32 () or (out, 1); returns None if it has none."""
     if header.scale is None:
         return None
     with header.scale.opened() as file:

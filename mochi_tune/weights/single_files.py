@@ -1,4 +1,4 @@
-"""Files that hold one part or several under a prefix of their own, as ComfyUI's do.
+"""Finds parts in files that hold one or several of them, each with a prefix, as those of ComfyUI.
 
 | file                         | keys                                                       |
 | ---------------------------- | ---------------------------------------------------------- |
@@ -8,7 +8,7 @@
 | all in one                   | model.diffusion_model.…, vae.decoder.…,                    |
 |                              | text_encoders.t5xxl.transformer.…                          |
 
-A part is found by one tensor that it alone has; what stands before that tensor's name is the part's prefix.
+One tensor that no other part has identifies each part; what precedes its name is the prefix of the part.
 Source: Comfy-Org/ComfyUI comfy/supported_models.py (GenmoMochi), comfy/sd.py (VAE), comfy/model_detection.py.
 """
 
@@ -19,17 +19,17 @@ from typing import Literal, NamedTuple
 from mochi_tune.errors import CheckpointError
 from mochi_tune.weights.headers import TensorHeader, read_header
 
-# A tensor that each part alone has, in each naming.
+# A tensor of each part that no other part has, by naming.
 _ANCHORS: dict[str, dict[Literal["official", "diffusers"], str]] = {
     "dit": {"official": "blocks.0.attn.qkv_x.weight", "diffusers": "transformer_blocks.0.attn1.to_q.weight"},
     "encoder": {"official": "output_norm.weight", "diffusers": "encoder.proj_in.weight"},
     "decoder": {"official": "blocks.0.1.stack.0.weight", "diffusers": "decoder.block_in.resnets.0.conv1.conv.weight"},
     "text_encoder": {"official": "encoder.block.0.layer.0.SelfAttention.q.weight"},
 }
-# ComfyUI saves it with every text encoder.
+# ComfyUI saves this tensor with every text encoder.
 _NOT_USED = ".logit_scale"
-# Folders of ComfyUI's `models`, or of a repository that is laid out as they are.
-COMFYUI_FOLDERS = {
+# Folders in ComfyUI's `models`, or in a repository with the same layout.
+_COMFYUI_FOLDERS = {
     "dit": ("diffusion_models", "unet", "checkpoints"),
     "encoder": ("vae", "checkpoints"),
     "decoder": ("vae", "checkpoints"),
@@ -38,16 +38,16 @@ COMFYUI_FOLDERS = {
 
 
 class Location(NamedTuple):
-    """Where a part's tensors are in a file: whose names they have, behind which prefix."""
+    """The naming and the prefix of a part's tensors in a file."""
 
     naming: Literal["official", "diffusers"]
     prefix: str
 
 
 def find_prefixes(names: Iterable[str]) -> dict[str, Location]:
-    """Returns where each part is that has its tensors among these names.
+    """Returns the locations of the parts that have tensors among these names.
 
-    Diffusers' prefix of the VAE's halves is what stands before "encoder." and "decoder.", which the names keep.
+    In diffusers' naming of the VAE, "encoder." and "decoder." belong to the names and not to the prefix.
     """
     names = set(names)
     found: dict[str, Location] = {}
@@ -60,12 +60,12 @@ def find_prefixes(names: Iterable[str]) -> dict[str, Location]:
 
 
 def find_single_files(folder: Path, part: str) -> tuple[list[Path], CheckpointError | None]:
-    """Returns the files of a folder, or of ComfyUI's folders in it, that hold a part by its names, of any size.
+    """Returns the files in a folder, or in ComfyUI's folders in it, that hold a part by its names, in any size.
 
-    The second value is the error of the first file that is damaged: it may be the one that is wanted.
+    The second value is the error of the first damaged file, which may be the wanted one.
     """
-    folders = [folder, *(folder / name for name in COMFYUI_FOLDERS[part])]
-    folders += [folder / "split_files" / name for name in COMFYUI_FOLDERS[part]]
+    folders = [folder, *(folder / name for name in _COMFYUI_FOLDERS[part])]
+    folders += [folder / "split_files" / name for name in _COMFYUI_FOLDERS[part]]
     holders, damaged = [], None
     for path in (path for each in folders for path in sorted(each.glob("*.safetensors")) if path.is_file()):
         try:
@@ -77,13 +77,13 @@ def find_single_files(folder: Path, part: str) -> tuple[list[Path], CheckpointEr
 
 
 def take_part(headers: Mapping[str, TensorHeader], part: str, is_shared: bool) -> dict[str, TensorHeader]:
-    """Returns the tensors of a part under their names without its prefix.
+    """Returns the headers of a part by the names of its tensors without the prefix.
 
     Args:
-        headers: of all tensors, by their names in the files.
+        headers: headers of all tensors, by their names in the files.
         part: "dit", "encoder", "decoder" or "text_encoder".
-        is_shared: whether other parts may be among them. What no part has is returned under its full name, so that
-            the comparison with the model refuses it.
+        is_shared: whether the files may hold other parts. Tensors of no part keep their full name, so that the
+            comparison with the model refuses them.
     """
     locations = find_prefixes(headers)
     prefix = locations[part].prefix if part in locations else ""

@@ -1,4 +1,4 @@
-"""What `weights pull` takes from the hub: the repositories and files of each source, the least that every verb needs.
+"""Lists what `weights pull` downloads: the repositories of each source, and the files that the verbs need.
 
 | source    | repository                         | in the weights folder                                        |
 | --------- | ---------------------------------- | ------------------------------------------------------------ |
@@ -17,13 +17,13 @@ from functools import partial
 from mochi_tune.errors import ConfigError
 
 OFFICIAL_REPO, OFFICIAL_COMMIT = "genmo/mochi-1-preview", "14be5fcea23095ed330cb214647916a451e38b6e"
-COMFYUI_REPO, COMFYUI_COMMIT = "Comfy-Org/mochi_preview_repackaged", "1a851a476303dfa02bcdedea0e536d1e3b7fed2a"
-# Of each source, the default first.
+_COMFYUI_REPO, _COMFYUI_COMMIT = "Comfy-Org/mochi_preview_repackaged", "1a851a476303dfa02bcdedea0e536d1e3b7fed2a"
+# Precisions of each source, the default first.
 PRECISIONS = {"official": ("published",), "diffusers": ("bf16", "fp32"), "comfyui": ("bf16", "fp8")}
 
 _SHARD = r"(-\d+-of-\d+)?"
 _TOKENIZER = r"tokenizer/[\w-]+\.(json|model)"
-# The repository also holds diffusers' copy of the models, which would double the download.
+# Leaves out diffusers' copy of the models in the same repository, which would double the download.
 _OFFICIAL = re.compile(
     r"(dit|encoder|decoder)\.safetensors|(dit|vae)_config\.json"
     r"|text_encoder/(config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json)"
@@ -48,14 +48,14 @@ _COMFYUI = {
 
 @dataclass(frozen=True)
 class RepoFiles:
-    """What a source takes from one repository.
+    """The files of a source from one repository.
 
     Attributes:
         repo: OWNER/NAME on the hub.
-        revision: a commit, a branch or a tag.
-        choose: takes the names of all files of the repository; returns, by their names in the weights folder, those to
-            fetch.
-        needed: names in the weights folder without which it is of no use.
+        revision: commit, branch or tag.
+        choose: function of the names of all files of the repository that returns the files to download, by their names
+            in the weights folder.
+        needed: patterns of required names in the weights folder.
     """
 
     repo: str
@@ -65,16 +65,16 @@ class RepoFiles:
 
 
 def source_files(source: str, precision: str | None, repo: str | None, revision: str | None) -> list[RepoFiles]:
-    """Returns what to fetch; the first entry is the source's own repository.
+    """Returns the files of a source; the first entry is its main repository.
 
     Args:
         source: a key of PRECISIONS.
-        precision: of PRECISIONS[source]; None for the first.
-        repo: another repository, laid out as the source's own is.
-        revision: of that repository; None for the commit that is known to fit, or main where `repo` is another one.
+        precision: one of PRECISIONS[source]; None for the first.
+        repo: another main repository with the same layout.
+        revision: revision of the main repository; None for the commit that is known to fit, or main with `repo`.
 
     Raises:
-        ConfigError: no such source or precision.
+        ConfigError: the source or the precision is unknown.
     """
     if source not in PRECISIONS:
         near = difflib.get_close_matches(source, PRECISIONS, n=1)
@@ -114,8 +114,8 @@ def _comfyui(precision: str) -> list[RepoFiles]:
     def choose(names: Sequence[str]) -> dict[str, str]:
         return {target: name for target, name in named.items() if name in names}
 
-    models = RepoFiles(COMFYUI_REPO, COMFYUI_COMMIT, choose, tuple(named))
-    # ComfyUI has T5's tokenizer in its own code, and none beside the files.
+    models = RepoFiles(_COMFYUI_REPO, _COMFYUI_COMMIT, choose, tuple(named))
+    # ComfyUI has T5's tokenizer in its code and not next to the weights.
     tokenizer = partial(_choose_by_name, re.compile(_TOKENIZER))
     return [models, RepoFiles(OFFICIAL_REPO, OFFICIAL_COMMIT, tokenizer, ("tokenizer/tokenizer_config.json",))]
 
@@ -128,7 +128,7 @@ def _choose_by_name(pattern: re.Pattern[str], names: Sequence[str]) -> dict[str,
 
 
 def _choose_diffusers(precision: str, names: Sequence[str]) -> dict[str, str]:
-    """Returns each model in the variant where that is whole, else as it is without one; T5 has no bf16 there."""
+    """Returns the files of each model in the variant if it is complete, else without one; T5 has no bf16 variant."""
     chosen = _choose_by_name(re.compile(_TOKENIZER), names) | {n: n for n in _DIFFUSERS_CONFIGS if n in names}
     for folder, stem in _DIFFUSERS_STEMS.items():
         plain = [n for n in names if re.fullmatch(rf"{folder}/{stem}{_SHARD}\.safetensors(\.index\.json)?", n)]
@@ -139,13 +139,13 @@ def _choose_diffusers(precision: str, names: Sequence[str]) -> dict[str, str]:
                 rf"{folder}/{stem}(\.{precision}{_SHARD}\.safetensors|\.safetensors\.index\.{precision}\.json)", n
             )
         ]
-        files = next((files for files in (variant, plain) if _whole(files)), [])
-        chosen |= {name: name for name in _whole(files)}
+        files = next((files for files in (variant, plain) if _complete(files)), [])
+        chosen |= {name: name for name in _complete(files)}
     return chosen
 
 
-def _whole(files: Sequence[str]) -> list[str]:
-    """Returns the single file of a model, or all of its shards with their index; [] where they are not complete."""
+def _complete(files: Sequence[str]) -> list[str]:
+    """Returns the single file of a model, or all shards with their index; [] if they are not complete."""
     shards = [name for name in files if "-of-" in name]
     single = [name for name in files if name.endswith(".safetensors") and name not in shards]
     if single:

@@ -1,4 +1,4 @@
-"""The T5 encoder: its sizes and its tensors, known before transformers is imported, and its loading without it."""
+"""Sizes, tensor shapes and loading of the T5 encoder; only `build_t5` imports transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,8 @@ from mochi_tune.files import read_json
 from mochi_tune.models.eight_bit import Int8WeightLinear
 from mochi_tune.weights.fill import fill_model
 
-# T5 v1.1 XXL, which Mochi 1 was trained with. Source: its config.json, as far as it is about the encoder.
-FULL_SIZE: dict[str, Any] = {
+# T5 v1.1 XXL, which Mochi 1 was trained with. Source: its config.json, keys of the encoder.
+_FULL_SIZE: dict[str, Any] = {
     "d_model": 4096,
     "d_ff": 10240,
     "d_kv": 64,
@@ -26,17 +26,17 @@ FULL_SIZE: dict[str, Any] = {
     "feed_forward_proj": "gated-gelu",
 }
 # Older configurations leave these out.
-_DEFAULTS = {name: FULL_SIZE[name] for name in ("relative_attention_max_distance", "layer_norm_epsilon")}
+_DEFAULTS = {name: _FULL_SIZE[name] for name in ("relative_attention_max_distance", "layer_norm_epsilon")}
 
 
 def read_t5_config(path: Path) -> dict[str, Any]:
-    """Reads the encoder's sizes from a config.json of transformers; full size where the file is absent.
+    """Reads the encoder's sizes from a config.json of transformers; full size if there is no such file.
 
     Raises:
-        CheckpointError: no JSON object, another model's, or a size that is missing or no number.
+        CheckpointError: the file is not a JSON object or that of another model, or a size is missing or not a number.
     """
     if not path.exists():
-        return FULL_SIZE
+        return _FULL_SIZE
     values = _DEFAULTS | read_json(path)
     if values.get("model_type", "t5") != "t5" or values.get("feed_forward_proj") != "gated-gelu":
         raise CheckpointError(
@@ -44,17 +44,17 @@ def read_t5_config(path: Path) -> dict[str, Any]:
             "Mochi's text encoder is a t5 with gated-gelu."
         )
     for name in _DEFAULTS:
-        # No tensor's shape tells these.
-        if values[name] != FULL_SIZE[name]:
+        # The shapes of the tensors do not depend on these values.
+        if values[name] != _FULL_SIZE[name]:
             raise CheckpointError(
-                f"{path}: {name}={values[name]!r} does not fit; in Mochi's T5 it is {FULL_SIZE[name]}."
+                f"{path}: {name}={values[name]!r} does not fit; in Mochi's T5 it is {_FULL_SIZE[name]}."
             )
-    for name, example in FULL_SIZE.items():
+    for name, example in _FULL_SIZE.items():
         value = values.get(name)
         kind = (int, float) if isinstance(example, float) else type(example)
         if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
             raise CheckpointError(f"{path}: {name}={value!r} does not fit; in Mochi's T5 it is {example}.")
-    return {name: values[name] for name in FULL_SIZE}
+    return {name: values[name] for name in _FULL_SIZE}
 
 
 def t5_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -71,14 +71,14 @@ def t5_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{feed_forward}.DenseReluDense.{name}.weight": (hidden, width) for name in ("wi_0", "wi_1")}
         shapes[f"{feed_forward}.DenseReluDense.wo.weight"] = (width, hidden)
         shapes |= {f"{layer}.layer_norm.weight": (width,) for layer in (attention, feed_forward)}
-    # The first block has the positions of all.
+    # The first block holds the position biases of all blocks.
     buckets = config["relative_attention_num_buckets"]
     shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (buckets, config["num_heads"])
     return shapes
 
 
 def keep_encoder(found: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what T5's decoder would use, and the second name of the embedding, where files have them."""
+    """Removes the tensors of T5's decoder and the second name of the embedding, if files have them."""
     second = "encoder.embed_tokens.weight"
     kept = {name: value for name, value in found.items() if not name.startswith(("decoder.", "lm_head."))}
     if second in kept:
@@ -88,13 +88,13 @@ def keep_encoder(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_t5(config: dict[str, Any], write: Callable[[str, Tensor], object], device: Any, dtype: torch.dtype) -> Any:
-    """Builds the encoder with the weights that `write` gives, frozen and in eval mode.
+    """Builds the encoder, frozen and in eval mode, and fills it with weights.
 
     Args:
-        config: as `read_t5_config` gives it.
-        write: fills the empty tensor of a parameter's name.
-        device: of the weights.
-        dtype: of the weights; torch.int8 holds the blocks' matrices in 8 bits, and computes in bf16.
+        config: sizes from `read_t5_config`.
+        write: function of a parameter's name and empty tensor that fills the tensor.
+        device: device of the weights.
+        dtype: dtype of the weights; torch.int8 holds the matrices of the blocks in 8 bits and computes in bf16.
     """
     from transformers import T5Config, T5EncoderModel
     from transformers.utils import logging
@@ -103,9 +103,9 @@ def build_t5(config: dict[str, Any], write: Callable[[str, Tensor], object], dev
     with torch.device("meta"):
         model: Any = T5EncoderModel(T5Config(**config, use_cache=False, is_encoder_decoder=False, dropout_rate=0.0))
     names = {name for name, _ in model.named_parameters()}
-    assert names == t5_shapes(config).keys(), "transformers names the tensors of T5 as they are checked"
+    assert names == t5_shapes(config).keys(), "the installed transformers has other names for the tensors of T5"
     if dtype == torch.int8:
-        fill_model(model, write, device, torch.bfloat16, lambda _, block: _hold_in_int8(block))
+        fill_model(model, write, device, torch.bfloat16, lambda _, block: _quantize_block(block))
     else:
         fill_model(model, write, device, dtype)
     assert isinstance(model.shared, nn.Embedding)
@@ -113,7 +113,7 @@ def build_t5(config: dict[str, Any], write: Callable[[str, Tensor], object], dev
     return model.requires_grad_(False)
 
 
-def _hold_in_int8(block: nn.Module) -> None:
+def _quantize_block(block: nn.Module) -> None:
     for name, linear in list(block.named_modules()):
         if isinstance(linear, nn.Linear):
             block.set_submodule(name, Int8WeightLinear(linear))

@@ -1,4 +1,4 @@
-"""The tokenizer's files: checked without the library that reads them, which takes any of them in silence."""
+"""Checks and loads the files of T5's tokenizer; the library that reads them accepts damaged ones silently."""
 
 from pathlib import Path
 from typing import Any
@@ -7,19 +7,19 @@ from mochi_tune.errors import CheckpointError
 from mochi_tune.files import name_stand_in, read_json
 from mochi_tune.models.text_encoder import load_tokenizer
 
-# The ids 0, 1 and 2 of every T5.
-FIRST_TOKENS = ["<pad>", "</s>", "<unk>"]
+# Tokens 0, 1 and 2 of every T5.
+_FIRST_TOKENS = ["<pad>", "</s>", "<unk>"]
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Refuses a tokenizer whose files are cut off, empty, not what their names say, or not those of this T5.
+    """Refuses a tokenizer with damaged files, or one that does not belong to this T5.
 
     Args:
-        folder: tokenizer/ of a weights folder.
-        vocab_size: rows of T5's embedding; it may have more of them than the tokenizer has tokens.
+        folder: folder of the tokenizer.
+        vocab_size: number of rows of T5's embedding; the tokenizer may have fewer tokens.
 
     Raises:
-        CheckpointError: naming the file.
+        CheckpointError: a file is incomplete, empty, of another kind or that of another tokenizer.
     """
     vocabularies = {}
     for path in sorted(folder.glob("*.json")):
@@ -29,19 +29,19 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     for path in folder.glob("*.model"):
         content = path.read_bytes()
         if what := name_stand_in(content) or ("" if content.strip(b"\0") else "empty"):
-            raise CheckpointError(f"{path} is no tokenizer, it is {what}: delete it and fetch it again.")
+            raise CheckpointError(f"{path} is not a tokenizer, it is {what}: delete it and fetch it again.")
         vocabularies[path] = _sentencepiece_tokens(content)
     for path, tokens in vocabularies.items():
-        if tokens[:3] != FIRST_TOKENS or len(tokens) > vocab_size:
+        if tokens[:3] != _FIRST_TOKENS or len(tokens) > vocab_size:
             has = f"{len(tokens)} tokens, from {' '.join(tokens[:3])} on" if tokens else "no tokens of a Unigram model"
             raise CheckpointError(
                 f"{path} is not this T5's tokenizer: it has {has}, and T5 has at most {vocab_size}, from "
-                f"{' '.join(FIRST_TOKENS)} on. Use the tokenizer that belongs to the T5."
+                f"{' '.join(_FIRST_TOKENS)} on. Use the tokenizer that belongs to the T5."
             )
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """Loads T5's tokenizer, also of spiece.model alone, in which transformers does not know it for T5's."""
+    """Loads T5's tokenizer, also from spiece.model alone, which transformers does not recognise as T5's."""
     if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return load_tokenizer(folder)
     from transformers import T5Tokenizer
@@ -50,7 +50,7 @@ def open_tokenizer(folder: Path) -> Any:
 
 
 def _unigram_tokens(values: dict) -> list[str]:
-    """Returns the tokens of a tokenizer.json, none where it has not the form of T5's.
+    """Returns the tokens of a tokenizer.json, or [] if its format is not that of T5.
 
     Source: huggingface/tokenizers, models/unigram/serialization.rs: "vocab" is a list of [token, score].
     """
@@ -62,7 +62,7 @@ def _unigram_tokens(values: dict) -> list[str]:
 
 
 def _sentencepiece_tokens(content: bytes) -> list[str]:
-    """Returns the tokens of a sentencepiece model, none where it is no such file.
+    """Returns the tokens of a sentencepiece model, or [] if the file is not one.
 
     Source: google/sentencepiece, sentencepiece_model.proto: ModelProto begins with its `pieces`, field 1, each of which
     begins with its `piece`, field 1 too; a field of text is its tag, 0x0A for field 1, its length and its bytes.
@@ -79,7 +79,7 @@ def _sentencepiece_tokens(content: bytes) -> list[str]:
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:
-    """Returns a number of a protocol buffer, 7 bits a byte with the lowest first, and where it ends."""
+    """Returns a varint of a protocol buffer, with 7 bits per byte, lowest first, and the position after it."""
     value, shift = 0, 0
     while at < len(content):
         value |= (content[at] & 0x7F) << shift

@@ -1,4 +1,4 @@
-"""Files that are checked first and read later: whether they are still the same files."""
+"""Detects files that change between a check and a later read."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from mochi_tune.errors import CheckpointError
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What tells a file from another one that takes its place, without reading it: size, time of change, inode."""
+    """Size, modification time and inode, which show without reading whether a file was changed or replaced."""
 
     num_bytes: int
     mtime_ns: int
@@ -19,13 +19,13 @@ class FileStamp:
 
     @classmethod
     def of(cls, path: Path) -> "FileStamp":
-        """Takes the stamp of a file as it is now; of a link, of the file that it leads to."""
+        """Returns the current stamp of a file, or of the target of a link."""
         status = os.stat(path)
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
     @contextlib.contextmanager
     def unchanged(self, path: Path) -> Iterator[None]:
-        """Refuses a file that is not the one of this stamp before it is read in the context, or after; as `check`."""
+        """Calls `check` when the context starts and when it ends."""
         self.check(path)
         try:
             yield
@@ -33,21 +33,21 @@ class FileStamp:
             self.check(path)
 
     def check(self, path: Path) -> None:
-        """Refuses a file that is not the one of this stamp any more.
+        """Refuses a file that no longer has this stamp.
 
         Raises:
-            CheckpointError: it was replaced, changed or removed since.
+            CheckpointError: the file was replaced, changed or removed.
         """
         try:
             now = FileStamp.of(path)
         except OSError as error:
             raise CheckpointError(
-                f"{path} was removed since it was checked ({error.strerror}): put it back, and start again."
+                f"{path} was removed since it was checked ({error.strerror}): restore it, and start again."
             ) from None
         if now == self:
             return
         what = "replaced by another file" if now.inode != self.inode else "written to"
         sizes = f", from {self.num_bytes} to {now.num_bytes} bytes" if now.num_bytes != self.num_bytes else ""
         raise CheckpointError(
-            f"{path} was {what} since it was checked{sizes}: start again when nothing changes the weights any more."
+            f"{path} was {what} since it was checked{sizes}: start again when no other program changes the weights."
         )

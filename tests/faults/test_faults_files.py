@@ -52,15 +52,15 @@ def test_a_pickled_adapter_is_not_opened_by_any_verb(tmp_path):
 @pytest.mark.parametrize(
     ("verb", "file", "text"),
     [
-        ("sample", "dit.safetensors", "is a pickle of PyTorch, which is not read"),
-        ("train", "dit.safetensors", "is a pickle of PyTorch, which is not read"),
-        ("sample", "decoder.safetensors", "is a pickle of PyTorch, which is not read"),
-        ("prepare", "encoder.safetensors", "is a pickle of PyTorch, which is not read"),
-        ("prepare", "text_encoder/model.safetensors", "is a pickle of PyTorch, which is not read"),
+        ("sample", "dit.safetensors", "is a pickle of PyTorch, which is not supported"),
+        ("train", "dit.safetensors", "is a pickle of PyTorch, which is not supported"),
+        ("sample", "decoder.safetensors", "is a pickle of PyTorch, which is not supported"),
+        ("prepare", "encoder.safetensors", "is a pickle of PyTorch, which is not supported"),
+        ("prepare", "text_encoder/model.safetensors", "is a pickle of PyTorch, which is not supported"),
         (
             "sample",
             "text_encoder/pytorch_model.bin",
-            "text_encoder has pytorch_model.bin, and safetensors files alone are read",
+            "text_encoder has pytorch_model.bin, and only safetensors files are supported",
         ),
         ("train", "dit.pt", "has no dit.safetensors"),
     ],
@@ -111,7 +111,7 @@ def test_an_index_of_weights_names_files_beside_it_only(tmp_path, name):
         "in_channels": 12, "text_embed_dim": 8,
     })  # fmt: skip
     (folder / "config.json").write_text(config)
-    with pytest.raises(CheckpointError, match="names files that are not beside it") as error:
+    with pytest.raises(CheckpointError, match="names files that are not next to it") as error:
         WeightsFolder(tmp_path / "weights").check(["dit"])
     assert "\n" not in str(error.value)
 

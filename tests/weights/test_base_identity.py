@@ -1,4 +1,4 @@
-"""The name of a base of which some blocks alone are in fp8, as mixed files have them."""
+"""The fingerprint of a base in which only some blocks are fp8, as in mixed files."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def identity(folder, *blocks, dtype=torch.float8_e4m3fn):
     return WeightsFolder(folder).base_identity()
 
 
-def test_fp8_in_some_blocks_is_compared_with_neither_a_whole_file_nor_an_exact_one(tmp_path):
+def test_a_base_with_some_fp8_blocks_is_not_compared_with_fp8_or_exact_files(tmp_path):
     full, mixed, half, exact = (
         identity(tmp_path, 0, 1), identity(tmp_path, 1), identity(tmp_path, 1, dtype=torch.float16), identity(tmp_path)
     )  # fmt: skip

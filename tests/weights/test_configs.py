@@ -36,7 +36,7 @@ def test_no_official_configuration_means_full_size(tmp_path, part, full_size):
     assert read_official_config(tmp_path / "config.json", part) == full_size
 
 
-def test_a_whole_number_may_stand_for_a_ratio(tmp_path):
+def test_a_ratio_may_be_an_integer(tmp_path):
     (tmp_path / "dit_config.json").write_text('{"mlp_ratio_x": 4}')
     ratio = read_official_config(tmp_path / "dit_config.json", "dit").mlp_ratio_x
     assert ratio == 4.0 and isinstance(ratio, float)
@@ -110,7 +110,7 @@ def test_a_diffusers_configuration_gives_the_same_sizes(tmp_path):
         ("dit", {"depth": 10_000_000}),
     ],
 )
-def test_numbers_that_do_not_fit_each_other_are_one_line(tmp_path, part, change):
+def test_sizes_that_do_not_fit_each_other_are_refused_in_one_line(tmp_path, part, change):
     copy_golden(tmp_path, part)
     path = tmp_path / ("dit_config.json" if part == "dit" else "vae_config.json")
     values = json.loads(path.read_text())

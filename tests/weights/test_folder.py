@@ -42,7 +42,7 @@ def write_text_encoder(folder):
 
 
 def write_sparse(path, shapes, dtype="BF16", size=2):
-    """Writes a valid safetensors file of any size whose data takes no disk space."""
+    """Writes a valid safetensors file of any size that is sparse, so that it takes no disk space."""
     header, offset = {}, 0
     for name, shape in shapes.items():
         end = offset + size * torch.Size(shape).numel()
@@ -78,7 +78,7 @@ def test_a_wider_file_is_rounded_except_what_stays_fp32(tmp_path):
         assert torch.equal(tensor, expected), name
 
 
-def test_loaded_tensors_live_on_when_the_file_is_gone(tmp_path):
+def test_loaded_tensors_do_not_need_the_file(tmp_path):
     copy_golden(tmp_path, "dit")
     model = WeightsFolder(tmp_path).load_dit("cpu", torch.bfloat16)
     with (tmp_path / "dit.safetensors").open("r+b") as file:
@@ -108,7 +108,7 @@ for folder in sys.argv[2:]:
 
 
 def write_large_models(root):
-    """Writes a DiT of 52 M parameters in three forms: fp32, bf16, and diffusers' fp32."""
+    """Writes a DiT of 52 M parameters as fp32, as bf16, and as fp32 in diffusers' layout."""
     sizes = {"depth": 4, "num_heads": 6, "hidden_size_x": 768, "hidden_size_y": 384, "t5_feat_dim": 64}
     with torch.device("meta"):
         model = AsymmDiT(DiTConfig(**sizes))
@@ -141,13 +141,13 @@ def test_loading_takes_the_memory_of_the_model_and_about_one_tensor(tmp_path):
 
 
 def bytes_read() -> int:
-    """What this process has read so far, whether by reading or by touching pages of memory."""
+    """Returns the number of bytes that this process has read so far, including mapped pages."""
     [line] = [line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar")]
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     return int(line.split()[1]) + faults * resource.getpagesize()
 
 
-def test_a_full_size_file_is_checked_by_its_header_alone(tmp_path):
+def test_a_full_size_file_is_checked_by_its_header_only(tmp_path):
     shapes = json.loads((GOLDEN / "full_size_keys.json").read_text())["dit"]
     write_sparse(tmp_path / "dit.safetensors", shapes)
     before = bytes_read()
@@ -207,7 +207,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     assert str(path) in message and "not a complete safetensors file" in message
 
 
-def test_the_official_file_wins_where_both_layouts_lie(tmp_path):
+def test_the_official_file_takes_precedence(tmp_path):
     copy_golden(tmp_path, "dit")
     (tmp_path / "transformer").mkdir()
     WeightsFolder(tmp_path).check(["dit"])
@@ -248,7 +248,7 @@ def test_the_text_encoder_needs_its_configuration_weights_and_tokenizer(tmp_path
             assert str(folder / name) in refused(folder, "text_encoder")
 
 
-def test_a_fingerprint_follows_the_content_and_not_the_folder(tmp_path):
+def test_a_fingerprint_depends_on_the_content_and_not_on_the_folder(tmp_path):
     parts = ("dit", "encoder", "decoder", "text_encoder")
     first, second = (write_text_encoder(tmp_path / name) for name in ("first", "second"))
     for folder in (first, second):
@@ -291,7 +291,7 @@ def test_a_large_file_is_sampled_from_its_first_to_its_last_byte(tmp_path):
     assert len(set(seen)) == 5
 
 
-def test_a_base_is_known_by_its_weights_and_not_by_their_dtype(tmp_path):
+def test_the_identity_of_a_base_depends_on_its_weights_and_not_on_their_dtype(tmp_path):
     copy_golden(tmp_path, "dit")
     first = WeightsFolder(GOLDEN).base_identity()
     assert re.fullmatch("[0-9a-f]{64}", first)

@@ -31,7 +31,7 @@ VAE_SIZES = {
 
 @pytest.fixture(scope="module")
 def diffusers_models():
-    """diffusers' own models at the tiny sizes, holding the reference's weights through the map."""
+    """Models of diffusers in the tiny sizes, with the weights of the reference converted by the map."""
     from diffusers import AutoencoderKLMochi, MochiTransformer3DModel
 
     transformer, vae = MochiTransformer3DModel(**DIT_SIZES), AutoencoderKLMochi(**VAE_SIZES)
@@ -68,7 +68,7 @@ def test_a_sharded_diffusers_folder_holds_the_official_tensors(diffusers_folder,
         assert torch.equal(tensor, expected[name].float()), name
 
 
-def test_a_pipeline_that_diffusers_saves_as_a_variant_is_read(diffusers_models, tmp_path):
+def test_a_pipeline_saved_as_a_variant_loads(diffusers_models, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -128,9 +128,9 @@ def test_the_vae_agrees_with_diffusers(diffusers_models, diffusers_folder):
 
 
 @torch.no_grad()
-def test_the_decoder_agrees_with_diffusers_where_diffusers_start_is_out_of_reach(diffusers_models, diffusers_folder):
-    # The official decoder drops t - 1 frames after each upsample, diffusers drops all five at the end. What the dropped
-    # frames tell the later convolutions reaches 2 frames on for each: 2 of them at half, 6 at the full frame rate.
+def test_the_decoder_agrees_with_diffusers_beyond_the_first_frames(diffusers_models, diffusers_folder):
+    # The official decoder drops t - 1 frames after each upsample, diffusers drops all five at the end. Until then, the
+    # five affect 2 more frames for each later convolution: 2 of them at half, 6 at the full frame rate.
     _, vae = diffusers_models
     decoder = WeightsFolder(diffusers_folder).load_decoder("cpu", torch.float32)
     vae_latents = torch.randn(1, 12, 6, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -206,7 +206,7 @@ def test_a_shard_that_the_index_names_must_be_there(diffusers_folder, tmp_path):
     assert "no weight_map" in refused(tmp_path, "dit")
 
 
-def test_a_fingerprint_sees_a_changed_shard_and_a_bases_identity_sees_no_layout(diffusers_folder, tmp_path):
+def test_a_fingerprint_depends_on_each_shard_and_the_identity_of_a_base_not_on_the_layout(diffusers_folder, tmp_path):
     shutil.copytree(diffusers_folder / "transformer", tmp_path / "transformer")
     assert WeightsFolder(tmp_path).base_identity() == WeightsFolder(GOLDEN).base_identity()
     for shard in (tmp_path / "transformer").glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""Weights in the layouts that other tools write: each gives the models of the official files, or is refused."""
+"""Weights in the layouts of other tools: they give the same models as the official files, or are refused."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def comfyui(tmp_path_factory) -> Path:
     return make_comfyui(tmp_path_factory.mktemp("ComfyUI"), GOLDEN)
 
 
-def test_the_models_of_a_comfyui_are_found_among_others(comfyui):
+def test_the_models_in_a_comfyui_folder_are_found_among_others(comfyui):
     weights = WeightsFolder(comfyui / "models")
     assert_all(weights)
     assert_all(WeightsFolder(comfyui))
@@ -84,7 +84,7 @@ def test_the_models_of_a_comfyui_are_found_among_others(comfyui):
     assert weights.load_tokenizer()("a cat").input_ids == WeightsFolder(TINY).load_tokenizer()("a cat").input_ids
 
 
-def test_files_are_named_one_by_one(comfyui, tmp_path):
+def test_each_part_can_be_a_file(comfyui, tmp_path):
     models = comfyui / "models"
     paths = WeightsPaths(
         tmp_path / "nothing",
@@ -166,7 +166,7 @@ def test_the_first_complete_variant_is_read_or_the_one_that_is_named(tmp_path):
     assert_t5(WeightsFolder(tmp_path / "weights"), tensors)
     chosen = WeightsFolder(WeightsPaths(tmp_path / "weights", variant="bf16"))
     assert_t5(chosen, half)
-    # Features of one variant are not taken for those of another one.
+    # The features of two variants are not interchangeable.
     assert len({each.fingerprint("text_encoder") for each in (chosen, WeightsFolder(tmp_path / "weights"))}) == 2
     assert chosen.fingerprint("text_encoder") == weights.fingerprint("text_encoder")
     with pytest.raises(CheckpointError, match=r"neither model\.fp16\.safetensors"):
@@ -174,7 +174,7 @@ def test_the_first_complete_variant_is_read_or_the_one_that_is_named(tmp_path):
 
 
 def save_transformer(folder: Path) -> Path:
-    """Saves the small DiT as diffusers does, in a folder of its own."""
+    """Saves the small DiT as diffusers does, in a separate folder."""
     sizes = json.loads((GOLDEN / "dit_config.json").read_text())
     known = {name: value for name, value in sizes.items() if name in DiTConfig.__dataclass_fields__}
     model = build_meta_model(DiTConfig(**known))
@@ -196,7 +196,7 @@ def test_a_bare_folder_of_diffusers_is_read(tmp_path):
         WeightsFolder(folder).check(["decoder"])
 
 
-# What was wrong with T5 without a word: transformers fills what is missing at random.
+# Faults of T5 that transformers accepts silently: it initialises missing tensors at random.
 T5_FAULTS = {
     "prefix": lambda tensors: prefixed(tensors, "text_model."),
     "missing": lambda tensors: {k: v for k, v in tensors.items() if "block.1.layer.1.DenseReluDense.wo" not in k},
@@ -209,14 +209,14 @@ T5_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", T5_FAULTS)
-def test_a_t5_that_is_not_the_model_is_read_rightly_or_refused(tmp_path, fault):
+def test_a_faulty_t5_is_read_correctly_or_refused(tmp_path, fault):
     shutil.copytree(TINY, tmp_path / "weights", ignore=shutil.ignore_patterns("sha256.json"))
     save_file(T5_FAULTS[fault](t5()), tmp_path / "weights" / "text_encoder" / "model.safetensors")
     weights = WeightsFolder(tmp_path / "weights")
     if fault == "prefix":
         weights.check(["text_encoder"])
         assert_t5(weights, t5())
-        # A cache of features that a version without this check made of the same file is another one's.
+        # The fingerprint differs from that of versions without this check, whose cached features were wrong.
         assert weights.fingerprint("text_encoder") != unchecked_fingerprint(tmp_path / "weights")
         return
     for call in (lambda: weights.check(["text_encoder"]), lambda: weights.fingerprint("text_encoder")):
@@ -272,7 +272,7 @@ T5_TOKENS = ("<pad>", "</s>", "<unk>")
     [
         (tokenizer_json("[PAD]", "[CLS]", "a", kind="WordPiece"), "no tokens of a Unigram model"),
         (tokenizer_json("<unk>", "<s>", "</s>", "a"), "4 tokens, from <unk> <s> </s> on"),
-        # As of UMT5, whose first tokens are those of T5: an index behind the embedding's end.
+        # As UMT5, which has the first tokens of T5 but larger indices than the embedding has rows.
         (tokenizer_json(*T5_TOKENS, *map(str, range(400))), "403 tokens, from <pad> </s> <unk> on"),
         (sentencepiece(*T5_TOKENS, *map(str, range(400))), "403 tokens, from <pad> </s> <unk> on"),
         (sentencepiece("<unk>", "<s>", "</s>"), "3 tokens, from <unk> <s> </s> on"),
@@ -297,7 +297,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, files, has):
 def test_a_path_that_does_not_exist_is_named(tmp_path):
     nothing = tmp_path / "nothing.safetensors"
     for part, paths in (("dit", WeightsPaths(TINY, nothing)), ("decoder", WeightsPaths(TINY, vae=nothing))):
-        with pytest.raises(CheckpointError, match=r"nothing\.safetensors does not exist: name the file or the folder"):
+        with pytest.raises(CheckpointError, match=r"nothing\.safetensors does not exist: use the file or the folder"):
             WeightsFolder(paths).check([part])
     with pytest.raises(CheckpointError, match=r"model\.tokenizer=.* has no spiece\.model or tokenizer\.json: name the"):
         WeightsFolder(WeightsPaths(TINY, tokenizer=nothing)).check(["text_encoder"])
@@ -326,7 +326,7 @@ def test_t5s_decoder_and_the_second_name_of_the_embedding_are_left_out(tmp_path)
         (lambda stored: stored | {"blocks.0.mod_x.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "cannot be read"),
     ],
 )
-def test_fp8_that_is_not_understood_is_refused(tmp_path, fault, message):
+def test_unsupported_fp8_is_refused(tmp_path, fault, message):
     small_configs(tmp_path)
     stored, _ = scaled_fp8(official("dit"), lambda name: name.startswith("blocks.") and "norm" not in name)
     save_file(fault(stored), tmp_path / "mochi.safetensors")
@@ -348,7 +348,7 @@ def test_several_files_with_one_part_ask_for_a_choice(comfyui, tmp_path):
         WeightsFolder(WeightsPaths(models, vae=source)).check(["encoder"])
 
 
-def test_weights_stored_in_fp8_are_used_as_they_are_by_training_and_sampling(tmp_path):
+def test_training_and_sampling_use_fp8_weights_without_conversion(tmp_path):
     small_configs(tmp_path)
     in_blocks = lambda name: name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name  # noqa: E731
     stored, exact = scaled_fp8(official("dit"), in_blocks)
@@ -368,7 +368,7 @@ def test_weights_stored_in_fp8_are_used_as_they_are_by_training_and_sampling(tmp
     for name in ("attn.qkv_x", "mlp_x.w2"):
         expected = exact[f"blocks.1.{name}.weight"]
         eight_bit, quantized = (model.blocks[1].get_submodule(name) for model in (trained, sampled))
-        # Multiplied in fp32 in both: a rounding apart.
+        # Both multiply in fp32, so that they differ by rounding.
         assert torch.allclose(dequantized(eight_bit), expected, rtol=2**-22, atol=0)
         weight = quantized.weight
         assert torch.allclose(weight.qdata.float() * weight.scale, expected, rtol=2**-22, atol=0)
@@ -376,7 +376,7 @@ def test_weights_stored_in_fp8_are_used_as_they_are_by_training_and_sampling(tmp
         assert not torch.allclose(dequantized(again.blocks[1].get_submodule(name)), expected, rtol=2**-8, atol=0)
 
 
-def test_weights_check_says_what_is_there_and_what_each_verb_lacks(comfyui, tmp_path):
+def test_weights_check_lists_the_parts_and_what_each_verb_lacks(comfyui, tmp_path):
     models = shutil.copytree(comfyui / "models", tmp_path / "models")
     done = run("weights", "check", f"model.weights={models}", f"model.tokenizer={TINY / 'tokenizer'}")
     assert done.returncode == 0 and done.stdout.endswith("train with eval videos: ready\nsample: ready\n"), done.stdout
@@ -392,7 +392,7 @@ def test_weights_check_says_what_is_there_and_what_each_verb_lacks(comfyui, tmp_
 
 
 @pytest.mark.parametrize(("key", "value"), [("qk_norm", "layer_norm"), ("activation_fn", "geglu")])
-def test_a_configuration_of_diffusers_that_is_computed_otherwise_is_refused(tmp_path, key, value):
+def test_an_unsupported_configuration_of_diffusers_is_refused(tmp_path, key, value):
     folder = save_transformer(tmp_path / "mochi")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))

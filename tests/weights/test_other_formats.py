@@ -1,4 +1,4 @@
-"""Weights in formats that are not read, which are no damaged files, and several files for one part."""
+"""Weights in unsupported formats, which are not reported as damaged, and several files with one part."""
 
 import pickle
 import shutil
@@ -26,25 +26,25 @@ def test_a_good_file_of_another_format_is_not_to_be_deleted(tmp_path, name, kind
     else:
         path.write_bytes(b"GGUF\x03\0\0\0" + bytes(64) if name == "dit.gguf" else pickle.dumps({"a": 1}))
     with pytest.raises(
-        CheckpointError, match=rf"{name} is {kind}, which is not read: name the same weights as"
+        CheckpointError, match=rf"{name} is {kind}, which is not supported: use the same weights as"
     ) as error:
         WeightsFolder(WeightsPaths(TINY, transformer=path)).check(["dit"])
     assert "delete" not in str(error.value) and "\n" not in str(error.value)
-    # The same where it has the name of a safetensors file.
+    # The same with the name of a safetensors file.
     shutil.move(path, tmp_path / "dit.safetensors")
     if name != "old.pt":
         assert f"dit.safetensors is {kind}" in refused(tmp_path, "dit")
 
 
-def test_a_model_saved_as_pickles_alone_is_told_as_such(tmp_path):
+def test_a_model_with_only_pickles_is_refused_as_such(tmp_path):
     shutil.copytree(TINY / "text_encoder", tmp_path / "text_encoder", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({"a": torch.zeros(2)}, tmp_path / "text_encoder" / "pytorch_model.bin")
-    assert "text_encoder has pytorch_model.bin, and safetensors files alone are read: name the" in refused(
+    assert "text_encoder has pytorch_model.bin, and only safetensors files are supported: use the" in refused(
         tmp_path, "text_encoder"
     )
 
 
-def test_single_files_in_the_keys_of_diffusers_are_told_by_their_names(tmp_path):
+def test_a_choice_of_single_files_with_diffusers_keys_names_them(tmp_path):
     folder = small_configs(tmp_path / "models")
     model = WeightsFolder(TINY)
     tensors = to_diffusers(model.load_dit("cpu", torch.float32).state_dict(), diffusers_map(model.dit_skeleton()))

@@ -1,4 +1,4 @@
-"""`weights pull` against a real HTTP server on localhost: what is fetched, broken off, and sent wrongly."""
+"""`weights pull` from a real HTTP server on localhost: downloads, interruptions and wrong answers."""
 
 import errno
 import fcntl
@@ -32,7 +32,7 @@ def test_a_second_run_fetches_nothing(hub, tmp_path):
     assert contents(tmp_path) == wanted(hub)
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(hub, tmp_path):
+def test_a_broken_connection_is_resumed(hub, tmp_path):
     hub.cut_after["dit.safetensors"] = [1_234_567, 1_000_000]
     pull(hub, tmp_path)
     assert hub.starts("dit.safetensors") == [0, 1_234_567, 2_234_567]
@@ -43,7 +43,7 @@ def test_a_stopped_pull_keeps_its_bytes_and_the_same_command_goes_on(hub, tmp_pa
     hub.cut_after["dit.safetensors"] = [2_000_000, 0]
     message = refused(hub, tmp_path)
     assert "dit.safetensors stopped at 2000000 of 3000001 bytes" in message
-    assert "check the network connection and run the same command again, it goes on from there." in message
+    assert "check the network connection and run the same command again, it continues the download." in message
     assert not (tmp_path / "dit.safetensors").exists()
     hub.requests.clear()
     pull(hub, tmp_path)
@@ -108,7 +108,7 @@ def test_the_token_goes_to_the_hub_and_not_to_its_storage(hub, tmp_path, monkeyp
 def test_a_download_that_the_disk_cannot_hold_is_not_begun(hub, tmp_path):
     hub.listed["dit.safetensors"]["size"] = 10**18
     message = refused(hub, tmp_path)
-    assert "931322574.6 GiB are to be fetched" in message and "free some space" in message
+    assert "931322574.6 GiB are left to download" in message and "free some space" in message
     assert hub.requests == []
 
 
@@ -130,14 +130,14 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
             main(tmp_path, PullSettings(repo=REPO, endpoint=endpoint))
     assert re.fullmatch(
         r"repo=someone/mochi cannot be listed \(.+\): check the network connection and run the same command again, "
-        r"it goes on from what is there\.",
+        r"it continues the download\.",
         str(caught.value),
     )
 
 
 def test_a_target_that_is_a_file_is_refused(hub, tmp_path):
     (tmp_path / "taken").write_bytes(b"")
-    assert "cannot be made a folder" in refused(hub, tmp_path / "taken")
+    assert "the folder cannot be made" in refused(hub, tmp_path / "taken")
 
 
 HTML = {"Content-Type": "text/html; charset=utf-8"}
@@ -223,15 +223,15 @@ def test_a_listing_that_is_not_the_hubs_is_one_line(hub, tmp_path, answer, text)
 )
 def test_a_listing_without_sizes_and_hashes_is_one_line(hub, tmp_path, change):
     hub.listed["dit.safetensors"] |= {"blobId": None} | change
-    assert "gives no size and hash of someone/mochi's dit.safetensors" in refused(hub, tmp_path)
+    assert "states no size and hash of someone/mochi's dit.safetensors" in refused(hub, tmp_path)
 
 
-def test_a_second_pull_into_a_folder_waits_for_its_turn(hub, tmp_path):
-    """Both would append to one file, and throw away what they have."""
+def test_a_second_pull_into_a_folder_is_refused(hub, tmp_path):
+    """Both would append to the same files."""
     to = tmp_path / "weights"
     to.mkdir()
     with only_process(to):
-        with pytest.raises(CheckpointError, match=r"another `weights pull` into .* is at work: wait for its end"):
+        with pytest.raises(CheckpointError, match=r"another `weights pull` into .* is running: wait until it ends"):
             pull(hub, to)
         assert [path.name for path in to.iterdir()] == [".pull.lock"]
     assert not list(to.iterdir())

@@ -1,4 +1,4 @@
-"""`weights pull` of each source, the record of what was pulled, and a folder without a network."""
+"""`weights pull` of each source, its record, and a pull without a network."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def hub(monkeypatch):
 
 
 def add_repo(hub, repo, *names):
-    """Puts another repository on the hub; returns its files' bytes."""
+    """Adds another repository to the hub; returns the bytes of its files."""
     files = {name: random.Random(name).randbytes(900) for name in names}
     hub.files |= files
     hub.repos[repo] = {name: listing(name, content) for name, content in files.items()}
@@ -46,13 +46,13 @@ DIFFUSERS = (
 
 
 @pytest.mark.parametrize(("precision", "absent"), [("bf16", ""), ("fp32", ""), ("bf16", ".bf16-00002")])
-def test_of_diffusers_models_one_variant_arrives(hub, tmp_path, precision, absent):
+def test_one_variant_of_diffusers_models_is_pulled(hub, tmp_path, precision, absent):
     names = [name for name in DIFFUSERS if not absent or absent not in name]
     files = add_repo(hub, "someone/theirs", *names)
     pull(hub, tmp_path, repo="someone/theirs", source="diffusers", precision=precision)
     taken = {name: ("bf16" if "bf16" in name else "plain") for name in contents(tmp_path) if "diffusion_py" in name}
     variant = "bf16" if precision == "bf16" else "plain"
-    # A variant that lacks a shard is not taken.
+    # A variant without all shards is ignored.
     of_dit = "plain" if absent else variant
     assert sorted(taken) == sorted(
         name
@@ -77,7 +77,7 @@ COMFYUI = (
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_of_comfyuis_files_one_precision_arrives_with_the_official_tokenizer(hub, tmp_path, precision):
+def test_one_precision_of_comfyuis_files_is_pulled_with_the_official_tokenizer(hub, tmp_path, precision):
     files = add_repo(hub, "someone/comfy", "all_in_one/x.safetensors", *(f"split_files/{name}" for name in COMFYUI))
     add_repo(hub, OFFICIAL_REPO, "dit.safetensors", "tokenizer/spiece.model", "tokenizer/tokenizer_config.json")
     pull(hub, tmp_path, repo="someone/comfy", source="comfyui", precision=precision)
@@ -110,7 +110,7 @@ def test_what_was_pulled_is_recorded_and_pins_the_folder(hub, tmp_path):
         entry, said = hub.listed[name], repository["files"][name]
         kept = {"sha256": entry["lfs"]["sha256"]} if "lfs" in entry else {"git_blob": entry["blobId"]}
         assert said == {"bytes": len(content), **kept}
-    # The branch moves on: the folder does not.
+    # The branch moves, but the folder stays at its commit.
     hub.commits["main"] = "d" * 40
     hub.listings.clear()
     assert pull(hub, tmp_path) == []
@@ -169,12 +169,12 @@ def test_without_a_network_the_folder_is_checked_by_its_record(hub, tmp_path):
     pull(hub, tmp_path)
     hub.instead["listing"] = (503, b"", {})
     [note] = pull(hub, tmp_path)
-    assert re.fullmatch(r"offline \(.*503.*\): all 7 files are as when they were pulled", note)
-    # It does not stand for what was not pulled.
+    assert re.fullmatch(r"offline \(.*503.*\): all 7 files are as they were pulled", note)
+    # The record does not apply to another revision.
     assert "cannot be listed" in refused(hub, tmp_path, revision="v2")
     changed = tmp_path / "encoder.safetensors"
     changed.write_bytes(changed.read_bytes()[::-1])
-    assert "encoder.safetensors is not the file that was asked for" in refused(hub, tmp_path)
+    assert "encoder.safetensors is not the file on the hub" in refused(hub, tmp_path)
     changed.unlink()
     assert "lacks encoder.safetensors, and the hub cannot be asked" in refused(hub, tmp_path)
 
@@ -201,5 +201,5 @@ def test_the_command_line_offline_and_a_dry_run(hub, tmp_path):
     hub.listings.clear()
     done = run(endpoint, HF_HUB_OFFLINE="1")
     assert done.returncode == 0 and done.stdout == f"{folder}\n", done.stderr
-    assert "mochi-tune: offline (HF_HUB_OFFLINE is set): all 7 files are as when they were pulled" in done.stderr
+    assert "mochi-tune: offline (HF_HUB_OFFLINE is set): all 7 files are as they were pulled" in done.stderr
     assert hub.listings == []

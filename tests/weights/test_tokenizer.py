@@ -1,4 +1,4 @@
-"""T5's tokenizer in the files that people have."""
+"""T5's tokenizer from spiece.model and from tokenizer.json."""
 
 import io
 import json

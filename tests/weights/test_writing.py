@@ -18,7 +18,7 @@ def test_tensors_are_written_one_by_one_in_the_librarys_format(tmp_path):
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
 
 
-def test_a_stream_that_breaks_off_leaves_no_file(tmp_path):
+def test_an_error_while_streaming_leaves_no_file(tmp_path):
     def broken():
         yield "norm", torch.zeros(3)
         raise OSError(28, "no space")
