@@ -19,7 +19,7 @@ from mochi_tune.recipes.new_output import check_new_file
 from mochi_tune.weights.folder import WeightsFolder
 
 # Prefixes of the names of a block's Linears.
-TARGETS = {"attention": ("attn.",), "attention_mlp": ("attn.", "mlp_x.", "mlp_y.")}
+_TARGETS = {"attention": ("attn.",), "attention_mlp": ("attn.", "mlp_x.", "mlp_y.")}
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ def main(base: Path, tuned: Path, out: Path, rank: int, targets: str = "attentio
         tuned: weights folder of a model of the same sizes, in any layout.
         out: new .safetensors file.
         rank: rank of each layer, at least 1.
-        targets: Linears of the blocks to extract, one of TARGETS.
+        targets: Linears of the blocks to extract, "attention" or "attention_mlp".
 
     Raises:
         ConfigError: a setting is not possible, or `out` exists.
         CheckpointError: a checkpoint cannot be read, the sizes differ, no layer differs, or a weight is not finite.
     """
-    if targets not in TARGETS:
-        raise ConfigError(f"targets={targets} is not possible: use {' or '.join(TARGETS)}.")
+    if targets not in _TARGETS:
+        raise ConfigError(f"targets={targets} is not possible: use {' or '.join(_TARGETS)}.")
     if rank < 1:
         raise ConfigError(f"rank={rank} does not fit: it takes a whole number of at least 1.")
     check_new_file(out, ".safetensors")
@@ -59,7 +59,9 @@ def main(base: Path, tuned: Path, out: Path, rank: int, targets: str = "attentio
     shapes = _shapes(dit)
     if shapes != _shapes(folders[1].dit_skeleton()):
         raise CheckpointError(f"base={base} and tuned={tuned} are models of other sizes: use two of one size.")
-    held = {f"{name}.weight": name for name in linear_shapes(dit) if name.split(".", 2)[2].startswith(TARGETS[targets])}
+    held = {
+        f"{name}.weight": name for name in linear_shapes(dit) if name.split(".", 2)[2].startswith(_TARGETS[targets])
+    }
     layers, left_out, norms, not_held = {}, {}, {}, {}
     for name, shape in shapes.items():
         change, size = _difference(folders, name, shape)

@@ -35,7 +35,7 @@ def make_page(found: Inspection) -> str:
     highest = max(facts.norm for facts in found.layers.values())
     num_blocks = 1 + max((block for blocks in kinds.values() for block in blocks), default=0)
     charts = "".join(_chart(kind, kinds[kind], num_blocks, highest) for kind in sorted(kinds))
-    what = "the change before a DoRA gives the rows their lengths" if found.adapter.is_dora else "the change ΔW"
+    what = "the change before the DoRA scales the rows" if found.adapter.is_dora else "the change ΔW"
     note = f"The Frobenius norm of {what} in each block, on one scale for all kinds of layers."
     if outside := [layer for layer in found.layers if block_and_kind(layer)[0] is None]:
         note += f" {len(outside)} layers outside the blocks are in the table below only."

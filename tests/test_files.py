@@ -30,7 +30,7 @@ def test_a_text_is_read_in_its_encoding(tmp_path, content, expected):
 
 
 @pytest.mark.parametrize("content", [b"K\xe4se\x01", b"\x81", b"\xff\xfea", b"\xef\xbb\xbf\xe4", b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_text_is_refused(tmp_path, content):
+def test_a_file_that_is_not_text_is_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(UnicodeDecodeError):
         read_text(tmp_path / "x", fallback="cp1252")

@@ -28,7 +28,7 @@ def trained(tmp_path):
 
 
 @pytest.mark.parametrize(("to", "num_layers"), [("official", 7), ("diffusers", 15), ("comfyui", 7), ("native", 7)])
-def test_export_writes_the_format_and_says_what(tmp_path, trained, to, num_layers):
+def test_export_writes_the_format_and_returns_a_summary(tmp_path, trained, to, num_layers):
     out = tmp_path / "new" / "folder" / "lora.safetensors"
     summary = export.main(trained, to, out)
     assert (summary.file, summary.to, summary.num_layers) == (out, to, num_layers)
@@ -101,9 +101,9 @@ def test_the_alpha_of_an_export_is_that_of_its_layers_and_not_the_trained_one(tm
     assert load_adapter(again).metadata["alpha"] == "16"
 
 
-def test_an_export_says_nothing_of_a_scale_that_is_in_its_weights(tmp_path):
+def test_an_export_does_not_state_the_scale_in_its_weights(tmp_path):
     adapter = random_adapter(ATTENTION)
-    # The trained layers have alpha * sqrt(rank): what is found there is shown, and not the setting.
+    # The trained layers have alpha * sqrt(rank), which the summary shows instead of the setting.
     adapter.metadata |= {"rank": "16", "alpha": "16", "rslora": "true"}
     save_adapter(tmp_path / "adapter.safetensors", adapter)
     assert "alpha 64 by" in load_adapter(tmp_path / "adapter.safetensors").alpha_note
@@ -129,14 +129,14 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_error_of_rounding_is_told(tmp_path, trained, dtype):
+def test_the_error_of_rounding_is_reported(tmp_path, trained, dtype):
     summary = export.main(trained, "comfyui", tmp_path / "lora.safetensors", dtype)
     before, after = load_adapter(trained).layers, load_adapter(tmp_path / "lora.safetensors").layers
     pairs = [(delta64(after[name]), delta64(layer)) for name, layer in before.items()]
     error = sum((new - old).square().sum() for new, old in pairs) / sum(old.square().sum() for _, old in pairs)
-    # Both are fp64 sums; the norm of a product by its factors loses half of the digits of a difference.
+    # Both are fp64 sums; computing the norm from the factors loses half of the digits of a difference.
     assert summary.error == pytest.approx(error.sqrt().item(), rel=1e-4)
-    # Two halves are rounded, each by a third of a unit in the last place at most in the mean.
+    # Both halves are rounded, on average by at most a third of a unit in the last place.
     assert 2**-12 < summary.error * (1 if dtype == "bf16" else 8) < 2**-8
     assert str(summary).endswith(f"alpha 16, {dtype}, a relative error of {summary.error:.1e} by rounding")
 
@@ -155,7 +155,7 @@ def test_fp32_and_exact_numbers_have_no_error(tmp_path, trained):
         export.main(trained, "comfyui", tmp_path / "b.safetensors", "half")
 
 
-def test_what_is_said_about_it_goes_before_what_it_states(tmp_path, trained):
+def test_given_metadata_replaces_that_of_the_adapter(tmp_path, trained):
     export.main(trained, "comfyui", tmp_path / "first.safetensors", about={"title": "One", "author": "Ada"})
     export.main(
         tmp_path / "first.safetensors", "kohya", tmp_path / "b.safetensors", about={"title": "Two", "author": ""}
@@ -163,11 +163,11 @@ def test_what_is_said_about_it_goes_before_what_it_states(tmp_path, trained):
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         metadata = file.metadata()
     assert (metadata["modelspec.title"], metadata["modelspec.author"]) == ("Two", "Ada")
-    # There is no run whose date it could have.
+    # The file is in no run, so it has no date.
     assert "modelspec.date" not in metadata
 
 
-def test_the_command_names_a_folder_and_tells_where_alpha_was_found(tmp_path, capsys):
+def test_the_command_takes_a_folder_and_reports_the_source_of_alpha(tmp_path, capsys):
     from safetensors.torch import save_file
 
     key = "transformer.transformer_blocks.0.attn1.to_out.0.lora"

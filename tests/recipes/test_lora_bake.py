@@ -83,7 +83,7 @@ def test_diffusers_loads_what_was_baked(tmp_path, loras):
         model = MochiTransformer3DModel.from_pretrained(tmp_path / "baked", subfolder="transformer")
     finally:
         logging.getLogger("diffusers").removeHandler(handler)
-    # Of the configuration a key that it does not know would be told.
+    # diffusers would warn of unknown keys in the configuration.
     assert said == []
     io = load_file(GOLDEN / "dit_io.safetensors")
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_sums_are_rounded_once(tmp_path, loras, dtype):
 
 
 def test_the_folder_has_every_part_and_takes_no_more_space(tmp_path):
-    """Links of the hub's cache lead to the files that are linked."""
+    """Symbolic links, as in the hub's cache, are resolved."""
     base = tmp_path / "base"
     base.mkdir()
     for path in (Path(assets.__path__[0]) / "tiny").iterdir():
@@ -148,9 +148,7 @@ def test_what_cannot_be_baked_leaves_nothing(tmp_path, loras):
     with pytest.raises(CheckpointError, match="too large for the dtype"):
         lora_bake.main(path, GOLDEN, out, Settings(1e8, dtype="fp16"))
     for dtype in ("bf16", "fp32"):
-        with pytest.raises(
-            CheckpointError, match=r"^blocks\.0\..*weight: .* at strength=1e\+39: use a smaller one"
-        ):
+        with pytest.raises(CheckpointError, match=r"^blocks\.0\..*weight: .* at strength=1e\+39: use a smaller one"):
             lora_bake.main(path, GOLDEN, out, Settings(1e39, dtype=dtype))
     (tmp_path / "other").mkdir()
     wide = Adapter({"blocks.5.attn.proj_x": LoraLayer(torch.ones(1, 192), torch.ones(192, 1), 1.0)})

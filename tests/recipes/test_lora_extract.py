@@ -16,7 +16,7 @@ from mochi_tune.weights.folder import WeightsFolder
 
 @pytest.mark.parametrize("to", ["official", "diffusers"])
 def test_a_known_change_comes_back(tmp_path, to):
-    """The tuned checkpoint may be in the other layout than the base."""
+    """The tuned checkpoint may have another layout than the base."""
     adapter = random_adapter(ALL, MIXED)
     save_adapter(tmp_path / "known.safetensors", adapter)
     lora_bake.main(tmp_path / "known.safetensors", GOLDEN, tmp_path / "tuned", lora_bake.Settings(0.5, to, "fp32"))
@@ -25,14 +25,14 @@ def test_a_known_change_comes_back(tmp_path, to):
     assert found.layers.keys() == adapter.layers.keys() and not made.not_held
     for layer in adapter.layers.values():
         layer.alpha *= 0.5
-    # The tuned weights are rounded to fp32: to 6e-8 of values that are not much larger than the changes.
+    # The tuned weights are rounded to fp32, by 6e-8 of values that are not much larger than the changes.
     assert max(compare_adapters(found, adapter).differences.values()) <= 2e-6
     assert made.errors is not None and made.errors.total <= 2e-6
     assert found.metadata["base_fingerprint"] == WeightsFolder(GOLDEN).base_identity()
     assert found.metadata["num_blocks"] == "2"
 
 
-def test_a_lower_rank_tells_the_tail(tmp_path):
+def test_a_lower_rank_reports_the_tail(tmp_path):
     weights = base_weights()
     generator = torch.Generator().manual_seed(3)
     changes = {
@@ -52,7 +52,7 @@ def test_a_lower_rank_tells_the_tail(tmp_path):
         assert float((delta64(found.layers[name]) - change).norm() / change.norm()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_an_adapter_cannot_hold_is_told(tmp_path):
+def test_tensors_that_an_adapter_cannot_hold_are_reported(tmp_path):
     weights = {name: weight.clone() for name, weight in base_weights().items()}
     weights["blocks.0.attn.proj_x.bias"] *= 1.5
     weights["blocks.0.mlp_x.w1.weight"] += 0.1

@@ -82,15 +82,15 @@ def test_the_folder_has_what_the_card_shows(run_dir, tmp_path):
         "apache-2.0",
     )
     assert facts["instance_prompt"] == "zyx" and "By Ada." in text and "# red balls" in text
-    # It is no adapter of Mochi 1, but of the tiny model.
+    # It is an adapter of the tiny model and not of Mochi 1.
     assert "base_model" not in facts and "model `tiny`" in text
     for row in ("| clips trained on | 3 of 3 |", "| steps | 3 |", "| rank | 2 |", "a \\`red\\` \\| ball"):
         assert row in text
-    # No name of a clip, no caption and no path of this machine.
+    # The card has no name of a clip, no caption and no local path.
     assert "clip_0" not in text and "hill" not in text and str(run_dir) not in text and str(tmp_path) not in text
 
 
-def test_the_card_shows_what_was_rendered_with_this_adapter_as_it_is(run_dir, tmp_path):
+def test_the_card_shows_only_videos_of_this_adapter(run_dir, tmp_path):
     run = shutil.copytree(run_dir, tmp_path / "run")
     ours = {"sha256": file_sha256(run / "adapter.safetensors"), "strength": 1.0}
     facts = {
@@ -109,7 +109,7 @@ def test_the_card_shows_what_was_rendered_with_this_adapter_as_it_is(run_dir, tm
     assert [video.prompt for video in records.videos if not video.file.name.startswith("step_")] == ["plain"]
 
 
-def test_the_commands_of_the_card_are_understood(run_dir, tmp_path):
+def test_the_commands_of_the_card_are_valid(run_dir, tmp_path):
     main(Publication(run_dir / "adapter.safetensors", repo=REPO), tmp_path / "hub")
     text = (tmp_path / "hub" / "README.md").read_text()
     fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -126,7 +126,7 @@ def test_the_commands_of_the_card_are_understood(run_dir, tmp_path):
     assert json.loads(node)["2"]["inputs"]["lora_name"] == "balls.safetensors"
 
 
-def test_the_trained_file_tells_of_itself_and_its_export_when_it_was_made(run_dir, tmp_path):
+def test_the_trained_file_and_its_export_state_their_date(run_dir, tmp_path):
     trained = load_adapter(run_dir / "adapter.safetensors").metadata
     keys = ("title", "author", "license", "trigger_phrase", "resolution", "description", "date")
     assert [trained.get(f"modelspec.{key}") for key in keys] == [
@@ -150,7 +150,7 @@ def test_the_card_of_an_adapter_of_mochi_1_names_its_base(tmp_path):
 
 
 def test_the_code_for_diffusers_runs(run_dir, tmp_path):
-    """As it stands, but for the two repositories, the GPU, and the library that writes the video."""
+    """Runs it unchanged except for the two repositories, the GPU and the library that writes the video."""
     out = tmp_path / "hub"
     main(Publication(run_dir / "adapter.safetensors", repo=REPO), out)
     [code] = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
@@ -173,7 +173,7 @@ def test_the_code_for_diffusers_runs(run_dir, tmp_path):
 
 
 def test_the_code_of_the_page_for_diffusers_runs(run_dir, tmp_path):
-    """As it stands, but for the base, the size and number of frames and steps, the GPU, and the video's writer."""
+    """Runs it unchanged except for the base, the sizes, the steps, the GPU and the library that writes the video."""
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "other_programs.md").read_text(), re.DOTALL)
     save_pipeline(tmp_path / "base")
     export(run_dir / "adapter.safetensors", "diffusers", tmp_path / "my_lora.safetensors")
@@ -219,7 +219,7 @@ def save_pipeline(folder):
     MochiPipeline(scheduler, vae, text_encoder, tokenizer, transformer).save_pretrained(folder)
 
 
-def test_what_arrives_is_what_was_written_and_other_files_stay(run_dir, tmp_path, hub, capsys):
+def test_an_upload_sends_the_folder_and_keeps_other_files(run_dir, tmp_path, hub, capsys):
     hub.files[REPO] = {"notes.txt": b"mine", "README.md": b"old"}
     hub.visibility[REPO] = "public"
     arguments = [f"adapter={run_dir / 'adapter.safetensors'}", f"push={REPO}", f"out={tmp_path / 'hub'}"]
@@ -246,7 +246,7 @@ def test_a_dry_run_uploads_nothing(run_dir, tmp_path, hub, monkeypatch, capsys):
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(run_dir, tmp_path, hub):
     hub.close()
     arguments = [f"adapter={run_dir / 'adapter.safetensors'}", f"push={REPO}", f"out={tmp_path / 'hub'}"]
-    with pytest.raises(CheckpointError, match=r"hub is complete, and was not uploaded .*refused.*`hf upload ada/balls"):
+    with pytest.raises(CheckpointError, match=r"hub is complete but was not uploaded .*refused.*`hf upload ada/balls"):
         run_export([*arguments, f"endpoint={hub.address}", "private=false"])
     assert (tmp_path / "hub" / "README.md").exists()
 
@@ -254,7 +254,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(run_dir, 
 def test_a_hub_that_never_answers_is_one_line_and_the_folder_stays(run_dir, tmp_path, hub, monkeypatch):
     monkeypatch.setattr("mochi_tune.weights.push.TIMEOUT_SECONDS", 0.2)
     arguments = [f"adapter={run_dir / 'adapter.safetensors'}", f"push={REPO}", f"out={tmp_path / 'hub'}"]
-    refusal = r"hub is complete, and was not uploaded to ada/balls \(.*timed out"
+    refusal = r"hub is complete but was not uploaded to ada/balls \(.*timed out"
     with silent_hub() as address, pytest.raises(CheckpointError, match=refusal):
         run_export([*arguments, f"endpoint={address}"])
     assert (tmp_path / "hub" / "README.md").exists()
@@ -304,7 +304,7 @@ def test_a_finished_run_is_uploaded_once(run_dir, hub, capsys):
 
 
 def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, tmp_path, hub, monkeypatch):
-    """`train` as a process of its own, on a finished run; the command that it names is run as it stands."""
+    """`train` runs in a separate process on a finished run; the command that it names is run unchanged."""
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("hub"))
     hub.refuses_objects = True
     env = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -362,7 +362,7 @@ def test_a_file_takes_no_settings_of_an_upload(tmp_path, more, text):
         run_export(["adapter=a.safetensors", f"out={tmp_path / 'b.safetensors'}", *more])
 
 
-def test_rows_that_are_no_rows_are_left_out(run_dir, tmp_path):
+def test_damaged_rows_of_a_run_are_ignored(run_dir, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
     for name in ("metrics", "validation"):
