@@ -75,12 +75,13 @@ def sampler_settings(sample: SampleConfig) -> SamplerSettings:
     """
     settings = PRESETS[sample.preset]
     for name in SCHEDULE_KEYS:
-        if settings.own_sigmas is not None and getattr(sample, name) is not None:
+        is_given = getattr(sample, name) is not None and (name, sample.steps) != ("steps", settings.steps)
+        if settings.own_sigmas is not None and is_given:
             raise ConfigError(
                 f"sample.{name}={getattr(sample, name)} does not fit sample.preset={sample.preset}, whose "
                 f"{settings.steps} steps are given: leave it out, or use preset=fast."
             )
-    if sample.steps is not None:
+    if sample.steps is not None and sample.steps != settings.steps:
         # The linear steps of a preset only fit its number of steps.
         settings = replace(settings, steps=sample.steps, linear_steps=None)
     if sample.threshold is not None:

@@ -163,6 +163,8 @@ def test_sampler_settings_come_from_the_preset_and_override_it():
     assert (fast.steps, fast.guidance, fast.threshold, fast.linear_steps) == (8, 1.5, 0.1, 6)
     own = settings_of("preset=fast", "steps=4", "guidance=2")
     assert (own.steps, own.guidance, own.threshold, own.linear_steps) == (4, 2.0, 0.1, None)
+    assert settings_of("preset=fast", "steps=8") == fast
+    assert settings_of("preset=fastmochi", "steps=8") == settings_of("preset=fastmochi")
     other = settings_of("threshold=0.2", "linear_steps=3", "steps=9")
     assert (other.steps, other.guidance, other.threshold, other.linear_steps) == (9, 6.0, 0.2, 3)
     listed = settings_of("sigmas=[1,0.5,0]", "guidance=[3,1]")
