@@ -19,7 +19,6 @@ from helpers_road import LORA, command, road, train
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import load_adapter, save_adapter
-from mochi_tune.cli.main import run
 from mochi_tune.cli.options import EXPORT_OPTIONS, load, plain_options
 from mochi_tune.cli.publish import push_trained, run_export
 from mochi_tune.config.load import load_config
@@ -325,13 +324,6 @@ def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, 
     assert hub.files[REPO] == contents(folder) and hub.visibility == {REPO: "private"}
     hub.files.clear()
     assert push_trained(load_config("my_lora", settings)) == 0 and hub.files[REPO] == contents(folder)
-
-
-def test_a_run_without_its_last_evaluation_says_that_nothing_was_uploaded(tmp_path, hub, capsys):
-    settings = [*road(tmp_path / "run", *LORA, *SETTINGS), f"publish.push={REPO}"]
-    assert run(["train", "conf=my_lora", *settings], recipe=lambda _config, _processes: 2) == 2
-    said = "nothing was uploaded, the same command uploads the adapter when it has completed the run"
-    assert capsys.readouterr().err == f"mochi-tune: publish.push=ada/balls: {said}\n" and not hub.files
 
 
 def test_a_run_that_is_to_be_uploaded_needs_a_login_at_its_start(tmp_path):
