@@ -1,8 +1,10 @@
-"""Trains a LoRA on a prepared cache: the model, the loss and the update; `open_run` holds the rest.
+"""Trains a LoRA on a prepared cache.
 
-The same command resumes a stopped run.
+This file has the model, the loss and the update. `open_run` handles the run folder, resuming, data loading, signals and
+checkpoints. The same command resumes a stopped run.
 
-docs/change_the_recipe.md changes this file: another loss, one more number a step, a second adapter, a frozen half.
+docs/change_the_recipe.md shows how to change this file: another loss, another logged number, a second adapter, frozen
+layers.
 """
 
 import functools
@@ -40,11 +42,11 @@ from mochi_tune.training.step_result import MicroBatchResult
 
 
 def main(config: RunConfig, num_processes: int = 1) -> int:
-    """Trains, or resumes, in each of `num_processes` processes that were started together.
+    """Starts or resumes a training run; each of its `num_processes` processes calls it.
 
     Returns the exit code: 0, 128 + the signal that stopped the run, or 2 if its last evaluation could not be written.
     """
-    # Settings, data and files are checked here, before any weight is read.
+    # This checks the settings, the data and the files before any weight is read.
     plan = check(config, num_processes)
     train = config.train
     accelerator = build_accelerator(
@@ -53,21 +55,21 @@ def main(config: RunConfig, num_processes: int = 1) -> int:
     with open_run(plan, accelerator) as run, plan.explains_out_of_memory():
         if run.has_work:
             train_adapter(plan, run)
-    accelerator.end_training()  # Leaves the process group.
+    accelerator.end_training()  # This destroys the process group.
     return run.exit_code
 
 
 def train_adapter(plan: TrainPlan, run: Run) -> None:
-    """Builds the model with its adapter, and makes every step that is left."""
+    """Builds the model with its adapter and trains the remaining steps."""
     config, accelerator, device = plan.config, run.accelerator, plan.device
     train, memory = config.train, plan.memory
 
-    # Model. One large model at a time: T5 is freed before the DiT is loaded.
+    # Model. Only one large model is in memory at a time: T5 is freed before the DiT is loaded.
     eval_prompts = encode_eval_prompts(plan)
     load_device = "cpu" if memory.is_streamed else device
     dit = plan.weights.load_dit(load_device, DTYPES[config.model.dtype], plan.shrink_block)
 
-    # Adapter. Where the run resumes, `restore_and_start` loads its weights below.
+    # Adapter. If the run resumes, `restore_and_start` below loads its weights.
     apply_lora(dit, plan.layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if plan.start_adapter is not None and run.is_new:
         load_start_adapter(dit, plan.start_adapter.layers)
@@ -90,7 +92,10 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
     ema = EMA(optimizer.weights(), train.ema_decay) if train.ema_decay else None
 
     def add_gradients(inputs: Inputs) -> torch.Tensor:
-        """Adds a micro-batch's gradients to the adapter's; returns its loss. Called again where memory ran out."""
+        """Adds the gradients of a micro-batch to those of the adapter and returns its loss.
+
+        `with_retry` calls this once more if the GPU runs out of memory.
+        """
         torch.manual_seed(inputs.dropout_seed)
         velocity = dit(inputs.noisy, inputs.sigma, inputs.prompt, inputs.mask, inputs.modulation)
         losses = velocity_loss(velocity, inputs.target)
@@ -122,13 +127,22 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
         else:
             optimizer.skip_step()
         run.finish_step(result)
-        # Saved before it is evaluated: evaluation takes long, and may fail.
+        # Save before the evaluation, which takes long and may fail.
         run.save_if_due(result)
         evaluate_if_due(run, dit, videos)
 
 
 def make_inputs(train: TrainConfig, host_modulation: HostModulation, batch: Mapping[str, Any], drawn: Draws) -> Inputs:
-    """Returns what the model gets of a micro-batch; runs in the background, a micro-batch ahead of the step."""
+    """Returns the model inputs and the target of a micro-batch.
+
+    A background thread calls this one micro-batch ahead of the training step.
+
+    Args:
+        train: the training settings.
+        host_modulation: computes the modulation of all blocks in host memory.
+        batch: the collated clips: mean and logvar, (B, C, T, h, w), and prompt_embeds, (B, L, D).
+        drawn: the random numbers of the micro-batch.
+    """
     sigma = sigmas_from_uniforms(
         drawn.uniforms, train.sigma_distribution, train.sigma_mean, train.sigma_std, train.sigma_shift
     )[drawn.rows]
@@ -136,7 +150,7 @@ def make_inputs(train: TrainConfig, host_modulation: HostModulation, batch: Mapp
     noisy, target = noisy_and_target(train.objective, vae_latents, drawn.noise, sigma)
     prompt, mask = drop_captions(batch["prompt_embeds"], batch["prompt_mask"], drawn.drops_caption)
     weight = loss_weight(sigma, train.loss_weighting)
-    # What the model makes of this sigma and this prompt: it reads neither of them beside it.
+    # The modulation of all blocks depends only on sigma and the prompt, so it can be computed ahead of the step.
     modulation = host_modulation(sigma, prompt, mask)
     return Inputs(
         clips=batch["sample_ids"], sigma=sigma, mask=mask, dropout_seed=drawn.dropout_seed, noisy=noisy, target=target,

@@ -1,9 +1,10 @@
-"""Checkpoints: everything that a run needs to go on as if it had not stopped, or nothing at all.
+"""Checkpoints: everything that a run needs to resume as if it had not stopped.
 
-A checkpoint is a folder that appears complete: it is written under a temporary name, given a manifest with the sha256
-of each file, synced, and renamed. Only then are older ones removed, and they are renamed before they are emptied. Files
-are safetensors and JSON; nothing is pickled. Random numbers and the order of clips are functions of (seed, step,
-sample), so only the seed, the step and a hash of this torch's draws are saved.
+A checkpoint is a folder. It is written under a temporary name, gets a manifest with the sha256 of each file, and is
+synced and renamed, so that it is complete or absent. Older checkpoints are removed only after that, and are renamed
+before their files are deleted. All files are safetensors and JSON; nothing is pickled. Random numbers and the order of
+clips are functions of (seed, step, sample), so a checkpoint stores only the seed, the step and a hash that identifies
+the random numbers of this version of torch.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from mochi_tune.errors import CheckpointError
 from mochi_tune.files import file_sha256, fsync, load_tensors, read_json, remove_tree, save_tensors, write_json
 
 MANIFEST = "manifest.json"
-# The names of folders that an interrupted save or removal leaves behind.
+# Patterns of the folders that an interrupted save or removal leaves.
 LEFTOVERS = (".tmp_*", ".trash_*")
 
 
@@ -29,7 +30,7 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
     """Yields an empty folder to fill, and renames it to folder/step_NNNNNN when the block ends without an error.
 
     Raises:
-        OSError: the disk is full, or refuses; nothing is left of the new checkpoint, and the old ones stay.
+        OSError: the disk is full or refuses to write. The new folder is removed, and the old checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
@@ -52,24 +53,24 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
 
 
 def manifest_of(step: int, files: Mapping[str, str]) -> dict:
-    """Returns a checkpoint's manifest: its step, the sha256 of each file by name, and a checksum over both."""
+    """Returns the manifest of a checkpoint: its step, the sha256 of each file by name, and a checksum of both."""
     content = json.dumps([step, sorted(files.items())]).encode()
     return {"step": step, "sha256": dict(files), "sum": hashlib.sha256(content).hexdigest()}
 
 
 def clear_leftovers(folder: Path) -> list[str]:
-    """Removes what an interrupted save or removal has left; returns the names."""
+    """Removes the folders that an interrupted save or removal left; returns their names."""
     stale = [path for pattern in LEFTOVERS for path in folder.glob(pattern)]
     for path in stale:
-        # A checkpoint may be a link to an archive, which is left alone.
+        # A checkpoint may be a link to an archive; only the link is removed.
         remove_tree(path)
     return sorted(path.name for path in stale)
 
 
 def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
-    """Removes the checkpoints of all steps but these; each disappears at once, even if this is interrupted.
+    """Removes the checkpoints of all other steps. Each one is renamed first, so that none is ever incomplete.
 
-    Copies under names of a user's own stay.
+    Copies that the user gave another name stay.
     """
     for path in find_checkpoints(folder):
         if (step := step_of(path)) not in keep and path.name == f"step_{step:06d}":
@@ -78,13 +79,20 @@ def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
 
 
 def steps_to_keep(steps: Collection[int], newest: int, every: int, best: int | None) -> set[int]:
-    """Returns the steps whose checkpoints stay: the newest ones, every so many steps (0: none), and the best one."""
+    """Returns the steps whose checkpoints stay.
+
+    Args:
+        steps: steps of all checkpoints.
+        newest: number of the newest ones to keep.
+        every: keep each step that is a multiple of this; 0 for none.
+        best: the best step, which stays too.
+    """
     recent = sorted(steps)[-newest:]
     return {step for step in steps if step in recent or step == best or (every and step % every == 0)}
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns the step in a checkpoint's manifest, whatever its folder is called.
+    """Returns the step in the manifest of a checkpoint, whatever the name of its folder.
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
@@ -96,7 +104,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a run that have a manifest, oldest step first; does not check their other files."""
+    """Returns the checkpoints of a run that have a manifest, sorted by step; does not check their other files."""
     found = []
     for path in folder.glob("step_*"):
         with contextlib.suppress(CheckpointError):
@@ -111,9 +119,9 @@ def last_checkpoint(folder: Path) -> str:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint that is what was saved, and the damage of the newer ones, one text each.
+    """Returns the newest undamaged checkpoint, and a text for each newer one that is damaged.
 
-    The texts include checkpoints without a readable manifest, whose step is unknown.
+    Checkpoints without a readable manifest, whose step is unknown, also have a text.
     """
     found = find_checkpoints(folder)
     wrong = [f"{path} has no readable {MANIFEST}" for path in sorted(folder.glob("step_*")) if path not in found]
@@ -125,14 +133,14 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def damage_of(checkpoint: Path) -> str:
-    """Compares every file of a checkpoint with its manifest; returns which are not what was saved, "" if all are.
+    """Compares every file of a checkpoint with its manifest; returns a text that names damaged files, or "".
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
     """
     manifest = read_json(checkpoint / MANIFEST)
     step, expected = manifest.get("step"), manifest.get("sha256")
-    # Only a manifest of our own form is computed again; any other is damaged.
+    # A manifest of another form cannot be computed again, so it is damaged.
     if not isinstance(step, int) or not isinstance(expected, dict):
         return f"{checkpoint} is damaged: {MANIFEST!r} is not what was saved"
     if not all(isinstance(value, str) for value in expected.values()) or manifest != manifest_of(step, expected):
@@ -143,13 +151,13 @@ def damage_of(checkpoint: Path) -> str:
 
 
 def published_file(checkpoint: Path) -> Path:
-    """Returns the adapter of a checkpoint that is for use: its EMA where the run keeps one."""
+    """Returns the adapter file of a checkpoint for inference: the average if the run keeps one."""
     averaged = checkpoint / "averaged.safetensors"
     return averaged if averaged.exists() else checkpoint / "adapter.safetensors"
 
 
 def load_adapter_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a checkpoint's adapter that are trained, by the names of `lora_parameters`.
+    """Reads the trained tensors of a checkpoint's adapter, by the names of `lora_parameters`.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -158,12 +166,12 @@ def load_adapter_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_optimizer(path: Path, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Writes an optimizer's state, by parameter and entry, as flat tensors, "NAME/exp_avg" and so on."""
+    """Writes the state of an optimizer as tensors named "PARAMETER/exp_avg" and so on."""
     save_tensors(path, {f"{name}/{key}": value for name, entries in state.items() for key, value in entries.items()})
 
 
 def load_optimizer(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Reads what `save_optimizer` wrote.
+    """Reads the file that `save_optimizer` wrote.
 
     Raises:
         CheckpointError: the file is missing or damaged.

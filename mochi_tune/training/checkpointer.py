@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run, removes old ones, and continues if a save fails."""
+"""Writes the checkpoints of a run and removes old ones. A failed save does not end the run."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ from mochi_tune.training.metrics import Metrics
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that a checkpoint holds, on the CPU.
+    """The content of a checkpoint, on the CPU.
 
     Attributes:
         step: the last finished step.
-        adapter: the trained one.
-        averaged: the adapter to use, where it is not the trained one, else None.
-        optimizer: state by parameter.
+        adapter: the trained adapter.
+        averaged: the adapter for inference, if it differs from the trained one.
+        optimizer: the state of the optimizer by parameter.
         state: all other state, as JSON values.
     """
 
@@ -38,9 +38,9 @@ class Retention:
     """Which checkpoints are kept.
 
     Attributes:
-        newest: this many of the newest ones.
-        every: those of each so many steps; 0: none.
-        best: whether the one with the lowest validation loss.
+        newest: number of the newest checkpoints to keep.
+        every: interval in steps of the checkpoints to keep for good; 0 for none.
+        best: whether to keep the checkpoint with the lowest validation loss.
     """
 
     newest: int
@@ -49,22 +49,22 @@ class Retention:
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run folder; the main process has one."""
+    """Writes the checkpoints of a run folder; only the main process has one."""
 
     def __init__(self, run_dir: Path, metrics: Metrics, retention: Retention, log: Callable[[str], None]) -> None:
         """Prepares to save.
 
         Args:
-            run_dir: of the run.
-            metrics: synced to the disk before each checkpoint, which records how many rows there are.
-            retention: which checkpoints are kept.
-            log: writes a line for the user.
+            run_dir: the run folder.
+            metrics: the metrics of the run, which are synced to disk before each checkpoint.
+            retention: which checkpoints to keep.
+            log: prints a line.
         """
         self.run_dir = run_dir
         self.metrics = metrics
         self.retention = retention
         self.log = log
-        # The last save that failed, if no later one succeeded.
+        # The last failed save, until a later one succeeds.
         self.failed: tuple[Snapshot, OSError] | None = None
 
     @property
@@ -73,18 +73,21 @@ class Checkpointer:
         return self.run_dir / "checkpoints"
 
     def save(self, snapshot: Snapshot, is_best: bool = False) -> bool:
-        """Writes a checkpoint, then the run's adapter, and removes old checkpoints; returns whether that succeeded.
+        """Writes a checkpoint and the adapter of the run, and removes old checkpoints.
 
         A full or read-only disk does not end the run: the old checkpoints stay, and the next save tries again.
 
         Args:
-            snapshot: of the last finished step.
-            is_best: whether it is saved for its validation loss alone.
+            snapshot: the state after the last finished step.
+            is_best: whether the step is saved only because of its validation loss.
+
+        Returns:
+            Whether the checkpoint and the adapter were written.
         """
-        # Read by `_remove_old`, of a later process too.
+        # `_remove_old` reads this, also in a resumed run.
         mark = {"best": True} if is_best else {}
         try:
-            # A resumed run finds the rows of all steps up to its checkpoint.
+            # A resumed run needs the rows of all steps up to its checkpoint.
             self.metrics.flush_to_disk()
             with checkpoint.new_checkpoint(self.folder, snapshot.step) as new:
                 save_adapter(new / "adapter.safetensors", snapshot.adapter)
@@ -109,10 +112,10 @@ class Checkpointer:
         return True
 
     def check_saved(self, step: int) -> None:
-        """Checks that the last step of a run is saved, and tries once more if it was not.
+        """Checks that the last step of the run is saved, and tries to save it again if it is not.
 
         Raises:
-            TrainingError: it cannot be saved.
+            TrainingError: the step cannot be saved.
         """
         if self.failed is not None and not self.save(self.failed[0]):
             last = checkpoint.last_checkpoint(self.folder)
@@ -125,28 +128,28 @@ class Checkpointer:
         found = checkpoint.find_checkpoints(self.folder)
         steps, keep = [checkpoint.step_of(path) for path in found], self.retention
         best = self.metrics.best_validated(steps) if keep.best else None
-        # One that was saved for its validation loss alone takes no place of the newest ones.
+        # A checkpoint that was saved only for its validation loss does not count as one of the newest.
         in_turn = [step for step, path in zip(steps, found, strict=True) if not _is_best_alone(path)]
         kept = checkpoint.steps_to_keep(in_turn, keep.newest, keep.every, best)
         checkpoint.remove_checkpoints(self.folder, kept | {step for step in steps if step == best})
 
 
 def _is_best_alone(folder: Path) -> bool:
-    """Whether a checkpoint was saved for its validation loss alone; one of a version that does not say so was not."""
+    """Whether a checkpoint was saved only for its validation loss; False for checkpoints of older versions."""
     path = folder / "state.json"
     try:
         state = parse_object(path.read_bytes())
     except OSError:
-        # A resume reports a checkpoint that cannot be read.
+        # If the run resumes from a checkpoint that cannot be read, the resume reports it.
         return False
     return state is not None and "best" in state
 
 
 def check_free_space(run_dir: Path, num_bytes: int) -> None:
-    """Reserves the space of a checkpoint and releases it, so that a full disk is found before training starts.
+    """Reserves the space of a checkpoint and releases it, so that a full disk is reported before training starts.
 
     Raises:
-        OSError: the disk is full or read-only, or a quota is used up.
+        OSError: the disk is full or read-only, or a quota is exhausted.
     """
     probe = run_dir / f".room_probe_{os.getpid()}"
     try:
@@ -161,5 +164,5 @@ def check_free_space(run_dir: Path, num_bytes: int) -> None:
 
 
 def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns copies on the CPU."""
+    """Returns copies of tensors on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}

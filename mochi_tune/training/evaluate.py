@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: the loss at fixed noise levels on held-out clips, and videos with base | LoRA."""
+"""Evaluation during training: the loss at fixed noise levels on held-out clips, and videos of base and LoRA."""
 
 import contextlib
 import hashlib
@@ -36,15 +36,15 @@ from mochi_tune.training.resume import owes_evaluation
 from mochi_tune.training.run import Run
 from mochi_tune.training.schedule import is_due
 
-# The middles of four bins of noise levels.
+# Noise levels of the validation: the centers of four equal bins of [0, 1].
 SIGMAS = (0.125, 0.375, 0.625, 0.875)
 
 
 def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> None:
-    """Validates and renders the adapter, where this step asks for it and it was not done before an interruption.
+    """Validates and renders the adapter if an evaluation of this step is due and not yet on disk.
 
-    A full disk does not end the run. It ends with exit code 2 where the evaluation of the last step is not on the disk.
-    Every process calls it.
+    A full disk does not end the run, but the exit code is 2 if the evaluation of the last step is not on disk. Every
+    process calls this.
 
     Raises:
         Interrupted: the run was asked to stop.
@@ -74,18 +74,18 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
     if validates and train.keep_best and run.step > 0:
         best = None if run.metrics is None else run.metrics.best_validation()
         if broadcast(best is not None and best[0] == run.step):
-            run.save(is_best=True)  # Unless it was a step to save: no later one would have it.
+            run.save(is_best=True)  # Does nothing if the step is saved already.
     if run.report is not None:
         run.report.write()
     run.check_signals()
     if run.is_complete and run.metrics is not None and owes_evaluation(plan, run.step):
-        # The others end with 0: a launcher would stop this process, which may have a checkpoint to write, at a failure.
+        # Only the main process fails: if another one did, a launcher would stop this one, perhaps during a save.
         run.exit_code = 2
         write_line(f"the evaluation of step {run.step} could not be written: make room, and the same command makes it")
 
 
 def validation_line(row: Mapping, best: tuple[int, float] | None) -> str:
-    """Returns what a validation found, and the best one so far, in a line."""
+    """Returns a line with the losses of a validation and the best validation so far."""
     levels = ", ".join(f"{level}: {loss:.4f}" for level, loss in row["bins"].items())
     line = f"step {row['step']}: validation loss {row['validation_loss']:.4f} (by noise level {levels})"
     if best is None:
@@ -95,14 +95,14 @@ def validation_line(row: Mapping, best: tuple[int, float] | None) -> str:
 
 @dataclass(frozen=True)
 class ValidationClips:
-    """What the validation loss is measured on.
+    """The clips and the noise that the validation loss is measured on.
 
     Attributes:
-        dataset: of all clips.
-        indices: clips to measure.
-        seed: of the noise.
-        objective: a choice of `train.objective`.
-        is_strict: whether a damaged clip ends the validation.
+        dataset: all clips of the cache.
+        indices: the clips to measure.
+        seed: the seed of the noise.
+        objective: a value of `train.objective`.
+        is_strict: whether a damaged clip ends the validation; otherwise it is left out.
     """
 
     dataset: LatentDataset
@@ -112,7 +112,10 @@ class ValidationClips:
     is_strict: bool = True
 
     def digest(self, measured: Sequence[int]) -> str:
-        """Returns what the losses of these clips hang on beside the adapter: noise is drawn by a clip's index."""
+        """Returns a hash of everything but the adapter that the losses of these clips depend on.
+
+        It includes the indices of the clips, which key their noise.
+        """
         rows = self.dataset.cache.rows
         clips = [(index, rows[index].clip_key, rows[index].text_keys) for index in measured]
         return hashlib.sha256(repr((self.seed, self.objective, clips)).encode()).hexdigest()[:12]
@@ -122,18 +125,19 @@ class ValidationClips:
 def validation_losses(
     dit: nn.Module, clips: ValidationClips, device: torch.device, on_clip: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, float], list[int]]:
-    """Returns the mean loss at each of SIGMAS on fixed clips and noise, which the training loss's noise would hide.
-
-    Second come the indices of the clips that were measured, as damaged ones may be left out.
+    """Measures the loss on fixed clips and noise, because the random noise of training hides small improvements.
 
     Args:
-        dit: in training mode again when this returns.
-        clips: to measure.
-        device: of the model.
-        on_clip: called before each clip; what it raises ends the validation.
+        dit: the model; it is in training mode when this returns.
+        clips: the clips to measure.
+        device: the device of the model.
+        on_clip: called before each clip; an exception that it raises ends the validation.
+
+    Returns:
+        The mean loss at each of SIGMAS, and the indices of the measured clips, without damaged ones.
 
     Raises:
-        DataError: a clip is damaged, and they are to be whole, or all are.
+        DataError: a clip is damaged and `clips.is_strict` is set, or all clips are damaged.
     """
     dit.eval()
     losses, measured = [], []
@@ -167,10 +171,10 @@ def validation_losses(
 
 
 def encode_eval_prompts(plan: TrainPlan) -> list[Tensor]:
-    """Returns the features (n, D) of the eval prompts and, last, of the negative prompt; [] where none is rendered."""
+    """Returns the T5 features (n, D) of the eval prompts and, last, of the negative prompt; [] without eval videos."""
     if not plan.renders_videos:
         return []
-    # As `sample` does: in fp32, T5 alone would not fit a small GPU.
+    # The dtype of `sample`: in fp32, T5 alone would not fit a small GPU.
     encoder = plan.weights.load_text_encoder(plan.device, DTYPES[plan.config.model.dtype])
     prompts = [*plan.config.train.sample_prompts, plan.config.sample.negative_prompt]
     features = [features.float().cpu() for features in encoder.encode(prompts)]
@@ -182,15 +186,15 @@ def encode_eval_prompts(plan: TrainPlan) -> list[Tensor]:
 class EvalVideos:
     """Renders a few prompts with the sampler of `mochi-tune sample`, from the same noise at every step.
 
-    Every process takes part; the main process decodes and writes.
+    Every process samples; the main process decodes and writes the videos.
     """
 
     def __init__(self, run: Run, prompts: list[Tensor]) -> None:
         """Prepares to render.
 
         Args:
-            run: whose adapter is rendered.
-            prompts: from `encode_eval_prompts`.
+            run: the run whose adapter is rendered.
+            prompts: the result of `encode_eval_prompts`.
         """
         self.run = run
         *self.prompts, self.negative_prompt = prompts
@@ -202,10 +206,10 @@ class EvalVideos:
         self.settings = sampler_settings(config.sample)
 
     def render(self, dit: nn.Module, step: int) -> None:
-        """Renders the videos of a step that are not there yet; `dit` has the adapter of that step."""
+        """Renders the missing videos of a step; `dit` has the adapter of that step."""
         paths = [self.folder / f"step_{step:06d}_prompt_{i}.{self.encoding.format}" for i in range(len(self.prompts))]
         missing = broadcast([not path.exists() for path in paths])
-        # A fresh adapter changes nothing; a recipe of one's own may have others beside it.
+        # A new adapter changes nothing, unless a custom recipe has applied other adapters too.
         adapters = {name for module in dit.modules() for name in getattr(module, "lora_A", ())}
         is_base = step == 0 and self.run.plan.config.lora.init_from is None and adapters <= {TRAINED}
         pairs = {}
@@ -218,7 +222,7 @@ class EvalVideos:
         if PartialState().is_main_process:
             decoder = plan.weights.load_decoder(plan.device, DTYPES[plan.config.model.dtype])
         for path, pair in pairs.items():
-            # One process decodes. All check for a stop together after each video: they wait so long and no longer.
+            # Only one process decodes. After each video, all processes check together whether to stop.
             with contextlib.suppress(Interrupted):
                 if decoder is not None:
                     prompt = plan.config.train.sample_prompts[paths.index(path)]
@@ -226,19 +230,19 @@ class EvalVideos:
             self.run.check_signals()
 
     def _write(self, path: Path, prompt: str, frames: Iterator[Tensor]) -> None:
-        """Writes a video and its prompt; one that cannot be written costs the run a line."""
+        """Writes a video and its prompt; if that fails, prints a line."""
         try:
             with atomic_file(path) as temporary:
                 write_video(temporary, frames, encoding=self.encoding)
-                # Before the video takes its name: one that is there is not made again, and would stay without a prompt.
+                # Write the prompt first: a video that exists is not rendered again and would never get its prompt.
                 write_atomic(prompt_file(path), prompt.encode())
         except OSError as error:
             write_line(f"{path} could not be written ({error.strerror}): the run goes on without it")
 
     def _base(self, dit: nn.Module, i: int) -> Tensor:
-        """Returns the latents of a prompt without the adapter; they are sampled once a run."""
+        """Returns the latents of a prompt without the adapter, which are sampled once per run."""
         plan, inputs = self.run.plan, [self.noise, self.prompts[i], self.negative_prompt]
-        # A folder may be trained in anew, on another base.
+        # A later run in the same folder may have another base.
         base = repr((self.settings, plan.identity["base"], plan.config.model.dtype, plan.config.model.precision))
         digest = hashlib.sha256(base.encode() + b"".join(t.numpy().tobytes() for t in inputs))
         path = self.folder.parent / "base_latents" / f"base_prompt_{i}_{digest.hexdigest()[:12]}.safetensors"

@@ -1,4 +1,4 @@
-"""A run's numbers: metrics.jsonl and validation.jsonl. These files are the record; trackers only follow them."""
+"""The metrics of a run: metrics.jsonl and validation.jsonl. Trackers read these files; they hold no other metrics."""
 
 import contextlib
 import hashlib
@@ -35,7 +35,7 @@ def comparable(validations: Sequence[Mapping]) -> list[Mapping]:
 
 
 def best_validation(validations: Sequence[Mapping]) -> tuple[int, float] | None:
-    """Returns the step of the lowest finite validation loss among comparable rows, and that loss."""
+    """Returns the step of the lowest finite validation loss among the comparable rows, and that loss."""
     return _lowest(comparable(validations))
 
 
@@ -46,10 +46,10 @@ def _lowest(rows: Sequence[Mapping]) -> tuple[int, float] | None:
 
 
 class Metrics:
-    """Appends one JSON object a step, and drops those after the checkpoint that a run resumes from.
+    """Appends one JSON object per step, and drops the rows after the checkpoint that a run resumes from.
 
-    A row that cannot be written, for want of space for example, is kept and written before the next one. No file ends
-    with a part of a row because of that. Sums over all rows are kept in memory, so that nothing reads the files again.
+    A row that cannot be written, for example on a full disk, stays in memory and is written before the next one. An
+    incomplete row is removed. Totals over all rows are kept in memory, so that the files are read only once.
     """
 
     def __init__(self, run_dir: Path, last_step: int) -> None:
@@ -57,10 +57,10 @@ class Metrics:
 
         Args:
             run_dir: the run's folder.
-            last_step: of the checkpoint to go on from, 0 for a new run; rows after it are dropped.
+            last_step: step of the checkpoint to resume from, 0 for a new run. Later rows are dropped.
 
         Raises:
-            TrainingError: a file holds something else than rows.
+            TrainingError: a line of a file is not a row.
         """
         self.paths = {name: run_dir / f"{name}.jsonl" for name in FILES}
         self._num_rows = dict.fromkeys(FILES, 0)
@@ -74,7 +74,7 @@ class Metrics:
         self._files = {name: open(path, "ab", buffering=0) for name, path in self.paths.items()}  # noqa: SIM115
         fsync(run_dir)  # The entries of new files.
         self._pending: deque[tuple[str, bytes]] = deque()
-        # Complete bytes of files that may end with a part of a row.
+        # Number of bytes in complete rows, for each file that may end with an incomplete row.
         self._torn: dict[str, int] = {}
         self._has_warned = False
 
@@ -87,43 +87,43 @@ class Metrics:
             file.close()
 
     def log(self, row: Mapping) -> None:
-        """Writes a training step's row: step, loss, grad_norm, lr, seconds, its clips and sigmas."""
+        """Writes the row of a training step: step, loss, grad_norm, lr, seconds, clips and sigmas."""
         self._write("metrics", row)
 
     def log_validation(self, row: Mapping) -> None:
-        """Writes a validation's row: step and losses."""
+        """Writes the row of a validation: step and losses."""
         self._write("validation", row)
 
     def num_rows(self) -> dict[str, int]:
-        """Returns how many rows "metrics" and "validation" have, with those that could not be written yet."""
+        """Returns the numbers of rows of "metrics" and "validation", including rows that are not written yet."""
         return dict(self._num_rows)
 
     def state(self) -> dict[str, object]:
-        """Returns what a checkpoint keeps: the numbers of rows, and a hash of those of "metrics", see `branches`."""
+        """Returns what a checkpoint stores: the numbers of rows, and a hash of the rows of "metrics" as its branch."""
         return {"rows": self.num_rows(), "branch": self._branch.hexdigest()}
 
     def is_validated(self, step: int) -> bool:
-        """Whether there is a row of a step's validation already."""
+        """Whether a step has been validated."""
         return step in self._validations
 
     def best_validated(self, steps: Collection[int]) -> int | None:
-        """Returns the one of these steps that has the lowest validation loss, None if none was validated."""
+        """Returns which of these steps has the lowest validation loss; None if none was validated."""
         best = _lowest([row for row in comparable(self._rows()) if row["step"] in steps])
         return None if best is None else best[0]
 
     def best_validation(self) -> tuple[int, float] | None:
-        """Returns the step of the lowest validation loss, and that loss."""
+        """Returns the step of the lowest validation loss and that loss; None without a validation."""
         return best_validation(self._rows())
 
     def _rows(self) -> list[Mapping]:
         return list(self._validations.values())
 
     def sigma_histogram(self) -> list[int]:
-        """Returns how many samples so far were drawn in each tenth of the noise levels."""
+        """Returns the number of samples so far in each of ten equal bins of noise levels."""
         return list(self._sigma_counts)
 
     def flush_to_disk(self) -> None:
-        """Waits until every row is on disk; called before a checkpoint is committed, which then always has its rows.
+        """Waits until every row is on disk. Called before a checkpoint is committed, so that its rows exist.
 
         Raises:
             OSError: a row cannot be written.
@@ -156,7 +156,7 @@ class Metrics:
             self._has_warned = True
 
     def _write_pending(self) -> None:
-        # In the order in which they came, over both files: the trackers rely on it.
+        # In the order of the calls across both files, because the trackers rely on it.
         while self._pending:
             name, line = self._pending[0]
             file = self._files[name].fileno()
@@ -170,7 +170,7 @@ class Metrics:
                     rest = rest[os.write(file, rest) :]
             except OSError:
                 self._torn[name] = complete_bytes
-                with contextlib.suppress(OSError):  # It is done before the next write in any case.
+                with contextlib.suppress(OSError):  # The next write tries again.
                     os.truncate(file, complete_bytes)
                 raise
             self._pending.popleft()
@@ -182,10 +182,10 @@ def write_line(text: str) -> None:
 
 
 def cut_after(path: Path, last_step: int) -> list[dict]:
-    """Drops the rows after a step, and a last line that a killed run left unfinished; returns the other rows.
+    """Removes the rows after a step and an incomplete last line from a file; returns the rows that stay.
 
     Raises:
-        TrainingError: another line is no row.
+        TrainingError: another line is not a row.
     """
     if not path.exists():
         return []

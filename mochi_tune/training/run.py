@@ -1,4 +1,4 @@
-"""The running training: all but the model, the objective and the update, behind one `with open_run(...)`."""
+"""The running training: everything except the model, the objective and the update, behind `with open_run(...)`."""
 
 import contextlib
 import faulthandler
@@ -47,13 +47,12 @@ from mochi_tune.training.trackers import Trackers
 def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
     """Opens the run folder of a plan: locks it, finds where the run resumes, and opens metrics and trackers.
 
-    A signal to stop ends the body, and the last finished step is saved. Every process calls it; the main process
-    writes.
+    A signal to stop ends the body of the `with` statement and saves the last finished step. Every process calls this.
 
     Raises:
         MochiTuneError: the folder belongs to another run or process, or the last step could not be saved.
     """
-    assert accelerator.num_processes == plan.layout.num_ranks, "main() was not told of all processes"
+    assert accelerator.num_processes == plan.layout.num_ranks, "num_processes does not match the accelerator"
     plan.check_agreement()
     config, is_main = plan.config, accelerator.is_main_process
     run_dir = Path(config.run_dir)
@@ -70,7 +69,8 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         if is_main and (start.step < config.train.steps or start.owes_evaluation):
             metrics = stack.enter_context(Metrics(run_dir, start.step))
             check_rows(metrics, start)
-            # They follow the metrics' files, and end before these do. Gone back or forced, it is a new run to them.
+            # Trackers read the files of the metrics, so they are closed first. A run that goes back to a checkpoint or
+            # resumes with forced changes is a new run in every tracker.
             last_step = 0 if start.is_named or start.changed else start.step
             trackers = Trackers(run_dir, last_step, config.name, plan.identity["settings"], config.log)
             stack.enter_context(trackers)
@@ -87,13 +87,13 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
 
 
 class Run:
-    """A running training, on every process; the main process also writes.
+    """A running training; every process has one, and the main process writes the files.
 
     Attributes:
         step: the last finished step.
-        exit_code: 0, 2 where the last evaluation could not be written, or 128 + the signal that stopped the run.
-        attention: the kernel that attention runs, one of `parallel.kernels.ALL_KERNELS`; None: what torch chooses.
-        lock: of the run folder; the main process has it.
+        exit_code: 0, 2 if the last evaluation could not be written, or 128 + the signal that stopped the run.
+        attention: the attention kernel, one of `parallel.kernels.ALL_KERNELS`, or None if torch chooses it.
+        lock: the lock of the run folder, on the main process.
     """
 
     attention: str | None = None
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step is left, or the evaluation of the last one."""
+        """Whether a step remains, or the evaluation of the last step."""
         return not self.is_complete or self.start.owes_evaluation
 
     @property
@@ -154,13 +154,13 @@ class Run:
         ema: EMA | None,
         make_inputs: Callable[[Mapping[str, Any], Draws], Inputs],
     ) -> None:
-        """Loads a checkpoint's adapter, optimizer state and EMA, if any, and starts reading clips and catching signals.
+        """Loads the checkpoint to resume from, if any, and starts to read clips and to handle signals.
 
         Args:
-            optimizer: of the adapter.
-            ema: of the adapter, where there is one.
-            make_inputs: makes what the model gets of collated clips and the random numbers for them; it runs in the
-                background, a micro-batch ahead of the step.
+            optimizer: the optimizer of the adapter.
+            ema: the moving average of the adapter, or None.
+            make_inputs: returns the model inputs for collated clips and their random numbers. A background thread
+                calls it one micro-batch ahead of the step.
 
         Raises:
             CheckpointError: the checkpoint belongs to another adapter or optimizer.
@@ -174,11 +174,10 @@ class Run:
             state = checkpoint.load_optimizer(folder / "optimizer.safetensors")
             optimizer.load(adapter, state, self.start.state["groups"])
             if ema is not None:
-                # An average that was asked for by force begins here: there may be none yet.
+                # With resume=force a run may turn the average on, so the checkpoint may have none.
                 averaged = folder / "averaged.safetensors"
                 ema.load(checkpoint.load_adapter_tensors(averaged) if averaged.exists() else adapter)
         if self.metrics is not None:
-            # The adapter, the optimizer's state and, where there is one, the average.
             check_free_space(self.run_dir, plan.step.checkpoint_bytes)
             retention = Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
             self._checkpointer = Checkpointer(self.run_dir, self.metrics, retention, tqdm.write)
@@ -197,14 +196,14 @@ class Run:
         self._progress = self._resources.enter_context(Progress(train.steps, self.step, is_main))
 
     def steps(self) -> Iterator[int]:
-        """Yields the number of each step that is left to make."""
+        """Yields the number of each remaining step."""
         while not self.is_complete:
             self._started = time.perf_counter()
             reset_peak(self.plan.device)
             yield self.step + 1
 
     def micro_batches(self) -> Iterator[Inputs]:
-        """Yields what the model gets of each of this process's micro-batches of the next step.
+        """Yields the model inputs of each micro-batch that this process computes for the next step.
 
         Raises:
             DataError: a clip is damaged.
@@ -213,12 +212,14 @@ class Run:
         return self._prefetcher.take(len(self._own_micro_batches), self._check_while_waiting)
 
     def gather_step(self, parts: Sequence[MicroBatchResult], grad_norm: Tensor, learning_rate: float) -> StepResult:
-        """Joins what the processes computed for a step; the only wait for the device, and for other processes.
+        """Combines the results of all processes for a step.
+
+        This is the only call of a step that synchronizes with the device and with the other processes.
 
         Args:
-            parts: of this process's micro-batches, in order.
-            grad_norm: of the averaged gradients, a tensor ().
-            learning_rate: of the update.
+            parts: the results of this process's micro-batches, in order.
+            grad_norm: the norm of the averaged gradients, a tensor ().
+            learning_rate: the learning rate of the update.
         """
         *losses, norm = torch.stack([*(part.loss for part in parts), grad_norm]).tolist()
         micro_batches = zip(self._own_micro_batches, losses, parts, strict=True)
@@ -228,10 +229,11 @@ class Run:
         return StepResult(self.step + 1, loss, norm, learning_rate, clips, sigmas, stop_signal, save_requested)
 
     def accepts(self, result: StepResult) -> bool:
-        """Whether the update of a step is made; train.spike_policy=skip leaves out those with a sudden loss.
+        """Whether to update the adapter; with train.spike_policy=skip, a step whose loss is a spike has no update.
 
         Raises:
-            TrainingError: the loss or the norm is not finite, or the loss is a spike and train.spike_policy=stop.
+            TrainingError: the loss or the gradient norm is not finite, or the loss is a spike and
+                train.spike_policy=stop.
         """
         is_sound = is_finite(result.loss, result.grad_norm)
         self._verdict = self._guard.verdict(result.loss) if is_sound else "not finite"
@@ -240,7 +242,7 @@ class Run:
         return self._verdict != "skip"
 
     def finish_step(self, result: StepResult) -> None:
-        """Records a finished step: metrics.jsonl, trackers and the progress bar."""
+        """Records a finished step in metrics.jsonl and shows it on the progress bar."""
         self.step = result.step
         if self._verdict != "skip":
             self._guard.made(result.loss)
@@ -256,7 +258,7 @@ class Run:
         self._progress.show(result, seconds)
 
     def save_if_due(self, result: StepResult) -> None:
-        """Saves where the settings or a signal ask for it.
+        """Saves a checkpoint if the settings or a signal ask for one.
 
         Raises:
             Interrupted: a process was asked to stop.
@@ -269,10 +271,10 @@ class Run:
             raise Interrupted
 
     def save(self, is_best: bool = False) -> None:
-        """Writes a checkpoint of the last finished step, unless there is one; every process calls it.
+        """Writes a checkpoint of the last finished step unless it is already saved; every process calls this.
 
         Raises:
-            TrainingError: the run folder was moved or removed. If it was moved, the step is saved where the folder is.
+            TrainingError: the run folder was moved or removed. If it was moved, the step is saved in its new place.
         """
         if self._saved_step != self.step:
             weights, published = self.optimizer.weights(), self.published_weights()
@@ -290,16 +292,16 @@ class Run:
             self.lock.check_in_place()
 
     def _write_report(self) -> None:
-        # At the path of a folder that was moved, another run may have begun.
+        # After the folder was moved, another run may have started at its path.
         if self.report is not None and self.lock is not None and self.lock.is_in_place():
             self.report.write()
 
     def published_weights(self) -> Mapping[str, Tensor] | None:
-        """Returns the weights that are validated, rendered and published; None where these are the trained ones."""
+        """Returns the weights to validate, render and publish, or None if these are the trained weights."""
         return self.ema.tensors if self.ema is not None else self.optimizer.inference_weights()
 
     def check_signals(self) -> None:
-        """Looks at the signals of all processes together, between two pieces of work; saves where one asks for it.
+        """Checks the signals of all processes between two pieces of work, and saves if one asks for it.
 
         Raises:
             Interrupted: a process was asked to stop.
@@ -311,13 +313,12 @@ class Run:
             self.save()
 
     def check_before_compiling(self) -> None:
-        """Ends the step before it compiles for long, if this process is alone and was asked to stop.
+        """Ends the step before a long compilation if a stop was requested and there is only one process.
 
-        Several stop together, after the step: what each of them compiles depends on the bucket of its clips and on the
-        captions that it drops, so that there is no call before a graph that all of them reach.
+        Several processes stop together after the step: they compile at different times, depending on their clips.
 
         Raises:
-            Interrupted: it was.
+            Interrupted: the process was asked to stop.
         """
         if self.accelerator.num_processes == 1 and self.is_asked_to_stop():
             raise Interrupted
@@ -327,7 +328,7 @@ class Run:
         return self._signals is not None and self._signals.received > 0
 
     def finish(self) -> None:
-        """Reports how the run ended.
+        """Prints how the run ended.
 
         Raises:
             TrainingError: the last step could not be saved.
@@ -339,16 +340,16 @@ class Run:
             stopped = f"stopped after step {self.step} of {self.plan.config.train.steps}"
             tqdm.write(f"adapter: {self.run_dir / 'adapter.safetensors'}" if self.is_complete else stopped)
         if self.report is not None:
-            if self.report.run is None:  # There was no step left: a page of an older version is made anew.
+            if self.report.run is None:  # No step was left, but an older version may have written the page.
                 self.report.write()
             for line in self.report.closing_lines() if self.is_complete else ():
                 tqdm.write(line)
 
     def _exchange(self, own: object) -> tuple[int, bool, list]:
-        """Returns the signal that stops the run, whether to save, and what each process passed as `own`."""
+        """Returns the signal that stops the run, whether to save, and the value of `own` from each process."""
         assert self._signals is not None
         if self.accelerator.num_processes > 1:
-            # Where a process hangs is written to stderr before the others give up waiting for it.
+            # Before the collective times out, each process writes its stack to stderr.
             faulthandler.dump_traceback_later(0.9 * self.plan.config.parallel.timeout_seconds)
         stop_signal, save_requested = self._signals.take()
         # If the run folder was moved, a save ends the run.
@@ -358,15 +359,16 @@ class Run:
         return max(stops), any(saves), list(others)
 
     def _check_while_waiting(self) -> None:
-        """Ends the wait for a slow disk when the run is asked to stop; saves where that is asked for.
+        """Handles signals while this process waits for data.
 
         Raises:
-            Interrupted: a single process was asked to stop.
-            ParallelError: one of several was; it cannot reach the others, which wait for it, and ends for all of them.
+            Interrupted: the only process was asked to stop.
+            ParallelError: one of several processes was asked to stop. The others wait for it in a collective, so it
+                ends the run for all of them.
         """
         assert self._signals is not None
         is_alone = self.accelerator.num_processes == 1
-        # Between two steps the main process can save by itself, unless the weights are sharded; others after the step.
+        # Between two steps the main process can save alone, unless the weights are sharded.
         can_save = self.accelerator.is_main_process and (is_alone or isinstance(self.optimizer, AdapterOptimizer))
         stop_signal, save_requested = self._signals.take() if can_save else (self._signals.received, False)
         if (stop_signal or save_requested) and can_save:
@@ -382,7 +384,7 @@ class Run:
         return Adapter(trained_layers(copy_to_cpu(tensors), layers), metadata)
 
     def _refuse(self, result: StepResult) -> NoReturn:
-        """Ends the run before an update that would harm it, and writes what `replay` needs; every process calls it."""
+        """Ends the run before a harmful update and writes a bundle for `replay`; every process calls this."""
         weights = self.optimizer.weights()
         self.save()
         if not self.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""The run folder: its lock, and the history of the processes that trained in it."""
+"""The run folder: its lock and the history of its starts."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from mochi_tune.training import checkpoint
 class RunLock:
     """Locks a run folder for this process.
 
-    The operating system holds the lock and drops it when the process ends, however it ends. The file names the owner.
+    The operating system releases the lock when the process ends, even after SIGKILL. The lock file names the owner.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -55,7 +55,7 @@ class RunLock:
         """
         descriptor = self._file.fileno()
         for find in (lambda: self.path, lambda: Path(os.readlink(f"/proc/self/fd/{descriptor}"))):
-            # Each path may be gone, and not every system has /proc.
+            # Either path may be missing, and not every system has /proc.
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(descriptor), (path := find()).stat()):
                     return path.parent
@@ -86,7 +86,7 @@ class RunLock:
 
 
 def this_process() -> dict[str, object]:
-    """Returns the host, the process number and the start time (UTC) of this process, which together are unique."""
+    """Returns the host, the process ID and the start time (UTC) of this process, which together identify it."""
     import datetime
 
     import psutil
@@ -104,7 +104,7 @@ def _described(owner: str) -> str:
 
 
 def describe_environment(strategy: str, device: torch.device, num_processes: int) -> dict[str, object]:
-    """Returns what the numbers of a run depend on besides its settings."""
+    """Returns what the numbers of a run depend on in addition to its settings."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     environment = {"torch": str(torch.__version__), "processes": num_processes, "strategy": strategy, "device": name}
     if device.type == "cuda":
@@ -117,11 +117,11 @@ def describe_environment(strategy: str, device: torch.device, num_processes: int
 
 
 def record_start(run_dir: Path, facts: dict) -> None:
-    """Appends to run_dir/history.jsonl how and from where this process starts."""
+    """Appends a start of the run to run_dir/history.jsonl."""
     with open(run_dir / "history.jsonl", "a") as file:
         file.write(json.dumps(facts) + "\n")
 
 
 def read_history(run_dir: Path) -> list[dict]:
-    """Returns what `record_start` wrote so far; a killed process may have left a part of a line."""
+    """Returns all rows that `record_start` wrote, without an incomplete last line of a killed process."""
     return read_json_lines(run_dir / "history.jsonl")
