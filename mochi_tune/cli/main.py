@@ -1,4 +1,4 @@
-"""The command line: verbs, help, and the only module that prints."""
+"""The command line: dispatches to the verbs, and reports errors with the exit code of each."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mochi_tune.cli.bench import run_bench
 from mochi_tune.cli.completion import run_completion
 from mochi_tune.cli.describe import run_describe
 from mochi_tune.cli.doctor import run_doctor
@@ -33,10 +34,8 @@ from mochi_tune.cli.launch import (
 )
 from mochi_tune.cli.lora import run_lora
 from mochi_tune.cli.options import (
-    BENCH_OPTIONS,
     REPLAY_OPTIONS,
     USAGE,
-    VERIFY_OPTIONS,
     is_setting,
     load,
     plain_options,
@@ -47,7 +46,7 @@ from mochi_tune.cli.starter import start_processes, tell_the_starter
 from mochi_tune.cli.stdio import PatientStream, drop_output, is_reader_gone, open_missing_streams, slow_bars
 from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.cli.ui import run_ui
-from mochi_tune.cli.values import whole_number
+from mochi_tune.cli.verify import run_verify
 from mochi_tune.cli.weights import run_weights
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
 
@@ -293,112 +292,6 @@ def run_sample(arguments: list[str]) -> int:
             # The program that started this process reports the stop once, and exits with this code.
             return tell_the_starter(stop.args[0] if stop.args else INTERRUPTED)
     return 0
-
-
-def run_verify(arguments: list[str]) -> int:
-    """Compares this machine's numbers with the official ones."""
-    options = plain_options("verify", arguments, VERIFY_OPTIONS)
-    if options is None:
-        return 0
-    for key, allowed in (("device", ("cpu", "cuda", "auto")), ("dtype", ("fp32", "bf16"))):
-        if options[key] not in allowed:
-            raise ConfigError(f"{key}={options[key]} is not possible: use {' or '.join(allowed)}.")
-    if whole_number("parallel.num_processes", options["parallel.num_processes"], 1) > 1:
-        from mochi_tune.recipes.verify import check_reference
-
-        check_reference(Path(options["reference"]) if options["reference"] else None)
-    return run_in_processes("verify", arguments, options, lambda is_first: verify_here(options, is_first))
-
-
-def verify_here(options: dict[str, str], is_first: bool) -> int:
-    """Runs the checks of one process; the first process prints them."""
-    from mochi_tune.recipes.verify import main as verify
-
-    reference = Path(options["reference"]) if options["reference"] else None
-    checks = verify(reference, options["device"], options["dtype"])
-    if is_first:
-        print(f"{'check':<66} {'max relative error':>18} {'tolerance':>9}")
-    failed = 0
-    for check in checks:
-        failed += not check.ok
-        if is_first:
-            verdict = "ok" if check.ok else "FAIL"
-            print(f"{check.name:<66} {check.error:>18.2e} {check.tolerance:>9.0e}  {verdict}", flush=True)
-    if is_first:
-        print(f"{failed} checks FAILED" if failed else "every check is ok")
-    return 1 if failed and is_first else 0
-
-
-def run_bench(arguments: list[str]) -> int:
-    """Measures speed and memory."""
-    options = plain_options("bench", arguments, BENCH_OPTIONS)
-    if options is None:
-        return 0
-    from mochi_tune.config.load import load_config
-    from mochi_tune.recipes.bench import Bench, check
-
-    if options["compile"] not in ("true", "false", "auto"):
-        raise ConfigError(f"compile={options['compile']} is not possible: use true, false or auto.")
-    memory = load_config("base", [f"memory={options['memory']}"]).memory
-    bench = Bench(
-        what=options["what"],
-        model=options["model"],
-        device=options["device"],
-        dtype=options["dtype"],
-        num_frames=whole_number("num_frames", options["num_frames"], 1),
-        height=whole_number("height", options["height"], 1),
-        width=whole_number("width", options["width"], 1),
-        repeats=whole_number("repeats", options["repeats"], 1),
-        limit_gib=whole_number("limit_gib", options["limit_gib"], 0),
-        dit=memory.dit,
-        activations=memory.activations,
-        depth=None if options["depth"] == "all" else whole_number("depth", options["depth"], 1),
-        lora_rank=whole_number("lora_rank", options["lora_rank"], 0),
-        compile={"true": True, "false": False}.get(options["compile"]),
-        recompute=options["recompute"],
-        precision=options["precision"],
-    )
-    check(bench, whole_number("parallel.num_processes", options["parallel.num_processes"], 1))
-    out = Path(options["out"]) if options["out"] else None
-    if out is not None:
-        from mochi_tune.files import make_writable_folder
-
-        make_writable_folder(out.parent)
-    return run_in_processes("bench", arguments, options, lambda is_first: bench_here(bench, out, is_first))
-
-
-def bench_here(bench, out: Path | None, is_first: bool) -> int:
-    """Measures as one process; the first process prints the result."""
-    import json
-
-    from mochi_tune.recipes.bench import main as measure
-
-    figures = measure(bench)
-    if is_first:
-        text = json.dumps(figures, indent=1)
-        if figures["is_reduced"]:
-            print(f"reduced: depth {figures['depth']} of {figures['full_depth']}", file=sys.stderr)
-        print(text)
-        if out is not None:
-            with open(out, "a") as file:
-                file.write(json.dumps(figures) + "\n")
-    return 0
-
-
-def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], run: Callable[[bool], int]) -> int:
-    """Runs a verb here, or in the processes that it asks for, or as one of those that something else has started.
-
-    Args:
-        verb: the verb.
-        arguments: of the command line, behind the verb.
-        options: of the verb, with "device" and "parallel.num_processes".
-        run: the verb's work; takes whether this is the first process, and returns the exit code.
-    """
-    count = whole_number("parallel.num_processes", options["parallel.num_processes"], 1)
-    if num_processes_here(os.environ) == 1:
-        return start_processes(count, [verb, *arguments], options["device"], 600) if count > 1 else run(True)
-    with joined(options["device"], 600):
-        return run(os.environ["RANK"] == "0")
 
 
 if __name__ == "__main__":

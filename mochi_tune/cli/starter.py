@@ -8,10 +8,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from mochi_tune.cli.launch import LOST_CONTACT, STARTED_HERE, USERS_MISTAKE, check_gpus, uses_gpus
+from mochi_tune.cli.launch import (
+    LOST_CONTACT,
+    STARTED_HERE,
+    USERS_MISTAKE,
+    check_gpus,
+    joined,
+    num_processes_here,
+    uses_gpus,
+)
+from mochi_tune.cli.values import whole_number
 from mochi_tune.errors import ParallelError
 from mochi_tune.files import write_atomic
 
@@ -93,6 +102,22 @@ def tell_the_starter(code: int) -> int:
         return code
     write_atomic(Path(os.environ[STOPPED_FILE]), str(code).encode())
     return 0
+
+
+def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], run: Callable[[bool], int]) -> int:
+    """Runs a verb here, or in the processes that it asks for, or as one of those that something else has started.
+
+    Args:
+        verb: the verb.
+        arguments: of the command line, behind the verb.
+        options: of the verb, with "device" and "parallel.num_processes".
+        run: the verb's work; takes whether this is the first process, and returns the exit code.
+    """
+    count = whole_number("parallel.num_processes", options["parallel.num_processes"], 1)
+    if num_processes_here(os.environ) == 1:
+        return start_processes(count, [verb, *arguments], options["device"], 600) if count > 1 else run(True)
+    with joined(options["device"], 600):
+        return run(os.environ["RANK"] == "0")
 
 
 class PassedOnSignals:
