@@ -19,7 +19,7 @@ from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import LayerSettings, apply_lora, linear_shapes, lora_parameters
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES, find_device
-from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.flops import dit_flops
 from mochi_tune.models.latents import check_geometry, latent_shape, num_visual_tokens
 from mochi_tune.models.vae import DecoderConfig, EncoderConfig
@@ -28,8 +28,8 @@ from mochi_tune.parallel.forecast import ATTENTION_BACKWARD, Step, free_bytes
 from mochi_tune.parallel.forecast_context import card_here
 from mochi_tune.parallel.kernels import attention_by, preferred, time_attention
 from mochi_tune.parallel.mesh import Mesh, Videos, choose_layout
-from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
-from mochi_tune.parallel.precision import NEEDS, apply_precision, check_precision
+from mochi_tune.parallel.modulation import HostModulation
+from mochi_tune.parallel.precision import NEEDS, check_precision, shrink_block
 from mochi_tune.parallel.recompute import POLICIES
 from mochi_tune.recipes.measuring import (
     CPU_TOKENS,
@@ -200,11 +200,7 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     policies = Step(config, num_tokens, dtype_bytes=dtype.itemsize, **kinds).policies(free, is_streamed, is_offloaded)
     memory = MemoryPlan(policies, is_compiled, is_streamed, is_offloaded)
 
-    def shrink(_: AsymmDiT, block: torch.nn.Module) -> None:
-        assert isinstance(block, AsymmetricJointBlock)
-        apply_host_modulation(block)
-        apply_precision(block, bench.precision)
-
+    shrink = functools.partial(shrink_block, precision=bench.precision)
     dit = build_random_model(config, "cpu" if memory.is_streamed else device, dtype, shrink)
     prompt, host_modulation = torch.randn(1, CAPTION_TOKENS, config.t5_feat_dim), HostModulation(dit)
     mask, sigma = torch.ones(1, CAPTION_TOKENS, dtype=torch.bool), torch.tensor([0.5])

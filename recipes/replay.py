@@ -1,6 +1,7 @@
 """Recomputes one step of a run, without its update: the step that a run refused to make, sample by sample."""
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError, some
 from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device
-from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.kernels import ALL_KERNELS, attention_by, has_kernel
-from mochi_tune.parallel.modulation import HostModulation, apply_host_modulation
-from mochi_tune.parallel.precision import apply_precision
+from mochi_tune.parallel.modulation import HostModulation
+from mochi_tune.parallel.precision import shrink_block
 from mochi_tune.parallel.recompute import apply_activation_checkpointing
 from mochi_tune.recipes.train_lora import make_inputs
 from mochi_tune.training.accelerator import check_adapter_fits
@@ -176,21 +177,16 @@ def find_clips(config: RunConfig, paths: list[str], of_run: str | None) -> tuple
 
 def load_adapted(config: RunConfig, bundle: Path, device: torch.device, has_host_modulation: bool) -> AsymmDiT:
     """Loads the base with the adapter as it was before the step, in training mode."""
-
     weights = WeightsFolder(weights_paths(config))
-
-    def shrink_block(dit: AsymmDiT, block: nn.Module) -> None:
-        assert isinstance(block, AsymmetricJointBlock)
-        if has_host_modulation:
-            apply_host_modulation(block)
-        number = next(i for i, each in enumerate(dit.blocks) if each is block)
-        apply_precision(
-            block, config.model.precision or "bf16", lambda name: weights.read_fp8(f"blocks.{number}.{name}")
-        )
-
     weights.check(["dit"])
+    shrink = functools.partial(
+        shrink_block,
+        precision=config.model.precision or "bf16",
+        read_fp8=weights.read_fp8,
+        has_host_modulation=has_host_modulation,
+    )
     saved = load_tensors(bundle / "adapter.safetensors")
-    dit = weights.load_dit(device, DTYPES[config.model.dtype], shrink_block)
+    dit = weights.load_dit(device, DTYPES[config.model.dtype], shrink)
     layers = lora_settings(config.lora, linear_shapes(dit))
     apply_lora(dit, layers, key_seed(config.seed, "adapter"), config.lora.dora)
     if config.train.recompute != "none":

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mochi_tune.errors import ConfigError
+from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock
 from mochi_tune.models.eight_bit import EIGHT_BIT, EightBitLinear
+from mochi_tune.parallel.modulation import apply_host_modulation
 
 # Matrices of the visual stream: 5.4 of the 7.2 billion parameters besides modulation. The text stream, which has few
 # tokens, keeps its dtype.
@@ -31,6 +33,29 @@ def check_precision(precision: str, device: torch.device) -> None:
             f"model.precision={precision} needs a GPU of compute capability {'.'.join(map(str, NEEDS[precision]))}, "
             f"but {torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}: use {' or '.join(possible)}."
         )
+
+
+def shrink_block(
+    dit: AsymmDiT,
+    block: nn.Module,
+    precision: str,
+    read_fp8: Callable[[str], tuple[Tensor, Tensor] | None] = lambda _: None,
+    has_host_modulation: bool = True,
+) -> None:
+    """Makes a block small as soon as it is read: modulation goes to host memory, large matrices to fewer bits.
+
+    Args:
+        dit: the model that is being loaded.
+        block: one of its blocks, on its device.
+        precision: as in `apply_precision`.
+        read_fp8: `WeightsFolder.read_fp8` of the base.
+        has_host_modulation: whether modulation is computed in host memory.
+    """
+    assert isinstance(block, AsymmetricJointBlock)
+    if has_host_modulation:
+        apply_host_modulation(block)
+    number = next(i for i, each in enumerate(dit.blocks) if each is block)
+    apply_precision(block, precision, lambda name: read_fp8(f"blocks.{number}.{name}"))
 
 
 def apply_precision(

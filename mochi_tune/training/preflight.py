@@ -31,12 +31,11 @@ from mochi_tune.data.order import ClipOrder, make_pools
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES, find_device
-from mochi_tune.models.dit import AsymmDiT, AsymmetricJointBlock, DiTConfig
+from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.parallel.forecast import Card, Step, free_bytes
 from mochi_tune.parallel.forecast_context import TRAINING, card_here, sharing_seconds
 from mochi_tune.parallel.mesh import Layout, training_layout
-from mochi_tune.parallel.modulation import apply_host_modulation
-from mochi_tune.parallel.precision import apply_precision, check_precision
+from mochi_tune.parallel.precision import check_precision, shrink_block
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.accelerator import host_memory
 from mochi_tune.training.agreement import check_agreement
@@ -112,11 +111,7 @@ class TrainPlan:
 
     def shrink_block(self, dit: AsymmDiT, block: nn.Module) -> None:
         """Makes a block small as soon as it is read: modulation goes to host memory, large matrices to fewer bits."""
-        assert isinstance(block, AsymmetricJointBlock)
-        if self.has_host_modulation:
-            apply_host_modulation(block)
-        number = next(i for i, each in enumerate(dit.blocks) if each is block)
-        apply_precision(block, self.precision, lambda name: self.weights.read_fp8(f"blocks.{number}.{name}"))
+        shrink_block(dit, block, self.precision, self.weights.read_fp8, self.has_host_modulation)
 
     @property
     def step(self) -> Step:
