@@ -91,8 +91,7 @@ def layer_settings(
         rank_pattern: rank by regular expression; `alpha_pattern` and `dropout_pattern` likewise.
 
     Raises:
-        ConfigError: a pattern is not a regular expression or matches no layer, or two patterns with different values
-            match one layer.
+        ConfigError: a pattern is not a regular expression or matches no layer, or two contradict each other.
     """
     ranks = _by_pattern("lora.rank_pattern", layers, rank_pattern or {})
     alphas = _by_pattern("lora.alpha_pattern", layers, alpha_pattern or {})
