@@ -22,7 +22,7 @@ def numbers_of(path: Path, **options) -> list[int]:
     scan = scan_video(path)
     num_frames = scan.num_source_frames if options.get("frame_rate") == "retime" else scan.num_frames
     cut = Cut(num_frames, 64, 64, **options)
-    with pytest.raises(DataError, match=f"have {num_frames} frames"):
+    with pytest.raises(DataError, match=f"has {num_frames} frames"):
         decode_clip(path, Cut(num_frames + 1, 64, 64, **options))
     return [frame_number(frame) for frame in decode_clip(path, cut).frames]
 
