@@ -1,10 +1,9 @@
-"""Resuming a run: from which checkpoint, whether it is the same run, and the run folder as it was at that step.
+"""Resuming a run: finds the checkpoint, checks that it belongs to the same run, and rewinds the run folder to it.
 
 `run.Run.restore_and_start` then loads the checkpoint into the model and the optimizer.
 """
 
 import datetime
-import filecmp
 import functools
 import hashlib
 import itertools
@@ -19,21 +18,15 @@ from tqdm import tqdm
 from mochi_tune.config.load import config_yaml
 from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
-from mochi_tune.files import copy_atomic, parse_object, read_json, read_json_lines, remove_temporary_files, write_atomic
+from mochi_tune.files import parse_object, read_json, read_json_lines, write_atomic
 from mochi_tune.training import checkpoint
-from mochi_tune.training.branches import (
-    enter_branch,
-    next_number,
-    number_of_going_back,
-    put_aside,
-    put_videos_aside,
-)
-from mochi_tune.training.eval_files import find_eval_videos, find_temporary_videos, prompt_file
+from mochi_tune.training.eval_files import find_eval_videos
 from mochi_tune.training.metrics import FILES, Metrics, cut_after
 from mochi_tune.training.preflight import TrainPlan, bound_settings
+from mochi_tune.training.rewind import rewind
 from mochi_tune.training.run_folder import read_history, record_start
 
-# In the run folder: the clips of the last start, to say what has changed.
+# File in the run folder with the clips of the last start, so that the next one can report what changed.
 CLIPS_FILE = "clips.json"
 
 
@@ -43,13 +36,13 @@ class ResumePoint:
 
     Attributes:
         step: the last finished step.
-        folder: of the checkpoint; None at step 0.
-        state: the checkpoint's state.json.
-        notes: lines for the user.
-        changed: settings that differ and were forced.
-        is_named: whether the user named the checkpoint, by resume_from.
-        owes_evaluation: whether all steps are made, and the evaluation of the last one is not.
-        validates_on_others: whether a validation measures something else than those before the checkpoint did.
+        folder: the checkpoint; None at step 0.
+        state: the state.json of the checkpoint.
+        notes: lines to print.
+        changed: changes that were accepted with resume=force.
+        is_named: whether the user named the checkpoint with resume_from.
+        owes_evaluation: whether all steps are finished but the evaluation of the last one is not.
+        validates_on_others: whether validations measure other clips or other noise than those before the checkpoint.
     """
 
     step: int = 0
@@ -64,15 +57,15 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class ThisRun:
-    """What this command's run is, which a checkpoint's must fit.
+    """The run of this command, which a checkpoint is compared with.
 
     Attributes:
-        identity: settings, cache, order of clips, base and draws.
-        is_forced: whether it goes on in spite of other settings.
-        environment: what this process computes with, see `describe_environment`.
-        already_forced: steps and the changes that were forced there before; they need not be forced again.
-        contents: what each clip of the cache is, see `Cache.contents`.
-        has_made: whether the run's rows are those of its order of clips, up to a step.
+        identity: settings, cache, order of clips, base and random numbers.
+        is_forced: whether to resume despite changed settings.
+        environment: see `describe_environment`.
+        already_forced: changes that were forced before, by step; they need not be forced again.
+        contents: hash of each clip of the cache, see `Cache.contents`.
+        has_made: whether the rows of the run up to a step have the clips of this run's order.
     """
 
     identity: dict
@@ -87,28 +80,28 @@ def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> 
     """Finds the checkpoint to resume from and checks that it belongs to the same run; changes nothing on the disk.
 
     Args:
-        run_dir: of the run.
-        now: what this command's run is.
-        resume_from: a checkpoint that the user names; None for the newest valid one.
+        run_dir: the run folder.
+        now: the run of this command.
+        resume_from: the checkpoint that the user named; None for the newest valid one.
 
     Raises:
-        TrainingError: it is another run, or one whose checkpoints are gone.
-        CheckpointError: the named checkpoint, or every one, is damaged, or something is missing from it.
+        TrainingError: the folder holds another run, or an adapter without checkpoints.
+        CheckpointError: the named checkpoint is damaged or incomplete, or all checkpoints are.
     """
     folder, wrong = named_checkpoint(resume_from) if resume_from else checkpoint.newest_valid(run_dir / "checkpoints")
     if folder is None:
         if wrong:
             raise CheckpointError(
-                f"{run_dir} has no checkpoint to go on from: {'; '.join(wrong)}: use another run_dir, "
-                f"or remove {run_dir / 'checkpoints'} and the adapter to begin anew."
+                f"{run_dir} has no checkpoint to resume from: {'; '.join(wrong)}: use another run_dir, "
+                f"or remove {run_dir / 'checkpoints'} and the adapter to start again."
             )
         if (run_dir / "adapter.safetensors").exists():
-            raise TrainingError(f"{run_dir} has an adapter and no checkpoint to go on from: use another run_dir.")
+            raise TrainingError(f"{run_dir} has an adapter but no checkpoint to resume from: use another run_dir.")
         return ResumePoint()
     state = read_json(folder / "state.json")
     needed = ("step", "settings", "cache", "base", "draws", "groups", "rows", "losses")
     if missing := [key for key in needed if key not in state]:
-        raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}: a run cannot go on without.")
+        raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}, so the run cannot resume.")
     if "order" not in state and state["cache"] == now.identity["cache"] and now.has_made(state["step"]):
         state["order"] = now.identity["order"]
     try:
@@ -118,17 +111,17 @@ def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> 
     before = state.get("environment", now.environment)
     differing = [key for key, value in now.environment.items() if before.get(key, value) != value]
     if others := [f"{key} was {before.get(key)}, is {now.environment[key]}" for key in differing]:
-        notes.append(f"{'; '.join(others)}: the same samples in the same order, but no longer the same bits")
-    notes = [f"{text}: the one before is taken" for text in wrong] + notes
+        notes.append(f"{'; '.join(others)}: the samples and their order stay the same, but results differ in rounding")
+    notes = [f"{text}: the run resumes from an older one" for text in wrong] + notes
     is_named, on_others = resume_from is not None, _validates_on_others(state, now.identity)
     return ResumePoint(state["step"], folder, state, notes, changed, is_named, validates_on_others=on_others)
 
 
 def named_checkpoint(folder: Path) -> tuple[Path, list[str]]:
-    """Returns the checkpoint that a user names, and an empty list of damage.
+    """Returns the checkpoint that the user named, and an empty list of damage.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or the folder is not a checkpoint.
     """
     if not (folder / checkpoint.MANIFEST).exists():
         near = [*checkpoint.find_checkpoints(folder / "checkpoints"), *checkpoint.find_checkpoints(folder.parent)]
@@ -137,38 +130,41 @@ def named_checkpoint(folder: Path) -> tuple[Path, list[str]]:
             if near
             else "name a folder RUN_DIR/checkpoints/step_NNNNNN"
         )
-        raise CheckpointError(f"resume_from={folder} is no checkpoint: {there}.")
+        raise CheckpointError(f"resume_from={folder} is not a checkpoint: {there}.")
     if damage := checkpoint.damage_of(folder):
-        raise CheckpointError(f"{damage}: name another one in resume_from, or leave it out for the newest whole one.")
+        raise CheckpointError(
+            f"{damage}: name another one in resume_from, or leave it out for the newest undamaged one."
+        )
     return folder, []
 
 
 def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], list[str]]:
-    """Returns the forced changes, and lines about all changes for the user.
+    """Returns the changes that were forced, and lines to print about all changes.
 
     Raises:
-        TrainingError: a setting that decides what is learnt has changed, and is not forced or cannot be forced.
+        TrainingError: a setting that decides what is learnt has changed, and the change is not or cannot be forced.
     """
     identity = this.identity
     moved, altered = changed_clips(run_dir, state["cache"], this.contents)
     now = identity["settings"]
-    # A setting that the checkpoint's version did not have had its default.
+    # A setting that did not exist in the version of the checkpoint had the value that is the default now.
     before = {key: each.default for key, each in known_keys().items() if key in now and not each.is_required}
     before |= state["settings"]
     differing = [key for key in now if before.get(key) != now[key]]
     texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing if key != "data.sources"}
     others = {}
-    # A run that has made all of its steps needs no order of clips.
+    # A finished run does not need the order of clips.
     lacks_order = "order" not in state and state["step"] < now["train.steps"]
     if lacks_order:
-        others["order"] = "its checkpoint is of an earlier version, which did not keep the order of the clips"
+        others["order"] = "its checkpoint is from an older version, which did not store the order of the clips"
     elif "order" in state and state["order"] != identity["order"]:
-        why = moved or ": repeats, weights, shares, held-out clips or the batch size are others"
-        others["order"] = f"the clips come in another order than in the {state['step']} steps so far{why}"
+        why = moved or ": repeats, weights, shares, held-out clips or the batch size changed"
+        others["order"] = f"the order of the clips differs from that of the first {state['step']} steps{why}"
     if state["base"] != identity["base"]:
-        others["base"] = "the base is another one"
+        others["base"] = "the base model changed"
     if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
-        others["draws"] = f"this torch draws other random numbers than {state.get('environment', {}).get('torch')} did"
+        torch = state.get("environment", {}).get("torch")
+        others["draws"] = f"this version of torch draws other random numbers than {torch}"
     decisive = bound_settings(differing)
     fixed = [texts[key] for key in decisive if resume_rule(key) == "held"]
     fixed += [text for part, text in others.items() if part == "base"]
@@ -176,25 +172,25 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     is_forced = this.is_forced or (state["step"], changed) in this.already_forced
     if changed and (fixed or not is_forced):
         undo = "" if lacks_order and len(changed) == 1 else "undo that, or "
-        force = "" if fixed else ", or resume all the same with resume=force, as a run that cannot be repeated"
+        force = "" if fixed else ", or use resume=force, after which the run cannot be reproduced from its settings"
         raise TrainingError(
-            f"{run_dir} cannot go on from step {state['step']}: {'; '.join(fixed or changed)}: "
+            f"{run_dir} cannot resume from step {state['step']}: {'; '.join(fixed or changed)}: "
             f"{undo}start another run with run_dir=DIR{force}."
         )
     notes = [f"since step {state['step']} {text}" for key, text in texts.items() if not key.startswith(_UNMENTIONED)]
     notes += [f"since step {state['step']} {text}" for text in others.values()]
     if state["cache"] != identity["cache"] and "order" not in others:
         notes.append(
-            f"since step {state['step']}: {altered or 'clips are encoded anew'}; their order is the same, but "
-            "the run cannot be repeated from its start"
+            f"since step {state['step']}: {altered or 'clips were encoded again'}; their order is the same, but "
+            "the run cannot be reproduced from its start"
         )
     if before.get("train.steps") != now["train.steps"] and now.get("train.schedule", "cosine") != "constant":
-        notes.append("the learning rate's schedule is stretched to the new number of steps from here")
+        notes.append("from here on, the schedule of the learning rate is stretched to the new number of steps")
     return changed, notes
 
 
 def _validates_on_others(state: Mapping, identity: Mapping) -> bool:
-    """Whether a validation measures other clips, or with other noise, than those before a checkpoint did."""
+    """Whether validations measure other clips or other noise than those before a checkpoint."""
     before, now = state["settings"], identity["settings"]
     settings = ("seed", "train.objective", "train.validation_clips")
     are_same_clips = state["cache"] == identity["cache"] and state.get("order") == identity["order"]
@@ -202,19 +198,23 @@ def _validates_on_others(state: Mapping, identity: Mapping) -> bool:
 
 
 def read_clips(run_dir: Path) -> dict:
-    """Returns the clips of a run's last start; {} where the file is missing or damaged, as it serves notes alone."""
+    """Returns the clips of the last start of a run; {} if the file is missing or damaged, as only notes use it."""
     path = run_dir / CLIPS_FILE
     found = parse_object(path.read_bytes()) if path.exists() else None
     return found if found is not None and isinstance(found.get("clips"), dict) else {}
 
 
 def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) -> tuple[str, str]:
-    """Returns in words which clips came or went, and which are others, since the run started with another cache."""
+    """Describes how the clips differ from those of the last start, if that used the cache with this fingerprint.
+
+    Returns:
+        A text that names new and removed clips, and a text that names clips with another caption or cut; "" for none.
+    """
     kept = read_clips(run_dir)
     if kept.get("cache") != fingerprint:
         return "", ""
     before = kept["clips"]
-    parts = {"new": contents.keys() - before.keys(), "gone": before.keys() - contents.keys()}
+    parts = {"new": contents.keys() - before.keys(), "removed": before.keys() - contents.keys()}
     texts = [f"{len(names)} {what} ({some(sorted(names))})" for what, names in parts.items() if names]
     altered = sorted(name for name in contents.keys() & before if contents[name] != before[name])
     return (
@@ -223,44 +223,8 @@ def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) 
     )
 
 
-# Changes of these are not worth a line: they say where things are and how they are reported.
+# Prefixes of settings whose changes are not reported, because they only say where files are and what is displayed.
 _UNMENTIONED = ("run_dir", "resume", "sample.", "log.", "publish.", "data.videos", "data.cache")
-
-
-def rewind(run_dir: Path, start: ResumePoint, log: Callable[[str], None]) -> None:
-    """Resets the run folder to its state at the step that the run resumes from.
-
-    Checkpoints of later steps are renamed: they are damaged, or the user named an older one. Eval videos of later
-    steps are removed, as they are rendered again; where the user went back, they are renamed, too.
-    """
-    checkpoints = run_dir / "checkpoints"
-    for folder in (run_dir, checkpoints, run_dir / "base_latents"):
-        remove_temporary_files(folder)
-    for path in find_temporary_videos(run_dir):
-        path.unlink()
-    if checkpoints.is_dir() and (stale := checkpoint.clear_leftovers(checkpoints)):
-        log(f"removed what an interrupted save left: {', '.join(stale)}")
-    number = number_of_going_back(run_dir) if start.is_named else next_number(checkpoints)
-    if start.is_named and start.folder is not None:
-        enter_branch(run_dir, start.folder, start.state, number, log)
-        put_videos_aside(run_dir, start.step, number)
-    kept = [path for path in checkpoint.find_checkpoints(checkpoints) if checkpoint.step_of(path) <= start.step]
-    for path in sorted(checkpoints.glob("step_*")):
-        if path not in kept:
-            log(f"put aside: {put_aside(path, number)}")
-    # No other file of that folder: `sample` names its videos by their prompts.
-    for step, _, video in find_eval_videos(run_dir):
-        if step > start.step or start.folder is None:
-            prompt_file(video).unlink(missing_ok=True)
-            video.unlink()
-    own = run_dir / "adapter.safetensors"
-    if start.folder is not None:
-        published = checkpoint.published_file(start.folder)
-        if not own.exists() or not filecmp.cmp(published, own, shallow=False):
-            # The run was killed right after a save, before it had copied the adapter.
-            copy_atomic(published, own)
-    else:
-        (run_dir / "validation.jsonl").unlink(missing_ok=True)
 
 
 def find_start(plan: TrainPlan) -> ResumePoint:
@@ -270,13 +234,13 @@ def find_start(plan: TrainPlan) -> ResumePoint:
         MochiTuneError: the run folder holds another run, or its checkpoints are damaged.
     """
     config, run_dir = plan.config, Path(plan.config.run_dir)
-    # resume_from is followed until a checkpoint is made after it; then the same command resumes from the newest one.
+    # resume_from applies until the run saves a later checkpoint; then the same command resumes from the newest one.
     starts, is_followed, learnt = read_history(run_dir), False, _learnt(plan)
 
     def is_this(start: Mapping) -> bool:
         return _is_same(start.get("resume_from"), config.resume_from) and start.get("learnt", learnt) == learnt
 
-    # Of the starts of this command since it was given, the first one followed it.
+    # The starts of this same command, newest first.
     since = list(itertools.takewhile(is_this, reversed(starts)))
     if config.resume_from and since:
         newest, _ = checkpoint.newest_valid(run_dir / "checkpoints")
@@ -290,7 +254,7 @@ def find_start(plan: TrainPlan) -> ResumePoint:
 
 
 def _has_made(plan: TrainPlan, step: int) -> bool:
-    """Whether the rows of a run up to a step have the clips that a plan's order gives."""
+    """Whether the rows of a run up to a step have the clips of a plan's order."""
     rows = [row for row in read_json_lines(Path(plan.config.run_dir) / "metrics.jsonl") if row.get("step", 0) <= step]
     names, draws = plan.dataset.cache.rows.column("sample_id"), plan.draws
 
@@ -302,15 +266,15 @@ def _has_made(plan: TrainPlan, step: int) -> bool:
 
 
 def _learnt(plan: TrainPlan) -> str:
-    """Returns a hash of the settings that decide what is learnt: with others, going back is another try."""
+    """Returns a hash of the settings that decide what is learnt; with another hash, resume_from applies again."""
     settings, own = plan.identity["settings"], known_keys()
-    # But for what follows from others, as the samples of a step from the number of processes.
+    # Without values that are derived from other settings, such as the number of samples per step.
     bound = json.dumps({key: settings[key] for key in bound_settings(settings) if key in own}, sort_keys=True)
     return hashlib.sha256(bound.encode()).hexdigest()[:12]
 
 
 def _is_same(before: str | None, now: str | None) -> bool:
-    """Whether two starts named one checkpoint, however each is spelt, or both none."""
+    """Whether two starts named the same checkpoint, possibly by different paths, or both named none."""
     if before is None or now is None:
         return before is now
     return Path(before).resolve() == Path(now).resolve()
@@ -322,20 +286,20 @@ def resume(plan: TrainPlan) -> ResumePoint:
     start = find_start(plan)
     rewind(run_dir, start, tqdm.write)
     if config.resume_from and not start.is_named:
-        tqdm.write(f"resume_from={config.resume_from} was followed before: the run goes on from what came of it")
+        tqdm.write(f"resume_from={config.resume_from} was used before: the run resumes from its newest checkpoint")
     owes = owes_evaluation(plan, start.step)
     if owes:
-        tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was broken off, is made now")
+        tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was interrupted, is made now")
         return replace(start, owes_evaluation=True)
     if start.step >= config.train.steps:
         which = " with this resume_from" if start.is_named else ""
-        more = f"raise train.steps={config.train.steps}{which} to train on"
-        tqdm.write(f"{run_dir} is trained to step {start.step} already: {more}")
+        more = f"raise train.steps={config.train.steps}{which} to continue"
+        tqdm.write(f"{run_dir} is already trained to step {start.step}: {more}")
         _, altered = changed_clips(run_dir, start.state["cache"], plan.dataset.cache.contents())
         if altered and start.state["cache"] != plan.identity["cache"]:
-            tqdm.write(f"since then {altered}: raise train.steps to train on with them, or start another run")
+            tqdm.write(f"since then {altered}: raise train.steps to continue with them, or start another run")
         if start.is_named:
-            # No step is left, so nothing else removes the rows of the steps that the user gave up.
+            # No step is left, so `Metrics` does not remove the rows of the steps that the user gave up.
             for name in FILES:
                 cut_after(run_dir / f"{name}.jsonl", start.step)
             record_in_folder(plan, start)
@@ -348,13 +312,13 @@ def resume(plan: TrainPlan) -> ResumePoint:
     if plan.held_out:
         tqdm.write(f"held out for validation: {len(plan.held_out)} of {counted(num_clips, 'clip')}")
     elif plan.validation_clips and config.train.validate_every:
-        tqdm.write(f"none of {counted(num_clips, 'clip')} can be held out: validation is on clips that are trained on")
+        tqdm.write(f"no clip of {num_clips} can be held out: the validation uses clips that are trained on")
     record_in_folder(plan, start)
     return start
 
 
 def record_in_folder(plan: TrainPlan, start: ResumePoint) -> None:
-    """Writes what this start of a run is into its folder: the settings, the clips and a row of the history."""
+    """Writes the settings, the clips and a row of the history of this start into the run folder."""
     config, run_dir = plan.config, Path(plan.config.run_dir)
     write_atomic(run_dir / "config.yaml", config_yaml(config).encode(), durable=True)
     rows = plan.dataset.cache.rows
@@ -368,7 +332,7 @@ def record_in_folder(plan: TrainPlan, start: ResumePoint) -> None:
 
 
 def owes_evaluation(plan: TrainPlan, step: int) -> bool:
-    """Whether a run made its last step and did not validate or render it, as it was interrupted there."""
+    """Whether a run finished its last step but was interrupted before the evaluation of that step was complete."""
     run_dir, train = Path(plan.config.run_dir), plan.config.train
     if step != train.steps:
         return False
@@ -380,7 +344,7 @@ def owes_evaluation(plan: TrainPlan, step: int) -> bool:
 
 
 def check_rows(metrics: Metrics, start: ResumePoint) -> None:
-    """Reports rows of metrics.jsonl that were removed or added since the checkpoint was saved."""
+    """Prints a line if rows of metrics.jsonl were removed or added since the checkpoint was saved."""
     found, saved = metrics.num_rows()["metrics"], start.state.get("rows", {}).get("metrics", 0)
     if found != saved:
-        tqdm.write(f"{metrics.paths['metrics']} has {found} rows up to step {start.step}, and had {saved}")
+        tqdm.write(f"{metrics.paths['metrics']} has {found} rows up to step {start.step}, but had {saved}")

@@ -170,7 +170,7 @@ def test_a_run_whose_base_changed_does_not_go_on(weights, tmp_path):
     save_file(tensors, weights / "dit.safetensors")
     for force in ("auto", "force"):
         arguments = ["train", "conf=my_lora", *road(tmp_path / "run", *LORA, *more, "train.steps=2", f"resume={force}")]
-        assert "the base is another one" in Program(arguments, tmp_path / "log").refusal
+        assert "the base model changed" in Program(arguments, tmp_path / "log").refusal
 
 
 # Weights that differ between processes.

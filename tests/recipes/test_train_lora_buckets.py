@@ -250,19 +250,19 @@ def test_a_clip_that_was_refused_is_no_new_one(mixed, tmp_path, capsys):
 @pytest.mark.parametrize("change", ["grown", "shrunk", "batch"])
 def test_what_changes_the_order_asks_for_force_and_says_what(mixed, tmp_path, change, capsys):
     assert train(mixed, tmp_path, "train.steps=2", "train.batch_size=2") == 0
-    more, what = ["train.batch_size=2"], "or the batch size are others"
+    more, what = ["train.batch_size=2"], "or the batch size changed"
     if change == "grown":
         write_video(mixed / "videos" / "new.mp4", 8, width=48, height=32, first_number=99)
         (mixed / "videos" / "new.txt").write_text("a new one")
         what = r"1 new \(new.mp4\)"
     elif change == "shrunk":
         (mixed / "videos" / "wide_0.mp4").unlink()
-        what = r"1 gone \(wide_0.mp4\)"
+        what = r"1 removed \(wide_0.mp4\)"
     else:
         # The same samples a step, in other groups: a batch has one size.
         more = ["train.batch_size=1", "train.accumulation_steps=2"]
     prepare(load_config("my_lora", settings(mixed, tmp_path)))
-    with pytest.raises(TrainingError, match=f"another order than in the 2 steps so far.*{what}.*resume=force"):
+    with pytest.raises(TrainingError, match=f"differs from that of the first 2 steps.*{what}.*resume=force"):
         train(mixed, tmp_path, "train.steps=4", *more)
     assert train(mixed, tmp_path, "train.steps=4", *more, "resume=force") == 0
     # Once it was forced, the same command goes on.

@@ -283,7 +283,11 @@ def test_a_setting_that_an_earlier_version_did_not_have_had_its_default(one_step
 
 @pytest.mark.parametrize(
     ("part", "text"),
-    [("order", "the clips come in another order"), ("base", "the base is another"), ("", "of an earlier version")],
+    [
+        ("order", "the order of the clips differs from that of the first"),
+        ("base", "the base model changed"),
+        ("", "from an older version"),
+    ],
 )
 def test_a_run_does_not_go_on_with_another_order_of_clips_or_base(one_step, tmp_path, part, text):
     run_dir = tmp_path / "run"

@@ -61,7 +61,7 @@ def test_an_adapter_without_checkpoints_is_not_overwritten(tmp_path):
     assert train(tmp_path, "train.steps=1") == 0
     shutil.rmtree(tmp_path / "checkpoints")
     before = (tmp_path / "adapter.safetensors").read_bytes()
-    with pytest.raises(TrainingError, match="no checkpoint to go on from"):
+    with pytest.raises(TrainingError, match="no checkpoint to resume from"):
         train(tmp_path, "train.steps=1")
     assert (tmp_path / "adapter.safetensors").read_bytes() == before
 

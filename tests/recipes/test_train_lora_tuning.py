@@ -187,7 +187,7 @@ def test_without_validation_no_clip_is_held_out(twelve, tmp_path):
 
 def test_too_few_clips_are_all_trained_on_and_that_is_said(tmp_path, capsys):
     assert train(tmp_path, "train.steps=3", "train.validate_every=3", "train.validation_clips=2") == 0
-    assert "none of 3 clips can be held out" in capsys.readouterr().out
+    assert "no clip of 3 can be held out" in capsys.readouterr().out
     assert not any(row["held_out"] for row in read_rows(tmp_path / "validation.jsonl"))
     assert {clip for row in rows_of(tmp_path) for clip in row["clips"]} == {f"clip_{n}.mp4" for n in range(3)}
 

@@ -70,7 +70,7 @@ def test_going_back_to_a_branch_brings_its_rows_and_checkpoints_alone(tmp_path, 
     assert other[2]["loss"] == rows_of(straight, "metrics.jsonl")[2]["loss"] != other[3]["loss"]
     capsys.readouterr()
     train(run_dir, *BRANCHED, "train.steps=6", f"resume_from={run_dir / 'checkpoints/aside_0_step_000004'}")
-    assert "is of another branch" in (out := capsys.readouterr().out)
+    assert "is from another branch" in (out := capsys.readouterr().out)
     for name in ("metrics.jsonl", "validation.jsonl"):
         assert rows_of(run_dir, name) == rows_of(straight, name), name
     assert checkpoints_of(run_dir) == [f"step_00000{step}" for step in (1, 2, 5, 6)], out
@@ -160,7 +160,7 @@ def test_a_run_that_goes_back_to_its_end_has_the_settings_of_that(tmp_path, caps
     train(tmp_path, *BRANCHED, "train.steps=3", "train.weight_decay=0.3", *back)
     again = f"resume_from={tmp_path / 'checkpoints/aside_0_step_000003'}"
     train(tmp_path, *BRANCHED, "train.steps=3", "train.weight_decay=0.02", again)
-    assert "raise train.steps=3 with this resume_from to train on" in capsys.readouterr().out
+    assert "raise train.steps=3 with this resume_from to continue" in capsys.readouterr().out
     assert load_config(str(tmp_path / "config.yaml"), []).train.weight_decay == 0.02
 
 
@@ -187,7 +187,7 @@ def test_another_try_from_one_checkpoint_is_made_and_the_same_one_goes_on(tmp_pa
         assert read_rows(tmp_path / "metrics.jsonl")[-1]["lr"] == float(rate)
     capsys.readouterr()
     train(tmp_path, *BRANCHED, "train.learning_rate=1e-3", *back)
-    assert "was followed before: the run goes on from what came of it" in capsys.readouterr().out
+    assert "was used before: the run resumes from its newest checkpoint" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_the_same_however_its_path_is_spelt(tmp_path, capsys, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_checkpoint_is_the_same_however_its_path_is_spelt(tmp_path, capsys, mo
     capsys.readouterr()
     for again in (f"{tmp_path}/checkpoints/step_000002/", "checkpoints/step_000002"):
         train(tmp_path, *EACH, "train.steps=3", f"resume_from={again}")
-        assert "is trained to step 3 already" in capsys.readouterr().out
+        assert "is already trained to step 3" in capsys.readouterr().out
 
 
 def test_the_best_step_is_kept_though_no_checkpoint_was_due(tmp_path):
@@ -270,12 +270,12 @@ def test_an_evaluation_of_the_last_step_that_was_broken_off_is_made_up_for(tmp_p
     (tmp_path / "validation.jsonl").write_text(rows.splitlines(keepends=True)[0])
     capsys.readouterr()
     assert train(tmp_path, *settings) == 0
-    assert "its evaluation, which was broken off, is made now" in capsys.readouterr().out
+    assert "its evaluation, which was interrupted, is made now" in capsys.readouterr().out
     assert (tmp_path / "validation.jsonl").read_text() == rows
     last.unlink()
     assert train(tmp_path, *settings) == 0 and last.exists()
     capsys.readouterr()
-    assert train(tmp_path, *settings) == 0 and "is trained to step 2 already" in capsys.readouterr().out
+    assert train(tmp_path, *settings) == 0 and "is already trained to step 2" in capsys.readouterr().out
 
 
 def test_a_stop_in_the_last_evaluation_is_no_success(tmp_path, monkeypatch):

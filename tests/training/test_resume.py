@@ -72,11 +72,11 @@ def test_a_run_that_kept_no_order_goes_on_where_its_rows_show_that_it_is_the_sam
     rows = path.read_text()
     [clip] = read_rows(path)[-1]["clips"]
     path.write_text(rows.replace(f'"clips": ["{clip}"]', '"clips": ["another.mp4"]'))
-    with pytest.raises(TrainingError, match=r"did not keep the order of the clips: start another run.*resume=force"):
+    with pytest.raises(TrainingError, match=r"did not store the order of the clips: start another run.*resume=force"):
         train(run_dir, *MORE, "train.steps=3")
     # All of its steps are made: it needs no order.
     assert train(run_dir, *MORE, "train.steps=2") == 0
-    assert "is trained to step 2 already" in capsys.readouterr().out
+    assert "is already trained to step 2" in capsys.readouterr().out
     path.write_text(rows)
     assert train(run_dir, *MORE, "train.steps=3") == 0
     assert [row["step"] for row in comparable(read_rows(run_dir / "validation.jsonl"))] == [0, 1, 2, 3]

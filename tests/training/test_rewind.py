@@ -11,7 +11,8 @@ from helpers_process import Disturbance, run_program
 from helpers_road import LORA, read_rows, road, train
 
 from mochi_tune.files import read_json
-from mochi_tune.training.resume import ResumePoint, rewind
+from mochi_tune.training.resume import ResumePoint
+from mochi_tune.training.rewind import rewind
 
 MORE = [
     "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.warmup_steps=0", "train.schedule=constant",
@@ -71,7 +72,7 @@ def test_an_older_checkpoint_that_was_kept_elsewhere_is_the_runs_own(folder, is_
     else:
         shutil.rmtree(run_dir / "checkpoints" / "step_000002")
     lines = go_back(run_dir, kept)
-    assert not any("another branch" in line for line in lines)
+    assert not any("from another branch" in line for line in lines)
     # Those after the step are dropped when the rows are opened.
     assert (run_dir / "metrics.jsonl").read_bytes() == b"".join(rows[is_there:])
     assert checkpoints_of(run_dir) == ([1, 2] if is_there else [1])
@@ -82,7 +83,7 @@ def test_an_older_checkpoint_that_was_put_aside_keeps_what_came_before_the_parti
     """The loss of step 3 is the same in both branches: it is that of the weights before the update."""
     run_dir = folder / "run"
     lines = go_back(run_dir, run_dir / "checkpoints" / f"aside_0_step_00000{step}")
-    assert any("its own are there up to step 2" in line for line in lines)
+    assert any("it shares them up to step 2" in line for line in lines)
     assert steps_of(run_dir) == [1, 2] and steps_of(run_dir, "validation") == [0, 1, 2]
     assert checkpoints_of(run_dir) == [1, 2]
     assert steps_of(run_dir / "checkpoints", "aside_1_metrics") == [1, 2, 3, 4], "nothing is lost"
@@ -97,13 +98,13 @@ def test_rows_that_may_be_anothers_are_never_mixed_with_an_older_checkpoint(fold
     else:
         other = {"resume_from": None, "from_step": 0} if change == "anew" else {"resume_from": "x/c", "from_step": 3}
         history.write_text(history.read_text() + json.dumps(other) + "\n")
-    assert any("its own are not there" in line for line in go_back(run_dir, aside))
+    assert any("it has no rows" in line for line in go_back(run_dir, aside))
     assert steps_of(run_dir) == steps_of(run_dir, "validation") == checkpoints_of(run_dir) == []
 
 
 def test_an_older_checkpoint_of_another_run_brings_the_rows_beside_it(folder):
     lines = go_back(folder / "run", folder / "before" / "checkpoints" / "step_000004")
-    assert any(f"those of {folder / 'before' / 'metrics.jsonl'} are taken" in line for line in lines)
+    assert any(f"it continues those of {folder / 'before' / 'metrics.jsonl'}" in line for line in lines)
     assert (folder / "run" / "metrics.jsonl").read_bytes() == (folder / "before" / "metrics.jsonl").read_bytes()
 
 
