@@ -185,7 +185,7 @@ def test_a_still_beside_clips_of_one_size_is_not_taken_and_told(mixed, capsys):
 def test_a_portrait_clip_that_loses_most_of_its_picture_is_told(mixed, capsys):
     main(config_for(mixed, buckets=None, num_frames=7, height=32, width=48))
     out = capsys.readouterr().out
-    assert "more than a third of the picture is lost in 1 clip: phone.mp4 by 56%; data.buckets=auto gives" in out
+    assert "more than a third of the picture is lost in 1 clip: phone.mp4 by 56%; data.buckets=auto has a bucket" in out
     assert float(report_of(mixed)["phone.mp4"]["lost_picture"]) == pytest.approx(1 - 4 / 9, abs=0.01)
 
 
