@@ -1,1 +1,1 @@
-"""The web page over the same verbs: it writes their files, starts them as processes, and reads what they write."""
+"""The web page: it writes configuration files, starts verbs as processes, and reads their files."""

@@ -1,4 +1,4 @@
-"""Adapter files of the folder, and the arguments with which the verbs `lora` and `export` are started on them."""
+"""Lists the adapter files of the folder, and builds the arguments of `lora` and `export` for them."""
 
 import hashlib
 import os
@@ -15,15 +15,15 @@ from mochi_tune.training.card import DIFFUSERS_FILE
 from mochi_tune.training.checkpoint import find_checkpoints, published_file
 from mochi_tune.training.records import find_run_dir
 from mochi_tune.ui.folder import changed_at, inside, relative
-from mochi_tune.ui.runs import list_runs, look_at_folder
+from mochi_tune.ui.runs import folder_state, list_runs
 
-# What the page makes goes here; files that are copied here are found too.
+# Folder of the files that the page makes. Adapters that the user copies there are listed, too.
 MADE_FOLDER = "loras"
 HUB = "hub:"
 
 
 def list_adapters(folder: Path) -> list[tuple[str, str]]:
-    """Returns the adapters of the folder, as (what it is, path in the folder): of each run, its checkpoints, others."""
+    """Returns (description, path in the folder) of each adapter: results and checkpoints of runs, then other files."""
     found = []
     for run in list_runs(folder):
         run_dir = folder / run
@@ -38,11 +38,11 @@ def list_adapters(folder: Path) -> list[tuple[str, str]]:
     return found + [(path.name, path.relative_to(folder).as_posix()) for path in others if path.is_file()]
 
 
-def look_at_adapters(folder: Path) -> list[Any]:
-    """Returns what tells whether there are other adapters, or other files in `loras/`, than before."""
+def adapters_state(folder: Path) -> list[Any]:
+    """Returns a state that changes with the adapters of runs and with the files in `loras/`."""
     made = [path for path in (folder / MADE_FOLDER).rglob("*") if path.is_file()]
     results = [
-        (run, (folder / run / "adapter.safetensors").is_file(), look_at_folder(folder / run / "checkpoints"))
+        (run, (folder / run / "adapter.safetensors").is_file(), folder_state(folder / run / "checkpoints"))
         for run in list_runs(folder)
     ]
     return [results, sorted((str(path), changed_at(path)) for path in made)]
@@ -52,7 +52,7 @@ def check_adapter(folder: Path, name: str) -> str:
     """Returns an adapter as an argument: a path in the folder, or `hub:OWNER/NAME`.
 
     Raises:
-        MochiTuneError: none is named, it is not there, or it is outside of the folder.
+        MochiTuneError: the name is empty, or the file does not exist or is outside of the folder.
     """
     name = name.strip()
     if not name:
@@ -61,12 +61,12 @@ def check_adapter(folder: Path, name: str) -> str:
         return name
     path = inside(folder, name)
     if not path.exists():
-        raise DataError(f"{name} is not there: choose an adapter from the list, or write hub:OWNER/NAME.")
+        raise DataError(f"{name} does not exist: choose an adapter from the list, or write hub:OWNER/NAME.")
     return relative(folder, path)
 
 
 def plain_name(adapter: str) -> str:
-    """Returns what an adapter is called in the names of files that are made of it."""
+    """Returns the name of an adapter for the names of files made from it."""
     path = Path(adapter.removeprefix(HUB).partition("@")[0])
     if path.parent.parent.name == "checkpoints":
         return f"{path.parent.parent.parent.name}_{path.parent.name}"
@@ -74,23 +74,23 @@ def plain_name(adapter: str) -> str:
 
 
 def new_file(folder: Path, wanted: str, default: str, suffix: str = ".safetensors") -> str:
-    """Returns the path of a new file or folder, in the folder.
+    """Returns the path of a new file or folder, relative to the page's folder.
 
     Args:
-        folder: of the page.
-        wanted: as somebody wrote it; "": the first name like `default` that is free.
-        default: without its suffix.
-        suffix: that the file has; "" for a folder.
+        folder: folder of the page.
+        wanted: path that the user has entered; "": `default`, with a number if that exists.
+        default: default path without its suffix.
+        suffix: suffix of the file; "" for a folder.
 
     Raises:
-        MochiTuneError: it is there already, ends otherwise, or is outside of the folder.
+        MochiTuneError: the path exists, has another suffix, or is outside of the folder.
     """
     if wanted := wanted.strip():
         path = inside(folder, wanted if "/" in wanted else f"{MADE_FOLDER}/{wanted}")
         if suffix and path.suffix != suffix:
-            raise ConfigError(f"{wanted} must end in {suffix}, as the files that are read: add it.")
+            raise ConfigError(f"{wanted} must end in {suffix}: add it.")
         if path.exists():
-            raise ConfigError(f"{wanted} is there already, and nothing is ever replaced: choose another name.")
+            raise ConfigError(f"{wanted} exists already, and the page never replaces adapters: choose another name.")
         return relative(folder, path)
     number = 1
     while True:
@@ -101,21 +101,20 @@ def new_file(folder: Path, wanted: str, default: str, suffix: str = ".safetensor
 
 
 def inspect_page(folder: Path, adapter: str) -> str:
-    """Returns where the page of `lora inspect` on a file is or will be; another path for each change of the file."""
+    """Returns the path for the page of `lora inspect` on a file, which changes whenever the file does."""
     facts = inside(folder, adapter).stat()
     digest = hashlib.sha256(os.fsencode(adapter) + f"{facts.st_mtime_ns} {facts.st_size}".encode()).hexdigest()[:8]
     return f"{MADE_FOLDER}/inspect/{plain_name(adapter)}_{digest}.html"
 
 
 def limit_arguments(rank: str, energy: str) -> list[str]:
-    """Returns `rank=` or `energy=` as an argument; [] for neither.
+    """Returns `rank=` or `energy=` as an argument, [] if both are empty.
 
     Raises:
-        ConfigError: both are given, or one does not fit.
+        ConfigError: both are given, or a value does not fit.
     """
     given = {key: text.strip() for key, text in (("rank", rank), ("energy", energy)) if text.strip()}
     if given:
-        # It refuses what does not fit.
         numbers = {key: number_of(key, text) for key, text in given.items()}
         if "rank" in numbers and numbers["rank"] != int(numbers["rank"]):
             raise ConfigError(f"rank={rank} does not fit: it takes a whole number of at least 1.")
@@ -124,10 +123,10 @@ def limit_arguments(rank: str, energy: str) -> list[str]:
 
 
 def number_of(key: str, text: str) -> float:
-    """Returns a number.
+    """Returns the number of a text.
 
     Raises:
-        ConfigError: the text is none.
+        ConfigError: the text is not a finite number.
     """
     import math
 
@@ -146,13 +145,14 @@ def merge_arguments(
     """Returns the arguments of `lora merge`.
 
     Raises:
-        MochiTuneError: fewer than two adapters, another number of strengths, or what the other functions refuse.
+        MochiTuneError: fewer than two adapters are given, the number of strengths is another one, or as the functions
+            `check_adapter`, `limit_arguments` and `new_file`.
     """
     files = [check_adapter(folder, name) for name in adapters]
     if len(files) < 2:
         raise ConfigError(f"a merge takes two adapters or more, and {len(files)} is chosen: choose another one.")
     if hub := [file for file in files if file.startswith(HUB)]:
-        raise ConfigError(f"{hub[0]} is no file of this folder: export it first, to=native, and merge that.")
+        raise ConfigError(f"{hub[0]} is not a file of this folder: export it first, to=native, and merge that.")
     texts = strengths.replace(",", " ").split()
     if texts and len(texts) != len(files):
         raise ConfigError(f"there are {len(texts)} strengths for {len(files)} adapters: give one for each, or none.")
@@ -167,7 +167,7 @@ def resize_arguments(folder: Path, adapter: str, limit: tuple[str, str], out: st
     """Returns the arguments of `lora resize`.
 
     Raises:
-        MochiTuneError: neither or both of rank and energy are given, or what the other functions refuse.
+        MochiTuneError: neither or both of rank and energy are given, or as `check_adapter` and `new_file`.
     """
     file = check_adapter(folder, adapter)
     given = limit_arguments(*limit)
@@ -181,7 +181,7 @@ def export_arguments(folder: Path, adapter: str, to: str, dtype: str, out: str) 
     """Returns the arguments of `export` into a file.
 
     Raises:
-        MochiTuneError: as the other functions.
+        MochiTuneError: the format is unknown, or as `check_adapter` and `new_file`.
     """
     file = check_adapter(folder, adapter)
     check_format(to)
@@ -191,16 +191,16 @@ def export_arguments(folder: Path, adapter: str, to: str, dtype: str, out: str) 
 
 @dataclass(frozen=True)
 class Push:
-    """What somebody wants to publish.
+    """A request to publish an adapter.
 
     Attributes:
         adapter: path in the folder, or `hub:OWNER/NAME`.
         repo: owner/name on the hub.
-        formats: of the files.
-        dtype: of the files.
-        is_private: whether a repository that is made is private.
-        license: identifier of the hub; "" for what the adapter states.
-        trigger: words that a prompt needs; "" for what the adapter states.
+        formats: formats of the files.
+        dtype: dtype of the files.
+        is_private: whether a new repository is private.
+        license: license identifier of the hub; "" for that of the adapter.
+        trigger: words that a prompt needs; "" for those of the adapter.
     """
 
     adapter: str
@@ -212,10 +212,10 @@ class Push:
     trigger: str = ""
 
     def arguments(self, folder: Path, is_dry: bool) -> list[str]:
-        """Returns the arguments of `export`: a new folder below `loras/hub`, uploaded unless it is dry.
+        """Returns the arguments of `export` into a new folder in `loras/hub`, which uploads it unless `is_dry`.
 
         Raises:
-            MochiTuneError: the repository's name is not possible, no format is chosen, or the adapter is not there.
+            MochiTuneError: the repository's name is not possible, no format is chosen, or the adapter does not exist.
         """
         file = check_adapter(folder, self.adapter)
         repo = self.repo.strip()
@@ -234,7 +234,7 @@ class Push:
         ]  # fmt: skip
 
     def explain(self, folder: Path) -> list[str]:
-        """Returns what an upload would send, in lines; it makes nothing and asks nobody.
+        """Describes in lines what an upload would send. It writes nothing and uses no network.
 
         Raises:
             MochiTuneError: as `arguments`.
@@ -248,6 +248,6 @@ class Push:
             f"{', '.join(files)}, in {self.dtype}",
             f"README.md, the model card, with license and trigger words{extra if run_dir else ''}",
             "no names of clips, no captions and no paths; the prompts of the videos are on the card",
-            f"to {self.repo.strip()}: it is made {made} where it does not exist, and files of the same names are "
-            "replaced; others stay",
+            f"to {self.repo.strip()}: a new repository is {made}; in an existing one, files of the same names are "
+            "replaced, and others stay",
         ]

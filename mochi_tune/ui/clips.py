@@ -1,4 +1,4 @@
-"""The clips of a folder as the page shows them: what each is, its picture, and its caption, which can be edited."""
+"""The clips of a folder for the page: their facts, pictures and editable captions."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ from mochi_tune.ui.folder import clean_name, inside
 from mochi_tune.ui.posters import poster
 
 UPLOADED = (*MEDIA_SUFFIXES, ".txt")
-# A file that a browser plays; others are shown as a picture alone.
+# Suffixes of videos that a browser plays. Of other videos the page shows a picture.
 PLAYED = (".mp4", ".m4v", ".webm", ".mov")
 SCAN_SECONDS = 30.0
 _UPLOADS = threading.Lock()
@@ -31,17 +31,17 @@ _UPLOADS = threading.Lock()
 
 @dataclass(frozen=True)
 class ClipCard:
-    """What the gallery says of a video.
+    """The description of a video in the gallery.
 
     Attributes:
-        path: of the video.
-        name: in the folder of videos.
-        length: in words.
-        size: in words.
-        bucket: the clips that are cut from it, in words; "" where it is refused.
-        flags: what to mind.
-        refused: why it cannot be used; "" where it can.
-        thumbnail: JPEG; None where it cannot be decoded.
+        path: path of the video.
+        name: path relative to the folder of videos.
+        length: length as text.
+        size: size as text.
+        bucket: the clips to cut from it, as text; "" if it cannot be used.
+        flags: warnings.
+        refused: why it cannot be used; "" if it can.
+        thumbnail: JPEG; None if the video cannot be decoded.
     """
 
     path: Path
@@ -55,19 +55,19 @@ class ClipCard:
 
 
 def list_videos(folder: Path, videos: str) -> list[Path]:
-    """Returns the videos in a folder of videos, by path; a link that leads out of the page's folder is left out.
+    """Returns the videos of a folder by path, without links that lead out of the page's folder.
 
     Raises:
-        DataError: the folder is none, holds no video, or is outside of the page's folder.
+        DataError: the folder does not exist, contains no video, or is outside of the page's folder.
     """
     root = inside(folder, videos)
     found = find_videos(root, takes_stills=TAKES_STILLS)
-    # No link to a folder is followed, so that only a file that is one can lie elsewhere.
+    # Links to folders are not followed, so only links to files can lead out.
     return [path for path in found if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve())]
 
 
 class Gallery:
-    """Looks at videos in a child process, which a damaged one cannot take down with it; remembers what it saw."""
+    """Reads videos in a child process, so that damaged ones cannot crash the server, and caches the results."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,11 +78,11 @@ class Gallery:
         """Returns the cards of some videos.
 
         Args:
-            root: the folder of videos, which the names begin in.
-            texts: the caption of each video, see `read_captions`.
-            data: the settings that decide the clips.
+            root: folder of videos, to which the names are relative.
+            texts: video -> caption, see `read_captions`.
+            data: settings that determine the clips.
         """
-        # One decoder answers one question at a time.
+        # A decoder serves one request at a time.
         with self._lock, ClipDecoder(SCAN_SECONDS) as decoder:
             return [self._card(decoder, root, path, text, data) for path, text in texts.items()]
 
@@ -91,7 +91,7 @@ class Gallery:
         try:
             facts = path.stat()
         except OSError:
-            return ClipCard(path, name, refused="it has vanished: look again.")
+            return ClipCard(path, name, refused="it has vanished: press Refresh.")
         key = (os.fspath(path), facts.st_mtime_ns, facts.st_size)
         if key not in self._scans:
             try:
@@ -116,11 +116,11 @@ class Gallery:
 
 
 def read_captions(root: Path, videos: Sequence[Path], data: DataConfig) -> dict[Path, str]:
-    """Returns the caption of each video as it stands in its file or table, several one a line; "" for none."""
+    """Returns the caption of each video in its file or table, with several ones as lines; "" for none."""
     try:
         tables = load_captions(root, list(videos), CaptionRules(data.captions)).texts
     except DataError:
-        # A damaged table is `prepare`'s to refuse; captions beside the videos can be edited all the same.
+        # `prepare` reports a damaged table. Captions in files can be edited all the same.
         tables = {}
     found = {}
     for video in videos:
@@ -136,7 +136,7 @@ def read_captions(root: Path, videos: Sequence[Path], data: DataConfig) -> dict[
 
 
 def caption_path(video: Path) -> Path:
-    """Returns the file that a video's caption is written to, which goes before tables and other files."""
+    """Returns the file for a video's caption, which takes precedence over tables and other files."""
     for suffix in (".txt", ".TXT"):
         if video.with_suffix(suffix).is_file():
             return video.with_suffix(suffix)
@@ -144,26 +144,28 @@ def caption_path(video: Path) -> Path:
 
 
 def write_caption(folder: Path, video: Path, text: str) -> None:
-    """Writes a caption beside its video, complete or not at all.
+    """Writes a caption next to its video, atomically.
 
     Raises:
-        DataError: the video has vanished, or the text is none that can be trained.
+        DataError: the video has vanished, or the text cannot be a caption.
     """
     path = inside(folder, caption_path(video))
     if not video.is_file():
-        raise DataError(f"{video.name} has vanished: look again.")
+        raise DataError(f"{video.name} has vanished: press Refresh.")
     if len(text) > MAX_CAPTION_CHARACTERS or "\0" in text or find_lone_surrogate(text):
-        raise DataError(f"{video.name}: this is no caption: at most {MAX_CAPTION_CHARACTERS} characters of text.")
+        raise DataError(
+            f"{video.name}: this cannot be a caption: use at most {MAX_CAPTION_CHARACTERS} characters of text."
+        )
     write_atomic(path, (text.strip() + "\n").encode() if text.strip() else b"")
 
 
 def changed_captions(texts: dict[Path, str], find: str, replacement: str, prefix: str) -> dict[Path, str]:
-    """Returns the captions that `find and replace` and a prefix change, by video.
+    """Returns the captions that change by a replacement and a prefix, by video.
 
     Args:
-        texts: of each video.
+        texts: video -> caption.
         find: text to replace everywhere; "" for none.
-        replacement: what comes in its place.
+        replacement: text to insert instead.
         prefix: put before each caption that is not empty and does not begin with it.
     """
     changed = {}
@@ -178,13 +180,13 @@ def changed_captions(texts: dict[Path, str], find: str, replacement: str, prefix
 
 
 def take_uploads(folder: Path, videos: str, files: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """Moves uploaded files into the folder of videos, under clean names that none has.
+    """Moves uploaded files into the folder of videos, under safe and free names.
 
-    Those of one name, a clip and its caption, keep one name: where a clip has it already, both get another. Those of
-    two names that are one when they are clean get two.
+    A clip and its caption keep a common name: if another clip has it already, both get the same new one. Different
+    names stay different, even if their safe names are equal.
 
     Returns:
-        The names, and why files were not taken.
+        The names of the moved files, and the errors of the others.
     """
     taken, refused = [], []
     groups: dict[str, list[tuple[Path, Path]]] = {}
@@ -196,13 +198,13 @@ def take_uploads(folder: Path, videos: str, files: Sequence[Path]) -> tuple[list
             refused.append(str(error))
     if not groups:
         return taken, refused
-    # One page's files at a time, as the names that are there are listed once.
+    # One upload at a time, because existing names are listed once.
     with _UPLOADS:
         try:
             names = _Names(inside(folder, videos))
         except MochiTuneError as error:
             return taken, [*refused, str(error)]
-        # Names that are clean already come first: they keep theirs, as the clip and the caption that are there have it.
+        # Names that are safe already come first and keep their name, because the existing clip or caption has it.
         for _, members in sorted(groups.items(), key=lambda group: group[0] != group[1][0][1].stem):
             try:
                 _check_pairs([file.name for file, _ in members])
@@ -213,27 +215,29 @@ def take_uploads(folder: Path, videos: str, files: Sequence[Path]) -> tuple[list
 
 
 def _check_pairs(names: Sequence[str]) -> None:
-    """Refuses clips and captions of one name of which nobody can tell which caption is of which clip."""
+    """Refuses several clips of one name with captions, because the captions cannot be assigned to them."""
     twice = [name for name in names if names.count(name) > 1]
     if twice and {os.path.splitext(name)[1].lower() for name in names} - set(MEDIA_SUFFIXES):
-        raise DataError(f"{twice[0]} was put in twice, and no caption can tell its clip: put them in one by one.")
+        raise DataError(
+            f"{twice[0]} was added twice, so captions cannot be assigned to clips: add the clips one by one."
+        )
 
 
 class _Names:
-    """The names that files in a folder of videos have, or get."""
+    """The existing and new names of files in a folder of videos."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self._root = root
         self._there = {(path.stem, path.suffix.lower()) for path in root.iterdir()}
-        # To others that were put in with them.
+        # Names given to other files of the same upload.
         self._given: set[str] = set()
 
     def take(self, members: Sequence[tuple[Path, Path]]) -> list[str]:
-        """Moves files that belong together into the folder, under one free name; returns their names.
+        """Moves files that belong together into the folder under one free name, and returns their names.
 
         Args:
-            members: each with the name that it would have.
+            members: pairs of a file and its safe name.
         """
         free = self._free_stem(members[0][1].stem, [clean.suffix.lower() for _, clean in members])
         self._given.add(free)
@@ -242,9 +246,9 @@ class _Names:
         return [path.name for path in moved]
 
     def _free_stem(self, stem: str, suffixes: Sequence[str]) -> str:
-        """Returns a name without its ending: where a clip is to come, one that no clip there and none of these has."""
+        """Returns a free name without its suffix. For a clip, no clip and no file of these suffixes has the name."""
         has_clip = not set(suffixes).isdisjoint(MEDIA_SUFFIXES)
-        # A caption by itself is for the clip that is there.
+        # A caption without a clip is for the existing clip.
         wanted = {*suffixes, *MEDIA_SUFFIXES} if has_clip else set()
         names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
         return next(

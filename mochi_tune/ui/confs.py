@@ -1,4 +1,4 @@
-"""The form of a LoRA's settings: checked as the command line checks them, and kept as a conf/NAME.yaml."""
+"""The form of a LoRA's settings, which is checked as on the command line and saved as conf/NAME.yaml."""
 
 import contextlib
 import json
@@ -19,28 +19,28 @@ from mochi_tune.files import write_atomic
 from mochi_tune.ui.folder import changed_at, inside
 from mochi_tune.ui.jobs import list_jobs
 
-# What a conf begins with; one that begins with other files is not rewritten.
+# Defaults list of a conf that the page writes. The page does not rewrite confs with other files in their list.
 PLAIN_DEFAULTS = ("base", "_self_")
-# The settings that have a field of their own; groups are files of their own. All others are lines of text.
+# Settings and groups with a separate field. All others are lines of text.
 MAIN_KEYS = (
     "model", "data.videos", "data.num_frames", "data.height", "data.width", "data.caption_prefix",
     "lora", "lora.rank", "memory", "train.steps", "train.learning_rate", "train.batch_size", "train.caption_dropout",
     "train.checkpoint_every", "train.validate_every", "train.sample_every", "train.sample_prompts",
 )  # fmt: skip
-# Words in whose text a blank at the end is meant, as in a prefix; elsewhere one is a slip.
+# Settings whose values may end in a space, such as a prefix. Elsewhere the page removes trailing spaces.
 WORDS = ("data.caption_prefix", "data.caption_suffix", *PROMPTS)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Form:
-    """What somebody has filled in.
+    """Settings as the user has filled them in.
 
     Attributes:
-        name: of the file, and of the LoRA unless `more` sets another one.
-        main: text by key of MAIN_KEYS; "" leaves a setting as it is by default.
-        more: other settings, `key=value`, one a line.
-        prompts: train.sample_prompts, where the form was read from a file.
+        name: name of the file, and of the LoRA unless `more` sets another one.
+        main: key of MAIN_KEYS -> text; "" stands for the default.
+        more: other settings, one `key=value` per line.
+        prompts: train.sample_prompts of a form that was read from a file.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Form:
     prompts: tuple[str, ...] = ()
 
     def overrides(self) -> list[str]:
-        """Returns the settings as the command line takes them.
+        """Returns the settings as arguments of the command line.
 
         Raises:
-            ConfigError: the name is none, a line is no setting, or a setting is there twice.
+            ConfigError: the name is not possible, a line is not a setting, or a setting is given twice.
         """
         _check_name(self.name)
         given = {key: value for key, value in self.main.items() if value}
@@ -63,7 +63,7 @@ class Form:
             check_override(line)
             value = line.partition("=")[2]
             if key in given:
-                raise ConfigError(f"{key} is there twice: leave it out of the other settings.")
+                raise ConfigError(f"{key} is given twice: remove it from the other settings.")
             given[key] = value
         # A file may set another name than its own among the other settings.
         return [f"{key}={value}" for key, value in ({"name": self.name} | given).items()]
@@ -79,10 +79,10 @@ def _check_name(name: str) -> None:
 
 
 def check_form(folder: Path, form: Form) -> RunConfig:
-    """Returns the settings of a form, checked as the command line checks them.
+    """Returns the settings of a form, checked as on the command line.
 
     Raises:
-        MochiTuneError: a setting is unknown or does not fit; the run folder or the cache leads out of the folder.
+        MochiTuneError: a setting is unknown or does not fit, or a folder in it is outside of the page's folder.
     """
     config = load_config("base", form.overrides())
     sources = [source.folder for source in config.data.sources]
@@ -92,7 +92,7 @@ def check_form(folder: Path, form: Form) -> RunConfig:
 
 
 def sources_note(data: DataConfig) -> str:
-    """Returns what to say of settings with data.sources, which take the place of the folder of videos."""
+    """Returns the message for settings with data.sources, which replace the folder of videos."""
     names = ", ".join(source.folder for source in data.sources)
     return (
         f"this conf takes its clips from {names}; {data.videos} is not used: change the files of those folders by "
@@ -104,7 +104,7 @@ def videos_of(folder: Path, form: Form) -> str:
     """Returns the folder of videos that a form names.
 
     Raises:
-        MochiTuneError: the form has data.sources in its place, or it cannot be told.
+        MochiTuneError: the form has data.sources instead, or a mistake that leaves the folder open.
     """
     try:
         data = check_form(folder, form).data
@@ -112,7 +112,7 @@ def videos_of(folder: Path, form: Form) -> str:
         videos = form.main.get("data.videos") or "videos"
         if "data.sources" in form.more or "${" in videos:
             raise
-        # A mistake elsewhere, which the form tells of, is no reason to refuse clips.
+        # The form reports the mistake. Clips can be added all the same.
         return videos
     if data.sources:
         raise ConfigError(sources_note(data))
@@ -120,12 +120,16 @@ def videos_of(folder: Path, form: Form) -> str:
 
 
 def conf_path(folder: Path, name: str) -> Path:
-    """Returns where the conf of a name is."""
+    """Returns the path of conf/NAME.yaml.
+
+    Raises:
+        DataError: it is outside of the folder.
+    """
     return inside(folder, Path("conf") / f"{name}.yaml")
 
 
 def list_confs(folder: Path) -> list[str]:
-    """Returns the names of the confs of a folder, those that a form can have."""
+    """Returns the names of a folder's confs, in alphabetical order."""
     found = []
     for path in (folder / "conf").glob("*.yaml"):
         # Names that the form refuses, and links that lead out of the folder.
@@ -136,18 +140,18 @@ def list_confs(folder: Path) -> list[str]:
 
 
 def newest_conf(folder: Path) -> str:
-    """Returns the name of the conf that was changed last, to begin with; one to be written where there is none."""
+    """Returns the name of the conf that was changed last, or a name for the first one."""
     names = list_confs(folder)
     return max(names, key=lambda name: changed_at(folder / "conf" / f"{name}.yaml"), default="my_lora")
 
 
 def conf_of_run(folder: Path, run_dir: str, but: str = "") -> str:
-    """Returns the name of the conf whose run folder this is; "" for none. One that holds a mistake is passed by.
+    """Returns the name of the conf that has a run folder, "" for none. Confs with mistakes are ignored.
 
     Args:
-        folder: of the page.
-        run_dir: path in it.
-        but: name of a conf that is not looked at.
+        folder: folder of the page.
+        run_dir: path of the run folder in it.
+        but: name of a conf to ignore.
     """
     for name in [name for name in list_confs(folder) if name != but]:
         try:
@@ -160,7 +164,7 @@ def conf_of_run(folder: Path, run_dir: str, but: str = "") -> str:
 
 
 def conf_text(folder: Path, form: Form) -> str:
-    """Returns the YAML of a form: what was filled in, and no copy of the defaults.
+    """Returns the YAML of a form, which contains the filled-in settings and no defaults.
 
     Raises:
         MochiTuneError: as `check_form`.
@@ -174,15 +178,15 @@ def conf_text(folder: Path, form: Form) -> str:
     for key, _, text in keys:
         if key not in GROUPS:
             section, _, name = key.rpartition(".")
-            (tree.setdefault(section, {}) if section else tree)[name] = _in_file(config, key, text)
+            (tree.setdefault(section, {}) if section else tree)[name] = _as_written(config, key, text)
     defaults = ["base", *groups, "_self_"]
     head = "# Written by the page of `mochi-tune ui`; every verb takes it as conf=" + form.name + ".\n"
     lines = "".join(f"  - {entry}\n" for entry in defaults)
     return f"{head}defaults:\n{lines}{OmegaConf.to_yaml(OmegaConf.create(tree))}"
 
 
-def _in_file(config: RunConfig, key: str, text: str) -> Any:
-    """Returns what a conf holds for a setting: its value, or the text where that refers to others, as by ${name}."""
+def _as_written(config: RunConfig, key: str, text: str) -> Any:
+    """Returns a setting as a conf has it: its value, or its text if that refers to others, such as ${name}."""
     value = value_of(config, key)
     if not _refers(key, text):
         plain = [each.model_dump(exclude_defaults=True) for each in value] if key == "data.sources" else value
@@ -199,43 +203,44 @@ def _in_file(config: RunConfig, key: str, text: str) -> Any:
 
 
 def _refers(key: str, written: Any) -> bool:
-    """Whether what is written for a setting refers to others; prompts on the command line say what they say."""
+    """Whether the text of a setting refers to other settings; prompts are taken literally."""
     return key not in PROMPTS and "${" in str(written)
 
 
 def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
-    """Writes conf/NAME.yaml, complete or not at all.
+    """Writes conf/NAME.yaml atomically, unless it has these settings already.
 
     Args:
-        folder: of the page.
-        form: what to write.
-        replaces: whether another content that is there may go.
+        folder: folder of the page.
+        form: settings to write.
+        replaces: whether a file with other settings may be replaced.
 
     Raises:
-        MochiTuneError: as `check_form`; the file has other settings and `replaces` is False; it cannot be read.
+        MochiTuneError: as `check_form`; or the file has other settings and `replaces` is False, cannot be read, or a
+            job is waiting to run it.
     """
     path, text = conf_path(folder, form.name), conf_text(folder, form)
     if mistake := conf_mistake(folder, form.name):
         raise ConfigError(mistake)
     waiting = [job for job in list_jobs(folder) if job.state == "waiting" and f"conf={form.name}" in job.arguments]
-    if waiting and path.exists() and not _says_the_same(path, folder, form):
+    if waiting and path.exists() and not _has_same_settings(path, folder, form):
         raise ConfigError(
             f"job {waiting[0].number} is waiting to run conf/{form.name}.yaml: save after that job has started, stop "
             "that job, or choose another name."
         )
-    if path.exists() and not replaces and not _says_the_same(path, folder, form):
+    if path.exists() and not replaces and not _has_same_settings(path, folder, form):
         raise ConfigError(f"conf/{form.name}.yaml has other settings: tick `replace it`, or choose another name.")
-    if path.exists() and _says_the_same(path, folder, form):
+    if path.exists() and _has_same_settings(path, folder, form):
         return path
     if path.exists() and (others := _other_defaults(path)):
         raise ConfigError(
-            f"conf/{form.name}.yaml begins with {', '.join(others)}, which the page would lose: choose another name."
+            f"conf/{form.name}.yaml is based on {', '.join(others)}, which the page would remove: choose another name."
         )
     run_dir = check_form(folder, form).run_dir
     if run_dir != _run_dir_of(path) and (other := conf_of_run(folder, run_dir, but=form.name)):
         raise ConfigError(
-            f"run_dir={run_dir} is that of conf/{other}.yaml, whose run would go on: choose another name, or write "
-            "another run_dir into the other settings."
+            f"run_dir={run_dir} is the folder of conf/{other}.yaml, whose run would continue: choose another name, or "
+            "set another run_dir in the other settings."
         )
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, text.encode(), durable=True)
@@ -243,14 +248,14 @@ def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
 
 
 def _run_dir_of(path: Path) -> str:
-    """Returns the run folder of a conf that is there; "" where it cannot be told."""
+    """Returns the run folder of a conf; "" if there is no such file or it has a mistake."""
     try:
         return load_config(str(path), []).run_dir
     except MochiTuneError:
         return ""
 
 
-def _says_the_same(path: Path, folder: Path, form: Form) -> bool:
+def _has_same_settings(path: Path, folder: Path, form: Form) -> bool:
     return load_config(str(path), []) == check_form(folder, form)
 
 
@@ -265,44 +270,44 @@ def conf_mistake(folder: Path, name: str) -> str:
 
 
 def read_form(folder: Path, name: str) -> Form:
-    """Returns the form of a conf that is there.
+    """Reads the form of a conf.
 
     Raises:
-        MochiTuneError: there is none, or it holds a mistake.
+        MochiTuneError: the file does not exist or has a mistake.
     """
     import yaml
 
     path = conf_path(folder, name)
     if not path.is_file():
-        raise ConfigError(f"conf/{name}.yaml is not there any more: choose another one.")
+        raise ConfigError(f"conf/{name}.yaml does not exist any more: choose another one.")
     config = load_config(str(path), [])
     written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     given = _flat({key: value for key, value in written.items() if key != "defaults"})
     groups = {key: value for key, value in _groups(written.get("defaults") or []).items() if key in GROUPS}
     main = {key: groups[key] for key in MAIN_KEYS if key in groups}
-    main |= {key: _on_page(config, key, given[key]) for key in MAIN_KEYS if key in given}
+    main |= {key: _as_field(config, key, given[key]) for key in MAIN_KEYS if key in given}
     rest = [key for key in given if key not in MAIN_KEYS and key != "name"]
     more = [f"{key}={groups[key]}" for key in groups if key not in MAIN_KEYS]
-    more += [f"{key}={_on_page(config, key, given[key])}" for key in rest]
+    more += [f"{key}={_as_field(config, key, given[key])}" for key in rest]
     if config.name != name:
-        more.insert(0, f"name={_on_page(config, 'name', given.get('name', ''))}")
+        more.insert(0, f"name={_as_field(config, 'name', given.get('name', ''))}")
     return Form(name, main, "\n".join(more), tuple(config.train.sample_prompts))
 
 
-def _on_page(config: RunConfig, key: str, written: Any) -> str:
-    """Returns the text of a setting of a conf; one that refers to others stays so, and follows another name."""
+def _as_field(config: RunConfig, key: str, written: Any) -> str:
+    """Returns the text of a setting for its field, with references such as ${name} unresolved."""
     return as_text(written if _refers(key, written) else value_of(config, key))
 
 
 def as_text(value: Any) -> str:
-    """Returns a value as `key=value` takes it back."""
+    """Formats a value so that `key=value` reads it back."""
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     return _in_list(value) if isinstance(value, list) else as_yaml(value)
 
 
 def _in_list(value: Any) -> str:
-    """Returns a list, or what is in one, in Hydra's grammar."""
+    """Formats a list, or an element of one, in Hydra's grammar."""
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_defaults=True)
     if isinstance(value, list):
@@ -323,7 +328,7 @@ def _flat(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _groups(defaults: list[Any]) -> dict[str, str]:
-    """Returns the files that `defaults` of a conf chooses, by group."""
+    """Returns the files that the defaults list of a conf chooses: group -> name."""
     pairs = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]
     return {str(key).removeprefix("override ").strip(): str(value) for key, value in pairs}
 

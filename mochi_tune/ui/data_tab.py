@@ -1,4 +1,4 @@
-"""The tab Data: clips are put in, looked at, captioned and prepared."""
+"""The tab Data: adds clips, shows them, edits their captions, and prepares them."""
 
 from collections.abc import Sequence
 from html import escape
@@ -27,9 +27,9 @@ from mochi_tune.ui.folder import inside, relative
 from mochi_tune.ui.footage_tab import build_footage
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
-from mochi_tune.ui.jobs_bar import said_of
+from mochi_tune.ui.jobs_bar import result_html
 
-# Cards of a page; each is decoded once.
+# Number of cards on a page; each is decoded once.
 NUM_CARDS = 12
 
 
@@ -37,23 +37,23 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     """Builds the tab.
 
     Args:
-        folder: of the page.
-        form: the settings, of which it shows those of the data.
+        folder: folder of the page.
+        form: form of the settings; the tab shows those of the data.
     """
     gallery = Gallery(folder)
     with gr.Row():
         form.show("data.videos", "data.num_frames", "data.height", "data.width", "data.caption_prefix")
     with gr.Row():
         upload = gr.UploadButton(
-            "Put in clips and captions", file_count="multiple", file_types=list(UPLOADED), elem_id="upload"
+            "Add clips and captions", file_count="multiple", file_types=list(UPLOADED), elem_id="upload"
         )
-        look = gr.Button("Look again", elem_id="look")
+        look = gr.Button("Refresh", elem_id="look")
         inspect = gr.Button("Inspect", elem_id="inspect")
         prepare = gr.Button("Prepare", variant="primary", elem_id="prepare")
     said = gr.HTML(elem_id="data_said")
     message = gr.HTML(elem_id="data_message")
     build_footage(folder, form)
-    # Another value whenever the gallery is to be drawn again.
+    # Changes whenever the gallery must be drawn again.
     version = gr.State(0)
     _build_changes(folder, form, said, version)
     page, last = gr.State(0), gr.State(0)
@@ -68,7 +68,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
     def draw(number: int, *values: Any) -> list[Any]:
         names, drawn, values = values[:NUM_CARDS], values[NUM_CARDS : 2 * NUM_CARDS], values[2 * NUM_CARDS :]
-        data, root, videos, trouble = look_at(folder, form, values)
+        data, root, videos, trouble = read_videos(folder, form, values)
         first = _page(number, videos) * NUM_CARDS
         shown = videos[first:][:NUM_CARDS] if data else []
         texts = read_captions(root, shown, data) if data and shown else {}
@@ -81,19 +81,19 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         return [*updates, place, _page(len(videos), videos)]
 
     for slot in slots:
-        # The name comes with the text from the browser, so that no caption ever goes to another clip.
+        # The browser sends the name with the text, so that no caption goes to another clip.
         slot.caption.blur(
             lambda *values: save_caption(folder, *values), [slot.caption, slot.name, slot.drawn], [said, slot.drawn],
             show_progress="hidden",
         )  # fmt: skip
 
-    def put_in(files: list[str] | None, number: int, *values: Any) -> Any:
+    def add_files(files: list[str] | None, number: int, *values: Any) -> Any:
         try:
             videos = videos_of(folder, form.form_of(values))
         except MochiTuneError as error:
             return html.note(str(error), "error"), number
         taken, refused = take_uploads(folder, videos, [Path(file) for file in files or []])
-        lines = [html.note(f"put in: {', '.join(taken)}", "good")] if taken else []
+        lines = [html.note(f"added: {', '.join(taken)}", "good")] if taken else []
         return "".join([*lines, *(html.note(text, "error") for text in refused)]), number + 1
 
     def start(verb: str) -> Any:
@@ -103,12 +103,12 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
                 job = add_job(folder, verb, [f"conf={name}"])
                 return f"job {job.number}, {job.title}, is in the queue: see below"
 
-            return said_of(add)
+            return result_html(add)
 
         return started
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    upload.upload(put_in, [upload, version, *form.inputs], [said, version])
+    upload.upload(add_files, [upload, version, *form.inputs], [said, version])
     look.click(lambda number: number + 1, version, version, **quiet)
     prepare.click(start("prepare"), [form.replaces, *form.inputs], said, **quiet)
     inspect.click(start("inspect"), [form.replaces, *form.inputs], said, **quiet)
@@ -122,7 +122,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     )  # fmt: skip
     own = [form.fields[key] for key in form.fields if key.startswith("data.")]
     gr.on([field.change for field in own], form.message, form.inputs, message, trigger_mode="always_last", **quiet)
-    # Another folder or size gives other cards; typing alone does not draw them at every key.
+    # Another folder or size changes the cards. They are drawn when the field is left, not at every key.
     gr.on([field.blur for field in (*own, form.more)], lambda number: number + 1, version, version, **quiet)
     form.filled_times.change(lambda number: number + 1, version, version, **quiet)
     with gr.Accordion("The page of Inspect", open=False):
@@ -133,7 +133,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
 
 def _build_changes(folder: Path, form: SettingsForm, said: Any, version: Any) -> None:
-    """Builds what changes the captions of all videos."""
+    """Builds the form that changes the captions of all videos."""
     with gr.Accordion("Change many captions at once", open=False):
         with gr.Row():
             find = gr.Textbox(label="Find", elem_id="find")
@@ -146,7 +146,7 @@ def _build_changes(folder: Path, form: SettingsForm, said: Any, version: Any) ->
     def change_all(writes: bool) -> Any:
         def changed(find: str, replacement: str, prefix: str, number: int, *values: Any) -> Any:
             def act() -> str:
-                data, root, videos, trouble = look_at(folder, form, values)
+                data, root, videos, trouble = read_videos(folder, form, values)
                 if data and data.sources:
                     raise ConfigError(sources_note(data))
                 if trouble or data is None:
@@ -157,7 +157,7 @@ def _build_changes(folder: Path, form: SettingsForm, said: Any, version: Any) ->
                         write_caption(folder, video, text)
                 return f"{len(new)} of {len(videos)} captions {'were' if writes else 'would be'} changed"
 
-            return said_of(act), number + writes
+            return result_html(act), number + writes
 
         return changed
 
@@ -167,12 +167,12 @@ def _build_changes(folder: Path, form: SettingsForm, said: Any, version: Any) ->
 
 
 def _page(number: int, videos: Sequence[Path]) -> int:
-    """Returns the page that is shown: the last one where there are fewer by now."""
+    """Returns the number of the page to show, which is the last one if there are fewer pages now."""
     return min(number, max(len(videos) - 1, 0) // NUM_CARDS)
 
 
 class _Slot:
-    """The place of a card: its picture and facts, its caption, and, hidden, the file that both belong to."""
+    """The components of a card: picture and facts, caption, and the name of the file, which is hidden."""
 
     def __init__(self) -> None:
         with gr.Column(elem_classes="card", min_width=240, visible=False) as self.column:
@@ -182,7 +182,7 @@ class _Slot:
                 placeholder="What is seen, in a sentence or two",
             )  # fmt: skip
             self.name = gr.Textbox(elem_classes="file_name", show_label=False)
-            # What the box began with: another text in the file now is somebody else's.
+            # Text of the caption when it was drawn. A file with another text was changed elsewhere.
             self.drawn = gr.Textbox(elem_classes="file_name", show_label=False, lines=2)
 
     @property
@@ -194,30 +194,30 @@ def _drawn(folder: Path, card: ClipCard, text: str, before: tuple[str, str]) -> 
     """Returns the updates of a slot.
 
     Args:
-        folder: of the page.
-        card: that it shows.
-        text: the caption.
-        before: the file and the caption that it shows already.
+        folder: folder of the page.
+        card: card to show.
+        text: its caption.
+        before: file and caption that the slot shows already.
     """
     name = relative(folder, card.path)
     updates: list[Any] = [gr.Column(visible=True), card_html(folder, card)]
     if before == (name, text):
-        # Left as they are: somebody may type there meanwhile.
+        # The user may be typing there.
         return [*updates, gr.skip(), gr.skip(), gr.skip()]
     return [*updates, gr.Textbox(text, label=f"Caption of {card.name}"), name, text]
 
 
 def save_caption(folder: Path, text: str, name: str, drawn: str) -> tuple[str, str]:
-    """Writes the caption of a card that is left, unless it has not changed here or has changed elsewhere.
+    """Saves the caption of a card, unless it is unchanged or the file was changed elsewhere.
 
     Args:
-        folder: of the page.
-        text: of the box.
-        name: of the video, in the folder; "" for a card that is empty.
-        drawn: what the box began with.
+        folder: folder of the page.
+        text: text of the box.
+        name: path of the video in the folder; "" for an empty card.
+        drawn: text of the box when it was drawn.
 
     Returns:
-        What is said, and what the box begins with from now on.
+        The message as HTML, and the text to compare the next change with.
     """
     begins, text = drawn, text.strip()
 
@@ -227,23 +227,23 @@ def save_caption(folder: Path, text: str, name: str, drawn: str) -> tuple[str, s
             return ""
         video = inside(folder, name)
         there = read_captions(video.parent, [video], DataConfig())[video]
-        # Without a file of its own, the caption is of a table, which the new one goes before.
+        # Without a file the caption is from a table; the new file takes precedence.
         if caption_path(video).is_file() and there not in (drawn.strip(), text):
             raise DataError(
-                f"the caption of {video.name} was changed elsewhere meanwhile, to {there[:200]!r}, and stays so: copy "
-                "yours, look again, and put it in."
+                f"the caption of {video.name} was changed elsewhere meanwhile, to {there[:200]!r}, and is kept: copy "
+                "your text, press Refresh, and paste it."
             )
         write_caption(folder, video, text)
         begins = text
         return f"the caption of {video.name} is saved"
 
-    return said_of(act), begins
+    return result_html(act), begins
 
 
-def look_at(
+def read_videos(
     folder: Path, form: SettingsForm, values: tuple[Any, ...]
 ) -> tuple[DataConfig | None, Path, list[Path], str]:
-    """Returns the settings of the data, the folder of videos, the videos, and what to show where there is none."""
+    """Returns the settings of the data, the folder of videos, the videos, and a message as HTML if there are none."""
     filled = form.form_of(values)
     try:
         data = check_form(folder, filled).data
@@ -257,7 +257,7 @@ def look_at(
     except MochiTuneError as error:
         title = "No clips yet"
         hint = (
-            f"Put in clips with the button above, or copy them to {data.videos} and look again. "
+            f"Add clips with the button above, or copy them to {data.videos} and press Refresh. "
             "Three to thirty of a few seconds each are a good start; each gets a caption in a .txt file of its name."
         )
         known = html.empty_state(title, hint) if "holds no video" in str(error) or "not exist" in str(error) else ""
@@ -265,7 +265,7 @@ def look_at(
 
 
 def inspect_link(folder: Path, form: SettingsForm, values: tuple[Any, ...]) -> str:
-    """Returns the link to the page of `inspect`, where there is one."""
+    """Returns a link to the page of `inspect`, or how to make it."""
     try:
         path = inside(folder, Path(check_form(folder, form.form_of(values)).run_dir) / "inspect" / "inspect.html")
     except MochiTuneError as error:
@@ -276,13 +276,13 @@ def inspect_link(folder: Path, form: SettingsForm, values: tuple[Any, ...]) -> s
 
 
 def card_html(folder: Path, card: ClipCard) -> str:
-    """Returns picture or video, name, facts and flags of a clip."""
+    """Returns the picture or video, the name, the facts and the flags of a clip."""
     if card.path.suffix.lower() in PLAYED and not (card.refused and card.thumbnail is None) and card.path.exists():
         picture = html.video(folder, card.path, card.thumbnail)
     elif card.thumbnail is not None:
         picture = f'<img src="{html.address(folder, card.thumbnail)}" alt="" loading="lazy">'
     else:
-        picture = '<div class="missing">no picture of it</div>'
+        picture = '<div class="missing">no picture</div>'
     facts = " · ".join(filter(None, (card.length, card.size, card.bucket)))
     flags = "".join(f'<span class="flag {flag.weight}">{escape(flag.text)}</span>' for flag in card.flags)
     return (

@@ -12,24 +12,24 @@ from typing import IO
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.files import lock_file
 
-# The page's own files: jobs, thumbnails and uploads on their way.
+# Folder of the page's own files: jobs, thumbnails and unfinished uploads.
 OWN_FOLDER = ".mochi_tune"
 MAX_NAME_BYTES = 200
 
 
 def inside(folder: Path, name: str | Path) -> Path:
-    """Returns the path of a file or folder in `folder`, which need not exist.
+    """Returns the resolved path of a file or folder in `folder`, which need not exist.
 
     Args:
-        folder: the page's folder.
-        name: relative to it, or absolute.
+        folder: folder of the page.
+        name: path relative to it, or absolute.
 
     Raises:
-        DataError: it leads out of the folder, be it by `..`, by an absolute path or by a symbolic link.
+        DataError: the path leads out of the folder, by `..`, an absolute path or a symbolic link.
     """
     text = os.fspath(name)
     if "\0" in text:
-        raise DataError(f"{text!r} holds NUL: no file has such a name.")
+        raise DataError(f"{text!r} contains NUL, which no file name can: use another name.")
     root = folder.resolve()
     try:
         path = (root / Path(text).expanduser()).resolve()
@@ -49,7 +49,7 @@ def changed_at(path: Path) -> float:
 
 
 def relative(folder: Path, path: Path) -> str:
-    """Returns a path in the folder as it is written in an address: relative, with slashes.
+    """Returns a path in the folder as in a URL: relative to the folder, with slashes.
 
     Raises:
         DataError: as `inside`.
@@ -107,20 +107,20 @@ def open_page_file(folder: Path, address: str) -> Iterator[str]:
 
 
 def clean_name(name: str, suffixes: tuple[str, ...]) -> str:
-    """Returns the file name that an uploaded file gets: the last part alone, of plain characters.
+    """Returns a safe file name for an uploaded file: the last part of its name, in plain characters.
 
     Args:
-        name: as the browser sent it, which may be anything.
-        suffixes: that are taken, in lower case.
+        name: name from the browser, which may be any text.
+        suffixes: allowed suffixes, in lower case.
 
     Raises:
-        DataError: its suffix is none of them, or nothing is left of the name.
+        DataError: the suffix is not allowed, or no character of the name is left.
     """
     last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
     plain = "".join(c if _is_plain(c) else "_" for c in last).strip(" .")
     stem, suffix = os.path.splitext(plain)
     if suffix.lower() not in suffixes:
-        raise DataError(f"{last[:80]!r} is not taken: its name must end in one of {' '.join(suffixes)}.")
+        raise DataError(f"{last[:80]!r} cannot be uploaded: its name must end in one of {' '.join(suffixes)}.")
     while len(stem.encode()) > MAX_NAME_BYTES:
         stem = stem[:-1]
     if not stem.strip(" ._"):
@@ -129,5 +129,5 @@ def clean_name(name: str, suffixes: tuple[str, ...]) -> str:
 
 
 def _is_plain(character: str) -> bool:
-    # Marks are the vowels of many scripts: names that differ in them alone are to stay different.
+    # Marks (M) are vowels in many scripts, so names that differ only in marks must stay different.
     return character.isalnum() or unicodedata.category(character).startswith("M") or character in " ._-()"

@@ -1,4 +1,4 @@
-"""What comes before the clips, folded away in the tab Data: films are split, clips filtered and described."""
+"""The steps before the clips, as a collapsed part of the tab Data: split films, filter and describe clips."""
 
 from collections.abc import Mapping
 from html import escape
@@ -13,9 +13,9 @@ from mochi_tune.ui.confs import Form, videos_of
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job, ended_jobs
-from mochi_tune.ui.jobs_bar import said_of
+from mochi_tune.ui.jobs_bar import result_html
 
-# The settings that have a field, by verb: title, default and meaning. docs/footage.md has the others.
+# Settings with a field, by verb: title, default and meaning. docs/footage.md lists all settings.
 SPLIT = {
     "in": ("Films", "footage", "a film, or a folder with films and folders in it"),
     "max_seconds": ("Longest clip, seconds", "6", "longer scenes are divided; 163 frames are 5.4 s"),
@@ -43,11 +43,11 @@ KEY_WORDS = (
 
 
 def build_footage(folder: Path, form: SettingsForm) -> None:
-    """Builds the three verbs, each a row of fields and its button, and the links to what they left.
+    """Builds the fields and buttons of the three verbs, and the links to their results.
 
     Args:
-        folder: of the page.
-        form: the settings, of which they take the folder of videos.
+        folder: folder of the page.
+        form: form of the settings, which has the folder of videos.
     """
     with gr.Accordion("From footage to captioned clips: split, filter, describe", open=False, elem_id="footage"):
         gr.HTML("<h3>Split films into clips, one a scene</h3>")
@@ -85,7 +85,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
                 job = add_job(folder, verb, arguments)
                 return f"job {job.number}, {verb}, is in the queue: see below"
 
-            return said_of(add)
+            return result_html(add)
 
         return started
 
@@ -104,7 +104,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         now = links_html(folder, form.form_of(values))
         return gr.skip() if now == shown else now
 
-    events = [form.news.of(look_at_footage), form.filled_times.change, form.fields["data.videos"].blur]
+    events = [form.poller.changes(footage_state), form.filled_times.change, form.fields["data.videos"].blur]
     gr.on(events, refresh, [links, *form.inputs], links, show_progress="hidden")
 
 
@@ -120,42 +120,44 @@ def _text(value: Any) -> str:
 
 
 def footage_arguments(folder: Path, verb: str, videos: str, texts: Mapping[str, str]) -> list[str]:
-    """Returns the arguments of a verb; a field that is empty leaves its default.
+    """Returns the arguments of a verb. An empty field leaves the default.
 
     Args:
-        folder: of the page.
+        folder: folder of the page.
         verb: split, filter or describe.
-        videos: the folder of videos, which split writes and the others read.
-        texts: what the fields say, by setting.
+        videos: folder of videos, which split writes and the others read.
+        texts: setting -> text of its field.
 
     Raises:
-        MochiTuneError: a folder is outside of the page's, or what a verb needs is empty.
+        MochiTuneError: a folder is outside of the page's folder, or a required field is empty.
     """
     inside(folder, videos)
     if verb == "split":
         if not texts["in"]:
             raise ConfigError("Films is empty: name a film, or a folder of films, in the folder of this page.")
         if not inside(folder, texts["in"]).exists():
-            raise ConfigError(f"{texts['in']} is not there: copy films to it, or name another folder of this page's.")
+            raise ConfigError(
+                f"{texts['in']} does not exist: copy films to it, or name another folder in the folder of this page."
+            )
     if verb == "describe" and not (texts["endpoint"] and texts["model"]):
         raise ConfigError("describe needs an endpoint and the name of a model there: fill in both.")
     place = {"split": "out", "filter": "videos", "describe": "videos"}[verb]
     return [*(f"{key}={text}" for key, text in texts.items() if text), f"{place}={videos}"]
 
 
-def look_at_footage(folder: Path) -> list[Any]:
-    """Returns what tells whether the links are to be drawn anew; in deeper folders, that a job has ended."""
+def footage_state(folder: Path) -> list[Any]:
+    """Returns a state of the results. The ended jobs in it stand for results in deeper folders."""
     patterns = ("*_split/scenes*", "*_filter/*.*", "*/describe.jsonl")
     files = sorted(str(path) for pattern in patterns for path in folder.glob(pattern))
     return [files, ended_jobs(folder)]
 
 
 def links_html(folder: Path, form: Form) -> str:
-    """Returns links to the tables and pages that the verbs have left; "" where there are none."""
+    """Returns links to the tables and pages of the verbs, "" if there are none."""
     try:
         root = inside(folder, videos_of(folder, form))
     except MochiTuneError:
-        # The form says it.
+        # The form reports the error.
         return ""
     split, filtered = (root.with_name(f"{root.name}_{verb}") for verb in ("split", "filter"))
     sheets = sorted(split.glob("scenes*.png"), key=lambda path: (len(path.name), path.name))

@@ -1,4 +1,4 @@
-"""The fields of a LoRA's settings, which several tabs show: one form, checked by the schema as one types."""
+"""The fields of a LoRA's settings: one form, which several tabs show, and which is checked while the user types."""
 
 from collections.abc import Iterator
 from html import escape
@@ -26,7 +26,7 @@ from mochi_tune.ui.confs import (
     read_form,
     save_conf,
 )
-from mochi_tune.ui.news import News
+from mochi_tune.ui.polling import Poller
 
 TITLES = {
     "model": "Model",
@@ -47,9 +47,9 @@ TITLES = {
     "train.sample_every": "Videos every … steps",
     "train.sample_prompts": "Prompts of the videos, one a line",
 }
-# As conf/base.yaml chooses.
+# Choices of conf/base.yaml.
 GROUP_DEFAULTS = {"model": "mochi_1", "lora": "attention", "memory": "80gb"}
-# Of the packaged files; docs/settings.md says what each sets.
+# Help texts of the groups; docs/settings.md lists the settings of each file.
 GROUP_MEANINGS = {
     "model": "mochi_1: Genmo's, 480p; toy and tiny are shipped, to try everything on any machine",
     "lora": "attention: what every program reads; attention_mlp: the MLPs too, learns more and is larger",
@@ -57,7 +57,7 @@ GROUP_MEANINGS = {
 }
 
 
-# Fields that show their default.
+# Text fields, which show the default as a placeholder.
 _TEXT_KEYS = [
     key for key in MAIN_KEYS
     if key not in (*GROUP_DEFAULTS, "train.sample_prompts") and not known_keys()[key].choices
@@ -65,7 +65,7 @@ _TEXT_KEYS = [
 
 
 class SettingsForm:
-    """The components of all settings, made once and shown by `show` where a tab wants them."""
+    """The components of all settings. `show` places them in a tab."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,31 +82,31 @@ class SettingsForm:
         self.filled_times = gr.State(0)
         # The mistake that the last notice reported: opening a page fills the fields twice.
         self.reported = gr.State("")
-        self.news = News(folder)
+        self.poller = Poller(folder)
         self.replaces = gr.Checkbox(label="replace it, if conf/NAME.yaml has other settings", render=False)
 
     @property
     def inputs(self) -> list[Any]:
-        """All components of the form, in the order in which `form_of` takes their values."""
+        """All components of the form, in the order of the values of `form_of`."""
         return [self.name, *self.fields.values(), self.more]
 
     def show(self, *keys: str) -> None:
-        """Puts fields here."""
+        """Places fields at this position of the page."""
         for key in keys:
             self.fields[key].render()
 
     def form_of(self, values: tuple[Any, ...]) -> Form:
-        """Returns what somebody has filled in."""
+        """Returns the form of the values of `inputs`."""
         name, *main, more = values
         texts = {key: str(value or "") for key, value in zip(self.fields, main, strict=True)}
-        # Blanks alone are nothing; after words they may be meant.
+        # Spaces alone count as empty. After words they may be intended.
         texts = {key: text if key in WORDS and text.strip() else text.strip() for key, text in texts.items()}
         if prompts := [line for line in texts["train.sample_prompts"].splitlines() if line.strip()]:
             texts["train.sample_prompts"] = f"[{', '.join(map(quote, prompts))}]"
         return Form(str(name or "").strip(), texts, str(more or ""))
 
     def save(self, values: tuple[Any, ...], replaces: bool) -> str:
-        """Writes the conf; returns its name.
+        """Saves the conf and returns its name.
 
         Raises:
             MochiTuneError: as `save_conf`.
@@ -116,7 +116,7 @@ class SettingsForm:
         return form.name
 
     def message(self, *values: Any) -> str:
-        """Returns the one line that the command line would say of the form."""
+        """Returns one line as HTML: the error that the command line would report, or that all settings fit."""
         form = self.form_of(values)
         if mistake := conf_mistake(self.folder, form.name):
             return html.note(mistake, "error")
@@ -163,7 +163,7 @@ class SettingsForm:
             return False
 
     def wire(self, blocks: gr.Blocks) -> None:
-        """Fills the form when a conf is chosen, and when a page opens."""
+        """Fills the form when the user chooses a conf, and when a page opens."""
 
         def open_page() -> Any:
             return gr.Dropdown(list_confs(self.folder), value=newest_conf(self.folder))
@@ -183,24 +183,24 @@ class SettingsForm:
         inputs, quiet = [self.name, self.filled_times, self.reported], "hidden"
         targets = [*self.fields.values(), self.more, self.filled_times, self.reported]
         self.name.change(fill, inputs, targets, show_progress=quiet)
-        # Consent to replace one file is none for another.
+        # The tick counts for one file only.
         self.name.change(lambda: False, None, self.replaces, show_progress=quiet)
         blocks.load(open_page, None, self.name, show_progress=quiet).then(fill, inputs, targets, show_progress=quiet)
 
 
 def _placeholders(*groups: str | None) -> list[Any]:
-    """Returns the fields with what they are by default under the chosen groups, in the order of GROUP_DEFAULTS."""
+    """Returns updates of the text fields: the defaults under the chosen groups, in the order of GROUP_DEFAULTS."""
     chosen = [f"{key}={name}" for key, name in zip(GROUP_DEFAULTS, groups, strict=True) if name]
     try:
         config = load_config("base", ["name=x", *chosen])
     except MochiTuneError:
-        # The line below the settings says it.
+        # The line below the settings reports the error.
         return [gr.skip()] * len(_TEXT_KEYS)
     return [gr.Textbox(placeholder=as_text(value_of(config, key))) for key in _TEXT_KEYS]
 
 
 def _field(key: str) -> Any:
-    # Short lists are not typed in: a box that one leaves before gradio has taken the text goes back without a word.
+    # Short lists are not filterable: gradio silently drops text that the user leaves before it is processed.
     shown = {"label": TITLES[key], "elem_id": key.replace(".", "_"), "render": False}
     if key in GROUP_DEFAULTS:
         files = packaged_files()[key]
@@ -222,7 +222,7 @@ def _field(key: str) -> Any:
 
 
 def settings_reference() -> str:
-    """Returns the list of all settings with their meaning, by section, folded."""
+    """Returns a collapsible list of all settings and their meanings, by section."""
     parts = []
     for section, cls in sections().items():
         rows = "".join(

@@ -1,6 +1,6 @@
-"""Jobs: verbs that the page has started or will start. Each is a small JSON record and a log; the files are the state.
+"""The queue of jobs: verbs that the page starts. Each job is a JSON record and a log; the files are the only state.
 
-`runner` works them off, one at a time, as a process of its own, so that neither a page nor its server is needed.
+`runner` is a separate process that runs them one at a time, so the queue continues without a page or its server.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from mochi_tune.files import parse_object, write_atomic
 from mochi_tune.ui.folder import OWN_FOLDER, lock
 
 State = Literal["waiting", "running", "done", "partly", "stopped", "failed"]
-# Bytes at the end of a log that are looked at.
+# Number of bytes at the end of a log that are read.
 TAIL_BYTES = 64 * 1024
-# Process times are kept in hundredths of a second.
+# Tolerance for start times of processes, which have a resolution of 0.01 s.
 SAME_START_SECONDS = 0.05
 
 
@@ -34,18 +34,18 @@ class Job:
     """A verb with its settings.
 
     Attributes:
-        number: from 1, in the order in which jobs run.
-        verb: of the command line.
-        arguments: behind it.
-        title: for the reader.
-        state: "partly" is done but for some clips.
-        pid: of its process, 0 before it has one.
+        number: counts jobs from 1, in the order in which they run.
+        verb: verb of the command line.
+        arguments: arguments after the verb.
+        title: description for the user.
+        state: state of the job; "partly" means that it is done except for some clips.
+        pid: number of its process, 0 before it has started.
         pid_started: start of that process in seconds since 1970, as psutil computes it.
         pid_start: start of that process as `process_start` returns it; "" where that is unknown, and in old records.
-        began: seconds since 1970; 0 before it has begun.
-        ended: the same.
-        code: its exit code; None where nobody saw it end.
-        is_asked_to_stop: whether somebody has stopped it.
+        began: start of the job in seconds since 1970; 0 before.
+        ended: end of the job in seconds since 1970; 0 before.
+        code: exit code; None if no runner saw the job end.
+        is_asked_to_stop: whether the user has stopped it.
     """
 
     number: int
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def command(self) -> str:
-        """The command line that does the same."""
+        """The equivalent command line."""
         return " ".join(["mochi-tune", self.verb, *(a if a.isalnum() else _quoted(a) for a in self.arguments)])
 
 
@@ -74,27 +74,27 @@ def _quoted(argument: str) -> str:
 
 
 def jobs_folder(folder: Path) -> Path:
-    """Returns where the jobs of a page's folder are."""
+    """Returns the folder of the jobs of a page's folder."""
     return folder / OWN_FOLDER / "jobs"
 
 
 def log_path(folder: Path, number: int) -> Path:
-    """Returns the log of a job."""
+    """Returns the path of a job's log."""
     return jobs_folder(folder) / f"{number:05d}.log"
 
 
 def list_jobs(folder: Path) -> list[Job]:
-    """Returns all jobs in their order; a record that cannot be read is left out."""
+    """Returns all jobs by number, without those whose records cannot be read."""
     found = []
     for path in sorted(jobs_folder(folder).glob("[0-9]*.json")):
-        # Removed meanwhile, or of another version.
+        # The record was removed meanwhile, or is of another version.
         with contextlib.suppress(OSError, TypeError):
             found.append(Job(**(parse_object(path.read_bytes()) or {})))
     return found
 
 
 def ended_jobs(folder: Path) -> list[int]:
-    """Returns the numbers of the jobs that have ended, which tells whether there may be other files than before."""
+    """Returns the numbers of the jobs that have ended; after each change there may be new files."""
     return [job.number for job in list_jobs(folder) if job.ended]
 
 
@@ -102,18 +102,18 @@ def find_job(folder: Path, number: int) -> Job:
     """Returns a job.
 
     Raises:
-        DataError: it is gone.
+        DataError: there is no such job.
     """
     for job in list_jobs(folder):
         if job.number == number:
             return job
-    raise DataError(f"job {number} is gone: look at the list of jobs again.")
+    raise DataError(f"job {number} does not exist any more: choose another one.")
 
 
 def add_job(folder: Path, verb: str, arguments: list[str], title: str = "") -> Job:
-    """Puts a job at the end of the queue and sees to it that somebody works it off."""
+    """Adds a job to the end of the queue, and starts a runner if none is running."""
     with changing(folder):
-        # Of logs too, so that a record that somebody removed gives its log to no other job.
+        # Includes logs, so that no new job appends to the log of a job whose record was removed.
         numbers = [int(path.stem) for path in jobs_folder(folder).glob("[0-9]*.*") if path.stem.isdecimal()]
         job = Job(max(numbers, default=0) + 1, verb, arguments, title or f"{verb} {' '.join(arguments)}")
         save_job(folder, job)
@@ -122,10 +122,10 @@ def add_job(folder: Path, verb: str, arguments: list[str], title: str = "") -> J
 
 
 def stop_job(folder: Path, number: int) -> Job:
-    """Asks a running job to save and end, by SIGTERM; a waiting one leaves the queue.
+    """Asks a running job to save and end, by SIGTERM, or removes a waiting job from the queue.
 
     Raises:
-        DataError: it is neither.
+        DataError: the job has ended.
     """
     with changing(folder):
         job = find_job(folder, number)
@@ -134,7 +134,7 @@ def stop_job(folder: Path, number: int) -> Job:
         elif job.state == "running" and is_alive(job):
             job = replace(job, is_asked_to_stop=True)
         else:
-            raise DataError(f"job {number} has ended already: nothing is left to stop.")
+            raise DataError(f"job {number} has ended already: there is nothing to stop.")
         save_job(folder, job)
         if job.state == "running":
             os.kill(job.pid, signal.SIGTERM)
@@ -148,7 +148,7 @@ def save_job(folder: Path, job: Job) -> None:
 
 @contextlib.contextmanager
 def changing(folder: Path) -> Iterator[None]:
-    """Keeps every other process from changing the jobs of this folder meanwhile."""
+    """Locks the jobs of a folder against changes by other processes."""
     jobs_folder(folder).mkdir(parents=True, exist_ok=True)
     with open(jobs_folder(folder) / ".lock", "a") as file:
         lock(file, fcntl.LOCK_EX)
@@ -156,7 +156,7 @@ def changing(folder: Path) -> Iterator[None]:
 
 
 def start_runner(folder: Path) -> None:
-    """Starts the process that works the queue off, where jobs wait; a second one ends at once."""
+    """Starts a runner if any job waits or runs. A second runner ends at once."""
     if any(job.state in ("waiting", "running") for job in list_jobs(folder)):
         with open(jobs_folder(folder) / "runner.log", "ab") as log:
             command = [sys.executable, "-m", "mochi_tune.ui.runner", os.fspath(folder.resolve())]
@@ -167,7 +167,7 @@ def start_runner(folder: Path) -> None:
 
 
 def revive_runner(folder: Path) -> None:
-    """Starts a runner where jobs wait or run and none is at work any more, as after it was killed."""
+    """Starts a runner if any job waits or runs and no runner is running, such as after a kill."""
     if not any(job.state in ("waiting", "running") for job in list_jobs(folder)):
         return
     with open(jobs_folder(folder) / ".runner", "a") as file:
@@ -179,17 +179,17 @@ def revive_runner(folder: Path) -> None:
 
 
 def _reap_later(process: subprocess.Popen) -> None:
-    """Reads the exit code of a process when it ends, which else stays in the table of processes."""
+    """Reads the exit code of a process when it ends, so that it does not remain a zombie."""
     import threading
 
     threading.Thread(target=process.wait, daemon=True).start()
 
 
 def process_start(pid: int) -> str:
-    """Returns the boot and the clock ticks from it to the start of a process; "" without /proc.
+    """Returns the id of the boot and the clock ticks from it to the start of a process; "" without /proc.
 
-    Together with its number this identifies a process for good. Its start in seconds since 1970 does not: it changes
-    when the system clock is set.
+    Together with the process number they are unique. The start in seconds since 1970 is not reliable, because it
+    changes when the system clock is set.
 
     Source: proc_pid_stat(5), field 22.
     """
@@ -203,7 +203,7 @@ def process_start(pid: int) -> str:
 
 
 def is_alive(job: Job) -> bool:
-    """Whether the process of a job runs, and is not a later one of the same number."""
+    """Whether the process of a job is running, and not a later process of the same number."""
     try:
         process = psutil.Process(job.pid)
         if job.pid_start:
@@ -216,7 +216,7 @@ def is_alive(job: Job) -> bool:
 
 
 def read_tail(path: Path, num_lines: int = 40) -> list[str]:
-    """Returns the last lines of a log; of a progress bar that was drawn over and over, the last state."""
+    """Returns the last lines of a log, with only the last state of each progress bar."""
     try:
         with open(path, "rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - TAIL_BYTES, 0))
@@ -228,5 +228,5 @@ def read_tail(path: Path, num_lines: int = 40) -> list[str]:
 
 
 def message_of(lines: list[str]) -> str:
-    """Returns the one line with which a verb has refused; "" where there is none in the log's last lines."""
+    """Returns the error message of a verb from the last lines of its log, "" if they contain none."""
     return next((line.partition(": ")[2] for line in reversed(lines) if line.startswith("mochi-tune: ")), "")

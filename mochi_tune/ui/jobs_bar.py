@@ -1,4 +1,4 @@
-"""The bar below the tabs: what runs, what waits, what has ended, with stop, go on, and the log of each."""
+"""The bar of jobs below the tabs: running, waiting and ended jobs, with their logs and buttons to stop and go on."""
 
 import signal
 import time
@@ -26,11 +26,11 @@ from mochi_tune.ui.jobs import (
 )
 
 NUM_SHOWN = 8
-WORDS = {"partly": "done but for some clips"}
+WORDS = {"partly": "done except for some clips"}
 
 
 def build_bar(folder: Path, form: SettingsForm) -> None:
-    """Builds the bar; it is drawn when the page opens, which fills the form, and when jobs have changed."""
+    """Builds the bar. It is drawn when the form is filled, as when a page opens, and when jobs have changed."""
     with gr.Column(elem_id="jobs"):
         gr.HTML("<h2>Jobs</h2>")
         table = gr.HTML(elem_id="jobs_table")
@@ -46,7 +46,7 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
         jobs = list_jobs(folder)
         choices = _choices(jobs)
         numbers = [job.number for job in jobs]
-        # It goes with what runs, until somebody chooses another one.
+        # The selection follows the running job until the user chooses another one.
         follows = number not in numbers or number == (shown[-1] if shown else None)
         if follows:
             number = next((job.number for job in jobs if job.state == "running"), numbers[-1] if numbers else None)
@@ -57,7 +57,7 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
         return [*(part if each else gr.skip() for part, each in zip(parts, changed, strict=True)), now]
 
     def ask_to_stop(number: int | None) -> str:
-        return said_of(lambda: f"{_name(stop_job(folder, number or 0))}: asked to save and stop")
+        return result_html(lambda: f"{_name(stop_job(folder, number or 0))}: asked to save and stop")
 
     def go_on(number: int | None) -> tuple[str, Any]:
         added: list[Job] = []
@@ -67,13 +67,13 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
             added.append(add_job(folder, old.verb, old.arguments, old.title))
             return f"{_name(added[0])} is in the queue"
 
-        said = said_of(add)
+        said = result_html(add)
         # *Stop* then stops the new job.
         return said, gr.Dropdown(_choices(list_jobs(folder)), value=added[0].number) if added else gr.skip()
 
     state = gr.State([])
     outputs = [table, log, chosen, state]
-    events = [form.news.of(look_at_jobs), form.filled_times.change, chosen.input]
+    events = [form.poller.changes(jobs_state), form.filled_times.change, chosen.input]
     gr.on(events, refresh, [chosen, state], outputs, show_progress="hidden")
     for button, act, results in ((stop, ask_to_stop, said), (again, go_on, [said, chosen])):
         button.click(act, chosen, results, show_progress="hidden").then(
@@ -81,8 +81,8 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
         )
 
 
-def said_of(act: Any) -> str:
-    """Returns what an act says, or the one line with which it is refused."""
+def result_html(act: Any) -> str:
+    """Returns the message of an action as HTML, or its error in one line."""
     try:
         return html.note(act(), "good")
     except MochiTuneError as error:
@@ -91,14 +91,14 @@ def said_of(act: Any) -> str:
         return html.note(f"{error.filename or 'the file'}: {error.strerror}.", "error")
 
 
-def look_at_jobs(folder: Path) -> str:
-    """Returns what tells whether the bar is to be drawn anew; while a job runs, its time does."""
+def jobs_state(folder: Path) -> str:
+    """Returns the table of jobs, which includes running times, and revives the runner."""
     revive_runner(folder)
     return jobs_table(folder, list_jobs(folder))
 
 
 def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:
-    """Returns the newest jobs as a table, the one that runs with its last line."""
+    """Returns the newest jobs as a table, with the last log line of the running job."""
     if not jobs:
         return html.empty_state("Nothing has been started yet", "Prepare the clips in Data, then start in Train.")
     ended = [job.number for job in jobs if job.state not in ("waiting", "running")]
@@ -112,7 +112,7 @@ def _row(folder: Path, job: Job) -> str:
     lines = read_tail(log_path(folder, job.number), 12) if job.state in ("running", "failed", "partly") else []
     last = message_of(lines) if job.state == "failed" else lines[-1] if lines else ""
     if job.state == "failed":
-        last = last or _how_it_ended(job) or (lines[-1] if lines else "it left no word: see the log")
+        last = last or _how_it_ended(job) or (lines[-1] if lines else "it ended without a message: see the log")
     words = WORDS.get(job.state, job.state)
     if job.state == "running" and job.is_asked_to_stop:
         words = "saves and stops"
@@ -136,7 +136,7 @@ def _how_it_ended(job: Job) -> str:
         return ""
     known = {number.value: number.name for number in signal.Signals}
     name = known.get(-job.code, f"signal {-job.code}")
-    return f"it was ended by {name}{', often for want of memory' if name == 'SIGKILL' else ''}"
+    return f"it was ended by {name}{', often because memory ran out' if name == 'SIGKILL' else ''}"
 
 
 def _choices(jobs: Sequence[Job]) -> list[tuple[str, int]]:

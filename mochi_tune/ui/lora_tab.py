@@ -1,4 +1,4 @@
-"""The tab LoRA: what an adapter holds, and what is made of it: a merge, a smaller one, other layouts, a publication."""
+"""The tab LoRA: inspects, exports, resizes, merges and publishes adapters."""
 
 from collections.abc import Callable, Sequence
 from html import escape
@@ -14,21 +14,21 @@ from mochi_tune.ui.adapters import (
     HUB,
     MADE_FOLDER,
     Push,
+    adapters_state,
     check_adapter,
     export_arguments,
     inspect_page,
     list_adapters,
-    look_at_adapters,
     merge_arguments,
     resize_arguments,
 )
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
-from mochi_tune.ui.jobs_bar import said_of
+from mochi_tune.ui.jobs_bar import result_html
 
 DTYPES = ["fp32", "bf16", "fp16"]
-# What reads each layout.
+# Format -> the programs that read it.
 READERS = {
     "diffusers": "diffusers",
     "comfyui": "ComfyUI",
@@ -43,8 +43,8 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     """Builds the tab.
 
     Args:
-        folder: of the page.
-        form: the settings, of which it asks only when the page opens.
+        folder: folder of the page.
+        form: form of the settings, whose events say when the page opens and when adapters change.
     """
     with gr.Row(elem_id="lora_top", equal_height=False):
         adapter = gr.Dropdown(
@@ -68,7 +68,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     gr.HTML("<h2>Made here</h2>")
     made = gr.HTML(elem_id="lora_made")
 
-    def look(name: str | None, seen: list | None) -> list[Any]:
+    def refresh(name: str | None, seen: list | None) -> list[Any]:
         there = [list(pair) for pair in list_adapters(folder)]
         page, files = page_html(folder, name or ""), made_html(folder)
         now = [there, page, files]
@@ -83,43 +83,42 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         ]  # fmt: skip
 
     def start_inspect(name: str | None) -> str:
-        return said_of(lambda: _inspect(folder, name or ""))
+        return result_html(lambda: _inspect(folder, name or ""))
 
     seen = gr.State(None)
-    events = [form.news.of(look_at_adapters), adapter.change, form.filled_times.change]
-    gr.on(events, look, [adapter, seen], [adapter, merged, shown, made, seen], **QUIET)
+    events = [form.poller.changes(adapters_state), adapter.change, form.filled_times.change]
+    gr.on(events, refresh, [adapter, seen], [adapter, merged, shown, made, seen], **QUIET)
     inspect.click(start_inspect, adapter, said, **QUIET)
 
 
 def _queue(folder: Path, verb: str, make: Callable[[], Sequence[str]]) -> str:
-    """Returns what is said when a job is added, or the line with which it is refused."""
+    """Adds a job, and returns a message or the error in one line."""
 
     def add() -> str:
         arguments = list(make())
         out = next(each.removeprefix("out=") for each in arguments if each.startswith("out="))
         return f"job {add_job(folder, verb, arguments).number} is in the queue: it writes {out}"
 
-    return said_of(add)
+    return result_html(add)
 
 
 def _inspect(folder: Path, name: str) -> str:
     file = check_adapter(folder, name)
     if file.startswith(HUB):
-        raise ConfigError(f"{file} is no file of this folder: export it as native, and inspect that.")
+        raise ConfigError(f"{file} is not a file of this folder: export it as native, and inspect that.")
     page = inspect_page(folder, file)
     if inside(folder, page).is_file():
-        return "its page is below already"
+        return "its page is shown below already"
     inside(folder, page).parent.mkdir(parents=True, exist_ok=True)
-    return (
-        f"job {add_job(folder, 'lora', ['inspect', file, f'out={page}']).number} is in the queue: its page comes here"
-    )
+    job = add_job(folder, "lora", ["inspect", file, f"out={page}"])
+    return f"job {job.number} is in the queue: its page will be shown here"
 
 
 def _limits(prefix: str) -> tuple[Any, Any]:
     with gr.Row():
         rank = gr.Textbox(label="Rank", info="at most", elem_id=f"{prefix}_rank", min_width=110)
         energy = gr.Textbox(
-            label="or energy", info="share that is kept", placeholder="0.99", elem_id=f"{prefix}_energy", min_width=110
+            label="or energy", info="share to keep", placeholder="0.99", elem_id=f"{prefix}_energy", min_width=110
         )
     return rank, energy
 
@@ -189,10 +188,10 @@ def _build_push(folder: Path, adapter: Any, said: Any) -> None:
         )
         dtype = _numbers("push")
     with gr.Row():
-        license = gr.Textbox(label="License", placeholder="as it states", elem_id="license", min_width=120)
-        trigger = gr.Textbox(label="Trigger", placeholder="as it states", elem_id="trigger", min_width=120)
-    private = gr.Checkbox(True, label="private, where the repository is made", elem_id="push_private")
-    told = gr.HTML(elem_id="push_told")
+        license = gr.Textbox(label="License", placeholder="that of the adapter", elem_id="license", min_width=120)
+        trigger = gr.Textbox(label="Trigger", placeholder="that of the adapter", elem_id="trigger", min_width=120)
+    private = gr.Checkbox(True, label="private, if the repository is new", elem_id="push_private")
+    preview = gr.HTML(elem_id="push_preview")
     with gr.Row():
         dry = gr.Button("Make the folder only", elem_id="push_dry", min_width=140)
         push = gr.Button("Push", elem_id="push", min_width=100)
@@ -219,17 +218,15 @@ def _build_push(folder: Path, adapter: Any, said: Any) -> None:
     dry.click(start(True), inputs, said, **QUIET)
     push.click(start(False), inputs, said, **QUIET)
     gr.on(
-        [each.change for each in inputs], lambda *values: told_html(folder, asked(values)), inputs, told,
+        [each.change for each in inputs], lambda *values: push_html(folder, asked(values)), inputs, preview,
         trigger_mode="always_last", **QUIET,
     )  # fmt: skip
 
 
-def told_html(folder: Path, push: Push) -> str:
-    """Returns what an upload would send, or why there is none."""
+def push_html(folder: Path, push: Push) -> str:
+    """Returns a description of what an upload would send, or the error."""
     if not push.repo.strip():
-        return html.note(
-            "Nothing is sent before you press Push. Name a repository, and what would be sent is told here."
-        )
+        return html.note("Nothing is sent before you press Push. Name a repository to see here what would be sent.")
     try:
         lines = push.explain(folder)
     except MochiTuneError as error:
@@ -238,30 +235,30 @@ def told_html(folder: Path, push: Push) -> str:
 
 
 def page_html(folder: Path, name: str) -> str:
-    """Returns the page of `lora inspect` on an adapter, or how to get it."""
+    """Returns the page of `lora inspect` on an adapter, or how to make it."""
     if not name:
         hint = "Train one, or copy a .safetensors file to loras/. It shows up here by itself."
         return "" if list_adapters(folder) else html.empty_state("No adapter yet", hint)
     try:
         page = inside(folder, inspect_page(folder, check_adapter(folder, name)))
     except (MochiTuneError, OSError):
-        return html.note(f"{name} is no file of this folder; Export and Push fetch hub:OWNER/NAME.")
+        return html.note(f"{name} is not a file of this folder; Export and Push fetch hub:OWNER/NAME.")
     if not page.is_file():
         return html.note("`Inspect` makes a page of its ranks, norms and metadata.")
     address = html.address(folder, page)
     return (
         f'<iframe class="page" sandbox="allow-scripts" title="what the adapter holds" src="{address}"></iframe>'
-        f'<a href="{address}" target="_blank" rel="noopener">open it in a tab of its own</a>'
+        f'<a href="{address}" target="_blank" rel="noopener">open it in a new tab</a>'
     )
 
 
 def made_html(folder: Path) -> str:
-    """Returns the files of `loras/`, each with its size and its download, and the folders that were made to be sent."""
+    """Returns the files of `loras/` with their sizes and download links, and the folders prepared for the hub."""
     root = folder / MADE_FOLDER
     files = sorted((p for p in root.glob("*.safetensors") if p.is_file()), key=lambda p: -p.stat().st_mtime)
     cards = sorted(root.glob("hub/*/README.md"), key=lambda p: -p.stat().st_mtime)
     if not files and not cards:
-        return html.empty_state("Nothing yet", "What Export, Resize and Merge write comes here, to be downloaded.")
+        return html.empty_state("Nothing yet", "Files of Export, Resize and Merge will be listed here for download.")
     rows = [
         f"<tr><td>{escape(path.name).replace('_', '_<wbr>')}</td>"
         f"<td class='number'>{path.stat().st_size / 2**20:.1f} MiB</td>"

@@ -1,6 +1,6 @@
-"""The frame of the page: its looks, its tabs, and the bar of jobs below them.
+"""The frame of the page: its appearance, its tabs, and the bar of jobs below them.
 
-A tab is a file with a function `build_tab(folder, form)`, which is called inside its `gr.Tab`, and a line in `TABS`.
+A tab is a file with a function `build_tab(folder, form)`, which runs inside its `gr.Tab`, and an entry of `TABS`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ TABS: dict[str, Callable[[Path, SettingsForm], None]] = {
 }
 FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
-# Old uploads that nobody took are looked for each hour, and removed after a day.
+# Seconds between searches for unused uploads, and their age in seconds at which they are removed.
 DELETE_CACHE = (3600, 86400)
 SWITCH_THEME = """
 () => {
@@ -31,7 +31,7 @@ SWITCH_THEME = """
   try { localStorage.setItem("mochi_tune_theme", dark ? "dark" : "light"); } catch {}
 }
 """
-# The theme that was chosen last, else the browser's.
+# The theme that the user chose last, or the browser's.
 KEPT_THEME = """
 () => {
   let kept = null;
@@ -43,7 +43,7 @@ KEPT_THEME = """
 
 
 def looks() -> dict[str, Any]:
-    """Returns theme and style of the page; none of them fetches anything from elsewhere."""
+    """Returns the theme and the style of the page, which fetch nothing from other servers."""
     theme = themes.Base(
         primary_hue=themes.colors.teal, neutral_hue=themes.colors.slate, font=FONTS, font_mono=MONO,
         text_size=themes.sizes.text_md, radius_size=themes.sizes.radius_md,
@@ -67,14 +67,18 @@ def looks() -> dict[str, Any]:
 
 
 def build_page(folder: Path) -> gr.Blocks:
-    """Returns the page over a folder. Its state is in files: any number of pages may be open."""
+    """Returns the page of a folder. Its state is in files, so any number of pages may be open.
+
+    Raises:
+        ConfigError: the folder cannot be written, or its disk has no file locks.
+    """
     make_own_folder(folder)
     with gr.Blocks(title="mochi-tune", analytics_enabled=False, delete_cache=DELETE_CACHE, fill_width=True) as blocks:
         with gr.Row(elem_id="top"):
             gr.HTML(f"<h1>mochi-tune</h1><p class='quiet'>{_escaped(folder)}</p>", elem_id="title")
             theme = gr.Button("Light / dark", size="sm", elem_id="theme", scale=0, min_width=120)
         theme.click(None, js=SWITCH_THEME)
-        # Gradio goes back to the browser's own when it begins to draw.
+        # Gradio resets the theme to the browser's when it begins to draw.
         blocks.load(None, js=KEPT_THEME)
         form = SettingsForm(folder)
         with gr.Row(elem_id="which"):
@@ -86,13 +90,13 @@ def build_page(folder: Path) -> gr.Blocks:
                     build_tab(folder, form)
         jobs_bar.build_bar(folder, form)
         form.wire(blocks)
-        form.news.wire()
-        # What was waiting when the machine went down goes on.
+        form.poller.wire()
+        # Continues the queue after a restart of the machine.
         blocks.load(lambda: start_runner(folder), show_progress="hidden")
     for event in blocks.fns.values():
         if event.show_progress == "hidden":
-            # Or at each step of each event the browser would look for all parts that any event has ever filled, to tell
-            # them what they do not show: half of what an open page took while a run went on. A button shows none.
+            # Otherwise the browser updates the progress of all components at each step of each event, which took half
+            # of the time of an open page while a run went on. A button shows no progress.
             event.show_progress_on = [theme]
     return blocks
 

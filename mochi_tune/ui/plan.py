@@ -1,4 +1,4 @@
-"""The plan beside the settings: memory, time and disk of a run, as `mochi-tune plan` foretells them."""
+"""The plan next to the settings: memory, time and disk of a run, as `mochi-tune plan` estimates them."""
 
 import shutil
 import subprocess
@@ -10,13 +10,13 @@ from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
 
 GIB = 2**30
-# Foretold for where the card that is here is not known.
-FIRST = "4090"
+# GPU to estimate for if the installed one is not known.
+DEFAULT_CARD = "4090"
 
 
 @cache
 def known_cards() -> list[str]:
-    """Returns the GPUs whose speeds are known."""
+    """Returns the names of the GPUs with known speeds."""
     from mochi_tune.parallel.forecast import CARDS
 
     return list(CARDS)
@@ -24,7 +24,7 @@ def known_cards() -> list[str]:
 
 @cache
 def name_here() -> str:
-    """Returns what the driver's own program calls the first GPU, "" without one: CUDA would hold memory of a run."""
+    """Returns the name of the first GPU by nvidia-smi, "" without a GPU. Asking CUDA would take GPU memory."""
     if not shutil.which("nvidia-smi"):
         return ""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -33,20 +33,20 @@ def name_here() -> str:
 
 
 def likely_card() -> str:
-    """Returns the card that is here, and one to begin with where it is not known."""
+    """Returns the name of the installed GPU, or DEFAULT_CARD if it is not known."""
     from mochi_tune.parallel.forecast import CARDS, known_card
 
     found = known_card(name_here())
-    return next((name for name, card in CARDS.items() if card is found), FIRST)
+    return next((name for name, card in CARDS.items() if card is found), DEFAULT_CARD)
 
 
-def foretell(config: RunConfig, card: str) -> str:
-    """Returns the plan of a run on a card as HTML, or the one line that says why there is none."""
+def plan_html(config: RunConfig, card: str) -> str:
+    """Returns the plan of a run on a GPU as HTML, or one line that says why there is none."""
     from mochi_tune.parallel.forecast import in_words, known_card, short_seconds
     from mochi_tune.recipes.plan import main as plan
 
     try:
-        made = plan(config, card or FIRST)
+        made = plan(config, card or DEFAULT_CARD)
     except MochiTuneError as error:
         return html.note(str(error), "error")
     rows = "".join(
@@ -60,7 +60,7 @@ def foretell(config: RunConfig, card: str) -> str:
     )
     name, unknown = name_here(), ""
     if name and known_card(name) is None:
-        unknown = f"The GPU that is here, {name}, is not known: this is foretold for a {card or FIRST}."
+        unknown = f"The GPU of this machine, {name}, is not known: this is an estimate for a {card or DEFAULT_CARD}."
     cache_text = f"the cache up to {made.cache_bytes / GIB:.2g} GiB, " if made.cache_bytes else ""
     return (
         f"{html.note(unknown, 'warning')}<p>{escape(made.clips)}{escape(hours)}</p>"

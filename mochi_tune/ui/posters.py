@@ -1,4 +1,4 @@
-"""Pictures that stand for a video until it is played: a frame of it, decoded once and kept."""
+"""Posters of videos: a frame that is decoded once and stored."""
 
 import hashlib
 import os
@@ -18,25 +18,25 @@ DECODE_SECONDS = 30.0
 
 
 def thumbnail_path(folder: Path, path: Path, facts: os.stat_result) -> Path:
-    """Returns where the picture of a video is kept: another place after each change of the video."""
+    """Returns the path of a video's poster, which changes whenever the video does."""
     key = repr((os.fspath(path), facts.st_mtime_ns, facts.st_size))
     return folder / OWN_FOLDER / "thumbnails" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.jpg"
 
 
 def posters(folder: Path, videos: Sequence[Path]) -> list[Path | None]:
-    """Returns a JPEG of the middle of each video; None for one that has vanished or cannot be decoded.
+    """Returns a JPEG of the middle frame of each video; None if the video has vanished or cannot be decoded.
 
     Args:
-        folder: of the page.
-        videos: in it.
+        folder: folder of the page.
+        videos: videos in it.
     """
-    # The child process is started by the first video that has no picture yet.
+    # The first video without a poster starts the child process.
     with ClipDecoder(DECODE_SECONDS) as decoder:
         return [poster(folder, decoder, video) for video in videos]
 
 
 def poster(folder: Path, decoder: ClipDecoder, video: Path) -> Path | None:
-    """Returns a JPEG of the middle of one video, see `posters`."""
+    """Returns a JPEG of the middle frame of one video, see `posters`."""
     try:
         path = thumbnail_path(folder, video, video.stat())
         if path.exists():
@@ -45,7 +45,7 @@ def poster(folder: Path, decoder: ClipDecoder, video: Path) -> Path | None:
         middle = int(scan.source_seconds * FPS / 2)
         decoded = decoder.cut(video, Cut(1, scan.height, scan.width, start=middle, allow_upscale=True))
     except (OSError, DataError):
-        # It is shown without a picture; a browser may play it all the same.
+        # A browser may play the video all the same.
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, as_jpeg(decoded.frames[0], POSTER_SIZE))

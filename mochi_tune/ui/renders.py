@@ -1,4 +1,4 @@
-"""What `sample` has rendered and what it is asked to render: the history of videos, and the form of new ones."""
+"""The videos that `sample` has rendered, and the form for new ones."""
 
 import contextlib
 import hashlib
@@ -17,16 +17,16 @@ from mochi_tune.sampling.requests import read_requests
 from mochi_tune.ui.adapters import check_adapter, number_of
 from mochi_tune.ui.confs import as_text, conf_path
 from mochi_tune.ui.folder import OWN_FOLDER, inside, relative
-from mochi_tune.ui.runs import look_at_folder
+from mochi_tune.ui.runs import folder_state
 
-# Where `sample` writes by itself: single videos, and the cells of grids.
+# Default folders of `sample`: single videos, and the cells of grids.
 PLACES = ("runs/*/samples", "runs/*/grids/*/cells")
 GRIDS = "runs/*/grids/*/index.html"
 SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
 Kind = Literal["videos", "compare", "grid"]
-# In the place of an adapter: none, not even the run's own.
+# Choice of no adapter, not even that of the run.
 BASE = "base"
-# Settings of a video that have a field of their own.
+# Settings of a video with a separate field.
 SIZES = ("num_frames", "height", "width", "steps")
 OWN_KEYS = (
     "prompt", "prompts", "negative_prompt", "seeds", *SIZES, "adapter", "adapter_strength", "compare", "grid",
@@ -36,14 +36,14 @@ OWN_KEYS = (
 
 @dataclass(frozen=True)
 class Render:
-    """A video that was rendered."""
+    """A rendered video."""
 
     video: Path
     modified: float
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
-        """What the .json beside it says, read when it is asked for; {} where that was removed meanwhile."""
+        """The settings in the .json next to the video, read on first use; {} if the file was removed meanwhile."""
         try:
             record = parse_object(self.video.with_suffix(".json").read_bytes())
         except OSError:
@@ -53,7 +53,7 @@ class Render:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid whose cells are all there: its page, which plays them, and the one video of all."""
+    """A complete grid: its page, which plays the cells, and its video of all cells."""
 
     page: Path
     video: Path
@@ -63,18 +63,18 @@ class Grid:
 
 @dataclass(frozen=True)
 class SampleForm:
-    """What somebody wants to be rendered.
+    """A request to render videos, as the user has filled it in.
 
     Attributes:
-        prompts: one, or several, one a line.
-        negative_prompt: what guidance leads away from.
-        seeds: numbers, separated by blanks or commas; "" for the conf's.
-        sizes: text by key of SIZES; "" leaves it as by default.
-        adapters: (file, `hub:OWNER/NAME` or BASE, strength) of each; none: the run's own.
-        kind: single videos, each beside the base, or a grid.
-        strengths: of a grid: factors on the strengths, separated by blanks or commas.
-        checkpoints: of a grid: "all", or steps of the run, separated by blanks or commas; "" for none.
-        more: other settings of `sample`, `key=value`, one a line.
+        prompts: one or several prompts, one per line.
+        negative_prompt: prompt that guidance leads away from.
+        seeds: seeds, separated by spaces or commas; "" for those of the conf.
+        sizes: key of SIZES -> text; "" stands for the default.
+        adapters: (file, `hub:OWNER/NAME` or BASE; strength) of each adapter; empty: the adapter of the run.
+        kind: single videos, videos next to the base model's, or a grid.
+        strengths: factors on the strengths in a grid, separated by spaces or commas.
+        checkpoints: checkpoints in a grid: "all", or steps of the run, separated by spaces or commas; "" for none.
+        more: other settings of `sample`, one `key=value` per line.
     """
 
     prompts: str
@@ -89,14 +89,14 @@ class SampleForm:
 
 
 def list_renders(folder: Path) -> list[Render]:
-    """Returns the videos of the folder's runs that have their settings beside them, the newest first."""
+    """Returns the videos of all runs that have their settings in a .json file, the newest first."""
     found = []
     for place in _places(folder):
         files = _files(place)
         for record in [record for name, record in files.items() if name.endswith(".json")]:
             names = (record.name.removesuffix(".json") + suffix for suffix in SUFFIXES)
             video = next((files[name] for name in names if name in files), None)
-            # What was removed meanwhile, or is a link that leads out of the folder, is left out.
+            # Leaves out files that were removed meanwhile, and links that lead out of the folder.
             with contextlib.suppress(OSError, DataError):
                 if video and _belong_together(folder, record, video):
                     found.append((-video.stat().st_mtime, video.path))
@@ -108,7 +108,7 @@ def _files(place: Path) -> dict[str, os.DirEntry[str]]:
         with os.scandir(place) as entries:
             return {entry.name: entry for entry in entries if entry.is_file()}
     except OSError:
-        # It was removed meanwhile, or is somebody else's.
+        # The folder was removed meanwhile, or belongs to another user.
         return {}
 
 
@@ -120,16 +120,16 @@ def _belong_together(folder: Path, record: os.DirEntry[str], video: os.DirEntry[
 
 
 def find_render(folder: Path, name: str) -> Render:
-    """Returns the video of a path in the folder.
+    """Returns the rendered video of a path in the folder.
 
     Raises:
-        DataError: it is not among those of `list_renders`, or the path leads out of the folder.
+        DataError: it is not in `list_renders`, or the path leads out of the folder.
     """
     path = inside(folder, name)
     same = (each for each in list_renders(folder) if each.video.name == path.name)
     render = next((each for each in same if inside(folder, each.video) == path), None)
     if render is None or not render.record:
-        raise DataError(f"{name} is gone: choose another video.")
+        raise DataError(f"{name} does not exist any more: choose another video.")
     return render
 
 
@@ -142,13 +142,13 @@ def _places(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=2**16)
 def _has_record(path: str, _modified: int, _size: int) -> bool:
-    """Whether a file holds a record; each is read once, as there may be thousands, of which a page shows twelve."""
+    """Whether a file contains a record. Cached, because there may be thousands of them and a page shows twelve."""
     record = parse_object(Path(path).read_bytes())
     return record is not None and _is_record(record)
 
 
 def _is_record(record: Mapping[str, Any]) -> bool:
-    """Whether a JSON file beside a video is what `sample` writes there, and not another program's."""
+    """Whether the content of a JSON file is a record of `sample`, and not of another program."""
     adapters = record.get("adapters") or []
     return (
         isinstance(record.get("prompt"), str)
@@ -164,24 +164,24 @@ def list_grids(folder: Path) -> list[Grid]:
     found = []
     for page in folder.glob(GRIDS):
         num_cells = len(list((page.parent / "cells").glob("*.json")))
-        # One that is removed meanwhile is left out.
+        # Leaves out grids that are removed meanwhile.
         with contextlib.suppress(OSError):
             found.append(Grid(page, page.with_name("grid.mp4"), num_cells, page.stat().st_mtime))
     return sorted(found, key=lambda grid: -grid.modified)
 
 
-def look_at_renders(folder: Path) -> list[Any]:
-    """Returns what tells whether there are other videos or grids than before."""
-    return [sorted((str(path), look_at_folder(path)) for path in _places(folder)), list_grids(folder)]
+def renders_state(folder: Path) -> list[Any]:
+    """Returns a state that changes with the videos and grids."""
+    return [sorted((str(path), folder_state(path)) for path in _places(folder)), list_grids(folder)]
 
 
 def run_of(folder: Path, video: Path) -> str:
-    """Returns the run folder that a video of PLACES lies in, as a path in the folder."""
+    """Returns the run folder of a video in PLACES, as a path in the folder."""
     return "/".join(relative(folder, video).split("/")[:2])
 
 
 def facts_of(record: Mapping[str, Any]) -> str:
-    """Returns what matters most of a video in one line."""
+    """Returns the main settings of a video in one line."""
     sampler, adapters = record.get("sampler") or {}, record.get("adapters") or []
     size = f"{record.get('num_frames')} frames, {record.get('width')} x {record.get('height')}"
     parts = [f"seed {record.get('seed')}", size, f"{sampler.get('steps')} steps"]
@@ -191,11 +191,11 @@ def facts_of(record: Mapping[str, Any]) -> str:
 
 
 def adapters_of(folder: Path, record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the adapters of a video with their strengths, as the form has them."""
+    """Returns the adapters of a video and their strengths, as in `SampleForm`."""
     found = []
     for adapter in record.get("adapters") or []:
         name, strength = str(adapter.get("file", "")), adapter.get("strength", 1)
-        # A file from elsewhere keeps its name, and the form refuses it when it is started.
+        # A file outside of the folder keeps its name. The form refuses it when the job is started.
         with contextlib.suppress(MochiTuneError):
             name = relative(folder, inside(folder, name))
         found.append((name, as_text(int(strength) if strength == int(strength) else strength)))
@@ -203,10 +203,10 @@ def adapters_of(folder: Path, record: Mapping[str, Any]) -> list[tuple[str, str]
 
 
 def changed_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Returns the adapters and the start video of a video that hold another content than when it was made."""
+    """Returns the adapter files and the start video of a video that have changed since it was rendered."""
     found = []
     for each in (*(record.get("adapters") or []), record.get("init_video") or {}):
-        # What is gone or outside is refused when it is started.
+        # The form refuses missing files and files outside of the folder when the job is started.
         with contextlib.suppress(MochiTuneError, OSError):
             path = inside(folder, str(each.get("file", "")))
             if "sha256" in each and file_sha256(path) != each["sha256"]:
@@ -248,12 +248,12 @@ def form_of(folder: Path, record: Mapping[str, Any]) -> SampleForm:
 
 
 def arguments_of(folder: Path, conf: str, form: SampleForm) -> list[str]:
-    """Returns the arguments of `sample`, checked as it checks them before it reads any weight.
+    """Returns the arguments of `sample`, checked as `sample` does before it reads weights.
 
-    Several prompts are written to a file of the page's own folder.
+    Writes several prompts to a file in the page's own folder.
 
     Raises:
-        MochiTuneError: a setting does not fit, or an adapter is not there.
+        MochiTuneError: a setting does not fit, or an adapter does not exist.
     """
     prompts = [line.strip() for line in form.prompts.splitlines() if line.strip()]
     given = {"negative_prompt": form.negative_prompt.strip()} if form.negative_prompt.strip() else {}
@@ -273,7 +273,7 @@ def arguments_of(folder: Path, conf: str, form: SampleForm) -> list[str]:
     given |= {"compare": "base"} if form.kind == "compare" else _grid(form) if form.kind == "grid" else {}
     for key, value in _more(form.more):
         if key in given:
-            raise ConfigError(f"{key} is there twice: leave it out of the other settings.")
+            raise ConfigError(f"{key} is given twice: remove it from the other settings.")
         given[key] = value
     if len(prompts) > 1:
         given["prompts"] = _write_prompts(folder, prompts, writes=False)
@@ -292,7 +292,7 @@ def _check(folder: Path, conf: str, prompts: list[str], given: Mapping[str, str]
         sample = config.sample
         if sample.init_video:
             inside(folder, sample.init_video)
-        # A file is looked for where the verb will run, which is the folder.
+        # Relative paths are relative to the folder, in which the verb will run.
         read_requests(sample, config.data, config.seed, inside(folder, config.run_dir))
 
 
@@ -314,9 +314,9 @@ def _more(text: str) -> list[tuple[str, str]]:
         key, equals, value = line.partition("=")
         key = key.strip().removeprefix("sample.")
         if key in OWN_KEYS:
-            raise ConfigError(f"{key} has a field of its own or a place that the page chooses: leave it out here.")
+            raise ConfigError(f"{key} has a separate field, or is chosen by the page: remove it here.")
         if not equals or key not in SAMPLE_ALIASES:
-            raise ConfigError(f"{line} is no setting of `sample`{nearest(key, SAMPLE_ALIASES)}")
+            raise ConfigError(f"{line} is not a setting of `sample`{nearest(key, SAMPLE_ALIASES)}")
         pairs.append((key, value.strip()))
     return pairs
 

@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl and validation.jsonl that the page shows: of a file that grows, only new ones are read."""
+"""Reads the rows of metrics.jsonl and validation.jsonl; of a growing file, only the new rows."""
 
 import os
 import threading
@@ -8,26 +8,26 @@ from typing import IO, Any
 
 from mochi_tune.files import parse_object
 
-# The keys of metrics.jsonl that charts show, and their titles.
+# Keys of metrics.jsonl that charts show -> titles.
 NUMBERS = {"loss": "loss", "lr": "learning rate", "seconds": "seconds a step", "memory_gib": "GPU memory, GiB"}
-# What is drawn or shown of a row as a number.
+# All numbers of a row that the page shows.
 DRAWN = {*NUMBERS, "validation_loss"}
-# Two of each run that is shown, and some more.
+# Maximum number of files in the cache: two for each run on the page, and some more.
 MAX_FILES = 64
-# At the start and at the end of what was read: they tell another file from one that has grown.
+# Bytes at the start and at the end of the read part, which distinguish a rewritten file from one that has grown.
 MARK_BYTES = 512
 
 
 @dataclass
 class _File:
-    """A file as far as it was read.
+    """The part of a file that has been read.
 
     Attributes:
-        facts: device, inode, time of change and size when it was read last.
-        marks: its first bytes, and the last ones before `num_bytes`.
-        num_bytes: of its complete lines.
-        rows: of these.
-        last: of a last line that has no end yet; none where it holds no row.
+        facts: device, inode, modification time and size at the last read.
+        marks: first bytes of the file, and last bytes before `num_bytes`.
+        num_bytes: size of the complete lines.
+        rows: rows of the complete lines.
+        last: row of an incomplete last line; empty if the line contains none.
     """
 
     facts: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -38,16 +38,16 @@ class _File:
 
 
 class RowReader:
-    """Reads the rows of files, and keeps those of the ones that were asked for last; threads may share it."""
+    """Reads rows of files, and caches those of the most recently used ones. Threads may share it."""
 
     def __init__(self, max_files: int = MAX_FILES) -> None:
         self._max_files = max_files
         self._lock = threading.Lock()
-        # The one that was asked for last comes last.
+        # In the order of use, the most recent file last.
         self._files: dict[str, _File] = {}
 
     def read(self, path: Path) -> list[dict[str, Any]]:
-        """Returns the rows of a file, each with its step and the numbers that are shown; [] where there is none."""
+        """Returns the rows of a file, each with its step and the numbers that the page shows; [] without a file."""
         with self._lock:
             known = self._files.pop(os.fspath(path), _File())
             try:
@@ -58,12 +58,12 @@ class RowReader:
             self._files[os.fspath(path)] = known
             if len(self._files) > self._max_files:
                 del self._files[next(iter(self._files))]
-            # Another thread may read on while the caller goes through them.
+            # A copy, because another thread may append rows.
             return known.rows + known.last
 
 
 def _read_on(file: IO[bytes], known: _File) -> _File:
-    """Returns a file with what was appended since; read anew where it was written anew, as by a run that goes back."""
+    """Reads what was appended to a file, or the whole file if it was rewritten, as by a run that has rolled back."""
     found = os.fstat(file.fileno())
     facts = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
     if facts == known.facts:
@@ -92,14 +92,14 @@ def _marks(file: IO[bytes], num_bytes: int) -> tuple[bytes, bytes]:
 
 
 def _shown(line: bytes) -> list[dict[str, Any]]:
-    """Returns what is shown of a line's row, without what is no number; [] where the line holds none.
+    """Returns the row of a line, with only the keys and numbers that the page shows; [] if the line contains no row.
 
-    A killed process may have left a part of a row, and somebody may have edited the file.
+    A killed process may have written a part of a row, and a user may have edited the file.
     """
     row = parse_object(line)
     if row is None or not isinstance(row.get("step"), int):
         return []
-    # By keys of ours: those of the row are texts of their own in every row.
+    # Shares our key strings among all rows, instead of one copy of each key per row.
     shown = {"step": row["step"]}
     shown |= {key: row[key] for key in DRAWN if isinstance(row.get(key), int | float)}
     shown |= {key: row[key] for key in ("measured_on", "measures_anew") if key in row}

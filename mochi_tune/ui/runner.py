@@ -1,7 +1,7 @@
-"""Works the jobs of a folder off, one at a time; a process of its own that ends when none is left.
+"""Runs the jobs of a folder one at a time, in a separate process that ends when no job is left.
 
-Nothing but the files connects it with a page. Where it is killed, the job under way goes on, and the next runner waits
-for its end.
+It shares nothing with a page except the files. If it is killed, the running job continues, and the next runner waits
+for the end of that job.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ POLL_SECONDS = 0.5
 
 
 def main(folder: Path) -> None:
-    """Runs every job that waits, also those that come meanwhile."""
+    """Runs all waiting jobs, including those that are added meanwhile."""
     with open(jobs_folder(folder) / ".runner", "a") as file:
         while True:
             try:
@@ -42,18 +42,18 @@ def main(folder: Path) -> None:
             except BlockingIOError:
                 return
             for job in [job for job in list_jobs(folder) if job.state == "running"]:
-                wait_for_stranger(folder, job)
+                wait_for_process(folder, job)
             while (started := start_next(folder)) is not None:
                 job, process = started
                 finish(folder, job, process.wait())
             fcntl.flock(file, fcntl.LOCK_UN)
-            # One that was added between the last look and here found this runner still at work.
+            # A job that was added just before the lock was released has not started another runner.
             if not any(job.state == "waiting" for job in list_jobs(folder)):
                 return
 
 
 def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
-    """Starts the first job that waits and can be started; returns it with its process, None where none is left."""
+    """Starts the first waiting job that can be started. Returns the job and its process, or None if no job is left."""
     with changing(folder):
         for job in [job for job in list_jobs(folder) if job.state == "waiting"]:
             with open(log_path(folder, job.number), "ab") as log:
@@ -64,7 +64,7 @@ def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
                         start_new_session=True,
                     )  # fmt: skip
                 except (OSError, ValueError) as error:
-                    # An argument that is too long, or that is no text.
+                    # An argument is too long, or cannot be encoded.
                     log.write(f"mochi-tune: it cannot be started: {error}\n".encode(errors="backslashreplace"))
                     now = time.time()
                     save_job(folder, replace(job, state="failed", began=now, ended=now))
@@ -99,8 +99,8 @@ def with_kept_conf(folder: Path, job: Job) -> list[str]:
     return kept
 
 
-def wait_for_stranger(folder: Path, job: Job) -> None:
-    """Waits for the end of a job that another runner has started, whose exit code nobody can read any more."""
+def wait_for_process(folder: Path, job: Job) -> None:
+    """Waits for the end of a job that another runner has started, and whose exit code is therefore unknown."""
     while is_alive(job):
         time.sleep(POLL_SECONDS)
     finish(folder, job, None)
@@ -110,22 +110,22 @@ def finish(folder: Path, job: Job, code: int | None) -> None:
     """Records how a job ended.
 
     Args:
-        folder: of the page.
-        job: that has ended.
-        code: its exit code; None if nobody saw it end. The last change of its log is then the time of its end.
+        folder: folder of the page.
+        job: job that has ended.
+        code: exit code; None if no runner saw the job end. The last change of the log is then taken as its end.
     """
     with changing(folder):
         ended = time.time() if code is not None else max(changed_at(log_path(folder, job.number)), job.began)
         now = next((each for each in list_jobs(folder) if each.number == job.number), job)
         state = state_of(code, now.is_asked_to_stop)
         if state == "partly" and any(line.startswith("Traceback") for line in read_tail(log_path(folder, job.number))):
-            # Python's own exit code for a bug is 1, too.
+            # Python's exit code for an uncaught exception is 1, too.
             state = "failed"
         save_job(folder, replace(now, state=state, code=code, ended=ended or time.time()))
 
 
 def state_of(code: int | None, is_asked_to_stop: bool) -> State:
-    """Returns what an exit code says of a job, see `cli.main`; None: nobody saw it."""
+    """Returns the final state of a job by its exit code (see `cli.main`), which is None if unknown."""
     if code == 0:
         return "done"
     if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):

@@ -1,4 +1,4 @@
-"""Run folders as the page shows them: who trains, how far it is, its numbers, its videos. Only read, never written."""
+"""Reads run folders for the page: owner, progress, metrics and videos. It never writes to them."""
 
 import os
 import socket
@@ -18,18 +18,18 @@ from mochi_tune.training.metrics import best_validation
 from mochi_tune.ui.folder import changed_at, inside
 from mochi_tune.ui.rows import NUMBERS, RowReader
 
-# More points than a chart has pixels tell nothing.
+# Maximum number of points of a curve, about the number of pixels of a chart.
 MAX_POINTS = 600
 _ROWS = RowReader()
-# Files that make a folder a run.
+# Files by which a folder is recognised as a run.
 RUN_MARKS = ("metrics.jsonl", ".lock", "history.jsonl")
-# `started` in .lock has whole seconds.
+# `started` in .lock is cut to whole seconds.
 LOCK_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An eval video: base on the left, with the LoRA on the right."""
+    """An eval video, with the base model on the left and the LoRA on the right."""
 
     step: int
     prompt: int
@@ -38,13 +38,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        step: last one with a row in metrics.jsonl; 0 without any.
-        owner_pid: process that trains it on this machine; 0 for none.
-        checkpoints: steps of the checkpoints that are there.
-        is_finished: whether the last of its steps is saved.
+        step: last step in metrics.jsonl; 0 if there is none.
+        owner_pid: number of the process of this machine that trains the run; 0 for none.
+        checkpoints: steps of the existing checkpoints, in ascending order.
+        is_finished: whether the last step of the training is saved.
     """
 
     step: int
@@ -54,7 +54,7 @@ class RunState:
 
 
 def list_runs(folder: Path) -> list[str]:
-    """Returns the run folders below `runs`, as paths in the page's folder, the newest first."""
+    """Returns the run folders in `runs`, as paths in the page's folder, the newest first."""
     runs = folder / "runs"
     found = [path for path in runs.iterdir() if path.is_dir() and not path.is_symlink()] if runs.is_dir() else []
     changed = {path: max(map(changed_at, (path / mark for mark in RUN_MARKS))) for path in found}
@@ -62,21 +62,22 @@ def list_runs(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in newest]
 
 
-def look_at_runs(folder: Path) -> list[Any]:
-    """Returns what tells whether the page shows other runs, or more of one, than before."""
+def runs_state(folder: Path) -> list[Any]:
+    """Returns a state of all runs that changes with anything that the page shows of them."""
     found: list[Any] = []
     for name in list_runs(folder):
         run_dir = folder / name
         numbers = [changed_at(run_dir / file) for file in ("metrics.jsonl", "validation.jsonl")]
-        folders = [look_at_folder(run_dir / file) for file in ("checkpoints", "samples")]
+        folders = [folder_state(run_dir / file) for file in ("checkpoints", "samples")]
         found.append([name, numbers, owner(run_dir), folders])
     return found
 
 
-def look_at_folder(path: Path) -> tuple[int, int]:
-    """Returns what a file changes that comes to a folder, leaves it or takes another's place; (0, 0) for no folder.
+def folder_state(path: Path) -> tuple[int, int]:
+    """Returns a state that changes when a file of a folder is added, removed or replaced; (0, 0) for no folder.
 
-    A run may have hundreds of files, and is looked at every two seconds. Their number is for disks with a slow clock.
+    The cost does not depend on the number of files, because each run is polled every two seconds. The state includes
+    the number of entries because some disks have coarse timestamps.
     """
     try:
         return path.stat().st_mtime_ns, len(os.listdir(path))
@@ -85,7 +86,7 @@ def look_at_folder(path: Path) -> tuple[int, int]:
 
 
 def read_state(run_dir: Path) -> RunState:
-    """Returns how far a run is, and whether a process of this machine trains it, wherever that was started."""
+    """Reads the progress of a run, and whether a process of this machine trains it, from the page or a terminal."""
     rows = read_rows(run_dir / "metrics.jsonl")
     steps = tuple(_checkpoints(run_dir))
     is_finished = bool(steps) and recorded_settings(run_dir).get("train.steps") == steps[-1]
@@ -123,42 +124,42 @@ def owner(run_dir: Path) -> int:
 
 
 def stop_run(run_dir: Path) -> int:
-    """Asks whoever trains in a run folder to save and end, by SIGTERM, as Ctrl-C in its terminal would.
+    """Asks the training in a run folder to save and end, by SIGTERM, like Ctrl-C in its terminal.
 
     Returns:
-        The process that was asked.
+        The number of the process.
 
     Raises:
-        DataError: no process of this machine trains in it, or it is another user's.
+        DataError: no process of this machine trains in the folder, or another user owns it.
     """
     name = run_dir.name
     pid = owner(run_dir)
     if not pid:
-        raise DataError(f"{name} is not being trained on this machine: nothing is left to stop.")
+        raise DataError(f"{name} is not being trained on this machine: there is nothing to stop.")
     try:
         # If the process has ended and another one has its number, psutil raises NoSuchProcess.
         psutil.Process(pid).terminate()
     except psutil.AccessDenied:
         raise DataError(f"{name} is trained by process {pid} of another user: ask that user to stop it.") from None
     except psutil.NoSuchProcess:
-        raise DataError(f"{name} has just ended: nothing is left to stop.") from None
+        raise DataError(f"{name} has just ended: there is nothing to stop.") from None
     return pid
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl or validation.jsonl: step, numbers that are shown, and what was measured."""
+    """Returns the rows of metrics.jsonl or validation.jsonl with the keys that the page shows, see `RowReader`."""
     return _ROWS.read(path)
 
 
 def thin(rows: Sequence[Mapping[str, Any]], most: int = MAX_POINTS) -> list[Mapping[str, Any]]:
-    """Returns rows evenly spread over all, the first and the last among them."""
+    """Returns at most `most` evenly spaced rows, including the first and the last."""
     if len(rows) <= most:
         return list(rows)
     return [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
 
 
 def curves(folder: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Returns what the charts show, by key of NUMBERS: points with step, value and run.
+    """Returns the points of the charts: key of NUMBERS -> points with step, value and run.
 
     Raises:
         DataError: a run is outside of the folder.
@@ -173,9 +174,10 @@ def curves(folder: Path, names: Sequence[str]) -> dict[str, list[dict[str, Any]]
 
 
 def validation_curves(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns the points of the validation loss: step, value and line, which is "mean" or a noise level.
+    """Returns the points of the validation loss: step, value and line.
 
-    Of several runs only the means are drawn, each line by its run's name.
+    The lines of one run are "mean" and the noise levels. Several runs have one line each, their mean, with the name of
+    the run.
     """
     points = []
     for name in names:
@@ -201,12 +203,12 @@ def list_samples(run_dir: Path) -> list[Sample]:
 
 
 def prompts_of(run_dir: Path) -> list[str]:
-    """Returns the prompts of the eval videos as the run's newest checkpoint records them; [] where none does."""
+    """Returns the prompts of the eval videos in the run's newest checkpoint, [] without a checkpoint."""
     return [str(prompt) for prompt in recorded_settings(run_dir).get("train.sample_prompts") or []]
 
 
 def recorded_settings(run_dir: Path) -> dict[str, Any]:
-    """Returns the settings that the run's newest checkpoint records, by dotted key; {} where none does."""
+    """Returns the settings in the run's newest checkpoint by dotted key, {} without a checkpoint."""
     states = [path / "state.json" for path in _checkpoints(run_dir).values()]
     newest = next((path for path in reversed(states) if path.is_file()), None)
     try:

@@ -1,4 +1,4 @@
-"""The tab Sample: prompts are rendered with adapters, and every video is kept with its settings."""
+"""The tab Sample: renders prompts with adapters, and shows all videos with their settings."""
 
 import contextlib
 import json
@@ -11,12 +11,12 @@ import gradio as gr
 
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui import html
-from mochi_tune.ui.adapters import list_adapters, look_at_adapters, plain_name
+from mochi_tune.ui.adapters import adapters_state, list_adapters, plain_name
 from mochi_tune.ui.confs import Form, check_form, conf_of_run
 from mochi_tune.ui.folder import inside, relative
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
-from mochi_tune.ui.jobs_bar import said_of
+from mochi_tune.ui.jobs_bar import result_html
 from mochi_tune.ui.renders import (
     BASE,
     SIZES,
@@ -31,13 +31,13 @@ from mochi_tune.ui.renders import (
     form_of,
     list_grids,
     list_renders,
-    look_at_renders,
+    renders_state,
     run_of,
 )
 
 NUM_CARDS = 12
 NUM_GRIDS = 6
-# More than four at a time have no use that we know of; the command line takes any number.
+# Maximum number of adapters on the page; the command line takes any number.
 NUM_ADAPTERS = 4
 OWN = ("the run's own, where it has one", "")
 KINDS = [("videos", "videos"), ("each beside the base", "compare"), ("grid", "grid")]
@@ -46,7 +46,7 @@ MEANINGS = {"num_frames": "6k+1", "height": "pixels, 16k", "width": "pixels, 16k
 
 
 class SampleFields:
-    """The components of a `SampleForm`, in the order of `inputs`."""
+    """The components of a `SampleForm`."""
 
     def __init__(self) -> None:
         with gr.Row(equal_height=False):
@@ -82,19 +82,19 @@ class SampleFields:
                     )  # fmt: skip
         self.kind.change(lambda kind: gr.Row(visible=kind == "grid"), self.kind, self.grid, show_progress="hidden")
         for (_, adapter, _), (following, *_) in zip(self.slots, self.slots[1:], strict=False):
-            # There is always one empty place below the last adapter.
+            # There is always an empty row below the last adapter.
             adapter.change(_row_after, adapter, following, show_progress="hidden")
 
     @property
     def inputs(self) -> list[Any]:
-        """All components that hold a value."""
+        """All components with a value."""
         pairs = [part for _, *pair in self.slots for part in pair]
         parts = [self.prompts, self.negative, self.seeds, *self.sizes, *pairs]
         return [*parts, self.kind, self.strengths, self.checkpoints, self.more]
 
     @staticmethod
     def form_of(values: Sequence[Any]) -> SampleForm:
-        """Returns what somebody has filled in."""
+        """Returns the form of the values of `inputs`."""
         texts = [str(value or "") for value in values]
         prompts, negative, seeds = texts[:3]
         sizes: dict[str, str] = dict(zip(SIZES, texts[3:], strict=False))
@@ -134,14 +134,15 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     """Builds the tab.
 
     Args:
-        folder: of the page.
-        form: the settings; its conf is what is sampled with.
+        folder: folder of the page.
+        form: form of the settings, whose conf is the one to sample with.
     """
     fields = SampleFields()
     with gr.Row(elem_classes="acts"):
         start = gr.Button("Sample", variant="primary", elem_id="sample", scale=0, min_width=160)
         gr.HTML(
-            html.note("Its conf is saved first, as in Train. An empty field leaves what the conf says."), min_width=260
+            html.note("The conf is saved first, as in Train. An empty field leaves the value of the conf."),
+            min_width=260,
         )
     said = gr.HTML(elem_id="sample_said")
 
@@ -153,9 +154,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
             asked = fields.form_of(own)
             arguments = arguments_of(folder, conf, asked)
             job = add_job(folder, "sample", arguments, f"sample {asked.prompts.strip().splitlines()[0][:60]}")
-            return f"job {job.number}, {job.title}, is in the queue; its videos come here"
+            return f"job {job.number}, {job.title}, is in the queue; its videos will be shown here"
 
-        return said_of(add)
+        return result_html(add)
 
     start.click(sample, [form.replaces, *fields.inputs, *form.inputs], said, show_progress="hidden")
     _keep_choices(folder, fields, form)
@@ -163,9 +164,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
 
 def _keep_choices(folder: Path, fields: SampleFields, form: SettingsForm) -> None:
-    """Brings new checkpoints into the lists of adapters."""
+    """Adds new checkpoints to the lists of adapters."""
 
-    def look(seen: list | None) -> list[Any]:
+    def refresh(seen: list | None) -> list[Any]:
         there = [list(pair) for pair in list_adapters(folder)]
         if there == seen:
             return [gr.skip()] * (NUM_ADAPTERS + 1)
@@ -174,12 +175,12 @@ def _keep_choices(folder: Path, fields: SampleFields, form: SettingsForm) -> Non
         return [first, *[gr.Dropdown([("none", ""), *pairs]) for _ in fields.slots[1:]], there]
 
     seen = gr.State(None)
-    events = [form.news.of(look_at_adapters), form.filled_times.change]
-    gr.on(events, look, seen, [*(slot[1] for slot in fields.slots), seen], show_progress="hidden")
+    events = [form.poller.changes(adapters_state), form.filled_times.change]
+    gr.on(events, refresh, seen, [*(slot[1] for slot in fields.slots), seen], show_progress="hidden")
 
 
 class _Card:
-    """The place of a video: the video with its settings, the file that it is, and its button."""
+    """The components of a video: the video with its settings, its file name, which is hidden, and its button."""
 
     def __init__(self) -> None:
         with gr.Column(elem_classes="card", min_width=240, visible=False) as self.column:
@@ -193,7 +194,7 @@ class _Card:
 
 
 def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: Any) -> None:
-    """Builds the gallery of all videos and the links to grids; new ones come by themselves."""
+    """Builds the gallery of all videos and the links to grids, which show new ones automatically."""
     gr.HTML("<h2>Videos</h2>")
     grids = gr.HTML(elem_id="grids")
     page = gr.State(0)
@@ -212,7 +213,7 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
         shown = [render for render in renders[number * NUM_CARDS :][:NUM_CARDS] if render.record]
         links = grids_html(folder, list_grids(folder))
         now = [number, len(renders), [(str(each.video), each.modified) for each in shown], links]
-        # What plays is not drawn anew.
+        # Drawing again would interrupt playing videos.
         if now == seen:
             return [gr.skip()] * (5 + 3 * NUM_CARDS)
         hint = "Fill in a prompt above and press Sample. Each video stays here, with the settings that made it."
@@ -242,7 +243,7 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     targets = [empty, where, grids, page, seen, *(part for card in cards for part in card.parts)]
-    gr.on([form.news.of(look_at_renders), form.filled_times.change], draw, [page, seen], targets, **quiet)
+    gr.on([form.poller.changes(renders_state), form.filled_times.change], draw, [page, seen], targets, **quiet)
     back.click(lambda number, seen: draw(max(number - 1, 0), seen), [page, seen], targets, **quiet)
     forward.click(lambda number, seen: draw(number + 1, seen), [page, seen], targets, **quiet)
     for card in cards:
@@ -250,12 +251,12 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
 
 
 def conf_to_choose(folder: Path, form: Form, run_dir: str) -> tuple[str, str]:
-    """Returns the conf that a video of a run is made again with, and what is said of it; "" where none has that run.
+    """Returns the conf for rendering a video of a run again, "" if no conf has the run, and a message about it.
 
     Args:
-        folder: of the page.
-        form: the settings that are chosen; they stay where they are those of the run.
-        run_dir: of the video.
+        folder: folder of the page.
+        form: the present settings, which are kept if their run folder is `run_dir`.
+        run_dir: run folder of the video.
     """
     with contextlib.suppress(MochiTuneError):
         if inside(folder, check_form(folder, form).run_dir) == inside(folder, run_dir):
@@ -263,11 +264,11 @@ def conf_to_choose(folder: Path, form: Form, run_dir: str) -> tuple[str, str]:
     name = conf_of_run(folder, run_dir)
     if name:
         return name, f", and conf/{name}.yaml is chosen"
-    return "", f", and the conf stays, as none here has run_dir={run_dir}"
+    return "", f", and the conf is not changed, because none here has run_dir={run_dir}"
 
 
 def grids_html(folder: Path, grids: Sequence[Grid]) -> str:
-    """Returns the newest grids, each with its page and its video; "" without any."""
+    """Returns links to the pages and videos of the newest grids, "" if there are none."""
     rows = []
     for grid in grids[:NUM_GRIDS]:
         page, name = html.address(folder, grid.page), f"{Path(run_of(folder, grid.page)).name}, {grid.page.parent.name}"
@@ -281,7 +282,7 @@ def grids_html(folder: Path, grids: Sequence[Grid]) -> str:
 
 
 def card_html(folder: Path, render: Render) -> str:
-    """Returns a video with what matters most, its adapters, all its settings folded, and its download."""
+    """Returns a video with its main settings, its adapters, a collapsible list of all settings, and a download link."""
     video, record = render.video, render.record
     is_still = video.suffix in (".png", ".gif", ".webp")
     address = html.address(folder, video)

@@ -1,4 +1,4 @@
-"""The server of the page: who may ask, which files it gives out, and the socket that it listens on."""
+"""The server of the page: access control, the files that it serves, and its socket."""
 
 import asyncio
 import base64
@@ -18,21 +18,21 @@ from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.pages import video_tables
 from mochi_tune.ui.folder import OWN_FOLDER, inside
 
-# What the page shows or hands out; anything else in the folder stays there.
+# Suffixes of the files that the server delivers.
 SERVED = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".gif", ".png", ".jpg",
     ".jpeg", ".webp", ".bmp", ".html", ".json", ".jsonl", ".csv", ".txt", ".yaml", ".log", ".safetensors",
 )  # fmt: skip
-# A page of a run is one file with all in it. In a sandbox its scripts are of no origin and can ask for nothing here.
+# Policy of self-contained pages. In a sandbox their scripts have no origin, so they cannot send requests here.
 SANDBOX = "sandbox allow-scripts; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
 SANDBOX += "script-src 'unsafe-inline'"
-# The report of a run and the page of a grid show the videos beside them, which a page of no origin would not get. They
-# run their own script alone.
+# Policy of reports and pages of grids. They load the videos next to them, which a page without an origin cannot do, and
+# they run only their own script.
 _REPORT_SCRIPT = hashlib.sha256(video_tables.SCRIPT.strip().removeprefix("<script>").removesuffix("</script>").encode())
 REPORT = "default-src 'none'; img-src 'self' data:; media-src 'self' data:; style-src 'unsafe-inline'; "
 REPORT += f"script-src 'sha256-{base64.b64encode(_REPORT_SCRIPT.digest()).decode()}'; "
 REPORT += "form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
-# Of the page itself: nothing is fetched from elsewhere, and nobody puts it into a frame.
+# Policy of the page itself, which loads nothing from other servers and is not shown in frames.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'; form-action 'self'; base-uri 'self'; object-src 'none'"
@@ -44,7 +44,7 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -52,10 +52,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_host(host: str, password: str) -> None:
-    """Refuses to listen to other machines without a password.
+    """Checks that a page which other machines can reach has a password.
 
     Raises:
-        ConfigError: the host is not this machine alone, and there is no password.
+        ConfigError: other machines can reach the host, and there is no password.
     """
     if not is_loopback(host) and not password:
         raise ConfigError(
@@ -64,7 +64,7 @@ def check_host(host: str, password: str) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket that is bound; nothing connects before it listens.
+    """Returns a bound and listening socket.
 
     Raises:
         ConfigError: the port is taken, or the address is not one of this machine.
@@ -74,7 +74,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise ConfigError(f"host={host} is no address of this machine ({error.strerror}): use 127.0.0.1.") from None
+        raise ConfigError(f"host={host} is not an address of this machine ({error.strerror}): use 127.0.0.1.") from None
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -89,11 +89,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Guard:
-    """Stands before the whole application: the right address, the same origin, the password.
+    """ASGI middleware that checks the host, the origin and the password of each request.
 
     Args:
-        app: the application.
-        host: that it listens on.
+        app: application to protect.
+        host: address that the server listens on.
         password: "" for none.
     """
 
@@ -103,7 +103,7 @@ class Guard:
         self.password = password
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request by itself where it refuses it."""
+        """Passes a request to the application, or refuses it."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -124,15 +124,16 @@ class Guard:
         await send({"type": "http.response.body", "body": text.encode()})
 
     def judge(self, headers: dict[str, str], method: str) -> tuple[int, str]:
-        """Returns the status and the line with which a request is refused; 0 where it is let in.
+        """Returns the HTTP status and the message of a refusal, with status 0 if the request is allowed.
 
         Args:
-            headers: with lower-case names.
-            method: of HTTP.
+            headers: headers with lower-case names.
+            method: HTTP method.
         """
         host = headers.get("host", "")
-        # A name of somebody else's that is made to lead here would give his pages this origin. Under which names other
-        # machines reach this one is not known; there the password stops it, which a browser keeps for each name.
+        # DNS rebinding: a foreign name that resolves to this machine would give foreign pages this origin. On other
+        # hosts the names of this machine are not known. There the password protects the page, because a browser stores
+        # it for the name that asked for it.
         if is_loopback(self.host) and not is_loopback(_host_name(host)):
             return 403, f"{host!r} is not the address of this page: use http://{self.host}.\n"
         origin = headers.get("origin", "")
@@ -177,33 +178,33 @@ def _with_policy(send: Send) -> Send:
 
 
 def served_file(folder: Path, name: str) -> Path:
-    """Returns a file that may be given out.
+    """Returns the path of a file that the server may deliver.
 
     Raises:
-        DataError: it is outside of the folder, of another kind, hidden or not there.
+        DataError: the file is outside of the folder, hidden, of another kind, or does not exist.
     """
     path = inside(folder, name)
     parts = path.relative_to(folder.resolve()).parts
     is_hidden = any(part.startswith(".") for part in parts)
     if is_hidden and parts[:2] not in ((OWN_FOLDER, "thumbnails"), (OWN_FOLDER, "jobs")):
-        raise DataError(f"{name} is hidden: it is not given out.")
+        raise DataError(f"{name} is hidden: the page does not serve it.")
     if path.suffix.lower() not in SERVED or not path.is_file():
-        raise DataError(f"{name} is not there, or of no kind that is given out.")
+        raise DataError(f"{name} does not exist, or is of a kind that the page does not serve.")
     return path
 
 
 def policy_of(page: Path) -> str:
-    """Returns what a page that lies in the folder may do in a browser."""
+    """Returns the content security policy of an HTML file in the folder."""
     shows_videos = page.name == "report.html" or page.match("runs/*/grids/*/index.html")
     return REPORT if shows_videos else SANDBOX
 
 
 def build_app(folder: Path, host: str, password: str, blocks: Any, looks: dict[str, Any]) -> Guard:
-    """Returns the application: the page at /, the folder's files at /files, behind the guard.
+    """Returns the guarded application: the page at /, and the folder's files at /files.
 
     Args:
-        folder: of the page.
-        host: that it listens on.
+        folder: folder of the page.
+        host: address that the server listens on.
         password: "" for none.
         blocks: the page, a `gradio.Blocks`.
         looks: theme, css and so on, for `gradio.mount_gradio_app`.
@@ -220,7 +221,7 @@ def build_app(folder: Path, host: str, password: str, blocks: Any, looks: dict[s
             path = served_file(folder, name)
             facts = path.stat()
         except FileNotFoundError:
-            return PlainTextResponse(f"{name} has vanished: look again.\n", 404)
+            return PlainTextResponse(f"{name} has vanished: reload the page.\n", 404)
         except DataError as error:
             return PlainTextResponse(f"{error}\n", 404)
         headers = {"cache-control": "no-cache"}
@@ -238,7 +239,7 @@ def build_app(folder: Path, host: str, password: str, blocks: Any, looks: dict[s
     return Guard(mounted, host, password)
 
 
-# A clip of some seconds in the best quality that cameras give.
+# Maximum size of an upload, enough for some seconds in the best quality of cameras.
 MAX_UPLOAD = "2gb"
 
 
@@ -246,6 +247,6 @@ def serve(app: Any, bound: socket.socket) -> None:
     """Answers requests until SIGINT or SIGTERM."""
     import uvicorn
 
-    # Streams of events would hold the end back for as long as a page is open.
+    # Without a timeout, event streams of open pages would delay the shutdown indefinitely.
     config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=2, ws="none")
     uvicorn.Server(config).run(sockets=[bound])

@@ -1,4 +1,4 @@
-"""The tab Train: the settings that matter, what they cost, start and stop, and what the runs show."""
+"""The tab Train: the main settings, the plan, start and stop, and the curves and videos of runs."""
 
 from collections.abc import Sequence
 from html import escape
@@ -15,12 +15,12 @@ from mochi_tune.ui.confs import check_form
 from mochi_tune.ui.folder import inside
 from mochi_tune.ui.form import SettingsForm, settings_reference
 from mochi_tune.ui.jobs import add_job, ended_jobs
-from mochi_tune.ui.jobs_bar import said_of
-from mochi_tune.ui.plan import foretell, known_cards, likely_card
+from mochi_tune.ui.jobs_bar import result_html
+from mochi_tune.ui.plan import known_cards, likely_card, plan_html
 from mochi_tune.ui.posters import posters
 from mochi_tune.ui.rows import NUMBERS
 
-# Of lines in a chart, in their order: five colours, each solid, then dashed and so on, as page.css draws them.
+# Styles of the lines of a chart in order: five colours, first solid, then dashed and so on. page.css has their rules.
 COLOURS = ("accent", "level1", "level2", "level3", "plain")
 LINE_STYLES = tuple(f"{colour}{dash}" for dash in ("", " dashed", " dotted", " dashdot") for colour in COLOURS)
 PLAY_ALL = """
@@ -51,9 +51,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
                 gr.HTML(settings_reference(), elem_id="reference", padding=True)
         with gr.Column(scale=2, min_width=300):
             card = gr.Dropdown(
-                known_cards(), value=likely_card(), label="Foretold for", elem_id="card", filterable=False
+                known_cards(), value=likely_card(), label="Estimate for", elem_id="card", filterable=False
             )
-            plan = gr.HTML(html.note("Memory, time and disk are foretold as you type."), elem_id="plan", padding=True)
+            plan = gr.HTML(html.note("Memory, time and disk are estimated as you type."), elem_id="plan", padding=True)
             message = gr.HTML(elem_id="train_message")
             form.replaces.render()
             with gr.Row():
@@ -65,21 +65,21 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         text = form.message(*values)
         yield text, gr.skip()
         if "note error" not in text:
-            yield text, foretell(check_form(folder, form.form_of(values)), card)
+            yield text, plan_html(check_form(folder, form.form_of(values)), card)
 
     def save_only(replaces: bool, *values: Any) -> str:
-        return said_of(lambda: f"conf/{form.save(values, replaces)}.yaml is saved")
+        return result_html(lambda: f"conf/{form.save(values, replaces)}.yaml is saved")
 
     def train(replaces: bool, *values: Any) -> str:
         def add() -> str:
             job = add_job(folder, "train", [f"conf={form.save(values, replaces)}"])
             return f"job {job.number}, {job.title}, is in the queue; a run that was stopped goes on where it was"
 
-        return said_of(add)
+        return result_html(add)
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    # The plan counts the clips, which `prepare` and others change.
-    events = [*(each.change for each in (*form.inputs, card)), form.news.of(ended_jobs)]
+    # The plan depends on the clips, which `prepare` and other jobs change.
+    events = [*(each.change for each in (*form.inputs, card)), form.poller.changes(ended_jobs)]
     gr.on(
         events, check, [card, *form.inputs], [message, plan],
         trigger_mode="always_last", concurrency_limit=1, **quiet,
@@ -90,7 +90,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
 
 def build_runs(folder: Path, form: SettingsForm) -> None:
-    """Builds what the runs show; it is drawn when the page opens, and when their files have changed."""
+    """Builds the view of the runs. It is drawn when the page opens, and when their files have changed."""
     gr.HTML("<h2>Runs</h2>")
     with gr.Row():
         chosen = gr.Dropdown([], multiselect=True, label="Runs, one over the other", elem_id="runs", scale=3)
@@ -139,10 +139,10 @@ def build_runs(folder: Path, form: SettingsForm) -> None:
             pid = runs.stop_run(inside(folder, names[0]))
             return f"{Path(names[0]).name}: process {pid} was asked to save and stop"
 
-        return said_of(act)
+        return result_html(act)
 
     stop.click(ask_to_stop, shown, stop_said, show_progress="hidden")
-    events = [form.news.of(runs.look_at_runs), form.filled_times.change, chosen.input, step.input]
+    events = [form.poller.changes(runs.runs_state), form.filled_times.change, chosen.input, step.input]
     gr.on(events, refresh, [chosen, step, shown], outputs, show_progress="hidden", concurrency_limit=4)
     play.click(None, js=PLAY_ALL)
 
@@ -152,12 +152,12 @@ def _stop_button(names: Sequence[str], trains: bool) -> Any:
 
 
 def charts_html(folder: Path, names: Sequence[str]) -> str:
-    """Returns the charts of some runs, one over the other; of one run, the validation loss by noise level too."""
+    """Returns charts with the curves of some runs, and for a single run the validation loss by noise level."""
     points = runs.curves(folder, names)
     found = {NUMBERS[key]: (points[key], "run") for key in ("loss", "lr")}
     found["validation loss"] = (runs.validation_curves(folder, names), "line")
     found |= {NUMBERS[key]: (points[key], "run") for key in ("seconds", "memory_gib")}
-    # A run has one style in all charts, also where another one has nothing to draw.
+    # A run has the same style in all charts, even if another run has no points in some of them.
     order = [Path(name).name for name in names] if len(names) > 1 else []
     made = [line_chart(title, _lines(rows, by, order), "step", "") for title, (rows, by) in found.items() if rows]
     return f'<div class="charts">{"".join(made)}</div>' if made else ""
@@ -172,7 +172,7 @@ def _lines(points: Sequence[dict[str, Any]], by: str, order: Sequence[str]) -> l
 
 
 def figures_html(folder: Path, names: Sequence[str]) -> str:
-    """Returns how far each run is."""
+    """Returns the progress of each run."""
     if not names:
         return html.empty_state("No run yet", "Prepare the clips in Data, choose settings above, then press Train.")
     parts = []
@@ -204,7 +204,7 @@ def figures_html(folder: Path, names: Sequence[str]) -> str:
 
 
 def samples_html(folder: Path, names: Sequence[str], videos: Sequence[runs.Sample]) -> str:
-    """Returns the eval videos of a step: base on the left, with the LoRA on the right, in one file and so in step."""
+    """Returns the eval videos of a step, each with the base model on the left and the LoRA on the right."""
     if not videos:
         return html.note("Eval videos come here once train.sample_prompts names prompts.") if names else ""
     prompts = runs.prompts_of(inside(folder, names[0]))

@@ -46,9 +46,9 @@ def test_every_verb_takes_the_arguments(tmp_path):
     [
         (lambda f: adapters.check_adapter(f, ""), "no adapter is chosen"),
         (lambda f: adapters.check_adapter(f, "../a.safetensors"), "outside of"),
-        (lambda f: adapters.export_arguments(f, "gone", "diffusers", "fp32", ""), "gone is not there"),
+        (lambda f: adapters.export_arguments(f, "gone", "diffusers", "fp32", ""), "gone does not exist"),
         (lambda f: adapters.export_arguments(f, A, "diffuser", "fp32", ""), "use diffusers"),
-        (lambda f: adapters.export_arguments(f, A, "native", "fp32", "a.safetensors"), "is there already"),
+        (lambda f: adapters.export_arguments(f, A, "native", "fp32", "a.safetensors"), "exists already"),
         (lambda f: adapters.export_arguments(f, A, "native", "fp32", "a.pt"), "must end in .safetensors"),
         (lambda f: adapters.export_arguments(f, A, "native", "fp32", "../x.safetensors"), "outside of"),
         (lambda f: adapters.resize_arguments(f, A, ("", ""), ""), "neither given"),

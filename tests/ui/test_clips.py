@@ -1,4 +1,4 @@
-"""The gallery: what it says of clips, and captions that are written beside them."""
+"""The gallery: its descriptions of clips, and captions that are written next to them."""
 
 import os
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_captions_are_read_and_written_beside_the_clips(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "a ‹new› one\n"
     assert read_captions(tmp_path, [video], DATA) == {video: "a ‹new› one"}
     for text in ("x" * 60_000, "a\0b", "half \ud800"):
-        with pytest.raises(DataError, match="no caption"):
+        with pytest.raises(DataError, match="cannot be a caption"):
             write_caption(tmp_path, video, text)
     video.unlink()
     with pytest.raises(DataError, match="vanished"):
@@ -90,17 +90,17 @@ def test_uploads_go_to_the_videos_under_a_free_clean_name(tmp_path):
     for folder, name in (("..", "a.mp4"), ("videos", "a.sh"), ("/tmp", "a.mp4")):
         files = upload(tmp_path / "up", name)
         taken, [why] = take_uploads(tmp_path, folder, files)
-        assert not taken and files[0].exists() and ("is outside of" in why or "is not taken" in why)
+        assert not taken and files[0].exists() and ("is outside of" in why or "cannot be uploaded" in why)
 
 
 def test_a_clip_and_its_caption_keep_one_name(tmp_path):
-    """Where another clip has it, the caption goes with its own clip, and never to the other."""
+    """If another clip has the name, the caption is renamed with its own clip, and never goes to the other one."""
     videos = tmp_path / "videos"
     upload(videos, "clip.mp4")
     taken, _ = take_uploads(tmp_path, "videos", upload(tmp_path / "up", "clip.mp4", "clip.txt", "dog.mov", "dog.txt"))
     assert sorted(taken) == ["clip_2.mp4", "clip_2.txt", "dog.mov", "dog.txt"]
     assert (videos / "clip_2.txt").read_text() == "of up/clip.txt" and not (videos / "clip.txt").exists()
-    # A caption alone is for the clip that is there.
+    # A caption alone is for the existing clip.
     assert take_uploads(tmp_path, "videos", upload(tmp_path / "up", "clip.txt")) == (["clip.txt"], [])
     assert sorted(take_uploads(tmp_path, "videos", upload(tmp_path / "up", "dog.mp4", "dog.txt"))[0]) == [
         "dog_2.mp4",
@@ -108,12 +108,12 @@ def test_a_clip_and_its_caption_keep_one_name(tmp_path):
     ]
 
 
-def test_many_files_are_put_in_by_one_look_at_the_folder(tmp_path):
+def test_many_files_are_added_with_one_listing_of_the_folder(tmp_path):
     files = upload(tmp_path / "up", *(f"{n}{suffix}" for n in range(20) for suffix in (".mp4", ".txt")), "no.sh")
     with count_calls(os.listdir, os.scandir) as calls:
         taken, [why] = take_uploads(tmp_path, "videos", files)
     assert calls.total() == 1 and len(taken) == 40 and "no.sh" in why
-    # A folder that is none is one line for all.
+    # A wrong folder is one line for all files.
     taken, [why] = take_uploads(tmp_path, "..", upload(tmp_path / "up", "a.mp4", "b.mp4"))
     assert not taken and "is outside of" in why
 
@@ -125,7 +125,7 @@ def test_many_files_are_put_in_by_one_look_at_the_folder(tmp_path):
         ("a+.mp4", "a=.mp4", "a=.txt"),
         ("a=.txt", "a+.mp4", "a=.mp4"),
         ("x" * 220 + "1.mp4", "x" * 220 + "2.mp4", "x" * 220 + "2.txt"),
-        # Of a clip that was not put in.
+        # The caption of a clip that was not added.
         ("a+.mp4", "a=.txt"),
         ("a=.txt", "a+.mp4"),
     ],
@@ -145,7 +145,7 @@ def test_a_caption_of_one_of_two_clips_of_one_name_is_refused(tmp_path):
     twice = [upload(tmp_path / folder, "a.mp4")[0] for folder in ("one", "two")]
     caption = upload(tmp_path / "one", "a.txt")
     taken, [why] = take_uploads(tmp_path, "videos", [*twice, *caption])
-    assert not taken and "a.mp4 was put in twice" in why and caption[0].exists()
+    assert not taken and "a.mp4 was added twice" in why and caption[0].exists()
     assert take_uploads(tmp_path, "videos", twice) == (["a.mp4", "a_2.mp4"], [])
 
 
@@ -156,7 +156,7 @@ def test_a_video_that_vanishes_after_it_was_listed_is_one_line(tmp_path):
     found = list_videos(tmp_path, "videos")
     video.unlink()
     (card,) = Gallery(tmp_path).cards(tmp_path / "videos", dict.fromkeys(found, ""), DATA)
-    assert card.refused == "it has vanished: look again."
+    assert card.refused == "it has vanished: press Refresh."
     assert html.address(tmp_path, video) == "/files/videos/a.mp4?v=0"
     assert posters(tmp_path, [video]) == [None]
 

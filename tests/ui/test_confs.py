@@ -1,4 +1,4 @@
-"""The form says what the command line says, and writes files that the command line takes."""
+"""The form reports the same errors as the command line, and writes files that the command line reads."""
 
 import os
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_a_form_is_read_back_from_its_conf(tmp_path):
     again = read_form(tmp_path, "cats")
     assert again.prompts == tuple(PROMPTS)
     assert check_form(tmp_path, again) == check_form(tmp_path, FORM)
-    # Nothing has changed, so that nothing is to be replaced.
+    # Nothing has changed, so nothing is replaced.
     before = (tmp_path / "conf" / "cats.yaml").read_bytes()
     save_conf(tmp_path, again, replaces=False)
     assert (tmp_path / "conf" / "cats.yaml").read_bytes() == before
@@ -74,14 +74,14 @@ def test_a_conf_with_another_name_than_its_file_is_trained_as_it_is(tmp_path, te
     assert mine.read_text().endswith("train: {steps: 7}\n")
     save_conf(tmp_path, replace(form, more=""), replaces=True)
     assert load_config("cats", []).name == "cats"
-    with pytest.raises(ConfigError, match="name is there twice"):
+    with pytest.raises(ConfigError, match="name is given twice"):
         check_form(tmp_path, Form("cats", {}, "name=a\nname=b"))
 
 
 def test_a_conf_over_another_conf_is_not_flattened(tmp_path):
     save_conf(tmp_path, Form("own"), replaces=False)
     (tmp_path / "conf" / "cats.yaml").write_text("defaults: [own, _self_]\nname: cats\n")
-    with pytest.raises(ConfigError, match="begins with own"):
+    with pytest.raises(ConfigError, match="is based on own"):
         save_conf(tmp_path, FORM, replaces=True)
 
 
@@ -93,7 +93,7 @@ def test_a_conf_over_another_conf_is_not_flattened(tmp_path):
         (Form("cats", {}, "train.stepps=3"), "train.stepps is not a setting; did you mean train.steps?"),
         (
             Form("cats", {"lora.rank": "4"}, "lora.rank=8"),
-            "lora.rank is there twice: leave it out of the other settings.",
+            "lora.rank is given twice: remove it from the other settings.",
         ),
         (Form("../cats"), "name=../cats is not possible: use letters, digits, - _ and ., at most 64."),
         (Form(""), "name= is not possible: use letters, digits, - _ and ., at most 64."),
@@ -212,14 +212,14 @@ def test_a_new_name_does_not_go_on_with_the_run_of_another(tmp_path):
     save_conf(tmp_path, Form("first", {}, "run_dir=runs/mine"), replaces=False)
     for run_dir in ("runs/mine", "./runs/../runs/mine"):
         with pytest.raises(
-            ConfigError, match=r"is that of conf/first.yaml, whose run would go on: choose another name"
+            ConfigError, match=r"is the folder of conf/first.yaml, whose run would continue: choose another name"
         ):
             save_conf(tmp_path, Form("second", {}, f"run_dir={run_dir}"), replaces=True)
     assert not (tmp_path / "conf" / "second.yaml").exists()
     save_conf(tmp_path, Form("first", {"lora.rank": "4"}, "run_dir=runs/mine"), replaces=True)
     save_conf(tmp_path, Form("second"), replaces=False)
-    # Nor does one that is there already.
-    with pytest.raises(ConfigError, match=r"is that of conf/first\.yaml"):
+    # Nor does an existing one.
+    with pytest.raises(ConfigError, match=r"is the folder of conf/first\.yaml"):
         save_conf(tmp_path, Form("second", {}, "run_dir=runs/mine"), replaces=True)
 
 
@@ -228,7 +228,7 @@ def test_the_folder_of_videos_is_none_where_sources_take_its_place(tmp_path):
     assert videos_of(tmp_path, Form("cats", {"data.videos": "clips/${name}"})) == "clips/cats"
     with pytest.raises(ConfigError, match=r"takes its clips from a b; videos is not used: change the files of those"):
         videos_of(tmp_path, FORM)
-    # A mistake elsewhere leaves it as it is, unless it cannot be told.
+    # A mistake in another setting does not matter, unless the folder depends on it.
     assert videos_of(tmp_path, Form("cats", {"data.videos": "v", "lora.rank": "0"})) == "v"
     for form in (replace(FORM, main={"lora.rank": "0"}), Form("cats", {"data.videos": "${name}", "lora.rank": "0"})):
         with pytest.raises(ConfigError, match=r"lora\.rank=0 is not possible"):

@@ -1,4 +1,4 @@
-"""A caption that two pages edit: nothing is lost, and the second hears of it."""
+"""A caption that two pages edit: nothing is lost, and the second page reports it."""
 
 import os
 from pathlib import Path
@@ -29,14 +29,14 @@ def test_a_box_that_is_left_writes_what_has_changed_here(clip, tmp_path):
     assert save_caption(tmp_path, "a cat", name, "a cat") == ("", "a cat")
     said, begins = save_caption(tmp_path, "a dog ", name, "a cat")
     assert "is saved" in said and begins == "a dog" and clip.read_text() == "a dog\n"
-    # Again from there.
+    # The next change is relative to the saved text.
     assert save_caption(tmp_path, "", name, begins)[1] == "" and clip.read_text() == ""
     assert save_caption(tmp_path, "", "", "") == ("", "")
 
 
 def test_a_caption_that_changed_elsewhere_stays(clip, tmp_path):
     clip.write_text("of another page\n")
-    # A box that was only looked at writes nothing back.
+    # An unchanged box writes nothing.
     assert save_caption(tmp_path, "a cat", "videos/a.mp4", "a cat") == ("", "a cat")
     said, begins = save_caption(tmp_path, "mine", "videos/a.mp4", "a cat")
     assert "changed elsewhere" in said and "of another page" in said and begins == "a cat"
@@ -62,34 +62,34 @@ def test_a_page_that_is_no_more_is_the_last_one():
 
 
 def acts_of(folder):
-    """The functions of the page's events, by their names."""
+    """The functions of the page's events by name."""
     return {each.api_name: each.fn for each in build_page(folder).fns.values() if each.fn}
 
 
 @pytest.fixture
 def fields(clip, tmp_path, monkeypatch):
-    """The values of all fields, as a page of a conf with data.sources sends them."""
+    """The values of all fields for a conf with data.sources."""
     monkeypatch.chdir(tmp_path)
     save_conf(tmp_path, Form("cats", {}, "data.sources=[{folder: cats}, {folder: dogs}]"), replaces=False)
     return ["cats", *[""] * len(MAIN_KEYS), "data.sources=[{folder: cats}, {folder: dogs}]"]
 
 
 def test_a_conf_with_sources_leaves_the_folder_of_videos_alone(fields, tmp_path):
-    """Its gallery, uploads, captions of many clips, and jobs of footage, by the events of the page."""
+    """Covers the gallery, uploads, changes of many captions and jobs of footage, by the events of the page."""
     (tmp_path / "b.mp4").touch()
     (tmp_path / "films").mkdir()
     acts = acts_of(tmp_path)
     line = "takes its clips from cats, dogs; videos is not used"
     drawn = acts["draw"](0, *[""] * 24, *fields)
     assert line in drawn[0].value and not any(column.visible for column in drawn[1:-2:5])
-    assert line in acts["put_in"]([str(tmp_path / "b.mp4")], 0, *fields)[0]
+    assert line in acts["add_files"]([str(tmp_path / "b.mp4")], 0, *fields)[0]
     assert line in acts["changed"]("cat", "dog", "", 0, *fields)[0]
     assert line in acts["started"]("films", "6", "1.25", "", "adaptive", *fields)
     assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["a.mp4", "a.txt"]
     assert (tmp_path / "videos" / "a.txt").read_text() == "a cat\n" and not list_jobs(tmp_path)
 
 
-def test_a_page_is_drawn_by_one_look_at_the_folder_and_its_tables(tmp_path, monkeypatch):
+def test_a_page_is_drawn_with_one_listing_of_the_folder_and_its_tables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     videos = tmp_path / "videos"
     videos.mkdir()

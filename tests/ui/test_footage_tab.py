@@ -31,7 +31,7 @@ def test_arguments_leave_out_what_is_empty_and_name_the_folder(tmp_path):
     ("verb", "videos", "texts", "line"),
     [
         ("split", "videos", {"in": ""}, "Films is empty"),
-        ("split", "videos", {"in": "none"}, "none is not there"),
+        ("split", "videos", {"in": "none"}, "none does not exist"),
         ("split", "videos", {"in": "../films"}, "outside of"),
         ("split", "/tmp", {"in": "films"}, "outside of"),
         ("filter", "..", {}, "outside of"),

@@ -1,4 +1,4 @@
-"""What the fields of a conf say is the conf, by the functions that the page's events call."""
+"""The fields and the conf agree, by the functions that the page's events call."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Jobs are files and processes: they run one at a time, outlive whoever started them, stop and go on."""
+"""Jobs are files and processes: they run one at a time, outlive the process that started them, stop and go on."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def put(folder, *jobs):
 
 
 def test_a_job_runs_to_its_end_without_its_page(tmp_path):
-    # Verbs that end at once: one with help, one with a mistake.
+    # Verbs that end at once: one prints help, one has a mistake.
     add_job(tmp_path, "toy", ["--help"])
     add_job(tmp_path, "train", ["conf=nothing_like_it"])
     wait_until(lambda: all(job.ended for job in list_jobs(tmp_path)))
@@ -93,7 +93,7 @@ def test_a_waiting_job_leaves_the_queue_when_it_is_stopped(tmp_path):
     assert runner.start_next(tmp_path) is None
     with pytest.raises(DataError, match="ended already"):
         stop_job(tmp_path, 1)
-    with pytest.raises(DataError, match="is gone"):
+    with pytest.raises(DataError, match="does not exist any more"):
         stop_job(tmp_path, 7)
 
 
@@ -103,7 +103,7 @@ def test_a_running_job_gets_sigterm_and_counts_as_stopped(tmp_path):
     put(tmp_path, Job(1, "train", state="running", pid=sleeper.pid, pid_started=started, began=1.0))
     assert stop_job(tmp_path, 1).is_asked_to_stop
     assert sleeper.wait(PATIENCE) == -15
-    # The next runner, which did not start it, sees that it has ended.
+    # The next runner, which did not start the job, sees that it has ended.
     runner.main(tmp_path)
     assert find_job(tmp_path, 1).state == "stopped"
 
@@ -122,7 +122,7 @@ def test_a_job_that_nobody_saw_end_ended_when_its_log_was_last_written(tmp_path)
 def test_a_process_of_the_same_number_is_another_one(tmp_path):
     mine, start = psutil.Process().create_time(), process_start(os.getpid())
     job = Job(1, "train", state="running", pid=os.getpid(), pid_started=mine - 60)
-    # Also after a step of the clock, which changes what psutil computes.
+    # Also after the system clock was set, which changes what psutil computes.
     assert is_alive(replace(job, pid_start=start))
     assert not is_alive(replace(job, pid_started=mine, pid_start=start + "0"))
     # A record of an older version.

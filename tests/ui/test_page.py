@@ -1,6 +1,6 @@
-"""The road by clicks in headless Chromium: clips, captions, prepare, train, stop, terminal, go on, sample, export.
+"""All steps by clicks in headless Chromium: clips, captions, prepare, train, stop, terminal, go on, sample, export.
 
-What takes long are the processes that the page starts, so that one is filled in or read while another one works.
+The processes that the page starts take most of the time, so the test fills in one step while another one runs.
 """
 
 import json
@@ -18,20 +18,20 @@ from mochi_tune.ui.jobs import list_jobs, log_path, read_tail
 from mochi_tune.ui.runs import curves, list_runs, read_rows, read_state, validation_curves
 
 BROWSERS = [path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser")) if path.exists()]
-# A bound on hanging and nothing else.
+# Milliseconds until a hanging test fails.
 PATIENCE = 600_000
 
 
 @pytest.fixture
 def server(tmp_path):
-    """The process of the page, which begins while the browser does."""
+    """The process of the page, which starts at the same time as the browser."""
     (tmp_path / "work").mkdir()
     command = [sys.executable, "-m", "mochi_tune.cli", "ui", f"folder={tmp_path / 'work'}", "port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         yield server
         server.send_signal(signal.SIGINT)
         server.wait(60)
-    # What a failed test has left at work.
+    # Jobs that a failed test has left running.
     for job in list_jobs(tmp_path / "work"):
         if job.state == "running":
             subprocess.run(["kill", "-9", str(job.pid)], check=False)
@@ -50,16 +50,16 @@ def browser(server):
 
 
 def wait_until(condition, work):
-    """Waits; where a job fails meanwhile, or the time is over, its log is what is told."""
+    """Waits for a condition. Fails with the logs of all jobs if one of them fails, or at the deadline."""
     deadline = time.monotonic() + PATIENCE / 1000
     while not condition():
         jobs = list_jobs(work)
         failed = any(job.state == "failed" for job in jobs)
-        assert not failed and time.monotonic() < deadline, told(jobs, work)
+        assert not failed and time.monotonic() < deadline, describe(jobs, work)
         time.sleep(0.05)
 
 
-def told(jobs, work):
+def describe(jobs, work):
     return "\n".join(f"{job}\n" + "\n".join(read_tail(log_path(work, job.number))) for job in jobs)
 
 
@@ -77,7 +77,7 @@ def show(page, tab):
     page.get_by_role("tab", name=tab).click()
 
 
-def test_only_what_shows_its_progress_is_told_of_it(tmp_path):
+def test_events_update_the_progress_of_components_that_show_it_only(tmp_path):
     pytest.importorskip("gradio")
     from mochi_tune.ui.page import build_page
 
@@ -87,7 +87,7 @@ def test_only_what_shows_its_progress_is_told_of_it(tmp_path):
 
 
 @pytest.mark.skipif(not BROWSERS, reason="no Chromium")
-def test_the_road_by_clicks(server, browser, tmp_path):
+def test_all_steps_by_clicks(server, browser, tmp_path):
     work, asked = tmp_path / "work", []
     run_dir = work / "runs" / "my_lora_tiny"
     browser.on("request", lambda request: asked.append(request.url))
@@ -107,16 +107,16 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     put_in_clips(page, work, tmp_path / "clips")
     page.locator("#prepare").click()
     says(page, "#data_said", "is in the queue")
-    # The training is filled in while the clips are prepared, and waits for that.
+    # The training is filled in while the clips are prepared, and waits in the queue.
     fill_in_training(page, work)
 
-    # A second page sees what the first one started; that one leaves in the middle, and the run goes on.
+    # A second page shows what the first one started. The first one is closed, and the run continues.
     first, page = page, open_page()
     wait_until(lambda: read_state(run_dir).step >= 3, work)
     assert list_jobs(work)[0].code == 0 and (work / "cache" / "my_lora_tiny").is_dir()
     for each in (first, page):
         says(each, "#jobs_table", "running")
-    # It was filled in while the clips were prepared.
+    # The plan counts the clips, although it was drawn before they were prepared.
     says(first, "#plan", "3 in cache/my_lora_tiny")
     first.close()
     show(page, "Train")
@@ -127,7 +127,7 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     stopped = read_state(run_dir)
     assert stopped.checkpoints[-1] == stopped.step and stopped.owner_pid == 0
 
-    # It goes on in a terminal by its conf, where it was; the page shows that, samples meanwhile, and stops it.
+    # A terminal resumes the run by its conf. The page shows that, samples meanwhile, and stops the run.
     command = ["nice", sys.executable, "-m", "mochi_tune.cli", "train", "conf=my_lora"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, cwd=work, text=True, **pipes) as terminal:
@@ -147,7 +147,7 @@ def test_the_road_by_clicks(server, browser, tmp_path):
     there = read_state(run_dir)
     assert there.checkpoints[-1] == there.step >= stopped.step + 2 and len(list_jobs(work)) == 3
 
-    # The page takes it to its end, while the grid is looked at.
+    # The page trains to the end, while the test checks the grid.
     for key in ("steps", "sample_every"):
         field(page, f"train_{key}").fill(str(there.step + 3))
     field(page, "train_sample_prompts").fill("a red ball\na blue ball")
@@ -178,7 +178,7 @@ def test_the_road_by_clicks(server, browser, tmp_path):
 
 
 def choose_the_theme(page, open_page, work):
-    """It stays as it was chosen, and other pages open with it."""
+    """The chosen theme is kept, and new pages open with it."""
     is_dark = "document.body.classList.contains('dark')"
     before = page.evaluate(is_dark)
     page.locator("#theme").click()
@@ -189,7 +189,7 @@ def choose_the_theme(page, open_page, work):
 
 
 def rest(page, work):
-    """Where nothing happens, the same question is asked again and again, and no part of the page is drawn."""
+    """While nothing happens, the page only polls and draws nothing."""
     asked = []
 
     def note(request):
@@ -197,13 +197,13 @@ def rest(page, work):
             asked.append(json.loads(request.post_data)["fn_index"])
 
     page.on("request", note)
-    # However long the opening page takes to come to rest.
+    # Waits until the opening page is idle.
     wait_until(lambda: page.wait_for_timeout(100) or (len(asked) >= 4 and len(set(asked[-4:])) == 1), work)
     page.remove_listener("request", note)
 
 
 def put_in_clips(page, work, clips):
-    """Three clips and two captions; the third caption is written here."""
+    """Uploads three clips and two captions, and writes the third caption on the page."""
     from playwright.sync_api import expect
 
     clips.mkdir()
@@ -211,7 +211,7 @@ def put_in_clips(page, work, clips):
         write_video(clips / f"clip {number}.mp4", 8, width=48, height=32, first_number=10 * number)
     for number in range(2):
         (clips / f"clip {number}.txt").write_text(f"a red ball {number}")
-    assert not page.locator("#model input").is_editable(), "what is typed in a list may be lost"
+    assert not page.locator("#model input").is_editable(), "text typed into a list may be lost"
     page.locator("#model input").click()
     page.get_by_role("option", name="tiny", exact=True).click()
     expect(page.locator("#model input")).to_have_value("tiny")
@@ -229,7 +229,7 @@ def put_in_clips(page, work, clips):
 
 
 def fill_in_training(page, work):
-    """A mistake is told as it is typed, and nothing starts; what fits is started."""
+    """The page reports a mistake while it is typed, and starts nothing until it is corrected."""
     show(page, "Train")
     field(page, "lora_rank").fill("0")
     says(page, "#train_message", "lora.rank=0 is not possible: it must be at least 1.")
@@ -240,7 +240,7 @@ def fill_in_training(page, work):
     for key, value in (("steps", "100000"), ("sample_every", "0")):
         field(page, f"train_{key}").fill(value)
     page.get_by_text("All other settings").click()
-    # None but those that a stop saves: the first of them is sampled, however late, and must not make room for others.
+    # No checkpoints except those of stops, because the grid samples the first one, which must not be removed before.
     page.locator("#more textarea").fill(
         "device=cpu\ntrain.recompute=none\nsample.steps=2\ntrain.checkpoint_every=100000"
     )
@@ -251,7 +251,7 @@ def fill_in_training(page, work):
 
 
 def sample_a_grid(page, step):
-    """Two strengths of a checkpoint, while the run goes on."""
+    """Samples two strengths of a checkpoint, while the run continues."""
     show(page, "Sample")
     says(page, "#renders_empty", "No videos yet")
     page.locator("#sample").click()
@@ -267,7 +267,7 @@ def sample_a_grid(page, step):
 
 
 def play_all(page, work):
-    """The eval videos of the last step stand still until they are to play, all from their start."""
+    """The eval videos of the last step are paused until the button plays all of them from the start."""
     from playwright.sync_api import expect
 
     expect(page.locator("#samples video")).not_to_have_count(0)
@@ -278,7 +278,7 @@ def play_all(page, work):
 
 
 def look_at_grid(page, work):
-    """The history fills the form again and chooses the conf of the run; videos and the grid's page are given out."""
+    """The history fills in the form and chooses the conf of the run. The server delivers videos and the grid's page."""
     from playwright.sync_api import expect
 
     show(page, "Sample")
@@ -305,7 +305,7 @@ def look_at_grid(page, work):
     with page.expect_popup() as grid:
         page.locator("#grids").get_by_text("open its page").click()
     expect(grid.value.locator("video")).to_have_count(2)
-    # Asked from outside: the page's own policy lets nothing be evaluated in it, as playwright's waiting does.
+    # Playwright's own waiting evaluates scripts in the page, which the policy of the page forbids.
     loaded = "[...document.querySelectorAll('video')].every((video) => video.readyState > 0)"
     wait_until(lambda: grid.value.evaluate(loaded), work)
     grid.value.close()

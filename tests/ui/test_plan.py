@@ -1,16 +1,16 @@
-"""The page's plan is of the GPU that is here, or says that it does not know it."""
+"""The page's plan is for the GPU of this machine, or says that it does not know this GPU."""
 
 import pytest
 
 from mochi_tune.config.load import load_config
-from mochi_tune.ui.plan import foretell, likely_card, name_here
+from mochi_tune.ui.plan import likely_card, name_here, plan_html
 
 FULL = ["model.weights=nowhere", "data.videos=nowhere", "data.cache=nowhere"]
 
 
 @pytest.fixture
 def put_gpu(tmp_path, monkeypatch):
-    """Returns a function that puts a driver's program here, which names GPUs."""
+    """Returns a function that installs an nvidia-smi which prints names of GPUs."""
 
     def put(*names: str) -> None:
         program = tmp_path / "nvidia-smi"
@@ -35,17 +35,17 @@ def put_gpu(tmp_path, monkeypatch):
 def test_a_card_is_known_by_the_first_line(put_gpu, names, card):
     put_gpu(*names)
     assert likely_card() == card
-    assert "is not known" not in foretell(load_config("my_lora", FULL), card)
+    assert "is not known" not in plan_html(load_config("my_lora", FULL), card)
 
 
 def test_an_unknown_card_is_said_to_be_unknown(put_gpu):
     put_gpu("NVIDIA T4 <2>", "NVIDIA H200")
     assert likely_card() == "4090"
-    text = foretell(load_config("my_lora", FULL), likely_card())
-    assert "The GPU that is here, NVIDIA T4 &lt;2&gt;, is not known: this is foretold for a 4090." in text
+    text = plan_html(load_config("my_lora", FULL), likely_card())
+    assert "The GPU of this machine, NVIDIA T4 &lt;2&gt;, is not known: this is an estimate for a 4090." in text
     assert "fits" in text
 
 
 def test_long_times_are_plain_numbers():
-    text = foretell(load_config("my_lora", [*FULL, "sample.height=4096", "sample.width=4096"]), "4090")
+    text = plan_html(load_config("my_lora", [*FULL, "sample.height=4096", "sample.width=4096"]), "4090")
     assert "e+0" not in text and " s a video" in text

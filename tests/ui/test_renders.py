@@ -1,4 +1,4 @@
-"""The form of `sample` says what the command line says; a video's record gives the form that renders it again."""
+"""The form of `sample` reports the errors of the command line; the record of a video fills in the form for it."""
 
 import json
 
@@ -72,14 +72,14 @@ def test_every_kind_of_render_is_as_the_command_line_takes_it(tmp_path):
         ({"prompts": " \n"}, "prompt is empty"),
         ({"seeds": "x"}, "seeds=x does not fit"),
         ({"sizes": {"num_frames": "8"}}, "8"),
-        ({"adapters": (("gone.safetensors", "1"),)}, "gone.safetensors is not there"),
+        ({"adapters": (("gone.safetensors", "1"),)}, "gone.safetensors does not exist"),
         ({"adapters": (("../a.safetensors", "1"),)}, "outside of"),
         ({"adapters": (("loras/c.safetensors", "strong"),)}, "adapter_strength=strong does not fit"),
         ({"kind": "grid", "checkpoints": "last"}, "checkpoints=last does not fit"),
-        ({"more": "steps=3"}, "steps has a field of its own"),
+        ({"more": "steps=3"}, "steps has a separate field"),
         ({"more": "guidence=3"}, "did you mean guidance"),
         ({"more": "init_video=../film.mp4"}, "outside of"),
-        ({"more": "train.steps=3"}, "is no setting of `sample`"),
+        ({"more": "train.steps=3"}, "is not a setting of `sample`"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_is_queued(tmp_path, change, message):
@@ -106,7 +106,7 @@ def test_what_is_no_video_with_settings_is_left_out(tmp_path):
     (elsewhere / "a.json").write_text(json.dumps({"prompt": "a"}))
     (tmp_path / "runs" / "linked").symlink_to(elsewhere.parent)
     assert list_renders(tmp_path) == []
-    with pytest.raises(ConfigError, match="no setting"):
+    with pytest.raises(ConfigError, match="is not a setting"):
         arguments_of(tmp_path, "cups", SampleForm("a", more="nonsense"))
 
 

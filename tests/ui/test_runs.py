@@ -1,4 +1,4 @@
-"""The page reads run folders, also while they are written; test_page.py trains the run that it reads there."""
+"""The page reads run folders, also while they are written; test_page.py reads those of a real training."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from helpers_calls import count_calls
 from mochi_tune.errors import DataError
 from mochi_tune.training.run_folder import RunLock
 from mochi_tune.ui import runs
-from mochi_tune.ui.adapters import look_at_adapters
-from mochi_tune.ui.renders import look_at_renders
+from mochi_tune.ui.adapters import adapters_state
+from mochi_tune.ui.renders import renders_state
 
 
 def test_the_owner_is_whoever_holds_the_lock(tmp_path):
@@ -31,7 +31,7 @@ def test_the_owner_is_whoever_holds_the_lock(tmp_path):
 
 def test_a_step_of_the_clock_leaves_the_owner(tmp_path):
     with RunLock(tmp_path):
-        # psutil adds the time of the boot, which is another one after a step of the clock.
+        # psutil adds the time of the boot, which changes when the system clock is set.
         who = json.loads((tmp_path / ".lock").read_text())
         (tmp_path / ".lock").write_text(json.dumps(who | {"started": "2001-01-01T00:00:00+00:00"}))
         assert runs.owner(tmp_path) == os.getpid()
@@ -86,12 +86,12 @@ def test_a_run_of_a_terminal_is_stopped_by_its_lock(tmp_path):
         copy = tmp_path / "copy"
         copy.mkdir()
         (copy / ".lock").write_bytes((run_dir / ".lock").read_bytes())
-        with pytest.raises(DataError, match="nothing is left to stop"):
+        with pytest.raises(DataError, match="there is nothing to stop"):
             runs.stop_run(copy)
         assert runs.stop_run(run_dir) == trainer.pid
         assert trainer.wait(60) == -signal.SIGTERM
     for folder in (run_dir, tmp_path / "none"):
-        with pytest.raises(DataError, match="nothing is left to stop"):
+        with pytest.raises(DataError, match="there is nothing to stop"):
             runs.stop_run(folder)
 
 
@@ -120,38 +120,38 @@ def add_files(run_dir, numbers):
             (run_dir / "samples" / name).touch()
 
 
-@pytest.mark.parametrize("look", [runs.look_at_runs, look_at_renders, look_at_adapters])
-def test_a_look_takes_no_longer_for_a_run_of_many_files(tmp_path, look):
+@pytest.mark.parametrize("read_state", [runs.runs_state, renders_state, adapters_state])
+def test_polling_takes_no_longer_for_a_run_of_many_files(tmp_path, read_state):
     costs = []
     for folder, numbers in ((tmp_path / "few", range(34)), (tmp_path / "all", range(90))):
         add_files(folder / "runs" / "cats", numbers)
         with count_calls(os.stat, open) as calls:
-            costs.append((calls, len(repr(look(folder)))))
+            costs.append((calls, len(repr(read_state(folder)))))
     assert costs[0] == costs[1]
 
 
 @pytest.mark.parametrize(
-    ("look", "new"),
+    ("read_state", "new"),
     [
-        (runs.look_at_runs, "checkpoints/step_000002"),
-        (runs.look_at_runs, "samples/step_000002_prompt_0.mp4"),
-        (look_at_renders, "samples/b.json"),
-        (look_at_renders, "samples/a_1.mp4"),
-        (look_at_adapters, "checkpoints/step_000002"),
-        (look_at_adapters, "adapter.safetensors"),
+        (runs.runs_state, "checkpoints/step_000002"),
+        (runs.runs_state, "samples/step_000002_prompt_0.mp4"),
+        (renders_state, "samples/b.json"),
+        (renders_state, "samples/a_1.mp4"),
+        (adapters_state, "checkpoints/step_000002"),
+        (adapters_state, "adapter.safetensors"),
     ],
 )
-def test_a_look_sees_what_is_new(tmp_path, look, new):
+def test_polling_finds_new_files(tmp_path, read_state, new):
     run_dir = tmp_path / "runs" / "cats"
     add_files(run_dir, [1])
     for folder in ("checkpoints", "samples"):
-        # A disk's clock may not have moved on since.
+        # The timestamps of a disk may be too coarse to differ.
         os.utime(run_dir / folder, (1e9, 1e9))
-    before = repr(look(tmp_path))
-    assert repr(look(tmp_path)) == before
+    before = repr(read_state(tmp_path))
+    assert repr(read_state(tmp_path)) == before
     (tmp_path / "new").touch()
     os.replace(tmp_path / "new", run_dir / new)
-    assert repr(look(tmp_path)) != before
+    assert repr(read_state(tmp_path)) != before
 
 
 def test_what_is_no_number_is_not_drawn(tmp_path):

@@ -1,4 +1,4 @@
-"""What the tab Train draws, and when: the charts of runs that can be told apart, and the plan."""
+"""What the tab Train draws, and when: charts with distinguishable runs, and the plan."""
 
 import json
 import re
@@ -49,5 +49,5 @@ def test_the_plan_is_drawn_anew_when_a_job_has_ended(tmp_path):
         with changing(tmp_path):
             save_job(tmp_path, job)
         seen.append(look.fn())
-    # While it runs, nothing is foretold again and again.
+    # A running job does not update the plan.
     assert not changed(*seen[:2]) and len(changed(*seen[1:])) == 1
