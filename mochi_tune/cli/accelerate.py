@@ -1,4 +1,4 @@
-"""What an accelerate config asks of a training: honoured, or refused where it contradicts the run's own settings.
+"""Applies an accelerate config to a training, or refuses it if it contradicts the settings of the run.
 
 `accelerate launch` passes its config to the processes as environment variables.
 Source: huggingface/accelerate@v1.15.0 src/accelerate/utils/launch.py (prepare_deepspeed_cmd_env and its neighbours).
@@ -13,15 +13,15 @@ from mochi_tune.config.schema import RunConfig
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import read_json
 
-# Engines of accelerate that a training does not have.
+# Engines of accelerate that a training does not support.
 ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def with_accelerate(config: RunConfig, environment: Mapping[str, str]) -> RunConfig:
-    """Returns the settings with what an accelerate config asks for: its DeepSpeed stage.
+    """Returns the settings with the DeepSpeed stage of an accelerate config.
 
     Raises:
-        ConfigError: it asks for something that contradicts the settings.
+        ConfigError: the config contradicts the settings.
     """
     train, model = config.train, config.model
     for variable, engine in ENGINES.items():
@@ -44,7 +44,7 @@ def with_accelerate(config: RunConfig, environment: Mapping[str, str]) -> RunCon
         ("gradient_clipping", "train.max_grad_norm", train.max_grad_norm),
     ):
         asked = environment.get(f"ACCELERATE_{name.upper()}", "none")
-        # 1 accumulated step is what accelerate passes where none is asked for.
+        # accelerate passes 1 by default.
         if asked != "1":
             _check_equal(name, asked, key, value)
     if not _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
@@ -62,7 +62,7 @@ def with_accelerate(config: RunConfig, environment: Mapping[str, str]) -> RunCon
 
 
 def _check_equal(name: str, asked: object, key: str, value: float) -> None:
-    """Refuses a number of an accelerate config, or of its DeepSpeed file, that is another one than the setting's."""
+    """Refuses a number of an accelerate config, or of its DeepSpeed file, that differs from the setting."""
     if asked in (None, "none", "auto"):
         return
     try:
@@ -76,7 +76,7 @@ def _check_equal(name: str, asked: object, key: str, value: float) -> None:
 
 
 def _check_deepspeed_file(content: dict[str, Any], config: RunConfig) -> None:
-    """Refuses what a DeepSpeed file asks for beside its stage where the settings say something else."""
+    """Refuses values of a DeepSpeed file, apart from its stage, that contradict the settings."""
     train, dtype = config.train, config.model.dtype
     for name, key, value in (
         ("gradient_accumulation_steps", "train.accumulation_steps", train.accumulation_steps),
@@ -101,7 +101,7 @@ def _check_deepspeed_file(content: dict[str, Any], config: RunConfig) -> None:
 
 
 def _deepspeed_strategy(environment: Mapping[str, str], config: RunConfig) -> str:
-    """Returns the strategy of the DeepSpeed stage that an accelerate config names, by itself or by a DeepSpeed file."""
+    """Returns the strategy for the DeepSpeed stage of an accelerate config or its DeepSpeed file."""
     zero: dict[str, Any] = {}
     if (file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
         content = read_json(Path(file), ConfigError)

@@ -53,7 +53,7 @@ def run_bench(arguments: list[str]) -> int:
 
 
 def bench_here(bench: "Bench", out: Path | None, is_first: bool) -> int:
-    """Measures as one process; the first process prints the result."""
+    """Measures in one process; the first process prints the result."""
     from mochi_tune.recipes.bench import main as measure
 
     figures = measure(bench)

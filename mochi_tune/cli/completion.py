@@ -1,4 +1,4 @@
-"""The verb `completion`: a shell's script that completes verbs, settings and their allowed values."""
+"""The verb `completion`: prints a shell script that completes verbs, settings and their allowed values."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ PLAIN = {
     "experiment": options.EXPERIMENT_OPTIONS,
     "ui": options.UI_OPTIONS,
 }
-# The verbs with verbs of their own, and the settings of these.
+# The verbs with subverbs, and the settings of these.
 NESTED: dict[str, Mapping[str, Mapping[str, tuple[str | None, str]]]] = {
     "lora": options.LORA_OPTIONS,
     "weights": {"pull": options.PULL_OPTIONS, "check": {}},
     "toy": options.TOY_OPTIONS,
 }
-# Of the verbs without a configuration file, the settings of few values; tests compare them with what the verbs take.
+# Settings with few allowed values, of verbs without a configuration file. Tests compare them with the verbs.
 PLAIN_VALUES = {
     "export:to": ("official", "diffusers", "comfyui", "kohya", "native"),
     "export:dtype": ("fp32", "bf16", "fp16"),
@@ -53,11 +53,11 @@ BOOL = ("true", "false")
 
 @dataclass(frozen=True)
 class Words:
-    """What can be completed.
+    """The words that can be completed.
 
     Attributes:
-        verbs: verb -> its settings as KEY=, and the verbs below it.
-        values: the words of `verbs` that have few values, as VERB:KEY, where run stands for RUN_VERBS -> the values.
+        verbs: verb -> its settings as KEY=, and its subverbs.
+        values: VERB:KEY -> allowed values, for settings with few; the verb is "run" for all of RUN_VERBS.
     """
 
     verbs: dict[str, tuple[str, ...]]
@@ -65,7 +65,7 @@ class Words:
 
 
 def run_completion(arguments: list[str]) -> int:
-    """Prints the script of a shell."""
+    """Prints the completion script of a shell."""
     if arguments in (["--help"], ["-h"]):
         print(
             "mochi-tune completion bash|zsh|fish: prints a script; in bash or zsh: source <(mochi-tune completion bash)"
@@ -119,7 +119,7 @@ def _plain_values(verb: str, known: Mapping[str, tuple[str | None, str]]) -> dic
 
 
 def _by_value(values: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields the keys that have the same values, as a pattern of `case`, and these."""
+    """Yields the keys with the same values as a pattern of `case`, and these values."""
     for shared in dict.fromkeys(values.values()):
         yield "|".join(key for key, own in values.items() if own == shared), shared
 
@@ -129,7 +129,7 @@ def _cases(rows: Iterable[tuple[str, str]], indent: str) -> str:
 
 
 def bash(words: Words) -> str:
-    """Returns the script for bash, which divides the words of a line at = where COMP_WORDBREAKS says so."""
+    """Returns the script for bash, which splits words at = where COMP_WORDBREAKS contains it."""
     keys = _cases(((verb, f'keys="{" ".join(own)}"') for verb, own in words.verbs.items()), " " * 8)
     values = _cases(((keys, f'values="{" ".join(own)}"') for keys, own in _by_value(words.values)), " " * 8)
     return f"""\
@@ -170,7 +170,7 @@ complete -o default -F _mochi_tune mochi-tune
 
 
 def zsh(words: Words) -> str:
-    """Returns the script for zsh, which starts zsh's completion where that is off."""
+    """Returns the script for zsh, which starts the completion system if needed."""
     keys = _cases(((f"({verb}", f"keys=({' '.join(own)})") for verb, own in words.verbs.items()), " " * 8)
     values = _cases(((f"({keys}", f"values=({' '.join(own)})") for keys, own in _by_value(words.values)), " " * 8)
     return f"""\
@@ -206,7 +206,7 @@ compdef _mochi_tune mochi-tune
 
 
 def fish(words: Words) -> str:
-    """Returns the script for fish, which completes a setting and its value as one word."""
+    """Returns the script for fish, which completes a setting with its value as one word."""
     lines = [
         "# mochi-tune's completion for fish: mochi-tune completion fish | source",
         f"complete -c mochi-tune -n __fish_use_subcommand -f -a '{' '.join(words.verbs)}'",

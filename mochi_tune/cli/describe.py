@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from mochi_tune.data_prep.describe_tally import Prices
 
 LOCAL = "local"
-# Where OPENAI_API_KEY is meant for, unless OPENAI_BASE_URL names another address; openai's own packages read both.
+# The endpoint of OPENAI_API_KEY, unless OPENAI_BASE_URL names another one; the openai package reads both variables.
 OPENAI_URL = "https://api.openai.com/v1"
-# Text of a prompt; more is another file under its name.
+# Maximum size of a prompt template; a larger file is not one.
 MAX_TEMPLATE_BYTES = 100_000
 
 
 def run_describe(arguments: list[str]) -> int:
-    """Writes captions, or says what it would do; returns 1 where clips are left without one."""
+    """Writes captions, or with dry_run says what it would do; returns 1 if clips are left without a caption."""
     options = plain_options("describe", arguments, DESCRIBE_OPTIONS)
     if options is None:
         return 0
@@ -73,16 +73,16 @@ def _captioner(options: dict[str, str], is_local: bool) -> "Captioner":
 
 
 def _key(path: str, endpoint: str) -> str:
-    """Returns the key of the file, else that of the environment where the environment names this endpoint too.
+    """Returns the key in the file, else the one in the environment if it belongs to this endpoint.
 
-    The endpoint may come from somebody else, such as a user of the page, to whom the key does not belong.
+    The endpoint may be chosen by somebody who does not own the key, such as a user of the page.
     """
     if not path:
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         named = os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL
         if key and _plain(endpoint) != _plain(named):
             print(
-                f"OPENAI_API_KEY is the key of {named}, and not sent to endpoint={endpoint}: where it is meant, set "
+                f"OPENAI_API_KEY is the key of {named} and is not sent to endpoint={endpoint}: to send it, set "
                 "OPENAI_BASE_URL to that address, or give key_file=",
                 flush=True,
             )
@@ -91,7 +91,7 @@ def _key(path: str, endpoint: str) -> str:
     try:
         key = user_path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is no text"
+        reason = getattr(error, "strerror", None) or "is not text"
         raise ConfigError(f"key_file={path} cannot be read ({reason}): name a file that holds the API key.") from None
     if not key:
         raise ConfigError(f"key_file={path} is empty: write the API key there.")
@@ -118,7 +118,7 @@ def _wording(options: dict[str, str]) -> "Wording":
         reason = getattr(error, "strerror", None) or "is not UTF-8"
         raise ConfigError(f"template={path} cannot be read ({reason}): name a text file.") from None
     if not text.strip() or len(text) > MAX_TEMPLATE_BYTES:
-        raise ConfigError(f"template={path} is empty or no prompt: write the prompt there.")
+        raise ConfigError(f"template={path} is empty or too large for a prompt: write the prompt there.")
     if "{trigger}" in text and not trigger:
         raise ConfigError(f"template={path} asks for {{trigger}}: add trigger=WORD.")
     return Wording(text, trigger, language)

@@ -1,4 +1,4 @@
-"""The verb `doctor`: says what this machine has and lacks, and what to do."""
+"""The verb `doctor`: checks this machine and says how to fix what is missing."""
 
 from mochi_tune.cli.options import DOCTOR_OPTIONS, plain_options
 from mochi_tune.cli.values import user_path
@@ -6,7 +6,7 @@ from mochi_tune.errors import ConfigError
 
 
 def run_doctor(arguments: list[str]) -> int:
-    """Prints a line on each thing that is examined; returns 1 where a run would fail."""
+    """Prints a line per check; returns 1 if a run would fail."""
     options = plain_options("doctor", arguments, DOCTOR_OPTIONS)
     if options is None:
         return 0
@@ -20,6 +20,6 @@ def run_doctor(arguments: list[str]) -> int:
         print(f"{finding.verdict:<5} {finding.name:<10} {finding.says}", flush=True)
         if finding.advice:
             print(f"{'':<16} {finding.advice}", flush=True)
-    notes = f"; {noted} notes, on what not every run needs" if noted else ""
-    print(f"{failed} FAILED: do what stands below each" if failed else f"nothing failed{notes}")
+    notes = f"; {noted} notes on what only some runs need" if noted else ""
+    print(f"{failed} FAILED: see the advice below each" if failed else f"nothing failed{notes}")
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""The verbs `split` and `filter`: from footage to clips that are worth a caption."""
+"""The verbs `split` and `filter`: cut footage into clips, and find clips that are not worth a caption."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ from mochi_tune.errors import ConfigError
 
 
 def run_split(arguments: list[str]) -> int:
-    """Cuts footage into one clip a scene; returns 1 where a film or a clip was refused."""
+    """Cuts footage into one clip per scene; returns 1 if a film or a clip was refused."""
     options = plain_options("split", arguments, SPLIT_OPTIONS)
     if options is None:
         return 0
@@ -37,7 +37,7 @@ def run_split(arguments: list[str]) -> int:
 
 
 def run_filter(arguments: list[str]) -> int:
-    """Measures clips and says which are not worth a caption; returns 1 where one could not be read or moved."""
+    """Measures clips and flags those not worth a caption; returns 1 if one could not be read or moved."""
     options = plain_options("filter", arguments, FILTER_OPTIONS)
     if options is None:
         return 0

@@ -1,17 +1,17 @@
-"""The verb `init`: the files that a first LoRA begins with."""
+"""The verb `init`: creates the files for a first LoRA."""
 
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError
 
 README = """\
-Put each clip here as NAME.mp4 and its caption beside it as NAME.txt: a few sentences, as you would prompt for it.
-`mochi-tune inspect conf={name}` makes a page of the clips as the model will see them.
+Put each clip here as NAME.mp4 and its caption next to it as NAME.txt: a few sentences, written like a prompt.
+`mochi-tune inspect conf={name}` writes a page that shows the clips as the model will see them.
 """
 
 
 def run_init(arguments: list[str]) -> int:
-    """Writes conf/NAME.yaml and videos/README.md; replaces nothing."""
+    """Writes conf/NAME.yaml and videos/README.md; never replaces a file."""
     if arguments[:1] in (["--help"], ["-h"]):
         print("mochi-tune init NAME: writes conf/NAME.yaml, with comments, and videos/ with a README")
         return 0
@@ -22,7 +22,7 @@ def run_init(arguments: list[str]) -> int:
     from mochi_tune.files import make_writable_folder
 
     if name == "base":
-        raise ConfigError("init base is not possible: every conf is built on the packaged base; choose another name.")
+        raise ConfigError("init base is not possible: every conf builds on the packaged base: choose another name.")
     path, readme = Path("conf") / f"{name}.yaml", Path("videos") / "README.md"
     if taken := next((each for each in (path, path.with_suffix(".yml")) if each.exists()), None):
         raise ConfigError(f"{taken} exists and is never replaced: choose another name, or edit it.")

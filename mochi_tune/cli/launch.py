@@ -1,4 +1,4 @@
-"""Sets up this process, and joins it with the others that were started with it."""
+"""Sets up this process, and connects it with the other processes of the run."""
 
 import atexit
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mochi_tune.errors import ParallelError
 
-# An environment variable of the processes that this program starts: its own process number.
+# Environment variable of the processes that this program starts: the process id of this program.
 STARTED_HERE = "MOCHI_TUNE_STARTED_HERE"
 # Environment variables that say which GPUs a process sees.
 VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -26,7 +26,7 @@ VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEV
 LOST_CONTACT = 75
 # Exit code after a Ctrl-C.
 INTERRUPTED = 128 + signal.SIGINT
-# Exit code after a user's mistake, which the process has reported.
+# Exit code after an error that a user can fix; the process has reported it.
 USERS_MISTAKE = 2
 
 
@@ -34,12 +34,12 @@ def num_processes_here(environment: Mapping[str, str]) -> int:
     """Returns the number of processes that torchrun, srun or accelerate started together; 1 for a single process.
 
     Raises:
-        ParallelError: a launcher's variables are not whole, as of a job whose template sets some of them, or one of
-            them cannot be.
+        ParallelError: some of a launcher's variables are missing, as when a job template sets a few of them, or one has
+            an impossible value.
     """
     world, tasks = (_number(environment, name, "processes") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     if tasks > 1 and not environment.get("RANK"):
-        # srun's own variables are whole, whatever a job script has set beside them.
+        # srun sets all of its variables, whatever else a job script has set.
         slurm_variables(environment)
         return tasks
     if world > 1:
@@ -60,10 +60,10 @@ def num_processes_here(environment: Mapping[str, str]) -> int:
 
 
 def _number(environment: Mapping[str, str], name: str, what: str) -> int:
-    """Returns the number that a variable has; 0 where it is not set.
+    """Returns the number in a variable; 0 if it is not set.
 
     Raises:
-        ParallelError: it is none of `what`.
+        ParallelError: the value is not a number of `what`.
     """
     value = environment.get(name) or "0"
     if not re.fullmatch("[0-9]{1,18}", value):
@@ -72,7 +72,7 @@ def _number(environment: Mapping[str, str], name: str, what: str) -> int:
 
 
 def _check_whole(environment: Mapping[str, str], count: str, names: Iterable[str], launcher: str) -> None:
-    """Refuses a launcher's number of processes without the other variables that it sets."""
+    """Refuses a launcher's number of processes if the other variables of the launcher are missing."""
     if absent := [name for name in names if not environment.get(name)]:
         raise ParallelError(
             f"the environment variable {count}={environment[count]} says that {environment[count]} processes were "
@@ -82,7 +82,7 @@ def _check_whole(environment: Mapping[str, str], count: str, names: Iterable[str
 
 
 def _check_rank(environment: Mapping[str, str], name: str, count: int) -> None:
-    """Refuses a rank that none of so many processes has: the others would wait for the one that is missing."""
+    """Refuses a rank outside 0 to count - 1: the other processes would wait for the missing rank."""
     value = environment[name]
     if not re.fullmatch("[0-9]{1,18}", value) or int(value) >= count:
         raise ParallelError(
@@ -92,7 +92,7 @@ def _check_rank(environment: Mapping[str, str], name: str, count: int) -> None:
 
 
 def name_process(environment: Mapping[str, str]) -> str:
-    """Returns what stands before an error: the program's name and, of several processes, the rank."""
+    """Returns the prefix of errors: the program's name, and the rank if there are several processes."""
     with contextlib.suppress(ParallelError):
         if num_processes_here(environment) > 1:
             return f"mochi-tune: rank {environment.get('RANK') or environment.get('SLURM_PROCID')}"
@@ -107,7 +107,7 @@ def check_num_processes(asked: int, environment: Mapping[str, str]) -> int:
         environment: variables of this process.
 
     Raises:
-        ParallelError: the launcher started another number than the setting asks for.
+        ParallelError: the launcher started a different number than the setting says.
     """
     started = num_processes_here(environment)
     here = environment.get("LOCAL_WORLD_SIZE") or str(started)
@@ -120,83 +120,83 @@ def check_num_processes(asked: int, environment: Mapping[str, str]) -> int:
 
 
 def end_with_the_starter() -> None:
-    """Makes this process end with the program that started it, even if that is killed; called first of all."""
+    """Makes this process end with the program that started it, even if that is killed. Must be called first."""
     if STARTED_HERE not in os.environ:
         return
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    # The launcher's own process is the parent; it may have gone before that call.
+    # The parent, which is the launcher, may have ended before that call.
     if os.getppid() != int(os.environ[STARTED_HERE]):
         os._exit(LOST_CONTACT)
 
 
 def prepare_deepspeed(device: str) -> None:
-    """Sets what Accelerate and DeepSpeed read when they are imported: that DeepSpeed is used, and the device."""
+    """Sets the variables that enable DeepSpeed in Accelerate and select its device; both read them at import."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    # DeepSpeed warns hundreds of times of its own calls of torch.
+    # DeepSpeed prints hundreds of warnings about its own calls of torch.
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not uses_gpus(device):
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def prepare_ray() -> None:
-    """Sets what Ray reads when it starts: nothing is reported, and workers do not stand back behind other programs."""
+    """Sets the variables that Ray reads when it starts: no usage report, and workers of normal priority."""
     ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
     os.environ |= {name: value for name, value in ray.items() if name not in os.environ}
 
 
 def spare_the_collector() -> None:
-    """Has Python look for reference cycles less often: imports make a million objects, and all of them stay.
+    """Makes Python search for reference cycles less often: imports create a million objects that stay alive.
 
-    Looking at them at every 700th takes a second of each start, and before the end, when the system takes all memory
-    back anyway, another one.
+    With the default threshold of 700 objects the search takes a second of each start. At exit it would take another
+    second, although the system frees all memory anyway.
     """
     gc.set_threshold(10_000)
     atexit.register(gc.freeze)
 
 
 def keep_compiled_code() -> None:
-    """Keeps what torch compiles between runs, apart for each torch and each instruction set that it was compiled for.
+    """Keeps compiled code between runs, in a separate folder for each version of torch and each instruction set.
 
-    torch's own folder is in /tmp, and mixes what was compiled under different values of ATEN_CPU_CAPABILITY: code for
-    one vector length then runs with another one's headers, and computes wrong numbers (seen with torch 2.13.0).
+    torch's default folder is in /tmp, and mixes code compiled under different values of ATEN_CPU_CAPABILITY: code for
+    one vector length then runs with the headers of another and computes wrong numbers (seen with torch 2.13.0).
     """
     processor = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
     instructions = hashlib.sha256(f"{processor} {os.environ.get('ATEN_CPU_CAPABILITY')}".encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mochi_tune"
     if not _can_write_below(cache):
-        # As in a container that runs with a user's number and no home.
+        # For example in a container that runs with a user id and no home folder.
         cache = Path(tempfile.gettempdir()) / f"mochi_tune_{os.getuid()}"
         cache.mkdir(mode=0o700, exist_ok=True)
         if cache.lstat().st_uid != os.getuid():
-            # Another user's: what is found there would be run.
+            # The folder belongs to another user, whose code must not be run.
             cache = Path(tempfile.mkdtemp(prefix="mochi_tune_"))
     folder = cache / "compiled" / f"torch-{version('torch')}-{instructions}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _can_write_below(folder: Path) -> bool:
-    """Whether a folder that need not be there yet could be written to."""
+    """Whether a folder, which need not exist yet, is writable."""
     there = next(each for each in (folder, *folder.parents) if each.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def let_segments_grow() -> None:
-    """Has torch's allocator grow its segments of GPU memory, unless the user has set how it works.
+    """Makes torch's allocator use expandable segments of GPU memory, unless the user has configured the allocator.
 
-    Otherwise streamed blocks and the inputs that come back from host memory leave gaps that no large tensor fits into:
-    a training of 163 frames under a limit of 23 GiB ran out of memory with 7.5 GiB of it reserved and unused.
+    Otherwise streamed blocks and inputs copied back from host memory fragment the memory: a training of 163 frames
+    under a limit of 23 GiB ran out of memory with 7.5 GiB reserved and unused.
     """
-    # Since torch 2.9 and before it.
+    # The names since torch 2.9, and before.
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if not any(name in os.environ for name in names):
         os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
 
 
 def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables that torchrun would have set, from those of srun: the rank, and the address of rank 0.
+    """Returns torchrun's variables, computed from those of srun: the rank, and the address of rank 0.
 
     Raises:
-        ParallelError: srun's variables are not whole, or one of them cannot be.
+        ParallelError: some of srun's variables are missing, or one has an impossible value.
     """
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", "processes")
     if environment.get("RANK") or tasks <= 1:
@@ -206,7 +206,7 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     for name in ("SLURM_PROCID", "SLURM_LOCALID"):
         _check_rank(environment, name, tasks)
     job, step = _number(environment, "SLURM_JOB_ID", "a job"), _number(environment, "SLURM_STEP_ID", "a step")
-    # "node[003-005,007],other": the first host is node003.
+    # In "node[003-005,007],other" the first host is node003.
     first = re.match(r"([^\[\],\s]+)(?:\[(\d*))?", environment["SLURM_STEP_NODELIST"])
     if first is None:
         raise ParallelError(
@@ -226,14 +226,14 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def joined(device: str, timeout_seconds: float) -> Iterator[None]:
-    """Joins this process with the others of the run while the context lasts.
+    """Connects this process with the others of the run for the duration of the context.
 
     Args:
-        device: "cpu", "cuda" or "auto"; with CUDA each process of a machine takes the GPU of its number.
-        timeout_seconds: how long a process waits for another one before it takes it for dead.
+        device: "cpu", "cuda" or "auto"; with CUDA each process of a machine uses the GPU of its local rank.
+        timeout_seconds: seconds that a process waits for another before it gives up.
 
     Raises:
-        ParallelError: this process has no GPU of its own, or could not meet the others.
+        ParallelError: there is no GPU for this process alone, or the others cannot be reached.
     """
     import torch
     import torch.distributed as dist
@@ -242,22 +242,22 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = "gloo"
     if uses_gpus(device):
-        # accelerate and DeepSpeed take the GPU of this number, too.
+        # accelerate and DeepSpeed use the GPU of this number, too.
         os.environ["LOCAL_RANK"] = str(own_gpu(os.environ, torch.cuda.device_count()))
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # gloo beside nccl, for small things on the CPU.
+        # gloo in addition to nccl, for small tensors on the CPU.
         backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, timeout=timeout)
-    except RuntimeError as error:  # DistError is one, and gloo raises plain ones.
+    except RuntimeError as error:  # The base class of DistError; gloo raises it directly.
         meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ParallelError(
             f"could not meet the others at {meeting} ({str(error).splitlines()[0]}): "
-            "if another program has that port, set MASTER_PORT to a free one; if not, see that all ranks were started."
+            "set MASTER_PORT to a free port if another program uses it, and check that all ranks were started."
         ) from None
     from accelerate import PartialState
 
-    # The group is made above, as accelerate itself would make one of nccl alone.
+    # The group exists already, because accelerate would create one with nccl alone.
     PartialState(cpu=not uses_gpus(device))
     try:
         yield
@@ -265,32 +265,31 @@ def joined(device: str, timeout_seconds: float) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         global_rank = os.environ["RANK"]
-        # gloo's text starts with a line of its source and ends with a general hint: both are left out.
+        # Without the source line at the start of gloo's text and the general hint at its end.
         why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[0]
-        goes_on = "the same command goes on from what was saved last"
+        goes_on = "the same command continues from the last save"
         sys.stderr.write(f"mochi-tune: rank {global_rank} lost contact with the others: {why}; {goes_on}\n")
         sys.stderr.flush()
-        # An orderly exit would wait for the processes that do not answer.
+        # A normal exit would wait for the processes that do not answer.
         os._exit(LOST_CONTACT)
     PartialState().destroy_process_group()
 
 
 def uses_gpus(device: str) -> bool:
-    """Whether a setting of the device, "cpu", "cuda" or "auto", means GPUs here."""
+    """Whether a device setting, "cpu", "cuda" or "auto", means GPUs on this machine."""
     import torch
 
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 def own_gpu(environment: Mapping[str, str], num_visible: int) -> int:
-    """Returns the number, of the GPUs that this process sees, of the one that no other process uses.
+    """Returns the index, among the GPUs that this process sees, of the GPU that no other process uses.
 
-    It is the process's number on its machine; 0 where the launcher shows each process a GPU of its own alone, as
-    `srun --gpus-per-task=1` does.
+    It is the local rank; 0 where the launcher shows each process only its own GPU, as `srun --gpus-per-task=1` does.
 
     Args:
-        environment: variables of this process, with those of `slurm_variables`.
-        num_visible: GPUs that this process sees.
+        environment: variables of this process, including those of `slurm_variables`.
+        num_visible: number of GPUs that this process sees.
 
     Raises:
         ParallelError: there is no such GPU.
@@ -302,20 +301,20 @@ def own_gpu(environment: Mapping[str, str], num_visible: int) -> int:
     if num_visible == 1 and _sees_its_own(environment, str(number)):
         return 0
     raise ParallelError(
-        f"process {number} of this machine, counted from 0, wants a GPU of its own, and sees {num_visible}: start as "
-        "many processes a machine as it has GPUs, with srun by --gpus-per-node and without --gpus-per-task."
+        f"process {number} of this machine, counted from 0, needs a GPU of its own, and sees {num_visible}: start one "
+        "process per GPU, with srun by --gpus-per-node and without --gpus-per-task."
     )
 
 
 def _sees_its_own(environment: Mapping[str, str], number: str) -> bool:
-    """Whether the one GPU that the process of this number on its machine sees is shown to it alone."""
-    # As a script around the program sets it. The first process sees to it that not all have the same one.
+    """Whether the only GPU that the process of this local rank sees is visible to no other process."""
+    # As set by a wrapper script. Local rank 0 must see GPU 0, so not all processes have the same GPU.
     if environment.get("LOCAL_WORLD_SIZE") and number in map(environment.get, VISIBLE_GPUS):
         return True
-    # torchrun in a job of one task inherits what was asked of Slurm for that task.
+    # torchrun in a job of one task inherits the GPU request of that task.
     if environment.get("SLURM_LOCALID") != number:
         return False
-    # Older and newer Slurm; a kind of GPU may stand before the number.
+    # Variables of older and newer Slurm. A GPU type may precede the number.
     if environment.get("SLURM_NTASKS_PER_GPU") == "1":
         return True
     if re.fullmatch(r"([\w.-]+[:=])?1", environment.get("SLURM_GPUS_PER_TASK", "")):
@@ -328,12 +327,12 @@ def check_gpus(count: int) -> None:
     """Refuses more processes than this machine has GPUs.
 
     Raises:
-        ParallelError: naming how many there may be.
+        ParallelError: names the maximum.
     """
     import torch
 
     if count > torch.cuda.device_count():
         raise ParallelError(
-            f"{count} processes want a GPU each, and this machine has {torch.cuda.device_count()}: "
+            f"{count} processes need a GPU each, and this machine has {torch.cuda.device_count()}: "
             f"use parallel.num_processes={max(1, torch.cuda.device_count())}."
         )

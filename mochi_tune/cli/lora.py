@@ -1,4 +1,4 @@
-"""The verb `lora`: tools for adapter files, and between them and base weights."""
+"""The verb `lora`: tools that inspect, combine and convert adapter files, and bake them into base weights."""
 
 import difflib
 import json
@@ -16,9 +16,9 @@ from mochi_tune.errors import ConfigError, printable
 if TYPE_CHECKING:
     from mochi_tune.adapters.low_rank import Limit
 
-# How many files each verb takes, without a key: the least, and whether more are possible.
+# Number of files, without a key, of each verb: the minimum, and whether more are allowed.
 FILES = {"inspect": (1, False), "merge": (2, True), "resize": (1, False), "compare": (2, False), "bake": (1, False)}
-# In the terminal a longer value of the metadata is cut, and a hash has 12 digits; `json=true` has all of both.
+# Maximum length of a metadata value in the terminal, which also cuts hashes to 12 digits; `json=true` prints all.
 MAX_VALUE = 160
 
 
@@ -46,10 +46,10 @@ def run_lora(arguments: list[str]) -> int:
 
 
 def parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]] | None:
-    """Reads the files and the key=value arguments of a tool; None where help was asked for.
+    """Parses the files and the key=value arguments of a tool; returns None after printing its help.
 
     Raises:
-        ConfigError: an unknown key, another number of files, or a value that must be given is not.
+        ConfigError: an unknown key, a wrong number of files, or a required value is missing.
     """
     files = [os.path.expanduser(each) for each in arguments if not is_setting(each)]
     settings = [each for each in arguments if is_setting(each)]
@@ -67,7 +67,7 @@ def parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]] |
 
 
 def run_inspect(files: list[str], options: dict[str, str]) -> int:
-    """Prints what an adapter file holds, and makes a page of it."""
+    """Prints what an adapter file holds; with out= also writes a page."""
     is_json = true_or_false("json", options["json"])
     from mochi_tune.adapters.tools import kind_norms
     from mochi_tune.recipes.lora_tools import inspect
@@ -79,7 +79,7 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
     layers, adapter = found.layers, found.adapter
     print(f"file     {files[0]}")
     print(f"sha256   {_short(found.sha256)}")
-    print(f"layers   {len(layers)}{', a DoRA: norms are those before its rows get their lengths' * adapter.is_dora}")
+    print(f"layers   {len(layers)}{', a DoRA: norms are before its magnitudes' * adapter.is_dora}")
     print(f"rank     {_listed({each.rank for each in layers.values()})}")
     print(f"alpha    {_listed({each.alpha for each in layers.values()})}, {found.alpha_words}")
     print(f"norm     {math.hypot(*(each.norm for each in layers.values())):.4g}")
@@ -154,7 +154,7 @@ def run_bake(files: list[str], options: dict[str, str]) -> int:
 
 
 def run_extract(_: list[str], options: dict[str, str]) -> int:
-    """Makes an adapter of the difference of two checkpoints."""
+    """Extracts an adapter from the difference of two checkpoints."""
     rank = whole_number("rank", options["rank"], 1)
     base, tuned = (_weights(key, options[key]) for key in ("base", "tuned"))
     from mochi_tune.recipes.lora_extract import main as extract
@@ -164,7 +164,7 @@ def run_extract(_: list[str], options: dict[str, str]) -> int:
     print("relative error of each layer")
     _print_table({name: f"{error:.2g}" for name, error in made.errors.layers.items()})
     if made.not_held:
-        print("\ndiffers and is not held, with the relative difference")
+        print("\nlayers that differ and that the adapter does not hold, with the relative difference")
         for name, difference in made.not_held.items():
             print(f"  {name:<40} {difference:.2g}")
     print(f"\n{made}")
@@ -172,7 +172,7 @@ def run_extract(_: list[str], options: dict[str, str]) -> int:
 
 
 def _print_table(cells: Mapping[str, str], totals: Mapping[str, str] | None = None) -> None:
-    """Prints a text of each layer: a row for each block, a column for each kind of layer, and a row of totals."""
+    """Prints a table with a row per block, a column per kind of layer, and a row of totals."""
     from mochi_tune.adapters.tools import block_and_kind
 
     places = {block_and_kind(name): text for name, text in cells.items()}
@@ -208,7 +208,7 @@ def _limit(options: dict[str, str]) -> "Limit":
 
 
 def _weights(key: str, text: str) -> Path:
-    """Returns a weights folder or file by the rules of the setting model.weights."""
+    """Returns a weights folder or file, named as by the setting model.weights."""
     from mochi_tune.config.load import load_config, weights_folder
 
     folder = weights_folder(load_config("base", [f"model.weights={text}"]))

@@ -50,16 +50,16 @@ from mochi_tune.cli.verify import run_verify
 from mochi_tune.cli.weights import run_weights
 from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
 
-# What a disk or a path says no with; any other OSError is a bug and keeps its traceback.
+# Errors of disks and paths that a user can fix. Any other OSError is a bug and keeps its traceback.
 TROUBLE = "EACCES EDQUOT EEXIST EFBIG EISDIR EMFILE ENAMETOOLONG ENFILE ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
 
 
 def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None = None) -> None:
-    """Runs a verb and exits: 0 done, 1 done but for clips, checks or an upload, 2 a user's mistake, in one line.
+    """Runs a verb and exits with 0 (done), 1 (clips, checks or an upload failed) or 2 (an error, in one line).
 
     Args:
-        arguments: verb first; None: those of this program.
-        recipe: trains in the place of `recipes.train_lora.main`.
+        arguments: the arguments, verb first; None for those of this program.
+        recipe: replaces `recipes.train_lora.main`.
     """
     end_with_the_starter()
     spare_the_collector()
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
     open_missing_streams()
     slow_bars()
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Other libraries import torchao, which then warns of every kernel that it was built without.
+    # Other libraries import torchao, which warns about every kernel that it was built without.
     for noisy in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     me = name_process(os.environ)
@@ -92,11 +92,11 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         drop_output()
         sys.exit(USERS_MISTAKE)
     except RuntimeError as error:
-        # torch is not imported for its exception's sake.
+        # Importing torch only to name its exception would slow down every start.
         if type(error).__name__ != "OutOfMemoryError":
             raise
         advice = "use memory=16gb or memory=12gb, or lower data.num_frames, data.height, data.width or train.batch_size"
-        print(f"{me}: the GPU's memory does not suffice ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
+        print(f"{me}: the GPU is out of memory ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
         sys.exit(USERS_MISTAKE)
     except KeyboardInterrupt as stop:
         print(f"{me}: interrupted", file=sys.stderr)
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
 
 
 def run(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:
-    """Dispatches to a verb; returns the exit code."""
+    """Runs a verb; returns the exit code."""
     verbs: dict[str, Callable[[list[str]], int]] = {
         "split": run_split,
         "filter": run_filter,
@@ -144,12 +144,12 @@ def run(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:
         raise ConfigError(f"{arguments[0]} is not a verb{hint}")
     processes = num_processes_here(os.environ)
     if processes > 1 and arguments[0] not in ("train", "sample", "verify", "bench"):
-        raise ConfigError(f"{arguments[0]} was started as {processes} processes, it runs as one: start it by itself.")
+        raise ConfigError(f"{arguments[0]} runs in one process, and {processes} were started: start it as one process.")
     return verbs[arguments[0]](arguments[1:])
 
 
 def run_inspect(arguments: list[str]) -> int:
-    """Makes a page of the data set."""
+    """Writes a page that shows the data set."""
     outs = [argument for argument in arguments if argument.startswith("out=")]
     if (config := load("inspect", [argument for argument in arguments if argument not in outs])) is None:
         return 0
@@ -161,7 +161,7 @@ def run_inspect(arguments: list[str]) -> int:
 
 
 def run_prepare(arguments: list[str]) -> int:
-    """Makes the cache."""
+    """Encodes videos and captions into the cache."""
     if (config := load("prepare", arguments)) is None:
         return 0
     parallel = config.parallel
@@ -185,26 +185,26 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
     from mochi_tune.training.preflight import check
     from mochi_tune.training.resume import find_start
 
-    # A run goes on when the terminal or the file that its output goes to is gone.
+    # A run continues when its terminal or the file of its output is gone.
     PatientStream.use()
-    # Until there is something to save, a request for it must not end the process, as it would by itself.
+    # By default SIGUSR1 would end the process. Until there is something to save, it is ignored.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if STARTED_HERE not in os.environ:
         config = with_accelerate(config, os.environ)
     parallel = config.parallel
     started = check_num_processes(parallel.num_processes, os.environ)
     if config.train.deterministic:
-        # Read when cuBLAS is first used, in the processes that are started from here, too.
+        # cuBLAS reads this at its first use, also in the processes that are started from here.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if parallel.strategy != "data":
         prepare_deepspeed(config.device)
-    # A second request to stop ends this process and, with it, those that it started.
+    # A second signal ends this process and those that it started.
     stops = (signal.SIGINT, signal.SIGTERM)
     checkpoints = Path(config.run_dir) / "checkpoints"
     if started == 1 and parallel.num_processes > 1:
         if recipe is not None:
-            raise ConfigError("a recipe of one's own is started by torchrun: leave parallel.num_processes out.")
-        # What can be refused is refused once, here.
+            raise ConfigError("start a custom recipe by torchrun: leave parallel.num_processes out.")
+        # Errors are reported once, here, and not by every process.
         find_start(check(config, parallel.num_processes))
         command = ["train", *arguments]
         try:
@@ -229,7 +229,7 @@ def run_train(arguments: list[str], recipe: Callable[..., int] | None = None) ->
 
 
 def run_replay(arguments: list[str]) -> int:
-    """Makes a refused step again; returns 1 if its numbers are not finite this time either."""
+    """Recomputes a refused step; returns 1 if its numbers are not finite again."""
     arguments = [a if is_setting(a) else f"bundle={a}" for a in arguments]
     options = plain_options("replay", arguments, REPLAY_OPTIONS)
     if options is None:
@@ -245,7 +245,7 @@ def run_replay(arguments: list[str]) -> int:
     print(f"step {then['step']} now:  loss {made.loss:.6g}, gradient norm {made.grad_norm:.6g}")
     print(f"attention by {made.attention}")
     if made.is_finite and abs(made.loss - then["loss"]) > 0.05 * abs(then["loss"]):
-        print("the losses differ by more than rounding does: was the run made by another recipe?")
+        print("the losses differ by more than rounding: was the run trained by another recipe?")
     return 0 if made.is_finite else 1
 
 
@@ -260,7 +260,7 @@ def run_sample(arguments: list[str]) -> int:
     from mochi_tune.sampling.adapters import check_has_adapter
 
     check_has_adapter(config.sample, Path(config.run_dir))
-    # SVT-AV1 writes forty lines of its settings.
+    # SVT-AV1 would print forty lines about its settings.
     os.environ.setdefault("SVT_LOG", "1")
     if renders_cells(config):
         if config.parallel.engine == "ray":
@@ -270,7 +270,7 @@ def run_sample(arguments: list[str]) -> int:
         return 0
     started = check_num_processes(config.parallel.num_processes, os.environ)
     if started == 1 and config.parallel.num_processes > 1:
-        # What can be refused is refused once, here.
+        # Errors are reported once, here, and not by every process.
         check(config, config.parallel.num_processes)
         code = start_processes(
             config.parallel.num_processes, ["sample", *arguments], config.device, config.parallel.timeout_seconds
@@ -283,7 +283,7 @@ def run_sample(arguments: list[str]) -> int:
             from tqdm import tqdm
 
             for video in sample(config):
-                # A line of its own, past the bars: they end without a line break.
+                # Progress bars end without a line break.
                 with tqdm.external_write_mode(sys.stdout):
                     print(f"video: {video}", flush=True)
         except KeyboardInterrupt as stop:

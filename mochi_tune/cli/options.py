@@ -15,96 +15,93 @@ if TYPE_CHECKING:
     from mochi_tune.config.schema import RunConfig
 
 USAGE = """\
-mochi-tune: a folder of videos becomes a LoRA for Mochi 1 that renders everywhere.
+mochi-tune trains LoRAs for Mochi 1 on a folder of videos, and renders with them.
 
   mochi-tune split   in=FOOTAGE out=DIR [detector=adaptive|content|threshold max_seconds=6 ...]
-                     footage -> one clip a scene, cut to the frame, with a table and a contact sheet
+                     footage -> one clip per scene, with a table and a contact sheet
   mochi-tune filter  videos=DIR [out=DIR] [max_black=0.1 ...] [move=true|DIR] | undo=true
-                     black, frozen, blurred, still, framed and doubled clips -> a table and a page; moved when asked
+                     finds black, frozen, blurred, still, bordered and duplicate clips; moves them on request
   mochi-tune plan    conf=NAME [card=4090 | card=NAME card_gib=24] [key=value ...]
-                     memory, time and disk of a run, foretold before anything is loaded
-  mochi-tune doctor  [device=auto]                what this machine has and lacks, and what to do
+                     estimates memory, time and disk of a run before anything is loaded
+  mochi-tune doctor  [device=auto]                checks this machine, and says how to fix what is missing
   mochi-tune init    NAME                         writes conf/NAME.yaml, with comments, and videos/ with a README
   mochi-tune inspect conf=NAME [out=DIR] [key=value ...]      the clips as the model will see them -> a page
   mochi-tune describe videos=DIR endpoint=http://localhost:8000/v1 model=NAME [dry_run=true]
-                     captions for clips that have none, by a model that sees pictures; endpoint=local model=DIR
+                     captions clips that have none by a vision model; endpoint=local model=DIR
   mochi-tune prepare conf=NAME [key=value ...]    videos and captions -> cache, once
   mochi-tune train   conf=NAME [key=value ...]    cache -> run folder with adapter.safetensors; the same command resumes
-  mochi-tune replay  BUNDLE [device=auto]         makes a step again that `train` refused to make, sample by sample
+  mochi-tune replay  BUNDLE [device=auto]         recomputes a step that `train` refused, sample by sample
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
                      or prompts=FILE [seeds=0,1 grid=true compare=base parallel.num_processes=N memory=24gb]
   mochi-tune export  adapter=FILE to=official|diffusers|comfyui|kohya out=FILE [dtype=bf16]
-                     or push=OWNER/NAME, to the Hugging Face hub with a model card; dry_run=true makes the folder only
+                     or push=OWNER/NAME: uploads to the Hugging Face hub with a model card; dry_run=true: no upload
   mochi-tune lora    inspect FILE [out=FILE.html] | compare FILE FILE | merge FILE FILE [strengths=[0.8,0.5]] out=FILE
                      | resize FILE rank=R|energy=0.99 out=FILE | bake FILE model.weights=DIR out=DIR
                      | extract base=DIR tuned=DIR rank=R out=FILE
-  mochi-tune ui      [folder=.] [port=7860] [host=127.0.0.1 password=...]      the whole road as a page in the browser
+  mochi-tune ui      [folder=.] [port=7860] [host=127.0.0.1 password=...]      all verbs as a page in the browser
   mochi-tune weights pull [source=official|diffusers|comfyui to=DIR]        fetch the weights, checked by sha256
-                     | check [model.weights=DIR|FILE]         what is there, and what each verb lacks
+                     | check [model.weights=DIR|FILE]         which weights are there, and what each verb lacks
   mochi-tune verify  [reference=DIR] [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
   mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
-  mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new thing, measures it, makes a page
-  mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares ways of training on the toy model
+  mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new motion -> a page
+  mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares training settings on the toy model
   mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
   mochi-tune completion bash|zsh|fish             a script that completes verbs, settings and values in a shell
 
-conf=NAME is conf/NAME.yaml here, else the packaged one, else a path. VERB --help lists the first settings of a verb,
---help all every one, and
-`inspect`, `prepare`, `train` and `sample` take --cfg to print the settings that would run, without running.
+conf=NAME is conf/NAME.yaml in this folder, else the packaged file of that name, else a path. VERB --help lists the
+most important settings, and VERB --help all lists every one. `inspect`, `prepare`, `train` and `sample` take --cfg to
+print the resolved settings without running.
 """
 
 SPLIT_OPTIONS = {
     "in": (None, "film, or folder of films and folders"),
     "out": (None, "folder of the clips; the table and the contact sheet go to OUT_split beside it"),
     "detector": ("adaptive", "adaptive, content or threshold (fades to black), of PySceneDetect"),
-    "threshold": ("", "of the detector; empty: its own, which is 3, 27 or 12"),
-    "margin_seconds": ("0.1", "left out on each side of a cut"),
+    "threshold": ("", "threshold of the detector; empty: its default, 3, 27 or 12"),
+    "margin_seconds": ("0.1", "seconds left out on each side of a cut"),
     "min_seconds": ("1.25", "shorter scenes give no clip"),
     "max_seconds": ("6", "longer scenes are divided"),
     "crf": ("12", "quality of the clips by x264, 0 (lossless) to 51"),
-    "timeout_seconds": ("300", "a film of which nothing is decoded for so long is refused"),
+    "timeout_seconds": ("300", "seconds without a decoded frame until a film is refused"),
 }
 FILTER_OPTIONS = {
     "videos": (None, "folder of clips"),
     "out": ("", "folder of the table and the page; default: VIDEOS_filter beside the clips"),
-    "max_black": ("0.1", "share of black pictures, 0 to 1; off: no limit, as for all of these"),
-    "max_frozen": ("0.2", "longest run of equal pictures, as a share of the clip, 0 to 1"),
+    "max_black": ("0.1", "share of black frames, 0 to 1; off: no limit, here and below"),
+    "max_frozen": ("0.2", "longest run of equal frames, as a share of the clip, 0 to 1"),
     "min_sharpness": ("10", "variance of the Laplacian, at 480 pixels of the shorter side"),
-    "min_motion": ("0.3", "mean difference of pictures 0.1 s apart, in grey levels of 255"),
-    "max_border": ("4", "pixels of a black bar"),
-    "duplicate_distance": (
-        "0.1",
-        "clips whose hashes differ in a smaller share of bits show the same, 0 to 1",
-    ),
-    "move": ("false", "true: flagged clips and their captions go to the folder moved in out; or a folder"),
-    "undo": ("false", "true: moves back all that was moved, and measures nothing"),
-    "timeout_seconds": ("120", "a clip of which nothing is decoded for so long is refused"),
+    "min_motion": ("0.3", "mean difference of frames 0.1 s apart, in grey levels of 255"),
+    "max_border": ("4", "width of black borders, in pixels"),
+    "duplicate_distance": ("0.1", "clips are duplicates if their hashes differ in a smaller share of bits, 0 to 1"),
+    "move": ("false", "true: moves flagged clips and their captions to the folder moved in out; or a folder"),
+    "undo": ("false", "true: moves all moved clips back, and measures nothing"),
+    "timeout_seconds": ("120", "seconds without a decoded frame until a clip is refused"),
 }
 EXPORT_OPTIONS = {
     "adapter": (None, "file, folder or hub:OWNER/NAME[/FILE][@REVISION] to convert, in any of the formats"),
     "to": (
         "",
-        "official (attention only), diffusers, comfyui, kohya, native (as `train`); a folder: one or more, a,b",
+        "official (attention only), diffusers, comfyui, kohya or native (as `train`); for a folder one or more, a,b",
     ),
     "out": (
         "",
-        "new .safetensors file, or new folder for the adapter and a model card; default with push=: hub/STEP of the "
-        "run; needed otherwise",
+        "new .safetensors file, or new folder for the adapter and a model card; required without push=; default with "
+        "push=: hub/STEP in the run",
     ),
     "dtype": ("fp32", "fp32, bf16 or fp16"),
-    "adapter_alpha": ("", "alpha of an adapter that does not state its own; else it is taken to be the rank"),
+    "adapter_alpha": ("", "alpha of an adapter that does not state it; default: the rank"),
     "push": ("", "owner/name on the Hugging Face hub: uploads the folder"),
-    "private": ("true", "whether a repository that push makes is private"),
+    "private": ("true", "whether a repository that push creates is private"),
     "dry_run": ("false", "true: makes the folder and uploads nothing"),
-    "title": ("", "of the adapter; default: what it states, which is the run's name"),
-    "author": ("", "a name or an address; default: what the adapter states"),
-    "license": ("", "identifier of the hub, such as apache-2.0; default: what the adapter states"),
-    "trigger": ("", "words that a prompt needs for the adapter; default: what it states"),
+    "title": ("", "title of the adapter; default: as stated in the file, which is the run's name"),
+    "author": ("", "name or address of the author; default: as stated in the file"),
+    "license": ("", "license identifier of the hub, such as apache-2.0; default: as stated in the file"),
+    "trigger": ("", "trigger words of the adapter; default: as stated in the file"),
     "endpoint": ("", "address of another hub"),
 }
 _REDUCED = {
-    "rank": ("", "reduces each layer to this rank at most, by SVD"),
-    "energy": ("", "or: reduces each layer as far as it keeps this share of its energy, such as 0.99"),
+    "rank": ("", "maximum rank of each layer, reduced by SVD"),
+    "energy": ("", "or: reduces each layer to the lowest rank that keeps this share of its energy, such as 0.99"),
 }
 LORA_OPTIONS = {
     "inspect": {
@@ -112,7 +109,7 @@ LORA_OPTIONS = {
         "json": ("false", "true: prints JSON"),
     },
     "merge": {
-        "strengths": ("", "[0.8,0.5]: one for each file; 1 if not given"),
+        "strengths": ("", "one strength per file, such as [0.8,0.5]; default: 1"),
         "out": (None, "new .safetensors file"),
         **_REDUCED,
     },
@@ -121,14 +118,14 @@ LORA_OPTIONS = {
     "bake": {
         "model.weights": (None, "weights folder of the base, in any layout"),
         "out": (None, "new weights folder"),
-        "strength": ("1", "1 is as trained"),
+        "strength": ("1", "strength of the adapter; 1 is as trained"),
         "to": ("official", "official or diffusers, the layout of the new DiT"),
         "dtype": ("bf16", "bf16, fp16 or fp32"),
     },
     "extract": {
         "base": (None, "weights folder of the base, in any layout"),
-        "tuned": (None, "weights folder of the same model after a training"),
-        "rank": (None, "of each layer"),
+        "tuned": (None, "weights folder of the same model after training"),
+        "rank": (None, "rank of each layer"),
         "out": (None, "new .safetensors file"),
         "targets": ("attention_mlp", "attention or attention_mlp: the layers of each block"),
     },
@@ -138,57 +135,57 @@ REPLAY_OPTIONS = {
     "device": ("auto", "cpu, cuda or auto"),
 }
 PULL_OPTIONS = {
-    "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command goes on where it was cut off"),
-    "source": ("official", "official, diffusers or comfyui: whose files"),
+    "to": ("~/.cache/mochi_tune/mochi-1-preview", "folder; the same command resumes an interrupted download"),
+    "source": ("official", "layout to download: official, diffusers or comfyui"),
     "precision": ("", "diffusers: bf16 or fp32; comfyui: bf16 or fp8; empty: bf16, or the official files as published"),
-    "repo": ("", "of the hub, laid out as the source's own; empty: that one"),
-    "revision": ("", "branch, tag or commit; empty: the folder's own, else the commit that is known to fit"),
+    "repo": ("", "hub repository with the same layout; empty: the default of the source"),
+    "revision": ("", "branch, tag or commit; empty: that of the folder, else the tested commit"),
     "endpoint": ("", "address of another hub"),
-    "dry_run": ("false", "true: list the files and their sizes, fetch nothing"),
+    "dry_run": ("false", "true: lists the files and their sizes, downloads nothing"),
 }
 DESCRIBE_OPTIONS = {
-    "videos": (None, "folder of clips; captions go beside them, NAME.txt; nothing is ever replaced"),
-    "endpoint": (None, "OpenAI-compatible address, up to /v1; local: a model of transformers in a folder"),
-    "model": (None, "name at the endpoint; for endpoint=local the folder"),
+    "videos": (None, "folder of clips; captions are written next to them as NAME.txt; nothing is ever replaced"),
+    "endpoint": (None, "OpenAI-compatible address, up to /v1; local: a transformers model in a folder"),
+    "model": (None, "model name at the endpoint; for endpoint=local its folder"),
     "key_file": (
         "",
-        "file with the API key; default: OPENAI_API_KEY of the environment, sent to https://api.openai.com/v1 or "
-        "OPENAI_BASE_URL alone",
+        "file with the API key; default: the environment variable OPENAI_API_KEY, sent only to "
+        "https://api.openai.com/v1 or OPENAI_BASE_URL",
     ),
     "trigger": (
         "",
-        "word that each caption gets: put first, or where the answer has it if the template asks for {trigger}",
+        "word that each caption gets: first, or wherever the answer has it if the template asks for {trigger}",
     ),
     "template": ("", "file with another prompt; {num_frames}, {seconds}, {max_words}, {trigger} are replaced"),
-    "language": ("en", "en: answers that are not English are refused; any: all are taken"),
-    "num_frames": ("8", "pictures of a clip, evenly spaced"),
-    "image_size": ("512", "most pixels of a picture's longer side"),
-    "stills": ("false", "true: still pictures are described too"),
-    "workers": ("4", "clips in work at a time"),
-    "requests_per_minute": ("0", "most requests a minute; 0: any number"),
-    "timeout_seconds": ("120", "that a request may take"),
-    "clip_seconds": ("600", "that all requests of a clip and the pauses between them may take"),
-    "retries": ("4", "after a clip's first request, whatever fails: the connection, the endpoint, the answer"),
-    "backoff_seconds": ("1", "pause before the first retry, twice as long before each further one"),
-    "max_tokens": ("1000", "of an answer; more for models that think first"),
-    "price_in": ("", "of a million tokens of prompts and pictures, to be told what it costs"),
-    "price_out": ("", "of a million tokens of answers"),
+    "language": ("en", "en: refuses answers that are not English; any: accepts all"),
+    "num_frames": ("8", "frames sent per clip, evenly spaced"),
+    "image_size": ("512", "maximum length of a frame's longer side, in pixels"),
+    "stills": ("false", "true: describes still images too"),
+    "workers": ("4", "clips described concurrently"),
+    "requests_per_minute": ("0", "maximum requests per minute; 0: no limit"),
+    "timeout_seconds": ("120", "timeout of a request, in seconds"),
+    "clip_seconds": ("600", "timeout of all requests of a clip with their pauses, in seconds"),
+    "retries": ("4", "retries per clip, whatever fails: the connection, the endpoint, the answer"),
+    "backoff_seconds": ("1", "seconds before the first retry, doubled before each further one"),
+    "max_tokens": ("1000", "maximum tokens of an answer; models that reason first need more"),
+    "price_in": ("", "price of a million input tokens, to report the cost"),
+    "price_out": ("", "price of a million output tokens"),
     "model.weights": ("~/.cache/mochi_tune/mochi-1-preview", "Mochi's weights, whose T5 tokenizer measures captions"),
-    "device": ("auto", "of endpoint=local: cpu, cuda or auto"),
-    "dry_run": ("false", "true: prints the prompt and the number of clips, and asks nobody"),
-    "frames_out": ("", "with dry_run=true: new folder for the pictures of the first clip"),
+    "device": ("auto", "device of endpoint=local: cpu, cuda or auto"),
+    "dry_run": ("false", "true: prints the prompt and the number of clips, sends no request"),
+    "frames_out": ("", "with dry_run=true: new folder for the frames of the first clip"),
 }
 VERIFY_OPTIONS = {
     "reference": (
         "",
-        "folder of vectors of the official implementation, such as tests/golden; default: those in the package",
+        "folder of reference vectors of the official implementation, such as tests/golden; default: the packaged ones",
     ),
     "device": ("cpu", "cpu, cuda or auto"),
     "dtype": ("fp32", "fp32 or bf16"),
-    "parallel.num_processes": ("1", "2 or more: the paths of several processes too"),
+    "parallel.num_processes": ("1", "2 or more: checks the multi-process code too"),
 }
 DOCTOR_OPTIONS = {
-    "device": ("auto", "of the self-test of numbers: cpu, cuda or auto"),
+    "device": ("auto", "device of the numerical self-test: cpu, cuda or auto"),
     "model.weights": ("~/.cache/mochi_tune/mochi-1-preview", "folder of Mochi's weights"),
 }
 BENCH_OPTIONS = {
@@ -200,17 +197,17 @@ BENCH_OPTIONS = {
     "memory": ("80gb", "80gb, 48gb, 24gb, 16gb or 12gb, see the setting"),
     "device": ("auto", "cpu, cuda or auto"),
     "dtype": ("bf16", "fp32 or bf16"),
-    "depth": ("all", "blocks of the DiT, or of each level of the VAE; on a CPU 1 if not given"),
-    "limit_gib": ("0", "GiB of the GPU that may be used, as on a smaller card; 0: all"),
-    "repeats": ("3", "steps or passes that are timed"),
-    "lora_rank": ("0", "rank of an adapter on the attention; 0: none, in train 16"),
+    "depth": ("all", "blocks of the DiT, or of each level of the VAE; default: all, on a CPU 1"),
+    "limit_gib": ("0", "GPU memory limit in GiB, to emulate a smaller card; 0: no limit"),
+    "repeats": ("3", "timed steps or passes"),
+    "lora_rank": ("0", "rank of an adapter on the attention; 0: no adapter, for what=train 16"),
     "compile": ("auto", "true, false, or auto: as sample and train do by default"),
-    "recompute": ("auto", "of train, as train.recompute"),
-    "precision": ("bf16", "of train, as model.precision: bf16, fp8, int8 or nf4"),
-    "parallel.num_processes": ("1", "processes on this machine, one a GPU"),
-    "out": ("", ".jsonl file that gets a line more, besides what is printed"),
+    "recompute": ("auto", "for what=train, as train.recompute"),
+    "precision": ("bf16", "for what=train, as model.precision: bf16, fp8, int8 or nf4"),
+    "parallel.num_processes": ("1", "processes on this machine, one per GPU"),
+    "out": ("", ".jsonl file to append the result to"),
 }
-DEMO_OPTIONS = {"out": ("demo", "folder; each demo has a numbered one of its own in it, with its page, report.html")}
+DEMO_OPTIONS = {"out": ("demo", "folder; each demo writes a numbered subfolder with its page, report.html")}
 EXPERIMENTS = (
     "objective", "layers", "precision", "frame_rate", "guidance", "rate", "rank", "clips", "steps", "caption_dropout",
     "sigma", "adapter_dtype",
@@ -218,30 +215,33 @@ EXPERIMENTS = (
 EXPERIMENT_OPTIONS = {
     "what": (
         None,
-        "objective (of the training), layers (that are adapted), precision (of the base), frame_rate (of films), rate "
-        "(of learning), rank, clips (how many), steps, caption_dropout, sigma (distribution), adapter_dtype or "
-        "guidance (of which steps)",
+        "objective, layers (adapted ones), precision (of the base), frame_rate (of videos), rate (learning rate), "
+        "rank, clips (number), steps, caption_dropout, sigma (distribution), adapter_dtype or guidance (in which "
+        "steps)",
     ),
-    "seeds": ("3", "runs of each"),
-    "out": ("experiments", "folder; the same command goes on where it was stopped"),
+    "seeds": ("3", "runs per variant"),
+    "out": ("experiments", "folder; the same command resumes"),
 }
 UI_OPTIONS = {
-    "folder": (".", "the folder of conf, videos and runs; the page reads and writes nothing outside of it"),
-    "host": ("127.0.0.1", "address to listen on; another than this machine's own needs a password"),
-    "port": ("7860", "0: any that is free"),
-    "password": ("", "asked of everybody; or the variable MOCHI_TUNE_UI_PASSWORD, which other users cannot see"),
+    "folder": (".", "folder of conf, videos and runs; the page reads and writes nothing outside it"),
+    "host": ("127.0.0.1", "address to listen on; any other than a loopback address needs a password"),
+    "port": ("7860", "port; 0: any free one"),
+    "password": (
+        "",
+        "password of the page; MOCHI_TUNE_UI_PASSWORD in the environment hides it from other users",
+    ),
 }
 TOY_OPTIONS = {
-    "clips": {"out": ("toy_videos", "folder of the clips"), "seed": ("1", "of place, size and light")},
+    "clips": {"out": ("toy_videos", "folder of the clips"), "seed": ("1", "seed of positions, sizes and light")},
     "weights": {
-        "work": ("toy_work", "folder of checkpoints; the same command goes on where it was stopped"),
-        "out": ("toy_weights", "folder for model.weights"),
+        "work": ("toy_work", "folder of checkpoints; the same command resumes"),
+        "out": ("toy_weights", "output folder, for model.weights"),
     },
 }
 
 
 def is_setting(argument: str) -> bool:
-    """Whether an argument is key=value or an option, and no file: folders of sweeps have names such as lr=1e-4."""
+    """Whether an argument is key=value or an option, not a file: folders of sweeps have names such as lr=1e-4."""
     key, equals, _ = argument.partition("=")
     is_key = bool(equals) and re.fullmatch(r"[\w.-]*", key) is not None and not Path(argument).exists()
     return is_key or argument.startswith("-")
@@ -250,17 +250,17 @@ def is_setting(argument: str) -> bool:
 def plain_options(
     verb: str, arguments: list[str], known: Mapping[str, tuple[str | None, str]]
 ) -> dict[str, str] | None:
-    """Reads the key=value arguments of a verb that has no configuration file; None where help was asked for.
+    """Parses the key=value arguments of a verb without a configuration file; returns None after printing its help.
 
     Args:
-        verb: for the texts.
-        arguments: of the command line, behind the verb.
-        known: key -> default (None: it must be given) and what it means.
+        verb: name of the verb, for messages.
+        arguments: the arguments after the verb.
+        known: key -> default (None: required) and meaning.
     """
     if "--help" in arguments or "-h" in arguments:
         print(f"mochi-tune {verb} [key=value ...]\n")
         for key, (default, meaning) in known.items():
-            print(f"  {key + '=' + (default or ''):<44} {meaning}{' (needed)' if default is None else ''}")
+            print(f"  {key + '=' + (default or ''):<44} {meaning}{' (required)' if default is None else ''}")
         return None
     options = {key: default for key, (default, _) in known.items()}
     for argument in arguments:
@@ -273,7 +273,7 @@ def plain_options(
             )
         if not value and known[key][0]:
             raise ConfigError(f"{argument} is empty: give a value, or leave it out for {key}={known[key][0]}.")
-        # A shell leaves it in words that are not KEY=~/DIR by its own rules.
+        # Shells do not expand ~ in every word of the form KEY=~/DIR.
         options[key] = os.path.expanduser(value) if value == "~" or value.startswith("~/") else value
     if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
         raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
@@ -281,7 +281,7 @@ def plain_options(
 
 
 def load(verb: str, arguments: list[str]) -> "RunConfig | None":
-    """Loads the settings of a verb; prints them, or the verb's help, and returns None where that is asked for."""
+    """Loads the settings of a verb; returns None after printing them (--cfg) or the help (--help)."""
     from mochi_tune.config.load import SAMPLE_ALIASES, check_run_folder, config_yaml, load_config
 
     if "--help" in arguments or "-h" in arguments:
@@ -302,7 +302,7 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
     check_run_folder(names[0], settings, config)
     started = num_processes_here(os.environ)
     if verb in ("train", "sample") and started > 1 and config.parallel.num_processes == 1:
-        # As with processes that are started here: parallel=context means all of them.
+        # parallel=context means all processes, whoever started them.
         config = load_config(names[0], [*settings, f"parallel.num_processes={started}"])
     for key, value, default in (
         ("engine", config.parallel.engine, "processes"),
@@ -310,7 +310,7 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
     ):
         if verb not in ("prepare", "sample") and value != default:
             raise ConfigError(
-                f"parallel.{key}={value} is of `prepare` and `sample`, and `{verb}` does nothing with it: leave it out."
+                f"parallel.{key}={value} is a setting of `prepare` and `sample`, and `{verb}` ignores it: leave it out."
             )
     if verb == "sample" and config.parallel.shard == "merge":
         raise ConfigError(
@@ -324,7 +324,7 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
 
 
 def print_help(verb: str, is_complete: bool) -> None:
-    """Prints the usage of a verb that has a configuration file, and its first settings or all."""
+    """Prints the usage of a verb with a configuration file, and its most important settings or all."""
     from mochi_tune.config.docs import settings_help
 
     lines = USAGE.splitlines()
@@ -334,5 +334,5 @@ def print_help(verb: str, is_complete: bool) -> None:
     if not is_complete:
         print(f"\n{short_help(verb)}", end="")
         return
-    print("\nEvery setting: its default, what it takes, what it means. Give it as key=value or in conf/NAME.yaml.\n")
+    print("\nEvery setting: its default, allowed values and meaning. Set it by key=value or in conf/NAME.yaml.\n")
     print(settings_help(), end="")

@@ -1,4 +1,4 @@
-"""The verb `plan`: prints what a run will take, as tables of text."""
+"""The verb `plan`: prints the estimated memory, time and disk of a run as tables."""
 
 from mochi_tune.cli.options import load
 from mochi_tune.cli.values import whole_number
@@ -7,7 +7,7 @@ CARD = ("card", "card_gib")
 
 
 def run_plan(arguments: list[str]) -> int:
-    """Foretells memory, time and disk of a run."""
+    """Estimates memory, time and disk of a run."""
     own = {key: value for key, _, value in (a.partition("=") for a in arguments if "=" in a) if key in CARD}
     if (config := load("plan", [a for a in arguments if "=" not in a or a.partition("=")[0] not in own])) is None:
         return 0
@@ -31,9 +31,7 @@ def run_plan(arguments: list[str]) -> int:
         verdict = "fits" if stage.total <= made.gib * gib else "NOT"
         time = "" if stage.seconds is None else f"{short_seconds(stage.seconds)} {stage.per}"
         print(f"{stage.name:<18}{held}{stage.total / gib:>8.1f}  {verdict:<6} {time}".rstrip())
-    print(
-        "The total has 1 GiB to spare. All is foretold; on an H200 the same sums were within 10 % of what was measured."
-    )
+    print("The total has 1 GiB to spare. These are estimates; on an H200 they were within 10 % of what was measured.")
     if made.run_seconds is not None:
         print(f"\ntraining: {config.train.steps} steps in about {in_words(made.run_seconds)}")
     print(f"\n{'memory=':<10}{'train':>16}{'sample':>16}")
@@ -47,6 +45,6 @@ def run_plan(arguments: list[str]) -> int:
         found = measure(config)
         print(
             f"\nmeasured here: a training step takes {found.seconds:.2f} s (the first one {found.first_seconds:.0f} s) "
-            f"and {found.peak_gib:.1f} GiB; foretold were the figures of `train` above, less 1 GiB"
+            f"and {found.peak_gib:.1f} GiB; the estimates are the figures of `train` above, less 1 GiB"
         )
     return 0

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from mochi_tune.config.schema import RunConfig
     from mochi_tune.recipes.publish import Publication
 
-# What the options are called in ModelSpec.
+# Names of the options in ModelSpec.
 ABOUT = {"title": "title", "author": "author", "license": "license", "trigger": "trigger_phrase"}
 
 
 def run_export(arguments: list[str]) -> int:
-    """Converts an adapter file, or makes a folder of it with a model card and uploads that."""
+    """Converts an adapter file, or creates a folder with a model card and uploads it."""
     options = plain_options("export", arguments, EXPORT_OPTIONS)
     if options is None:
         return 0
@@ -32,14 +32,14 @@ def run_export(arguments: list[str]) -> int:
     is_folder = bool(repo) or is_dry or (bool(out) and not Path(out).suffix)
     if is_folder and out.endswith(".safetensors"):
         raise ConfigError(
-            f"out={out} names a file, and push= and dry_run= make a folder: leave out= away, or name one."
+            f"out={out} names a file, and push= and dry_run= make a folder: remove out=, or name a folder."
         )
     if missing := [key for key, value in (("to", to), ("out", out)) if not value and not is_folder]:
         needed = ", ".join(f"{key}=..." for key in missing)
         raise ConfigError(f"export needs {needed}: see `mochi-tune export --help`.")
     if not is_folder:
         if unused := [key for key in ("private", "endpoint") if options[key] != EXPORT_OPTIONS[key][0]]:
-            raise ConfigError(f"{unused[0]}={options[unused[0]]} is of an upload, and there is no push=: leave it out.")
+            raise ConfigError(f"{unused[0]}={options[unused[0]]} is for uploads, and there is no push=: leave it out.")
         from mochi_tune.recipes.export import main as export
 
         summary = export(adapter, to, user_path(out), options["dtype"], about, alpha)
@@ -57,14 +57,14 @@ def run_export(arguments: list[str]) -> int:
         check_login("push", repo)
     folder = user_path(out) if out else default_folder(source)
     if not out and adapter.startswith(HUB):
-        # Not in the hub's cache, where the file is.
+        # The file is in the hub's cache, which is not the place for the folder.
         folder = Path("hub") / re.split(r"[/@]", adapter)[1]
     publish(publication, folder, None if is_dry or not repo else is_private, options["endpoint"] or None)
     return 0
 
 
 def publish(publication: "Publication", folder: Path, is_private: bool | None, endpoint: str | None = None) -> None:
-    """Makes the folder and says what is in it; uploads it unless `is_private` is None."""
+    """Creates the folder and prints what is in it; uploads it unless `is_private` is None."""
     from mochi_tune.recipes.publish import main
 
     made = main(publication, folder)
@@ -78,7 +78,7 @@ def publish(publication: "Publication", folder: Path, is_private: bool | None, e
 
 
 def _send(folder: Path, repo: str, is_private: bool, endpoint: str | None = None) -> None:
-    """Uploads a folder, and notes beside it where it went."""
+    """Uploads a folder, and records next to it where it was uploaded."""
     from mochi_tune.weights.push import upload
 
     print(upload(folder, repo, is_private, endpoint))
@@ -90,10 +90,10 @@ def _sent_note(folder: Path) -> Path:
 
 
 def check_push(config: "RunConfig") -> None:
-    """Refuses a run that is to be uploaded at its end, where there is no login.
+    """Refuses a run that is to be uploaded when there is no login.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no login.
     """
     if config.publish.push is not None:
         from mochi_tune.weights.push import check_login
@@ -102,9 +102,9 @@ def check_push(config: "RunConfig") -> None:
 
 
 def push_trained(config: "RunConfig") -> int:
-    """Uploads the adapter of a finished run where `publish.push` asks for it.
+    """Uploads the adapter of a finished run if `publish.push` is set.
 
-    Returns the exit code: 0, or 1 where the adapter is there and the upload failed, which a line says.
+    Returns the exit code: 0, or 1 if the upload failed, which a line reports.
     """
     settings, adapter = config.publish, Path(config.run_dir) / "adapter.safetensors"
     if settings.push is None:
@@ -116,11 +116,11 @@ def push_trained(config: "RunConfig") -> int:
     try:
         folder = default_folder(adapter)
         if folder.exists():
-            # It takes its name when it is complete: only an upload that failed is made up for, as what is on the hub
-            # may have been edited there.
+            # The folder gets its name when it is complete. Only a failed upload is repeated, because the files on the
+            # hub may have been edited there.
             note = _sent_note(folder)
             if note.exists() and note.read_text().strip() == settings.push:
-                print(f"{folder} has been uploaded to {settings.push}, so nothing is now")
+                print(f"{folder} is already on {settings.push}: nothing is uploaded")
             else:
                 _send(folder, settings.push, settings.private)
             return 0
@@ -129,9 +129,9 @@ def push_trained(config: "RunConfig") -> int:
         )
     except (MochiTuneError, OSError) as error:
         again = shlex.join(["mochi-tune", "export", f"adapter={adapter}", f"push={settings.push}"])
-        # Where the folder is made, the error tells how to send it.
+        # If the folder exists, the error says how to upload it.
         way_on = "" if folder and folder.exists() else f": `{again}` tries again"
         reason = " ".join(str(error).split())
-        print(f"mochi-tune: {adapter} is trained and saved, not uploaded: {reason}{way_on}", file=sys.stderr)
+        print(f"mochi-tune: {adapter} is trained and saved, but not uploaded: {reason}{way_on}", file=sys.stderr)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""What a newcomer meets first: a verb's short help, and the command that was meant."""
+"""The short help of a verb, and the check of the form of its arguments."""
 
 import itertools
 import shlex
@@ -7,7 +7,7 @@ from typing import get_origin
 
 from mochi_tune.errors import ConfigError
 
-# The settings of each verb that a first run may want, and an example.
+# The most important settings of each verb, and an example.
 SHORT = {
     "plan": (
         "model memory data.num_frames data.height data.width data.buckets lora.rank train.batch_size train.steps "
@@ -37,25 +37,25 @@ SHORT = {
 }
 
 
-# Words of a verb that are no settings.
+# Keys of a verb that are not settings.
 OWN = {"plan": ("card", "card_gib"), "inspect": ("out",)}
 
 
 def _full_key(verb: str, key: str) -> str:
-    """Returns the setting that a word without its section means for a verb; the word itself where it means none."""
+    """Returns the setting that a key without its section means for a verb; the key itself if it means none."""
     from mochi_tune.config.explain import SYNONYMS
     from mochi_tune.config.settings import known_keys
 
     if key in OWN.get(verb, ()) or key in known_keys() or (verb == "sample" and f"sample.{key}" in known_keys()):
         return key
-    # A word for two settings, or for a value, is none of a single one.
+    # A word for two settings, or for a value, does not mean a single setting.
     meant = SYNONYMS.get(key) or [name for name in known_keys() if name.rpartition(".")[2] == key]
     names = [f"{verb}.{key}", *(meant if len(meant) == 1 else [])]
     return next((name for name in names if name in known_keys()), key)
 
 
 def _hint(verb: str, key: str, value: str) -> str:
-    """Returns the end of the refusal of a word and its value that are no key=value: what can be given instead."""
+    """Returns the end of the error for a key and a value that are not written key=value: what to write instead."""
     from mochi_tune.config.explain import nearest
     from mochi_tune.config.settings import GROUPS, known_keys
 
@@ -63,7 +63,7 @@ def _hint(verb: str, key: str, value: str) -> str:
     setting = known_keys().get(f"sample.{full}" if verb == "sample" and full not in known_keys() else full)
     if setting is None and full not in ("conf", *GROUPS, *OWN.get(verb, ())):
         return f"{key} is not a setting{nearest(key, [*known_keys(), *GROUPS])}"
-    # The name may be another trainer's, and the value, too.
+    # The name and the value may be those of another trainer.
     fits = setting is None or not setting.choices or value in setting.choices
     if setting is not None and get_origin(setting.type) is list and not setting.takes_numbers:
         fits = value.startswith("[")
@@ -84,7 +84,7 @@ def _is_setting(verb: str, word: str) -> bool:
 
 
 def short_help(verb: str) -> str:
-    """Returns the ten settings of a verb that matter first, and an example."""
+    """Returns the most important settings of a verb, and an example."""
     from mochi_tune.config.docs import packaged_files
     from mochi_tune.config.explain import as_yaml, describe_type
     from mochi_tune.config.settings import known_keys
@@ -103,14 +103,14 @@ def short_help(verb: str) -> str:
 
 
 def check_form(verb: str, arguments: Sequence[str]) -> None:
-    """Refuses words that are no key=value, and names the command that was meant.
+    """Refuses arguments that are not key=value, and suggests what to write instead.
 
     Args:
-        verb: of the command.
-        arguments: behind it.
+        verb: the verb of the command.
+        arguments: the arguments after it.
 
     Raises:
-        ConfigError: such a word.
+        ConfigError: an argument is not key=value.
     """
     has_conf = any(argument.startswith("conf=") for argument in arguments)
     for number, argument in enumerate(arguments):

@@ -1,4 +1,4 @@
-"""Starts this program in several processes on this machine, and says how they ended."""
+"""Starts this program in several processes on this machine, and reports how they ended."""
 
 import contextlib
 import logging
@@ -24,12 +24,12 @@ from mochi_tune.cli.values import whole_number
 from mochi_tune.errors import ParallelError
 from mochi_tune.files import write_atomic
 
-# An environment variable of the processes that are started: the file that takes the exit code of a run that was stopped
-# by a signal to one of them alone.
+# Environment variable of the started processes: the file into which a process writes the exit code of the run if the
+# process alone received the signal that stopped the run.
 STOPPED_FILE = "MOCHI_TUNE_STOPPED_FILE"
-# Signals that end a program.
+# Signals that end a program by default.
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-# How long the other processes have to end when one has failed.
+# Seconds until the other processes are killed after one has failed.
 GRACE_SECONDS = 10
 
 
@@ -42,19 +42,18 @@ def start_processes(
 ) -> int:
     """Runs the command line in `count` processes on this machine, on a free port; returns the exit code.
 
-    When one ends badly, the others are ended too, at the latest after 10 seconds. A first Ctrl-C asks them to stop, a
-    second one ends them. SIGUSR1 is passed on.
+    If one fails, the others are ended within 10 seconds. A first Ctrl-C asks them to stop, a second one ends them.
+    SIGUSR1 is passed on.
 
     Args:
-        count: processes, one a GPU.
-        arguments: of the command line, verb first.
+        count: number of processes, one per GPU.
+        arguments: the command line, verb first.
         device: "cpu", "cuda" or "auto".
-        timeout_seconds: how long a process may stand still.
-        stops: signals of which a first one asks the processes to stop, for which they have all the time they need.
+        timeout_seconds: seconds that a process may be stopped or wait for a disk.
+        stops: signals that ask the processes to stop, without a time limit; a second one ends them.
 
     Raises:
-        ParallelError: too few GPUs; a process ended by a signal or by an error that is no user's mistake, and its rank
-            is named.
+        ParallelError: there are too few GPUs, or a process was ended by a signal or a bug; the error names its rank.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
@@ -66,9 +65,9 @@ def start_processes(
     for noisy in ("elastic", "run"):
         logging.getLogger(f"torch.distributed.{noisy}").setLevel(logging.CRITICAL)
     os.environ[STARTED_HERE] = str(os.getpid())
-    # A process that hangs does not end when it is asked to; the launcher would wait 30 seconds before it kills it.
+    # A process that hangs ignores the request to end; the launcher would wait 30 seconds before it kills it.
     PContext.close.__defaults__ = (None, GRACE_SECONDS)
-    # torch's launcher would leave one behind each time.
+    # Otherwise torch's launcher leaves a folder behind each time.
     logs = tempfile.TemporaryDirectory(prefix="mochi_tune_")
     stopped_file = Path(logs.name) / "stopped"
     os.environ[STOPPED_FILE] = str(stopped_file)
@@ -76,7 +75,7 @@ def start_processes(
         min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.5, shutdown_timeout=GRACE_SECONDS,
         logs_specs=DefaultLogsSpecs(log_dir=logs.name),
-        # What is ignored stays so: under nohup, a run goes on when the terminal is gone.
+        # Ignored signals stay ignored: under nohup, a run continues when the terminal is gone.
         signals_to_handle=",".join(
             s.name for s in ENDS if s not in stops and signal.getsignal(s) is not signal.SIG_IGN
         ),
@@ -86,7 +85,7 @@ def start_processes(
             elastic_launch(config, sys.executable)("-m", "mochi_tune.cli", *arguments)
         except ChildFailedError as error:
             if not asked.received:
-                sys.stderr.write("\n")  # The progress bar of a process that is gone stands in this line.
+                sys.stderr.write("\n")  # This line may have the progress bar of a process that has ended.
                 failures = {r: (f.exitcode, f.timestamp) for r, f in error.failures.items()}
                 return report_failures(failures, stopped.killed)
         except SignalException as error:
@@ -97,7 +96,7 @@ def start_processes(
 
 
 def tell_the_starter(code: int) -> int:
-    """Returns the exit code of a process that was started here; a stop is told by a file, as it is no failure."""
+    """Returns the exit code of a started process; a stop is reported by a file and exit code 0, as it is no failure."""
     if code <= USERS_MISTAKE:
         return code
     write_atomic(Path(os.environ[STOPPED_FILE]), str(code).encode())
@@ -105,13 +104,13 @@ def tell_the_starter(code: int) -> int:
 
 
 def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], run: Callable[[bool], int]) -> int:
-    """Runs a verb here, or in the processes that it asks for, or as one of those that something else has started.
+    """Runs a verb in this process, in several started ones, or as one of those that a launcher has started.
 
     Args:
-        verb: the verb.
-        arguments: of the command line, behind the verb.
-        options: of the verb, with "device" and "parallel.num_processes".
-        run: the verb's work; takes whether this is the first process, and returns the exit code.
+        verb: name of the verb.
+        arguments: the arguments after the verb.
+        options: the parsed arguments, with "device" and "parallel.num_processes".
+        run: does the work; takes whether this is the first process, returns the exit code.
     """
     count = whole_number("parallel.num_processes", options["parallel.num_processes"], 1)
     if num_processes_here(os.environ) == 1:
@@ -121,7 +120,7 @@ def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], r
 
 
 class PassedOnSignals:
-    """Passes a first request to stop on to the processes that were started; a second one ends this process."""
+    """Passes the first signal to stop on to the started processes; a second one ends this process."""
 
     def __init__(self, stops: tuple[signal.Signals, ...]) -> None:
         self.received = 0
@@ -144,7 +143,7 @@ class PassedOnSignals:
         self.received = number
         self._release()
         if not self._pass_on(number):
-            # No process has been started yet that could get the signal.
+            # No process has been started yet.
             signal.raise_signal(number)
 
     def _save(self, number: int, _frame: object) -> None:
@@ -162,7 +161,7 @@ class PassedOnSignals:
 
 
 class StoppedProcesses:
-    """Kills a started process that has been stopped, or has waited for a disk, too long: it cannot report itself."""
+    """Kills a started process that was stopped, or waited for a disk, for too long: it cannot report that itself."""
 
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
@@ -193,25 +192,25 @@ class StoppedProcesses:
 
 
 def report_failures(failures: Mapping[int, tuple[int, float]], killed: Collection[int] = ()) -> int:
-    """Returns the exit code of a user's mistake, which its process has reported.
+    """Returns the exit code 2 if a process has reported an error that a user can fix.
 
     Args:
-        failures: of each rank that ended badly: its exit code, negative for a signal, and the time when it was seen.
-            Those that were ended because of another one are among them.
-        killed: ranks that were killed as they had stopped.
+        failures: exit code, negative for a signal, and time of detection of each rank that failed, including those
+            that were ended because of another one.
+        killed: ranks that were killed because they had stopped.
 
     Raises:
-        ParallelError: it was something else.
+        ParallelError: any other failure.
     """
     codes = {global_rank: code for global_rank, (code, _) in failures.items()}
-    # NCCL's watchdog aborts its process when another one does not answer.
+    # NCCL's watchdog aborts its process if another one does not answer.
     lost = {
         global_rank: time for global_rank, (code, time) in failures.items() if code in (LOST_CONTACT, -signal.SIGABRT)
     }
     silent = [r for r, (c, t) in failures.items() if c == -signal.SIGKILL and lost and t - min(lost.values()) >= 5]
     if silent := [*killed, *silent]:
         raise ParallelError(f"rank {min(silent)} did not answer and had to be killed, and all others with it.")
-    # Neither a process that lost contact with another one, nor one that was then asked to end, began the trouble.
+    # A process that lost contact, or was then asked to end, is not the cause.
     first = [global_rank for global_rank, code in codes.items() if code not in (LOST_CONTACT, -signal.SIGTERM)]
     global_rank = min(first or lost or codes)
     code = codes[global_rank]

@@ -1,4 +1,4 @@
-"""The standard streams of a program that is started by a scheduler, a service or a pipe: closed, or closed at last."""
+"""Standard streams that are closed, or closed later, because a scheduler, a service or a pipe started the program."""
 
 import contextlib
 import io
@@ -9,26 +9,26 @@ from typing import TextIO
 
 
 def open_missing_streams() -> None:
-    """Opens /dev/null for each standard stream that was closed; the next files would get their numbers otherwise."""
+    """Opens /dev/null for each closed standard stream. Otherwise the next opened files would get their numbers."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest number that is free is given, which is this one.
+            # The system returns the lowest free number, which is this one.
             assert os.open(os.devnull, os.O_RDWR) == number
             setattr(sys, name, os.fdopen(number, mode))
 
 
 def slow_bars() -> None:
-    """Has tqdm draw its bars every 5 seconds where it is no terminal: a log file keeps each drawing."""
+    """Makes tqdm draw its bars every 5 seconds if stderr is not a terminal: a log file keeps each drawing."""
     if not sys.stderr.isatty():
-        # Read by tqdm when it is imported.
+        # tqdm reads these when it is imported.
         os.environ.setdefault("TQDM_MININTERVAL", "5")
         os.environ.setdefault("TQDM_MAXINTERVAL", "30")
 
 
 def is_reader_gone() -> bool:
-    """Whether what is written has no reader any more, as behind `| head`."""
+    """Whether the reader of the output is gone, as behind `| head`."""
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)
@@ -36,7 +36,7 @@ def is_reader_gone() -> bool:
 
 
 def drop_output() -> None:
-    """Gives up what could not be written, which Python would try to write once more when it ends, and complain."""
+    """Discards buffered output that could not be written; Python would retry at exit and report an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -46,7 +46,7 @@ def drop_output() -> None:
 
 
 class PatientStream(io.TextIOBase):
-    """A standard stream of a long run: what cannot be written, as the disk is full or the reader gone, is dropped."""
+    """A standard stream that drops output it cannot write, because the disk is full or the reader is gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -54,29 +54,29 @@ class PatientStream(io.TextIOBase):
 
     @classmethod
     def use(cls) -> None:
-        """Puts one in the place of stdout and of stderr, where these are files, pipes or terminals."""
+        """Replaces stdout and stderr if they are files, pipes or terminals."""
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            with contextlib.suppress(OSError):  # Something else than that has no number.
+            with contextlib.suppress(OSError):  # Other streams have no file number.
                 stream.flush()
                 stream.fileno()
                 setattr(sys, name, cls(stream))
 
     @property
     def encoding(self) -> str:
-        """That of the stream."""
+        """The encoding of the stream."""
         return self.stream.encoding
 
     def fileno(self) -> int:
-        """Returns the stream's number."""
+        """Returns the file number of the stream."""
         return self.stream.fileno()
 
     def isatty(self) -> bool:
-        """Whether a person is looking."""
+        """Whether the stream is a terminal."""
         return self._is_terminal
 
     def write(self, text: str) -> int:
-        """Writes at once, past Python's buffers, which would keep what failed for the end and complain then."""
+        """Writes without Python's buffers, which would retry failed output at exit and report an error."""
         with contextlib.suppress(OSError):
             os.write(self.fileno(), text.encode(self.encoding, "replace"))
         return len(text)

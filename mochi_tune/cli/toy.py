@@ -16,7 +16,7 @@ from mochi_tune.errors import ConfigError
 
 
 def run_demo(arguments: list[str]) -> int:
-    """Teaches the embedded toy model a new thing."""
+    """Teaches the embedded toy model a new motion."""
     options = plain_options("demo", arguments, DEMO_OPTIONS)
     if options is None:
         return 0
@@ -32,7 +32,7 @@ def run_demo(arguments: list[str]) -> int:
 
 
 def run_experiment(arguments: list[str]) -> int:
-    """Compares ways of training."""
+    """Compares training settings."""
     options = plain_options("experiment", arguments, EXPERIMENT_OPTIONS)
     if options is None:
         return 0
@@ -51,7 +51,7 @@ def run_experiment(arguments: list[str]) -> int:
 
 
 def run_toy(arguments: list[str]) -> int:
-    """Draws the clips of the demo, or makes the toy model."""
+    """Draws the clips of the demo, or trains the toy model."""
     if arguments[:1] not in (["clips"], ["weights"]):
         if arguments[:1] in ([], ["--help"], ["-h"]):
             for name, known in TOY_OPTIONS.items():

@@ -8,7 +8,7 @@ from mochi_tune.cli.options import UI_OPTIONS, plain_options
 from mochi_tune.cli.values import user_path, whole_number
 from mochi_tune.errors import ConfigError
 
-# What gradio and its libraries read when they are imported: nothing is reported, looked up or fetched.
+# Variables that gradio and its libraries read at import: no telemetry, look-ups or downloads.
 QUIET = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -20,7 +20,7 @@ QUIET = {
 
 
 def run_ui(arguments: list[str]) -> int:
-    """Serves the page of a folder until it is stopped; what it has started goes on."""
+    """Serves the page of a folder until it is stopped; the programs that it has started continue."""
     options = plain_options("ui", arguments, UI_OPTIONS)
     if options is None:
         return 0
@@ -37,19 +37,19 @@ def run_ui(arguments: list[str]) -> int:
     check_host(host, password)
     bound = bind(host, whole_number("port", options["port"], 0))
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
-    # Settings name their files relative to the folder, as on a command line that is given there.
+    # Settings name files relative to the folder, as on a command line in it.
     os.chdir(folder)
     folder = Path.cwd()
-    # The programs that the page starts need none of its secrets.
+    # The programs that the page starts do not need its password.
     os.environ.pop("MOCHI_TUNE_UI_PASSWORD", None)
-    # Beside the videos, so that an upload is not copied from another disk.
+    # On the disk of the videos, so that uploads need not be copied from another disk.
     os.environ.update(QUIET | {"GRADIO_TEMP_DIR": str(folder / ".mochi_tune" / "uploads")})
     from mochi_tune.ui.page import build_page, looks
 
     app = build_app(folder, host, password, build_page(folder), looks())
     with open_page_file(folder, address) as other:
         if other:
-            print(f"{folder} has another page at {other}: both may be used, and show the same jobs and files")
-        print(f"the page of {folder}: {address} (Ctrl-C ends it, not what it has started)", flush=True)
+            print(f"{folder} has another page at {other}: both can be used, and show the same jobs and files")
+        print(f"the page of {folder}: {address} (Ctrl-C ends it, not the programs that it has started)", flush=True)
         serve(app, bound)
     return 0

@@ -1,4 +1,4 @@
-"""`mochi-tune weights`: fetches the weights, and says what is there."""
+"""The verb `weights`: downloads the weights, and reports which are there."""
 
 import sys
 
@@ -8,7 +8,7 @@ from mochi_tune.errors import ConfigError
 
 
 def run_weights(arguments: list[str]) -> int:
-    """Fetches weights, or says what is there; returns 1 where a verb lacks something."""
+    """Downloads weights, or reports which are there; returns 1 if a verb lacks some."""
     subverb, arguments = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if subverb in ("--help", "-h"):
         print("mochi-tune weights pull | check: see `mochi-tune weights pull --help`")
@@ -36,7 +36,7 @@ def run_weights(arguments: list[str]) -> int:
 
 
 def run_check(arguments: list[str]) -> int:
-    """Prints what is there of the weights of a configuration, or of `model.…` settings alone."""
+    """Prints which weights of a configuration, or of `model.…` settings alone, are there."""
     if "--help" in arguments or "-h" in arguments:
         print("mochi-tune weights check [conf=NAME] [model.weights=DIR|FILE] [model.transformer=FILE ...]")
         return 0

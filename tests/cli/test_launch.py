@@ -124,7 +124,7 @@ def test_a_gpu_that_the_launcher_shows_to_one_process_alone_is_that_ones():
     ],
 )
 def test_processes_that_may_share_a_gpu_are_refused(environment, num_visible):
-    with pytest.raises(ParallelError, match=r"wants a GPU of its own, and sees \d: .* with srun by --gpus-per-node"):
+    with pytest.raises(ParallelError, match=r"needs a GPU of its own, and sees \d: .* with srun by --gpus-per-node"):
         own_gpu(environment, num_visible)
 
 
@@ -146,7 +146,7 @@ def test_a_port_that_is_in_use_is_reported_in_one_line():
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"mochi-tune: rank 0: could not meet the others at 127.0.0.1:{port}")
-    assert "set MASTER_PORT to a free one" in last
+    assert "set MASTER_PORT to a free port" in last
 
 
 def test_compiled_code_has_a_place_where_the_home_folder_cannot_be_written_to(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_when_the_main_process_is_killed_so_are_the_others_and_the_next_run_goes
 
 def test_more_processes_than_gpus_are_refused(base, tmp_path):
     program = start(base, tmp_path / "cache", "parallel.num_processes=200", "device=cuda")
-    assert "200 processes want a GPU each" in program.refusal
+    assert "200 processes need a GPU each" in program.refusal
     assert not (tmp_path / "cache").exists()
 
 

@@ -87,7 +87,7 @@ def test_replay_refuses_a_step_of_other_layers(tmp_path):
     with pytest.raises(TrainingError, match="replay"):
         recipe.main(load_config("my_lora", road(tmp_path / "run", *LORA, *STEPS)))
     [bundle] = (tmp_path / "run" / "bundles").iterdir()
-    with pytest.raises(CheckpointError, match=r"\d+ layers differ"):
+    with pytest.raises(CheckpointError, match=r"\d+ parameters differ"):
         replay(bundle, "cpu")
 
 
@@ -149,5 +149,5 @@ def test_a_recipe_of_ones_own_is_run_as_the_command_runs_its_own(tmp_path, capsy
             main([*arguments, *more], recipe)
         assert end.value.code == code
     typo, processes = capsys.readouterr().err.splitlines()
-    assert "did you mean train.steps?" in typo and "is started by torchrun" in processes
+    assert "did you mean train.steps?" in typo and "start a custom recipe by torchrun" in processes
     assert calls == [(3, 1)]

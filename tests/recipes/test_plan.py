@@ -101,7 +101,7 @@ def test_an_unknown_card_is_asked_for_its_memory():
             main(config)
 
 
-def test_a_real_step_is_measured_and_foretold_sizes_are_those_of_the_training(tmp_path):
+def test_a_real_step_is_measured_and_its_estimates_are_those_of_the_training(tmp_path):
     config = load_config("my_lora", road(tmp_path, *LORA))
     found = measure(config)
     assert found.seconds > 0 and found.first_seconds > 0 and found.peak_gib > 0

@@ -299,7 +299,7 @@ def test_a_finished_run_is_uploaded_once(run_dir, hub, capsys):
     assert hub.files[REPO] == contents(run_dir / "hub" / "step_000003")
     number = len(hub.operations)
     assert push_trained(config) == 0 and len(hub.operations) == number
-    assert "has been uploaded to ada/balls, so nothing is now" in capsys.readouterr().out
+    assert "is already on ada/balls: nothing is uploaded" in capsys.readouterr().out
 
 
 def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, tmp_path, hub, monkeypatch):
@@ -312,7 +312,7 @@ def test_a_failed_upload_leaves_the_run_and_names_a_command_that_works(run_dir, 
     folder = tmp_path / "run" / "hub" / "step_000003"
     assert done.returncode == 1, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("mochi-tune: ")]
-    assert "is trained and saved, not uploaded" in line and "403" in line
+    assert "is trained and saved, but not uploaded" in line and "403" in line
     with monkeypatch.context() as same_machine:
         same_machine.setenv("HF_ENDPOINT", hub.address)
         assert push_trained(load_config("my_lora", settings)) == 1, "the same command tries again"
@@ -345,8 +345,8 @@ def test_a_repository_is_owner_and_name(repo):
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["to=comfyui", "private=false"], "private=false is of an upload, and there is no push="),
-        (["to=comfyui", "endpoint=http://localhost"], "is of an upload, and there is no push="),
+        (["to=comfyui", "private=false"], "private=false is for uploads, and there is no push="),
+        (["to=comfyui", "endpoint=http://localhost"], "is for uploads, and there is no push="),
     ],
 )
 def test_a_file_takes_no_settings_of_an_upload(tmp_path, more, text):
