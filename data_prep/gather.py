@@ -1,5 +1,6 @@
 """Finds what to encode: the files of all sources, their captions, and the clips to cut from them."""
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -194,7 +195,10 @@ class _KnownFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._save(is_whole=kind is None)
+        if kind is None:
+            self._save(is_whole=True)
+        else:
+            self._save_what_is_read()
 
     def read(self, path: Path, found: Signature, decoder: ClipDecoder) -> tuple[str, Scan]:
         """Returns the hash and the scan of a file with this signature; opens the file only if it is not known.
@@ -204,12 +208,17 @@ class _KnownFiles:
         """
         if time.monotonic() >= self._next_save:
             begun = time.monotonic()
-            self._save(is_whole=False)
+            self._save_what_is_read()
             self._next_save = time.monotonic() + max(SAVE_SECONDS, SAVE_TIMES * (time.monotonic() - begun))
         sha256 = self._hashes.sha256(path, found)
         scan = self._known[sha256] if sha256 in self._known else decoder.scan(path)
         self._now[sha256] = scan
         return sha256, scan
+
+    def _save_what_is_read(self) -> None:
+        # The next run can read the files again, so a full disk must not replace the reason for which this one ends.
+        with contextlib.suppress(OSError):
+            self._save(is_whole=False)
 
     def _save(self, is_whole: bool) -> None:
         """Saves what this run has read and, until all files are read, what earlier runs have saved."""

@@ -225,6 +225,8 @@ def _unused_footage(inputs: Inputs, kept: Sequence[Row]) -> list[str]:
         advice = [sources[name].shorter for name in rests]
         settings = [_cut_all(inputs, others)] if others else []
         settings += dict.fromkeys(each if "buckets" in each else "shorter buckets in data.buckets" for each in advice)
+        if inputs.max_clips and any(sources[name].clips == "all" for name in rests):
+            settings.append("a higher data.max_clips")
         changes.append(f"{' and '.join(settings)} would take {_amount(rests, total - used)}it")
     changes = changes or [f"the rest of each video, at most {TEMPORAL_FACTOR} frames, is too short for a clip"]
     return [f"{total - used:.1f} of {total:.1f} s of footage are not used; {', '.join(changes)}"]

@@ -343,6 +343,15 @@ def _summarize(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], n
     if stale:
         tqdm.write(printable(f"clips in no row of the table: {some(stale)}; remove those that you do not want"))
     clips = [row for row in rows if row.status == CUT]
+    gone = list(dict.fromkeys(row.source for row in clips if row.source not in films))
+    if gone and split.footage.is_dir():
+        num_gone = sum(row.source in gone for row in clips)
+        tqdm.write(
+            printable(
+                f"{counted(num_gone, 'clip')} of films that are no longer in {split.footage}: {some(gone)}; if a film has "
+                "another name now, its clips are there twice: remove the old ones and their rows in the table"
+            )
+        )
     seconds = sum(row.end_seconds - row.start_seconds for row in clips)
     num_short = sum(row.status == SHORT for row in rows)
     tqdm.write(

@@ -43,6 +43,10 @@ def test_a_run_that_is_stopped_while_it_reads_files_keeps_what_it_has_read(tmp_p
         read(known, 2)
         raise KeyboardInterrupt
     assert kept() == [[first, second, third]] * 2
+    # A folder that cannot be written to does not replace the reason for the end.
+    with pytest.raises(KeyboardInterrupt), _KnownFiles(tmp_path / "gone", "") as known:
+        read(known, 0)
+        raise KeyboardInterrupt
     # A run that ends normally saves only the files that it has read.
     with _KnownFiles(tmp_path, "") as known:
         read(known, 1)

@@ -108,6 +108,8 @@ def test_a_clip_that_is_too_short_names_the_setting_that_decides(tmp_path, monke
         # The rests of 2 and 9 frames are too short for another clip.
         (("head", "head"), 31, None, f"clips: all of b in data.sources and {SHORTER} would take 0.3 s of it"),
         (("all", "all"), 13, 1, "data.max_clips=1 leaves it out, a higher one cuts more"),
+        # Both settings are needed to cut the rests of 8 and 15 frames.
+        (("all", "all"), 25, 1, f"{SHORTER} and a higher data.max_clips would take it"),
         # Two clips leave 7 frames of a, and 14 of b.
         (
             ("uniform", "all"),

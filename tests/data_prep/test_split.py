@@ -163,6 +163,9 @@ def test_the_clips_of_a_film_that_got_another_ending_have_names_of_their_own(cop
     done = split(copy)
     assert done.returncode == 0 and "written now: 5" in done.stdout + done.stderr, done.stderr
     assert "count as edited" not in done.stdout + done.stderr
+    assert "4 clips of films that are no longer in footage: film.mp4; if a film has another name now" in (
+        done.stdout + done.stderr
+    )
     names = [row["file"] for row in rows_of(copy)]
     assert names == [f"film_mov_2_scene_{number:03d}.mp4" for number in range(1, 6)] + [
         CLIPS[0], rows[1]["file"], *CLIPS[2:],
