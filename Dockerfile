@@ -1,9 +1,9 @@
-# mochi-tune on NVIDIA GPUs. The wheels of torch bring CUDA and cuDNN; the host needs its driver and the NVIDIA
+# mochi-tune for NVIDIA GPUs. The torch wheels include CUDA and cuDNN; the host needs the driver and the NVIDIA
 # Container Toolkit. Build: docker build -t mochi-tune .
 FROM python:3.12-slim-bookworm
 
-# A compiler for the blocks that train compiles; tini passes SIGTERM on, so that a stopped container saves its step;
-# libraries that OpenCV, which split uses, is linked with.
+# gcc for torch.compile; tini, which forwards SIGTERM, so that a stopped container saves its step; libgl1 and
+# libglib2.0-0 for OpenCV, which split uses.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev tini libgl1 libglib2.0-0 \
     && rm -rf /var/lib/apt/lists/*
@@ -12,7 +12,7 @@ ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1
 
-# The pinned versions first: this layer is made anew only when they change.
+# Install the pinned torch first: this layer is rebuilt only when the constraints change.
 WORKDIR /opt/mochi-tune
 COPY constraints.txt ./
 RUN pip install --constraint constraints.txt torch==2.13.0
@@ -23,7 +23,7 @@ COPY data_prep data_prep
 COPY conf conf
 RUN pip install --constraint constraints.txt '.[ui,footage,bitsandbytes]'
 
-# Files on the volumes belong to this user: build with the ids of yours, --build-arg UID=$(id -u).
+# This user owns the files on the volumes: build with your own id, --build-arg UID=$(id -u).
 ARG UID=1000
 RUN useradd --create-home --uid "${UID}" mochi \
     && mkdir -p /project/conf /project/videos /project/cache /project/runs /project/.mochi_tune \

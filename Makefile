@@ -1,4 +1,4 @@
-# Every target sets up .venv itself on a fresh machine: python 3.11 to 3.13 and make are all that is needed.
+# Every target creates .venv if needed. Requirements: python 3.11 to 3.13 and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,8 +11,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/faults
 
-# The tests of models, adapters and training with other versions of torch, each in an environment of its own; the
-# lowest and the newest are those of docs/limits.md.
+# Runs the tests of models, adapters and training with other versions of torch, each in its own environment. The
+# lowest and the newest version are those of docs/limits.md.
 TORCH ?= 2.10.0 2.15.0
 WITH_TORCH := --editable '.[trackio,footage]' diffusers bitsandbytes pytest pytest-timeout pytest-xdist
 VERSIONED := tests/models tests/adapters tests/sampling tests/parallel tests/training tests/toy/test_train_toy.py \
@@ -25,7 +25,7 @@ versions:
 		build/torch_$$torch/bin/python -m pip install --quiet --constraint build/constraints.txt torch==$$torch $(WITH_TORCH) && \
 		build/torch_$$torch/bin/python -m pytest --numprocesses auto --dist loadfile $(VERSIONED) || exit 1; done
 
-# The same with the newest torch that pip finds, for the tests of numbers alone: what breaks with it is known at once.
+# Runs only the numerical tests with the newest torch that pip finds, to find incompatibilities early.
 newest: build/torch_newest/.installed
 	build/torch_newest/bin/python -c 'import torch; print("torch", torch.__version__)'
 	build/torch_newest/bin/python -m pytest --numprocesses auto --dist loadfile $(NUMBERS)
@@ -38,21 +38,21 @@ build/torch_newest/.installed: pyproject.toml constraints.txt
 	build/torch_newest/bin/python -m pip install --quiet --constraint build/constraints.txt torch $(WITH_TORCH)
 	touch $@
 
-# What docs/reliability.md promises: faults put into real processes and files, some minutes of them.
+# Injects faults into real processes and files, as docs/reliability.md lists them. Takes several minutes.
 faults: setup
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests/faults
 
-# Full size on random weights: FRAMES="37 85 163" on a GPU; 7 takes some minutes on a CPU.
+# Benchmarks the full size with random weights: FRAMES="37 85 163" on a GPU; 7 takes a few minutes on a CPU.
 FRAMES ?= 7
 bench: setup
 	for frames in $(FRAMES); do for what in sample decode encode train; do \
 		$(BIN)/mochi-tune bench what=$$what num_frames=$$frames out=bench.jsonl || exit 1; done; done
 
-# What a GPU is asked when one is at hand, in under 8 minutes: lines of gpu.jsonl.
+# Runs the GPU checks in under 8 minutes, and writes their results to gpu.jsonl.
 gpu: setup
 	$(BIN)/python -m mochi_tune.recipes.gpu_check gpu.jsonl
 
-# The site of the pages, into site/, in an environment of its own. A broken link or a page that is not listed ends it.
+# Builds the documentation site into site/, in its own environment. A broken link or an unlisted page is an error.
 docs: build/docs_venv/.installed
 	NO_MKDOCS_2_WARNING=1 build/docs_venv/bin/mkdocs build
 
@@ -65,7 +65,7 @@ lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# pyright does not know how the packages are installed, so it reads them by links under their installed names.
+# pyright does not know the installed layout of the packages, so it checks links under their installed names.
 types: setup
 	rm -rf build/typed && mkdir -p build/typed
 	cp -rs $(CURDIR)/mochi_tune build/typed/
@@ -74,7 +74,7 @@ types: setup
 
 setup: $(VENV)/.installed
 
-# torch goes first and by its pinned version, so that no other package chooses one.
+# Install the pinned torch first, so that no other package selects a version.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "mochi-tune needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": run make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
