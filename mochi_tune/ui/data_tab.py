@@ -121,7 +121,10 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         trigger_mode="always_last", concurrency_limit=4, **quiet,
     )  # fmt: skip
     own = [form.fields[key] for key in form.fields if key.startswith("data.")]
-    gr.on([field.change for field in own], form.message, form.inputs, message, trigger_mode="always_last", **quiet)
+    gr.on(
+        [field.change for field in (*own, form.name, form.filled_times)], form.message, form.inputs, message,
+        trigger_mode="always_last", **quiet,
+    )  # fmt: skip
     # Another folder or size changes the cards. They are drawn when the field is left, not at every key.
     gr.on([field.blur for field in (*own, form.more)], lambda number: number + 1, version, version, **quiet)
     form.filled_times.change(lambda number: number + 1, version, version, **quiet)

@@ -183,8 +183,8 @@ class SettingsForm:
         inputs, quiet = [self.name, self.filled_times, self.reported], "hidden"
         targets = [*self.fields.values(), self.more, self.filled_times, self.reported]
         self.name.change(fill, inputs, targets, show_progress=quiet)
-        # The tick counts for one file only.
-        self.name.change(lambda: False, None, self.replaces, show_progress=quiet)
+        # The tick counts for one file only. The browser clears it at once.
+        self.name.change(None, None, self.replaces, js="() => false", show_progress=quiet)
         blocks.load(open_page, None, self.name, show_progress=quiet).then(fill, inputs, targets, show_progress=quiet)
 
 
