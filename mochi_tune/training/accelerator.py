@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.training.optim import (
+    check_names,
     inference_weights,
     load_optimizer_state,
     optimizer_state,
@@ -25,7 +26,6 @@ from mochi_tune.training.optim import (
     temporarily,
 )
 
-STRATEGIES = ("data", "zero2", "zero3")
 # State of one parameter, by entry: "exp_avg", "step" and so on.
 OptimizerState = Mapping[str, dict[str, Tensor]]
 
@@ -37,11 +37,10 @@ def build_accelerator(
 
     Args:
         device: of this process.
-        strategy: one of STRATEGIES.
-        accumulation_steps: micro-batches a step on this process.
+        strategy: a value of `parallel.strategy`.
+        accumulation_steps: number of micro-batches per step on this process.
         max_grad_norm: gradients above this norm are scaled down to it.
     """
-    assert strategy in STRATEGIES, strategy
     if strategy == "data":
         return Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=accumulation_steps)
     import deepspeed
@@ -361,15 +360,3 @@ def check_adapter_fits(parameters: Mapping[str, Tensor], adapter: Mapping[str, T
         if parameter.shape != adapter[name].shape:
             sizes = tuple(adapter[name].shape), tuple(parameter.shape)
             raise CheckpointError(f"the checkpoint is not this run's: {name} is {sizes[0]} there, {sizes[1]} here.")
-
-
-def check_names(parameters: Mapping[str, object], saved: Mapping[str, object]) -> None:
-    """Refuses a saved state that does not belong to these parameters.
-
-    Raises:
-        CheckpointError: names differ.
-    """
-    if differing := sorted(saved.keys() ^ parameters.keys()):
-        raise CheckpointError(
-            f"the checkpoint is not this run's: {len(differing)} layers differ, {differing[0]} among them."
-        )

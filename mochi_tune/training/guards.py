@@ -1,4 +1,4 @@
-"""Guards that stop a step before it ruins the adapter: numbers that are not finite, and sudden losses."""
+"""Guards against steps that would ruin the adapter: numbers that are not finite, and spikes of the loss."""
 
 import math
 import statistics
@@ -11,19 +11,18 @@ from torch import Tensor
 from mochi_tune.files import fsync, save_tensors, write_atomic, write_json
 from mochi_tune.training.step_result import StepResult
 
-SPIKE_POLICIES = ("off", "warn", "skip", "stop")
-# A loss is compared with the median of so many steps before it, at least of so many.
+# Maximum and minimum number of earlier steps whose median loss a loss is compared with.
 WINDOW, FEWEST = 50, 10
 
 
 @dataclass
 class SpikeGuard:
-    """Detects a loss that is far above the median of those before; depends on nothing but the run's losses.
+    """Detects a loss that is far above the median of earlier losses; depends only on the losses of the run.
 
     Attributes:
-        policy: one of SPIKE_POLICIES: what to do with such a step.
+        policy: a value of `train.spike_policy`: what to do with a spike.
         factor: the multiple of the median above which a loss is a spike.
-        losses: of the last steps that were made; a checkpoint saves them.
+        losses: losses of the last steps with an update; checkpoints store them.
     """
 
     policy: str
@@ -31,16 +30,16 @@ class SpikeGuard:
     losses: list[float] = field(default_factory=list)
 
     def verdict(self, loss: float) -> str:
-        """Returns the policy for a step of this loss, "" for an ordinary step."""
+        """Returns the policy for a step with this loss, or "" if it is not a spike."""
         is_spike = len(self.losses) >= FEWEST and loss > self.factor * statistics.median(self.losses)
         return self.policy if is_spike and self.policy != "off" else ""
 
     def excess(self, loss: float) -> float:
-        """Returns a loss as a multiple of the median of those before."""
+        """Returns a loss as a multiple of the median of the earlier losses."""
         return loss / statistics.median(self.losses)
 
     def made(self, loss: float) -> None:
-        """Adds the loss of a step that was made."""
+        """Adds the loss of a step with an update."""
         self.losses = [*self.losses, loss][-WINDOW:]
 
 
@@ -55,9 +54,9 @@ def refusal(step: StepResult, verdict: str, excess: float, attention: str | None
     Args:
         step: the step.
         verdict: "not finite" or "stop".
-        excess: the loss as a multiple of the usual one, for "stop".
-        attention: the kernel that computed the attention, if the run chose one.
-        bundle: what `write_bundle` returned.
+        excess: for "stop", the loss as a multiple of the usual loss.
+        attention: the attention kernel, or None if torch chose it.
+        bundle: the folder that `write_bundle` returned.
         last: text that names the last checkpoint.
     """
     usual, way_on = "", "an older checkpoint by resume_from, resume=force and a lower train.learning_rate"
@@ -75,12 +74,12 @@ def refusal(step: StepResult, verdict: str, excess: float, attention: str | None
 
 
 def write_bundle(folder: Path, facts: Mapping, adapter: Mapping[str, Tensor], config: str) -> Path:
-    """Writes what `mochi-tune replay` needs to compute one step again; returns its folder.
+    """Writes everything that `mochi-tune replay` needs to compute one step again; returns the folder of the bundle.
 
     Args:
-        folder: holds the run's bundles.
-        facts: step, loss, gradient norm, clips and sigmas, and how the run computed.
-        adapter: its parameters before the step, by name.
+        folder: the folder of all bundles of the run.
+        facts: step, loss, gradient norm, clips and sigmas, and how the run computed them.
+        adapter: the parameters of the adapter before the step, by name.
         config: the settings as YAML.
     """
     bundle = folder / f"step_{facts['step']:06d}"

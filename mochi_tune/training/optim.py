@@ -1,4 +1,4 @@
-"""The optimizers: built, given a learning rate, and saved so that a run resumes bit for bit."""
+"""Builds the optimizers, sets their learning rate, and saves them so that a run resumes bit for bit."""
 
 import contextlib
 import importlib.util
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from mochi_tune.errors import CheckpointError, ConfigError
 
-OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "prodigy", "muon", "schedule_free")
-# The packages of those that torch does not have.
+# Packages of the optimizers that torch does not have.
 LIBRARIES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
 BETAS = (0.9, 0.999)
-# The numbers of its groups, besides the learning rate, that an optimizer changes as it steps, by its class.
+# Entries of the parameter groups that an optimizer changes while it runs, by its class.
 RUNNING = {
     "Prodigy": ("d", "d_max", "d_numerator", "k"),
     "AdamWScheduleFree": ("k", "weight_sum", "lr_max"),
@@ -28,7 +27,7 @@ def check_installed(name: str) -> None:
     """Checks that the package of an optimizer is installed, without importing it.
 
     Raises:
-        ConfigError: it is not; the text says what to install.
+        ConfigError: it is not installed; the error says what to install.
     """
     library = LIBRARIES.get(name)
     if library and importlib.util.find_spec(library) is None:
@@ -43,7 +42,7 @@ def check_installed(name: str) -> None:
 def build_adamw(
     parameters: Iterable[nn.Parameter] | Iterable[dict], learning_rate: float, weight_decay: float, device_type: str
 ) -> torch.optim.AdamW:
-    """Builds AdamW over fp32 parameters, or groups of them; fused on CUDA."""
+    """Builds AdamW for fp32 parameters or groups of them; the fused implementation on CUDA."""
     fused = device_type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=fused)
     _check_precision(p for group in optimizer.param_groups for p in group["params"])
@@ -51,7 +50,7 @@ def build_adamw(
 
 
 def _check_precision(parameters: Iterable[nn.Parameter]) -> None:
-    # In bf16 the updates of a fine-tune round to nothing.
+    # In bf16, the small updates of fine-tuning would be rounded to 0.
     assert all(p.dtype == torch.float32 for p in parameters), "adapter weights and their Adam state are fp32"
 
 
@@ -63,24 +62,23 @@ def build_optimizer(
     b_ratio: float,
     device_type: str,
 ) -> torch.optim.Optimizer:
-    """Builds an optimizer over an adapter's parameters; B matrices may have their own learning rate.
+    """Builds an optimizer for the parameters of an adapter; B matrices may have another learning rate.
 
-    For all optimizers but "prodigy" the learning rate is about how far a step moves a weight. Vectors (magnitudes) do
-    not decay: that would pull the base model to 0, not the adapter.
+    Except for "prodigy", a step moves a weight by about the learning rate. Vectors (magnitudes) do not decay: that
+    would pull the base model to 0, not the adapter.
     Source: B's own rate is LoRA+, https://arxiv.org/abs/2402.12354 (section 4).
 
     Args:
-        name: one of OPTIMIZERS.
-        parameters: fp32, by name: "LAYER.lora_A", "LAYER.lora_B" and other ones.
-        learning_rate: of A; see `set_learning_rate`.
-        weight_decay: a step's pull to 0, times the learning rate.
-        b_ratio: the learning rate of B over that of A; 1 makes one group.
-        device_type: cpu or cuda.
+        name: a value of `train.optimizer`.
+        parameters: fp32 parameters by name: "LAYER.lora_A", "LAYER.lora_B" and others.
+        learning_rate: the learning rate of A; see `set_learning_rate`.
+        weight_decay: factor of the weight decay; each step also multiplies it by the learning rate.
+        b_ratio: the learning rate of B divided by that of A.
+        device_type: "cpu" or "cuda".
 
     Raises:
-        ConfigError: its package is not installed, or it does not take one of the parameters.
+        ConfigError: the optimizer's package is not installed, or the optimizer does not take one of the parameters.
     """
-    assert name in OPTIMIZERS, name
     check_installed(name)
     _check_precision(parameters.values())
     groups = _groups(parameters, learning_rate, weight_decay, b_ratio)
@@ -89,20 +87,20 @@ def build_optimizer(
 
         return AdamW8bit(groups, lr=learning_rate, betas=BETAS)
     if name == "adafactor":
-        # The first epsilon is the root of the paper's 1e-30: an adapter's gradients are far below torch's default 1e-7.
-        # The second makes a step as long as the learning rate, not as that times the weight's size, which is 0 for a
-        # new B. Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
+        # The first epsilon is the root of the paper's 1e-30: the gradients of an adapter are far below torch's 1e-7.
+        # With the second epsilon, the length of a step is the learning rate. By default it is multiplied by the size of
+        # the weight, which is 0 for a new B. Source: https://arxiv.org/abs/1804.04235 (section 8, algorithms 4 and 5).
         return torch.optim.Adafactor(groups, lr=learning_rate, eps=(1e-15, 1.0))
     if name == "prodigy":
         from prodigyopt import Prodigy
 
-        # Bias correction is its authors' advice for diffusion models, safeguard_warmup for a warm-up.
+        # The authors recommend bias correction for diffusion models, and safeguard_warmup with a warm-up.
         # Source: https://github.com/konstmish/prodigy README.md, "Diffusion models".
         return Prodigy(groups, lr=learning_rate, betas=BETAS, use_bias_correction=True, safeguard_warmup=True)
     if name == "muon":
         if others := [key for key, parameter in parameters.items() if parameter.ndim != 2]:
             raise ConfigError(
-                f"train.optimizer=muon takes matrices only, and {others[0]} is none: use train.optimizer=adamw."
+                f"train.optimizer=muon takes only matrices, and {others[0]} is not one: use train.optimizer=adamw."
             )
         # Scaled so that AdamW's learning rates fit. Source: https://arxiv.org/abs/2502.16982 (section 2.2).
         return torch.optim.Muon(groups, lr=learning_rate, adjust_lr_fn="match_rms_adamw")
@@ -112,6 +110,7 @@ def build_optimizer(
         optimizer = AdamWScheduleFree(groups, lr=learning_rate, betas=BETAS)
         optimizer.train()
         return optimizer
+    assert name == "adamw", name
     return build_adamw(groups, learning_rate, weight_decay, device_type)
 
 
@@ -130,7 +129,7 @@ def _groups(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Sets the learning rate of the next step; each group has its ratio of it."""
+    """Sets the learning rate of the next step; a group with an lr_ratio multiplies it by that."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
@@ -138,9 +137,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, ParameterState], list[GroupState]]:
-    """Returns an optimizer's state: each parameter's tensors, on the CPU, and each group's numbers.
+    """Returns the state of an optimizer: the tensors of each parameter, on the CPU, and the numbers of each group.
 
-    The tensors are exact in a safetensors file, the numbers in JSON. There are no tensors before the first step.
+    safetensors stores the tensors exactly, and JSON the numbers. Before the first step there are no tensors.
     """
     state = {
         name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in optimizer.state[parameter].items()}
@@ -157,17 +156,17 @@ def load_optimizer_state(
     state: Mapping[str, ParameterState],
     groups: list[GroupState],
 ) -> None:
-    """Restores what `optimizer_state` returned, in an optimizer that was built with the same settings.
+    """Restores the result of `optimizer_state` in an optimizer that was built with the same settings.
 
     Raises:
-        CheckpointError: a parameter, an entry, a shape or a group's number is not this optimizer's; nothing is
-            changed.
+        CheckpointError: parameters, entries, shapes or numbers of groups differ from those of this optimizer, which
+            stays as it is.
     """
     _check_parameters(optimizer, parameters, state)
     _check_groups(optimizer, groups)
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    # The optimizer itself moves moments and step counters to the device that its kernel wants.
+    # The optimizer moves moments and step counters to the device that its kernel needs.
     numbered = {number: {k: _own(v) for k, v in state[name].items()} for number, name in enumerate(ordered)}
     own = optimizer.state_dict()["param_groups"]
     if RUNNING.get(type(optimizer).__name__):
@@ -176,48 +175,57 @@ def load_optimizer_state(
 
 
 def _own(value: Tensor) -> Tensor | int:
-    """Returns a copy, or an int for an integer scalar: some optimizers count in Python numbers."""
+    """Returns a copy, or an int for an integer scalar, because some optimizers count steps in Python integers."""
     return int(value) if value.ndim == 0 and value.dtype == torch.int64 else value.clone()
 
 
 def _check_parameters(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, ParameterState]
 ) -> None:
-    if differing := sorted(state.keys() ^ parameters.keys()):
-        raise CheckpointError(
-            f"the checkpoint is not this run's: {len(differing)} layers differ, {differing[0]} among them."
-        )
+    check_names(parameters, state)
     kind = type(optimizer).__name__
     for name, parameter in parameters.items():
         expected, found = _state_shapes(kind, parameter), {key: tuple(v.shape) for key, v in state[name].items()}
         if kind == "Prodigy" and found.get("p0") == ():
-            # Prodigy stores a start of zeros as a scalar.
+            # If all initial weights are 0, Prodigy stores them as a scalar.
             expected["p0"] = ()
         if expected != found:
             key = min(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
             texts = [one.get(key, "absent") for one in (found, expected)]
             raise CheckpointError(
                 f"the checkpoint's optimizer is not this run's {kind}: {name}/{key} is {texts[0]}, not {texts[1]}: "
-                "resume with the settings that it was saved with."
+                "resume with the settings of the checkpoint."
             )
+
+
+def check_names(parameters: Mapping[str, object], saved: Mapping[str, object]) -> None:
+    """Refuses a saved state that has other parameters than the adapter.
+
+    Raises:
+        CheckpointError: names differ.
+    """
+    if differing := sorted(saved.keys() ^ parameters.keys()):
+        raise CheckpointError(
+            f"the checkpoint is not this run's: {len(differing)} parameters differ, such as {differing[0]}."
+        )
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, groups: list[GroupState]) -> None:
     kind, own = type(optimizer).__name__, optimizer.param_groups
     wanted = RUNNING.get(kind, ())
-    # Groups that have no numbers of their own may be others, as by another train.learning_rate_b_ratio.
+    # Without such numbers the groups may differ, for example after a change of train.learning_rate_b_ratio.
     if not wanted and groups and not any(groups):
         return
     expected = [{key: type(group[key]) for key in wanted} for group in own]
     if expected != [{key: type(value) for key, value in group.items()} for group in groups]:
         raise CheckpointError(
             f"the checkpoint's optimizer is not this run's {kind}, which has {len(own)} groups with "
-            f"{', '.join(wanted) or 'no numbers'}: resume with the settings that it was saved with."
+            f"{', '.join(wanted) or 'no numbers'}: resume with the settings of the checkpoint."
         )
 
 
 def _state_shapes(kind: str, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each entry of a parameter's state, by the optimizer's class."""
+    """Returns the shape of each entry of the state of a parameter; `kind` is the class of the optimizer."""
     same, count = tuple(parameter.shape), parameter.numel()
     if kind == "AdamW8bit":
         shapes = {"step": (), "state1": same, "state2": same}
@@ -241,10 +249,10 @@ def _state_shapes(kind: str, parameter: nn.Parameter) -> dict[str, tuple[int, ..
 def inference_weights(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor] | None:
-    """Returns the weights to save and render with, where the optimizer trains other ones, else None.
+    """Returns the weights for inference if they differ from the trained weights, else None.
 
-    "schedule_free" trains y, which lies between z, which makes the steps, and x, their average and the result. x is
-    computed beside them: the optimizer's own switch to x and back would round y.
+    "schedule_free" steps z, averages the steps in x, which is the result, and trains at y, a point between the two.
+    This computes x into new tensors, because the optimizer's own switch to x and back would round y.
     Source: https://arxiv.org/abs/2405.15682 (section 2); x of y and z as in schedulefree 1.4.1, `eval`.
     """
     if type(optimizer).__name__ != "AdamWScheduleFree":
@@ -262,13 +270,13 @@ def inference_weights(
 def temporarily(
     parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor] | None
 ) -> Iterator[dict[str, Tensor]]:
-    """Puts other weights into the parameters while the context lasts, then their own again, bit for bit.
+    """Replaces the weights of the parameters within the context, and restores them afterwards bit for bit.
 
-    Yields copies of their own.
+    Yields copies of the original weights.
 
     Args:
-        parameters: the trained ones, by name.
-        weights: of the same names and shapes, see `inference_weights`; None changes nothing.
+        parameters: the trained parameters, by name.
+        weights: tensors of the same names and shapes, see `inference_weights`; None changes nothing.
     """
     kept = {name: parameters[name].detach().clone() for name in weights or ()}
     try:

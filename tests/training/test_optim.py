@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mochi_tune.config.settings import known_keys
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.training.optim import (
-    OPTIMIZERS,
     RUNNING,
     build_adamw,
     build_optimizer,
@@ -27,6 +27,7 @@ RATE = {"prodigy": 1.0}
 HALF = {"prodigy": 40}
 # What the libraries write beside what they read.
 NOTES = {"lr", "d_hat", "d_denom", "scheduled_lr"}
+OPTIMIZERS = known_keys()["train.optimizer"].choices
 WITH_VECTORS = [name for name in OPTIMIZERS if name != "muon"]
 
 
@@ -168,7 +169,7 @@ def test_a_vector_does_not_decay_and_muon_takes_none():
     problem = Problem("adamw", vector=True)
     decays = {p: group["weight_decay"] for group in problem.optimizer.param_groups for p in group["params"]}
     assert [decays[p] for p in problem.parameters.values()] == [0.01, 0.01, 0.0]
-    with pytest.raises(ConfigError, match=r"takes matrices only, and \S+lora_magnitude is none: use"):
+    with pytest.raises(ConfigError, match=r"takes only matrices, and \S+lora_magnitude is not one: use"):
         Problem("muon", vector=True)
 
 

@@ -3,7 +3,10 @@ import math
 
 import pytest
 
-from mochi_tune.training.schedule import SCHEDULES, learning_rate_at
+from mochi_tune.config.settings import known_keys
+from mochi_tune.training.schedule import learning_rate_at
+
+SCHEDULES = known_keys()["train.schedule"].choices
 
 
 def rates(schedule, warmup_steps, num_steps, **settings):
