@@ -56,8 +56,11 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
         check_override(override)
     given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     content = _check_all(path, {key: value for key, value in given.items() if key in GROUPS})
+    if not isinstance(content, dict | None):
+        what = "a list" if isinstance(content, list) else "a single value"
+        raise ConfigError(f"{path} contains {what} instead of settings: write lines of `key: value`.")
     # A file without `defaults` says what differs from base.
-    implies_base = isinstance(content, dict | None) and "defaults" not in (content or {}) and path.stem != "base"
+    implies_base = "defaults" not in (content or {}) and path.stem != "base"
     for section in (content or {}).keys() & sections().keys() if implies_base else ():
         if not isinstance((content or {})[section], dict):
             raise ConfigError(f"{path}: {explain_section(str(section))}")

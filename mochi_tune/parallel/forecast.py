@@ -393,8 +393,7 @@ def short_seconds(seconds: float) -> str:
 
 
 def in_words(seconds: float) -> str:
-    """Formats a duration in hours, minutes or seconds."""
-    hours = seconds / 3600
-    return (
-        f"{hours:.1f} hours" if hours >= 2 else f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
-    )
+    """Formats a duration in hours, minutes or seconds, of at least 1 s."""
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(seconds, 1):.0f} s"

@@ -291,7 +291,7 @@ def test_an_optimizer_that_cannot_be_sharded_is_refused():
         ("defaults: [base, _self_]\n1: x\n", "1 is not a setting"),
         ("defaults: 5\n", "defaults must be a list"),
         ("defaults: [_self_]\nname: x\n", "sets no model.name, model.weights: put base"),
-        ("- a\n- b\n", "list every setting"),
+        ("- a\n- b\n", "contains a list instead of settings"),
         ("defaults: [bass, _self_]\n", "Could not load 'bass'"),
         ("model: toy\n", "model is a section: choose its file by model=NAME"),
         ("train:\n  steps: 4\n :", "is not YAML: line 3"),

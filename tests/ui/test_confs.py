@@ -7,7 +7,17 @@ import pytest
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, DataError
-from mochi_tune.ui.confs import Form, as_text, check_form, list_confs, newest_conf, read_form, save_conf, videos_of
+from mochi_tune.ui.confs import (
+    Form,
+    as_text,
+    check_form,
+    conf_mistake,
+    list_confs,
+    newest_conf,
+    read_form,
+    save_conf,
+    videos_of,
+)
 from mochi_tune.ui.jobs import Job, changing, save_job
 
 PROMPTS = ['it\'s "so" \\ and', "b, [c]"]
@@ -158,6 +168,15 @@ def test_a_conf_that_cannot_be_read_is_not_replaced(tmp_path, text):
         with pytest.raises(ConfigError, match="does not replace this file: correct it, or choose another name"):
             save_conf(tmp_path, FORM, replaces)
     assert (tmp_path / "conf" / "cats.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(("text", "what"), [("- a", "a list"), ("a", "a single value")])
+def test_a_conf_that_contains_no_mapping_is_reported(tmp_path, text, what):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "cats.yaml").write_text(text)
+    assert f"cats.yaml contains {what} instead of settings: write lines of `key: value`." in conf_mistake(
+        tmp_path, "cats"
+    )
 
 
 def test_a_conf_that_a_waiting_job_will_run_is_not_changed(tmp_path):

@@ -134,7 +134,7 @@ def test_the_records_of_many_videos_are_read_once(tmp_path):
     again = list_renders(tmp_path)[0]
     again.video.with_suffix(".json").unlink()
     assert again.record == {}
-    for name, why in (("a", "does not exist any more"), ("e", "does not exist any more"), ("../../../../e", "outside of")):
+    for name, why in (("a", "does not exist any"), ("e", "does not exist any"), ("../../../../e", "outside of")):
         with pytest.raises(DataError, match=why):
             find_render(tmp_path, f"runs/x/samples/{name}.mp4")
 
