@@ -28,7 +28,7 @@ def test_every_arm_differs_from_the_default_and_has_a_run_of_its_own():
         for arm in those.values():
             settings = flat_settings(load_config("toy_lora", list(arm.settings)))
             changed = {key for key in settings if settings[key] != default[key]}
-            # A setting that says what is so already would train the default under another name.
+            # A setting with its default value would train the default arm under another name.
             assert len(changed) == len(arm.settings)
             found.add(names[arm])
         assert len(found) == len(those)

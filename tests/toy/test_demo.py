@@ -1,4 +1,4 @@
-"""The short lesson: the demo with fewer steps and samples, and what it must still show."""
+"""The demo with fewer steps and samples: minimum results that it must reach."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def test_the_adapter_file_is_what_was_trained(lesson):
         return sum(losses.values()) / len(losses)
 
     dit = WeightsFolder(weights_folder(config)).load_dit("cpu", torch.float32)
-    # By our own formula, not by the code that reads adapters for sampling.
+    # Applies the adapter by the formula, independently of the code that samples with it.
     adapter = load_adapter(Path(made["adapter"]))
     for name, layer in adapter.layers.items():
         weight = dit.get_submodule(name).weight

@@ -19,7 +19,7 @@ SAMPLES = 6
 
 
 def test_the_lesson_is_learnt_from_clips_of_two_sizes(tmp_path, capsys):
-    # Half of the clips end in the middle of their motion.
+    # Half of the clips are cut in the middle of their motion.
     for video in write_lesson(tmp_path / "videos", 1)[::2]:
         write_video(video, [decode_clip(video, Cut(7, 64, 96)).frames])
     paths = [f"data.videos={tmp_path / 'videos'}", f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]

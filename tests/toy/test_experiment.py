@@ -21,7 +21,7 @@ def test_the_table_has_mean_and_spread_over_the_seeds():
     lines = table({"a": DEFAULT}, rows).splitlines()
     assert lines[2].startswith("| a | 1,000 | 3 | 0.4000 ± 0.2000 |")
     assert lines[2].count("0.400 ± 0.200") == len(COLUMNS) - 2
-    # One seed has no spread.
+    # One seed has no standard deviation.
     assert table({"a": DEFAULT}, rows[:1]).splitlines()[2].startswith("| a | 1,000 | 1 | 0.2000 | 0.2000 | 0.200 |")
 
 
@@ -43,7 +43,7 @@ def test_every_arm_is_run_once_and_results_are_kept(tmp_path):
     printed = main("objective", 1, tmp_path, *settings, num_samples=1)
     results = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["run"] for row in results] == ["default", "objective/official", "objective/unnormalised"]
-    # One step of the same size from the same start: the arms differ by their objective alone.
+    # One step of the same size from the same start: the arms differ only in their objective.
     assert len({row["loss_new"] for row in results}) == 3
     for row in results:
         metrics = (tmp_path / f"{row['run']}_seed_0" / "metrics.jsonl").read_text().splitlines()
@@ -82,7 +82,7 @@ def test_an_arm_of_fewer_clips_gets_the_first_ones_as_they_are(tmp_path):
     few, all_of_them = (draw_lesson(arm, tmp_path) for arm in (Arm(num_clips=4), DEFAULT))
     first = {f"{w.colour}_{w.shape}_{w.motion}_{w.background}" for w in lesson_words()[0][:4]}
     assert {path.stem for path in few.iterdir()} == first
-    # `prepare` reads all that is in the folder of the clips.
+    # `prepare` reads all files in the folder of the clips.
     runs = {(tmp_path / f"{name}_seed_0").resolve() for name in run_names().values()}
     assert not any({few, all_of_them} & set(run.parents) for run in runs)
     assert len(list(few.iterdir())) == 8 and len(list(all_of_them.iterdir())) == 48

@@ -1,4 +1,4 @@
-"""The demo's page and its moving picture, of clips that are drawn."""
+"""The demo's page and its animated picture, made from drawn clips."""
 
 import base64
 import io
@@ -48,7 +48,7 @@ def report(clips):
 
 
 class Reader(HTMLParser):
-    """Gathers the text and the attributes as a browser reads them."""
+    """Collects texts and attributes as a browser parses them."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ def test_the_trail_goes_where_the_shape_goes(clips):
         if trail is not None:
             (x, y), (tip_x, tip_y) = trail.line[0], trail.head[0]
             across, down = {"wugs": (1, 1), "moves left": (-1, 0), "moves up": (0, -1), "moves down": (0, 1)}[motion]
-            # What does not move along an axis stays within a pixel; the least travel is 0.75 * 16 pixels.
+            # Without motion along an axis, the trail stays within a pixel. The smallest travel is 0.75 * 16 pixels.
             for moved, way in ((tip_x - x, across), (tip_y - y, down)):
                 assert moved * way > 11 if way else abs(moved) < 1, motion
 
@@ -137,7 +137,7 @@ def test_a_shape_that_vanishes_has_a_trail_as_far_as_it_is_seen(clips):
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser")
 def test_a_browser_shows_the_pair_first_and_blurs_nothing(report, clips, tmp_path):
-    """The first pixels of the first clip are columns of two colours: on the screen there is none between them."""
+    """The first clip starts with columns of two colours: the screenshot contains no colour between them."""
     columns = clips[2].clone()
     pink, lime = (255, 0, 255), (0, 255, 0)
     columns[:, :8, :8] = torch.tensor([pink, lime] * 4, dtype=torch.uint8)
@@ -145,10 +145,10 @@ def test_a_browser_shows_the_pair_first_and_blurs_nothing(report, clips, tmp_pat
     write_report(tmp_path / "report.html", Report(**{**vars(report), "pair": pair}))
     assert write_png(tmp_path / "report.html", tmp_path / "report.png")
     image = Image.open(tmp_path / "report.png").convert("RGB")
-    # Below the round corner.
+    # A row below the rounded corner.
     top = next(y for y in range(600) if pink in {image.getpixel((x, y)) for x in range(100)}) + 10
     left = next(x for x in range(100) if image.getpixel((x, top)) == pink)
-    # At 500 pixels for 96, eight columns are 41.
+    # 96 columns are 500 pixels wide, so eight columns are 41.
     assert {image.getpixel((left + x, top)) for x in range(38)} == {pink, lime}
 
 

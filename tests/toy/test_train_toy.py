@@ -44,7 +44,7 @@ def test_it_makes_a_whole_weights_folder_and_its_record(made):
     stored = json.loads((folder / "out" / "record.json").read_text())
     assert stored == record and stored["plan"]["vae_steps"] == 2
     assert stored["figures"].keys() == {"vae_psnr_db", "vae_kept", "base_obeyed"}
-    # Principal components alone are no noise.
+    # The principal components reconstruct clips before any training.
     assert stored["figures"]["vae_psnr_db"] > 18
 
 
@@ -65,7 +65,7 @@ def test_a_folder_that_was_begun_with_another_plan_is_refused(made):
 def test_the_latents_have_mochis_channel_statistics(made):
     encoder = WeightsFolder(made[0] / "out").load_encoder("cpu", torch.float32)
     words = all_words(ALL_SHAPES)
-    # The clips that they are measured from: a short plan's are too few to speak for others.
+    # Uses the clips of the statistics, because those of a short plan are too few to generalise.
     clips = draw_clips(words[:: len(words) // SHORT.num_normalised], keyed_generator(SEED, "statistics"))
     with torch.no_grad():
         mean, logvar = encoder(frames_to_pixels(clips))

@@ -1,4 +1,4 @@
-"""Adapter files of the folder, and the arguments that the verbs take as they are."""
+"""The list of adapter files, and arguments that the verbs accept."""
 
 import pytest
 from helpers_renders import write_adapter
@@ -37,7 +37,7 @@ def test_every_verb_takes_the_arguments(tmp_path):
     sent = {path.name for path in (tmp_path / "loras" / "hub" / "a").iterdir()}
     assert "README.md" in sent and "pytorch_lora_weights.safetensors" in sent and len(sent) == 3
     assert any("pytorch_lora_weights.safetensors" in line for line in push.explain(tmp_path))
-    # Another push makes another folder.
+    # Each push makes a new folder.
     assert push.arguments(tmp_path, is_dry=False)[-1] == "out=loras/hub/a_2"
 
 

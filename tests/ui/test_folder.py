@@ -1,4 +1,4 @@
-"""What lies outside of the page's folder is neither read nor written, whatever it is called by."""
+"""Paths outside of the page's folder are refused, in whatever form they are given."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Split, filter and describe from the page: the arguments that the verbs get, and what they left."""
+"""Split, filter and describe from the page: arguments of the verbs, and links to their results."""
 
 import pytest
 from helpers_video import write_video

@@ -65,7 +65,7 @@ def test_two_runners_do_not_run_a_job_twice(tmp_path):
     command = [sys.executable, "-m", "mochi_tune.ui.runner", str(tmp_path)]
     for process in [subprocess.Popen(command) for _ in range(2)]:
         assert process.wait(PATIENCE) == 0
-    # Each log has the help once.
+    # Each log contains the help once.
     alone = subprocess.run([sys.executable, "-m", "mochi_tune.cli", "toy", "--help"], capture_output=True, check=True)
     for number in (1, 2):
         assert find_job(tmp_path, number).state == "done"
@@ -79,7 +79,7 @@ def test_a_job_runs_the_settings_that_its_conf_had_when_it_started(tmp_path):
     conf.write_text("defaults: [base, own, _self_]\nname: cats\nlora: {rank: 4}\n")
     put(tmp_path, Job(1, "train", ["conf=cats", "--cfg"]))
     started = runner.start_next(tmp_path)
-    # The process has not read it yet.
+    # The process has not read the file yet.
     conf.write_text("defaults: [base, _self_]\nname: cats\nlora: {rank: 8}\n")
     assert started is not None and started[1].wait(PATIENCE) == 0
     printed = log_path(tmp_path, 1).read_text()

@@ -1,4 +1,4 @@
-"""Rows of a file that grows, or that a run which goes back writes anew, while several threads read it."""
+"""Rows of a file that grows or is rewritten, while several threads read it."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def test_only_what_was_appended_is_read(tmp_path):
     path.write_text(text_of(range(1, 100)) + '{"step": 100, ')
     before = reader.read(path)
     assert [row["step"] for row in before] == list(range(1, 100))
-    # Not the clips and sigmas, which are most of a row.
+    # Clips and sigmas, most of a row, are not kept.
     assert before[0] == {"step": 1, "loss": 0.5}
     with open(path, "a") as file:
         file.write('"loss": 1.5}\n\n[]\n{"step": 101}')
@@ -34,7 +34,7 @@ def test_only_what_was_appended_is_read(tmp_path):
     assert [row["step"] for row in reader.read(path)] == list(range(1, 103))
 
 
-# Longer than what is compared at its start and at its end.
+# Longer than the parts that are compared at the start and the end.
 OLD = text_of(range(1, 41))
 CORRECTED = OLD.replace('"step": 20, "loss": 0.5', '"step": 20, "loss": 0.7')
 
@@ -60,7 +60,7 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path, new, is_replaced):
     assert len(reader.read(path)) == 40
     target = tmp_path / "new" if is_replaced else path
     target.write_text(new)
-    # A disk's clock may not have moved on.
+    # The timestamps of a disk may be too coarse to differ.
     os.utime(target, (2e9, 2e9))
     os.replace(target, path)
     assert reader.read(path) == RowReader().read(path) and len(reader.read(path)) == new.count("\n")

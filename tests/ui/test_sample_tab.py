@@ -1,4 +1,4 @@
-"""The history of videos: the conf that makes one again, and the grids that are linked."""
+"""The history of videos: the conf for rendering a video again, and links to grids."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def test_a_video_is_made_again_with_the_conf_of_its_run(tmp_path, monkeypatch):
     save_conf(tmp_path, Form("a_first", {"model": "tiny"}), replaces=False)
     (tmp_path / "conf" / "a_broken.yaml").write_text("train: {stepps: 1}\n")
     assert run_of(tmp_path, tmp_path / cups / "grids" / "g" / "cells" / "a.mp4") == cups
-    # Settings of that run stay, also unsaved ones.
+    # Settings with that run folder are kept, even if they are not saved.
     assert conf_to_choose(tmp_path, replace(form, more="seed=7"), cups) == ("cups", "")
     for other in (Form("a_first", {"model": "tiny"}), Form("cups", {"model": "toy"}), Form("no name!")):
         assert conf_to_choose(tmp_path, other, cups) == ("cups", ", and conf/cups.yaml is chosen")

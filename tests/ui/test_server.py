@@ -1,4 +1,4 @@
-"""Who may ask the server, and what it gives out: through the real application, without a browser."""
+"""Access control and served files, through the real application, without a browser."""
 
 import asyncio
 import base64
@@ -51,7 +51,7 @@ def blocks(folder):
 
 @pytest.fixture(scope="module")
 def address(folder, blocks):
-    """The address of a page with a password, as it really listens."""
+    """The address of a running server with a password."""
     bound = bind("127.0.0.1", 0)
     app = build_app(folder, "127.0.0.1", PASSWORD, blocks, {})
     threading.Thread(target=serve, args=(app, bound), daemon=True).start()
@@ -66,7 +66,7 @@ PATHS = [
 
 def test_nobody_gets_in_without_the_password(address):
     async def ask() -> list[httpx.Response]:
-        # A wrong password is answered late: all are asked at once.
+        # Wrong passwords are answered with a delay, so all requests run concurrently.
         async with httpx.AsyncClient() as client:
             tries = [client.get(address + path, auth=auth) for path in PATHS for auth in (None, ("", ""))]
             return await asyncio.gather(*tries)
@@ -101,7 +101,7 @@ def test_uploads_and_events_need_the_password_too(address):
 )  # fmt: skip
 def test_no_other_file_is_given_out(address, folder, path):
     with httpx.Client(auth=("", PASSWORD)) as client:
-        # httpx would resolve the dots by itself.
+        # A raw request, because httpx resolves the dots itself.
         request = client.build_request("GET", address + "/")
         request.url = request.url.copy_with(raw_path=path.encode())
         answer = client.send(request)
@@ -145,7 +145,7 @@ def test_a_file_that_vanishes_is_one_line(address, folder):
 
 
 def test_an_upload_that_is_too_large_is_refused_and_leaves_nothing(address, folder, blocks):
-    """As with 5 GB, whose bytes beyond the limit are not read either."""
+    """Bytes beyond the limit are not read."""
     limit, uploads = blocks.max_file_size, folder / ".mochi_tune" / "uploads"
     assert limit == 2 * 1024**3
     blocks.max_file_size = 100_000
@@ -158,7 +158,7 @@ def test_an_upload_that_is_too_large_is_refused_and_leaves_nothing(address, fold
         blocks.max_file_size = limit
     assert refused.status_code == 413 and "maximum allowed size" in refused.text
     assert taken.status_code == 200
-    # Whatever it is called, it lies below the folder of uploads.
+    # Its name cannot lead out of the folder of uploads.
     left = [path for path in uploads.rglob("*") if path.is_file()]
     assert [path.stat().st_size for path in left] == [1000]
 
@@ -180,11 +180,11 @@ def test_other_origins_are_refused():
     ):
         assert judge(origin=origin, method="POST") == 403
         assert judge(origin=origin) == 403
-    # A name of somebody else's that leads to this machine.
+    # DNS rebinding: a foreign name that resolves to this machine.
     assert Guard(None, "127.0.0.1", "").judge({"host": "evil.example:7860"}, "GET")[0] == 403
     assert Guard(None, "127.0.0.1", "").judge({}, "GET")[0] == 403
     assert Guard(None, "127.0.0.1", "").judge({"host": "localhost:7860"}, "GET")[0] == 0
-    # Pictures and frames of other pages, which name no origin; a link to the page is followed.
+    # Images and frames of other pages send no origin and are refused; links to the page work.
     assert judge(sec_fetch_site="cross-site", sec_fetch_mode="no-cors", sec_fetch_dest="image") == 403
     assert judge(sec_fetch_site="same-site", sec_fetch_mode="navigate", sec_fetch_dest="iframe") == 403
     assert judge(sec_fetch_site="cross-site", sec_fetch_mode="navigate", sec_fetch_dest="document") == 0
@@ -194,17 +194,17 @@ def test_other_origins_are_refused():
 
 
 def test_beyond_this_machine_the_password_stops_a_foreign_name_that_leads_here():
-    """A browser keeps a password for the name that asked for it, so that the pages of another name do not have it."""
+    """A browser stores a password for the name that asked for it, so pages of another name do not send it."""
     foreign = {"host": "evil.example:7860", "origin": "http://evil.example:7860", "sec-fetch-site": "same-origin"}
     right = {"authorization": "Basic " + base64.b64encode(f"any:{PASSWORD}".encode()).decode()}
     wrong = {"authorization": "Basic " + base64.b64encode(b"any:x").decode()}
     for host in ("0.0.0.0", "192.168.1.7"):
         guard = Guard(None, host, PASSWORD)
         assert [guard.judge(foreign | more, "POST")[0] for more in ({}, wrong, right)] == [401, 401, 0]
-        # The password alone is not enough: another page's request has it too.
+        # The password is not sufficient, because requests of another page may have it, too.
         another = right | {"host": "studio.example:7860", "origin": "http://evil.example"}
         assert guard.judge(another, "POST")[0] == 403
-    # On this machine the name is refused, whoever asks.
+    # A server on 127.0.0.1 refuses the name in any case.
     assert Guard(None, "127.0.0.1", PASSWORD).judge(foreign | right, "GET")[0] == 403
 
 
@@ -243,7 +243,7 @@ def test_a_port_that_is_taken_is_one_line():
 
 
 def test_served_files_by_name(folder):
-    # As the server hands it over: decoded. A name that has %20 in it is another file's.
+    # The server passes decoded names, so a name with %20 is that of another file.
     assert served_file(folder, "videos/a b.txt").read_text() == "a cat"
     (folder / "videos" / "a%20b.txt").write_text("a dog")
     assert served_file(folder, "videos/a%20b.txt").read_text() == "a dog"
