@@ -1,4 +1,4 @@
-"""Renders prompts to videos, with or without adapters, on one device or many: T5, DiT and VAE in turn."""
+"""Renders prompts to videos, with or without adapters, on one or more devices. T5, DiT and VAE take turns."""
 
 import sys
 import traceback
@@ -41,11 +41,11 @@ from mochi_tune.training.interrupts import StopSignal
 from mochi_tune.training.memory_plan import describe, fits
 from mochi_tune.weights.folder import WeightsFolder
 
-# What each of several processes loads, and those of the settings of all videos that decide what it computes.
+# Parts of the weights that each process loads, and entries of `RenderPlan.common` that change what it computes.
 PARTS, COMMON = ("dit", "decoder"), ("adapters", "dtype", "memory", "layout")
-# Latents that a video starts from, and how its file was cut.
+# Latents that a video starts from, and the report on how its file was cut.
 Encoded = tuple[Tensor, dict[str, Any]]
-# Seconds that a pass of compiled blocks in 8 bits is shorter by, for each visual token; and that compiling takes.
+# Seconds that compiling 8-bit blocks saves per pass and visual token, and seconds that compiling takes.
 COMPILED_SAVES, COMPILE_SECONDS = 15e-6, 40.0
 
 
@@ -54,14 +54,14 @@ class RenderPlan:
     """The videos to render, checked as far as possible before a weight is read.
 
     Attributes:
-        weights: of the models.
-        requests: the videos, of all processes.
-        adapters: applied to the base.
-        variants: of each video, left to right: "base", "adapted" or both.
-        num_tokens: of the largest video.
+        weights: folder of the models.
+        requests: the videos of all processes.
+        adapters: adapters that are applied to the base.
+        variants: parts of each video, left to right: "base", "adapted" or both.
+        num_tokens: visual tokens of the largest video.
         layout: how the processes share the work.
-        common: settings of all videos, for the files beside them.
-        start_sums: the sha256 of each file that a video starts from.
+        common: settings of all videos, for the .json files next to them.
+        start_sums: sha256 of each file that a video starts from.
     """
 
     weights: WeightsFolder
@@ -74,7 +74,7 @@ class RenderPlan:
     start_sums: dict[Path, str]
 
     def shared_facts(self) -> dict[str, object]:
-        """Returns what must be the same on every process, by its name in an error; reads samples of the weights."""
+        """Returns what must be equal on all processes, by its name in errors; reads samples of the weights."""
         facts: dict[str, object] = {
             f"the files of the {part} in model.weights": self.fingerprints[part] for part in PARTS
         }
@@ -84,7 +84,7 @@ class RenderPlan:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """That of each part of the weights which decides what a video is; reads samples of large files, once."""
+        """Fingerprints of the weights that are used, by part; reads samples of large files, once."""
         parts = ["text_encoder", "dit", "decoder", *(["encoder"] if self.start_sums else [])]
         return {part: self.weights.fingerprint(part) for part in parts}
 
@@ -94,19 +94,19 @@ class RenderPlan:
         return list(dict.fromkeys(text for r in self.requests for text in (r.prompt, r.negative_prompt)))
 
     def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
-        """Returns the bytes that sampling the largest video holds on one device, by what they are for."""
+        """Returns the bytes on one device while the largest video is sampled, by purpose."""
         layout = self.layout
         tokens = -(-self.num_tokens // layout.context)
         return sampling_held(self.weights.dit_config, tokens, residency, dtype_bytes, layout.guidance * layout.context)
 
 
 def main(config: RunConfig) -> Iterator[Path]:
-    """Renders what `config.sample` asks for, yielding each video when it is written, its settings beside it as .json.
+    """Renders the videos of `config.sample`; yields each one when it and its .json of settings are written.
 
-    With several processes, each yields the videos that it writes.
+    Each of several processes yields the videos that it writes.
 
     Raises:
-        KeyboardInterrupt: it was asked to stop; what was finished by then has been written and yielded.
+        KeyboardInterrupt: a signal stopped it, after the finished videos were written and yielded.
     """
     num_processes = PartialState(cpu=config.device == "cpu").num_processes
     plan, device, dtype = check(config, num_processes), find_device(config.device), DTYPES[config.model.dtype]
@@ -140,12 +140,12 @@ def main(config: RunConfig) -> Iterator[Path]:
         with usage.stage("sample", plan.held(setup.residency, dtype.itemsize)):
             stopped_by = render(plan, mine, (features, encoded), setup, latents)
     except Exception as error:
-        # Of several processes, the others would wait for this one in the decoder.
+        # With several processes, the others would wait for this one in the decoder.
         if mesh is not None or not latents:
             raise
         trouble = error
-        write_line(f"video {len(latents) + 1} of {len(mine)} failed; those before it are written, then comes the error")
-        # The model is in the error's frames.
+        write_line(f"video {len(latents) + 1} of {len(mine)} failed; the ones before it are written, then the error")
+        # The frames of the error keep the model alive.
         traceback.clear_frames(error.__traceback__)
         free_memory()
     rows, columns = config.memory.tiles or WHOLE
@@ -156,13 +156,13 @@ def main(config: RunConfig) -> Iterator[Path]:
         for request, states in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
             variants = [decoded_frames(decoder, state, mesh, (rows, columns)) for state in states.values()]
             if mesh is not None and len(variants) > 1:
-                # Processes exchange each video as a whole: its parts and another's would wait for one another.
+                # Decoding is collective: interleaving the chunks of two videos would deadlock.
                 variants = [iter(list(frames)) for frames in variants]
             chunks = side_by_side(variants)
             if mesh is not None and not mesh.is_writer:
                 assert not list(chunks), "only the writer has frames"
                 continue
-            # Another process may have taken the name since it was chosen; what goes beside the video follows it.
+            # Another process may have taken the name in the meantime; the other files follow the final name.
             common = plan.common | {"weights": plan.fingerprints} | describe_start(request, plan, encoded)
             metadata = file_metadata(request, common) if config.sample.metadata else {}
             video = write_video(request.video, chunks, may_replace=False, encoding=request.encoding, metadata=metadata)
@@ -178,10 +178,10 @@ def main(config: RunConfig) -> Iterator[Path]:
 
 
 def check(config: RunConfig, num_processes: int) -> RenderPlan:
-    """Checks everything that can be refused before a weight is read; seconds.
+    """Checks everything that can be checked before a weight is read; takes seconds.
 
     Raises:
-        MochiTuneError: of any kind, in one line.
+        MochiTuneError: anything does not fit.
     """
     weights = WeightsFolder(weights_paths(config))
     requests = read_requests(config.sample, config.data, config.seed, Path(config.run_dir))
@@ -216,7 +216,7 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
 
 
 def lost_tails(plan: RenderPlan) -> list[str]:
-    """Returns a line for each prompt that is longer than what the text encoder reads, with the text that is lost."""
+    """Returns a line for each prompt that is too long for the text encoder, with the text that is lost."""
     tokenizer, lines = None, []
     for text in filter(may_be_cut, plan.prompts):
         tokenizer = tokenizer or plan.weights.load_tokenizer()
@@ -224,16 +224,16 @@ def lost_tails(plan: RenderPlan) -> list[str]:
         if measured.lost_tokens:
             kind = "prompt" if any(text == request.prompt for request in plan.requests) else "negative prompt"
             lines.append(
-                f"the {kind} {text[:40]!r}... has {measured.num_tokens} tokens, and only {MAX_TOKENS} are read; "
-                f"lost is {text[measured.num_read :].strip()!r}"
+                f"the {kind} {text[:40]!r}... has {measured.num_tokens} tokens, and only {MAX_TOKENS} are used; "
+                f"this is lost: {text[measured.num_read :].strip()!r}"
             )
     return lines
 
 
 def pays_to_compile(residency: str, requests: list[Request], num_variants: int) -> bool:
-    """Whether the steps to come save more time than compiling takes; estimated for an H200."""
+    """Whether compiling saves more time in all steps than it takes; estimated for an H200."""
     if residency not in PRECISIONS:
-        # In the model's own dtype, kernels of ours fuse as much.
+        # In the model's dtype, custom kernels fuse as much.
         return False
     saved = 0.0
     for request in requests:
@@ -243,15 +243,15 @@ def pays_to_compile(residency: str, requests: list[Request], num_variants: int) 
 
 
 def num_tokens(request: Request) -> int:
-    """Returns the visual tokens of a video."""
+    """Returns the number of visual tokens of a video."""
     return num_visual_tokens(request.num_frames, request.height, request.width)
 
 
 def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) -> str:
-    """Returns where the DiT's weights are while it samples, one of `parallel.memory.RESIDENCIES`.
+    """Returns where the DiT's weights are during sampling, one of `parallel.memory.RESIDENCIES`.
 
     Raises:
-        ConfigError: the GPU's free memory does not suffice; the error names what does.
+        ConfigError: the GPU has too little free memory; the error names settings that fit.
     """
     asked, free = config.memory.dit, free_bytes(device)
     candidates = ["resident", "offload"] if asked == "auto" else ["offload" if asked == "stream" else asked]
@@ -270,7 +270,7 @@ def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) 
 
 
 def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:
-    """Returns the features of every distinct prompt, on the CPU; the main process encodes what no run has yet."""
+    """Returns the features of every distinct prompt, on the CPU; the main process encodes those not in the cache."""
     prompts = plan.prompts
     features: dict[str, Tensor] = {}
     if PartialState().is_main_process:
@@ -283,8 +283,8 @@ def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, c
                 features[prompt] = encoder.encode([prompt])[0].cpu()
                 if not bool(features[prompt].isfinite().all()):
                     raise CheckpointError(
-                        f"the features of the prompt {prompt[:40]!r} are not finite: T5's weights are damaged; fetch "
-                        "them again."
+                        f"the features of the prompt {prompt[:40]!r} are not finite, so T5's weights are damaged: "
+                        "download them again."
                     )
                 cache.put(prompt, features[prompt])
             del encoder
@@ -294,7 +294,7 @@ def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, c
 
 
 def encode_init_videos(plan: RenderPlan, config: RunConfig, device: torch.device, usage: Usage) -> dict[Start, Encoded]:
-    """Returns what the videos of all processes start from, on the CPU; the main process encodes it."""
+    """Returns the encoded init videos of all processes, on the CPU; the main process encodes them."""
     starts, dtype = starts_of(plan.requests), DTYPES[config.model.dtype]
     if not starts:
         return {}
@@ -313,14 +313,14 @@ def render(
     setup: Setup,
     finished: list[dict[str, Tensor]],
 ) -> int:
-    """Renders requests to latents on the CPU, by their variant; returns the signal that ended it between two steps.
+    """Renders requests to latents; returns the signal that stopped it between two steps, 0 for none.
 
     Args:
-        plan: of all processes.
-        requests: of this process.
-        inputs: the features of the prompts, and what videos start from.
-        setup: of this process.
-        finished: gets those of each request when it is rendered, so that an error leaves those before it.
+        plan: the plan of all processes.
+        requests: the requests of this process.
+        inputs: the features of the prompts, and the encoded init videos.
+        setup: the setup of this process.
+        finished: output: the latents of each request by variant, on the CPU. An error leaves the finished ones.
     """
     features, encoded = inputs
     named = {f"adapter_{i}": a for i, a in enumerate(plan.adapters) if a.strength}
@@ -340,7 +340,7 @@ def render(
             if (start := start_of(request)) is not None:
                 noise = add_noise(encoded[start][0], noise, settings.start_sigma)
             scheduled = follow_schedules(guide, scaling, settings, schedules)
-            # What init_strength=0 leaves as it is.
+            # The result if there is no step, with init_strength=0.
             states = dict.fromkeys(plan.variants, noise)
             for variant in plan.variants:
                 switch_adapters(dit, variant == "adapted")
@@ -363,20 +363,20 @@ def render(
 
 
 def check_latents(request: Request, states: Mapping[str, Tensor]) -> None:
-    """Refuses latents that would be decoded to a video of one colour.
+    """Refuses latents with values that are not finite, which would be decoded to a video of one colour.
 
     Raises:
-        CheckpointError: one of them is not finite.
+        CheckpointError: a value is not finite.
     """
     if not all(bool(state.isfinite().all()) for state in states.values()):
         raise CheckpointError(
-            f"{request.video.name}: the latents are not finite, and were not decoded: the weights of the DiT or of an "
-            "adapter are damaged, or a strength or guidance is too large."
+            f"{request.video.name}: the latents are not finite and were not decoded: the weights of the DiT or of an "
+            "adapter are damaged, or a strength or the guidance is too large."
         )
 
 
 def describe_start(request: Request, plan: RenderPlan, encoded: dict[Start, Encoded]) -> dict[str, Any]:
-    """Returns what the file beside a video says of what it started from; nothing of pure noise."""
+    """Returns the entry on the init video in the .json of a video; empty for pure noise."""
     if (start := start_of(request)) is None:
         return {}
     path, report = start[0], encoded[start][1]
@@ -386,12 +386,12 @@ def describe_start(request: Request, plan: RenderPlan, encoded: dict[Start, Enco
 
 
 def write_line(text: str) -> None:
-    """Writes a line of the main process beside the progress bars."""
+    """Writes a line to stderr from the main process, without breaking the progress bars."""
     if PartialState().is_main_process:
         tqdm.write(text, file=sys.stderr)
 
 
 def side_by_side(videos: list[Iterator[Tensor]]) -> Iterator[Tensor]:
-    """Joins the frames (F, H, W, 3) of several videos of one length, left to right."""
+    """Joins the frames (F, H, W, 3) of several videos of equal length, left to right."""
     for chunks in zip(*videos, strict=True):
         yield torch.cat(chunks, dim=2)

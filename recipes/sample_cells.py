@@ -1,4 +1,4 @@
-"""The videos of a grid or of a farm: each is named by all that determines it, taken by one process, and rendered."""
+"""The videos of a grid or a farm: named by a hash of all that determines them, claimed and rendered by one process."""
 
 import contextlib
 import fcntl
@@ -37,7 +37,7 @@ from mochi_tune.sampling.video import write_video
 from mochi_tune.training.checkpoint import damage_of, find_checkpoints, published_file, step_of
 from mochi_tune.training.interrupts import Interrupted, StopSignal
 
-# Of settings that determine a video, these do not change what is seen.
+# Entries of a video's settings that do not change its content.
 NOT_OF_A_CELL = ("memory", "layout")
 
 
@@ -46,12 +46,12 @@ class Cell:
     """One video of a grid.
 
     Attributes:
-        request: prompt, seed and settings; its video is a file of the grid's folder.
-        plan: with the adapters of its checkpoint.
-        checkpoint: the step of the adapter; None where it is none of the run's checkpoints.
-        strength: a factor on the adapters' own.
-        common: what it has in common with the other cells of its plan and strength.
-        keeps_latents: whether its latents are a part of what is asked for.
+        request: prompt, seed and settings; its video is a file in the grid's folder.
+        plan: the plan with the adapters of its checkpoint.
+        checkpoint: the step of the adapter; None if it is not from a checkpoint of the run.
+        strength: factor on the strengths of the adapters.
+        common: settings that all cells of its plan and strength share.
+        keeps_latents: whether its latents are kept after decoding.
     """
 
     request: Request
@@ -63,21 +63,21 @@ class Cell:
 
     @property
     def latents(self) -> Path:
-        """The file of its latents, which are there until it is decoded, or for good with `save_latents`."""
+        """The file of its latents, which exists until the cell is decoded; `save_latents` keeps it."""
         return self.request.video.with_suffix(".safetensors")
 
     @property
     def adapters(self) -> dict[str, tuple[Any, float]]:
-        """Layers and strength of each adapter, as `sample` applies them; empty for the base."""
+        """Layers and strength of each adapter, by name; empty for the base."""
         pairs = [(each.adapter.layers, self.strength * each.strength) for each in self.plan.adapters if each.strength]
         return {f"adapter_{i}": pair for i, pair in enumerate(pairs)} if self.strength else {}
 
 
 def check_cells(config: RunConfig) -> list[Cell]:
-    """Returns the cells in the order in which they are rendered, checked before a weight is read.
+    """Returns the cells in rendering order, checked before a weight is read.
 
     Raises:
-        MochiTuneError: of any kind, in one line.
+        MochiTuneError: anything does not fit.
     """
     sample, parallel = config.sample, config.parallel
     asked = "sample.grid=true" if sample.grid else _name_farm(config)
@@ -130,7 +130,7 @@ def check_cells(config: RunConfig) -> list[Cell]:
 
 
 def is_farm(config: RunConfig) -> bool:
-    """Whether several workers, or several runs, are to share the videos."""
+    """Whether several workers or several runs share the videos."""
     return config.parallel.engine == "ray" or config.parallel.shard is not None
 
 
@@ -140,14 +140,14 @@ def _name_farm(config: RunConfig) -> str:
 
 
 def _check_plan(config: RunConfig, adapter: str | None) -> RenderPlan:
-    """Checks the videos of one checkpoint as `sample` does."""
+    """Checks the videos of one checkpoint with the checks of `sample`."""
     changes: dict[str, Any] = {"out": None, "grid": False, "strengths": None, "checkpoints": None}
     changes |= {} if adapter is None else {"adapter": adapter}
     return check(config.model_copy(update={"sample": config.sample.model_copy(update=changes)}), 1)
 
 
 def _adapters(config: RunConfig) -> dict[int | None, str | None]:
-    """Returns the adapter file of each checkpoint that is asked for, by step; {None: None} without."""
+    """Returns the adapter file of each checkpoint in the settings, by step; {None: None} if they name none."""
     sample, folder = config.sample, Path(config.run_dir) / "checkpoints"
     if sample.checkpoints is None:
         return {None: None}
@@ -164,8 +164,8 @@ def _adapters(config: RunConfig) -> dict[int | None, str | None]:
 
 
 def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
-    """Names each cell's file by all that determines it, so that an equal cell is found again and no other one is."""
-    # Those of all plans: they differ in their adapters.
+    """Names each cell's file by a hash of all that determines it, so that exactly equal cells share a file."""
+    # All plans have the same weights and differ only in their adapters.
     weights = cells[0].plan.fingerprints
     out, run_dir, metadata = config.sample.out, Path(config.run_dir), config.sample.metadata
     digests = [_digest(cell, weights, metadata) for cell in cells]
@@ -176,7 +176,7 @@ def _with_files(cells: Sequence[Cell], config: RunConfig) -> list[Cell]:
         folder = Path(out) if out else run_dir / "samples"
     named = []
     for cell, digest in zip(cells, digests, strict=True):
-        # NAME_seed_0_001 says the seed again, and a number that the digest stands for.
+        # The end of NAME_seed_0_001 is replaced by the digest.
         words = cell.request.video.stem.rpartition("_")[0]
         of_step = "" if cell.checkpoint is None or not cell.strength else f"_step_{cell.checkpoint}"
         name = f"{words}{of_step}_strength_{cell.strength:g}_{digest[:10]}.{cell.request.encoding.format}"
@@ -190,19 +190,19 @@ def _digest(cell: Cell, weights: Mapping[str, str], metadata: bool) -> str:
     memory = everything["memory"]
     record: dict[str, Any] = {key: value for key, value in everything.items() if key not in NOT_OF_A_CELL}
     record["weights"] = weights
-    # Where the weights are changes nothing; what rounds them does, and so do tiles.
+    # Where the weights are does not change the result; their precision and tiles do.
     record["precision"] = memory["dit"] if memory["dit"] in PRECISIONS else "exact"
     record["tiles"] = memory["tiles"]
-    # The same bytes under another name are the same adapter.
+    # The same adapter may be at another path.
     record["adapters"] = [{k: v for k, v in each.items() if k != "file"} for each in record["adapters"]]
-    # A file with its prompt in it does not stand for one without.
+    # A file with metadata is not the same as one without.
     parts = [record, asdict(cell.request.encoding), *([] if metadata else ["no metadata"])]
     content = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell's video is there, with its settings, which are written last, and its latents where they stay."""
+    """Whether a cell's video, its settings (written last) and, if kept, its latents exist."""
     video = cell.request.video
     needed = [video, video.with_suffix(".json"), *([cell.latents] if cell.keeps_latents else [])]
     return all(path.exists() for path in needed)
@@ -210,10 +210,10 @@ def is_done(cell: Cell) -> bool:
 
 @contextlib.contextmanager
 def claimed(cell: Cell) -> Iterator[bool]:
-    """Takes a cell while the block lasts; yields whether it is this process's, and not that of another one now.
+    """Claims a cell for the duration of the block; yields False if another process has claimed it.
 
-    The claim is a lock, which the disk takes back from a process that dies; what such a process has left half-written
-    is removed. A disk without locks gives every claim.
+    The claim is a file lock, which the system releases when a process dies. Temporary files of such a process are
+    removed. On a disk without locks every claim succeeds.
     """
     video = cell.request.video
     path = video.with_name(f".{video.name}.claim")
@@ -225,7 +225,7 @@ def claimed(cell: Cell) -> Iterator[bool]:
                 yield False
                 return
             if not _is_still(path, file.fileno()):
-                # The process that had it has ended, and removed the file, since it was opened.
+                # The process that held the lock removed the file after it was opened here.
                 continue
             if is_locked:
                 for left in video.parent.glob(f".{glob.escape(video.stem)}.*.tmp"):
@@ -238,13 +238,13 @@ def claimed(cell: Cell) -> Iterator[bool]:
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether a folder's disk has the locks that claims are made of."""
+    """Whether a folder's disk supports the file locks of claims."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_still(path: Path, handle: int) -> bool:
-    """Whether an open file still has its name."""
+    """Whether an open file is still the one at its path."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -252,19 +252,19 @@ def _is_still(path: Path, handle: int) -> bool:
 
 
 class CellRenderer:
-    """Samples and decodes cells one after the other; holds one model at a time, loaded when a cell needs it.
+    """Samples and decodes cells one at a time; holds one model at a time, loaded when a cell needs it.
 
     Args:
-        config: of the run.
-        cells: all that may be rendered.
-        usage: what the settings beside each video say of seconds and memory.
+        config: settings of the run.
+        cells: all cells that may be rendered.
+        usage: seconds and memory of each stage, for the settings of each video.
     """
 
     def __init__(self, config: RunConfig, cells: Sequence[Cell], usage: Usage) -> None:
         self._config, self._plan, self.usage = config, cells[0].plan, usage
         self._device, self._dtype = usage.device, DTYPES[config.model.dtype]
         self._prompts = Path(config.sample.prompt_cache).expanduser()
-        # Adapters of the right layers and ranks, for the numbers of every cell.
+        # Adapters with the layers and ranks of every cell; each cell sets its own weights.
         self._start = next((cell.adapters for cell in cells if cell.adapters), {})
         self._residency = ""
         self._part, self._model, self._applied = "", None, None
@@ -278,7 +278,7 @@ class CellRenderer:
         return encode_prompts(plan, self._device, self._dtype, self._prompts)
 
     def choose_residency(self) -> str:
-        """Returns where the DiT's weights are while it samples; raises as `sample.choose_residency`."""
+        """Returns where the DiT's weights are during sampling, as `sample.choose_residency`."""
         if not self._residency:
             self._residency = choose_residency(self._config, self._plan, self._device)
         return self._residency
@@ -289,13 +289,13 @@ class CellRenderer:
         """Samples a cell and saves its latents.
 
         Args:
-            cell: to sample.
-            features: of its prompts.
-            label: of the progress bar.
-            is_stopped: asked after each step.
+            cell: the cell to sample.
+            features: features of its prompts, by prompt.
+            label: label of the progress bar; "" for no bar.
+            is_stopped: called after each step; a true result stops sampling.
 
         Raises:
-            Interrupted: it was stopped.
+            Interrupted: `is_stopped` returned a true value.
         """
         request, dit = cell.request, self._load("dit")
         if self._applied != (applied := (cell.checkpoint, cell.strength)):
@@ -314,7 +314,7 @@ class CellRenderer:
         save_latents(request, {"adapted": latents.cpu()})
 
     def decode(self, cell: Cell) -> None:
-        """Decodes the latents of a cell; its video appears when it is complete, and its settings after that."""
+        """Decodes the latents of a cell; its video appears when it is complete, then its settings."""
         request, tiles = cell.request, self._config.memory.tiles or WHOLE
         latents = load_tensors(cell.latents)["latents"]
         metadata = file_metadata(request, cell.common) if self._config.sample.metadata else {}
@@ -333,7 +333,7 @@ class CellRenderer:
         return Setup(self._device, self._dtype, self.choose_residency())
 
     def _load(self, part: str) -> Any:
-        """Returns the model of a part, and frees the other one."""
+        """Returns the model of a part, after freeing the other one."""
         if self._part != part:
             self.free()
             weights = self._plan.weights
@@ -349,10 +349,10 @@ class CellRenderer:
 def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
     """Renders cells in this process, yielding each video when it is written.
 
-    Cells that another process has in hand are passed over.
+    Cells that another process has claimed are skipped.
 
     Raises:
-        KeyboardInterrupt: it was asked to stop; latents and videos that are finished are kept.
+        KeyboardInterrupt: a signal stopped it; finished latents and videos are kept.
     """
     usage = Usage(find_device(config.device), write_line)
     renderer, plan = CellRenderer(config, cells, usage), cells[0].plan
@@ -368,15 +368,15 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
                         if is_mine and not (is_done(cell) or cell.latents.exists()):
                             renderer.sample(cell, features, f"{number}/{len(unsampled)}", lambda: stop.received)
                 except Interrupted:
-                    write_line(f"stopped: {number - 1} of {len(unsampled)} are kept; the same command goes on")
-                    # With the exit code: a job that its scheduler ended is put back into the queue.
+                    write_line(f"stopped: {number - 1} of {len(unsampled)} are kept; the same command continues")
+                    # The exit code tells a scheduler that it ended the job, which it then queues again.
                     raise KeyboardInterrupt(128 + stop.received) from None
                 except Exception as error:
                     if number == 1:
                         raise
                     trouble = error
-                    write_line(f"video {number} of {len(unsampled)} failed; those before it come, then the error")
-                    # The model is in the error's frames.
+                    write_line(f"video {number} of {len(unsampled)} failed; the ones before it are decoded first")
+                    # The frames of the error keep the model alive.
                     traceback.clear_frames(error.__traceback__)
                     break
     with usage.stage("decode"):

@@ -1,8 +1,8 @@
 """Renders every prompt with every seed, checkpoint and strength: a grid, as one page and one video, or a farm.
 
-The models are loaded once; from a cell to the next, only the adapter's numbers change. A cell's latents are those that
-`sample` gives with the same settings. What is finished is kept, and the same command goes on from there. In a farm
-several workers or runs share the cells: each is rendered by one of them, and none twice.
+The models are loaded once; between cells only the adapter's weights change. The latents of a cell are those that
+`sample` computes with the same settings. Finished cells are kept, and the same command renders the rest. In a farm
+several workers or runs share the cells, and each cell is rendered once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,33 +19,33 @@ from mochi_tune.recipes.sample_cells import Cell, check_cells, has_locks, is_don
 from mochi_tune.sampling.grid_video import Tile, write_grid_video
 from mochi_tune.sampling.requests import Request
 
-# Of which a tile is some 30 pixels high, and which may be open at once.
+# Maximum number of videos in the grid video: tiles are then about 30 pixels high, and all files are open at once.
 MOST_IN_A_VIDEO = 400
 
 
 def main(config: RunConfig) -> Iterator[Path]:
-    """Renders a grid or a farm, yielding each cell's video when it is written, then of a grid the page and the video.
+    """Renders a grid or a farm; yields each cell's video when it is written, then the video and the page of a grid.
 
     Raises:
-        KeyboardInterrupt: it was asked to stop; finished cells are kept, and the same command goes on.
+        KeyboardInterrupt: a signal stopped it; finished cells are kept, and the same command renders the rest.
     """
     cells, parallel = check_cells(config), config.parallel
     folder = cells[0].request.video.parent
     for needed in (Path(config.sample.prompt_cache).expanduser(), folder):
         make_writable_folder(needed)
     if is_farm(config) and not has_locks(folder):
-        write_line(f"{folder}: its disk has no locks: see that no other `mochi-tune sample` renders the same videos")
+        write_line(f"{folder}: its disk has no file locks: run no other `mochi-tune sample` on the same videos")
     for line in lost_tails(cells[0].plan):
         write_line(line)
     distinct = list({cell.request.video: cell for cell in cells}.values())
     mine, of_share = distinct, ""
     if parallel.shard is not None:
         share = Share.parse(parallel.shard)
-        # In turn, so that no share has more than one video more than another one.
+        # Dealt in turn, so that the sizes of shares differ by at most one video.
         mine, of_share = distinct[share.number - 1 :: share.count], f", {len(distinct)} in all"
     missing = [cell for cell in mine if not is_done(cell)]
     there = len(mine) - len(missing)
-    write_line(f"{len(cells)} cells of {len(mine)} videos{of_share}, {there} of them are there: {folder}")
+    write_line(f"{len(cells)} cells of {len(mine)} videos{of_share}, {there} of them done: {folder}")
     if missing and parallel.engine == "ray":
         from mochi_tune.recipes.sample_ray import render_on_ray
 
@@ -53,17 +53,17 @@ def main(config: RunConfig) -> Iterator[Path]:
     elif missing:
         yield from render_here(config, missing)
     if left := sum(not is_done(cell) for cell in missing):
-        write_line(f"{left} videos are in the hands of another `mochi-tune sample`: run this again when it has ended")
+        write_line(f"{left} videos are being rendered by another `mochi-tune sample`: run this again when it has ended")
     elif config.sample.grid and parallel.shard is None:
         yield from write_views(folder.parent, cells)
     elif config.sample.grid:
-        write_line("when all shares have ended, the same command without parallel.shard makes the page and the video")
+        write_line("when all shares are done, the same command without parallel.shard makes the page and the video")
 
 
 def write_views(folder: Path, cells: Sequence[Cell]) -> Iterator[Path]:
-    """Writes the page and the video of all cells, yielding each."""
+    """Writes the video and the page of all cells; yields both paths."""
     shown = [_labelled(cell, cells) for cell in cells]
-    # Rows by prompt first, whatever the order of rendering.
+    # Rows are grouped by prompt, whatever the order of rendering.
     order = {cell.request.prompt: number for number, cell in reversed(list(enumerate(cells)))}
     shown.sort(key=lambda cell: order[cell.prompt])
     columns = list(dict.fromkeys(cell.column for cell in shown))
@@ -78,13 +78,13 @@ def write_views(folder: Path, cells: Sequence[Cell]) -> Iterator[Path]:
         else:
             write_line(f"no grid.mp4 of {len(cells)} videos, which would be too small to see; the page has them all")
     finally:
-        # It takes any number of videos, and is there even where the video of all failed.
+        # The page is written even if the grid video fails.
         page = write_grid_page(folder, shown, columns)
     yield page
 
 
 def _labelled(cell: Cell, cells: Sequence[Cell]) -> GridCell:
-    """Returns where a cell stands and what is written there: strengths, checkpoints or seeds side by side."""
+    """Returns the row and column labels of a cell; columns are strengths, checkpoints or seeds."""
     sizes = {(c.request.num_frames, c.request.height, c.request.width) for c in cells}
     settings = list(dict.fromkeys(_settings_of(c.request) for c in cells))
     axes = {"seed": f"seed {cell.request.seed}"}
@@ -108,10 +108,10 @@ def _settings_of(request: Request) -> Request:
 
 
 def renders_cells(config: RunConfig) -> bool:
-    """Whether a grid or a farm is asked for.
+    """Whether the settings ask for a grid or a farm.
 
     Raises:
-        ConfigError: an axis of a grid is given without either.
+        ConfigError: an axis of a grid is set without either.
     """
     for key in ("strengths", "checkpoints"):
         if getattr(config.sample, key) is not None and not (config.sample.grid or is_farm(config)):

@@ -1,4 +1,4 @@
-"""Renders cells by the workers of a Ray cluster: prompts, then latents, then videos."""
+"""Renders cells on the workers of a Ray cluster: encodes all prompts, samples all cells, then decodes them."""
 
 import logging
 import os
@@ -23,12 +23,12 @@ PARTS = ("text_encoder", "dit", "decoder")
 
 @dataclass(frozen=True)
 class RenderJob:
-    """What every worker is told.
+    """The job of every worker.
 
     Attributes:
-        config: of the run, with the device of a worker.
-        fingerprints: of the weights by their part, which each worker must have.
-        num_threads: of torch; another number may give other bits.
+        config: settings of the run, with the device of a worker.
+        fingerprints: fingerprints of the weights by part, which every worker must have.
+        num_threads: threads of torch; another number may change the last bits.
     """
 
     config: RunConfig
@@ -37,17 +37,17 @@ class RenderJob:
 
     @property
     def device(self) -> str:
-        """Of each worker, cpu or cuda."""
+        """The device of each worker, "cpu" or "cuda"."""
         return self.config.device
 
 
 @dataclass(frozen=True)
 class RenderTask:
-    """A stage of a cell, whose prompts are encoded, or which is sampled or decoded.
+    """One stage of one cell.
 
     Attributes:
-        stage: what is to be done.
-        name: of the video's file.
+        stage: encode its prompts, sample or decode it.
+        name: file name of the video.
     """
 
     stage: Literal["text", "sample", "decode"]
@@ -55,18 +55,18 @@ class RenderTask:
 
 
 def render_on_ray(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
-    """Renders cells, yielding each video when it is written; those that another run has in hand are passed over.
+    """Renders cells; yields each video when it is written. Cells that another run has claimed are skipped.
 
     The DiT and the decoder take turns in each worker, as in `sample`: all cells are sampled, then all are decoded.
 
     Args:
-        config: of the run.
-        cells: of distinct videos, none of which is done.
+        config: settings of the run.
+        cells: unfinished cells with distinct videos.
 
     Raises:
         ConfigError: Ray is not installed.
-        ParallelError: the cluster does not fit, a worker has other weights or adapters, or is lost again and again.
-        MochiTuneError: a worker's own error.
+        ParallelError: the cluster does not fit, a worker has other weights or adapters, or workers are lost repeatedly.
+        MochiTuneError: an error of a worker.
     """
     parallel, weights = config.parallel, cells[0].plan.weights
     config = config.model_copy(update={"device": find_device(config.device).type})
@@ -87,12 +87,12 @@ def render_on_ray(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
 
 
 class RenderWorker:
-    """What runs in a Ray actor."""
+    """The worker that runs in a Ray actor."""
 
     def __init__(self, job: RenderJob, folder: Path) -> None:
-        # Paths of the settings are relative to it.
+        # Paths in the settings are relative to this folder.
         os.chdir(folder)
-        # As in the main process: kernels that torchao was built without are no news.
+        # As in the main process: hides warnings about kernels that torchao was built without.
         for noisy in ("torchao", "torch.utils._pytree"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         torch.set_num_threads(job.num_threads)
@@ -101,7 +101,7 @@ class RenderWorker:
         self._renderer: CellRenderer | None = None
 
     def run(self, task: RenderTask, ahead: None) -> list[str] | Exception:
-        """Does a task; returns the video's name if it was this worker's to do, or what it raised."""
+        """Runs a task; returns the video's name if this worker did it, or the error."""
         try:
             return [task.name] if self._do(task) else []
         except Exception as error:  # noqa: BLE001  (raised again in the main process)
@@ -112,8 +112,8 @@ class RenderWorker:
         renderer = self._open()
         if (cell := self._cells.get(task.name)) is None:
             raise ParallelError(
-                f"{task.name} is no video of a worker, whose adapter, prompts or base are others than those of the "
-                "main process: give each machine the same files under the same paths."
+                f"{task.name} is unknown to a worker, whose adapter, prompts or base differ from those of the main "
+                "process: give each machine the same files under the same paths."
             )
         if task.stage == "text":
             renderer.encode([cell.request])
@@ -126,13 +126,13 @@ class RenderWorker:
             if task.stage == "decode":
                 if not cell.latents.exists():
                     return False
-                # Of sampling nothing is said: another worker may have done that.
+                # Only decoding is reported: another worker may have sampled the cell.
                 with renderer.usage.stage("decode"):
                     renderer.decode(cell)
         return True
 
     def _open(self) -> CellRenderer:
-        """Returns the renderer, made and checked when the first task comes."""
+        """Returns the renderer, which is created and checked at the first task."""
         if self._renderer is None:
             cells = check_cells(self._job.config)
             for part, expected in self._job.fingerprints.items():

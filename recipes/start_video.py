@@ -1,4 +1,4 @@
-"""What a rendering starts from when that is not pure noise: a video or an image, encoded by the VAE."""
+"""Init videos: a rendering can start from a video or an image, encoded by the VAE, instead of pure noise."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,33 +19,33 @@ from mochi_tune.models.latents import FPS, TEMPORAL_FACTOR, to_latents
 from mochi_tune.sampling.requests import Request
 from mochi_tune.weights.folder import WeightsFolder
 
-# A file, and the frames, the height and the width that it is cut to.
+# A file, and the number of frames, the height and the width that it is cut to.
 Start = tuple[Path, int, int, int]
 
 
 def start_of(request: Request) -> Start | None:
-    """Returns what a request starts from; None for pure noise."""
+    """Returns the init video of a request; None for pure noise."""
     if request.init_video is None:
         return None
     return request.init_video, request.num_frames, request.height, request.width
 
 
 def starts_of(requests: Iterable[Request]) -> list[Start]:
-    """Returns every start of the requests once, in their order."""
+    """Returns the distinct init videos of requests, in order."""
     return list(dict.fromkeys(start for request in requests if (start := start_of(request)) is not None))
 
 
 def is_image(scan: Scan) -> bool:
-    """Whether a file is one picture, stored as a still or as a video of one frame."""
+    """Whether a file is a single image, stored as a still or as a video of one frame."""
     return scan.num_source_frames == 1
 
 
 def check_starts(starts: Iterable[Start], data: DataConfig) -> dict[Path, str]:
-    """Refuses files that no rendering can start from, by their headers and packets; returns each file's sha256.
+    """Checks init videos by their headers and packets; returns the sha256 of each file.
 
     Args:
-        starts: of the renderings.
-        data: says what HDR is to become.
+        starts: the init videos.
+        data: `data.hdr` says whether HDR is converted.
 
     Raises:
         ConfigError: a file does not exist, or is shorter than the rendering.
@@ -78,15 +78,15 @@ def encode_starts(
     dtype: torch.dtype,
     write_line: Callable[[str], object],
 ) -> dict[Start, tuple[Tensor, dict[str, Any]]]:
-    """Cuts and encodes each start; the encoder is gone afterwards.
+    """Cuts and encodes each init video; frees the encoder afterwards.
 
     Args:
-        starts: that `check_starts` lets pass.
-        data: says what HDR is to become, and which library decodes.
-        weights: of the VAE.
-        device: where the encoder computes.
-        dtype: of the encoder.
-        write_line: tells the user how each file was cut.
+        starts: init videos that passed `check_starts`.
+        data: `data.hdr` says whether HDR is converted, `data.decoder` which library decodes.
+        weights: weights of the VAE.
+        device: device of the encoder.
+        dtype: dtype of the encoder.
+        write_line: reports how each file was cut.
 
     Returns:
         The mean of the posterior in the DiT's space, fp32 (1, C, T, h, w) on the CPU, and the report of
@@ -108,7 +108,7 @@ def encode_starts(
 
 
 def _decode(start: Start, data: DataConfig) -> DecodedClip:
-    """Decodes what a rendering starts from, as `prepare` does; an image is repeated, a small one is enlarged."""
+    """Decodes an init video as `prepare` does; repeats an image, enlarges a small one."""
     path, num_frames, height, width = start
     is_repeated = is_image(scan_video(path))
     cut = Cut(1 if is_repeated else num_frames, height, width, allow_upscale=True, hdr=data.hdr, decoder=data.decoder)

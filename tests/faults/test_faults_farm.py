@@ -98,7 +98,7 @@ def test_a_video_that_another_run_has_in_hand_is_left_to_it(base, capfd):
             assert not is_mine_too
         videos = list(sample(config(base, "claimed", "parallel.shard=1/1")))
     assert set(videos) == {cell.request.video for cell in others} - {first.request.video}
-    assert "1 videos are in the hands of another `mochi-tune sample`" in capfd.readouterr().err
+    assert "1 videos are being rendered by another `mochi-tune sample`" in capfd.readouterr().err
     assert not is_done(first)
     assert list(sample(config(base, "claimed", "parallel.shard=1/1"))) == [first.request.video]
     assert_is_whole(base, "claimed")

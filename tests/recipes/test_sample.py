@@ -353,13 +353,13 @@ def test_the_tail_of_a_prompt_that_is_too_long_is_told_before_any_weight_is_read
         told = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
         assert len(told) == 2 and all(line.endswith(f"{tail}'") for line in told)
         assert told[0].startswith("the negative prompt 'bad bad") and told[1].startswith("the prompt 'ball ball")
-        assert re.search(r"has \d+ tokens, and only 256 are read; lost is 'ball ball", told[1])
+        assert re.search(r"has \d+ tokens, and only 256 are used; this is lost: 'ball ball", told[1])
     (tmp_path / "cache").rename(tmp_path / "old")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WeightsFolder, "load_text_encoder", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(main(config))
-    assert capsys.readouterr().err.count("lost is") == 2
+    assert capsys.readouterr().err.count("this is lost") == 2
 
 
 def test_rows_end_at_a_newline_alone(tmp_path):

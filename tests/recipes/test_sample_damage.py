@@ -23,7 +23,7 @@ from mochi_tune.sampling.video import read_frames
             "encoder.final_layer_norm.weight",
             "of the prompt 'a red ball' are not finite",
         ),
-        ("dit.safetensors", "final_layer.linear.bias", "the latents are not finite, and were not decoded"),
+        ("dit.safetensors", "final_layer.linear.bias", "the latents are not finite and were not decoded"),
     ],
 )
 @pytest.mark.parametrize("recipe", [sample, sample_grid])
@@ -52,7 +52,7 @@ def test_an_error_in_a_later_video_leaves_those_before_it(tmp_path, capsys, more
         for video in (sample_grid if more else sample).main(load_config("my_lora", road(tmp_path / "run", *settings))):
             videos.append(video)
     assert len(videos) == 1 and len(read_frames(videos[0])) == 7 and videos[0].with_suffix(".json").exists()
-    assert "video 2 of 2 failed; those before it " in capsys.readouterr().err
+    assert "video 2 of 2 failed; the ones before it " in capsys.readouterr().err
 
 
 def test_features_that_are_not_finite_are_not_taken_from_the_cache(tmp_path):
