@@ -348,8 +348,8 @@ def _summarize(split: Split, films: dict[str, Path], rows: Sequence[SceneRow], n
         num_gone = sum(row.source in gone for row in clips)
         tqdm.write(
             printable(
-                f"{counted(num_gone, 'clip')} of films that are no longer in {split.footage}: {some(gone)}; if a film has "
-                "another name now, its clips are there twice: remove the old ones and their rows in the table"
+                f"{counted(num_gone, 'clip')} of films that are no longer in {split.footage}: {some(gone)}; if a film "
+                "has another name now, its clips are there twice: remove the old ones and their rows in the table"
             )
         )
     seconds = sum(row.end_seconds - row.start_seconds for row in clips)
