@@ -1,4 +1,4 @@
-"""The one Accelerator of a training, and the adapter's optimizer under it: data parallel, or DeepSpeed's ZeRO.
+"""Builds the Accelerator of a training and wraps the adapter's optimizer: data parallel or DeepSpeed's ZeRO.
 
 Both optimizers save and load the same state under the same names, so that a run can resume with the other one.
 """
@@ -33,10 +33,10 @@ OptimizerState = Mapping[str, dict[str, Tensor]]
 def build_accelerator(
     device: torch.device, strategy: str, accumulation_steps: int, max_grad_norm: float
 ) -> Accelerator:
-    """Builds the Accelerator of a training; every process calls it, one process too.
+    """Builds the Accelerator of a training; every process calls this, even a single one.
 
     Args:
-        device: of this process.
+        device: the device of this process.
         strategy: a value of `parallel.strategy`.
         accumulation_steps: number of micro-batches per step on this process.
         max_grad_norm: gradients above this norm are scaled down to it.
@@ -45,16 +45,16 @@ def build_accelerator(
         return Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=accumulation_steps)
     import deepspeed
 
-    # DeepSpeed would compile this extension for a minute; a training never calls it.
+    # DeepSpeed would spend a minute compiling this extension, which training does not use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts samples with it.
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only uses it to count samples.
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": max_grad_norm,
-        # DeepSpeed's own Linear adds the bias after it has rounded the product to bf16.
+        # DeepSpeed's own Linear adds the bias after rounding the product to bf16.
         "zero_optimization": {"stage": int(strategy.removeprefix("zero")), "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
-        # Parameters keep the dtypes that they were loaded in: an fp32 adapter over a base of any dtype.
+        # Parameters keep their dtypes: the adapter is fp32, the base may have another one.
         "bf16": {"enabled": False},
         "communication_data_type": "fp32",
         "wall_clock_breakdown": False,
@@ -65,16 +65,16 @@ def build_accelerator(
 
 
 def broadcast(value: Any) -> Any:
-    """Returns the main process's value on every process."""
+    """Returns the value of the main process on every process."""
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
 
 
 def host_memory() -> tuple[int, int]:
-    """Returns the bytes of this host's memory that are free, and how many processes of the run share them.
+    """Returns the free bytes of this host's memory, and the number of processes of the run on this host.
 
-    All processes call it together. Each looks before it waits for the others, so that none has loaded anything then.
+    All processes call this together. Each measures before it waits for the others, so that none has loaded weights.
     """
     own = socket.gethostname(), psutil.virtual_memory().available
     free = [bytes_free for host, bytes_free in gather_object([own]) if host == own[0]]
@@ -88,22 +88,21 @@ def prepare(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
 ) -> tuple[nn.Module, "AdapterOptimizer | ZeroOptimizer"]:
-    """Returns the model to call and the optimizer to step, for one process or for many.
+    """Returns the model to call and the optimizer to step, for one process or several.
 
     Args:
-        accelerator: from `build_accelerator`.
-        dit: with a trainable adapter, on the device.
-        parameters: of the adapter, by name.
-        optimizer: over them, without state.
+        accelerator: the result of `build_accelerator`.
+        dit: the model with a trainable adapter, on the device.
+        parameters: the parameters of the adapter, by name.
+        optimizer: an optimizer of these parameters, without state.
         max_grad_norm: gradients above this norm are scaled down to it.
     """
     if accelerator.deepspeed_plugin is None:
-        # The model is not wrapped: DDP lays its buckets out anew after the first step, so that the sums over processes
-        # have another order in a resumed run, and other bits. `AdapterOptimizer` averages gradients in one piece.
+        # The model is not wrapped in DDP, which rebuilds its buckets after the first step: a resumed run would sum in
+        # another order, with other rounding. `AdapterOptimizer` averages all gradients in one all-reduce.
         return dit, AdapterOptimizer(accelerator, parameters, optimizer, max_grad_norm)
     engine, _ = accelerator.prepare(dit, optimizer)
-    # Accelerate's own wrapper makes DeepSpeed's update inside `backward`, before anyone has seen that the loss and the
-    # gradients are finite.
+    # Accelerate's own wrapper updates the weights inside `backward`, before the loss and the gradients are checked.
     accelerator.deepspeed_engine_wrapped = _BackwardOnly(engine, parameters.values())
     return engine, ZeroOptimizer(engine, parameters, optimizer)
 
@@ -113,11 +112,11 @@ class AdapterOptimizer:
     """Trains an adapter whose model is complete on every process.
 
     Attributes:
-        accelerator: averages and clips.
-        parameters: of the adapter, by name.
-        optimizer: over them.
+        accelerator: averages and clips the gradients.
+        parameters: the parameters of the adapter, by name.
+        optimizer: the optimizer of these parameters.
         max_grad_norm: gradients above this norm are scaled down to it.
-        replaced: while other weights are in the adapter, the trained ones and those.
+        replaced: while the adapter has other weights, the trained weights and these.
     """
 
     accelerator: Accelerator
@@ -127,10 +126,10 @@ class AdapterOptimizer:
     replaced: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None
 
     def clip_grad_norm(self) -> Tensor:
-        """Averages the gradients over the processes, clips them, and returns their norm before that, a tensor ()."""
+        """Averages the gradients over the processes and clips them; returns their norm before clipping, a tensor ()."""
         parameters = list(self.parameters.values())
         if self.accelerator.num_processes > 1:
-            # One flat all-reduce: its sums have the same order in every run, resumed or not.
+            # One flat all-reduce sums in the same order in every run, resumed or not.
             gradients = [p.grad for p in parameters if p.grad is not None]
             averaged = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
             assert isinstance(averaged, Tensor)
@@ -154,11 +153,11 @@ class AdapterOptimizer:
         set_learning_rate(self.optimizer, learning_rate)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Returns the trained weights, on the device, whatever is in their place now; every process calls it."""
+        """Returns the trained weights on the device, even while others replace them; every process calls this."""
         return self.parameters if self.replaced is None else self.replaced[0]
 
     def inference_weights(self) -> Mapping[str, Tensor] | None:
-        """Returns the weights to use, where the optimizer says that these are not the trained ones, else None."""
+        """Returns the weights for inference if the optimizer has other ones than the trained weights, else None."""
         return inference_weights(self.optimizer, self.parameters) if self.replaced is None else self.replaced[1]
 
     @contextlib.contextmanager
@@ -172,7 +171,7 @@ class AdapterOptimizer:
                 self.replaced = None
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
-        """Returns each parameter's state, on the CPU, and each group's numbers; every process calls it."""
+        """Returns the state of each parameter, on the CPU, and the numbers of each group; every process calls this."""
         return optimizer_state(self.optimizer, self.parameters)
 
     def load(self, adapter: Mapping[str, Tensor], state: OptimizerState, groups: list[dict]) -> None:
@@ -188,7 +187,7 @@ class AdapterOptimizer:
 
 
 class ZeroOptimizer:
-    """Trains an adapter under DeepSpeed, which shards the optimizer and gradients, at stage 3 the model too."""
+    """Trains an adapter with DeepSpeed, which shards the optimizer and the gradients, and in stage 3 the model."""
 
     def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         self.engine = engine
@@ -208,13 +207,13 @@ class ZeroOptimizer:
         self.engine.step()
         zero = self.engine.optimizer
         if not self._is_linked and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-            # Stage 2 looks for the states of all groups when the first one is updated: the others have none yet.
+            # Stage 2 links the states of all groups after the update of the first one, when the others have none.
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
         self._is_linked = True
 
     def skip_step(self) -> None:
-        """Drops the gradients of a step: DeepSpeed drops them only in an update, which is made and undone."""
+        """Drops the gradients of a step. DeepSpeed drops them only in an update, so this makes one and undoes it."""
         adapter, (state, _) = self._copy_weights(), self.state()
         self.step()
         self._restore(adapter, state)
@@ -224,7 +223,7 @@ class ZeroOptimizer:
         set_learning_rate(self.optimizer, learning_rate)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """Returns the complete trained weights, on the device; every process calls it."""
+        """Returns the complete trained weights on the device; every process calls this."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         full = {name: _present(safe_get_full_fp32_param(parameter)) for name, parameter in self.parameters.items()}
@@ -232,7 +231,7 @@ class ZeroOptimizer:
         return full
 
     def inference_weights(self) -> None:
-        """Returns None: the weights to use are the trained ones."""
+        """Returns None: inference uses the trained weights."""
 
     @contextlib.contextmanager
     def temporarily(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -248,7 +247,7 @@ class ZeroOptimizer:
             self._set_computing_weights(kept)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], list[dict]]:
-        """Returns each parameter's complete state, on the CPU, and each group's numbers; every process calls it."""
+        """Returns the complete state of each parameter, on the CPU, and a dict per group; every process calls this."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         groups: list[dict] = [{} for _ in self.optimizer.param_groups]
@@ -256,7 +255,7 @@ class ZeroOptimizer:
         if not flat:
             return {}, groups
         scalars = {key: value for key, value in flat.items() if value.ndim == 0}
-        # The getters sum over the processes, so that each process must ask for the entries in the same order.
+        # The getters are collectives, so all processes must call them in the same order.
         sharded = [key for key in flat if key not in scalars]
         return {
             name: {key: value.detach().cpu().clone() for key, value in scalars.items()}
@@ -265,10 +264,10 @@ class ZeroOptimizer:
         }, groups
 
     def load(self, adapter: Mapping[str, Tensor], state: OptimizerState, groups: list[dict]) -> None:
-        """Restores a saved adapter and the state of its optimizer; `groups` have nothing that ZeRO keeps.
+        """Restores a saved adapter and the state of its optimizer; ignores `groups`.
 
-        DeepSpeed creates the state in its first step: one is made at a learning rate of 0, on zeros, and its state is
-        replaced.
+        DeepSpeed creates the optimizer state in its first step. This makes a step on zeros at a learning rate of 0 and
+        replaces the state.
 
         Raises:
             CheckpointError: they belong to another adapter or optimizer.
@@ -289,7 +288,7 @@ class ZeroOptimizer:
         return {name: tensor.detach().cpu().clone() for name, tensor in self.weights().items()}
 
     def _restore(self, adapter: Mapping[str, Tensor], state: OptimizerState) -> None:
-        """Replaces DeepSpeed's fp32 copy of the weights, the one that computes, and the optimizer's state."""
+        """Replaces DeepSpeed's fp32 copy of the weights, the weights of the model, and the optimizer state."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for name, parameter in self.parameters.items():
@@ -317,11 +316,11 @@ def _present(tensor: Tensor | None) -> Tensor:
 
 
 class _InOrder(torch.autograd.Function):
-    """A loss whose gradients reach the parameters in the order of these, in whatever order they are computed."""
+    """Passes the gradients of a loss to the parameters in the order of the parameters."""
 
     @staticmethod
     def forward(ctx: Any, losses: list[Tensor], *parameters: Tensor) -> Tensor:
-        # In a list, or autograd would pass on to it what `backward` returns.
+        # The list hides the loss from autograd, which would otherwise pass a gradient on to it.
         ctx.loss, ctx.parameters = losses[0], parameters
         return losses[0].detach().clone()
 
@@ -333,7 +332,7 @@ class _InOrder(torch.autograd.Function):
 
 
 class _BackwardOnly(DeepSpeedEngineWrapper):
-    """What `accelerator.backward` calls under DeepSpeed: the backward pass, without the update."""
+    """Runs the backward pass for `accelerator.backward` under DeepSpeed, without the update."""
 
     def __init__(self, engine: Any, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__(engine)
@@ -341,12 +340,12 @@ class _BackwardOnly(DeepSpeedEngineWrapper):
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **_: Any) -> None:
         self.engine.set_gradient_accumulation_boundary(sync_gradients)
-        # Stage 2 packs gradients in the order in which they come, and adds up what each process has packed. Where one
-        # of them runs compiled and another one does not, they come in different orders.
+        # Stage 2 packs gradients in the order in which they are computed, and sums the packed gradients of all
+        # processes. The order differs between compiled and uncompiled processes.
         is_packed = self.engine.zero_optimization_stage() == 2
         self.engine.backward(_InOrder.apply([loss], *self.parameters) if is_packed else loss)
         if not sync_gradients:
-            self.engine.step()  # Between micro-batches this only counts them.
+            self.engine.step()  # Between micro-batches, this only counts them.
 
 
 def check_adapter_fits(parameters: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:

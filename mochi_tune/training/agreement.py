@@ -1,4 +1,4 @@
-"""Whether the processes of a run were started alike."""
+"""Checks that the processes of a run were started with the same files and settings."""
 
 from collections.abc import Mapping
 
@@ -9,19 +9,19 @@ from mochi_tune.errors import ParallelError
 
 
 def check_agreement(facts: Mapping[str, object]) -> None:
-    """Refuses processes that were started with other files or settings; all processes call it together.
+    """Checks that facts are the same on all processes, which call this together.
 
     Args:
-        facts: what must be the same everywhere, by its name in an error.
+        facts: values that must be equal, by their names in the error.
 
     Raises:
-        ParallelError: on the main process, naming the first difference and its ranks.
-        SystemExit: on the others, with 2.
+        ParallelError: on the main process, if they differ; it names the first difference and its ranks.
+        SystemExit: on the other processes, with code 2.
     """
-    everyones = gather_object([dict(facts)])
+    gathered = gather_object([dict(facts)])
     absent = "nothing"
-    for name in dict.fromkeys(name for each in everyones for name in each):
-        first, *others = (each.get(name, absent) for each in everyones)
+    for name in dict.fromkeys(name for each in gathered for name in each):
+        first, *others = (each.get(name, absent) for each in gathered)
         differing = {rank: value for rank, value in enumerate(others, 1) if value != first}
         if not differing:
             continue

@@ -1,4 +1,4 @@
-"""Which kernel a run's attention has."""
+"""Chooses the attention kernel of a run."""
 
 from tqdm import tqdm
 
@@ -9,10 +9,10 @@ from mochi_tune.training.resume import ResumePoint
 
 
 def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
-    """Returns the kernel that attention runs: the one that a resumed run had, else the fastest at the run's shape, or
-    with train.deterministic=true the first that repeats.
+    """Returns the attention kernel of a run, or None on a CPU, which has only one.
 
-    None on a CPU, which has one.
+    A resumed run keeps its kernel. A new run measures all kernels at its shape and takes the fastest, or with
+    train.deterministic=true the first deterministic one.
     """
     if plan.device.type != "cuda":
         return None
@@ -23,9 +23,9 @@ def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
     known = start.state.get("environment", {}).get("attention")
     if known in KERNELS or (known in ALL_KERNELS and has_kernel(known, shape, plan.device, dtype)):
         return known
-    # Of the packages that bring other versions, nothing is known of the order of their sums.
+    # Kernels of other packages may sum in any order.
     seconds = time_attention(shape, plan.device, dtype, KERNELS if is_deterministic else ALL_KERNELS)
-    # What torch keeps of it would not count as free when the memory of the run is planned.
+    # Memory that torch has cached would not count as free when the memory of the run is planned.
     free_memory()
     if not seconds:
         return None

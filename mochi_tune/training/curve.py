@@ -1,11 +1,11 @@
-"""Draws the validation losses of a run as a picture, for a page that cannot draw them itself."""
+"""Draws the validation losses of a run as a PNG picture for the model card."""
 
 import io
 from collections.abc import Sequence
 
 from mochi_tune.pages.charts import round_ticks
 
-# Drawn at twice the size and made smaller, which smooths the lines.
+# The picture is drawn at this multiple of its size and reduced, which smooths the lines.
 _SCALE = 2
 _WIDTH, _HEIGHT = 720, 360
 _LEFT, _TOP, _RIGHT, _BOTTOM = 76, 40, 24, 56
@@ -16,8 +16,8 @@ def draw_losses(losses: Sequence[tuple[int, float]], title: str) -> bytes:
     """Returns a PNG picture of validation losses over the steps.
 
     Args:
-        losses: (step, loss), by step; at least one, and every loss finite.
-        title: stands above.
+        losses: (step, loss), sorted by step; at least one, and all losses finite.
+        title: the title above the chart.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -1,8 +1,8 @@
 """The random numbers of the training steps, from which `objective.sigmas_from_uniforms` makes sigma.
 
-Each number has a generator of its own, seeded by (seed, purpose, step, sample). So a resumed run, another number of
-processes and another order of evaluation draw the same numbers, and there is no generator state to save. Dropout has
-one seed a micro-batch.
+Each sample has a separate generator that is seeded by (seed, purpose, step, sample). A resumed run therefore draws the
+same numbers, with any number of processes and in any order, and checkpoints store no generator state. Dropout has one
+seed per micro-batch.
 
 The samples of a step are numbered across all processes: sample i is row i % batch_size of micro-batch i // batch_size.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def key_seed(seed: int, *key: str | int) -> int:
-    """Returns a 63-bit seed of the key; different keys give unrelated seeds."""
+    """Returns a 63-bit seed for a key; different keys have independent seeds."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -27,13 +27,13 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(key_seed(seed, *key))
 
 
-# Whatever torch's default is: another dtype draws other numbers.
+# The dtype is fixed, because the numbers depend on it and torch's default dtype can be changed.
 _rand, _randn = functools.partial(torch.rand, dtype=torch.float32), functools.partial(torch.randn, dtype=torch.float32)
 
 
 def generator_fingerprint(seed: int) -> str:
-    """Returns the sha256 of one draw of each kind; it changes when a torch release draws other numbers."""
-    # Checkpoints store this fingerprint: with another key than "proof" none of them could be resumed.
+    """Returns a sha256 of some draws of each kind; it changes if a version of torch draws other numbers."""
+    # Checkpoints store this fingerprint. With another key than "proof", existing checkpoints could not be resumed.
     generator = keyed_generator(seed, "proof")
     drawn = (_rand(17, generator=generator), _randn(999, generator=generator))
     order = torch.randperm(99, generator=generator)
@@ -45,9 +45,9 @@ class Draws:
     """The random numbers of one micro-batch of B samples.
 
     Attributes:
-        uniforms: a number in [0, 1) for each of the S samples of the whole step, from which sigma is computed, fp32
-            (S,). All of them are here, so that sigma has the same bits with any number of processes.
-        rows: which of the S samples these B are.
+        uniforms: a number in [0, 1) for each of the S samples of the whole step, fp32, (S,). sigma is computed from all
+            of them, so that it has the same bits with any number of processes.
+        rows: which of the S samples the B samples are.
         drops_caption: whether a sample is trained without its caption, bool (B,).
         posterior_noise: standard normal, for the VAE's posterior, fp32 (B, C, T, h, w).
         noise: standard normal, mixed into the clip, fp32 (B, C, T, h, w).
@@ -67,9 +67,9 @@ class KeyedDraws:
     """Draws the random numbers of the training steps; two runs with equal fields draw the same numbers.
 
     Attributes:
-        seed: of the run.
-        batch_size: samples of a micro-batch.
-        num_micro_batches: of a step, over all processes.
+        seed: the seed of the run.
+        batch_size: number of samples per micro-batch.
+        num_micro_batches: number of micro-batches per step, over all processes.
         caption_dropout: probability in [0, 1) that a sample is trained without its caption.
         stratified: whether the uniform numbers of a step are spread evenly, see `stratify`.
     """
@@ -85,13 +85,13 @@ class KeyedDraws:
         return (step - 1) * self.num_micro_batches + micro_batch
 
     def caption(self, step: int, sample: int, count: int) -> int:
-        """Returns which of its clip's captions a sample is trained with."""
+        """Returns the index of the caption that a sample is trained with; `count` is the number of its captions."""
         if count == 1:
             return 0
         return int(torch.randint(count, (), generator=keyed_generator(self.seed, "caption", step, sample)))
 
     def uniforms(self, step: int) -> Tensor:
-        """Returns a number in [0, 1) for each sample of a step, fp32 (S,)."""
+        """Returns a number in [0, 1) for each sample of a step, fp32, (S,)."""
         count = self.batch_size * self.num_micro_batches
         uniforms = torch.stack([_rand((), generator=self._generator(step, i)) for i in range(count)])
         if not self.stratified:
@@ -99,12 +99,12 @@ class KeyedDraws:
         return stratify(uniforms, torch.randperm(count, generator=keyed_generator(self.seed, "strata", step)))
 
     def draw(self, step: int, micro_batch: int, shape: Sequence[int]) -> Draws:
-        """Draws the numbers of a micro-batch; `shape` is that of one sample's latents, (C, T, h, w)."""
+        """Draws the numbers of a micro-batch; `shape` is the shape of the latents of a sample, (C, T, h, w)."""
         rows = slice(micro_batch * self.batch_size, (micro_batch + 1) * self.batch_size)
         drops_caption, posterior_noise, noise = [], [], []
         for sample in range(rows.start, rows.stop):
             generator = self._generator(step, sample)
-            _rand((), generator=generator)  # Skips the number that `uniforms` takes from this generator.
+            _rand((), generator=generator)  # Skips the number that `uniforms` draws from this generator.
             drops_caption.append(_rand((), generator=generator) < self.caption_dropout)
             posterior_noise.append(_randn(shape, generator=generator))
             noise.append(_randn(shape, generator=generator))
@@ -118,13 +118,13 @@ class KeyedDraws:
 
 
 def stratify(uniforms: Tensor, permutation: Tensor) -> Tensor:
-    """Moves N uniform numbers into N equal strata of [0, 1), one in each: number i into stratum permutation[i].
+    """Maps N uniform numbers to N equal strata of [0, 1): number i to stratum permutation[i].
 
-    With a random permutation each number alone is still uniform, but together they cover the whole interval, so that
-    the mean loss of a step varies less with the noise levels that were drawn.
+    With a random permutation, each number is still uniform, but together they cover the whole interval. The mean loss
+    of a step then varies less with the noise levels.
 
     Args:
-        uniforms: (N,) in [0, 1), of all samples of a step.
-        permutation: (N,), of 0 to N - 1.
+        uniforms: numbers in [0, 1) of all samples of a step, (N,).
+        permutation: a permutation of 0 to N - 1, (N,).
     """
     return ((permutation + uniforms.double()) / len(permutation)).float()

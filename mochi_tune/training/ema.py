@@ -7,16 +7,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
-    """The moving average of an adapter's parameters, fp32, on their device."""
+    """The moving average of the parameters of an adapter, in fp32 on their device."""
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
         self.tensors = {name: tensor.detach().float().clone() for name, tensor in parameters.items()}
 
     def update(self, parameters: Mapping[str, Tensor], step: int) -> None:
-        """Adds the parameters after a step, counted from 1.
+        """Updates the average with the parameters after a step, which counts from 1.
 
-        The decay is at most (1 + step) / (10 + step), or the untrained adapter would weigh in the average for long.
+        The decay is at most (1 + step) / (10 + step), so that the untrained adapter soon loses its weight in the
+        average.
         Source: tensorflow/tensorflow@v2.16.1 tensorflow/python/training/moving_averages.py (ExponentialMovingAverage).
         """
         decay = min(self.decay, (1 + step) / (10 + step))

@@ -3,18 +3,19 @@
 import signal
 import time
 
-# Slurm and systemd signal every process of a job, and a launcher passes the signal on: it comes twice.
+# Seconds in which a repeated signal is ignored. Slurm and systemd signal every process of a job, and a launcher also
+# forwards the signal, so that it arrives twice.
 REPEAT_SECONDS = 2.0
 
 
 class Interrupted(Exception):
-    """Raised between two pieces of long work, to end it because the program was asked to stop."""
+    """Ends long work at a safe point after a signal asked the program to stop."""
 
 
 class StopSignal:
-    """Records the first SIGINT or SIGTERM, so that work under way can end in order.
+    """Records the first SIGINT or SIGTERM, so that the current work can end in order.
 
-    One that comes more than REPEAT_SECONDS later ends the program.
+    Another signal more than REPEAT_SECONDS later ends the program.
     """
 
     def __init__(self) -> None:
@@ -36,13 +37,13 @@ class StopSignal:
         self.release()
 
     def release(self) -> None:
-        """Restores the former handlers of both signals."""
+        """Restores the previous handlers of both signals."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
 
 class StopAndSaveSignals(StopSignal):
-    """Records also each SIGUSR1, which asks for a save."""
+    """Also records SIGUSR1, which asks for a save."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +61,6 @@ class StopAndSaveSignals(StopSignal):
         self._save_requested = True
 
     def take(self) -> tuple[int, bool]:
-        """Returns the signal that asks for a stop (0: none), and whether a save was asked for since the last call."""
+        """Returns the signal that asked for a stop (0: none), and whether a save was requested since the last call."""
         requested, self._save_requested = self._save_requested, False
         return self.received, requested

@@ -1,4 +1,4 @@
-"""The micro-batches of a training, read ahead in the background."""
+"""Reads the micro-batches of a training ahead in a background thread."""
 
 import contextlib
 import hashlib
@@ -19,22 +19,22 @@ from mochi_tune.training.draws import Draws, KeyedDraws, keyed_generator
 
 # A run stops when more than this share of its clips, and more than one clip, are damaged.
 MAX_DAMAGED_SHARE = 0.1
-# One clip is held out for this many clips at most.
+# Minimum number of clips in the cache for each clip that is held out.
 MIN_CLIPS_A_HELD_OUT = 5
-# What `collate` returns, and the random numbers for it.
+# The result of `collate` and its random numbers.
 MicroBatch = tuple[Mapping[str, Any], Draws]
 
 
 def held_out(videos: Sequence[str], count: int, seed: int) -> list[int]:
-    """Returns the numbers of the clips that are not trained on: `count`, or a fifth of all where that is fewer.
+    """Returns the indices of the clips to hold out for validation: at most `count`, and at most a fifth of all.
 
-    They are chosen by the hash of their videos, so that adding clips changes few of them, and all clips of a video go
-    together: they show nearly the same. A video that has more clips than are wanted is passed over.
+    The hash of their videos decides, so that adding clips changes few of them. All clips of a video are held out
+    together, because they look alike. A video with too many clips is skipped.
 
     Args:
-        videos: each clip's video.
-        count: clips to hold out.
-        seed: of the run.
+        videos: the video of each clip.
+        count: maximum number of clips to hold out.
+        seed: the seed of the run.
     """
     clips: dict[str, list[int]] = {}
     for number, video in enumerate(videos):
@@ -47,7 +47,7 @@ def held_out(videos: Sequence[str], count: int, seed: int) -> list[int]:
 
 
 class ClipLoader:
-    """Reads the clips of micro-batches; a damaged clip stops the run, or another clip is trained in its place."""
+    """Reads the clips of micro-batches. A damaged clip stops the run or is replaced by another clip."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class ClipLoader:
         """Prepares to read.
 
         Args:
-            dataset: of all clips.
-            order: of the clips that are trained on.
+            dataset: all clips of the cache.
+            order: the order of the training clips.
             draws: the random numbers of each sample.
             is_strict: whether a damaged clip stops the run.
-            log: writes a line for the user.
+            log: prints a line.
         """
         self.dataset = dataset
         self.order = order
@@ -77,7 +77,7 @@ class ClipLoader:
         """Reads a micro-batch and draws its random numbers.
 
         Raises:
-            DataError: a clip is damaged and the run is strict, or too many clips are.
+            DataError: a clip is damaged and the run is strict, or too many clips are damaged.
         """
         first = micro_batch * self.draws.batch_size
         chosen = self.order.batch(self.draws.batch_number(step, micro_batch))
@@ -96,7 +96,7 @@ class ClipLoader:
                     if self.is_strict:
                         raise
                     self._quarantine(index, error)
-            # Of the same size, as the batch has one.
+            # All clips of a batch have the same size.
             others = self.order.pool_of(index).clips
             index = others[int(torch.randint(len(others), (), generator=generator))]
 
@@ -111,14 +111,16 @@ class ClipLoader:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model gets of one micro-batch of B samples, and what its velocity is compared with.
+    """The model inputs and the target of one micro-batch of B samples.
+
+    A training step gets the tensors from `noisy` on on its device.
 
     Attributes:
-        clips: path of each sample's clip.
-        sigma: noise level of each sample, (B,), on the CPU.
-        mask: of the prompts, (B, L), on the CPU, where the model reads it without waiting for the GPU.
-        dropout_seed: for the adapter's dropout.
-        noisy: latents, (B, C, T, h, w); these and all below are on the device when a step gets them.
+        clips: path of the clip of each sample.
+        sigma: noise levels, (B,), on the CPU.
+        mask: mask of the prompts, (B, L), on the CPU, so that the model reads it without waiting for the GPU.
+        dropout_seed: seed of the adapter's dropout.
+        noisy: noisy latents, (B, C, T, h, w).
         target: velocity, (B, C, T, h, w).
         prompt: embeddings, (B, L, D).
         weight: of each sample's loss, (B,).
@@ -136,7 +138,7 @@ class Inputs:
     modulation: Modulation | None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Inputs":
-        """Returns the inputs with all tensors for the device moved by a function."""
+        """Returns the inputs with `move` applied to all tensors that belong on the device."""
         moved: dict[str, Any] = {name: move(getattr(self, name)) for name in ("noisy", "target", "prompt", "weight")}
         if self.modulation is not None:
             blocks = tuple((move(mod_x), move(mod_y)) for mod_x, mod_y in self.modulation.blocks)
@@ -145,23 +147,23 @@ class Inputs:
 
 
 class DeviceCopier:
-    """Copies inputs to a GPU beside its arithmetic: from pinned memory, on a stream of its own; a CPU needs no copy."""
+    """Copies inputs to a GPU while it computes, from pinned memory and on a separate stream; a CPU needs no copy."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def enter_thread(self) -> None:
-        """Makes the GPU the current one of this thread; called first of all.
+        """Selects the GPU for this thread, before any other call.
 
-        A thread begins with the first GPU, and goes back to it after each use of the stream: each process would take
-        memory there.
+        The current device of a new thread is the first GPU, and each use of the stream returns to the current device.
+        Without this, every process would use memory of the first GPU.
         """
         if self.stream is not None:
             torch.cuda.set_device(self.stream.device)
 
     def send(self, inputs: Inputs) -> tuple[Inputs, Any]:
-        """Starts to copy; returns the copies and the event that says that they have arrived."""
+        """Starts the copies; returns them and the event that is recorded after them."""
         if self.stream is None:
             return inputs, None
         with torch.cuda.stream(self.stream):
@@ -169,7 +171,7 @@ class DeviceCopier:
             return moved, self.stream.record_event()
 
     def receive(self, inputs: Inputs, arrived: Any) -> Inputs:
-        """Makes the current stream wait for the copies, and the copies' memory wait for it."""
+        """Makes the current stream wait for the copies, and keeps their memory until the stream has used it."""
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(arrived)
@@ -183,7 +185,7 @@ class DeviceCopier:
 
 
 class Prefetcher:
-    """Makes the inputs of micro-batches in a background thread, one ahead of the training."""
+    """Prepares the inputs of micro-batches in a background thread, one ahead of the training."""
 
     def __init__(
         self, load: Callable[[int, int], Inputs], keys: Iterable[tuple[int, int]], device: torch.device
@@ -191,16 +193,16 @@ class Prefetcher:
         """Prepares to load.
 
         Args:
-            load: makes the inputs of a micro-batch, by its step and number, on the CPU.
-            keys: step and number of every micro-batch that will be asked for, in order.
-            device: of the training.
+            load: returns the inputs of a micro-batch on the CPU, given its step and number.
+            keys: step and number of all micro-batches, in order.
+            device: the device of the training.
         """
         self._load = load
         self._keys = keys
         self._copier = DeviceCopier(device)
         self._queue: queue.Queue[tuple[Inputs, Any] | Exception] = queue.Queue(maxsize=1)
         self._is_closed = False
-        # A daemon: a read that hangs must not keep a process alive that was asked to stop.
+        # A daemon thread, so that a read that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Prefetcher":
@@ -216,8 +218,8 @@ class Prefetcher:
         """Yields the inputs of the next micro-batches, on the device.
 
         Args:
-            count: how many.
-            while_waiting: called five times a second while one is waited for; what it raises ends the wait.
+            count: number of micro-batches.
+            while_waiting: called five times per second during a wait; an exception that it raises ends the wait.
 
         Raises:
             DataError: a clip is damaged.

@@ -1,4 +1,4 @@
-"""Where a training has its weights and what it keeps of each block: as asked, or as the free memory allows."""
+"""Plans the memory of a training: where the weights are, and what each block keeps for the backward pass."""
 
 import contextlib
 import traceback
@@ -14,20 +14,20 @@ from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step, fits
 from mochi_tune.parallel.recompute import HostInputs, apply_activation_checkpointing, apply_mlp_slices
 from mochi_tune.parallel.stream import apply_streaming
 
-# At a time, where memory is short.
+# Number of tokens at a time in the feed-forward layers if the blocks' inputs are offloaded.
 MLP_TOKENS = 4096
 
 
 @dataclass
 class MemoryPlan:
-    """Where a training has its blocks, and what it keeps of them for the backward pass; none of it changes a result.
+    """Where the blocks are, and what they keep for the backward pass. No choice changes a result.
 
     Attributes:
-        recompute: what each block computes again, one of `parallel.recompute.POLICIES`; `keep_less` changes it.
+        recompute: what each block recomputes, one of `parallel.recompute.POLICIES`; `keep_less` changes it.
         is_compiled: whether the blocks are compiled.
-        is_streamed: whether the blocks' weights are in host memory.
-        offloads_inputs: whether the blocks' inputs wait in host memory for the backward pass; their feed-forward layers
-            then work on MLP_TOKENS at a time.
+        is_streamed: whether the weights of the blocks are in host memory.
+        offloads_inputs: whether the inputs of the blocks wait in host memory for the backward pass. The feed-forward
+            layers then process MLP_TOKENS at a time.
     """
 
     recompute: list[str]
@@ -43,18 +43,19 @@ class MemoryPlan:
         log: Callable[[str], None],
         before_compiling: Callable[[], None] | None = None,
     ) -> None:
-        """Arranges the blocks of a model that has its adapter: on the device, or on the CPU where it is streamed.
+        """Applies the plan to a model.
 
         Args:
-            dit: the model.
-            device: where it computes.
-            log: writes a line for the user.
-            before_compiling: called before each graph is compiled, which takes some seconds; may raise.
+            dit: the model with its adapter: on the CPU if it is streamed, else on the device.
+            device: the device that computes.
+            log: prints a line.
+            before_compiling: called before each graph is compiled, which takes some seconds. It may raise an exception.
         """
         if self.offloads_inputs:
             apply_mlp_slices(dit, MLP_TOKENS)
         if self.is_compiled and self.is_streamed:
-            # A graph of what is between two copies; otherwise a graph partitions what is kept, too.
+            # Compiles before streaming and checkpointing: each graph covers only what is between two copies. Without
+            # streaming, the graph includes the checkpointing.
             apply_compilation(dit, log, True, before_compiling)
         if self.is_streamed:
             apply_streaming(dit, device)
@@ -75,39 +76,39 @@ class MemoryPlan:
 
     @property
     def can_keep_less(self) -> bool:
-        """Whether a block keeps more than its input."""
+        """Whether any block keeps more than its input."""
         return set(self.recompute) != {"block"}
 
     def keep_less(self) -> None:
-        """Makes all blocks of the model that the plan was applied to keep their inputs alone."""
+        """Makes all blocks of the model keep only their inputs; `apply` was called before."""
         assert self._checkpoint is not None, "the plan was not applied"
         self.recompute[:] = ["block"] * len(self.recompute)
         self._checkpoint()
 
 
 def check_host_memory(needed: int, available: int, num_processes: int = 1) -> None:
-    """Refuses weights and blocks' inputs in host memory that does not suffice for them.
+    """Checks that host memory suffices for the weights and the blocks' inputs.
 
     Args:
-        needed: bytes of each process.
-        available: bytes that are free on this host.
-        num_processes: of the run on this host; each has its own.
+        needed: bytes that each process needs.
+        available: free bytes of this host.
+        num_processes: number of processes of the run on this host.
 
     Raises:
-        ConfigError: naming what is needed.
+        ConfigError: it does not suffice; the error says how much is needed.
     """
     if num_processes * needed > available:
         each = f", {needed / GIB:.1f} for each of {num_processes} processes" if num_processes > 1 else ""
         raise ConfigError(
-            f"host memory has {available / GIB:.1f} GiB free, and {num_processes * needed / GIB:.1f} GiB of weights "
-            f"and blocks' inputs are to stay there{each}: free some, or use memory.dit=resident, "
+            f"host memory has {available / GIB:.1f} GiB free, but {num_processes * needed / GIB:.1f} GiB of weights "
+            f"and blocks' inputs need to stay there{each}: free some, or use memory.dit=resident, "
             f"fewer frames{', fewer processes a machine' if num_processes > 1 else ''} or model.precision=int8."
         )
 
 
-# Of `train`, the one that takes least time first: preset, whether it streams the blocks, and offloads their inputs.
+# Memory presets of `train`, the fastest first: name, whether it streams the blocks, whether it offloads their inputs.
 ARRANGEMENTS = (("80gb", False, False), ("16gb", True, False), ("12gb", True, True))
-# Functions that an out-of-memory error may come through, and what was done there; the first that is found says most.
+# What the functions in the traceback of an out-of-memory error were doing, the most specific first.
 PLACES = {
     "load_dit": "while the DiT was loaded",
     "encode_eval_prompts": "while T5 encoded the eval prompts",
@@ -118,16 +119,16 @@ PLACES = {
 
 
 def arrange(step: Step, dit: str, activations: str, free: int | None) -> MemoryPlan:
-    """Returns the plan of a training step: what was asked for, or with memory.dit=auto the fastest that fits.
+    """Returns the memory plan of a training: the one of the settings, or with memory.dit=auto the fastest that fits.
 
     Args:
-        step: its sizes.
-        dit: `memory.dit`.
-        activations: `memory.activations`.
-        free: bytes of the device that are free before the weights are loaded; None: enough.
+        step: the sizes of a training step.
+        dit: the value of `memory.dit`.
+        activations: the value of `memory.activations`.
+        free: free bytes of the device before the weights are loaded; None for enough.
 
     Raises:
-        ConfigError: it does not fit; the error names settings that do.
+        ConfigError: no plan fits; the error names settings that do.
     """
     asked = [("", dit in ("stream", "offload"), activations == "offload")]
     candidates = asked if dit != "auto" else list(ARRANGEMENTS if can_stream(step) else ARRANGEMENTS[:1])
@@ -145,32 +146,32 @@ def arrange(step: Step, dit: str, activations: str, free: int | None) -> MemoryP
 
 
 def can_stream(step: Step) -> bool:
-    """Whether a block's weights may leave the device: not where it keeps them, nor where ZeRO-3 splits them."""
+    """Whether the weights of a block may leave the device: not with train.recompute=none, and not with ZeRO-3."""
     return step.recompute != "none" and step.num_shards == 1
 
 
 def held_by(step: Step, plan: MemoryPlan) -> dict[str, int]:
-    """Returns the bytes on the device at a step's peak, by what they are for."""
+    """Returns the bytes on the device at the peak of a step, by purpose."""
     return step.held(plan.recompute, plan.is_streamed, plan.offloads_inputs)
 
 
 def describe(held: dict[str, int]) -> str:
-    """Returns the sum of what is held, and its parts, in GiB."""
+    """Returns a text with the sum and the parts of the held memory in GiB."""
     parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in held.items() if size >= GIB // 20)
     return f"{(sum(held.values()) + SPARE_BYTES) / GIB:.1f} GiB of the GPU ({parts}, to spare {SPARE_BYTES / GIB:.1f})"
 
 
 def ways_out(step: Step, free: int, failed: MemoryPlan | None = None) -> str:
-    """Returns the settings with which a step fits, the one that costs least first; else what is to become smaller.
+    """Returns a text with settings that make a step fit, the fastest first, or with what to reduce.
 
     Args:
-        step: its sizes.
-        free: bytes of the device.
+        step: the sizes of a training step.
+        free: free bytes of the device.
         failed: the plan that ran out of memory, if one did.
     """
     found = ["train.recompute=block"] if failed is not None and failed.can_keep_less else []
     smaller = replace(step, recompute="block" if step.recompute == "none" else step.recompute)
-    # ZeRO-3 splits the weights: none of them can wait in host memory, or be held in 8 bits.
+    # ZeRO-3 shards the weights, which can then not be in host memory or in 8 bits.
     is_split = step.num_shards > 1
     precisions = (step.precision,) if is_split or step.needs_exact else (step.precision, "int8")
     for name, is_streamed, is_offloaded in ARRANGEMENTS[:1] if is_split else ARRANGEMENTS:
@@ -193,10 +194,10 @@ def ways_out(step: Step, free: int, failed: MemoryPlan | None = None) -> str:
 
 @contextlib.contextmanager
 def explain_out_of_memory(step: Step, plan: MemoryPlan) -> Iterator[None]:
-    """Makes one line of an out-of-memory error: where it happened, what the plan holds, and what to change.
+    """Replaces an out-of-memory error by one line that says where it happened, what is held, and what to change.
 
     Raises:
-        TrainingError: instead of torch's error.
+        TrainingError: replaces torch's error.
     """
     try:
         yield
@@ -205,13 +206,13 @@ def explain_out_of_memory(step: Step, plan: MemoryPlan) -> Iterator[None]:
         where = next((words for name, words in PLACES.items() if name in functions), "in a step")
         reason = str(error).split(". ")[0]
         if "encode_eval_prompts" in functions:
-            # No DiT is there yet, and nothing that the plan counts.
+            # The DiT is not loaded yet, nor anything else in the plan.
             raise TrainingError(
                 f"the GPU's memory does not suffice {where} ({reason}): use train.sample_every=0, and render with "
                 "`sample` after the run."
             ) from error
         held = held_by(step, plan)
-        # Any that holds clearly less: what was foretold is not what was free.
+        # Settings that hold at least 10 % less, because the estimate was too low.
         smaller = ways_out(step, int(0.9 * sum(held.values())) + SPARE_BYTES, plan)
         raise TrainingError(
             f"the GPU's memory does not suffice {where} ({reason}); held are {describe(held)}: {smaller}."

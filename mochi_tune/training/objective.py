@@ -20,16 +20,16 @@ def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: 
     """Mixes noise into a clip and returns the model's input and the velocity that it should predict, both fp32.
 
     "sampler" works in the space of the sampler, so that training and rendering agree. "official" is the objective of
-    the reference fine-tuner, to reproduce its runs: it mixes in the VAE's space and normalises the target, so that the
-    noise in the target has the standard deviation 1 / std of each channel instead of 1. "unnormalised" stays in the
-    VAE's space, as other trainers do.
+    the reference fine-tuner, to reproduce its runs: it mixes noise in the VAE's space and normalises the target, so
+    that the noise in the target has the standard deviation 1 / std of each channel instead of 1. "unnormalised" mixes
+    and predicts in the VAE's space, as some other trainers do.
     Source: genmoai/mochi@0c86aeb demos/fine_tuner/train.py:358-372 ("official").
 
     Args:
-        objective: a choice of `train.objective`.
-        vae_latents: VAE space, (B, C, T, h, w).
-        noise: standard normal, (B, C, T, h, w).
-        sigma: (B,) in [0, 1].
+        objective: a value of `train.objective`.
+        vae_latents: the clip in VAE space, (B, C, T, h, w).
+        noise: standard normal noise, (B, C, T, h, w).
+        sigma: noise levels, (B,), in [0, 1].
     """
     sigma = sigma.float().view(-1, 1, 1, 1, 1)
     if objective == "unnormalised":
@@ -42,12 +42,12 @@ def noisy_and_target(objective: str, vae_latents: Tensor, noise: Tensor, sigma: 
 
 
 def drop_captions(prompt_embeds: Tensor, prompt_mask: Tensor, drops_caption: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives some rows the empty prompt, from which the model learns the unconditional velocity that guidance needs.
+    """Replaces the prompts of some rows by the empty prompt, so that the model learns the velocity for guidance.
 
     Args:
-        prompt_embeds: (B, L, D).
-        prompt_mask: bool (B, L), true where a token is valid.
-        drops_caption: bool (B,).
+        prompt_embeds: T5 features, (B, L, D).
+        prompt_mask: bool, (B, L), true for valid tokens.
+        drops_caption: bool, (B,), true for rows that get the empty prompt.
     """
     keeps = ~drops_caption
     return torch.where(keeps[:, None, None], prompt_embeds, 0), prompt_mask & keeps[:, None]
@@ -63,21 +63,21 @@ def sigmas_from_uniforms(
 ) -> Tensor:
     """Maps numbers that are uniform in [0, 1) to noise levels of a distribution by its inverse CDF; fp32, in [0, 1].
 
-    "uniform" leaves them as they are. "logit_normal" is the sigmoid of a normal variable: levels in the middle are
-    drawn more often, with mean > 0 noisier ones, and with a larger std those near 0 and 1. "shifted" draws noisier
-    levels more often, the more so the larger the shift above 1, which is uniform; below 1 it draws cleaner ones.
+    "uniform" does not change the numbers. "logit_normal" is the sigmoid of a normal variable: it favours levels in the
+    middle, with mean > 0 noisier levels, and with a larger std levels near 0 and 1. "shifted" with a shift above 1
+    favours noisier levels, and with a shift below 1 cleaner levels; a shift of 1 is uniform.
     Source: https://arxiv.org/abs/2403.03206, section 3.1 ("logit_normal") and equation 23 ("shifted").
 
     Args:
-        uniforms: of any shape.
-        distribution: a choice of `train.sigma_distribution`.
-        mean: of the normal variable of "logit_normal".
-        std: of the normal variable of "logit_normal", above 0.
-        shift: of "shifted", above 0.
+        uniforms: numbers in [0, 1), of any shape.
+        distribution: a value of `train.sigma_distribution`.
+        mean: mean of the normal variable of "logit_normal".
+        std: standard deviation of the normal variable of "logit_normal", above 0.
+        shift: the shift of "shifted", above 0.
     """
     uniforms = uniforms.double()
     if distribution == "logit_normal":
-        # Half a step of fp32's uniform numbers away from 0 and 1, where the normal quantile is infinite.
+        # The quantile is infinite at 0 and 1. The bounds are half a step of fp32 uniform numbers inside.
         inner = uniforms.clamp(2**-25, 1 - 2**-25)
         return torch.sigmoid(mean + std * torch.special.ndtri(inner)).float()
     if distribution == "shifted":
@@ -87,18 +87,18 @@ def sigmas_from_uniforms(
 
 
 def loss_weight(sigma: Tensor, weighting: str) -> Tensor:
-    """Returns what the loss of each sample is multiplied by; the mean over uniform noise levels is 1 for each.
+    """Returns the factor of the loss of each sample.
 
-    So a weighting moves weight between noise levels and keeps the size of the loss. Over another distribution of noise
-    levels the mean is not 1.
+    The mean factor over uniform noise levels is 1, so that a weighting does not change the scale of the loss. It is not
+    1 for other distributions of noise levels.
     "bell" falls from 1.58 in the middle to 0 at both ends, "cosmap" from 1.27 to 0.64. 1 / sigma^2, which some trainers
-    have, is not offered: its mean is infinite, so that a few almost clean samples would make the update.
+    have, is not available: its mean is infinite, so that a few almost clean samples would dominate the update.
     Source: https://arxiv.org/abs/2403.03206, section 3.1 ("cosmap"); modelscope/DiffSynth-Studio@04d0350
     diffsynth/schedulers/flow_match.py:32-37 ("bell", there over a grid of timesteps).
 
     Args:
-        sigma: (B,) in [0, 1].
-        weighting: a choice of `train.loss_weighting`.
+        sigma: noise levels, (B,), in [0, 1].
+        weighting: a value of `train.loss_weighting`.
 
     Returns:
         (B,), fp32.

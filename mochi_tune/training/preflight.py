@@ -1,4 +1,4 @@
-"""The train plan: what a training will do, checked as far as possible before any weight is read."""
+"""The train plan: everything about a training that can be decided and checked before any weight is read."""
 
 import contextlib
 import hashlib
@@ -51,19 +51,19 @@ from mochi_tune.weights.folder import WeightsFolder
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a training will do.
+    """The plan of a training.
 
     Attributes:
         config: the settings.
-        device: of this process.
-        weights: of the base.
+        device: the device of this process.
+        weights: the weights of the base model.
         dataset: all clips of the cache.
-        held_out: numbers of the clips that are kept for validation; none where there are too few clips.
-        order: of the other clips.
-        layers: the adapted layers, and the settings of each.
-        start_adapter: the adapter of lora.init_from, where a new run starts from one.
+        held_out: indices of the clips that are held out for validation; empty if there are too few clips.
+        order: the order of the training clips.
+        layers: the settings of each adapted layer, by name.
+        start_adapter: the adapter of lora.init_from, if a new run starts from one.
         draws: draws the random numbers.
-        identity: what makes the run this run: its settings, cache, order of clips, base and random numbers.
+        identity: what identifies the run: its settings, cache, order of clips, base and random numbers.
         layout: how the processes share a step.
     """
 
@@ -81,12 +81,12 @@ class TrainPlan:
 
     @property
     def training_clips(self) -> list[int]:
-        """The clips that are trained on."""
+        """Indices of the training clips."""
         return sorted(clip for pool in self.order.pools for clip in pool.clips)
 
     @property
     def validation_clips(self) -> list[int]:
-        """The clips that are validated on: those held out, else some that are trained on."""
+        """Indices of the validation clips: the ones held out, or else some of the training clips."""
         return self.held_out or list(range(min(self.config.train.validation_clips, len(self.dataset))))
 
     @property
@@ -101,36 +101,36 @@ class TrainPlan:
 
     @property
     def precision(self) -> str:
-        """Of the base's large matrices: "bf16", which is as model.dtype, or what they are rounded to."""
+        """Precision of the base's large matrices; "bf16" leaves them in model.dtype."""
         return self.config.model.precision or "bf16"
 
     @property
     def has_host_modulation(self) -> bool:
-        """Whether modulation is computed in host memory; ZeRO-3 splits its weights, too, among the devices."""
+        """Whether modulation is computed in host memory; not with ZeRO-3, which shards its weights too."""
         return self.config.parallel.strategy != "zero3"
 
     def shrink_block(self, dit: AsymmDiT, block: nn.Module) -> None:
-        """Makes a block small as soon as it is read: modulation goes to host memory, large matrices to fewer bits."""
+        """Moves the modulation of a block to host memory and quantizes its large matrices, as soon as it is read."""
         shrink_block(dit, block, self.precision, self.weights.read_fp8, self.has_host_modulation)
 
     @property
     def step(self) -> Step:
-        """The sizes of a micro-batch, which decide what it takes of a device."""
+        """The sizes of a micro-batch, which determine its memory and time."""
         dit, on_gpu = self.weights.dit_config, self.device.type == "cuda"
         return step_sizes(self.config, dit, self.adapter_bytes, self.layout, on_gpu)
 
     @cached_property
     def memory(self) -> MemoryPlan:
-        """Where the blocks are and what is kept of them: decided once, as free memory changes.
+        """The memory plan. It is made once, because free memory changes later.
 
-        All processes ask for it together. It takes some memory of a GPU, which a process that only starts others is not
-        to hold.
+        All processes read this together. It initializes the GPU and thereby uses some of its memory, so a process that
+        only starts others must not read it.
 
         Raises:
-            ConfigError: host memory or the device's does not suffice.
+            ConfigError: the memory of the host or of the device does not suffice.
         """
         memory, step, is_gpu = self.config.memory, self.step, self.device.type == "cuda"
-        # First of all, so that no process waits for one whose GPU is too small.
+        # This is a collective, so it comes before errors that only one process may raise.
         available, num_sharing = host_memory() if is_gpu else (0, 1)
         plan = arrange(step, memory.dit, memory.activations, free_bytes(self.device))
         if is_gpu:
@@ -141,18 +141,19 @@ class TrainPlan:
 
     @property
     def may_recompute_more(self) -> bool:
-        """Whether a step that ran out of memory is made again: train.recompute=auto, and nothing exchanged within it.
+        """Whether to repeat a micro-batch that ran out of memory.
 
-        All processes plan their memory together, as in `memory`.
+        This requires train.recompute=auto and passes without communication. All processes read this together, as
+        `memory`.
         """
         is_alone = self.layout.context == 1 and self.config.parallel.strategy == "data"
         return is_alone and self.config.train.recompute == "auto" and self.memory.can_keep_less
 
     def check_agreement(self) -> None:
-        """Refuses processes that were started with other settings, weights or clips; all call it together.
+        """Checks that all processes have the same settings, weights and clips; all call this together.
 
         Raises:
-            ParallelError: naming what differs, and the ranks.
+            ParallelError: they differ; the error names what differs and the ranks.
         """
         if self.layout.num_ranks > 1:
             check_agreement(self._shared_facts())
@@ -162,9 +163,9 @@ class TrainPlan:
         facts = {f"the setting {key}": settings[key] for key in bound_settings(settings)}
         facts |= {"the cache": identity["cache"], "the order of the clips": identity["order"]}
         facts |= {"the random numbers of torch": identity["draws"], "the base": identity["base"]}
-        # Which split is the cheapest depends on the GPU.
+        # The best split depends on the GPU.
         facts["how processes share a step"] = self.layout.in_words
-        # T5's and the encoder's are compared with the cache's, and only the main process decodes.
+        # T5 and the encoder are compared with the cache, and only the main process uses the decoder.
         facts["the files of the dit in model.weights"] = self.weights.fingerprint("dit")
         if self.start_adapter is not None:
             assert self.start_adapter.path is not None, "it was read from a file"
@@ -172,20 +173,20 @@ class TrainPlan:
         return facts
 
     def explains_out_of_memory(self) -> contextlib.AbstractContextManager:
-        """Makes one line of an out-of-memory error, which says what the plan holds and what to change."""
+        """Returns a context that replaces out-of-memory errors, see `explain_out_of_memory`."""
         return explain_out_of_memory(self.step, self.memory)
 
     @property
     def environment(self) -> dict[str, object]:
-        """What the numbers of the run depend on besides its settings."""
+        """What the numbers of the run depend on in addition to its settings."""
         return describe_environment(self.config.parallel.strategy, self.device, self.layout.num_ranks)
 
 
 def check(config: RunConfig, num_processes: int) -> TrainPlan:
-    """Checks everything that can be refused before any weight is read; takes seconds.
+    """Checks everything that can be checked before any weight is read, which takes seconds, and returns the plan.
 
     Raises:
-        MochiTuneError: of any kind, in one line.
+        MochiTuneError: a setting, the cache, the weights or the machine is not suitable.
     """
     train, device = config.train, find_device(config.device)
     sampler_settings(config.sample)
@@ -216,7 +217,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     count = train.validation_clips if train.validate_every else 0
     held = held_out([f"{s}/{p}" if s else p for s, p in cache.rows.tuples("source", "path")], count, config.seed)
     order = clip_order(config, cache, held)
-    # The number of samples of a step decides what is learnt, not how processes share them.
+    # What is learnt depends on the number of samples per step, not on how the processes share them.
     global_batch = train.batch_size * draws.num_micro_batches
     settings = flat_settings(config) | {"global_batch": global_batch, "held_out": len(held)}
     if config.model.precision == "bf16":  # The same as null, with this dtype.
@@ -229,7 +230,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
 
 
 def clip_order(config: RunConfig, cache: Cache, held: Sequence[int]) -> ClipOrder:
-    """Returns the order in which the clips of a cache are trained on, without those that are held out."""
+    """Returns the order of the training clips: all clips of a cache except those that are held out."""
     sources = {source.name: (source.repeats, source.weight) for source in read_sources(config.data)}
     rows = enumerate(cache.rows.tuples("source", "bucket"))
     are_held = frozenset(held)
@@ -239,14 +240,20 @@ def clip_order(config: RunConfig, cache: Cache, held: Sequence[int]) -> ClipOrde
 
 
 def adapter_bytes(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerSettings], is_dora: bool) -> int:
-    """Returns the size of an adapter's fp32 parameters, of layers of these shapes."""
+    """Returns the size of the fp32 parameters of an adapter in bytes.
+
+    Args:
+        shapes: (out, in) of each linear layer, by name.
+        layers: the settings of each adapted layer, by name.
+        is_dora: whether the adapter is a DoRA, which also has a magnitude per output.
+    """
     return 4 * sum(
         layer.rank * sum(shapes[name]) + (shapes[name][0] if is_dora else 0) for name, layer in layers.items()
     )
 
 
 def num_tokens(config: RunConfig) -> int:
-    """Returns the visual tokens of a clip of the largest size."""
+    """Returns the number of visual tokens of a clip of the largest size."""
     return largest_bucket(config.data).num_tokens
 
 
@@ -273,7 +280,7 @@ def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout
 
 
 def bucket_shares(order: ClipOrder, cache: Cache) -> dict[Bucket, float]:
-    """Returns the share of the samples that each size of clips has."""
+    """Returns the share of each size of clips among the samples."""
     draws: dict[Bucket, int] = {}
     for pool in order.pools:
         bucket = cache.rows[pool.clips[0]].bucket
@@ -289,15 +296,15 @@ def step_seconds(
     card: Card,
     is_streamed: bool,
 ) -> float:
-    """Returns the foretold seconds of a training step.
+    """Returns the estimated seconds of a training step.
 
     Args:
-        config: of the run.
-        step: a micro-batch of the largest clips.
-        shares: of each size among the samples.
+        config: the settings.
+        step: the sizes of a micro-batch of the largest clips.
+        shares: the share of each size of clips among the samples.
         policies: what each block recomputes.
         card: the GPU.
-        is_streamed: whether the blocks' weights are in host memory.
+        is_streamed: whether the weights of the blocks are in host memory.
     """
     sized = {b: replace(step, num_tokens=step.num_tokens * b.num_tokens // num_tokens(config)) for b in shares}
     mean = 0.0
@@ -309,16 +316,16 @@ def step_seconds(
 
 
 def check_strategy(config: RunConfig, num_processes: int) -> None:
-    """Refuses a strategy of several processes where there is one."""
+    """Refuses a strategy for several processes if there is only one."""
     if config.parallel.strategy != "data" and num_processes == 1:
         raise ConfigError(
-            f"parallel.strategy={config.parallel.strategy} shares a run among processes, and there is one: "
+            f"parallel.strategy={config.parallel.strategy} shares a run among processes, but there is only one: "
             "use parallel.num_processes=2 or more, or parallel=single."
         )
 
 
 def check_streaming(config: RunConfig) -> None:
-    """Refuses settings that would keep on the GPU what streaming takes from it; `sample` may have them."""
+    """Refuses settings that conflict with streamed weights in a training; `sample` accepts them."""
     if config.memory.dit not in ("stream", "offload"):
         return
     if config.train.recompute == "none" or config.parallel.strategy == "zero3":
@@ -329,22 +336,22 @@ def check_streaming(config: RunConfig) -> None:
 
 
 def _open_cache(config: RunConfig, weights: WeightsFolder) -> Cache:
-    # The encoders need not be on the training machine; where they are, the cache must come from them.
+    # The training machine need not have the encoders. If it has, the cache must come from them.
     vae, t5 = (weights.fingerprint(part) if weights.has(part) else None for part in ("encoder", "text_encoder"))
     settings = prepared_settings(config.data)
     return open_cache(Path(config.data.cache), buckets_by_source(config.data), vae, t5, settings)
 
 
 def check_text_width(dataset: LatentDataset, width: int) -> None:
-    """Refuses a cache whose text features come from another T5 than the DiT's.
+    """Refuses a cache whose text features have another width than those that the DiT takes.
 
     Raises:
-        DataError: their width is not the DiT's.
+        DataError: the widths differ.
     """
     found = dataset.cache.text_width()
     if found != width:
         raise DataError(
-            f"the cache {dataset.cache.folder} has text features of width {found}, the DiT takes {width}: "
+            f"the cache {dataset.cache.folder} has text features of width {found}, but the DiT takes {width}: "
             "run `mochi-tune prepare` with this model, or name another folder in data.cache."
         )
 
@@ -355,7 +362,7 @@ def renders_videos(config: RunConfig) -> bool:
 
 
 def adapter_metadata(plan: TrainPlan, step: int) -> dict[str, str]:
-    """Returns the metadata of an adapter file: its base, its layers, its step and a hash of its settings."""
+    """Returns the metadata of an adapter file: its base, layers and step, and a hash of its settings."""
     config, settings = plan.config, plan.identity["settings"]
     learnt = json.dumps({key: settings[key] for key in bound_settings(settings)}, sort_keys=True)
     return {
@@ -371,9 +378,9 @@ def adapter_metadata(plan: TrainPlan, step: int) -> dict[str, str]:
 
 
 def _description(config: RunConfig, step: int) -> dict[str, str | None]:
-    """Returns what the adapter says of itself by ModelSpec's keys.
+    """Returns the metadata of the adapter by the keys of ModelSpec.
 
-    It has no date: the same run gives the same file, whenever it is made. `export` adds that of the run.
+    There is no date, so that the same run always writes the same file. `export` adds the date of the run.
     """
     publish, size = config.publish, largest_bucket(config.data)
     trigger = config.data.caption_prefix.strip(" ,.;:") if publish.trigger is None else publish.trigger

@@ -1,4 +1,4 @@
-"""The progress of a training on stderr: a bar on a terminal, else a plain line every so many steps."""
+"""Shows the progress of a training on stderr: a bar on a terminal, otherwise plain lines."""
 
 import sys
 import time
@@ -9,12 +9,12 @@ from tqdm import tqdm
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.step_result import StepResult
 
-# Without a terminal, about how many lines a run writes.
+# Approximate number of lines of a run without a terminal.
 NUM_LINES = 100
 
 
 def hides_bars() -> bool:
-    """Whether this process draws no bars: it is not the main one, or nobody is looking."""
+    """Whether this process shows no bars: it is not the main process, or stderr is not a terminal."""
     return not (PartialState().is_main_process and sys.stderr.isatty())
 
 
@@ -22,9 +22,9 @@ class Progress:
     """Shows each finished step of a run.
 
     Args:
-        num_steps: of the run.
-        step: the last one that is finished.
-        is_main: whether this process shows anything.
+        num_steps: number of steps of the run.
+        step: the last finished step.
+        is_main: whether this is the main process, which alone shows the progress.
     """
 
     def __init__(self, num_steps: int, step: int, is_main: bool) -> None:
@@ -41,12 +41,12 @@ class Progress:
         self._bar.close()
 
     def show(self, result: StepResult, seconds: float) -> None:
-        """Shows a step that took so many seconds."""
+        """Shows a finished step, which took `seconds`."""
         rate = f"lr {result.learning_rate:.1e}, {seconds:.2f} s/step"
         numbers = f"loss {result.loss:.4f}, norm {result.grad_norm:.3f}, {rate}"
         self._bar.set_postfix_str(numbers, refresh=False)
         self._bar.update()
-        # The first one tells that all is well.
+        # The first step is always shown.
         is_shown = result.step % self._every == 0 or result.step in (self.first + 1, self.num_steps)
         if self._has_lines and is_shown:
             per_step = (time.monotonic() - self._started) / (result.step - self.first)

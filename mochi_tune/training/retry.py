@@ -1,4 +1,4 @@
-"""A micro-batch whose passes ran out of memory is computed again, with blocks that keep less: the same mathematics."""
+"""Repeats a micro-batch that ran out of memory with blocks that keep less for the backward pass."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,16 +10,16 @@ from mochi_tune.training.loader import Inputs
 
 
 class MemoryRetry:
-    """Runs the passes of micro-batches; once a run, after an out-of-memory error, those of one micro-batch again.
+    """Runs the passes of micro-batches, and repeats one micro-batch after the first out-of-memory error of the run.
 
-    Each process decides for itself: what a block keeps changes neither its gradients nor what processes exchange
-    between the steps. Where they exchange something within the passes, as with parallel.context and ZeRO, one of them
-    cannot begin anew: `keep_less` is to be None there.
+    Each process decides alone, because what a block keeps changes neither its gradients nor the communication between
+    steps. With parallel.context and ZeRO, processes communicate within the passes and one of them cannot start again,
+    so `keep_less` must be None.
 
     Args:
-        parameters: that the passes add gradients to.
-        keep_less: makes the blocks keep less for the backward pass, see `MemoryPlan.keep_less`; None: no retry.
-        log: writes a line for the user.
+        parameters: the parameters whose gradients the passes compute.
+        keep_less: makes the blocks keep less for the backward pass, see `MemoryPlan.keep_less`; None for no retry.
+        log: prints a line.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class MemoryRetry:
         self.keep_less, self.log = keep_less, log
 
     def __call__(self, passes: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-        """Returns the loss of a micro-batch, whose gradients `passes` adds to those of the parameters.
+        """Returns the loss of a micro-batch; `passes` adds its gradients to those of the parameters.
 
         Raises:
-            torch.OutOfMemoryError: the memory does not suffice for a micro-batch whose blocks keep the least.
+            torch.OutOfMemoryError: the memory does not suffice even if the blocks keep as little as possible.
         """
         if self.keep_less is None:
             return passes(inputs)
@@ -42,13 +42,13 @@ class MemoryRetry:
             return passes(inputs)
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
-        # Not above: the error holds the frames of the passes, and these what the passes have made.
+        # Outside of the handler, because the error keeps the frames of the passes and their tensors alive.
         for parameter, gradient in zip(self.parameters, before, strict=True):
             parameter.grad = gradient
         free_memory()
         self.log(
-            f"memory did not suffice ({reason}): from here on all blocks are computed again in the backward pass, as "
-            "with train.recompute=block, which is slower and changes no number; this part of the step is made again"
+            f"out of memory ({reason}): from here on all blocks are recomputed in the backward pass, as with "
+            "train.recompute=block, which is slower and gives the same results; this part of the step is repeated"
         )
         self.keep_less()
         self.keep_less = None

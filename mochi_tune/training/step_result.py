@@ -1,4 +1,4 @@
-"""What a step gave: of one process's micro-batches, and of all processes together."""
+"""The results of a step: of one micro-batch, and of all processes together."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step over all processes, before its update.
+    """The result of a step over all processes, before its update.
 
     Attributes:
-        step: from 1.
+        step: number of the step, from 1.
         loss: weighted mean over the samples.
-        grad_norm: of the averaged gradients, before they are clipped.
-        learning_rate: of the update.
-        clips: path of each sample's clip.
+        grad_norm: norm of the averaged gradients before clipping.
+        learning_rate: learning rate of the update.
+        clips: path of the clip of each sample.
         sigmas: noise level of each sample.
-        stop_signal: that a process received, 0 for none.
+        stop_signal: the signal that asks for a stop, 0 for none.
         save_requested: whether a process received SIGUSR1.
     """
 
@@ -37,11 +37,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """What a process computed of one micro-batch of B samples.
+    """The result of one micro-batch of B samples.
 
     Attributes:
-        loss: weighted mean over the samples, a tensor () without its graph.
-        clips: path of each sample's clip.
+        loss: weighted mean over the samples, a detached tensor ().
+        clips: path of the clip of each sample.
         sigma: noise levels, (B,).
     """
 
@@ -56,8 +56,8 @@ def merge_parts(
     """Returns the mean loss, the clips and the sigmas of a step, in the order of its samples.
 
     Args:
-        gathered: of each process, by the number of a micro-batch: its loss, its clips and its sigmas. Processes that
-            share the tokens of a micro-batch have the same.
+        gathered: for each process, the loss, the clips and the sigmas of its micro-batches, by number. Processes that
+            share the tokens of a micro-batch have the same results.
     """
     parts = [part for _, part in sorted({n: part for one in gathered for n, part in one.items()}.items())]
     loss = sum(value for value, _, _ in parts) / len(parts)

@@ -1,4 +1,4 @@
-"""What `train` says before its first step: what it runs on, what it will take, and which settings are doubtful."""
+"""The lines that `train` prints before its first step: device, estimates, and warnings about settings."""
 
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -13,19 +13,20 @@ from mochi_tune.training.preflight import TrainPlan, bucket_shares, step_seconds
 if TYPE_CHECKING:
     from mochi_tune.config.schema import TrainConfig
 
-# The highest learning rate that is usual for a LoRA, by optimizer; prodigy finds its own, as a multiple of 1.
+# Highest usual learning rate for a LoRA, by optimizer. Prodigy finds its own rate, which this multiplies.
 USUAL_RATES = {
     "adamw": 1e-3, "adamw_8bit": 1e-3, "adafactor": 1e-3, "prodigy": 1.0, "muon": 2e-2, "schedule_free": 2.5e-3,
 }  # fmt: skip
+# A warning is printed for a learning rate above this multiple of the usual one.
 FAR = 5
 
 
 def opening_lines(plan: TrainPlan, step: int) -> list[str]:
-    """Returns what a run works with and what it will take; every process calls it, as memory is planned together.
+    """Returns lines about the run and its estimated memory and time; every process calls this to plan memory together.
 
     Args:
-        plan: of the run.
-        step: the last one that is finished.
+        plan: the plan of the run.
+        step: the last finished step.
     """
     config, train = plan.config, plan.config.train
     environment, left = plan.environment, train.steps - step
@@ -50,35 +51,35 @@ def opening_lines(plan: TrainPlan, step: int) -> list[str]:
 
 
 def _forecast(plan: TrainPlan, memory: MemoryPlan, num_steps: int) -> list[str]:
-    """What is to come in memory and time, which is foretold for GPUs alone."""
+    """Returns lines with the estimated memory and time, which are only known for GPUs."""
     if plan.device.type != "cuda":
-        return ["memory and time are not foretold for a CPU: the first steps show the time"]
+        return ["memory and time are not estimated for a CPU: the first steps show the time"]
     card = known_card(torch.cuda.get_device_name(plan.device))
     total = torch.cuda.get_device_properties(plan.device).total_memory / GIB
-    lines = [f"memory to come: {describe(held_by(plan.step, memory))}, which has {total:.1f} GiB"]
+    lines = [f"estimated memory: {describe(held_by(plan.step, memory))}, which has {total:.1f} GiB"]
     if card is None:
-        return [*lines, "time to come: not foretold for this GPU, the first steps show it"]
+        return [*lines, "estimated time: not known for this GPU, the first steps show it"]
     shares = bucket_shares(plan.order, plan.dataset.cache)
     seconds = step_seconds(plan.config, plan.step, shares, memory.recompute, card, memory.is_streamed)
     about = f"about {in_words(seconds * num_steps)}, {seconds:.2g} s a step, without evaluations"
-    return [*lines, f"time to come: {about}"]
+    return [*lines, f"estimated time: {about}"]
 
 
 def doubtful_settings(train: "TrainConfig", num_samples: int) -> list[str]:
-    """Returns a line for each setting that does nothing, or with which a run of so many samples a step hardly works."""
+    """Returns a line for each setting that has no effect or that is likely to harm the training."""
     lines = []
     if train.warmup_steps >= train.steps:
-        # At least one where there is room for it.
+        # At least one step of warm-up if the run has several steps.
         shorter = max(train.steps // 10, min(train.steps - 1, 1))
         lines.append(
-            f"warning: train.warmup_steps={train.warmup_steps} is no less than train.steps={train.steps}: the learning "
+            f"warning: train.warmup_steps={train.warmup_steps} is not below train.steps={train.steps}: the learning "
             f"rate never reaches its peak; use train.warmup_steps={shorter}, or train.steps above {train.warmup_steps}"
         )
     usual = USUAL_RATES[train.optimizer]
     if train.learning_rate > FAR * usual:
         lines.append(
-            f"warning: train.learning_rate={train.learning_rate:g} is far above the usual with {train.optimizer}, up "
-            f"to {usual:g}: the loss may grow instead of fall"
+            f"warning: train.learning_rate={train.learning_rate:g} is far above the usual range of "
+            f"{train.optimizer}, up to {usual:g}: the loss may grow instead of fall"
         )
     if train.sigma_stratified and num_samples == 1:
         lines.append(

@@ -143,7 +143,7 @@ def test_what_fits_is_what_a_run_may_have(tmp_path):
         made = main(load_config("my_lora", [*more, f"data.cache={tmp_path}"]), "3060", 0)
         said = next(line for line in made.advice if "this training needs" in line)
         assert "or train.batch_size" in said and not any(each in said for each in free_of), said
-    with pytest.raises(ConfigError, match="zero3 shares a run among processes, and there is one"):
+    with pytest.raises(ConfigError, match="zero3 shares a run among processes, but there is only one"):
         main(load_config("my_lora", ["parallel=zero3", f"data.cache={tmp_path}"]), "h100", 0)
 
 

@@ -299,5 +299,5 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
     assert main(load_config("my_lora", [*arguments, f"run_dir={tmp_path / 'golden'}"])) == 0, "the width is the same"
     dataset = LatentDataset(open_cache(prepared() / "cache", BUCKETS))
     check_text_width(dataset, 64)
-    with pytest.raises(DataError, match="text features of width 64, the DiT takes 4096"):
+    with pytest.raises(DataError, match="text features of width 64, but the DiT takes 4096"):
         check_text_width(dataset, 4096)

@@ -65,7 +65,7 @@ def test_a_step_that_ran_out_of_memory_is_made_again_to_the_same_bits(more, undi
     made = fail_at(monkeypatch, {3})
     assert train(tmp_path / "run", *ACCUMULATED, *more) == 0
     assert len(made) == 7
-    assert capsys.readouterr().out.count("memory did not suffice (CUDA out of memory): from here on all blocks") == 1
+    assert capsys.readouterr().out.count("out of memory (CUDA out of memory): from here on all blocks") == 1
     assert_same_run(tmp_path / "run", undisturbed)
 
 
