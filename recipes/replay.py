@@ -1,4 +1,4 @@
-"""Recomputes one step of a run, without its update: the step that a run refused to make, sample by sample."""
+"""Recomputes a step that a run refused, sample by sample and without its update."""
 
 import contextlib
 import functools
@@ -33,15 +33,15 @@ from mochi_tune.weights.folder import WeightsFolder
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of the step that was made again.
+    """A sample of the recomputed step.
 
     Attributes:
-        clip: its path.
-        sigma: its noise level.
-        loss: its own.
-        grad_norm: of its own gradient.
-        origin: where the first number that is not finite came up, "" if none did; in the forward pass it is noted of
-            every sample of a micro-batch.
+        clip: path of the clip.
+        sigma: noise level.
+        loss: loss of this sample.
+        grad_norm: norm of the gradient of this loss.
+        origin: where the first number that is not finite appeared, "" if there is none. One of the forward pass is
+            reported for every sample of the micro-batch.
     """
 
     clip: str
@@ -53,15 +53,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Replay:
-    """A step that was made again.
+    """A recomputed step.
 
     Attributes:
         recorded: what the run wrote about the step.
-        samples: one after the other.
-        loss: of the step.
-        grad_norm: of the step, of the mean over its samples.
-        attention: the kernel that attention runs, or those that torch chooses from; and which one the run had, if it
-            is not here.
+        samples: the samples of the step, in order.
+        loss: mean loss of the samples.
+        grad_norm: norm of the mean gradient of the samples.
+        attention: a text with the attention kernel, or the kernels that torch chooses from, and with the kernel of the
+            run if that is not available.
     """
 
     recorded: dict
@@ -72,33 +72,33 @@ class Replay:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step's numbers are finite this time."""
+        """Whether the recomputed loss and gradient norm are finite."""
         return is_finite(self.loss, self.grad_norm)
 
 
 def main(bundle: Path, device_name: str) -> Replay:
-    """Makes the step of a bundle again, in one process.
+    """Recomputes the step of a bundle in one process.
 
     Args:
-        bundle: folder that a run wrote when it refused a step.
+        bundle: the folder that a run wrote when it refused a step.
         device_name: "cpu", "cuda" or "auto".
 
     Raises:
-        MochiTuneError: the bundle is not whole, or its clips or weights are not there any more.
+        MochiTuneError: the bundle is incomplete, or its clips or weights are no longer available.
     """
     if not (bundle / "step.json").is_file():
         others = sorted(str(path.parent) for path in bundle.parent.glob("*/step.json"))
-        there = f"those there are {some(others)}" if others else "a run writes RUN/bundles/step_NUMBER"
-        raise CheckpointError(f"{bundle} is no bundle of a refused step, which has a step.json: {there}.")
+        there = f"use one of {some(others)}" if others else "name a folder RUN_DIR/bundles/step_NNNNNN"
+        raise CheckpointError(f"{bundle} is not a bundle of a refused step, which has a step.json: {there}.")
     recorded = read_json(bundle / "step.json")
     needed = ("step", "draws", "clips", "loss", "grad_norm")
     if missing := [key for key in needed if not recorded.get(key) and recorded.get(key) != 0]:
-        raise CheckpointError(f"{bundle / 'step.json'} has no {', '.join(missing)}: it is no bundle of a run.")
+        raise CheckpointError(f"{bundle / 'step.json'} has no {', '.join(missing)}: it is not a bundle of a run.")
     config = load_config(str(bundle / "config.yaml"), [])
     train, num_micro_batches = config.train, recorded["draws"]["num_micro_batches"]
     draws = KeyedDraws(config.seed, train.batch_size, num_micro_batches, train.caption_dropout, train.sigma_stratified)
     device = find_device(device_name)
-    # Bundles of before these were recorded have none of them.
+    # Bundles of older versions have no identity.
     identity = recorded.get("identity", {})
     dataset, places = find_clips(config, recorded["clips"], identity.get("cache"))
     check_base(config, identity.get("base"))
@@ -106,7 +106,7 @@ def main(bundle: Path, device_name: str) -> Replay:
     kernel, attention = choose_kernel(recorded.get("attention"), config, dit.config, device)
     parameters = lora_parameters(dit)
     watch = NonFiniteWatch(dit)
-    # After the watch, which then sees the embedders that it copies, too.
+    # Created after the watch, so that the copies of the embedders have its hooks too.
     host_modulation = HostModulation(dit)
     done, count = [], draws.num_micro_batches * draws.batch_size
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -136,36 +136,36 @@ def main(bundle: Path, device_name: str) -> Replay:
 
 
 def check_base(config: RunConfig, of_run: str | None) -> None:
-    """Refuses another base than that of the run.
+    """Checks that the base is the one of the run.
 
     Raises:
-        CheckpointError: the weights are others by now.
+        CheckpointError: the weights have changed.
     """
     here = WeightsFolder(weights_paths(config)).base_identity()
     if of_run not in (None, here):
         raise CheckpointError(
-            f"{config.model.weights} has another base than the run's: the base is {here[:12]} here, {of_run[:12]} "
-            "there: put the run's weights back to replay its step."
+            f"{config.model.weights} has another base than the run: its fingerprint is {here[:12]}, not {of_run[:12]}: "
+            "restore the weights of the run to replay its step."
         )
 
 
 def find_clips(config: RunConfig, paths: list[str], of_run: str | None) -> tuple[LatentDataset, list[int]]:
-    """Returns the cache's clips and the numbers of those of a step.
+    """Returns the clips of the cache and the indices of the clips of a step.
 
     Args:
-        config: of the run.
-        paths: the clips.
-        of_run: fingerprint of the run's cache; None: none was recorded.
+        config: the settings of the run.
+        paths: the clips of the step.
+        of_run: fingerprint of the run's cache; None if it was not recorded.
 
     Raises:
-        DataError: the cache is another one by now.
+        DataError: the cache has changed.
     """
     cache = open_cache(Path(config.data.cache), buckets_by_source(config.data))
     dataset = LatentDataset(cache)
     numbers = {name: number for number, name in enumerate(dataset.cache.rows.column("sample_id"))}
     if gone := sorted(set(paths) - numbers.keys()):
         raise DataError(
-            f"the cache {config.data.cache} has no clip {gone[0]} any more: put it back to replay its step."
+            f"the cache {config.data.cache} no longer has the clip {gone[0]}: restore it to replay the step."
         )
     if of_run not in (None, cache.fingerprint):
         raise DataError(
@@ -176,7 +176,7 @@ def find_clips(config: RunConfig, paths: list[str], of_run: str | None) -> tuple
 
 
 def load_adapted(config: RunConfig, bundle: Path, device: torch.device, has_host_modulation: bool) -> AsymmDiT:
-    """Loads the base with the adapter as it was before the step, in training mode."""
+    """Loads the base with the adapter before the step, in training mode."""
     weights = WeightsFolder(weights_paths(config))
     weights.check(["dit"])
     shrink = functools.partial(
@@ -199,23 +199,25 @@ def load_adapted(config: RunConfig, bundle: Path, device: torch.device, has_host
 
 
 class NonFiniteWatch:
-    """Remembers where the first number that is not finite comes up, on the way there or on the way back."""
+    """Records where the first number that is not finite appears in the forward or the backward pass."""
 
     def __init__(self, dit: nn.Module) -> None:
         self.origin = ""
         for name, module in dit.named_modules():
             if name:
-                module.register_forward_hook(lambda _module, _inputs, output, name=name: self._look(name, output))
+                module.register_forward_hook(lambda _module, _inputs, output, name=name: self._check(name, output))
 
-    def _look(self, name: str, output: object) -> None:
+    def _check(self, name: str, output: object) -> None:
         for tensor in output if isinstance(output, tuple | list) else [output]:
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                self._note(f"the output of {name}", tensor)
+                self._record(f"the output of {name}", tensor)
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: self._note(f"the gradient of the output of {name}", gradient))
+                    tensor.register_hook(
+                        lambda gradient: self._record(f"the gradient of the output of {name}", gradient)
+                    )
 
-    def _note(self, where: str, tensor: torch.Tensor) -> None:
-        # Detached: a checkpointed block counts what is kept for the backward pass, and this is no part of it.
+    def _record(self, where: str, tensor: torch.Tensor) -> None:
+        # Detached, because activation checkpointing counts the tensors that are kept for the backward pass.
         if not self.origin and not bool(tensor.detach().isfinite().all()):
             self.origin = where
 
@@ -223,19 +225,19 @@ class NonFiniteWatch:
 def choose_kernel(
     of_run: str | None, config: RunConfig, dit: DiTConfig, device: torch.device
 ) -> tuple[str | None, str]:
-    """Returns the kernel that attention runs, None for torch's choice, and words for it.
+    """Returns the attention kernel, or None if torch chooses it, and a text that describes it.
 
     Args:
-        of_run: the kernel of the run; None: torch's choice, or none was recorded.
-        config: of the run.
-        dit: its sizes.
-        device: of the replay.
+        of_run: the kernel of the run; None if torch chose it or none was recorded.
+        config: the settings of the run.
+        dit: the sizes of the model.
+        device: the device of the replay.
     """
     shape = (dit.num_heads, num_tokens(config), dit.hidden_size_x // dit.num_heads)
     if of_run in ALL_KERNELS and has_kernel(of_run, shape, device, DTYPES[config.model.dtype]):
         return of_run, f"{of_run}, as in the run"
     here = "the CPU's kernel" if device.type == "cpu" else f"what torch chooses of {enabled_kernels()}"
-    return None, here if of_run is None else f"{here}: the run's, {of_run}, does not run here"
+    return None, here if of_run is None else f"{here}: the run's kernel, {of_run}, is not available here"
 
 
 def enabled_kernels() -> str:

@@ -13,7 +13,7 @@ from mochi_tune.config.sources import buckets_by_source
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.records import RunRecords, SampleVideo
 
-# The name that diffusers loads without being told.
+# The file name that diffusers loads by default.
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 CURVE_FILE = "validation_loss.png"
 _PACKAGED_BASES = ("tiny", "toy")
@@ -21,19 +21,19 @@ _PACKAGED_BASES = ("tiny", "toy")
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card is made of.
+    """The content of a model card.
 
     Attributes:
-        title: of the adapter.
+        title: title of the adapter.
         repo: owner/name on the hub.
-        base: of the hub, such as genmo/mochi-1-preview; None where the adapter is of another one.
-        base_name: of the base, as the adapter states it.
-        about: "author", "license" and "trigger_phrase", where they are stated.
-        adapter: what its table says: "rank", "alpha", "layers" and "dtype".
-        is_dora: whether it is a DoRA.
-        files: name of the file of each format in the folder.
-        records: of the run, where there are any.
-        videos: name in the folder, and what the video is.
+        base: the base model on the hub, such as genmo/mochi-1-preview; None if the adapter has another base.
+        base_name: name of the base in the metadata of the adapter.
+        about: "author", "license" and "trigger_phrase", as far as they are known.
+        adapter: "rank", "alpha", "layers" and "dtype" for the table.
+        is_dora: whether the adapter is a DoRA.
+        files: file name of each format in the folder.
+        records: the records of the run, or None.
+        videos: file name and description of each video in the folder.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Card:
 
 
 def card_text(card: Card) -> str:
-    """Returns README.md."""
+    """Returns the text of README.md."""
     sections = [
         f"---\n{_front_matter(card)}---",
         f"# {_cell(card.title)}",
@@ -88,7 +88,7 @@ def _introduction(card: Card) -> str:
     if trigger := card.about.get("trigger_phrase"):
         lines.append(f"Put **{_cell(trigger)}** into the prompt.")
     if card.is_dora:
-        lines.append("A DoRA renders what was trained at strength 1 only.")
+        lines.append("A DoRA renders what was trained only at strength 1.")
     return " ".join(lines)
 
 
@@ -113,7 +113,7 @@ def _prompt(card: Card) -> str:
 
 
 def _size(card: Card) -> tuple[int, int, int]:
-    """Returns frames, height and width of the examples: what the run renders."""
+    """Returns frames, height and width for the examples: those that the run renders."""
     return sample_size(card.records.config.sample, card.records.config.data) if card.records else (37, 480, 848)
 
 
@@ -155,10 +155,10 @@ export_to_video(frames, "video.mp4", fps=30)
 
 
 def _comfyui(card: Card) -> str:
-    # The others hold what ComfyUI reads, too.
+    # ComfyUI also reads the other formats.
     name = next((card.files[to] for to in ("comfyui", "kohya", "official") if to in card.files), None)
     if card.is_dora:
-        return "ComfyUI has no form of a DoRA that renders what was trained."
+        return "ComfyUI has no DoRA format that renders what was trained."
     if name is None:
         name = f"{card.repo.partition('/')[2]}.safetensors"
         text = f"{_conversion(card, 'comfyui', name)}\n\nMove it to `ComfyUI/models/loras`."
@@ -168,8 +168,8 @@ def _comfyui(card: Card) -> str:
     return f"""\
 {text}
 
-Put a node *LoraLoaderModelOnly* between the node that loads Mochi's model and the sampler. As part of a workflow in the
-API format, where node 1 loads the model:
+Put a node *LoraLoaderModelOnly* between the node that loads the Mochi model and the sampler. In a workflow in the API
+format, where node 1 loads the model:
 
 ```json
 {{"2": {{"class_type": "LoraLoaderModelOnly",
@@ -192,7 +192,7 @@ mochi-tune sample conf=my_lora {model}adapter={name} {shlex.quote(f"prompt={_pro
 def _conversion(card: Card, to: str, name: str) -> str:
     source = next(iter(card.files.values()))
     return f"""\
-The file is made from the one that is here:
+Convert the file in this repository:
 
 ```
 hf download {card.repo} {source} --local-dir .
@@ -249,6 +249,6 @@ def _run_facts(records: RunRecords) -> dict[str, str]:
 
 
 def _cell(text: str) -> str:
-    """Returns a text as a cell of a table, in which nothing is markup."""
+    """Escapes a text for a cell of a Markdown table."""
     escaped = "".join(f"\\{char}" if char in "\\`*_[]<>|#!" else char for char in text)
     return " ".join(escaped.split())

@@ -32,7 +32,7 @@ from mochi_tune.training.metrics import write_line
 from mochi_tune.training.objective import noisy_and_target, velocity_loss
 from mochi_tune.training.preflight import TrainPlan
 from mochi_tune.training.progress import hides_bars
-from mochi_tune.training.resume import owes_evaluation
+from mochi_tune.training.resume import lacks_evaluation
 from mochi_tune.training.run import Run
 from mochi_tune.training.schedule import is_due
 
@@ -78,7 +78,7 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
     if run.report is not None:
         run.report.write()
     run.check_signals()
-    if run.is_complete and run.metrics is not None and owes_evaluation(plan, run.step):
+    if run.is_complete and run.metrics is not None and lacks_evaluation(plan, run.step):
         # Only the main process fails: if another one did, a launcher would stop this one, perhaps during a save.
         run.exit_code = 2
         write_line(f"the evaluation of step {run.step} could not be written: make room, and the same command makes it")

@@ -1,7 +1,7 @@
-"""The follower of a run: a process that sends the numbers of the run's JSONL files, and its eval videos, to trackers.
+"""The follower process of a run: sends the numbers of its JSONL files and its eval videos to trackers.
 
-Each tracker has a thread, so that one that fails or hangs does not stop the others. run_dir/trackers/KIND.json says
-which steps are safe in a tracker, and the next start goes on from them.
+Each tracker has a thread, so that one that fails or hangs does not stop the others. run_dir/trackers/KIND.json records
+the last steps that a tracker has stored, and the next start continues from there.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from mochi_tune.files import parse_object, write_atomic
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
 from mochi_tune.training.metrics import FILES
 
-# How often it reads new rows.
+# Interval in seconds at which the follower reads new rows.
 POLL_SECONDS = 0.5
 GIF_WIDTH = 640
 
 
-# A tracker takes rows in the order of their steps: `send` hands over a row's numbers, `show` an eval video or picture,
-# `flush` returns whether all that was sent is known to be safe, and `finish` waits until it is. It is built when there
-# is a first row for it.
+# A tracker gets rows in the order of their steps. `send` sends the numbers of a row, `show` an eval video or picture.
+# `flush` returns whether everything sent is known to be stored, and `finish` waits until it is. A tracker is built when
+# its first row exists.
 
 
 class _Wandb:
-    """A run in W&B, which takes no number for a step that it has closed, neither now nor when the run goes on.
+    """A run in W&B, which accepts no more numbers for a step once a later step was logged, even after a resume.
 
-    So a validation goes into its step's row, which is still open, and so does a video. What a stopped run did not
-    reach, and makes up for later, goes into the next step's row, with its own step as its x axis.
+    A validation or a video is therefore added to the row of its step while that is open. If a resumed run catches up on
+    one, it goes into the row of the next step, with its own step as x axis.
     """
 
     def __init__(self, folder: Path, run_id: str, options: Mapping, last_step: int) -> None:
@@ -63,7 +63,7 @@ class _Wandb:
     def show(self, name: str, step: int, path: Path, prompt: str) -> None:
         import wandb
 
-        # Told the format, it copies the file as it is.
+        # With the format, W&B copies the file unchanged.
         kind = wandb.Image(str(path), caption=prompt) if path.suffix == ".png" else None
         media = kind or wandb.Video(str(path), caption=prompt, format="mp4")
         self._add({name: media, "samples/step": step}, step)
@@ -76,17 +76,17 @@ class _Wandb:
             self.late |= values
 
     def flush(self) -> bool:
-        # Only `finish` reports success. W&B ignores a step that it gets once more because of that.
+        # Only `finish` shows that rows are stored. W&B ignores a step that is sent again because of that.
         return False
 
     def finish(self) -> None:
-        # A row of its own would close the step that the run may yet come to.
+        # Logging a row would close the next step, which a resumed run may still need.
         self.run.summary.update(self.late)
         self.run.finish()
 
 
 class _TensorBoard:
-    """Event files in a folder. Steps there that come again are purged."""
+    """TensorBoard event files in a folder. Steps that are logged again are purged first."""
 
     def __init__(self, folder: Path, _run_id: str, _options: Mapping, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -98,7 +98,7 @@ class _TensorBoard:
             self.writer.add_scalar(name, number, step)
 
     def show(self, name: str, step: int, path: Path, _prompt: str) -> None:
-        """Adds a video as a GIF, which is how TensorBoard plays one.
+        """Adds a video as a GIF, the format that TensorBoard plays.
 
         Source: pytorch/pytorch@v2.9.0 torch/utils/tensorboard/summary.py (video, make_video), which needs moviepy.
         """
@@ -118,7 +118,7 @@ class _TensorBoard:
 
 
 class _Trackio:
-    """A run in trackio, which reports a failure by a warning only; here that is an error."""
+    """A run in trackio, which reports failures only as warnings; this class raises them as errors."""
 
     def __init__(self, _folder: Path, run_id: str, options: Mapping, _last_step: int) -> None:
         self.warned: list[str] = []
@@ -131,13 +131,13 @@ class _Trackio:
         self.run = trackio.init(
             project=options["project"], name=name, config=options["settings"], resume="allow", embed=False
         )
-        self.warned.clear()  # Until here no row can have been lost.
+        self.warned.clear()  # No row was sent yet, so earlier warnings do not matter.
 
     def send(self, _file: str, step: int, numbers: dict[str, float]) -> None:
         self.run.log(numbers, step=step)
 
     def show(self, *_: object) -> None:
-        """Sends none: W&B and TensorBoard alone get videos."""
+        """Does nothing: only W&B and TensorBoard get videos."""
 
     def flush(self) -> bool:
         time.sleep(1)  # trackio writes twice a second.
@@ -161,18 +161,18 @@ TRACKERS: dict[str, Callable[..., Any]] = {"wandb": _Wandb, "tensorboard": _Tens
 
 
 def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], bool]) -> None:
-    """Sends a tracker the rows of a run that it does not have, until the run is over.
+    """Sends the missing rows of a run to a tracker until the run is over.
 
     Args:
-        run_dir: the run's folder, with its JSONL files.
+        run_dir: the run folder with the JSONL files.
         kind: one of TRACKERS.
-        options: what `trackers.Trackers` passes on.
-        wait: waits at most so many seconds for the end of the run, and returns whether the run is over.
+        options: the options of `trackers.Trackers`.
+        wait: waits for the end of the run for at most this many seconds, and returns whether the run is over.
     """
     folder, tracker, is_over = run_dir / "trackers", None, False
     reached, validations = 0, []
     with contextlib.ExitStack() as stack:
-        # Opened before the lock: another trainer may replace the files while this process waits.
+        # Opened before waiting for the lock, because another trainer may replace the files meanwhile.
         files = {name: stack.enter_context(open(run_dir / f"{name}.jsonl", "rb")) for name in FILES}
         # The follower of a trainer that was killed may still be sending its last rows.
         fcntl.flock(stack.enter_context(open(folder / f".{kind}.lock", "w")), fcntl.LOCK_EX)
@@ -183,14 +183,14 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
         while True:
             steps = _new_rows(files["metrics"])
             validations += _new_rows(files["validation"])
-            # Looked for after the rows: of a step that was not read yet they wait for the next time.
+            # After the rows; videos of steps whose rows were not read yet wait for the next iteration.
             videos = [video for video in find_eval_videos(run_dir) if video[2].name not in state["samples"]]
-            # A validation's row is written after its step's and before the next one's, but may be read before both.
+            # The row of a validation is written after the row of its step, but may be read before it.
             reached = steps[-1]["step"] if steps else reached
             rows = [("metrics", row) for row in steps]
             rows += [("validation", row) for row in validations if row["step"] <= reached]
             validations = [row for row in validations if row["step"] > reached]
-            # A step's validation and videos come after its own row, and before the next one's.
+            # The validation and the videos of a step come after its row and before the next one.
             rows += [("samples", {"step": at, "number": i, "path": p}) for at, i, p in videos if at <= reached]
             for file, row in sorted(rows, key=lambda named: named[1]["step"]):
                 step = row.pop("step")
@@ -206,7 +206,7 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
                     state[file] = step
             if rows and tracker and tracker.flush():
                 write_atomic(path, json.dumps(state).encode())
-            # Rows that were written just before the end are read after it.
+            # One more iteration after the end reads the last rows.
             if is_over and not rows:
                 break
             is_over = wait(POLL_SECONDS)
@@ -216,7 +216,7 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
 
 
 def _new_rows(file: BinaryIO) -> list[dict]:
-    """Reads what was added to a file since the last call, up to the last complete line."""
+    """Reads the complete lines that were added to a file since the last call."""
     start, added = file.tell(), file.read()
     num_bytes = added.rfind(b"\n") + 1
     file.seek(start + num_bytes)
@@ -224,7 +224,7 @@ def _new_rows(file: BinaryIO) -> list[dict]:
 
 
 def _numbers(value: object, name: str) -> Iterator[tuple[str, float]]:
-    """Yields the numbers of a row under their names, as "validation/bins/0.125"; texts and lists are left out."""
+    """Yields the numbers of a row by name, such as "validation/bins/0.125"; texts and lists are left out."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from _numbers(part, f"{name}/{key}")
@@ -233,7 +233,7 @@ def _numbers(value: object, name: str) -> Iterator[tuple[str, float]]:
 
 
 def _read_state(path: Path, run_dir: Path, begun: str | None) -> dict:
-    """Returns the tracker's run id and its last steps; it has none if the run is new or its folder was moved."""
+    """Returns the run ID and the last steps of a tracker, which starts again if the run is new or was moved."""
     known = (parse_object(path.read_bytes()) if path.exists() else None) or {}
     begun = begun or known.get("begun", "")
     run_id = hashlib.sha256(f"{run_dir.resolve()} {begun}".encode()).hexdigest()[:16]
@@ -243,7 +243,7 @@ def _read_state(path: Path, run_dir: Path, begun: str | None) -> dict:
 
 
 def _as_gif(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """Returns an eval video or picture as a GIF, and its size; at most GIF_WIDTH wide, as it is sent whole."""
+    """Returns an eval video or picture as a GIF of at most GIF_WIDTH pixels, and its size."""
     from mochi_tune.models.latents import FPS
     from mochi_tune.sampling.video import read_frames
 
@@ -251,21 +251,21 @@ def _as_gif(path: Path) -> tuple[bytes, tuple[int, int]]:
     for frame in frames:
         frame.thumbnail((GIF_WIDTH, GIF_WIDTH))
     content = io.BytesIO()
-    # A GIF counts in 10 ms.
+    # GIF durations are multiples of 10 ms.
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=round(100 / FPS) * 10, loop=0)
     return content.getvalue(), frames[0].size
 
 
 def main() -> None:
-    """Follows a run until its trainer is gone: RUN_DIR KIND,KIND OPTIONS.
+    """Follows a run until its trainer ends; the arguments are RUN_DIR KIND,KIND OPTIONS.
 
-    Writes a JSON line [kind, reason] to stdout when a tracker has ended; the reason is "" unless it failed.
+    Writes a JSON line [kind, reason] to stdout when a tracker has ended; the reason is "" if it did not fail.
     """
     run_dir, kinds, options = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # A cluster sends them to every process of a job; the last rows are yet to come.
+        # A cluster signals every process of a job, but the last rows are still to be sent.
         signal.signal(number, signal.SIG_IGN)
-    # What the trackers' libraries print goes to the log.
+    # The output of the trackers' libraries goes to the log.
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     over = threading.Event()
@@ -276,16 +276,16 @@ def main() -> None:
             follow(run_dir, kind, options, over.wait)
         except (Exception, SystemExit) as error:  # noqa: BLE001  (reported to the trainer; the log has the traceback)
             traceback.print_exc()
-            # Short enough for a pipe to take the line whole.
+            # Short enough to be written to the pipe atomically.
             reason = " ".join(str(error).split())[:500] or type(error).__name__
         with contextlib.suppress(BrokenPipeError):  # The trainer is gone.
             report.write(json.dumps([kind, reason]) + "\n")
 
     def wait_for_the_end() -> None:
-        while os.read(0, 1):  # Until the trainer closes it or is gone.
+        while os.read(0, 1):  # Until the trainer closes the pipe or ends.
             pass
         over.set()
-        time.sleep(options["close_seconds"] + 1)  # The trainer ends this process sooner, if it is still there.
+        time.sleep(options["close_seconds"] + 1)  # A living trainer ends this process earlier.
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What a run folder tells of the adapter in it: settings, counts, validation losses and sample videos."""
+"""Reads the records of an adapter from its run folder: settings, counts, validation losses and sample videos."""
 
 import math
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleVideo:
-    """A video of the run.
+    """A video of a run.
 
     Attributes:
-        file: .mp4.
-        prompt: that it was rendered from.
-        is_compared: whether it shows the base on the left, and the adapter on the right.
+        file: the .mp4 file.
+        prompt: the prompt of the video.
+        is_compared: whether it shows the base on the left and the adapter on the right.
     """
 
     file: Path
@@ -33,20 +33,20 @@ class SampleVideo:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of a run, up to the adapter's step.
+    """The records of a run up to the step of an adapter.
 
     Attributes:
-        config: its settings.
-        step: of the adapter.
-        date: when the run last started, ISO 8601; "" where the run did not keep it.
-        num_clips: in the cache.
-        num_trained: clips that were trained on.
-        global_batch: clips a step, over all processes.
-        seconds: of all steps together.
-        losses: (step, validation loss).
-        is_held_out: whether validation was on clips that are not trained on.
-        videos: of the adapter.
-        environment: what the last process computed with.
+        config: the settings.
+        step: the step of the adapter.
+        date: time of the last start, ISO 8601, or "" if the run did not record it.
+        num_clips: number of clips in the cache.
+        num_trained: number of clips that were trained on.
+        global_batch: clips per step, over all processes.
+        seconds: duration of all steps together.
+        losses: (step, validation loss) of comparable validations.
+        is_held_out: whether all validations used held-out clips.
+        videos: videos of the adapter.
+        environment: the last row of the history, with the environment of that start.
     """
 
     config: "RunConfig"
@@ -63,7 +63,7 @@ class RunRecords:
 
 
 def find_run_dir(adapter: Path) -> Path | None:
-    """Returns the run folder that an adapter file lies in, itself or as part of a checkpoint, else None."""
+    """Returns the run folder of an adapter file, which may be in one of its checkpoints; None if there is none."""
     for folder in (adapter.parent, *adapter.parents[2:3]):
         is_own = folder == adapter.parent or adapter.parents[1].name == "checkpoints"
         if is_own and (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
@@ -72,7 +72,7 @@ def find_run_dir(adapter: Path) -> Path | None:
 
 
 def run_date(run_dir: Path) -> str:
-    """Returns when the run last started, ISO 8601; "" where it did not keep that."""
+    """Returns the time of the last start of a run, ISO 8601, or "" if the run did not record it."""
     return next((start["date"] for start in reversed(read_history(run_dir)) if start.get("date")), "")
 
 
@@ -80,13 +80,12 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
     """Reads the records of a run.
 
     Args:
-        run_dir: of the run.
-        adapter: file whose videos are looked for.
-        step: of the adapter; later rows and videos are left out.
+        run_dir: the run folder.
+        adapter: the adapter file.
+        step: the step of the adapter; later rows and videos are left out.
 
     Raises:
-        ConfigError: its config.yaml is not one of this version's.
-        CheckpointError: its clips.json is damaged.
+        ConfigError: this version cannot read the config.yaml of the run.
     """
     config = load_config(str(run_dir / "config.yaml"), [])
     rows, validations = (
@@ -111,7 +110,7 @@ def read_run(run_dir: Path, adapter: Path, step: int) -> RunRecords:
 
 
 def _eval_videos(run_dir: Path, prompts: list[str], step: int) -> list[SampleVideo]:
-    """Returns the newest eval videos up to a step, but not those of step 0, which show the base."""
+    """Returns the newest eval video of each prompt up to a step, without step 0, which shows the base."""
     found = {
         number: path
         for at, number, path in find_eval_videos(run_dir)
@@ -121,13 +120,13 @@ def _eval_videos(run_dir: Path, prompts: list[str], step: int) -> list[SampleVid
 
 
 def _rendered_videos(run_dir: Path, adapter: Path) -> list[SampleVideo]:
-    """Returns the videos that `sample` rendered with exactly this adapter, at strength 1."""
+    """Returns the videos that `sample` rendered with only this adapter at strength 1."""
     sha256, videos = file_sha256(adapter), []
     for path in sorted((run_dir / "samples").glob("*.mp4")):
         record = path.with_suffix(".json")
         facts = parse_object(record.read_bytes()) if record.is_file() else None
         used = (facts or {}).get("adapters") or []
-        # Not with strengths by step or block, nor of another video: neither would show what the adapter does.
+        # Strengths by step or block, or an initial video, would not show what the adapter itself does.
         is_plain = facts is not None and "init_video" not in facts
         is_whole = len(used) == 1 and not {"strength_schedule", "block_strength"} & used[0].keys()
         if facts and is_plain and is_whole and used[0].get("sha256") == sha256 and used[0].get("strength") == 1:

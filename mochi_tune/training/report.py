@@ -1,7 +1,7 @@
-"""The page of a run, RUN_DIR/report.html: its curves, its eval videos and what to do next, from the run's own files.
+"""Writes the page of a run, RUN_DIR/report.html, from the files of the run: curves, eval videos and next steps.
 
-The page needs no network. The videos are too large to be inside: it names them by their place in the run folder, which
-can be copied or moved as a whole.
+The page needs no network. It links to the videos by relative paths, so the run folder can be moved or copied as a
+whole.
 """
 
 import shlex
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mochi_tune.config.schema import RunConfig
 
 PAGE = "report.html"
-# What is drawn or summed up of the rows of metrics.jsonl.
+# The numbers of metrics.jsonl that the page uses.
 CURVES = ("loss", "lr", "seconds", "memory_gib")
 STYLE = """
 h1{overflow-wrap:anywhere}header p{overflow-wrap:anywhere}
@@ -57,14 +57,14 @@ details{margin-top:1.2rem}details summary{cursor:pointer;color:var(--soft)}detai
 
 
 class StepRows:
-    """The numbers of metrics.jsonl, each row read once: a page is made anew after each validation.
+    """The numbers of metrics.jsonl. Each row is read only once, although the page is written after each validation.
 
-    While a run trains, its rows are only added to: those after the checkpoint that it goes on from are dropped before.
+    This relies on the file only growing during a training; rows after the checkpoint are removed before it starts.
 
     Attributes:
-        step: of the last row, 0 without one.
-        most_clips: of a step.
-        curves: the finite numbers of each step that has them, by name, as (step, value).
+        step: the step of the last row, 0 without rows.
+        most_clips: maximum number of clips of a step.
+        curves: the finite values of each number, by name, as (step, value).
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +73,7 @@ class StepRows:
         self.curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVES}
 
     def read_on(self) -> None:
-        """Reads the rows that have come since the last call; the part of one at the end, once it is complete."""
+        """Reads the rows that were added since the last call; an incomplete last line is read once it is complete."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -91,15 +91,15 @@ class StepRows:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the files of a run folder hold.
+    """The content of the files of a run folder.
 
     Attributes:
-        run_dir: the folder.
+        run_dir: the run folder.
         config: the settings.
         steps: the numbers of metrics.jsonl.
-        validations: rows of validation.jsonl with a finite loss, by step.
-        starts: of the processes that trained, oldest first.
-        clips: what clips.json has.
+        validations: the rows of validation.jsonl with a finite loss, sorted by step.
+        starts: the rows of the history, oldest first.
+        clips: the content of clips.json.
     """
 
     run_dir: Path
@@ -116,16 +116,16 @@ class RunFiles:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The step of the lowest validation loss, and that loss."""
+        """The step of the lowest validation loss and that loss; None without a validation."""
         return best_validation(self.validations)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """Returns a number of each step that has it, one of CURVES."""
+        """Returns (step, value) of a number; `name` is one of CURVES."""
         return self.steps.curves[name]
 
 
 class ReportWriter:
-    """Keeps the page of a run up to date; a page that cannot be written costs the run a line."""
+    """Keeps the page of a run up to date; if it cannot be written, prints a line and the run continues."""
 
     def __init__(self, run_dir: Path, config: "RunConfig") -> None:
         self.run_dir, self.config = run_dir, config
@@ -134,18 +134,18 @@ class ReportWriter:
         self._steps = StepRows(run_dir / "metrics.jsonl")
 
     def write(self) -> None:
-        """Writes the page anew, which takes a part of a second; raises nothing."""
+        """Writes the page, which takes less than a second; raises no exception."""
         try:
             self.run = read_files(self.run_dir, self.config, self._steps)
             write_atomic(self.run_dir / PAGE, make_report(self.run).encode())
             self.has_failed = False
-        except Exception as error:  # noqa: BLE001  (said in a line: no page is worth a run)
+        except Exception as error:  # noqa: BLE001  (no page is worth a run)
             if not self.has_failed:
                 write_line(f"{self.run_dir / PAGE} cannot be written ({error}): the run goes on without it")
             self.has_failed = True
 
     def closing_lines(self) -> list[str]:
-        """Returns what a finished run says of itself, as far as its files could be read for the page."""
+        """Returns the last lines that a finished run prints; [] if its files could not be read."""
         if self.run is None:
             return []
         lines = []
@@ -165,11 +165,11 @@ def read_files(run_dir: Path, config: "RunConfig | None" = None, steps: StepRows
 
     Args:
         run_dir: the folder.
-        config: the settings of the run; None: those of its config.yaml.
-        steps: of the folder, as they were read before; None: none were.
+        config: the settings of the run; None to read its config.yaml.
+        steps: the rows that were read before, if any.
 
     Raises:
-        ConfigError: its config.yaml is not one of this version's.
+        ConfigError: this version cannot read the config.yaml of the run.
     """
     steps = steps or StepRows(run_dir / "metrics.jsonl")
     steps.read_on()
@@ -191,7 +191,7 @@ def read_files(run_dir: Path, config: "RunConfig | None" = None, steps: StepRows
 
 
 def make_report(run: RunFiles) -> str:
-    """Returns the page."""
+    """Returns the page as HTML."""
     parts = [_samples(run), _curves(run), _next_steps(run), _settings(run)]
     style = charts.STYLE + video_tables.STYLE + STYLE
     return document(_head(run), style, "\n".join(filter(None, parts)) + video_tables.SCRIPT)
@@ -257,7 +257,7 @@ def _window(points: Sequence) -> int:
 
 
 def _usual_range(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """The range of all values but a hundredth at each end, so that a spike does not flatten the rest."""
+    """Returns the range without the lowest and highest hundredth, so that a spike does not flatten the curve."""
     values = sorted(value for _, value in points)
     out = len(values) // 100 or int(len(values) >= 20)
     return values[out], values[-1 - out]
@@ -275,7 +275,7 @@ def _by_noise_level(validations: Sequence[Mapping[str, Any]]) -> list[Line]:
 
 def _samples(run: RunFiles) -> str:
     prompts, found = run.config.train.sample_prompts, find_eval_videos(run.run_dir)
-    # By the words, not by the number: a later start may have had other prompts.
+    # Rows are keyed by the text of the prompt too, because a later start may have other prompts.
     by_place = {(number, prompt_of(path, number, prompts), step): path for step, number, path in found}
     steps = sorted({step for step, _, _ in found})
     if not steps:
@@ -292,7 +292,7 @@ def _samples(run: RunFiles) -> str:
         body += f"<tr>{cells}</tr>"
     body = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     table = f'<table class="samples" style="--n:{len(steps)}">{body}</table>'
-    note = "Every video starts from the same noise: on the left the base, on the right with the LoRA as it was then."
+    note = "Every video starts from the same noise. The left half is the base, the right half has that step's LoRA."
     return section("Samples", note, f'<div class="scroll" tabindex="0">{table}</div>')
 
 
@@ -312,10 +312,10 @@ def _pair(run_dir: Path, path: Path | None) -> str:
 
 
 def next_steps(run: RunFiles) -> list[tuple[str, str]]:
-    """Returns what there is to do with the run: in words, and as a command."""
+    """Returns the next steps with the run: a description and a command for each."""
     conf, commands = f"conf={run.config.run_dir}/config.yaml", []
     if run.step < run.config.train.steps:
-        commands.append(("Go on, if it is not running", ["mochi-tune", "train", conf]))
+        commands.append(("Resume it, if it is not running", ["mochi-tune", "train", conf]))
     adapter = run.run_dir / "adapter.safetensors"
     if not adapter.is_file():
         return [(words, shlex.join(command)) for words, command in commands]
@@ -342,11 +342,11 @@ def next_steps(run: RunFiles) -> list[tuple[str, str]]:
 def _next_steps(run: RunFiles) -> str:
     commands = "".join(f"<h3>{escape(words)}</h3><pre>{escape(command)}</pre>" for words, command in next_steps(run))
     kept = _kept_steps(run)
-    note = "The commands run in the folder that the training was started in."
+    note = "Run the commands in the folder where the training was started."
     if run.best and run.best[0] not in (0, *kept) and kept:
-        note += f" The checkpoint of step {run.best[0]}, the best, is not kept: train.keep_best=true would keep it."
+        note += f" The checkpoint of the best step, {run.best[0]}, was not kept; train.keep_best=true keeps it."
     if run.best and run.best[0] == 0 and len(run.validations) > 1:
-        note += " No step has a lower validation loss than the start: judge by the samples, or train with a lower rate."
+        note += " No step has a lower validation loss than the start: judge by the samples, or lower the learning rate."
     return section("What to do next", note, commands)
 
 

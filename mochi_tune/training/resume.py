@@ -41,7 +41,7 @@ class ResumePoint:
         notes: lines to print.
         changed: changes that were accepted with resume=force.
         is_named: whether the user named the checkpoint with resume_from.
-        owes_evaluation: whether all steps are finished but the evaluation of the last one is not.
+        lacks_evaluation: whether all steps are finished but the evaluation of the last one is not.
         validates_on_others: whether validations measure other clips or other noise than those before the checkpoint.
     """
 
@@ -51,7 +51,7 @@ class ResumePoint:
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     is_named: bool = False
-    owes_evaluation: bool = False
+    lacks_evaluation: bool = False
     validates_on_others: bool = False
 
 
@@ -287,10 +287,10 @@ def resume(plan: TrainPlan) -> ResumePoint:
     rewind(run_dir, start, tqdm.write)
     if config.resume_from and not start.is_named:
         tqdm.write(f"resume_from={config.resume_from} was used before: the run resumes from its newest checkpoint")
-    owes = owes_evaluation(plan, start.step)
-    if owes:
+    lacks = lacks_evaluation(plan, start.step)
+    if lacks:
         tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was interrupted, is made now")
-        return replace(start, owes_evaluation=True)
+        return replace(start, lacks_evaluation=True)
     if start.step >= config.train.steps:
         which = " with this resume_from" if start.is_named else ""
         more = f"raise train.steps={config.train.steps}{which} to continue"
@@ -331,7 +331,7 @@ def record_in_folder(plan: TrainPlan, start: ResumePoint) -> None:
     record_start(run_dir, {**facts, **plan.environment})
 
 
-def owes_evaluation(plan: TrainPlan, step: int) -> bool:
+def lacks_evaluation(plan: TrainPlan, step: int) -> bool:
     """Whether a run finished its last step but was interrupted before the evaluation of that step was complete."""
     run_dir, train = Path(plan.config.run_dir), plan.config.train
     if step != train.steps:

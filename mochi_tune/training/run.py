@@ -35,7 +35,7 @@ from mochi_tune.training.metrics import Metrics
 from mochi_tune.training.preflight import TrainPlan, adapter_metadata
 from mochi_tune.training.progress import Progress
 from mochi_tune.training.report import ReportWriter
-from mochi_tune.training.resume import ResumePoint, check_rows, owes_evaluation, resume
+from mochi_tune.training.resume import ResumePoint, check_rows, lacks_evaluation, resume
 from mochi_tune.training.run_folder import RunLock
 from mochi_tune.training.schedule import is_due
 from mochi_tune.training.step_result import MicroBatchResult, StepResult, merge_parts
@@ -66,7 +66,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         start = broadcast(resume(plan) if is_main else None)
         attention = broadcast(choose_attention(plan, start) if is_main else None)
         metrics = trackers = None
-        if is_main and (start.step < config.train.steps or start.owes_evaluation):
+        if is_main and (start.step < config.train.steps or start.lacks_evaluation):
             metrics = stack.enter_context(Metrics(run_dir, start.step))
             check_rows(metrics, start)
             # Trackers read the files of the metrics, so they are closed first. A run that goes back to a checkpoint or
@@ -126,7 +126,7 @@ class Run:
     @property
     def has_work(self) -> bool:
         """Whether a step remains, or the evaluation of the last step."""
-        return not self.is_complete or self.start.owes_evaluation
+        return not self.is_complete or self.start.lacks_evaluation
 
     @property
     def is_new(self) -> bool:
@@ -144,7 +144,7 @@ class Run:
             signals = self._signals
             stop_signal = max(gather_object([0 if signals is None else signals.received]))
             self.save()
-            is_over = self.is_complete and not broadcast(bool(self.metrics) and owes_evaluation(self.plan, self.step))
+            is_over = self.is_complete and not broadcast(bool(self.metrics) and lacks_evaluation(self.plan, self.step))
             self.exit_code = 0 if is_over else 128 + stop_signal
             return True
 

@@ -1,7 +1,7 @@
-"""W&B, TensorBoard and trackio, as the trainer sees them: a follower process reads the run's JSONL files for them.
+"""Starts and watches the process that sends metrics to W&B, TensorBoard and trackio.
 
-The files are the record. The trainer never waits for a tracker, and an outage, a hang or a full disk of one costs the
-run a line. The follower ends when the trainer does, as a pipe between them then closes. See follower.py.
+That process, see follower.py, reads the JSONL files of the run. The trainer never waits for a tracker: if one fails or
+hangs, the trainer prints a line and continues. The follower ends when the pipe from the trainer closes.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from mochi_tune.training.metrics import write_line
 if TYPE_CHECKING:
     from mochi_tune.config.schema import LogConfig
 
-# How long after the failure of a tracker all of them are started again.
+# Seconds after the failure of a tracker until all trackers are started again.
 RETRY_SECONDS = 600
 WANDB_LOGIN = "import wandb; wandb.setup(wandb.Settings(silent=True)); wandb.login(verify=False)"
 
 
 def check_trackers(log: "LogConfig") -> None:
-    """Checks what the trackers need on this machine, without a network.
+    """Checks without a network that this machine has what the trackers need.
 
     Raises:
-        ConfigError: a package is not installed, or W&B knows no login.
+        ConfigError: a package is not installed, or W&B has no login.
     """
     for kind, value in _wanted(log).items():
         if importlib.util.find_spec(kind) is None:
@@ -48,15 +48,15 @@ def check_trackers(log: "LogConfig") -> None:
 
 
 class Trackers:
-    """The trackers of a run: no call waits for one or raises for one, but the end of the context waits a bounded time.
+    """The trackers of a run. No call waits for a tracker or raises its errors; closing waits for a limited time.
 
     Args:
-        run_dir: the run's folder, with its JSONL files.
-        last_step: of the checkpoint that the run goes on from; 0 begins a new run in every tracker.
-        name: the run's name in the trackers.
-        settings: of the run, which the trackers display.
-        log: which trackers, and their project.
-        close_seconds: how long the end waits for all of them together.
+        run_dir: the run folder with the JSONL files.
+        last_step: step of the checkpoint to resume from; 0 starts a new run in every tracker.
+        name: name of the run in the trackers.
+        settings: the settings of the run, which the trackers display.
+        log: the settings that choose the trackers and their project.
+        close_seconds: maximum number of seconds that closing waits for all trackers.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Trackers:
     ) -> None:
         self.run_dir, self.close_seconds, self.kinds = run_dir, close_seconds, list(_wanted(log))
         self.options = {
-            # A new run is another one to the trackers than what was in this folder before.
+            # A new run gets a new ID, even in a folder that had another run before.
             "begun": secrets.token_hex(8) if last_step == 0 else None,
             **{"name": name, "project": log.project, "wandb": log.wandb, "close_seconds": close_seconds},
-            # An argument of a process is 128 KiB long at most.
+            # The options are an argument of a process, which is limited to 128 KiB.
             "prompts": [text[:200] for text in settings.get("train.sample_prompts", [])[:100]],
             "settings": {key: value if len(str(value)) < 200 else str(value)[:200] for key, value in settings.items()},
         }
-        self.follower: Any = None  # A Popen, while there is one.
+        self.follower: Any = None  # A Popen while the process runs.
         self.at_work: list[str] = []
         self.has_failed: set[str] = set()
         self.retry_at = 0.0 if self.kinds else None
@@ -81,15 +81,15 @@ class Trackers:
         return self
 
     def check(self) -> None:
-        """Writes a line if a tracker has failed, and starts all again ten minutes later; takes microseconds."""
+        """Prints a line if a tracker has failed, and starts all trackers again ten minutes later."""
         self._read_reports()
         if self.retry_at is not None and time.monotonic() >= self.retry_at:
-            if self.follower:  # It goes on with the others until they have the last rows; the new one waits for them.
+            if self.follower:  # It finishes its remaining trackers; the new process waits for it.
                 self.follower.stdin.close()
             self._start()
 
     def __exit__(self, *_: object) -> None:
-        """Lets the trackers take the last rows; ends those that take too long, and writes a line."""
+        """Waits for the trackers to send the last rows, and ends those that take too long."""
         if self.follower is None:
             return
         self.follower.stdin.close()
@@ -102,7 +102,7 @@ class Trackers:
             time.sleep(0.05)
         if self.follower:
             os.killpg(self.follower.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # A process that waits for a dead disk stays.
+            with contextlib.suppress(subprocess.TimeoutExpired):  # A process that hangs in a disk access cannot end.
                 self.follower.wait(1)
             self._fail(self.at_work, f"it did not take the last rows within {self.close_seconds:g} s")
 
@@ -113,7 +113,7 @@ class Trackers:
         try:
             self.log.parent.mkdir(exist_ok=True)
             with open(self.log, "ab") as log:
-                # In a session of its own: a Ctrl-C is for the trainer, which then stops in order.
+                # A separate session does not get the Ctrl-C of the trainer, which stops in order.
                 self.follower = subprocess.Popen(
                     command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                     start_new_session=True,
@@ -123,10 +123,10 @@ class Trackers:
             self._fail(self.at_work, str(error))
 
     def _read_reports(self) -> bool:
-        """Takes note of the trackers that have ended; returns whether the follower is still there."""
+        """Reads which trackers have ended; returns whether the follower is still running."""
         if self.follower is None:
             return False
-        # Asked before the pipe is read, which then holds all that the process has written, in whole lines.
+        # If the process has ended, the pipe now contains everything that it wrote, in complete lines.
         code = self.follower.poll()
         for line in (self.follower.stdout.read(1 << 16) or b"").splitlines():
             kind, reason = json.loads(line)

@@ -70,15 +70,18 @@ def test_a_step_is_not_replayed_on_another_base_or_cache_and_a_missing_bundle_is
     assert code == 2, text
     [bundle] = (tmp_path / "run" / "bundles").iterdir()
     whole = json.loads((bundle / "step.json").read_text())
-    for key, message in (("cache", "has other clips or captions than the run's"), ("base", "another base than the")):
+    for key, message in (
+        ("cache", "has other clips or captions than the run's"),
+        ("base", "another base than"),
+    ):
         changed = whole | {"identity": whole["identity"] | {key: "0" * 64}}
         (bundle / "step.json").write_text(json.dumps(changed))
         with pytest.raises(MochiTuneError, match=message):
             replay(bundle, "cpu")
     (bundle / "step.json").write_text(json.dumps(whole | {"draws": {}}))
-    with pytest.raises(MochiTuneError, match=r"has no draws: it is no bundle of a run"):
+    with pytest.raises(MochiTuneError, match=r"has no draws: it is not a bundle of a run"):
         replay(bundle, "cpu")
-    with pytest.raises(MochiTuneError, match=rf"step_9 is no bundle .* those there are {bundle}"):
+    with pytest.raises(MochiTuneError, match=rf"step_9 is not a bundle .* use one of {bundle}"):
         replay(bundle.with_name("step_9"), "cpu")
 
 
@@ -125,7 +128,7 @@ def test_a_step_is_replayed_by_the_kernel_and_the_modulation_of_its_run(tmp_path
     if is_old:
         assert here.attention == there.attention == "the CPU's kernel" and seen == 2 * [(usual, False)]
     else:
-        assert here.attention == "the CPU's kernel: the run's, efficient, does not run here"
+        assert here.attention == "the CPU's kernel: the run's kernel, efficient, is not available here"
         assert there.attention == "efficient, as in the run"
         assert seen == [(usual, True), (int(KERNELS["efficient"].value), True)]
     assert not here.is_finite and not there.is_finite and here.samples[0].origin
@@ -307,5 +310,5 @@ def test_a_place_that_cannot_be_written_shows_before_a_weight_is_read(tmp_path, 
 def test_a_bundle_that_is_not_whole_is_one_line(tmp_path):
     (tmp_path / "step.json").write_text("{}")
     code, text = run_program(["replay", str(tmp_path)], tmp_path / "out")
-    assert code == 2 and "it is no bundle of a run" in text and len(text.strip().splitlines()) == 1
+    assert code == 2 and "it is not a bundle of a run" in text and len(text.strip().splitlines()) == 1
     assert load_config("my_lora", []).train.spike_policy == "warn"

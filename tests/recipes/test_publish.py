@@ -286,7 +286,7 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     main(Publication(tmp_path / "a.safetensors"), tmp_path / "hub")
     text = (tmp_path / "hub" / "README.md").read_text()
-    assert "at strength 1 only" in text and "ComfyUI has no form of a DoRA" in text
+    assert "only at strength 1" in text and "ComfyUI has no DoRA format" in text
 
 
 # train
