@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from mochi_tune import files
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import find_lone_surrogate, format_bytes, load_tensors, read_text, save_tensors, write_new
 
@@ -139,3 +141,29 @@ def test_a_new_file_replaces_none(tmp_path, monkeypatch, has_links):
 )
 def test_a_size_has_the_unit_that_fits(num_bytes, text):
     assert format_bytes(num_bytes) == text
+
+
+def test_the_content_of_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+    calls = []
+
+    def record(name):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *arguments: (calls.append(name), function(*arguments)))
+
+    for name in ("fsync", "link", "replace"):
+        record(name)
+    write_new(tmp_path / "a", b"content")
+    assert calls == ["fsync", "link"]
+    calls.clear()
+    files.copy_atomic(tmp_path / "a", tmp_path / "b")
+    assert calls == ["fsync", "replace", "fsync"], "the folder is synced last"
+
+
+def test_machines_that_share_a_disk_do_not_share_temporary_files(tmp_path, monkeypatch):
+    names = set()
+    monkeypatch.setattr(files, "_host", files._host.__wrapped__)  # Without its cache.
+    for host in ("node-1", "node-2"):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        with files.temporary_file(tmp_path / "a") as temporary:
+            names.add(temporary.name)
+    assert len(names) == 2

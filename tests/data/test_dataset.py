@@ -6,6 +6,7 @@ from helpers_cache import BUCKETS, make_cache, tensors_of
 
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
+from mochi_tune.errors import DataError
 
 CAPTIONS = {f"clip{i}.mp4": f"caption number {i} " + "x " * i for i in range(7)} | {"sub/empty.mp4": ""}
 # Two rows (4608 bytes of latents each) fit into a shard of this size, three do not.
@@ -72,3 +73,15 @@ def test_a_cache_that_is_replaced_while_it_is_read_is_read_to_its_end(tmp_path, 
     for row, item in zip(cache.rows, found, strict=True):
         for name, tensor in tensors_of(row).items():
             assert torch.equal(item[name], tensor), (row.path, name)
+
+
+def test_a_shard_in_the_place_of_another_is_refused(tmp_path):
+    make_cache(tmp_path, {f"clip{i}.mp4": f"caption {i}" for i in range(4)}, shard_bytes=SMALL)
+    cache = open_cache(tmp_path, BUCKETS)
+    # The cache opens its shards when it reads the first clip.
+    first, second = sorted((tmp_path / "data").iterdir())
+    for source, target in ((first, tmp_path / "moved"), (second, first), (tmp_path / "moved", second)):
+        source.rename(target)
+    for index, row in enumerate(cache.rows):
+        with pytest.raises(DataError, match=f"another clip is in the place of {row.path}"):
+            cache.read(index)

@@ -148,3 +148,7 @@ def test_shares_stay_where_a_source_has_many_buckets():
         assert drawn["film"] == film
     [one] = ClipOrder(make_pools({0: ("a", Bucket(7, 32, 32))}, {"a": (1, None)}, {}), 1, 0).pools
     assert (one.num_draws, one.num_epochs) == (1, 1)
+
+
+def test_the_order_of_pools_differs_between_cycles():
+    assert len({tuple(shuffled_pools((9, 9), 0, cycle)[0]) for cycle in range(5)}) == 5

@@ -88,3 +88,12 @@ def test_a_weight_that_is_only_held_in_int8_multiplies_what_comes_unrounded(has_
     if has_bias:
         expected = expected + linear.bias.detach()
     assert relative_error(Int8WeightLinear(linear)(x).detach(), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("num_scales", [1, 6])
+def test_a_stored_weight_keeps_its_one_scale_or_its_scale_per_row(num_scales):
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(6, 4, generator=generator).to(EIGHT_BIT["fp8"])
+    scale = torch.rand(num_scales, 1, generator=generator) + 0.1
+    stored = rows, scale if num_scales > 1 else scale.reshape(())
+    assert torch.equal(dequantized(EightBitLinear(torch.nn.Linear(4, 6), "fp8", stored)), rows.float() * scale)

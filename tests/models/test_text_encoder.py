@@ -6,7 +6,7 @@ from helpers_golden import TOLERANCE, relative_error
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mochi_tune import assets
-from mochi_tune.models.text_encoder import MAX_TOKENS
+from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
 from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.t5 import build_t5, read_t5_config
 
@@ -72,3 +72,12 @@ def test_in_8_bits_a_block_is_rounded_before_the_next_one_is_read():
 
     build_t5(config, write, "cpu", torch.int8)
     assert any(name.startswith("encoder.block.1.") for name in read)
+
+
+@pytest.mark.parametrize("num_characters", [254, 255, 400])
+def test_where_a_caption_is_cut_is_known_to_the_character(encoder, num_characters):
+    # Each "q" is a token. The leading space that T5 adds and the end token are the other two.
+    text = "q" * num_characters
+    caption = measure_caption(text, encoder.tokenizer)
+    assert caption.num_tokens == num_characters + 2 and caption.num_read == 254
+    assert may_be_cut(text) == (caption.num_tokens > MAX_TOKENS)

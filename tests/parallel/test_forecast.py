@@ -139,6 +139,13 @@ def test_saving_memory_takes_time():
     assert sum(decoding_held(HEIGHT, WIDTH, 4).values()) < 0.5 * sum(decoding_held(HEIGHT, WIDTH).values())
 
 
+def test_zero3_splits_the_weights_and_two_offloaded_inputs_are_on_the_device():
+    step, policies = Step(FULL, 28 * 1590), ["block"] * 48
+    held = step.held(policies)
+    assert replace(step, num_shards=4).held(policies)["weights"] == held["weights"] // 4
+    assert step.held(policies, is_streamed=True, is_offloaded=True)["kept"] == 2 * held["kept"] // 48
+
+
 def test_pinned_host_memory_is_counted_by_powers_of_two():
     config = DiTConfig(depth=4, hidden_size_x=96, hidden_size_y=48, num_heads=4)
     with torch.device("meta"):

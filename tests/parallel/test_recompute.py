@@ -97,6 +97,12 @@ def test_feed_forward_layers_in_slices_give_the_same_numbers(policy):
             assert error <= (GRADIENT_TOLERANCE if i else TOLERANCE)
 
 
+def test_feed_forward_layers_with_dropout_are_not_sliced():
+    plain, dit = build(dropout=0.3), build(dropout=0.3)
+    apply_mlp_slices(dit, 5)
+    assert all(map(torch.equal, step(dit), step(plain)))
+
+
 def test_slices_of_a_feed_forward_layer_hold_less():
     with torch.device("meta"):
         block = AsymmDiT(replace(CONFIG, hidden_size_x=512, num_heads=4)).blocks[0]

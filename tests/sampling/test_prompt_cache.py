@@ -13,3 +13,10 @@ def test_cached_features_are_aligned_in_memory(tmp_path):
         found = cache.get("a" * length)
         assert found is not None and torch.equal(found, fresh)
         assert found.is_contiguous() and found.data_ptr() % 64 == 0
+
+
+def test_features_of_another_text_encoder_or_dtype_are_not_used(tmp_path):
+    PromptCache(tmp_path, "a T5", torch.float32).put("a cat", torch.ones(2, 3))
+    assert PromptCache(tmp_path, "a T5", torch.float32).get("a cat") is not None
+    assert PromptCache(tmp_path, "a T5", torch.bfloat16).get("a cat") is None
+    assert PromptCache(tmp_path, "another T5", torch.float32).get("a cat") is None

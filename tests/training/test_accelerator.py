@@ -50,3 +50,17 @@ def test_gradients_of_another_order_are_averaged_by_parameter(tmp_path, strategy
         expected = [torch.full((4, 4), mean * (i + 1)) for i in range(3)]
         assert all(torch.allclose(ours, its) for ours, its in zip(found, expected, strict=True)), found
         assert norm.item() == pytest.approx(torch.stack(expected).norm().item())
+
+
+def test_a_skipped_step_drops_its_gradients_and_changes_nothing():
+    from mochi_tune.training.accelerator import build_accelerator, prepare
+
+    model = nn.Linear(2, 2)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    accelerator = build_accelerator(torch.device("cpu"), "data", 1, 1.0)
+    sgd = torch.optim.SGD(model.parameters(), 1.0)
+    model, optimizer = prepare(accelerator, model, dict(model.named_parameters()), sgd, 1.0)
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+    optimizer.skip_step()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(map(torch.equal, model.parameters(), before))

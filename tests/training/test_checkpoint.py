@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there."""
 
+import os
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import load_tensors, save_tensors
+from mochi_tune.training import checkpoint
 from mochi_tune.training.checkpoint import (
     damage_of,
     find_checkpoints,
@@ -96,3 +98,12 @@ def test_damage_is_named(tmp_path, damage):
     assert newest is None and len(wrong) == 2 and "step_000002 has no readable manifest.json" in wrong[0]
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
         damage_of(tmp_path / "step_000002")
+
+
+def test_a_checkpoint_is_on_disk_before_it_gets_its_name_and_the_name_is_on_disk_too(tmp_path, monkeypatch):
+    calls, rename, fsync = [], os.rename, checkpoint.fsync
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: (calls.append(path.name), fsync(path)))
+    monkeypatch.setattr(os, "rename", lambda *paths: (calls.append("rename"), rename(*paths)))
+    write(tmp_path, 1)
+    before, after = calls[: calls.index("rename")], calls[calls.index("rename") + 1 :]
+    assert set(before) == {"adapter.safetensors", "manifest.json", ".tmp_000001"} and after == [tmp_path.name]

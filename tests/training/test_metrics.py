@@ -1,11 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.training.metrics import Metrics, comparable
+from mochi_tune.training.metrics import FILES, Metrics, comparable
 from mochi_tune.ui.runs import best_step
 
 # No file may grow beyond a limit, which is lifted later: a disk that is full for a while, half rows and all.
@@ -129,3 +130,14 @@ def test_a_row_that_finds_no_space_waits_and_no_file_ends_with_a_half(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
     assert (tmp_path / "validation.jsonl").read_text() == '{"step": 3, "validation_loss": 0.5}\n'
+
+
+def test_the_entries_of_new_files_and_later_all_rows_are_synced(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
+    with Metrics(tmp_path, 0) as metrics:
+        assert tmp_path.stat().st_ino in synced
+        synced.clear()
+        metrics.log({"step": 1, "loss": 0.5})
+        metrics.flush_to_disk()
+        assert synced == {(tmp_path / f"{name}.jsonl").stat().st_ino for name in FILES}

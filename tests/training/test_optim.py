@@ -145,6 +145,15 @@ def test_a_step_is_about_the_learning_rate_however_small_gradients_and_weights_a
     assert 0.1 * problem.rate < moved < 1.1 * problem.rate
 
 
+def test_prodigy_corrects_its_bias_and_estimates_without_the_rate_of_the_warm_up():
+    warming_up, usual = (Problem("prodigy", weight_decay=0.0).steps(number) for number in (0, 7))
+    # The first estimate is 1e-6, and B starts at 0.
+    for problem, rate in ((warming_up, 1 / 8), (usual, 1)):
+        assert problem.parameters[B].abs().max().item() == pytest.approx(rate * 1e-6, rel=1e-3)
+    sums = [problem.state()[0][B]["s"] for problem in (warming_up, usual)]
+    assert sums[0].any() and torch.equal(*sums)
+
+
 def test_adamw_with_one_ratio_is_the_one_that_runs_were_trained_by():
     problem, plain = Problem("adamw"), Problem("adamw")
     plain.optimizer = torch.optim.AdamW(plain.parameters.values(), lr=plain.rate, betas=(0.9, 0.999), weight_decay=0.01)
