@@ -67,7 +67,7 @@ def write_lesson(folder: Path, seed: int, fps: int = FPS, replaces: bool = False
             # Drawing was interrupted, or other files have these names.
             lacks = f"{2 * len(videos) - len(there)} of {2 * len(videos)} files"
             advice = f", and {folder} is incomplete, it lacks {lacks}: use another out=, or remove that folder."
-        raise ConfigError(f"{there[0]} is there already{advice}")
+        raise ConfigError(f"{there[0]} exists already{advice}")
     drawn = draw_clips(taught, keyed_generator(seed, "lesson"), fps)
     for video, words, frames in zip(videos, taught, drawn, strict=True):
         write_video(video, [frames], fps=fps)

@@ -69,7 +69,7 @@ def build_footage(folder: Path, form: SettingsForm) -> None:
         with gr.Row():
             describe = _fields("describe", DESCRIBE)
         with gr.Row():
-            dry = gr.Button("Show the prompt, ask nobody", elem_id="describe_dry")
+            dry = gr.Button("Show the prompt only", elem_id="describe_dry")
             run_describe = gr.Button("Describe", elem_id="describe")
         gr.HTML(html.note(KEY_WORDS))
         said = gr.HTML(elem_id="footage_said")

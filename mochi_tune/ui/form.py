@@ -40,12 +40,12 @@ TITLES = {
     "memory": "Memory",
     "train.steps": "Steps",
     "train.learning_rate": "Learning rate",
-    "train.batch_size": "Clips a batch",
+    "train.batch_size": "Clips per batch",
     "train.caption_dropout": "Caption dropout",
     "train.checkpoint_every": "Save every … steps",
     "train.validate_every": "Validate every … steps",
     "train.sample_every": "Videos every … steps",
-    "train.sample_prompts": "Prompts of the videos, one a line",
+    "train.sample_prompts": "Prompts of the videos, one per line",
 }
 # Choices of conf/base.yaml.
 GROUP_DEFAULTS = {"model": "mochi_1", "lora": "attention", "memory": "80gb"}
@@ -75,7 +75,7 @@ class SettingsForm:
         )  # fmt: skip
         self.fields = {key: _field(key) for key in MAIN_KEYS}
         self.more = gr.Textbox(
-            label="Other settings, key=value, one a line", lines=4, max_lines=14, elem_id="more", render=False,
+            label="Other settings, one key=value per line", lines=4, max_lines=14, elem_id="more", render=False,
             placeholder="train.warmup_steps=20",
         )  # fmt: skip
         # Changes whenever the fields were filled, both when a page opens and when another conf is chosen.

@@ -131,7 +131,7 @@ def _row(folder: Path, job: Job) -> str:
 
 def _how_it_ended(job: Job) -> str:
     if job.code is None:
-        return "nobody saw how it ended: see the log"
+        return "its exit code is unknown: see the log"
     if job.code >= 0:
         return ""
     known = {number.value: number.name for number in signal.Signals}

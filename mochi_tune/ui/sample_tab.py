@@ -52,7 +52,7 @@ class SampleFields:
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 self.prompts = gr.Textbox(
-                    label="Prompt", info="several, one a line", lines=3, max_lines=8, elem_id="prompt",
+                    label="Prompt", info="one per line", lines=3, max_lines=8, elem_id="prompt",
                     placeholder="a teacup shatters on a stone floor",
                 )  # fmt: skip
                 self.negative = gr.Textbox(label="Negative prompt", info="what guidance leads away from", elem_id="not")
@@ -77,7 +77,7 @@ class SampleFields:
                     )
                 with gr.Accordion("Other settings of sample", open=False):
                     self.more = gr.Textbox(
-                        label="key=value, one a line", lines=3, max_lines=10, elem_id="sample_more",
+                        label="one key=value per line", lines=3, max_lines=10, elem_id="sample_more",
                         placeholder="preset=balanced\nguidance=4.5",
                     )  # fmt: skip
         self.kind.change(lambda kind: gr.Row(visible=kind == "grid"), self.kind, self.grid, show_progress="hidden")

@@ -59,7 +59,7 @@ def check_host(host: str, password: str) -> None:
     """
     if not is_loopback(host) and not password:
         raise ConfigError(
-            f"host={host} lets other machines in, who could start programs here: set password=... too, or leave it out."
+            f"host={host} lets other machines in, which could start programs here: set password=... or leave host= out."
         )
 
 

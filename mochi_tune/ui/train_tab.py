@@ -93,7 +93,7 @@ def build_runs(folder: Path, form: SettingsForm) -> None:
     """Builds the view of the runs. It is drawn when the page opens, and when their files have changed."""
     gr.HTML("<h2>Runs</h2>")
     with gr.Row():
-        chosen = gr.Dropdown([], multiselect=True, label="Runs, one over the other", elem_id="runs", scale=3)
+        chosen = gr.Dropdown([], multiselect=True, label="Runs to compare", elem_id="runs", scale=3)
         step = gr.Dropdown([], label="Videos of step", elem_id="sample_step", scale=1, filterable=False)
     figures = gr.HTML(elem_id="figures")
     stop = gr.Button("Stop the run: it saves first", size="sm", elem_id="run_stop", visible=False)

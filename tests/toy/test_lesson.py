@@ -42,7 +42,7 @@ def test_clips_and_captions_that_are_there_are_not_replaced(tmp_path):
     for mine in (videos[3], videos[3].with_suffix(".txt")):
         mine.write_text("mine")
         done = run("toy", "clips", f"out={tmp_path}")
-        assert done.returncode == 2 and f"{mine} is there already" in done.stderr and "another out=" in done.stderr
+        assert done.returncode == 2 and f"{mine} exists already" in done.stderr and "another out=" in done.stderr
         assert mine.read_text() == "mine" and list(tmp_path.iterdir()) == [mine]
         mine.unlink()
     videos[3].write_text("half a video")
@@ -52,14 +52,14 @@ def test_clips_and_captions_that_are_there_are_not_replaced(tmp_path):
 
 def test_a_folder_that_was_broken_off_is_not_told_to_be_used_as_it_is(tmp_path):
     videos = write_lesson(tmp_path, seed=1)
-    with pytest.raises(ConfigError, match=r"is there already: use the clips of \S+ as they are, or another out=\.$"):
+    with pytest.raises(ConfigError, match=r"exists already: use the clips of \S+ as they are, or another out=\.$"):
         write_lesson(tmp_path, seed=1)
     for path in [videos[-1].with_suffix(".txt"), *videos[9:]]:
         path.unlink()
     with pytest.raises(ConfigError) as caught:
         write_lesson(tmp_path, seed=1)
     rest = f"{tmp_path} is incomplete, it lacks 16 of 48 files: use another out=, or remove that folder."
-    assert str(caught.value) == f"{videos[0]} is there already, and {rest}"
+    assert str(caught.value) == f"{videos[0]} exists already, and {rest}"
 
 
 def test_a_verb_that_fails_ends_the_story_and_says_where_the_rest_is(tmp_path):
