@@ -96,6 +96,7 @@ class Adapter:
         path: file that it was read from, if any.
         alpha: alpha as the file states it, "4,8" if layers differ; "" if it was not read from a file.
         alpha_source: where the file states alpha, in words; "" if it was not read from a file.
+        sha256: sha256 of the file as it was read; "" if it was not read from a file.
     """
 
     layers: dict[str, LoraLayer]
@@ -103,6 +104,7 @@ class Adapter:
     path: Path | None = None
     alpha: str = ""
     alpha_source: str = ""
+    sha256: str = ""
 
     def __str__(self) -> str:
         return f"adapter {self.path}" if self.path else "the adapter"
@@ -186,7 +188,7 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
             not finite, or all weights are 0.
     """
     path = find_adapter_file(path)
-    trained, metadata, source = read_layers(path, alpha)
+    trained, metadata, source, sha256 = read_layers(path, alpha)
     check_base(f"adapter {path}", stated_bases(metadata, path.parent))
     is_export = is_ours(metadata) and metadata.get("format") != "mochi-tune"
     # The weights of an export include alpha / rank. The metadata of other programs need not describe the layers.
@@ -204,7 +206,7 @@ def load_adapter(path: Path | str, alpha: float | None = None) -> Adapter:
     described = _describe(layers, trained if is_split(trained) else layers)
     # The padding of an export has been dropped, and its alpha with it.
     own = _describe(layers, layers) if is_export else described
-    return Adapter(layers, {**own, **carried}, path, described["alpha"], source)
+    return Adapter(layers, {**own, **carried}, path, described["alpha"], source, sha256)
 
 
 def _depth_by_names(trained: dict[str, LoraLayer], metadata: dict[str, str]) -> dict[str, str]:

@@ -6,7 +6,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,7 @@ _HALVES = ("lora_A", "lora_B")
 _SCALED_MARKER = "scaled_fp8"
 
 
-def read_layers(path: Path, alpha: float | None = None) -> tuple[dict[str, LoraLayer], dict[str, str], str]:
+def read_layers(path: Path, alpha: float | None = None) -> tuple[dict[str, LoraLayer], dict[str, str], str, str]:
     """Reads the layers of an adapter file in fp32.
 
     Args:
@@ -36,17 +36,18 @@ def read_layers(path: Path, alpha: float | None = None) -> tuple[dict[str, LoraL
         alpha: alpha of all layers of a file that states none.
 
     Returns:
-        The layers by the module names of the file's layout, the metadata, and the source of alpha in words.
+        The layers by the module names of the file's layout, the metadata, the source of alpha in words, and the sha256
+        of the file.
 
     Raises:
         CheckpointError: the file does not exist, is not safetensors (pickles are never opened), is another kind of
             adapter or is damaged, keys are unknown or missing, alphas do not fit or contradict each other, or weights
             are not finite.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata, header, sums = _read(path)
     try:
-        if is_ours(metadata) and HASH_KEY in metadata:
-            _check_hash(path, metadata[HASH_KEY])
+        if is_ours(metadata) and HASH_KEY in metadata and metadata[HASH_KEY] != f"0x{sums[1]}":
+            _check_rewritten(path, header)
         modules = _group_keys(tensors)
         alphas, source = read_alphas(modules, metadata, {} if is_ours(metadata) else _read_configs(path.parent), alpha)
         layers = {}
@@ -56,10 +57,14 @@ def read_layers(path: Path, alpha: float | None = None) -> tuple[dict[str, LoraL
             check_layer(name, layers[name])
     except CheckpointError as error:
         raise CheckpointError(f"adapter {path}: {error}") from error
-    return layers, metadata, source
+    return layers, metadata, source, sums[0]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes, tuple[str, str]]:
+    """Returns the tensors, the metadata, the header, and the sha256 of the file and of its bytes after the header.
+
+    All are of one file, even if another program replaces the file at this path meanwhile.
+    """
     if not path.is_file():
         raise CheckpointError(f"adapter {path} is not a file: give the path of a .safetensors file.")
     refusal = (
@@ -68,17 +73,32 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{refusal}: convert it to safetensors first.")
     try:
-        check_header(path)
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with open(path, "rb") as opened:
+            same = Path(f"/proc/self/fd/{opened.fileno()}")
+            check_header(same)
+            with safe_open(same, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+            return tensors, metadata, *_sums(opened)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{refusal}, or it is damaged ({one_line(error)}): convert it, or fetch it again."
         ) from error
 
 
-def _check_hash(path: Path, stated: str) -> None:
-    """Compares the bytes after the header with the ModelSpec hash in the metadata, in blocks.
+def _sums(file: BinaryIO) -> tuple[bytes, tuple[str, str]]:
+    """Returns the header, and the sha256 of the file and of its bytes after the header."""
+    length = file.read(8)
+    header = file.read(int.from_bytes(length, "little"))
+    whole, weights = hashlib.sha256(length + header), hashlib.sha256()
+    while block := file.read(2**20):
+        whole.update(block)
+        weights.update(block)
+    return header, (whole.hexdigest(), weights.hexdigest())
+
+
+def _check_rewritten(path: Path, raw: bytes) -> None:
+    """Refuses a file whose weights do not have the ModelSpec hash in its metadata, unless another program wrote it.
 
     Other programs copy the metadata, including the hash, into a file whose weights they have changed. Such a file is
     accepted with a notice. Only a header that is byte for byte one of `save_tensors` proves that nobody rewrote the
@@ -86,13 +106,8 @@ def _check_hash(path: Path, stated: str) -> None:
     keep the order format the JSON differently.
 
     Raises:
-        CheckpointError: the bytes differ under a header of `save_tensors`.
+        CheckpointError: the header `raw` is one of `save_tensors`.
     """
-    with open(path, "rb") as file:
-        raw = file.read(int.from_bytes(file.read(8), "little"))
-        actual = f"0x{hashlib.file_digest(file, 'sha256').hexdigest()}"
-    if actual == stated:
-        return
     header = json.loads(raw)
     names = list(header["__metadata__"])
     as_we_write = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

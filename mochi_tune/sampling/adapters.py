@@ -8,7 +8,6 @@ from typing import Any
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import CheckpointError, ConfigError, some
-from mochi_tune.files import file_sha256
 from mochi_tune.sampling.strengths import as_ranges, read_block_strengths, read_schedules
 
 # Layers that, like the blocks' modulation layers, are computed once before the first step.
@@ -51,7 +50,7 @@ class RenderAdapter:
         """Returns the entry of this adapter in the settings file of each video."""
         return {
             "file": str(self.path),
-            "sha256": file_sha256(self.path),
+            "sha256": self.adapter.sha256,
             "strength": self.strength,
             "alpha": self.adapter.alpha,
             "alpha_source": self.adapter.alpha_source,

@@ -1,6 +1,8 @@
 """Adapters of a rendering, by name and in every residency: `sample` computes with the adapted weights."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -10,12 +12,14 @@ from helpers_video import keeping_frames
 from safetensors.torch import load_file, save_file
 
 from mochi_tune.adapters.alphas import ASSUMED
-from mochi_tune.adapters.files import Adapter, LoraLayer, save_adapter
+from mochi_tune.adapters.files import Adapter, LoraLayer, load_adapter, save_adapter
 from mochi_tune.adapters.lora import all_linear_shapes, switch_adapters
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.files import file_sha256
 from mochi_tune.recipes import sample as recipe
 from mochi_tune.recipes.verify import TOLERANCE
+from mochi_tune.sampling.adapters import RenderAdapter
 from mochi_tune.sampling.render import Setup, prepare_dit
 from mochi_tune.sampling.sampler import SamplerSettings, draw_noise, sample_latents
 from mochi_tune.weights.folder import WeightsFolder
@@ -183,3 +187,26 @@ def test_a_schedule_is_refused_for_layers_that_are_computed_before_the_steps(tmp
         return
     faded, _ = sample(tmp_path, *settings)
     assert torch.equal(faded, sample(tmp_path, "sample.adapter=[]")[0])
+
+
+def test_an_adapter_that_is_replaced_while_it_is_read_is_the_file_of_its_record(tmp_path):
+    """`train` publishes by renaming; here it does so at the second time that the program opens the file."""
+    path, newer = tmp_path / "adapter.safetensors", tmp_path / "newer.safetensors"
+    save_adapter(path, every_layer(seed=1))
+    save_adapter(newer, every_layer(seed=2))
+    sums, opened = (file_sha256(path), file_sha256(newer)), []
+
+    def replace(event: str, arguments: tuple) -> None:
+        if event == "open" and newer.exists() and str(arguments[0]).startswith((str(path), "/proc/self/fd/")):
+            opened.append(arguments[0])
+            if len(opened) == 2:
+                os.replace(newer, path)
+
+    sys.addaudithook(replace)
+    loaded = load_adapter(path)
+    assert file_sha256(path) == sums[1], "it was replaced"
+    assert loaded.path is not None
+    assert RenderAdapter(loaded.path, 1.0, loaded).record()["sha256"] == sums[0]
+    again = load_adapter(path)
+    assert again.sha256 == sums[1]
+    assert not torch.equal(again.layers["blocks.0.attn.proj_x"].a, loaded.layers["blocks.0.attn.proj_x"].a)
