@@ -93,10 +93,8 @@ class Adapter:
         layers: layers by official module name, such as "blocks.0.attn.qkv_x".
         metadata: facts about its origin, which every conversion carries over. `rank` is that of the training, and so
             are `alpha` and `rslora` until an export multiplies them into the weights.
-        path: file that it was read from, if any.
-        alpha: alpha as the file states it, "4,8" if layers differ; "" if it was not read from a file.
-        alpha_source: where the file states alpha, in words; "" if it was not read from a file.
-        sha256: sha256 of the file as it was read; "" if it was not read from a file.
+        path, sha256: file that it was read from and the sha256 of what was read; None and "" without a file.
+        alpha, alpha_source: alpha as the file states it, "4,8" if layers differ, and where; "" without a file.
     """
 
     layers: dict[str, LoraLayer]

@@ -65,7 +65,7 @@ def test_inspect_writes_a_self_contained_page(files, tmp_path):
 
 
 def test_a_dora_is_inspected(files, capsys):
-    assert "a DoRA: norms are those before" in lora("inspect", files / "dora.safetensors", capsys=capsys)
+    assert "a DoRA: norms are before" in lora("inspect", files / "dora.safetensors", capsys=capsys)
 
 
 def test_merge_and_resize_write_what_sample_can_check(files, tmp_path, capsys):
