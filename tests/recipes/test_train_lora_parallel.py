@@ -164,6 +164,15 @@ def test_what_else_a_run_may_have_goes_in_two_processes_as_in_one(tmp_path, layo
     assert states[0].keys() == states[1].keys() and len(states[0]) > 20
 
 
+def test_processes_that_share_tokens_have_the_same_samples(alone, tmp_path):
+    """Four processes are two pairs: each pair has two of the step's samples and shares their tokens."""
+    train_as(tmp_path, *TWO[:2], "train.steps=1", "parallel.num_processes=4", "parallel.context=2")
+    mine, its = (read_rows(folder / "metrics.jsonl")[0] for folder in (tmp_path, alone))
+    assert len(mine["clips"]) == 4 and mine["clips"] == its["clips"]
+    assert mine["loss"] == pytest.approx(its["loss"], rel=TOLERANCE)
+    assert mine["grad_norm"] == pytest.approx(its["grad_norm"], rel=GRADIENT_TOLERANCE)
+
+
 def test_a_run_goes_on_with_another_number_of_processes_and_strategy(alone, tmp_path):
     """Two, one, and two by ZeRO: each takes the checkpoint of the one before."""
     train_as(tmp_path, *LAYOUTS["data"], "train.checkpoint_every=2", "train.keep_checkpoints=9")
