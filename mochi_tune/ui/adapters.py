@@ -32,8 +32,10 @@ def list_adapters(folder: Path) -> list[tuple[str, str]]:
         for checkpoint in reversed(find_checkpoints(run_dir / "checkpoints")):
             path = published_file(checkpoint)
             if path.is_file():
-                step = int(checkpoint.name.rpartition("_")[2])
-                found.append((f"{run_dir.name}, step {step}", path.relative_to(folder).as_posix()))
+                # A copy of a checkpoint may have any name, such as step_000100_kept.
+                number = checkpoint.name.removeprefix("step_")
+                label = f"step {int(number)}" if number.isdecimal() else checkpoint.name
+                found.append((f"{run_dir.name}, {label}", path.relative_to(folder).as_posix()))
     others = sorted((folder / MADE_FOLDER).glob("*.safetensors"))
     return found + [(path.name, path.relative_to(folder).as_posix()) for path in others if path.is_file()]
 

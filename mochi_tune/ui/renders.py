@@ -106,10 +106,18 @@ def list_renders(folder: Path) -> list[Render]:
 def _files(place: Path) -> dict[str, os.DirEntry[str]]:
     try:
         with os.scandir(place) as entries:
-            return {entry.name: entry for entry in entries if entry.is_file()}
+            return {entry.name: entry for entry in entries if _is_file(entry)}
     except OSError:
         # The folder was removed meanwhile, or belongs to another user.
         return {}
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        # A link that leads to itself.
+        return False
 
 
 def _belong_together(folder: Path, record: os.DirEntry[str], video: os.DirEntry[str]) -> bool:
@@ -126,8 +134,9 @@ def find_render(folder: Path, name: str) -> Render:
         DataError: it is not in `list_renders`, or the path leads out of the folder.
     """
     path = inside(folder, name)
-    same = (each for each in list_renders(folder) if each.video.name == path.name)
-    render = next((each for each in same if inside(folder, each.video) == path), None)
+    # A link may have another name than the video that it leads to.
+    maybe = (each for each in list_renders(folder) if each.video.name == path.name or each.video.is_symlink())
+    render = next((each for each in maybe if inside(folder, each.video) == path), None)
     if render is None or not render.record:
         raise DataError(f"{name} does not exist any more: choose another video.")
     return render

@@ -41,6 +41,18 @@ def test_every_verb_takes_the_arguments(tmp_path):
     assert push.arguments(tmp_path, is_dry=False)[-1] == "out=loras/hub/a_2"
 
 
+def test_checkpoints_are_listed_under_any_name(tmp_path):
+    checkpoints = tmp_path / "runs" / "x" / "checkpoints"
+    for name in ("step_000004", "step_000004_kept"):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "manifest.json").write_text('{"step": 4}')
+        (checkpoints / name / "adapter.safetensors").touch()
+    (tmp_path / "runs" / "x" / "config.yaml").touch()
+    (tmp_path / "runs" / "x" / "metrics.jsonl").touch()
+    labels = [label for label, _ in adapters.list_adapters(tmp_path)]
+    assert labels[:2] == ["x, step_000004_kept", "x, step 4"]
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [

@@ -110,6 +110,20 @@ def test_what_is_no_video_with_settings_is_left_out(tmp_path):
         arguments_of(tmp_path, "cups", SampleForm("a", more="nonsense"))
 
 
+def test_links_are_listed_and_found(tmp_path):
+    samples, kept = tmp_path / "runs" / "x" / "samples", tmp_path / "videos" / "kept.mp4"
+    for path in (samples, kept.parent):
+        path.mkdir(parents=True)
+    kept.touch()
+    (samples / "link.mp4").symlink_to(kept)
+    (samples / "link.json").write_text(json.dumps({"prompt": "a", "adapters": [], "sampler": {}}))
+    # A link that leads to itself hides no video.
+    (samples / "loop.json").symlink_to("loop.json")
+    [render] = list_renders(tmp_path)
+    assert render.video.name == "link.mp4"
+    assert find_render(tmp_path, "videos/kept.mp4") == render
+
+
 def test_the_records_of_many_videos_are_read_once(tmp_path):
     samples = tmp_path / "runs" / "x" / "samples"
     samples.mkdir(parents=True)
