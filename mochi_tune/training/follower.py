@@ -18,11 +18,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mochi_tune.files import parse_object, write_atomic
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
-from mochi_tune.training.metrics import FILES
+from mochi_tune.training.metrics import FILES, read_new_rows
 
 # Interval in seconds at which the follower reads new rows.
 POLL_SECONDS = 0.5
@@ -181,8 +181,8 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
         # Written before anything is sent: without it the next start would send everything again.
         write_atomic(path, json.dumps(state).encode())
         while True:
-            steps = _new_rows(files["metrics"])
-            validations += _new_rows(files["validation"])
+            steps = read_new_rows(files["metrics"])
+            validations += read_new_rows(files["validation"])
             # After the rows; videos of steps whose rows were not read yet wait for the next iteration.
             videos = [video for video in find_eval_videos(run_dir) if video[2].name not in state["samples"]]
             # The row of a validation is written after the row of its step, but may be read before it.
@@ -213,14 +213,6 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
         if tracker:
             tracker.finish()
             write_atomic(path, json.dumps(state).encode())
-
-
-def _new_rows(file: BinaryIO) -> list[dict]:
-    """Reads the complete lines that were added to a file since the last call."""
-    start, added = file.tell(), file.read()
-    num_bytes = added.rfind(b"\n") + 1
-    file.seek(start + num_bytes)
-    return [json.loads(line) for line in added[:num_bytes].splitlines()]
 
 
 def _numbers(value: object, name: str) -> Iterator[tuple[str, float]]:

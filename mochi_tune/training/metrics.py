@@ -9,11 +9,12 @@ import sys
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import fsync, write_atomic
+from mochi_tune.files import fsync, parse_object, write_atomic
 
 FILES: tuple[str, ...] = ("metrics", "validation")
 # The keys of validation.jsonl that the best step depends on.
@@ -174,6 +175,14 @@ class Metrics:
                     os.truncate(file, complete_bytes)
                 raise
             self._pending.popleft()
+
+
+def read_new_rows(file: BinaryIO) -> list[dict]:
+    """Reads the rows from the position of a file up to the last complete line, and moves the position behind it."""
+    start, added = file.tell(), file.read()
+    num_bytes = added.rfind(b"\n") + 1
+    file.seek(start + num_bytes)
+    return [row for line in added[:num_bytes].split(b"\n") if (row := parse_object(line)) is not None]
 
 
 def write_line(text: str) -> None:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mochi_tune.config.load import config_yaml, load_config
-from mochi_tune.files import parse_object, read_json_lines, write_atomic
+from mochi_tune.files import read_json_lines, write_atomic
 from mochi_tune.pages import charts, video_tables
 from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
 from mochi_tune.pages.html_page import Head, document, section
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
-from mochi_tune.training.metrics import best_validation, write_line
+from mochi_tune.training.metrics import best_validation, read_new_rows, write_line
 from mochi_tune.training.resume import read_clips
 from mochi_tune.training.run_folder import read_history
 
@@ -78,10 +78,9 @@ class StepRows:
             return
         with open(self.path, "rb") as file:
             file.seek(self._num_bytes)
-            lines = file.read().split(b"\n")[:-1]
-        for line in lines:
-            self._num_bytes += len(line) + 1
-            row = parse_object(line) or {}
+            rows = read_new_rows(file)
+            self._num_bytes = file.tell()
+        for row in rows:
             if isinstance(step := row.get("step"), int):
                 self.step, self.most_clips = step, max(self.most_clips, len(row.get("clips", ())))
                 for name, points in self.curves.items():
