@@ -1,4 +1,4 @@
-"""The backward pass under DeepSpeed: what processes compute in different orders is added up parameter by parameter."""
+"""DeepSpeed sums gradients per parameter, although processes compute them in different orders."""
 
 import os
 
@@ -11,7 +11,7 @@ from mochi_tune.cli.launch import prepare_deepspeed
 
 
 class Branches(nn.Module):
-    """A sum of layers, whose gradients come in the order in which it was told to compute them, the last one first."""
+    """A sum of layers; their gradients are computed in the reverse of the order of the forward pass."""
 
     def __init__(self, order: list[int]) -> None:
         super().__init__()

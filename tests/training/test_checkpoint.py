@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there."""
+"""A checkpoint is complete or absent."""
 
 import os
 import shutil

@@ -14,7 +14,7 @@ from mochi_tune.training.metrics import Metrics
 
 
 def test_no_checkpoint_is_committed_while_a_row_waits_for_room(tmp_path):
-    """The disk has room for the checkpoint's small files, and none for one more row."""
+    """The disk has space for the small files of the checkpoint, but not for another row."""
     lines = []
     layer = LoraLayer(torch.ones(2, 4), torch.ones(4, 2), 2.0)
     snapshot = Snapshot(2, Adapter({"blocks.0.attn.proj_x": layer}), None, {}, {"step": 2})
@@ -29,7 +29,7 @@ def test_no_checkpoint_is_committed_while_a_row_waits_for_room(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, former)
         assert not list(tmp_path.glob("checkpoints/step_*"))
-        # A run that ends there tries once more.
+        # At its end, the run tries again.
         checkpointer.check_saved(2)
         assert (tmp_path / "checkpoints/step_000002/manifest.json").exists()
         assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -50,7 +50,7 @@ def test_a_step_that_is_saved_is_not_lost_where_an_old_checkpoint_cannot_be_read
     with Metrics(tmp_path, 0) as metrics:
         checkpointer = Checkpointer(tmp_path, metrics, Retention(newest=1, every=0, best=False), lines.append)
         for step in (1, 2, 3, 4):
-            # No disk here refuses to be read, or refuses root.
+            # A real disk cannot be made to fail here, and root may do everything.
             monkeypatch.setattr(Path, "read_bytes", cannot_read if step == 2 else read)
             monkeypatch.setattr(checkpoint, "remove_checkpoints", cannot_remove if step == 3 else remove)
             snapshot = Snapshot(step, Adapter({"blocks.0.attn.proj_x": layer}), None, {}, {"step": step})
@@ -71,7 +71,7 @@ def test_a_best_step_takes_no_place_of_the_newest_after_a_restart_either(tmp_pat
                 assert checkpointer.save(Snapshot(step, adapter, None, {}, {"step": step}), is_best)
 
     save(0, {4: 0.9, 8: 0.8, 9: 0.5}, {4: False, 8: False, 9: True})
-    # Damage of an old one is no reason to lose a new one.
+    # A damaged old checkpoint must not prevent a new one.
     (tmp_path / "checkpoints/step_000004/state.json").write_text("{")
     save(9, {11: 0.3, 12: 0.4}, {11: True, 12: False})
     assert sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir()) == ["08", "11", "12"]

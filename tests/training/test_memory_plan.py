@@ -1,4 +1,4 @@
-"""A training is arranged as the memory allows that the plan believes in, or refused with a way out."""
+"""A training gets the memory plan that fits the free memory, or is refused with settings that fit."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def test_auto_takes_the_fastest_that_fits():
     assert arrangement(12) == (True, False)
     assert arrangement(6) == (True, True)
     assert arrange(STEP, "auto", "keep", None).is_streamed is False
-    # Where all of each block is kept, nothing can be streamed.
+    # With train.recompute=none, nothing can be streamed.
     with pytest.raises(ConfigError, match="this training needs"):
         arrangement(12, step=replace(STEP, recompute="none"))
 
@@ -43,10 +43,10 @@ def test_what_does_not_fit_is_refused_with_what_does():
     text = str(refused.value)
     assert "and 16.0 GiB are free: use model.precision=int8 (" in text and "or memory=16gb (" in text
     assert text.count("\n") == 0 and "weights 13.6" in text
-    # The way out is one: what it names fits.
+    # The settings that the error names fit.
     assert arrangement(16, "resident", replace(STEP, precision="int8")) == (False, False)
     assert arrangement(16, "stream") == (True, False)
-    # All sums have the same to spare.
+    # All estimates have the same reserve.
     assert f"memory=16gb ({needed(STEP, 16):.1f} GiB)" in text
     with pytest.raises(ConfigError, match=r"lower data\.num_frames, .* or train\.batch_size, or use a GPU"):
         arrangement(2, "stream")

@@ -9,7 +9,7 @@ from mochi_tune.errors import TrainingError
 from mochi_tune.training.metrics import FILES, Metrics, comparable
 from mochi_tune.ui.runs import best_step
 
-# No file may grow beyond a limit, which is lifted later: a disk that is full for a while, half rows and all.
+# Simulates a disk that is full for a while: a file size limit, which cuts off rows and is lifted later.
 FULL_FOR_A_WHILE = """
 import resource, sys
 from pathlib import Path
@@ -26,7 +26,7 @@ with Metrics(folder, 0) as metrics:
     metrics.log_validation({"step": 3, "validation_loss": 0.5})
     whole = (folder / "metrics.jsonl").read_text()
     assert whole == '{"step": 1, "loss": 0.1}\\n{"step": 2, "loss": 0.2}\\n', whole
-    # Rows come in order: what follows one that waits, waits with it.
+    # Rows are written in order: later rows wait for the first one that waits.
     assert not (folder / "validation.jsonl").read_text() and metrics.is_validated(3)
     try:
         metrics.flush_to_disk()
@@ -124,7 +124,7 @@ def test_a_row_that_finds_no_space_waits_and_no_file_ends_with_a_half(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "refused: File too large\n"
-    # Once for each time that the disk is full.
+    # One line for each time that the disk is full.
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and all("metrics.jsonl cannot be written (File too large)" in line for line in lines)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

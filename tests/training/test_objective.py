@@ -82,7 +82,7 @@ def test_each_row_has_its_own_sigma_and_loss():
     assert losses.dtype == torch.float32 and losses[0] > 0.9 and losses[1] == 0
 
 
-# The middles of a million equal parts of [0, 1]: what a mean over them gives, an integral does.
+# The centers of a million equal parts of [0, 1]: a mean over them approximates an integral.
 GRID = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
 
 
@@ -98,7 +98,7 @@ def test_uniform_sigmas_are_the_numbers_that_were_drawn():
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 1.0), (1.0, 0.3), (0.0, 3.0)])
 def test_logit_normal_sigmas_have_a_normal_logit(mean, std):
     logits = torch.logit(sigmas_from_uniforms(GRID, "logit_normal", mean, std).double())
-    # The grid ends at half a millionth, which takes a little off the spread.
+    # The grid ends half a millionth before 0 and 1, which reduces the spread slightly.
     assert logits.mean().item() == pytest.approx(mean, abs=1e-4)
     assert logits.std().item() == pytest.approx(std, rel=1e-3)
     for sigma in (0.05, 0.3, 0.5, 0.8):

@@ -25,14 +25,14 @@ A, B, MAGNITUDE = "blocks.0.attn.qkv_x.lora_A", "blocks.0.attn.qkv_x.lora_B", "b
 RATE = {"prodigy": 1.0}
 # Half a run: Prodigy's d moves only after some steps.
 HALF = {"prodigy": 40}
-# What the libraries write beside what they read.
+# Entries of the parameter groups that the libraries change.
 NOTES = {"lr", "d_hat", "d_denom", "scheduled_lr"}
 OPTIMIZERS = known_keys()["train.optimizer"].choices
 WITH_VECTORS = [name for name in OPTIMIZERS if name != "muon"]
 
 
 class Problem:
-    """An adapter that is to match a matrix: A is large enough for 8 bits (4096), B is not, and begins at 0."""
+    """An adapter that is trained to match a matrix. A is large enough for 8-bit state (4096), B is not and starts at 0."""
 
     def __init__(self, name, b_ratio=1.0, weight_decay=0.01, vector=False, gradient_scale=1.0):
         generator = torch.Generator().manual_seed(0)
@@ -51,7 +51,7 @@ class Problem:
         return ((b @ a) * (magnitude[0][:, None] if magnitude else 1) - self.target).square().mean()
 
     def step(self, number):
-        # A rate that changes, as every schedule's does.
+        # The learning rate changes, as with a schedule.
         set_learning_rate(self.optimizer, self.rate * (1 + number % 8) / 8)
         (self.loss() * self.gradient_scale).backward()
         self.optimizer.step()
@@ -108,7 +108,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, b_ratio, tmp_path):
     second = resumed(half, tmp_path, name, **settings)
     assert_same(half, second)
     assert_same(straight, second.steps(*last_steps))
-    # It is the state that does it: without it the run is another one.
+    # Without the state, the results differ.
     fresh = Problem(name, **settings)
     for key, parameter in fresh.parameters.items():
         parameter.data.copy_(half.parameters[key])
@@ -117,7 +117,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, b_ratio, tmp_path):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_changes_in_a_group_is_what_is_saved(name):
-    """A library that keeps another number in its groups would else resume as another run."""
+    """If a library stores another number in its groups, a resumed run must not ignore it."""
     problem = Problem(name)
     before = [dict(group) for group in problem.optimizer.param_groups]
     problem.steps(*range(HALF.get(name, 3)))

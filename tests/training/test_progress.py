@@ -36,7 +36,7 @@ def test_a_resumed_run_tells_of_its_first_step(monkeypatch):
 
 def test_on_a_terminal_there_is_a_bar_and_no_lines(monkeypatch):
     master, slave = pty.openpty()
-    # Of no size as it is made.
+    # A new pseudo-terminal has size 0.
     termios.tcsetwinsize(slave, (24, 120))
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -44,7 +44,7 @@ def test_on_a_terminal_there_is_a_bar_and_no_lines(monkeypatch):
         terminal.flush()
         shown = ""
         while "5/5" not in shown:
-            # What a terminal has so far: a part of it at a time.
+            # Reads what was written so far, in parts.
             shown += screen.read(1 << 16).decode()
         monkeypatch.undo()
     assert "train:" in shown and "5/5" in shown and "loss 0.5000" in shown and "step 1/5" not in shown

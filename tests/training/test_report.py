@@ -1,4 +1,4 @@
-"""The page of a run: what it has, that it asks nothing of a network, and that it never costs the run."""
+"""The page of a run: its content, that it needs no network, and that its errors do not end the run."""
 
 import json
 import re
@@ -57,7 +57,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run of 8 steps that was then taken to 12."""
+    """A run of 8 steps that was resumed up to step 12."""
     run_dir = tmp_path_factory.mktemp("run")
     assert run(run_dir, "train.steps=8") == 0
     shutil.copy(run_dir / "report.html", run_dir / "first.html")
@@ -161,7 +161,7 @@ def test_the_commands_are_ones_that_work(finished):
 
 
 def test_a_page_that_cannot_be_written_costs_a_line_and_the_run_goes_on(tmp_path, capsys):
-    # Nobody can write a file in a folder's place; not even root, who may run this.
+    # Not even root, who may run this test, can replace a folder by a file.
     (tmp_path / "report.html").mkdir(parents=True)
     assert train(tmp_path, "train.steps=3", "train.validate_every=1") == 0
     said = capsys.readouterr()
@@ -187,7 +187,7 @@ def test_a_page_that_is_made_again_reads_the_rows_that_are_new_alone(finished, t
     config, rows = load_config(str(copy / "config.yaml"), []), (copy / "metrics.jsonl").read_bytes()
     read = rows.index(b"\n", len(rows) // 2) + 1
     writer = ReportWriter(copy, config)
-    # A full disk leaves the part of a row, for a while.
+    # A full disk leaves an incomplete row for a while.
     (copy / "metrics.jsonl").write_bytes(rows[: read + 9])
     writer.write()
     assert writer.closing_lines()[1] == f"last: step {rows[:read].count(10)}"
@@ -200,7 +200,7 @@ def test_a_page_that_is_made_again_reads_the_rows_that_are_new_alone(finished, t
 
 
 def test_a_report_is_made_without_the_clips_of_the_last_start(finished, tmp_path):
-    """The file serves notes alone, and a crash may have left half of it."""
+    """Only notes use the file, and a crash may have left it incomplete."""
     for text in ("", "{", "[]", '{"cache": "x", "clips": 3}'):
         (tmp_path / "clips.json").write_text(text)
         assert read_clips(tmp_path) == {}

@@ -1,4 +1,4 @@
-"""Going on with runs of versions before 0.2, whose checkpoints and rows say less."""
+"""Resuming runs of versions before 0.2, whose checkpoints and rows record less."""
 
 import shutil
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_other_validation_clips_are_others_though_the_cache_is_the_same(run_dir)
 def test_a_start_with_other_validation_clips_that_saves_nothing_leaves_the_losses_comparable(
     run_dir, monkeypatch, ends_at
 ):
-    """It ends before its first step, or after it has validated step 3 and before it saved that."""
+    """The start ends before its first step, or after the validation of step 3 and before a checkpoint."""
     steps = Run.steps
 
     def end(run):
@@ -74,7 +74,7 @@ def test_a_run_that_kept_no_order_goes_on_where_its_rows_show_that_it_is_the_sam
     path.write_text(rows.replace(f'"clips": ["{clip}"]', '"clips": ["another.mp4"]'))
     with pytest.raises(TrainingError, match=r"did not store the order of the clips: start another run.*resume=force"):
         train(run_dir, *MORE, "train.steps=3")
-    # All of its steps are made: it needs no order.
+    # A finished run does not need the order.
     assert train(run_dir, *MORE, "train.steps=2") == 0
     assert "is already trained to step 2" in capsys.readouterr().out
     path.write_text(rows)

@@ -1,4 +1,4 @@
-"""A step that ran out of memory is made again with blocks that keep less, and the run is the undisturbed one."""
+"""A micro-batch that ran out of memory is repeated with blocks that keep less, with the same results."""
 
 import functools
 from pathlib import Path
@@ -15,7 +15,7 @@ from mochi_tune.recipes import train_lora
 from mochi_tune.training import memory_plan
 
 MORE = ["train.steps=3", "train.warmup_steps=0", "train.learning_rate=1e-2", "train.recompute=auto"]
-# Two micro-batches a step: the first one's gradients are there when the second one fails.
+# Two micro-batches per step: when the second one fails, the gradients of the first one exist.
 ACCUMULATED = [*MORE, "train.accumulation_steps=2"]
 
 
@@ -24,7 +24,7 @@ def no_memory(gradient: torch.Tensor) -> None:
 
 
 def fail_at(monkeypatch, calls: set[int]) -> list[int]:
-    """Makes the backward passes of some micro-batches fail near their end; returns a list that all are noted in."""
+    """Makes the backward passes of some micro-batches fail near their end; returns a list of all micro-batches."""
     find_parameters, velocity_loss = train_lora.lora_parameters, train_lora.velocity_loss
     parameters, made = {}, []
 
@@ -36,7 +36,7 @@ def fail_at(monkeypatch, calls: set[int]) -> list[int]:
         made.append(len(made))
         if made[-1] in calls:
             first = next(iter(parameters.values()))
-            # All blocks have their gradients then, but for one layer of the first block.
+            # At this point, all gradients exist except for one layer of the first block.
             hook = first.register_hook(lambda gradient: (hook.remove(), no_memory(gradient)))
         return velocity_loss(velocity, target)
 
@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("more", [[], ["memory=12gb", "train.recompute=auto"]], ids=["resident", "12gb"])
 def test_a_step_that_ran_out_of_memory_is_made_again_to_the_same_bits(more, undisturbed, tmp_path, monkeypatch, capsys):
-    # Of step 2, the second micro-batch.
+    # The second micro-batch of step 2.
     made = fail_at(monkeypatch, {3})
     assert train(tmp_path / "run", *ACCUMULATED, *more) == 0
     assert len(made) == 7
@@ -79,12 +79,12 @@ def test_where_nothing_less_can_be_kept_it_is_an_error(calls, more, num_calls, t
     with pytest.raises(TrainingError, match="does not suffice in the backward pass of a step") as error:
         train(tmp_path, *MORE, *more)
     assert len(made) == num_calls
-    # What was tried is not what it advises to use.
+    # The error does not recommend what was already tried.
     assert ("train.recompute=block" in str(error.value)) == (more == ["train.recompute=attention"])
 
 
 def train_in_a_rank(arguments: list[str], failing_rank: int | None) -> int:
-    """Returns the number of micro-batches that this rank began."""
+    """Returns the number of micro-batches that this rank started."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         is_failing = torch.distributed.get_rank() == failing_rank
         made = fail_at(monkeypatch, {1} if is_failing else set())

@@ -1,4 +1,4 @@
-"""Going back: to checkpoints of versions that kept no hash of the rows, and again after it was broken off."""
+"""Rewinding to checkpoints of versions that stored no hash of the rows, and again after an interruption."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    """The same, to be changed; the paths of its history go with it."""
+    """A copy that a test may change; the paths in its history are adapted."""
     shutil.copytree(made, tmp_path / "older")
     for history in tmp_path.glob("older/*/history.jsonl"):
         history.write_text(history.read_text().replace(str(made), str(tmp_path / "older")))
@@ -67,20 +67,20 @@ def test_an_older_checkpoint_that_was_kept_elsewhere_is_the_runs_own(folder, is_
     shutil.copytree(run_dir / "checkpoints" / "step_000002", kept)
     rows = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     if is_there:
-        # Whatever was done to the rows since.
+        # The rows were edited since.
         (run_dir / "metrics.jsonl").write_bytes(b"".join(rows[1:]))
     else:
         shutil.rmtree(run_dir / "checkpoints" / "step_000002")
     lines = go_back(run_dir, kept)
     assert not any("from another branch" in line for line in lines)
-    # Those after the step are dropped when the rows are opened.
+    # `Metrics` drops the rows after the step.
     assert (run_dir / "metrics.jsonl").read_bytes() == b"".join(rows[is_there:])
     assert checkpoints_of(run_dir) == ([1, 2] if is_there else [1])
 
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_an_older_checkpoint_that_was_put_aside_keeps_what_came_before_the_parting(folder, step):
-    """The loss of step 3 is the same in both branches: it is that of the weights before the update."""
+    """The loss of step 3 is the same in both branches, because it is computed before the update."""
     run_dir = folder / "run"
     lines = go_back(run_dir, run_dir / "checkpoints" / f"aside_0_step_00000{step}")
     assert any("it shares them up to step 2" in line for line in lines)

@@ -22,7 +22,7 @@ def test_warm_up_then_half_a_cosine():
 
 
 def test_the_cosine_is_the_one_that_runs_were_trained_by():
-    """To the bit: a resumed run must not take another rate."""
+    """Bit for bit, because a resumed run must use the same rates."""
     for step in range(51, 1001):
         old = 2e-4 * 0.5 * (1 + math.cos(math.pi * ((step - 1 - 50) / max(1, 1000 - 50))))
         assert learning_rate_at(step, 2e-4, 50, 1000) == old

@@ -8,7 +8,7 @@ from mochi_tune.training.summary import doubtful_settings
 def test_a_warm_up_that_never_ends_names_both_ways_out(steps, shorter):
     [line] = doubtful_settings(TrainConfig(steps=steps), 1)
     assert line.endswith(f"; use train.warmup_steps={shorter}, or train.steps above 50")
-    # Each of them is taken without a word.
+    # None of these settings causes a warning.
     assert not doubtful_settings(TrainConfig(steps=steps, warmup_steps=shorter), 1)
     assert not doubtful_settings(TrainConfig(steps=51), 1)
 

@@ -1,4 +1,4 @@
-"""Trackers as processes: each step is there once, and what befalls them does not befall the run."""
+"""Trackers in their process: each step arrives once, and their failures do not affect the run."""
 
 import io
 import json
@@ -31,7 +31,7 @@ from mochi_tune.training.trackers import check_trackers
 
 
 def assert_whole(run_dir: Path, steps: int) -> None:
-    """The record has every row."""
+    """The JSONL files have every row."""
     assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == list(range(1, steps + 1))
     assert [row["step"] for row in read_rows(run_dir / "validation.jsonl")] == list(range(0, steps + 1, 2))
 
@@ -44,15 +44,15 @@ def recorded(run_dir: Path) -> tuple[list[int], list[int]]:
 
 
 def test_wandb_offline_has_every_step_once_after_a_resume(tmp_path):
-    # The first run ends in the middle of a validation, which the second one makes up for.
+    # The first run ends during a validation, which the second one repeats.
     for last_step, steps, left_out in ((0, 6, 6), (4, 6, 6), (6, 10, None)):
         lines = run(tmp_path / "run", last_step, steps, wandb="offline", left_out=left_out)
         assert "stopped" not in "".join(lines)
-    # The one in the middle had nothing new to say.
+    # The second start had no new rows.
     first, second = sorted((tmp_path / "run" / "trackers").glob("wandb/offline-run-*/run-*.wandb"))
     assert first.name == second.name
     rows = [*wandb_history(first), *wandb_history(second)]
-    # W&B takes a step once.
+    # W&B accepts each step once.
     assert [row["_step"] for row in rows] == list(range(11))
     losses = [(row["_step"], row["metrics/loss"]) for row in rows if "metrics/loss" in row]
     assert losses == [(step, step / 8) for step in range(1, 11)]
@@ -99,7 +99,7 @@ def test_wandb_and_tensorboard_have_every_eval_video_once_at_its_step(tmp_path):
     run_dir = tmp_path / "run"
     write_videos(run_dir, [0, 2, 4])
     assert "stopped" not in "".join(run(run_dir, 0, 4, wandb="offline", tensorboard=True))
-    # A video of a step to come waits for that.
+    # A video of a later step waits for the row of that step.
     write_videos(run_dir, [6, 99])
     assert "stopped" not in "".join(run(run_dir, 4, 6, wandb="offline", tensorboard=True))
     events = EventAccumulator(str(run_dir / "trackers" / "tensorboard"), {"images": 0})
@@ -137,7 +137,7 @@ def test_a_run_that_begins_again_is_another_one_to_the_tracker(tmp_path):
     (run_dir / "validation.jsonl").unlink()
     run(run_dir, 0, 2, env, wandb="offline")
     assert recorded(run_dir) == ([1, 2, 3, 4, 1, 2], [0, 2, 4, 0, 2])
-    # A folder in another place is another run, of which nothing is known yet.
+    # A moved folder is a new run for the trackers.
     run_dir.rename(tmp_path / "copy")
     run(tmp_path / "copy", 2, 3, env, wandb="offline")
     assert recorded(tmp_path / "copy")[0][-3:] == [1, 2, 3]
@@ -238,7 +238,7 @@ def test_the_rows_of_a_trainer_that_was_killed_still_arrive_and_no_process_is_le
     wait_until(lambda: processes_of(run_dir) == [])
     assert recorded(run_dir)[0] == [row["step"] for row in read_rows(run_dir / "metrics.jsonl")]
     assert read_rows(run_dir / "trackers" / "recorded.jsonl")[-1] == {"finished": True}
-    # The next start goes on from there.
+    # The next start continues from there.
     steps = len(recorded(run_dir)[0])
     run(run_dir, steps // 2, steps + 5, env, wandb="offline")
     assert recorded(run_dir)[0] == list(range(1, steps + 6))
@@ -265,7 +265,7 @@ def test_a_signal_to_everybody_leaves_the_tracker_time_for_the_last_rows(tmp_pat
         process.send_signal(number)
     os.killpg(trainer.pid, signal.SIGINT)
     _, err = trainer.communicate(timeout=PATIENCE)
-    # No line: nothing was given up.
+    # No line is printed, because nothing was lost.
     assert trainer.returncode == 0 and err == ""
     assert recorded(run_dir)[0] == list(range(1, len(read_rows(run_dir / "metrics.jsonl")) + 1))
     assert processes_of(run_dir) == []
@@ -298,7 +298,7 @@ def test_a_package_that_is_not_installed_is_reported_before_the_start(tmp_path):
 
 
 def test_wandb_online_without_a_login_is_reported_before_the_start_and_without_a_network(tmp_path):
-    # An address that never answers.
+    # An address without a server.
     env = environment(HOME=str(tmp_path), WANDB_BASE_URL="https://192.0.2.1")
     env = {key: value for key, value in env.items() if key not in ("WANDB_API_KEY", "NETRC")}
     assert "log.wandb=online: No API key configured" in check("wandb='online'", env=dict(env))
