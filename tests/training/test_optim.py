@@ -32,7 +32,7 @@ WITH_VECTORS = [name for name in OPTIMIZERS if name != "muon"]
 
 
 class Problem:
-    """An adapter that is trained to match a matrix. A is large enough for 8-bit state (4096), B is not and starts at 0."""
+    """An adapter that learns to match a matrix. A is large enough for 8-bit state (4096), B is not and starts at 0."""
 
     def __init__(self, name, b_ratio=1.0, weight_decay=0.01, vector=False, gradient_scale=1.0):
         generator = torch.Generator().manual_seed(0)
