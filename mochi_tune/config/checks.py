@@ -1,4 +1,4 @@
-"""What the schema cannot say of a single setting: how settings fit together."""
+"""Checks of combinations of settings, which the schema of a single setting cannot express."""
 
 from mochi_tune.config.sample import sample_size
 from mochi_tune.config.schema import LoraConfig, ParallelConfig, RunConfig, TrainConfig
@@ -7,12 +7,12 @@ from mochi_tune.errors import ConfigError
 
 
 def check_config(config: RunConfig) -> None:
-    """Checks how settings fit together.
+    """Checks that settings fit together.
 
     Raises:
-        ConfigError: two settings do not; the text says which, and what to use.
+        ConfigError: two settings contradict each other; the error names them and what to use.
     """
-    # torch comes with these, which --help does without.
+    # These import torch, which --help does not need.
     from mochi_tune.config.sources import read_sources, share_of_buckets
     from mochi_tune.models.latents import check_geometry
 
@@ -31,23 +31,23 @@ def check_config(config: RunConfig) -> None:
     _check_engine(config.parallel)
     if config.lora.dora and config.parallel.strategy == "zero3":
         raise ConfigError(
-            "lora.dora=true measures complete rows of the base, which parallel.strategy=zero3 cuts up: "
+            "lora.dora=true measures complete rows of the base, which parallel.strategy=zero3 splits: "
             "use parallel.strategy=zero2."
         )
 
 
 def _check_recompute(config: RunConfig) -> None:
-    """Refuses a policy of what is kept of a block that does not fit the other settings."""
+    """Refuses a recompute policy that does not fit the other settings."""
     recompute = config.train.recompute
     if recompute == "attention" and config.parallel.strategy == "zero3":
         raise ConfigError(
-            "train.recompute=attention keeps what attention gave, which parallel.strategy=zero3 cannot tell from what "
-            "it gathers: use train.recompute=block or none, or leave it out."
+            "train.recompute=attention keeps the outputs of attention, which parallel.strategy=zero3 cannot tell from "
+            "gathered weights: use train.recompute=block or none, or leave it out."
         )
     if recompute == "none" and config.memory.activations == "offload":
         raise ConfigError(
-            "memory.activations=offload lets the inputs of blocks wait in host memory, and train.recompute=none keeps "
-            "all of each block on the device: leave one of them out."
+            "memory.activations=offload keeps the inputs of blocks in host memory, and train.recompute=none keeps all "
+            "activations of each block on the device: leave one of them out."
         )
 
 
@@ -64,13 +64,13 @@ def _check_precision(config: RunConfig) -> None:
         )
     if config.parallel.strategy == "zero3":
         raise ConfigError(
-            f"parallel.strategy=zero3 cuts up matrices that model.precision={precision} holds in one piece: "
+            f"parallel.strategy=zero3 splits matrices that model.precision={precision} needs in one piece: "
             "use parallel.strategy=data or zero2."
         )
 
 
 def _check_engine(parallel: ParallelConfig) -> None:
-    """Refuses two ways of sharing the work of `prepare` at once."""
+    """Refuses settings of Ray that contradict each other."""
     if parallel.engine == "ray" and parallel.shard is not None:
         raise ConfigError(f"parallel.shard={parallel.shard} and parallel.engine=ray are both given: leave one out.")
     if parallel.engine != "ray" and parallel.ray_address is not None:
@@ -81,7 +81,7 @@ def _check_engine(parallel: ParallelConfig) -> None:
 
 
 def _check_unused(config: RunConfig) -> None:
-    """Refuses a setting that only another choice than the chosen one would read."""
+    """Refuses settings that the chosen options ignore."""
     for key, owner, choice in (
         ("train.sigma_mean", "train.sigma_distribution", "logit_normal"),
         ("train.sigma_std", "train.sigma_distribution", "logit_normal"),
@@ -106,7 +106,7 @@ def _check_unused(config: RunConfig) -> None:
 def _check_optimizer(train: TrainConfig, parallel: ParallelConfig, lora: LoraConfig) -> None:
     """Refuses an optimizer that does not fit the other settings of the training."""
     if parallel.strategy != "data" and train.optimizer != "adamw":
-        # ZeRO hands an optimizer flat shards: no matrices, and sums over a part of the parameters.
+        # ZeRO gives the optimizer flat shards, without matrices, so that sums cover only a part of the parameters.
         raise ConfigError(
             f"train.optimizer={train.optimizer} does not fit parallel.strategy={parallel.strategy}, which shards the "
             "optimizer: use train.optimizer=adamw, or parallel.strategy=data."

@@ -1,6 +1,6 @@
-"""The help's list of settings and docs/settings.md, both made from the schema.
+"""Generates the list of settings in the help and docs/settings.md from the schema.
 
-`python -m mochi_tune.config.docs > docs/settings.md` makes the page anew.
+`python -m mochi_tune.config.docs > docs/settings.md` regenerates the page.
 """
 
 import sys
@@ -35,7 +35,7 @@ This page is made from [schema.py](../mochi_tune/config/schema.py) by `python -m
 
 
 def settings_help() -> str:
-    """Returns the list of settings for the command line: two lines a setting, by section."""
+    """Returns the list of settings for the command line: two lines per setting, by section."""
     lines = ["Packaged files, chosen as group=name:"]
     for group, files in packaged_files().items():
         lines += ["", *(f"  {f'{group}={name}':<24} {meaning}" for name, meaning in files.items())]
@@ -63,7 +63,7 @@ def settings_page() -> str:
 
 
 def packaged_files() -> dict[str, dict[str, str]]:
-    """Returns for each group the names of its packaged files, and what the first comment of each says."""
+    """Returns the packaged files of each group: their names and first comments."""
     paths = {group: sorted((packaged_folder() / group).glob("*.yaml")) for group in GROUPS}
     return {group: {path.stem: _first_comment(path.read_text()) for path in paths[group]} for group in GROUPS}
 

@@ -1,4 +1,4 @@
-"""One line for a value that the schema refuses: what, got, allowed, do this."""
+"""Turns errors of the schema into one line: the setting, its value, what is allowed, and what to do."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -37,9 +37,9 @@ TYPE_NAMES = {
     dict[str, int]: r"whole numbers by pattern, {'blocks\.0\..*': 8}",
     dict[str, float]: r"numbers by pattern, {'blocks\.0\..*': 0.5}",
 }
-# Lengths of a run in passes over the clips.
+# Names of other trainers for the length of a run in epochs.
 EPOCHS = ("epochs", "num_epochs", "num_train_epochs", "max_train_epochs")
-# What other trainers call a setting -> what it is here, with a value where the word itself says one.
+# Names of other trainers -> our settings, with a value where the name implies one.
 SYNONYMS = {
     "lr": ["train.learning_rate"],
     "learning-rate": ["train.learning_rate"],
@@ -102,27 +102,27 @@ SYNONYMS = {
     "lora_path": ["sample.adapter"],
     "lora_scale": ["sample.adapter_strength"],
 }
-# What other trainers are told to do, and `prepare` does unasked.
+# Settings of other trainers for what `prepare` always does.
 UNNEEDED = ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs")
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
-# Of several errors of one setting, which may be of several types, the kind that says most comes first.
+# Kinds of errors, the most informative first: a setting of several types has several errors.
 ORDER = ("extra_forbidden", "invalid_key", "missing", *OUT_OF_RANGE, "literal_error", "not_possible", "empty")
 
 
 def explain(error: ValidationError, source: str, given: Mapping[str, str], section: str = "") -> str:
-    """Turns the most telling error of pydantic into one line that names the setting and says what it takes.
+    """Turns the most informative error of pydantic into one line that names the setting and its allowed values.
 
     Args:
-        error: of `RunConfig`, or of one of its sections.
-        source: file that the settings are from.
-        given: dotted key -> the text that the command line gives for it.
-        section: name of the section that was validated by itself.
+        error: error of `RunConfig` or of one of its sections.
+        source: file of the settings.
+        given: dotted key -> its text on the command line.
+        section: name of the section, if it was validated alone.
     """
     details = min(error.errors(), key=_urgency)
     path = ([section] if section else []) + [str(part) for part in details["loc"]]
     dotted = ".".join(path)
     if dotted.startswith("data.sources."):
-        # Of a source, one or another of its own fields.
+        # The rest of the path is within one source.
         return _explain_source(path[2], path[3:], details)
     if details["type"] == "missing":
         missing = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing"]
@@ -138,7 +138,7 @@ def explain(error: ValidationError, source: str, given: Mapping[str, str], secti
 
 
 def _explain_source(number: str, inner: list[str], details: ErrorDetails) -> str:
-    """Explains an error in a folder of data.sources, at `inner`."""
+    """Explains an error at `inner` in an entry of data.sources."""
     where, name = f"data.sources[{number}]", ".".join(inner[:1])
     if details["type"] == "missing":
         return f"{where} names no folder: write {{folder: NAME, ...}}."
@@ -157,7 +157,7 @@ def does_not_fit(what: str, key: str) -> str:
 
     Args:
         what: the setting and its value.
-        key: of the setting.
+        key: key of the setting.
     """
     return f"{what} does not fit: it takes {TYPE_NAMES[known_keys()[key].type]}."
 
@@ -167,14 +167,14 @@ def _urgency(details: ErrorDetails) -> int:
 
 
 def explain_section(name: str) -> str:
-    """Returns the line for a section that is given another value than settings."""
+    """Returns the line for a section whose value is not a mapping of settings."""
     if name in GROUPS:
         return f"{name} is a section: choose its file by {name}=NAME, or by `override {name}: NAME` in defaults."
     return f"{name} is a section: write its settings below it, one per line."
 
 
 def _explain_value(setting: Setting, details: ErrorDetails, inner: list[str], given: str | None) -> str:
-    """Explains an error of a value, or of what is in it at `inner`."""
+    """Explains an error of a value, or of its part at `inner`."""
     kind, value, key = details["type"], details["input"], setting.key
     if kind in OUT_OF_RANGE and "whole" not in TYPE_NAMES[setting.type]:
         value = float(value)
@@ -195,7 +195,7 @@ def _explain_value(setting: Setting, details: ErrorDetails, inner: list[str], gi
 
 
 def describe_type(setting: Setting) -> str:
-    """Returns what a setting takes: its choices, or its type and limits."""
+    """Returns the allowed values of a setting: its choices, or its type and limits."""
     if setting.choices:
         return describe_choices(setting)
     limits = describe_limits(setting)
@@ -203,7 +203,7 @@ def describe_type(setting: Setting) -> str:
 
 
 def describe_choices(setting: Setting) -> str:
-    """Returns the allowed values of a setting that has few."""
+    """Returns the choices of a setting as text."""
     return " or ".join("null" if choice is None else choice for choice in setting.choices)
 
 
@@ -225,7 +225,7 @@ def describe_limits(setting: Setting) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """Returns a value as a file would say it: null, true, text without quotes."""
+    """Returns a value as YAML: null, true, text without quotes."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
@@ -236,7 +236,7 @@ def as_yaml(value: Any) -> str:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """Returns a hint at the known key that is most like `key`, or at where to find them all."""
+    """Returns a hint: the known key most similar to `key`, or where all are listed."""
     known = list(known)
     section, _, word = key.rpartition(".")
     if word in SYNONYMS and section in ("", *{other.partition(".")[0] for other in SYNONYMS[word]}):
@@ -247,7 +247,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
         return "; set train.steps: the epochs times the clips, divided by the samples of a step."
     if not section and (same := [k for k in known if k.rpartition(".")[2] == key]):
         return f"; did you mean {' or '.join(same)}?"
-    # A file names sections by themselves.
+    # In a file, sections are keys too.
     own_sections = {} if section else dict.fromkeys(k.partition(".")[0] for k in known if "." in k)
     own_sections.pop(key, None)
     near = difflib.get_close_matches(key, [*known, *own_sections], n=1, cutoff=0.7)

@@ -1,4 +1,4 @@
-"""Loading the settings of a run: Hydra composes the files, the schema checks what comes of them."""
+"""Loads the settings of a run: Hydra composes the files, the schema validates the result."""
 
 import contextlib
 import difflib
@@ -25,16 +25,16 @@ from mochi_tune.weights.paths import WeightsPaths
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Keys of `sample` that stand at the top level on its command line.
+# Keys of section `sample` that its command line takes without the section.
 SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
-# What a preset of the sampler sets.
+# Settings of the sampler that a preset sets.
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
-# What lies beside the config.yaml of a run.
+# Files next to the config.yaml of a run.
 RECORDS = ("checkpoints/step_*", "metrics.jsonl", "history.jsonl")
 PROMPTS = ("sample.prompt", "sample.negative_prompt", "train.sample_prompts")
-# Hydra keeps what it composes from in one place for all threads, and two that import it at once get half of it.
+# Hydra has global state, and two threads that import it at once see it half initialised.
 _ONE_AT_A_TIME = threading.Lock()
-# A list as a shell takes it without quotes: 0,1.
+# A list that needs no quotes in a shell: 0,1.
 _NUMBERS = re.compile(r"[-+.\de]+(\s*,\s*[-+.\de]+)*")
 
 
@@ -49,7 +49,7 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
     """Composes conf/NAME.yaml, or the packaged one, or a path, with `key=value` overrides into checked settings.
 
     Raises:
-        ConfigError: there is no such file, a key is unknown, or a value does not fit.
+        ConfigError: the file does not exist, a key is unknown, or a value does not fit.
     """
     path = find_config(name)
     for override in overrides:
@@ -59,7 +59,7 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
     if not isinstance(content, dict | None):
         what = "a list" if isinstance(content, list) else "a single value"
         raise ConfigError(f"{path} contains {what} instead of settings: write lines of `key: value`.")
-    # A file without `defaults` says what differs from base.
+    # A file without `defaults` lists the differences from base.
     implies_base = "defaults" not in (content or {}) and path.stem != "base"
     for section in (content or {}).keys() & sections().keys() if implies_base else ():
         if not isinstance((content or {})[section], dict):
@@ -76,15 +76,15 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
 
 
 def check_run_folder(name: str, given: Collection[str], config: RunConfig) -> None:
-    """Refuses a run's config.yaml that names another folder than the one that it lies in, as after a move.
+    """Refuses a run's config.yaml that names a different folder than its own, as after a move.
 
     Args:
-        name: of the conf, as in `load_config`.
+        name: name of the conf, as in `load_config`.
         given: the `key=value` overrides.
-        config: what they were loaded to.
+        config: the loaded settings.
 
     Raises:
-        ConfigError: it does, and no run_dir is given.
+        ConfigError: the folders differ, and no override sets run_dir.
     """
     path, run_dir = find_config(name), Path(config.run_dir)
     folder = path.parent
@@ -93,13 +93,13 @@ def check_run_folder(name: str, given: Collection[str], config: RunConfig) -> No
         return
     if not run_dir.exists() or not run_dir.samefile(folder):
         raise ConfigError(
-            f"{path} is of a run in {folder} and has run_dir={config.run_dir}, another folder: give "
-            f"run_dir={folder}, or the folder that is meant."
+            f"{path} belongs to a run in {folder} and has run_dir={config.run_dir}, another folder: set "
+            f"run_dir={folder}, or the folder that you mean."
         )
 
 
 def change_sample(sample: SampleConfig, values: dict[str, Any]) -> SampleConfig:
-    """Returns the sampler's settings with some of them changed.
+    """Returns the settings of the sampler with some values changed.
 
     Raises:
         ConfigError: a value does not fit.
@@ -112,19 +112,19 @@ def change_sample(sample: SampleConfig, values: dict[str, Any]) -> SampleConfig:
 
 
 def _reset_by_preset(given: Collection[str]) -> dict[str, None]:
-    """Returns the sampler's settings that a given preset takes over: all of the schedule that is not given with it."""
+    """Returns, as None, the settings that a given preset determines: those of the schedule that are not given."""
     return {key: None for key in PRESET_KEYS if key not in given} if "preset" in given else {}
 
 
 @contextlib.contextmanager
 def _file_on_base(path: Path, implies_base: bool) -> Iterator[Path]:
-    """Yields the file that Hydra composes: this one, or one that puts its content on top of base."""
-    # Hydra looks beside the file first, and a packaged one has the packaged groups there.
+    """Yields the file for Hydra to compose: this one, or a temporary one with its content on top of base."""
+    # Hydra first searches the folder of the file, where a packaged file has the packaged groups.
     if not implies_base and path.suffix == ".yaml" and not (_is_packaged(path) and _has_own_groups()):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        # Hydra reads no other suffix.
+        # Hydra only reads files with this suffix.
         own, whole = Path(folder) / "own.yaml", Path(folder) / "whole.yaml"
         shutil.copyfile(path, own)
         whole.write_text("defaults: [base, own, _self_]\n")
@@ -132,7 +132,7 @@ def _file_on_base(path: Path, implies_base: bool) -> Iterator[Path]:
 
 
 def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
-    """Returns the defaults, replaced by what the file sets, replaced by what is given, as a tree of plain values."""
+    """Returns the defaults, overridden by the file and then by the given values, as a tree of plain values."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
@@ -171,11 +171,11 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
 
 
 def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "DictConfig":
-    """Returns what the file sets, with the files that it builds on and the chosen file of each group."""
+    """Composes the file with the files that it builds on and the chosen file of each group."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    # Of a program that calls this one and is Hydra's, too.
+    # A program that calls this one may use Hydra too.
     theirs, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     folders = ", ".join(quote(f"file://{folder}") for folder in dict.fromkeys(_folders(path)) if folder.is_dir())
     try:
@@ -189,7 +189,7 @@ def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "
 
 
 def _folders(path: Path) -> list[Path]:
-    """Returns where files that a conf builds on are looked for: beside it, in conf/, and among the packaged ones."""
+    """Returns the folders of files that a conf builds on: its own, conf/, and the packaged ones."""
     own = [] if _is_packaged(path) else [path.parent]
     return [folder.resolve() for folder in (*own, Path("conf"), packaged_folder())]
 
@@ -199,19 +199,19 @@ def _is_packaged(path: Path) -> bool:
 
 
 def _has_own_groups() -> bool:
-    """Whether conf/ has files of groups, which go before the packaged ones of their names."""
+    """Whether conf/ has files of groups, which override packaged ones with the same name."""
     return not _is_packaged(Path("conf") / "base.yaml") and any((Path("conf") / group).is_dir() for group in GROUPS)
 
 
 def _packaged_files() -> tuple[tuple[str, int, int], ...]:
-    """Returns name, time and size of each packaged file. In a clone these are the user's own, and may change."""
+    """Returns name, time and size of each packaged file. In a clone of the repository the user may change them."""
     stats = ((path.as_posix(), path.stat()) for path in sorted(packaged_folder().rglob("*.yaml")))
     return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
 @functools.lru_cache(maxsize=64)
 def _compose_packaged(path: Path, implies_base: bool, groups: tuple[str, ...], _files: tuple) -> "DictConfig":
-    """Remembers what packaged files compose to, as this takes most of the time of loading settings."""
+    """Caches the composition of packaged files, which takes most of the time of loading settings."""
     return _compose_files(path, implies_base, groups)
 
 
@@ -231,7 +231,7 @@ def _check_packaged(path: Path, _files: tuple) -> Any:
 
 
 def _check_all(path: Path, groups: Mapping[str, str]) -> Any:
-    """Checks a file and all that it builds on; returns what the file itself says."""
+    """Checks a file and all files that it builds on; returns the content of the file itself."""
 
     def check(file: Path) -> Any:
         return _check_packaged(file, _packaged_files()) if _is_packaged(file) else check_yaml(file)
@@ -243,16 +243,16 @@ def _check_all(path: Path, groups: Mapping[str, str]) -> Any:
     while waiting:
         if (file := waiting.pop()) not in seen:
             seen.add(file)
-            # A group's own file names its neighbours.
+            # A file of a group refers to files of the same group.
             waiting += included_files(check(file), {}, [*folders, file.parent])
     return content
 
 
 def find_config(name: str) -> Path:
-    """Returns the file that a conf=NAME stands for.
+    """Returns the file of conf=NAME.
 
     Raises:
-        ConfigError: there is none; the nearest name is given.
+        ConfigError: there is none; the error suggests the nearest name.
     """
     local = Path("conf")
     for path in (local / f"{name}.yaml", local / f"{name}.yml", packaged_folder() / f"{name}.yaml", Path(name)):
@@ -270,11 +270,13 @@ def check_override(override: str) -> None:
     """Checks that an argument is a `key=value` whose key is a setting, or a group and the name of one of its files.
 
     Raises:
-        ConfigError: it is not; the nearest key, or the names of the files, are given.
+        ConfigError: it is not; the error suggests the nearest key or lists the files.
     """
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r} is no setting: settings are written key=value, for example train.steps=500.")
+        raise ConfigError(
+            f"{override!r} is not a setting: settings are written key=value, for example train.steps=500."
+        )
     if key in GROUPS:
         folders = Path("conf") / key, packaged_folder() / key
         options = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
@@ -289,11 +291,10 @@ def _is_by_pattern(key: str) -> bool:
 
 
 def _read_value(key: str, value: str) -> Any:
-    """Returns the value of a setting on the command line: a list, a mapping, None, or text, of which the schema reads
-    numbers.
+    """Parses the value of a setting on the command line: a list, a mapping, None, or text. The schema converts numbers.
 
     Raises:
-        ConfigError: it is a list or a mapping that cannot be read.
+        ConfigError: a list or a mapping cannot be parsed.
     """
     import yaml
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -301,7 +302,7 @@ def _read_value(key: str, value: str) -> Any:
 
     try:
         if _is_by_pattern(key):
-            # Hydra's grammar has no quotes in a mapping's keys.
+            # Hydra's grammar does not allow quotes in the keys of a mapping.
             return yaml.safe_load(value)
         if key in PROMPTS:
             value = escape_references(value)
@@ -317,12 +318,12 @@ def _read_value(key: str, value: str) -> Any:
 
 def quote(text: str) -> str:
     """Returns a text in quotes, as Hydra's grammar reads it back."""
-    # A backslash is special to Hydra only in front of a quote.
+    # To Hydra a backslash is special only before a quote.
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
 def escape_references(value: Any) -> Any:
-    """Returns a value in whose texts ${...} is no reference to a setting but says what it says."""
+    """Returns a value with ${...} in its texts escaped, so that it does not refer to a setting."""
     if isinstance(value, dict):
         return {key: escape_references(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -331,14 +332,14 @@ def escape_references(value: Any) -> Any:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """Returns the resolved settings as YAML; a path that `conf=` reads back."""
+    """Returns the resolved settings as YAML that `conf=` can load."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(escape_references(config.model_dump())))
 
 
 def weights_paths(config: RunConfig) -> WeightsPaths:
-    """Returns where the weights are; "package:NAME" stands for a folder that is shipped with mochi-tune."""
+    """Returns the paths of the weights; "package:NAME" is a folder shipped with mochi-tune."""
     model = config.model
     own = (model.transformer, model.vae, model.text_encoder, model.tokenizer)
     return WeightsPaths(weights_folder(config), *(Path(path) if path else None for path in own), variant=model.variant)

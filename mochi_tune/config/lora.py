@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def lora_settings(lora: LoraConfig, names: Iterable[str]) -> "dict[str, LayerSettings]":
-    """Returns which of a model's layers are adapted, and the settings of each.
+    """Returns the settings of each adapted layer, by name.
 
     Raises:
-        ConfigError: a pattern is no regular expression, matches no layer, or contradicts another one.
+        ConfigError: a pattern is not a regular expression, matches no layer, or contradicts another one.
     """
     from mochi_tune.adapters.lora import LayerSettings, layer_settings, select_layers
 

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from mochi_tune.config.schema import DataConfig
 
 
-# All noise levels of a rendering are listed; 64 steps are usual.
+# The noise levels of a rendering are kept as a list; 64 steps are usual.
 Steps = Annotated[Count, Field(le=10_000)]
 
 
 def _read_none(value: Any) -> Any:
-    # In a shell without quotes, as [] is not.
+    # Unlike [], it needs no quotes in a shell.
     return [] if value == "none" else value
 
 
 class SampleConfig(Section):
-    """The sampler, for `sample` and for the eval videos of `train`. `sample` takes these keys without `sample.`."""
+    """The sampler of `sample` and of the eval videos of `train`. `sample` also takes these keys without `sample.`."""
 
     RESUME = "free"
 
@@ -39,30 +39,31 @@ class SampleConfig(Section):
     prompts: FileText | None = setting(
         None, "instead of prompt: file.txt, one prompt per line, or file.jsonl, one object per line with its settings"
     )
-    negative_prompt: Text = setting("", "what guidance leads away from")
-    seeds: list[Whole] | None = setting(None, "renders each prompt without a seed of its own with each; null: seed")
+    negative_prompt: Text = setting("", "prompt that guidance leads away from")
+    seeds: list[Whole] | None = setting(None, "seeds of each prompt without its own seed; null: seed")
     grid: bool = setting(
-        False, "true: a page and a video of every prompt with every seed, checkpoint and strength, in the folder out"
+        False,
+        "true: renders every prompt with every seed, checkpoint and strength as a page and a video in out",
     )
     strengths: list[Number] | None = setting(
         None,
-        "grid, parallel.shard or parallel.engine=ray: factors on adapter_strength; 0 is exactly the base; null: 1",
+        "for grid, parallel.shard or parallel.engine=ray: factors on adapter_strength; 0 is exactly the base; null: 1",
     )
     checkpoints: list[Count] | Literal["all"] | None = setting(
         None,
-        "grid, parallel.shard or parallel.engine=ray: steps of the run's checkpoints, whose adapters are used; null: "
-        "adapter",
+        "for grid, parallel.shard or parallel.engine=ray: steps of checkpoints of the run whose adapters are used; "
+        "null: adapter",
     )
     compare: Literal["base"] | None = setting(
         None, "base: renders without and with the adapter, side by side in one video"
     )
     adapter: Annotated[FileText | list[FileText] | None, BeforeValidator(_read_none)] = setting(
         None,
-        "file, folder or hub:OWNER/NAME[/FILE][@REVISION], or a list of such; none: the base; null: the run's "
+        "file, folder or hub:OWNER/NAME[/FILE][@REVISION], or a list of these; none: the base; null: the run's "
         "adapter.safetensors",
     )
     adapter_alpha: Positive | list[Positive] | None = setting(
-        None, "alpha of an adapter that does not state its own, or [x, y] for several; null: taken to be its rank"
+        None, "alpha of an adapter that does not state it, or [x, y] for several; null: its rank"
     )
     adapter_strength: Number | list[Number] = setting(
         1.0, "factor on the adapter; 0 is exactly the base; [x, y] for several adapters"
@@ -79,37 +80,39 @@ class SampleConfig(Section):
         None, "video or image to start from, cut and resized as by `prepare`; an image is shown in every frame"
     )
     init_strength: Annotated[Number, Field(ge=0, le=1)] = setting(
-        0.8, "noise level that is put on init_video; 1: nothing of it is left; 0: it comes back through the VAE"
+        0.8, "noise level added to init_video; 1: nothing of it is left; 0: only encoded and decoded by the VAE"
     )
     out: FileText | None = setting(
         None, "file.mp4, .webm, .gif, .webp or .png, or a folder; null: new names in run_dir/samples"
     )
     format: Literal["mp4", "webm", "gif", "webp", "png"] | None = setting(
-        None, "of videos; png: a folder of pictures for each; null: as out ends, else png for one frame, mp4 for more"
+        None,
+        "format of videos; png: a folder of images for each; null: by the suffix of out, else png for one frame and "
+        "mp4",
     )
     codec: Literal["h264", "hevc", "av1", "vp9"] | None = setting(
-        None, "in mp4 h264, hevc or av1, in webm vp9 or av1; null: the first of these"
+        None, "mp4: h264, hevc or av1; webm: vp9 or av1; null: the first of these"
     )
     crf: CountOrZero | None = setting(
         None,
         "quality, lower is better: h264 and hevc 0 to 51, vp9 0 to 63, av1 1 to 63; 0 is lossless; null: h264 17, "
         "others 16",
     )
-    metadata: bool = setting(True, "false: writes no prompt and no settings into the video; the .json has them always")
+    metadata: bool = setting(True, "false: writes no prompt and no settings into the video; the .json always has them")
     prompt_cache: Text = setting(
-        "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, 4 MB per prompt at most"
+        "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, at most 4 MB per prompt"
     )
-    save_latents: bool = setting(False, "true: writes the latents beside the video as .safetensors")
+    save_latents: bool = setting(False, "true: writes the latents next to the video as .safetensors")
     compile: bool | None = setting(
-        None, "true: compiles the DiT's blocks, a minute once, and each step is shorter; null: on a GPU, if that pays"
+        None, "true: compiles the DiT's blocks, a minute once, for faster steps; null: on a GPU, if it saves time"
     )
     num_frames: Whole | None = setting(None, "frames, 6k+1; null: data.num_frames")
     height: Whole | None = setting(None, "pixels, a multiple of 16; null: data.height")
     width: Whole | None = setting(None, "pixels, a multiple of 16; null: data.width")
     preset: Literal["quality", "balanced", "fast", "fastmochi"] = setting(
         "quality",
-        "quality: 64 steps, guidance 6; balanced: without guidance in the last quarter, which takes an eighth of the "
-        "time off; fast: 8 steps, guidance 1.5, for distilled weights; fastmochi: the 8 noise levels of FastMochi",
+        "quality: 64 steps, guidance 6; balanced: no guidance in the last quarter, which saves an eighth of the time; "
+        "fast: 8 steps, guidance 1.5, for distilled weights; fastmochi: the 8 noise levels of FastMochi",
     )
     steps: Steps | None = setting(None, "Euler steps; time grows with it; null: the preset's")
     guidance: NotNegative | list[NotNegative] | None = setting(

@@ -1,4 +1,4 @@
-"""Every setting of a run, said once: its type, default, allowed values, meaning, and whether a run may change it.
+"""Every setting of a run: its type, default, allowed values, meaning, and whether a resumed run may change it.
 
 The help and docs/settings.md are made from this file. One `RunConfig` describes one LoRA for all verbs.
 """
@@ -39,26 +39,29 @@ class ModelConfig(Section):
     name: Text = setting(..., "name of the base model, written into the adapter")
     weights: FileName = setting(
         ...,
-        "folder: the official files, a diffusers pipeline, or ComfyUI's models; or a file that holds all in one",
+        "folder of the official files, a diffusers pipeline or ComfyUI's models; or one file with all models",
         "free",
     )
     transformer: FileText | None = setting(None, "file or folder of the DiT alone; null: in model.weights", "free")
     vae: FileText | None = setting(None, "file or folder of the VAE alone; null: in model.weights", "free")
     text_encoder: FileText | None = setting(None, "file or folder of T5 alone; null: in model.weights", "free")
     tokenizer: FileText | None = setting(
-        None, "folder of T5's tokenizer; null: beside the weights or T5, or in the ComfyUI that holds them", "free"
+        None,
+        "folder of T5's tokenizer; null: next to the weights or T5, or in their ComfyUI folder",
+        "free",
     )
     variant: Text | None = setting(
         None,
-        "of diffusers' and transformers' files, bf16 for *.bf16.safetensors; null: the first complete",
+        "variant of diffusers and transformers files, bf16 for *.bf16.safetensors; null: the first complete one",
         "free",
     )
     dtype: Literal["bf16", "fp32"] = setting(
-        "bf16", "of the DiT and the VAE; fp32 takes twice the memory; adapters are fp32 with both"
+        "bf16", "dtype of the DiT and the VAE; fp32 takes twice the memory; adapters are always fp32"
     )
     precision: Literal["bf16", "fp8", "int8", "nf4"] | None = setting(
         None,
-        "of the DiT's large matrices while it trains; fp8, int8: multiplied in 8 bits; nf4: held in 4; null: as dtype",
+        "precision of the DiT's large matrices in training; fp8, int8: multiplied in 8 bits; nf4: stored in 4; null: "
+        "as dtype",
         "bound",
     )
 
@@ -68,37 +71,37 @@ ClipMode = Literal["head", "uniform", "slide", "all"]
 
 
 class SourceConfig(BaseModel):
-    """One folder of data.sources, with settings of its own."""
+    """One folder of data.sources, with its own settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     folder: FileName
-    # An epoch takes each clip so often, or this share of all draws relative to the other sources' weights.
+    # How often an epoch takes each clip, or the share of all draws relative to the weights of the other sources.
     repeats: Positive = 1.0
     weight: Positive | None = None
-    # In the place of data.caption_prefix, data.clips and data.buckets.
+    # Replace data.caption_prefix, data.clips and data.buckets.
     caption_prefix: Text | None = None
     clips: ClipMode | None = None
     buckets: Buckets | None = None
 
 
 class DataConfig(Section):
-    """The clips. The cache that `prepare` wrote decides which of these settings a run may change."""
+    """The clips. The cache that `prepare` wrote determines which of these settings a run may change."""
 
     RESUME = "free"
 
     videos: FileName = setting(
-        "videos", "folder: NAME.mp4 with NAME.txt beside it, or with a table; or a dataset of Hugging Face on disk"
+        "videos", "folder of NAME.mp4 with captions in NAME.txt or in a table; or a Hugging Face dataset on disk"
     )
     sources: list[SourceConfig] = setting(
         [],
-        "several folders in the place of data.videos: [{folder: cats, repeats: 2}, {folder: dogs}]; each may set "
+        "several folders instead of data.videos: [{folder: cats, repeats: 2}, {folder: dogs}]; each may set "
         "repeats or weight, caption_prefix, clips, buckets",
     )
     cache: FileName = setting(
         "cache/${name}",
-        "folder that `prepare` writes and `train` reads, with model=toy cache/${name}_toy; a 37-frame 480p clip takes "
-        "4.3 MB, its caption up to 4.2 MB",
+        "folder that `prepare` writes and `train` reads; model=toy: cache/${name}_toy; a 37-frame 480p clip takes 4.3 "
+        "MB, its caption up to 4.2 MB",
     )
     num_frames: Whole = setting(37, "frames of a clip, 6k+1, at 30 per second; memory and time grow with it")
     height: Whole = setting(480, "pixels, a multiple of 16")
@@ -106,54 +109,54 @@ class DataConfig(Section):
     buckets: Buckets | None = setting(
         None,
         "sizes of clips in one run; auto: many aspect ratios and lengths, and stills; or a list of [frames, height, "
-        "width]; null: num_frames, height and width alone",
+        "width]; null: only num_frames, height and width",
     )
     resolution: Count | None = setting(
-        None, "of data.buckets=auto: each has about as many pixels as a square of this side; null: height x width"
+        None, "for data.buckets=auto: side of a square with about as many pixels as each bucket; null: height x width"
     )
-    max_frames: Whole | None = setting(None, "of data.buckets=auto: frames of the longest, 6k+1; null: num_frames")
+    max_frames: Whole | None = setting(None, "for data.buckets=auto: maximum number of frames, 6k+1; null: num_frames")
     bucket_shares: list[Positive] | None = setting(
-        None, "share of the draws that each of a list of data.buckets gets; null: as many as it has clips"
+        None, "share of the draws for each entry of data.buckets; null: in proportion to its number of clips"
     )
     clips: ClipMode = setting(
         "head",
         "which clips are cut from a video; head: the first; uniform: max_clips spread evenly; slide: one every "
         "clip_stride frames; all: one after the other",
     )
-    clip_stride: Count | None = setting(None, "frames from one clip to the next of slide; null: half of a clip")
-    max_clips: Count | None = setting(None, "clips of one video at most; null: as many as it holds")
+    clip_stride: Count | None = setting(None, "for clips=slide: frames from one clip to the next; null: half of a clip")
+    max_clips: Count | None = setting(None, "maximum number of clips per video; null: no limit")
     preview: FileText | None = setting(
-        None, "folder for what `prepare` cuts, frame for frame as the VAE gets it, as lossless .mkv; null: none"
+        None, "folder for the cut clips as lossless .mkv, frame for frame as the VAE gets them; null: none"
     )
-    allow_empty_captions: bool = setting(False, "true: a clip without a caption is trained with the empty prompt")
+    allow_empty_captions: bool = setting(False, "true: clips without a caption are trained with the empty prompt")
     captions: Literal["one", "lines"] = setting(
-        "one", "what a .txt file beside a clip holds: one caption, or lines that are each a caption of the clip"
+        "one", "content of a .txt file: one caption, or several captions of the clip, one per line"
     )
     caption_prefix: Text = setting("", "text before each caption that is not empty, such as a trigger word")
     caption_suffix: Text = setting("", "text after each caption that is not empty")
     tag_dropout: Share = setting(
-        0.0, "share of the comma-separated tags of a caption, all but the first one, that is left out at random"
+        0.0, "share of the comma-separated tags of a caption, except the first, that is dropped at random"
     )
-    caption_variants: Count = setting(1, "times that tags are drawn for each caption; needs data.tag_dropout above 0")
-    allow_upscale: bool = setting(False, "true: clips smaller than the target are enlarged; the LoRA learns their blur")
+    caption_variants: Count = setting(1, "number of random tag selections per caption; needs data.tag_dropout above 0")
+    allow_upscale: bool = setting(False, "true: enlarges clips smaller than the target; the LoRA learns their blur")
     frame_rate: Literal["resample", "retime", "auto"] = setting(
         "resample",
-        "resample: keeps the speed, repeats or drops frames to make 30 a second; retime: plays each frame once, 24 per "
-        "second 1.25 times as fast; auto: retimes 23 to 33 a second",
+        "resample: keeps the speed, repeats or drops frames for 30 fps; retime: plays each frame once, so that 24 fps "
+        "run 1.25 times as fast; auto: retimes 23 to 33 fps",
     )
-    hdr: Literal["refuse", "tonemap"] = setting("refuse", "of PQ and HLG clips; tonemap: converts them to BT.709")
+    hdr: Literal["refuse", "tonemap"] = setting("refuse", "PQ and HLG clips: refuse them, or tonemap them to BT.709")
     decoder: Literal["auto", "pyav", "decord"] = setting(
         "auto",
-        "library that decodes; auto: PyAV; decord reads plain files alike, a long one whole into memory",
+        "decoding library; auto: PyAV; decord decodes plain files equally, but reads each file into memory",
     )
-    decode_timeout_seconds: Positive = setting(120.0, "seconds; a clip that takes longer to decode is refused")
+    decode_timeout_seconds: Positive = setting(120.0, "seconds until a clip that is still decoding is refused")
     damaged: Literal["strict", "quarantine"] = setting(
-        "strict", "what a damaged clip in the cache does: strict stops the run, quarantine trains on the other clips"
+        "strict", "damaged clips in the cache: strict stops the run, quarantine trains on the other clips"
     )
 
 
 class LoraConfig(Section):
-    """The adapter: its layers, by regular expression on their official names, and the size and kind of each."""
+    """The adapter: its layers, selected by regular expressions on their official names, and their size and kind."""
 
     RESUME = "held"
 
@@ -161,15 +164,15 @@ class LoraConfig(Section):
     rank: Count = setting(16, "rank; at 16 the adapter takes 104 MB (attention) or 244 MB (attention_mlp), in fp32")
     alpha: Positive = setting(16.0, "the adapter is scaled by alpha / rank")
     dropout: Share = setting(0.0, "share of the adapter's inputs that training drops")
-    rank_pattern: dict[str, Count] = setting({}, "another rank for the layers whose complete name matches the pattern")
-    alpha_pattern: dict[str, Positive] = setting({}, "another alpha, by pattern")
-    dropout_pattern: dict[str, Share] = setting({}, "another dropout, by pattern")
-    rslora: bool = setting(False, "true: scaled by alpha / sqrt(rank), so that a high rank is not scaled away")
+    rank_pattern: dict[str, Count] = setting({}, "rank of the layers whose complete name matches the pattern")
+    alpha_pattern: dict[str, Positive] = setting({}, "alpha by pattern")
+    dropout_pattern: dict[str, Share] = setting({}, "dropout by pattern")
+    rslora: bool = setting(False, "true: scales by alpha / sqrt(rank), so that a high rank is not scaled down too far")
     dora: bool = setting(
-        False, "true: trains the length of each row too (DoRA); slower, and for mochi-tune and diffusers only"
+        False, "true: also trains the length of each row (DoRA); slower, loads only in mochi-tune and diffusers"
     )
     init_from: FileName | None = setting(
-        None, "adapter to start from, as sample.adapter names one, of the same layers and of no higher rank"
+        None, "adapter to start from, named as in sample.adapter, with the same layers and no higher rank"
     )
 
 
@@ -177,88 +180,90 @@ class TrainConfig(Section):
     """The training loop."""
 
     steps: Count = setting(1000, "optimizer steps; a new style first shows after 200 to 400", "free")
-    # A run may change these two: their product with the data-parallel processes is bound, as global_batch.
+    # A run may change these two. Their product with the data-parallel processes is bound, as global_batch.
     batch_size: Count = setting(1, "clips per batch and process; memory grows with it", "free")
     accumulation_steps: Count = setting(1, "batches per optimizer step; time grows with it, memory does not", "free")
     objective: Literal["sampler", "official", "unnormalised"] = setting(
         "sampler",
-        "sampler: the latent space that is rendered in; official: reproduces the reference trainer; "
-        "unnormalised: for comparison",
+        "sampler: the latent space of rendering; official: reproduces the reference trainer; unnormalised: for "
+        "comparison",
     )
     sigma_distribution: Literal["uniform", "logit_normal", "shifted"] = setting(
-        "uniform", "of the noise levels; logit_normal draws more of the middle, shifted more of the noisy ones"
+        "uniform", "distribution of noise levels; logit_normal draws more of the middle, shifted more of the noisy ones"
     )
-    sigma_mean: Number = setting(0.0, "of logit_normal; above 0 draws more of the noisy levels")
-    sigma_std: Positive = setting(1.0, "of logit_normal; a smaller one draws more of the middle")
-    sigma_shift: Positive = setting(1.0, "of shifted; 3 puts half of the levels above 0.75, 1 is uniform")
+    sigma_mean: Number = setting(0.0, "for logit_normal; above 0 draws more of the noisy levels")
+    sigma_std: Positive = setting(1.0, "for logit_normal; a smaller value draws more of the middle")
+    sigma_shift: Positive = setting(1.0, "for shifted; 3 puts half of the levels above 0.75, 1 is uniform")
     sigma_stratified: bool = setting(
         False, "true: the samples of a step spread over all noise levels; needs several samples per step"
     )
     loss_weighting: Literal["none", "bell", "cosmap"] = setting(
-        "none", "by noise level; bell is zero at the ends, cosmap half as much at the ends"
+        "none", "weight by noise level; bell is zero at the ends, cosmap half as much at the ends"
     )
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy", "muon", "schedule_free"] = setting(
         "adamw",
-        "adamw_8bit takes a quarter of its memory, adafactor next to none; prodigy finds the rate itself, with "
-        "learning_rate=1; schedule_free goes with schedule=constant",
+        "adamw_8bit takes a quarter of the memory of adamw, adafactor almost none; prodigy finds the rate itself, with "
+        "learning_rate=1; schedule_free needs schedule=constant",
         "held",
     )
     learning_rate: Positive = setting(2e-4, "peak; after the warm-up it follows the schedule")
     learning_rate_b_ratio: Positive = setting(
-        1.0, "rate of the B matrices over that of A (LoRA+); 4 to 16 with a smaller learning rate"
+        1.0, "learning rate of the B matrices relative to the A matrices (LoRA+); 4 to 16 with a smaller learning rate"
     )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
         "cosine", "cosine and linear fall to 0 at the last step; wsd stays constant, then falls linearly to 0"
     )
-    warmup_steps: CountOrZero = setting(50, "steps from 0 to the peak")
-    decay_share: Annotated[Number, Field(gt=0, le=1)] = setting(0.2, "share of the steps in which wsd falls")
+    warmup_steps: CountOrZero = setting(50, "steps from 0 to the peak learning rate")
+    decay_share: Annotated[Number, Field(gt=0, le=1)] = setting(0.2, "for wsd: share of the steps with a falling rate")
     weight_decay: NotNegative = setting(0.01, "share by which a step shrinks the adapter, times the learning rate")
     max_grad_norm: Positive = setting(1.0, "gradients of a larger norm are scaled down to it")
-    caption_dropout: Share = setting(0.1, "share of the samples trained with the empty prompt, which guidance needs")
+    caption_dropout: Share = setting(0.1, "share of the samples trained with the empty prompt; guidance needs it")
     recompute: Literal["auto", "none", "attention", "block"] = setting(
         "auto",
-        "what a step computes again instead of keeping it; none: nothing; attention: all but the attention; "
-        "block: all of each block; auto: the least that the free memory of the GPU allows, block by block, and all of "
-        "each if it runs out in a step",
+        "what the backward pass recomputes to save memory; none: nothing; attention: all but the attention; block: "
+        "all of each block; auto: the least that the free memory of the GPU allows, block by block, and all of each "
+        "if it runs out",
         "free",
     )
     deterministic: bool = setting(
         False,
-        "true: runs only kernels whose sums have the same order each time by torch's word, for two runs of one command "
-        "that are equal bit for bit on a GPU, too; slower",
+        "true: uses only kernels that torch documents as deterministic, so that two runs of one command are equal bit "
+        "for bit on a GPU, too; slower",
         "free",
     )
     compile: bool | None = setting(
-        None, "true: compiles the blocks, which makes steps faster after the first; null: on a GPU", "free"
+        None, "true: compiles the blocks: a slow first step, then faster ones; null: on a GPU", "free"
     )
-    checkpoint_every: CountOrZero = setting(200, "steps; 0: only after the last one", "free")
-    keep_checkpoints: Count = setting(3, "newest checkpoints to keep", "free")
-    keep_every: CountOrZero = setting(0, "steps; its multiples are saved and kept too; 0: none", "free")
-    keep_best: bool = setting(False, "true: saves and keeps the step of the lowest validation loss too", "free")
+    checkpoint_every: CountOrZero = setting(200, "steps between checkpoints; 0: only after the last step", "free")
+    keep_checkpoints: Count = setting(3, "number of newest checkpoints to keep", "free")
+    keep_every: CountOrZero = setting(0, "steps; also saves and keeps the multiples of this; 0: none", "free")
+    keep_best: bool = setting(False, "true: also saves and keeps the step of the lowest validation loss", "free")
     ema_decay: Share = setting(
         0.0, "0.999: validates, renders and publishes a moving average of the adapter (EMA); 0: none"
     )
     spike_policy: Annotated[Literal["off", "warn", "skip", "stop"], BeforeValidator(read_off)] = setting(
-        "warn", "what a loss far above the recent ones does; skip leaves out the update, stop ends the run"
+        "warn", "reaction to a loss far above the recent ones; skip leaves out the update, stop ends the run"
     )
     spike_factor: Annotated[float, BeforeValidator(refuse_bool), Field(gt=1)] = setting(
-        10.0, "times the median of the last 50 losses is a spike"
+        10.0, "a loss above this multiple of the median of the last 50 is a spike"
     )
-    validate_every: CountOrZero = setting(200, "steps; 0: never, and no clip is held out", "free")
+    validate_every: CountOrZero = setting(200, "steps between validations; 0: never, and no clip is held out", "free")
     validation_clips: CountOrZero = setting(
         4,
-        "clips held out for the validation loss, at most a fifth of all; costs 4 forwards each; where this holds out "
-        "others, the order of the clips is another one",
+        "clips held out for the validation loss, at most a fifth of all; costs 4 forward passes each; a change of the "
+        "held-out clips changes the order of the others",
         "free",
     )
-    sample_every: CountOrZero = setting(200, "steps; 0: never; takes the time of a `sample` for each prompt", "free")
+    sample_every: CountOrZero = setting(
+        200, "steps between eval videos, which take a `sample` per prompt; 0: never", "free"
+    )
     sample_prompts: list[Text] = setting(
-        [], """prompts of the eval videos; in a shell within single quotes, 'train.sample_prompts=["a cat"]'""", "free"
+        [], """prompts of the eval videos; in a shell in single quotes, 'train.sample_prompts=["a cat"]'""", "free"
     )
 
 
 class ParallelConfig(Section):
-    """How many processes work together, and how they share a rendering, a training or an encoding."""
+    """The number of processes, and how they share rendering, training or encoding."""
 
     RESUME = "free"
 
@@ -266,70 +271,72 @@ class ParallelConfig(Section):
         1, "processes of `prepare`, `train` and `sample` on this machine, one per GPU; with Ray, its workers"
     )
     engine: Literal["processes", "ray"] = setting(
-        "processes", "of `prepare` and `sample`: what starts the workers; ray: pip install 'mochi-tune[ray]'"
+        "processes", "for `prepare` and `sample`: what starts the workers; ray: pip install 'mochi-tune[ray]'"
     )
     ray_address: FileText | None = setting(
-        None, "of parallel.engine=ray: a cluster, as auto, HOST:PORT or ray://HOST:PORT; null: one is started here"
+        None,
+        "for parallel.engine=ray: the cluster, auto, HOST:PORT or ray://HOST:PORT; null: starts one here",
     )
     shard: Shard | None = setting(
         None,
-        "3/16: `prepare` encodes the third of 16 shares and makes no cache, `sample` renders the third of 16 shares of "
-        "the videos; merge, of `prepare`: makes the cache; null: all at once",
+        "3/16: `prepare` encodes the third of 16 shares without making the cache, `sample` renders the third of 16 "
+        "shares of the videos; merge: `prepare` makes the cache of all shares; null: all in one run",
     )
     strategy: Literal["data", "zero2", "zero3"] = setting(
         "data",
-        "of `train`; data: every process has the model; zero2: DeepSpeed shards the update; zero3: the model too",
+        "for `train`; data: every process has the model; zero2: DeepSpeed shards the optimizer; zero3: also the model",
     )
     data: Count | None = setting(None, "groups of processes that render different videos; null: the cheapest layout")
     guidance: Count | None = setting(
         None, "2: prompt and negative prompt on different processes; null: the cheapest layout"
     )
     context: Count | None = setting(
-        None, "processes that share the tokens of a video, any number; null: the cheapest layout, in training 1"
+        None, "processes that share the tokens of a video; null: the cheapest layout, in training 1"
     )
     check_inputs: bool = setting(
-        False, "true, to find a fault: processes that share a video compare what they give the DiT, at every pass"
+        False, "for debugging; true: processes that share a video compare their inputs of the DiT at every pass"
     )
-    timeout_seconds: Positive = setting(600.0, "seconds that a process waits for another before all end")
+    timeout_seconds: Positive = setting(600.0, "seconds that a process waits for another before all processes end")
 
 
 class MemoryConfig(Section):
-    """Where the DiT's weights are and how precise they are while it samples; what `train` keeps in host memory."""
+    """Where the DiT's weights are and their precision during sampling; what `train` keeps in host memory."""
 
     RESUME = "free"
 
     dit: Literal["auto", "resident", "int8", "fp8", "offload", "stream", "shard"] = setting(
         "resident",
-        "resident: on the GPU; int8, fp8: there in 8 bits, in `train` as resident; offload, stream: in host memory, a "
-        "few blocks at a time on the GPU; shard: split over the GPUs of a video; auto: the fastest of resident and "
-        "stream that fits, in `train` with activations in host memory if need be",
+        "resident: on the GPU; int8, fp8: on the GPU in 8 bits, in `train` as resident; offload, stream: in host "
+        "memory, a few blocks at a time on the GPU; shard: split over the GPUs of a video; auto: the fastest of "
+        "resident and stream that fits, in `train` with activations in host memory if necessary",
     )
     activations: Literal["keep", "offload"] = setting(
-        "keep", "of `train`; offload: what the backward pass needs of each block waits in host memory"
+        "keep", "for `train`; offload: keeps the inputs of each block in host memory until the backward pass"
     )
     t5_dtype: Literal["fp32", "bf16", "int8"] = setting(
-        "fp32", "of T5 in `prepare`; fp32 takes 18 GiB of the GPU, bf16 9, int8 5; the last two round the features"
+        "fp32",
+        "of T5 in `prepare`; fp32 takes 18 GiB of the GPU, bf16 9, int8 5; the last two round the features",
     )
     tiles: list[Whole] | None = setting(
-        None, "[rows, columns]: the decoder works on tiles, in less memory, with faint seams; null: exact"
+        None, "[rows, columns]: decodes in tiles, with less memory and faint seams; null: exact"
     )
 
 
 class LogConfig(Section):
-    """Where metrics go besides the console and metrics.jsonl."""
+    """Trackers for metrics, in addition to the console and metrics.jsonl."""
 
     RESUME = "free"
 
     wandb: Literal["disabled", "offline", "online"] = setting("disabled", "Weights & Biases")
-    tensorboard: bool = setting(False, "true: event files in run_dir/trackers/tensorboard")
-    trackio: bool = setting(False, "true: trackio on this machine; pip install 'mochi-tune[trackio]'")
+    tensorboard: bool = setting(False, "true: writes event files to run_dir/trackers/tensorboard")
+    trackio: bool = setting(False, "true: logs to trackio on this machine; pip install 'mochi-tune[trackio]'")
     project: Annotated[Name, AfterValidator(check_project)] = setting(
         "mochi-tune", "name of the project in W&B and trackio"
     )
 
 
 class PublishConfig(Section):
-    """What the adapter says of itself, and where `train` uploads it at the end."""
+    """The metadata of the adapter, and where `train` uploads it at the end."""
 
     RESUME = "free"
 
@@ -337,31 +344,31 @@ class PublishConfig(Section):
         None,
         "owner/name on the Hugging Face hub: `train` uploads the finished adapter with a model card; null: nowhere",
     )
-    private: bool = setting(True, "true: a repository that push makes is private; an existing one stays as it is")
-    title: Text | None = setting(None, "of the adapter; null: the run's name")
-    author: Text | None = setting(None, "a name or an address; null: none is stated")
-    license: Text | None = setting(None, "identifier of the hub, such as apache-2.0; null: none is stated")
+    private: bool = setting(True, "true: a repository that push creates is private; an existing one is not changed")
+    title: Text | None = setting(None, "title of the adapter; null: the run's name")
+    author: Text | None = setting(None, "name or address of the author; null: not stated")
+    license: Text | None = setting(None, "license identifier of the hub, such as apache-2.0; null: not stated")
     trigger: Text | None = setting(
-        None, "words that a prompt needs for the adapter; null: data.caption_prefix without the punctuation at its end"
+        None, "trigger words of the adapter; null: data.caption_prefix without trailing punctuation"
     )
 
 
 class RunConfig(Section):
-    """What stands outside of the sections."""
+    """The settings outside the sections."""
 
     name: Name = setting("my_lora", "names the run folder, the cache and the adapter", "free")
     run_dir: FileName = setting(
         "runs/${name}",
-        "folder of checkpoints, adapter, metrics and samples; with model=toy runs/${name}_toy",
+        "folder of checkpoints, adapter, metrics and samples; model=toy: runs/${name}_toy",
         "free",
     )
-    seed: Annotated[Whole, Field(ge=0, lt=SEED_LIMIT)] = setting(0, "of every random number: adapter, noise, order")
+    seed: Annotated[Whole, Field(ge=0, lt=SEED_LIMIT)] = setting(0, "seed of all random numbers: adapter, noise, order")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU if there is one", "free")
     resume: Literal["auto", "force"] = setting(
-        "auto", "auto: the same command goes on; force: also with settings, data or a torch that differ", "free"
+        "auto", "auto: the same command resumes the run; force: also with other settings, data or another torch", "free"
     )
     resume_from: FileText | None = setting(
-        None, "checkpoint folder to go on from; later ones are put aside; null: the newest complete one", "free"
+        None, "checkpoint folder to resume from; later ones are moved aside; null: the newest complete one", "free"
     )
     model: ModelConfig
     data: DataConfig = DataConfig()

@@ -1,4 +1,4 @@
-"""The settings by their dotted keys: what the schema says of each, and their values in a config."""
+"""Settings by their dotted keys: their declarations in the schema, and their values in a config."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from pydantic.fields import FieldInfo
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.values import Resume, Section
 
-# Sections whose values a packaged file can set, `model=tiny` for conf/model/tiny.yaml.
+# Sections that a packaged file can set: `model=tiny` is conf/model/tiny.yaml.
 GROUPS = ("model", "lora", "memory", "parallel")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the schema says of a setting.
+    """The declaration of a setting.
 
     Attributes:
-        key: dotted.
-        type: without constraints, such as `float | None`.
-        default: the value where nothing else is set; None if it must be set.
+        key: dotted key.
+        type: type without constraints, such as `float | None`.
+        default: default value; None if the setting is required.
         is_required: whether it must be set.
-        meaning: one line.
-        resume: whether a run may go on with another value.
-        choices: the allowed values where they are few.
+        meaning: description in one line.
+        resume: whether a resumed run may have another value.
+        choices: allowed values, if they are few.
         limits: of a number or each number in it, by "gt", "ge", "lt", "le"; "allow_inf_nan" is False if it is finite.
     """
 
@@ -63,7 +63,7 @@ class Setting:
 
 @cache
 def known_keys() -> dict[str, Setting]:
-    """Returns what the schema says of each setting, by dotted key."""
+    """Returns the declaration of each setting, by dotted key."""
     found = {}
     for section, cls in sections().items():
         types, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
@@ -87,7 +87,7 @@ def sections() -> dict[str, type[Section]]:
 
 
 def _choices(kind: Any) -> tuple[str | None, ...]:
-    """Returns the values of a Literal, with None where it may be null."""
+    """Returns the values of a Literal, with None if null is allowed."""
     if get_origin(kind) is Literal:
         return get_args(kind)
     parts = [_choices(part) for part in get_args(kind) if part is not type(None)]
@@ -108,7 +108,7 @@ def _limits(parts: Iterable[Any]) -> dict[str, Any]:
 
 
 def resume_rule(key: str) -> Resume:
-    """Returns whether a run may go on with another value of a setting; what is no setting is bound."""
+    """Returns whether a resumed run may have another value of a key; keys that are not settings are "bound"."""
     return known_keys()[key].resume if key in known_keys() else "bound"
 
 

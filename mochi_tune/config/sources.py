@@ -1,4 +1,4 @@
-"""The sources of clips that data.videos or data.sources name, each with its buckets."""
+"""The sources of clips in data.videos or data.sources, each with its buckets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from mochi_tune.data.buckets import Bucket, auto_buckets, read_buckets
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import check_geometry
 
-# Besides the sizes: what decides which clips `prepare` cuts, and the captions that it encodes.
+# Settings, besides the sizes, that determine the clips and captions that `prepare` encodes.
 _PREPARED = (
     "clips", "clip_stride", "max_clips", "frame_rate", "hdr", "captions", "caption_prefix", "caption_suffix",
     "tag_dropout", "caption_variants",
@@ -21,14 +21,14 @@ class Source:
     """A folder of videos.
 
     Attributes:
-        name: of the folder; "" where there is but one source.
-        folder: of the videos.
-        buckets: sizes that its clips are cut to.
+        name: name of the folder; "" if it is the only source.
+        folder: folder of the videos.
+        buckets: sizes of its clips.
         clips: which clips are cut from a video.
-        caption_prefix: put before each caption.
+        caption_prefix: text before each caption.
         repeats: how often an epoch takes each clip.
-        weight: share of the draws relative to the other sources' weights; None: by `repeats`.
-        shorter: what in the settings makes its clips shorter.
+        weight: share of the draws relative to the weights of the other sources; None: by `repeats`.
+        shorter: setting that makes its clips shorter, for errors.
     """
 
     name: str
@@ -50,8 +50,7 @@ def read_sources(data: DataConfig) -> list[Source]:
     """Returns the sources that the settings name.
 
     Raises:
-        ConfigError: buckets that do not fit the models; two sources with one name, or one without; some with weights
-            and some without.
+        ConfigError: buckets do not fit the models, two sources have one name, one has none, or only some have weights.
     """
     _check_windows(data)
     if not data.sources:
@@ -73,17 +72,17 @@ def read_sources(data: DataConfig) -> list[Source]:
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            f"data.sources has two folders with the name {twice[0]}, which their clips go by: rename one, or put both "
-            "into one folder."
+            f"data.sources has two folders with the name {twice[0]}, which identifies their clips: rename one, or "
+            "put both into one folder."
         )
     weights = [source.weight for source in sources]
     if any(weights) and (None in weights or any(source.repeats != 1 for source in sources)):
-        raise ConfigError("data.sources: give each source a weight, or each repeats, which weights take the place of.")
+        raise ConfigError("data.sources: give either each source a weight or use repeats, which weights replace.")
     return sources
 
 
 def buckets_by_source(data: DataConfig) -> dict[str, list[Bucket]]:
-    """Returns the sizes that clips are cut to, by the name of their source.
+    """Returns the sizes of clips, by the name of their source.
 
     Raises:
         ConfigError: as `read_sources`.
@@ -92,7 +91,7 @@ def buckets_by_source(data: DataConfig) -> dict[str, list[Bucket]]:
 
 
 def prepared_settings(data: DataConfig) -> dict[str, Any]:
-    """Returns the settings besides the sizes that decide what `prepare` makes, by name; JSON values."""
+    """Returns the settings, besides the sizes, that determine the cache, by name, as JSON values."""
     found = {f"data.{name}": getattr(data, name) for name in _PREPARED}
     for source, own in zip(read_sources(data), data.sources, strict=False):
         for name in ("clips", "caption_prefix"):
@@ -102,7 +101,7 @@ def prepared_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def largest_bucket(data: DataConfig) -> Bucket:
-    """Returns the bucket with the most tokens, which decides what memory a run takes.
+    """Returns the bucket with the most tokens, which determines the memory of a run.
 
     Raises:
         ConfigError: as `read_sources`.
@@ -112,16 +111,16 @@ def largest_bucket(data: DataConfig) -> Bucket:
 
 
 def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
-    """Returns the share of the draws that is asked for, by bucket; {} where it is what the data gives.
+    """Returns the share of the draws of each bucket in the settings; {} for shares in proportion to the clips.
 
     Raises:
-        ConfigError: shares without a list of buckets, or of another length.
+        ConfigError: there is no list of buckets, or one of another length.
     """
     if data.bucket_shares is None:
         return {}
     if own := [source.folder for source in data.sources if source.buckets is not None]:
         raise ConfigError(
-            f"data.bucket_shares are of data.buckets, and the source {own[0]} has buckets of its own: leave one of "
+            f"data.bucket_shares refers to data.buckets, and the source {own[0]} has its own buckets: leave one of "
             "them out."
         )
     listed = data.buckets if isinstance(data.buckets, list) else []
@@ -134,16 +133,16 @@ def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
 
 
 def _name(folder: Path, is_alone: bool) -> str:
-    """Returns the name that the clips of a folder go by."""
-    # One source's clips have no others to be told from: those of caches that are there keep their names.
+    """Returns the source name of the clips of a folder."""
+    # A single source needs no name; the clips of existing caches must keep their names.
     name = folder.name if is_alone or folder.name not in ("", "..") else folder.resolve().name
     if not (name or is_alone):
-        raise ConfigError(f"data.sources: the folder {folder} has no name for its clips to go by: name those in it.")
+        raise ConfigError(f"data.sources: the folder {folder} has no name: name the folders in it.")
     return name
 
 
 def _shorter(data: DataConfig, own: Buckets | None, number: int) -> str:
-    """Returns what in the settings makes the clips of source `number`, whose own buckets are `own`, shorter."""
+    """Returns the setting that makes the clips of source `number` shorter; `own` are its own buckets."""
     if own is None and data.buckets is None:
         return "a smaller data.num_frames"
     return f"shorter buckets in {_buckets_setting(own, number)}"
@@ -154,7 +153,7 @@ def _buckets_setting(own: Buckets | None, number: int) -> str:
 
 
 def _buckets(data: DataConfig, own: Buckets | None, number: int) -> list[Bucket]:
-    """Returns the buckets of source `number`, whose own ones are `own`."""
+    """Returns the buckets of source `number`, with its own buckets `own` if any."""
     asked = data.buckets if own is None else own
     if asked is None:
         check_geometry(data.num_frames, data.height, data.width)
@@ -169,7 +168,7 @@ def _buckets(data: DataConfig, own: Buckets | None, number: int) -> list[Bucket]
 
 
 def _check_windows(data: DataConfig) -> None:
-    """Refuses settings of the windows that others leave unread."""
+    """Refuses settings of clips that other settings leave unused."""
     modes = {data.clips, *(own.clips for own in data.sources)}
     if "uniform" in modes and data.max_clips is None:
         raise ConfigError("data.clips=uniform spreads data.max_clips clips over each video: set data.max_clips=4.")

@@ -1,4 +1,4 @@
-"""What the schema is made of: the kinds of values that settings take, and how a setting is declared."""
+"""The building blocks of the schema: the types of values, and the declaration of a setting."""
 
 import os
 import re
@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-# Whether a run may go on from a checkpoint with another value of a setting:
-# "free": yes, it does not change what is learnt. "bound": only with resume=force, as another run.
+# Whether a run may resume from a checkpoint with another value of a setting:
+# "free": yes, it does not change the result. "bound": only with resume=force, as another run.
 # "held": no, the saved weights and optimizer state would not fit.
 Resume = Literal["free", "bound", "held"]
 SEED_LIMIT = 2**63
@@ -37,7 +37,7 @@ def _check_not_blank(value: str) -> str:
 
 
 def check_project(value: str) -> str:
-    """Refuses what W&B or trackio would refuse as the name of a project."""
+    """Refuses project names that W&B or trackio would refuse."""
     if len(value) > 128 or set(value) & set("/\\#?%:"):
         raise PydanticCustomError("not_possible", "up to 128 characters, none of / \\ # ? % :")
     return value
@@ -63,21 +63,21 @@ def _check_shard(value: str) -> str:
 
 
 def refuse_bool(value: Any) -> Any:
-    """Refuses true and false, which pydantic takes for 1 and 0."""
+    """Refuses true and false, which pydantic converts to 1 and 0."""
     if isinstance(value, bool):
         raise PydanticCustomError("not_a_number", "not a number")
     return value
 
 
 def _check_whole(value: Any) -> Any:
-    # pydantic takes 4.0 and "4.0" for 4, and "0-3" for -3.
+    # pydantic converts 4.0 and "4.0" to 4, and "0-3" to -3.
     if isinstance(value, bool | float) or (isinstance(value, str) and not _DIGITS.fullmatch(value)):
         raise PydanticCustomError("not_a_whole_number", "not a whole number")
     return value
 
 
 def read_off(value: Any) -> Any:
-    """Reads the word off."""
+    """Converts false back to the word off."""
     # YAML reads a bare `off` as false.
     return "off" if value is False else value
 
@@ -99,7 +99,7 @@ Share = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A group of settings. `RESUME` is the rule of those that do not name another one."""
+    """A group of settings. `RESUME` is the default rule for resuming."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     RESUME: ClassVar[Resume] = "bound"
@@ -109,8 +109,8 @@ def setting(default: Any, meaning: str, resume: Resume | None = None) -> Any:
     """Declares a setting.
 
     Args:
-        default: the value where nothing else is set; `...` if it must be set. `${name}` is the value of `name`.
+        default: default value; `...` if the setting is required. `${name}` is the value of `name`.
         meaning: one line: the unit, what the setting does, what it costs.
-        resume: whether a run may go on with another value; None for the rule of the section.
+        resume: whether a resumed run may have another value; None for the rule of the section.
     """
     return Field(default, description=meaning, json_schema_extra={"resume": resume} if resume else None)

@@ -1,4 +1,4 @@
-"""Looks at configuration files before Hydra makes anything of them: all that a run is composed of."""
+"""Checks all configuration files of a run before Hydra composes them."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ MAX_YAML_DEPTH = 20
 
 
 def check_yaml(path: Path) -> Any:
-    """Refuses what no setting needs and a file from elsewhere could use, and what YAML would change without a word.
+    """Refuses YAML that is dangerous in a file from an untrusted source, and text that YAML would change silently.
 
-    The former are references to other things than settings, such as ${oc.env:HOME}; aliases, of which a few lines make
-    billions of values; deep nesting; numbers of thousands of digits; and Hydra's own settings, which load code. The
-    latter is text without quotes that reads as a number: a name of 007 would be 7.
+    Dangerous are references other than to settings, such as ${oc.env:HOME}; aliases, with which a few lines expand to
+    billions of values; deep nesting; numbers of thousands of digits; and Hydra's own settings, which load code. YAML
+    changes text without quotes that reads as a number: a name of 007 would be 7.
 
     Returns:
-        What the file says.
+        The content of the file.
     """
     import yaml
 
@@ -30,13 +30,15 @@ def check_yaml(path: Path) -> Any:
             line = f"{path} line {event.start_mark.line + 1}"
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
-                raise ConfigError(f"{line}: aliases (*name) and deep nesting are not read: write the value itself.")
+                raise ConfigError(f"{line}: aliases (*name) and deep nesting are not allowed: write the value itself.")
             text = event.value if isinstance(event, yaml.ScalarEvent) else ""
-            # An odd number of backslashes in front makes it text.
+            # After an odd number of backslashes it is text.
             if found := re.search(r"(?<!\\)(?:\\\\)*(\$\{\s*[\w.]+\s*:)", text):
-                raise ConfigError(f"{line}: {found[1]}...}} is not read, only settings can be referred to, ${{name}}.")
+                raise ConfigError(
+                    f"{line}: {found[1]}...}} is not allowed: only settings can be referred to, as ${{name}}."
+                )
             if text == "???" and event.style is None:
-                raise ConfigError(f"{line}: ??? is no value: write one, or leave the setting out.")
+                raise ConfigError(f"{line}: ??? is not a value: write one, or leave the setting out.")
         settings = yaml.safe_load(content)
         _check_texts(path, yaml.compose(content), "" if "@package _global_" in content else _group_of(path))
     except UnicodeDecodeError as error:
@@ -58,12 +60,12 @@ def describe_yaml_error(error: Any) -> str:
 
 
 def included_files(content: Any, groups: Mapping[str, str], folders: Sequence[Path]) -> Iterator[Path]:
-    """Yields the files that a configuration file builds on by its `defaults`, and those of chosen groups.
+    """Yields the files in the `defaults` of a configuration file, and those of chosen groups.
 
     Args:
-        content: of the file.
-        groups: the name that is chosen in each group.
-        folders: that are looked through, the first ones first.
+        content: content of the file.
+        groups: the chosen file of each group.
+        folders: folders to search, in order.
     """
     names = [f"{group}/{name}" for group, name in groups.items()]
     entries = content.get("defaults") if isinstance(content, dict) else None
@@ -84,7 +86,7 @@ def _group_of(path: Path) -> str:
 
 
 def _check_texts(path: Path, node: Any, key: str) -> None:
-    """Refuses text without quotes that YAML reads as a number which is written otherwise."""
+    """Refuses text without quotes that YAML reads as a number and that would be written differently."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):
@@ -105,7 +107,7 @@ def _check_texts(path: Path, node: Any, key: str) -> None:
 
 
 def _as_number(text: str) -> int | float | None:
-    """Returns what a text without quotes is read as, where that is a number that is written otherwise."""
+    """Returns the number that a text without quotes is read as, if it would be written differently; else None."""
     from omegaconf import OmegaConf
 
     value = OmegaConf.create(f"- {text}")[0]

@@ -41,9 +41,9 @@ def test_zero_shards_adamw_only(name):
         (["train.keep_best=true", "train.validate_every=0"], "keep_best=true does nothing with train.validate_every=0"),
         (
             ["parallel=zero3", "train.recompute=attention"],
-            "cannot tell from what it gathers: use train",
+            "cannot tell from gathered weights: use train",
         ),
-        (["memory.activations=offload", "train.recompute=none"], "keeps all of each block on the device"),
+        (["memory.activations=offload", "train.recompute=none"], "keeps all activations of each block on the device"),
     ],
 )
 def test_settings_that_do_nothing_beside_others_are_refused(more, said):

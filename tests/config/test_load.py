@@ -245,7 +245,7 @@ def test_several_adapters_are_a_list():
         ("lora.rank_patern={a: 1}", "lora.rank_patern is not a setting; did you mean lora.rank_pattern?"),
         ("lora.init_from=", "lora.init_from is empty: name one, or null."),
         ("lora.dora=yess", "lora.dora=yess does not fit: it takes true or false."),
-        ("train.steps", "'train.steps' is no setting: settings are written key=value"),
+        ("train.steps", "'train.steps' is not a setting: settings are written key=value"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(override, text):

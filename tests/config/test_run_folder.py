@@ -30,7 +30,7 @@ def test_a_moved_run_is_refused_and_the_folder_is_named(tmp_path, record, is_the
     conf = make_run(tmp_path / "moved", tmp_path / "old", record)
     with pytest.raises(ConfigError) as error:
         check(conf)
-    assert f"give run_dir={tmp_path / 'moved'}, or" in str(error.value) and "\n" not in str(error.value)
+    assert f"set run_dir={tmp_path / 'moved'}, or" in str(error.value) and "\n" not in str(error.value)
     check(conf, f"run_dir={tmp_path / 'moved'}")
     check(conf, f"run_dir={tmp_path / 'old'}")
 
@@ -53,5 +53,5 @@ def test_the_command_line_refuses_it_before_anything_is_made(tmp_path):
     conf = make_run(tmp_path / "moved", tmp_path / "old")
     for verb in ("train", "sample"):
         done = run(verb, f"conf={conf}", "sample.prompt=a cat" if verb == "sample" else "device=cpu")
-        assert done.returncode == 2 and f"give run_dir={tmp_path / 'moved'}" in done.stderr, done.stderr
+        assert done.returncode == 2 and f"set run_dir={tmp_path / 'moved'}" in done.stderr, done.stderr
     assert not (tmp_path / "old").exists()

@@ -60,7 +60,7 @@ def test_shares_belong_to_listed_buckets():
             r"data.sources\[0\]: repeats=0 is not possible: it must be above 0",
         ),
         (["data.sources=[{folder: a/x}, {folder: b/x}]"], "two folders with the name x"),
-        (["data.sources=[{folder: a, weight: 1}, {folder: b}]"], "give each source a weight, or each repeats"),
+        (["data.sources=[{folder: a, weight: 1}, {folder: b}]"], "give either each source a weight or use repeats"),
         (["data.bucket_shares=[1]"], "data.bucket_shares has 1 numbers and data.buckets lists 0 sizes"),
         (["data.clips=uniform"], "set data.max_clips=4"),
         (["data.clip_stride=5"], "data.clip_stride=5 does nothing without data.clips=slide"),
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_one_line(settings, text):
 def test_shares_do_not_go_with_buckets_of_a_source():
     sources = "data.sources=[{folder: a}, {folder: b, buckets: [[1, 480, 848]]}]"
     more = ["data.buckets=[[37,480,848],[1,480,848]]", "data.bucket_shares=[0.5,0.5]"]
-    with pytest.raises(ConfigError, match="the source b has buckets of its own"):
+    with pytest.raises(ConfigError, match="the source b has its own buckets"):
         share_of_buckets(load_config("my_lora", [*more, sources]).data)
     assert len(share_of_buckets(load_config("my_lora", more).data)) == 2
 

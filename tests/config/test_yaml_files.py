@@ -14,7 +14,7 @@ def test_text_that_yaml_reads_as_another_number_is_refused(tmp_path):
         ("name: 007", '007 is read as the number 7: put the text in quotes, "007"'),
         ("publish: {title: 1_000}", "1_000 is read as the number 1000"),
         ("train: {sample_prompts: [a cat, 1e3]}", "1e3 is read as the number 1000.0"),
-        ("name: ???", "??? is no value"),
+        ("name: ???", "??? is not a value"),
     ):
         (tmp_path / "a.yaml").write_text(f"{line}\n")
         with pytest.raises(ConfigError, match=re.escape(said)):
@@ -33,7 +33,7 @@ def test_files_that_a_conf_builds_on_are_looked_at_as_it_is(tmp_path, monkeypatc
     (tmp_path / "conf/a.yaml").write_text("defaults: [base, common, _self_]\n")
     (tmp_path / "conf/b.yaml").write_text("name: b\n")
     for name, more in (("a", []), ("b", ["memory=evil"]), ("my_lora", ["memory=evil"])):
-        with pytest.raises(ConfigError, match=r"line 1: \$\{oc.env:...} is not read"):
+        with pytest.raises(ConfigError, match=r"line 1: \$\{oc.env:...} is not allowed"):
             load_config(name, more)
 
 
