@@ -1,4 +1,4 @@
-"""Measures sampling, the VAE and training on random weights: seconds, memory, and how near the arithmetic they are."""
+"""Measures sampling, the VAE and training on random weights: seconds, memory, and the share of the arithmetic limit."""
 
 import contextlib
 import functools
@@ -52,9 +52,9 @@ from mochi_tune.weights.fill import build_random_model
 WHAT = ("sample", "decode", "encode", "train")
 MODELS = ("mochi_1", "toy", "tiny")
 PROMPT_TOKENS = 256
-# Of a training's caption, and the rank of its adapter.
+# Tokens of the caption and rank of the adapter of what=train.
 CAPTION_TOKENS, TRAIN_RANK = 128, 16
-# What a CPU does of the model, of which it says so.
+# Number of blocks that a CPU measures by default; the result says that it is reduced.
 CPU_DEPTH = 1
 
 
@@ -63,13 +63,13 @@ class Bench:
     """What to measure.
 
     Attributes:
-        depth: blocks; None is every block on a GPU and CPU_DEPTH of them on a CPU.
-        lora_rank: of an adapter on every attention layer; 0 is none, for `train` TRAIN_RANK.
-        compile: None is what `sample` and `train` do by default.
-        recompute: of `train`, as train.recompute.
-        precision: of `train`, as model.precision.
-        activations: of `train`, as memory.activations.
-        limit_gib: of the GPU's memory that may be used, as on a smaller card; 0 is all of it.
+        depth: number of blocks; None for all of them on a GPU and CPU_DEPTH on a CPU.
+        lora_rank: rank of an adapter on every attention layer; 0 for none, in `train` for TRAIN_RANK.
+        compile: None for the default of `sample` and `train`.
+        recompute: for `train`, as train.recompute.
+        precision: for `train`, as model.precision.
+        activations: for `train`, as memory.activations.
+        limit_gib: limit of the GPU's memory, to emulate a smaller card; 0 for none.
     """
 
     what: str
@@ -91,10 +91,10 @@ class Bench:
 
 
 def main(bench: Bench) -> dict[str, Any]:
-    """Measures, in one process or as one of several; returns the figures, the same at every rank.
+    """Measures, in one process or in one of several; returns the results, which are equal on every rank.
 
     Raises:
-        ConfigError: a value that is not possible.
+        ConfigError: a value is not possible.
     """
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     device = check(bench, num_ranks)
@@ -119,7 +119,7 @@ def main(bench: Bench) -> dict[str, Any]:
 
 
 def check(bench: Bench, num_ranks: int) -> torch.device:
-    """Refuses what cannot be measured by so many processes; returns the device."""
+    """Refuses a bench that this number of processes or this device cannot run; returns the device."""
     for key, allowed in (("what", WHAT), ("model", MODELS), ("dtype", tuple(DTYPES))):
         if getattr(bench, key) not in allowed:
             raise ConfigError(f"{key}={getattr(bench, key)} is not possible: use {' or '.join(allowed)}.")
@@ -131,18 +131,18 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
     if bench.precision not in ("bf16", *NEEDS):
         raise ConfigError(f"precision={bench.precision} is not possible: use {', '.join(('bf16', *NEEDS))}.")
     if bench.dit == "auto":
-        raise ConfigError("memory=auto measures whatever fits: use a memory= by its name, and limit_gib=.")
+        raise ConfigError("memory=auto depends on the free memory: name another memory=, and use limit_gib=.")
     if bench.what == "train" and bench.recompute == "none" and bench.activations == "offload":
         raise ConfigError(
-            "memory=12gb lets the inputs of blocks wait in host memory, and recompute=none keeps all of each block on "
-            "the device: leave one of them out."
+            "memory=12gb keeps the inputs of blocks in host memory, and recompute=none keeps all activations of each "
+            "block on the device: leave one of them out."
         )
     part = {"encode": "encoder", "decode": "decoder"}.get(bench.what, "dit")
     full_depth = reduced(sizes(bench.model, part), None)[1]
     most_blocks = max(full_depth) if isinstance(full_depth, tuple) else full_depth
     if bench.depth is not None and bench.depth > most_blocks:
         raise ConfigError(
-            f"depth={bench.depth} is more than model={bench.model} has in its {part}: use at most {most_blocks}."
+            f"depth={bench.depth} is more than the {part} of model={bench.model} has: use at most {most_blocks}."
         )
     device = find_device(bench.device)
     check_precision(bench.precision, device)
@@ -150,7 +150,7 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
 
 
 def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """One step with guidance, of a prompt and a negative prompt of 256 tokens."""
+    """Measures one step with guidance, with a prompt and a negative prompt of 256 tokens."""
     config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
     num_tokens = num_visual_tokens(bench.num_frames, bench.height, bench.width)
     layout = choose_layout(num_ranks, config, Videos(1, num_tokens, True), {"data": 1}, card_here())
@@ -167,7 +167,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
     steps = sample_latents(dit, noise, prompt, negative_prompt, settings, choose_guide(setup))
     first, _ = timed(lambda: next(steps), 1, device, num_warm_up=0)
     seconds, peak = timed(lambda: next(steps), bench.repeats, device, num_warm_up=0)
-    # Two passes a step.
+    # Two passes per step.
     matrix, attention = (2 * flops for flops in dit_flops(config, num_tokens, PROMPT_TOKENS))
     matrix_rate, attention_rate = measure_rates(config, num_tokens, device, setup.dtype, bench.dit == "fp8")
     floor = (matrix / matrix_rate + attention / attention_rate) / num_ranks
@@ -186,7 +186,7 @@ def bench_sample(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
 
 
 def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """One step as `train` makes it: forward, backward, clipping and update of a LoRA, for one clip and its caption."""
+    """Measures one step of `train`: forward, backward, clipping and update of a LoRA, for one clip and its caption."""
     config, full_depth = reduced(sizes(bench.model, "dit"), bench.depth)
     dtype = DTYPES[bench.dtype]
     num_tokens = num_visual_tokens(bench.num_frames, bench.height, bench.width)
@@ -211,7 +211,7 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     shape = config.num_heads, num_tokens + CAPTION_TOKENS, config.hidden_size_x // config.num_heads
     kernels = time_attention(shape, device, dtype) if device.type == "cuda" else {}
     kernel = preferred(kernels, False) if kernels else None
-    # Imported by now wherever blocks are compiled; a second of every start otherwise.
+    # Imported here because it would take a second of every start; compiled blocks have imported it already.
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -221,7 +221,7 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     matrix, attention = dit_flops(config, num_tokens, CAPTION_TOKENS)
     matrix_rate, attention_rate = measure_rates(config, num_tokens, device, dtype, bench.precision == "fp8")
     backward_rate = measure_attention_backward(config, num_tokens, device, dtype)
-    # Frozen weights have no gradient: of a product, the backward pass is one more, and so is what is recomputed.
+    # Frozen weights have no gradient: the backward pass of a product is one product, and recomputing it is another.
     num_products = [3 if policy != "none" else 2 for policy in policies]
     num_attentions = [2 if policy == "block" else 1 for policy in policies]
     floor = matrix / matrix_rate * statistics.mean(num_products)
@@ -240,7 +240,7 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
         "blocks_that_keep_attention": policies.count("attention"),
         "seconds_per_step": seconds,
         "first_step_seconds": first,
-        # In the background of the step before.
+        # Computed in the background during the previous step.
         "modulation_seconds": round(ahead, 4),
         "num_graphs": counters["stats"]["unique_graphs"],
         "peak_gib": peak,
@@ -254,11 +254,11 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
 def make_step(
     dit: AsymmDiT, host_modulation: HostModulation, prompt: Tensor, size: tuple[int, int, int], device: torch.device
 ) -> Callable[[], None]:
-    """Returns a function that makes a training step of random latents: forward, backward, clipping and update.
+    """Returns a function that runs a training step on random latents: forward, backward, clipping and update.
 
     Args:
-        dit: with its adapter, arranged for the device.
-        host_modulation: from host memory.
+        dit: the DiT with its adapter, prepared for the device.
+        host_modulation: computes the modulation in host memory.
         prompt: features of the captions (B, L, D).
         size: frames, height and width of the clips.
         device: of the step.
@@ -281,7 +281,7 @@ def make_step(
 
 
 def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """Decoding one video, chunk by chunk, or split over the ranks."""
+    """Measures decoding one video, chunk by chunk, or split over the ranks."""
     config, full_depth = reduced(sizes(bench.model, "decoder"), bench.depth)
     decoder = build_random_model(config, device, DTYPES[bench.dtype])
     latents = draw_noise(0, bench.num_frames, bench.height, bench.width)
@@ -296,7 +296,7 @@ def bench_decode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str
 
 
 def bench_encode(bench: Bench, device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """Encoding one clip as `prepare` does."""
+    """Measures encoding one clip as `prepare` does."""
     config, full_depth = reduced(sizes(bench.model, "encoder"), bench.depth)
     encoder = build_random_model(config, device, DTYPES[bench.dtype])
     pixels = torch.rand(1, 3, bench.num_frames, bench.height, bench.width) * 2 - 1
@@ -312,7 +312,7 @@ def vae_figures(
     num_ranks: int,
 ) -> dict[str, Any]:
     """Times a pass of the VAE; its FLOPs are counted while it warms up."""
-    # torch counts its own convolutions alone; on a CPU, the VAE calls oneDNN's.
+    # torch only counts its own convolutions; on a CPU, the VAE calls those of oneDNN.
     counted: dict[Any, Any] = {torch.ops.aten.mkldnn_convolution: _convolution_flops}
     with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         run()
@@ -335,7 +335,7 @@ def _convolution_flops(x: list[int], weight: list[int], *_: object, out_shape: l
 
 
 def shares(flops: float, seconds: float, floor: float, num_ranks: int) -> dict[str, float]:
-    """Returns the arithmetic, its rate on each device, and how near the time is to the arithmetic's own."""
+    """Returns the FLOPs, their rate per device, the minimum time that they need, and its share of the seconds."""
     return {
         "tflop": round(flops / 1e12, 3),
         "tflops_per_s": round(flops / seconds / num_ranks / 1e12, 3),
@@ -345,13 +345,13 @@ def shares(flops: float, seconds: float, floor: float, num_ranks: int) -> dict[s
 
 
 def sizes(model: str, part: str) -> Any:
-    """Returns the configuration of a part: Mochi 1's own sizes, or those of a model that is shipped."""
+    """Returns the configuration of a part of Mochi 1, or of a shipped model."""
     name = "dit_config.json" if part == "dit" else "vae_config.json"
     return read_official_config(assets.FOLDER / model / name, part)
 
 
 def reduced(config: Any, depth: int | None) -> tuple[Any, Any]:
-    """Returns a configuration of at most `depth` blocks a stage, and the depth that it had."""
+    """Returns a configuration with at most `depth` blocks per stage, and its full depth."""
     if isinstance(config, DiTConfig):
         return (replace(config, depth=min(depth, config.depth)) if depth else config), config.depth
     full = config.num_res_blocks

@@ -1,4 +1,4 @@
-"""What this machine has and lacks for a fine-tuning; nothing is downloaded and no weights are read but headers."""
+"""Checks whether this machine can fine-tune. Downloads nothing and reads only the headers of the weights."""
 
 import importlib.util
 import os
@@ -23,24 +23,24 @@ EXTRAS = {
 }
 DECODERS = ("h264", "hevc", "vp9", "av1", "prores", "mjpeg")
 GIB = 2**30
-# What a run writes besides the weights, and the smallest official weights.
+# Minimum free space for a run, and size of the smallest official weights.
 LEAST_FREE_GIB, WEIGHTS_GIB = 2, 16
-# T5-XXL in bf16 and what runs beside it.
+# T5-XXL in bf16 and the rest of the process.
 LEAST_MEMORY_GIB = 12
-# fp32 rounds by 6e-8; of a sum of some hundred products a few times as much is left.
+# fp32 rounds by 6e-8, and a sum of some hundred products by a few times as much.
 TOLERANCE = 2e-5
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one thing.
+    """The result of one check.
 
     Attributes:
-        name: of the thing.
-        says: what is there.
-        advice: what to do; "" where nothing is to be done.
-        verdict: OK; NOTE where something is missing that not every run needs; FAIL where a run would fail.
+        name: name of the check.
+        says: what was found.
+        advice: what to do; "" for nothing.
+        verdict: OK; NOTE if something is missing that only some runs need; FAIL if a run would fail.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Finding:
 
 
 def main(weights: Path, device: str) -> Iterator[Finding]:
-    """Examines one thing after the other; yields what it finds of each.
+    """Runs the checks; yields the result of each.
 
     Args:
-        weights: folder of the real model's weights, which need not be there.
-        device: of the self-test, "cpu", "cuda" or "auto".
+        weights: folder of the weights, which need not exist.
+        device: device of the self-test: "cpu", "cuda" or "auto".
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: there is no such device.
     """
     yield check_python(sys.version_info[:3])
     torch_finding = check_torch()
@@ -75,7 +75,7 @@ def main(weights: Path, device: str) -> Iterator[Finding]:
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
-    """The version of Python."""
+    """Checks the version of Python."""
     says = ".".join(map(str, version)) + f", {platform.system()} {platform.machine()}"
     needed = SpecifierSet(metadata("mochi-tune")["Requires-Python"])
     if ".".join(map(str, version)) in needed:
@@ -84,7 +84,7 @@ def check_python(version: tuple[int, ...]) -> Finding:
 
 
 def check_torch() -> Finding:
-    """The version of torch, and whether it is one for CUDA where there is a GPU."""
+    """Checks the version of torch, and that it supports CUDA if there is a GPU."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -103,12 +103,12 @@ def check_torch() -> Finding:
 
 
 def has_nvidia_driver() -> bool:
-    """Whether the machine has a driver of NVIDIA, which a torch without CUDA does not see."""
+    """Whether the machine has an NVIDIA driver; a torch without CUDA cannot tell."""
     return Path("/proc/driver/nvidia/version").exists()
 
 
 def check_gpus() -> Iterator[Finding]:
-    """Each GPU with its memory, or that there is none."""
+    """Checks each GPU and its free memory."""
     import torch
 
     if not torch.cuda.is_available():
@@ -125,7 +125,7 @@ def check_gpus() -> Iterator[Finding]:
 
 
 def check_attention() -> Finding:
-    """The attention kernels that run on the GPU at the width of Mochi's heads."""
+    """Checks which attention kernels run on the GPU at the width of Mochi's heads."""
     import torch
 
     from mochi_tune.parallel.kernels import time_attention
@@ -141,7 +141,7 @@ def check_attention() -> Finding:
 
 
 def check_memory() -> Finding:
-    """The machine's memory."""
+    """Checks the host memory."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -153,14 +153,14 @@ def check_memory() -> Finding:
 
 
 def check_disk(folder: Path, weights: Path) -> Finding:
-    """The free space of this folder, where the runs go, and of the weights' disk, and whether both are writable."""
+    """Checks that this folder, for the runs, and the folder of the weights have free space and are writable."""
     here, there = (shutil.disk_usage(_existing(path)).free / GIB for path in (folder, weights))
     says = f"{here:.1f} GiB free here, {there:.1f} at {weights}"
     if not os.access(folder, os.W_OK):
         return Finding("disk", f"{says}; {folder} cannot be written to", "work in another folder", FAIL)
     if here < LEAST_FREE_GIB:
         return Finding("disk", says, f"a run needs {LEAST_FREE_GIB} GiB: free some, or work in another folder", FAIL)
-    # Weights that are there may be on a disk that is only read.
+    # Existing weights may be on a read-only disk.
     if not weights.exists() and not os.access(_existing(weights), os.W_OK):
         advice = "`weights pull to=DIR` elsewhere"
         return Finding("disk", f"{says}; {_existing(weights)} cannot be written to", advice, NOTE)
@@ -174,7 +174,7 @@ def _existing(path: Path) -> Path:
 
 
 def check_video() -> Finding:
-    """PyAV, and the codecs of the FFmpeg in it."""
+    """Checks PyAV and the codecs of its FFmpeg."""
     try:
         import av
     except (ImportError, OSError) as error:
@@ -205,7 +205,7 @@ def _has(name: str, mode: str) -> bool:
 
 
 def check_extras() -> Finding:
-    """The extras of the package, which are imported: some need libraries of the system, too."""
+    """Checks the extras of the package by importing them: some need system libraries, too."""
     lacking = [extra for extra, (modules, _) in EXTRAS.items() if not all(map(importlib.util.find_spec, modules))]
     there = [extra for extra in EXTRAS if extra not in lacking]
     says = f"installed: {', '.join(there) or 'none'}"
@@ -215,7 +215,7 @@ def check_extras() -> Finding:
                 importlib.import_module(module)
         except Exception as error:  # noqa: BLE001 - other packages raise anything where the system lacks a library
             reason = f"{name} cannot be imported: {' '.join(str(error).split())[:200]}"
-            return Finding("extras", f"{says}; {reason}", f"mend it before you use {use}", NOTE)
+            return Finding("extras", f"{says}; {reason}", f"repair it before you use {use}", NOTE)
     if not lacking:
         return Finding("extras", says)
     wanted = "; ".join(f"{extra} for {EXTRAS[extra][1]}" for extra in lacking)
@@ -223,7 +223,7 @@ def check_extras() -> Finding:
 
 
 def check_weights_at(weights: Path) -> Finding:
-    """What is there of the weights, by the headers of their files."""
+    """Checks the weights by the headers of their files."""
     from mochi_tune.weights.check import check_weights
     from mochi_tune.weights.folder import WeightsFolder
 
@@ -238,7 +238,7 @@ def check_weights_at(weights: Path) -> Finding:
 
 
 def check_numbers(device: str) -> Finding:
-    """The embedded tiny DiT in fp32 on the device against the same in fp64 on the CPU."""
+    """Compares the embedded tiny DiT in fp32 on the device with fp64 on the CPU."""
     import torch
 
     from mochi_tune import assets
@@ -255,7 +255,7 @@ def check_numbers(device: str) -> Finding:
         dit = folder.load_dit(chosen, torch.float32)
         got = dit(*(each.to(chosen) for each in (latents, sigma, prompt, mask))).cpu().double()
     error = ((got - exact).abs().max() / exact.abs().max()).item()
-    says = f"the tiny DiT in fp32 on {chosen.type} is within {error:.1e} of fp64; allowed are {TOLERANCE:.0e}"
+    says = f"the tiny DiT in fp32 on {chosen.type} is within {error:.1e} of fp64; allowed is {TOLERANCE:.0e}"
     # A NaN is not within the tolerance.
     if error <= TOLERANCE:
         return Finding("numbers", says)

@@ -1,8 +1,8 @@
-"""What a GPU is asked when one is at hand: `python -m mochi_tune.recipes.gpu_check [OUT.jsonl]`, under 8 minutes.
+"""Checks and measures a GPU in under 8 minutes: `python -m mochi_tune.recipes.gpu_check [OUT.jsonl]`.
 
-Every part is a process of its own with a time limit of its own, the most important first, and writes a line of JSON as
-soon as it ends. So a part that hangs, crashes or runs out of memory costs its line alone. It needs no more than torch,
-peft, accelerate, transformers, safetensors, hydra, pydantic and torchao; the one in nf4 bitsandbytes as well.
+Each part is a separate process with a time limit, the most important first, and writes a line of JSON when it ends. A
+part that hangs, crashes or runs out of memory only costs its line. The parts need torch, peft, accelerate,
+transformers, safetensors, hydra, pydantic and torchao; nf4 also needs bitsandbytes.
 """
 
 import json
@@ -17,14 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# Of all parts together.
+# Time limit of all parts together.
 TOTAL_SECONDS = 470
 REFERENCE = Path(__file__).parents[1] / "tests" / "golden"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command of mochi-tune, and the seconds that it may take."""
+    """A command of mochi-tune, and its time limit in seconds."""
 
     arguments: tuple[str, ...]
     limit: float
@@ -37,11 +37,11 @@ def _bench(settings: str, limit: float) -> Part:
 PARTS = [
     Part(("verify", f"reference={REFERENCE}", "device=cuda", "dtype=bf16"), 40),
     _bench("what=train num_frames=37", 75),
-    # Of these no GPU has answered yet; the second needs bitsandbytes.
+    # These two have not run on a GPU yet; the second needs bitsandbytes.
     _bench("what=train num_frames=163", 100),
     _bench("what=train num_frames=37 precision=nf4 memory=12gb limit_gib=12", 80),
     _bench("what=sample num_frames=163", 60),
-    # On a smaller card: the cap is hard, fragmentation included.
+    # Emulates a smaller card: the limit is strict and includes fragmentation.
     _bench("what=train num_frames=37 memory=12gb limit_gib=12", 75),
     _bench("what=train num_frames=37 precision=fp8", 75),
     _bench("what=decode num_frames=163", 45),
@@ -61,13 +61,13 @@ PARTS = [
 
 
 def main(out: Path, parts: Sequence[Part] = tuple(PARTS), total_seconds: float = TOTAL_SECONDS) -> int:
-    """Runs the parts in order while there is time; appends a line of JSON for each to `out`.
+    """Runs the parts in order until the time is over; appends a line of JSON for each to `out`.
 
-    A line has the command, its exit code (null: its time was over), its seconds, the figures of `bench` or the last
-    line of another command, and the last lines that it wrote about an error.
+    A line has the command, its exit code (null after a timeout), its seconds, the result of `bench` or the last line
+    of another command, and the last lines of an error.
 
     Returns:
-        how many parts failed.
+        The number of failed parts.
     """
     begun, num_failed = time.monotonic(), 0
     for part in parts:
@@ -87,7 +87,7 @@ def run_part(part: Part, limit: float) -> dict[str, object]:
     """Runs one part; returns its line."""
     begun = time.monotonic()
     command = [sys.executable, "-m", "mochi_tune.cli", *part.arguments]
-    # A session of its own, so that what it has started ends with it: a compiler's workers hold the pipes open, too.
+    # A new session, so that its child processes end with it: the workers of a compiler also hold the pipes open.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

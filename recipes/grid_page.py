@@ -1,4 +1,4 @@
-"""The page of a grid: videos in labelled rows and columns, which plays from a folder without a network."""
+"""Writes the page of a grid: videos in labelled rows and columns, playable from a folder without a network."""
 
 import io
 import os
@@ -27,7 +27,7 @@ video,td img{width:clamp(min(11rem,58vw),(min(100vw,1500px) - 16rem)/var(--n) - 
 
 @dataclass(frozen=True)
 class GridCell:
-    """A video and where it stands: in the table of its prompt, the row and the column of these labels."""
+    """A video and its place: the table of its prompt, and the labels of its row and column."""
 
     prompt: str
     row: str
@@ -36,12 +36,12 @@ class GridCell:
 
 
 def write_grid_page(folder: Path, cells: Sequence[GridCell], columns: Sequence[str]) -> Path:
-    """Writes index.html, which refers to the videos beside it by relative names; a page of before is replaced.
+    """Writes index.html, which refers to the videos by relative names; replaces an existing page.
 
     Args:
-        folder: of the page; the videos are in it.
-        cells: in order; all prompts' rows follow each other.
-        columns: labels from left to right.
+        folder: folder of the page; the videos are in it.
+        cells: the cells in order, grouped by prompt.
+        columns: labels of the columns from left to right.
     """
     prompts = list(dict.fromkeys(cell.prompt for cell in cells))
     sections = [_section(folder, [cell for cell in cells if cell.prompt == prompt], columns) for prompt in prompts]
@@ -51,7 +51,7 @@ def write_grid_page(folder: Path, cells: Sequence[GridCell], columns: Sequence[s
         "Grid",
         "Every prompt with every seed, checkpoint and strength. All videos of a seed start from the same noise.",
         {
-            "videos": (str(videos), "each with its settings beside it as .json"),
+            "videos": (str(videos), "each with its settings in a .json next to it"),
             "prompts": (str(len(prompts)), "one table each"),
             "rows": (str(rows), _from_to(list(dict.fromkeys(cell.row for cell in cells)))),
             "columns": (str(len(columns)), _from_to(columns)),
@@ -67,7 +67,7 @@ def _from_to(labels: Sequence[str]) -> str:
 
 
 def _section(folder: Path, cells: Sequence[GridCell], columns: Sequence[str]) -> str:
-    """The table of one prompt."""
+    """Returns the table of one prompt."""
     by_place = {(cell.row, cell.column): cell.video for cell in cells}
     rows = list(dict.fromkeys(cell.row for cell in cells))
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
@@ -81,7 +81,7 @@ def _section(folder: Path, cells: Sequence[GridCell], columns: Sequence[str]) ->
 
 
 def _video(folder: Path, video: Path | None, row: str, column: str) -> str:
-    """A video or a picture; before it plays, and on paper, its middle frame."""
+    """Returns the HTML of a video or an image; the middle frame of a video is its poster, also in print."""
     if video is None:
         return ""
     source = quote(os.path.relpath(video, folder).replace(os.sep, "/"))

@@ -1,4 +1,4 @@
-"""How long work takes, and how much arithmetic this device does in a second, here and now."""
+"""Measures the seconds of work, and the FLOPs per second of this device."""
 
 import functools
 import statistics
@@ -19,13 +19,13 @@ from mochi_tune.models.layers import hidden_width
 from mochi_tune.parallel.forecast import ATTENTION_BACKWARD
 from mochi_tune.sampling.render import ATTENTION_KERNELS
 
-# Seconds that each rate is measured for: a GPU takes a while to reach its clock. And the most tokens on a CPU.
+# Seconds of each measurement of a rate: a GPU takes a while to reach its clock. And maximum number of tokens on a CPU.
 RATE_SECONDS = {"cuda": 1.0, "cpu": 0.25}
 CPU_TOKENS = 4096
 
 
 def timed(run: Callable[[], object], repeats: int, device: torch.device, num_warm_up: int = 1) -> tuple[float, float]:
-    """Returns the median seconds of some runs, and the peak memory of all of them, in GiB."""
+    """Returns the median seconds of `repeats` runs, and the peak memory of all runs in GiB."""
     reset_peak(device)
     seconds = []
     is_quiet = dist.is_initialized() and dist.get_rank() > 0
@@ -44,7 +44,7 @@ def timed(run: Callable[[], object], repeats: int, device: torch.device, num_war
 def measure_rates(
     config: DiTConfig, num_tokens: int, device: torch.device, dtype: torch.dtype, is_fp8: bool = False
 ) -> tuple[float, float]:
-    """Returns the FLOPs a second that this device does here and now, in the model's widest product and in attention."""
+    """Measures the FLOPs per second of this device in the widest matrix product of the model, and in attention."""
     num_tokens = min(num_tokens, CPU_TOKENS) if device.type == "cpu" else num_tokens
     dim = config.hidden_size_x
     x = torch.randn(num_tokens, dim, device=device, dtype=dtype)
@@ -67,7 +67,7 @@ def measure_rates(
 
 
 def measure_attention_backward(config: DiTConfig, num_tokens: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOPs a second of attention's backward pass here and now."""
+    """Measures the FLOPs per second of the backward pass of attention."""
     num_tokens = min(num_tokens, CPU_TOKENS) if device.type == "cpu" else num_tokens
     shape = (1, config.num_heads, num_tokens, config.hidden_size_x // config.num_heads)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -80,7 +80,7 @@ def measure_attention_backward(config: DiTConfig, num_tokens: int, device: torch
 
 @torch.no_grad()
 def fastest(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the seconds of the fastest of some runs."""
+    """Returns the seconds of the fastest of several runs."""
     best, begun = float("inf"), time.perf_counter()
     run()
     while best == float("inf") or time.perf_counter() - begun < RATE_SECONDS[device.type]:
@@ -93,12 +93,12 @@ def fastest(run: Callable[[], object], device: torch.device) -> float:
 
 
 def most(value: float, num_ranks: int) -> float:
-    """Returns the largest of all ranks' values."""
+    """Returns the largest value of all ranks."""
     return value if num_ranks == 1 else _over_ranks(value, dist.ReduceOp.MAX)
 
 
 def total(value: float, num_ranks: int) -> float:
-    """Returns the sum of all ranks' values."""
+    """Returns the sum of the values of all ranks."""
     return float(value) if num_ranks == 1 else _over_ranks(value, dist.ReduceOp.SUM)
 
 

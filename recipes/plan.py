@@ -1,4 +1,4 @@
-"""Says what a run will take before anything is loaded: memory by stage, time, disk, and which settings fit the GPU."""
+"""Estimates a run before anything is loaded: memory of each stage, time, disk, and settings that fit the GPU."""
 
 import math
 from dataclasses import astuple, dataclass
@@ -71,7 +71,7 @@ OFFICIAL = DiTConfig()
 
 @dataclass(frozen=True)
 class Stage:
-    """What a part of a run holds on the GPU, in bytes by what they are for, and its seconds, if the card is known."""
+    """Bytes on the GPU in a stage of a run, by purpose, and its seconds if the speed of the card is known."""
 
     name: str
     held: dict[str, int]
@@ -80,26 +80,25 @@ class Stage:
 
     @property
     def total(self) -> int:
-        """All that is held, and what is to be spare."""
+        """All bytes, with the reserve."""
         return sum(self.held.values()) + SPARE_BYTES
 
 
 @dataclass(frozen=True)
 class RunForecast:
-    """What a run will take.
+    """The estimate of a run.
 
     Attributes:
-        clips: what there is to train on, in words.
+        clips: the training clips, in words.
         num_tokens: visual tokens of a clip.
         card: the GPU, in words.
-        gib: its memory.
-        stages: of prepare, train and sample.
-        run_seconds: of all steps of the training; None where the card's speed is not known.
-        presets: for each value of memory=, the bytes that `train` and `sample` hold with it; None where it is not for
-            one of them, or refused.
-        advice: the settings to use, a line each.
-        processes: how they share a training step, in words; "" for one.
-        cache_bytes, checkpoint_bytes: on disk; the cache's is 0 while the number of clips is not known.
+        gib: memory of the GPU.
+        stages: stages of prepare, train and sample.
+        run_seconds: seconds of all training steps; None if the speed of the card is not known.
+        presets: for each value of memory=, the bytes of `train` and `sample`; None where it does not apply.
+        advice: settings to use, one line each.
+        processes: how the processes share a training step, in words; "" for one process.
+        cache_bytes, checkpoint_bytes: bytes on disk; 0 for the cache while the number of clips is not known.
     """
 
     clips: str
@@ -117,7 +116,7 @@ class RunForecast:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a training step took on this machine: its seconds, those of the first one, and the peak in GiB."""
+    """A training step measured on this machine: its seconds, those of the first step, and the peak memory in GiB."""
 
     seconds: float
     first_seconds: float
@@ -125,15 +124,15 @@ class Measured:
 
 
 def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
-    """Foretells a run on the GPU that is here, or on another one.
+    """Estimates a run on the GPU of this machine, or on another one.
 
     Args:
-        config: of the run.
-        card: one of `forecast.CARDS`, or another name with `card_gib`; "" is the GPU that is here.
-        card_gib: memory of a card that is not in the table, in GiB.
+        config: settings of the run.
+        card: one of `forecast.CARDS`, or another name with `card_gib`; "" for the GPU of this machine.
+        card_gib: memory in GiB of a card that is not in the table.
 
     Raises:
-        ConfigError: there is no GPU and no card is named, or one that is not known without its memory.
+        ConfigError: there is no GPU and no card is named, or the memory of an unknown card is missing.
     """
     data, train = config.data, config.train
     sampler_settings(config.sample)
@@ -159,7 +158,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     rendering, refused = rendering_layout(config, dit, tokens, speed or CARDS["h100"])
     if refused:
         advice.append(f"sample: {refused}")
-    # Of one process.
+    # Tokens of one process.
     own_tokens = -(-tokens // rendering.context)
     residency = config.memory.dit
     if residency == "auto":
@@ -176,7 +175,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
             "a step",
         ),
     ]
-    # T5 and the VAE are foretold at their official sizes alone.
+    # T5 and the VAE are only estimated at their official sizes.
     if dit.t5_feat_dim == OFFICIAL.t5_feat_dim:
         stages = [*stages_of_encoding(config, speed), *stages, *stages_of_decoding(config, video, speed)]
     largest = largest_bucket(data)
@@ -189,7 +188,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
         "sample: denoise": lambda: forecast_advice.for_denoising(dit, own_tokens, step.dtype_bytes, free),
         "sample: decode": lambda: forecast_advice.for_decoding(*video[1:], step.dtype_bytes, free),
     }
-    # `arrange` has said it of the training.
+    # The advice for training comes from `arrange`.
     advice += [advise[stage.name]() for stage in stages if stage.name in advise and not fits(stage.held, free)]
     presets = {name: preset_bytes(name, step, dit, own_tokens, free) for name in ("80gb", "24gb", "16gb", "12gb")}
     return RunForecast(
@@ -223,7 +222,7 @@ def stages_of_encoding(config: RunConfig, speed: Card | None) -> list[Stage]:
 
 
 def stages_of_decoding(config: RunConfig, video: tuple[int, int, int], speed: Card | None) -> list[Stage]:
-    """Returns the stages of `sample` beside the DiT's."""
+    """Returns the stages of `sample` other than denoising."""
     dtype_bytes, (rows, columns) = DTYPES[config.model.dtype].itemsize, config.memory.tiles or (1, 1)
     return [
         Stage("sample: prompts", text_held(dtype_bytes)),
@@ -237,11 +236,11 @@ def stages_of_decoding(config: RunConfig, video: tuple[int, int, int], speed: Ca
 
 
 def rendering_layout(config: RunConfig, dit: DiTConfig, num_tokens: int, card: Card) -> tuple[Layout, str]:
-    """Returns how the processes of a `sample` share its videos, and why it would be refused; "" where it would not."""
+    """Returns how the processes of `sample` share its videos, and why it would be refused, or ""."""
     parallel, sample = config.parallel, config.sample
     asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
     is_guided = any(scale != 1 for scale in sampler_settings(sample).scales)
-    # A file of prompts may not be there yet.
+    # The file of prompts need not exist yet.
     prompts = Path(sample.prompts) if sample.prompts else None
     rows = [row for _, row in read_rows(prompts)] if prompts is not None and prompts.is_file() else [{}]
     count = sum(1 if "seed" in row else len(sample.seeds or [0]) for row in rows)
@@ -258,7 +257,7 @@ def rendering_layout(config: RunConfig, dit: DiTConfig, num_tokens: int, card: C
 def rendering_seconds(
     config: RunConfig, dit: DiTConfig, num_tokens: int, card: Card, layout: Layout, residency: str
 ) -> float:
-    """Returns the seconds of a step of the sampler, in the mean: without guidance it is one pass."""
+    """Returns the mean seconds of a step of the sampler; a step without guidance is one pass."""
     scales = sampler_settings(config.sample).scales
     passes = 1 + (sum(scale != 1 for scale in scales) / len(scales) if layout.guidance == 1 else 0)
     step = SamplingStep(dit, num_tokens, residency, passes, layout.context, DTYPES[config.model.dtype].itemsize)
@@ -266,7 +265,7 @@ def rendering_seconds(
 
 
 def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) -> tuple[int | None, int | None]:
-    """Returns the bytes of `train` and of `sample` with memory=NAME, with what is to be spare; None: not for that."""
+    """Returns the bytes, with the reserve, of `train` and `sample` with memory=NAME; None where it does not apply."""
     train = next((flags for known, *flags in ARRANGEMENTS if known == name), None)
     if train is not None and any(train) and not can_stream(step):
         train = None
@@ -278,13 +277,13 @@ def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) 
 
 
 def can_measure(config: RunConfig) -> bool:
-    """Whether there is a GPU here with the weights and a cache for a training step."""
+    """Whether this machine has a GPU, the weights and a cache for a training step."""
     is_here = config.device != "cpu" and torch.cuda.is_available()
     return is_here and WeightsFolder(weights_paths(config)).has("dit") and (Path(config.data.cache) / "data").exists()
 
 
 def measure(config: RunConfig) -> Measured:
-    """Makes two training steps of the weights and the clips that are here, and measures the second.
+    """Runs two training steps with the weights and clips of this machine; measures both.
 
     Raises:
         MochiTuneError: as `train`.
@@ -297,7 +296,7 @@ def measure(config: RunConfig) -> Measured:
     apply_lora(dit, plan.layers, 0, config.lora.dora)
     plan.memory.apply(dit, device, tqdm.write)
     dit.train()
-    # Any caption: they are of about one length.
+    # Any caption will do: all have about the same length.
     prompt = plan.dataset[0]["prompt_embeds"][None].expand(config.train.batch_size, -1, -1)
     step = make_step(dit, host_modulation, prompt, astuple(largest_bucket(config.data)), device)
     reset_peak(device)
@@ -308,7 +307,7 @@ def measure(config: RunConfig) -> Measured:
 
 
 def dit_sizes(config: RunConfig) -> DiTConfig:
-    """Returns the sizes of the DiT: of the weights where they are, else of the model that is shipped or official."""
+    """Returns the sizes of the DiT: those of the weights if they exist, else of the shipped or official model."""
     weights = WeightsFolder(weights_paths(config))
     if weights.has("dit"):
         return weights.dit_skeleton().config
@@ -316,7 +315,7 @@ def dit_sizes(config: RunConfig) -> DiTConfig:
 
 
 def training_step(config: RunConfig, dit: DiTConfig, layout: Layout) -> Step:
-    """Returns the sizes of a micro-batch on a GPU, of the processes that the settings name."""
+    """Returns the sizes of a micro-batch on a GPU, with the number of processes in the settings."""
     with torch.device("meta"):
         shapes = linear_shapes(AsymmDiT(dit))
     size = adapter_bytes(shapes, lora_settings(config.lora, shapes), config.lora.dora)
@@ -324,10 +323,9 @@ def training_step(config: RunConfig, dit: DiTConfig, layout: Layout) -> Step:
 
 
 def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float]:
-    """Returns the number of clips, what is known of them in words, the share of each bucket, and captions of a clip.
+    """Returns the number of clips, their description, the share of each bucket, and the mean captions per clip.
 
-    The number is 0 where there are none yet. Before `prepare` all clips are taken to be of the largest bucket. The
-    captions are a mean.
+    The number is 0 if there are no clips yet. Before `prepare` all clips are assumed to be in the largest bucket.
     """
     data, cache = config.data, Path(config.data.cache)
     largest = largest_bucket(data)
@@ -356,21 +354,21 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
 
 
 def num_captions_of(config: RunConfig, source: Source, videos: list[Path]) -> int:
-    """Returns the captions that a source's videos will have; one for each that has none yet."""
+    """Returns the number of captions of a source's videos, counting one for each without a caption."""
     rules = CaptionRules.from_config(config.data, source, config.seed)
     texts = load_captions(source.folder, videos, rules).texts
     return sum(len(texts.get(video, ("",))) for video in videos)
 
 
 def clip_bytes(bucket: Bucket, dit: DiTConfig, num_captions: float) -> float:
-    """Returns the bytes that a clip takes in the cache at most: mean, log variance, each caption's features, fp32."""
+    """Returns the maximum bytes of a clip in the cache: mean, log variance and features of each caption, in fp32."""
     return 4 * (2 * math.prod(latent_shape(*astuple(bucket))) + num_captions * MAX_TOKENS * dit.t5_feat_dim)
 
 
 def checkpoint_bytes(config: RunConfig, step: Step) -> int:
-    """Returns the bytes of all checkpoints that are kept, and of the finished adapter."""
+    """Returns the bytes of all kept checkpoints and of the finished adapter."""
     train = config.train
     saved = {at for every in (train.checkpoint_every, train.keep_every) if every for at in range(0, train.steps, every)}
     kept = steps_to_keep(saved - {0} | {train.steps}, train.keep_checkpoints, train.keep_every, None)
-    # One more is there while it is written.
+    # One more exists while it is written.
     return step.checkpoint_bytes * (len(kept) + train.keep_best + 1) + step.adapter_bytes

@@ -1,4 +1,4 @@
-"""Compares this machine's numbers with saved inputs and outputs of the official implementation, one line a check."""
+"""Compares results on this machine with saved inputs and outputs of the official implementation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -45,12 +45,12 @@ from mochi_tune.weights.folder import WeightsFolder
 from mochi_tune.weights.paths import WeightsPaths
 
 FILES = ("dit_io.safetensors", "vae_io.safetensors", "lora.safetensors", "schedules.json", "full_size_keys.json")
-# The largest error allowed, relative to the largest value of the reference. In fp32, independent implementations of
-# these formulas agree to less, with other machines' kernels too. In bf16 it is what 8 bits of precision allow.
+# Maximum error relative to the largest value of the reference. In fp32, independent implementations of these formulas
+# differ by less, also with the kernels of other machines. In bf16 it is what 8 bits of precision allow.
 TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
-# How long a process waits for another one.
+# Seconds that a process waits for another.
 TIMEOUT_SECONDS = 300
-# The reference gradients are fp32. Those of bf16 are compared with them too, which shows a broken one.
+# The reference gradients are fp32. Gradients in bf16 are compared with them too, which reveals broken ones.
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -69,18 +69,18 @@ class Check:
 
 
 def main(reference: Path | None, device: str, dtype: str) -> Iterator[Check]:
-    """Runs every check on a folder laid out like the reference vectors, of any sizes; yields each when it is done.
+    """Runs all checks on a folder with the layout of the reference vectors, of any sizes; yields each result.
 
     Args:
-        reference: holds dit, encoder and decoder.safetensors with their configs, and FILES; None: the packaged vectors,
-            of the embedded tiny model.
+        reference: folder with dit, encoder and decoder.safetensors, their configs, and FILES; None for the packaged
+            vectors of the embedded tiny model.
         device: "cpu", "cuda" or "auto".
         dtype: "fp32" or "bf16".
 
-    As one of several processes it also checks what they compute together; the errors are the largest of any.
+    As one of several processes it also checks what they compute together, and reports the largest error of all.
 
     Raises:
-        CheckpointError: a file is missing or is not what it should be.
+        CheckpointError: a file is missing or damaged.
     """
     weights = _reference_weights(reference)
     missing = [name for name in FILES if not (weights.path / name).is_file()]
@@ -91,7 +91,7 @@ def main(reference: Path | None, device: str, dtype: str) -> Iterator[Check]:
 
 
 def _reference_weights(reference: Path | None) -> WeightsFolder:
-    """Returns the weights that the vectors are of; their `path` is the vectors' folder."""
+    """Returns the weights of the vectors; their `path` is the folder of the vectors."""
     if reference is not None:
         return WeightsFolder(reference)
     tiny = assets.FOLDER / "tiny"
@@ -114,7 +114,7 @@ def _checks(reference: WeightsFolder, device: torch.device, dtype: str) -> Itera
 def relative_error(got: Tensor, expected: Tensor, scale: float | None = None) -> float:
     """Returns the largest absolute difference over the largest absolute reference value, or over `scale`.
 
-    It is infinite where shapes differ.
+    It is infinite if the shapes differ.
     """
     if got.shape != expected.shape:
         return float("inf")
@@ -124,7 +124,7 @@ def relative_error(got: Tensor, expected: Tensor, scale: float | None = None) ->
 
 
 def check_full_size(reference: Path) -> Iterator[Check]:
-    """Every tensor's name and shape at full size: the error is the number that differ."""
+    """Checks the names and shapes of all tensors at full size: the error is the number of differences."""
     keys = read_json(reference / "full_size_keys.json")
     models = {"dit": (AsymmDiT, DiTConfig), "encoder": (Encoder, EncoderConfig), "decoder": (Decoder, DecoderConfig)}
     for part, (model, config) in models.items():
@@ -135,7 +135,7 @@ def check_full_size(reference: Path) -> Iterator[Check]:
 
 
 def check_schedules(reference: Path) -> Iterator[Check]:
-    """The linear-quadratic sigma schedules."""
+    """Checks the linear-quadratic sigma schedules."""
     for key, sigmas in read_json(reference / "schedules.json").items():
         steps, threshold, linear = key.split(",")
         ours = linear_quadratic_sigmas(int(steps), float(threshold), None if linear == "None" else int(linear))
@@ -143,7 +143,7 @@ def check_schedules(reference: Path) -> Iterator[Check]:
 
 
 def check_dit(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
-    """The AsymmDiT's forward pass: prompt, empty prompt, batch of different prompts, many frames, bf16."""
+    """Checks the forward pass of the AsymmDiT: prompt, empty prompt, batch of different prompts, many frames, bf16."""
     dit = reference.load_dit(device, DTYPES[dtype])
     io = load_file(reference.path / "dit_io.safetensors", device=str(device))
     empty = torch.zeros_like(io["y_mask"])
@@ -162,7 +162,7 @@ def check_dit(reference: WeightsFolder, device: torch.device, dtype: str) -> Ite
 
 
 def check_sampling(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
-    """Six Euler steps with guidance, in the DiT's space and converted to the VAE's."""
+    """Checks six Euler steps with guidance, in the space of the DiT and converted to that of the VAE."""
     dit = reference.load_dit(device, DTYPES[dtype])
     io = load_file(reference.path / "dit_io.safetensors", device=str(device))
     prompt, negative = (io["y_feat"], io["y_mask"]), (io["null_feat"], torch.zeros_like(io["y_mask"]))
@@ -175,7 +175,7 @@ def check_sampling(reference: WeightsFolder, device: torch.device, dtype: str) -
 
 
 def check_rendering(reference: WeightsFolder, device: torch.device, dtype: str, mesh: Mesh | None) -> Iterator[Check]:
-    """The same steps as `sample` runs them: precomputed modulation, and each lossless residency."""
+    """Checks the same steps as `sample` runs them: with precomputed modulation, and each lossless residency."""
     io = load_file(reference.path / "dit_io.safetensors")
     guidance = io["cfg_schedule"].tolist()
     settings = SamplerSettings(len(guidance), tuple(guidance), threshold=0.025)
@@ -190,7 +190,7 @@ def check_rendering(reference: WeightsFolder, device: torch.device, dtype: str, 
 
 
 def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
-    """What several processes compute together: rendering in every layout, gradients, the split decoding."""
+    """Checks what several processes compute together: rendering in every layout, gradients, split decoding."""
     num_ranks, num_heads = dist.get_world_size(), reference.dit_skeleton().config.num_heads
     for layout in possible_layouts(num_ranks, is_guided=True):
         if layout.data == 1:
@@ -221,7 +221,7 @@ def check_reference(reference: Path | None) -> None:
 
 
 def over_ranks(error: float) -> float:
-    """Returns the largest error of any process."""
+    """Returns the largest error of all processes."""
     if not dist.is_initialized():
         return error
     joined = torch.tensor(error, dtype=torch.float64)
@@ -232,7 +232,7 @@ def over_ranks(error: float) -> float:
 def check_training(
     reference: WeightsFolder, device: torch.device, dtype: str, mesh: Mesh | None = None
 ) -> Iterator[Check]:
-    """One training step with a LoRA: inputs, predictions, losses and every gradient, for "sampler" and "official"."""
+    """Checks a training step with a LoRA: inputs, predictions, losses and all gradients, for two objectives."""
     io = load_file(reference.path / "dit_io.safetensors", device=str(device))
     vae_latents = sample_posterior(io["train_mean"], io["train_logvar"], io["train_posterior_noise"])
     tolerance = TOLERANCE[dtype]
@@ -271,7 +271,7 @@ def check_training(
 
 @torch.no_grad()
 def check_encoder(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
-    """The VAE's encoder: Fourier features, a clip at once and in chunks of time, a single image."""
+    """Checks the encoder of the VAE: Fourier features, a clip at once and in temporal chunks, a single image."""
     encoder = reference.load_encoder(device, DTYPES[dtype])
     io = load_file(reference.path / "vae_io.safetensors", device=str(device))
     pixels = frames_to_pixels(io["video"].permute(0, 2, 3, 4, 1))
@@ -288,14 +288,14 @@ def check_encoder(reference: WeightsFolder, device: torch.device, dtype: str) ->
 
 @torch.no_grad()
 def check_decoder(reference: WeightsFolder, device: torch.device, dtype: str) -> Iterator[Check]:
-    """The VAE's decoder: raw, raw in chunks of time, clamped, and in spatial tiles."""
+    """Checks the decoder of the VAE: raw, raw in temporal chunks, clamped, and in spatial tiles."""
     decoder = reference.load_decoder(device, DTYPES[dtype])
     io = load_file(reference.path / "vae_io.safetensors", device=str(device))
     raw, cache = decoder(io["lat"]), FrameCache()
     yield Check("decoder: raw", relative_error(raw, io["decoded_raw"].cpu()), TOLERANCE[dtype])
     chunks = torch.cat([decoder(part, cache) for part in io["lat"].split(1, dim=2)], dim=2)
     yield Check("decoder: raw in chunks", relative_error(chunks, io["decoded_raw"].cpu()), TOLERANCE[dtype])
-    # bf16 rounds in proportion to the raw values, which are larger than the clamped ones: errors are taken of those.
+    # bf16 rounds in proportion to the raw values, which are larger than the clamped ones: errors are relative to those.
     scale = io["decoded_raw"].abs().max().item() / 2 if dtype == "bf16" else None
     for name, pixels in (
         ("decoded", raw),

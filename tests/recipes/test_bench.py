@@ -72,12 +72,12 @@ def test_what_cannot_be_measured_is_refused():
         ({"recompute": "some"}, "recompute=some is not possible: use auto, none, attention, block"),
         ({"model": "wan"}, "model=wan is not possible"),
         ({"num_frames": 40}, "use 37 or 43"),
-        ({"depth": 3}, "depth=3 is more than model=tiny has in its dit: use at most 2"),
-        ({"what": "train", "depth": 100}, "depth=100 is more than model=tiny has in its dit: use at most 2"),
-        ({"what": "decode", "depth": 2}, "depth=2 is more than model=tiny has in its decoder: use at most 1"),
+        ({"depth": 3}, "depth=3 is more than the dit of model=tiny has: use at most 2"),
+        ({"what": "train", "depth": 100}, "depth=100 is more than the dit of model=tiny has: use at most 2"),
+        ({"what": "decode", "depth": 2}, "depth=2 is more than the decoder of model=tiny has: use at most 1"),
         (
             {"what": "train", "activations": "offload", "recompute": "none"},
-            "memory=12gb lets the inputs of blocks wait in host memory, and recompute=none keeps all",
+            "memory=12gb keeps the inputs of blocks in host memory, and recompute=none keeps all",
         ),
     ):
         with pytest.raises(ConfigError, match=said):

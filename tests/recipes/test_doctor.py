@@ -76,7 +76,7 @@ def test_an_extra_that_does_not_load_is_named_with_the_reason(tmp_path, monkeypa
     monkeypatch.setattr(doctor, "EXTRAS", {"zebra": (("striped",), "stripes")})
     finding = doctor.check_extras()
     assert finding.verdict == doctor.NOTE and "zebra cannot be imported: libGL.so.1" in finding.says
-    assert finding.advice == "mend it before you use stripes"
+    assert finding.advice == "repair it before you use stripes"
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
