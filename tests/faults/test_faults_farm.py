@@ -153,4 +153,6 @@ def test_there_is_nothing_to_merge_and_other_verbs_have_no_shares(base):
     done = run("sample", "conf=my_lora", *settings(base, "merged", "parallel.shard=merge"))
     assert done.returncode == 2 and done.stderr.startswith("mochi-tune: parallel.shard=merge is of `prepare`: ")
     done = run("train", "conf=my_lora", *settings(base, "trained", share(1)))
-    assert done.returncode == 2 and "parallel.shard=1/4 is a setting of `prepare` and `sample`, and `train`" in done.stderr
+    assert (
+        done.returncode == 2 and "parallel.shard=1/4 is a setting of `prepare` and `sample`, and `train`" in done.stderr
+    )
