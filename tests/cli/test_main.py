@@ -46,7 +46,8 @@ def test_a_verbs_help_lists_every_setting(verb):
         assert re.search(rf"^  {re.escape(key)}=", done.stdout, re.MULTILINE), key
     lines = done.stdout.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("  train.warmup_steps=50 "))
-    assert lines[at].endswith("a whole number, 0 or more") and lines[at + 1] == "      steps from 0 to the peak"
+    assert lines[at].endswith("a whole number, 0 or more")
+    assert lines[at + 1] == "      steps from 0 to the peak learning rate"
 
 
 @pytest.mark.parametrize(
