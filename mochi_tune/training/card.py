@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mochi_tune.config.sample import sample_size
 from mochi_tune.config.sources import buckets_by_source
+from mochi_tune.errors import counted
 from mochi_tune.sampling.requests import sampler_settings
 from mochi_tune.training.records import RunRecords, SampleVideo
 
@@ -231,7 +232,7 @@ def _run_facts(records: RunRecords) -> dict[str, str]:
         "steps": str(records.step),
         "clips a step": str(records.global_batch),
         "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}, gradient norm {train.max_grad_norm:g}",
-        "learning rate": f"{train.learning_rate:g}, {train.schedule}, {train.warmup_steps} steps of warm-up",
+        "learning rate": f"{train.learning_rate:g}, {train.schedule}, {counted(train.warmup_steps, 'step')} of warm-up",
         "objective": f"{train.objective}, noise levels {train.sigma_distribution}",
         "captions left out": f"{train.caption_dropout:g} of the samples",
         "moving average": f"{train.ema_decay:g}" if train.ema_decay else "none",

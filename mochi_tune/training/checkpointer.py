@@ -86,6 +86,24 @@ class Checkpointer:
         """
         # `_remove_old` reads this, also in a resumed run.
         mark = {"best": True} if is_best else {}
+        if self._try_to_save(snapshot, mark):
+            return True
+        assert self.failed is not None
+        last = checkpoint.last_checkpoint(self.folder)
+        self.log(f"{self._failure(snapshot.step)}; {last}; the run goes on")
+        return False
+
+    def check_saved(self, step: int) -> None:
+        """Checks that the last step of the run is saved, and tries to save it again if it is not.
+
+        Raises:
+            TrainingError: the step cannot be saved.
+        """
+        if self.failed is not None and not self._try_to_save(self.failed[0], {}):
+            last = checkpoint.last_checkpoint(self.folder)
+            raise TrainingError(f"{self._failure(step)}; {last}: make room, and the same command goes on from there.")
+
+    def _try_to_save(self, snapshot: Snapshot, mark: dict[str, bool]) -> bool:
         try:
             # A resumed run needs the rows of all steps up to its checkpoint.
             self.metrics.flush_to_disk()
@@ -95,34 +113,29 @@ class Checkpointer:
                     save_adapter(new / "averaged.safetensors", snapshot.averaged)
                 checkpoint.save_optimizer(new / "optimizer.safetensors", snapshot.optimizer)
                 write_json(new / "state.json", {**snapshot.state, **mark})
+            # Before the adapter is copied: the old checkpoints may take the room that the copy needs.
+            self._try_to_remove_old(snapshot.step)
             copy_atomic(
                 checkpoint.published_file(self.folder / f"step_{snapshot.step:06d}"),
                 self.run_dir / "adapter.safetensors",
             )
         except OSError as error:
             self.failed = snapshot, error
-            last = checkpoint.last_checkpoint(self.folder)
-            self.log(f"step {snapshot.step} could not be saved ({error}); {last}; the run goes on")
             return False
         self.failed = None
+        return True
+
+    def _failure(self, step: int) -> str:
+        assert self.failed is not None
+        is_written = (self.folder / f"step_{step:06d}" / checkpoint.MANIFEST).exists()
+        what = f"the adapter of step {step} could not be copied" if is_written else f"step {step} could not be saved"
+        return f"{what} ({self.failed[1]})"
+
+    def _try_to_remove_old(self, step: int) -> None:
         try:
             self._remove_old()
         except OSError as error:
-            self.log(f"step {snapshot.step} is saved, but old checkpoints could not be removed ({error})")
-        return True
-
-    def check_saved(self, step: int) -> None:
-        """Checks that the last step of the run is saved, and tries to save it again if it is not.
-
-        Raises:
-            TrainingError: the step cannot be saved.
-        """
-        if self.failed is not None and not self.save(self.failed[0]):
-            last = checkpoint.last_checkpoint(self.folder)
-            raise TrainingError(
-                f"step {step} could not be saved ({self.failed[1]}); {last}: make room, and the same command goes on "
-                "from there."
-            )
+            self.log(f"step {step} is saved, but old checkpoints could not be removed ({error})")
 
     def _remove_old(self) -> None:
         found = checkpoint.find_checkpoints(self.folder)

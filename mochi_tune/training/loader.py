@@ -103,10 +103,14 @@ class ClipLoader:
     def _quarantine(self, index: int, error: DataError) -> None:
         self.damaged.add(index)
         count = sum(len(pool.clips) for pool in self.order.pools)
+        reason = str(error).partition("; data.damaged")[0]
         is_empty = self.damaged.issuperset(self.order.pool_of(index).clips)
         if is_empty or len(self.damaged) > max(1, MAX_DAMAGED_SHARE * count):
-            raise DataError(f"{len(self.damaged)} of {count} clips are damaged, the last one: {error}") from None
-        self.log(f"quarantined, another clip takes its place: {str(error).partition('; data.damaged')[0]}")
+            raise DataError(
+                f"{len(self.damaged)} of {count} clips are damaged, and data.damaged=quarantine replaces at most a "
+                f"tenth, and not all clips of a size; the last one: {reason}"
+            ) from None
+        self.log(f"quarantined, another clip takes its place: {reason}")
 
 
 @dataclass(frozen=True)

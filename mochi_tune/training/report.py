@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mochi_tune.config.load import config_yaml, load_config
+from mochi_tune.errors import counted
 from mochi_tune.files import read_json_lines, write_atomic
 from mochi_tune.pages import charts, video_tables
 from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
@@ -198,20 +199,22 @@ def make_report(run: RunFiles) -> str:
 
 def _head(run: RunFiles) -> Head:
     train, clips = run.config.train, run.clips.get("clips", {})
-    count = f"{len(clips)} clips" if len(clips) != 1 else "one clip"
-    summary = f"A LoRA of {run.config.model.name}, trained on {count if clips else 'clips'}."
+    count = counted(len(clips) - run.clips.get("held_out", 0), "clip") if clips else "clips"
+    summary = f"A LoRA of {run.config.model.name}, trained on {count}."
     summary += " It is finished." if run.step >= train.steps else f" It is at step {run.step} of {train.steps}."
     figures = {"steps": (f"{run.step}", f"of {train.steps}")}
     if losses := run.curve("loss"):
         window = _window(losses)
         mean = running_mean(losses, window)[-1][1]
-        figures["training loss"] = (f"{mean:.3g}", f"mean of the last {min(window, len(losses))} steps")
+        figures["training loss"] = (f"{mean:.3g}", f"mean of the last {counted(window, 'step')}")
     if run.best is not None:
         held_out = all(row.get("held_out") for row in run.validations)
         whose = "clips that are held out" if held_out else "clips that are trained on"
         figures["best validation loss"] = (f"{run.best[1]:.3g}", f"at step {run.best[0]}, on {whose}")
     if seconds := run.curve("seconds"):
-        figures["seconds a step"] = (f"{median(s for _, s in seconds[-100:]):.3g}", "median of the last 100")
+        figures["seconds a step"] = (
+            f"{median(s for _, s in seconds[-100:]):.3g}", f"median of the last {min(100, len(seconds))}"
+        )  # fmt: skip
         figures["training time"] = (in_words(sum(s for _, s in seconds)), "of all steps, without evaluations")
     if memory := run.curve("memory_gib"):
         figures["GiB of the GPU"] = (f"{max(gib for _, gib in memory):.3g}", "the most that a step took")
@@ -247,7 +250,7 @@ def _curves(run: RunFiles) -> str:
 
 
 def _raw_and_smooth(points: list[tuple[int, float]], window: int) -> list[Line]:
-    smooth = Line(f"mean of {window} steps", "accent", running_mean(points, window))
+    smooth = Line(f"mean of {counted(window, 'step')}", "accent", running_mean(points, window))
     return [Line("each step", "thin", points), smooth]
 
 
@@ -373,7 +376,7 @@ def _settings(run: RunFiles) -> str:
         "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{kind}",
         "Layers": ", ".join(lora.targets),
         "Optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g}, {train.schedule} after "
-        f"{train.warmup_steps} steps of warm-up",
+        f"{counted(train.warmup_steps, 'step')} of warm-up",
         "A step": f"{samples} sample{'s' * (samples > 1)}" if samples else "",
         "Objective": f"{train.objective}, noise levels {train.sigma_distribution}",
         "Seed": str(config.seed),

@@ -4,11 +4,14 @@ import errno
 import resource
 from pathlib import Path
 
+import pytest
 import torch
 
 from mochi_tune.adapters.files import Adapter, LoraLayer
-from mochi_tune.files import read_json_lines
+from mochi_tune.errors import TrainingError
+from mochi_tune.files import copy_atomic, read_json_lines
 from mochi_tune.training import checkpoint
+from mochi_tune.training import checkpointer as checkpointer_module
 from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot
 from mochi_tune.training.metrics import Metrics
 
@@ -77,3 +80,25 @@ def test_a_best_step_takes_no_place_of_the_newest_after_a_restart_either(tmp_pat
     assert sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir()) == ["08", "11", "12"]
     save(12, {16: 0.6}, {16: False})
     assert sorted(path.name[-2:] for path in (tmp_path / "checkpoints").iterdir()) == ["11", "12", "16"]
+
+
+def test_a_full_disk_at_the_copy_of_the_adapter_is_reported_as_that(tmp_path, monkeypatch):
+    lines, layer = [], LoraLayer(torch.ones(2, 4), torch.ones(4, 2), 2.0)
+
+    def is_full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with Metrics(tmp_path, 0) as metrics:
+        checkpointer = Checkpointer(tmp_path, metrics, Retention(newest=1, every=0, best=False), lines.append)
+        for step in (1, 2):
+            monkeypatch.setattr(checkpointer_module, "copy_atomic", is_full if step == 2 else copy_atomic)
+            snapshot = Snapshot(step, Adapter({"blocks.0.attn.proj_x": layer}), None, {}, {"step": step})
+            assert checkpointer.save(snapshot) == (step == 1)
+        # The old checkpoint was removed, which may have made room.
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
+        assert len(lines) == 1 and "the adapter of step 2 could not be copied" in lines[0] and "goes on" in lines[0]
+        with pytest.raises(TrainingError, match=r"adapter of step 2 could not be copied .*step_000002: make room"):
+            checkpointer.check_saved(2)
+        assert len(lines) == 1
+        monkeypatch.undo()
+        checkpointer.check_saved(2)
