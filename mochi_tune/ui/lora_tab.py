@@ -111,7 +111,7 @@ def _inspect(folder: Path, name: str) -> str:
         return "its page is shown below already"
     inside(folder, page).parent.mkdir(parents=True, exist_ok=True)
     job = add_job(folder, "lora", ["inspect", file, f"out={page}"])
-    return f"job {job.number} is in the queue: its page will be shown here"
+    return f"job {job.number} makes its page, which appears below"
 
 
 def _limits(prefix: str) -> tuple[Any, Any]:
