@@ -141,7 +141,7 @@ def _write_files(
         about={key: source.metadata.get(f"modelspec.{key}", "") for key in ("author", "license", "trigger_phrase")},
         adapter={
             "rank": source.metadata["rank"],
-            "alpha": source.alpha,
+            "alpha": source.metadata["alpha"],
             "layers": f"{len(source.layers)}: {', '.join(sorted({kind_of(name) for name in source.layers}))}",
             "files in": publication.dtype,
         },

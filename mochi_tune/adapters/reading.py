@@ -75,6 +75,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes, tuple[s
     try:
         with open(path, "rb") as opened:
             same = Path(f"/proc/self/fd/{opened.fileno()}")
+            if not same.exists():  # A system without /proc.
+                same = path
             check_header(same)
             with safe_open(same, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -270,8 +270,9 @@ def source_of(adapter: Adapter, strength: float | None = None) -> dict[str, Any]
     source: dict[str, Any] = {}
     if adapter.path is not None:
         source["file"] = adapter.path.name
-        if adapter.path.is_file():
-            source["sha256"] = file_sha256(adapter.path)
+        # Of the file that was read, which another program may have replaced since.
+        if adapter.sha256 or adapter.path.is_file():
+            source["sha256"] = adapter.sha256 or file_sha256(adapter.path)
     return source if strength is None else source | {"strength": strength}
 
 

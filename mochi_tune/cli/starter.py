@@ -212,7 +212,9 @@ def report_failures(failures: Mapping[int, tuple[int, float]], killed: Collectio
         raise ParallelError(f"rank {min(silent)} did not answer and had to be killed, and all others with it.")
     # A process that lost contact, or was then asked to end, is not the cause.
     first = [global_rank for global_rank, code in codes.items() if code not in (LOST_CONTACT, -signal.SIGTERM)]
-    global_rank = min(first or lost or codes)
+    # Unless someone ended it before.
+    earliest = min(failures, key=lambda global_rank: (failures[global_rank][1], global_rank not in lost, global_rank))
+    global_rank = min(first, default=earliest)
     code = codes[global_rank]
     if code == USERS_MISTAKE:
         return code

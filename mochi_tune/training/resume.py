@@ -289,7 +289,9 @@ def resume(plan: TrainPlan) -> ResumePoint:
         tqdm.write(f"resume_from={config.resume_from} was used before: the run resumes from its newest checkpoint")
     lacks = lacks_evaluation(plan, start.step)
     if lacks:
-        tqdm.write(f"{run_dir} is trained to step {start.step}; its evaluation, which was interrupted, is made now")
+        tqdm.write(f"{run_dir} is trained to step {start.step}; its last step is not evaluated yet, and is now")
+        if start.is_named:
+            record_in_folder(plan, start)
         return replace(start, lacks_evaluation=True)
     if start.step >= config.train.steps:
         which = " with this resume_from" if start.is_named else ""

@@ -108,7 +108,7 @@ class Run:
         self.run_dir = Path(plan.config.run_dir)
         self.report = ReportWriter(self.run_dir, plan.config) if accelerator.is_main_process else None
         self.step = self._saved_step = start.step
-        self.exit_code = 0
+        self.exit_code, self._was_moved = 0, False
         data_rank = accelerator.process_index // plan.layout.context
         self._own_micro_batches = list(range(data_rank, plan.draws.num_micro_batches, plan.layout.data))
         train = plan.config.train
@@ -290,6 +290,8 @@ class Run:
             self._saved_step = self.step
         if self.lock is not None:
             self.lock.check_in_place()
+        elif self._was_moved:
+            raise SystemExit(2)  # The main process reports it.
 
     def _write_report(self) -> None:
         # After the folder was moved, another run may have started at its path.
@@ -352,19 +354,17 @@ class Run:
             # Before the collective times out, each process writes its stack to stderr.
             faulthandler.dump_traceback_later(0.9 * self.plan.config.parallel.timeout_seconds)
         stop_signal, save_requested = self._signals.take()
-        # If the run folder was moved, a save ends the run.
-        save_requested |= self.lock is not None and not self.lock.is_in_place()
-        gathered = gather_object([(stop_signal, save_requested, own)])
-        stops, saves, others = zip(*gathered, strict=True)
-        return max(stops), any(saves), list(others)
+        was_moved = self.lock is not None and not self.lock.is_in_place()
+        stops, saves, moves, others = zip(*gather_object([(stop_signal, save_requested, was_moved, own)]), strict=True)
+        self._was_moved = any(moves)  # Then a save ends the run.
+        return max(stops), any(saves) or self._was_moved, list(others)
 
     def _check_while_waiting(self) -> None:
         """Handles signals while this process waits for data.
 
         Raises:
             Interrupted: the only process was asked to stop.
-            ParallelError: one of several processes was asked to stop. The others wait for it in a collective, so it
-                ends the run for all of them.
+            ParallelError: one of several was, and the others wait for it in a collective.
         """
         assert self._signals is not None
         is_alone = self.accelerator.num_processes == 1

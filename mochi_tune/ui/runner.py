@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import MochiTuneError
 from mochi_tune.ui.folder import changed_at, lock
 from mochi_tune.ui.jobs import (
     Job,
@@ -85,18 +87,26 @@ def with_kept_conf(folder: Path, job: Job) -> list[str]:
     """Returns the arguments of a job, with a copy of its conf in place of the file.
 
     A verb reads its conf seconds after its start, and each process of a training reads it again. The page may save
-    other settings meanwhile.
+    other settings meanwhile. The verb gets a conf with a mistake itself, so that its error names that file.
     """
     kept = []
     for argument in job.arguments:
         conf = folder / "conf" / f"{argument.removeprefix('conf=')}.yaml"
-        if argument.startswith("conf=") and conf.is_file():
+        if argument.startswith("conf=") and conf.is_file() and _is_right(conf.stem):
             copy = jobs_folder(folder) / f"{job.number:05d}" / conf.name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(conf, copy)
             argument = f"conf={copy.relative_to(folder)}"
         kept.append(argument)
     return kept
+
+
+def _is_right(name: str) -> bool:
+    try:
+        load_config(name, [])
+    except MochiTuneError:
+        return False
+    return True
 
 
 def wait_for_process(folder: Path, job: Job) -> None:

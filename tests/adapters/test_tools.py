@@ -125,10 +125,13 @@ def test_a_merge_states_its_sources_and_keeps_the_base(tmp_path):
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     for path, adapter in zip(paths, (one, other), strict=True):
         save_adapter(path, adapter)
-    merged, _ = merge_adapters([load_adapter(path) for path in paths], [1.0, 0.5])
+    adapters, sums = [load_adapter(path) for path in paths], [file_sha256(path) for path in paths]
+    # Another program replaces a file after it was read.
+    save_adapter(paths[0], random_adapter(seed=2))
+    merged, _ = merge_adapters(adapters, [1.0, 0.5])
     assert json.loads(merged.metadata.pop("sources")) == [
-        {"file": path.name, "sha256": file_sha256(path), "strength": strength}
-        for path, strength in zip(paths, (1.0, 0.5), strict=True)
+        {"file": path.name, "sha256": sha256, "strength": strength}
+        for path, sha256, strength in zip(paths, sums, (1.0, 0.5), strict=True)
     ]
     del merged.metadata["created_by"], merged.metadata["modelspec.title"]
     assert merged.metadata == {"base_fingerprint": "abc", "num_blocks": "2", "base_model": "m", "tool": "lora merge"}

@@ -15,6 +15,8 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it():
         report_failures({0: asked, 1: lost, 2: killed, 3: lost})
     with pytest.raises(ParallelError, match=r"rank 2 lost contact"):
         report_failures({1: asked, 2: lost, 3: lost})
+    with pytest.raises(ParallelError, match=r"rank 1 was ended by SIGTERM"):
+        report_failures({0: asked, 1: (-signal.SIGTERM, 100), 2: lost})
     assert report_failures({0: lost, 1: asked, 3: (2, 100)}) == 2
 
 

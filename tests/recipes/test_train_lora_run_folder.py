@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers_process import PATIENCE, Disturbance, run, run_program
+from helpers_process import PATIENCE, Disturbance, Program, run, run_program
 from helpers_road import LORA, read_rows, road, train
 from PIL import Image
 
@@ -163,6 +163,17 @@ def test_a_run_whose_folder_is_moved_saves_its_step_there_and_ends(tmp_path, mon
     assert [row["loss"] for row in read_rows(run_dir / "metrics.jsonl")] == [
         row["loss"] for row in read_rows(straight / "metrics.jsonl")
     ]
+
+
+def test_the_main_process_alone_reports_that_the_folder_was_moved(tmp_path):
+    run_dir, settings = tmp_path / "run", ["train.steps=9999", "train.accumulation_steps=2", "parallel.num_processes=2"]
+    program = Program(["train", "conf=my_lora", *road(run_dir, *LORA, *settings)], tmp_path / "log")
+    rows, deadline = run_dir / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not (rows.exists() and rows.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run_dir.rename(tmp_path / "moved")
+    code, text = program.wait(), program.text()
+    assert code == 2 and "move the folder back" in text and "lost contact" not in text, text
 
 
 def test_a_run_whose_folder_is_removed_ends_at_the_next_step(tmp_path, monkeypatch):

@@ -270,12 +270,22 @@ def test_an_evaluation_of_the_last_step_that_was_broken_off_is_made_up_for(tmp_p
     (tmp_path / "validation.jsonl").write_text(rows.splitlines(keepends=True)[0])
     capsys.readouterr()
     assert train(tmp_path, *settings) == 0
-    assert "its evaluation, which was interrupted, is made now" in capsys.readouterr().out
+    assert "its last step is not evaluated yet, and is now" in capsys.readouterr().out
     assert (tmp_path / "validation.jsonl").read_text() == rows
     last.unlink()
     assert train(tmp_path, *settings) == 0 and last.exists()
     capsys.readouterr()
     assert train(tmp_path, *settings) == 0 and "is already trained to step 2" in capsys.readouterr().out
+
+
+def test_a_going_back_to_a_last_step_without_an_evaluation_is_recorded(tmp_path):
+    settings = ["train.checkpoint_every=1", "train.validate_every=2", "train.validation_clips=1"]
+    assert train(tmp_path, *settings, "train.steps=4") == 0
+    back = f"resume_from={tmp_path / 'checkpoints' / 'step_000003'}"
+    assert train(tmp_path, *settings, "train.steps=3", back) == 0
+    assert len(read_rows(tmp_path / "history.jsonl")) == 2
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in read_rows(tmp_path / "validation.jsonl")] == [0, 2, 3]
 
 
 def test_a_stop_in_the_last_evaluation_is_no_success(tmp_path, monkeypatch):
