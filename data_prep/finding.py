@@ -17,6 +17,10 @@ MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *_IMAGE_SUFFIXES)
 _CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
 # Reason why a still is not used: no bucket has one frame.
 STILL = "is a still picture, which data.buckets=auto uses"
+# Reason why a file of another kind is not used.
+UNKNOWN = "is not a known video format"
+# `init` writes it next to the clips, and datasets come with one.
+_README = "README.md"
 # Settings with which a training uses stills.
 TAKES_STILLS = "data.buckets=auto or a bucket of one frame"
 # Reasons why folders that this program has written are skipped: the videos of a run are not clips.
@@ -82,13 +86,13 @@ def list_videos(
 def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
     """Returns the files in `folder` and below it that are neither in `used` nor captions, with the reasons.
 
-    Files whose name starts with a dot are left out. Folders that were not searched are included.
+    README.md and files whose name starts with a dot are left out. Folders that were not searched are included.
     """
     taken, unused, closed = set(used), {}, {}
     for path in _files(folder, lambda path: suffix_of(path) not in _CAPTION_SUFFIXES, closed):
-        if path not in taken:
+        if path not in taken and path.name != _README:
             is_still = path.suffix.lower() in _IMAGE_SUFFIXES
-            unused[path] = f"{path}: {STILL if is_still else 'is not a known video format'}"
+            unused[path] = f"{path}: {STILL if is_still else UNKNOWN}"
     return unused | {Path(path): f"{path}: {why}" for path, why in closed.items()}
 
 

@@ -121,10 +121,6 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         for path, why in unused.items():
             inputs.unused[clip_name(source.name, folder, path)] = as_utf8(why)
     _check_captions(data, without, orphans, len(inputs.files))
-    if inputs.refused:
-        # Reported before hours of encoding, and again at the end.
-        refused = f"{counted(len(inputs.refused), 'clip')} will be refused: {some(inputs.refused.values())}"
-        tqdm.write(printable(refused))
     return inputs
 
 
@@ -135,8 +131,8 @@ def _check_captions(data: DataConfig, without: list[str], orphans: list[str], nu
         where = ", ".join(str(source.folder) for source in read_sources(data))
         found = printable(f"{counted(num_clips, 'clip')} in {where} ({some(without)}{typos})")
         raise DataError(
-            f"without a caption: {len(without)} of {found}: write each one's caption into a .txt file of its name, or "
-            "set data.allow_empty_captions=true to train without them."
+            f"without a caption (missing or empty): {len(without)} of {found}: write each one's caption into a .txt "
+            "file of its name, or set data.allow_empty_captions=true to train without them."
         )
     if orphans:
         tqdm.write(printable(f"captions without a video of that name, not used: {some(orphans, limit=10)}"))

@@ -23,7 +23,7 @@ from mochi_tune.data_prep.pools import ProcessPool, WorkerPool
 from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
 from mochi_tune.data_prep.shares import RECORD_FILE, Share, keep_share, merge_shares, write_record
 from mochi_tune.data_prep.tasks import CaptionTask, ClipTask, Worker, WorkerSettings, WorkHere
-from mochi_tune.errors import ConfigError, DataError, counted, printable
+from mochi_tune.errors import ConfigError, DataError, counted, printable, some
 from mochi_tune.files import format_bytes, write_atomic
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import measure_caption
@@ -90,6 +90,10 @@ def prepare(config: RunConfig) -> Prepared:
         if config.parallel.shard is not None:
             raise ConfigError("data.preview does not work with parallel.shard: leave it out.")
     inputs = find_inputs(data, config.seed)
+    if inputs.refused:
+        # Reported before hours of encoding, and again at the end.
+        refused = f"{counted(len(inputs.refused), 'clip')} will be refused: {some(inputs.refused.values())}"
+        tqdm.write(printable(refused))
     if share is not None:
         keep_share(inputs, share)
     weights.check(["encoder", "text_encoder"])

@@ -13,7 +13,7 @@ from mochi_tune.config.schema import DataConfig
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
 from mochi_tune.data_prep.clips import Cut
-from mochi_tune.data_prep.finding import MADE_HERE, STILL
+from mochi_tune.data_prep.finding import MADE_HERE, STILL, UNKNOWN
 from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs, MediaFile
 from mochi_tune.data_prep.windows import choose_cuts, num_used_frames
 from mochi_tune.errors import counted, printable, some
@@ -131,9 +131,13 @@ def not_taken(inputs: Inputs) -> list[str]:
     if stills := sorted(name for name, why in inputs.unused.items() if why.endswith(STILL)):
         takes = "data.buckets=auto or a bucket of one frame uses them"
         lines.append(f"not used: {counted(len(stills), 'still')} ({some(stills)}): {takes}")
-    known = (NO_VIDEO, STILL, *MADE_HERE)
-    if others := sorted(name for name, why in inputs.unused.items() if not why.endswith(known)):
+    if others := sorted(name for name, why in inputs.unused.items() if why.endswith(UNKNOWN)):
         lines.append(f"not used: {counted(len(others), 'file')} ({some(others)})")
+    known = (NO_VIDEO, STILL, UNKNOWN, *MADE_HERE)
+    lines += [
+        f"not used: {path} is {why}"
+        for path, _, why in sorted(why.partition(": is ") for why in inputs.unused.values() if not why.endswith(known))
+    ]
     return [printable(line) for line in lines]
 
 

@@ -25,12 +25,16 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
     sizes = ["data.num_frames=7", "data.height=32", "data.width=48"]
     more = ["model.weights=nowhere", "data.videos=videos", "data.cache=cache"]
     (videos / "still.png").touch()
-    (videos / "notes.pdf").touch()
+    for name in ("notes.pdf", "README.md"):
+        (videos / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (videos / "far").symlink_to(tmp_path / "elsewhere")
     command = ["inspect", "conf=my_lora", *sizes, *more]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "not used: 1 still (still.png): data.buckets=auto or a bucket of one frame uses them" in done.stdout
-    assert "not used: 1 file (notes.pdf)" in done.stdout
+    assert "not used: 1 file (notes.pdf)\n" in done.stdout and "README.md" not in done.stdout
+    assert "not used: videos/far is a link to a folder, which is not followed: add that folder" in done.stdout
     assert "1 clip, 0 refused" in done.stdout + done.stderr
     page = (tmp_path / "runs/my_lora/inspect/inspect.html").read_text()
     assert "the caption of good.mp4" in page and "is unknown" in page
@@ -38,8 +42,12 @@ def test_the_verb_writes_a_page_without_weights(tmp_path):
     assert (tmp_path / "runs/my_lora/inspect/inspect.png").exists() == has_browser
     # A refused file gives exit code 1, and a page of the others.
     add_clip(videos, "short.mp4", 3)
+    add_clip(videos, "bad.mp4", 7)
+    (videos / "bad.txt").write_bytes(b"a\0")
     done = run(*command, "out=else where", "model=tiny", "model.weights=package:tiny", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
+    # Each refused file is reported once.
+    assert done.stdout.count("short.mp4") == done.stdout.count("bad.txt") == 1
     page = (tmp_path / "else where/inspect.html").read_text()
     assert "the caption of good.mp4" in page and "short.mp4: is too short" in page and "tokens)" in page
 

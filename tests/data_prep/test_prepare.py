@@ -201,7 +201,7 @@ def test_missing_captions_are_listed_before_any_weight_is_read(tmp_path):
     config = config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False)
     with pytest.raises(DataError) as caught:
         prepare(config)
-    assert "2 of 3 clips" in str(caught.value) and "(b.mp4, c.mp4)" in str(caught.value)
+    assert "(missing or empty): 2 of 3 clips" in str(caught.value) and "(b.mp4, c.mp4)" in str(caught.value)
     assert "allow_empty_captions" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
 
