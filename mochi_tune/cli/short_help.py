@@ -25,9 +25,9 @@ SHORT = {
         "mochi-tune prepare conf=my_lora data.num_frames=37",
     ),
     "train": (
-        "model memory run_dir lora.rank train.steps train.batch_size train.learning_rate train.checkpoint_every "
-        "train.sample_prompts parallel.num_processes",
-        "mochi-tune train conf=my_lora train.steps=2000 lora.rank=32",
+        "model memory run_dir lora.rank lora.alpha train.steps train.batch_size train.learning_rate "
+        "train.checkpoint_every train.sample_prompts parallel.num_processes",
+        "mochi-tune train conf=my_lora train.steps=2000 lora.rank=32 lora.alpha=32",
     ),
     "sample": (
         "sample.prompt sample.prompts sample.adapter sample.adapter_strength sample.seeds sample.steps "
