@@ -148,15 +148,18 @@ class ReportWriter:
         """Returns the last lines that a finished run prints; [] if its files could not be read."""
         if self.run is None:
             return []
-        lines = []
+        kept = _kept_steps(self.run)
+        # The adapter is that of the newest checkpoint; rows of later steps may remain from a run that was killed.
+        step = max(kept, default=self.run.step)
+        losses = {row["step"]: row["validation_loss"] for row in self.run.validations}
+        last = f"step {step}" + (f", validation loss {losses[step]:.4f}" if step in losses else "")
+        lines = [f"last: {last}"]
         if self.run.best is not None:
-            step, loss = self.run.best
-            gone = "" if step in (0, *_kept_steps(self.run)) else "; its checkpoint was not kept"
-            lines.append(f"best: step {step}, validation loss {loss:.4f}{gone}")
-        last = f"last: step {self.run.step}"
-        if self.run.validations and self.run.validations[-1]["step"] == self.run.step:
-            last += f", validation loss {self.run.validations[-1]['validation_loss']:.4f}"
-        lines += [last] if self.has_failed else [last, f"report: {self.run_dir / PAGE}"]
+            best, loss = self.run.best
+            gone = "" if best in (0, *kept) else "; its checkpoint was not kept"
+            both = [f"best: step {best}, validation loss {loss:.4f}{gone}", *lines]
+            lines = [f"best and last: {last}"] if best == step else both
+        lines += [] if self.has_failed else [f"report: {self.run_dir / PAGE}"]
         return lines + [f"next: {command}" for _, command in next_steps(self.run)[:1]]
 
 

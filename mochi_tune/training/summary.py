@@ -1,10 +1,12 @@
 """The lines that `train` prints before its first step: device, estimates, and warnings about settings."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from mochi_tune.adapters.lora import LayerSettings, settings_metadata
 from mochi_tune.errors import counted
 from mochi_tune.parallel.forecast import GIB, in_words, known_card
 from mochi_tune.training.memory_plan import MemoryPlan, describe, held_by
@@ -34,20 +36,29 @@ def opening_lines(plan: TrainPlan, step: int) -> list[str]:
     if plan.layout.context > 1:
         count += f", {plan.layout.context} of them share a sample{plan.layout.split_in_words}"
     precision = plan.precision if config.model.precision else config.model.dtype
-    kind = "DoRA" if config.lora.dora else "LoRA"
     num_samples = train.batch_size * plan.draws.num_micro_batches
-    num_epochs = left * num_samples / plan.order.epoch_length
+    num_epochs = f"{left * num_samples / plan.order.epoch_length:.3g}"
     sizes = Counter(str(row.bucket) for row in plan.dataset.cache.rows)
     largest = f"{', '.join(sizes)}" if len(sizes) <= 2 else f"{len(sizes)} sizes"
     return [
         f"device: {environment['device']}{count}; {config.model.name} in {precision}",
-        f"adapter: {kind} with {plan.adapter_bytes // 4:,} parameters in {len(plan.layers)} layers",
-        f"data: {counted(len(plan.training_clips), 'clip')} to train on, {largest}; {left} steps of {num_samples} "
-        f"{'sample' if num_samples == 1 else 'samples'} are {num_epochs:.3g} epochs",
+        f"adapter: {_size(plan.layers, config.lora.dora)}, {plan.adapter_bytes // 4:,} parameters in "
+        f"{counted(len(plan.layers), 'layer')}",
+        f"data: {counted(len(plan.training_clips), 'clip')} to train on, {largest}; "
+        f"{counted(left, 'step')} of {counted(num_samples, 'sample')}: {num_epochs} "
+        f"{'epoch' if num_epochs == '1' else 'epochs'}",
         *([f"eval videos: {', '.join(map(repr, train.sample_prompts))}"] if plan.renders_videos else []),
         *_forecast(plan, plan.memory, left),
         *doubtful_settings(train, num_samples),
     ]
+
+
+def _size(layers: Mapping[str, LayerSettings], is_dora: bool) -> str:
+    """Returns the kind, rank, alpha and scale of an adapter; "4,8" if layers differ."""
+    stated = settings_metadata(layers)
+    scales = ",".join(f"{scale:.3g}" for scale in sorted({each.plain_alpha / each.rank for each in layers.values()}))
+    scale = f"{'rsLoRA, ' if 'rslora' in stated else ''}scale {scales}"
+    return f"{'DoRA' if is_dora else 'LoRA'} of rank {stated['rank']}, alpha {stated['alpha']} ({scale})"
 
 
 def _forecast(plan: TrainPlan, memory: MemoryPlan, num_steps: int) -> list[str]:

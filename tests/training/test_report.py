@@ -13,6 +13,7 @@ from helpers_road import LORA, read_rows, road, train
 
 from mochi_tune.config.load import load_config
 from mochi_tune.recipes.train_lora import main as train_lora
+from mochi_tune.training.checkpoint import find_checkpoints, step_of
 from mochi_tune.training.report import ReportWriter, make_report, next_steps, read_files
 from mochi_tune.training.resume import read_clips
 
@@ -195,7 +196,8 @@ def test_a_page_that_is_made_again_reads_the_rows_that_are_new_alone(finished, t
     # A full disk leaves an incomplete row for a while.
     (copy / "metrics.jsonl").write_bytes(rows[: read + 9])
     writer.write()
-    assert writer.closing_lines()[1] == f"last: step {rows[:read].count(10)}"
+    # The row of the last step may be incomplete, and the adapter is of its checkpoint.
+    assert f"last: step {rows.count(10)}" in "\n".join(writer.closing_lines())
     (copy / "metrics.jsonl").write_bytes(b"x" * read + rows[read:])
     writer.write()
     again = (copy / "report.html").read_bytes()
@@ -221,17 +223,32 @@ def test_a_report_is_made_without_the_clips_of_the_last_start(finished, tmp_path
 def test_train_begins_and_ends_with_what_one_wants_to_know(tmp_path, capsys):
     assert run(tmp_path, "train.steps=4", "train.warmup_steps=9", "train.learning_rate=0.5") == 0
     lines = capsys.readouterr().out.splitlines()
-    for start in ("device: cpu, ", "adapter: LoRA with 17,472 parameters in 13 layers", "data: 3 clips to train on, "):
+    size = "adapter: LoRA of rank 2, alpha 16 (scale 8), 17,472 parameters in 13 layers"
+    for start in ("device: cpu, ", size, "data: 3 clips to train on, "):
         assert any(line.startswith(start) for line in lines), start
-    assert "4 steps of 1 sample are 1.33 epochs" in "".join(lines)
+    assert "4 steps of 1 sample: 1.33 epochs" in "".join(lines)
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert ["warmup_steps=9" in warnings[0], "learning_rate=0.5" in warnings[1], len(warnings)] == [True, True, 2]
     validations = [line for line in lines if ": validation loss " in line]
     assert len(validations) == 2 and validations[0].endswith("the best so far")
-    assert [line.split(":")[0] for line in lines[-5:]] == ["adapter", "best", "last", "report", "next"]
+    assert [line.split(":")[0] for line in lines[-4:]] == ["adapter", "best and last", "report", "next"]
     assert lines[-1].startswith("next: mochi-tune sample ")
 
 
 def test_a_run_whose_settings_are_usual_is_not_warned_of(tmp_path, capsys):
     assert train(tmp_path, "train.steps=2", "train.warmup_steps=1") == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_the_last_line_has_the_step_of_the_adapter_and_not_of_later_rows(finished, tmp_path):
+    """A run killed after its checkpoint leaves the rows of later steps, and with fewer steps it is complete."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    step = max(step_of(folder) for folder in find_checkpoints(copy / "checkpoints"))
+    row = json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"step": step + 1}) + "\n")
+    writer = ReportWriter(copy, load_config(str(copy / "config.yaml"), []))
+    writer.write()
+    said = "\n".join(writer.closing_lines())
+    assert f"last: step {step}, validation loss" in said and f"step {step + 1}" not in said
