@@ -55,7 +55,7 @@ print the resolved settings without running.
 
 SPLIT_OPTIONS = {
     "in": (None, "film, or folder of films and folders"),
-    "out": (None, "folder of the clips; the table and the contact sheet go to OUT_split beside it"),
+    "out": (None, "folder of the clips; the table and the contact sheet go to OUT_split next to it"),
     "detector": ("adaptive", "adaptive, content or threshold (fades to black), of PySceneDetect"),
     "threshold": ("", "threshold of the detector; empty: its default, 3, 27 or 12"),
     "margin_seconds": ("0.1", "seconds left out on each side of a cut"),
@@ -66,7 +66,7 @@ SPLIT_OPTIONS = {
 }
 FILTER_OPTIONS = {
     "videos": (None, "folder of clips"),
-    "out": ("", "folder of the table and the page; default: VIDEOS_filter beside the clips"),
+    "out": ("", "folder of the table and the page; default: VIDEOS_filter next to the clips"),
     "max_black": ("0.1", "share of black frames, 0 to 1; off: no limit, here and below"),
     "max_frozen": ("0.2", "longest run of equal frames, as a share of the clip, 0 to 1"),
     "min_sharpness": ("10", "variance of the Laplacian, at 480 pixels of the shorter side"),
@@ -248,7 +248,7 @@ def is_setting(argument: str) -> bool:
 
 
 def plain_options(
-    verb: str, arguments: list[str], known: Mapping[str, tuple[str | None, str]]
+    verb: str, arguments: list[str], known: Mapping[str, tuple[str | None, str]], files: str = ""
 ) -> dict[str, str] | None:
     """Parses the key=value arguments of a verb without a configuration file; returns None after printing its help.
 
@@ -256,9 +256,10 @@ def plain_options(
         verb: name of the verb, for messages.
         arguments: the arguments after the verb.
         known: key -> default (None: required) and meaning.
+        files: the arguments without a key, for the help, such as "FILE".
     """
     if "--help" in arguments or "-h" in arguments:
-        print(f"mochi-tune {verb} [key=value ...]\n")
+        print(" ".join(filter(None, ["mochi-tune", verb, files, "[key=value ...]"])) + "\n")
         for key, (default, meaning) in known.items():
             print(f"  {key + '=' + (default or ''):<44} {meaning}{' (required)' if default is None else ''}")
         return None
@@ -268,9 +269,10 @@ def plain_options(
         if not equals or key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}=?" if near else "."
-            raise ConfigError(
-                f"{argument!r} is not a setting of {verb}, which are {', '.join(f'{k}=' for k in known)}{hint}"
-            )
+            what = f"{key}=" if equals else repr(argument)
+            *others, last = [f"{k}=" for k in known]
+            listed = f"{', '.join(others)} and {last}" if others else last
+            raise ConfigError(f"{what} is not a setting of {verb}, which takes {listed}{hint}")
         if not value and known[key][0]:
             raise ConfigError(f"{argument} is empty: give a value, or leave it out for {key}={known[key][0]}.")
         # Shells do not expand ~ in every word of the form KEY=~/DIR.
@@ -291,8 +293,10 @@ def load(verb: str, arguments: list[str]) -> "RunConfig | None":
     flags = [argument for argument in arguments if argument == "--cfg"]
     settings = [argument for argument in arguments if argument not in flags]
     names = [setting.removeprefix("conf=") for setting in settings if setting.startswith("conf=")]
-    if len(names) != 1:
-        raise ConfigError(f"{verb} takes one conf=NAME, got {len(names)}: for example conf=my_lora.")
+    if not names:
+        raise ConfigError(f"{verb} needs conf=NAME: for example conf=my_lora.")
+    if len(names) > 1:
+        raise ConfigError(f"{verb} takes one conf=NAME, got {len(names)}: leave out all but one.")
     settings = [setting for setting in settings if not setting.startswith("conf=")]
     if verb == "sample":
         settings = [f"sample.{s}" if s.partition("=")[0] in SAMPLE_ALIASES else s for s in settings]
