@@ -67,6 +67,8 @@ from mochi_tune.weights.configs import read_official_config
 from mochi_tune.weights.folder import WeightsFolder
 
 OFFICIAL = DiTConfig()
+# Models to which the estimates do not apply: their steps take milliseconds, most of which are not arithmetic.
+SMALL_MODELS = ("toy", "tiny")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,10 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     if config.memory.tiles is not None:
         check_tiles(config.memory.tiles, *sample_size(config.sample, data)[1:])
     words, gib, speed = find_card(card, card_gib)
+    advice = []
+    if config.model.name in SMALL_MODELS:
+        advice.append(f"model={config.model.name} is too small for these estimates: they do not apply to it")
+        speed = None
     dit, free = dit_sizes(config), int(gib * GIB)
     processes = config.parallel
     layout = training_layout(
@@ -148,7 +154,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     )
     step, video = training_step(config, dit, layout), sample_size(config.sample, data)
     arrangement = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
-    policies, advice = step.policies(free, *arrangement), []
+    policies = step.policies(free, *arrangement)
     try:
         plan = arrange(step, config.memory.dit, config.memory.activations, free)
         policies, arrangement = plan.recompute, (plan.is_streamed, plan.offloads_inputs)
@@ -345,7 +351,7 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
     }
     count = sum(map(len, videos.values()))
     if not count:
-        return 0, f"none yet in {where}, so assumed, for sizes and times alone: each {largest}", shares, 1.0
+        return 0, f"no clips in {where} yet; sizes and times assume that each has {largest}", shares, 1.0
     if any(source.clips != "head" for source in sources):
         return 0, f"of {count} videos in {where}, not prepared yet, each {largest}", shares, 1.0
     num_captions = sum(num_captions_of(config, each, videos[each.name]) for each in sources if each.name in videos)

@@ -36,8 +36,11 @@ def run_plan(arguments: list[str]) -> int:
         print(f"\ntraining: {config.train.steps} steps in about {in_words(made.run_seconds)}")
     print(f"\n{'memory=':<10}{'train':>16}{'sample':>16}")
     for name, sizes in made.presets.items():
+        # In `train`, memory=24gb keeps the weights on the GPU like 80gb.
+        missing = "as 80gb" if name == "24gb" else "not possible"
         cells = (
-            "" if size is None else f"{size / gib:.1f} {'fits' if size <= made.gib * gib else 'NOT '}" for size in sizes
+            missing if size is None else f"{size / gib:.1f} {'fits' if size <= made.gib * gib else 'NOT '}"
+            for size in sizes
         )
         print(f"{name:<10}{''.join(f'{cell:>16}' for cell in cells)}".rstrip())
     print("\n" + "\n".join(made.advice))

@@ -1,5 +1,6 @@
 """`plan` says what a run will take, and of a card that is not here too."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,7 @@ FULL = ["model.weights=nowhere", "data.videos=nowhere", "data.cache=nowhere"]
 
 def test_a_plan_needs_neither_weights_nor_clips_nor_a_gpu():
     made = main(load_config("my_lora", FULL), "4090")
-    assert made.num_tokens == 11130 and made.cache_bytes == 0 and "none yet" in made.clips
+    assert made.num_tokens == 11130 and made.cache_bytes == 0 and "no clips in nowhere yet" in made.clips
     totals = {stage.name: stage.total / GIB for stage in made.stages}
     # See docs/benchmarks.md; a training keeps as much of the attention as fits.
     assert 22 < totals["train"] <= CARDS["4090"].gib and totals["prepare: captions"] == pytest.approx(19.0, abs=0.1)
@@ -38,7 +39,7 @@ def test_an_empty_folder_is_planned_for_as_none(tmp_path):
     """As `init` leaves it."""
     (tmp_path / "README.md").write_text("Put each clip here")
     made = main(load_config("my_lora", [*FULL, f"data.videos={tmp_path}"]), "4090")
-    assert made.cache_bytes == 0 and f"none yet in {tmp_path}, so assumed" in made.clips
+    assert made.cache_bytes == 0 and f"no clips in {tmp_path} yet; sizes and times assume" in made.clips
     (tmp_path / "still.png").touch()
     made = main(load_config("my_lora", [*FULL, f"data.videos={tmp_path}", "data.buckets=auto"]), "4090")
     assert f"1 in {tmp_path}, not prepared yet" in made.clips
@@ -115,7 +116,15 @@ def test_a_real_step_is_measured_and_its_estimates_are_those_of_the_training(tmp
 def test_the_command_prints_it(tmp_path):
     done = run("plan", "conf=my_lora", *road(tmp_path, *LORA), "card=4090")
     assert done.returncode == 0, done.stderr
-    assert "4090 (not here: estimated), 23.6 GiB" in done.stdout and "every stage fits" in done.stdout
+    assert "4090 (not here: estimated), 23.6 GiB" in done.stdout
+    # A tiny model's steps are too short for the estimates.
+    assert done.stdout.endswith("\nmodel=tiny is too small for these estimates: they do not apply to it\n")
+    assert "a step" not in done.stdout and "steps in about" not in done.stdout
+    done = run("plan", "conf=my_lora", *FULL, "card=4090")
+    assert done.stdout.endswith("\nevery stage fits as it is set\n") and "6.8 s a step" in done.stdout
+    assert re.search(r"^24gb +as 80gb +8\.9 fits$", done.stdout, re.MULTILINE), done.stdout
+    done = run("plan", "conf=my_lora", *FULL, "card=4090", "train.recompute=none")
+    assert re.search(r"^16gb +not possible +2\.8 fits$", done.stdout, re.MULTILINE), done.stdout
     for words in (["card=gt7"], ["data.num_frames=40", "card=4090"], ["card=gt7", "card_gib=much"]):
         done = run("plan", "conf=my_lora", *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
@@ -312,7 +321,7 @@ def test_several_captions_of_a_clip_are_counted(tmp_path):
 
 
 def test_one_frame_is_not_called_frames():
-    assert "each 1 frame of 480x848" in main(load_config("my_lora", [*FULL, "data.num_frames=1"]), "4090").clips
+    assert "each has 1 frame of 480x848" in main(load_config("my_lora", [*FULL, "data.num_frames=1"]), "4090").clips
 
 
 def test_ways_out_are_counted_as_the_table_counts_them():
