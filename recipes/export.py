@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mochi_tune.adapters.alphas import BAKED
 from mochi_tune.adapters.files import DTYPES, Adapter, LoraLayer, check_format, load_adapter, save_adapter
 from mochi_tune.errors import ConfigError, printable
 from mochi_tune.recipes.new_output import check_new_file, make_parent
@@ -19,10 +20,12 @@ class ExportSummary:
     Attributes:
         file: the new file.
         to: its format.
+        trained_layers: number of layers of the source, by their official names.
         num_layers: number of adapted modules in the file, including zeros that the format requires.
         trained_rank: rank of the source; "4,8" if layers differ.
         rank: rank in the new file; higher than the trained one if ranks were padded or separate q, k, v were fused.
-        alpha: alpha in the new file.
+        trained_alpha: alpha of the source; "4,8" if layers differ.
+        alpha: alpha in the new file, or of its layers if the format has no alpha.
         source_note: the source, its alpha and where the alpha was found.
         dtype: "fp32", "bf16" or "fp16".
         error: relative error of the rounding to `dtype`, see `rounding_error`.
@@ -30,9 +33,11 @@ class ExportSummary:
 
     file: Path
     to: str
+    trained_layers: int
     num_layers: int
     trained_rank: str
     rank: str
+    trained_alpha: str
     alpha: str
     source_note: str
     dtype: str = "fp32"
@@ -41,8 +46,15 @@ class ExportSummary:
     def __str__(self) -> str:
         trained = "" if self.rank == self.trained_rank else f" (trained at {self.trained_rank})"
         rounded = "" if self.dtype == "fp32" else f", {self.dtype}, a relative error of {self.error:.1e} by rounding"
+        layers = f"{self.trained_layers} layers"
+        if self.num_layers != self.trained_layers:
+            layers += f" ({self.num_layers} in the {self.to} format)"
+        # The other formats state an alpha.
+        is_folded = self.to in BAKED and self.alpha != self.trained_alpha
+        alpha, folded = f", alpha {self.alpha}", f"; alpha {self.trained_alpha} is folded into the weights"
         return (
-            f"{self.file}: {self.to}, {self.num_layers} layers, rank {self.rank}{trained}, alpha {self.alpha}{rounded}"
+            f"{self.file}: {self.to}, {layers}, rank {self.rank}{trained}{'' if is_folded else alpha}{rounded}"
+            f"{folded if is_folded else ''}"
         )
 
 
@@ -122,9 +134,11 @@ def write(source: Adapter, to: str, out: Path, dtype: str) -> ExportSummary:
     return ExportSummary(
         file=out,
         to=to,
+        trained_layers=len(source.layers),
         num_layers=len(layers),
         trained_rank=printable(source.metadata["rank"]),
         rank=",".join(map(str, ranks)),
+        trained_alpha=source.alpha,
         alpha=",".join(f"{alpha:g}" for alpha in alphas),
         source_note=f"{source}, {source.alpha_note}",
         dtype=dtype,

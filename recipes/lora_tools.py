@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mochi_tune.adapters.alphas import ASSUMED
+from mochi_tune.adapters.alphas import source_words
 from mochi_tune.adapters.files import Adapter, load_adapter, save_adapter
 from mochi_tune.adapters.low_rank import Limit
 from mochi_tune.adapters.tools import (
@@ -34,7 +34,7 @@ class Inspection:
     @property
     def alpha_words(self) -> str:
         """The source of its alphas, as part of a sentence."""
-        return self.alpha_source if self.alpha_source == ASSUMED else f"from {self.alpha_source}"
+        return source_words(self.alpha_source)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the result as a JSON object."""

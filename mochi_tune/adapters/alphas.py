@@ -29,7 +29,9 @@ PEFT_CONFIG, FASTVIDEO_CONFIG = "adapter_config.json", "lora_config.json"
 ALPHA_KEYS = ("alphas", "kwargs", "lora_adapter_metadata", "ss_network_alpha", "ss_network_dim", "lora_alpha",
               "lora_rank", "network_alpha", "network_dim")  # fmt: skip
 _SINGLE_ALPHAS = (("ss_network_alpha", "ss_network_dim"), ("lora_alpha", "lora_rank"), ("network_alpha", "network_dim"))
-_BAKED = ("diffusers", "comfyui")
+# Layouts without an alpha: it is multiplied into the weights.
+BAKED = ("diffusers", "comfyui")
+_GIVEN = "adapter_alpha="
 _MAX_ALPHA = 1e6
 # Relative tolerance of alphas written as text or in fp32.
 _TOLERANCE = 1e-6
@@ -79,7 +81,7 @@ def read_alphas(
         for read in (_from_tensors, _from_metadata, _from_configs)
         for statement in read(modules, ranks, metadata, configs)
     ]
-    if not statements and metadata.get("format") in _BAKED and is_ours(metadata):
+    if not statements and metadata.get("format") in BAKED and is_ours(metadata):
         statements = [Statement("this program's export, which has it in the weights", dict(ranks))]
     for statement in statements:
         if wrong := [name for name in modules if not _is_number(statement.alphas.get(name))]:
@@ -87,13 +89,25 @@ def read_alphas(
                 f"no usable alpha for {some(wrong)} in {statement.where}: it is damaged, fetch the file again."
             )
     if given is not None:
-        statements.append(Statement(f"adapter_alpha={given:g}", dict.fromkeys(ranks, given)))
+        statements.append(Statement(f"{_GIVEN}{given:g}", dict.fromkeys(ranks, given)))
     if not statements:
         return {name: float(rank) for name, rank in ranks.items()}, ASSUMED
     _check_same(statements)
     # The places agree within their precision; take the most precise one.
     exact = min(statements, key=lambda statement: statement.tolerance)
     return {name: float(exact.alphas[name]) for name in ranks}, " and ".join(each.where for each in statements)
+
+
+def source_words(source: str) -> str:
+    """Returns where alphas are stated, in few words: all places in the file are "the file".
+
+    Args:
+        source: the places, as `read_alphas` returns them.
+    """
+    if source == ASSUMED or source.startswith(_GIVEN):
+        return source if source == ASSUMED else f"set by {source}"
+    places = dict.fromkeys("the file" if place.startswith("its ") else place for place in source.split(" and "))
+    return f"stated in {' and '.join(places)}"
 
 
 def _check_same(statements: list[Statement]) -> None:

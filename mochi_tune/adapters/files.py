@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from mochi_tune.adapters.alphas import ALPHA_KEYS, ASSUMED, is_ours, is_split
+from mochi_tune.adapters.alphas import ALPHA_KEYS, ASSUMED, is_ours, is_split, source_words
 from mochi_tune.adapters.layers import (
     LAST_MOD_Y,
     TEXT_UPDATE_KINDS,
@@ -115,9 +115,8 @@ class Adapter:
     @property
     def alpha_note(self) -> str:
         """The alpha and its source, in words for the user."""
-        alpha = f"alpha {self.alpha} by {self.alpha_source}"
         if self.alpha_source != ASSUMED:
-            return alpha
+            return f"alpha {self.alpha} ({source_words(self.alpha_source)})"
         return f"alpha is {ASSUMED}: adapter_alpha=N of `sample` and `export` sets another one"
 
 

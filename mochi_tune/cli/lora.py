@@ -35,7 +35,7 @@ def run_lora(arguments: list[str]) -> int:
     verb = arguments[0] if arguments else "--help"
     if verb in ("--help", "-h"):
         for name, known in LORA_OPTIONS.items():
-            plain_options(f"lora {name}{' FILE' * FILES.get(name, (0,))[0]}", ["--help"], known)
+            plain_options(f"lora {name}", ["--help"], known, _files_of(name))
         return 0
     if verb not in verbs:
         near = difflib.get_close_matches(verb, verbs, n=1)
@@ -53,16 +53,17 @@ def parse(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]] |
     """
     files = [os.path.expanduser(each) for each in arguments if not is_setting(each)]
     settings = [each for each in arguments if is_setting(each)]
-    options = plain_options(f"lora {verb}", settings, LORA_OPTIONS[verb])
+    options = plain_options(f"lora {verb}", settings, LORA_OPTIONS[verb], _files_of(verb))
     if options is None:
         return None
     least, are_more_possible = FILES.get(verb, (0, False))
     if len(files) < least or (len(files) > least and not are_more_possible):
-        takes = f"{least}{' or more' if are_more_possible else ''}" if least else "no"
-        raise ConfigError(
-            f"lora {verb} takes {takes} adapter {'file' if least == 1 else 'files'} without a key, got "
-            f"{', '.join(files) or 'none'}: see `mochi-tune lora {verb} --help`."
-        )
+        number_of = {0: "no adapter file", 1: "an adapter file", 2: "two adapter files"}[least]
+        takes = f"{number_of}{' or more' if are_more_possible else ''}"
+        usage = f"mochi-tune lora {verb} {_files_of(verb)}".rstrip()
+        if not files:
+            raise ConfigError(f"lora {verb} needs {takes}: {usage}")
+        raise ConfigError(f"lora {verb} takes {takes}, got {', '.join(files)}: {usage}")
     return files, options
 
 
@@ -81,7 +82,7 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
     print(f"sha256   {_short(found.sha256)}")
     print(f"layers   {len(layers)}{', a DoRA: norms are before its magnitudes' * adapter.is_dora}")
     print(f"rank     {_listed({each.rank for each in layers.values()})}")
-    print(f"alpha    {_listed({each.alpha for each in layers.values()})}, {found.alpha_words}")
+    print(f"alpha    {_listed({each.alpha for each in layers.values()})} ({found.alpha_words})")
     print(f"norm     {math.hypot(*(each.norm for each in layers.values())):.4g}")
     print("metadata")
     for key, value in sorted(adapter.metadata.items()):
@@ -189,6 +190,12 @@ def _print_table(cells: Mapping[str, str], totals: Mapping[str, str] | None = No
     for (block, name), text in places.items():
         if block is None:
             print(f"{name}  {text}")
+
+
+def _files_of(verb: str) -> str:
+    """Returns the files of a tool, for its help: "FILE", "FILE FILE" or "FILE FILE ..."."""
+    least, are_more_possible = FILES.get(verb, (0, False))
+    return " ".join(["FILE"] * least + ["..."] * are_more_possible)
 
 
 def _short(text: str) -> str:

@@ -130,7 +130,7 @@ def test_an_adapter_can_be_a_folder_and_an_assumed_alpha_is_reported(tmp_path, c
     right, [record] = sample(tmp_path, f"sample.adapter={stated}")
     assert record["file"] == str(stated / "adapter_model.safetensors")
     assert (record["alpha"], record["alpha_source"]) == ("8", "adapter_config.json next to it")
-    assert "x 1.0, alpha 8 by adapter_config.json next to it" in capsys.readouterr().err
+    assert "x 1.0, alpha 8 (stated in adapter_config.json next to it)" in capsys.readouterr().err
     weak, [record] = sample(tmp_path, f"sample.adapter={bare}")
     assert (record["alpha"], record["alpha_source"]) == ("2", ASSUMED)
     assert f"alpha is {ASSUMED}: adapter_alpha=N of `sample`" in capsys.readouterr().err
