@@ -29,8 +29,13 @@ def run_init(arguments: list[str]) -> int:
     for folder in (path.parent, readme.parent):
         make_writable_folder(folder)
     content = (packaged_folder() / "my_lora.yaml").read_text().replace("name: my_lora ", f'name: "{name}" ')
+    content = content.replace(
+        "copy it to conf/NAME.yaml and run every verb with conf=NAME", f"run every verb with conf={name}"
+    )
     path.write_text(content)
+    print(f"wrote {path}")
     if not readme.exists():
         readme.write_text(README.format(name=name))
-    print(f"{path}\n{readme}\nPut clips and captions into videos/, then: mochi-tune inspect conf={name}")
+        print(f"wrote {readme}")
+    print(f"Put clips and captions into videos/, then: mochi-tune inspect conf={name}")
     return 0

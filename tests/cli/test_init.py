@@ -10,11 +10,13 @@ from mochi_tune.errors import ConfigError
 def test_init_writes_files_that_load_and_replaces_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(["init", "teacups"]) == 0
-    assert "mochi-tune inspect conf=teacups" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("wrote conf/teacups.yaml\nwrote videos/README.md\n") and "inspect conf=teacups" in out
     config = load_config("teacups", [])
     assert (config.name, config.data.videos) == ("teacups", "videos")
     assert "conf=teacups" in Path("videos/README.md").read_text()
     before = Path("conf/teacups.yaml").read_text()
+    assert before.startswith("# One file is one LoRA: run every verb with conf=teacups. ")
     with pytest.raises(ConfigError, match="never replaced"):
         run(["init", "teacups"])
     assert Path("conf/teacups.yaml").read_text() == before

@@ -220,7 +220,7 @@ def test_a_caption_does_not_become_a_list_of_captions(tmp_path):
         (["endpoint=http://127.0.0.1:9/v1"], "endpoint=http://127.0.0.1:9/v1 cannot be used (no connection"),
         (["endpoint=local"], "model=seer has no config.json"),
         (["videos=nowhere"], "videos=nowhere does not exist"),
-        (["promt=x"], "'promt=x' is not a setting of describe"),
+        (["promt=x"], "promt= is not a setting of describe"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, more, text):
