@@ -30,7 +30,7 @@ from mochi_tune.parallel.mesh import Layout, Mesh, Videos, choose_layout
 from mochi_tune.recipes.start_video import Start, check_starts, encode_starts, start_of, starts_of
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
 from mochi_tune.sampling.prompt_cache import PromptCache
-from mochi_tune.sampling.record import Usage, file_metadata, noise_of, save_latents, save_settings, tensor_sha256
+from mochi_tune.sampling.record import Usage, file_metadata, noise_of, save_latents, save_settings
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, follow_schedules, prepare_dit
 from mochi_tune.sampling.requests import Request, read_requests
 from mochi_tune.sampling.sampler import add_noise, sample_latents
@@ -333,8 +333,6 @@ def render(
     with StopSignal() as stop:
         for number, request in enumerate(requests, 1):
             noise = noise_of(request)
-            if is_writer:
-                tqdm.write(f"{request.video.name}: noise {tensor_sha256(noise)}", file=sys.stderr)
             prompt, negative_prompt = features[request.prompt], features[request.negative_prompt]
             settings = request.settings
             if (start := start_of(request)) is not None:

@@ -184,7 +184,7 @@ def test_processes_start_from_one_video_with_the_strengths_of_one_process(folder
         assert alone == together
 
 
-def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise(folder):
+def test_the_command_starts_its_own_processes_and_prints_the_layout(folder):
     more = [s for s in settings(folder, "own", {}, "with") if "sample.out" not in s and "prompts=" not in s]
     out = folder / "own.mp4"
     done = run("sample", "conf=toy_lora", *more, f"prompt={PROMPTS[0]}", f"out={out}", "parallel.num_processes=2")
@@ -192,7 +192,7 @@ def test_the_command_starts_its_own_processes_and_tells_the_layout_and_the_noise
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["layout"] == {"data": 1, "guidance": 2, "context": 1, "heads": 1}
     assert "2 processes: parallel.data=1 parallel.guidance=2 parallel.context=1" in done.stderr
-    assert f"own.mp4: noise {record['noise_sha256']}" in done.stderr
+    assert len(record["noise_sha256"]) == 64 and record["noise_sha256"] not in done.stderr
     assert set(record["seconds"]) == set(record["peak_gib"]) == {"text", "sample", "decode"}
 
 
