@@ -41,6 +41,13 @@ SHORT = {
 OWN = {"plan": ("card", "card_gib"), "inspect": ("out",)}
 
 
+# The meaning of the settings that choose a packaged file.
+MEANINGS = {
+    "model": "the base; tiny and toy are small, embedded and run on any machine",
+    "memory": "GPU memory that the run must fit; auto: what is free on this GPU",
+}
+
+
 def _full_key(verb: str, key: str) -> str:
     """Returns the setting that a key without its section means for a verb; the key itself if it means none."""
     from mochi_tune.config.explain import SYNONYMS
@@ -87,14 +94,17 @@ def short_help(verb: str) -> str:
     """Returns the most important settings of a verb, and an example."""
     from mochi_tune.config.docs import packaged_files
     from mochi_tune.config.explain import as_yaml, describe_type
+    from mochi_tune.config.load import packaged_folder
     from mochi_tune.config.settings import known_keys
+    from mochi_tune.config.yaml_files import check_yaml
 
     keys, example = SHORT[verb]
     lines = [f"For example: {example}", ""]
-    groups = packaged_files()
+    groups, chosen = packaged_files(), check_yaml(packaged_folder() / "base.yaml")["defaults"]
+    defaults = {group: name for each in chosen if isinstance(each, dict) for group, name in each.items()}
     for key in keys.split():
         if key in groups:
-            lines += [f"  {f'{key}=NAME':<44} one of {', '.join(groups[key])}"]
+            lines += [f"  {f'{key}={defaults[key]}':<44} {' or '.join(groups[key])}", f"      {MEANINGS[key]}"]
             continue
         setting = known_keys()[key]
         shown = key.removeprefix("sample.") if verb == "sample" else key
