@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         print(f"{me}: the GPU is out of memory ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
         sys.exit(USERS_MISTAKE)
     except KeyboardInterrupt as stop:
-        print(f"{me}: interrupted", file=sys.stderr)
+        is_run = arguments[:1] == ["train"] and STARTED_HERE not in os.environ
+        advice = "; the checkpoints are kept, and the same command continues the run" if is_run else ""
+        print(f"{me}: interrupted{advice}", file=sys.stderr)
         sys.exit(stop.args[0] if stop.args else INTERRUPTED)
 
 

@@ -40,6 +40,7 @@ def test_a_verbs_help_lists_every_setting(verb):
     short = run(verb, "--help")
     assert short.returncode == 0 and f"For example: mochi-tune {verb} conf=" in short.stdout
     assert len(re.findall(r"^  [\w.]+=", short.stdout, re.MULTILINE)) == 10 + (verb == "train")
+    assert ("  memory=80gb " in short.stdout) == (verb != "inspect")
     done = run(verb, "--help", "all")
     assert done.returncode == 0 and f"mochi-tune {verb}" in done.stdout
     for key in known_keys():
@@ -172,3 +173,24 @@ def test_bars_in_a_log_file_are_drawn_now_and_then(tmp_path, seconds):
     assert b"100/100" in drawings[-1]
     # Whoever asks for more gets more.
     assert len(drawings) > 10 if seconds else len(drawings) <= 4
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("train", "interrupted; the checkpoints are kept, and the same command continues the run"),
+        ("plan", "interrupted"),
+    ],
+)
+def test_ctrl_c_during_the_start_says_that_a_run_continues(verb, said):
+    program = f"""
+import mochi_tune.cli.main as program
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+program.run = stop
+program.main(["{verb}"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stderr.endswith(f"mochi-tune: {said}\n")
