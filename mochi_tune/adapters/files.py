@@ -128,7 +128,7 @@ def check_format(to: str) -> None:
     """
     if to not in FORMATS:
         nearest = difflib.get_close_matches(to, FORMATS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"to={to} is not an adapter format, which are {', '.join(FORMATS)}: use {nearest}.")
+        raise ConfigError(f"to={to} is not an adapter format; those are {', '.join(FORMATS)}: use {nearest}.")
 
 
 def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fingerprint: str | None) -> None:
