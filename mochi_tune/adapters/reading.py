@@ -66,7 +66,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], bytes, tuple[s
     All are of one file, even if another program replaces the file at this path meanwhile.
     """
     if not path.is_file():
-        raise CheckpointError(f"adapter {path} is not a file: give the path of a .safetensors file.")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"adapter {path} {problem}: give a .safetensors file, a folder, or hub:OWNER/NAME.")
     refusal = (
         f"adapter {path} is not safetensors, and pickles (.pt, .bin, .ckpt) can run code, so they are never opened"
     )

@@ -35,7 +35,7 @@ def test_a_pickle_suffix_is_refused_whatever_it_holds(tmp_path):
 
 def test_a_missing_or_truncated_file_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         load_adapter(path)
     save_adapter(path, random_adapter())
     path.write_bytes(path.read_bytes()[:-100])

@@ -214,4 +214,4 @@ def test_a_folder(tmp_path):
     (tmp_path / "averaged.safetensors").write_bytes(WEIGHTS)
     assert "several adapters, adapter.safetensors, averaged.safetensors" in refused(tmp_path)
     assert find_adapter_file(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
-    assert "is not a file" in refused(tmp_path / "nowhere")
+    assert "does not exist" in refused(tmp_path / "nowhere")
