@@ -25,8 +25,8 @@ def comparable(validations: Sequence[Mapping]) -> list[Mapping]:
     """Returns the rows of validation.jsonl that measured the same clips with the same noise as the last row.
 
     The losses of a run that resumed with other clips, or with clips in another order, cannot be compared with its
-    earlier ones. Rows of versions before 0.2 do not say what they measured: it is what the first row measured that
-    says so, unless that row is marked as `measures_anew`.
+    earlier ones. Rows of versions before 0.2 do not say what they measured. They count as measuring the same as the
+    first row that does, unless that row is marked as `measures_anew`.
     """
     known = [row for row in validations if row.get("measured_on")]
     if not known:

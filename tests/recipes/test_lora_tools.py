@@ -100,7 +100,7 @@ OUT = "out=NEW/out.safetensors"
     [
         ("insepct first", "lora insepct is not a verb; did you mean lora inspect?"),
         ("inspect", "lora inspect needs an adapter file: mochi-tune lora inspect FILE"),
-        ("inspect nothing", "nothing.safetensors is not a file"),
+        ("inspect nothing", "nothing.safetensors does not exist"),
         ("inspect first jsn=true", "did you mean json=?"),
         ("inspect first json=yes", "json=yes is not possible: use true or false."),
         ("inspect first out=NEW/page.txt", "must end in .html: use page.html."),

@@ -71,7 +71,7 @@ def test_two_processes_stream_the_same_run(tmp_path):
 
 def test_weights_that_host_memory_cannot_take_are_refused():
     check_host_memory(2**30, 2**30)
-    with pytest.raises(ConfigError, match=r"5\.0 GiB free, and 18\.7 GiB of weights and blocks' inputs are to stay"):
+    with pytest.raises(ConfigError, match=r"5\.0 GiB free, but 18\.7 GiB of weights and blocks' inputs need to stay"):
         check_host_memory(int(18.7 * 2**30), 5 * 2**30)
 
 

@@ -121,7 +121,7 @@ def test_what_an_adapter_to_begin_with_does_not_fit_is_refused_before_the_run_fo
     begin = f"lora.init_from={tmp_path / 'first/adapter.safetensors'}"
     with pytest.raises(ConfigError, match=r"lora\.rank"):
         train(tmp_path / "second", "train.steps=1", begin, "lora.rank=2")
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         train(tmp_path / "second", "train.steps=1", "lora.init_from=nowhere.safetensors")
     assert not (tmp_path / "second").exists()
 

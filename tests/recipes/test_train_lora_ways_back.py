@@ -368,7 +368,7 @@ def test_a_damaged_clip_is_left_out_of_the_validation(tmp_path, capsys):
     assert [row["step"] for row in rows] == [0, 1, 2]
     # The loss of one clip is not compared with that of two.
     assert rows[0]["measured_on"] == rows[1]["measured_on"] != rows[2]["measured_on"]
-    assert "best: step 2" in written
+    assert "best and last: step 2" in written
     with pytest.raises(DataError, match="damaged"):
         train(tmp_path / "strict", *settings, "data.damaged=strict")
 
