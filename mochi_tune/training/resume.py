@@ -295,7 +295,7 @@ def resume(plan: TrainPlan) -> ResumePoint:
         return replace(start, lacks_evaluation=True)
     if start.step >= config.train.steps:
         which = " with this resume_from" if start.is_named else ""
-        more = f"raise train.steps={config.train.steps}{which} to continue"
+        more = f"set train.steps above {start.step}{which} to continue"
         tqdm.write(f"{run_dir} is already trained to step {start.step}: {more}")
         _, altered = changed_clips(run_dir, start.state["cache"], plan.dataset.cache.contents())
         if altered and start.state["cache"] != plan.identity["cache"]:

@@ -92,7 +92,7 @@ def with_kept_conf(folder: Path, job: Job) -> list[str]:
     kept = []
     for argument in job.arguments:
         conf = folder / "conf" / f"{argument.removeprefix('conf=')}.yaml"
-        if argument.startswith("conf=") and conf.is_file() and _is_right(conf.stem):
+        if argument.startswith("conf=") and conf.is_file() and _is_right(conf):
             copy = jobs_folder(folder) / f"{job.number:05d}" / conf.name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(conf, copy)
@@ -101,9 +101,9 @@ def with_kept_conf(folder: Path, job: Job) -> list[str]:
     return kept
 
 
-def _is_right(name: str) -> bool:
+def _is_right(conf: Path) -> bool:
     try:
-        load_config(name, [])
+        load_config(str(conf), [])
     except MochiTuneError:
         return False
     return True

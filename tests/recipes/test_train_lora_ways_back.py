@@ -160,7 +160,7 @@ def test_a_run_that_goes_back_to_its_end_has_the_settings_of_that(tmp_path, caps
     train(tmp_path, *BRANCHED, "train.steps=3", "train.weight_decay=0.3", *back)
     again = f"resume_from={tmp_path / 'checkpoints/aside_0_step_000003'}"
     train(tmp_path, *BRANCHED, "train.steps=3", "train.weight_decay=0.02", again)
-    assert "raise train.steps=3 with this resume_from to continue" in capsys.readouterr().out
+    assert "set train.steps above 3 with this resume_from to continue" in capsys.readouterr().out
     assert load_config(str(tmp_path / "config.yaml"), []).train.weight_decay == 0.02
 
 

@@ -72,9 +72,7 @@ def test_two_runners_do_not_run_a_job_twice(tmp_path):
         assert log_path(tmp_path, number).read_bytes() == alone.stdout
 
 
-def test_a_job_runs_the_settings_that_its_conf_had_when_it_started(tmp_path, monkeypatch):
-    # As `start_runner` starts it.
-    monkeypatch.chdir(tmp_path)
+def test_a_job_runs_the_settings_that_its_conf_had_when_it_started(tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "own.yaml").write_text("train: {warmup_steps: 3}\n")
     conf = tmp_path / "conf" / "cats.yaml"
@@ -143,8 +141,7 @@ def test_a_job_records_the_start_of_its_process(tmp_path):
     assert process.wait(PATIENCE) == 0 and not is_alive(job)
 
 
-def test_the_error_of_a_conf_names_the_file_that_the_user_has(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_error_of_a_conf_names_the_file_that_the_user_has(tmp_path):
     (tmp_path / "conf").mkdir()
     conf = tmp_path / "conf" / "a.yaml"
     jobs_folder(tmp_path).mkdir(parents=True)
