@@ -24,8 +24,8 @@ from mochi_tune.cli.values import whole_number
 from mochi_tune.errors import ParallelError
 from mochi_tune.files import write_atomic
 
-# Environment variable of the started processes: the file into which a process writes the exit code of the run if the
-# process alone received the signal that stopped the run.
+# Environment variable of the started processes: the file into which a process writes the exit code of the run if it is
+# neither 0 nor an error.
 STOPPED_FILE = "MOCHI_TUNE_STOPPED_FILE"
 # Signals that end a program by default.
 ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -96,8 +96,11 @@ def start_processes(
 
 
 def tell_the_starter(code: int) -> int:
-    """Returns the exit code of a started process; a stop is reported by a file and exit code 0, as it is no failure."""
-    if code <= USERS_MISTAKE:
+    """Returns the exit code of a started process.
+
+    A stop and partial success are no failures: a file reports them, and the process ends with exit code 0.
+    """
+    if code in (0, USERS_MISTAKE):
         return code
     write_atomic(Path(os.environ[STOPPED_FILE]), str(code).encode())
     return 0
@@ -116,7 +119,8 @@ def run_in_processes(verb: str, arguments: list[str], options: dict[str, str], r
     if num_processes_here(os.environ) == 1:
         return start_processes(count, [verb, *arguments], options["device"], 600) if count > 1 else run(True)
     with joined(options["device"], 600):
-        return run(os.environ["RANK"] == "0")
+        code = run(os.environ["RANK"] == "0")
+    return tell_the_starter(code) if STARTED_HERE in os.environ else code
 
 
 class PassedOnSignals:

@@ -93,12 +93,17 @@ def with_kept_conf(folder: Path, job: Job) -> list[str]:
     for argument in job.arguments:
         conf = folder / "conf" / f"{argument.removeprefix('conf=')}.yaml"
         if argument.startswith("conf=") and conf.is_file() and _is_right(conf):
-            copy = jobs_folder(folder) / f"{job.number:05d}" / conf.name
+            copy = kept_folder(folder, job) / conf.name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(conf, copy)
             argument = f"conf={copy.relative_to(folder)}"
         kept.append(argument)
     return kept
+
+
+def kept_folder(folder: Path, job: Job) -> Path:
+    """Returns the folder for the copy of a job's conf, which is removed when the job has ended."""
+    return jobs_folder(folder) / f"{job.number:05d}"
 
 
 def _is_right(conf: Path) -> bool:
@@ -132,6 +137,7 @@ def finish(folder: Path, job: Job, code: int | None) -> None:
             # Python's exit code for an uncaught exception is 1, too.
             state = "failed"
         save_job(folder, replace(now, state=state, code=code, ended=ended or time.time()))
+        shutil.rmtree(kept_folder(folder, job), ignore_errors=True)
 
 
 def state_of(code: int | None, is_asked_to_stop: bool) -> State:

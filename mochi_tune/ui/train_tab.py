@@ -78,8 +78,9 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         return result_html(add)
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    # The plan depends on the clips, which `prepare` and other jobs change.
-    events = [*(each.change for each in (*form.inputs, card, form.filled_times)), form.poller.changes(ended_jobs)]
+    # The plan depends on the clips, which `prepare` and other jobs change. Once saved, the conf is not new any more.
+    watched = (*form.inputs, card, form.filled_times, said)
+    events = [*(each.change for each in watched), form.poller.changes(ended_jobs)]
     gr.on(
         events, check, [card, *form.inputs], [message, plan],
         trigger_mode="always_last", concurrency_limit=1, **quiet,

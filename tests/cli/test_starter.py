@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from mochi_tune.cli.launch import LOST_CONTACT
-from mochi_tune.cli.starter import report_failures
+from mochi_tune.cli.starter import STOPPED_FILE, report_failures, tell_the_starter
 from mochi_tune.errors import ParallelError
 
 
@@ -23,3 +23,10 @@ def test_the_rank_that_failed_is_named_and_not_those_that_lost_it():
 def test_a_rank_that_had_to_be_killed_after_the_others_is_the_one_that_hung():
     with pytest.raises(ParallelError, match=r"rank 1 did not answer and had to be killed"):
         report_failures({0: (LOST_CONTACT, 100), 1: (-signal.SIGKILL, 110), 2: (-signal.SIGTERM, 100)})
+
+
+@pytest.mark.parametrize(("code", "own", "reported"), [(0, 0, None), (1, 0, "1"), (2, 2, None), (143, 0, "143")])
+def test_a_run_that_is_no_error_ends_with_its_own_code(tmp_path, monkeypatch, code, own, reported):
+    monkeypatch.setenv(STOPPED_FILE, str(tmp_path / "stopped"))
+    assert tell_the_starter(code) == own
+    assert [path.read_text() for path in tmp_path.iterdir()] == ([reported] if reported else [])

@@ -148,6 +148,10 @@ def test_the_error_of_a_conf_names_the_file_that_the_user_has(tmp_path):
     for text, argument in (("train: {stepz: 3}", "conf=a"), ("seed: 3", "conf=.mochi_tune/jobs/00001/a.yaml")):
         conf.write_text(text)
         assert runner.with_kept_conf(tmp_path, Job(1, "train", ["conf=a"])) == [argument]
+    assert (jobs_folder(tmp_path) / "00001" / "a.yaml").read_text() == "seed: 3"
+    put(tmp_path, Job(1, "train", ["conf=a"], state="running"))
+    runner.finish(tmp_path, find_job(tmp_path, 1), 0)
+    assert not (jobs_folder(tmp_path) / "00001").exists()
 
 
 @pytest.mark.parametrize(
