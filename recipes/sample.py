@@ -3,8 +3,7 @@
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,90 +13,28 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from mochi_tune.adapters.lora import all_linear_shapes, switch_adapters
+from mochi_tune.adapters.lora import switch_adapters
 from mochi_tune.adapters.scaling import AdapterScaling
-from mochi_tune.config.load import RunConfig, weights_paths
-from mochi_tune.errors import CheckpointError, ConfigError, counted
+from mochi_tune.config.load import RunConfig
+from mochi_tune.errors import CheckpointError, counted
 from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
-from mochi_tune.models.latents import num_visual_tokens
-from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
-from mochi_tune.models.vae_streaming import WHOLE, check_tiles
-from mochi_tune.parallel.forecast import GIB, SAMPLING, decoding_held, encoding_held, free_bytes, sampling_held
-from mochi_tune.parallel.forecast_context import card_here
-from mochi_tune.parallel.memory import PRECISIONS, SHARD_ALONE
-from mochi_tune.parallel.mesh import Layout, Mesh, Videos, choose_layout
-from mochi_tune.recipes.start_video import Start, check_starts, encode_starts, start_of, starts_of
-from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
+from mochi_tune.models.vae_streaming import WHOLE
+from mochi_tune.parallel.forecast import decoding_held, encoding_held
+from mochi_tune.parallel.mesh import Mesh
+from mochi_tune.recipes.sample_plan import RenderPlan, check, choose_residency, lost_tails, pays_to_compile
+from mochi_tune.recipes.start_video import Start, encode_starts, start_of, starts_of
 from mochi_tune.sampling.prompt_cache import PromptCache
 from mochi_tune.sampling.record import Usage, file_metadata, noise_of, save_latents, save_settings
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, follow_schedules, prepare_dit
-from mochi_tune.sampling.requests import Request, read_requests
+from mochi_tune.sampling.requests import Request
 from mochi_tune.sampling.sampler import add_noise, sample_latents
-from mochi_tune.sampling.strengths import check_schedules
 from mochi_tune.sampling.video import write_video
 from mochi_tune.training.agreement import check_agreement
 from mochi_tune.training.interrupts import StopSignal
-from mochi_tune.training.memory_plan import describe, fits
-from mochi_tune.weights.folder import WeightsFolder
 
-# Parts of the weights that each process loads, and entries of `RenderPlan.common` that change what it computes.
-PARTS, COMMON = ("dit", "decoder"), ("adapters", "dtype", "memory", "layout")
 # Latents that a video starts from, and the report on how its file was cut.
 Encoded = tuple[Tensor, dict[str, Any]]
-# Seconds that compiling 8-bit blocks saves per pass and visual token, and seconds that compiling takes.
-COMPILED_SAVES, COMPILE_SECONDS = 15e-6, 40.0
-
-
-@dataclass(frozen=True)
-class RenderPlan:
-    """The videos to render, checked as far as possible before a weight is read.
-
-    Attributes:
-        weights: folder of the models.
-        requests: the videos of all processes.
-        adapters: adapters that are applied to the base.
-        variants: parts of each video, left to right: "base", "adapted" or both.
-        num_tokens: visual tokens of the largest video.
-        layout: how the processes share the work.
-        common: settings of all videos, for the .json files next to them.
-        start_sums: sha256 of each file that a video starts from.
-    """
-
-    weights: WeightsFolder
-    requests: list[Request]
-    adapters: list[RenderAdapter]
-    variants: list[str]
-    num_tokens: int
-    layout: Layout
-    common: dict[str, Any]
-    start_sums: dict[Path, str]
-
-    def shared_facts(self) -> dict[str, object]:
-        """Returns what must be equal on all processes, by its name in errors; reads samples of the weights."""
-        facts: dict[str, object] = {
-            f"the files of the {part} in model.weights": self.fingerprints[part] for part in PARTS
-        }
-        facts |= {f"the adapter {each['file']}": each["sha256"] for each in self.common["adapters"]}
-        requests = [asdict(replace(request, video=Path())) for request in self.requests]
-        return facts | {f"the setting {key}": str(self.common[key]) for key in COMMON} | {"the requests": str(requests)}
-
-    @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the weights that are used, by part; reads samples of large files, once."""
-        parts = ["text_encoder", "dit", "decoder", *(["encoder"] if self.start_sums else [])]
-        return {part: self.weights.fingerprint(part) for part in parts}
-
-    @property
-    def prompts(self) -> list[str]:
-        """The distinct prompts and negative prompts, in order."""
-        return list(dict.fromkeys(text for r in self.requests for text in (r.prompt, r.negative_prompt)))
-
-    def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
-        """Returns the bytes on one device while the largest video is sampled, by purpose."""
-        layout = self.layout
-        tokens = -(-self.num_tokens // layout.context)
-        return sampling_held(self.weights.dit_config, tokens, residency, dtype_bytes, layout.guidance * layout.context)
 
 
 def main(config: RunConfig) -> Iterator[Path]:
@@ -117,17 +54,10 @@ def main(config: RunConfig) -> Iterator[Path]:
     prompt_cache = Path(config.sample.prompt_cache).expanduser()
     for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)
-    parallel, mesh = config.parallel, None
-    if num_processes > 1:
-        mesh = Mesh(plan.layout, device, parallel.timeout_seconds, parallel.check_inputs)
-    mine = plan.requests if mesh is None else plan.requests[mesh.data_rank :: plan.layout.data]
-    residency, compiles = choose_residency(config, plan, device), config.sample.compile
-    if compiles is None:
-        compiles = device.type == "cuda" and pays_to_compile(residency, mine, len(plan.variants))
-    setup = Setup(device, dtype, residency, mesh, compiles)
+    setup, mine = set_up(config, plan, device, num_processes)
     usage = Usage(device, write_line)
     write_line("; ".join(map(str, plan.adapters)) or "no adapter: the base")
-    if mesh is not None:
+    if num_processes > 1:
         write_line(f"{num_processes} processes: {plan.layout.in_words}")
 
     with usage.stage("text"):
@@ -141,18 +71,52 @@ def main(config: RunConfig) -> Iterator[Path]:
             stopped_by = render(plan, mine, (features, encoded), setup, latents)
     except Exception as error:
         # With several processes, the others would wait for this one in the decoder.
-        if mesh is not None or not latents:
+        if num_processes > 1 or not latents:
             raise
         trouble = error
         write_line(f"video {len(latents) + 1} of {len(mine)} failed; the ones before it are written, then the error")
         # The frames of the error keep the model alive.
         traceback.clear_frames(error.__traceback__)
         free_memory()
+    yield from write_videos(plan, config, list(zip(mine, latents, strict=False)), setup, encoded, usage)
+    if trouble is not None:
+        raise trouble
+    if len(latents) < len(mine):
+        raise KeyboardInterrupt(128 + stopped_by)
+
+
+def set_up(
+    config: RunConfig, plan: RenderPlan, device: torch.device, num_processes: int
+) -> tuple[Setup, list[Request]]:
+    """Returns the setup of this process and the requests that it renders.
+
+    Raises:
+        ConfigError: the GPU has too little free memory.
+    """
+    parallel, mesh, mine = config.parallel, None, plan.requests
+    if num_processes > 1:
+        mesh = Mesh(plan.layout, device, parallel.timeout_seconds, parallel.check_inputs)
+        mine = mine[mesh.data_rank :: plan.layout.data]
+    residency, compiles = choose_residency(config, plan, device), config.sample.compile
+    if compiles is None:
+        compiles = device.type == "cuda" and pays_to_compile(residency, mine, len(plan.variants))
+    return Setup(device, DTYPES[config.model.dtype], residency, mesh, compiles), mine
+
+
+def write_videos(
+    plan: RenderPlan,
+    config: RunConfig,
+    finished: list[tuple[Request, dict[str, Tensor]]],
+    setup: Setup,
+    encoded: dict[Start, Encoded],
+    usage: Usage,
+) -> Iterator[Path]:
+    """Decodes the latents of this process's requests by variant; yields each video when it is written."""
     rows, columns = config.memory.tiles or WHOLE
-    largest = max(plan.requests, key=lambda request: request.height * request.width)
-    with usage.stage("decode", decoding_held(largest.height, largest.width, rows * columns, dtype.itemsize)):
-        decoder = plan.weights.load_decoder(device, dtype)
-        finished = list(zip(mine, latents, strict=False))
+    largest, mesh = max(plan.requests, key=lambda request: request.height * request.width), setup.mesh
+    held = decoding_held(largest.height, largest.width, rows * columns, setup.dtype.itemsize)
+    with usage.stage("decode", held):
+        decoder = plan.weights.load_decoder(setup.device, setup.dtype)
         for request, states in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
             variants = [decoded_frames(decoder, state, mesh, (rows, columns)) for state in states.values()]
             if mesh is not None and len(variants) > 1:
@@ -171,102 +135,6 @@ def main(config: RunConfig) -> Iterator[Path]:
                 save_latents(request, states)
             save_settings(request, common, usage)
             yield request.video
-    if trouble is not None:
-        raise trouble
-    if len(finished) < len(mine):
-        raise KeyboardInterrupt(128 + stopped_by)
-
-
-def check(config: RunConfig, num_processes: int) -> RenderPlan:
-    """Checks everything that can be checked before a weight is read; takes seconds.
-
-    Raises:
-        MochiTuneError: anything does not fit.
-    """
-    weights = WeightsFolder(weights_paths(config))
-    requests = read_requests(config.sample, config.data, config.seed, Path(config.run_dir))
-    if config.memory.tiles is not None:
-        for request in requests:
-            check_tiles(config.memory.tiles, request.height, request.width)
-    starts = starts_of(requests)
-    start_sums = check_starts(starts, config.data)
-    weights.check(["text_encoder", "dit", "decoder", *(["encoder"] if starts else [])])
-    identity, skeleton = weights.base_identity(), weights.dit_skeleton()
-    adapters = load_render_adapters(config.sample, Path(config.run_dir), all_linear_shapes(skeleton), identity)
-    check_schedules((a.schedule for a in adapters), (request.settings for request in requests))
-    tokens = max(map(num_tokens, requests))
-    parallel = config.parallel
-    asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
-    videos = Videos(len(requests), tokens, any(r.is_guided for r in requests))
-    layout = choose_layout(num_processes, skeleton.config, videos, asked, card_here())
-    if config.memory.dit == "shard" and layout.guidance * layout.context == 1:
-        raise ConfigError(f"{SHARD_ALONE}.")
-    is_adapted = any(adapter.strength for adapter in adapters)
-    variants = (["base"] if config.sample.compare or not is_adapted else []) + (["adapted"] if is_adapted else [])
-    common = {
-        "adapters": [adapter.record() for adapter in adapters],
-        "side_by_side": variants,
-        "model": config.model.name,
-        "base_fingerprint": identity,
-        "dtype": config.model.dtype,
-        "memory": config.memory.model_dump(),
-        "layout": asdict(layout),
-    }
-    return RenderPlan(weights, requests, adapters, variants, tokens, layout, common, start_sums)
-
-
-def lost_tails(plan: RenderPlan) -> list[str]:
-    """Returns a line for each prompt that is too long for the text encoder, with the text that is lost."""
-    tokenizer, lines = None, []
-    for text in filter(may_be_cut, plan.prompts):
-        tokenizer = tokenizer or plan.weights.load_tokenizer()
-        measured = measure_caption(text, tokenizer)
-        if measured.lost_tokens:
-            kind = "prompt" if any(text == request.prompt for request in plan.requests) else "negative prompt"
-            lines.append(
-                f"the {kind} {text[:40]!r}... has {measured.num_tokens} tokens, and only {MAX_TOKENS} are used; "
-                f"this is lost: {text[measured.num_read :].strip()!r}"
-            )
-    return lines
-
-
-def pays_to_compile(residency: str, requests: list[Request], num_variants: int) -> bool:
-    """Whether compiling saves more time in all steps than it takes; estimated for an H200."""
-    if residency not in PRECISIONS:
-        # In the model's dtype, custom kernels fuse as much.
-        return False
-    saved = 0.0
-    for request in requests:
-        passes = sum(1 + (scale != 1) for scale in request.settings.scales)
-        saved += num_variants * passes * num_tokens(request) * COMPILED_SAVES
-    return saved > COMPILE_SECONDS
-
-
-def num_tokens(request: Request) -> int:
-    """Returns the number of visual tokens of a video."""
-    return num_visual_tokens(request.num_frames, request.height, request.width)
-
-
-def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) -> str:
-    """Returns where the DiT's weights are during sampling, one of `parallel.memory.RESIDENCIES`.
-
-    Raises:
-        ConfigError: the GPU has too little free memory; the error names settings that fit.
-    """
-    asked, free = config.memory.dit, free_bytes(device)
-    candidates = ["resident", "offload"] if asked == "auto" else ["offload" if asked == "stream" else asked]
-    if free is None:
-        return candidates[0]
-    dtype_bytes = DTYPES[config.model.dtype].itemsize
-    for residency in candidates:
-        if fits(plan.held(residency, dtype_bytes), free):
-            return residency
-    smaller = [name for name in ("24gb", "16gb") if fits(plan.held(SAMPLING[name], dtype_bytes), free)]
-    advice = (
-        " or ".join(f"memory={name}" for name in smaller) or "fewer frames, a smaller height and width, or more GPUs"
-    )
-    held = describe(plan.held(candidates[-1], dtype_bytes))
-    raise ConfigError(f"sampling needs {held}, and {free / GIB:.1f} GiB are free: use {advice}.")
 
 
 def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ from mochi_tune.files import load_tensors, lock_file
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.vae_streaming import WHOLE
 from mochi_tune.parallel.memory import PRECISIONS
-from mochi_tune.recipes.sample import RenderPlan, check, check_latents, choose_residency, encode_prompts, write_line
+from mochi_tune.recipes.sample import check_latents, encode_prompts, write_line
+from mochi_tune.recipes.sample_plan import RenderPlan, check, choose_residency
 from mochi_tune.sampling.formats import is_file_name
 from mochi_tune.sampling.prompt_cache import PromptCache
 from mochi_tune.sampling.record import Usage, determinants, file_metadata, noise_of, save_latents, save_settings

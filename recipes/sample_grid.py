@@ -14,8 +14,9 @@ from mochi_tune.data_prep.shares import Share
 from mochi_tune.errors import ConfigError
 from mochi_tune.files import make_writable_folder
 from mochi_tune.recipes.grid_page import GridCell, write_grid_page
-from mochi_tune.recipes.sample import lost_tails, write_line
+from mochi_tune.recipes.sample import write_line
 from mochi_tune.recipes.sample_cells import Cell, check_cells, has_locks, is_done, is_farm, render_here
+from mochi_tune.recipes.sample_plan import lost_tails
 from mochi_tune.sampling.grid_video import Tile, write_grid_video
 from mochi_tune.sampling.requests import Request
 

@@ -255,10 +255,10 @@ def run_sample(arguments: list[str]) -> int:
     """Renders a video."""
     if (config := load("sample", arguments)) is None:
         return 0
-    from mochi_tune.recipes.sample import check
     from mochi_tune.recipes.sample import main as sample
     from mochi_tune.recipes.sample_grid import main as sample_grid
     from mochi_tune.recipes.sample_grid import renders_cells
+    from mochi_tune.recipes.sample_plan import check
     from mochi_tune.sampling.adapters import check_has_adapter
 
     check_has_adapter(config.sample, Path(config.run_dir))

@@ -19,10 +19,8 @@ from mochi_tune.adapters.files import load_adapter
 from mochi_tune.adapters.lora import apply_lora, load_start_adapter
 from mochi_tune.config.load import load_config, weights_folder
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.models.dit import DiTConfig
 from mochi_tune.models.latents import to_vae_latents
 from mochi_tune.models.vae_streaming import decode_chunks
-from mochi_tune.parallel.forecast import GIB, sampling_held
 from mochi_tune.recipes import sample as recipe
 from mochi_tune.recipes.sample import main
 from mochi_tune.recipes.verify import TOLERANCE
@@ -311,33 +309,6 @@ def test_tiles_are_an_option_that_leaves_the_latents_as_they_are(tmp_path):
     assert ours.shape == theirs.shape and 0 < (ours - theirs).abs().mean() < 20
     with pytest.raises(ConfigError, match=r"memory.tiles=\[9, 1\] does not fit 160x160 pixels"):
         sample(tmp_path, *more, "memory.tiles=[9, 1]")
-
-
-def test_what_cannot_fit_is_refused_and_auto_chooses_what_does(tmp_path, monkeypatch):
-    """The tiny model, of which the plan believes that it is the real one."""
-    full = lambda _plan, residency, dtype_bytes: sampling_held(DiTConfig(), 11130, residency, dtype_bytes)  # noqa: E731
-    monkeypatch.setattr(recipe.RenderPlan, "held", full)
-    chosen = []
-    monkeypatch.setattr(recipe, "prepare_dit", lambda *arguments: chosen.append(arguments[2].residency) or 1 / 0)
-
-    def residency(gib, memory):
-        monkeypatch.setattr(recipe, "free_bytes", lambda _device: None if gib is None else int(gib * GIB))
-        settings = ["prompt=a cat", "steps=1", "num_frames=7", f"prompt_cache={tmp_path / 'cache'}"]
-        more = [f"sample.{s}" for s in settings] + ["model.dtype=bf16", f"memory={memory}"]
-        with pytest.raises(ZeroDivisionError):
-            list(main(load_config("my_lora", road(tmp_path, *more))))
-        return chosen.pop()
-
-    assert [residency(gib, "auto") for gib in (None, 16, 8)] == ["resident", "resident", "offload"]
-    assert [residency(12, memory) for memory in ("24gb", "16gb")] == ["fp8", "offload"]
-    with pytest.raises(
-        ConfigError, match=r"sampling needs 15\.7 GiB .* and 12\.0 GiB .* use memory=24gb or memory=16gb"
-    ):
-        residency(12, "80gb")
-    with pytest.raises(
-        ConfigError, match=r"sampling needs .* use fewer frames, a smaller height and width, or more GPUs"
-    ):
-        residency(2, "auto")
 
 
 def test_the_tail_of_a_prompt_that_is_too_long_is_told_before_any_weight_is_read(tmp_path, capsys):

@@ -1,0 +1,174 @@
+"""Checks a rendering before a weight is read: what is rendered, by which processes, and where the weights are held."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mochi_tune.adapters.lora import all_linear_shapes
+from mochi_tune.config.load import RunConfig, weights_paths
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.device import DTYPES
+from mochi_tune.models.latents import num_visual_tokens
+from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
+from mochi_tune.models.vae_streaming import check_tiles
+from mochi_tune.parallel.forecast import GIB, SAMPLING, free_bytes, sampling_held
+from mochi_tune.parallel.forecast_context import card_here
+from mochi_tune.parallel.memory import PRECISIONS, SHARD_ALONE
+from mochi_tune.parallel.mesh import Layout, Videos, choose_layout
+from mochi_tune.recipes.start_video import check_starts, starts_of
+from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
+from mochi_tune.sampling.requests import Request, read_requests
+from mochi_tune.sampling.strengths import check_schedules
+from mochi_tune.training.memory_plan import describe, fits
+from mochi_tune.weights.folder import WeightsFolder
+
+# Parts of the weights that each process loads, and entries of `RenderPlan.common` that change what it computes.
+PARTS, COMMON = ("dit", "decoder"), ("adapters", "dtype", "memory", "layout")
+# Seconds that compiling 8-bit blocks saves per pass and visual token, and seconds that compiling takes.
+COMPILED_SAVES, COMPILE_SECONDS = 15e-6, 40.0
+
+
+@dataclass(frozen=True)
+class RenderPlan:
+    """The videos to render, checked as far as possible before a weight is read.
+
+    Attributes:
+        weights: folder of the models.
+        requests: the videos of all processes.
+        adapters: adapters that are applied to the base.
+        variants: parts of each video, left to right: "base", "adapted" or both.
+        num_tokens: visual tokens of the largest video.
+        layout: how the processes share the work.
+        common: settings of all videos, for the .json files next to them.
+        start_sums: sha256 of each file that a video starts from.
+    """
+
+    weights: WeightsFolder
+    requests: list[Request]
+    adapters: list[RenderAdapter]
+    variants: list[str]
+    num_tokens: int
+    layout: Layout
+    common: dict[str, Any]
+    start_sums: dict[Path, str]
+
+    def shared_facts(self) -> dict[str, object]:
+        """Returns what must be equal on all processes, by its name in errors; reads samples of the weights."""
+        facts: dict[str, object] = {
+            f"the files of the {part} in model.weights": self.fingerprints[part] for part in PARTS
+        }
+        facts |= {f"the adapter {each['file']}": each["sha256"] for each in self.common["adapters"]}
+        requests = [asdict(replace(request, video=Path())) for request in self.requests]
+        return facts | {f"the setting {key}": str(self.common[key]) for key in COMMON} | {"the requests": str(requests)}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the weights that are used, by part; reads samples of large files, once."""
+        parts = ["text_encoder", "dit", "decoder", *(["encoder"] if self.start_sums else [])]
+        return {part: self.weights.fingerprint(part) for part in parts}
+
+    @property
+    def prompts(self) -> list[str]:
+        """The distinct prompts and negative prompts, in order."""
+        return list(dict.fromkeys(text for r in self.requests for text in (r.prompt, r.negative_prompt)))
+
+    def held(self, residency: str, dtype_bytes: int) -> dict[str, int]:
+        """Returns the bytes on one device while the largest video is sampled, by purpose."""
+        layout = self.layout
+        tokens = -(-self.num_tokens // layout.context)
+        return sampling_held(self.weights.dit_config, tokens, residency, dtype_bytes, layout.guidance * layout.context)
+
+
+def check(config: RunConfig, num_processes: int) -> RenderPlan:
+    """Checks everything that can be checked before a weight is read; takes seconds.
+
+    Raises:
+        MochiTuneError: anything does not fit.
+    """
+    weights = WeightsFolder(weights_paths(config))
+    requests = read_requests(config.sample, config.data, config.seed, Path(config.run_dir))
+    if config.memory.tiles is not None:
+        for request in requests:
+            check_tiles(config.memory.tiles, request.height, request.width)
+    starts = starts_of(requests)
+    start_sums = check_starts(starts, config.data)
+    weights.check(["text_encoder", "dit", "decoder", *(["encoder"] if starts else [])])
+    identity, skeleton = weights.base_identity(), weights.dit_skeleton()
+    adapters = load_render_adapters(config.sample, Path(config.run_dir), all_linear_shapes(skeleton), identity)
+    check_schedules((a.schedule for a in adapters), (request.settings for request in requests))
+    tokens = max(map(num_tokens, requests))
+    parallel = config.parallel
+    asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
+    videos = Videos(len(requests), tokens, any(r.is_guided for r in requests))
+    layout = choose_layout(num_processes, skeleton.config, videos, asked, card_here())
+    if config.memory.dit == "shard" and layout.guidance * layout.context == 1:
+        raise ConfigError(f"{SHARD_ALONE}.")
+    is_adapted = any(adapter.strength for adapter in adapters)
+    variants = (["base"] if config.sample.compare or not is_adapted else []) + (["adapted"] if is_adapted else [])
+    common = {
+        "adapters": [adapter.record() for adapter in adapters],
+        "side_by_side": variants,
+        "model": config.model.name,
+        "base_fingerprint": identity,
+        "dtype": config.model.dtype,
+        "memory": config.memory.model_dump(),
+        "layout": asdict(layout),
+    }
+    return RenderPlan(weights, requests, adapters, variants, tokens, layout, common, start_sums)
+
+
+def lost_tails(plan: RenderPlan) -> list[str]:
+    """Returns a line for each prompt that is too long for the text encoder, with the text that is lost."""
+    tokenizer, lines = None, []
+    for text in filter(may_be_cut, plan.prompts):
+        tokenizer = tokenizer or plan.weights.load_tokenizer()
+        measured = measure_caption(text, tokenizer)
+        if measured.lost_tokens:
+            kind = "prompt" if any(text == request.prompt for request in plan.requests) else "negative prompt"
+            lines.append(
+                f"the {kind} {text[:40]!r}... has {measured.num_tokens} tokens, and only {MAX_TOKENS} are used; "
+                f"this is lost: {text[measured.num_read :].strip()!r}"
+            )
+    return lines
+
+
+def pays_to_compile(residency: str, requests: list[Request], num_variants: int) -> bool:
+    """Whether compiling saves more time in all steps than it takes; estimated for an H200."""
+    if residency not in PRECISIONS:
+        # In the model's dtype, custom kernels fuse as much.
+        return False
+    saved = 0.0
+    for request in requests:
+        passes = sum(1 + (scale != 1) for scale in request.settings.scales)
+        saved += num_variants * passes * num_tokens(request) * COMPILED_SAVES
+    return saved > COMPILE_SECONDS
+
+
+def num_tokens(request: Request) -> int:
+    """Returns the number of visual tokens of a video."""
+    return num_visual_tokens(request.num_frames, request.height, request.width)
+
+
+def choose_residency(config: RunConfig, plan: RenderPlan, device: torch.device) -> str:
+    """Returns where the DiT's weights are during sampling, one of `parallel.memory.RESIDENCIES`.
+
+    Raises:
+        ConfigError: the GPU has too little free memory; the error names settings that fit.
+    """
+    asked, free = config.memory.dit, free_bytes(device)
+    candidates = ["resident", "offload"] if asked == "auto" else ["offload" if asked == "stream" else asked]
+    if free is None:
+        return candidates[0]
+    dtype_bytes = DTYPES[config.model.dtype].itemsize
+    for residency in candidates:
+        if fits(plan.held(residency, dtype_bytes), free):
+            return residency
+    smaller = [name for name in ("24gb", "16gb") if fits(plan.held(SAMPLING[name], dtype_bytes), free)]
+    advice = (
+        " or ".join(f"memory={name}" for name in smaller) or "fewer frames, a smaller height and width, or more GPUs"
+    )
+    held = describe(plan.held(candidates[-1], dtype_bytes))
+    raise ConfigError(f"sampling needs {held}, and {free / GIB:.1f} GiB are free: use {advice}.")

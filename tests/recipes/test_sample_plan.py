@@ -1,0 +1,57 @@
+"""What `sample` chooses by itself before it reads a weight."""
+
+import pytest
+from helpers_road import road
+
+from mochi_tune.config.load import load_config
+from mochi_tune.errors import ConfigError
+from mochi_tune.models.dit import DiTConfig
+from mochi_tune.parallel.forecast import GIB, sampling_held
+from mochi_tune.parallel.memory import PRECISIONS, RESIDENCIES
+from mochi_tune.recipes import sample as recipe
+from mochi_tune.recipes import sample_plan
+from mochi_tune.recipes.sample_plan import pays_to_compile
+from mochi_tune.sampling.requests import read_requests
+
+
+def test_blocks_are_compiled_where_the_steps_pay_for_it(tmp_path):
+    def pays(*more, num_variants=1, residency="fp8"):
+        settings = ["prompt=a cat", "height=480", "width=848", *more]
+        config = load_config("my_lora", road(tmp_path, *(f"sample.{s}" for s in settings)))
+        requests = read_requests(config.sample, config.data, 0, tmp_path)
+        return pays_to_compile(residency, requests, num_variants)
+
+    assert pays("num_frames=163") and not pays("num_frames=37")
+    # Two videos side by side, or several, pay for it too.
+    assert pays("num_frames=37", num_variants=2) and pays("num_frames=37", "seeds=[0,1]")
+    assert not pays("num_frames=163", "preset=fast")
+    # Only 8 bits are faster when they are compiled; with weights in host memory their copies take the time.
+    assert all(pays("num_frames=163", residency=each) for each in PRECISIONS)
+    assert not any(pays("num_frames=163", residency=each) for each in set(RESIDENCIES) - set(PRECISIONS))
+
+
+def test_what_cannot_fit_is_refused_and_auto_chooses_what_does(tmp_path, monkeypatch):
+    """The tiny model, of which the plan believes that it is the real one."""
+    full = lambda _plan, residency, dtype_bytes: sampling_held(DiTConfig(), 11130, residency, dtype_bytes)  # noqa: E731
+    monkeypatch.setattr(sample_plan.RenderPlan, "held", full)
+    chosen = []
+    monkeypatch.setattr(recipe, "prepare_dit", lambda *arguments: chosen.append(arguments[2].residency) or 1 / 0)
+
+    def residency(gib, memory):
+        monkeypatch.setattr(sample_plan, "free_bytes", lambda _device: None if gib is None else int(gib * GIB))
+        settings = ["prompt=a cat", "steps=1", "num_frames=7", f"prompt_cache={tmp_path / 'cache'}"]
+        more = [f"sample.{s}" for s in settings] + ["model.dtype=bf16", f"memory={memory}"]
+        with pytest.raises(ZeroDivisionError):
+            list(recipe.main(load_config("my_lora", road(tmp_path, *more))))
+        return chosen.pop()
+
+    assert [residency(gib, "auto") for gib in (None, 16, 8)] == ["resident", "resident", "offload"]
+    assert [residency(12, memory) for memory in ("24gb", "16gb")] == ["fp8", "offload"]
+    with pytest.raises(
+        ConfigError, match=r"sampling needs 15\.7 GiB .* and 12\.0 GiB .* use memory=24gb or memory=16gb"
+    ):
+        residency(12, "80gb")
+    with pytest.raises(
+        ConfigError, match=r"sampling needs .* use fewer frames, a smaller height and width, or more GPUs"
+    ):
+        residency(2, "auto")
