@@ -5,10 +5,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mochi_tune import assets
-from mochi_tune.adapters.lora import apply_lora, linear_shapes
+from mochi_tune.adapters.lora import linear_shapes
 from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.sample import sample_size
@@ -20,7 +19,7 @@ from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.finding import list_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset
 from mochi_tune.errors import ConfigError, ParallelError
-from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
+from mochi_tune.models.device import DTYPES
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.latents import latent_shape, num_visual_tokens
 from mochi_tune.models.text_encoder import MAX_TOKENS, T5_DTYPES
@@ -46,16 +45,12 @@ from mochi_tune.parallel.forecast import (
 from mochi_tune.parallel.forecast_context import find_card, sharing_seconds
 from mochi_tune.parallel.memory import SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_layout
-from mochi_tune.parallel.modulation import HostModulation
-from mochi_tune.recipes.bench import make_step
-from mochi_tune.recipes.measuring import timed
 from mochi_tune.sampling.requests import read_rows, sampler_settings
 from mochi_tune.training.checkpoint import steps_to_keep
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream
 from mochi_tune.training.preflight import (
     adapter_bytes,
     bucket_shares,
-    check,
     check_strategy,
     check_streaming,
     clip_order,
@@ -84,6 +79,15 @@ class Stage:
     def total(self) -> int:
         """All bytes, with the reserve."""
         return sum(self.held.values()) + SPARE_BYTES
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Denoising in `sample`: visual tokens and bytes of a process, and seconds of a step if the speed is known."""
+
+    num_tokens: int
+    held: dict[str, int]
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -116,15 +120,6 @@ class RunForecast:
     checkpoint_bytes: int
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A training step measured on this machine: its seconds, those of the first step, and the peak memory in GiB."""
-
-    seconds: float
-    first_seconds: float
-    peak_gib: float
-
-
 def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     """Estimates a run on the GPU of this machine, or on another one.
 
@@ -136,80 +131,89 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     Raises:
         ConfigError: there is no GPU and no card is named, or the memory of an unknown card is missing.
     """
-    data, train = config.data, config.train
     sampler_settings(config.sample)
     check_streaming(config)
     check_strategy(config, config.parallel.num_processes)
     if config.memory.tiles is not None:
-        check_tiles(config.memory.tiles, *sample_size(config.sample, data)[1:])
+        check_tiles(config.memory.tiles, *sample_size(config.sample, config.data)[1:])
     words, gib, speed = find_card(card, card_gib)
-    advice = []
+    dit, free, advice = dit_sizes(config), int(gib * GIB), []
     if config.model.name in SMALL_MODELS:
         advice.append(f"model={config.model.name} is too small for these estimates: they do not apply to it")
         speed = None
-    dit, free = dit_sizes(config), int(gib * GIB)
-    processes = config.parallel
-    layout = training_layout(
-        processes.num_processes, processes.context or 1, dit, num_tokens(config), speed or CARDS["h100"]
-    )
-    step, video = training_step(config, dit, layout), sample_size(config.sample, data)
-    arrangement = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
-    policies = step.policies(free, *arrangement)
-    try:
-        plan = arrange(step, config.memory.dit, config.memory.activations, free)
-        policies, arrangement = plan.recompute, (plan.is_streamed, plan.offloads_inputs)
-    except ConfigError as error:
-        advice.append(f"train: {error}")
-    tokens = num_visual_tokens(*video)
-    rendering, refused = rendering_layout(config, dit, tokens, speed or CARDS["h100"])
-    if refused:
-        advice.append(f"sample: {refused}")
-    # Tokens of one process.
-    own_tokens = -(-tokens // rendering.context)
-    residency = config.memory.dit
-    if residency == "auto":
-        is_resident = fits(sampling_held(dit, own_tokens, "resident", step.dtype_bytes), free)
-        residency = "resident" if is_resident else "offload"
+    tokens, processes = num_tokens(config), config.parallel
+    layout = training_layout(processes.num_processes, processes.context or 1, dit, tokens, speed or CARDS["h100"])
+    step = training_step(config, dit, layout)
+    policies, arrangement, refused = arranged(config, step, free)
+    advice += [f"train: {refused}"] if refused else []
+    rendering, refused = plan_rendering(config, dit, step.dtype_bytes, free, speed)
+    advice += [f"sample: {refused}"] if refused else []
     count, clips, shares, num_captions = count_clips(config)
     seconds = None if speed is None else step_seconds(config, step, shares, policies, speed, arrangement[0])
     stages = [
         Stage("train", step.held(policies, *arrangement), seconds, "a step"),
-        Stage(
-            "sample: denoise",
-            sampling_held(dit, own_tokens, residency, step.dtype_bytes, rendering.guidance * rendering.context),
-            None if speed is None else rendering_seconds(config, dit, tokens, speed, rendering, residency),
-            "a step",
-        ),
+        Stage("sample: denoise", rendering.held, rendering.seconds, "a step"),
     ]
     # T5 and the VAE are only estimated at their official sizes.
     if dit.t5_feat_dim == OFFICIAL.t5_feat_dim:
+        video = sample_size(config.sample, config.data)
         stages = [*stages_of_encoding(config, speed), *stages, *stages_of_decoding(config, video, speed)]
-    largest = largest_bucket(data)
-    advise = {
-        "prepare: captions": lambda: forecast_advice.for_captions(free),
-        "prepare: clips": lambda: forecast_advice.for_clips(
-            largest.num_frames, largest.height, largest.width, step.dtype_bytes, free
-        ),
-        "sample: prompts": lambda: forecast_advice.for_prompts(step.dtype_bytes, free),
-        "sample: denoise": lambda: forecast_advice.for_denoising(dit, own_tokens, step.dtype_bytes, free),
-        "sample: decode": lambda: forecast_advice.for_decoding(*video[1:], step.dtype_bytes, free),
-    }
-    # The advice for training comes from `arrange`.
-    advice += [advise[stage.name]() for stage in stages if stage.name in advise and not fits(stage.held, free)]
-    presets = {name: preset_bytes(name, step, dit, own_tokens, free) for name in ("80gb", "24gb", "16gb", "12gb")}
+    advice += [
+        advise(stage.name, config, dit, rendering.num_tokens, step.dtype_bytes, free)
+        for stage in stages
+        if not fits(stage.held, free)
+    ]
+    own = rendering.num_tokens
     return RunForecast(
         clips=clips,
-        num_tokens=num_tokens(config),
+        num_tokens=tokens,
         card=words,
         gib=gib,
         stages=stages,
-        run_seconds=None if seconds is None else seconds * train.steps,
-        presets=presets,
-        advice=advice or ["every stage fits as it is set"],
+        run_seconds=None if seconds is None else seconds * config.train.steps,
+        presets={name: preset_bytes(name, step, dit, own, free) for name in ("80gb", "24gb", "16gb", "12gb")},
+        advice=list(filter(None, advice)) or ["every stage fits as it is set"],
         processes=layout.in_words if layout.num_ranks > 1 else "",
         cache_bytes=int(count * sum(share * clip_bytes(bucket, dit, num_captions) for bucket, share in shares.items())),
         checkpoint_bytes=checkpoint_bytes(config, step),
     )
+
+
+def arranged(config: RunConfig, step: Step, free: int) -> tuple[list[str], tuple[bool, bool], str]:
+    """Returns how training holds activations and weights, and why `train` would refuse it, or "".
+
+    Returns:
+        the recompute policy of each block; whether blocks are streamed and inputs offloaded; the error of `train`.
+    """
+    try:
+        plan = arrange(step, config.memory.dit, config.memory.activations, free)
+    except ConfigError as error:
+        asked = (config.memory.dit in ("stream", "offload"), config.memory.activations == "offload")
+        return step.policies(free, *asked), asked, str(error)
+    return plan.recompute, (plan.is_streamed, plan.offloads_inputs), ""
+
+
+def advise(stage: str, config: RunConfig, dit: DiTConfig, num_tokens: int, dtype_bytes: int, free: int) -> str:
+    """Returns the settings with which a stage fits; "" for training, whose advice is the error of `arrange`.
+
+    Args:
+        stage: name of the stage.
+        config: settings of the run.
+        dit: sizes of the DiT.
+        num_tokens: visual tokens of a process of `sample`.
+        dtype_bytes: bytes of a number of the model.
+        free: free bytes of the GPU.
+    """
+    bucket, (_, height, width) = largest_bucket(config.data), sample_size(config.sample, config.data)
+    if stage == "prepare: captions":
+        return forecast_advice.for_captions(free)
+    if stage == "prepare: clips":
+        return forecast_advice.for_clips(bucket.num_frames, bucket.height, bucket.width, dtype_bytes, free)
+    if stage == "sample: prompts":
+        return forecast_advice.for_prompts(dtype_bytes, free)
+    if stage == "sample: denoise":
+        return forecast_advice.for_denoising(dit, num_tokens, dtype_bytes, free)
+    return forecast_advice.for_decoding(height, width, dtype_bytes, free) if stage == "sample: decode" else ""
 
 
 def stages_of_encoding(config: RunConfig, speed: Card | None) -> list[Stage]:
@@ -239,6 +243,21 @@ def stages_of_decoding(config: RunConfig, video: tuple[int, int, int], speed: Ca
             "a video",
         ),
     ]
+
+
+def plan_rendering(
+    config: RunConfig, dit: DiTConfig, dtype_bytes: int, free: int, speed: Card | None
+) -> tuple[Rendering, str]:
+    """Returns the estimate of denoising in `sample`, and why `sample` would refuse the layout, or ""."""
+    tokens = num_visual_tokens(*sample_size(config.sample, config.data))
+    layout, refused = rendering_layout(config, dit, tokens, speed or CARDS["h100"])
+    # Tokens of one process.
+    own, residency = -(-tokens // layout.context), config.memory.dit
+    if residency == "auto":
+        residency = "resident" if fits(sampling_held(dit, own, "resident", dtype_bytes), free) else "offload"
+    held = sampling_held(dit, own, residency, dtype_bytes, layout.guidance * layout.context)
+    seconds = None if speed is None else rendering_seconds(config, dit, tokens, speed, layout, residency)
+    return Rendering(own, held, seconds), refused
 
 
 def rendering_layout(config: RunConfig, dit: DiTConfig, num_tokens: int, card: Card) -> tuple[Layout, str]:
@@ -280,36 +299,6 @@ def preset_bytes(name: str, step: Step, dit: DiTConfig, tokens: int, free: int) 
         None if train is None else sum(step.held(step.policies(free, *train), *train).values()) + SPARE_BYTES,
         None if sample is None else sum(sampling_held(dit, tokens, sample, step.dtype_bytes).values()) + SPARE_BYTES,
     )
-
-
-def can_measure(config: RunConfig) -> bool:
-    """Whether this machine has a GPU, the weights and a cache for a training step."""
-    is_here = config.device != "cpu" and torch.cuda.is_available()
-    return is_here and WeightsFolder(weights_paths(config)).has("dit") and (Path(config.data.cache) / "data").exists()
-
-
-def measure(config: RunConfig) -> Measured:
-    """Runs two training steps with the weights and clips of this machine; measures both.
-
-    Raises:
-        MochiTuneError: as `train`.
-    """
-    plan = check(config, 1)
-    device = plan.device
-    where = "cpu" if plan.memory.is_streamed else device
-    dit = plan.weights.load_dit(where, DTYPES[config.model.dtype], plan.shrink_block)
-    host_modulation = HostModulation(dit)
-    apply_lora(dit, plan.layers, 0, config.lora.dora)
-    plan.memory.apply(dit, device, tqdm.write)
-    dit.train()
-    # Any caption will do: all have about the same length.
-    prompt = plan.dataset[0]["prompt_embeds"][None].expand(config.train.batch_size, -1, -1)
-    step = make_step(dit, host_modulation, prompt, astuple(largest_bucket(config.data)), device)
-    reset_peak(device)
-    with plan.explains_out_of_memory():
-        first, _ = timed(step, 1, device, num_warm_up=0)
-        seconds, peak = timed(step, 1, device, num_warm_up=0)
-    return Measured(seconds, first, max(peak, peak_gib(device)))
 
 
 def dit_sizes(config: RunConfig) -> DiTConfig:

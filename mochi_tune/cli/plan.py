@@ -13,8 +13,9 @@ def run_plan(arguments: list[str]) -> int:
         return 0
     from mochi_tune.files import format_bytes
     from mochi_tune.parallel.forecast import in_words, short_seconds
-    from mochi_tune.recipes.plan import can_measure, measure
+    from mochi_tune.recipes.plan import SMALL_MODELS
     from mochi_tune.recipes.plan import main as plan
+    from mochi_tune.recipes.plan_measure import can_measure, measure
 
     made = plan(config, own.get("card", ""), whole_number("card_gib", own.get("card_gib", "0"), 0))
     gib = 2**30
@@ -31,7 +32,8 @@ def run_plan(arguments: list[str]) -> int:
         verdict = "fits" if stage.total <= made.gib * gib else "NOT"
         time = "" if stage.seconds is None else f"{short_seconds(stage.seconds)} {stage.per}"
         print(f"{stage.name:<18}{held}{stage.total / gib:>8.1f}  {verdict:<6} {time}".rstrip())
-    print("The total has 1 GiB to spare. These are estimates; on an H200 they were within 10 % of what was measured.")
+    measured = "" if config.model.name in SMALL_MODELS else "; on an H200 they were within 10 % of what was measured"
+    print(f"The total has 1 GiB to spare. These are estimates{measured}.")
     if made.run_seconds is not None:
         print(f"\ntraining: {config.train.steps} steps in about {in_words(made.run_seconds)}")
     print(f"\n{'memory=':<10}{'train':>16}{'sample':>16}")

@@ -15,7 +15,8 @@ from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.text_encoder import T5_DTYPES
 from mochi_tune.parallel.forecast import CARDS, GIB, SPARE_BYTES, known_card
-from mochi_tune.recipes.plan import count_clips, main, measure
+from mochi_tune.recipes.plan import count_clips, main
+from mochi_tune.recipes.plan_measure import measure
 from mochi_tune.recipes.sample_plan import check as check_sample
 from mochi_tune.training import preflight
 
