@@ -218,17 +218,11 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
     with attention_by(kernel) if kernel else contextlib.nullcontext():
         first, _ = timed(step, 1, device, num_warm_up=0)
         seconds, peak = timed(step, bench.repeats, device, num_warm_up=0)
-    matrix, attention = dit_flops(config, num_tokens, CAPTION_TOKENS)
-    matrix_rate, attention_rate = measure_rates(config, num_tokens, device, dtype, bench.precision == "fp8")
-    backward_rate = measure_attention_backward(config, num_tokens, device, dtype)
-    # Frozen weights have no gradient: the backward pass of a product is one product, and recomputing it is another.
-    num_products = [3 if policy != "none" else 2 for policy in policies]
-    num_attentions = [2 if policy == "block" else 1 for policy in policies]
-    floor = matrix / matrix_rate * statistics.mean(num_products)
-    floor += attention / attention_rate * statistics.mean(num_attentions)
-    floor += ATTENTION_BACKWARD * attention / backward_rate
-    work = matrix * statistics.mean(num_products)
-    work += attention * (statistics.mean(num_attentions) + ATTENTION_BACKWARD)
+    rates = (
+        *measure_rates(config, num_tokens, device, dtype, bench.precision == "fp8"),
+        measure_attention_backward(config, num_tokens, device, dtype),
+    )
+    work, floor = training_floor(dit_flops(config, num_tokens, CAPTION_TOKENS), rates, policies)
     return {
         "full_depth": full_depth,
         "is_reduced": config.depth < full_depth,
@@ -245,10 +239,29 @@ def bench_train(bench: Bench, device: torch.device, num_ranks: int) -> dict[str,
         "num_graphs": counters["stats"]["unique_graphs"],
         "peak_gib": peak,
         **shares(work, seconds, floor, 1),
-        "matrix_tflops_per_s": round(matrix_rate / 1e12, 3),
-        "attention_tflops_per_s": round(attention_rate / 1e12, 3),
-        "attention_backward_tflops_per_s": round(backward_rate / 1e12, 3),
+        "matrix_tflops_per_s": round(rates[0] / 1e12, 3),
+        "attention_tflops_per_s": round(rates[1] / 1e12, 3),
+        "attention_backward_tflops_per_s": round(rates[2] / 1e12, 3),
     }
+
+
+def training_floor(
+    flops: tuple[float, float], rates: tuple[float, float, float], policies: list[str]
+) -> tuple[float, float]:
+    """Returns the operations of a training step, and its seconds if nothing but arithmetic took time.
+
+    Args:
+        flops: operations of a forward pass, of matrix products and of attention.
+        rates: operations per second of matrix products, of attention, and of attention's backward pass.
+        policies: the recompute policy of each block.
+    """
+    (matrix, attention), (matrix_rate, attention_rate, backward_rate) = flops, rates
+    # Frozen weights have no gradient: the backward pass of a product is one product, and recomputing it is another.
+    num_products = statistics.mean(3 if policy != "none" else 2 for policy in policies)
+    num_attentions = statistics.mean(2 if policy == "block" else 1 for policy in policies)
+    work = matrix * num_products + attention * (num_attentions + ATTENTION_BACKWARD)
+    floor = matrix / matrix_rate * num_products + attention / attention_rate * num_attentions
+    return work, floor + ATTENTION_BACKWARD * attention / backward_rate
 
 
 def make_step(
