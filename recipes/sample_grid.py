@@ -17,10 +17,10 @@ from mochi_tune.recipes.grid_page import GridCell, write_grid_page
 from mochi_tune.recipes.sample import write_line
 from mochi_tune.recipes.sample_cells import Cell, check_cells, has_locks, is_done, is_farm, render_here
 from mochi_tune.recipes.sample_plan import lost_tails
-from mochi_tune.sampling.grid_video import Tile, write_grid_video
+from mochi_tune.sampling.grid_video import Row, is_legible, write_grid_video
 from mochi_tune.sampling.requests import Request
 
-# Maximum number of videos in the grid video: tiles are then about 30 pixels high, and all files are open at once.
+# Maximum number of videos in the grid video, whose files are all open at once.
 MOST_IN_A_VIDEO = 400
 
 
@@ -70,12 +70,12 @@ def write_views(folder: Path, cells: Sequence[Cell]) -> Iterator[Path]:
     columns = list(dict.fromkeys(cell.column for cell in shown))
     rows: dict[tuple[str, str], list[Path | None]] = {}
     for cell in shown:
-        line = rows.setdefault((cell.prompt, cell.row), [None] * len(columns))
-        line[columns.index(cell.column)] = cell.video
-    tiles = [Tile(f"{row}\n{prompt}".strip(), videos) for (prompt, row), videos in rows.items()]
+        videos = rows.setdefault((cell.prompt, cell.row), [None] * len(columns))
+        videos[columns.index(cell.column)] = cell.video
+    lines = [Row(f"{row}\n{prompt}".strip(), videos) for (prompt, row), videos in rows.items()]
     try:
-        if len(cells) <= MOST_IN_A_VIDEO:
-            yield write_grid_video(folder, tiles, columns)
+        if len(cells) <= MOST_IN_A_VIDEO and is_legible(len(rows), len(columns)):
+            yield write_grid_video(folder, lines, columns)
         else:
             write_line(f"no grid.mp4 of {len(cells)} videos, which would be too small to see; the page has them all")
     finally:

@@ -135,7 +135,7 @@ def train_adapter(plan: TrainPlan, run: Run) -> None:
 def make_inputs(train: TrainConfig, host_modulation: HostModulation, batch: Mapping[str, Any], drawn: Draws) -> Inputs:
     """Returns the model inputs and the target of a micro-batch.
 
-    A background thread calls this one micro-batch ahead of the training step.
+    A background thread calls this up to two micro-batches ahead of the training step.
 
     Args:
         train: the training settings.

@@ -247,7 +247,8 @@ def compare_adapters(first: Adapter, second: Adapter) -> Comparison:
         [name for name in one.layers if name not in other.layers] for one, other in ((first, second), (second, first))
     ]
     apart += sum(norms[i][name] ** 2 for i in (0, 1) for name in only[i])
-    difference = relative(math.sqrt(apart), max(whole))
+    magnitudes = (_magnitude_difference(first.layers[name], second.layers[name]) for name in common)
+    difference = max(relative(math.sqrt(apart), max(whole)), max(magnitudes, default=0.0))
     return Comparison(only[0], only[1], differences, cosines, difference, _cosine(product, *whole))
 
 

@@ -144,7 +144,8 @@ def run_compare(files: list[str], options: dict[str, str]) -> int:
 
 def run_bake(files: list[str], options: dict[str, str]) -> int:
     """Bakes an adapter into base weights."""
-    strength = number("strength", options["strength"])
+    if not (strength := number("strength", options["strength"])):
+        raise ConfigError("strength=0 is the base itself: use another number.")
     base = _weights("model.weights", options["model.weights"])
     from mochi_tune.recipes.lora_bake import Settings
     from mochi_tune.recipes.lora_bake import main as bake

@@ -57,6 +57,8 @@ TROUBLE = "EACCES EDQUOT EEXIST EFBIG EISDIR EMFILE ENAMETOOLONG ENFILE ENOENT E
 def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None = None) -> None:
     """Runs a verb and exits with 0 (done), 1 (clips, checks or an upload failed) or 2 (an error, in one line).
 
+    A stop by a signal is 128 + its number, and 75 is a lost contact to another process.
+
     Args:
         arguments: the arguments, verb first; None for those of this program.
         recipe: replaces `recipes.train_lora.main`.

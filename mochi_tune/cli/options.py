@@ -33,7 +33,7 @@ mochi-tune trains LoRAs for Mochi 1 on a folder of videos, and renders with them
   mochi-tune replay  BUNDLE [device=auto]         recomputes a step that `train` refused, sample by sample
   mochi-tune sample  conf=NAME prompt="..." [adapter=FILE adapter_strength=X seed=N out=FILE save_latents=true]
                      or prompts=FILE [seeds=0,1 grid=true compare=base parallel.num_processes=N memory=24gb]
-  mochi-tune export  adapter=FILE to=official|diffusers|comfyui|kohya out=FILE [dtype=bf16]
+  mochi-tune export  adapter=FILE to=official|diffusers|comfyui|kohya|native out=FILE [dtype=bf16]
                      or push=OWNER/NAME: uploads to the Hugging Face hub with a model card; dry_run=true: no upload
   mochi-tune lora    inspect FILE [out=FILE.html] | compare FILE FILE | merge FILE FILE [strengths=[0.8,0.5]] out=FILE
                      | resize FILE rank=R|energy=0.99 out=FILE | bake FILE model.weights=DIR out=DIR
@@ -42,15 +42,15 @@ mochi-tune trains LoRAs for Mochi 1 on a folder of videos, and renders with them
   mochi-tune weights pull [source=official|diffusers|comfyui to=DIR]        fetch the weights, checked by sha256
                      | check [model.weights=DIR|FILE]         which weights are there, and what each verb lacks
   mochi-tune verify  [reference=DIR] [device=cpu] [dtype=fp32|bf16] [parallel.num_processes=N]
-  mochi-tune bench   what=sample|decode|encode [model=mochi_1] [num_frames=37]     speed and memory, on random weights
+  mochi-tune bench   what=sample|decode|encode|train [model=mochi_1] [num_frames=37] speed and memory, on random weights
   mochi-tune demo    [out=DIR]                    teaches the embedded toy model a new motion -> a page
   mochi-tune experiment what=objective|layers|… [seeds=N] [out=DIR]       compares training settings on the toy model
   mochi-tune toy     clips [out=DIR] | weights [work=DIR] [out=DIR]      draws the demo's clips | trains the toy model
   mochi-tune completion bash|zsh|fish             a script that completes verbs, settings and values in a shell
 
 conf=NAME is conf/NAME.yaml in this folder, else the packaged file of that name, else a path. VERB --help lists the
-most important settings, and VERB --help all lists every one. `inspect`, `prepare`, `train` and `sample` take --cfg to
-print the resolved settings without running.
+most important settings, and VERB --help all lists every one. Verbs with conf= take --cfg to print the resolved
+settings without running.
 """
 
 SPLIT_OPTIONS = {

@@ -122,7 +122,7 @@ class SampleConfig(Section):
     threshold: Annotated[Number, Field(gt=0, lt=1)] | None = setting(
         None, "how far below 1 the linear part of the schedule goes; null: the preset's"
     )
-    linear_steps: Steps | None = setting(None, "steps of the linear part; null: half of them")
+    linear_steps: Steps | None = setting(None, "steps of the linear part; null: the preset's, or half of steps")
 
 
 def sample_size(sample: SampleConfig, data: "DataConfig") -> tuple[int, int, int]:

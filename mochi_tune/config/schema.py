@@ -211,7 +211,7 @@ class TrainConfig(Section):
         1.0, "learning rate of the B matrices relative to the A matrices (LoRA+); 4 to 16 with a smaller learning rate"
     )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
-        "cosine", "cosine and linear fall to 0 at the last step; wsd stays constant, then falls linearly to 0"
+        "cosine", "cosine and linear fall to almost 0 at the last step; wsd stays constant, then falls linearly"
     )
     warmup_steps: CountOrZero = setting(50, "steps from 0 to the peak learning rate")
     decay_share: Annotated[Number, Field(gt=0, le=1)] = setting(0.2, "for wsd: share of the steps with a falling rate")

@@ -50,7 +50,8 @@ def read_sources(data: DataConfig) -> list[Source]:
     """Returns the sources that the settings name.
 
     Raises:
-        ConfigError: buckets do not fit the models, two sources have one name, one has none, or only some have weights.
+        ConfigError: buckets do not fit the models, two sources have one name, one has none, only some have weights, or
+            settings of windows do not fit each other.
     """
     _check_windows(data)
     if not data.sources:

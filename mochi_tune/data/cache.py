@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -98,9 +98,7 @@ class Cache:
             with self._lock:  # Two threads must not use a shard's reader at once.
                 mean, logvar, texts, written = self._read(file, number)
         except (OSError, ValueError, RuntimeError, LookupError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                raise
-            raise damaged_shard(self.folder / file, f"{path}: {error}") from error
+            self._raise_damage(file, f"{path}: ", error)
         if why := _find_damage(row, mean, logvar, texts, written):
             raise damaged_shard(self.folder / file, why)
         return {"mean": mean, "logvar": logvar, "prompt_embeds": texts[caption]}
@@ -114,8 +112,13 @@ class Cache:
         file, number = self._locate(0)
         try:
             return self._shards.open(file).read_row_group(number, columns=["text_width"])["text_width"][0].as_py()
-        except (ValueError, RuntimeError, LookupError) as error:
-            raise damaged_shard(self.folder / file, str(error)) from error
+        except (OSError, ValueError, RuntimeError, LookupError) as error:
+            self._raise_damage(file, "", error)
+
+    def _raise_damage(self, file: str, what: str, error: Exception) -> NoReturn:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise error
+        raise damaged_shard(self.folder / file, f"{what}{error}") from error
 
     def _read(self, file: str, number: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], dict[str, Any]]:
         shard = self._shards.open(file)

@@ -79,5 +79,5 @@ def read_part(file: Path) -> Part:
     try:
         with safe_open(file, framework="pt") as part:
             return Part(file, file.stat().st_size, json.loads(part.metadata()["info"]))
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{file} is damaged ({error}): delete it and run `mochi-tune prepare` again.") from error

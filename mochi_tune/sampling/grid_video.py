@@ -14,11 +14,13 @@ from mochi_tune.sampling.video import write_video
 # Maximum size in pixels that hardware decoders support.
 MAX_WIDTH, MAX_HEIGHT = 3840, 2160
 GAP, HEADER, MIN_LABEL = 8, 44, 120
+# Number of pixels in height and width below which a tile shows nothing.
+MIN_TILE = 30
 BACK, INK, SOFT = (20, 23, 27), (230, 232, 234), (152, 160, 170)
 
 
 @dataclass(frozen=True)
-class Tile:
+class Row:
     """A row of the grid.
 
     Attributes:
@@ -30,7 +32,12 @@ class Tile:
     videos: Sequence[Path | None]
 
 
-def write_grid_video(folder: Path, rows: Sequence[Tile], columns: Sequence[str]) -> Path:
+def is_legible(num_rows: int, num_columns: int) -> bool:
+    """Whether the tiles of a grid are large enough to see."""
+    return min(_room(num_rows, num_columns)) >= MIN_TILE
+
+
+def write_grid_video(folder: Path, rows: Sequence[Row], columns: Sequence[str]) -> Path:
     """Writes grid.mp4, or grid.png if no video has a second frame; an existing file is replaced.
 
     Shorter videos stay at their last frame. Large grids are scaled down, so that players can decode them.
@@ -109,13 +116,15 @@ def write_text(image: Any, text: str, box: tuple[int, int, int, int], colour: tu
         draw.text((left, top + number * line_height), line, colour, font)
 
 
+def _room(num_rows: int, num_columns: int) -> tuple[float, float]:
+    """Returns the largest width and height of a tile."""
+    return (MAX_WIDTH - MIN_LABEL) / num_columns - GAP, (MAX_HEIGHT - HEADER) / num_rows - GAP
+
+
 def _tile_size(width: int, height: int, num_columns: int, num_rows: int) -> tuple[int, int]:
     """Returns the size of a tile, scaled down so that the grid has at most MAX_WIDTH x MAX_HEIGHT pixels."""
-    share = min(
-        1.0,
-        ((MAX_WIDTH - MIN_LABEL) / num_columns - GAP) / width,
-        ((MAX_HEIGHT - HEADER) / num_rows - GAP) / height,
-    )
+    most = _room(num_rows, num_columns)
+    share = min(1.0, most[0] / width, most[1] / height)
     # The label of a row is as wide as a tile, up to 280 pixels.
     while share < 1 and min(280, width * share) + num_columns * (width * share + GAP) > MAX_WIDTH:
         share *= 0.99

@@ -60,7 +60,7 @@ def arms() -> dict[str, dict[str, Arm]]:
         },
         # The number of steps is the same: fewer clips are seen more often.
         "clips": {"4": Arm(num_clips=4), "8": Arm(num_clips=8), "16": Arm(num_clips=16), "24": DEFAULT},
-        # Separate runs, not checkpoints of one, because the schedule falls to 0 at the last step of each.
+        # Separate runs, not checkpoints of one, because the schedule of each falls until its last step.
         "steps": {
             "100": Arm(("train.steps=100",)),
             "200": Arm(("train.steps=200",)),

@@ -127,4 +127,5 @@ def stratify(uniforms: Tensor, permutation: Tensor) -> Tensor:
         uniforms: numbers in [0, 1) of all samples of a step, (N,).
         permutation: a permutation of 0 to N - 1, (N,).
     """
-    return ((permutation + uniforms.double()) / len(permutation)).float()
+    # fp32 would round a number just below 1 to 1.
+    return ((permutation + uniforms.double()) / len(permutation)).float().clamp(max=1 - 2**-24)

@@ -189,7 +189,7 @@ class DeviceCopier:
 
 
 class Prefetcher:
-    """Prepares the inputs of micro-batches in a background thread, one ahead of the training."""
+    """Prepares the inputs of micro-batches in a background thread, up to two ahead of the training."""
 
     def __init__(
         self, load: Callable[[int, int], Inputs], keys: Iterable[tuple[int, int]], device: torch.device

@@ -112,7 +112,7 @@ ARRANGEMENTS = (("80gb", False, False), ("16gb", True, False), ("12gb", True, Tr
 PLACES = {
     "load_dit": "while the DiT was loaded",
     "encode_eval_prompts": "while T5 encoded the eval prompts",
-    "decoded_frames": "while an eval video was decoded",
+    "_side_by_side": "while an eval video was decoded",
     "evaluate_if_due": "in an evaluation",
     "backward": "in the backward pass of a step",
 }

@@ -204,7 +204,7 @@ def cut_after(path: Path, last_step: int) -> list[dict]:
             break
         try:
             row = json.loads(line)
-            step = row["step"]
+            step = row["step"] + 0
         except (ValueError, KeyError, TypeError):
             raise TrainingError(
                 f"{path}: line {number} is no row of a run: repair it, or use another run_dir."

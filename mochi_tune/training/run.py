@@ -160,7 +160,7 @@ class Run:
             optimizer: the optimizer of the adapter.
             ema: the moving average of the adapter, or None.
             make_inputs: returns the model inputs for collated clips and their random numbers. A background thread
-                calls it one micro-batch ahead of the step.
+                calls it up to two micro-batches ahead of the step.
 
         Raises:
             CheckpointError: the checkpoint belongs to another adapter or optimizer.

@@ -8,7 +8,7 @@ def learning_rate_at(
 ) -> float:
     """Returns the learning rate of a step: a linear warm-up to the peak, then the schedule.
 
-    "cosine" and "linear" fall from the peak to 0 over all steps after the warm-up, and "constant" stays at the peak.
+    "cosine" and "linear" fall after the warm-up, to 0 for the step after the last one. "constant" stays at the peak.
     "wsd" (warm-up, stable, decay) stays at the peak until the last steps and falls linearly over these. A run can then
     be extended without loss from a checkpoint before the decay.
     Source: "wsd": https://arxiv.org/abs/2404.06395; a fall over the last 20 %: https://arxiv.org/abs/2405.18392.

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mochi_tune.errors import MochiTuneError
+from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.ui import html
 from mochi_tune.ui.adapters import adapters_state, list_adapters, plain_name
 from mochi_tune.ui.confs import Form, check_form, conf_of_run
@@ -107,7 +107,7 @@ class SampleFields:
     @staticmethod
     def values_of(form: SampleForm) -> list[Any]:
         """Returns the values of `inputs` for a form."""
-        pairs = [*form.adapters[:NUM_ADAPTERS], *[("", "1")] * max(NUM_ADAPTERS - len(form.adapters), 0)]
+        pairs = [*form.adapters, *[("", "1")] * max(NUM_ADAPTERS - len(form.adapters), 0)]
         sizes = [form.sizes.get(key, "") for key in SIZES]
         return [
             form.prompts, form.negative_prompt, form.seeds, *sizes, *(part for pair in pairs for part in pair),
@@ -228,6 +228,11 @@ def build_history(folder: Path, fields: SampleFields, form: SettingsForm, said: 
     def again(name: str, *settings: Any) -> list[Any]:
         try:
             render = find_render(folder, name)
+            if (count := len(form_of(folder, render.record).adapters)) > NUM_ADAPTERS:
+                raise ConfigError(
+                    f"{render.video.name} has {count} adapters, and this page takes {NUM_ADAPTERS}: use "
+                    "`mochi-tune sample` with adapter=[FILE,FILE]."
+                )
             conf, words = conf_to_choose(folder, form.form_of(settings), run_of(folder, render.video))
         except MochiTuneError as error:
             return [html.note(str(error), "error"), *[gr.skip()] * (len(fields.inputs) + 1)]

@@ -67,7 +67,7 @@ def bind(host: str, port: int) -> socket.socket:
     """Returns a bound and listening socket.
 
     Raises:
-        ConfigError: the port is taken, or the address is not one of this machine.
+        ConfigError: the port is taken or impossible, or the address is not one of this machine.
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"port={port} does not fit: use 1024 to 65535, or 0 for any that is free.")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_cache import BUCKETS, SETTINGS, encode, make_cache, row_of, rows_of, tensors_of
+from safetensors.torch import save_file
 
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import open_cache
@@ -275,6 +276,10 @@ def test_a_damaged_part_is_named(tmp_path):
         encode(writer, rows_of({"a.mp4": "some words"}))
     part = next((tmp_path / "parts").glob("latents-*"))
     part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{part.name} is damaged .*delete it"), CacheWriter(tmp_path):
+        pass
+    # A file of another program, without our metadata.
+    save_file({"mean": torch.zeros(1)}, part)
     with pytest.raises(DataError, match=f"{part.name} is damaged .*delete it"), CacheWriter(tmp_path):
         pass
 

@@ -129,6 +129,7 @@ OUT = "out=NEW/out.safetensors"
         ("bake first model.weights=package:tiny out=NEW to=comfyui", "to=comfyui is not possible: use official or"),
         ("bake first model.weights=package:tiny out=NEW dtype=int8", "dtype=int8 is not possible: use bf16 or fp16"),
         ("bake first model.weights=package:tiny out=NEW strength=much", "strength=much does not fit"),
+        ("bake first model.weights=package:tiny out=NEW strength=0", "strength=0 is the base itself"),
         (f"extract base=package:tiny tuned=package:tiny rank=2 {OUT}", "are equal in each layer"),
         (f"extract base=package:tiny tuned=package:toy rank=2 {OUT}", "are models of other sizes"),
         (f"extract base=package:tiny tuned=package:toy rank=0 {OUT}", "rank=0 does not fit"),

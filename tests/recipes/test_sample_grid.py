@@ -18,7 +18,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
 from mochi_tune.recipes.sample import main as sample
 from mochi_tune.recipes.sample_grid import main as grid
-from mochi_tune.sampling.grid_video import MAX_HEIGHT, MAX_WIDTH, Tile, frames_of, write_grid_video
+from mochi_tune.sampling.grid_video import MAX_HEIGHT, MAX_WIDTH, Row, frames_of, is_legible, write_grid_video
 from mochi_tune.sampling.video import read_frames, write_video
 
 FAST = ["sample.steps=2", "sample.guidance=2"]
@@ -161,7 +161,7 @@ def solid(path, level, count, size=(32, 48)):
 
 def test_the_tiles_of_the_video_stand_in_rows_and_columns_and_the_shorter_wait(tmp_path):
     dark, light = solid(tmp_path / "d.mp4", 90, 3), solid(tmp_path / "l.mp4", 220, 1)
-    rows = [Tile("first\nrow", [dark, light]), Tile("second", [None, dark])]
+    rows = [Row("first\nrow", [dark, light]), Row("second", [None, dark])]
     frames = [np.array(frame) for frame in frames_of(write_grid_video(tmp_path, rows, ["x", "y"]))]
     assert len(frames) == 3
     # The label is 120 wide, a column 48 and a gap of 8; the header is 44 high, a row 32 and a gap of 8.
@@ -169,7 +169,7 @@ def test_the_tiles_of_the_video_stand_in_rows_and_columns_and_the_shorter_wait(t
         centres = [[frame[44 + 40 * r + 16, 120 + 56 * c + 24].mean() for c in (0, 1)] for r in (0, 1)]
         assert np.abs(np.array(centres) - [[90, 220], [23, 90]]).max() <= 3
     large = solid(tmp_path / "large.mp4", 90, 1, (480, 848))
-    written = write_grid_video(tmp_path, [Tile("row", [large] * 7)] * 6, list("abcdefg"))
+    written = write_grid_video(tmp_path, [Row("row", [large] * 7)] * 6, list("abcdefg"))
     width, height = Image.open(written).size
     assert 0.8 * MAX_HEIGHT < height <= MAX_HEIGHT and width <= MAX_WIDTH
 
@@ -230,6 +230,10 @@ def test_a_cell_of_other_weights_or_another_precision_is_another_one(tmp_path):
     ]
     # Where the weights are while it is rendered changes nothing: that one is there.
     assert len({name for [name] in names[:3]}) == 3 and names[3] == []
+
+
+def test_a_grid_of_too_many_rows_or_columns_is_no_video():
+    assert is_legible(55, 97) and not is_legible(56, 1) and not is_legible(1, 98)
 
 
 def test_a_grid_of_too_many_videos_has_its_page(tmp_path, monkeypatch):

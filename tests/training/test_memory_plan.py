@@ -1,6 +1,7 @@
 """A training gets the memory plan that fits the free memory, or is refused with settings that fit."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mochi_tune.errors import ConfigError, TrainingError
 from mochi_tune.models.dit import DiTConfig
 from mochi_tune.parallel.forecast import GIB, SPARE_BYTES, Step
 from mochi_tune.training import preflight, run
-from mochi_tune.training.memory_plan import arrange, explain_out_of_memory
+from mochi_tune.training.memory_plan import PLACES, arrange, explain_out_of_memory
 
 STEP = Step(DiTConfig(), 7 * 1590, 71_000_000)
 
@@ -71,6 +72,12 @@ def test_out_of_memory_of_the_eval_prompts_is_not_laid_on_the_step():
     text = str(explained.value)
     assert "while T5 encoded the eval prompts" in text and "train.sample_every=0" in text
     assert "recompute" not in text and "held are" not in text
+
+
+def test_the_places_of_out_of_memory_errors_are_functions_of_the_training():
+    package = Path(run.__file__).parents[1]
+    source = "".join(path.read_text() for room in ("training", "weights") for path in (package / room).glob("*.py"))
+    assert [name for name in PLACES if f"def {name}(" not in source] == []
 
 
 def test_out_of_memory_says_where_what_was_held_and_what_to_change():

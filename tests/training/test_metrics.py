@@ -114,9 +114,10 @@ def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n')
-    with pytest.raises(TrainingError, match="line 2 is no row"):
-        Metrics(tmp_path, last_step=1)
+    for line in ("hello", '{"step": null}', "[1]"):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
+        with pytest.raises(TrainingError, match="line 2 is no row"):
+            Metrics(tmp_path, last_step=1)
 
 
 def test_a_row_that_finds_no_space_waits_and_no_file_ends_with_a_half(tmp_path):

@@ -134,6 +134,7 @@ def test_strata_are_each_hit_once(count):
     assert drawn.dtype == torch.float32
     assert (drawn * count).floor().tolist() == permutation.tolist()
     assert sorted((drawn * count).long().tolist()) == list(range(count))
+    assert stratify(torch.full((count,), 1 - 2**-24), permutation).max() < 1
 
 
 def test_a_stratified_number_is_uniform_over_its_permutations():

@@ -49,6 +49,9 @@ def test_a_video_whose_adapter_has_changed_is_not_made_again_without_a_word(tmp_
     assert "changed since this video was made: runs/cups/adapter.safetensors: " in again(video, *settings)[0]
     (run / "start.mp4").write_text("new")
     assert "adapter.safetensors, runs/cups/start.mp4: " in again(video, *settings)[0]
+    record["adapters"] = adapters * 2
+    (run / "samples" / "a.json").write_text(json.dumps(record))
+    assert "a.mp4 has 6 adapters, and this page takes 4" in again(video, *settings)[0]
 
 
 def test_finished_grids_are_linked(tmp_path):
