@@ -113,6 +113,12 @@ def _find_named(folder: Path, wanted: set[str]) -> dict[Path, dict[str, Path]]:
     return found
 
 
+def find_other_tables(folder: Path, videos: Iterable[Path]) -> list[Path]:
+    """Returns the files of a folder that may be tables but are not read, as their names are not those of tables."""
+    stems = {*_TABLE_STEMS, *(video.stem for video in videos)}
+    return sorted(p for p in folder.glob("*") if p.suffix.lower() in _TABLE_SUFFIXES and p.stem not in stems)
+
+
 def _find_tables(folder: Path) -> dict[Path, Path]:
     tables = {}
     for parent, names in _find_named(
@@ -294,6 +300,9 @@ def _json_list(path: Path, text: str) -> list[Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}): correct it.") from None
+    if isinstance(value, dict) and not any(key in _FILE_KEYS for key in value):
+        # diffusion-pipe's captions.json maps names to captions.
+        value = [{_FILE_KEYS[0]: name, CAPTION_KEYS[0]: captions} for name, captions in value.items()]
     if not isinstance(value, list):
         raise DataError(
             f"{path}: is not a list of objects, each with one of {', '.join(_FILE_KEYS)} and one of "

@@ -152,10 +152,10 @@ def main(settings: Filter) -> int:
 
 
 def undo(settings: Filter) -> int:
-    """Moves all clips back that `filter` has moved; returns the exit code, 1 if some were not found.
+    """Moves the clips back that `filter` has moved; returns the exit code, 1 if some were not found or stay.
 
     Raises:
-        DataError: nothing was moved, or another file is at an original path.
+        DataError: nothing was moved.
         OSError: writing failed.
     """
     table = settings.report / _MOVED
@@ -169,12 +169,19 @@ def undo(settings: Filter) -> int:
             return 0
         if not rows:
             raise DataError(f"{table} lists no moved files: there is nothing to undo.")
-        count, absent = undo_moves(table, rows)
+        count, absent, stayed = undo_moves(table, rows)
+        for reason in stayed:
+            tqdm.write(printable(reason))
         tqdm.write(f"{settings.videos}: {count} files were moved back")
+        if stayed:
+            tqdm.write(
+                f"{counted(len(stayed), 'file')} not moved back: {table} still lists them; move the files at their "
+                "original paths away and run the same command again"
+            )
         if absent:
             lost = printable(f"{counted(len(absent), 'file')} not found ({some(absent)})")
             tqdm.write(f"{lost}: {table} still lists them; restore them and run the same command again")
-    return 1 if absent else 0
+    return 1 if absent or stayed else 0
 
 
 def _measure_all(path: Path, clips: Mapping[str, Path], child: WatchedProcess) -> dict[str, Scores | str]:

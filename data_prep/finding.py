@@ -19,6 +19,8 @@ _CAPTION_SUFFIXES = (".txt", ".caption", ".csv", ".tsv", ".jsonl", ".json")
 STILL = "is a still picture, which data.buckets=auto uses"
 # Reason why a file of another kind is not used.
 UNKNOWN = "is not a known video format"
+# Reason why the videos are skipped that genmo's trainer writes next to clips, to show what its VAE makes of them.
+_RECONSTRUCTION, RECONSTRUCTED = ".recon.mp4", "is a reconstruction that genmo's trainer wrote, not a clip"
 # `init` writes it next to the clips, and datasets come with one.
 _README = "README.md"
 # Settings with which a training uses stills.
@@ -77,6 +79,8 @@ def list_videos(
 
     def is_wanted(path: str) -> bool:
         suffix = suffix_of(path)
+        if path.lower().endswith(_RECONSTRUCTION):
+            return False
         # WebP may be a video or a still: read the header if that decides.
         return suffix in suffixes or (with_animations and suffix == _ANIMATED_SUFFIX and is_animation(path))
 
@@ -91,8 +95,8 @@ def find_unused(folder: Path, used: Iterable[Path]) -> dict[Path, str]:
     taken, unused, closed = set(used), {}, {}
     for path in _files(folder, lambda path: suffix_of(path) not in _CAPTION_SUFFIXES, closed):
         if path not in taken and path.name != _README:
-            is_still = path.suffix.lower() in _IMAGE_SUFFIXES
-            unused[path] = f"{path}: {STILL if is_still else UNKNOWN}"
+            why = STILL if path.suffix.lower() in _IMAGE_SUFFIXES else UNKNOWN
+            unused[path] = f"{path}: {RECONSTRUCTED if path.name.lower().endswith(_RECONSTRUCTION) else why}"
     return unused | {Path(path): f"{path}: {why}" for path, why in closed.items()}
 
 

@@ -12,6 +12,7 @@ from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.sources import Source, read_sources
 from mochi_tune.data.cache import PARTS_FOLDER
 from mochi_tune.data.rows import CacheSettings, Row, make_row
+from mochi_tune.data_prep.caption_tables import find_other_tables
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
@@ -120,16 +121,20 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         orphans += alone
         for path, why in unused.items():
             inputs.unused[clip_name(source.name, folder, path)] = as_utf8(why)
-    _check_captions(data, without, orphans, len(inputs.files))
+    _check_captions(data, without, orphans, inputs)
     return inputs
 
 
-def _check_captions(data: DataConfig, without: list[str], orphans: list[str], num_clips: int) -> None:
+def _check_captions(data: DataConfig, without: list[str], orphans: list[str], inputs: Inputs) -> None:
     if without and not data.allow_empty_captions:
         # The usual cause is a typo in a file's name; showing both names makes it visible.
         typos = f"; captions without a video: {some(orphans)}" if orphans else ""
-        where = ", ".join(str(source.folder) for source in read_sources(data))
-        found = printable(f"{counted(num_clips, 'clip')} in {where} ({some(without)}{typos})")
+        folders = [source.folder for source in read_sources(data)]
+        videos = [file.path for file in inputs.files.values()]
+        if others := [path for folder in folders for path in find_other_tables(folder, videos)]:
+            typos += f"; {others[0].name} is not read: name a table of captions metadata{others[0].suffix}"
+        where = ", ".join(map(str, folders))
+        found = printable(f"{counted(len(videos), 'clip')} in {where} ({some(without)}{typos})")
         raise DataError(
             f"without a caption (missing or empty): {len(without)} of {found}: write each one's caption into a .txt "
             "file of its name, or set data.allow_empty_captions=true to train without them."

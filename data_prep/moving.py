@@ -137,33 +137,54 @@ def _pending(table: Path) -> Path:
     return table.with_name(_PENDING)
 
 
-def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str]]:
-    """Moves all files of the table back, clips first.
+def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str], list[str]]:
+    """Moves the files of the table back, clips first.
 
-    The table keeps the rows of files that are neither at the new nor at the original path, for example on a disk that
-    is not mounted. An empty table is kept, and shows that everything was undone.
+    A clip and its captions stay where they are if another file is at the original path of one of them. The table keeps
+    their rows, and those of files that are neither at the new nor at the original path, for example on a disk that is
+    not mounted. An empty table is kept, and shows that everything was undone.
 
     Returns:
-        The number of moved files, and the new paths at which files were not found.
+        The number of moved files, the new paths at which files were not found, and the reason for each file that stays.
 
     Raises:
-        DataError: another file is at an original path; the table is not changed.
         OSError: writing failed.
     """
-    count, absent = 0, []
+    clips: dict[tuple[Path, Path, str], list[Moved]] = {}
     for row in reversed(rows):
-        if Path(row.moved).exists():
-            move_file(Path(row.moved), Path(row.original))
-            count += 1
-        elif not Path(row.original).exists():
-            absent.insert(0, row)
-    if len(absent) < len(rows):
+        # The same clip may have been moved twice, to different folders.
+        folder, moved = Path(row.original).parent, Path(row.moved)
+        clips.setdefault((folder, moved.parent, stem_of(moved.name)), []).append(row)
+    count, absent, stayed = 0, set[Moved](), dict[Moved, str]()
+    for files in clips.values():
+        taken = [row for row in files if Path(row.moved).exists() and _is_taken(Path(row.moved), Path(row.original))]
+        for row in files:
+            if not Path(row.moved).exists():
+                if not Path(row.original).exists():
+                    absent.add(row)
+            elif taken:
+                is_this = row in taken
+                why = f"{row.original} exists already" if is_this else f"{taken[0].moved} stays, which belongs to it"
+                stayed[row] = f"{row.moved}: was not moved back, as {why}"
+            else:
+                move_file(Path(row.moved), Path(row.original))
+                count += 1
+    kept = [row for row in rows if row in absent or row in stayed]
+    if len(kept) < len(rows):
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
-        writer.writerows(_written(table, row) for row in absent)
+        writer.writerows(_written(table, row) for row in kept)
         write_atomic(table, text.getvalue().encode(errors="surrogateescape"), durable=True)
-    return count, [row.moved for row in absent]
+    return count, [row.moved for row in rows if row in absent], [stayed[row] for row in rows if row in stayed]
+
+
+def _is_taken(source: Path, target: Path) -> bool:
+    """Whether something other than the source or a copy of it is at the target."""
+    if not os.path.lexists(target):
+        return False
+    # A copy of the source: an earlier run was stopped before it removed the source.
+    return not target.is_file() or not (os.path.samefile(source, target) or file_sha256(source) == file_sha256(target))
 
 
 def move_file(source: Path, target: Path) -> None:
@@ -178,8 +199,7 @@ def move_file(source: Path, target: Path) -> None:
         # Unlike a rename, a link never replaces an existing file.
         os.link(source, target)
     except FileExistsError:
-        # The same file: an earlier run was stopped before it removed the original.
-        if not os.path.samefile(source, target) and file_sha256(source) != file_sha256(target):
+        if _is_taken(source, target):
             raise DataError(f"{target}: exists already, so {source} was not moved: move one of them away.") from None
     except OSError as error:
         if target.exists():

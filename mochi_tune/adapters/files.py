@@ -79,6 +79,7 @@ __all__ = [
 # Number of blocks of Mochi 1.
 _OFFICIAL_BLOCKS = 48
 FORMATS = ("official", "diffusers", "comfyui", "kohya", "native")
+_OTHER_NAMES = {"genmo": "official", "mochi": "official", "peft": "diffusers", "hf": "diffusers", "a1111": "kohya"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Metadata of one layout, which a conversion does not carry over.
@@ -127,7 +128,7 @@ def check_format(to: str) -> None:
         ConfigError: `to` is not one of FORMATS.
     """
     if to not in FORMATS:
-        nearest = difflib.get_close_matches(to, FORMATS, n=1, cutoff=0.0)[0]
+        nearest = _OTHER_NAMES.get(to) or difflib.get_close_matches(to, FORMATS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"to={to} is not an adapter format; those are {', '.join(FORMATS)}: use {nearest}.")
 
 

@@ -1,12 +1,17 @@
 """Low-rank layers by official and by diffusers' names, and exact conversions between the two."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mochi_tune.errors import CheckpointError, some
+from mochi_tune.errors import CheckpointError, ConfigError, some
+
+if TYPE_CHECKING:
+    from mochi_tune.adapters.lora import LayerSettings
 
 # The layers of a block by official name, with the diffusers modules that hold their rows, in order.
 DIFFUSERS_KINDS = {
@@ -292,3 +297,38 @@ def _attention_shapes(layers: dict[str, LoraLayer]) -> dict[str, tuple[int, int]
         "attn.proj_x": (dim_x, dim_x),
         "attn.proj_y": (dim_y, dim_x),
     }
+
+
+def check_start(
+    layers: Mapping[str, LoraLayer], settings: Mapping[str, "LayerSettings"], dora: bool, file: str
+) -> None:
+    """Refuses an adapter that training with these settings cannot start from; compares sizes only.
+
+    Args:
+        layers: layers of the adapter, which fits the base.
+        settings: settings of each layer to train, by name.
+        dora: whether magnitudes are trained.
+        file: name of the adapter for the message.
+
+    Raises:
+        ConfigError: the layers differ, a rank is below that of the file, or the adapter is a DoRA and `dora` is False.
+    """
+    if other := [name for name in layers if not is_attention_or_mlp(name)]:
+        raise ConfigError(
+            f"lora.init_from: {file} has {some(other)}, and training adapts attention and MLP layers only: start "
+            "from a file of such layers."
+        )
+    if alien := [name for name in layers if name not in settings]:
+        raise ConfigError(f"lora.init_from: {file} has {some(alien)}, which lora.targets leave out: add them there.")
+    if missing := [name for name in settings if name not in layers]:
+        raise ConfigError(
+            f"lora.init_from: {file} has no {some(missing)}, which lora.targets choose: choose only what the file has."
+        )
+    if large := [name for name, layer in layers.items() if layer.rank > settings[name].rank]:
+        name, rank = large[0], max(layer.rank for layer in layers.values())
+        raise ConfigError(
+            f"lora.init_from: {file} has rank {layers[name].rank} in {name}, which would be trained at rank "
+            f"{settings[name].rank}: use lora.rank={rank} or more, or a lora.rank_pattern for such layers."
+        )
+    if any(layer.magnitude is not None for layer in layers.values()) and not dora:
+        raise ConfigError(f"lora.init_from: {file} is a DoRA: use lora.dora=true.")

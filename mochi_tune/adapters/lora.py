@@ -126,14 +126,14 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
         dora: whether to train the norm of each row of an adapted weight too, starting from its current norm.
 
     Raises:
-        ConfigError: the model already has a trainable adapter.
+        ConfigError: the model has no such layer, or already has a trainable adapter.
     """
+    if unknown := settings.keys() - all_linear_shapes(dit).keys():
+        raise ConfigError(f"the model has no Linear {some(sorted(unknown))}: choose layers of `linear_shapes`.")
     if any(TRAINED in module.lora_A for module in _peft_layers(dit)):
         raise ConfigError("the model already has a trainable adapter: reload the model to add another one.")
     dit.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _inject(dit, TRAINED, {layer: (each.rank, each.plain_alpha) for layer, each in settings.items()}, dora)
+    _inject(dit, TRAINED, {layer: (each.rank, each.plain_alpha) for layer, each in settings.items()}, dora, seed)
     for layer, each in settings.items():
         module = _peft_layer(dit, layer)
         if each.dropout:
@@ -144,39 +144,6 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
     _activate_all(dit)
     for parameter in lora_parameters(dit).values():
         parameter.requires_grad_(True)
-
-
-def check_start(layers: Mapping[str, LoraLayer], settings: Mapping[str, LayerSettings], dora: bool, file: str) -> None:
-    """Refuses an adapter that training with these settings cannot start from; compares sizes only.
-
-    Args:
-        layers: layers of the adapter, which fits the base.
-        settings: settings of each layer to train, by name.
-        dora: whether magnitudes are trained.
-        file: name of the adapter for the message.
-
-    Raises:
-        ConfigError: the layers differ, a rank is below that of the file, or the adapter is a DoRA and `dora` is False.
-    """
-    if other := [name for name in layers if not is_attention_or_mlp(name)]:
-        raise ConfigError(
-            f"lora.init_from: {file} has {some(other)}, and training adapts attention and MLP layers only: start "
-            "from a file of such layers."
-        )
-    if alien := [name for name in layers if name not in settings]:
-        raise ConfigError(f"lora.init_from: {file} has {some(alien)}, which lora.targets leave out: add them there.")
-    if missing := [name for name in settings if name not in layers]:
-        raise ConfigError(
-            f"lora.init_from: {file} has no {some(missing)}, which lora.targets choose: choose only what the file has."
-        )
-    if large := [name for name, layer in layers.items() if layer.rank > settings[name].rank]:
-        name, rank = large[0], max(layer.rank for layer in layers.values())
-        raise ConfigError(
-            f"lora.init_from: {file} has rank {layers[name].rank} in {name}, which would be trained at rank "
-            f"{settings[name].rank}: use lora.rank={rank} or more, or a lora.rank_pattern for such layers."
-        )
-    if any(layer.magnitude is not None for layer in layers.values()) and not dora:
-        raise ConfigError(f"lora.init_from: {file} is a DoRA: use lora.dora=true.")
 
 
 @torch.no_grad()
@@ -218,14 +185,14 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
     """
     _check_fit(dit, layers, name)
     dit.requires_grad_(False)
-    _inject(dit, name, {layer: (each.rank, strength * each.alpha) for layer, each in layers.items()}, dora=False)
+    _inject(dit, name, {layer: (each.rank, strength * each.alpha) for layer, each in layers.items()})
     _fill(dit, layers, name, strength)
     _activate_all(dit)
 
 
 def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str) -> None:
     """Refuses an adapter that `apply_adapter` cannot add; raises the same errors."""
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+    if name in ("", TRAINED) or "." in name or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"an adapter cannot have the name {name!r}: use another word without dots, such as style.")
     shapes = {
         layer: (module.out_features, module.in_features)
@@ -254,10 +221,18 @@ def change_adapters(dit: nn.Module, adapters: Mapping[str, tuple[Mapping[str, Lo
     Args:
         dit: model with exactly these adapters from `apply_adapter`.
         adapters: layers and strength by adapter name; the same layers and ranks as in the model.
+
+    Raises:
+        CheckpointError: an adapter in the model has other layers or ranks. The model is unchanged then.
     """
+    for name, (layers, _) in adapters.items():
+        ranks = {path: m.r[name] for path, m in dit.named_modules() if name in getattr(m, "lora_A", ())}
+        if wrong := [x for x in ranks | layers if ranks.get(x) != getattr(layers.get(x), "rank", None)]:
+            raise CheckpointError(f"{name!r} has other layers or ranks than the model: {some(wrong)}.")
     for module in dit.modules():
         if isinstance(module, StretchedLinear):
             module.lora_stretch.data.fill_(1)
+            module.changes.clear()
     for name, (layers, strength) in adapters.items():
         _fill(dit, layers, name, strength)
 
@@ -337,7 +312,9 @@ def _by_pattern(setting: str, layers: Sequence[str], patterns: Mapping[str, Numb
     return {layer: patterns[pattern] for layer, pattern in found.items()}
 
 
-def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], dora: bool) -> None:
+def _inject(
+    dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], dora: bool = False, seed: int | None = None
+) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -346,11 +323,14 @@ def _inject(dit: nn.Module, name: str, layers: Mapping[str, tuple[int, float]], 
         alpha_pattern={f"^{re.escape(layer)}": alpha for layer, (_, alpha) in layers.items()},
         use_dora=dora,
     )
-    with warnings.catch_warnings():
+    # peft draws random weights.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # peft warns of a second adapter, which is intended here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         # peft warns that adapters on 8-bit weights cannot be merged, which is never done here.
         warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
+        if seed is not None:
+            torch.manual_seed(seed)
         inject_adapter_in_model(config, dit, adapter_name=name)
     for layer in layers:
         module = _peft_layer(dit, layer)

@@ -47,6 +47,7 @@ SYNONYMS = {
     "max_steps": ["train.steps"],
     "max_train_steps": ["train.steps"],
     "steps": ["train.steps"],
+    "num_steps": ["train.steps"],
     "batch": ["train.batch_size"],
     "train_batch_size": ["train.batch_size"],
     "gradient_accumulation_steps": ["train.accumulation_steps"],
@@ -77,12 +78,18 @@ SYNONYMS = {
     "id_token": ["data.caption_prefix"],
     "output_dir": ["run_dir"],
     "out_dir": ["run_dir"],
+    "checkpoint_dir": ["run_dir"],
+    "init_checkpoint_path": ["model.weights"],
+    "qkv_proj_lora_rank": ["lora.rank"],
     "mixed_precision": ["model.dtype"],
     "fp8_base": ["model.precision=fp8"],
     "blocks_to_swap": ["memory=16gb"],
     "gradient_checkpointing": ["train.recompute=block"],
     "activation_checkpointing": ["train.recompute=block"],
+    "grad_clip": ["train.max_grad_norm"],
+    "max_norm": ["train.max_grad_norm"],
     "save_every": ["train.checkpoint_every"],
+    "save_interval": ["train.checkpoint_every"],
     "save_every_n_steps": ["train.checkpoint_every"],
     "checkpointing_steps": ["train.checkpoint_every"],
     "validation_steps": ["train.validate_every"],
@@ -235,11 +242,16 @@ def as_yaml(value: Any) -> str:
     return str(value) if str(value).isprintable() else ascii(value)
 
 
+def _sections_of(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """Returns a hint: the known key most similar to `key`, or where all are listed."""
     known = list(known)
     section, _, word = key.rpartition(".")
-    if word in SYNONYMS and section in ("", *{other.partition(".")[0] for other in SYNONYMS[word]}):
+    # In a section of ours, a setting of that section may be meant.
+    if word in SYNONYMS and (section not in sections() or section in ("", *_sections_of(SYNONYMS[word]))):
         return f"; did you mean {' and '.join(SYNONYMS[word])}?"
     if word in UNNEEDED:
         return "; leave it out: `prepare` caches latents and captions."

@@ -57,6 +57,19 @@ class Encoding:
 MP4, PNG = Encoding(), Encoding("png", None, None)
 
 
+def encoding_of(path: Path) -> Encoding:
+    """Returns the default encoding of a file's suffix.
+
+    Raises:
+        ConfigError: no format has this suffix.
+    """
+    name = path.suffix.lower().removeprefix(".")
+    if name not in FORMATS:
+        raise ConfigError(f"{path}: no format has this suffix: use {', '.join(f'.{each}' for each in FORMATS)}.")
+    codec = next(iter(FORMATS[name]), None)
+    return Encoding(name, codec, None if codec is None else CODECS[codec].default_crf)
+
+
 def choose_encoding(sample: SampleConfig, num_frames: int) -> Encoding:
     """Returns the encoding of a video: by `format` or the suffix of `out`, else PNG for one frame and MP4 for more.
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mochi_tune.models.latents import latent_shape
+from mochi_tune.models.latents import check_geometry, latent_shape
 from mochi_tune.parallel.modulation import ModulationTable
 
 
@@ -132,7 +132,12 @@ PRESETS = {
 
 
 def draw_noise(seed: int, num_frames: int, height: int, width: int) -> Tensor:
-    """Draws the initial noise (1, C, T, h, w), fp32, on the CPU, so that it is the same for all devices."""
+    """Draws the initial noise (1, C, T, h, w), fp32, on the CPU, so that it is the same for all devices.
+
+    Raises:
+        ConfigError: the video cannot have this size.
+    """
+    check_geometry(num_frames, height, width)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, *latent_shape(num_frames, height, width), generator=generator, dtype=torch.float32)
 

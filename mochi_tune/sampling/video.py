@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mochi_tune.files import move_to_free_name, temporary_file
 from mochi_tune.models.latents import FPS
-from mochi_tune.sampling.formats import CODECS, MP4, Encoding
+from mochi_tune.sampling.formats import CODECS, Encoding, encoding_of
 from mochi_tune.sampling.pictures import write_pictures
 
 # Colour tags, without which players guess the colours by the size. ITU-T H.273 has the same number 1 for the matrix,
@@ -28,7 +28,7 @@ def write_video(
     frame_chunks: Iterable[Tensor],
     may_replace: bool = True,
     fps: int = FPS,
-    encoding: Encoding = MP4,
+    encoding: Encoding | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Writes a video from chunks of uint8 frames (F, H, W, 3); the file appears only when it is complete.
@@ -38,12 +38,16 @@ def write_video(
         frame_chunks: frames in order, with even height and width.
         may_replace: whether to replace an existing `path`; if False, the video gets a new name next to it.
         fps: frames per second.
-        encoding: format, codec and quality.
+        encoding: format, codec and quality; None for the default of the suffix.
         metadata: texts for the keys "title" and "comment", stored in the file.
 
     Returns:
         The path of the video.
+
+    Raises:
+        ConfigError: there is no encoding, and no format has the suffix.
     """
+    encoding = encoding or encoding_of(path)
     try:
         with temporary_file(path) as temporary:
             if encoding.codec is None:

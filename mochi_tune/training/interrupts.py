@@ -1,6 +1,7 @@
 """Signals that ask a program to stop, or to save."""
 
 import signal
+import threading
 import time
 
 # Seconds in which a repeated signal is ignored. Slurm and systemd signal every process of a job, and a launcher also
@@ -15,12 +16,15 @@ class Interrupted(Exception):
 class StopSignal:
     """Records the first SIGINT or SIGTERM, so that the current work can end in order.
 
-    Another signal more than REPEAT_SECONDS later ends the program.
+    Another signal more than REPEAT_SECONDS later ends the program. Only the main thread can receive signals: in another
+    one, nothing is recorded.
     """
 
     def __init__(self) -> None:
         self.received, self._received_at = 0, 0.0
-        self._former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        self._former = {number: signal.signal(number, self._receive) for number in numbers}
 
     def _receive(self, number: int, _frame: object) -> None:
         now = time.monotonic()
@@ -37,7 +41,7 @@ class StopSignal:
         self.release()
 
     def release(self) -> None:
-        """Restores the previous handlers of both signals."""
+        """Restores the previous handlers of the signals."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
@@ -48,14 +52,11 @@ class StopAndSaveSignals(StopSignal):
     def __init__(self) -> None:
         super().__init__()
         self._save_requested = False
-        self._former_save = signal.signal(signal.SIGUSR1, self._receive_save)
+        if self._former:
+            self._former[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._receive_save)
 
     def __enter__(self) -> "StopAndSaveSignals":
         return self
-
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        signal.signal(signal.SIGUSR1, self._former_save)
 
     def _receive_save(self, _number: int, _frame: object) -> None:
         self._save_requested = True

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mochi_tune.adapters.files import Adapter, check_adapter, load_adapter
-from mochi_tune.adapters.lora import LayerSettings, all_linear_shapes, check_start, linear_shapes
+from mochi_tune.adapters.layers import check_start
+from mochi_tune.adapters.lora import LayerSettings, all_linear_shapes, linear_shapes
 from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig

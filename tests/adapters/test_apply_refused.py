@@ -38,7 +38,7 @@ def test_layers_that_do_not_fit_the_model_change_nothing(layers, said, is_second
     assert "\n" not in str(caught.value) and list(dit.state_dict()) == before
 
 
-@pytest.mark.parametrize("name", ["my.lora", "", "keys", "training"])
+@pytest.mark.parametrize("name", ["my.lora", "", "keys", "training", "default"])
 def test_a_name_that_torch_cannot_take_is_refused(name):
     dit = golden_dit()
     before = list(dit.state_dict())
@@ -62,6 +62,21 @@ def test_a_model_has_one_trainable_adapter():
     apply_lora(dit, settings_of([LAYER], 2, 2.0, 0.0), seed=0)
     with pytest.raises(ConfigError, match="already has a trainable adapter: reload the model"):
         apply_lora(dit, settings_of(["blocks.1.attn.qkv_x"], 2, 2.0, 0.0), seed=0)
+
+
+def test_a_trainable_layer_that_is_not_there_leaves_the_model_as_it_is():
+    dit, one = golden_dit(), settings_of([LAYER], 2, 2.0, 0.0)[LAYER]
+    with pytest.raises(ConfigError, match=r"the model has no Linear blocks\.99\.attn\.qkv_x: choose layers"):
+        apply_lora(dit, {LAYER: one, "blocks.99.attn.qkv_x": one}, seed=0)
+    apply_lora(dit, {LAYER: one}, seed=0)
+
+
+def test_an_adapter_leaves_the_random_numbers_of_its_caller_alone():
+    adapted, trained = golden_dit(), golden_dit()
+    before = torch.get_rng_state()
+    apply_adapter(adapted, {LAYER: ONE}, "style")
+    apply_lora(trained, settings_of([LAYER], 2, 2.0, 0.0), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_modulation_in_host_memory_is_named_as_the_reason():

@@ -9,8 +9,8 @@ from helpers_adapters import CONFIG, GOLDEN, MIXED, assert_same_change, base_wei
 from safetensors.torch import load_file
 
 from mochi_tune.adapters.files import Adapter, LoraLayer, check_adapter, load_adapter, save_adapter
-from mochi_tune.adapters.layers import OUTER_MODULES, kind_of, split_layers
-from mochi_tune.adapters.lora import all_linear_shapes, apply_adapter, check_start, switch_adapters
+from mochi_tune.adapters.layers import OUTER_MODULES, check_start, kind_of, split_layers
+from mochi_tune.adapters.lora import all_linear_shapes, apply_adapter, switch_adapters
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.weights.key_map import diffusers_map
 

@@ -6,10 +6,10 @@ from helpers_adapters import ALL, ATTENTION, MIXED, random_adapter, settings_of,
 from helpers_golden import GOLDEN, TOLERANCE, golden_dit, relative_error, vectors
 
 from mochi_tune.adapters.files import load_adapter, save_adapter
+from mochi_tune.adapters.layers import check_start
 from mochi_tune.adapters.lora import (
     apply_adapter,
     apply_lora,
-    check_start,
     linear_shapes,
     load_start_adapter,
     lora_parameters,

@@ -1,11 +1,15 @@
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers_adapters import random_adapter, with_magnitudes
 from helpers_golden import golden_dit, relative_error, vectors
 from torch._dynamo.utils import counters
 
-from mochi_tune.adapters.lora import apply_adapter
+from mochi_tune.adapters.lora import apply_adapter, change_adapters
 from mochi_tune.adapters.scaling import AdapterScaling
+from mochi_tune.errors import CheckpointError
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.sampling.render import Setup, prepare_dit
 
@@ -111,3 +115,26 @@ def test_factors_can_be_set_one_by_one_or_together():
             scaling.set(factors)
         outs.append(dit(*INPUTS))
     assert torch.equal(*outs)
+
+
+@torch.no_grad()
+def test_a_dora_that_a_lora_replaces_leaves_nothing_behind():
+    dora, lora = with_magnitudes(random_adapter(seed=2)).layers, random_adapter(seed=1).layers
+    changed, fresh = golden_dit(), golden_dit()
+    apply_adapter(changed, dora, "a")
+    change_adapters(changed, {"a": (lora, 1.0)})
+    AdapterScaling(changed, ["a"]).set({"a": 0.5})
+    apply_adapter(fresh, lora, "a", 0.5)
+    assert relative_error(changed(*INPUTS), fresh(*INPUTS)) <= 2e-5
+
+
+def test_an_adapter_of_other_ranks_or_layers_is_no_replacement():
+    dit, layers = golden_dit(), random_adapter().layers
+    apply_adapter(dit, layers, "a")
+    before = dit(*INPUTS)
+    first = next(iter(layers))
+    narrow = replace(layers[first], a=layers[first].a[:1], b=layers[first].b[:, :1])
+    for other in ({**layers, first: narrow}, {name: layers[name] for name in layers if name != first}):
+        with pytest.raises(CheckpointError, match=f"'a' has other layers or ranks than the model: {re.escape(first)}"):
+            change_adapters(dit, {"a": (other, 1.0)})
+    assert torch.equal(dit(*INPUTS), before)

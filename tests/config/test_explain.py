@@ -33,6 +33,10 @@ KNOWN = [*known_keys(), *GROUPS]
         ("id_token", "data.caption_prefix"),
         ("blocks_to_swap", "memory=16gb"),
         ("fp8_base", "model.precision=fp8"),
+        ("num_steps", "train.steps"),
+        ("optimizer.lr", "train.learning_rate"),
+        ("train.grad_clip", "train.max_grad_norm"),
+        ("train.save_interval", "train.checkpoint_every"),
     ],
 )
 def test_words_of_other_trainers_lead_to_the_setting_that_does_it(word, meant):

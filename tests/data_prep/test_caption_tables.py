@@ -64,6 +64,13 @@ def test_json_lines_name_videos_relative_to_their_folder(folder, videos, key, fi
     assert _texts(folder, videos) == {"a.mp4": ("a cat asleep",), "sub/c.mkv": ("Käse",)}
 
 
+def test_a_json_file_maps_names_to_captions(folder, videos):
+    """The captions.json of diffusion-pipe."""
+    _write(folder / "captions.json", json.dumps({"a.mp4": ["a cat", "the cat"], "sub/c.mkv": "a dog"}))
+    found = {video.name: row.captions for video, [row] in read_tables(folder, videos).rows.items()}
+    assert found == {"a.mp4": ("a cat", "the cat"), "c.mkv": ("a dog",)}
+
+
 @pytest.mark.parametrize("name", ["metadata.json", "captions.json", "dataset.json", "METADATA.JSON"])
 def test_a_json_file_holds_a_list_of_rows(folder, videos, name):
     _write(folder / name, json.dumps([{"media_path": "a.mp4", "caption": "a cat"}]))
@@ -182,7 +189,7 @@ def test_a_table_that_names_no_video_is_an_error_that_shows_both_names(folder, v
         ("metadata.jsonl", '["a.mp4", "x"]', ["row 1", "names no video"]),
         ("metadata.jsonl", '{"text": "x"}', ["row 1", "names no video"]),
         ("metadata.jsonl", '{"file_name": 3, "text": "x"}', ["row 1", "names no video"]),
-        ("metadata.json", '{"a.mp4": "x"}', ["not a list of objects", "rename the file"]),
+        ("metadata.json", '{"file_name": "a.mp4", "text": "x"}', ["not a list of objects", "rename the file"]),
         ("metadata.json", "[", ["not JSON"]),
     ],
 )

@@ -291,7 +291,7 @@ def test_a_project_that_was_moved_or_copied_takes_its_table_along(tmp_path):
     (tmp_path / "first").rename(tmp_path / "second")
     for root in (tmp_path / "copy", tmp_path / "second"):
         table = root / "videos_filter" / "moved.csv"
-        assert undo_moves(table, read_moved(table)) == (2, [])
+        assert undo_moves(table, read_moved(table)) == (2, [], [])
         assert sorted(path.name for path in (root / "videos").iterdir()) == ["clip.mp4", "clip.txt"]
         assert read_moved(table) == []
 
@@ -305,6 +305,41 @@ def test_what_is_not_to_be_found_stays_in_the_table(tmp_path, capsys):
     assert row.original == str(tmp_path / "videos" / "clip.mp4") and (tmp_path / "videos" / "clip.txt").exists()
     (tmp_path / "elsewhere.mp4").rename(row.moved)
     assert undo(settings) == 0 and read_moved(table) == [] and (tmp_path / "videos" / "clip.mp4").exists()
+
+
+@pytest.mark.parametrize("taken", ["clip.mp4", "clip.txt"])
+def test_a_clip_whose_place_is_taken_stays_with_its_caption_and_the_others_go_back(tmp_path, capsys, taken):
+    table = moved(tmp_path)
+    away = tmp_path / "videos_filter" / "moved"
+    for name in ("a.mp4", "z.mp4"):
+        (tmp_path / "videos" / name).write_text(name)
+        move_clip(table, [(tmp_path / "videos" / name, away / name)], "black")
+    (tmp_path / "videos" / taken).write_text("another")
+    settings = Filter(tmp_path / "videos", tmp_path / "videos_filter")
+    for count in (2, 0):
+        assert undo(settings) == 1
+        told = capsys.readouterr().out
+        assert f"{away / taken}: was not moved back, as {tmp_path / 'videos' / taken} exists already\n" in told
+        assert f"{count} files were moved back\n2 files not moved back: {table} still lists them" in told
+        assert contents(away) == {"clip.mp4": "a clip.mp4", "clip.txt": "a clip.txt"}
+        assert contents(tmp_path / "videos") == {"a.mp4": "a.mp4", "z.mp4": "z.mp4", taken: "another"}
+        assert [Path(row.moved).name for row in read_moved(table)] == ["clip.txt", "clip.mp4"]
+    (tmp_path / "videos" / taken).rename(tmp_path / "another")
+    assert undo(settings) == 0 and read_moved(table) == [] and not contents(away)
+    assert sorted(contents(tmp_path / "videos")) == ["a.mp4", "clip.mp4", "clip.txt", "z.mp4"]
+
+
+def test_a_clip_that_was_moved_twice_comes_back_from_the_later_move(tmp_path):
+    table = moved(tmp_path)
+    clip, later = tmp_path / "videos" / "clip.mp4", tmp_path / "later" / "clip.mp4"
+    clip.write_text("second")
+    move_clip(table, [(clip, later)], "black")
+    count, absent, [reason, _] = undo_moves(table, read_moved(table))
+    assert (count, absent, clip.read_text()) == (1, [], "second") and "clip.mp4 stays" in reason
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
 
 
 def test_a_caption_goes_with_its_clip_however_an_accent_is_written(tmp_path):

@@ -88,3 +88,11 @@ def test_runs_and_caches_of_the_program_are_passed_over_unless_they_are_named(tm
         "runs/two": "runs/two: is a run of mochi-tune",
     }
     assert find_videos(tmp_path / "runs/one") == [tmp_path / "runs/one/samples/step_1.mp4"]
+
+
+def test_reconstructions_of_another_trainer_are_no_clips(tmp_path):
+    for name in ("a.mp4", "a.recon.mp4"):
+        (tmp_path / name).touch()
+    assert find_videos(tmp_path) == [tmp_path / "a.mp4"]
+    [why] = find_unused(tmp_path, [tmp_path / "a.mp4"]).values()
+    assert why.endswith("a.recon.mp4: is a reconstruction that genmo's trainer wrote, not a clip")

@@ -213,6 +213,10 @@ def test_a_caption_with_a_typo_in_its_name_is_named_with_the_clip_that_lacks_one
         prepare(config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False))
     assert "(bird.mp4; captions without a video: brid.txt)" in str(caught.value)
     assert "\n" not in str(caught.value)
+    (tmp_path / "videos" / "my_clips.jsonl").write_text('{"video_path": "bird.mp4", "caption": "a bird"}')
+    (tmp_path / "videos" / "bird.json").touch()
+    with pytest.raises(DataError, match=r"my_clips\.jsonl is not read: name a table of captions metadata\.jsonl\)"):
+        prepare(config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False))
 
 
 def test_captions_without_a_video_are_warned_of(tmp_path, capsys):

@@ -188,6 +188,15 @@ def test_a_file_contains_its_metadata_if_there_is_any(tmp_path, encoding):
     assert title.rstrip(" \0") == "käse & <wine>" and json.loads(comment) == {"prompt": "käse & <wine>", "seed": 3}
 
 
+def test_without_an_encoding_the_suffix_decides(tmp_path):
+    frames = torch.zeros(3, 32, 48, 3, dtype=torch.uint8)
+    starts = {".mp4": b"ftyp", ".webm": b"\x1aE\xdf\xa3", ".gif": b"GIF8", ".webp": b"RIFF"}
+    for suffix, start in starts.items():
+        assert start in write_video(tmp_path / f"a{suffix}", [frames]).read_bytes()[:12]
+    with pytest.raises(ConfigError, match=r"a\.mkv: no format has this suffix: use \.mp4, "):
+        write_video(tmp_path / "a.mkv", [frames])
+
+
 def test_quicktime_plays_hevc_and_the_index_knows_the_codecs(tmp_path):
     for codec, tag in (("h264", "avc1"), ("hevc", "hvc1"), ("av1", "av01")):
         path = write_video(tmp_path / f"{codec}.mp4", [flat_frames()], encoding=Encoding("mp4", codec, 20))

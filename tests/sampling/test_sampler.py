@@ -188,3 +188,10 @@ def test_values_are_spread_over_the_steps(values, start_sigma, expected):
     settings = SamplerSettings(5, 1.0, 0.1, own_sigmas=(1.0, 0.8, 0.6, 0.4, 0.2, 0.0), start_sigma=start_sigma)
     assert settings.spread(values) == expected
     assert replace(settings, steps=1, own_sigmas=(1.0, 0.0), start_sigma=1.0).spread(values[:1]) == [values[0]]
+
+
+def test_noise_is_of_sizes_that_the_models_have():
+    assert draw_noise(0, 37, 64, 96).shape == (1, 12, 7, 8, 12)
+    for size in ((36, 64, 96), (37, 60, 96), (-5, 64, 96)):
+        with pytest.raises(ConfigError, match="does not fit"):
+            draw_noise(0, *size)
