@@ -57,7 +57,8 @@ def test_imports_run_downward(path):
 def test_the_top_of_the_package_holds_rooms():
     entries = {p.name for p in (ROOT / "mochi_tune").iterdir() if p.name != "__pycache__"}
     assert {name for name in entries if name.endswith(".py")} == {"__init__.py", "errors.py", "files.py"}
-    assert {name for name in entries if not name.endswith(".py")} <= FLOORS.keys()
+    # py.typed says to type checkers that the package has type hints.
+    assert {name for name in entries if not name.endswith(".py")} <= FLOORS.keys() | {"py.typed"}
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(module_name(p)) == "models"], ids=module_name)
