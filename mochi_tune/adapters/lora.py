@@ -180,18 +180,21 @@ def apply_adapter(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, st
         strength: factor of the change; 1 is as trained.
 
     Raises:
-        ConfigError: `name` is not a valid module name, or a layer already has an adapter of this name.
+        ConfigError: `name` is not a valid module name, a layer already has an adapter of this name, or `strength` is
+            not finite.
         CheckpointError: a layer is not in the model, has another size there or is damaged. The model is unchanged then.
     """
-    _check_fit(dit, layers, name)
+    _check_fit(dit, layers, name, strength)
     dit.requires_grad_(False)
     _inject(dit, name, {layer: (each.rank, strength * each.alpha) for layer, each in layers.items()})
     _fill(dit, layers, name, strength)
     _activate_all(dit)
 
 
-def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str) -> None:
+def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, strength: float) -> None:
     """Refuses an adapter that `apply_adapter` cannot add; raises the same errors."""
+    if not math.isfinite(strength):
+        raise ConfigError(f"strength={strength} is not possible: use a finite number.")
     if name in ("", TRAINED) or "." in name or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"an adapter cannot have the name {name!r}: use another word without dots, such as style.")
     shapes = {

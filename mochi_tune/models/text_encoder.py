@@ -1,6 +1,8 @@
 """T5 features of prompts."""
 
+import contextlib
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,22 @@ T5_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 def load_tokenizer(folder: Path) -> Any:
     """Loads T5's tokenizer from its folder, without running code from the folder."""
     from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppresses the warnings of transformers, which are of no use to a user of this program."""
     from transformers.utils import logging
 
+    before = logging.get_verbosity()
     logging.set_verbosity_error()
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ class Step:
         needs_exact: whether the base's matrices must not be rounded, because a DoRA measures their rows.
         optimizer: `train.optimizer`.
         has_average: whether there is a moving average of the adapter.
+        weights: bytes of the DiT's weights, by purpose.
     """
 
     config: DiTConfig

@@ -17,7 +17,7 @@ class StepResult:
         clips: path of the clip of each sample.
         sigmas: noise level of each sample.
         stop_signal: the signal that asks for a stop, 0 for none.
-        save_requested: whether a process received SIGUSR1.
+        save_requested: whether a process received SIGUSR1, or noticed that the run folder was moved.
     """
 
     step: int

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mochi_tune.errors import CheckpointError
 from mochi_tune.files import read_json
 from mochi_tune.models.eight_bit import Int8WeightLinear
+from mochi_tune.models.text_encoder import quiet_transformers
 from mochi_tune.weights.fill import fill_model
 
 # T5 v1.1 XXL, which Mochi 1 was trained with. Source: its config.json, keys of the encoder.
@@ -97,10 +98,8 @@ def build_t5(config: dict[str, Any], write: Callable[[str, Tensor], object], dev
         dtype: dtype of the weights; torch.int8 holds the matrices of the blocks in 8 bits and computes in bf16.
     """
     from transformers import T5Config, T5EncoderModel
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    with torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         model: Any = T5EncoderModel(T5Config(**config, use_cache=False, is_encoder_decoder=False, dropout_rate=0.0))
     names = {name for name, _ in model.named_parameters()}
     assert names == t5_shapes(config).keys(), "the installed transformers has other names for the tensors of T5"

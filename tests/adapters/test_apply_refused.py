@@ -1,5 +1,6 @@
 """Adapters that cannot be applied are refused in one line, and the model does not change."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,11 @@ def test_a_name_that_torch_cannot_take_is_refused(name):
     with pytest.raises(ConfigError, match=f"an adapter cannot have the name '{name}': use another word"):
         apply_adapter(dit, {LAYER: ONE}, name)
     assert list(dit.state_dict()) == before
+
+
+def test_a_strength_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="strength=nan is not possible"):
+        apply_adapter(golden_dit(), {LAYER: ONE}, "style", math.nan)
 
 
 def test_an_adapter_is_not_added_twice_by_one_name():

@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers_diffusers import to_diffusers
 from helpers_golden import GOLDEN
-from helpers_weights import LOADERS, changes, copy_golden, official, refused
+from helpers_weights import LOADERS, TINY, changes, copy_golden, official, refused
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from mochi_tune import assets
 from mochi_tune.errors import CheckpointError
@@ -316,3 +317,13 @@ def test_an_opened_folder_reads_a_header_once_and_loads_separate_models(tmp_path
     (tmp_path / "dit.safetensors").write_bytes(b"damaged since")
     assert weights.dit_skeleton().config == skeleton.config
     assert "not a complete safetensors file" in refused(tmp_path, "dit")
+
+
+def test_loading_leaves_the_verbosity_of_transformers_as_it_was():
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity_info()
+        WeightsFolder(TINY).load_text_encoder(torch.device("cpu"), torch.float32)
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
