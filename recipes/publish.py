@@ -87,7 +87,7 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
         check_format(to)
     check_dtype(publication.dtype)
     if publication.repo and not is_repo(publication.repo):
-        raise ConfigError(f"push={publication.repo} is not possible: use owner/name, of letters, digits, - _ and .")
+        raise ConfigError(f"push={publication.repo} is not possible: use owner/name, of letters, digits, -, . and _.")
     if not out.is_dir() or any(out.iterdir()):
         command = upload_command(out, publication.repo, publication.is_private) if publication.repo else ""
         check_new(out, f" `{command}` uploads what is there." if command else "")

@@ -147,7 +147,7 @@ def explain(error: ValidationError, source: str, given: Mapping[str, str], secti
 def _explain_source(number: str, inner: list[str], details: ErrorDetails) -> str:
     """Explains an error at `inner` in an entry of data.sources."""
     where, name = f"data.sources[{number}]", ".".join(inner[:1])
-    if details["type"] == "missing":
+    if details["type"] in ("missing", "empty"):
         return f"{where} names no folder: write {{folder: NAME, ...}}."
     if details["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, SourceConfig.model_fields, n=1)
@@ -197,7 +197,10 @@ def _explain_value(setting: Setting, details: ErrorDetails, inner: list[str], gi
     if kind == "not_possible":
         return f"{got} is not possible: it must be {details['msg']}."
     if kind == "empty":
-        return f"{key} is empty: name {'one' if setting.type is str else 'one, or null'}."
+        where = got.rpartition("=")[0]
+        if inner and isinstance(setting.default, list):
+            return f"{where} is empty: write one, or leave it out."
+        return f"{where} is empty: name {'one' if setting.type is str else 'one, or null'}."
     return does_not_fit(got if given is None else f"{key}={given}", key)
 
 

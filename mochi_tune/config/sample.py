@@ -7,7 +7,8 @@ from pydantic import BeforeValidator, Field
 from mochi_tune.config.values import (
     Count,
     CountOrZero,
-    FileText,
+    FileName,
+    Name,
     NotNegative,
     Number,
     Positive,
@@ -36,7 +37,7 @@ class SampleConfig(Section):
     RESUME = "free"
 
     prompt: Text = setting("", "what to render")
-    prompts: FileText | None = setting(
+    prompts: FileName | None = setting(
         None, "instead of prompt: file.txt, one prompt per line, or file.jsonl, one object per line with its settings"
     )
     negative_prompt: Text = setting("", "prompt that guidance leads away from")
@@ -57,7 +58,7 @@ class SampleConfig(Section):
     compare: Literal["base"] | None = setting(
         None, "base: renders without and with the adapter, side by side in one video"
     )
-    adapter: Annotated[FileText | list[FileText] | None, BeforeValidator(_read_none)] = setting(
+    adapter: Annotated[FileName | list[FileName] | None, BeforeValidator(_read_none)] = setting(
         None,
         "file, folder or hub:OWNER/NAME[/FILE][@REVISION], or a list of these; none: the base; null: the run's "
         "adapter.safetensors",
@@ -76,13 +77,13 @@ class SampleConfig(Section):
     block_strength: dict[Text, Number] | list[dict[Text, Number]] = setting(
         {}, "further factors on the adapter by block, {0-15: 0.5, 47: 0}; [{0-15: 0.5}, {}] for several adapters"
     )
-    init_video: FileText | None = setting(
+    init_video: FileName | None = setting(
         None, "video or image to start from, cut and resized as by `prepare`; an image is shown in every frame"
     )
     init_strength: Annotated[Number, Field(ge=0, le=1)] = setting(
         0.8, "noise level added to init_video; 1: nothing of it is left; 0: only encoded and decoded by the VAE"
     )
-    out: FileText | None = setting(
+    out: FileName | None = setting(
         None, "file.mp4, .webm, .gif, .webp or .png, or a folder; null: new names in run_dir/samples"
     )
     format: Literal["mp4", "webm", "gif", "webp", "png"] | None = setting(
@@ -99,7 +100,7 @@ class SampleConfig(Section):
         "others 16",
     )
     metadata: bool = setting(True, "false: writes no prompt and no settings into the video; the .json always has them")
-    prompt_cache: Text = setting(
+    prompt_cache: Name = setting(
         "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, at most 4 MB per prompt"
     )
     save_latents: bool = setting(False, "true: writes the latents next to the video as .safetensors")

@@ -13,7 +13,6 @@ from mochi_tune.config.values import (
     Count,
     CountOrZero,
     FileName,
-    FileText,
     Name,
     NotNegative,
     Number,
@@ -24,6 +23,7 @@ from mochi_tune.config.values import (
     Share,
     Text,
     Whole,
+    check_folder_name,
     check_project,
     read_off,
     refuse_bool,
@@ -42,10 +42,10 @@ class ModelConfig(Section):
         "folder of the official files, a diffusers pipeline or ComfyUI's models; or one file with all models",
         "free",
     )
-    transformer: FileText | None = setting(None, "file or folder of the DiT alone; null: in model.weights", "free")
-    vae: FileText | None = setting(None, "file or folder of the VAE alone; null: in model.weights", "free")
-    text_encoder: FileText | None = setting(None, "file or folder of T5 alone; null: in model.weights", "free")
-    tokenizer: FileText | None = setting(
+    transformer: FileName | None = setting(None, "file or folder of the DiT alone; null: in model.weights", "free")
+    vae: FileName | None = setting(None, "file or folder of the VAE alone; null: in model.weights", "free")
+    text_encoder: FileName | None = setting(None, "file or folder of T5 alone; null: in model.weights", "free")
+    tokenizer: FileName | None = setting(
         None,
         "folder of T5's tokenizer; null: next to the weights or T5, or in their ComfyUI folder",
         "free",
@@ -125,7 +125,7 @@ class DataConfig(Section):
     )
     clip_stride: Count | None = setting(None, "for clips=slide: frames from one clip to the next; null: half of a clip")
     max_clips: Count | None = setting(None, "maximum number of clips per video; null: no limit")
-    preview: FileText | None = setting(
+    preview: FileName | None = setting(
         None, "folder for the cut clips as lossless .mkv, frame for frame as the VAE gets them; null: none"
     )
     allow_empty_captions: bool = setting(False, "true: clips without a caption are trained with the empty prompt")
@@ -257,7 +257,7 @@ class TrainConfig(Section):
     sample_every: CountOrZero = setting(
         200, "steps between eval videos, which take a `sample` per prompt; 0: never", "free"
     )
-    sample_prompts: list[Text] = setting(
+    sample_prompts: list[Name] = setting(
         [], """prompts of the eval videos; in a shell in single quotes, 'train.sample_prompts=["a cat"]'""", "free"
     )
 
@@ -273,7 +273,7 @@ class ParallelConfig(Section):
     engine: Literal["processes", "ray"] = setting(
         "processes", "for `prepare` and `sample`: what starts the workers; ray: pip install 'mochi-tune[ray]'"
     )
-    ray_address: FileText | None = setting(
+    ray_address: FileName | None = setting(
         None,
         "for parallel.engine=ray: the cluster, auto, HOST:PORT or ray://HOST:PORT; null: starts one here",
     )
@@ -356,7 +356,9 @@ class PublishConfig(Section):
 class RunConfig(Section):
     """The settings outside the sections."""
 
-    name: Name = setting("my_lora", "names the run folder, the cache and the adapter", "free")
+    name: Annotated[Name, AfterValidator(check_folder_name)] = setting(
+        "my_lora", "names the run folder, the cache and the adapter", "free"
+    )
     run_dir: FileName = setting(
         "runs/${name}",
         "folder of checkpoints, adapter, metrics and samples; model=toy: runs/${name}_toy",
@@ -367,7 +369,7 @@ class RunConfig(Section):
     resume: Literal["auto", "force"] = setting(
         "auto", "auto: the same command resumes the run; force: also with other settings, data or another torch", "free"
     )
-    resume_from: FileText | None = setting(
+    resume_from: FileName | None = setting(
         None, "checkpoint folder to resume from; later ones are moved aside; null: the newest complete one", "free"
     )
     model: ModelConfig

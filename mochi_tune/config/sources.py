@@ -124,7 +124,12 @@ def share_of_buckets(data: DataConfig) -> dict[Bucket, float]:
             f"data.bucket_shares refers to data.buckets, and the source {own[0]} has its own buckets: leave one of "
             "them out."
         )
-    listed = data.buckets if isinstance(data.buckets, list) else []
+    if not isinstance(data.buckets, list):
+        raise ConfigError(
+            "data.bucket_shares are of the sizes that data.buckets lists, and there is no such list: set data.buckets "
+            "to a list, or leave data.bucket_shares out."
+        )
+    listed = data.buckets
     if len(listed) != len(data.bucket_shares):
         raise ConfigError(
             f"data.bucket_shares has {len(data.bucket_shares)} numbers and data.buckets lists {len(listed)} sizes: "

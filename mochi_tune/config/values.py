@@ -36,6 +36,13 @@ def _check_not_blank(value: str) -> str:
     return value
 
 
+def check_folder_name(value: str) -> str:
+    """Refuses names of a run whose folders would be outside runs/ and cache/, or these folders themselves."""
+    if {".", ".."} & set(value.split("/")):
+        raise PydanticCustomError("not_possible", "a name such as my_lora, without . or .. as a folder")
+    return value
+
+
 def check_project(value: str) -> str:
     """Refuses project names that W&B or trackio would refuse."""
     if len(value) > 128 or set(value) & set("/\\#?%:"):
@@ -50,7 +57,7 @@ def is_repo(value: str) -> bool:
 
 def _check_repo(value: str) -> str:
     if not is_repo(value):
-        raise PydanticCustomError("not_possible", "owner/name, of letters, digits, - _ and .")
+        raise PydanticCustomError("not_possible", "owner/name, of letters, digits, -, . and _")
     return value
 
 
@@ -84,8 +91,7 @@ def read_off(value: Any) -> Any:
 
 Text = Annotated[str, BeforeValidator(_read_text), AfterValidator(_check_text)]
 Name = Annotated[Text, AfterValidator(_check_not_blank)]
-# A file or a folder; `~` is the home folder, as in a shell.
-FileText = Annotated[Text, AfterValidator(os.path.expanduser)]
+# A file or a folder; `~` is the home folder, as in a shell. An empty path would be the current folder.
 FileName = Annotated[Name, AfterValidator(os.path.expanduser)]
 Repo = Annotated[Text, AfterValidator(_check_repo)]
 Shard = Annotated[Text, AfterValidator(_check_shard)]

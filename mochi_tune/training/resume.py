@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mochi_tune.config.explain import as_yaml
 from mochi_tune.config.load import config_yaml
 from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
@@ -151,7 +152,8 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     before = {key: each.default for key, each in known_keys().items() if key in now and not each.is_required}
     before |= state["settings"]
     differing = [key for key in now if before.get(key) != now[key]]
-    texts = {key: f"{key} was {before.get(key)}, is {now[key]}" for key in differing if key != "data.sources"}
+    told = [key for key in differing if key != "data.sources"]
+    texts = {key: f"{key} was {as_yaml(before.get(key))}, is {as_yaml(now[key])}" for key in told}
     others = {}
     # A finished run does not need the order of clips.
     lacks_order = "order" not in state and state["step"] < now["train.steps"]

@@ -222,7 +222,7 @@ class Push:
         file = check_adapter(folder, self.adapter)
         repo = self.repo.strip()
         if not is_repo(repo):
-            raise ConfigError(f"push={repo} is not possible: use owner/name, of letters, digits, - _ and .")
+            raise ConfigError(f"push={repo} is not possible: use owner/name, of letters, digits, -, . and _.")
         if not self.formats:
             raise ConfigError("no format is chosen: choose diffusers, which most programs read.")
         for to in self.formats:

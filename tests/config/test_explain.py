@@ -3,8 +3,9 @@ import re
 import pytest
 
 from mochi_tune.config.explain import SYNONYMS, nearest
-from mochi_tune.config.load import packaged_folder
+from mochi_tune.config.load import load_config, packaged_folder
 from mochi_tune.config.settings import GROUPS, known_keys
+from mochi_tune.errors import ConfigError
 
 KNOWN = [*known_keys(), *GROUPS]
 
@@ -61,3 +62,29 @@ def test_each_synonym_is_of_a_setting_that_there_is():
         key, equals, value = name.partition("=")
         known = key in known_keys() and (not equals or value in known_keys()[key].choices)
         assert known or (key in GROUPS and (packaged_folder() / key / f"{value}.yaml").exists()), name
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        # `adapter=$UNSET` must not mean the current folder.
+        ("sample.adapter=", "sample.adapter is empty: name one, or null."),
+        ("sample.adapter=['']", "sample.adapter[0] is empty: name one, or null."),
+        ("sample.prompts=", "sample.prompts is empty: name one, or null."),
+        ("sample.init_video= ", "sample.init_video is empty: name one, or null."),
+        ("sample.out=", "sample.out is empty: name one, or null."),
+        ("sample.prompt_cache=", "sample.prompt_cache is empty: name one."),
+        ("data.preview=", "data.preview is empty: name one, or null."),
+        ("resume_from=", "resume_from is empty: name one, or null."),
+        ("model.transformer=", "model.transformer is empty: name one, or null."),
+        ("data.sources=[{folder: ''}]", "data.sources[0] names no folder"),
+        ("train.sample_prompts=['a cat', '']", "train.sample_prompts[1] is empty: write one, or leave it out."),
+        ("name=..", "name=.. is not possible: it must be a name such as my_lora, without . or .. as a folder."),
+        ("name=a/../../b", "without . or .. as a folder"),
+        ("publish.push=a", "publish.push=a is not possible: it must be owner/name, of letters, digits, -, . and _."),
+    ],
+)
+def test_an_empty_or_impossible_name_is_refused(override, text):
+    with pytest.raises(ConfigError) as caught:
+        load_config("my_lora", [override])
+    assert text in str(caught.value)

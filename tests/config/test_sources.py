@@ -61,7 +61,7 @@ def test_shares_belong_to_listed_buckets():
         ),
         (["data.sources=[{folder: a/x}, {folder: b/x}]"], "two folders with the name x"),
         (["data.sources=[{folder: a, weight: 1}, {folder: b}]"], "give either each source a weight or use repeats"),
-        (["data.bucket_shares=[1]"], "data.bucket_shares has 1 numbers and data.buckets lists 0 sizes"),
+        (["data.bucket_shares=[1]"], "set data.buckets to a list, or leave data.bucket_shares out."),
         (["data.clips=uniform"], "set data.max_clips=4"),
         (["data.clip_stride=5"], "data.clip_stride=5 does nothing without data.clips=slide"),
         (["data.max_frames=13"], "data.max_frames does nothing without data.buckets=auto"),

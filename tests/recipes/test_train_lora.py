@@ -173,7 +173,7 @@ def test_compiled_blocks_train_the_same_run_and_a_resume_may_leave_them_uncompil
     assert saved[0] == saved[1], "no name tells that the blocks were compiled"
     capsys.readouterr()
     assert train(tmp_path / "compiled", *more, "train.steps=4", "train.compile=false", "resume=force") == 0
-    assert "since step 3 train.compile was True, is False" in capsys.readouterr().out
+    assert "since step 3 train.compile was true, is false" in capsys.readouterr().out
 
 
 def test_it_learns_the_clips(tmp_path):

@@ -99,7 +99,7 @@ def test_each_process_of_a_machine_has_weights_of_its_own_in_host_memory(tmp_pat
 def test_a_run_goes_on_with_another_precision_by_force_only(tmp_path):
     assert train(tmp_path, *MORE, "model.dtype=bf16") == 0
     more = [*MORE, "model.dtype=bf16", "train.steps=5"]
-    with pytest.raises(TrainingError, match=r"model.precision was None, is fp8.*resume=force"):
+    with pytest.raises(TrainingError, match=r"model.precision was null, is fp8.*resume=force"):
         train(tmp_path, *more, "model.precision=fp8")
     assert train(tmp_path, *more, "model.precision=bf16", "resume=force") == 0, "as null"
     assert train(tmp_path, *more, "model.precision=fp8", "train.steps=6", "resume=force") == 0
