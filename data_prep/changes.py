@@ -24,12 +24,13 @@ MAX_BYTES = 2**30
 
 @dataclass
 class Changes:
-    """Names of files that have changed since `prepare`."""
+    """Names of files that have changed since `prepare`, and folders with clips of which the cache has none."""
 
     gone: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
 
 
 def describe_changes(data: DataConfig, seed: int, cache: Cache) -> list[str]:
@@ -64,7 +65,10 @@ def _compare(source: Source, data: DataConfig, seed: int, cache: Cache, changes:
     rows = cache.rows.tuples("source", "path", "captions", "source_sha256")
     own = {source.folder / path: (tuple(texts), sha256) for name, path, texts, sha256 in rows if name == source.name}
     videos = [path for path in own if path.exists()]
-    if not videos:  # The videos are on another machine.
+    if not videos:
+        # An empty folder is where the disk of another machine is mounted.
+        if own and list_videos(source.folder, source.takes_stills):
+            changes.others.append(source.folder)
         return
     found = load_captions(source.folder, videos, CaptionRules.from_config(data, source, seed))
     changes.gone += [path.name for path in own if not path.exists()]
@@ -108,6 +112,11 @@ def _new_files(source: Source, seen: set[str]) -> list[str]:
 def _lines(changes: Changes) -> list[str]:
     prepare, lines = "stop, run `mochi-tune prepare` with these settings, and train", []
     anew = f"{prepare} in another run_dir=DIR; this run continues with other clips only with resume=force"
+    for folder in changes.others:
+        lines.append(
+            f"none of the clips of the cache is in the folder {folder}, and this run trains on those of the cache: to "
+            f"train on the clips in {folder}, {anew}"
+        )
     if gone := changes.gone:
         is_are, it = ("is", "it") if len(gone) == 1 else ("are", "them")
         lines.append(

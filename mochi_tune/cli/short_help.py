@@ -83,11 +83,21 @@ def _is_setting(verb: str, word: str) -> bool:
 
     name = word.lstrip("-")
     return (
-        name in OWN.get(verb, ())
+        name in known_keys()
+        or name in OWN.get(verb, ())
         or word.startswith("-")
         or name in SYNONYMS
         or any(key.split(".")[-1] == name for key in known_keys())
     )
+
+
+def _can_have_spaces(verb: str, argument: str) -> bool:
+    """Whether the value of a key=value may be a part of a text with spaces, such as a prompt."""
+    from mochi_tune.config.settings import known_keys
+
+    key = argument.partition("=")[0]
+    setting = known_keys().get(f"sample.{key}" if verb == "sample" and key not in known_keys() else key)
+    return key in OWN.get(verb, ()) or (setting is not None and setting.takes_text and not setting.choices)
 
 
 def short_help(verb: str) -> str:
@@ -129,8 +139,8 @@ def check_form(verb: str, arguments: Sequence[str]) -> None:
         key, equals, value = argument.lstrip("-").partition("=")
         before = arguments[number - 1] if number else ""
         follower = arguments[number + 1] if number + 1 < len(arguments) else ""
-        if "=" in before and not before.startswith("-") and not _is_setting(verb, argument):
-            words = itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), arguments[number:])
+        words = itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), arguments[number:])
+        if "=" in before and _can_have_spaces(verb, before) and not _is_setting(verb, argument):
             name, _, value = " ".join([before, *words]).partition("=")
             raise ConfigError(f'{argument!r} stands alone: put quotes around a value with spaces, {name}="{value}".')
         has_follower = follower and "=" not in follower and not follower.startswith("-")
@@ -147,7 +157,7 @@ def check_form(verb: str, arguments: Sequence[str]) -> None:
         if not has_conf:
             meant = f"conf={argument}"
         elif verb == "sample":
-            meant = f"prompt={argument}"
+            meant = f"prompt={' '.join(words)}"
         else:
             continue
         meant = shlex.quote(meant)

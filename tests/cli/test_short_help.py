@@ -20,6 +20,13 @@ from mochi_tune.errors import ConfigError
         ("train", ["--blocks_to_swap", "20"], "did you mean memory=16gb?"),
         ("train", ["--no_such_word", "3"], "no_such_word is not a setting; --help all lists them."),
         ("train", ["--no_such_word=3"], "no_such_word is not a setting; --help all lists them."),
+        # A word after conf= or a number is not a part of its value.
+        ("train", ["train.steps", "5"], "'train.steps' has no value: settings are written key=value; did you mean "),
+        ("sample", ["a", "red", "square"], "did you mean 'prompt=a red square'?"),
+        ("sample", ["steps=5", "a", "cat"], "did you mean 'prompt=a cat'?"),
+        ("sample", ["prompt=a", "red", "square"], 'a value with spaces, prompt="a red square".'),
+        ("inspect", ["data.videos=my", "films"], 'a value with spaces, data.videos="my films".'),
+        ("inspect", ["out=my", "page"], 'a value with spaces, out="my page".'),
         # Options that have no value there.
         ("train", ["--gradient_checkpointing", "--lr", "1e-4"], "did you mean train.recompute=block?"),
         ("train", ["--cache_latents"], "leave it out: `prepare` caches latents and captions."),

@@ -12,21 +12,34 @@ from mochi_tune.data.cache import open_cache
 from mochi_tune.data_prep.changes import describe_changes
 
 
-@pytest.mark.parametrize(("change", "goes_on"), [("new", False), ("gone", False), ("replaced", True), ("words", True)])
+def lines_of(home, videos):
+    config = load_config("my_lora", [*SIZES, f"data.videos={videos}", f"data.cache={home / 'cache'}"])
+    return describe_changes(config.data, config.seed, open_cache(home / "cache", buckets_by_source(config.data)))
+
+
+@pytest.mark.parametrize(
+    ("change", "goes_on"), [("new", False), ("gone", False), ("folder", False), ("replaced", True), ("words", True)]
+)
 def test_that_a_run_cannot_go_on_is_said_of_clips_that_came_or_went_alone(tmp_path, change, goes_on):
     for name in ("videos", "cache"):
         shutil.copytree(prepared() / name, tmp_path / name)
     clip = tmp_path / "videos" / ("new.mp4" if change == "new" else "clip_0.mp4")
-    if change == "gone":
+    folder = tmp_path / "videos"
+    if change == "folder":
+        folder = tmp_path / "others"
+        clip = folder
+        assert not lines_of(tmp_path, folder), "the folder is on another machine"
+        folder.mkdir()
+        assert not lines_of(tmp_path, folder), "the disk of another machine is mounted there"
+        write_video(folder / "other.mp4", 9, width=48, height=32)
+    elif change == "gone":
         clip.unlink()
     elif change == "words":
         clip.with_suffix(".txt").write_text("other words")
     else:
         write_video(clip, 9, width=48, height=32, first_number=90)
         clip.with_suffix(".txt").write_text("a red ball rolls slowly over the hill")
-    config = load_config("my_lora", [*SIZES, f"data.videos={tmp_path / 'videos'}", f"data.cache={tmp_path / 'cache'}"])
-    cache = open_cache(tmp_path / "cache", buckets_by_source(config.data))
-    [line] = describe_changes(config.data, config.seed, cache)
+    [line] = lines_of(tmp_path, folder)
     assert clip.name in line and "stop, run `mochi-tune prepare` with these settings" in line
     assert line.endswith("train again") == goes_on
     assert (
