@@ -1,5 +1,6 @@
 """Workers on a Ray cluster, started here or already running, for `prepare` and for `sample` of many videos."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -65,7 +66,9 @@ class RayPool(WorkerPool):
         except ModuleNotFoundError:
             raise ConfigError('parallel.engine=ray needs Ray: pip install "mochi-tune[ray]".') from None
         self._ray: Any = ray
-        self._connect()
+        # Ray's workers search the folder in which it connects for modules; that of the run may hold anybody's files.
+        with contextlib.chdir("/"):
+            self._connect()
         try:
             self._check_machines()
         except BaseException:
