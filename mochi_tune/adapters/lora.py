@@ -128,7 +128,7 @@ def apply_lora(dit: nn.Module, settings: Mapping[str, LayerSettings], seed: int,
     Raises:
         ConfigError: the model has no such layer, or already has a trainable adapter.
     """
-    if unknown := settings.keys() - all_linear_shapes(dit).keys():
+    if unknown := settings.keys() - _adaptable(dit).keys():
         raise ConfigError(f"the model has no Linear {some(sorted(unknown))}: choose layers of `linear_shapes`.")
     if any(TRAINED in module.lora_A for module in _peft_layers(dit)):
         raise ConfigError("the model already has a trainable adapter: reload the model to add another one.")
@@ -195,13 +195,9 @@ def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, stren
     """Refuses an adapter that `apply_adapter` cannot add; raises the same errors."""
     if not math.isfinite(strength):
         raise ConfigError(f"strength={strength} is not possible: use a finite number.")
-    if name in ("", TRAINED) or "." in name or hasattr(nn.ModuleDict(), name):
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"an adapter cannot have the name {name!r}: use another word without dots, such as style.")
-    shapes = {
-        layer: (module.out_features, module.in_features)
-        for layer, module in dit.named_modules()
-        if layer in layers and hasattr(module, "in_features")
-    }
+    shapes = _adaptable(dit)
     if unknown := [layer for layer in layers if layer not in shapes]:
         raise CheckpointError(
             f"the model has no Linear {some(unknown)}: use an adapter that was trained on it; mod_x and mod_y take one "
@@ -218,6 +214,15 @@ def _check_fit(dit: nn.Module, layers: Mapping[str, LoraLayer], name: str, stren
             )
 
 
+def _adaptable(dit: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Returns the (out, in) shape of each Linear by name, including those that have adapters."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in dit.named_modules()
+        if hasattr(module, "in_features")
+    }
+
+
 def change_adapters(dit: nn.Module, adapters: Mapping[str, tuple[Mapping[str, LoraLayer], float]]) -> None:
     """Replaces the weights and strengths of a model's adapters; the modules stay the same.
 
@@ -229,8 +234,9 @@ def change_adapters(dit: nn.Module, adapters: Mapping[str, tuple[Mapping[str, Lo
         CheckpointError: an adapter in the model has other layers or ranks. The model is unchanged then.
     """
     for name, (layers, _) in adapters.items():
-        ranks = {path: m.r[name] for path, m in dit.named_modules() if name in getattr(m, "lora_A", ())}
-        if wrong := [x for x in ranks | layers if ranks.get(x) != getattr(layers.get(x), "rank", None)]:
+        modules: dict[str, Any] = {path: m for path, m in dit.named_modules() if name in getattr(m, "lora_A", ())}
+        ranks = {path: module.r[name] for path, module in modules.items()}
+        if wrong := [x for x in {**ranks, **layers} if x not in layers or ranks.get(x) != layers[x].rank]:
             raise CheckpointError(f"{name!r} has other layers or ranks than the model: {some(wrong)}.")
     for module in dit.modules():
         if isinstance(module, StretchedLinear):

@@ -1,4 +1,4 @@
-"""Changes the strengths of applied adapters between forward passes."""
+"""Changes the strengths of applied adapters between forward passes, and removes adapters."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mochi_tune.adapters.linears import StretchedLinear
+from mochi_tune.errors import ConfigError
 
 
 class AdapterScaling:
@@ -56,3 +57,30 @@ class AdapterScaling:
                 for name, change in changes.items():
                     stretch += factors.get(name, 1.0) * change
         self.factors = factors
+
+
+def remove_adapter(dit: nn.Module, name: str) -> None:
+    """Removes an adapter that `apply_adapter` added. Without any adapter, the model has the base's modules again.
+
+    Raises:
+        ConfigError: the model has no adapter of this name.
+    """
+    # Any: peft keeps the parts of its layers in dictionaries of modules of any kind.
+    adapted: dict[str, Any] = {path: module for path, module in dit.named_modules() if hasattr(module, "lora_A")}
+    if not any(name in module.lora_A for module in adapted.values()):
+        names = sorted({each for module in adapted.values() for each in module.lora_A})
+        raise ConfigError(f"the model has no adapter {name!r}; it has {', '.join(names) or 'none'}.")
+    for path, module in adapted.items():
+        if name in module.lora_A:
+            module.delete_adapter(name)
+        stretched = module.base_layer
+        if isinstance(stretched, StretchedLinear) and stretched.changes.pop(name, None) is not None:
+            # Summed anew, so that no rounding error stays.
+            stretched.lora_stretch.data.fill_(1)
+            for change in stretched.changes.values():
+                stretched.lora_stretch.data += change.to(stretched.lora_stretch.device)
+            if not stretched.changes:
+                module.base_layer = stretched.base_layer
+        if not module.lora_A:
+            dit.set_submodule(path, module.base_layer)
+    getattr(dit, "peft_config", {}).pop(name, None)

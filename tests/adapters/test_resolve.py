@@ -133,7 +133,7 @@ def test_what_the_hub_lacks_is_reported_in_one_line(hub, monkeypatch):
     assert "has no x.safetensors, it has pytorch_lora_weights.safetensors: name one that it has" in refused(
         "hub:someone/one/x.safetensors", hub
     )
-    assert "has several adapters, step_100.safetensors, step_200.safetensors: name the file" in refused(
+    assert "has several .safetensors files, step_100.safetensors, step_200.safetensors: name the one" in refused(
         "hub:someone/many", hub
     )
     assert "has no .safetensors file" in refused("hub:someone/none", hub)
@@ -207,7 +207,7 @@ def test_a_folder(tmp_path):
         (tmp_path / name).write_bytes(WEIGHTS)
     assert find_adapter_file(tmp_path).name == "b.safetensors"
     (tmp_path / "a.safetensors").write_bytes(WEIGHTS)
-    assert "several adapters, a.safetensors, b.safetensors: name the file" in refused(tmp_path)
+    assert "several .safetensors files, a.safetensors, b.safetensors: name the one of the adapter" in refused(tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(WEIGHTS)
     assert find_adapter_file(tmp_path).name == "adapter.safetensors"
     # In a checkpoint with an EMA it could be the other file.

@@ -8,8 +8,8 @@ from helpers_golden import golden_dit, relative_error, vectors
 from torch._dynamo.utils import counters
 
 from mochi_tune.adapters.lora import apply_adapter, change_adapters
-from mochi_tune.adapters.scaling import AdapterScaling
-from mochi_tune.errors import CheckpointError
+from mochi_tune.adapters.scaling import AdapterScaling, remove_adapter
+from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.sampling.render import Setup, prepare_dit
 
@@ -138,3 +138,18 @@ def test_an_adapter_of_other_ranks_or_layers_is_no_replacement():
         with pytest.raises(CheckpointError, match=f"'a' has other layers or ranks than the model: {re.escape(first)}"):
             change_adapters(dit, {"a": (other, 1.0)})
     assert torch.equal(dit(*INPUTS), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [("lora", "dora"), ("dora", "lora")])
+def test_an_adapter_that_is_removed_leaves_the_others_or_the_base(order):
+    dit, alone, base = adapted({"lora": 0.8, "dora": 1.0}), golden_dit(), golden_dit()
+    apply_adapter(alone, adapters()[order[1]], order[1], {"lora": 0.8, "dora": 1.0}[order[1]])
+    remove_adapter(dit, order[0])
+    assert torch.equal(dit(*INPUTS), alone(*INPUTS)) and list(dit.state_dict()) == list(alone.state_dict())
+    with pytest.raises(ConfigError, match=f"the model has no adapter '{order[0]}'; it has {order[1]}"):
+        remove_adapter(dit, order[0])
+    remove_adapter(dit, order[1])
+    assert torch.equal(dit(*INPUTS), base(*INPUTS)) and list(dit.state_dict()) == list(base.state_dict())
+    # The name is free again.
+    apply_adapter(dit, adapters()["lora"], order[0])
