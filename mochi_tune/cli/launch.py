@@ -12,16 +12,20 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from importlib.metadata import version
 from pathlib import Path
 
-from mochi_tune.errors import ParallelError
+from mochi_tune.errors import ConfigError, ParallelError, printable
 
 # Environment variable of the processes that this program starts: the process id of this program.
 STARTED_HERE = "MOCHI_TUNE_STARTED_HERE"
 # Environment variables that say which GPUs a process sees.
 VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+# Environment variables by which accelerate recognises one process of several.
+RANK_VARIABLES = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# The folder that has this package.
+_PACKAGE_PARENT = Path(__file__).parents[2]
 # Exit code of a process that lost the connection to another one.
 LOST_CONTACT = 75
 # Exit code after a Ctrl-C.
@@ -91,6 +95,15 @@ def _check_rank(environment: Mapping[str, str], name: str, count: int) -> None:
         )
 
 
+def drop_rank_variables(environment: MutableMapping[str, str]) -> None:
+    """Removes what a job script or a shell under MPI has left in the environment of a single process.
+
+    accelerate would wait for processes that do not exist.
+    """
+    for name in RANK_VARIABLES:
+        environment.pop(name, None)
+
+
 def name_process(environment: Mapping[str, str]) -> str:
     """Returns the prefix of errors: the program's name, and the rank if there are several processes."""
     with contextlib.suppress(ParallelError):
@@ -121,12 +134,42 @@ def check_num_processes(asked: int, environment: Mapping[str, str]) -> int:
 
 def end_with_the_starter() -> None:
     """Makes this process end with the program that started it, even if that is killed. Must be called first."""
-    if STARTED_HERE not in os.environ:
+    if (starter := os.environ.get(STARTED_HERE)) is None:
         return
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     # The parent, which is the launcher, may have ended before that call.
-    if os.getppid() != int(os.environ[STARTED_HERE]):
+    if str(os.getppid()) != starter:
+        line = f"mochi-tune: process {printable(starter)}, which {STARTED_HERE} names as the one that started this "
+        with contextlib.suppress(OSError):  # stderr may be closed.
+            os.write(2, f"{line}one, has ended: unset {STARTED_HERE} if it is left from another run.\n".encode())
         os._exit(LOST_CONTACT)
+
+
+def import_nothing_from_here() -> None:
+    """Makes the Python processes that this one starts find no modules in the working folder.
+
+    `python -m` and `python -c`, by which we, multiprocessing and torch start them, search it first: they would execute
+    a queue.py in a folder of downloaded clips. A working folder that has this package is searched, as it may be the
+    only way to it.
+    """
+    if not os.path.samefile(os.curdir, _PACKAGE_PARENT):
+        os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def check_python(optimize: int) -> None:
+    """Refuses a Python that removes docstrings, which transformers completes when it is imported.
+
+    Args:
+        optimize: `sys.flags.optimize`.
+
+    Raises:
+        ConfigError: it is 2.
+    """
+    if optimize > 1:
+        raise ConfigError(
+            "Python removes docstrings (PYTHONOPTIMIZE=2 or python -OO), which transformers needs: unset "
+            "PYTHONOPTIMIZE, or set it to 1."
+        )
 
 
 def prepare_deepspeed(device: str) -> None:
@@ -162,12 +205,13 @@ def keep_compiled_code() -> None:
     """
     processor = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]
     instructions = hashlib.sha256(f"{processor} {os.environ.get('ATEN_CPU_CAPABILITY')}".encode()).hexdigest()[:8]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mochi_tune"
-    if not _can_write_below(cache):
-        # For example in a container that runs with a user id and no home folder.
+    # It stays "~" for a user id without a home folder, for example in a container.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mochi_tune")
+    if not cache.is_absolute() or not _can_write_below(cache):
         cache = Path(tempfile.gettempdir()) / f"mochi_tune_{os.getuid()}"
-        cache.mkdir(mode=0o700, exist_ok=True)
-        if cache.lstat().st_uid != os.getuid():
+        with contextlib.suppress(FileExistsError):  # It is a file, or a link that leads nowhere.
+            cache.mkdir(mode=0o700, exist_ok=True)
+        if not cache.is_dir() or cache.lstat().st_uid != os.getuid():
             # The folder belongs to another user, whose code must not be run.
             cache = Path(tempfile.mkdtemp(prefix="mochi_tune_"))
     folder = cache / "compiled" / f"torch-{version('torch')}-{instructions}"
@@ -176,8 +220,9 @@ def keep_compiled_code() -> None:
 
 def _can_write_below(folder: Path) -> bool:
     """Whether a folder, which need not exist yet, is writable."""
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    # os.path.exists, because Path.exists raises below a folder that must not be searched, such as root's home folder.
+    there = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
 
 
 def let_segments_grow() -> None:

@@ -21,7 +21,10 @@ from mochi_tune.cli.launch import (
     USERS_MISTAKE,
     check_gpus,
     check_num_processes,
+    check_python,
+    drop_rank_variables,
     end_with_the_starter,
+    import_nothing_from_here,
     joined,
     keep_compiled_code,
     let_segments_grow,
@@ -34,6 +37,7 @@ from mochi_tune.cli.launch import (
 )
 from mochi_tune.cli.lora import run_lora
 from mochi_tune.cli.options import (
+    LORA_OPTIONS,
     REPLAY_OPTIONS,
     USAGE,
     is_setting,
@@ -48,10 +52,18 @@ from mochi_tune.cli.toy import run_demo, run_experiment, run_toy
 from mochi_tune.cli.ui import run_ui
 from mochi_tune.cli.verify import run_verify
 from mochi_tune.cli.weights import run_weights
-from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError
+from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError, printable
 
-# Errors of disks and paths that a user can fix. Any other OSError is a bug and keeps its traceback.
-TROUBLE = "EACCES EDQUOT EEXIST EFBIG EISDIR EMFILE ENAMETOOLONG ENFILE ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
+# Errors of disks, paths and limits that a user can fix. Any other OSError is a bug and keeps its traceback.
+_PATHS = "EACCES EDQUOT EEXIST EFBIG EISDIR ENAMETOOLONG ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
+_MORE_PROCESSES = "raise `ulimit -u`, or the limit of processes of the container"
+TROUBLE = {
+    **dict.fromkeys(_PATHS, "choose another path"),
+    **dict.fromkeys(("EMFILE", "ENFILE"), "raise `ulimit -n`"),
+    # A process cannot be started. Locks, which also report it, are handled where they are taken.
+    "EAGAIN": _MORE_PROCESSES,
+    **dict.fromkeys(("EIO", "ESTALE", "ETIMEDOUT"), "check the disk, or its network, and run the same command again"),
+}
 
 
 def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None = None) -> None:
@@ -74,6 +86,7 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         logging.getLogger(noisy).setLevel(logging.ERROR)
     me = name_process(os.environ)
     try:
+        import_nothing_from_here()
         keep_compiled_code()
         code = run(arguments, recipe)
         sys.stdout.flush()
@@ -85,15 +98,15 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         if isinstance(error, BrokenPipeError) and is_reader_gone():
             drop_output()
             sys.exit(128 + signal.SIGPIPE)
-        if errno.errorcode.get(error.errno or 0) not in TROUBLE:
+        if (what := describe_trouble(error)) is None:
             raise
-        too_many = error.errno in (errno.EMFILE, errno.ENFILE)
-        advice = "raise `ulimit -n`" if too_many else "choose another path"
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-        print(f"{me}: {' '.join(what.split())}: {advice}.", file=sys.stderr)
+        print(f"{me}: {what}", file=sys.stderr)
         drop_output()
         sys.exit(USERS_MISTAKE)
     except RuntimeError as error:
+        if str(error) == "can't start new thread":
+            print(f"{me}: no thread can be started: {_MORE_PROCESSES}.", file=sys.stderr)
+            sys.exit(USERS_MISTAKE)
         # Importing torch only to name its exception would slow down every start.
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -105,6 +118,15 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         advice = "; the checkpoints are kept, and the same command continues the run" if is_run else ""
         print(f"{me}: interrupted{advice}", file=sys.stderr)
         sys.exit(stop.args[0] if stop.args else INTERRUPTED)
+
+
+def describe_trouble(error: OSError) -> str | None:
+    """Returns what a user can do about an error of the system, in one line, or None for any other error."""
+    if (advice := TROUBLE.get(errno.errorcode.get(error.errno or 0, ""))) is None:
+        return None
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    what = "no process can be started" if error.errno == errno.EAGAIN else what
+    return f"{printable(' '.join(what.split()))}: {advice}."
 
 
 def run(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:
@@ -144,10 +166,14 @@ def run(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:
         import difflib
 
         near = difflib.get_close_matches(arguments[0], verbs, n=1)
+        near = [f"lora {arguments[0]}"] if arguments[0] in LORA_OPTIONS else near
         hint = f"; did you mean {near[0]}?" if near else f": use one of {', '.join(verbs)}."
         raise ConfigError(f"{arguments[0]} is not a verb{hint}")
+    check_python(sys.flags.optimize)
     processes = num_processes_here(os.environ)
-    if processes > 1 and arguments[0] not in ("train", "sample", "verify", "bench"):
+    if processes == 1:
+        drop_rank_variables(os.environ)
+    elif arguments[0] not in ("train", "sample", "verify", "bench"):
         raise ConfigError(f"{arguments[0]} runs in one process, and {processes} were started: start it as one process.")
     return verbs[arguments[0]](arguments[1:])
 

@@ -9,14 +9,19 @@ import pytest
 from helpers_process import run
 
 from mochi_tune.cli.launch import (
+    LOST_CONTACT,
+    STARTED_HERE,
     check_num_processes,
+    check_python,
+    import_nothing_from_here,
     keep_compiled_code,
     name_process,
     num_processes_here,
     own_gpu,
     slurm_variables,
 )
-from mochi_tune.errors import ParallelError
+from mochi_tune.cli.main import run as run_here
+from mochi_tune.errors import ConfigError, ParallelError
 
 SLURM = {
     "SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5",
@@ -152,9 +157,57 @@ def test_a_port_that_is_in_use_is_reported_in_one_line():
 def test_compiled_code_has_a_place_where_the_home_folder_cannot_be_written_to(tmp_path, monkeypatch):
     file = tmp_path / "home"
     file.touch()
-    for home, expected in ((tmp_path / "new", tmp_path / "new"), (file, Path(tempfile.gettempdir()))):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    # The last one is what a user id without a home folder has.
+    for home, expected in ((tmp_path / "new", tmp_path / "new"), (file, tmp_path / "tmp"), ("~", tmp_path / "tmp")):
         monkeypatch.setenv("XDG_CACHE_HOME", str(home))
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
         keep_compiled_code()
         assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(expected)
     assert not (tmp_path / "new").exists(), "nothing is made before it is needed"
+    own = tmp_path / "tmp" / f"mochi_tune_{os.getuid()}"
+    own.rmdir()
+    for spoil in (own.touch, lambda: own.symlink_to("nowhere")):
+        spoil()
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        keep_compiled_code()
+        assert not Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(own)
+        own.unlink()
+
+
+def test_started_processes_do_not_execute_files_of_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("print('decoy')")
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "mine.py").write_text("print('mine')")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    import_nothing_from_here()
+    assert "PYTHONSAFEPATH" not in os.environ, "a clone is searched"
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.chdir(tmp_path)
+    import_nothing_from_here()
+    code = "import queue, mine, mochi_tune.recipes"
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "found")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "mine\n"
+
+
+def test_a_single_process_forgets_what_a_launcher_has_left_behind(monkeypatch, capsys):
+    left = {"WORLD_SIZE": "1", "RANK": "1", "LOCAL_RANK": "1", "PMI_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "2"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert run_here(["toy", "--help"]) == 0 and "toy" in capsys.readouterr().out
+    assert not {"LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & os.environ.keys()
+
+
+def test_a_mark_of_a_starter_that_is_not_the_parent_is_one_line():
+    done = run("train", "conf=my_lora", env={STARTED_HERE: "17\x1b"})
+    assert done.returncode == LOST_CONTACT and done.stderr.count("\n") == 1
+    assert r"process 17\x1b, which MOCHI_TUNE_STARTED_HERE names" in done.stderr and "unset MOCHI" in done.stderr
+
+
+def test_a_python_without_docstrings_is_refused():
+    check_python(1)
+    with pytest.raises(ConfigError, match=r"PYTHONOPTIMIZE=2 or python -OO.*: unset PYTHONOPTIMIZE, or set it to 1\."):
+        check_python(2)
