@@ -193,8 +193,11 @@ def plan(clips: FoundClips, wording: Wording, sampling: Sampling, frames_to: Pat
         frames_to: folder to write the pictures of the first clip to; None to write none.
 
     Raises:
+        ConfigError: the folder of the pictures is not empty.
         DataError: the first clip cannot be decoded.
     """
+    if frames_to is not None and frames_to.exists() and not (frames_to.is_dir() and not any(frames_to.iterdir())):
+        raise ConfigError(f"frames_out={frames_to} is not an empty folder: name a new one.")
     lines = [f"no caption: {reason}" for reason in clips.refused.values()]
     counts = f"{counted(len(clips.without), 'clip')} to describe, with a caption: {clips.num_with}"
     if not clips.without:

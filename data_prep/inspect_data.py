@@ -5,10 +5,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_paths
+from mochi_tune.config.sources import read_sources
 from mochi_tune.data_prep.inspection import inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
 from mochi_tune.data_prep.report import not_taken
-from mochi_tune.errors import counted, printable, some
+from mochi_tune.errors import ConfigError, counted, printable, some
 from mochi_tune.files import make_writable_folder, write_atomic
 from mochi_tune.pages.html_page import write_png
 from mochi_tune.weights.folder import WeightsFolder
@@ -27,11 +28,18 @@ def main(config: RunConfig, out: Path | None) -> int:
         The exit code: 0, or 1 if `prepare` would refuse a file or a clip, or would not start.
 
     Raises:
+        ConfigError: `out` is in a folder of videos.
         DataError: there are no videos.
         CheckpointError: the tokenizer is damaged.
         MochiTuneError: the browser failed.
     """
     out = out or Path(config.run_dir) / "inspect"
+    for source in read_sources(config.data):
+        if source.folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise ConfigError(
+                f"out={out} is in the folder of the videos, {source.folder}, where {_PICTURE_NAME} would be taken for "
+                "one of the clips: use another folder."
+            )
     make_writable_folder(out)
     weights = WeightsFolder(weights_paths(config))
     tokenizer = weights.load_tokenizer() if weights.has_tokenizer() else None

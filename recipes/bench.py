@@ -54,6 +54,10 @@ MODELS = ("mochi_1", "toy", "tiny")
 PROMPT_TOKENS = 256
 # Tokens of the caption and rank of the adapter of what=train.
 CAPTION_TOKENS, TRAIN_RANK = 128, 16
+# What each of these settings applies to.
+USED_BY = {
+    "recompute": ("train",), "precision": ("train",), "lora_rank": ("sample", "train"), "compile": ("sample", "train"),
+}  # fmt: skip
 # Number of blocks that a CPU measures by default; the result says that it is reduced.
 CPU_DEPTH = 1
 
@@ -130,6 +134,13 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
         raise ConfigError(f"recompute={bench.recompute} is not possible: use {', '.join(('auto', *POLICIES))}.")
     if bench.precision not in ("bf16", *NEEDS):
         raise ConfigError(f"precision={bench.precision} is not possible: use {', '.join(('bf16', *NEEDS))}.")
+    for key, users in USED_BY.items():
+        value = getattr(bench, key)
+        if bench.what not in users and value != getattr(Bench, key):
+            text = str(value).lower() if isinstance(value, bool) else value
+            raise ConfigError(
+                f"{key}={text} does nothing with what={bench.what}: use what={' or '.join(users)}, or leave it out."
+            )
     if bench.dit == "auto":
         raise ConfigError("memory=auto depends on the free memory: name another memory=, and use limit_gib=.")
     if bench.what == "train" and bench.recompute == "none" and bench.activations == "offload":
@@ -146,6 +157,8 @@ def check(bench: Bench, num_ranks: int) -> torch.device:
         )
     device = find_device(bench.device)
     check_precision(bench.precision, device)
+    if bench.limit_gib and device.type != "cuda":
+        raise ConfigError(f"limit_gib={bench.limit_gib} limits the memory of a GPU: use device=cuda, or leave it out.")
     return device
 
 

@@ -16,7 +16,9 @@ from mochi_tune.adapters.tools import Errors
 from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.recipes.lora_tools import Made, save_new
 from mochi_tune.recipes.new_output import check_new_file
+from mochi_tune.weights.files import has_part
 from mochi_tune.weights.folder import WeightsFolder
+from mochi_tune.weights.paths import WeightsPaths
 
 # Prefixes of the names of a block's Linears.
 _TARGETS = {"attention": ("attn.",), "attention_mlp": ("attn.", "mlp_x.", "mlp_y.")}
@@ -54,6 +56,9 @@ def main(base: Path, tuned: Path, out: Path, rank: int, targets: str = "attentio
     if rank < 1:
         raise ConfigError(f"rank={rank} does not fit: it takes a whole number of at least 1.")
     check_new_file(out, ".safetensors")
+    for key, path in (("base", base), ("tuned", tuned)):
+        if not has_part(WeightsPaths(path), "dit"):
+            raise CheckpointError(f"{key}={path} has no DiT: name a folder or a file of weights.")
     folders = WeightsFolder(base), WeightsFolder(tuned)
     dit = folders[0].dit_skeleton()
     shapes = _shapes(dit)

@@ -71,6 +71,16 @@ def default_folder(adapter: Path) -> Path:
     return (find_run_dir(adapter) or adapter.parent) / "hub" / name
 
 
+def check_repo(repo: str) -> None:
+    """Refuses a repository that the hub cannot have; "" is none.
+
+    Raises:
+        ConfigError: it is not owner/name.
+    """
+    if repo and not is_repo(repo):
+        raise ConfigError(f"push={repo} is not possible: use owner/name, of letters, digits, -, . and _.")
+
+
 def main(publication: Publication, out: Path) -> PublishedFolder:
     """Writes a folder with the adapter in each format, README.md, sample videos and the validation curve.
 
@@ -86,8 +96,7 @@ def main(publication: Publication, out: Path) -> PublishedFolder:
     for to in publication.formats:
         check_format(to)
     check_dtype(publication.dtype)
-    if publication.repo and not is_repo(publication.repo):
-        raise ConfigError(f"push={publication.repo} is not possible: use owner/name, of letters, digits, -, . and _.")
+    check_repo(publication.repo)
     if not out.is_dir() or any(out.iterdir()):
         command = upload_command(out, publication.repo, publication.is_private) if publication.repo else ""
         check_new(out, f" `{command}` uploads what is there." if command else "")

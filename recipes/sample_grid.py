@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mochi_tune.config.load import RunConfig
 from mochi_tune.data_prep.shares import Share
-from mochi_tune.errors import ConfigError
+from mochi_tune.errors import ConfigError, counted
 from mochi_tune.files import make_writable_folder
 from mochi_tune.recipes.grid_page import GridCell, write_grid_page
 from mochi_tune.recipes.sample import write_line
@@ -43,10 +43,11 @@ def main(config: RunConfig) -> Iterator[Path]:
     if parallel.shard is not None:
         share = Share.parse(parallel.shard)
         # Dealt in turn, so that the sizes of shares differ by at most one video.
-        mine, of_share = distinct[share.number - 1 :: share.count], f", {len(distinct)} in all"
+        mine = distinct[share.number - 1 :: share.count]
+        of_share = f", {len(mine)} in share {parallel.shard}"
     missing = [cell for cell in mine if not is_done(cell)]
     there = len(mine) - len(missing)
-    write_line(f"{len(cells)} cells of {len(mine)} videos{of_share}, {there} of them done: {folder}")
+    write_line(f"{counted(len(cells), 'cell')} of {counted(len(distinct), 'video')}{of_share}, {there} done: {folder}")
     if missing and parallel.engine == "ray":
         from mochi_tune.recipes.sample_ray import render_on_ray
 

@@ -143,7 +143,8 @@ def _group_keys(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     if not modules:
         raise CheckpointError(
             f"of no known format, its keys are {some(unknown) or 'none'}: they must be like "
-            "blocks.0.attn.qkv_x.lora_A or transformer.transformer_blocks.0.attn1.to_q.lora_A.weight."
+            "blocks.0.attn.qkv_x.lora_A or transformer.transformer_blocks.0.attn1.to_q.lora_A.weight; it may be an "
+            "adapter of another model than Mochi, such as Wan, Hunyuan, Flux or SDXL."
         )
     if unknown:
         raise CheckpointError(f"{len(unknown)} of its keys fit no layer of Mochi, or one twice: {some(unknown)}.")

@@ -61,6 +61,8 @@ def _choose(where: str, files: Iterable[str]) -> str:
         return chosen[0]
     if not chosen:
         raise CheckpointError(f"{where} has no .safetensors file: name one that holds an adapter.")
+    if not usual:
+        raise CheckpointError(f"{where} has several .safetensors files, {some(chosen)}: name the one of the adapter.")
     raise CheckpointError(f"{where} has several adapters, {some(chosen)}: name the file.")
 
 

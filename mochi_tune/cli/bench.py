@@ -19,11 +19,19 @@ def run_bench(arguments: list[str]) -> int:
     options = plain_options("bench", arguments, BENCH_OPTIONS)
     if options is None:
         return 0
+    from mochi_tune.config.docs import packaged_files
     from mochi_tune.config.load import load_config
     from mochi_tune.recipes.bench import Bench, check
 
     if options["compile"] not in ("true", "false", "auto"):
         raise ConfigError(f"compile={options['compile']} is not possible: use true, false or auto.")
+    out = Path(options["out"]) if options["out"] else None
+    if out is not None and out.suffix != ".jsonl":
+        raise ConfigError(f"out={out} does not fit: results are lines of JSON, so name a .jsonl file.")
+    presets, own = packaged_files()["memory"], Path("conf/memory") / f"{options['memory']}.yaml"
+    if options["memory"] not in presets and not own.is_file():
+        usable = " or ".join(name for name in presets if name != "auto")
+        raise ConfigError(f"memory={options['memory']} is not possible: use {usable}.")
     memory = load_config("base", [f"memory={options['memory']}"]).memory
     bench = Bench(
         what=options["what"],
@@ -44,7 +52,6 @@ def run_bench(arguments: list[str]) -> int:
         precision=options["precision"],
     )
     check(bench, whole_number("parallel.num_processes", options["parallel.num_processes"], 1))
-    out = Path(options["out"]) if options["out"] else None
     if out is not None:
         from mochi_tune.files import make_writable_folder
 

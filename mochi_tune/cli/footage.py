@@ -60,7 +60,10 @@ def run_filter(arguments: list[str]) -> int:
     settings = Filter(user_path(options["videos"]), out, limits, timeout_seconds=timeout_seconds)
     if true_or_false("undo", options["undo"]):
         return undo(settings)
-    if options["move"] not in ("", "false"):
-        folder = settings.report / "moved" if options["move"] == "true" else user_path(options["move"])
+    move = options["move"]
+    if move not in ("true", "false") and move.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+        raise ConfigError(f"move={move} is not possible: use true, false or a folder, such as ./{move}.")
+    if move not in ("", "false"):
+        folder = settings.report / "moved" if move == "true" else user_path(move)
         settings = replace(settings, move=folder)
     return filter_clips(settings)

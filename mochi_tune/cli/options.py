@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -267,8 +268,7 @@ def plain_options(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}=?" if near else "."
+            hint = _hint(verb, argument, arguments, known, files)
             what = f"{key}=" if equals else repr(argument)
             *others, last = [f"{k}=" for k in known]
             listed = f"{', '.join(others)} and {last}" if others else last
@@ -280,6 +280,22 @@ def plain_options(
     if missing := [key for key, value in options.items() if value is None or (not value and known[key][0] is None)]:
         raise ConfigError(f"{verb} needs {', '.join(f'{key}=...' for key in missing)}: see `mochi-tune {verb} --help`.")
     return {key: value for key, value in options.items() if value is not None}
+
+
+def _hint(
+    verb: str, argument: str, arguments: list[str], known: Mapping[str, tuple[str | None, str]], files: str
+) -> str:
+    """Returns the end of the error for an argument that a verb does not take: what to write instead."""
+    key, equals, value = argument.partition("=")
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"; did you mean {near[0]}=?"
+    if files and (value.endswith(".safetensors") or value.startswith("hub:") or (value and Path(value).exists())):
+        return f"; did you mean {shlex.join(['mochi-tune', *verb.split(), value])}? Files have no key."
+    needed = [name for name, (default, _) in known.items() if default is None]
+    is_word = not equals and not argument.startswith("-")
+    if is_word and needed and not any(each.startswith(f"{needed[0]}=") for each in arguments):
+        return f"; did you mean {shlex.quote(f'{needed[0]}={argument}')}?"
+    return "."
 
 
 def load(verb: str, arguments: list[str]) -> "RunConfig | None":

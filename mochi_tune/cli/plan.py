@@ -17,7 +17,8 @@ def run_plan(arguments: list[str]) -> int:
     from mochi_tune.recipes.plan import main as plan
     from mochi_tune.recipes.plan_measure import can_measure, measure
 
-    made = plan(config, own.get("card", ""), whole_number("card_gib", own.get("card_gib", "0"), 0))
+    card_gib = whole_number("card_gib", own["card_gib"], 1) if "card_gib" in own else 0
+    made = plan(config, own.get("card", ""), card_gib)
     gib = 2**30
     print(f"clips       {made.clips}: {made.num_tokens:,} tokens")
     print(f"GPU         {made.card}, {made.gib:.1f} GiB")

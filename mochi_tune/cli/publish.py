@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mochi_tune.cli.options import EXPORT_OPTIONS, plain_options
-from mochi_tune.cli.values import positive_number, true_or_false, user_path
+from mochi_tune.cli.values import hub_address, positive_number, true_or_false, user_path
 from mochi_tune.errors import ConfigError, MochiTuneError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def run_export(arguments: list[str]) -> int:
     about = {name: options[key] for key, name in ABOUT.items()}
     alpha = positive_number("adapter_alpha", options["adapter_alpha"]) if options["adapter_alpha"] else None
     is_folder = bool(repo) or is_dry or (bool(out) and not Path(out).suffix)
+    endpoint = hub_address(options["endpoint"])
     if is_folder and out.endswith(".safetensors"):
         raise ConfigError(
             f"out={out} names a file, and push= and dry_run= make a folder: remove out=, or name a folder."
@@ -47,19 +48,20 @@ def run_export(arguments: list[str]) -> int:
         print(summary)
         return 0
     from mochi_tune.adapters.resolve import HUB, find_adapter_file
-    from mochi_tune.recipes.publish import Publication, default_folder
+    from mochi_tune.recipes.publish import Publication, check_repo, default_folder
     from mochi_tune.weights.push import check_login
 
     formats = tuple(dict.fromkeys((to or "diffusers").split(",")))
     source = find_adapter_file(adapter)
     publication = Publication(source, formats, options["dtype"], repo, about, alpha, is_private)
+    check_repo(repo)
     if repo and not is_dry:
         check_login("push", repo)
     folder = user_path(out) if out else default_folder(source)
     if not out and adapter.startswith(HUB):
         # The file is in the hub's cache, which is not the place for the folder.
         folder = Path("hub") / re.split(r"[/@]", adapter)[1]
-    publish(publication, folder, None if is_dry or not repo else is_private, options["endpoint"] or None)
+    publish(publication, folder, None if is_dry or not repo else is_private, endpoint)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Parses the values of verbs that have no configuration file; what does not fit is a ConfigError that names its key."""
 
 import math
+import re
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError
@@ -37,6 +38,13 @@ def true_or_false(key: str, text: str) -> bool:
     if text not in ("true", "false"):
         raise ConfigError(f"{key}={text} is not possible: use true or false.")
     return text == "true"
+
+
+def hub_address(text: str) -> str | None:
+    """Returns the address of another hub; None for an empty text."""
+    if text and not re.fullmatch(r"https?://[^\s/]\S*", text):
+        raise ConfigError(f"endpoint={text} is not an address: use one like https://huggingface.co.")
+    return text or None
 
 
 def user_path(text: str) -> Path:

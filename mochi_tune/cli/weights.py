@@ -1,9 +1,10 @@
 """The verb `weights`: downloads the weights, and reports which are there."""
 
+import shlex
 import sys
 
 from mochi_tune.cli.options import PULL_OPTIONS, plain_options
-from mochi_tune.cli.values import true_or_false, user_path
+from mochi_tune.cli.values import hub_address, true_or_false, user_path
 from mochi_tune.errors import ConfigError
 
 
@@ -24,8 +25,10 @@ def run_weights(arguments: list[str]) -> int:
     from mochi_tune.weights.pull import main as pull
 
     folder = user_path(options["to"])
-    names = ("precision", "repo", "revision", "endpoint")
-    settings = PullSettings(options["source"], *(options[name] or None for name in names))
+    names = ("precision", "repo", "revision")
+    settings = PullSettings(
+        options["source"], *(options[name] or None for name in names), hub_address(options["endpoint"])
+    )
     if true_or_false("dry_run", options["dry_run"]):
         print(*plan_pull(folder, settings).describe(), sep="\n")
         return 0
@@ -44,6 +47,10 @@ def run_check(arguments: list[str]) -> int:
     from mochi_tune.weights.check import check_weights
     from mochi_tune.weights.folder import WeightsFolder
 
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith("-"):
+            meant = shlex.quote(f"model.weights={argument}")
+            raise ConfigError(f"{argument!r} is not a setting of weights check; did you mean {meant}?")
     names = [argument.removeprefix("conf=") for argument in arguments if argument.startswith("conf=")]
     settings = [argument for argument in arguments if not argument.startswith("conf=")]
     report = check_weights(WeightsFolder(weights_paths(load_config(names[-1] if names else "base", settings))))

@@ -113,6 +113,7 @@ MAGNITUDE = {"blocks.0.attn.proj_x.lora_magnitude": torch.ones(192)}
         ),
         (GOOD | pair("transformer_blocks.0.attn1.to_q", suffix=".weight"), "mixes official and diffusers names"),
         (pair("unet.down.0.to_q", suffix=".weight"), r"no known format.*unet\.down\.0.*blocks\.0\.attn\.qkv_x"),
+        (pair("lora_unet_double_blocks_0_img_attn_qkv", suffix=".weight"), "of another model than Mochi, such as Wan"),
         ({}, "its keys are none"),
         (GOOD | pair("blocks.1.attn.proj_x") | MAGNITUDE, r"lacks blocks\.1\.attn\.proj_x\.magnitude"),
         (GOOD | {key: tensor[1:] for key, tensor in MAGNITUDE.items()}, r"magnitudes have shape \(191,\), not"),

@@ -1,12 +1,16 @@
+import errno
 import os
+import pwd
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers_process import run
 
-from mochi_tune.cli.main import load
+from mochi_tune.cli.launch import keep_compiled_code
+from mochi_tune.cli.main import SURROUNDINGS, describe_trouble, load
 from mochi_tune.cli.main import run as run_here
 from mochi_tune.cli.options import TOY_OPTIONS, plain_options
 from mochi_tune.config.settings import known_keys
@@ -124,6 +128,33 @@ def test_plain_values_are_read_as_a_shell_would(tmp_path, monkeypatch):
         run_here(["plan", "conf=my_lora", "card", "4090"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("export films.safetensors to=native", "=; did you mean adapter=films.safetensors?"),
+        ("split films out=clips", "timeout_seconds=; did you mean in=films?"),
+        ("split in=films out=clips more", "and timeout_seconds=."),
+        ("export --force", "and endpoint=."),
+        (
+            "lora inspect file=a.safetensors",
+            "did you mean mochi-tune lora inspect a.safetensors? Files have no key.",
+        ),
+        ("lora merge lora=hub:a/b", "did you mean mochi-tune lora merge hub:a/b? Files have no key."),
+        ("lora bake device=cuda", "and dtype=."),
+        ("weights check folder", "'folder' is not a setting of weights check; did you mean model.weights=folder?"),
+        ("weights pull endpoint=hub", "endpoint=hub is not an address: use one like https://huggingface.co."),
+        ("export adapter=a push=a/b endpoint=hub", "use one like https://huggingface.co."),
+        # Without asking for a login first.
+        ("export adapter=a push=a", "push=a is not possible: use owner/name, of letters, digits, -, . and _."),
+        ("merge a b", "merge is not a verb; did you mean lora merge?"),
+    ],
+)
+def test_what_may_be_meant_is_suggested(arguments, text):
+    with pytest.raises(ConfigError) as caught:
+        run_here(arguments.split())
+    assert str(caught.value).endswith(text)
+
+
 @pytest.mark.parametrize("verb", ["prepare", "train", "sample"])
 def test_missing_weights_name_the_command_that_fetches_them(tmp_path, verb):
     videos = tmp_path / "videos"
@@ -149,6 +180,23 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     ]
     done = run("sample", "conf=my_lora", *arguments, f"run_dir={tmp_path / 'file'}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Not a directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "said"),
+    [
+        (errno.ENOSPC, "a\x1b[31m", r"a\x1b[31m: No space left on device: choose another path."),
+        (
+            errno.EAGAIN,
+            None,
+            "no process can be started: raise `ulimit -u`, or the limit of processes of the container.",
+        ),
+        (errno.ESTALE, "a", "a: Stale file handle: check the disk, or its network, and run the same command again."),
+        (errno.EBADF, "a", None),
+    ],
+)
+def test_trouble_with_the_system_is_one_line(number, name, said):
+    assert describe_trouble(OSError(number, os.strerror(number), name)) == said
 
 
 def test_a_preset_on_the_command_line_stands_in_the_place_of_the_files_own_schedule():
@@ -194,3 +242,16 @@ program.main(["{verb}"])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 130 and done.stderr.endswith(f"mochi-tune: {said}\n")
+
+
+def test_python_says_what_the_surroundings_lack_in_these_words(monkeypatch):
+    def refuse(*_):
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", refuse)
+    with pytest.raises(RuntimeError) as error:
+        Path.home()
+    assert str(error.value) in SURROUNDINGS
+    keep_compiled_code()

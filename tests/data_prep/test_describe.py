@@ -15,6 +15,7 @@ from mochi_tune.cli.main import run as run_here
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.describe import find_clips
 from mochi_tune.data_prep.finding import find_videos
+from mochi_tune.errors import ConfigError
 
 QUICK = ["timeout_seconds=10", "clip_seconds=60", "backoff_seconds=0.01", f"model.weights={TINY}"]
 
@@ -172,6 +173,11 @@ def test_a_dry_run_shows_the_prompt_and_the_pictures_and_asks_nobody(tmp_path, c
     out = capsys.readouterr().out
     assert "Tell ohwx in 150 words." in out and "1 clip to describe, with a caption: 0; 1 request" in out
     assert sorted(path.name for path in pictures.iterdir()) == ["a_01.jpg", "a_02.jpg"]
+    assert [path.name for path in videos.iterdir()] == ["a.mp4"]
+    for taken in (pictures, videos, template):
+        more[1] = f"frames_out={taken}"
+        with pytest.raises(ConfigError, match="is not an empty folder: name a new one"):
+            run_here(describe(videos, "http://127.0.0.1:9/v1", *more))
     assert [path.name for path in videos.iterdir()] == ["a.mp4"]
 
 

@@ -170,6 +170,8 @@ def test_limits_are_settings(copy):
         (["videos=nowhere"], "videos=nowhere does not exist"),
         (["videos=empty"], "videos=empty holds no video"),
         (["videos=videos", "out=videos/report"], "out=videos/report is inside the clips"),
+        (["videos=videos", "move=True"], "use true, false or a folder, such as ./True."),
+        (["videos=videos", "move=yes"], "move=yes is not possible: use true, false or a folder, such as ./yes."),
         (["videos=videos", "move=videos/bad"], "move=videos/bad is inside the clips"),
         (["videos=videos", "max_black=2"], "max_black=2 does not fit"),
         (["videos=videos", "min_motion=none"], "min_motion=none does not fit"),

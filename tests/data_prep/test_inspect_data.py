@@ -8,6 +8,7 @@ from helpers_video import write_video
 
 import mochi_tune
 from mochi_tune.data_prep.inspect_data import main
+from mochi_tune.errors import ConfigError
 from mochi_tune.pages import html_page
 
 TOKENIZERS = Path(mochi_tune.__file__).parent / "assets"
@@ -63,6 +64,16 @@ def test_clips_without_a_caption_are_refused_unless_that_is_allowed(tmp_path, mo
     assert "without a caption, so that `prepare` would not start: 1 clip (mute.mp4)" in capsys.readouterr().out
     assert (tmp_path / "page/inspect.html").exists()
     assert main(config_for(tmp_path, nowhere), tmp_path / "page") == 0
+
+
+def test_the_picture_of_the_page_does_not_become_a_clip(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    add_clip(tmp_path / "videos", "a.mp4", 7)
+    config = config_for(tmp_path, tmp_path / "weights")
+    for out in (tmp_path / "videos", tmp_path / "videos" / "page"):
+        with pytest.raises(ConfigError, match=r"is in the folder of the videos, .* where inspect\.png would be taken"):
+            main(config, out)
+    assert main(config, tmp_path) == 0
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_tensors_that_an_adapter_cannot_hold_are_reported(tmp_path):
     assert "2 other tensors differ and are not held" in str(made)
 
 
+def test_a_folder_without_a_model_is_named_by_its_setting(tmp_path):
+    (tmp_path / "run").mkdir()
+    save_adapter(tmp_path / "run" / "adapter.safetensors", random_adapter(ALL))
+    for key, folders in (("base", (tmp_path / "run", GOLDEN)), ("tuned", (GOLDEN, tmp_path / "run"))):
+        with pytest.raises(CheckpointError, match=rf"^{key}=.*run has no DiT: name a folder or a file of weights\.$"):
+            lora_extract.main(*folders, tmp_path / "out.safetensors", 2)
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     weights = base_weights()
     weights["blocks.0.attn.qkv_x.weight"] = torch.full((576, 192), float("nan"))

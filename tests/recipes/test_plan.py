@@ -9,6 +9,7 @@ from helpers_cache import SETTINGS, encode, row_of
 from helpers_process import run
 from helpers_road import LORA, road
 
+from mochi_tune.cli.main import run as run_here
 from mochi_tune.config.load import load_config
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache_writer import CacheWriter
@@ -126,6 +127,8 @@ def test_the_command_prints_it(tmp_path):
     assert re.search(r"^24gb +as 80gb +8\.9 fits$", done.stdout, re.MULTILINE), done.stdout
     done = run("plan", "conf=my_lora", *FULL, "card=4090", "train.recompute=none")
     assert re.search(r"^16gb +not possible +2\.8 fits$", done.stdout, re.MULTILINE), done.stdout
+    with pytest.raises(ConfigError, match="card_gib=0 does not fit: it takes a whole number of at least 1"):
+        run_here(["plan", "conf=my_lora", "card=gt7", "card_gib=0"])
     for words in (["card=gt7"], ["data.num_frames=40", "card=4090"], ["card=gt7", "card_gib=much"]):
         done = run("plan", "conf=my_lora", *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr

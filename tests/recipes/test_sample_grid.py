@@ -216,6 +216,11 @@ def test_the_command_prints_what_it_writes_and_an_axis_asks_for_the_grid(tmp_pat
     assert done.returncode == 2 and done.stderr == f"mochi-tune: {said} alone.\n"
 
 
+def test_a_share_without_a_video_says_how_many_there_are(tmp_path, capsys):
+    assert not list(grid(config(tmp_path, "sample.prompt=a cat", "sample.adapter=none", "parallel.shard=2/3")))
+    assert "1 cell of 1 video, 0 in share 2/3, 0 done: " in capsys.readouterr().err
+
+
 def test_a_cell_of_other_weights_or_another_precision_is_another_one(tmp_path):
     """A base that was tuned in its MLPs is another one, though its fingerprint for adapters is the same."""
     tuned = tmp_path / "tuned"
