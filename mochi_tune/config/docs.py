@@ -24,7 +24,8 @@ train:
 ```
 
 The command line overrides the file, the file the packaged files below, and those the defaults.
-`${name}` in a value is the value of another setting; in a prompt on the command line it is text.
+`${name}` in a value is the value of another setting; in a prompt on the command line it is text. The
+settings of a run have at most 20 such references.
 
 The last column says whether a run may go on from a checkpoint with another value. `by resume=force` means that it goes
 on as another run, which `history.jsonl` records. A run also keeps the size of the cached clips, and the product of

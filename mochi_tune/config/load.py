@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,17 @@ from pydantic import ValidationError
 
 from mochi_tune.config.checks import check_config
 from mochi_tune.config.explain import as_yaml, does_not_fit, explain, explain_section, nearest
+from mochi_tune.config.references import check_number_of_references, check_references, texts_in
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, sections
-from mochi_tune.config.yaml_files import check_yaml, describe_yaml_error, included_files
+from mochi_tune.config.yaml_files import (
+    check_yaml,
+    describe_yaml_error,
+    included_files,
+    included_names,
+    read_plain_yaml,
+)
 from mochi_tune.errors import ConfigError
 from mochi_tune.weights.paths import WeightsPaths
 
@@ -55,7 +62,8 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
     for override in overrides:
         check_override(override)
     given = {key: value for key, _, value in (override.partition("=") for override in overrides)}
-    content = _check_all(path, {key: value for key, value in given.items() if key in GROUPS})
+    contents = _check_all(path, [f"{key}/{value}" for key, value in given.items() if key in GROUPS])
+    content = contents[0]
     if not isinstance(content, dict | None):
         what = "a list" if isinstance(content, list) else "a single value"
         raise ConfigError(f"{path} contains {what} instead of settings: write lines of `key: value`.")
@@ -66,7 +74,9 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
             raise ConfigError(f"{path}: {explain_section(str(section))}")
     reset = _reset_by_preset([key.removeprefix("sample.") for key in given if key.startswith("sample.")])
     with _ONE_AT_A_TIME:
-        settings = _compose(path, implies_base, {f"sample.{key}": "null" for key in reset} | given)
+        values = {key: _read_value(key, value) for key, value in given.items() if key not in GROUPS}
+        check_number_of_references([*contents, values])
+        settings = _compose(path, implies_base, given, {f"sample.{key}": None for key in reset} | values)
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
@@ -131,15 +141,14 @@ def _file_on_base(path: Path, implies_base: bool) -> Iterator[Path]:
         yield whole if implies_base else own
 
 
-def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
-    """Returns the defaults, overridden by the file and then by the given values, as a tree of plain values."""
+def _compose(path: Path, implies_base: bool, given: Mapping[str, str], values: Mapping[str, Any]) -> Any:
+    """Returns the defaults, overridden by the file and then by the values of `given`, as a tree of plain values."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
+    from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
     from yaml import MarkedYAMLError, YAMLError
 
     groups = tuple(f"{key}={value}" for key, value in given.items() if key in GROUPS)
-    values = {key: _read_value(key, value) for key, value in given.items() if key not in GROUPS}
     try:
         if _is_packaged(path) and not _has_own_groups():
             composed = _compose_packaged(path, implies_base, groups, _packaged_files())
@@ -152,15 +161,14 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str]) -> Any:
                 raise ConfigError(f"{path}: {explain_section(str(section))}")
         settings = OmegaConf.merge(_defaults(), composed)
         for key, value in values.items():
-            try:
-                OmegaConf.update(settings, key, value, merge=False)
-            except GrammarParseError:
-                raise ConfigError(f"{key}={given[key]} does not fit: write \\${{ for ${{, or end it with }}.") from None
+            OmegaConf.update(settings, key, value, merge=False)
         return OmegaConf.to_container(settings, resolve=True)
     except InterpolationResolutionError as error:
         key = error.full_key or ""
         where = f"{key}={given[key]}" if key in given else f"{path}: {key}"
-        raise ConfigError(f"{where} does not fit: ${{...}} in it is not a setting, or refers back to it.") from None
+        raise ConfigError(
+            f"{where} does not fit: a reference ${{...}} in it leads back to it, or to no value."
+        ) from None
     except RecursionError:
         raise ConfigError(f"{path}: its defaults lead back to itself: name another file there.") from None
     except MarkedYAMLError as error:
@@ -230,22 +238,28 @@ def _check_packaged(path: Path, _files: tuple) -> Any:
     return check_yaml(path)
 
 
-def _check_all(path: Path, groups: Mapping[str, str]) -> Any:
-    """Checks a file and all files that it builds on; returns the content of the file itself."""
+def _check_all(path: Path, chosen: Sequence[str]) -> list[Any]:
+    """Checks a file and all files that it builds on; returns their contents, that of the file itself first.
+
+    Args:
+        path: the file.
+        chosen: names of the chosen files of groups, such as "model/tiny".
+    """
 
     def check(file: Path) -> Any:
         return _check_packaged(file, _packaged_files()) if _is_packaged(file) else check_yaml(file)
 
-    content = check(path)
+    contents = [check(path)]
     folders, seen = _folders(path), {path}
     # A file without `defaults` is on top of base.
-    waiting = [*included_files(content, groups, folders), *included_files({"defaults": ["base"]}, {}, folders)]
+    waiting = [*included_files([*chosen, "base", *included_names(path, contents[0])], "", folders)]
     while waiting:
-        if (file := waiting.pop()) not in seen:
+        file, group = waiting.pop()
+        if file not in seen:
             seen.add(file)
-            # A file of a group refers to files of the same group.
-            waiting += included_files(check(file), {}, [*folders, file.parent])
-    return content
+            contents.append(check(file))
+            waiting += included_files(included_names(file, contents[-1]), group, folders)
+    return contents
 
 
 def find_config(name: str) -> Path:
@@ -258,6 +272,10 @@ def find_config(name: str) -> Path:
     for path in (local / f"{name}.yaml", local / f"{name}.yml", packaged_folder() / f"{name}.yaml", Path(name)):
         if path.is_file() and path.suffix in (".yaml", ".yml"):
             return path
+    if Path(name).is_file():
+        raise ConfigError(f"conf={name} is not a .yaml file: name the settings, such as conf=my_lora.")
+    if (inner := Path(name) / "config.yaml").is_file():
+        raise ConfigError(f"conf={name} is a folder: use conf={inner}.")
     known = sorted({p.stem for folder in (local, packaged_folder()) for p in folder.glob("*.yaml")})
     near = difflib.get_close_matches(name, known, n=1)
     hint = (
@@ -294,26 +312,28 @@ def _read_value(key: str, value: str) -> Any:
     """Parses the value of a setting on the command line: a list, a mapping, None, or text. The schema converts numbers.
 
     Raises:
-        ConfigError: a list or a mapping cannot be parsed.
+        ConfigError: a list or a mapping cannot be parsed, or a text refers to something else than a setting.
     """
     import yaml
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    if key in PROMPTS:
+        value = escape_references(value)
+    setting, read = known_keys()[key], None if value == "null" else value
+    if setting.takes_numbers and _NUMBERS.fullmatch(value) and ("," in value or not setting.takes_one):
+        value = f"[{value}]"
     try:
         if _is_by_pattern(key):
             # Hydra's grammar does not allow quotes in the keys of a mapping.
-            return yaml.safe_load(value)
-        if key in PROMPTS:
-            value = escape_references(value)
-        setting = known_keys()[key]
-        if setting.takes_numbers and _NUMBERS.fullmatch(value) and ("," in value or not setting.takes_one):
-            value = f"[{value}]"
-        if value.startswith("[") and setting.takes_list:
-            return OverridesParser.create().parse_override(f"{key}={value}").value()
-        return None if value == "null" else value
+            read = read_plain_yaml(value)
+        elif value.startswith("[") and setting.takes_list:
+            read = OverridesParser.create().parse_override(f"{key}={value}").value()
     except (HydraException, yaml.YAMLError):
         raise ConfigError(does_not_fit(f"{key}={value}", key)) from None
+    for text in texts_in(read):
+        check_references(text, f"{key}={value} does not fit")
+    return read
 
 
 def quote(text: str) -> str:

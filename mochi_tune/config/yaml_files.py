@@ -1,14 +1,17 @@
 """Checks all configuration files of a run before Hydra composes them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mochi_tune.config.references import check_references
 from mochi_tune.config.settings import GROUPS, known_keys
 from mochi_tune.errors import ConfigError
 
 MAX_YAML_DEPTH = 20
+# The name of a file in `defaults`, with its group. None contains "..", "@" or a reference, or is one of Hydra's own.
+_PLAIN_NAME = re.compile(r"/?(?!hydra(?:/|$))\w[\w .-]*(?:/\w[\w .-]*)*")
 
 
 def check_yaml(path: Path) -> Any:
@@ -32,11 +35,7 @@ def check_yaml(path: Path) -> Any:
             if isinstance(event, yaml.AliasEvent) or depth > MAX_YAML_DEPTH:
                 raise ConfigError(f"{line}: aliases (*name) and deep nesting are not allowed: write the value itself.")
             text = event.value if isinstance(event, yaml.ScalarEvent) else ""
-            # After an odd number of backslashes it is text.
-            if found := re.search(r"(?<!\\)(?:\\\\)*(\$\{\s*[\w.]+\s*:)", text):
-                raise ConfigError(
-                    f"{line}: {found[1]}...}} is not allowed: only settings can be referred to, as ${{name}}."
-                )
+            check_references(text, line)
             if text == "???" and event.style is None:
                 raise ConfigError(f"{line}: ??? is not a value: write one, or leave the setting out.")
         settings = yaml.safe_load(content)
@@ -54,31 +53,61 @@ def check_yaml(path: Path) -> Any:
     return settings
 
 
+def read_plain_yaml(text: str) -> Any:
+    """Returns the content of a YAML text without aliases, with which a few lines expand to billions of values.
+
+    Raises:
+        YAMLError: it is not YAML, or has an alias.
+    """
+    import yaml
+
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        raise yaml.YAMLError("aliases (*name) are not allowed")
+    return yaml.safe_load(text)
+
+
 def describe_yaml_error(error: Any) -> str:
     """Returns the line and the reason of an error of PyYAML."""
     return f"line {error.problem_mark.line + 1}: {error.problem}" if error.problem_mark else str(error.problem)
 
 
-def included_files(content: Any, groups: Mapping[str, str], folders: Sequence[Path]) -> Iterator[Path]:
-    """Yields the files in the `defaults` of a configuration file, and those of chosen groups.
+def included_names(path: Path, content: Any) -> Iterator[str]:
+    """Yields the names in the `defaults` of a configuration file, such as "base" or "model/tiny".
 
-    Args:
-        content: content of the file.
-        groups: the chosen file of each group.
-        folders: folders to search, in order.
+    Raises:
+        ConfigError: a name is not a plain one. Hydra takes others, such as base.yaml, model@train: tiny or the content
+            of a variable, but the file that it reads then would not be checked.
     """
-    names = [f"{group}/{name}" for group, name in groups.items()]
     entries = content.get("defaults") if isinstance(content, dict) else None
     for entry in entries if isinstance(entries, list) else ():
-        if isinstance(entry, str):
-            names.append(entry.lstrip("/"))
-        for key, value in entry.items() if isinstance(entry, dict) else ():
-            group = str(key).split()[-1].partition("@")[0].lstrip("/")
-            names += [f"{group}/{each}" for each in (value if isinstance(value, list) else [value])]
+        for key, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
+            group = re.sub(r"^((override|optional) +)*", "", str(key))
+            for each in value if isinstance(value, list) else [value]:
+                name = f"{group}/{each}" if key else str(each)
+                # Hydra reads nothing for null.
+                if each is None or (key == "" and each == "_self_"):
+                    continue
+                if not _PLAIN_NAME.fullmatch(name) or re.search(r"(?i)\.ya?ml$", name):
+                    raise ConfigError(
+                        f"{path}: {name} in defaults is not possible: write the plain name of a file, such as base or "
+                        "model: tiny."
+                    )
+                yield name
+
+
+def included_files(names: Iterable[str], parent: str, folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Yields the files of some names, each with its group, "" for none.
+
+    Args:
+        names: names, see `included_names`. One that starts with "/" does not depend on `parent`.
+        parent: group of the file that includes them.
+        folders: folders to search. A file hides those of its name in later folders, which are checked all the same.
+    """
     for name in names:
-        found = (folder / f"{name}.yaml" for folder in folders)
-        if file := next((file for file in found if file.is_file()), None):
-            yield file
+        whole = name.removeprefix("/") if name.startswith("/") or not parent else f"{parent}/{name}"
+        for file in (folder / f"{whole}.yaml" for folder in folders):
+            if file.is_file():
+                yield file, whole.rpartition("/")[0]
 
 
 def _group_of(path: Path) -> str:

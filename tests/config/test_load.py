@@ -169,8 +169,9 @@ def test_several_adapters_are_a_list():
         ("train.steps=choice(1,2)", "train.steps=choice(1,2) does not fit: it takes a whole number."),
         ("train.learning_rate=true", "train.learning_rate=true does not fit: it takes a number."),
         ("train.spike_factor=nan", "train.spike_factor=nan is not possible: it must be above 1."),
-        ("run_dir=${nam}", "run_dir=${nam} does not fit: ${...} in it is not a setting, or refers back to it."),
-        ("run_dir=a${", r"run_dir=a${ does not fit: write \${ for ${, or end it with }."),
+        ("run_dir=${nam}", r"does not fit: ${nam} is not the name of a setting, as ${name} is: write \${ where it is"),
+        ("run_dir=${run_dir}", "run_dir=${run_dir} does not fit: a reference ${...} in it leads back to it"),
+        ("run_dir=a${", "run_dir=a${ does not fit: ${ is not the name of a setting, as ${name} is: write"),
         ("name=null", "name=null does not fit: it takes text."),
         ("lora.targets=[a", 'lora.targets=[a does not fit: it takes a list, ["a", "b"].'),
         (

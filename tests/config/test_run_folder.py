@@ -55,3 +55,12 @@ def test_the_command_line_refuses_it_before_anything_is_made(tmp_path):
         done = run(verb, f"conf={conf}", "sample.prompt=a cat" if verb == "sample" else "device=cpu")
         assert done.returncode == 2 and f"set run_dir={tmp_path / 'moved'}" in done.stderr, done.stderr
     assert not (tmp_path / "old").exists()
+
+
+def test_the_folder_of_a_run_in_place_of_its_conf_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "moved", "moved")
+    with pytest.raises(ConfigError, match=r"conf=moved is a folder: use conf=moved/config\.yaml\.$"):
+        load_config("moved", [])
+    with pytest.raises(ConfigError, match=r"conf=moved/metrics\.jsonl is not a \.yaml file: "):
+        load_config("moved/metrics.jsonl", [])

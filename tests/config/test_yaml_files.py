@@ -33,8 +33,36 @@ def test_files_that_a_conf_builds_on_are_looked_at_as_it_is(tmp_path, monkeypatc
     (tmp_path / "conf/a.yaml").write_text("defaults: [base, common, _self_]\n")
     (tmp_path / "conf/b.yaml").write_text("name: b\n")
     for name, more in (("a", []), ("b", ["memory=evil"]), ("my_lora", ["memory=evil"])):
-        with pytest.raises(ConfigError, match=r"line 1: \$\{oc.env:...} is not allowed"):
+        with pytest.raises(ConfigError, match=r"line 1: \$\{oc.env:LEAK\} is not the name of a setting"):
             load_config(name, more)
+    # A file of a group builds on those of the group, and not on those of the same name beside the conf.
+    (tmp_path / "conf/evil.yaml").write_text("name: evil\n")
+    (tmp_path / "conf/memory/good.yaml").write_text("defaults: [evil]\n")
+    with pytest.raises(ConfigError, match=r"memory/evil\.yaml line 1"):
+        load_config("b", ["memory=good"])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["evil@_global_", "evil.yaml", "evil.YML", "../evil", "{lora@_global_: evil}", "{lora: evil.yaml}", "x/../evil",
+     "hydra/evil", "{override hydra/launcher: evil}", "'{evil}'", "{lora: {evil: 1}}", "_self_@train"],
+)  # fmt: skip
+def test_names_in_defaults_are_plain(tmp_path, monkeypatch, entry):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(f"defaults: [base, {entry}, _self_]\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: .* in defaults is not possible: write the plain name of a file"):
+        load_config("a.yaml", [])
+
+
+def test_a_name_in_defaults_may_have_a_group_and_be_optional(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    Path("own/b c-1.0.yaml").write_text("# @package _global_\nname: mine\n")
+    Path("a.yaml").write_text(
+        "defaults: [base, {optional none: x}, {own: [b c-1.0]}, {override model: tiny}, _self_]\n"
+    )
+    config = load_config("a.yaml", [])
+    assert (config.name, config.model.name) == ("mine", "tiny")
 
 
 def test_words_that_yaml_reads_as_true_or_false_are_no_text(tmp_path):
