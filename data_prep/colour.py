@@ -10,12 +10,16 @@ from mochi_tune.errors import DataError
 
 # The matrices of ITU-T H.273, table 4, that the conversion supports, by number.
 MATRICES = {1: "BT.709", 4: "FCC", 5: "BT.601", 6: "BT.601", 7: "SMPTE 240M", 9: "BT.2020"}
-_UNSPECIFIED = (2, 3)
+_UNSPECIFIED = (0, 2, 3)
 # Transfer characteristics of the same standard that need tone mapping to SDR.
 HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 # Players treat untagged video with at least this many lines as HD.
 _HD_LINES = 720
 FULL_RANGE, LIMITED_RANGE = 2, 1
+# FFmpeg's formats of grey pictures, the second with transparency.
+_GREYS = ("gray", "ya")
+# Attributes of PyAV's frames and codecs.
+_TAGS = ("colorspace", "color_primaries", "color_trc", "color_range")
 # Flags of libswscale.
 _BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT = 0x4, 0x40000, 0x2000
 # Light in cd/m2: HDR reference white (diffuse white), and the assumed peak of HDR.
@@ -27,6 +31,35 @@ _BT2020_TO_BT709 = ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.
 _M1, _M2, _C1, _C2, _C3 = 2610 / 16384, 2523 / 4096 * 128, 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 
 
+def read_header_colours(stream) -> dict[str, int]:
+    """Returns the colour tags in the header of a container; call it before the first picture is decoded.
+
+    The decoders of HEVC and VP9 replace them by the tags of the pictures, even if these have none.
+    """
+    return {name: getattr(stream.codec_context, name) for name in _TAGS}
+
+
+def fill_colours(frame, header: dict[str, int]) -> bool:
+    """Sets the tags that a decoded picture lacks to those of the container's header.
+
+    Returns:
+        Whether that may change its colours.
+    """
+    # These decoders take a picture without tags as limited range; then the header decides.
+    is_tagged = frame.colorspace not in _UNSPECIFIED
+    before = [getattr(frame, name) for name in _TAGS]
+    for name, found in zip(_TAGS, before, strict=True):
+        if name == "color_range":
+            is_missing, is_known = not found or not is_tagged, header[name] in (FULL_RANGE, LIMITED_RANGE)
+        else:
+            is_missing, is_known = found in _UNSPECIFIED, header[name] not in _UNSPECIFIED
+        # RGB has no matrix, and its range is full.
+        is_used = not frame.format.is_rgb or name in ("color_primaries", "color_trc")
+        if is_missing and is_known and is_used:
+            setattr(frame, name, header[name])
+    return before != [getattr(frame, name) for name in _TAGS]
+
+
 def find_matrix(path: Path, frame) -> tuple[int, bool]:
     """Returns the number of a YUV frame's matrix, and whether it is only assumed.
 
@@ -36,7 +69,7 @@ def find_matrix(path: Path, frame) -> tuple[int, bool]:
     number = frame.colorspace
     if number in MATRICES:
         return number, False
-    if number in _UNSPECIFIED or number == 0:
+    if number in _UNSPECIFIED:
         if frame.color_trc in HDR_TRANSFERS:
             return 9, True
         return (1 if frame.height >= _HD_LINES else 5), True
@@ -59,7 +92,12 @@ def describe_matrix(path: Path, frame) -> str:
 
 def is_rgb(frame) -> bool:
     """Whether a decoded picture is stored as RGB or grey, without a matrix."""
-    return frame.format.is_rgb or frame.format.name.startswith(("pal8", "gray", "mono"))
+    return frame.format.is_rgb or frame.format.name.startswith(("pal8", "mono", *_GREYS))
+
+
+def is_limited_grey(frame) -> bool:
+    """Whether a decoded picture is grey in limited range, which libswscale takes for full range."""
+    return frame.format.name.startswith(_GREYS) and frame.color_range == LIMITED_RANGE
 
 
 class RgbConverter:
@@ -96,7 +134,20 @@ class RgbConverter:
             }
         # FFmpeg's default is fast and exact to 2 of 255 at 8 bits; at more bits it is off by 5.
         flags = _BICUBIC if frame.format.components[0].bits <= 8 else _BICUBIC | _ACCURATE_RND | _FULL_CHR_H_INT
-        return self.reformatter.reformat(frame, format=layout, interpolation=flags, **options).to_ndarray()
+        colours = self.reformatter.reformat(frame, format=layout, interpolation=flags, **options).to_ndarray()
+        return _expand(colours, frame.format.components[0].bits) if is_limited_grey(frame) else colours
+
+
+def _expand(colours: np.ndarray, bits: int) -> np.ndarray:
+    """Expands limited range to full range. Source: ITU-T H.273, section 8.3, equations of luma.
+
+    Args:
+        colours: uint8 or uint16, converted from codes of `bits` bits as if these were of full range.
+        bits: of the codes.
+    """
+    top = np.iinfo(colours.dtype).max
+    codes = colours.astype(np.float32) / top * ((2**bits - 1) / 2 ** (bits - 8))
+    return np.rint((codes - 16) / 219 * top).clip(0, top).astype(colours.dtype)
 
 
 def tone_map(coded: np.ndarray, hdr: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mochi_tune.data_prep.colour import FULL_RANGE, HDR_TRANSFERS, LIMITED_RANGE, MATRICES, is_rgb
+from mochi_tune.data_prep.colour import FULL_RANGE, HDR_TRANSFERS, LIMITED_RANGE, MATRICES, is_limited_grey, is_rgb
 from mochi_tune.data_prep.frames import find_seek_time, read_pictures, read_pictures_from
 from mochi_tune.data_prep.probe import Scan, VideoIndex, read_index
 from mochi_tune.data_prep.scenes import REPORT_EVERY
@@ -50,7 +50,7 @@ def read_mark(path: Path) -> Mark | None:
     from av.error import FFmpegError
 
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             values = parse_object(container.metadata.get("comment", ""))
         return Mark(**values[_MARK]) if values else None
     except (FFmpegError, OSError, KeyError, TypeError):
@@ -140,7 +140,7 @@ class _ClipWriter:
         frame = picture.image
         self.layout = choose_layout(frame)
         # Else the file would contain the time and the library's version, and differ between runs.
-        self.container = av.open(str(file), "w", format="mp4", options={"fflags": "+bitexact"})
+        self.container = av.open(f"file:{file}", "w", format="mp4", options={"fflags": "+bitexact"})
         self.container.metadata["comment"] = json.dumps({_MARK: asdict(mark)})
         rate = Fraction(video.scan.source_fps).limit_denominator(1001)
         quality = {"crf": str(mark.crf)} if mark.crf else {"qp": "0"}
@@ -181,8 +181,10 @@ class _ClipWriter:
         if frame.format.name != self.layout:
             matrix = self.matrix if self.matrix in MATRICES else _BT709
             source = {} if is_rgb(frame) else {"src_colorspace": matrix, "src_color_range": self.range}
+            # FFmpeg takes all grey for full range: this keeps the codes.
+            dst_range = FULL_RANGE if is_limited_grey(frame) else self.range
             frame = frame.reformat(
-                format=self.layout, dst_colorspace=matrix, dst_color_range=self.range, interpolation=_EXACT, **source
+                format=self.layout, dst_colorspace=matrix, dst_color_range=dst_range, interpolation=_EXACT, **source
             )
         # Do not force the picture types of the film's encoder.
         frame.pict_type = PictureType.NONE

@@ -46,7 +46,7 @@ def read_with_decord(path: Path, video: VideoIndex, stop: int) -> Iterator[Pictu
 
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        reader = decord.VideoReader(str(path))
+        reader = decord.VideoReader(str(path.absolute()))
         if len(reader) != len(video.ticks) or not _has_times(reader, video):
             return
         for begin, end in pairwise([*video.ticks, video.end_tick][: stop + 1]):

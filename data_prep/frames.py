@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mochi_tune.data_prep.colour import fill_colours, read_header_colours
 from mochi_tune.data_prep.orientation import read_matrix
 from mochi_tune.data_prep.probe import VideoIndex, decode_packet, open_video
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, read_still
@@ -78,11 +79,12 @@ def _decode(path: Path, container, stream, video: VideoIndex) -> Iterator[Pictur
     stream.thread_type = "SLICE" if is_large else "AUTO"
     context.thread_count = min(os.cpu_count() or 1, _MAX_THREADS)
     clock, is_avi = Clock(video.period, video.may_jump), container.format.name == "avi"
-    has_key = not video.may_jump
+    has_key, header = not video.may_jump, read_header_colours(stream)
     for packet in container.demux(stream):
         has_key = has_key or packet.is_keyframe
         frames = decode_packet(path, packet, has_key, float(clock.last or 0))
         for frame in frames:
+            fill_colours(frame, header)
             # AVI stores no display times, only the decoding order.
             ticks = frame.dts if is_avi else frame.pts
             duration = (frame.duration or 0) * frame.time_base

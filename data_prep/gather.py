@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,18 @@ from mochi_tune.data.cache import PARTS_FOLDER
 from mochi_tune.data.rows import CacheSettings, Row, make_row
 from mochi_tune.data_prep.caption_tables import find_other_tables
 from mochi_tune.data_prep.captions import CaptionRules, find_orphans, load_captions
-from mochi_tune.data_prep.clips import TRANSFORM_VERSION, Cut
+from mochi_tune.data_prep.clips import Cut
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import STILL, TAKES_STILLS, as_utf8, clip_name, find_unused, find_videos
+from mochi_tune.data_prep.finding import (
+    BESIDE_DATASET,
+    STILL,
+    TAKES_STILLS,
+    as_utf8,
+    clip_name,
+    find_unused,
+    find_videos,
+    list_videos,
+)
 from mochi_tune.data_prep.hashes import HASHES_FILE, FileHashes, Signature, signature
 from mochi_tune.data_prep.hf_dataset import is_dataset, materialise_dataset
 from mochi_tune.data_prep.probe import Scan
@@ -29,6 +39,8 @@ _DATASET_FOLDER = ".dataset"
 # Folder in it for the dataset in data.videos; those of data.sources have the names of their sources.
 _ALONE = "_"
 _SCANS_FILE = ".scans.json"
+# Increase it when the same file would give another scan, or be refused: all files are scanned again.
+_SCANS_VERSION = 3
 # Minimum seconds between two saves of the scans, and minimum time as a multiple of the last save's duration: each save
 # writes all scans, and must take a small share of the time however many there are.
 SAVE_SECONDS, SAVE_TIMES = 30.0, 20
@@ -99,6 +111,12 @@ def find_inputs(data: DataConfig, seed: int) -> Inputs:
         setting = f"data.sources[{number}].folder" if data.sources else "data.videos"
         if folder.is_dir() and is_dataset(folder):
             folder = materialise_dataset(folder, Path(data.cache) / _DATASET_FOLDER / (source.name or _ALONE))
+            # A row may name one of them.
+            linked = {os.path.realpath(path) for path in list_videos(folder)}
+            for path in list_videos(source.folder, source.takes_stills):
+                if os.path.realpath(path) not in linked:
+                    name = clip_name(source.name, source.folder, path)
+                    inputs.unused[name] = as_utf8(f"{path}: {BESIDE_DATASET}")
         videos = find_videos(folder, source.takes_stills, setting, TAKES_STILLS)
         names = {video: clip_name(source.name, folder, video) for video in videos}
         found = load_captions(folder, videos, CaptionRules.from_config(data, source, seed))
@@ -164,6 +182,7 @@ def cut_inputs(
                 continue
             # Only for these files, so that the keys of all others stay the same.
             colours = {"from_profile": True} if scan.has_profile else {}
+            colours |= {"colour_rules": scan.colour_rules} if scan.colour_rules > 1 else {}
             for cut in cuts:
                 values = decisive(cut) | colours
                 row = make_row(file.relative, file.captions, sha256, values, settings, file.source.name)
@@ -228,7 +247,7 @@ class _KnownFiles:
         if scans != self._before:
             # Atomically: `inspect` may read the file while `prepare` writes it.
             values = {sha256: scan.to_json() for sha256, scan in scans.items()}
-            write_atomic(self._kept, json.dumps({"version": TRANSFORM_VERSION, "scans": values}).encode())
+            write_atomic(self._kept, json.dumps({"version": _SCANS_VERSION, "scans": values}).encode())
             self._before = dict(scans)
 
 
@@ -243,13 +262,8 @@ def _kept_scans(path: Path) -> dict[str, Scan]:
     """Returns the scans that an earlier run saved, by hash; {} if their version differs or the file is damaged."""
     kept = (parse_object(path.read_bytes()) or {}) if path.is_file() else {}
     try:
-        scans = kept["scans"] if kept.get("version") == TRANSFORM_VERSION else {}
-        # Scans of pictures by versions that ignored colour profiles are read again.
-        return {
-            sha256: Scan.from_json(values)
-            for sha256, values in scans.items()
-            if values["codec"] or "has_profile" in values
-        }
+        scans = kept["scans"] if kept.get("version") == _SCANS_VERSION else {}
+        return {sha256: Scan.from_json(values) for sha256, values in scans.items()}
     except (LookupError, TypeError, AttributeError):
         # Another program wrote the file: scan again.
         return {}

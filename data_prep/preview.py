@@ -35,11 +35,13 @@ def preview_paths(folder: Path, clips: Sequence[tuple[str, int]]) -> list[Path]:
 
 
 def check_preview_folder(folder: Path, sources: Sequence[Path]) -> None:
-    """Refuses a folder of previews that overlaps with a folder of videos.
+    """Refuses a folder of previews that overlaps with a folder of videos, or is a file.
 
     Raises:
-        ConfigError: they overlap, so that previews would be trained on or replace videos.
+        ConfigError: they overlap, so that previews would be trained on or replace videos; or no folder can be there.
     """
+    if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise ConfigError(f"data.preview={folder}: {file} is a file: name a folder.")
     for source in sources:
         ours, theirs = folder.resolve(), source.resolve()
         if ours == theirs or ours in theirs.parents or theirs in ours.parents:
@@ -61,7 +63,7 @@ def write_preview(path: Path, frames: Tensor) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(path) as temporary:
-        with av.open(str(temporary), "w", format="matroska") as container:
+        with av.open(f"file:{temporary}", "w", format="matroska") as container:
             container.metadata[_MARKED_BY] = _MARK
             stream = container.add_stream("ffv1", rate=FPS)
             stream.height, stream.width = frames.shape[1:3]
@@ -80,7 +82,7 @@ def _is_preview(path: Path) -> bool:
     from av.error import FFmpegError
 
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             return container.metadata.get(_MARKED_BY) == _MARK
     except (FFmpegError, OSError):
         # Not a readable video, so not a preview.

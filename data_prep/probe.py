@@ -1,7 +1,6 @@
 """Reads the properties of a video or still from its packets and first picture: size, times and colours."""
 
 import math
-import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,14 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mochi_tune.data_prep.colour import HDR_TRANSFERS, describe_matrix
+from mochi_tune.data_prep.colour import (
+    HDR_TRANSFERS,
+    describe_matrix,
+    fill_colours,
+    is_limited_grey,
+    read_header_colours,
+)
+from mochi_tune.data_prep.completeness import find_missing
 from mochi_tune.data_prep.orientation import read_orientation
 from mochi_tune.data_prep.stills import STILL_SUFFIXES, StillSize, read_still_size
 from mochi_tune.data_prep.timeline import Clock, frame_number
@@ -24,6 +30,10 @@ from mochi_tune.models.latents import FPS
 _MAX_PIXELS = 64_000_000
 # Makes the codecs refuse pictures that are larger than the header says.
 _CODEC_OPTIONS = {"max_pixels": str(_MAX_PIXELS)}
+# FFmpeg's formats for lists of other files, which a small text named a.mp4 can be: they would read any file.
+_LISTS = ("concat", "dash", "hls", "imf", "rtsp", "sap", "sdp")
+# Maximum length: times beyond it are mostly errors in a file, and the clips of years would take all memory.
+_MAX_HOURS = 24
 # Formats of recordings that may begin inside a group of pictures, and whose clock may jump forward.
 _CUT_FORMATS = ("mpegts", "mpeg")
 # Maximum aspect ratio of a pixel; a larger one is an error in the header.
@@ -58,6 +68,8 @@ class Scan:
         codec: name of the decoder; "" for a still.
         container: name of the format; "" for a still.
         has_profile: whether it is a picture with a colour profile other than sRGB.
+        colour_rules: 2 if colour tags that only the container has, or a limited range of grey, change its colours;
+            versions that ignored both read it as 1.
     """
 
     width: int
@@ -80,6 +92,7 @@ class Scan:
     codec: str = ""
     container: str = ""
     has_profile: bool = False
+    colour_rules: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -143,9 +156,14 @@ def read_index(path: Path) -> VideoIndex:
         if still.num_frames == 1:
             scan = Scan(still.width, still.height, is_still=True, is_30_fps=True, has_profile=still.has_profile)
             return VideoIndex(scan)
-        return _index_animation(still)
-    with open_video(path) as (container, stream):
-        return _read_stream(path, container, stream)
+        video = _index_animation(still)
+    else:
+        with open_video(path) as (container, stream):
+            video = _read_stream(path, container, stream)
+    if video.scan.source_seconds > _MAX_HOURS * 3600:
+        hours = f"{video.scan.source_seconds / 3600:.0f} hours, more than {_MAX_HOURS}"
+        raise DataError(f"{path}: lasts {hours}: its times are damaged, or it must be cut into shorter files.")
+    return video
 
 
 @contextmanager
@@ -162,7 +180,12 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{path}: is empty (0 bytes): copy it again or remove it.")
-        with av.open(str(path), metadata_errors="replace", options=_CODEC_OPTIONS) as container:
+        # Without "file:", FFmpeg takes a relative path with a colon for an address.
+        options = _CODEC_OPTIONS | {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", metadata_errors="replace", options=options) as container:
+            if container.format.name.split(",")[0] in _LISTS:
+                kind = container.format.name
+                raise DataError(f"{path}: is a list of other files ({kind}), not a video: use those files, remove it.")
             stream = container.streams.best("video")
             if stream is None:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
@@ -201,7 +224,9 @@ class _Packet(NamedTuple):
 
 
 def _read_stream(path: Path, container, stream) -> VideoIndex:
+    header = read_header_colours(stream)
     packets, first = _read_packets(path, container, stream)
+    are_changed = fill_colours(first, header) or is_limited_grey(first)
     may_jump = container.format.name in _CUT_FORMATS
     rate = stream.guessed_rate or stream.average_rate
     period = 1 / Fraction(rate) if rate else Fraction(1, FPS)
@@ -214,11 +239,11 @@ def _read_stream(path: Path, container, stream) -> VideoIndex:
         begin = bisect_left(ticks, int(first.pts * first.time_base * second))
         # Earlier pictures belong to an open group whose beginning is missing, and cannot be decoded.
         ticks = ticks[begin:] or ticks
-    missing = _missing_part(path, container, stream, len(packets), float(clock.end / second))
+    missing = find_missing(path, container, stream, len(packets), float(clock.end / second))
     if missing:
         raise DataError(f"{path}: is cut short, {missing}: copy it again or remove it.")
     video = VideoIndex(
-        _describe(path, container, stream, first),
+        replace(_describe(path, container, stream, first), colour_rules=2 if are_changed else 1),
         second, ticks, int(clock.end), keys, period, may_jump,
     )  # fmt: skip
     return replace(video, scan=_count(replace(video.scan, has_discontinuity=clock.has_jumped), video))
@@ -256,15 +281,18 @@ def decode_packet(path: Path, packet, has_key: bool, seconds: float) -> list[Any
     """
     from av.error import InvalidDataError
 
+    error = None
     try:
-        return packet.decode()
-    except InvalidDataError as error:
-        if not has_key:
-            return []
+        frames = packet.decode()
+    except InvalidDataError as raised:
+        error, frames = raised, []
+    # FFmpeg conceals some damage, and only marks the picture.
+    if has_key and (error or any(frame.is_corrupt for frame in frames)):
         raise DataError(
             f"{path}: cannot be decoded after {seconds:.2f} s (codec {packet.stream.codec_context.name}): it is "
             "damaged; copy it again, cut it there, or remove it."
         ) from error
+    return frames
 
 
 def _is_hidden(codec: str, packet) -> bool:
@@ -338,7 +366,7 @@ def _describe(path: Path, container, stream, first) -> Scan:
         is_mirrored=is_mirrored,
         pixel_aspect=float(aspect),
         is_interlaced=first.interlaced_frame,
-        hdr=HDR_TRANSFERS.get(first.color_trc, "") or HDR_TRANSFERS.get(stream.codec_context.color_trc, ""),
+        hdr=HDR_TRANSFERS.get(first.color_trc, ""),
         color_matrix=describe_matrix(path, first),
         codec=stream.codec_context.name,
         container=container.format.name,
@@ -351,39 +379,3 @@ def _index_animation(still: StillSize) -> VideoIndex:
     ends = list(accumulate(int(duration * 1000) for duration in still.durations))
     video = VideoIndex(Scan(still.width, still.height, has_profile=still.has_profile), 1000, [0, *ends[:-1]], ends[-1])
     return replace(video, scan=_count(video.scan, video))
-
-
-def _missing_part(path: Path, container, stream, num_packets: int, end: float) -> str:
-    """Describes what is missing compared with the container's header; "" if nothing is."""
-    if "mp4" in container.format.name:
-        missing = _missing_bytes(path)
-        return f"{missing} bytes are missing" if missing else ""
-    if stream.frames > num_packets:
-        return f"its header lists {stream.frames} frames and it has {num_packets}"
-    announced = stream.metadata.get("DURATION")
-    if announced:
-        hours, minutes, seconds = announced.split(":")
-        announced_end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        if announced_end - end > 1:
-            return f"its header announces {announced_end:.2f} s and its last frame ends at {end:.2f} s"
-    return ""
-
-
-def _missing_bytes(path: Path) -> int:
-    """Returns the number of bytes by which the boxes of an MP4 file exceed its end.
-
-    The number of frames does not show that: an edit list may hide some of them.
-    """
-    size, position = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while position + 16 <= size:
-            file.seek(position)
-            length, kind, long_length = struct.unpack(">I4sQ", file.read(16))
-            length = long_length if length == 1 else length
-            # 0 means "to the end"; other values below 8 are trailing bytes, not a box.
-            if length < 8:
-                return 0
-            position += length
-            if position > size and kind in (b"mdat", b"moov", b"moof"):
-                return position - size
-    return 0

@@ -13,7 +13,7 @@ from mochi_tune.config.schema import DataConfig
 from mochi_tune.data.cache_writer import CacheWriter
 from mochi_tune.data.rows import Row
 from mochi_tune.data_prep.clips import Cut
-from mochi_tune.data_prep.finding import MADE_HERE, STILL, UNKNOWN
+from mochi_tune.data_prep.finding import BESIDE_DATASET, MADE_HERE, STILL, UNKNOWN
 from mochi_tune.data_prep.gather import NO_VIDEO, Clip, Inputs, MediaFile
 from mochi_tune.data_prep.windows import choose_cuts, num_used_frames
 from mochi_tune.errors import counted, printable, some
@@ -133,7 +133,10 @@ def not_taken(inputs: Inputs) -> list[str]:
         lines.append(f"not used: {counted(len(stills), 'still')} ({some(stills)}): {takes}")
     if others := sorted(name for name, why in inputs.unused.items() if why.endswith(UNKNOWN)):
         lines.append(f"not used: {counted(len(others), 'file')} ({some(others)})")
-    known = (NO_VIDEO, STILL, UNKNOWN, *MADE_HERE)
+    if beside := sorted(name for name, why in inputs.unused.items() if why.endswith(BESIDE_DATASET)):
+        files = f"{counted(len(beside), 'file')} next to a dataset ({some(beside)})"
+        lines.append(f"not used: {files}: move them to a folder of their own in data.sources")
+    known = (NO_VIDEO, STILL, UNKNOWN, BESIDE_DATASET, *MADE_HERE)
     lines += [
         f"not used: {path} is {why}"
         for path, _, why in sorted(why.partition(": is ") for why in inputs.unused.values() if not why.endswith(known))

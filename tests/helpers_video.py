@@ -125,13 +125,18 @@ def write_video(
     return path
 
 
-def copy_from_keyframe(source: Path, target: Path, number: int) -> Path:
-    """Copies packets, not re-encoded, from the keyframe of that number on, as `ffmpeg -ss … -c copy` does."""
+def copy_from_keyframe(source: Path, target: Path, number: int, **tags: int) -> Path:
+    """Copies packets, not re-encoded, from the keyframe of that number on, as `ffmpeg -ss … -c copy` does.
+
+    Colour tags, as in `write_planes`, are written into the container's header alone.
+    """
     import av
 
     with av.open(str(source)) as container, av.open(str(target), "w") as output:
         stream = container.streams.video[0]
         copy = output.add_stream_from_template(stream, opaque=True)
+        for name, value in tags.items():
+            setattr(copy.codec_context, name, value)
         keys = 0
         for packet in container.demux(stream):
             keys += packet.is_keyframe
@@ -187,10 +192,11 @@ def write_bad_video(folder: Path, kind: str) -> Path:
     Args:
         folder: where to write bad.mp4, bad.mkv, bad.webm or bad.avi.
         kind: empty, garbage, audio, no moov, cut mdat, cut mdat between frames, cut.mkv, damaged (600 bytes in the
-            middle), damaged begin, hollow (one packet in the middle of a VP8 file gives no picture), or over-reported
-            (an AVI header that lists ten times the frames).
+            middle), damaged begin, concealed (half of a packet in the middle of an MPEG-4 file), hollow (one packet in
+            the middle of a VP8 file gives no picture), or over-reported (an AVI header that lists ten times the
+            frames).
     """
-    suffix = {"over-reported": "avi", "cut.mkv": "mkv", "hollow": "webm"}.get(kind, "mp4")
+    suffix = {"concealed": "avi", "over-reported": "avi", "cut.mkv": "mkv", "hollow": "webm"}.get(kind, "mp4")
     path = folder / f"bad.{suffix}"
     if kind == "audio":
         return write_audio(path)
@@ -217,6 +223,10 @@ def write_bad_video(folder: Path, kind: str) -> Path:
     elif kind == "damaged begin":
         begin = data.find(_packets(path)[0])
         data[begin : begin + 600] = np.random.default_rng(0).bytes(600)
+    elif kind == "concealed":
+        packet = _packets(path)[45]
+        begin, half = data.find(packet), len(packet) // 2
+        data[begin + half : begin + len(packet)] = bytes(len(packet) - half)
     elif kind == "hollow":
         # The bit of a VP8 frame's first byte that has it displayed.
         data[data.find(_packets(path)[45])] &= ~0x10

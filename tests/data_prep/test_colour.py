@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers_video import write_planes
+from helpers_video import copy_from_keyframe, write_planes, write_video
 from PIL import Image
 
 from mochi_tune.data_prep.clips import Cut, decode_clip
@@ -84,6 +84,34 @@ def test_a_matrix_that_is_not_known_is_refused(tmp_path):
     path = write_planes(tmp_path / "a.mkv", "yuv444p", smooth_planes("yuv444p", 64, 64), colorspace=8)
     with pytest.raises(DataError, match="has the colour matrix 8 of ITU-T"):
         scan_video(path)
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("libx265", ".mkv"), ("libx265", ".mp4"), ("libvpx-vp9", ".mkv")])
+def test_tags_that_only_the_header_has_are_read(tmp_path, codec, suffix):
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    plain = write_video(tmp_path / "plain.mkv", 7, codec=codec, options=options)
+    path = tmp_path / f"tagged{suffix}"
+    copy_from_keyframe(plain, path, 0, colorspace=9, color_primaries=9, color_trc=16, color_range=2)
+    assert (scan_video(plain).hdr, scan_video(plain).colour_rules) == ("", 1)
+    scan = scan_video(path)
+    assert (scan.hdr, scan.color_matrix, scan.colour_rules) == ("PQ (SMPTE ST 2084)", "BT.2020", 2)
+    copy_from_keyframe(plain, path, 0, colorspace=1, color_primaries=1, color_trc=1, color_range=2)
+    assert scan_video(path).color_matrix == "BT.709"
+    # Black of limited range is 16 in full range.
+    assert [int(decode_clip(each, Cut(1, 64, 64)).frames[0, 8, 8, 0]) // 8 for each in (plain, path)] == [0, 2]
+
+
+@pytest.mark.parametrize(("pixel_format", "bits"), [("gray", 8), ("gray10le", 10), ("gray16le", 16)])
+def test_grey_of_limited_range_is_expanded(tmp_path, pixel_format, bits):
+    kind = np.uint8 if bits == 8 else np.uint16
+    codes = np.tile(np.array([16, 125, 235], kind), (16, 16)) * kind(2 ** (bits - 8))
+    path = write_planes(tmp_path / "a.mkv", pixel_format, [codes], color_range=1)
+    expected = np.tile(np.array([0, (125 - 16) / 219 * 255, 255]), (16, 16))
+    assert_near(path, np.stack([expected] * 3, -1), limit=1.2)
+    assert scan_video(path).colour_rules == 2
+    full = write_planes(tmp_path / "full.mkv", pixel_format, [codes], color_range=2)
+    assert_near(full, np.stack([codes / (2**bits - 1) * 255] * 3, -1), limit=1.0)
+    assert scan_video(full).colour_rules == 1
 
 
 # HDR

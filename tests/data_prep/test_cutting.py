@@ -20,6 +20,10 @@ def ten_bits(path):
     return write_planes(path, "yuv420p10le", planes, 20, color_trc=16, colorspace=9, color_primaries=9, color_range=1)
 
 
+def grey(path):
+    return write_planes(path, "gray", [np.tile(np.arange(16, 240, 2, np.uint8), (64, 1))], 20, color_range=1)
+
+
 FILMS = {
     "turned": lambda folder: write_video(folder / "a.mp4", 20, width=96, rotation=90),
     "upside down": lambda folder: write_video(folder / "a.mp4", 20, width=96, rotation=180),
@@ -31,6 +35,7 @@ FILMS = {
     "RGB": lambda folder: write_video(folder / "a.mov", 20, codec="png"),
     "odd sides": lambda folder: write_video(folder / "a.mkv", 20, codec="ffv1", width=97, height=65),
     "interlaced": lambda folder: write_interlaced(folder / "a.mp4", 20, True),
+    "grey of limited range": lambda folder: grey(folder / "a.mkv"),
     "HDR, 10 bits": lambda folder: ten_bits(folder / "a.mkv"),
 }
 

@@ -1,13 +1,19 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers_video import write_video
 
+from mochi_tune.config.schema import DataConfig
+from mochi_tune.data.rows import CacheSettings
 from mochi_tune.data_prep import gather, hashes
-from mochi_tune.data_prep.gather import _KnownFiles
+from mochi_tune.data_prep.gather import _KnownFiles, cut_inputs, find_inputs
 from mochi_tune.data_prep.hashes import signature
 from mochi_tune.data_prep.probe import scan_video
+from mochi_tune.data_prep.report import not_taken
 from mochi_tune.files import file_sha256
 
 
@@ -51,3 +57,34 @@ def test_a_run_that_is_stopped_while_it_reads_files_keeps_what_it_has_read(tmp_p
     with _KnownFiles(tmp_path, "") as known:
         read(known, 1)
     assert kept() == [[second]] * 2
+
+
+def test_clips_beside_a_dataset_are_told_as_not_used(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name in ("loose.mp4", "named.mp4"):
+        write_video(videos / name, 3)
+    row = {"video": {"bytes": None, "path": "named.mp4"}, "caption": "a cat"}
+    pq.write_table(pa.Table.from_pylist([row]), videos / "x.parquet")
+    inputs = find_inputs(DataConfig(videos=str(videos), cache=str(tmp_path / "cache")), 0)
+    assert [file.captions for file in inputs.files.values()] == [("a cat",)] and inputs.unused.keys() == {"loose.mp4"}
+    assert not_taken(inputs) == [
+        "not used: 1 file next to a dataset (loose.mp4): move them to a folder of their own in data.sources"
+    ]
+
+
+def test_files_whose_colours_are_read_by_newer_rules_have_other_keys(tmp_path):
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", 7)
+    keys = []
+    for rules in (1, 2):
+        data = DataConfig(
+            videos=str(tmp_path / "videos"), cache=str(tmp_path / str(rules)), buckets=[[7, 32, 48]],
+            allow_empty_captions=True,
+        )  # fmt: skip
+        decoder = SimpleNamespace(scan=lambda path, rules=rules: replace(scan_video(path), colour_rules=rules))
+        (tmp_path / str(rules)).mkdir()
+        inputs = find_inputs(data, 0)
+        cut_inputs(inputs, data, CacheSettings({"version": 2}, "", "", "", ""), decoder)
+        keys.append([clip.row.clip_key for clip in inputs.clips])
+    assert len(keys[0]) == len(keys[1]) == 1 and keys[0] != keys[1]

@@ -117,7 +117,7 @@ def test_a_second_run_opens_no_video(mixed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kept", ["", "{", '{"version": 2, "scans": []}', '{"version": 2, "scans": {"HASH": {"width": 1}}}']
+    "kept", ["", "{", '{"version": 3, "scans": []}', '{"version": 3, "scans": {"HASH": {"width": 1}}}']
 )
 def test_what_files_held_is_read_again_where_it_was_damaged(mixed, kept):
     config = config_for(mixed)
@@ -168,6 +168,9 @@ def test_previews_are_kept_apart_from_videos(mixed, where):
     before = (mixed / "videos" / "screen.mkv").read_bytes()
     with pytest.raises(ConfigError, match="overlaps with the videos in"):
         prepare(config_for(mixed, preview=str(mixed / where)))
+    (mixed / "file").touch()
+    with pytest.raises(ConfigError, match=rf"data.preview=.*: {mixed / 'file'} is a file: name a folder"):
+        prepare(config_for(mixed, preview=str(mixed / "file" / where)))
     assert (mixed / "videos" / "screen.mkv").read_bytes() == before
 
 

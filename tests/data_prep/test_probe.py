@@ -72,6 +72,7 @@ def test_hdr_is_refused_by_name(tmp_path, container, transfer, name):
         ("cut mdat between frames", "bytes are missing"),
         ("cut.mkv", "announces 3.00 s"),
         ("damaged", "(codec h264): it is damaged"),
+        ("concealed", "s (codec mpeg4): it is damaged"),
         ("damaged begin", "cannot be decoded after 0.00 s (codec h264): it is damaged"),
         ("over-reported", "lists 900 frames and it has 90"),
     ],
@@ -91,3 +92,44 @@ def test_a_packet_that_shows_nothing_holds_the_picture_before(tmp_path):
     (hidden,) = set(range(90)) - set(numbers)
     assert numbers == [number - (number == hidden) for number in range(90)]
     assert scan_video(path).num_source_frames == 89
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm"])
+def test_a_matroska_file_that_is_cut_short_is_refused_without_a_stated_duration(tmp_path, suffix):
+    path = write_video(tmp_path / f"a{suffix}", 60)
+    data = path.read_bytes().replace(b"DURATION", b"DURATIOX")
+    path.write_bytes(data[:-300])
+    assert "is cut short, 300 bytes are missing" in _error(path)
+    # Bytes behind the segment are no damage, and a recording that was not finished states no size.
+    path.write_bytes(data + bytes(10))
+    assert scan_video(path).num_frames == 60
+    live = write_video(tmp_path / f"live{suffix}", 60, container_options={"live": "1"})
+    live.write_bytes(live.read_bytes()[:-300])
+    assert scan_video(live).num_frames >= 40
+
+
+def test_an_avi_may_repeat_pictures_by_empty_chunks(tmp_path):
+    times = [Fraction(n + 3 * (n > 10), 30) for n in range(30)]
+    clip = decode_clip(write_video(tmp_path / "a.avi", timestamps=times), Cut(33, 64, 64))
+    assert [frame_number(frame) for frame in clip.frames] == [*range(11), 10, 10, 10, *range(11, 30)]
+
+
+@pytest.mark.parametrize("name", ["10:30.mp4", "10:00/a.mp4", "data:x.mp4", "a%03d.mp4"])
+def test_a_relative_path_is_never_an_address(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    write_video(tmp_path / "a.mp4", 7).rename(path)
+    monkeypatch.chdir(tmp_path)
+    assert len(decode_clip(Path(name), Cut(7, 64, 64)).frames) == 7
+    assert len(decode_clip(Path(name), Cut(7, 64, 64, decoder="decord")).frames) == 7
+
+
+def test_a_list_of_other_files_is_no_video(tmp_path):
+    write_video(tmp_path / "a.mp4", 7)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    assert "is a list of other files (concat), not a video" in _error(tmp_path / "list.mp4")
+
+
+def test_a_video_whose_times_span_years_is_refused(tmp_path):
+    path = write_video(tmp_path / "a.mkv", timestamps=[0, Fraction(1, 30), 3 * 365 * 86400])
+    assert "lasts 26280 hours, more than 24" in _error(path)
