@@ -313,8 +313,12 @@ def _json_list(path: Path, text: str) -> list[Any]:
 
 def _object_row(path: Path, number: int, fields: Any) -> TableRow:
     where = f"{path} row {number}"
-    fields = {key.lower(): value for key, value in fields.items()} if isinstance(fields, dict) else {}
+    names = list(fields) if isinstance(fields, dict) else []
+    fields = {name.lower(): fields[name] for name in names}
     file_key, caption_key = _first_of(_FILE_KEYS, fields), _first_of(CAPTION_KEYS, fields)
+    for key in (file_key, caption_key):
+        if len(spellings := [name for name in names if name.lower() == key]) > 1:
+            raise DataError(f"{where}: has {key} more than once ({', '.join(spellings)}): keep one of them.")
     name = _file_name(path, where, fields.get(file_key) if file_key else None)
     if caption_key is None:
         return TableRow(where, name, (), f"{where}: has none of {', '.join(CAPTION_KEYS)}: write the caption there.")

@@ -80,12 +80,14 @@ def load_captions(folder: Path, videos: list[Path], rules: CaptionRules) -> Capt
     """
     tables = read_tables(folder, videos)
     sidecars = _find_sidecars(videos)
-    texts, refused, read_as_cp1252 = {}, {}, []
+    texts, refused, read_as_cp1252, links = {}, {}, [], []
     for video in videos:
         try:
             found: list[str] = []
             if video in sidecars:
                 found, encoding = _read_sidecar(sidecars[video], video, rules.split)
+                if _leads_out(sidecars[video], video, folder):
+                    links.append(f"{sidecars[video]} -> {os.path.realpath(sidecars[video])}")
                 if encoding == "cp1252":
                     read_as_cp1252.append(sidecars[video].relative_to(folder).as_posix())
             found = found or _row_texts(video, tables.rows.get(video, []))
@@ -99,6 +101,8 @@ def load_captions(folder: Path, videos: list[Path], rules: CaptionRules) -> Capt
     if read_as_cp1252:
         names = some(read_as_cp1252, limit=10)
         notes.append(f"captions that are not UTF-8, read as cp1252; save them as UTF-8 if letters are wrong: {names}")
+    if links:
+        notes.append(f"captions that are links to files outside of {folder}: {some(links)}")
     return Captions(texts, refused, tuple(notes))
 
 
@@ -174,6 +178,14 @@ def _find_sidecars(videos: list[Path]) -> dict[Path, Path]:
     return {video: min(paths, key=lambda path: rank(path, video)) for video, paths in found.items() if paths}
 
 
+def _leads_out(sidecar: Path, video: Path, folder: Path) -> bool:
+    """Whether a caption file is a link out of the folder, and not to the folder that the video is linked from too."""
+    if not sidecar.is_symlink():
+        return False
+    real = sidecar.resolve()
+    return not real.is_relative_to(folder.resolve()) and real.parent != video.resolve().parent
+
+
 def stem_of(path: Path | str) -> str:
     """Returns a path without its suffix, with accents in NFC."""
     # macOS stores accents decomposed, other systems composed: both are the same name.
@@ -222,4 +234,7 @@ def _check(video: Path, where: str, caption: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    """Returns a text in one line; "" if it has only spaces and invisible characters, such as U+200B or U+FEFF."""
+    line = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    is_visible = any(not letter.isspace() and unicodedata.category(letter) != "Cf" for letter in line)
+    return line if is_visible else ""

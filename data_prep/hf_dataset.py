@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mochi_tune.data_prep.caption_tables import CAPTION_KEYS
 from mochi_tune.data_prep.finding import VIDEO_SUFFIXES
-from mochi_tune.errors import DataError, some
+from mochi_tune.errors import DataError, printable, some
 from mochi_tune.files import file_sha256, lock_file, parse_object, read_json, remove_temporary_files, write_atomic
 
 if TYPE_CHECKING:
@@ -87,16 +87,21 @@ def _write_videos(folder: Path, out: Path) -> dict[str, list[str]]:
     """Writes the missing videos; returns the captions of each video by its file's name."""
     captions: dict[str, list[str]] = {}
     missing: list[str] = []
+    outside: list[str] = []
     for number, (video, texts) in enumerate(tqdm(_read_rows(folder), desc="dataset", unit="row")):
         name = _write_video(folder, out, video)
         if name is None:
             missing.append(str(number))
         else:
             captions.setdefault(name, []).extend(texts)
+            if not video.get("bytes") and not (out / name).resolve().is_relative_to(folder.resolve()):
+                outside.append(video["path"])
     if not captions:
         raise DataError(f"{folder}: none of its {len(missing)} rows has a video, or the path of one that exists.")
     if missing:
         tqdm.write(f"{folder}: rows without a video, not used: {some(missing)}")
+    if outside:
+        tqdm.write(printable(f"{folder}: rows that name files outside of it, used: {len(outside)} ({outside[0]})"))
     return captions
 
 

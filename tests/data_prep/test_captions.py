@@ -206,3 +206,26 @@ def test_an_accent_is_the_same_however_a_system_writes_it(tmp_path):
         path.unlink()
     _write(tmp_path / "metadata.csv", "file_name,text\n\u00e9.mp4,a bowl\n")
     assert load_captions(tmp_path, [tmp_path / apart], RULES).texts == {tmp_path / apart: ("a bowl",)}
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff\ufeff\n \u200b\u2060", " \u00a0\u00ad"])
+def test_a_caption_of_invisible_characters_is_none(tmp_path, videos, text):
+    _write(videos[0].with_name("a.txt"), text)
+    assert load_captions(tmp_path, videos, RULES).texts == {}
+    _write(videos[0].with_name("a.txt"), f"{text}a")
+    assert load_captions(tmp_path, videos, RULES).texts.keys() == {videos[0]}
+
+
+def test_captions_that_are_links_out_of_the_folder_are_told(tmp_path, videos):
+    away = tmp_path.with_name(f"{tmp_path.name}_away")
+    away.mkdir()
+    (tmp_path / "a.txt").symlink_to(_write(away / "secret", "a key"))
+    (tmp_path / "sub" / "c.txt").symlink_to(_write(tmp_path / "near.txt", "near"))
+    # A video that is linked with its caption.
+    videos[1].symlink_to(_write(away / "b.mov", ""))
+    (tmp_path / "b.take2.txt").symlink_to(_write(away / "b.txt", "b"))
+    found = load_captions(tmp_path, videos, RULES)
+    assert len(found.texts) == 3
+    assert found.notes == (
+        f"captions that are links to files outside of {tmp_path}: {tmp_path / 'a.txt'} -> {away / 'secret'}",
+    )

@@ -102,7 +102,9 @@ def test_a_row_with_a_path_alone_becomes_a_link(tmp_path, capsys):
         materialise_dataset(tmp_path / "ds", out)
         assert contents(out) == {b"away": ("x",), b"near": ("y",)}
         assert all(path.is_symlink() for path in find_videos(out))
-    assert "rows without a video, not used: 2, 3, 4, 5 and 1 more" in capsys.readouterr().out
+    out_text = capsys.readouterr().out
+    assert "rows without a video, not used: 2, 3, 4, 5 and 1 more" in out_text
+    assert f"{tmp_path / 'ds'}: rows that name files outside of it, used: 1 ({tmp_path / 'away.mkv'})\n" in out_text
     # A file that was changed in place is another clip.
     (tmp_path / "away.mkv").write_bytes(b"other")
     materialise_dataset(tmp_path / "ds", out)
