@@ -84,7 +84,7 @@ def frames_of(path: Path) -> Iterator[Any]:
         return
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}") as container:
         for frame in container.decode(video=0):
             yield frame.to_image()
 

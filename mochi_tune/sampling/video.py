@@ -70,7 +70,8 @@ def _encode(
     # Without the flag, Matroska files contain a random identifier.
     options = {"fflags": "+bitexact"}
     with (
-        av.open(str(path), "w", format=encoding.format, options=options) as container,
+        # Without "file:", FFmpeg takes a relative path with a colon for an address.
+        av.open(f"file:{path}", "w", format=encoding.format, options=options) as container,
         ThreadPoolExecutor(1) as thread,
     ):
         # FFmpeg's strings end at a null character.
@@ -166,5 +167,5 @@ def read_frames(path: Path) -> list:
     """Reads all frames of a video as PIL images."""
     import av
 
-    with av.open(str(path)) as container:
+    with av.open(f"file:{path}") as container:
         return [frame.to_image() for frame in container.decode(video=0)]

@@ -1,4 +1,5 @@
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from mochi_tune.sampling import video
+from mochi_tune.sampling.grid_video import frames_of
 from mochi_tune.sampling.video import read_frames, write_video
 
 
@@ -82,6 +84,13 @@ def test_a_video_whose_name_exists_gets_a_new_name(tmp_path):
     assert [len(read_frames(path)) for path in written] == [1, 2, 3] and len(list(tmp_path.iterdir())) == 3
     write_video(written[0], [moving_frames(4)])
     assert len(read_frames(written[0])) == 4
+
+
+def test_a_relative_path_with_a_colon_is_no_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("10:30").mkdir()
+    path = write_video(Path("10:30/x.mp4"), [moving_frames(2)])
+    assert len(read_frames(path)) == len(list(frames_of(path))) == 2
 
 
 @pytest.mark.parametrize("size", [(32, 48), (480, 848), (720, 1280)])
