@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Number of leading bytes that `name_stand_in` needs.
 STAND_IN_BYTES = 256
+# Errors of a full disk, and of a limit on the size of files.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Errors of a disk without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # safetensors' codes of torch's dtypes, in the library's order. A file holds the tensors of later dtypes first.
@@ -86,16 +88,21 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """Yields a path in the folder of `path` that no other process uses; an error removes what was written there."""
+    """Yields a path in the folder of `path` that no other process uses; an error removes what was written there.
+
+    The error of a full disk names `path`; the system names no file when it refuses to write to an open one.
+    """
     # Machines that share a disk can have the same process id.
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
     try:
         yield temporary
-    except BaseException:
+    except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 
@@ -137,14 +144,6 @@ def remove_temporary_files(folder: Path) -> None:
         path.unlink()
 
 
-def remove_tree(path: Path) -> None:
-    """Removes a folder and its content; if `path` is a link, removes only the link."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
-
-
 def is_elsewhere(path: Path) -> bool:
     """Whether a path is a link or a mount point, which cannot be replaced by renaming a folder next to it."""
     return path.is_symlink() or os.path.ismount(path)
@@ -184,9 +183,9 @@ def make_writable_folder(folder: Path) -> None:
         OSError: the folder cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".write_probe_{os.getpid()}"
-    probe.write_bytes(b"x")
-    probe.unlink()
+    with temporary_file(folder / "write_probe") as probe:
+        probe.write_bytes(b"x")
+        probe.unlink()
 
 
 def file_sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import switch_adapters
 from mochi_tune.adapters.scaling import AdapterScaling
 from mochi_tune.config.load import RunConfig
-from mochi_tune.errors import CheckpointError, counted
+from mochi_tune.errors import CheckpointError, counted, printable
 from mochi_tune.files import make_writable_folder
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.vae_streaming import WHOLE
@@ -131,9 +131,13 @@ def write_videos(
             metadata = file_metadata(request, common) if config.sample.metadata else {}
             video = write_video(request.video, chunks, may_replace=False, encoding=request.encoding, metadata=metadata)
             request = replace(request, video=video)
-            if config.sample.save_latents:
-                save_latents(request, states)
-            save_settings(request, common, usage)
+            try:
+                if config.sample.save_latents:
+                    save_latents(request, states)
+                save_settings(request, common, usage)
+            except OSError as error:
+                left = f"{error.strerror}; {video} is complete, but was written without its settings"
+                raise OSError(error.errno, left, error.filename) from error
             yield request.video
 
 
@@ -252,9 +256,9 @@ def describe_start(request: Request, plan: RenderPlan, encoded: dict[Start, Enco
 
 
 def write_line(text: str) -> None:
-    """Writes a line to stderr from the main process, without breaking the progress bars."""
+    """Writes a line, safe for a terminal, to stderr from the main process without breaking the progress bars."""
     if PartialState().is_main_process:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def side_by_side(videos: list[Iterator[Tensor]]) -> Iterator[Tensor]:

@@ -1,12 +1,15 @@
 import errno
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -141,6 +144,32 @@ def test_a_new_file_replaces_none(tmp_path, monkeypatch, has_links):
 )
 def test_a_size_has_the_unit_that_fits(num_bytes, text):
     assert format_bytes(num_bytes) == text
+
+
+def test_the_error_of_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    (tmp_path / "source").write_bytes(bytes(100))
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    table = pa.table({"a": list(range(1000))})
+
+    def write_table():
+        with files.atomic_file(tmp_path / "t.parquet") as temporary:
+            parquet.write_table(table, temporary)
+
+    writes = {
+        "a": lambda: files.write_atomic(tmp_path / "a", bytes(100)),
+        "copy": lambda: files.copy_atomic(tmp_path / "source", tmp_path / "copy"),
+        "t.parquet": write_table,
+        "write_probe": lambda: files.make_writable_folder(tmp_path),
+    }
+    for name, write in writes.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if name == "write_probe" else 50, former[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / name))
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_the_content_of_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
         print(json.dumps(found.as_json(), indent=1))
         return 0
     layers, adapter = found.layers, found.adapter
-    print(f"file     {files[0]}")
+    print(f"file     {printable(files[0])}")
     print(f"sha256   {_short(found.sha256)}")
     print(f"layers   {len(layers)}{', a DoRA: norms are before its magnitudes' * adapter.is_dora}")
     print(f"rank     {_listed({each.rank for each in layers.values()})}")
@@ -92,7 +92,7 @@ def run_inspect(files: list[str], options: dict[str, str]) -> int:
     cells = {name: f"{each.norm:.3g} {each.rank_90}/{each.rank_99}" for name, each in layers.items()}
     _print_table(cells, {kind: f"{norm:.3g}" for kind, norm in kind_norms(layers).items()})
     if options["out"]:
-        print(f"\n{options['out']}")
+        print(f"\n{printable(options['out'])}")
     return 0
 
 
@@ -103,7 +103,7 @@ def run_merge(files: list[str], options: dict[str, str]) -> int:
     limit = _limit(options) if options["rank"] or options["energy"] else None
     from mochi_tune.recipes.lora_tools import merge
 
-    print(merge(files, strengths, user_path(options["out"]), limit))
+    print(printable(str(merge(files, strengths, user_path(options["out"]), limit))))
     return 0
 
 
@@ -117,7 +117,7 @@ def run_resize(files: list[str], options: dict[str, str]) -> int:
     ranks, errors = {name: layer.rank for name, layer in made.adapter.layers.items()}, made.errors
     assert errors is not None, "a reduction measures its error"
     _print_table({name: f"{ranks[name]} {error:.2g}" for name, error in errors.layers.items()})
-    print(f"\n{made}")
+    print(f"\n{printable(str(made))}")
     return 0
 
 
@@ -132,7 +132,7 @@ def run_compare(files: list[str], options: dict[str, str]) -> int:
         return 0
     for file, only in zip(files, (found.only_first, found.only_second), strict=True):
         if only:
-            print(f"only in {file}: {len(only)} layers, {', '.join(only)}")
+            print(printable(f"only in {file}: {len(only)} layers, {', '.join(only)}"))
     if found.differences:
         print("relative difference and cosine of ΔW, by layer")
         _print_table({name: f"{gap:.2g} {found.cosines[name]:.4f}" for name, gap in found.differences.items()})
@@ -151,7 +151,7 @@ def run_bake(files: list[str], options: dict[str, str]) -> int:
     from mochi_tune.recipes.lora_bake import main as bake
 
     settings = Settings(strength, options["to"], options["dtype"])
-    print(bake(files[0], base, user_path(options["out"]), settings))
+    print(printable(str(bake(files[0], base, user_path(options["out"]), settings))))
     return 0
 
 
@@ -169,7 +169,7 @@ def run_extract(_: list[str], options: dict[str, str]) -> int:
         print("\nlayers that differ and that the adapter does not hold, with the relative difference")
         for name, difference in made.not_held.items():
             print(f"  {name:<40} {difference:.2g}")
-    print(f"\n{made}")
+    print(f"\n{printable(str(made))}")
     return 0
 
 

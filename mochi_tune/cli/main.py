@@ -56,13 +56,18 @@ from mochi_tune.errors import ConfigError, MochiTuneError, ParallelError, printa
 
 # Errors of disks, paths and limits that a user can fix. Any other OSError is a bug and keeps its traceback.
 _PATHS = "EACCES EDQUOT EEXIST EFBIG EISDIR ENAMETOOLONG ENOENT ENOSPC ENOTDIR EPERM EROFS".split()
-_MORE_PROCESSES = "raise `ulimit -u`, or the limit of processes of the container"
+_MORE_PROCESSES = "raise `ulimit -u`, or the limit of the container"
 TROUBLE = {
     **dict.fromkeys(_PATHS, "choose another path"),
     **dict.fromkeys(("EMFILE", "ENFILE"), "raise `ulimit -n`"),
     # A process cannot be started. Locks, which also report it, are handled where they are taken.
     "EAGAIN": _MORE_PROCESSES,
     **dict.fromkeys(("EIO", "ESTALE", "ETIMEDOUT"), "check the disk, or its network, and run the same command again"),
+}
+# Python's own errors of the surroundings, by their text.
+SURROUNDINGS = {
+    "can't start new thread": f"no thread can be started: {_MORE_PROCESSES}",
+    "Could not determine home directory.": "this user has no home folder: set HOME to a folder that can be written to",
 }
 
 
@@ -104,8 +109,8 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         drop_output()
         sys.exit(USERS_MISTAKE)
     except RuntimeError as error:
-        if str(error) == "can't start new thread":
-            print(f"{me}: no thread can be started: {_MORE_PROCESSES}.", file=sys.stderr)
+        if (what := SURROUNDINGS.get(str(error))) is not None:
+            print(f"{me}: {what}.", file=sys.stderr)
             sys.exit(USERS_MISTAKE)
         # Importing torch only to name its exception would slow down every start.
         if type(error).__name__ != "OutOfMemoryError":

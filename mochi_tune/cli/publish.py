@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mochi_tune.cli.options import EXPORT_OPTIONS, plain_options
 from mochi_tune.cli.values import hub_address, positive_number, true_or_false, user_path
-from mochi_tune.errors import ConfigError, MochiTuneError
+from mochi_tune.errors import ConfigError, MochiTuneError, printable
 
 if TYPE_CHECKING:
     from mochi_tune.config.schema import RunConfig
@@ -44,8 +44,8 @@ def run_export(arguments: list[str]) -> int:
         from mochi_tune.recipes.export import main as export
 
         summary = export(adapter, to, user_path(out), options["dtype"], about, alpha)
-        print(summary.source_note, file=sys.stderr)
-        print(summary)
+        print(printable(summary.source_note), file=sys.stderr)
+        print(printable(str(summary)))
         return 0
     from mochi_tune.adapters.resolve import HUB, find_adapter_file
     from mochi_tune.recipes.publish import Publication, check_repo, default_folder
@@ -71,7 +71,7 @@ def publish(publication: "Publication", folder: Path, is_private: bool | None, e
 
     made = main(publication, folder)
     for note in dict.fromkeys(summary.source_note for summary in made.files):
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     for line in [*made.files, *made.notes]:
         print(line)
     print(made.path / "README.md", flush=True)

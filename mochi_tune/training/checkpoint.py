@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import file_sha256, fsync, load_tensors, read_json, remove_tree, save_tensors, write_json
+from mochi_tune.files import file_sha256, fsync, load_tensors, read_json, save_tensors, write_json
 
 MANIFEST = "manifest.json"
 # Patterns of the folders that an interrupted save or removal leaves.
@@ -62,8 +62,11 @@ def clear_leftovers(folder: Path) -> list[str]:
     """Removes the folders that an interrupted save or removal left; returns their names."""
     stale = [path for pattern in LEFTOVERS for path in folder.glob(pattern)]
     for path in stale:
-        # A checkpoint may be a link to an archive; only the link is removed.
-        remove_tree(path)
+        if path.is_symlink():
+            # A checkpoint may be a link to an archive; only the link is removed.
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     return sorted(path.name for path in stale)
 
 

@@ -189,7 +189,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         (
             errno.EAGAIN,
             None,
-            "no process can be started: raise `ulimit -u`, or the limit of processes of the container.",
+            "no process can be started: raise `ulimit -u`, or the limit of the container.",
         ),
         (errno.ESTALE, "a", "a: Stale file handle: check the disk, or its network, and run the same command again."),
         (errno.EBADF, "a", None),

@@ -190,6 +190,11 @@ def test_a_foreign_file_sends_nothing_to_the_terminal(tmp_path, capsys):
     save_adapter(tmp_path / "a.safetensors", adapter)
     text = lora("inspect", tmp_path / "a.safetensors", capsys=capsys)
     assert r"\x1b[2J\x07\u202e\x9b1m" in text and text.replace("\n", "").isprintable()
+    named, resized = (tmp_path / f"{foreign}{number}.safetensors" for number in (1, 2))
+    save_adapter(named, random_adapter(ALL))
+    for arguments in (["inspect"], ["compare", tmp_path / "a.safetensors"], ["resize", "rank=1", f"out={resized}"]):
+        text = lora(*arguments, named, capsys=capsys)
+        assert r"\x1b" in text and text.replace("\n", "").isprintable()
     save_file({f"blocks.0.{foreign}": torch.ones(1)}, tmp_path / "b.safetensors")
     bake = ["bake", str(tmp_path / "a.safetensors"), f"model.weights={GOLDEN}", f"out={tmp_path / 'baked'}"]
     for arguments in (["inspect", str(tmp_path / "b.safetensors")], bake):

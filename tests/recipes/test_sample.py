@@ -272,6 +272,16 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"mochi-tune: {out}: File too large")
     assert list(out.parent.iterdir()) == []
+    # A video of 500 bytes fits, its settings do not.
+    out = out.with_name("small.webm")
+    small = ["sample.num_frames=1", "sample.crf=60", "sample.metadata=false"]
+    done = run(
+        "sample", "conf=my_lora", *arguments, *small, "prompt=a red ball", f"out={out}", "adapter=none",
+        disturbance=Disturbance(file_bytes=1000),
+    )  # fmt: skip
+    said = f"{out.with_suffix('.json')}: File too large; {out} is complete, but was written without its settings: "
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"mochi-tune: {said}"), done.stderr
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_compiled_blocks_render_the_same(tmp_path):
