@@ -1,26 +1,14 @@
-"""Jobs for a child process that is watched: some that misbehave."""
+"""Records of jobs that this user has started."""
 
-import os
-import signal
-import time
+from dataclasses import replace
 from pathlib import Path
 
-from mochi_tune.errors import DataError
+from mochi_tune.ui.jobs import Job, changing, save_job
+from mochi_tune.ui.signing import sign
 
 
-def count(path: Path, number: int):
-    for each in range(number):
-        yield {"path": str(path), "number": each}
-
-
-def fail(path: Path, how: str):
-    yield {}
-    if how == "data":
-        raise DataError(f"{path}: is damaged")
-    if how == "disk":
-        raise OSError(28, "No space left on device", str(path))
-    if how == "bug":
-        raise KeyError("unexpected")
-    if how == "die":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    time.sleep(600)
+def put(folder: Path, *jobs: Job) -> None:
+    """Saves records of jobs with the signature of this user."""
+    with changing(folder):
+        for job in jobs:
+            save_job(folder, replace(job, signature=sign(job.number, job.verb, job.arguments)))

@@ -17,7 +17,7 @@ from mochi_tune.config.settings import GROUPS, known_keys, value_of
 from mochi_tune.errors import ConfigError, MochiTuneError
 from mochi_tune.files import write_atomic
 from mochi_tune.ui.folder import changed_at, inside
-from mochi_tune.ui.jobs import list_jobs
+from mochi_tune.ui.jobs import open_jobs
 
 # Defaults list of a conf that the page writes. The page does not rewrite confs with other files in their list.
 PLAIN_DEFAULTS = ("base", "_self_")
@@ -222,7 +222,7 @@ def save_conf(folder: Path, form: Form, replaces: bool) -> Path:
     path, text = conf_path(folder, form.name), conf_text(folder, form)
     if mistake := conf_mistake(folder, form.name):
         raise ConfigError(mistake)
-    waiting = [job for job in list_jobs(folder) if job.state == "waiting" and f"conf={form.name}" in job.arguments]
+    waiting = [job for job in open_jobs(folder, "waiting") if f"conf={form.name}" in job.arguments]
     if waiting and path.exists() and not _has_same_settings(path, folder, form):
         raise ConfigError(
             f"job {waiting[0].number} is waiting to run conf/{form.name}.yaml: save after that job has started, stop "

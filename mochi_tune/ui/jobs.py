@@ -5,6 +5,7 @@
 
 import contextlib
 import fcntl
+import hmac
 import json
 import os
 import signal
@@ -14,13 +15,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import psutil
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mochi_tune.errors import DataError
 from mochi_tune.files import parse_object, write_atomic
 from mochi_tune.ui.folder import OWN_FOLDER, lock
+from mochi_tune.ui.signing import sign
 
 State = Literal["waiting", "running", "done", "partly", "stopped", "failed"]
 # Number of bytes at the end of a log that are read.
@@ -46,7 +49,10 @@ class Job:
         ended: end of the job in seconds since 1970; 0 before.
         code: exit code; None if no runner saw the job end.
         is_asked_to_stop: whether the user has stopped it.
+        signature: of number, verb and arguments, see `sign`; "" in old records.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     number: int
     verb: str
@@ -60,11 +66,27 @@ class Job:
     code: int | None = None
     is_asked_to_stop: bool = False
     pid_start: str = ""
+    signature: str = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it waits or runs by its record, which may come from somebody else."""
+        return self.state in ("waiting", "running")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this user has started it on this machine."""
+        # A false signature may be any text.
+        given, right = self.signature.encode(errors="replace"), sign(self.number, self.verb, self.arguments).encode()
+        return hmac.compare_digest(given, right)
 
     @property
     def command(self) -> str:
         """The equivalent command line."""
         return " ".join(["mochi-tune", self.verb, *(a if a.isalnum() else _quoted(a) for a in self.arguments)])
+
+
+_RECORDS = TypeAdapter(Job)
 
 
 def _quoted(argument: str) -> str:
@@ -87,10 +109,19 @@ def list_jobs(folder: Path) -> list[Job]:
     """Returns all jobs by number, without those whose records cannot be read."""
     found = []
     for path in sorted(jobs_folder(folder).glob("[0-9]*.json")):
-        # The record was removed meanwhile, or is of another version.
-        with contextlib.suppress(OSError, TypeError):
-            found.append(Job(**(parse_object(path.read_bytes()) or {})))
+        # The record was removed meanwhile, or is of another version or damaged.
+        with contextlib.suppress(OSError, ValidationError):
+            found.append(_RECORDS.validate_python(parse_object(path.read_bytes()) or {}))
     return found
+
+
+def open_jobs(folder: Path, state: Literal["waiting", "running"] | None = None) -> list[Job]:
+    """Returns the jobs of this user that wait or run, or only those of one of these states.
+
+    Other records came with the folder, for example from an archive. Their commands are never run.
+    """
+    jobs = [job for job in list_jobs(folder) if job.is_open and state in (None, job.state)]
+    return [job for job in jobs if job.is_own]
 
 
 def ended_jobs(folder: Path) -> list[int]:
@@ -115,10 +146,25 @@ def add_job(folder: Path, verb: str, arguments: list[str], title: str = "") -> J
     with changing(folder):
         # Includes logs, so that no new job appends to the log of a job whose record was removed.
         numbers = [int(path.stem) for path in jobs_folder(folder).glob("[0-9]*.*") if path.stem.isdecimal()]
-        job = Job(max(numbers, default=0) + 1, verb, arguments, title or f"{verb} {' '.join(arguments)}")
-        save_job(folder, job)
+        number = max(numbers, default=0) + 1
+        title, signature = title or f"{verb} {' '.join(arguments)}", sign(number, verb, arguments)
+        save_job(folder, Job(number, verb, arguments, title, signature=signature))
     start_runner(folder)
-    return job
+    return find_job(folder, number)
+
+
+def repeat_job(folder: Path, number: int) -> Job:
+    """Adds a job with the command of another one.
+
+    Raises:
+        DataError: there is no such job, or this user has not started it.
+    """
+    old = find_job(folder, number)
+    if not old.is_own:
+        raise DataError(
+            f"job {number} was not started by you on this machine, or by an earlier version: start it in its tab."
+        )
+    return add_job(folder, old.verb, old.arguments, old.title)
 
 
 def stop_job(folder: Path, number: int) -> Job:
@@ -131,7 +177,7 @@ def stop_job(folder: Path, number: int) -> Job:
         job = find_job(folder, number)
         if job.state == "waiting":
             job = replace(job, state="stopped", ended=time.time())
-        elif job.state == "running" and is_alive(job):
+        elif job.state == "running" and job.is_own and is_alive(job):
             job = replace(job, is_asked_to_stop=True)
         else:
             raise DataError(f"job {number} has ended already: there is nothing to stop.")
@@ -157,7 +203,7 @@ def changing(folder: Path) -> Iterator[None]:
 
 def start_runner(folder: Path) -> None:
     """Starts a runner if any job waits or runs. A second runner ends at once."""
-    if any(job.state in ("waiting", "running") for job in list_jobs(folder)):
+    if open_jobs(folder):
         with open(jobs_folder(folder) / "runner.log", "ab") as log:
             command = [sys.executable, "-m", "mochi_tune.ui.runner", os.fspath(folder.resolve())]
             process = subprocess.Popen(
@@ -168,7 +214,7 @@ def start_runner(folder: Path) -> None:
 
 def revive_runner(folder: Path) -> None:
     """Starts a runner if any job waits or runs and no runner is running, such as after a kill."""
-    if not any(job.state in ("waiting", "running") for job in list_jobs(folder)):
+    if not open_jobs(folder):
         return
     with open(jobs_folder(folder) / ".runner", "a") as file:
         try:

@@ -15,18 +15,18 @@ from mochi_tune.ui import html
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import (
     Job,
-    add_job,
-    find_job,
     list_jobs,
     log_path,
     message_of,
     read_tail,
+    repeat_job,
     revive_runner,
     stop_job,
 )
 
 NUM_SHOWN = 8
 WORDS = {"partly": "done except for some clips"}
+FOREIGN = "from another machine: not run"
 
 
 def build_bar(folder: Path, form: SettingsForm) -> None:
@@ -63,8 +63,7 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
         added: list[Job] = []
 
         def add() -> str:
-            old = find_job(folder, number or 0)
-            added.append(add_job(folder, old.verb, old.arguments, old.title))
+            added.append(repeat_job(folder, number or 0))
             return f"{_name(added[0])} is in the queue"
 
         said = result_html(add)
@@ -101,7 +100,7 @@ def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:
     """Returns the newest jobs as a table, with the last log line of the running job."""
     if not jobs:
         return html.empty_state("Nothing has been started yet", "Prepare the clips in Data, then start in Train.")
-    ended = [job.number for job in jobs if job.state not in ("waiting", "running")]
+    ended = [job.number for job in jobs if not job.is_open]
     hidden = set(ended[:-NUM_SHOWN])
     rows = "".join(_row(folder, job) for job in reversed(jobs) if job.number not in hidden)
     head = "<tr><th class='number'>#</th><th>command</th><th>state</th><th>time</th></tr>"
@@ -109,19 +108,22 @@ def jobs_table(folder: Path, jobs: Sequence[Job]) -> str:
 
 
 def _row(folder: Path, job: Job) -> str:
+    is_foreign = job.is_open and not job.is_own
     lines = read_tail(log_path(folder, job.number), 12) if job.state in ("running", "failed", "partly") else []
     last = message_of(lines) if job.state == "failed" else lines[-1] if lines else ""
     if job.state == "failed":
         last = last or _how_it_ended(job) or (lines[-1] if lines else "it ended without a message: see the log")
     words = WORDS.get(job.state, job.state)
-    if job.state == "running" and job.is_asked_to_stop:
+    if is_foreign:
+        words = FOREIGN
+    elif job.state == "running" and job.is_asked_to_stop:
         words = "saves and stops"
     elif job.state == "stopped" and not job.began:
         words = "taken out of the queue"
     elif job.state == "stopped" and job.verb == "train" and (job.code or 0) > 128:
         words = "stopped, saved"
     seconds = (job.ended or time.time()) - job.began
-    took = in_words(seconds) if job.began else ""
+    took = in_words(seconds) if job.began and not is_foreign else ""
     return (
         f"<tr><td class='number'>{job.number}</td><td><code>{escape(job.command)}</code></td>"
         f"<td><span class='state {job.state}'>{words}</span>{html.note(last[:300])}</td>"

@@ -14,6 +14,7 @@ from mochi_tune.ui import data_tab, jobs_bar, lora_tab, sample_tab, train_tab
 from mochi_tune.ui.folder import make_own_folder
 from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import start_runner
+from mochi_tune.ui.signing import read_key
 
 TABS: dict[str, Callable[[Path, SettingsForm], None]] = {
     "Data": data_tab.build_tab,
@@ -70,9 +71,11 @@ def build_page(folder: Path) -> gr.Blocks:
     """Returns the page of a folder. Its state is in files, so any number of pages may be open.
 
     Raises:
-        ConfigError: the folder cannot be written, or its disk has no file locks.
+        ConfigError: the folder or the home folder cannot be written, or the folder's disk has no file locks.
     """
     make_own_folder(folder)
+    # Made now, so that a home folder that cannot be written is reported at the start.
+    read_key()
     with gr.Blocks(title="mochi-tune", analytics_enabled=False, delete_cache=DELETE_CACHE, fill_width=True) as blocks:
         with gr.Row(elem_id="top"):
             gr.HTML(f"<h1>mochi-tune</h1><p class='quiet'>{_escaped(folder)}</p>", elem_id="title")

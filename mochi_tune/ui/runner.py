@@ -27,6 +27,7 @@ from mochi_tune.ui.jobs import (
     jobs_folder,
     list_jobs,
     log_path,
+    open_jobs,
     process_start,
     read_tail,
     save_job,
@@ -43,21 +44,21 @@ def main(folder: Path) -> None:
                 lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            for job in [job for job in list_jobs(folder) if job.state == "running"]:
+            for job in open_jobs(folder, "running"):
                 wait_for_process(folder, job)
             while (started := start_next(folder)) is not None:
                 job, process = started
                 finish(folder, job, process.wait())
             fcntl.flock(file, fcntl.LOCK_UN)
             # A job that was added just before the lock was released has not started another runner.
-            if not any(job.state == "waiting" for job in list_jobs(folder)):
+            if not open_jobs(folder, "waiting"):
                 return
 
 
 def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
     """Starts the first waiting job that can be started. Returns the job and its process, or None if no job is left."""
     with changing(folder):
-        for job in [job for job in list_jobs(folder) if job.state == "waiting"]:
+        for job in open_jobs(folder, "waiting"):
             with open(log_path(folder, job.number), "ab") as log:
                 try:
                     process = subprocess.Popen(

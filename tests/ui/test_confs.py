@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import pytest
+from helpers_jobs import put
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ from mochi_tune.ui.confs import (
     save_conf,
     videos_of,
 )
-from mochi_tune.ui.jobs import Job, changing, save_job
+from mochi_tune.ui.jobs import Job
 
 PROMPTS = ['it\'s "so" \\ and', "b, [c]"]
 FORM = Form(
@@ -181,14 +182,12 @@ def test_a_conf_that_contains_no_mapping_is_reported(tmp_path, text, what):
 
 def test_a_conf_that_a_waiting_job_will_run_is_not_changed(tmp_path):
     save_conf(tmp_path, FORM, replaces=False)
-    with changing(tmp_path):
-        save_job(tmp_path, Job(7, "train", ["conf=cats"]))
+    put(tmp_path, Job(7, "train", ["conf=cats"]))
     other = replace(FORM, main={**FORM.main, "lora.rank": "8"})
     with pytest.raises(ConfigError, match=r"job 7 is waiting to run conf/cats.yaml: save after that job"):
         save_conf(tmp_path, other, replaces=True)
     save_conf(tmp_path, FORM, replaces=True)
-    with changing(tmp_path):
-        save_job(tmp_path, Job(7, "train", ["conf=cats"], state="running"))
+    put(tmp_path, Job(7, "train", ["conf=cats"], state="running"))
     save_conf(tmp_path, other, replaces=True)
     assert load_config("cats", []).lora.rank == 8
 

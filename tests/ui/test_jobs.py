@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from helpers_jobs import put
 
 from mochi_tune.errors import DataError
 from mochi_tune.ui import runner
 from mochi_tune.ui.jobs import (
     Job,
     add_job,
-    changing,
     find_job,
     is_alive,
     jobs_folder,
@@ -26,7 +26,6 @@ from mochi_tune.ui.jobs import (
     process_start,
     read_tail,
     revive_runner,
-    save_job,
     stop_job,
 )
 from mochi_tune.ui.jobs_bar import jobs_table
@@ -39,12 +38,6 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def put(folder, *jobs):
-    with changing(folder):
-        for job in jobs:
-            save_job(folder, job)
 
 
 def test_a_job_runs_to_its_end_without_its_page(tmp_path):
@@ -213,7 +206,8 @@ def test_the_table_says_what_was_so(tmp_path):
         Job(24, "train", state="failed", began=1, ended=2),
         Job(25, "train", state="failed", began=1, ended=121, code=-35),
     ]
-    page = jobs_table(tmp_path, [Job(1, "train", state="running", pid=1, began=1), *jobs])
+    put(tmp_path, Job(1, "train", state="running", pid=1, began=1))
+    page = jobs_table(tmp_path, [find_job(tmp_path, 1), *jobs])
     assert "<td class='time'>2 minutes</td>" in page
     rows = dict(re.findall(r"class='number'>(\d+)<.*?state \w+'>(.*?)</td>", page))
     assert rows["1"].startswith("running"), "what runs is there, however many have ended since"
@@ -226,7 +220,6 @@ def test_the_table_says_what_was_so(tmp_path):
 
 
 def test_a_queue_whose_runner_was_killed_goes_on(tmp_path):
-    with changing(tmp_path):
-        save_job(tmp_path, Job(1, "toy", ["--help"]))
+    put(tmp_path, Job(1, "toy", ["--help"]))
     revive_runner(tmp_path)
     wait_until(lambda: find_job(tmp_path, 1).state == "done")

@@ -3,17 +3,17 @@
 import time
 
 import pytest
+from helpers_jobs import put
 
 pytest.importorskip("gradio")
 
-from mochi_tune.ui.jobs import Job, changing, list_jobs, save_job
+from mochi_tune.ui.jobs import Job, list_jobs
 from mochi_tune.ui.page import build_page
 
 
 def test_go_on_selects_the_new_job(tmp_path):
     go_on = next(event.fn for event in build_page(tmp_path).fns.values() if event.api_name == "go_on")
-    with changing(tmp_path):
-        save_job(tmp_path, Job(1, "toy", ["--help"], "help", state="stopped", ended=1.0))
+    put(tmp_path, Job(1, "toy", ["--help"], "help", state="stopped", ended=1.0))
     assert go_on is not None
     said, chosen = go_on(1)
     assert "job 2, help is in the queue" in said and chosen.value == 2

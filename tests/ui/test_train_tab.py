@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers_jobs import put
 
 pytest.importorskip("gradio")
 
 from mochi_tune.ui import train_tab
-from mochi_tune.ui.jobs import Job, changing, save_job
+from mochi_tune.ui.jobs import Job
 from mochi_tune.ui.page import build_page
 from mochi_tune.ui.train_tab import charts_html
 
@@ -46,8 +47,7 @@ def test_the_plan_is_drawn_anew_when_a_job_has_ended(tmp_path):
 
     seen = [look.fn()]
     for job in (Job(1, "prepare", state="running", began=1.0), Job(1, "prepare", state="done", began=1.0, ended=2.0)):
-        with changing(tmp_path):
-            save_job(tmp_path, job)
+        put(tmp_path, job)
         seen.append(look.fn())
     # A running job does not update the plan.
     assert not changed(*seen[:2]) and len(changed(*seen[1:])) == 1
