@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.pages import video_tables
 from mochi_tune.ui.folder import OWN_FOLDER, inside
+from mochi_tune.ui.peers import is_of_this_user
 
 # Suffixes of the files that the server delivers.
 SERVED = (
@@ -89,7 +90,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Guard:
-    """ASGI middleware that checks the host, the origin and the password of each request.
+    """ASGI middleware that checks the host, the origin, and the password or the user of each request.
 
     Args:
         app: application to protect.
@@ -109,6 +110,8 @@ class Guard:
             return
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
         status, text = self.judge(headers, scope.get("method", "GET"))
+        if not status:
+            status, text = self.judge_user(scope.get("client"), scope.get("server"))
         if not status:
             await self.app(scope, receive, _with_policy(send))
             return
@@ -149,6 +152,13 @@ class Guard:
         if self.password and not _has_password(headers.get("authorization", ""), self.password):
             return 401, "the page asks for its password; the user name may be anything.\n"
         return 0, ""
+
+    def judge_user(self, client: tuple[str, int] | None, server: tuple[str, int] | None) -> tuple[int, str]:
+        """Returns the refusal of a connection as `judge` does; the arguments are those of `is_of_this_user`."""
+        # Without a password, every user of this machine could otherwise start programs as the owner of the page.
+        if self.password or not is_loopback(self.host) or is_of_this_user(client, server):
+            return 0, ""
+        return 403, "the page answers programs of its own user alone: start it with password=... to let others in.\n"
 
 
 def _host_name(host: str) -> str:
@@ -247,6 +257,9 @@ def serve(app: Any, bound: socket.socket) -> None:
     """Answers requests until SIGINT or SIGTERM."""
     import uvicorn
 
-    # Without a timeout, event streams of open pages would delay the shutdown indefinitely.
-    config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=2, ws="none")
+    # Without a timeout, event streams of open pages would delay the shutdown indefinitely. No header may replace the
+    # address of the client, by which the guard finds its user.
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, timeout_graceful_shutdown=2, ws="none", proxy_headers=False
+    )
     uvicorn.Server(config).run(sockets=[bound])
