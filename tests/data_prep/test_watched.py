@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_jobs import count, fail
+from helpers_watched import count, fail
 
 from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import DataError, printable
@@ -54,7 +54,7 @@ INTERRUPTED = """
 import os, signal, threading, time
 from multiprocessing import forkserver
 from pathlib import Path
-from helpers_jobs import count
+from helpers_watched import count
 from mochi_tune.data_prep.watched import WatchedProcess
 
 def interrupt():
