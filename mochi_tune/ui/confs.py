@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ MAIN_KEYS = (
 )  # fmt: skip
 # Settings whose values may end in a space, such as a prefix. Elsewhere the page removes trailing spaces.
 WORDS = ("data.caption_prefix", "data.caption_suffix", *PROMPTS)
+# Settings that name a file or folder. The weights of the model may lie anywhere: they are shared, and only read.
+PATHS = (
+    "run_dir", "resume_from", "data.videos", "data.cache", "data.preview", "lora.init_from", "sample.prompts",
+    "sample.adapter", "sample.init_video", "sample.out", "sample.prompt_cache",
+)  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
@@ -82,13 +87,32 @@ def check_form(folder: Path, form: Form) -> RunConfig:
     """Returns the settings of a form, checked as on the command line.
 
     Raises:
-        MochiTuneError: a setting is unknown or does not fit, or a folder in it is outside of the page's folder.
+        MochiTuneError: a setting is unknown or does not fit, or a path in it leads out of the page's folder.
     """
     config = load_config("base", form.overrides())
-    sources = [source.folder for source in config.data.sources]
-    for path in (config.run_dir, config.data.cache, *(sources or [config.data.videos])):
-        inside(folder, path)
+    check_paths(folder, config, PATHS)
+    for source in config.data.sources:
+        inside(folder, source.folder)
     return config
+
+
+def check_paths(folder: Path, config: RunConfig, keys: Iterable[str]) -> None:
+    """Checks that settings name files and folders in the page's folder. The defaults of settings may be elsewhere.
+
+    Args:
+        folder: folder of the page.
+        config: the settings.
+        keys: keys of PATHS to check.
+
+    Raises:
+        DataError: a path leads out of the folder.
+    """
+    for key in keys:
+        value = value_of(config, key)
+        # A name on the hub, such as hub:OWNER/NAME, reads like a path in the folder.
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and path != known_keys()[key].default:
+                inside(folder, path)
 
 
 def sources_note(data: DataConfig) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from mochi_tune.errors import ConfigError, DataError, MochiTuneError
 from mochi_tune.files import file_sha256, parse_object, write_atomic
 from mochi_tune.sampling.requests import read_requests
 from mochi_tune.ui.adapters import check_adapter, number_of
-from mochi_tune.ui.confs import as_text, conf_path
+from mochi_tune.ui.confs import PATHS, as_text, check_paths, conf_path
 from mochi_tune.ui.folder import OWN_FOLDER, inside, relative
 from mochi_tune.ui.runs import folder_state
 
@@ -164,8 +165,12 @@ def _is_record(record: Mapping[str, Any]) -> bool:
         and isinstance(record.get("sampler") or {}, dict)
         and isinstance(record.get("init_video") or {}, dict)
         and isinstance(adapters, list)
-        and all(isinstance(each, dict) and isinstance(each.get("strength", 1), int | float) for each in adapters)
+        and all(isinstance(each, dict) and _is_finite(each.get("strength", 1)) for each in adapters)
     )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def list_grids(folder: Path) -> list[Grid]:
@@ -298,11 +303,9 @@ def _check(folder: Path, conf: str, prompts: list[str], given: Mapping[str, str]
     for prompt in prompts or [""]:
         overrides = [f"sample.{key}={value}" for key, value in {"prompt": prompt, **plain}.items()]
         config = load_config(str(conf_path(folder, conf)), overrides)
-        sample = config.sample
-        if sample.init_video:
-            inside(folder, sample.init_video)
+        check_paths(folder, config, [key for key in PATHS if key.startswith("sample.")])
         # Relative paths are relative to the folder, in which the verb will run.
-        read_requests(sample, config.data, config.seed, inside(folder, config.run_dir))
+        read_requests(config.sample, config.data, config.seed, inside(folder, config.run_dir))
 
 
 def _grid(form: SampleForm) -> dict[str, str]:

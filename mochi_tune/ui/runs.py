@@ -119,7 +119,7 @@ def owner(run_dir: Path) -> int:
             # A process of another user. The file has whole seconds.
             is_owner = 0 <= process.create_time() - started < LOCK_SECONDS
         return pid if is_owner and process.status() != psutil.STATUS_ZOMBIE else 0
-    except (OSError, KeyError, TypeError, ValueError, psutil.Error):
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, psutil.Error):
         return 0
 
 

@@ -2,13 +2,16 @@
 
 import os
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 from helpers_jobs import put
 
 from mochi_tune.config.load import load_config
+from mochi_tune.config.settings import sections
 from mochi_tune.errors import ConfigError, DataError
 from mochi_tune.ui.confs import (
+    PATHS,
     Form,
     as_text,
     check_form,
@@ -120,10 +123,26 @@ def test_a_mistake_is_the_line_of_the_command_line(tmp_path, form, line):
     assert not (tmp_path / "conf").exists()
 
 
-@pytest.mark.parametrize("more", ["run_dir=/tmp/elsewhere", "data.cache=../cache", "data.videos=/etc"])
+@pytest.mark.parametrize(
+    "more",
+    [*(f"{key}=../cache" for key in PATHS), "run_dir=/tmp/elsewhere", "data.preview=~/a", "sample.adapter=[a,../b]",
+     "data.sources=[{folder: a}, {folder: ../b}]"],
+)  # fmt: skip
 def test_a_run_does_not_leave_the_folder(tmp_path, more):
     with pytest.raises(DataError, match="outside of"):
         check_form(tmp_path, Form("cats", {}, more))
+
+
+def test_every_setting_that_names_a_path_is_checked(tmp_path):
+    found = {
+        f"{name}.{key}".lstrip(".")
+        for name, section in sections().items()
+        for key, kind in get_type_hints(section, include_extras=True).items()
+        if "expanduser" in repr(kind) and name != "model"
+    }
+    assert found - {"parallel.ray_address"} <= {*PATHS}
+    more = "model.weights=/weights\nsample.adapter=hub:a/b\nlora.init_from=a\nsample.adapter_strength=2"
+    check_form(tmp_path, Form("cats", {}, more))
 
 
 def test_many_threads_check_at_once(tmp_path):

@@ -79,6 +79,7 @@ def test_every_kind_of_render_is_as_the_command_line_takes_it(tmp_path):
         ({"more": "steps=3"}, "steps has a separate field"),
         ({"more": "guidence=3"}, "did you mean guidance"),
         ({"more": "init_video=../film.mp4"}, "outside of"),
+        ({"more": "prompt_cache=../features"}, "outside of"),
         ({"more": "train.steps=3"}, "is not a setting of `sample`"),
     ],
 )
@@ -97,7 +98,8 @@ def test_what_is_no_video_with_settings_is_left_out(tmp_path):
     for name, text in (("c", "{"), ("d", "[]"), ("e", json.dumps({"prompt": 1}))):
         (folder / f"{name}.mp4").touch()
         (folder / f"{name}.json").write_text(text)
-    for number, more in enumerate(({"adapters": ["a"]}, {"sampler": "euler"}, {"adapters": [{"strength": None}]})):
+    strengths = [{"adapters": [{"strength": each}]} for each in (None, float("inf"), float("nan"))]
+    for number, more in enumerate(({"adapters": ["a"]}, {"sampler": "euler"}, *strengths)):
         (folder / f"foreign_{number}.mp4").touch()
         (folder / f"foreign_{number}.json").write_text(json.dumps({"prompt": "z", **more}))
     elsewhere = tmp_path.parent / f"{tmp_path.name}_elsewhere" / "samples"

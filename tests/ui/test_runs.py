@@ -24,7 +24,8 @@ def test_the_owner_is_whoever_holds_the_lock(tmp_path):
     who = json.loads((tmp_path / ".lock").read_text())
     (tmp_path / ".lock").write_text(json.dumps(who | {"pid": int(done.stdout)}))
     assert runs.owner(tmp_path) == 0
-    for text in ("", "{", "[]", json.dumps(who | {"started": "never"}), json.dumps(who | {"host": "another"})):
+    odd = [{"started": "never"}, {"started": "0001-01-01T00:00:00+23:59"}, {"host": "another"}, {"pid": float("inf")}]
+    for text in ("", "{", "[]", *(json.dumps(who | each) for each in (*odd, {"pid": 10**30}))):
         (tmp_path / ".lock").write_text(text)
         assert runs.owner(tmp_path) == 0
 
