@@ -29,6 +29,8 @@ from mochi_tune.ui.form import SettingsForm
 from mochi_tune.ui.jobs import add_job
 from mochi_tune.ui.jobs_bar import result_html
 
+# Options of events whose result appears at once.
+_QUIET: dict[str, Any] = {"show_progress": "hidden"}
 # Number of cards on a page; each is decoded once.
 NUM_CARDS = 12
 
@@ -40,7 +42,6 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
         folder: folder of the page.
         form: form of the settings; the tab shows those of the data.
     """
-    gallery = Gallery(folder)
     with gr.Row():
         form.show("data.videos", "data.num_frames", "data.height", "data.width", "data.caption_prefix")
     with gr.Row():
@@ -56,36 +57,7 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
     # Changes whenever the gallery must be drawn again.
     version = gr.State(0)
     _build_changes(folder, form, said, version)
-    page, last = gr.State(0), gr.State(0)
-    with gr.Row(elem_id="pager"):
-        back = gr.Button("← before", size="sm", elem_id="page_back", scale=0, min_width=90)
-        where = gr.HTML(elem_id="page_where", min_width=80)
-        forward = gr.Button("next →", size="sm", elem_id="page_forward", scale=0, min_width=90)
-
-    empty = gr.HTML(elem_id="gallery_empty")
-    with gr.Row(elem_classes="clips", elem_id="gallery"):
-        slots = [_Slot() for _ in range(NUM_CARDS)]
-
-    def draw(number: int, *values: Any) -> list[Any]:
-        names, drawn, values = values[:NUM_CARDS], values[NUM_CARDS : 2 * NUM_CARDS], values[2 * NUM_CARDS :]
-        data, root, videos, trouble = read_videos(folder, form, values)
-        first = _page(number, videos) * NUM_CARDS
-        shown = videos[first:][:NUM_CARDS] if data else []
-        texts = read_captions(root, shown, data) if data and shown else {}
-        cards = gallery.cards(root, texts, data) if data and shown else []
-        updates: list[Any] = [gr.HTML(trouble, visible=bool(trouble))]
-        for card, name, text in zip(cards, names, drawn, strict=False):
-            updates += _drawn(folder, card, texts[card.path], (name, text))
-        updates += [gr.Column(visible=False), "", "", "", ""] * (NUM_CARDS - len(cards))
-        place = html.note(f"{first + 1} to {first + len(shown)} of {len(videos)}") if shown else ""
-        return [*updates, place, _page(len(videos), videos)]
-
-    for slot in slots:
-        # The browser sends the name with the text, so that no caption goes to another clip.
-        slot.caption.blur(
-            lambda *values: save_caption(folder, *values), [slot.caption, slot.name, slot.drawn], [said, slot.drawn],
-            show_progress="hidden",
-        )  # fmt: skip
+    _build_gallery(folder, form, said, version)
 
     def add_files(files: list[str] | None, number: int, *values: Any) -> Any:
         try:
@@ -107,32 +79,64 @@ def build_tab(folder: Path, form: SettingsForm) -> None:
 
         return started
 
-    quiet: dict[str, Any] = {"show_progress": "hidden"}
     upload.upload(add_files, [upload, version, *form.inputs], [said, version])
-    look.click(lambda number: number + 1, version, version, **quiet)
-    prepare.click(start("prepare"), [form.replaces, *form.inputs], said, **quiet)
-    inspect.click(start("inspect"), [form.replaces, *form.inputs], said, **quiet)
-    back.click(lambda number, last: max(min(number, last) - 1, 0), [page, last], page, **quiet)
-    forward.click(lambda number, last: min(number + 1, last), [page, last], page, **quiet)
+    look.click(lambda number: number + 1, version, version, **_QUIET)
+    prepare.click(start("prepare"), [form.replaces, *form.inputs], said, **_QUIET)
+    inspect.click(start("inspect"), [form.replaces, *form.inputs], said, **_QUIET)
+    own = [form.fields[key] for key in form.fields if key.startswith("data.")]
+    gr.on(
+        [field.change for field in (*own, form.name, form.filled_times)], form.message, form.inputs, message,
+        trigger_mode="always_last", **_QUIET,
+    )  # fmt: skip
+    # Another folder or size changes the cards. They are drawn when the field is left, not at every key.
+    gr.on([field.blur for field in (*own, form.more)], lambda number: number + 1, version, version, **_QUIET)
+    form.filled_times.change(lambda number: number + 1, version, version, **_QUIET)
+    with gr.Accordion("The page of Inspect", open=False):
+        link = gr.HTML(elem_id="inspect_link")
+    gr.on(
+        [version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **_QUIET
+    )
+
+
+def _build_gallery(folder: Path, form: SettingsForm, said: Any, version: Any) -> None:
+    """Builds the cards of the videos, a page of them at a time; a caption is saved when its field is left."""
+    gallery, page, last = Gallery(folder), gr.State(0), gr.State(0)
+    with gr.Row(elem_id="pager"):
+        back = gr.Button("← before", size="sm", elem_id="page_back", scale=0, min_width=90)
+        where = gr.HTML(elem_id="page_where", min_width=80)
+        forward = gr.Button("next →", size="sm", elem_id="page_forward", scale=0, min_width=90)
+    empty = gr.HTML(elem_id="gallery_empty")
+    with gr.Row(elem_classes="clips", elem_id="gallery"):
+        slots = [_Slot() for _ in range(NUM_CARDS)]
+
+    def draw(number: int, *values: Any) -> list[Any]:
+        names, drawn, values = values[:NUM_CARDS], values[NUM_CARDS : 2 * NUM_CARDS], values[2 * NUM_CARDS :]
+        data, root, videos, trouble = read_videos(folder, form, values)
+        first = _page(number, videos) * NUM_CARDS
+        shown = videos[first:][:NUM_CARDS] if data else []
+        texts = read_captions(folder, root, shown, data) if data and shown else {}
+        cards = gallery.cards(root, texts, data) if data and shown else []
+        updates: list[Any] = [gr.HTML(trouble, visible=bool(trouble))]
+        for card, name, text in zip(cards, names, drawn, strict=False):
+            updates += _drawn(folder, card, texts[card.path], (name, text))
+        updates += [gr.Column(visible=False), "", "", "", ""] * (NUM_CARDS - len(cards))
+        place = html.note(f"{first + 1} to {first + len(shown)} of {len(videos)}") if shown else ""
+        return [*updates, place, _page(len(videos), videos)]
+
+    for slot in slots:
+        # The browser sends the name with the text, so that no caption goes to another clip.
+        slot.caption.blur(
+            lambda *values: save_caption(folder, *values), [slot.caption, slot.name, slot.drawn], [said, slot.drawn],
+            **_QUIET,
+        )  # fmt: skip
+    back.click(lambda number, last: max(min(number, last) - 1, 0), [page, last], page, **_QUIET)
+    forward.click(lambda number, last: min(number + 1, last), [page, last], page, **_QUIET)
     targets = [empty, *(part for slot in slots for part in slot.parts), where, last]
     gr.on(
         [page.change, version.change], draw,
         [page, *(slot.name for slot in slots), *(slot.drawn for slot in slots), *form.inputs], targets,
-        trigger_mode="always_last", concurrency_limit=4, **quiet,
+        trigger_mode="always_last", concurrency_limit=4, **_QUIET,
     )  # fmt: skip
-    own = [form.fields[key] for key in form.fields if key.startswith("data.")]
-    gr.on(
-        [field.change for field in (*own, form.name, form.filled_times)], form.message, form.inputs, message,
-        trigger_mode="always_last", **quiet,
-    )  # fmt: skip
-    # Another folder or size changes the cards. They are drawn when the field is left, not at every key.
-    gr.on([field.blur for field in (*own, form.more)], lambda number: number + 1, version, version, **quiet)
-    form.filled_times.change(lambda number: number + 1, version, version, **quiet)
-    with gr.Accordion("The page of Inspect", open=False):
-        link = gr.HTML(elem_id="inspect_link")
-    gr.on(
-        [version.change, inspect.click], lambda *values: inspect_link(folder, form, values), form.inputs, link, **quiet
-    )
 
 
 def _build_changes(folder: Path, form: SettingsForm, said: Any, version: Any) -> None:
@@ -154,7 +158,7 @@ def _build_changes(folder: Path, form: SettingsForm, said: Any, version: Any) ->
                     raise ConfigError(sources_note(data))
                 if trouble or data is None:
                     return "there are no clips to caption"
-                new = changed_captions(read_captions(root, videos, data), find, replacement, prefix)
+                new = changed_captions(read_captions(folder, root, videos, data), find, replacement, prefix)
                 if writes:
                     for video, text in new.items():
                         write_caption(folder, video, text)
@@ -229,7 +233,7 @@ def save_caption(folder: Path, text: str, name: str, drawn: str) -> tuple[str, s
         if not name or text == drawn.strip():
             return ""
         video = inside(folder, name)
-        there = read_captions(video.parent, [video], DataConfig())[video]
+        there = read_captions(folder, video.parent, [video], DataConfig())[video]
         # Without a file the caption is from a table; the new file takes precedence.
         if caption_path(video).is_file() and there not in (drawn.strip(), text):
             raise DataError(
