@@ -1,5 +1,6 @@
 """The clips of a folder for the page: their facts, pictures and editable captions."""
 
+import contextlib
 import itertools
 import os
 import threading
@@ -10,9 +11,9 @@ from pathlib import Path
 
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.sources import read_sources
-from mochi_tune.data_prep.captions import MAX_CAPTION_CHARACTERS, CaptionRules, load_captions
+from mochi_tune.data_prep.captions import MAX_CAPTION_CHARACTERS, SIDECAR_SUFFIXES, CaptionRules, load_captions
 from mochi_tune.data_prep.decoder import ClipDecoder
-from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, TAKES_STILLS, find_videos
+from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, TAKES_STILLS, find_videos, walk
 from mochi_tune.data_prep.inspection import Flag, find_flags
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts
@@ -26,6 +27,8 @@ UPLOADED = (*MEDIA_SUFFIXES, ".txt")
 # Suffixes of videos that a browser plays. Of other videos the page shows a picture.
 PLAYED = (".mp4", ".m4v", ".webm", ".mov")
 SCAN_SECONDS = 30.0
+# Suffixes of files with captions, and of tables of them.
+_TEXTS = (*SIDECAR_SUFFIXES, ".csv", ".tsv", ".json", ".jsonl")
 _UPLOADS = threading.Lock()
 
 
@@ -63,7 +66,7 @@ def list_videos(folder: Path, videos: str) -> list[Path]:
     root = inside(folder, videos)
     found = find_videos(root, takes_stills=TAKES_STILLS)
     # Links to folders are not followed, so only links to files can lead out.
-    return [path for path in found if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve())]
+    return [path for path in found if not _leads_out(folder, path)]
 
 
 class Gallery:
@@ -115,24 +118,40 @@ class Gallery:
         return ClipCard(path, name, length, size, many + bucket, flags, thumbnail=thumbnail)
 
 
-def read_captions(root: Path, videos: Sequence[Path], data: DataConfig) -> dict[Path, str]:
-    """Returns the caption of each video in its file or table, with several ones as lines; "" for none."""
-    try:
-        tables = load_captions(root, list(videos), CaptionRules(data.captions)).texts
-    except DataError:
+def read_captions(folder: Path, root: Path, videos: Sequence[Path], data: DataConfig) -> dict[Path, str]:
+    """Returns the caption of each video in its file or table, with several ones as lines; "" for none.
+
+    A file that is a link out of the page's folder is not read. If there is one, neither are tables, of which it may be
+    a part.
+
+    Args:
+        folder: folder of the page.
+        root: folder of the videos.
+        videos: videos in it.
+        data: settings of the captions.
+    """
+    tables: dict[Path, tuple[str, ...]] = {}
+    texts = (Path(path) for path, name in walk(root) if name.lower().endswith(_TEXTS))
+    if not any(_leads_out(folder, path) for path in texts):
         # `prepare` reports a damaged table. Captions in files can be edited all the same.
-        tables = {}
+        with contextlib.suppress(DataError):
+            tables = load_captions(root, list(videos), CaptionRules(data.captions)).texts
     found = {}
     for video in videos:
         path = caption_path(video)
         text = "\n".join(tables.get(video, ()))
-        if path.is_file():
+        if path.is_file() and not _leads_out(folder, path):
             try:
                 text = read_text(path, fallback="cp1252")[0].strip() or text
             except (OSError, UnicodeDecodeError):
                 text = ""
         found[video] = text
     return found
+
+
+def _leads_out(folder: Path, path: Path) -> bool:
+    """Whether a path is a link out of the page's folder."""
+    return path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def caption_path(video: Path) -> Path:

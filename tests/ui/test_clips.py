@@ -32,7 +32,7 @@ def test_cards_say_what_each_file_is(tmp_path):
     (videos / "good.txt").write_text("a cat\n")
     (tmp_path / "elsewhere.mp4").write_bytes(b"")
     found = list_videos(tmp_path, "videos")
-    broken, good, small = Gallery(tmp_path).cards(videos, read_captions(videos, found, DATA), DATA)
+    broken, good, small = Gallery(tmp_path).cards(videos, read_captions(tmp_path, videos, found, DATA), DATA)
     assert (good.name, good.length, good.size, good.refused) == ("good.mp4", "0.5 s at 30 fps", "96 x 64", "")
     assert good.bucket == "7 frames, 48 x 32" and good.thumbnail.read_bytes()[:2] == b"\xff\xd8"
     assert "no caption" not in [flag.text for flag in good.flags]
@@ -56,16 +56,40 @@ def test_captions_are_read_and_written_beside_the_clips(tmp_path):
     video.touch()
     other.touch()
     (tmp_path / "captions.csv").write_text("file_name,caption\na.mp4,from the table\n")
-    assert read_captions(tmp_path, [video, other], DATA) == {video: "from the table", other: ""}
+    assert read_captions(tmp_path, tmp_path, [video, other], DATA) == {video: "from the table", other: ""}
     write_caption(tmp_path, video, "  a ‹new› one \n")
     assert (tmp_path / "a.txt").read_text() == "a ‹new› one\n"
-    assert read_captions(tmp_path, [video], DATA) == {video: "a ‹new› one"}
+    assert read_captions(tmp_path, tmp_path, [video], DATA) == {video: "a ‹new› one"}
     for text in ("x" * 60_000, "a\0b", "half \ud800"):
         with pytest.raises(DataError, match="cannot be a caption"):
             write_caption(tmp_path, video, text)
     video.unlink()
     with pytest.raises(DataError, match="vanished"):
         write_caption(tmp_path, video, "x")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".caption"])
+def test_captions_behind_links_out_of_the_folder_are_not_read(tmp_path, suffix):
+    page, secret = tmp_path / "page", tmp_path / "secret.txt"
+    videos = page / "videos"
+    (page / "texts").mkdir(parents=True)
+    videos.mkdir()
+    secret.write_text("secret")
+    (page / "texts" / "b.txt").write_text("a dog")
+    for name in "ab":
+        (videos / f"{name}.mp4").touch()
+    found = list_videos(page, "videos")
+    (videos / "b.txt").symlink_to(page / "texts" / "b.txt")
+    (videos / f"a{suffix}").symlink_to(secret)
+    assert list(read_captions(page, videos, found, DATA).values()) == ["", "a dog"]
+    (videos / f"a{suffix}").unlink()
+    # A list of captions.
+    (videos / "videos.txt").write_text("a.mp4\n")
+    (videos / "prompts.txt").symlink_to(secret)
+    assert list(read_captions(page, videos, found, DATA).values()) == ["", "a dog"]
+    (videos / "prompts.txt").unlink()
+    (videos / "prompts.txt").write_text("a cat")
+    assert list(read_captions(page, videos, found, DATA).values()) == ["a cat", "a dog"]
 
 
 def test_find_and_replace_and_prefix(tmp_path):

@@ -100,7 +100,7 @@ def test_a_page_is_drawn_with_one_listing_of_the_folder_and_its_tables(tmp_path,
     with count_calls(os.scandir) as once:
         check_form(tmp_path, Form("cats", {}, ""))
         shown = list_videos(tmp_path, "videos")[NUM_CARDS:]
-        read_captions(videos, shown, DataConfig())
+        read_captions(tmp_path, videos, shown, DataConfig())
     draw = acts_of(tmp_path)["draw"]
     with count_calls(os.scandir) as calls:
         drawn = draw(1, *[""] * 2 * NUM_CARDS, "cats", *[""] * len(MAIN_KEYS), "")
