@@ -230,17 +230,21 @@ def test_bars_in_a_log_file_are_drawn_now_and_then(tmp_path, seconds):
         ("plan", "interrupted"),
     ],
 )
-def test_ctrl_c_during_the_start_says_that_a_run_continues(verb, said):
+def test_ctrl_c_during_the_start_says_that_a_run_continues(tmp_path, verb, said):
     program = f"""
+import os
+
 import mochi_tune.cli.main as program
 
 def stop(*_):
+    print(os.environ["PYTHONSAFEPATH"])
     raise KeyboardInterrupt
 
 program.run = stop
 program.main(["{verb}"])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout == "1\n", "what it starts imports nothing from the working folder"
     assert done.returncode == 130 and done.stderr.endswith(f"mochi-tune: {said}\n")
 
 
