@@ -209,14 +209,13 @@ def test_missing_captions_are_listed_before_any_weight_is_read(tmp_path):
 def test_a_caption_with_a_typo_in_its_name_is_named_with_the_clip_that_lacks_one(tmp_path):
     add_clip(tmp_path, "bird.mp4", None, 1)
     (tmp_path / "videos" / "brid.txt").write_text("a bird")
-    with pytest.raises(DataError) as caught:
-        prepare(config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False))
-    assert "(bird.mp4; captions without a video: brid.txt)" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    config = config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False)
+    with pytest.raises(DataError, match=r"^.*\(bird\.mp4; captions without a video: brid\.txt\).*$"):
+        prepare(config)
     (tmp_path / "videos" / "my_clips.jsonl").write_text('{"video_path": "bird.mp4", "caption": "a bird"}')
     (tmp_path / "videos" / "bird.json").touch()
     with pytest.raises(DataError, match=r"my_clips\.jsonl is not read: name a table of captions metadata\.jsonl\)"):
-        prepare(config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False))
+        prepare(config)
 
 
 def test_captions_without_a_video_are_warned_of(tmp_path, capsys):
