@@ -25,10 +25,8 @@ def run_weights(arguments: list[str]) -> int:
     from mochi_tune.weights.pull import main as pull
 
     folder = user_path(options["to"])
-    names = ("precision", "repo", "revision")
-    settings = PullSettings(
-        options["source"], *(options[name] or None for name in names), hub_address(options["endpoint"])
-    )
+    precision, repo, revision = (options[name] or None for name in ("precision", "repo", "revision"))
+    settings = PullSettings(options["source"], precision, repo, revision, hub_address(options["endpoint"]))
     if true_or_false("dry_run", options["dry_run"]):
         print(*plan_pull(folder, settings).describe(), sep="\n")
         return 0

@@ -152,8 +152,8 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     before = {key: each.default for key, each in known_keys().items() if key in now and not each.is_required}
     before |= state["settings"]
     differing = [key for key in now if before.get(key) != now[key]]
-    told = [key for key in differing if key != "data.sources"]
-    texts = {key: f"{key} was {as_yaml(before.get(key))}, is {as_yaml(now[key])}" for key in told}
+    plain = [key for key in differing if key != "data.sources"]
+    texts = {key: f"{key} was {as_yaml(before.get(key))}, is {as_yaml(now[key])}" for key in plain}
     others = {}
     # A finished run does not need the order of clips.
     lacks_order = "order" not in state and state["step"] < now["train.steps"]

@@ -198,9 +198,8 @@ def test_an_encoder_that_gives_nan_stops_the_run_and_is_not_cached(good):
 def test_missing_captions_are_listed_before_any_weight_is_read(tmp_path):
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         add_clip(tmp_path, name, {"a.mp4": "a cat", "b.mp4": "  \n", "c.mp4": None}[name], 1)
-    config = config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False)
     with pytest.raises(DataError) as caught:
-        prepare(config)
+        prepare(config_for(tmp_path, tmp_path / "no_weights", allow_empty_captions=False))
     assert "(missing or empty): 2 of 3 clips" in str(caught.value) and "(b.mp4, c.mp4)" in str(caught.value)
     assert "allow_empty_captions" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
