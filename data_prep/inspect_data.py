@@ -33,9 +33,11 @@ def main(config: RunConfig, out: Path | None) -> int:
         CheckpointError: the tokenizer is damaged.
         MochiTuneError: the browser failed.
     """
+    is_given = out is not None
     out = out or Path(config.run_dir) / "inspect"
     for source in read_sources(config.data):
-        if source.folder.resolve() in (out.resolve(), *out.resolve().parents):
+        is_inside = source.folder.resolve() in (out.resolve(), *out.resolve().parents)
+        if is_inside and (is_given or source.takes_stills):
             raise ConfigError(
                 f"out={out} is in the folder of the videos, {source.folder}, where {_PICTURE_NAME} would be taken for "
                 "one of the clips: use another folder."

@@ -74,6 +74,9 @@ def test_the_picture_of_the_page_does_not_become_a_clip(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"is in the folder of the videos, .* where inspect\.png would be taken"):
             main(config, out)
     assert main(config, tmp_path) == 0
+    # The page of a run goes where it always does, also if the clips lie around it.
+    monkeypatch.chdir(tmp_path)
+    assert main(config_for(tmp_path, tmp_path / "weights", videos="."), None) == 0
 
 
 @pytest.mark.parametrize(
