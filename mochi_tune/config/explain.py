@@ -266,5 +266,8 @@ def nearest(key: str, known: Iterable[str]) -> str:
     own_sections = {} if section else dict.fromkeys(k.partition(".")[0] for k in known if "." in k)
     own_sections.pop(key, None)
     near = difflib.get_close_matches(key, [*known, *own_sections], n=1, cutoff=0.7)
-    near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
-    return f"; did you mean {near[0]}?" if near else "; --help all lists them."
+    near = near or [k for k in known if k.rpartition(".")[2] == word][:1]
+    if not near and not section:
+        words = difflib.get_close_matches(key, {k.rpartition(".")[2] for k in known}, n=1, cutoff=0.8)
+        near = [k for k in known if k.rpartition(".")[2] in words]
+    return f"; did you mean {' or '.join(near)}?" if near else "; --help all lists them."

@@ -53,6 +53,11 @@ def test_a_word_that_is_like_no_setting_gets_no_guess(word):
     assert nearest(word, KNOWN) == "; --help all lists them."
 
 
+def test_a_typo_in_a_word_without_its_section_leads_to_the_settings_of_that_word():
+    assert nearest("stepz", KNOWN) == "; did you mean train.steps or sample.steps?"
+    assert nearest("learning_rat", KNOWN) == "; did you mean train.learning_rate?"
+
+
 def test_a_typo_in_the_name_of_a_section_leads_to_it():
     assert nearest("trian", KNOWN) == "; did you mean train?"
 
