@@ -113,6 +113,13 @@ def _find_named(folder: Path, wanted: set[str]) -> dict[Path, dict[str, Path]]:
     return found
 
 
+def is_table_name(name: str) -> bool:
+    """Whether a file of this name is read as a table, or as a part of one."""
+    path = Path(name.lower())
+    is_table = path.stem in _TABLE_STEMS and path.suffix in _TABLE_SUFFIXES
+    return is_table or path.name in (*VIDEO_LISTS, *CAPTION_LISTS)
+
+
 def find_other_tables(folder: Path, videos: Iterable[Path]) -> list[Path]:
     """Returns the files of a folder that may be tables but are not read, as their names are not those of tables."""
     stems = {*_TABLE_STEMS, *(video.stem for video in videos)}

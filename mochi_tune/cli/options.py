@@ -244,7 +244,7 @@ TOY_OPTIONS = {
 def is_setting(argument: str) -> bool:
     """Whether an argument is key=value or an option, not a file: folders of sweeps have names such as lr=1e-4."""
     key, equals, _ = argument.partition("=")
-    is_key = bool(equals) and re.fullmatch(r"[\w.-]*", key) is not None and not Path(argument).exists()
+    is_key = bool(equals) and re.fullmatch(r"[\w.-]*", key) is not None and not os.path.exists(argument)
     return is_key or argument.startswith("-")
 
 
@@ -289,7 +289,7 @@ def _hint(
     key, equals, value = argument.partition("=")
     if near := difflib.get_close_matches(key, known, n=1):
         return f"; did you mean {near[0]}=?"
-    if files and (value.endswith(".safetensors") or value.startswith("hub:") or (value and Path(value).exists())):
+    if files and (value.endswith(".safetensors") or value.startswith("hub:") or os.path.exists(value)):
         return f"; did you mean {shlex.join(['mochi-tune', *verb.split(), value])}? Files have no key."
     needed = [name for name, (default, _) in known.items() if default is None]
     is_word = not equals and not argument.startswith("-")

@@ -92,10 +92,12 @@ def _is_setting(verb: str, word: str) -> bool:
 
 
 def _can_have_spaces(verb: str, argument: str) -> bool:
-    """Whether the value of a key=value may be a part of a text with spaces, such as a prompt."""
+    """Whether the value of a key=value may be a part of one with spaces, such as a prompt or [1, 0.5]."""
     from mochi_tune.config.settings import known_keys
 
-    key = argument.partition("=")[0]
+    key, _, value = argument.partition("=")
+    if value.endswith(",") or (value.startswith(("[", "{")) and not value.endswith(("]", "}"))):
+        return True
     setting = known_keys().get(f"sample.{key}" if verb == "sample" and key not in known_keys() else key)
     return key in OWN.get(verb, ()) or (setting is not None and setting.takes_text and not setting.choices)
 

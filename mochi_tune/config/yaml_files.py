@@ -11,7 +11,7 @@ from mochi_tune.errors import ConfigError
 
 MAX_YAML_DEPTH = 20
 # The name of a file in `defaults`, with its group. None contains "..", "@" or a reference, or is one of Hydra's own.
-_PLAIN_NAME = re.compile(r"/?(?!hydra(?:/|$))\w[\w .-]*(?:/\w[\w .-]*)*")
+_PLAIN_NAME = re.compile(r"/?(?!hydra(?:/|$))\w[\w .+-]*(?:/\w[\w .+-]*)*")
 
 
 def check_yaml(path: Path) -> Any:

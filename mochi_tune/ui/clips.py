@@ -11,7 +11,14 @@ from pathlib import Path
 
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.sources import read_sources
-from mochi_tune.data_prep.captions import MAX_CAPTION_CHARACTERS, SIDECAR_SUFFIXES, CaptionRules, load_captions
+from mochi_tune.data_prep.caption_tables import is_table_name
+from mochi_tune.data_prep.captions import (
+    MAX_CAPTION_CHARACTERS,
+    SIDECAR_SUFFIXES,
+    CaptionRules,
+    load_captions,
+    stem_of,
+)
 from mochi_tune.data_prep.decoder import ClipDecoder
 from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, TAKES_STILLS, find_videos, walk
 from mochi_tune.data_prep.inspection import Flag, find_flags
@@ -121,8 +128,7 @@ class Gallery:
 def read_captions(folder: Path, root: Path, videos: Sequence[Path], data: DataConfig) -> dict[Path, str]:
     """Returns the caption of each video in its file or table, with several ones as lines; "" for none.
 
-    A file that is a link out of the page's folder is not read. If there is one, neither are tables, of which it may be
-    a part.
+    A table or a caption that is a link out of the page's folder is not read. If there is one, no table is.
 
     Args:
         folder: folder of the page.
@@ -131,8 +137,10 @@ def read_captions(folder: Path, root: Path, videos: Sequence[Path], data: DataCo
         data: settings of the captions.
     """
     tables: dict[Path, tuple[str, ...]] = {}
-    texts = (Path(path) for path, name in walk(root) if name.lower().endswith(_TEXTS))
-    if not any(_leads_out(folder, path) for path in texts):
+    stems = {stem_of(video) for video in videos}
+    texts = [path for path, name in walk(root) if name.lower().endswith(_TEXTS)]
+    read = (Path(path) for path in texts if stem_of(path) in stems or is_table_name(Path(path).name))
+    if not any(_leads_out(folder, path) for path in read):
         # `prepare` reports a damaged table. Captions in files can be edited all the same.
         with contextlib.suppress(DataError):
             tables = load_captions(root, list(videos), CaptionRules(data.captions)).texts

@@ -171,13 +171,17 @@ def stop_job(folder: Path, number: int) -> Job:
     """Asks a running job to save and end, by SIGTERM, or removes a waiting job from the queue.
 
     Raises:
-        DataError: the job has ended.
+        DataError: the job has ended, or this user has not started it.
     """
     with changing(folder):
         job = find_job(folder, number)
+        if job.state == "running" and not job.is_own:
+            raise DataError(
+                f"job {number} was not started by you on this machine, or by an earlier version: stop it where it runs."
+            )
         if job.state == "waiting":
             job = replace(job, state="stopped", ended=time.time())
-        elif job.state == "running" and job.is_own and is_alive(job):
+        elif job.state == "running" and is_alive(job):
             job = replace(job, is_asked_to_stop=True)
         else:
             raise DataError(f"job {number} has ended already: there is nothing to stop.")

@@ -26,7 +26,7 @@ from mochi_tune.ui.jobs import (
 
 NUM_SHOWN = 8
 WORDS = {"partly": "done except for some clips"}
-FOREIGN = "from another machine: not run"
+FOREIGN = "not started here: not run"
 
 
 def build_bar(folder: Path, form: SettingsForm) -> None:

@@ -27,6 +27,8 @@ from mochi_tune.errors import ConfigError
         ("sample", ["prompt=a", "red", "square"], 'a value with spaces, prompt="a red square".'),
         ("inspect", ["data.videos=my", "films"], 'a value with spaces, data.videos="my films".'),
         ("inspect", ["out=my", "page"], 'a value with spaces, out="my page".'),
+        ("sample", ["adapter_strength=[1,", "0.5]"], 'a value with spaces, adapter_strength="[1, 0.5]".'),
+        ("sample", ["seeds=0,", "1"], 'a value with spaces, seeds="0, 1".'),
         # Options that have no value there.
         ("train", ["--gradient_checkpointing", "--lr", "1e-4"], "did you mean train.recompute=block?"),
         ("train", ["--cache_latents"], "leave it out: `prepare` caches latents and captions."),

@@ -57,9 +57,9 @@ def test_names_in_defaults_are_plain(tmp_path, monkeypatch, entry):
 def test_a_name_in_defaults_may_have_a_group_and_be_optional(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("own").mkdir()
-    Path("own/b c-1.0.yaml").write_text("# @package _global_\nname: mine\n")
+    Path("own/b c-1.0+x.yaml").write_text("# @package _global_\nname: mine\n")
     Path("a.yaml").write_text(
-        "defaults: [base, {optional none: x}, {own: [b c-1.0]}, {override model: tiny}, _self_]\n"
+        "defaults: [base, {optional none: x}, {own: [b c-1.0+x]}, {override model: tiny}, _self_]\n"
     )
     config = load_config("a.yaml", [])
     assert (config.name, config.model.name) == ("mine", "tiny")

@@ -89,6 +89,8 @@ def test_captions_behind_links_out_of_the_folder_are_not_read(tmp_path, suffix):
     assert list(read_captions(page, videos, found, DATA).values()) == ["", "a dog"]
     (videos / "prompts.txt").unlink()
     (videos / "prompts.txt").write_text("a cat")
+    # It is no caption, so it hides none.
+    (videos / "LICENSE.txt").symlink_to(secret)
     assert list(read_captions(page, videos, found, DATA).values()) == ["a cat", "a dog"]
 
 

@@ -56,7 +56,7 @@ def test_jobs_of_a_stranger_are_shown_and_not_run(strangers, monkeypatch):
     runner.main(strangers)
     assert runner.start_next(strangers) is None
     page = jobs_table(strangers, list_jobs(strangers))
-    assert page.count("from another machine: not run") == 4 and page.count("state done'>done<") == 1
+    assert page.count("not started here: not run") == 4 and page.count("state done'>done<") == 1
     assert [job.state for job in list_jobs(strangers)] == ["waiting"] * 3 + ["running", "done"]
 
 
@@ -65,7 +65,7 @@ def test_a_strangers_job_does_not_go_on_and_its_process_is_not_stopped(strangers
         with pytest.raises(DataError, match=f"job {number} was not started by you on this machine"):
             repeat_job(strangers, number)
     assert len(list_jobs(strangers)) == 5
-    with pytest.raises(DataError, match="ended already"):
+    with pytest.raises(DataError, match="job 4 was not started by you on this machine, .*: stop it where it runs"):
         stop_job(strangers, 4)
     # It can be taken out of the queue.
     assert stop_job(strangers, 2).state == "stopped"
