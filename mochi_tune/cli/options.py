@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mochi_tune.cli.launch import num_processes_here

@@ -140,7 +140,7 @@ def test_plain_values_are_read_as_a_shell_would(tmp_path, monkeypatch):
             "did you mean mochi-tune lora inspect a.safetensors? Files have no key.",
         ),
         ("lora merge lora=hub:a/b", "did you mean mochi-tune lora merge hub:a/b? Files have no key."),
-        (f"lora inspect foo={'A' * 300}", "foo= is not a setting of lora inspect"),
+        (f"lora inspect foo={'A' * 300}", "foo= is not a setting of lora inspect, which takes out= and json=."),
         ("lora bake device=cuda", "and dtype=."),
         ("weights check folder", "'folder' is not a setting of weights check; did you mean model.weights=folder?"),
         ("weights pull endpoint=hub", "endpoint=hub is not an address: use one like https://huggingface.co."),

@@ -65,7 +65,7 @@ def test_a_strangers_job_does_not_go_on_and_its_process_is_not_stopped(strangers
         with pytest.raises(DataError, match=f"job {number} was not started by you on this machine"):
             repeat_job(strangers, number)
     assert len(list_jobs(strangers)) == 5
-    with pytest.raises(DataError, match="job 4 was not started by you on this machine, .*: stop it where it runs"):
+    with pytest.raises(DataError, match=r"job 4 was not started by you on this machine, .*: stop it where it runs"):
         stop_job(strangers, 4)
     # It can be taken out of the queue.
     assert stop_job(strangers, 2).state == "stopped"
