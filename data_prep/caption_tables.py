@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mochi_tune.data_prep.finding import walk
+from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, walk
 from mochi_tune.errors import DataError, some
 from mochi_tune.files import read_text
 
@@ -307,7 +307,7 @@ def _json_list(path: Path, text: str) -> list[Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}): correct it.") from None
-    if isinstance(value, dict) and not any(key in _FILE_KEYS for key in value):
+    if isinstance(value, dict) and any(key.lower().endswith(MEDIA_SUFFIXES) for key in value):
         # diffusion-pipe's captions.json maps names to captions.
         value = [{_FILE_KEYS[0]: name, CAPTION_KEYS[0]: captions} for name, captions in value.items()]
     if not isinstance(value, list):

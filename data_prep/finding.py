@@ -22,7 +22,7 @@ UNKNOWN = "is not a known video format"
 # Reason why the videos are skipped that genmo's trainer writes next to clips, to show what its VAE makes of them.
 _RECONSTRUCTION, RECONSTRUCTED = ".recon.mp4", "is a reconstruction that genmo's trainer wrote, not a clip"
 # Reason why clips next to the files of a Hugging Face dataset are not used.
-BESIDE_DATASET = "is not in the dataset of its folder"
+BESIDE_DATASET = "lies next to a dataset, whose own videos are used"
 # `init` writes it next to the clips, and datasets come with one.
 _README = "README.md"
 # Settings with which a training uses stills.

@@ -150,7 +150,7 @@ def _check_captions(data: DataConfig, without: list[str], orphans: list[str], in
         folders = [source.folder for source in read_sources(data)]
         videos = [file.path for file in inputs.files.values()]
         if others := [path for folder in folders for path in find_other_tables(folder, videos)]:
-            typos += f"; {others[0].name} is not read: name a table of captions metadata{others[0].suffix}"
+            typos += f"; {others[0].name} is not read: a table of captions must be metadata{others[0].suffix}"
         where = ", ".join(map(str, folders))
         found = printable(f"{counted(len(videos), 'clip')} in {where} ({some(without)}{typos})")
         raise DataError(

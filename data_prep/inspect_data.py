@@ -33,15 +33,13 @@ def main(config: RunConfig, out: Path | None) -> int:
         CheckpointError: the tokenizer is damaged.
         MochiTuneError: the browser failed.
     """
-    is_given = out is not None
-    out = out or Path(config.run_dir) / "inspect"
-    for source in read_sources(config.data):
-        is_inside = source.folder.resolve() in (out.resolve(), *out.resolve().parents)
-        if is_inside and (is_given or source.takes_stills):
+    for source in read_sources(config.data) if out else ():
+        if source.folder.resolve() in (out.resolve(), *out.resolve().parents):
             raise ConfigError(
-                f"out={out} is in the folder of the videos, {source.folder}, where {_PICTURE_NAME} would be taken for "
-                "one of the clips: use another folder."
+                f"out={out} is in the folder of the videos, {source.folder}, where {_PICTURE_NAME} would lie among the "
+                "clips: use another folder."
             )
+    out = out or Path(config.run_dir) / "inspect"
     make_writable_folder(out)
     weights = WeightsFolder(weights_paths(config))
     tokenizer = weights.load_tokenizer() if weights.has_tokenizer() else None

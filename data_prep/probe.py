@@ -286,6 +286,9 @@ def decode_packet(path: Path, packet, has_key: bool, seconds: float) -> list[Any
         frames = packet.decode()
     except InvalidDataError as raised:
         error, frames = raised, []
+    if packet.size == 0 and packet.stream.container.format.name in _CUT_FORMATS:
+        # A recording may stop inside its last picture, which the decoder returns at the end.
+        frames = [frame for frame in frames if not frame.is_corrupt]
     # FFmpeg conceals some damage, and only marks the picture.
     if has_key and (error or any(frame.is_corrupt for frame in frames)):
         raise DataError(

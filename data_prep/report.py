@@ -135,7 +135,7 @@ def not_taken(inputs: Inputs) -> list[str]:
         lines.append(f"not used: {counted(len(others), 'file')} ({some(others)})")
     if beside := sorted(name for name, why in inputs.unused.items() if why.endswith(BESIDE_DATASET)):
         files = f"{counted(len(beside), 'file')} next to a dataset ({some(beside)})"
-        lines.append(f"not used: {files}: move them to a folder of their own in data.sources")
+        lines.append(f"not used: {files}: clips that it lacks need a folder of their own in data.sources")
     known = (NO_VIDEO, STILL, UNKNOWN, BESIDE_DATASET, *MADE_HERE)
     lines += [
         f"not used: {path} is {why}"

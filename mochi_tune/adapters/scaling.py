@@ -62,6 +62,9 @@ class AdapterScaling:
 def remove_adapter(dit: nn.Module, name: str) -> None:
     """Removes an adapter that `apply_adapter` added. Without any adapter, the model has the base's modules again.
 
+    The other adapters must have the strengths with which they were applied: set all factors of an `AdapterScaling` to
+    1 before, and make a new one afterwards.
+
     Raises:
         ConfigError: the model has no adapter of this name.
     """

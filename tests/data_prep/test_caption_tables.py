@@ -191,6 +191,7 @@ def test_a_table_that_names_no_video_is_an_error_that_shows_both_names(folder, v
         ("metadata.jsonl", '{"file_name": 3, "text": "x"}', ["row 1", "names no video"]),
         ("metadata.jsonl", '{"file_name": "a.mp4", "text": "x", "Text": "y"}', ["row 1", "text more", "(text, Text)"]),
         ("metadata.json", '{"file_name": "a.mp4", "text": "x"}', ["not a list of objects", "rename the file"]),
+        ("metadata.json", '{"name": "my set", "fps": 30}', ["not a list of objects", "rename the file"]),
         ("metadata.json", "[", ["not JSON"]),
     ],
 )

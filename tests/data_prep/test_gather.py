@@ -69,7 +69,7 @@ def test_clips_beside_a_dataset_are_told_as_not_used(tmp_path):
     inputs = find_inputs(DataConfig(videos=str(videos), cache=str(tmp_path / "cache")), 0)
     assert [file.captions for file in inputs.files.values()] == [("a cat",)] and inputs.unused.keys() == {"loose.mp4"}
     assert not_taken(inputs) == [
-        "not used: 1 file next to a dataset (loose.mp4): move them to a folder of their own in data.sources"
+        "not used: 1 file next to a dataset (loose.mp4): clips that it lacks need a folder of their own in data.sources"
     ]
 
 

@@ -71,7 +71,7 @@ def test_the_picture_of_the_page_does_not_become_a_clip(tmp_path, monkeypatch):
     add_clip(tmp_path / "videos", "a.mp4", 7)
     config = config_for(tmp_path, tmp_path / "weights")
     for out in (tmp_path / "videos", tmp_path / "videos" / "page"):
-        with pytest.raises(ConfigError, match=r"is in the folder of the videos, .* where inspect\.png would be taken"):
+        with pytest.raises(ConfigError, match=r"is in the folder of the videos, .* where inspect\.png would lie"):
             main(config, out)
     assert main(config, tmp_path) == 0
     # The page of a run goes where it always does, also if the clips lie around it.

@@ -213,7 +213,7 @@ def test_a_caption_with_a_typo_in_its_name_is_named_with_the_clip_that_lacks_one
         prepare(config)
     (tmp_path / "videos" / "my_clips.jsonl").write_text('{"video_path": "bird.mp4", "caption": "a bird"}')
     (tmp_path / "videos" / "bird.json").touch()
-    with pytest.raises(DataError, match=r"my_clips\.jsonl is not read: name a table of captions metadata\.jsonl\)"):
+    with pytest.raises(DataError, match=r"my_clips\.jsonl is not read: a table of captions must be metadata\.jsonl\)"):
         prepare(config)
 
 

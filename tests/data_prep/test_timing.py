@@ -4,11 +4,13 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from helpers_video import copy_from_keyframe, frame_number, numbers_by_fps_filter, write_video
 
 from mochi_tune.data_prep.clips import Cut, choose_frame_rate, cut_clips, decode_clip
-from mochi_tune.data_prep.frames import find_seek_time
+from mochi_tune.data_prep.frames import find_seek_time, read_pictures
 from mochi_tune.data_prep.probe import read_index, scan_video
 from mochi_tune.errors import DataError
 
@@ -79,6 +81,21 @@ def test_a_stream_that_is_cut_anywhere_begins_at_its_next_keyframe(tmp_path):
     numbers = numbers_of(tmp_path / "cut.ts")
     assert numbers in (list(range(20, 60)), list(range(40, 60)))
     assert numbers == numbers_by_fps_filter(tmp_path / "cut.ts")
+
+
+@pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "2"}])
+def test_a_recording_that_stops_inside_a_picture_ends_before_it(tmp_path, options):
+    path, noise = tmp_path / "a.ts", np.random.default_rng(0)
+    with av.open(str(path), "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt = 160, 128, "yuv420p"
+        for _ in range(12):
+            picture = noise.integers(0, 255, (128, 160, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 188 * 188 - 40 * 188])
+    assert len(list(read_pictures(path, read_index(path)))) == 11
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.avi", "a.ts"])
