@@ -185,7 +185,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(f"file:{path}", metadata_errors="replace", options=options) as container:
             if container.format.name.split(",")[0] in _LISTS:
                 kind = container.format.name
-                raise DataError(f"{path}: is a list of other files ({kind}), not a video: use those files, remove it.")
+                raise DataError(f"{path}: is a list of other files ({kind}), not a video: use those files instead.")
             stream = container.streams.best("video")
             if stream is None:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"

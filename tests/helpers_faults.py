@@ -1,5 +1,7 @@
 """Runs to compare: what two run folders must have in common, and where a test takes hold of a run."""
 
+import contextlib
+import fcntl
 import json
 from functools import cache
 from pathlib import Path
@@ -60,3 +62,14 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
         assert rows_of(ours, name) == rows_of(theirs, name), name
     a, b = (load_file(folder / "adapter.safetensors") for folder in (ours, theirs))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in b)
+
+
+@contextlib.contextmanager
+def lock_ray(tmp_path_factory, operation: int):
+    """Holds the lock of Ray's clusters: shared by tests that may start one, exclusive for one that must find none.
+
+    "auto" joins any cluster on the machine, so also that of a test in another worker of xdist.
+    """
+    with open(tmp_path_factory.getbasetemp().parent / "ray.lock", "a") as file:
+        fcntl.flock(file, operation)
+        yield

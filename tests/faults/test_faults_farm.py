@@ -1,5 +1,6 @@
 """Farms of renders, in shares and on Ray: whatever dies, each video is there once, with the latents of one process."""
 
+import fcntl
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from helpers_faults import lock_ray
 from helpers_process import Disturbance, Program, run
 from helpers_renders import write_adapter
 from helpers_road import road
@@ -49,6 +51,12 @@ def share(number: int) -> str:
 
 def start(base: Path, name: str, *more: str, disturbance: Disturbance | None = None) -> Program:
     return Program(["sample", "conf=my_lora", *settings(base, name, *more)], base / f"{name}.log", disturbance)
+
+
+@pytest.fixture(autouse=True)
+def ray_lock(tmp_path_factory):
+    with lock_ray(tmp_path_factory, fcntl.LOCK_SH):
+        yield
 
 
 def assert_is_whole(base: Path, name: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers_faults import lock_ray
 from helpers_prepare import GEOMETRY, TINY, add_clip
 from helpers_process import PATIENCE, Program, wait_for_end
 from helpers_road import SIZES, command
@@ -214,6 +215,13 @@ def test_on_ray_a_killed_worker_is_replaced_and_other_versions_are_refused(base,
     assert "9 workers need a CPU each, but the Ray cluster has 2" in seen["size"].stderr, seen["size"].stderr
     for each in seen.values():
         assert each.stderr.splitlines()[-1].startswith("mochi-tune: ") and "Traceback" not in each.stderr, each.stderr
+
+
+@pytest.fixture(autouse=True)
+def ray_lock(request, tmp_path_factory):
+    needs_none = request.node.name == "test_a_cluster_that_cannot_be_reached_is_named"
+    with lock_ray(tmp_path_factory, fcntl.LOCK_EX if needs_none else fcntl.LOCK_SH):
+        yield
 
 
 def test_a_cluster_that_cannot_be_reached_is_named(base, tmp_path):
