@@ -33,12 +33,8 @@ def main(config: RunConfig, out: Path | None) -> int:
         CheckpointError: the tokenizer is damaged.
         MochiTuneError: the browser failed.
     """
-    for source in read_sources(config.data) if out else ():
-        if source.folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise ConfigError(
-                f"out={out} is in the folder of the videos, {source.folder}, where {_PICTURE_NAME} would lie among the "
-                "clips: use another folder."
-            )
+    if out is not None:
+        _check_not_among_videos(out, [source.folder for source in read_sources(config.data)])
     out = out or Path(config.run_dir) / "inspect"
     make_writable_folder(out)
     weights = WeightsFolder(weights_paths(config))
@@ -59,3 +55,12 @@ def main(config: RunConfig, out: Path | None) -> int:
     if write_png(out / _PAGE_NAME, out / _PICTURE_NAME):
         tqdm.write(f"picture of the page: {out / _PICTURE_NAME}")
     return 1 if found.refused or without else 0
+
+
+def _check_not_among_videos(out: Path, folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise ConfigError(
+                f"out={out} is in the folder of the videos, {folder}, where {_PICTURE_NAME} would lie among the clips: "
+                "use another folder."
+            )
