@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from mochi_tune.data_prep.captioning import Cost
 from mochi_tune.errors import DataError, counted, printable
-from mochi_tune.files import lock_file
+from mochi_tune.files import append_line, lock_file
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,4 @@ def open_log(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
                 tqdm.write(f"{path}: its disk has no locks: make sure that no other `mochi-tune describe` runs there")
         except BlockingIOError:
             raise DataError(f"{path}: another `mochi-tune describe` is writing it: wait for it to finish.") from None
-        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-        if file.read(1) not in (b"", b"\n"):
-            # A process was killed while it wrote a line.
-            file.write(b"\n")
-
-        def write_row(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
-            file.flush()
-
-        yield write_row
+        yield lambda row: append_line(file, json.dumps(row, ensure_ascii=True).encode())

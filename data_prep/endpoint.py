@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mochi_tune.data_prep.chat import Answer, TryAgain, Turn
-from mochi_tune.errors import ConfigError, DataError, some
-from mochi_tune.files import STAND_IN_BYTES, name_stand_in, parse_object
+from mochi_tune.errors import STAND_IN_BYTES, ConfigError, DataError, name_stand_in, some
+from mochi_tune.files import parse_object
 
 # Maximum bytes that are read of an answer; a caption has a thousandth of it.
 MAX_ANSWER_BYTES = 2 * 2**20

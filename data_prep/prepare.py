@@ -23,8 +23,8 @@ from mochi_tune.data_prep.pools import ProcessPool, WorkerPool
 from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
 from mochi_tune.data_prep.shares import RECORD_FILE, Share, keep_share, merge_shares, write_record
 from mochi_tune.data_prep.tasks import CaptionTask, ClipTask, Worker, WorkerSettings, WorkHere
-from mochi_tune.errors import ConfigError, DataError, counted, printable, some
-from mochi_tune.files import format_bytes, write_atomic
+from mochi_tune.errors import ConfigError, DataError, counted, format_bytes, printable, some
+from mochi_tune.files import write_atomic
 from mochi_tune.models.device import find_device
 from mochi_tune.models.text_encoder import measure_caption
 from mochi_tune.weights.folder import WeightsFolder

@@ -3,10 +3,14 @@
 Each message is one line that says what is wrong, what was given, what is allowed and what to do.
 """
 
+import codecs
 from collections.abc import Iterable
 
 # Tabs and all characters that end a line.
 _BREAKS = "\t\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"
+
+# Number of leading bytes that `name_stand_in` needs.
+STAND_IN_BYTES = 256
 
 
 class MochiTuneError(Exception):
@@ -63,3 +67,33 @@ def some(items: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
 def counted(number: int, noun: str) -> str:
     """Returns "1 clip", "2 clips" and the like."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Returns a size in GiB, MiB or kB, with its unit."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.4g} {unit}"
+    return f"{num_bytes / 1000:.3g} kB"
+
+
+def name_stand_in(start: bytes) -> str:
+    """Recognises what a failed download leaves instead of a file: a web page or a Git LFS pointer.
+
+    Args:
+        start: the first STAND_IN_BYTES of the file.
+
+    Returns:
+        What the file is, with an article, or "" if it is neither.
+    """
+    text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<script")):
+        return "a web page, such as a login or an error page"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, which `git lfs pull` replaces by the file"
+    return ""
+
+
+def find_lone_surrogate(text: str) -> str | None:
+    """Returns the first lone surrogate of a text, escaped, or None; JSON can hold one, but no encoding can."""
+    return next((f"\\u{ord(c):04x}" for c in text if "\ud800" <= c <= "\udfff"), None)

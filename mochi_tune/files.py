@@ -17,15 +17,15 @@ from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from mochi_tune.errors import CheckpointError, MochiTuneError
+from mochi_tune.errors import CheckpointError, MochiTuneError, name_stand_in
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-# Number of leading bytes that `name_stand_in` needs.
-STAND_IN_BYTES = 256
 # Errors of a full disk, and of a limit on the size of files.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of a disk that fails, is lost or cannot be written to.
+_FAILS = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT)
 # Errors of a disk without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # safetensors' codes of torch's dtypes, in the library's order. A file holds the tensors of later dtypes first.
@@ -65,15 +65,7 @@ def write_new(path: Path, content: bytes) -> None:
     with temporary_file(path.with_name("write_new")) as temporary:
         temporary.write_bytes(content)
         fsync(temporary)
-        try:
-            # Unlike a rename, a link never replaces a file that another process has just written.
-            os.link(temporary, path)
-        except OSError as error:
-            if isinstance(error, FileExistsError) or os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-            # The file system has no hard links, or the rename fails too.
-            os.rename(temporary, path)
-    temporary.unlink(missing_ok=True)
+        _rename_new(temporary, path)
 
 
 @contextlib.contextmanager
@@ -90,18 +82,31 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
 def temporary_file(path: Path) -> Iterator[Path]:
     """Yields a path in the folder of `path` that no other process uses; an error removes what was written there.
 
-    The error of a full disk names `path`; the system names no file when it refuses to write to an open one.
+    An error of the disk names `path`.
     """
     # Machines that share a disk can have the same process id.
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+    with _naming(path, temporary):
+        try:
+            yield temporary
+        except BaseException:
+            # A disk that refuses to write may refuse this too; the first error says what is wrong.
+            with contextlib.suppress(OSError):
+                if temporary.is_dir():
+                    shutil.rmtree(temporary)
+                else:
+                    temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _naming(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
+    """Makes errors of the disk name `path`: the system names no file when it refuses to write to an open one."""
     try:
-        yield temporary
-    except BaseException as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
+        yield
+    except OSError as error:
+        # A full disk is never that of another file, such as the source of a copy.
+        if error.errno in _FULL or (error.errno in _FAILS and error.filename in (None, str(temporary))):
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
@@ -122,20 +127,24 @@ def move_to_free_name(source: Path, target: Path) -> Path:
     """Renames a file to `target`, or to NAME_2, NAME_3 and so on if that name is taken; returns the new path."""
     for number in count(1):
         free = target if number == 1 else target.with_stem(f"{target.stem}_{number}")
-        try:
-            # Unlike a rename, a link never replaces a file that another process has just written.
-            os.link(source, free)
-        except FileExistsError:
-            continue
-        except OSError:
-            # The file system has no hard links.
-            if free.exists():
-                continue
-            os.rename(source, free)
+        with contextlib.suppress(FileExistsError):
+            _rename_new(source, free)
             return free
-        source.unlink()
-        return free
     raise AssertionError("count() has no end")
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Renames a file; raises FileExistsError if something has the new name."""
+    try:
+        # Unlike a rename, a link never replaces a file that another process has just written.
+        os.link(source, target)
+    except OSError as error:
+        if isinstance(error, FileExistsError) or os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        # The file system has no hard links, or the rename fails too.
+        os.rename(source, target)
+    else:
+        source.unlink()
 
 
 def remove_temporary_files(folder: Path) -> None:
@@ -225,16 +234,10 @@ def _read_encoded(path: Path, fallback: str | None) -> tuple[str, str]:
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError:
-        decoded = _decode_printable(content, fallback) if fallback and encoding == "utf-8" else None
-        if fallback is None or decoded is None:
+        if fallback is None or encoding != "utf-8" or (decoded := _decode_printable(content, fallback)) is None:
             raise
-        text, encoding = decoded, fallback
+        return decoded, fallback
     return text, encoding
-
-
-def find_lone_surrogate(text: str) -> str | None:
-    """Returns the first lone surrogate of a text, escaped, or None; JSON can hold one, but no encoding can."""
-    return next((f"\\u{ord(c):04x}" for c in text if "\ud800" <= c <= "\udfff"), None)
 
 
 def _decode_printable(content: bytes, encoding: str) -> str | None:
@@ -281,23 +284,6 @@ def parse_object(text: str | bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def name_stand_in(start: bytes) -> str:
-    """Recognises what a failed download leaves instead of a file: a web page or a Git LFS pointer.
-
-    Args:
-        start: the first STAND_IN_BYTES of the file.
-
-    Returns:
-        What the file is, with an article, or "" if it is neither.
-    """
-    text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<script")):
-        return "a web page, such as a login or an error page"
-    if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, which `git lfs pull` replaces by the file"
-    return ""
-
-
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Reads a file with one JSON object per line; returns [] if there is no file.
 
@@ -306,6 +292,27 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     # Not splitlines(), which also splits at characters that JSON allows inside a string.
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     return [value for value in map(parse_object, lines) if value is not None]
+
+
+def append_line(file: IO[bytes], line: bytes, durable: bool = False) -> None:
+    """Appends a line to a file; a killed process or a full disk may have left it an incomplete last line.
+
+    Args:
+        file: the file, opened with mode "a+b".
+        line: the line, without its end.
+        durable: whether to wait until the line is on disk.
+
+    Raises:
+        OSError: the disk is full or refuses; the error names the file.
+    """
+    with _naming(file.name):
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        # An incomplete line ends here, so that it does not spoil this one.
+        end = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(end + line + b"\n")
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
 
 
 def load_tensors(path: Path) -> dict[str, "Tensor"]:
@@ -388,11 +395,3 @@ def _code(name: str, dtype: "dtype") -> str:
     if code is None:
         raise CheckpointError(f"{name} is {dtype}, which cannot be saved: use one of {', '.join(_CODES)}.")
     return code
-
-
-def format_bytes(num_bytes: int) -> str:
-    """Returns a size in GiB, MiB or kB, with its unit."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.4g} {unit}"
-    return f"{num_bytes / 1000:.3g} kB"

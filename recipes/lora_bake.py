@@ -14,8 +14,8 @@ from mochi_tune.adapters.files import check_adapter, load_adapter
 from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import all_linear_shapes
 from mochi_tune.adapters.tools import assumed_note, source_of
-from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.files import format_bytes, write_json
+from mochi_tune.errors import CheckpointError, ConfigError, format_bytes
+from mochi_tune.files import write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import hidden_width
 from mochi_tune.recipes.new_output import check_new

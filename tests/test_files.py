@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from mochi_tune import files
 from mochi_tune.errors import CheckpointError
-from mochi_tune.files import find_lone_surrogate, format_bytes, load_tensors, read_text, save_tensors, write_new
+from mochi_tune.files import load_tensors, read_text, save_tensors, write_new
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,6 @@ def test_without_a_fallback_only_unicode_is_read(tmp_path):
     with pytest.raises(UnicodeDecodeError) as info:
         read_text(tmp_path / "x")
     assert info.value.start == 1
-
-
-def test_a_lone_surrogate_is_found():
-    assert find_lone_surrogate("a 🎬 cat") is None
-    assert find_lone_surrogate("a \udc00 \ud83d") == "\\udc00"
 
 
 SAVE = """
@@ -138,14 +133,6 @@ def test_a_new_file_replaces_none(tmp_path, monkeypatch, has_links):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 kB"), (1234, "1.23 kB"), (999_000, "999 kB"), (3 * 2**20, "3 MiB"), (5 * 2**29, "2.5 GiB")],
-)
-def test_a_size_has_the_unit_that_fits(num_bytes, text):
-    assert format_bytes(num_bytes) == text
-
-
 def test_the_error_of_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
     (tmp_path / "source").write_bytes(bytes(100))
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -170,6 +157,39 @@ def test_the_error_of_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, former)
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / name))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_incomplete_last_line_does_not_spoil_the_next_one(tmp_path):
+    for start, expected in ((None, b"b\n"), (b"a\n", b"a\nb\n"), (b"a\n{", b"a\n{\nb\n"), (b"\0", b"\0\nb\n")):
+        path = tmp_path / "log"
+        path.unlink(missing_ok=True)
+        if start is not None:
+            path.write_bytes(start)
+        with open(path, "a+b") as file:
+            files.append_line(file, b"b", durable=True)
+            files.append_line(file, b"c")
+        assert path.read_bytes() == expected + b"c\n"
+    with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left") as caught:
+        files.append_line(full, b"b")
+    assert caught.value.filename == "/dev/full"
+
+
+def test_an_error_of_the_disk_names_the_file_and_not_its_temporary_one(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def refuse(path, **_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        files.write_atomic(tmp_path / "a", b"content", durable=True)
+    assert caught.value.filename == str(tmp_path / "a") and not list(tmp_path.iterdir())
+    monkeypatch.setattr(type(tmp_path), "write_bytes", lambda path, _: refuse(path))
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        files.write_atomic(tmp_path / "a", b"content")
+    assert caught.value.filename == str(tmp_path / "a")
 
 
 def test_the_content_of_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mochi_tune.files import STAND_IN_BYTES, name_stand_in
+from mochi_tune.errors import STAND_IN_BYTES, name_stand_in
 
 # The headers of the full-size models and adapters are 20 times smaller.
 _MAX_HEADER_BYTES = 4 * 2**20

@@ -11,7 +11,7 @@ def run_plan(arguments: list[str]) -> int:
     own = {key: value for key, _, value in (a.partition("=") for a in arguments if "=" in a) if key in CARD}
     if (config := load("plan", [a for a in arguments if "=" not in a or a.partition("=")[0] not in own])) is None:
         return 0
-    from mochi_tune.files import format_bytes
+    from mochi_tune.errors import format_bytes
     from mochi_tune.parallel.forecast import in_words, short_seconds
     from mochi_tune.recipes.plan import SMALL_MODELS
     from mochi_tune.recipes.plan import main as plan

@@ -24,8 +24,8 @@ from mochi_tune.data_prep.finding import MEDIA_SUFFIXES, TAKES_STILLS, find_vide
 from mochi_tune.data_prep.inspection import Flag, find_flags
 from mochi_tune.data_prep.probe import Scan
 from mochi_tune.data_prep.windows import choose_cuts
-from mochi_tune.errors import DataError, MochiTuneError
-from mochi_tune.files import find_lone_surrogate, move_to_free_name, read_text, write_atomic
+from mochi_tune.errors import DataError, MochiTuneError, find_lone_surrogate
+from mochi_tune.files import move_to_free_name, read_text, write_atomic
 from mochi_tune.models.text_encoder import measure_caption
 from mochi_tune.ui.folder import clean_name, inside
 from mochi_tune.ui.posters import poster

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from mochi_tune.adapters.hub import TIMEOUT_SECONDS
-from mochi_tune.errors import CheckpointError, one_line
-from mochi_tune.files import STAND_IN_BYTES, fsync, name_stand_in
+from mochi_tune.errors import STAND_IN_BYTES, CheckpointError, name_stand_in, one_line
+from mochi_tune.files import fsync
 from mochi_tune.weights.pull_record import HubFile
 
 CHUNK_BYTES = 2**20

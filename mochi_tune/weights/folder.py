@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mochi_tune.errors import CheckpointError, one_line
-from mochi_tune.files import format_bytes
+from mochi_tune.errors import CheckpointError, format_bytes, one_line
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.text_encoder import TextEncoder
 from mochi_tune.models.vae import Decoder, Encoder

@@ -17,8 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.adapters.hub import TIMEOUT_SECONDS
-from mochi_tune.errors import CheckpointError, one_line
-from mochi_tune.files import format_bytes, lock_file
+from mochi_tune.errors import CheckpointError, format_bytes, one_line
+from mochi_tune.files import lock_file
 from mochi_tune.weights.download import AGAIN, CHUNK_BYTES, fetch
 from mochi_tune.weights.pull_record import HubFile, Listing, Record, check_same_files, read_record, write_record
 from mochi_tune.weights.sources import PRECISIONS, RepoFiles, source_files

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mochi_tune.errors import CheckpointError
-from mochi_tune.files import name_stand_in, read_json
+from mochi_tune.errors import CheckpointError, name_stand_in
+from mochi_tune.files import read_json
 from mochi_tune.models.text_encoder import load_tokenizer
 
 # Tokens 0, 1 and 2 of every T5.
