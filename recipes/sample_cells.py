@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from mochi_tune.adapters.lora import change_adapters, switch_adapters
 from mochi_tune.config.load import RunConfig
-from mochi_tune.errors import ConfigError
-from mochi_tune.files import load_tensors, lock_file
+from mochi_tune.errors import CheckpointError, ConfigError
+from mochi_tune.files import load_tensors, lock_file, read_json
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.vae_streaming import WHOLE
 from mochi_tune.parallel.memory import PRECISIONS
@@ -37,6 +37,7 @@ from mochi_tune.sampling.sampler import sample_latents
 from mochi_tune.sampling.video import write_video
 from mochi_tune.training.checkpoint import damage_of, find_checkpoints, published_file, step_of
 from mochi_tune.training.interrupts import Interrupted, StopSignal
+from mochi_tune.weights.headers import read_header
 
 # Entries of a video's settings that do not change its content.
 NOT_OF_A_CELL = ("memory", "layout")
@@ -88,14 +89,11 @@ def check_cells(config: RunConfig) -> list[Cell]:
             f"{asked} runs as one process, and {started} were started together: start it as one process, or start "
             "several of them with parallel.shard=1/N to N/N."
         )
+    is_split = parallel.engine != "ray" and parallel.num_processes > 1
     for key, is_given, reason in (
         ("sample.compare", sample.compare, "compares by strengths=[0,1], with 0 for the base"),
         ("sample.compile", sample.compile, "does not compile the model"),
-        (
-            "parallel.num_processes",
-            parallel.engine != "ray" and parallel.num_processes > 1,
-            "renders each video in one process",
-        ),
+        ("parallel.num_processes", is_split, "renders each video in one process"),
     ):
         if is_given:
             raise ConfigError(f"{asked} {reason}: leave out {key}.")
@@ -203,10 +201,19 @@ def _digest(cell: Cell, weights: Mapping[str, str], metadata: bool) -> str:
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell's video, its settings (written last) and, if kept, its latents exist."""
+    """Whether a cell's video, its settings (written last) and, if kept, its latents exist and are not damaged."""
     video = cell.request.video
-    needed = [video, video.with_suffix(".json"), *([cell.latents] if cell.keeps_latents else [])]
-    return all(path.exists() for path in needed)
+    with contextlib.suppress(CheckpointError, FileNotFoundError):
+        read_json(video.with_suffix(".json"))
+        return video.stat().st_size > 0 and (has_latents(cell) or not cell.keeps_latents)
+    return False
+
+
+def has_latents(cell: Cell) -> bool:
+    """Whether a cell's latents exist and are complete."""
+    with contextlib.suppress(CheckpointError):
+        return bool(read_header(cell.latents))
+    return False
 
 
 @contextlib.contextmanager
@@ -358,7 +365,7 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
     usage = Usage(find_device(config.device), write_line)
     renderer, plan = CellRenderer(config, cells, usage), cells[0].plan
     trouble: Exception | None = None
-    if unsampled := [cell for cell in cells if not cell.latents.exists()]:
+    if unsampled := [cell for cell in cells if not has_latents(cell)]:
         held = plan.held(renderer.choose_residency(), DTYPES[config.model.dtype].itemsize)
         with usage.stage("text"):
             features = renderer.encode([cell.request for cell in unsampled])
@@ -366,7 +373,7 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
             for number, cell in enumerate(unsampled, 1):
                 try:
                     with claimed(cell) as is_mine:
-                        if is_mine and not (is_done(cell) or cell.latents.exists()):
+                        if is_mine and not (is_done(cell) or has_latents(cell)):
                             renderer.sample(cell, features, f"{number}/{len(unsampled)}", lambda: stop.received)
                 except Interrupted:
                     write_line(f"stopped: {number - 1} of {len(unsampled)} are kept; the same command continues")
@@ -383,7 +390,7 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
     with usage.stage("decode"):
         for cell in tqdm(cells, "decode", leave=False):
             with claimed(cell) as is_mine:
-                is_due = is_mine and not is_done(cell) and cell.latents.exists()
+                is_due = is_mine and not is_done(cell) and has_latents(cell)
                 if is_due:
                     renderer.decode(cell)
             if is_due:

@@ -15,7 +15,7 @@ from mochi_tune.config.load import RunConfig
 from mochi_tune.data_prep.ray_pool import RayPool
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.device import find_device
-from mochi_tune.recipes.sample_cells import Cell, CellRenderer, check_cells, claimed, is_done
+from mochi_tune.recipes.sample_cells import Cell, CellRenderer, check_cells, claimed, has_latents, is_done
 from mochi_tune.sampling.record import Usage
 
 PARTS = ("text_encoder", "dit", "decoder")
@@ -72,7 +72,7 @@ def render_on_ray(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
     config = config.model_copy(update={"device": find_device(config.device).type})
     job = RenderJob(config, {part: weights.fingerprint(part) for part in PARTS}, torch.get_num_threads())
     by_name = {cell.request.video.name: cell for cell in cells}
-    unsampled = [cell for cell in cells if not cell.latents.exists()]
+    unsampled = [cell for cell in cells if not has_latents(cell)]
     # One cell for each pair of prompts: T5 reads no text twice.
     spoken = {(cell.request.prompt, cell.request.negative_prompt): cell for cell in unsampled}
     stages: dict[Literal["text", "sample", "decode"], Sequence[Cell]]
@@ -121,10 +121,10 @@ class RenderWorker:
         with claimed(cell) as is_mine:
             if not is_mine or is_done(cell):
                 return False
-            if task.stage == "sample" and not cell.latents.exists():
+            if task.stage == "sample" and not has_latents(cell):
                 renderer.sample(cell, renderer.encode([cell.request]), "")
             if task.stage == "decode":
-                if not cell.latents.exists():
+                if not has_latents(cell):
                     return False
                 # Only decoding is reported: another worker may have sampled the cell.
                 with renderer.usage.stage("decode"):

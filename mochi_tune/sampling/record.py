@@ -33,7 +33,8 @@ def tensor_sha256(tensor: Tensor) -> str:
 def save_latents(request: Request, states: Mapping[str, Tensor]) -> None:
     """Writes the latents of a video next to it: "latents", and "base" if it is compared with the base."""
     named = {"latents": states[list(states)[-1]]} | ({"base": states["base"]} if len(states) > 1 else {})
-    save_tensors(request.video.with_suffix(".safetensors"), named, {"space": "dit", "layout": "B C T h w"})
+    metadata = {"space": "dit", "layout": "B C T h w"}
+    save_tensors(request.video.with_suffix(".safetensors"), named, metadata, durable=True)
 
 
 def determinants(request: Request, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +88,8 @@ def save_settings(request: Request, common: Mapping[str, Any], usage: "Usage") -
     """
     device = torch.cuda.get_device_name() if usage.device.type == "cuda" else "cpu"
     record = {**describe(request, common), "encoding": asdict(request.encoding), "device": device, **usage.so_far()}
-    write_atomic(request.video.with_suffix(".json"), json.dumps(record, indent=1).encode() + b"\n")
+    content = json.dumps(record, indent=1).encode() + b"\n"
+    write_atomic(request.video.with_suffix(".json"), content, durable=True)
 
 
 class Usage:

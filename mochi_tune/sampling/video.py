@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mochi_tune.files import move_to_free_name, temporary_file
+from mochi_tune.files import fsync, move_to_free_name, temporary_file
 from mochi_tune.models.latents import FPS
 from mochi_tune.sampling.formats import CODECS, Encoding, encoding_of
 from mochi_tune.sampling.pictures import write_pictures
@@ -31,7 +31,7 @@ def write_video(
     encoding: Encoding | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Writes a video from chunks of uint8 frames (F, H, W, 3); the file appears only when it is complete.
+    """Writes a video from chunks of uint8 frames (F, H, W, 3); the file appears only when it is complete on disk.
 
     Args:
         path: the file, with the suffix of the format, or a folder for several frames as PNG. Its parent must exist.
@@ -55,6 +55,8 @@ def write_video(
                 write_pictures(temporary, frames, encoding.format, fps, metadata)
             else:
                 _encode(temporary, frame_chunks, fps, encoding, metadata)
+            for written in [*(temporary.iterdir() if temporary.is_dir() else ()), temporary]:
+                fsync(written)
             return temporary.replace(path) if may_replace else move_to_free_name(temporary, path)
     except OSError as error:
         # PyAV's errors do not name the file.

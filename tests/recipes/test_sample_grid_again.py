@@ -1,4 +1,7 @@
-"""A grid that is there is rendered again where more is asked for than its files hold."""
+"""A grid that is there is rendered again where more is asked for than its files hold, or where they are damaged."""
+
+import json
+import os
 
 import torch
 from helpers_road import road
@@ -31,6 +34,25 @@ def test_latents_that_are_asked_for_later_are_made(tmp_path):
     assert torch.equal(load_file(latents)["latents"], load_file(tmp_path / "alone.safetensors")["latents"])
     time = latents.stat().st_mtime_ns
     assert render(tmp_path, "sample.save_latents=true") == [] and latents.stat().st_mtime_ns == time
+
+
+def test_files_of_a_cell_are_on_disk_before_they_get_their_names_and_damaged_ones_are_made_again(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
+    [video] = render(tmp_path, "sample.save_latents=true")
+    files = {path: path.read_bytes() for path in (video, *map(video.with_suffix, (".json", ".safetensors")))}
+    assert {path.stat().st_ino for path in files} <= synced
+    # What a crash of the machine left under a version that did not sync.
+    video.write_bytes(b"")
+    assert render(tmp_path) == [video] and video.read_bytes() == files[video]
+    video.with_suffix(".json").write_bytes(files[video.with_suffix(".json")][:40])
+    assert render(tmp_path) == [video] and "seed" in json.loads(video.with_suffix(".json").read_bytes())
+    latents = video.with_suffix(".safetensors")
+    latents.write_bytes(files[latents][:-1])
+    assert render(tmp_path, "sample.save_latents=true") == [] and latents.read_bytes() == files[latents]
+    latents.write_bytes(b"")
+    video.unlink()
+    assert render(tmp_path) == [video] and video.read_bytes() == files[video] and not latents.exists()
 
 
 def test_a_video_without_metadata_is_another_file(tmp_path):

@@ -1,3 +1,4 @@
+import os
 import threading
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from mochi_tune.sampling import video
+from mochi_tune.sampling.formats import PNG
 from mochi_tune.sampling.grid_video import frames_of
 from mochi_tune.sampling.video import read_frames, write_video
 
@@ -33,6 +35,20 @@ def test_the_same_frames_are_the_same_file(tmp_path):
     for i in range(40):
         write_video(tmp_path / f"{i}.mp4", [frames])
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.webp", "x"])
+def test_a_video_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch, name):
+    synced, replace, fsync = set(), Path.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
+
+    def check(temporary, path):
+        assert {each.stat().st_ino for each in (temporary, *temporary.glob("*"))} <= synced
+        return replace(temporary, path)
+
+    monkeypatch.setattr(Path, "replace", check)
+    encoding = None if name != "x" else PNG
+    assert write_video(tmp_path / name, [moving_frames(2)], encoding=encoding).exists() and synced
 
 
 def test_a_single_frame_is_a_video(tmp_path):
