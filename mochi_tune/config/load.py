@@ -18,7 +18,7 @@ from mochi_tune.config.explain import as_yaml, does_not_fit, explain, explain_se
 from mochi_tune.config.references import check_number_of_references, check_references, texts_in
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.config.schema import RunConfig
-from mochi_tune.config.settings import GROUPS, known_keys, sections
+from mochi_tune.config.settings import GROUPS, known_keys, rename_old, sections
 from mochi_tune.config.yaml_files import (
     check_yaml,
     describe_yaml_error,
@@ -38,6 +38,8 @@ SAMPLE_ALIASES = tuple(SampleConfig.model_fields)
 PRESET_KEYS = ("steps", "guidance", "threshold", "linear_steps", "sigmas")
 # Files next to the config.yaml of a run.
 RECORDS = ("checkpoints/step_*", "metrics.jsonl", "history.jsonl")
+# Settings of one start, with their defaults: the config.yaml of a run must not repeat them at each later start.
+ONE_START = {"resume": "auto", "resume_from": None}
 PROMPTS = ("sample.prompt", "sample.negative_prompt", "train.sample_prompts")
 # Hydra has global state, and two threads that import it at once see it half initialised.
 _ONE_AT_A_TIME = threading.Lock()
@@ -54,6 +56,8 @@ def packaged_folder() -> Path:
 
 def load_config(name: str, overrides: list[str]) -> RunConfig:
     """Composes conf/NAME.yaml, or the packaged one, or a path, with `key=value` overrides into checked settings.
+
+    The config.yaml of a run sets no `resume` or `resume_from`, though earlier versions wrote them there.
 
     Raises:
         ConfigError: the file does not exist, a key is unknown, or a value does not fit.
@@ -76,7 +80,8 @@ def load_config(name: str, overrides: list[str]) -> RunConfig:
     with _ONE_AT_A_TIME:
         values = {key: _read_value(key, value) for key, value in given.items() if key not in GROUPS}
         check_number_of_references([*contents, values])
-        settings = _compose(path, implies_base, given, {f"sample.{key}": None for key in reset} | values)
+        own = (ONE_START if _is_of_a_run(path) else {}) | {f"sample.{key}": None for key in reset}
+        settings = _compose(path, implies_base, given, own | values)
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
@@ -98,14 +103,18 @@ def check_run_folder(name: str, given: Collection[str], config: RunConfig) -> No
     """
     path, run_dir = find_config(name), Path(config.run_dir)
     folder = path.parent
-    is_of_a_run = path.name == "config.yaml" and any(any(folder.glob(each)) for each in RECORDS)
-    if not is_of_a_run or any(override.startswith("run_dir=") for override in given):
+    if not _is_of_a_run(path) or any(override.startswith("run_dir=") for override in given):
         return
     if not run_dir.exists() or not run_dir.samefile(folder):
         raise ConfigError(
             f"{path} belongs to a run in {folder} and has run_dir={config.run_dir}, another folder: set "
             f"run_dir={folder}, or the folder that you mean."
         )
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file is the config.yaml that a run wrote."""
+    return path.name == "config.yaml" and any(any(path.parent.glob(each)) for each in RECORDS)
 
 
 def change_sample(sample: SampleConfig, values: dict[str, Any]) -> SampleConfig:
@@ -159,7 +168,9 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str], values: M
         for section in written.keys() & sections().keys():
             if not isinstance(written[section], dict):
                 raise ConfigError(f"{path}: {explain_section(str(section))}")
-        settings = OmegaConf.merge(_defaults(), composed)
+        # The config.yaml of a run of 0.1.0 has an old name.
+        rename_old(written.get("train", {}))
+        settings = OmegaConf.merge(_defaults(), written)
         for key, value in values.items():
             OmegaConf.update(settings, key, value, merge=False)
         return OmegaConf.to_container(settings, resolve=True)
@@ -356,6 +367,11 @@ def config_yaml(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(escape_references(config.model_dump())))
+
+
+def run_config_yaml(config: RunConfig) -> str:
+    """Returns the settings that a run folder keeps: those of `config_yaml`, without how one start resumed."""
+    return config_yaml(config.model_copy(update=ONE_START))
 
 
 def weights_paths(config: RunConfig) -> WeightsPaths:

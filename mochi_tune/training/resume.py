@@ -16,12 +16,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mochi_tune.config.explain import as_yaml
-from mochi_tune.config.load import config_yaml
+from mochi_tune.config.load import run_config_yaml
 from mochi_tune.config.settings import known_keys, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
 from mochi_tune.files import parse_object, read_json, read_json_lines, write_atomic
 from mochi_tune.training import checkpoint
-from mochi_tune.training.eval_files import find_eval_videos
+from mochi_tune.training.eval_files import find_eval_videos, is_written
 from mochi_tune.training.metrics import FILES, Metrics, cut_after
 from mochi_tune.training.preflight import TrainPlan, bound_settings
 from mochi_tune.training.rewind import rewind
@@ -97,7 +97,11 @@ def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> 
                 f"or remove {run_dir / 'checkpoints'} and the adapter to start again."
             )
         if (run_dir / "adapter.safetensors").exists():
-            raise TrainingError(f"{run_dir} has an adapter but no checkpoint to resume from: use another run_dir.")
+            named = (read_history(run_dir) or [{}])[-1].get("resume_from")
+            again = f"give resume_from={named} again, as its last start did, or " if named else ""
+            raise TrainingError(
+                f"{run_dir} has an adapter but no checkpoint to resume from: {again}use another run_dir."
+            )
         return ResumePoint()
     state = read_json(folder / "state.json")
     needed = ("step", "settings", "cache", "base", "draws", "groups", "rows", "losses")
@@ -324,7 +328,7 @@ def resume(plan: TrainPlan) -> ResumePoint:
 def record_in_folder(plan: TrainPlan, start: ResumePoint) -> None:
     """Writes the settings, the clips and a row of the history of this start into the run folder."""
     config, run_dir = plan.config, Path(plan.config.run_dir)
-    write_atomic(run_dir / "config.yaml", config_yaml(config).encode(), durable=True)
+    write_atomic(run_dir / "config.yaml", run_config_yaml(config).encode(), durable=True)
     rows = plan.dataset.cache.rows
     clips = {"cache": plan.identity["cache"], "clips": plan.dataset.cache.contents(), "held_out": len(plan.held_out)}
     clips["buckets"] = Counter(str(row.bucket) for row in rows)
@@ -343,7 +347,7 @@ def lacks_evaluation(plan: TrainPlan, step: int) -> bool:
     rows = read_json_lines(run_dir / "validation.jsonl")
     if train.validate_every and plan.validation_clips and step not in {row.get("step") for row in rows}:
         return True
-    rendered = [number for at, number, _ in find_eval_videos(run_dir) if at == step]
+    rendered = [number for at, number, path in find_eval_videos(run_dir) if at == step and is_written(path)]
     return plan.renders_videos and len(rendered) < len(train.sample_prompts)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mochi_tune.adapters.files import Adapter
 from mochi_tune.adapters.lora import settings_metadata, trained_layers
-from mochi_tune.config.load import config_yaml
+from mochi_tune.config.load import run_config_yaml
 from mochi_tune.data_prep.changes import describe_changes
 from mochi_tune.errors import ParallelError, TrainingError
 from mochi_tune.files import make_writable_folder
@@ -394,7 +394,7 @@ class Run:
             "seed": self.plan.config.seed, "draws": asdict(self.plan.draws), "attention": self.attention,
             "host_modulation": self.plan.has_host_modulation, "identity": self.plan.identity,
         }  # fmt: skip
-        bundle = write_bundle(self.run_dir / "bundles", facts, weights, config_yaml(self.plan.config))
+        bundle = write_bundle(self.run_dir / "bundles", facts, weights, run_config_yaml(self.plan.config))
         last = checkpoint.last_checkpoint(self.run_dir / "checkpoints")
         excess = self._guard.excess(result.loss) if self._verdict == "stop" else 0.0
         raise TrainingError(refusal(result, self._verdict, excess, self.attention, bundle, last))

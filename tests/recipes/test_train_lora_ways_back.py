@@ -32,6 +32,8 @@ def test_a_checkpoint_that_is_named_is_followed_until_there_is_one_after_it(tmp_
     assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
     # As if it had been killed before its first checkpoint.
     shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(TrainingError, match=rf"no checkpoint to resume from: give {again[-1]} again, as its last"):
+        train(run_dir, *EACH, "train.steps=4")
     train(run_dir, *again)
     assert same(run_dir / "adapter.safetensors", other / "adapter.safetensors")
     # Followed by now: nothing is made again.
@@ -162,6 +164,12 @@ def test_a_run_that_goes_back_to_its_end_has_the_settings_of_that(tmp_path, caps
     train(tmp_path, *BRANCHED, "train.steps=3", "train.weight_decay=0.02", again)
     assert "set train.steps above 3 with this resume_from to continue" in capsys.readouterr().out
     assert load_config(str(tmp_path / "config.yaml"), []).train.weight_decay == 0.02
+    # A later start with this file is not forced, nor goes back.
+    kept = (tmp_path / "config.yaml").read_text()
+    assert "resume: auto\nresume_from: null\n" in kept
+    # A later start with this file is not forced, nor goes back.
+    kept = (tmp_path / "config.yaml").read_text()
+    assert "resume: auto\nresume_from: null\n" in kept
 
 
 @pytest.mark.parametrize("is_foreign", [False, True])
