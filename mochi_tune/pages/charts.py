@@ -91,7 +91,9 @@ def line_chart(
     drawn += "".join(_line(line, [to_pixels(point) for point in line.points]) for line in lines)
     drawn += _mark(mark, *to_pixels(mark.point)) if mark is not None else ""
     drawn += _ends([(line, to_pixels(line.points[-1])[1]) for line in lines if line.style != "thin"])
-    legend = "".join(f'<span><i class="{line.style}"></i>{escape(line.label)}</span>' for line in lines)
+    entries = [f'<span><i class="{line.style}"></i>{escape(line.label)}</span>' for line in lines]
+    # Lines may share an entry.
+    legend = "".join(dict.fromkeys(entries))
     return (
         f'<figure><h3>{escape(title)}</h3><div class="legend">{legend}</div>'
         f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{escape(title)}">{drawn}</svg>'

@@ -5,25 +5,26 @@ whole.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from math import floor, isfinite, log10
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mochi_tune.config.load import config_yaml, load_config
+from mochi_tune.config.load import load_config, run_config_yaml
 from mochi_tune.errors import counted
 from mochi_tune.files import read_json_lines, write_atomic
 from mochi_tune.pages import charts, video_tables
-from mochi_tune.pages.charts import Line, Mark, line_chart, running_mean
+from mochi_tune.pages.charts import running_mean
 from mochi_tune.pages.html_page import Head, document, section
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
-from mochi_tune.training.metrics import best_validation, read_new_rows, write_line
+from mochi_tune.training.metrics import best_validation, comparable, read_new_rows, write_line
+from mochi_tune.training.report_curves import draw_curves, mean_window
 from mochi_tune.training.resume import read_clips
 from mochi_tune.training.run_folder import read_history
 
@@ -195,7 +196,7 @@ def read_files(run_dir: Path, config: "RunConfig | None" = None, steps: StepRows
 
 def make_report(run: RunFiles) -> str:
     """Returns the page as HTML."""
-    parts = [_samples(run), _curves(run), _next_steps(run), _settings(run)]
+    parts = [_samples(run), draw_curves(run), _next_steps(run), _settings(run)]
     style = charts.STYLE + video_tables.STYLE + STYLE
     return document(_head(run), style, "\n".join(filter(None, parts)) + video_tables.SCRIPT)
 
@@ -207,11 +208,11 @@ def _head(run: RunFiles) -> Head:
     summary += " It is finished." if run.step >= train.steps else f" It is at step {run.step} of {train.steps}."
     figures = {"steps": (f"{run.step}", f"of {train.steps}")}
     if losses := run.curve("loss"):
-        window = _window(losses)
+        window = mean_window(losses)
         mean = running_mean(losses, window)[-1][1]
         figures["training loss"] = (f"{mean:.3g}", f"mean of the last {counted(window, 'step')}")
     if run.best is not None:
-        held_out = all(row.get("held_out") for row in run.validations)
+        held_out = all(row.get("held_out") for row in comparable(run.validations))
         whose = "clips that are held out" if held_out else "clips that are trained on"
         figures["best validation loss"] = (f"{run.best[1]:.3g}", f"at step {run.best[0]}, on {whose}")
     if seconds := run.curve("seconds"):
@@ -222,60 +223,6 @@ def _head(run: RunFiles) -> Head:
     if memory := run.curve("memory_gib"):
         figures["GiB of the GPU"] = (f"{max(gib for _, gib in memory):.3g}", "the most that a step took")
     return Head(run.config.name, summary, figures)
-
-
-def _curves(run: RunFiles) -> str:
-    losses, seconds = run.curve("loss"), run.curve("seconds")
-    if not losses:
-        return section("Curves", "They begin with the first step.", "")
-    window = _window(losses)
-    drawn = [
-        line_chart("Training loss", _raw_and_smooth(losses, window), "step", "mean squared error", _usual_range(losses))
-    ]
-    if run.validations and run.best is not None:
-        means = [(row["step"], row["validation_loss"]) for row in run.validations]
-        mark = Mark(f"best: step {run.best[0]}", run.best)
-        lines = [Line("all noise levels", "accent", means)]
-        drawn.append(line_chart("Validation loss", lines, "step", "mean squared error", mark=mark))
-        if lines := _by_noise_level(run.validations):
-            drawn.append(line_chart("Validation loss by noise level", lines, "step", "mean squared error"))
-    rates = run.curve("lr")
-    power = floor(log10(highest)) if (highest := max((rate for _, rate in rates), default=0)) > 0 else 0
-    rates = [(step, rate / 10**power) for step, rate in rates]
-    drawn.append(line_chart("Learning rate", [Line("of the optimizer", "accent", rates)], "step", f"× 1e{power}"))
-    drawn.append(
-        line_chart("Seconds a step", _raw_and_smooth(seconds, window), "step", "seconds", _usual_range(seconds))
-    )
-    if memory := run.curve("memory_gib"):
-        drawn.append(line_chart("Memory", [Line("most of each step", "accent", memory)], "step", "GiB of the GPU"))
-    note = "The loss of one step depends mostly on the noise that it drew. Validation has the same noise every time."
-    return section("Curves", note, f'<div class="charts">{"".join(drawn)}</div>')
-
-
-def _raw_and_smooth(points: list[tuple[int, float]], window: int) -> list[Line]:
-    smooth = Line(f"mean of {counted(window, 'step')}", "accent", running_mean(points, window))
-    return [Line("each step", "thin", points), smooth]
-
-
-def _window(points: Sequence) -> int:
-    return max(1, min(100, len(points) // 10))
-
-
-def _usual_range(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """Returns the range without the lowest and highest hundredth, so that a spike does not flatten the curve."""
-    values = sorted(value for _, value in points)
-    out = len(values) // 100 or int(len(values) >= 20)
-    return values[out], values[-1 - out]
-
-
-def _by_noise_level(validations: Sequence[Mapping[str, Any]]) -> list[Line]:
-    levels = list(dict.fromkeys(level for row in validations for level in row.get("bins", {})))
-    styles = ("accent", "level1", "level2", "level3")
-    lines = []
-    for style, level in zip(styles, levels, strict=False):
-        points = [(row["step"], row["bins"][level]) for row in validations if level in row.get("bins", {})]
-        lines.append(Line(f"σ {level}", style, [(step, loss) for step, loss in points if isfinite(loss)]))
-    return [line for line in lines if line.points]
 
 
 def _samples(run: RunFiles) -> str:
@@ -389,7 +336,8 @@ def _settings(run: RunFiles) -> str:
     listed = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value
     )
-    everything = f"<details><summary>All settings</summary><pre>{escape(config_yaml(config).strip())}</pre></details>"
+    text = escape(run_config_yaml(config).strip())
+    everything = f"<details><summary>All settings</summary><pre>{text}</pre></details>"
     listed = f'<dl class="facts">{listed}</dl>'
     return section("Data, model and settings", "What the run is made of.", listed + everything)
 

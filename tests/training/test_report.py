@@ -15,6 +15,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.recipes.train_lora import main as train_lora
 from mochi_tune.training.checkpoint import find_checkpoints, step_of
 from mochi_tune.training.report import ReportWriter, make_report, next_steps, read_files
+from mochi_tune.training.report_curves import OTHERS
 from mochi_tune.training.resume import read_clips
 
 PROMPT = """a <b>"red" ball</b> & </table> 'rolls'"""
@@ -139,6 +140,21 @@ def test_a_better_step_in_the_middle_is_marked_and_its_checkpoint_named(finished
     assert [re.findall(r"to=(\w+)", command) for _, command in exports] == [["diffusers"], ["comfyui"]]
     assert "the best checkpoint, step 8" in render[0]
     assert f"adapter={finished}/checkpoints/step_000008/adapter.safetensors" in render[1]
+
+
+def test_losses_of_other_clips_are_drawn_apart_from_those_that_are_compared(finished):
+    files = read_files(finished)
+    rows = [
+        row | {"measured_on": kind, "validation_loss": loss, "held_out": kind == "now"}
+        for row, kind, loss in zip(files.validations, ("a", "b", "now", "now"), (0.2, 0.1, 2.5, 2.0), strict=True)
+    ]
+    page = Reader(make_report(replace(files, validations=rows)))
+    assert page.texts.count(OTHERS) == 1 and "best: step 12" in page.texts and OTHERS not in make_report(files)
+    at = page.tags.index(("svg", next(tag for name, tag in page.tags if tag.get("aria-label") == "Validation loss")))
+    lines = [tag for name, tag in page.tags[at:] if name == "polyline"][:3]
+    drawn = [(line["class"], len(line["points"].split())) for line in lines]
+    assert drawn == [("thin", 1), ("thin", 1), ("accent", 2)]
+    assert "at step 12, on clips that are held out" in page.texts
 
 
 def test_a_resumed_run_goes_on_with_its_curves(finished):
