@@ -16,9 +16,9 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mochi_tune.files import parse_object, write_atomic
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
@@ -26,7 +26,11 @@ from mochi_tune.training.metrics import FILES, read_new_rows
 
 # Interval in seconds at which the follower reads new rows.
 POLL_SECONDS = 0.5
+# Interval in seconds at which a tracker that is sent many rows is recorded.
+RECORD_SECONDS = 5.0
 GIF_WIDTH = 640
+# The file of a row without its suffix, and the row.
+_Row = tuple[str, dict[str, Any]]
 
 
 # A tracker gets rows in the order of their steps. `send` sends the numbers of a row, `show` an eval video or picture.
@@ -160,6 +164,34 @@ class _Trackio:
 TRACKERS: dict[str, Callable[..., Any]] = {"wandb": _Wandb, "tensorboard": _TensorBoard, "trackio": _Trackio}
 
 
+class _NewRows:
+    """Reads what was added to the files of a run: rows, and eval videos as rows of "samples"."""
+
+    def __init__(self, run_dir: Path, files: Mapping[str, BinaryIO], shown: Collection[str]) -> None:
+        self._run_dir, self._files = run_dir, files
+        # The last step whose row was read; rows and videos of later steps; names of the videos that were found.
+        self._reached, self._waiting, self._found = 0, list[_Row](), set(shown)
+
+    def read(self, is_over: bool) -> list[_Row]:
+        """Returns the new rows by step; the validation and the videos of a step are between its row and the next one.
+
+        Videos are listed only with new rows and at the end of the run, because a folder may have thousands of them.
+        """
+        steps = read_new_rows(self._files["metrics"])
+        self._reached = steps[-1]["step"] if steps else self._reached
+        new: list[_Row] = [("metrics", row) for row in steps]
+        # The row of a validation is written after the row of its step, but may be read before it.
+        new += [("validation", row) for row in read_new_rows(self._files["validation"])]
+        if new or is_over:
+            videos = [video for video in find_eval_videos(self._run_dir) if video[2].name not in self._found]
+            self._found.update(path.name for _, _, path in videos)
+            new += [("samples", {"step": step, "number": number, "path": path}) for step, number, path in videos]
+        order = (*FILES, "samples")
+        rows = sorted(self._waiting + new, key=lambda named: (named[1]["step"], order.index(named[0])))
+        self._waiting = [named for named in rows if named[1]["step"] > self._reached]
+        return rows[: len(rows) - len(self._waiting)]
+
+
 def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], bool]) -> None:
     """Sends the missing rows of a run to a tracker until the run is over.
 
@@ -170,7 +202,6 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
         wait: waits for the end of the run for at most this many seconds, and returns whether the run is over.
     """
     folder, tracker, is_over = run_dir / "trackers", None, False
-    reached, validations = 0, []
     with contextlib.ExitStack() as stack:
         # Opened before waiting for the lock, because another trainer may replace the files meanwhile.
         files = {name: stack.enter_context(open(run_dir / f"{name}.jsonl", "rb")) for name in FILES}
@@ -180,32 +211,25 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
         state = _read_state(path, run_dir, options["begun"])
         # Written before anything is sent: without it the next start would send everything again.
         write_atomic(path, json.dumps(state).encode())
+        new_rows = _NewRows(run_dir, files, state["samples"])
         while True:
-            steps = read_new_rows(files["metrics"])
-            validations += read_new_rows(files["validation"])
-            # After the rows; videos of steps whose rows were not read yet wait for the next iteration.
-            videos = [video for video in find_eval_videos(run_dir) if video[2].name not in state["samples"]]
-            # The row of a validation is written after the row of its step, but may be read before it.
-            reached = steps[-1]["step"] if steps else reached
-            rows = [("metrics", row) for row in steps]
-            rows += [("validation", row) for row in validations if row["step"] <= reached]
-            validations = [row for row in validations if row["step"] > reached]
-            # The validation and the videos of a step come after its row and before the next one.
-            rows += [("samples", {"step": at, "number": i, "path": p}) for at, i, p in videos if at <= reached]
-            for file, row in sorted(rows, key=lambda named: named[1]["step"]):
-                step = row.pop("step")
-                if file != "samples" and step <= state[file]:
+            rows = new_rows.read(is_over)
+            due = time.monotonic() + RECORD_SECONDS
+            for file, row in rows:
+                if file != "samples" and row["step"] <= state[file]:
                     continue
                 tracker = tracker or TRACKERS[kind](folder, state["id"], options, state["metrics"])
+                _send(tracker, file, row, options["prompts"])
                 if file == "samples":
-                    prompt = prompt_of(row["path"], row["number"], options["prompts"])[:200]
-                    tracker.show(f"samples/prompt_{row['number']}", step, row["path"], prompt)
                     state[file].append(row["path"].name)
                 else:
-                    tracker.send(file, step, dict(_numbers(row, file)))
-                    state[file] = step
-            if rows and tracker and tracker.flush():
-                write_atomic(path, json.dumps(state).encode())
+                    state[file] = row["step"]
+                # A tracker that is far behind may be ended before it has sent all rows.
+                if time.monotonic() >= due:
+                    _record(path, state, tracker)
+                    due = time.monotonic() + RECORD_SECONDS
+            if rows and tracker:
+                _record(path, state, tracker)
             # One more iteration after the end reads the last rows.
             if is_over and not rows:
                 break
@@ -213,6 +237,22 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
         if tracker:
             tracker.finish()
             write_atomic(path, json.dumps(state).encode())
+
+
+def _send(tracker: Any, file: str, row: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    """Sends a row to a tracker."""
+    if file == "samples":
+        prompt = prompt_of(row["path"], row["number"], prompts)[:200]
+        tracker.show(f"samples/prompt_{row['number']}", row["step"], row["path"], prompt)
+    else:
+        numbers = {key: value for key, value in row.items() if key != "step"}
+        tracker.send(file, row["step"], dict(_numbers(numbers, file)))
+
+
+def _record(path: Path, state: Mapping, tracker: Any) -> None:
+    """Writes the last steps that a tracker has stored, if it knows that everything sent is stored."""
+    if tracker.flush():
+        write_atomic(path, json.dumps(state).encode())
 
 
 def _numbers(value: object, name: str) -> Iterator[tuple[str, float]]:

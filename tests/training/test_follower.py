@@ -1,0 +1,100 @@
+"""What the follower of a run reads and records, without a process."""
+
+import json
+
+import pytest
+
+from mochi_tune.training import follower
+
+OPTIONS = {"begun": None, "prompts": ["a cat"]}
+
+
+class Recorder:
+    """A tracker that keeps what it is given in `sent`, and fails when that has `most` entries."""
+
+    sent, most = [], 10**6
+
+    def __init__(self, *_):
+        pass
+
+    def send(self, file, step, _numbers):
+        self.show(file, step)
+
+    def show(self, name, step, *_):
+        if len(self.sent) == self.most:
+            raise OSError("no room")
+        self.sent.append((name, step))
+
+    def flush(self):
+        return True
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setitem(follower.TRACKERS, "tensorboard", Recorder)
+    monkeypatch.setattr(Recorder, "sent", [])
+    return Recorder
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run of six steps with validations and videos of every other one."""
+    for folder in ("trackers", "samples"):
+        (tmp_path / folder).mkdir()
+    for name, steps in (("metrics", range(1, 7)), ("validation", range(0, 7, 2))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"step": step, "x": 1}) + "\n" for step in steps))
+    for step in (0, 2, 4, 6):
+        (tmp_path / "samples" / f"step_{step:06d}_prompt_0.mp4").touch()
+    return tmp_path
+
+
+def everything(steps):
+    rows = [("validation", 0), ("samples/prompt_0", 0)]
+    for step in steps:
+        rows += [("metrics", step), *([("validation", step), ("samples/prompt_0", step)] if step % 2 == 0 else [])]
+    return rows
+
+
+def test_a_tracker_that_is_ended_amid_many_rows_goes_on_from_there(run_dir, recorder, monkeypatch):
+    monkeypatch.setattr(follower, "RECORD_SECONDS", 0)
+    monkeypatch.setattr(recorder, "most", 7)
+    with pytest.raises(OSError, match="no room"):
+        follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
+    state = json.loads((run_dir / "trackers" / "tensorboard.json").read_text())
+    assert (state["metrics"], state["validation"], len(state["samples"])) == (3, 2, 2)
+    monkeypatch.setattr(recorder, "most", 100)
+    follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
+    assert recorder.sent == everything(range(1, 7))
+
+
+def test_videos_are_listed_only_when_there_are_new_rows(run_dir, recorder, monkeypatch):
+    find, listed, polls = follower.find_eval_videos, [], iter([False] * 8 + [True] * 3)
+
+    def poll(_seconds):
+        is_over = next(polls)
+        if is_over and len(recorder.sent) == len(everything(range(1, 7))):
+            with open(run_dir / "metrics.jsonl", "a") as file:
+                file.write('{"step": 7}\n')
+        return is_over
+
+    monkeypatch.setattr(follower, "find_eval_videos", lambda folder: listed.append(1) or find(folder))
+    follower.follow(run_dir, "tensorboard", OPTIONS, poll)
+    assert recorder.sent == everything(range(1, 8)) and len(listed) == 3
+
+
+def test_the_video_of_a_later_step_waits_for_the_row_of_that_step(run_dir, recorder):
+    (run_dir / "samples" / "step_000008_prompt_0.mp4").touch()
+    polls = iter([False, True, True])
+
+    def poll(_seconds):
+        is_over = next(polls)
+        if not is_over:
+            assert recorder.sent == everything(range(1, 7))
+            (run_dir / "metrics.jsonl").open("a").write('{"step": 7}\n{"step": 8}\n')
+        return is_over
+
+    follower.follow(run_dir, "tensorboard", OPTIONS, poll)
+    assert recorder.sent == [*everything(range(1, 8)), ("metrics", 8), ("samples/prompt_0", 8)]
