@@ -129,3 +129,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return value.model_dump() if isinstance(value, BaseModel) else value
+
+
+def rename_old(settings: dict[str, Any], section: str = "") -> None:
+    """Replaces, in place, the setting of version 0.1.0 that has another name and other values now.
+
+    Args:
+        settings: the section `train` by names, or all settings by dotted keys.
+        section: "train." for dotted keys.
+    """
+    old, new = f"{section}gradient_checkpointing", f"{section}recompute"
+    if new not in settings and isinstance(settings.get(old), bool):
+        settings[new] = "block" if settings.pop(old) else "none"

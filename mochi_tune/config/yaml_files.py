@@ -87,6 +87,11 @@ def included_names(path: Path, content: Any) -> Iterator[str]:
                 # Hydra reads nothing for null.
                 if each is None or (key == "" and each == "_self_"):
                     continue
+                if name == "run_schema":
+                    raise ConfigError(
+                        f"{path} is a base.yaml of mochi-tune 0.1.0, which hides the packaged one: move what you "
+                        "changed in it into your own file, and delete it."
+                    )
                 if not _PLAIN_NAME.fullmatch(name) or re.search(r"(?i)\.ya?ml$", name):
                     raise ConfigError(
                         f"{path}: {name} in defaults is not possible: write the plain name of a file, such as base or "

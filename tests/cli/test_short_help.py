@@ -14,7 +14,7 @@ from mochi_tune.errors import ConfigError
         ("inspect", ["--out", "page"], "did you mean out=page?"),
         ("sample", ["--adapter", "x.safetensors"], "did you mean adapter=x.safetensors?"),
         # What would be refused next is not suggested: a value that is the other trainer's, and unknown words.
-        ("train", ["--gradient_checkpointing", "true"], "did you mean train.recompute=block?"),
+        ("train", ["--gradient_checkpointing", "true"], "did you mean train.recompute=block for true, train.recompute"),
         ("train", ["--validation_prompts", "a cat"], "did you mean train.sample_prompts?"),
         ("train", ["--resolution", "480"], "did you mean data.height and data.width?"),
         ("train", ["--blocks_to_swap", "20"], "did you mean memory=16gb?"),
@@ -30,7 +30,7 @@ from mochi_tune.errors import ConfigError
         ("sample", ["adapter_strength=[1,", "0.5]"], 'a value with spaces, adapter_strength="[1, 0.5]".'),
         ("sample", ["seeds=0,", "1"], 'a value with spaces, seeds="0, 1".'),
         # Options that have no value there.
-        ("train", ["--gradient_checkpointing", "--lr", "1e-4"], "did you mean train.recompute=block?"),
+        ("train", ["--gradient_checkpointing", "--lr", "1e-4"], "did you mean train.recompute=block for true, "),
         ("train", ["--cache_latents"], "leave it out: `prepare` caches latents and captions."),
         ("train", ["--verbose"], "--verbose is not an option: use --help or --cfg"),
     ],

@@ -13,8 +13,8 @@ KNOWN = [*known_keys(), *GROUPS]
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
-        ("gradient_checkpointing", "train.recompute=block"),
-        ("activation_checkpointing", "train.recompute=block"),
+        ("gradient_checkpointing", "train.recompute=block for true, train.recompute=none for false"),
+        ("activation_checkpointing", "train.recompute=block for true, train.recompute=none for false"),
         ("validation_prompts", "train.sample_prompts"),
         ("validation_steps", "train.validate_every"),
         ("frame_extraction", "data.clips"),
@@ -64,7 +64,7 @@ def test_a_typo_in_the_name_of_a_section_leads_to_it():
 
 def test_each_synonym_is_of_a_setting_that_there_is():
     for name in re.split(r", | or ", ", ".join(name for names in SYNONYMS.values() for name in names)):
-        key, equals, value = name.partition("=")
+        key, equals, value = name.partition(" for ")[0].partition("=")
         known = key in known_keys() and (not equals or value in known_keys()[key].choices)
         assert known or (key in GROUPS and (packaged_folder() / key / f"{value}.yaml").exists()), name
 

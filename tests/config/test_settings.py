@@ -9,7 +9,8 @@ from mochi_tune.config.docs import settings_page
 from mochi_tune.config.explain import TYPE_NAMES, describe_limits
 from mochi_tune.config.load import load_config, packaged_folder
 from mochi_tune.config.schema import RunConfig
-from mochi_tune.config.settings import flat_settings, known_keys, resume_rule, sections
+from mochi_tune.config.settings import flat_settings, known_keys, rename_old, resume_rule, sections
+from mochi_tune.errors import ConfigError
 from mochi_tune.sampling.sampler import PRESETS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -178,3 +179,17 @@ def _path_of(node: ast.expr, names: dict[str, str]) -> str | None:
     if above is None:
         return "" if node.attr == "config" else None
     return f"{above}.{node.attr}" if above else node.attr
+
+
+@pytest.mark.parametrize(("old", "now"), [("true", "block"), ("false", "none")])
+def test_the_name_of_version_0_1_0_is_read_in_files(tmp_path, old, now):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"train: {{gradient_checkpointing: {old}}}\n")
+    assert load_config(str(path), []).train.recompute == now
+    assert load_config(str(path), ["train.recompute=attention"]).train.recompute == "attention"
+    path.write_text(f"train: {{gradient_checkpointing: {old}, recompute: auto}}\n")
+    with pytest.raises(ConfigError, match=r"=block for true, .*=none for false"):
+        load_config(str(path), [])
+    stored = {"train.steps": 2, "train.gradient_checkpointing": old == "true"}
+    rename_old(stored, "train.")
+    assert stored == {"train.steps": 2, "train.recompute": now}

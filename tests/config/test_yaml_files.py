@@ -65,6 +65,14 @@ def test_a_name_in_defaults_may_have_a_group_and_be_optional(tmp_path, monkeypat
     assert (config.name, config.model.name) == ("mine", "tiny")
 
 
+def test_a_base_of_version_0_1_0_that_hides_the_packaged_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("conf").mkdir()
+    Path("conf/base.yaml").write_text("defaults: [run_schema, _self_, {model: mochi_1}]\nname: x\n")
+    with pytest.raises(ConfigError, match=r"conf/base\.yaml is a base\.yaml of mochi-tune 0\.1\.0.* and delete it\."):
+        load_config("my_lora", [])
+
+
 def test_words_that_yaml_reads_as_true_or_false_are_no_text(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("data:\n  caption_prefix: no\n")
