@@ -18,6 +18,11 @@ def find_eval_videos(run_dir: Path) -> list[tuple[int, int, Path]]:
     return sorted(found)
 
 
+def is_written(path: Path) -> bool:
+    """Whether an eval video exists; a crash of the machine may have left an empty file."""
+    return path.exists() and path.stat().st_size > 0
+
+
 def find_temporary_videos(run_dir: Path) -> list[Path]:
     """Returns the temporary files of eval videos and their prompts, without those of `sample` in the same folder."""
     return [path for path in (run_dir / "samples").glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import TRAINED, switch_adapters
 from mochi_tune.config.sample import sample_size
 from mochi_tune.data.dataset import LatentDataset, collate
-from mochi_tune.errors import DataError
+from mochi_tune.errors import CheckpointError, DataError
 from mochi_tune.files import atomic_file, load_tensors, save_tensors, write_atomic
 from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.models.latents import to_vae_latents
@@ -26,7 +26,7 @@ from mochi_tune.sampling.sampler import draw_noise, sample_latents
 from mochi_tune.sampling.video import write_video
 from mochi_tune.training.accelerator import broadcast
 from mochi_tune.training.draws import keyed_generator
-from mochi_tune.training.eval_files import prompt_file
+from mochi_tune.training.eval_files import is_written, prompt_file
 from mochi_tune.training.interrupts import Interrupted
 from mochi_tune.training.metrics import write_line
 from mochi_tune.training.objective import noisy_and_target, velocity_loss
@@ -208,7 +208,7 @@ class EvalVideos:
     def render(self, dit: nn.Module, step: int) -> None:
         """Renders the missing videos of a step; `dit` has the adapter of that step."""
         paths = [self.folder / f"step_{step:06d}_prompt_{i}.{self.encoding.format}" for i in range(len(self.prompts))]
-        missing = broadcast([not path.exists() for path in paths])
+        missing = broadcast([not is_written(path) for path in paths])
         # A new adapter changes nothing, unless a custom recipe has applied other adapters too.
         adapters = {name for module in dit.modules() for name in getattr(module, "lora_A", ())}
         is_base = step == 0 and self.run.plan.config.lora.init_from is None and adapters <= {TRAINED}
@@ -235,7 +235,7 @@ class EvalVideos:
             with atomic_file(path) as temporary:
                 write_video(temporary, frames, encoding=self.encoding)
                 # Write the prompt first: a video that exists is not rendered again and would never get its prompt.
-                write_atomic(prompt_file(path), prompt.encode())
+                write_atomic(prompt_file(path), prompt.encode(), durable=True)
         except OSError as error:
             write_line(f"{path} could not be written ({error.strerror}): the run goes on without it")
 
@@ -246,9 +246,12 @@ class EvalVideos:
         base = repr((self.settings, plan.identity["base"], plan.config.model.dtype, plan.config.model.precision))
         digest = hashlib.sha256(base.encode() + b"".join(t.numpy().tobytes() for t in inputs))
         path = self.folder.parent / "base_latents" / f"base_prompt_{i}_{digest.hexdigest()[:12]}.safetensors"
-        is_saved = PartialState().is_main_process and path.exists()
-        saved = broadcast(load_tensors(path)["latents"] if is_saved else None)
-        if saved is not None:
+        saved = None
+        if PartialState().is_main_process and path.exists():
+            # A damaged file is replaced.
+            with contextlib.suppress(CheckpointError):
+                saved = load_tensors(path)["latents"]
+        if (saved := broadcast(saved)) is not None:
             return saved
         switch_adapters(dit, False)
         try:
@@ -258,7 +261,7 @@ class EvalVideos:
         if PartialState().is_main_process:
             try:
                 path.parent.mkdir(exist_ok=True)
-                save_tensors(path, {"latents": latents})
+                save_tensors(path, {"latents": latents}, durable=True)
             except OSError as error:
                 write_line(f"{path} could not be written ({error.strerror}): the base is sampled again next time")
         return latents

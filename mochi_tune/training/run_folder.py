@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import read_json_lines
+from mochi_tune.files import append_line, read_json_lines
 from mochi_tune.training import checkpoint
 
 
@@ -117,11 +117,11 @@ def describe_environment(strategy: str, device: torch.device, num_processes: int
 
 
 def record_start(run_dir: Path, facts: dict) -> None:
-    """Appends a start of the run to run_dir/history.jsonl."""
-    with open(run_dir / "history.jsonl", "a") as file:
-        file.write(json.dumps(facts) + "\n")
+    """Appends a start of the run to run_dir/history.jsonl, and waits until it is on disk."""
+    with open(run_dir / "history.jsonl", "a+b") as file:
+        append_line(file, json.dumps(facts).encode(), durable=True)
 
 
 def read_history(run_dir: Path) -> list[dict]:
-    """Returns all rows that `record_start` wrote, without an incomplete last line of a killed process."""
+    """Returns all rows that `record_start` wrote, without an incomplete line of a killed process."""
     return read_json_lines(run_dir / "history.jsonl")

@@ -1,5 +1,6 @@
 """What the validation loss and the base of the eval videos depend on."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -66,7 +67,7 @@ def test_the_digest_of_a_validation_changes_with_all_that_its_losses_depend_on(t
     assert ValidationClips(others, [0], 0, "sampler").digest([0]) == changed[0]
 
 
-def test_the_base_of_an_eval_video_is_sampled_again_for_other_weights_or_settings(tmp_path):
+def test_the_base_of_an_eval_video_is_sampled_again_for_other_weights_or_settings(tmp_path, monkeypatch):
     PartialState(cpu=True)
     size = ["data.num_frames=1", "data.height=32", "data.width=32", "sample.steps=1"]
     config = load_config("my_lora", ["model=tiny", "device=cpu", *size, f"run_dir={tmp_path}"])
@@ -74,11 +75,19 @@ def test_the_base_of_an_eval_video_is_sampled_again_for_other_weights_or_setting
     run = SimpleNamespace(plan=plan, check_signals=lambda: None)
     dit, prompts = AsymmDiT(replace(CONFIG, depth=1)), [torch.ones(2, 16), torch.zeros(0, 16)]
 
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), fsync(file)))
+
     def num_sampled() -> int:
         EvalVideos(run, prompts)._base(dit, 0)
         return len(list((tmp_path / "base_latents").iterdir()))
 
     assert num_sampled() == num_sampled() == 1
+    [saved] = (tmp_path / "base_latents").iterdir()
+    whole = saved.read_bytes()
+    # A crash of the machine may have cut it.
+    saved.write_bytes(whole[:-1])
+    assert num_sampled() == 1 and saved.read_bytes() == whole and saved.stat().st_ino in synced
     plan.identity["base"] = "another base"
     assert num_sampled() == 2
     for count, (section, name, value) in enumerate(

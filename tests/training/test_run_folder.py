@@ -1,0 +1,16 @@
+"""The history of a run's starts."""
+
+import os
+
+from mochi_tune.training.run_folder import read_history, record_start
+
+
+def test_a_start_after_a_torn_row_is_read_and_is_on_disk(tmp_path, monkeypatch):
+    history, synced, fsync = tmp_path / "history.jsonl", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(history.read_bytes()), fsync(file)))
+    record_start(tmp_path, {"from_step": 2})
+    with history.open("ab") as file:
+        file.write(b'{"from_step": 4, "resu')
+    record_start(tmp_path, {"from_step": 6})
+    assert read_history(tmp_path) == [{"from_step": 2}, {"from_step": 6}]
+    assert synced[-1] == history.read_bytes()
