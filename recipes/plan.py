@@ -54,7 +54,7 @@ from mochi_tune.training.preflight import (
     check_strategy,
     check_streaming,
     clip_order,
-    num_tokens,
+    largest_clip,
     step_seconds,
     step_sizes,
 )
@@ -96,7 +96,7 @@ class RunForecast:
 
     Attributes:
         clips: the training clips, in words.
-        num_tokens: visual tokens of a clip.
+        num_tokens: visual tokens of the largest clips.
         card: the GPU, in words.
         gib: memory of the GPU.
         stages: stages of prepare, train and sample.
@@ -141,14 +141,14 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     if config.model.name in SMALL_MODELS:
         advice.append(f"model={config.model.name} is too small for these estimates: they do not apply to it")
         speed = None
-    tokens, processes = num_tokens(config), config.parallel
+    count, clips, shares, num_captions = count_clips(config)
+    tokens, processes = max(size.num_tokens for size in shares), config.parallel
     layout = training_layout(processes.num_processes, processes.context or 1, dit, tokens, speed or CARDS["h100"])
-    step = training_step(config, dit, layout)
+    step = training_step(config, dit, tokens, layout)
     policies, arrangement, refused = arranged(config, step, free)
     advice += [f"train: {refused}"] if refused else []
     rendering, refused = plan_rendering(config, dit, step.dtype_bytes, free, speed)
     advice += [f"sample: {refused}"] if refused else []
-    count, clips, shares, num_captions = count_clips(config)
     seconds = None if speed is None else step_seconds(config, step, shares, policies, speed, arrangement[0])
     stages = [
         Stage("train", step.held(policies, *arrangement), seconds, "a step"),
@@ -309,12 +309,12 @@ def dit_sizes(config: RunConfig) -> DiTConfig:
     return read_official_config(assets.FOLDER / config.model.name / "dit_config.json", "dit")
 
 
-def training_step(config: RunConfig, dit: DiTConfig, layout: Layout) -> Step:
-    """Returns the sizes of a micro-batch on a GPU, with the number of processes in the settings."""
+def training_step(config: RunConfig, dit: DiTConfig, num_tokens: int, layout: Layout) -> Step:
+    """Returns the sizes of a micro-batch of the largest clips on a GPU, with the processes of the settings."""
     with torch.device("meta"):
         shapes = linear_shapes(AsymmDiT(dit))
     size = adapter_bytes(shapes, lora_settings(config.lora, shapes), config.lora.dora)
-    return step_sizes(config, dit, size, layout, is_gpu=True)
+    return step_sizes(config, dit, num_tokens, size, layout, is_gpu=True)
 
 
 def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float]:
@@ -323,14 +323,15 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
     The number is 0 if there are no clips yet. Before `prepare` all clips are assumed to be in the largest bucket.
     """
     data, cache = config.data, Path(config.data.cache)
-    largest = largest_bucket(data)
     if (cache / "data").exists():
         found = open_cache(cache, buckets_by_source(data), settings=prepared_settings(data))
         shares = bucket_shares(clip_order(config, found, []), found)
+        largest = largest_clip(found)
         sizes = f"each {largest}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {largest}"
         num_captions = sum(len(captions) for (captions,) in found.rows.tuples("captions")) / len(found)
         return len(found), f"{len(found)} in {cache}, {sizes}", shares, num_captions
-    sources, shares = read_sources(data), {largest: 1.0}
+    sources, largest = read_sources(data), largest_bucket(data)
+    shares = {largest: 1.0}
     where = ", ".join(str(source.folder) for source in sources)
     if any(source.folder.is_dir() and is_dataset(source.folder) for source in sources):
         return 0, f"in the dataset {where}, not prepared yet, each {largest}", shares, 1.0

@@ -9,7 +9,6 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import apply_lora
 from mochi_tune.config.load import weights_paths
 from mochi_tune.config.schema import RunConfig
-from mochi_tune.config.sources import largest_bucket
 from mochi_tune.models.device import DTYPES, peak_gib, reset_peak
 from mochi_tune.parallel.modulation import HostModulation
 from mochi_tune.recipes.bench import make_step
@@ -49,7 +48,7 @@ def measure(config: RunConfig) -> Measured:
     dit.train()
     # Any caption will do: all have about the same length.
     prompt = plan.dataset[0]["prompt_embeds"][None].expand(config.train.batch_size, -1, -1)
-    step = make_step(dit, host_modulation, prompt, astuple(largest_bucket(config.data)), device)
+    step = make_step(dit, host_modulation, prompt, astuple(plan.largest), device)
     reset_peak(device)
     with plan.explains_out_of_memory():
         first, _ = timed(step, 1, device, num_warm_up=0)

@@ -11,7 +11,7 @@ from torch import nn
 from mochi_tune.adapters.lora import apply_lora, linear_shapes, lora_parameters
 from mochi_tune.config.load import RunConfig, load_config, weights_paths
 from mochi_tune.config.lora import lora_settings
-from mochi_tune.config.sources import buckets_by_source
+from mochi_tune.config.sources import buckets_by_source, largest_bucket
 from mochi_tune.data.cache import open_cache
 from mochi_tune.data.dataset import LatentDataset, collate
 from mochi_tune.errors import CheckpointError, DataError, some
@@ -27,7 +27,6 @@ from mochi_tune.training.accelerator import check_adapter_fits
 from mochi_tune.training.draws import KeyedDraws, key_seed
 from mochi_tune.training.guards import is_finite
 from mochi_tune.training.objective import velocity_loss
-from mochi_tune.training.preflight import num_tokens
 from mochi_tune.weights.folder import WeightsFolder
 
 
@@ -233,7 +232,7 @@ def choose_kernel(
         dit: the sizes of the model.
         device: the device of the replay.
     """
-    shape = (dit.num_heads, num_tokens(config), dit.hidden_size_x // dit.num_heads)
+    shape = (dit.num_heads, largest_bucket(config.data).num_tokens, dit.hidden_size_x // dit.num_heads)
     if of_run in ALL_KERNELS and has_kernel(of_run, shape, device, DTYPES[config.model.dtype]):
         return of_run, f"{of_run}, as in the run"
     here = "the CPU's kernel" if device.type == "cpu" else f"what torch chooses of {enabled_kernels()}"

@@ -4,7 +4,7 @@ from tqdm import tqdm
 
 from mochi_tune.models.device import DTYPES, free_memory
 from mochi_tune.parallel.kernels import ALL_KERNELS, KERNELS, has_kernel, preferred, time_attention
-from mochi_tune.training.preflight import TrainPlan, num_tokens
+from mochi_tune.training.preflight import TrainPlan
 from mochi_tune.training.resume import ResumePoint
 
 
@@ -18,7 +18,7 @@ def choose_attention(plan: TrainPlan, start: ResumePoint) -> str | None:
         return None
     config = plan.weights.dit_config
     heads, ring = plan.layout.split
-    shape = (config.num_heads // heads, num_tokens(plan.config) // ring, config.hidden_size_x // config.num_heads)
+    shape = (config.num_heads // heads, plan.largest.num_tokens // ring, config.hidden_size_x // config.num_heads)
     dtype, is_deterministic = DTYPES[plan.config.model.dtype], plan.config.train.deterministic
     known = start.state.get("environment", {}).get("attention")
     if known in KERNELS or (known in ALL_KERNELS and has_kernel(known, shape, plan.device, dtype)):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,13 +19,7 @@ from mochi_tune.config.load import weights_paths
 from mochi_tune.config.lora import lora_settings
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import flat_settings, resume_rule
-from mochi_tune.config.sources import (
-    buckets_by_source,
-    largest_bucket,
-    prepared_settings,
-    read_sources,
-    share_of_buckets,
-)
+from mochi_tune.config.sources import buckets_by_source, prepared_settings, read_sources, share_of_buckets
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.cache import Cache, open_cache
 from mochi_tune.data.dataset import LatentDataset
@@ -66,6 +61,7 @@ class TrainPlan:
         draws: draws the random numbers.
         identity: what identifies the run: its settings, cache, order of clips, base and random numbers.
         layout: how the processes share a step.
+        largest: the size of the largest clips, which determines the memory.
     """
 
     config: RunConfig
@@ -79,6 +75,7 @@ class TrainPlan:
     draws: KeyedDraws
     identity: dict
     layout: Layout
+    largest: Bucket
 
     @property
     def training_clips(self) -> list[int]:
@@ -118,7 +115,7 @@ class TrainPlan:
     def step(self) -> Step:
         """The sizes of a micro-batch, which determine its memory and time."""
         dit, on_gpu = self.weights.dit_config, self.device.type == "cuda"
-        return step_sizes(self.config, dit, self.adapter_bytes, self.layout, on_gpu)
+        return step_sizes(self.config, dit, self.largest.num_tokens, self.adapter_bytes, self.layout, on_gpu)
 
     @cached_property
     def memory(self) -> MemoryPlan:
@@ -204,17 +201,18 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     layers = lora_settings(config.lora, shapes)
     check_strategy(config, num_processes)
     context = config.parallel.context or 1
-    layout = training_layout(num_processes, context, skeleton.config, num_tokens(config), card_here())
+    largest = largest_clip(cache)
+    layout = training_layout(num_processes, context, skeleton.config, largest.num_tokens, card_here())
     draws = KeyedDraws(
         config.seed, train.batch_size, train.accumulation_steps * layout.data, train.caption_dropout,
         train.sigma_stratified,
     )  # fmt: skip
     base = weights.base_identity()
-    start_adapter = None
+    start = None
     if config.lora.init_from is not None and not find_checkpoints(Path(config.run_dir) / "checkpoints"):
-        start_adapter = load_adapter(config.lora.init_from)
-        check_adapter(start_adapter, all_linear_shapes(skeleton), base)
-        check_start(start_adapter.layers, layers, config.lora.dora, str(start_adapter))
+        start = load_adapter(config.lora.init_from)
+        check_adapter(start, all_linear_shapes(skeleton), base)
+        check_start(start.layers, layers, config.lora.dora, str(start))
     count = train.validation_clips if train.validate_every else 0
     held = held_out([f"{s}/{p}" if s else p for s, p in cache.rows.tuples("source", "path")], count, config.seed)
     order = clip_order(config, cache, held)
@@ -227,7 +225,7 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     identity = {"settings": settings, "cache": cache.fingerprint, "base": base, "draws": fingerprint}
     identity["order"] = order.fingerprint(cache.rows.column("sample_id"))
     check_streaming(config)
-    return TrainPlan(config, device, weights, dataset, held, order, layers, start_adapter, draws, identity, layout)
+    return TrainPlan(config, device, weights, dataset, held, order, layers, start, draws, identity, layout, largest)
 
 
 def clip_order(config: RunConfig, cache: Cache, held: Sequence[int]) -> ClipOrder:
@@ -253,18 +251,20 @@ def adapter_bytes(shapes: dict[str, tuple[int, int]], layers: dict[str, LayerSet
     )
 
 
-def num_tokens(config: RunConfig) -> int:
-    """Returns the number of visual tokens of a clip of the largest size."""
-    return largest_bucket(config.data).num_tokens
+def largest_clip(cache: Cache) -> Bucket:
+    """Returns the size of the largest clips; settings such as data.buckets=auto allow larger ones than there are."""
+    return max({Bucket(*size) for (size,) in cache.rows.tuples("bucket")}, key=lambda size: (size.num_tokens, size))
 
 
-def step_sizes(config: RunConfig, dit: DiTConfig, num_adapter_bytes: int, layout: Layout, is_gpu: bool) -> Step:
-    """Returns the sizes of a micro-batch on one of the processes of a layout."""
+def step_sizes(
+    config: RunConfig, dit: DiTConfig, num_tokens: int, num_adapter_bytes: int, layout: Layout, is_gpu: bool
+) -> Step:
+    """Returns the sizes of a micro-batch of clips of `num_tokens` on one of the processes of a layout."""
     train, is_zero3 = config.train, config.parallel.strategy == "zero3"
     is_compiled = is_gpu if train.compile is None else train.compile
     return Step(
         dit,
-        num_tokens(config) * train.batch_size // layout.context,
+        num_tokens * train.batch_size // layout.context,
         num_adapter_bytes,
         dtype_bytes=DTYPES[config.model.dtype].itemsize,
         precision=config.model.precision or "bf16",
@@ -301,13 +301,13 @@ def step_seconds(
 
     Args:
         config: the settings.
-        step: the sizes of a micro-batch of the largest clips.
+        step: the sizes of a micro-batch.
         shares: the share of each size of clips among the samples.
         policies: what each block recomputes.
         card: the GPU.
         is_streamed: whether the weights of the blocks are in host memory.
     """
-    sized = {b: replace(step, num_tokens=step.num_tokens * b.num_tokens // num_tokens(config)) for b in shares}
+    sized = {b: replace(step, num_tokens=step.num_clips * b.num_tokens // math.prod(step.split)) for b in shares}
     mean = 0.0
     for bucket, share in shares.items():
         mean += share * sized[bucket].seconds(policies, card, is_streamed)
@@ -374,16 +374,16 @@ def adapter_metadata(plan: TrainPlan, step: int) -> dict[str, str]:
         "step": str(step),
         "config_hash": hashlib.sha256(learnt.encode()).hexdigest(),
         "name": config.name,
-        **{f"modelspec.{key}": value for key, value in _description(config, step).items() if value},
+        **{f"modelspec.{key}": value for key, value in _description(plan, step).items() if value},
     }
 
 
-def _description(config: RunConfig, step: int) -> dict[str, str | None]:
+def _description(plan: TrainPlan, step: int) -> dict[str, str | None]:
     """Returns the metadata of the adapter by the keys of ModelSpec.
 
     There is no date, so that the same run always writes the same file. `export` adds the date of the run.
     """
-    publish, size = config.publish, largest_bucket(config.data)
+    config, size, publish = plan.config, plan.largest, plan.config.publish
     trigger = config.data.caption_prefix.strip(" ,.;:") if publish.trigger is None else publish.trigger
     return {
         "title": publish.title or config.name,

@@ -63,6 +63,14 @@ def test_buckets_are_planned_for_by_the_largest_and_timed_by_their_shares(tmp_pa
     assert shares == {small: 0.75, large: 0.25}
     mixed, longest = (main(load_config("my_lora", [*FULL, *more]), "4090") for more in (sizes, [*sizes[1:]]))
     assert mixed.run_seconds < longest.run_seconds and mixed.stages[0].held == longest.stages[0].held
+    # The sizes of the settings may be larger than any clip.
+    settings = replace(SETTINGS, transform={"version": 1, "buckets": {"": [[1, 32, 48], [7, 32, 48], [7, 64, 64]]}})
+    with CacheWriter(tmp_path) as writer:
+        writer.commit(rows, settings)
+    sizes = [f"data.cache={tmp_path}", "data.buckets=[[1,32,48],[7,32,48],[7,64,64]]"]
+    made = main(load_config("my_lora", [*FULL, *sizes]), "4090")
+    assert "the largest 7 frames of 32x48" in made.clips and made.num_tokens == large.num_tokens
+    assert made.run_seconds == mixed.run_seconds
 
 
 def test_what_does_not_fit_has_a_way_out_that_fits():
