@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mochi_tune.config.explain import as_yaml
 from mochi_tune.config.load import run_config_yaml
-from mochi_tune.config.settings import known_keys, resume_rule
+from mochi_tune.config.settings import known_keys, rename_old, resume_rule
 from mochi_tune.errors import CheckpointError, TrainingError, counted, some
 from mochi_tune.files import parse_object, read_json, read_json_lines, write_atomic
 from mochi_tune.training import checkpoint
@@ -107,13 +107,16 @@ def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> 
     needed = ("step", "settings", "cache", "base", "draws", "groups", "rows", "losses")
     if missing := [key for key in needed if key not in state]:
         raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}, so the run cannot resume.")
-    if "order" not in state and state["cache"] == now.identity["cache"] and now.has_made(state["step"]):
+    # Version 0.1.0 had other names, and did not store the order of the clips.
+    rename_old(state["settings"], "train.")
+    state.setdefault("environment", state.get("made_by", {}))
+    if "order" not in state and now.has_made(state["step"]):
         state["order"] = now.identity["order"]
     try:
         changed, notes = differences(run_dir, state, now)
     except TrainingError as error:
         raise TrainingError("; ".join([*wrong, str(error)])) from None
-    before = state.get("environment", now.environment)
+    before = state["environment"]
     differing = [key for key, value in now.environment.items() if before.get(key, value) != value]
     if others := [f"{key} was {before.get(key)}, is {now.environment[key]}" for key in differing]:
         notes.append(f"{'; '.join(others)}: the samples and their order stay the same, but results differ in rounding")
@@ -164,8 +167,12 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     if lacks_order:
         others["order"] = "its checkpoint is from an older version, which did not store the order of the clips"
     elif "order" in state and state["order"] != identity["order"]:
-        why = moved or ": repeats, weights, shares, held-out clips or the batch size changed"
-        others["order"] = f"the order of the clips differs from that of the first {state['step']} steps{why}"
+        reasons = ["seed changed"] if before.get("seed") != now["seed"] else []
+        # The clips of an earlier start than the last one are not known by name.
+        is_unknown = state["cache"] != identity["cache"] and not altered
+        reasons += [moved or "clips were added, removed or encoded again"] if moved or is_unknown else []
+        why = ", ".join(reasons) or "repeats, weights, shares, held-out clips or the batch size changed"
+        others["order"] = f"the order of the clips differs from that of the first {state['step']} steps: {why}"
     if state["base"] != identity["base"]:
         others["base"] = "the base model changed"
     if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
@@ -224,7 +231,7 @@ def changed_clips(run_dir: Path, fingerprint: str, contents: Mapping[str, str]) 
     texts = [f"{len(names)} {what} ({some(sorted(names))})" for what, names in parts.items() if names]
     altered = sorted(name for name in contents.keys() & before if contents[name] != before[name])
     return (
-        f": {', '.join(texts)}" if texts else "",
+        ", ".join(texts),
         f"other captions or cuts of {counted(len(altered), 'clip')} ({some(altered)})" if altered else "",
     )
 
@@ -309,7 +316,7 @@ def resume(plan: TrainPlan) -> ResumePoint:
         if start.is_named:
             # No step is left, so `Metrics` does not remove the rows of the steps that the user gave up.
             for name in FILES:
-                cut_after(run_dir / f"{name}.jsonl", start.step)
+                cut_after(run_dir / f"{name}.jsonl", start.step, start.state["rows"].get(name, 1))
             record_in_folder(plan, start)
         return start
     for note in start.notes:
@@ -352,7 +359,9 @@ def lacks_evaluation(plan: TrainPlan, step: int) -> bool:
 
 
 def check_rows(metrics: Metrics, start: ResumePoint) -> None:
-    """Prints a line if rows of metrics.jsonl were removed or added since the checkpoint was saved."""
-    found, saved = metrics.num_rows()["metrics"], start.state.get("rows", {}).get("metrics", 0)
-    if found != saved:
-        tqdm.write(f"{metrics.paths['metrics']} has {found} rows up to step {start.step}, but had {saved}")
+    """Prints a line for each file whose rows were removed or added since the checkpoint was saved."""
+    for name, found in metrics.num_rows().items():
+        saved = start.state.get("rows", {}).get(name, 0)
+        # The checkpoint's own step may be validated after the checkpoint is saved.
+        if found < saved or (name == "metrics" and found > saved):
+            tqdm.write(f"{metrics.paths[name]} has {found} rows up to step {start.step}, but had {saved}")

@@ -8,7 +8,9 @@ from helpers_checkpoints import edit_state
 from helpers_road import read_rows, train
 
 from mochi_tune.errors import TrainingError
-from mochi_tune.training.metrics import comparable
+from mochi_tune.files import read_json
+from mochi_tune.training.metrics import Metrics, comparable
+from mochi_tune.training.resume import ResumePoint, check_rows
 from mochi_tune.training.run import Run
 
 MORE = ["train.validate_every=1", "train.validation_clips=1", "train.schedule=constant"]
@@ -80,3 +82,27 @@ def test_a_run_that_kept_no_order_goes_on_where_its_rows_show_that_it_is_the_sam
     path.write_text(rows)
     assert train(run_dir, *MORE, "train.steps=3") == 0
     assert [row["step"] for row in comparable(read_rows(run_dir / "validation.jsonl"))] == [0, 1, 2, 3]
+
+
+def test_a_run_of_version_0_1_0_goes_on_over_its_clips_encoded_again(run_dir):
+    folder = run_dir / "checkpoints" / "step_000002"
+    state = read_json(folder / "state.json")
+    settings = {key: value for key, value in state["settings"].items() if key != "train.recompute"}
+    settings["train.gradient_checkpointing"] = True
+    made_by = {"torch": "2.9.0", "processes": 1}
+    edit_state(folder, order=None, cache="another", environment=None, made_by=made_by, settings=settings)
+    assert train(run_dir, *MORE, "train.steps=3", "train.recompute=block") == 0
+    notes = read_rows(run_dir / "history.jsonl")[-1]["notes"]
+    assert "train.recompute" not in " ".join(notes)
+    assert any(note.startswith("torch was 2.9.0, is ") for note in notes)
+    assert any("clips were encoded again; their order is the same" in note for note in notes)
+
+
+def test_rows_that_were_removed_since_the_checkpoint_are_reported(tmp_path, capsys):
+    with Metrics(tmp_path, 0) as metrics:
+        metrics.log({"step": 1})
+        metrics.log_validation({"step": 1, "validation_loss": 0.5})
+        check_rows(metrics, ResumePoint(1, state={"rows": {"metrics": 1, "validation": 0}}))
+        assert not capsys.readouterr().out
+        check_rows(metrics, ResumePoint(1, state={"rows": {"metrics": 1, "validation": 2}}))
+        assert "validation.jsonl has 1 rows up to step 1, but had 2" in capsys.readouterr().out
