@@ -2,11 +2,15 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
+
+from tqdm import tqdm
 
 from mochi_tune.files import write_atomic
 from mochi_tune.pages import video_tables
@@ -14,6 +18,8 @@ from mochi_tune.pages.html_page import Head, data_uri, document
 from mochi_tune.sampling.grid_video import frames_of
 
 POSTER_SIZE = 320
+# Seconds until the progress bar appears.
+BAR_DELAY = 1
 STYLE = """
 body{max-width:none;width:fit-content;min-width:min(100%,1148px)}
 header,.figures{max-width:1100px}
@@ -27,12 +33,22 @@ video,td img{width:clamp(min(11rem,58vw),(min(100vw,1500px) - 16rem)/var(--n) - 
 
 @dataclass(frozen=True)
 class GridCell:
-    """A video and its place: the table of its prompt, and the labels of its row and column."""
+    """A video, its place (the table of its prompt, and the labels of its row and column) and its number of frames."""
 
     prompt: str
     row: str
     column: str
     video: Path
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class _Poster:
+    """The size of a video or an image in pixels, and the middle frame of a video as a data: URI."""
+
+    width: int
+    height: int
+    uri: str = ""
 
 
 def write_grid_page(folder: Path, cells: Sequence[GridCell], columns: Sequence[str]) -> Path:
@@ -43,16 +59,20 @@ def write_grid_page(folder: Path, cells: Sequence[GridCell], columns: Sequence[s
         cells: the cells in order, grouped by prompt.
         columns: labels of the columns from left to right.
     """
-    prompts = list(dict.fromkeys(cell.prompt for cell in cells))
-    sections = [_section(folder, [cell for cell in cells if cell.prompt == prompt], columns) for prompt in prompts]
-    videos = len({cell.video for cell in cells})
+    by_prompt: dict[str, list[GridCell]] = {}
+    for cell in cells:
+        by_prompt.setdefault(cell.prompt, []).append(cell)
+    num_frames = {cell.video: cell.num_frames for cell in cells}
+    bar = tqdm(num_frames.items(), "page", unit="video", leave=False, delay=BAR_DELAY)
+    posters = {video: _poster(video, count) for video, count in bar}
+    sections = [_section(folder, each, columns, posters) for each in by_prompt.values()]
     rows = len({cell.row for cell in cells})
     head = Head(
         "Grid",
         "Every prompt with every seed, checkpoint and strength. All videos of a seed start from the same noise.",
         {
-            "videos": (str(videos), "each with its settings in a .json next to it"),
-            "prompts": (str(len(prompts)), "one table each"),
+            "videos": (str(len(posters)), "each with its settings in a .json next to it"),
+            "prompts": (str(len(by_prompt)), "one table each"),
             "rows": (str(rows), _from_to(list(dict.fromkeys(cell.row for cell in cells)))),
             "columns": (str(len(columns)), _from_to(columns)),
         },
@@ -66,36 +86,47 @@ def _from_to(labels: Sequence[str]) -> str:
     return labels[0] if len(labels) == 1 else f"from {labels[0]} to {labels[-1]}"
 
 
-def _section(folder: Path, cells: Sequence[GridCell], columns: Sequence[str]) -> str:
+def _section(folder: Path, cells: Sequence[GridCell], columns: Sequence[str], posters: Mapping[Path, _Poster]) -> str:
     """Returns the table of one prompt."""
     by_place = {(cell.row, cell.column): cell.video for cell in cells}
     rows = list(dict.fromkeys(cell.row for cell in cells))
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = ""
     for row in rows:
-        videos = "".join(f"<td>{_video(folder, by_place.get((row, column)), row, column)}</td>" for column in columns)
-        body += f'<tr><th scope="row">{escape(row)}</th>{videos}</tr>'
+        body += f'<tr><th scope="row">{escape(row)}</th>'
+        for column in columns:
+            video, label = by_place.get((row, column)), ", ".join(filter(None, (row, column)))
+            body += f"<td>{_video(folder, video, posters[video], label) if video else ''}</td>"
+        body += "</tr>"
     head = f"<thead><tr><th></th>{head}</tr></thead>"
     table = f'<table style="--n:{len(columns)}">{head}<tbody>{body}</tbody></table>'
     return f'<section><h2>{escape(cells[0].prompt)}</h2><div class="scroll" tabindex="0">{table}</div></section>'
 
 
-def _video(folder: Path, video: Path | None, row: str, column: str) -> str:
-    """Returns the HTML of a video or an image; the middle frame of a video is its poster, also in print."""
-    if video is None:
-        return ""
-    source = quote(os.path.relpath(video, folder).replace(os.sep, "/"))
-    label = escape(", ".join(filter(None, (row, column))), quote=True)
-    small, (width, height) = [], (0, 0)
-    for frame in frames_of(video):
-        width, height = frame.size
-        frame.thumbnail((POSTER_SIZE, POSTER_SIZE))
-        small.append(frame)
+def _poster(video: Path, num_frames: int) -> _Poster:
+    """Reads the poster of a video; only its middle frame is converted to RGB, which takes longer than decoding."""
     if video.suffix == ".png":
-        return f'<img src="{source}" width="{width}" height="{height}" alt="{label}">'
+        [image] = frames_of(video)
+        return _Poster(*image.size)
+    import av
+
+    with av.open(f"file:{video}") as container:
+        [middle] = deque(islice(container.decode(video=0), num_frames // 2 + 1), maxlen=1)
+        frame = middle.to_image()
+    width, height = frame.size
+    frame.thumbnail((POSTER_SIZE, POSTER_SIZE))
     content = io.BytesIO()
-    small[len(small) // 2].save(content, "JPEG", quality=80)
+    frame.save(content, "JPEG", quality=80)
+    return _Poster(width, height, data_uri("image/jpeg", content.getvalue()))
+
+
+def _video(folder: Path, video: Path, poster: _Poster, label: str) -> str:
+    """Returns the HTML of a video or an image; the poster of a video is also shown in print."""
+    source, label = quote(os.path.relpath(video, folder).replace(os.sep, "/")), escape(label, quote=True)
+    size = f'width="{poster.width}" height="{poster.height}"'
+    if not poster.uri:
+        return f'<img src="{source}" {size} alt="{label}">'
     return (
-        f'<video loop muted playsinline preload="metadata" width="{width}" height="{height}" aria-label="{label}" '
-        f'poster="{data_uri("image/jpeg", content.getvalue())}" src="{source}"></video>'
+        f'<video loop muted playsinline preload="metadata" {size} aria-label="{label}" '
+        f'poster="{poster.uri}" src="{source}"></video>'
     )

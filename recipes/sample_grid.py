@@ -64,15 +64,16 @@ def main(config: RunConfig) -> Iterator[Path]:
 
 def write_views(folder: Path, cells: Sequence[Cell]) -> Iterator[Path]:
     """Writes the video and the page of all cells; yields both paths."""
-    shown = [_labelled(cell, cells) for cell in cells]
+    shown = _labelled(cells)
     # Rows are grouped by prompt, whatever the order of rendering.
     order = {cell.request.prompt: number for number, cell in reversed(list(enumerate(cells)))}
     shown.sort(key=lambda cell: order[cell.prompt])
     columns = list(dict.fromkeys(cell.column for cell in shown))
+    places = {column: place for place, column in enumerate(columns)}
     rows: dict[tuple[str, str], list[Path | None]] = {}
     for cell in shown:
         videos = rows.setdefault((cell.prompt, cell.row), [None] * len(columns))
-        videos[columns.index(cell.column)] = cell.video
+        videos[places[cell.column]] = cell.video
     lines = [Row(f"{row}\n{prompt}".strip(), videos) for (prompt, row), videos in rows.items()]
     try:
         if len(cells) <= MOST_IN_A_VIDEO and is_legible(len(rows), len(columns)):
@@ -85,24 +86,29 @@ def write_views(folder: Path, cells: Sequence[Cell]) -> Iterator[Path]:
     yield page
 
 
-def _labelled(cell: Cell, cells: Sequence[Cell]) -> GridCell:
-    """Returns the row and column labels of a cell; columns are strengths, checkpoints or seeds."""
-    sizes = {(c.request.num_frames, c.request.height, c.request.width) for c in cells}
-    settings = list(dict.fromkeys(_settings_of(c.request) for c in cells))
-    axes = {"seed": f"seed {cell.request.seed}"}
-    if cell.checkpoint is not None:
-        axes["checkpoint"] = f"step {cell.checkpoint}"
-    if len({c.strength for c in cells}) > 1 or cell.strength != 1:
-        axes["strength"] = f"strength {cell.strength:g}"
-    counts = {"seed": len({c.request.seed for c in cells}), "checkpoint": len({c.checkpoint for c in cells}),
-              "strength": len({c.strength for c in cells})}  # fmt: skip
-    across = next((axis for axis in ("strength", "checkpoint", "seed") if counts[axis] > 1), "seed")
-    row = [label for axis, label in axes.items() if axis != across]
-    if len(sizes) > 1:
-        row.append(f"{cell.request.num_frames} frames of {cell.request.height}x{cell.request.width}")
-    if len(settings) > len({c.request.prompt for c in cells}):
-        row.append(f"settings {settings.index(_settings_of(cell.request)) + 1}")
-    return GridCell(cell.request.prompt, ", ".join(row), axes.get(across, ""), cell.request.video)
+def _labelled(cells: Sequence[Cell]) -> list[GridCell]:
+    """Returns the cells with the labels of their rows and columns; columns are strengths, checkpoints or seeds."""
+    values = {"strength": {c.strength for c in cells}, "checkpoint": {c.checkpoint for c in cells},
+              "seed": {c.request.seed for c in cells}}  # fmt: skip
+    across = next((axis for axis, found in values.items() if len(found) > 1), "seed")
+    has_sizes = len({(c.request.num_frames, c.request.height, c.request.width) for c in cells}) > 1
+    settings = [_settings_of(cell.request) for cell in cells]
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(settings), 1)}
+    has_settings = len(numbers) > len({c.request.prompt for c in cells})
+    shown = []
+    for cell, own in zip(cells, settings, strict=True):
+        request, axes = cell.request, {"seed": f"seed {cell.request.seed}"}
+        if cell.checkpoint is not None:
+            axes["checkpoint"] = f"step {cell.checkpoint}"
+        if len(values["strength"]) > 1 or cell.strength != 1:
+            axes["strength"] = f"strength {cell.strength:g}"
+        row = [label for axis, label in axes.items() if axis != across]
+        if has_sizes:
+            row.append(f"{request.num_frames} frames of {request.height}x{request.width}")
+        if has_settings:
+            row.append(f"settings {numbers[own]}")
+        shown.append(GridCell(request.prompt, ", ".join(row), axes.get(across, ""), request.video, request.num_frames))
+    return shown
 
 
 def _settings_of(request: Request) -> Request:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mochi_tune.adapters.files import LoraLayer, load_adapter, save_adapter
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
+from mochi_tune.recipes import sample_grid
 from mochi_tune.recipes.sample import main as sample
 from mochi_tune.recipes.sample_grid import main as grid
 from mochi_tune.sampling.grid_video import MAX_HEIGHT, MAX_WIDTH, Row, frames_of, is_legible, write_grid_video
@@ -131,7 +132,9 @@ def test_the_page_needs_nothing_from_elsewhere_and_says_what_is_where(tmp_path):
     assert len(frames) == 7
 
 
-def test_rows_of_a_file_may_differ_in_size_and_settings(tmp_path):
+def test_rows_of_a_file_may_differ_in_size_and_settings(tmp_path, monkeypatch):
+    calls, settings_of = [], sample_grid._settings_of
+    monkeypatch.setattr(sample_grid, "_settings_of", lambda request: calls.append(1) or settings_of(request))
     rows = [{"prompt": "a", "height": 48}, {"prompt": "a", "num_frames": 13}, {"prompt": "b", "steps": 1, "seed": 9}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     cells, folder = render(tmp_path, f"sample.prompts={tmp_path / 'p.jsonl'}", "sample.seeds=[1,2]")
@@ -143,6 +146,8 @@ def test_rows_of_a_file_may_differ_in_size_and_settings(tmp_path):
         "13 frames of 32x48, settings 2",
         "7 frames of 32x48, settings 3",
     ]
+    # The labels of a cell do not take the settings of all others again.
+    assert len(calls) == len(cells)
     # Seed 9 is of the last row alone.
     assert re.findall(r'<th scope="col">([^<]*)', page) == ["seed 1", "seed 2", "seed 9"] * 2
 
@@ -242,8 +247,6 @@ def test_a_grid_of_too_many_rows_or_columns_is_no_video():
 
 
 def test_a_grid_of_too_many_videos_has_its_page(tmp_path, monkeypatch):
-    from mochi_tune.recipes import sample_grid
-
     monkeypatch.setattr(sample_grid, "MOST_IN_A_VIDEO", 1)
     more = ["sample.grid=true", "sample.prompt=a cat", "sample.seeds=[0,1]"]
     *cells, page = grid(config(tmp_path, *more))
