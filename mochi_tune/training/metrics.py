@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 from tqdm import tqdm
@@ -53,22 +54,23 @@ class Metrics:
     incomplete row is removed. Totals over all rows are kept in memory, so that the files are read only once.
     """
 
-    def __init__(self, run_dir: Path, last_step: int) -> None:
+    def __init__(self, run_dir: Path, last_step: int, saved: Mapping[str, int] = MappingProxyType({})) -> None:
         """Opens the two files of a run.
 
         Args:
             run_dir: the run's folder.
             last_step: step of the checkpoint to resume from, 0 for a new run. Later rows are dropped.
+            saved: the numbers of rows in the checkpoint, see `num_rows`; empty for a new run.
 
         Raises:
-            TrainingError: a line of a file is not a row.
+            TrainingError: a line of a file is not a row, as for `cut_after`.
         """
         self.paths = {name: run_dir / f"{name}.jsonl" for name in FILES}
         self._num_rows = dict.fromkeys(FILES, 0)
         self._validations: dict[int, Mapping] = {}
         self._sigma_counts = [0] * 10
         for name, path in self.paths.items():
-            for row in cut_after(path, last_step):
+            for row in cut_after(path, last_step, saved.get(name, 1)):
                 self._count(name, row)
         own = self.paths["metrics"]
         self._branch = hashlib.sha256(own.read_bytes() if own.exists() else b"")
@@ -190,27 +192,29 @@ def write_line(text: str) -> None:
     tqdm.write(f"mochi-tune: {text}", file=sys.stderr)
 
 
-def cut_after(path: Path, last_step: int) -> list[dict]:
-    """Removes the rows after a step and an incomplete last line from a file; returns the rows that stay.
+def cut_after(path: Path, last_step: int, num_saved: int = 1) -> list[dict]:
+    """Removes the rows after a step, an incomplete last line and a damaged end from a file; returns the rows that stay.
+
+    Args:
+        path: the file.
+        last_step: the last step whose rows stay.
+        num_saved: number of lines that were synced to disk. A crash of the machine may damage those after them. The
+            default requires one row, so that a file of something else is not emptied.
 
     Raises:
-        TrainingError: another line is not a row.
+        TrainingError: one of the first `num_saved` lines is not a row.
     """
     if not path.exists():
         return []
     lines, rows = [], []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-            step = row["step"] + 0
-        except (ValueError, KeyError, TypeError):
-            raise TrainingError(
-                f"{path}: line {number} is no row of a run: repair it, or use another run_dir."
-            ) from None
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        row = parse_object(line) or {}
+        if not isinstance(step := row.get("step"), int):
+            if number > num_saved:
+                break
+            raise TrainingError(f"{path}: line {number} is no row of a run: repair it, or use another run_dir.")
         if step <= last_step:
-            lines.append(line)
+            lines.append(line + b"\n")
             rows.append(row)
-    write_atomic(path, "".join(lines).encode(), durable=True)
+    write_atomic(path, b"".join(lines), durable=True)
     return rows

@@ -67,7 +67,7 @@ def open_run(plan: TrainPlan, accelerator: Accelerator) -> Iterator["Run"]:
         attention = broadcast(choose_attention(plan, start) if is_main else None)
         metrics = trackers = None
         if is_main and (start.step < config.train.steps or start.lacks_evaluation):
-            metrics = stack.enter_context(Metrics(run_dir, start.step))
+            metrics = stack.enter_context(Metrics(run_dir, start.step, start.state.get("rows", {})))
             check_rows(metrics, start)
             # Trackers read the files of the metrics, so they are closed first. A run that goes back to a checkpoint or
             # resumes with forced changes is a new run in every tracker.

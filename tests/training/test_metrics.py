@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -117,7 +118,21 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     for line in ("hello", '{"step": null}', "[1]"):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
         with pytest.raises(TrainingError, match="line 2 is no row"):
-            Metrics(tmp_path, last_step=1)
+            Metrics(tmp_path, 2, {"metrics": 2})
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(TrainingError, match="line 1 is no row"):
+            Metrics(tmp_path, 0)
+
+
+@pytest.mark.parametrize("damage", [bytes(100), b"\xff\xfe\n", b'{"step": 3, "lo\n'])
+def test_a_damaged_end_after_the_rows_of_the_checkpoint_is_dropped(tmp_path, damage):
+    rows = b'{"step": 1}\n{"step": 2}\n'
+    for name, content in (("metrics", rows), ("validation", b"")):
+        (tmp_path / f"{name}.jsonl").write_bytes(content + damage + b'{"step": 2}\n')
+    with Metrics(tmp_path, 2, {"metrics": 2, "validation": 0}) as metrics:
+        assert metrics.num_rows() == {"metrics": 2, "validation": 0}
+        assert metrics.state()["branch"] == hashlib.sha256(rows).hexdigest()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == rows and not (tmp_path / "validation.jsonl").read_bytes()
 
 
 def test_a_row_that_finds_no_space_waits_and_no_file_ends_with_a_half(tmp_path):
