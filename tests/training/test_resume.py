@@ -106,13 +106,3 @@ def test_rows_that_were_removed_since_the_checkpoint_are_reported(tmp_path, caps
         assert not capsys.readouterr().out
         check_rows(metrics, ResumePoint(1, state={"rows": {"metrics": 1, "validation": 2}}))
         assert "validation.jsonl has 1 rows up to step 1, but had 2" in capsys.readouterr().out
-
-
-def test_rows_that_were_removed_since_the_checkpoint_are_reported(tmp_path, capsys):
-    with Metrics(tmp_path, 0) as metrics:
-        metrics.log({"step": 1})
-        metrics.log_validation({"step": 1, "validation_loss": 0.5})
-        check_rows(metrics, ResumePoint(1, state={"rows": {"metrics": 1, "validation": 0}}))
-        assert not capsys.readouterr().out
-        check_rows(metrics, ResumePoint(1, state={"rows": {"metrics": 1, "validation": 2}}))
-        assert "validation.jsonl has 1 rows up to step 1, but had 2" in capsys.readouterr().out
