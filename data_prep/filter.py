@@ -25,7 +25,7 @@ from mochi_tune.data_prep.moving import files_of_clip, finish_moves, move_clip, 
 from mochi_tune.data_prep.output_folder import lock_folder, sibling_folder
 from mochi_tune.data_prep.watched import WatchedProcess
 from mochi_tune.errors import ConfigError, DataError, counted, printable, some
-from mochi_tune.files import make_writable_folder, read_json_lines, write_atomic
+from mochi_tune.files import make_writable_folder, read_json_lines, remove_temporary_files, write_atomic
 from mochi_tune.pages.html_page import write_png
 
 TABLE, PAGE, _PICTURE, _MEASURED, _MOVED = "filter.csv", "filter.html", "filter.png", "scores.jsonl", "moved.csv"
@@ -138,6 +138,7 @@ def main(settings: Filter) -> int:
     report = settings.report
     make_writable_folder(report)
     with lock_folder(report, "filter"), WatchedProcess(settings.timeout_seconds) as child:
+        remove_temporary_files(report)
         # Before listing the clips, so that a clip that a stopped run has half moved is not judged.
         finish_moves(report / _MOVED)
         clips = {
@@ -162,6 +163,7 @@ def undo(settings: Filter) -> int:
     if not settings.report.is_dir():
         raise DataError(f"{settings.report} does not exist: give the out= of the `filter` that moved clips.")
     with lock_folder(settings.report, "filter"):
+        remove_temporary_files(settings.report)
         finish_moves(table)
         rows = read_moved(table)
         if not rows and table.exists():

@@ -43,9 +43,11 @@ def read_moved(path: Path) -> list[Moved]:
         return []
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path)[0], newline=""), strict=True))
-        return [_read(path, {name: row[name] for name in COLUMNS}) for row in rows if None not in row.values()]
+        values = [{name: row[name] for name in COLUMNS} for row in rows if None not in row.values()]
     except (csv.Error, KeyError, UnicodeDecodeError):
         raise DataError(f"{path}: is not the table of moved files: restore it, or move it away.") from None
+    # A disk that lost power may leave zeros, and no path has one.
+    return [_read(path, row) for row in values if not any("\0" in value for value in row.values())]
 
 
 def _read(table: Path, row: dict[str, str]) -> Moved:
@@ -62,17 +64,13 @@ def _written(table: Path, row: Moved) -> dict[str, str]:
     return asdict(Moved(original, moved, row.reason))
 
 
-def _append(table: Path, rows: Sequence[Moved]) -> None:
-    """Appends the rows that the table lacks, and syncs them to disk."""
-    known = set(read_moved(table))
+def _write_table(table: Path, rows: Sequence[Moved]) -> None:
+    """Writes the whole table durably, as a row that is appended may end in the middle."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
-    if not table.exists():
-        writer.writeheader()
-    writer.writerows(_written(table, row) for row in rows if row not in known)
-    with open(table, "ab") as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))
-    fsync(table)
+    writer.writeheader()
+    writer.writerows(_written(table, row) for row in rows)
+    write_atomic(table, text.getvalue().encode(errors="surrogateescape"), durable=True)
     fsync(table.parent)
 
 
@@ -129,7 +127,7 @@ def finish_moves(table: Path) -> None:
     for row in rows:
         if Path(row.original).exists():
             move_file(Path(row.original), Path(row.moved))
-    _append(table, rows)
+    _write_table(table, list(dict.fromkeys([*read_moved(table), *rows])))
     pending.unlink()
 
 
@@ -171,11 +169,7 @@ def undo_moves(table: Path, rows: Sequence[Moved]) -> tuple[int, list[str], list
                 count += 1
     kept = [row for row in rows if row in absent or row in stayed]
     if len(kept) < len(rows):
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writeheader()
-        writer.writerows(_written(table, row) for row in kept)
-        write_atomic(table, text.getvalue().encode(errors="surrogateescape"), durable=True)
+        _write_table(table, kept)
     return count, [row.moved for row in rows if row in absent], [stayed[row] for row in rows if row in stayed]
 
 

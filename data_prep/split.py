@@ -5,6 +5,7 @@ It can run again at any time: it keeps the scenes in the table and the clips tha
 
 import base64
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +39,7 @@ from mochi_tune.files import (
     read_json,
     remove_temporary_files,
     temporary_file,
-    write_json,
+    write_atomic,
 )
 
 _TABLE, _SHEET, SETTINGS = "scenes.csv", "scenes.png", "settings.json"
@@ -85,7 +86,7 @@ def main(split: Split) -> int:
     for folder in (split.out, split.report):
         make_writable_folder(folder)
     with lock_folder(split.report, "split"):
-        for folder in {split.out, *(split.out / name for name in map(Path, _folders(films)))}:
+        for folder in {split.report, split.out, *(split.out / name for name in map(Path, _folders(films)))}:
             if folder.is_dir():
                 remove_temporary_files(folder)
         table = split.report / _TABLE
@@ -138,8 +139,8 @@ def check_settings(split: Split, has_table: bool) -> None:
                 f"{split.report / _TABLE} was made with {names}, now {changed[0]}={settings[changed[0]]}: give the "
                 "same settings, delete the table to find the scenes again, or use another out=."
             )
-    elif not path.exists() or read_json(path, ConfigError) != settings:
-        write_json(path, settings)
+    else:
+        write_atomic(path, json.dumps(settings, indent=1).encode() + b"\n", durable=True)
 
 
 def _read_table(table: Path) -> list[SceneRow]:

@@ -84,18 +84,14 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
     An error of the disk names `path`.
     """
-    # Machines that share a disk can have the same process id.
-    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path.name, os.getpid()))
     with _naming(path, temporary):
         try:
             yield temporary
         except BaseException:
-            # A disk that refuses to write may refuse this too; the first error says what is wrong.
+            # A disk that refused to write may refuse this too; the first error says what is wrong.
             with contextlib.suppress(OSError):
-                if temporary.is_dir():
-                    shutil.rmtree(temporary)
-                else:
-                    temporary.unlink(missing_ok=True)
+                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
             raise
 
 
@@ -109,6 +105,12 @@ def _naming(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
         if error.errno in _FULL or (error.errno in _FAILS and error.filename in (None, str(temporary))):
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
+
+
+def temporary_name(name: str, process: int | str) -> str:
+    """Returns the name that a process of this machine gives to the temporary file of a file."""
+    # Machines that share a disk can have the same process id.
+    return f".{name}.{_host()}-{process}.tmp"
 
 
 @cache
@@ -232,12 +234,11 @@ def _read_encoded(path: Path, fallback: str | None) -> tuple[str, str]:
     content = path.read_bytes()
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding), encoding
     except UnicodeDecodeError:
         if fallback is None or encoding != "utf-8" or (decoded := _decode_printable(content, fallback)) is None:
             raise
         return decoded, fallback
-    return text, encoding
 
 
 def _decode_printable(content: bytes, encoding: str) -> str | None:

@@ -15,7 +15,7 @@ from mochi_tune.adapters.layers import LoraLayer
 from mochi_tune.adapters.lora import all_linear_shapes
 from mochi_tune.adapters.tools import assumed_note, source_of
 from mochi_tune.errors import CheckpointError, ConfigError, format_bytes
-from mochi_tune.files import write_json
+from mochi_tune.files import temporary_file, write_json
 from mochi_tune.models.dit import AsymmDiT, DiTConfig
 from mochi_tune.models.layers import hidden_width
 from mochi_tune.recipes.new_output import check_new
@@ -107,8 +107,7 @@ def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Bake
     check_adapter(loaded, all_linear_shapes(dit), identity)
     plan = _plan(dit, settings)
     others = [name for name in _OTHER_PARTS if (base / name).exists()]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with temporary_file(out) as temporary:
         temporary.mkdir(parents=True)
         _check_space(temporary, plan.num_bytes)
         for name in others:
@@ -122,9 +121,6 @@ def main(adapter: Path | str, base: Path, out: Path, settings: Settings) -> Bake
         record = {"tool": "lora bake", **asdict(settings), "adapter": source_of(loaded), "base_fingerprint": identity}
         write_json(temporary / "baked.json", record)
         os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return Baked(out, len(loaded.layers), plan.num_bytes, others, assumed_note(loaded))
 
 

@@ -1,12 +1,18 @@
 """Checks of the files and folders that recipes write and never overwrite."""
 
+import glob
+import os
+import shutil
 from pathlib import Path
 
+import psutil
+
 from mochi_tune.errors import ConfigError
+from mochi_tune.files import temporary_name
 
 
 def check_new(out: Path, hint: str = "") -> None:
-    """Refuses an output that exists.
+    """Refuses an output that exists; removes what killed processes left of a new one.
 
     Args:
         out: file or folder to be written.
@@ -17,6 +23,10 @@ def check_new(out: Path, hint: str = "") -> None:
     """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={out} exists and is never overwritten: choose another name or remove it.{hint}")
+    for left in out.parent.glob(temporary_name(glob.escape(out.name), "*")):
+        process = int(left.stem.rpartition("-")[2])
+        if process == os.getpid() or not psutil.pid_exists(process):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def check_new_file(out: Path, suffix: str) -> None:

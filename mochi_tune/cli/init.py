@@ -19,7 +19,7 @@ def run_init(arguments: list[str]) -> int:
     if not name[:1].isalnum() or not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"init takes one NAME of letters, digits, - and _, got {' '.join(arguments) or 'none'}.")
     from mochi_tune.config.load import packaged_folder
-    from mochi_tune.files import make_writable_folder
+    from mochi_tune.files import make_writable_folder, write_new
 
     if name == "base":
         raise ConfigError("init base is not possible: every conf builds on the packaged base: choose another name.")
@@ -32,10 +32,10 @@ def run_init(arguments: list[str]) -> int:
     content = content.replace(
         "copy it to conf/NAME.yaml and run every verb with conf=NAME", f"run every verb with conf={name}"
     )
-    path.write_text(content)
-    print(f"wrote {path}")
-    if not readme.exists():
-        readme.write_text(README.format(name=name))
-        print(f"wrote {readme}")
+    written = {readme: README.format(name=name)} if not readme.exists() else {}
+    # Last, as a conf that exists refuses to repeat what a killed process has not written.
+    for file, text in {**written, path: content}.items():
+        write_new(file, text.encode())
+        print(f"wrote {file}")
     print(f"Put clips and captions into videos/, then: mochi-tune inspect conf={name}")
     return 0

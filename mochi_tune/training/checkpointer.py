@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mochi_tune.adapters.files import Adapter, save_adapter
 from mochi_tune.errors import TrainingError
-from mochi_tune.files import copy_atomic, parse_object, write_json
+from mochi_tune.files import copy_atomic, parse_object, temporary_file, write_json
 from mochi_tune.training import checkpoint
 from mochi_tune.training.metrics import Metrics
 
@@ -107,12 +107,10 @@ class Checkpointer:
         try:
             # A resumed run needs the rows of all steps up to its checkpoint.
             self.metrics.flush_to_disk()
-            with checkpoint.new_checkpoint(self.folder, snapshot.step) as new:
-                save_adapter(new / "adapter.safetensors", snapshot.adapter)
-                if snapshot.averaged is not None:
-                    save_adapter(new / "averaged.safetensors", snapshot.averaged)
-                checkpoint.save_optimizer(new / "optimizer.safetensors", snapshot.optimizer)
-                write_json(new / "state.json", {**snapshot.state, **mark})
+            # If only the copy of the adapter failed before, a kill during a second save could lose the first one.
+            failed_step = None if self.failed is None else self.failed[0].step
+            if failed_step != snapshot.step or not self._is_written(snapshot.step):
+                self._write(snapshot, mark)
             # Before the adapter is copied: the old checkpoints may take the room that the copy needs.
             self._try_to_remove_old(snapshot.step)
             copy_atomic(
@@ -125,10 +123,21 @@ class Checkpointer:
         self.failed = None
         return True
 
+    def _write(self, snapshot: Snapshot, mark: dict[str, bool]) -> None:
+        with checkpoint.new_checkpoint(self.folder, snapshot.step) as new:
+            save_adapter(new / "adapter.safetensors", snapshot.adapter)
+            if snapshot.averaged is not None:
+                save_adapter(new / "averaged.safetensors", snapshot.averaged)
+            checkpoint.save_optimizer(new / "optimizer.safetensors", snapshot.optimizer)
+            write_json(new / "state.json", {**snapshot.state, **mark})
+
+    def _is_written(self, step: int) -> bool:
+        return (self.folder / f"step_{step:06d}" / checkpoint.MANIFEST).exists()
+
     def _failure(self, step: int) -> str:
         assert self.failed is not None
-        is_written = (self.folder / f"step_{step:06d}" / checkpoint.MANIFEST).exists()
-        what = f"the adapter of step {step} could not be copied" if is_written else f"step {step} could not be saved"
+        is_copy = self._is_written(step)
+        what = f"the adapter of step {step} could not be copied" if is_copy else f"step {step} could not be saved"
         return f"{what} ({self.failed[1]})"
 
     def _try_to_remove_old(self, step: int) -> None:
@@ -164,16 +173,15 @@ def check_free_space(run_dir: Path, num_bytes: int) -> None:
     Raises:
         OSError: the disk is full or read-only, or a quota is exhausted.
     """
-    probe = run_dir / f".room_probe_{os.getpid()}"
     try:
-        with open(probe, "wb") as file:
+        # If the process is killed, the next start removes the file.
+        with temporary_file(run_dir / "room_probe") as probe, open(probe, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
+            probe.unlink()
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; a checkpoint takes {num_bytes / 2**20:.0f} MiB", str(run_dir)
         ) from None
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

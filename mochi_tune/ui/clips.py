@@ -183,7 +183,8 @@ def write_caption(folder: Path, video: Path, text: str) -> None:
         raise DataError(
             f"{video.name}: this cannot be a caption: use at most {MAX_CAPTION_CHARACTERS} characters of text."
         )
-    write_atomic(path, (text.strip() + "\n").encode() if text.strip() else b"")
+    # It may be the only copy of a caption.
+    write_atomic(path, (text.strip() + "\n").encode() if text.strip() else b"", durable=True)
 
 
 def changed_captions(texts: dict[Path, str], find: str, replacement: str, prefix: str) -> dict[Path, str]:

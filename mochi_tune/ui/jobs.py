@@ -42,7 +42,7 @@ class Job:
         arguments: arguments after the verb.
         title: description for the user.
         state: state of the job; "partly" means that it is done except for some clips.
-        pid: number of its process, 0 before it has started.
+        pid: number of its process; 0 before it has started, and if its runner was killed while it started it.
         pid_started: start of that process in seconds since 1970, as psutil computes it.
         pid_start: start of that process as `process_start` returns it; "" where that is unknown, and in old records.
         began: start of the job in seconds since 1970; 0 before.
@@ -192,8 +192,9 @@ def stop_job(folder: Path, number: int) -> Job:
 
 
 def save_job(folder: Path, job: Job) -> None:
-    """Writes a job's record."""
-    write_atomic(jobs_folder(folder) / f"{job.number:05d}.json", json.dumps(asdict(job), indent=1).encode())
+    """Writes a job's record durably, as a record that cannot be read is left out."""
+    content = json.dumps(asdict(job), indent=1).encode()
+    write_atomic(jobs_folder(folder) / f"{job.number:05d}.json", content, durable=True)
 
 
 @contextlib.contextmanager

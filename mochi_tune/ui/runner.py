@@ -59,6 +59,9 @@ def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
     """Starts the first waiting job that can be started. Returns the job and its process, or None if no job is left."""
     with changing(folder):
         for job in open_jobs(folder, "waiting"):
+            # Before its process starts, so that no runner starts it again if this one is killed.
+            job = replace(job, state="running", began=time.time())
+            save_job(folder, job)
             with open(log_path(folder, job.number), "ab") as log:
                 try:
                     process = subprocess.Popen(
@@ -69,16 +72,13 @@ def start_next(folder: Path) -> tuple[Job, subprocess.Popen] | None:
                 except (OSError, ValueError) as error:
                     # An argument is too long, or cannot be encoded.
                     log.write(f"mochi-tune: it cannot be started: {error}\n".encode(errors="backslashreplace"))
-                    now = time.time()
-                    save_job(folder, replace(job, state="failed", began=now, ended=now))
+                    save_job(folder, replace(job, state="failed", ended=time.time()))
                     continue
             started = 0.0
             with contextlib.suppress(psutil.Error):
                 started = psutil.Process(process.pid).create_time()
             start = process_start(process.pid)
-            job = replace(
-                job, state="running", pid=process.pid, pid_started=started, pid_start=start, began=time.time()
-            )
+            job = replace(job, pid=process.pid, pid_started=started, pid_start=start)
             save_job(folder, job)
             return job, process
     return None
@@ -119,6 +119,10 @@ def wait_for_process(folder: Path, job: Job) -> None:
     """Waits for the end of a job that another runner has started, and whose exit code is therefore unknown."""
     while is_alive(job):
         time.sleep(POLL_SECONDS)
+    if not job.pid:
+        with open(log_path(folder, job.number), "ab") as log:
+            log.write(b"mochi-tune: the queue was killed while it started this job: check that it does not run, and ")
+            log.write(b"start it again\n")
     finish(folder, job, None)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mochi_tune.errors import ConfigError
-from mochi_tune.files import lock_file
+from mochi_tune.files import fsync, lock_file
 
 # Path of the user's key in the home folder.
 KEY = ".local/state/mochi_tune/key"
@@ -34,11 +34,16 @@ def read_key() -> bytes:
             # Two processes may make it at once.
             lock_file(file, fcntl.LOCK_EX)
             key = file.read()
-            if len(key) != KEY_BYTES:
+            # A disk that lost power may leave zeros.
+            if len(key) != KEY_BYTES or not any(key):
                 key = secrets.token_bytes(KEY_BYTES)
                 file.seek(0)
                 file.truncate()
                 file.write(key)
+                file.flush()
+                # A key that is lost would make strangers of the jobs that it signed.
+                os.fsync(file.fileno())
+                fsync(path.parent)
             return key
     except (OSError, RuntimeError) as error:
         raise ConfigError(

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ def test_init_writes_files_that_load_and_replaces_nothing(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert run(["init", "teacups"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("wrote conf/teacups.yaml\nwrote videos/README.md\n") and "inspect conf=teacups" in out
+    assert out.startswith("wrote videos/README.md\nwrote conf/teacups.yaml\n") and "inspect conf=teacups" in out
     config = load_config("teacups", [])
     assert (config.name, config.data.videos) == ("teacups", "videos")
     assert "conf=teacups" in Path("videos/README.md").read_text()
@@ -20,6 +21,21 @@ def test_init_writes_files_that_load_and_replaces_nothing(tmp_path, monkeypatch,
     with pytest.raises(ConfigError, match="never replaced"):
         run(["init", "teacups"])
     assert Path("conf/teacups.yaml").read_text() == before
+
+
+def test_an_init_that_was_killed_is_repeated_and_writes_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    # A file gets its name only with its content, and the conf last.
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(["init", "teacups"])
+    assert run(["init", "teacups"]) == 0
+    assert Path("videos/README.md").exists() and load_config("teacups", []).name == "teacups"
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["../x"], ["--force"]])

@@ -139,7 +139,7 @@ def test_where_nothing_was_moved_no_move_is_told_and_none_undone(copy):
 @pytest.mark.parametrize(
     ("ending", "nth"),
     # Killed before the caption is moved; with the clip at both paths; and before the table has the rows.
-    [("videos/black.txt", 1), ("videos/black.mp4", 2), ("moved.csv", 1)],
+    [("videos/black.txt", 1), ("videos/black.mp4", 2), (".moved.csv.tmp", 1)],
 )
 def test_a_move_that_is_killed_in_the_middle_goes_on(copy, ending, nth):
     arguments = ["filter", f"videos={copy / 'videos'}", "move=true"]
@@ -149,9 +149,10 @@ def test_a_move_that_is_killed_in_the_middle_goes_on(copy, ending, nth):
     # Killed at the first clip for the table, else at the second.
     assert (copy / "videos/black.mp4").exists() and not (copy / "videos/bars.mp4").exists()
     assert (copy / "videos_filter/moving.json").exists()
+    (copy / "videos_filter/.scores.jsonl.abcdef-1.tmp").touch()
     done = run(*arguments, env={"PATH": "/nowhere"})
     assert done.returncode == 0, done.stderr
-    assert names_in(copy / "videos") == ["good.mp4", "good.txt"]
+    assert names_in(copy / "videos") == ["good.mp4", "good.txt"] and not list((copy / "videos_filter").glob(".*.tmp"))
     rows = read_moved(copy / "videos_filter/moved.csv")
     assert len(rows) == len(set(rows)) == 12 and all(Path(row.moved).exists() for row in rows)
     assert all((copy / "videos_filter/moved" / f"{name}.txt").exists() for name in ("bars", "black", "still"))

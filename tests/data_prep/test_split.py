@@ -4,6 +4,7 @@ import fcntl
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from helpers_video import write_bad_video
 from PIL import Image
 
 from mochi_tune.data_prep.output_folder import lock_folder
+from mochi_tune.data_prep.scenes import SceneRules
+from mochi_tune.data_prep.split import Split, check_settings
+from mochi_tune.errors import ConfigError
 
 SETTINGS = ["min_seconds=1", "margin_seconds=0"]
 CLIPS = [f"film_scene_{number:03d}.mp4" for number in range(1, 6)]
@@ -105,12 +109,24 @@ def test_a_split_that_is_killed_goes_on(made, tmp_path):
     # A clip that is moved away now is known to have been cut.
     assert [row["status"] for row in rows_of(tmp_path)][:3] == ["cut", "cut", ""]
     first = (tmp_path / "videos" / CLIPS[0]).stat().st_mtime_ns
+    (tmp_path / "videos_split/.scenes.csv.abcdef-1.tmp").touch()
     done = split(tmp_path)
+    assert not list((tmp_path / "videos_split").glob(".*.tmp"))
     assert done.returncode == 0 and "written now: 3" in done.stdout + done.stderr, done.stderr
     assert "finding scenes" not in done.stderr
     assert (tmp_path / "videos" / CLIPS[0]).stat().st_mtime_ns == first
     assert [numbers_of(tmp_path / "videos" / name) for name in CLIPS] == list(NUMBERS.values())
     assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == CLIPS
+
+
+def test_settings_of_no_table_that_cannot_be_read_are_written_anew(tmp_path):
+    before = Split(tmp_path, tmp_path / "videos", SceneRules())
+    before.report.mkdir()
+    (before.report / "settings.json").write_text('{"min_sec')
+    check_settings(before, has_table=False)
+    check_settings(before, has_table=True)
+    with pytest.raises(ConfigError, match="was made with crf=12, now crf=13"):
+        check_settings(replace(before, crf=13), has_table=True)
 
 
 def test_the_table_may_be_edited_and_no_foreign_file_is_replaced(copy):

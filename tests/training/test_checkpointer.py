@@ -1,6 +1,7 @@
 """A checkpoint is written only when the rows of its steps are on disk."""
 
 import errno
+import os
 import resource
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from mochi_tune.errors import TrainingError
 from mochi_tune.files import copy_atomic, read_json_lines
 from mochi_tune.training import checkpoint
 from mochi_tune.training import checkpointer as checkpointer_module
-from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot
+from mochi_tune.training.checkpointer import Checkpointer, Retention, Snapshot, check_free_space
 from mochi_tune.training.metrics import Metrics
 
 
@@ -97,8 +98,20 @@ def test_a_full_disk_at_the_copy_of_the_adapter_is_reported_as_that(tmp_path, mo
         # The old checkpoint was removed, which may have made room.
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]
         assert len(lines) == 1 and "the adapter of step 2 could not be copied" in lines[0] and "goes on" in lines[0]
+        monkeypatch.setattr(checkpoint, "new_checkpoint", None)  # What is written is not written again.
         with pytest.raises(TrainingError, match=r"adapter of step 2 could not be copied .*step_000002: make room"):
             checkpointer.check_saved(2)
         assert len(lines) == 1
         monkeypatch.undo()
         checkpointer.check_saved(2)
+        assert checkpointer.failed is None
+
+
+def test_the_probe_of_free_space_leaves_no_file(tmp_path, monkeypatch):
+    check_free_space(tmp_path, 1000)
+    assert not list(tmp_path.iterdir())
+    names = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", lambda *_: names.extend(tmp_path.iterdir()))
+        check_free_space(tmp_path, 1000)
+    assert [path.match(".*.tmp") for path in names] == [True], "what a killed process leaves is removed"

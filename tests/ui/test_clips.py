@@ -32,12 +32,16 @@ def test_cards_say_what_each_file_is(tmp_path):
     (videos / "good.txt").write_text("a cat\n")
     (tmp_path / "elsewhere.mp4").write_bytes(b"")
     found = list_videos(tmp_path, "videos")
-    broken, good, small = Gallery(tmp_path).cards(videos, read_captions(tmp_path, videos, found, DATA), DATA)
+    gallery = Gallery(tmp_path)
+    broken, good, small = gallery.cards(videos, read_captions(tmp_path, videos, found, DATA), DATA)
     assert (good.name, good.length, good.size, good.refused) == ("good.mp4", "0.5 s at 30 fps", "96 x 64", "")
     assert good.bucket == "7 frames, 48 x 32" and good.thumbnail.read_bytes()[:2] == b"\xff\xd8"
     assert "no caption" not in [flag.text for flag in good.flags]
     assert broken.refused and broken.thumbnail is None
     assert "32" in small.refused and small.size == "32 x 32" and small.thumbnail is not None
+    # A file that was replaced is read again.
+    write_video(videos / "good.mp4", 30, width=96, height=64)
+    assert gallery.cards(videos, {videos / "good.mp4": ""}, DATA)[0].length == "1.0 s at 30 fps"
     with pytest.raises(DataError, match="outside of"):
         list_videos(tmp_path, "..")
 
@@ -51,7 +55,7 @@ def test_a_link_out_of_the_folder_is_no_clip(tmp_path):
     assert [path.name for path in list_videos(tmp_path / "page", "videos")] == ["b.mp4"]
 
 
-def test_captions_are_read_and_written_beside_the_clips(tmp_path):
+def test_captions_are_read_and_written_beside_the_clips(tmp_path, monkeypatch):
     video, other = tmp_path / "a.mp4", tmp_path / "b.mp4"
     video.touch()
     other.touch()
@@ -59,6 +63,11 @@ def test_captions_are_read_and_written_beside_the_clips(tmp_path):
     assert read_captions(tmp_path, tmp_path, [video, other], DATA) == {video: "from the table", other: ""}
     write_caption(tmp_path, video, "  a ‹new› one \n")
     assert (tmp_path / "a.txt").read_text() == "a ‹new› one\n"
+    synced = []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+        write_caption(tmp_path, video, "a ‹new› one")
+    assert any("/.a.txt." in path for path in synced), "it may replace the only caption"
     assert read_captions(tmp_path, tmp_path, [video], DATA) == {video: "a ‹new› one"}
     for text in ("x" * 60_000, "a\0b", "half \ud800"):
         with pytest.raises(DataError, match="cannot be a caption"):

@@ -134,6 +134,25 @@ def test_a_job_records_the_start_of_its_process(tmp_path):
     assert process.wait(PATIENCE) == 0 and not is_alive(job)
 
 
+def test_a_job_whose_start_was_killed_is_not_started_again(tmp_path, monkeypatch):
+    started = []
+
+    class Killed(BaseException):
+        """Ends the runner after it has started a process."""
+
+    def start(command, **_):
+        started.append(command)
+        raise Killed
+
+    put(tmp_path, Job(1, "toy", ["--help"]))
+    monkeypatch.setattr(runner.subprocess, "Popen", start)
+    with pytest.raises(Killed):
+        runner.main(tmp_path)
+    runner.main(tmp_path)
+    assert len(started) == 1 and find_job(tmp_path, 1).state == "failed"
+    assert "check that it does not run, and start it again" in message_of(read_tail(log_path(tmp_path, 1)))
+
+
 def test_the_error_of_a_conf_names_the_file_that_the_user_has(tmp_path):
     (tmp_path / "conf").mkdir()
     conf = tmp_path / "conf" / "a.yaml"

@@ -24,6 +24,12 @@ def test_the_key_is_made_once_and_for_this_user_alone(tmp_path, monkeypatch):
     # A process was killed before it wrote the key.
     (tmp_path / KEY).write_bytes(b"")
     assert len(read_key()) == 32 and sign(1, "toy", ["a"]) != signed
+    # The machine lost power before the key was on disk.
+    (tmp_path / KEY).write_bytes(bytes(32))
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    assert any(key := read_key()) and (tmp_path / KEY).read_bytes() == key
+    assert synced == [str(tmp_path / KEY), str((tmp_path / KEY).parent)]
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="set HOME to a folder of yours"):
@@ -69,6 +75,13 @@ def test_a_strangers_job_does_not_go_on_and_its_process_is_not_stopped(strangers
         stop_job(strangers, 4)
     # It can be taken out of the queue.
     assert stop_job(strangers, 2).state == "stopped"
+
+
+def test_a_record_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    put(tmp_path, Job(1, "toy"))
+    assert any("/.00001.json." in path for path in synced)
 
 
 @pytest.mark.parametrize(
