@@ -120,7 +120,7 @@ def _lines(changes: Changes) -> list[str]:
     if gone := changes.gone:
         is_are, it = ("is", "it") if len(gone) == 1 else ("are", "them")
         lines.append(
-            f"{counted(len(gone), 'clip')} of the cache {is_are} no longer in the folder ({some(gone)}), and this "
+            f"{counted(len(gone), 'video')} of the cache {is_are} no longer in the folder ({some(gone)}), and this "
             f"run trains on {it}: to leave {it} out, {anew}"
         )
     if new := changes.new:
@@ -132,12 +132,12 @@ def _lines(changes: Changes) -> list[str]:
     if replaced := changes.replaced:
         has = "has" if len(replaced) == 1 else "have"
         lines.append(
-            f"{counted(len(replaced), 'clip')} {has} been replaced since `prepare` ({some(replaced)}), and this run "
+            f"{counted(len(replaced), 'video')} {has} been replaced since `prepare` ({some(replaced)}), and this run "
             f"trains on the old: to use the new, {prepare} again"
         )
     if changes.captions:
         lines.append(
-            f"captions of {counted(len(changes.captions), 'clip')} have changed since `prepare` "
+            f"captions of {counted(len(changes.captions), 'video')} have changed since `prepare` "
             f"({some(changes.captions)}), and this run has the old ones: to use the new ones, stop, run `mochi-tune "
             "prepare` with these settings, which encodes only those captions, and train again"
         )

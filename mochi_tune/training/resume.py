@@ -161,18 +161,19 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     differing = [key for key in now if before.get(key) != now[key]]
     plain = [key for key in differing if key != "data.sources"]
     texts = {key: f"{key} was {as_yaml(before.get(key))}, is {as_yaml(now[key])}" for key in plain}
-    others = {}
+    # Of changes that are no settings: the texts, and reasons. What was forced is compared without reasons, as the clips
+    # of the last start, which give one, are others after it.
+    others, whys = {}, {}
     # A finished run does not need the order of clips.
     lacks_order = "order" not in state and state["step"] < now["train.steps"]
     if lacks_order:
         others["order"] = "its checkpoint is from an older version, which did not store the order of the clips"
     elif "order" in state and state["order"] != identity["order"]:
-        reasons = ["seed changed"] if before.get("seed") != now["seed"] else []
+        others["order"] = f"the order of the clips differs from that of the first {state['step']} steps"
         # The clips of an earlier start than the last one are not known by name.
         is_unknown = state["cache"] != identity["cache"] and not altered
-        reasons += [moved or "clips were added, removed or encoded again"] if moved or is_unknown else []
-        why = ", ".join(reasons) or "repeats, weights, shares, held-out clips or the batch size changed"
-        others["order"] = f"the order of the clips differs from that of the first {state['step']} steps: {why}"
+        came = moved or ("clips were added, removed or encoded again" if is_unknown else "")
+        whys["order"] = ": " + _why_other_order(before.get("seed") != now["seed"], came)
     if state["base"] != identity["base"]:
         others["base"] = "the base model changed"
     if state["draws"] != identity["draws"] and before.get("seed") == now["seed"]:
@@ -181,17 +182,18 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     decisive = bound_settings(differing)
     fixed = [texts[key] for key in decisive if resume_rule(key) == "held"]
     fixed += [text for part, text in others.items() if part == "base"]
-    changed = [texts[key] for key in decisive] + list(others.values())
+    reasoned = [text + whys.get(part, "") for part, text in others.items()]
+    changed, told = ([texts[key] for key in decisive] + list(more) for more in (others.values(), reasoned))
     is_forced = this.is_forced or (state["step"], changed) in this.already_forced
     if changed and (fixed or not is_forced):
         undo = "" if lacks_order and len(changed) == 1 else "undo that, or "
         force = "" if fixed else ", or use resume=force, after which the run cannot be reproduced from its settings"
         raise TrainingError(
-            f"{run_dir} cannot resume from step {state['step']}: {'; '.join(fixed or changed)}: "
+            f"{run_dir} cannot resume from step {state['step']}: {'; '.join(fixed or told)}: "
             f"{undo}start another run with run_dir=DIR{force}."
         )
     notes = [f"since step {state['step']} {text}" for key, text in texts.items() if not key.startswith(_UNMENTIONED)]
-    notes += [f"since step {state['step']} {text}" for text in others.values()]
+    notes += [f"since step {state['step']} {text}" for text in reasoned]
     if state["cache"] != identity["cache"] and "order" not in others:
         notes.append(
             f"since step {state['step']}: {altered or 'clips were encoded again'}; their order is the same, but "
@@ -200,6 +202,13 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     if before.get("train.steps") != now["train.steps"] and now.get("train.schedule", "cosine") != "constant":
         notes.append("from here on, the schedule of the learning rate is stretched to the new number of steps")
     return changed, notes
+
+
+def _why_other_order(is_other_seed: bool, came: str) -> str:
+    """Returns why the order of the clips differs; `came` says which clips came or went, "" for none."""
+    reasons = ["the seed changed"] if is_other_seed else []
+    reasons += [came] if came else []
+    return ", ".join(reasons) or "repeats, weights, shares, held-out clips or the batch size changed"
 
 
 def _validates_on_others(state: Mapping, identity: Mapping) -> bool:

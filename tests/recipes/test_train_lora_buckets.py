@@ -193,7 +193,7 @@ def test_another_caption_needs_no_force_and_is_told(mixed, tmp_path, capsys):
     assert "have changed since" not in capsys.readouterr().out
     (mixed / "videos" / "wide_0.txt").write_text("other words")
     assert train(mixed, tmp_path, "train.steps=3") == 0
-    assert "captions of 1 clip have changed since `prepare` (wide_0.mp4)" in capsys.readouterr().out
+    assert "captions of 1 video have changed since `prepare` (wide_0.mp4)" in capsys.readouterr().out
     assert prepare(load_config("my_lora", settings(mixed, tmp_path))) == 0
     capsys.readouterr()
     assert train(mixed, tmp_path, "train.steps=4") == 0
@@ -206,9 +206,9 @@ def test_another_caption_needs_no_force_and_is_told(mixed, tmp_path, capsys):
     (mixed / "videos" / "later@2.txt").write_text("a later one")
     assert train(mixed, tmp_path, "train.steps=5") == 0
     out = capsys.readouterr().out
-    assert "1 clip of the cache is no longer in the folder (wide_1.mp4)" in out
+    assert "1 video of the cache is no longer in the folder (wide_1.mp4)" in out
     assert "1 file has been added to the folder since `prepare` (later@2.mp4), and this run does not train on it" in out
-    assert "1 clip has been replaced since `prepare` (tall_0.mp4), and this run trains on the old" in out
+    assert "1 video has been replaced since `prepare` (tall_0.mp4), and this run trains on the old" in out
 
 
 def test_a_new_clip_of_a_name_that_another_folder_has_is_told(mixed, tmp_path, capsys):
@@ -265,8 +265,14 @@ def test_what_changes_the_order_asks_for_force_and_says_what(mixed, tmp_path, ch
     with pytest.raises(TrainingError, match=f"differs from that of the first 2 steps.*{what}.*resume=force"):
         train(mixed, tmp_path, "train.steps=4", *more)
     assert train(mixed, tmp_path, "train.steps=4", *more, "resume=force") == 0
-    # Once it was forced, the same command goes on.
+    # Once it was forced, the same command goes on, also if it was killed before its first checkpoint.
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000004")
+    assert train(mixed, tmp_path, "train.steps=4", *more) == 0
     assert train(mixed, tmp_path, "train.steps=5", *more) == 0
+    if change == "grown":  # Past the change, the clips of the last start do not name it.
+        back = f"resume_from={tmp_path / 'checkpoints/step_000002'}"
+        with pytest.raises(TrainingError, match=r"first 2 steps: the seed changed, clips were added, removed or enc"):
+            train(mixed, tmp_path, "train.steps=6", *more, back, "seed=7")
 
 
 def test_clips_of_one_video_are_held_out_together():

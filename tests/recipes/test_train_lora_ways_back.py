@@ -165,11 +165,9 @@ def test_a_run_that_goes_back_to_its_end_has_the_settings_of_that(tmp_path, caps
     assert "set train.steps above 3 with this resume_from to continue" in capsys.readouterr().out
     assert load_config(str(tmp_path / "config.yaml"), []).train.weight_decay == 0.02
     # A later start with this file is not forced, nor goes back.
-    kept = (tmp_path / "config.yaml").read_text()
-    assert "resume: auto\nresume_from: null\n" in kept
+    assert "resume: auto\nresume_from: null\n" in (tmp_path / "config.yaml").read_text()
     # A later start with this file is not forced, nor goes back.
-    kept = (tmp_path / "config.yaml").read_text()
-    assert "resume: auto\nresume_from: null\n" in kept
+    assert "resume: auto\nresume_from: null\n" in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("is_foreign", [False, True])
