@@ -102,6 +102,8 @@ def prepare(config: RunConfig) -> Prepared:
     with CacheWriter(folder, label) as cache, ClipDecoder(data.decode_timeout_seconds) as decoder:
         if not cache.is_locked:
             tqdm.write(f"{folder}: its disk has no locks: make sure that no other `mochi-tune prepare` writes there")
+        if cache.other_version and config.parallel.shard != "merge":
+            tqdm.write(f"the cache {folder} {cache.other_version}: all clips and captions are encoded again")
         with _open_workers(config, settings, cache, decoder, device) as workers:
             (cache.parts.folder / RECORD_FILE).unlink(missing_ok=True)
             cut_inputs(inputs, data, settings, decoder, label)

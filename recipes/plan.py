@@ -14,7 +14,7 @@ from mochi_tune.config.sample import sample_size
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.sources import Source, buckets_by_source, largest_bucket, prepared_settings, read_sources
 from mochi_tune.data.buckets import Bucket
-from mochi_tune.data.cache import open_cache
+from mochi_tune.data.cache import Cache, CacheVersionError, open_cache
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.finding import list_videos
 from mochi_tune.data_prep.hf_dataset import is_dataset
@@ -322,19 +322,17 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
 
     The number is 0 if there are no clips yet. Before `prepare` all clips are assumed to be in the largest bucket.
     """
-    data, cache = config.data, Path(config.data.cache)
+    data, cache, status = config.data, Path(config.data.cache), "not prepared yet"
     if (cache / "data").exists():
-        found = open_cache(cache, buckets_by_source(data), settings=prepared_settings(data))
-        shares = bucket_shares(clip_order(config, found, []), found)
-        largest = largest_clip(found)
-        sizes = f"each {largest}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {largest}"
-        num_captions = sum(len(captions) for (captions,) in found.rows.tuples("captions")) / len(found)
-        return len(found), f"{len(found)} in {cache}, {sizes}", shares, num_captions
+        try:
+            return count_cached(config, open_cache(cache, buckets_by_source(data), settings=prepared_settings(data)))
+        except CacheVersionError:
+            status = "prepared by another version of mochi-tune, and to be prepared again"
     sources, largest = read_sources(data), largest_bucket(data)
     shares = {largest: 1.0}
     where = ", ".join(str(source.folder) for source in sources)
     if any(source.folder.is_dir() and is_dataset(source.folder) for source in sources):
-        return 0, f"in the dataset {where}, not prepared yet, each {largest}", shares, 1.0
+        return 0, f"in the dataset {where}, {status}, each {largest}", shares, 1.0
     # As `prepare` finds them.
     videos = {
         source.name: list_videos(source.folder, source.takes_stills) for source in sources if source.folder.is_dir()
@@ -343,10 +341,19 @@ def count_clips(config: RunConfig) -> tuple[int, str, dict[Bucket, float], float
     if not count:
         return 0, f"no clips in {where} yet; sizes and times assume that each has {largest}", shares, 1.0
     if any(source.clips != "head" for source in sources):
-        return 0, f"of {count} videos in {where}, not prepared yet, each {largest}", shares, 1.0
+        return 0, f"of {count} videos in {where}, {status}, each {largest}", shares, 1.0
     num_captions = sum(num_captions_of(config, each, videos[each.name]) for each in sources if each.name in videos)
     num_captions /= count
-    return count, f"{count} in {where}, not prepared yet, each {largest}", shares, num_captions
+    return count, f"{count} in {where}, {status}, each {largest}", shares, num_captions
+
+
+def count_cached(config: RunConfig, cache: Cache) -> tuple[int, str, dict[Bucket, float], float]:
+    """Returns the same as `count_clips` for the clips of a cache."""
+    shares = bucket_shares(clip_order(config, cache, []), cache)
+    largest = largest_clip(cache)
+    sizes = f"each {largest}" if len(shares) == 1 else f"in {len(shares)} buckets, the largest {largest}"
+    num_captions = sum(len(captions) for (captions,) in cache.rows.tuples("captions")) / len(cache)
+    return len(cache), f"{len(cache)} in {cache.folder}, {sizes}", shares, num_captions
 
 
 def num_captions_of(config: RunConfig, source: Source, videos: list[Path]) -> int:

@@ -22,7 +22,6 @@ import torch
 from mochi_tune.data.buckets import Bucket
 from mochi_tune.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from mochi_tune.data.rows import (
-    SCHEMA_VERSION,
     CacheSettings,
     Row,
     content_sha256,
@@ -44,6 +43,10 @@ REPORT_NAME = "report.csv"
 SHARE_LABEL = re.compile(r"\d+-of-\d+")
 # `prepare` names only such files; another manifest may point anywhere.
 _SHARD_FILE = re.compile(rf"{DATA_FOLDER}/train-\d{{5,}}-of-\d{{5,}}\.parquet")
+
+
+class CacheVersionError(DataError):
+    """Another version of the program wrote the cache, and this one cannot read it."""
 
 
 class Cache:
@@ -171,6 +174,7 @@ def open_cache(
         settings: Result of `prepared_settings`; {} accepts a cache made with any.
 
     Raises:
+        CacheVersionError: Another version wrote it.
         DataError: There is no cache, `prepare` has not finished it, a shard is missing or truncated, or it was made
             with other settings.
     """
@@ -242,10 +246,9 @@ def _complete_manifest(folder: Path) -> Manifest:
         if (folder / DATA_FOLDER).is_dir():
             raise DataError(f"the cache {folder} is incomplete, it has no complete {MANIFEST_NAME}: {again}.")
         raise DataError(f"there is no cache in {folder}: run `mochi-tune prepare` first.")
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise DataError(
-            f"the cache {folder} has schema version {manifest.schema_version}, this version reads "
-            f"{SCHEMA_VERSION}: run `mochi-tune prepare` again."
+    if manifest.other_version:
+        raise CacheVersionError(
+            f"the cache {folder} {manifest.other_version}: run `mochi-tune prepare`, which encodes all clips again."
         )
     missing = []
     for shard in manifest.shards:

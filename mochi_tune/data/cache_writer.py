@@ -30,7 +30,6 @@ from mochi_tune.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_m
 from mochi_tune.data.parts import Part, PartsFolder, read_part
 from mochi_tune.data.row_table import RowTable, row_schema
 from mochi_tune.data.rows import (
-    SCHEMA_VERSION,
     CacheSettings,
     Row,
     content_sha256,
@@ -196,6 +195,11 @@ class CacheWriter:
             for place, key in enumerate(text_keys):
                 self._texts.setdefault(key, _Stored(shard, number, place))
 
+    @property
+    def other_version(self) -> str:
+        """Says that another version wrote the committed cache, of which nothing is reused; "" otherwise."""
+        return self._manifest.other_version if self._manifest else ""
+
     def has_latents(self, clip_key: str) -> bool:
         """Whether a clip's latents were encoded before."""
         return clip_key in self._latents
@@ -266,7 +270,7 @@ class CacheWriter:
 
     def _is_committed(self, rows: list[Row], settings: CacheSettings) -> bool:
         manifest = self._manifest
-        if manifest is None or manifest.schema_version != SCHEMA_VERSION or manifest.settings != asdict(settings):
+        if manifest is None or manifest.other_version or manifest.settings != asdict(settings):
             return False
         return len(self._shards) == len(manifest.shards) and self._holds(rows)
 

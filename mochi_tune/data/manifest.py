@@ -40,6 +40,14 @@ class Manifest:
     shards: list[ShardEntry]
     rows: RowTable
 
+    @property
+    def other_version(self) -> str:
+        """Says that another version of the program wrote the cache; "" if this one reads it."""
+        if self.schema_version == SCHEMA_VERSION:
+            return ""
+        layout = f"layout {self.schema_version}, this one reads {SCHEMA_VERSION}"
+        return f"was written by another version of mochi-tune ({layout})"
+
 
 class _RowNumber(int):
     """Placeholder for a row in the parsed JSON."""

@@ -95,3 +95,18 @@ def test_a_dataset_is_prepared_and_a_second_run_encodes_nothing(clips):
     # The dataset's files are in the cache's folder, but `datasets` does not find them there.
     table = datasets.load_dataset(str(clips / "cache"), cache_dir=str(clips / "hf"))["train"]
     assert len(table) == 2 and "mean" in table.column_names
+
+
+def test_a_cache_of_another_version_is_planned_for_as_none_and_encoded_again_with_a_line(clips, capsys):
+    for name in "ab":
+        (clips / "videos" / f"{name}.txt").write_text(name)
+    config = config_for(clips)
+    assert prepare(config).clips_encoded == 2 and count_clips(config)[0] == 2
+    assert "another version" not in capsys.readouterr().out
+    manifest = clips / "cache" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 3', '"schema_version": 2'))
+    assert "prepared by another version of mochi-tune, and to be prepared again" in count_clips(config)[1]
+    done = prepare(config)
+    assert (done.clips_encoded, done.captions_encoded) == (2, 2)
+    said = capsys.readouterr().out
+    assert "version of mochi-tune (layout 2, this one reads 3): all clips and captions are encoded again\n" in said

@@ -149,7 +149,7 @@ def test_a_manifest_of_another_build_is_no_manifest_and_prepare_makes_a_new_one(
     make_cache(tmp_path, captions)
     whole = (tmp_path / "manifest.json").read_bytes()
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(whole) | change))
-    assert "prepare` again" in refusal(tmp_path)
+    assert "run `mochi-tune prepare`" in refusal(tmp_path)
     make_cache(tmp_path, captions)
     assert (tmp_path / "manifest.json").read_bytes() == whole
     assert len(open_cache(tmp_path, BUCKETS)) == len(rows_of(captions))
