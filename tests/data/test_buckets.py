@@ -38,6 +38,11 @@ def test_of_equal_losses_the_larger_bucket_is_taken_unless_it_would_enlarge():
     assert choose_bucket(Footage(9, 64, 96), buckets, False) == Bucket(7, 64, 96)
     assert choose_bucket(Footage(9, 63, 95), buckets, False) == Bucket(7, 32, 48)
     assert choose_bucket(Footage(9, 63, 95), buckets, True) == Bucket(7, 64, 96)
+    # The smaller one keeps 0.1 % more, which does not count.
+    nearly = [Bucket(37, 240, 424), Bucket(37, 544, 960)]
+    assert choose_bucket(Footage(37, 566, 1000), nearly, False) == Bucket(37, 544, 960)
+    # Each keeps half: the one of more pixels, which is not the one of more rows.
+    assert choose_bucket(Footage(7, 100, 100), [Bucket(7, 64, 32), Bucket(7, 48, 96)], False) == Bucket(7, 48, 96)
 
 
 def test_frames_count_as_pixels_do():

@@ -129,6 +129,8 @@ def test_apportion_adds_up_and_stays_within_one_of_the_exact_share():
         parts = apportion(total, weights)
         assert sum(parts) == total
         assert all(abs(part - total * w / sum(weights)) < 1 for part, w in zip(parts, weights, strict=True))
+    # The part with the largest remainder gets the rest.
+    assert apportion(4, [1, 1, 1.6]) == [1, 1, 2]
 
 
 def test_shares_stay_where_a_source_has_many_buckets():

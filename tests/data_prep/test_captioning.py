@@ -2,6 +2,7 @@ import re
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -149,11 +150,11 @@ def test_requests_of_all_threads_keep_the_pace():
 
 def test_one_that_is_throttled_holds_all():
     pace = Pace()
-    pace.hold(0.3)
-    started = time.monotonic()
-    with writing(script(), pace=pace) as (_, write):
+    # The one that is throttled does not pause: only the hold on all requests makes it wait.
+    pace.sleep = lambda seconds: time.sleep(min(seconds, 0.01))
+    with writing(script(Reply({}, 429, {"Retry-After": "0.3"})), pace=pace) as (server, write):
         write()
-    assert time.monotonic() - started >= 0.3
+    assert server.chats[1].time - server.chats[0].time >= 0.3
 
 
 def test_the_end_of_the_run_ends_the_waits():
@@ -193,6 +194,13 @@ def test_one_that_was_cut_off_is_finished_by_asking_again():
         caption, notes, _ = write()
     assert start.startswith(caption) and caption.endswith(".")
     assert notes == ["cut at a sentence, as the model had no tokens left"]
+    # A few words are no caption, however often the answer is cut off there.
+    few = Reply(" ".join(CAPTION.split()[:12]), finish_reason="length")
+    with (
+        writing(lambda request, number: few, limits=replace(QUICK, retries=1)) as (_, write),
+        pytest.raises(DataError, match="ends before a caption is complete: raise max_tokens="),
+    ):
+        write()
 
 
 def test_a_trigger_is_put_first_or_woven_in():

@@ -28,9 +28,10 @@ def check(url, model="seer", key=""):
         endpoint.close()
 
 
-def test_a_conversation_goes_out_as_the_field_writes_it():
+@pytest.mark.parametrize("ending", ["/", "/chat/completions"])
+def test_a_conversation_goes_out_as_the_field_writes_it(ending):
     with ChatServer() as server:
-        endpoint = Endpoint(f"{server.url}/", "seer", "secret", 300)
+        endpoint = Endpoint(f"{server.url}{ending}", "seer", "secret", 300)
         assert endpoint.ask(TURNS, 5) == Answer(CAPTION, 1000, 50)
         endpoint.close()
     (request,) = server.chats

@@ -10,9 +10,9 @@ from helpers_video import write_video
 from mochi_tune.config.schema import DataConfig
 from mochi_tune.data.rows import CacheSettings
 from mochi_tune.data_prep import gather, hashes
-from mochi_tune.data_prep.gather import _KnownFiles, cut_inputs, find_inputs
+from mochi_tune.data_prep.gather import _kept_scans, _KnownFiles, cut_inputs, find_inputs
 from mochi_tune.data_prep.hashes import signature
-from mochi_tune.data_prep.probe import scan_video
+from mochi_tune.data_prep.probe import Scan, scan_video
 from mochi_tune.data_prep.report import not_taken
 from mochi_tune.files import file_sha256
 
@@ -57,6 +57,13 @@ def test_a_run_that_is_stopped_while_it_reads_files_keeps_what_it_has_read(tmp_p
     with _KnownFiles(tmp_path, "") as known:
         read(known, 1)
     assert kept() == [[second]] * 2
+
+
+def test_scans_of_another_version_are_not_used(tmp_path):
+    path = tmp_path / ".scans.json"
+    for version, expected in ((gather._SCANS_VERSION, {"x": Scan(4, 4)}), (gather._SCANS_VERSION + 1, {})):
+        path.write_text(json.dumps({"version": version, "scans": {"x": Scan(4, 4).to_json()}}))
+        assert _kept_scans(path) == expected
 
 
 def test_clips_beside_a_dataset_are_told_as_not_used(tmp_path):

@@ -55,6 +55,7 @@ def test_a_row_has_settings_of_its_own(tmp_path):
         ({"prompt": "a", "guidance": [1, 2]}, r"row 2: sample.guidance has 2 numbers for 64 steps"),
         ({"prompt": "a", "preset": "slow"}, r"row 2: sample.preset=slow is not possible: use quality or balanced"),
         ({"prompt": "a", "seed": -1}, r"row 2: seed=-1 is not possible"),
+        ({"prompt": "a", "seed": 2**63}, r"row 2: seed=9223372036854775808 is not possible"),
         (
             {"prompt": "a", "init_video": "a.mp4", "init_strength": 2},
             r"row 2: sample.init_strength=2.0 is not possible",
@@ -92,6 +93,8 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             requests_of(tmp_path, f"sample.prompts={tmp_path / name}")
+    with pytest.raises(ConfigError, match=r"^seed=9223372036854775808 is not possible"):
+        requests_of(tmp_path, "sample.prompt=a", f"sample.seeds=[{2**63}]")
     with pytest.raises(ConfigError, match="2 videos are requested: name a folder"):
         requests_of(tmp_path, "sample.prompt=a", "sample.seeds=[1,2]", f"sample.out={tmp_path / 'x.mp4'}")
 

@@ -5,7 +5,9 @@ import os
 import pty
 import sys
 import termios
+from types import SimpleNamespace
 
+from mochi_tune.training import progress
 from mochi_tune.training.progress import NUM_LINES, Progress
 from mochi_tune.training.step_result import StepResult
 
@@ -28,10 +30,22 @@ def test_without_a_terminal_there_are_plain_lines_and_no_bar(monkeypatch):
     assert "\r" not in text.getvalue() and "%" not in text.getvalue()
 
 
-def test_a_resumed_run_tells_of_its_first_step(monkeypatch):
+def test_a_resumed_run_tells_of_its_first_step_and_of_the_last(monkeypatch):
     monkeypatch.setattr(sys, "stderr", text := io.StringIO())
     walk(503, 507, 1000)
-    assert [line.split("/")[0] for line in text.getvalue().splitlines()] == ["step 504"]
+    walk(203, 207, 207)
+    assert [line.split(":")[0] for line in text.getvalue().splitlines()] == [
+        "step 504/1000", "step 204/207", "step 206/207", "step 207/207",
+    ]  # fmt: skip
+
+
+def test_the_time_left_is_that_of_steps_since_the_resume(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", text := io.StringIO())
+    seconds = iter([1000.0, 1060.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    walk(500, 501, 1000)
+    # 499 minutes for 499 steps.
+    assert text.getvalue().endswith(", 8.3 hours left\n")
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_lines(monkeypatch):

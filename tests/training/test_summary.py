@@ -13,6 +13,12 @@ def test_a_warm_up_that_never_ends_names_both_ways_out(steps, shorter):
     assert not doubtful_settings(TrainConfig(steps=51), 1)
 
 
+def test_a_rate_is_told_from_five_times_the_usual_one():
+    [line] = doubtful_settings(TrainConfig(steps=51, learning_rate=5.1e-3), 1)
+    assert "train.learning_rate=0.0051 is far above the usual range of adamw, up to 0.001" in line
+    assert not doubtful_settings(TrainConfig(steps=51, learning_rate=5e-3), 1)
+
+
 def test_a_setting_that_does_nothing_is_told():
     stratified = TrainConfig(sigma_stratified=True)
     [line] = doubtful_settings(stratified, 1)
