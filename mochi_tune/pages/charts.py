@@ -69,8 +69,9 @@ def line_chart(
         y_range: range of the y axis; points outside are drawn at its ends. None: the range of all points.
         mark: point to label.
     """
-    everything = [point for line in lines for point in line.points]
-    x_high = max(x for x, _ in everything) or 1
+    x_high = max(x for line in lines for x, _ in line.points) or 1
+    kept = [_thinned(line.points, x_high) for line in lines]
+    everything = [point for points in kept for point in points]
     low, high = y_range or (min(y for _, y in everything), max(y for _, y in everything))
     y_ticks = round_ticks(low, high)
     low, high = y_ticks[0], y_ticks[-1]
@@ -88,7 +89,7 @@ def line_chart(
     )
     drawn += f'<text x="0" y="11">{escape(y_unit)}</text>'
     drawn += f'<text x="{PLOT_RIGHT}" y="{CHART_HEIGHT - 4}" text-anchor="end">{escape(x_unit)}</text>'
-    drawn += "".join(_line(line, [to_pixels(point) for point in line.points]) for line in lines)
+    drawn += "".join(_line(line, list(map(to_pixels, points))) for line, points in zip(lines, kept, strict=True))
     drawn += _mark(mark, *to_pixels(mark.point)) if mark is not None else ""
     drawn += _ends([(line, to_pixels(line.points[-1])[1]) for line in lines if line.style != "thin"])
     entries = [f'<span><i class="{line.style}"></i>{escape(line.label)}</span>' for line in lines]
@@ -136,18 +137,18 @@ def _axes(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, s
 
 
 def _line(line: Line, pixels: Sequence[tuple[float, float]]) -> str:
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in _thinned(pixels))
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in pixels) if len(pixels) <= 12 else ""
     return f'<g class="{line.style}"><polyline class="{line.style}" points="{points}"/>{dots}</g>'
 
 
-def _thinned(pixels: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+def _thinned(points: Sequence[tuple[float, float]], x_high: float) -> Sequence[tuple[float, float]]:
     """Keeps only the highest and the lowest point of each pixel column if there are very many points."""
-    if len(pixels) <= 2 * CHART_WIDTH:
-        return pixels
+    if len(points) <= 2 * CHART_WIDTH:
+        return points
     columns: dict[int, list[tuple[float, float]]] = {}
-    for pixel in pixels:
-        columns.setdefault(int(pixel[0]), []).append(pixel)
+    for point in points:
+        columns.setdefault(int(point[0] / x_high * (PLOT_RIGHT - PLOT_LEFT)), []).append(point)
     kept = []
     for column in columns.values():
         kept += sorted({min(column, key=lambda p: p[1]), max(column, key=lambda p: p[1])})
