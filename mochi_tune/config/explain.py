@@ -1,7 +1,7 @@
 """Turns errors of the schema into one line: the setting, its value, what is allowed, and what to do."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -178,6 +178,14 @@ def explain_section(name: str) -> str:
     if name in GROUPS:
         return f"{name} is a section: choose its file by {name}=NAME, or by `override {name}: NAME` in defaults."
     return f"{name} is a section: write its settings below it, one per line."
+
+
+def explain_missing(group: str, name: str, known: Sequence[str]) -> str:
+    """Returns the line for a name in `defaults` that no file has; `known` are the files of its group, "" for none."""
+    what = f"{group}: {name}" if group else name
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"{what} in defaults does not exist; did you mean {near[0]}?"
+    return f"{what} in defaults does not exist: use one of {', '.join(known or GROUPS)}."
 
 
 def _explain_value(setting: Setting, details: ErrorDetails, inner: list[str], given: str | None) -> str:

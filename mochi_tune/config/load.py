@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from mochi_tune.config.checks import check_config
-from mochi_tune.config.explain import as_yaml, does_not_fit, explain, explain_section, nearest
-from mochi_tune.config.references import check_number_of_references, check_references, texts_in
+from mochi_tune.config.explain import as_yaml, does_not_fit, explain, explain_missing, explain_section, nearest
+from mochi_tune.config.references import check_number_of_references, check_references, escape_references, texts_in
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.config.schema import RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, rename_old, sections
@@ -152,7 +153,7 @@ def _file_on_base(path: Path, implies_base: bool) -> Iterator[Path]:
 
 def _compose(path: Path, implies_base: bool, given: Mapping[str, str], values: Mapping[str, Any]) -> Any:
     """Returns the defaults, overridden by the file and then by the values of `given`, as a tree of plain values."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
     from yaml import MarkedYAMLError, YAMLError
@@ -184,6 +185,10 @@ def _compose(path: Path, implies_base: bool, given: Mapping[str, str], values: M
         raise ConfigError(f"{path}: its defaults lead back to itself: name another file there.") from None
     except MarkedYAMLError as error:
         raise ConfigError(f"{path} is not YAML: {describe_yaml_error(error)}.") from None
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = _names_in(*(folder / group for folder in _folders(path)))
+        raise ConfigError(f"{path}: {explain_missing(group, name, known)}") from None
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         what = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(f"{path}: {what}: docs/settings.md and --help all list every setting.") from None
@@ -201,7 +206,10 @@ def _compose_files(path: Path, implies_base: bool, groups: tuple[str, ...]) -> "
         with (
             _file_on_base(path, implies_base) as file,
             initialize_config_dir(str(file.parent.resolve()), version_base="1.3"),
+            warnings.catch_warnings(),
         ):
+            # Without _self_ a file overrides its defaults, as with it.
+            warnings.filterwarnings("ignore", ".*Defaults list is missing `_self_`")
             return compose(file.stem, overrides=[f"hydra.searchpath=[{folders}]", *groups])
     finally:
         GlobalHydra.instance().hydra = theirs
@@ -211,6 +219,10 @@ def _folders(path: Path) -> list[Path]:
     """Returns the folders of files that a conf builds on: its own, conf/, and the packaged ones."""
     own = [] if _is_packaged(path) else [path.parent]
     return [folder.resolve() for folder in (*own, Path("conf"), packaged_folder())]
+
+
+def _names_in(*folders: Path) -> list[str]:
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def _is_packaged(path: Path) -> bool:
@@ -287,7 +299,7 @@ def find_config(name: str) -> Path:
         raise ConfigError(f"conf={name} is not a .yaml file: name the settings, such as conf=my_lora.")
     if (inner := Path(name) / "config.yaml").is_file():
         raise ConfigError(f"conf={name} is a folder: use conf={inner}.")
-    known = sorted({p.stem for folder in (local, packaged_folder()) for p in folder.glob("*.yaml")})
+    known = _names_in(local, packaged_folder())
     near = difflib.get_close_matches(name, known, n=1)
     hint = (
         f"; did you mean conf={near[0]}?" if near else f": use one of {', '.join(known)} or the path of a .yaml file."
@@ -307,8 +319,7 @@ def check_override(override: str) -> None:
             f"{override!r} is not a setting: settings are written key=value, for example train.steps=500."
         )
     if key in GROUPS:
-        folders = Path("conf") / key, packaged_folder() / key
-        options = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        options = _names_in(Path("conf") / key, packaged_folder() / key)
         if value not in options:
             raise ConfigError(f"{key}={value} does not exist: use one of {', '.join(options)}.")
     elif key not in known_keys():
@@ -351,15 +362,6 @@ def quote(text: str) -> str:
     """Returns a text in quotes, as Hydra's grammar reads it back."""
     # To Hydra a backslash is special only before a quote.
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
-
-
-def escape_references(value: Any) -> Any:
-    """Returns a value with ${...} in its texts escaped, so that it does not refer to a setting."""
-    if isinstance(value, dict):
-        return {key: escape_references(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [escape_references(each) for each in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def config_yaml(config: RunConfig) -> str:

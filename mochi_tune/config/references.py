@@ -59,3 +59,12 @@ def texts_in(tree: Any) -> Iterator[str]:
     elif isinstance(tree, dict | list):
         for each in tree.values() if isinstance(tree, dict) else tree:
             yield from texts_in(each)
+
+
+def escape_references(value: Any) -> Any:
+    """Returns a value with ${...} in its texts escaped, so that it does not refer to a setting."""
+    if isinstance(value, dict):
+        return {key: escape_references(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [escape_references(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

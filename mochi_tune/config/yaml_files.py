@@ -75,11 +75,13 @@ def included_names(path: Path, content: Any) -> Iterator[str]:
     """Yields the names in the `defaults` of a configuration file, such as "base" or "model/tiny".
 
     Raises:
-        ConfigError: a name is not a plain one. Hydra takes others, such as base.yaml, model@train: tiny or the content
-            of a variable, but the file that it reads then would not be checked.
+        ConfigError: `defaults` is not a list, or a name is not a plain one. Hydra takes others, such as base.yaml,
+            model@train: tiny or the content of a variable, but the file that it reads then would not be checked.
     """
     entries = content.get("defaults") if isinstance(content, dict) else None
-    for entry in entries if isinstance(entries, list) else ():
+    if not isinstance(entries, list | None):
+        raise ConfigError(f"{path}: defaults must be a list, got {entries}: write defaults: [base, _self_].")
+    for entry in entries or ():
         for key, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
             group = re.sub(r"^((override|optional) +)*", "", str(key))
             for each in value if isinstance(value, list) else [value]:

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from mochi_tune.config.explain import as_yaml
-from mochi_tune.config.load import PROMPTS, check_override, escape_references, load_config, quote
+from mochi_tune.config.load import PROMPTS, check_override, load_config, quote
+from mochi_tune.config.references import escape_references
 from mochi_tune.config.schema import DataConfig, RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, value_of
 from mochi_tune.errors import ConfigError, MochiTuneError

@@ -290,13 +290,14 @@ def test_an_optimizer_that_cannot_be_sharded_is_refused():
         ("defaults: [base, _self_]\ntrain: {sample_prompts: [a, null]}\n", "train.sample_prompts[1]=null does not fit"),
         ("defaults: [base, _self_]\nlora: {rank_pattern: {1: 4}}\n", "lora.rank_pattern: 1 does not fit"),
         ("defaults: [base, _self_]\n1: x\n", "1 is not a setting"),
-        ("defaults: 5\n", "defaults must be a list"),
+        ("defaults: toy_lora\n", "defaults must be a list, got toy_lora: write defaults: [base, _self_]."),
         ("defaults: [_self_]\nname: x\n", "sets no model.name, model.weights: put base"),
         ("- a\n- b\n", "contains a list instead of settings"),
-        ("defaults: [bass, _self_]\n", "Could not load 'bass'"),
+        ("defaults: [bass, _self_]\n", "bass in defaults does not exist; did you mean base?"),
+        ("defaults: [toy_lora, nope]\n", "nope in defaults does not exist: use one of base, "),
         ("model: toy\n", "model is a section: choose its file by model=NAME"),
         ("train:\n  steps: 4\n :", "is not YAML: line 3"),
-        ("defaults: [base, {override model: toyy}, _self_]\n", "Could not find 'model/toyy'"),
+        ("defaults: [base, {override model: toyy}, _self_]\n", "model: toyy in defaults does not exist; did you mean"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line_that_names_it(tmp_path, yaml, text):

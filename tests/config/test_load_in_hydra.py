@@ -1,4 +1,6 @@
-"""A conf that is loaded by a program which is Hydra's, too."""
+"""What Hydra does itself: it may be used by the program that loads a conf, and warns."""
+
+import warnings
 
 from mochi_tune.config.load import load_config
 
@@ -12,3 +14,11 @@ def test_a_program_of_hydra_may_load_a_conf(tmp_path):
         # A setting of their own, so that nothing is taken from what was composed before.
         assert load_config("my_lora", ["model=tiny", "seed=8571"]).seed == 8571
         assert theirs is not None and GlobalHydra.instance().hydra is theirs
+
+
+def test_a_file_overrides_its_defaults_without_being_told_to(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [toy_lora]\nname: mine\ntrain: {steps: 7}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = load_config(str(tmp_path / "mine.yaml"), [])
+    assert (config.name, config.train.steps, config.model.name) == ("mine", 7, "toy")
