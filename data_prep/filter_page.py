@@ -91,7 +91,7 @@ def _charts(judged: Sequence["Judged"], limits: Mapping[str, float | None]) -> s
             float(each.border) for each in scores
         ],
         Axis(
-            "Likeness",
+            "Distance",
             "share of bits in which the hashes differ from the nearest clip's; of a group, one stays",
             limits["duplicate_distance"],
             False,
@@ -107,7 +107,7 @@ def _clip(each: "Judged", pictures: Mapping[str, bytes]) -> str:
     scores = each.scores
     values = [
         f"black {scores.black:.0%}", f"frozen {scores.frozen:.0%}", f"motion {scores.motion:.3g}",
-        f"sharpness {scores.sharpness:.1f}", f"border {scores.border} px", f"likeness {each.nearest:.3g}",
+        f"sharpness {scores.sharpness:.1f}", f"border {scores.border} px", f"distance {each.nearest:.3g}",
     ]  # fmt: skip
     of = f" of {each.duplicate_of}" if each.duplicate_of else ""
     return (

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.config.sources import read_sources
-from mochi_tune.data_prep.inspection import inspect_clips
+from mochi_tune.data_prep.inspection import Inspection, inspect_clips
 from mochi_tune.data_prep.inspection_page import make_page
 from mochi_tune.data_prep.report import not_taken
 from mochi_tune.errors import ConfigError, counted, printable, some
@@ -42,19 +42,24 @@ def main(config: RunConfig, out: Path | None) -> int:
     found = inspect_clips(config.data, config.seed, tokenizer)
     for reason in found.refused.values():
         tqdm.write(printable(f"refused: {reason}"))
-    needs_captions = not config.data.allow_empty_captions
-    without = [seen.clip.row.sample_id for seen in found.clips if needs_captions and not any(seen.clip.row.captions)]
-    if without:
-        names = printable(f"{counted(len(without), 'clip')} ({some(without)})")
-        tqdm.write(f"without a caption, so that `prepare` would not start: {names}")
+    if obstacle := "" if config.data.allow_empty_captions else _without_caption(found):
+        tqdm.write(printable(obstacle))
     for line in not_taken(found.inputs):
         tqdm.write(line)
+    page = make_page(found, config.name, obstacle)
     # Names of runs and folders may contain bytes that are not UTF-8.
-    write_atomic(out / _PAGE_NAME, make_page(found, config.name).encode(errors="backslashreplace"), durable=True)
+    write_atomic(out / _PAGE_NAME, page.encode(errors="backslashreplace"), durable=True)
     tqdm.write(f"{out / _PAGE_NAME}: {counted(len(found.clips), 'clip')}, {len(found.refused)} refused")
     if write_png(out / _PAGE_NAME, out / _PICTURE_NAME):
         tqdm.write(f"picture of the page: {out / _PICTURE_NAME}")
-    return 1 if found.refused or without else 0
+    return 1 if found.refused or obstacle else 0
+
+
+def _without_caption(found: Inspection) -> str:
+    """Returns the line about the clips without a caption, "" if there are none."""
+    without = [seen.clip.row.sample_id for seen in found.clips if not any(seen.clip.row.captions)]
+    names = f"{counted(len(without), 'clip')} ({some(without)})"
+    return f"without a caption, so that `prepare` would not start: {names}" if without else ""
 
 
 def _check_not_among_videos(out: Path, folders: list[Path]) -> None:

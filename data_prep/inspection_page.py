@@ -49,18 +49,22 @@ tr:first-child>*{border-top:0}th{color:var(--soft);font-weight:600}
 """
 
 
-def make_page(found: Inspection, name: str) -> str:
+def make_page(found: Inspection, name: str, obstacle: str = "") -> str:
     """Returns the HTML of the page.
 
     Args:
         found: the inspection.
         name: of the run.
+        obstacle: why `prepare` would not start; "" if it would.
     """
     drawn = [seen for seen in found.clips if seen.pictures]
     others = [seen for seen in found.clips if not seen.pictures]
-    content = [_advice(found), section("Numbers", _numbers_note(found), f'<div class="charts">{_charts(found)}</div>')]
+    content = [
+        _advice(found, obstacle),
+        section("Numbers", _numbers_note(found), f'<div class="charts">{_charts(found)}</div>'),
+    ]
     if found.refused:
-        note = "These files and clips cannot be used; all others can."
+        note = f"These files and clips cannot be used{'' if obstacle else '; all others can'}."
         content.append(section("Refused", note, _reasons(found.refused)))
     if found.inputs.unused:
         note = "These files of the folder are neither clips nor captions of clips."
@@ -98,14 +102,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _advice(found: Inspection) -> str:
-    """Returns the notes of `prepare`, without those about clips that the page lists."""
+def _advice(found: Inspection, obstacle: str) -> str:
+    """Returns the obstacle and the notes of `prepare`, without those about clips that the page lists."""
     records = [
         describe_kept(seen.clip.row, seen.report, sum(caption.lost_tokens for caption in _captions(found, seen)))
         for seen in found.clips
     ]
     lines = notes(records, found.inputs, [seen.clip.row for seen in found.clips])
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    items = "".join(f"<li>{escape(line)}</li>" for line in filter(None, [obstacle, *lines]))
     return f'<ul class="advice">{items}</ul>' if items else ""
 
 

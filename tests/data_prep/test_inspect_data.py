@@ -61,9 +61,11 @@ def test_clips_without_a_caption_are_refused_unless_that_is_allowed(tmp_path, mo
     (tmp_path / "videos/mute.txt").unlink()
     nowhere = tmp_path / "weights"
     assert main(config_for(tmp_path, nowhere, allow_empty_captions=False), tmp_path / "page") == 1
-    assert "without a caption, so that `prepare` would not start: 1 clip (mute.mp4)" in capsys.readouterr().out
-    assert (tmp_path / "page/inspect.html").exists()
+    obstacle = "without a caption, so that `prepare` would not start: 1 clip (mute.mp4)"
+    page = tmp_path / "page/inspect.html"
+    assert obstacle in capsys.readouterr().out and f"<li>{obstacle}</li>" in page.read_text()
     assert main(config_for(tmp_path, nowhere), tmp_path / "page") == 0
+    assert obstacle not in page.read_text()
 
 
 def test_the_picture_of_the_page_does_not_become_a_clip(tmp_path, monkeypatch):

@@ -158,6 +158,10 @@ def test_what_was_refused_and_what_was_not_taken_is_listed(found):
     read = Reader(make_page(found, "run"))
     for text in ("<z>.mp4", "is <short>", "notes.pdf", "is no video & nothing", "Refused", "Not used"):
         assert text in read.texts
+    note = "These files and clips cannot be used"
+    assert f"{note}; all others can." in read.texts
+    read = Reader(make_page(found, "run", "`prepare` would not start"))
+    assert f"{note}." in read.texts and "`prepare` would not start" in read.texts
 
 
 def test_the_head_counts_and_the_advice_is_that_of_prepare(found):
