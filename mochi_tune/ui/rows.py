@@ -4,6 +4,7 @@ import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import IO, Any
 
 from mochi_tune.files import parse_object
@@ -12,8 +13,9 @@ from mochi_tune.files import parse_object
 NUMBERS = {"loss": "loss", "lr": "learning rate", "seconds": "seconds a step", "memory_gib": "GPU memory, GiB"}
 # All numbers of a row that the page shows.
 DRAWN = {*NUMBERS, "validation_loss"}
-# Maximum number of files in the cache: two for each run on the page, and some more.
-MAX_FILES = 64
+# Seconds after which a file that is not read again leaves the cache. A limit on the number of files would empty the
+# cache at each refresh of a page that draws more.
+KEEP_SECONDS = 600
 # Bytes at the start and at the end of the read part, which distinguish a rewritten file from one that has grown.
 MARK_BYTES = 512
 
@@ -28,6 +30,7 @@ class _File:
         num_bytes: size of the complete lines.
         rows: rows of the complete lines.
         last: row of an incomplete last line; empty if the line contains none.
+        used: time of the last read, in seconds.
     """
 
     facts: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -35,13 +38,13 @@ class _File:
     num_bytes: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     last: list[dict[str, Any]] = field(default_factory=list)
+    used: float = 0.0
 
 
 class RowReader:
-    """Reads rows of files, and caches those of the most recently used ones. Threads may share it."""
+    """Reads rows of files, and caches those of the files that are in use. Threads may share it."""
 
-    def __init__(self, max_files: int = MAX_FILES) -> None:
-        self._max_files = max_files
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         # In the order of use, the most recent file last.
         self._files: dict[str, _File] = {}
@@ -55,9 +58,10 @@ class RowReader:
                     known = _read_on(file, known)
             except (FileNotFoundError, NotADirectoryError):
                 return []
+            known.used = monotonic()
             self._files[os.fspath(path)] = known
-            if len(self._files) > self._max_files:
-                del self._files[next(iter(self._files))]
+            while self._files[oldest := next(iter(self._files))].used < known.used - KEEP_SECONDS:
+                del self._files[oldest]
             # A copy, because another thread may append rows.
             return known.rows + known.last
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from mochi_tune.ui import rows
 from mochi_tune.ui.rows import RowReader
 
 
@@ -68,14 +69,25 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path, new, is_replaced):
     assert reader.read(path) == []
 
 
-def test_the_file_that_was_asked_for_last_is_kept(tmp_path):
-    reader, paths = RowReader(max_files=2), [tmp_path / name for name in "abc"]
+def test_every_file_in_use_is_kept_and_no_line_of_it_is_parsed_again(tmp_path, monkeypatch):
+    now, parsed, shown = [0.0], [], rows._shown
+    monkeypatch.setattr(rows, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rows, "_shown", lambda line: parsed.append(line) or shown(line))
+    reader, paths = RowReader(), [tmp_path / f"{number}.jsonl" for number in range(100)]
     for path in paths:
-        path.write_text(text_of([1]))
-    [a], [b], [_], [a_again] = (reader.read(path) for path in (paths[0], paths[1], paths[0], paths[0]))
-    assert a_again is a
-    reader.read(paths[2])
-    assert reader.read(paths[0])[0] is a and reader.read(paths[1])[0] is not b
+        path.write_text(text_of([1, 2]))
+    for _ in range(3):
+        for path in paths:
+            reader.read(path)
+    assert len(parsed) == 200
+    # The others have not been used for a long time, and leave the memory.
+    now[0] = rows.KEEP_SECONDS
+    reader.read(paths[7])
+    now[0] += 1
+    reader.read(paths[7])
+    assert len(parsed) == 200 and list(reader._files) == [str(paths[7])]
+    reader.read(paths[8])
+    assert len(parsed) == 202
 
 
 def test_threads_read_while_the_file_grows(tmp_path):
