@@ -122,14 +122,15 @@ class Adapter:
 
 
 def check_format(to: str) -> None:
-    """Refuses an unknown layout and names the most similar one.
+    """Refuses an unknown layout and names a similar one, if there is one.
 
     Raises:
         ConfigError: `to` is not one of FORMATS.
     """
     if to not in FORMATS:
-        nearest = _OTHER_NAMES.get(to) or difflib.get_close_matches(to, FORMATS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"to={to} is not an adapter format; those are {', '.join(FORMATS)}: use {nearest}.")
+        near = [_OTHER_NAMES[to]] if to in _OTHER_NAMES else difflib.get_close_matches(to, FORMATS, n=1)
+        use = near[0] if near else "one of these"
+        raise ConfigError(f"to={to} is not an adapter format; those are {', '.join(FORMATS)}: use {use}.")
 
 
 def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fingerprint: str | None) -> None:

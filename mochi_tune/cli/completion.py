@@ -66,10 +66,9 @@ class Words:
 
 def run_completion(arguments: list[str]) -> int:
     """Prints the completion script of a shell."""
-    if arguments in (["--help"], ["-h"]):
-        print(
-            "mochi-tune completion bash|zsh|fish: prints a script; in bash or zsh: source <(mochi-tune completion bash)"
-        )
+    if "--help" in arguments or "-h" in arguments:
+        print("mochi-tune completion bash|zsh|fish: prints a script of completions")
+        print("bash, zsh: source <(mochi-tune completion bash); fish: mochi-tune completion fish | source")
         return 0
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         raise ConfigError(f"completion takes one of {', '.join(SHELLS)}, got {' '.join(arguments) or 'none'}.")

@@ -142,6 +142,12 @@ def check_form(verb: str, arguments: Sequence[str]) -> None:
         before = arguments[number - 1] if number else ""
         follower = arguments[number + 1] if number + 1 < len(arguments) else ""
         words = itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), arguments[number:])
+        if "=" not in argument and follower.startswith("="):
+            rest = itertools.takewhile(lambda word: "=" not in word, arguments[number + 2 :])
+            value = " ".join(filter(None, [follower[1:], *rest]))
+            raise ConfigError(f"{argument!r} has a space before its =: {_hint(verb, key, value)}")
+        if len(before) > 1 and before.endswith("="):
+            raise ConfigError(f"{before!r} has a space behind it: {_hint(verb, before[:-1], ' '.join(words))}")
         if "=" in before and _can_have_spaces(verb, before) and not _is_setting(verb, argument):
             name, _, value = " ".join([before, *words]).partition("=")
             raise ConfigError(f'{argument!r} stands alone: put quotes around a value with spaces, {name}="{value}".')

@@ -1,6 +1,7 @@
 """Turns errors of the schema into one line: the setting, its value, what is allowed, and what to do."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -166,7 +167,9 @@ def does_not_fit(what: str, key: str) -> str:
         what: the setting and its value.
         key: key of the setting.
     """
-    return f"{what} does not fit: it takes {TYPE_NAMES[known_keys()[key].type]}."
+    # To YAML, 47:0 is one word.
+    hint = ", with a space after each colon" if "{" in what and re.search(r":[-+.\d]", what) else ""
+    return f"{what} does not fit: it takes {TYPE_NAMES[known_keys()[key].type]}{hint}."
 
 
 def _urgency(details: ErrorDetails) -> int:

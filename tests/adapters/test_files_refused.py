@@ -187,4 +187,6 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         save_adapter(path, Adapter({"blocks.0.attn.qkv_x": LoraLayer(torch.ones(0, 192), torch.ones(768, 0), 2.0)}))
     with pytest.raises(ConfigError, match=r"to=diffuser is not an adapter format.*: use diffusers"):
         save_adapter(path, random_adapter(), "diffuser")
+    with pytest.raises(ConfigError, match=r"to=foo is not .* kohya, native: use one of these\."):
+        save_adapter(path, random_adapter(), "foo")
     assert list(tmp_path.iterdir()) == []

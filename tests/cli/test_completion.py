@@ -164,6 +164,7 @@ def test_fish_completes(folder, capsys):
         assert f"{whole} {common_start(found.split())}" == after.rstrip(), found
 
 
-def test_another_shell_is_refused():
+def test_another_shell_is_refused(capsys):
+    assert run(["completion", "--help", "all"]) == 0 and "completion fish | source" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="one of bash, zsh, fish, got tcsh"):
         run(["completion", "tcsh"])

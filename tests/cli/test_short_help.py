@@ -32,6 +32,12 @@ from mochi_tune.errors import ConfigError
         # Options that have no value there.
         ("train", ["--gradient_checkpointing", "--lr", "1e-4"], "did you mean train.recompute=block for true, "),
         ("train", ["--cache_latents"], "leave it out: `prepare` caches latents and captions."),
+        # Spaces around =.
+        ("sample", ["steps", "=", "5"], "'steps' has a space before its =: settings are written key=value; did you "),
+        ("sample", ["steps", "=", "5"], "did you mean steps=5?"),
+        ("train", ["train.steps", "=5"], "did you mean train.steps=5?"),
+        ("train", ["train.steps=", "5"], "did you mean train.steps=5?"),
+        ("sample", ["prompt", "=", "a", "cat", "seeds=0"], "did you mean 'prompt=a cat'?"),
         ("train", ["--verbose"], "--verbose is not an option: use --help or --cfg"),
     ],
 )

@@ -84,12 +84,18 @@ def test_each_synonym_is_of_a_setting_that_there_is():
         ("model.transformer=", "model.transformer is empty: name one, or null."),
         ("data.sources=[{folder: ''}]", "data.sources[0] names no folder"),
         ("train.sample_prompts=['a cat', '']", "train.sample_prompts[1] is empty: write one, or leave it out."),
+        (
+            'sample.block_strength={"0-15":0.5,47:0}',
+            "or a list of these for each adapter, with a space after each colon.",
+        ),
+        ("sample.block_strength={0-15:0.5,47:0}", "with a space after each colon."),
+        ("sample.block_strength={0-15: x}", "numbers by block, {0-15: 0.5}, or a list of these for each adapter."),
         ("name=..", "name=.. is not possible: it must be a name such as my_lora, without . or .. as a folder."),
         ("name=a/../../b", "without . or .. as a folder"),
         ("publish.push=a", "publish.push=a is not possible: it must be owner/name, of letters, digits, -, . and _."),
     ],
 )
-def test_an_empty_or_impossible_name_is_refused(override, text):
+def test_an_empty_or_impossible_value_is_refused(override, text):
     with pytest.raises(ConfigError) as caught:
         load_config("my_lora", [override])
     assert text in str(caught.value)
