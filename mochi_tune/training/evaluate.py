@@ -68,7 +68,7 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
                 row |= {"measured_on": clips.digest(measured)}
                 row |= {"measures_anew": True} if run.start.validates_on_others else {}
                 run.metrics.log_validation(row)
-                tqdm.write(validation_line(row, run.metrics.best_validation()))
+                tqdm.write(validation_line(row, run.metrics.best_validation(), run.metrics.compares_with_none()))
         if renders and videos is not None:
             videos.render(dit, run.step)
     if validates and train.keep_best and run.step > 0:
@@ -84,10 +84,12 @@ def evaluate_if_due(run: Run, dit: nn.Module, videos: "EvalVideos | None") -> No
         write_line(f"the evaluation of step {run.step} could not be written: make room, and the same command makes it")
 
 
-def validation_line(row: Mapping, best: tuple[int, float] | None) -> str:
-    """Returns a line with the losses of a validation and the best validation so far."""
+def validation_line(row: Mapping, best: tuple[int, float] | None, compares_with_none: bool = False) -> str:
+    """Returns a line with the losses of a validation and the best so far, if earlier ones can be compared."""
     levels = ", ".join(f"{level}: {loss:.4f}" for level, loss in row["bins"].items())
     line = f"step {row['step']}: validation loss {row['validation_loss']:.4f} (by noise level {levels})"
+    if compares_with_none:
+        return f"{line}; earlier losses are of other clips, captions or noise, and are not compared with it"
     if best is None:
         return line
     return f"{line}, the best so far" if best[0] == row["step"] else f"{line}, best {best[1]:.4f} at step {best[0]}"

@@ -118,6 +118,11 @@ class Metrics:
         """Returns the step of the lowest validation loss and that loss; None without a validation."""
         return best_validation(self._rows())
 
+    def compares_with_none(self) -> bool:
+        """Whether the last validation measured other clips or other noise than all before it."""
+        rows = self._rows()
+        return len(rows) > 1 and len(comparable(rows)) == 1
+
     def _rows(self) -> list[Mapping]:
         return list(self._validations.values())
 

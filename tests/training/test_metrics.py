@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from mochi_tune.errors import TrainingError
+from mochi_tune.training.evaluate import validation_line
 from mochi_tune.training.metrics import FILES, Metrics, comparable
 from mochi_tune.ui.runs import best_step
 
@@ -79,7 +80,10 @@ def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
 def test_losses_of_other_clips_are_not_compared(tmp_path):
     with Metrics(tmp_path, 0) as metrics:
         for step, loss, clips in ((1, 0.2, None), (2, 0.1, "old"), (3, 0.5, "new"), (4, 0.6, "new")):
-            metrics.log_validation({"step": step, "validation_loss": loss, "measured_on": clips})
+            row = {"step": step, "validation_loss": loss, "measured_on": clips, "bins": {}}
+            metrics.log_validation(row)
+            line = validation_line(row, metrics.best_validation(), metrics.compares_with_none())
+            assert line.endswith("are not compared with it") == (step == 3) and ("the best" in line) == (step < 3)
         assert metrics.best_validation() == (3, 0.5) and metrics.best_validated([1, 2, 4]) == 4
         assert metrics.is_validated(2)
     with Metrics(tmp_path, 4) as metrics:
