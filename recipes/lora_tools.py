@@ -100,6 +100,7 @@ def merge(files: Sequence[Path | str], strengths: Sequence[float], out: Path, li
     check_new_file(out, ".safetensors")
     adapters = [load_adapter(file) for file in files]
     merged, errors = merge_adapters(adapters, strengths, limit, release_layers=True)
+    merged.metadata.setdefault("name", out.stem)  # Its title, where the runs have different names.
     unnamed = [str(each.path) for each in adapters if "base_fingerprint" not in each.metadata]
     note = f"; bases not compared, as {', '.join(unnamed)} names none" if unnamed else ""
     return _save(out, merged, errors, note + assumed_note(*adapters))

@@ -267,8 +267,8 @@ def common_metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
 
 
 def source_of(adapter: Adapter, strength: float | None = None) -> dict[str, Any]:
-    """Returns how a new file describes one of its sources: name, sha256 and strength."""
-    source: dict[str, Any] = {}
+    """Returns how a new file describes a source. Run and step tell files of one name apart."""
+    source: dict[str, Any] = {key: adapter.metadata[key] for key in ("name", "step") if key in adapter.metadata}
     if adapter.path is not None:
         source["file"] = adapter.path.name
         # Of the file that was read, which another program may have replaced since.

@@ -130,8 +130,8 @@ def test_a_merge_states_its_sources_and_keeps_the_base(tmp_path):
     save_adapter(paths[0], random_adapter(seed=2))
     merged, _ = merge_adapters(adapters, [1.0, 0.5])
     assert json.loads(merged.metadata.pop("sources")) == [
-        {"file": path.name, "sha256": sha256, "strength": strength}
-        for path, sha256, strength in zip(paths, sums, (1.0, 0.5), strict=True)
+        {"step": step, "file": path.name, "sha256": sha256, "strength": strength}
+        for step, path, sha256, strength in zip("79", paths, sums, (1.0, 0.5), strict=True)
     ]
     del merged.metadata["created_by"], merged.metadata["modelspec.title"]
     assert merged.metadata == {"base_fingerprint": "abc", "num_blocks": "2", "base_model": "m", "tool": "lora merge"}

@@ -77,6 +77,7 @@ def test_merge_and_resize_write_what_sample_can_check(files, tmp_path, capsys):
     adapter = load_adapter(merged)
     assert adapter.metadata["base_fingerprint"] == "ab" * 32 and adapter.metadata["num_blocks"] == "2"
     assert [each["strength"] for each in json.loads(adapter.metadata["sources"])] == [0.8, -0.5]
+    assert adapter.metadata["name"] == "merged"
     text = lora("resize", merged, "rank=4", f"out={small}", capsys=capsys)
     assert re.search(r"13 layers, rank 3 to 4, relative error 0\.\d+, at most .* in blocks\.\d.*; \d layers", text)
     assert load_adapter(small).metadata["base_fingerprint"] == "ab" * 32
