@@ -27,7 +27,7 @@ from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.vae_streaming import WHOLE
 from mochi_tune.parallel.memory import PRECISIONS
 from mochi_tune.recipes.sample import check_latents, encode_prompts, write_line
-from mochi_tune.recipes.sample_plan import RenderPlan, check, choose_residency
+from mochi_tune.recipes.sample_plan import RenderPlan, check_each, choose_residency
 from mochi_tune.sampling.formats import is_file_name
 from mochi_tune.sampling.prompt_cache import PromptCache
 from mochi_tune.sampling.record import Usage, determinants, file_metadata, noise_of, save_latents, save_settings
@@ -106,7 +106,10 @@ def check_cells(config: RunConfig) -> list[Cell]:
         raise ConfigError(f"out={sample.out} is a file, and {asked} fills a folder: name a folder.")
     if sample.grid and sample.format not in (None, "mp4", "webm"):
         raise ConfigError(f"sample.format={sample.format} is not for a grid: use mp4 or webm.")
-    plans = {step: _check_plan(config, adapter) for step, adapter in _adapters(config).items()}
+    changes: dict[str, Any] = {"out": None, "grid": False, "strengths": None, "checkpoints": None}
+    found = _adapters(config)
+    samples = [sample.model_copy(update=changes | ({"adapter": file} if file else {})) for file in found.values()]
+    plans = dict(zip(found, check_each(config, samples, 1), strict=True))
     requests = [request for plan in plans.values() for request in plan.requests]
     if any(request.init_video for request in requests):
         raise ConfigError(f"sample.prompts has rows with init_video, and {asked} starts from noise: leave them out.")
@@ -136,13 +139,6 @@ def is_farm(config: RunConfig) -> bool:
 def _name_farm(config: RunConfig) -> str:
     parallel = config.parallel
     return "parallel.engine=ray" if parallel.engine == "ray" else f"parallel.shard={parallel.shard}"
-
-
-def _check_plan(config: RunConfig, adapter: str | None) -> RenderPlan:
-    """Checks the videos of one checkpoint with the checks of `sample`."""
-    changes: dict[str, Any] = {"out": None, "grid": False, "strengths": None, "checkpoints": None}
-    changes |= {} if adapter is None else {"adapter": adapter}
-    return check(config.model_copy(update={"sample": config.sample.model_copy(update=changes)}), 1)
 
 
 def _adapters(config: RunConfig) -> dict[int | None, str | None]:

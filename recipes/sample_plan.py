@@ -1,5 +1,6 @@
 """Checks a rendering before a weight is read: what is rendered, by which processes, and where the weights are held."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from mochi_tune.adapters.lora import all_linear_shapes
 from mochi_tune.config.load import RunConfig, weights_paths
+from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.device import DTYPES
 from mochi_tune.models.latents import num_visual_tokens
@@ -88,8 +90,23 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     Raises:
         MochiTuneError: anything does not fit.
     """
-    weights = WeightsFolder(weights_paths(config))
-    requests = read_requests(config.sample, config.data, config.seed, Path(config.run_dir))
+    [plan] = check_each(config, [config.sample], num_processes)
+    return plan
+
+
+def check_each(config: RunConfig, samples: Sequence[SampleConfig], num_processes: int) -> list[RenderPlan]:
+    """Checks as `check` the same videos with several adapters; checks the videos and the weights only once.
+
+    Args:
+        config: settings of the run.
+        samples: settings of the videos, which differ only in the adapter.
+        num_processes: number of processes.
+
+    Raises:
+        MochiTuneError: anything does not fit.
+    """
+    weights, sample, run_dir = WeightsFolder(weights_paths(config)), samples[0], Path(config.run_dir)
+    requests = read_requests(sample, config.data, config.seed, run_dir)
     if config.memory.tiles is not None:
         for request in requests:
             check_tiles(config.memory.tiles, request.height, request.width)
@@ -97,8 +114,9 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     start_sums = check_starts(starts, config.data)
     weights.check(["text_encoder", "dit", "decoder", *(["encoder"] if starts else [])])
     identity, skeleton = weights.base_identity(), weights.dit_skeleton()
-    adapters = load_render_adapters(config.sample, Path(config.run_dir), all_linear_shapes(skeleton), identity)
-    check_schedules((a.schedule for a in adapters), (request.settings for request in requests))
+    shapes = all_linear_shapes(skeleton)
+    of_each = [load_render_adapters(sample, run_dir, shapes, identity) for sample in samples]
+    check_schedules((a.schedule for each in of_each for a in each), (request.settings for request in requests))
     tokens = max(map(num_tokens, requests))
     parallel = config.parallel
     asked = {"data": parallel.data, "guidance": parallel.guidance, "context": parallel.context}
@@ -106,18 +124,20 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     layout = choose_layout(num_processes, skeleton.config, videos, asked, card_here())
     if config.memory.dit == "shard" and layout.guidance * layout.context == 1:
         raise ConfigError(f"{SHARD_ALONE}.")
-    is_adapted = any(adapter.strength for adapter in adapters)
-    variants = (["base"] if config.sample.compare or not is_adapted else []) + (["adapted"] if is_adapted else [])
     common = {
-        "adapters": [adapter.record() for adapter in adapters],
-        "side_by_side": variants,
         "model": config.model.name,
         "base_fingerprint": identity,
         "dtype": config.model.dtype,
         "memory": config.memory.model_dump(),
         "layout": asdict(layout),
     }
-    return RenderPlan(weights, requests, adapters, variants, tokens, layout, common, start_sums)
+    plans = []
+    for adapters in of_each:
+        is_adapted = any(adapter.strength for adapter in adapters)
+        variants = (["base"] if sample.compare or not is_adapted else []) + (["adapted"] if is_adapted else [])
+        own = {"adapters": [adapter.record() for adapter in adapters], "side_by_side": variants}
+        plans.append(RenderPlan(weights, requests, adapters, variants, tokens, layout, own | common, start_sums))
+    return plans
 
 
 def lost_tails(plan: RenderPlan) -> list[str]:

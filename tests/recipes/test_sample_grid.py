@@ -21,6 +21,7 @@ from mochi_tune.recipes.sample import main as sample
 from mochi_tune.recipes.sample_grid import main as grid
 from mochi_tune.sampling.grid_video import MAX_HEIGHT, MAX_WIDTH, Row, frames_of, is_legible, write_grid_video
 from mochi_tune.sampling.video import read_frames, write_video
+from mochi_tune.weights.folder import WeightsFolder
 
 FAST = ["sample.steps=2", "sample.guidance=2"]
 
@@ -77,11 +78,14 @@ def test_a_cell_is_what_sample_renders_with_the_same_settings(tmp_path):
         assert torch.equal(found[4, *key], alone), strengths
 
 
-def test_checkpoints_of_a_run_stand_side_by_side(tmp_path):
+def test_checkpoints_of_a_run_stand_side_by_side(tmp_path, monkeypatch):
     more = ["train.steps=2", "train.checkpoint_every=1", "train.learning_rate=0.1"]
     assert train(tmp_path, *more) == 0
     common = ["sample.prompt=a cat", "sample.strengths=[0,1]"]
+    checks, check = [], WeightsFolder.check
+    monkeypatch.setattr(WeightsFolder, "check", lambda *arguments: checks.append(1) or check(*arguments))
     cells, folder = render(tmp_path, *common, "sample.checkpoints=all", "sample.save_latents=true")
+    assert len(checks) == 1
     # Strength 0 is the base, whatever the checkpoint.
     assert len(cells) == 3 and folder.parent == tmp_path / "grids"
     page = (folder / "index.html").read_text()
