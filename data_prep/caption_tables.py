@@ -271,15 +271,16 @@ def _skip_to_header(text: str, delimiters: tuple[str, ...]) -> tuple[str, int, t
 
     Excel writes and reads a first line such as `sep=;` that sets the separator.
     """
-    number = 0
-    while text:
-        line, _, rest = text.partition("\n")
+    start = number = 0
+    while start < len(text):
+        end = found if (found := text.find("\n", start)) >= 0 else len(text)
+        line = text[start:end]
         named = _SEPARATOR.fullmatch(line)
         if line.strip(" \t,;") and not named:
             break
         delimiters = (named[1],) if named else delimiters
-        text, number = rest, number + 1
-    return text, number, delimiters
+        start, number = end + 1, number + 1
+    return text[start:], number, delimiters
 
 
 def _sniff_delimiter(text: str, delimiters: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mochi_tune.data_prep.caption_tables import read_tables
+from mochi_tune.data_prep.caption_tables import _skip_to_header, read_tables
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.errors import DataError
 
@@ -299,3 +299,26 @@ def test_a_blank_line_and_that_of_excel_before_the_header_are_skipped(folder, vi
 def test_excels_line_names_a_separator_that_would_not_be_found(folder, videos):
     _write(folder / "metadata.csv", "sep=|\nfile_name|text\na.mp4|a cat, asleep; on a mat\n")
     assert _texts(folder, videos) == {"a.mp4": ("a cat, asleep; on a mat",)}
+
+
+class CountedText(str):
+    """A text that counts the characters that are copied from it and its parts."""
+
+    copied = 0
+
+    def __getitem__(self, where):
+        return self._count(super().__getitem__(where))
+
+    def partition(self, separator):
+        return tuple(map(self._count, super().partition(separator)))
+
+    def _count(self, part):
+        CountedText.copied += len(part)
+        return CountedText(part)
+
+
+def test_many_blank_lines_before_the_header_do_not_copy_the_text_for_each():
+    text = CountedText(";\n" * 100 + "file_name;text\na.mp4;a cat\n" * 100)
+    rest, number, _ = _skip_to_header(text, (",", ";"))
+    assert (number, rest) == (100, str(text)[200:]) and CountedText.copied <= len(text) + 100
+    assert _skip_to_header("\n;;", (",",)) == ("", 2, (",",)) == _skip_to_header("\n;;\n", (",",))
