@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from mochi_tune.cli import options
+from mochi_tune.cli.lora import FILES
 from mochi_tune.errors import ConfigError
 
 # The verbs that take a configuration file.
@@ -28,6 +29,8 @@ NESTED: dict[str, Mapping[str, Mapping[str, tuple[str | None, str]]]] = {
     "weights": {"pull": options.PULL_OPTIONS, "check": {}},
     "toy": options.TOY_OPTIONS,
 }
+# The verbs that take files without a key.
+TAKE_FILES = ("replay", *(f"lora {name}" for name in FILES))
 # Settings with few allowed values, of verbs without a configuration file. Tests compare them with the verbs.
 PLAIN_VALUES = {
     "export:to": ("official", "diffusers", "comfyui", "kohya", "native"),
@@ -46,6 +49,7 @@ PLAIN_VALUES = {
     "bench:recompute": ("auto", "none", "attention", "block"),
     "bench:precision": ("bf16", "fp8", "int8", "nf4"),
     "experiment:what": options.EXPERIMENTS,
+    "run:card": ("h200", "h100", "a100", "a100-40", "l40s", "a6000", "5090", "4090", "3090", "4080", "3060"),
 }  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 BOOL = ("true", "false")
@@ -56,8 +60,9 @@ class Words:
     """The words that can be completed.
 
     Attributes:
-        verbs: verb -> its settings as KEY=, and its subverbs.
-        values: VERB:KEY -> allowed values, for settings with few; the verb is "run" for all of RUN_VERBS.
+        verbs: verb -> its settings as KEY=, its options and its subverbs; "VERB SUBVERB" -> the settings of that.
+        values: VERB:KEY -> allowed values, for settings with few; the verb is "run" for all of RUN_VERBS, and subverbs
+            share those of their verb.
     """
 
     verbs: dict[str, tuple[str, ...]]
@@ -93,7 +98,7 @@ def collect() -> Words:
         f"run:{alias}": values[f"run:sample.{alias}"] for alias in SAMPLE_ALIASES if f"run:sample.{alias}" in values
     }
     keys = ("conf", *groups, *known_keys())
-    verbs = {verb: tuple(f"{key}=" for key in keys) for verb in RUN_VERBS}
+    verbs = {verb: (*(f"{key}=" for key in keys), "--cfg") for verb in RUN_VERBS}
     verbs["plan"] += ("card=", "card_gib=")
     verbs["inspect"] += ("out=",)
     verbs["sample"] = tuple(f"{alias}=" for alias in SAMPLE_ALIASES) + verbs["sample"]
@@ -101,10 +106,13 @@ def collect() -> Words:
         verbs[verb] = tuple(f"{key}=" for key in known)
         values |= _plain_values(verb, known)
     for verb, nested in NESTED.items():
-        own = dict.fromkeys(f"{key}=" for known in nested.values() for key in known)
-        verbs[verb] = (*nested, *own)
-        for known in nested.values():
+        verbs[verb] = tuple(nested)
+        for name, known in nested.items():
+            verbs[f"{verb} {name}"] = tuple(f"{key}=" for key in known)
             values |= _plain_values(verb, known)
+    # `weights check` is without settings of its own: it takes those of a run that name weights.
+    verbs["weights check"] = tuple(f"{key}=" for key in keys if key in ("conf", "model") or key.startswith("model."))
+    values |= {f"weights:{key}": values[f"run:{key}"] for key in ("conf", "model")}
     verbs |= {"init": (), "completion": SHELLS}
     values |= PLAIN_VALUES
     return Words(verbs, values)
@@ -129,7 +137,7 @@ def _cases(rows: Iterable[tuple[str, str]], indent: str) -> str:
 
 def bash(words: Words) -> str:
     """Returns the script for bash, which splits words at = where COMP_WORDBREAKS contains it."""
-    keys = _cases(((verb, f'keys="{" ".join(own)}"') for verb, own in words.verbs.items()), " " * 8)
+    keys = _cases(((f'"{verb}"', f'keys="{" ".join(own)}"') for verb, own in words.verbs.items()), " " * 8)
     values = _cases(((keys, f'values="{" ".join(own)}"') for keys, own in _by_value(words.values)), " " * 8)
     return f"""\
 # mochi-tune's completion for bash: source <(mochi-tune completion bash)
@@ -138,16 +146,19 @@ _mochi_tune() {{
     local word="${{line##*[[:space:]]}}" keys="" values="" file
     COMPREPLY=()
     if [ "$COMP_CWORD" -eq 1 ]; then
-        COMPREPLY=($(compgen -W "{" ".join(words.verbs)}" -- "$word"))
+        COMPREPLY=($(compgen -W "{" ".join(_first_words(words))}" -- "$word"))
         return
     fi
-    case "$verb" in {"|".join(RUN_VERBS)}) family=run ;; esac
+    case "$verb" in
+        {"|".join(RUN_VERBS)}) family=run ;;
+        {"|".join(NESTED)}) [ "$COMP_CWORD" -eq 2 ] || verb="$verb ${{COMP_WORDS[2]}}" ;;
+    esac
     case "$word" in
     *=*)
         case "$family:${{word%%=*}}" in
 {values}
         esac
-        if [ "$family:${{word%%=*}}" = run:conf ]; then
+        if [ "${{word%%=*}}" = conf ]; then
             for file in conf/*.yaml; do
                 file="${{file##*/}}" && [ "$file" != "*.yaml" ] && values="$values ${{file%.yaml}}"
             done
@@ -161,6 +172,10 @@ _mochi_tune() {{
         esac
         COMPREPLY=($(compgen -W "$keys" -- "$word"))
         case "${{COMPREPLY[0]-}}" in *=) compopt -o nospace 2>/dev/null ;; esac
+        # Without any reply, bash itself completes files.
+        case "${{COMPREPLY[0]+$verb}}" in {"|".join(f'"{verb}"' for verb in TAKE_FILES)})
+            while IFS= read -r file; do COMPREPLY+=("$file"); done < <(compgen -f -- "$word") ;;
+        esac
         ;;
     esac
 }}
@@ -170,7 +185,7 @@ complete -o default -F _mochi_tune mochi-tune
 
 def zsh(words: Words) -> str:
     """Returns the script for zsh, which starts the completion system if needed."""
-    keys = _cases(((f"({verb}", f"keys=({' '.join(own)})") for verb, own in words.verbs.items()), " " * 8)
+    keys = _cases(((f'("{verb}"', f"keys=({' '.join(own)})") for verb, own in words.verbs.items()), " " * 8)
     values = _cases(((f"({keys}", f"values=({' '.join(own)})") for keys, own in _by_value(words.values)), " " * 8)
     return f"""\
 # mochi-tune's completion for zsh: source <(mochi-tune completion zsh)
@@ -179,25 +194,29 @@ _mochi_tune() {{
     local verb="$words[2]" family="$words[2]" key
     local -a keys values
     if (( CURRENT == 2 )); then
-        compadd -- {" ".join(words.verbs)}
+        compadd -- {" ".join(_first_words(words))}
         return
     fi
-    case "$verb" in ({"|".join(RUN_VERBS)}) family=run ;; esac
+    case "$verb" in
+        ({"|".join(RUN_VERBS)}) family=run ;;
+        ({"|".join(NESTED)}) (( CURRENT == 3 )) || verb="$verb $words[3]" ;;
+    esac
     if [[ "$PREFIX" == *=* ]]; then
         key="${{PREFIX%%=*}}"
         compset -P '*='
         case "$family:$key" in
 {values}
         esac
-        [[ "$family:$key" == run:conf ]] && values+=(conf/*.yaml(N:t:r))
-        if (( $#values )); then compadd -- $values; else _files; fi
+        if [[ "$key" == conf ]]; then
+            compadd -- $values conf/*.yaml(N:t:r) || _files
+        elif (( $#values )); then compadd -- $values; else _files; fi
     else
         case "$verb" in
 {keys}
         esac
         compadd -S '' -- ${{(M)keys:#*=}}
         compadd -- ${{keys:#*=}}
-        [[ "$family" == run ]] || _files
+        case "$verb" in ({"|".join(f'"{verb}"' for verb in TAKE_FILES)}) _files ;; esac
     fi
 }}
 compdef _mochi_tune mochi-tune
@@ -208,16 +227,47 @@ def fish(words: Words) -> str:
     """Returns the script for fish, which completes a setting with its value as one word."""
     lines = [
         "# mochi-tune's completion for fish: mochi-tune completion fish | source",
-        f"complete -c mochi-tune -n __fish_use_subcommand -f -a '{' '.join(words.verbs)}'",
+        "# Whether the words before the last one match a pattern, and the last one another, if that is given.",
+        "function __mochi_tune_at",
+        "    set -l before (commandline -opc)",
+        "    set -e before[1]",
+        '    string match -qr -- "^($argv[1])\\$" "$before"; or return',
+        '    test (count $argv) -eq 1; or string match -qr -- "^($argv[2])" (commandline -ct)',
+        "end",
+        _fish_line("", f"-f -a '{' '.join(_first_words(words))}'"),
     ]
+    families: dict[str, list[str]] = {}
+    for key in words.values:
+        family, _, name = key.partition(":")
+        # A path may follow conf= and move= too.
+        families.setdefault(family, []).append(f"{name}=[^/]*\\$" if name in ("conf", "move") else f"{name}=")
     for verb, keys in words.verbs.items():
-        family = "run" if verb in RUN_VERBS else verb
+        is_run, first = verb in RUN_VERBS, verb.partition(" ")[0]
+        closed = families.get("run" if is_run else first, [])
+        # No verb but those with files takes a word without =.
+        closed = closed if verb in TAKE_FILES else [*closed, "[^=]*\\$"]
+        after = verb if verb in NESTED or verb == "completion" else f"{verb}( .*)?"
+        if closed:
+            lines.append(_fish_line(after, "-f", "|".join(closed)))
         full = []
         for key in keys:
-            values = words.values.get(f"{family}:{key.rstrip('=')}", ("",)) if key.endswith("=") else ("",)
-            full += [key + value for value in values]
+            values = words.values.get(f"{'run' if is_run else first}:{key.rstrip('=')}", ("",))
+            full += [key + value for value in (values if key.endswith("=") else ("",))]
         if full:
-            lines.append(f"complete -c mochi-tune -n '__fish_seen_subcommand_from {verb}' -a '{' '.join(full)}'")
-    local = "(for file in conf/*.yaml; echo conf=(basename $file .yaml); end)"
-    lines.append(f"complete -c mochi-tune -n '__fish_seen_subcommand_from {' '.join(RUN_VERBS)}' -a '{local}'")
+            lines.append(_fish_line(after, f"-a '{' '.join(word for word in full if not word.startswith('--'))}'"))
+        if "--cfg" in full:
+            lines.append(_fish_line(after, "-l cfg"))
+        if "conf=" in keys:
+            names = "(for file in conf/*.yaml; echo conf=(basename $file .yaml); end)"
+            lines.append(_fish_line(after, f"-a '{names}'"))
     return "\n".join(lines) + "\n"
+
+
+def _fish_line(after: str, what: str, word: str = "") -> str:
+    """Returns the line that completes `what` after words that match a pattern, in a word that matches another."""
+    at = f'__mochi_tune_at "{after}" "{word}"' if word else f'__mochi_tune_at "{after}"'
+    return f"complete -c mochi-tune -n '{at}' {what}"
+
+
+def _first_words(words: Words) -> list[str]:
+    return [verb for verb in words.verbs if " " not in verb]

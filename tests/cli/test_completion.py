@@ -14,6 +14,7 @@ from mochi_tune.config.load import load_config
 from mochi_tune.config.settings import known_keys
 from mochi_tune.data_prep.scenes import DETECTORS
 from mochi_tune.errors import ConfigError
+from mochi_tune.parallel.forecast import CARDS
 from mochi_tune.parallel.precision import NEEDS
 from mochi_tune.parallel.recompute import POLICIES
 from mochi_tune.recipes.bench import MODELS, WHAT
@@ -59,6 +60,11 @@ def completed(script, line: str, cwd=None, breaks: str = "divided") -> list[str]
         ("mochi-tune completion f", ["fish"]),
         ("mochi-tune export to=", list(FORMATS)),
         ("mochi-tune bench what=t", ["train"]),
+        ("mochi-tune lora inspect re", []),
+        ("mochi-tune lora resize ran", ["rank="]),
+        ("mochi-tune weights check model.w", ["model.weights="]),
+        ("mochi-tune plan --c", ["--cfg"]),
+        ("mochi-tune plan card=40", ["4090", "4080"]),
     ],
 )
 def test_bash_completes(script, line, expected):
@@ -72,6 +78,7 @@ def test_the_listed_values_are_those_that_the_verbs_take():
     assert PLAIN_VALUES["bench:precision"] == ("bf16", *NEEDS)
     assert PLAIN_VALUES["split:detector"] == DETECTORS
     assert set(PLAIN_VALUES["experiment:what"]) == {*arms(), "guidance"}
+    assert PLAIN_VALUES["run:card"] == tuple(CARDS)
     for name in PLAIN_VALUES["bench:memory"]:
         assert load_config("base", [f"memory={name}"]).memory.dit
 
@@ -79,8 +86,12 @@ def test_the_listed_values_are_those_that_the_verbs_take():
 def test_bash_knows_the_files_in_conf(script, tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "teacups.yaml").touch()
-    assert completed(script, "mochi-tune train conf=te", tmp_path) == ["teacups"]
+    for verb in ("train", "weights check"):
+        assert completed(script, f"mochi-tune {verb} conf=te", tmp_path) == ["teacups"]
     assert "my_lora" in completed(script, "mochi-tune train conf=my", tmp_path)
+    (tmp_path / "old one.safetensors").touch()
+    assert completed(script, "mochi-tune lora inspect o", tmp_path) == ["out=", "old", "one.safetensors"]
+    assert completed(script, "mochi-tune train o", tmp_path) == []
 
 
 def test_a_word_that_is_not_divided_comes_back_whole(script):
@@ -89,7 +100,8 @@ def test_a_word_that_is_not_divided_comes_back_whole(script):
 
 def test_every_verb_and_every_setting_is_completed():
     words = collect()
-    assert {line.split()[1] for line in USAGE.splitlines() if line.startswith("  mochi-tune ")} == words.verbs.keys()
+    verbs = {line.split()[1] for line in USAGE.splitlines() if line.startswith("  mochi-tune ")}
+    assert verbs == {verb.partition(" ")[0] for verb in words.verbs}
     for verb in ("prepare", "train", "sample"):
         assert {f"{key}=" for key in known_keys()} <= set(words.verbs[verb])
 
@@ -120,15 +132,20 @@ TAB = {
     "mochi-tune lora me": "mochi-tune lora merge ",
     "mochi-tune weights pull dry_run=f": "mochi-tune weights pull dry_run=false ",
     "mochi-tune export adapter=te": "mochi-tune export adapter=teacups.safetensors ",
+    "mochi-tune lora inspect te": "mochi-tune lora inspect teacups.safetensors ",
+    "mochi-tune weights check model.w": "mochi-tune weights check model.weights=",
+    "mochi-tune train conf=../conf_of_others/t": "mochi-tune train conf=../conf_of_others/tea.yaml ",
+    "mochi-tune export to=com": "mochi-tune export to=comfyui ",
+    "mochi-tune plan --c": "mochi-tune plan --cfg ",
 }
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "conf").mkdir()
-    for file in ("conf/teacups.yaml", "teacups.safetensors"):
+    for file in ("mine/conf/teacups.yaml", "mine/teacups.safetensors", "mine/comfy", "conf_of_others/tea.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    return tmp_path
+    return tmp_path / "mine"
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="CI installs zsh")
