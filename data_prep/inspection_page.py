@@ -9,7 +9,7 @@ from mochi_tune.data_prep.report import count_footage, describe_kept, notes
 from mochi_tune.errors import counted
 from mochi_tune.models.latents import FPS
 from mochi_tune.models.text_encoder import MAX_TOKENS, MeasuredCaption
-from mochi_tune.pages.html_page import Head, data_uri, document, section
+from mochi_tune.pages.html_page import Head, data_uri, document, scrollable, section
 
 # Maximum characters of a caption's read and lost parts, and captions of a clip; the rest is only counted.
 _MAX_CHARACTERS, _MAX_LOST_CHARACTERS, _MAX_CAPTIONS = 1500, 400, 6
@@ -65,10 +65,10 @@ def make_page(found: Inspection, name: str, obstacle: str = "") -> str:
     ]
     if found.refused:
         note = f"These files and clips cannot be used{'' if obstacle else '; all others can'}."
-        content.append(section("Refused", note, _reasons(found.refused)))
+        content.append(section("Refused", note, _reasons("Refused", found.refused)))
     if found.inputs.unused:
         note = "These files of the folder are neither clips nor captions of clips."
-        content.append(section("Not used", note, _reasons(found.inputs.unused)))
+        content.append(section("Not used", note, _reasons("Not used", found.inputs.unused)))
     if drawn:
         clips = "".join(_clip(found, seen) for seen in drawn)
         content.append(section("Clips", _clips_note(len(drawn), len(others)), clips))
@@ -243,8 +243,8 @@ def _flags(seen: SeenClip) -> str:
     return f'<ul class="flags">{items}</ul>' if items else ""
 
 
-def _reasons(reasons: Mapping[str, str]) -> str:
-    return _as_table(("file or clip", "why"), sorted(reasons.items()))
+def _reasons(label: str, reasons: Mapping[str, str]) -> str:
+    return _as_table(label, ("file or clip", "why"), sorted(reasons.items()))
 
 
 def _table(found: Inspection, clips: Iterable[SeenClip]) -> str:
@@ -255,10 +255,10 @@ def _table(found: Inspection, clips: Iterable[SeenClip]) -> str:
         text = caption[:_MAX_TABLE_CHARACTERS] + ("…" if len(caption) > _MAX_TABLE_CHARACTERS else "")
         flags = ", ".join(flag.text for flag in seen.flags)
         rows.append((seen.clip.row.sample_id, str(seen.clip.row.bucket), f"{begin:.2f} – {end:.2f}", text, flags))
-    return _as_table(("clip", "bucket", "seconds", "caption", "flags"), rows)
+    return _as_table("More clips", ("clip", "bucket", "seconds", "caption", "flags"), rows)
 
 
-def _as_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _as_table(label: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     names = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(f'<td><bdi>{escape(cell)}</bdi></td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{names}</tr>{body}</table></div>'
+    return scrollable(label, f"<table><tr>{names}</tr>{body}</table>")

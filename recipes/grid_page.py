@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mochi_tune.files import write_atomic
 from mochi_tune.pages import video_tables
-from mochi_tune.pages.html_page import Head, data_uri, document
+from mochi_tune.pages.html_page import Head, data_uri, document, scrollable
 from mochi_tune.sampling.grid_video import frames_of
 
 POSTER_SIZE = 320
@@ -98,9 +98,9 @@ def _section(folder: Path, cells: Sequence[GridCell], columns: Sequence[str], po
             video, label = by_place.get((row, column)), ", ".join(filter(None, (row, column)))
             body += f"<td>{_video(folder, video, posters[video], label) if video else ''}</td>"
         body += "</tr>"
-    head = f"<thead><tr><th></th>{head}</tr></thead>"
+    head = f"<thead><tr><td></td>{head}</tr></thead>"
     table = f'<table style="--n:{len(columns)}">{head}<tbody>{body}</tbody></table>'
-    return f'<section><h2>{escape(cells[0].prompt)}</h2><div class="scroll" tabindex="0">{table}</div></section>'
+    return f"<section><h2>{escape(cells[0].prompt)}</h2>{scrollable(cells[0].prompt, table)}</section>"
 
 
 def _poster(video: Path, num_frames: int) -> _Poster:

@@ -4,7 +4,7 @@ import math
 from html import escape
 
 from mochi_tune.adapters.tools import LayerFacts, block_and_kind
-from mochi_tune.pages.html_page import Head, document, section
+from mochi_tune.pages.html_page import Head, document, scrollable, section
 from mochi_tune.recipes.lora_tools import Inspection
 
 # Size of a chart and space for the numbers of its axes, in pixels.
@@ -105,7 +105,7 @@ def _layers(layers: dict[str, LayerFacts]) -> str:
         f"<td>{each.rank_90}</td><td>{each.rank_99}</td></tr>"
         for name, each in layers.items()
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    return scrollable("Layers", f"<table><tr>{head}</tr>{rows}</table>")
 
 
 def _metadata(found: Inspection) -> str:
@@ -113,4 +113,4 @@ def _metadata(found: Inspection) -> str:
         f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>"
         for key, value in sorted(found.adapter.metadata.items())
     )
-    return f'<div class="scroll"><table class="words">{rows}</table></div>'
+    return scrollable("Metadata", f'<table class="words">{rows}</table>')

@@ -82,8 +82,8 @@ def document(head: Head, style: str, content: str) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(head.title)}</title><style>{STYLE}{style}</style></head>\n<body><header>"
         f"<h1>{escape(head.title)}</h1><p>{escape(head.summary)}</p>{head.lead}</header>\n"
-        f"{figures_list(head.figures)}\n"
-        f"{content}</body></html>\n"
+        f"<main>{figures_list(head.figures)}\n"
+        f"{content}</main></body></html>\n"
     )
 
 
@@ -101,6 +101,11 @@ def figures_list(figures: Mapping[str, tuple[str, str]]) -> str:
 def section(heading: str, note: str, content: str) -> str:
     """Returns a section: a heading and a note, both plain text, and HTML content below."""
     return f'<section><h2>{escape(heading)}</h2><p class="note">{escape(note)}</p>{content}</section>'
+
+
+def scrollable(label: str, content: str) -> str:
+    """Returns HTML content in an area of class "scroll", which the keyboard reaches; its name is plain text."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{content}</div>'
 
 
 def data_uri(kind: str, content: bytes) -> str:

@@ -19,7 +19,7 @@ from mochi_tune.errors import counted
 from mochi_tune.files import read_json_lines, write_atomic
 from mochi_tune.pages import charts, video_tables
 from mochi_tune.pages.charts import running_mean
-from mochi_tune.pages.html_page import Head, document, section
+from mochi_tune.pages.html_page import Head, document, scrollable, section
 from mochi_tune.parallel.forecast import in_words
 from mochi_tune.training.checkpoint import find_checkpoints, published_file, step_of
 from mochi_tune.training.eval_files import find_eval_videos, prompt_of
@@ -210,7 +210,8 @@ def _head(run: RunFiles) -> Head:
     if losses := run.curve("loss"):
         window = mean_window(losses)
         mean = running_mean(losses, window)[-1][1]
-        figures["training loss"] = (f"{mean:.3g}", f"mean of the last {counted(window, 'step')}")
+        meaning = f"mean of the last {counted(window, 'step')}" if window > 1 else "of the last step"
+        figures["training loss"] = (f"{mean:.3g}", meaning)
     if run.best is not None:
         held_out = all(row.get("held_out") for row in comparable(run.validations))
         whose = "clips that are held out" if held_out else "clips that are trained on"
@@ -245,7 +246,7 @@ def _samples(run: RunFiles) -> str:
     body = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     table = f'<table class="samples" style="--n:{len(steps)}">{body}</table>'
     note = "Every video starts from the same noise. The left half is the base, the right half has that step's LoRA."
-    return section("Samples", note, f'<div class="scroll" tabindex="0">{table}</div>')
+    return section("Samples", note, scrollable("Samples", table))
 
 
 def _by_number(place: tuple[int, str, int]) -> tuple[int, int]:

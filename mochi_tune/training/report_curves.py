@@ -44,6 +44,8 @@ def draw_curves(run: "RunFiles") -> str:
 
 
 def _raw_and_smooth(points: list[tuple[int, float]], window: int) -> list[Line]:
+    if window == 1:
+        return [Line("each step", "accent", points)]
     smooth = Line(f"mean of {counted(window, 'step')}", "accent", running_mean(points, window))
     return [Line("each step", "thin", points), smooth]
 

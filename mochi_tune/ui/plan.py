@@ -64,7 +64,7 @@ def plan_html(config: RunConfig, card: str) -> str:
     cache_text = f"the cache up to {made.cache_bytes / GIB:.2g} GiB, " if made.cache_bytes else ""
     return (
         f"{html.note(unknown, 'warning')}<p>{escape(made.clips)}{escape(hours)}</p>"
-        "<div class='scroll'><table class='plain'><tr><th></th><th class='number'>GiB</th><th></th><th>time</th></tr>"
+        "<div class='scroll'><table class='plain'><tr><td></td><th class='number'>GiB</th><td></td><th>time</th></tr>"
         f"{rows}</table></div>"
         f"<p class='quiet'>Of {made.gib:.1f} GiB. On disk: {cache_text}checkpoints "
         f"{made.checkpoint_bytes / GIB:.2g} GiB.</p>" + "".join(html.note(line) for line in made.advice)

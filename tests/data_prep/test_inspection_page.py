@@ -24,7 +24,7 @@ HOSTILE = "<script>alert('x')</script> \"q\" & </p></body><img src=x onerror=y> 
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "p", "dl", "div", "dt", "dd", "ul",
     "li", "section", "figure", "figcaption", "svg", "text", "rect", "path", "image", "img", "article", "bdi", "span",
-    "small", "i", "br", "table", "tr", "th", "td",
+    "small", "i", "br", "table", "tr", "th", "td", "main",
 }  # fmt: skip
 SETTINGS = CacheSettings({"version": 1, "buckets": {}}, "", "", "", "")
 SOURCE = Source("", Path("videos"), [Bucket(13, 32, 48)], "all", "")
@@ -147,6 +147,7 @@ def test_clips_without_pictures_are_in_a_table(found, tmp_path):
     see(found, tmp_path / "b.mp4", Cut(13, 32, 48, 6), [MeasuredCaption("x" * 200, 4, 200)], is_drawn=False)
     read = Reader(make_page(found, "run"))
     assert len(read.all("article")) == 1 and "More clips" in read.texts
+    assert [own["aria-label"] for own in read.all("div") if own.get("tabindex") == "0"] == ["More clips"]
     assert any(text.startswith("1 of 2 clips") for text in read.texts)
     first = read.texts.index("b.mp4@6")
     assert read.texts[first : first + 4] == ["b.mp4@6", "13 frames of 32x48", "0.20 – 0.63", "x" * 120 + "…"]

@@ -6,10 +6,17 @@ from PIL import Image
 
 from mochi_tune.errors import MochiTuneError
 from mochi_tune.pages import html_page
-from mochi_tune.pages.html_page import Head, document, section, write_png
+from mochi_tune.pages.html_page import Head, document, scrollable, section, write_png
 
 HEAD = Head("<b>", "'\"&", {"<i>": ("1 < 2", "<u>")})
 PAGE = document(HEAD, "p{color:red}", section("</h2>", "</p>", "<p>content</p>"))
+
+
+def test_a_page_has_a_main_part_and_its_scrolling_areas_are_named_and_reached_by_the_keyboard():
+    assert PAGE.count("<main>") == PAGE.count("</section></main></body>") == 1
+    assert scrollable("<b>", "<i>") == (
+        '<div class="scroll" tabindex="0" role="region" aria-label="&lt;b&gt;"><i></div>'
+    )
 
 
 def test_all_text_is_escaped_and_content_is_not():

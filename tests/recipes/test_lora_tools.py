@@ -59,6 +59,7 @@ def test_inspect_writes_a_self_contained_page(files, tmp_path):
     inspect(files / "first.safetensors", tmp_path / "new" / "page.html")
     page = (tmp_path / "new" / "page.html").read_text()
     assert page.count("<figure>") == 8 and page.count('<rect class="bar"') == 13
+    assert page.count('tabindex="0" role="region"') == 2
     assert "&lt;script&gt;" in page and "<script" not in page
     assert not re.search(r"(src|href)=|url\(|https?:", page)
     with pytest.raises(ConfigError, match="exists and is never overwritten"):

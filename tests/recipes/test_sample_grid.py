@@ -90,6 +90,7 @@ def test_checkpoints_of_a_run_stand_side_by_side(tmp_path, monkeypatch):
     assert len(cells) == 3 and folder.parent == tmp_path / "grids"
     page = (folder / "index.html").read_text()
     assert page.count("<video") == 4 and "step 1" in page and "step 2" in page and "strength 0" in page
+    assert '<div class="scroll" tabindex="0" role="region" aria-label="a cat">' in page and "<th></th>" not in page
     found = latents_by(cells, lambda r: Path(r["adapters"][0]["file"]).parent.name if r["adapters"] else "base")
     for step in (1, 2):
         file = tmp_path / "checkpoints" / f"step_00000{step}" / "adapter.safetensors"

@@ -81,7 +81,8 @@ def test_the_page_has_every_part(page, finished):
     assert "3 of 7 frames of 32x48" in text and "rank 2, alpha 16" in text and "cpu, " in text
     assert all(f"\u03c3 {level}" in page.texts for level in ("0.125", "0.375", "0.625", "0.875"))
     assert "3, none of them held out for validation" in page.texts
-    assert "median of the last 12" in page.texts and "mean of the last 1 step" in page.texts
+    assert "median of the last 12" in page.texts and "of the last step" in page.texts
+    assert "each step" in page.texts and not any(text.startswith("mean of") for text in page.texts)
     run_files = read_files(finished)
     clips = run_files.clips | {"held_out": 2}
     assert "trained on 1 clip." in make_report(replace(run_files, clips=clips))
