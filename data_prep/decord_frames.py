@@ -6,6 +6,7 @@ reasons measured with decord 0.6: a seek into HEVC with open groups returns wron
 as fast and has neither fault.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
@@ -15,11 +16,23 @@ import numpy as np
 
 from mochi_tune.data_prep.probe import VideoIndex
 from mochi_tune.data_prep.timeline import Picture
-from mochi_tune.errors import DataError
+from mochi_tune.errors import ConfigError, DataError
 
 _PLAIN_CODECS = ("h264", "hevc", "vp9", "mpeg4")
 # Maximum deviation of times in seconds: some containers round to the millisecond.
 _MAX_DEVIATION = 0.002
+
+
+def check_decord() -> None:
+    """Checks that decord is installed, without importing it.
+
+    Raises:
+        ConfigError: it is not; there is none for processors other than x86-64.
+    """
+    if importlib.util.find_spec("decord") is None:
+        raise ConfigError(
+            "data.decoder=decord needs decord, which is not installed: use data.decoder=auto, or pip install decord."
+        )
 
 
 def is_plain(video: VideoIndex) -> bool:

@@ -18,6 +18,7 @@ from mochi_tune.data.rows import CacheSettings, Row
 from mochi_tune.data_prep import report
 from mochi_tune.data_prep.clips import TRANSFORM_VERSION
 from mochi_tune.data_prep.decoder import ClipDecoder
+from mochi_tune.data_prep.decord_frames import check_decord
 from mochi_tune.data_prep.gather import Inputs, cut_inputs, find_inputs
 from mochi_tune.data_prep.pools import ProcessPool, WorkerPool
 from mochi_tune.data_prep.preview import check_preview_folder, preview_paths
@@ -89,6 +90,8 @@ def prepare(config: RunConfig) -> Prepared:
         check_preview_folder(Path(data.preview), [source.folder for source in read_sources(data)])
         if config.parallel.shard is not None:
             raise ConfigError("data.preview does not work with parallel.shard: leave it out.")
+    if data.decoder == "decord":
+        check_decord()
     inputs = find_inputs(data, config.seed)
     if inputs.refused:
         # Reported before hours of encoding, and again at the end.

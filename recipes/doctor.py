@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import metadata, requires
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -62,6 +62,7 @@ def main(weights: Path, device: str) -> Iterator[Finding]:
     yield check_python(sys.version_info[:3])
     torch_finding = check_torch()
     yield torch_finding
+    yield check_packages()
     if torch_finding.verdict != FAIL:
         yield from check_gpus()
         yield check_attention()
@@ -91,8 +92,7 @@ def check_torch() -> Finding:
         reason = " ".join(str(error).split())[:200]
         return Finding("torch", f"cannot be imported: {reason}", "pip install --force-reinstall torch", FAIL)
     says = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA")
-    [needed] = {r.specifier for r in map(Requirement, requires("mochi-tune") or ()) if r.name == "torch"}
-    if not needed.contains(torch.__version__, prereleases=True):
+    if not _requirements()["torch"].contains(torch.__version__, prereleases=True):
         return Finding("torch", says, "pip install --upgrade torch", FAIL)
     if has_nvidia_driver() and not torch.cuda.is_available():
         advice = "the driver is too old for it, or the GPU is hidden: compare `nvidia-smi` with pytorch.org/get-started"
@@ -100,6 +100,29 @@ def check_torch() -> Finding:
             advice = "this torch uses no GPU, and there is one: install torch for CUDA, see pytorch.org/get-started"
         return Finding("torch", says, advice, FAIL)
     return Finding("torch", says)
+
+
+def check_packages() -> Finding:
+    """Checks that every package that mochi-tune requires is installed, in a version that it works with."""
+    wrong = []
+    for name, needed in _requirements().items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = ""
+        if not found:
+            wrong.append(f"{name} is not installed")
+        elif not needed.contains(found, prereleases=True):
+            wrong.append(f"{name} {found}, needed is {needed}")
+    if not wrong:
+        return Finding("packages", "all that are required")
+    return Finding("packages", ", ".join(wrong), "run `pip install --upgrade mochi-tune` in this environment", FAIL)
+
+
+def _requirements() -> dict[str, SpecifierSet]:
+    """Returns the versions of the packages that mochi-tune requires here, without its extras."""
+    needed = map(Requirement, requires("mochi-tune") or ())
+    return {each.name: each.specifier for each in needed if not each.marker or each.marker.evaluate({"extra": ""})}
 
 
 def has_nvidia_driver() -> bool:

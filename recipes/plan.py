@@ -46,12 +46,12 @@ from mochi_tune.parallel.forecast_context import find_card, sharing_seconds
 from mochi_tune.parallel.memory import SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_layout
 from mochi_tune.sampling.requests import read_rows, sampler_settings
+from mochi_tune.training.accelerator import check_strategy
 from mochi_tune.training.checkpoint import steps_to_keep
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream
 from mochi_tune.training.preflight import (
     adapter_bytes,
     bucket_shares,
-    check_strategy,
     check_streaming,
     clip_order,
     largest_clip,
@@ -133,7 +133,7 @@ def main(config: RunConfig, card: str = "", card_gib: int = 0) -> RunForecast:
     """
     sampler_settings(config.sample)
     check_streaming(config)
-    check_strategy(config, config.parallel.num_processes)
+    check_strategy(config.parallel.strategy, config.parallel.num_processes)
     if config.memory.tiles is not None:
         check_tiles(config.memory.tiles, *sample_size(config.sample, config.data)[1:])
     words, gib, speed = find_card(card, card_gib)

@@ -8,10 +8,12 @@ import pytest
 
 from mochi_tune.cli.main import run
 from mochi_tune.config.schema import LogConfig
+from mochi_tune.data_prep.decord_frames import check_decord
 from mochi_tune.data_prep.ray_pool import RayPool
 from mochi_tune.data_prep.scenes import check_scenedetect
 from mochi_tune.errors import ConfigError
 from mochi_tune.recipes.doctor import EXTRAS
+from mochi_tune.training.accelerator import check_deepspeed
 from mochi_tune.training.optim import check_installed
 from mochi_tune.training.trackers import check_trackers
 
@@ -66,6 +68,21 @@ def test_an_extra_that_is_missing_is_named_with_its_command(monkeypatch, extra, 
         # As Python has it: such a module is not there.
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"pip install ['\"]mochi-tune\[{extra}\]['\"]\.$"):
+        use()
+
+
+@pytest.mark.parametrize(
+    ("name", "use", "named"),
+    [
+        ("decord", check_decord, r"data.decoder=decord needs decord, .*: use data.decoder=auto"),
+        ("deepspeed", lambda: check_deepspeed("zero2"), r"parallel.strategy=zero2 needs deepspeed, .* parallel=data"),
+    ],
+)
+def test_a_package_that_one_setting_needs_is_named_if_it_is_missing(monkeypatch, name, use, named):
+    use()
+    check_deepspeed("data")
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=named):
         use()
 
 

@@ -4,6 +4,7 @@ Both optimizers save and load the same state under the same names, so that a run
 """
 
 import contextlib
+import importlib.util
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 
-from mochi_tune.errors import CheckpointError
+from mochi_tune.errors import CheckpointError, ConfigError
 from mochi_tune.training.optim import (
     check_names,
     inference_weights,
@@ -28,6 +29,24 @@ from mochi_tune.training.optim import (
 
 # State of one parameter, by entry: "exp_avg", "step" and so on.
 OptimizerState = Mapping[str, dict[str, Tensor]]
+
+
+def check_strategy(strategy: str, num_processes: int) -> None:
+    """Refuses a strategy for several processes if there is only one."""
+    if strategy != "data" and num_processes == 1:
+        raise ConfigError(
+            f"parallel.strategy={strategy} shares a run among processes, but there is only one: use "
+            "parallel.num_processes=2 or more, or parallel=single."
+        )
+
+
+def check_deepspeed(strategy: str) -> None:
+    """Refuses ZeRO if its package is not installed."""
+    if strategy != "data" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"parallel.strategy={strategy} needs deepspeed, which is not installed: run pip install deepspeed, or use "
+            "parallel=data."
+        )
 
 
 def build_accelerator(

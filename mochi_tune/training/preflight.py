@@ -33,7 +33,7 @@ from mochi_tune.parallel.forecast_context import TRAINING, card_here, sharing_se
 from mochi_tune.parallel.mesh import Layout, training_layout
 from mochi_tune.parallel.precision import check_precision, shrink_block
 from mochi_tune.sampling.requests import sampler_settings
-from mochi_tune.training.accelerator import host_memory
+from mochi_tune.training.accelerator import check_deepspeed, check_strategy, host_memory
 from mochi_tune.training.agreement import check_agreement
 from mochi_tune.training.checkpoint import find_checkpoints
 from mochi_tune.training.draws import KeyedDraws, generator_fingerprint
@@ -199,7 +199,8 @@ def check(config: RunConfig, num_processes: int) -> TrainPlan:
     check_trackers(config.log)
     shapes = linear_shapes(skeleton)
     layers = lora_settings(config.lora, shapes)
-    check_strategy(config, num_processes)
+    check_strategy(config.parallel.strategy, num_processes)
+    check_deepspeed(config.parallel.strategy)
     context = config.parallel.context or 1
     largest = largest_clip(cache)
     layout = training_layout(num_processes, context, skeleton.config, largest.num_tokens, card_here())
@@ -314,15 +315,6 @@ def step_seconds(
         if step.split != (1, 1):
             mean += share * sharing_seconds(step.split, step.config, bucket.num_tokens, card, TRAINING)
     return config.train.accumulation_steps * mean
-
-
-def check_strategy(config: RunConfig, num_processes: int) -> None:
-    """Refuses a strategy for several processes if there is only one."""
-    if config.parallel.strategy != "data" and num_processes == 1:
-        raise ConfigError(
-            f"parallel.strategy={config.parallel.strategy} shares a run among processes, but there is only one: "
-            "use parallel.num_processes=2 or more, or parallel=single."
-        )
 
 
 def check_streaming(config: RunConfig) -> None:

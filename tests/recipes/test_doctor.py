@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_it_examines_everything_and_a_machine_that_passes_exits_with_0(tmp_path)
     done = run("doctor", "device=cpu", f"model.weights={TINY}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = dict(re.findall(r"^(?:ok|note|FAIL) +(\S+).*?$()", done.stdout, re.MULTILINE))
-    expected = {"Python", "torch", "GPU", "attention", "memory", "disk", "video", "extras", "weights", "numbers"}
+    expected = set("Python torch packages GPU attention memory disk video extras weights numbers".split())
     assert expected <= verdicts.keys() | {name.rstrip("0123456789") for name in verdicts}
     assert "nothing failed" in done.stdout and "sample: ready" in done.stdout
 
@@ -46,6 +47,22 @@ def test_the_versions_of_torch(version, fits, monkeypatch):
     monkeypatch.setattr("torch.__version__", version)
     monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: False)
     assert (doctor.check_torch().verdict == doctor.OK) == fits
+
+
+def test_a_required_package_that_is_missing_or_too_old_fails(monkeypatch):
+    assert doctor.check_packages().verdict == doctor.OK
+    versions = {"peft": "0.18.1"}
+
+    def version(name):
+        if name == "transformers":
+            raise PackageNotFoundError
+        return versions.get(name, "99")
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "requires", lambda _: ["peft>=0.19", "transformers>=5.1", "gradio>=6; extra == 'ui'"])
+    finding = doctor.check_packages()
+    assert finding.verdict == doctor.FAIL
+    assert finding.says == "peft 0.18.1, needed is >=0.19, transformers is not installed"
 
 
 def test_the_extras_are_those_of_the_package():
