@@ -81,8 +81,8 @@ def test_a_share_that_is_killed_goes_on_and_renders_only_what_is_missing(base):
     for number in range(2, NUM_SHARES + 1):
         list(sample(config(base, "killed", share(number))))
     # Before the second latents of its three videos take their name, then before the second video does.
-    killed_at = (Disturbance(base / "killed", signal_before=".safetensors.tmp", nth=4),
-                 Disturbance(base / "killed", signal_before=".json.tmp", nth=4))  # fmt: skip
+    killed_at = (Disturbance(base / "killed", signal_before=".safetensors.tmp", nth=6),
+                 Disturbance(base / "killed", signal_before=".json.tmp", nth=6))  # fmt: skip
     written = []
     for disturbance in killed_at:
         program = start(base, "killed", share(1), disturbance=disturbance)

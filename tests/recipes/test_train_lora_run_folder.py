@@ -194,8 +194,8 @@ def test_a_run_whose_folder_is_removed_ends_at_the_next_step(tmp_path, monkeypat
     ("folder", "ending", "nth"),
     [
         ("samples", "step_000002_prompt_0.mp4.tmp", 1),
-        ("samples", "step_000002_prompt_0.txt.tmp", 2),
-        ("base_latents", ".safetensors.tmp", 2),
+        ("samples", "step_000002_prompt_0.txt.tmp", 3),
+        ("base_latents", ".safetensors.tmp", 3),
     ],
 )
 def test_what_a_kill_left_of_an_evaluation_is_removed(tmp_path, folder, ending, nth):
