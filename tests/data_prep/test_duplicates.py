@@ -55,6 +55,12 @@ def test_clips_compared_at_once_have_the_verdicts_of_each_pair(monkeypatch, caps
     assert "nearest: 100%" in shown and "duplicates: 100%" in shown
 
 
+def test_four_pictures_in_common_are_compared_and_three_are_not():
+    for num_hashes, distance in ((4, 0.0), (3, 1.0)):
+        hashes = [f"{7:016x}"] * num_hashes + [""] * (8 - num_hashes)
+        assert find_nearest({"one": hashes, "other": hashes}) == {"one": distance, "other": distance}
+
+
 def test_the_search_for_duplicates_takes_python_by_the_clip_and_not_by_the_pair():
     taken = []
     for num_clips in (10, 40):

@@ -55,6 +55,10 @@ def test_times_that_matroska_rounds_to_the_millisecond_change_nothing():
     times = [Fraction(round(i * 1000 / 30), 1000) for i in range(120)]
     assert plan(120, [40, 75], times, margin_seconds=0.1) == plan(120, [40, 75], margin_seconds=0.1)
     assert plan(30, [], times[:30]) == [(1, 0, 0, 30, False)]
+    # A second that ends 0.7 ms too early is no short scene; one that ends too late is not divided.
+    assert plan(41, [11], times[:41]) == [(1, 0, 0, 11, True), (2, 0, 11, 30, False)]
+    assert plan(30, [], times[:30], max_seconds=1) == [(1, 0, 0, 30, False)]
+    assert plan(120, [], times, max_seconds=2) == plan(120, [], max_seconds=2)
 
 
 def test_lengths_are_seconds_where_the_frame_rate_varies():

@@ -128,6 +128,8 @@ def test_pictures_are_exact_and_gif_is_where_its_palette_suffices(tmp_path):
     assert write_video(folder, [frames[:2]], encoding=PNG, may_replace=False) == tmp_path / "frames_2"
     flat, _ = read_pictures(write_video(tmp_path / "x.gif", [flat_frames()], encoding=PICTURES[0]))
     assert np.abs(flat.astype(int) - flat_frames().numpy()).max() <= 4
+    one = write_video(tmp_path / "one.gif", [frames[:1]], encoding=PICTURES[0])
+    assert read_pictures(one)[1] == [None], "a single picture has no duration"
     # With a palette of 255 colours, most pixels have an error of a few levels, but dithering keeps the mean.
     back, _ = read_pictures(write_video(tmp_path / "y.gif", [frames], encoding=PICTURES[0]))
     assert np.abs(back.mean((0, 1, 2)) - frames.numpy().mean((0, 1, 2))).max() < 2

@@ -56,6 +56,14 @@ def test_a_single_frame_is_a_video(tmp_path):
     assert len(read_frames(tmp_path / "x.mp4")) == 1
 
 
+def test_a_changed_scheduling_is_restored():
+    before = os.sched_getscheduler(0)
+    with video.keep_scheduling():
+        # Needs no privilege, unlike the real-time scheduling that SVT-AV1 chooses.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    assert os.sched_getscheduler(0) == before
+
+
 def test_a_failed_write_leaves_no_video(tmp_path):
     def broken():
         yield moving_frames(2)

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from mochi_tune.errors import TrainingError
+from mochi_tune.files import read_json_lines
 from mochi_tune.training.evaluate import validation_line
 from mochi_tune.training.metrics import FILES, Metrics, comparable
 from mochi_tune.ui.runs import best_step
@@ -161,3 +163,26 @@ def test_the_entries_of_new_files_and_later_all_rows_are_synced(tmp_path, monkey
         metrics.log({"step": 1, "loss": 0.5})
         metrics.flush_to_disk()
         assert synced == {(tmp_path / f"{name}.jsonl").stat().st_ino for name in FILES}
+    synced.clear()
+    with Metrics(tmp_path, 1):
+        assert (tmp_path / "metrics.jsonl").stat().st_ino in synced, "the rows that stay at a resume"
+
+
+def test_a_part_of_a_row_that_could_not_be_removed_is_removed_before_the_next_write(tmp_path, monkeypatch):
+    write = os.write
+
+    def fail(*_) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def write_part(file: int, line: bytes) -> None:
+        write(file, line[:5])
+        fail()
+
+    with Metrics(tmp_path, 0) as metrics:
+        metrics.log({"step": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", write_part)
+            patch.setattr(os, "truncate", fail)
+            metrics.log({"step": 2})
+        metrics.log({"step": 3})
+    assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]

@@ -110,7 +110,9 @@ def test_an_older_checkpoint_of_another_run_brings_the_rows_beside_it(folder):
 
 def test_what_is_put_aside_in_two_goes_has_one_number(folder):
     run_dir, checkpoints = folder / "before", folder / "before" / "checkpoints"
-    (checkpoints / ".aside_0_validation.jsonl.abcdef-1.tmp").touch()
+    (run_dir / "base_latents").mkdir(exist_ok=True)
+    for unfinished in (checkpoints / ".aside_0_validation.jsonl", run_dir / "base_latents" / ".x", run_dir / ".x"):
+        Path(f"{unfinished}.abcdef-1.tmp").touch()
 
     def broken_off(line: str) -> None:
         raise KeyboardInterrupt
@@ -122,6 +124,7 @@ def test_what_is_put_aside_in_two_goes_has_one_number(folder):
     go_back(run_dir, checkpoints / "step_000001")
     aside = [f"aside_0_{name}" for name in ("metrics.jsonl", "step_000002", "step_000003", "step_000004")]
     assert sorted(path.name for path in checkpoints.iterdir()) == [*aside, "aside_0_validation.jsonl", "step_000001"]
+    assert not list(run_dir.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".mp4"])
