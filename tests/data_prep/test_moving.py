@@ -1,52 +1,47 @@
-"""The table of moved files survives a full disk, a kill and a loss of power."""
+"""Moves between disks, over copies that an earlier run left, and tables that a crash damaged."""
 
 import errno
-import resource
-from pathlib import Path
+import os
 
 import pytest
 
-from mochi_tune.data_prep.filter import Filter, undo
-from mochi_tune.data_prep.moving import finish_moves, move_clip, read_moved
+from mochi_tune.data_prep.moving import Moved, finish_moves, move_file, read_moved
+from mochi_tune.errors import DataError
 
 
-def move(root: Path, name: str) -> Path:
-    """Moves a new file; returns the table."""
-    table = root / "videos_filter" / "moved.csv"
-    for folder in (root / "videos", table.parent):
-        folder.mkdir(exist_ok=True)
-    (root / "videos" / name).write_text(name)
-    move_clip(table, [(root / "videos" / name, table.parent / "moved" / name)], "blurred")
-    return table
+def test_a_copy_that_an_earlier_run_left_at_the_new_path_is_the_moved_file(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    for path in (source, target):
+        path.write_text("a")
+    move_file(source, target)
+    assert not source.exists() and target.read_text() == "a"
+    source.mkdir()
+    with pytest.raises(DataError, match="exists already"):
+        move_file(target, source)
 
 
-def names(table: Path) -> list[str]:
-    return [Path(row.original).name for row in read_moved(table)]
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM])
+def test_files_move_to_another_disk_and_where_there_are_no_hard_links(tmp_path, monkeypatch, code):
+    def no_link(source, target):
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+    source, target = tmp_path / "a", tmp_path / "below" / "b"
+    source.write_text("a")
+    os.utime(source, ns=(0, 5))
+    monkeypatch.setattr(os, "link", no_link)
+    move_file(source, target)
+    # `filter` recognizes clips that it has measured by their time.
+    assert not source.exists() and target.read_text() == "a" and target.stat().st_mtime_ns == 5
 
 
-def test_a_table_that_cannot_grow_stays_as_it_is_and_the_next_command_completes_it(tmp_path):
-    for number in range(9):
-        table = move(tmp_path, f"{number}.mp4")
-    before, former = table.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, former[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as caught:
-            move(tmp_path, "last.mp4")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(table)) and table.read_bytes() == before
-    finish_moves(table)
-    assert names(table) == [*(f"{number}.mp4" for number in range(9)), "last.mp4"]
-
-
-@pytest.mark.parametrize("end", [b"../videos/b.mp4,moved/b", bytes(100), b"../videos/b.mp4,moved/\0\0,blurred\r\n"])
-def test_an_incomplete_row_spoils_no_other(tmp_path, end):
-    table = move(tmp_path, "a.mp4")
-    with open(table, "ab") as file:
-        file.write(end)
-    move(tmp_path, "c.mp4")
-    assert names(table) == ["a.mp4", "c.mp4"]
-    (table.parent / ".moved.csv.abcdef-1.tmp").touch()
-    assert undo(Filter(tmp_path / "videos", table.parent)) == 0
-    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["a.mp4", "c.mp4"]
-    assert not list(table.parent.glob(".*.tmp")), "a killed process leaves nothing"
+def test_a_crash_that_damaged_the_table_leaves_its_whole_rows(tmp_path):
+    table = tmp_path / "report" / "moved.csv"
+    table.parent.mkdir()
+    table.write_text("original,moved,reason\n../a,../b,black\n\0\0\0,\0,\0\n../c,../d\n")
+    assert read_moved(table) == [Moved(str(tmp_path / "a"), str(tmp_path / "b"), "black")]
+    (table.parent / "moving.json").write_text("[{")
+    with pytest.raises(DataError, match=r"moving\.json: is damaged: compare"):
+        finish_moves(table)
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="is not the table of moved files"):
+        read_moved(table)

@@ -202,6 +202,7 @@ def test_a_log_shows_the_last_state_of_its_bars(tmp_path):
     path.write_text("begins\nclips: 10%\rclips: 50%\rclips: 100%\n\nmochi-tune: it is so: do this.\n")
     assert read_tail(path) == ["begins", "clips: 100%", "mochi-tune: it is so: do this."]
     assert message_of(read_tail(path)) == "it is so: do this."
+    assert message_of(["mochi-tune: rows wait", "mochi-tune: it failed"]) == "it failed"
     assert read_tail(tmp_path / "none") == []
     path.write_bytes(b"x" * 200_000 + b"\nlast \xff\n")
     assert read_tail(path, 1) == ["last \ufffd"]
