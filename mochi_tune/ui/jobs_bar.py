@@ -34,8 +34,9 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
     with gr.Column(elem_id="jobs"):
         gr.HTML("<h2>Jobs</h2>")
         table = gr.HTML(elem_id="jobs_table")
-        with gr.Row(equal_height=False, elem_id="job_row"):
-            chosen = gr.Dropdown([], label="Job", elem_id="job", scale=4, show_label=False, min_width=220)
+        # Without a job there is nothing to choose, stop or repeat.
+        with gr.Row(equal_height=False, elem_id="job_row", visible=False) as row:
+            chosen = gr.Dropdown([], label="Job", elem_id="job", scale=4, min_width=220)
             stop = gr.Button("Stop", elem_id="job_stop", min_width=90, scale=1)
             again = gr.Button("Go on", elem_id="job_again", min_width=90, scale=1)
         said = gr.HTML(elem_id="job_said")
@@ -51,9 +52,9 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
         if follows:
             number = next((job.number for job in jobs if job.state == "running"), numbers[-1] if numbers else None)
         now = [jobs_table(folder, jobs), html.log_lines(read_tail(log_path(folder, number))) if number else ""]
-        now += [(choices, number), number if follows else None]
-        parts = [*now[:2], gr.Dropdown(choices, value=number)]
-        changed = [not shown or new != old for new, old in zip(now[:3], shown or now, strict=False)]
+        now += [bool(jobs), (choices, number), number if follows else None]
+        parts = [*now[:2], gr.Row(visible=bool(jobs)), gr.Dropdown(choices, value=number)]
+        changed = [not shown or new != old for new, old in zip(now[:4], shown or now, strict=False)]
         return [*(part if each else gr.skip() for part, each in zip(parts, changed, strict=True)), now]
 
     def ask_to_stop(number: int | None) -> str:
@@ -71,7 +72,7 @@ def build_bar(folder: Path, form: SettingsForm) -> None:
         return said, gr.Dropdown(_choices(list_jobs(folder)), value=added[0].number) if added else gr.skip()
 
     state = gr.State([])
-    outputs = [table, log, chosen, state]
+    outputs = [table, log, row, chosen, state]
     events = [form.poller.changes(jobs_state), form.filled_times.change, chosen.input]
     gr.on(events, refresh, [chosen, state], outputs, show_progress="hidden")
     for button, act, results in ((stop, ask_to_stop, said), (again, go_on, [said, chosen])):

@@ -42,6 +42,9 @@ KEPT_THEME = """
 }
 """
 
+# On a narrow screen notices are at the bottom, where they do not cover the tabs. Gradio does not apply `css` to them.
+NOTICES = "@media (max-width: 640px) { .toast-wrap.toast-wrap { top: auto; bottom: 12px; } }"
+
 
 def looks() -> dict[str, Any]:
     """Returns the theme and the style of the page, which fetch nothing from other servers."""
@@ -64,7 +67,8 @@ def looks() -> dict[str, Any]:
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700", button_primary_text_color="white",
     )  # fmt: skip
-    return {"theme": theme, "css": (Path(__file__).parent / "page.css").read_text(encoding="utf-8")}
+    css = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    return {"theme": theme, "css": css, "head": f"<style>{NOTICES}</style>"}
 
 
 def build_page(folder: Path) -> gr.Blocks:

@@ -1,4 +1,4 @@
-"""The bar of jobs: which job its buttons act on."""
+"""The bar of jobs: when it is shown, and which job its buttons act on."""
 
 import time
 
@@ -8,7 +8,18 @@ from helpers_jobs import put
 pytest.importorskip("gradio")
 
 from mochi_tune.ui.jobs import Job, list_jobs
+from mochi_tune.ui.jobs_bar import build_bar
 from mochi_tune.ui.page import build_page
+
+
+def test_without_a_job_there_is_nothing_to_choose_stop_or_repeat(tmp_path):
+    functions = [event.fn for event in build_page(tmp_path).fns.values() if event.fn is not None]
+    refresh = next(fn for fn in functions if (fn.__module__, fn.__name__) == (build_bar.__module__, "refresh"))
+    *_, row, _, shown = refresh(None, [])
+    assert not row.visible
+    put(tmp_path, Job(1, "toy", ["--help"], "help", state="done", ended=1.0))
+    *_, row, chosen, _ = refresh(None, shown)
+    assert row.visible and chosen.value == 1
 
 
 def test_go_on_selects_the_new_job(tmp_path):
