@@ -98,7 +98,7 @@ def collect() -> Words:
         f"run:{alias}": values[f"run:sample.{alias}"] for alias in SAMPLE_ALIASES if f"run:sample.{alias}" in values
     }
     keys = ("conf", *groups, *known_keys())
-    verbs = {verb: (*(f"{key}=" for key in keys), "--cfg") for verb in RUN_VERBS}
+    verbs: dict[str, tuple[str, ...]] = {verb: (*(f"{key}=" for key in keys), "--cfg") for verb in RUN_VERBS}
     verbs["plan"] += ("card=", "card_gib=")
     verbs["inspect"] += ("out=",)
     verbs["sample"] = tuple(f"{alias}=" for alias in SAMPLE_ALIASES) + verbs["sample"]
