@@ -122,15 +122,14 @@ class Adapter:
 
 
 def check_format(to: str) -> None:
-    """Refuses an unknown layout and names a similar one, if there is one.
+    """Refuses an unknown layout, and names the one that is probably meant.
 
     Raises:
         ConfigError: `to` is not one of FORMATS.
     """
     if to not in FORMATS:
-        near = [_OTHER_NAMES[to]] if to in _OTHER_NAMES else difflib.get_close_matches(to, FORMATS, n=1)
-        use = near[0] if near else "one of these"
-        raise ConfigError(f"to={to} is not an adapter format; those are {', '.join(FORMATS)}: use {use}.")
+        near = _OTHER_NAMES.get(to) or next(iter(difflib.get_close_matches(to, FORMATS, n=1)), "one of these")
+        raise ConfigError(f"to={to} is not an adapter format; those are {', '.join(FORMATS)}: use {near}.")
 
 
 def check_adapter(adapter: Adapter, shapes: dict[str, tuple[int, int]], base_fingerprint: str | None) -> None:
