@@ -44,8 +44,38 @@ def test_zero_shards_adamw_only(name):
             "cannot tell from gathered weights: use train",
         ),
         (["memory.activations=offload", "train.recompute=none"], "keeps all activations of each block on the device"),
+        (["train.keep_best=true", "train.validation_clips=0"], "does nothing with train.validation_clips=0, as there"),
+        (["parallel.engine=ray", "parallel.shard=1/2"], "parallel.shard=1/2 and parallel.engine=ray are both given"),
+        (["parallel.ray_address=auto"], "parallel.ray_address=auto does nothing with parallel.engine="),
+        (["model.precision=bf16", "model.dtype=fp32"], "model.precision=bf16 contradicts model.dtype=fp32"),
+        (["model.precision=int8", "lora.dora=true"], "rows of the base, which model.precision=int8 rounds"),
+        (["model.precision=int8", "parallel=zero3"], "matrices that model.precision=int8 needs in one piece"),
+        (["lora.dora=true", "parallel=zero3"], "rows of the base, which parallel.strategy=zero3 splits"),
     ],
 )
-def test_settings_that_do_nothing_beside_others_are_refused(more, said):
+def test_settings_that_do_not_go_together_are_refused(more, said):
     with pytest.raises(ConfigError, match=said):
         load_config("my_lora", more)
+
+
+@pytest.mark.parametrize(("key", "value"), [("lora.dora", "true"), ("parallel", "zero3")])
+def test_bf16_by_its_name_goes_with_what_bf16_by_default_does(key, value):
+    assert load_config("my_lora", ["model.precision=bf16", f"{key}={value}"]).model.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "parallel.shard=0/2", "parallel.shard=3/2", "parallel.shard=-1/2", "parallel.shard=²/3", "parallel.shard=all",
+        "log.project=" + "x" * 129, "publish.push=a/" + "b" * 95, "publish.push=a", "name=a/./b", "name=a/../b",
+    ],
+)  # fmt: skip
+def test_texts_that_cannot_be_used_are_refused(setting):
+    with pytest.raises(ConfigError, match=f"^{setting} is not possible: it must be "):
+        load_config("my_lora", [setting])
+
+
+def test_texts_at_their_limits_are_taken():
+    longest = ["parallel.shard=2/2", "log.project=" + "x" * 128, "publish.push=a/" + "b" * 94]
+    config = load_config("my_lora", longest)
+    assert config.parallel.shard == "2/2" and len(config.log.project) == 128
