@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mochi_tune.config.explain import as_yaml
-from mochi_tune.config.load import PROMPTS, check_override, load_config, quote
+from mochi_tune.config.load import PROMPTS, check_override, load_config, packaged_folder, quote
 from mochi_tune.config.references import escape_references
 from mochi_tune.config.schema import DataConfig, RunConfig
 from mochi_tune.config.settings import GROUPS, known_keys, value_of
@@ -295,7 +295,7 @@ def conf_mistake(folder: Path, name: str) -> str:
 
 
 def read_form(folder: Path, name: str) -> Form:
-    """Reads the form of a conf.
+    """Reads the form of a conf, with the settings of other confs that it is based on.
 
     Raises:
         MochiTuneError: the file does not exist or has a mistake.
@@ -308,7 +308,10 @@ def read_form(folder: Path, name: str) -> Form:
     config = load_config(str(path), [])
     written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     given = _flat({key: value for key, value in written.items() if key != "defaults"})
-    groups = {key: value for key, value in _groups(written.get("defaults") or []).items() if key in GROUPS}
+    groups = {key: value for key, value in _all_groups(path).items() if key in GROUPS}
+    if _other_defaults(path):
+        base = load_config(str(packaged_folder() / "base.yaml"), [f"{key}={value}" for key, value in groups.items()])
+        given = {key: given.get(key) for key in known_keys() if value_of(config, key) != value_of(base, key)}
     main = {key: groups[key] for key in MAIN_KEYS if key in groups}
     main |= {key: _as_field(config, key, given[key]) for key in MAIN_KEYS if key in given}
     rest = [key for key in given if key not in MAIN_KEYS and key != "name"]
@@ -352,6 +355,15 @@ def _flat(written: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _all_groups(path: Path) -> dict[str, str]:
+    """Returns the files that a conf chooses, or a conf that it is based on: group -> name."""
+    found = {}
+    for name in _other_defaults(path):
+        files = [folder / f"{name}.yaml" for folder in (path.parent, Path("conf"), packaged_folder())]
+        found |= _all_groups(next(file for file in files if file.is_file()))
+    return found | _groups(_defaults_of(path))
+
+
 def _groups(defaults: list[Any]) -> dict[str, str]:
     """Returns the files that the defaults list of a conf chooses: group -> name."""
     pairs = [pair for entry in defaults if isinstance(entry, dict) for pair in entry.items()]
@@ -359,11 +371,14 @@ def _groups(defaults: list[Any]) -> dict[str, str]:
 
 
 def _other_defaults(path: Path) -> list[str]:
+    return [entry for entry in _defaults_of(path) if isinstance(entry, str) and entry not in PLAIN_DEFAULTS]
+
+
+def _defaults_of(path: Path) -> list[Any]:
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return []
-    defaults = content.get("defaults") or [] if isinstance(content, dict) else []
-    return [entry for entry in defaults if isinstance(entry, str) and entry not in PLAIN_DEFAULTS]
+    return content.get("defaults") or [] if isinstance(content, dict) else []

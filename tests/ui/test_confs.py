@@ -92,6 +92,16 @@ def test_a_conf_with_another_name_than_its_file_is_trained_as_it_is(tmp_path, te
         check_form(tmp_path, Form("cats", {}, "name=a\nname=b"))
 
 
+def test_the_form_of_a_conf_over_others_has_their_settings(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "own.yaml").write_text("defaults: [toy_lora, _self_]\ntrain: {steps: 7}\n")
+    (tmp_path / "conf" / "cats.yaml").write_text("defaults: [own, _self_]\nname: cats\nlora: {rank: 3}\n")
+    form = read_form(tmp_path, "cats")
+    assert form.main["model"] == "toy" and form.main["train.steps"] == "7" and form.main["lora.rank"] == "3"
+    path = str(tmp_path / "conf" / "cats.yaml")
+    assert load_config("base", form.overrides()) == load_config(path, [])
+
+
 def test_a_conf_over_another_conf_is_not_flattened(tmp_path):
     save_conf(tmp_path, Form("own"), replaces=False)
     (tmp_path / "conf" / "cats.yaml").write_text("defaults: [own, _self_]\nname: cats\n")
