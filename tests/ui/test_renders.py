@@ -1,6 +1,7 @@
 """The form of `sample` reports the errors of the command line; the record of a video fills in the form for it."""
 
 import json
+import os
 
 import pytest
 from helpers_calls import count_calls
@@ -78,6 +79,7 @@ def test_every_kind_of_render_is_as_the_command_line_takes_it(tmp_path):
         ({"kind": "grid", "checkpoints": "last"}, "checkpoints=last does not fit"),
         ({"more": "steps=3"}, "steps has a separate field"),
         ({"more": "guidence=3"}, "did you mean guidance"),
+        ({"more": "guidance=3\nsample.guidance=2"}, "guidance is given twice"),
         ({"more": "init_video=../film.mp4"}, "outside of"),
         ({"more": "prompt_cache=../features"}, "outside of"),
         ({"more": "train.steps=3"}, "is not a setting of `sample`"),
@@ -147,6 +149,8 @@ def test_the_records_of_many_videos_are_read_once(tmp_path):
     assert found() == ({"b", "c", "d"}, 2)
     render = find_render(tmp_path, "runs/x/samples/d.mp4")
     assert render.record == {"prompt": "d"}
+    os.utime(samples / "c.mp4", (1, 1))
+    assert list_renders(tmp_path)[-1].video.stem == "c", "the newest are first"
     again = list_renders(tmp_path)[0]
     again.video.with_suffix(".json").unlink()
     assert again.record == {}
@@ -167,3 +171,19 @@ def test_a_schedule_of_its_own_comes_back(tmp_path, sampler, more):
     form = form_of(tmp_path, {"prompt": "a", "seed": 1, "sampler": sampler})
     assert more in form.more.splitlines() and form.adapters == ((BASE, ""),)
     arguments_of(tmp_path, "cups", form)
+
+
+def test_all_that_a_record_says_comes_back(tmp_path):
+    first = {"file": "loras/c.safetensors", "strength": 2.0, "block_strength": {"0": 0.5}}
+    record = {
+        "prompt": "a\nb", "negative_prompt": "blur", "seed": 4, "num_frames": 7, "height": 32, "width": 48,
+        "sampler": {"steps": 2}, "adapters": [first, {"file": "loras/a b.safetensors", "strength": 0.5}],
+        "init_video": {"file": "start.mp4", "strength": 0.5}, "side_by_side": ["base", "adapted"],
+    }  # fmt: skip
+    start = "init_video=start.mp4\ninit_strength=0.5"
+    assert form_of(tmp_path, record) == SampleForm(
+        "a b", "blur", "4", FORM.sizes, (("loras/c.safetensors", "2"), ("loras/a b.safetensors", "0.5")),
+        "compare", more=f"block_strength=[{{0: 0.5}}, {{}}]\n{start}",
+    )  # fmt: skip
+    alone = {"file": "loras/c.safetensors", "strength_schedule": [0.5, 1]}
+    assert form_of(tmp_path, record | {"adapters": [alone]}).more == f"strength_schedule=[0.5, 1]\n{start}"
