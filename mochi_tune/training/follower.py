@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mochi_tune.files import parse_object, write_atomic
-from mochi_tune.training.eval_files import find_eval_videos, prompt_of
+from mochi_tune.training.eval_files import find_eval_videos, is_written, prompt_of
 from mochi_tune.training.metrics import FILES, read_new_rows
 
 # Interval in seconds at which the follower reads new rows.
@@ -183,7 +183,9 @@ class _NewRows:
         # The row of a validation is written after the row of its step, but may be read before it.
         new += [("validation", row) for row in read_new_rows(self._files["validation"])]
         if new or is_over:
-            videos = [video for video in find_eval_videos(self._run_dir) if video[2].name not in self._found]
+            unknown = [video for video in find_eval_videos(self._run_dir) if video[2].name not in self._found]
+            # A resumed run writes an empty file again.
+            videos = [video for video in unknown if is_written(video[2])]
             self._found.update(path.name for _, _, path in videos)
             new += [("samples", {"step": step, "number": number, "path": path}) for step, number, path in videos]
         order = (*FILES, "samples")
@@ -219,15 +221,18 @@ def follow(run_dir: Path, kind: str, options: Mapping, wait: Callable[[float], b
                 if file != "samples" and row["step"] <= state[file]:
                     continue
                 tracker = tracker or TRACKERS[kind](folder, state["id"], options, state["metrics"])
+                # A tracker that is far behind may be ended before it has sent all rows. What it has of a step is
+                # recorded as a whole, because the next start continues after the last recorded step.
+                if file == "metrics" and time.monotonic() >= due:
+                    _record(path, state, tracker)
+                    due = time.monotonic() + RECORD_SECONDS
                 _send(tracker, file, row, options["prompts"])
                 if file == "samples":
                     state[file].append(row["path"].name)
                 else:
                     state[file] = row["step"]
-                # A tracker that is far behind may be ended before it has sent all rows.
-                if time.monotonic() >= due:
-                    _record(path, state, tracker)
-                    due = time.monotonic() + RECORD_SECONDS
+                # Step 0 has a validation and videos, but no row of its own.
+                state["metrics"] = max(state["metrics"], 0)
             if rows and tracker:
                 _record(path, state, tracker)
             # One more iteration after the end reads the last rows.

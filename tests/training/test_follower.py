@@ -10,12 +10,15 @@ OPTIONS = {"begun": None, "prompts": ["a cat"]}
 
 
 class Recorder:
-    """A tracker that keeps what it is given in `sent`, and fails when that has `most` entries."""
+    """A tracker that keeps what it is given in `sent`, and fails when that has `most` entries.
+
+    As TensorBoard does, it removes what it has of later steps when it starts again.
+    """
 
     sent, most = [], 10**6
 
-    def __init__(self, *_):
-        pass
+    def __init__(self, _folder, _run_id, _options, last_step):
+        self.sent[:] = [entry for entry in self.sent if entry[1] <= last_step]
 
     def send(self, file, step, _numbers):
         self.show(file, step)
@@ -47,7 +50,7 @@ def run_dir(tmp_path):
     for name, steps in (("metrics", range(1, 7)), ("validation", range(0, 7, 2))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"step": step, "x": 1}) + "\n" for step in steps))
     for step in (0, 2, 4, 6):
-        (tmp_path / "samples" / f"step_{step:06d}_prompt_0.mp4").touch()
+        (tmp_path / "samples" / f"step_{step:06d}_prompt_0.mp4").write_bytes(b"video")
     return tmp_path
 
 
@@ -58,14 +61,27 @@ def everything(steps):
     return rows
 
 
-def test_a_tracker_that_is_ended_amid_many_rows_goes_on_from_there(run_dir, recorder, monkeypatch):
+@pytest.mark.parametrize("most", range(13))
+def test_a_tracker_that_is_ended_amid_many_rows_goes_on_from_there(run_dir, recorder, monkeypatch, most):
     monkeypatch.setattr(follower, "RECORD_SECONDS", 0)
-    monkeypatch.setattr(recorder, "most", 7)
+    monkeypatch.setattr(recorder, "most", most)
     with pytest.raises(OSError, match="no room"):
         follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
     state = json.loads((run_dir / "trackers" / "tensorboard.json").read_text())
-    assert (state["metrics"], state["validation"], len(state["samples"])) == (3, 2, 2)
+    if most == 7:
+        assert (state["metrics"], state["validation"], len(state["samples"])) == (3, 2, 2)
     monkeypatch.setattr(recorder, "most", 100)
+    follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
+    assert recorder.sent == everything(range(1, 7))
+
+
+def test_a_run_that_ends_before_its_first_row_keeps_the_validation_of_step_0(run_dir, recorder):
+    rows = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text("")
+    (run_dir / "samples" / "step_000000_prompt_1.mp4").touch()  # A crash has left it empty.
+    follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
+    assert recorder.sent == everything([])
+    (run_dir / "metrics.jsonl").write_text(rows)
     follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
     assert recorder.sent == everything(range(1, 7))
 
@@ -86,7 +102,7 @@ def test_videos_are_listed_only_when_there_are_new_rows(run_dir, recorder, monke
 
 
 def test_the_video_of_a_later_step_waits_for_the_row_of_that_step(run_dir, recorder):
-    (run_dir / "samples" / "step_000008_prompt_0.mp4").touch()
+    (run_dir / "samples" / "step_000008_prompt_0.mp4").write_bytes(b"video")
     polls = iter([False, True, True])
 
     def poll(_seconds):
