@@ -129,7 +129,7 @@ def open_log(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     Raises:
         DataError: another process holds the lock.
     """
-    with open(path, "a+b") as file:
+    with open(path, "a+b", buffering=0) as file:
         try:
             if not lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 # Not an error: two processes only request captions twice, and never replace one.

@@ -108,14 +108,15 @@ def _naming(path: Path | str, temporary: Path | None = None) -> Iterator[None]:
 
 
 def temporary_name(name: str, process: int | str) -> str:
-    """Returns the name that a process of this machine gives to the temporary file of a file."""
-    # Machines that share a disk can have the same process id.
+    """Returns the name that a process of this machine or container gives to the temporary file of a file."""
     return f".{name}.{_host()}-{process}.tmp"
 
 
 @cache
 def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+    # Machines that share a disk can have the same process ids, and so can containers with the same host name.
+    processes = os.readlink(path) if os.path.islink(path := "/proc/self/ns/pid") else ""
+    return hashlib.sha256(f"{socket.gethostname()} {processes}".encode()).hexdigest()[:6]
 
 
 def copy_atomic(source: Path, target: Path) -> None:
@@ -299,7 +300,7 @@ def append_line(file: IO[bytes], line: bytes, durable: bool = False) -> None:
     """Appends a line to a file; a killed process or a full disk may have left it an incomplete last line.
 
     Args:
-        file: the file, opened with mode "a+b".
+        file: the file, opened with mode "a+b" and no buffer, which would keep and repeat what the disk refused.
         line: the line, without its end.
         durable: whether to wait until the line is on disk.
 
@@ -310,8 +311,9 @@ def append_line(file: IO[bytes], line: bytes, durable: bool = False) -> None:
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         # An incomplete line ends here, so that it does not spoil this one.
         end = b"" if file.read(1) in (b"", b"\n") else b"\n"
-        file.write(end + line + b"\n")
-        file.flush()
+        rest = end + line + b"\n"
+        while rest:
+            rest = rest[file.write(rest) :]
         if durable:
             os.fsync(file.fileno())
 

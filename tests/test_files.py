@@ -165,13 +165,27 @@ def test_an_incomplete_last_line_does_not_spoil_the_next_one(tmp_path):
         path.unlink(missing_ok=True)
         if start is not None:
             path.write_bytes(start)
-        with open(path, "a+b") as file:
+        with open(path, "a+b", buffering=0) as file:
             files.append_line(file, b"b", durable=True)
             files.append_line(file, b"c")
         assert path.read_bytes() == expected + b"c\n"
     with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left") as caught:
         files.append_line(full, b"b")
     assert caught.value.filename == "/dev/full"
+
+
+def test_a_line_that_a_full_disk_cut_off_is_written_whole_when_it_is_appended_again(tmp_path):
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open(tmp_path / "log", "a+b", buffering=0) as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2, former[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                files.append_line(file, b"abc")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        files.append_line(file, b"abc")
+    assert caught.value.filename == str(tmp_path / "log")
+    assert (tmp_path / "log").read_bytes() == b"ab\nabc\n"
 
 
 def test_an_error_of_the_disk_names_the_file_and_not_its_temporary_one(tmp_path, monkeypatch):
@@ -208,11 +222,13 @@ def test_the_content_of_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypat
     assert calls == ["fsync", "replace", "fsync"], "the folder is synced last"
 
 
-def test_machines_that_share_a_disk_do_not_share_temporary_files(tmp_path, monkeypatch):
+def test_machines_and_containers_that_share_a_disk_do_not_share_temporary_files(tmp_path, monkeypatch):
     names = set()
     monkeypatch.setattr(files, "_host", files._host.__wrapped__)  # Without its cache.
-    for host in ("node-1", "node-2"):
+    monkeypatch.setattr(os.path, "islink", lambda _: True)
+    for host, container in (("node-1", "pid:[1]"), ("node-2", "pid:[1]"), ("node-1", "pid:[2]")):
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(os, "readlink", lambda _, container=container: container)
         with files.temporary_file(tmp_path / "a") as temporary:
             names.add(temporary.name)
-    assert len(names) == 2
+    assert len(names) == 3

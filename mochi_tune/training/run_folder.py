@@ -118,7 +118,7 @@ def describe_environment(strategy: str, device: torch.device, num_processes: int
 
 def record_start(run_dir: Path, facts: dict) -> None:
     """Appends a start of the run to run_dir/history.jsonl, and waits until it is on disk."""
-    with open(run_dir / "history.jsonl", "a+b") as file:
+    with open(run_dir / "history.jsonl", "a+b", buffering=0) as file:
         append_line(file, json.dumps(facts).encode(), durable=True)
 
 

@@ -2,6 +2,7 @@ import csv
 import fcntl
 import json
 import os
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from helpers_video import frame_number, is_upright, write_video
 from mochi_tune.cli.main import run as run_here
 from mochi_tune.data_prep.captions import CaptionRules, load_captions
 from mochi_tune.data_prep.describe import find_clips
+from mochi_tune.data_prep.describe_tally import open_log
 from mochi_tune.data_prep.finding import find_videos
 from mochi_tune.errors import ConfigError
 
@@ -251,3 +253,14 @@ def test_a_full_disk_is_one_line_before_anybody_is_asked(tmp_path):
         done = run(*describe(tmp_path, server.url), disturbance=Disturbance(file_bytes=0))
     assert done.returncode == 2 and "File too large" in done.stderr and done.stderr.count("\n") == 1
     assert not server.chats and not list(tmp_path.glob("*.txt"))
+
+
+def test_the_error_of_a_disk_that_becomes_full_names_the_log(tmp_path):
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError, match="File too large") as caught, open_log(tmp_path / "describe.jsonl") as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, former[1]))
+        try:
+            log({"clip": "a.mp4"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert caught.value.filename == str(tmp_path / "describe.jsonl")

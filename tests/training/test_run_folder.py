@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from mochi_tune.training.run_folder import read_history, record_start
 
 
@@ -14,3 +16,11 @@ def test_a_start_after_a_torn_row_is_read_and_is_on_disk(tmp_path, monkeypatch):
     record_start(tmp_path, {"from_step": 6})
     assert read_history(tmp_path) == [{"from_step": 2}, {"from_step": 6}]
     assert synced[-1] == history.read_bytes()
+
+
+def test_the_error_of_a_full_disk_names_the_history(tmp_path):
+    history = tmp_path / "history.jsonl"
+    history.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        record_start(tmp_path, {"from_step": 0})
+    assert caught.value.filename == str(history)
