@@ -24,8 +24,8 @@ def check_new(out: Path, hint: str = "") -> None:
     if out.exists() or out.is_symlink():
         raise ConfigError(f"out={out} exists and is never overwritten: choose another name or remove it.{hint}")
     for left in out.parent.glob(temporary_name(glob.escape(out.name), "*")):
-        process = int(left.stem.rpartition("-")[2])
-        if process == os.getpid() or not psutil.pid_exists(process):
+        process = left.stem.rpartition("-")[2]
+        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

@@ -20,6 +20,7 @@ def test_what_a_killed_process_left_of_an_output_is_removed(tmp_path):
         tmp_path / temporary_name(out.name, os.getppid()),  # Of a process that runs.
         tmp_path / temporary_name("b.safetensors", ended.pid),
         tmp_path / f".{out.name}.000000-{ended.pid}.tmp",  # Of another machine.
+        tmp_path / temporary_name(out.name, "xyz"),  # Of another program.
     ]
     for path in kept:
         path.touch()
