@@ -1,6 +1,7 @@
 """What the follower of a run reads and records, without a process."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,14 +62,16 @@ def everything(steps):
     return rows
 
 
+@pytest.mark.parametrize("seconds", [0, 2])
 @pytest.mark.parametrize("most", range(13))
-def test_a_tracker_that_is_ended_amid_many_rows_goes_on_from_there(run_dir, recorder, monkeypatch, most):
-    monkeypatch.setattr(follower, "RECORD_SECONDS", 0)
+def test_a_tracker_that_is_ended_amid_many_rows_goes_on_from_there(run_dir, recorder, monkeypatch, most, seconds):
+    monkeypatch.setattr(follower, "RECORD_SECONDS", seconds)
+    monkeypatch.setattr(follower, "time", SimpleNamespace(monotonic=lambda: len(recorder.sent)))  # A second per row.
     monkeypatch.setattr(recorder, "most", most)
     with pytest.raises(OSError, match="no room"):
         follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
     state = json.loads((run_dir / "trackers" / "tensorboard.json").read_text())
-    if most == 7:
+    if (most, seconds) == (7, 0):
         assert (state["metrics"], state["validation"], len(state["samples"])) == (3, 2, 2)
     monkeypatch.setattr(recorder, "most", 100)
     follower.follow(run_dir, "tensorboard", OPTIONS, lambda _: True)
