@@ -1,9 +1,11 @@
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers_process import run
@@ -101,6 +103,26 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     assert doctor.check_disk(Path("/proc/self"), tmp_path).verdict == doctor.FAIL
     finding = doctor.check_disk(tmp_path, Path("/proc/self/weights"))
     assert finding.verdict == doctor.NOTE and "/proc/self cannot be written to" in finding.says
+    assert doctor.check_disk(tmp_path, Path("/proc/self")).verdict == doctor.OK, "weights that are there are only read"
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "has_weights", "verdict"),
+    [(1, True, doctor.FAIL), (3, True, doctor.OK), (3, False, doctor.NOTE), (16, False, doctor.OK)],
+)
+def test_the_disk_needs_space_for_a_run_and_for_weights_that_are_not_there(
+    tmp_path, monkeypatch, free_gib, has_weights, verdict
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_gib * doctor.GIB))
+    weights = tmp_path if has_weights else tmp_path / "weights"
+    assert doctor.check_disk(tmp_path, weights).verdict == verdict
+
+
+def test_little_memory_is_a_note(monkeypatch):
+    for gib, verdict in ((11, doctor.NOTE), (12, doctor.OK)):
+        memory = SimpleNamespace(total=64 * doctor.GIB, available=gib * doctor.GIB)
+        monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
+        assert doctor.check_memory().verdict == verdict
 
 
 def test_numbers_that_are_off_fail(monkeypatch):
