@@ -257,10 +257,10 @@ def test_a_full_disk_is_one_line_before_anybody_is_asked(tmp_path):
 
 def test_the_error_of_a_disk_that_becomes_full_names_the_log(tmp_path):
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(OSError, match="File too large") as caught, open_log(tmp_path / "describe.jsonl") as log:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, former[1]))
-        try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, former[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught, open_log(tmp_path / "describe.jsonl") as log:
             log({"clip": "a.mp4"})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert caught.value.filename == str(tmp_path / "describe.jsonl")
