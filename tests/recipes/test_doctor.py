@@ -100,7 +100,8 @@ def test_an_extra_that_does_not_load_is_named_with_the_reason(tmp_path, monkeypa
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     # No user can write there, root neither.
-    assert doctor.check_disk(Path("/proc/self"), tmp_path).verdict == doctor.FAIL
+    finding = doctor.check_disk(Path("/proc/self"), tmp_path)
+    assert finding.verdict == doctor.FAIL and "/proc/self cannot be written to" in finding.says
     finding = doctor.check_disk(tmp_path, Path("/proc/self/weights"))
     assert finding.verdict == doctor.NOTE and "/proc/self cannot be written to" in finding.says
     assert doctor.check_disk(tmp_path, Path("/proc/self")).verdict == doctor.OK, "weights that are there are only read"
