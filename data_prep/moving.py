@@ -13,7 +13,7 @@ from pathlib import Path
 from mochi_tune.data_prep.captions import SIDECAR_SUFFIXES, stem_of
 from mochi_tune.data_prep.finding import MEDIA_SUFFIXES
 from mochi_tune.errors import DataError
-from mochi_tune.files import copy_atomic, file_sha256, fsync, read_text, write_atomic
+from mochi_tune.files import append_line, copy_atomic, file_sha256, fsync, read_text, write_atomic
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def read_moved(path: Path) -> list[Moved]:
         values = [{name: row[name] for name in COLUMNS} for row in rows if None not in row.values()]
     except (csv.Error, KeyError, UnicodeDecodeError):
         raise DataError(f"{path}: is not the table of moved files: restore it, or move it away.") from None
-    # A disk that lost power may leave zeros, and no path has one.
-    return [_read(path, row) for row in values if not any("\0" in value for value in row.values())]
+    # A disk that lost power may leave zeros, and no path has one. A kill may leave a clip's rows twice.
+    whole = (_read(path, row) for row in values if not any("\0" in value for value in row.values()))
+    return list(dict.fromkeys(whole))
 
 
 def _read(table: Path, row: dict[str, str]) -> Moved:
@@ -65,13 +66,24 @@ def _written(table: Path, row: Moved) -> dict[str, str]:
 
 
 def _write_table(table: Path, rows: Sequence[Moved]) -> None:
-    """Writes the whole table durably, as a row that is appended may end in the middle."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(_written(table, row) for row in rows)
-    write_atomic(table, text.getvalue().encode(errors="surrogateescape"), durable=True)
+    header = ",".join(COLUMNS).encode() + b"\r\n"
+    write_atomic(table, header + _csv_lines(table, rows), durable=True)
     fsync(table.parent)
+
+
+def _append(table: Path, rows: Sequence[Moved]) -> None:
+    """Adds rows to the table durably. A table that a kill or a full disk left with half a row is written anew."""
+    if table.exists() and table.read_bytes().endswith(b"\n"):
+        with open(table, "a+b", buffering=0) as file:
+            append_line(file, _csv_lines(table, rows).removesuffix(b"\n"), durable=True)
+    else:
+        _write_table(table, [*read_moved(table), *rows])
+
+
+def _csv_lines(table: Path, rows: Sequence[Moved]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, COLUMNS).writerows(_written(table, row) for row in rows)
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 def files_of_clip(clip: Path) -> list[Path]:
@@ -127,7 +139,7 @@ def finish_moves(table: Path) -> None:
     for row in rows:
         if Path(row.original).exists():
             move_file(Path(row.original), Path(row.moved))
-    _write_table(table, list(dict.fromkeys([*read_moved(table), *rows])))
+    _append(table, rows)
     pending.unlink()
 
 

@@ -197,7 +197,7 @@ def _digest(cell: Cell, weights: Mapping[str, str], metadata: bool) -> str:
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell's video, its settings (written last) and, if kept, its latents exist and are not damaged."""
+    """Whether a cell's video, its settings (written last) and, if kept, its latents exist and are not empty."""
     video = cell.request.video
     with contextlib.suppress(CheckpointError, FileNotFoundError):
         read_json(video.with_suffix(".json"))

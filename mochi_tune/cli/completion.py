@@ -240,7 +240,7 @@ def fish(words: Words) -> str:
     for key in words.values:
         family, _, name = key.partition(":")
         # A path may follow conf= and move= too.
-        families.setdefault(family, []).append(f"{name}=[^/]*\\$" if name in ("conf", "move") else f"{name}=")
+        families.setdefault(family, []).extend([] if name in ("conf", "move") else [f"{name}="])
     for verb, keys in words.verbs.items():
         is_run, first = verb in RUN_VERBS, verb.partition(" ")[0]
         closed = families.get("run" if is_run else first, [])

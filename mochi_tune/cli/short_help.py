@@ -146,7 +146,7 @@ def check_form(verb: str, arguments: Sequence[str]) -> None:
             rest = itertools.takewhile(lambda word: "=" not in word, arguments[number + 2 :])
             value = " ".join(filter(None, [follower[1:], *rest]))
             raise ConfigError(f"{argument!r} has a space before its =: {_hint(verb, key, value)}")
-        if len(before) > 1 and before.endswith("="):
+        if before.find("=") == len(before) - 1 > 0 and not argument.startswith("-"):
             raise ConfigError(f"{before!r} has a space behind it: {_hint(verb, before[:-1], ' '.join(words))}")
         if "=" in before and _can_have_spaces(verb, before) and not _is_setting(verb, argument):
             name, _, value = " ".join([before, *words]).partition("=")

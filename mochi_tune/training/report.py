@@ -46,7 +46,8 @@ overflow-wrap:anywhere}
 .samples .best{color:var(--accent)}
 .pair{position:relative;width:clamp(min(19rem,100vw - 4.5rem),(min(100vw,1148px) - 4.5rem)/var(--n) - .6rem,36rem)}
 .pair video,.pair img{width:100%}
-.pair::after{content:"";position:absolute;left:calc(50% - 1px);top:0;bottom:1.5rem;width:2px;background:var(--back)}
+.pair::after{content:"";position:absolute;left:calc(50% - 1px);top:0;bottom:1.5rem;width:2px;background:var(--back);
+pointer-events:none}
 .pair div{display:grid;grid-template-columns:1fr 1fr;height:1.5rem;padding-top:.15rem;color:var(--soft);font-size:.8rem}
 .pair div span{padding:0 .4rem}
 pre{margin:.3rem 0 1.2rem;padding:.8rem 1rem;border:1px solid var(--rule);border-radius:6px;

@@ -64,7 +64,7 @@ class ThisRun:
         identity: settings, cache, order of clips, base and random numbers.
         is_forced: whether to resume despite changed settings.
         environment: see `describe_environment`.
-        already_forced: changes that were forced before, by step; they need not be forced again.
+        already_forced: changes that were forced before, by step and order of the clips; they need not be forced again.
         contents: hash of each clip of the cache, see `Cache.contents`.
         has_made: whether the rows of the run up to a step have the clips of this run's order.
     """
@@ -72,7 +72,7 @@ class ThisRun:
     identity: dict
     is_forced: bool
     environment: Mapping[str, object]
-    already_forced: Collection[tuple[int, list[str]]]
+    already_forced: Collection[tuple[int, list[str], object]]
     contents: Mapping[str, str]
     has_made: Callable[[int], bool]
 
@@ -107,6 +107,14 @@ def find_resume_point(run_dir: Path, now: ThisRun, resume_from: Path | None) -> 
     needed = ("step", "settings", "cache", "base", "draws", "groups", "rows", "losses")
     if missing := [key for key in needed if key not in state]:
         raise CheckpointError(f"{folder / 'state.json'} has no {', '.join(missing)}, so the run cannot resume.")
+    last = (read_history(run_dir) or [{}])[-1]
+    named, from_step = last.get("resume_from"), last.get("from_step", 0)
+    if resume_from is None and named and from_step > state["step"]:
+        # The checkpoints after this one were of another branch, and were put aside.
+        raise TrainingError(
+            f"{run_dir} has no checkpoint of its last start, which went on from {named} (step {from_step}): give "
+            f"resume_from={named} again, or resume_from={folder} to go on from step {state['step']}."
+        )
     # Version 0.1.0 had other names, and did not store the order of the clips.
     rename_old(state["settings"], "train.")
     state.setdefault("environment", state.get("made_by", {}))
@@ -184,7 +192,7 @@ def differences(run_dir: Path, state: dict, this: ThisRun) -> tuple[list[str], l
     fixed += [text for part, text in others.items() if part == "base"]
     reasoned = [text + whys.get(part, "") for part, text in others.items()]
     changed, told = ([texts[key] for key in decisive] + list(more) for more in (others.values(), reasoned))
-    is_forced = this.is_forced or (state["step"], changed) in this.already_forced
+    is_forced = this.is_forced or (state["step"], changed, identity["order"]) in this.already_forced
     if changed and (fixed or not is_forced):
         undo = "" if lacks_order and len(changed) == 1 else "undo that, or "
         force = "" if fixed else ", or use resume=force, after which the run cannot be reproduced from its settings"
@@ -268,7 +276,9 @@ def find_start(plan: TrainPlan) -> ResumePoint:
         newest, _ = checkpoint.newest_valid(run_dir / "checkpoints")
         is_followed = newest is not None and checkpoint.step_of(newest) > since[-1]["from_step"]
     resume_from = Path(config.resume_from) if config.resume_from and not is_followed else None
-    already_forced = [(start["from_step"], start["changed"]) for start in starts if "changed" in start]
+    # Earlier versions recorded no order.
+    order = plan.identity["order"]
+    already_forced = [(row["from_step"], row["changed"], row.get("order", order)) for row in starts if "changed" in row]
     contents = plan.dataset.cache.contents()
     is_forced, has_made = config.resume == "force", functools.partial(_has_made, plan)
     now = ThisRun(plan.identity, is_forced, plan.environment, already_forced, contents, has_made)
@@ -351,7 +361,7 @@ def record_in_folder(plan: TrainPlan, start: ResumePoint) -> None:
     write_atomic(run_dir / CLIPS_FILE, json.dumps(clips).encode(), durable=True)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     facts = {"date": date, "from_step": start.step, "resume_from": config.resume_from, "changed": start.changed}
-    facts |= {"notes": start.notes, "learnt": _learnt(plan)}
+    facts |= {"notes": start.notes, "learnt": _learnt(plan), "order": plan.identity["order"]}
     record_start(run_dir, {**facts, **plan.environment})
 
 

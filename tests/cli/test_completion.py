@@ -171,12 +171,15 @@ def test_fish_completes(folder, capsys):
     (folder / ".script").write_text(capsys.readouterr().out)
     # fish gives all that fits; Tab takes what they have in common.
     ask = "source .script; for line in $argv; complete -C $line | string split -f 1 \\t | string join ' '; end"
+    (folder / "rungs").mkdir()
+    folders = {f"mochi-tune {each}=rung": f"mochi-tune {each}=rungs/" for each in ("filter move", "train conf")}
+    lines = TAB | folders
     asked = subprocess.run(
-        ["fish", "--no-config", "-c", ask, *TAB], cwd=folder, env={**os.environ, "HOME": str(folder)},
+        ["fish", "--no-config", "-c", ask, *lines], cwd=folder, env={**os.environ, "HOME": str(folder)},
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert not asked.stderr
-    for (line, after), found in zip(TAB.items(), asked.stdout.splitlines(), strict=True):
+    for (line, after), found in zip(lines.items(), asked.stdout.splitlines(), strict=True):
         whole = line.rpartition(" ")[0]
         assert f"{whole} {common_start(found.split())}" == after.rstrip(), found
 

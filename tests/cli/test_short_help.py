@@ -34,6 +34,8 @@ from mochi_tune.errors import ConfigError
         ("train", ["--cache_latents"], "leave it out: `prepare` caches latents and captions."),
         # Spaces around =.
         ("sample", ["steps", "=", "5"], "'steps' has a space before its =: settings are written key=value; did you "),
+        ("sample", ["negative_prompt=", "--steps", "50"], "'--steps' has no value: "),
+        ("sample", ["steps=", "5"], "'steps=' has a space behind it: "),
         ("sample", ["steps", "=", "5"], "did you mean steps=5?"),
         ("train", ["train.steps", "=5"], "did you mean train.steps=5?"),
         ("train", ["train.steps=", "5"], "did you mean train.steps=5?"),

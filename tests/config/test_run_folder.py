@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers_process import run
 
-from mochi_tune.config.load import check_run_folder, config_yaml, load_config, run_config_yaml, run_config_yaml
+from mochi_tune.config.load import check_run_folder, config_yaml, load_config, run_config_yaml
 from mochi_tune.errors import ConfigError
 
 
@@ -47,20 +47,6 @@ def test_a_run_where_it_was_and_a_conf_of_no_run_are_taken(tmp_path, monkeypatch
     check("link/config.yaml")
     check(make_run(tmp_path / "conf", "elsewhere", "other.jsonl"))
     check("my_lora")
-
-
-def test_a_runs_own_conf_does_not_repeat_how_one_start_resumed(tmp_path):
-    given = ["resume=force", "resume_from=runs/a/checkpoints/step_000004"]
-    config = load_config("my_lora", given)
-    kept = run_config_yaml(config)
-    assert "resume: auto" in kept and "resume_from: null" in kept
-    # As earlier versions wrote it.
-    conf, other = Path(make_run(tmp_path / "run", "run")), tmp_path / "my.yaml"
-    for path in (conf, other):
-        path.write_text(config_yaml(config))
-    for path, more, found in ((conf, [], ("auto", None)), (conf, given, ("force", given[1][12:]))):
-        assert (load_config(str(path), more).resume, load_config(str(path), more).resume_from) == found
-    assert load_config(str(other), []) == config
 
 
 def test_a_runs_own_conf_does_not_repeat_how_one_start_resumed(tmp_path):

@@ -166,8 +166,6 @@ def test_a_run_that_goes_back_to_its_end_has_the_settings_of_that(tmp_path, caps
     assert load_config(str(tmp_path / "config.yaml"), []).train.weight_decay == 0.02
     # A later start with this file is not forced, nor goes back.
     assert "resume: auto\nresume_from: null\n" in (tmp_path / "config.yaml").read_text()
-    # A later start with this file is not forced, nor goes back.
-    assert "resume: auto\nresume_from: null\n" in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("is_foreign", [False, True])

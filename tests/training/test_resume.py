@@ -1,5 +1,6 @@
 """Resuming runs of versions before 0.2, whose checkpoints and rows record less."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -96,6 +97,32 @@ def test_a_run_of_version_0_1_0_goes_on_over_its_clips_encoded_again(run_dir):
     assert "train.recompute" not in " ".join(notes)
     assert any(note.startswith("torch was 2.9.0, is ") for note in notes)
     assert any("clips were encoded again; their order is the same" in note for note in notes)
+
+
+def test_a_branch_that_was_stopped_before_its_first_checkpoint_is_asked_for_again(run_dir):
+    with open(run_dir / "history.jsonl", "a") as file:
+        file.write(json.dumps({"from_step": 9, "resume_from": "other/step_000009"}) + "\n")
+    here = run_dir / "checkpoints" / "step_000002"
+    with pytest.raises(TrainingError, match=rf"resume_from=other/step_000009 again, or resume_from={here} to go on"):
+        train(run_dir, *MORE, "train.steps=3")
+    assert train(run_dir, *MORE, "train.steps=3", f"resume_from={here}") == 0
+
+
+def test_what_was_forced_is_that_order_of_the_clips_and_no_other(run_dir, monkeypatch):
+    def end(_run):
+        raise RuntimeError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "steps", end)
+        with pytest.raises(RuntimeError, match="the machine is gone"):
+            train(run_dir, *MORE, "train.steps=3", "seed=7", "resume=force")
+    path = run_dir / "history.jsonl"
+    history, order = path.read_text(), read_rows(path)[-1]["order"]
+    path.write_text(history.replace(order, "another"))
+    with pytest.raises(TrainingError, match="seed was 0, is 7: undo that"):
+        train(run_dir, *MORE, "train.steps=3", "seed=7")
+    path.write_text(history)
+    assert train(run_dir, *MORE, "train.steps=3", "seed=7") == 0
 
 
 def test_rows_that_were_removed_since_the_checkpoint_are_reported(tmp_path, capsys):
