@@ -205,4 +205,5 @@ def test_the_file_tells_how_it_was_made(tmp_path):
         "device": f"cpu, {torch.get_num_threads()} threads",
     }
     assert history.pop("date").endswith("+00:00") and len(history.pop("learnt")) == 12
+    assert len(history.pop("order")) == 64, "a sha256"
     assert history == {"from_step": 0, "resume_from": None, "changed": [], "notes": [], **about}
