@@ -104,19 +104,18 @@ def check_torch() -> Finding:
 
 def check_packages() -> Finding:
     """Checks that every package that mochi-tune requires is installed, in a version that it works with."""
-    wrong = []
+    wrong, install = [], []
     for name, needed in _requirements().items():
         try:
             found = version(name)
         except PackageNotFoundError:
             found = ""
-        if not found:
-            wrong.append(f"{name} is not installed")
-        elif not needed.contains(found, prereleases=True):
-            wrong.append(f"{name} {found}, needed is {needed}")
+        if not found or not needed.contains(found, prereleases=True):
+            wrong.append(f"{name} {found}, needed is {needed}" if found else f"{name} is not installed")
+            install.append(f"'{name}{needed}'")
     if not wrong:
         return Finding("packages", "all that are required")
-    return Finding("packages", ", ".join(wrong), "run `pip install --upgrade mochi-tune` in this environment", FAIL)
+    return Finding("packages", "; ".join(wrong), f"pip install {' '.join(install)}", FAIL)
 
 
 def _requirements() -> dict[str, SpecifierSet]:

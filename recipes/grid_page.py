@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
+from mochi_tune.errors import DataError
 from mochi_tune.files import write_atomic
 from mochi_tune.pages import video_tables
 from mochi_tune.pages.html_page import Head, data_uri, document, scrollable
@@ -104,15 +105,22 @@ def _section(folder: Path, cells: Sequence[GridCell], columns: Sequence[str], po
 
 
 def _poster(video: Path, num_frames: int) -> _Poster:
-    """Reads the poster of a video; only its middle frame is converted to RGB, which takes longer than decoding."""
+    """Reads the poster of a video; only its middle frame is converted to RGB, which takes longer than decoding.
+
+    Raises:
+        DataError: the video is damaged.
+    """
     if video.suffix == ".png":
         [image] = frames_of(video)
         return _Poster(*image.size)
     import av
 
-    with av.open(f"file:{video}") as container:
-        [middle] = deque(islice(container.decode(video=0), num_frames // 2 + 1), maxlen=1)
-        frame = middle.to_image()
+    try:
+        with av.open(f"file:{video}") as container:
+            [middle] = deque(islice(container.decode(video=0), num_frames // 2 + 1), maxlen=1)
+            frame = middle.to_image()
+    except (av.FFmpegError, ValueError):  # Without any frame, there is no middle one.
+        raise DataError(f"{video} is damaged: remove it, and the same command renders it again.") from None
     width, height = frame.size
     frame.thumbnail((POSTER_SIZE, POSTER_SIZE))
     content = io.BytesIO()

@@ -64,7 +64,8 @@ def test_a_required_package_that_is_missing_or_too_old_fails(monkeypatch):
     monkeypatch.setattr(doctor, "requires", lambda _: ["peft>=0.19", "transformers>=5.1", "gradio>=6; extra == 'ui'"])
     finding = doctor.check_packages()
     assert finding.verdict == doctor.FAIL
-    assert finding.says == "peft 0.18.1, needed is >=0.19, transformers is not installed"
+    assert finding.says == "peft 0.18.1, needed is >=0.19; transformers is not installed"
+    assert finding.advice == "pip install 'peft>=0.19' 'transformers>=5.1'"
 
 
 def test_the_extras_are_those_of_the_package():

@@ -5,9 +5,11 @@ import io
 import re
 
 import av
+import pytest
 import torch
 from PIL import Image
 
+from mochi_tune.errors import DataError
 from mochi_tune.recipes.grid_page import GridCell, write_grid_page
 from mochi_tune.sampling.video import write_video
 
@@ -52,3 +54,13 @@ def test_a_poster_is_the_middle_frame_and_no_other_frame_is_converted(tmp_path, 
     for content in re.findall(r'poster="data:image/jpeg;base64,([^"]*)"', page):
         poster = Image.open(io.BytesIO(base64.b64decode(content)))
         assert poster.size == (96, 64) and abs(poster.getpixel((48, 32))[0] - 110) < 8
+
+
+@pytest.mark.parametrize("size", [0, 300, 2000])
+def test_a_video_that_is_cut_short_is_named(tmp_path, size):
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(256, (7, 160, 160, 3), dtype=torch.uint8, generator=generator)
+    video = write_video(tmp_path / "a.mp4", [frames])
+    video.write_bytes(video.read_bytes()[:size])
+    with pytest.raises(DataError, match=r"a\.mp4 is damaged: remove it, and the same command renders it again"):
+        write_grid_page(tmp_path, [GridCell("a cat", "", "seed 1", video, 7)], ["seed 1"])
