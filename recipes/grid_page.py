@@ -114,12 +114,13 @@ def _poster(video: Path, num_frames: int) -> _Poster:
         [image] = frames_of(video)
         return _Poster(*image.size)
     import av
+    from av.error import FFmpegError
 
     try:
         with av.open(f"file:{video}") as container:
             [middle] = deque(islice(container.decode(video=0), num_frames // 2 + 1), maxlen=1)
             frame = middle.to_image()
-    except (av.FFmpegError, ValueError):  # Without any frame, there is no middle one.
+    except (FFmpegError, ValueError):  # Without any frame, there is no middle one.
         raise DataError(f"{video} is damaged: remove it, and the same command renders it again.") from None
     width, height = frame.size
     frame.thumbnail((POSTER_SIZE, POSTER_SIZE))
