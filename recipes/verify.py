@@ -27,9 +27,8 @@ from mochi_tune.models.vae import (
     frames_to_pixels,
 )
 from mochi_tune.models.vae_streaming import decode_tiled, encode
-from mochi_tune.parallel.collectives import even_shares
 from mochi_tune.parallel.context import apply_context_parallel
-from mochi_tune.parallel.decode import decode_share
+from mochi_tune.parallel.decode import decode_rounds, share_of
 from mochi_tune.parallel.forecast_context import possible_splits
 from mochi_tune.parallel.mesh import Layout, Mesh, possible_layouts
 from mochi_tune.sampling.render import Setup, choose_guide, prepare_dit
@@ -203,10 +202,11 @@ def check_processes(reference: WeightsFolder, device: torch.device, dtype: str) 
     io = load_file(reference.path / "vae_io.safetensors")
     if num_ranks <= io["lat"].shape[2]:
         assert dist.group.WORLD is not None, "called as one of several processes"
-        mine = decode_share(reference.load_decoder(device, DTYPES[dtype]), io["lat"], dist.group.WORLD)
-        counts = [TEMPORAL_FACTOR * n for n in even_shares(io["lat"].shape[2], num_ranks)]
-        counts[0] -= TEMPORAL_FACTOR - 1
-        expected = io["decoded_raw"].split(counts, dim=2)[dist.get_rank()]
+        rounds = decode_rounds(reference.load_decoder(device, DTYPES[dtype]), io["lat"], dist.group.WORLD)
+        mine, num_latent_frames = torch.cat(list(rounds), dim=2), io["lat"].shape[2]
+        parts = io["decoded_raw"].split([1, *[TEMPORAL_FACTOR] * (num_latent_frames - 1)], dim=2)
+        numbers = share_of(dist.get_rank(), num_ranks, num_latent_frames)
+        expected = torch.cat([parts[number] for number in numbers if number is not None], dim=2)
         error = relative_error(mine, expected, io["decoded_raw"].abs().max().item())
         yield Check("decoder: split over processes", over_ranks(error), TOLERANCE[dtype])
 

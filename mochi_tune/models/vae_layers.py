@@ -18,11 +18,46 @@ from mochi_tune.models.layers import at_least_fp32
 NORM_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 
 
-class FrameCache:
-    """Holds the last two frames of the previous chunk for each layer. Each clip needs a new cache."""
+class HostFrames:
+    """Frames by layer in host memory, for caches that wait in turn; reading them copies them to their device.
+
+    The copies are queued like kernels. The host does not wait for them, and never reads the pinned buffers itself.
+    """
 
     def __init__(self) -> None:
-        self._past: dict[nn.Module, Tensor] = {}
+        self._buffers: dict[nn.Module, tuple[Tensor, torch.device]] = {}
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._buffers
+
+    def __getitem__(self, layer: nn.Module) -> Tensor:
+        buffer, device = self._buffers[layer]
+        return buffer.to(device, non_blocking=True, copy=True)
+
+    def __setitem__(self, layer: nn.Module, frames: Tensor) -> None:
+        if layer not in self._buffers:
+            is_pinned = frames.device.type == "cuda"
+            self._buffers[layer] = torch.empty_like(frames, device="cpu", pin_memory=is_pinned), frames.device
+        self._buffers[layer][0].copy_(frames, non_blocking=True)
+
+
+def newest_frames(past: Tensor, x: Tensor) -> Tensor:
+    """Returns the last two frames of the chunk x, or, if it has one frame, that frame and the one before it.
+
+    It is a copy, because a view would keep the whole chunk in memory.
+    """
+    return (x[:, :, -2:] if x.shape[2] > 1 else torch.cat([past[:, :, -1:], x], dim=2)).clone()
+
+
+class FrameCache:
+    """Holds the last two frames of the previous chunk for each layer. Each clip needs a new cache.
+
+    Args:
+        past: where the frames are held; None: on their device.
+    """
+
+    def __init__(self, past: dict[nn.Module, Tensor] | HostFrames | None = None) -> None:
+        self._past = {} if past is None else past
         self._begun: set[nn.Module] = set()
 
     def previous_frames(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -31,9 +66,7 @@ class FrameCache:
         For the first chunk of a clip, it returns the first frame twice.
         """
         past = self._past[layer] if layer in self._past else x[:, :, :1].expand(-1, -1, 2, -1, -1)
-        # A copy, because a view would keep the whole chunk in memory.
-        newest = x[:, :, -2:] if x.shape[2] > 1 else torch.cat([past[:, :, -1:], x], dim=2)
-        self._past[layer] = newest.clone()
+        self._past[layer] = newest_frames(past, x)
         return past
 
     def is_first_chunk(self, layer: nn.Module) -> bool:

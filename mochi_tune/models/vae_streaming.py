@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mochi_tune.errors import ConfigError
 from mochi_tune.models.latents import SPATIAL_FACTOR, TEMPORAL_FACTOR
@@ -21,6 +21,7 @@ from mochi_tune.models.vae import (
     ResBlock,
     pixels_to_frames,
 )
+from mochi_tune.models.vae_layers import HostFrames
 
 # Number of tiles over rows and over columns.
 Tiles = tuple[int, int]
@@ -106,14 +107,14 @@ def decode_chunks(
         tiles: as for `decode_tiled`; only WHOLE is exact.
     """
     device = decoder.output_proj.weight.device
-    caches = new_frame_caches(tiles)
+    caches = [FrameCache(frames) for frames in frames_by_tile(tiles)]
     for part in vae_latents.split(chunk_latent_frames, dim=2):
         yield pixels_to_frames(decode_tiled(decoder, part.to(device), tiles, caches)).cpu()
 
 
-def new_frame_caches(tiles: Tiles) -> list[FrameCache]:
-    """Returns one empty cache for each tile."""
-    return [FrameCache() for _ in range(math.prod(tiles))]
+def frames_by_tile(tiles: Tiles) -> list[dict[nn.Module, Tensor] | HostFrames]:
+    """Returns where the cache of each tile holds its frames: in host memory, if there are others that it waits for."""
+    return [{} if tiles == WHOLE else HostFrames() for _ in range(math.prod(tiles))]
 
 
 def decode_tiled(

@@ -190,15 +190,20 @@ class Mesh:
         return int(numbers.item())
 
     def gather_parts(self, part: Tensor) -> Iterator[Tensor]:
-        """Yields the parts (F', H, W, 3) of all ranks of a video in order on the rank that writes it; else nothing."""
+        """Yields the parts (F', H, W, 3) of all ranks of a video in order on the rank that writes it; else nothing.
+
+        Parts without frames are not yielded.
+        """
         group = self.video_group
         counts = [0] * dist.get_world_size(group)
         dist.all_gather_object(counts, len(part), group=group)
         if not self.is_writer:
-            dist.send(part.contiguous(), group_dst=0, group=group)
+            if len(part):
+                dist.send(part.contiguous(), group_dst=0, group=group)
             return
-        yield part
-        for sender, count in enumerate(counts[1:], 1):
-            received = part.new_empty(count, *part.shape[1:])
+        if len(part):
+            yield part
+        for sender in (rank for rank, count in enumerate(counts) if rank and count):
+            received = part.new_empty(counts[sender], *part.shape[1:])
             dist.recv(received, group_src=sender, group=group)
             yield received

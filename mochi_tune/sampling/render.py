@@ -19,7 +19,7 @@ from mochi_tune.models.vae import Decoder, pixels_to_frames
 from mochi_tune.models.vae_streaming import WHOLE, Tiles, decode_chunks
 from mochi_tune.parallel.compilation import apply_compilation
 from mochi_tune.parallel.context import apply_context_parallel
-from mochi_tune.parallel.decode import decode_share
+from mochi_tune.parallel.decode import decode_rounds
 from mochi_tune.parallel.memory import (
     PRECISIONS,
     RESIDENCIES,
@@ -187,8 +187,8 @@ class SplitGuidance:
 def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None, tiles: Tiles = WHOLE) -> Iterator[Tensor]:
     """Decodes one video; yields uint8 frames (F', H, W, 3) in order in the process that writes it, else nothing.
 
-    The processes of a video each decode a part of its time. If there is one process, or if there are more processes
-    than latent frames, one process decodes chunk by chunk.
+    The processes of a video decode it in rounds of one latent frame each. If there is one process, or if there are
+    more processes than latent frames, one process decodes chunk by chunk.
 
     Args:
         decoder: the decoder on this process's device.
@@ -201,5 +201,5 @@ def decoded_frames(decoder: Decoder, latents: Tensor, mesh: Mesh | None, tiles: 
         if mesh is None or mesh.is_writer:
             yield from (chunk[0] for chunk in decode_chunks(decoder, vae_latents, tiles=tiles))
         return
-    share = decode_share(decoder, vae_latents, mesh.video_group, tiles)
-    yield from mesh.gather_parts(pixels_to_frames(share)[0].cpu())
+    for part in decode_rounds(decoder, vae_latents, mesh.video_group, tiles):
+        yield from mesh.gather_parts(pixels_to_frames(part)[0].cpu())

@@ -10,7 +10,8 @@ import mochi_tune
 from mochi_tune.errors import ConfigError
 from mochi_tune.models import vae_streaming
 from mochi_tune.models.vae import frames_to_pixels, pixels_to_frames
-from mochi_tune.models.vae_streaming import check_tiles, decode_chunks, decode_tiled, encode
+from mochi_tune.models.vae_layers import HostFrames
+from mochi_tune.models.vae_streaming import WHOLE, check_tiles, decode_chunks, decode_tiled, encode, frames_by_tile
 from mochi_tune.toy.world import draw_clips, split_words
 from mochi_tune.training.draws import keyed_generator
 from mochi_tune.weights.folder import WeightsFolder
@@ -63,6 +64,8 @@ def test_tiles_in_chunks_are_the_tiles_of_the_whole_clip(decoder, tiles):
     latents = torch.randn(1, 12, 2, 13, 22, generator=torch.Generator().manual_seed(1))
     pixels = decode_tiled(decoder, latents, tiles)
     assert pixels.shape == (1, 3, 7, 104, 176)
+    # The tile that is decoded does not share the device with the frames that the others wait for.
+    assert all(isinstance(frames, HostFrames) for frames in frames_by_tile(tiles))
     decoded = torch.cat(list(decode_chunks(decoder, latents, tiles=tiles)), dim=1)
     # TOLERANCE, in levels (127.5 per unit), is the share of values that are this close to a boundary on either side.
     share = 2 * 127.5 * TOLERANCE * pixels.abs().max().item()
@@ -79,6 +82,18 @@ def test_tiles_of_a_trained_decoder_are_off_by_what_the_docs_say():
     whole, tiled = (decode_tiled(decoder, mean, tiles).clamp(-1, 1) for tiles in ((1, 1), (2, 2)))
     error = (tiled - whole) * 127.5
     assert 1.4 < error.square().mean().sqrt() < 1.8 and 15 < error.abs().max() < 25
+
+
+@torch.no_grad()
+def test_frames_in_host_memory_are_those_that_were_put_there():
+    layer, frames = torch.nn.Identity(), torch.randn(1, 2, 3, 4, 5).movedim(-1, 1)
+    held, [whole] = HostFrames(), frames_by_tile(WHOLE)
+    assert layer not in held and whole == {}
+    held[layer] = frames
+    read = held[layer]
+    assert read.stride() == frames.stride()
+    held[layer] = frames + 1
+    assert torch.equal(read, frames) and torch.equal(held[layer], frames + 1), "what is read is a copy"
 
 
 def test_tiles_that_do_not_fit_are_refused():
