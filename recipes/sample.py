@@ -1,8 +1,10 @@
 """Renders prompts to videos, with or without adapters, on one or more devices. T5, DiT and VAE take turns."""
 
+import contextlib
+import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import switch_adapters
 from mochi_tune.adapters.scaling import AdapterScaling
 from mochi_tune.config.load import RunConfig
-from mochi_tune.errors import CheckpointError, counted, printable
-from mochi_tune.files import make_writable_folder
+from mochi_tune.errors import CheckpointError, MochiTuneError, counted, printable
+from mochi_tune.files import make_writable_folder, move_to_free_name
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.vae_streaming import WHOLE
 from mochi_tune.parallel.forecast import decoding_held, encoding_held
@@ -25,7 +27,7 @@ from mochi_tune.parallel.mesh import Mesh
 from mochi_tune.recipes.sample_plan import RenderPlan, check, choose_residency, lost_tails, pays_to_compile
 from mochi_tune.recipes.start_video import Start, encode_starts, start_of, starts_of
 from mochi_tune.sampling.prompt_cache import PromptCache
-from mochi_tune.sampling.record import Usage, file_metadata, noise_of, save_latents, save_settings
+from mochi_tune.sampling.record import Sampled, Usage, describe, file_metadata, noise_of, save_latents, save_settings
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, follow_schedules, prepare_dit
 from mochi_tune.sampling.requests import Request
 from mochi_tune.sampling.sampler import add_noise, sample_latents
@@ -49,13 +51,17 @@ def main(config: RunConfig) -> Iterator[Path]:
     plan, device, dtype = check(config, num_processes), find_device(config.device), DTYPES[config.model.dtype]
     if num_processes > 1:
         check_agreement(plan.shared_facts())
-    for line in lost_tails(plan):
-        write_line(line)
     prompt_cache = Path(config.sample.prompt_cache).expanduser()
     for folder in {prompt_cache, *(request.video.parent for request in plan.requests)}:
         make_writable_folder(folder)
     setup, mine = set_up(config, plan, device, num_processes)
     usage = Usage(device, write_line)
+    if plan.saved is not None:
+        write_line(f"nothing is sampled: {config.sample.latents} is decoded")
+        yield from write_videos(plan, config, [plan.saved], setup, usage)
+        return
+    for line in lost_tails(plan):
+        write_line(line)
     write_line("; ".join(map(str, plan.adapters)) or "no adapter: the base")
     if num_processes > 1:
         write_line(f"{num_processes} processes: {plan.layout.in_words}")
@@ -63,25 +69,25 @@ def main(config: RunConfig) -> Iterator[Path]:
     with usage.stage("text"):
         features = encode_prompts(plan, device, dtype, prompt_cache)
     encoded = encode_init_videos(plan, config, device, usage)
-    latents: list[dict[str, Tensor]] = []
+    finished: list[Sampled] = []
     trouble: Exception | None = None
     stopped_by = 0
     try:
         with usage.stage("sample", plan.held(setup.residency, dtype.itemsize)):
-            stopped_by = render(plan, mine, (features, encoded), setup, latents)
+            stopped_by = render(plan, mine, (features, encoded), setup, finished)
     except Exception as error:
         # With several processes, the others would wait for this one in the decoder.
-        if num_processes > 1 or not latents:
+        if num_processes > 1 or not finished:
             raise
         trouble = error
-        write_line(f"video {len(latents) + 1} of {len(mine)} failed; the ones before it are written, then the error")
+        write_line(f"video {len(finished) + 1} of {len(mine)} failed; the ones before it are written, then the error")
         # The frames of the error keep the model alive.
         traceback.clear_frames(error.__traceback__)
         free_memory()
-    yield from write_videos(plan, config, list(zip(mine, latents, strict=False)), setup, encoded, usage)
+    yield from write_videos(plan, config, finished, setup, usage)
     if trouble is not None:
         raise trouble
-    if len(latents) < len(mine):
+    if len(finished) < len(mine):
         raise KeyboardInterrupt(128 + stopped_by)
 
 
@@ -97,6 +103,8 @@ def set_up(
     if num_processes > 1:
         mesh = Mesh(plan.layout, device, parallel.timeout_seconds, parallel.check_inputs)
         mine = mine[mesh.data_rank :: plan.layout.data]
+    if plan.saved is not None:
+        return Setup(device, DTYPES[config.model.dtype], mesh=mesh), mine
     residency, compiles = choose_residency(config, plan, device), config.sample.compile
     if compiles is None:
         compiles = device.type == "cuda" and pays_to_compile(residency, mine, len(plan.variants))
@@ -106,39 +114,77 @@ def set_up(
 def write_videos(
     plan: RenderPlan,
     config: RunConfig,
-    finished: list[tuple[Request, dict[str, Tensor]]],
+    finished: Sequence[Sampled],
     setup: Setup,
-    encoded: dict[Start, Encoded],
     usage: Usage,
 ) -> Iterator[Path]:
-    """Decodes the latents of this process's requests by variant; yields each video when it is written."""
+    """Decodes what this process has sampled; yields each video when it is written. An error leaves the latents."""
     rows, columns = config.memory.tiles or WHOLE
     largest, mesh = max(plan.requests, key=lambda request: request.height * request.width), setup.mesh
     held = decoding_held(largest.height, largest.width, rows * columns, setup.dtype.itemsize)
-    with usage.stage("decode", held):
+    left = list(finished)
+    with naming_latents(left), usage.stage("decode", held):
         decoder = plan.weights.load_decoder(setup.device, setup.dtype)
-        for request, states in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
-            variants = [decoded_frames(decoder, state, mesh, (rows, columns)) for state in states.values()]
+        for each in tqdm(finished, "decode", leave=False, disable=not PartialState().is_main_process):
+            variants = [decoded_frames(decoder, state, mesh, (rows, columns)) for state in each.states.values()]
             if mesh is not None and len(variants) > 1:
                 # Decoding is collective: interleaving the chunks of two videos would deadlock.
                 variants = [iter(list(frames)) for frames in variants]
             chunks = side_by_side(variants)
             if mesh is not None and not mesh.is_writer:
                 assert not list(chunks), "only the writer has frames"
+                left.pop(0)
                 continue
-            # Another process may have taken the name in the meantime; the other files follow the final name.
-            common = plan.common | {"weights": plan.fingerprints} | describe_start(request, plan, encoded)
-            metadata = file_metadata(request, common) if config.sample.metadata else {}
-            video = write_video(request.video, chunks, may_replace=False, encoding=request.encoding, metadata=metadata)
-            request = replace(request, video=video)
+            request, metadata = each.request, file_metadata(each.record) if config.sample.metadata else {}
+            video = write_video(
+                request.video,
+                chunks,
+                may_replace=False,
+                fps=request.fps,
+                encoding=request.encoding,
+                metadata=metadata,
+            )
+            left.pop(0)
             try:
-                if config.sample.save_latents:
-                    save_latents(request, states)
-                save_settings(request, common, usage)
+                if plan.saved is None:
+                    settle_latents(each, video, config.sample.save_latents)
+                save_settings(replace(request, video=video), each.record, usage)
             except OSError as error:
-                left = f"{error.strerror}; {video} is complete, but was written without its settings"
-                raise OSError(error.errno, left, error.filename) from error
-            yield request.video
+                lost = f"{error.strerror}; {video} is complete, but was written without its settings"
+                raise OSError(error.errno, lost, error.filename) from error
+            yield video
+
+
+def settle_latents(each: Sampled, video: Path, are_wanted: bool) -> None:
+    """Removes the latents of a complete video, or names them as the video if another process took its name."""
+    if not are_wanted:
+        if each.latents is not None:
+            each.latents.unlink(missing_ok=True)
+    elif each.latents is None:
+        save_latents(video.with_suffix(".safetensors"), each.states, each.record)
+    elif each.latents.stem != video.stem:
+        move_to_free_name(each.latents, video.with_suffix(".safetensors"))
+
+
+@contextlib.contextmanager
+def naming_latents(left: Sequence[Sampled]) -> Iterator[None]:
+    """Adds to an error which latents are kept, and how to decode them.
+
+    Args:
+        left: what is not written yet when the error is raised.
+    """
+    try:
+        yield
+    except (OSError, MochiTuneError) as error:
+        files = [each.latents for each in left if each.latents is not None]
+        if not files:
+            raise
+        whose = "the latents" if len(files) == 1 else f"the latents of {len(files)} videos"
+        again = "the same command" if len(files) == 1 else "for each of them the same command"
+        kept = f"{whose} are kept: {again} with {shlex.quote(f'latents={files[0]}')} only decodes"
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{error.strerror} ({kept})", error.filename) from error
+        raise type(error)(f"{str(error).removesuffix('.')}; {kept}.") from error
 
 
 def encode_prompts(plan: RenderPlan, device: torch.device, dtype: torch.dtype, cache_folder: Path) -> dict[str, Tensor]:
@@ -183,16 +229,16 @@ def render(
     requests: list[Request],
     inputs: tuple[dict[str, Tensor], dict[Start, Encoded]],
     setup: Setup,
-    finished: list[dict[str, Tensor]],
+    finished: list[Sampled],
 ) -> int:
-    """Renders requests to latents; returns the signal that stopped it between two steps, 0 for none.
+    """Renders requests to latents, which it keeps on disk; returns the signal that stopped it, 0 for none.
 
     Args:
         plan: the plan of all processes.
         requests: the requests of this process.
         inputs: the features of the prompts, and the encoded init videos.
         setup: the setup of this process.
-        finished: output: the latents of each request by variant, on the CPU. An error leaves the finished ones.
+        finished: output: the sampled videos. An error leaves the finished ones.
     """
     features, encoded = inputs
     named = {f"adapter_{i}": a for i, a in enumerate(plan.adapters) if a.strength}
@@ -226,10 +272,29 @@ def render(
                             tqdm.write(f"stopped: {kept}", file=sys.stderr)
                         return stop_signal
             check_latents(request, states)
-            finished.append({variant: state.cpu() for variant, state in states.items()})
+            states = {variant: state.cpu() for variant, state in states.items()}
+            common = plan.common | {"weights": plan.fingerprints} | describe_start(request, plan, encoded)
+            sampled = Sampled(request, states, describe(request, common), request.video.with_suffix(".safetensors"))
+            finished.append(keep(sampled) if is_writer else sampled)
     del dit
     free_memory()
     return 0
+
+
+def keep(sampled: Sampled) -> Sampled:
+    """Writes the latents of a video next to its place, so that an error while it is decoded does not lose them.
+
+    Another process may have taken the name in the meantime; the video follows the new one.
+    """
+    assert sampled.latents is not None
+    try:
+        latents = save_latents(sampled.latents, sampled.states, sampled.record, may_replace=False)
+    except OSError as error:
+        # The video may need less room.
+        write_line(f"{error.filename}: {error.strerror}: the latents are not on disk until the video is written")
+        return replace(sampled, latents=None)
+    video = latents.with_suffix(sampled.request.video.suffix)
+    return replace(sampled, request=replace(sampled.request, video=video), latents=latents)
 
 
 def check_latents(request: Request, states: Mapping[str, Tensor]) -> None:

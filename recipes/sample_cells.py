@@ -1,13 +1,9 @@
-"""The videos of a grid or a farm: named by a hash of all that determines them, claimed and rendered by one process."""
+"""The videos of a grid or a farm: named by a hash of all that determines them, rendered by one process."""
 
 import contextlib
-import fcntl
-import glob
 import hashlib
 import itertools
 import json
-import os
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,15 +18,25 @@ from tqdm import tqdm
 from mochi_tune.adapters.lora import change_adapters, switch_adapters
 from mochi_tune.config.load import RunConfig
 from mochi_tune.errors import CheckpointError, ConfigError
-from mochi_tune.files import load_tensors, lock_file, read_json
+from mochi_tune.files import load_tensors, read_json
 from mochi_tune.models.device import DTYPES, find_device, free_memory
 from mochi_tune.models.vae_streaming import WHOLE
 from mochi_tune.parallel.memory import PRECISIONS
 from mochi_tune.recipes.sample import check_latents, encode_prompts, write_line
+from mochi_tune.recipes.sample_claims import claimed
 from mochi_tune.recipes.sample_plan import RenderPlan, check_each, choose_residency
 from mochi_tune.sampling.formats import is_file_name
 from mochi_tune.sampling.prompt_cache import PromptCache
-from mochi_tune.sampling.record import Usage, determinants, file_metadata, noise_of, save_latents, save_settings
+from mochi_tune.sampling.record import (
+    Usage,
+    describe,
+    determinants,
+    explain_out_of_memory,
+    file_metadata,
+    noise_of,
+    save_latents,
+    save_settings,
+)
 from mochi_tune.sampling.render import Setup, choose_guide, decoded_frames, prepare_dit
 from mochi_tune.sampling.requests import Request
 from mochi_tune.sampling.sampler import sample_latents
@@ -93,6 +99,7 @@ def check_cells(config: RunConfig) -> list[Cell]:
     for key, is_given, reason in (
         ("sample.compare", sample.compare, "compares by strengths=[0,1], with 0 for the base"),
         ("sample.compile", sample.compile, "does not compile the model"),
+        ("sample.latents", sample.latents, "samples its videos"),
         ("parallel.num_processes", is_split, "renders each video in one process"),
     ):
         if is_given:
@@ -212,49 +219,6 @@ def has_latents(cell: Cell) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def claimed(cell: Cell) -> Iterator[bool]:
-    """Claims a cell for the duration of the block; yields False if another process has claimed it.
-
-    The claim is a file lock, which the system releases when a process dies. Temporary files of such a process are
-    removed. On a disk without locks every claim succeeds.
-    """
-    video = cell.request.video
-    path = video.with_name(f".{video.name}.claim")
-    while True:
-        with open(path, "ab") as file:
-            try:
-                is_locked = lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            if not _is_still(path, file.fileno()):
-                # The process that held the lock removed the file after it was opened here.
-                continue
-            if is_locked:
-                for left in video.parent.glob(f".{glob.escape(video.stem)}.*.tmp"):
-                    left.unlink()
-            try:
-                yield True
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def has_locks(folder: Path) -> bool:
-    """Whether a folder's disk supports the file locks of claims."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    """Whether an open file is still the one at its path."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 class CellRenderer:
     """Samples and decodes cells one at a time; holds one model at a time, loaded when a cell needs it.
 
@@ -273,6 +237,7 @@ class CellRenderer:
         self._residency = ""
         self._part, self._model, self._applied = "", None, None
 
+    @explain_out_of_memory("text")
     def encode(self, requests: Sequence[Request]) -> dict[str, Tensor]:
         """Returns the features of the prompts of requests, from the prompt cache or by T5."""
         plan = replace(self._plan, requests=list(requests))
@@ -287,6 +252,7 @@ class CellRenderer:
             self._residency = choose_residency(self._config, self._plan, self._device)
         return self._residency
 
+    @explain_out_of_memory("sample")
     def sample(
         self, cell: Cell, features: dict[str, Tensor], label: str, is_stopped: Callable[[], object] = bool
     ) -> None:
@@ -315,16 +281,17 @@ class CellRenderer:
             if is_stopped():
                 raise Interrupted
         check_latents(request, {"adapted": latents})
-        save_latents(request, {"adapted": latents.cpu()})
+        save_latents(cell.latents, {"adapted": latents.cpu()}, describe(request, cell.common))
 
+    @explain_out_of_memory("decode")
     def decode(self, cell: Cell) -> None:
         """Decodes the latents of a cell; its video appears when it is complete, then its settings."""
         request, tiles = cell.request, self._config.memory.tiles or WHOLE
-        latents = load_tensors(cell.latents)["latents"]
-        metadata = file_metadata(request, cell.common) if self._config.sample.metadata else {}
+        latents, record = load_tensors(cell.latents)["latents"], describe(request, cell.common)
+        metadata = file_metadata(record) if self._config.sample.metadata else {}
         frames = decoded_frames(self._load("decoder"), latents, None, (tiles[0], tiles[1]))
-        write_video(request.video, frames, encoding=request.encoding, metadata=metadata)
-        save_settings(request, cell.common, self.usage)
+        write_video(request.video, frames, fps=request.fps, encoding=request.encoding, metadata=metadata)
+        save_settings(request, record, self.usage)
         if not cell.keeps_latents:
             cell.latents.unlink()
 
@@ -368,7 +335,7 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
         with usage.stage("sample", held), StopSignal() as stop:
             for number, cell in enumerate(unsampled, 1):
                 try:
-                    with claimed(cell) as is_mine:
+                    with claimed(cell.request.video) as is_mine:
                         if is_mine and not (is_done(cell) or has_latents(cell)):
                             renderer.sample(cell, features, f"{number}/{len(unsampled)}", lambda: stop.received)
                 except Interrupted:
@@ -385,7 +352,7 @@ def render_here(config: RunConfig, cells: Sequence[Cell]) -> Iterator[Path]:
                     break
     with usage.stage("decode"):
         for cell in tqdm(cells, "decode", leave=False):
-            with claimed(cell) as is_mine:
+            with claimed(cell.request.video) as is_mine:
                 is_due = is_mine and not is_done(cell) and has_latents(cell)
                 if is_due:
                     renderer.decode(cell)

@@ -15,7 +15,8 @@ from mochi_tune.errors import ConfigError, counted
 from mochi_tune.files import make_writable_folder
 from mochi_tune.recipes.grid_page import GridCell, write_grid_page
 from mochi_tune.recipes.sample import write_line
-from mochi_tune.recipes.sample_cells import Cell, check_cells, has_locks, is_done, is_farm, render_here
+from mochi_tune.recipes.sample_cells import Cell, check_cells, is_done, is_farm, render_here
+from mochi_tune.recipes.sample_claims import has_locks
 from mochi_tune.recipes.sample_plan import lost_tails
 from mochi_tune.sampling.grid_video import Row, is_legible, write_grid_video
 from mochi_tune.sampling.requests import Request
@@ -77,7 +78,7 @@ def write_views(folder: Path, cells: Sequence[Cell]) -> Iterator[Path]:
     lines = [Row(f"{row}\n{prompt}".strip(), videos) for (prompt, row), videos in rows.items()]
     try:
         if len(cells) <= MOST_IN_A_VIDEO and is_legible(len(rows), len(columns)):
-            yield write_grid_video(folder, lines, columns)
+            yield write_grid_video(folder, lines, columns, cells[0].request.fps)
         else:
             write_line(f"no grid.mp4 of {len(cells)} videos, which would be too small to see; the page has them all")
     finally:

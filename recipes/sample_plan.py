@@ -12,6 +12,7 @@ from mochi_tune.adapters.lora import all_linear_shapes
 from mochi_tune.config.load import RunConfig, weights_paths
 from mochi_tune.config.sample import SampleConfig
 from mochi_tune.errors import ConfigError
+from mochi_tune.files import file_sha256
 from mochi_tune.models.device import DTYPES
 from mochi_tune.models.latents import num_visual_tokens
 from mochi_tune.models.text_encoder import MAX_TOKENS, may_be_cut, measure_caption
@@ -22,7 +23,8 @@ from mochi_tune.parallel.memory import PRECISIONS, SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Videos, choose_layout
 from mochi_tune.recipes.start_video import check_starts, starts_of
 from mochi_tune.sampling.adapters import RenderAdapter, load_render_adapters
-from mochi_tune.sampling.requests import Request, read_requests
+from mochi_tune.sampling.record import Sampled, read_latents
+from mochi_tune.sampling.requests import Request, read_requests, request_of_latents
 from mochi_tune.sampling.strengths import check_schedules
 from mochi_tune.training.memory_plan import describe, fits
 from mochi_tune.weights.folder import WeightsFolder
@@ -31,6 +33,8 @@ from mochi_tune.weights.folder import WeightsFolder
 PARTS, COMMON = ("dit", "decoder"), ("adapters", "dtype", "memory", "layout")
 # Seconds that compiling 8-bit blocks saves per pass and visual token, and seconds that compiling takes.
 COMPILED_SAVES, COMPILE_SECONDS = 15e-6, 40.0
+# Entries of the .json next to a video that are not about its latents.
+OF_THE_FILE = ("encoding", "device", "seconds", "peak_gib")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class RenderPlan:
         layout: how the processes share the work.
         common: settings of all videos, for the .json files next to them.
         start_sums: sha256 of each file that a video starts from.
+        saved: the latents of `sample.latents`, which are only decoded.
     """
 
     weights: WeightsFolder
@@ -56,12 +61,17 @@ class RenderPlan:
     layout: Layout
     common: dict[str, Any]
     start_sums: dict[Path, str]
+    saved: Sampled | None = None
 
     def shared_facts(self) -> dict[str, object]:
         """Returns what must be equal on all processes, by its name in errors; reads samples of the weights."""
         facts: dict[str, object] = {
-            f"the files of the {part} in model.weights": self.fingerprints[part] for part in PARTS
+            f"the files of the {part} in model.weights": self.fingerprints[part]
+            for part in PARTS
+            if part in self.fingerprints
         }
+        if self.saved is not None:
+            facts["the file sample.latents"] = self.saved.record["latents"]["sha256"]
         facts |= {f"the adapter {each['file']}": each["sha256"] for each in self.common["adapters"]}
         requests = [asdict(replace(request, video=Path())) for request in self.requests]
         return facts | {f"the setting {key}": str(self.common[key]) for key in COMMON} | {"the requests": str(requests)}
@@ -70,6 +80,7 @@ class RenderPlan:
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the weights that are used, by part; reads samples of large files, once."""
         parts = ["text_encoder", "dit", "decoder", *(["encoder"] if self.start_sums else [])]
+        parts = parts if self.saved is None else ["decoder"]
         return {part: self.weights.fingerprint(part) for part in parts}
 
     @property
@@ -90,8 +101,31 @@ def check(config: RunConfig, num_processes: int) -> RenderPlan:
     Raises:
         MochiTuneError: anything does not fit.
     """
+    if config.sample.latents is not None:
+        return _check_saved(config, num_processes)
     [plan] = check_each(config, [config.sample], num_processes)
     return plan
+
+
+def _check_saved(config: RunConfig, num_processes: int) -> RenderPlan:
+    """Returns the plan that only decodes `sample.latents`, by all processes together; checks only the decoder."""
+    source, weights = Path(str(config.sample.latents)), WeightsFolder(weights_paths(config))
+    states, told = read_latents(source)
+    shape = next(iter(states.values())).shape
+    request = request_of_latents(config.sample, shape, told)
+    if config.memory.tiles is not None:
+        check_tiles(config.memory.tiles, request.height, request.width)
+    weights.check(["decoder"])
+    layout, variants = Layout(context=num_processes), list(states)
+    own = {"adapters": [], "dtype": config.model.dtype, "memory": config.memory.model_dump(), "layout": asdict(layout)}
+    # What decoding changes; the rest is as the video was sampled.
+    size = {key: getattr(request, key) for key in ("prompt", "num_frames", "height", "width", "fps")}
+    latents = {"file": str(source), "sha256": file_sha256(source), "decoded_in": config.model.dtype}
+    made = {"weights": told.get("weights", {}) | {"decoder": weights.fingerprint("decoder")}, "latents": latents}
+    made["memory"] = told.get("memory", {}) | {"tiles": config.memory.tiles}
+    record = {key: value for key, value in told.items() if key not in OF_THE_FILE} | size | made
+    saved = Sampled(request, states, record)
+    return RenderPlan(weights, [request], [], variants, num_tokens(request), layout, own, {}, saved)
 
 
 def check_each(config: RunConfig, samples: Sequence[SampleConfig], num_processes: int) -> list[RenderPlan]:

@@ -15,7 +15,8 @@ from mochi_tune.config.load import RunConfig
 from mochi_tune.data_prep.ray_pool import RayPool
 from mochi_tune.errors import ParallelError
 from mochi_tune.models.device import find_device
-from mochi_tune.recipes.sample_cells import Cell, CellRenderer, check_cells, claimed, has_latents, is_done
+from mochi_tune.recipes.sample_cells import Cell, CellRenderer, check_cells, has_latents, is_done
+from mochi_tune.recipes.sample_claims import claimed
 from mochi_tune.sampling.record import Usage
 
 PARTS = ("text_encoder", "dit", "decoder")
@@ -118,7 +119,7 @@ class RenderWorker:
         if task.stage == "text":
             renderer.encode([cell.request])
             return True
-        with claimed(cell) as is_mine:
+        with claimed(cell.request.video) as is_mine:
             if not is_mine or is_done(cell):
                 return False
             if task.stage == "sample" and not has_latents(cell):

@@ -115,8 +115,7 @@ def main(arguments: list[str] | None = None, recipe: Callable[..., int] | None =
         # Importing torch only to name its exception would slow down every start.
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        advice = "use memory=16gb or memory=12gb, or lower data.num_frames, data.height, data.width or train.batch_size"
-        print(f"{me}: the GPU is out of memory ({str(error).split('. ')[0]}): {advice}.", file=sys.stderr)
+        print(f"{me}: the GPU is out of memory ({str(error).split('. ')[0]}): {advise(arguments)}.", file=sys.stderr)
         sys.exit(USERS_MISTAKE)
     except KeyboardInterrupt as stop:
         is_run = arguments[:1] == ["train"] and STARTED_HERE not in os.environ
@@ -132,6 +131,15 @@ def describe_trouble(error: OSError) -> str | None:
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     what = "no process can be started" if error.errno == errno.EAGAIN else what
     return f"{printable(' '.join(what.split()))}: {advice}."
+
+
+def advise(arguments: list[str]) -> str:
+    """Returns what to change if a verb ran out of memory in a place that does not say so itself."""
+    if arguments[:1] == ["sample"]:
+        return (
+            "use memory=16gb, or lower sample.num_frames, sample.height or sample.width; to decode, memory.tiles=[2,2]"
+        )
+    return "use memory=16gb or memory=12gb, or lower data.num_frames, data.height, data.width or train.batch_size"
 
 
 def run(arguments: list[str], recipe: Callable[..., int] | None = None) -> int:

@@ -91,6 +91,9 @@ class SampleConfig(Section):
         "format of videos; png: a folder of images for each; null: by the suffix of out, else png for one frame and "
         "mp4",
     )
+    fps: Annotated[Number, Field(ge=1, le=120)] = setting(
+        30.0, "frames per second of videos; 30: Mochi's rate; 24: for an adapter of clips of 24 that were retimed"
+    )
     codec: Literal["h264", "hevc", "av1", "vp9"] | None = setting(
         None, "mp4: h264, hevc or av1; webm: vp9 or av1; null: the first of these"
     )
@@ -103,7 +106,10 @@ class SampleConfig(Section):
     prompt_cache: Name = setting(
         "~/.cache/mochi_tune/prompts", "folder of the prompts' T5 features, at most 4 MB per prompt"
     )
-    save_latents: bool = setting(False, "true: writes the latents next to the video as .safetensors")
+    save_latents: bool = setting(False, "true: keeps the latents next to the video as .safetensors")
+    latents: FileName | None = setting(
+        None, "file of latents that `sample` has kept: only decodes it, without its prompt, T5 and the DiT"
+    )
     compile: bool | None = setting(
         None, "true: compiles the DiT's blocks, a minute once, for faster steps; null: on a GPU, if it saves time"
     )

@@ -41,6 +41,11 @@ def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, in
     return LATENT_CHANNELS, num_latent_frames(num_frames), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
+def video_size(num_latent_frames: int, rows: int, columns: int) -> tuple[int, int, int]:
+    """Returns the frames, the height and the width in pixels of the video of latents (…, T, h, w)."""
+    return (num_latent_frames - 1) * TEMPORAL_FACTOR + 1, rows * SPATIAL_FACTOR, columns * SPATIAL_FACTOR
+
+
 def num_visual_tokens(num_frames: int, height: int, width: int) -> int:
     """Returns the number of the DiT's visual tokens of a clip of `num_frames` frames of `height` x `width` pixels."""
     return num_latent_frames(num_frames) * height * width // TOKEN_PIXELS**2

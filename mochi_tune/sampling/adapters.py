@@ -103,7 +103,8 @@ def check_has_adapter(sample: SampleConfig, run_dir: Path) -> None:
     Raises:
         CheckpointError: there is no adapter; the message says how to render the base.
     """
-    if sample.adapter is not None or sample.checkpoints is not None or (run_dir / "adapter.safetensors").exists():
+    is_named = sample.adapter is not None or sample.checkpoints is not None
+    if is_named or sample.latents is not None or (run_dir / "adapter.safetensors").exists():
         return
     missing = f"{run_dir} has no adapter.safetensors" if run_dir.is_dir() else f"there is no folder {run_dir}"
     raise CheckpointError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mochi_tune.models.latents import FPS
 from mochi_tune.sampling.formats import MP4, PNG
 from mochi_tune.sampling.video import write_video
 
@@ -37,7 +38,7 @@ def is_legible(num_rows: int, num_columns: int) -> bool:
     return min(_room(num_rows, num_columns)) >= MIN_TILE
 
 
-def write_grid_video(folder: Path, rows: Sequence[Row], columns: Sequence[str]) -> Path:
+def write_grid_video(folder: Path, rows: Sequence[Row], columns: Sequence[str], fps: float = FPS) -> Path:
     """Writes grid.mp4, or grid.png if no video has a second frame; an existing file is replaced.
 
     Shorter videos stay at their last frame. Large grids are scaled down, so that players can decode them.
@@ -46,6 +47,7 @@ def write_grid_video(folder: Path, rows: Sequence[Row], columns: Sequence[str]) 
         folder: folder of the new file.
         rows: the rows from top to bottom.
         columns: texts above the columns.
+        fps: frames per second.
     """
     from PIL import Image
 
@@ -71,7 +73,7 @@ def write_grid_video(folder: Path, rows: Sequence[Row], columns: Sequence[str]) 
     second = next(frames, None)
     if second is None:
         return write_video(folder / "grid.png", [first], encoding=PNG)
-    return write_video(folder / "grid.mp4", _chain([first, second], frames), encoding=MP4)
+    return write_video(folder / "grid.mp4", _chain([first, second], frames), fps=fps, encoding=MP4)
 
 
 def frames_of(path: Path) -> Iterator[Any]:

@@ -17,7 +17,7 @@ PALETTE_FRAMES = 16
 PALETTE_COLOURS = 255
 
 
-def write_pictures(path: Path, frames: Iterable[Tensor], kind: str, fps: int, metadata: Mapping[str, str]) -> None:
+def write_pictures(path: Path, frames: Iterable[Tensor], kind: str, fps: float, metadata: Mapping[str, str]) -> None:
     """Writes uint8 frames (H, W, 3).
 
     Args:
@@ -45,7 +45,7 @@ def write_pictures(path: Path, frames: Iterable[Tensor], kind: str, fps: int, me
     images[0].save(path, kind.upper(), append_images=images[1:], **options)
 
 
-def durations(num_frames: int, fps: int, tick: int) -> list[int]:
+def durations(num_frames: int, fps: float, tick: int) -> list[int]:
     """Returns the duration of each frame in milliseconds, in multiples of `tick`; rounding errors do not accumulate."""
     ends = [round(1000 * number / (fps * tick)) * tick for number in range(num_frames + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]

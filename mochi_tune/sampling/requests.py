@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mochi_tune.config.schema import DataConfig
 from mochi_tune.config.values import SEED_LIMIT
 from mochi_tune.errors import ConfigError, find_lone_surrogate
 from mochi_tune.files import read_lines
-from mochi_tune.models.latents import check_geometry, num_visual_tokens
+from mochi_tune.models.latents import FPS, check_geometry, num_visual_tokens, video_size
 from mochi_tune.sampling.formats import MP4, Encoding, choose_encoding, is_file_name
 from mochi_tune.sampling.sampler import PRESETS, SamplerSettings, threshold_limit
 
@@ -60,6 +60,7 @@ class Request:
     video: Path
     init_video: Path | None = None
     encoding: Encoding = MP4
+    fps: float = FPS
 
     @property
     def is_guided(self) -> bool:
@@ -186,9 +187,56 @@ def read_requests(sample: SampleConfig, data: DataConfig, seed: int, run_dir: Pa
             suffix = "" if encoding.format == "png" and size[0] > 1 else f".{encoding.format}"
             video = paths.take(mine.prompt, number, suffix)
             requests.append(
-                Request(mine.prompt, mine.negative_prompt, number, *size, settings, video, init_video, encoding)
+                Request(
+                    mine.prompt,
+                    mine.negative_prompt,
+                    number,
+                    *size,
+                    settings,
+                    video,
+                    init_video,
+                    encoding,
+                    rate_of(mine),
+                )
             )
     return requests
+
+
+def rate_of(sample: SampleConfig) -> float:
+    """Returns the frames per second of videos; whole ones as int, as records of earlier versions have them."""
+    return int(sample.fps) if sample.fps.is_integer() else sample.fps
+
+
+def request_of_latents(sample: SampleConfig, shape: Sequence[int], record: Mapping[str, Any]) -> Request:
+    """Returns the request of a video that is decoded from the file `sample.latents`, next to it if `out` is not set.
+
+    Args:
+        sample: settings of the video's file.
+        shape: shape of its latents, (1, C, T, h, w).
+        record: what is known of how they were sampled, see `record.describe`.
+
+    Raises:
+        ConfigError: the latents have a size that is no video's, or the settings of the file do not fit or it exists.
+    """
+    assert sample.latents is not None
+    source = Path(sample.latents)
+    size = video_size(*shape[-3:])
+    try:
+        check_geometry(*size)
+        check_size(*size)
+    except ConfigError as error:
+        raise ConfigError(f"sample.latents={source}: {error}") from None
+    encoding, out = choose_encoding(sample, size[0]), Path(sample.out) if sample.out else source.parent
+    suffix = "" if encoding.format == "png" and size[0] > 1 else f".{encoding.format}"
+    if is_file_name(out):
+        _check_free(out, source)
+        video = out
+    else:
+        names = (f"{source.stem}{'' if number == 1 else f'_{number}'}" for number in itertools.count(1))
+        videos = (out / f"{name}{suffix}" for name in names)
+        video = next(v for v in videos if not v.exists() and not v.with_suffix(".json").exists())
+    told = (str(record.get("prompt", "")), str(record.get("negative_prompt", "")), 0)
+    return Request(*told, *size, PRESETS["quality"], video, None, encoding, rate_of(sample))
 
 
 def _start_of(sample: SampleConfig) -> tuple[Path | None, float]:
@@ -310,7 +358,7 @@ class _VideoPaths:
             number += 1
 
 
-def _check_free(path: Path) -> None:
+def _check_free(path: Path, own: Path | None = None) -> None:
     for taken in (path, path.with_suffix(".json"), path.with_suffix(".safetensors")):
-        if taken.exists():
+        if taken.exists() and not (own is not None and taken.samefile(own)):
             raise ConfigError(f"out={path}: {taken} exists and is never overwritten: use another name.")

@@ -27,7 +27,7 @@ def write_video(
     path: Path,
     frame_chunks: Iterable[Tensor],
     may_replace: bool = True,
-    fps: int = FPS,
+    fps: float = FPS,
     encoding: Encoding | None = None,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
@@ -37,7 +37,7 @@ def write_video(
         path: the file, with the suffix of the format, or a folder for several frames as PNG. Its parent must exist.
         frame_chunks: frames in order, with even height and width.
         may_replace: whether to replace an existing `path`; if False, the video gets a new name next to it.
-        fps: frames per second.
+        fps: frames per second, 1 to 120.
         encoding: format, codec and quality; None for the default of the suffix.
         metadata: texts for the keys "title" and "comment", stored in the file.
 
@@ -64,7 +64,7 @@ def write_video(
 
 
 def _encode(
-    path: Path, frame_chunks: Iterable[Tensor], fps: int, encoding: Encoding, metadata: Mapping[str, str]
+    path: Path, frame_chunks: Iterable[Tensor], fps: float, encoding: Encoding, metadata: Mapping[str, str]
 ) -> None:
     """Encodes each chunk in a thread while the next one is computed."""
     import av
@@ -92,10 +92,12 @@ def _encode(
         container.mux(stream.encode())
 
 
-def _open_stream(container: Any, encoding: Encoding, fps: int, chunk: Tensor) -> Any:
+def _open_stream(container: Any, encoding: Encoding, fps: float, chunk: Tensor) -> Any:
     """Adds a video stream to a file, for frames of the size of `chunk`."""
     assert encoding.codec is not None
-    stream = container.add_stream(CODECS[encoding.codec].encoder, rate=fps, options=_codec_options(encoding))
+    # 23.976 becomes 24000/1001 to a millionth.
+    rate = Fraction(fps).limit_denominator(1001)
+    stream = container.add_stream(CODECS[encoding.codec].encoder, rate=rate, options=_codec_options(encoding))
     stream.height, stream.width = chunk.shape[1:3]
     # Every player supports 4:2:0; lossless video keeps the colour of every pixel.
     stream.pix_fmt = "yuv444p" if encoding.is_lossless else "yuv420p"
@@ -103,7 +105,7 @@ def _open_stream(container: Any, encoding: Encoding, fps: int, chunk: Tensor) ->
         # QuickTime supports no other tag of HEVC.
         stream.codec_context.codec_tag = "hvc1"
     _tag(stream.codec_context)
-    stream.time_base = Fraction(1, fps)
+    stream.time_base = 1 / rate
     with keep_scheduling():
         container.start_encoding()
     return stream

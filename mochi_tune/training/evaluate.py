@@ -235,7 +235,7 @@ class EvalVideos:
         """Writes a video and its prompt; if that fails, prints a line."""
         try:
             with atomic_file(path) as temporary:
-                write_video(temporary, frames, encoding=self.encoding)
+                write_video(temporary, frames, fps=self.run.plan.config.sample.fps, encoding=self.encoding)
                 # Write the prompt first: a video that exists is not rendered again and would never get its prompt.
                 write_atomic(prompt_file(path), prompt.encode(), durable=True)
         except OSError as error:

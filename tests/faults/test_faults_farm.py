@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from mochi_tune.config.load import load_config
 from mochi_tune.errors import ConfigError
-from mochi_tune.recipes.sample_cells import check_cells, claimed, is_done
+from mochi_tune.recipes.sample_cells import check_cells, is_done
+from mochi_tune.recipes.sample_claims import claimed
 from mochi_tune.recipes.sample_grid import main as sample
 
 NUM_SHARES, NUM_VIDEOS = 4, 10
@@ -100,9 +101,9 @@ def test_a_share_that_is_killed_goes_on_and_renders_only_what_is_missing(base):
 def test_a_video_that_another_run_has_in_hand_is_left_to_it(base, capfd):
     first, *others = check_cells(config(base, "claimed", share(1)))
     first.request.video.parent.mkdir()
-    with claimed(first) as is_mine:
+    with claimed(first.request.video) as is_mine:
         assert is_mine
-        with claimed(first) as is_mine_too:
+        with claimed(first.request.video) as is_mine_too:
             assert not is_mine_too
         videos = list(sample(config(base, "claimed", "parallel.shard=1/1")))
     assert set(videos) == {cell.request.video for cell in others} - {first.request.video}
