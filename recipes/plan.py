@@ -47,7 +47,6 @@ from mochi_tune.parallel.memory import SHARD_ALONE
 from mochi_tune.parallel.mesh import Layout, Videos, choose_layout, training_layout
 from mochi_tune.sampling.requests import read_rows, sampler_settings
 from mochi_tune.training.accelerator import check_strategy
-from mochi_tune.training.checkpoint import steps_to_keep
 from mochi_tune.training.memory_plan import ARRANGEMENTS, arrange, can_stream
 from mochi_tune.training.preflight import (
     adapter_bytes,
@@ -371,7 +370,12 @@ def clip_bytes(bucket: Bucket, dit: DiTConfig, num_captions: float) -> float:
 def checkpoint_bytes(config: RunConfig, step: Step) -> int:
     """Returns the bytes of all kept checkpoints and of the finished adapter."""
     train = config.train
-    saved = {at for every in (train.checkpoint_every, train.keep_every) if every for at in range(0, train.steps, every)}
-    kept = steps_to_keep(saved - {0} | {train.steps}, train.keep_checkpoints, train.keep_every, None)
+    saved = [range(every, train.steps, every) for every in (train.checkpoint_every, train.keep_every) if every]
+    # Ranges are cut before they are listed: there may be any number of steps.
+    newest = {train.steps}.union(*(steps[-train.keep_checkpoints :] for steps in saved))
+    kept = sorted(newest)[-train.keep_checkpoints :]
+    num_kept = len(kept)
+    if train.keep_every:
+        num_kept += train.steps // train.keep_every - sum(step % train.keep_every == 0 for step in kept)
     # One more exists while it is written.
-    return step.checkpoint_bytes * (len(kept) + train.keep_best + 1) + step.adapter_bytes
+    return step.checkpoint_bytes * (num_kept + train.keep_best + 1) + step.adapter_bytes

@@ -1,5 +1,7 @@
 """The page's plan is for the GPU of this machine, or says that it does not know this GPU."""
 
+import tracemalloc
+
 import pytest
 
 from mochi_tune.config.load import load_config
@@ -49,3 +51,13 @@ def test_an_unknown_card_is_said_to_be_unknown(put_gpu):
 def test_long_times_are_plain_numbers():
     text = plan_html(load_config("my_lora", [*FULL, "sample.height=4096", "sample.width=4096"]), "4090")
     assert "e+0" not in text and " s a video" in text
+
+
+def test_a_number_of_steps_with_too_many_zeros_takes_no_memory():
+    config = load_config("my_lora", [*FULL, "train.steps=1000000", "train.checkpoint_every=1"])
+    plan_html(config, "4090")
+    tracemalloc.start()
+    text = plan_html(config, "4090")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "all 1000000 steps" in text and peak < 10 * 2**20
